@@ -1,0 +1,1 @@
+"""What comes out of a run: gathered, verified, published and merged."""

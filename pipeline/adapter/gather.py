@@ -1,0 +1,124 @@
+"""Adapter weights and Adam moments: out of a ZeRO engine to rank 0, and back into a fresh one.
+
+All private access to DeepSpeed's ZeRO optimizers is in this file; tests/engine/test_gather.py pins
+it. Only trainable parameters are ever touched: at ZeRO-3 the base stays sharded. Facts are of
+DeepSpeed 0.19.8.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Tensors = dict[str, torch.Tensor]
+
+
+def gather_weights(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> Tensors:
+    """fp32 masters on the CPU where `keep` (rank 0), else nothing. Collective: every rank."""
+    found: Tensors = {}
+    for key, parameter in parameters.items():
+        full = safe_get_full_fp32_param(parameter)
+        if keep:
+            found[key] = _to_host(full, parameter)
+    return found
+
+
+def gather_moments(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> Tensors:
+    """Adam's moments under `KEY/exp_avg` and `KEY/exp_avg_sq`, after the first step.
+
+    Collective: every rank.
+    """
+    found: Tensors = {}
+    for key, parameter in parameters.items():
+        for moment in MOMENTS:
+            full = safe_get_full_optimizer_state(parameter, moment)
+            if keep:
+                found[f"{key}/{moment}"] = _to_host(full, parameter)
+    return found
+
+
+def restore(
+    engine: Any,
+    parameters: Mapping[str, nn.Parameter],
+    weights: Mapping[str, torch.Tensor],
+    moments: Mapping[str, torch.Tensor],
+    *,
+    optimizer_step: int,
+) -> None:
+    """Put full tensors back into a fresh engine of any stage and world size.
+
+    Collective: every rank, each with the full tensors.
+    """
+    zero = engine.optimizer
+    is_sharded = engine.zero_optimization_stage() == 3
+    masters = (
+        zero.fp32_partitioned_groups_flat if is_sharded else zero.single_partition_of_fp32_groups
+    )
+    _create_adam_state(zero.optimizer, masters, optimizer_step)
+    if not is_sharded:
+        zero._lazy_init_hp_params_optimizer_state()
+    if is_sharded and zero.persistent_parameters:
+        zero.persistent_parameters[0].partition(zero.persistent_parameters)
+    for key, parameter in parameters.items():
+        _set(parameter, weights[key], None, is_sharded=is_sharded)
+        for moment in MOMENTS:
+            _set(parameter, moments[f"{key}/{moment}"], moment, is_sharded=is_sharded)
+    # The low-precision copies that the next forward reads are still those of the fresh adapter.
+    if is_sharded:
+        for group in range(len(masters)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+    else:
+        zero.update_lp_params()
+
+
+def _create_adam_state(adam: torch.optim.Optimizer, masters: list[torch.Tensor], step: int) -> None:
+    """Adam makes its state in its first step; a resumed run needs it before."""
+    for master in masters:
+        device = master.device if adam.defaults.get("fused") else torch.device("cpu")
+        adam.state[master] = {
+            "step": torch.tensor(float(step), device=device),
+            "exp_avg": torch.zeros_like(master),
+            "exp_avg_sq": torch.zeros_like(master),
+        }
+
+
+def _set(
+    parameter: nn.Parameter, value: torch.Tensor, moment: str | None, *, is_sharded: bool
+) -> None:
+    value = value.to(parameter.device)
+    if not is_sharded:
+        if moment is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, moment)
+        return
+    # DeepSpeed's own full setter fails where a shard is padded (stage3.py:3196), so the shard of
+    # this rank is cut here.
+    size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    rank = torch.distributed.get_rank()
+    flat = value.flatten()
+    shard = torch.zeros(size, dtype=flat.dtype, device=flat.device)
+    mine = flat[size * rank : size * (rank + 1)]
+    shard[: len(mine)] = mine
+    if moment is None:
+        safe_set_local_fp32_param(parameter, shard)
+    else:
+        safe_set_local_optimizer_state(parameter, shard, moment)
+
+
+def _to_host(full: torch.Tensor | None, parameter: nn.Parameter) -> torch.Tensor:
+    assert full is not None, "not a parameter of a ZeRO optimizer"
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return full.detach().to("cpu", torch.float32, copy=True).reshape(shape)

@@ -1,0 +1,1 @@
+"""Where it runs: ranks, devices and the process group."""

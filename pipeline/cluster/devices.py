@@ -1,0 +1,74 @@
+"""What this machine has -> Hardware, and the environment that libraries must find. No torch."""
+
+import os
+from pathlib import Path
+
+import psutil
+
+from pipeline.cluster.placement import Placement
+from pipeline.plan.hardware import Hardware
+
+
+def detect_hardware() -> Hardware:
+    """This machine's CUDA devices as NVML and CUDA_VISIBLE_DEVICES show them, else its CPU."""
+    return _cuda_devices() or Hardware(
+        kind="cpu",
+        name="CPU",
+        devices_per_node=1,
+        device_bytes=_host_bytes(),
+        host_bytes=_host_bytes(),
+    )
+
+
+def set_environment(placement: Placement, hardware: Hardware) -> None:
+    """Set what torch and DeepSpeed read when they are imported; call before that."""
+    os.environ.update(placement.variables())
+    threads = max(1, len(os.sched_getaffinity(0)) // placement.local_size)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # training fetches nothing
+    if hardware.kind == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # CUDA's caching allocator fragments less so with sequences of many lengths (PyTorch docs,
+    # "Optimizing memory usage with PYTORCH_CUDA_ALLOC_CONF").
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def _cuda_devices() -> Hardware | None:
+    import pynvml
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        count = int(pynvml.nvmlDeviceGetCount())
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is not None:
+            count = min(count, len([entry for entry in visible.split(",") if entry.strip()]))
+        if count == 0:
+            return None
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        return Hardware(
+            kind="cuda",
+            name=str(pynvml.nvmlDeviceGetName(handle)),
+            devices_per_node=count,
+            device_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+            host_bytes=_host_bytes(),
+            compute_capability=(int(major), int(minor)),
+        )
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _host_bytes() -> int:
+    """Memory of this machine, or less where a control group (container, Slurm job) limits it."""
+    limits = [int(psutil.virtual_memory().total)]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(path).read_text().strip() if Path(path).is_file() else ""
+        if text.isdigit():
+            limits.append(int(text))
+    return min(limits)

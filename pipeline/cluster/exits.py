@@ -1,0 +1,61 @@
+"""How a process of a run ends: one clear message, the right exit code, no rank left hanging."""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from pipeline.errors import RankZeroError, Stopped
+
+# DeepSpeed's node launcher looks once a second for a rank that ended and terminates the others.
+_GRACE_S = 10.0
+
+
+def run_main(body: Callable[[], None], *, tracebacks: bool = False) -> NoReturn:
+    """Run a script's body and leave the process with the exit code of what happened.
+
+    A RankZeroError shows its message only. All ranks meet it together, so local rank 0 prints it
+    and the others wait to be ended by their launcher. Anything else is a defect of ours or of a
+    library and shows its traceback.
+    """
+    try:
+        body()
+    except RankZeroError as error:
+        if not isinstance(error, Stopped) or _local_rank() == 0:
+            _say(str(error), tracebacks=tracebacks, is_common=True)
+        _leave(error.exit_code)
+    except KeyboardInterrupt:
+        _leave(128 + signal.SIGINT)
+    except Exception:  # noqa: BLE001 - the last resort of a process; shown whole
+        _say(f"rank {_rank()}: unexpected error\n{traceback.format_exc()}")
+        _leave(1)
+    _leave(0)
+
+
+def _say(message: str, *, tracebacks: bool = False, is_common: bool = False) -> None:
+    if is_common and _local_rank() > 0:
+        # Ending first would make the launcher kill local rank 0 before it has spoken.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_GRACE_S)
+    if tracebacks:
+        traceback.print_exc()
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)  # noqa: T201 - the one message
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit without waiting for a library's threads: a broken process group may never join."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK") or 0)

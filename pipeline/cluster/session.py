@@ -1,0 +1,145 @@
+"""The process group: up, agreements, sums, down. The only importer of torch.distributed.
+
+torch is imported when a session starts work on several ranks, not before: `rank_zero_first` of a
+single process runs without it.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from pipeline.cluster.placement import Placement
+from pipeline.errors import RankZeroError, UserError
+from pipeline.plan.hardware import Hardware
+
+if TYPE_CHECKING:
+    import torch
+
+# Ranks load the model at different speeds; a collective that waits longer than this is a hang.
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# Tokenising may take hours; this wait is on a store, not in a collective, and ends at once when
+# rank 0 goes away.
+_LONG_WORK_TIMEOUT = timedelta(hours=24)
+
+
+class Session:
+    """One run's ranks. Every method is a collective: every rank, in the same order."""
+
+    def __init__(self, placement: Placement, hardware: Hardware) -> None:
+        self.placement = placement
+        self._is_cuda = hardware.kind == "cuda"
+        self._store: Any = None
+        self._num_waits = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # After an error the other ranks may be in a collective: a polite end could wait for ever.
+        if kind is None and self._store is not None:
+            import torch.distributed as dist
+
+            if dist.is_initialized():
+                dist.barrier()
+                dist.destroy_process_group()
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.placement.rank == 0
+
+    @property
+    def device(self) -> "torch.device":
+        """The device of this rank."""
+        import torch
+
+        if not self._is_cuda:
+            return torch.device("cpu")
+        return torch.device("cuda", self.placement.local_rank)
+
+    def rank_zero_first(self, work: Callable[[], Any]) -> Any:
+        """Do `work` on rank 0 while the others wait, and return its JSON-able result on all.
+
+        Not a collective of the process group, so no collective's time-out applies. An error of
+        rank 0 is raised on every rank.
+        """
+        if self.placement.world_size == 1:
+            return work()
+        key = f"rank-zero-first/{self._num_waits}"
+        self._num_waits += 1
+        store = self._open_store()
+        if self.is_rank_zero:
+            try:
+                result = work()
+            except RankZeroError as error:
+                is_user = isinstance(error, UserError)
+                store.set(key, json.dumps({"error": str(error), "is_user": is_user}))
+                raise
+            store.set(key, json.dumps({"result": result}))
+            return result
+        store.wait([key], _LONG_WORK_TIMEOUT)
+        answer = json.loads(store.get(key))
+        if "error" in answer:
+            raise (UserError if answer["is_user"] else RankZeroError)(answer["error"])
+        return answer["result"]
+
+    def start(self) -> None:
+        """Bring up the process group and hand it to DeepSpeed."""
+        import torch
+        import torch.distributed as dist
+
+        store = self._open_store()
+        if self._is_cuda:
+            torch.cuda.set_device(self.placement.local_rank)  # before any load: bnb uses it
+        dist.init_process_group(
+            "nccl" if self._is_cuda else "gloo",
+            store=store,
+            rank=self.placement.rank,
+            world_size=self.placement.world_size,
+            timeout=_COLLECTIVE_TIMEOUT,
+            device_id=self.device if self._is_cuda else None,
+        )
+        import deepspeed
+
+        # An inference-only op that DeepSpeed 0.19 compiles with g++ on every fresh CPU machine
+        # (comm/torch.py:47); nothing here needs it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+    def agree_any(self, flag: bool) -> bool:
+        """Whether any rank says yes; the same answer on every rank."""
+        return self.sum_over_ranks([float(flag)])[0] > 0
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sums, in double precision and the same on every rank."""
+        if self.placement.world_size == 1:
+            return [float(value) for value in values]
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return [float(value) for value in tensor.tolist()]
+
+    def _open_store(self) -> Any:
+        if self._store is None:
+            import torch.distributed as dist
+
+            if self.placement.world_size == 1:
+                self._store = dist.HashStore()  # type: ignore[attr-defined]
+            else:  # torchrun's agent may hold the store already; rendezvous() knows
+                where = dist.rendezvous(  # type: ignore[attr-defined]
+                    "env://",
+                    self.placement.rank,
+                    self.placement.world_size,
+                    timeout=_COLLECTIVE_TIMEOUT,
+                )
+                self._store = next(iter(where))[0]
+        return self._store

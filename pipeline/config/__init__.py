@@ -1,0 +1,1 @@
+"""What the user asked for: settings, presets and the reading of run files. No torch."""

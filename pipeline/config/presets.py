@@ -1,0 +1,36 @@
+"""The guide's configurations as named sets of values (LoRA Basics, "Common Configurations").
+
+Where the guide gives a range, the lower value is used and `RANGES` shows the range.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "conservative": {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.1},
+    "balanced": {"lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.05},
+    "aggressive": {"lora_r": 128, "lora_alpha": 256, "lora_dropout": 0.05},
+    "small": {"epochs": 3, "lora_r": 16, "lora_dropout": 0.1, "lr": 1e-4},
+    "medium": {"epochs": 2, "lora_r": 64, "lora_dropout": 0.05, "lr": 2e-4},
+    "large": {"epochs": 1, "lora_r": 64, "lora_dropout": 0.05, "lr": 2e-4},
+    "memory-constrained": {
+        "load_in_4bit": True,
+        "gradient_checkpointing": True,
+        "batch_size": 1,
+        "gradient_accumulation_steps": 8,
+    },
+    "speed-optimized": {
+        "bf16": True,
+        "use_flash_attention": True,
+        "gradient_checkpointing": False,
+        "batch_size": 4,
+        "dataloader_num_workers": 4,
+    },
+}
+
+RANGES: Mapping[str, Mapping[str, str]] = {
+    "small": {"epochs": "3-5", "lora_r": "16-32"},
+    "medium": {"epochs": "2-3"},
+    "large": {"epochs": "1-2", "lora_r": "64-128"},
+    "speed-optimized": {"batch_size": "4-8"},
+}

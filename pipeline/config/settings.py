@@ -1,0 +1,208 @@
+"""RunSettings: every key that a run file may hold, with its default, unit and description.
+
+docs/configuration.md is generated from the descriptions here. No torch, no other room of the
+project: what a key means for a model or a machine is the plan's business.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Auto = Literal["auto"]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Strategy = Literal["steps", "epoch", "no"]
+
+SEVEN_PROJECTIONS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+
+
+class RunSettings(BaseModel):
+    """What the user asked for, validated; keys left out have the defaults below."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    # What goes in and where it goes
+    model: str = Field(
+        description="Folder of the base model (config.json, safetensors, tokenizer)."
+    )
+    train_data: str | list[str] = Field(
+        description="JSONL file, or a list of them: `messages`, or `prompt` and `completion`."
+    )
+    eval_data: str | list[str] | None = Field(
+        default=None, description="Held-out JSONL file or files, in the same formats."
+    )
+    output_dir: str = Field(description="The run folder; everything that a run leaves is in it.")
+    overwrite: bool = Field(
+        default=False,
+        description="Replace what an earlier run left in `output_dir` instead of resuming or refusing.",
+    )
+    resume: Literal["auto", "must", "never"] = Field(
+        default="auto",
+        description="`auto` goes on from the newest intact checkpoint if there is one, `must` "
+        "refuses to start without one, `never` starts from step 0.",
+    )
+    preset: str | list[str] = Field(
+        default_factory=list,
+        description="Name or list of names of presets; a later one wins, the run file wins over all.",
+    )
+    seed: int = Field(
+        default=42, ge=0, description="Seed of data order, adapter weights and dropout."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that the model folder brings along."
+    )
+
+    # LoRA
+    lora_r: Positive = Field(default=64, description="Inner dimension of the adapter matrices.")
+    lora_alpha: Annotated[float, Field(gt=0)] | Auto = Field(
+        default="auto", description="The update is scaled by alpha / r; `auto` is 2 x `lora_r`."
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.05, description="Dropout on the input of the adapter, while training."
+    )
+    lora_target_modules: str | list[str] = Field(
+        default_factory=lambda: list(SEVEN_PROJECTIONS),
+        description="Linear layers that get an adapter: a list of module names (the end of the "
+        "path is enough), `all-linear`, or one regular expression for the whole path.",
+    )
+
+    # Quantised base
+    load_in_4bit: bool = Field(default=False, description="QLoRA: hold the base in 4 bits.")
+    load_in_8bit: bool = Field(default=False, description="Hold the base in 8 bits (LLM.int8).")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
+        default="nf4", description="4-bit data type."
+    )
+    bnb_4bit_use_double_quant: bool = Field(
+        default=True, description="Quantise the quantisation constants too (0.4 bit a weight less)."
+    )
+    bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto", description="Type that 4-bit weights are expanded to; `auto`: as trained."
+    )
+
+    # Batches and length
+    epochs: Positive = Field(default=1, description="Passes over the training data.")
+    max_steps: Positive | None = Field(
+        default=None, description="End after this many steps even if `epochs` are not complete."
+    )
+    batch_size: Positive | Auto = Field(
+        default="auto", description="Sequences of a micro-batch: one forward on one rank."
+    )
+    gradient_accumulation_steps: Positive | Auto = Field(
+        default="auto", description="Micro-batches a rank adds up before a step."
+    )
+    global_batch_size: Positive | Auto = Field(
+        default="auto",
+        description="Sequences of one step over all ranks = `batch_size` x "
+        "`gradient_accumulation_steps` x ranks; give it and leave one of the two `auto` to keep "
+        "a run the same on any number of ranks. 16 where nothing is given.",
+    )
+    max_length: Positive = Field(default=1024, description="Longest sequence, in tokens.")
+    packing: bool = Field(
+        default=False, description="Lay several documents in one sequence. Not available yet."
+    )
+    train_on: Literal["assistant", "last-assistant", "all"] = Field(
+        default="assistant", description="Which turns of a conversation count in the loss."
+    )
+    max_rejected: Share = Field(
+        default=0.01, description="Share of bad rows up to which they are counted and left out."
+    )
+
+    # Optimisation
+    lr: Annotated[float, Field(gt=0)] = Field(default=2e-4, description="Highest learning rate.")
+    min_lr_ratio: Share = Field(default=0.0, description="Last learning rate as a share of `lr`.")
+    warmup_ratio: Share = Field(default=0.03, description="Share of all steps for the warm-up.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
+        default="cosine", description="Course of the learning rate after the warm-up."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.01, description="AdamW's decay.")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="Clip the global gradient norm to this; 0 clips nothing."
+    )
+
+    # Precision, memory, speed
+    bf16: bool | Auto = Field(
+        default="auto", description="Train in bfloat16; with `fp16` also false, in fp32."
+    )
+    fp16: bool | Auto = Field(default="auto", description="Train in float16 with loss scaling.")
+    zero_stage: Annotated[int, Field(ge=1, le=3)] | Auto = Field(
+        default="auto", description="ZeRO stage; 3 shards the base over the ranks."
+    )
+    gradient_checkpointing: bool | Auto = Field(
+        default="auto", description="Recompute activations in the backward pass to save memory."
+    )
+    use_flash_attention: bool | Auto = Field(
+        default="auto", description="FlashAttention-2 (package flash-attn); `auto`: PyTorch's own."
+    )
+    dataloader_num_workers: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Processes a rank that build batches; ids are memory-mapped, so 0."
+    )
+    dataloader_prefetch_factor: Positive = Field(
+        default=2, description="Micro-batches that each of those processes builds ahead."
+    )
+
+    # Watching, saving, stopping
+    logging_steps: Positive = Field(default=10, description="Steps between lines in the terminal.")
+    evaluation_strategy: Strategy = Field(
+        default="epoch", description="When the held-out loss is measured, if there is `eval_data`."
+    )
+    eval_steps: Positive = Field(default=100, description="Steps between evaluations (`steps`).")
+    save_strategy: Strategy = Field(default="steps", description="When a checkpoint is written.")
+    save_steps: Positive = Field(default=100, description="Steps between checkpoints (`steps`).")
+    save_total_limit: Positive = Field(default=2, description="Checkpoints kept.")
+    keep_best: bool = Field(
+        default=False, description="Export the adapter of the lowest held-out loss, not the last."
+    )
+    early_stopping_patience: Positive | None = Field(
+        default=None, description="End after this many evaluations without a lower held-out loss."
+    )
+    time_limit: str | None = Field(
+        default=None,
+        description="Stop with a checkpoint after this time, `HH:MM:SS`; start again to go on.",
+    )
+
+    @field_validator("time_limit")
+    @classmethod
+    def _hours_minutes_seconds(cls, value: str | None) -> str | None:
+        parts = (value or "0:0:0").split(":")
+        if len(parts) != 3 or not all(part.isdigit() for part in parts):
+            raise ValueError("expected HH:MM:SS in quotes, for example '03:50:00'")
+        return value
+
+    @model_validator(mode="after")
+    def _keys_that_exclude_each_other(self) -> Self:
+        if self.bf16 is True and self.fp16 is True:
+            raise ValueError("bf16 and fp16: both are true; keep one of them")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit: both are true; keep one of them")
+        needs_eval = [k for k in ("keep_best", "early_stopping_patience") if getattr(self, k)]
+        if needs_eval and (self.eval_data is None or self.evaluation_strategy == "no"):
+            raise ValueError(
+                f"{needs_eval[0]}: needs eval_data and an evaluation_strategy of steps or epoch"
+            )
+        return self
+
+    @property
+    def alpha(self) -> float:
+        """`lora_alpha` as a number."""
+        return 2.0 * self.lora_r if self.lora_alpha == "auto" else self.lora_alpha
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the base is held in 4 or 8 bits."""
+        return self.load_in_4bit or self.load_in_8bit
+
+    @property
+    def time_limit_s(self) -> float | None:
+        """`time_limit` in seconds."""
+        if self.time_limit is None:
+            return None
+        hours, minutes, seconds = (int(part) for part in self.time_limit.split(":"))
+        return 3600.0 * hours + 60 * minutes + seconds

@@ -1,0 +1,1 @@
+"""Rows of text -> the batches of each rank."""

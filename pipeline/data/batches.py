@@ -1,0 +1,85 @@
+"""Micro-batches of documents -> tensors.
+
+B: documents, T: tokens of the longest of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.data.order import MicroBatch
+
+if TYPE_CHECKING:
+    from pipeline.data.prepare import Split
+
+IGNORED = -100  # a label that does not count
+_PADDING = 0  # any id would do: attention mask and labels leave it out
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model is given; padding is masked by attention and label, never by token id."""
+
+    input_ids: torch.Tensor  # (B, T) int64
+    attention_mask: torch.Tensor  # (B, T) int64
+    labels: torch.Tensor  # (B, T) int64: the token where it counts, else IGNORED
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        moved = (t.to(device, non_blocking=True) for t in vars(self).values())
+        return Batch(*moved)
+
+    @property
+    def tokens(self) -> int:
+        """Useful tokens."""
+        return int(self.attention_mask.sum())
+
+
+def build_batch(split: "Split", documents: Sequence[int]) -> Batch:
+    """Tensors of some documents; of none, one padding token that counts for nothing."""
+    found = [split.document(i) for i in documents]
+    longest = max((len(ids) for ids, _ in found), default=1)
+    shape = (max(len(found), 1), longest)
+    input_ids = torch.full(shape, _PADDING, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    for row, (ids, supervised) in enumerate(found):
+        tokens = torch.from_numpy(ids.astype("int64"))
+        input_ids[row, : len(ids)] = tokens
+        attention_mask[row, : len(ids)] = 1
+        labels[row, : len(ids)] = tokens.masked_fill(~torch.from_numpy(supervised.copy()), IGNORED)
+    if not found:
+        attention_mask[:] = 1  # attention over nothing at all would be NaN
+    return Batch(input_ids, attention_mask, labels)
+
+
+class _RankBatches(Dataset[Batch]):
+    def __init__(self, split: "Split", work: Sequence[MicroBatch]) -> None:
+        self._split, self._work = split, work
+
+    def __len__(self) -> int:
+        return len(self._work)
+
+    def __getitem__(self, index: int) -> Batch:
+        return build_batch(self._split, self._work[index].documents)
+
+
+def batches_of(
+    split: "Split",
+    work: Sequence[MicroBatch],
+    *,
+    num_workers: int = 0,
+    prefetch_factor: int = 2,
+) -> Iterator[Batch]:
+    """The batches of one rank's work, in order; built ahead where there are workers."""
+    loader: DataLoader[Batch] = DataLoader(
+        _RankBatches(split, work),
+        batch_size=None,
+        shuffle=False,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+    )
+    return iter(loader)

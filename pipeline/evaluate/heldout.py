@@ -1,0 +1,22 @@
+"""Held-out loss: the mean over all supervised tokens, the ranks sharing the documents."""
+
+from collections.abc import Callable
+
+from pipeline.cluster.session import Session
+from pipeline.data.batches import Batch, batches_of
+from pipeline.data.order import evaluation_work
+from pipeline.data.prepare import Split
+
+
+def held_out_loss(
+    summed_loss: Callable[[Batch], float], split: Split, session: Session, micro_batch_size: int
+) -> float:
+    """Mean loss over the split. Collective: every rank does the same number of forwards."""
+    work = evaluation_work(
+        split.lengths,
+        world_size=session.placement.world_size,
+        micro_batch_size=micro_batch_size,
+    )
+    mine = work[session.placement.rank]
+    total = sum(summed_loss(batch) for batch in batches_of(split, mine))
+    return session.sum_over_ranks([total])[0] / int(split.supervised_counts.sum())

@@ -1,0 +1,1 @@
+"""Base and adapter in memory, and the loss."""

@@ -1,0 +1,67 @@
+"""Attach LoRA (peft), and name and count what is trainable. The only importer of peft here."""
+
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.config.settings import RunSettings
+from pipeline.model.base import DTYPES
+from pipeline.plan.plan import Plan
+
+
+def lora_config(settings: RunSettings) -> LoraConfig:
+    """Peft's own description of the adapter."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_r,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it; a float is right
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_target_modules,
+        bias="none",
+    )
+
+
+def attach_adapter(base: PreTrainedModel, plan: Plan) -> PeftModel:
+    """Wrap the base with a fresh adapter in the training dtype, the same on every rank.
+
+    The dtype is set here because peft and DeepSpeed would otherwise choose by how the base was
+    loaded: fp32 at ZeRO-3, 16-bit elsewhere (DeepSpeed 0.19.8 runtime/engine.py:1859).
+    """
+    torch.manual_seed(plan.settings.seed)
+    model = get_peft_model(base, lora_config(plan.settings), autocast_adapter_dtype=False)
+    assert isinstance(model, PeftModel)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(DTYPES[plan.training_dtype])
+    counted = sum(parameter.numel() for parameter in trainable(model).values())
+    assert counted == plan.trainable, f"planned {plan.trainable} trainable, peft made {counted}"
+    return model
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters under the keys of peft's adapter file, in one order on all ranks."""
+    found: Mapping[str, nn.Parameter] = dict(model.named_parameters())
+    return {
+        file_key(name): parameter
+        for name, parameter in sorted(found.items())
+        if parameter.requires_grad
+    }
+
+
+def file_key(name: str) -> str:
+    """Name of a parameter in adapter_model.safetensors: from the first `base_model.` on."""
+    return name[name.index("base_model.") :].replace(".default.", ".")
+
+
+def expected_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of the adapter file, from the plan alone: A is (r, d_in), B is (d_out, r)."""
+    settings, shape = plan.settings, plan.shape
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, linear in shape.targeted(settings.lora_target_modules):
+        prefix = f"base_model.model.{name}"
+        shapes[f"{prefix}.lora_A.weight"] = (settings.lora_r, linear.d_in)
+        shapes[f"{prefix}.lora_B.weight"] = (linear.d_out, settings.lora_r)
+    return shapes

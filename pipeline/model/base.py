@@ -1,0 +1,110 @@
+"""Load the frozen base: 16- or 32-bit, 8-bit or 4-bit, whole or sharded as it is read.
+
+The only importer of bitsandbytes (through transformers). Collective under ZeRO-3: every rank.
+"""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from pipeline.errors import UserError
+from pipeline.plan.plan import Plan
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
+    """The base on its device, frozen, with checkpointing as planned.
+
+    At ZeRO-3 an unquantised base is sharded while it is read; a quantised one is whole on every
+    rank until DeepSpeed takes it over (transformers 5.23 skips sharding for it).
+    """
+    settings, dtype = plan.settings, DTYPES[plan.training_dtype]
+    options: dict[str, Any] = {}
+    if settings.is_quantised:
+        options["quantization_config"] = _quantization(plan)
+        options["device_map"] = {"": device}
+    # transformers shards on loading only while this object lives.
+    sharding = None if settings.is_quantised else _sharding(plan)
+    model = load_plain(
+        Path(settings.model),
+        dtype=dtype,
+        attention="flash_attention_2" if settings.use_flash_attention is True else "sdpa",
+        trust_remote_code=settings.trust_remote_code,
+        **options,
+    )
+    del sharding
+    gc.collect()
+    model.requires_grad_(False)
+    for module in model.modules():
+        # On a CPU with AVX512-BF16 a 4-bit layer repacks its weight when it first meets eval mode;
+        # the copies that ZeRO shards and our tests compare must stay as they are (bitsandbytes
+        # 0.50.2 nn/modules.py:613).
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - of a library's class
+    _checkpoint_activations(model, plan)
+    return model
+
+
+def load_plain(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """A causal language model from a folder, without any network."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: {folder} cannot be loaded: {error}") from error
+    assert isinstance(model, PreTrainedModel)
+    model.config.use_cache = False
+    return model
+
+
+def _quantization(plan: Plan) -> BitsAndBytesConfig:
+    settings = plan.settings
+    if settings.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    asked = settings.bnb_4bit_compute_dtype
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=DTYPES[plan.training_dtype if asked == "auto" else asked],
+        # Any other storage type than this or the training type is cast by the engine, which
+        # turns the packed bits into other numbers (DeepSpeed 0.19.8 runtime/engine.py:1851).
+        bnb_4bit_quant_storage=torch.uint8,
+    )
+
+
+def _sharding(plan: Plan) -> Any:
+    if plan.choice.layout.zero_stage < 3:
+        return None
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(dict(plan.deepspeed))  # type: ignore[no-untyped-call]
+
+
+def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
+    if not plan.choice.layout.is_checkpointed:
+        return
+    # 4-bit layers keep the weight they were given until their backward pass, which at ZeRO-3 is
+    # the whole gathered base; only re-entrant checkpointing lets go of it (rule
+    # 4bit-zero3-reentrant). Elsewhere the non-re-entrant kind is PyTorch's recommendation.
+    is_reentrant = plan.settings.load_in_4bit and plan.choice.layout.zero_stage == 3
+    model.activation_checkpointing_enable({"use_reentrant": is_reentrant})
+    # With a frozen embedding no input of a re-entrant block would need a gradient.
+    model.enable_input_require_grads()  # type: ignore[no-untyped-call]

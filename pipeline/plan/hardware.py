@@ -1,0 +1,28 @@
+"""Hardware: what a plan needs to know of the machines; detecting it is cluster/devices.py."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One kind of device, the same number of them on every node."""
+
+    kind: Literal["cuda", "cpu"]
+    name: str
+    devices_per_node: int
+    device_bytes: int
+    host_bytes: int
+    compute_capability: tuple[int, int] | None = None
+
+    def usable_bytes(self, ranks_per_node: int) -> int:
+        """Memory that one rank may fill.
+
+        CUDA's context and the allocator's fragments take a share of a device (8 % is allowed for
+        here); ranks on a CPU share the machine's memory with everything else.
+        """
+        if self.kind == "cuda":
+            return int(self.device_bytes * 0.92)
+        return int(self.device_bytes * 0.8) // ranks_per_node

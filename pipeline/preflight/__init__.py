@@ -1,0 +1,1 @@
+"""Checks that cost seconds, made before GPU-hours are paid for."""

@@ -1,0 +1,1 @@
+"""What a person looks at afterwards: one self-contained HTML page."""

@@ -1,0 +1,129 @@
+"""What a run left in its folder, read forgivingly: a report is wanted most where a run broke.
+
+A file that is missing or cannot be read becomes an entry of `problems`, never an exception.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import UserError
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """The files of a run; empty where a file is missing. `steps` and `evals` rise by step."""
+
+    name: str
+    settings: Record
+    status: Record
+    plan: Record
+    score: Record
+    audit: Record
+    steps: list[Record]
+    evals: list[Record]
+    problems: Mapping[str, str]
+
+    def measured(self, key: str) -> list[tuple[float, float]]:
+        """(step, value) of every step whose line has this number."""
+        return _numbers(self.steps, key)
+
+    def held_out(self) -> list[tuple[float, float]]:
+        """(step, held-out loss) of every evaluation."""
+        return _numbers(self.evals, "eval_loss")
+
+
+def read_run_folder(folder: Path) -> RunFolder:
+    """Read a run folder. Raises UserError where the folder is not one."""
+    if not (folder / "status.json").is_file() and not (folder / "metrics.jsonl").is_file():
+        raise UserError(
+            f"{folder}: not a run folder: neither status.json nor metrics.jsonl is there; "
+            "give the output_dir of a run"
+        )
+    problems: dict[str, str] = {}
+    steps, evals = _read_metrics(folder, problems)
+    return RunFolder(
+        name=folder.resolve().name,
+        settings=_read(folder, "run.yaml", problems),
+        status=_read(folder, "status.json", problems),
+        plan=_read(folder, "plan.json", problems),
+        score=_read(folder, "score.json", problems),
+        audit=_read(folder, "data/audit.json", problems),
+        steps=steps,
+        evals=evals,
+        problems=problems,
+    )
+
+
+def number(value: Any) -> float | None:
+    """The value if it is a number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else None
+
+
+def mapping(value: Any) -> Record:
+    """The value if it is a mapping, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def _read(folder: Path, file: str, problems: dict[str, str]) -> Record:
+    try:
+        text = (folder / file).read_text(encoding="utf-8")
+        content = yaml.safe_load(text) if file.endswith(".yaml") else json.loads(text)
+    except FileNotFoundError:
+        problems[file] = f"{file} is not in the run folder."
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problems[file] = f"{file} cannot be read: {error}"
+        return {}
+    if not isinstance(content, dict):
+        problems[file] = f"{file} cannot be read: it does not hold a mapping."
+        return {}
+    return content
+
+
+def _read_metrics(folder: Path, problems: dict[str, str]) -> tuple[list[Record], list[Record]]:
+    try:
+        text = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        is_missing = isinstance(error, FileNotFoundError)
+        said = "is not in the run folder." if is_missing else f"cannot be read: {error}"
+        problems["metrics.jsonl"] = f"metrics.jsonl {said}"
+        return [], []
+    steps: dict[float, Record] = {}
+    evals: dict[float, Record] = {}
+    latest = -1.0
+    for step, record in _records(text):
+        if "eval_loss" in record:
+            evals[step] = record
+            continue
+        if step <= latest:  # resumed from before this step: what came after it was given up
+            for kept in (steps, evals):
+                for later in [at for at in kept if at > step]:
+                    del kept[later]
+        steps[step] = record
+        latest = step
+    return [steps[at] for at in sorted(steps)], [evals[at] for at in sorted(evals)]
+
+
+def _records(text: str) -> Iterator[tuple[float, Record]]:
+    """Whole lines only: a run that was killed, or still writes, leaves half a line."""
+    for line in text.splitlines():
+        try:
+            record = mapping(json.loads(line))
+        except ValueError:
+            continue
+        step = number(record.get("step"))
+        if step is not None:
+            yield step, record
+
+
+def _numbers(records: list[Record], key: str) -> list[tuple[float, float]]:
+    found = ((record["step"], number(record.get(key))) for record in records)
+    return [(step, value) for step, value in found if value is not None]

@@ -1,0 +1,130 @@
+"""The first lines of a report: which model, how it was trained, and the numbers that count."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from pipeline.report import text
+from pipeline.report.folder import RunFolder, mapping, number
+
+MODELS = ("base", "adapter", "merged")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One number of the headline, with what it was before."""
+
+    label: str
+    value: str
+    before: str = ""
+    note: str = ""
+
+
+def model_name(run: RunFolder) -> str:
+    """The last part of the model's path or hub name; empty where it is not known."""
+    folder = mapping(run.plan.get("model")).get("folder") or run.settings.get("model")
+    return Path(str(folder)).name if folder else ""
+
+
+def method(run: RunFolder) -> list[str]:
+    """How it was trained, in a few words."""
+    settings, model = run.settings, mapping(run.plan.get("model"))
+    choice, hardware = mapping(run.plan.get("choice")), mapping(run.plan.get("hardware"))
+    words = []
+    if settings:
+        kind = "QLoRA, 4-bit" if settings.get("load_in_4bit") else "LoRA"
+        kind = "LoRA on 8-bit" if settings.get("load_in_8bit") else kind
+        words.append(f"{kind}, r = {settings.get('lora_r', '?')}")
+    total, trainable = number(model.get("parameters")), number(model.get("trainable"))
+    if total and trainable:
+        share = text.share(trainable / total)
+        words.append(
+            f"{text.amount(trainable)} of {text.amount(total)} parameters trained ({share})"
+        )
+    if "zero_stage" in choice:
+        words.append(f"ZeRO-{choice['zero_stage']}")
+    words += [str(choice["training_dtype"])] if "training_dtype" in choice else []
+    if "name" in hardware:
+        ranks = hardware.get("ranks", 1)
+        words.append(f"{ranks} x {hardware['name']}" if ranks != 1 else str(hardware["name"]))
+    return words
+
+
+def tiles(run: RunFolder) -> list[Tile]:
+    """The headline: as many of its numbers as the run has."""
+    return [*_quality(run), *_course(run)]
+
+
+def _quality(run: RunFolder) -> Iterator[Tile]:
+    """What the model can do now and could before."""
+    scored = {name: mapping(mapping(run.score.get("models")).get(name)) for name in MODELS}
+    match = {name: number(score.get("exact_match")) for name, score in scored.items()}
+    loss = {name: number(score.get("loss")) for name, score in scored.items()}
+    held_out = run.held_out()
+    if match["adapter"] is not None:
+        rows = number(run.score.get("rows"))
+        note = [] if match["merged"] is None else [f"merged {text.share(match['merged'])}"]
+        note += [] if rows is None else [f"{rows:,.0f} held-out rows"]
+        before = "" if match["base"] is None else text.share(match["base"])
+        yield Tile(
+            label="Exact match",
+            value=text.share(match["adapter"]),
+            before=before,
+            note=", ".join(note),
+        )
+    if loss["adapter"] is not None:
+        yield Tile(
+            label="Held-out loss",
+            value=text.loss(loss["adapter"]),
+            before="" if loss["base"] is None else text.loss(loss["base"]),
+            note="" if loss["merged"] is None else f"merged {text.loss(loss['merged'])}",
+        )
+    elif held_out:
+        best_step, best = min(held_out, key=lambda point: point[1])
+        yield Tile(
+            label="Held-out loss",
+            value=text.loss(held_out[-1][1]),
+            before=text.loss(held_out[0][1]) if held_out[0][0] == 0 else "",
+            note=f"lowest {text.loss(best)} at step {best_step:,.0f}",
+        )
+
+
+def _course(run: RunFolder) -> Iterator[Tile]:
+    """How the training went."""
+    losses, status = run.measured("loss"), run.status
+    if losses:
+        first, last = losses[0][1], losses[-1][1]
+        yield Tile(
+            label="Training loss",
+            value=text.loss(last),
+            before=text.loss(first) if len(losses) > 1 else "",
+            note=f"first and last of {len(losses):,} steps" if len(losses) > 1 else "one step",
+        )
+    step, total = number(status.get("step")), number(status.get("total_steps"))
+    if step is None and losses:
+        step = losses[-1][0]
+    if step is not None:
+        value = f"{step:,.0f}" + ("" if total is None else f" of {total:,.0f}")
+        yield Tile(label="Steps", value=value, note=_tokens(run))
+    speed = [value for _, value in run.measured("tokens_per_second")]
+    if speed:
+        yield Tile(label="Throughput", value=f"{median(speed):,.0f} tokens/s", note="median step")
+    in_steps = sum(value for _, value in run.measured("step_seconds"))
+    end = status.get("ended") or status.get("heartbeat")
+    wall = text.seconds_between(status.get("started"), end)
+    if wall is not None and wall >= in_steps:  # else it was stopped and started again
+        note = f"{text.duration(in_steps)} of it in steps" if in_steps else ""
+        yield Tile(label="Wall time", value=text.duration(wall), note=note)
+    elif in_steps:
+        yield Tile(label="Time in steps", value=text.duration(in_steps))
+
+
+def _tokens(run: RunFolder) -> str:
+    tokens, supervised = (
+        sum(value for _, value in run.measured(key)) for key in ("tokens", "supervised_tokens")
+    )
+    if not tokens:
+        return ""
+    said = f"{tokens:,.0f} tokens"
+    return f"{said}, {text.share(supervised / tokens)} supervised" if supervised else said

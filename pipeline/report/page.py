@@ -1,0 +1,210 @@
+"""RUN/report.html: one self-contained page of what a run did, also while it runs.
+
+Every value goes through jinja2's escaping; only the curves, which are ours, are marked as safe.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pipeline import __version__
+from pipeline.config.settings import RunSettings
+from pipeline.errors import UserError
+from pipeline.report import text
+from pipeline.report.folder import RunFolder, mapping, number, read_run_folder
+from pipeline.report.headline import MODELS, method, model_name, tiles
+from pipeline.report.plots import NARROW, line_curve, loss_curve, smoothing_window
+
+_RUN_FILE_NAMES = {"micro_batch_size": "batch_size"}  # of the keys of a plan's choice
+_TOLERANCE = 0.10  # between predicted and measured memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A drawing and its caption; `narrow` is for small screens where it differs."""
+
+    title: str
+    svg: str
+    narrow: str = ""
+    note: str = ""
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write report.html into a run folder. Raises UserError where it is not a run folder."""
+    run = read_run_folder(run_folder)
+    path = run_folder / "report.html"
+    beside = run_folder / f".report-{os.getpid()}.html"
+    try:
+        beside.write_text(_render(run), encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def _render(run: RunFolder) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"cell": text.cell, "moment": text.moment, "pretty": text.pretty}
+    environment.tests["link"] = _is_link
+    return environment.get_template("page.html.jinja").render(
+        run=run,
+        title=model_name(run) or run.name,
+        method=method(run),
+        tiles=tiles(run),
+        curves=_curves(run),
+        scores=_scores(run),
+        answers=list(_answers(run)),
+        choices=_choices(run),
+        memory=_memory(run),
+        rules=_rules(run),
+        audit=_audit(run),
+        settings=[(key, value, _is_default(key, value)) for key, value in run.settings.items()],
+        version=__version__,
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    )
+
+
+def _is_link(value: object) -> bool:
+    return re.fullmatch(r"https?://\S+", str(value)) is not None
+
+
+def _curves(run: RunFolder) -> list[Curve]:
+    curves = []
+    losses, held_out = run.measured("loss"), run.held_out()
+    if losses or held_out:
+        window = smoothing_window(len(losses))
+        training, evals = _columns(losses), _columns(held_out)
+        curves.append(
+            Curve(
+                title="Loss",
+                svg=loss_curve("loss", training, evals),
+                narrow=loss_curve("loss-narrow", training, evals, size=NARROW),
+                note=f"mean over {window} steps" if window > 1 else "",
+            )
+        )
+    for key, title, unit, tick in (
+        ("lr", "Learning rate", "", text.scientific),
+        ("tokens_per_second", "Throughput", "tokens/s", text.amount),
+        ("grad_norm", "Gradient norm", "", "{:g}".format),
+        ("peak_bytes", "Peak memory", "GiB a rank", "{:g}".format),
+    ):
+        if points := run.measured(key):
+            at, values = _columns(points)
+            if key == "peak_bytes":
+                values = [value / text.GIB for value in values]
+            drawing = line_curve(key, (at, values), title, tick=tick)
+            curves.append(Curve(title=title, svg=drawing, note=unit))
+    return curves
+
+
+def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _scores(run: RunFolder) -> list[tuple[str, str, str, str]]:
+    """Exact match, held-out loss and time of each scored model."""
+    scored = mapping(run.score.get("models"))
+    rows = []
+    for name in [name for name in MODELS if name in scored]:
+        found = [number(mapping(scored[name]).get(k)) for k in ("exact_match", "loss", "seconds")]
+        writers = (text.share, "{:.4f}".format, text.duration)
+        said = ["-" if x is None else write(x) for write, x in zip(writers, found, strict=True)]
+        rows.append((name, said[0], said[1], said[2]))
+    return rows
+
+
+def _answers(run: RunFolder) -> Iterator[Mapping[str, Any]]:
+    found = run.score.get("answers")
+    for answer in found if isinstance(found, list) else []:
+        row = mapping(answer)
+        given = [(name, text.cell(row[name])) for name in MODELS if row.get(name) is not None]
+        expected = text.cell(row.get("expected", ""))
+        yield {
+            "prompt": text.cell(row.get("prompt", "")),
+            "expected": expected,
+            "given": [(name, said, said.strip() == expected.strip()) for name, said in given],
+        }
+
+
+def _choices(run: RunFolder) -> list[tuple[str, Any, str]]:
+    """Key, value and reason; a reason that belongs to no key of the choice comes last."""
+    choice = dict(mapping(run.plan.get("choice")))
+    why = dict(mapping(choice.pop("why", {})))
+    rows = []
+    for key, value in choice.items():
+        name = _RUN_FILE_NAMES.get(key, key)
+        is_set = run.settings.get(name) not in (None, "auto")
+        reason = why.pop(key, None) or why.pop(name, "as the settings say" if is_set else "")
+        rows.append((key, value, str(reason)))
+    return [*rows, *((key, "", str(reason)) for key, reason in why.items())]
+
+
+def _rules(run: RunFolder) -> list[dict[str, str]]:
+    found = run.plan.get("rules")
+    rules = [mapping(rule) for rule in found] if isinstance(found, list) else []
+    keys = ("level", "message", "id", "source")
+    return [{key: text.cell(rule.get(key, "")) for key in keys} for rule in rules]
+
+
+def _memory(run: RunFolder) -> Mapping[str, Any] | None:
+    """Predicted terms, the largest first, and the measured peak beside their sum."""
+    memory = mapping(run.plan.get("memory"))
+    terms = {k: size for k, v in mapping(memory.get("per_rank")).items() if (size := number(v))}
+    peak = number(memory.get("peak_bytes")) or sum(terms.values())
+    if not peak:
+        return None
+    measured = max((value for _, value in run.measured("peak_bytes")), default=None)
+    device = number(memory.get("device_bytes"))
+    error = None if not measured else peak / measured - 1
+    show = text.gib(max([peak, *([measured] if measured else [])]))
+    return {
+        "terms": [
+            (key, show(size), 100 * size / max(terms.values()))
+            for key, size in sorted(terms.items(), key=lambda item: -item[1])
+        ],
+        "peak": show(peak),
+        "measured": show(measured) if measured else None,
+        "error": None
+        if error is None
+        else f"{text.share(abs(error))} {'below' if error < 0 else 'above'}",
+        "is_off": error is not None and abs(error) > _TOLERANCE,
+        "device": None if device is None else show(device),
+        "share": None if not device else text.share(peak / device),
+        "fits": memory.get("fits"),
+    }
+
+
+def _audit(run: RunFolder) -> Mapping[str, Any] | None:
+    """One column a split where every entry is a mapping, else one column of values."""
+    audit = run.audit
+    while len(audit) == 1 and isinstance(inner := next(iter(audit.values())), dict):
+        if not all(isinstance(value, dict) for value in inner.values()):
+            break
+        audit = inner
+    if not audit:
+        return None
+    is_split = all(isinstance(value, dict) for value in audit.values())
+    columns = audit if is_split else {"": audit}
+    flat = {name: dict(text.flat(values)) for name, values in columns.items()}
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    rows = [(key, [values.get(key, "") for values in flat.values()]) for key in keys]
+    return {"columns": list(flat), "rows": rows}
+
+
+def _is_default(key: str, value: Any) -> bool:
+    field = RunSettings.model_fields.get(key)
+    return field is not None and field.get_default(call_default_factory=True) == value

@@ -1,0 +1,111 @@
+"""Numbers and values as a person reads them."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline.report.folder import number
+
+GIB = 2**30
+
+
+def loss(value: float) -> str:
+    """A loss with three digits that count: 2.72, 0.0874."""
+    return f"{value:#.3g}"
+
+
+def share(value: float) -> str:
+    """A share of one as percent: 98.3 %, 0.35 %, 0 %."""
+    percent = 100 * value
+    if 0 < abs(percent) < 1:
+        return f"{percent:.2g}\u00a0%"
+    return f"{percent:.1f}".removesuffix(".0") + "\u00a0%"
+
+
+def amount(value: float) -> str:
+    """A count with three digits that count: 135 M, 12.5 k, 640."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.3g}\u00a0{letter}"
+    return f"{value:.3g}"
+
+
+def scientific(value: float) -> str:
+    """2e-4 rather than 0.0002."""
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def gib(largest: float) -> Callable[[float], str]:
+    """Bytes as GiB, with the decimals that a column up to `largest` needs."""
+    decimals = 2 if largest >= 10 * GIB else 3
+    return lambda size: f"{size / GIB:,.{decimals}f}"
+
+
+def duration(seconds: float) -> str:
+    """The two largest units: 1 h 23 min, 4 min 05 s, 12.3 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
+
+
+def seconds_between(start: Any, end: Any) -> float | None:
+    """Between two times of a status file: ISO 8601 or seconds since 1970."""
+    first, last = _seconds(start), _seconds(end)
+    return None if first is None or last is None or last < first else last - first
+
+
+def moment(value: Any) -> str:
+    """A time of a status file, in UTC."""
+    seconds = _seconds(value)
+    return (
+        cell(value)
+        if seconds is None
+        else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
+    )
+
+
+def cell(value: Any) -> str:
+    """A value of JSON or YAML for a table."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return scientific(value) if 0 < abs(value) < 1e-3 else f"{value:,.6g}"
+    if isinstance(value, list) and not any(isinstance(item, list | dict) for item in value):
+        return ", ".join(cell(item) for item in value) or "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def pretty(value: Any) -> str:
+    """JSON over several lines."""
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as one, keys joined by a dot."""
+    for key, value in values.items():
+        path = f"{above}{key}"
+        if isinstance(value, dict):
+            yield from flat(value, f"{path} · ")
+        else:
+            yield path, value
+
+
+def _seconds(value: Any) -> float | None:
+    if (seconds := number(value)) is not None:
+        return seconds
+    try:
+        found = datetime.fromisoformat(str(value))
+    except ValueError:
+        return None
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()

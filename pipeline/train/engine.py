@@ -1,0 +1,104 @@
+"""The DeepSpeed engine: one optimizer step, one evaluation forward.
+
+Collective throughout: every rank calls every method, in the same order.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from peft import PeftModel
+
+from pipeline.data.batches import Batch
+from pipeline.model.adapter import trainable
+from pipeline.model.loss import SummedLoss
+from pipeline.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class SeededBatch:
+    """A batch and the seed of its forward's dropout."""
+
+    batch: Batch
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one rank knows after a step; `loss_sum` is over this rank's tokens."""
+
+    loss_sum: float
+    tokens: int
+    grad_norm: float
+    was_applied: bool
+
+
+class Engine:
+    """A model under DeepSpeed, and the parameters that it trains."""
+
+    def __init__(self, model: PeftModel, plan: Plan) -> None:
+        self.parameters = trainable(model)
+        self._world_size = plan.world_size
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=SummedLoss(model),
+            model_parameters=list(self.parameters.values()),
+            config=dict(plan.deepspeed),
+            dist_init_required=False,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        device: torch.device = torch.device(self.deepspeed.device)
+        return device
+
+    def optimizer_step(
+        self, batches: Iterable[SeededBatch], supervised_tokens: int, lr: float
+    ) -> StepResult:
+        """One step over this rank's micro-batches; `supervised_tokens` are of all ranks."""
+        self.deepspeed.train()
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        tokens, before = 0, self.deepspeed.global_steps
+        for seeded in batches:
+            loss_sum += self.accumulate(seeded, supervised_tokens).detach().double()
+            tokens += seeded.batch.tokens
+            self.deepspeed.step()
+        assert self.deepspeed.global_steps == before + 1, "not one step's micro-batches"
+        return StepResult(
+            loss_sum=float(loss_sum),
+            tokens=tokens,
+            grad_norm=_as_float(self.deepspeed.get_global_grad_norm()),
+            was_applied=bool(self.deepspeed.was_step_applied()),
+        )
+
+    def accumulate(self, seeded: SeededBatch, supervised_tokens: int) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its summed loss.
+
+        DeepSpeed averages gradients over ranks and, by default, divides the loss by the number of
+        micro-batches. Both are undone here, the one place: what is left is the gradient of the
+        mean loss over all supervised tokens of the step, however it is split.
+        """
+        torch.manual_seed(seeded.seed)
+        loss_sum = self._forward(seeded.batch)
+        scaled = loss_sum * (self._world_size / supervised_tokens)
+        self.deepspeed.backward(scaled, scale_wrt_gas=False)
+        return loss_sum
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> float:
+        """Summed loss of one batch, without dropout."""
+        self.deepspeed.eval()
+        return float(self._forward(batch))
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        moved = batch.to(self.device)
+        loss: torch.Tensor = self.deepspeed(moved.input_ids, moved.attention_mask, moved.labels)
+        return loss
+
+
+def _as_float(value: Any) -> float:
+    return float("nan") if value is None else float(value)

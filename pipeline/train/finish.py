@@ -1,0 +1,42 @@
+"""After the last step: the adapter out, checked and published, or the word that a run stopped."""
+
+from pathlib import Path
+
+import torch
+
+from pipeline.adapter.gather import gather_weights
+from pipeline.adapter.publish import adapter_config, model_card, publish_adapter
+from pipeline.errors import Stopped
+from pipeline.model.adapter import expected_shapes
+from pipeline.train.loop import Training
+
+
+def finish(run: Training, stop_reason: str | None, *, is_debug: bool) -> None:
+    """Publish `adapter/`. Collective: every rank. Raises Stopped where the run was stopped."""
+    progress, folder = run.progress, run.folder
+    if stop_reason is not None:
+        run.session.rank_zero_first(run.stops.clear)
+        raise Stopped(
+            f"stopped at step {progress.step} of {run.plan.steps.total_steps} ({stop_reason}); "
+            "a checkpoint is written: start again to go on"
+        )
+    weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
+    step = run.session.rank_zero_first(lambda: _publish(run, weights))
+    run.display.say(f"adapter of step {step}: {folder / 'adapter'}")
+    if is_debug:
+        run.display.say("debug: loss and gradients finite, adapter moved")
+
+
+def _publish(run: Training, weights: dict[str, torch.Tensor]) -> int:
+    settings, progress, step = run.plan.settings, run.progress, run.progress.step
+    if settings.keep_best and progress.best_step not in (0, step):
+        weights, step = run.checkpoints.read_best(), progress.best_step
+    publish_adapter(
+        weights,
+        expected_shapes(run.plan),
+        run.folder / "adapter",
+        adapter_config=adapter_config(settings),
+        base=Path(settings.model),
+        card=model_card(run.plan, step),
+    )
+    return step

@@ -1,0 +1,54 @@
+"""metrics.jsonl: a line a step, written as it happens."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class MetricsFile:
+    """Appends lines; of an earlier start it keeps those up to the step that is resumed from."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
+        self._file = path.open("w", encoding="utf-8")
+        for line in kept:
+            self.write(line)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """One line, flushed: whoever follows the file sees each step."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Complete lines of a metrics file; the last may have been cut off by a kill."""
+    if not path.is_file():
+        return []
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue
+    return found
+
+
+class Stopwatch:
+    """Seconds since it was last asked."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+
+def peak_device_bytes(device: torch.device) -> int | None:
+    """Most bytes in tensors on a CUDA device so far; None on a CPU, where nothing counts them."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

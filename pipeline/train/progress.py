@@ -1,0 +1,61 @@
+"""What rank 0 shows while it trains: a bar in a terminal, plain lines elsewhere."""
+
+import sys
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class ProgressDisplay:
+    """Shows steps on the rank that is asked to; a silent one on every other."""
+
+    def __init__(self, total_steps: int, done: int, every: int, *, is_shown: bool) -> None:
+        self._every, self._total, self._is_shown = every, total_steps, is_shown
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        if is_shown and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("", total=total_steps, completed=done, numbers="")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, line: dict[str, Any], seconds_left: float) -> None:
+        """One finished step, as its line of metrics.jsonl."""
+        if not self._is_shown:
+            return
+        numbers = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=line["step"], numbers=numbers)
+        elif line["step"] % self._every == 0 or line["step"] in (1, self._total):
+            self.say(f"step {line['step']}/{self._total}  {numbers}  {_clock(seconds_left)} left")
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._is_shown:
+            self._console.print(text, markup=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

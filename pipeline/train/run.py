@@ -1,0 +1,130 @@
+"""From settings to a published adapter: the road of one training run, on every rank."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.devices import detect_hardware, set_environment
+from pipeline.cluster.placement import from_environment
+from pipeline.cluster.session import Session
+from pipeline.config.settings import RunSettings
+from pipeline.data.prepare import DataIndex, check_rows, open_split, prepare
+from pipeline.errors import RankZeroError, Stopped
+from pipeline.model.fingerprint import base_fingerprint
+from pipeline.plan.plan import Plan, make_plan
+from pipeline.plan.shape import read_shape
+from pipeline.preflight.inputs import check_inputs
+from pipeline.train.start import open_run, write_plan
+from pipeline.train.status import RunStatus
+
+_DEBUG_ROWS, _DEBUG_STEPS = 64, 4
+
+
+def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
+    """Train, verify and publish. Collective: every rank of the launcher calls it.
+
+    All that can be known without torch is checked before torch is imported. Raises UserError for
+    wrong input, Stopped after an agreed stop, RankZeroError for a failed run.
+    """
+    if is_debug:
+        settings = _debug_settings(settings)
+    placement, hardware = from_environment(os.environ), detect_hardware()
+    set_environment(placement, hardware)
+    plan = make_plan(
+        settings,
+        read_shape(settings.model),
+        hardware,
+        nodes=placement.nodes,
+        ranks_per_node=placement.local_size,
+    )
+    check_inputs(plan)
+    folder = Path(settings.output_dir)
+    with Session(placement, hardware) as session:
+
+        def say(text: str) -> None:
+            if session.is_rank_zero:
+                print(text, flush=True)  # noqa: T201 - the run's own terminal
+
+        def begin() -> dict[str, Any]:
+            check_rows(settings)
+            return {"start": open_run(folder, plan, is_debug=is_debug)}
+
+        if session.rank_zero_first(begin)["start"] == "done":
+            say(f"{folder} is done with these settings; nothing to do")
+            return
+        status = RunStatus(folder / "status.json") if session.is_rank_zero else None
+        _owned(status, lambda: _prepare_and_train(plan, session, status, say, is_debug=is_debug))
+
+
+def _owned(status: RunStatus | None, work: Callable[[], None]) -> None:
+    """Do the work as the run's owner: however it ends, status.json tells."""
+    if status is None:
+        work()
+        return
+    status.claim()
+    try:
+        work()
+    except Stopped as stop:
+        status.end("stopped", stop.exit_code, str(stop))
+        raise
+    except RankZeroError as error:
+        status.end("failed", error.exit_code, str(error))
+        raise
+    except BaseException as error:
+        status.end("failed", 1, f"{type(error).__name__}: {error}")
+        raise
+    status.end("done", 0, None)
+
+
+def _prepare_and_train(
+    plan: Plan,
+    session: Session,
+    status: RunStatus | None,
+    say: Callable[[str], None],
+    *,
+    is_debug: bool,
+) -> None:
+    settings, folder = plan.settings, Path(plan.settings.output_dir)
+    limit = _DEBUG_ROWS if is_debug else None
+
+    def prepare_data() -> None:
+        index = prepare(settings, folder / "data", limit)
+        write_plan(folder, plan.with_data(index.train.documents))
+
+    session.rank_zero_first(prepare_data)
+    index = DataIndex.load(folder / "data")
+    plan = plan.with_data(index.train.documents)
+    say(plan.render())
+    if status is not None:
+        status.update(total_steps=plan.steps.total_steps)
+
+    from pipeline.train.assemble import assemble  # torch from here on
+    from pipeline.train.finish import finish
+    from pipeline.train.loop import train
+
+    session.start()
+    run = assemble(
+        plan,
+        session,
+        status,
+        train_split=open_split(index.train),
+        eval_split=None if index.eval is None else open_split(index.eval),
+        data_key=index.train.key,
+        base_fingerprint=session.rank_zero_first(lambda: base_fingerprint(Path(settings.model))),
+    )
+    with run.display:
+        finish(run, train(run), is_debug=is_debug)
+
+
+def _debug_settings(settings: RunSettings) -> RunSettings:
+    """The same run, short and with everything looked at, beside the real one."""
+    steps = min(settings.max_steps or _DEBUG_STEPS, _DEBUG_STEPS)
+    return settings.model_copy(
+        update={
+            "output_dir": f"{settings.output_dir.rstrip('/')}-debug",
+            "max_steps": steps,
+            "logging_steps": 1,
+            "resume": "never",
+        }
+    )

@@ -1,0 +1,116 @@
+"""What starting in a folder means: a new run, going on, nothing left to do, or a refusal."""
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from pipeline.config.load import dump_settings
+from pipeline.errors import UserError
+from pipeline.plan.plan import Plan, dump_json
+from pipeline.train.status import is_alive, read_status, write_atomically
+
+Start = Literal["new", "resume", "done"]
+
+# All that a run may leave; nothing else is ever removed from a folder.
+_FILES = (
+    "run.yaml", "plan.json", "ds_config.json", "status.json", "metrics.jsonl", "score.json",
+    "report.html", "stop",
+)  # fmt: skip
+_FOLDERS = ("data", "checkpoints", "adapter", "merged")
+
+# Keys that may differ between two starts of the same run: they change how it is run, watched or
+# saved, not what comes out. The split of the global batch is among them, its size is not.
+_FREE = {
+    "output_dir", "overwrite", "resume", "preset", "time_limit", "zero_stage", "batch_size",
+    "gradient_accumulation_steps", "gradient_checkpointing", "dataloader_num_workers",
+    "dataloader_prefetch_factor", "logging_steps", "save_strategy", "save_steps",
+    "save_total_limit",
+}  # fmt: skip
+
+
+def open_run(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
+    """Decide, and make the folder ready: `new` leaves it empty but for run.yaml and plans.
+
+    Called on rank 0. Raises UserError where something would be lost or two runs would share it.
+    """
+    found = _look(folder, plan, is_debug=is_debug)
+    if found == "new":
+        clear_run(folder)
+    if found != "done":
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "run.yaml", dump_settings(_resolved(plan)))
+        write_plan(folder, plan)
+    return found
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """plan.json and ds_config.json."""
+    write_atomically(folder / "plan.json", dump_json(plan.as_json()))
+    write_atomically(folder / "ds_config.json", dump_json(plan.deepspeed))
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what a run left in a folder, and nothing else."""
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name in _FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _look(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
+    settings = plan.settings
+    status = read_status(folder / "status.json")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file; give a folder")
+    if status is None:
+        strangers = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+        if [name for name in strangers if name not in (*_FILES, *_FOLDERS)]:
+            raise UserError(
+                f"output_dir: {folder} holds {min(strangers)} and is not a run folder; "
+                "give a new or an empty one"
+            )
+        return _without_a_start(folder, settings.resume)
+    if is_alive(status):
+        raise UserError(
+            f"output_dir: {folder} belongs to a run that is at work (process {status['pids'][0]} "
+            f"on {status['host']}); wait for it, or stop it with `touch {folder / 'stop'}`"
+        )
+    if is_debug:
+        return "new"
+    differences = _differences(folder / "run.yaml", plan)
+    is_done = status.get("state") == "done"
+    if differences and not settings.overwrite:
+        what = "finished" if is_done else "begun"
+        raise UserError(
+            f"output_dir: {folder} holds a run {what} with other settings: "
+            f"{'; '.join(differences)}; give another output_dir, or set overwrite: true"
+        )
+    if differences or (settings.resume == "never" and not is_done):
+        return "new"
+    return "done" if is_done else "resume"
+
+
+def _without_a_start(folder: Path, resume: str) -> Start:
+    if resume == "must":
+        raise UserError(f"resume: must, but {folder} holds no run; set resume: auto to start one")
+    return "new"
+
+
+def _differences(run_yaml: Path, plan: Plan) -> list[str]:
+    """`key: then -> now` for each key that changes what comes out."""
+    try:
+        then: dict[str, Any] = yaml.safe_load(run_yaml.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return ["its run.yaml cannot be read"]
+    now = _resolved(plan).model_dump(mode="json")
+    return [
+        f"{key}: {then.get(key)} -> {value}"
+        for key, value in now.items()
+        if key not in _FREE and then.get(key) != value
+    ]
+
+
+def _resolved(plan: Plan) -> Any:
+    return plan.settings.model_copy(update={"global_batch_size": plan.choice.global_batch_size})

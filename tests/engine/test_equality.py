@@ -1,0 +1,91 @@
+"""The same numbers, however a global batch is split and whatever is sharded."""
+
+import pytest
+
+from tests.engine.train_tiny import distance, train_tiny
+from tests.ranks import run_ranks
+
+# DESIGN's bounds for fp32 and no dropout.
+FIRST_GRADIENTS = LOSSES = 1e-6
+WEIGHTS_AFTER_5 = 1e-5
+
+LORA = [
+    (1, {"zero_stage": 2, "batch_size": 8}),
+    (1, {"zero_stage": 2, "batch_size": 2, "gradient_checkpointing": True}),
+    (2, {"zero_stage": 1, "batch_size": 2}),
+    (2, {"zero_stage": 1, "batch_size": 4, "gradient_checkpointing": True}),
+    (2, {"zero_stage": 2, "batch_size": 1}),
+    (2, {"zero_stage": 2, "batch_size": 4, "gradient_checkpointing": True}),
+    (2, {"zero_stage": 3, "batch_size": 2}),
+    (2, {"zero_stage": 3, "batch_size": 4, "gradient_checkpointing": True}),
+    (4, {"zero_stage": 2, "batch_size": 2}),
+    (4, {"zero_stage": 3, "batch_size": 1}),
+]
+NF4 = {"load_in_4bit": True}
+FP4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+INT8 = {"load_in_8bit": True}
+QUANTISED = [
+    (NF4, 2, {"zero_stage": 1, "gradient_checkpointing": True}),
+    (NF4, 2, {"zero_stage": 2, "batch_size": 4}),
+    (NF4, 2, {"zero_stage": 2, "gradient_checkpointing": True}),
+    (NF4, 2, {"zero_stage": 3, "batch_size": 2}),
+    (FP4, 2, {"zero_stage": 1, "batch_size": 2}),
+    (FP4, 2, {"zero_stage": 2, "gradient_checkpointing": True}),
+    (INT8, 2, {"zero_stage": 1, "batch_size": 1}),
+    (INT8, 2, {"zero_stage": 2, "batch_size": 1, "gradient_checkpointing": True}),
+]
+_references: dict[str, dict] = {}
+
+
+def reference(tiny_model, tmp_path, kind: dict) -> dict:
+    """One rank, eight micro-batches of one document: no padding, no sharding."""
+    key = str(kind)
+    if key not in _references:
+        settings = kind | {"zero_stage": 2, "batch_size": 1}
+        [_references[key]] = run_ranks(
+            train_tiny, tiny_model, settings, tmp_path=tmp_path, world_size=1
+        )
+    return _references[key]
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], rel=LOSSES)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    assert distance(found["gradients"], expected["gradients"]) < FIRST_GRADIENTS
+    assert distance(found["weights"], expected["weights"]) < WEIGHTS_AFTER_5
+
+
+@pytest.mark.parametrize(("world_size", "split"), LORA)
+def test_lora_is_the_same_for_every_split_and_stage(tiny_model, tmp_path, world_size, split):
+    expected = reference(tiny_model, tmp_path, {})
+    found = run_ranks(train_tiny, tiny_model, split, tmp_path=tmp_path, world_size=world_size)
+    assert_same(found[0], expected)
+
+
+@pytest.mark.parametrize(("kind", "world_size", "split"), QUANTISED)
+def test_quantised_is_the_same_for_every_split_and_stage(
+    tiny_model, tmp_path, kind, world_size, split
+):
+    expected = reference(tiny_model, tmp_path, kind)
+    settings = kind | split
+    found = run_ranks(train_tiny, tiny_model, settings, tmp_path=tmp_path, world_size=world_size)
+    assert_same(found[0], expected)
+
+
+def test_the_reference_learns_and_quantisation_is_real(tiny_model, tmp_path):
+    plain, nf4, int8 = (reference(tiny_model, tmp_path, kind) for kind in ({}, NF4, INT8))
+    moved = [key for key, value in plain["weights"].items() if "lora_B" in key and value.any()]
+    assert len(moved) == 2 * 7
+    assert abs(nf4["losses"][0] / plain["losses"][0] - 1) > 1e-4
+    assert abs(int8["losses"][0] / plain["losses"][0] - 1) > 1e-7
+
+
+def test_zero1_in_bf16_uses_the_optimizer_class_of_zero2(tiny_model, tmp_path):
+    settings = {"bf16": True, "batch_size": 4}
+    stage1, stage2 = (
+        run_ranks(train_tiny, tiny_model, settings | {"zero_stage": s}, tmp_path=tmp_path)[0]
+        for s in (1, 2)
+    )
+    # Accumulated in bf16 at stage 1 and without accumulation here, the gradients are the same.
+    assert distance(stage1["gradients"], stage2["gradients"]) < 4e-3
+    assert stage1["losses"] == pytest.approx(stage2["losses"], rel=2e-3)

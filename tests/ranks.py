@@ -1,0 +1,106 @@
+"""Run one function on N gloo ranks, fast and with a deadline.
+
+A forkserver that has the slow imports already makes a 2-rank ZeRO test take about a second. Bodies
+are module-level functions (pickled by name). No ports: the ranks meet in a file.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_CTX = mp.get_context("forkserver")
+_CTX.set_forkserver_preload(["tests.preload"])
+
+
+def run_ranks(
+    body: Callable[..., Any],
+    *args: Any,
+    tmp_path: Path,
+    world_size: int = 2,
+    deadline_s: float = 90.0,
+) -> list[Any]:
+    """Call ``body(session, *args)`` on every rank and return the results by rank.
+
+    Raises AssertionError with the traceback of each rank that failed, or naming the ranks that
+    were still running at the deadline; either way every worker is gone when it returns.
+    """
+    store = tmp_path / f"rendezvous-{time.monotonic_ns()}"
+    ends = [_CTX.Pipe(duplex=False) for _ in range(world_size)]
+    workers = [
+        _CTX.Process(target=_rank_main, args=(rank, world_size, store, send, body, args))
+        for rank, (_, send) in enumerate(ends)
+    ]
+    for worker, (_, send) in zip(workers, ends, strict=True):
+        worker.start()
+        send.close()
+    try:
+        return _collect({recv: rank for rank, (recv, _) in enumerate(ends)}, deadline_s)
+    finally:
+        for worker in workers:
+            worker.join(0.2)
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+
+
+def _collect(waiting: dict[Connection, int], deadline_s: float) -> list[Any]:
+    results: list[Any] = [None] * len(waiting)
+    end = time.monotonic() + deadline_s
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, end - time.monotonic()))
+        if not ready:
+            late = sorted(waiting.values())
+            raise AssertionError(f"ranks {late} still running after {deadline_s:g} s")
+        for recv in ready:
+            rank = waiting.pop(recv)
+            try:
+                ok, value = pickle.loads(recv.recv_bytes())
+            except EOFError:
+                ok, value = False, "the process died without a report"
+            if not ok:
+                raise AssertionError(f"rank {rank}:\n{value}")
+            results[rank] = value
+    return results
+
+
+def _rank_main(
+    rank: int,
+    world_size: int,
+    store: Path,
+    send: Connection,
+    body: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from pipeline.cluster.devices import detect_hardware
+    from pipeline.cluster.placement import Placement
+    from pipeline.cluster.session import Session
+
+    torch.set_num_threads(1)
+    placement = Placement(rank=rank, local_rank=rank, world_size=world_size, local_size=world_size)
+    os.environ.update(placement.variables())
+    try:
+        session = Session(placement, detect_hardware())
+        session._store = dist.FileStore(str(store), world_size)
+        session.start()
+        value = body(session, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+        send.send_bytes(pickle.dumps((True, value)))  # by value: tensors too
+    except BaseException:  # reported to the test, which raises it
+        send.send_bytes(pickle.dumps((False, traceback.format_exc())))

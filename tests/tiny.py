@@ -1,0 +1,122 @@
+"""A tiny Llama and a byte-level tokenizer, made in code: what every test trains on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CONFIG = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+def make_model(folder: Path, *, tied: bool = True, dtype: str = "float32", shards: int = 1) -> Path:
+    """Save a tiny random Llama with its tokenizer as an ordinary model folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=tied,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        initializer_range=0.2,  # the usual 0.02 makes every answer the same at this size
+        **CONFIG,
+    )
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(folder, max_shard_size=max(size // shards, 1) if shards > 1 else "5GB")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer():
+    """A byte-level tokenizer with ChatML: every text has exactly one encoding."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHATML,
+    )
+
+
+def make_rows(path: Path, count: int = 24) -> Path:
+    """Write chat rows of unequal lengths and unequal supervised shares."""
+    rows = []
+    for i in range(count):
+        question = f"{i} " + "ask " * (1 + i % 5)
+        answer = "yes " * (1 + (i * 7) % 4) + str(i)
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows.append({"messages": turns * (1 + i % 2)})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_plan(folder: Path, world_size: int = 1, documents: int | None = None, **settings):
+    """The plan of a run on the tiny model; fp32 and no dropout unless the settings say so."""
+    from pipeline.config.settings import RunSettings
+    from pipeline.plan.hardware import Hardware
+    from pipeline.plan.plan import make_plan
+    from pipeline.plan.shape import read_shape
+
+    values = {
+        "model": str(folder),
+        "train_data": "train.jsonl",
+        "output_dir": "run",
+        "lora_r": 4,
+        "lora_dropout": 0.0,
+        "lr": 1e-3,
+        "bf16": False,
+        "fp16": False,
+        "global_batch_size": 8,
+        "batch_size": 1,
+    }
+    run = RunSettings.model_validate(values | settings)
+    cpu = Hardware(kind="cpu", name="CPU", devices_per_node=1, device_bytes=2**34, host_bytes=2**34)
+    plan = make_plan(run, read_shape(str(folder)), cpu, nodes=1, ranks_per_node=world_size)
+    return plan if documents is None else plan.with_data(documents)
+
+
+class Documents:
+    """A split in memory: random documents of unequal lengths and unequal label masks."""
+
+    def __init__(self, count: int = 40, vocab_size: int = 259, longest: int = 24, seed: int = 0):
+        random = np.random.default_rng(seed)
+        self.lengths = random.integers(3, longest, count)
+        self._ids = [random.integers(3, vocab_size, n).astype(np.int32) for n in self.lengths]
+        self._masks = [
+            random.random(n) < share
+            for n, share in zip(self.lengths, random.uniform(0.1, 0.9, count), strict=True)
+        ]
+        for mask in self._masks:
+            mask[0], mask[-1] = False, True
+        self.supervised_counts = np.array([mask.sum() for mask in self._masks])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def document(self, i: int):
+        """Ids and mask of a document."""
+        return self._ids[i], self._masks[i]
