@@ -42,7 +42,7 @@ class RunSettings(BaseModel):
     output_dir: str = Field(description="The run folder; everything that a run leaves is in it.")
     overwrite: bool = Field(
         default=False,
-        description="Replace what an earlier run left in `output_dir` instead of resuming or refusing.",
+        description="Replace a run with other settings in `output_dir` instead of refusing.",
     )
     resume: Literal["auto", "must", "never"] = Field(
         default="auto",
@@ -51,7 +51,7 @@ class RunSettings(BaseModel):
     )
     preset: str | list[str] = Field(
         default_factory=list,
-        description="Name or list of names of presets; a later one wins, the run file wins over all.",
+        description="Name or names of presets; a later one wins, the run file wins over all.",
     )
     seed: int = Field(
         default=42, ge=0, description="Seed of data order, adapter weights and dropout."

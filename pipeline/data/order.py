@@ -31,7 +31,7 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Documents of one forward on one rank; `first` is the place of the first in the global batch."""
+    """Documents of one forward on one rank; `first` is their place in the global batch."""
 
     documents: tuple[int, ...]
     first: int

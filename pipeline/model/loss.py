@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from pipeline.plan.memory import LOGITS_CHUNK_BYTES
 
@@ -23,7 +24,7 @@ class SummedLoss(nn.Module):
     fp32, a chunk at a time and again in the backward pass, so that (B, T, V) never exists.
     """
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         self.model = model
 
@@ -31,7 +32,8 @@ class SummedLoss(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
         """Sum over the S supervised positions, fp32; 0 with a gradient path where S is 0."""
-        causal: Any = self.model.get_base_model()
+        model = self.model
+        causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         hidden = causal.get_decoder()(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state  # (B, T, D)

@@ -177,4 +177,4 @@ def _does_not_fit(
         need = _need(shape, changed, tried)
         if need <= limit:
             return f"{found}; with {name} it needs {need / GIB:.1f}"
-    return f"{found}; no single change makes it fit: use a larger GPU, more of them, or a smaller model"
+    return f"{found}; no single change makes it fit: a larger GPU or more of them"

@@ -44,7 +44,8 @@ class ProgressDisplay:
         """One finished step, as its line of metrics.jsonl."""
         if not self._is_shown:
             return
-        numbers = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
+        speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+        numbers = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {speed}"
         if self._bar is not None:
             self._bar.update(self._task, completed=line["step"], numbers=numbers)
         elif line["step"] % self._every == 0 or line["step"] in (1, self._total):

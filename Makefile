@@ -1,0 +1,50 @@
+# make quickstart   the whole road on a real model, in minutes, on any machine
+# make test         the suite that needs no GPU
+# make check        ruff, mypy --strict, import-linter, generated docs
+# On a machine without a GPU, TORCH_INDEX=<PyTorch's CPU index> spares gigabytes of CUDA.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: quickstart install test check fix docs test-floors clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python launch/quickstart/quickstart.py
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a minute or more) ..."
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(shell grep '^torch==' constraints.txt)
+	$(PIP) --constraint constraints.txt --editable '.[quickstart,dev]'
+	@touch $@
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+
+fix: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/generate.py
+
+# The suite on the lowest versions that pyproject.toml allows, in a virtual environment of its own.
+test-floors:
+	$(PYTHON) -m venv .venv-floors
+	.venv-floors/bin/python -m pip install --quiet --constraint tests/floors.txt --editable '.[quickstart,dev]'
+	.venv-floors/bin/python -m pytest
+
+clean:
+	rm -rf $(VENV) .venv-floors .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,93 @@
+"""Write docs/configuration.md and docs/rules.md from the code; `--check` only compares."""
+
+import json
+import sys
+from pathlib import Path
+
+from pipeline.config.presets import PRESETS, RANGES
+from pipeline.config.settings import RunSettings
+from pipeline.plan.rules import RULES
+
+HERE = Path(__file__).parent
+
+
+def configuration() -> str:
+    schema = RunSettings.model_json_schema()
+    lines = [
+        "# Settings of a run file",
+        "",
+        "Generated from the code by `make docs`.",
+        "A run file is flat YAML; any setting can also be given as `key=value` on the command line.",
+        "Precedence: defaults < presets < run file < command line.",
+        "",
+        "| setting | values | default | what it does |",
+        "|---|---|---|---|",
+    ]
+    required = set(schema["required"])
+    for name, said in schema["properties"].items():
+        field = RunSettings.model_fields[name]
+        default = "required" if name in required else f"`{_json(field.get_default(call_default_factory=True))}`"
+        lines.append(f"| `{name}` | {_values(said)} | {default} | {said['description']} |")
+    lines += ["", "## Presets", "", "| preset | sets | the guide's range |", "|---|---|---|"]
+    for name, values in PRESETS.items():
+        sets = ", ".join(f"`{key}: {_json(value)}`" for key, value in values.items())
+        ranges = ", ".join(f"{key} {span}" for key, span in RANGES.get(name, {}).items())
+        lines.append(f"| `{name}` | {sets} | {ranges} |")
+    return "\n".join(lines) + "\n"
+
+
+def rules() -> str:
+    lines = [
+        "# Rules",
+        "",
+        "Generated from the code by `make docs`.",
+        "`refuse` ends with exit code 2 before anything is loaded; `warn`, `set` and `advise` are shown with the plan.",
+        "",
+        "| rule | level | why | what to do | source |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [f"| `{r.id}` | {r.level} | {r.reason} | {r.remedy} | {r.source} |" for r in RULES]
+    return "\n".join(lines) + "\n"
+
+
+def _values(said: dict) -> str:
+    options = said.get("anyOf", [said])
+    return " or ".join(dict.fromkeys(_value(option) for option in options))
+
+
+def _value(option: dict) -> str:
+    if "enum" in option:
+        return ", ".join(f"`{value}`" for value in option["enum"])
+    if "const" in option:
+        return f"`{option['const']}`"
+    kind = {
+        "integer": "whole number", "number": "number", "string": "text", "boolean": "true, false",
+        "array": "list", "null": "nothing",
+    }[option["type"]]  # fmt: skip
+    bounds = [
+        f"{sign} {option[key]:g}"
+        for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
+        if key in option
+    ]
+    return " ".join([kind, *bounds])
+
+
+def _json(value: object) -> str:
+    return json.dumps(value)
+
+
+def main() -> None:
+    stale = []
+    for name, text in (("configuration.md", configuration()), ("rules.md", rules())):
+        path = HERE / name
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(name)
+        if "--check" not in sys.argv:
+            path.write_text(text, encoding="utf-8")
+    if stale and "--check" in sys.argv:
+        sys.exit(f"docs/{', docs/'.join(stale)}: not what the code says; run `make docs`")
+
+
+if __name__ == "__main__":
+    main()

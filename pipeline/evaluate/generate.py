@@ -1,0 +1,87 @@
+"""Greedy answers to held-out prompts, in batches, and how many match exactly."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from pipeline.data.formats import Example
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the model is shown, and what it should say."""
+
+    prompt: str  # as rendered for the model
+    shown: str  # as a person reads it
+    expected: str
+
+
+def question(example: Example, tokenizer: PreTrainedTokenizerBase) -> Question:
+    """The last answer of an example, and all that comes before it."""
+    if example.messages is None:
+        assert example.prompt is not None
+        assert example.completion is not None
+        return Question(example.prompt, example.prompt, example.completion)
+    messages = [{"role": m.role, "content": m.content} for m in example.messages]
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    prompt = tokenizer.apply_chat_template(
+        messages[:last], tokenize=False, add_generation_prompt=True
+    )
+    shown = next((m["content"] for m in reversed(messages[:last]) if m["role"] == "user"), "")
+    return Question(str(prompt), shown, messages[last]["content"])
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[str]:
+    """One answer a prompt, in their order; prompts of like length share a batch."""
+    tokenizer.padding_side = "left"  # answers begin where the prompts end
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=_ends(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    model.eval()
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        inputs = tokenizer(
+            [prompts[i] for i in chosen],
+            return_tensors="pt",
+            padding=True,
+            add_special_tokens=False,
+        ).to(model.device)
+        ids = model.generate(**inputs, generation_config=config)
+        texts = tokenizer.batch_decode(
+            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = text
+    return answers
+
+
+def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
+    """Share of answers that are the expected text, but for white space around it."""
+    pairs = list(zip(answers, expected, strict=True))
+    return sum(answer.strip() == said.strip() for answer, said in pairs) / len(pairs)
+
+
+def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that may end an answer, by the model's and by the tokenizer's word."""
+    said = model.generation_config.eos_token_id
+    ends = set(said) if isinstance(said, list) else {said}
+    return sorted(end for end in ends | {tokenizer.eos_token_id} if end is not None)

@@ -1,0 +1,277 @@
+"""The plan: choices, batch arithmetic, steps, refusals; and every run file that we ship."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config.load import load_settings
+from pipeline.config.settings import RunSettings
+from pipeline.errors import UserError
+from pipeline.plan.hardware import GIB, Hardware
+from pipeline.plan.plan import make_plan
+from pipeline.plan.shape import read_shape
+
+ROOT = Path(__file__).parents[2]
+LLAMA_8B = {
+    "model_type": "llama", "dtype": "bfloat16", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA_70B = LLAMA_8B | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}  # fmt: skip
+SMOLLM2 = {
+    "model_type": "llama", "dtype": "bfloat16", "hidden_size": 576, "intermediate_size": 1536,
+    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+CONFIGS = {
+    "llama-3.1-8b-instruct": LLAMA_8B,
+    "llama-3.3-70b-instruct": LLAMA_70B,
+    "model": SMOLLM2,
+}
+
+
+def gpu(gib: float, count: int = 8, capability=(9, 0)) -> Hardware:
+    return Hardware(
+        kind="cuda", name="GPU", devices_per_node=count, device_bytes=int(gib * GIB),
+        host_bytes=512 * GIB, compute_capability=capability,
+    )  # fmt: skip
+
+
+CPU = Hardware(
+    kind="cpu", name="CPU", devices_per_node=1, device_bytes=24 * GIB, host_bytes=24 * GIB
+)
+
+
+@pytest.fixture
+def plan(tmp_path):
+    def make(config=LLAMA_8B, hardware=None, ranks=8, nodes=1, **settings):
+        folder = tmp_path / "model"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        values = {"model": str(folder), "train_data": "t", "output_dir": "o"} | settings
+        run = RunSettings.model_validate(values)
+        hardware = hardware or gpu(80)
+        return make_plan(run, read_shape(run.model), hardware, nodes=nodes, ranks_per_node=ranks)
+
+    return make
+
+
+def test_known_parameter_counts(plan):
+    assert plan().shape.parameters == 8_030_261_248  # Llama 3.1 8B's model card: 8.03 B
+    assert plan(SMOLLM2).shape.parameters == 134_515_008
+    assert plan(lora_r=64).trainable == 167_772_160  # 7 projections, 32 layers
+
+
+def test_a_base_that_fits_is_replicated_and_one_that_does_not_is_sharded(plan):
+    assert plan().choice.layout.zero_stage == 2
+    sharded = plan(LLAMA_70B, lora_r=16)
+    assert sharded.choice.layout.zero_stage == 3
+    assert "does not fit" in sharded.choice.why["zero_stage"]
+    assert plan(LLAMA_70B, load_in_4bit=True, lora_r=16).choice.layout.zero_stage == 2
+
+
+def test_what_the_user_set_is_kept(plan):
+    layout = plan(zero_stage=3, batch_size=2, gradient_checkpointing=True).choice.layout
+    assert (layout.zero_stage, layout.micro_batch_size, layout.is_checkpointed) == (3, 2, True)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(plan):
+    with pytest.raises(UserError, match=r"needs .* GiB a rank .* with load_in_4bit: true"):
+        plan(hardware=gpu(16), ranks=1, batch_size=1, gradient_checkpointing=True, max_length=256)
+
+
+@pytest.mark.parametrize(
+    ("keys", "ranks", "expected"),
+    [
+        ({"global_batch_size": 64}, 8, (8, 1)),
+        ({"global_batch_size": 64, "batch_size": 2}, 8, (2, 4)),
+        ({"global_batch_size": 24, "gradient_accumulation_steps": 3}, 4, (2, 3)),
+        ({"batch_size": 2, "gradient_accumulation_steps": 4}, 8, (2, 4)),
+        ({"batch_size": 3}, 2, (3, 1)),
+        ({"gradient_accumulation_steps": 5}, 2, (1, 5)),
+        ({}, 1, (8, 2)),
+        ({}, 64, (1, 1)),
+    ],
+)
+def test_batch_arithmetic(plan, keys, ranks, expected):
+    choice = plan(SMOLLM2, ranks=ranks, max_length=256, **keys).choice
+    assert (choice.layout.micro_batch_size, choice.accumulation_steps) == expected
+    assert choice.global_batch_size == expected[0] * expected[1] * ranks
+    if "global_batch_size" in keys:
+        assert choice.global_batch_size == keys["global_batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "near"),
+    [
+        ({"global_batch_size": 12}, "8 or 16"),
+        ({"global_batch_size": 40, "batch_size": 2}, "32 or 48"),
+        ({"global_batch_size": 32, "batch_size": 2, "gradient_accumulation_steps": 4}, "64"),
+        ({"global_batch_size": 4}, "8 or 16"),
+    ],
+)
+def test_impossible_batches_name_the_nearest_possible(plan, keys, near):
+    with pytest.raises(UserError, match=f"global_batch_size: .* {near} would work"):
+        plan(**keys)
+
+
+def steps_of(documents, epochs, batch):
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SMOLLM2))
+        run = RunSettings(
+            model=folder, train_data="t", output_dir="o", epochs=epochs, global_batch_size=batch
+        )
+        made = make_plan(run, read_shape(folder), CPU, nodes=1, ranks_per_node=1)
+        return made.with_data(documents).steps
+
+
+@given(
+    documents=st.integers(1, 100_000), epochs=st.integers(1, 4), batch=st.sampled_from([1, 8, 56])
+)
+def test_steps_cover_every_document_as_often_as_asked(documents, epochs, batch):
+    schedule = steps_of(documents, epochs, batch)
+    assert schedule.total_steps == schedule.steps_per_epoch * epochs
+    assert 0 <= schedule.steps_per_epoch * batch - documents < batch
+    assert 1 <= schedule.warmup_steps <= schedule.total_steps
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+def test_the_learning_rate_starts_above_zero_and_never_rises_after_the_warm_up(plan, kind):
+    made = plan(lr=1e-3, lr_scheduler_type=kind, warmup_ratio=0.1, min_lr_ratio=0.1,
+                global_batch_size=8).with_data(800)  # fmt: skip
+    rates = [made.learning_rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) == rates[9] == pytest.approx(1e-3)
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert min(rates) >= 1e-4 - 1e-12
+
+
+@pytest.mark.parametrize(
+    ("hardware", "keys", "rule"),
+    [
+        (gpu(80), {"load_in_8bit": True, "zero_stage": 3}, "8bit-zero3"),
+        (gpu(80, capability=(7, 0)), {"bf16": True}, "bf16-old-gpu"),
+        (CPU, {"fp16": True}, "fp16-cpu"),
+        (CPU, {"use_flash_attention": True}, "flash-attention-missing"),
+        (gpu(80), {"packing": True}, "packing-not-yet"),
+    ],
+)
+def test_rules_that_refuse(plan, hardware, keys, rule):
+    with pytest.raises(UserError, match=f"rule {rule}"):
+        plan(SMOLLM2, hardware=hardware, ranks=2, **keys)
+
+
+def test_rules_that_speak(plan):
+    def ids(**keys):
+        return {rule.id for rule in plan(SMOLLM2, **keys).rules}
+
+    assert "4bit-zero3-reentrant" in ids(load_in_4bit=True, zero_stage=3)
+    assert "zero1-bf16-accumulation" in ids(zero_stage=1, gradient_accumulation_steps=2)
+    assert "alpha" in ids(lora_r=8, lora_alpha=64)
+    assert "alpha" not in ids(lora_r=8)
+    assert not ids()
+
+
+def test_old_gpus_train_in_fp16(plan):
+    assert plan(hardware=gpu(80, capability=(7, 5))).training_dtype == "float16"
+    assert plan().training_dtype == "bfloat16"
+    assert plan(bf16=False, fp16=False, lora_r=8).training_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("targets", "part"),
+    [
+        (["q_proj", "k_porj"], "'k_porj' matches no linear layer"),
+        (["c_attn"], "its blocks have q_proj, k_proj"),
+        (".*nothing.*", "matches no linear layer"),
+        ("(", "no regular expression"),
+        ([], "matches no linear layer"),
+    ],
+)
+def test_targets_that_match_nothing(plan, targets, part):
+    with pytest.raises(UserError, match="lora_target_modules") as error:
+        plan(lora_target_modules=targets)
+    assert part in str(error.value)
+
+
+def test_patterns_and_all_linear(plan):
+    every = plan(lora_target_modules="all-linear").trainable
+    assert every == plan().trainable
+    attention = plan(lora_target_modules=r".*\.self_attn\.[qv]_proj").trainable
+    assert attention == plan(lora_target_modules=["q_proj", "v_proj"]).trainable < every
+
+
+@pytest.mark.parametrize(
+    ("files", "part"),
+    [
+        ({}, "holds no config.json"),
+        ({"config.json": "{"}, "not readable as JSON"),
+        ({"config.json": '{"model_type": "llama"}'}, "is missing"),
+        ({"config.json": '{"model_type": "mamba"}'}, "'mamba' cannot be planned yet"),
+    ],
+)
+def test_folders_that_are_no_model(tmp_path, files, part):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="model: ") as error:
+        read_shape(str(tmp_path))
+    assert part in str(error.value)
+    with pytest.raises(UserError, match="hf download"):
+        read_shape("meta-llama/Llama-3.1-8B")
+
+
+def test_the_deepspeed_config_says_what_the_plan_chose(plan):
+    made = plan(zero_stage=3, batch_size=2, gradient_accumulation_steps=4, max_grad_norm=0.0)
+    config = made.deepspeed
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_accumulation_steps"] == 4
+    assert config["gradient_clipping"] == 0.0  # left out, DeepSpeed would clip at 1
+    assert config["optimizer"]["params"]["torch_adam"] is True
+    zero = config["zero_optimization"]
+    assert zero["stage"] == 3
+    assert zero["stage3_param_persistence_threshold"] == 64 * 14336
+    assert zero["reduce_bucket_size"] <= 50_000_000
+    assert "auto" not in json.dumps(config)
+
+
+def test_zero1_never_switches_the_optimizer_class(plan):
+    assert "data_types" not in plan(zero_stage=1).deepspeed
+    assert plan(zero_stage=2).deepspeed["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_the_plan_is_plain_data_and_readable(plan):
+    made = plan(global_batch_size=64).with_data(1000)
+    data = json.loads(json.dumps(made.as_json()))
+    assert data["model"]["trainable"] == made.trainable
+    assert data["memory"]["peak_bytes"] == sum(data["memory"]["per_rank"].values())
+    assert data["steps"]["total_steps"] == 16
+    text = made.render()
+    for part in ("ZeRO-2", "bfloat16", "global batch 64", "16 (16 an epoch)"):
+        assert part in text
+
+
+RUN_FILES = sorted((ROOT / "launch/runs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
+def test_every_run_file_that_we_ship_is_planned(path, tmp_path):
+    name = Path(yaml.safe_load(path.read_text())["model"]).name
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    settings = load_settings(path, [f"model={tmp_path}"])
+    hardware, ranks = (gpu(24, 1), 1) if "24gb" in path.stem else (gpu(80), 8)
+    if path.stem == "quickstart":
+        hardware, ranks = CPU, 2
+    made = make_plan(
+        settings, read_shape(settings.model), hardware, nodes=1, ranks_per_node=ranks
+    )
+    wanted = {"lora-70b-8gpu": 3}.get(path.stem, 2)
+    assert made.choice.layout.zero_stage == wanted
+    assert not [rule for rule in made.rules if rule.level in ("refuse", "warn")]
