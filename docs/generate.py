@@ -26,7 +26,11 @@ def configuration() -> str:
     required = set(schema["required"])
     for name, said in schema["properties"].items():
         field = RunSettings.model_fields[name]
-        default = "required" if name in required else f"`{_json(field.get_default(call_default_factory=True))}`"
+        default = (
+            "required"
+            if name in required
+            else f"`{_json(field.get_default(call_default_factory=True))}`"
+        )
         lines.append(f"| `{name}` | {_values(said)} | {default} | {said['description']} |")
     lines += ["", "## Presets", "", "| preset | sets | the guide's range |", "|---|---|---|"]
     for name, values in PRESETS.items():
@@ -66,7 +70,12 @@ def _value(option: dict) -> str:
     }[option["type"]]  # fmt: skip
     bounds = [
         f"{sign} {option[key]:g}"
-        for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
+        for key, sign in (
+            ("minimum", ">="),
+            ("exclusiveMinimum", ">"),
+            ("maximum", "<="),
+            ("exclusiveMaximum", "<"),
+        )
         if key in option
     ]
     return " ".join([kind, *bounds])

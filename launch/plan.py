@@ -1,7 +1,7 @@
 """Say what a run file will do on this machine or another, without a GPU, weights or torch.
 
-    python launch/plan.py RUN.yaml [key=value ...] [--nodes N] [--gpus-per-node N]
-        [--gpu-memory-gib G] [--json]
+python launch/plan.py RUN.yaml [key=value ...] [--nodes N] [--gpus-per-node N]
+    [--gpu-memory-gib G] [--json]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Check a run before it is paid for: settings, model folder, plan, disk and every row of data.
 
-    python launch/preflight.py RUN.yaml [key=value ...]
+python launch/preflight.py RUN.yaml [key=value ...]
 """
 
 import argparse

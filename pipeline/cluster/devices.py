@@ -1,6 +1,8 @@
 """What this machine has -> Hardware, and the environment that libraries must find. No torch."""
 
+import logging
 import os
+import warnings
 from pathlib import Path
 
 import psutil
@@ -29,9 +31,19 @@ def set_environment(placement: Placement, hardware: Hardware) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # training fetches nothing
     if hardware.kind == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _quiet_libraries()
     # CUDA's caching allocator fragments less so with sequences of many lengths (PyTorch docs,
     # "Optimizing memory usage with PYTORCH_CUDA_ALLOC_CONF").
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries' notes to their developers out of every rank's terminal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    libraries = r"(torch|transformers|peft|deepspeed|bitsandbytes)\b"
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category, module=libraries)
 
 
 def _cuda_devices() -> Hardware | None:

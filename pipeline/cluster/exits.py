@@ -29,8 +29,12 @@ def run_main(body: Callable[[], None], *, tracebacks: bool = False) -> NoReturn:
         _leave(error.exit_code)
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT)
-    except Exception:  # noqa: BLE001 - the last resort of a process; shown whole
-        _say(f"rank {_rank()}: unexpected error\n{traceback.format_exc()}")
+    except Exception as error:  # noqa: BLE001 - the last resort of a process; shown whole
+        if _is_lost_connection(error) and not tracebacks:
+            time.sleep(_GRACE_S)  # the rank that ended first speaks first
+            _say(f"rank {_rank()}: lost its connection to another rank, which ended before it")
+        else:
+            _say(f"rank {_rank()}: unexpected error\n{traceback.format_exc()}")
         _leave(1)
     _leave(0)
 
@@ -44,6 +48,13 @@ def _say(message: str, *, tracebacks: bool = False, is_common: bool = False) -> 
         traceback.print_exc()
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)  # noqa: T201 - the one message
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """An error of the transport: another rank is gone, and its message says why."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return "DistNetworkError" in names or any(text in str(error) for text in said)
 
 
 def _leave(code: int) -> NoReturn:

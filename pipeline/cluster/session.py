@@ -22,6 +22,7 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Tokenising may take hours; this wait is on a store, not in a collective, and ends at once when
 # rank 0 goes away.
 _LONG_WORK_TIMEOUT = timedelta(hours=24)
+_READING_TIMEOUT = timedelta(seconds=15)
 
 
 class Session:
@@ -81,12 +82,14 @@ class Session:
             except RankZeroError as error:
                 is_user = isinstance(error, UserError)
                 store.set(key, json.dumps({"error": str(error), "is_user": is_user}))
+                self._await_readers(store, key)
                 raise
             store.set(key, json.dumps({"result": result}))
             return result
         store.wait([key], _LONG_WORK_TIMEOUT)
         answer = json.loads(store.get(key))
         if "error" in answer:
+            store.set(f"{key}/read-by-{self.placement.rank}", "")
             raise (UserError if answer["is_user"] else RankZeroError)(answer["error"])
         return answer["result"]
 
@@ -127,6 +130,16 @@ class Session:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
+
+    def _await_readers(self, store: Any, key: str) -> None:
+        """Let every rank read an error before rank 0, which may hold the store, leaves."""
+        import torch.distributed as dist
+
+        readers = [f"{key}/read-by-{rank}" for rank in range(1, self.placement.world_size)]
+        try:
+            store.wait(readers, _READING_TIMEOUT)
+        except (dist.DistError, RuntimeError):
+            return  # a rank that is gone reads nothing
 
     def _open_store(self) -> Any:
         if self._store is None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.data.order import MicroBatch
 
 if TYPE_CHECKING:
-    from pipeline.data.prepare import Split
+    from pipeline.data.prepared import Split
 
 IGNORED = -100  # a label that does not count
 _PADDING = 0  # any id would do: attention mask and labels leave it out

@@ -72,7 +72,7 @@ def _message(value: Any) -> Message:
     content = _text(value.get("content"), f"content of a message ({role})")
     if role == "assistant" and not content.strip():
         raise RowError("an assistant message is empty")
-    return Message(cast(Role, role), content)
+    return Message(cast("Role", role), content)
 
 
 def _refuse_what_would_be_lost(message: Mapping[str, Any]) -> None:

@@ -2,15 +2,13 @@
 
 N: documents, T: tokens of one document. A split is a folder `<split>-<key>` with ids.npy (int32)
 and supervised.npy (bool), all documents end to end, offsets.npy (int64, N + 1), counts.npy (int64,
-N supervised tokens), digests.npy (uint64, N rows), rejects.jsonl and index.json. It is written
-under another name and renamed when complete, so what bears the name is whole.
+N supervised tokens), digests.npy (uint64, N rows), rejects.jsonl and index.json, all written by
+writing.py.
 """
 
 import json
-import os
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -21,15 +19,7 @@ import numpy.typing as npt
 from pipeline.errors import UserError
 
 Array = npt.NDArray[Any]
-_COLUMNS: Mapping[str, str] = {
-    "ids": "<i4",
-    "supervised": "|b1",
-    "offsets": "<i8",
-    "counts": "<i8",
-    "digests": "<u8",
-}
 INDEX = "index.json"
-REJECTS = "rejects.jsonl"
 _PREPARE_AGAIN = "run launch/prepare.py with the run file"
 
 
@@ -93,6 +83,7 @@ class Split:
     """The documents of a prepared split, read from disk where they are touched."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._ids = _mapped(folder, "ids")
         self._supervised = _mapped(folder, "supervised")
         self._offsets = _mapped(folder, "offsets")
@@ -100,6 +91,9 @@ class Split:
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
+
+    def __reduce__(self) -> tuple[type["Split"], tuple[Path]]:
+        return Split, (self._folder,)  # a worker maps the files anew instead of getting a copy
 
     @cached_property
     def lengths(self) -> Array:
@@ -126,99 +120,15 @@ def open_split(index: SplitIndex) -> Split:
     return split
 
 
-class SplitWriter:
-    """Writes a split beside its place, document by document; `publish` puts it there.
-
-    Ends without a trace unless published.
-    """
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self._place, self._key = folder, key
-        self.folder = temporary(folder)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        self._columns = {
-            name: _Column(self.folder / f"{name}.npy", dtype) for name, dtype in _COLUMNS.items()
-        }
-        self._columns["offsets"].extend([0])
-        self.rejects = (self.folder / REJECTS).open("w", encoding="utf-8")
-        self.lengths: list[int] = []
-        self.index: SplitIndex | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for column in self._columns.values():
-            column.stream.close()
-        self.rejects.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def add(self, ids: Sequence[int], supervised: Sequence[bool], digest: int) -> None:
-        """Append a document and the digest of the row that it came from."""
-        columns = self._columns
-        columns["ids"].extend(ids)
-        columns["supervised"].extend(supervised)
-        columns["offsets"].extend([columns["ids"].length])
-        columns["counts"].extend([sum(supervised)])
-        columns["digests"].extend([digest])
-        self.lengths.append(len(ids))
-
-    def close(self) -> SplitIndex:
-        """Complete the columns on disk."""
-        for column in self._columns.values():
-            column.close()
-        _sync_and_close(self.rejects)
-        counts = np.load(self.folder / "counts.npy", mmap_mode="r")
-        self.index = SplitIndex(
-            key=self._key,
-            folder=self._place,
-            documents=len(self.lengths),
-            tokens=self._columns["ids"].length,
-            supervised_tokens=int(counts.sum()),
-            longest=max(self.lengths, default=0),
-        )
-        return self.index
-
-    def publish(self, audit: Mapping[str, Any]) -> None:
-        """Write the index and give the folder its name; from here on it exists."""
-        assert self.index is not None, "close first"
-        write_json(self.folder / INDEX, {"split": self.index.as_json(), "audit": audit})
-        sync_folder(self.folder)
-        self.folder.rename(self._place)
-        sync_folder(self._place.parent)
-
-
-class _Column:
-    """A one-dimensional .npy file that grows; numpy pads its header for that."""
-
-    def __init__(self, path: Path, dtype: str) -> None:
-        self.stream = path.open("wb")
-        self.length = 0
-        self._dtype = dtype
-        self._write_header()
-
-    def extend(self, values: Sequence[int]) -> None:
-        self.stream.write(np.asarray(values, dtype=self._dtype).tobytes())
-        self.length += len(values)
-
-    def close(self) -> None:
-        self.stream.seek(0)
-        self._write_header()
-        _sync_and_close(self.stream)
-
-    def _write_header(self) -> None:
-        header = {"descr": self._dtype, "fortran_order": False, "shape": (self.length,)}
-        np.lib.format.write_array_header_1_0(self.stream, header)
-
-
 def read_published(folder: Path) -> tuple[SplitIndex, dict[str, Any]] | None:
-    """Index and audit of a split that is there, else None."""
+    """Index and audit of a split that is there and whole, else None."""
     try:
         values = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        index = SplitIndex.from_json(values["split"], folder.parent)
+        open_split(index)
+        return index, values["audit"]
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
-    return SplitIndex.from_json(values["split"], folder.parent), values["audit"]
 
 
 def read_digests(folder: Path) -> Array:
@@ -226,40 +136,6 @@ def read_digests(folder: Path) -> Array:
     return _mapped(folder, "digests")
 
 
-def temporary(path: Path) -> Path:
-    """Where a file or folder is written before it gets its name."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write beside, sync, rename."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside, sync, rename."""
-    with temporary(path).open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        _sync_and_close(stream)
-    temporary(path).replace(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_and_close(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()
-
-
 def _mapped(folder: Path, name: str) -> Array:
-    path = folder / f"{name}.npy"
-    found: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return found
+    found: Array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    return found.view(np.ndarray)  # slices of np.memmap itself are slow to make

@@ -1,4 +1,4 @@
-"""A model's chat template as a function: conversation -> text. What the template refuses, says why."""
+"""A model's chat template as a function: conversation -> text, or why there is none."""
 
 import re
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class ChatTemplate:
 
         conversation = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            texts, marks = render_jinja_template(
+            rendered: Any = render_jinja_template(  # annotated as str, and is a pair
                 conversations=[conversation],
                 chat_template=self._source,
                 return_assistant_tokens_mask=self.marks_turns,
@@ -55,4 +55,5 @@ class ChatTemplate:
             raise UserError(f"model: the chat template is not valid Jinja: {error}") from None
         except (TemplateError, TypeError, ValueError) as error:
             raise RowError(f"the chat template refuses the conversation: {error}") from None
+        texts, marks = rendered
         return texts[0], list(marks[0]) if self.marks_turns else []

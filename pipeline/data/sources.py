@@ -82,11 +82,12 @@ def _parsed(file: Path, number: int, line: bytes) -> Row | BadRow:
     except UnicodeDecodeError:
         return BadRow(file, number, "not valid UTF-8")
     except json.JSONDecodeError as error:
-        return BadRow(file, number, f"not valid JSON: {error.msg}")
+        said = error.msg.removesuffix(" at").removesuffix(" starting")
+        return BadRow(file, number, f"not valid JSON: {said}")
     except (ValueError, RecursionError):  # a number of thousands of digits; nesting without end
         return BadRow(file, number, "not valid JSON: nested too deep or a number too long")
     if not isinstance(value, dict):
-        return BadRow(file, number, f"expected a JSON object on each line, found {json_name(value)}")
+        return BadRow(file, number, f"expected a JSON object, found {json_name(value)}")
     return Row(file, number, value)
 
 

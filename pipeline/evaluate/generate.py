@@ -47,7 +47,7 @@ def greedy_answers(
     tokenizer.padding_side = "left"  # answers begin where the prompts end
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=_ends(model, tokenizer),

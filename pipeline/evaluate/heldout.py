@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pipeline.cluster.session import Session
 from pipeline.data.batches import Batch, batches_of
 from pipeline.data.order import evaluation_work
-from pipeline.data.prepare import Split
+from pipeline.data.prepared import Split
 
 
 def held_out_loss(

@@ -15,7 +15,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.batches import Batch
 from pipeline.data.chat import load_tokenizer
 from pipeline.data.formats import RowError, to_example
-from pipeline.data.prepare import DataIndex, Split, open_split
+from pipeline.data.prepared import DataIndex, Split, open_split
 from pipeline.data.sources import Row, read_rows
 from pipeline.errors import UserError
 from pipeline.evaluate.generate import Question, exact_match, greedy_answers, question

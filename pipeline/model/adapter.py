@@ -65,3 +65,14 @@ def expected_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
         shapes[f"{prefix}.lora_A.weight"] = (settings.lora_r, linear.d_in)
         shapes[f"{prefix}.lora_B.weight"] = (linear.d_out, settings.lora_r)
     return shapes
+
+
+@torch.no_grad()
+def frozen_checksum(model: nn.Module) -> int:
+    """A sum over the bits of this rank's share of all frozen weights: equal while none moves."""
+    total = 0
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            share = getattr(parameter, "ds_tensor", parameter).detach().contiguous()
+            total += int(share.flatten().view(torch.uint8).sum(dtype=torch.int64))
+    return total

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import UserError
 from pipeline.plan.plan import Plan
@@ -58,6 +59,7 @@ def load_plain(
     **options: Any,
 ) -> PreTrainedModel:
     """A causal language model from a folder, without any network."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # one a rank otherwise
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -152,9 +152,9 @@ class Plan:
             )
         lines += [f"  {key}: {text}" for key, text in choice.why.items()]
         memory = memory_per_rank(self.shape, self.settings, layout)
-        lines.append(f"memory     {sum(memory.values()) / GIB:.2f} GiB a rank (estimate)")
+        lines.append(f"memory     {_size(sum(memory.values()))} a rank (estimate)")
         for term, size in sorted(memory.items(), key=lambda item: -item[1]):
-            lines.append(f"  {term:<20} {size / GIB:>8.3f} GiB")
+            lines.append(f"  {term:<20} {_size(size):>10}")
         lines += [f"{rule.level:<10} {rule.message} [{rule.id}]" for rule in self.rules]
         return "\n".join(lines)
 
@@ -194,6 +194,12 @@ def make_plan(
             is_cuda=hardware.kind == "cuda",
         ),
     )
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < GIB:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / GIB:.2f} GiB"
 
 
 def dump_json(data: Any) -> str:

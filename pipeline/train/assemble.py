@@ -4,9 +4,9 @@ from pathlib import Path
 
 from pipeline.adapter.gather import restore
 from pipeline.cluster.session import Session
-from pipeline.data.prepare import Split
+from pipeline.data.prepared import Split
 from pipeline.errors import UserError
-from pipeline.model.adapter import attach_adapter
+from pipeline.model.adapter import attach_adapter, frozen_checksum
 from pipeline.model.base import load_base
 from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
@@ -27,6 +27,7 @@ def assemble(
     eval_split: Split | None,
     data_key: str,
     base_fingerprint: str,
+    is_debug: bool,
 ) -> Training:
     """A run that is ready to step, gone on from its newest checkpoint if there is one.
 
@@ -70,6 +71,7 @@ def assemble(
         stops=stops,
         metrics=MetricsFile(folder / "metrics.jsonl", progress.step) if is_shown else None,
         status=status,
+        frozen_checksum=frozen_checksum(engine.deepspeed.module) if is_debug else None,
     )
 
 

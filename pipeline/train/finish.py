@@ -6,12 +6,12 @@ import torch
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.publish import adapter_config, model_card, publish_adapter
-from pipeline.errors import Stopped
-from pipeline.model.adapter import expected_shapes
+from pipeline.errors import RankZeroError, Stopped
+from pipeline.model.adapter import expected_shapes, frozen_checksum
 from pipeline.train.loop import Training
 
 
-def finish(run: Training, stop_reason: str | None, *, is_debug: bool) -> None:
+def finish(run: Training, stop_reason: str | None) -> None:
     """Publish `adapter/`. Collective: every rank. Raises Stopped where the run was stopped."""
     progress, folder = run.progress, run.folder
     if stop_reason is not None:
@@ -23,8 +23,15 @@ def finish(run: Training, stop_reason: str | None, *, is_debug: bool) -> None:
     weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
     step = run.session.rank_zero_first(lambda: _publish(run, weights))
     run.display.say(f"adapter of step {step}: {folder / 'adapter'}")
-    if is_debug:
-        run.display.say("debug: loss and gradients finite, adapter moved")
+    if run.frozen_checksum is not None:
+        _require_unmoved_base(run)
+        run.display.say("debug: losses finite, every lora_B moved, no frozen weight moved")
+
+
+def _require_unmoved_base(run: Training) -> None:
+    moved = frozen_checksum(run.engine.deepspeed.module) != run.frozen_checksum
+    if run.session.agree_any(moved):
+        raise RankZeroError("debug: a frozen weight of the base moved; this must not be")
 
 
 def _publish(run: Training, weights: dict[str, torch.Tensor]) -> int:

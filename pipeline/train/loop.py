@@ -14,7 +14,7 @@ from pipeline.adapter.verify import verify_tensors
 from pipeline.cluster.session import Session
 from pipeline.data.batches import batches_of
 from pipeline.data.order import BatchShape, RankWork, forward_seed
-from pipeline.data.prepare import Split
+from pipeline.data.prepared import Split
 from pipeline.errors import RankZeroError
 from pipeline.evaluate.heldout import held_out_loss
 from pipeline.model.adapter import expected_shapes
@@ -46,6 +46,7 @@ class Training:
     stops: StopRequests
     metrics: MetricsFile | None
     status: RunStatus | None
+    frozen_checksum: int | None  # of --debug, which looks at it again at the end
 
 
 def train(run: Training) -> str | None:

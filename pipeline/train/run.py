@@ -9,7 +9,8 @@ from pipeline.cluster.devices import detect_hardware, set_environment
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
-from pipeline.data.prepare import DataIndex, check_rows, open_split, prepare
+from pipeline.data.prepare import check_rows, prepare
+from pipeline.data.prepared import DataIndex, open_split
 from pipeline.errors import RankZeroError, Stopped
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.plan.plan import Plan, make_plan
@@ -112,9 +113,10 @@ def _prepare_and_train(
         eval_split=None if index.eval is None else open_split(index.eval),
         data_key=index.train.key,
         base_fingerprint=session.rank_zero_first(lambda: base_fingerprint(Path(settings.model))),
+        is_debug=is_debug,
     )
     with run.display:
-        finish(run, train(run), is_debug=is_debug)
+        finish(run, train(run))
 
 
 def _debug_settings(settings: RunSettings) -> RunSettings:

@@ -98,7 +98,7 @@ def test_ranks_hardly_wait_for_each_other():
         costs = np.array(costs)  # (step, rank, turn)
         return 1 - costs.mean(axis=1).sum() / costs.max(axis=1).sum()
 
-    assert waited(dealt) < 0.2 < 0.3 < waited(drawn)
+    assert waited(dealt) < 0.7 * waited(drawn)
 
 
 @given(SIZES, st.integers(1, 16), st.integers(1, 4))

@@ -43,9 +43,7 @@ def test_counts_equal_the_real_model(tmp_path, kind, change):
         assert sum(p.numel() for p in model.parameters()) == plan.shape.parameters
         wrapped = get_peft_model(model, lora_config(plan.settings))
     found = {
-        file_key(name): tuple(p.shape)
-        for name, p in wrapped.named_parameters()
-        if p.requires_grad
+        file_key(name): tuple(p.shape) for name, p in wrapped.named_parameters() if p.requires_grad
     }
     assert found == expected_shapes(plan)
     assert sum(p.numel() for p in wrapped.parameters() if p.requires_grad) == plan.trainable

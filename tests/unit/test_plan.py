@@ -269,9 +269,7 @@ def test_every_run_file_that_we_ship_is_planned(path, tmp_path):
     hardware, ranks = (gpu(24, 1), 1) if "24gb" in path.stem else (gpu(80), 8)
     if path.stem == "quickstart":
         hardware, ranks = CPU, 2
-    made = make_plan(
-        settings, read_shape(settings.model), hardware, nodes=1, ranks_per_node=ranks
-    )
+    made = make_plan(settings, read_shape(settings.model), hardware, nodes=1, ranks_per_node=ranks)
     wanted = {"lora-70b-8gpu": 3}.get(path.stem, 2)
     assert made.choice.layout.zero_stage == wanted
     assert not [rule for rule in made.rules if rule.level in ("refuse", "warn")]

@@ -1,0 +1,54 @@
+"""Tokenise the data of a run file once, and show what happened to every row.
+
+    python launch/prepare.py RUN.yaml [key=value ...] [--show N]
+
+Training does the same by itself; what is prepared here, it finds.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from pipeline.cluster.exits import run_main
+from pipeline.config.load import load_settings
+from pipeline.data.audit import audit_table
+from pipeline.data.chat import load_tokenizer, supervised_runs
+from pipeline.data.prepare import check_rows, open_split, prepare
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_file", type=Path, help="run file (docs/configuration.md)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for this start")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N documents")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    arguments, console = parse(), Console()
+    settings = load_settings(arguments.run_file, arguments.overrides)
+    data_dir = Path(settings.output_dir) / "data"
+    check_rows(settings)
+    index = prepare(settings, data_dir)
+    if arguments.show:
+        tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
+        split = open_split(index.train)
+        for i in range(min(arguments.show, len(split))):
+            console.rule(f"document {i}")
+            ids, supervised = (column.tolist() for column in split.document(i))
+            for text, is_supervised in supervised_runs(ids, supervised, tokenizer):
+                marked = f"[[{text}]]" if is_supervised and not console.is_terminal else text
+                console.print(Text(marked, "bold green" if is_supervised else "dim"), end="")
+            console.print()
+    audit = json.loads((data_dir / "audit.json").read_text(encoding="utf-8"))
+    console.print(audit_table(audit))
+    console.print(f"prepared in {data_dir}; rejected rows: {data_dir / 'rejects.jsonl'}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,234 @@
+"""Base + adapter -> merged model, a tensor in memory at a time.
+
+A merged shard is its base shard with other numbers in some places: header, order, types and all
+other bytes are copied as they are, so index, tied embeddings and metadata stay true by themselves.
+torch is imported once everything that a user can have wrong has been checked.
+"""
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from pipeline.adapter.fit import (
+    INDEX,
+    Adapter,
+    Base,
+    Entry,
+    TensorFile,
+    read_adapter,
+    read_base,
+    read_header,
+    require_fit,
+)
+from pipeline.adapter.replace import replacing
+from pipeline.errors import RankZeroError, UserError
+from pipeline.plan.plan import dump_json
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+MARKER = "rankzero_merge.json"
+_CHUNK_BYTES = 2**24
+# Weights in other formats: they would still be those of the base.
+_LEFT_OUT = {
+    ".safetensors", ".bin", ".gguf", ".ggml", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx",
+    ".onnx_data", ".tflite", ".npz",
+}  # fmt: skip
+_FOLDERS = ("additional_chat_templates",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What was merged. The change of a weight is |W' - W| / |W|, in Frobenius norms."""
+
+    shards: int
+    tensors_merged: int
+    num_bytes: int
+    largest_change: float
+    most_changed: str
+    seconds: float
+
+
+def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeReport:
+    """Write base + adapter as an ordinary model folder in the type of the base.
+
+    Raises UserError before anything is written where the two do not belong together, and
+    RankZeroError where a merged weight is not finite; an earlier `out` is then still there.
+    """
+    start = time.perf_counter()
+    model, lora = read_base(base), read_adapter(adapter)
+    require_fit(model, lora)
+    _require_replaceable(out, base, adapter)
+    others = _other_files(base)
+    _require_space(out, model.num_bytes + sum(path.stat().st_size for path in others))
+    try:
+        with replacing(out, lambda fresh: _check(model, fresh)) as fresh:
+            changes = _merge_shards(model, lora, fresh)
+            for path in others:
+                target = fresh / path.relative_to(base)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+            most = max(changes, key=changes.__getitem__)
+            report = MergeReport(
+                shards=len(model.files),
+                tensors_merged=len(changes),
+                num_bytes=model.num_bytes,
+                largest_change=changes[most],
+                most_changed=most,
+                seconds=time.perf_counter() - start,
+            )
+            _write_marker(fresh, base, adapter, report)
+    except OSError as error:
+        raise RankZeroError(f"{out}: the merged model cannot be written: {error}") from error
+    return report
+
+
+def _merge_shards(base: Base, adapter: Adapter, folder: Path) -> dict[str, float]:
+    changes: dict[str, float] = {}
+    for number, shard in enumerate(base.files, 1):
+        logger.info("shard %d of %d: %s", number, len(base.files), shard.path.name)
+        changes |= _merge_shard(shard, adapter, folder / shard.path.name)
+    return changes
+
+
+def _merge_shard(shard: TensorFile, adapter: Adapter, target: Path) -> dict[str, float]:
+    """Copy a shard, with the adapter added where it has something to add; change of each."""
+    changes: dict[str, float] = {}
+    with (
+        shard.path.open("rb") as source,
+        adapter.file.path.open("rb") as pairs,
+        target.open("wb") as sink,
+    ):
+        sink.write(shard.header)
+        for key, entry in shard.entries.items():
+            if key not in adapter.pairs:
+                _copy_range(source, sink, entry)
+                continue
+            a, b = (_read(pairs, side).float() for side in adapter.pairs[key])
+            weight = _read(source, entry)
+            merged, changes[key] = _add(weight, adapter.scaling * (b @ a), key)
+            sink.write(_bytes(merged))
+    return changes
+
+
+def _add(weight: "torch.Tensor", update: "torch.Tensor", key: str) -> tuple["torch.Tensor", float]:
+    """Add in fp32, round once to the weight's own type."""
+    total = weight.float()
+    norm = total.norm().item()
+    change = update.norm().item() / max(norm, 1e-30)
+    merged = total.add_(update).to(weight.dtype)
+    if not merged.isfinite().all():
+        reason = "the base or the adapter is damaged"
+        if weight.isfinite().all() and update.isfinite().all():
+            reason = f"the sum is too large for {weight.dtype}; merge into a bfloat16 base"
+        raise RankZeroError(f"{key}: the merged weight is not finite: {reason}")
+    return merged, change
+
+
+def _read(file: BinaryIO, entry: Entry) -> "torch.Tensor":
+    import torch
+
+    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[entry.dtype]
+    file.seek(entry.start)
+    data = bytearray(entry.end - entry.start)
+    file.readinto(data)  # type: ignore[attr-defined]
+    return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
+
+
+def _bytes(tensor: "torch.Tensor") -> memoryview:
+    import torch
+
+    return tensor.contiguous().view(torch.uint8).numpy().data
+
+
+def _copy_range(source: BinaryIO, sink: BinaryIO, entry: Entry) -> None:
+    source.seek(entry.start)
+    left = entry.end - entry.start
+    while left:
+        chunk = source.read(min(left, _CHUNK_BYTES))
+        if not chunk:
+            raise RankZeroError(f"{source.name}: ended while it was read")
+        sink.write(chunk)
+        left -= len(chunk)
+
+
+def _check(base: Base, fresh: Path) -> None:
+    """Every shard again, by safetensors' own reader: keys, types and shapes are the base's."""
+    from safetensors import SafetensorError, safe_open
+
+    for shard in base.files:
+        path = fresh / shard.path.name
+        try:
+            if read_header(path).header != shard.header:
+                raise RankZeroError(f"{path}: the header is not that of {shard.path}")
+            with safe_open(path, framework="pt") as file:
+                found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                kinds = {k: (s.get_dtype(), tuple(s.get_shape())) for k, s in found.items()}
+        except (OSError, SafetensorError, UserError) as error:
+            raise RankZeroError(f"{path}: cannot be read back: {error}") from error
+        if kinds != {key: (entry.dtype, entry.shape) for key, entry in shard.entries.items()}:
+            raise RankZeroError(f"{path}: keys, types or shapes are not those of {shard.path}")
+
+
+def _other_files(base: Path) -> list[Path]:
+    """Config, tokenizer, templates, licence, code: all that is neither weights nor README."""
+    found = [path for path in sorted(base.iterdir()) if path.is_file() and _is_kept(path)]
+    for name in _FOLDERS:
+        found += [path for path in sorted((base / name).glob("*")) if path.is_file()]
+    if (base / "model.safetensors").is_file():
+        return [path for path in found if path.name != INDEX]
+    return found
+
+
+def _is_kept(path: Path) -> bool:
+    is_other_index = path.name.endswith(".index.json") and path.name != INDEX
+    is_kept = path.suffix not in _LEFT_OUT and not path.name.startswith((".", "README"))
+    return is_kept and not is_other_index and path.name != MARKER
+
+
+def _write_marker(fresh: Path, base: Path, adapter: Path, report: MergeReport) -> None:
+    said: dict[str, Any] = {"base": str(base), "adapter": str(adapter), **vars(report)}
+    said["files"] = [*_files(fresh), MARKER]
+    (fresh / MARKER).write_text(dump_json(said), encoding="utf-8")
+
+
+def _files(folder: Path) -> list[str]:
+    paths = sorted(folder.rglob("*"))
+    return [path.relative_to(folder).as_posix() for path in paths if not path.is_dir()]
+
+
+def _require_replaceable(out: Path, base: Path, adapter: Path) -> None:
+    """Only what an earlier merge wrote, and nothing else, is ever replaced."""
+    for folder in (base, adapter):
+        if folder.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{out}: writing there would replace {folder}; give another --out")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        ours = set(json.loads((out / MARKER).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{out} exists and was not written by a merge; remove it or give another --out"
+        ) from None
+    if foreign := [name for name in _files(out) if name not in ours]:
+        raise UserError(
+            f"{out} holds {foreign[0]}, which no merge wrote; move it or give another --out"
+        )
+
+
+def _require_space(out: Path, need: int) -> None:
+    parent = out.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < need:
+        raise UserError(
+            f"{parent}: the merged model needs {need / 2**30:.1f} GiB and {free / 2**30:.1f} "
+            "are free; free some space or give another --out"
+        )

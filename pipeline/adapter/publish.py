@@ -1,0 +1,196 @@
+"""The adapter as a PEFT folder that loads anywhere: weights, config, tokenizer, model card.
+
+Written beside, read back and checked, and only then put in place of an earlier one.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from pipeline.adapter.replace import replacing
+from pipeline.adapter.verify import verify_adapter_file, verify_tensors
+from pipeline.config.load import flatten
+from pipeline.config.settings import RunSettings
+from pipeline.errors import RankZeroError
+from pipeline.model.adapter import lora_config
+from pipeline.model.fingerprint import base_fingerprint
+from pipeline.plan.plan import Plan, dump_json
+from pipeline.plan.shape import read_shape
+
+_WEIGHTS, _CONFIG, _CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+_PREFIX = "base_model.model."
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
+
+
+def publish_adapter(
+    tensors: Mapping[str, torch.Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    *,
+    adapter_config: Mapping[str, Any],
+    base: Path,
+    card: str,
+) -> None:
+    """Write the adapter folder, on rank 0 only. Tensors are fp32, on the CPU, under peft's keys.
+
+    Raises RankZeroError where a check fails; an earlier adapter is then still in its place.
+    """
+    verify_tensors(tensors, expected, trained=True)
+    check_servable(tensors, adapter_config)
+
+    def check(fresh: Path) -> None:
+        verify_adapter_file(fresh / _WEIGHTS, expected, trained=True)
+        if json.loads((fresh / _CONFIG).read_text(encoding="utf-8")) != adapter_config:
+            raise RankZeroError(f"{folder / _CONFIG}: not readable as it was written")
+
+    try:
+        with replacing(folder, check) as fresh:
+            weights = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            save_file(weights, fresh / _WEIGHTS, metadata={"format": "pt"})
+            (fresh / _CONFIG).write_text(dump_json(adapter_config), encoding="utf-8")
+            (fresh / _CARD).write_text(card, encoding="utf-8")
+            _copy_tokenizer(base, fresh)
+    except (OSError, SafetensorError) as error:
+        raise RankZeroError(f"{folder}: the adapter cannot be written: {error}") from error
+
+
+def adapter_config(settings: RunSettings) -> dict[str, Any]:
+    """What adapter_config.json holds: peft's own format, plain data, sets as sorted lists."""
+    config = lora_config(settings)
+    config.base_model_name_or_path = settings.model
+    config.inference_mode = True
+    config.target_modules = _target_modules(settings)
+    plain: dict[str, Any] = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()  # type: ignore[no-untyped-call]
+    }
+    alpha = settings.alpha  # serving engines declare it a whole number
+    plain["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
+    data: dict[str, Any] = json.loads(json.dumps(plain))
+    return data
+
+
+def check_servable(tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[str, Any]) -> None:
+    """Raise RankZeroError for what a serving engine rejects or, worse, leaves out silently.
+
+    vLLM ignores keys with another prefix (vllm#34186, #39278) and rejects modules_to_save
+    (vllm#9280), biases and DoRA; it makes room for `r` columns a matrix.
+    """
+    problems = [
+        f"{key} is not a key that serving engines read"
+        for key in tensors
+        if not key.startswith(_PREFIX) or not key.endswith((".lora_A.weight", ".lora_B.weight"))
+    ]
+    room = adapter_config["r"]
+    for key, tensor in tensors.items():
+        if (used := tensor.shape[0 if ".lora_A." in key else -1]) > room:
+            problems.append(f"{key} has {used} inner dimensions, adapter_config.json says {room}")
+    if len(kinds := {tensor.dtype for tensor in tensors.values()}) > 1:
+        problems.append(f"tensors are of several types: {', '.join(sorted(map(str, kinds)))}")
+    for key, plain in (
+        ("modules_to_save", None),
+        ("bias", "none"),
+        ("use_dora", False),
+        ("lora_bias", False),
+    ):
+        if (adapter_config.get(key) or plain) != plain:
+            problems.append(f"adapter_config.json: {key} is {adapter_config[key]!r}")
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise RankZeroError(f"the adapter could not be served: {problems[0]}{more}")
+
+
+def model_card(plan: Plan, step: int) -> str:
+    """README.md of the adapter folder, with the front matter of the Hugging Face hub."""
+    settings = plan.settings
+    front = {
+        "base_model": settings.model,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora"],
+    }
+    quantised = "4-bit" if settings.load_in_4bit else "8-bit" if settings.load_in_8bit else "no"
+    rows = {
+        "base model": f"`{settings.model}`",
+        "fingerprint of the base": f"`{base_fingerprint(Path(settings.model))}`",
+        "training data": ", ".join(f"`{name}`" for name in flatten(settings.train_data)),
+        "steps": step,
+        "global batch": f"{plan.choice.global_batch_size} sequences of at most "
+        f"{settings.max_length} tokens",
+        "learning rate": f"{settings.lr:g}, {settings.lr_scheduler_type}",
+        "LoRA": f"r {settings.lora_r}, alpha {settings.alpha:g}, dropout {settings.lora_dropout:g}",
+        "base quantised while training": quantised,
+        "training type": f"{plan.training_dtype}; these weights are the fp32 masters",
+        "seed": settings.seed,
+        "made with": f"RankZero {version('rankzero')}, peft {version('peft')}, "
+        f"transformers {version('transformers')}, torch {version('torch')}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return _CARD_TEXT.format(
+        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+        base=json.dumps(settings.model, ensure_ascii=False),
+        table=table,
+    )
+
+
+_CARD_TEXT = """\
+---
+{front}---
+
+# LoRA adapter
+
+| | |
+|---|---|
+{table}
+
+To use it, with this folder as `ADAPTER` and the base model where you have it:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
+model = PeftModel.from_pretrained(base, ADAPTER)
+tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
+```
+"""
+
+
+def _target_modules(settings: RunSettings) -> list[str]:
+    """Names as a list: not every serving engine understands `all-linear` or an expression."""
+    targets = settings.lora_target_modules
+    if not isinstance(targets, str):
+        return sorted(set(targets))
+    names = [name for name, _ in read_shape(settings.model).targeted(targets)]
+    if targets == "all-linear":  # every layer, so the ends of the names select the same
+        names = [name.rsplit(".", 1)[-1] for name in names]
+    return sorted(set(names))
+
+
+def _copy_tokenizer(base: Path, folder: Path) -> None:
+    for source in (base / name for name in _TOKENIZER_FILES):
+        if source.is_dir():
+            shutil.copytree(source, folder / source.name)
+        elif source.is_file():
+            shutil.copyfile(source, folder / source.name)
