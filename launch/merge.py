@@ -9,6 +9,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from pipeline.adapter.fit import require_same_base
 from pipeline.adapter.merge import merge_adapter
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
@@ -31,6 +32,8 @@ def merge() -> None:
     base = arguments.base or Path(settings.model)
     if not base.is_dir():
         raise UserError(f"base: {base} is not a folder; give the base model with --base")
+    if arguments.base is None:
+        require_same_base(base, adapter)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     report = merge_adapter(base, adapter, out)
     print(

@@ -16,7 +16,8 @@ from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
 from pipeline.data.audit import audit_table
 from pipeline.data.chat import load_tokenizer, supervised_runs
-from pipeline.data.prepare import check_rows, open_split, prepare
+from pipeline.data.prepare import check_rows, prepare
+from pipeline.data.prepared import open_split
 
 
 def parse() -> argparse.Namespace:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.model.fingerprint import base_fingerprint
 
+TRAINED_ON = "trained_on.json"  # beside the adapter: which base, by content
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MERGEABLE = {"F32": 4, "BF16": 2, "F16": 2}  # bytes of one value
 _PREFIX = "base_model.model."
@@ -134,6 +136,22 @@ def read_adapter(folder: Path) -> Adapter:
     if not pairs:
         raise UserError(f"adapter: {path} is empty")
     return Adapter(file, scaling, pairs)
+
+
+def require_same_base(base: Path, adapter: Path) -> None:
+    """Raise UserError where the base is not, by content, the one that the adapter was trained on.
+
+    Another fine-tune of the same model has the same names and shapes, and merges into nonsense.
+    """
+    path = adapter / TRAINED_ON
+    if not path.is_file():
+        return
+    trained_on = _read_json(path, "adapter")
+    if trained_on.get("fingerprint") != base_fingerprint(base):
+        raise UserError(
+            f"base: {base} is not what the adapter was trained on ({trained_on.get('base')} as it "
+            "was then); bring that model back, or give this one with --base if it is meant"
+        )
 
 
 def require_fit(base: Base, adapter: Adapter) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.adapter.fit import (
     INDEX,
+    SINGLE,
     Adapter,
     Base,
     Entry,
@@ -181,7 +182,7 @@ def _other_files(base: Path) -> list[Path]:
     found = [path for path in sorted(base.iterdir()) if path.is_file() and _is_kept(path)]
     for name in _FOLDERS:
         found += [path for path in sorted((base / name).glob("*")) if path.is_file()]
-    if (base / "model.safetensors").is_file():
+    if (base / SINGLE).is_file():
         return [path for path in found if path.name != INDEX]
     return found
 

@@ -15,6 +15,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from pipeline.adapter.fit import TRAINED_ON
 from pipeline.adapter.replace import replacing
 from pipeline.adapter.verify import verify_adapter_file, verify_tensors
 from pipeline.config.load import flatten
@@ -70,6 +71,8 @@ def publish_adapter(
             save_file(weights, fresh / _WEIGHTS, metadata={"format": "pt"})
             (fresh / _CONFIG).write_text(dump_json(adapter_config), encoding="utf-8")
             (fresh / _CARD).write_text(card, encoding="utf-8")
+            trained_on = {"base": str(base), "fingerprint": base_fingerprint(base)}
+            (fresh / TRAINED_ON).write_text(dump_json(trained_on), encoding="utf-8")
             _copy_tokenizer(base, fresh)
     except (OSError, SafetensorError) as error:
         raise RankZeroError(f"{folder}: the adapter cannot be written: {error}") from error

@@ -20,22 +20,12 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.audit import Tally, make_audit
 from pipeline.data.chat import Document, encode, load_tokenizer
 from pipeline.data.formats import Example, RowError, to_example
-from pipeline.data.prepared import (
-    INDEX,
-    DataIndex,
-    Split,
-    SplitIndex,
-    open_split,
-    read_digests,
-    read_published,
-)
+from pipeline.data.prepared import INDEX, DataIndex, SplitIndex, read_digests, read_published
 from pipeline.data.sources import BadRow, Row, data_files, read_rows
 from pipeline.data.writing import REJECTS, SplitWriter, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["DataIndex", "Split", "SplitIndex", "check_rows", "open_split", "prepare"]
 
 _FORMAT = 1  # of the prepared files and of how documents are made: raise it when either changes
 _TOKENIZER_FILES = (

@@ -180,6 +180,31 @@ def test_killed_in_the_middle_goes_on_from_the_newest_intact_checkpoint(
     assert same_adapter(folder, straight)
 
 
+def test_the_best_adapter_is_exported_and_patience_ends_the_run(run_file, workspace):
+    path = run_file(
+        "best",
+        lr=0.3,  # soon too much
+        lr_scheduler_type="constant",
+        evaluation_strategy="steps",
+        eval_steps=1,
+        keep_best=True,
+        early_stopping_patience=2,
+        epochs=4,
+    )
+    code, output = python("train", path)
+    assert code == 0, output
+    folder = workspace / "best"
+    losses = [m["eval_loss"] for m in read_metrics(folder / "metrics.jsonl") if "eval_loss" in m]
+    best = losses.index(min(losses)) + 1
+    assert len(losses) == best + 2 < 24  # two evaluations later it ended
+    assert f"early stop: no lower held-out loss since step {best}" in output
+    assert f"adapter of step {best}:" in output
+    code, output = python("score", folder)
+    assert code == 0, output
+    scored = json.loads((folder / "score.json").read_text())["models"]
+    assert scored["adapter"]["loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [

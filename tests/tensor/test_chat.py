@@ -106,6 +106,7 @@ class TestTurns:
     def test_no_text_leads_astray(self, template):
         """Neither a content that is in the header or in the end token, nor one said before."""
         for said in ("end", "assistant", "user", "m", "<", "é 😀 日本", "a\n\nb"):
+            assert shown(chat("same", said), tokenizer_with(template), "all").endswith("\n]]")
             found = shown(chat("same", said, said, said), tokenizer_with(template))
             first = user("same") + f"[[{said}<|im_end|>]]\n"
             assert found == first + user(said) + f"[[{said}<|im_end|>]]\n", said

@@ -12,7 +12,8 @@ from pipeline.config.settings import RunSettings
 from pipeline.data import prepare as module
 from pipeline.data.chat import encode, load_tokenizer
 from pipeline.data.formats import to_example
-from pipeline.data.prepare import DataIndex, check_rows, open_split, prepare
+from pipeline.data.prepare import check_rows, prepare
+from pipeline.data.prepared import DataIndex, open_split
 from pipeline.data.sources import read_rows
 from pipeline.errors import UserError
 from tests.tiny import CHATML, make_rows, make_tokenizer
@@ -242,6 +243,13 @@ def test_more_bad_rows_than_allowed(run, check):
     assert "set max_rejected to 0.226" in message
     assert not run.data.exists() or not list(run.data.iterdir())
     judge(max_rejected=0.226)
+
+
+def test_exactly_as_many_bad_rows_as_allowed(run):
+    check_rows(run.settings(max_rejected=0.0))
+    run.train.write_text("{\n" + 3 * f"{row('good')}\n")
+    check_rows(run.settings(max_rejected=0.25))
+    assert run.prepare(max_rejected=0.25).train.documents == 3
 
 
 def test_bad_held_out_rows_are_judged_by_themselves(run):

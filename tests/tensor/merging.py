@@ -1,0 +1,51 @@
+"""Bases and adapters for the tests of merging."""
+
+import json
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pipeline.config.settings import SEVEN_PROJECTIONS
+from tests.tiny import make_model
+
+CASES = {
+    "tied": {"tied": True, "dtype": "float32", "shards": 1},
+    "untied-shards": {"tied": False, "dtype": "float32", "shards": 3},
+    "tied-bf16-shards": {"tied": True, "dtype": "bfloat16", "shards": 3},
+    "untied-fp16": {"tied": False, "dtype": "float16", "shards": 1},
+}
+
+
+def make_adapter(base, folder, targets=SEVEN_PROJECTIONS, **options):
+    """An adapter as peft writes it, no matrix of it zero."""
+    options = {"r": 4, "lora_alpha": 12} | options
+    config = LoraConfig(target_modules=list(targets), task_type="CAUSAL_LM", **options)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def make_pair(folder, case):
+    """A base and an adapter for it, in folders of these names."""
+    make_adapter(make_model(folder / "base", **CASES[case]), folder / "adapter")
+    return folder
+
+
+def tensors(folder):
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def contents(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -1,0 +1,125 @@
+"""Checkpoints: what is read is what was written, and nothing damaged is ever read."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pipeline.errors import RankZeroError, UserError
+from pipeline.train.checkpoint import Checkpoints, Identity, Progress
+
+IDENTITY = Identity(data_key="d", base_fingerprint="b", total_steps=9)
+WEIGHTS = {"k.lora_A.weight": torch.randn(4, 8), "k.lora_B.weight": torch.randn(8, 4)}
+MOMENTS = {f"{k}/{m}": torch.randn_like(v) for k, v in WEIGHTS.items() for m in ("a", "b")}
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return Checkpoints(tmp_path / "checkpoints", IDENTITY, keep=2)
+
+
+def write(checkpoints, step: int):
+    return checkpoints.write(WEIGHTS, MOMENTS, Progress(step=step, optimizer_step=step - 1))
+
+
+def test_what_is_read_is_what_was_written(checkpoints):
+    path = write(checkpoints, 3)
+    assert checkpoints.newest() == (path, [])
+    assert checkpoints.read_progress(path) == Progress(step=3, optimizer_step=2)
+    weights, moments = checkpoints.read_tensors(path)
+    for found, written in ((weights, WEIGHTS), (moments, MOMENTS)):
+        assert found.keys() == written.keys()
+        assert all(torch.equal(found[key], written[key]) for key in written)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    assert size < 12 * 64 + 4096  # fp32 weights and two moments, and headers
+
+
+def test_only_the_newest_are_kept(checkpoints, tmp_path):
+    for step in (2, 4, 100_000_000 - 1):
+        write(checkpoints, step)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-99999999"]
+
+
+def damage_manifest(path):
+    (path / "manifest.json").write_text("{")
+
+
+def flip(name):
+    def damage(path):
+        content = bytearray((path / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (path / name).write_bytes(content)
+
+    return damage
+
+
+def cut(name):
+    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:-1])
+
+
+NAMES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+DAMAGES = {
+    "manifest": damage_manifest,
+    "no manifest": lambda path: (path / "manifest.json").unlink(),
+    "short manifest": lambda path: (path / "manifest.json").write_text('{"files": {}}'),
+    "list": lambda path: (path / "manifest.json").write_text("[]"),
+    "foreign": lambda path: (path / "planted.pkl").write_bytes(b"cos\nsystem\n"),
+    "empty": lambda path: [file.unlink() for file in path.iterdir()],
+    **{f"flipped {name}": flip(name) for name in NAMES},
+    **{f"cut {name}": cut(name) for name in NAMES},
+    **{f"no {name}": (lambda path, name=name: (path / name).unlink()) for name in NAMES},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_one_is_named_and_passed_over(checkpoints, damage):
+    older, newer = write(checkpoints, 3), write(checkpoints, 6)
+    damage(newer)
+    path, notes = checkpoints.newest()
+    assert path == older
+    assert len(notes) == 1
+    assert str(newer) in notes[0]
+
+
+def test_one_of_another_run_is_refused_with_the_difference(checkpoints, tmp_path):
+    path = write(checkpoints, 3)
+    other = Checkpoints(tmp_path / "checkpoints", Identity("d", "other", 10), keep=2)
+    with pytest.raises(UserError, match="base_fingerprint, total_steps changed"):
+        other.read_progress(path)
+
+
+def test_a_write_that_is_cut_off_leaves_no_checkpoint(checkpoints, monkeypatch, tmp_path):
+    older = write(checkpoints, 3)
+    monkeypatch.setattr("pipeline.train.checkpoint._sync", kill)
+    with pytest.raises(KeyboardInterrupt):
+        write(checkpoints, 6)
+    monkeypatch.undo()
+    assert checkpoints.newest() == (older, [])
+    assert write(checkpoints, 6).name == "step-00000006"
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def kill(path):
+    raise KeyboardInterrupt
+
+
+def test_a_full_disk_is_said_before_anything_is_touched(checkpoints, monkeypatch):
+    older = write(checkpoints, 3)
+    usage = shutil.disk_usage("/")._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RankZeroError, match="needs .* MiB .* free"):
+        write(checkpoints, 6)
+    assert checkpoints.newest() == (older, [])
+
+
+def test_the_best_is_kept_beside_them(checkpoints, tmp_path):
+    checkpoints.write_best(WEIGHTS, Progress(step=4, best_loss=1.0, best_step=4))
+    write(checkpoints, 8)
+    assert torch.equal(checkpoints.read_best()["k.lora_A.weight"], WEIGHTS["k.lora_A.weight"])
+    state = json.loads((tmp_path / "checkpoints/best/state.json").read_text())
+    assert state["progress"]["best_step"] == 4
+    (tmp_path / "checkpoints/best/adapter.safetensors").unlink()
+    with pytest.raises(RankZeroError, match="is missing"):
+        checkpoints.read_best()

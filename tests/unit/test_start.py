@@ -1,0 +1,120 @@
+"""Starting in a folder: new, going on, nothing to do, or refused; and whose a folder is."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.train.start import open_run
+from pipeline.train.status import RunStatus, is_alive, read_status
+from tests.tiny import make_plan
+
+
+@pytest.fixture
+def begin(tmp_path, tiny_model):
+    folder = tmp_path / "run"
+
+    def start(is_debug: bool = False, **settings) -> str:
+        return open_run(folder, make_plan(tiny_model, **settings), is_debug=is_debug)
+
+    return folder, start
+
+
+def left(folder, state: str) -> None:
+    """What an earlier start left, besides what open_run wrote."""
+    fields = {"state": state, "host": "elsewhere", "heartbeat": 0, "pids": [1]}
+    (folder / "status.json").write_text(json.dumps(fields))
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints/mine").touch()
+
+
+def test_a_new_folder_gets_its_plan(begin):
+    folder, start = begin
+    assert start() == "new"
+    assert {p.name for p in folder.iterdir()} == {"run.yaml", "plan.json", "ds_config.json"}
+
+
+@pytest.mark.parametrize(("state", "expected"), [
+    ("stopped", "resume"), ("failed", "resume"), ("running", "resume"), ("done", "done"),
+])  # fmt: skip
+def test_the_same_settings_go_on_or_are_done(begin, state, expected):
+    folder, start = begin
+    start()
+    left(folder, state)
+    assert start(zero_stage=3, batch_size=2, logging_steps=1) == expected  # none changes the result
+    assert (folder / "checkpoints/mine").exists()
+
+
+@pytest.mark.parametrize("state", ["stopped", "done"])
+def test_other_settings_are_refused_unless_overwritten(begin, state):
+    folder, start = begin
+    start()
+    left(folder, state)
+    with pytest.raises(UserError, match=r"lr: 0\.001 -> 0\.5.*overwrite"):
+        start(lr=0.5)
+    assert (folder / "checkpoints/mine").exists()
+    (folder / "keep.txt").touch()
+    assert start(lr=0.5, overwrite=True) == "new"
+    assert not (folder / "checkpoints").exists()
+    assert (folder / "keep.txt").exists()  # not ours to remove
+
+
+def test_resume_never_and_must(begin):
+    folder, start = begin
+    with pytest.raises(UserError, match="holds no run"):
+        start(resume="must")
+    start()
+    left(folder, "stopped")
+    assert start(resume="never") == "new"
+    assert not (folder / "checkpoints").exists()
+
+
+def test_a_debug_run_replaces_the_one_before(begin):
+    folder, start = begin
+    start()
+    left(folder, "done")
+    assert start(is_debug=True, lr=0.5) == "new"
+
+
+def test_a_living_owner_is_left_alone(begin):
+    folder, start = begin
+    start()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as owner:
+        fields = {
+            "state": "running", "host": socket.gethostname(), "pids": [owner.pid],
+            "started": time.time(), "heartbeat": 0,
+        }  # fmt: skip
+        (folder / "status.json").write_text(json.dumps(fields))
+        for settings in ({}, {"overwrite": True, "lr": 0.5}):
+            with pytest.raises(UserError, match=f"process {owner.pid}"):
+                start(**settings)
+        owner.kill()
+    assert start() == "resume"
+
+
+def test_who_is_alive():
+    here, now = socket.gethostname(), time.time()
+    running = {"state": "running", "host": "other", "pids": [1], "started": now}
+    assert is_alive(running | {"heartbeat": now - 5})
+    assert not is_alive(running | {"heartbeat": now - 500})
+    assert not is_alive(running | {"heartbeat": now, "state": "stopped"})
+    # A process that took the number over later is another one.
+    later = {"host": here, "pids": [os.getppid()], "started": 1.0, "heartbeat": now}
+    assert not is_alive(running | later)
+
+
+def test_status_is_replaced_whole_and_says_how_it_ended(tmp_path):
+    status = RunStatus(tmp_path / "status.json")
+    status.claim(total_steps=9)
+    status.update(step=3)
+    found = read_status(tmp_path / "status.json")
+    assert (found["state"], found["step"], found["total_steps"]) == ("running", 3, 9)
+    status.end("stopped", 75, "time_limit")
+    found = read_status(tmp_path / "status.json")
+    assert (found["state"], found["exit_code"], found["reason"]) == ("stopped", 75, "time_limit")
+    assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
