@@ -17,7 +17,7 @@ def configuration() -> str:
         "# Settings of a run file",
         "",
         "Generated from the code by `make docs`.",
-        "A run file is flat YAML; any setting can also be given as `key=value` on the command line.",
+        "A run file is flat YAML; any setting can also be `key=value` on the command line.",
         "Precedence: defaults < presets < run file < command line.",
         "",
         "| setting | values | default | what it does |",
@@ -45,7 +45,8 @@ def rules() -> str:
         "# Rules",
         "",
         "Generated from the code by `make docs`.",
-        "`refuse` ends with exit code 2 before anything is loaded; `warn`, `set` and `advise` are shown with the plan.",
+        "`refuse` ends with exit code 2 before anything is loaded; "
+        "the others are shown with the plan.",
         "",
         "| rule | level | why | what to do | source |",
         "|---|---|---|---|---|",
@@ -68,16 +69,8 @@ def _value(option: dict) -> str:
         "integer": "whole number", "number": "number", "string": "text", "boolean": "true, false",
         "array": "list", "null": "nothing",
     }[option["type"]]  # fmt: skip
-    bounds = [
-        f"{sign} {option[key]:g}"
-        for key, sign in (
-            ("minimum", ">="),
-            ("exclusiveMinimum", ">"),
-            ("maximum", "<="),
-            ("exclusiveMaximum", "<"),
-        )
-        if key in option
-    ]
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {option[key]:g}" for key, sign in signs.items() if key in option]
     return " ".join([kind, *bounds])
 
 

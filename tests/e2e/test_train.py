@@ -170,7 +170,7 @@ def test_killed_in_the_middle_goes_on_from_the_newest_intact_checkpoint(
         os.kill(pid, 9)
     process.communicate(timeout=120)
     assert status(folder)["state"] == "running"  # nobody was left to say otherwise
-    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    newest = max((folder / "checkpoints").glob("step-*"))
     weights = newest / "adapter.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])  # and the newest checkpoint is damaged
     code, output = deepspeed(path)

@@ -21,7 +21,7 @@ def train_and_look(session, folder, settings):
     split = Documents()
     for step in range(3):
         batches, supervised = work(plan, split, step, session.placement.rank)
-        engine.optimizer_step(batches, supervised, 1e-2)
+        engine.optimizer_step(batches, supervised, 4e-3)
     weights = gather_weights(engine.parameters, keep=session.is_rank_zero)
     engine.deepspeed.eval()
     with torch.no_grad():  # every rank: at ZeRO-3 a forward gathers
@@ -54,9 +54,14 @@ def test_logits_of_the_published_adapter(tmp_path, dtype, stage):
 
     assert torch.equal(reloaded(autocast_adapter_dtype=False), logits)
     default = reloaded()
-    assert (default - logits).abs().max() <= 0.01 * logits.abs().max()
+    assert parted(default, logits) <= 0.01
     if dtype == "float32":
         assert torch.equal(default, logits)
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])(input_ids=IDS)
-    assert (plain.logits - logits).abs().max() > 0.02 * logits.abs().max()  # it did learn
+    assert parted(plain.logits, logits) > 0.02  # it did learn
+
+
+def parted(found: torch.Tensor, logits: torch.Tensor) -> float:
+    """Norm of the difference over the norm: one logit of a tiny bf16 model is mostly rounding."""
+    return float((found - logits).float().norm() / logits.float().norm())

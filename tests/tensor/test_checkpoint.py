@@ -109,7 +109,7 @@ def test_a_full_disk_is_said_before_anything_is_touched(checkpoints, monkeypatch
     older = write(checkpoints, 3)
     usage = shutil.disk_usage("/")._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(RankZeroError, match="needs .* MiB .* free"):
+    with pytest.raises(RankZeroError, match=r"needs .* MiB .* free"):
         write(checkpoints, 6)
     assert checkpoints.newest() == (older, [])
 

@@ -1,5 +1,6 @@
 """The plan: choices, batch arithmetic, steps, refusals; and every run file that we ship."""
 
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_the_learning_rate_starts_above_zero_and_never_rises_after_the_warm_up(p
     rates = [made.learning_rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4)
     assert max(rates) == rates[9] == pytest.approx(1e-3)
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
     assert min(rates) >= 1e-4 - 1e-12
 
 
