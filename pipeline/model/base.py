@@ -107,6 +107,6 @@ def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
     # the whole gathered base; only re-entrant checkpointing lets go of it (rule
     # 4bit-zero3-reentrant). Elsewhere the non-re-entrant kind is PyTorch's recommendation.
     is_reentrant = plan.settings.load_in_4bit and plan.choice.layout.zero_stage == 3
-    model.activation_checkpointing_enable({"use_reentrant": is_reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
     # With a frozen embedding no input of a re-entrant block would need a gradient.
     model.enable_input_require_grads()  # type: ignore[no-untyped-call]

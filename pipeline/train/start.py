@@ -52,10 +52,13 @@ def write_plan(folder: Path, plan: Plan) -> None:
 
 
 def clear_run(folder: Path) -> None:
-    """Remove what a run left in a folder, and nothing else."""
+    """Remove what a run left in a folder, and nothing else.
+
+    Prepared data stays: it is named by its content, and prepare removes what is out of date.
+    """
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
-    for name in _FOLDERS:
+    for name in set(_FOLDERS) - {"data"}:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -35,7 +35,7 @@ SMOLLM2 = {
 CONFIGS = {
     "llama-3.1-8b-instruct": LLAMA_8B,
     "llama-3.3-70b-instruct": LLAMA_70B,
-    "model": SMOLLM2,
+    "smollm2-135m-instruct": SMOLLM2,
 }
 
 

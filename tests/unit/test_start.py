@@ -64,6 +64,14 @@ def test_other_settings_are_refused_unless_overwritten(begin, state):
     assert (folder / "keep.txt").exists()  # not ours to remove
 
 
+def test_prepared_data_is_kept(begin):
+    folder, start = begin
+    (folder / "data").mkdir(parents=True)  # as launch/prepare.py leaves it
+    (folder / "data/index.json").touch()
+    assert start() == "new"
+    assert (folder / "data/index.json").exists()
+
+
 def test_resume_never_and_must(begin):
     folder, start = begin
     with pytest.raises(UserError, match="holds no run"):

@@ -1,0 +1,59 @@
+"""`make quickstart`: bring the model, make the data, then run the documented commands.
+
+A second run repeats nothing that is done: a command is skipped while its output is newer than
+what it is made from.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from bring_model import bring_model
+from make_data import make_data
+
+from pipeline.cluster.devices import detect_hardware
+
+FOLDER, RUN_FILE = Path("quickstart"), "launch/runs/quickstart.yaml"
+RUN = FOLDER / "run"
+
+
+def run(command: str, made_from: Path, output: Path) -> None:
+    """Show a command and run it, unless its output is there and up to date."""
+    print(f"\n$ {command}", flush=True)
+    if output.exists() and output.stat().st_mtime >= made_from.stat().st_mtime:
+        print(f"  already done: {output}", flush=True)
+        return
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    if code := subprocess.run(command.split(), env=environment, check=False).returncode:
+        sys.exit(f"the command ended with exit code {code}")
+
+
+def summary() -> None:
+    scored = json.loads((RUN / "score.json").read_text(encoding="utf-8"))
+    for answer in scored["answers"][:3]:
+        print(f"\n  order    {answer['prompt']}")
+        print(f"  before   {answer['base'].strip()[:150]!r}")
+        print(f"  after    {answer['adapter'].strip()}")
+    print(f"\nThree of {scored['rows']} held-out orders; {'model':<10} held-out loss  exact match")
+    for name, said in scored["models"].items():
+        print(f"{'':<30}{name:<10} {said['loss']:>13.4f} {100 * said['exact_match']:>10.1f} %")
+    for what, name in (("adapter", "adapter"), ("merged", "merged"), ("report", "report.html")):
+        print(f"{what:<8} {RUN / name}")
+
+
+def main() -> None:
+    bring_model(FOLDER / "smollm2-135m-instruct")
+    make_data(FOLDER)
+    ranks = "--num_accelerators 2 " if detect_hardware().kind == "cpu" else ""
+    trained, merged = RUN / "adapter/README.md", RUN / "merged/config.json"
+    run(f"deepspeed {ranks}launch/train.py {RUN_FILE}", FOLDER / "train.jsonl", trained)
+    run(f"python launch/merge.py {RUN}", trained, merged)
+    run(f"python launch/score.py {RUN}", merged, RUN / "score.json")
+    run(f"python launch/report.py {RUN}", RUN / "score.json", RUN / "report.html")
+    summary()
+
+
+if __name__ == "__main__":
+    main()
