@@ -25,11 +25,13 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     """
     settings, dtype = plan.settings, DTYPES[plan.training_dtype]
     options: dict[str, Any] = {}
+    sharding = None
     if settings.is_quantised:
         options["quantization_config"] = _quantization(plan)
-        options["device_map"] = {"": device}
-    # transformers shards on loading only while this object lives.
-    sharding = None if settings.is_quantised else _sharding(plan)
+    if settings.is_quantised or plan.choice.layout.zero_stage < 3:
+        options["device_map"] = {"": device}  # straight there: no copy a rank in host memory
+    else:
+        sharding = _sharding(plan)  # transformers shards on loading only while this object lives
     model = load_plain(
         Path(settings.model),
         dtype=dtype,
@@ -93,8 +95,6 @@ def _quantization(plan: Plan) -> BitsAndBytesConfig:
 
 
 def _sharding(plan: Plan) -> Any:
-    if plan.choice.layout.zero_stage < 3:
-        return None
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(dict(plan.deepspeed))  # type: ignore[no-untyped-call]
@@ -107,6 +107,6 @@ def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
     # the whole gathered base; only re-entrant checkpointing lets go of it (rule
     # 4bit-zero3-reentrant). Elsewhere the non-re-entrant kind is PyTorch's recommendation.
     is_reentrant = plan.settings.load_in_4bit and plan.choice.layout.zero_stage == 3
-    model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})  # type: ignore[no-untyped-call]
     # With a frozen embedding no input of a re-entrant block would need a gradient.
     model.enable_input_require_grads()  # type: ignore[no-untyped-call]

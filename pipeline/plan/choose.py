@@ -62,7 +62,7 @@ def choose(
     for layout in candidates:
         if _need(shape, settings, layout) <= limit:
             accumulation = _sequences_per_rank(settings, world_size) // layout.micro_batch_size
-            why = _reasons(settings, shape, candidates[0], layout) | {"training_dtype": why_dtype}
+            why = _reasons(settings, shape, layout) | {"training_dtype": why_dtype}
             return Choice(layout=layout, accumulation_steps=accumulation, why=why)
     raise UserError(_does_not_fit(settings, shape, candidates[-1], limit, hardware))
 
@@ -123,10 +123,9 @@ def _micro_batches(settings: RunSettings, world_size: int) -> list[int]:
     return [n for n in range(min(each, _LARGEST_MICRO_BATCH), 0, -1) if each % n == 0]
 
 
-def _reasons(
-    settings: RunSettings, shape: ModelShape, first: Layout, chosen: Layout
-) -> dict[str, str]:
+def _reasons(settings: RunSettings, shape: ModelShape, chosen: Layout) -> dict[str, str]:
     why: dict[str, str] = {}
+    kept = replace(chosen, is_checkpointed=False)
     need = f"{_need(shape, settings, chosen) / GIB:.1f} GiB a rank"
     if settings.zero_stage == "auto":
         why["zero_stage"] = (
@@ -136,7 +135,7 @@ def _reasons(
         )
     if settings.gradient_checkpointing == "auto":
         why["gradient_checkpointing"] = (
-            f"on: without it {_need(shape, settings, first) / GIB:.1f} GiB a rank would be needed"
+            f"on: without it {_need(shape, settings, kept) / GIB:.1f} GiB a rank would be needed"
             if chosen.is_checkpointed
             else f"off: the activations fit ({need})"
         )
