@@ -166,6 +166,20 @@ RULES: tuple[Rule, ...] = (
         source="DeepSpeed#7718; DeepSpeed#7697",
     ),
     Rule(
+        id="transformers-zero3-rotary",
+        level="refuse",
+        applies=lambda s: (
+            s.zero_stage == 3
+            and s.training_dtype != "float32"
+            and not s.settings.is_quantised
+            and _between(s.packages.get("transformers"), "0.1.0", "5.22.999")
+        ),
+        reason="this transformers rounds the rotary frequencies to 16 bits when it loads a model "
+        "sharded, so positions are wrong and nothing says so",
+        remedy="install transformers>=5.23, or set zero_stage: 2",
+        source="measured 2026-11-24 with 5.17 to 5.22; tests/engine/test_published.py",
+    ),
+    Rule(
         id="zero1-bf16-accumulation",
         level="warn",
         applies=lambda s: (

@@ -225,7 +225,7 @@ def test_another_fine_tune_of_the_same_shape_is_refused(pair):
     trained_on = {"base": str(pair / "base"), "fingerprint": base_fingerprint(pair / "base")}
     (pair / "adapter" / TRAINED_ON).write_text(json.dumps(trained_on))
     require_same_base(pair / "base", pair / "adapter")
-    shard = pair / "base/model.safetensors"
+    shard = next((pair / "base").glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)

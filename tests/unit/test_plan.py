@@ -15,6 +15,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.plan.hardware import GIB, Hardware
 from pipeline.plan.plan import make_plan
+from pipeline.plan.rules import installed_versions
 from pipeline.plan.shape import read_shape
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +169,21 @@ def test_the_learning_rate_starts_above_zero_and_never_rises_after_the_warm_up(p
 def test_rules_that_refuse(plan, hardware, keys, rule):
     with pytest.raises(UserError, match=f"rule {rule}"):
         plan(SMOLLM2, hardware=hardware, ranks=2, **keys)
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "keys", "rule"),
+    [
+        ("transformers", "5.22.0", {"zero_stage": 3}, "transformers-zero3-rotary"),
+        ("deepspeed", "0.19.2", {"zero_stage": 3}, "deepspeed-zero3-frozen"),
+        ("deepspeed", "0.18.0", {"zero_stage": 2}, "deepspeed-wrong-gradients"),
+    ],
+)
+def test_known_bad_versions(plan, monkeypatch, package, version, keys, rule):
+    versions = installed_versions() | {package: version}
+    monkeypatch.setattr("pipeline.plan.plan.installed_versions", lambda: versions)
+    with pytest.raises(UserError, match=f"rule {rule}"):
+        plan(SMOLLM2, **keys)
 
 
 def test_rules_that_speak(plan):
