@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -56,24 +57,37 @@ def _cuda_devices() -> Hardware | None:
     except pynvml.NVMLError:
         return None
     try:
-        count = int(pynvml.nvmlDeviceGetCount())
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if visible is not None:
-            count = min(count, len([entry for entry in visible.split(",") if entry.strip()]))
-        if count == 0:
+        handles = _visible_handles(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        if not handles:
             return None
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = handles[0]
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
         return Hardware(
             kind="cuda",
             name=str(pynvml.nvmlDeviceGetName(handle)),
-            devices_per_node=count,
-            device_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+            devices_per_node=len(handles),
+            device_bytes=min(int(pynvml.nvmlDeviceGetMemoryInfo(h).total) for h in handles),
             host_bytes=_host_bytes(),
             compute_capability=(int(major), int(minor)),
         )
     finally:
         pynvml.nvmlShutdown()
+
+
+def _visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
+    """NVML's handles of what CUDA shows: numbers, or UUIDs of GPUs and MIG slices, up to a -1."""
+    if visible is None:
+        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    handles = []
+    for entry in (entry.strip() for entry in visible.split(",")):
+        try:
+            if entry.isdigit():
+                handles.append(pynvml.nvmlDeviceGetHandleByIndex(int(entry)))
+            else:
+                handles.append(pynvml.nvmlDeviceGetHandleByUUID(entry))
+        except pynvml.NVMLError:
+            break  # as CUDA does: what follows a wrong entry is not visible
+    return handles
 
 
 def _host_bytes() -> int:

@@ -1,4 +1,4 @@
-"""The process group: up, agreements, sums, down. The only importer of torch.distributed.
+"""The process group: up, agreements, sums, down.
 
 torch is imported when a session starts work on several ranks, not before: `rank_zero_first` of a
 single process runs without it.
@@ -26,7 +26,7 @@ _READING_TIMEOUT = timedelta(seconds=15)
 
 
 class Session:
-    """One run's ranks. Every method is a collective: every rank, in the same order."""
+    """One run's ranks. Every public method is a collective: every rank, in the same order."""
 
     def __init__(self, placement: Placement, hardware: Hardware) -> None:
         self.placement = placement
@@ -63,7 +63,15 @@ class Session:
 
         if not self._is_cuda:
             return torch.device("cpu")
-        return torch.device("cuda", self.placement.local_rank)
+        seen = torch.cuda.device_count()
+        # A scheduler may show every process its own GPU only, which is then number 0.
+        index = 0 if seen == 1 and self.placement.local_size > 1 else self.placement.local_rank
+        if index >= seen:
+            raise UserError(
+                f"this machine shows {seen} GPUs and {self.placement.local_size} ranks were "
+                "started on it; start one rank a GPU"
+            )
+        return torch.device("cuda", index)
 
     def rank_zero_first(self, work: Callable[[], Any]) -> Any:
         """Do `work` on rank 0 while the others wait, and return its JSON-able result on all.
@@ -85,11 +93,12 @@ class Session:
                 self._await_readers(store, key)
                 raise
             store.set(key, json.dumps({"result": result}))
+            self._await_readers(store, key)
             return result
         store.wait([key], _LONG_WORK_TIMEOUT)
         answer = json.loads(store.get(key))
+        store.set(f"{key}/read-by-{self.placement.rank}", "")
         if "error" in answer:
-            store.set(f"{key}/read-by-{self.placement.rank}", "")
             raise (UserError if answer["is_user"] else RankZeroError)(answer["error"])
         return answer["result"]
 
@@ -100,7 +109,7 @@ class Session:
 
         store = self._open_store()
         if self._is_cuda:
-            torch.cuda.set_device(self.placement.local_rank)  # before any load: bnb uses it
+            torch.cuda.set_device(self.device)  # before any load: bitsandbytes uses it
         dist.init_process_group(
             "nccl" if self._is_cuda else "gloo",
             store=store,
@@ -132,7 +141,7 @@ class Session:
         return [float(value) for value in tensor.tolist()]
 
     def _await_readers(self, store: Any, key: str) -> None:
-        """Let every rank read an error before rank 0, which may hold the store, leaves."""
+        """Let every rank read before rank 0, which may hold the store, leaves."""
         import torch.distributed as dist
 
         readers = [f"{key}/read-by-{rank}" for rank in range(1, self.placement.world_size)]

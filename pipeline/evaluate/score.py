@@ -1,5 +1,7 @@
 """Base, adapter and merged model side by side on the held-out rows -> score.json."""
 
+import dataclasses
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,9 @@ def score_run(run_folder: Path, settings: RunSettings, rows: int) -> dict[str, A
         found["base"] = measure(with_adapter)
     found["adapter"] = measure(with_adapter)
     del with_adapter
+    gc.collect()
+    if session.device.type == "cuda":
+        torch.cuda.empty_cache()  # the next base takes its place
     if (run_folder / "merged").is_dir():
         merged = load_plain(run_folder / "merged", dtype=DTYPES[plan.training_dtype])
         found["merged"] = measure(merged.to(session.device))  # type: ignore[arg-type]
@@ -97,8 +102,9 @@ def _one_process(settings: RunSettings) -> Plan:
             "global_batch_size": "auto",
         }
     )
-    shape = read_shape(settings.model)
-    return make_plan(alone, shape, detect_hardware(), nodes=1, ranks_per_node=1)
+    # Nothing is trained, so what training would need must not refuse it.
+    roomy = dataclasses.replace(detect_hardware(), device_bytes=2**50)
+    return make_plan(alone, read_shape(settings.model), roomy, nodes=1, ranks_per_node=1)
 
 
 def _questions(settings: RunSettings, tokenizer: Any, rows: int) -> list[Question]:

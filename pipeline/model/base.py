@@ -35,7 +35,7 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     model = load_plain(
         Path(settings.model),
         dtype=dtype,
-        attention="flash_attention_2" if settings.use_flash_attention is True else "sdpa",
+        attention="flash_attention_2" if settings.use_flash_attention is True else None,
         trust_remote_code=settings.trust_remote_code,
         **options,
     )
@@ -56,11 +56,14 @@ def load_plain(
     folder: Path,
     *,
     dtype: torch.dtype,
-    attention: str = "sdpa",
+    attention: str | None = None,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """A causal language model from a folder, without any network."""
+    """A causal language model from a folder, without any network.
+
+    `attention` None is the model's own choice: PyTorch's, or eager where soft-capping needs it.
+    """
     disable_progress_bar()  # type: ignore[no-untyped-call]  # one a rank otherwise
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -3,6 +3,7 @@
 B: sequences, T: tokens, D: hidden size, V: vocabulary, S: supervised positions of the batch.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pipeline.plan.memory import LOGITS_CHUNK_BYTES
+from pipeline.plan.plan import Plan
 
 IGNORED = -100
 
@@ -22,11 +24,15 @@ class SummedLoss(nn.Module):
 
     Logits are made for supervised positions alone; for more than LOGITS_CHUNK_BYTES of them in
     fp32, a chunk at a time and again in the backward pass, so that (B, T, V) never exists.
+
+    `num_chunks` fixes their number: at ZeRO-3 each chunk gathers the head, and every rank must
+    gather as often, however many of its tokens are supervised.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, num_chunks: int | None = None) -> None:
         super().__init__()
         self.model = model
+        self._num_chunks = num_chunks
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
@@ -51,12 +57,22 @@ class SummedLoss(nn.Module):
                 logits = cap * torch.tanh(logits / cap)
             return F.cross_entropy(logits, y, reduction="sum")
 
-        rows = max(1, LOGITS_CHUNK_BYTES // (4 * causal.config.vocab_size))
-        if len(targets) <= rows:
+        num_chunks = self._num_chunks or _chunks(len(targets), causal.config.vocab_size)
+        if num_chunks == 1:
             return chunk_loss(hidden, targets)
         total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(targets), rows):
-            part = slice(start, start + rows)
-            part_loss = checkpoint(chunk_loss, hidden[part], targets[part], use_reentrant=False)
+        parts = zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
+        for part in parts:
+            part_loss = checkpoint(chunk_loss, *part, use_reentrant=False)
             total = total + part_loss
         return total
+
+
+def chunks_for_any_batch(plan: Plan) -> int:
+    """Chunks that are enough for the largest micro-batch of a plan, all of it supervised."""
+    positions = plan.choice.layout.micro_batch_size * plan.settings.max_length
+    return _chunks(positions, plan.shape.vocab_size)
+
+
+def _chunks(positions: int, vocab_size: int) -> int:
+    return max(1, math.ceil(positions * vocab_size * 4 / LOGITS_CHUNK_BYTES))

@@ -79,8 +79,14 @@ def memory_per_rank(shape: ModelShape, settings: RunSettings, layout: Layout) ->
         "activations": _activations(shape, settings, layout, b),
         "logits": _logits(shape, settings, layout, b),
     }
-    if is_sharded:  # the layer in use and the one fetched ahead
-        terms["gathered_layers"] = 2 * base // shape.num_layers
+    if is_sharded:  # the layer in use, the one fetched ahead, and the head
+        head = shape.vocab_size * shape.hidden_size * b
+        terms["gathered_layers"] = 2 * (base - head) // shape.num_layers + head
+        if settings.load_in_4bit:  # the constants stay whole on every rank (DeepSpeed 0.19.8)
+            constants = base_bytes(shape, settings, layout.training_dtype)
+            constants -= shape.linear_parameters // 2
+            constants -= (shape.parameters - shape.linear_parameters) * b
+            terms["quantisation_constants"] = constants
     if settings.is_quantised:  # the largest matrix, expanded
         terms["dequantised_weight"] = max(x.parameters for x in shape.linears) * b
     return terms

@@ -36,7 +36,13 @@ def deepspeed_config(
         if zero_stage > 1:  # at stage 1 this key switches to another optimizer class
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     if training_dtype == "float16":
-        config["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000}
+        # hysteresis 1: the default of 2 ignores the first overflow, and the step is lost for it
+        config["fp16"] = {
+            "enabled": True,
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 1,
+        }
     return config
 
 

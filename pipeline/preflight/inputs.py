@@ -44,6 +44,8 @@ def _check_disk(plan: Plan) -> None:
     each = checkpoint_bytes(plan.trainable)
     # One more checkpoint than is kept while a new one is written, and the adapter.
     need = each * (plan.settings.save_total_limit + 1) + 4 * plan.trainable
+    there = Path(plan.settings.output_dir) / "checkpoints"
+    need -= sum(path.stat().st_size for path in there.glob("*/*"))  # of an earlier start
     free = shutil.disk_usage(parent).free
     if free < need:
         raise UserError(

@@ -52,6 +52,8 @@ def assemble(
             optimizer_step=progress.optimizer_step,
         )
         notes = [*notes, f"going on from step {progress.step} ({found})"]
+    if status is not None:
+        status.update(step=progress.step)
     is_shown = session.is_rank_zero
     display = ProgressDisplay(
         plan.steps.total_steps, progress.step, settings.logging_steps, is_shown=is_shown

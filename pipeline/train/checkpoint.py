@@ -7,7 +7,6 @@ whether it still is. Called on rank 0; reading on every rank.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,12 +16,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.adapter.replace import replacing
 from pipeline.errors import RankZeroError, UserError
 from pipeline.plan.plan import dump_json
 
 _ADAPTER, _OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 _STATE, _MANIFEST = "state.json", "manifest.json"
-_BEST = "best"
 
 
 @dataclass(kw_only=True)
@@ -34,6 +33,7 @@ class Progress:
     best_loss: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
+    is_evaluation_due: bool = False  # a stop came first
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,19 @@ class Checkpoints:
         self._require_space(weights, moments)
         path = self._folder / f"step-{progress.step:08d}"
         self._write_folder(path, weights, moments, progress)
-        for old in self._by_age()[: -self._keep]:
-            shutil.rmtree(old)
+        self._prune(path, progress)
         return path
 
     def write_best(self, weights: Mapping[str, torch.Tensor], progress: Progress) -> None:
-        """Keep the weights of the lowest held-out loss so far."""
-        self._write_folder(self._folder / _BEST, weights, {}, progress)
+        """Keep the weights of the lowest held-out loss so far, that of this step.
 
-    def read_best(self) -> dict[str, torch.Tensor]:
+        The best before stays until a checkpoint names this one: a resume may need it again.
+        """
+        self._write_folder(self._best(progress), weights, {}, progress)
+
+    def read_best(self, progress: Progress) -> dict[str, torch.Tensor]:
         """The weights that `write_best` kept. Raises RankZeroError where they are damaged."""
-        path = self._folder / _BEST
+        path = self._best(progress)
         if damage := _damage(path):
             raise RankZeroError(f"{path}: the best adapter cannot be exported: {damage}")
         return load_file(path / _ADAPTER)
@@ -104,6 +106,22 @@ class Checkpoints:
     def _by_age(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"))
 
+    def _best(self, progress: Progress) -> Path:
+        return self._folder / f"best-{progress.best_step:08d}"
+
+    def _prune(self, written: Path, progress: Progress) -> None:
+        """Remove what the checkpoint just written replaces, never that one itself.
+
+        Later steps are there only after a resume from before them, and were passed over then.
+        """
+        others = [path for path in self._by_age() if path != written]
+        older = [path for path in others if path < written]
+        surplus = older[: max(0, len(older) - (self._keep - 1))]
+        later = [path for path in others if path > written]
+        bests = [path for path in self._folder.glob("best-*") if path != self._best(progress)]
+        for path in (*surplus, *later, *bests):
+            shutil.rmtree(path)
+
     def _require_space(self, *tensors: Mapping[str, torch.Tensor]) -> None:
         need = sum(t.numel() * t.element_size() for group in tensors for t in group.values())
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -121,21 +139,13 @@ class Checkpoints:
         moments: Mapping[str, torch.Tensor],
         progress: Progress,
     ) -> None:
-        beside = path.with_name(f".{path.name}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        save_file(dict(weights), beside / _ADAPTER, metadata={"format": "pt"})
-        save_file(dict(moments), beside / _OPTIMIZER, metadata={"format": "pt"})
-        state = {"identity": asdict(self._identity), "progress": asdict(progress)}
-        (beside / _STATE).write_text(dump_json(state), encoding="utf-8")
-        files = {name: _described(beside / name) for name in (_ADAPTER, _OPTIMIZER, _STATE)}
-        (beside / _MANIFEST).write_text(dump_json({"files": files}), encoding="utf-8")
-        for file in (*beside.iterdir(), beside):
-            _sync(file)
-        if path.exists():  # the same step again, after a resume
-            shutil.rmtree(path)
-        beside.replace(path)
-        _sync(path.parent)
+        with replacing(path, check=lambda fresh: None) as fresh:
+            save_file(dict(weights), fresh / _ADAPTER, metadata={"format": "pt"})
+            save_file(dict(moments), fresh / _OPTIMIZER, metadata={"format": "pt"})
+            state = {"identity": asdict(self._identity), "progress": asdict(progress)}
+            (fresh / _STATE).write_text(dump_json(state), encoding="utf-8")
+            files = {name: _described(fresh / name) for name in (_ADAPTER, _OPTIMIZER, _STATE)}
+            (fresh / _MANIFEST).write_text(dump_json({"files": files}), encoding="utf-8")
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -162,11 +172,3 @@ def _damage(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({error})"
     return None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

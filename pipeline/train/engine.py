@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from pipeline.data.batches import Batch
 from pipeline.model.adapter import trainable
-from pipeline.model.loss import SummedLoss
+from pipeline.model.loss import SummedLoss, chunks_for_any_batch
 from pipeline.plan.plan import Plan
 
 
@@ -41,8 +41,9 @@ class Engine:
     def __init__(self, model: PeftModel, plan: Plan) -> None:
         self.parameters = trainable(model)
         self._world_size = plan.world_size
+        is_sharded = plan.choice.layout.zero_stage == 3
         self.deepspeed, *_ = deepspeed.initialize(
-            model=SummedLoss(model),
+            model=SummedLoss(model, chunks_for_any_batch(plan) if is_sharded else None),
             model_parameters=list(self.parameters.values()),
             config=dict(plan.deepspeed),
             dist_init_required=False,

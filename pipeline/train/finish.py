@@ -37,7 +37,7 @@ def _require_unmoved_base(run: Training) -> None:
 def _publish(run: Training, weights: dict[str, torch.Tensor]) -> int:
     settings, progress, step = run.plan.settings, run.progress, run.progress.step
     if settings.keep_best and progress.best_step not in (0, step):
-        weights, step = run.checkpoints.read_best(), progress.best_step
+        weights, step = run.checkpoints.read_best(progress), progress.best_step
     publish_adapter(
         weights,
         expected_shapes(run.plan),

@@ -1,4 +1,4 @@
-"""The loop: one page. Everything that it uses is made in run.py."""
+"""The loop: one page. Everything that it uses is made in assemble.py."""
 
 import math
 from collections.abc import Iterator
@@ -26,8 +26,9 @@ from pipeline.train.progress import ProgressDisplay
 from pipeline.train.status import RunStatus
 from pipeline.train.stop import StopRequests
 
-# Steps in a row without an update (not finite gradients) after which a run is given up.
-_MOST_SKIPPED = 3
+# Steps in a row without an update (not finite gradients) after which a run is given up. In fp16
+# the loss scale starts at 2^16 and is halved by each: 16 of them are no sign of anything.
+_MOST_SKIPPED = {"float32": 3, "bfloat16": 3, "float16": 20}
 
 
 @dataclass(kw_only=True)
@@ -56,6 +57,10 @@ def train(run: Training) -> str | None:
     """
     plan, progress = run.plan, run.progress
     total_steps, skipped, watch = plan.steps.total_steps, 0, Stopwatch()
+    if progress.is_evaluation_due:
+        _evaluate(run)
+    if _is_patience_over(run):
+        return None
     for step, batches, supervised in _work(run):
         result = run.engine.optimizer_step(batches, supervised, plan.learning_rate(step))
         loss_sum, tokens, asked = run.session.sum_over_ranks(
@@ -66,16 +71,19 @@ def train(run: Training) -> str | None:
         skipped = 0 if result.was_applied else skipped + 1
         line = _line(run, step, loss_sum / supervised, int(tokens), supervised, result, watch.lap())
         _record(run, line)
-        _require_healthy(line, skipped)
+        _require_healthy(line, skipped, _MOST_SKIPPED[plan.training_dtype])
         if progress.optimizer_step == 2:
             _require_moved(run)
         is_last = progress.step == total_steps
-        is_over = _is_due(run, "evaluation", is_last=is_last) and _evaluate(run)
-        if asked or is_over or _is_due(run, "save", is_last=is_last):
+        progress.is_evaluation_due = _is_due(run, "evaluation", is_last=is_last)
+        if asked and not is_last:  # at once: a launcher may wait no longer than this
             save(run)
-        if asked and not is_last:
             return run.stops.reason() or "another rank was asked to"
-        if is_over:
+        if progress.is_evaluation_due:
+            _evaluate(run)
+        if _is_due(run, "save", is_last=is_last) or _is_patience_over(run):
+            save(run)
+        if _is_patience_over(run):
             run.display.say(f"early stop: no lower held-out loss since step {progress.best_step}")
             return None
         watch.lap()
@@ -84,6 +92,8 @@ def train(run: Training) -> str | None:
 
 def save(run: Training) -> None:
     """Write a checkpoint of this step. Collective: every rank; rank 0 writes."""
+    if run.progress.optimizer_step == 0:  # every step so far was skipped: Adam has no state yet
+        return
     keep = run.session.is_rank_zero
     weights = gather_weights(run.engine.parameters, keep=keep)
     moments = gather_moments(run.engine.parameters, keep=keep)
@@ -155,14 +165,14 @@ def _record(run: Training, line: dict[str, Any]) -> None:
         run.status.update(step=line["step"])
 
 
-def _require_healthy(line: dict[str, Any], skipped: int) -> None:
+def _require_healthy(line: dict[str, Any], skipped: int, most_skipped: int) -> None:
     """The numbers are sums over ranks, so every rank raises or none does."""
     if not math.isfinite(line["loss"]) or line["loss"] == 0.0:
         raise RankZeroError(
             f"step {line['step']}: the loss is {line['loss']}; a lower lr or another precision "
             "may help; the last checkpoint is untouched"
         )
-    if skipped == _MOST_SKIPPED:
+    if skipped == most_skipped:
         raise RankZeroError(
             f"step {line['step']}: {skipped} steps in a row had gradients that are not finite; "
             "a lower lr or bf16 may help; the last checkpoint is untouched"
@@ -188,26 +198,29 @@ def _is_due(run: Training, what: str, *, is_last: bool) -> bool:
     return strategy != "no" and (is_last or step % every == 0)
 
 
-def _evaluate(run: Training) -> bool:
-    """Measure the held-out loss, keep the best; whether the run should end early."""
+def _evaluate(run: Training) -> None:
+    """Measure the held-out loss and keep the best."""
     assert run.eval_split is not None
-    progress, settings = run.progress, run.plan.settings
-    micro = run.plan.choice.layout.micro_batch_size
-    watch = Stopwatch()
+    progress = run.progress
+    progress.is_evaluation_due = False
+    watch, micro = Stopwatch(), run.plan.choice.layout.micro_batch_size
     loss = held_out_loss(run.engine.evaluate, run.eval_split, run.session, micro)
     run.display.say(f"step {progress.step}  held-out loss {loss:.4f}  ({watch.lap():.1f} s)")
     if run.metrics is not None:
         tokens = int(run.eval_split.supervised_counts.sum())
         run.metrics.write({"step": progress.step, "eval_loss": loss, "eval_tokens": tokens})
-    if progress.best_loss is None or loss < progress.best_loss:
+    if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss, progress.best_step = loss, progress.step
         progress.evaluations_since_best = 0
-        if settings.keep_best:
+        if run.plan.settings.keep_best:
             _keep_best(run)
     else:
         progress.evaluations_since_best += 1
-    patience = settings.early_stopping_patience
-    return patience is not None and progress.evaluations_since_best >= patience
+
+
+def _is_patience_over(run: Training) -> bool:
+    patience = run.plan.settings.early_stopping_patience
+    return patience is not None and run.progress.evaluations_since_best >= patience
 
 
 def _keep_best(run: Training) -> None:

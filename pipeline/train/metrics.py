@@ -13,9 +13,10 @@ class MetricsFile:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
-        self._file = path.open("w", encoding="utf-8")
-        for line in kept:
-            self.write(line)
+        beside = path.with_name(f".{path.name}.tmp")
+        beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+        beside.replace(path)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
         """One line, flushed: whoever follows the file sees each step."""

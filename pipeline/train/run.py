@@ -11,12 +11,12 @@ from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
 from pipeline.data.prepare import check_rows, prepare
 from pipeline.data.prepared import DataIndex, open_split
-from pipeline.errors import RankZeroError, Stopped
+from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.plan.shape import read_shape
 from pipeline.preflight.inputs import check_inputs
-from pipeline.train.start import open_run, write_plan
+from pipeline.train.start import look, open_run, write_plan
 from pipeline.train.status import RunStatus
 
 _DEBUG_ROWS, _DEBUG_STEPS = 64, 4
@@ -48,12 +48,21 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
                 print(text, flush=True)  # noqa: T201 - the run's own terminal
 
         def begin() -> dict[str, Any]:
-            check_rows(settings)
-            return {"start": open_run(folder, plan, is_debug=is_debug)}
+            found = look(folder, plan, is_debug=is_debug)
+            if found != "done":
+                check_rows(settings)
+                open_run(folder, plan, found)
+            return {"start": found, "plan": plan.as_json()["choice"] | plan.deepspeed}
 
-        if session.rank_zero_first(begin)["start"] == "done":
+        begun = session.rank_zero_first(begin)
+        if begun["start"] == "done":
             say(f"{folder} is done with these settings; nothing to do")
             return
+        if begun["plan"] != plan.as_json()["choice"] | plan.deepspeed:
+            raise UserError(
+                f"rank {placement.rank} plans otherwise than rank 0: machines of one run must have "
+                "the same devices, memory, run file and packages"
+            )
         status = RunStatus(folder / "status.json") if session.is_rank_zero else None
         _owned(status, lambda: _prepare_and_train(plan, session, status, say, is_debug=is_debug))
 

@@ -30,19 +30,17 @@ _FREE = {
 }  # fmt: skip
 
 
-def open_run(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
-    """Decide, and make the folder ready: `new` leaves it empty but for run.yaml and plans.
+def open_run(folder: Path, plan: Plan, found: Start) -> None:
+    """Make the folder ready for what `look` found: `new` leaves run.yaml, plans and prepared data.
 
-    Called on rank 0. Raises UserError where something would be lost or two runs would share it.
+    Called on rank 0.
     """
-    found = _look(folder, plan, is_debug=is_debug)
     if found == "new":
         clear_run(folder)
     if found != "done":
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "run.yaml", dump_settings(_resolved(plan)))
         write_plan(folder, plan)
-    return found
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
@@ -62,11 +60,17 @@ def clear_run(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _look(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
+def look(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
+    """What a start here would be; changes nothing.
+
+    Raises UserError where something would be lost or two runs would share the folder.
+    """
     settings = plan.settings
-    status = read_status(folder / "status.json")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {folder} is a file; give a folder")
+    status = read_status(folder / "status.json")
+    if status is None and any((folder / name).exists() for name in ("checkpoints", "adapter")):
+        status = {}  # lost or damaged, as by a power cut; the run is there all the same
     if status is None:
         strangers = [p.name for p in folder.iterdir()] if folder.is_dir() else []
         if [name for name in strangers if name not in (*_FILES, *_FOLDERS)]:

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -18,7 +20,8 @@ class StopRequests:
 
     def __init__(self, run_folder: Path, time_limit_s: float | None) -> None:
         self._file = run_folder / "stop"
-        self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
+        began = psutil.Process().create_time()  # the scheduler's clock runs since then
+        self._deadline = None if time_limit_s is None else began + time_limit_s
         self._signal: signal.Signals | None = None
 
     def listen(self) -> None:
@@ -32,7 +35,7 @@ class StopRequests:
             return f"signal {self._signal.name}"
         if self._file.exists():
             return f"the file {self._file}"
-        if self._deadline is not None and time.monotonic() > self._deadline:
+        if self._deadline is not None and time.time() > self._deadline:
             return "time_limit"
         return None
 

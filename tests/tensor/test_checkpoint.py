@@ -1,6 +1,5 @@
 """Checkpoints: what is read is what was written, and nothing damaged is ever read."""
 
-import json
 import shutil
 
 import pytest
@@ -83,6 +82,15 @@ def test_a_damaged_one_is_named_and_passed_over(checkpoints, damage):
     assert str(newer) in notes[0]
 
 
+def test_the_one_just_written_is_never_pruned(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", IDENTITY, keep=1)
+    damaged = write(checkpoints, 9)
+    flip("adapter.safetensors")(damaged)
+    resumed = write(checkpoints, 3)  # from before the damaged one
+    assert checkpoints.newest() == (resumed, [])
+    assert not damaged.exists()
+
+
 def test_one_of_another_run_is_refused_with_the_difference(checkpoints, tmp_path):
     path = write(checkpoints, 3)
     other = Checkpoints(tmp_path / "checkpoints", Identity("d", "other", 10), keep=2)
@@ -92,7 +100,7 @@ def test_one_of_another_run_is_refused_with_the_difference(checkpoints, tmp_path
 
 def test_a_write_that_is_cut_off_leaves_no_checkpoint(checkpoints, monkeypatch, tmp_path):
     older = write(checkpoints, 3)
-    monkeypatch.setattr("pipeline.train.checkpoint._sync", kill)
+    monkeypatch.setattr("pipeline.adapter.replace.sync", kill)
     with pytest.raises(KeyboardInterrupt):
         write(checkpoints, 6)
     monkeypatch.undo()
@@ -115,11 +123,14 @@ def test_a_full_disk_is_said_before_anything_is_touched(checkpoints, monkeypatch
 
 
 def test_the_best_is_kept_beside_them(checkpoints, tmp_path):
-    checkpoints.write_best(WEIGHTS, Progress(step=4, best_loss=1.0, best_step=4))
-    write(checkpoints, 8)
-    assert torch.equal(checkpoints.read_best()["k.lora_A.weight"], WEIGHTS["k.lora_A.weight"])
-    state = json.loads((tmp_path / "checkpoints/best/state.json").read_text())
-    assert state["progress"]["best_step"] == 4
-    (tmp_path / "checkpoints/best/adapter.safetensors").unlink()
+    checkpoints.write_best(WEIGHTS, Progress(step=4, best_step=4))
+    checkpoints.write(WEIGHTS, MOMENTS, Progress(step=8, best_step=4))
+    checkpoints.write_best(WEIGHTS, Progress(step=12, best_step=12))
+    # Killed here, the run goes on from step 8, whose best is still that of step 4.
+    found = checkpoints.read_best(Progress(step=8, best_step=4))
+    assert torch.equal(found["k.lora_A.weight"], WEIGHTS["k.lora_A.weight"])
+    checkpoints.write(WEIGHTS, MOMENTS, Progress(step=16, best_step=12))
+    assert [p.name for p in (tmp_path / "checkpoints").glob("best-*")] == ["best-00000012"]
+    (tmp_path / "checkpoints/best-00000012/adapter.safetensors").unlink()
     with pytest.raises(RankZeroError, match="is missing"):
-        checkpoints.read_best()
+        checkpoints.read_best(Progress(best_step=12))

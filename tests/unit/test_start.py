@@ -10,7 +10,7 @@ import time
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.train.start import open_run
+from pipeline.train.start import look, open_run
 from pipeline.train.status import RunStatus, is_alive, read_status
 from tests.tiny import make_plan
 
@@ -20,7 +20,10 @@ def begin(tmp_path, tiny_model):
     folder = tmp_path / "run"
 
     def start(is_debug: bool = False, **settings) -> str:
-        return open_run(folder, make_plan(tiny_model, **settings), is_debug=is_debug)
+        plan = make_plan(tiny_model, **settings)
+        found = look(folder, plan, is_debug=is_debug)
+        open_run(folder, plan, found)
+        return found
 
     return folder, start
 
@@ -87,6 +90,21 @@ def test_a_debug_run_replaces_the_one_before(begin):
     start()
     left(folder, "done")
     assert start(is_debug=True, lr=0.5) == "new"
+
+
+@pytest.mark.parametrize("damage", ["", "{", None])
+def test_a_run_whose_status_was_lost_is_still_a_run(begin, damage):
+    folder, start = begin
+    start()
+    left(folder, "running")
+    if damage is None:
+        (folder / "status.json").unlink()
+    else:
+        (folder / "status.json").write_text(damage)
+    with pytest.raises(UserError, match="other settings"):
+        start(lr=0.5)
+    assert start() == "resume"
+    assert (folder / "checkpoints/mine").exists()
 
 
 def test_a_living_owner_is_left_alone(begin):
