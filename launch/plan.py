@@ -5,13 +5,13 @@ python launch/plan.py RUN.yaml [key=value ...] [--nodes N] [--gpus-per-node N]
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
-from pipeline.plan.hardware import GIB, Hardware
+from pipeline.data.prepared import DataIndex
+from pipeline.plan.hardware import gpu_of
 from pipeline.plan.plan import dump_json, make_plan
 from pipeline.plan.shape import read_shape
 
@@ -29,28 +29,22 @@ def parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def hardware_for(arguments: argparse.Namespace) -> Hardware:
-    here = detect_hardware()
-    if arguments.gpu_memory_gib is None:
-        return here
-    size = arguments.gpu_memory_gib
-    return dataclasses.replace(
-        here,
-        kind="cuda",
-        name=f"GPU of {size:g} GiB",
-        device_bytes=int(size * GIB),
-        compute_capability=here.compute_capability or (8, 0),
-    )
-
-
 def plan() -> None:
     arguments = parse()
     settings = load_settings(arguments.run_file, arguments.overrides)
-    hardware = hardware_for(arguments)
-    ranks = arguments.gpus_per_node or hardware.devices_per_node
+    gib, ranks = arguments.gpu_memory_gib, arguments.gpus_per_node
+    hardware = detect_hardware() if gib is None else gpu_of(gib)
+    if ranks is None:
+        ranks = hardware.devices_per_node
     shape = read_shape(settings.model)
     made = make_plan(settings, shape, hardware, nodes=arguments.nodes, ranks_per_node=ranks)
+    data = Path(settings.output_dir) / "data"
+    is_prepared = (data / "index.json").is_file()
+    if is_prepared:
+        made = made.with_data(DataIndex.load(data).train.documents)
     print(dump_json(made.as_json()) if arguments.json else made.render())
+    if not is_prepared and not arguments.json:
+        print(f"steps      known once the data is prepared: launch/prepare.py {arguments.run_file}")
 
 
 if __name__ == "__main__":

@@ -15,21 +15,29 @@ from pipeline.errors import UserError
 
 
 class _RunFileLoader(yaml.SafeLoader):
-    """SafeLoader with the numbers and booleans of YAML 1.2: `3e-4` is a number, `no` is a word."""
+    """SafeLoader with the plain values of YAML 1.2.
+
+    `3e-4` is a number, `no` is a word, and `12:00:00` or `2024-01-01` are text.
+    """
 
 
+_YAML_1_1 = (":float", ":int", ":bool", ":timestamp")
 _RunFileLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(_YAML_1_1)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_RunFileLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?|\.inf|\.nan)$"),
-    list("-+.0123456789"),
-)
-_RunFileLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(true|false|True|False)$"), list("tTfF")
-)
+for _tag, _pattern, _first in (  # the first that matches wins: whole numbers before others
+    ("int", r"^[-+]?(0|[1-9][0-9]*)$", "-+0123456789"),
+    (
+        "float",
+        r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?|\.inf|\.nan)$",
+        "-+.0123456789",
+    ),
+    ("bool", "^(true|false|True|False)$", "tTfF"),
+):
+    _RunFileLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first)
+    )
 
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
@@ -94,8 +102,10 @@ def _unknown(key: str, place: str) -> str:
 
 def _preset_values(names: Any, place: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for name in [names] if isinstance(names, str) else names or []:
-        if name not in PRESETS:
+    if not isinstance(names, str | list):
+        raise UserError(f"{place}: preset: expected a name or a list of names; found {names!r}")
+    for name in [names] if isinstance(names, str) else names:
+        if not isinstance(name, str) or name not in PRESETS:
             known = ", ".join(PRESETS)
             raise UserError(f"{place}: preset: unknown preset {name!r}; known: {known}")
         values |= PRESETS[name]

@@ -27,7 +27,7 @@ SEVEN_PROJECTIONS = (
 class RunSettings(BaseModel):
     """What the user asked for, validated; keys left out have the defaults below."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     # What goes in and where it goes
     model: str = Field(
@@ -54,7 +54,7 @@ class RunSettings(BaseModel):
         description="Name or names of presets; a later one wins, the run file wins over all.",
     )
     seed: int = Field(
-        default=42, ge=0, description="Seed of data order, adapter weights and dropout."
+        default=42, ge=0, lt=2**63, description="Seed of data order, adapter weights and dropout."
     )
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that the model folder brings along."

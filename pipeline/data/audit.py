@@ -122,3 +122,14 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[name] = value
     return found
+
+
+def audit_line(data_dir: Path) -> str:
+    """What happened to the training rows, in a line of the terminal."""
+    said = json.loads((data_dir / "audit.json").read_text(encoding="utf-8"))["train"]
+    rejected = sum(said["rejected"].values())
+    share = 100 * said["supervised_share"]
+    return (
+        f"data       {said['rows_used']:,} of {said['rows_read']:,} rows, {rejected:,} rejected, "
+        f"{said['truncated_rows']:,} truncated; {said['tokens']:,} tokens, {share:.0f} % supervised"
+    )

@@ -56,6 +56,11 @@ def check_rows(settings: RunSettings) -> None:
         tally.judge(f"{split}_data", settings.max_rejected)
 
 
+def train_key(settings: RunSettings) -> str:
+    """Key that the prepared training data has, or would have; reads the files' content."""
+    return _key(settings, _files(settings)["train"], None)
+
+
 def prepare(settings: RunSettings, data_dir: Path, limit: int | None = None) -> DataIndex:
     """Make the prepared data set in `data_dir`, or find it there; `limit`: documents a split.
 

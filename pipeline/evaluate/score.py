@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from pipeline.adapter.fit import require_same_base
 from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
@@ -27,7 +28,7 @@ from pipeline.model.loss import SummedLoss
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.plan.shape import read_shape
 
-_BATCH_SIZE = 16
+_BATCH_SIZE = 64
 _SPARE_TOKENS = 8  # beyond the longest expected answer: enough to see that one goes on
 
 
@@ -41,6 +42,7 @@ def score_run(run_folder: Path, settings: RunSettings, rows: int) -> dict[str, A
         raise UserError(f"{run_folder} holds no adapter; train it first")
     if settings.eval_data is None:
         raise UserError(f"{run_folder}: the run has no eval_data, so there is nothing to score on")
+    require_same_base(Path(settings.model), run_folder / "adapter")
     plan = _one_process(settings)
     session = Session(Placement(), plan.hardware)
     tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -74,7 +75,7 @@ def load_plain(
             local_files_only=True,
             **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model: {folder} cannot be loaded: {error}") from error
     assert isinstance(model, PreTrainedModel)
     model.config.use_cache = False

@@ -26,3 +26,15 @@ class Hardware:
         if self.kind == "cuda":
             return int(self.device_bytes * 0.92)
         return int(self.device_bytes * 0.8) // ranks_per_node
+
+
+def gpu_of(gib: float) -> Hardware:
+    """A GPU known by its memory alone, recent enough for bfloat16, in a machine of its own."""
+    return Hardware(
+        kind="cuda",
+        name=f"GPU of {gib:g} GiB",
+        devices_per_node=1,
+        device_bytes=int(gib * GIB),
+        host_bytes=0,
+        compute_capability=(8, 0),
+    )

@@ -163,6 +163,8 @@ def make_plan(
     settings: RunSettings, shape: ModelShape, hardware: Hardware, *, nodes: int, ranks_per_node: int
 ) -> Plan:
     """Derive the plan. Raises UserError where a rule refuses or nothing fits, with what would."""
+    if nodes < 1 or ranks_per_node < 1:
+        raise UserError(f"{nodes} nodes of {ranks_per_node} ranks: both must be 1 or more")
     trainable_parameters(shape, settings)  # a target that matches nothing is refused first
     choice = choose(settings, shape, hardware, nodes=nodes, ranks_per_node=ranks_per_node)
     layout = choice.layout

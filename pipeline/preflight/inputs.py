@@ -1,9 +1,11 @@
 """The cheap part of preflight, before torch loads: is everything there that the run will need?"""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+from pipeline.adapter.fit import read_header
 from pipeline.errors import UserError
 from pipeline.plan.memory import checkpoint_bytes
 from pipeline.plan.plan import Plan
@@ -17,14 +19,34 @@ def check_inputs(plan: Plan) -> None:
     _check_weights(folder)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"model: {folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES)})")
+    check_output(Path(plan.settings.output_dir))
     _check_disk(plan)
+
+
+def check_output(folder: Path) -> None:
+    """Raise UserError unless the folder can be made and written in."""
+    nearest = _nearest(folder)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "cannot be written in" if nearest.is_dir() else "is a file"
+        raise UserError(f"output_dir: {folder}: {nearest} {what}; give another folder")
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the closest one above it that exists."""
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    return nearest
 
 
 def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        if not list(folder.glob("*.safetensors")):
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
             raise UserError(f"model: {folder} holds no weights (*.safetensors)")
+        for path in files:
+            read_header(path)  # a download that was cut off is known from its header
         return
     try:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -35,12 +57,12 @@ def _check_weights(folder: Path) -> None:
             f"model: {folder}: {len(missing)} of {len(named)} weight files are missing, "
             f"the first is {missing[0]}; download the model again"
         )
+    for name in sorted(named):
+        read_header(folder / name)
 
 
 def _check_disk(plan: Plan) -> None:
-    parent = Path(plan.settings.output_dir).absolute()
-    while not parent.exists():
-        parent = parent.parent
+    parent = _nearest(Path(plan.settings.output_dir))
     each = checkpoint_bytes(plan.trainable)
     # One more checkpoint than is kept while a new one is written, and the adapter.
     need = each * (plan.settings.save_total_limit + 1) + 4 * plan.trainable
@@ -49,6 +71,6 @@ def _check_disk(plan: Plan) -> None:
     free = shutil.disk_usage(parent).free
     if free < need:
         raise UserError(
-            f"output_dir: {parent} has {free / 2**30:.1f} GiB free and the run will need "
-            f"{need / 2**30:.1f}; free some space or lower save_total_limit"
+            f"output_dir: {parent} has {free / 2**20:.0f} MiB free and the run will need "
+            f"{need / 2**20:.0f}; free some space or lower save_total_limit"
         )

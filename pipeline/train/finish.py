@@ -16,9 +16,10 @@ def finish(run: Training, stop_reason: str | None) -> None:
     progress, folder = run.progress, run.folder
     if stop_reason is not None:
         run.session.rank_zero_first(run.stops.clear)
+        written = "a checkpoint is written" if progress.optimizer_step else "nothing learnt yet"
         raise Stopped(
             f"stopped at step {progress.step} of {run.plan.steps.total_steps} ({stop_reason}); "
-            "a checkpoint is written: start again to go on"
+            f"{written}: start again to go on"
         )
     weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
     step = run.session.rank_zero_first(lambda: _publish(run, weights))

@@ -9,6 +9,7 @@ from pipeline.cluster.devices import detect_hardware, set_environment
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
+from pipeline.data.audit import audit_line
 from pipeline.data.prepare import check_rows, prepare
 from pipeline.data.prepared import DataIndex, open_split
 from pipeline.errors import RankZeroError, Stopped, UserError
@@ -51,7 +52,8 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
             found = look(folder, plan, is_debug=is_debug)
             if found != "done":
                 check_rows(settings)
-                open_run(folder, plan, found)
+                prepare(settings, folder / "data", _DEBUG_ROWS if is_debug else None)
+                open_run(folder, plan, found)  # nothing can be wrong any more with the input
             return {"start": found, "plan": plan.as_json()["choice"] | plan.deepspeed}
 
         begun = session.rank_zero_first(begin)
@@ -81,6 +83,9 @@ def _owned(status: RunStatus | None, work: Callable[[], None]) -> None:
     except RankZeroError as error:
         status.end("failed", error.exit_code, str(error))
         raise
+    except KeyboardInterrupt:
+        status.end("failed", 130, "interrupted before the first step")
+        raise
     except BaseException as error:
         status.end("failed", 1, f"{type(error).__name__}: {error}")
         raise
@@ -96,17 +101,12 @@ def _prepare_and_train(
     is_debug: bool,
 ) -> None:
     settings, folder = plan.settings, Path(plan.settings.output_dir)
-    limit = _DEBUG_ROWS if is_debug else None
-
-    def prepare_data() -> None:
-        index = prepare(settings, folder / "data", limit)
-        write_plan(folder, plan.with_data(index.train.documents))
-
-    session.rank_zero_first(prepare_data)
     index = DataIndex.load(folder / "data")
     plan = plan.with_data(index.train.documents)
     say(plan.render())
     if status is not None:
+        say(audit_line(folder / "data"))
+        write_plan(folder, plan)
         status.update(total_steps=plan.steps.total_steps)
 
     from pipeline.train.assemble import assemble  # torch from here on
@@ -137,5 +137,9 @@ def _debug_settings(settings: RunSettings) -> RunSettings:
             "max_steps": steps,
             "logging_steps": 1,
             "resume": "never",
+            # one process makes up for the ranks that are not there
+            "gradient_accumulation_steps": "auto"
+            if settings.global_batch_size != "auto"
+            else settings.gradient_accumulation_steps,
         }
     )

@@ -7,6 +7,9 @@ from typing import Any, Literal
 import yaml
 
 from pipeline.config.load import dump_settings
+from pipeline.config.settings import RunSettings
+from pipeline.data.prepare import train_key
+from pipeline.data.prepared import DataIndex
 from pipeline.errors import UserError
 from pipeline.plan.plan import Plan, dump_json
 from pipeline.train.status import is_alive, read_status, write_atomically
@@ -66,18 +69,11 @@ def look(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
     Raises UserError where something would be lost or two runs would share the folder.
     """
     settings = plan.settings
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir: {folder} is a file; give a folder")
     status = read_status(folder / "status.json")
-    if status is None and any((folder / name).exists() for name in ("checkpoints", "adapter")):
+    if status is None and (folder / "plan.json").is_file():
         status = {}  # lost or damaged, as by a power cut; the run is there all the same
     if status is None:
-        strangers = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-        if [name for name in strangers if name not in (*_FILES, *_FOLDERS)]:
-            raise UserError(
-                f"output_dir: {folder} holds {min(strangers)} and is not a run folder; "
-                "give a new or an empty one"
-            )
+        _require_empty(folder)
         return _without_a_start(folder, settings.resume)
     if is_alive(status):
         raise UserError(
@@ -86,17 +82,46 @@ def look(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
         )
     if is_debug:
         return "new"
-    differences = _differences(folder / "run.yaml", plan)
     is_done = status.get("state") == "done"
+    if not is_done and not _has_progress(folder):
+        return _without_a_start(folder, settings.resume)
+    differences = _differences(folder / "run.yaml", plan)
+    if is_done:
+        differences += _changed_inputs(folder, settings)
     if differences and not settings.overwrite:
         what = "finished" if is_done else "begun"
         raise UserError(
             f"output_dir: {folder} holds a run {what} with other settings: "
-            f"{'; '.join(differences)}; give another output_dir, or set overwrite: true"
+            f"{'; '.join(differences)}; give another output_dir, put the old values back, or set "
+            "overwrite: true to replace it"
         )
-    if differences or (settings.resume == "never" and not is_done):
+    is_anew = settings.resume == "never" and (settings.overwrite or not is_done)
+    if differences or is_anew:
         return "new"
     return "done" if is_done else "resume"
+
+
+def _has_progress(folder: Path) -> bool:
+    """Whether there is anything that going on could use or starting anew would lose."""
+    return (folder / "adapter").exists() or any((folder / "checkpoints").glob("*"))
+
+
+def _changed_inputs(folder: Path, settings: RunSettings) -> list[str]:
+    """Files that have other content than when the finished run used them."""
+    try:
+        is_same_data = DataIndex.load(folder / "data").train.key == train_key(settings)
+    except UserError:
+        return []  # moved away since: the adapter is what it was
+    return [] if is_same_data else ["train_data (or the tokenizer): its content changed"]
+
+
+def _require_empty(folder: Path) -> None:
+    strangers = [path.name for path in folder.glob("*") if path.name != "data"]
+    if strangers:
+        raise UserError(
+            f"output_dir: {folder} holds {min(strangers)} and is not a run folder; "
+            "give a new or an empty one"
+        )
 
 
 def _without_a_start(folder: Path, resume: str) -> Start:

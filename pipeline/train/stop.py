@@ -47,4 +47,6 @@ class StopRequests:
         del frame
         if number == signal.SIGINT and self._signal is signal.SIGINT:
             os._exit(128 + number)
+        if self._signal is None and os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, b"\nstopping with a checkpoint after this step ...\n")  # safe in a handler
         self._signal = signal.Signals(number)

@@ -29,8 +29,11 @@ def rows(folder):
     def read(name):
         lines = (folder / name).read_text(encoding="utf-8").splitlines()
         chats = [json.loads(line)["messages"] for line in lines]
-        assert all([m["role"] for m in chat] == ["user", "assistant"] for chat in chats)
-        return {user["content"]: json.loads(reply["content"]) for user, reply in chats}, len(lines)
+        roles = ["system", "user", "assistant"]
+        assert all([m["role"] for m in chat] == roles for chat in chats)
+        return {user["content"]: json.loads(reply["content"]) for _, user, reply in chats}, len(
+            lines
+        )
 
     return {name: read(f"{name}.jsonl") for name in ("train", "heldout")}
 

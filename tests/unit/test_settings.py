@@ -59,6 +59,10 @@ def test_numbers_as_people_write_them(run_file, text, value):
         ("load_in_4bit: true\nload_in_8bit: true", ["load_in_4bit", "load_in_8bit"]),
         ("keep_best: true", ["keep_best", "eval_data"]),
         ("time_limit: 90", ["time_limit"]),
+        ("preset: 5", ["preset", "name or a list of names"]),
+        ("preset: [[small]]", ["preset", "unknown preset"]),
+        ("lr: .inf", ["lr", "finite"]),
+        ("lora_r: 010", ["lora_r"]),
         ("time_limit: '90'", ["time_limit", "HH:MM:SS"]),
         ("preset: bigg", ["preset", "bigg", "balanced"]),
         ("lora_r: 8\nlora_r: 9", ["RUN.yaml:5", "given twice", "RUN.yaml:4"]),
@@ -71,6 +75,12 @@ def test_wrong_input_says_where_and_what_would_work(run_file, text, parts):
     assert error.value.exit_code == 2
     for part in parts:
         assert part in str(error.value)
+
+
+def test_plain_values_are_those_of_yaml_1_2(run_file):
+    settings = load_settings(run_file("time_limit: 12:00:00\n"), ["output_dir=2024-01-01"])
+    assert settings.time_limit_s == 12 * 3600
+    assert settings.output_dir == "2024-01-01"
 
 
 def test_every_wrong_key_is_named_at_once(run_file):

@@ -82,6 +82,9 @@ def test_resume_never_and_must(begin):
     start()
     left(folder, "stopped")
     assert start(resume="never") == "new"
+    left(folder, "done")
+    assert start(resume="never") == "done"
+    assert start(resume="never", overwrite=True) == "new"
     assert not (folder / "checkpoints").exists()
 
 
@@ -90,6 +93,21 @@ def test_a_debug_run_replaces_the_one_before(begin):
     start()
     left(folder, "done")
     assert start(is_debug=True, lr=0.5) == "new"
+
+
+def test_a_start_that_came_to_nothing_can_be_corrected(begin):
+    folder, start = begin
+    start()
+    fields = {"state": "failed", "host": "here", "heartbeat": 0, "pids": [1]}
+    (folder / "status.json").write_text(json.dumps(fields))
+    assert start(lr=0.5) == "new"
+
+
+def test_a_users_own_files_are_left_alone(begin):
+    folder, start = begin
+    (folder / "merged").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds merged and is not a run folder"):
+        start(overwrite=True)
 
 
 @pytest.mark.parametrize("damage", ["", "{", None])
@@ -120,7 +138,7 @@ def test_a_living_owner_is_left_alone(begin):
             with pytest.raises(UserError, match=f"process {owner.pid}"):
                 start(**settings)
         owner.kill()
-    assert start() == "resume"
+    assert start() == "new"  # it had come to nothing
 
 
 def test_who_is_alive():
