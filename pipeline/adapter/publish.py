@@ -139,7 +139,7 @@ def model_card(plan: Plan, step: int) -> str:
         "fingerprint of the base": f"`{base_fingerprint(Path(settings.model))}`",
         "training data": ", ".join(f"`{name}`" for name in flatten(settings.train_data)),
         "steps": step,
-        "global batch": f"{plan.choice.global_batch_size} sequences of at most "
+        "global batch": f"{plan.layout.global_batch_size} sequences of at most "
         f"{settings.max_length} tokens",
         "learning rate": f"{settings.lr:g}, {settings.lr_scheduler_type}",
         "LoRA": f"r {settings.lora_r}, alpha {settings.alpha:g}, dropout {settings.lora_dropout:g}",

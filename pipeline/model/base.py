@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import UserError
@@ -29,7 +30,7 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     sharding = None
     if settings.is_quantised:
         options["quantization_config"] = _quantization(plan)
-    if settings.is_quantised or plan.choice.layout.zero_stage < 3:
+    if settings.is_quantised or plan.layout.zero_stage < 3:
         options["device_map"] = {"": device}  # straight there: no copy a rank in host memory
     else:
         sharding = _sharding(plan)  # transformers shards on loading only while this object lives
@@ -105,12 +106,17 @@ def _sharding(plan: Plan) -> Any:
 
 
 def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
-    if not plan.choice.layout.is_checkpointed:
+    count = plan.layout.checkpointed_layers
+    if not count:
         return
     # 4-bit layers keep the weight they were given until their backward pass, which at ZeRO-3 is
     # the whole gathered base; only re-entrant checkpointing lets go of it (rule
     # 4bit-zero3-reentrant). Elsewhere the non-re-entrant kind is PyTorch's recommendation.
-    is_reentrant = plan.settings.load_in_4bit and plan.choice.layout.zero_stage == 3
+    is_reentrant = plan.settings.load_in_4bit and plan.layout.is_sharded
     model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})  # type: ignore[no-untyped-call]
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    assert count <= len(layers), f"planned {count} checkpointed blocks of {len(layers)}"
+    for layer in layers[count:]:
+        layer.gradient_checkpointing = False
     # With a frozen embedding no input of a re-entrant block would need a gradient.
     model.enable_input_require_grads()  # type: ignore[no-untyped-call]

@@ -70,7 +70,7 @@ class SummedLoss(nn.Module):
 
 def chunks_for_any_batch(plan: Plan) -> int:
     """Chunks that are enough for the largest micro-batch of a plan, all of it supervised."""
-    positions = plan.choice.layout.micro_batch_size * plan.settings.max_length
+    positions = plan.layout.micro_batch_size * plan.settings.max_length
     return _chunks(positions, plan.shape.vocab_size)
 
 

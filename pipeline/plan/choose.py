@@ -5,14 +5,15 @@ is for one that does not fit. Within a stage, activations are recomputed only wh
 and the micro-batch is as large as fits, at most 8.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.plan.hardware import GIB, Hardware
-from pipeline.plan.memory import Layout, load_peak_bytes, memory_per_rank
+from pipeline.plan.layout import Layout
+from pipeline.plan.memory import load_peak_bytes, memory_per_rank
 from pipeline.plan.shape import ModelShape
 
 _DEFAULT_GLOBAL_BATCH = 16
@@ -24,14 +25,7 @@ class Choice:
     """The layout of a run and one line of why for each key that was free."""
 
     layout: Layout
-    accumulation_steps: int
     why: dict[str, str]
-
-    @property
-    def global_batch_size(self) -> int:
-        """Sequences of one step over all ranks."""
-        per_pass = self.layout.micro_batch_size * self.layout.world_size
-        return per_pass * self.accumulation_steps
 
 
 def training_dtype(settings: RunSettings, hardware: Hardware) -> tuple[str, str]:
@@ -58,12 +52,12 @@ def choose(
     world_size = nodes * ranks_per_node
     dtype, why_dtype = training_dtype(settings, hardware)
     limit = hardware.usable_bytes(ranks_per_node)
-    candidates = list(_layouts(settings, world_size, dtype))
+    every = partial(Layout, nodes=nodes, ranks_per_node=ranks_per_node, training_dtype=dtype)
+    candidates = list(_layouts(settings, world_size, shape.num_layers, every))
     for layout in candidates:
         if _need(shape, settings, layout) <= limit:
-            accumulation = _sequences_per_rank(settings, world_size) // layout.micro_batch_size
             why = _reasons(settings, shape, layout) | {"training_dtype": why_dtype}
-            return Choice(layout=layout, accumulation_steps=accumulation, why=why)
+            return Choice(layout=layout, why=why)
     raise UserError(_does_not_fit(settings, shape, candidates[-1], limit, hardware))
 
 
@@ -72,13 +66,14 @@ def _need(shape: ModelShape, settings: RunSettings, layout: Layout) -> int:
     return max(training, load_peak_bytes(shape, settings, layout))
 
 
-def _layouts(settings: RunSettings, world_size: int, dtype: str) -> Iterator[Layout]:
+def _layouts(
+    settings: RunSettings, world_size: int, num_layers: int, layout: Callable[..., Layout]
+) -> Iterator[Layout]:
     """Every layout that the settings allow, the one to prefer first."""
     stages = [2, 3] if settings.zero_stage == "auto" else [settings.zero_stage]
     if settings.zero_stage == "auto" and (world_size == 1 or settings.load_in_8bit):
         stages = [2]
     checkpointing = settings.gradient_checkpointing
-    layout = partial(Layout, world_size=world_size, training_dtype=dtype)
     for stage in stages:
         options = [False, True] if checkpointing == "auto" else [checkpointing]
         if stage == 3 and settings.load_in_4bit:
@@ -86,7 +81,10 @@ def _layouts(settings: RunSettings, world_size: int, dtype: str) -> Iterator[Lay
         for is_checkpointed in options:
             for micro in _micro_batches(settings, world_size):
                 yield layout(
-                    zero_stage=stage, micro_batch_size=micro, is_checkpointed=is_checkpointed
+                    zero_stage=stage,
+                    micro_batch_size=micro,
+                    accumulation_steps=_sequences_per_rank(settings, world_size) // micro,
+                    checkpointed_layers=num_layers if is_checkpointed else 0,
                 )
 
 
@@ -125,7 +123,7 @@ def _micro_batches(settings: RunSettings, world_size: int) -> list[int]:
 
 def _reasons(settings: RunSettings, shape: ModelShape, chosen: Layout) -> dict[str, str]:
     why: dict[str, str] = {}
-    kept = replace(chosen, is_checkpointed=False)
+    kept = replace(chosen, checkpointed_layers=0)
     need = f"{_need(shape, settings, chosen) / GIB:.1f} GiB a rank"
     if settings.zero_stage == "auto":
         why["zero_stage"] = (
@@ -136,7 +134,7 @@ def _reasons(settings: RunSettings, shape: ModelShape, chosen: Layout) -> dict[s
     if settings.gradient_checkpointing == "auto":
         why["gradient_checkpointing"] = (
             f"on: without it {_need(shape, settings, kept) / GIB:.1f} GiB a rank would be needed"
-            if chosen.is_checkpointed
+            if chosen.checkpointed_layers
             else f"off: the activations fit ({need})"
         )
     if settings.batch_size == "auto":
@@ -154,7 +152,11 @@ def _does_not_fit(
     """What was tried last, and the smallest single change that would fit."""
     smaller = replace(layout, micro_batch_size=1)
     changes = [
-        ("gradient_checkpointing: true", settings, replace(layout, is_checkpointed=True)),
+        (
+            "gradient_checkpointing: true",
+            settings,
+            replace(layout, checkpointed_layers=shape.num_layers),
+        ),
         ("batch_size: 1", settings, smaller),
         ("zero_stage: 3", settings, replace(layout, zero_stage=3)),
         (
@@ -165,7 +167,7 @@ def _does_not_fit(
         (
             "load_in_4bit: true, gradient_checkpointing: true and batch_size: 1",
             settings.model_copy(update={"load_in_4bit": True, "load_in_8bit": False}),
-            replace(smaller, is_checkpointed=True),
+            replace(smaller, checkpointed_layers=shape.num_layers),
         ),
     ]
     found = (

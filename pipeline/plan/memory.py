@@ -5,27 +5,14 @@ Activations are an estimate from what the blocks keep for their backward pass; t
 count tensors that exist. docs/architecture.md says which of them have been compared with a run.
 """
 
-from dataclasses import dataclass
-
 from pipeline.config.settings import RunSettings
+from pipeline.plan.layout import DTYPE_BYTES, Layout
 from pipeline.plan.shape import ModelShape
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Logits are made for this many bytes of fp32 at a time (model/loss.py).
 LOGITS_CHUNK_BYTES = 256 * 2**20
 # Gradients and Adam's work run over flat buffers of at most this many elements.
 _MAX_BUCKET = 50_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """What decides the memory of a run beside its model and adapter."""
-
-    zero_stage: int
-    micro_batch_size: int
-    is_checkpointed: bool
-    world_size: int
-    training_dtype: str
 
 
 def trainable_parameters(shape: ModelShape, settings: RunSettings) -> int:
@@ -66,7 +53,7 @@ def memory_per_rank(shape: ModelShape, settings: RunSettings, layout: Layout) ->
     """Bytes of each term at the peak of a training step."""
     b = DTYPE_BYTES[layout.training_dtype]
     trainable = trainable_parameters(shape, settings)
-    is_sharded = layout.zero_stage == 3
+    is_sharded = layout.is_sharded
     base = base_bytes(shape, settings, layout.training_dtype)
     states = 12 * trainable // layout.world_size  # fp32 master and two Adam moments (ZeRO, s.3.1)
     grads = 4 * trainable // (layout.world_size if layout.zero_stage > 1 else 1)
@@ -99,7 +86,7 @@ def load_peak_bytes(shape: ModelShape, settings: RunSettings, layout: Layout) ->
     every rank before DeepSpeed can shard it.
     """
     base = base_bytes(shape, settings, layout.training_dtype)
-    if layout.zero_stage == 3 and not settings.is_quantised:
+    if layout.is_sharded and not settings.is_quantised:
         return base // layout.world_size + 2 * base // shape.num_layers
     return base
 
@@ -120,8 +107,8 @@ def _activations(shape: ModelShape, settings: RunSettings, layout: Layout, b: in
     if settings.lora_dropout > 0:
         targets = shape.targeted(settings.lora_target_modules)
         block += sum(linear.d_in for _, linear in targets) * (b + 1) // shape.num_layers
-    kept = 1 if layout.is_checkpointed else shape.num_layers
-    boundaries = shape.num_layers * h * b if layout.is_checkpointed else 0
+    kept = max(1, shape.num_layers - layout.checkpointed_layers)
+    boundaries = layout.checkpointed_layers * h * b
     return tokens * (kept * block + boundaries)
 
 

@@ -12,6 +12,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.plan.choose import Choice, choose
 from pipeline.plan.hardware import GIB, Hardware
+from pipeline.plan.layout import Layout
 from pipeline.plan.memory import (
     checkpoint_bytes,
     load_peak_bytes,
@@ -45,14 +46,19 @@ class Plan:
     schedule: Schedule | None = None
 
     @property
+    def layout(self) -> Layout:
+        """What was chosen."""
+        return self.choice.layout
+
+    @property
     def training_dtype(self) -> str:
         """bfloat16, float16 or float32."""
-        return self.choice.layout.training_dtype
+        return self.layout.training_dtype
 
     @property
     def world_size(self) -> int:
         """Ranks of the run."""
-        return self.choice.layout.world_size
+        return self.layout.world_size
 
     @property
     def trainable(self) -> int:
@@ -68,7 +74,7 @@ class Plan:
     def with_data(self, documents: int) -> "Plan":
         """The plan with its steps, for a training set of so many documents."""
         settings = self.settings
-        per_epoch = math.ceil(documents / self.choice.global_batch_size)
+        per_epoch = math.ceil(documents / self.layout.global_batch_size)
         total = per_epoch * settings.epochs
         if settings.max_steps is not None:
             total = min(total, settings.max_steps)
@@ -90,7 +96,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain data: what plan.json holds."""
-        layout = self.choice.layout
+        layout = self.layout
         memory = memory_per_rank(self.shape, self.settings, layout)
         schedule = self.schedule
         return {
@@ -110,9 +116,11 @@ class Plan:
             "choice": {
                 "zero_stage": layout.zero_stage,
                 "micro_batch_size": layout.micro_batch_size,
-                "gradient_accumulation_steps": self.choice.accumulation_steps,
-                "global_batch_size": self.choice.global_batch_size,
-                "gradient_checkpointing": layout.is_checkpointed,
+                "gradient_accumulation_steps": layout.accumulation_steps,
+                "global_batch_size": self.layout.global_batch_size,
+                "checkpointed_layers": layout.checkpointed_layers,
+                "hpz_partition_size": layout.hpz_partition_size,
+                "offload_param": layout.offload_param,
                 "training_dtype": layout.training_dtype,
                 "why": self.choice.why,
             },
@@ -134,16 +142,16 @@ class Plan:
 
     def render(self) -> str:
         """The plan as text for a terminal."""
-        layout, choice = self.choice.layout, self.choice
+        layout, choice = self.layout, self.choice
         share = 100 * self.trainable / self.shape.parameters
         lines = [
             f"model      {self.shape.folder}: {self.shape.parameters / 1e6:,.1f} M parameters, "
             f"{self.trainable / 1e6:,.2f} M trainable ({share:.2f} %)",
             f"hardware   {self.world_size} x {self.hardware.name}",
             f"run        ZeRO-{layout.zero_stage}, {layout.training_dtype}, global batch "
-            f"{choice.global_batch_size} = {layout.micro_batch_size} x "
-            f"{choice.accumulation_steps} x {layout.world_size} ranks, checkpointing "
-            f"{'on' if layout.is_checkpointed else 'off'}",
+            f"{layout.global_batch_size} = {layout.micro_batch_size} x "
+            f"{layout.accumulation_steps} x {layout.world_size} ranks, "
+            f"{layout.checkpointed_layers} of {self.shape.num_layers} blocks checkpointed",
         ]
         if self.schedule is not None:
             lines.append(
@@ -168,13 +176,13 @@ def make_plan(
     trainable_parameters(shape, settings)  # a target that matches nothing is refused first
     choice = choose(settings, shape, hardware, nodes=nodes, ranks_per_node=ranks_per_node)
     layout = choice.layout
+    deepspeed = deepspeed_config(shape, settings, layout, is_cuda=hardware.kind == "cuda")
     situation = Situation(
         settings=settings,
         shape=shape,
         hardware=hardware,
-        zero_stage=layout.zero_stage,
-        accumulation_steps=choice.accumulation_steps,
-        training_dtype=layout.training_dtype,
+        layout=layout,
+        deepspeed=deepspeed,
         packages=installed_versions(),
     )
     rules = rules_that_apply(situation)
@@ -186,15 +194,7 @@ def make_plan(
         hardware=hardware,
         choice=choice,
         rules=tuple(rules),
-        deepspeed=deepspeed_config(
-            shape,
-            settings,
-            zero_stage=layout.zero_stage,
-            micro_batch_size=layout.micro_batch_size,
-            accumulation_steps=choice.accumulation_steps,
-            training_dtype=layout.training_dtype,
-            is_cuda=hardware.kind == "cuda",
-        ),
+        deepspeed=deepspeed,
     )
 
 

@@ -7,12 +7,13 @@ is generated from this table. Versions come from package metadata: nothing is im
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import Any, Literal
 
 from packaging.version import Version
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.hardware import Hardware
+from pipeline.plan.layout import Layout
 from pipeline.plan.shape import ModelShape
 
 Level = Literal["refuse", "warn", "set", "advise"]
@@ -20,14 +21,13 @@ Level = Literal["refuse", "warn", "set", "advise"]
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """What a rule may look at. `zero_stage` and `training_dtype` are as chosen."""
+    """What a rule may look at. `layout` and `deepspeed` are as chosen."""
 
     settings: RunSettings
     shape: ModelShape
     hardware: Hardware
-    zero_stage: int
-    accumulation_steps: int
-    training_dtype: str
+    layout: Layout
+    deepspeed: Mapping[str, Any]
     packages: Mapping[str, str | None]
 
 
@@ -76,12 +76,12 @@ def _is_cpu(s: Situation) -> bool:
 
 def _too_old_for_bf16(s: Situation) -> bool:
     capability = s.hardware.compute_capability
-    return s.training_dtype == "bfloat16" and capability is not None and capability < (8, 0)
+    return s.layout.training_dtype == "bfloat16" and capability is not None and capability < (8, 0)
 
 
 def _compute_dtype_differs(s: Situation) -> bool:
     asked = s.settings.bnb_4bit_compute_dtype
-    return s.settings.load_in_4bit and asked not in ("auto", s.training_dtype)
+    return s.settings.load_in_4bit and asked not in ("auto", s.layout.training_dtype)
 
 
 RULES: tuple[Rule, ...] = (
@@ -96,7 +96,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="8bit-zero3",
         level="refuse",
-        applies=lambda s: s.settings.load_in_8bit and s.zero_stage == 3,
+        applies=lambda s: s.settings.load_in_8bit and s.layout.zero_stage == 3,
         reason="load_in_8bit with ZeRO-3: every rank keeps the whole int8 base, and losses have "
         "been seen to be silently wrong",
         remedy="set zero_stage: 2, or load_in_4bit: true",
@@ -113,7 +113,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="fp16-cpu",
         level="refuse",
-        applies=lambda s: s.training_dtype == "float16" and _is_cpu(s),
+        applies=lambda s: s.layout.training_dtype == "float16" and _is_cpu(s),
         reason="fp16: true on a CPU",
         remedy="set bf16: true, or both to false for fp32",
         source="DeepSpeed 0.19.8 accelerator/cpu_accelerator.py",
@@ -129,7 +129,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="fp16-for-bf16-model",
         level="warn",
-        applies=lambda s: s.training_dtype == "float16" and s.shape.dtype == "bfloat16",
+        applies=lambda s: s.layout.training_dtype == "float16" and s.shape.dtype == "bfloat16",
         reason="fp16 for a model trained in bfloat16 often overflows",
         remedy="set bf16: true if the GPU has it",
         source="DeepSpeedExamples#418; Chinese-LLaMA-Alpaca#534",
@@ -149,7 +149,7 @@ RULES: tuple[Rule, ...] = (
         id="deepspeed-zero3-frozen",
         level="refuse",
         applies=lambda s: (
-            s.zero_stage == 3 and _between(s.packages.get("deepspeed"), "0.1.0", "0.19.2")
+            s.layout.zero_stage == 3 and _between(s.packages.get("deepspeed"), "0.1.0", "0.19.2")
         ),
         reason="this DeepSpeed fails at ZeRO-3 with frozen weights and checkpointing",
         remedy="install deepspeed>=0.19.6",
@@ -159,7 +159,7 @@ RULES: tuple[Rule, ...] = (
         id="deepspeed-wrong-gradients",
         level="refuse",
         applies=lambda s: (
-            s.zero_stage == 2 and _between(s.packages.get("deepspeed"), "0.17.6", "0.18.2")
+            s.layout.zero_stage == 2 and _between(s.packages.get("deepspeed"), "0.17.6", "0.18.2")
         ),
         reason="this DeepSpeed computes wrong gradients at ZeRO-2",
         remedy="install deepspeed>=0.19.6",
@@ -169,8 +169,8 @@ RULES: tuple[Rule, ...] = (
         id="transformers-zero3-rotary",
         level="refuse",
         applies=lambda s: (
-            s.zero_stage == 3
-            and s.training_dtype != "float32"
+            s.layout.zero_stage == 3
+            and s.layout.training_dtype != "float32"
             and not s.settings.is_quantised
             and _between(s.packages.get("transformers"), "0.1.0", "5.22.999")
         ),
@@ -183,7 +183,9 @@ RULES: tuple[Rule, ...] = (
         id="zero1-bf16-accumulation",
         level="warn",
         applies=lambda s: (
-            s.zero_stage == 1 and s.training_dtype == "bfloat16" and s.accumulation_steps > 1
+            s.layout.zero_stage == 1
+            and s.layout.training_dtype == "bfloat16"
+            and s.layout.accumulation_steps > 1
         ),
         reason="ZeRO-1 in bf16 adds the gradients of micro-batches in bf16",
         remedy="set zero_stage: 2, which adds them in fp32 for the same memory within a few MB",
@@ -192,7 +194,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="4bit-zero3-reentrant",
         level="set",
-        applies=lambda s: s.settings.load_in_4bit and s.zero_stage == 3,
+        applies=lambda s: s.settings.load_in_4bit and s.layout.zero_stage == 3,
         reason="4-bit layers keep their gathered weight until the backward pass",
         remedy="checkpointing is on and re-entrant, which lets go of it",
         source="bitsandbytes 0.50.2 autograd/_functions.py:357",

@@ -6,6 +6,7 @@ Every key is there for a reason, said beside it; facts are of DeepSpeed 0.19.8.
 from typing import Any
 
 from pipeline.config.settings import RunSettings
+from pipeline.plan.layout import Layout
 from pipeline.plan.memory import bucket_elements, largest_adapter_matrix
 from pipeline.plan.shape import ModelShape
 
@@ -13,29 +14,26 @@ from pipeline.plan.shape import ModelShape
 def deepspeed_config(
     shape: ModelShape,
     settings: RunSettings,
+    layout: Layout,
     *,
-    zero_stage: int,
-    micro_batch_size: int,
-    accumulation_steps: int,
-    training_dtype: str,
     is_cuda: bool,
 ) -> dict[str, Any]:
     """The config for `deepspeed.initialize`; `train_batch_size` follows from the world size."""
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+        "gradient_accumulation_steps": layout.accumulation_steps,
         "gradient_clipping": settings.max_grad_norm,  # the default is 1.0, so 0 must be written
         "steps_per_print": None,  # progress is ours
         "optimizer": _optimizer(settings, is_cuda=is_cuda),
-        "zero_optimization": _zero(shape, settings, zero_stage),
+        "zero_optimization": _zero(shape, settings, layout),
     }
-    if training_dtype == "bfloat16":
+    if layout.training_dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
         # The adapter is small: adding its gradients over ranks in fp32 costs next to nothing.
         config["communication_data_type"] = "fp32"
-        if zero_stage > 1:  # at stage 1 this key switches to another optimizer class
+        if layout.zero_stage > 1:  # at stage 1 this key switches to another optimizer class
             config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if training_dtype == "float16":
+    if layout.training_dtype == "float16":
         # hysteresis 1: the default of 2 ignores the first overflow, and the step is lost for it
         config["fp16"] = {
             "enabled": True,
@@ -59,18 +57,18 @@ def _optimizer(settings: RunSettings, *, is_cuda: bool) -> dict[str, Any]:
     return {"type": "AdamW", "params": params}
 
 
-def _zero(shape: ModelShape, settings: RunSettings, stage: int) -> dict[str, Any]:
+def _zero(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[str, Any]:
     bucket = bucket_elements(shape, settings)
     zero: dict[str, Any] = {
-        "stage": stage,
+        "stage": layout.zero_stage,
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,  # allocated in full: the default of 5e8 is a gigabyte
         "allgather_bucket_size": bucket,
         # One more bucket and, at stage 2, a history of wrong gradients; nothing to win for an
         # adapter. At stage 3 it overlaps the gathers of the base.
-        "overlap_comm": stage == 3,
+        "overlap_comm": layout.is_sharded,
     }
-    if stage == 3:
+    if layout.is_sharded:
         layer = sum(linear.parameters for linear in shape.linears)
         zero |= {
             # Adapters stay whole on every rank: no gathers of small matrices in every layer.

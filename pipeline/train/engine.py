@@ -41,7 +41,7 @@ class Engine:
     def __init__(self, model: PeftModel, plan: Plan) -> None:
         self.parameters = trainable(model)
         self._world_size = plan.world_size
-        is_sharded = plan.choice.layout.zero_stage == 3
+        is_sharded = plan.layout.is_sharded
         self.deepspeed, *_ = deepspeed.initialize(
             model=SummedLoss(model, chunks_for_any_batch(plan) if is_sharded else None),
             model_parameters=list(self.parameters.values()),

@@ -106,10 +106,10 @@ def save(run: Training) -> None:
 def _work(run: Training) -> Iterator[tuple[int, list[SeededBatch], int]]:
     """For each step that is left: its index, this rank's batches, all supervised tokens of it."""
     plan, settings = run.plan, run.plan.settings
-    layout = plan.choice.layout
+    layout = plan.layout
     shape = BatchShape(
         world_size=layout.world_size,
-        accumulation_steps=plan.choice.accumulation_steps,
+        accumulation_steps=plan.layout.accumulation_steps,
         micro_batch_size=layout.micro_batch_size,
     )
     work = RankWork(
@@ -212,7 +212,7 @@ def _evaluate(run: Training) -> None:
     assert run.eval_split is not None
     progress = run.progress
     progress.is_evaluation_due = False
-    watch, micro = Stopwatch(), run.plan.choice.layout.micro_batch_size
+    watch, micro = Stopwatch(), run.plan.layout.micro_batch_size
     loss = held_out_loss(run.engine.evaluate, run.eval_split, run.session, micro)
     run.display.say(f"step {progress.step}  held-out loss {loss:.4f}  ({watch.lap():.1f} s)")
     if run.metrics is not None:

@@ -145,4 +145,4 @@ def _differences(run_yaml: Path, plan: Plan) -> list[str]:
 
 
 def _resolved(plan: Plan) -> Any:
-    return plan.settings.model_copy(update={"global_batch_size": plan.choice.global_batch_size})
+    return plan.settings.model_copy(update={"global_batch_size": plan.layout.global_batch_size})

@@ -21,10 +21,10 @@ def build_engine(session, folder: Path, settings: dict, documents: int = 40):
 
 
 def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
-    layout = plan.choice.layout
+    layout = plan.layout
     shape = BatchShape(
         world_size=layout.world_size,
-        accumulation_steps=plan.choice.accumulation_steps,
+        accumulation_steps=plan.layout.accumulation_steps,
         micro_batch_size=layout.micro_batch_size,
     )
     documents = global_batch(

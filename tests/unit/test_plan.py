@@ -73,16 +73,16 @@ def test_known_parameter_counts(plan):
 
 
 def test_a_base_that_fits_is_replicated_and_one_that_does_not_is_sharded(plan):
-    assert plan().choice.layout.zero_stage == 2
+    assert plan().layout.zero_stage == 2
     sharded = plan(LLAMA_70B, lora_r=16)
-    assert sharded.choice.layout.zero_stage == 3
+    assert sharded.layout.is_sharded
     assert "does not fit" in sharded.choice.why["zero_stage"]
-    assert plan(LLAMA_70B, load_in_4bit=True, lora_r=16).choice.layout.zero_stage == 2
+    assert plan(LLAMA_70B, load_in_4bit=True, lora_r=16).layout.zero_stage == 2
 
 
 def test_what_the_user_set_is_kept(plan):
-    layout = plan(zero_stage=3, batch_size=2, gradient_checkpointing=True).choice.layout
-    assert (layout.zero_stage, layout.micro_batch_size, layout.is_checkpointed) == (3, 2, True)
+    layout = plan(zero_stage=3, batch_size=2, gradient_checkpointing=True).layout
+    assert (layout.zero_stage, layout.micro_batch_size, layout.checkpointed_layers) == (3, 2, 32)
 
 
 def test_what_does_not_fit_is_refused_with_what_would(plan):
@@ -104,11 +104,11 @@ def test_what_does_not_fit_is_refused_with_what_would(plan):
     ],
 )
 def test_batch_arithmetic(plan, keys, ranks, expected):
-    choice = plan(SMOLLM2, ranks=ranks, max_length=256, **keys).choice
-    assert (choice.layout.micro_batch_size, choice.accumulation_steps) == expected
-    assert choice.global_batch_size == expected[0] * expected[1] * ranks
+    layout = plan(SMOLLM2, ranks=ranks, max_length=256, **keys).layout
+    assert (layout.micro_batch_size, layout.accumulation_steps) == expected
+    assert layout.global_batch_size == expected[0] * expected[1] * ranks
     if "global_batch_size" in keys:
-        assert choice.global_batch_size == keys["global_batch_size"]
+        assert layout.global_batch_size == keys["global_batch_size"]
 
 
 @pytest.mark.parametrize(
@@ -288,5 +288,5 @@ def test_every_run_file_that_we_ship_is_planned(path, tmp_path):
         hardware, ranks = CPU, 2
     made = make_plan(settings, read_shape(settings.model), hardware, nodes=1, ranks_per_node=ranks)
     wanted = {"lora-70b-8gpu": 3}.get(path.stem, 2)
-    assert made.choice.layout.zero_stage == wanted
+    assert made.layout.zero_stage == wanted
     assert not [rule for rule in made.rules if rule.level in ("refuse", "warn")]
