@@ -16,26 +16,28 @@ if TYPE_CHECKING:
     from pipeline.data.prepared import Split
 
 IGNORED = -100  # a label that does not count
-_PADDING = 0  # any id would do: attention mask and labels leave it out
+_PADDING = 0  # any id would do: it is on the right, where causal attention never looks
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model is given; padding is masked by attention and label, never by token id."""
+    """What the model is given.
+
+    Padding is kept out by its place and its label, never by its token id: no position before it
+    attends to it, and it counts in no loss.
+    """
 
     input_ids: torch.Tensor  # (B, T) int64
-    attention_mask: torch.Tensor  # (B, T) int64
     labels: torch.Tensor  # (B, T) int64: the token where it counts, else IGNORED
+    tokens: int  # useful ones: not padding
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
-        moved = (t.to(device, non_blocking=True) for t in vars(self).values())
-        return Batch(*moved)
-
-    @property
-    def tokens(self) -> int:
-        """Useful tokens."""
-        return int(self.attention_mask.sum())
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.tokens,
+        )
 
 
 def build_batch(split: "Split", documents: Sequence[int]) -> Batch:
@@ -44,16 +46,12 @@ def build_batch(split: "Split", documents: Sequence[int]) -> Batch:
     longest = max((len(ids) for ids, _ in found), default=1)
     shape = (max(len(found), 1), longest)
     input_ids = torch.full(shape, _PADDING, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORED, dtype=torch.int64)
     for row, (ids, supervised) in enumerate(found):
         tokens = torch.from_numpy(ids.astype("int64"))
         input_ids[row, : len(ids)] = tokens
-        attention_mask[row, : len(ids)] = 1
         labels[row, : len(ids)] = tokens.masked_fill(~torch.from_numpy(supervised.copy()), IGNORED)
-    if not found:
-        attention_mask[:] = 1  # attention over nothing at all would be NaN
-    return Batch(input_ids, attention_mask, labels)
+    return Batch(input_ids, labels, sum(len(ids) for ids, _ in found))
 
 
 class _RankBatches(Dataset[Batch]):

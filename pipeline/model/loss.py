@@ -34,14 +34,17 @@ class SummedLoss(nn.Module):
         self.model = model
         self._num_chunks = num_chunks
 
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
-        """Sum over the S supervised positions, fp32; 0 with a gradient path where S is 0."""
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Sum over the S supervised positions, fp32; 0 with a gradient path where S is 0.
+
+        No attention mask is needed: padding is on the right, where causal attention never looks.
+        With one, PyTorch leaves its fastest kernels, repeats keys and values for every head, and
+        keeps a (B, 1, T, T) mask for each layer.
+        """
         model = self.model
         causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         hidden = causal.get_decoder()(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            input_ids=input_ids, use_cache=False
         ).last_hidden_state  # (B, T, D)
         targets = labels[:, 1:]
         counts = targets != IGNORED

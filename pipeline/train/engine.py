@@ -97,7 +97,7 @@ class Engine:
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         moved = batch.to(self.device)
-        loss: torch.Tensor = self.deepspeed(moved.input_ids, moved.attention_mask, moved.labels)
+        loss: torch.Tensor = self.deepspeed(moved.input_ids, moved.labels)
         return loss
 
 
