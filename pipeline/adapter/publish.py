@@ -24,7 +24,6 @@ from pipeline.errors import RankZeroError
 from pipeline.model.adapter import lora_config
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.plan.plan import Plan, dump_json
-from pipeline.plan.shape import read_shape
 
 _WEIGHTS, _CONFIG, _CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 _PREFIX = "base_model.model."
@@ -83,7 +82,6 @@ def adapter_config(settings: RunSettings) -> dict[str, Any]:
     config = lora_config(settings)
     config.base_model_name_or_path = settings.model
     config.inference_mode = True
-    config.target_modules = _target_modules(settings)
     plain: dict[str, Any] = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()  # type: ignore[no-untyped-call]
@@ -178,17 +176,6 @@ model = PeftModel.from_pretrained(base, ADAPTER)
 tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
 ```
 """
-
-
-def _target_modules(settings: RunSettings) -> list[str]:
-    """Names as a list: not every serving engine understands `all-linear` or an expression."""
-    targets = settings.lora_target_modules
-    if not isinstance(targets, str):
-        return sorted(set(targets))
-    names = [name for name, _ in read_shape(settings.model).targeted(targets)]
-    if targets == "all-linear":  # every layer, so the ends of the names select the same
-        names = [name.rsplit(".", 1)[-1] for name in names]
-    return sorted(set(names))
 
 
 def _copy_tokenizer(base: Path, folder: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from pipeline.config.settings import RunSettings
 from pipeline.model.base import DTYPES
 from pipeline.plan.plan import Plan
+from pipeline.plan.shape import read_shape
 
 
 def lora_config(settings: RunSettings) -> LoraConfig:
@@ -19,9 +20,24 @@ def lora_config(settings: RunSettings) -> LoraConfig:
         r=settings.lora_r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it; a float is right
         lora_dropout=settings.lora_dropout,
-        target_modules=settings.lora_target_modules,
+        target_modules=_target_modules(settings),
         bias="none",
     )
+
+
+def _target_modules(settings: RunSettings) -> list[str]:
+    """Names as a list, the layers that the plan counted and no others.
+
+    Not every serving engine understands `all-linear` or an expression, and peft 0.21.2 adds the
+    fused experts and routers of a mixture to either (utils/transformers_weight_conversion.py).
+    """
+    targets = settings.lora_target_modules
+    if not isinstance(targets, str):
+        return sorted(set(targets))
+    names = [name for name, _ in read_shape(settings.model).targeted(targets)]
+    if targets == "all-linear":  # every layer, so the ends of the names select the same
+        names = [name.rsplit(".", 1)[-1] for name in names]
+    return sorted(set(names))
 
 
 def attach_adapter(base: PreTrainedModel, plan: Plan) -> PeftModel:

@@ -1,8 +1,8 @@
 """ModelShape: what config.json says of a model, without its weights. No torch.
 
 The linear layers of a block are listed with the names that peft sees, so that adapters can be
-counted and named before a model is loaded. tests/tensor/test_shape.py compares the counts with
-transformers' and peft's own on the meta device.
+counted and named before a model is loaded; families.py knows them. tests/tensor/test_shape.py
+compares the counts with transformers' and peft's own on the meta device.
 """
 
 import json
@@ -14,26 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.plan.families import FAMILIES, Linear, NormKind, Widths
 
-
-@dataclass(frozen=True)
-class Linear:
-    """One linear layer of a block: `weight` is (d_out, d_in)."""
-
-    name: str
-    d_in: int
-    d_out: int
-    has_bias: bool = False
-
-    @property
-    def parameters(self) -> int:
-        """Weight and bias."""
-        return self.d_in * self.d_out + (self.d_out if self.has_bias else 0)
+# How experts and their projections have been called, when they were still linear layers.
+_EXPERT_NAMES = ("experts", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A decoder of equal blocks."""
+    """A decoder of equal blocks.
+
+    `intermediate_size` is the inner width of the MLP that is made of linear layers: with experts
+    that of the shared one, 0 if there is none. `expert_size` is the inner width of one expert.
+    """
 
     folder: str
     model_type: str
@@ -47,29 +40,76 @@ class ModelShape:
     vocab_size: int
     is_tied: bool
     linears: tuple[Linear, ...]
-    norm_parameters: int  # of one block
+    layers_name: str = "model.layers"
+    norm_kind: NormKind = "rms"
+    num_block_norms: int = 2  # of full width
+    has_head_norms: bool = False  # one for the queries of a head, one for its keys
+    has_head_bias: bool = False  # of the output head
+    is_gated: bool = True
+    has_fused_gate: bool = False  # gate and up projection are one linear layer
+    num_experts: int = 0  # 0: a dense model
+    experts_per_token: int = 0
+    expert_size: int = 0
+    logit_softcap: bool = False
     quantization: str | None = None
 
     @property
     def linear_parameters(self) -> int:
-        """Parameters of all linear layers of all blocks: what 4 and 8 bits apply to."""
+        """Weights and biases of all linear layers of all blocks."""
         return self.num_layers * sum(linear.parameters for linear in self.linears)
+
+    @property
+    def quantised_parameters(self) -> int:
+        """Weights that 4 and 8 bits apply to: of linear layers of blocks, without their biases.
+
+        Embeddings, head, norms, routers and fused experts keep the training dtype (transformers
+        5.23 integrations/bitsandbytes.py: nn.Linear alone; quantizers/base.py: not the head).
+        """
+        return self.num_layers * sum(linear.weights for linear in self.linears)
+
+    @property
+    def expert_parameters(self) -> int:
+        """All experts of all blocks: gate, up and down projection of each."""
+        return self.num_layers * self.num_experts * self._parameters_of_an_expert
+
+    @property
+    def active_linear_parameters(self) -> int:
+        """Weights of all blocks that one token is multiplied with, router and its experts too."""
+        active = self._router_parameters + self.experts_per_token * self._parameters_of_an_expert
+        return self.quantised_parameters + self.num_layers * active
+
+    @property
+    def norm_parameters(self) -> int:
+        """Of one block."""
+        full = self.num_block_norms * self.hidden_size
+        return self._parameters_of_a_norm * (full + 2 * self.head_dim * self.has_head_norms)
 
     @property
     def parameters(self) -> int:
         """All parameters; a tied head counts once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.is_tied else 2)
-        norms = self.num_layers * self.norm_parameters + self.hidden_size
-        return self.linear_parameters + norms + embeddings
+        embeddings += self.vocab_size * self.has_head_bias
+        block = self.norm_parameters + self._router_parameters
+        final_norm = self._parameters_of_a_norm * self.hidden_size
+        experts = self.expert_parameters
+        return self.linear_parameters + experts + self.num_layers * block + final_norm + embeddings
 
-    @cached_property
+    @property
+    def _parameters_of_a_norm(self) -> int:
+        return 1 if self.norm_kind == "rms" else 2  # for each value of its width
+
+    @property
+    def _parameters_of_an_expert(self) -> int:
+        return 3 * self.hidden_size * self.expert_size
+
+    @property
+    def _router_parameters(self) -> int:
+        return self.num_experts * self.hidden_size
+
+    @property
     def linear_names(self) -> tuple[str, ...]:
         """Full names of all linear layers but the head, as `named_modules()` gives them."""
-        return tuple(
-            f"model.layers.{layer}.{linear.name}"
-            for layer in range(self.num_layers)
-            for linear in self.linears
-        )
+        return tuple(self._by_name)
 
     def targeted(self, targets: str | Sequence[str]) -> list[tuple[str, Linear]]:
         """Full name and kind of the linear layers, over all blocks, that are to be adapted.
@@ -87,11 +127,15 @@ class ModelShape:
                 self._require(any(_ends(name, target) for name in self.linear_names), target)
             self._require(bool(targets), "[]")
             hits = [name for name in self.linear_names if any(_ends(name, t) for t in targets)]
-        return [(name, self._by_name[name.split(".", 3)[3]]) for name in hits]
+        return [(name, self._by_name[name]) for name in hits]
 
     @cached_property
     def _by_name(self) -> dict[str, Linear]:
-        return {linear.name: linear for linear in self.linears}
+        return {
+            f"{self.layers_name}.{layer}.{linear.name}": linear
+            for layer in range(self.num_layers)
+            for linear in self.linears
+        }
 
     def _fullmatch(self, pattern: str, name: str) -> bool:
         try:
@@ -102,12 +146,19 @@ class ModelShape:
             ) from None
 
     def _require(self, is_found: bool, target: str) -> None:
-        if not is_found:
-            exist = ", ".join(linear.name.rsplit(".", 1)[-1] for linear in self.linears)
+        if is_found:
+            return
+        exist = ", ".join(linear.name.rsplit(".", 1)[-1] for linear in self.linears)
+        if self.num_experts and target.endswith(_EXPERT_NAMES):
             raise UserError(
-                f"lora_target_modules: {target!r} matches no linear layer of {self.folder}; "
-                f"its blocks have {exist}"
+                f"lora_target_modules: {target!r} of {self.folder}: the experts of a block are "
+                "fused into one tensor, which cannot be adapted by name; what can be is "
+                f"[{exist}], and lora_target_modules: all-linear takes these"
             )
+        raise UserError(
+            f"lora_target_modules: {target!r} matches no linear layer of {self.folder}; its blocks "
+            f"have {exist}, and lora_target_modules: all-linear takes them all"
+        )
 
 
 def read_shape(model: str) -> ModelShape:
@@ -129,28 +180,24 @@ def read_shape(model: str) -> ModelShape:
         return _from_config(config, model)
     except KeyError as error:
         raise UserError(f"model: {path}: the key {error} is missing") from None
+    except UserError as error:
+        raise UserError(f"model: {path}: {error}") from None
 
 
-# Llama's block: four attention projections and a gated MLP, under the same names.
-_BLOCKS_LIKE_LLAMA = {
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3",
-}  # fmt: skip
-_FUSED_LIKE_PHI3 = {"phi3"}
-
-
-def _from_config(config: Mapping[str, Any], model: str) -> ModelShape:
-    kind = str(config.get("model_type", "none"))
-    if kind not in _BLOCKS_LIKE_LLAMA | _FUSED_LIKE_PHI3:
-        known = ", ".join(sorted(_BLOCKS_LIKE_LLAMA | _FUSED_LIKE_PHI3))
-        raise UserError(
-            f"model: {model}: model_type {kind!r} cannot be planned yet; known: {known}"
-        )
+def _from_config(found: Mapping[str, Any], model: str) -> ModelShape:
+    kind = str(found.get("model_type", "none"))
+    family = FAMILIES.get(kind)
+    if family is None:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"model_type {kind!r} cannot be planned yet; known: {known}")
+    config = {**family.defaults, **found}
     heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])
     head_dim = int(config.get("head_dim") or hidden // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)
-    inner = int(config["intermediate_size"])
-    build = _phi3_linears if kind in _FUSED_LIKE_PHI3 else _llama_linears
+    inner = 0 if family.inner_key is None else int(config[family.inner_key])
+    widths = Widths(hidden=hidden, inner=inner, queries=heads * head_dim, keys=kv_heads * head_dim)
+    experts = family.experts(config) if family.experts else None
     quantization = config.get("quantization_config") or {}
     return ModelShape(
         folder=model,
@@ -163,47 +210,21 @@ def _from_config(config: Mapping[str, Any], model: str) -> ModelShape:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=int(config["vocab_size"]),
-        # transformers leaves the key out where it has the class's default
-        is_tied=bool(config.get("tie_word_embeddings", kind.startswith("gemma"))),
-        linears=build(config, hidden, inner, heads * head_dim, kv_heads * head_dim),
-        norm_parameters=_norm_parameters(kind, hidden, head_dim),
+        is_tied=bool(config.get("tie_word_embeddings", False)),
+        linears=family.linears(config, widths),
+        layers_name=family.layers,
+        norm_kind=family.norm_kind,
+        num_block_norms=family.num_block_norms,
+        has_head_norms=family.head_norms(config),
+        has_head_bias=family.has_head_bias,
+        is_gated=family.is_gated,
+        has_fused_gate=family.has_fused_gate,
+        num_experts=experts.count if experts else 0,
+        experts_per_token=experts.per_token if experts else 0,
+        expert_size=experts.size if experts else 0,
+        logit_softcap=config.get("final_logit_softcapping") is not None,
         quantization=quantization.get("quant_method"),
     )
-
-
-def _llama_linears(
-    config: Mapping[str, Any], hidden: int, inner: int, queries: int, keys: int
-) -> tuple[Linear, ...]:
-    attention = bool(config.get("attention_bias", False))
-    is_qwen2 = config["model_type"] == "qwen2"  # biases on q, k and v, none on o
-    mlp = bool(config.get("mlp_bias", False))
-    return (
-        Linear("self_attn.q_proj", hidden, queries, attention or is_qwen2),
-        Linear("self_attn.k_proj", hidden, keys, attention or is_qwen2),
-        Linear("self_attn.v_proj", hidden, keys, attention or is_qwen2),
-        Linear("self_attn.o_proj", queries, hidden, attention),
-        Linear("mlp.gate_proj", hidden, inner, mlp),
-        Linear("mlp.up_proj", hidden, inner, mlp),
-        Linear("mlp.down_proj", inner, hidden, mlp),
-    )
-
-
-def _phi3_linears(
-    config: Mapping[str, Any], hidden: int, inner: int, queries: int, keys: int
-) -> tuple[Linear, ...]:
-    del config
-    return (
-        Linear("self_attn.qkv_proj", hidden, queries + 2 * keys),
-        Linear("self_attn.o_proj", queries, hidden),
-        Linear("mlp.gate_up_proj", hidden, 2 * inner),
-        Linear("mlp.down_proj", inner, hidden),
-    )
-
-
-def _norm_parameters(kind: str, hidden: int, head_dim: int) -> int:
-    norms = 4 if kind in ("gemma2", "gemma3_text") else 2
-    on_heads = 2 * head_dim if kind in ("qwen3", "gemma3_text") else 0
-    return norms * hidden + on_heads
 
 
 def _ends(name: str, target: str) -> bool:

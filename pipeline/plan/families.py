@@ -1,0 +1,245 @@
+"""What differs between model families: names and widths of a block's parts, by config.json.
+
+Facts are of transformers 5.23, models/*/modeling_*.py. Experts of a mixture are one tensor for all
+of them there, not linear layers: peft's names do not reach them and bitsandbytes leaves them in 16
+bits. The same holds for routers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipeline.errors import UserError
+
+NormKind = Literal["rms", "layer"]
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer of a block: `weight` is (d_out, d_in)."""
+
+    name: str
+    d_in: int
+    d_out: int
+    has_bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        """The matrix alone: what 4 and 8 bits apply to."""
+        return self.d_in * self.d_out
+
+    @property
+    def parameters(self) -> int:
+        """Weight and bias."""
+        return self.weights + (self.d_out if self.has_bias else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """Widths of the hidden state, inside the MLP, and of all query and all key heads."""
+
+    hidden: int
+    inner: int
+    queries: int
+    keys: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The experts of each block, each a gated MLP of inner width `size`."""
+
+    count: int
+    per_token: int
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One `model_type`.
+
+    `defaults` are the class's own, for keys that a config.json may leave out. `inner_key` holds the
+    inner width of the MLP that is made of linear layers, None where experts take its place.
+    """
+
+    linears: Callable[[Config, Widths], tuple[Linear, ...]]
+    defaults: Config = field(default_factory=dict)
+    layers: str = "model.layers"
+    inner_key: str | None = "intermediate_size"
+    norm_kind: NormKind = "rms"
+    num_block_norms: int = 2
+    has_head_bias: bool = False
+    is_gated: bool = True
+    has_fused_gate: bool = False
+    head_norms: Callable[[Config], bool] = lambda config: False
+    experts: Callable[[Config], Experts] | None = None
+
+
+def _llama(config: Config, widths: Widths) -> tuple[Linear, ...]:
+    return (
+        *_attention(widths, bool(config.get("attention_bias"))),
+        *_gated_mlp(widths, has_bias=bool(config.get("mlp_bias"))),
+    )
+
+
+def _mistral(config: Config, widths: Widths) -> tuple[Linear, ...]:
+    del config
+    return (*_attention(widths), *_gated_mlp(widths))
+
+
+def _qwen2(config: Config, widths: Widths) -> tuple[Linear, ...]:
+    del config
+    return (*_attention(widths, True, False), *_gated_mlp(widths))
+
+
+def _qwen3(config: Config, widths: Widths) -> tuple[Linear, ...]:
+    return (*_attention(widths, bool(config.get("attention_bias"))), *_gated_mlp(widths))
+
+
+def _phi3(config: Config, widths: Widths) -> tuple[Linear, ...]:
+    del config
+    return (
+        Linear("self_attn.qkv_proj", widths.hidden, widths.queries + 2 * widths.keys),
+        Linear("self_attn.o_proj", widths.queries, widths.hidden),
+        Linear("mlp.gate_up_proj", widths.hidden, 2 * widths.inner),
+        Linear("mlp.down_proj", widths.inner, widths.hidden),
+    )
+
+
+def _phi(config: Config, widths: Widths) -> tuple[Linear, ...]:
+    del config
+    return (
+        Linear("self_attn.q_proj", widths.hidden, widths.queries, True),
+        Linear("self_attn.k_proj", widths.hidden, widths.keys, True),
+        Linear("self_attn.v_proj", widths.hidden, widths.keys, True),
+        Linear("self_attn.dense", widths.queries, widths.hidden, True),
+        Linear("mlp.fc1", widths.hidden, widths.inner, True),
+        Linear("mlp.fc2", widths.inner, widths.hidden, True),
+    )
+
+
+def _gpt_neox(config: Config, widths: Widths) -> tuple[Linear, ...]:
+    has_bias = bool(config["attention_bias"])
+    return (
+        Linear("attention.query_key_value", widths.hidden, 3 * widths.hidden, has_bias),
+        Linear("attention.dense", widths.hidden, widths.hidden, has_bias),
+        Linear("mlp.dense_h_to_4h", widths.hidden, widths.inner, True),
+        Linear("mlp.dense_4h_to_h", widths.inner, widths.hidden, True),
+    )
+
+
+def _mixtral(config: Config, widths: Widths) -> tuple[Linear, ...]:
+    del config
+    return _attention(widths)
+
+
+def _qwen3_moe(config: Config, widths: Widths) -> tuple[Linear, ...]:
+    return _attention(widths, bool(config.get("attention_bias")))
+
+
+def _qwen2_moe(config: Config, widths: Widths) -> tuple[Linear, ...]:
+    return (
+        *_attention(widths, bool(config["qkv_bias"]), False),
+        *_gated_mlp(widths, "mlp.shared_expert"),
+        Linear("mlp.shared_expert_gate", widths.hidden, 1),
+    )
+
+
+def _attention(
+    widths: Widths, has_qkv_bias: bool = False, has_o_bias: bool | None = None
+) -> tuple[Linear, ...]:
+    """Four projections; the output's bias is as the others' unless it is said."""
+    return (
+        Linear("self_attn.q_proj", widths.hidden, widths.queries, has_qkv_bias),
+        Linear("self_attn.k_proj", widths.hidden, widths.keys, has_qkv_bias),
+        Linear("self_attn.v_proj", widths.hidden, widths.keys, has_qkv_bias),
+        Linear(
+            "self_attn.o_proj",
+            widths.queries,
+            widths.hidden,
+            has_qkv_bias if has_o_bias is None else has_o_bias,
+        ),
+    )
+
+
+def _gated_mlp(widths: Widths, name: str = "mlp", *, has_bias: bool = False) -> tuple[Linear, ...]:
+    return (
+        Linear(f"{name}.gate_proj", widths.hidden, widths.inner, has_bias),
+        Linear(f"{name}.up_proj", widths.hidden, widths.inner, has_bias),
+        Linear(f"{name}.down_proj", widths.inner, widths.hidden, has_bias),
+    )
+
+
+def _mixtral_experts(config: Config) -> Experts:
+    return Experts(
+        count=int(config["num_local_experts"]),
+        per_token=int(config["num_experts_per_tok"]),
+        size=int(config["intermediate_size"]),
+    )
+
+
+def _qwen_experts(config: Config) -> Experts:
+    """Raises UserError where some blocks have no experts: all blocks of a shape are alike."""
+    # transformers 5 writes the second name, published configs have the first
+    count = config["num_experts" if "num_experts" in config else "num_local_experts"]
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers")
+    if step != 1 or dense or not count:
+        raise UserError(
+            f"num_experts {count}, decoder_sparse_step {step}, mlp_only_layers {dense or []}: a "
+            "model in which not every block has experts cannot be planned; one with "
+            "decoder_sparse_step 1 and no mlp_only_layers can"
+        )
+    return Experts(
+        count=int(count),
+        per_token=int(config["num_experts_per_tok"]),
+        size=int(config["moe_intermediate_size"]),
+    )
+
+
+def _always(config: Config) -> bool:
+    del config
+    return True
+
+
+_GEMMA = {"tie_word_embeddings": True, "head_dim": 256}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(linears=_llama),
+    "mistral": Family(linears=_mistral),
+    "qwen2": Family(linears=_qwen2),
+    "qwen3": Family(linears=_qwen3, defaults={"head_dim": 128}, head_norms=_always),
+    "gemma": Family(linears=_qwen3, defaults=_GEMMA),
+    "gemma2": Family(
+        linears=_qwen3,
+        defaults=_GEMMA | {"final_logit_softcapping": 30.0},
+        num_block_norms=4,
+    ),
+    "gemma3_text": Family(linears=_qwen3, defaults=_GEMMA, num_block_norms=4, head_norms=_always),
+    "smollm3": Family(linears=_llama, defaults={"tie_word_embeddings": True}),
+    "phi3": Family(linears=_phi3, has_fused_gate=True),
+    "phi": Family(
+        linears=_phi,
+        norm_kind="layer",
+        num_block_norms=1,
+        has_head_bias=True,
+        is_gated=False,
+        head_norms=lambda config: bool(config.get("qk_layernorm")),
+    ),
+    "gpt_neox": Family(
+        linears=_gpt_neox,
+        defaults={"attention_bias": True},
+        layers="gpt_neox.layers",
+        norm_kind="layer",
+        is_gated=False,
+    ),
+    "mixtral": Family(linears=_mixtral, inner_key=None, experts=_mixtral_experts),
+    "qwen2_moe": Family(
+        linears=_qwen2_moe,
+        defaults={"qkv_bias": True},
+        inner_key="shared_expert_intermediate_size",
+        experts=_qwen_experts,
+    ),
+    "qwen3_moe": Family(
+        linears=_qwen3_moe, inner_key=None, head_norms=_always, experts=_qwen_experts
+    ),
+}
