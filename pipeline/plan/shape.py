@@ -56,6 +56,11 @@ class ModelShape:
         return self.num_layers * sum(linear.parameters for linear in self.linears)
 
     @property
+    def active_linear_parameters(self) -> int:
+        """Those of them that one token meets."""
+        return self.linear_parameters
+
+    @property
     def parameters(self) -> int:
         """All parameters; a tied head counts once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.is_tied else 2)
