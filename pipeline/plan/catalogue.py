@@ -105,10 +105,10 @@ GPUS: Mapping[str, Hardware] = {
 _SAME_MEMORY = 1.1
 
 # A core of a server's CPU: 16-bit matrix rate (AVX512-BF16 or AMX; without them bf16 is slower than
-# this by far) and its share of the memory's bandwidth. Set so that speed.py meets the 267 tokens/s
-# of docs/benchmarks.md on two cores; another CPU may differ several times over.
+# this by far) and its share of the memory's bandwidth. Set so that speed.py comes near both
+# figures of docs/benchmarks.md on two cores; another CPU may differ several times over.
 _CORE_FLOPS = 1.5e11
-_CORE_BANDWIDTH = 10 * _GB
+_CORE_BANDWIDTH = 8 * _GB
 # Ranks on one CPU exchange gradients through gloo over the loopback; an assumption.
 _LOOPBACK = 1 * _GB
 

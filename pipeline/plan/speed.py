@@ -25,6 +25,9 @@ _FLOAT32_SHARE = {"cuda": 1 / 16, "cpu": 1 / 3}
 # Backward of attention beside its forward: five matrix products for two, because the scores are
 # made again (FlashAttention-2, arXiv 2307.08691 s.4.1).
 _SCORES_BACKWARD = 2.5
+# Backward of the rest beside its forward, in bytes and in kernels (tests/tensor/test_work.py).
+_TRAFFIC_BACKWARD = 1.7
+_KERNELS_BACKWARD = 1.6
 _KERNEL_S = 8e-6  # the host's time to launch one kernel from eager PyTorch
 _FETCH_S = 50e-6  # the host's time for ZeRO-3's hooks around one module of the base
 _HOP_S = 5e-6  # one hop of a ring
@@ -166,11 +169,10 @@ def _traffic(work: Work, layout: Layout, micro: float, recomputed: float) -> flo
 
     Each pass reads the weights, which is what makes small micro-batches slow: n tokens over a d x d
     matrix reach n / (n + flops / bandwidth) of the rate (roofline, Williams et al. 2009, with both
-    parts added rather than the larger taken). Activations count twice in the backward pass: each
-    kernel there reads what the forward one wrote, and a gradient.
+    parts added rather than the larger taken).
     """
     weights = (2 + recomputed) * work.linear_values
-    activations = micro * (3 + recomputed) * work.token_values
+    activations = micro * (1 + _TRAFFIC_BACKWARD + recomputed) * work.token_values
     return layout.bytes_per_value * (weights + activations)
 
 
@@ -188,9 +190,9 @@ def _dequantised(work: Work, settings: RunSettings, layout: Layout, recomputed: 
 
 
 def _launches(work: Work, layout: Layout, recomputed: float) -> float:
-    """Seconds that the host needs to launch a micro-batch; a backward pass counts twice."""
+    """Seconds that the host needs to launch a micro-batch."""
     fetches = 2 * work.modules * _FETCH_S if layout.is_sharded else 0.0
-    return (3 + recomputed) * work.kernels * _KERNEL_S + fetches
+    return (1 + _KERNELS_BACKWARD + recomputed) * work.kernels * _KERNEL_S + fetches
 
 
 def _gathers(work: Work, layout: Layout, rates: _Rates) -> float:

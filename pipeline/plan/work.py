@@ -1,9 +1,10 @@
 """Work: what a token, a micro-batch and a step cost in FLOPs and bytes, before rates and layout.
 
 N: weights of the blocks' linear layers, P: trainable parameters, D: hidden size, V: vocabulary,
-L: blocks, T: tokens of a sequence. A multiplication and its addition are 2 FLOPs. Counted from the
-code of transformers 5.23 (models/llama/modeling_llama.py), peft 0.21 (tuners/lora/layer.py) and
-bitsandbytes 0.50 (autograd/_functions.py), not traced; experts' activations are left out.
+L: blocks, T: tokens of a sequence. A multiplication and its addition are 2 FLOPs. Kernels and
+passes are those of transformers 5.23 (models/llama/modeling_llama.py) and peft 0.21
+(tuners/lora/layer.py); tests/tensor/test_work.py counts them on a model. Experts' activations are
+left out.
 """
 
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ _LORA_IN_PASSES = 1  # A reads its input
 _DROPOUT_PASSES = 2  # and dropout reads and writes it first
 _LORA_OUT_PASSES = 6  # B writes; scaling reads and writes; the sum reads two and writes one
 
-# Kernels of a forward pass of a block: two norms (7 each), rotary (10), attention with its reshapes
-# (5), residuals and gate (4).
-_BLOCK_KERNELS = 33
+# Kernels of a forward pass of a block: two norms (8 each), rotary (10), residuals and gate (4) and
+# attention.
+_BLOCK_KERNELS = 31
 _LORA_KERNELS = 4  # A, B, scaling, sum; dropout is one more
 _DEQUANTISE_KERNELS = 2  # the constants, then the weight
 

@@ -191,11 +191,10 @@ def test_offloaded_shards_cross_the_host_link_twice_a_micro_batch():
 
 
 def test_gathers_hide_behind_computing_but_for_a_tenth():
-    short, long = (
-        speed(LLAMA_70B, zero_stage=3, tokens=t).terms["base_gathers"] for t in (1, 8192)
-    )
-    total = long / 0.1
-    assert 0.9 * total < short + speed(LLAMA_70B, tokens=1).seconds_per_step < 1.1 * total + 0.2
+    short, long = (speed(LLAMA_70B, zero_stage=3, tokens=t).terms for t in (1, 8192))
+    computing = sum(short[term] for term in ("arithmetic", "logits", "memory_traffic"))
+    assert short["base_gathers"] > long["base_gathers"]
+    assert short["base_gathers"] + computing == pytest.approx(10 * long["base_gathers"])
 
 
 def test_logits_of_supervised_positions_alone_are_cheaper():
@@ -251,8 +250,8 @@ def test_a_changed_setting_is_not_answered_from_the_cache():
 
 
 def test_the_quickstart_as_measured():
-    """docs/benchmarks.md, two cores, 74 tokens a row: 267 tokens/s with micro-batches of 4, which
-    the catalogue's CPU is set to; 140 to 220 with micro-batches of 1.
+    """docs/benchmarks.md, two cores, 74 tokens a row: 267 tokens/s with micro-batches of 4, 140
+    to 220 with micro-batches of 1; the catalogue's CPU is set to come near both.
     """
     keys = run(lora_target_modules="all-linear", lora_dropout=0.0, max_length=512)
     for micro, low, high in ((4, 240, 294), (1, 140, 220)):
