@@ -11,7 +11,7 @@ from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
 from pipeline.data.prepared import DataIndex
-from pipeline.plan.hardware import gpu_of
+from pipeline.plan.catalogue import gpu_like
 from pipeline.plan.plan import dump_json, make_plan
 from pipeline.plan.shape import read_shape
 
@@ -33,7 +33,7 @@ def plan() -> None:
     arguments = parse()
     settings = load_settings(arguments.run_file, arguments.overrides)
     gib, ranks = arguments.gpu_memory_gib, arguments.gpus_per_node
-    hardware = detect_hardware() if gib is None else gpu_of(gib)
+    hardware = detect_hardware() if gib is None else gpu_like(gib)
     if ranks is None:
         ranks = hardware.devices_per_node
     shape = read_shape(settings.model)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from pipeline.config.load import load_settings
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
+from pipeline.plan.catalogue import cpu_of, gpu_like
 from pipeline.plan.hardware import GIB, Hardware
 from pipeline.plan.plan import make_plan
 from pipeline.plan.rules import installed_versions
@@ -41,15 +43,12 @@ CONFIGS = {
 
 
 def gpu(gib: float, count: int = 8, capability=(9, 0)) -> Hardware:
-    return Hardware(
-        kind="cuda", name="GPU", devices_per_node=count, device_bytes=int(gib * GIB),
-        host_bytes=512 * GIB, compute_capability=capability,
-    )  # fmt: skip
+    return replace(
+        gpu_like(gib), devices_per_node=count, host_bytes=512 * GIB, compute_capability=capability
+    )
 
 
-CPU = Hardware(
-    kind="cpu", name="CPU", devices_per_node=1, device_bytes=24 * GIB, host_bytes=24 * GIB
-)
+CPU = cpu_of(2, 24 * GIB)
 
 
 @pytest.fixture
