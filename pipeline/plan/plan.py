@@ -19,7 +19,16 @@ from pipeline.plan.memory import (
     memory_per_rank,
     trainable_parameters,
 )
-from pipeline.plan.rules import Rule, Situation, installed_versions, rules_that_apply
+from pipeline.plan.overlay import constraints_of, overlay
+from pipeline.plan.rule_table import BEFORE_THE_CHOICE, OF_THE_CHOICE
+from pipeline.plan.rules import (
+    Request,
+    Rule,
+    Situation,
+    installed_versions,
+    require_none_refuses,
+    rules_that_hold,
+)
 from pipeline.plan.shape import ModelShape
 from pipeline.plan.zero import deepspeed_config
 
@@ -41,7 +50,7 @@ class Plan:
     shape: ModelShape
     hardware: Hardware
     choice: Choice
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule[Situation], ...]
     deepspeed: dict[str, Any]
     schedule: Schedule | None = None
 
@@ -80,7 +89,20 @@ class Plan:
             total = min(total, settings.max_steps)
         warmup = min(math.ceil(settings.warmup_ratio * total), total)
         schedule = Schedule(steps_per_epoch=per_epoch, total_steps=total, warmup_steps=warmup)
-        return replace(self, schedule=schedule)
+        return replace(self, schedule=schedule, rules=self._rules(documents))
+
+    def _rules(self, documents: int) -> tuple[Rule[Situation], ...]:
+        """The rules again, now that the size of the data is known."""
+        situation = Situation(
+            settings=self.settings,
+            shape=self.shape,
+            hardware=self.hardware,
+            packages=installed_versions(),
+            layout=self.layout,
+            deepspeed=self.deepspeed,
+            data=documents,
+        )
+        return tuple(rules_that_hold(OF_THE_CHOICE, situation))
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the step with this index (from 0); above 0 at the first one."""
@@ -173,21 +195,21 @@ def make_plan(
     """Derive the plan. Raises UserError where a rule refuses or nothing fits, with what would."""
     if nodes < 1 or ranks_per_node < 1:
         raise UserError(f"{nodes} nodes of {ranks_per_node} ranks: both must be 1 or more")
+    if settings.deepspeed_json is not None:
+        settings = constraints_of(settings.deepspeed_json, settings)
+    request = Request(
+        settings=settings, shape=shape, hardware=hardware, packages=installed_versions()
+    )
+    require_none_refuses(rules_that_hold(BEFORE_THE_CHOICE, request))
     trainable_parameters(shape, settings)  # a target that matches nothing is refused first
     choice = choose(settings, shape, hardware, nodes=nodes, ranks_per_node=ranks_per_node)
     layout = choice.layout
     deepspeed = deepspeed_config(shape, settings, layout, is_cuda=hardware.kind == "cuda")
-    situation = Situation(
-        settings=settings,
-        shape=shape,
-        hardware=hardware,
-        layout=layout,
-        deepspeed=deepspeed,
-        packages=installed_versions(),
-    )
-    rules = rules_that_apply(situation)
-    if refused := [rule for rule in rules if rule.level == "refuse"]:
-        raise UserError("\n".join(f"{rule.message} [rule {rule.id}]" for rule in refused))
+    if settings.deepspeed_json is not None:
+        deepspeed = overlay(deepspeed, settings.deepspeed_json)
+    situation = Situation(**vars(request), layout=layout, deepspeed=deepspeed)
+    rules = rules_that_hold(OF_THE_CHOICE, situation)
+    require_none_refuses(rules)
     return Plan(
         settings=settings,
         shape=shape,

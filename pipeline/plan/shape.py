@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.plan.tokens import count_tokens
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class ModelShape:
     linears: tuple[Linear, ...]
     norm_parameters: int  # of one block
     quantization: str | None = None
+    num_tokens: int | None = None  # highest id of an added token of the tokenizer, plus one
+    num_experts: int = 0
 
     @property
     def linear_parameters(self) -> int:
@@ -168,6 +171,7 @@ def _from_config(config: Mapping[str, Any], model: str) -> ModelShape:
         linears=build(config, hidden, inner, heads * head_dim, kv_heads * head_dim),
         norm_parameters=_norm_parameters(kind, hidden, head_dim),
         quantization=quantization.get("quant_method"),
+        num_tokens=count_tokens(Path(model)),
     )
 
 
