@@ -18,6 +18,7 @@ from pipeline.plan.shape import ModelShape
 # Logits are made for this many bytes of fp32 at a time (model/loss.py).
 LOGITS_CHUNK_BYTES = 256 * 2**20
 
+
 @dataclass(frozen=True, kw_only=True)
 class Activations:
     """Bytes on one rank, for one micro-batch."""

@@ -12,7 +12,7 @@ class Layout:
 
     The first `checkpointed_layers` blocks are recomputed in the backward pass: by the time it
     reaches them, what the others kept is gone. `hpz_partition_size` ranks share a second copy of
-    the base at ZeRO-3 (1: there is none). `loads_through_host`: a quantised base goes from the host's
+    the base at ZeRO-3 (1: there is none). `loads_through_host`: a quantised base goes from host
     memory to the ranks a share at a time, because all of it would not fit on one device.
     """
 

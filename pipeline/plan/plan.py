@@ -5,7 +5,6 @@
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +16,17 @@ from pipeline.plan.data_size import DataSize
 from pipeline.plan.hardware import Hardware
 from pipeline.plan.layout import Layout
 from pipeline.plan.memory import Memory, memory
+from pipeline.plan.overlay import constraints_of, overlay
 from pipeline.plan.reasons import does_not_fit, reasons
-from pipeline.plan.rules import Rule, Situation, installed_versions, rules_that_apply
+from pipeline.plan.rule_table import BEFORE_THE_CHOICE, OF_THE_CHOICE
+from pipeline.plan.rules import (
+    Request,
+    Rule,
+    Situation,
+    installed_versions,
+    require_none_refuses,
+    rules_that_hold,
+)
 from pipeline.plan.shape import ModelShape
 from pipeline.plan.speed import Speed, step_seconds
 from pipeline.plan.zero import deepspeed_config
@@ -42,7 +50,7 @@ class Plan:
     hardware: Hardware
     layout: Layout
     why: dict[str, str]
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule[Situation], ...]
     deepspeed: dict[str, Any]
     data: DataSize | None = None
     schedule: Schedule | None = None
@@ -91,7 +99,20 @@ class Plan:
             total = min(total, settings.max_steps)
         warmup = min(math.ceil(settings.warmup_ratio * total), total)
         schedule = Schedule(steps_per_epoch=per_epoch, total_steps=total, warmup_steps=warmup)
-        return replace(self, data=data, schedule=schedule)
+        return replace(self, data=data, schedule=schedule, rules=self._rules(data.documents))
+
+    def _rules(self, documents: int) -> tuple[Rule[Situation], ...]:
+        """The rules again, now that the size of the data is known."""
+        situation = Situation(
+            settings=self.settings,
+            shape=self.shape,
+            hardware=self.hardware,
+            packages=installed_versions(),
+            layout=self.layout,
+            deepspeed=self.deepspeed,
+            data=documents,
+        )
+        return tuple(rules_that_hold(OF_THE_CHOICE, situation))
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the step with this index (from 0); above 0 at the first one."""
@@ -119,7 +140,51 @@ def rank_plans(
     """The plan, and every candidate, best first, those that were left out with the reason."""
     if nodes < 1 or ranks_per_node < 1:
         raise UserError(f"{nodes} nodes of {ranks_per_node} ranks: both must be 1 or more")
+    if settings.deepspeed_json is not None:
+        settings = constraints_of(settings.deepspeed_json, settings)
+    request = Request(
+        settings=settings, shape=shape, hardware=hardware, packages=installed_versions()
+    )
+    require_none_refuses(rules_that_hold(BEFORE_THE_CHOICE, request))
     adapted(shape, settings)  # a target that matches nothing is refused first
     machines = Machines(hardware=hardware, nodes=nodes, ranks_per_node=ranks_per_node)
     ranked = candidates(settings, shape, machines)
-    fitting = [candidate for candidate in ranked if candidate.refusal is None]
+    if all(candidate.refusal for candidate in ranked):
+        raise UserError(does_not_fit(settings, shape, machines, ranked))
+    held = {c: _situation(request, c.layout) for c in ranked if c.refusal is None}
+    refusals = {c: said for c, known in held.items() if (said := _refusal(known))}
+    if len(refusals) == len(held):
+        require_none_refuses(rules_that_hold(OF_THE_CHOICE, next(iter(held.values()))))
+    ranked = sorted(
+        (replace(c, refusal=refusals.get(c, c.refusal)) for c in ranked),
+        key=lambda candidate: candidate.refusal is not None,
+    )
+    best = ranked[0]
+    situation = held[best]
+    return Plan(
+        settings=settings,
+        shape=shape,
+        hardware=hardware,
+        layout=best.layout,
+        why=reasons(best, ranked, settings, shape, machines),
+        rules=tuple(rules_that_hold(OF_THE_CHOICE, situation)),
+        deepspeed=dict(situation.deepspeed),
+    ), ranked
+
+
+def _situation(request: Request, layout: Layout) -> Situation:
+    settings, is_cuda = request.settings, request.hardware.kind == "cuda"
+    config = deepspeed_config(request.shape, settings, layout, is_cuda=is_cuda)
+    if settings.deepspeed_json is not None:
+        config = overlay(config, settings.deepspeed_json)
+    return Situation(**vars(request), layout=layout, deepspeed=config)
+
+
+def _refusal(known: Situation) -> str | None:
+    refused = [r for r in rules_that_hold(OF_THE_CHOICE, known) if r.level == "refuse"]
+    return f"rule {refused[0].id}: {refused[0].message}" if refused else None
+
+
+def dump_json(data: Any) -> str:
+    """JSON as every file of a run has it."""
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"

@@ -55,7 +55,9 @@ def _alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> st
     name = f"{key} {getattr(best.layout, key)}"
     if best.refusal is None:
         seconds, own = best.speed.seconds_per_step, chosen.speed.seconds_per_step
-        return f"the fastest that fits: {_seconds(own)} a step; {name} would take {_seconds(seconds)}"
+        return (
+            f"the fastest that fits: {_seconds(own)} a step; {name} would take {_seconds(seconds)}"
+        )
     least = min(others, key=lambda c: c.memory.device_need)
     return f"the only one that fits: {key} {getattr(least.layout, key)} {least.refusal}"
 

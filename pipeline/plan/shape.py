@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.plan.families import FAMILIES, Linear, NormKind, Widths
+from pipeline.plan.tokens import count_tokens
 
 # How experts and their projections have been called, when they were still linear layers.
 _EXPERT_NAMES = ("experts", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -53,6 +54,7 @@ class ModelShape:
     logit_softcap: bool = False
     score_softcap: bool = False  # of attention scores, which then exist: no kernel fuses it
     quantization: str | None = None
+    num_tokens: int | None = None  # highest id of an added token of the tokenizer, plus one
 
     @property
     def linear_parameters(self) -> int:
@@ -231,6 +233,7 @@ def _from_config(found: Mapping[str, Any], model: str) -> ModelShape:
         logit_softcap=config.get("final_logit_softcapping") is not None,
         score_softcap=config.get("attn_logit_softcapping") is not None,
         quantization=quantization.get("quant_method"),
+        num_tokens=count_tokens(Path(model)),
     )
 
 

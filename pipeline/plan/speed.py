@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from math import ceil
 
 from pipeline.config.settings import RunSettings
+from pipeline.plan.activations import LOGITS_CHUNK_BYTES
 from pipeline.plan.hardware import Hardware
 from pipeline.plan.layout import Layout
-from pipeline.plan.memory import LOGITS_CHUNK_BYTES
 from pipeline.plan.shape import ModelShape
 from pipeline.plan.work import Work, work_of
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pipeline.config.settings import RunSettings
+from pipeline.plan.adapted import trainable_parameters
 from pipeline.plan.layout import DTYPE_BYTES
-from pipeline.plan.memory import trainable_parameters
 from pipeline.plan.shape import ModelShape
 
 # Numbers that a forward pass of a block reads or writes beside its matrix products, in units of

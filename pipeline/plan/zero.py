@@ -6,8 +6,9 @@ Every key is there for a reason, said beside it; facts are of DeepSpeed 0.19.8.
 from typing import Any
 
 from pipeline.config.settings import RunSettings
+from pipeline.plan.adapted import adapted
 from pipeline.plan.layout import Layout
-from pipeline.plan.memory import bucket_elements, largest_adapter_matrix
+from pipeline.plan.memory import bucket_elements
 from pipeline.plan.shape import ModelShape
 
 
@@ -72,7 +73,7 @@ def _zero(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[str,
         layer = sum(linear.parameters for linear in shape.linears)
         zero |= {
             # Adapters stay whole on every rank: no gathers of small matrices in every layer.
-            "stage3_param_persistence_threshold": largest_adapter_matrix(shape, settings),
+            "stage3_param_persistence_threshold": adapted(shape, settings).largest_matrix,
             "stage3_prefetch_bucket_size": layer,
             # Never wanted: it gathers the whole base on rank 0.
             "stage3_gather_16bit_weights_on_model_save": False,

@@ -21,9 +21,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and look at what it was given and what it made."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, out)):

@@ -6,7 +6,6 @@ Measured: the most bytes in live tensor storages from before the model is loaded
 second step, the workspace of kernels aside. Every rank is a process of its own; the largest counts.
 """
 
-import argparse
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -110,7 +109,9 @@ def measure(session, folder, settings):
 
 if __name__ == "__main__":
     import sys
+
     import yaml
+
     from tests.ranks import run_ranks
 
     with tempfile.TemporaryDirectory() as tmp:
@@ -118,7 +119,14 @@ if __name__ == "__main__":
         world = int(sys.argv[3])
         folder = make_folder(Path(tmp) / "model", **model)
         [found, *_] = run_ranks(measure, folder, settings, tmp_path=Path(tmp), world_size=world)
-        print({k: (f"{v/2**20:.2f}" if k in ("peak", "loaded", "started", "end") else v)
-               for k, v in found.items() if k != "counts"})
-        for (size, source), n in sorted(found["counts"].items(), key=lambda x: -x[0][0] * x[1])[:40]:
+        print(
+            {
+                k: (f"{v / 2**20:.2f}" if k in ("peak", "loaded", "started", "end") else v)
+                for k, v in found.items()
+                if k != "counts"
+            }
+        )
+        for (size, source), n in sorted(found["counts"].items(), key=lambda x: -x[0][0] * x[1])[
+            :40
+        ]:
             print(f"{size * n / 2**20:9.3f} MiB = {n:3d} x {size:10d} {source}")
