@@ -55,7 +55,7 @@ def _gpu(
     )
 
 
-# Memory: MiB that `nvidia-smi` shows (driver 525 or newer; ECC as shipped), which is below the
+# Memory: MiB that `nvidia-smi` shows (recent drivers, ECC as shipped), which is below the
 # nominal size on cards that take ECC from it. Rates: NVIDIA's data sheet or architecture white
 # paper of the name beside each row: bf16 or fp16 tensor cores with fp32 accumulation, dense (half
 # of a figure "with sparsity"); NVLink's total divided by two for each way. `link` of a PCIe card is

@@ -1,6 +1,7 @@
 """The speed model: counts by hand, the orderings that choices rest on, and its invariants."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -258,3 +259,12 @@ def test_the_quickstart_as_measured():
         where = layout(micro_batch_size=micro, ranks_per_node=2)
         found = step_seconds(SMOLLM2, keys, where, cpu_of(2, 2**34), 73.75, supervised_share=0.44)
         assert low < found.tokens_per_second < high
+
+
+def test_the_example_in_the_docs():
+    keys = run(lora_dropout=0.05)
+    found = speed(keys=keys, tokens=2048.0, micro_batch_size=4, checkpointed_layers=32)
+    text = (Path(__file__).parents[2] / "docs/speed.md").read_text(encoding="utf-8")
+    for term, seconds in found.terms.items():
+        assert (f"| `{term}` | {seconds:.4f} |" in text) == (seconds > 0), term
+    assert f"{found.tokens_per_second:,.0f} tokens/s".replace(",", " ") in text
