@@ -78,6 +78,7 @@ def make_plan(folder: Path, world_size: int = 1, documents: int | None = None, *
     """The plan of a run on the tiny model; fp32 and no dropout unless the settings say so."""
     from pipeline.config.settings import RunSettings
     from pipeline.plan.catalogue import cpu_of
+    from pipeline.plan.data_size import DataSize
     from pipeline.plan.plan import make_plan
     from pipeline.plan.shape import read_shape
 
@@ -96,7 +97,11 @@ def make_plan(folder: Path, world_size: int = 1, documents: int | None = None, *
     run = RunSettings.model_validate(values | settings)
     cpu = cpu_of(2, 2**34)
     plan = make_plan(run, read_shape(str(folder)), cpu, nodes=1, ranks_per_node=world_size)
-    return plan if documents is None else plan.with_data(documents)
+    if documents is None:
+        return plan
+    tokens = documents * run.max_length
+    size = DataSize(documents=documents, tokens=tokens, longest=None, is_exact=True)
+    return plan.with_data(size)
 
 
 class Documents:

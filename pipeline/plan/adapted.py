@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.shape import Linear, ModelShape
+from pipeline.plan.families import Linear
+from pipeline.plan.shape import ModelShape
 
 _ATTENTION_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"}
 _ATTENTION_OUTPUT = {"o_proj", "dense"}

@@ -12,11 +12,12 @@ from functools import partial
 from pipeline.config.settings import RunSettings
 from pipeline.plan.batches import micro_batches
 from pipeline.plan.hardware import GIB, Hardware
-from pipeline.plan.layout import Layout
+from pipeline.plan.layout import Layout, Offload
 from pipeline.plan.memory import Memory, memory
 from pipeline.plan.shape import ModelShape
 from pipeline.plan.speed import Speed, step_seconds
 
+_RESIDENT: list[Offload] = ["none"]
 _HOST_SHARE = 0.9  # of a node's memory; the rest is the system's and the page cache's
 
 
@@ -97,7 +98,7 @@ def _layouts(settings: RunSettings, shape: ModelShape, machines: Machines) -> It
     for stage in _stages(settings, dtype, machines):
         is_sharded = stage == 3
         copies = _hpz_sizes(settings, machines) if is_sharded else [1]
-        offloads = _offloads(settings, machines.hardware) if is_sharded else ["none"]
+        offloads = _offloads(settings, machines.hardware) if is_sharded else _RESIDENT
         for micro, accumulation in batches:
             for copy in copies:
                 for offload in offloads:
@@ -133,7 +134,7 @@ def _hpz_sizes(settings: RunSettings, machines: Machines) -> list[int]:
     return [1, machines.ranks_per_node] if is_worth else [1]
 
 
-def _offloads(settings: RunSettings, hardware: Hardware) -> list[str]:
+def _offloads(settings: RunSettings, hardware: Hardware) -> list[Offload]:
     if settings.offload_param != "auto":
         return [settings.offload_param]
     return ["none", "cpu"] if hardware.kind == "cuda" else ["none"]

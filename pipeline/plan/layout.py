@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Offload = Literal["none", "cpu"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -24,7 +25,7 @@ class Layout:
     ranks_per_node: int
     training_dtype: str
     hpz_partition_size: int = 1
-    offload_param: Literal["none", "cpu"] = "none"
+    offload_param: Offload = "none"
     loads_through_host: bool = False
 
     @property

@@ -151,16 +151,16 @@ def rank_plans(
     ranked = candidates(settings, shape, machines)
     if all(candidate.refusal for candidate in ranked):
         raise UserError(does_not_fit(settings, shape, machines, ranked))
-    held = {c: _situation(request, c.layout) for c in ranked if c.refusal is None}
-    refusals = {c: said for c, known in held.items() if (said := _refusal(known))}
+    held = {c.layout: _situation(request, c.layout) for c in ranked if c.refusal is None}
+    refusals = {layout: said for layout, known in held.items() if (said := _refusal(known))}
     if len(refusals) == len(held):
         require_none_refuses(rules_that_hold(OF_THE_CHOICE, next(iter(held.values()))))
     ranked = sorted(
-        (replace(c, refusal=refusals.get(c, c.refusal)) for c in ranked),
+        (replace(c, refusal=refusals.get(c.layout, c.refusal)) for c in ranked),
         key=lambda candidate: candidate.refusal is not None,
     )
     best = ranked[0]
-    situation = held[best]
+    situation = held[best.layout]
     return Plan(
         settings=settings,
         shape=shape,

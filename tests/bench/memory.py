@@ -6,6 +6,7 @@ Measured: the most bytes in live tensor storages from before the model is loaded
 second step, the workspace of kernels aside. Every rank is a process of its own; the largest counts.
 """
 
+import argparse
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -95,38 +96,89 @@ def measure(session, folder, settings):
     split = FullDocuments(64, plan.settings.max_length, plan.shape.vocab_size)
     with Explained() as live:
         base = load_base(plan, session.device)
-        loaded = live.now
+        loaded = live.peak
         engine = Engine(attach_adapter(base, plan), plan)
-        started = live.now
         for step in range(2):
             batches, supervised = work(plan, split, step, session.placement.rank)
             engine.optimizer_step(batches, supervised, 1e-3)
-    peak, at, event, counts = live.at_peak()
-    assert peak == live.peak
-    return {"peak": peak, "loaded": loaded, "started": started, "end": live.now, "at": at,
-            "events": len(live.events), "event": event, "counts": counts}  # fmt: skip
+    memory = plan.memory
+    return {
+        "measured": live.peak,
+        "loading": loaded,
+        "predicted": memory.tensor_bytes,
+        "predicted_loading": memory.load_peak_bytes,
+        "terms": dict(memory.per_rank),
+        "moment": memory.worst_moment,
+        "last": live.at_peak()[2],
+        "alive": live.at_peak()[3],
+    }
+
+
+SMALL = {"hidden_size": 128, "intermediate_size": 344, "vocab_size": 512}
+DEEP = {"num_hidden_layers": 8, "vocab_size": 1024}
+BF16 = {"bf16": True}
+NF4 = BF16 | {"load_in_4bit": True}
+# name: (model, settings, ranks)
+CASES = {
+    f"{kind} zero{stage} ckpt-{'on' if on else 'off'} {length}": (
+        DEEP | {"dtype": "bfloat16" if settings else "float32"},
+        settings
+        | {"zero_stage": stage, "gradient_checkpointing": on, "max_length": length}
+        | {"batch_size": 2, "global_batch_size": 8, "lora_r": 16},
+        2,
+    )
+    for kind, settings in {"fp32": {}, "bf16": BF16, "nf4": NF4}.items()
+    for stage in (1, 2, 3)
+    for on in (False, True)
+    for length in (64, 256)
+    if not (kind == "nf4" and stage == 3 and not on)
+}
+
+
+def run(name, tmp):
+    from tests.ranks import run_ranks
+
+    model, settings, world = CASES[name]
+    folder = Path(tmp) / "-".join(str(value) for value in model.values())
+    if not folder.exists():
+        make_folder(folder, **model)
+    ranks = run_ranks(measure, folder, settings, tmp_path=Path(tmp), world_size=world)
+    return max(ranks, key=lambda found: found["measured"])
+
+
+def mib(size):
+    return f"{size / 2**20:8.2f}"
+
+
+def show(name, found, *, is_explained):
+    error = found["predicted"] / found["measured"] - 1
+    print(
+        f"{name:32} measured {mib(found['measured'])}  predicted {mib(found['predicted'])} MiB "
+        f"{error:+7.1%}  {found['moment']}; load {mib(found['loading'])} {mib(found['predicted_loading'])}",
+        flush=True,
+    )
+    if is_explained:
+        for term, size in found["terms"].items():
+            print(f"    {mib(size)} {term}")
+        print("  at the peak:", found["last"])
+        largest = sorted(found["alive"].items(), key=lambda item: -item[0][0] * item[1])
+        for (size, source), count in largest[:40]:
+            print(f"    {mib(size * count)} = {count:3d} x {size:9d} {source}")
+    return abs(error)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--explain", action="store_true")
+    parser.add_argument("cases", nargs="*", help="words that the name of a case must hold")
+    given = parser.parse_args()
+    chosen = [name for name in CASES if all(word in name for word in given.cases)]
+    with tempfile.TemporaryDirectory() as tmp:
+        errors = [show(name, run(name, tmp), is_explained=given.explain) for name in chosen]
+    print(
+        f"{len(errors)} cases, worst {max(errors):.1%}, median {sorted(errors)[len(errors) // 2]:.1%}"
+    )
 
 
 if __name__ == "__main__":
-    import sys
-
-    import yaml
-
-    from tests.ranks import run_ranks
-
-    with tempfile.TemporaryDirectory() as tmp:
-        model, settings = yaml.safe_load(sys.argv[1]), yaml.safe_load(sys.argv[2])
-        world = int(sys.argv[3])
-        folder = make_folder(Path(tmp) / "model", **model)
-        [found, *_] = run_ranks(measure, folder, settings, tmp_path=Path(tmp), world_size=world)
-        print(
-            {
-                k: (f"{v / 2**20:.2f}" if k in ("peak", "loaded", "started", "end") else v)
-                for k, v in found.items()
-                if k != "counts"
-            }
-        )
-        for (size, source), n in sorted(found["counts"].items(), key=lambda x: -x[0][0] * x[1])[
-            :40
-        ]:
-            print(f"{size * n / 2**20:9.3f} MiB = {n:3d} x {size:10d} {source}")
+    main()
