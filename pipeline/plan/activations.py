@@ -36,7 +36,7 @@ def activations(
     """Activations of micro-batches whose sequences have `tokens` tokens."""
     b, h = layout.bytes_per_value, shape.hidden_size
     count = layout.micro_batch_size * tokens
-    inner = shape.experts_per_token * shape.expert_size or shape.intermediate_size
+    inner = shape.intermediate_size + shape.experts_per_token * shape.expert_size
     return Activations(
         boundary=count * h * b,
         block=count * _kept(shape, settings, b, tokens, mask_bytes=1 if is_cuda else b),
@@ -85,10 +85,11 @@ def _attention(shape: ModelShape, b: int, tokens: int) -> int:
 
 def _mlp(shape: ModelShape, b: int) -> int:
     """Gate, up and the activated gate; without a gate the input of the activation."""
-    if shape.num_experts:
-        each = 3 * shape.expert_size + 2 * shape.hidden_size
-        return shape.experts_per_token * each * b + 4 * shape.num_experts
-    return shape.intermediate_size * b * (3 if shape.is_gated else 1)
+    dense = shape.intermediate_size * b * (3 if shape.is_gated else 1)
+    if not shape.num_experts:
+        return dense
+    each = 3 * shape.expert_size + 2 * shape.hidden_size  # a token's copy in, and its answer
+    return dense + shape.experts_per_token * each * b + 4 * shape.num_experts
 
 
 def _logits(shape: ModelShape, positions: int) -> int:

@@ -60,7 +60,7 @@ def memory(
     always = _resident(shape, settings, layout)
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     terms = always | moments[worst]
-    load = _load_peak(shape, settings, layout)
+    load = _load_peak(shape, settings, layout, is_cuda=is_cuda)
     if is_cuda:
         terms["allocator_slack"] = int(_ALLOCATOR_SLACK * sum(terms.values()))
         terms["cuda_context"] = _CUDA_CONTEXT
@@ -152,75 +152,87 @@ def _moments(
     k = layout.checkpointed_layers
     boundaries, others = k * acts.boundary, (shape.num_layers - k) * acts.block
     kept = boundaries + others
-    gradients, reduction = _gradients(shape, settings, layout)
-    between = {"adapter_gradients": gradients if layout.accumulation_steps > 1 else 0}
     # of the last block that keeps everything, and of the first one that is recomputed
     in_block = max(others if k < shape.num_layers else 0, acts.block if k else 0)
+    waiting, reduction = _gradients(shape, settings, layout)
+    between = waiting if layout.accumulation_steps > 1 else {}
     is_reduced_early = trainable_parameters(shape, settings) > bucket_elements(shape, settings)
-    during = {"adapter_gradients": gradients} | (reduction if is_reduced_early else {})
-    head, block = _gathered(shape, settings, layout)
+    head, block, experts = _gathered(shape, settings, layout)
     expanded = max(linear.weights for linear in shape.linears) * layout.bytes_per_value
     return {
         "the loss": between
-        | {"activations": kept, "logits": acts.logits, "gathered_layers": head + block},
+        | {"activations": kept, "logits": acts.logits, "gathered_layers": head + block + experts},
         "the last norm's backward pass": between
-        | {"activations": kept, "working_set": acts.final_working, "gathered_layers": 2 * block},
-        "a block's backward pass": during
+        | {
+            "activations": kept,
+            "working_set": acts.final_working,
+            "gathered_layers": 2 * block + experts,
+        },
+        "a block's backward pass": waiting
+        | (reduction if is_reduced_early else {})
         | {
             "activations": boundaries + in_block,
             "working_set": acts.block_working,
-            "gathered_layers": 2 * block,
+            "gathered_layers": 2 * block + experts,
             "dequantised_weight": expanded if settings.is_quantised else 0,
         },
-        "the reduction of gradients": {"adapter_gradients": gradients, "activations": boundaries}
-        | reduction,
+        "the reduction of gradients": {"activations": boundaries} | reduction,
     }
 
 
 def _gradients(
     shape: ModelShape, settings: RunSettings, layout: Layout
-) -> tuple[int, dict[str, int]]:
-    """Gradients that wait for the step, and what reducing a bucket of them needs for a moment.
+) -> tuple[dict[str, int], dict[str, int]]:
+    """What gradients take while they wait for the step, and while a bucket of them is reduced.
 
-    DeepSpeed 0.19.8 zero/stage_1_and_2.py: gradients wait in fp32, this rank's part of them, at
-    stage 2 and as they are at stage 1; a bucket is copied once to be flat and once to fp32. At
-    stage 3 both are resident; a bucket is flattened and scattered in fp32.
+    DeepSpeed 0.19.8. Stage 2 (stage_1_and_2.py): this rank's part waits, in fp32 in a bf16 run
+    (grad_accum_dtype); a full bucket is copied once to be flat and, in bf16, once to fp32. Stage
+    1: all of them wait as they are, beside an empty bucket. Stage 3 (stage3.py): part and bucket
+    are there for good (see `_resident`); a bucket is copied flat, and scattered, in fp32.
     """
     trainable, b = trainable_parameters(shape, settings), layout.bytes_per_value
-    bucket = bucket_elements(shape, settings)
+    bucket, is_bf16 = bucket_elements(shape, settings), layout.training_dtype == "bfloat16"
+    own = (4 if is_bf16 else b) * trainable // layout.world_size
     if layout.is_sharded:
-        resident = 4 * trainable // layout.world_size
-        return resident, {"zero_buckets": 4 * bucket + 8 * bucket}
-    wait = b * trainable if layout.zero_stage == 1 else 4 * trainable // layout.world_size
-    return wait, {"zero_buckets": (2 * b + (4 if b < 4 else 0)) * bucket}
+        return {}, {"reduction": 4 * bucket}
+    reduction = {"zero_buckets": b * bucket, "reduction": (b + (4 if is_bf16 else 0)) * bucket}
+    if layout.zero_stage == 1:
+        return {"adapter_gradients": b * trainable, "zero_buckets": b * bucket}, reduction
+    return {"adapter_gradients": own}, {"adapter_gradients": own} | reduction
 
 
-def _gathered(shape: ModelShape, settings: RunSettings, layout: Layout) -> tuple[int, int]:
-    """Bytes of the head and of one block as they are gathered at ZeRO-3; elsewhere nothing is."""
+def _gathered(shape: ModelShape, settings: RunSettings, layout: Layout) -> tuple[int, int, int]:
+    """Bytes that are gathered at ZeRO-3, elsewhere none: the head, one block, and kept experts.
+
+    A block that is not recomputed keeps its gathered experts until its backward pass (measured:
+    fused experts go through no linear layer that gathers them again).
+    """
     if not layout.is_sharded:
-        return 0, 0
+        return 0, 0, 0
     head = shape.vocab_size * shape.hidden_size * layout.bytes_per_value
     base = base_bytes(shape, settings, layout.training_dtype)
     embeddings = head * (1 if shape.is_tied else 2)
     block = (base - quantisation_constants(shape, settings) - embeddings) // shape.num_layers
-    return head, block
+    experts = shape.expert_parameters * layout.bytes_per_value // shape.num_layers
+    return head, block, (shape.num_layers - layout.checkpointed_layers) * experts
 
 
-def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout) -> int:
+def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool) -> int:
     """Peak of a rank's device while the base is loaded.
 
-    transformers 5.23 shards a 16-bit base as it is read: its share and the tensor being read. A
-    quantised one is whole on every rank before DeepSpeed shards it, unless it is loaded through
-    the host (model/base.py); up to four tensors wait in 16 bits to be quantised.
+    transformers 5.23 shards a 16-bit base as it is read by rank 0: its share, and the tensor that
+    is being read. A quantised one is whole on every rank before DeepSpeed shards it, unless it
+    goes through the host (model/base.py); up to four tensors wait in 16 bits to be quantised.
     """
     b = layout.bytes_per_value
     base = base_bytes(shape, settings, layout.training_dtype)
-    embedding = shape.vocab_size * shape.hidden_size * b
     largest = max(linear.weights for linear in shape.linears) * b
+    constants = quantisation_constants(shape, settings)
     if layout.is_sharded and (not settings.is_quantised or layout.loads_through_host):
-        constants = quantisation_constants(shape, settings)
-        return (base - constants) // layout.world_size + constants + max(embedding, largest)
-    return base + (4 * largest if settings.is_quantised else 0)
+        widest = max(largest, shape.vocab_size * shape.hidden_size * b)
+        read = 0 if is_cuda else base  # what rank 0 reads is on the same device
+        return (base - constants) // layout.world_size + constants + widest + read
+    return base + (4 * largest if settings.is_quantised and is_cuda else 0)
 
 
 def _host_peak(shape: ModelShape, settings: RunSettings, layout: Layout, device_peak: int) -> int:
@@ -235,4 +247,6 @@ def _host_peak(shape: ModelShape, settings: RunSettings, layout: Layout, device_
         need += ranks * base // layout.world_size
     if layout.loads_through_host:
         need += ranks * base
+    elif layout.is_sharded and device_peak == 0:
+        need += base  # rank 0 reads it whole
     return need + 16 * trainable_parameters(shape, settings)  # gathered and written by rank 0

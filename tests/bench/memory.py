@@ -154,7 +154,8 @@ def show(name, found, *, is_explained):
     error = found["predicted"] / found["measured"] - 1
     print(
         f"{name:32} measured {mib(found['measured'])}  predicted {mib(found['predicted'])} MiB "
-        f"{error:+7.1%}  {found['moment']}; load {mib(found['loading'])} {mib(found['predicted_loading'])}",
+        f"{error:+7.1%}  {found['moment']}; load "
+        f"{mib(found['loading'])} {mib(found['predicted_loading'])}",
         flush=True,
     )
     if is_explained:
@@ -175,9 +176,8 @@ def main():
     chosen = [name for name in CASES if all(word in name for word in given.cases)]
     with tempfile.TemporaryDirectory() as tmp:
         errors = [show(name, run(name, tmp), is_explained=given.explain) for name in chosen]
-    print(
-        f"{len(errors)} cases, worst {max(errors):.1%}, median {sorted(errors)[len(errors) // 2]:.1%}"
-    )
+    middle = sorted(errors)[len(errors) // 2]
+    print(f"{len(errors)} cases, worst {max(errors):.1%}, median {middle:.1%}")
 
 
 if __name__ == "__main__":
