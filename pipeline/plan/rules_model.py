@@ -152,6 +152,14 @@ MODEL_RULES: tuple[Rule[Situation], ...] = (
         + "; bitsandbytes 0.50.2 nn/modules.py:1159",
     ),
     Rule(
+        id="4bit-zero3-reentrant",
+        level="set",
+        applies=lambda s: s.settings.load_in_4bit and s.layout.zero_stage == 3,
+        reason="4-bit layers keep their gathered weight until the backward pass",
+        remedy="checkpointing is on and re-entrant, which lets go of it",
+        source="bitsandbytes 0.50.2 autograd/_functions.py:357",
+    ),
+    Rule(
         id="4bit-storage",
         level="refuse",
         applies=_storage_differs,
@@ -186,5 +194,17 @@ MODEL_RULES: tuple[Rule[Situation], ...] = (
         source=issue("deepspeedai/DeepSpeedExamples", 418)
         + ", "
         + issue("ymcui/Chinese-LLaMA-Alpaca", 534),
+    ),
+    Rule(
+        id="zero1-bf16-accumulation",
+        level="warn",
+        applies=lambda s: (
+            s.layout.zero_stage == 1
+            and s.layout.training_dtype == "bfloat16"
+            and s.layout.accumulation_steps > 1
+        ),
+        reason="ZeRO-1 in bf16 adds the gradients of micro-batches in bf16",
+        remedy="set zero_stage: 2, which adds them in fp32 for the same memory within a few MB",
+        source="DeepSpeed 0.19.8 runtime/engine.py:2305",
     ),
 )
