@@ -69,10 +69,10 @@ REQUEST_RULES: tuple[Rule[Request], ...] = (
         id="modules-to-save-4bit",
         level="refuse",
         applies=lambda s: _saves_modules(s) and s.settings.load_in_4bit,
-        reason="modules_to_save with load_in_4bit: a trained copy of packed weights cannot be "
-        "trained or merged exactly",
-        remedy="leave modules_to_save out, or set load_in_4bit: false once it is available",
-        source=issue("huggingface/peft", 2603, 2946),
+        reason="modules_to_save with load_in_4bit: on a quantised base, updates have gone to the "
+        "original module and not to the copy that is saved",
+        remedy="leave modules_to_save out",
+        source=issue("huggingface/peft", 602, 2603, 2946),
     ),
     Rule(
         id="modules-to-save-not-yet",
