@@ -6,6 +6,7 @@ come from package metadata: nothing is imported.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Generic, Literal, TypeVar
 
@@ -96,8 +97,12 @@ def issue(repository: str, *numbers: int) -> str:
     return ", ".join(f"https://github.com/{repository}/issues/{number}" for number in numbers)
 
 
-def installed_versions() -> dict[str, str | None]:
-    """Versions of the packages that rules ask about, None where one is not installed."""
+@cache
+def installed_versions() -> Mapping[str, str | None]:
+    """Versions of the packages that rules ask about, None where one is not installed.
+
+    Kept: reading the metadata takes longer than all rules together.
+    """
     found: dict[str, str | None] = {}
     for name in ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "flash-attn"):
         try:

@@ -44,7 +44,8 @@ def _contradicts_precision(s: Situation) -> bool:
         bool(s.block(name).get("enabled")) != (dtype == planned)
         for name, planned in (("bf16", "bfloat16"), ("fp16", "float16"))
     ]
-    return any(is_wrong) or s.block("data_types").get("buffer_dtype") is not None
+    casts = s.block("data_types")
+    return any(is_wrong) or any(casts.get(key) for key in ("param_dtype", "buffer_dtype"))
 
 
 def _has_16_bit_masters(s: Situation) -> bool:
@@ -102,8 +103,8 @@ DEEPSPEED_RULES: tuple[Rule[Situation], ...] = (
         id="json-against-precision",
         level="refuse",
         applies=_contradicts_precision,
-        reason="bf16.enabled, fp16.enabled or data_types.buffer_dtype contradict the type that the "
-        "run trains in",
+        reason="bf16.enabled or fp16.enabled is not as planned, or data_types casts weights or "
+        "buffers by itself",
         remedy="leave them out and set bf16 or fp16 in the run file",
         source="DeepSpeed 0.19.8 runtime/engine.py:1813",
     ),
@@ -131,18 +132,6 @@ DEEPSPEED_RULES: tuple[Rule[Situation], ...] = (
         reason="data_types.grad_accum_dtype: fp32 at ZeRO-1 in bf16 switches to another optimizer "
         "class, which checkpoints do not know",
         remedy="set zero_stage: 2, which adds in fp32",
-        source="DeepSpeed 0.19.8 runtime/engine.py:2305",
-    ),
-    Rule(
-        id="zero1-bf16-accumulation",
-        level="warn",
-        applies=lambda s: (
-            s.layout.zero_stage == 1
-            and s.layout.training_dtype == "bfloat16"
-            and s.layout.accumulation_steps > 1
-        ),
-        reason="ZeRO-1 in bf16 adds the gradients of micro-batches in bf16",
-        remedy="set zero_stage: 2, which adds them in fp32 for the same memory within a few MB",
         source="DeepSpeed 0.19.8 runtime/engine.py:2305",
     ),
     Rule(
@@ -245,10 +234,13 @@ DEEPSPEED_RULES: tuple[Rule[Situation], ...] = (
         source="DeepSpeed 0.19.8 compile/util.py:29",
     ),
     Rule(
-        id="compile-no-effect",
-        level="warn",
-        applies=lambda s: not s.settings.load_in_4bit and bool(s.block("compile")),
-        reason="compile has no effect: the run does not compile its model",
+        id="compile-not-yet",
+        level="refuse",
+        applies=lambda s: (
+            any(s.block("compile").values())
+            and not (s.settings.load_in_4bit and s.block("compile").get("deepcompile"))
+        ),
+        reason="compile: the run does not compile its model yet, which this block needs",
         remedy="leave it out",
         source="pipeline/train/engine.py",
     ),
@@ -276,11 +268,22 @@ DEEPSPEED_RULES: tuple[Rule[Situation], ...] = (
         source="DeepSpeed 0.19.8 autotuning/autotuner.py:279",
     ),
     Rule(
+        id="checkpoint-writer",
+        level="refuse",
+        applies=lambda s: (
+            s.block("checkpoint").get("writer") is not None or "datastates_ckpt" in s.deepspeed
+        ),
+        reason="checkpoint.writer and datastates_ckpt start writers for checkpoints that are never "
+        "written here, and that fail without DeepSpeed's own launcher",
+        remedy="leave them out; set save_strategy and save_steps",
+        source="DeepSpeed 0.19.8 runtime/engine.py:1899",
+    ),
+    Rule(
         id="checkpoint-no-effect",
         level="warn",
-        applies=lambda s: bool(s.block("checkpoint")) or bool(s.block("datastates_ckpt")),
-        reason="checkpoint and datastates_ckpt have no effect: checkpoints are this project's own",
-        remedy="leave them out; set save_strategy and save_steps",
+        applies=lambda s: bool(s.block("checkpoint")),
+        reason="checkpoint has no effect: checkpoints are this project's own",
+        remedy="leave it out; set save_strategy and save_steps",
         source="pipeline/train/checkpoint.py",
     ),
     Rule(

@@ -69,10 +69,10 @@ REQUEST_RULES: tuple[Rule[Request], ...] = (
         id="modules-to-save-4bit",
         level="refuse",
         applies=lambda s: _saves_modules(s) and s.settings.load_in_4bit,
-        reason="modules_to_save with load_in_4bit: a trained copy of packed weights cannot be "
-        "trained or merged exactly",
-        remedy="leave modules_to_save out, or set load_in_4bit: false once it is available",
-        source=issue("huggingface/peft", 2603, 2946),
+        reason="modules_to_save with load_in_4bit: on a quantised base, updates have gone to the "
+        "original module and not to the copy that is saved",
+        remedy="leave modules_to_save out",
+        source=issue("huggingface/peft", 602, 2603, 2946),
     ),
     Rule(
         id="modules-to-save-not-yet",
@@ -152,6 +152,14 @@ MODEL_RULES: tuple[Rule[Situation], ...] = (
         + "; bitsandbytes 0.50.2 nn/modules.py:1159",
     ),
     Rule(
+        id="4bit-zero3-reentrant",
+        level="set",
+        applies=lambda s: s.settings.load_in_4bit and s.layout.zero_stage == 3,
+        reason="4-bit layers keep their gathered weight until the backward pass",
+        remedy="checkpointing is on and re-entrant, which lets go of it",
+        source="bitsandbytes 0.50.2 autograd/_functions.py:357",
+    ),
+    Rule(
         id="4bit-storage",
         level="refuse",
         applies=_storage_differs,
@@ -186,5 +194,17 @@ MODEL_RULES: tuple[Rule[Situation], ...] = (
         source=issue("deepspeedai/DeepSpeedExamples", 418)
         + ", "
         + issue("ymcui/Chinese-LLaMA-Alpaca", 534),
+    ),
+    Rule(
+        id="zero1-bf16-accumulation",
+        level="warn",
+        applies=lambda s: (
+            s.layout.zero_stage == 1
+            and s.layout.training_dtype == "bfloat16"
+            and s.layout.accumulation_steps > 1
+        ),
+        reason="ZeRO-1 in bf16 adds the gradients of micro-batches in bf16",
+        remedy="set zero_stage: 2, which adds them in fp32 for the same memory within a few MB",
+        source="DeepSpeed 0.19.8 runtime/engine.py:2305",
     ),
 )

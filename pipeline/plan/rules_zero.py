@@ -45,14 +45,6 @@ def _has_no_leaves(s: Situation) -> bool:
 
 ZERO_RULES: tuple[Rule[Situation], ...] = (
     Rule(
-        id="4bit-zero3-reentrant",
-        level="set",
-        applies=lambda s: s.settings.load_in_4bit and s.layout.zero_stage == 3,
-        reason="4-bit layers keep their gathered weight until the backward pass",
-        remedy="checkpointing is on and re-entrant, which lets go of it",
-        source="bitsandbytes 0.50.2 autograd/_functions.py:357",
-    ),
-    Rule(
         id="persistence-threshold",
         level="set",
         applies=lambda s: (
@@ -191,6 +183,17 @@ ZERO_RULES: tuple[Rule[Situation], ...] = (
         source=issue(_DEEPSPEED, 6550, 5241) + "; DeepSpeed 0.19.8 runtime/engine.py:2342",
     ),
     Rule(
+        id="old-stage-1",
+        level="refuse",
+        applies=lambda s: (
+            bool(s.zero.get("legacy_stage1")) or bool(s.zero.get("elastic_checkpoint"))
+        ),
+        reason="zero_optimization.legacy_stage1 and elastic_checkpoint: DeepSpeed stops at the "
+        "first, and checkpoints are this project's own",
+        remedy="leave them out",
+        source="DeepSpeed 0.19.8 runtime/engine.py:2650",
+    ),
+    Rule(
         id="zenflow",
         level="refuse",
         applies=lambda s: (
@@ -242,6 +245,25 @@ ZERO_RULES: tuple[Rule[Situation], ...] = (
         "gather, and 4-bit weights travel beside adapters",
         remedy="leave it out",
         source=f"{_ZERO}/partition_parameters.py:1451",
+    ),
+    Rule(
+        id="round-robin-gradients",
+        level="refuse",
+        applies=lambda s: s.layout.zero_stage < 3 and bool(s.zero.get("round_robin_gradients")),
+        reason="zero_optimization.round_robin_gradients: full gradients can no longer be read",
+        remedy="leave it out; it speeds up offloading of large models",
+        source="measured 2026-11-25 with DeepSpeed 0.19.8 on 2 CPU ranks; utils/tensor_fragment.py",
+    ),
+    Rule(
+        id="module-granularity",
+        level="refuse",
+        applies=lambda s: (
+            s.layout.is_sharded and bool(s.zero.get("stage3_module_granularity_threshold"))
+        ),
+        reason="zero_optimization.stage3_module_granularity_threshold: the backward pass of an "
+        "adapter fails on shapes",
+        remedy="leave it out",
+        source="measured 2026-11-25 with DeepSpeed 0.19.8 on 2 CPU ranks",
     ),
     Rule(
         id="no-gradient-norm",

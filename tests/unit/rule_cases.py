@@ -147,6 +147,10 @@ CASES = {
         {"own": zero(offload_optimizer={"device": "cpu"})},
         {"own": zero(offload_optimizer={"device": "none", "pin_memory": True})},
     ),
+    "old-stage-1": (
+        {"own": zero(legacy_stage1=True)},
+        {"own": zero(legacy_stage1=False, elastic_checkpoint=False)},
+    ),
     "zenflow": ({"own": zero(zenflow={})}, {"own": zero(zenflow=None)}),
     "4bit-quantized-weights": (
         {"own": zero(zero_quantized_weights=True), **NF4},
@@ -163,6 +167,14 @@ CASES = {
     "4bit-all-reduce-fetch": (
         {"own": zero(stage3_use_all_reduce_for_fetch_params=True), **NF4},
         {"own": zero(stage3_use_all_reduce_for_fetch_params=True)},
+    ),
+    "round-robin-gradients": (
+        {"own": zero(round_robin_gradients=True)},
+        with_layout(Z3, own=zero(round_robin_gradients=True)),
+    ),
+    "module-granularity": (
+        with_layout(Z3, own=zero(stage3_module_granularity_threshold=1000)),
+        with_layout(Z3, own=zero(stage3_module_granularity_threshold=0)),
     ),
     "no-gradient-norm": (
         {"own": zero(compute_grad_norm=False)},
@@ -241,7 +253,10 @@ CASES = {
         {"own": {"compile": {"deepcompile": True}}, **NF4},
         {"own": {"compile": {"deepcompile": False}}, **NF4},
     ),
-    "compile-no-effect": ({"own": {"compile": {"deepcompile": True}}}, {"own": {}}),
+    "compile-not-yet": (
+        {"own": {"compile": {"deepcompile": True}}},
+        {"own": {"compile": {"deepcompile": False}}},
+    ),
     "activation-checkpointing-no-effect": (
         {"own": {"activation_checkpointing": {"partition_activations": True}}},
         {"own": {"activation_checkpointing": {}}},
@@ -249,6 +264,10 @@ CASES = {
     "other-engines": (
         {"own": {"autotuning": {"enabled": True}}},
         {"own": {"autotuning": {"enabled": False}}},
+    ),
+    "checkpoint-writer": (
+        {"own": {"checkpoint": {"writer": {"type": "fast"}}}},
+        {"own": {"checkpoint": {"load_universal": True}}},
     ),
     "checkpoint-no-effect": (
         {"own": {"checkpoint": {"load_universal": True}}},
@@ -294,6 +313,9 @@ MORE = [
     ("hpz-without-zero3", {"own": zero(zero_hpz_partition_size=2)}),
     ("offload-param-without-zero3", {"own": zero(offload_param={"device": "cpu"})}),
     ("cpu-offload-param", {"own": zero(cpu_offload_use_pin_memory=True)}),
+    ("old-stage-1", {"own": zero(elastic_checkpoint=True)}),
+    ("checkpoint-writer", {"own": {"datastates_ckpt": {}}}),
+    ("json-against-precision", {"own": {"data_types": {"param_dtype": "fp16"}}}),
     ("offload-optimizer", {"own": zero(cpu_offload=True)}),
     ("zenflow", {"own": zero(offload_optimizer={"device": "cpu", "super_offload": True})}),
     ("quantized-communication", {"own": zero(zero_quantized_gradients=True)}),

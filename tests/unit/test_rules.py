@@ -49,7 +49,7 @@ def situation(tmp_path):
             config = overlay(config, str(tmp_path / "ds.json"))
         return Situation(
             settings=run, shape=model, hardware=hardware, layout=chosen, deepspeed=config,
-            packages=installed_versions() | dict(packages), data=data,
+            packages=dict(installed_versions()) | dict(packages), data=data,
         )  # fmt: skip
 
     return make
@@ -116,7 +116,7 @@ def test_a_plan_is_refused_by_its_rules_first(plan, keys, rule):
 
 
 def test_a_known_bad_version_refuses_a_plan(plan, monkeypatch):
-    versions = installed_versions() | {"deepspeed": "0.18.0"}
+    versions = dict(installed_versions()) | {"deepspeed": "0.18.0"}
     monkeypatch.setattr("pipeline.plan.plan.installed_versions", lambda: versions)
     with pytest.raises(UserError, match="rule deepspeed-wrong-gradients"):
         plan(zero_stage=2)
