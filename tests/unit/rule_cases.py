@@ -4,33 +4,7 @@ A situation is what differs from Llama 8B on 8 GPUs of 80 GiB at ZeRO-2 in bf16.
 """
 
 from pipeline.plan.deepspeed_keys import REMOVED, REMOVED_FROM_ZERO
-from pipeline.plan.hardware import GIB, Hardware
-
-LLAMA_8B = {
-    "model_type": "llama", "dtype": "bfloat16", "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "vocab_size": 128256, "tie_word_embeddings": False,
-}  # fmt: skip
-LLAMA_70B = LLAMA_8B | {
-    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-}  # fmt: skip
-SMOLLM2 = {
-    "model_type": "llama", "dtype": "bfloat16", "hidden_size": 576, "intermediate_size": 1536,
-    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-    "vocab_size": 49152, "tie_word_embeddings": True,
-}  # fmt: skip
-CPU = Hardware(
-    kind="cpu", name="CPU", devices_per_node=1, device_bytes=24 * GIB, host_bytes=24 * GIB
-)
-
-
-def gpu(gib: float = 80, capability=(9, 0), count: int = 8) -> Hardware:
-    return Hardware(
-        kind="cuda", name="GPU", devices_per_node=count, device_bytes=int(gib * GIB),
-        host_bytes=512 * GIB, compute_capability=capability,
-    )  # fmt: skip
-
+from tests.planning import CPU, LLAMA_8B, SMOLLM2, gpu
 
 Z1, Z2, Z3 = ({"zero_stage": stage} for stage in (1, 2, 3))
 FP16, FP32 = {"training_dtype": "float16"}, {"training_dtype": "float32"}

@@ -19,7 +19,7 @@ from pipeline.plan.deepspeed_keys import (
 from pipeline.plan.overlay import constraints_of, overlay
 from pipeline.plan.plan import make_plan
 from pipeline.plan.shape import read_shape
-from tests.unit.rule_cases import SMOLLM2, gpu
+from tests.planning import SMOLLM2, gpu, sized
 
 # A ZeRO-3 file as people bring it along from transformers' Trainer.
 FROM_A_TRAINER = {
@@ -101,7 +101,7 @@ def test_what_the_json_fixes_is_what_the_plan_chooses(plan):
     assert (layout.global_batch_size, layout.micro_batch_size, layout.zero_stage) == (64, 2, 1)
     assert (settings.lr, settings.weight_decay, settings.max_grad_norm) == (1e-4, 0.1, 0.5)
     assert made.training_dtype == "float16"
-    assert made.with_data(640).learning_rate(0) <= 1e-4
+    assert made.with_data(sized(640)).learning_rate(0) <= 1e-4
     assert made.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.95]
     assert made.deepspeed["gradient_accumulation_steps"] == 4
     # run.yaml holds these settings: a plan made from it is the same

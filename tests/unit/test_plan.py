@@ -3,7 +3,6 @@
 import itertools
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,40 +13,17 @@ from hypothesis import strategies as st
 from pipeline.config.load import load_settings
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.plan.catalogue import cpu_of, gpu_like
-from pipeline.plan.hardware import GIB, Hardware
 from pipeline.plan.plan import make_plan
+from pipeline.plan.render import plan_json, plan_text
 from pipeline.plan.shape import read_shape
+from tests.planning import CPU, LLAMA_8B, LLAMA_70B, SMOLLM2, gpu, sized
 
 ROOT = Path(__file__).parents[2]
-LLAMA_8B = {
-    "model_type": "llama", "dtype": "bfloat16", "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "vocab_size": 128256, "tie_word_embeddings": False,
-}  # fmt: skip
-LLAMA_70B = LLAMA_8B | {
-    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-}  # fmt: skip
-SMOLLM2 = {
-    "model_type": "llama", "dtype": "bfloat16", "hidden_size": 576, "intermediate_size": 1536,
-    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-    "vocab_size": 49152, "tie_word_embeddings": True,
-}  # fmt: skip
 CONFIGS = {
     "llama-3.1-8b-instruct": LLAMA_8B,
     "llama-3.3-70b-instruct": LLAMA_70B,
     "smollm2-135m-instruct": SMOLLM2,
 }
-
-
-def gpu(gib: float, count: int = 8, capability=(9, 0)) -> Hardware:
-    return replace(
-        gpu_like(gib), devices_per_node=count, host_bytes=512 * GIB, compute_capability=capability
-    )
-
-
-CPU = cpu_of(2, 24 * GIB)
 
 
 @pytest.fixture
@@ -130,7 +106,7 @@ def steps_of(documents, epochs, batch):
             model=folder, train_data="t", output_dir="o", epochs=epochs, global_batch_size=batch
         )
         made = make_plan(run, read_shape(folder), CPU, nodes=1, ranks_per_node=1)
-        return made.with_data(documents).steps
+        return made.with_data(sized(documents)).steps
 
 
 @given(
@@ -146,7 +122,7 @@ def test_steps_cover_every_document_as_often_as_asked(documents, epochs, batch):
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
 def test_the_learning_rate_starts_above_zero_and_never_rises_after_the_warm_up(plan, kind):
     made = plan(lr=1e-3, lr_scheduler_type=kind, warmup_ratio=0.1, min_lr_ratio=0.1,
-                global_batch_size=8).with_data(800)  # fmt: skip
+                global_batch_size=8).with_data(sized(800))  # fmt: skip
     rates = [made.learning_rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4)
     assert max(rates) == rates[9] == pytest.approx(1e-3)
@@ -222,12 +198,12 @@ def test_zero1_never_switches_the_optimizer_class(plan):
 
 
 def test_the_plan_is_plain_data_and_readable(plan):
-    made = plan(global_batch_size=64).with_data(1000)
-    data = json.loads(json.dumps(made.as_json()))
+    made = plan(global_batch_size=64).with_data(sized(1000))
+    data = json.loads(json.dumps(plan_json(made)))
     assert data["model"]["trainable"] == made.trainable
     assert data["memory"]["peak_bytes"] == sum(data["memory"]["per_rank"].values())
     assert data["steps"]["total_steps"] == 16
-    text = made.render()
+    text = plan_text(made)
     for part in ("ZeRO-2", "bfloat16", "global batch 64", "16 (16 an epoch)"):
         assert part in text
 

@@ -13,11 +13,13 @@ from pipeline.errors import UserError
 from pipeline.plan.layout import Layout
 from pipeline.plan.overlay import overlay
 from pipeline.plan.plan import make_plan
+from pipeline.plan.render import plan_text
 from pipeline.plan.rule_table import BEFORE_THE_CHOICE, OF_THE_CHOICE, RULES
 from pipeline.plan.rules import Situation, installed_versions
 from pipeline.plan.shape import read_shape
 from pipeline.plan.zero import deepspeed_config
-from tests.unit.rule_cases import CASES, CPU, LLAMA_8B, LLAMA_70B, MORE, SMOLLM2, gpu
+from tests.planning import CPU, LLAMA_8B, LLAMA_70B, SMOLLM2, gpu, sized
+from tests.unit.rule_cases import CASES, MORE
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,12 +127,12 @@ def test_a_known_bad_version_refuses_a_plan(plan, monkeypatch):
 def test_the_size_of_the_data_is_advised_on_once_it_is_known(plan):
     made = plan()
     assert [rule.id for rule in made.rules if rule.level == "advise"] == []
-    assert [rule.id for rule in made.with_data(500).rules if rule.level == "advise"] == [
+    assert [rule.id for rule in made.with_data(sized(500)).rules if rule.level == "advise"] == [
         "data-small"
     ]
-    assert "`preset: small`" in made.with_data(500).render()
-    assert [rule.id for rule in made.with_data(50_000).rules if rule.level == "advise"] == []
-    assert made.with_data(500).settings == made.settings
+    assert "`preset: small`" in plan_text(made.with_data(sized(500)))
+    assert [rule.id for rule in made.with_data(sized(50_000)).rules if rule.level == "advise"] == []
+    assert made.with_data(sized(500)).settings == made.settings
 
 
 ADDED = {"128000": {"content": "<bos>"}, "128256": {"content": "<mine>"}}

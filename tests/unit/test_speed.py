@@ -31,7 +31,6 @@ def llama(hidden=4096, inner=14336, layers=32, heads=32, kv_heads=8, head_dim=12
         folder="m", model_type="llama", dtype="bfloat16", hidden_size=hidden,
         intermediate_size=inner, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
         head_dim=head_dim, vocab_size=vocab, is_tied=False, linears=linears,
-        norm_parameters=2 * hidden,
     )  # fmt: skip
 
 

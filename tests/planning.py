@@ -1,0 +1,35 @@
+"""Models and machines that plans are made for in tests, without weights or devices."""
+
+from dataclasses import replace
+
+from pipeline.plan.catalogue import cpu_of, gpu_like
+from pipeline.plan.data_size import DataSize
+from pipeline.plan.hardware import GIB, Hardware
+
+LLAMA_8B = {
+    "model_type": "llama", "dtype": "bfloat16", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA_70B = LLAMA_8B | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}  # fmt: skip
+SMOLLM2 = {
+    "model_type": "llama", "dtype": "bfloat16", "hidden_size": 576, "intermediate_size": 1536,
+    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+CPU = cpu_of(2, 24 * GIB)
+
+
+def gpu(gib: float = 80, count: int = 8, capability=(9, 0)) -> Hardware:
+    """A node of GPUs known by their memory."""
+    return replace(
+        gpu_like(gib), devices_per_node=count, host_bytes=1024 * GIB, compute_capability=capability
+    )
+
+
+def sized(documents: int, mean: int = 200) -> DataSize:
+    """A training set as prepare has counted it."""
+    return DataSize(documents=documents, tokens=documents * mean, longest=None, is_exact=True)
