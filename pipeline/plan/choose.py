@@ -1,8 +1,11 @@
 """The search: every layout that the settings leave open, priced by memory and time of a step.
 
 Each key that the user set is a constraint, each `auto` is free. What fits is ordered by predicted
-seconds a step at the same global batch; so a base that fits on a device is replicated, and ZeRO-3
-is for one that does not. Optimizer states are never offloaded: an adapter's are small.
+seconds a step at the same global batch, in three classes: a base that fits on every device is
+replicated, one that does not is sharded (ZeRO-3), and only one that does not fit there either lies
+in host memory. A later class may be predicted a little faster, because what it saves is recomputed
+blocks; but it waits for links that the prediction knows least of. Optimizer states are never
+offloaded: an adapter's are small.
 """
 
 from collections.abc import Iterator
@@ -81,13 +84,16 @@ def candidates(settings: RunSettings, shape: ModelShape, machines: Machines) -> 
         _with_fewest_checkpointed(settings, shape, machines, layout)
         for layout in _layouts(settings, shape, machines)
     ]
-    return sorted(found, key=_order)
+    return sorted(found, key=order)
 
 
-def _order(candidate: Candidate) -> tuple[bool, float, int]:
-    is_out = candidate.refusal is not None
-    need = candidate.memory.device_need
-    return is_out, need if is_out else candidate.speed.seconds_per_step, need
+def order(candidate: Candidate) -> tuple[bool, bool, bool, float]:
+    """Key that sorts the best first; those that were left out come last, the least need first."""
+    is_out, layout = candidate.refusal is not None, candidate.layout
+    if is_out:
+        return True, False, False, candidate.memory.device_need
+    is_offloaded = layout.offload_param != "none"
+    return False, layout.is_sharded, is_offloaded, candidate.speed.seconds_per_step
 
 
 def _layouts(settings: RunSettings, shape: ModelShape, machines: Machines) -> Iterator[Layout]:

@@ -231,7 +231,8 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
     if layout.is_sharded and (not settings.is_quantised or layout.loads_through_host):
         widest = max(largest, shape.vocab_size * shape.hidden_size * b)
         read = 0 if is_cuda else base  # what rank 0 reads is on the same device
-        return (base - constants) // layout.world_size + constants + widest + read
+        share = 0 if layout.offload_param == "cpu" else (base - constants) // layout.world_size
+        return share + constants + widest + read
     return base + (4 * largest if settings.is_quantised and is_cuda else 0)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.plan.choose import Candidate, Machines, candidates, training_dtype
+from pipeline.plan.choose import Candidate, Machines, candidates, order, training_dtype
 from pipeline.plan.hardware import GIB
 from pipeline.plan.memory import memory
 from pipeline.plan.shape import ModelShape
@@ -51,15 +51,14 @@ def _alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> st
     others = [c for c in ranked if getattr(c.layout, key) != mine]
     if not others:
         return None
-    best = min(others, key=lambda c: (c.refusal is not None, c.speed.seconds_per_step))
+    best = min(others, key=order)
     name = f"{key} {getattr(best.layout, key)}"
-    if best.refusal is None:
-        seconds, own = best.speed.seconds_per_step, chosen.speed.seconds_per_step
-        return (
-            f"the fastest that fits: {_seconds(own)} a step; {name} would take {_seconds(seconds)}"
-        )
-    least = min(others, key=lambda c: c.memory.device_need)
-    return f"the only one that fits: {key} {getattr(least.layout, key)} {least.refusal}"
+    if best.refusal is not None:
+        return f"the only one that can be: {name} {best.refusal}"
+    own, seconds = (_seconds(c.speed.seconds_per_step) for c in (chosen, best))
+    if best.layout.is_sharded and not chosen.layout.is_sharded:
+        return f"the base fits on every rank, so the adapter alone travels; {own} a step"
+    return f"the best that fits: {own} a step; {name} would take {seconds}"
 
 
 def _checkpointing(
@@ -102,10 +101,10 @@ def does_not_fit(
             need = best.memory.device_need / GIB
             limit = machines.device_limit / GIB
             return f"{found}; with {change.said} it needs {need:.1f} of {limit:.1f} GiB"
-    for factor in (2, 4, 8, 16):
-        more = replace(machines, nodes=machines.nodes * factor)
+    for more in _more(machines):
         if any(c.refusal is None for c in _tried(settings, shape, more)):
-            return f"{found}; on {more.nodes} nodes of {more.ranks_per_node} it fits"
+            nodes = f"{more.nodes} nodes of " if more.nodes > 1 else ""
+            return f"{found}; it fits on {nodes}{more.ranks_per_node} of them"
     return f"{found}; no single change makes it fit: it takes GPUs with more memory"
 
 
@@ -133,6 +132,18 @@ def _changes(settings: RunSettings) -> Iterator[_Change]:
             | {"gradient_checkpointing": True, "batch_size": 1}
             | {"gradient_accumulation_steps": "auto"},
         )
+
+
+def _more(machines: Machines) -> Iterator[Machines]:
+    """More devices of the same kind: first in the node, up to eight, then nodes."""
+    if machines.hardware.kind == "cpu":
+        return  # ranks of a machine share its memory
+    for ranks in (2, 4, 8):
+        if machines.nodes == 1 and ranks > machines.ranks_per_node:
+            yield replace(machines, ranks_per_node=ranks)
+    for factor in (2, 4, 8, 16):
+        ranks = max(machines.ranks_per_node, 8 if machines.nodes == 1 else 1)
+        yield replace(machines, nodes=machines.nodes * factor, ranks_per_node=ranks)
 
 
 def _best_after(
