@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.config.presets import PRESETS, RANGES
 from pipeline.config.settings import RunSettings
-from pipeline.plan.rules import RULES
+from pipeline.plan.rule_table import RULES
 
 HERE = Path(__file__).parent
 
@@ -35,7 +35,8 @@ def configuration() -> str:
     lines += ["", "## Presets", "", "| preset | sets | the guide's range |", "|---|---|---|"]
     for name, values in PRESETS.items():
         sets = ", ".join(f"`{key}: {_json(value)}`" for key, value in values.items())
-        ranges = ", ".join(f"{key} {span}" for key, span in RANGES.get(name, {}).items())
+        spans = RANGES.get(name, {}).items()
+        ranges = ", ".join(f"{key} {low}-{high}" for key, (low, high) in spans)
         lines.append(f"| `{name}` | {sets} | {ranges} |")
     return "\n".join(lines) + "\n"
 
@@ -48,10 +49,17 @@ def rules() -> str:
         "`refuse` ends with exit code 2 before anything is loaded; "
         "the others are shown with the plan.",
         "",
-        "| rule | level | why | what to do | source |",
-        "|---|---|---|---|---|",
+        "`deepspeed_json`, a user's own DeepSpeed JSON, is held to the same table after it has "
+        "been merged; keys that DeepSpeed does not know are refused before that.",
+        "A rule without versions holds for every version that the project supports.",
+        "",
+        "| rule | level | why | what to do | versions | source |",
+        "|---|---|---|---|---|---|",
     ]
-    lines += [f"| `{r.id}` | {r.level} | {r.reason} | {r.remedy} | {r.source} |" for r in RULES]
+    lines += [
+        f"| `{r.id}` | {r.level} | {r.reason} | {r.remedy} | {_code(r.versions)} | {r.source} |"
+        for r in RULES
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -72,6 +80,10 @@ def _value(option: dict) -> str:
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {option[key]:g}" for key, sign in signs.items() if key in option]
     return " ".join([kind, *bounds])
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
 
 
 def _json(value: object) -> str:

@@ -1,18 +1,19 @@
 """Say what a run file will do on this machine or another, without a GPU, weights or torch.
 
 python launch/plan.py RUN.yaml [key=value ...] [--nodes N] [--gpus-per-node N]
-    [--gpu-memory-gib G] [--json]
+    [--gpu h100-80gb | --gpu-memory-gib 40 [--gpu-tflops 150]] [--json] [--all]
 """
 
 import argparse
 from pathlib import Path
 
-from pipeline.cluster.devices import detect_hardware
+from pipeline.cluster.devices import machine
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
-from pipeline.data.prepared import DataIndex
-from pipeline.plan.hardware import gpu_of
-from pipeline.plan.plan import dump_json, make_plan
+from pipeline.data.prepared import data_size
+from pipeline.plan.command import start_commands
+from pipeline.plan.plan import dump_json, rank_plans
+from pipeline.plan.render import candidates_text, plan_json, plan_text
 from pipeline.plan.shape import read_shape
 
 
@@ -24,27 +25,30 @@ def parse() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for this plan")
     parser.add_argument("--nodes", type=int, default=1, help="machines (1)")
     parser.add_argument("--gpus-per-node", type=int, help="ranks a machine (as many as it has)")
+    parser.add_argument("--gpu", help="plan for this GPU (docs/speed.md lists them)")
     parser.add_argument("--gpu-memory-gib", type=float, help="plan for a GPU of this size")
-    parser.add_argument("--json", action="store_true", help="print plan.json")
+    parser.add_argument("--gpu-tflops", type=float, help="its dense 16-bit rate")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument("--all", action="store_true", help="show every candidate, best first")
     return parser.parse_intermixed_args()
 
 
 def plan() -> None:
-    arguments = parse()
-    settings = load_settings(arguments.run_file, arguments.overrides)
-    gib, ranks = arguments.gpu_memory_gib, arguments.gpus_per_node
-    hardware = detect_hardware() if gib is None else gpu_of(gib)
-    if ranks is None:
-        ranks = hardware.devices_per_node
+    given = parse()
+    settings = load_settings(given.run_file, given.overrides)
+    hardware = machine(given.gpu, given.gpu_memory_gib, given.gpu_tflops)
+    ranks = given.gpus_per_node or hardware.devices_per_node
     shape = read_shape(settings.model)
-    made = make_plan(settings, shape, hardware, nodes=arguments.nodes, ranks_per_node=ranks)
-    data = Path(settings.output_dir) / "data"
-    is_prepared = (data / "index.json").is_file()
-    if is_prepared:
-        made = made.with_data(DataIndex.load(data).train.documents)
-    print(dump_json(made.as_json()) if arguments.json else made.render())
-    if not is_prepared and not arguments.json:
-        print(f"steps      known once the data is prepared: launch/prepare.py {arguments.run_file}")
+    made, ranked = rank_plans(settings, shape, hardware, nodes=given.nodes, ranks_per_node=ranks)
+    if (size := data_size(made.settings)) is not None:
+        made = made.with_data(size)
+    if given.json:
+        print(dump_json(plan_json(made)), end="")
+        return
+    print(plan_text(made))
+    print(*start_commands(made, given.run_file, given.overrides), sep="\n")
+    if given.all:
+        print("", candidates_text(ranked), sep="\n")
 
 
 if __name__ == "__main__":

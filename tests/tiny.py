@@ -77,7 +77,8 @@ def make_rows(path: Path, count: int = 24) -> Path:
 def make_plan(folder: Path, world_size: int = 1, documents: int | None = None, **settings):
     """The plan of a run on the tiny model; fp32 and no dropout unless the settings say so."""
     from pipeline.config.settings import RunSettings
-    from pipeline.plan.hardware import Hardware
+    from pipeline.plan.catalogue import cpu_of
+    from pipeline.plan.data_size import DataSize
     from pipeline.plan.plan import make_plan
     from pipeline.plan.shape import read_shape
 
@@ -94,9 +95,13 @@ def make_plan(folder: Path, world_size: int = 1, documents: int | None = None, *
         "batch_size": 1,
     }
     run = RunSettings.model_validate(values | settings)
-    cpu = Hardware(kind="cpu", name="CPU", devices_per_node=1, device_bytes=2**34, host_bytes=2**34)
+    cpu = cpu_of(2, 2**34)
     plan = make_plan(run, read_shape(str(folder)), cpu, nodes=1, ranks_per_node=world_size)
-    return plan if documents is None else plan.with_data(documents)
+    if documents is None:
+        return plan
+    tokens = documents * run.max_length
+    size = DataSize(documents=documents, tokens=tokens, longest=None, is_exact=True)
+    return plan.with_data(size)
 
 
 class Documents:

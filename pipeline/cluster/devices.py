@@ -3,24 +3,37 @@
 import logging
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from pipeline.cluster.placement import Placement
+from pipeline.errors import UserError
+from pipeline.plan.catalogue import cpu_of, gpu_like, gpu_named, rates_of
 from pipeline.plan.hardware import Hardware
 
 
 def detect_hardware() -> Hardware:
     """This machine's CUDA devices as NVML and CUDA_VISIBLE_DEVICES show them, else its CPU."""
-    return _cuda_devices() or Hardware(
-        kind="cpu",
-        name="CPU",
-        devices_per_node=1,
-        device_bytes=_host_bytes(),
-        host_bytes=_host_bytes(),
-    )
+    return _cuda_devices() or cpu_of(len(os.sched_getaffinity(0)), _host_bytes())
+
+
+def machine(gpu: str | None, gib: float | None, tflops: float | None) -> Hardware:
+    """The GPU that is named or described, else what this machine has.
+
+    Raises UserError for a name that is not in the catalogue and for options that contradict.
+    """
+    if gpu is not None and (gib is not None or tflops is not None):
+        raise UserError("--gpu names the GPU; leave --gpu-memory-gib and --gpu-tflops out")
+    if tflops is not None and gib is None:
+        raise UserError("--gpu-tflops needs --gpu-memory-gib beside it")
+    if any(value is not None and value <= 0 for value in (gib, tflops)):
+        raise UserError("--gpu-memory-gib and --gpu-tflops must be above 0")
+    if gpu is not None:
+        return gpu_named(gpu)
+    return detect_hardware() if gib is None else gpu_like(gib, tflops)
 
 
 def set_environment(placement: Placement, hardware: Hardware) -> None:
@@ -62,11 +75,13 @@ def _cuda_devices() -> Hardware | None:
             return None
         handle = handles[0]
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        return Hardware(
-            kind="cuda",
-            name=str(pynvml.nvmlDeviceGetName(handle)),
+        name = str(pynvml.nvmlDeviceGetName(handle))
+        device_bytes = min(int(pynvml.nvmlDeviceGetMemoryInfo(h).total) for h in handles)
+        return replace(
+            rates_of(name, device_bytes),
+            name=name,
             devices_per_node=len(handles),
-            device_bytes=min(int(pynvml.nvmlDeviceGetMemoryInfo(h).total) for h in handles),
+            device_bytes=device_bytes,
             host_bytes=_host_bytes(),
             compute_capability=(int(major), int(minor)),
         )

@@ -1,6 +1,7 @@
-"""The guide's configurations as named sets of values (LoRA Basics, "Common Configurations").
+"""The guide's configurations as named sets of values.
 
-Where the guide gives a range, the lower value is used and `RANGES` shows the range.
+LoRA Basics, "Common Configurations" (the first three) and "Common Patterns". Where the guide
+gives a range, the lower value is used and `RANGES` holds the range.
 """
 
 from collections.abc import Mapping
@@ -28,9 +29,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-RANGES: Mapping[str, Mapping[str, str]] = {
-    "small": {"epochs": "3-5", "lora_r": "16-32"},
-    "medium": {"epochs": "2-3"},
-    "large": {"epochs": "1-2", "lora_r": "64-128"},
-    "speed-optimized": {"batch_size": "4-8"},
+RANGES: Mapping[str, Mapping[str, tuple[int, int]]] = {
+    "small": {"epochs": (3, 5), "lora_r": (16, 32)},
+    "medium": {"epochs": (2, 3)},
+    "large": {"epochs": (1, 2), "lora_r": (64, 128)},
+    "speed-optimized": {"batch_size": (4, 8)},
 }
+
+
+def preset_for(rows: int) -> str:
+    """The guide's preset for a training set of so many rows."""
+    if rows < 1_000:
+        return "small"
+    return "medium" if rows <= 10_000 else "large"

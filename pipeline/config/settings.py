@@ -73,6 +73,10 @@ class RunSettings(BaseModel):
         description="Linear layers that get an adapter: a list of module names (the end of the "
         "path is enough), `all-linear`, or one regular expression for the whole path.",
     )
+    modules_to_save: list[str] = Field(
+        default_factory=list,
+        description="Modules trained in full beside the adapter. Not available yet.",
+    )
 
     # Quantised base
     load_in_4bit: bool = Field(default=False, description="QLoRA: hold the base in 4 bits.")
@@ -85,6 +89,11 @@ class RunSettings(BaseModel):
     )
     bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="Type that 4-bit weights are expanded to; `auto`: as trained."
+    )
+    bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
+        default="uint8",
+        description="Type that packed 4-bit weights are stored as: `uint8`, or the one the run "
+        "trains in.",
     )
 
     # Batches and length
@@ -134,6 +143,19 @@ class RunSettings(BaseModel):
     fp16: bool | Auto = Field(default="auto", description="Train in float16 with loss scaling.")
     zero_stage: Annotated[int, Field(ge=1, le=3)] | Auto = Field(
         default="auto", description="ZeRO stage; 3 shards the base over the ranks."
+    )
+    hpz_partition_size: Positive | Auto = Field(
+        default="auto",
+        description="Ranks that share a second copy of the base at ZeRO-3, so that gathers stay "
+        "among them: those of a node, or 1 for no second copy.",
+    )
+    offload_param: Literal["none", "cpu"] | Auto = Field(
+        default="auto", description="Where the sharded base is kept at ZeRO-3 between its uses."
+    )
+    deepspeed_json: str | None = Field(
+        default=None,
+        description="A DeepSpeed JSON whose keys are laid over the generated config; `auto` in it "
+        "means what the plan generates. Held to docs/rules.md.",
     )
     gradient_checkpointing: bool | Auto = Field(
         default="auto", description="Recompute activations in the backward pass to save memory."

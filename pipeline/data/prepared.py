@@ -16,7 +16,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
+from pipeline.plan.data_size import DataSize, estimate
 
 Array = npt.NDArray[Any]
 INDEX = "index.json"
@@ -33,6 +35,13 @@ class SplitIndex:
     tokens: int
     supervised_tokens: int
     longest: int
+
+    @property
+    def size(self) -> DataSize:
+        """What the plan asks of it."""
+        return DataSize(
+            documents=self.documents, tokens=self.tokens, longest=self.longest, is_exact=True
+        )
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; the folder by its name alone, so that a run folder can be moved."""
@@ -77,6 +86,15 @@ class DataIndex:
             raise UserError(f"{data_dir}: no prepared data; {_PREPARE_AGAIN}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not readable ({error}); {_PREPARE_AGAIN}") from None
+
+
+def data_size(settings: RunSettings) -> DataSize | None:
+    """Size of the training set as prepare counted it, else as a sample of the files suggests."""
+    data_dir = Path(settings.output_dir) / "data"
+    try:
+        return DataIndex.load(data_dir).train.size
+    except UserError:
+        return estimate(settings)
 
 
 class Split:

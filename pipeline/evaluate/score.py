@@ -102,6 +102,9 @@ def _one_process(settings: RunSettings) -> Plan:
             "batch_size": 1,
             "gradient_accumulation_steps": "auto",
             "global_batch_size": "auto",
+            "hpz_partition_size": "auto",
+            "offload_param": "auto",
+            "deepspeed_json": None,
         }
     )
     # Nothing is trained, so what training would need must not refuse it.

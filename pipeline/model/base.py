@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.plan.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORAGE = DTYPES | {"uint8": torch.uint8}
 
 
 def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
@@ -94,9 +95,7 @@ def _quantization(plan: Plan) -> BitsAndBytesConfig:
         bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=DTYPES[plan.training_dtype if asked == "auto" else asked],
-        # Any other storage type than this or the training type is cast by the engine, which
-        # turns the packed bits into other numbers (DeepSpeed 0.19.8 runtime/engine.py:1851).
-        bnb_4bit_quant_storage=torch.uint8,
+        bnb_4bit_quant_storage=STORAGE[settings.bnb_4bit_quant_storage],  # rule 4bit-storage
     )
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from pipeline.plan.memory import LOGITS_CHUNK_BYTES
+from pipeline.plan.activations import LOGITS_CHUNK_BYTES
 from pipeline.plan.plan import Plan
 
 IGNORED = -100

@@ -1,31 +1,58 @@
-"""What `auto` becomes: the first candidate that fits, the fastest kind first.
+"""The search: every layout that the settings leave open, priced by memory and time of a step.
 
-A base that fits on every rank is replicated (ZeRO-2: the traffic is the adapter's alone); ZeRO-3
-is for one that does not fit. Within a stage, activations are recomputed only where they must be,
-and the micro-batch is as large as fits, at most 8.
+Each key that the user set is a constraint, each `auto` is free. What fits is ordered by predicted
+seconds a step at the same global batch; so a base that fits on a device is replicated, and ZeRO-3
+is for one that does not. Optimizer states are never offloaded: an adapter's are small.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 from pipeline.config.settings import RunSettings
-from pipeline.errors import UserError
+from pipeline.plan.batches import micro_batches
 from pipeline.plan.hardware import GIB, Hardware
-from pipeline.plan.layout import Layout
-from pipeline.plan.memory import load_peak_bytes, memory_per_rank
+from pipeline.plan.layout import Layout, Offload
+from pipeline.plan.memory import Memory, memory
 from pipeline.plan.shape import ModelShape
+from pipeline.plan.speed import Speed, step_seconds
 
-_DEFAULT_GLOBAL_BATCH = 16
-_LARGEST_MICRO_BATCH = 8
+_RESIDENT: list[Offload] = ["none"]
+_HOST_SHARE = 0.9  # of a node's memory; the rest is the system's and the page cache's
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The layout of a run and one line of why for each key that was free."""
+class Candidate:
+    """A layout with its price; `refusal` says why it was left out."""
 
     layout: Layout
-    why: dict[str, str]
+    memory: Memory
+    speed: Speed
+    refusal: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """What the ranks run on."""
+
+    hardware: Hardware
+    nodes: int
+    ranks_per_node: int
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def device_limit(self) -> int:
+        """Bytes that a rank may use of its device."""
+        return self.hardware.usable_bytes(self.ranks_per_node)
+
+    @property
+    def host_limit(self) -> int | None:
+        """Bytes that the ranks of a node may use of its memory; None where it is not known."""
+        return int(self.hardware.host_bytes * _HOST_SHARE) or None
 
 
 def training_dtype(settings: RunSettings, hardware: Hardware) -> tuple[str, str]:
@@ -45,137 +72,120 @@ def training_dtype(settings: RunSettings, hardware: Hardware) -> tuple[str, str]
     return "float32", f"neither 16-bit type is both allowed and there on {hardware.name}"
 
 
-def choose(
-    settings: RunSettings, shape: ModelShape, hardware: Hardware, *, nodes: int, ranks_per_node: int
-) -> Choice:
-    """The first layout that fits. Raises UserError where none does, with what would."""
-    world_size = nodes * ranks_per_node
-    dtype, why_dtype = training_dtype(settings, hardware)
-    limit = hardware.usable_bytes(ranks_per_node)
-    every = partial(Layout, nodes=nodes, ranks_per_node=ranks_per_node, training_dtype=dtype)
-    candidates = list(_layouts(settings, world_size, shape.num_layers, every))
-    for layout in candidates:
-        if _need(shape, settings, layout) <= limit:
-            why = _reasons(settings, shape, layout) | {"training_dtype": why_dtype}
-            return Choice(layout=layout, why=why)
-    raise UserError(_does_not_fit(settings, shape, candidates[-1], limit, hardware))
+def candidates(settings: RunSettings, shape: ModelShape, machines: Machines) -> list[Candidate]:
+    """Every layout that the settings allow: those that fit by speed, then those that do not.
 
-
-def _need(shape: ModelShape, settings: RunSettings, layout: Layout) -> int:
-    training = sum(memory_per_rank(shape, settings, layout).values())
-    return max(training, load_peak_bytes(shape, settings, layout))
-
-
-def _layouts(
-    settings: RunSettings, world_size: int, num_layers: int, layout: Callable[..., Layout]
-) -> Iterator[Layout]:
-    """Every layout that the settings allow, the one to prefer first."""
-    stages = [2, 3] if settings.zero_stage == "auto" else [settings.zero_stage]
-    if settings.zero_stage == "auto" and (world_size == 1 or settings.load_in_8bit):
-        stages = [2]
-    checkpointing = settings.gradient_checkpointing
-    for stage in stages:
-        options = [False, True] if checkpointing == "auto" else [checkpointing]
-        if stage == 3 and settings.load_in_4bit:
-            options = [True]  # rule 4bit-zero3-reentrant
-        for is_checkpointed in options:
-            for micro in _micro_batches(settings, world_size):
-                yield layout(
-                    zero_stage=stage,
-                    micro_batch_size=micro,
-                    accumulation_steps=_sequences_per_rank(settings, world_size) // micro,
-                    checkpointed_layers=num_layers if is_checkpointed else 0,
-                )
-
-
-def _sequences_per_rank(settings: RunSettings, world_size: int) -> int:
-    """Sequences that a rank does in one step. Raises UserError where the keys contradict."""
-    total = settings.global_batch_size
-    micro, accumulation = settings.batch_size, settings.gradient_accumulation_steps
-    if total == "auto":
-        if micro == "auto" and accumulation == "auto":
-            return max(1, _DEFAULT_GLOBAL_BATCH // world_size)
-        return (1 if micro == "auto" else micro) * (1 if accumulation == "auto" else accumulation)
-    per_pass = world_size * (1 if micro == "auto" else micro)
-    per_pass *= 1 if accumulation == "auto" else accumulation
-    is_complete = micro != "auto" and accumulation != "auto"
-    if total % per_pass or (is_complete and total != per_pass):
-        parts = [f"{world_size} ranks"]
-        parts += [] if micro == "auto" else [f"batch_size {micro}"]
-        parts += [] if accumulation == "auto" else [f"gradient_accumulation_steps {accumulation}"]
-        low = max(total // per_pass, 1) * per_pass
-        near = str(per_pass) if is_complete else f"{low} or {low + per_pass}"
-        raise UserError(
-            f"global_batch_size: {total} is not {' x '.join(parts)}"
-            f"{'' if is_complete else ' x a whole number'}; {near} would work"
-        )
-    return total // world_size
-
-
-def _micro_batches(settings: RunSettings, world_size: int) -> list[int]:
-    each = _sequences_per_rank(settings, world_size)
-    if settings.batch_size != "auto":
-        return [settings.batch_size]
-    if settings.gradient_accumulation_steps != "auto":
-        return [each // settings.gradient_accumulation_steps]
-    return [n for n in range(min(each, _LARGEST_MICRO_BATCH), 0, -1) if each % n == 0]
-
-
-def _reasons(settings: RunSettings, shape: ModelShape, chosen: Layout) -> dict[str, str]:
-    why: dict[str, str] = {}
-    kept = replace(chosen, checkpointed_layers=0)
-    need = f"{_need(shape, settings, chosen) / GIB:.1f} GiB a rank"
-    if settings.zero_stage == "auto":
-        why["zero_stage"] = (
-            "the base fits on every rank, so only the adapter's gradients travel"
-            if chosen.zero_stage == 2
-            else "the base does not fit on one rank, so it is sharded over all"
-        )
-    if settings.gradient_checkpointing == "auto":
-        why["gradient_checkpointing"] = (
-            f"on: without it {_need(shape, settings, kept) / GIB:.1f} GiB a rank would be needed"
-            if chosen.checkpointed_layers
-            else f"off: the activations fit ({need})"
-        )
-    if settings.batch_size == "auto":
-        why["batch_size"] = f"the largest up to {_LARGEST_MICRO_BATCH} that fits ({need})"
-    if settings.gradient_accumulation_steps == "auto":
-        why["gradient_accumulation_steps"] = "what is left of the global batch"
-    if settings.global_batch_size == "auto":
-        why["global_batch_size"] = "batch_size x gradient_accumulation_steps x ranks"
-    return why
-
-
-def _does_not_fit(
-    settings: RunSettings, shape: ModelShape, layout: Layout, limit: int, hardware: Hardware
-) -> str:
-    """What was tried last, and the smallest single change that would fit."""
-    smaller = replace(layout, micro_batch_size=1)
-    changes = [
-        (
-            "gradient_checkpointing: true",
-            settings,
-            replace(layout, checkpointed_layers=shape.num_layers),
-        ),
-        ("batch_size: 1", settings, smaller),
-        ("zero_stage: 3", settings, replace(layout, zero_stage=3)),
-        (
-            "load_in_4bit: true",
-            settings.model_copy(update={"load_in_4bit": True, "load_in_8bit": False}),
-            layout,
-        ),
-        (
-            "load_in_4bit: true, gradient_checkpointing: true and batch_size: 1",
-            settings.model_copy(update={"load_in_4bit": True, "load_in_8bit": False}),
-            replace(smaller, checkpointed_layers=shape.num_layers),
-        ),
+    Raises UserError where the batch keys contradict each other.
+    """
+    found = [
+        _with_fewest_checkpointed(settings, shape, machines, layout)
+        for layout in _layouts(settings, shape, machines)
     ]
-    found = (
-        f"the run needs {_need(shape, settings, layout) / GIB:.1f} GiB a rank and "
-        f"{hardware.name} gives {limit / GIB:.1f}"
+    return sorted(found, key=_order)
+
+
+def _order(candidate: Candidate) -> tuple[bool, float, int]:
+    is_out = candidate.refusal is not None
+    need = candidate.memory.device_need
+    return is_out, need if is_out else candidate.speed.seconds_per_step, need
+
+
+def _layouts(settings: RunSettings, shape: ModelShape, machines: Machines) -> Iterator[Layout]:
+    """Layouts without checkpointing, or with as much of it as the settings demand."""
+    world, dtype = machines.world_size, training_dtype(settings, machines.hardware)[0]
+    batches = micro_batches(settings, world)
+    all_blocks = shape.num_layers if settings.gradient_checkpointing is True else 0
+    for stage in _stages(settings, dtype, machines):
+        is_sharded = stage == 3
+        copies = _hpz_sizes(settings, machines) if is_sharded else [1]
+        offloads = _offloads(settings, machines.hardware) if is_sharded else _RESIDENT
+        for micro, accumulation in batches:
+            for copy in copies:
+                for offload in offloads:
+                    yield Layout(
+                        zero_stage=stage,
+                        micro_batch_size=micro,
+                        accumulation_steps=accumulation,
+                        checkpointed_layers=all_blocks,
+                        nodes=machines.nodes,
+                        ranks_per_node=machines.ranks_per_node,
+                        training_dtype=dtype,
+                        hpz_partition_size=copy,
+                        offload_param=offload,
+                    )
+
+
+def _stages(settings: RunSettings, dtype: str, machines: Machines) -> list[int]:
+    if settings.zero_stage != "auto":
+        return [settings.zero_stage]
+    # ZeRO-1 adds the gradients of micro-batches in the training dtype: exact in fp32 alone
+    stages = [1, 2] if dtype == "float32" else [2]
+    is_shardable = not settings.load_in_8bit  # rule 8bit-zero3
+    can_leave_device = machines.hardware.kind == "cuda" and settings.offload_param != "none"
+    if is_shardable and (machines.world_size > 1 or can_leave_device):
+        stages.append(3)
+    return stages
+
+
+def _hpz_sizes(settings: RunSettings, machines: Machines) -> list[int]:
+    if settings.hpz_partition_size != "auto":
+        return [settings.hpz_partition_size]
+    is_worth = machines.nodes > 1 and machines.ranks_per_node > 1
+    return [1, machines.ranks_per_node] if is_worth else [1]
+
+
+def _offloads(settings: RunSettings, hardware: Hardware) -> list[Offload]:
+    if settings.offload_param != "auto":
+        return [settings.offload_param]
+    return ["none", "cpu"] if hardware.kind == "cuda" else ["none"]
+
+
+def _with_fewest_checkpointed(
+    settings: RunSettings, shape: ModelShape, machines: Machines, layout: Layout
+) -> Candidate:
+    """The layout with as few recomputed blocks as fit; with all of them if none does."""
+    price = partial(_priced, settings, shape, machines)
+    is_forced = layout.is_sharded and settings.load_in_4bit  # rule 4bit-zero3-reentrant
+    if is_forced and settings.gradient_checkpointing is not False:
+        return price(replace(layout, checkpointed_layers=shape.num_layers))
+    first = price(layout)
+    if first.refusal is None or settings.gradient_checkpointing != "auto":
+        return first
+    low, high = 1, shape.num_layers  # fewest that may fit; need falls as more are recomputed
+    while low < high:
+        middle = (low + high) // 2
+        if price(replace(layout, checkpointed_layers=middle)).refusal is None:
+            high = middle
+        else:
+            low = middle + 1
+    return price(replace(layout, checkpointed_layers=low))
+
+
+def _priced(
+    settings: RunSettings, shape: ModelShape, machines: Machines, layout: Layout
+) -> Candidate:
+    hardware, tokens = machines.hardware, settings.max_length
+    need = memory(shape, settings, layout, hardware, tokens)
+    limit = machines.device_limit
+    if settings.is_quantised and layout.is_sharded and need.load_peak_bytes > limit:
+        layout = replace(layout, loads_through_host=True)
+        need = memory(shape, settings, layout, hardware, tokens)
+    return Candidate(
+        layout=layout,
+        memory=need,
+        speed=step_seconds(shape, settings, layout, hardware, tokens),
+        refusal=_too_large(need, limit, machines.host_limit),
     )
-    for name, changed, tried in changes:
-        need = _need(shape, changed, tried)
-        if need <= limit:
-            return f"{found}; with {name} it needs {need / GIB:.1f}"
-    return f"{found}; no single change makes it fit: a larger GPU or more of them"
+
+
+def _too_large(need: Memory, limit: int, host_limit: int | None) -> str | None:
+    if need.device_need > limit:
+        when = "while loading" if need.load_peak_bytes > need.peak_bytes else need.worst_moment
+        return (
+            f"needs {need.device_need / GIB:.1f} of {limit / GIB:.1f} GiB a rank "
+            f"({when if when.startswith('while') else 'at ' + when})"
+        )
+    if host_limit is not None and need.host_peak_bytes > host_limit:
+        found = f"needs {need.host_peak_bytes / GIB:.0f} of {host_limit / GIB:.0f} GiB"
+        return f"{found} of a node's own memory"
+    return None

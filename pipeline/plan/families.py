@@ -211,7 +211,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(linears=_qwen3, defaults=_GEMMA),
     "gemma2": Family(
         linears=_qwen3,
-        defaults=_GEMMA | {"final_logit_softcapping": 30.0},
+        defaults=_GEMMA | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
         num_block_norms=4,
     ),
     "gemma3_text": Family(linears=_qwen3, defaults=_GEMMA, num_block_norms=4, head_norms=_always),

@@ -8,10 +8,9 @@ Matrices of at most `stage3_param_persistence_threshold` elements (adapters, nor
 routers) stay whole and are never counted. Every other one is gathered when its module is reached
 and released after it, with three exceptions that the config sets the size of:
 
-- *Fetched ahead.* After each module the next matrices of the recorded order are fetched while
-  fewer than `stage3_max_live_parameters` elements are gathered. `stage3_prefetch_bucket_size` is
-  a limit for one module, not for what is ahead. The last one fetched may pass the limit by its
-  size, and the head is the largest there is.
+- *Fetched ahead.* At each module the next matrices of the recorded order are fetched while fewer
+  than `stage3_max_live_parameters` elements are gathered. `stage3_prefetch_bucket_size` is a limit
+  for one module, not for what is ahead. What a module needs is fetched whatever the limit.
 - *Used again soon.* A matrix is not released if it is used again within
   `stage3_max_reuse_distance` elements, those of persistent matrices counted too. The recomputed
   forward of a checkpointed block and its backward use each matrix of it within twice the block.
@@ -25,13 +24,13 @@ and backward, and a larger one holds two to four gigabytes more than one block n
 from dataclasses import dataclass
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.memory import largest_adapter_matrix, trainable_parameters
+from pipeline.plan.adapted import adapted
 from pipeline.plan.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gathers:
-    """Elements of what is gathered and released: at most `2 x block + head` at any time.
+    """Elements of what is gathered and released.
 
     `persistent` are elements of the frozen base that are whole on every rank: of all blocks.
     """
@@ -53,11 +52,12 @@ class Gathers:
 
 def gathers(shape: ModelShape, settings: RunSettings) -> Gathers:
     """What is gathered of a base at ZeRO-3, from the sizes of its matrices."""
-    threshold = largest_adapter_matrix(shape, settings)
+    adapter = adapted(shape, settings)
+    threshold = adapter.largest_matrix
     every = _frozen_of_block(shape, settings)
     kept = [elements for elements in every if elements <= threshold]
     block = sum(every) - sum(kept)
-    adapters = -(-trainable_parameters(shape, settings) // shape.num_layers)
+    adapters = -(-adapter.parameters // shape.num_layers)
     return Gathers(
         block=block,
         head=shape.vocab_size * shape.hidden_size,

@@ -5,36 +5,41 @@ from typing import Literal
 
 GIB = 2**30
 
+# Share of a GPU's memory, as NVML reports it, that tensors may fill. The rest is for CUDA's context
+# and its libraries' workspaces (0.5 to 1 GiB) and for the caching allocator's fragments. An
+# assumption, not measured on a GPU.
+_FILLABLE_GPU = 0.92
+# Ranks on a CPU share its memory with the system, the page cache and each other. An assumption.
+_FILLABLE_HOST = 0.8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One kind of device, the same number of them on every node."""
+    """One kind of device, the same number of them on every node.
+
+    `device_bytes`: memory of one device as NVML reports it. `host_bytes`: memory of a node, 0 where
+    it is not known.
+    `flops`: dense matrix rate in a 16-bit type, FLOP/s of one device, the vendor's figure without
+    sparsity. `memory_bandwidth`: bytes/s between a device and its own memory.
+    `node_link`, `network`, `host_link`: bytes/s each way of one device to its neighbour in the
+    node, to other nodes (its share of the node's network cards), and to the host's memory.
+    A CPU is one device, whose rates its ranks share.
+    """
 
     kind: Literal["cuda", "cpu"]
     name: str
     devices_per_node: int
     device_bytes: int
     host_bytes: int
+    flops: float
+    memory_bandwidth: float
+    node_link: float
+    network: float
+    host_link: float
     compute_capability: tuple[int, int] | None = None
 
     def usable_bytes(self, ranks_per_node: int) -> int:
-        """Memory that one rank may fill.
-
-        CUDA's context and the allocator's fragments take a share of a device (8 % is allowed for
-        here); ranks on a CPU share the machine's memory with everything else.
-        """
+        """Memory that one rank may fill with tensors."""
         if self.kind == "cuda":
-            return int(self.device_bytes * 0.92)
-        return int(self.device_bytes * 0.8) // ranks_per_node
-
-
-def gpu_of(gib: float) -> Hardware:
-    """A GPU known by its memory alone, recent enough for bfloat16, in a machine of its own."""
-    return Hardware(
-        kind="cuda",
-        name=f"GPU of {gib:g} GiB",
-        devices_per_node=1,
-        device_bytes=int(gib * GIB),
-        host_bytes=0,
-        compute_capability=(8, 0),
-    )
+            return int(self.device_bytes * _FILLABLE_GPU)
+        return int(self.device_bytes * _FILLABLE_HOST) // ranks_per_node

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Offload = Literal["none", "cpu"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -12,7 +13,8 @@ class Layout:
 
     The first `checkpointed_layers` blocks are recomputed in the backward pass: by the time it
     reaches them, what the others kept is gone. `hpz_partition_size` ranks share a second copy of
-    the base at ZeRO-3 (1: there is none).
+    the base at ZeRO-3 (1: there is none). `loads_through_host`: a quantised base goes from host
+    memory to the ranks a share at a time, because all of it would not fit on one device.
     """
 
     zero_stage: int
@@ -23,7 +25,8 @@ class Layout:
     ranks_per_node: int
     training_dtype: str
     hpz_partition_size: int = 1
-    offload_param: Literal["none", "cpu"] = "none"
+    offload_param: Offload = "none"
+    loads_through_host: bool = False
 
     @property
     def world_size(self) -> int:

@@ -10,17 +10,25 @@ from typing import Any
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.plan.choose import Choice, choose
-from pipeline.plan.hardware import GIB, Hardware
+from pipeline.plan.adapted import adapted, trainable_parameters
+from pipeline.plan.choose import Candidate, Machines, candidates
+from pipeline.plan.data_size import DataSize
+from pipeline.plan.hardware import Hardware
 from pipeline.plan.layout import Layout
-from pipeline.plan.memory import (
-    checkpoint_bytes,
-    load_peak_bytes,
-    memory_per_rank,
-    trainable_parameters,
+from pipeline.plan.memory import Memory, memory
+from pipeline.plan.overlay import constraints_of, overlay
+from pipeline.plan.reasons import does_not_fit, reasons
+from pipeline.plan.rule_table import BEFORE_THE_CHOICE, OF_THE_CHOICE
+from pipeline.plan.rules import (
+    Request,
+    Rule,
+    Situation,
+    installed_versions,
+    require_none_refuses,
+    rules_that_hold,
 )
-from pipeline.plan.rules import Rule, Situation, installed_versions, rules_that_apply
 from pipeline.plan.shape import ModelShape
+from pipeline.plan.speed import Speed, step_seconds
 from pipeline.plan.zero import deepspeed_config
 
 
@@ -40,15 +48,12 @@ class Plan:
     settings: RunSettings
     shape: ModelShape
     hardware: Hardware
-    choice: Choice
-    rules: tuple[Rule, ...]
+    layout: Layout
+    why: dict[str, str]
+    rules: tuple[Rule[Situation], ...]
     deepspeed: dict[str, Any]
+    data: DataSize | None = None
     schedule: Schedule | None = None
-
-    @property
-    def layout(self) -> Layout:
-        """What was chosen."""
-        return self.choice.layout
 
     @property
     def training_dtype(self) -> str:
@@ -71,16 +76,43 @@ class Plan:
         assert self.schedule is not None, "with_data() comes first"
         return self.schedule
 
-    def with_data(self, documents: int) -> "Plan":
-        """The plan with its steps, for a training set of so many documents."""
+    @property
+    def memory(self) -> Memory:
+        """Memory, for the longest sequence of the data where all of it has been seen."""
+        longest = self.settings.max_length
+        if self.data is not None and self.data.is_exact and self.data.longest is not None:
+            longest = min(longest, self.data.longest)
+        return memory(self.shape, self.settings, self.layout, self.hardware, longest)
+
+    @property
+    def speed(self) -> Speed:
+        """Time of a step, for sequences of the data's mean length where that is known."""
+        mean = self.settings.max_length if self.data is None else self.data.mean_tokens
+        return step_seconds(self.shape, self.settings, self.layout, self.hardware, mean)
+
+    def with_data(self, data: DataSize) -> "Plan":
+        """The plan with its steps, for a training set of this size."""
         settings = self.settings
-        per_epoch = math.ceil(documents / self.layout.global_batch_size)
+        per_epoch = math.ceil(data.documents / self.layout.global_batch_size)
         total = per_epoch * settings.epochs
         if settings.max_steps is not None:
             total = min(total, settings.max_steps)
         warmup = min(math.ceil(settings.warmup_ratio * total), total)
         schedule = Schedule(steps_per_epoch=per_epoch, total_steps=total, warmup_steps=warmup)
-        return replace(self, schedule=schedule)
+        return replace(self, data=data, schedule=schedule, rules=self._rules(data.documents))
+
+    def _rules(self, documents: int) -> tuple[Rule[Situation], ...]:
+        """The rules again, now that the size of the data is known."""
+        situation = Situation(
+            settings=self.settings,
+            shape=self.shape,
+            hardware=self.hardware,
+            packages=installed_versions(),
+            layout=self.layout,
+            deepspeed=self.deepspeed,
+            data=documents,
+        )
+        return tuple(rules_that_hold(OF_THE_CHOICE, situation))
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the step with this index (from 0); above 0 at the first one."""
@@ -94,114 +126,63 @@ class Plan:
         course = 1 - done if is_linear else (1 + math.cos(math.pi * done)) / 2
         return settings.lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * course)
 
-    def as_json(self) -> dict[str, Any]:
-        """The plan as plain data: what plan.json holds."""
-        layout = self.layout
-        memory = memory_per_rank(self.shape, self.settings, layout)
-        schedule = self.schedule
-        return {
-            "settings": self.settings.model_dump(mode="json"),
-            "model": {
-                "folder": self.shape.folder,
-                "model_type": self.shape.model_type,
-                "parameters": self.shape.parameters,
-                "trainable": self.trainable,
-                "layers": self.shape.num_layers,
-            },
-            "hardware": {
-                "kind": self.hardware.kind,
-                "name": self.hardware.name,
-                "ranks": self.world_size,
-            },
-            "choice": {
-                "zero_stage": layout.zero_stage,
-                "micro_batch_size": layout.micro_batch_size,
-                "gradient_accumulation_steps": layout.accumulation_steps,
-                "global_batch_size": self.layout.global_batch_size,
-                "checkpointed_layers": layout.checkpointed_layers,
-                "hpz_partition_size": layout.hpz_partition_size,
-                "offload_param": layout.offload_param,
-                "training_dtype": layout.training_dtype,
-                "why": self.choice.why,
-            },
-            "memory": {
-                "per_rank": memory,
-                "peak_bytes": sum(memory.values()),
-                "load_peak_bytes": load_peak_bytes(self.shape, self.settings, layout),
-                "device_bytes": self.hardware.device_bytes,
-                "fits": True,  # a plan that does not fit is refused
-            },
-            "disk": {"checkpoint": checkpoint_bytes(self.trainable), "adapter": 4 * self.trainable},
-            "rules": [
-                {"id": r.id, "level": r.level, "message": r.message, "source": r.source}
-                for r in self.rules
-            ],
-            "steps": None if schedule is None else dict(vars(schedule)),
-            "deepspeed": self.deepspeed,
-        }
-
-    def render(self) -> str:
-        """The plan as text for a terminal."""
-        layout, choice = self.layout, self.choice
-        share = 100 * self.trainable / self.shape.parameters
-        lines = [
-            f"model      {self.shape.folder}: {self.shape.parameters / 1e6:,.1f} M parameters, "
-            f"{self.trainable / 1e6:,.2f} M trainable ({share:.2f} %)",
-            f"hardware   {self.world_size} x {self.hardware.name}",
-            f"run        ZeRO-{layout.zero_stage}, {layout.training_dtype}, global batch "
-            f"{layout.global_batch_size} = {layout.micro_batch_size} x "
-            f"{layout.accumulation_steps} x {layout.world_size} ranks, "
-            f"{layout.checkpointed_layers} of {self.shape.num_layers} blocks checkpointed",
-        ]
-        if self.schedule is not None:
-            lines.append(
-                f"steps      {self.schedule.total_steps} ({self.schedule.steps_per_epoch} an "
-                f"epoch), {self.schedule.warmup_steps} of warm-up"
-            )
-        lines += [f"  {key}: {text}" for key, text in choice.why.items()]
-        memory = memory_per_rank(self.shape, self.settings, layout)
-        lines.append(f"memory     {_size(sum(memory.values()))} a rank (estimate)")
-        for term, size in sorted(memory.items(), key=lambda item: -item[1]):
-            lines.append(f"  {term:<20} {_size(size):>10}")
-        lines += [f"{rule.level:<10} {rule.message} [{rule.id}]" for rule in self.rules]
-        return "\n".join(lines)
-
 
 def make_plan(
     settings: RunSettings, shape: ModelShape, hardware: Hardware, *, nodes: int, ranks_per_node: int
 ) -> Plan:
     """Derive the plan. Raises UserError where a rule refuses or nothing fits, with what would."""
+    return rank_plans(settings, shape, hardware, nodes=nodes, ranks_per_node=ranks_per_node)[0]
+
+
+def rank_plans(
+    settings: RunSettings, shape: ModelShape, hardware: Hardware, *, nodes: int, ranks_per_node: int
+) -> tuple[Plan, list[Candidate]]:
+    """The plan, and every candidate, best first, those that were left out with the reason."""
     if nodes < 1 or ranks_per_node < 1:
         raise UserError(f"{nodes} nodes of {ranks_per_node} ranks: both must be 1 or more")
-    trainable_parameters(shape, settings)  # a target that matches nothing is refused first
-    choice = choose(settings, shape, hardware, nodes=nodes, ranks_per_node=ranks_per_node)
-    layout = choice.layout
-    deepspeed = deepspeed_config(shape, settings, layout, is_cuda=hardware.kind == "cuda")
-    situation = Situation(
-        settings=settings,
-        shape=shape,
-        hardware=hardware,
-        layout=layout,
-        deepspeed=deepspeed,
-        packages=installed_versions(),
+    if settings.deepspeed_json is not None:
+        settings = constraints_of(settings.deepspeed_json, settings)
+    request = Request(
+        settings=settings, shape=shape, hardware=hardware, packages=installed_versions()
     )
-    rules = rules_that_apply(situation)
-    if refused := [rule for rule in rules if rule.level == "refuse"]:
-        raise UserError("\n".join(f"{rule.message} [rule {rule.id}]" for rule in refused))
+    require_none_refuses(rules_that_hold(BEFORE_THE_CHOICE, request))
+    adapted(shape, settings)  # a target that matches nothing is refused first
+    machines = Machines(hardware=hardware, nodes=nodes, ranks_per_node=ranks_per_node)
+    ranked = candidates(settings, shape, machines)
+    if all(candidate.refusal for candidate in ranked):
+        raise UserError(does_not_fit(settings, shape, machines, ranked))
+    held = {c.layout: _situation(request, c.layout) for c in ranked if c.refusal is None}
+    refusals = {layout: said for layout, known in held.items() if (said := _refusal(known))}
+    if len(refusals) == len(held):
+        require_none_refuses(rules_that_hold(OF_THE_CHOICE, next(iter(held.values()))))
+    ranked = sorted(
+        (replace(c, refusal=refusals.get(c.layout, c.refusal)) for c in ranked),
+        key=lambda candidate: candidate.refusal is not None,
+    )
+    best = ranked[0]
+    situation = held[best.layout]
     return Plan(
         settings=settings,
         shape=shape,
         hardware=hardware,
-        choice=choice,
-        rules=tuple(rules),
-        deepspeed=deepspeed,
-    )
+        layout=best.layout,
+        why=reasons(best, ranked, settings, shape, machines),
+        rules=tuple(rules_that_hold(OF_THE_CHOICE, situation)),
+        deepspeed=dict(situation.deepspeed),
+    ), ranked
 
 
-def _size(num_bytes: int) -> str:
-    if num_bytes < GIB:
-        return f"{num_bytes / 2**20:.1f} MiB"
-    return f"{num_bytes / GIB:.2f} GiB"
+def _situation(request: Request, layout: Layout) -> Situation:
+    settings, is_cuda = request.settings, request.hardware.kind == "cuda"
+    config = deepspeed_config(request.shape, settings, layout, is_cuda=is_cuda)
+    if settings.deepspeed_json is not None:
+        config = overlay(config, settings.deepspeed_json)
+    return Situation(**vars(request), layout=layout, deepspeed=config)
+
+
+def _refusal(known: Situation) -> str | None:
+    refused = [r for r in rules_that_hold(OF_THE_CHOICE, known) if r.level == "refuse"]
+    return f"rule {refused[0].id}: {refused[0].message}" if refused else None
 
 
 def dump_json(data: Any) -> str:

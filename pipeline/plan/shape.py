@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.plan.families import FAMILIES, Linear, NormKind, Widths
+from pipeline.plan.tokens import count_tokens
 
 # How experts and their projections have been called, when they were still linear layers.
 _EXPERT_NAMES = ("experts", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -51,7 +52,9 @@ class ModelShape:
     experts_per_token: int = 0
     expert_size: int = 0
     logit_softcap: bool = False
+    score_softcap: bool = False  # of attention scores, which then exist: no kernel fuses it
     quantization: str | None = None
+    num_tokens: int | None = None  # highest id of an added token of the tokenizer, plus one
 
     @property
     def linear_parameters(self) -> int:
@@ -66,6 +69,11 @@ class ModelShape:
         5.23 integrations/bitsandbytes.py: nn.Linear alone; quantizers/base.py: not the head).
         """
         return self.num_layers * sum(linear.weights for linear in self.linears)
+
+    @property
+    def has_fused_attention(self) -> bool:
+        """Whether one linear layer makes queries, keys and values."""
+        return any(x.name.endswith(("qkv_proj", "query_key_value")) for x in self.linears)
 
     @property
     def expert_parameters(self) -> int:
@@ -223,7 +231,9 @@ def _from_config(found: Mapping[str, Any], model: str) -> ModelShape:
         experts_per_token=experts.per_token if experts else 0,
         expert_size=experts.size if experts else 0,
         logit_softcap=config.get("final_logit_softcapping") is not None,
+        score_softcap=config.get("attn_logit_softcapping") is not None,
         quantization=quantization.get("quant_method"),
+        num_tokens=count_tokens(Path(model)),
     )
 
 

@@ -6,10 +6,17 @@ Every key is there for a reason, said beside it; facts are of DeepSpeed 0.19.8.
 from typing import Any
 
 from pipeline.config.settings import RunSettings
+from pipeline.plan.adapted import adapted
 from pipeline.plan.gathers import gathers
 from pipeline.plan.layout import Layout
-from pipeline.plan.memory import bucket_elements, largest_adapter_matrix
+from pipeline.plan.memory import bucket_elements
 from pipeline.plan.shape import ModelShape
+
+_EXPERTS = {
+    "mixtral": "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
+    "qwen2_moe": "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
+    "qwen3_moe": "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
+}
 
 
 def deepspeed_config(
@@ -82,7 +89,7 @@ def _sharded(
     gathered = gathers(shape, settings)
     zero: dict[str, Any] = {
         # Adapters stay whole on every rank: no gathers of small matrices in every layer.
-        "stage3_param_persistence_threshold": largest_adapter_matrix(shape, settings),
+        "stage3_param_persistence_threshold": adapted(shape, settings).largest_matrix,
         # Gathered at most: the block in use, the one ahead, the head (plan/gathers.py).
         "stage3_max_live_parameters": gathered.block,
         "stage3_prefetch_bucket_size": gathered.block,
@@ -93,6 +100,10 @@ def _sharded(
         # Never wanted: it gathers the whole base on rank 0.
         "stage3_gather_16bit_weights_on_model_save": False,
     }
+    if shape.model_type in _EXPERTS:
+        # DeepSpeed's own default names these too; said, so that no later default can lose it.
+        # Ranks route to different experts: the block is gathered as one, in the same order on all.
+        zero["leaf_module"] = {"classes": [_EXPERTS[shape.model_type]]}
     if layout.hpz_partition_size > 1:
         # A second copy of the base over so many neighbouring ranks: gathers stay inside a node.
         zero["zero_hpz_partition_size"] = layout.hpz_partition_size

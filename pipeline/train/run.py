@@ -15,6 +15,7 @@ from pipeline.data.prepared import DataIndex, open_split
 from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.plan.plan import Plan, make_plan
+from pipeline.plan.render import plan_text
 from pipeline.plan.shape import read_shape
 from pipeline.preflight.inputs import check_inputs
 from pipeline.train.start import look, open_run, write_plan
@@ -54,19 +55,24 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
                 check_rows(settings)
                 prepare(settings, folder / "data", _DEBUG_ROWS if is_debug else None)
                 open_run(folder, plan, found)  # nothing can be wrong any more with the input
-            return {"start": found, "plan": plan.as_json()["choice"] | plan.deepspeed}
+            return {"start": found, "plan": _agreed(plan)}
 
         begun = session.rank_zero_first(begin)
         if begun["start"] == "done":
             say(f"{folder} is done with these settings; nothing to do")
             return
-        if begun["plan"] != plan.as_json()["choice"] | plan.deepspeed:
+        if begun["plan"] != _agreed(plan):
             raise UserError(
                 f"rank {placement.rank} plans otherwise than rank 0: machines of one run must have "
                 "the same devices, memory, run file and packages"
             )
         status = RunStatus(folder / "status.json") if session.is_rank_zero else None
         _owned(status, lambda: _prepare_and_train(plan, session, status, say, is_debug=is_debug))
+
+
+def _agreed(plan: Plan) -> dict[str, Any]:
+    """What every rank must have planned alike, as JSON gives it back."""
+    return {"layout": vars(plan.layout), "deepspeed": plan.deepspeed}
 
 
 def _owned(status: RunStatus | None, work: Callable[[], None]) -> None:
@@ -102,8 +108,8 @@ def _prepare_and_train(
 ) -> None:
     settings, folder = plan.settings, Path(plan.settings.output_dir)
     index = DataIndex.load(folder / "data")
-    plan = plan.with_data(index.train.documents)
-    say(plan.render())
+    plan = plan.with_data(index.train.size)
+    say(plan_text(plan))
     if status is not None:
         say(audit_line(folder / "data"))
         write_plan(folder, plan)

@@ -1,5 +1,6 @@
 """What starting in a folder means: a new run, going on, nothing left to do, or a refusal."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from pipeline.data.prepare import train_key
 from pipeline.data.prepared import DataIndex
 from pipeline.errors import UserError
 from pipeline.plan.plan import Plan, dump_json
+from pipeline.plan.render import plan_json
 from pipeline.train.status import is_alive, read_status, write_atomically
 
 Start = Literal["new", "resume", "done"]
@@ -27,7 +29,8 @@ _FOLDERS = ("data", "checkpoints", "adapter", "merged")
 # saved, not what comes out. The split of the global batch is among them, its size is not.
 _FREE = {
     "output_dir", "overwrite", "resume", "preset", "time_limit", "zero_stage", "batch_size",
-    "gradient_accumulation_steps", "gradient_checkpointing", "dataloader_num_workers",
+    "gradient_accumulation_steps", "gradient_checkpointing", "hpz_partition_size",
+    "offload_param", "bnb_4bit_quant_storage", "deepspeed_json", "dataloader_num_workers",
     "dataloader_prefetch_factor", "logging_steps", "save_strategy", "save_steps",
     "save_total_limit",
 }  # fmt: skip
@@ -48,8 +51,12 @@ def open_run(folder: Path, plan: Plan, found: Start) -> None:
 
 def write_plan(folder: Path, plan: Plan) -> None:
     """plan.json and ds_config.json."""
-    write_atomically(folder / "plan.json", dump_json(plan.as_json()))
+    write_atomically(folder / "plan.json", dump_json(plan_json(plan) | {"steps": _steps(plan)}))
     write_atomically(folder / "ds_config.json", dump_json(plan.deepspeed))
+
+
+def _steps(plan: Plan) -> dict[str, int] | None:
+    return None if plan.schedule is None else dict(vars(plan.schedule))
 
 
 def clear_run(folder: Path) -> None:
@@ -85,7 +92,7 @@ def look(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
     is_done = status.get("state") == "done"
     if not is_done and not _has_progress(folder):
         return _without_a_start(folder, settings.resume)
-    differences = _differences(folder / "run.yaml", plan)
+    differences = _differences(folder / "run.yaml", plan) + _changed_adam(folder, plan)
     if is_done:
         differences += _changed_inputs(folder, settings)
     if differences and not settings.overwrite:
@@ -141,6 +148,20 @@ def _differences(run_yaml: Path, plan: Plan) -> list[str]:
         f"{key}: {then.get(key)} -> {value}"
         for key, value in now.items()
         if key not in _FREE and then.get(key) != value
+    ]
+
+
+def _changed_adam(folder: Path, plan: Plan) -> list[str]:
+    """What a user's DeepSpeed JSON changed of the optimizer and no setting shows."""
+    try:
+        then = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
+        before, now = then["optimizer"]["params"], plan.deepspeed["optimizer"]["params"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # run.yaml has been compared
+    return [
+        f"deepspeed_json: optimizer.params.{key}: {before.get(key)} -> {now.get(key)}"
+        for key in ("betas", "eps")
+        if before.get(key) != now.get(key)
     ]
 
 

@@ -73,6 +73,18 @@ def test_quantised_is_the_same_for_every_split_and_stage(
     assert_same(found[0], expected)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_4_bits_stored_as_the_training_type_are_the_same_as_bytes(tiny_model, tmp_path, stage):
+    bf16 = NF4 | {"bf16": True, "batch_size": 2, "zero_stage": stage}
+    as_bytes, as_bf16 = (
+        run_ranks(train_tiny, tiny_model, bf16 | {"bnb_4bit_quant_storage": s}, tmp_path=tmp_path)
+        for s in ("uint8", "bfloat16")
+    )
+    assert as_bf16[0]["losses"] == as_bytes[0]["losses"]
+    assert distance(as_bf16[0]["gradients"], as_bytes[0]["gradients"]) == 0
+    assert distance(as_bf16[0]["weights"], as_bytes[0]["weights"]) == 0
+
+
 def test_the_reference_learns_and_quantisation_is_real(tiny_model, tmp_path):
     plain, nf4, int8 = (reference(tiny_model, tmp_path, kind) for kind in ({}, NF4, INT8))
     moved = [key for key, value in plain["weights"].items() if "lora_B" in key and value.any()]

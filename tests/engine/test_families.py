@@ -13,7 +13,7 @@ from pipeline.adapter.publish import adapter_config, publish_adapter
 from pipeline.model.adapter import attach_adapter, expected_shapes
 from pipeline.model.base import load_base
 from pipeline.train.engine import Engine
-from tests.engine.train_tiny import work
+from tests.engine.train_tiny import distance, work
 from tests.ranks import run_ranks
 from tests.tensor.merging import tensors
 from tests.tiny import CONFIG, Documents, make_plan, make_tokenizer
@@ -92,7 +92,7 @@ def test_the_published_and_the_merged_adapter_are_what_was_trained(tmp_path, kin
     folder = make_family(tmp_path / "model", kind)
     settings = {"zero_stage": 2, "batch_size": 2, "lora_target_modules": "all-linear"}
     arguments = (train_and_look, folder, settings)
-    ((losses, weights, logits),) = run_ranks(*arguments, tmp_path=tmp_path, world_size=1)
+    ((_, weights, logits),) = run_ranks(*arguments, tmp_path=tmp_path, world_size=1)
     plan = make_plan(folder, 1, 40, **settings)
     adapter = publish(weights, plan, folder, tmp_path / "adapter")
     adapted = load(folder, adapter)
@@ -108,3 +108,38 @@ def test_the_published_and_the_merged_adapter_are_what_was_trained(tmp_path, kin
     theirs, ours = tensors(oracle), tensors(tmp_path / "merged")
     assert ours.keys() == theirs.keys() == tensors(folder).keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+LEAVES = {"own": None, "none": {"classes": []}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "leaf", "change"),
+    [
+        *((kind, leaf, {}) for kind in MIXTURES for leaf in LEAVES),
+        ("mixtral", "own", {"gradient_checkpointing": True}),
+        ("mixtral", "own", {"load_in_4bit": True, "gradient_checkpointing": True}),
+    ],
+)
+def test_sharded_experts_give_the_numbers_of_whole_ones(tmp_path, kind, leaf, change):
+    """Ranks send their tokens to different experts; that must not make ZeRO-3 wait or err."""
+    folder = make_family(tmp_path / "model", kind)
+    settings = {"batch_size": 2, "lora_target_modules": "all-linear"} | change
+    whole, sharded = (
+        run_ranks(train_and_look, folder, settings | at, leaves, tmp_path=tmp_path)[0]
+        for at, leaves in (({"zero_stage": 2}, None), ({"zero_stage": 3}, LEAVES[leaf]))
+    )
+    assert sharded[0] == pytest.approx(whole[0], rel=1e-6)
+    assert distance(sharded[1], whole[1]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_a_sharded_mixture_in_bf16_publishes_what_it_trained(tmp_path, kind):
+    folder = make_family(tmp_path / "model", kind, "bfloat16")
+    settings = {"zero_stage": 3, "batch_size": 2, "bf16": True, "lora_target_modules": "all-linear"}
+    _, weights, logits = run_ranks(train_and_look, folder, settings, tmp_path=tmp_path)[0]
+    plan = make_plan(folder, 2, 40, **settings)
+    adapter = publish(weights, plan, folder, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    adapted = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).eval()
+    assert torch.equal(logits_of(adapted), logits)

@@ -67,6 +67,21 @@ def test_other_settings_are_refused_unless_overwritten(begin, state):
     assert (folder / "keep.txt").exists()  # not ours to remove
 
 
+def test_another_adam_in_a_deepspeed_json_is_another_run(begin, tmp_path):
+    folder, start = begin
+    own = tmp_path / "ds.json"
+    own.write_text('{"steps_per_print": 5}')
+    start()
+    left(folder, "stopped")
+    assert start(deepspeed_json=str(own)) == "resume"  # changes nothing that comes out
+    own.write_text('{"optimizer": {"params": {"betas": [0.9, 0.95]}}}')
+    with pytest.raises(UserError, match=r"optimizer\.params\.betas: \[0\.9, 0\.999\] -> "):
+        start(deepspeed_json=str(own))
+    own.write_text('{"optimizer": {"params": {"weight_decay": 0.5}}}')
+    with pytest.raises(UserError, match=r"weight_decay: 0\.01 -> 0\.5"):
+        start(deepspeed_json=str(own))
+
+
 def test_prepared_data_is_kept(begin):
     folder, start = begin
     (folder / "data").mkdir(parents=True)  # as launch/prepare.py leaves it

@@ -1,0 +1,97 @@
+"""Bytes of activations: what blocks keep for their backward pass, and what it works with.
+
+Counted from what autograd saves in transformers 5.23's blocks with peft 0.21's adapters on torch
+2.13, tensor by tensor; docs/memory.md shows the count beside measured peaks.
+
+b: bytes of a value in the training dtype, h: hidden size, i: inner size of the MLP, q and k: widths
+of all query and all key heads, r: lora_r, B: sequences of a micro-batch, T: tokens of a sequence.
+Frozen weights make the difference: a linear layer keeps its input only where an adapter reads it.
+"""
+
+from dataclasses import dataclass
+
+from pipeline.config.settings import RunSettings
+from pipeline.plan.adapted import adapted
+from pipeline.plan.layout import Layout
+from pipeline.plan.shape import ModelShape
+
+# Logits are made for this many bytes of fp32 at a time (model/loss.py).
+LOGITS_CHUNK_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes on one rank, for one micro-batch."""
+
+    boundary: int  # what a checkpointed block keeps: its input
+    block: int  # what a block keeps that is not checkpointed
+    block_working: int  # beside that, at the worst moment of its backward pass
+    final_working: int  # of the backward pass of the last norm
+    logits: int  # at the worst moment of the loss
+
+
+def activations(
+    shape: ModelShape, settings: RunSettings, layout: Layout, tokens: int, *, is_cuda: bool
+) -> Activations:
+    """Activations of micro-batches whose sequences have `tokens` tokens."""
+    b, h = layout.bytes_per_value, shape.hidden_size
+    count = layout.micro_batch_size * tokens
+    inner = shape.experts_per_token * shape.expert_size or shape.intermediate_size
+    return Activations(
+        boundary=count * h * b,
+        block=count * _kept(shape, settings, b, tokens, mask_bytes=1 if is_cuda else b),
+        block_working=count * (2 * inner + 2 * h) * b,
+        # RMSNorm in fp32 has five tensors of its width at once; LayerNorm is one kernel
+        final_working=count * h * (b + (20 if shape.norm_kind == "rms" else b)),
+        logits=_logits(shape, count) + count * h * b,
+    )
+
+
+def _kept(shape: ModelShape, settings: RunSettings, b: int, tokens: int, *, mask_bytes: int) -> int:
+    """Bytes for one token that a block keeps until its backward pass."""
+    adapter, n = adapted(shape, settings), shape.num_layers
+    kept = _norms(shape, b) + _attention(shape, b, tokens) + _mlp(shape, b)
+    kept += adapter.layers * settings.lora_r * b // n  # A's output, which B reads
+    if settings.load_in_8bit:  # layers keep their inputs (bitsandbytes 0.50.2 MatMul8bitLt)
+        kept += (2 * shape.hidden_size + shape.intermediate_size) * b
+    if settings.lora_dropout > 0:  # each adapter has a dropped-out input of its own, and its mask
+        return kept + adapter.input_width * (b + mask_bytes) // n
+    kept += adapter.blocks_reading_attention_input * shape.hidden_size * b // n
+    kept += adapter.blocks_reading_mlp_input * shape.hidden_size * b // n
+    # what the attention makes is kept by the attention itself
+    return kept + adapter.product_width * b // n
+
+
+def _norms(shape: ModelShape, b: int) -> int:
+    """RMSNorm keeps its input in fp32 (transformers LlamaRMSNorm), LayerNorm as it is."""
+    each = 4 if shape.norm_kind == "rms" else b
+    heads = (shape.num_heads + shape.num_kv_heads) * shape.head_dim if shape.has_head_norms else 0
+    return (shape.num_block_norms * shape.hidden_size + heads) * each
+
+
+def _attention(shape: ModelShape, b: int, tokens: int) -> int:
+    """Rotated q and k, v, the output and its normaliser.
+
+    FlashAttention keeps no scores (arXiv 2205.14135 s.3). Where soft-capping needs the plain way,
+    there are the capped scores, their softmax in fp32 and in the training dtype, for T keys each,
+    and keys and values repeated for every query head.
+    """
+    q, k = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    value = q + 2 * k if shape.has_fused_attention else k  # v is a view of the one output
+    if shape.score_softcap:
+        return (4 * q + k + value) * b + shape.num_heads * tokens * (2 * b + 4)
+    return (2 * q + k + value) * b + 4 * shape.num_heads
+
+
+def _mlp(shape: ModelShape, b: int) -> int:
+    """Gate, up and the activated gate; without a gate the input of the activation."""
+    if shape.num_experts:
+        each = 3 * shape.expert_size + 2 * shape.hidden_size
+        return shape.experts_per_token * each * b + 4 * shape.num_experts
+    return shape.intermediate_size * b * (3 if shape.is_gated else 1)
+
+
+def _logits(shape: ModelShape, positions: int) -> int:
+    """Log-probabilities and two gradients in fp32; one tensor more under a soft-cap."""
+    every = positions * shape.vocab_size * 4
+    return min(every, LOGITS_CHUNK_BYTES) * (4 if shape.logit_softcap else 3)

@@ -1,0 +1,160 @@
+"""A plan as plain data and as text for a terminal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.plan.choose import Candidate
+from pipeline.plan.hardware import GIB
+from pipeline.plan.memory import disk_bytes
+from pipeline.plan.plan import Plan
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """What `launch/plan.py --json` prints; sizes in bytes, times in seconds."""
+    layout, memory, speed, shape = plan.layout, plan.memory, plan.speed, plan.shape
+    return {
+        "settings": plan.settings.model_dump(mode="json"),
+        "model": {
+            "parameters": shape.parameters,
+            "trainable": plan.trainable,
+            "folder": shape.folder,
+            "model_type": shape.model_type,
+            "layers": shape.num_layers,
+            "training_dtype": layout.training_dtype,
+        },
+        "hardware": {
+            "kind": plan.hardware.kind,
+            "name": plan.hardware.name,
+            "nodes": layout.nodes,
+            "ranks_per_node": layout.ranks_per_node,
+            "ranks": layout.world_size,
+        },
+        "choice": {
+            "zero_stage": layout.zero_stage,
+            "micro_batch_size": layout.micro_batch_size,
+            "gradient_accumulation_steps": layout.accumulation_steps,
+            "global_batch_size": layout.global_batch_size,
+            "checkpointed_layers": layout.checkpointed_layers,
+            "hpz_partition_size": layout.hpz_partition_size,
+            "offload_param": layout.offload_param,
+            "why": plan.why,
+        },
+        "memory": {
+            "per_rank": dict(memory.per_rank),
+            "peak_bytes": memory.peak_bytes,
+            "load_peak_bytes": memory.load_peak_bytes,
+            "host_peak_bytes": memory.host_peak_bytes,
+            "device_bytes": plan.hardware.device_bytes,
+            "fits": True,  # a plan that does not fit is refused
+        },
+        "speed": {
+            "seconds_per_step": speed.seconds_per_step,
+            "tokens_per_second": speed.tokens_per_second,
+            "terms": speed.terms,
+        },
+        "disk": disk_bytes(shape, plan.settings),
+        "rules": [
+            {"id": r.id, "level": r.level, "message": r.message, "source": r.source}
+            for r in plan.rules
+        ],
+        "deepspeed": plan.deepspeed,
+    }
+
+
+def plan_text(plan: Plan, command: str | None = None) -> str:
+    """The plan for a terminal; `command` is how it is started here."""
+    return "\n".join(
+        [
+            *_what(plan),
+            *_steps(plan),
+            *(f"  {key:<28} {text}" for key, text in plan.why.items()),
+            *_memory(plan),
+            *_speed(plan),
+            *(f"{rule.level:<10} {rule.message} [{rule.id}]" for rule in plan.rules),
+        ]
+    )
+
+
+def _what(plan: Plan) -> list[str]:
+    layout, shape = plan.layout, plan.shape
+    share = 100 * plan.trainable / shape.parameters
+    nodes = f"{layout.nodes} nodes of " if layout.nodes > 1 else ""
+    extras = [f"{layout.checkpointed_layers} of {shape.num_layers} blocks recomputed"]
+    if layout.hpz_partition_size > 1:
+        extras.append(f"hpZ over {layout.hpz_partition_size} ranks")
+    if layout.offload_param == "cpu":
+        extras.append("base in host memory")
+    return [
+        f"model      {shape.folder}: {shape.parameters / 1e6:,.1f} M parameters, "
+        f"{plan.trainable / 1e6:,.2f} M trainable ({share:.2f} %)",
+        f"hardware   {nodes}{layout.ranks_per_node} x {plan.hardware.name}",
+        f"run        ZeRO-{layout.zero_stage}, {layout.training_dtype}, global batch "
+        f"{layout.global_batch_size} = {layout.micro_batch_size} x {layout.accumulation_steps} x "
+        f"{layout.world_size} ranks, {', '.join(extras)}",
+    ]
+
+
+def _steps(plan: Plan) -> list[str]:
+    if plan.schedule is None or plan.data is None:
+        return ["steps      not known: the training data cannot be read here"]
+    schedule, data = plan.schedule, plan.data
+    hours = schedule.total_steps * plan.speed.seconds_per_step / 3600
+    mark = "" if data.is_exact else "about "
+    end = "" if data.is_exact else " (estimated from a sample: launch/prepare.py counts)"
+    return [
+        f"steps      {mark}{schedule.total_steps} ({schedule.steps_per_epoch} an epoch), "
+        f"{schedule.warmup_steps} of warm-up, {mark}{_hours(hours)}{end}"
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    memory, hardware = plan.memory, plan.hardware
+    limit = hardware.usable_bytes(plan.layout.ranks_per_node)
+    lines = [
+        f"memory     {_size(memory.peak_bytes)} of {_size(limit)} a rank, at {memory.worst_moment}"
+    ]
+    for term, size in sorted(memory.per_rank.items(), key=lambda item: -item[1]):
+        lines.append(f"  {term:<28} {_size(size):>10}")
+    disk = disk_bytes(plan.shape, plan.settings)
+    return [
+        *lines,
+        f"  {'while loading':<28} {_size(memory.load_peak_bytes):>10}",
+        f"  {'host memory of a node':<28} {_size(memory.host_peak_bytes):>10}",
+        *(f"  {f'disk: {term}':<28} {_size(size):>10}" for term, size in disk.items()),
+    ]
+
+
+def _speed(plan: Plan) -> list[str]:
+    speed = plan.speed
+    largest = ", ".join(f"{term} {seconds:.3g} s" for term, seconds in speed.three_largest())
+    return [
+        f"speed      {speed.seconds_per_step:.3g} s a step, {speed.tokens_per_second:,.0f} "
+        f"tokens/s (a model of it, not measured); most of it: {largest}"
+    ]
+
+
+def candidates_text(ranked: Sequence[Candidate]) -> str:
+    """Every candidate with its memory and speed, best first; of the others the reason."""
+    head = "stage  micro  accum  blocks  hpZ  offload     GiB  s/step"
+    lines = [head]
+    for candidate in ranked:
+        layout = candidate.layout
+        lines.append(
+            f"{layout.zero_stage:>5}  {layout.micro_batch_size:>5}  {layout.accumulation_steps:>5}"
+            f"  {layout.checkpointed_layers:>6}  {layout.hpz_partition_size:>3}  "
+            f"{layout.offload_param:>7}  {candidate.memory.device_need / GIB:>6.1f}  "
+            f"{candidate.speed.seconds_per_step:>6.2f}  {candidate.refusal or ''}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < GIB:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / GIB:.2f} GiB"
+
+
+def _hours(hours: float) -> str:
+    if hours < 1:
+        return f"{hours * 60:.0f} min"
+    return f"{hours:.1f} h"

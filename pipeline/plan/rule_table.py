@@ -1,0 +1,22 @@
+"""The rule table: what is known to go wrong, and what is done about it.
+
+docs/rules.md is generated from it; tests/unit/test_rules.py has a case and a near miss for each.
+"""
+
+from pipeline.plan.rules import Request, Rule, Situation
+from pipeline.plan.rules_advice import ADVICE
+from pipeline.plan.rules_deepspeed import DEEPSPEED_RULES
+from pipeline.plan.rules_model import MODEL_RULES, REQUEST_RULES
+from pipeline.plan.rules_versions import VERSION_RULES
+from pipeline.plan.rules_zero import ZERO_RULES
+
+# Asked before anything is chosen, so that "it does not fit" never hides them.
+BEFORE_THE_CHOICE: tuple[Rule[Request], ...] = REQUEST_RULES
+OF_THE_CHOICE: tuple[Rule[Situation], ...] = (
+    *MODEL_RULES,
+    *VERSION_RULES,
+    *ZERO_RULES,
+    *DEEPSPEED_RULES,
+    *ADVICE,
+)
+RULES: tuple[Rule[Situation], ...] = (*BEFORE_THE_CHOICE, *OF_THE_CHOICE)

@@ -1,0 +1,57 @@
+"""How many embeddings a tokenizer asks for, without loading it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_HEAD_CHARACTERS = 2**20  # of tokenizer.json: added tokens come before the vocabulary
+
+
+def count_tokens(folder: Path) -> int | None:
+    """Highest id among the added tokens of a model folder, plus one; None where none is listed.
+
+    Added tokens are what grows beyond a model's embeddings. A token that stands for an image is
+    not counted: text models keep its id without an embedding (Gemma 3).
+    """
+    config = _read(folder / "tokenizer_config.json")
+    named = config.get("extra_special_tokens")
+    images = [source.get("image_token") for source in (config, named) if isinstance(source, dict)]
+    ids = [number for number, content in _added(folder, config) if content not in images]
+    return max(ids) + 1 if ids else None
+
+
+def _added(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    """Id and text of each added token, from wherever versions of transformers put them."""
+    for number, token in dict(config.get("added_tokens_decoder") or {}).items():
+        yield int(number), str(token.get("content"))
+    for content, number in _read(folder / "added_tokens.json").items():
+        yield int(number), content
+    for token in _head_of_tokenizer_json(folder / "tokenizer.json"):
+        yield int(token["id"]), str(token["content"])
+
+
+def _head_of_tokenizer_json(path: Path) -> list[dict[str, Any]]:
+    """The list `added_tokens`, without reading the vocabulary behind it."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            head = file.read(_HEAD_CHARACTERS)
+    except (OSError, UnicodeDecodeError):
+        return []
+    _, found, rest = head.partition('"added_tokens":')
+    if not found:
+        return []
+    try:
+        tokens: list[dict[str, Any]] = json.JSONDecoder().raw_decode(rest.lstrip())[0]
+    except ValueError:
+        return []
+    return tokens
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is none: a damaged tokenizer is reported when it is used."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

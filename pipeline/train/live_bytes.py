@@ -1,0 +1,52 @@
+"""Most bytes in live tensors, on a device that does not count them itself (a CPU)."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the storages of all tensors that operators see, from when to when they live.
+
+    What a kernel allocates and frees within one operator is not seen: on a CPU it is another
+    amount than on a GPU. Files that tensors are mapped from count as the tensors do.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.peak = 0
+        self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and look at what it was given and what it made."""
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, out)):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+                self.look(leaf, str(func))
+        return out
+
+    def look(self, tensor: torch.Tensor, source: str) -> None:
+        """Count the storage of a tensor, if it is new or has another size than before."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        known = self._known.get(key)
+        if known is not None and known[0]() is storage:
+            if known[1] != size:
+                self._known[key] = (known[0], size)
+                self._count(size - known[1], source, key)
+            return
+        reference = weakref.ref(storage, lambda _: self._forget(key))
+        self._known[key] = (reference, size)
+        self._count(size, source, key)
+
+    def _forget(self, key: int) -> None:
+        _, size = self._known.pop(key)
+        self._count(-size, "", key)
+
+    def _count(self, size: int, source: str, key: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
