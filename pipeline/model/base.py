@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
@@ -108,14 +109,34 @@ def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
     count = plan.layout.checkpointed_layers
     if not count:
         return
-    # 4-bit layers keep the weight they were given until their backward pass, which at ZeRO-3 is
-    # the whole gathered base; only re-entrant checkpointing lets go of it (rule
-    # 4bit-zero3-reentrant). Elsewhere the non-re-entrant kind is PyTorch's recommendation.
-    is_reentrant = plan.settings.load_in_4bit and plan.layout.is_sharded
+    # At ZeRO-3 re-entrant: the recomputed forward of a block and its backward then share one gather
+    # (otherwise DeepSpeed 0.19.8 lets go of the block after the first of its backward modules,
+    # partitioned_param_coordinator.py:473, and gathers it a third time), and 4-bit layers do not
+    # keep the gathered base (rule 4bit-zero3-reentrant). Elsewhere the other kind is PyTorch's
+    # recommendation.
+    is_reentrant = plan.layout.is_sharded
     model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})  # type: ignore[no-untyped-call]
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     assert count <= len(layers), f"planned {count} checkpointed blocks of {len(layers)}"
     for layer in layers[count:]:
         layer.gradient_checkpointing = False
-    # With a frozen embedding no input of a re-entrant block would need a gradient.
-    model.enable_input_require_grads()  # type: ignore[no-untyped-call]
+
+
+def forget_input_gradients(model: PreTrainedModel) -> None:
+    """Undo what transformers and peft did for re-entrant blocks. Before `deepspeed.initialize`."""
+    model.disable_input_require_grads()  # type: ignore[no-untyped-call]
+    model.get_input_embeddings()._forward_hooks.clear()
+
+
+def require_input_gradients(model: PreTrainedModel) -> None:
+    """Let gradients into re-entrant blocks, which pass none on where no input needs one.
+
+    After `deepspeed.initialize`: what is asked for before makes ZeRO-3 gather the embedding once
+    more, for a backward that has nothing to do.
+    """
+
+    def require(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        del module, inputs
+        output.requires_grad_(True)
+
+    model.get_input_embeddings().register_forward_hook(require)

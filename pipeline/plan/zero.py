@@ -7,9 +7,16 @@ from typing import Any
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.adapted import adapted
+from pipeline.plan.gathers import gathers
 from pipeline.plan.layout import Layout
 from pipeline.plan.memory import bucket_elements
 from pipeline.plan.shape import ModelShape
+
+_EXPERTS = {
+    "mixtral": "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
+    "qwen2_moe": "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
+    "qwen3_moe": "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
+}
 
 
 def deepspeed_config(
@@ -26,7 +33,7 @@ def deepspeed_config(
         "gradient_clipping": settings.max_grad_norm,  # the default is 1.0, so 0 must be written
         "steps_per_print": None,  # progress is ours
         "optimizer": _optimizer(settings, is_cuda=is_cuda),
-        "zero_optimization": _zero(shape, settings, layout),
+        "zero_optimization": _zero(shape, settings, layout, is_cuda=is_cuda),
     }
     if layout.training_dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
@@ -58,7 +65,9 @@ def _optimizer(settings: RunSettings, *, is_cuda: bool) -> dict[str, Any]:
     return {"type": "AdamW", "params": params}
 
 
-def _zero(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[str, Any]:
+def _zero(
+    shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool
+) -> dict[str, Any]:
     bucket = bucket_elements(shape, settings)
     zero: dict[str, Any] = {
         "stage": layout.zero_stage,
@@ -70,12 +79,35 @@ def _zero(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[str,
         "overlap_comm": layout.is_sharded,
     }
     if layout.is_sharded:
-        layer = sum(linear.parameters for linear in shape.linears)
-        zero |= {
-            # Adapters stay whole on every rank: no gathers of small matrices in every layer.
-            "stage3_param_persistence_threshold": adapted(shape, settings).largest_matrix,
-            "stage3_prefetch_bucket_size": layer,
-            # Never wanted: it gathers the whole base on rank 0.
-            "stage3_gather_16bit_weights_on_model_save": False,
-        }
+        zero |= _sharded(shape, settings, layout, is_cuda=is_cuda)
+    return zero
+
+
+def _sharded(
+    shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool
+) -> dict[str, Any]:
+    gathered = gathers(shape, settings)
+    zero: dict[str, Any] = {
+        # Adapters stay whole on every rank: no gathers of small matrices in every layer.
+        "stage3_param_persistence_threshold": adapted(shape, settings).largest_matrix,
+        # Gathered at most: the block in use, the one ahead, the head (plan/gathers.py).
+        "stage3_max_live_parameters": gathered.block,
+        "stage3_prefetch_bucket_size": gathered.block,
+        "stage3_max_reuse_distance": gathered.reuse_distance,
+        # One collective a matrix, into its own memory. Otherwise those fetched ahead share a
+        # buffer that is copied from and lives on beside the copies until the last is used.
+        "stage3_allgather_sequential": True,
+        # Never wanted: it gathers the whole base on rank 0.
+        "stage3_gather_16bit_weights_on_model_save": False,
+    }
+    if shape.model_type in _EXPERTS:
+        # DeepSpeed's own default names these too; said, so that no later default can lose it.
+        # Ranks route to different experts: the block is gathered as one, in the same order on all.
+        zero["leaf_module"] = {"classes": [_EXPERTS[shape.model_type]]}
+    if layout.hpz_partition_size > 1:
+        # A second copy of the base over so many neighbouring ranks: gathers stay inside a node.
+        zero["zero_hpz_partition_size"] = layout.hpz_partition_size
+    if layout.offload_param == "cpu":
+        # Shards of the base wait in host memory, pinned where there is a GPU to copy to.
+        zero["offload_param"] = {"device": "cpu", "pin_memory": is_cuda}
     return zero

@@ -9,10 +9,12 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from peft import PeftModel
 
 from pipeline.data.batches import Batch
 from pipeline.model.adapter import trainable
+from pipeline.model.base import forget_input_gradients, require_input_gradients
 from pipeline.model.loss import SummedLoss, chunks_for_any_batch
 from pipeline.plan.plan import Plan
 
@@ -42,12 +44,17 @@ class Engine:
         self.parameters = trainable(model)
         self._world_size = plan.world_size
         is_sharded = plan.layout.is_sharded
+        is_reentrant = is_sharded and plan.layout.checkpointed_layers > 0
+        if is_reentrant:
+            forget_input_gradients(model.get_base_model())
         self.deepspeed, *_ = deepspeed.initialize(
             model=SummedLoss(model, chunks_for_any_batch(plan) if is_sharded else None),
             model_parameters=list(self.parameters.values()),
             config=dict(plan.deepspeed),
             dist_init_required=False,
         )
+        if is_reentrant:
+            require_input_gradients(model.get_base_model())
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +100,20 @@ class Engine:
     def evaluate(self, batch: Batch) -> float:
         """Summed loss of one batch, without dropout."""
         self.deepspeed.eval()
-        return float(self._forward(batch))
+        loss_sum = float(self._forward(batch))
+        self._release_gathered()
+        return loss_sum
+
+    def _release_gathered(self) -> None:
+        """Let go of what ZeRO-3 has gathered for a backward that does not come.
+
+        DeepSpeed 0.19.8 forgets it when it counts live parameters in the next forward
+        (partitioned_param_coordinator.py:286), and would gather as much on top.
+        """
+        for parameter in self.deepspeed.module.parameters():
+            status = getattr(parameter, "ds_status", None)
+            if status is ZeroParamStatus.AVAILABLE and not parameter.ds_persist:
+                parameter.partition()
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         moved = batch.to(self.device)
