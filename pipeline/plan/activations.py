@@ -52,10 +52,12 @@ def _kept(shape: ModelShape, settings: RunSettings, b: int, tokens: int, *, mask
     adapter, n = adapted(shape, settings), shape.num_layers
     kept = _norms(shape, b) + _attention(shape, b, tokens) + _mlp(shape, b)
     kept += adapter.layers * settings.lora_r * b // n  # A's output, which B reads
-    if settings.load_in_8bit:  # layers keep their inputs (bitsandbytes 0.50.2 MatMul8bitLt)
+    if settings.load_in_8bit:  # every layer keeps its input (bitsandbytes 0.50.2 MatMul8bitLt)
         kept += (2 * shape.hidden_size + shape.intermediate_size) * b
     if settings.lora_dropout > 0:  # each adapter has a dropped-out input of its own, and its mask
         return kept + adapter.input_width * (b + mask_bytes) // n
+    if settings.load_in_8bit:
+        return kept  # which is what the adapters read
     kept += adapter.blocks_reading_attention_input * shape.hidden_size * b // n
     kept += adapter.blocks_reading_mlp_input * shape.hidden_size * b // n
     # what the attention makes is kept by the attention itself
@@ -85,7 +87,10 @@ def _attention(shape: ModelShape, b: int, tokens: int) -> int:
 
 def _mlp(shape: ModelShape, b: int) -> int:
     """Gate, up and the activated gate; without a gate the input of the activation."""
-    dense = shape.intermediate_size * b * (3 if shape.is_gated else 1)
+    tensors = 3 if shape.is_gated else 1
+    if shape.has_composed_activation:  # of several kernels, which keep three more
+        tensors += 3
+    dense = shape.intermediate_size * b * tensors
     if not shape.num_experts:
         return dense
     each = 3 * shape.expert_size + 2 * shape.hidden_size  # a token's copy in, and its answer

@@ -219,6 +219,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(linears=_phi3, has_fused_gate=True),
     "phi": Family(
         linears=_phi,
+        defaults={"hidden_act": "gelu_new"},
         norm_kind="layer",
         num_block_norms=1,
         has_head_bias=True,

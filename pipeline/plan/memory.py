@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pipeline.config.settings import RunSettings
 from pipeline.plan.activations import activations
 from pipeline.plan.adapted import adapted, trainable_parameters
+from pipeline.plan.gathers import gathers
 from pipeline.plan.hardware import Hardware
 from pipeline.plan.layout import DTYPE_BYTES, Layout
 from pipeline.plan.shape import ModelShape
@@ -33,6 +34,7 @@ class Memory:
     per_rank: Mapping[str, int]
     worst_moment: str
     load_peak_bytes: int
+    loading_tensors: int  # of that, live tensors alone
     host_peak_bytes: int  # of one node
 
     @property
@@ -42,8 +44,9 @@ class Memory:
 
     @property
     def tensor_bytes(self) -> int:
-        """Live tensors alone: what torch.cuda.max_memory_allocated counts."""
-        return sum(size for term, size in self.per_rank.items() if term not in _NOT_TENSORS)
+        """Most bytes in live tensors, loading or in a step: torch.cuda.max_memory_allocated."""
+        in_step = sum(size for term, size in self.per_rank.items() if term not in _NOT_TENSORS)
+        return max(in_step, self.loading_tensors)
 
     @property
     def device_need(self) -> int:
@@ -60,7 +63,7 @@ def memory(
     always = _resident(shape, settings, layout)
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     terms = always | moments[worst]
-    load = _load_peak(shape, settings, layout, is_cuda=is_cuda)
+    load = loading_tensors = _load_peak(shape, settings, layout, is_cuda=is_cuda)
     if is_cuda:
         terms["allocator_slack"] = int(_ALLOCATOR_SLACK * sum(terms.values()))
         terms["cuda_context"] = _CUDA_CONTEXT
@@ -70,6 +73,7 @@ def memory(
         per_rank={term: size for term, size in terms.items() if size},
         worst_moment=worst,
         load_peak_bytes=load,
+        loading_tensors=loading_tensors,
         host_peak_bytes=_host_peak(shape, settings, layout, 0 if is_cuda else peak),
     )
 
@@ -135,6 +139,8 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
         shared = terms["base_weights"]
         is_offloaded = layout.offload_param == "cpu"
         terms["base_weights"] = 0 if is_offloaded else shared // world
+        stored = 1 if settings.load_in_4bit else b
+        terms["whole_on_every_rank"] = gathers(shape, settings).persistent * stored
         if layout.hpz_partition_size > 1:
             terms["hpz_copy"] = shared // layout.hpz_partition_size
         terms["adapter_weights"] += b * trainable // world  # its shard, and all of it
@@ -154,7 +160,7 @@ def _moments(
     kept = boundaries + others
     # of the last block that keeps everything, and of the first one that is recomputed
     in_block = max(others if k < shape.num_layers else 0, acts.block if k else 0)
-    waiting, reduction = _gradients(shape, settings, layout)
+    waiting, reduction = _gradients(shape, settings, layout, is_cuda=is_cuda)
     between = waiting if layout.accumulation_steps > 1 else {}
     is_reduced_early = trainable_parameters(shape, settings) > bucket_elements(shape, settings)
     head, block, experts = _gathered(shape, settings, layout)
@@ -181,20 +187,21 @@ def _moments(
 
 
 def _gradients(
-    shape: ModelShape, settings: RunSettings, layout: Layout
+    shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What gradients take while they wait for the step, and while a bucket of them is reduced.
 
     DeepSpeed 0.19.8. Stage 2 (stage_1_and_2.py): this rank's part waits, in fp32 in a bf16 run
     (grad_accum_dtype); a full bucket is copied once to be flat and, in bf16, once to fp32. Stage
     1: all of them wait as they are, beside an empty bucket. Stage 3 (stage3.py): part and bucket
-    are there for good (see `_resident`); a bucket is copied flat, and scattered, in fp32.
+    are there for good (see `_resident`); a bucket is copied flat, and scattered, in fp32 (gloo, the
+    library of CPU ranks, makes another copy).
     """
     trainable, b = trainable_parameters(shape, settings), layout.bytes_per_value
     bucket, is_bf16 = bucket_elements(shape, settings), layout.training_dtype == "bfloat16"
     own = (4 if is_bf16 else b) * trainable // layout.world_size
     if layout.is_sharded:
-        return {}, {"reduction": 4 * bucket}
+        return {}, {"reduction": (4 if is_cuda else 8) * bucket}
     reduction = {"zero_buckets": b * bucket, "reduction": (b + (4 if is_bf16 else 0)) * bucket}
     if layout.zero_stage == 1:
         return {"adapter_gradients": b * trainable, "zero_buckets": b * bucket}, reduction

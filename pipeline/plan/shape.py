@@ -51,6 +51,7 @@ class ModelShape:
     num_experts: int = 0  # 0: a dense model
     experts_per_token: int = 0
     expert_size: int = 0
+    has_composed_activation: bool = False  # written out in Python, not one kernel
     logit_softcap: bool = False
     score_softcap: bool = False  # of attention scores, which then exist: no kernel fuses it
     quantization: str | None = None
@@ -230,6 +231,7 @@ def _from_config(found: Mapping[str, Any], model: str) -> ModelShape:
         num_experts=experts.count if experts else 0,
         experts_per_token=experts.per_token if experts else 0,
         expert_size=experts.size if experts else 0,
+        has_composed_activation=config.get("hidden_act") == "gelu_new",
         logit_softcap=config.get("final_logit_softcapping") is not None,
         score_softcap=config.get("attn_logit_softcapping") is not None,
         quantization=quantization.get("quant_method"),

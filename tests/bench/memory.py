@@ -114,24 +114,60 @@ def measure(session, folder, settings):
     }
 
 
-SMALL = {"hidden_size": 128, "intermediate_size": 344, "vocab_size": 512}
 DEEP = {"num_hidden_layers": 8, "vocab_size": 1024}
-BF16 = {"bf16": True}
-NF4 = BF16 | {"load_in_4bit": True}
-# name: (model, settings, ranks)
+KINDS = {"fp32": {}, "bf16": {"bf16": True}, "nf4": {"bf16": True, "load_in_4bit": True}}
+COMMON = {"batch_size": 2, "global_batch_size": 8, "lora_r": 16}
+# Name: model, settings, ranks.
 CASES = {
     f"{kind} zero{stage} ckpt-{'on' if on else 'off'} {length}": (
         DEEP | {"dtype": "bfloat16" if settings else "float32"},
-        settings
-        | {"zero_stage": stage, "gradient_checkpointing": on, "max_length": length}
-        | {"batch_size": 2, "global_batch_size": 8, "lora_r": 16},
+        COMMON
+        | settings
+        | {"zero_stage": stage, "gradient_checkpointing": on, "max_length": length},
         2,
     )
-    for kind, settings in {"fp32": {}, "bf16": BF16, "nf4": NF4}.items()
+    for kind, settings in KINDS.items()
     for stage in (1, 2, 3)
     for on in (False, True)
     for length in (64, 256)
-    if not (kind == "nf4" and stage == 3 and not on)
+    if not (kind == "nf4" and stage == 3 and not on)  # refused: rule 4bit-zero3-reentrant
+}
+_OTHERS = {
+    "int8": (DEEP, {"load_in_8bit": True, "gradient_checkpointing": False}),
+    "dropout": (DEEP, {"lora_dropout": 0.1, "gradient_checkpointing": False}),
+    "attention alone": (
+        DEEP,
+        {"lora_target_modules": ["q_proj", "v_proj"], "gradient_checkpointing": False},
+    ),
+    "large vocabulary": (DEEP | {"vocab_size": 16384}, {"gradient_checkpointing": True}),
+    "qwen3": (DEEP | {"model_type": "qwen3", "head_dim": 32}, {"gradient_checkpointing": False}),
+    "gemma2": (DEEP | {"model_type": "gemma2", "head_dim": 32}, {"gradient_checkpointing": False}),
+    "gemma3": (
+        DEEP | {"model_type": "gemma3_text", "head_dim": 32},
+        {"gradient_checkpointing": False},
+    ),
+    "phi": (DEEP | {"model_type": "phi"}, {"gradient_checkpointing": False}),
+    "phi3": (DEEP | {"model_type": "phi3"}, {"gradient_checkpointing": False}),
+    "gpt_neox": (DEEP | {"model_type": "gpt_neox"}, {"gradient_checkpointing": False}),
+    "mixtral": (
+        DEEP | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+        {"gradient_checkpointing": False},
+    ),
+    "mixtral zero3": (
+        DEEP | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+        {"gradient_checkpointing": False, "zero_stage": 3},
+    ),
+}
+CASES |= {
+    name: (
+        model | {"dtype": "bfloat16"},
+        COMMON
+        | {"bf16": True, "zero_stage": 2, "max_length": 256}
+        | ({} if "Llama" in name else {"lora_target_modules": "all-linear"})
+        | settings,
+        2,
+    )
+    for name, (model, settings) in _OTHERS.items()
 }
 
 
