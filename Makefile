@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart install test check fix docs test-floors clean
+.PHONY: quickstart install test check fix docs goldens test-floors clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart/quickstart.py
@@ -32,6 +32,7 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python ds_configs/generate.py --check
 
 fix: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -39,6 +40,9 @@ fix: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/python docs/generate.py
+
+goldens: $(VENV)/.installed
+	$(BIN)/python ds_configs/generate.py
 
 # The suite on the lowest versions that pyproject.toml allows, in a virtual environment of its own.
 test-floors:

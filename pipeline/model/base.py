@@ -123,8 +123,10 @@ def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def forget_input_gradients(model: PreTrainedModel) -> None:
-    """Undo what transformers and peft did for re-entrant blocks. Before `deepspeed.initialize`."""
-    model.disable_input_require_grads()  # type: ignore[no-untyped-call]
+    """Undo what transformers and peft asked of the embedding, each for itself, with a hook.
+
+    Before `deepspeed.initialize`, whose hooks are to stay.
+    """
     model.get_input_embeddings()._forward_hooks.clear()
 
 

@@ -44,9 +44,10 @@ class Engine:
         self.parameters = trainable(model)
         self._world_size = plan.world_size
         is_sharded = plan.layout.is_sharded
+        causal: Any = model.get_base_model()
         is_reentrant = is_sharded and plan.layout.checkpointed_layers > 0
         if is_reentrant:
-            forget_input_gradients(model.get_base_model())
+            forget_input_gradients(causal)
         self.deepspeed, *_ = deepspeed.initialize(
             model=SummedLoss(model, chunks_for_any_batch(plan) if is_sharded else None),
             model_parameters=list(self.parameters.values()),
@@ -54,7 +55,7 @@ class Engine:
             dist_init_required=False,
         )
         if is_reentrant:
-            require_input_gradients(model.get_base_model())
+            require_input_gradients(causal)
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,50 @@
+"""Write the golden DeepSpeed configs from cases.yaml; `--check` only compares."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.config.settings import RunSettings
+from pipeline.plan.catalogue import cpu_of, gpu_like
+from pipeline.plan.plan import Plan, dump_json, make_plan
+from pipeline.plan.shape import read_shape
+
+HERE = Path(__file__).parent
+
+
+def plan_of(case: dict[str, Any]) -> Plan:
+    model = str(HERE / "models" / case["model"])
+    run = {"model": model, "train_data": "train.jsonl", "output_dir": "run", "packing": False}
+    settings = RunSettings.model_validate(run | case["settings"])
+    hardware = gpu_like(case["gib"]) if "gib" in case else cpu_of(16, 64 * 2**30)
+    ranks = case.get("gpus", 1)
+    return make_plan(
+        settings, read_shape(model), hardware, nodes=case.get("nodes", 1), ranks_per_node=ranks
+    )
+
+
+def goldens() -> dict[str, str]:
+    """File name -> text."""
+    cases = yaml.safe_load((HERE / "cases.yaml").read_text(encoding="utf-8"))
+    return {f"{name}.json": dump_json(plan_of(case).deepspeed) for name, case in cases.items()}
+
+
+def main() -> None:
+    wanted = goldens()
+    found = {path.name: path.read_text(encoding="utf-8") for path in HERE.glob("*.json")}
+    stale = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+    if "--check" in sys.argv:
+        if stale:
+            sys.exit(f"ds_configs/: {', '.join(stale)}: not what the code says; run `make goldens`")
+        return
+    for name in stale:
+        if name in wanted:
+            (HERE / name).write_text(wanted[name], encoding="utf-8")
+        else:
+            (HERE / name).unlink()
+
+
+if __name__ == "__main__":
+    main()
