@@ -25,15 +25,17 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     """The base on its device, frozen, with checkpointing as planned.
 
     At ZeRO-3 an unquantised base is sharded while it is read; a quantised one is whole on every
-    rank until DeepSpeed takes it over (transformers 5.23 skips sharding for it).
+    rank until DeepSpeed takes it over (transformers 5.23 skips sharding for it), or where the plan
+    says so in host memory, from which it is shared out.
     """
     settings, dtype = plan.settings, DTYPES[plan.training_dtype]
+    is_staged = plan.layout.loads_through_host
     options: dict[str, Any] = {}
     sharding = None
     if settings.is_quantised:
         options["quantization_config"] = _quantization(plan)
     if settings.is_quantised or plan.layout.zero_stage < 3:
-        options["device_map"] = {"": device}  # straight there: no copy a rank in host memory
+        options["device_map"] = {"": torch.device("cpu") if is_staged else device}
     else:
         sharding = _sharding(plan)  # transformers shards on loading only while this object lives
     model = load_plain(
@@ -52,8 +54,27 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
         # 0.50.2 nn/modules.py:613).
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - of a library's class
+    if is_staged:
+        _share_out(model, plan, device)
     _checkpoint_activations(model, plan)
     return model
+
+
+def _share_out(model: PreTrainedModel, plan: Plan, device: torch.device) -> None:
+    """Shard a base that lies whole in host memory, one tensor on the device at a time.
+
+    Collective: every rank. What is no parameter follows whole, since DeepSpeed moves nothing of a base that is sharded
+    already (0.19.8 runtime/engine.py:1859): buffers, and the constants of 4 bits.
+    """
+    import deepspeed
+
+    deepspeed.zero.Init(module=model, config_dict_or_path=dict(plan.deepspeed))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    for parameter in model.parameters():
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            state.to(device)
 
 
 def load_plain(

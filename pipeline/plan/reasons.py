@@ -33,6 +33,8 @@ def reasons(
     for key, setting in SETTING_OF.items():
         if getattr(settings, setting) != "auto":
             continue
+        if key in ("hpz_partition_size", "offload_param") and not chosen.layout.is_sharded:
+            continue  # there is nothing of the base to lay elsewhere
         if key == "checkpointed_layers":
             why[key] = _checkpointing(chosen, settings, shape, machines)
         elif said := _alternative(key, chosen, ranked):
@@ -58,7 +60,9 @@ def _alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> st
     own, seconds = (_seconds(c.speed.seconds_per_step) for c in (chosen, best))
     if best.layout.is_sharded and not chosen.layout.is_sharded:
         return f"the base fits on every rank, so the adapter alone travels; {own} a step"
-    return f"the best that fits: {own} a step; {name} would take {seconds}"
+    if best.layout.offload_param != chosen.layout.offload_param:
+        return f"the base fits on the devices, so nothing waits for host memory; {own} a step"
+    return f"the fastest that fits: {own} a step; {name} would take {seconds}"
 
 
 def _checkpointing(

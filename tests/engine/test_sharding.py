@@ -58,6 +58,7 @@ CHECKPOINTED = {"gradient_checkpointing": True}
         ({}, 2, {"batch_size": 2} | CHECKPOINTED, OFFLOAD),
         (NF4, 2, {"batch_size": 2}, OFFLOAD),
         (NF4, 4, {"batch_size": 2}, HPZ | OFFLOAD),
+        (NF4, 2, {"batch_size": 2}, {"loads_through_host": True}),
         ({}, 2, {"batch_size": 2} | CHECKPOINTED, {"checkpointed_layers": 1}),
         ({}, 2, {"batch_size": 2, "zero_stage": 2} | CHECKPOINTED, {"checkpointed_layers": 1}),
     ],
