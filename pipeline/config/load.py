@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pipeline.config.hub import snapshot_folder
 from pipeline.config.presets import PRESETS
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
@@ -43,8 +44,9 @@ for _tag, _pattern, _first in (  # the first that matches wins: whole numbers be
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     """Read a run file and apply presets and `key=value` overrides.
 
-    Precedence: defaults < presets < run file < overrides. Raises UserError that lists every
-    wrong key with the place it was read from.
+    Precedence: defaults < presets < run file < overrides. A `model` that is no folder but the name
+    of a snapshot in the hub's local cache becomes that snapshot's folder, revision and all. Raises
+    UserError that lists every wrong key with the place it was read from.
     """
     values, places = _read_file(path)
     for override in overrides:
@@ -57,7 +59,10 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     if unknown:
         raise UserError("\n".join(_unknown(key, places[key]) for key in unknown))
     presets = _preset_values(values.get("preset", []), places.get("preset", str(path)))
-    return _validated({**presets, **values}, places, str(path))
+    settings = _validated({**presets, **values}, places, str(path))
+    if not Path(settings.model).exists() and (folder := snapshot_folder(settings.model)):
+        return settings.model_copy(update={"model": str(folder)})
+    return settings
 
 
 def dump_settings(settings: RunSettings) -> str:

@@ -31,7 +31,8 @@ class RunSettings(BaseModel):
 
     # What goes in and where it goes
     model: str = Field(
-        description="Folder of the base model (config.json, safetensors, tokenizer)."
+        description="Folder of the base model (config.json, safetensors, tokenizer), or the name "
+        "of a hub model that lies in the local cache."
     )
     train_data: str | list[str] = Field(
         description="JSONL file, or a list of them: `messages`, or `prompt` and `completion`."

@@ -63,8 +63,8 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
 def _share_out(model: PreTrainedModel, plan: Plan, device: torch.device) -> None:
     """Shard a base that lies whole in host memory, one tensor on the device at a time.
 
-    Collective: every rank. What is no parameter follows whole, since DeepSpeed moves nothing of a base that is sharded
-    already (0.19.8 runtime/engine.py:1859): buffers, and the constants of 4 bits.
+    Collective: every rank. What is no parameter follows whole, since DeepSpeed moves nothing of a
+    base that is sharded already (0.19.8 runtime/engine.py:1859): buffers, and 4-bit constants.
     """
     import deepspeed
 

@@ -176,8 +176,8 @@ def read_shape(model: str) -> ModelShape:
     path = folder / "config.json"
     if not folder.is_dir():
         raise UserError(
-            f"model: {model} is not a folder; bring a model from a hub with "
-            "`hf download NAME --local-dir FOLDER` and give that folder"
+            f"model: {model} is not a folder, nor a hub model in the local cache; bring one with "
+            "`hf download NAME`, or `hf download NAME --local-dir FOLDER` and give that folder"
         )
     if not path.is_file():
         raise UserError(f"model: {folder} holds no config.json, so it is not a model folder")

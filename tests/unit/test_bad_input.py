@@ -65,7 +65,7 @@ def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
     [
         ({"lora_rnk": 8}, ["RUN.yaml:", "lora_rnk", "did you mean 'lora_r'"]),
         ({"lora_r": "many"}, ["lora_r", "integer", "'many'"]),
-        ({"model": "no/such/folder"}, ["no/such/folder is not a folder"]),
+        ({"model": "no/such/folder"}, ["no/such/folder is not a folder, nor"]),
         ({"train_data": "no/such.jsonl"}, ["train_data", "no/such.jsonl"]),
         ({"eval_data": "no/such.jsonl"}, ["eval_data", "no/such.jsonl"]),
         ({"global_batch_size": 7, "batch_size": 2}, ["7 is not", "would work"]),

@@ -123,3 +123,18 @@ def test_every_preset_is_valid(run_file, name):
 def test_every_setting_is_described():
     for name, field in RunSettings.model_fields.items():
         assert field.description, name
+
+
+def test_a_hub_name_is_its_snapshot_in_the_local_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    path = tmp_path / "RUN.yaml"
+    path.write_text("model: org/name-1.5\ntrain_data: t\noutput_dir: o\n")
+    assert load_settings(path).model == "org/name-1.5"
+    folder = tmp_path / "hub/models--org--name-1.5"
+    snapshot = folder / "snapshots/abc123"
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("abc123")
+    assert load_settings(path).model == str(snapshot)
+    assert load_settings(path, ["model=org/other"]).model == "org/other"
+    assert load_settings(path, [f"model={tmp_path}"]).model == str(tmp_path)
