@@ -54,6 +54,7 @@ class Engine:
             config=dict(plan.deepspeed),
             dist_init_required=False,
         )
+        self._persistent = self.deepspeed.optimizer.persistent_parameters if is_sharded else []
         if is_reentrant:
             require_input_gradients(causal)
 
@@ -116,7 +117,20 @@ class Engine:
             if status is ZeroParamStatus.AVAILABLE and not parameter.ds_persist:
                 parameter.partition()
 
+    def _gather_persistent(self) -> None:
+        """Gather what is to stay whole at ZeRO-3, adapters first of all, where it is not yet.
+
+        A fresh engine has them sharded, and while DeepSpeed 0.19.8 records the order of modules it
+        shards them again after each use (partitioned_param_coordinator.py:459). peft looks at
+        lora_A before its module is reached; if it is not there, DeepSpeed gives it to a second
+        module, and an order that is recorded already then fails with a "tracing error".
+        """
+        missing = [p for p in self._persistent if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        if missing:
+            missing[0].all_gather(missing)
+
     def _forward(self, batch: Batch) -> torch.Tensor:
+        self._gather_persistent()
         moved = batch.to(self.device)
         loss: torch.Tensor = self.deepspeed(moved.input_ids, moved.labels)
         return loss
