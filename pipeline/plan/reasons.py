@@ -146,8 +146,10 @@ def _more(machines: Machines) -> Iterator[Machines]:
         if machines.nodes == 1 and ranks > machines.ranks_per_node:
             yield replace(machines, ranks_per_node=ranks)
     for factor in (2, 4, 8, 16):
-        ranks = max(machines.ranks_per_node, 8 if machines.nodes == 1 else 1)
-        yield replace(machines, nodes=machines.nodes * factor, ranks_per_node=ranks)
+        yield replace(machines, nodes=machines.nodes * factor)
+    if machines.ranks_per_node < 8:
+        for nodes in (2, 4, 8, 16):
+            yield replace(machines, nodes=nodes, ranks_per_node=8)
 
 
 def _best_after(

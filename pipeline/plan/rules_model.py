@@ -38,6 +38,10 @@ def _too_old_for_bf16(s: Situation) -> bool:
     return s.layout.training_dtype == "bfloat16" and capability is not None and capability < (8, 0)
 
 
+def _is_checkpointed(s: Situation) -> bool:
+    return s.layout.checkpointed_layers == s.shape.num_layers
+
+
 def _storage_differs(s: Situation) -> bool:
     storage = s.settings.bnb_4bit_quant_storage
     return s.settings.load_in_4bit and storage not in ("uint8", s.layout.training_dtype)
@@ -154,9 +158,20 @@ MODEL_RULES: tuple[Rule[Situation], ...] = (
     Rule(
         id="4bit-zero3-reentrant",
         level="set",
-        applies=lambda s: s.settings.load_in_4bit and s.layout.zero_stage == 3,
+        applies=lambda s: s.settings.load_in_4bit and s.layout.is_sharded and _is_checkpointed(s),
         reason="4-bit layers keep their gathered weight until the backward pass",
         remedy="checkpointing is on and re-entrant, which lets go of it",
+        source="bitsandbytes 0.50.2 autograd/_functions.py:357",
+    ),
+    Rule(
+        id="4bit-zero3-unchecked",
+        level="refuse",
+        applies=lambda s: (
+            s.settings.load_in_4bit and s.layout.is_sharded and not _is_checkpointed(s)
+        ),
+        reason="4 bits at ZeRO-3 without gradient_checkpointing: each layer keeps its gathered "
+        "weight until the backward pass, so every rank comes to hold the whole base",
+        remedy="set gradient_checkpointing: auto, or zero_stage: 2",
         source="bitsandbytes 0.50.2 autograd/_functions.py:357",
     ),
     Rule(

@@ -10,6 +10,7 @@ Z1, Z2, Z3 = ({"zero_stage": stage} for stage in (1, 2, 3))
 FP16, FP32 = {"training_dtype": "float16"}, {"training_dtype": "float32"}
 MOE = {"num_experts": 8}
 NF4 = {"load_in_4bit": True}
+CHECKPOINTED = {"checkpointed_layers": 32}
 
 
 def zero(**keys):
@@ -84,7 +85,11 @@ CASES = {
         with_layout(Z3, packages={"transformers": "5.22.0"}),
         with_layout(Z3, packages={"transformers": "5.23.0"}),
     ),
-    "4bit-zero3-reentrant": (with_layout(Z3, **NF4), with_layout(Z2, **NF4)),
+    "4bit-zero3-reentrant": (
+        with_layout(Z3, CHECKPOINTED, **NF4),
+        with_layout(Z2, CHECKPOINTED, **NF4),
+    ),
+    "4bit-zero3-unchecked": (with_layout(Z3, **NF4), with_layout(Z3, CHECKPOINTED, **NF4)),
     "persistence-threshold": (with_layout(Z3), with_layout(Z2)),
     "persistence-too-low": (
         with_layout(Z3, own=zero(stage3_param_persistence_threshold=100_000)),

@@ -135,17 +135,23 @@ def test_what_does_not_fit_is_refused_with_the_smallest_change_that_would(ranked
 
 
 def test_what_no_key_can_make_fit_is_told_in_devices(ranked):
-    with pytest.raises(UserError, match=r"it fits on [248] of them"):
-        ranked(LLAMA_70B, gpu(40), ranks=1, zero_stage="auto", offload_param="none",
-               load_in_4bit=True, max_length=256)  # fmt: skip
+    small = replace(gpu(40), host_bytes=64 * 2**30)
+    keys = {"hardware": small, "ranks": 1, "load_in_4bit": True, "max_length": 256}
+    with pytest.raises(UserError, match=r"it fits on (\d+) nodes of 1 of them") as error:
+        ranked(LLAMA_70B, **keys)
+    nodes = int(re.search(r"on (\d+) nodes", str(error.value))[1])
+    assert ranked(LLAMA_70B, nodes=nodes, **keys)[0].layout.world_size == nodes
 
 
 def test_a_candidate_that_a_rule_refuses_is_left_out_with_the_rule(ranked):
-    plan, every = ranked(load_in_4bit=True, gradient_checkpointing=False)
+    keys = {"load_in_4bit": True, "gradient_checkpointing": False, "max_length": 256}
+    plan, every = ranked(**keys)
     assert plan.layout.zero_stage == 2
     refused = [c for c in every if c.layout.zero_stage == 3]
     assert refused
-    assert all("rule 4bit-zero3" in c.refusal for c in refused if "needs" not in c.refusal)
+    assert all(c.refusal.startswith("rule 4bit-zero3-unchecked") for c in refused)
+    with pytest.raises(UserError, match="rule 4bit-zero3-unchecked"):
+        ranked(**keys, zero_stage=3)
 
 
 def test_128_gpus_are_planned(layout):
