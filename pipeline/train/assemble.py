@@ -15,13 +15,13 @@ from pipeline.model.base import load_base
 from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
 from pipeline.train.engine import Engine
-from pipeline.train.loop import Training
 from pipeline.train.metrics import MetricsFile
 from pipeline.train.progress import ProgressDisplay
 from pipeline.train.saving import Saver
 from pipeline.train.start import settings_hash, write_run
 from pipeline.train.status import RunStatus
 from pipeline.train.stop import StopRequests
+from pipeline.train.training import Training
 from pipeline.train.watchdog import Pulse
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "safetensors")

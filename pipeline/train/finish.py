@@ -9,7 +9,7 @@ from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.publish import adapter_config, model_card, publish_adapter
 from pipeline.errors import RankZeroError, Stopped
 from pipeline.model.adapter import expected_shapes, frozen_checksum
-from pipeline.train.loop import Training
+from pipeline.train.training import Training
 
 
 def finish(run: Training, stop_reason: str | None) -> None:

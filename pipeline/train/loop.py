@@ -2,54 +2,24 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from pipeline.adapter.gather import gather_moments, gather_weights, loss_scaler_state
+from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.verify import verify_tensors
-from pipeline.cluster.session import Session
 from pipeline.data.batches import Batch, batches_of
 from pipeline.data.order import BatchShape, RankWork, forward_seed
-from pipeline.data.prepared import Split
 from pipeline.errors import RankZeroError
 from pipeline.evaluate.heldout import held_out_loss
 from pipeline.model.adapter import expected_shapes
-from pipeline.plan.plan import Plan
-from pipeline.train.checkpoint import Checkpoints, Progress
-from pipeline.train.engine import Engine, SeededBatch, StepResult
-from pipeline.train.metrics import MetricsFile, Stopwatch, peak_device_bytes
-from pipeline.train.progress import ProgressDisplay
-from pipeline.train.saving import Saver
-from pipeline.train.status import RunStatus
-from pipeline.train.stop import StopAgreed, StopRequests
-from pipeline.train.watchdog import Pulse
+from pipeline.train.engine import SeededBatch, StepResult
+from pipeline.train.keeping import keep_best, save, save_before_stop, tell_of_saves
+from pipeline.train.metrics import Stopwatch, peak_device_bytes
+from pipeline.train.stop import StopAgreed
+from pipeline.train.training import Training
 
 # Steps in a row with a loss or gradient that is not finite, after which a run is given up.
 _MOST_BAD = 3
-
-
-@dataclass(kw_only=True)
-class Training:
-    """A run that is ready to step. `saver`, `metrics` and `status` are rank 0's alone."""
-
-    plan: Plan
-    session: Session
-    engine: Engine
-    train_split: Split
-    eval_split: Split | None
-    folder: Path
-    checkpoints: Checkpoints
-    progress: Progress
-    saved: Progress | None  # of the newest checkpoint in the folder
-    display: ProgressDisplay
-    stops: StopRequests
-    pulse: Pulse
-    saver: Saver | None
-    metrics: MetricsFile | None
-    status: RunStatus | None
-    frozen_checksum: int | None  # of --debug, which looks at it again at the end
 
 
 def train(run: Training) -> str | None:
@@ -60,14 +30,14 @@ def train(run: Training) -> str | None:
     try:
         _train(run)
     except StopAgreed as stop:
-        _save_before_stop(run)
+        save_before_stop(run)
         return str(stop)
     return None
 
 
 def _train(run: Training) -> None:
     plan, progress = run.plan, run.progress
-    total_steps, watch = plan.steps.total_steps, Stopwatch()
+    total_steps, watch, micro_batch_s = plan.steps.total_steps, Stopwatch(), 0.0
     if progress.is_evaluation_due:
         _evaluate(run)
     if _is_patience_over(run):
@@ -75,11 +45,13 @@ def _train(run: Training) -> None:
     for step, batches, supervised in _work(run):
         result = run.engine.optimizer_step(batches, supervised, plan.learning_rate(step))
         loss_sum, tokens, lost_saves = run.session.sum_over_ranks(
-            [result.loss_sum, result.tokens, _tell_failed_save(run)]
+            [result.loss_sum, result.tokens, float(tell_of_saves(run, micro_batch_s))]
         )
         loss = loss_sum / supervised
         _advance(run, loss, result)
-        _record(run, _line(run, step, loss, int(tokens), supervised, result, watch.lap()))
+        line = _line(run, step, loss, int(tokens), supervised, result, watch.lap())
+        micro_batch_s = line["step_seconds"] / plan.layout.accumulation_steps
+        _record(run, line)
         _require_healthy(run, loss)
         if lost_saves and plan.settings.save_must_succeed:
             raise RankZeroError("save_must_succeed: a checkpoint could not be written, see above")
@@ -95,36 +67,6 @@ def _train(run: Training) -> None:
             run.display.say(f"early stop: no lower held-out loss since step {progress.best_step}")
             return
         watch.lap()
-
-
-def save(run: Training) -> None:
-    """Begin a checkpoint of this step. Collective: every rank; rank 0 writes, beside the training.
-
-    Nothing is written while every step so far was skipped: nothing has been learnt yet.
-    """
-    if run.progress.optimizer_step == 0:
-        return
-    run.pulse.beat("gathering a checkpoint")
-    run.progress.loss_scaler = loss_scaler_state(run.engine.deepspeed)
-    keep = run.session.is_rank_zero
-    weights = gather_weights(run.engine.parameters, keep=keep)
-    moments = gather_moments(run.engine.parameters, keep=keep)
-    run.saved = replace(run.progress)
-    if run.saver is not None:
-        run.saver.save(weights, moments, run.progress)
-
-
-def _save_before_stop(run: Training) -> None:
-    """Have a checkpoint of the last complete step on the disk before any rank leaves.
-
-    Raises RankZeroError on all ranks where it cannot be written.
-    """
-    run.pulse.beat("saving before a stop")
-    saver = run.saver
-    failed = run.session.rank_zero_first(lambda: saver.wait() if saver is not None else None)
-    if failed is not None or run.saved != run.progress:
-        save(run)
-    run.session.rank_zero_first(lambda: saver.require_written() if saver is not None else None)
 
 
 def _ask_all(run: Training) -> None:
@@ -237,14 +179,6 @@ def _require_healthy(run: Training, loss: float) -> None:
         )
 
 
-def _tell_failed_save(run: Training) -> float:
-    """Say what could not be written since the last step; 1.0 if there was something."""
-    failure = None if run.saver is None else run.saver.take_failure()
-    if failure is not None:
-        run.display.say(f"{failure}; training goes on, and the next save tries again")
-    return float(failure is not None)
-
-
 def _require_moved(run: Training) -> None:
     """Stop after two steps rather than after a day if the adapter does not learn."""
     weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
@@ -284,7 +218,7 @@ def _evaluate(run: Training) -> None:
         progress.best_loss, progress.best_step = loss, progress.step
         progress.evaluations_since_best = 0
         if run.plan.settings.keep_best:
-            _keep_best(run)
+            keep_best(run)
     else:
         progress.evaluations_since_best += 1
 
@@ -292,9 +226,3 @@ def _evaluate(run: Training) -> None:
 def _is_patience_over(run: Training) -> bool:
     patience = run.plan.settings.early_stopping_patience
     return patience is not None and run.progress.evaluations_since_best >= patience
-
-
-def _keep_best(run: Training) -> None:
-    weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
-    if run.saver is not None:
-        run.saver.keep_best(weights, run.progress)

@@ -120,7 +120,8 @@ def _prepare_and_train(
 
     from pipeline.train.assemble import assemble  # torch from here on
     from pipeline.train.finish import finish
-    from pipeline.train.loop import Training, train
+    from pipeline.train.loop import train
+    from pipeline.train.training import Training
 
     pulse = Pulse()
     run: Training | None = None

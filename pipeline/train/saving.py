@@ -24,9 +24,9 @@ class Saver:
         self._checkpoints, self._restore_folder = checkpoints, restore_folder
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
-        self._untold: str | None = None
+        self._slowest = 0.0
+        self._news: tuple[str | None, float | None] = (None, None)
         self._best: tuple[Tensors, Progress] | None = None  # not on disk yet
-        self.last_seconds = 0.0
         self.last_step: int | None = None
 
     def save(self, weights: Tensors, moments: Tensors, progress: Progress) -> None:
@@ -56,10 +56,10 @@ class Saver:
         if self._thread is not None:
             self._thread.join(seconds)
 
-    def take_failure(self) -> str | None:
-        """A failure that has not been told yet."""
-        told, self._untold = self._untold, None
-        return told
+    def news(self) -> tuple[str | None, float | None]:
+        """Of a write that ended since the last call: why it failed; its seconds, if a record."""
+        news, self._news = self._news, (None, None)
+        return news
 
     def require_written(self) -> None:
         """Raise RankZeroError unless the latest write succeeded."""
@@ -76,10 +76,12 @@ class Saver:
                 write()
             except Exception as error:  # noqa: BLE001 - whatever it is, the training goes on
                 said = str(error) if isinstance(error, RankZeroError) else repr(error)
-                self._failure = self._untold = f"{what} is not saved: {said}"
+                self._failure = f"{what} is not saved: {said}"
             else:
                 self._failure = None
-            self.last_seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - began
+            self._news = (self._failure, seconds if seconds > self._slowest else None)
+            self._slowest = max(seconds, self._slowest)
 
         self._thread = threading.Thread(target=work, name="checkpoint")
         self._thread.start()

@@ -27,7 +27,8 @@ from pipeline.errors import RankZeroError
 _POLL_S, _SHOW_S = 0.5, 2.0
 # For what another rank has begun: to leave as this one does, or to be read by the others.
 _LEAVING_S, _READING_S = 10.0, 1.5
-_FROZEN_S = 8.0  # a pulse shown this much earlier than the others' is of a stopped process
+_FROZEN_S = 6.0  # a pulse not shown for so long is of a stopped process
+_UNANSWERED_S = 15.0  # a call to the store has no time-out of its own
 _VERDICT = "watchdog/verdict"
 _UNWATCHED = ("start-up", "publishing")  # rank 0 may work for long while the others wait
 
@@ -72,12 +73,15 @@ class Watchdog:
         self._gone_since: dict[int, float] = {}
         self._shown = 0.0
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._last_resort = threading.Thread(target=self._watch_alone, name="alone", daemon=True)
 
     def __enter__(self) -> Self:
         if self._channel is not None:
             me = {"host": socket.gethostname(), "pid": os.getpid()}
             self._channel.set(_key("peer", self._placement.rank), json.dumps(me))
         self._thread.start()
+        if self._channel is not None:
+            self._last_resort.start()
         return self
 
     def __exit__(
@@ -89,7 +93,7 @@ class Watchdog:
         if error is not None and is_lost_connection(error):
             return  # the thread finds out who is gone, and ends this process
         self._closed.set()
-        self._thread.join()
+        self._thread.join(_UNANSWERED_S)
         if self._channel is None:
             return
         try:
@@ -113,13 +117,28 @@ class Watchdog:
                     return
                 self._end_for(0)
 
+    def _watch_alone(self) -> None:
+        """Where rank 0 is stopped, the store does not answer and the other thread waits for it."""
+        while not self._closed.wait(_POLL_S):
+            if self._is_hanging(_UNANSWERED_S):
+                text = (
+                    f"no progress for {self._timeout_s:.0f} s: rank 0 does not answer, rank "
+                    f"{self._placement.rank} is at step {self._pulse.step} in {self._pulse.phase}; "
+                    "the last checkpoint is untouched"
+                )
+                alive = [r for r, p in self._siblings.items() if r and not _is_gone(p)]
+                is_first = self._placement.rank < min(alive, default=self._placement.rank + 1)
+                if is_first:
+                    print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one message
+                    self._end_frozen([0])
+                self._leave(text, is_ours=is_first)
+
     def _look_at_ranks(self) -> None:
         if self._channel.check([_VERDICT]):
             verdict = json.loads(self._channel.get(_VERDICT))
             self._leave(verdict["text"], is_ours=self._placement.rank == 0)
         if time.monotonic() - self._shown > _SHOW_S:
-            self._shown = time.monotonic()
-            self._channel.set(_key("pulse", self._placement.rank), json.dumps(self._as_json()))
+            self._show()
         self._find_siblings()
         for rank, process in self._siblings.items():
             if _is_gone(process) and not self._is_leaving(rank):
@@ -162,22 +181,42 @@ class Watchdog:
             print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one message
         self._leave(text, is_ours=me == 0 or (rank == 0 and is_first))
 
-    def _is_hanging(self) -> bool:
+    def _is_hanging(self, more_s: float = 0.0) -> bool:
         still = time.monotonic() - self._pulse.since
         # Rank 0 is the first to judge; the others do where it cannot.
-        patience = self._timeout_s + (5.0 if self._placement.rank else 0.0)
+        patience = self._timeout_s + more_s + (5.0 if self._placement.rank else 0.0)
         return self._pulse.phase not in _UNWATCHED and still > patience
 
     def _name_who_hangs(self) -> None:
-        shown = {self._placement.rank: self._as_json()}
+        pulses, frozen = {0: self._as_json()}, []
         if self._channel is not None:
-            for rank in range(self._placement.world_size):
-                if self._channel.check([_key("pulse", rank)]):
-                    shown[rank] = json.loads(self._channel.get(_key("pulse", rank)))
-        text = who_hangs(shown, self._timeout_s)
+            before = self._read_pulses()
+            for _ in range(int(_FROZEN_S)):
+                time.sleep(1.0)
+                self._show()
+            pulses = self._read_pulses()
+            frozen = [rank for rank, pulse in pulses.items() if pulse == before.get(rank)]
+        text = who_hangs(pulses, frozen, self._timeout_s)
         if self._channel is None or self._declare(text):
             print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one message
+            self._end_frozen(frozen)
         self._leave(text, is_ours=self._placement.rank == 0)
+
+    def _end_frozen(self, ranks: list[int]) -> None:
+        """End stopped processes of this machine: they would not hear of it."""
+        for rank in ranks:
+            if rank in self._siblings and not _is_gone(self._siblings[rank]):
+                self._siblings[rank].kill()
+                psutil.wait_procs([self._siblings[rank]], timeout=2.0)
+
+    def _show(self) -> None:
+        self._shown = time.monotonic()
+        self._channel.set(_key("pulse", self._placement.rank), json.dumps(self._as_json()))
+
+    def _read_pulses(self) -> dict[int, dict[str, Any]]:
+        keys = {rank: _key("pulse", rank) for rank in range(self._placement.world_size)}
+        there = {rank: key for rank, key in keys.items() if self._channel.check([key])}
+        return {rank: json.loads(self._channel.get(key)) for rank, key in there.items()}
 
     def _as_json(self) -> dict[str, Any]:
         frame = traceback.extract_stack(sys._current_frames()[self._main])[-1]
@@ -187,7 +226,7 @@ class Watchdog:
             "phase": self._pulse.phase,
             "beats": self._pulse.beats,
             "where": f"{frame.filename}:{frame.lineno}",
-            "shown": time.time(),
+            "shown": time.monotonic(),
         }
 
     def _declare(self, text: str) -> bool:
@@ -202,16 +241,17 @@ class Watchdog:
         os._exit(1)
 
 
-def who_hangs(shown: dict[int, dict[str, Any]], timeout_s: float) -> str:
-    """Name the rank that holds the others up, from the pulses of all."""
-    newest = max(pulse["shown"] for pulse in shown.values())
-    fewest = min(pulse["beats"] for pulse in shown.values())
-    frozen = [r for r, pulse in shown.items() if newest - pulse["shown"] > _FROZEN_S]
-    behind = frozen or [r for r, pulse in shown.items() if pulse["beats"] == fewest]
-    whose = "all ranks hang" if len(behind) == len(shown) > 1 else "the others wait"
+def who_hangs(pulses: dict[int, dict[str, Any]], frozen: list[int], timeout_s: float) -> str:
+    """Name the rank that holds the others up, from the pulses of all.
+
+    That is one which is stopped, or else the one that has come least far.
+    """
+    fewest = min(pulse["beats"] for pulse in pulses.values())
+    behind = frozen or [rank for rank, pulse in pulses.items() if pulse["beats"] == fewest]
+    whose = "all ranks hang" if len(behind) == len(pulses) > 1 else "the others wait"
     names = "; ".join(
-        f"rank {rank} on {shown[rank]['host']} hangs at step {shown[rank]['step']} in "
-        f"{shown[rank]['phase']} ({shown[rank]['where']})"
+        f"rank {rank} on {pulses[rank]['host']} hangs at step {pulses[rank]['step']} in "
+        f"{pulses[rank]['phase']} ({pulses[rank]['where']}{', stopped' if rank in frozen else ''})"
         for rank in behind
     )
     return f"no progress for {timeout_s:.0f} s ({whose}): {names}; the last checkpoint is untouched"
