@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,13 +15,18 @@ from pathlib import Path
 import psutil
 import yaml
 
+from pipeline.train.metrics import read_metrics
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-# 2 epochs of 6 steps of 4 micro-batches: 2 on each of 2 ranks.
+IS_FULL = os.environ.get("FAULTS") == "full"  # `make faults`; else a short form of each
+SEED = int(os.environ.get("FAULTS_SEED", "0"))
+# 8 epochs of 6 steps of 4 micro-batches, 2 on each of 2 ranks; in bf16, with dropout.
+TOTAL_STEPS, SAVE_STEPS, EVAL_STEPS = 48, 2, 6
 SETTINGS = {
-    "lora_r": 4, "lora_dropout": 0.1, "lr": 5e-3, "epochs": 2, "global_batch_size": 4,
-    "batch_size": 1, "max_length": 128, "save_steps": 1, "logging_steps": 1, "zero_stage": 2,
-    "evaluation_strategy": "steps", "eval_steps": 4,
+    "lora_r": 4, "lora_dropout": 0.1, "lr": 5e-3, "epochs": 8, "global_batch_size": 4,
+    "batch_size": 1, "max_length": 128, "logging_steps": 1, "zero_stage": 2, "bf16": True,
+    "save_steps": SAVE_STEPS, "evaluation_strategy": "steps", "eval_steps": EVAL_STEPS,
 }  # fmt: skip
 DEADLINE_S = 180.0
 
@@ -45,6 +52,7 @@ class Started:
     process: subprocess.Popen
     log: Path
     began: float = field(default_factory=time.monotonic)
+    began_at: float = field(default_factory=time.time)
 
     @property
     def folder(self) -> Path:
@@ -87,14 +95,33 @@ class Started:
                 raise AssertionError(f"no {what} in {DEADLINE_S} s:\n{self.output}")
             time.sleep(0.004)
 
-    def wait_for_step(self, step: int) -> None:
-        self.wait_until(lambda: (status(self.folder).get("step") or 0) >= step, f"step {step}")
+    def is_over(self) -> bool:
+        """Whether the run has come to its end; what is sent now would come too late."""
+        return status(self.folder).get("state") == "done"
 
-    def wait_for_text(self, text: str) -> None:
-        self.wait_until(lambda: text in self.output, repr(text))
+    def wait_for_step(self, step: int) -> None:
+        """Until a step is made in this start."""
+        self.wait_until(lambda: self.is_over() or self._step() >= step, f"step {step}")
+
+    def wait_for_save(self, step: int) -> None:
+        """Until a checkpoint is being written, after a step."""
+        self.wait_for_step(step)
+        folder = self.folder / "checkpoints"
+        self.wait_until(lambda: self.is_over() or list(folder.glob(".step-*.new")), "a save")
 
     def wait_for_ranks(self) -> None:
-        self.wait_until(lambda: len(self.ranks()) == 2, "two ranks")
+        """Until both ranks are processes; they import for seconds from here on."""
+        self.wait_until(lambda: self.is_over() or len(self.ranks()) == 2, "two ranks")
+
+    def resumed_step(self) -> int:
+        """The step that this start went on from."""
+        found = re.findall(r"going on from step (\d+)", self.output)
+        return int(found[-1]) if found else 0
+
+    def _step(self) -> int:
+        found = status(self.folder)
+        mine = found.get("started") or 0.0
+        return int(found.get("step") or 0) if mine >= self.began_at else 0
 
     def end(self, within_s: float = DEADLINE_S) -> int:
         """Wait until nothing of the run is left; the code that its starter saw."""
@@ -115,15 +142,19 @@ class Started:
         self.process.wait(DEADLINE_S)
 
 
-def start(run_file: Path, *overrides: str) -> Started:
-    """Start a run as a user does; its output goes to a file beside the run file."""
+def start(run_file: Path, *overrides: str, before: tuple[str, ...] = ()) -> Started:
+    """Start a run as a user does; its output goes to a file beside the run file.
+
+    `before` are words in front of the command, such as of setpriv.
+    """
     log = run_file.with_suffix(".log")
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
     clean |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("w") as out:
         process = subprocess.Popen(
             [
-                BIN / "deepspeed", "--num_accelerators", "2", "--master_port", str(_free_port()),
+                *before, BIN / "deepspeed", "--num_accelerators", "2",
+                "--master_port", str(_free_port()),
                 "launch/train.py", run_file, *overrides,
             ],
             cwd=ROOT, env=clean, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
@@ -138,6 +169,10 @@ def finish(run_file: Path, *overrides: str) -> str:
     assert code == 0, run.output
     assert status(run.folder)["state"] == "done", run.output
     return run.output
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
 
 
 def status(folder: Path) -> dict:
@@ -170,8 +205,6 @@ def _line(process: psutil.Process) -> list[str]:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
