@@ -1,5 +1,6 @@
 # make quickstart   the whole road on a real model, in minutes, on any machine
 # make test         the suite that needs no GPU
+# make faults       kills, damage, full disks and signals at length: half an hour
 # make check        ruff, mypy --strict, import-linter, generated docs
 # On a machine without a GPU, TORCH_INDEX=<PyTorch's CPU index> spares gigabytes of CUDA.
 
@@ -9,7 +10,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart install test check fix docs goldens test-floors clean
+.PHONY: quickstart install test faults check fix docs goldens test-floors clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart/quickstart.py
@@ -25,6 +26,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Every fault that tests/faults knows, at length: FAULTS_SEED=N draws others. `make test` has a short form.
+faults: $(VENV)/.installed
+	FAULTS=full $(BIN)/python -m pytest tests/faults -s
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """Adapter weights and Adam moments: out of a ZeRO engine to rank 0, and back into a fresh one.
 
-All private access to DeepSpeed's ZeRO optimizers is in this file; tests/engine/test_gather.py pins
-it. Only trainable parameters are ever touched: at ZeRO-3 the base stays sharded. Facts are of
-DeepSpeed 0.19.8.
+All private access to DeepSpeed's ZeRO optimizers is in this file; tests/engine/test_gather.py and
+test_scaler.py pin it. Only trainable parameters are ever touched: at ZeRO-3 the base stays sharded.
+Facts are of DeepSpeed 0.19.8.
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,9 @@ from torch import nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Tensors = dict[str, torch.Tensor]
+
+# What DeepSpeed's DynamicLossScaler counts (runtime/fp16/loss_scaler.py).
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def gather_weights(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> Tensors:
@@ -54,6 +57,7 @@ def restore(
     moments: Mapping[str, torch.Tensor],
     *,
     optimizer_step: int,
+    loss_scaler: Mapping[str, float] | None = None,
 ) -> None:
     """Put full tensors back into a fresh engine of any stage and world size.
 
@@ -81,6 +85,33 @@ def restore(
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
     else:
         zero.update_lp_params()
+    if is_scaled(engine):
+        for name, value in (loss_scaler or {}).items():
+            setattr(zero.loss_scaler, name, value)
+
+
+def is_scaled(engine: Any) -> bool:
+    """Whether losses are scaled by a factor that follows the overflows: fp16."""
+    return bool(engine.optimizer.loss_scaler.dynamic)
+
+
+def loss_scaler_state(engine: Any) -> dict[str, float]:
+    """The scale and its counters; empty where there is none."""
+    if not is_scaled(engine):
+        return {}
+    return {name: getattr(engine.optimizer.loss_scaler, name) for name in _SCALER}
+
+
+def is_at_smallest_scale(engine: Any) -> bool:
+    """Whether an overflow now could not be answered by a smaller scale; true without scaling."""
+    scaler = engine.optimizer.loss_scaler
+    return not is_scaled(engine) or scaler.cur_scale <= scaler.min_scale
+
+
+def count_overflows_ourselves(engine: Any) -> None:
+    """DeepSpeed raises at the smallest scale; three bad steps in a row end a run of ours."""
+    if is_scaled(engine):
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
 
 def _create_adam_state(adam: torch.optim.Optimizer, masters: list[torch.Tensor], step: int) -> None:

@@ -50,6 +50,12 @@ def recover(folder: Path) -> None:
         old.rename(folder)
 
 
+def clear_leftovers(parent: Path) -> None:
+    """Remove folders that writes into `parent` left half done; nobody may be writing there."""
+    for path in parent.glob(".*.new"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def sync(path: Path) -> None:
     """Force a file's or a folder's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -30,9 +30,9 @@ def run_main(body: Callable[[], None], *, tracebacks: bool = False) -> NoReturn:
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT)
     except Exception as error:  # noqa: BLE001 - the last resort of a process; shown whole
-        if _is_lost_connection(error) and not tracebacks:
-            time.sleep(_GRACE_S)  # the rank that ended first speaks first
-            _say(f"rank {_rank()}: lost its connection to another rank, which ended before it")
+        if is_lost_connection(error) and not tracebacks:
+            time.sleep(_GRACE_S)  # the watchdog ends this process as soon as it knows who is gone
+            _say(f"rank {_rank()}: lost its connection to another rank: {error}")
         else:
             _say(f"rank {_rank()}: unexpected error\n{traceback.format_exc()}")
         _leave(1)
@@ -50,10 +50,13 @@ def _say(message: str, *, tracebacks: bool = False, is_common: bool = False) -> 
     print(message, file=sys.stderr, flush=True)  # noqa: T201 - the one message
 
 
-def _is_lost_connection(error: Exception) -> bool:
-    """An error of the transport: another rank is gone, and its message says why."""
+def is_lost_connection(error: BaseException) -> bool:
+    """An error of the transport (gloo, NCCL, the store): another rank is gone, and says why."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    said = (
+        "Connection closed by peer", "Connection reset by peer", "Broken pipe",
+        "remote process exited", "communicator was aborted",
+    )  # fmt: skip
     return "DistNetworkError" in names or any(text in str(error) for text in said)
 
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.cluster.placement import Placement
-from pipeline.errors import RankZeroError, UserError
+from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.plan.hardware import Hardware
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # rank 0 goes away.
 _LONG_WORK_TIMEOUT = timedelta(hours=24)
 _READING_TIMEOUT = timedelta(seconds=15)
+_CHANNEL_TIMEOUT = timedelta(seconds=10)
 
 
 class Session:
@@ -32,6 +33,7 @@ class Session:
         self.placement = placement
         self._is_cuda = hardware.kind == "cuda"
         self._store: Any = None
+        self._host_group: Any = None  # None: the default group
         self._num_waits = 0
 
     def __enter__(self) -> Self:
@@ -88,8 +90,7 @@ class Session:
             try:
                 result = work()
             except RankZeroError as error:
-                is_user = isinstance(error, UserError)
-                store.set(key, json.dumps({"error": str(error), "is_user": is_user}))
+                store.set(key, json.dumps({"error": str(error), "code": error.exit_code}))
                 self._await_readers(store, key)
                 raise
             store.set(key, json.dumps({"result": result}))
@@ -99,7 +100,8 @@ class Session:
         answer = json.loads(store.get(key))
         store.set(f"{key}/read-by-{self.placement.rank}", "")
         if "error" in answer:
-            raise (UserError if answer["is_user"] else RankZeroError)(answer["error"])
+            kinds = {kind.exit_code: kind for kind in (RankZeroError, UserError, Stopped)}
+            raise kinds[answer["code"]](answer["error"])
         return answer["result"]
 
     def start(self) -> None:
@@ -118,6 +120,10 @@ class Session:
             timeout=_COLLECTIVE_TIMEOUT,
             device_id=self.device if self._is_cuda else None,
         )
+        if self._is_cuda:
+            # What ranks agree on are numbers on the host: through gloo they cost no wait for the
+            # device, so that asking before each micro-batch leaves its queue full.
+            self._host_group = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
         import deepspeed
 
         # An inference-only op that DeepSpeed 0.19 compiles with g++ on every fresh CPU machine
@@ -125,19 +131,30 @@ class Session:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
+    def open_channel(self) -> Any:
+        """A connection to the key-value store for another thread; None for a single process.
+
+        Not a collective. Its calls raise RuntimeError once rank 0, which holds the store, is gone.
+        """
+        if self.placement.world_size == 1:
+            return None
+        channel = self._open_store().clone()
+        channel.set_timeout(_CHANNEL_TIMEOUT)
+        return channel
+
     def agree_any(self, flag: bool) -> bool:
         """Whether any rank says yes; the same answer on every rank."""
         return self.sum_over_ranks([float(flag)])[0] > 0
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sums, in double precision and the same on every rank."""
+        """Element-wise sums of host numbers, in double precision and the same on every rank."""
         if self.placement.world_size == 1:
             return [float(value) for value in values]
         import torch
         import torch.distributed as dist
 
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self._host_group)
         return [float(value) for value in tensor.tolist()]
 
     def _await_readers(self, store: Any, key: str) -> None:

@@ -45,10 +45,17 @@ class RunSettings(BaseModel):
         default=False,
         description="Replace a run with other settings in `output_dir` instead of refusing.",
     )
-    resume: Literal["auto", "must", "never"] = Field(
+    resume: Annotated[str, Field(min_length=1)] = Field(
         default="auto",
         description="`auto` goes on from the newest intact checkpoint if there is one, `must` "
-        "refuses to start without one, `never` starts from step 0.",
+        "refuses to start without one, `never` starts from step 0. Anything else is the folder of "
+        "one checkpoint, of this run or another, to start from; started again, the run goes on "
+        "from what it has written since.",
+    )
+    accept_changes: list[Literal["base", "data", "total_steps"]] = Field(
+        default_factory=list,
+        description="What may differ from the run that wrote the checkpoint: `base` (the model's "
+        "weights), `data` (the training documents), `total_steps` (the learning rate's course).",
     )
     preset: str | list[str] = Field(
         default_factory=list,
@@ -180,6 +187,11 @@ class RunSettings(BaseModel):
     save_strategy: Strategy = Field(default="steps", description="When a checkpoint is written.")
     save_steps: Positive = Field(default=100, description="Steps between checkpoints (`steps`).")
     save_total_limit: Positive = Field(default=2, description="Checkpoints kept.")
+    save_must_succeed: bool = Field(
+        default=False,
+        description="End the run when a checkpoint cannot be written; otherwise that is said, and "
+        "tried again at the next save.",
+    )
     keep_best: bool = Field(
         default=False, description="Export the adapter of the lowest held-out loss, not the last."
     )
@@ -189,6 +201,11 @@ class RunSettings(BaseModel):
     time_limit: str | None = Field(
         default=None,
         description="Stop with a checkpoint after this time, `HH:MM:SS`; start again to go on.",
+    )
+    hang_timeout_s: Positive = Field(
+        default=900,
+        description="Seconds without a finished micro-batch on any rank after which the run is "
+        "ended, naming the rank that hangs.",
     )
 
     @field_validator("time_limit")

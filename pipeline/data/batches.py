@@ -3,6 +3,7 @@
 B: documents, T: tokens of the longest of them.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -65,6 +66,13 @@ class _RankBatches(Dataset[Batch]):
         return build_batch(self._split, self._work[index].documents)
 
 
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """A launcher ends a rank's children with it, but a rank that is asked to stop needs them."""
+    del worker
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches_of(
     split: "Split",
     work: Sequence[MicroBatch],
@@ -78,6 +86,7 @@ def batches_of(
         batch_size=None,
         shuffle=False,
         num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_the_rank,
         prefetch_factor=prefetch_factor if num_workers else None,
     )
     return iter(loader)

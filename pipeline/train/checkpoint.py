@@ -2,21 +2,21 @@
 
 A checkpoint is a folder of safetensors and JSON that says nothing of ranks or ZeRO stages. It is
 written beside, synced and renamed, so one with its final name was complete; the manifest shows
-whether it still is. Called on rank 0; reading on every rank.
+whether it still is. Written on rank 0; read on every rank.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.adapter.replace import replacing
+from pipeline.adapter.replace import clear_leftovers, recover, replacing
 from pipeline.errors import RankZeroError, UserError
 from pipeline.plan.plan import dump_json
 
@@ -30,26 +30,48 @@ class Progress:
 
     step: int = 0
     optimizer_step: int = 0  # steps that Adam has made: skipped ones are not among them
+    skipped_steps: int = 0
+    bad_steps: int = 0  # the latest steps, one after the other, that were not finite
+    documents: int = 0  # of the current epoch that are done with
+    loss_scaler: dict[str, float] = field(default_factory=dict)  # of fp16
     best_loss: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
     is_evaluation_due: bool = False  # a stop came first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a checkpoint belongs to; another one is refused."""
+    """What a checkpoint belongs to, in the words of the setting `accept_changes`.
 
-    data_key: str
-    base_fingerprint: str
+    `adapter` says its shape; no other shape can be accepted, for Adam's moments would not fit.
+    """
+
+    data: str
+    base: str
     total_steps: int
+    adapter: str
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder.
 
-    def __init__(self, folder: Path, identity: Identity, keep: int) -> None:
+    `about` goes into state.json for a reader's eyes. `origin` is the checkpoint of `resume: PATH`
+    that all those written here descend from.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: Identity,
+        keep: int,
+        *,
+        accepted: Collection[str] = (),
+        origin: str | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
         self._folder, self._identity, self._keep = folder, identity, keep
+        self._accepted, self._origin, self._about = accepted, origin, dict(about or {})
 
     def write(
         self,
@@ -57,7 +79,10 @@ class Checkpoints:
         moments: Mapping[str, torch.Tensor],
         progress: Progress,
     ) -> Path:
-        """Write a checkpoint and, once it is there, remove the oldest beyond the limit."""
+        """Write a checkpoint and, once it is there, remove the oldest beyond the limit.
+
+        Raises OSError, SafetensorError or RankZeroError; those that are there stay as they were.
+        """
         self._require_space(weights, moments)
         path = self._folder / f"step-{progress.step:08d}"
         self._write_folder(path, weights, moments, progress)
@@ -69,6 +94,7 @@ class Checkpoints:
 
         The best before stays until a checkpoint names this one: a resume may need it again.
         """
+        self._require_space(weights)
         self._write_folder(self._best(progress), weights, {}, progress)
 
     def read_best(self, progress: Progress) -> dict[str, torch.Tensor]:
@@ -78,26 +104,48 @@ class Checkpoints:
             raise RankZeroError(f"{path}: the best adapter cannot be exported: {damage}")
         return load_file(path / _ADAPTER)
 
+    def has_best(self, progress: Progress) -> bool:
+        """Whether the weights that `write_best` kept are there and intact."""
+        return _damage(self._best(progress)) is None
+
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest intact checkpoint, and a line for each newer one that is not."""
+        """The newest intact checkpoint to go on from, and a line for each newer one that is not.
+
+        With an `origin` that is one which descends from it, else itself; it must be intact.
+        """
+        for leftover in self._folder.glob(".*.old"):
+            recover(leftover.with_name(leftover.name.removeprefix(".").removesuffix(".old")))
         passed_over: list[str] = []
         for path in reversed(self._by_age()):
-            damage = _damage(path)
-            if not damage:
+            if damage := _damage(path):
+                passed_over.append(f"{path} is passed over: {damage}")
+            elif self._origin is None or _state(path).get("origin") == self._origin:
                 return path, passed_over
-            passed_over.append(f"{path} is passed over: {damage}")
-        return None, passed_over
+        if self._origin is None:
+            return None, passed_over
+        if damage := _damage(Path(self._origin)):
+            raise UserError(f"resume: {self._origin} is no intact checkpoint: {damage}")
+        return Path(self._origin), passed_over
 
     def read_progress(self, path: Path) -> Progress:
         """How far the run had come. Raises UserError if the checkpoint belongs to another run."""
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        expected = asdict(self._identity)
-        if differences := [k for k, v in expected.items() if state["identity"].get(k) != v]:
+        state = _state(path)
+        then, now = state["identity"], asdict(self._identity)
+        differences = {
+            name: f"{name}: {then.get(name)} -> {value}"
+            for name, value in now.items()
+            if then.get(name) != value and name not in self._accepted
+        }
+        if differences:
+            acceptable = [name for name in differences if name != "adapter"]
+            remedy = "put back what changed, or set resume: never to start anew"
+            if acceptable:
+                remedy += f", or accept it by name: accept_changes: [{', '.join(acceptable)}]"
             raise UserError(
-                f"{path} belongs to another run: {', '.join(differences)} changed since it was "
-                "written; restore what changed, or set resume: never to start anew"
+                f"{path} is of another run: {'; '.join(differences.values())}; {remedy}"
             )
-        return Progress(**state["progress"])
+        known = {f.name for f in fields(Progress)}
+        return Progress(**{k: v for k, v in state["progress"].items() if k in known})
 
     def read_tensors(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Weights and moments."""
@@ -112,24 +160,28 @@ class Checkpoints:
     def _prune(self, written: Path, progress: Progress) -> None:
         """Remove what the checkpoint just written replaces, never that one itself.
 
-        Later steps are there only after a resume from before them, and were passed over then.
+        That of the lowest held-out loss stays. Later steps are there only after a resume from
+        before them, and were passed over then.
         """
-        others = [path for path in self._by_age() if path != written]
+        best = self._folder / f"step-{progress.best_step:08d}"
+        others = [path for path in self._by_age() if path not in (written, best)]
         older = [path for path in others if path < written]
         surplus = older[: max(0, len(older) - (self._keep - 1))]
         later = [path for path in others if path > written]
         bests = [path for path in self._folder.glob("best-*") if path != self._best(progress)]
         for path in (*surplus, *later, *bests):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # tried again after the next one
+        clear_leftovers(self._folder)
 
     def _require_space(self, *tensors: Mapping[str, torch.Tensor]) -> None:
         need = sum(t.numel() * t.element_size() for group in tensors for t in group.values())
         self._folder.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(self._folder)  # a write that was cut off may hold the space
         free = shutil.disk_usage(self._folder).free
         if free < 1.01 * need:
             raise RankZeroError(
-                f"{self._folder}: a checkpoint needs {need / 2**20:.0f} MiB and "
-                f"{free / 2**20:.0f} MiB are free; the last one is untouched"
+                f"{self._folder}: a checkpoint needs {need / 2**20:.1f} MiB and "
+                f"{free / 2**20:.1f} MiB are free"
             )
 
     def _write_folder(
@@ -142,10 +194,20 @@ class Checkpoints:
         with replacing(path, check=lambda fresh: None) as fresh:
             save_file(dict(weights), fresh / _ADAPTER, metadata={"format": "pt"})
             save_file(dict(moments), fresh / _OPTIMIZER, metadata={"format": "pt"})
-            state = {"identity": asdict(self._identity), "progress": asdict(progress)}
+            state = {
+                "identity": asdict(self._identity),
+                "progress": asdict(progress),
+                "origin": self._origin,
+                **self._about,
+            }
             (fresh / _STATE).write_text(dump_json(state), encoding="utf-8")
             files = {name: _described(fresh / name) for name in (_ADAPTER, _OPTIMIZER, _STATE)}
             (fresh / _MANIFEST).write_text(dump_json({"files": files}), encoding="utf-8")
+
+
+def _state(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    return found
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -158,6 +220,8 @@ def _described(path: Path) -> dict[str, Any]:
 
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
+    if not path.is_dir():
+        return "there is no such folder"
     try:
         files = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["files"]
         if missing := {_ADAPTER, _OPTIMIZER, _STATE} - files.keys():

@@ -3,7 +3,7 @@
 Collective throughout: every rank calls every method, in the same order.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from peft import PeftModel
 
+from pipeline.adapter.gather import count_overflows_ourselves, is_at_smallest_scale
 from pipeline.data.batches import Batch
 from pipeline.model.adapter import trainable
 from pipeline.model.base import forget_input_gradients, require_input_gradients
@@ -29,19 +30,29 @@ class SeededBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one rank knows after a step; `loss_sum` is over this rank's tokens."""
+    """What one rank knows after a step; `loss_sum` is over this rank's tokens.
+
+    `is_scale_searched` says that the step had a loss scale which an overflow makes smaller.
+    """
 
     loss_sum: float
     tokens: int
     grad_norm: float
     was_applied: bool
+    is_scale_searched: bool
 
 
 class Engine:
-    """A model under DeepSpeed, and the parameters that it trains."""
+    """A model under DeepSpeed, and the parameters that it trains.
 
-    def __init__(self, model: PeftModel, plan: Plan) -> None:
+    `on_phase` hears what begins, for the watchdog.
+    """
+
+    def __init__(
+        self, model: PeftModel, plan: Plan, on_phase: Callable[[str], None] = lambda phase: None
+    ) -> None:
         self.parameters = trainable(model)
+        self._on_phase = on_phase
         self._world_size = plan.world_size
         is_sharded = plan.layout.is_sharded
         causal: Any = model.get_base_model()
@@ -54,6 +65,7 @@ class Engine:
             config=dict(plan.deepspeed),
             dist_init_required=False,
         )
+        count_overflows_ourselves(self.deepspeed)
         self._persistent = self.deepspeed.optimizer.persistent_parameters if is_sharded else []
         if is_reentrant:
             require_input_gradients(causal)
@@ -67,15 +79,22 @@ class Engine:
     def optimizer_step(
         self, batches: Iterable[SeededBatch], supervised_tokens: int, lr: float
     ) -> StepResult:
-        """One step over this rank's micro-batches; `supervised_tokens` are of all ranks."""
+        """One step over this rank's micro-batches; `supervised_tokens` are of all ranks.
+
+        A loss or gradient that is not finite on any rank makes all of them skip the update. What
+        `batches` raises leaves the step undone, with gradients that only the end of the process
+        clears.
+        """
         self.deepspeed.train()
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         tokens, before = 0, self.deepspeed.global_steps
+        is_scale_searched = not is_at_smallest_scale(self.deepspeed)
         for seeded in batches:
             loss_sum += self.accumulate(seeded, supervised_tokens).detach().double()
             tokens += seeded.batch.tokens
+            self._on_phase("the optimizer's step")
             self.deepspeed.step()
         assert self.deepspeed.global_steps == before + 1, "not one step's micro-batches"
         return StepResult(
@@ -83,6 +102,7 @@ class Engine:
             tokens=tokens,
             grad_norm=_as_float(self.deepspeed.get_global_grad_norm()),
             was_applied=bool(self.deepspeed.was_step_applied()),
+            is_scale_searched=is_scale_searched,
         )
 
     def accumulate(self, seeded: SeededBatch, supervised_tokens: int) -> torch.Tensor:
@@ -91,16 +111,23 @@ class Engine:
         DeepSpeed averages gradients over ranks and, by default, divides the loss by the number of
         micro-batches. Both are undone here, the one place: what is left is the gradient of the
         mean loss over all supervised tokens of the step, however it is split.
+
+        A loss that is not finite is given gradients that are not: DeepSpeed looks at gradients
+        only, over all ranks, and skips the step on all of them (0.19.8, every stage and dtype).
         """
         torch.manual_seed(seeded.seed)
+        self._on_phase("the forward pass")
         loss_sum = self._forward(seeded.batch)
-        scaled = loss_sum * (self._world_size / supervised_tokens)
+        factor = torch.full_like(loss_sum, self._world_size / supervised_tokens)
+        scaled = loss_sum * factor.where(loss_sum.detach().isfinite(), float("nan"))
+        self._on_phase("the backward pass")
         self.deepspeed.backward(scaled, scale_wrt_gas=False)
         return loss_sum
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> float:
         """Summed loss of one batch, without dropout."""
+        self._on_phase("an evaluation forward")
         self.deepspeed.eval()
         loss_sum = float(self._forward(batch))
         self._release_gathered()

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.publish import adapter_config, model_card, publish_adapter
 from pipeline.errors import RankZeroError, Stopped
 from pipeline.model.adapter import expected_shapes, frozen_checksum
-from pipeline.train.loop import Training
+from pipeline.train.training import Training
 
 
 def finish(run: Training, stop_reason: str | None) -> None:
@@ -21,12 +22,24 @@ def finish(run: Training, stop_reason: str | None) -> None:
             f"stopped at step {progress.step} of {run.plan.steps.total_steps} ({stop_reason}); "
             f"{written}: start again to go on"
         )
+    run.pulse.beat("gathering the adapter")
     weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
+    run.pulse.beat("publishing")
     step = run.session.rank_zero_first(lambda: _publish(run, weights))
     run.display.say(f"adapter of step {step}: {folder / 'adapter'}")
+    run.session.rank_zero_first(lambda: _require_saved(run))
     if run.frozen_checksum is not None:
         _require_unmoved_base(run)
         run.display.say("debug: losses finite, every lora_B moved, no frozen weight moved")
+
+
+def _require_saved(run: Training) -> None:
+    """The last checkpoint is on the disk too, or that is said; called on rank 0."""
+    assert run.saver is not None
+    if run.plan.settings.save_must_succeed:
+        run.saver.require_written()
+    elif failure := run.saver.wait():
+        run.display.say(failure)
 
 
 def _require_unmoved_base(run: Training) -> None:
@@ -36,15 +49,23 @@ def _require_unmoved_base(run: Training) -> None:
 
 
 def _publish(run: Training, weights: dict[str, torch.Tensor]) -> int:
+    """Called on rank 0; returns the step whose adapter it is."""
     settings, progress, step = run.plan.settings, run.progress, run.progress.step
+    assert run.saver is not None
     if settings.keep_best and progress.best_step not in (0, step):
-        weights, step = run.checkpoints.read_best(progress), progress.best_step
-    publish_adapter(
-        weights,
-        expected_shapes(run.plan),
-        run.folder / "adapter",
-        adapter_config=adapter_config(settings),
-        base=Path(settings.model),
-        card=model_card(run.plan, step),
-    )
+        weights, step = dict(run.saver.best(progress)), progress.best_step
+    try:
+        publish_adapter(
+            weights,
+            expected_shapes(run.plan),
+            run.folder / "adapter",
+            adapter_config=adapter_config(settings),
+            base=Path(settings.model),
+            card=model_card(run.plan, step),
+        )
+    except (OSError, SafetensorError) as error:
+        kept = run.saver.wait() or f"the checkpoint of step {run.saver.last_step} is there"
+        raise RankZeroError(
+            f"{run.folder / 'adapter'} cannot be written ({error}); {kept}: start again to go on"
+        ) from error
     return step

@@ -1,53 +1,25 @@
 """The loop: one page. Everything that it uses is made in assemble.py."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from pipeline.adapter.gather import gather_moments, gather_weights
+from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.verify import verify_tensors
-from pipeline.cluster.session import Session
-from pipeline.data.batches import batches_of
+from pipeline.data.batches import Batch, batches_of
 from pipeline.data.order import BatchShape, RankWork, forward_seed
-from pipeline.data.prepared import Split
 from pipeline.errors import RankZeroError
 from pipeline.evaluate.heldout import held_out_loss
 from pipeline.model.adapter import expected_shapes
-from pipeline.plan.plan import Plan
-from pipeline.train.checkpoint import Checkpoints, Progress
-from pipeline.train.engine import Engine, SeededBatch, StepResult
-from pipeline.train.metrics import MetricsFile, Stopwatch, peak_device_bytes
-from pipeline.train.progress import ProgressDisplay
-from pipeline.train.status import RunStatus
-from pipeline.train.stop import StopRequests
+from pipeline.train.engine import SeededBatch, StepResult
+from pipeline.train.keeping import keep_best, save, save_before_stop, tell_of_saves
+from pipeline.train.metrics import Stopwatch, peak_device_bytes
+from pipeline.train.stop import StopAgreed
+from pipeline.train.training import Training
 
-# Steps in a row without an update (not finite gradients) after which a run is given up. In fp16
-# the loss scale starts at 2^16 and is halved by each: 16 of them are no sign of anything.
-_MOST_SKIPPED = {"float32": 3, "bfloat16": 3, "float16": 20}
-
-
-@dataclass(kw_only=True)
-class Training:
-    """A run that is ready to step. `metrics` and `status` are rank 0's alone."""
-
-    plan: Plan
-    session: Session
-    engine: Engine
-    train_split: Split
-    eval_split: Split | None
-    folder: Path
-    checkpoints: Checkpoints
-    progress: Progress
-    display: ProgressDisplay
-    stops: StopRequests
-    metrics: MetricsFile | None
-    status: RunStatus | None
-    frozen_checksum: int | None  # of --debug, which looks at it again at the end
+# Steps in a row with a loss or gradient that is not finite, after which a run is given up.
+_MOST_BAD = 3
 
 
 def train(run: Training) -> str | None:
@@ -55,55 +27,64 @@ def train(run: Training) -> str | None:
 
     Collective: every rank. A stop leaves a checkpoint of the last complete step.
     """
+    try:
+        _train(run)
+    except StopAgreed as stop:
+        save_before_stop(run)
+        return str(stop)
+    return None
+
+
+def _train(run: Training) -> None:
     plan, progress = run.plan, run.progress
-    total_steps, skipped, watch = plan.steps.total_steps, 0, Stopwatch()
+    total_steps, watch, micro_batch_s = plan.steps.total_steps, Stopwatch(), 0.0
     if progress.is_evaluation_due:
         _evaluate(run)
     if _is_patience_over(run):
-        return None
+        return
     for step, batches, supervised in _work(run):
         result = run.engine.optimizer_step(batches, supervised, plan.learning_rate(step))
-        loss_sum, tokens, asked = run.session.sum_over_ranks(
-            [result.loss_sum, result.tokens, float(run.stops.reason() is not None)]
+        loss_sum, tokens, lost_saves = run.session.sum_over_ranks(
+            [result.loss_sum, result.tokens, float(tell_of_saves(run, micro_batch_s))]
         )
-        progress.step = step + 1
-        progress.optimizer_step += int(result.was_applied)
-        skipped = 0 if result.was_applied else skipped + 1
-        line = _line(run, step, loss_sum / supervised, int(tokens), supervised, result, watch.lap())
+        loss = loss_sum / supervised
+        _advance(run, loss, result)
+        line = _line(run, step, loss, int(tokens), supervised, result, watch.lap())
+        micro_batch_s = line["step_seconds"] / plan.layout.accumulation_steps
         _record(run, line)
-        _require_healthy(line, skipped, _most_skipped(run))
-        if progress.optimizer_step == 2:
+        _require_healthy(run, loss)
+        if lost_saves and plan.settings.save_must_succeed:
+            raise RankZeroError("save_must_succeed: a checkpoint could not be written, see above")
+        if progress.optimizer_step == 2 and result.was_applied:
             _require_moved(run)
         is_last = progress.step == total_steps
         progress.is_evaluation_due = _is_due(run, "evaluation", is_last=is_last)
-        if asked and not is_last:  # at once: a launcher may wait no longer than this
-            save(run)
-            return run.stops.reason() or "another rank was asked to"
         if progress.is_evaluation_due:
             _evaluate(run)
         if _is_due(run, "save", is_last=is_last) or _is_patience_over(run):
             save(run)
         if _is_patience_over(run):
             run.display.say(f"early stop: no lower held-out loss since step {progress.best_step}")
-            return None
+            return
         watch.lap()
-    return None
 
 
-def save(run: Training) -> None:
-    """Write a checkpoint of this step. Collective: every rank; rank 0 writes.
-
-    Nothing is written while every step so far was skipped: nothing has been learnt yet.
-    """
-    if run.progress.optimizer_step == 0:
-        return
-    keep = run.session.is_rank_zero
-    weights = gather_weights(run.engine.parameters, keep=keep)
-    moments = gather_moments(run.engine.parameters, keep=keep)
-    run.session.rank_zero_first(lambda: str(run.checkpoints.write(weights, moments, run.progress)))
+def _ask_all(run: Training) -> None:
+    """Raise StopAgreed on every rank if one has been asked to stop. Collective."""
+    run.pulse.beat("asking all ranks", run.progress.step)
+    reason = run.stops.reason()
+    if run.session.agree_any(reason is not None):
+        raise StopAgreed(reason or "another rank was asked to")
 
 
-def _work(run: Training) -> Iterator[tuple[int, list[SeededBatch], int]]:
+def _asking(run: Training, batches: Iterable[SeededBatch]) -> Iterator[SeededBatch]:
+    """The same batches; before each, the ranks agree whether to go on."""
+    for batch in batches:
+        _ask_all(run)
+        yield batch
+
+
+def _work(run: Training) -> Iterator[tuple[int, Iterator[SeededBatch], int]]:
     """For each step that is left: its index, this rank's batches, all supervised tokens of it."""
     plan, settings = run.plan, run.plan.settings
     layout = plan.layout
@@ -132,7 +113,7 @@ def _work(run: Training) -> Iterator[tuple[int, list[SeededBatch], int]]:
     )
     for step in range(run.progress.step, plan.steps.total_steps):
         supervised = int(run.train_split.supervised_counts[work.documents(step)].sum())
-        yield step, list(islice(seeded, shape.accumulation_steps)), supervised
+        yield step, _asking(run, islice(seeded, shape.accumulation_steps)), supervised
 
 
 def _line(
@@ -165,27 +146,37 @@ def _record(run: Training, line: dict[str, Any]) -> None:
     if run.metrics is not None:
         run.metrics.write(line)
     if run.status is not None:
-        run.status.update(step=line["step"])
+        saved = None if run.saver is None else run.saver.last_step
+        run.status.update(step=line["step"], saved_step=saved)
 
 
-def _require_healthy(line: dict[str, Any], skipped: int, most_skipped: int) -> None:
-    """The numbers are sums over ranks, so every rank raises or none does."""
-    if not math.isfinite(line["loss"]) or line["loss"] == 0.0:
+def _advance(run: Training, loss: float, result: StepResult) -> None:
+    """Count the step, which has consumed its data and its place in the schedule either way."""
+    progress, plan = run.progress, run.plan
+    progress.step += 1
+    progress.optimizer_step += int(result.was_applied)
+    progress.skipped_steps += int(not result.was_applied)
+    per_epoch, documents = plan.steps.steps_per_epoch, len(run.train_split)
+    done = ((progress.step - 1) % per_epoch + 1) * plan.layout.global_batch_size
+    progress.documents = min(done, documents)
+    # An overflow that a smaller loss scale will answer says nothing of the run.
+    is_bad = not math.isfinite(loss) or not (result.was_applied or result.is_scale_searched)
+    progress.bad_steps = progress.bad_steps + 1 if is_bad else 0
+
+
+def _require_healthy(run: Training, loss: float) -> None:
+    """The numbers are the same on all ranks, so every rank raises or none does."""
+    progress, most = run.progress, 1 if run.frozen_checksum is not None else _MOST_BAD
+    if progress.bad_steps >= most:
         raise RankZeroError(
-            f"step {line['step']}: the loss is {line['loss']}; a lower lr or another precision "
-            "may help; the last checkpoint is untouched"
+            f"step {progress.step}: loss or gradient were not finite in {most} steps in a row "
+            f"(the loss is {loss}); a lower lr or bf16 may help; the last checkpoint is untouched"
         )
-    if skipped == most_skipped:
+    if loss == 0.0:
         raise RankZeroError(
-            f"step {line['step']}: {skipped} steps in a row had gradients that are not finite; "
-            "a lower lr or bf16 may help; the last checkpoint is untouched"
+            f"step {progress.step}: the loss is exactly 0, so there is nothing to learn from; look "
+            "at data/audit.json; the last checkpoint is untouched"
         )
-
-
-def _most_skipped(run: Training) -> int:
-    dtype = run.plan.training_dtype
-    is_debug = run.frozen_checksum is not None
-    return 1 if is_debug and dtype != "float16" else _MOST_SKIPPED[dtype]
 
 
 def _require_moved(run: Training) -> None:
@@ -211,9 +202,14 @@ def _evaluate(run: Training) -> None:
     """Measure the held-out loss and keep the best."""
     assert run.eval_split is not None
     progress = run.progress
-    progress.is_evaluation_due = False
+
+    def summed_loss(batch: Batch) -> float:
+        _ask_all(run)
+        return run.engine.evaluate(batch)
+
     watch, micro = Stopwatch(), run.plan.layout.micro_batch_size
-    loss = held_out_loss(run.engine.evaluate, run.eval_split, run.session, micro)
+    loss = held_out_loss(summed_loss, run.eval_split, run.session, micro)
+    progress.is_evaluation_due = False
     run.display.say(f"step {progress.step}  held-out loss {loss:.4f}  ({watch.lap():.1f} s)")
     if run.metrics is not None:
         tokens = int(run.eval_split.supervised_counts.sum())
@@ -222,7 +218,7 @@ def _evaluate(run: Training) -> None:
         progress.best_loss, progress.best_step = loss, progress.step
         progress.evaluations_since_best = 0
         if run.plan.settings.keep_best:
-            _keep_best(run)
+            keep_best(run)
     else:
         progress.evaluations_since_best += 1
 
@@ -230,9 +226,3 @@ def _evaluate(run: Training) -> None:
 def _is_patience_over(run: Training) -> bool:
     patience = run.plan.settings.early_stopping_patience
     return patience is not None and run.progress.evaluations_since_best >= patience
-
-
-def _keep_best(run: Training) -> None:
-    weights: dict[str, torch.Tensor]
-    weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
-    run.session.rank_zero_first(lambda: run.checkpoints.write_best(weights, run.progress))

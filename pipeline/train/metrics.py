@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line, flushed: whoever follows the file sees each step."""
+        """One line, flushed: whoever follows the file sees each step.
+
+        What a full disk does not take stays in the buffer, and goes out with a later line.
+        """
         self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with suppress(OSError):
+            self._file.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

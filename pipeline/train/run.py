@@ -18,10 +18,14 @@ from pipeline.plan.plan import Plan, make_plan
 from pipeline.plan.render import plan_text
 from pipeline.plan.shape import read_shape
 from pipeline.preflight.inputs import check_inputs
+from pipeline.train.launcher import watch_launchers
 from pipeline.train.start import look, open_run, write_plan
-from pipeline.train.status import RunStatus
+from pipeline.train.status import RunStatus, end_for_dead_owner
+from pipeline.train.stop import StopRequests
+from pipeline.train.watchdog import Pulse, Watchdog
 
 _DEBUG_ROWS, _DEBUG_STEPS = 64, 4
+_LAST_WRITE_S = 15.0  # of a checkpoint in flight when another rank has died
 
 
 def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
@@ -32,7 +36,11 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     """
     if is_debug:
         settings = _debug_settings(settings)
-    placement, hardware = from_environment(os.environ), detect_hardware()
+    placement, folder = from_environment(os.environ), Path(settings.output_dir)
+    stops = StopRequests(folder, settings.time_limit_s, is_first=placement.rank == 0)
+    stops.listen()
+    watch_launchers(os.environ, stops.ask)
+    hardware = detect_hardware()
     set_environment(placement, hardware)
     plan = make_plan(
         settings,
@@ -42,7 +50,6 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         ranks_per_node=placement.local_size,
     )
     check_inputs(plan)
-    folder = Path(settings.output_dir)
     with Session(placement, hardware) as session:
 
         def say(text: str) -> None:
@@ -52,8 +59,9 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         def begin() -> dict[str, Any]:
             found = look(folder, plan, is_debug=is_debug)
             if found != "done":
-                check_rows(settings)
-                prepare(settings, folder / "data", _DEBUG_ROWS if is_debug else None)
+                with stops.raising():  # it may take hours, and does nothing twice
+                    check_rows(settings)
+                    prepare(settings, folder / "data", _DEBUG_ROWS if is_debug else None)
                 open_run(folder, plan, found)  # nothing can be wrong any more with the input
             return {"start": found, "plan": _agreed(plan)}
 
@@ -67,7 +75,10 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
                 "the same devices, memory, run file and packages"
             )
         status = RunStatus(folder / "status.json") if session.is_rank_zero else None
-        _owned(status, lambda: _prepare_and_train(plan, session, status, say, is_debug=is_debug))
+        _owned(
+            status,
+            lambda: _prepare_and_train(plan, session, status, stops, say, is_debug=is_debug),
+        )
 
 
 def _agreed(plan: Plan) -> dict[str, Any]:
@@ -89,9 +100,6 @@ def _owned(status: RunStatus | None, work: Callable[[], None]) -> None:
     except RankZeroError as error:
         status.end("failed", error.exit_code, str(error))
         raise
-    except KeyboardInterrupt:
-        status.end("failed", 130, "interrupted before the first step")
-        raise
     except BaseException as error:
         status.end("failed", 1, f"{type(error).__name__}: {error}")
         raise
@@ -102,6 +110,7 @@ def _prepare_and_train(
     plan: Plan,
     session: Session,
     status: RunStatus | None,
+    stops: StopRequests,
     say: Callable[[str], None],
     *,
     is_debug: bool,
@@ -118,20 +127,42 @@ def _prepare_and_train(
     from pipeline.train.assemble import assemble  # torch from here on
     from pipeline.train.finish import finish
     from pipeline.train.loop import train
+    from pipeline.train.training import Training
 
-    session.start()
-    run = assemble(
-        plan,
-        session,
-        status,
-        train_split=open_split(index.train),
-        eval_split=None if index.eval is None else open_split(index.eval),
-        data_key=index.train.key,
-        base_fingerprint=session.rank_zero_first(lambda: base_fingerprint(Path(settings.model))),
-        is_debug=is_debug,
-    )
-    with run.display:
-        finish(run, train(run))
+    pulse = Pulse()
+    run: Training | None = None
+
+    def end(reason: str) -> None:
+        """For the watchdog, whose thread ends this process next."""
+        if run is not None and run.saver is not None:
+            run.saver.wait_at_most(_LAST_WRITE_S)
+        if status is None:
+            end_for_dead_owner(folder / "status.json", reason)
+        else:
+            status.end("failed", 1, reason)
+
+    def fingerprint() -> str:
+        with stops.raising():
+            return base_fingerprint(Path(settings.model))
+
+    with Watchdog(
+        session.placement, session.open_channel(), pulse, settings.hang_timeout_s, on_end=end
+    ):
+        session.start()
+        run = assemble(
+            plan,
+            session,
+            status,
+            stops,
+            pulse,
+            train_split=open_split(index.train),
+            eval_split=None if index.eval is None else open_split(index.eval),
+            data_key=index.train.key,
+            base_fingerprint=session.rank_zero_first(fingerprint),
+            is_debug=is_debug,
+        )
+        with run.display:
+            finish(run, train(run))
 
 
 def _debug_settings(settings: RunSettings) -> RunSettings:

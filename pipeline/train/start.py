@@ -1,7 +1,9 @@
 """What starting in a folder means: a new run, going on, nothing left to do, or a refusal."""
 
+import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +34,15 @@ _FREE = {
     "gradient_accumulation_steps", "gradient_checkpointing", "hpz_partition_size",
     "offload_param", "bnb_4bit_quant_storage", "deepspeed_json", "dataloader_num_workers",
     "dataloader_prefetch_factor", "logging_steps", "save_strategy", "save_steps",
-    "save_total_limit",
+    "save_total_limit", "save_must_succeed", "accept_changes", "hang_timeout_s",
 }  # fmt: skip
+
+# Keys that a word of `accept_changes` covers; what they come to is in the checkpoint's identity.
+_COVERED = {
+    "base": {"model"},
+    "data": {"train_data", "eval_data", "max_length", "train_on", "max_rejected"},
+    "total_steps": {"epochs", "max_steps"},
+}
 
 
 def open_run(folder: Path, plan: Plan, found: Start) -> None:
@@ -44,9 +53,14 @@ def open_run(folder: Path, plan: Plan, found: Start) -> None:
     if found == "new":
         clear_run(folder)
     if found != "done":
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "run.yaml", dump_settings(_resolved(plan)))
-        write_plan(folder, plan)
+        write_run(folder, plan)
+
+
+def write_run(folder: Path, plan: Plan) -> None:
+    """What makes a folder a run's: run.yaml and the plans."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "run.yaml", dump_settings(_resolved(plan)))
+    write_plan(folder, plan)
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
@@ -76,6 +90,7 @@ def look(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
     Raises UserError where something would be lost or two runs would share the folder.
     """
     settings = plan.settings
+    _require_resumable(folder, settings)
     status = read_status(folder / "status.json")
     if status is None and (folder / "plan.json").is_file():
         status = {}  # lost or damaged, as by a power cut; the run is there all the same
@@ -92,20 +107,43 @@ def look(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
     is_done = status.get("state") == "done"
     if not is_done and not _has_progress(folder):
         return _without_a_start(folder, settings.resume)
-    differences = _differences(folder / "run.yaml", plan) + _changed_adam(folder, plan)
-    if is_done:
+    covered = {key for word in settings.accept_changes for key in _COVERED[word]}
+    found = _differences(folder / "run.yaml", plan)
+    differences = [text for key, text in found.items() if key not in covered]
+    differences += _changed_adam(folder, plan)
+    if is_done and "data" not in settings.accept_changes:
         differences += _changed_inputs(folder, settings)
     if differences and not settings.overwrite:
         what = "finished" if is_done else "begun"
         raise UserError(
             f"output_dir: {folder} holds a run {what} with other settings: "
-            f"{'; '.join(differences)}; give another output_dir, put the old values back, or set "
-            "overwrite: true to replace it"
+            f"{'; '.join(differences)}; give another output_dir, put the old values back, "
+            f"{_accepting(found)}or set overwrite: true to replace it"
         )
     is_anew = settings.resume == "never" and (settings.overwrite or not is_done)
     if differences or is_anew:
+        if (folder / "checkpoints").resolve() in Path(settings.resume).resolve().parents:
+            raise UserError(
+                f"resume: {settings.resume} is of the run that a new one here would replace; give "
+                "another output_dir"
+            )
         return "new"
-    return "done" if is_done else "resume"
+    return "done" if is_done and not found else "resume"
+
+
+def _require_resumable(folder: Path, settings: RunSettings) -> None:
+    if settings.resume not in ("auto", "must", "never") and not Path(settings.resume).is_dir():
+        raise UserError(
+            f"resume: {settings.resume} is not auto, must, never or the folder of a checkpoint "
+            f"such as {folder / 'checkpoints/step-00000100'}"
+        )
+
+
+def _accepting(differences: Mapping[str, str]) -> str:
+    """The remedy that the run file may name, where it covers what differs."""
+    words = [word for word, keys in _COVERED.items() if keys & differences.keys()]
+    is_covered = all(any(key in _COVERED[word] for word in words) for key in differences)
+    return f"go on with accept_changes: [{', '.join(words)}], " if words and is_covered else ""
 
 
 def _has_progress(folder: Path) -> bool:
@@ -137,18 +175,27 @@ def _without_a_start(folder: Path, resume: str) -> Start:
     return "new"
 
 
-def _differences(run_yaml: Path, plan: Plan) -> list[str]:
-    """`key: then -> now` for each key that changes what comes out."""
+def _differences(run_yaml: Path, plan: Plan) -> dict[str, str]:
+    """`key: then -> now` by key, for each that changes what comes out."""
     try:
         then: dict[str, Any] = yaml.safe_load(run_yaml.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
-        return ["its run.yaml cannot be read"]
-    now = _resolved(plan).model_dump(mode="json")
-    return [
-        f"{key}: {then.get(key)} -> {value}"
-        for key, value in now.items()
-        if key not in _FREE and then.get(key) != value
-    ]
+        return {"": "its run.yaml cannot be read"}
+    return {
+        key: f"{key}: {then.get(key)} -> {value}"
+        for key, value in _deciding(plan).items()
+        if then.get(key) != value
+    }
+
+
+def settings_hash(plan: Plan) -> str:
+    """SHA-256 of the settings that change what comes out, for state.json."""
+    return hashlib.sha256(dump_json(_deciding(plan)).encode()).hexdigest()
+
+
+def _deciding(plan: Plan) -> dict[str, Any]:
+    settings = _resolved(plan).model_dump(mode="json")
+    return {key: value for key, value in settings.items() if key not in _FREE}
 
 
 def _changed_adam(folder: Path, plan: Plan) -> list[str]:

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,11 @@ class RunStatus:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def update(self, **fields: Any) -> None:
-        """Change fields and write the file."""
+        """Change fields and write the file; a disk that does not take it is tried again."""
         with self._lock:
             self.fields |= fields | {"heartbeat": time.time()}
-            write_atomically(self.path, dump_json(self.fields))
+            with suppress(OSError):  # reported by what it keeps from being saved
+                write_atomically(self.path, dump_json(self.fields))
 
     def end(self, state: str, exit_code: int, reason: str | None) -> None:
         """The last word about this start of the run."""
@@ -56,10 +58,16 @@ class RunStatus:
 
     def _beat(self) -> None:
         while not self._ended.wait(_HEARTBEAT_S):
-            try:
-                self.update()
-            except OSError:
-                continue  # a full disk is reported by what it keeps from being saved
+            self.update()
+
+
+def end_for_dead_owner(path: Path, reason: str) -> None:
+    """The last word about a run whose owner, rank 0, is dead; from a rank that is left."""
+    fields = read_status(path)
+    if fields is not None and fields.get("state") == "running" and not is_alive(fields):
+        fields |= {"state": "failed", "exit_code": 1, "reason": reason, "ended": time.time()}
+        with suppress(OSError):
+            write_atomically(path, dump_json(fields))
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
@@ -93,5 +101,9 @@ def _started_before(pid: int, status: dict[str, Any]) -> bool:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file so that a reader sees the old or the new one, never a part."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise

@@ -1,52 +1,93 @@
-"""Signals, the stop file and the time limit: reasons to end with a checkpoint.
+"""Signals, the stop file, the time limit, a dead launcher: reasons to end with a checkpoint.
 
-A rank only notes what it has been asked; the loop adds the notes of all ranks up once a step, so
-that all of them stop at the same one.
+A rank only notes what it has been asked; the loop asks all ranks before each micro-batch, so that
+all of them stop at the same one.
 """
 
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from pipeline.errors import Stopped
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopAgreed(Exception):
+    """All ranks have agreed to stop here; the message is this rank's reason."""
 
 
 class StopRequests:
-    """What this rank has been asked. A second Ctrl-C ends the process at once."""
+    """What this rank has been asked. A second Ctrl-C ends the process at once.
 
-    def __init__(self, run_folder: Path, time_limit_s: float | None) -> None:
-        self._file = run_folder / "stop"
+    `is_first` marks the rank that looks for the stop file, one look for the whole run.
+    """
+
+    def __init__(self, run_folder: Path, time_limit_s: float | None, *, is_first: bool) -> None:
+        self._file, self._is_first = run_folder / "stop", is_first
         began = psutil.Process().create_time()  # the scheduler's clock runs since then
         self._deadline = None if time_limit_s is None else began + time_limit_s
-        self._signal: signal.Signals | None = None
+        self._asked: str | None = None
+        self._num_interrupts = 0
+        self._is_raising = False
 
     def listen(self) -> None:
         """Replace the handlers of the signals that ask a process to end."""
-        for number in _SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
+
+    def ask(self, reason: str) -> None:
+        """Ask this rank to stop, from any thread."""
+        self._asked = self._asked or reason
+        os.kill(os.getpid(), signal.SIGTERM)  # the main thread hears of it where it waits, too
 
     def reason(self) -> str | None:
         """Why this rank wants to stop, or None."""
-        if self._signal is not None:
-            return f"signal {self._signal.name}"
-        if self._file.exists():
+        if self._asked is not None:
+            return self._asked
+        if self._is_first and self._file.exists():
             return f"the file {self._file}"
         if self._deadline is not None and time.time() > self._deadline:
             return "time_limit"
         return None
 
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Raise Stopped where a request comes: in work of one rank before there is a step."""
+        self._is_raising = True
+        try:
+            self._raise_if_asked()
+            yield
+        finally:
+            self._is_raising = False
+
     def clear(self) -> None:
         """Forget the stop file, so that the next start does not stop at once."""
-        self._file.unlink(missing_ok=True)
+        try:
+            self._file.unlink(missing_ok=True)
+        except OSError:
+            return  # a folder that is read-only by now: the next start will say so
+
+    def _raise_if_asked(self) -> None:
+        if self._asked is not None:
+            self._is_raising = False
+            raise Stopped(f"stopped before the first step ({self._asked}); start again to go on")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if number == signal.SIGINT and self._signal is signal.SIGINT:
+        self._num_interrupts += number == signal.SIGINT
+        if self._num_interrupts > 1:
             os._exit(128 + number)
-        if self._signal is None and os.environ.get("LOCAL_RANK", "0") == "0":
-            os.write(2, b"\nstopping with a checkpoint after this step ...\n")  # safe in a handler
-        self._signal = signal.Signals(number)
+        if os.environ.get("LOCAL_RANK", "0") == "0" and (
+            self._asked is None or self._num_interrupts == 1
+        ):
+            os.write(2, b"\nstopping with a checkpoint ...\n")  # safe in a handler
+        self._asked = self._asked or f"signal {signal.Signals(number).name}"
+        if self._is_raising:
+            self._raise_if_asked()

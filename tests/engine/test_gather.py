@@ -8,7 +8,7 @@ from tests.engine.train_tiny import build_engine, distance, work
 from tests.ranks import run_ranks
 from tests.tiny import Documents
 
-STEPS, MORE = 3, 2
+STEPS, MORE = 3, 5  # with 5 steps an epoch: from the middle of the first into the second
 
 
 def begin(session, folder, settings):

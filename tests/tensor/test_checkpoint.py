@@ -1,6 +1,7 @@
 """Checkpoints: what is read is what was written, and nothing damaged is ever read."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from pipeline.errors import RankZeroError, UserError
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
 
-IDENTITY = Identity(data_key="d", base_fingerprint="b", total_steps=9)
+IDENTITY = Identity(data="d", base="b", total_steps=9, adapter="lora_r 4")
 WEIGHTS = {"k.lora_A.weight": torch.randn(4, 8), "k.lora_B.weight": torch.randn(8, 4)}
 MOMENTS = {f"{k}/{m}": torch.randn_like(v) for k, v in WEIGHTS.items() for m in ("a", "b")}
 
@@ -93,9 +94,30 @@ def test_the_one_just_written_is_never_pruned(tmp_path):
 
 def test_one_of_another_run_is_refused_with_the_difference(checkpoints, tmp_path):
     path = write(checkpoints, 3)
-    other = Checkpoints(tmp_path / "checkpoints", Identity("d", "other", 10), keep=2)
-    with pytest.raises(UserError, match="base_fingerprint, total_steps changed"):
+    identity = Identity(data="d", base="other", total_steps=10, adapter="lora_r 4")
+
+    def other(*accepted: str) -> Checkpoints:
+        return Checkpoints(tmp_path / "checkpoints", identity, keep=2, accepted=accepted)
+
+    said = r"base: b -> other; total_steps: 9 -> 10; .*accept_changes: \[base, total_steps\]"
+    with pytest.raises(UserError, match=said):
+        other().read_progress(path)
+    with pytest.raises(UserError, match="total_steps: 9 -> 10"):
+        other("base").read_progress(path)
+    assert other("base", "total_steps").read_progress(path).step == 3
+
+
+def test_another_adapter_is_refused_whatever_is_accepted(checkpoints, tmp_path):
+    path = write(checkpoints, 3)
+    other = Checkpoints(
+        tmp_path / "checkpoints",
+        replace(IDENTITY, adapter="lora_r 8"),
+        keep=2,
+        accepted=("base", "data", "total_steps"),
+    )
+    with pytest.raises(UserError, match="adapter: lora_r 4 -> lora_r 8; put back") as caught:
         other.read_progress(path)
+    assert "accept_changes" not in str(caught.value)
 
 
 def test_a_write_that_is_cut_off_leaves_no_checkpoint(checkpoints, monkeypatch, tmp_path):

@@ -1,0 +1,56 @@
+"""The processes that started this rank: when they are gone, nobody would see it run on.
+
+DeepSpeed's outer command starts a launcher for each machine, and that starts the ranks. Neither
+tells its children when a signal ends it (DeepSpeed 0.19.8: the outer one dies of any, the machine's
+of SIGUSR1, SIGUSR2 and SIGKILL), and a rank's own parent does not change when the outer one dies.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+import psutil
+
+_POLL_S = 0.5
+_NODE_LAUNCHER = "deepspeed.launcher.launch"
+_LEVELS = 4  # a shell script may stand between a launcher and its ranks
+
+
+def watch_launchers(env: Mapping[str, str], ask_to_stop: Callable[[str], None]) -> None:
+    """Start a thread that asks this rank to stop once one of its launchers is gone.
+
+    Does nothing for a rank that DeepSpeed's launcher did not start.
+    """
+    if "CROSS_RANK" not in env:  # of all launchers only DeepSpeed's sets it
+        return
+    launchers = _launchers()
+    threading.Thread(
+        target=_watch, args=(launchers, ask_to_stop), name="launchers", daemon=True
+    ).start()
+
+
+def _watch(launchers: list[psutil.Process], ask_to_stop: Callable[[str], None]) -> None:
+    while launchers and all(_is_there(process) for process in launchers):
+        time.sleep(_POLL_S)
+    ask_to_stop("its launcher is gone")
+
+
+def _launchers() -> list[psutil.Process]:
+    """The machine's launcher and what started that, if it is DeepSpeed too; none if it is gone."""
+    try:
+        above = psutil.Process(os.getpid()).parents()[:_LEVELS]
+        for place, process in enumerate(above):
+            if _NODE_LAUNCHER in " ".join(process.cmdline()):
+                outer = above[place + 1 : place + 2]
+                return [process, *(p for p in outer if "deepspeed" in " ".join(p.cmdline()))]
+    except psutil.Error:
+        return []
+    return []
+
+
+def _is_there(process: psutil.Process) -> bool:
+    try:  # is_running() knows a later process with the same number from it
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

@@ -1,0 +1,30 @@
+"""What all fault tests share: the data, and a run that nothing breaks."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.runs import finish, write_run_file
+from tests.tiny import make_rows
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory, tiny_model) -> Path:
+    """Training and held-out rows; the run files and folders go beside them."""
+    folder = tmp_path_factory.mktemp("faults")
+    make_rows(folder / "train.jsonl")
+    make_rows(folder / "heldout.jsonl", 40)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_file(workspace, tiny_model):
+    """Write a run file: name, settings -> its path."""
+    return lambda name, **settings: write_run_file(workspace, name, tiny_model, **settings)
+
+
+@pytest.fixture(scope="session")
+def straight(run_file, workspace) -> Path:
+    """The folder of the run that nothing breaks: what every broken one must come to."""
+    finish(run_file("straight"))
+    return workspace / "straight"

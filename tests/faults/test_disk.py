@@ -1,0 +1,158 @@
+"""Full, read-only, forbidden and deleted folders: training goes on, and nothing older is harmed."""
+
+import os
+import shutil
+import subprocess
+from contextlib import contextmanager
+
+import pytest
+
+from tests.faults.runs import (
+    IS_FULL,
+    adapter,
+    finish,
+    losses,
+    start,
+    status,
+    steps_on_disk,
+)
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
+needs_time = pytest.mark.skipif(not IS_FULL, reason="`make faults`")
+# Root may write anywhere unless it gives that up.
+AS_ANYONE = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
+
+
+@contextmanager
+def small_disk(folder, size: str):
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(folder) -> None:
+    """Take every byte that is left."""
+    with (folder / "ballast").open("ab", buffering=0) as file:
+        for size in (65536, 4096, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
+
+
+def content(folder, step: int) -> dict[str, bytes]:
+    path = folder / f"checkpoints/step-{step:08d}"
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@needs_root
+def test_a_full_disk_costs_saves_and_nothing_else(run_file, workspace, straight):
+    with small_disk(workspace / "full", "4m") as folder:
+        run = start(run_file("full", save_total_limit=1))
+        run.wait_for_step(4)
+        fill(folder)
+        run.wait_until(lambda: "is not saved" in run.output, "a failed save")
+        newest = steps_on_disk(folder)[-1]
+        kept = content(folder, newest)
+        failed_at = status(folder).get("step")
+        run.wait_until(lambda: run.output.count("is not saved") >= 3, "more failed saves")
+        assert content(folder, newest) == kept
+        (folder / "ballast").unlink()
+        run.wait_until(lambda: steps_on_disk(folder)[-1] > newest, "a save that succeeds")
+        assert run.end() == 0, run.output
+        assert failed_at is not None
+        assert adapter(folder) == adapter(straight)
+        assert losses(folder) == losses(straight)  # the lines that found no room came later
+
+
+@needs_time
+@needs_root
+def test_save_must_succeed_ends_the_run_with_the_older_one_intact(run_file, workspace, straight):
+    with small_disk(workspace / "must", "4m") as folder:
+        path = run_file("must", save_total_limit=1, save_must_succeed=True)
+        run = start(path)
+        run.wait_for_step(4)
+        fill(folder)
+        assert run.end() == 1, run.output
+        assert "save_must_succeed" in run.output
+        assert "Traceback" not in run.output
+        (folder / "ballast").unlink()
+        newest = steps_on_disk(folder)[-1]
+        assert f"going on from step {newest}" in finish(path)
+        assert adapter(folder) == adapter(straight)
+
+
+@needs_time
+@needs_root
+def test_a_stop_on_a_full_disk_says_what_is_lost(run_file, workspace, straight):
+    with small_disk(workspace / "stopped", "4m") as folder:
+        path = run_file("stopped", save_total_limit=1)
+        run = start(path)
+        run.wait_for_step(4)
+        fill(folder)
+        run.wait_until(lambda: "is not saved" in run.output, "a failed save")
+        for process in run.ranks():
+            process.terminate()
+        assert run.end() == 1, run.output
+        assert "what was written before is untouched" in run.output
+        (folder / "ballast").unlink()
+        finish(path)
+        assert adapter(folder) == adapter(straight)
+
+
+@needs_time
+@needs_root
+def test_a_folder_that_becomes_read_only(run_file, workspace, straight):
+    path, folder = run_file("readonly"), workspace / "readonly"
+    run = start(path)
+    run.wait_for_step(4)
+    with read_only(folder):
+        assert run.end() == 1, run.output  # trained to the end, with nowhere to put the adapter
+    assert "is not saved" in run.output
+    assert "adapter cannot be written" in run.output
+    assert "Traceback" not in run.output
+    newest = steps_on_disk(folder)[-1]
+    assert f"going on from step {newest}" in finish(path)
+    assert adapter(folder) == adapter(straight)
+
+
+@contextmanager
+def read_only(folder):
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@needs_time
+def test_permission_denied(run_file, workspace, straight):
+    path, folder = run_file("denied"), workspace / "denied"
+    run = start(path, before=AS_ANYONE if os.geteuid() == 0 else ())
+    run.wait_for_step(4)
+    (folder / "checkpoints").chmod(0o555)
+    run.wait_until(lambda: "is not saved" in run.output, "a failed save")
+    (folder / "checkpoints").chmod(0o755)
+    assert run.end() == 0, run.output
+    assert "Permission denied" in run.output
+    assert adapter(folder) == adapter(straight)
+    assert steps_on_disk(folder)[-1] == 48
+
+
+@needs_time
+def test_a_folder_deleted_while_the_run_is_at_work(run_file, workspace, straight):
+    path, folder = run_file("deleted"), workspace / "deleted"
+    run = start(path)
+    run.wait_for_step(4)
+    shutil.rmtree(folder)
+    run.wait_until(lambda: (folder / "checkpoints").is_dir() and steps_on_disk(folder), "a save")
+    run.kill()
+    output = finish(path)  # what is there now is a run again
+    assert "going on from step" in output
+    assert adapter(folder) == adapter(straight)

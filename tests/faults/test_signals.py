@@ -1,0 +1,105 @@
+"""Every signal at every phase, to each process: stopped with a checkpoint, and nothing is lost."""
+
+import os
+import random
+import signal
+import time
+
+import psutil
+import pytest
+
+from tests.faults.runs import (
+    EVAL_STEPS,
+    IS_FULL,
+    SEED,
+    TOTAL_STEPS,
+    Started,
+    adapter,
+    finish,
+    losses,
+    send,
+    start,
+    status,
+    steps_on_disk,
+)
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3000)]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+PHASES = ("start-up", "step", "evaluation", "save")
+TARGETS = ("rank 0", "rank 1", "node launcher", "outer command", "terminal")
+# A supervisor's patience; DeepSpeed's launcher itself waits 30 s for a rank.
+WITHIN_S = 30.0
+SHORT = [
+    ("terminal", signal.SIGINT, "start-up"),
+    ("outer command", signal.SIGTERM, "evaluation"),
+    ("node launcher", signal.SIGUSR2, "save"),
+    ("rank 1", signal.SIGUSR1, "step"),
+]
+
+
+def deliver(run: Started, target: str, number: signal.Signals) -> None:
+    if target == "terminal":
+        os.killpg(run.process.pid, number)  # as Ctrl-C does
+    elif target == "outer command":
+        run.process.send_signal(number)
+    elif target == "node launcher":
+        send(run.node_launcher(), number)
+    else:
+        ranks = run.ranks()
+        send(ranks[int(target[-1]) % len(ranks)], number)
+
+
+def wait_for(run: Started, phase: str, step: int, chance: random.Random) -> None:
+    if phase == "start-up":
+        run.wait_for_ranks()
+        time.sleep(chance.uniform(0, 8))
+    elif phase == "step":
+        run.wait_for_step(step)
+        time.sleep(chance.uniform(0, 0.1))
+    elif phase == "save":
+        run.wait_for_save(step)
+    else:  # the evaluation comes right after its step
+        run.wait_for_step(-(-step // EVAL_STEPS) * EVAL_STEPS)
+
+
+def cases():
+    """For each target one run, hit by every signal in every phase in turn."""
+    if not IS_FULL:
+        return [("short", SHORT)]
+    return [(t, [(t, s, p) for p in PHASES for s in SIGNALS]) for t in TARGETS]
+
+
+@pytest.mark.parametrize(("name", "hits"), cases(), ids=[name for name, _ in cases()])
+def test_a_signal_stops_with_a_checkpoint(run_file, workspace, straight, name, hits):
+    name = f"signalled-{name.replace(' ', '-')}"
+    path, folder = run_file(name), workspace / name
+    chance, lost, before = random.Random(f"{SEED} {name}"), 0, 0
+    for turn, (target, number, phase) in enumerate(hits):
+        run = start(path)
+        step = min(before + chance.randrange(1, 3), TOTAL_STEPS - EVAL_STEPS)
+        wait_for(run, phase, step, chance)
+        assert not run.is_over(), f"{turn}: came too late"
+        deliver(run, target, number)
+        began = time.monotonic()
+        code = run.end(WITHIN_S)
+        took, said = time.monotonic() - began, status(folder)
+        print(
+            f"{number.name} to {target} in {phase}: code {code}, status {said.get('state')} "
+            f"{said.get('exit_code')} at step {said.get('step')}, all gone in {took:.1f} s"
+        )
+        assert not psutil.pid_exists(run.process.pid)
+        if phase == "start-up":
+            continue  # before the handlers are there a signal just ends a process
+        assert (said["state"], said["exit_code"]) == ("stopped", 75), run.output
+        assert steps_on_disk(folder)[-1] == said["step"] >= before, run.output
+        if "rank" in target:
+            assert code == 75, run.output
+        if before:
+            lost += before - run.resumed_step()
+        before = said["step"]
+    output = finish(path)
+    assert f"going on from step {before}" in output
+    assert adapter(folder) == adapter(straight)
+    assert losses(folder) == losses(straight)
+    print(f"{len(hits)} signals, steps lost: {lost}")
+    assert lost == 0

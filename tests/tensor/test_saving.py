@@ -1,0 +1,94 @@
+"""Writes beside the training: one at a time, failures told and made up for."""
+
+import threading
+
+import pytest
+import torch
+
+from pipeline.errors import RankZeroError
+from pipeline.plan.stopping import slow_stop
+from pipeline.train.checkpoint import Checkpoints, Identity, Progress
+from pipeline.train.saving import Saver
+
+WEIGHTS, MOMENTS = {"k": torch.randn(4)}, {"k/exp_avg": torch.randn(4)}
+DEADLINE_S = 30
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    identity = Identity(data="d", base="b", total_steps=9, adapter="lora_r 4")
+    return Checkpoints(tmp_path / "checkpoints", identity, keep=2)
+
+
+@pytest.fixture
+def saver(checkpoints):
+    return Saver(checkpoints, lambda: None)
+
+
+def test_the_training_does_not_wait_and_only_one_write_is_in_flight(
+    saver, checkpoints, monkeypatch
+):
+    gate, written, at_work = threading.Event(), [], []
+    write = checkpoints.write
+
+    def slow(weights, moments, progress):
+        at_work.append(progress.step)
+        assert len(at_work) == len(written) + 1
+        assert gate.wait(DEADLINE_S)
+        write(weights, moments, progress)
+        written.append(progress.step)
+
+    monkeypatch.setattr(checkpoints, "write", slow)
+    progress = Progress(step=3, optimizer_step=3)
+    saver.save(WEIGHTS, MOMENTS, progress)
+    assert written == []  # and here we are
+    progress.step = 4  # the loop goes on; what is being written stays step 3
+    second = threading.Thread(target=saver.save, args=(WEIGHTS, MOMENTS, progress))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()  # waits for the one in flight
+    gate.set()
+    second.join(DEADLINE_S)
+    assert saver.wait() is None
+    assert written == [3, 4]
+    assert checkpoints.newest()[0].name == "step-00000004"
+    assert checkpoints.read_progress(checkpoints.newest()[0].with_name("step-00000003")).step == 3
+
+
+def test_a_failed_write_is_told_once_and_made_up_for(saver, checkpoints, tmp_path):
+    saver.save(WEIGHTS, MOMENTS, Progress(step=3))
+    assert saver.wait() is None
+    saver.news()
+    blocked = tmp_path / "checkpoints/.step-00000004.new"
+    blocked.write_text("a file where the folder should be")
+    saver.save(WEIGHTS, MOMENTS, Progress(step=4))
+    assert "step 4 is not saved" in saver.wait()
+    with pytest.raises(RankZeroError, match="step 4 is not saved"):
+        saver.require_written()
+    assert "step 4 is not saved" in saver.news()[0]
+    assert saver.news() == (None, None)
+    assert checkpoints.newest()[0].name == "step-00000003"
+    blocked.unlink()
+    saver.save(WEIGHTS, MOMENTS, Progress(step=5))
+    saver.require_written()
+    assert checkpoints.newest()[0].name == "step-00000005"
+
+
+def test_a_best_adapter_that_could_not_be_written_is_not_lost(saver, checkpoints, tmp_path):
+    progress = Progress(step=4, best_step=4, best_loss=1.0)
+    blocked = tmp_path / "checkpoints/.best-00000004.new"
+    blocked.parent.mkdir()
+    blocked.write_text("a file where the folder should be")
+    saver.keep_best(WEIGHTS, progress)
+    assert "the best adapter, of step 4 is not saved" in saver.wait()
+    assert torch.equal(saver.best(progress)["k"], WEIGHTS["k"])  # from memory
+    blocked.unlink()
+    saver.save(WEIGHTS, MOMENTS, progress)
+    assert saver.wait() is None
+    assert checkpoints.has_best(progress)  # the next save wrote it too
+    assert torch.equal(saver.best(progress)["k"], WEIGHTS["k"])
+
+
+def test_a_stop_that_a_launcher_would_not_wait_for_is_warned_of():
+    assert slow_stop(20.0, 9.0) is None
+    assert "20 + 11 s" in slow_stop(20.0, 11.0)

@@ -1,0 +1,120 @@
+"""Requests to stop: noted, kept, raised before there is a step; and who hangs is named."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipeline.errors import Stopped
+from pipeline.train.stop import STOP_SIGNALS, StopRequests
+from pipeline.train.watchdog import who_hangs
+
+
+@pytest.fixture
+def stops(tmp_path):
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    stops = StopRequests(tmp_path, None, is_first=True)
+    stops.listen()
+    yield stops
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_the_first_request_is_the_reason(stops, number):
+    assert stops.reason() is None
+    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stops.reason() == f"signal {signal.Signals(number).name}"
+
+
+def test_one_rank_looks_for_the_stop_file_and_clears_it(stops, tmp_path):
+    other = StopRequests(tmp_path, None, is_first=False)
+    (tmp_path / "stop").touch()
+    assert stops.reason() == f"the file {tmp_path / 'stop'}"
+    assert other.reason() is None
+    stops.clear()
+    assert stops.reason() is None
+
+
+def test_the_time_limit_runs_since_the_process_began(tmp_path):
+    assert StopRequests(tmp_path, 0.0, is_first=False).reason() == "time_limit"
+    assert StopRequests(tmp_path, 9e6, is_first=False).reason() is None
+
+
+def test_long_work_before_the_first_step_is_broken_off(stops):
+    began = time.monotonic()
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    with pytest.raises(Stopped, match="before the first step"), stops.raising():
+        time.sleep(30)
+    assert time.monotonic() - began < 30
+    assert stops.reason() == "signal SIGUSR1"
+    os.kill(os.getpid(), signal.SIGUSR1)  # outside it is only noted
+    with pytest.raises(Stopped), stops.raising():
+        raise AssertionError("it had been asked before")
+
+
+def test_another_thread_may_ask(stops):
+    stops.ask("its launcher is gone")
+    assert stops.reason() == "its launcher is gone"
+
+
+CODE = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.train.stop import StopRequests
+stops = StopRequests(Path("nowhere"), None, is_first=True)
+stops.listen()
+for number in sys.argv[1:]:
+    os.kill(os.getpid(), int(number))
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code"), [((2,), 0), ((15, 15, 2), 0), ((2, 2), 130), ((2, 15, 2), 130)]
+)
+def test_a_second_ctrl_c_ends_at_once(numbers, code):
+    found = subprocess.run(
+        [sys.executable, "-c", CODE, *map(str, numbers)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == code
+    assert found.stdout == ("" if code else "went on\n")
+
+
+def pulse(**fields):
+    return {
+        "host": "a",
+        "step": 7,
+        "phase": "the forward pass",
+        "beats": 9,
+        "where": "x.py:3",
+    } | fields
+
+
+def test_the_rank_that_has_come_least_far_is_named():
+    pulses = {0: pulse(), 1: pulse(beats=8, phase="the backward pass", host="b"), 2: pulse()}
+    said = who_hangs(pulses, [], 60)
+    assert "rank 1 on b hangs at step 7 in the backward pass (x.py:3)" in said
+    assert "rank 0 on" not in said
+    assert "the others wait" in said
+
+
+def test_a_stopped_process_is_named_whatever_it_showed_last():
+    said = who_hangs({0: pulse(beats=8), 1: pulse(beats=9)}, [1], 60)
+    assert "rank 1 on a hangs" in said
+    assert "stopped" in said
+    assert "rank 0 on" not in said
+
+
+def test_where_no_one_is_behind_all_are_named():
+    said = who_hangs({0: pulse(), 1: pulse()}, [], 60)
+    assert "all ranks hang" in said
+    assert said.count("hangs at step 7") == 2
