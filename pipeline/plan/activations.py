@@ -31,7 +31,13 @@ class Activations:
 
 
 def activations(
-    shape: ModelShape, settings: RunSettings, layout: Layout, tokens: int, *, is_cuda: bool
+    shape: ModelShape,
+    settings: RunSettings,
+    layout: Layout,
+    tokens: int,
+    supervised_share: float = 1.0,
+    *,
+    is_cuda: bool,
 ) -> Activations:
     """Activations of micro-batches whose sequences have `tokens` tokens."""
     b, h = layout.bytes_per_value, shape.hidden_size
@@ -43,7 +49,8 @@ def activations(
         block_working=count * (2 * inner + 2 * h) * b,
         # RMSNorm in fp32 has five tensors of its width at once; LayerNorm is one kernel
         final_working=count * h * (b + (20 if shape.norm_kind == "rms" else b)),
-        logits=_logits(shape, count) + count * h * b,
+        logits=int(supervised_share * count) * h * b
+        + _logits(shape, int(supervised_share * count)),
     )
 
 

@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.activations import activations
+from pipeline.plan.activations import Activations, activations
 from pipeline.plan.adapted import adapted, trainable_parameters
 from pipeline.plan.gathers import gathers
 from pipeline.plan.hardware import Hardware
 from pipeline.plan.layout import DTYPE_BYTES, Layout
 from pipeline.plan.shape import ModelShape
 
-# Gradients and Adam's work run over flat buffers of at most this many elements.
-_MAX_BUCKET = 50_000_000
+# Elements of a reduce bucket: 64 MB of fp32, enough to fill a link, and copied twice while reduced.
+_MAX_BUCKET = 2**24
 # Of a process with CUDA, kernels and NCCL's buffers loaded; an assumption, not measured on a GPU.
 _CUDA_CONTEXT = 700 * 2**20
 # What the caching allocator holds beyond live tensors; an assumption, not measured on a GPU.
@@ -55,11 +55,21 @@ class Memory:
 
 
 def memory(
-    shape: ModelShape, settings: RunSettings, layout: Layout, hardware: Hardware, tokens: int
+    shape: ModelShape,
+    settings: RunSettings,
+    layout: Layout,
+    hardware: Hardware,
+    tokens: int,
+    *,
+    supervised_share: float = 1.0,
 ) -> Memory:
-    """Memory of a run whose longest sequences have `tokens` tokens."""
+    """Memory of a run whose longest sequences have `tokens` tokens.
+
+    `supervised_share` of them have logits; without it all of them, which is the upper bound.
+    """
     is_cuda = hardware.kind == "cuda"
-    moments = _moments(shape, settings, layout, tokens, is_cuda=is_cuda)
+    acts = activations(shape, settings, layout, tokens, supervised_share, is_cuda=is_cuda)
+    moments = _moments(shape, settings, layout, acts, is_cuda=is_cuda)
     always = _resident(shape, settings, layout)
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     terms = always | moments[worst]
@@ -81,7 +91,8 @@ def memory(
 def bucket_elements(shape: ModelShape, settings: RunSettings) -> int:
     """Elements of a ZeRO reduce bucket: all gradients at once if they are small enough."""
     adapter = adapted(shape, settings)
-    return max(min(adapter.parameters, _MAX_BUCKET), adapter.largest_matrix)
+    elements = max(min(adapter.parameters, _MAX_BUCKET), adapter.largest_matrix)
+    return elements + elements % 2  # DeepSpeed asserts an even number
 
 
 def base_bytes(shape: ModelShape, settings: RunSettings, training_dtype: str) -> int:
@@ -151,10 +162,9 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
 
 
 def _moments(
-    shape: ModelShape, settings: RunSettings, layout: Layout, tokens: int, *, is_cuda: bool
+    shape: ModelShape, settings: RunSettings, layout: Layout, acts: Activations, *, is_cuda: bool
 ) -> dict[str, dict[str, int]]:
     """What is alive beside the resident terms, at each moment that may be the worst of a step."""
-    acts = activations(shape, settings, layout, tokens, is_cuda=is_cuda)
     k = layout.checkpointed_layers
     boundaries, others = k * acts.boundary, (shape.num_layers - k) * acts.block
     kept = boundaries + others

@@ -42,6 +42,14 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LargestBatch:
+    """The largest micro-batch that has run: tokens of a sequence, share that counts in the loss."""
+
+    tokens: int
+    supervised_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What will run."""
 
@@ -83,6 +91,17 @@ class Plan:
         if self.data is not None and self.data.is_exact and self.data.longest is not None:
             longest = min(longest, self.data.longest)
         return memory(self.shape, self.settings, self.layout, self.hardware, longest)
+
+    def tensor_bytes(self, batch: LargestBatch) -> int:
+        """Predicted peak of live tensors for micro-batches like this one, loading included."""
+        return memory(
+            self.shape,
+            self.settings,
+            self.layout,
+            self.hardware,
+            batch.tokens,
+            supervised_share=batch.supervised_share,
+        ).tensor_bytes
 
     @property
     def speed(self) -> Speed:

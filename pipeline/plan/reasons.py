@@ -59,10 +59,10 @@ def _alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> st
         return f"the only one that can be: {name} {best.refusal}"
     own, seconds = (_seconds(c.speed.seconds_per_step) for c in (chosen, best))
     if best.layout.is_sharded and not chosen.layout.is_sharded:
-        return f"the base fits on every rank, so the adapter alone travels; {own} a step"
+        return "the base fits on every rank, so the adapter alone travels"
     if best.layout.offload_param != chosen.layout.offload_param:
-        return f"the base fits on the devices, so nothing waits for host memory; {own} a step"
-    return f"the fastest that fits: {own} a step; {name} would take {seconds}"
+        return "the base fits on the devices, so nothing waits for host memory"
+    return f"the fastest that fits: {own} a step of full sequences; {name} would take {seconds}"
 
 
 def _checkpointing(

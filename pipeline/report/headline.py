@@ -44,7 +44,7 @@ def method(run: RunFolder) -> list[str]:
         )
     if "zero_stage" in choice:
         words.append(f"ZeRO-{choice['zero_stage']}")
-    words += [str(choice["training_dtype"])] if "training_dtype" in choice else []
+    words += [str(model["training_dtype"])] if "training_dtype" in model else []
     if "name" in hardware:
         ranks = hardware.get("ranks", 1)
         words.append(f"{ranks} x {hardware['name']}" if ranks != 1 else str(hardware["name"]))

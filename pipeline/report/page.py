@@ -21,7 +21,11 @@ from pipeline.report.folder import RunFolder, mapping, number, read_run_folder
 from pipeline.report.headline import MODELS, method, model_name, tiles
 from pipeline.report.plots import NARROW, line_curve, loss_curve, smoothing_window
 
-_RUN_FILE_NAMES = {"micro_batch_size": "batch_size"}  # of the keys of a plan's choice
+# Names in a run file of keys of a plan's choice.
+_RUN_FILE_NAMES = {
+    "micro_batch_size": "batch_size",
+    "checkpointed_layers": "gradient_checkpointing",
+}
 _TOLERANCE = 0.10  # between predicted and measured memory
 
 
@@ -161,22 +165,28 @@ def _rules(run: RunFolder) -> list[dict[str, str]]:
 
 
 def _memory(run: RunFolder) -> Mapping[str, Any] | None:
-    """Predicted terms, the largest first, and the measured peak beside their sum."""
+    """Predicted terms, the largest first, and their sum.
+
+    Measured is the peak of live tensors; it stands beside the prediction for the largest
+    micro-batch that ran, which the run has written with it.
+    """
     memory = mapping(run.plan.get("memory"))
     terms = {k: size for k, v in mapping(memory.get("per_rank")).items() if (size := number(v))}
     peak = number(memory.get("peak_bytes")) or sum(terms.values())
     if not peak:
         return None
     measured = max((value for _, value in run.measured("peak_bytes")), default=None)
+    expected = max((value for _, value in run.measured("predicted_bytes")), default=None)
     device = number(memory.get("device_bytes"))
-    error = None if not measured else peak / measured - 1
-    show = text.gib(max([peak, *([measured] if measured else [])]))
+    error = None if not measured or not expected else expected / measured - 1
+    show = text.gib(max(peak, measured or 0))
     return {
         "terms": [
             (key, show(size), 100 * size / max(terms.values()))
             for key, size in sorted(terms.items(), key=lambda item: -item[1])
         ],
         "peak": show(peak),
+        "expected": show(expected) if expected else None,
         "measured": show(measured) if measured else None,
         "error": None
         if error is None

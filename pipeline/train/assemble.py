@@ -15,7 +15,7 @@ from pipeline.model.base import load_base
 from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
 from pipeline.train.engine import Engine
-from pipeline.train.metrics import MetricsFile
+from pipeline.train.metrics import MetricsFile, PeakBytes
 from pipeline.train.progress import ProgressDisplay
 from pipeline.train.saving import Saver
 from pipeline.train.start import settings_hash, write_run
@@ -55,6 +55,7 @@ def assemble(
         about=_about(plan),
     )
     found, notes = _checkpoint_to_resume(checkpoints, session, settings.resume)
+    peak = PeakBytes(session.device, is_watched=session.is_rank_zero)
     engine = Engine(attach_adapter(load_base(plan, session.device), plan), plan, pulse.beat)
     progress = Progress()
     if found is not None:
@@ -94,6 +95,7 @@ def assemble(
         display=display,
         stops=stops,
         pulse=pulse,
+        peak=peak,
         saver=Saver(checkpoints, lambda: _put_back(folder, plan)) if is_shown else None,
         metrics=MetricsFile(folder / "metrics.jsonl", progress.step) if is_shown else None,
         status=status,

@@ -13,11 +13,11 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from peft import PeftModel
 
 from pipeline.adapter.gather import count_overflows_ourselves, is_at_smallest_scale
-from pipeline.data.batches import Batch
+from pipeline.data.batches import IGNORED, Batch
 from pipeline.model.adapter import trainable
 from pipeline.model.base import forget_input_gradients, require_input_gradients
 from pipeline.model.loss import SummedLoss, chunks_for_any_batch
-from pipeline.plan.plan import Plan
+from pipeline.plan.plan import LargestBatch, Plan
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Engine:
         self.parameters = trainable(model)
         self._on_phase = on_phase
         self._world_size = plan.world_size
+        self.largest_batch = LargestBatch(tokens=1, supervised_share=1.0)
+        self._most_tokens = 0
         is_sharded = plan.layout.is_sharded
         causal: Any = model.get_base_model()
         is_reentrant = is_sharded and plan.layout.checkpointed_layers > 0
@@ -116,6 +118,7 @@ class Engine:
         only, over all ranks, and skips the step on all of them (0.19.8, every stage and dtype).
         """
         torch.manual_seed(seeded.seed)
+        self._note_size(seeded.batch)
         self._on_phase("the forward pass")
         loss_sum = self._forward(seeded.batch)
         factor = torch.full_like(loss_sum, self._world_size / supervised_tokens)
@@ -123,6 +126,14 @@ class Engine:
         self._on_phase("the backward pass")
         self.deepspeed.backward(scaled, scale_wrt_gas=False)
         return loss_sum
+
+    def _note_size(self, batch: Batch) -> None:
+        """Remember the largest micro-batch: what the memory that was measured is compared for."""
+        if batch.input_ids.numel() > self._most_tokens:
+            self._most_tokens = batch.input_ids.numel()
+            share = float((batch.labels != IGNORED).double().mean())
+            tokens = batch.input_ids.shape[1]
+            self.largest_batch = LargestBatch(tokens=tokens, supervised_share=share)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> float:

@@ -14,7 +14,7 @@ from pipeline.evaluate.heldout import held_out_loss
 from pipeline.model.adapter import expected_shapes
 from pipeline.train.engine import SeededBatch, StepResult
 from pipeline.train.keeping import keep_best, save, save_before_stop, tell_of_saves
-from pipeline.train.metrics import Stopwatch, peak_device_bytes
+from pipeline.train.metrics import Stopwatch
 from pipeline.train.stop import StopAgreed
 from pipeline.train.training import Training
 
@@ -125,6 +125,7 @@ def _line(
     result: StepResult,
     seconds: float,
 ) -> dict[str, Any]:
+    peak, largest = run.peak.after_step(), run.engine.largest_batch
     return {
         "step": step + 1,
         "epoch": round((step + 1) / run.plan.steps.steps_per_epoch, 4),
@@ -135,7 +136,8 @@ def _line(
         "supervised_tokens": supervised,
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
-        "peak_bytes": peak_device_bytes(run.engine.device),
+        "peak_bytes": peak,
+        "predicted_bytes": None if peak is None else run.plan.tensor_bytes(largest),
         "was_applied": result.was_applied,
     }
 

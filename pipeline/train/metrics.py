@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from pipeline.train.live_bytes import LiveBytes
+
 
 class MetricsFile:
     """Appends lines; of an earlier start it keeps those up to the step that is resumed from."""
@@ -55,6 +57,31 @@ class Stopwatch:
         return seconds
 
 
-def peak_device_bytes(device: torch.device) -> int | None:
-    """Most bytes in tensors on a CUDA device so far; None on a CPU, where nothing counts them."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+class PeakBytes:
+    """Most bytes in live tensors since it was made, from before the model is loaded.
+
+    CUDA counts them for as long as the run lasts. On a CPU every operator is watched, so only the
+    first steps of a start are, and on rank 0 alone.
+    """
+
+    _WATCHED_STEPS = 2
+
+    def __init__(self, device: torch.device, *, is_watched: bool) -> None:
+        self._device = device
+        self._steps_left = self._WATCHED_STEPS
+        self._live = LiveBytes() if is_watched and device.type == "cpu" else None
+        if self._live is not None:
+            self._live.__enter__()  # type: ignore[no-untyped-call]
+
+    def after_step(self) -> int | None:
+        """The peak so far, in bytes; None on a CPU that is not watched any more."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        live = self._live
+        if live is None:
+            return None
+        self._steps_left -= 1
+        if not self._steps_left:
+            live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._live = None
+        return live.peak
