@@ -24,7 +24,10 @@ def watch_launchers(env: Mapping[str, str], ask_to_stop: Callable[[str], None]) 
     """
     if "CROSS_RANK" not in env:  # of all launchers only DeepSpeed's sets it
         return
-    launchers = _launchers()
+    try:
+        launchers = _launchers()
+    except psutil.AccessDenied:
+        return  # nothing can be seen here
     threading.Thread(
         target=_watch, args=(launchers, ask_to_stop), name="launchers", daemon=True
     ).start()
@@ -38,19 +41,23 @@ def _watch(launchers: list[psutil.Process], ask_to_stop: Callable[[str], None]) 
 
 def _launchers() -> list[psutil.Process]:
     """The machine's launcher and what started that, if it is DeepSpeed too; none if it is gone."""
-    try:
-        above = psutil.Process(os.getpid()).parents()[:_LEVELS]
-        for place, process in enumerate(above):
-            if _NODE_LAUNCHER in " ".join(process.cmdline()):
-                outer = above[place + 1 : place + 2]
-                return [process, *(p for p in outer if "deepspeed" in " ".join(p.cmdline()))]
-    except psutil.Error:
-        return []
+    above = psutil.Process(os.getpid()).parents()[:_LEVELS]
+    for place, process in enumerate(above):
+        if _NODE_LAUNCHER in _command(process):
+            outer = above[place + 1 : place + 2]
+            return [process, *(p for p in outer if "deepspeed" in _command(p))]
     return []
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _is_there(process: psutil.Process) -> bool:
     try:  # is_running() knows a later process with the same number from it
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except psutil.NoSuchProcess:
         return False
