@@ -27,9 +27,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-# Every fault that tests/faults knows, at length: FAULTS_SEED=N draws others. `make test` has a short form.
+# Every fault that tests/faults knows, at length; FAULTS_SEED=N draws others. `make test` has a few.
 faults: $(VENV)/.installed
-	FAULTS=full $(BIN)/python -m pytest tests/faults -s
+	FAULTS=full $(BIN)/python -m pytest tests/group/test_watchdog.py tests/faults -s
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -120,7 +120,7 @@ class Session:
             timeout=_COLLECTIVE_TIMEOUT,
             device_id=self.device if self._is_cuda else None,
         )
-        if self._is_cuda:
+        if self._is_cuda and self.placement.world_size > 1:
             # What ranks agree on are numbers on the host: through gloo they cost no wait for the
             # device, so that asking before each micro-batch leaves its queue full.
             self._host_group = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)

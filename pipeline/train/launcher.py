@@ -14,6 +14,7 @@ import psutil
 
 _POLL_S = 0.5
 _NODE_LAUNCHER = "deepspeed.launcher.launch"
+_BY_OUTER = "--log_level="  # what nobody gives who starts the machine's launcher by hand
 _LEVELS = 4  # a shell script may stand between a launcher and its ranks
 
 
@@ -24,7 +25,10 @@ def watch_launchers(env: Mapping[str, str], ask_to_stop: Callable[[str], None]) 
     """
     if "CROSS_RANK" not in env:  # of all launchers only DeepSpeed's sets it
         return
-    launchers = _launchers()
+    try:
+        launchers = _launchers(is_one_machine=env.get("CROSS_SIZE") == "1")
+    except psutil.AccessDenied:
+        return  # nothing can be seen here
     threading.Thread(
         target=_watch, args=(launchers, ask_to_stop), name="launchers", daemon=True
     ).start()
@@ -36,21 +40,29 @@ def _watch(launchers: list[psutil.Process], ask_to_stop: Callable[[str], None]) 
     ask_to_stop("its launcher is gone")
 
 
-def _launchers() -> list[psutil.Process]:
-    """The machine's launcher and what started that, if it is DeepSpeed too; none if it is gone."""
-    try:
-        above = psutil.Process(os.getpid()).parents()[:_LEVELS]
-        for place, process in enumerate(above):
-            if _NODE_LAUNCHER in " ".join(process.cmdline()):
-                outer = above[place + 1 : place + 2]
-                return [process, *(p for p in outer if "deepspeed" in " ".join(p.cmdline()))]
-    except psutil.Error:
-        return []
+def _launchers(*, is_one_machine: bool) -> list[psutil.Process]:
+    """The machine's launcher and what started that, if it is DeepSpeed too; none if one is gone.
+
+    On one machine the outer command always started the launcher; elsewhere a remote shell did.
+    """
+    above = psutil.Process(os.getpid()).parents()[:_LEVELS]
+    for place, process in enumerate(above):
+        if _NODE_LAUNCHER in _command(process):
+            outer = [p for p in above[place + 1 : place + 2] if "deepspeed" in _command(p)]
+            is_gone = is_one_machine and not outer and _BY_OUTER in _command(process)
+            return [] if is_gone else [process, *outer]
     return []
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _is_there(process: psutil.Process) -> bool:
     try:  # is_running() knows a later process with the same number from it
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except psutil.NoSuchProcess:
         return False

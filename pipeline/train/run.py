@@ -38,7 +38,6 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         settings = _debug_settings(settings)
     placement, folder = from_environment(os.environ), Path(settings.output_dir)
     stops = StopRequests(folder, settings.time_limit_s, is_first=placement.rank == 0)
-    stops.listen()
     watch_launchers(os.environ, stops.ask)
     hardware = detect_hardware()
     set_environment(placement, hardware)
@@ -51,6 +50,10 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     )
     check_inputs(plan)
     with Session(placement, hardware) as session:
+        channel = session.open_channel()
+        # Up to here a signal just ends the process: another rank may never come to the meeting,
+        # and there is nothing to save.
+        stops.listen()
 
         def say(text: str) -> None:
             if session.is_rank_zero:
@@ -77,7 +80,9 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         status = RunStatus(folder / "status.json") if session.is_rank_zero else None
         _owned(
             status,
-            lambda: _prepare_and_train(plan, session, status, stops, say, is_debug=is_debug),
+            lambda: _prepare_and_train(
+                plan, session, channel, status, stops, say, is_debug=is_debug
+            ),
         )
 
 
@@ -109,6 +114,7 @@ def _owned(status: RunStatus | None, work: Callable[[], None]) -> None:
 def _prepare_and_train(
     plan: Plan,
     session: Session,
+    channel: Any,
     status: RunStatus | None,
     stops: StopRequests,
     say: Callable[[str], None],
@@ -145,9 +151,7 @@ def _prepare_and_train(
         with stops.raising():
             return base_fingerprint(Path(settings.model))
 
-    with Watchdog(
-        session.placement, session.open_channel(), pulse, settings.hang_timeout_s, on_end=end
-    ):
+    with Watchdog(session.placement, channel, pulse, settings.hang_timeout_s, on_end=end):
         session.start()
         run = assemble(
             plan,

@@ -134,15 +134,19 @@ class Watchdog:
                 self._leave(text, is_ours=is_first)
 
     def _look_at_ranks(self) -> None:
-        if self._channel.check([_VERDICT]):
-            verdict = json.loads(self._channel.get(_VERDICT))
-            self._leave(verdict["text"], is_ours=self._placement.rank == 0)
+        self._heed_verdict()
         if time.monotonic() - self._shown > _SHOW_S:
             self._show()
         self._find_siblings()
         for rank, process in self._siblings.items():
             if _is_gone(process) and not self._is_leaving(rank):
                 self._end_for(rank)
+
+    def _heed_verdict(self) -> None:
+        """Leave, if a rank has found out why all must."""
+        if self._channel.check([_VERDICT]):
+            verdict = json.loads(self._channel.get(_VERDICT))
+            self._leave(verdict["text"], is_ours=self._placement.rank == 0)
 
     def _find_siblings(self) -> None:
         """Ranks of this machine, as they come: their processes can be seen from here."""
@@ -193,6 +197,7 @@ class Watchdog:
             before = self._read_pulses()
             for _ in range(int(_FROZEN_S)):
                 time.sleep(1.0)
+                self._heed_verdict()
                 self._show()
             pulses = self._read_pulses()
             frozen = [rank for rank, pulse in pulses.items() if pulse == before.get(rank)]
@@ -238,6 +243,8 @@ class Watchdog:
     def _leave(self, text: str, *, is_ours: bool) -> NoReturn:
         if is_ours:
             self._on_end(text)
+        if self._placement.rank == 0 and self._channel is not None:
+            time.sleep(_READING_S)  # the store ends with this process
         os._exit(1)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -77,8 +78,16 @@ def run(*command: str | Path) -> tuple[int, str]:
     return process.returncode, output
 
 
+def launcher() -> tuple[str | Path, ...]:
+    """DeepSpeed's command for two ranks, at a port that no other run has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return (BIN / "deepspeed", "--num_accelerators", "2", "--master_port", port)
+
+
 def deepspeed(run_file: Path, *more: str) -> tuple[int, str]:
-    return run(BIN / "deepspeed", "--num_accelerators", "2", "launch/train.py", run_file, *more)
+    return run(*launcher(), "launch/train.py", run_file, *more)
 
 
 def python(script: str, *more: str | Path) -> tuple[int, str]:
@@ -137,7 +146,7 @@ def test_stopped_and_started_again_is_bitwise_the_same(run_file, workspace, stra
     name = how.split()[0]
     workers = 1 if how == "stop file" else 0  # who builds the batches changes nothing
     broken, folder = run_file(name, dataloader_num_workers=workers), workspace / name
-    process = start(BIN / "deepspeed", "--num_accelerators", "2", "launch/train.py", broken)
+    process = start(*launcher(), "launch/train.py", broken)
     wait_for_step(folder, 4, process)
     if how == "stop file":
         (folder / "stop").touch()
@@ -165,7 +174,7 @@ def test_killed_in_the_middle_goes_on_from_the_newest_intact_checkpoint(
     run_file, workspace, straight
 ):
     path, folder = run_file("killed"), workspace / "killed"
-    process = start(BIN / "deepspeed", "--num_accelerators", "2", "launch/train.py", path)
+    process = start(*launcher(), "launch/train.py", path)
     wait_for_step(folder, 8, process)  # after the checkpoints of steps 3 and 6
     for pid in ranks_of(path):
         os.kill(pid, 9)
@@ -179,6 +188,19 @@ def test_killed_in_the_middle_goes_on_from_the_newest_intact_checkpoint(
     assert f"{newest} is passed over: adapter.safetensors is not what was written" in output
     assert "going on from step" in output
     assert same_adapter(folder, straight)
+
+
+def test_another_run_starts_from_a_named_checkpoint(run_file, workspace, straight):
+    named = straight / "checkpoints/step-00000009"
+    path, folder = run_file("descendant", resume=str(named)), workspace / "descendant"
+    code, output = deepspeed(path)
+    assert code == 0, output
+    assert f"going on from step 9 ({named})" in output
+    assert same_adapter(folder, straight)
+    state = json.loads((folder / "checkpoints/step-00000012/state.json").read_text())
+    assert state["origin"] == str(named)
+    assert state["progress"]["step"] == state["schedule"]["total_steps"] == 12
+    assert state["progress"]["documents"] == 24
 
 
 def test_the_best_adapter_is_exported_and_patience_ends_the_run(run_file, workspace):

@@ -89,7 +89,7 @@ class Started:
     def wait_until(self, claim: Callable[[], object], what: str) -> None:
         """Wait for something to be seen while the run is at work."""
         while not claim():
-            if not self.processes():
+            if self.process.poll() is not None and not self.processes():
                 raise AssertionError(f"ended before {what}:\n{self.output}")
             if time.monotonic() - self.began > DEADLINE_S:
                 raise AssertionError(f"no {what} in {DEADLINE_S} s:\n{self.output}")

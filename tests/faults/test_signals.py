@@ -83,6 +83,7 @@ def test_a_signal_stops_with_a_checkpoint(run_file, workspace, straight, name, h
         began = time.monotonic()
         code = run.end(WITHIN_S)
         took, said = time.monotonic() - began, status(folder)
+        assert took < WITHIN_S, run.output
         print(
             f"{number.name} to {target} in {phase}: code {code}, status {said.get('state')} "
             f"{said.get('exit_code')} at step {said.get('step')}, all gone in {took:.1f} s"

@@ -1,5 +1,6 @@
 """Checkpoints: what is read is what was written, and nothing damaged is ever read."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -156,3 +157,54 @@ def test_the_best_is_kept_beside_them(checkpoints, tmp_path):
     (tmp_path / "checkpoints/best-00000012/adapter.safetensors").unlink()
     with pytest.raises(RankZeroError, match="is missing"):
         checkpoints.read_best(Progress(best_step=12))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "manifest.json"])
+def test_cut_anywhere_it_is_passed_over(checkpoints, name):
+    older, newer = write(checkpoints, 3), write(checkpoints, 6)
+    whole = (newer / name).read_bytes()
+    for place in range(20):
+        (newer / name).write_bytes(whole[: place * len(whole) // 20])
+        assert checkpoints.newest()[0] == older, place
+
+
+def test_a_named_one_is_left_for_what_descends_from_it(checkpoints, tmp_path):
+    first = write(checkpoints, 3)
+    write(checkpoints, 6)
+    named = Checkpoints(tmp_path / "checkpoints", IDENTITY, keep=2, origin=str(first.absolute()))
+    assert named.newest()[0] == first  # though step 6 is newer
+    later = write(named, 5)
+    assert named.newest()[0] == later  # a second start goes on
+    flip("state.json")(first)
+    flip("state.json")(later)
+    with pytest.raises(UserError, match=r"step-00000003 is no intact checkpoint: state\.json"):
+        named.newest()
+
+
+def test_that_of_the_lowest_loss_is_kept_as_well(checkpoints, tmp_path):
+    for step in (2, 4, 6, 8):
+        checkpoints.write(WEIGHTS, MOMENTS, Progress(step=step, best_step=min(step, 4)))
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000006", "step-00000008"]
+
+
+@pytest.mark.parametrize("is_second_done", [True, False])
+def test_a_kill_between_two_renames_loses_nothing(checkpoints, is_second_done):
+    path = write(checkpoints, 3)
+    path.rename(path.with_name(f".{path.name}.old"))
+    if is_second_done:
+        write(Checkpoints(path.parent, IDENTITY, keep=2), 3)
+    assert checkpoints.newest() == (path, [])
+
+
+def test_state_says_what_a_reader_wants_to_know(tmp_path):
+    about = {"schedule": {"total_steps": 9}, "versions": {"torch": "2"}}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", IDENTITY, keep=2, about=about)
+    progress = Progress(
+        step=3, optimizer_step=2, skipped_steps=1, documents=12, loss_scaler={"cur_scale": 8.0}
+    )
+    path = checkpoints.write(WEIGHTS, MOMENTS, progress)
+    state = json.loads((path / "state.json").read_text())
+    assert state["schedule"] == {"total_steps": 9}
+    assert state["progress"]["documents"] == 12
+    assert checkpoints.read_progress(path) == progress

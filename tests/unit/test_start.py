@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.train.start import look, open_run
-from pipeline.train.status import RunStatus, is_alive, read_status
+from pipeline.train.status import RunStatus, end_for_dead_owner, is_alive, read_status
 from tests.tiny import make_plan
 
 
@@ -177,3 +177,54 @@ def test_status_is_replaced_whole_and_says_how_it_ended(tmp_path):
     found = read_status(tmp_path / "status.json")
     assert (found["state"], found["exit_code"], found["reason"]) == ("stopped", 75, "time_limit")
     assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize("state", ["stopped", "done"])
+def test_a_change_that_is_accepted_by_name_goes_on(begin, state):
+    folder, start = begin
+    start(epochs=1)
+    left(folder, state)
+    with pytest.raises(UserError, match=r"epochs: 1 -> 2; .*accept_changes: \[total_steps\]"):
+        start(epochs=2)
+    with pytest.raises(UserError, match="epochs: 1 -> 2"):
+        start(epochs=2, accept_changes=["base", "data"])
+    assert start(epochs=2, accept_changes=["total_steps"]) == "resume"
+    assert (folder / "checkpoints/mine").exists()
+
+
+def test_what_no_word_covers_is_not_offered(begin):
+    folder, start = begin
+    start()
+    left(folder, "stopped")
+    with pytest.raises(UserError, match=r"lr: ") as caught:
+        start(lr=0.5, epochs=2, accept_changes=["total_steps"])
+    assert "epochs" not in str(caught.value)  # that is accepted
+    assert "go on with accept_changes" not in str(caught.value)
+
+
+def test_resume_names_a_checkpoint(begin, tmp_path):
+    folder, start = begin
+    with pytest.raises(UserError, match="resume: alwyas is not auto, must, never or the folder"):
+        start(resume="alwyas")
+    (tmp_path / "other/checkpoints/step-00000004").mkdir(parents=True)
+    assert start(resume=str(tmp_path / "other/checkpoints/step-00000004")) == "new"
+    left(folder, "stopped")
+    (folder / "checkpoints/step-00000002").mkdir()
+    own = str(folder / "checkpoints/step-00000002")
+    assert start(resume=own) == "resume"
+    with pytest.raises(UserError, match="is of the run that a new one here would replace"):
+        start(resume=own, lr=0.5, overwrite=True)
+    assert (folder / "checkpoints/step-00000002").exists()
+
+
+def test_a_survivor_ends_the_status_of_a_dead_owner_alone(tmp_path):
+    path = tmp_path / "status.json"
+    mine = {"state": "running", "host": socket.gethostname(), "started": time.time(), "step": 4}
+    path.write_text(json.dumps(mine | {"pids": [os.getppid()]}))
+    end_for_dead_owner(path, "rank 0 ended")
+    assert read_status(path)["state"] == "running"  # it lives
+    path.write_text(json.dumps(mine | {"pids": [2**22 + 1]}))
+    end_for_dead_owner(path, "rank 0 ended")
+    found = read_status(path)
+    assert (found["state"], found["exit_code"], found["step"]) == ("failed", 1, 4)
+    assert found["reason"] == "rank 0 ended"

@@ -1,6 +1,7 @@
 """Requests to stop: noted, kept, raised before there is a step; and who hangs is named."""
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 import pytest
 
 from pipeline.errors import Stopped
+from pipeline.train.launcher import watch_launchers
 from pipeline.train.stop import STOP_SIGNALS, StopRequests
 from pipeline.train.watchdog import who_hangs
 
@@ -61,6 +63,14 @@ def test_long_work_before_the_first_step_is_broken_off(stops):
 def test_another_thread_may_ask(stops):
     stops.ask("its launcher is gone")
     assert stops.reason() == "its launcher is gone"
+
+
+def test_a_rank_without_its_launcher_is_asked_to_stop():
+    asked = queue.Queue()
+    watch_launchers({"RANK": "0"}, asked.put)  # started by something else, or by hand
+    assert asked.empty()
+    watch_launchers({"CROSS_RANK": "0"}, asked.put)  # no launcher of DeepSpeed's is above pytest
+    assert asked.get(timeout=30) == "its launcher is gone"
 
 
 CODE = """
