@@ -1,5 +1,6 @@
 # make quickstart   the whole road on a real model, in minutes, on any machine
 # make test         the suite that needs no GPU
+# make test-gpu     predicted against measured memory, on the GPUs of this machine
 # make check        ruff, mypy --strict, import-linter, generated docs
 # On a machine without a GPU, TORCH_INDEX=<PyTorch's CPU index> spares gigabytes of CUDA.
 
@@ -9,7 +10,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart install test check fix docs goldens test-floors clean
+.PHONY: quickstart install test test-gpu check fix docs goldens test-floors clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart/quickstart.py
@@ -25,6 +26,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -s tests/gpu -m gpu
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
