@@ -21,7 +21,7 @@ from tests.faults.runs import (
 )
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3000)]
-NUM_RUNS, KILLS_A_RUN = (20, 5) if IS_FULL else (1, 3)
+NUM_RUNS, KILLS_A_RUN = (20, 5) if IS_FULL else (1, 2)
 VICTIMS = ("rank 0", "rank 1", "node launcher", "outer command", "everything")
 MOMENTS = ("start-up", "step", "step", "save", "save")
 # A dead rank takes the job down within this; a dead launcher leaves ranks that stop by themselves.
