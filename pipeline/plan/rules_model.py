@@ -8,7 +8,7 @@ from pipeline.plan.rules import Request, Rule, Situation, issue
 from pipeline.plan.speed import step_seconds
 from pipeline.plan.stopping import slow_stop
 
-_WRITE_RATE = 200e6  # bytes/s of a slow shared disk; an assumption
+_WRITE_RATE = 500e6  # bytes/s of a disk, hashing included; an assumption
 
 # Names that transformers' models give their embeddings and their head, with the usual path.
 _EMBEDDINGS_AND_HEADS = (
