@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pipeline.plan.catalogue import cpu_of, gpu_like
+from pipeline.plan.catalogue import cpu_of, gpu_like, gpu_named
 from pipeline.plan.data_size import DataSize
 from pipeline.plan.hardware import GIB, Hardware
 from pipeline.plan.zero import deepspeed_config
@@ -22,6 +22,7 @@ SMOLLM2 = {
     "vocab_size": 49152, "tie_word_embeddings": True,
 }  # fmt: skip
 CPU = cpu_of(2, 24 * GIB)
+H100S = replace(gpu_named("h100-80gb"), devices_per_node=8, host_bytes=1024 * GIB)
 
 
 def gpu(gib: float = 80, count: int = 8, capability=(9, 0)) -> Hardware:

@@ -18,7 +18,7 @@ from pipeline.plan.rule_table import BEFORE_THE_CHOICE, OF_THE_CHOICE, RULES
 from pipeline.plan.rules import Situation, installed_versions
 from pipeline.plan.shape import read_shape
 from pipeline.plan.zero import deepspeed_config
-from tests.planning import CPU, LLAMA_8B, LLAMA_70B, SMOLLM2, gpu, sized
+from tests.planning import CPU, H100S, LLAMA_8B, LLAMA_70B, SMOLLM2, gpu, sized
 from tests.unit.rule_cases import CASES, MORE
 
 ROOT = Path(__file__).parents[2]
@@ -176,7 +176,7 @@ def test_no_run_file_that_we_ship_is_advised_on(path, tmp_path):
     name = Path(yaml.safe_load(path.read_text())["model"]).name
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
     settings = load_settings(path, [f"model={tmp_path}"])
-    hardware, ranks = (gpu(24, count=1), 1) if "24gb" in path.stem else (gpu(), 8)
+    hardware, ranks = (gpu(24, 1), 1) if "24gb" in path.stem else (H100S, 8)
     if path.stem == "quickstart":
         hardware, ranks = CPU, 2
     made = make_plan(settings, read_shape(settings.model), hardware, nodes=1, ranks_per_node=ranks)
