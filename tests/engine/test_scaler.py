@@ -31,7 +31,7 @@ def build_fp16(session, folder, settings):
     layout = replace(plan.layout, training_dtype="float16")
     config = deepspeed_config(plan.shape, plan.settings, layout, is_cuda=False)
     config["fp16"]["loss_scale_window"] = 2  # soon back at a scale that overflows
-    plan = replace(plan, choice=replace(plan.choice, layout=layout), deepspeed=config)
+    plan = replace(plan, layout=layout, deepspeed=config)
     return plan, Engine(attach_adapter(load_base(plan, session.device), plan), plan)
 
 
