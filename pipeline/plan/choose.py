@@ -192,6 +192,6 @@ def _too_large(need: Memory, limit: int, host_limit: int | None) -> str | None:
             f"({when if when.startswith('while') else 'at ' + when})"
         )
     if host_limit is not None and need.host_peak_bytes > host_limit:
-        found = f"needs {need.host_peak_bytes / GIB:.0f} of {host_limit / GIB:.0f} GiB"
+        found = f"needs {need.host_peak_bytes / GIB:.1f} of {host_limit / GIB:.1f} GiB"
         return f"{found} of a node's own memory"
     return None
