@@ -35,7 +35,9 @@ def reasons(
             continue
         if key in ("hpz_partition_size", "offload_param") and not chosen.layout.is_sharded:
             continue  # there is nothing of the base to lay elsewhere
-        if key == "checkpointed_layers":
+        if key == "hpz_partition_size" and machines.nodes == 1:
+            why[key] = "one node, so gathers stay inside it anyway"
+        elif key == "checkpointed_layers":
             why[key] = _checkpointing(chosen, settings, shape, machines)
         else:
             why[key] = _alternative(key, chosen, ranked)
