@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
-from pipeline.plan.catalogue import cpu_of, gpu_like
+from pipeline.plan.catalogue import cpu_of, gpu_like, gpu_named
 from pipeline.plan.data_size import DataSize
 from pipeline.plan.hardware import GIB, Hardware
+from pipeline.plan.zero import deepspeed_config
 
 LLAMA_8B = {
     "model_type": "llama", "dtype": "bfloat16", "hidden_size": 4096, "intermediate_size": 14336,
@@ -21,6 +22,7 @@ SMOLLM2 = {
     "vocab_size": 49152, "tie_word_embeddings": True,
 }  # fmt: skip
 CPU = cpu_of(2, 24 * GIB)
+H100S = replace(gpu_named("h100-80gb"), devices_per_node=8, host_bytes=1024 * GIB)
 
 
 def gpu(gib: float = 80, count: int = 8, capability=(9, 0)) -> Hardware:
@@ -33,3 +35,10 @@ def gpu(gib: float = 80, count: int = 8, capability=(9, 0)) -> Hardware:
 def sized(documents: int, mean: int = 200) -> DataSize:
     """A training set as prepare has counted it."""
     return DataSize(documents=documents, tokens=documents * mean, longest=None, is_exact=True)
+
+
+def with_layout(plan, **changes):
+    """The plan with a layout, and the DeepSpeed config for it, as `auto` might have chosen it."""
+    layout, is_cuda = replace(plan.layout, **changes), plan.hardware.kind == "cuda"
+    config = deepspeed_config(plan.shape, plan.settings, layout, is_cuda=is_cuda)
+    return replace(plan, layout=layout, deepspeed=config)

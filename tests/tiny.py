@@ -74,8 +74,13 @@ def make_rows(path: Path, count: int = 24) -> Path:
     return path
 
 
-def make_plan(folder: Path, world_size: int = 1, documents: int | None = None, **settings):
-    """The plan of a run on the tiny model; fp32 and no dropout unless the settings say so."""
+def make_plan(
+    folder: Path, world_size: int = 1, documents: int | None = None, *, hardware=None, **settings
+):
+    """The plan of a run on the tiny model; fp32 and no dropout unless the settings say so.
+
+    `hardware` is a CPU unless said.
+    """
     from pipeline.config.settings import RunSettings
     from pipeline.plan.catalogue import cpu_of
     from pipeline.plan.data_size import DataSize
@@ -95,8 +100,8 @@ def make_plan(folder: Path, world_size: int = 1, documents: int | None = None, *
         "batch_size": 1,
     }
     run = RunSettings.model_validate(values | settings)
-    cpu = cpu_of(2, 2**34)
-    plan = make_plan(run, read_shape(str(folder)), cpu, nodes=1, ranks_per_node=world_size)
+    machine = hardware or cpu_of(2, 2**34)
+    plan = make_plan(run, read_shape(str(folder)), machine, nodes=1, ranks_per_node=world_size)
     if documents is None:
         return plan
     tokens = documents * run.max_length

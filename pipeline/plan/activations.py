@@ -25,6 +25,7 @@ class Activations:
 
     boundary: int  # what a checkpointed block keeps: its input
     block: int  # what a block keeps that is not checkpointed
+    recomputed: int  # what it keeps while it is recomputed, beside its boundary
     block_working: int  # beside that, at the worst moment of its backward pass
     final_working: int  # of the backward pass of the last norm
     logits: int  # at the worst moment of the loss
@@ -43,9 +44,14 @@ def activations(
     b, h = layout.bytes_per_value, shape.hidden_size
     count = layout.micro_batch_size * tokens
     inner = shape.intermediate_size + shape.experts_per_token * shape.expert_size
+    boundary = count * h * b
+    block = count * _kept(shape, settings, b, tokens, mask_bytes=1 if is_cuda else b)
+    # The first norm keeps the block's input itself, but for RMSNorm's copy of 16 bits in fp32.
+    is_copied = shape.norm_kind == "rms" and b < 4
     return Activations(
-        boundary=count * h * b,
-        block=count * _kept(shape, settings, b, tokens, mask_bytes=1 if is_cuda else b),
+        boundary=boundary,
+        block=block,
+        recomputed=block - (0 if is_copied else boundary),
         block_working=count * (2 * inner + 2 * h) * b,
         # RMSNorm in fp32 has five tensors of its width at once; LayerNorm is one kernel
         final_working=count * h * (b + (20 if shape.norm_kind == "rms" else b)),
@@ -83,10 +89,12 @@ def _attention(shape: ModelShape, b: int, tokens: int) -> int:
 
     FlashAttention keeps no scores (arXiv 2205.14135 s.3). Where soft-capping needs the plain way,
     there are the capped scores, their softmax in fp32 and in the training dtype, for T keys each,
-    and keys and values repeated for every query head.
+    and keys and values repeated for every query head. Where one layer makes q, k and v (GPT-NeoX,
+    Phi-3), v is a view of its whole output, and the attention's output is laid out by heads and
+    copied for the next layer (measured).
     """
     q, k = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    value = q + 2 * k if shape.has_fused_attention else k  # v is a view of the one output
+    value = 2 * q + 2 * k if shape.has_fused_attention else k
     if shape.score_softcap:
         return (4 * q + k + value) * b + shape.num_heads * tokens * (2 * b + 4)
     return (2 * q + k + value) * b + 4 * shape.num_heads

@@ -158,7 +158,7 @@ def _with_fewest_checkpointed(
     first = price(layout)
     if first.refusal is None or settings.gradient_checkpointing != "auto":
         return first
-    low, high = 1, shape.num_layers  # fewest that may fit; need falls as more are recomputed
+    low, high = 1, shape.num_layers  # need falls with each, but for the last block's input
     while low < high:
         middle = (low + high) // 2
         if price(replace(layout, checkpointed_layers=middle)).refusal is None:

@@ -169,9 +169,12 @@ def _moments(
     boundaries, others = k * acts.boundary, (shape.num_layers - k) * acts.block
     kept = boundaries + others
     # of the last block that keeps everything, and of the first one that is recomputed
-    in_block = max(others if k < shape.num_layers else 0, acts.block if k else 0)
+    in_block = max(others, acts.recomputed if k else 0)
     waiting, reduction = _gradients(shape, settings, layout, is_cuda=is_cuda)
     between = waiting if layout.accumulation_steps > 1 else {}
+    # DeepSpeed 0.19.8 stage_1_and_2.py:3256: each backward pass begins with an empty bucket
+    bucket = layout.bytes_per_value * bucket_elements(shape, settings)
+    filling = {} if layout.is_sharded else {"zero_buckets": bucket}
     is_reduced_early = trainable_parameters(shape, settings) > bucket_elements(shape, settings)
     head, block, experts = _gathered(shape, settings, layout)
     expanded = max(linear.weights for linear in shape.linears) * layout.bytes_per_value
@@ -179,12 +182,14 @@ def _moments(
         "the loss": between
         | {"activations": kept, "logits": acts.logits, "gathered_layers": head + block + experts},
         "the last norm's backward pass": between
+        | filling
         | {
             "activations": kept,
             "working_set": acts.final_working,
             "gathered_layers": 2 * block + experts,
         },
         "a block's backward pass": waiting
+        | filling
         | (reduction if is_reduced_early else {})
         | {
             "activations": boundaries + in_block,
@@ -192,7 +197,8 @@ def _moments(
             "gathered_layers": 2 * block + experts,
             "dequantised_weight": expanded if settings.is_quantised else 0,
         },
-        "the reduction of gradients": {"activations": boundaries} | reduction,
+        # what is left then: a block's input and its gradient (measured)
+        "the reduction of gradients": {"activations": 2 * acts.boundary} | reduction,
     }
 
 
@@ -239,7 +245,8 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
 
     transformers 5.23 shards a 16-bit base as it is read by rank 0: its share, and the tensor that
     is being read. A quantised one is whole on every rank before DeepSpeed shards it, unless it
-    goes through the host (model/base.py); up to four tensors wait in 16 bits to be quantised.
+    goes through the host (model/base.py); one tensor waits in 16 bits to be quantised on a CPU
+    (measured), up to four are reckoned with on a GPU (an assumption).
     """
     b = layout.bytes_per_value
     base = base_bytes(shape, settings, layout.training_dtype)
@@ -248,9 +255,12 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
     if layout.is_sharded and (not settings.is_quantised or layout.loads_through_host):
         widest = max(largest, shape.vocab_size * shape.hidden_size * b)
         read = 0 if is_cuda else base  # what rank 0 reads is on the same device
-        share = 0 if layout.offload_param == "cpu" else (base - constants) // layout.world_size
+        shared, copies = base - constants, layout.hpz_partition_size
+        share = 0 if layout.offload_param == "cpu" else shared // layout.world_size
+        share += shared // copies if copies > 1 else 0
         return share + constants + widest + read
-    return base + (4 * largest if settings.is_quantised and is_cuda else 0)
+    waiting = 4 if is_cuda else 1
+    return base + (waiting * largest if settings.is_quantised else 0)
 
 
 def _host_peak(shape: ModelShape, settings: RunSettings, layout: Layout, device_peak: int) -> int:
@@ -265,6 +275,6 @@ def _host_peak(shape: ModelShape, settings: RunSettings, layout: Layout, device_
         need += ranks * base // layout.world_size
     if layout.loads_through_host:
         need += ranks * base
-    elif layout.is_sharded and device_peak == 0:
+    elif layout.is_sharded and not settings.is_quantised and device_peak == 0:
         need += base  # rank 0 reads it whole
     return need + 16 * trainable_parameters(shape, settings)  # gathered and written by rank 0

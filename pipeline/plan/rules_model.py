@@ -2,7 +2,13 @@
 
 import re
 
+from pipeline.plan.adapted import trainable_parameters
+from pipeline.plan.memory import checkpoint_bytes
 from pipeline.plan.rules import Request, Rule, Situation, issue
+from pipeline.plan.speed import step_seconds
+from pipeline.plan.stopping import slow_stop
+
+_WRITE_RATE = 500e6  # bytes/s of a disk, hashing included; an assumption
 
 # Names that transformers' models give their embeddings and their head, with the usual path.
 _EMBEDDINGS_AND_HEADS = (
@@ -36,6 +42,13 @@ def _flash_attention_missing(s: Request) -> bool:
 def _too_old_for_bf16(s: Situation) -> bool:
     capability = s.hardware.compute_capability
     return s.layout.training_dtype == "bfloat16" and capability is not None and capability < (8, 0)
+
+
+def _stops_slowly(s: Situation) -> bool:
+    step = step_seconds(s.shape, s.settings, s.layout, s.hardware, s.settings.max_length)
+    micro_batch_s = step.seconds_per_step / s.layout.accumulation_steps
+    save_s = checkpoint_bytes(trainable_parameters(s.shape, s.settings)) / _WRITE_RATE
+    return slow_stop(save_s, micro_batch_s) is not None
 
 
 def _is_checkpointed(s: Situation) -> bool:
@@ -221,5 +234,14 @@ MODEL_RULES: tuple[Rule[Situation], ...] = (
         reason="ZeRO-1 in bf16 adds the gradients of micro-batches in bf16",
         remedy="set zero_stage: 2, which adds them in fp32 for the same memory within a few MB",
         source="DeepSpeed 0.19.8 runtime/engine.py:2305",
+    ),
+    Rule(
+        id="slow-stop",
+        level="warn",
+        applies=_stops_slowly,
+        reason="one save and one micro-batch are predicted to take longer than the 30 s that "
+        "DeepSpeed's launcher waits after Ctrl-C or SIGTERM before it kills a rank",
+        remedy="stop this run with its `stop` file, or set a smaller batch_size",
+        source="DeepSpeed 0.19.8 launcher/launch.py",
     ),
 )

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,40 +51,73 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     )
     check_inputs(plan)
     with Session(placement, hardware) as session:
-        channel = session.open_channel()
-        # Up to here a signal just ends the process: another rank may never come to the meeting,
-        # and there is nothing to save.
-        stops.listen()
+        pulse, last_word = Pulse(), _LastWord(folder)
+        # Until all have met a signal just ends the process: another rank may never come, and there
+        # is nothing to save.
+        with Watchdog(
+            placement, session.open_channel(), pulse, settings.hang_timeout_s, on_end=last_word
+        ):
+            stops.listen()
+            _run_together(plan, session, stops, pulse, last_word, is_debug=is_debug)
 
-        def say(text: str) -> None:
-            if session.is_rank_zero:
-                print(text, flush=True)  # noqa: T201 - the run's own terminal
 
-        def begin() -> dict[str, Any]:
-            found = look(folder, plan, is_debug=is_debug)
-            if found != "done":
-                with stops.raising():  # it may take hours, and does nothing twice
-                    check_rows(settings)
-                    prepare(settings, folder / "data", _DEBUG_ROWS if is_debug else None)
-                open_run(folder, plan, found)  # nothing can be wrong any more with the input
-            return {"start": found, "plan": _agreed(plan)}
+@dataclass
+class _LastWord:
+    """For the watchdog, whose thread ends this process next: status.json gets the reason."""
 
-        begun = session.rank_zero_first(begin)
-        if begun["start"] == "done":
-            say(f"{folder} is done with these settings; nothing to do")
-            return
-        if begun["plan"] != _agreed(plan):
-            raise UserError(
-                f"rank {placement.rank} plans otherwise than rank 0: machines of one run must have "
-                "the same devices, memory, run file and packages"
-            )
-        status = RunStatus(folder / "status.json") if session.is_rank_zero else None
-        _owned(
-            status,
-            lambda: _prepare_and_train(
-                plan, session, channel, status, stops, say, is_debug=is_debug
-            ),
+    folder: Path
+    status: RunStatus | None = None
+    wait_for_writes: Callable[[float], None] = lambda seconds: None
+
+    def __call__(self, reason: str) -> None:
+        self.wait_for_writes(_LAST_WRITE_S)
+        if self.status is None:
+            end_for_dead_owner(self.folder / "status.json", reason)
+        else:
+            self.status.end("failed", 1, reason)
+
+
+def _run_together(
+    plan: Plan,
+    session: Session,
+    stops: StopRequests,
+    pulse: Pulse,
+    last_word: _LastWord,
+    *,
+    is_debug: bool,
+) -> None:
+    """The road from where all ranks have met."""
+    settings, folder = plan.settings, Path(plan.settings.output_dir)
+
+    def say(text: str) -> None:
+        if session.is_rank_zero:
+            print(text, flush=True)  # noqa: T201 - the run's own terminal
+
+    def begin() -> dict[str, Any]:
+        found = look(folder, plan, is_debug=is_debug)
+        if found != "done":
+            with stops.raising():  # it may take hours, and does nothing twice
+                check_rows(settings)
+                prepare(settings, folder / "data", _DEBUG_ROWS if is_debug else None)
+            open_run(folder, plan, found)  # nothing can be wrong any more with the input
+        return {"start": found, "plan": _agreed(plan)}
+
+    begun = session.rank_zero_first(begin)
+    if begun["start"] == "done":
+        say(f"{folder} is done with these settings; nothing to do")
+        return
+    if begun["plan"] != _agreed(plan):
+        raise UserError(
+            f"rank {session.placement.rank} plans otherwise than rank 0: machines of one run must "
+            "have the same devices, memory, run file and packages"
         )
+    status = RunStatus(folder / "status.json") if session.is_rank_zero else None
+    _owned(
+        status,
+        lambda: _prepare_and_train(
+            plan, session, status, stops, pulse, last_word, say, is_debug=is_debug
+        ),
+    )
 
 
 def _agreed(plan: Plan) -> dict[str, Any]:
@@ -114,9 +148,10 @@ def _owned(status: RunStatus | None, work: Callable[[], None]) -> None:
 def _prepare_and_train(
     plan: Plan,
     session: Session,
-    channel: Any,
     status: RunStatus | None,
     stops: StopRequests,
+    pulse: Pulse,
+    last_word: _LastWord,
     say: Callable[[str], None],
     *,
     is_debug: bool,
@@ -133,40 +168,30 @@ def _prepare_and_train(
     from pipeline.train.assemble import assemble  # torch from here on
     from pipeline.train.finish import finish
     from pipeline.train.loop import train
-    from pipeline.train.training import Training
 
-    pulse = Pulse()
-    run: Training | None = None
-
-    def end(reason: str) -> None:
-        """For the watchdog, whose thread ends this process next."""
-        if run is not None and run.saver is not None:
-            run.saver.wait_at_most(_LAST_WRITE_S)
-        if status is None:
-            end_for_dead_owner(folder / "status.json", reason)
-        else:
-            status.end("failed", 1, reason)
+    last_word.status = status
 
     def fingerprint() -> str:
         with stops.raising():
             return base_fingerprint(Path(settings.model))
 
-    with Watchdog(session.placement, channel, pulse, settings.hang_timeout_s, on_end=end):
-        session.start()
-        run = assemble(
-            plan,
-            session,
-            status,
-            stops,
-            pulse,
-            train_split=open_split(index.train),
-            eval_split=None if index.eval is None else open_split(index.eval),
-            data_key=index.train.key,
-            base_fingerprint=session.rank_zero_first(fingerprint),
-            is_debug=is_debug,
-        )
-        with run.display:
-            finish(run, train(run))
+    session.start()
+    run = assemble(
+        plan,
+        session,
+        status,
+        stops,
+        pulse,
+        train_split=open_split(index.train),
+        eval_split=None if index.eval is None else open_split(index.eval),
+        data_key=index.train.key,
+        base_fingerprint=session.rank_zero_first(fingerprint),
+        is_debug=is_debug,
+    )
+    if run.saver is not None:
+        last_word.wait_for_writes = run.saver.wait_at_most
+    with run.display:
+        finish(run, train(run))
 
 
 def _debug_settings(settings: RunSettings) -> RunSettings:

@@ -14,7 +14,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -29,6 +31,7 @@ _POLL_S, _SHOW_S = 0.5, 2.0
 _LEAVING_S, _READING_S = 10.0, 1.5
 _FROZEN_S = 6.0  # a pulse not shown for so long is of a stopped process
 _UNANSWERED_S = 15.0  # a call to the store has no time-out of its own
+_MEETING = timedelta(minutes=30)  # ranks on slow shared disks import for long
 _VERDICT = "watchdog/verdict"
 _UNWATCHED = ("start-up", "publishing")  # rank 0 may work for long while the others wait
 
@@ -50,7 +53,7 @@ class Pulse:
 
 
 class Watchdog:
-    """The thread; a context around all work of the ranks together.
+    """The thread; a context around all work of the ranks together, entered when all have met.
 
     `channel` is a connection to the store that no other thread uses; None for a single process.
     `on_end` is told the reason before the process ends, on rank 0 or, if that one is dead, on the
@@ -79,6 +82,9 @@ class Watchdog:
         if self._channel is not None:
             me = {"host": socket.gethostname(), "pid": os.getpid()}
             self._channel.set(_key("peer", self._placement.rank), json.dumps(me))
+            peers = [_key("peer", rank) for rank in range(self._placement.world_size)]
+            self._channel.wait(peers, _MEETING)
+            self._find_siblings()
         self._thread.start()
         if self._channel is not None:
             self._last_resort.start()
@@ -137,7 +143,6 @@ class Watchdog:
         self._heed_verdict()
         if time.monotonic() - self._shown > _SHOW_S:
             self._show()
-        self._find_siblings()
         for rank, process in self._siblings.items():
             if _is_gone(process) and not self._is_leaving(rank):
                 self._end_for(rank)
@@ -149,19 +154,14 @@ class Watchdog:
             self._leave(verdict["text"], is_ours=self._placement.rank == 0)
 
     def _find_siblings(self) -> None:
-        """Ranks of this machine, as they come: their processes can be seen from here."""
+        """Ranks of this machine: their processes can be seen from here."""
         size = self._placement.local_size
         first = self._placement.rank // size * size
         for rank in range(first, first + size):
-            if rank in self._siblings or rank == self._placement.rank:
-                continue
-            if self._channel.check([_key("peer", rank)]):
-                peer = json.loads(self._channel.get(_key("peer", rank)))
-                if peer["host"] == socket.gethostname():
-                    try:
-                        self._siblings[rank] = psutil.Process(peer["pid"])
-                    except psutil.NoSuchProcess:
-                        continue  # in a container of its own, or gone already
+            peer = json.loads(self._channel.get(_key("peer", rank)))
+            if rank != self._placement.rank and peer["host"] == socket.gethostname():
+                with suppress(psutil.NoSuchProcess):  # in a container of its own
+                    self._siblings[rank] = psutil.Process(peer["pid"])
 
     def _is_leaving(self, rank: int) -> bool:
         """Whether a rank that is gone left as all do, and this one still may."""

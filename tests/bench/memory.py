@@ -1,65 +1,82 @@
 """Predicted against measured bytes of live tensors, over a grid of CPU runs.
 
-    python -m tests.bench.memory [--explain CASE]
+    python -m tests.bench.memory [WORD ...] [--explain | --markdown]
 
 Measured: the most bytes in live tensor storages from before the model is loaded to the end of the
 second step, the workspace of kernels aside. Every rank is a process of its own; the largest counts.
 """
 
 import argparse
+import statistics
 import tempfile
-from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.train.live_bytes import LiveBytes
+from tests.bench.explained import Explained
 
 BASE = {
-    "model_type": "llama", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 4096,
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 1024,
     "max_position_embeddings": 4096, "tie_word_embeddings": False,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+COMMON = {"batch_size": 2, "global_batch_size": 8, "lora_r": 16, "max_length": 256}
+BF16, OFF, ON = {"bf16": True}, {"gradient_checkpointing": False}, {"gradient_checkpointing": True}
+NF4, ALL = BF16 | {"load_in_4bit": True}, {"lora_target_modules": "all-linear"}
 
 
-class Explained(LiveBytes):
-    """Remembers every change, to say what was alive at the peak."""
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, the settings of its run, and what `auto` might have chosen of its layout."""
 
-    def __init__(self):
-        super().__init__()
-        self.events = []
-        self.sizes = {}
-        self.names = {}
-
-    def _count(self, size, source, key):
-        super()._count(size, source, key)
-        self.events.append((size, source, key))
-
-    def at_peak(self):
-        now, peak, at = 0, 0, 0
-        for i, (size, *_) in enumerate(self.events):
-            now += size
-            if now > peak:
-                peak, at = now, i
-        alive = defaultdict(lambda: [0, ""])
-        for size, source, key in self.events[: at + 1]:
-            if size < 0 and not source:
-                alive.pop(key)
-            else:
-                alive[key][0] += size
-                alive[key][1] = alive[key][1] or source
-        counts = Counter((size, source) for size, source in alive.values())
-        return peak, at, self.events[at], counts
+    settings: dict
+    model: dict = field(default_factory=dict)
+    layout: dict = field(default_factory=dict)
+    ranks: int = 2
 
 
-def make_folder(folder, **change):
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = BASE | change
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
+GRID = {
+    f"{kind} zero{stage} ckpt-{on} {length}": Case(
+        settings=settings | checkpointing | {"zero_stage": stage, "max_length": length}
+    )
+    for kind, settings in {"fp32": {}, "bf16": BF16, "nf4": NF4}.items()
+    for stage in (1, 2, 3)
+    for on, checkpointing in {"off": OFF, "on": ON}.items()
+    for length in (64, 256)
+    if not (kind == "nf4" and stage == 3 and on == "off")  # refused: rule 4bit-zero3-reentrant
+}
+ZERO2, ZERO3 = BF16 | OFF | {"zero_stage": 2}, BF16 | OFF | {"zero_stage": 3}
+HEADS, HPZ, OFFLOAD = {"head_dim": 32}, {"hpz_partition_size": 2}, {"offload_param": "cpu"}
+EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+OTHERS = {
+    "int8": Case(settings=ZERO2 | {"load_in_8bit": True}),
+    "dropout": Case(settings=ZERO2 | {"lora_dropout": 0.1}),
+    "attention alone": Case(settings=ZERO2 | {"lora_target_modules": ["q_proj", "v_proj"]}),
+    "large vocabulary": Case(settings=ZERO2 | ON, model={"vocab_size": 16384}),
+    "qwen3": Case(settings=ZERO2, model={"model_type": "qwen3"} | HEADS),
+    "gemma2": Case(settings=ZERO2, model={"model_type": "gemma2"} | HEADS),
+    "gemma3": Case(settings=ZERO2, model={"model_type": "gemma3_text"} | HEADS),
+    "phi": Case(settings=ZERO2 | ALL, model={"model_type": "phi"}),
+    "phi3": Case(settings=ZERO2 | ALL, model={"model_type": "phi3"}),
+    "gpt_neox": Case(settings=ZERO2 | ALL, model={"model_type": "gpt_neox"}),
+    "mixtral": Case(settings=ZERO2 | ALL, model=EXPERTS),
+    "mixtral fp32": Case(settings=OFF | ALL | {"zero_stage": 2}, model=EXPERTS),
+    "mixtral zero3": Case(settings=ZERO3 | ALL, model=EXPERTS),
+    "zero2 ckpt-3-of-8": Case(settings=ZERO2 | ON, layout={"checkpointed_layers": 3}),
+    "zero3 ckpt-5-of-8": Case(settings=ZERO3 | ON, layout={"checkpointed_layers": 5}),
+    "hpz 2 on 4 ranks": Case(settings=ZERO3, layout=HPZ, ranks=4),
+    "hpz 2 on 4 ranks nf4": Case(settings=ZERO3 | NF4 | ON, layout=HPZ, ranks=4),
+    "offload": Case(settings=ZERO3, layout=OFFLOAD),
+    "offload nf4": Case(settings=ZERO3 | NF4 | ON, layout=OFFLOAD),
+    "zero2 1 rank": Case(settings=ZERO2, ranks=1),
+    "zero3 1 rank": Case(settings=ZERO3, ranks=1),
+    "zero2 accumulation 1": Case(settings=ZERO2 | {"batch_size": 4}),
+    "zero3 accumulation 1": Case(settings=ZERO3 | ON | {"batch_size": 4}),
+}
+CASES = GRID | OTHERS
+TABLE = (
+    "| case | measured, MiB | predicted | error | worst moment, predicted |\n|---|---|---|---|---|"
+)
 
 
 class FullDocuments:
@@ -71,149 +88,141 @@ class FullDocuments:
         random = np.random.default_rng(0)
         self.lengths = np.full(count, length)
         self._ids = random.integers(3, vocab_size, (count, length)).astype(np.int32)
+        self._mask = np.arange(length) > 0
         self.supervised_counts = np.full(count, length - 1)
 
     def __len__(self):
         return len(self.lengths)
 
     def document(self, i):
-        import numpy as np
-
-        mask = np.ones(len(self._ids[i]), bool)
-        mask[0] = False
-        return self._ids[i], mask
+        return self._ids[i], self._mask
 
 
-def measure(session, folder, settings):
-    """Peak of live bytes of this rank over two steps, and what it was made of."""
-    from pipeline.model.adapter import attach_adapter
-    from pipeline.model.base import load_base
-    from pipeline.train.engine import Engine
-    from tests.engine.train_tiny import work
+def make_folder(folder, model, device="cpu"):
+    """Random weights of a model, on the device that is to make them, as a model folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {"dtype": "bfloat16"} | BASE | model
+    dtype = getattr(torch, values.pop("dtype"))
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    torch.manual_seed(0)
+    with torch.device(device):
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    return folder
+
+
+def plan_case(folder, case, hardware=None):
+    """The plan of a case, for a CPU unless `hardware` says otherwise."""
+    from tests.planning import with_layout
     from tests.tiny import make_plan
 
-    plan = make_plan(folder, session.placement.world_size, 64, **settings)
+    keys = COMMON | case.settings
+    return with_layout(make_plan(folder, case.ranks, 64, hardware=hardware, **keys), **case.layout)
+
+
+def two_steps(session, plan, base):
+    """What a run does with a base that is loaded: its adapter, its engine, and two steps."""
+    from pipeline.model.adapter import attach_adapter
+    from pipeline.train.engine import Engine
+    from tests.engine.train_tiny import work
+
     split = FullDocuments(64, plan.settings.max_length, plan.shape.vocab_size)
+    engine = Engine(attach_adapter(base, plan), plan)
+    for step in range(2):
+        batches, supervised = work(plan, split, step, session.placement.rank)
+        engine.optimizer_step(batches, supervised, 1e-3)
+
+
+def measure(session, folder, case):
+    """Peak of live bytes of this rank over two steps, and what it was made of."""
+    from pipeline.model.base import load_base
+    from pipeline.plan.memory import base_bytes
+
+    plan = plan_case(folder, case)
+    memory, host = plan.memory, 0
+    if plan.layout.offload_param == "cpu":  # the host's share lies on the same device here
+        host = base_bytes(plan.shape, plan.settings, plan.training_dtype) // plan.world_size
     with Explained() as live:
         base = load_base(plan, session.device)
-        loaded = live.peak
-        engine = Engine(attach_adapter(base, plan), plan)
-        for step in range(2):
-            batches, supervised = work(plan, split, step, session.placement.rank)
-            engine.optimizer_step(batches, supervised, 1e-3)
-    memory = plan.memory
+        loading = live.peak
+        two_steps(session, plan, base)
     return {
         "measured": live.peak,
-        "loading": loaded,
-        "predicted": memory.tensor_bytes,
-        "predicted_loading": memory.load_peak_bytes,
-        "terms": dict(memory.per_rank),
+        "predicted": memory.tensor_bytes + host,
+        "loading": loading,
+        "predicted_loading": memory.loading_tensors + host,
+        "terms": memory.per_rank,
         "moment": memory.worst_moment,
-        "last": live.at_peak()[2],
-        "alive": live.at_peak()[3],
+        "alive": live.alive(),
     }
 
 
-DEEP = {"num_hidden_layers": 8, "vocab_size": 1024}
-KINDS = {"fp32": {}, "bf16": {"bf16": True}, "nf4": {"bf16": True, "load_in_4bit": True}}
-COMMON = {"batch_size": 2, "global_batch_size": 8, "lora_r": 16}
-# Name: model, settings, ranks.
-CASES = {
-    f"{kind} zero{stage} ckpt-{'on' if on else 'off'} {length}": (
-        DEEP | {"dtype": "bfloat16" if settings else "float32"},
-        COMMON
-        | settings
-        | {"zero_stage": stage, "gradient_checkpointing": on, "max_length": length},
-        2,
-    )
-    for kind, settings in KINDS.items()
-    for stage in (1, 2, 3)
-    for on in (False, True)
-    for length in (64, 256)
-    if not (kind == "nf4" and stage == 3 and not on)  # refused: rule 4bit-zero3-reentrant
-}
-_OTHERS = {
-    "int8": (DEEP, {"load_in_8bit": True, "gradient_checkpointing": False}),
-    "dropout": (DEEP, {"lora_dropout": 0.1, "gradient_checkpointing": False}),
-    "attention alone": (
-        DEEP,
-        {"lora_target_modules": ["q_proj", "v_proj"], "gradient_checkpointing": False},
-    ),
-    "large vocabulary": (DEEP | {"vocab_size": 16384}, {"gradient_checkpointing": True}),
-    "qwen3": (DEEP | {"model_type": "qwen3", "head_dim": 32}, {"gradient_checkpointing": False}),
-    "gemma2": (DEEP | {"model_type": "gemma2", "head_dim": 32}, {"gradient_checkpointing": False}),
-    "gemma3": (
-        DEEP | {"model_type": "gemma3_text", "head_dim": 32},
-        {"gradient_checkpointing": False},
-    ),
-    "phi": (DEEP | {"model_type": "phi"}, {"gradient_checkpointing": False}),
-    "phi3": (DEEP | {"model_type": "phi3"}, {"gradient_checkpointing": False}),
-    "gpt_neox": (DEEP | {"model_type": "gpt_neox"}, {"gradient_checkpointing": False}),
-    "mixtral": (
-        DEEP | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
-        {"gradient_checkpointing": False},
-    ),
-    "mixtral zero3": (
-        DEEP | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
-        {"gradient_checkpointing": False, "zero_stage": 3},
-    ),
-}
-CASES |= {
-    name: (
-        model | {"dtype": "bfloat16"},
-        COMMON
-        | {"bf16": True, "zero_stage": 2, "max_length": 256}
-        | ({} if "Llama" in name else {"lora_target_modules": "all-linear"})
-        | settings,
-        2,
-    )
-    for name, (model, settings) in _OTHERS.items()
-}
-
-
-def run(name, tmp):
+def run(name, folder):
+    """What the rank with the highest peak found; models are kept in the folder."""
     from tests.ranks import run_ranks
 
-    model, settings, world = CASES[name]
-    folder = Path(tmp) / "-".join(str(value) for value in model.values())
-    if not folder.exists():
-        make_folder(folder, **model)
-    ranks = run_ranks(measure, folder, settings, tmp_path=Path(tmp), world_size=world)
+    case = CASES[name]
+    values = case.model | {"dtype": "bfloat16" if "bf16" in case.settings else "float32"}
+    model = folder / "-".join(map(str, values.values()))
+    if not model.exists():
+        make_folder(model, values)
+    ranks = run_ranks(measure, model, case, tmp_path=folder, world_size=case.ranks)
     return max(ranks, key=lambda found: found["measured"])
 
 
+def error_of(found):
+    return found["predicted"] / found["measured"] - 1  # 0.05 is five percent too much
+
+
 def mib(size):
-    return f"{size / 2**20:8.2f}"
+    return f"{size / 2**20:.2f}"
 
 
-def show(name, found, *, is_explained):
-    error = found["predicted"] / found["measured"] - 1
-    print(
-        f"{name:32} measured {mib(found['measured'])}  predicted {mib(found['predicted'])} MiB "
-        f"{error:+7.1%}  {found['moment']}; load "
-        f"{mib(found['loading'])} {mib(found['predicted_loading'])}",
-        flush=True,
+def line(name, found):
+    return (
+        f"{name:24} measured {mib(found['measured']):>7} predicted {mib(found['predicted']):>7} MiB"
+        f" {error_of(found):+6.1%} at {found['moment']}; loading {mib(found['loading'])}, "
+        f"predicted {mib(found['predicted_loading'])}"
     )
-    if is_explained:
-        for term, size in found["terms"].items():
-            print(f"    {mib(size)} {term}")
-        print("  at the peak:", found["last"])
-        largest = sorted(found["alive"].items(), key=lambda item: -item[0][0] * item[1])
-        for (size, source), count in largest[:40]:
-            print(f"    {mib(size * count)} = {count:3d} x {size:9d} {source}")
-    return abs(error)
+
+
+def row(name, found):
+    cells = mib(found["measured"]), mib(found["predicted"]), f"{error_of(found):+.1%}"
+    return f"| {' | '.join((name, *cells, found['moment']))} |"
+
+
+def summary(errors):
+    middle = statistics.median(errors)
+    return f"{len(errors)} cases, worst {max(errors):.1%}, median {middle:.1%}"
+
+
+def explanation(found):
+    yield from (f"    {mib(size):>8} {term}" for term, size in found["terms"].items())
+    yield "  alive at the peak:"
+    largest = sorted(found["alive"].items(), key=lambda item: -item[0][0] * item[1])
+    for (size, source), count in largest[:40]:
+        yield f"    {mib(size * count):>8} = {count:3d} x {size:9d} {source}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--explain", action="store_true")
-    parser.add_argument("cases", nargs="*", help="words that the name of a case must hold")
+    parser.add_argument("--explain", action="store_true", help="what was alive at the peak")
+    parser.add_argument("--markdown", action="store_true", help="the table of docs/memory.md")
+    parser.add_argument("words", nargs="*", help="words that the name of a case must hold")
     given = parser.parse_args()
-    chosen = [name for name in CASES if all(word in name for word in given.cases)]
+    chosen = [name for name in CASES if all(word in name for word in given.words)]
+    if given.markdown:
+        print(TABLE)
+    errors = []
     with tempfile.TemporaryDirectory() as tmp:
-        errors = [show(name, run(name, tmp), is_explained=given.explain) for name in chosen]
-    middle = sorted(errors)[len(errors) // 2]
-    print(f"{len(errors)} cases, worst {max(errors):.1%}, median {middle:.1%}")
+        for name in chosen:
+            found = run(name, Path(tmp))
+            errors.append(abs(error_of(found)))
+            print(row(name, found) if given.markdown else line(name, found), flush=True)
+            if given.explain:
+                print(*explanation(found), sep="\n")
+    print(f"\n{summary(errors)}")
 
 
 if __name__ == "__main__":

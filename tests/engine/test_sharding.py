@@ -1,7 +1,5 @@
 """What the plan may choose beside the stage changes no number: hpZ, offload, live parameters."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -11,12 +9,12 @@ from pipeline.adapter.gather import gather_moments, gather_weights, restore
 from pipeline.model.adapter import attach_adapter
 from pipeline.model.base import load_base
 from pipeline.plan.gathers import gathers
-from pipeline.plan.zero import deepspeed_config
 from pipeline.train.engine import Engine
 from tests.engine import train_tiny as tiny
 from tests.engine.test_equality import NF4, assert_same, reference
 from tests.engine.test_gather import MORE, STEPS, step_on
 from tests.engine.train_tiny import train_tiny, work
+from tests.planning import with_layout
 from tests.ranks import run_ranks
 from tests.tiny import CONFIG, Documents, make_model, make_plan
 
@@ -25,10 +23,7 @@ NOT_GATHERED = ZeroParamStatus.NOT_AVAILABLE
 
 def planned(folder, world_size, documents, changes, **settings):
     """A plan whose layout and DeepSpeed config are changed as `auto` may choose them."""
-    plan = make_plan(folder, world_size, documents, **settings)
-    layout = replace(plan.layout, **changes)
-    config = deepspeed_config(plan.shape, plan.settings, layout, is_cuda=False)
-    return replace(plan, layout=layout, deepspeed=config)
+    return with_layout(make_plan(folder, world_size, documents, **settings), **changes)
 
 
 def build(session, folder, settings, changes):

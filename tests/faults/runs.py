@@ -101,7 +101,7 @@ class Started:
 
     def wait_for_step(self, step: int) -> None:
         """Until a step is made in this start."""
-        self.wait_until(lambda: self.is_over() or self._step() >= step, f"step {step}")
+        self.wait_until(lambda: self.is_over() or self.step() >= step, f"step {step}")
 
     def wait_for_save(self, step: int) -> None:
         """Until a checkpoint is being written, after a step."""
@@ -115,10 +115,10 @@ class Started:
 
     def resumed_step(self) -> int:
         """The step that this start went on from."""
-        found = re.findall(r"going on from step (\d+)", self.output)
-        return int(found[-1]) if found else 0
+        return resumed_step(self.output)
 
-    def _step(self) -> int:
+    def step(self) -> int:
+        """The step that this start has come to; 0 before it has made or resumed one."""
         found = status(self.folder)
         mine = found.get("started") or 0.0
         return int(found.get("step") or 0) if mine >= self.began_at else 0
@@ -169,6 +169,12 @@ def finish(run_file: Path, *overrides: str) -> str:
     assert code == 0, run.output
     assert status(run.folder)["state"] == "done", run.output
     return run.output
+
+
+def resumed_step(output: str) -> int:
+    """The step that a start says it went on from."""
+    found = re.findall(r"going on from step (\d+)", output)
+    return int(found[-1]) if found else 0
 
 
 def losses(folder: Path) -> list[float]:

@@ -30,7 +30,6 @@ TARGETS = ("rank 0", "rank 1", "node launcher", "outer command", "terminal")
 # A supervisor's patience; DeepSpeed's launcher itself waits 30 s for a rank.
 WITHIN_S = 30.0
 SHORT = [
-    ("terminal", signal.SIGINT, "start-up"),
     ("outer command", signal.SIGTERM, "evaluation"),
     ("node launcher", signal.SIGUSR2, "save"),
     ("rank 1", signal.SIGUSR1, "step"),

@@ -89,6 +89,10 @@ CASES = {
         with_layout(Z3, CHECKPOINTED, **NF4),
         with_layout(Z2, CHECKPOINTED, **NF4),
     ),
+    "slow-stop": (
+        with_layout({"micro_batch_size": 64}, max_length=8192),
+        with_layout({"micro_batch_size": 1}, max_length=8192),
+    ),
     "4bit-zero3-unchecked": (with_layout(Z3, **NF4), with_layout(Z3, CHECKPOINTED, **NF4)),
     "persistence-threshold": (with_layout(Z3), with_layout(Z2)),
     "persistence-too-low": (

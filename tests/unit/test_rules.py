@@ -5,9 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
-from pipeline.config.load import load_settings
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.plan.layout import Layout
@@ -18,7 +16,7 @@ from pipeline.plan.rule_table import BEFORE_THE_CHOICE, OF_THE_CHOICE, RULES
 from pipeline.plan.rules import Situation, installed_versions
 from pipeline.plan.shape import read_shape
 from pipeline.plan.zero import deepspeed_config
-from tests.planning import CPU, LLAMA_8B, LLAMA_70B, SMOLLM2, gpu, sized
+from tests.planning import CPU, LLAMA_8B, SMOLLM2, gpu, sized
 from tests.unit.rule_cases import CASES, MORE
 
 ROOT = Path(__file__).parents[2]
@@ -161,26 +159,6 @@ def test_a_tokenizer_that_outgrew_its_model_is_refused(plan, name, content, is_r
         return
     with pytest.raises(UserError, match="rule tokens-without-embeddings"):
         plan(files={name: content})
-
-
-RUN_FILES = sorted((ROOT / "launch/runs").glob("*.yaml"))
-CONFIGS = {
-    "llama-3.1-8b-instruct": LLAMA_8B,
-    "llama-3.3-70b-instruct": LLAMA_70B,
-    "smollm2-135m-instruct": SMOLLM2,
-}
-
-
-@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
-def test_no_run_file_that_we_ship_is_advised_on(path, tmp_path):
-    name = Path(yaml.safe_load(path.read_text())["model"]).name
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
-    settings = load_settings(path, [f"model={tmp_path}"])
-    hardware, ranks = (gpu(24, count=1), 1) if "24gb" in path.stem else (gpu(), 8)
-    if path.stem == "quickstart":
-        hardware, ranks = CPU, 2
-    made = make_plan(settings, read_shape(settings.model), hardware, nodes=1, ranks_per_node=ranks)
-    assert {rule.level for rule in made.rules} <= {"set"}
 
 
 def test_the_table_is_split_but_whole():

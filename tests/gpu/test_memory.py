@@ -1,0 +1,121 @@
+"""Predicted memory beside torch.cuda.max_memory_allocated, models of 0.1 to 8 billion parameters.
+
+`make test-gpu` prints the table. Weights are random, made on the GPU; their folders take 26 GB of
+disk. A GPU of 40 GB or more holds every case.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.bench.memory import BF16, OFF, ON, TABLE, Case, error_of, row, summary
+
+ROOT = Path(__file__).parents[2]
+CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+RANKS = min(2, max(1, torch.cuda.device_count()))
+
+
+def llama(hidden, inner, layers, heads, keys, vocab, **rest):
+    return {
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": keys, "vocab_size": vocab,
+    } | rest  # fmt: skip
+
+
+TIED = {"tie_word_embeddings": True}
+MODELS = {  # the shapes of SmolLM2 135M and of Llama 3.2 1B, 3.2 3B and 3.1 8B
+    "0.1B": llama(576, 1536, 30, 9, 3, 49152, **TIED),
+    "1B": llama(2048, 8192, 16, 32, 8, 128256, **TIED),
+    "3B": llama(3072, 8192, 28, 24, 8, 128256, **TIED, head_dim=128),
+    "8B": llama(4096, 14336, 32, 32, 8, 128256),
+}
+SIZES = {"0.1B": (8, 2048), "1B": (4, 1024), "3B": (2, 1024), "8B": (1, 2048)}
+KINDS = {"lora": {}, "nf4": {"load_in_4bit": True}, "int8": {"load_in_8bit": True}}
+
+
+def case(model, kind, checkpointed, *, stage=2, size=None, **settings):
+    """`size`: sequences and tokens of a micro-batch; `checkpointed`: share of the blocks."""
+    batch, length = size or SIZES[model]
+    blocks = int(checkpointed * MODELS[model]["num_hidden_layers"])
+    keys = {
+        "zero_stage": stage, "batch_size": batch, "max_length": length,
+        "global_batch_size": 2 * batch * RANKS,
+    }  # fmt: skip
+    name = f"{model} {kind} zero{stage} ckpt-{checkpointed:g} {batch}x{length}"
+    name += "".join(f" {key}={value}" for key, value in settings.items())
+    return name, Case(
+        settings=BF16 | KINDS[kind] | (ON if blocks else OFF) | keys | settings,
+        model=MODELS[model],
+        layout={"checkpointed_layers": blocks},
+        ranks=RANKS,
+    )
+
+
+CASES = dict(
+    [
+        case(model, kind, share)
+        for model in MODELS
+        for kind in ("lora", "nf4")
+        for share in (0, 0.5, 1)
+    ]
+    + [case(model, "int8", share) for model in ("1B", "8B") for share in (0, 1)]
+    + [case("1B", "lora", share, stage=stage) for stage in (1, 3) for share in (0, 0.5, 1)]
+    + [case("8B", "lora", 1, stage=3), case("8B", "nf4", 1, stage=3)]
+    + [case("1B", "lora", 0, size=size) for size in ((1, 256), (1, 4096), (8, 512))]
+    + [case("1B", "lora", 0, lora_dropout=0.1), case("1B", "nf4", 1, lora_r=128)]
+)
+
+
+def needs_gpu(test):
+    """Marks a test as one for a GPU, and skips it where there is none."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.gpu(skip(test))
+
+
+def measured(folder, case, **environment):
+    """What the rank with the highest peak found, in processes that are gone afterwards."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={case.ranks}", "-m", "tests.gpu.memory_case",
+        str(folder), json.dumps(asdict(case)),
+    ]  # fmt: skip
+    env = os.environ | environment
+    ran = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False
+    )
+    lines = [line for line in ran.stdout.splitlines() if line.startswith("FOUND ")]
+    assert len(lines) == case.ranks, f"exit {ran.returncode}:\n{ran.stdout}\n{ran.stderr}"
+    ranks = [json.loads(line.removeprefix("FOUND ")) for line in lines]
+    return max(ranks, key=lambda found: found["measured"])
+
+
+@needs_gpu
+@pytest.mark.timeout(2 * 3600)
+def test_the_peak_is_predicted(tmp_path):
+    print(f"\n{torch.cuda.get_device_name()}, {RANKS} ranks, torch {torch.__version__}\n")
+    print(TABLE)
+    errors = []
+    for name, case in CASES.items():
+        found = measured(tmp_path / name.split()[0], case)
+        print(row(name, found), flush=True)
+        errors.append(abs(error_of(found)))
+    print(f"\n{summary(errors)}")
+    assert len(errors) >= 24
+    assert statistics.median(errors) < 0.03
+    assert max(errors) < 0.10
+
+
+@pytest.mark.timeout(300)  # another start of Python, torch and DeepSpeed for each rank
+def test_the_same_processes_measure_on_a_cpu(tmp_path):
+    settings = BF16 | ON | {"zero_stage": 3}
+    found = measured(
+        tmp_path / "model", Case(settings=settings, layout={"checkpointed_layers": 4}), **CPU
+    )
+    assert abs(error_of(found)) < 0.1
