@@ -37,7 +37,7 @@ def plan() -> None:
     given = parse()
     settings = load_settings(given.run_file, given.overrides)
     hardware = machine(given.gpu, given.gpu_memory_gib, given.gpu_tflops)
-    ranks = given.gpus_per_node or hardware.devices_per_node
+    ranks = hardware.devices_per_node if given.gpus_per_node is None else given.gpus_per_node
     shape = read_shape(settings.model)
     made, ranked = rank_plans(settings, shape, hardware, nodes=given.nodes, ranks_per_node=ranks)
     if (size := data_size(made.settings)) is not None:

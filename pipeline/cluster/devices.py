@@ -1,6 +1,7 @@
 """What this machine has -> Hardware, and the environment that libraries must find. No torch."""
 
 import logging
+import math
 import os
 import warnings
 from dataclasses import replace
@@ -29,8 +30,8 @@ def machine(gpu: str | None, gib: float | None, tflops: float | None) -> Hardwar
         raise UserError("--gpu names the GPU; leave --gpu-memory-gib and --gpu-tflops out")
     if tflops is not None and gib is None:
         raise UserError("--gpu-tflops needs --gpu-memory-gib beside it")
-    if any(value is not None and value <= 0 for value in (gib, tflops)):
-        raise UserError("--gpu-memory-gib and --gpu-tflops must be above 0")
+    if any(value is not None and not 0 < value < math.inf for value in (gib, tflops)):
+        raise UserError("--gpu-memory-gib and --gpu-tflops must be numbers above 0")
     if gpu is not None:
         return gpu_named(gpu)
     return detect_hardware() if gib is None else gpu_like(gib, tflops)

@@ -71,7 +71,8 @@ def training_dtype(settings: RunSettings, hardware: Hardware) -> tuple[str, str]
     if settings.bf16 == "auto" and has_bf16:
         return "bfloat16", f"{hardware.name} has bfloat16"
     if settings.fp16 == "auto" and hardware.kind == "cuda":
-        return "float16", f"{hardware.name} has no bfloat16, or bf16 is false"
+        is_given_up = settings.bf16 is False
+        return "float16", "bf16: false" if is_given_up else f"{hardware.name} has no bfloat16"
     return "float32", f"neither 16-bit type is both allowed and there on {hardware.name}"
 
 
@@ -192,6 +193,6 @@ def _too_large(need: Memory, limit: int, host_limit: int | None) -> str | None:
             f"({when if when.startswith('while') else 'at ' + when})"
         )
     if host_limit is not None and need.host_peak_bytes > host_limit:
-        found = f"needs {need.host_peak_bytes / GIB:.0f} of {host_limit / GIB:.0f} GiB"
+        found = f"needs {need.host_peak_bytes / GIB:.1f} of {host_limit / GIB:.1f} GiB"
         return f"{found} of a node's own memory"
     return None

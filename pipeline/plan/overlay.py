@@ -78,9 +78,9 @@ def constraints_of(path: str, settings: RunSettings) -> RunSettings:
                 f"{found.place(key)}: {_shown(value)}, but the run file or its preset has "
                 f"{name}: {_shown(setting)}; keep one of them"
             )
-        _validate(settings, {name: value}, found.place(key))
+        _validate(settings, {name: value}, f"{found.place(key)}: {_shown(value)}")
         fixed[name] = value
-    _validate(settings, fixed, f"deepspeed_json: {path}")
+    _validate(settings, fixed, f"deepspeed_json: {path}: {_shown(fixed)}")
     return settings.model_copy(update=fixed)
 
 
@@ -143,13 +143,13 @@ def _require_known(found: _Json, block: _Path, known: Iterable[str]) -> None:
         raise UserError("\n".join(problems))
 
 
-def _validate(settings: RunSettings, values: dict[str, Any], place: str) -> None:
+def _validate(settings: RunSettings, values: dict[str, Any], found: str) -> None:
     try:
         RunSettings.model_validate(settings.model_dump() | values)
     except ValidationError as error:
         said = " or ".join(dict.fromkeys(problem["msg"] for problem in error.errors()))
         shown = said.removeprefix("Value error, ").replace("Input should be", "must be")
-        raise UserError(f"{place}: {shown}; found {_shown(values)}") from None
+        raise UserError(f"{found}: {shown}") from None
 
 
 def _read(path: str) -> _Json:

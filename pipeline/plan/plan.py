@@ -201,7 +201,7 @@ def _situation(request: Request, layout: Layout) -> Situation:
 
 def _refusal(known: Situation) -> str | None:
     refused = [r for r in rules_that_hold(OF_THE_CHOICE, known) if r.level == "refuse"]
-    return f"rule {refused[0].id}: {refused[0].message}" if refused else None
+    return f"is refused: {refused[0].reason} [rule {refused[0].id}]" if refused else None
 
 
 def dump_json(data: Any) -> str:

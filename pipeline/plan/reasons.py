@@ -35,10 +35,12 @@ def reasons(
             continue
         if key in ("hpz_partition_size", "offload_param") and not chosen.layout.is_sharded:
             continue  # there is nothing of the base to lay elsewhere
-        if key == "checkpointed_layers":
+        if key == "hpz_partition_size" and machines.nodes == 1:
+            why[key] = "one node, so gathers stay inside it anyway"
+        elif key == "checkpointed_layers":
             why[key] = _checkpointing(chosen, settings, shape, machines)
-        elif said := _alternative(key, chosen, ranked):
-            why[key] = said
+        else:
+            why[key] = _alternative(key, chosen, ranked)
     if settings.gradient_accumulation_steps == "auto":
         why["gradient_accumulation_steps"] = "what is left of the global batch"
     if settings.global_batch_size == "auto":
@@ -47,12 +49,12 @@ def reasons(
     return why
 
 
-def _alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> str | None:
+def _alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> str:
     """The chosen value against the best candidate that has another one."""
     mine = getattr(chosen.layout, key)
     others = [c for c in ranked if getattr(c.layout, key) != mine]
     if not others:
-        return None
+        return "what the other keys leave"
     best = min(others, key=order)
     name = f"{key} {getattr(best.layout, key)}"
     if best.refusal is not None:
@@ -62,6 +64,8 @@ def _alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> st
         return "the base fits on every rank, so the adapter alone travels"
     if best.layout.offload_param != chosen.layout.offload_param:
         return "the base fits on the devices, so nothing waits for host memory"
+    if own == seconds:
+        return f"no other is faster: {own} a step of full sequences, as with {name}"
     return f"the fastest that fits: {own} a step of full sequences; {name} would take {seconds}"
 
 

@@ -61,8 +61,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_text(plan: Plan, command: str | None = None) -> str:
-    """The plan for a terminal; `command` is how it is started here."""
+def plan_text(plan: Plan) -> str:
+    """The plan for a terminal."""
     return "\n".join(
         [
             *_what(plan),

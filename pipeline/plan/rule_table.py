@@ -7,6 +7,7 @@ from pipeline.plan.rules import Request, Rule, Situation
 from pipeline.plan.rules_advice import ADVICE
 from pipeline.plan.rules_deepspeed import DEEPSPEED_RULES
 from pipeline.plan.rules_model import MODEL_RULES, REQUEST_RULES
+from pipeline.plan.rules_offload import OFFLOAD_RULES
 from pipeline.plan.rules_versions import VERSION_RULES
 from pipeline.plan.rules_zero import ZERO_RULES
 
@@ -16,6 +17,7 @@ OF_THE_CHOICE: tuple[Rule[Situation], ...] = (
     *MODEL_RULES,
     *VERSION_RULES,
     *ZERO_RULES,
+    *OFFLOAD_RULES,
     *DEEPSPEED_RULES,
     *ADVICE,
 )

@@ -4,19 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.plan.adapted import adapted
+from pipeline.plan.gathers import gathers
 from pipeline.plan.memory import bucket_elements
 from pipeline.plan.rules import Rule, Situation, issue
 
 _DEEPSPEED = "deepspeedai/DeepSpeed"
 _ZERO = "DeepSpeed 0.19.8 runtime/zero"
-
-
-def _device(s: Situation, key: str) -> str:
-    return str(s.block("zero_optimization", key).get("device") or "none")
-
-
-def _offloads_optimizer(s: Situation) -> bool:
-    return _device(s, "offload_optimizer") != "none" or bool(s.zero.get("cpu_offload"))
 
 
 def _hpz(s: Situation) -> int:
@@ -25,16 +18,22 @@ def _hpz(s: Situation) -> int:
     return max(int(found), 1 if asked == "auto" else asked)
 
 
-def _offloads_base(s: Situation) -> bool:
-    return s.settings.offload_param == "cpu" or _device(s, "offload_param") != "none"
-
-
 def _threshold(s: Situation) -> int:
     return int(s.zero.get("stage3_param_persistence_threshold", 100_000))
 
 
 def _bucket(s: Situation) -> int:
     return int(s.zero.get("reduce_bucket_size", 500_000_000))
+
+
+def _gathers_too_much(s: Situation) -> bool:
+    planned = gathers(s.shape, s.settings)
+    limits = (
+        ("stage3_max_live_parameters", planned.block),
+        ("stage3_prefetch_bucket_size", planned.block),
+        ("stage3_max_reuse_distance", planned.reuse_distance),
+    )
+    return s.layout.is_sharded and any(s.zero.get(key, most) > most for key, most in limits)
 
 
 def _has_no_leaves(s: Situation) -> bool:
@@ -136,53 +135,6 @@ ZERO_RULES: tuple[Rule[Situation], ...] = (
         source="DeepSpeed 0.19.8 utils/groups.py:945",
     ),
     Rule(
-        id="offload-param-without-zero3",
-        level="refuse",
-        applies=lambda s: _offloads_base(s) and not s.layout.is_sharded,
-        reason="offload_param: only ZeRO-3 can keep the base in host memory",
-        remedy="set zero_stage: 3, or leave offload_param out",
-        source="https://www.deepspeed.ai/docs/config-json/#parameter-offloading",
-    ),
-    Rule(
-        id="nvme-4bit",
-        level="refuse",
-        applies=lambda s: s.settings.load_in_4bit and _device(s, "offload_param") == "nvme",
-        reason="zero_optimization.offload_param to nvme with load_in_4bit: its buffers have the "
-        "training type, the packed weights are uint8",
-        remedy='use "cpu", or leave it out',
-        source=f"{_ZERO}/partition_parameters.py:1820",
-    ),
-    Rule(
-        id="nvme-not-yet",
-        level="refuse",
-        applies=lambda s: not s.settings.load_in_4bit and _device(s, "offload_param") == "nvme",
-        reason="zero_optimization.offload_param to nvme: its memory and speed cannot be planned "
-        "yet",
-        remedy='use "cpu", or leave it out',
-        source="pipeline/plan/memory.py",
-    ),
-    Rule(
-        id="cpu-offload-param",
-        level="refuse",
-        applies=lambda s: (
-            bool(s.zero.get("cpu_offload_param")) or bool(s.zero.get("cpu_offload_use_pin_memory"))
-        ),
-        reason="zero_optimization.cpu_offload_param and cpu_offload_use_pin_memory are old names "
-        "that the plan does not follow",
-        remedy="set offload_param: cpu in the run file",
-        source=f"{_ZERO}/config.py:189",
-    ),
-    Rule(
-        id="offload-optimizer",
-        level="refuse",
-        applies=_offloads_optimizer,
-        reason="zero_optimization.offload_optimizer: an adapter's optimizer is 12 bytes a "
-        "trainable parameter, divided over the ranks; moving it slows every step and compiles an "
-        "optimizer at start-up",
-        remedy="leave it out",
-        source=issue(_DEEPSPEED, 6550, 5241) + "; DeepSpeed 0.19.8 runtime/engine.py:2342",
-    ),
-    Rule(
         id="old-stage-1",
         level="refuse",
         applies=lambda s: (
@@ -192,18 +144,6 @@ ZERO_RULES: tuple[Rule[Situation], ...] = (
         "first, and checkpoints are this project's own",
         remedy="leave them out",
         source="DeepSpeed 0.19.8 runtime/engine.py:2650",
-    ),
-    Rule(
-        id="zenflow",
-        level="refuse",
-        applies=lambda s: (
-            s.zero.get("zenflow") is not None
-            or bool(s.block("zero_optimization", "offload_optimizer").get("super_offload"))
-        ),
-        reason="zenflow and super_offload are offload schemes for full fine-tuning; zenflow "
-        "transposes every gathered weight",
-        remedy="leave them out",
-        source=f"{_ZERO}/parameter_offload.py:545",
     ),
     Rule(
         id="4bit-quantized-weights",
@@ -272,6 +212,16 @@ ZERO_RULES: tuple[Rule[Situation], ...] = (
         reason="zero_optimization.compute_grad_norm: false, but a run clips and records the norm",
         remedy="leave it out",
         source=f"{_ZERO}/stage_1_and_2.py:212",
+    ),
+    Rule(
+        id="gathered-too-much",
+        level="warn",
+        applies=_gathers_too_much,
+        reason="zero_optimization.stage3_max_live_parameters, stage3_max_reuse_distance or "
+        "stage3_prefetch_bucket_size lets more of the base stay gathered than the planned memory "
+        "holds",
+        remedy='leave them out or set "auto"',
+        source=f"{_ZERO}/partitioned_param_coordinator.py; pipeline/plan/gathers.py",
     ),
     Rule(
         id="memory-inefficient-linear",

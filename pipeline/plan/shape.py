@@ -185,11 +185,13 @@ def read_shape(model: str) -> ModelShape:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"model: {path}: not readable as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"model: {path}: expected a block in braces")
     try:
         return _from_config(config, model)
     except KeyError as error:
         raise UserError(f"model: {path}: the key {error} is missing") from None
-    except UserError as error:
+    except (UserError, TypeError, ValueError) as error:  # the others: int() of what is no number
         raise UserError(f"model: {path}: {error}") from None
 
 
@@ -200,11 +202,10 @@ def _from_config(found: Mapping[str, Any], model: str) -> ModelShape:
         known = ", ".join(sorted(FAMILIES))
         raise UserError(f"model_type {kind!r} cannot be planned yet; known: {known}")
     config = {**family.defaults, **found}
-    heads = int(config["num_attention_heads"])
-    hidden = int(config["hidden_size"])
+    heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
     head_dim = int(config.get("head_dim") or hidden // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)
-    inner = 0 if family.inner_key is None else int(config[family.inner_key])
+    inner = 0 if family.inner_key is None else _count(config, family.inner_key)
     widths = Widths(hidden=hidden, inner=inner, queries=heads * head_dim, keys=kv_heads * head_dim)
     experts = family.experts(config) if family.experts else None
     quantization = config.get("quantization_config") or {}
@@ -214,11 +215,11 @@ def _from_config(found: Mapping[str, Any], model: str) -> ModelShape:
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         hidden_size=hidden,
         intermediate_size=inner,
-        num_layers=int(config["num_hidden_layers"]),
+        num_layers=_count(config, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        vocab_size=int(config["vocab_size"]),
+        vocab_size=_count(config, "vocab_size"),
         is_tied=bool(config.get("tie_word_embeddings", False)),
         linears=family.linears(config, widths),
         layers_name=family.layers,
@@ -237,6 +238,14 @@ def _from_config(found: Mapping[str, Any], model: str) -> ModelShape:
         quantization=quantization.get("quant_method"),
         num_tokens=count_tokens(Path(model)),
     )
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    """A whole number above 0. Raises KeyError, or UserError for anything else."""
+    value = config[key]
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{key}: expected a whole number above 0; found {value!r}")
+    return value
 
 
 def _ends(name: str, target: str) -> bool:

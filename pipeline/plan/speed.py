@@ -94,7 +94,7 @@ def step_seconds(
     device = {
         "arithmetic": _arithmetic(work, micro, tokens, recomputed) / rates.flops,
         "logits": _logits(work, shape, settings, layout, rates, micro * supervised_share),
-        "memory_traffic": _traffic(work, layout, micro, recomputed) / rates.memory,
+        "memory_traffic": _traffic(work, layout, micro, tokens, recomputed) / rates.memory,
         "dequantisation": _dequantised(work, settings, layout, recomputed) / rates.memory,
     }
     busy = sum(device.values())
@@ -164,15 +164,18 @@ def _logits(
     return (2 + again) * work.head_flops * positions / rates.flops + traffic / rates.memory
 
 
-def _traffic(work: Work, layout: Layout, micro: float, recomputed: float) -> float:
+def _traffic(work: Work, layout: Layout, micro: float, tokens: float, recomputed: float) -> float:
     """Bytes that a micro-batch moves between device and memory in the blocks.
 
     Each pass reads the weights, which is what makes small micro-batches slow: n tokens over a d x d
     matrix reach n / (n + flops / bandwidth) of the rate (roofline, Williams et al. 2009, with both
-    parts added rather than the larger taken).
+    parts added rather than the larger taken). Of the experts it reads those that a token meets,
+    which are soon all of them.
     """
-    weights = (2 + recomputed) * work.linear_values
-    activations = micro * (1 + _TRAFFIC_BACKWARD + recomputed) * work.token_values
+    experts = min(1.0, micro * work.expert_share) * work.expert_values
+    weights = (2 + recomputed) * (work.linear_values + experts)
+    values = work.token_values + work.score_values * tokens
+    activations = micro * (1 + _TRAFFIC_BACKWARD + recomputed) * values
     return layout.bytes_per_value * (weights + activations)
 
 

@@ -3,8 +3,7 @@
 N: weights of the blocks' linear layers, P: trainable parameters, D: hidden size, V: vocabulary,
 L: blocks, T: tokens of a sequence. A multiplication and its addition are 2 FLOPs. Kernels and
 passes are those of transformers 5.23 (models/llama/modeling_llama.py) and peft 0.21
-(tuners/lora/layer.py); tests/tensor/test_work.py counts them on a model. Experts' activations are
-left out.
+(tuners/lora/layer.py); tests/tensor/test_work.py counts them on models.
 """
 
 from dataclasses import dataclass
@@ -24,22 +23,33 @@ _GATE_PASSES = 5  # activation: one read, one written; product: two read, one wr
 _LORA_IN_PASSES = 1  # A reads its input
 _DROPOUT_PASSES = 2  # and dropout reads and writes it first
 _LORA_OUT_PASSES = 6  # B writes; scaling reads and writes; the sum reads two and writes one
+# Of a block with experts (grouped_mm): around them, and for each expert of a token at the width of
+# the hidden state (copied in and out, weighted, summed) and at the inner width.
+_ROUTING_PASSES = 8
+_EXPERT_HIDDEN_PASSES = 12
+_EXPERT_INNER_PASSES = 8
+# Of scores that exist: scaled, capped in three kernels, masked, softmax in fp32, cast.
+_SCORE_PASSES = 22
 
 # Kernels of a forward pass of a block: two norms (8 each), rotary (10), residuals and gate (4) and
 # attention.
 _BLOCK_KERNELS = 31
 _LORA_KERNELS = 4  # A, B, scaling, sum; dropout is one more
 _DEQUANTISE_KERNELS = 2  # the constants, then the weight
+_EXPERTS_KERNELS = 22  # routing, sorting, two grouped products, and back
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """Sums over a model and its adapter. `_flops` are of one token and one forward pass.
 
-    `score_flops` are those for each token that it attends to. `token_values`: numbers that a token
-    moves in a forward pass through all blocks, attention's scores apart (they stay on the chip).
-    `packed_bytes`: the linear weights as stored where they are quantised, else 0. `stored_bytes`:
-    the base as ZeRO-3 divides it, without quantisation's constants, which stay whole on every rank.
+    `score_flops` are those for each token of its sequence. `token_values`: numbers that a token
+    moves in a forward pass through all blocks, attention's scores apart: `score_values` are those
+    for each token of its sequence, none where the scores stay on the chip. `linear_values` and
+    `expert_values`: weights of linear layers and of all experts, of which a token meets
+    `expert_share`. `packed_bytes`: the linear weights as stored where they are quantised, else 0.
+    `stored_bytes`: the base as ZeRO-3 divides it, without quantisation's constants, which stay
+    whole on every rank.
     """
 
     trainable: int
@@ -48,7 +58,10 @@ class Work:
     score_flops: float
     head_flops: float
     token_values: float
+    score_values: float
     linear_values: int
+    expert_values: int
+    expert_share: float
     packed_bytes: float
     stored_bytes: float
     kernels: int
@@ -82,18 +95,23 @@ def _cached(key: _Identity, training_dtype: str) -> Work:
     share = 0.5 if settings.load_in_4bit else 1.0
     packed = share * n if settings.is_quantised else 0.0
     trainable = trainable_parameters(shape, settings)
-    # FlashAttention-2 skips the half of the scores that causality hides (arXiv 2307.08691 s.3.1);
-    # PyTorch's own attention is given a mask for padding and computes them all.
-    visible = 0.5 if settings.use_flash_attention is True else 1.0
+    scores = shape.num_layers * shape.num_heads
+    # Causal kernels skip the half of the scores that causality hides (FlashAttention-2, arXiv
+    # 2307.08691 s.3.1), PyTorch's too: training hands it no mask (model/loss.py). Soft-capped
+    # scores are made whole unless FlashAttention caps them.
+    are_made = shape.score_softcap and settings.use_flash_attention is not True
     return Work(
         trainable=trainable,
         base_flops=2 * shape.active_linear_parameters,
         adapter_flops=2 * trainable,
         # Scores and their product with the values, 2 FLOPs each (PaLM, arXiv 2204.02311 app. B).
-        score_flops=4 * shape.num_heads * shape.head_dim * shape.num_layers * visible,
+        score_flops=(4 if are_made else 2) * scores * shape.head_dim,
         head_flops=2 * shape.vocab_size * shape.hidden_size,
         token_values=_token_values(shape, settings),
+        score_values=_SCORE_PASSES * scores if are_made else 0,
         linear_values=n,
+        expert_values=shape.expert_parameters,
+        expert_share=shape.experts_per_token / max(1, shape.num_experts),
         packed_bytes=packed,
         stored_bytes=(packed or n * b) + (shape.parameters - n) * b,
         kernels=_kernels(shape, settings),
@@ -112,6 +130,9 @@ def _token_values(shape: ModelShape, settings: RunSettings) -> float:
         + _GATE_PASSES * shape.intermediate_size
         + sum(linear.d_in + linear.d_out for linear in shape.linears)
     )
+    if shape.num_experts:
+        each = _EXPERT_HIDDEN_PASSES * shape.hidden_size + _EXPERT_INNER_PASSES * shape.expert_size
+        block += _ROUTING_PASSES * shape.hidden_size + shape.experts_per_token * each
     on_input = _LORA_IN_PASSES + (_DROPOUT_PASSES if settings.lora_dropout > 0 else 0)
     adapters = sum(
         on_input * linear.d_in + _LORA_OUT_PASSES * linear.d_out
@@ -125,4 +146,5 @@ def _kernels(shape: ModelShape, settings: RunSettings) -> int:
     per_linear = 1 + (_DEQUANTISE_KERNELS if settings.is_quantised else 0)
     per_adapter = _LORA_KERNELS + (1 if settings.lora_dropout > 0 else 0)
     adapters = len(shape.targeted(settings.lora_target_modules))
-    return shape.num_layers * _BLOCK_KERNELS + per_linear * linears + per_adapter * adapters
+    per_block = _BLOCK_KERNELS + (_EXPERTS_KERNELS if shape.num_experts else 0)
+    return shape.num_layers * per_block + per_linear * linears + per_adapter * adapters

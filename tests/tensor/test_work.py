@@ -1,6 +1,7 @@
-"""What plan/work.py counts, against a Llama with LoRA: FLOPs exactly, kernels and bytes about."""
+"""What plan/work.py counts, against models with LoRA: FLOPs exactly, kernels and bytes about."""
 
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.shape import read_shape
@@ -20,6 +21,12 @@ CONFIG = {
     "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8,
     "num_key_value_heads": 2, "vocab_size": 512,
 }  # fmt: skip
+OWN = {
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "gemma2": {"head_dim": 32},
+}  # fmt: skip
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = {"mixtral": PROJECTIONS[:4]}
 MOVE_NOTHING = {
     "alias", "as_strided", "detach", "empty_like", "expand", "select", "slice", "split", "squeeze",
     "t", "transpose", "unsqueeze", "view", "_unsafe_view",
@@ -44,18 +51,22 @@ class Kernels(TorchDispatchMode):
         return out
 
 
-def counted(layers):
+def model_config(kind, layers):
+    return AutoConfig.for_model(kind, num_hidden_layers=layers, **CONFIG | OWN.get(kind, {}))
+
+
+def counted(kind, layers):
     """Kernels, bytes and FLOPs of forward and backward through so many blocks."""
     torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **CONFIG)).to(torch.bfloat16)
-    lora = LoraConfig(r=16, lora_dropout=0.0, target_modules="all-linear")
+    base = AutoModelForCausalLM.from_config(model_config(kind, layers)).to(torch.bfloat16)
+    lora = LoraConfig(r=16, lora_dropout=0.0, target_modules=TARGETS.get(kind, PROJECTIONS))
     model = get_peft_model(base, lora, autocast_adapter_dtype=False).get_base_model().model
     ids = torch.randint(0, 512, (SEQUENCES, TOKENS))
     found = Counter()
     for direction in ("forward", "backward"):
         with FlopCounterMode(display=False) as flops, Kernels() as seen:
             if direction == "forward":
-                hidden = model(ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+                hidden = model(ids, use_cache=False)[0]
             else:
                 hidden.float().sum().backward()
         found |= {(direction, name): count for name, count in seen.counts.items()}
@@ -63,36 +74,46 @@ def counted(layers):
     return found
 
 
-@pytest.fixture(scope="module")
-def block():
+@cache
+def block(kind):
     """The same of one block: what is around the blocks falls out of the difference."""
-    two, four = counted(2), counted(4)
+    two, four = counted(kind, 2), counted(kind, 4)
     return {key: (four[key] - two[key]) / 2 for key in two}
 
 
-@pytest.fixture
-def work(tmp_path):
-    config = LlamaConfig(num_hidden_layers=1, **CONFIG)
-    config.save_pretrained(tmp_path)
-    values = {"model": str(tmp_path), "train_data": "t", "output_dir": "o", "lora_r": 16}
-    return work_of(read_shape(str(tmp_path)), RunSettings(**values, lora_dropout=0.0), "bfloat16")
+def work(kind, folder):
+    model_config(kind, 1).save_pretrained(folder)
+    settings = RunSettings(
+        model=str(folder), train_data="t", output_dir="o", lora_r=16, lora_dropout=0.0,
+        lora_target_modules=TARGETS.get(kind, PROJECTIONS),
+    )  # fmt: skip
+    return work_of(read_shape(str(folder)), settings, "bfloat16")
 
 
-def test_flops(block, work):
+def test_flops(tmp_path):
     """torch's counter leaves out attention's scores on a CPU, so they are not compared here."""
-    tokens = SEQUENCES * TOKENS
-    assert block["forward", "flops"] == tokens * (work.base_flops + work.adapter_flops)
-    assert block["backward", "flops"] == tokens * (work.base_flops + 2 * work.adapter_flops)
+    found, planned, tokens = block("llama"), work("llama", tmp_path), SEQUENCES * TOKENS
+    assert found["forward", "flops"] == tokens * (planned.base_flops + planned.adapter_flops)
+    assert found["backward", "flops"] == tokens * (planned.base_flops + 2 * planned.adapter_flops)
 
 
-def test_kernels(block, work):
-    assert block["forward", "kernels"] == work.kernels
-    backward = _KERNELS_BACKWARD * work.kernels
-    assert block["backward", "kernels"] == pytest.approx(backward, rel=0.1)
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_kernels(kind, tmp_path):
+    found, planned = block(kind), work(kind, tmp_path)
+    assert found["forward", "kernels"] == planned.kernels
+    backward = _KERNELS_BACKWARD * planned.kernels
+    assert found["backward", "kernels"] == pytest.approx(backward, rel=0.1)
 
 
-def test_bytes(block, work):
-    activations, weights = 2 * SEQUENCES * TOKENS * work.token_values, 2 * work.linear_values
-    assert block["forward", "bytes"] == pytest.approx(activations + weights, rel=0.05)
-    backward = _TRAFFIC_BACKWARD * activations + weights
-    assert block["backward", "bytes"] == pytest.approx(backward, rel=0.05)
+@pytest.mark.parametrize(
+    ("kind", "forward", "backward"),
+    [("llama", 0.05, 0.05), ("mixtral", 0.1, 0.2), ("gemma2", 0.1, 0.2)],
+)
+def test_bytes(kind, forward, backward, tmp_path):
+    found, planned = block(kind), work(kind, tmp_path)
+    values = planned.token_values + TOKENS * planned.score_values
+    activations = 2 * SEQUENCES * TOKENS * values
+    weights = 2 * (planned.linear_values + planned.expert_values)
+    assert found["forward", "bytes"] == pytest.approx(activations + weights, rel=forward)
+    expected = _TRAFFIC_BACKWARD * activations + weights
+    assert found["backward", "bytes"] == pytest.approx(expected, rel=backward)

@@ -99,6 +99,10 @@ CASES = {
         with_layout(Z3, own=zero(stage3_param_persistence_threshold=100_000)),
         with_layout(Z3, own=zero(stage3_param_persistence_threshold="auto")),
     ),
+    "gathered-too-much": (
+        with_layout(Z3, own=zero(stage3_max_live_parameters=1e9)),
+        with_layout(Z3, own=zero(stage3_max_live_parameters=1e6)),
+    ),
     "bucket-sizes": ({}, {"own": zero(reduce_bucket_size=5e8)}),
     "bucket-too-large": ({"own": zero(reduce_bucket_size=5e8)}, {}),
     "overlap-comm-off": ({}, {"own": zero(overlap_comm=True)}),
@@ -293,6 +297,8 @@ CASES = {
 # Rules that several keys lead to: the ways that the table above does not take.
 MORE = [
     ("embeddings-or-head-not-yet", {"lora_target_modules": r"lm_head|.*q_proj"}),
+    ("gathered-too-much", with_layout(Z3, own=zero(stage3_max_reuse_distance=1e9))),
+    ("gathered-too-much", with_layout(Z3, own=zero(stage3_prefetch_bucket_size=5e8))),
     ("hpz-without-zero3", {"own": zero(zero_hpz_partition_size=2)}),
     ("offload-param-without-zero3", {"own": zero(offload_param={"device": "cpu"})}),
     ("cpu-offload-param", {"own": zero(cpu_offload_use_pin_memory=True)}),

@@ -146,6 +146,10 @@ def test_patterns_and_all_linear(plan):
     [
         ({}, "holds no config.json"),
         ({"config.json": "{"}, "not readable as JSON"),
+        ({"config.json": "[1]"}, "expected a block in braces"),
+        ({"config.json": json.dumps(SMOLLM2 | {"hidden_size": "big"})}, "hidden_size: expected"),
+        ({"config.json": json.dumps(SMOLLM2 | {"num_attention_heads": 0})}, "above 0; found 0"),
+        ({"config.json": json.dumps(SMOLLM2 | {"head_dim": "x"})}, "config.json: invalid literal"),
         ({"config.json": '{"model_type": "llama"}'}, "is missing"),
         ({"config.json": '{"model_type": "mamba"}'}, "'mamba' cannot be planned yet"),
     ],

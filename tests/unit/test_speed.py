@@ -60,11 +60,11 @@ def speed(shape=LLAMA_8B, keys=LORA, hardware=H100, tokens=1024.0, **rest):
 
 
 def test_flops_are_those_counted_by_hand():
-    """4 FLOPs a weight and token, 6 an adapter's; attention 4 x T x width, and 2.5 times back."""
+    """4 FLOPs a weight and token, 6 an adapter's; attention 2 x T x width, and 2.5 times back."""
     n = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     p = 16 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
     assert (n, p) == (LLAMA_8B.linear_parameters, trainable_parameters(LLAMA_8B, LORA))
-    counted = 1024 * (4 * n + 6 * p + 3.5 * 4 * 1024 * 4096 * 32)
+    counted = 1024 * (4 * n + 6 * p + 3.5 * 2 * 1024 * 4096 * 32)
     ideal = replace(H100, flops=1e12 / 0.7)
     assert speed(hardware=ideal).terms["arithmetic"] == pytest.approx(counted / 1e12)
 
@@ -80,9 +80,31 @@ def test_a_frozen_base_costs_4_flops_a_parameter_and_token_and_6_recomputed():
     assert times[2] / times[0] == pytest.approx(6 / 4, rel=1e-3)
 
 
-def test_flash_attention_skips_half_of_the_scores():
-    work = [work_of(LLAMA_8B, run(use_flash_attention=flag), "bfloat16") for flag in (True, False)]
-    assert work[0].score_flops * 2 == work[1].score_flops == 4 * 4096 * 32
+def test_half_of_the_scores_are_skipped_unless_they_are_soft_capped_and_made():
+    capped = replace(LLAMA_8B, score_softcap=True)
+    for shape, flag, whole in (
+        (LLAMA_8B, "auto", False),
+        (LLAMA_8B, True, False),
+        (capped, "auto", True),
+        (capped, True, False),
+    ):
+        work = work_of(shape, run(use_flash_attention=flag), "bfloat16")
+        assert work.score_flops == (4 if whole else 2) * 4096 * 32
+        assert (work.score_values > 0) == whole
+
+
+def test_a_micro_batch_reads_the_experts_that_its_tokens_meet():
+    experts = {"num_experts": 128, "experts_per_token": 8, "expert_size": 768}
+    mixture = replace(LLAMA_8B, **experts)
+    few, some, many, more = (
+        speed(mixture, tokens=tokens).terms["memory_traffic"]
+        - speed(replace(mixture, num_experts=8), tokens=tokens).terms["memory_traffic"]
+        for tokens in (1.0, 8.0, 16.0, 1024.0)
+    )
+    whole = 2 * 2 * 120 * 32 * 3 * 4096 * 768 / (0.8 * H100.memory_bandwidth)
+    assert few == pytest.approx(0, abs=1e-9)  # eight experts either way
+    assert 0 < some < many
+    assert many == pytest.approx(whole) == pytest.approx(more)
 
 
 def test_adapter_traffic_at_zero_2_does_not_depend_on_the_base():
