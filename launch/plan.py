@@ -11,6 +11,7 @@ from pipeline.cluster.devices import machine
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
 from pipeline.data.prepared import data_size
+from pipeline.plan.choose import DoesNotFitError
 from pipeline.plan.command import start_commands
 from pipeline.plan.plan import dump_json, rank_plans
 from pipeline.plan.render import candidates_text, plan_json, plan_text
@@ -38,15 +39,18 @@ def plan() -> None:
     settings = load_settings(given.run_file, given.overrides)
     hardware = machine(given.gpu, given.gpu_memory_gib, given.gpu_tflops)
     ranks = hardware.devices_per_node if given.gpus_per_node is None else given.gpus_per_node
-    shape = read_shape(settings.model)
-    made, ranked = rank_plans(settings, shape, hardware, nodes=given.nodes, ranks_per_node=ranks)
+    machines = {"nodes": given.nodes, "ranks_per_node": ranks}
+    try:
+        made, ranked = rank_plans(settings, read_shape(settings.model), hardware, **machines)
+    except DoesNotFitError as error:
+        print(candidates_text(error.ranked) if given.all else "", end="")
+        raise
     if (size := data_size(made.settings)) is not None:
         made = made.with_data(size)
     if given.json:
         print(dump_json(plan_json(made)), end="")
         return
-    print(plan_text(made))
-    print(*start_commands(made, given.run_file, given.overrides), sep="\n")
+    print(plan_text(made), *start_commands(made, given.run_file, given.overrides), sep="\n")
     if given.all:
         print("", candidates_text(ranked), sep="\n")
 

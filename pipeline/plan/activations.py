@@ -44,6 +44,8 @@ def activations(
     b, h = layout.bytes_per_value, shape.hidden_size
     count = layout.micro_batch_size * tokens
     inner = shape.intermediate_size + shape.experts_per_token * shape.expert_size
+    # Beside the scores that are kept, softmax's gradient goes in and comes out in fp32.
+    scores = shape.num_heads * tokens * (8 - b) if has_scores(shape, settings) else 0
     boundary = count * h * b
     block = count * _kept(shape, settings, b, tokens, mask_bytes=1 if is_cuda else b)
     # The first norm keeps the block's input itself, but for RMSNorm's copy of 16 bits in fp32.
@@ -52,7 +54,7 @@ def activations(
         boundary=boundary,
         block=block,
         recomputed=block - (0 if is_copied else boundary),
-        block_working=count * (2 * inner + 2 * h) * b,
+        block_working=count * max((2 * inner + 2 * h) * b, scores),
         # RMSNorm in fp32 has five tensors of its width at once; LayerNorm is one kernel
         final_working=count * h * (b + (20 if shape.norm_kind == "rms" else b)),
         logits=int(supervised_share * count) * h * b
@@ -60,10 +62,15 @@ def activations(
     )
 
 
+def has_scores(shape: ModelShape, settings: RunSettings) -> bool:
+    """Whether attention makes its scores: only FlashAttention-2 fuses a soft-cap of them."""
+    return shape.score_softcap and settings.use_flash_attention is not True
+
+
 def _kept(shape: ModelShape, settings: RunSettings, b: int, tokens: int, *, mask_bytes: int) -> int:
     """Bytes for one token that a block keeps until its backward pass."""
     adapter, n = adapted(shape, settings), shape.num_layers
-    kept = _norms(shape, b) + _attention(shape, b, tokens) + _mlp(shape, b)
+    kept = _norms(shape, b) + _attention(shape, settings, b, tokens) + _mlp(shape, b)
     kept += adapter.layers * settings.lora_r * b // n  # A's output, which B reads
     if settings.load_in_8bit:  # every layer keeps its input (bitsandbytes 0.50.2 MatMul8bitLt)
         kept += (2 * shape.hidden_size + shape.intermediate_size) * b
@@ -84,7 +91,7 @@ def _norms(shape: ModelShape, b: int) -> int:
     return (shape.num_block_norms * shape.hidden_size + heads) * each
 
 
-def _attention(shape: ModelShape, b: int, tokens: int) -> int:
+def _attention(shape: ModelShape, settings: RunSettings, b: int, tokens: int) -> int:
     """Rotated q and k, v, the output and its normaliser.
 
     FlashAttention keeps no scores (arXiv 2205.14135 s.3). Where soft-capping needs the plain way,
@@ -95,7 +102,7 @@ def _attention(shape: ModelShape, b: int, tokens: int) -> int:
     """
     q, k = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     value = 2 * q + 2 * k if shape.has_fused_attention else k
-    if shape.score_softcap:
+    if has_scores(shape, settings):
         return (4 * q + k + value) * b + shape.num_heads * tokens * (2 * b + 4)
     return (2 * q + k + value) * b + 4 * shape.num_heads
 

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.plan.adapted import adapted, trainable_parameters
-from pipeline.plan.choose import Candidate, Machines, candidates
+from pipeline.plan.choose import Candidate, DoesNotFitError, Machines, candidates
 from pipeline.plan.data_size import DataSize
 from pipeline.plan.hardware import Hardware
 from pipeline.plan.layout import Layout
@@ -169,7 +169,7 @@ def rank_plans(
     machines = Machines(hardware=hardware, nodes=nodes, ranks_per_node=ranks_per_node)
     ranked = candidates(settings, shape, machines)
     if all(candidate.refusal for candidate in ranked):
-        raise UserError(does_not_fit(settings, shape, machines, ranked))
+        raise DoesNotFitError(does_not_fit(settings, shape, machines, ranked), ranked)
     held = {c.layout: _situation(request, c.layout) for c in ranked if c.refusal is None}
     refusals = {layout: said for layout, known in held.items() if (said := _refusal(known))}
     if len(refusals) == len(held):

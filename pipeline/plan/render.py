@@ -119,7 +119,8 @@ def _memory(plan: Plan) -> list[str]:
     return [
         *lines,
         f"  {'while loading':<28} {_size(memory.load_peak_bytes):>10}",
-        f"  {'host memory of a node':<28} {_size(memory.host_peak_bytes):>10}",
+        f"  {'host memory of a node':<28} {_size(memory.host_peak_bytes):>10}"
+        + ("" if hardware.host_bytes else "  (not checked: what the node has is not known here)"),
         *(f"  {f'disk: {term}':<28} {_size(size):>10}" for term, size in disk.items()),
     ]
 

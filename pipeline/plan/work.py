@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pipeline.config.settings import RunSettings
+from pipeline.plan.activations import has_scores
 from pipeline.plan.adapted import trainable_parameters
 from pipeline.plan.layout import DTYPE_BYTES
 from pipeline.plan.shape import ModelShape
@@ -99,7 +100,7 @@ def _cached(key: _Identity, training_dtype: str) -> Work:
     # Causal kernels skip the half of the scores that causality hides (FlashAttention-2, arXiv
     # 2307.08691 s.3.1), PyTorch's too: training hands it no mask (model/loss.py). Soft-capped
     # scores are made whole unless FlashAttention caps them.
-    are_made = shape.score_softcap and settings.use_flash_attention is not True
+    are_made = has_scores(shape, settings)
     return Work(
         trainable=trainable,
         base_flops=2 * shape.active_linear_parameters,

@@ -55,6 +55,10 @@ OTHERS = {
     "large vocabulary": Case(settings=ZERO2 | ON, model={"vocab_size": 16384}),
     "qwen3": Case(settings=ZERO2, model={"model_type": "qwen3"} | HEADS),
     "gemma2": Case(settings=ZERO2, model={"model_type": "gemma2"} | HEADS),
+    "gemma2 ckpt-on 1024": Case(
+        settings=ZERO2 | {"gradient_checkpointing": True, "max_length": 1024},
+        model={"model_type": "gemma2"} | HEADS,
+    ),
     "gemma3": Case(settings=ZERO2, model={"model_type": "gemma3_text"} | HEADS),
     "phi": Case(settings=ZERO2 | ALL, model={"model_type": "phi"}),
     "phi3": Case(settings=ZERO2 | ALL, model={"model_type": "phi3"}),

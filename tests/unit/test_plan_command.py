@@ -110,6 +110,13 @@ def test_the_prepared_index_fixes_the_steps(call):
     assert "estimated" not in out
 
 
+def test_where_nothing_fits_all_shows_why_for_each(call):
+    code, out, err = call("--gpu-memory-gib", "16", "zero_stage=2", "global_batch_size=4", "--all")
+    assert code == 2
+    assert out.count("GiB a rank (") == 3  # micro-batches of 4, 2 and 1
+    assert "does not fit" in err
+
+
 def test_several_nodes_and_a_gpu_by_its_numbers(call):
     (call.folder / "model/config.json").write_text(json.dumps(LLAMA_70B))
     code, out, _ = call(

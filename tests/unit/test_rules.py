@@ -12,7 +12,7 @@ from pipeline.plan.layout import Layout
 from pipeline.plan.overlay import overlay
 from pipeline.plan.plan import make_plan
 from pipeline.plan.render import plan_text
-from pipeline.plan.rule_table import BEFORE_THE_CHOICE, OF_THE_CHOICE, RULES
+from pipeline.plan.rule_table import BEFORE_THE_CHOICE, RULES
 from pipeline.plan.rules import Situation, installed_versions
 from pipeline.plan.shape import read_shape
 from pipeline.plan.zero import deepspeed_config
@@ -159,7 +159,3 @@ def test_a_tokenizer_that_outgrew_its_model_is_refused(plan, name, content, is_r
         return
     with pytest.raises(UserError, match="rule tokens-without-embeddings"):
         plan(files={name: content})
-
-
-def test_the_table_is_split_but_whole():
-    assert (*BEFORE_THE_CHOICE, *OF_THE_CHOICE) == RULES
