@@ -43,7 +43,7 @@ def plan() -> None:
     try:
         made, ranked = rank_plans(settings, read_shape(settings.model), hardware, **machines)
     except DoesNotFitError as error:
-        print(candidates_text(error.ranked) if given.all else "", end="")
+        print(f"{candidates_text(error.ranked)}\n" if given.all else "", end="")
         raise
     if (size := data_size(made.settings)) is not None:
         made = made.with_data(size)
