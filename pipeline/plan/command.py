@@ -14,9 +14,13 @@ def start_commands(plan: Plan, run_file: Path, overrides: Sequence[str]) -> list
     if plan.hardware.kind == "cpu":
         here = f"deepspeed --num_accelerators {ranks} {arguments}"
         return [f"start      {here if ranks > 1 else f'python {arguments}'}"]
-    here = f"deepspeed --num_gpus {ranks} {arguments}"
-    if nodes > 1:
-        here = f"deepspeed --hostfile HOSTS --num_nodes {nodes} {here.removeprefix('deepspeed ')}"
+    # Every visible GPU unless fewer are meant: with --num_gpus DeepSpeed's launcher would forget
+    # CUDA_VISIBLE_DEVICES (0.19.8 launcher/runner.py), and with it what a scheduler has granted.
+    fewer = f"--num_gpus {ranks} " if ranks < plan.hardware.devices_per_node else ""
+    hosts = f"--hostfile HOSTS --num_nodes {nodes} " if nodes > 1 else ""
+    here = f"deepspeed {hosts}{fewer}{arguments}"
+    if nodes == ranks == 1:
+        here = f"python {arguments}"
     return [f"start      {here}", f"sbatch     {_sbatch(nodes, ranks, arguments)}"]
 
 
