@@ -253,7 +253,8 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
     largest = max(linear.weights for linear in shape.linears) * b
     constants = quantisation_constants(shape, settings)
     if layout.is_sharded and (not settings.is_quantised or layout.loads_through_host):
-        widest = max(largest, shape.vocab_size * shape.hidden_size * b)
+        experts = shape.expert_parameters * b // shape.num_layers  # fused while they are read
+        widest = max(largest, shape.vocab_size * shape.hidden_size * b, experts)
         read = 0 if is_cuda else base  # what rank 0 reads is on the same device
         shared, copies = base - constants, layout.hpz_partition_size
         share = 0 if layout.offload_param == "cpu" else shared // layout.world_size
