@@ -105,6 +105,10 @@ def test_the_whole_road(run_file, workspace):
     assert code == 0, output
     assert status(folder)["state"] == "done"
     lines = read_metrics(folder / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["peak_bytes"] is not None for line in steps[:3]] == [True, True, False]
+    for line in steps[:2]:  # watched on a CPU, beside what was predicted for these batches
+        assert line["predicted_bytes"] == pytest.approx(line["peak_bytes"], rel=0.1)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert [line["step"] for line in lines if "eval_loss" in line] == [6, 12]
     assert "step 12/12" in output
