@@ -1,9 +1,10 @@
 """One rank of one case of tests/gpu/test_memory.py, in a process of its own:
 
-    torchrun --standalone -m tests.gpu.memory_case FOLDER CASE
+    torchrun --standalone -m tests.gpu.memory_case FOLDER CASE FOUND
 
-Makes the model of the case in the folder, if it is not there, and prints the peak of a run of two
-steps beside the plan's. On a machine without CUDA live tensors are counted instead.
+Makes the model of the case in the folder, if it is not there, and writes the peak of a run of two
+steps beside the plan's to FOUND/RANK.json. On a machine without CUDA live tensors are counted
+instead.
 """
 
 import gc
@@ -52,7 +53,8 @@ def main():
         "predicted": plan.memory.tensor_bytes,
         "moment": plan.memory.worst_moment,
     }
-    print(f"FOUND {json.dumps(found)}", flush=True)
+    # A file for each rank: what two ranks print into one pipe may share a line.
+    Path(sys.argv[3], f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -81,18 +82,18 @@ def needs_gpu(test):
 
 def measured(folder, case, **environment):
     """What the rank with the highest peak found, in processes that are gone afterwards."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={case.ranks}", "-m", "tests.gpu.memory_case",
-        str(folder), json.dumps(asdict(case)),
-    ]  # fmt: skip
-    env = os.environ | environment
-    ran = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False
-    )
-    lines = [line for line in ran.stdout.splitlines() if line.startswith("FOUND ")]
-    assert len(lines) == case.ranks, f"exit {ran.returncode}:\n{ran.stdout}\n{ran.stderr}"
-    ranks = [json.loads(line.removeprefix("FOUND ")) for line in lines]
+    with tempfile.TemporaryDirectory() as found:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc-per-node={case.ranks}", "-m", "tests.gpu.memory_case",
+            str(folder), json.dumps(asdict(case)), found,
+        ]  # fmt: skip
+        env = os.environ | environment
+        ran = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False
+        )
+        ranks = [json.loads(file.read_text()) for file in Path(found).iterdir()]
+    assert len(ranks) == case.ranks, f"exit {ran.returncode}:\n{ran.stdout}\n{ran.stderr}"
     return max(ranks, key=lambda found: found["measured"])
 
 
