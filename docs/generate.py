@@ -73,9 +73,12 @@ def _value(option: dict) -> str:
         return ", ".join(f"`{value}`" for value in option["enum"])
     if "const" in option:
         return f"`{option['const']}`"
+    if option.get("$ref") == "#/$defs/DataSource":
+        return "`{path, weight, limit}`"
     kind = {
         "integer": "whole number", "number": "number", "string": "text", "boolean": "true, false",
         "array": "list", "null": "nothing",
+        "object": "mapping",
     }[option["type"]]  # fmt: skip
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {option[key]:g}" for key, sign in signs.items() if key in option]

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from pipeline.adapter.fit import TRAINED_ON
 from pipeline.adapter.replace import replacing
 from pipeline.adapter.verify import verify_adapter_file, verify_tensors
-from pipeline.config.load import flatten
 from pipeline.config.settings import RunSettings
 from pipeline.errors import RankZeroError
 from pipeline.model.adapter import lora_config
@@ -135,7 +134,7 @@ def model_card(plan: Plan, step: int) -> str:
     rows = {
         "base model": f"`{settings.model}`",
         "fingerprint of the base": f"`{base_fingerprint(Path(settings.model))}`",
-        "training data": ", ".join(f"`{name}`" for name in flatten(settings.train_data)),
+        "training data": ", ".join(f"`{source.path}`" for source in settings.train_sources),
         "steps": step,
         "global batch": f"{plan.layout.global_batch_size} sequences of at most "
         f"{settings.max_length} tokens",

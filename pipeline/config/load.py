@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +145,3 @@ def _problem(key: str, found: Mapping[str, Any], places: Mapping[str, str], sour
 def _expectation(problem: Mapping[str, Any]) -> str:
     message: str = problem["msg"]
     return message.removeprefix("Value error, ").replace("Input should be", "must be")
-
-
-def flatten(values: Iterable[str] | str | None) -> list[str]:
-    """A setting that takes one value or a list of them, as a list."""
-    if values is None:
-        return []
-    return [values] if isinstance(values, str) else list(values)

@@ -12,6 +12,7 @@ Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Strategy = Literal["steps", "epoch", "no"]
+DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "pre-tokenised"]
 
 SEVEN_PROJECTIONS = (
     "q_proj",
@@ -24,6 +25,19 @@ SEVEN_PROJECTIONS = (
 )
 
 
+class DataSource(BaseModel):
+    """One source of rows, where its weight or its number of rows is given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    path: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    limit: Positive | None = None
+
+
+DataNames = str | DataSource | list[str | DataSource]
+
+
 class RunSettings(BaseModel):
     """What the user asked for, validated; keys left out have the defaults below."""
 
@@ -34,11 +48,26 @@ class RunSettings(BaseModel):
         description="Folder of the base model (config.json, safetensors, tokenizer), or the name "
         "of a hub model that lies in the local cache."
     )
-    train_data: str | list[str] = Field(
-        description="JSONL file, or a list of them: `messages`, or `prompt` and `completion`."
+    train_data: DataNames = Field(
+        description="What to train on: a file, a folder, a glob or a hub name "
+        "(`org/name:split`), or a list of them, each a name or `{path, weight, limit}`: "
+        "`weight` is how often an epoch its rows are seen (1), `limit` takes its first rows."
     )
-    eval_data: str | list[str] | None = Field(
-        default=None, description="Held-out JSONL file or files, in the same formats."
+    eval_data: DataNames | Annotated[float, Field(gt=0, lt=1)] | Positive | None = Field(
+        default=None,
+        description="Held-out data, named as in `train_data`; or how much of the training data to "
+        "hold out, by content: a share (`0.05`) or a number of rows.",
+    )
+    data_format: DataFormat | Auto = Field(
+        default="auto", description="Format of the rows; `auto` goes by the columns of each file."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Names that the data has for the columns of its format, for example "
+        "`{prompt: question, completion: answer}`.",
+    )
+    on_bad_row: Literal["reject", "fail"] = Field(
+        default="reject", description="Count bad rows and leave them out, or end at the first."
     )
     output_dir: str = Field(description="The run folder; everything that a run leaves is in it.")
     overwrite: bool = Field(
@@ -122,11 +151,25 @@ class RunSettings(BaseModel):
         "a run the same on any number of ranks. 16 where nothing is given.",
     )
     max_length: Positive = Field(default=1024, description="Longest sequence, in tokens.")
+    over_length: Literal["truncate", "drop", "split", "fail"] = Field(
+        default="truncate",
+        description="What happens to a document of more than `max_length` tokens: its end is cut "
+        "off, it is left out, it becomes several, or the run is refused.",
+    )
     packing: bool = Field(
         default=False, description="Lay several documents in one sequence. Not available yet."
     )
     train_on: Literal["assistant", "last-assistant", "all"] = Field(
         default="assistant", description="Which turns of a conversation count in the loss."
+    )
+    split_turns: bool = Field(
+        default=False,
+        description="Make one document of each assistant turn and what comes before it, for "
+        "templates that rewrite earlier turns.",
+    )
+    chat_template: Literal["model", "chatml"] = Field(
+        default="model",
+        description="`chatml` for a model without a chat template of its own.",
     )
     max_rejected: Share = Field(
         default=0.01, description="Share of bad rows up to which they are counted and left out."
@@ -230,6 +273,21 @@ class RunSettings(BaseModel):
         return self
 
     @property
+    def train_sources(self) -> list[DataSource]:
+        """`train_data` as a list of sources."""
+        return _sources(self.train_data)
+
+    @property
+    def eval_sources(self) -> list[DataSource]:
+        """`eval_data` as a list of sources; none where it is held out of the training data."""
+        return [] if isinstance(self.eval_data, int | float) else _sources(self.eval_data)
+
+    @property
+    def held_out(self) -> float | int | None:
+        """Share (float) or number (int) of training rows to hold out; None where there are none."""
+        return self.eval_data if isinstance(self.eval_data, int | float) else None
+
+    @property
     def alpha(self) -> float:
         """`lora_alpha` as a number."""
         return 2.0 * self.lora_r if self.lora_alpha == "auto" else self.lora_alpha
@@ -246,3 +304,8 @@ class RunSettings(BaseModel):
             return None
         hours, minutes, seconds = (int(part) for part in self.time_limit.split(":"))
         return 3600.0 * hours + 60 * minutes + seconds
+
+
+def _sources(names: DataNames | None) -> list[DataSource]:
+    listed = names if isinstance(names, list) else [] if names is None else [names]
+    return [DataSource(path=name) if isinstance(name, str) else name for name in listed]

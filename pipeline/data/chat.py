@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.data.formats import Example, Message, RowError
+from pipeline.data.formats import Completion, Conversation, Example, Message, RowError
 from pipeline.data.rendering import ChatTemplate
 from pipeline.errors import UserError
 
@@ -95,10 +95,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 
 def encode(example: Example, tokenizer: "PreTrainedTokenizerBase", train_on: TrainOn) -> Document:
     """Tokens of an example, whole. Raises RowError for the row, UserError for the template."""
-    if example.messages is None:
-        ids, supervised = _encode_text(example, tokenizer, train_on)
-    else:
+    if isinstance(example, Conversation):
         ids, supervised = _encode_chat(example.messages, tokenizer, train_on)
+    else:
+        assert isinstance(example, Completion)
+        ids, supervised = _encode_text(example, tokenizer, train_on)
     if not ids:
         raise RowError("no token")
     supervised[0] = False  # nothing predicts it
@@ -230,10 +231,8 @@ def _special_ids(tokenizer: "PreTrainedTokenizerBase", size: int) -> frozenset[i
 
 
 def _encode_text(
-    example: Example, tokenizer: "PreTrainedTokenizerBase", train_on: TrainOn
+    example: Completion, tokenizer: "PreTrainedTokenizerBase", train_on: TrainOn
 ) -> tuple[list[int], list[bool]]:
-    assert example.prompt is not None
-    assert example.completion is not None
     if tokenizer.eos_token_id is None:
         raise UserError(
             "model: the tokenizer has no end-of-sequence token, so the model would never learn to "

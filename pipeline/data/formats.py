@@ -4,7 +4,7 @@ A reason is the same for all rows that share it: it names columns and roles, nev
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
 from pipeline.data.sources import Row, json_name
@@ -20,19 +20,46 @@ class RowError(Exception):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation; `others`: tool calls and the like, as the template gets them."""
 
     role: Role
     content: str
+    is_trained: bool = True
+    others: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Example:
-    """What a row says: a conversation (`messages`), or raw text to go on from and its end."""
+class Conversation:
+    """Turns for the model's chat template, and the tools that it may call."""
 
-    messages: tuple[Message, ...] | None = None
-    prompt: str | None = None
-    completion: str | None = None
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Raw text to go on from, and how it goes on."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text of which all is trained on."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What was tokenised elsewhere: ids, and which of them count in the loss."""
+
+    ids: tuple[int, ...]
+    supervised: tuple[bool, ...]
+
+
+Example = Conversation | Completion | Text | Tokens
 
 
 def to_example(row: Row) -> Example:
@@ -41,13 +68,13 @@ def to_example(row: Row) -> Example:
     if "messages" in columns and "completion" in columns:
         raise RowError(f"both `messages` and `completion`; expected {_WORKS}")
     if "messages" in columns:
-        return Example(messages=_messages(columns["messages"]))
+        return Conversation(_messages(columns["messages"]))
     if "prompt" in columns and "completion" in columns:
         prompt = _text(columns["prompt"], "`prompt`")
         completion = _text(columns["completion"], "`completion`")
         if not completion.strip():
             raise RowError("`completion` is empty")
-        return Example(prompt=prompt, completion=completion)
+        return Completion(prompt, completion)
     found = ", ".join(sorted(columns)[:8]) or "none"
     raise RowError(f"no known format: found the columns {found}; expected {_WORKS}")
 

@@ -158,9 +158,9 @@ class _SplitMaker:
 
 
 def _files(settings: RunSettings) -> dict[str, list[Path]]:
-    files = {"train": data_files(settings.train_data, "train_data")}
-    if settings.eval_data is not None:
-        files["eval"] = data_files(settings.eval_data, "eval_data")
+    files = {"train": data_files(settings.train_sources, "train_data")}
+    if settings.eval_sources:
+        files["eval"] = data_files(settings.eval_sources, "eval_data")
     return files
 
 

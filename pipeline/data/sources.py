@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.config.load import flatten
+from pipeline.config.settings import DataSource
 from pipeline.errors import UserError
 
 MAX_ROW_BYTES = 16 * 2**20  # some 4 million tokens: no document, but a file that is not JSONL
@@ -33,9 +33,9 @@ class BadRow:
     reason: str
 
 
-def data_files(value: str | list[str] | None, key: str) -> list[Path]:
+def data_files(sources: Sequence[DataSource], key: str) -> list[Path]:
     """The files of a setting, each there and not empty; else UserError that names the key."""
-    files = [Path(name) for name in flatten(value)]
+    files = [Path(source.path) for source in sources]
     if not files:
         raise UserError(f"{key}: names no file; give a JSONL file or a list of them")
     for file in files:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from pipeline.data.formats import Example
+from pipeline.data.formats import Completion, Conversation, Example, RowError
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Question:
 
 def question(example: Example, tokenizer: PreTrainedTokenizerBase) -> Question:
     """The last answer of an example, and all that comes before it."""
-    if example.messages is None:
-        assert example.prompt is not None
-        assert example.completion is not None
+    if isinstance(example, Completion):
         return Question(example.prompt, example.prompt, example.completion)
+    if not isinstance(example, Conversation):
+        raise RowError("no question with an answer")
     messages = [{"role": m.role, "content": m.content} for m in example.messages]
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     prompt = tokenizer.apply_chat_template(

@@ -13,13 +13,12 @@ from pipeline.adapter.fit import require_same_base
 from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
-from pipeline.config.load import flatten
 from pipeline.config.settings import RunSettings
 from pipeline.data.batches import Batch
 from pipeline.data.chat import load_tokenizer
 from pipeline.data.formats import RowError, to_example
 from pipeline.data.prepared import DataIndex, Split, open_split
-from pipeline.data.sources import Row, read_rows
+from pipeline.data.sources import Row, data_files, read_rows
 from pipeline.errors import UserError
 from pipeline.evaluate.generate import Question, exact_match, greedy_answers, question
 from pipeline.evaluate.heldout import held_out_loss
@@ -114,7 +113,7 @@ def _one_process(settings: RunSettings) -> Plan:
 
 def _questions(settings: RunSettings, tokenizer: Any, rows: int) -> list[Question]:
     found: list[Question] = []
-    for row in read_rows([Path(name) for name in flatten(settings.eval_data)]):
+    for row in read_rows(data_files(settings.eval_sources, "eval_data")):
         if len(found) == rows:
             break
         if isinstance(row, Row):

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.load import flatten
 from pipeline.config.settings import RunSettings
 
 SAMPLE_BYTES = 1_000_000
@@ -51,7 +50,7 @@ def estimate(settings: RunSettings) -> DataSize | None:
     whole are counted; their tokens are estimates all the same. Rows that prepare would refuse for
     what their contents are count too.
     """
-    files = [Path(name) for name in flatten(settings.train_data)]
+    files = [Path(source.path) for source in settings.train_sources]
     try:
         if not all(file.is_file() for file in files):
             return None

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.data.chat import encode, load_tokenizer, supervised_runs
-from pipeline.data.formats import Example, Message, RowError
+from pipeline.data.formats import Completion, Conversation, Message, RowError
 from pipeline.errors import UserError
 from tests.tiny import CHATML, make_tokenizer
 
@@ -67,7 +67,7 @@ def llama_3():
 def chat(*contents, first="user"):
     roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
     messages = (Message(roles[i % 2], content) for i, content in enumerate(contents))
-    return Example(messages=tuple(messages))
+    return Conversation(tuple(messages))
 
 
 def shown(example, tokenizer, train_on="assistant"):
@@ -212,7 +212,7 @@ def test_no_chat_template():
     tokenizer = tokenizer_with(None)
     with pytest.raises(UserError, match="`prompt` and `completion`"):
         encode(chat("q", "a"), tokenizer, "assistant")
-    assert shown(Example(prompt="q", completion="a"), tokenizer) == "q[[a<|im_end|>]]"
+    assert shown(Completion("q", "a"), tokenizer) == "q[[a<|im_end|>]]"
 
 
 def adding_bos():
@@ -228,25 +228,25 @@ def adding_bos():
 
 class TestPromptAndCompletion:
     def test_the_completion_and_the_end_are_trained(self):
-        found = shown(Example(prompt="q:", completion=" a"), make_tokenizer())
+        found = shown(Completion("q:", " a"), make_tokenizer())
         assert found == "q:[[ a<|im_end|>]]"
 
     def test_all(self):
-        found = shown(Example(prompt="q:", completion=" a"), make_tokenizer(), "all")
+        found = shown(Completion("q:", " a"), make_tokenizer(), "all")
         assert found == "q[[: a<|im_end|>]]"
 
     def test_an_end_that_is_there_is_not_doubled(self):
-        found = shown(Example(prompt="q", completion="a<|im_end|>"), make_tokenizer())
+        found = shown(Completion("q", "a<|im_end|>"), make_tokenizer())
         assert found == "q[[a<|im_end|>]]"
 
     def test_one_bos_where_the_tokenizer_adds_one(self):
-        assert shown(Example(prompt="q", completion="a"), adding_bos()) == "<s>q[[a<|im_end|>]]"
-        assert shown(Example(prompt="<s>q", completion="a"), adding_bos()) == "<s>q[[a<|im_end|>]]"
+        assert shown(Completion("q", "a"), adding_bos()) == "<s>q[[a<|im_end|>]]"
+        assert shown(Completion("<s>q", "a"), adding_bos()) == "<s>q[[a<|im_end|>]]"
         silent = tokenizer_with(CHATML, bos_token="<s>")
-        assert shown(Example(prompt="q", completion="a"), silent) == "q[[a<|im_end|>]]"
+        assert shown(Completion("q", "a"), silent) == "q[[a<|im_end|>]]"
 
     def test_without_a_prompt_the_first_token_is_not_trained(self):
-        assert shown(Example(prompt="", completion="ab"), make_tokenizer()) == "a[[b<|im_end|>]]"
+        assert shown(Completion("", "ab"), make_tokenizer()) == "a[[b<|im_end|>]]"
 
     def test_a_token_over_the_border_is_cut_there(self):
         """`ab` is one token; after the prompt `a` the model will see `a` and has to say `b`."""
@@ -256,7 +256,7 @@ class TestPromptAndCompletion:
         data["model"]["merges"] = [["a", "b"]]
         tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(data))
         assert len(tokenizer("ab").input_ids) == 1
-        document = encode(Example(prompt="xa", completion="b"), tokenizer, "assistant")
+        document = encode(Completion("xa", "b"), tokenizer, "assistant")
         assert document.ids == [*tokenizer("xa").input_ids, *tokenizer("b").input_ids, 2]
         assert document.supervised == [False, False, True, True]
 
@@ -264,7 +264,7 @@ class TestPromptAndCompletion:
         tokenizer = make_tokenizer()
         tokenizer.eos_token = None
         with pytest.raises(UserError, match="no end-of-sequence token"):
-            encode(Example(prompt="q", completion="a"), tokenizer, "assistant")
+            encode(Completion("q", "a"), tokenizer, "assistant")
 
 
 class TestLoading:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.formats import Example, Message, RowError, to_example
+from pipeline.data.formats import Completion, Conversation, Message, RowError, to_example
 from pipeline.data.sources import Row
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -18,12 +18,12 @@ def test_messages():
     system = {"role": "system", "content": "s"}
     row = {"messages": [system, USER, ANSWER], "id": 7, "source": None}
     expected = (Message("system", "s"), Message("user", "q"), Message("assistant", "a"))
-    assert example(row) == Example(messages=expected)
+    assert example(row) == Conversation(expected)
 
 
 def test_prompt_and_completion():
     found = example({"prompt": "", "completion": " a", "id": 1})
-    assert found == Example(prompt="", completion=" a")
+    assert found == Completion("", " a")
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,9 @@ def test_any_row_is_an_example_or_a_reason(row):
         found = example(row)
     except RowError:
         return
-    answers = [m.content for m in found.messages or () if m.role == "assistant"]
-    assert answers or found.completion
-    assert all(text.strip() for text in [*answers, found.completion or "x"])
+    if isinstance(found, Completion):
+        assert found.completion.strip()
+        return
+    answers = [m.content for m in found.messages if m.role == "assistant"]
+    assert answers
+    assert all(text.strip() for text in answers)

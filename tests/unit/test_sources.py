@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.config.settings import DataSource
 from pipeline.data import sources
 from pipeline.data.sources import BadRow, Row, data_files, read_rows
 from pipeline.errors import UserError
@@ -83,7 +84,7 @@ def test_any_bytes_give_one_row_or_bad_row_a_line(tmp_path_factory, chunks):
 def test_files_are_read_in_the_order_of_the_setting(tmp_path):
     for name in ("b", "a"):
         (tmp_path / name).write_bytes(GOOD)
-    files = data_files([str(tmp_path / "b"), str(tmp_path / "a")], "train_data")
+    files = data_files([DataSource(path=str(tmp_path / name)) for name in "ba"], "train_data")
     assert [row.file.name for row in read_rows(files)] == ["b", "a"]
 
 
@@ -91,20 +92,20 @@ def test_a_missing_file_names_the_key_the_path_and_what_is_near(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(GOOD)
     wrong = tmp_path / "trian.jsonl"
     with pytest.raises(UserError) as raised:
-        data_files(str(wrong), "train_data")
+        data_files([DataSource(path=str(wrong))], "train_data")
     message = str(raised.value)
     assert message.startswith(f"train_data: {wrong}: no such file")
     assert message.endswith("there is train.jsonl")
     with pytest.raises(UserError, match="no folder"):
-        data_files(str(tmp_path / "nowhere" / "x.jsonl"), "eval_data")
+        data_files([DataSource(path=str(tmp_path / "nowhere" / "x.jsonl"))], "eval_data")
 
 
 def test_a_folder_and_an_empty_file_and_no_file_are_refused(tmp_path):
     (tmp_path / "rows.jsonl").touch()
     with pytest.raises(UserError, match=r"eval_data: .* is a folder; .*rows\.jsonl"):
-        data_files(str(tmp_path), "eval_data")
+        data_files([DataSource(path=str(tmp_path))], "eval_data")
     with pytest.raises(UserError, match=r"train_data: .*rows\.jsonl is empty"):
-        data_files([str(tmp_path / "rows.jsonl")], "train_data")
+        data_files([DataSource(path=str(tmp_path / "rows.jsonl"))], "train_data")
     with pytest.raises(UserError, match="train_data: names no file"):
         data_files([], "train_data")
 
