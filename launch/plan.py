@@ -1,7 +1,6 @@
 """Say what a run file will do on this machine or another, without a GPU, weights or torch.
 
-python launch/plan.py RUN.yaml [key=value ...] [--nodes N] [--gpus-per-node N]
-    [--gpu h100-80gb | --gpu-memory-gib 40 [--gpu-tflops 150]] [--json] [--all]
+python launch/plan.py RUN.yaml [key=value ...] [--gpu h100-80gb --nodes N --gpus-per-node N] ...
 """
 
 import argparse
@@ -11,9 +10,8 @@ from pipeline.cluster.devices import machine
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
 from pipeline.data.prepared import data_size
-from pipeline.plan.choose import DoesNotFitError
 from pipeline.plan.command import start_commands
-from pipeline.plan.plan import dump_json, rank_plans
+from pipeline.plan.plan import DoesNotFitError, dump_json, rank_plans
 from pipeline.plan.render import candidates_text, plan_json, plan_text
 from pipeline.plan.shape import read_shape
 
@@ -38,21 +36,23 @@ def plan() -> None:
     given = parse()
     settings = load_settings(given.run_file, given.overrides)
     hardware = machine(given.gpu, given.gpu_memory_gib, given.gpu_tflops)
-    ranks = hardware.devices_per_node if given.gpus_per_node is None else given.gpus_per_node
-    machines = {"nodes": given.nodes, "ranks_per_node": ranks}
+    ranks = given.gpus_per_node if given.gpus_per_node is not None else hardware.devices_per_node
+    on = {"nodes": given.nodes, "ranks_per_node": ranks}
     try:
-        made, ranked = rank_plans(settings, read_shape(settings.model), hardware, **machines)
+        made, ranked = rank_plans(settings, read_shape(settings.model), hardware, **on)
     except DoesNotFitError as error:
-        print(f"{candidates_text(error.ranked)}\n" if given.all else "", end="")
+        if given.json:
+            print(dump_json(plan_json(error.nearest)), end="")
+        elif given.all:
+            print(candidates_text(error.ranked), end="\n\n")
         raise
-    if (size := data_size(made.settings)) is not None:
-        made = made.with_data(size)
+    size = data_size(made.settings)
+    made = made.with_data(size) if size is not None else made
     if given.json:
         print(dump_json(plan_json(made)), end="")
-        return
-    print(plan_text(made), *start_commands(made, given.run_file, given.overrides), sep="\n")
-    if given.all:
-        print("", candidates_text(ranked), sep="\n")
+    else:
+        print(plan_text(made), *start_commands(made, given.run_file, given.overrides), sep="\n")
+        print(f"\n{candidates_text(ranked)}\n" if given.all else "", end="")
 
 
 if __name__ == "__main__":

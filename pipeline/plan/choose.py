@@ -8,12 +8,11 @@ blocks; but it waits for links that the prediction knows least of. Optimizer sta
 offloaded: an adapter's are small.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 from pipeline.config.settings import RunSettings
-from pipeline.errors import UserError
 from pipeline.plan.batches import micro_batches
 from pipeline.plan.hardware import GIB, Hardware
 from pipeline.plan.layout import Layout, Offload
@@ -57,14 +56,6 @@ class Machines:
     def host_limit(self) -> int | None:
         """Bytes that the ranks of a node may use of its memory; None where it is not known."""
         return int(self.hardware.host_bytes * _HOST_SHARE) or None
-
-
-class DoesNotFitError(UserError):
-    """No candidate fits; they are there for who wants to see each with its reason."""
-
-    def __init__(self, message: str, ranked: Sequence[Candidate]) -> None:
-        super().__init__(message)
-        self.ranked = ranked
 
 
 def training_dtype(settings: RunSettings, hardware: Hardware) -> tuple[str, str]:

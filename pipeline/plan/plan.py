@@ -5,13 +5,14 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.plan.adapted import adapted, trainable_parameters
-from pipeline.plan.choose import Candidate, DoesNotFitError, Machines, candidates
+from pipeline.plan.choose import Candidate, Machines, candidates
 from pipeline.plan.data_size import DataSize
 from pipeline.plan.hardware import Hardware
 from pipeline.plan.layout import Layout
@@ -51,7 +52,7 @@ class LargestBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will run."""
+    """What will run; where it does not fit, what would come nearest."""
 
     settings: RunSettings
     shape: ModelShape
@@ -62,6 +63,7 @@ class Plan:
     deepspeed: dict[str, Any]
     data: DataSize | None = None
     schedule: Schedule | None = None
+    fits: bool = True
 
     @property
     def training_dtype(self) -> str:
@@ -146,6 +148,14 @@ class Plan:
         return settings.lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * course)
 
 
+class DoesNotFitError(UserError):
+    """No candidate fits: the one that comes nearest as a plan, and each with its reason."""
+
+    def __init__(self, message: str, nearest: Plan, ranked: Sequence[Candidate]) -> None:
+        super().__init__(message)
+        self.nearest, self.ranked = nearest, ranked
+
+
 def make_plan(
     settings: RunSettings, shape: ModelShape, hardware: Hardware, *, nodes: int, ranks_per_node: int
 ) -> Plan:
@@ -169,7 +179,9 @@ def rank_plans(
     machines = Machines(hardware=hardware, nodes=nodes, ranks_per_node=ranks_per_node)
     ranked = candidates(settings, shape, machines)
     if all(candidate.refusal for candidate in ranked):
-        raise DoesNotFitError(does_not_fit(settings, shape, machines, ranked), ranked)
+        raise DoesNotFitError(
+            does_not_fit(settings, shape, machines, ranked), _plan(request, ranked[0], {}), ranked
+        )
     held = {c.layout: _situation(request, c.layout) for c in ranked if c.refusal is None}
     refusals = {layout: said for layout, known in held.items() if (said := _refusal(known))}
     if len(refusals) == len(held):
@@ -178,17 +190,22 @@ def rank_plans(
         (replace(c, refusal=refusals.get(c.layout, c.refusal)) for c in ranked),
         key=lambda candidate: candidate.refusal is not None,
     )
-    best = ranked[0]
-    situation = held[best.layout]
+    why = reasons(ranked[0], ranked, settings, shape, machines)
+    return _plan(request, ranked[0], why), ranked
+
+
+def _plan(request: Request, chosen: Candidate, why: dict[str, str]) -> Plan:
+    situation = _situation(request, chosen.layout)
     return Plan(
-        settings=settings,
-        shape=shape,
-        hardware=hardware,
-        layout=best.layout,
-        why=reasons(best, ranked, settings, shape, machines),
+        settings=request.settings,
+        shape=request.shape,
+        hardware=request.hardware,
+        layout=chosen.layout,
+        why=why,
         rules=tuple(rules_that_hold(OF_THE_CHOICE, situation)),
         deepspeed=dict(situation.deepspeed),
-    ), ranked
+        fits=chosen.refusal is None,
+    )
 
 
 def _situation(request: Request, layout: Layout) -> Situation:

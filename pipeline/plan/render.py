@@ -45,7 +45,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "load_peak_bytes": memory.load_peak_bytes,
             "host_peak_bytes": memory.host_peak_bytes,
             "device_bytes": plan.hardware.device_bytes,
-            "fits": True,  # a plan that does not fit is refused
+            "fits": plan.fits,
         },
         "speed": {
             "seconds_per_step": speed.seconds_per_step,

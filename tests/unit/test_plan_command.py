@@ -117,6 +117,19 @@ def test_where_nothing_fits_all_shows_why_for_each(call):
     assert "does not fit" in err
 
 
+def test_json_of_what_does_not_fit_says_so_and_what_comes_nearest(call):
+    (call.folder / "model/config.json").write_text(json.dumps(LLAMA_70B))
+    code, out, err = call("--gpu-memory-gib", "16", "zero_stage=2", "--json")
+    assert code == 2
+    found = json.loads(out)
+    assert list(found) == list(SHAPE)
+    memory = found["memory"]
+    assert not memory["fits"]
+    needs = (memory["peak_bytes"], memory["load_peak_bytes"])
+    assert max(needs) > memory["device_bytes"] * 0.9
+    assert "does not fit" in err
+
+
 def test_several_nodes_and_a_gpu_by_its_numbers(call):
     (call.folder / "model/config.json").write_text(json.dumps(LLAMA_70B))
     code, out, _ = call(
