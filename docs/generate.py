@@ -1,6 +1,7 @@
 """Write docs/configuration.md and docs/rules.md from the code; `--check` only compares."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,11 @@ from pipeline.config.settings import RunSettings
 from pipeline.plan.rule_table import RULES
 
 HERE = Path(__file__).parent
+_SOURCES = {
+    "DeepSpeed": "https://github.com/deepspeedai/DeepSpeed/blob/v{}/deepspeed",
+    "transformers": "https://github.com/huggingface/transformers/blob/v{}/src/transformers",
+    "bitsandbytes": "https://github.com/bitsandbytes-foundation/bitsandbytes/blob/{}/bitsandbytes",
+}
 
 
 def configuration() -> str:
@@ -57,7 +63,7 @@ def rules() -> str:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| `{r.id}` | {r.level} | {r.reason} | {r.remedy} | {_code(r.versions)} | {r.source} |"
+        f"| `{r.id}` | {r.level} | {r.reason} | {r.remedy} | {_code(r.versions)} | {_linked(r.source)} |"
         for r in RULES
     ]
     return "\n".join(lines) + "\n"
@@ -83,6 +89,17 @@ def _value(option: dict) -> str:
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {option[key]:g}" for key, sign in signs.items() if key in option]
     return " ".join([kind, *bounds])
+
+
+def _linked(source: str) -> str:
+    """A file and line of a library as a link to it at that version."""
+
+    def link(found: re.Match[str]) -> str:
+        library, version, path, line = found.groups()
+        place = f"#L{line}" if line else ""
+        return f"[{found[0]}]({_SOURCES[library].format(version)}/{path}{place})"
+
+    return re.sub(rf"({'|'.join(_SOURCES)}) ([\d.]+) ([\w/]+\.py)(?::(\d+))?", link, source)
 
 
 def _code(text: str) -> str:
