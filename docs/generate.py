@@ -63,7 +63,8 @@ def rules() -> str:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| `{r.id}` | {r.level} | {r.reason} | {r.remedy} | {_code(r.versions)} | {_linked(r.source)} |"
+        f"| `{r.id}` | {r.level} | {r.reason} | {r.remedy} | {_code(r.versions)} | "
+        f"{_linked(r.source)} |"
         for r in RULES
     ]
     return "\n".join(lines) + "\n"
