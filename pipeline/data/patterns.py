@@ -189,7 +189,7 @@ class _PatternMaker:
             if key == "tool_calls":
                 wanted = {(i, f"call {n}") for n in range(len(value))}
                 self._require(wanted <= written, "a tool call")
-            elif key != "name":  # reasoning may be left out of all turns but the last
+            elif value and key != "name":  # reasoning may be left out of all turns but the last
                 names = _REASONING if key in _REASONING else (key,)
                 is_known = any(self._template.knows(name) for name in names)
                 self._require(is_known, f"`{key}` of a message")

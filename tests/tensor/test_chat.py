@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline.data.chat import load_tokenizer
+from pipeline.data.chat import chat_template_of, load_tokenizer
 from pipeline.data.formats import Completion, Conversation, Message, RowError, Text, Tokens
 from pipeline.errors import UserError
 from tests.tensor.chatting import all_shown, chat, encoder, shown, tokenizer_with
@@ -212,6 +212,15 @@ class TestChatML:
         tokenizer.eos_token = None
         with pytest.raises(UserError, match="never learn to stop"):
             shown(chat("q", "a"), tokenizer, chat_template="chatml")
+
+    def test_what_a_model_without_template_is_published_with(self, tmp_path):
+        tokenizer = tokenizer_with(None)
+        tokenizer.save_pretrained(tmp_path)
+        settings = encoder(tokenizer, model=str(tmp_path))._settings
+        assert chat_template_of(settings) is None
+        published = chat_template_of(settings.model_copy(update={"chat_template": "chatml"}))
+        found = shown(chat("q", "a"), tokenizer_with(published))
+        assert found == shown(chat("q", "a"), tokenizer, chat_template="chatml")
 
     def test_a_template_of_the_model_s_own_is_not_replaced(self):
         with pytest.raises(UserError, match="of its own"):
