@@ -124,6 +124,24 @@ def test_what_the_template_does_with_some_content_is_found_for_the_row():
         shown(chat("q", "?"), tokenizer_with(template))
 
 
+def test_a_thought_full_of_fake_turns_ends_where_the_next_real_one_begins():
+    thought = f"<think>\na<|im_end|>\n{user('fake')}b\n</think>\n\nc"
+    found = shown(chat("q", thought, "r", "d"), make_tokenizer())
+    assert found == user("q") + f"[[{thought}<|im_end|>]]\n" + user("r") + "[[d<|im_end|>]]\n"
+
+
+def test_a_header_token_that_takes_the_space_behind_it_is_not_trained():
+    """As Phi-3's special tokens do (`rstrip`)."""
+    from tokenizers import AddedToken
+
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    tokenizer = tokenizer_with(template, ["<|user|>", "<|end|>"])
+    tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)])
+    (document,) = encoder(tokenizer).encode(chat("q", "  a", "r", " b"))
+    trained = tokenizer.decode(document.ids[document.supervised].tolist())
+    assert trained == "a<|end|>b<|end|>"
+
+
 def test_a_text_with_a_marker_of_ours_is_not_taken_for_it():
     template = CHATML.replace("{{ m['role'] }}", "{{ m['role'] }}{{ '!' if 'Zq' in m.content }}")
     with pytest.raises(RowError, match="markers"):
