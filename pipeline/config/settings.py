@@ -172,7 +172,7 @@ class RunSettings(BaseModel):
     chat_template: Literal["model", "chatml"] = Field(
         default="model",
         description="`chatml` for a model without a chat template of its own; turns end with "
-        "<|im_end|> where the tokenizer has it, else with its end-of-sequence token.",
+        "its end-of-sequence token.",
     )
     max_rejected: Share = Field(
         default=0.01, description="Share of bad rows up to which they are counted and left out."

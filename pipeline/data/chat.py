@@ -124,13 +124,17 @@ class Encoder:
                 found.append(error)
         return found
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens with which texts end, and turns once a conversation was encoded."""
+        eos = self._tokenizer.eos_token_id
+        turns = {self._turns.end.id} if "_turns" in self.__dict__ else set()
+        return frozenset(turns if eos is None else {eos, *turns})
+
     def teaches_end(self, document: Document) -> bool:
-        """Whether a token that ends a turn or a text is trained in (what is left of) it."""
+        """Whether one of the ends is trained in (what is left of) a document."""
         trained = document.ids[document.supervised]
-        ends = {self._tokenizer.eos_token_id}
-        if "_turns" in self.__dict__:  # there are conversations
-            ends.add(self._turns.end.id)
-        return any(bool((trained == end).any()) for end in ends if end is not None)
+        return any(bool((trained == end).any()) for end in self.ends)
 
     def last_answer(self, example: Example) -> tuple[str, str]:
         """All that comes before the last answer, as the model is shown it, and the answer.

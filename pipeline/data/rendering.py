@@ -14,9 +14,9 @@ Span = tuple[int, int]  # characters, from and to
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _FAULTS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
 _CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
-    "message['content'] + END + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -93,20 +93,16 @@ def as_template_gets_it(message: Message) -> dict[str, Any]:
 
 
 def chatml(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """ChatML for a tokenizer; without <|im_end|> its turns end as the model's texts do.
+    """ChatML whose turns end with the end-of-sequence token, often <|im_end|>.
 
-    Raises UserError where there is no token that could end a turn.
+    That is what serving engines stop at. Raises UserError where there is none.
     """
-    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    if "<|im_end|>" in special:
-        return _CHATML.replace("END", "'<|im_end|>'")
     if tokenizer.eos_token is None:
         raise UserError(
-            "chat_template: chatml: the tokenizer has neither <|im_end|> nor an end-of-sequence "
-            "token as a special token, so the model would never learn to stop; set eos_token in "
-            "tokenizer_config.json"
+            "chat_template: chatml: the tokenizer has no end-of-sequence token, so the model "
+            "would never learn to stop; set eos_token in tokenizer_config.json"
         )
-    return _CHATML.replace("END", "eos_token")
+    return _CHATML
 
 
 def apply_chat_template_setting(

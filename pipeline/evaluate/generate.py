@@ -1,6 +1,6 @@
 """Greedy answers to held-out prompts, in batches, and how many match exactly."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,16 +36,20 @@ def greedy_answers(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
+    ends: Collection[int],
     batch_size: int = 16,
 ) -> list[str]:
-    """One answer a prompt, in their order; prompts of like length share a batch."""
+    """One answer a prompt, in their order; prompts of like length share a batch.
+
+    `ends`: tokens that end an answer, beside those that the model names itself.
+    """
     tokenizer.padding_side = "left"  # answers begin where the prompts end
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=_ends(model, tokenizer),
+        eos_token_id=sorted({*ends, *_ends(model)}),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
@@ -75,8 +79,6 @@ def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
     return sum(answer.strip() == said.strip() for answer, said in pairs) / len(pairs)
 
 
-def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that may end an answer, by the model's and by the tokenizer's word."""
+def _ends(model: Any) -> list[int]:
     said = model.generation_config.eos_token_id
-    ends = set(said) if isinstance(said, list) else {said}
-    return sorted(end for end in ends | {tokenizer.eos_token_id} if end is not None)
+    return said if isinstance(said, list) else [] if said is None else [said]

@@ -45,7 +45,8 @@ def score_run(run_folder: Path, settings: RunSettings, rows: int) -> dict[str, A
     plan = _one_process(settings)
     session = Session(Placement(), plan.hardware)
     tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
-    questions = _questions(settings, Encoder(tokenizer, settings), rows)
+    encoder = Encoder(tokenizer, settings)
+    questions = _questions(settings, encoder, rows)
     eval_index = DataIndex.load(run_folder / "data").eval
     assert eval_index is not None
     split = open_split(eval_index)
@@ -60,6 +61,7 @@ def score_run(run_folder: Path, settings: RunSettings, rows: int) -> dict[str, A
             tokenizer,
             [q.prompt for q in questions],
             max_new_tokens=max_new_tokens,
+            ends=encoder.ends,
             batch_size=_BATCH_SIZE,
         )
         matched = exact_match(answers, [q.expected for q in questions])

@@ -218,7 +218,7 @@ class TestChatML:
         found = shown(chat("q", "a"), tokenizer_with(None), chat_template="chatml")
         assert found == user("q") + "[[a<|im_end|>]]\n"
 
-    def test_turns_end_as_texts_do_where_there_is_no_im_end(self):
+    def test_turns_end_as_texts_do(self):
         tokenizer = without_im_end()
         found = shown(chat("q", "a"), tokenizer, chat_template="chatml")
         assert found.endswith("assistant\n[[a<|endoftext|>]]\n")
