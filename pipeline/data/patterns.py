@@ -26,8 +26,8 @@ _TOOLS: tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]] = (
 )
 
 
-class LeftOut(RowError):
-    """The template does not write all that a row says."""
+class NoPattern(RowError):
+    """No conversation of a row's shape has a consistent pattern."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,23 @@ class Pattern:
 def shape(conversation: Conversation) -> tuple[Any, ...]:
     """What conversations of one pattern have in common."""
     messages = tuple(
-        (m.role, not m.content, "</think>" in m.content, _shape(m.others) if m.others else ())
+        (m.role, not m.content, _has_thought(m), _shape(m.others) if m.others else ())
         for m in conversation.messages
     )
     return (bool(conversation.tools), *messages)
 
 
 def refuse_unknown_parts(conversation: Conversation, template: ChatTemplate) -> None:
-    """Raise LeftOut for tools or parts of an answer of which the template does not even speak."""
+    """Raise NoPattern for tools or parts of an answer of which the template does not even speak."""
     if conversation.tools and not template.has_tools():
-        raise LeftOut("the chat template has no place for tools")
+        raise NoPattern("the chat template has no place for tools")
     for message in conversation.messages:
         if message.role != "assistant":
             continue
         for key, value in message.others.items():
             names = _REASONING if key in _REASONING else (key,)
             if value and key != "name" and not any(map(template.reads, names)):
-                raise LeftOut(f"the chat template leaves out `{key}` of a message")
+                raise NoPattern(f"the chat template leaves out `{key}` of a message")
 
 
 def make_pattern(
@@ -78,8 +78,8 @@ def make_pattern(
 ) -> Pattern:
     """The pattern of all conversations of a shape; `is_own`: of this one alone.
 
-    Its own pattern has markers in place of what the assistant says only. Raises RowError where
-    no consistent one is found.
+    Its own pattern has markers in place of what the assistant says only. Raises NoPattern where
+    there is no consistent one, RowError where the template refuses this conversation or markers.
     """
     return _PatternMaker(conversation, template, end, special, is_own).make()
 
@@ -112,7 +112,7 @@ class _PatternMaker:
                 regions += [(span, Hole(i, key == "content")) for span, key in mine]
                 continue
             if not mine:
-                raise LeftOut("the chat template leaves out an assistant turn")
+                raise NoPattern("the chat template leaves out an assistant turn")
             (start, _), (_, last) = mine[0][0], mine[-1][0]
             others = (a for (a, _), owner, _ in found if owner != i and a >= last)
             ends[i] = self._end_of(i, text, last, min(others, default=len(text)))
@@ -122,7 +122,7 @@ class _PatternMaker:
             elif len(mine) == 1:
                 regions.append((mine[0][0], Hole(i, is_content=True)))
             else:
-                raise RowError("the chat template writes an assistant turn more than once")
+                raise NoPattern("the chat template writes an assistant turn more than once")
         return _pattern(text, regions, ends)
 
     def _rendered(self) -> tuple[str, list[tuple[Span, Hole]]]:
@@ -136,7 +136,7 @@ class _PatternMaker:
         last = _common(text[first:][::-1], other[first:][::-1])
         region = first, len(text) - last
         if text == other:
-            raise LeftOut("the chat template has no place for tools")
+            raise NoPattern("the chat template has no place for tools")
         if _MARKER.search(text, *region):
             raise RowError("the chat template has no one place for tools")
         return text, [(region, Hole(None, is_content=False))]
@@ -159,7 +159,7 @@ class _PatternMaker:
             return _common(text, marked[: marked.index(plain["content"])])
         if bare is not None and text.startswith(bare):
             return len(bare)
-        raise RowError(
+        raise NoPattern(
             "where the chat template begins an assistant turn with reasoning or tool calls is not "
             "certain"
         )
@@ -172,7 +172,7 @@ class _PatternMaker:
         else:
             at = text.find(self._end.text, start, following)
         if at < 0:
-            raise RowError(
+            raise NoPattern(
                 f"the chat template does not end every assistant turn with {self._end.text}"
             )
         return at
@@ -199,14 +199,14 @@ class _PatternMaker:
 
     def _require(self, is_there: bool, what: str) -> None:
         if not is_there:
-            raise LeftOut(f"the chat template leaves out {what}")
+            raise NoPattern(f"the chat template leaves out {what}")
 
     def _marked(self, i: int, message: Message) -> dict[str, Any]:
         """The message as the template gets it, with markers for its texts."""
         if self._is_own and message.role != "assistant":
             return as_template_gets_it(message)
         content = message.content and self._marker(i, "content")
-        if "</think>" in message.content:
+        if _has_thought(message):
             content = f"<think>\n{self._marker(i, 'thought')}\n</think>\n\n{content}"
         others = {}
         for key, value in message.others.items():
@@ -240,7 +240,7 @@ def _pattern(text: str, regions: list[tuple[Span, Hole]], ends: Mapping[int, int
     turns: dict[int, tuple[int, int]] = {}
     for (start, end), hole in sorted(regions, key=lambda region: region[0]):
         if start < at:
-            raise RowError("the chat template mixes the texts of several messages")
+            raise NoPattern("the chat template mixes the texts of several messages")
         if hole.message is not None and hole.message in ends:
             turns[hole.message] = len(holes), ends[hole.message] - end
         literals.append(text[at:start])
@@ -256,7 +256,11 @@ def _real_texts(conversation: Conversation) -> str:
 
 
 def _is_plain(message: Message) -> bool:
-    return not message.others and "</think>" not in message.content
+    return not message.others and not _has_thought(message)
+
+
+def _has_thought(message: Message) -> bool:
+    return message.role == "assistant" and "</think>" in message.content
 
 
 def _shape(value: Any, key: str = "") -> Any:

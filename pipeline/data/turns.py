@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data.formats import Conversation, Message, RowError
 from pipeline.data.patterns import (
     EndOfTurn,
-    LeftOut,
+    NoPattern,
     Pattern,
     make_pattern,
     refuse_unknown_parts,
@@ -107,9 +107,9 @@ class TurnFinder:
     def _pattern(self, conversation: Conversation, end: EndOfTurn) -> Pattern | None:
         try:
             return make_pattern(conversation, self._template, end, self._special, is_own=False)
-        except LeftOut:
+        except NoPattern:
             raise
-        except RowError:  # may be this conversation's fault; its own pattern will say
+        except RowError:  # perhaps of the markers; this conversation's own pattern will say
             return None
 
     def _render(self, conversation: Conversation) -> str:

@@ -179,6 +179,15 @@ def test_what_is_left_out_or_said_twice_is_refused():
         shown(chat("q", "a"), tokenizer_with(only_assistants))
 
 
+def test_the_end_of_a_question_is_not_taken_for_the_end_of_an_answer():
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content }}"
+    template += "{% if m.role == 'user' or loop.last %}<|im_end|>{% endif %}{% endfor %}"
+    assert shown(chat("q", "a"), tokenizer_with(template)).endswith("assistant: [[a<|im_end|>]]")
+    for said in ("a", "<think>a</think>b"):
+        with pytest.raises(RowError, match="does not end every assistant turn"):
+            shown(chat("q", said, "r", "b"), tokenizer_with(template))
+
+
 @pytest.mark.parametrize("train_on", ["assistant", "last-assistant", "all"])
 def test_a_template_that_does_not_end_turns_is_refused(train_on):
     for said in (chat("q", "a", "r", "b"), chat("q", "a", "r"), chat("q", "a <|im_end|> b")):
