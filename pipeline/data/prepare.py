@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.config.settings import RunSettings
 from pipeline.data.audit import Tally, make_audit
-from pipeline.data.chat import Document, encode, load_tokenizer
+from pipeline.data.chat import Document, Encoder, load_tokenizer
 from pipeline.data.formats import Example, RowError, to_example
 from pipeline.data.prepared import INDEX, DataIndex, SplitIndex, read_digests, read_published
 from pipeline.data.sources import BadRow, Row, data_files, read_rows
@@ -106,7 +106,8 @@ class _SplitMaker:
         self, settings: RunSettings, tokenizer: "PreTrainedTokenizerBase", writer: SplitWriter
     ) -> None:
         self.tally = Tally()
-        self._settings, self._tokenizer, self._writer = settings, tokenizer, writer
+        self._settings, self._writer = settings, writer
+        self._encoder = Encoder(tokenizer, settings)
         self._truncated_rows = self._tokens_lost = 0
 
     def read(self, files: list[Path], limit: int | None) -> None:
@@ -141,19 +142,21 @@ class _SplitMaker:
         if isinstance(example, str):
             return example
         try:
-            document = encode(example, self._tokenizer, self._settings.train_on)
+            documents = self._encoder.encode(example)
         except RowError as error:
             return str(error)
-        if not any(document.supervised):
-            return "no supervised token"
         length = self._settings.max_length
+        reasons = [self._add_document(document, length, _digest(example)) for document in documents]
+        return reasons[0] if all(reasons) else None
+
+    def _add_document(self, document: Document, length: int, digest: int) -> str | None:
         kept = Document(document.ids[:length], document.supervised[:length])
         if not any(kept.supervised):
             return f"no supervised token within max_length ({length})"
         lost = len(document.ids) - len(kept.ids)
         self._truncated_rows += lost > 0
         self._tokens_lost += lost
-        self._writer.add(kept.ids, kept.supervised, _digest(example))
+        self._writer.add(kept.ids, kept.supervised, digest)
         return None
 
 

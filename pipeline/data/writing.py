@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from pipeline.data.prepared import INDEX, SplitIndex
+from pipeline.data.prepared import INDEX, Array, SplitIndex
 
 REJECTS = "rejects.jsonl"
 _COLUMNS: Mapping[str, str] = {
@@ -49,7 +49,9 @@ class SplitWriter:
         self.rejects.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def add(self, ids: Sequence[int], supervised: Sequence[bool], digest: int) -> None:
+    def add(
+        self, ids: Sequence[int] | Array, supervised: Sequence[bool] | Array, digest: int
+    ) -> None:
         """Append a document and the digest of the row that it came from."""
         columns = self._columns
         columns["ids"].extend(ids)
@@ -94,7 +96,7 @@ class _Column:
         self._dtype = dtype
         self._write_header()
 
-    def extend(self, values: Sequence[int]) -> None:
+    def extend(self, values: Sequence[int] | Array) -> None:
         self.stream.write(np.asarray(values, dtype=self._dtype).tobytes())
         self.length += len(values)
 

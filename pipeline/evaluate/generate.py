@@ -1,13 +1,14 @@
 """Greedy answers to held-out prompts, in batches, and how many match exactly."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from pipeline.data.formats import Completion, Conversation, Example, RowError
+from pipeline.data.chat import Encoder
+from pipeline.data.formats import Conversation, Example
 
 
 @dataclass(frozen=True)
@@ -19,19 +20,13 @@ class Question:
     expected: str
 
 
-def question(example: Example, tokenizer: PreTrainedTokenizerBase) -> Question:
+def question(example: Example, encoder: Encoder) -> Question:
     """The last answer of an example, and all that comes before it."""
-    if isinstance(example, Completion):
-        return Question(example.prompt, example.prompt, example.completion)
+    prompt, expected = encoder.last_answer(example)
     if not isinstance(example, Conversation):
-        raise RowError("no question with an answer")
-    messages = [{"role": m.role, "content": m.content} for m in example.messages]
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    prompt = tokenizer.apply_chat_template(
-        messages[:last], tokenize=False, add_generation_prompt=True
-    )
-    shown = next((m["content"] for m in reversed(messages[:last]) if m["role"] == "user"), "")
-    return Question(str(prompt), shown, messages[last]["content"])
+        return Question(prompt, prompt, expected)
+    asked = (m.content for m in reversed(example.messages) if m.role == "user")
+    return Question(prompt, next(asked, ""), expected)
 
 
 @torch.no_grad()
@@ -41,16 +36,20 @@ def greedy_answers(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
+    ends: Collection[int],
     batch_size: int = 16,
 ) -> list[str]:
-    """One answer a prompt, in their order; prompts of like length share a batch."""
+    """One answer a prompt, in their order; prompts of like length share a batch.
+
+    `ends`: tokens that end an answer, beside those that the model names itself.
+    """
     tokenizer.padding_side = "left"  # answers begin where the prompts end
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=_ends(model, tokenizer),
+        eos_token_id=sorted({*ends, *_ends(model)}),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
@@ -80,8 +79,6 @@ def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
     return sum(answer.strip() == said.strip() for answer, said in pairs) / len(pairs)
 
 
-def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that may end an answer, by the model's and by the tokenizer's word."""
+def _ends(model: Any) -> list[int]:
     said = model.generation_config.eos_token_id
-    ends = set(said) if isinstance(said, list) else {said}
-    return sorted(end for end in ends | {tokenizer.eos_token_id} if end is not None)
+    return said if isinstance(said, list) else [] if said is None else [said]
