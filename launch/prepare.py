@@ -14,9 +14,9 @@ from rich.text import Text
 
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
-from pipeline.data.audit import audit_table
+from pipeline.data.audit_table import audit_table
 from pipeline.data.chat import load_tokenizer, supervised_runs
-from pipeline.data.prepare import check_rows, prepare
+from pipeline.data.prepare import check_first_rows, prepare
 from pipeline.data.prepared import open_split
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     arguments, console = parse(), Console()
     settings = load_settings(arguments.run_file, arguments.overrides)
     data_dir = Path(settings.output_dir) / "data"
-    check_rows(settings)
+    check_first_rows(settings)
     index = prepare(settings, data_dir)
     if arguments.show:
         tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)

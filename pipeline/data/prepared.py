@@ -2,8 +2,8 @@
 
 N: documents, T: tokens of one document. A split is a folder `<split>-<key>` with ids.npy (int32)
 and supervised.npy (bool), all documents end to end, offsets.npy (int64, N + 1), counts.npy (int64,
-N supervised tokens), digests.npy (uint64, N rows), rejects.jsonl and index.json, all written by
-writing.py.
+N supervised tokens), digests.npy (uint64, N, of the row that each comes from), sources.npy (int32,
+N, index of its source), rejects.jsonl and index.json, all written by writing.py.
 """
 
 import json
@@ -26,8 +26,20 @@ _PREPARE_AGAIN = "run launch/prepare.py with the run file"
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceIndex:
+    """A source of a split; `formats`: rows of each format that were used."""
+
+    name: str
+    weight: float
+    formats: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitIndex:
-    """What there is to know of a prepared split without opening it."""
+    """What there is to know of a prepared split without opening it.
+
+    `sources` are in the order that sources.npy counts them in.
+    """
 
     key: str
     folder: Path
@@ -35,6 +47,7 @@ class SplitIndex:
     tokens: int
     supervised_tokens: int
     longest: int
+    sources: tuple[SourceIndex, ...] = ()
 
     @property
     def size(self) -> DataSize:
@@ -45,12 +58,17 @@ class SplitIndex:
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; the folder by its name alone, so that a run folder can be moved."""
-        return {**asdict(self), "folder": self.folder.name}
+        return {
+            **asdict(self),
+            "folder": self.folder.name,
+            "sources": list(map(asdict, self.sources)),
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], data_dir: Path) -> Self:
         """The index that `as_json` gave, of a split in `data_dir`."""
-        return cls(**{**values, "folder": data_dir / values["folder"]})
+        sources = tuple(SourceIndex(**source) for source in values["sources"])
+        return cls(**{**values, "folder": data_dir / values["folder"], "sources": sources})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +148,7 @@ def open_split(index: SplitIndex) -> Split:
     """A prepared split. Raises UserError where its files are not what the index says."""
     try:
         split = Split(index.folder)
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{index.folder}: cannot be opened ({error}); {_PREPARE_AGAIN}") from None
     found = (len(split), len(split._ids), len(split._supervised), len(split.supervised_counts))
     if found != (index.documents, index.tokens, index.tokens, index.documents):
@@ -149,9 +167,9 @@ def read_published(folder: Path) -> tuple[SplitIndex, dict[str, Any]] | None:
         return None
 
 
-def read_digests(folder: Path) -> Array:
-    """Digest of the row of each document, (N,) uint64."""
-    return _mapped(folder, "digests")
+def read_column(folder: Path, name: str) -> Array:
+    """One of the columns that every split has, memory-mapped."""
+    return _mapped(folder, name)
 
 
 def _mapped(folder: Path, name: str) -> Array:
