@@ -10,14 +10,14 @@ import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.text import Text
 
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
 from pipeline.data.audit_table import audit_table
-from pipeline.data.chat import load_tokenizer, supervised_runs
+from pipeline.data.chat import load_tokenizer
 from pipeline.data.prepare import check_first_rows, prepare
 from pipeline.data.prepared import open_split
+from pipeline.data.show import show_documents
 
 
 def parse() -> argparse.Namespace:
@@ -38,14 +38,7 @@ def main() -> None:
     index = prepare(settings, data_dir)
     if arguments.show:
         tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
-        split = open_split(index.train)
-        for i in range(min(arguments.show, len(split))):
-            console.rule(f"document {i}")
-            ids, supervised = (column.tolist() for column in split.document(i))
-            for text, is_supervised in supervised_runs(ids, supervised, tokenizer):
-                marked = f"[[{text}]]" if is_supervised and not console.is_terminal else text
-                console.print(Text(marked, "bold green" if is_supervised else "dim"), end="")
-            console.print()
+        show_documents(console, open_split(index.train), tokenizer, arguments.show)
     audit = json.loads((data_dir / "audit.json").read_text(encoding="utf-8"))
     console.print(audit_table(audit))
     console.print(f"prepared in {data_dir}; rejected rows: {data_dir / 'rejects.jsonl'}")

@@ -1,74 +1,54 @@
-"""Example -> token ids and which of them are supervised, by the model's own chat template.
+"""Example -> token ids and which of them are supervised.
 
-A conversation is rendered once as a whole and tokenised once. An assistant turn owns its content
-through its end-of-turn token: where the template marks it ({% generation %}) by the mark, else by
-rendering what comes before it and what ends with it, both of which must be true beginnings of
-the whole. Where that gives no answer the row or the template is refused.
+A conversation is rendered once as a whole, by the model's own chat template, and tokenised once.
+An assistant turn owns its content through its end-of-turn token (turns.py says where that is).
 """
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
-from pipeline.data.formats import Completion, Conversation, Example, Message, RowError
-from pipeline.data.rendering import ChatTemplate
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config.settings import RunSettings
+from pipeline.data.formats import Completion, Conversation, Example, RowError, Text, Tokens
+from pipeline.data.rendering import Span, apply_chat_template_setting
+from pipeline.data.turns import TurnFinder, special_ids
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and checking rows needs none of it
     from transformers import PreTrainedTokenizerBase
 
-TrainOn = Literal["assistant", "last-assistant", "all"]
-_NO_END = (
-    "model: the chat template ends assistant turns without a special token, so the model would "
-    "never learn to stop; use a template that ends them with one, such as ChatML's <|im_end|>"
+_NO_END_OF_SEQUENCE = (
+    "model: the tokenizer has no end-of-sequence token, so the model would never learn to "
+    "stop; set eos_token in tokenizer_config.json"
 )
-_NO_END_MARKED = (
-    "model: the chat template's {% generation %} block leaves out the special token that ends the "
-    "turn, so the model would never learn to stop; move {% endgeneration %} behind it"
-)
-_REWRITES = (
-    "the chat template rewrites earlier turns, so which tokens a turn owns is not certain; use "
-    "single-turn rows, train_on: all, or a template that marks turns with {% generation %}"
-)
-_OTHER_BEGINNING = "the chat template's generation prompt is not how it begins assistant turns"
+_NOTHING = "no supervised token"
 
 
 @dataclass(frozen=True)
 class Document:
     """T tokens, and for each whether it counts in the loss; the first never does."""
 
-    ids: list[int]
-    supervised: list[bool]
+    ids: npt.NDArray[np.int32]  # (T,)
+    supervised: npt.NDArray[np.bool_]  # (T,)
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """Characters of an assistant turn: from where the model writes to where the turn ends."""
+class _Draft:
+    """A document before it is tokenised, and which of its characters count in the loss.
 
-    start: int
-    end: int
-    content: str
+    A conversation's spans are turns: from their first character to their end-of-turn token, which
+    they own too. Other texts have one span, to their end.
+    """
 
-
-@dataclass(frozen=True)
-class _Tokens:
-    """A tokenised rendering: ids, and where each begins and ends in the text."""
-
-    ids: list[int]
-    starts: list[int]
-    ends: list[int]
-    special: frozenset[int]
-
-    def ending_special(self, turn: _Turn, text: str) -> int | None:
-        """Index of the turn's end-of-turn token: its last special one after the content."""
-        said = turn.content.strip()
-        at = text.find(said, turn.start, turn.end)
-        after = turn.start if at < 0 else at + len(said)
-        first, last = bisect_left(self.starts, after), bisect_left(self.starts, turn.end)
-        return next((i for i in reversed(range(first, last)) if self.ids[i] in self.special), None)
+    text: str
+    spans: Sequence[Span]
+    is_chat: bool = False
+    is_inverse: bool = False  # all but the spans counts
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -93,163 +73,192 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
     return tokenizer
 
 
-def encode(example: Example, tokenizer: "PreTrainedTokenizerBase", train_on: TrainOn) -> Document:
-    """Tokens of an example, whole. Raises RowError for the row, UserError for the template."""
-    if isinstance(example, Conversation):
-        ids, supervised = _encode_chat(example.messages, tokenizer, train_on)
-    else:
-        assert isinstance(example, Completion)
-        ids, supervised = _encode_text(example, tokenizer, train_on)
-    if not ids:
-        raise RowError("no token")
-    supervised[0] = False  # nothing predicts it
-    return Document(ids, supervised)
+class Encoder:
+    """Makes documents of examples, as the run file's settings say."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", settings: RunSettings) -> None:
+        apply_chat_template_setting(tokenizer, settings.chat_template)
+        self._tokenizer, self._settings = tokenizer, settings
+        self._backend: Any = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._special = frozenset(special_ids(tokenizer).values())
+        self._bos: int | None = tokenizer.bos_token_id
+        if tokenizer("")["input_ids"][:1] != [self._bos]:
+            self._bos = None  # it is there, but texts do not begin with it
+
+    def encode(self, example: Example) -> list[Document]:
+        """Documents of an example: one, or with split_turns one of each trained turn.
+
+        Raises RowError for the row, UserError for the tokenizer or its chat template.
+        """
+        found = self.encode_many([example])[0]
+        if isinstance(found, RowError):
+            raise found
+        return found
+
+    def encode_many(self, examples: Sequence[Example]) -> list[list[Document] | RowError]:
+        """Documents of each example, or why there are none. UserError as in `encode`."""
+        drafts = [self._drafts_or_error(example) for example in examples]
+        texts = [d.text for ds in drafts if isinstance(ds, list) for d in ds]
+        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        found: list[list[Document] | RowError] = []
+        for example, made in zip(examples, drafts, strict=True):
+            if isinstance(made, RowError):
+                found.append(made)
+                continue
+            mine = [(draft, next(encodings)) for draft in made]
+            try:
+                if isinstance(example, Tokens):
+                    found.append([self._checked(example)])
+                else:
+                    found.append([self._document(draft, encoding) for draft, encoding in mine])
+            except RowError as error:
+                found.append(error)
+        return found
+
+    def teaches_end(self, document: Document) -> bool:
+        """Whether a token that ends a turn or a text is trained in (what is left of) it."""
+        trained = document.ids[document.supervised]
+        ends = {self._tokenizer.eos_token_id}
+        if "_turns" in self.__dict__:  # there are conversations
+            ends.add(self._turns.end.id)
+        return any(bool((trained == end).any()) for end in ends if end is not None)
+
+    def last_answer(self, example: Example) -> tuple[str, str]:
+        """All that comes before the last answer, as the model is shown it, and the answer.
+
+        Raises RowError where there is no question.
+        """
+        if isinstance(example, Completion):
+            bos = self._tokenizer.decode([self._bos]) if self._bos is not None else ""
+            prompt = example.prompt.removeprefix(str(bos))
+            return f"{bos}{prompt}", example.completion
+        if not isinstance(example, Conversation):
+            raise RowError("no question with an answer")
+        last = max(i for i, message in enumerate(example.messages) if message.role == "assistant")
+        rendered = self._turns.render(replace(example, messages=example.messages[: last + 1]))
+        start, end = rendered.owned[last]
+        encoding = self._backend.encode(rendered.text, add_special_tokens=False)
+        first, stop = self._token_at(encoding, start, end), encoding.char_to_token(end)
+        answer = self._tokenizer.decode(encoding.ids[first:stop], skip_special_tokens=True)
+        return rendered.text[: encoding.token_to_chars(first)[0]], str(answer)
+
+    @cached_property
+    def _turns(self) -> TurnFinder:
+        return TurnFinder(self._tokenizer)
+
+    def _drafts_or_error(self, example: Example) -> list[_Draft] | RowError:
+        try:
+            drafts = self._drafts(example)
+        except RowError as error:
+            return error
+        for draft in drafts:
+            if not _is_text(draft.text):
+                return RowError("half a surrogate pair, which is no character")
+        return drafts
+
+    def _drafts(self, example: Example) -> list[_Draft]:
+        if isinstance(example, Tokens):
+            return []
+        if isinstance(example, Conversation):
+            return [self._chat_draft(part) for part in self._parts(example)]
+        if self._tokenizer.eos_token_id is None:
+            raise UserError(_NO_END_OF_SEQUENCE)
+        if isinstance(example, Text):
+            return [_Draft(example.text, [(0, len(example.text))])]
+        text = example.prompt + example.completion
+        start = 0 if self._settings.train_on == "all" else len(example.prompt)
+        return [_Draft(text, [(start, len(text))])]
+
+    def _parts(self, conversation: Conversation) -> list[Conversation]:
+        if not self._settings.split_turns:
+            return [conversation]
+        parts = []
+        for i in self._trained(conversation):
+            before = tuple(replace(m, is_trained=False) for m in conversation.messages[:i])
+            messages = (*before, conversation.messages[i])
+            parts.append(replace(conversation, messages=messages))
+        if not parts:
+            raise RowError(_NOTHING)
+        return parts
+
+    def _trained(self, conversation: Conversation) -> list[int]:
+        turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
+        if self._settings.train_on == "last-assistant":
+            turns = turns[-1:]
+        return [i for i in turns if conversation.messages[i].is_trained]
+
+    def _chat_draft(self, conversation: Conversation) -> _Draft:
+        rendered = self._turns.render(conversation)
+        is_inverse = self._settings.train_on == "all"
+        chosen = self._trained(conversation)
+        if is_inverse:
+            chosen = [i for i, m in enumerate(conversation.messages) if not m.is_trained]
+        if any(i not in rendered.owned for i in chosen):
+            raise RowError("where the chat template writes a message of weight 0 is not certain")
+        spans = [rendered.owned[i] for i in chosen]
+        return _Draft(rendered.text, spans, is_chat=True, is_inverse=is_inverse)
+
+    def _document(self, draft: _Draft, encoding: Any) -> Document:
+        document = self._chat(draft, encoding) if draft.is_chat else self._plain(draft, encoding)
+        document.supervised[:1] = False  # nothing predicts it
+        if not document.supervised.any():
+            raise RowError(_NOTHING)
+        return document
+
+    def _chat(self, draft: _Draft, encoding: Any) -> Document:
+        # The template wrote a BOS if there is to be one: one of ours would double it.
+        ids = np.array(encoding.ids, dtype=np.int32)
+        supervised = np.full(len(ids), draft.is_inverse)
+        for start, end in draft.spans:
+            first, last = self._token_at(encoding, start, end), encoding.char_to_token(end)
+            after = len(ids) if last is None else last + 1
+            supervised[first:after] = not draft.is_inverse
+        return Document(ids, supervised)
+
+    def _plain(self, draft: _Draft, encoding: Any) -> Document:
+        """A text with the tokens that begin and end texts; a border cuts, as in generation."""
+        ((start, end),) = draft.spans
+        ids, first = encoding.ids, self._token_at(encoding, start, end)
+        if start < end and encoding.token_to_chars(first)[0] < start:
+            before, after = (
+                self._backend.encode(text, add_special_tokens=False).ids
+                for text in (draft.text[:start], draft.text[start:])
+            )
+            ids, first = before + after, len(before)
+        if self._bos is not None and ids[:1] != [self._bos]:
+            ids, first = [self._bos, *ids], first + (start > 0)
+        if ids[-1:] != [self._tokenizer.eos_token_id]:
+            ids = [*ids, self._tokenizer.eos_token_id]
+        supervised = np.ones(len(ids), dtype=np.bool_)
+        supervised[:first] = False
+        return Document(np.array(ids, dtype=np.int32), supervised)
+
+    def _token_at(self, encoding: Any, start: int, end: int) -> int:
+        """The first token of a span: it may begin before it, with white space, but no special."""
+        for at in range(start, end + 1):
+            token: int | None = encoding.char_to_token(at)
+            if token is not None:
+                begins_before = encoding.token_to_chars(token)[0] < start
+                is_special = encoding.ids[token] in self._special
+                return token + (begins_before and is_special)
+        return len(encoding.ids)
+
+    def _checked(self, tokens: Tokens) -> Document:
+        ids, size = np.array(tokens.ids, dtype=np.int64), len(self._tokenizer)
+        if ids.size and (ids.min() < 0 or ids.max() >= size):
+            raise RowError(f"`input_ids` has an id outside of the model's {size} tokens")
+        supervised = np.array(tokens.supervised, dtype=np.bool_)
+        supervised[:1] = False
+        if not supervised.any():
+            raise RowError(_NOTHING)
+        return Document(ids.astype(np.int32), supervised)
 
 
-def supervised_runs(
-    ids: Sequence[int], supervised: Sequence[bool], tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[tuple[str, bool]]:
-    """A document as text, cut where supervision begins and ends."""
-    start = 0
-    for i in range(1, len(ids) + 1):
-        if i == len(ids) or supervised[i] != supervised[start]:
-            run = [int(token) for token in ids[start:i]]
-            text = tokenizer.decode(run, clean_up_tokenization_spaces=False)
-            yield str(text), bool(supervised[start])
-            start = i
-
-
-def _encode_chat(
-    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", train_on: TrainOn
-) -> tuple[list[int], list[bool]]:
-    template = ChatTemplate(tokenizer)
-    text, marked = template.render_marked(messages)
-    tokens = _tokenise(tokenizer, text)
-    if train_on == "all":
-        if not _ends_last_turn(messages, text, template, tokenizer):
-            raise UserError(_NO_END)
-        return tokens.ids, [True] * len(tokens.ids)
-    if template.marks_turns:
-        said = [m.content for m in messages if m.role == "assistant"]
-        turns = _marked_turns(marked, said, train_on)
-    else:
-        turns = _derived_turns(messages, text, template, train_on)
-    supervised = [False] * len(tokens.ids)
-    for turn in turns:
-        end = tokens.ending_special(turn, text)
-        if end is None:
-            raise UserError(_NO_END_MARKED if template.marks_turns else _NO_END)
-        start = bisect_left(tokens.starts, turn.start)
-        supervised[start : end + 1] = [True] * (end + 1 - start)
-    return tokens.ids, supervised
-
-
-def _marked_turns(
-    marked: Sequence[tuple[int, int]], said: Sequence[str], train_on: TrainOn
-) -> list[_Turn]:
-    if not marked:
-        raise UserError("model: the chat template's {% generation %} marks no assistant turn")
-    is_one_each = len(marked) == len(said)
-    contents = said if is_one_each else [""] * len(marked)
-    turns = [_Turn(a, b, content) for (a, b), content in zip(marked, contents, strict=True)]
-    if train_on != "last-assistant":
-        return turns
-    if not is_one_each:
-        raise UserError(
-            f"train_on: last-assistant: the chat template marks {len(marked)} pieces of "
-            f"{len(said)} assistant turns, so which is the last one is not certain"
-        )
-    return turns[-1:]
-
-
-def _derived_turns(
-    messages: Sequence[Message], text: str, template: ChatTemplate, train_on: TrainOn
-) -> list[_Turn]:
-    places = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    turns = []
-    for i in places if train_on == "assistant" else places[-1:]:
-        if i == 0:
-            raise RowError("the first message is the assistant's; something must come before it")
-        before = template.render(messages[:i], asks=True)
-        is_last = i + 1 == len(messages)
-        through = text if is_last else template.render(messages[: i + 1])
-        if not text.startswith(through):
-            raise RowError(_REWRITES)
-        if not through.startswith(before):
-            is_rewritten = not through.startswith(template.render(messages[:i]))
-            raise RowError(_REWRITES if is_rewritten else _OTHER_BEGINNING)
-        turn = _Turn(len(before), len(through), messages[i].content)
-        header = text[turn.start : turn.end].partition(turn.content.strip())[0]
-        if header.strip() and before == template.render(messages[:i]):
-            turn = _without_header(turn, header)
-        turns.append(turn)
-    return turns
-
-
-def _without_header(turn: _Turn, header: str) -> _Turn:
-    """The turn of a template without generation prompt, whose segment begins with its role."""
-    if len(header) == turn.end - turn.start:
-        raise RowError("the chat template changes the text of an assistant turn")
-    return _Turn(turn.start + len(header), turn.end, turn.content)
-
-
-def _ends_last_turn(
-    messages: Sequence[Message],
-    text: str,
-    template: ChatTemplate,
-    tokenizer: "PreTrainedTokenizerBase",
-) -> bool:
-    """Whether the last assistant turn ends with a special token, where it alone matters."""
-    last = max(i for i, message in enumerate(messages) if message.role == "assistant")
-    if last + 1 < len(messages):
-        text = template.render(messages[: last + 1])
-    tokens = _tokenise(tokenizer, text)
-    content = messages[last].content.strip()
-    after = text.rfind(content) + len(content)
-    # `>`: a content such as "end" is found inside the end-of-turn token itself.
-    pairs = zip(tokens.ids, tokens.ends, strict=True)
-    return any(end > after for token, end in pairs if token in tokens.special)
-
-
-def _tokenise(tokenizer: "PreTrainedTokenizerBase", text: str) -> _Tokens:
-    # The template wrote a BOS if there is to be one: special tokens here would double it.
-    said = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets: list[tuple[int, int]] = said["offset_mapping"]
-    return _Tokens(
-        ids=list(said["input_ids"]),
-        starts=[start for start, _ in offsets],
-        ends=[end for _, end in offsets],
-        special=_special_ids(tokenizer, len(tokenizer)),
-    )
-
-
-@lru_cache(maxsize=4)
-def _special_ids(tokenizer: "PreTrainedTokenizerBase", size: int) -> frozenset[int]:
-    """Llama 3's <|eot_id|> is special in tokenizer.json only; `size` notices added tokens."""
-    added = tokenizer.added_tokens_decoder
-    return frozenset(tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
-
-
-def _encode_text(
-    example: Completion, tokenizer: "PreTrainedTokenizerBase", train_on: TrainOn
-) -> tuple[list[int], list[bool]]:
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "model: the tokenizer has no end-of-sequence token, so the model would never learn to "
-            "stop; set eos_token in tokenizer_config.json"
-        )
-
-    def plain(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    prompt, whole = plain(example.prompt), plain(example.prompt + example.completion)
-    # Where a token would straddle the border the two are tokenised apart, as in generation.
-    is_clean = whole[: len(prompt)] == prompt
-    completion = whole[len(prompt) :] if is_clean else plain(example.completion)
-    bos = tokenizer.bos_token_id
-    if bos is not None and prompt[:1] != [bos] and tokenizer("")["input_ids"][:1] == [bos]:
-        prompt = [bos, *prompt]
-    if completion[-1:] != [tokenizer.eos_token_id]:
-        completion = [*completion, tokenizer.eos_token_id]
-    supervised = [train_on == "all"] * len(prompt) + [True] * len(completion)
-    return prompt + completion, supervised
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # "\ud800" is valid JSON and no character
+        return False
+    return True

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -32,12 +32,8 @@ from pipeline.data.sources import BadRow, Line, Row, parse
 from pipeline.data.writing import Columns
 from pipeline.errors import UserError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 NOTHING_HELD_OUT, _ALL = 0, 2**64
 _SPREAD = 0x9E3779B97F4A7C15  # odd, so that it maps digests one to one; 2**64 / golden ratio
-_END_WITHIN = 3  # supervised tokens: some templates write a newline after the end of a turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +140,6 @@ class Maker:
         self._settings, self._threshold = settings, threshold
         tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
         self._encoder = Encoder(tokenizer, settings)
-        self._is_special = _special_table(tokenizer)
 
     def __call__(self, piece: Lines) -> Part:
         """Raises UserError for a template that can never be right, and for `over_length: fail`."""
@@ -172,18 +167,18 @@ class Maker:
         kept: list[Piece] = []
         lost, is_ended = 0, True
         for document in documents:
-            ids = np.asarray(document.ids, np.int32)
-            supervised = np.asarray(document.supervised, np.bool_)
-            if over_length == "fail" and len(ids) > length:
+            size = len(document.ids)
+            if over_length == "fail" and size > length:
                 raise UserError(
-                    f"{row.file}:{row.line}: {len(ids)} tokens, more than max_length ({length}), "
+                    f"{row.file}:{row.line}: {size} tokens, more than max_length ({length}), "
                     "and over_length is fail; raise max_length, or set over_length to truncate, "
                     "drop or split"
                 )
-            pieces = fit(ids, supervised, length, over_length)
+            pieces = fit(document.ids, document.supervised, length, over_length)
             kept += pieces
-            lost += num_lost(pieces, len(ids))
-            is_ended &= bool(pieces) and self._ends_turn(pieces[-1])
+            lost += num_lost(pieces, size)
+            parts = (Document(piece.ids, piece.supervised) for piece in pieces)
+            is_ended &= any(self._encoder.teaches_end(part) for part in parts)
         if not kept:
             _leave_out(row, documents, into, self._settings)
             return
@@ -195,11 +190,6 @@ class Maker:
         into.formats[format_of(row, self._settings.data_format, self._settings.columns)] += 1
         for piece in kept:
             into.add(piece, number)
-
-    def _ends_turn(self, piece: Piece) -> bool:
-        """Whether the last supervised tokens hold one that ends a turn."""
-        last = piece.ids[piece.supervised][-_END_WITHIN:]
-        return bool(self._is_special[np.minimum(last, len(self._is_special) - 1)].any())
 
 
 class _Collected:
@@ -251,18 +241,9 @@ def _leave_out(
 ) -> None:
     """Count a row of which nothing is kept."""
     length = settings.max_length
-    if not any(np.any(document.supervised) for document in documents):
+    if not any(document.supervised.any() for document in documents):
         into.reject(row, "no supervised token")
     elif settings.over_length == "drop":
         into.drop(row, f"longer than max_length ({length}), and over_length is drop")
     else:
         into.reject(row, f"no supervised token within max_length ({length})")
-
-
-def _special_table(tokenizer: "PreTrainedTokenizerBase") -> Array:
-    """Whether a token id is special; Llama 3's <|eot_id|> is so in tokenizer.json only."""
-    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-    special += tokenizer.all_special_ids
-    table = np.zeros(max([len(tokenizer), *special]) + 2, np.bool_)  # the last: any id beyond
-    table[special] = True
-    return table

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from pipeline.data.formats import Completion, Conversation, Example, RowError
+from pipeline.data.chat import Encoder
+from pipeline.data.formats import Conversation, Example
 
 
 @dataclass(frozen=True)
@@ -19,19 +20,13 @@ class Question:
     expected: str
 
 
-def question(example: Example, tokenizer: PreTrainedTokenizerBase) -> Question:
+def question(example: Example, encoder: Encoder) -> Question:
     """The last answer of an example, and all that comes before it."""
-    if isinstance(example, Completion):
-        return Question(example.prompt, example.prompt, example.completion)
+    prompt, expected = encoder.last_answer(example)
     if not isinstance(example, Conversation):
-        raise RowError("no question with an answer")
-    messages = [{"role": m.role, "content": m.content} for m in example.messages]
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    prompt = tokenizer.apply_chat_template(
-        messages[:last], tokenize=False, add_generation_prompt=True
-    )
-    shown = next((m["content"] for m in reversed(messages[:last]) if m["role"] == "user"), "")
-    return Question(str(prompt), shown, messages[last]["content"])
+        return Question(prompt, prompt, expected)
+    asked = (m.content for m in reversed(example.messages) if m.role == "user")
+    return Question(prompt, next(asked, ""), expected)
 
 
 @torch.no_grad()

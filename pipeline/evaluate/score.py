@@ -15,7 +15,7 @@ from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
 from pipeline.data.batches import Batch
-from pipeline.data.chat import load_tokenizer
+from pipeline.data.chat import Encoder, load_tokenizer
 from pipeline.data.formats import RowError, to_example
 from pipeline.data.prepared import DataIndex, Split, open_split
 from pipeline.data.sources import Row, data_files, read_rows
@@ -45,7 +45,7 @@ def score_run(run_folder: Path, settings: RunSettings, rows: int) -> dict[str, A
     plan = _one_process(settings)
     session = Session(Placement(), plan.hardware)
     tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
-    questions = _questions(settings, tokenizer, rows)
+    questions = _questions(settings, Encoder(tokenizer, settings), rows)
     eval_index = DataIndex.load(run_folder / "data").eval
     assert eval_index is not None
     split = open_split(eval_index)
@@ -111,14 +111,14 @@ def _one_process(settings: RunSettings) -> Plan:
     return make_plan(alone, read_shape(settings.model), roomy, nodes=1, ranks_per_node=1)
 
 
-def _questions(settings: RunSettings, tokenizer: Any, rows: int) -> list[Question]:
+def _questions(settings: RunSettings, encoder: Encoder, rows: int) -> list[Question]:
     found: list[Question] = []
     for row in read_rows(data_files(settings.eval_sources, "eval_data")):
         if len(found) == rows:
             break
         if isinstance(row, Row):
             try:
-                found.append(question(to_example(row), tokenizer))
+                found.append(question(to_example(row), encoder))
             except RowError:
                 continue  # rejected and counted when the data was prepared
     if not found:

@@ -15,7 +15,7 @@ import pytest
 from pipeline.config.settings import RunSettings
 from pipeline.data import keys, splits
 from pipeline.data import prepare as module
-from pipeline.data.chat import encode, load_tokenizer
+from pipeline.data.chat import Encoder, load_tokenizer
 from pipeline.data.formats import to_example
 from pipeline.data.prepare import check_first_rows, check_rows, prepare, train_key
 from pipeline.data.prepared import DataIndex, open_split
@@ -76,16 +76,16 @@ def row(answer, question="q"):
 
 def test_documents_are_those_of_encode(run):
     split = open_split(run.prepare(max_length=100).train)
-    tokenizer = load_tokenizer(run.folder / "model")
+    encoder = Encoder(load_tokenizer(run.folder / "model"), run.settings())
     rows = list(read_rows([run.train]))
     assert len(split) == len(rows) == 24
     for i, source in enumerate(rows):
-        expected = encode(to_example(source), tokenizer, "assistant")
+        (expected,) = encoder.encode(to_example(source))
         ids, supervised = split.document(i)
         assert ids.dtype == np.int32
-        assert ids.tolist() == expected.ids[:100]
+        assert ids.tolist() == expected.ids[:100].tolist()
         assert supervised.dtype == np.bool_
-        assert supervised.tolist() == expected.supervised[:100]
+        assert supervised.tolist() == expected.supervised[:100].tolist()
         assert split.lengths[i] == len(ids)
         assert split.supervised_counts[i] == supervised.sum() > 0
     assert split.lengths.dtype == split.supervised_counts.dtype == np.int64
