@@ -62,17 +62,8 @@ class Tokens:
 Example = Conversation | Completion | Text | Tokens
 
 
-def format_of(row: Row, data_format: str = "auto", columns: Mapping[str, str] | None = None) -> str:
-    """The format that a row is read as."""
-    del data_format, columns
-    return "messages" if "messages" in row.value else "prompt-completion"
-
-
-def to_example(
-    row: Row, data_format: str = "auto", mapped: Mapping[str, str] | None = None
-) -> Example:
+def to_example(row: Row) -> Example:
     """The row's example; raises RowError with the reason where it has none."""
-    del data_format, mapped
     columns = row.value
     if "messages" in columns and "completion" in columns:
         raise RowError(f"both `messages` and `completion`; expected {_WORKS}")

@@ -4,9 +4,8 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from pipeline.config.settings import DataSource
 from pipeline.errors import UserError
@@ -23,7 +22,6 @@ class Row:
     file: Path
     line: int
     value: dict[str, Any]
-    offset: int | None = None
 
 
 @dataclass(frozen=True)
@@ -33,62 +31,6 @@ class BadRow:
     file: Path
     line: int
     reason: str
-    offset: int | None = None
-
-
-class Line(NamedTuple):
-    """A row as it lies in its file, not parsed."""
-
-    file: Path
-    number: int
-    offset: int | None
-    content: bytes | dict[str, Any]
-    fault: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Files that are one source of rows."""
-
-    name: str
-    files: tuple[Path, ...]
-    weight: float = 1.0
-    limit: int | None = None
-
-
-def resolve(sources: Sequence[DataSource], key: str) -> list[Source]:
-    """The sources of a setting, each there and not empty; else UserError that names the key."""
-    data_files(sources, key)
-    return [
-        Source(name=s.path, weight=s.weight, limit=s.limit, files=(Path(s.path),)) for s in sources
-    ]
-
-
-def lines(source: Source) -> Iterator[Line]:
-    """Every line of a source but the blank ones, up to its limit."""
-    return islice(_all_lines(source), source.limit)
-
-
-def _all_lines(source: Source) -> Iterator[Line]:
-    for file in source.files:
-        with file.open("rb") as stream:
-            number = 0
-            while line := stream.readline(MAX_ROW_BYTES + 1):
-                number += 1
-                if len(line) > MAX_ROW_BYTES:
-                    _skip_line(stream, line)
-                    said = f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB"
-                    yield Line(file, number, 0, b"", said)
-                elif line.strip():
-                    yield Line(file, number, 0, line)
-
-
-def parse(line: Line) -> Row | BadRow:
-    """The row of a line."""
-    if line.fault:
-        return BadRow(line.file, line.number, line.fault)
-    assert isinstance(line.content, bytes)
-    return _parsed(line.file, line.number, line.content)
 
 
 def data_files(sources: Sequence[DataSource], key: str) -> list[Path]:
