@@ -21,7 +21,7 @@ from pipeline.data.audit import Tally, make_audit
 from pipeline.data.chat import Document, encode, load_tokenizer
 from pipeline.data.formats import Example, RowError, to_example
 from pipeline.data.prepared import INDEX, DataIndex, SplitIndex, read_digests, read_published
-from pipeline.data.sources import BadRow, Row, data_files, read_rows
+from pipeline.data.sources import BadRow, Row, Source, kind_of, read_rows, resolve
 from pipeline.data.writing import REJECTS, SplitWriter, write_json, write_text
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ _log = logging.getLogger(__name__)
 
 def check_rows(settings: RunSettings) -> None:
     """Parse every row of training and held-out data; UserError for more bad ones than allowed."""
-    for split, files in _files(settings).items():
+    for split, sources in _sources(settings).items():
         tally = Tally()
-        for row in read_rows(files):
+        for row in read_rows(sources):
             tally.read += 1
-            parsed = _parse(row)
+            parsed = _parse(row, settings)
             if isinstance(parsed, str):
                 tally.reject(row.file, row.line, parsed)
         tally.judge(f"{split}_data", settings.max_rejected)
@@ -58,7 +58,7 @@ def check_rows(settings: RunSettings) -> None:
 
 def train_key(settings: RunSettings) -> str:
     """Key that the prepared training data has, or would have; reads the files' content."""
-    return _key(settings, _files(settings)["train"], None)
+    return _key(settings, _sources(settings)["train"], None)
 
 
 def prepare(settings: RunSettings, data_dir: Path, limit: int | None = None) -> DataIndex:
@@ -67,8 +67,8 @@ def prepare(settings: RunSettings, data_dir: Path, limit: int | None = None) -> 
     Raises UserError for bad data, a bad tokenizer or template; then what was there before stays.
     With a limit the share of bad rows is not judged: a few rows say nothing of it.
     """
-    files = _files(settings)
-    keys = {split: _key(settings, paths, limit) for split, paths in files.items()}
+    sources = _sources(settings)
+    keys = {split: _key(settings, named, limit) for split, named in sources.items()}
     places = {split: data_dir / f"{split}-{key}" for split, key in keys.items()}
     data_dir.mkdir(parents=True, exist_ok=True)
     audits: dict[str, dict[str, Any]] = {}
@@ -87,7 +87,7 @@ def prepare(settings: RunSettings, data_dir: Path, limit: int | None = None) -> 
                 tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
             writers[split] = stack.enter_context(SplitWriter(place, keys[split]))
             made = _SplitMaker(settings, tokenizer, writers[split])
-            made.read(files[split], limit)
+            made.read(sources[split], limit)
             made.tally.judge(f"{split}_data", allowed)
             indexes[split], audits[split] = made.finish()
         for split, writer in writers.items():
@@ -109,8 +109,8 @@ class _SplitMaker:
         self._settings, self._tokenizer, self._writer = settings, tokenizer, writer
         self._truncated_rows = self._tokens_lost = 0
 
-    def read(self, files: list[Path], limit: int | None) -> None:
-        for row in read_rows(files):
+    def read(self, sources: list[Source], limit: int | None) -> None:
+        for row in read_rows(sources):
             self.tally.read += 1
             reason = self._add(row)
             if reason is not None:
@@ -137,7 +137,7 @@ class _SplitMaker:
 
     def _add(self, row: Row | BadRow) -> str | None:
         """Write the row's document, or say why there is none."""
-        example = _parse(row)
+        example = _parse(row, self._settings)
         if isinstance(example, str):
             return example
         try:
@@ -157,19 +157,19 @@ class _SplitMaker:
         return None
 
 
-def _files(settings: RunSettings) -> dict[str, list[Path]]:
-    files = {"train": data_files(settings.train_sources, "train_data")}
+def _sources(settings: RunSettings) -> dict[str, list[Source]]:
+    sources = {"train": resolve(settings.train_sources, "train_data")}
     if settings.eval_sources:
-        files["eval"] = data_files(settings.eval_sources, "eval_data")
-    return files
+        sources["eval"] = resolve(settings.eval_sources, "eval_data")
+    return sources
 
 
-def _parse(row: Row | BadRow) -> Example | str:
+def _parse(row: Row | BadRow, settings: RunSettings) -> Example | str:
     """The row's example, or the reason why it has none."""
     if isinstance(row, BadRow):
         return row.reason
     try:
-        return to_example(row)
+        return to_example(row, settings.data_format, settings.columns)
     except RowError as error:
         return str(error)
 
@@ -180,14 +180,19 @@ def _digest(example: Example) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
-def _key(settings: RunSettings, files: list[Path], limit: int | None) -> str:
+def _key(settings: RunSettings, sources: list[Source], limit: int | None) -> str:
     """16 hex digits of all that the documents of a split are made from."""
     model = Path(settings.model)
     patterns = (*_TOKENIZER_FILES, *(["*.py"] if settings.trust_remote_code else []))
     tokenizer = {path for pattern in patterns for path in model.glob(pattern) if path.is_file()}
     made_from = {
         "format": _FORMAT,
-        "data": [_sha256(path) for path in files],
+        "data": [
+            [source.limit, [(kind_of(path), _sha256(path)) for path in source.files]]
+            for source in sources
+        ],
+        "data_format": settings.data_format,
+        "columns": settings.columns,
         "tokenizer": {str(p.relative_to(model)): _sha256(p) for p in sorted(tokenizer)},
         "max_length": settings.max_length,
         "train_on": settings.train_on,

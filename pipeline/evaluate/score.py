@@ -18,7 +18,7 @@ from pipeline.data.batches import Batch
 from pipeline.data.chat import load_tokenizer
 from pipeline.data.formats import RowError, to_example
 from pipeline.data.prepared import DataIndex, Split, open_split
-from pipeline.data.sources import Row, data_files, read_rows
+from pipeline.data.sources import Row, read_rows, resolve
 from pipeline.errors import UserError
 from pipeline.evaluate.generate import Question, exact_match, greedy_answers, question
 from pipeline.evaluate.heldout import held_out_loss
@@ -113,12 +113,13 @@ def _one_process(settings: RunSettings) -> Plan:
 
 def _questions(settings: RunSettings, tokenizer: Any, rows: int) -> list[Question]:
     found: list[Question] = []
-    for row in read_rows(data_files(settings.eval_sources, "eval_data")):
+    for row in read_rows(resolve(settings.eval_sources, "eval_data")):
         if len(found) == rows:
             break
         if isinstance(row, Row):
             try:
-                found.append(question(to_example(row), tokenizer))
+                example = to_example(row, settings.data_format, settings.columns)
+                found.append(question(example, tokenizer))
             except RowError:
                 continue  # rejected and counted when the data was prepared
     if not found:
