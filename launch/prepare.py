@@ -15,6 +15,7 @@ from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
 from pipeline.data.audit_table import audit_table
 from pipeline.data.chat import load_tokenizer
+from pipeline.data.hub import fetch
 from pipeline.data.prepare import check_first_rows, prepare
 from pipeline.data.prepared import open_split
 from pipeline.data.show import show_documents
@@ -34,6 +35,7 @@ def main() -> None:
     arguments, console = parse(), Console()
     settings = load_settings(arguments.run_file, arguments.overrides)
     data_dir = Path(settings.output_dir) / "data"
+    fetch([*settings.train_sources, *settings.eval_sources])
     check_first_rows(settings)
     index = prepare(settings, data_dir)
     if arguments.show:

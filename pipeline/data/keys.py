@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.data_files import kind_of
 from pipeline.config.settings import RunSettings
 from pipeline.data.sources import Source
 from pipeline.data.writing import write_json
@@ -108,8 +109,7 @@ def split_keys(
 
 
 def _source(source: Source, fingerprints: Fingerprints) -> dict[str, Any]:
-    # The end of a name decides how a file is read.
-    files = [[*path.suffixes[-2:], fingerprints.sha256(path)] for path in source.files]
+    files = [[kind_of(path), fingerprints.sha256(path)] for path in source.files]
     return {"files": files, "weight": source.weight, "limit": source.limit}
 
 

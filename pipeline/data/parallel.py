@@ -10,6 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import RankZeroError
@@ -41,7 +42,7 @@ def in_order(
     first = list(islice(left, _FEW_PIECES)) if processes is None else []
     if processes is None:
         is_small = len(first) < _FEW_PIECES
-        processes = 1 if is_small else len(os.sched_getaffinity(0))
+        processes = 1 if is_small else usable_cpus()
     everything = chain(first, left)
     if processes == 1:
         work = make_work()
@@ -61,6 +62,20 @@ def in_order(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: those it is bound to, within the quota of its container."""
+    bound = len(os.sched_getaffinity(0))
+    root = Path("/sys/fs/cgroup")
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # v2, v1
+        try:
+            quota, period = " ".join((root / name).read_text() for name in files).split()
+        except (OSError, ValueError):
+            continue
+        if quota not in ("max", "-1"):
+            return max(1, min(bound, -(-int(quota) // int(period))))
+    return bound
 
 
 def _through(pool: ProcessPoolExecutor, pieces: Iterable[Any], num_ahead: int) -> Iterator[Any]:

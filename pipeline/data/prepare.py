@@ -7,7 +7,7 @@ and only where there is something to do; checking rows imports neither it nor to
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -17,8 +17,9 @@ import numpy as np
 
 from pipeline.config.settings import RunSettings
 from pipeline.data.audit import Tally
+from pipeline.data.formats import Example
 from pipeline.data.keys import Fingerprints, split_keys
-from pipeline.data.making import parsed_example, reject_of
+from pipeline.data.making import digest, parsed_example, reject_of
 from pipeline.data.prepared import INDEX, DataIndex, SplitIndex, read_column, read_published
 from pipeline.data.sources import Source, lines, resolve
 from pipeline.data.splits import Job, Making, refuse
@@ -96,6 +97,21 @@ def prepare(
     fingerprints.save()
     _remove_others(data_dir, index)
     return index
+
+
+def eval_examples(settings: RunSettings, split: SplitIndex) -> Iterator[Example]:
+    """The held-out rows as they were before they became the documents of a prepared split."""
+    held_out = None
+    if settings.held_out is not None:
+        held_out = set(read_column(split.folder, "digests").tolist())
+    sources = settings.eval_sources if held_out is None else settings.train_sources
+    for source in resolve(sources, "eval_data"):
+        for line in lines(source):
+            _, example = parsed_example(line, settings)
+            if isinstance(example, str):
+                continue
+            if held_out is None or digest(example) in held_out:
+                yield example
 
 
 def _found(job: Job, data_dir: Path, max_rejected: float) -> dict[str, _Indexed] | None:

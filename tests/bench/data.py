@@ -9,7 +9,6 @@ start (on prepared data, N rows against a thousand), packing (of GSM8K, and of 1
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,10 +25,10 @@ import psutil
 
 from pipeline.config.settings import RunSettings
 from pipeline.data.chat import load_tokenizer
-from pipeline.data.parallel import in_order
+from pipeline.data.parallel import in_order, usable_cpus
 from pipeline.data.prepare import prepare
 
-PROCESSES = len(os.sched_getaffinity(0))
+PROCESSES = usable_cpus()
 _PIECE_ROWS = 250  # of the bare tokenizer: 1/4 MB, as prepare's
 _WORDS, _SENTENCES, _SENTENCES_A_ROW = 30_000, 20_000, 9
 

@@ -19,7 +19,7 @@ from pipeline.data.chat import Encoder, load_tokenizer
 from pipeline.data.formats import to_example
 from pipeline.data.prepare import check_first_rows, check_rows, prepare, train_key
 from pipeline.data.prepared import DataIndex, open_split
-from pipeline.data.sources import read_rows
+from pipeline.data.sources import read_rows, resolve
 from pipeline.data.writing import SplitWriter
 from pipeline.errors import RankZeroError, UserError
 from tests.tiny import CHATML, make_rows, make_tokenizer
@@ -77,7 +77,7 @@ def row(answer, question="q"):
 def test_documents_are_those_of_encode(run):
     split = open_split(run.prepare(max_length=100).train)
     encoder = Encoder(load_tokenizer(run.folder / "model"), run.settings())
-    rows = list(read_rows([run.train]))
+    rows = list(read_rows(resolve(run.settings().train_sources, "train_data")))
     assert len(split) == len(rows) == 24
     for i, source in enumerate(rows):
         (expected,) = encoder.encode(to_example(source))
@@ -230,7 +230,7 @@ def test_a_damaged_split_is_refused_by_readers_and_made_again_by_prepare(run):
 
 @pytest.mark.parametrize("check", ["rows", "prepare"])
 def test_more_bad_rows_than_allowed(run, check):
-    bad = ["{", "[]", "[]", row(" "), row(" "), row(" "), '{"text": "t"}']
+    bad = ["{", "[]", "[]", row(" "), row(" "), row(" "), '{"note": "t"}']
     run.append(*bad)
 
     def judge(**values):
