@@ -7,7 +7,7 @@ divided into pieces and pieces among processes.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,17 +85,25 @@ def reject_of(row: Row | BadRow, reason: str) -> Reject:
 
 def digest(example: Example) -> int:
     """64 bits of an example: rows that differ in their spelling as JSON alone are the same."""
+    parts = [type(example).__name__]
     if isinstance(example, Conversation):
-        turns = [[m.role, m.content, m.is_trained, m.others] for m in example.messages]
-        content: Any = [turns, example.tools]
+        for message in example.messages:
+            parts += [message.role, message.content, str(message.is_trained)]
+            parts.append(_sorted_json(message.others))
+        parts += map(_sorted_json, example.tools)
     elif isinstance(example, Completion):
-        content = [example.prompt, example.completion]
+        parts += [example.prompt, example.completion]
     elif isinstance(example, Text):
-        content = example.text
+        parts.append(example.text)
     else:
-        content = [*map(int, example.ids), *map(int, example.supervised)]
-    text = json.dumps([type(example).__name__, content], sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+        parts += [*map(str, example.ids), *map(str, example.supervised)]
+    spelled = "".join([f"{len(part)}:{part}" for part in parts])
+    number = hashlib.blake2b(spelled.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(number)
+
+
+def _sorted_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, default=str) if value else ""
 
 
 def threshold_of_share(share: float) -> int:
