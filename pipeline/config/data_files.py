@@ -153,7 +153,7 @@ class _Zstandard(io.RawIOBase):
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
         while not self._unpacked:
-            self._packed = self._packed or self._raw.read(2**17)
+            self._packed = self._packed or self._raw.read(2**15)
             if not self._packed:
                 if self._has_begun:
                     raise EOFError("the compressed file ends before its data does")

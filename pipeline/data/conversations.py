@@ -24,9 +24,10 @@ _SHAREGPT_ROLES: dict[str, Role] = {
     "function_response": "tool",
     "tool": "tool",
 }
-_MESSAGE_KEYS = ("role", "content", "weight", "name", "tool_calls", "tool_call_id", "function_call")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_TEXTS = ("name", "tool_call_id", *_REASONING)
+_MESSAGE_KEYS = ("role", "content", "weight", "tool_calls", "function_call", *_TEXTS)
 _TURN_KEYS = ("from", "value", "weight")
-_REASONING = {"reasoning_content", "reasoning", "thinking"}
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
@@ -60,7 +61,7 @@ def alpaca(row: Mapping[str, Any]) -> Conversation:
 
 
 def prompt_and_completion(row: Mapping[str, Any]) -> Completion | Conversation:
-    """Two texts; or two lists of messages, of which those of the prompt are not trained on."""
+    """Two texts; or two lists of messages, where answers within the prompt are not trained on."""
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
         asked, said = text_of(prompt, "`prompt`"), text_of(completion, "`completion`")
@@ -70,11 +71,15 @@ def prompt_and_completion(row: Mapping[str, Any]) -> Completion | Conversation:
     if not isinstance(prompt, list) or not isinstance(completion, list):
         found = f"`prompt` is {json_name(prompt)} and `completion` {json_name(completion)}"
         raise RowError(f"{found}; expected two texts or two lists of messages")
-    before = [replace(message, is_trained=False) for message in _messages(prompt, "`prompt`")]
+    before = [_as_asked(message) for message in _messages(prompt, "`prompt`")]
     after = _messages(completion, "`completion`")
     if not any(message.role == "assistant" for message in after):
         raise RowError("`completion` has no assistant message, so nothing to train on")
     return _conversation(row, [*before, *after])
+
+
+def _as_asked(message: Message) -> Message:
+    return replace(message, is_trained=False) if message.role == "assistant" else message
 
 
 def text_of(value: Any, name: str) -> str:
@@ -121,9 +126,11 @@ def _message(value: Any) -> Message:
         raise RowError(f"a message has the role {found}; expected one of {', '.join(ROLES)}")
     others: dict[str, Any] = {
         key: text_of(value[key], f"{key} of a message")
-        for key in ("name", "tool_call_id")
+        for key in _TEXTS
         if value.get(key) is not None
     }
+    if role != "assistant" and (wrong := [key for key in _REASONING if key in others]):
+        raise RowError(f"a message of the role {role} has {wrong[0]}; expected an assistant's")
     if calls := _calls_of(value):
         others["tool_calls"] = calls
     return _checked(cast("Role", role), value.get("content"), value.get("weight"), others)
@@ -180,13 +187,11 @@ def _content(value: Any, name: str) -> str:
 
 
 def _refuse_what_would_be_lost(message: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Reasoning, refusals and the like change what should be trained: never drop them unsaid."""
+    """Refusals, audio and the like change what should be trained: never drop them unsaid."""
     unread = [key for key in message if key not in known and message[key] not in _NOTHING]
-    if not unread:
-        return
-    hint = "; write reasoning into the content" if _REASONING.intersection(unread) else ""
-    found = ", ".join(sorted(unread)[:5])
-    raise RowError(f"a message has {found}, which is not read; known: {', '.join(known)}{hint}")
+    if unread:
+        found = ", ".join(sorted(unread)[:5])
+        raise RowError(f"a message has {found}, which is not read; known: {', '.join(known)}")
 
 
 def _calls_of(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -17,7 +17,7 @@ class Message:
     """One turn of a conversation.
 
     `others`: what else the template may ask for: name, tool_calls (as a list of {type, function:
-    {name, arguments}}, the arguments an object) and tool_call_id.
+    {name, arguments}}, the arguments an object), tool_call_id, and an assistant's reasoning.
     """
 
     role: Role

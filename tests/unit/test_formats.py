@@ -53,6 +53,12 @@ def test_weights_say_what_is_trained_on():
     assert turn.is_trained is False
 
 
+def test_reasoning_reaches_the_template():
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        (_, answer) = example({"messages": [USER, ANSWER | {key: "r", "refusal": None}]}).messages
+        assert answer.others == {key: "r"}
+
+
 def test_text_parts_are_joined():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "\nb"}]
     (_, answer) = example({"messages": [USER, ANSWER | {"content": parts}]}).messages
@@ -118,7 +124,7 @@ def test_prompt_and_completion():
 
 def test_prompt_and_completion_of_messages_train_on_the_completion():
     found = example({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
-    assert [message.is_trained for message in found.messages] == [False, False, False, True]
+    assert [message.is_trained for message in found.messages] == [True, False, True, True]
 
 
 def test_text():
@@ -213,7 +219,8 @@ def test_the_format_is_found_by_the_columns(row, expected):
         ),
         ({"messages": [USER, ANSWER | {"weight": 0.5}]}, ["neither 0 nor 1"]),
         ({"messages": [USER | {"weight": 1}, ANSWER]}, ["role user has weight 1"]),
-        ({"messages": [USER, ANSWER | {"reasoning_content": "r"}]}, ["reasoning_content", "write"]),
+        ({"messages": [USER, ANSWER | {"refusal": "r"}]}, ["has refusal, which is not read"]),
+        ({"messages": [USER | {"thinking": "r"}, ANSWER]}, ["role user has thinking"]),
         ({"messages": [USER, ANSWER | {"name": 7}]}, ["name of a message is a number"]),
         ({"messages": [USER, ANSWER], "tools": [7]}, ["`tools` is not a list of objects"]),
         ({"messages": [USER, ANSWER], "tools": [{}], "functions": [{}]}, ["both `tools`"]),
