@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.model.fingerprint import base_fingerprint
 
 TRAINED_ON = "trained_on.json"  # beside the adapter: which base, by content
+CHAT_TEMPLATE = "chat_template.jinja"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MERGEABLE = {"F32": 4, "BF16": 2, "F16": 2}  # bytes of one value
 _PREFIX = "base_model.model."

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.adapter.fit import (
+    CHAT_TEMPLATE,
     INDEX,
     SINGLE,
     Adapter,
@@ -75,6 +76,8 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeReport:
                 target = fresh / path.relative_to(base)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
+            if (adapter / CHAT_TEMPLATE).is_file():  # what it was trained with
+                shutil.copyfile(adapter / CHAT_TEMPLATE, fresh / CHAT_TEMPLATE)
             most = max(changes, key=changes.__getitem__)
             report = MergeReport(
                 shards=len(model.files),

@@ -15,7 +15,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pipeline.adapter.fit import TRAINED_ON
+from pipeline.adapter.fit import CHAT_TEMPLATE, TRAINED_ON
 from pipeline.adapter.replace import replacing
 from pipeline.adapter.verify import verify_adapter_file, verify_tensors
 from pipeline.config.settings import RunSettings
@@ -36,7 +36,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "additional_chat_templates",
 )
@@ -50,8 +50,11 @@ def publish_adapter(
     adapter_config: Mapping[str, Any],
     base: Path,
     card: str,
+    chat_template: str | None = None,
 ) -> None:
     """Write the adapter folder, on rank 0 only. Tensors are fp32, on the CPU, under peft's keys.
+
+    `chat_template`: the one that was trained with, where it is not the base's own.
 
     Raises RankZeroError where a check fails; an earlier adapter is then still in its place.
     """
@@ -72,6 +75,8 @@ def publish_adapter(
             trained_on = {"base": str(base), "fingerprint": base_fingerprint(base)}
             (fresh / TRAINED_ON).write_text(dump_json(trained_on), encoding="utf-8")
             _copy_tokenizer(base, fresh)
+            if chat_template is not None:
+                (fresh / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise RankZeroError(f"{folder}: the adapter cannot be written: {error}") from error
 

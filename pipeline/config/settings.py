@@ -179,7 +179,9 @@ class RunSettings(BaseModel):
         default=False, description="Lay several documents in one sequence. Not available yet."
     )
     train_on: Literal["assistant", "last-assistant", "all"] = Field(
-        default="assistant", description="Which turns of a conversation count in the loss."
+        default="assistant",
+        description="Which turns of a conversation count in the loss; messages of `weight: 0` "
+        "never do.",
     )
     split_turns: bool = Field(
         default=False,
@@ -188,7 +190,8 @@ class RunSettings(BaseModel):
     )
     chat_template: Literal["model", "chatml"] = Field(
         default="model",
-        description="`chatml` for a model without a chat template of its own.",
+        description="`chatml` for a model without a chat template of its own; turns end with "
+        "<|im_end|> where the tokenizer has it, else with its end-of-sequence token.",
     )
     max_rejected: Share = Field(
         default=0.01, description="Share of bad rows up to which they are counted and left out."
@@ -293,6 +296,11 @@ class RunSettings(BaseModel):
             raise ValueError("bf16 and fp16: both are true; keep one of them")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit: both are true; keep one of them")
+        if self.split_turns and self.train_on == "all":
+            raise ValueError(
+                "split_turns: with train_on: all the turns before each would be trained again and "
+                "again; use train_on: assistant"
+            )
         needs_eval = [k for k in ("keep_best", "early_stopping_patience") if getattr(self, k)]
         if needs_eval and (self.eval_data is None or self.evaluation_strategy == "no"):
             raise ValueError(

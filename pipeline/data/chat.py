@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from pipeline.config.settings import RunSettings
 from pipeline.data.formats import Completion, Conversation, Example, RowError, Text, Tokens
-from pipeline.data.rendering import Span, apply_chat_template_setting
+from pipeline.data.rendering import Span, apply_chat_template_setting, chatml
 from pipeline.data.turns import TurnFinder, special_ids
 from pipeline.errors import UserError
 
@@ -71,6 +71,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
             "save it with a tokenizer.json"
         )
     return tokenizer
+
+
+def chat_template_of(settings: RunSettings) -> str | None:
+    """The chat template that the run file brings to the model; None for the model's own."""
+    if settings.chat_template == "model":
+        return None
+    return chatml(load_tokenizer(Path(settings.model), settings.trust_remote_code))
 
 
 class Encoder:

@@ -55,6 +55,19 @@ def shape(conversation: Conversation) -> tuple[Any, ...]:
     return (bool(conversation.tools), *messages)
 
 
+def refuse_unknown_parts(conversation: Conversation, template: ChatTemplate) -> None:
+    """Raise LeftOut for tools or parts of an answer of which the template does not even speak."""
+    if conversation.tools and not template.has_tools():
+        raise LeftOut("the chat template has no place for tools")
+    for message in conversation.messages:
+        if message.role != "assistant":
+            continue
+        for key, value in message.others.items():
+            names = _REASONING if key in _REASONING else (key,)
+            if value and key != "name" and not any(map(template.reads, names)):
+                raise LeftOut(f"the chat template leaves out `{key}` of a message")
+
+
 def make_pattern(
     conversation: Conversation,
     template: ChatTemplate,
@@ -82,11 +95,11 @@ class _PatternMaker:
     ) -> None:
         self._said, self._template, self._end = conversation.messages, template, end
         self._special, self._is_own = special, is_own
+        if is_own and _MARKER.search(_real_texts(conversation)):
+            raise RowError("a message holds one of the markers by which turns are found")
         self._owners: list[tuple[int, str]] = []  # of each marker: its message, its key there
         self._messages = [self._marked(i, message) for i, message in enumerate(self._said)]
         self._tools: Sequence[Mapping[str, Any]] = conversation.tools
-        if self._tools and not template.knows("tools"):
-            raise LeftOut("the chat template has no place for tools")
 
     def make(self) -> Pattern:
         text, regions = self._rendered()
@@ -122,7 +135,9 @@ class _PatternMaker:
         first = _common(text, other)
         last = _common(text[first:][::-1], other[first:][::-1])
         region = first, len(text) - last
-        if text == other or _MARKER.search(text, *region):
+        if text == other:
+            raise LeftOut("the chat template has no place for tools")
+        if _MARKER.search(text, *region):
             raise RowError("the chat template has no one place for tools")
         return text, [(region, Hole(None, is_content=False))]
 
@@ -179,20 +194,8 @@ class _PatternMaker:
                     else any(said in text for said in variants(message.content))
                 )
                 self._require(is_there, f"the content of a message ({message.role})")
-            if message.role == "assistant":
-                self._refuse_parts_left_out(i, message, written)
-
-    def _refuse_parts_left_out(
-        self, i: int, message: Message, written: set[tuple[int, str]]
-    ) -> None:
-        for key, value in message.others.items():
-            if key == "tool_calls":
-                wanted = {(i, f"call {n}") for n in range(len(value))}
-                self._require(wanted <= written, "a tool call")
-            elif key != "name":  # reasoning may be left out of all turns but the last
-                names = _REASONING if key in _REASONING else (key,)
-                is_known = any(self._template.knows(name) for name in names)
-                self._require(is_known, f"`{key}` of a message")
+            calls = {(i, f"call {n}") for n in range(len(message.others.get("tool_calls", ())))}
+            self._require(calls <= written, "a tool call")
 
     def _require(self, is_there: bool, what: str) -> None:
         if not is_there:
@@ -244,6 +247,12 @@ def _pattern(text: str, regions: list[tuple[Span, Hole]], ends: Mapping[int, int
         holes.append(hole)
         at = end
     return Pattern(Skeleton((*literals, text[at:]), tuple(holes)), turns)
+
+
+def _real_texts(conversation: Conversation) -> str:
+    """All that a conversation's own pattern has no markers for."""
+    messages = [as_template_gets_it(m) for m in conversation.messages if m.role != "assistant"]
+    return repr((messages, conversation.tools))
 
 
 def _is_plain(message: Message) -> bool:

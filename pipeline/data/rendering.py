@@ -36,9 +36,13 @@ class ChatTemplate:
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self.marks_turns = _GENERATION.search(self._source) is not None
 
-    def knows(self, key: str) -> bool:
-        """Whether the template speaks of a key of messages, or of `tools`, at all."""
-        return key in self._source
+    def reads(self, key: str) -> bool:
+        """Whether the template asks for a key of messages at all."""
+        return re.search(rf"[.'\"]{key}\b", self._source) is not None
+
+    def has_tools(self) -> bool:
+        """Whether it speaks of tools at all."""
+        return "tools" in self._source
 
     def render(
         self,

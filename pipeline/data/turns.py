@@ -11,7 +11,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.formats import Conversation, Message, RowError
-from pipeline.data.patterns import EndOfTurn, LeftOut, Pattern, make_pattern, shape
+from pipeline.data.patterns import (
+    EndOfTurn,
+    LeftOut,
+    Pattern,
+    make_pattern,
+    refuse_unknown_parts,
+    shape,
+)
 from pipeline.data.rendering import ChatTemplate, Span, as_template_gets_it
 from pipeline.errors import UserError
 
@@ -74,6 +81,7 @@ class TurnFinder:
 
     def render(self, conversation: Conversation) -> Rendered:
         """Raises RowError for the conversation, UserError for the template."""
+        refuse_unknown_parts(conversation, self._template)
         if self._template.marks_turns:
             return self._by_marks(conversation)
         end = self.end

@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.publish import adapter_config, model_card, publish_adapter
+from pipeline.data.chat import chat_template_of
 from pipeline.errors import RankZeroError, Stopped
 from pipeline.model.adapter import expected_shapes, frozen_checksum
 from pipeline.train.training import Training
@@ -62,6 +63,7 @@ def _publish(run: Training, weights: dict[str, torch.Tensor]) -> int:
             adapter_config=adapter_config(settings),
             base=Path(settings.model),
             card=model_card(run.plan, step),
+            chat_template=chat_template_of(settings),
         )
     except (OSError, SafetensorError) as error:
         kept = run.saver.wait() or f"the checkpoint of step {run.saver.last_step} is there"

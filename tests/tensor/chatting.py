@@ -8,7 +8,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.chat import Encoder
 from pipeline.data.formats import Conversation, Message
 from pipeline.data.show import supervised_runs
-from tests.tiny import make_tokenizer
+from tests.tiny import CHATML, make_tokenizer
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 _BAR = "\uff5c"  # wide, as DeepSeek writes it
@@ -79,6 +79,10 @@ def chat(*contents, first="user", system=None):
     return Conversation(tuple(messages))
 
 
+def user(text):
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
 def all_shown(example, tokenizer, **settings):
     """Each document of an example, with what is supervised in [[brackets]]."""
     found = []
@@ -96,3 +100,52 @@ def shown(example, tokenizer, **settings):
     """The one document of an example."""
     (text,) = all_shown(example, tokenizer, **settings)
     return text
+
+
+def adding_bos():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tokenizer_with(CHATML, bos_token="<s>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("x").input_ids[0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+def without_im_end():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(("<|endoftext|>", *alphabet))}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+
+
+def sentence_piece():
+    """Words with their spaces, and bytes, as Llama 2 and Mistral have them."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [*"▁[]/INSTqryesnoINT", "no", "ye", "yes", "▁yes", "▁no"]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [("n", "o"), ("y", "e"), ("ye", "s"), ("▁", "yes"), ("▁", "no")]
+    core = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    core.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

@@ -1,13 +1,20 @@
 """Which tokens are trained on, read back as text: `[[like this]]`."""
 
-import json
-
 import pytest
 
-from pipeline.data.chat import load_tokenizer
-from pipeline.data.formats import Completion, Conversation, Message, RowError, Text, Tokens
+from pipeline.data.chat import chat_template_of
+from pipeline.data.formats import Completion, Conversation, Message, RowError
 from pipeline.errors import UserError
-from tests.tensor.chatting import all_shown, chat, encoder, shown, tokenizer_with
+from tests.tensor.chatting import (
+    adding_bos,
+    all_shown,
+    chat,
+    encoder,
+    shown,
+    tokenizer_with,
+    user,
+    without_im_end,
+)
 from tests.tiny import CHATML, make_tokenizer
 
 MARKED = (
@@ -18,31 +25,6 @@ MARKED = (
 NO_END = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 OWN_END = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}{% if loop.last %}"
 OWN_END += "<|im_end|>{% endif %}\n{% endfor %}"
-
-
-def user(text):
-    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-
-
-def adding_bos():
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = tokenizer_with(CHATML, bos_token="<s>")
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    assert tokenizer("x").input_ids[0] == tokenizer.bos_token_id
-    return tokenizer
-
-
-def with_token_ab():
-    tokenizer = make_tokenizer()
-    data = json.loads(tokenizer.backend_tokenizer.to_str())
-    data["model"]["vocab"]["ab"] = len(tokenizer)
-    data["model"]["merges"] = [["a", "b"]]
-    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(data))
-    assert len(tokenizer("ab").input_ids) == 1
-    return tokenizer
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
@@ -142,6 +124,38 @@ def test_what_the_template_does_with_some_content_is_found_for_the_row():
         shown(chat("q", "?"), tokenizer_with(template))
 
 
+def test_a_thought_full_of_fake_turns_ends_where_the_next_real_one_begins():
+    thought = f"<think>\na<|im_end|>\n{user('fake')}b\n</think>\n\nc"
+    found = shown(chat("q", thought, "r", "d"), make_tokenizer())
+    assert found == user("q") + f"[[{thought}<|im_end|>]]\n" + user("r") + "[[d<|im_end|>]]\n"
+
+
+def test_a_header_token_that_takes_the_space_behind_it_is_not_trained():
+    """As Phi-3's special tokens do (`rstrip`)."""
+    from tokenizers import AddedToken
+
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    tokenizer = tokenizer_with(template, ["<|user|>", "<|end|>"])
+    tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)])
+    (document,) = encoder(tokenizer).encode(chat("q", "  a", "r", " b"))
+    trained = tokenizer.decode(document.ids[document.supervised].tolist())
+    assert trained == "a<|end|>b<|end|>"
+
+
+def test_a_text_with_a_marker_of_ours_is_not_taken_for_it():
+    template = CHATML.replace("{{ m['role'] }}", "{{ m['role'] }}{{ '!' if 'Zq' in m.content }}")
+    with pytest.raises(RowError, match="markers"):
+        shown(chat("Zq00000qZ", "one"), tokenizer_with(template))
+
+
+def test_tools_and_calls_that_a_template_with_marks_does_not_know_are_refused():
+    said = Message("assistant", "a", others={"tool_calls": [{"function": {"name": "f"}}]})
+    with pytest.raises(RowError, match="leaves out `tool_calls`"):
+        shown(Conversation((Message("user", "q"), said)), tokenizer_with(MARKED))
+    with pytest.raises(RowError, match="no place for tools"):
+        shown(Conversation(chat("q", "a").messages, ({"name": "f"},)), tokenizer_with(MARKED))
+
+
 def test_where_a_turn_ends_is_never_guessed():
     """Of a content that is not written as it is, its own fake turns cannot be told from real."""
     template = CHATML.replace("m['content'] }}", "m['content'] | replace('x', 'y') }}")
@@ -213,6 +227,15 @@ class TestChatML:
         with pytest.raises(UserError, match="never learn to stop"):
             shown(chat("q", "a"), tokenizer, chat_template="chatml")
 
+    def test_what_a_model_without_template_is_published_with(self, tmp_path):
+        tokenizer = tokenizer_with(None)
+        tokenizer.save_pretrained(tmp_path)
+        settings = encoder(tokenizer, model=str(tmp_path))._settings
+        assert chat_template_of(settings) is None
+        published = chat_template_of(settings.model_copy(update={"chat_template": "chatml"}))
+        found = shown(chat("q", "a"), tokenizer_with(published))
+        assert found == shown(chat("q", "a"), tokenizer, chat_template="chatml")
+
     def test_a_template_of_the_model_s_own_is_not_replaced(self):
         with pytest.raises(UserError, match="of its own"):
             encoder(tokenizer_with(MARKED), chat_template="chatml")
@@ -221,173 +244,11 @@ class TestChatML:
         encoder(tokenizer, chat_template="chatml")  # as a published adapter has it
 
 
-def without_im_end():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(("<|endoftext|>", *alphabet))}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
-
-
-class TestPromptAndCompletion:
-    def test_the_completion_and_the_end_are_trained(self):
-        found = shown(Completion("q:", " a"), make_tokenizer())
-        assert found == "q:[[ a<|im_end|>]]"
-
-    def test_all(self):
-        found = shown(Completion("q:", " a"), make_tokenizer(), train_on="all")
-        assert found == "q[[: a<|im_end|>]]"
-
-    def test_an_end_that_is_there_is_not_doubled(self):
-        found = shown(Completion("q", "a<|im_end|>"), make_tokenizer())
-        assert found == "q[[a<|im_end|>]]"
-
-    def test_one_bos_where_the_tokenizer_adds_one(self):
-        assert shown(Completion("q", "a"), adding_bos()) == "<s>q[[a<|im_end|>]]"
-        assert shown(Completion("<s>q", "a"), adding_bos()) == "<s>q[[a<|im_end|>]]"
-        assert shown(Completion("", "a"), adding_bos()) == "<s>[[a<|im_end|>]]"
-        silent = tokenizer_with(CHATML, bos_token="<s>")
-        assert shown(Completion("q", "a"), silent) == "q[[a<|im_end|>]]"
-
-    def test_without_a_prompt_the_first_token_is_not_trained(self):
-        assert shown(Completion("", "ab"), make_tokenizer()) == "a[[b<|im_end|>]]"
-
-    def test_a_token_over_the_border_is_cut_there(self):
-        """`ab` is one token; after the prompt `a` the model will see `a` and has to say `b`."""
-        tokenizer = with_token_ab()
-        (document,) = encoder(tokenizer).encode(Completion("xa", "b"))
-        assert document.ids.tolist() == [
-            *tokenizer("xa").input_ids,
-            *tokenizer("b").input_ids,
-            tokenizer.eos_token_id,
-        ]
-        assert document.supervised.tolist() == [False, False, True, True]
-        assert shown(Completion("x", "ab"), tokenizer) == "x[[ab<|im_end|>]]"
-
-    def test_no_end_of_sequence_token_is_refused(self):
-        tokenizer = make_tokenizer()
-        tokenizer.eos_token = None
-        for example in (Completion("q", "a"), Text("a")):
-            with pytest.raises(UserError, match="no end-of-sequence token"):
-                shown(example, tokenizer)
-
-
-def test_text_is_trained_whole_and_ends():
-    assert shown(Text("abc"), make_tokenizer()) == "a[[bc<|im_end|>]]"
-    assert shown(Text("abc"), adding_bos()) == "<s>[[abc<|im_end|>]]"
-    with pytest.raises(RowError, match="no supervised token"):
-        shown(Text("<|im_end|>"), make_tokenizer())
-
-
-class TestPreTokenised:
-    def test_ids_stay_what_they_are(self):
-        (document,) = encoder(make_tokenizer()).encode(Tokens((5, 6, 7), (True, False, True)))
-        assert document.ids.tolist() == [5, 6, 7]
-        assert document.supervised.tolist() == [False, False, True]
-
-    def test_ids_of_another_vocabulary_are_refused(self):
-        size = len(make_tokenizer())
-        encoder(make_tokenizer()).encode(Tokens((0, size - 1), (True, True)))
-        for outside in (-1, size, 2**40):
-            with pytest.raises(RowError, match=f"the model's {size} tokens"):
-                encoder(make_tokenizer()).encode(Tokens((0, outside), (True, True)))
-
-    def test_nothing_supervised(self):
-        for supervised in ((True, False), (False, False)):
-            with pytest.raises(RowError, match="no supervised token"):
-                encoder(make_tokenizer()).encode(Tokens((5, 6), supervised))
-
-
-def test_many_at_once_are_those_of_each_alone():
-    half = "\ud800"
-    examples = [
-        chat("q", "one", "r", "two"),
-        Completion("q", "a"),
-        Tokens((5, 10**6), (True, True)),
-        chat("q", half),
-        Text("text"),
-        Tokens((5, 6), (True, True)),
-        chat("q", "a"),
-    ]
-    together = encoder(make_tokenizer(), split_turns=True)
-    alone = encoder(make_tokenizer(), split_turns=True)
-    found = together.encode_many(examples)
-    assert [len(f) if isinstance(f, list) else str(f)[:4] for f in found] == [
-        2,
-        1,
-        "`inp",
-        "half",
-        1,
-        1,
-        1,
-    ]
-    for example, documents in zip(examples, found, strict=True):
-        if isinstance(documents, RowError):
-            with pytest.raises(RowError):
-                alone.encode(example)
-            continue
-        for one, other in zip(documents, alone.encode(example), strict=True):
-            assert one.ids.tolist() == other.ids.tolist()
-            assert one.supervised.tolist() == other.supervised.tolist()
-    assert together.encode_many([]) == []
-
-
-def test_settings_of_the_tokenizer_file_do_not_cut_documents():
-    tokenizer = make_tokenizer()
-    tokenizer.backend_tokenizer.enable_truncation(4)
-    tokenizer.backend_tokenizer.enable_padding(length=64)
-    assert shown(chat("q", "yes"), tokenizer) == user("q") + "[[yes<|im_end|>]]\n"
-
-
-def test_whether_an_end_is_taught():
-    made = encoder(make_tokenizer())
-    (document,) = made.encode(chat("q", "yes"))
-    assert made.teaches_end(document)
-    for kept in (len(document.ids) - 2, 1):
-        cut = type(document)(document.ids[:kept], document.supervised[:kept])
-        assert not made.teaches_end(cut)
-
-
-class TestLastAnswer:
-    def test_the_question_is_what_comes_before_the_answer(self):
-        made = encoder(make_tokenizer())
-        prompt, answer = made.last_answer(chat("q", "one", "r", "two", "s"))
-        assert prompt == user("q") + "one<|im_end|>\n" + user("r")
-        assert answer == "two"
-
-    def test_raw_text_begins_as_it_was_trained(self):
-        assert encoder(make_tokenizer()).last_answer(Completion("q", " a")) == ("q", " a")
-        assert encoder(adding_bos()).last_answer(Completion("q", "a")) == ("<s>q", "a")
-        assert encoder(adding_bos()).last_answer(Completion("<s>q", "a")) == ("<s>q", "a")
-
-    def test_a_text_has_no_question(self):
-        with pytest.raises(RowError, match="no question"):
-            encoder(make_tokenizer()).last_answer(Text("a"))
-
-
-class TestLoading:
-    def test_a_saved_tokenizer(self, tmp_path):
-        make_tokenizer().save_pretrained(tmp_path)
-        tokenizer = load_tokenizer(tmp_path)
-        assert shown(chat("q", "yes"), tokenizer) == user("q") + "[[yes<|im_end|>]]\n"
-
-    def test_what_cannot_be_loaded_names_the_folder(self, tmp_path):
-        with pytest.raises(UserError, match="no such folder"):
-            load_tokenizer(tmp_path / "absent")
-        with pytest.raises(UserError, match=str(tmp_path)):
-            load_tokenizer(tmp_path)
-        make_tokenizer().save_pretrained(tmp_path)
-        for text in ('{"half": ', '{"model": {"type": "Unheard"}}'):
-            (tmp_path / "tokenizer.json").write_text(text)
-            with pytest.raises(UserError, match="cannot be loaded"):
-                load_tokenizer(tmp_path)
-
-    def test_a_model_folder_without_tokenizer_gives_none(self, tmp_path):
-        config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(UserError, match="tokenizer"):
-            load_tokenizer(tmp_path)
+def test_a_key_that_only_looks_read_is_refused():
+    """`reasoning` in a text, `enable_thinking`, `tools`: words that a template may have anyway."""
+    template = "{# no tools #}{{ 'by reasoning' if enable_thinking }}" + CHATML
+    said = Message("assistant", "a", others={"reasoning_content": "hm"})
+    with pytest.raises(RowError, match="leaves out `reasoning_content`"):
+        shown(Conversation((Message("user", "q"), said)), tokenizer_with(template))
+    with pytest.raises(RowError, match="no place for tools"):
+        shown(Conversation(chat("q", "a").messages, ({"name": "f"},)), tokenizer_with(template))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapter import merge
 from pipeline.adapter.merge import MARKER, merge_adapter
@@ -107,6 +107,13 @@ def test_other_weights_and_the_readme_stay_behind(pair):
     found = contents(pair / "merged")
     assert not found.keys() & {*left, "original/consolidated.00.pth"}
     assert {"LICENSE", "modeling_own.py", "additional_chat_templates/tool_use.jinja"} < found.keys()
+
+
+def test_the_chat_template_is_the_one_that_was_trained_with(pair):
+    (pair / "adapter" / "chat_template.jinja").write_text("{{ 'mine' }}")
+    merge_adapter(pair / "base", pair / "adapter", pair / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(pair / "merged")
+    assert tokenizer.chat_template == "{{ 'mine' }}"
 
 
 @pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 3.0), (True, 6.0)])

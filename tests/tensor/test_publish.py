@@ -51,6 +51,20 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_a_chat_template_that_the_run_brought_is_in_the_folder(plan, trained, tmp_path):
+    """And in place of the base's, which was not the one that was trained with."""
+    publish_adapter(
+        trained[0],
+        expected_shapes(plan),
+        tmp_path / "adapter",
+        adapter_config=adapter_config(plan.settings),
+        base=Path(plan.settings.model),
+        card="",
+        chat_template="{{ 'mine' }}",
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template == "{{ 'mine' }}"
+
+
 @pytest.fixture
 def published(plan, trained, tmp_path):
     write(plan, trained[0], tmp_path / "adapter")

@@ -57,6 +57,7 @@ def test_numbers_as_people_write_them(run_file, text, value):
         ("lr: 0", ["lr", "greater than 0"]),
         ("bf16: true\nfp16: true", ["bf16", "fp16", "keep one"]),
         ("load_in_4bit: true\nload_in_8bit: true", ["load_in_4bit", "load_in_8bit"]),
+        ("split_turns: true\ntrain_on: all", ["split_turns", "train_on: assistant"]),
         ("keep_best: true", ["keep_best", "eval_data"]),
         ("time_limit: 90", ["time_limit"]),
         ("preset: 5", ["preset", "name or a list of names"]),

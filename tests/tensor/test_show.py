@@ -1,0 +1,64 @@
+"""What a person is shown is what is trained."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from pipeline.data.show import show_documents, supervised_runs
+from tests.tensor.chatting import chat, encoder, sentence_piece
+from tests.tiny import make_tokenizer
+
+LONG = "a line that is much longer than a terminal is wide, " * 5
+
+
+class Documents(list):
+    def document(self, i):
+        return self[i].ids, self[i].supervised
+
+
+@pytest.fixture
+def split():
+    examples = (chat("q", LONG), chat("[bold]q[/bold]", "a\n\nb", "c", "d"))
+    return Documents(map(document_of, examples))
+
+
+def document_of(example):
+    (document,) = encoder(make_tokenizer()).encode(example)
+    return document
+
+
+def printed(split, count, **options):
+    console = Console(file=io.StringIO(), width=40, **options)
+    show_documents(console, split, make_tokenizer(), count)
+    return console.file.getvalue()
+
+
+def test_plain_text_has_brackets_and_every_character(split):
+    text = printed(split, 9)
+    user = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert f"{user.format('q')}[[{LONG}<|im_end|>]]\n" in text
+    second = user.format("[bold]q[/bold]") + "[[a\n\nb<|im_end|>]]\n"
+    assert second + user.format("c") + "[[d<|im_end|>]]\n" in text
+    assert "document 0" in text
+    assert f"{len(LONG) + 1} of" in text
+
+
+def test_only_as_many_as_are_asked_for(split):
+    assert "document 1" not in printed(split, 1)
+    assert printed(split, 0) == ""
+
+
+def test_a_terminal_has_colour_and_no_brackets(split):
+    text = printed(split, 1, force_terminal=True, color_system="standard")
+    assert "[[" not in text
+    green, dim = "\x1b[1;32m", "\x1b[2m"
+    assert f"{green}{LONG}" in text.replace("\n", "")
+    assert f"{dim}<|im_start|>user" in text.replace("\n", "")
+
+
+def test_no_space_is_lost_where_supervision_begins():
+    tokenizer = sentence_piece()
+    ids = tokenizer("yes no yes").input_ids
+    runs = list(supervised_runs(ids, [False, True, False], tokenizer))
+    assert runs == [("yes", False), (" no", True), (" yes", False)]
