@@ -21,7 +21,7 @@ from pipeline.data.audit import Tally, make_audit
 from pipeline.data.chat import Document, encode, load_tokenizer
 from pipeline.data.formats import Example, RowError, to_example
 from pipeline.data.prepared import INDEX, DataIndex, SplitIndex, read_digests, read_published
-from pipeline.data.sources import BadRow, Row, Source, kind_of, read_rows, resolve
+from pipeline.data.sources import BadRow, Row, Source, kind_of, read_rows, require_apart, resolve
 from pipeline.data.writing import REJECTS, SplitWriter, write_json, write_text
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def _sources(settings: RunSettings) -> dict[str, list[Source]]:
     sources = {"train": resolve(settings.train_sources, "train_data")}
     if settings.eval_sources:
         sources["eval"] = resolve(settings.eval_sources, "eval_data")
+        require_apart(sources["train"], sources["eval"])
     return sources
 
 
