@@ -19,8 +19,9 @@ _CHUNK_BYTES, _MAX_INDENT, _LINES_TO_TELL = 2**20, 200, 10
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MAX_IN_VAIN = 16  # times the longest row, scanned before a break was found: no JSON takes more
 # A text, with its end if there is one on its line and what may follow a text; or a bracket.
-_TOKEN = re.compile(rb'"[^"\\\n]*(?:\\.[^"\\\n]*)*(?:(")(?=\s*[,:\]}]))?|([\[\]{}])')
-_TEXT_REST = re.compile(rb'[^"\\\n]*(?:\\.[^"\\\n]*)*(")?')
+# Possessive (*+): a text of many escapes would else be remembered at each of them.
+_TOKEN = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+(?:(")(?=\s*[,:\]}]))?|([\[\]{}])')
+_TEXT_REST = re.compile(rb'[^"\\\n]*+(?:\\.[^"\\\n]*+)*+(")?')
 _CUT = re.compile(rb'(?:"\s*|\\)?\Z')  # behind a text whose end may not have been read yet
 _BETWEEN = re.compile(rb"[\s,]*")
 _WORD_END = re.compile(rb"[,\[\]{}\n]")

@@ -21,7 +21,7 @@ from pipeline.data.formats import Example
 from pipeline.data.keys import Fingerprints, split_keys
 from pipeline.data.making import digest, parsed_example, reject_of
 from pipeline.data.prepared import INDEX, DataIndex, SplitIndex, read_column, read_published
-from pipeline.data.sources import Source, lines, resolve
+from pipeline.data.sources import Source, lines, require_apart, resolve
 from pipeline.data.splits import Job, Making, refuse
 from pipeline.data.writing import REJECTS, SplitWriter, is_abandoned, join_files, write_json
 
@@ -134,6 +134,7 @@ def _sources(settings: RunSettings) -> dict[str, list[Source]]:
     found = {"train_data": resolve(settings.train_sources, "train_data")}
     if settings.eval_sources:
         found["eval_data"] = resolve(settings.eval_sources, "eval_data")
+        require_apart(found["train_data"], found["eval_data"])
     return found
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "lines",
     "parse",
     "read_rows",
+    "require_apart",
     "resolve",
 ]
 
@@ -53,6 +54,18 @@ def resolve(sources: Sequence[DataSource], key: str) -> list[Source]:
     if not sources:
         raise UserError(f"{key}: names no data; give a file, a folder, a glob or a list of them")
     return [_resolved(source, key) for source in sources]
+
+
+def require_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:
+    """Raise UserError where a file is in both, as when one is in the other's folder."""
+    trained = {file.resolve(): source.name for source in train for file in source.files}
+    for source in held_out:
+        for file in source.files:
+            if (name := trained.get(file.resolve())) is not None:
+                raise UserError(
+                    f"eval_data: {file} is also in train_data ({name}); name files that are apart, "
+                    "or hold out a share of the rows, such as eval_data: 0.05"
+                )
 
 
 def lines(source: Source) -> Iterator[Line]:
@@ -124,15 +137,32 @@ def _lines_of(file: Path) -> Iterator[Line]:
 def _parsed(content: bytes) -> dict[str, Any] | str:
     """The object, or why there is none."""
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = _DECODER.decode(content.decode("utf-8"))
     except UnicodeDecodeError:
         return "not valid UTF-8"
     except json.JSONDecodeError as error:
         said = error.msg.removesuffix(" at").removesuffix(" starting")
         return f"not valid JSON: {said}"
+    except _TwiceError:
+        return "not valid JSON: a key is there twice"
     except (ValueError, RecursionError):  # a number of thousands of digits; nesting without end
         return "not valid JSON: nested too deep or a number too long"
     return value if isinstance(value, dict) else f"expected a JSON object, found {json_name(value)}"
+
+
+class _TwiceError(ValueError):
+    pass
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object; json by itself would leave out all but the last value of a key, unsaid."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _TwiceError
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_twins)
 
 
 def _without_none(value: Any) -> Any:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.settings import DataSource
 from pipeline.data import rows as limits
-from pipeline.data.sources import BadRow, Row, lines, parse, read_rows, resolve
+from pipeline.data.sources import BadRow, Row, lines, parse, read_rows, require_apart, resolve
 from pipeline.errors import UserError
 
 GOOD = b'{"prompt": "a", "completion": "b"}'
@@ -48,6 +48,7 @@ def read(tmp_path, content: bytes, name="rows.jsonl"):
         (b"true", "found true or false"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"n": ' + b"1" * 5000 + b"}", "number too long"),
+        (b'{"a": {"role": "x", "role": "y"}}', "a key is there twice"),
     ],
 )
 def test_a_bad_line_is_one_bad_row(tmp_path, line, reason):
@@ -196,6 +197,19 @@ def test_an_empty_file_a_pipe_and_no_file_are_refused(tmp_path):
         resolved(tmp_path / "pipe")
     with pytest.raises(UserError, match="train_data: names no data"):
         resolve([], "train_data")
+
+
+def test_a_file_is_not_both_trained_on_and_held_out(tmp_path):
+    for name in ("train.jsonl", "heldout.jsonl"):
+        (tmp_path / name).write_bytes(GOOD)
+    (tmp_path / "link.jsonl").symlink_to("heldout.jsonl")
+    folder, train, held_out, link = (
+        resolved(tmp_path / name) for name in ("", "train.jsonl", "heldout.jsonl", "link.jsonl")
+    )
+    require_apart(train, held_out)
+    for shared in ((folder, held_out), (held_out, link)):
+        with pytest.raises(UserError, match=r"eval_data: .* is also in train_data"):
+            require_apart(*shared)
 
 
 CSV = [
