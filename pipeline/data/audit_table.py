@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -52,7 +53,7 @@ def _lengths(split: str, length: Mapping[str, Any]) -> Table:
     said = ", ".join(
         f"{key} {length[key]:,.10g}" for key in ("min", "median", "mean", "p95", "max")
     )
-    table = Table(title=f"tokens of a document: {split}", caption=said)
+    table = Table(title=f"tokens of a document: {split}", caption=said, box=box.SIMPLE)
     table.add_column("tokens", justify="right")
     table.add_column("documents", justify="right")
     table.add_column("")
@@ -64,14 +65,13 @@ def _lengths(split: str, length: Mapping[str, Any]) -> Table:
 
 
 def _sources(split: str, sources: list[Mapping[str, Any]]) -> Table:
-    table = Table(title=f"sources: {split}")
-    table.add_column("")
-    heads = ("weight", "rows read", "used", "rejected", "dropped", "tokens", "supervised", "format")
-    for head in heads:
-        table.add_column(head, justify="right")
+    table = Table(title=f"sources: {split}", box=box.SIMPLE)
+    table.add_column("", overflow="fold")
+    for head in ("weight", "read", "used", "rejected", "dropped", "tokens", "format"):
+        table.add_column(head, justify="right", no_wrap=head != "format")
     keys = ("rows_read", "rows_used", "rows_rejected", "rows_dropped", "tokens")
     for source in sources:
-        numbers = (f"{source[key]:,}" for key in (*keys, "supervised_tokens"))
+        numbers = (f"{source[key]:,}" for key in keys)
         formats = ", ".join(source["formats"]) or "-"
         table.add_row(source["name"], f"{source['weight']:g}", *numbers, formats)
     return table

@@ -30,7 +30,8 @@ from pipeline.data.prepare import prepare
 
 PROCESSES = usable_cpus()
 _PIECE_ROWS = 250  # of the bare tokenizer: 1/4 MB, as prepare's
-_WORDS, _SENTENCES, _SENTENCES_A_ROW = 30_000, 20_000, 9
+_SENTENCES_A_ROW = 10
+_MANY_LENGTHS = 10_000_000
 
 
 def main() -> None:
@@ -111,7 +112,9 @@ def _gsm8k_rows(path: Path, num_bytes: int) -> Iterator[tuple[str, str]]:
     done = turn = 0
     while done < num_bytes:
         for row in rows:
-            question, answer = f"{turn}. {row['question']}", f"{row['answer']} ({turn})"
+            question, answer = row["question"], row["answer"]
+            if turn:
+                question, answer = f"{turn}. {question}", f"{answer} ({turn})"
             yield question, answer
             done += len(question) + len(answer)
         turn += 1
@@ -139,7 +142,7 @@ def _timed(work: Callable[..., Any], *given: Any) -> float:
 
 def memory(arguments: argparse.Namespace, folder: Path) -> None:
     """Most memory of all processes together while the made-up rows are prepared."""
-    data, run = made_up(folder, arguments.rows), folder / f"run-{arguments.rows}"
+    data, run = made_up(arguments.gsm8k, folder, arguments.rows), folder / f"run-{arguments.rows}"
     shutil.rmtree(run, ignore_errors=True)
     command = [*_command(arguments.model, data, run), "prepare"]
     begun = time.perf_counter()
@@ -160,7 +163,7 @@ def start(arguments: argparse.Namespace, folder: Path) -> None:
     """From settings to the first micro-batch, where everything is prepared already."""
     seconds = {}
     for rows in (1000, arguments.rows):
-        data, run = made_up(folder, rows), folder / f"run-{rows}"
+        data, run = made_up(arguments.gsm8k, folder, rows), folder / f"run-{rows}"
         time.sleep(3)  # a file that has just been written is hashed each time
         for _ in range(2):  # the first prepares, or at least remembers the hash of the data
             subprocess.run([*_command(arguments.model, data, run), "prepare"], check=True)
@@ -177,21 +180,18 @@ def start(arguments: argparse.Namespace, folder: Path) -> None:
     )
 
 
-def made_up(folder: Path, rows: int) -> Path:
-    """Chat rows of about 1 kB, of made-up words as frequent as words are (Zipf's law)."""
+def made_up(gsm8k: Path, folder: Path, rows: int) -> Path:
+    """Chat rows of about 1 kB: a number, and sentences of GSM8K drawn at random."""
     path = folder / f"made-up-{rows}.jsonl"
     if path.exists():
         return path
     random = np.random.default_rng(0)
-    letters = np.array(list("eeeeeetttttaaaaooooiiinnnsssrrrhhhddlluccmmwfgypbvk"))
-    words = ["".join(random.choice(letters, random.integers(2, 11))) for _ in range(_WORDS)]
-    ranks = np.minimum(random.zipf(1.3, (_SENTENCES, 16)) - 1, _WORDS - 1)
-    sentences = [" ".join(words[i] for i in row) + ". " for row in ranks]
+    told = " ".join(f"{question} {answer}" for question, answer in _gsm8k_rows(gsm8k, 1))
+    sentences = [f"{sentence}. " for sentence in told.split(". ") if 20 < len(sentence) < 300]
     with path.open("w", encoding="utf-8") as stream:
         for row in range(rows):
-            chosen = random.integers(0, _SENTENCES, _SENTENCES_A_ROW)
-            said = [sentences[i] for i in chosen]
-            value = _value("chat", f"{row} {''.join(said[:3])}", "".join(said[3:]))
+            said = [sentences[i] for i in random.integers(0, len(sentences), _SENTENCES_A_ROW)]
+            value = _value("chat", f"{row}. {''.join(said[:3])}", "".join(said[3:]))
             stream.write(json.dumps(value) + "\n")
     return path
 
@@ -241,6 +241,19 @@ def _tree_memory(pid: int) -> dict[str, int]:
 
 def packing(arguments: argparse.Namespace, folder: Path) -> None:
     """How full the packs of GSM8K are, and what 10 million lengths cost."""
+    rows = _gsm8k_rows(arguments.gsm8k, 1)
+    data = folder / "gsm8k.jsonl"
+    values = (json.dumps(_value("chat", question, answer)) for question, answer in rows)
+    data.write_text("".join(f"{value}\n" for value in values), encoding="utf-8")
+    for kind, given in (("GSM8K", str(data)), ("10 million lengths", str(_MANY_LENGTHS))):
+        command = [*_command(arguments.model, Path(given), folder / "packed"), "packs"]
+        said = json.loads(subprocess.check_output(command))
+        print(
+            f"packing   {kind}: {said['documents']:,} documents of up to {said['max_length']} "
+            f"tokens in {said['packs']:,} packs, {100 * said['full']:.2f} % full, in "
+            f"{said['seconds']:.2f} s, process at most {said['peak'] / 2**20:,.0f} MiB",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
