@@ -12,9 +12,9 @@ import numpy.typing as npt
 from pipeline.data.hashing import hashes_of
 
 Array = npt.NDArray[np.int64]
-# Beginnings tried: many for few things, where one in a thousand random divisions may be the best
-# there is; few for many, where a single one ends within a thousandth of even.
-_MOST_STARTS, _FEWEST_STARTS, _START_BUDGET = 512, 4, 200_000
+# Beginnings tried: most for 10 to 20 things, where the best of a thousand random divisions is hard
+# to beat; fewer have hardly as many divisions, and of more a single beginning ends nearly even.
+_FEWEST_STARTS, _MOST_STARTS, _START_BUDGET = 4, 512, 200_000
 _MOST_SWAPS = 1000
 _EVEN = 1e-9  # a swap that brings two ranks closer by less of their difference is none
 
@@ -32,7 +32,8 @@ def divide(costs: npt.NDArray[np.float64], ranks: int) -> list[Array]:
     by_cost[:count] = np.argsort(-costs, kind="stable")
     things = by_cost[_starts(each, ranks)]  # (B, K, R)
     if ranks > 1:
-        _swap(things, padded)
+        _swap(things, padded, side_by_side=True)
+        _swap(things, padded, side_by_side=False)
     sums = padded[things].sum(axis=1)
     best = things[(sums.max(axis=1) - sums.min(axis=1)).argmin()]
     order = np.argsort(-padded[best], axis=0, kind="stable")
@@ -49,7 +50,8 @@ def _starts(each: int, ranks: int) -> Array:
     are any order at all.
     """
     count = each * ranks
-    starts = int(np.clip(_START_BUDGET // count**2, _FEWEST_STARTS, _MOST_STARTS))
+    wanted = min(2 * count**2, _START_BUDGET // count**2)
+    starts = min(max(wanted, _FEWEST_STARTS), _MOST_STARTS)
     places = np.empty((starts, each, ranks), np.int64)
     places[:] = np.arange(count).reshape(each, ranks)
     places[0, 1::2] = places[0, 1::2, ::-1]
@@ -61,8 +63,11 @@ def _starts(each: int, ranks: int) -> Array:
     return places
 
 
-def _swap(things: Array, costs: npt.NDArray[np.float64]) -> None:
-    """Swap one thing of the costliest rank with one of the cheapest, while it helps, in place."""
+def _swap(things: Array, costs: npt.NDArray[np.float64], *, side_by_side: bool) -> None:
+    """Swap one thing of the costliest rank with one of the cheapest, while it helps, in place.
+
+    Things that stand side by side are as alike afterwards as before.
+    """
     cost = costs[things]  # (B, K, R)
     each, active = things.shape[1], np.arange(len(things))
     for _ in range(_MOST_SWAPS):
@@ -71,7 +76,10 @@ def _swap(things: Array, costs: npt.NDArray[np.float64]) -> None:
         at = np.arange(len(active))
         apart = sums[at, high] - sums[at, low]
         gains = cost[active, :, high][:, :, None] - cost[active, :, low][:, None, :]
-        misses = np.abs(gains - apart[:, None, None] / 2).reshape(len(active), -1)
+        misses = np.abs(gains - apart[:, None, None] / 2)
+        if side_by_side:
+            misses[:, ~np.eye(each, dtype=bool)] = np.inf
+        misses = misses.reshape(len(active), -1)
         best = misses.argmin(axis=1)
         helps = misses[at, best] < apart / 2 * (1 - _EVEN)
         active, high, low, best = active[helps], high[helps], low[helps], best[helps]

@@ -20,9 +20,9 @@ from pipeline.data.hashing import hash_of, hashes_of, permutation
 from pipeline.plan.work import SequenceFlops
 
 Integers = npt.NDArray[np.int64]
-# Without packing the documents of a micro-batch of this size (the largest that the plan chooses)
-# are drawn from those within this factor of each other's length, as far as there are so many.
-_ALIKE_SIZE, _ALIKE_WIDTH = 64, 0.1
+# Without packing the documents of a micro-batch of up to this size are drawn from those within a
+# tenth of each other's length, as far as there are so many.
+_ALIKE_SIZE, _ALIKE_WIDTH = 256, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,42 +183,56 @@ def deal(
     what costs most, micro-batches that run side by side are alike. Packs are dealt one by one.
     Documents are dealt by the micro-batch, so that those of like length share one.
     """
-    size, ranks = shape.micro_batch_size, shape.world_size
+    shares = _shares(batch, sequences, flops, shape)
+    return [_in_turn(share, rank, sequences, flops, shape) for rank, share in enumerate(shares)]
+
+
+def _shares(
+    batch: Integers, sequences: Sequences, flops: SequenceFlops, shape: BatchShape
+) -> list[list[Integers]]:
+    """What each rank gets of a global batch: packs one by one, documents by the micro-batch."""
     by_length = batch[np.lexsort((batch, -sequences.tokens[batch]))]
-    if sequences.are_packs:
-        dealt = divide(_costs(by_length[:, None], sequences, flops), ranks)
-        mine = [_cut(by_length[places], size) for places in dealt]
-    else:
-        cut = _cut(by_length, size)
-        costs = [_costs(documents[None], sequences, flops) for documents in cut]
-        dealt = divide(np.concatenate([np.zeros(0), *costs]), ranks)
-        mine = [[cut[place] for place in places] for places in dealt]
+    size = 1 if sequences.are_packs else shape.micro_batch_size
+    cut = [by_length[first : first + size] for first in range(0, len(batch), size)]
+    dealt = divide(_costs(cut, sequences, flops), shape.world_size)
+    return [[cut[place] for place in places] for places in dealt]
+
+
+def _in_turn(
+    share: list[Integers],
+    rank: int,
+    sequences: Sequences,
+    flops: SequenceFlops,
+    shape: BatchShape,
+) -> list[MicroBatch]:
+    """A rank's micro-batches, those of packs as equal as can be found; empty ones to the end."""
+    size = shape.micro_batch_size
+    if sequences.are_packs and size > 1 and share:
+        packs = np.concatenate(share)
+        divided = divide(_costs(share, sequences, flops), -(-len(packs) // size))
+        share = [packs[places] for places in divided]
+        share = [share[i] for i in np.argsort(-_costs(share, sequences, flops), kind="stable")]
+    none = [np.zeros(0, np.int64)] * (shape.accumulation_steps - len(share))
     return [
-        [
-            MicroBatch(
-                tuple(micro[turn].tolist()) if turn < len(micro) else (),
-                (turn * ranks + rank) * size,
-            )
-            for turn in range(shape.accumulation_steps)
-        ]
-        for rank, micro in enumerate(mine)
+        MicroBatch(tuple(micro.tolist()), (turn * shape.world_size + rank) * size)
+        for turn, micro in enumerate([*share, *none])
     ]
 
 
-def _cut(sequences: Integers, size: int) -> list[Integers]:
-    return [sequences[first : first + size] for first in range(0, len(sequences), size)]
-
-
-def _costs(groups: Integers, sequences: Sequences, flops: SequenceFlops) -> npt.NDArray[np.float64]:
-    """FLOPs of groups of sequences, (groups, size), each padded to the longest of its group."""
-    tokens, squares = sequences.tokens[groups], sequences.squares[groups]
-    if not sequences.are_packs:
-        tokens = np.broadcast_to(tokens.max(axis=1, keepdims=True), tokens.shape)
-        squares = tokens**2
-    supervised = sequences.supervised[groups]
-    costs = flops.per_token * tokens + flops.per_square * squares + flops.per_logit * supervised
-    summed: npt.NDArray[np.float64] = costs.sum(axis=1)
-    return summed
+def _costs(
+    groups: list[Integers], sequences: Sequences, flops: SequenceFlops
+) -> npt.NDArray[np.float64]:
+    """FLOPs of groups of sequences, documents padded to the longest of their group."""
+    found = np.zeros(len(groups))
+    for i, group in enumerate(groups):
+        tokens, squares = sequences.tokens[group], sequences.squares[group]
+        if not sequences.are_packs:
+            tokens = np.full(len(group), tokens.max())
+            squares = tokens**2
+        supervised = sequences.supervised[group]
+        costs = flops.per_token * tokens + flops.per_square * squares + flops.per_logit * supervised
+        found[i] = costs.sum()
+    return found
 
 
 class RankWork(Sequence[MicroBatch]):
@@ -245,10 +259,13 @@ class RankWork(Sequence[MicroBatch]):
 
     def __getitem__(self, index: Any) -> Any:
         """The `index`-th micro-batch from `first_step` on."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"micro-batch {index} of {len(self)}")
         step, turn = self.step_of(index), index % self._shape.accumulation_steps
         if self._dealt[0] != step:
-            dealt = deal(self.batch(step), self._sequences, self._flops, self._shape)
-            self._dealt = (step, dealt[self._rank])
+            given = self._sequences, self._flops, self._shape
+            share = _shares(self.batch(step), *given)[self._rank]
+            self._dealt = (step, _in_turn(share, self._rank, *given))
         return self._dealt[1][turn]
 
     def step_of(self, index: int) -> int:
@@ -277,14 +294,16 @@ def evaluation_work(
     Those of like length share a micro-batch, and ranks take turns at the longer one.
     """
     every = sequences.all_of_them()
-    cut = _cut(every[np.argsort(-sequences.tokens[every], kind="stable")], micro_batch_size)
+    size = micro_batch_size
+    by_length = every[np.argsort(-sequences.tokens[every], kind="stable")]
+    cut = [by_length[first : first + size] for first in range(0, len(every), size)]
     work: list[list[MicroBatch]] = [[] for _ in range(world_size)]
     for turn in range(-(-len(cut) // world_size)):
         for place in range(world_size):
             index = turn * world_size + place
             chosen = tuple(cut[index].tolist()) if index < len(cut) else ()
             rank = place if turn % 2 == 0 else world_size - 1 - place
-            work[rank].append(MicroBatch(chosen, index * micro_batch_size))
+            work[rank].append(MicroBatch(chosen, index * size))
     return work
 
 
