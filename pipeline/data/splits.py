@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -58,7 +58,11 @@ class Making:
     ) -> None:
         self.tally = Tally()
         self._settings, self._job, self._limit = settings, job, limit
-        self._splits = [_Split(writer, job.sources) for writer in writers.values()]
+        once = [replace(source, weight=1.0) for source in job.sources]  # what is held out
+        self._splits = [
+            _Split(writer, sources, settings)
+            for writer, sources in zip(writers.values(), (job.sources, once), strict=False)
+        ]
         self._names = list(writers)
 
     def run(self, processes: int | None) -> None:
@@ -128,8 +132,11 @@ class Making:
 class _Split:
     """A split that is being made, with its audit."""
 
-    def __init__(self, writer: SplitWriter, sources: Sequence[Source]) -> None:
+    def __init__(
+        self, writer: SplitWriter, sources: Sequence[Source], settings: RunSettings
+    ) -> None:
         self.writer = writer
+        self._settings = settings
         self._sources = [SourceTally(source.name, source.weight) for source in sources]
         self._reasons: Counter[str] = Counter()
 
@@ -154,7 +161,11 @@ class _Split:
             self.writer.rejects.write(dropped.as_line())
 
     def finish(self) -> tuple[SplitIndex, dict[str, Any]]:
-        index = self.writer.close([source.index for source in self._sources])
+        index = self.writer.close(
+            [source.index for source in self._sources],
+            max_length=self._settings.max_length,
+            packing=self._settings.packing,
+        )
         return index, make_audit(index, self.writer.folder, self._sources, self._reasons)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from pipeline.data.packing import write_sequences
 from pipeline.data.prepared import INDEX, Array, SourceIndex, SplitIndex, read_published
 from pipeline.errors import RankZeroError
 
@@ -90,11 +91,15 @@ class SplitWriter:
         columns["sources"].extend(np.full(len(documents.lengths), source))
         self._longest = max(self._longest, int(documents.lengths.max()))
 
-    def close(self, sources: Sequence[SourceIndex]) -> SplitIndex:
-        """Complete the columns on disk."""
+    def close(
+        self, sources: Sequence[SourceIndex], *, max_length: int, packing: bool
+    ) -> SplitIndex:
+        """Complete the columns on disk and lay the documents in sequences."""
         for column in self._columns.values():
             column.close()
         _sync_and_close(self.rejects)
+        weights = [source.weight for source in sources]
+        epoch = write_sequences(self.folder, max_length, packing=packing, weights=weights)
         counts = np.load(self.folder / "counts.npy", mmap_mode="r")
         self.index = SplitIndex(
             key=self._key,
@@ -103,6 +108,9 @@ class SplitWriter:
             tokens=self._columns["ids"].length,
             supervised_tokens=int(counts.sum()),
             longest=self._longest,
+            sequences=epoch.sequences,
+            epoch_documents=epoch.documents,
+            epoch_tokens=epoch.tokens,
             sources=tuple(sources),
         )
         return self.index

@@ -42,7 +42,6 @@ def main() -> None:
 def packs(model: str, data: str, run: str) -> None:
     """Pack the documents of a file, or so many made-up lengths where `data` is a number."""
     from pipeline.data.packing import make_packs
-
     from pipeline.data.prepared import open_split
     from tests.bench.data import settings_of
 
