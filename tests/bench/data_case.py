@@ -27,15 +27,18 @@ def main() -> None:
         prepare(settings, Path(run) / "data")
         return
     from pipeline.data.batches import build_batch
-    from pipeline.data.order import epoch_order
+    from pipeline.data.order import BatchShape, RankWork
     from pipeline.data.prepared import open_split
+    from pipeline.plan.shape import read_shape
+    from pipeline.plan.work import sequence_flops
 
+    flops = sequence_flops(read_shape(model), settings, "bfloat16")
     begun = time.perf_counter()
     check_first_rows(settings)
-    index = prepare(settings, Path(run) / "data")
-    split = open_split(index.train)
-    order = epoch_order(len(split), settings.seed, 0)
-    build_batch(split, [int(i) for i in order[:4]])
+    split = open_split(prepare(settings, Path(run) / "data").train)
+    shape = BatchShape(world_size=1, accumulation_steps=4, micro_batch_size=4)
+    work = RankWork(split.sequences, flops, shape, seed=42, rank=0, first_step=0, total_steps=10)
+    build_batch(split, work[0].sequences)
     print(time.perf_counter() - begun)
 
 
