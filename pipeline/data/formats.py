@@ -101,7 +101,8 @@ def detect_format(columns: Mapping[str, Any]) -> DataFormat:
         return found[0]
     if found:
         raise RowError(f"the columns of {' and of '.join(found)}; name one with data_format")
-    raise RowError(f"no known format: {_found(columns)}; expected one of {_KNOWN}")
+    known = f"expected one of {_KNOWN}, or their names in `columns`"
+    raise RowError(f"no known format: {_found(columns)}; {known}")
 
 
 def _format_of(value: Mapping[str, Any], data_format: DataFormat | Auto) -> DataFormat:

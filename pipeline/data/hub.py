@@ -1,5 +1,6 @@
 """Splits of hub data sets: their files in the local cache, and fetching them there."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,8 @@ def split_files(split: HubSplit, key: str) -> list[Path]:
         )
     import datasets
 
+    for library in ("datasets", "huggingface_hub"):  # they note what a description lacks
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         with TemporaryDirectory(prefix="rankzero-") as cache:
             builder = datasets.load_dataset_builder(str(snapshot), cache_dir=cache)

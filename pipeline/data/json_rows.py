@@ -121,7 +121,9 @@ class _Values:
             return here._replace(content=self._take(end))
         if end == "long":
             fault = rows.too_long()
-            if not self._resync():
+            if self._resync():
+                self._gave_up(end, rows.MAX_ROW_BYTES)  # what follows is scanned again
+            else:
                 end = self._word_end(is_kept=False) if is_word else self._value_end(is_kept=False)
                 if end == "broken":
                     raise self._lost(here)
@@ -154,7 +156,7 @@ class _Values:
             found = look(self._data, at)
             if found is None or self._may_go_on(found):
                 if is_kept and len(self._data) > rows.MAX_ROW_BYTES:
-                    return self._gave_up("long", len(self._data))
+                    return "long"
                 at = len(self._data) if found is None else found.start()
                 if not is_kept:
                     is_in_text = found is not None

@@ -114,9 +114,10 @@ def _sample_of_table(
     import pyarrow
 
     if kind == "parquet":
-        import pyarrow.parquet
+        from pyarrow.parquet import ParquetFile
 
-        with pyarrow.parquet.ParquetFile(file) as table:
+        # Buffered: a row group may be the whole file.
+        with ParquetFile(file, buffer_size=2**18, pre_buffer=False) as table:
             total = table.metadata.num_rows
             return _sample_of(table.iter_batches(_ROWS_AT_ONCE), total, allowed, settings)
     with pyarrow.memory_map(str(file)) as source:

@@ -1,4 +1,4 @@
-"""Parquet and Arrow, which `datasets` reads: the rows that JSON would give, nothing left behind."""
+"""Parquet and Arrow: the rows that JSON would give, a part at a time, and nothing left behind."""
 
 import gzip
 import json
@@ -73,7 +73,7 @@ def test_a_damaged_table_ends_the_run_and_names_the_file(tmp_path):
     (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
     (tmp_path / "no.arrow").write_bytes(b'{"text": "t"}')
     for name, kind in (("cut.parquet", "Parquet"), ("no.arrow", "Arrow")):
-        with pytest.raises(UserError, match=rf"{name}: not readable as {kind} after row 0: "):
+        with pytest.raises(UserError, match=rf"{name}: not readable as {kind} behind row 0: "):
             read(tmp_path / name)
 
 
