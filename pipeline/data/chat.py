@@ -91,7 +91,7 @@ class Encoder:
         self._backend.no_padding()
         self._special = frozenset(special_ids(tokenizer).values())
         self._bos: int | None = tokenizer.bos_token_id
-        if tokenizer("")["input_ids"][:1] != [self._bos]:
+        if self._backend.encode("").ids[:1] != [self._bos]:
             self._bos = None  # it is there, but texts do not begin with it
 
     def encode(self, example: Example) -> list[Document]:

@@ -214,6 +214,14 @@ class TestTools:
         with pytest.raises(RowError, match="single tool-calls"):
             shown(with_tools({"a": 1}, {"a": 2}), published("llama-3.2"))
 
+    def test_tools_that_stand_before_the_last_question(self):
+        """Mistral Nemo's call is not behind what it would be asked with."""
+        example = with_tools({"a": 1})
+        later = Conversation((*example.messages, *chat("r", "bye").messages), example.tools)
+        found = shown(later, published("mistral-nemo"))
+        assert found.startswith(f"<s>[INST]add[/INST]{TRAINED['mistral-nemo']}[TOOL_RESULTS]")
+        assert found.endswith("[/AVAILABLE_TOOLS][INST]r[/INST][[bye</s>]]")
+
     @pytest.mark.parametrize("name", ["smollm2", "llama-3", "deepseek-r1-distill"])
     def test_a_template_without_tools_does_not_lose_them_unsaid(self, name):
         example = with_tools({"a": 1})
