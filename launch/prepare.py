@@ -7,6 +7,7 @@ Training does the same by itself; what is prepared here, it finds.
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
 from rich.console import Console
@@ -33,6 +34,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments, console = parse(), Console()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO)  # how far it is, of a large data set
     settings = load_settings(arguments.run_file, arguments.overrides)
     data_dir = Path(settings.output_dir) / "data"
     fetch([*settings.train_sources, *settings.eval_sources])

@@ -75,7 +75,8 @@ def prepare(
     splits: dict[str, _Indexed] = {}
     written: dict[str, SplitWriter] = {}
     with ExitStack() as stack:
-        for job in jobs:
+        # The held-out rows first, which are few: what is wrong with them is known sooner.
+        for job in reversed(jobs):
             if (found := _found(job, data_dir, allowed)) is not None:
                 splits |= found
                 continue
