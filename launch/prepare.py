@@ -7,15 +7,17 @@ Training does the same by itself; what is prepared here, it finds.
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
 from rich.console import Console
 
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
-from pipeline.data.audit import audit_table
+from pipeline.data.audit_table import audit_table
 from pipeline.data.chat import load_tokenizer
-from pipeline.data.prepare import check_rows, prepare
+from pipeline.data.hub import fetch
+from pipeline.data.prepare import check_first_rows, prepare
 from pipeline.data.prepared import open_split
 from pipeline.data.show import show_documents
 
@@ -32,9 +34,12 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments, console = parse(), Console()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO)  # how far it is, of a large data set
     settings = load_settings(arguments.run_file, arguments.overrides)
     data_dir = Path(settings.output_dir) / "data"
-    check_rows(settings)
+    fetch([*settings.train_sources, *settings.eval_sources])
+    check_first_rows(settings)
     index = prepare(settings, data_dir)
     if arguments.show:
         tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 # Ranks load the model at different speeds; a collective that waits longer than this is a hang.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-# Tokenising may take hours; this wait is on a store, not in a collective, and ends at once when
-# rank 0 goes away.
-_LONG_WORK_TIMEOUT = timedelta(hours=24)
+# Tokenising may take days: this wait is on a store, not in a collective, and is begun again as
+# often as it takes. It ends at once when rank 0, which holds the store, goes away.
+_ONE_WAIT = timedelta(hours=24)
 _READING_TIMEOUT = timedelta(seconds=15)
 _CHANNEL_TIMEOUT = timedelta(seconds=10)
 
@@ -78,8 +78,8 @@ class Session:
     def rank_zero_first(self, work: Callable[[], Any]) -> Any:
         """Do `work` on rank 0 while the others wait, and return its JSON-able result on all.
 
-        Not a collective of the process group, so no collective's time-out applies. An error of
-        rank 0 is raised on every rank.
+        Not a collective of the process group, so no collective's time-out applies, nor any other.
+        An error of rank 0 is raised on every rank.
         """
         if self.placement.world_size == 1:
             return work()
@@ -96,7 +96,7 @@ class Session:
             store.set(key, json.dumps({"result": result}))
             self._await_readers(store, key)
             return result
-        store.wait([key], _LONG_WORK_TIMEOUT)
+        _wait_for(store, key)
         answer = json.loads(store.get(key))
         store.set(f"{key}/read-by-{self.placement.rank}", "")
         if "error" in answer:
@@ -182,3 +182,16 @@ class Session:
                 )
                 self._store = next(iter(where))[0]
         return self._store
+
+
+def _wait_for(store: Any, key: str) -> None:
+    """Until the key is there. Raises torch's DistNetworkError when the store is gone."""
+    import torch.distributed as dist
+
+    while True:
+        try:
+            store.wait([key], _ONE_WAIT)
+        except dist.DistStoreError:  # not yet, or gone: then asking raises
+            if not store.check([key]):
+                continue
+        return

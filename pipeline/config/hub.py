@@ -1,4 +1,4 @@
-"""A model named as on the hub (`org/name`) -> the folder of its snapshot in the local cache.
+"""Models and data sets named as on the hub -> their snapshots in the local cache.
 
 Nothing is fetched. Layout of the cache: huggingface_hub, "Understand caching".
 """
@@ -6,21 +6,55 @@ Nothing is fetched. Layout of the cache: huggingface_hub, "Understand caching".
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Self
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_SPLIT = re.compile(rf"({_NAME.pattern})(?:@([\w.-]+))?:([\w.-]+)")
 
 
-def snapshot_folder(name: str, environment: Mapping[str, str] = os.environ) -> Path | None:
-    """The snapshot that `main` was last fetched as; None where there is none, or no such name."""
+@dataclass(frozen=True, kw_only=True)
+class HubSplit:
+    """One split of a hub data set; `revision` is a commit, branch or tag."""
+
+    name: str
+    split: str
+    revision: str = "main"
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """`org/name:split` or `org/name@revision:split`; None where the text is neither."""
+        found = _SPLIT.fullmatch(text)
+        if found is None:
+            return None
+        name, revision, split = found.groups()
+        return cls(name=name, split=split, revision=revision or "main")
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}:{self.split}"
+
+    def snapshot(self, environment: Mapping[str, str] = os.environ) -> Path | None:
+        """Folder of the snapshot in the local cache, its name the commit; None without one."""
+        return snapshot_folder(self.name, environment, kind="datasets", revision=self.revision)
+
+
+def snapshot_folder(
+    name: str,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    kind: Literal["models", "datasets"] = "models",
+    revision: str = "main",
+) -> Path | None:
+    """The snapshot that `revision` was last fetched as; None where there is none."""
     if not _NAME.fullmatch(name):
         return None
     home = Path(environment.get("HF_HOME") or Path.home() / ".cache/huggingface")
     cache = Path(environment.get("HF_HUB_CACHE") or home / "hub")
-    folder = cache / f"models--{name.replace('/', '--')}"
+    folder = cache / f"{kind}--{name.replace('/', '--')}"
     try:
-        revision = (folder / "refs/main").read_text(encoding="utf-8").strip()
+        commit = (folder / "refs" / revision).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
-        return None
-    snapshot = folder / "snapshots" / revision
+        commit = revision
+    snapshot = folder / "snapshots" / commit
     return snapshot if snapshot.is_dir() else None

@@ -1,5 +1,6 @@
 """Run file + `key=value` overrides -> RunSettings, with messages that name file, line and key."""
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.hub import snapshot_folder
+from pipeline.config.hub import HubSplit, snapshot_folder
 from pipeline.config.presets import PRESETS
-from pipeline.config.settings import RunSettings
+from pipeline.config.settings import DataNames, DataSource, RunSettings
 from pipeline.errors import UserError
 
 
@@ -45,8 +46,9 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     """Read a run file and apply presets and `key=value` overrides.
 
     Precedence: defaults < presets < run file < overrides. A `model` that is no folder but the name
-    of a snapshot in the hub's local cache becomes that snapshot's folder, revision and all. Raises
-    UserError that lists every wrong key with the place it was read from.
+    of a snapshot in the hub's local cache becomes that snapshot's folder, revision and all, and a
+    hub data set that lies there gets its revision. Raises UserError that lists every wrong key with
+    the place it was read from.
     """
     values, places = _read_file(path)
     for override in overrides:
@@ -60,6 +62,8 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
         raise UserError("\n".join(_unknown(key, places[key]) for key in unknown))
     presets = _preset_values(values.get("preset", []), places.get("preset", str(path)))
     settings = _validated({**presets, **values}, places, str(path))
+    data = {key: _pinned(getattr(settings, key)) for key in ("train_data", "eval_data")}
+    settings = settings.model_copy(update=data)
     if not Path(settings.model).exists() and (folder := snapshot_folder(settings.model)):
         return settings.model_copy(update={"model": str(folder)})
     return settings
@@ -68,6 +72,23 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
 def dump_settings(settings: RunSettings) -> str:
     """Settings as the YAML text of a run file that means the same."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _pinned(names: DataNames | float | None) -> DataNames | float | None:
+    """The names, hub data sets in the local cache with the commit that they are at there."""
+    if isinstance(names, list):
+        return [_pinned_one(name) for name in names]
+    return _pinned_one(names) if isinstance(names, str | DataSource) else names
+
+
+def _pinned_one(name: str | DataSource) -> str | DataSource:
+    path = name if isinstance(name, str) else name.path
+    split = None if Path(path).exists() else HubSplit.parse(path)
+    snapshot = split.snapshot() if split else None
+    if split is None or snapshot is None:
+        return name
+    pinned = str(dataclasses.replace(split, revision=snapshot.name))
+    return pinned if isinstance(name, str) else name.model_copy(update={"path": pinned})
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -14,6 +14,25 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Strategy = Literal["steps", "epoch", "no"]
 DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "pre-tokenised"]
 
+# Columns that a format reads: what `columns` may give another name.
+COLUMNS = (
+    "messages",
+    "conversations",
+    "tools",
+    "functions",
+    "system",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "text",
+    "input_ids",
+    "labels",
+    "attention_mask",
+    "position_ids",
+)
+
 SEVEN_PROJECTIONS = (
     "q_proj",
     "k_proj",
@@ -253,6 +272,15 @@ class RunSettings(BaseModel):
         description="Seconds without a finished micro-batch on any rank after which the run is "
         "ended, naming the rank that hangs.",
     )
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_of_a_format(cls, value: dict[str, str]) -> dict[str, str]:
+        if unknown := [name for name in value if name not in COLUMNS]:
+            raise ValueError(f"{unknown[0]} is no format's column; known: {', '.join(COLUMNS)}")
+        if twice := [name for name in value.values() if [*value.values()].count(name) > 1]:
+            raise ValueError(f"{twice[0]} is named for two columns")
+        return value
 
     @field_validator("time_limit")
     @classmethod

@@ -3,57 +3,65 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
-from statistics import median
 from typing import Any, Self
 
-from rich.table import Table
+import numpy as np
 
-from pipeline.data.prepared import SplitIndex
+from pipeline.data.prepared import Array, SourceIndex, SplitIndex, read_column
 from pipeline.errors import UserError
 
-_SHOWN_ROWS, _SHOWN_REASONS = 3, 3
+_SHOWN_REASONS = 3
+_BARS = 16  # of a histogram
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A row that is not used, and why."""
+    """A row that is not used, and why; `offset`: its first byte, where rows share a line."""
 
     file: str
     line: int
     reason: str
+    offset: int | None = None
+
+    def as_line(self) -> str:
+        """A line of rejects.jsonl."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
 @dataclass
 class Tally:
-    """Rows read and rejected so far; the first few rejects are kept to be shown."""
+    """Rows read and rejected so far, with one reject for each reason."""
 
     read: int = 0
+    used: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
-    first: list[Reject] = field(default_factory=list)
+    examples: dict[str, Reject] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, audit: Mapping[str, Any], rejects: Path) -> Self:
-        """The tally of a split that was prepared earlier."""
-        with rejects.open(encoding="utf-8") as lines:
-            first = [Reject(**json.loads(line)) for line in islice(lines, _SHOWN_ROWS)]
-        return cls(audit["rows_read"], Counter(audit["rejected"]), first)
+    def of(cls, audits: Sequence[Mapping[str, Any]], rejects: Sequence[Path]) -> Self:
+        """The tally of splits that were prepared earlier."""
+        tally = cls()
+        for audit in audits:
+            tally.read += audit["rows_read"]
+            tally.used += audit["rows_used"]
+            tally.reasons.update(audit["rejected"])
+        wanted = {reason for reason, _ in tally.reasons.most_common(_SHOWN_REASONS)}
+        for path in rejects:
+            with path.open(encoding="utf-8") as lines:
+                while wanted and (line := next(lines, "")):
+                    found = Reject(**json.loads(line))
+                    if found.reason in wanted:
+                        tally.examples[found.reason] = found
+                        wanted.remove(found.reason)
+        return tally
 
-    def reject(self, file: Path, line: int, reason: str) -> Reject:
+    def reject(self, reject: Reject) -> None:
         """Count a row as rejected."""
-        rejected = Reject(str(file), line, reason)
-        self.reasons[reason] += 1
-        if len(self.first) < _SHOWN_ROWS:
-            self.first.append(rejected)
-        return rejected
-
-    @property
-    def used(self) -> int:
-        """Rows that were not rejected."""
-        return self.read - self.reasons.total()
+        self.reasons[reject.reason] += 1
+        self.examples.setdefault(reject.reason, reject)
 
     def judge(self, key: str, max_rejected: float) -> None:
         """Raise UserError for more rejected rows than allowed, or none left."""
@@ -62,66 +70,107 @@ class Tally:
             return
         if not self.read:
             raise UserError(f"{key}: no row, only blank lines")
-        lines = [f"{reject.file}:{reject.line}: {reject.reason}" for reject in self.first]
         common = self.reasons.most_common(_SHOWN_REASONS)
+        shown = [self.examples[reason] for reason, _ in common]
+        lines = [f"{reject.file}:{reject.line}: {reject.reason}" for reject in shown]
         said = "; ".join(f"{count} x {reason}" for reason, count in common)
         share = f"{rejected} of {self.read} rows ({100 * rejected / self.read:.3g} %) are bad"
         if self.used:
             verdict = f"more than max_rejected ({max_rejected:g}) allows"
             enough = ceil(1000 * rejected / self.read) / 1000
             remedy = f"mend them, or set max_rejected to {enough:g}"
-        else:
+        elif rejected:
             verdict, remedy = "no usable row is left", "mend them"
+        else:
+            raise UserError(
+                f"{key}: all {self.read} rows are longer than max_length, and over_length is drop"
+            )
         lines.append(f"{key}: {share}, {verdict}; most common: {said}; {remedy}")
         raise UserError("\n".join(lines))
 
 
+@dataclass
+class SourceTally:
+    """Numbers of one source in one split, by the names that the audit has for them."""
+
+    name: str
+    weight: float
+    numbers: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def index(self) -> SourceIndex:
+        """What the split's index says of it."""
+        return SourceIndex(name=self.name, weight=self.weight, formats=dict(self.formats))
+
+
+_ROWS = ("rows_read", "rows_used", "rows_rejected", "rows_dropped")
+
+
 def make_audit(
-    tally: Tally,
     index: SplitIndex,
-    lengths: Sequence[int],
-    *,
-    truncated_rows: int,
-    tokens_lost: int,
-    duplicate_rows: int,
+    folder: Path,
+    sources: Sequence[SourceTally],
+    reasons: Counter[str],
 ) -> dict[str, Any]:
-    """The numbers of one split, for audit.json; all rows read are used or rejected."""
+    """The numbers of one split with columns in `folder`, for audit.json.
+
+    Every row read is used, rejected, or dropped because it is long and the user asked for that.
+    """
+    numbers = sum((source.numbers for source in sources), Counter[str]())
+    lengths = np.diff(read_column(folder, "offsets"))
+    used, digests = numbers["rows_used"], read_column(folder, "digests")
     return {
-        "rows_read": tally.read,
-        "rows_used": tally.used,
-        "rejected": dict(tally.reasons.most_common()),
+        "rows_read": numbers["rows_read"],
+        "rows_used": used,
+        "rejected": dict(reasons.most_common()),
+        "rows_dropped": numbers["rows_dropped"],
+        "duplicate_rows": used - len(np.unique(digests)),
+        "formats": dict(sum((source.formats for source in sources), Counter[str]())),
+        "documents": index.documents,
         "tokens": index.tokens,
         "supervised_tokens": index.supervised_tokens,
         "supervised_share": round(index.supervised_tokens / index.tokens, 4),
-        "length": {"min": min(lengths), "median": median(lengths), "max": max(lengths)},
-        "truncated_rows": truncated_rows,
-        "tokens_lost": tokens_lost,
-        "duplicate_rows": duplicate_rows,
+        "end_of_turn_share": round(numbers["ended_rows"] / used, 4),
+        "truncated_rows": numbers["truncated_rows"],
+        "split_rows": numbers["split_rows"],
+        "tokens_lost": numbers["tokens_lost"],
+        "length": _lengths(lengths),
+        "sources": _sources(sources, folder, lengths),
     }
 
 
-def audit_table(audit: Mapping[str, Mapping[str, Any]]) -> Table:
-    """audit.json for the terminal: a column a split, a line a number."""
-    table = Table(title="audit")
-    table.add_column("")
-    for split in audit:
-        table.add_column(split, justify="right")
-    flat = {split: _flat(values) for split, values in audit.items()}
-    for name in dict.fromkeys(name for values in flat.values() for name in values):
-        cells = (values.get(name, "") for values in flat.values())
-        table.add_row(name, *(f"{cell:,}" if cell != "" else "" for cell in cells))
-    return table
+def _lengths(lengths: Array) -> dict[str, Any]:
+    width = max(ceil((int(lengths.max()) + 1) / _BARS), 1)
+    counts = np.bincount(lengths // width)
+    return {
+        "min": int(lengths.min()),
+        "median": float(np.median(lengths)),
+        "mean": round(float(lengths.mean()), 1),
+        "p95": float(np.percentile(lengths, 95)),
+        "max": int(lengths.max()),
+        "histogram": {"width": width, "documents": counts.tolist()},
+    }
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = key.replace("_", " ")
-        if isinstance(value, Mapping):
-            found |= {f"{name}: {inner}": number for inner, number in value.items()}
-        else:
-            found[name] = value
-    return found
+def _sources(sources: Sequence[SourceTally], folder: Path, lengths: Array) -> list[dict[str, Any]]:
+    of_source, size = read_column(folder, "sources"), len(sources)
+    documents = np.bincount(of_source, minlength=size)
+    tokens = np.bincount(of_source, weights=lengths, minlength=size)
+    counts = read_column(folder, "counts")
+    supervised = np.bincount(of_source, weights=counts, minlength=size)
+    return [
+        {
+            "name": source.name,
+            "weight": source.weight,
+            **{key: source.numbers[key] for key in _ROWS},
+            "formats": dict(source.formats),
+            "documents": int(documents[i]),
+            "tokens": int(tokens[i]),
+            "supervised_tokens": int(supervised[i]),
+        }
+        for i, source in enumerate(sources)
+    ]
 
 
 def audit_line(data_dir: Path) -> str:

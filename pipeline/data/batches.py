@@ -41,9 +41,9 @@ class Batch:
         )
 
 
-def build_batch(split: "Split", documents: Sequence[int]) -> Batch:
-    """Tensors of some documents; of none, one padding token that counts for nothing."""
-    found = [split.document(i) for i in documents]
+def build_batch(split: "Split", sequences: Sequence[int]) -> Batch:
+    """Tensors of some sequences; of none, one padding token that counts for nothing."""
+    found = [document for i in sequences for document in split.sequence(i)]
     longest = max((len(ids) for ids, _ in found), default=1)
     shape = (max(len(found), 1), longest)
     input_ids = torch.full(shape, _PADDING, dtype=torch.int64)
@@ -63,7 +63,7 @@ class _RankBatches(Dataset[Batch]):
         return len(self._work)
 
     def __getitem__(self, index: int) -> Batch:
-        return build_batch(self._split, self._work[index].documents)
+        return build_batch(self._split, self._work[index].sequences)
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:

@@ -4,117 +4,169 @@ A reason is the same for all rows that share it: it names columns and roles, nev
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from itertools import compress
+from typing import Any, get_args
 
-from pipeline.data.sources import Row, json_name
+from pipeline.config.settings import Auto, DataFormat
+from pipeline.data.conversations import alpaca, messages, prompt_and_completion, sharegpt, text_of
+from pipeline.data.examples import (
+    ROLES,
+    Completion,
+    Conversation,
+    Example,
+    Message,
+    Role,
+    RowError,
+    Text,
+    Tokens,
+)
+from pipeline.data.rows import Row, json_name
 
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[str, ...] = get_args(Role)
-_WORKS = "`messages`, or `prompt` and `completion`"
+__all__ = [
+    "FORMATS",
+    "ROLES",
+    "Completion",
+    "Conversation",
+    "Example",
+    "Message",
+    "Role",
+    "RowError",
+    "Text",
+    "Tokens",
+    "detect_format",
+    "format_of",
+    "to_example",
+]
 
-
-class RowError(Exception):
-    """A row that cannot be trained on; its text is the reason, which the audit counts."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation; `others`: tool calls and the like, as the template gets them."""
-
-    role: Role
-    content: str
-    is_trained: bool = True
-    others: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Turns for the model's chat template, and the tools that it may call."""
-
-    messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Raw text to go on from, and how it goes on."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True)
-class Text:
-    """Text of which all is trained on."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What was tokenised elsewhere: ids, and which of them count in the loss."""
-
-    ids: tuple[int, ...]
-    supervised: tuple[bool, ...]
+FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
+_IGNORED = -100  # the label of a token that does not count, as everywhere in PyTorch
+# The columns that say which format a row has.
+_SIGNS: dict[DataFormat, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt-completion": ("prompt", "completion"),
+    "pre-tokenised": ("input_ids", "labels"),
+    "text": ("text",),
+}
+_KNOWN = "; ".join(
+    f"{name} ({', '.join(f'`{column}`' for column in columns)})" for name, columns in _SIGNS.items()
+)
 
 
-Example = Conversation | Completion | Text | Tokens
+def to_example(
+    row: Row, data_format: DataFormat | Auto = "auto", columns: Mapping[str, str] | None = None
+) -> Example:
+    """The row's example; raises RowError with the reason where it has none.
+
+    `columns`: name of the format's column -> name that it has in the data.
+    """
+    value = _renamed(row.value, columns or {})
+    found = _format_of(value, data_format)
+    if found == "messages":
+        return messages(value)
+    if found == "sharegpt":
+        return sharegpt(value)
+    if found == "alpaca":
+        return alpaca(value)
+    if found == "prompt-completion":
+        return prompt_and_completion(value)
+    return _text(value) if found == "text" else _tokens(value)
 
 
-def to_example(row: Row) -> Example:
-    """The row's example; raises RowError with the reason where it has none."""
-    columns = row.value
-    if "messages" in columns and "completion" in columns:
-        raise RowError(f"both `messages` and `completion`; expected {_WORKS}")
-    if "messages" in columns:
-        return Conversation(_messages(columns["messages"]))
-    if "prompt" in columns and "completion" in columns:
-        prompt = _text(columns["prompt"], "`prompt`")
-        completion = _text(columns["completion"], "`completion`")
-        if not completion.strip():
-            raise RowError("`completion` is empty")
-        return Completion(prompt, completion)
-    found = ", ".join(sorted(columns)[:8]) or "none"
-    raise RowError(f"no known format: found the columns {found}; expected {_WORKS}")
+def format_of(
+    row: Row, data_format: DataFormat | Auto = "auto", columns: Mapping[str, str] | None = None
+) -> DataFormat:
+    """The format of the row; raises RowError for one with the columns of none, or of several."""
+    return _format_of(_renamed(row.value, columns or {}), data_format)
 
 
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise RowError(f"`messages` is {json_name(value)}; expected a list")
-    messages = tuple(_message(item) for item in value)
-    if not any(message.role == "assistant" for message in messages):
-        raise RowError("`messages` has no assistant message, so nothing to train on")
-    return messages
+def detect_format(columns: Mapping[str, Any]) -> DataFormat:
+    """The one format whose columns are all there and not null; RowError for none or several.
+
+    Columns that belong to no format do not count, nor does `text` beside another format: it is
+    then what somebody made of the other columns.
+    """
+    found = [name for name, signs in _SIGNS.items() if all(map(columns.__contains__, signs))]
+    if len(found) > 1:
+        filled = [
+            name for name in found if all(columns[column] is not None for column in _SIGNS[name])
+        ]
+        found = filled or found
+    if len(found) > 1 and found[-1] == "text":
+        found.pop()
+    if columns.get("messages") is not None and columns.get("completion") is not None:
+        raise RowError("both `messages` and `completion`: name one with data_format or columns")
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RowError(f"the columns of {' and of '.join(found)}; name one with data_format")
+    known = f"expected one of {_KNOWN}, or their names in `columns`"
+    raise RowError(f"no known format: {_found(columns)}; {known}")
 
 
-def _message(value: Any) -> Message:
-    if not isinstance(value, dict):
-        raise RowError(f"a message is {json_name(value)}; expected {{role, content}}")
-    _refuse_what_would_be_lost(value)
-    role = value.get("role")
-    if role not in ROLES:
-        found = repr(role)[:40] if isinstance(role, str) else json_name(role)
-        raise RowError(f"a message has the role {found}; expected one of {', '.join(ROLES)}")
-    content = _text(value.get("content"), f"content of a message ({role})")
-    if role == "assistant" and not content.strip():
-        raise RowError("an assistant message is empty")
-    return Message(cast("Role", role), content)
+def _format_of(value: Mapping[str, Any], data_format: DataFormat | Auto) -> DataFormat:
+    if data_format == "auto":
+        return detect_format(value)
+    if missing := [column for column in _SIGNS[data_format] if column not in value]:
+        names = ", ".join(f"`{column}`" for column in missing)
+        raise RowError(f"no {names}, which data_format {data_format} needs: {_found(value)}")
+    return data_format
 
 
-def _refuse_what_would_be_lost(message: Mapping[str, Any]) -> None:
-    """Tool calls, weights and the like change what should be trained: never drop them unsaid."""
-    others = sorted(key for key in message if key not in ("role", "content"))
-    if unread := [key for key in others if message[key] is not None]:
-        raise RowError(f"a message has {', '.join(unread[:5])}; expected role and content only")
+def _renamed(value: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row with the names of the format; what has none of them keeps its own."""
+    if not columns:
+        return value
+    for name, there in columns.items():
+        if there not in value:
+            raise RowError(f"no column `{there}`, named for {name} in `columns`: {_found(value)}")
+    taken = set(columns.values())
+    kept = {name: item for name, item in value.items() if name not in taken}
+    return kept | {name: value[there] for name, there in columns.items()}
 
 
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"{name} is {json_name(value)}; expected text")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:  # "\ud800" is valid JSON and no character
-            raise RowError(f"{name} holds half a surrogate pair, which is no character") from None
-    return value
+def _found(columns: Mapping[str, Any]) -> str:
+    return f"found the columns {', '.join(sorted(columns)[:8]) or 'none'}"
+
+
+def _text(value: Mapping[str, Any]) -> Text:
+    text = text_of(value["text"], "`text`")
+    if not text.strip():
+        raise RowError("`text` is empty")
+    return Text(text)
+
+
+def _tokens(value: Mapping[str, Any]) -> Tokens:
+    """Ids and labels of one length; what an attention mask hides at either end is cut off."""
+    ids, labels = _whole_numbers(value, "input_ids"), _whole_numbers(value, "labels")
+    if len(ids) != len(labels):
+        raise RowError("`input_ids` and `labels` are not of one length")
+    if (positions := value.get("position_ids")) is not None and positions != [*range(len(ids))]:
+        raise RowError("`position_ids` that do not count from 0: one row is one document")
+    if value.get("attention_mask") is not None:
+        seen = _whole_numbers(value, "attention_mask")
+        shown = bytes(bit == 1 for bit in seen)
+        if len(seen) != len(ids) or not set(seen) <= {0, 1} or b"\0" in shown.strip(b"\0"):
+            raise RowError("`attention_mask` is not as long as `input_ids`, ones, padding 0")
+        if any(label != _IGNORED for label, bit in zip(labels, seen, strict=True) if not bit):
+            raise RowError("`labels` count tokens that `attention_mask` hides")
+        ids, labels = list(compress(ids, seen)), list(compress(labels, seen))
+    if min(ids, default=0) < 0:
+        raise RowError("`input_ids` has a negative number")
+    if not ids:
+        raise RowError("`input_ids` is empty")
+    supervised = tuple(label != _IGNORED for label in labels)
+    if any(label != token for token, label in compress(zip(ids, labels, strict=True), supervised)):
+        raise RowError(f"`labels` are neither {_IGNORED} nor the ids (not shifted by one)")
+    return Tokens(tuple(ids), supervised)
+
+
+def _whole_numbers(value: Mapping[str, Any], column: str) -> list[int]:
+    found = value[column]
+    if not isinstance(found, list):
+        raise RowError(f"`{column}` is {json_name(found)}; expected a list of whole numbers")
+    for item in found:
+        if type(item) is not int:
+            raise RowError(f"`{column}` holds {json_name(item)}; expected whole numbers")
+    return found

@@ -1,207 +1,175 @@
 """Rows of the run file -> the prepared data set in the run folder, with its audit.
 
 One process runs `prepare`; any number may read what it leaves. Tokenising imports transformers,
-and only where there is something to do; `check_rows` imports neither it nor torch.
+and only where there is something to do; checking rows imports neither it nor torch.
 """
 
-import hashlib
 import json
-import logging
 import re
 import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline.config.settings import RunSettings
-from pipeline.data.audit import Tally, make_audit
-from pipeline.data.chat import Document, Encoder, load_tokenizer
-from pipeline.data.formats import Example, RowError, to_example
-from pipeline.data.prepared import INDEX, DataIndex, SplitIndex, read_digests, read_published
-from pipeline.data.sources import BadRow, Row, data_files, read_rows
-from pipeline.data.writing import REJECTS, SplitWriter, write_json, write_text
+from pipeline.data.audit import Tally
+from pipeline.data.formats import Example
+from pipeline.data.keys import Fingerprints, split_keys
+from pipeline.data.making import digest, parsed_example, reject_of
+from pipeline.data.prepared import INDEX, DataIndex, SplitIndex, read_column, read_published
+from pipeline.data.sources import Source, lines, require_apart, resolve
+from pipeline.data.splits import Job, Making, refuse
+from pipeline.data.writing import REJECTS, SplitWriter, is_abandoned, join_files, write_json
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_FORMAT = 1  # of the prepared files and of how documents are made: raise it when either changes
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "*chat_template*",
-    "additional_chat_templates/*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-)
-_SPLIT_FOLDER = re.compile(r"(train|eval)-[0-9a-f]{16}|\.(train|eval)-[0-9a-f]{16}\.tmp")
-_ROWS_A_LOG_LINE = 20_000
-_log = logging.getLogger(__name__)
+_FIRST_ROWS = 2000  # of each source: checked before anything is loaded
+_Indexed = tuple[SplitIndex, dict[str, Any]]  # a split's index and audit
+_SPLIT_FOLDER = re.compile(r"(train|eval)-[0-9a-f]{16}")
 
 
-def check_rows(settings: RunSettings) -> None:
-    """Parse every row of training and held-out data; UserError for more bad ones than allowed."""
-    for split, files in _files(settings).items():
-        tally = Tally()
-        for row in read_rows(files):
-            tally.read += 1
-            parsed = _parse(row)
-            if isinstance(parsed, str):
-                tally.reject(row.file, row.line, parsed)
-        tally.judge(f"{split}_data", settings.max_rejected)
+def check_rows(settings: RunSettings, first: int | None = None) -> None:
+    """Parse rows of training and held-out data; UserError for more bad ones than allowed.
+
+    With `first` only so many rows of each source, unless more of them are bad than allowed: a
+    beginning says too little to refuse the whole, so then all are parsed.
+    """
+    for key, sources in _sources(settings).items():
+        found, is_whole = _checked(settings, sources, first)
+        rejected = found.reasons.total()
+        if is_whole or rejected > settings.max_rejected * found.read or not found.used:
+            whole = found if is_whole else _checked(settings, sources, None)[0]
+            whole.judge(key, settings.max_rejected)
+
+
+def check_first_rows(settings: RunSettings) -> None:
+    """`check_rows` in a fraction of a second; what it does not see, `prepare` does."""
+    check_rows(settings, _FIRST_ROWS)
 
 
 def train_key(settings: RunSettings) -> str:
-    """Key that the prepared training data has, or would have; reads the files' content."""
-    return _key(settings, _files(settings)["train"], None)
+    """Key that the prepared training data has, or would have."""
+    fingerprints = Fingerprints(Path(settings.output_dir) / "data")
+    return _jobs(settings, fingerprints, None)[0].keys["train"]
 
 
-def prepare(settings: RunSettings, data_dir: Path, limit: int | None = None) -> DataIndex:
-    """Make the prepared data set in `data_dir`, or find it there; `limit`: documents a split.
+def prepare(
+    settings: RunSettings,
+    data_dir: Path,
+    limit: int | None = None,
+    *,
+    processes: int | None = None,
+) -> DataIndex:
+    """Make the prepared data set in `data_dir`, or find it there; `limit`: rows used a split.
 
+    By default as many processes tokenise as pay; what is written is the same for any number.
     Raises UserError for bad data, a bad tokenizer or template; then what was there before stays.
     With a limit the share of bad rows is not judged: a few rows say nothing of it.
     """
-    files = _files(settings)
-    keys = {split: _key(settings, paths, limit) for split, paths in files.items()}
-    places = {split: data_dir / f"{split}-{key}" for split, key in keys.items()}
+    fingerprints = Fingerprints(data_dir)
+    jobs = _jobs(settings, fingerprints, limit)
     data_dir.mkdir(parents=True, exist_ok=True)
-    audits: dict[str, dict[str, Any]] = {}
-    indexes: dict[str, SplitIndex] = {}
     allowed = settings.max_rejected if limit is None else 1.0
-    tokenizer = None
-    writers: dict[str, SplitWriter] = {}
+    splits: dict[str, _Indexed] = {}
+    written: dict[str, SplitWriter] = {}
     with ExitStack() as stack:
-        for split, place in places.items():
-            if (found := read_published(place)) is not None:
-                indexes[split], audits[split] = found
-                earlier = Tally.of(audits[split], place / REJECTS)
-                earlier.judge(f"{split}_data", allowed)
+        # The held-out rows first, which are few: what is wrong with them is known sooner.
+        for job in reversed(jobs):
+            if (found := _found(job, data_dir, allowed)) is not None:
+                splits |= found
                 continue
-            if tokenizer is None:
-                tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
-            writers[split] = stack.enter_context(SplitWriter(place, keys[split]))
-            made = _SplitMaker(settings, tokenizer, writers[split])
-            made.read(files[split], limit)
-            made.tally.judge(f"{split}_data", allowed)
-            indexes[split], audits[split] = made.finish()
-        for split, writer in writers.items():
-            writer.publish(audits[split])
+            writers = {
+                split: stack.enter_context(SplitWriter(data_dir / f"{split}-{key}", key))
+                for split, key in job.keys.items()
+            }
+            making = Making(settings, job, writers, limit)
+            making.run(processes)
+            making.tally.judge(job.setting, allowed)
+            splits |= making.finish()
+            written |= writers
+        for split, writer in written.items():
+            writer.publish(splits[split][1])
+    indexes = {split: index for split, (index, _) in splits.items()}
     index = DataIndex(train=indexes["train"], eval=indexes.get("eval"))
-    if writers or not _is_current(data_dir, index):
-        _write_summary(data_dir, index, audits)
+    if written or not _is_current(data_dir, index):
+        _write_summary(data_dir, index, {split: audit for split, (_, audit) in splits.items()})
+    fingerprints.save()
     _remove_others(data_dir, index)
     return index
 
 
-class _SplitMaker:
-    """Rows of one split -> its writer."""
-
-    def __init__(
-        self, settings: RunSettings, tokenizer: "PreTrainedTokenizerBase", writer: SplitWriter
-    ) -> None:
-        self.tally = Tally()
-        self._settings, self._writer = settings, writer
-        self._encoder = Encoder(tokenizer, settings)
-        self._truncated_rows = self._tokens_lost = 0
-
-    def read(self, files: list[Path], limit: int | None) -> None:
-        for row in read_rows(files):
-            self.tally.read += 1
-            reason = self._add(row)
-            if reason is not None:
-                rejected = self.tally.reject(row.file, row.line, reason)
-                line = json.dumps(asdict(rejected), ensure_ascii=False)
-                self._writer.rejects.write(f"{line}\n")
-            if self.tally.read % _ROWS_A_LOG_LINE == 0:
-                _log.info("%s: %d rows tokenised", row.file, self.tally.read)
-            if self.tally.used == limit:
-                return
-
-    def finish(self) -> tuple[SplitIndex, dict[str, Any]]:
-        index = self._writer.close()
-        digests = read_digests(self._writer.folder)
-        audit = make_audit(
-            self.tally,
-            index,
-            self._writer.lengths,
-            truncated_rows=self._truncated_rows,
-            tokens_lost=self._tokens_lost,
-            duplicate_rows=len(digests) - len(np.unique(digests)),
-        )
-        return index, audit
-
-    def _add(self, row: Row | BadRow) -> str | None:
-        """Write the row's document, or say why there is none."""
-        example = _parse(row)
-        if isinstance(example, str):
-            return example
-        try:
-            documents = self._encoder.encode(example)
-        except RowError as error:
-            return str(error)
-        length = self._settings.max_length
-        reasons = [self._add_document(document, length, _digest(example)) for document in documents]
-        return reasons[0] if all(reasons) else None
-
-    def _add_document(self, document: Document, length: int, digest: int) -> str | None:
-        kept = Document(document.ids[:length], document.supervised[:length])
-        if not any(kept.supervised):
-            return f"no supervised token within max_length ({length})"
-        lost = len(document.ids) - len(kept.ids)
-        self._truncated_rows += lost > 0
-        self._tokens_lost += lost
-        self._writer.add(kept.ids, kept.supervised, digest)
-        return None
+def eval_examples(settings: RunSettings, split: SplitIndex) -> Iterator[Example]:
+    """The held-out rows as they were before they became the documents of a prepared split."""
+    held_out = None
+    if settings.held_out is not None:
+        held_out = set(read_column(split.folder, "digests").tolist())
+    sources = settings.eval_sources if held_out is None else settings.train_sources
+    for source in resolve(sources, "eval_data"):
+        for line in lines(source):
+            _, example = parsed_example(line, settings)
+            if isinstance(example, str):
+                continue
+            if held_out is None or digest(example) in held_out:
+                yield example
 
 
-def _files(settings: RunSettings) -> dict[str, list[Path]]:
-    files = {"train": data_files(settings.train_sources, "train_data")}
+def _found(job: Job, data_dir: Path, max_rejected: float) -> dict[str, _Indexed] | None:
+    """The splits of a job where all are there already, judged again: the limit may be another."""
+    places = {split: data_dir / f"{split}-{key}" for split, key in job.keys.items()}
+    found: dict[str, _Indexed] = {}
+    for split, place in places.items():
+        if (published := read_published(place)) is None:
+            return None
+        found[split] = published
+    earlier = [audit for _, audit in found.values()]
+    Tally.of(earlier, [place / REJECTS for place in places.values()]).judge(
+        job.setting, max_rejected
+    )
+    return found
+
+
+def _sources(settings: RunSettings) -> dict[str, list[Source]]:
+    """By the name of the setting."""
+    found = {"train_data": resolve(settings.train_sources, "train_data")}
     if settings.eval_sources:
-        files["eval"] = data_files(settings.eval_sources, "eval_data")
-    return files
+        found["eval_data"] = resolve(settings.eval_sources, "eval_data")
+        require_apart(found["train_data"], found["eval_data"])
+    return found
 
 
-def _parse(row: Row | BadRow) -> Example | str:
-    """The row's example, or the reason why it has none."""
-    if isinstance(row, BadRow):
-        return row.reason
-    try:
-        return to_example(row)
-    except RowError as error:
-        return str(error)
+def _jobs(settings: RunSettings, fingerprints: Fingerprints, limit: int | None) -> list[Job]:
+    jobs = []
+    for setting, sources in _sources(settings).items():
+        held_out = settings.held_out if setting == "train_data" else None
+        found = split_keys(settings, sources, fingerprints, held_out=held_out, limit=limit)
+        keys = {setting.removesuffix("_data"): found["rest"]}
+        if held_out is not None:
+            keys["eval"] = found["held_out"]
+        jobs.append(Job(setting=setting, sources=sources, keys=keys))
+    return jobs
 
 
-def _digest(example: Example) -> int:
-    """64 bits of an example: rows that differ in their spelling as JSON alone are the same."""
-    text = json.dumps(asdict(example), sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-
-
-def _key(settings: RunSettings, files: list[Path], limit: int | None) -> str:
-    """16 hex digits of all that the documents of a split are made from."""
-    model = Path(settings.model)
-    patterns = (*_TOKENIZER_FILES, *(["*.py"] if settings.trust_remote_code else []))
-    tokenizer = {path for pattern in patterns for path in model.glob(pattern) if path.is_file()}
-    made_from = {
-        "format": _FORMAT,
-        "data": [_sha256(path) for path in files],
-        "tokenizer": {str(p.relative_to(model)): _sha256(p) for p in sorted(tokenizer)},
-        "max_length": settings.max_length,
-        "train_on": settings.train_on,
-        "limit": limit,
-    }
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _checked(
+    settings: RunSettings, sources: Sequence[Source], first: int | None
+) -> tuple[Tally, bool]:
+    """Rows parsed, and whether they were all."""
+    tally, is_whole = Tally(), True
+    for source in sources:
+        left = lines(source)
+        for line in islice(left, first):
+            tally.read += 1
+            row, example = parsed_example(line, settings)
+            if not isinstance(example, str):
+                tally.used += 1
+                continue
+            reject = reject_of(row, example)
+            if settings.on_bad_row == "fail":
+                refuse(reject)
+            tally.reject(reject)
+        is_whole &= first is None or next(left, None) is None
+    return tally, is_whole
 
 
 def _is_current(data_dir: Path, index: DataIndex) -> bool:
@@ -217,18 +185,22 @@ def _is_current(data_dir: Path, index: DataIndex) -> bool:
 def _write_summary(data_dir: Path, index: DataIndex, audits: dict[str, dict[str, Any]]) -> None:
     """audit.json and rejects.jsonl of all splits, and last of all the index that names them."""
     if index.eval is not None:
-        known = read_digests(index.train.folder)
-        shared = np.isin(read_digests(index.eval.folder), known)
+        known = read_column(index.train.folder, "digests")
+        shared = np.isin(read_column(index.eval.folder, "digests"), known)
         audits["eval"] = {**audits["eval"], "rows_also_in_train": int(shared.sum())}
-    rejects = (split.folder / REJECTS for split in index.splits.values())
-    write_text(data_dir / REJECTS, "".join(path.read_text(encoding="utf-8") for path in rejects))
+    join_files(data_dir / REJECTS, [split.folder / REJECTS for split in index.splits.values()])
     write_json(data_dir / "audit.json", {split: audits[split] for split in index.splits})
     write_json(data_dir / INDEX, index.as_json())
 
 
 def _remove_others(data_dir: Path, index: DataIndex) -> None:
-    """Splits under older keys, and what a killed prepare left."""
+    """Splits under older keys, and what killed processes left."""
     current = {split.folder.name for split in index.splits.values()}
     for path in list(data_dir.iterdir()):
-        if _SPLIT_FOLDER.fullmatch(path.name) and path.name not in current:
-            shutil.rmtree(path)
+        is_older = _SPLIT_FOLDER.fullmatch(path.name) and path.name not in current
+        if not is_older and not is_abandoned(path):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,118 +1,172 @@
-"""Files named by the run file -> rows, line by line; a bad line is one bad row. No torch."""
+"""Sources named by the run file -> lines -> rows; a bad row is one bad row. No torch.
 
-import difflib
+`lines` only finds where rows lie, so that one process can feed many which `parse`.
+"""
+
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from pipeline.config.data_files import check_files, find_files, kind_of, open_data
+from pipeline.config.hub import HubSplit
 from pipeline.config.settings import DataSource
+from pipeline.data.csv_rows import csv_rows
+from pipeline.data.json_rows import is_line_by_line, line_rows, value_rows
+from pipeline.data.rows import BadRow, Line, Row, json_name
 from pipeline.errors import UserError
 
-MAX_ROW_BYTES = 16 * 2**20  # some 4 million tokens: no document, but a file that is not JSONL
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+__all__ = [
+    "BadRow",
+    "Line",
+    "Row",
+    "Source",
+    "json_name",
+    "kind_of",
+    "lines",
+    "parse",
+    "read_rows",
+    "require_apart",
+    "resolve",
+]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line that holds a JSON object."""
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A source of the run file and its files, in the order in which they are read.
 
-    file: Path
-    line: int
-    value: dict[str, Any]
+    `name`: as in the run file; of a hub data set with its commit.
+    """
 
-
-@dataclass(frozen=True)
-class BadRow:
-    """A line that does not; `reason` holds nothing of the line itself, so that reasons count."""
-
-    file: Path
-    line: int
-    reason: str
+    name: str
+    files: tuple[Path, ...]
+    weight: float = 1.0
+    limit: int | None = None
 
 
-def data_files(sources: Sequence[DataSource], key: str) -> list[Path]:
-    """The files of a setting, each there and not empty; else UserError that names the key."""
-    files = [Path(source.path) for source in sources]
-    if not files:
-        raise UserError(f"{key}: names no file; give a JSONL file or a list of them")
-    for file in files:
-        _check_file(file, key)
-    return files
+def resolve(sources: Sequence[DataSource], key: str) -> list[Source]:
+    """The sources of a setting with their files, each there and readable.
+
+    Raises UserError that names the key. Nothing is fetched.
+    """
+    if not sources:
+        raise UserError(f"{key}: names no data; give a file, a folder, a glob or a list of them")
+    return [_resolved(source, key) for source in sources]
 
 
-def read_rows(files: Sequence[Path]) -> Iterator[Row | BadRow]:
-    """Every line of every file but the blank ones, in order; lines count from 1."""
-    for file in files:
-        with file.open("rb") as stream:
-            yield from _rows_of(file, stream)
+def require_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:
+    """Raise UserError where a file is in both, as when one is in the other's folder."""
+    trained = {file.resolve(): source.name for source in train for file in source.files}
+    for source in held_out:
+        for file in source.files:
+            if (name := trained.get(file.resolve())) is not None:
+                raise UserError(
+                    f"eval_data: {file} is also in train_data ({name}); name files that are apart, "
+                    "or hold out a share of the rows, such as eval_data: 0.05"
+                )
 
 
-def json_name(value: object) -> str:
-    """What a JSON value is, in the words of a message."""
-    if value is None:
-        return "null"
-    return _JSON_NAMES.get(type(value), "a number")
+def lines(source: Source) -> Iterator[Line]:
+    """The source's lines in order, no more than its limit; blank ones are none.
+
+    Raises UserError where a file is damaged so that what follows cannot be read.
+    """
+    every = (line for file in source.files for line in _lines_of(file))
+    return islice(every, source.limit)
 
 
-def _rows_of(file: Path, stream: BinaryIO) -> Iterator[Row | BadRow]:
+def parse(line: Line) -> Row | BadRow:
+    """The row of a line, or why it has none."""
+    file, number, offset, content, fault = line
+    if fault:
+        return BadRow(file, number, fault, offset)
+    if isinstance(content, dict):
+        columns = {name: _without_none(value) for name, value in content.items()}
+        return Row(file, number, columns, offset)
+    found = _parsed(content)
+    if isinstance(found, str):
+        return BadRow(file, number, found, offset)
+    return Row(file, number, found, offset)
+
+
+def read_rows(sources: Iterable[Source]) -> Iterator[Row | BadRow]:
+    """Every row of the sources in order, in this process."""
+    return (parse(line) for source in sources for line in lines(source))
+
+
+def _resolved(source: DataSource, key: str) -> Source:
+    name = source.path
+    split = None if Path(name).exists() else HubSplit.parse(name)
+    if split is None:
+        files = find_files(name, key)
+    else:
+        from pipeline.data.hub import split_files
+
+        files = split_files(split, key)
+        check_files(files, name, key)
+        snapshot = split.snapshot()
+        assert snapshot is not None
+        name = f"{split.name}@{snapshot.name}:{split.split}"
+    return Source(name=name, files=tuple(files), weight=source.weight, limit=source.limit)
+
+
+def _lines_of(file: Path) -> Iterator[Line]:
     number = 0
-    while line := stream.readline(MAX_ROW_BYTES + 1):
-        number += 1
-        if len(line) > MAX_ROW_BYTES:
-            _skip_line(stream, line)
-            yield BadRow(file, number, f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB")
-            continue
-        if number == 1:
-            line = line.removeprefix(_BYTE_ORDER_MARK)
-        if line.strip():
-            yield _parsed(file, number, line)
-
-
-def _skip_line(stream: BinaryIO, chunk: bytes) -> None:
-    while chunk and not chunk.endswith(b"\n"):
-        chunk = stream.readline(MAX_ROW_BYTES)
-
-
-def _parsed(file: Path, number: int, line: bytes) -> Row | BadRow:
     try:
-        value = json.loads(line.decode("utf-8"))
+        kind = kind_of(file)
+        if kind == "parquet" or kind == "arrow":
+            from pipeline.data.tables import table_rows
+
+            yield from table_rows(file, kind)
+            return
+        if kind == "json":
+            with open_data(file) as stream:
+                kind = "jsonl" if is_line_by_line(stream) else "json"
+        read = {"jsonl": line_rows, "json": value_rows, "csv": csv_rows}[kind]
+        with open_data(file) as stream:
+            for line in read(file, stream):
+                number = line.number
+                yield line
+    except (OSError, EOFError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise UserError(f"{file}: damaged or cut off behind line {number}: {said}") from None
+
+
+def _parsed(content: bytes) -> dict[str, Any] | str:
+    """The object, or why there is none."""
+    try:
+        value = _DECODER.decode(content.decode("utf-8"))
     except UnicodeDecodeError:
-        return BadRow(file, number, "not valid UTF-8")
+        return "not valid UTF-8"
     except json.JSONDecodeError as error:
         said = error.msg.removesuffix(" at").removesuffix(" starting")
-        return BadRow(file, number, f"not valid JSON: {said}")
+        return f"not valid JSON: {said}"
+    except _TwiceError:
+        return "not valid JSON: a key is there twice"
     except (ValueError, RecursionError):  # a number of thousands of digits; nesting without end
-        return BadRow(file, number, "not valid JSON: nested too deep or a number too long")
-    if not isinstance(value, dict):
-        return BadRow(file, number, f"expected a JSON object, found {json_name(value)}")
-    return Row(file, number, value)
+        return "not valid JSON: nested too deep or a number too long"
+    return value if isinstance(value, dict) else f"expected a JSON object, found {json_name(value)}"
 
 
-def _check_file(file: Path, key: str) -> None:
-    if file.is_dir():
-        near = sorted(path.name for path in file.glob("*.jsonl"))[:3]
-        raise UserError(f"{key}: {file} is a folder; name a file{_of(near, 'it holds')}")
-    if not file.exists():
-        raise UserError(f"{key}: {file}: no such file{_nearby(file)}")
-    try:
-        with file.open("rb") as stream:
-            is_empty = not stream.read(1)
-    except OSError as error:
-        raise UserError(f"{key}: {file}: cannot be read: {error.strerror}") from None
-    if is_empty:
-        raise UserError(f"{key}: {file} is empty; expected one JSON object on each line")
+class _TwiceError(ValueError):
+    pass
 
 
-def _nearby(file: Path) -> str:
-    if not file.parent.is_dir():
-        return f"; there is no folder {file.parent} either"
-    names = [path.name for path in file.parent.iterdir() if path.is_file()]
-    near = difflib.get_close_matches(file.name, names, n=3)
-    return _of(near or sorted(name for name in names if name.endswith(".jsonl"))[:3], "there is")
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object; json by itself would leave out all but the last value of a key, unsaid."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _TwiceError
+    return found
 
 
-def _of(names: Sequence[str], verb: str) -> str:
-    return f"; {verb} {', '.join(names)}" if names else ""
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_twins)
+
+
+def _without_none(value: Any) -> Any:
+    """A table's value without the keys that only other rows have: Arrow writes them as null."""
+    if isinstance(value, dict):
+        return {k: _without_none(item) for k, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value

@@ -16,9 +16,9 @@ from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
 from pipeline.data.batches import Batch
 from pipeline.data.chat import Encoder, load_tokenizer
-from pipeline.data.formats import RowError, to_example
-from pipeline.data.prepared import DataIndex, Split, open_split
-from pipeline.data.sources import Row, data_files, read_rows
+from pipeline.data.formats import RowError
+from pipeline.data.prepare import eval_examples
+from pipeline.data.prepared import DataIndex, Split, SplitIndex, open_split
 from pipeline.errors import UserError
 from pipeline.evaluate.generate import Question, exact_match, greedy_answers, question
 from pipeline.evaluate.heldout import held_out_loss
@@ -45,10 +45,9 @@ def score_run(run_folder: Path, settings: RunSettings, rows: int) -> dict[str, A
     plan = _one_process(settings)
     session = Session(Placement(), plan.hardware)
     tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
-    encoder = Encoder(tokenizer, settings)
-    questions = _questions(settings, encoder, rows)
     eval_index = DataIndex.load(run_folder / "data").eval
     assert eval_index is not None
+    questions = _questions(settings, eval_index, Encoder(tokenizer, settings), rows)
     split = open_split(eval_index)
     longest = max(len(tokenizer(q.expected, add_special_tokens=False).input_ids) for q in questions)
     max_new_tokens = longest + _SPARE_TOKENS
@@ -113,16 +112,17 @@ def _one_process(settings: RunSettings) -> Plan:
     return make_plan(alone, read_shape(settings.model), roomy, nodes=1, ranks_per_node=1)
 
 
-def _questions(settings: RunSettings, encoder: Encoder, rows: int) -> list[Question]:
+def _questions(
+    settings: RunSettings, split: SplitIndex, encoder: Encoder, rows: int
+) -> list[Question]:
     found: list[Question] = []
-    for row in read_rows(data_files(settings.eval_sources, "eval_data")):
+    for example in eval_examples(settings, split):
         if len(found) == rows:
             break
-        if isinstance(row, Row):
-            try:
-                found.append(question(to_example(row), encoder))
-            except RowError:
-                continue  # rejected and counted when the data was prepared
+        try:
+            found.append(question(example, encoder))
+        except RowError:
+            continue  # rejected and counted when the data was prepared
     if not found:
         raise UserError("eval_data: no usable row")
     return found

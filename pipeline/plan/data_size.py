@@ -1,19 +1,15 @@
 """DataSize: how much there is to train on; before prepare has run, estimated from a sample."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pipeline.config.settings import RunSettings
+from pipeline.config.data_files import find_files
+from pipeline.config.settings import DataSource, RunSettings
+from pipeline.errors import UserError
+from pipeline.plan.data_sample import Sample, read_sample
 
 SAMPLE_BYTES = 1_000_000
-# UTF-8 bytes of content for each token. The quickstart's rows, half of them JSON, have 3.2 with a
-# vocabulary of 49 152; plain English has more, code and most other languages less. An assumption.
-BYTES_PER_TOKEN = 3.5
-# What a chat template adds to a message: role, markers and newline (5.3 in the quickstart).
-_TOKENS_PER_MESSAGE = 5
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MAX_FILES = 64  # of a source: the others are taken to be like these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +17,14 @@ class DataSize:
     """Documents of an epoch and their tokens, cut to `max_length`, without padding.
 
     `longest`: tokens of the longest one, None where not all of them have been seen. `is_exact`:
-    counted by prepare rather than estimated.
+    counted by prepare rather than estimated. `sequences` of an epoch, None before prepare.
     """
 
     documents: int
     tokens: int
     longest: int | None
     is_exact: bool
+    sequences: int | None = None
 
     @property
     def mean_tokens(self) -> float:
@@ -35,83 +32,67 @@ class DataSize:
         return self.tokens / self.documents
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sample:
-    """Rows in the first lines of a file and their tokens; the lines are this share of its bytes."""
-
-    tokens: list[int]
-    share: float
-
-
 def estimate(settings: RunSettings) -> DataSize | None:
     """Estimate from the beginnings of the training files, SAMPLE_BYTES in all; no error.
 
-    None where a file cannot be read or no row is found in the sample. Rows of files that are read
-    whole are counted; their tokens are estimates all the same. Rows that prepare would refuse for
-    what their contents are count too.
+    None where a file cannot be read, no row is found in the sample, or a source is on the hub.
+    Rows of files that are read whole are counted; their tokens are estimates all the same. Rows
+    that prepare would refuse for what their contents are count too; `split_turns` does not.
     """
-    files = [Path(source.path) for source in settings.train_sources]
     try:
-        if not all(file.is_file() for file in files):
-            return None
-        samples = [sample for sample in _samples(files, settings.max_length) if sample.tokens]
-    except (OSError, ValueError):  # ValueError: no file has such a name
+        files = [find_files(source.path, "train_data") for source in settings.train_sources]
+        samples = _samples(files, settings)
+        parts = [
+            _part(source, source_files, samples)
+            for source, source_files in zip(settings.train_sources, files, strict=True)
+        ]
+    except (OSError, EOFError, ValueError, UserError):  # ValueError: no file has such a name
         return None
-    if not samples:
+    documents = sum(part[0] for part in parts)
+    kept = _kept_share(settings, documents)
+    if round(documents * kept) < 1:
         return None
-    documents = round(sum(len(sample.tokens) / sample.share for sample in samples))
-    tokens = round(sum(sum(sample.tokens) / sample.share for sample in samples))
-    is_whole = all(sample.share == 1 for sample in samples)
-    longest = max(count for sample in samples for count in sample.tokens) if is_whole else None
-    return DataSize(documents=documents, tokens=tokens, longest=longest, is_exact=False)
+    is_whole = all(file in samples and samples[file].share == 1 for each in files for file in each)
+    counted = [count for sample in samples.values() for count in sample.tokens]
+    return DataSize(
+        documents=round(documents * kept),
+        tokens=round(sum(part[1] for part in parts) * kept),
+        longest=max(counted) if is_whole else None,
+        is_exact=False,
+    )
 
 
-def _samples(files: list[Path], max_length: int) -> list[_Sample]:
+def _samples(files: list[list[Path]], settings: RunSettings) -> dict[Path, Sample]:
     """A sample of each file: all of the small ones, an equal part of the rest."""
-    sizes = {file: file.stat().st_size for file in files}
-    left, samples = SAMPLE_BYTES, []
-    by_size = sorted(files, key=lambda file: sizes[file])
+    chosen = {file for each in files for file in each[:: 1 + (len(each) - 1) // _MAX_FILES]}
+    left, samples = SAMPLE_BYTES, {}
+    by_size = sorted(chosen, key=lambda file: (file.stat().st_size, file))
     for index, file in enumerate(by_size):
-        allowed = left // (len(by_size) - index)
-        with file.open("rb") as stream:
-            read = stream.read(allowed)
-        left -= len(read)
-        samples.append(_sample(read, sizes[file], max_length))
+        samples[file] = read_sample(file, left // (len(by_size) - index), settings)
+        left -= samples[file].read_bytes
     return samples
 
 
-def _sample(read: bytes, size: int, max_length: int) -> _Sample:
-    """The rows of the whole lines that have been read."""
-    if len(read) < size:  # the last line is cut; where it is the only one, it counts as a row
-        end = read.rfind(b"\n") + 1
-        if not end:
-            return _Sample(tokens=[max_length] if read.strip() else [], share=len(read) / size)
-        read = read[:end]
-    lines = read.removeprefix(_BYTE_ORDER_MARK).split(b"\n")
-    counts = (_tokens(line) for line in lines)
-    tokens = [min(count, max_length) for count in counts if count]
-    return _Sample(tokens=tokens, share=len(read) / size if size else 1.0)
+def _part(
+    source: DataSource, files: list[Path], samples: dict[Path, Sample]
+) -> tuple[float, float]:
+    """Documents of a source in an epoch, and their tokens."""
+    seen = [file for file in files if file in samples]
+    scale = _size(files) / _size(seen)
+    found = [samples[file] for file in seen if samples[file].tokens]
+    documents = scale * sum(len(sample.tokens) / sample.share for sample in found)
+    tokens = scale * sum(sum(sample.tokens) / sample.share for sample in found)
+    taken = 1.0 if source.limit is None else min(1.0, source.limit / max(documents, 1))
+    return documents * taken * source.weight, tokens * taken * source.weight
 
 
-def _tokens(line: bytes) -> int:
-    """Tokens of the row in this line, 0 where it holds none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return 0
-    contents = _contents(row) if isinstance(row, dict) else []
-    if not contents:
-        return 0
-    template = _TOKENS_PER_MESSAGE * len(contents) if "messages" in row else 0
-    num_bytes = sum(len(content.encode("utf-8", "replace")) for content in contents)
-    return max(1, round(num_bytes / BYTES_PER_TOKEN)) + template
+def _size(files: list[Path]) -> int:
+    return max(1, sum(file.stat().st_size for file in files))
 
 
-def _contents(row: dict[str, Any]) -> list[str]:
-    """Texts of the row's messages, or of its prompt and completion."""
-    messages = row.get("messages")
-    if isinstance(messages, list):
-        found = [message.get("content") for message in messages if isinstance(message, dict)]
-        return [content for content in found if isinstance(content, str)]
-    pair = [row.get("prompt"), row.get("completion")]
-    return [text for text in pair if isinstance(text, str)] if None not in pair else []
+def _kept_share(settings: RunSettings, documents: float) -> float:
+    """Share of the documents that is not held out."""
+    held_out = settings.held_out
+    if held_out is None:
+        return 1.0
+    return 1 - (held_out if isinstance(held_out, float) else min(1.0, held_out / max(documents, 1)))

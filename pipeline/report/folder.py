@@ -6,6 +6,7 @@ A file that is missing or cannot be read becomes an entry of `problems`, never a
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 from pipeline.errors import UserError
 
 Record = Mapping[str, Any]
+_FIRST_LINES = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class RunFolder:
     plan: Record
     score: Record
     audit: Record
+    rejects: list[str]
     steps: list[Record]
     evals: list[Record]
     problems: Mapping[str, str]
@@ -55,6 +58,7 @@ def read_run_folder(folder: Path) -> RunFolder:
         plan=_read(folder, "plan.json", problems),
         score=_read(folder, "score.json", problems),
         audit=_read(folder, "data/audit.json", problems),
+        rejects=_first_lines(folder / "data/rejects.jsonl"),
         steps=steps,
         evals=evals,
         problems=problems,
@@ -86,6 +90,15 @@ def _read(folder: Path, file: str, problems: dict[str, str]) -> Record:
         problems[file] = f"{file} cannot be read: it does not hold a mapping."
         return {}
     return content
+
+
+def _first_lines(path: Path) -> list[str]:
+    """The beginning of a file that may be long, or none; without it the counts are there still."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            return list(islice(lines, _FIRST_LINES))
+    except OSError:
+        return []
 
 
 def _read_metrics(folder: Path, problems: dict[str, str]) -> tuple[list[Record], list[Record]]:

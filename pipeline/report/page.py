@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline import __version__
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.report import text
+from pipeline.report import data_audit, text
 from pipeline.report.folder import RunFolder, mapping, number, read_run_folder
 from pipeline.report.headline import MODELS, method, model_name, tiles
 from pipeline.report.plots import NARROW, line_curve, loss_curve, smoothing_window
@@ -75,7 +75,10 @@ def _render(run: RunFolder) -> str:
         choices=_choices(run),
         memory=_memory(run),
         rules=_rules(run),
-        audit=_audit(run),
+        audit=data_audit.numbers(run.audit),
+        split_audits=data_audit.split_audits(run.audit),
+        source_columns=data_audit.source_columns(),
+        rejects=data_audit.first_rejects(run),
         settings=[(key, value, _is_default(key, value)) for key, value in run.settings.items()],
         version=__version__,
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -196,23 +199,6 @@ def _memory(run: RunFolder) -> Mapping[str, Any] | None:
         "share": None if not device else text.share(peak / device),
         "fits": memory.get("fits"),
     }
-
-
-def _audit(run: RunFolder) -> Mapping[str, Any] | None:
-    """One column a split where every entry is a mapping, else one column of values."""
-    audit = run.audit
-    while len(audit) == 1 and isinstance(inner := next(iter(audit.values())), dict):
-        if not all(isinstance(value, dict) for value in inner.values()):
-            break
-        audit = inner
-    if not audit:
-        return None
-    is_split = all(isinstance(value, dict) for value in audit.values())
-    columns = audit if is_split else {"": audit}
-    flat = {name: dict(text.flat(values)) for name, values in columns.items()}
-    keys = dict.fromkeys(key for values in flat.values() for key in values)
-    rows = [(key, [values.get(key, "") for values in flat.values()]) for key in keys]
-    return {"columns": list(flat), "rows": rows}
 
 
 def _is_default(key: str, value: Any) -> bool:

@@ -11,7 +11,7 @@ from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
 from pipeline.data.audit import audit_line
-from pipeline.data.prepare import check_rows, prepare
+from pipeline.data.prepare import check_first_rows, prepare
 from pipeline.data.prepared import DataIndex, open_split
 from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.model.fingerprint import base_fingerprint
@@ -95,12 +95,14 @@ def _run_together(
 
     def begin() -> dict[str, Any]:
         found = look(folder, plan, is_debug=is_debug)
+        data: dict[str, Any] = {}
         if found != "done":
             with stops.raising():  # it may take hours, and does nothing twice
-                check_rows(settings)
-                prepare(settings, folder / "data", _DEBUG_ROWS if is_debug else None)
+                check_first_rows(settings)
+                limit = _DEBUG_ROWS if is_debug else None
+                data = prepare(settings, folder / "data", limit).as_json()
             open_run(folder, plan, found)  # nothing can be wrong any more with the input
-        return {"start": found, "plan": _agreed(plan)}
+        return {"start": found, "plan": _agreed(plan), "data": data}
 
     begun = session.rank_zero_first(begin)
     if begun["start"] == "done":
@@ -112,10 +114,13 @@ def _run_together(
             "have the same devices, memory, run file and packages"
         )
     status = RunStatus(folder / "status.json") if session.is_rank_zero else None
+    # Not what index.json says: another machine may still see the one before, or one that somebody
+    # has prepared since.
+    index = DataIndex.from_json(begun["data"], folder / "data")
     _owned(
         status,
         lambda: _prepare_and_train(
-            plan, session, status, stops, pulse, last_word, say, is_debug=is_debug
+            plan, index, session, status, stops, pulse, last_word, say, is_debug=is_debug
         ),
     )
 
@@ -147,6 +152,7 @@ def _owned(status: RunStatus | None, work: Callable[[], None]) -> None:
 
 def _prepare_and_train(
     plan: Plan,
+    index: DataIndex,
     session: Session,
     status: RunStatus | None,
     stops: StopRequests,
@@ -157,7 +163,6 @@ def _prepare_and_train(
     is_debug: bool,
 ) -> None:
     settings, folder = plan.settings, Path(plan.settings.output_dir)
-    index = DataIndex.load(folder / "data")
     plan = plan.with_data(index.train.size)
     say(plan_text(plan))
     if status is not None:

@@ -1,9 +1,11 @@
 """Agreements, sums and work on rank 0, on real ranks."""
 
 import time
+from datetime import timedelta
 
 import pytest
 
+from pipeline.cluster import session as session_module
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
 from pipeline.errors import UserError
@@ -35,6 +37,16 @@ def first(session):
 
 def test_rank_zero_works_and_all_have_the_result(tmp_path):
     assert run_ranks(first, tmp_path=tmp_path) == [({"answer": 42, "by": 0}, None)] * 2
+
+
+def first_after_many_waits(session):
+    session_module._ONE_WAIT = timedelta(milliseconds=50)
+    return first(session)
+
+
+def test_no_time_out_ends_the_wait_for_rank_zero(tmp_path):
+    results = run_ranks(first_after_many_waits, tmp_path=tmp_path)
+    assert results == [({"answer": 42, "by": 0}, None)] * 2
 
 
 def fail(session):

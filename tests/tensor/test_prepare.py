@@ -1,21 +1,27 @@
+import hashlib
 import json
+import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from pipeline.config.settings import RunSettings
+from pipeline.data import keys, splits
 from pipeline.data import prepare as module
 from pipeline.data.chat import Encoder, load_tokenizer
 from pipeline.data.formats import to_example
-from pipeline.data.prepare import check_rows, prepare
+from pipeline.data.prepare import check_first_rows, check_rows, prepare, train_key
 from pipeline.data.prepared import DataIndex, open_split
-from pipeline.data.sources import read_rows
-from pipeline.errors import UserError
+from pipeline.data.sources import read_rows, resolve
+from pipeline.data.writing import SplitWriter
+from pipeline.errors import RankZeroError, UserError
 from tests.tiny import CHATML, make_rows, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +77,7 @@ def row(answer, question="q"):
 def test_documents_are_those_of_encode(run):
     split = open_split(run.prepare(max_length=100).train)
     encoder = Encoder(load_tokenizer(run.folder / "model"), run.settings())
-    rows = list(read_rows([run.train]))
+    rows = list(read_rows(resolve(run.settings().train_sources, "train_data")))
     assert len(split) == len(rows) == 24
     for i, source in enumerate(rows):
         (expected,) = encoder.encode(to_example(source))
@@ -120,7 +126,7 @@ def test_a_second_time_nothing_is_written(run, monkeypatch):
     def fail(*_):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(module, "load_tokenizer", fail)
+    monkeypatch.setattr(splits, "Maker", fail)
     assert run.prepare() == first
     assert run.everything() == before
 
@@ -165,14 +171,12 @@ def test_killed_half_way_nothing_half_written_is_used(run):
         "from pipeline.config.settings import RunSettings\n"
         "from pipeline.data import prepare\n"
         "from pipeline.data.writing import SplitWriter\n"
-        "add = SplitWriter.add\n"
-        "def add_or_die(self, *given):\n"
+        "def add_and_die(self, *given, add=SplitWriter.add):\n"
         "    add(self, *given)\n"
-        "    if len(self.lengths) == 20:\n"
-        "        for column in self._columns.values():\n"
-        "            column.stream.flush()\n"
-        "        os._exit(9)\n"
-        "SplitWriter.add = add_or_die\n"
+        "    for column in self._columns.values():\n"
+        "        column.stream.flush()\n"
+        "    os._exit(9)\n"
+        "SplitWriter.add = add_and_die\n"
         "settings = RunSettings.model_validate_json(sys.argv[1])\n"
         "prepare.prepare(settings, Path(sys.argv[2]))\n"
     )
@@ -226,7 +230,7 @@ def test_a_damaged_split_is_refused_by_readers_and_made_again_by_prepare(run):
 
 @pytest.mark.parametrize("check", ["rows", "prepare"])
 def test_more_bad_rows_than_allowed(run, check):
-    bad = ["{", "[]", "[]", row(" "), row(" "), row(" "), '{"text": "t"}']
+    bad = ["{", "[]", "[]", row(" "), row(" "), row(" "), '{"note": "t"}']
     run.append(*bad)
 
     def judge(**values):
@@ -316,8 +320,15 @@ def test_the_audit_adds_up(run):
     assert audit["supervised_tokens"] == split.supervised_counts.sum()
     share = audit["supervised_tokens"] / audit["tokens"]
     assert audit["supervised_share"] == pytest.approx(share, abs=1e-4)
-    middle = float(np.median(lengths))
-    assert audit["length"] == {"min": lengths.min(), "median": middle, "max": 128}
+    said = audit["length"]
+    assert (said["min"], said["max"]) == (lengths.min(), 128)
+    assert said["median"] == np.median(lengths)
+    histogram = said["histogram"]
+    assert sum(histogram["documents"]) == 27
+    for i, count in enumerate(histogram["documents"]):
+        first, width = i * histogram["width"], histogram["width"]
+        assert count == ((first <= lengths) & (lengths < first + width)).sum()
+    assert audit["end_of_turn_share"] == pytest.approx(26 / 27, abs=1e-4)
     tokenizer = load_tokenizer(run.folder / "model")
     whole = len(tokenizer.apply_chat_template(json.loads(long)["messages"])["input_ids"])
     assert (audit["truncated_rows"], audit["tokens_lost"]) == (1, whole - 128)
@@ -354,3 +365,346 @@ def test_the_script_shows_documents_and_the_audit(run):
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"{run.train}:25: ")
     assert "Traceback" not in refused.stderr
+
+
+def lines_of(path, rows):
+    path.write_text("".join(f"{line}\n" for line in rows))
+
+
+def long_rows(count=40):
+    """Rows of many lengths, some bad, some twice, some without an answer within 128 tokens."""
+    rows = [
+        row(f"answer {i} " * (1 + i % 9), question="q " * (1 + i * 7 % 70)) for i in range(count)
+    ]
+    return [*rows, "{", row(" "), rows[3], rows[7]]
+
+
+def content(data):
+    """Every published file but the host's own memory of hashes, by name."""
+    return {
+        str(path.relative_to(data)): path.read_bytes()
+        for path in sorted(data.rglob("*"))
+        if path.is_file() and path.name != "fingerprints.json"
+    }
+
+
+@pytest.mark.parametrize(("processes", "over_length"), [(2, "truncate"), (3, "split")])
+def test_what_is_written_does_not_depend_on_the_number_of_processes(
+    run, monkeypatch, processes, over_length
+):
+    lines_of(run.train, long_rows(300))
+    monkeypatch.setattr(splits, "_PIECE_ROWS", 7)
+    values = {"max_length": 128, "over_length": over_length, "max_rejected": 0.9}
+    settings = run.settings(eval_data=0.1, **values)
+    alone, together = run.folder / "alone", run.folder / "together"
+    prepare(settings, alone, processes=1)
+    prepare(settings, together, processes=processes)
+    assert content(alone) == content(together)
+    assert any(name.startswith("eval-") for name in content(alone))
+
+
+def test_an_error_of_a_process_is_the_users(run):
+    template = run.folder / "model" / "chat_template.jinja"
+    template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    with pytest.raises(UserError, match="never learn to stop"):
+        prepare(run.settings(), run.data, processes=2)
+    assert not list(run.data.iterdir())
+
+
+def test_a_process_that_is_killed_is_said(run, monkeypatch):
+    monkeypatch.setattr(splits, "Maker", Killed)
+    with pytest.raises(RankZeroError, match="memory") as raised:
+        prepare(run.settings(), run.data, processes=2)
+    assert raised.value.exit_code == 1
+    assert not list(run.data.iterdir())
+
+
+class Killed:
+    """A worker that the kernel ends."""
+
+    def __init__(self, settings, threshold):
+        pass
+
+    def __call__(self, piece):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_no_process_is_left_behind_when_the_main_one_is_killed(run):
+    code = (
+        "import os, sys, signal, psutil\n"
+        "from pathlib import Path\n"
+        "from pipeline.config.settings import RunSettings\n"
+        "from pipeline.data import prepare\n"
+        "from pipeline.data.writing import SplitWriter\n"
+        "def add_and_die(self, *given):\n"
+        "    children = psutil.Process().children(recursive=True)\n"
+        "    print(*(child.pid for child in children), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "SplitWriter.add = add_and_die\n"
+        "settings = RunSettings.model_validate_json(sys.argv[1])\n"
+        "if __name__ == '__main__':\n"
+        "    prepare.prepare(settings, Path(sys.argv[2]), processes=2)\n"
+    )
+    command = [sys.executable, "-c", code, run.settings().model_dump_json(), str(run.data)]
+    killed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    children = [int(pid) for pid in killed.stdout.split()]
+    assert len(children) >= 2
+    left = [psutil.Process(pid) for pid in children if psutil.pid_exists(pid)]
+    assert psutil.wait_procs(left, timeout=20)[1] == []
+    run.prepare()
+    assert not [path for path in run.data.iterdir() if path.name.endswith(".tmp")]
+
+
+def documents_of(index):
+    split = open_split(index)
+    return [tuple(split.document(i)[0].tolist()) for i in range(len(split))]
+
+
+@pytest.mark.parametrize("held_out", [0.25, 12])
+def test_held_out_rows_are_chosen_by_content(run, held_out):
+    rows = [row(f"answer {i}") for i in range(60)]
+    lines_of(run.train, rows)
+    first = run.prepare(eval_data=held_out)
+    train, held = documents_of(first.train), documents_of(first.eval)
+    assert len(train) + len(held) == 60
+    assert not set(train) & set(held)
+    if held_out == 12:
+        assert len(held) == 12
+    else:
+        assert 5 < len(held) < 25
+    audits = [run.audit("train"), run.audit("eval")]
+    assert [audit["rows_used"] for audit in audits] == [len(train), len(held)]
+    # twice each, and in another order: the same rows are held out, and no row is in both
+    lines_of(run.train, [*reversed(rows), *rows])
+    again = run.prepare(eval_data=held_out if held_out == 0.25 else 24)
+    assert set(documents_of(again.eval)) == set(held)
+    assert set(documents_of(again.train)) == set(train)
+    assert run.audit("eval")["rows_also_in_train"] == 0
+    # more rows: what was held out by share stays so
+    lines_of(run.train, [*rows, *(row(f"new answer {i}") for i in range(60))])
+    more = run.prepare(eval_data=held_out)
+    kept = set(documents_of(more.eval)) & (set(held) | set(train))
+    assert kept == set(held) if held_out == 0.25 else kept <= set(held)
+
+
+def test_held_out_rows_are_read_in_a_debug_run_too(run):
+    index = run.prepare(limit=4, eval_data=0.1)
+    assert index.train.documents == 4
+    assert index.eval.documents >= 1
+    index = run.prepare(limit=4, eval_data=3)
+    assert index.train.documents == 4
+    assert 1 <= index.eval.documents <= 4
+
+
+def test_holding_out_nothing_or_everything_is_refused(run):
+    lines_of(run.train, [row("a"), row("b")])
+    with pytest.raises(UserError, match=r"eval_data: 2 leaves 0 documents to train on"):
+        run.prepare(eval_data=2)
+    lines_of(run.train, [row("a")] * 5)
+    with pytest.raises(UserError, match=r"leaves 5 documents to train on and holds out 0"):
+        run.prepare(eval_data=0.0001)
+    assert not list(run.data.iterdir())
+
+
+def test_bad_rows_are_judged_over_both_parts(run):
+    lines_of(run.train, [*(row(f"a {i}") for i in range(99)), "{"])
+    run.prepare(eval_data=0.1, max_rejected=0.01)
+    assert sum(run.audit()["rejected"].values()) == 1
+    assert run.audit("eval")["rejected"] == {}
+    assert run.audit()["rows_read"] + run.audit("eval")["rows_read"] == 100
+    with pytest.raises(UserError, match="1 of 100 rows"):
+        run.prepare(eval_data=0.1, max_rejected=0.009)
+
+
+@pytest.mark.parametrize("how", ["check", "prepare"])
+def test_the_first_bad_row_ends_it_where_the_run_file_says_so(run, how):
+    run.append("{", "[]")
+    settings = run.settings(on_bad_row="fail", max_rejected=1.0)
+    with pytest.raises(UserError, match=rf"{run.train}:25: not valid JSON.*on_bad_row"):
+        check_rows(settings) if how == "check" else prepare(settings, run.data)
+
+
+def test_the_beginning_is_checked_and_what_looks_bad_is_checked_whole(run, monkeypatch):
+    monkeypatch.setattr(module, "_FIRST_ROWS", 10)
+    lines_of(run.train, ["{"] * 3 + [row(f"a {i}") for i in range(297)])
+    check_first_rows(run.settings(max_rejected=0.01))  # 3 of 10, but no more than 3 of 300
+    with pytest.raises(UserError, match="3 of 300 rows"):
+        check_first_rows(run.settings(max_rejected=0.009))
+    lines_of(run.train, [*(row(f"a {i}") for i in range(30)), *["{"] * 30])
+    check_first_rows(run.settings(max_rejected=0.01))  # not seen here
+    with pytest.raises(UserError, match="30 of 60 rows"):
+        run.prepare(max_rejected=0.01)
+
+
+def over_length(run, how, **values):
+    lines_of(run.train, long_rows())
+    index = run.prepare(max_length=100, over_length=how, max_rejected=0.9, **values)
+    whole = prepare(run.settings(max_length=10_000, max_rejected=0.9), run.folder / "whole")
+    return open_split(index.train), open_split(whole.train)
+
+
+def test_truncated_documents_keep_a_supervised_token(run):
+    found, whole = over_length(run, "truncate")
+    late = sum(not whole.document(i)[1][:100].any() for i in range(len(whole)))
+    assert late > 0
+    assert len(found) == len(whole) - late
+    assert run.audit()["rejected"]["no supervised token within max_length (100)"] == late
+    assert found.lengths.max() == 100
+    assert found.supervised_counts.min() > 0
+
+
+def test_dropped_rows_are_counted_and_are_not_bad(run):
+    found, whole = over_length(run, "drop")
+    audit = run.audit()
+    fitting = int((whole.lengths <= 100).sum())
+    assert len(found) == audit["rows_used"] == fitting < len(whole)
+    assert audit["rows_dropped"] == len(whole) - fitting
+    assert sum(audit["rejected"].values()) == 2
+    assert audit["rows_read"] == audit["rows_used"] + audit["rows_dropped"] + 2
+    assert len(run.rejects()) == 2 + audit["rows_dropped"]
+    run.prepare(max_length=100, over_length="drop", max_rejected=0.05)  # 2 of 44
+    lines_of(run.train, [row("long " * 99)])
+    with pytest.raises(UserError, match="longer than max_length"):
+        run.prepare(max_length=100, over_length="drop")
+
+
+def test_split_documents_train_every_supervised_token_once(run):
+    found, whole = over_length(run, "split")
+    assert found.lengths.max() <= 100
+    assert found.supervised_counts.min() > 0
+    assert found.supervised_counts.sum() == whole.supervised_counts.sum()
+    pieces = iter(range(len(found)))
+    for i in range(len(whole)):
+        ids, supervised = whole.document(i)
+        start = 0
+        trained = np.zeros(len(ids), bool)
+        while start + 1 < len(ids) or start == 0:
+            here = slice(start, start + 100)
+            if supervised[here][1:].any():
+                piece, mask = found.document(next(pieces))
+                assert piece.tolist() == ids[here].tolist()
+                assert not mask[0]
+                assert not (trained[here] & mask).any()
+                trained[here] |= mask
+            start += 99
+        assert trained.tolist() == supervised.tolist()
+    assert next(pieces, None) is None
+    audit = run.audit()
+    assert audit["documents"] == len(found) > audit["rows_used"] == len(whole)
+    assert audit["duplicate_rows"] == 2
+    assert audit["split_rows"] > 0
+
+
+def test_a_long_document_is_refused_where_the_run_file_says_so(run):
+    lines_of(run.train, [row("short"), row("long " * 99)])
+    with pytest.raises(
+        UserError, match=rf"{run.train}:2: \d+ tokens, more than max_length \(100\)"
+    ):
+        run.prepare(max_length=100, over_length="fail")
+    run.prepare(max_length=600, over_length="fail")
+
+
+def test_every_source_is_accounted_for(run):
+    other = make_rows(run.folder / "other.jsonl", 10)
+    lines_of(run.train, [*(row(f"a {i}") for i in range(5)), "{"])
+    sources = [{"path": str(run.train), "weight": 0.5}, {"path": str(other), "limit": 4}]
+    index = run.prepare(train_data=sources, max_rejected=0.5).train
+    column = np.load(index.folder / "sources.npy")
+    assert column.dtype == np.int32
+    assert column.tolist() == [0] * 5 + [1] * 4
+    assert [(s.name, s.weight) for s in index.sources] == [(str(run.train), 0.5), (str(other), 1.0)]
+    assert [dict(s.formats) for s in index.sources] == [{"messages": 5}, {"messages": 4}]
+    audit = run.audit()
+    first, second = audit["sources"]
+    assert (first["rows_read"], first["rows_used"], first["rows_rejected"]) == (6, 5, 1)
+    assert (second["rows_read"], second["rows_used"], second["rows_rejected"]) == (4, 4, 0)
+    for key in ("documents", "tokens", "supervised_tokens", "rows_read", "rows_used"):
+        assert first[key] + second[key] == audit[key]
+    assert audit["formats"] == {"messages": 9}
+    assert DataIndex.load(run.data).train == index
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_who_comes_second_keeps_what_is_there(run, monkeypatch, damaged):
+    """Two processes that prepare the same at once, on a file system without locks."""
+    publish = SplitWriter.publish
+    quicker = []
+
+    def overtaken(self, audit):
+        if not quicker:
+            quicker.append(True)
+            there = run.folder / "elsewhere"
+            prepare(run.settings(), there)
+            for split in there.glob("*-*"):
+                shutil.copytree(split, run.data / split.name)
+                if damaged:
+                    (run.data / split.name / "ids.npy").write_bytes(b"")
+        publish(self, audit)
+
+    monkeypatch.setattr(SplitWriter, "publish", overtaken)
+    index = run.prepare()
+    assert quicker
+    assert len(open_split(index.train)) == 24
+    assert len(open_split(index.eval)) == 6
+    names = {path.name for path in run.data.iterdir()}
+    splits_there = {f"train-{index.train.key}", f"eval-{index.eval.key}"}
+    assert names == {*splits_there, "index.json", "audit.json", "rejects.jsonl"}
+
+
+def test_two_at_once_are_both_right(run):
+    command = [sys.executable, "-c", AT_ONCE, run.settings().model_dump_json(), str(run.data)]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
+    printed = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert printed[0] == printed[1] == b"24 6\n"
+    assert not [path for path in run.data.iterdir() if path.name.endswith(".tmp")]
+
+
+AT_ONCE = """
+import sys
+from pathlib import Path
+from pipeline.config.settings import RunSettings
+from pipeline.data.prepare import prepare
+from pipeline.data.prepared import open_split
+index = prepare(RunSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
+print(len(open_split(index.train)), len(open_split(index.eval)))
+"""
+
+
+def test_another_machines_unfinished_work_is_left_alone(run):
+    run.data.mkdir(parents=True)
+    theirs = run.data / f".train-{'0' * 16}.other-host-17.tmp"
+    theirs.mkdir()
+    (theirs / "ids.npy").write_bytes(b"x")
+    run.prepare()
+    assert theirs.is_dir()
+    for path in (theirs / "ids.npy", theirs):
+        os.utime(path, (0, 0))
+    run.prepare()
+    assert not theirs.exists()
+
+
+def test_large_files_are_hashed_once_until_they_change(run, monkeypatch):
+    hashed = []
+    digest = hashlib.file_digest
+
+    def counting(stream, name):
+        hashed.append(Path(stream.name))
+        return digest(stream, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counting)
+    monkeypatch.setattr(keys, "_REMEMBERED_BYTES", 1)
+    run.prepare()  # just written: within a tick of the clock it could change unseen
+    monkeypatch.setattr(keys, "_SETTLED_AFTER_S", 0.0)
+    first = run.prepare()
+    assert hashed.count(run.train) == 2
+    assert run.prepare() == first
+    assert train_key(run.settings()) == first.train.key
+    assert hashed.count(run.train) == 2
+    text = run.train.read_text()
+    run.train.write_text(text.replace("yes", "nay"))  # of the same length
+    assert run.prepare().train.key != first.train.key
+    run.train.write_text(text)
+    assert run.prepare().train.key == first.train.key
+    assert hashed.count(run.train) == 4

@@ -160,14 +160,35 @@ FILES: dict[str, object] = {
     },
     "data/audit.json": {
         "train": {
-            "rows": 642,
-            "used": 640,
+            "rows_read": 642,
+            "rows_used": 640,
             "rejected": {"answer is empty": 2},
+            "formats": {"messages": 600, "alpaca": 40},
             "tokens": 112_233,
             "supervised_share": 0.371,
-            "length": {"mean": 175.4, "longest": 259},
+            "length": {
+                "mean": 175.4,
+                "max": 259,
+                "histogram": {"width": 52, "documents": [11, 150, 301, 153, 25]},
+            },
+            "sources": [
+                {
+                    "name": "data/orders.jsonl",
+                    "weight": 1.0,
+                    "rows_used": 600,
+                    "tokens": 100_001,
+                    "formats": {"messages": 600},
+                },
+                {
+                    "name": "data/alpaca.parquet",
+                    "weight": 0.25,
+                    "rows_used": 40,
+                    "tokens": 12_232,
+                    "formats": {"alpaca": 40},
+                },
+            ],
         },
-        "eval": {"rows": 60, "used": 60, "rejected": {}, "tokens": 10_517},
+        "eval": {"rows_read": 60, "rows_used": 60, "rejected": {}, "tokens": 10_517},
     },
 }
 
@@ -179,6 +200,10 @@ def build_run(folder: Path, *, without: tuple[str, ...] = ()) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             as_text = yaml.safe_dump if name.endswith(".yaml") else json.dumps
             path.write_text(as_text(content), encoding="utf-8")
+    if "data/audit.json" not in without:
+        lines = [{"file": "orders.jsonl", "line": at, "reason": "answer is empty"} for at in (7, 9)]
+        rejects = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "data" / "rejects.jsonl").write_text(rejects + "{", encoding="utf-8")
     if "metrics.jsonl" not in without:
         write_metrics(folder, metrics())
     return folder
@@ -242,6 +267,8 @@ def test_everything_given_is_on_the_page(run):
         "0.251", "0.839", "1.317", "1.316", "1.330", "16.000", "is 1.1 % below",  # memory in GiB
         "cpu-bf16", "no bfloat16 units", "accelerator/cpu_accelerator.py",
         "642", "answer is empty", "112,233", "0.371", "175.4", "259", "10,517",  # audit
+        "104 to 155 301", "data/alpaca.parquet 0.25", "100,001", "orders.jsonl:9",
+        "formats · alpaca 40", "rows rejected 2 0",
         "all-linear", "data/held-out.jsonl", "reduce_bucket_size",
     ):  # fmt: skip
         assert expected in text, expected

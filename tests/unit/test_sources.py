@@ -1,23 +1,40 @@
+"""Names -> files -> lines -> rows: whatever is in a file, every row is a row or a bad row."""
+
+import bz2
+import gzip
 import json
+import lzma
+import os
 import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+import zstandard
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pipeline.config.settings import DataSource
-from pipeline.data import sources
-from pipeline.data.sources import BadRow, Row, data_files, read_rows
+from pipeline.data import rows as limits
+from pipeline.data.sources import BadRow, Row, lines, parse, read_rows, require_apart, resolve
 from pipeline.errors import UserError
 
 GOOD = b'{"prompt": "a", "completion": "b"}'
+COMPRESSED = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
 
 
-def read(tmp_path, content: bytes):
-    path = tmp_path / "rows.jsonl"
+def resolved(*paths, key="train_data", **values):
+    return resolve([DataSource(path=str(path), **values) for path in paths], key)
+
+
+def read(tmp_path, content: bytes, name="rows.jsonl"):
+    path = tmp_path / name
     path.write_bytes(content)
-    return list(read_rows([path]))
+    return list(read_rows(resolved(path)))
 
 
 @pytest.mark.parametrize(
@@ -31,16 +48,17 @@ def read(tmp_path, content: bytes):
         (b"true", "found true or false"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"n": ' + b"1" * 5000 + b"}", "number too long"),
+        (b'{"a": {"role": "x", "role": "y"}}', "a key is there twice"),
     ],
 )
 def test_a_bad_line_is_one_bad_row(tmp_path, line, reason):
     before, bad, after = read(tmp_path, GOOD + b"\n" + line + b"\n" + GOOD)
     assert isinstance(bad, BadRow)
     assert reason in bad.reason
-    assert (bad.file.name, bad.line) == ("rows.jsonl", 2)
+    assert (bad.file.name, bad.line, bad.offset) == ("rows.jsonl", 2, len(GOOD) + 1)
     assert isinstance(before, Row)
     assert isinstance(after, Row)
-    assert after.line == 3
+    assert (after.line, after.offset) == (3, len(GOOD) + len(line) + 2)
 
 
 def test_reasons_do_not_depend_on_the_place_so_that_they_count(tmp_path):
@@ -49,11 +67,12 @@ def test_reasons_do_not_depend_on_the_place_so_that_they_count(tmp_path):
 
 
 def test_a_row_without_end_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 64)
+    monkeypatch.setattr(limits, "MAX_ROW_BYTES", 64)
     long = json.dumps({"prompt": "x" * 1000}).encode()
     rows = read(tmp_path, GOOD + b"\n" + long + b"\n" + GOOD + b"\n" + long)
     assert [type(row) for row in rows] == [Row, BadRow, Row, BadRow]
     assert [row.line for row in rows] == [1, 2, 3, 4]
+    assert rows[2].offset == len(GOOD) + len(long) + 2
     assert "longer than" in rows[1].reason
 
 
@@ -63,57 +82,196 @@ def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path):
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
-    (row,) = read(tmp_path, b"\xef\xbb\xbf" + GOOD)
-    assert row.value == {"prompt": "a", "completion": "b"}
+    for name in ("rows.jsonl", "rows.json"):
+        (row,) = read(tmp_path, b"\xef\xbb\xbf" + GOOD, name)
+        assert row.value == {"prompt": "a", "completion": "b"}
 
 
 @given(st.lists(st.one_of(st.binary(max_size=30), st.just(GOOD)), max_size=8))
 def test_any_bytes_give_one_row_or_bad_row_a_line(tmp_path_factory, chunks):
-    lines = b"\n".join(chunks).split(b"\n")
-    rows = read(tmp_path_factory.mktemp("any"), b"\n".join(lines))
+    content = b"\n".join(chunks) or b"\n"
+    assume(not content.startswith((b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1")))
+    lines_there = content.split(b"\n")
+    rows = read(tmp_path_factory.mktemp("any"), content)
     expected = [
         number
-        for number, line in enumerate(lines, start=1)
+        for number, line in enumerate(lines_there, start=1)
         if (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
     ]
     assert [row.line for row in rows] == expected
-    good = [number for number, line in enumerate(lines, start=1) if line == GOOD]
+    good = [number for number, line in enumerate(lines_there, start=1) if line == GOOD]
     assert set(good) <= {row.line for row in rows if isinstance(row, Row)}
+
+
+@pytest.mark.parametrize("packed", COMPRESSED)
+@pytest.mark.parametrize("name", ["rows.jsonl.{}", "rows.jsonl", "rows"])
+def test_compressed_files_are_known_by_their_bytes(tmp_path, packed, name):
+    pack = COMPRESSED[packed]
+    content = pack(GOOD + b"\n") + pack(GOOD)  # members or frames one after another
+    rows = read(tmp_path, content, name.format(packed))
+    assert [(row.line, row.offset) for row in rows] == [(1, 0), (2, len(GOOD) + 1)]
+
+
+def test_a_name_that_lies_about_compression_is_read_as_it_is(tmp_path):
+    (row,) = read(tmp_path, GOOD, "rows.jsonl.gz")
+    assert isinstance(row, Row)
+
+
+@pytest.mark.parametrize("packed", COMPRESSED)
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_compressed_file_ends_the_run(tmp_path, packed, damage):
+    content = bytearray(COMPRESSED[packed](os.urandom(300_000).hex().encode()))
+    if damage == "cut":
+        del content[-len(content) // 3 :]
+    else:
+        content[len(content) // 2] ^= 0xFF
+    with pytest.raises(UserError, match=r"rows\.jsonl"):
+        read(tmp_path, bytes(content), "rows.jsonl")
 
 
 def test_files_are_read_in_the_order_of_the_setting(tmp_path):
     for name in ("b", "a"):
         (tmp_path / name).write_bytes(GOOD)
-    files = data_files([DataSource(path=str(tmp_path / name)) for name in "ba"], "train_data")
-    assert [row.file.name for row in read_rows(files)] == ["b", "a"]
+    sources = resolved(*(tmp_path / name for name in "ba"))
+    assert [row.file.name for row in read_rows(sources)] == ["b", "a"]
+
+
+def test_a_folder_is_its_data_files_sorted_and_a_glob_what_it_names(tmp_path):
+    for name in ("b/1.jsonl", "b/0.json", "a.csv", "_tmp/x.jsonl", "b/.x.jsonl", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"prompt,completion\na,b\n" if "csv" in name else GOOD)
+    (tmp_path / "b/dataset_info.json").write_bytes(b"{}")
+
+    def names(path):
+        (source,) = resolved(path)
+        return [str(file.relative_to(tmp_path)) for file in source.files]
+
+    assert names(tmp_path) == ["a.csv", "b/0.json", "b/1.jsonl"]
+    assert names(f"{tmp_path}/b/*.jsonl") == ["b/1.jsonl"]
+    assert names(f"{tmp_path}/**/[01].*") == ["b/0.json", "b/1.jsonl"]
+    (tmp_path / "b/[x].jsonl").write_bytes(GOOD)
+    assert names(f"{tmp_path}/b/[x].jsonl") == ["b/[x].jsonl"]  # a file rather than a glob
+    for wrong, said in (
+        (f"{tmp_path}/*.parquet", "no file is named like"),
+        (tmp_path / "e", "e is a folder without"),
+    ):
+        (tmp_path / "e").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=said):
+            resolved(wrong)
+
+
+def test_a_limit_takes_the_first_rows_of_a_source(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes(b"\n".join([GOOD, b"bad", GOOD]))
+    (source,) = resolved(tmp_path, limit=5, weight=0.5)
+    assert source.weight == 0.5
+    assert [(line.file.name, line.number) for line in lines(source)] == [
+        ("a.jsonl", 1),
+        ("a.jsonl", 2),
+        ("a.jsonl", 3),
+        ("b.jsonl", 1),
+        ("b.jsonl", 2),
+    ]
 
 
 def test_a_missing_file_names_the_key_the_path_and_what_is_near(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(GOOD)
     wrong = tmp_path / "trian.jsonl"
     with pytest.raises(UserError) as raised:
-        data_files([DataSource(path=str(wrong))], "train_data")
+        resolved(wrong)
     message = str(raised.value)
     assert message.startswith(f"train_data: {wrong}: no such file")
     assert message.endswith("there is train.jsonl")
     with pytest.raises(UserError, match="no folder"):
-        data_files([DataSource(path=str(tmp_path / "nowhere" / "x.jsonl"))], "eval_data")
+        resolved(tmp_path / "nowhere" / "x.jsonl", key="eval_data")
 
 
-def test_a_folder_and_an_empty_file_and_no_file_are_refused(tmp_path):
+def test_an_empty_file_a_pipe_and_no_file_are_refused(tmp_path):
     (tmp_path / "rows.jsonl").touch()
-    with pytest.raises(UserError, match=r"eval_data: .* is a folder; .*rows\.jsonl"):
-        data_files([DataSource(path=str(tmp_path))], "eval_data")
     with pytest.raises(UserError, match=r"train_data: .*rows\.jsonl is empty"):
-        data_files([DataSource(path=str(tmp_path / "rows.jsonl"))], "train_data")
-    with pytest.raises(UserError, match="train_data: names no file"):
-        data_files([], "train_data")
+        resolved(tmp_path / "rows.jsonl")
+    (tmp_path / "more.jsonl").write_bytes(GOOD)
+    assert len(list(read_rows(resolved(tmp_path)))) == 1  # one part of many may be
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is not a file"):
+        resolved(tmp_path / "pipe")
+    with pytest.raises(UserError, match="train_data: names no data"):
+        resolve([], "train_data")
+
+
+def test_a_file_is_not_both_trained_on_and_held_out(tmp_path):
+    for name in ("train.jsonl", "heldout.jsonl"):
+        (tmp_path / name).write_bytes(GOOD)
+    (tmp_path / "link.jsonl").symlink_to("heldout.jsonl")
+    folder, train, held_out, link = (
+        resolved(tmp_path / name) for name in ("", "train.jsonl", "heldout.jsonl", "link.jsonl")
+    )
+    require_apart(train, held_out)
+    for shared in ((folder, held_out), (held_out, link)):
+        with pytest.raises(UserError, match=r"eval_data: .* is also in train_data"):
+            require_apart(*shared)
+
+
+CSV = [
+    (b"q,NA\n", {"prompt": "q", "completion": "NA"}),
+    (b"1,2\n", {"prompt": "1", "completion": "2"}),
+    (b'"x\ny, ""z""",a\r\n', {"prompt": 'x\ny, "z"', "completion": "a"}),
+    (b'a "b" c,\n', {"prompt": 'a "b" c', "completion": ""}),
+    (b"1,2,3\n", "more fields"),
+    (b"1\n", "fewer fields"),
+    (b"w,\xff\n", "UTF-8"),
+    (b'"x" y,a\n', "quotes"),
+    (b'"x,a\n', "quotes"),
+]
+
+
+@given(st.lists(st.sampled_from(CSV), max_size=8))
+def test_csv_columns_are_text_and_a_row_that_does_not_fit_is_one_bad_row(tmp_path_factory, rows):
+    while sum(b'"x,' in row for row, _ in rows) > 1:  # two make a quoted text
+        rows.remove(next(row for row in rows if b'"x,' in row[0]))
+    if any(b'"x,' in row for row, _ in rows):
+        rows = [row for row in rows if b'"' not in row[0] or b'"x,' in row[0]]
+    content = b"\xef\xbb\xbfprompt,completion\n\n" + b"".join(row for row, _ in rows)
+    found = read(tmp_path_factory.mktemp("csv"), content, "rows.csv")
+    assert len(found) == len(rows)
+    offset, line = content.index(b"\n\n") + 2, 3
+    for (text, expected), row in zip(rows, found, strict=True):
+        assert (row.offset, row.line) == (offset, line)
+        if isinstance(expected, dict):
+            assert row.value == expected
+        else:
+            assert expected in row.reason
+        offset, line = offset + len(text), line + text.count(b"\n")
+
+
+def test_a_csv_header_must_name_columns_once(tmp_path):
+    with pytest.raises(UserError, match=r"rows\.csv:1: the header names a twice"):
+        read(tmp_path, b"a,b,a\n1,2,3\n", "rows.csv")
+    with pytest.raises(UserError, match="names of the columns; found no row"):
+        read(tmp_path, b"\n\n", "rows.csv")
+
+
+def test_a_long_row_of_csv_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_ROW_BYTES", 64)
+    content = b"prompt,completion\na,b\na," + b"x" * 200 + b'\nc,"d\n' + b"e,f\n" * 40
+    found = read(tmp_path, content, "rows.csv")
+    assert [row.line for row in found] == list(range(2, 45))
+    assert [isinstance(row, Row) for row in found] == [True, False, False, *[True] * 40]
+
+
+def test_lines_are_sent_on_and_parsed_elsewhere(tmp_path):
+    import pickle
+
+    (tmp_path / "rows.jsonl").write_bytes(GOOD + b"\nbad")
+    (source,) = resolved(tmp_path / "rows.jsonl")
+    sent = pickle.loads(pickle.dumps(list(lines(source))))
+    assert [type(parse(line)) for line in sent] == [Row, BadRow]
 
 
 def test_rows_are_checked_without_torch():
     code = (
         "import sys, pipeline.data.prepare, pipeline.data.formats\n"
-        "print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+        "print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

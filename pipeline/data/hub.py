@@ -1,0 +1,60 @@
+"""Splits of hub data sets: their files in the local cache, and fetching them there."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pipeline.config.data_files import SUFFIXES, has_known_suffix
+from pipeline.config.hub import HubSplit
+from pipeline.config.settings import DataSource
+from pipeline.errors import UserError
+
+
+def split_files(split: HubSplit, key: str) -> list[Path]:
+    """Files of a split as the data set's own description lists them; fetches nothing.
+
+    Raises UserError that names `key` where the local cache has no snapshot or no such split.
+    """
+    snapshot = split.snapshot()
+    if snapshot is None:
+        raise UserError(
+            f"{key}: {split}: no such file, and no hub data set of this revision in the local "
+            "cache; fetch it with: python launch/prepare.py RUN.yaml"
+        )
+    import datasets
+
+    for library in ("datasets", "huggingface_hub"):  # they note what a description lacks
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        with TemporaryDirectory(prefix="rankzero-") as cache:
+            builder = datasets.load_dataset_builder(str(snapshot), cache_dir=cache)
+    except Exception as error:  # noqa: BLE001 - several configurations, a script, no data file ...
+        said = " ".join(str(error).split())
+        raise UserError(f"{key}: {split}: {said}; or name the files beneath {snapshot}") from None
+    by_split = {str(name): files for name, files in (builder.config.data_files or {}).items()}
+    if split.split not in by_split:
+        raise UserError(f"{key}: {split}: its splits are {', '.join(by_split) or 'none'}")
+    files = [Path(file) for file in by_split[split.split]]
+    if unknown := [file for file in files if not has_known_suffix(file)]:
+        raise UserError(f"{key}: {split}: {unknown[0]} is not one of {SUFFIXES}")
+    return files
+
+
+def fetch(sources: Iterable[DataSource]) -> None:
+    """Download the hub data sets among the sources that are not in the local cache."""
+    missing = [
+        split
+        for source in sources
+        if not Path(source.path).exists()
+        and (split := HubSplit.parse(source.path)) is not None
+        and split.snapshot() is None
+    ]
+    for split in missing:
+        from huggingface_hub import snapshot_download
+
+        try:
+            snapshot_download(split.name, repo_type="dataset", revision=split.revision)
+        except Exception as error:  # noqa: BLE001 - no network, no such data set, a token, a disk
+            said = " ".join(str(error).split())
+            raise UserError(f"{split}: cannot be fetched from the hub: {said}") from None

@@ -1,0 +1,70 @@
+"""Parquet and Arrow files -> lines, a thousand rows in memory at a time.
+
+`datasets` does not read these: through it a Parquet file of one row group, as pyarrow writes it
+by default, is in memory as a whole (docs/formats.md has the figures).
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from pipeline.config.data_files import compression_of, open_data
+from pipeline.data.rows import Line
+from pipeline.errors import UserError
+
+_ROWS_AT_ONCE, _BUFFER_BYTES = 1000, 2**20
+
+
+def table_rows(file: Path, kind: Literal["parquet", "arrow"]) -> Iterator[Line]:
+    """The table's rows. Raises UserError where the file is damaged: what follows cannot be read."""
+    import pyarrow
+
+    number = 0
+    try:
+        with _seekable(file) as path:
+            for batch in _parquet(path) if kind == "parquet" else _arrow(path):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Line(file, number, None, row)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        name = kind.capitalize()
+        raise UserError(f"{file}: not readable as {name} behind row {number}: {said}") from None
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    from pyarrow.parquet import ParquetFile
+
+    # Buffered: without that, each column of a row group is read as a whole first.
+    with ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
+        yield from table.iter_batches(_ROWS_AT_ONCE)
+
+
+def _arrow(path: Path) -> Iterator[Any]:
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as source:
+        try:
+            batches = iter(pyarrow.ipc.open_stream(source))
+        except pyarrow.ArrowInvalid:  # the other of the two forms
+            table = pyarrow.ipc.open_file(source)
+            batches = (table.get_batch(i) for i in range(table.num_record_batches))
+        for batch in batches:
+            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                yield batch.slice(start, _ROWS_AT_ONCE)
+
+
+@contextmanager
+def _seekable(file: Path) -> Iterator[Path]:
+    """The file; where it is compressed as a whole, an unpacked one that is gone afterwards."""
+    if compression_of(file) is None:
+        yield file
+        return
+    with TemporaryDirectory(prefix="rankzero-") as folder:
+        unpacked = Path(folder) / "table"
+        with open_data(file) as packed, unpacked.open("wb") as into:
+            shutil.copyfileobj(packed, into)
+        yield unpacked

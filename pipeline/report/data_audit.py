@@ -1,0 +1,109 @@
+"""What happened to the data, for the page: numbers, lengths, sources and rejected rows."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from pipeline.report import text
+from pipeline.report.folder import Record, RunFolder, mapping, number
+
+_SHOWN_REJECTS = 20
+# Parts of a split's audit that have a table of their own.
+_APART = ("sources", "rejected")
+_SOURCE_COLUMNS = (
+    "weight",
+    "rows_read",
+    "rows_used",
+    "rows_rejected",
+    "rows_dropped",
+    "documents",
+    "tokens",
+    "supervised_tokens",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitAudit:
+    """What a split has beside its numbers."""
+
+    name: str
+    lengths: list[tuple[str, float, float]]  # tokens from and to, documents, percent of the most
+    sources: list[list[Any]]
+    reasons: list[tuple[str, Any]]
+
+
+def numbers(audit: Record) -> Mapping[str, Any] | None:
+    """A column a split where every entry is a mapping, else one column of values."""
+    if not audit:
+        return None
+    is_split = all(isinstance(values, dict) for values in audit.values())
+    columns = audit if is_split else {"": audit}
+    flat = {name: dict(text.flat(_plain(values))) for name, values in columns.items()}
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    rows = [(key, [values.get(key, "") for values in flat.values()]) for key in keys]
+    return {"columns": list(flat), "rows": rows}
+
+
+def split_audits(audit: Record) -> list[SplitAudit]:
+    """The splits that say more than numbers."""
+    found = [
+        SplitAudit(
+            name=name,
+            lengths=list(
+                _lengths(mapping(mapping(mapping(values).get("length")).get("histogram")))
+            ),
+            sources=_sources(mapping(values).get("sources")),
+            reasons=list(mapping(mapping(values).get("rejected")).items()),
+        )
+        for name, values in audit.items()
+    ]
+    return [split for split in found if split.lengths or split.sources or split.reasons]
+
+
+def source_columns() -> tuple[str, ...]:
+    """Heads of the columns of `SplitAudit.sources`, behind the name."""
+    return (*_SOURCE_COLUMNS, "formats")
+
+
+def first_rejects(run: RunFolder) -> list[dict[str, Any]]:
+    """The first rows that were left out: file, line and reason."""
+    found = []
+    for line in islice(run.rejects, _SHOWN_REJECTS):
+        try:
+            reject = mapping(json.loads(line))
+        except ValueError:
+            continue
+        found.append({key: reject.get(key, "") for key in ("file", "line", "reason")})
+    return found
+
+
+def _plain(values: Record) -> Record:
+    left = {key: value for key, value in values.items() if key not in _APART}
+    if isinstance(length := left.get("length"), dict):
+        left["length"] = {key: value for key, value in length.items() if key != "histogram"}
+    rejected = values.get("rejected")
+    if isinstance(rejected, dict):
+        left["rows_rejected"] = sum(number(count) or 0 for count in rejected.values())
+    return left
+
+
+def _lengths(histogram: Record) -> Iterator[tuple[str, float, float]]:
+    width, documents = number(histogram.get("width")), histogram.get("documents")
+    if not width or not isinstance(documents, list):
+        return
+    counts = [number(count) or 0 for count in documents]
+    most = max(counts, default=0) or 1
+    for i, count in enumerate(counts):
+        span = f"{text.cell(round(i * width))} to {text.cell(round((i + 1) * width) - 1)}"
+        yield span, count, 100 * count / most
+
+
+def _sources(sources: Any) -> list[list[Any]]:
+    rows = []
+    for source in sources if isinstance(sources, list) else []:
+        found = mapping(source)
+        formats = ", ".join(mapping(found.get("formats"))) or "-"
+        rows.append([found.get("name", ""), *(found.get(k, "") for k in _SOURCE_COLUMNS), formats])
+    return rows

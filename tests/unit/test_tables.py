@@ -1,0 +1,98 @@
+"""Parquet and Arrow: the rows that JSON would give, a part at a time, and nothing left behind."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from pipeline.config.settings import DataSource
+from pipeline.data import tables
+from pipeline.data.formats import to_example
+from pipeline.data.sources import read_rows, resolve
+from pipeline.errors import UserError
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+OTHER = {"type": "function", "function": {"name": "g", "arguments": {"y": "NA"}}}
+
+
+def rows_of(n):
+    """Rows whose structures differ, so that a table has nulls where a key is not there."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"q{i}"},
+                {"role": "assistant", "content": "", "tool_calls": [CALL if i % 2 else OTHER]},
+                {"role": "tool", "content": "7"},
+                {"role": "assistant", "content": "NA"},
+            ],
+            "id": None,
+        }
+        for i in range(n)
+    ]
+
+
+def write(path, rows):
+    table = pyarrow.Table.from_pylist(rows)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+        return
+    new = pyarrow.ipc.new_stream if "stream" in path.name else pyarrow.ipc.new_file
+    with new(path, table.schema) as into:
+        into.write_table(table, max_chunksize=2)
+
+
+def read(path):
+    return list(read_rows(resolve([DataSource(path=str(path))], "train_data")))
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "stream.arrow", "file.arrow", "[x]*.parquet"])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_table_gives_the_rows_that_json_gives(tmp_path, name, is_packed, monkeypatch):
+    monkeypatch.setattr(tables, "_ROWS_AT_ONCE", 2)
+    rows = rows_of(5)
+    path = tmp_path / name
+    write(path, rows)
+    if is_packed:
+        (packed := tmp_path / f"{name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path = packed
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read(path)
+    assert [(row.line, row.offset) for row in found] == [(n, None) for n in range(1, 6)]
+    expected = [to_example(row) for row in read(tmp_path / "rows.jsonl")]
+    assert [to_example(row) for row in found] == expected
+
+
+def test_a_damaged_table_ends_the_run_and_names_the_file(tmp_path):
+    write(tmp_path / "t.parquet", rows_of(5))
+    content = (tmp_path / "t.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
+    (tmp_path / "no.arrow").write_bytes(b'{"text": "t"}')
+    for name, kind in (("cut.parquet", "Parquet"), ("no.arrow", "Arrow")):
+        with pytest.raises(UserError, match=rf"{name}: not readable as {kind} behind row 0: "):
+            read(tmp_path / name)
+
+
+def test_nothing_is_left_behind(tmp_path):
+    write(tmp_path / "t.parquet", rows_of(5))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "temporary").mkdir()
+    code = (
+        "from pipeline.config.settings import DataSource\n"
+        "from pipeline.data.sources import read_rows, resolve\n"
+        f"sources = resolve([DataSource(path={str(tmp_path / 't.parquet')!r})], 'train_data')\n"
+        "assert len(list(read_rows(sources))) == 5\n"
+    )
+    environment = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary")}
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
+    assert not list((tmp_path / "home").rglob("*"))
+    assert not list((tmp_path / "temporary").rglob("*"))
