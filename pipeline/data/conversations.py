@@ -27,6 +27,7 @@ _SHAREGPT_ROLES: dict[str, Role] = {
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXTS = ("name", "tool_call_id", *_REASONING)
 _MESSAGE_KEYS = ("role", "content", "weight", "tool_calls", "function_call", *_TEXTS)
+_PLAIN = {"role", "content"}
 _TURN_KEYS = ("from", "value", "weight")
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 
@@ -118,22 +119,28 @@ def _messages(value: Any, column: str) -> list[Message]:
 def _message(value: Any) -> Message:
     if not isinstance(value, dict):
         raise RowError(f"a message is {json_name(value)}; expected {{role, content}}")
-    _refuse_what_would_be_lost(value, _MESSAGE_KEYS)
     said = value.get("role")
     role = "tool" if said == "function" else said
     if role not in ROLES:
         found = repr(role)[:40] if isinstance(role, str) else json_name(role)
         raise RowError(f"a message has the role {found}; expected one of {', '.join(ROLES)}")
+    others = {} if value.keys() == _PLAIN else _others_of(value, role)
+    return _checked(cast("Role", role), value.get("content"), value.get("weight"), others)
+
+
+def _others_of(message: Mapping[str, Any], role: str) -> dict[str, Any]:
+    """What a message has for the template beside role and content."""
+    _refuse_what_would_be_lost(message, _MESSAGE_KEYS)
     others: dict[str, Any] = {
-        key: text_of(value[key], f"{key} of a message")
+        key: text_of(message[key], f"{key} of a message")
         for key in _TEXTS
-        if value.get(key) is not None
+        if message.get(key) is not None
     }
     if role != "assistant" and (wrong := [key for key in _REASONING if key in others]):
         raise RowError(f"a message of the role {role} has {wrong[0]}; expected an assistant's")
-    if calls := _calls_of(value):
+    if calls := _calls_of(message):
         others["tool_calls"] = calls
-    return _checked(cast("Role", role), value.get("content"), value.get("weight"), others)
+    return others
 
 
 def _turn(value: Any) -> Message:

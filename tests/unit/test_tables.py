@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from pipeline.config.settings import DataSource
 from pipeline.data import tables
 from pipeline.data.formats import to_example
-from pipeline.data.sources import read_rows, resolve
+from pipeline.data.sources import lines, read_rows, resolve
 from pipeline.errors import UserError
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -77,13 +78,28 @@ def test_a_damaged_table_ends_the_run_and_names_the_file(tmp_path):
             read(tmp_path / name)
 
 
+def test_a_row_group_is_not_in_memory_as_a_whole(tmp_path):
+    texts = [os.urandom(400).hex() for _ in range(30_000)]
+    table = pyarrow.table({"prompt": texts, "completion": texts})
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(table, path, use_dictionary=False)
+    assert pyarrow.parquet.ParquetFile(path).num_row_groups == 1
+    del table
+    held = max(
+        pyarrow.total_allocated_bytes()
+        for line in lines(resolve([DataSource(path=str(path))], "train_data")[0])
+        if line.number % 100 == 0
+    )
+    assert held < path.stat().st_size / 4
+
+
 def test_nothing_is_left_behind(tmp_path):
     write(tmp_path / "t.parquet", rows_of(5))
     (tmp_path / "home").mkdir()
     (tmp_path / "temporary").mkdir()
     code = (
         "from pipeline.config.settings import DataSource\n"
-        "from pipeline.data.sources import read_rows, resolve\n"
+        "from pipeline.data.sources import lines, read_rows, resolve\n"
         f"sources = resolve([DataSource(path={str(tmp_path / 't.parquet')!r})], 'train_data')\n"
         "assert len(list(read_rows(sources))) == 5\n"
     )
