@@ -111,7 +111,7 @@ def make_plan(
 
 def sequences_of(lengths, supervised, sources=None, *, are_packs: bool = False):
     """Sequences of one document each; `sources`: how many each source has, and its repeats."""
-    from pipeline.data.order import Round, Sequences
+    from pipeline.data.sequences import Round, Sequences
 
     rounds, start = [], 0
     for source, (count, repeats) in enumerate(sources or [(len(lengths), 1)]):

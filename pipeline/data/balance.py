@@ -15,6 +15,7 @@ Array = npt.NDArray[np.int64]
 # Beginnings tried: most for 10 to 20 things, where the best of a thousand random divisions is hard
 # to beat; fewer have hardly as many divisions, and of more a single beginning ends nearly even.
 _FEWEST_STARTS, _MOST_STARTS, _START_BUDGET = 4, 512, 200_000
+_MOST_COMPARED = 128  # things of one rank, with all of the other
 _MOST_SWAPS = 1000
 _EVEN = 1e-9  # a swap that brings two ranks closer by less of their difference is none
 
@@ -66,27 +67,33 @@ def _starts(each: int, ranks: int) -> Array:
 def _swap(things: Array, costs: npt.NDArray[np.float64], *, side_by_side: bool) -> None:
     """Swap one thing of the costliest rank with one of the cheapest, while it helps, in place.
 
-    Things that stand side by side are as alike afterwards as before.
+    If only those that stand side by side are swapped, they stay as alike as they are.
     """
     cost = costs[things]  # (B, K, R)
     each, active = things.shape[1], np.arange(len(things))
+    step = 1 if side_by_side else -(-each // _MOST_COMPARED)
     for _ in range(_MOST_SWAPS):
         sums = cost[active].sum(axis=1)
         high, low = sums.argmax(axis=1), sums.argmin(axis=1)
         at = np.arange(len(active))
         apart = sums[at, high] - sums[at, low]
-        gains = cost[active, :, high][:, :, None] - cost[active, :, low][:, None, :]
-        misses = np.abs(gains - apart[:, None, None] / 2)
+        gains = cost[active, :, high], cost[active, ::step, low]
         if side_by_side:
-            misses[:, ~np.eye(each, dtype=bool)] = np.inf
-        misses = misses.reshape(len(active), -1)
-        best = misses.argmin(axis=1)
-        helps = misses[at, best] < apart / 2 * (1 - _EVEN)
-        active, high, low, best = active[helps], high[helps], low[helps], best[helps]
+            misses = np.abs(gains[0] - gains[1] - apart[:, None] / 2)
+            from_high = from_low = misses.argmin(axis=1)
+            left = misses[at, from_high]
+        else:
+            misses = np.abs(gains[0][:, :, None] - gains[1][:, None] - apart[:, None, None] / 2)
+            misses = misses.reshape(len(active), -1)
+            best = misses.argmin(axis=1)
+            left = misses[at, best]
+            from_high, place = np.divmod(best, -(-each // step))
+            from_low = place * step
+        helps = left < apart / 2 * (1 - _EVEN)
+        active = active[helps]
         if not len(active):
             return
-        from_high, from_low = divmod(best, each)
+        one = active, from_high[helps], high[helps]
+        other = active, from_low[helps], low[helps]
         for table in (things, cost):
-            kept = table[active, from_high, high]
-            table[active, from_high, high] = table[active, from_low, low]
-            table[active, from_low, low] = kept
+            table[one], table[other] = table[other], table[one]

@@ -17,69 +17,12 @@ import numpy.typing as npt
 
 from pipeline.data.balance import divide
 from pipeline.data.hashing import hash_of, hashes_of, permutation
+from pipeline.data.sequences import Integers, Sequences, StepSize
 from pipeline.plan.work import SequenceFlops
 
-Integers = npt.NDArray[np.int64]
 # Without packing the documents of a micro-batch of up to this size are drawn from those within a
 # tenth of each other's length, as far as there are so many.
 _ALIKE_SIZE, _ALIKE_WIDTH = 256, 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """Sequences `start` to `end` of a source, which an epoch sees `repeats` times."""
-
-    source: int
-    start: int
-    end: int
-    repeats: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepSize:
-    """Sums over a global batch: of all ranks, and known to each of them."""
-
-    documents: int
-    supervised_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Sequences:
-    """What order knows of a split: each source's rounds, and numbers of each sequence, (S,) int64.
-
-    `squares`: sum of the squared lengths of its documents. `supervised`: tokens that count.
-    `offsets` of their documents, (S + 1,).
-    """
-
-    rounds: tuple[Round, ...]
-    offsets: Integers
-    tokens: Integers
-    squares: Integers
-    supervised: Integers
-    are_packs: bool
-
-    @property
-    def epoch(self) -> int:
-        """Sequences of an epoch: some of them several times, or not at all."""
-        return sum(part.repeats * (part.end - part.start) for part in self.rounds)
-
-    @property
-    def supervised_tokens(self) -> int:
-        """Tokens of an epoch that count in the loss."""
-        of_rounds = (r.repeats * int(self.supervised[r.start : r.end].sum()) for r in self.rounds)
-        return sum(of_rounds)
-
-    def size_of(self, batch: Integers) -> "StepSize":
-        """What is in a global batch."""
-        return StepSize(
-            documents=int((self.offsets[batch + 1] - self.offsets[batch]).sum()),
-            supervised_tokens=int(self.supervised[batch].sum()),
-        )
-
-    def all_of_them(self) -> Integers:
-        """The sequences of an epoch, source by source."""
-        parts = [np.tile(np.arange(r.start, r.end), r.repeats) for r in self.rounds]
-        return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,16 +166,19 @@ def _costs(
     groups: list[Integers], sequences: Sequences, flops: SequenceFlops
 ) -> npt.NDArray[np.float64]:
     """FLOPs of groups of sequences, documents padded to the longest of their group."""
-    found = np.zeros(len(groups))
-    for i, group in enumerate(groups):
-        tokens, squares = sequences.tokens[group], sequences.squares[group]
-        if not sequences.are_packs:
-            tokens = np.full(len(group), tokens.max())
-            squares = tokens**2
-        supervised = sequences.supervised[group]
-        costs = flops.per_token * tokens + flops.per_square * squares + flops.per_logit * supervised
-        found[i] = costs.sum()
-    return found
+    every, sizes = np.concatenate(groups), np.array([len(group) for group in groups])
+    starts = np.cumsum(sizes) - sizes
+    tokens, squares = sequences.tokens[every], sequences.squares[every]
+    if not sequences.are_packs:
+        tokens = np.repeat(np.maximum.reduceat(tokens, starts), sizes)
+        squares = tokens**2
+    costs = (
+        flops.per_token * tokens
+        + flops.per_square * squares
+        + flops.per_logit * sequences.supervised[every]
+    )
+    summed: npt.NDArray[np.float64] = np.add.reduceat(costs, starts)
+    return summed
 
 
 class RankWork(Sequence[MicroBatch]):

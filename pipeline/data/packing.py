@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.hashing import hash_of, mix
-from pipeline.data.order import Round
 from pipeline.data.prepared import SEQUENCES
+from pipeline.data.sequences import Round
 
 Array = npt.NDArray[Any]
 # Lengths that are tried for the last but two documents of a pack. 16 instead of 64 leaves 0.1 %

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.settings import RunSettings
-from pipeline.data.order import Round, Sequences
+from pipeline.data.sequences import Round, Sequences
 from pipeline.errors import UserError
 from pipeline.plan.data_size import DataSize, estimate
 

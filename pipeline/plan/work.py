@@ -69,6 +69,11 @@ class Work:
     modules: int
 
 
+def work_of(shape: ModelShape, settings: RunSettings, training_dtype: str) -> Work:
+    """The sums for a model; kept for the last few, so that a search asks for the price of one."""
+    return _cached(_Identity(shape, settings), training_dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SequenceFlops:
     """Model FLOPs of a sequence, forward and backward: what is dealt to the ranks.
@@ -82,23 +87,17 @@ class SequenceFlops:
     per_logit: float
 
 
-def sequence_flops(shape: ModelShape, settings: RunSettings, training_dtype: str) -> SequenceFlops:
+def sequence_flops(work: Work) -> SequenceFlops:
     """What a sequence costs, recomputation apart.
 
     The backward pass of a frozen weight costs as much as its forward pass, for the gradient of its
     input alone; that of an adapter, and of attention's products of two inputs, twice as much.
     """
-    work = work_of(shape, settings, training_dtype)
     return SequenceFlops(
         per_token=2 * work.base_flops + 3 * work.adapter_flops,
         per_square=3 * work.score_flops,
         per_logit=2 * work.head_flops,
     )
-
-
-def work_of(shape: ModelShape, settings: RunSettings, training_dtype: str) -> Work:
-    """The sums for a model; kept for the last few, so that a search asks for the price of one."""
-    return _cached(_Identity(shape, settings), training_dtype)
 
 
 class _Identity:

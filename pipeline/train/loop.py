@@ -8,11 +8,12 @@ from typing import Any
 from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.verify import verify_tensors
 from pipeline.data.batches import Batch, batches_of
-from pipeline.data.order import BatchShape, RankWork, StepSize, forward_seed
+from pipeline.data.order import BatchShape, RankWork, forward_seed
+from pipeline.data.sequences import StepSize
 from pipeline.errors import RankZeroError
 from pipeline.evaluate.heldout import held_out_loss
 from pipeline.model.adapter import expected_shapes
-from pipeline.plan.work import sequence_flops
+from pipeline.plan.work import sequence_flops, work_of
 from pipeline.train.engine import SeededBatch, StepResult
 from pipeline.train.keeping import keep_best, save, save_before_stop, tell_of_saves
 from pipeline.train.metrics import Stopwatch
@@ -97,7 +98,7 @@ def _work(run: Training) -> Iterator[tuple[int, Iterator[SeededBatch], StepSize]
     )
     work = RankWork(
         run.train_split.sequences,
-        sequence_flops(plan.shape, settings, plan.training_dtype),
+        sequence_flops(work_of(plan.shape, settings, plan.training_dtype)),
         shape,
         seed=settings.seed,
         rank=run.session.placement.rank,

@@ -89,17 +89,19 @@ class FullDocuments:
     def __init__(self, count, length, vocab_size):
         import numpy as np
 
+        from tests.tiny import sequences_of
+
         random = np.random.default_rng(0)
         self.lengths = np.full(count, length)
         self._ids = random.integers(3, vocab_size, (count, length)).astype(np.int32)
         self._mask = np.arange(length) > 0
-        self.supervised_counts = np.full(count, length - 1)
+        self.sequences = sequences_of(self.lengths, self.lengths - 1)
 
     def __len__(self):
         return len(self.lengths)
 
-    def document(self, i):
-        return self._ids[i], self._mask
+    def sequence(self, i):
+        return [(self._ids[i], self._mask)]
 
 
 def make_folder(folder, model, device="cpu"):

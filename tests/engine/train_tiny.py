@@ -10,7 +10,7 @@ from pipeline.data.batches import build_batch
 from pipeline.data.order import BatchShape, RankWork, forward_seed
 from pipeline.model.adapter import attach_adapter
 from pipeline.model.base import load_base
-from pipeline.plan.work import sequence_flops
+from pipeline.plan.work import sequence_flops, work_of
 from pipeline.train.engine import Engine, SeededBatch
 from tests.tiny import Documents, make_plan
 
@@ -30,7 +30,7 @@ def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
     )
     mine = RankWork(
         split.sequences,
-        sequence_flops(plan.shape, plan.settings, plan.training_dtype),
+        sequence_flops(work_of(plan.shape, plan.settings, plan.training_dtype)),
         shape,
         seed=0,
         rank=rank,

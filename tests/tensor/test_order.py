@@ -11,8 +11,6 @@ from pipeline.data.balance import divide
 from pipeline.data.order import (
     BatchShape,
     RankWork,
-    Round,
-    Sequences,
     deal,
     epoch_order,
     evaluation_work,
@@ -20,6 +18,7 @@ from pipeline.data.order import (
     global_batch,
 )
 from pipeline.data.packing import make_packs
+from pipeline.data.sequences import Round, Sequences
 from pipeline.plan.work import SequenceFlops
 from tests.tensor.gsm8k import LENGTHS
 from tests.tiny import sequences_of
@@ -280,6 +279,13 @@ def test_what_does_not_come_out_even_is_divided_all_the_same(count, ranks):
     assert len(parts) == ranks
     assert sorted(i for part in parts for i in part) == list(range(count))
     assert max(map(len, parts)) <= -(-count // ranks)
+
+
+def test_very_many_are_divided_in_little_memory():
+    costs = np.random.default_rng(0).lognormal(0, 1, 2000)
+    parts = divide(costs, 2)
+    assert sorted(i for part in parts for i in part) == list(range(2000))
+    assert spread(np.array([costs[part].sum() for part in parts])) < 1e-5
 
 
 @given(any_sequences(), st.integers(1, 16), st.integers(1, 4))
