@@ -125,6 +125,10 @@ class Split:
         start, end = self._offsets[i], self._offsets[i + 1]
         return self._ids[start:end], self._supervised[start:end]
 
+    def sequence(self, i: int) -> list[tuple[Array, Array]]:
+        """The documents of a sequence, each as `document` gives it."""
+        return [self.document(i)]
+
 
 def open_split(index: SplitIndex) -> Split:
     """A prepared split. Raises UserError where its files are not what the index says."""

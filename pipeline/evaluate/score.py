@@ -133,6 +133,6 @@ def _loss(model: Any, split: Split, session: Session) -> float:
     @torch.no_grad()
     def of(batch: Batch) -> float:
         moved = batch.to(session.device)
-        return float(summed(moved.input_ids, moved.labels))
+        return float(summed(moved.input_ids, moved.labels, moved.documents))
 
     return held_out_loss(of, split, session, _BATCH_SIZE)
