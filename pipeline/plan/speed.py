@@ -199,8 +199,9 @@ def _dequantised(work: Work, settings: RunSettings, layout: Layout, recomputed: 
 def _launches(work: Work, layout: Layout, recomputed: float, documents: float) -> float:
     """Seconds that the host needs to launch a micro-batch of so many documents."""
     fetches = 2 * work.modules * _FETCH_S if layout.is_sharded else 0.0
-    kernels = work.kernels + documents * work.document_kernels
-    return (1 + _KERNELS_BACKWARD + recomputed) * kernels * _KERNEL_S + fetches
+    kernels = (1 + _KERNELS_BACKWARD + recomputed) * work.kernels
+    kernels += (2 + recomputed) * work.document_kernels * documents  # as many back as forth
+    return kernels * _KERNEL_S + fetches
 
 
 def _gathers(work: Work, layout: Layout, rates: _Rates) -> float:
