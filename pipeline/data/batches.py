@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -60,18 +61,18 @@ def build_batch(split: "Split", sequences: Sequence[int]) -> Batch:
     found = [split.sequence(i) for i in sequences]
     documents = tuple(tuple(len(ids) for ids, _ in row) for row in found) or ((1,),)
     shape = (len(documents), max(sum(row) for row in documents))
-    input_ids = torch.full(shape, _PADDING, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    input_ids = np.full(shape, _PADDING, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
     for row, parts in enumerate(found):
         start = 0
         for ids, supervised in parts:
             assert not supervised[0], "a document's first token counts, which nothing predicts"
-            place, tokens = slice(start, start + len(ids)), torch.from_numpy(ids.astype("int64"))
-            unused = torch.from_numpy(~supervised)
-            input_ids[row, place] = tokens
-            labels[row, place] = tokens.masked_fill(unused, IGNORED)
-            start += len(ids)
-    return Batch(input_ids, labels, documents, sum(map(sum, documents)) if found else 0)
+            end = start + len(ids)
+            input_ids[row, start:end] = ids
+            np.copyto(labels[row, start:end], ids, where=supervised)
+            start = end
+    tokens = sum(map(sum, documents)) if found else 0
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), documents, tokens)
 
 
 class _RankBatches(Dataset[Batch]):
