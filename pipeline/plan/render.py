@@ -90,8 +90,8 @@ def _what(plan: Plan) -> list[str]:
         f"{plan.trainable / 1e6:,.2f} M trainable ({share:.2f} %)",
         f"hardware   {nodes}{layout.ranks_per_node} x {plan.hardware.name}",
         f"run        ZeRO-{layout.zero_stage}, {layout.training_dtype}, global batch "
-        f"{layout.global_batch_size}{unit} = {layout.micro_batch_size} x {layout.accumulation_steps} x "
-        f"{layout.world_size} ranks, {', '.join(extras)}",
+        f"{layout.global_batch_size}{unit} = {layout.micro_batch_size} x "
+        f"{layout.accumulation_steps} x {layout.world_size} ranks, {', '.join(extras)}",
     ]
 
 
