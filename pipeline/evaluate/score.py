@@ -27,7 +27,8 @@ from pipeline.model.loss import SummedLoss
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.plan.shape import read_shape
 
-_BATCH_SIZE = 64
+_BATCH_SIZE = 64  # questions that are answered at a time
+_SEQUENCES = 8  # of a forward for the loss: full ones, where they are packs
 _SPARE_TOKENS = 8  # beyond the longest expected answer: enough to see that one goes on
 
 
@@ -135,4 +136,4 @@ def _loss(model: Any, split: Split, session: Session) -> float:
         moved = batch.to(session.device)
         return float(summed(moved.input_ids, moved.labels, moved.documents))
 
-    return held_out_loss(of, split, session, _BATCH_SIZE)
+    return held_out_loss(of, split, session, _SEQUENCES)

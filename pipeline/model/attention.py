@@ -69,17 +69,17 @@ def _attend(
 
     Gives (B, T, H, D). With a mask or a cache, as generation has them, the ordinary one.
     """
-    is_ordinary = attention_mask is not None or query.shape[2] != key.shape[2]
-    if is_ordinary and softcap is None:
+    if softcap is None:
+        core = partial(_kernel, dropout=dropout, scaling=scaling)
+    else:
+        core = partial(_capped, dropout=dropout, scaling=scaling, softcap=softcap)
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
+        if softcap is not None:
+            found = core(query, key, value, mask=attention_mask)
+            return found.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
-    core = partial(_kernel if softcap is None else _capped, dropout=dropout, scaling=scaling)
-    if softcap is not None:
-        core = partial(core, softcap=softcap)
-    if is_ordinary:
-        found = core(query, key, value, mask=attention_mask)
-        return found.transpose(1, 2).contiguous(), None
     assert getattr(module, "is_causal", True), "attention to later tokens"
     # Of Qwen2-MoE the module has it and does not pass it on.
     window = others.get("sliding_window", getattr(module, "sliding_window", None))
