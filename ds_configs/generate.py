@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 def plan_of(case: dict[str, Any]) -> Plan:
     model = str(HERE / "models" / case["model"])
-    run = {"model": model, "train_data": "train.jsonl", "output_dir": "run", "packing": False}
+    run = {"model": model, "train_data": "train.jsonl", "output_dir": "run"}
     settings = RunSettings.model_validate(run | case["settings"])
     hardware = gpu_like(case["gib"]) if "gib" in case else cpu_of(16, 64 * 2**30)
     ranks = case.get("gpus", 1)

@@ -77,7 +77,7 @@ def make_rows(path: Path, count: int = 24) -> Path:
 def make_plan(
     folder: Path, world_size: int = 1, documents: int | None = None, *, hardware=None, **settings
 ):
-    """The plan of a run on the tiny model; fp32 and no dropout unless the settings say so.
+    """The plan of a run on the tiny model; fp32, no dropout, no packs unless the settings say so.
 
     `hardware` is a CPU unless said.
     """
@@ -98,6 +98,7 @@ def make_plan(
         "fp16": False,
         "global_batch_size": 8,
         "batch_size": 1,
+        "packing": False,
     }
     run = RunSettings.model_validate(values | settings)
     machine = hardware or cpu_of(2, 2**34)

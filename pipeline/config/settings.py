@@ -176,7 +176,10 @@ class RunSettings(BaseModel):
         "off, it is left out, it becomes several, or the run is refused.",
     )
     packing: bool = Field(
-        default=False, description="Lay several documents in one sequence. Not available yet."
+        default=True,
+        description="Lay whole documents end to end in sequences of `max_length` tokens, each of "
+        "them attended to as if it were alone; `batch_size` and `global_batch_size` then count "
+        "these packs.",
     )
     train_on: Literal["assistant", "last-assistant", "all"] = Field(
         default="assistant",

@@ -1,13 +1,15 @@
-"""Micro-batches of documents -> tensors.
+"""Micro-batches of sequences -> tensors.
 
-B: documents, T: tokens of the longest of them.
+B: sequences, T: tokens of the longest of them. A sequence is one document or, packed, several.
 """
 
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -25,34 +27,52 @@ class Batch:
     """What the model is given.
 
     Padding is kept out by its place and its label, never by its token id: no position before it
-    attends to it, and it counts in no loss.
+    attends to it, and it counts in no loss. Of each document the first token never counts.
     """
 
     input_ids: torch.Tensor  # (B, T) int64
     labels: torch.Tensor  # (B, T) int64: the token where it counts, else IGNORED
+    documents: tuple[tuple[int, ...], ...]  # tokens of the documents of each row, in their order
     tokens: int  # useful ones: not padding
+
+    @property
+    def attended(self) -> int | None:
+        """Tokens that a token's attention reaches over in the mean: of a pack, its document's.
+
+        None where no row holds two documents.
+        """
+        if all(len(row) < 2 for row in self.documents):
+            return None
+        squares = sum(tokens**2 for row in self.documents for tokens in row)
+        return ceil(squares / self.input_ids.numel())
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
         return Batch(
             self.input_ids.to(device, non_blocking=True),
             self.labels.to(device, non_blocking=True),
+            self.documents,
             self.tokens,
         )
 
 
 def build_batch(split: "Split", sequences: Sequence[int]) -> Batch:
     """Tensors of some sequences; of none, one padding token that counts for nothing."""
-    found = [document for i in sequences for document in split.sequence(i)]
-    longest = max((len(ids) for ids, _ in found), default=1)
-    shape = (max(len(found), 1), longest)
-    input_ids = torch.full(shape, _PADDING, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED, dtype=torch.int64)
-    for row, (ids, supervised) in enumerate(found):
-        tokens = torch.from_numpy(ids.astype("int64"))
-        input_ids[row, : len(ids)] = tokens
-        labels[row, : len(ids)] = tokens.masked_fill(~torch.from_numpy(supervised.copy()), IGNORED)
-    return Batch(input_ids, labels, sum(len(ids) for ids, _ in found))
+    found = [split.sequence(i) for i in sequences]
+    documents = tuple(tuple(len(ids) for ids, _ in row) for row in found) or ((1,),)
+    shape = (len(documents), max(sum(row) for row in documents))
+    input_ids = np.full(shape, _PADDING, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    for row, parts in enumerate(found):
+        start = 0
+        for ids, supervised in parts:
+            assert not supervised[0], "a document's first token counts, which nothing predicts"
+            end = start + len(ids)
+            input_ids[row, start:end] = ids
+            np.copyto(labels[row, start:end], ids, where=supervised)
+            start = end
+    tokens = sum(map(sum, documents)) if found else 0
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), documents, tokens)
 
 
 class _RankBatches(Dataset[Batch]):

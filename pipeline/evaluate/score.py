@@ -27,7 +27,8 @@ from pipeline.model.loss import SummedLoss
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.plan.shape import read_shape
 
-_BATCH_SIZE = 64
+_BATCH_SIZE = 64  # questions that are answered at a time
+_SEQUENCES = 8  # of a forward for the loss: full ones, where they are packs
 _SPARE_TOKENS = 8  # beyond the longest expected answer: enough to see that one goes on
 
 
@@ -47,7 +48,8 @@ def score_run(run_folder: Path, settings: RunSettings, rows: int) -> dict[str, A
     tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
     eval_index = DataIndex.load(run_folder / "data").eval
     assert eval_index is not None
-    questions = _questions(settings, eval_index, Encoder(tokenizer, settings), rows)
+    encoder = Encoder(tokenizer, settings)
+    questions = _questions(settings, eval_index, encoder, rows)
     split = open_split(eval_index)
     longest = max(len(tokenizer(q.expected, add_special_tokens=False).input_ids) for q in questions)
     max_new_tokens = longest + _SPARE_TOKENS
@@ -135,6 +137,6 @@ def _loss(model: Any, split: Split, session: Session) -> float:
     @torch.no_grad()
     def of(batch: Batch) -> float:
         moved = batch.to(session.device)
-        return float(summed(moved.input_ids, moved.labels))
+        return float(summed(moved.input_ids, moved.labels, moved.documents))
 
-    return held_out_loss(of, split, session, _BATCH_SIZE)
+    return held_out_loss(of, split, session, _SEQUENCES)

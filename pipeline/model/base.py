@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import UserError
+from pipeline.model.attention import FLASH, WITHIN_DOCUMENTS
 from pipeline.plan.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +42,7 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     model = load_plain(
         Path(settings.model),
         dtype=dtype,
-        attention="flash_attention_2" if settings.use_flash_attention is True else None,
+        attention=FLASH if settings.use_flash_attention is True else WITHIN_DOCUMENTS,
         trust_remote_code=settings.trust_remote_code,
         **options,
     )
@@ -81,14 +82,11 @@ def load_plain(
     folder: Path,
     *,
     dtype: torch.dtype,
-    attention: str | None = None,
+    attention: str = WITHIN_DOCUMENTS,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """A causal language model from a folder, without any network.
-
-    `attention` None is the model's own choice: PyTorch's, or eager where soft-capping needs it.
-    """
+    """A causal language model from a folder, without any network."""
     disable_progress_bar()  # type: ignore[no-untyped-call]  # one a rank otherwise
     try:
         model = AutoModelForCausalLM.from_pretrained(

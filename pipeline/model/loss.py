@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from pipeline.model.attention import Documents, arguments_for
 from pipeline.plan.activations import LOGITS_CHUNK_BYTES
 from pipeline.plan.plan import Plan
 
@@ -34,17 +35,22 @@ class SummedLoss(nn.Module):
         self.model = model
         self._num_chunks = num_chunks
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, documents: Documents
+    ) -> torch.Tensor:
         """Sum over the S supervised positions, fp32; 0 with a gradient path where S is 0.
 
-        No attention mask is needed: padding is on the right, where causal attention never looks.
-        With one, PyTorch leaves its fastest kernels, repeats keys and values for every head, and
-        keeps a (B, 1, T, T) mask for each layer.
+        `documents`: tokens of the documents of each row, the first of which never counts. No
+        attention mask is needed: documents are attended to one by one (model/attention.py), and
+        padding is on the right, where causal attention never looks. With a mask, PyTorch leaves its
+        fastest kernels, repeats keys and values for every head, and keeps a (B, 1, T, T) mask for
+        each layer.
         """
         model = self.model
         causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        apart = arguments_for(causal.config._attn_implementation, documents, input_ids)
         hidden = causal.get_decoder()(
-            input_ids=input_ids, use_cache=False
+            input_ids=input_ids, use_cache=False, **apart
         ).last_hidden_state  # (B, T, D)
         targets = labels[:, 1:]
         counts = targets != IGNORED

@@ -6,6 +6,8 @@ Counted from what autograd saves in transformers 5.23's blocks with peft 0.21's 
 b: bytes of a value in the training dtype, h: hidden size, i: inner size of the MLP, q and k: widths
 of all query and all key heads, r: lora_r, B: sequences of a micro-batch, T: tokens of a sequence.
 Frozen weights make the difference: a linear layer keeps its input only where an adapter reads it.
+`attended`: tokens that a token's attention reaches over, those of its document in a pack, in the
+mean; all T where it is None.
 """
 
 from dataclasses import dataclass
@@ -38,23 +40,26 @@ def activations(
     tokens: int,
     supervised_share: float = 1.0,
     *,
+    attended: int | None = None,
     is_cuda: bool,
 ) -> Activations:
     """Activations of micro-batches whose sequences have `tokens` tokens."""
     b, h = layout.bytes_per_value, shape.hidden_size
     count = layout.micro_batch_size * tokens
     inner = shape.intermediate_size + shape.experts_per_token * shape.expert_size
-    # Beside the scores that are kept, softmax's gradient goes in and comes out in fp32.
-    scores = shape.num_heads * tokens * (8 - b) if has_scores(shape, settings) else 0
+    # Beside the scores that are kept, softmax's gradient goes in and comes out in fp32; of a pack
+    # one document at a time.
+    reach, at_once = (tokens, count) if attended is None else (attended, attended)
+    scores = shape.num_heads * reach * (8 - b) if has_scores(shape, settings) else 0
     boundary = count * h * b
-    block = count * _kept(shape, settings, b, tokens, mask_bytes=1 if is_cuda else b)
+    block = count * _kept(shape, settings, b, reach, mask_bytes=1 if is_cuda else b)
     # The first norm keeps the block's input itself, but for RMSNorm's copy of 16 bits in fp32.
     is_copied = shape.norm_kind == "rms" and b < 4
     return Activations(
         boundary=boundary,
         block=block,
         recomputed=block - (0 if is_copied else boundary),
-        block_working=count * max((2 * inner + 2 * h) * b, scores),
+        block_working=max(count * (2 * inner + 2 * h) * b, at_once * scores),
         # RMSNorm in fp32 has five tensors of its width at once; LayerNorm is one kernel
         final_working=count * h * (b + (20 if shape.norm_kind == "rms" else b)),
         logits=int(supervised_share * count) * h * b
@@ -67,10 +72,20 @@ def has_scores(shape: ModelShape, settings: RunSettings) -> bool:
     return shape.score_softcap and settings.use_flash_attention is not True
 
 
-def _kept(shape: ModelShape, settings: RunSettings, b: int, tokens: int, *, mask_bytes: int) -> int:
+def is_by_document(settings: RunSettings) -> bool:
+    """Whether the documents of a pack are attended to one by one, and their outputs joined.
+
+    FlashAttention-2 takes all of them at once.
+    """
+    return settings.packing and settings.use_flash_attention is not True
+
+
+def _kept(shape: ModelShape, settings: RunSettings, b: int, reach: int, *, mask_bytes: int) -> int:
     """Bytes for one token that a block keeps until its backward pass."""
     adapter, n = adapted(shape, settings), shape.num_layers
-    kept = _norms(shape, b) + _attention(shape, settings, b, tokens) + _mlp(shape, b)
+    kept = _norms(shape, b) + _attention(shape, settings, b, reach) + _mlp(shape, b)
+    if is_by_document(settings):
+        kept += _joined(shape, settings, b)
     kept += adapter.layers * settings.lora_r * b // n  # A's output, which B reads
     if settings.load_in_8bit:  # every layer keeps its input (bitsandbytes 0.50.2 MatMul8bitLt)
         kept += (2 * shape.hidden_size + shape.intermediate_size) * b
@@ -91,19 +106,35 @@ def _norms(shape: ModelShape, b: int) -> int:
     return (shape.num_block_norms * shape.hidden_size + heads) * each
 
 
-def _attention(shape: ModelShape, settings: RunSettings, b: int, tokens: int) -> int:
+def _joined(shape: ModelShape, settings: RunSettings, b: int) -> int:
+    """The outputs of a pack's documents joined into one tensor, where the next layer keeps it.
+
+    Each attention keeps its own (model/attention.py); what made scores keeps no output, and that of
+    a fused layer is copied with or without packs.
+    """
+    if has_scores(shape, settings) or shape.has_fused_attention:
+        return 0
+    blocks = adapted(shape, settings).blocks_reading_attention_output
+    if settings.load_in_8bit:
+        blocks = shape.num_layers
+    elif settings.lora_dropout > 0:
+        blocks = 0
+    return blocks * shape.num_heads * shape.head_dim * b // shape.num_layers
+
+
+def _attention(shape: ModelShape, settings: RunSettings, b: int, reach: int) -> int:
     """Rotated q and k, v, the output and its normaliser.
 
     FlashAttention keeps no scores (arXiv 2205.14135 s.3). Where soft-capping needs the plain way,
-    there are the capped scores, their softmax in fp32 and in the training dtype, for T keys each,
-    and keys and values repeated for every query head. Where one layer makes q, k and v (GPT-NeoX,
-    Phi-3), v is a view of its whole output, and the attention's output is laid out by heads and
-    copied for the next layer (measured).
+    there are the capped scores, their softmax in fp32 and in the training dtype, for `reach` keys
+    each, and keys and values repeated for every query head. Where one layer makes q, k and v
+    (GPT-NeoX, Phi-3), v is a view of its whole output, and the attention's output is laid out by
+    heads and copied for the next layer (measured).
     """
     q, k = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     value = 2 * q + 2 * k if shape.has_fused_attention else k
     if has_scores(shape, settings):
-        return (4 * q + k + value) * b + shape.num_heads * tokens * (2 * b + 4)
+        return (4 * q + k + value) * b + shape.num_heads * reach * (2 * b + 4)
     return (2 * q + k + value) * b + 4 * shape.num_heads
 
 

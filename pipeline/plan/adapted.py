@@ -23,6 +23,7 @@ class Adapted:
     input_width: int  # sum of d_in
     output_width: int  # sum of d_out
     blocks_reading_attention_input: int
+    blocks_reading_attention_output: int
     blocks_reading_mlp_input: int
     product_width: int  # sum of d_in of those that read what the MLP's activation makes
 
@@ -54,6 +55,7 @@ def _adapted(shape: ModelShape, targets: str | tuple[str, ...], r: int) -> Adapt
         input_width=sum(linear.d_in for linear in every),
         output_width=sum(linear.d_out for linear in every),
         blocks_reading_attention_input=_blocks_with(found, _ATTENTION_INPUT),
+        blocks_reading_attention_output=_blocks_with(found, _ATTENTION_OUTPUT),
         blocks_reading_mlp_input=_blocks_with(found, _MLP_INPUT),
         product_width=sum(linear.d_in for linear in every if _reads_product(linear)),
     )

@@ -62,13 +62,17 @@ def memory(
     tokens: int,
     *,
     supervised_share: float = 1.0,
+    attended: int | None = None,
 ) -> Memory:
     """Memory of a run whose longest sequences have `tokens` tokens.
 
-    `supervised_share` of them have logits; without it all of them, which is the upper bound.
+    `supervised_share` of them have logits, and attention reaches over `attended` tokens, those of a
+    document in a pack; without these over and for all of them, which is the upper bound.
     """
     is_cuda = hardware.kind == "cuda"
-    acts = activations(shape, settings, layout, tokens, supervised_share, is_cuda=is_cuda)
+    acts = activations(
+        shape, settings, layout, tokens, supervised_share, attended=attended, is_cuda=is_cuda
+    )
     moments = _moments(shape, settings, layout, acts, is_cuda=is_cuda)
     always = _resident(shape, settings, layout)
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))

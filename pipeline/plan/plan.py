@@ -44,10 +44,15 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class LargestBatch:
-    """The largest micro-batch that has run: tokens of a sequence, share that counts in the loss."""
+    """The largest micro-batch that has run.
+
+    `tokens` of a sequence, the share of them that counts in the loss, and, of packs, over how many
+    a token's attention reached in the mean: those of its document.
+    """
 
     tokens: int
     supervised_share: float
+    attended: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +93,19 @@ class Plan:
 
     @property
     def memory(self) -> Memory:
-        """Memory, for the longest sequence of the data where all of it has been seen."""
-        longest = self.settings.max_length
+        """Memory, for the longest sequence of the data where all of it has been seen.
+
+        A pack may fill up to `max_length`.
+        """
+        tokens: int = self.settings.max_length
+        attended: int | None = None
         if self.data is not None and self.data.is_exact and self.data.longest is not None:
-            longest = min(longest, self.data.longest)
-        return memory(self.shape, self.settings, self.layout, self.hardware, longest)
+            longest = min(tokens, self.data.longest)
+            in_packs = min(tokens, self.data.tokens), longest
+            tokens, attended = in_packs if self.settings.packing else (longest, None)
+        return memory(
+            self.shape, self.settings, self.layout, self.hardware, tokens, attended=attended
+        )
 
     def tensor_bytes(self, batch: LargestBatch) -> int:
         """Predicted peak of live tensors for micro-batches like this one, loading included."""
@@ -103,13 +116,21 @@ class Plan:
             self.hardware,
             batch.tokens,
             supervised_share=batch.supervised_share,
+            attended=batch.attended,
         ).tensor_bytes
 
     @property
     def speed(self) -> Speed:
         """Time of a step, for sequences of the data's mean length where that is known."""
-        mean = self.settings.max_length if self.data is None else self.data.mean_tokens
-        return step_seconds(self.shape, self.settings, self.layout, self.hardware, mean)
+        tokens: float = self.settings.max_length
+        attended: float | None = None
+        if self.data is not None:
+            mean = self.data.mean_tokens
+            in_packs = min(tokens, self.data.tokens), min(tokens, mean)
+            tokens, attended = in_packs if self.settings.packing else (mean, None)
+        return step_seconds(
+            self.shape, self.settings, self.layout, self.hardware, tokens, attended=attended
+        )
 
     def with_data(self, data: DataSize) -> "Plan":
         """The plan with its steps, for a training set of this size."""

@@ -79,6 +79,7 @@ def _what(plan: Plan) -> list[str]:
     layout, shape = plan.layout, plan.shape
     share = 100 * plan.trainable / shape.parameters
     nodes = f"{layout.nodes} nodes of " if layout.nodes > 1 else ""
+    unit = f" packs of {plan.settings.max_length} tokens" if plan.settings.packing else ""
     extras = [f"{layout.checkpointed_layers} of {shape.num_layers} blocks recomputed"]
     if layout.hpz_partition_size > 1:
         extras.append(f"hpZ over {layout.hpz_partition_size} ranks")
@@ -89,8 +90,8 @@ def _what(plan: Plan) -> list[str]:
         f"{plan.trainable / 1e6:,.2f} M trainable ({share:.2f} %)",
         f"hardware   {nodes}{layout.ranks_per_node} x {plan.hardware.name}",
         f"run        ZeRO-{layout.zero_stage}, {layout.training_dtype}, global batch "
-        f"{layout.global_batch_size} = {layout.micro_batch_size} x {layout.accumulation_steps} x "
-        f"{layout.world_size} ranks, {', '.join(extras)}",
+        f"{layout.global_batch_size}{unit} = {layout.micro_batch_size} x "
+        f"{layout.accumulation_steps} x {layout.world_size} ranks, {', '.join(extras)}",
     ]
 
 

@@ -66,14 +66,6 @@ def _saves_modules(s: Request) -> bool:
 
 REQUEST_RULES: tuple[Rule[Request], ...] = (
     Rule(
-        id="packing-not-yet",
-        level="refuse",
-        applies=lambda s: s.settings.packing,
-        reason="packing: documents cannot be laid in one sequence yet",
-        remedy="set packing: false; batches are formed by length, so little padding is left",
-        source="pipeline/data/order.py",
-    ),
-    Rule(
         id="modules-to-save-zero3",
         level="refuse",
         applies=lambda s: _saves_modules(s) and s.settings.zero_stage == 3,

@@ -82,24 +82,28 @@ def step_seconds(
     tokens: float,
     *,
     supervised_share: float = 1.0,
+    attended: float | None = None,
 ) -> Speed:
     """Predict a step. `tokens`: mean tokens of a sequence as it is run, padding included.
 
-    `supervised_share` of them have logits; without it all of them, which is the upper bound.
+    `supervised_share` of them have logits, and attention reaches over `attended` tokens, those of a
+    document in a pack; without these over and for all of them, which is the upper bound.
     """
     work = work_of(shape, settings, layout.training_dtype)
     rates = _rates(layout, hardware)
     micro = layout.micro_batch_size * tokens
+    reach = tokens if attended is None else attended
+    documents = layout.micro_batch_size if attended is None else micro / attended
     recomputed = layout.checkpointed_layers / shape.num_layers
     device = {
-        "arithmetic": _arithmetic(work, micro, tokens, recomputed) / rates.flops,
+        "arithmetic": _arithmetic(work, micro, reach, recomputed) / rates.flops,
         "logits": _logits(work, shape, settings, layout, rates, micro * supervised_share),
-        "memory_traffic": _traffic(work, layout, micro, tokens, recomputed) / rates.memory,
+        "memory_traffic": _traffic(work, layout, micro, reach, recomputed) / rates.memory,
         "dequantisation": _dequantised(work, settings, layout, recomputed) / rates.memory,
     }
     busy = sum(device.values())
     gathers = _exposed(_gathers(work, layout, rates), busy)
-    host = _launches(work, layout, recomputed)
+    host = _launches(work, layout, recomputed, documents)
     if hardware.kind == "cuda":  # launching runs ahead of the device unless it is the slower one
         host = max(0.0, host - busy - gathers)
     per_micro_batch = device | {"launches": host, "base_gathers": gathers}
@@ -127,7 +131,7 @@ def _rates(layout: Layout, hardware: Hardware) -> _Rates:
     )
 
 
-def _arithmetic(work: Work, micro: float, tokens: float, recomputed: float) -> float:
+def _arithmetic(work: Work, micro: float, reach: float, recomputed: float) -> float:
     """FLOPs of a micro-batch in the blocks.
 
     A frozen weight costs 2 FLOPs a token forward and 2 backward, for the gradient of its input
@@ -137,7 +141,7 @@ def _arithmetic(work: Work, micro: float, tokens: float, recomputed: float) -> f
     per_token = (
         (2 + recomputed) * work.base_flops
         + (3 + recomputed) * work.adapter_flops
-        + (1 + _SCORES_BACKWARD + recomputed) * work.score_flops * tokens
+        + (1 + _SCORES_BACKWARD + recomputed) * work.score_flops * reach
     )
     return micro * per_token
 
@@ -164,7 +168,7 @@ def _logits(
     return (2 + again) * work.head_flops * positions / rates.flops + traffic / rates.memory
 
 
-def _traffic(work: Work, layout: Layout, micro: float, tokens: float, recomputed: float) -> float:
+def _traffic(work: Work, layout: Layout, micro: float, reach: float, recomputed: float) -> float:
     """Bytes that a micro-batch moves between device and memory in the blocks.
 
     Each pass reads the weights, which is what makes small micro-batches slow: n tokens over a d x d
@@ -174,7 +178,7 @@ def _traffic(work: Work, layout: Layout, micro: float, tokens: float, recomputed
     """
     experts = min(1.0, micro * work.expert_share) * work.expert_values
     weights = (2 + recomputed) * (work.linear_values + experts)
-    values = work.token_values + work.score_values * tokens
+    values = work.token_values + work.score_values * reach
     activations = micro * (1 + _TRAFFIC_BACKWARD + recomputed) * values
     return layout.bytes_per_value * (weights + activations)
 
@@ -192,10 +196,12 @@ def _dequantised(work: Work, settings: RunSettings, layout: Layout, recomputed: 
     return work.packed_bytes + 3 * whole if settings.load_in_8bit else 0.0
 
 
-def _launches(work: Work, layout: Layout, recomputed: float) -> float:
-    """Seconds that the host needs to launch a micro-batch."""
+def _launches(work: Work, layout: Layout, recomputed: float, documents: float) -> float:
+    """Seconds that the host needs to launch a micro-batch of so many documents."""
     fetches = 2 * work.modules * _FETCH_S if layout.is_sharded else 0.0
-    return (1 + _KERNELS_BACKWARD + recomputed) * work.kernels * _KERNEL_S + fetches
+    kernels = (1 + _KERNELS_BACKWARD + recomputed) * work.kernels
+    kernels += (2 + recomputed) * work.document_kernels * documents  # as many back as forth
+    return kernels * _KERNEL_S + fetches
 
 
 def _gathers(work: Work, layout: Layout, rates: _Rates) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.activations import has_scores
+from pipeline.plan.activations import has_scores, is_by_document
 from pipeline.plan.adapted import trainable_parameters
 from pipeline.plan.layout import DTYPE_BYTES
 from pipeline.plan.shape import ModelShape
@@ -37,6 +37,7 @@ _SCORE_PASSES = 22
 _BLOCK_KERNELS = 31
 _LORA_KERNELS = 4  # A, B, scaling, sum; dropout is one more
 _DEQUANTISE_KERNELS = 2  # the constants, then the weight
+_SCORES_KERNELS = 15  # of a document's attention that makes its scores; else one kernel
 _EXPERTS_KERNELS = 22  # routing, sorting, two grouped products, and back
 
 
@@ -49,6 +50,7 @@ class Work:
     for each token of its sequence, none where the scores stay on the chip. `linear_values` and
     `expert_values`: weights of linear layers and of all experts, of which a token meets
     `expert_share`. `packed_bytes`: the linear weights as stored where they are quantised, else 0.
+    `document_kernels` are those for each document of a pack, beside the `kernels` of a micro-batch.
     `stored_bytes`: the base as ZeRO-3 divides it, without quantisation's constants, which stay
     whole on every rank.
     """
@@ -66,6 +68,7 @@ class Work:
     packed_bytes: float
     stored_bytes: float
     kernels: int
+    document_kernels: int
     modules: int
 
 
@@ -142,6 +145,7 @@ def _cached(key: _Identity, training_dtype: str) -> Work:
         packed_bytes=packed,
         stored_bytes=(packed or n * b) + (shape.parameters - n) * b,
         kernels=_kernels(shape, settings),
+        document_kernels=_document_kernels(shape, settings),
         modules=shape.num_layers * len(shape.linears),
     )
 
@@ -156,6 +160,7 @@ def _token_values(shape: ModelShape, settings: RunSettings) -> float:
         + 2 * (queries + keys)  # attention reads q, k and v and writes its output
         + _GATE_PASSES * shape.intermediate_size
         + sum(linear.d_in + linear.d_out for linear in shape.linears)
+        + (2 * queries if is_by_document(settings) else 0)  # outputs of documents are joined
     )
     if shape.num_experts:
         each = _EXPERT_HIDDEN_PASSES * shape.hidden_size + _EXPERT_INNER_PASSES * shape.expert_size
@@ -175,3 +180,9 @@ def _kernels(shape: ModelShape, settings: RunSettings) -> int:
     adapters = len(shape.targeted(settings.lora_target_modules))
     per_block = _BLOCK_KERNELS + (_EXPERTS_KERNELS if shape.num_experts else 0)
     return shape.num_layers * per_block + per_linear * linears + per_adapter * adapters
+
+
+def _document_kernels(shape: ModelShape, settings: RunSettings) -> int:
+    if not is_by_document(settings):
+        return 0
+    return shape.num_layers * (_SCORES_KERNELS if has_scores(shape, settings) else 1)

@@ -15,7 +15,7 @@ from pipeline.model.base import load_base
 from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
 from pipeline.train.engine import Engine
-from pipeline.train.metrics import MetricsFile, PeakBytes
+from pipeline.train.metrics import InputWait, MetricsFile, PeakBytes
 from pipeline.train.progress import ProgressDisplay
 from pipeline.train.saving import Saver
 from pipeline.train.start import settings_hash, write_run
@@ -96,6 +96,7 @@ def assemble(
         stops=stops,
         pulse=pulse,
         peak=peak,
+        input_wait=InputWait(),
         saver=Saver(checkpoints, lambda: _put_back(folder, plan)) if is_shown else None,
         metrics=MetricsFile(folder / "metrics.jsonl", progress.step) if is_shown else None,
         status=status,

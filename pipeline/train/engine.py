@@ -133,7 +133,9 @@ class Engine:
             self._most_tokens = batch.input_ids.numel()
             share = float((batch.labels != IGNORED).double().mean())
             tokens = batch.input_ids.shape[1]
-            self.largest_batch = LargestBatch(tokens=tokens, supervised_share=share)
+            self.largest_batch = LargestBatch(
+                tokens=tokens, supervised_share=share, attended=batch.attended
+            )
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> float:
@@ -170,7 +172,7 @@ class Engine:
     def _forward(self, batch: Batch) -> torch.Tensor:
         self._gather_persistent()
         moved = batch.to(self.device)
-        loss: torch.Tensor = self.deepspeed(moved.input_ids, moved.labels)
+        loss: torch.Tensor = self.deepspeed(moved.input_ids, moved.labels, moved.documents)
         return loss
 
 

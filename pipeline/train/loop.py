@@ -44,15 +44,17 @@ def _train(run: Training) -> None:
         _evaluate(run)
     if _is_patience_over(run):
         return
-    for step, batches, size in _work(run):
+    for step, batches, size in run.input_wait.over(_work(run)):
         supervised = size.supervised_tokens
         result = run.engine.optimizer_step(batches, supervised, plan.learning_rate(step))
-        loss_sum, tokens, lost_saves = run.session.sum_over_ranks(
-            [result.loss_sum, result.tokens, float(tell_of_saves(run, micro_batch_s))]
+        is_lost = float(tell_of_saves(run, micro_batch_s))
+        loss_sum, tokens, lost_saves, *waits = run.session.sum_over_ranks(
+            [result.loss_sum, result.tokens, is_lost, *_wait_of_each_rank(run)]
         )
         loss = loss_sum / supervised
         _advance(run, loss, result, size.documents)
         line = _line(run, step, loss, int(tokens), supervised, result, watch.lap())
+        line["waiting_share"] = max(waits) / line["step_seconds"]
         micro_batch_s = line["step_seconds"] / plan.layout.accumulation_steps
         _record(run, line)
         _require_healthy(run, loss)
@@ -82,7 +84,7 @@ def _ask_all(run: Training) -> None:
 
 def _asking(run: Training, batches: Iterable[SeededBatch]) -> Iterator[SeededBatch]:
     """The same batches; before each, the ranks agree whether to go on."""
-    for batch in batches:
+    for batch in run.input_wait.over(batches):
         _ask_all(run)
         yield batch
 
@@ -117,6 +119,14 @@ def _work(run: Training) -> Iterator[tuple[int, Iterator[SeededBatch], StepSize]
     )
     for step in range(run.progress.step, plan.steps.total_steps):
         yield step, _asking(run, islice(seeded, shape.accumulation_steps)), work.size_of(step)
+
+
+def _wait_of_each_rank(run: Training) -> list[float]:
+    """Seconds that this rank has waited for its input, in its place; a sum fills the others'."""
+    placement = run.session.placement
+    waits = [0.0] * placement.world_size
+    waits[placement.rank] = run.input_wait.lap()
+    return waits
 
 
 def _line(

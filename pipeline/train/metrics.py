@@ -2,13 +2,16 @@
 
 import json
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pipeline.train.live_bytes import LiveBytes
+
+_Item = TypeVar("_Item")
 
 
 class MetricsFile:
@@ -54,6 +57,31 @@ class Stopwatch:
         """Seconds since the last lap."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
+        return seconds
+
+
+class InputWait:
+    """Seconds that whoever iterates has waited for the next item since it was last asked."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def over(self, source: Iterable[_Item]) -> Iterator[_Item]:
+        """The same items."""
+        iterator = iter(source)
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._seconds += time.perf_counter() - start
+            yield item
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        seconds, self._seconds = self._seconds, 0.0
         return seconds
 
 

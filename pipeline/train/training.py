@@ -8,7 +8,7 @@ from pipeline.data.prepared import Split
 from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import Checkpoints, Progress
 from pipeline.train.engine import Engine
-from pipeline.train.metrics import MetricsFile, PeakBytes
+from pipeline.train.metrics import InputWait, MetricsFile, PeakBytes
 from pipeline.train.progress import ProgressDisplay
 from pipeline.train.saving import Saver
 from pipeline.train.status import RunStatus
@@ -33,6 +33,7 @@ class Training:
     stops: StopRequests
     pulse: Pulse
     peak: PeakBytes
+    input_wait: InputWait
     saver: Saver | None
     metrics: MetricsFile | None
     status: RunStatus | None

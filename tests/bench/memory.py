@@ -27,12 +27,16 @@ NF4, ALL = BF16 | {"load_in_4bit": True}, {"lora_target_modules": "all-linear"}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model, the settings of its run, and what `auto` might have chosen of its layout."""
+    """A model, the settings of its run, and what `auto` might have chosen of its layout.
+
+    `documents`: in each sequence, of about one length.
+    """
 
     settings: dict
     model: dict = field(default_factory=dict)
     layout: dict = field(default_factory=dict)
     ranks: int = 2
+    documents: int = 1
 
 
 GRID = {
@@ -77,16 +81,44 @@ OTHERS = {
     "zero2 accumulation 1": Case(settings=ZERO2 | {"batch_size": 4}),
     "zero3 accumulation 1": Case(settings=ZERO3 | ON | {"batch_size": 4}),
 }
-CASES = GRID | OTHERS
+GEMMA2 = {"model_type": "gemma2"} | HEADS
+PACKED = {
+    "packed fp32 zero2 ckpt-off": Case(settings=OFF | {"zero_stage": 2}, documents=5),
+    "packed bf16 zero2 ckpt-off": Case(settings=ZERO2, documents=5),
+    "packed bf16 zero2 ckpt-on": Case(settings=ZERO2 | ON, documents=5),
+    "packed bf16 zero3 ckpt-off": Case(settings=ZERO3, documents=5),
+    "packed bf16 zero3 ckpt-on": Case(settings=ZERO3 | ON, documents=5),
+    "packed nf4 zero2 ckpt-off": Case(settings=ZERO2 | NF4, documents=5),
+    "packed nf4 zero3 ckpt-on": Case(settings=ZERO3 | NF4 | ON, documents=5),
+    "packed int8": Case(settings=ZERO2 | {"load_in_8bit": True}, documents=5),
+    "packed dropout": Case(settings=ZERO2 | {"lora_dropout": 0.1}, documents=5),
+    "packed attention alone": Case(
+        settings=ZERO2 | {"lora_target_modules": ["q_proj", "v_proj"]}, documents=5
+    ),
+    "packed 1024 of 20": Case(settings=ZERO2 | {"max_length": 1024}, documents=20),
+    "packed qwen3": Case(settings=ZERO2, model={"model_type": "qwen3"} | HEADS, documents=5),
+    "packed gemma2": Case(settings=ZERO2, model=GEMMA2, documents=5),
+    "packed gemma2 ckpt-on 1024": Case(
+        settings=ZERO2 | ON | {"max_length": 1024}, model=GEMMA2, documents=3
+    ),
+    "packed gemma2 ckpt-off 1024": Case(
+        settings=ZERO2 | {"max_length": 1024}, model=GEMMA2, documents=3
+    ),
+    "packed phi": Case(settings=ZERO2 | ALL, model={"model_type": "phi"}, documents=5),
+    "packed phi3": Case(settings=ZERO2 | ALL, model={"model_type": "phi3"}, documents=5),
+    "packed gpt_neox": Case(settings=ZERO2 | ALL, model={"model_type": "gpt_neox"}, documents=5),
+    "packed mixtral": Case(settings=ZERO2 | ALL, model=EXPERTS, documents=5),
+}
+CASES = GRID | OTHERS | PACKED
 TABLE = (
     "| case | measured, MiB | predicted | error | worst moment, predicted |\n|---|---|---|---|---|"
 )
 
 
-class FullDocuments:
-    """A split of documents of one length, every token supervised."""
+class FullSequences:
+    """A split of sequences of one length, each of some documents, every token supervised."""
 
-    def __init__(self, count, length, vocab_size):
+    def __init__(self, count, length, vocab_size, documents=1):
         import numpy as np
 
         from tests.tiny import sequences_of
@@ -94,14 +126,17 @@ class FullDocuments:
         random = np.random.default_rng(0)
         self.lengths = np.full(count, length)
         self._ids = random.integers(3, vocab_size, (count, length)).astype(np.int32)
-        self._mask = np.arange(length) > 0
-        self.sequences = sequences_of(self.lengths, self.lengths - 1)
+        self._bounds = [length * i // documents for i in range(documents + 1)]
+        self.sequences = sequences_of(self.lengths, self.lengths - documents)
 
     def __len__(self):
         return len(self.lengths)
 
     def sequence(self, i):
-        return [(self._ids[i], self._mask)]
+        import numpy as np
+
+        parts = zip(self._bounds, self._bounds[1:], strict=False)
+        return [(self._ids[i, start:end], np.arange(end - start) > 0) for start, end in parts]
 
 
 def make_folder(folder, model, device="cpu"):
@@ -123,36 +158,45 @@ def plan_case(folder, case, hardware=None):
     from tests.planning import with_layout
     from tests.tiny import make_plan
 
-    keys = COMMON | case.settings
+    keys = COMMON | case.settings | {"packing": case.documents > 1}
     return with_layout(make_plan(folder, case.ranks, 64, hardware=hardware, **keys), **case.layout)
 
 
-def two_steps(session, plan, base):
-    """What a run does with a base that is loaded: its adapter, its engine, and two steps."""
+def two_steps(session, plan, base, documents=1):
+    """What a run does with a base that is loaded: its adapter, its engine, and two steps.
+
+    Gives the largest batch that it has done.
+    """
     from pipeline.model.adapter import attach_adapter
     from pipeline.train.engine import Engine
     from tests.engine.train_tiny import work
 
-    split = FullDocuments(64, plan.settings.max_length, plan.shape.vocab_size)
+    split = FullSequences(64, plan.settings.max_length, plan.shape.vocab_size, documents)
     engine = Engine(attach_adapter(base, plan), plan)
     for step in range(2):
         batches, supervised = work(plan, split, step, session.placement.rank)
         engine.optimizer_step(batches, supervised, 1e-3)
+    return engine.largest_batch
 
 
 def measure(session, folder, case):
     """Peak of live bytes of this rank over two steps, and what it was made of."""
     from pipeline.model.base import load_base
     from pipeline.plan.memory import base_bytes
+    from pipeline.plan.memory import memory as memory_of
 
     plan = plan_case(folder, case)
-    memory, host = plan.memory, 0
+    host = 0
     if plan.layout.offload_param == "cpu":  # the host's share lies on the same device here
         host = base_bytes(plan.shape, plan.settings, plan.training_dtype) // plan.world_size
     with Explained() as live:
         base = load_base(plan, session.device)
         loading = live.peak
-        two_steps(session, plan, base)
+        largest = two_steps(session, plan, base, case.documents)
+    tokens, attended = plan.settings.max_length, largest.attended
+    memory = memory_of(
+        plan.shape, plan.settings, plan.layout, plan.hardware, tokens, attended=attended
+    )
     return {
         "measured": live.peak,
         "predicted": memory.tensor_bytes + host,

@@ -1,6 +1,6 @@
 """Predicted bytes of live tensors are within a tenth of what CPU runs have, in every kind of run.
 
-Twelve of the cases of tests/bench/memory.py, which measures and prints them all.
+Some of the cases of tests/bench/memory.py, which measures and prints them all.
 """
 
 import pytest
@@ -20,6 +20,8 @@ CASES = [
     "gpt_neox",
     "mixtral zero3",
     "zero2 ckpt-3-of-8",
+    "packed bf16 zero2 ckpt-off",
+    "packed gemma2",
 ]
 
 

@@ -25,8 +25,9 @@ SEED = int(os.environ.get("FAULTS_SEED", "0"))
 TOTAL_STEPS, SAVE_STEPS, EVAL_STEPS = 48, 2, 6
 SETTINGS = {
     "lora_r": 4, "lora_dropout": 0.1, "lr": 5e-3, "epochs": 8, "global_batch_size": 4,
-    "batch_size": 1, "max_length": 128, "logging_steps": 1, "zero_stage": 2, "bf16": True,
-    "save_steps": SAVE_STEPS, "evaluation_strategy": "steps", "eval_steps": EVAL_STEPS,
+    "batch_size": 1, "packing": False, "max_length": 128, "logging_steps": 1, "zero_stage": 2,
+    "bf16": True, "save_steps": SAVE_STEPS, "evaluation_strategy": "steps",
+    "eval_steps": EVAL_STEPS,
 }  # fmt: skip
 DEADLINE_S = 180.0
 

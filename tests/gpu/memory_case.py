@@ -30,13 +30,13 @@ def make_once(folder, model, device):
         torch.cuda.empty_cache()
 
 
-def peak_of(session, plan):
+def peak_of(session, plan, documents):
     if session.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        two_steps(session, plan, load_base(plan, session.device))
+        two_steps(session, plan, load_base(plan, session.device), documents)
         return torch.cuda.max_memory_allocated()
     with LiveBytes() as live:
-        two_steps(session, plan, load_base(plan, session.device))
+        two_steps(session, plan, load_base(plan, session.device), documents)
     return live.peak
 
 
@@ -47,7 +47,7 @@ def main():
         session.start()
         session.rank_zero_first(lambda: make_once(folder, case.model, session.device))
         plan = plan_case(folder, case, hardware)
-        peak = peak_of(session, plan)
+        peak = peak_of(session, plan, case.documents)
     found = {
         "measured": peak,
         "predicted": plan.memory.tensor_bytes,

@@ -41,8 +41,11 @@ SIZES = {"0.1B": (8, 2048), "1B": (4, 1024), "3B": (2, 1024), "8B": (1, 2048)}
 KINDS = {"lora": {}, "nf4": {"load_in_4bit": True}, "int8": {"load_in_8bit": True}}
 
 
-def case(model, kind, checkpointed, *, stage=2, size=None, **settings):
-    """`size`: sequences and tokens of a micro-batch; `checkpointed`: share of the blocks."""
+def case(model, kind, checkpointed, *, stage=2, size=None, documents=1, **settings):
+    """`size`: sequences and tokens of a micro-batch; `checkpointed`: share of the blocks.
+
+    `documents`: in each sequence.
+    """
     batch, length = size or SIZES[model]
     blocks = int(checkpointed * MODELS[model]["num_hidden_layers"])
     keys = {
@@ -50,12 +53,14 @@ def case(model, kind, checkpointed, *, stage=2, size=None, **settings):
         "global_batch_size": 2 * batch * RANKS,
     }  # fmt: skip
     name = f"{model} {kind} zero{stage} ckpt-{checkpointed:g} {batch}x{length}"
+    name += f" of {documents}" if documents > 1 else ""
     name += "".join(f" {key}={value}" for key, value in settings.items())
     return name, Case(
         settings=BF16 | KINDS[kind] | (ON if blocks else OFF) | keys | settings,
         model=MODELS[model],
         layout={"checkpointed_layers": blocks},
         ranks=RANKS,
+        documents=documents,
     )
 
 
@@ -70,6 +75,7 @@ CASES = dict(
     + [case("1B", "lora", share, stage=stage) for stage in (1, 3) for share in (0, 0.5, 1)]
     + [case("8B", "lora", 1, stage=3), case("8B", "nf4", 1, stage=3)]
     + [case("1B", "lora", 0, size=size) for size in ((1, 256), (1, 4096), (8, 512))]
+    + [case("1B", kind, share, documents=8) for kind in ("lora", "nf4") for share in (0, 1)]
     + [case("1B", "lora", 0, lora_dropout=0.1), case("1B", "nf4", 1, lora_r=128)]
 )
 

@@ -20,7 +20,7 @@ def model(tiny_model):
 
 
 def ours(model, batch):
-    total = SummedLoss(model)(batch.input_ids, batch.labels)
+    total = SummedLoss(model)(batch.input_ids, batch.labels, batch.documents)
     model.zero_grad()
     total.backward()
     return total.detach(), model.model.layers[0].self_attn.q_proj.weight.grad.clone()

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config.settings import RunSettings
+from pipeline.model.attention import WITHIN_DOCUMENTS, arguments_for
 from pipeline.plan.shape import read_shape
 from pipeline.plan.speed import _KERNELS_BACKWARD, _TRAFFIC_BACKWARD
 from pipeline.plan.work import sequence_flops, work_of
@@ -29,7 +30,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 TARGETS = {"mixtral": PROJECTIONS[:4]}
 MOVE_NOTHING = {
     "alias", "as_strided", "detach", "empty_like", "expand", "select", "slice", "split", "squeeze",
-    "t", "transpose", "unsqueeze", "view", "_unsafe_view",
+    "split_with_sizes", "t", "transpose", "unsqueeze", "view", "_unsafe_view",
 }  # fmt: skip
 
 
@@ -55,18 +56,26 @@ def model_config(kind, layers):
     return AutoConfig.for_model(kind, num_hidden_layers=layers, **CONFIG | OWN.get(kind, {}))
 
 
-def counted(kind, layers):
-    """Kernels, bytes and FLOPs of forward and backward through so many blocks."""
+def counted(kind, layers, documents=1):
+    """Kernels, bytes and FLOPs of forward and backward through so many blocks.
+
+    With packs of `documents` in each sequence.
+    """
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(model_config(kind, layers)).to(torch.bfloat16)
+    attention = None if documents == 1 else WITHIN_DOCUMENTS
+    base = AutoModelForCausalLM.from_config(
+        model_config(kind, layers), attn_implementation=attention
+    ).to(torch.bfloat16)
     lora = LoraConfig(r=16, lora_dropout=0.0, target_modules=TARGETS.get(kind, PROJECTIONS))
     model = get_peft_model(base, lora, autocast_adapter_dtype=False).get_base_model().model
     ids = torch.randint(0, 512, (SEQUENCES, TOKENS))
+    packs = [[TOKENS // documents] * documents] * SEQUENCES
+    apart = arguments_for(WITHIN_DOCUMENTS, packs, ids)
     found = Counter()
     for direction in ("forward", "backward"):
         with FlopCounterMode(display=False) as flops, Kernels() as seen:
             if direction == "forward":
-                hidden = model(ids, use_cache=False)[0]
+                hidden = model(ids, use_cache=False, **apart)[0]
             else:
                 hidden.float().sum().backward()
         found |= {(direction, name): count for name, count in seen.counts.items()}
@@ -75,17 +84,17 @@ def counted(kind, layers):
 
 
 @cache
-def block(kind):
+def block(kind, documents=1):
     """The same of one block: what is around the blocks falls out of the difference."""
-    two, four = counted(kind, 2), counted(kind, 4)
+    two, four = counted(kind, 2, documents), counted(kind, 4, documents)
     return {key: (four[key] - two[key]) / 2 for key in two}
 
 
-def work(kind, folder):
+def work(kind, folder, *, packing=False):
     model_config(kind, 1).save_pretrained(folder)
     settings = RunSettings(
         model=str(folder), train_data="t", output_dir="o", lora_r=16, lora_dropout=0.0,
-        lora_target_modules=TARGETS.get(kind, PROJECTIONS),
+        lora_target_modules=TARGETS.get(kind, PROJECTIONS), packing=packing,
     )  # fmt: skip
     return work_of(read_shape(str(folder)), settings, "bfloat16")
 
@@ -120,6 +129,27 @@ def test_bytes(kind, forward, backward, tmp_path):
     values = planned.token_values + TOKENS * planned.score_values
     activations = 2 * SEQUENCES * TOKENS * values
     weights = 2 * (planned.linear_values + planned.expert_values)
+    assert found["forward", "bytes"] == pytest.approx(activations + weights, rel=forward)
+    expected = _TRAFFIC_BACKWARD * activations + weights
+    assert found["backward", "bytes"] == pytest.approx(expected, rel=backward)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_kernels_of_a_document_in_a_pack(kind, tmp_path):
+    two, four = block(kind, 2), block(kind, 4)
+    for direction, rel in {"forward": 0, "backward": 0.1}.items():
+        added = (four[direction, "kernels"] - two[direction, "kernels"]) / (2 * SEQUENCES)
+        assert added == pytest.approx(work(kind, tmp_path, packing=True).document_kernels, rel=rel)
+
+
+@pytest.mark.parametrize(
+    ("kind", "forward", "backward"), [("llama", 0.05, 0.05), ("gemma2", 0.1, 0.2)]
+)
+def test_bytes_of_packs(kind, forward, backward, tmp_path):
+    found, planned = block(kind, 4), work(kind, tmp_path, packing=True)
+    values = planned.token_values + TOKENS // 4 * planned.score_values
+    activations = 2 * SEQUENCES * TOKENS * values
+    weights = 2 * planned.linear_values
     assert found["forward", "bytes"] == pytest.approx(activations + weights, rel=forward)
     expected = _TRAFFIC_BACKWARD * activations + weights
     assert found["backward", "bytes"] == pytest.approx(expected, rel=backward)

@@ -23,7 +23,6 @@ def with_layout(*parts, **keys):
 
 # Rule: a situation that it speaks in, and the nearest that it must not.
 CASES = {
-    "packing-not-yet": ({"packing": True}, {"packing": False}),
     "modules-to-save-zero3": (
         {"modules_to_save": ["lm_head"], "zero_stage": 3},
         {"modules_to_save": ["lm_head"], "zero_stage": 2},

@@ -1,0 +1,63 @@
+"""Seconds that a rank's next micro-batch takes, by the number of worker processes.
+
+    python -m tests.bench.waiting
+
+Packs of 1024 tokens, memory-mapped, in random order: what `dataloader_num_workers` can save.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from pipeline.data.batches import batches_of
+
+PACKS, TOKENS, DOCUMENTS, MICRO, BATCHES, WARM = 200_000, 1024, 10, 4, 400, 50
+
+
+class MappedPacks:
+    """Packs of equal documents in a file of 800 MB that is mapped where it is read."""
+
+    def __init__(self, path):
+        self._ids = np.lib.format.open_memmap(path, mode="r")
+        self._mask = np.arange(TOKENS // DOCUMENTS) > 0
+
+    def sequence(self, i):
+        each = TOKENS // DOCUMENTS
+        return [
+            (self._ids[i, at : at + each], self._mask) for at in range(0, DOCUMENTS * each, each)
+        ]
+
+
+def seconds_a_batch(split, workers, busy_s=0.0):
+    """Mean wait for a batch where the step between two batches takes `busy_s`."""
+    chosen = np.random.default_rng(0).integers(0, PACKS, (BATCHES, MICRO))
+    work = [SimpleNamespace(documents=row.tolist(), sequences=row.tolist()) for row in chosen]
+    waited, start = [], time.perf_counter()
+    for _ in batches_of(split, work, num_workers=workers):
+        waited.append(time.perf_counter() - start)
+        if busy_s:
+            time.sleep(busy_s)
+        start = time.perf_counter()
+    return sum(waited[WARM:]) / len(waited[WARM:])
+
+
+def main():
+    with tempfile.TemporaryDirectory() as tmp:
+        path = Path(tmp) / "ids.npy"
+        ids = np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=(PACKS, TOKENS))
+        ids[:] = np.arange(TOKENS, dtype=np.int32)
+        split = MappedPacks(path)
+        print(f"a micro-batch is {MICRO} packs of {TOKENS} tokens, {DOCUMENTS} documents each")
+        for workers in (0, 1, 2):
+            waits = [1e3 * seconds_a_batch(split, workers, busy_s) for busy_s in (0.0, 0.02)]
+            print(
+                f"{workers} workers: {waits[0]:.3f} ms a micro-batch one after another, "
+                f"{waits[1]:.3f} ms where 20 ms lie between"
+            )
+
+
+if __name__ == "__main__":
+    main()

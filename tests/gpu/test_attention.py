@@ -1,0 +1,47 @@
+"""On a GPU too documents of a pack never see each other, on every attention offered there."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from pipeline.model.attention import FLASH, WITHIN_DOCUMENTS
+from tests.gpu.test_memory import needs_gpu
+from tests.tensor.test_attention import (
+    FAMILIES,
+    WINDOW,
+    assert_alone,
+    assert_nothing_leaks,
+    is_dense,
+    load,
+    make,
+)
+
+ON_THEIR_OWN = [("llama", {"head_dim": 32}), ("gemma2", {"head_dim": 32} | WINDOW)]
+
+
+@needs_gpu
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "change"), [family for family in FAMILIES if is_dense(family)])
+def test_nothing_leaks(tmp_path, kind, change):
+    folder = make(tmp_path, kind, change, "bfloat16")
+    assert_nothing_leaks(load(folder, dtype="bfloat16").cuda())
+
+
+@needs_gpu
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "change"), FAMILIES)
+def test_a_document_is_as_if_it_were_alone(tmp_path, kind, change):
+    folder = make(tmp_path, kind, change)
+    assert_alone(load(folder).cuda(), load(folder, "eager").cuda(), 1e-3)
+
+
+@needs_gpu
+@pytest.mark.skipif(find_spec("flash_attn") is None, reason="needs the package flash-attn")
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "change"), ON_THEIR_OWN)
+def test_flash_attention(tmp_path, kind, change):
+    folder = make(tmp_path, kind, change, "bfloat16")
+    flash, ours = (load(folder, name, "bfloat16").cuda() for name in (FLASH, WITHIN_DOCUMENTS))
+    assert_nothing_leaks(flash)
+    assert_alone(flash, ours, 0.1)
