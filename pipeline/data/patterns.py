@@ -100,6 +100,7 @@ class _PatternMaker:
         self._owners: list[tuple[int, str]] = []  # of each marker: its message, its key there
         self._messages = [self._marked(i, message) for i, message in enumerate(self._said)]
         self._tools: Sequence[Mapping[str, Any]] = conversation.tools
+        self._header = ""  # with which the template asks for an answer, once it is known
 
     def make(self) -> Pattern:
         text, regions = self._rendered()
@@ -117,8 +118,9 @@ class _PatternMaker:
             others = (a for (a, _), owner, _ in found if owner != i and a >= last)
             ends[i] = self._end_of(i, text, last, min(others, default=len(text)))
             if not _is_plain(message):
-                start = min(start, self._start_of(i, text))
-                regions.append(((start, ends[i]), Hole(i, is_content=False)))
+                start = min(start, self._start_of(i, text, start))
+                is_content = not message.others
+                regions.append(((start, ends[i]), Hole(i, is_content, has_thought=is_content)))
             elif len(mine) == 1:
                 regions.append((mine[0][0], Hole(i, is_content=True)))
             else:
@@ -141,14 +143,22 @@ class _PatternMaker:
             raise RowError("the chat template has no one place for tools")
         return text, [(region, Hole(None, is_content=False))]
 
-    def _start_of(self, i: int, text: str) -> int:
-        """Where the model starts to write message `i`, which is more than content."""
+    def _start_of(self, i: int, text: str, first: int) -> int:
+        """Where the model starts to write message `i`, which is more than content.
+
+        `first`: where its first marker is.
+        """
+        between = text[max((m.end() for m in _MARKER.finditer(text, 0, first)), default=0) : first]
+        if self._header and between.count(self._header) == 1:
+            return first - len(between.partition(self._header)[2])
         before = self._messages[:i]
         bare = asks = None
         if before:
             bare = self._render_or_none(before, asks=False)
             asks = self._render_or_none(before, asks=True)
         if asks is not None and asks != bare and text.startswith(asks):
+            if bare is not None and asks.startswith(bare):
+                self._header = asks[len(bare) :]
             return len(asks)
         # A plain answer in its place, and in that of the tools' answers: roles have to alternate.
         plain = {"role": "assistant", "content": self._marker(i, "plain")}

@@ -24,6 +24,7 @@ class Hole:
 
     message: int | None  # None: the tools
     is_content: bool
+    has_thought: bool = False  # in its content, which the template may leave out or rewrite
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,12 @@ class Skeleton:
         hole, literal = self.holes[index], self.literals[index + 1]
         is_last = index + 1 == len(self.holes)
         if hole.is_content and hole.message is not None:
-            for said in variants(contents[hole.message]):
+            for said in variants(contents[hole.message], hole.has_thought):
                 end = start + len(said)
                 if text.startswith(said, start) and text.startswith(literal, end):
                     yield end
                     return
-            if is_strict:
+            if is_strict and not hole.has_thought:
                 return
         if is_last:
             if text.endswith(literal) and start <= len(text) - len(literal):
@@ -100,11 +101,16 @@ def _spans(way: "_Way") -> list[Span]:
     return found[::-1]
 
 
-def variants(content: str) -> Iterator[str]:
-    """How a template may write a content: as it is, stripped, or as JSON's text."""
+def variants(content: str, has_thought: bool = False) -> Iterator[str]:
+    """How a template may write a content: as it is, stripped, as JSON's text, without thought."""
     yield content
     yield content.strip()
     yield json.dumps(content, ensure_ascii=False)[1:-1]
+    if has_thought:
+        answer = content.rpartition("</think>")[2]
+        yield answer
+        yield answer.lstrip("\n")
+        yield answer.strip()
 
 
 def _uncertain() -> RowError:

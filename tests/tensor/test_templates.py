@@ -121,6 +121,13 @@ class TestThoughts:
             f"<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n[[{THOUGHT}<|im_end|>]]\n"
         )
 
+    @pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "deepseek-r1-distill", "gemma-3"])
+    def test_as_many_turns_as_there_are(self, name):
+        """Answers that are as they were said are not searched for, however many alike there are."""
+        found = shown(chat(*("same", THOUGHT) * 30), published(name))
+        end = encoder(published(name))._turns.end.text
+        assert found.count("[[") == found.count(f"two{end}]]") == 30
+
     def test_a_document_of_each_turn_keeps_them_all(self):
         example = chat("q", THOUGHT.replace("two", "one"), "r", THOUGHT)
         first, second = all_shown(example, published("qwen3"), split_turns=True)
