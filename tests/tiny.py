@@ -110,6 +110,25 @@ def make_plan(
     return plan.with_data(size)
 
 
+def sequences_of(lengths, supervised, sources=None, *, are_packs: bool = False):
+    """Sequences of one document each; `sources`: how many each source has, and its repeats."""
+    from pipeline.data.sequences import Round, Sequences
+
+    rounds, start = [], 0
+    for source, (count, repeats) in enumerate(sources or [(len(lengths), 1)]):
+        rounds.append(Round(source=source, start=start, end=start + count, repeats=repeats))
+        start += count
+    lengths = np.asarray(lengths, np.int64)
+    return Sequences(
+        rounds=tuple(rounds),
+        offsets=np.arange(len(lengths) + 1),
+        tokens=lengths,
+        squares=lengths**2,
+        supervised=np.asarray(supervised, np.int64),
+        are_packs=are_packs,
+    )
+
+
 class Documents:
     """A split in memory: random documents of unequal lengths and unequal label masks."""
 
@@ -124,6 +143,7 @@ class Documents:
         for mask in self._masks:
             mask[0], mask[-1] = False, True
         self.supervised_counts = np.array([mask.sum() for mask in self._masks])
+        self.sequences = sequences_of(self.lengths, self.supervised_counts)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -83,7 +83,7 @@ class _RankBatches(Dataset[Batch]):
         return len(self._work)
 
     def __getitem__(self, index: int) -> Batch:
-        return build_batch(self._split, self._work[index].documents)
+        return build_batch(self._split, self._work[index].sequences)
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:

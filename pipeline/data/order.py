@@ -1,11 +1,12 @@
-"""(seed, epoch) -> order of documents; (step, rank, world size) -> which of them. Pure.
+"""(seed, epoch) -> order of sequences; (step, rank, world size) -> which of them. Pure.
 
-The k-th global batch holds the same documents for every number of ranks, micro-batch size and
+The k-th global batch holds the same sequences for every number of ranks, micro-batch size and
 accumulation whose product is the global batch. Every rank has the same number of micro-batches in
-every step; where a short last step leaves some without documents they are empty, so that
-DeepSpeed's accumulation always completes.
+every step; where a short last step leaves some without sequences they are empty, so that
+DeepSpeed's accumulation always completes. S: sequences, G: those of a global batch.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +14,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from pipeline.data.balance import divide
+from pipeline.data.hashing import hash_of, hashes_of, permutation
+from pipeline.data.sequences import Integers, Sequences, StepSize
+from pipeline.plan.work import SequenceFlops
+
+# Without packing the documents of a micro-batch of up to this size are drawn from those within a
+# tenth of each other's length, as far as there are so many.
+_ALIKE_SIZE, _ALIKE_WIDTH = 256, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,57 +35,150 @@ class BatchShape:
 
     @property
     def global_batch_size(self) -> int:
-        """Documents of one step."""
+        """Sequences of one step."""
         return self.world_size * self.accumulation_steps * self.micro_batch_size
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Documents of one forward on one rank; `first` is their place in the global batch."""
+    """Sequences of one forward on one rank; `first` is their place in the global batch."""
 
-    documents: tuple[int, ...]
+    sequences: tuple[int, ...]
     first: int
 
 
 @lru_cache(maxsize=2)
-def epoch_order(num_documents: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """A permutation of the documents.
+def epoch_order(sequences: Sequences, *, seed: int, epoch: int, global_batch_size: int) -> Integers:
+    """The sequences of an epoch in turn, each as often as its round says.
 
-    Sorted by a hash of (seed, epoch, document) rather than drawn from numpy's generator, whose
-    stream may change between versions: a resumed run must find the same order.
+    Packs are shuffled. Without packing documents of like length make a global batch, and the global
+    batches are shuffled; those that are left over are shared by the sources, and the last step is
+    short. Sources take turns so that of each the same share is done with at any time, measured in
+    supervised tokens.
     """
-    salt = _mix(np.array([_mix(np.array([seed], np.uint64))[0] + np.uint64(epoch)], np.uint64))
-    keys = _mix(np.arange(num_documents, dtype=np.uint64) ^ salt)
-    return np.argsort(keys, kind="stable").astype(np.int64)
+    size = 1 if sequences.are_packs else global_batch_size
+    streams: dict[int, list[Integers]] = defaultdict(list)
+    left = [np.zeros(0, np.int64)]
+    for part in sequences.rounds:
+        for again in range(part.repeats):
+            words = (seed, epoch, part.start, again)
+            shuffled = part.start + permutation(part.end - part.start, *words)
+            groups, rest = _groups(shuffled, sequences, size, words)
+            streams[part.source].append(groups)
+            left.append(rest)
+    pooled, words = np.concatenate(left), (seed, epoch, len(sequences.tokens), 0)
+    groups, rest = _groups(pooled[permutation(len(pooled), *words)], sequences, size, words)
+    merged = [np.concatenate(parts) for parts in streams.values()] + [groups]
+    return np.append(_take_turns(merged, sequences.supervised), rest)
 
 
-def global_batch(
-    step: int, *, num_documents: int, seed: int, global_batch_size: int
-) -> npt.NDArray[np.int64]:
-    """Documents of the step with this index (from 0, over all epochs)."""
-    epoch, place = divmod(step, -(-num_documents // global_batch_size))
+def _groups(
+    shuffled: Integers, sequences: Sequences, size: int, words: Sequence[int]
+) -> tuple[Integers, Integers]:
+    """Groups of `size` sequences, of like length where there are several; and the few left over.
+
+    Lengths are blurred before they are sorted, so that every epoch has other groups. The blur grows
+    with groups larger than a micro-batch: sorted again inside, they still give alike micro-batches,
+    and a step has short and long documents.
+    """
+    if size == 1:
+        return shuffled[:, None], shuffled[:0]
+    whole = len(shuffled) - len(shuffled) % size
+    chosen, rest = shuffled[:whole], shuffled[whole:]
+    width = _ALIKE_WIDTH * max(1.0, size / _ALIKE_SIZE)
+    blur = hashes_of(whole, *words, 1) / 2.0**64
+    by_length = chosen[np.argsort(np.log(sequences.tokens[chosen]) + width * blur, kind="stable")]
+    groups = by_length.reshape(-1, size)
+    return groups[permutation(len(groups), *words, 2)], rest
+
+
+def _take_turns(streams: list[Integers], supervised: Integers) -> Integers:
+    """Groups of all streams, sorted by the share of their own stream that is done half-way in them.
+
+    So at any time each stream is within half a group of the share that all of them have done.
+    """
+    streams = [groups for groups in streams if len(groups)]
+    if len(streams) < 2:
+        return np.concatenate([np.zeros(0, np.int64), *(groups.reshape(-1) for groups in streams)])
+    places = []
+    for groups in streams:
+        counts = supervised[groups].sum(axis=1)
+        done = np.cumsum(counts)
+        places.append((done - counts / 2) / done[-1])
+    order = np.argsort(np.concatenate(places), kind="stable")
+    return np.concatenate(streams)[order].reshape(-1)
+
+
+def global_batch(step: int, sequences: Sequences, *, seed: int, global_batch_size: int) -> Integers:
+    """Sequences of the step with this index (from 0, over all epochs)."""
+    epoch, place = divmod(step, -(-sequences.epoch // global_batch_size))
     start = place * global_batch_size
-    return epoch_order(num_documents, seed, epoch)[start : start + global_batch_size]
+    order = epoch_order(sequences, seed=seed, epoch=epoch, global_batch_size=global_batch_size)
+    return order[start : start + global_batch_size]
 
 
 def deal(
-    documents: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], shape: BatchShape
+    batch: Integers, sequences: Sequences, flops: SequenceFlops, shape: BatchShape
 ) -> list[list[MicroBatch]]:
-    """Divide one global batch: for each rank, its micro-batches in turn.
+    """Divide one global batch: for each rank its micro-batches in turn, the costliest first.
 
-    Documents of like length share a micro-batch (little padding), and micro-batches that run side
-    by side on the ranks are alike (little waiting). Ranks take turns at the longer one.
+    Each rank gets the same share of the cost, as nearly as can be found, and since all begin with
+    what costs most, micro-batches that run side by side are alike. Packs are dealt one by one.
+    Documents are dealt by the micro-batch, so that those of like length share one.
     """
-    by_length = documents[np.lexsort((documents, -lengths[documents]))]
-    size, ranks = shape.micro_batch_size, shape.world_size
-    work: list[list[MicroBatch]] = [[] for _ in range(ranks)]
-    for turn in range(shape.accumulation_steps):
-        for place in range(ranks):
-            first = (turn * ranks + place) * size
-            chosen = tuple(int(i) for i in by_length[first : first + size])
-            rank = place if turn % 2 == 0 else ranks - 1 - place
-            work[rank].append(MicroBatch(chosen, first))
-    return work
+    shares = _shares(batch, sequences, flops, shape)
+    return [_in_turn(share, rank, sequences, flops, shape) for rank, share in enumerate(shares)]
+
+
+def _shares(
+    batch: Integers, sequences: Sequences, flops: SequenceFlops, shape: BatchShape
+) -> list[list[Integers]]:
+    """What each rank gets of a global batch: packs one by one, documents by the micro-batch."""
+    by_length = batch[np.lexsort((batch, -sequences.tokens[batch]))]
+    size = 1 if sequences.are_packs else shape.micro_batch_size
+    cut = [by_length[first : first + size] for first in range(0, len(batch), size)]
+    dealt = divide(_costs(cut, sequences, flops), shape.world_size)
+    return [[cut[place] for place in places] for places in dealt]
+
+
+def _in_turn(
+    share: list[Integers],
+    rank: int,
+    sequences: Sequences,
+    flops: SequenceFlops,
+    shape: BatchShape,
+) -> list[MicroBatch]:
+    """A rank's micro-batches, those of packs as equal as can be found; empty ones to the end."""
+    size = shape.micro_batch_size
+    if sequences.are_packs and size > 1 and share:
+        packs = np.concatenate(share)
+        divided = divide(_costs(share, sequences, flops), -(-len(packs) // size))
+        share = [packs[places] for places in divided]
+        share = [share[i] for i in np.argsort(-_costs(share, sequences, flops), kind="stable")]
+    none = [np.zeros(0, np.int64)] * (shape.accumulation_steps - len(share))
+    return [
+        MicroBatch(tuple(micro.tolist()), (turn * shape.world_size + rank) * size)
+        for turn, micro in enumerate([*share, *none])
+    ]
+
+
+def _costs(
+    groups: list[Integers], sequences: Sequences, flops: SequenceFlops
+) -> npt.NDArray[np.float64]:
+    """FLOPs of groups of sequences, documents padded to the longest of their group."""
+    every, sizes = np.concatenate(groups), np.array([len(group) for group in groups])
+    starts = np.cumsum(sizes) - sizes
+    tokens, squares = sequences.tokens[every], sequences.squares[every]
+    if not sequences.are_packs:
+        tokens = np.repeat(np.maximum.reduceat(tokens, starts), sizes)
+        squares = tokens**2
+    costs = (
+        flops.per_token * tokens
+        + flops.per_square * squares
+        + flops.per_logit * sequences.supervised[every]
+    )
+    summed: npt.NDArray[np.float64] = np.add.reduceat(costs, starts)
+    return summed
 
 
 class RankWork(Sequence[MicroBatch]):
@@ -83,7 +186,8 @@ class RankWork(Sequence[MicroBatch]):
 
     def __init__(
         self,
-        lengths: npt.NDArray[np.int64],
+        sequences: Sequences,
+        flops: SequenceFlops,
         shape: BatchShape,
         *,
         seed: int,
@@ -91,8 +195,9 @@ class RankWork(Sequence[MicroBatch]):
         first_step: int,
         total_steps: int,
     ) -> None:
-        self._lengths, self._shape, self._seed = lengths, shape, seed
-        self._rank, self._first_step, self._total_steps = rank, first_step, total_steps
+        self._sequences, self._flops, self._shape = sequences, flops, shape
+        self._seed, self._rank = seed, rank
+        self._first_step, self._total_steps = first_step, total_steps
         self._dealt: tuple[int, list[MicroBatch]] = (-1, [])
 
     def __len__(self) -> int:
@@ -100,49 +205,54 @@ class RankWork(Sequence[MicroBatch]):
 
     def __getitem__(self, index: Any) -> Any:
         """The `index`-th micro-batch from `first_step` on."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"micro-batch {index} of {len(self)}")
         step, turn = self.step_of(index), index % self._shape.accumulation_steps
         if self._dealt[0] != step:
-            documents = self.documents(step)
-            self._dealt = (step, deal(documents, self._lengths, self._shape)[self._rank])
+            given = self._sequences, self._flops, self._shape
+            share = _shares(self.batch(step), *given)[self._rank]
+            self._dealt = (step, _in_turn(share, self._rank, *given))
         return self._dealt[1][turn]
 
     def step_of(self, index: int) -> int:
         """The step that the `index`-th micro-batch belongs to."""
         return self._first_step + index // self._shape.accumulation_steps
 
-    def documents(self, step: int) -> npt.NDArray[np.int64]:
-        """All documents of a step, over all ranks."""
+    def batch(self, step: int) -> Integers:
+        """All sequences of a step, over all ranks."""
         return global_batch(
             step,
-            num_documents=len(self._lengths),
+            self._sequences,
             seed=self._seed,
             global_batch_size=self._shape.global_batch_size,
         )
 
+    def size_of(self, step: int) -> StepSize:
+        """What the ranks do in a step together."""
+        return self._sequences.size_of(self.batch(step))
+
 
 def evaluation_work(
-    lengths: npt.NDArray[np.int64], *, world_size: int, micro_batch_size: int
+    sequences: Sequences, *, world_size: int, micro_batch_size: int
 ) -> list[list[MicroBatch]]:
-    """Every document once, for each rank the same number of micro-batches."""
-    turns = -(-len(lengths) // (world_size * micro_batch_size))
-    shape = BatchShape(
-        world_size=world_size, accumulation_steps=turns, micro_batch_size=micro_batch_size
-    )
-    return deal(np.arange(len(lengths), dtype=np.int64), lengths, shape)
+    """The sequences of an epoch; for each rank the same number of micro-batches.
+
+    Those of like length share a micro-batch, and ranks take turns at the longer one.
+    """
+    every = sequences.all_of_them()
+    size = micro_batch_size
+    by_length = every[np.argsort(-sequences.tokens[every], kind="stable")]
+    cut = [by_length[first : first + size] for first in range(0, len(every), size)]
+    work: list[list[MicroBatch]] = [[] for _ in range(world_size)]
+    for turn in range(-(-len(cut) // world_size)):
+        for place in range(world_size):
+            index = turn * world_size + place
+            chosen = tuple(cut[index].tolist()) if index < len(cut) else ()
+            rank = place if turn % 2 == 0 else world_size - 1 - place
+            work[rank].append(MicroBatch(chosen, index * size))
+    return work
 
 
 def forward_seed(seed: int, step: int, first: int) -> int:
     """Seed of the dropout of one forward: nothing has to be stored to resume it."""
-    words: Sequence[int] = (seed, step, first)
-    state = np.zeros(1, np.uint64)
-    for word in words:
-        state = _mix(state ^ np.uint64(word))
-    return int(state[0] >> np.uint64(1))
-
-
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele et al., OOPSLA 2014); overflow is meant."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return int(hash_of(seed, step, first) >> np.uint64(1))

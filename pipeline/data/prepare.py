@@ -27,7 +27,7 @@ from pipeline.data.writing import REJECTS, SplitWriter, write_json, write_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 1  # of the prepared files and of how documents are made: raise it when either changes
+_FORMAT = 2  # of the prepared files and of how documents are made: raise it when either changes
 _TOKENIZER_FILES = (
     "tokenizer*",
     "*chat_template*",
@@ -123,7 +123,9 @@ class _SplitMaker:
                 return
 
     def finish(self) -> tuple[SplitIndex, dict[str, Any]]:
-        index = self._writer.close()
+        index = self._writer.close(
+            max_length=self._settings.max_length, packing=self._settings.packing
+        )
         digests = read_digests(self._writer.folder)
         audit = make_audit(
             self.tally,
@@ -190,6 +192,7 @@ def _key(settings: RunSettings, files: list[Path], limit: int | None) -> str:
         "data": [_sha256(path) for path in files],
         "tokenizer": {str(p.relative_to(model)): _sha256(p) for p in sorted(tokenizer)},
         "max_length": settings.max_length,
+        "packing": settings.packing,
         "train_on": settings.train_on,
         "limit": limit,
     }

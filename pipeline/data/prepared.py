@@ -2,8 +2,8 @@
 
 N: documents, T: tokens of one document. A split is a folder `<split>-<key>` with ids.npy (int32)
 and supervised.npy (bool), all documents end to end, offsets.npy (int64, N + 1), counts.npy (int64,
-N supervised tokens), digests.npy (uint64, N rows), rejects.jsonl and index.json, all written by
-writing.py.
+N supervised tokens), digests.npy (uint64, N rows), sources.npy (int32, N), rejects.jsonl and
+index.json, all written by writing.py, and sequence_*.npy and sequences.json, written by packing.py.
 """
 
 import json
@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.settings import RunSettings
+from pipeline.data.sequences import Round, Sequences
 from pipeline.errors import UserError
 from pipeline.plan.data_size import DataSize, estimate
 
 Array = npt.NDArray[Any]
-INDEX = "index.json"
+INDEX, SEQUENCES = "index.json", "sequences.json"
 _PREPARE_AGAIN = "run launch/prepare.py with the run file"
 
 
@@ -35,12 +36,19 @@ class SplitIndex:
     tokens: int
     supervised_tokens: int
     longest: int
+    sequences: int  # of an epoch, as are the next two
+    epoch_documents: int
+    epoch_tokens: int
 
     @property
     def size(self) -> DataSize:
         """What the plan asks of it."""
         return DataSize(
-            documents=self.documents, tokens=self.tokens, longest=self.longest, is_exact=True
+            documents=self.epoch_documents,
+            tokens=self.epoch_tokens,
+            longest=self.longest,
+            is_exact=True,
+            sequences=self.sequences,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -98,7 +106,7 @@ def data_size(settings: RunSettings) -> DataSize | None:
 
 
 class Split:
-    """The documents of a prepared split, read from disk where they are touched."""
+    """Documents and sequences of a prepared split, read from disk where they are touched."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -106,6 +114,16 @@ class Split:
         self._supervised = _mapped(folder, "supervised")
         self._offsets = _mapped(folder, "offsets")
         self.supervised_counts: Array = _mapped(folder, "counts")  # (N,) int64
+        self._in_sequences = _mapped(folder, "sequence_documents")
+        said = json.loads((folder / SEQUENCES).read_text(encoding="utf-8"))
+        self.sequences = Sequences(
+            rounds=tuple(Round(**values) for values in said["rounds"]),
+            offsets=_mapped(folder, "sequence_offsets"),
+            tokens=_mapped(folder, "sequence_tokens"),
+            squares=_mapped(folder, "sequence_squares"),
+            supervised=_mapped(folder, "sequence_counts"),
+            are_packs=said["packing"],
+        )
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -127,17 +145,33 @@ class Split:
 
     def sequence(self, i: int) -> list[tuple[Array, Array]]:
         """The documents of a sequence, each as `document` gives it."""
-        return [self.document(i)]
+        offsets = self.sequences.offsets
+        if not 0 <= i < len(offsets) - 1:
+            raise IndexError(f"sequence {i} of {len(offsets) - 1}")
+        return [self.document(j) for j in self._in_sequences[offsets[i] : offsets[i + 1]]]
+
+    def has_all_sequences(self, epoch: int) -> bool:
+        """Whether the columns of sequences are whole, as far as their lengths tell."""
+        found = self.sequences
+        count = max((part.end for part in found.rounds), default=0)
+        columns = (found.tokens, found.squares, found.supervised)
+        return (
+            found.epoch == epoch
+            and len(found.offsets) == count + 1
+            and all(len(column) == count for column in columns)
+            and len(self._in_sequences) == found.offsets[-1]
+        )
 
 
 def open_split(index: SplitIndex) -> Split:
     """A prepared split. Raises UserError where its files are not what the index says."""
     try:
         split = Split(index.folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index.folder}: cannot be opened ({error}); {_PREPARE_AGAIN}") from None
     found = (len(split), len(split._ids), len(split._supervised), len(split.supervised_counts))
-    if found != (index.documents, index.tokens, index.tokens, index.documents):
+    is_whole = found == (index.documents, index.tokens, index.tokens, index.documents)
+    if not is_whole or not split.has_all_sequences(index.sequences):
         raise UserError(f"{index.folder}: not the data of its index; {_PREPARE_AGAIN}")
     return split
 

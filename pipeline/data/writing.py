@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from pipeline.data.packing import write_sequences
 from pipeline.data.prepared import INDEX, SplitIndex
 
 REJECTS = "rejects.jsonl"
@@ -18,6 +19,7 @@ _COLUMNS: Mapping[str, str] = {
     "offsets": "<i8",
     "counts": "<i8",
     "digests": "<u8",
+    "sources": "<i4",
 }
 
 
@@ -57,13 +59,15 @@ class SplitWriter:
         columns["offsets"].extend([columns["ids"].length])
         columns["counts"].extend([sum(supervised)])
         columns["digests"].extend([digest])
+        columns["sources"].extend([0])
         self.lengths.append(len(ids))
 
-    def close(self) -> SplitIndex:
-        """Complete the columns on disk."""
+    def close(self, *, max_length: int, packing: bool) -> SplitIndex:
+        """Complete the columns on disk and lay the documents in sequences."""
         for column in self._columns.values():
             column.close()
         _sync_and_close(self.rejects)
+        epoch = write_sequences(self.folder, max_length, packing=packing, weights=[1.0])
         counts = np.load(self.folder / "counts.npy", mmap_mode="r")
         self.index = SplitIndex(
             key=self._key,
@@ -72,6 +76,9 @@ class SplitWriter:
             tokens=self._columns["ids"].length,
             supervised_tokens=int(counts.sum()),
             longest=max(self.lengths, default=0),
+            sequences=epoch.sequences,
+            epoch_documents=epoch.documents,
+            epoch_tokens=epoch.tokens,
         )
         return self.index
 

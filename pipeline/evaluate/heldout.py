@@ -1,4 +1,4 @@
-"""Held-out loss: the mean over all supervised tokens, the ranks sharing the documents."""
+"""Held-out loss: the mean over all supervised tokens, the ranks sharing the sequences."""
 
 from collections.abc import Callable
 
@@ -13,10 +13,10 @@ def held_out_loss(
 ) -> float:
     """Mean loss over the split. Collective: every rank does the same number of forwards."""
     work = evaluation_work(
-        split.lengths,
+        split.sequences,
         world_size=session.placement.world_size,
         micro_batch_size=micro_batch_size,
     )
     mine = work[session.placement.rank]
     total = sum(summed_loss(batch) for batch in batches_of(split, mine))
-    return session.sum_over_ranks([total])[0] / int(split.supervised_counts.sum())
+    return session.sum_over_ranks([total])[0] / split.sequences.supervised_tokens

@@ -21,13 +21,14 @@ class DataSize:
     """Documents of an epoch and their tokens, cut to `max_length`, without padding.
 
     `longest`: tokens of the longest one, None where not all of them have been seen. `is_exact`:
-    counted by prepare rather than estimated.
+    counted by prepare rather than estimated. `sequences` of an epoch, None before prepare.
     """
 
     documents: int
     tokens: int
     longest: int | None
     is_exact: bool
+    sequences: int | None = None
 
     @property
     def mean_tokens(self) -> float:

@@ -133,7 +133,11 @@ class Plan:
     def with_data(self, data: DataSize) -> "Plan":
         """The plan with its steps, for a training set of this size."""
         settings = self.settings
-        per_epoch = math.ceil(data.documents / self.layout.global_batch_size)
+        sequences = data.sequences
+        if sequences is None:  # prepare leaves hardly a hundredth of a pack empty
+            packs = math.ceil(data.tokens / settings.max_length)
+            sequences = packs if settings.packing else data.documents
+        per_epoch = math.ceil(sequences / self.layout.global_batch_size)
         total = per_epoch * settings.epochs
         if settings.max_steps is not None:
             total = min(total, settings.max_steps)

@@ -77,6 +77,32 @@ def work_of(shape: ModelShape, settings: RunSettings, training_dtype: str) -> Wo
     return _cached(_Identity(shape, settings), training_dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SequenceFlops:
+    """Model FLOPs of a sequence, forward and backward: what is dealt to the ranks.
+
+    For each token, for each squared length of a document (attention does not cross documents), and
+    for each token that counts in the loss and so has logits.
+    """
+
+    per_token: float
+    per_square: float
+    per_logit: float
+
+
+def sequence_flops(work: Work) -> SequenceFlops:
+    """What a sequence costs, recomputation apart.
+
+    The backward pass of a frozen weight costs as much as its forward pass, for the gradient of its
+    input alone; that of an adapter, and of attention's products of two inputs, twice as much.
+    """
+    return SequenceFlops(
+        per_token=2 * work.base_flops + 3 * work.adapter_flops,
+        per_square=3 * work.score_flops,
+        per_logit=2 * work.head_flops,
+    )
+
+
 class _Identity:
     """Key of a cache: these two objects, which are frozen and which it keeps alive."""
 

@@ -9,9 +9,11 @@ from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.verify import verify_tensors
 from pipeline.data.batches import Batch, batches_of
 from pipeline.data.order import BatchShape, RankWork, forward_seed
+from pipeline.data.sequences import StepSize
 from pipeline.errors import RankZeroError
 from pipeline.evaluate.heldout import held_out_loss
 from pipeline.model.adapter import expected_shapes
+from pipeline.plan.work import sequence_flops, work_of
 from pipeline.train.engine import SeededBatch, StepResult
 from pipeline.train.keeping import keep_best, save, save_before_stop, tell_of_saves
 from pipeline.train.metrics import Stopwatch
@@ -42,14 +44,15 @@ def _train(run: Training) -> None:
         _evaluate(run)
     if _is_patience_over(run):
         return
-    for step, batches, supervised in run.input_wait.over(_work(run)):
+    for step, batches, size in run.input_wait.over(_work(run)):
+        supervised = size.supervised_tokens
         result = run.engine.optimizer_step(batches, supervised, plan.learning_rate(step))
         is_lost = float(tell_of_saves(run, micro_batch_s))
         loss_sum, tokens, lost_saves, *waits = run.session.sum_over_ranks(
             [result.loss_sum, result.tokens, is_lost, *_wait_of_each_rank(run)]
         )
         loss = loss_sum / supervised
-        _advance(run, loss, result)
+        _advance(run, loss, result, size.documents)
         line = _line(run, step, loss, int(tokens), supervised, result, watch.lap())
         line["waiting_share"] = max(waits) / line["step_seconds"]
         micro_batch_s = line["step_seconds"] / plan.layout.accumulation_steps
@@ -86,8 +89,8 @@ def _asking(run: Training, batches: Iterable[SeededBatch]) -> Iterator[SeededBat
         yield batch
 
 
-def _work(run: Training) -> Iterator[tuple[int, Iterator[SeededBatch], int]]:
-    """For each step that is left: its index, this rank's batches, all supervised tokens of it."""
+def _work(run: Training) -> Iterator[tuple[int, Iterator[SeededBatch], StepSize]]:
+    """For each step that is left: its index, this rank's batches, how much all ranks do."""
     plan, settings = run.plan, run.plan.settings
     layout = plan.layout
     shape = BatchShape(
@@ -96,7 +99,8 @@ def _work(run: Training) -> Iterator[tuple[int, Iterator[SeededBatch], int]]:
         micro_batch_size=layout.micro_batch_size,
     )
     work = RankWork(
-        run.train_split.lengths,
+        run.train_split.sequences,
+        sequence_flops(work_of(plan.shape, settings, plan.training_dtype)),
         shape,
         seed=settings.seed,
         rank=run.session.placement.rank,
@@ -114,8 +118,7 @@ def _work(run: Training) -> Iterator[tuple[int, Iterator[SeededBatch], int]]:
         for i, batch in enumerate(batches)
     )
     for step in range(run.progress.step, plan.steps.total_steps):
-        supervised = int(run.train_split.supervised_counts[work.documents(step)].sum())
-        yield step, _asking(run, islice(seeded, shape.accumulation_steps)), supervised
+        yield step, _asking(run, islice(seeded, shape.accumulation_steps)), work.size_of(step)
 
 
 def _wait_of_each_rank(run: Training) -> list[float]:
@@ -162,15 +165,14 @@ def _record(run: Training, line: dict[str, Any]) -> None:
         run.status.update(step=line["step"], saved_step=saved)
 
 
-def _advance(run: Training, loss: float, result: StepResult) -> None:
+def _advance(run: Training, loss: float, result: StepResult, documents: int) -> None:
     """Count the step, which has consumed its data and its place in the schedule either way."""
-    progress, plan = run.progress, run.plan
+    progress = run.progress
+    is_first = progress.step % run.plan.steps.steps_per_epoch == 0
+    progress.documents = documents + (0 if is_first else progress.documents)
     progress.step += 1
     progress.optimizer_step += int(result.was_applied)
     progress.skipped_steps += int(not result.was_applied)
-    per_epoch, documents = plan.steps.steps_per_epoch, len(run.train_split)
-    done = ((progress.step - 1) % per_epoch + 1) * plan.layout.global_batch_size
-    progress.documents = min(done, documents)
     # An overflow that a smaller loss scale will answer says nothing of the run.
     is_bad = not math.isfinite(loss) or not (result.was_applied or result.is_scale_searched)
     progress.bad_steps = progress.bad_steps + 1 if is_bad else 0
@@ -224,7 +226,7 @@ def _evaluate(run: Training) -> None:
     progress.is_evaluation_due = False
     run.display.say(f"step {progress.step}  held-out loss {loss:.4f}  ({watch.lap():.1f} s)")
     if run.metrics is not None:
-        tokens = int(run.eval_split.supervised_counts.sum())
+        tokens = run.eval_split.sequences.supervised_tokens
         run.metrics.write({"step": progress.step, "eval_loss": loss, "eval_tokens": tokens})
     if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss, progress.best_step = loss, progress.step

@@ -121,11 +121,13 @@ class FullSequences:
     def __init__(self, count, length, vocab_size, documents=1):
         import numpy as np
 
+        from tests.tiny import sequences_of
+
         random = np.random.default_rng(0)
         self.lengths = np.full(count, length)
         self._ids = random.integers(3, vocab_size, (count, length)).astype(np.int32)
         self._bounds = [length * i // documents for i in range(documents + 1)]
-        self.supervised_counts = np.full(count, length - documents)
+        self.sequences = sequences_of(self.lengths, self.lengths - documents)
 
     def __len__(self):
         return len(self.lengths)

@@ -7,9 +7,10 @@ from deepspeed.utils import safe_get_full_grad
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.data.batches import build_batch
-from pipeline.data.order import BatchShape, deal, forward_seed, global_batch
+from pipeline.data.order import BatchShape, RankWork, forward_seed
 from pipeline.model.adapter import attach_adapter
 from pipeline.model.base import load_base
+from pipeline.plan.work import sequence_flops, work_of
 from pipeline.train.engine import Engine, SeededBatch
 from tests.tiny import Documents, make_plan
 
@@ -27,14 +28,19 @@ def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
         accumulation_steps=plan.layout.accumulation_steps,
         micro_batch_size=layout.micro_batch_size,
     )
-    documents = global_batch(
-        step, num_documents=len(split), seed=0, global_batch_size=shape.global_batch_size
+    mine = RankWork(
+        split.sequences,
+        sequence_flops(work_of(plan.shape, plan.settings, plan.training_dtype)),
+        shape,
+        seed=0,
+        rank=rank,
+        first_step=step,
+        total_steps=step + 1,
     )
-    mine = deal(documents, split.lengths, shape)[rank]
     batches = [
-        SeededBatch(build_batch(split, m.documents), forward_seed(0, step, m.first)) for m in mine
+        SeededBatch(build_batch(split, m.sequences), forward_seed(0, step, m.first)) for m in mine
     ]
-    return batches, int(split.supervised_counts[documents].sum())
+    return batches, mine.size_of(step).supervised_tokens
 
 
 def train_tiny(session, folder: Path, settings: dict, steps: int = 5) -> dict:

@@ -15,7 +15,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.model.attention import WITHIN_DOCUMENTS, arguments_for
 from pipeline.plan.shape import read_shape
 from pipeline.plan.speed import _KERNELS_BACKWARD, _TRAFFIC_BACKWARD
-from pipeline.plan.work import work_of
+from pipeline.plan.work import sequence_flops, work_of
 
 SEQUENCES, TOKENS = 4, 64
 CONFIG = {
@@ -104,6 +104,12 @@ def test_flops(tmp_path):
     found, planned, tokens = block("llama"), work("llama", tmp_path), SEQUENCES * TOKENS
     assert found["forward", "flops"] == tokens * (planned.base_flops + planned.adapter_flops)
     assert found["backward", "flops"] == tokens * (planned.base_flops + 2 * planned.adapter_flops)
+
+
+def test_what_is_dealt_to_ranks_is_what_a_model_does(tmp_path):
+    found, tokens = block("llama"), SEQUENCES * TOKENS
+    both = found["forward", "flops"] + found["backward", "flops"]
+    assert both == tokens * sequence_flops(work("llama", tmp_path)).per_token
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,18 @@ def test_steps_cover_every_document_as_often_as_asked(documents, epochs, batch):
     assert schedule.total_steps == schedule.steps_per_epoch * epochs
     assert 0 <= schedule.steps_per_epoch * batch - documents < batch
     assert 1 <= schedule.warmup_steps <= schedule.total_steps
+
+
+def test_steps_are_counted_in_sequences(plan):
+    """Those that prepare has made; before it has, packs as full as can be."""
+    estimated = replace(sized(1000, mean=100), is_exact=False)
+    prepared = replace(sized(1000, mean=100), sequences=203)
+    made = plan(global_batch_size=8, max_length=500)
+    assert made.with_data(estimated).steps.steps_per_epoch == 125
+    assert made.with_data(prepared).steps.steps_per_epoch == 26
+    packed = replace(made, settings=made.settings.model_copy(update={"packing": True}))
+    assert packed.with_data(estimated).steps.steps_per_epoch == 25
+    assert packed.with_data(prepared).steps.steps_per_epoch == 26
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])

@@ -99,7 +99,7 @@ def test_the_text_says_what_runs_why_and_how_to_start_it(call):
 def test_the_prepared_index_fixes_the_steps(call):
     split = SplitIndex(
         key="k", folder=Path("train-k"), documents=1000, tokens=300_000, supervised_tokens=1000,
-        longest=700,
+        longest=700, sequences=1000, epoch_documents=1000, epoch_tokens=300_000,
     )  # fmt: skip
     (call.folder / "run/data").mkdir(parents=True)
     index = json.dumps(DataIndex(train=split, eval=None).as_json())
