@@ -34,7 +34,7 @@ class MappedPacks:
 def seconds_a_batch(split, workers, busy_s=0.0):
     """Mean wait for a batch where the step between two batches takes `busy_s`."""
     chosen = np.random.default_rng(0).integers(0, PACKS, (BATCHES, MICRO))
-    work = [SimpleNamespace(documents=row.tolist(), sequences=row.tolist()) for row in chosen]
+    work = [SimpleNamespace(sequences=row.tolist()) for row in chosen]
     waited, start = [], time.perf_counter()
     for _ in batches_of(split, work, num_workers=workers):
         waited.append(time.perf_counter() - start)

@@ -33,7 +33,8 @@ def plan(tmp_path):
         folder = tmp_path / "model"
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config))
-        values = {"model": str(folder), "train_data": "t", "output_dir": "o"} | settings
+        values = {"model": str(folder), "train_data": "t", "output_dir": "o", "packing": False}
+        values |= settings
         run = RunSettings.model_validate(values)
         hardware = hardware or gpu(80)
         return make_plan(run, read_shape(run.model), hardware, nodes=nodes, ranks_per_node=ranks)
@@ -86,8 +87,9 @@ def steps_of(documents, epochs, batch):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SMOLLM2))
         run = RunSettings(
-            model=folder, train_data="t", output_dir="o", epochs=epochs, global_batch_size=batch
-        )
+            model=folder, train_data="t", output_dir="o", packing=False, epochs=epochs,
+            global_batch_size=batch,
+        )  # fmt: skip
         made = make_plan(run, read_shape(folder), CPU, nodes=1, ranks_per_node=1)
         return made.with_data(sized(documents)).steps
 
