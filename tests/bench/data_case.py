@@ -30,9 +30,9 @@ def main() -> None:
     from pipeline.data.order import BatchShape, RankWork
     from pipeline.data.prepared import open_split
     from pipeline.plan.shape import read_shape
-    from pipeline.plan.work import sequence_flops
+    from pipeline.plan.work import sequence_flops, work_of
 
-    flops = sequence_flops(read_shape(model), settings, "bfloat16")
+    flops = sequence_flops(work_of(read_shape(model), settings, "bfloat16"))
     begun = time.perf_counter()
     check_first_rows(settings)
     split = open_split(prepare(settings, Path(run) / "data").train)
