@@ -5,11 +5,9 @@ import math
 import os
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import psutil
-
+from pipeline.cluster.host_memory import host_memory
 from pipeline.cluster.placement import Placement
 from pipeline.errors import UserError
 from pipeline.plan.catalogue import cpu_of, gpu_like, gpu_named, rates_of
@@ -18,7 +16,7 @@ from pipeline.plan.hardware import Hardware
 
 def detect_hardware() -> Hardware:
     """This machine's CUDA devices as NVML and CUDA_VISIBLE_DEVICES show them, else its CPU."""
-    return _cuda_devices() or cpu_of(len(os.sched_getaffinity(0)), _host_bytes())
+    return _cuda_devices() or cpu_of(len(os.sched_getaffinity(0)), host_memory().total)
 
 
 def machine(gpu: str | None, gib: float | None, tflops: float | None) -> Hardware:
@@ -71,7 +69,7 @@ def _cuda_devices() -> Hardware | None:
     except pynvml.NVMLError:
         return None
     try:
-        handles = _visible_handles(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        handles = visible_handles(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
         if not handles:
             return None
         handle = handles[0]
@@ -83,14 +81,14 @@ def _cuda_devices() -> Hardware | None:
             name=name,
             devices_per_node=len(handles),
             device_bytes=device_bytes,
-            host_bytes=_host_bytes(),
+            host_bytes=host_memory().total,
             compute_capability=(int(major), int(minor)),
         )
     finally:
         pynvml.nvmlShutdown()
 
 
-def _visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
+def visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
     """NVML's handles of what CUDA shows: numbers, or UUIDs of GPUs and MIG slices, up to a -1."""
     if visible is None:
         return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
@@ -104,13 +102,3 @@ def _visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
         except pynvml.NVMLError:
             break  # as CUDA does: what follows a wrong entry is not visible
     return handles
-
-
-def _host_bytes() -> int:
-    """Memory of this machine, or less where a control group (container, Slurm job) limits it."""
-    limits = [int(psutil.virtual_memory().total)]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(path).read_text().strip() if Path(path).is_file() else ""
-        if text.isdigit():
-            limits.append(int(text))
-    return min(limits)

@@ -157,6 +157,40 @@ class Session:
         dist.all_reduce(tensor, group=self._host_group)
         return [float(value) for value in tensor.tolist()]
 
+    def gather_objects(self, value: Any) -> list[Any] | None:
+        """Every rank's JSON-able value, by rank, on rank 0; None on the others, who do not wait.
+
+        Not a collective of the process group: it works before there is one, and without.
+        """
+        if self.placement.world_size == 1:
+            return [json.loads(json.dumps(value))]
+        key = f"gather/{self._num_waits}"
+        self._num_waits += 1
+        store = self._open_store()
+        store.set(f"{key}/{self.placement.rank}", json.dumps(value))
+        if not self.is_rank_zero:
+            return None
+        keys = [f"{key}/{rank}" for rank in range(self.placement.world_size)]
+        store.wait(keys, _LONG_WORK_TIMEOUT)
+        return [json.loads(store.get(key)) for key in keys]
+
+    def add_over_ranks(self, tensor: "torch.Tensor") -> None:
+        """Sum a tensor in place over all ranks, through the links between their devices."""
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor)
+
+    def swap_with(self, other: int, sent: "torch.Tensor", received: "torch.Tensor") -> None:
+        """Give another rank a tensor and take its own; both call it.
+
+        After a sum over all ranks: until then NCCL would wait for everybody.
+        """
+        import torch.distributed as dist
+
+        both = [dist.P2POp(dist.irecv, received, other), dist.P2POp(dist.isend, sent, other)]
+        for work in dist.batch_isend_irecv(both):
+            work.wait()
+
     def _await_readers(self, store: Any, key: str) -> None:
         """Let every rank read before rank 0, which may hold the store, leaves."""
         import torch.distributed as dist

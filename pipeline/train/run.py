@@ -18,7 +18,8 @@ from pipeline.model.fingerprint import base_fingerprint
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.plan.render import plan_text
 from pipeline.plan.shape import read_shape
-from pipeline.preflight.inputs import check_inputs
+from pipeline.preflight.examine import look_before_torch, require_fit
+from pipeline.preflight.subject import Subject
 from pipeline.train.launcher import watch_launchers
 from pipeline.train.start import look, open_run, write_plan
 from pipeline.train.status import RunStatus, end_for_dead_owner
@@ -49,8 +50,16 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         nodes=placement.nodes,
         ranks_per_node=placement.local_size,
     )
-    check_inputs(plan)
     with Session(placement, hardware) as session:
+        looked = look_before_torch(
+            Subject(
+                placement=placement,
+                hardware=hardware,
+                session=session,
+                settings=settings,
+                plan=plan,
+            )
+        )
         pulse, last_word = Pulse(), _LastWord(folder)
         # Until all have met a signal just ends the process: another rank may never come, and there
         # is nothing to save.
@@ -58,7 +67,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
             placement, session.open_channel(), pulse, settings.hang_timeout_s, on_end=last_word
         ):
             stops.listen()
-            _run_together(plan, session, stops, pulse, last_word, is_debug=is_debug)
+            _run_together(plan, looked, session, stops, pulse, last_word, is_debug=is_debug)
 
 
 @dataclass
@@ -79,6 +88,7 @@ class _LastWord:
 
 def _run_together(
     plan: Plan,
+    looked: dict[str, Any],
     session: Session,
     stops: StopRequests,
     pulse: Pulse,
@@ -93,23 +103,29 @@ def _run_together(
         if session.is_rank_zero:
             print(text, flush=True)  # noqa: T201 - the run's own terminal
 
+    answers = session.gather_objects(looked)
+
     def begin() -> dict[str, Any]:
+        if answers is not None:
+            for line in require_fit(answers, plan):
+                say(line)
         found = look(folder, plan, is_debug=is_debug)
+        keys = None
         if found != "done":
             with stops.raising():  # it may take hours, and does nothing twice
                 check_rows(settings)
-                prepare(settings, folder / "data", _DEBUG_ROWS if is_debug else None)
+                keys = _keys(prepare(settings, folder / "data", _DEBUG_ROWS if is_debug else None))
             open_run(folder, plan, found)  # nothing can be wrong any more with the input
-        return {"start": found, "plan": _agreed(plan)}
+        return {"start": found, "data": keys}
 
     begun = session.rank_zero_first(begin)
     if begun["start"] == "done":
         say(f"{folder} is done with these settings; nothing to do")
         return
-    if begun["plan"] != _agreed(plan):
+    if (found := _keys(DataIndex.load(folder / "data"))) != begun["data"]:
         raise UserError(
-            f"rank {session.placement.rank} plans otherwise than rank 0: machines of one run must "
-            "have the same devices, memory, run file and packages"
+            f"output_dir: {folder} of rank {session.placement.rank} holds other prepared data than "
+            f"rank 0's ({found}, {begun['data']}); put it on a file system that every machine has"
         )
     status = RunStatus(folder / "status.json") if session.is_rank_zero else None
     _owned(
@@ -120,9 +136,9 @@ def _run_together(
     )
 
 
-def _agreed(plan: Plan) -> dict[str, Any]:
-    """What every rank must have planned alike, as JSON gives it back."""
-    return {"layout": vars(plan.layout), "deepspeed": plan.deepspeed}
+def _keys(index: DataIndex) -> dict[str, str]:
+    """Key of each prepared split."""
+    return {name: split.key for name, split in index.splits.items()}
 
 
 def _owned(status: RunStatus | None, work: Callable[[], None]) -> None:
