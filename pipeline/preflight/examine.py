@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.cluster.devices import detect_hardware, set_environment
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
-from pipeline.errors import UserError
+from pipeline.errors import RankZeroError, UserError
 from pipeline.plan.plan import Plan, dump_json
 from pipeline.preflight.findings import Finding, fail, spans
 from pipeline.preflight.limit import Limit
@@ -54,17 +54,22 @@ def preflight(
             out.write(text)
             out.flush()
 
-    def end(stage: str, behind: list[int] | None) -> None:
+    def end(where: str, behind: list[int]) -> None:
         if session.is_rank_zero:
-            report.findings[stage] = [_hangs(stage, behind, hosts, limit_s)]
+            report.findings[where] = [_hangs(behind, hosts, limit_s)]
             show()
         else:
-            print(_not_over(session, stage), file=sys.stderr, flush=True)  # noqa: T201 - last words
+            print(_not_over(session, where), file=sys.stderr, flush=True)  # noqa: T201 - last words
 
     # Libraries greet on the standard output, which is for the report.
-    with redirect_stdout(sys.stderr), session, Limit(session, limit_s, end) as limit:
+    with redirect_stdout(sys.stderr), Limit(session, limit_s, end) as limit, session:
         subject = Subject.read(
-            run_file, overrides, placement=placement, hardware=hardware, session=session
+            run_file,
+            overrides,
+            placement=placement,
+            hardware=hardware,
+            session=session,
+            beat=limit.beat,
         )
         try:
             failed = _examine(subject, limit, report, hosts)
@@ -84,9 +89,12 @@ def _examine(subject: Subject, limit: Limit, report: Report, hosts: list[str]) -
         why_not = partial(_why_not, subject, report, stage, checks)
         if not is_first and session.rank_zero_first(why_not):
             continue
-        limit.enter(stage)
-        found = {check.name: _look(check, subject) for check in checks if _is_for(check, subject)}
-        limit.enter(f"after {stage}")
+        found = {}
+        for check in checks:
+            subject.beat(check.name)
+            if _is_for(check, subject):
+                found[check.name] = _look(check, subject)
+        subject.beat(f"after {checks[-1].name}")
         answers = _gather(subject, report, found | {_HOST: socket.gethostname()}, checks)
         if is_first:
             limit.met()
@@ -103,7 +111,7 @@ def _gather(
     """All ranks' answers on rank 0. Raises UserError where the ranks do not meet."""
     try:
         return subject.session.gather_objects(found)
-    except RuntimeError as error:  # of the store: its port is taken, its host is not there
+    except (RuntimeError, RankZeroError) as error:  # the port is taken, the host is not there
         place = subject.placement
         report.add(checks, [found], [found[_HOST]] * place.world_size, subject.plan)
         text = f"the ranks do not meet at {place.master_addr}:{place.master_port}"
@@ -143,8 +151,8 @@ def _look(check: Check, subject: Subject) -> Any:
         return {ERROR: f"{type(error).__name__}: {said}"}
 
 
-def _hangs(stage: str, behind: list[int] | None, hosts: Sequence[str], limit_s: float) -> Finding:
-    if behind is None:
+def _hangs(behind: list[int], hosts: Sequence[str], limit_s: float) -> Finding:
+    if not behind:
         return fail(
             f"not all ranks have come within {limit_s:.0f} s",
             "look at the output of each machine: which has started no rank, or cannot reach "
@@ -152,16 +160,16 @@ def _hangs(stage: str, behind: list[int] | None, hosts: Sequence[str], limit_s: 
         )
     names = ", ".join(dict.fromkeys(hosts[rank] for rank in behind))
     return fail(
-        f"not over after {limit_s:.0f} s; ranks {spans(behind)} ({names}) are behind",
+        f"not over after {limit_s:.0f} s on ranks {spans(behind)} ({names})",
         "look there: a disk, a driver or a link does not answer (NCCL_DEBUG=INFO; dmesg)",
         behind,
     )
 
 
-def _not_over(session: Session, stage: str) -> str:
+def _not_over(session: Session, where: str) -> str:
     place = session.placement
     return (
-        f"preflight: rank {place.rank} on {socket.gethostname()} waits in {stage!r} and rank 0 at "
+        f"preflight: rank {place.rank} on {socket.gethostname()} waits in {where!r} and rank 0 at "
         f"{place.master_addr}:{place.master_port} says nothing"
     )
 

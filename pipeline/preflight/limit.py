@@ -1,5 +1,6 @@
 """The end of a preflight that hangs: a disk, a driver or a link may never answer."""
 
+import json
 import os
 import threading
 import time
@@ -13,22 +14,23 @@ from pipeline.errors import UserError
 _POLL_S = 0.2
 # The others leave after rank 0, which says why, or where it cannot.
 _LATER_S = 15.0
+_MEETING = "meeting"
 
 
 class Limit:
-    """A thread that ends this process where a stage takes longer than `limit_s`.
+    """A thread that ends this process where it stays in one place for longer than `limit_s`.
 
-    `on_end` gets the stage, on rank 0 the ranks that are behind in it (None where ranks have not
-    met), and says why.
+    `on_end` is told that place and who is there: on rank 0 the ranks that have come least far, on
+    the others and where ranks have not met nobody.
     """
 
     def __init__(
-        self, session: Session, limit_s: float, on_end: Callable[[str, list[int] | None], None]
+        self, session: Session, limit_s: float, on_end: Callable[[str, list[int]], None]
     ) -> None:
         self._session, self._on_end = session, on_end
         self._limit_s = limit_s + (0.0 if session.is_rank_zero else _LATER_S)
         self._channel: Any = None
-        self._stage, self._number, self._since = "meeting", 0, time.monotonic()
+        self._where, self._beats, self._since = _MEETING, 0, time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="limit", daemon=True)
 
@@ -49,27 +51,33 @@ class Limit:
         """All ranks can be asked from here on where they are."""
         self._channel = self._session.open_channel()
 
-    def enter(self, stage: str) -> None:
-        """This rank's main thread has come to the next stage."""
-        self._stage, self._number, self._since = stage, self._number + 1, time.monotonic()
+    def beat(self, where: str) -> None:
+        """The main thread has come to another place; every rank to the same ones in one order."""
+        self._where, self._beats, self._since = where, self._beats + 1, time.monotonic()
         if self._channel is not None:
-            self._channel.set(_key(self._session.placement.rank), str(self._number))
+            self._channel.set(_key(self._session.placement.rank), json.dumps([self._beats, where]))
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL_S):
             if time.monotonic() - self._since > self._limit_s:
-                self._on_end(self._stage, self._behind())
+                self._on_end(*self._behind())
                 os._exit(UserError.exit_code)
 
-    def _behind(self) -> list[int] | None:
-        """Ranks that have come least far, this one among them where it is one."""
-        if self._channel is None or not self._session.is_rank_zero:
-            return None
-        come = {}
-        for rank in range(self._session.placement.world_size):
-            is_shown = self._channel.check([_key(rank)])
-            come[rank] = int(self._channel.get(_key(rank))) if is_shown else 0
-        return [rank for rank, number in come.items() if number == min(come.values())]
+    def _behind(self) -> tuple[str, list[int]]:
+        if self._channel is None:
+            place = self._session.placement
+            return (self._where, [0]) if place.world_size == 1 else (_MEETING, [])
+        if not self._session.is_rank_zero:
+            return self._where, []
+        come = [self._beats_of(rank) for rank in range(self._session.placement.world_size)]
+        least, where = min(come)
+        return where, [rank for rank, (beats, _) in enumerate(come) if beats == least]
+
+    def _beats_of(self, rank: int) -> tuple[int, str]:
+        if not self._channel.check([_key(rank)]):
+            return 0, _MEETING
+        beats, where = json.loads(self._channel.get(_key(rank)))
+        return beats, where
 
 
 def _key(rank: int) -> str:

@@ -1,6 +1,6 @@
 """What preflight looks at: one rank's view of the run that is to be started."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -17,7 +17,10 @@ from pipeline.plan.shape import read_shape
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A run, its rank and its machine. Without settings or a plan `problems` says why."""
+    """A run, its rank and its machine. Without settings or a plan `problems` says why.
+
+    `beat` is told where this rank is, so that one which does not come along can be named.
+    """
 
     placement: Placement
     hardware: Hardware
@@ -25,6 +28,7 @@ class Subject:
     settings: RunSettings | None
     plan: Plan | None
     problems: dict[str, str] = field(default_factory=dict)
+    beat: Callable[[str], None] = lambda where: None
 
     @classmethod
     def read(
@@ -35,6 +39,7 @@ class Subject:
         placement: Placement,
         hardware: Hardware,
         session: Session,
+        beat: Callable[[str], None],
     ) -> Self:
         """The run of a run file.
 
@@ -66,6 +71,7 @@ class Subject:
             settings=settings,
             plan=plan,
             problems=problems,
+            beat=beat,
         )
 
     @property

@@ -57,6 +57,7 @@ def look_at_folder(subject: Subject) -> dict[str, Any]:
     given = session.rank_zero_first(lambda: _write(subject.folder, token))
     path = Path(given["path"])
     found = _read(path, given["token"])
+    subject.beat("after reading")
     session.gather_objects(None)  # all have looked
 
     def remove() -> None:
