@@ -16,21 +16,20 @@ from pipeline.errors import RankZeroError, UserError
 from pipeline.plan.plan import Plan, dump_json
 from pipeline.preflight.findings import Finding, fail, spans
 from pipeline.preflight.limit import Limit
-from pipeline.preflight.report import ERROR, Report, warnings
+from pipeline.preflight.report import ERROR, PLANNED, Report, warnings
 from pipeline.preflight.subject import Subject
 from pipeline.preflight.table import CHEAP, STAGES, Check
 
 # A stage that works takes seconds; what hangs does so for ever.
 _LIMIT_S = 60.0
 # Checks without which a stage would not work, or hang.
-_PLANNED = ("settings", "plan")
 _NEEDED: dict[str, tuple[str, ...]] = {
     "before torch": (),
-    "together": _PLANNED,
-    "content": (*_PLANNED, "versions", "model"),
-    "device": (*_PLANNED, "versions", "gpus"),
-    "process group": (*_PLANNED, "versions", "ranks", "gpus", "network", "libraries"),
-    "links": (*_PLANNED, "versions", "ranks", "gpus", "network", "libraries", "process group"),
+    "together": PLANNED,
+    "content": (*PLANNED, "versions", "model"),
+    "device": (*PLANNED, "versions", "gpus"),
+    "process group": (*PLANNED, "versions", "ranks", "gpus", "network", "libraries"),
+    "links": (*PLANNED, "versions", "ranks", "gpus", "network", "libraries", "process group"),
 }
 _OF_SEVERAL = ("process group", "links")
 _HOST = "host"
@@ -56,7 +55,7 @@ def preflight(
 
     def end(where: str, behind: list[int]) -> None:
         if session.is_rank_zero:
-            report.findings[where] = [_hangs(behind, hosts, limit_s)]
+            report.findings[where] = [_hangs(behind, hosts)]
             show()
         else:
             print(_not_over(session, where), file=sys.stderr, flush=True)  # noqa: T201 - last words
@@ -151,16 +150,16 @@ def _look(check: Check, subject: Subject) -> Any:
         return {ERROR: f"{type(error).__name__}: {said}"}
 
 
-def _hangs(behind: list[int], hosts: Sequence[str], limit_s: float) -> Finding:
+def _hangs(behind: list[int], hosts: Sequence[str]) -> Finding:
     if not behind:
         return fail(
-            f"not all ranks have come within {limit_s:.0f} s",
+            "not all ranks have come in time",
             "look at the output of each machine: which has started no rank, or cannot reach "
             "MASTER_ADDR (firewall, interface)",
         )
     names = ", ".join(dict.fromkeys(hosts[rank] for rank in behind))
     return fail(
-        f"not over after {limit_s:.0f} s on ranks {spans(behind)} ({names})",
+        f"not over in time on ranks {spans(behind)} ({names})",
         "look there: a disk, a driver or a link does not answer (NCCL_DEBUG=INFO; dmesg)",
         behind,
     )
@@ -177,9 +176,11 @@ def _not_over(session: Session, where: str) -> str:
 def look_before_torch(subject: Subject) -> dict[str, Any]:
     """This rank's answers to what costs no torch; training gathers them when the ranks have met.
 
-    Raises UserError for the first that fails whatever the others see.
+    Raises UserError where they could not meet; whatever else is wrong is told to all by rank 0.
     """
-    found = {check.name: check.look(subject) for check in CHEAP if _is_for(check, subject)}
+    found = {check.name: _look(check, subject) for check in CHEAP if _is_for(check, subject)}
+    if isinstance(port := found.get("port"), dict):
+        raise UserError(port[ERROR])
     return found | {_HOST: socket.gethostname()}
 
 

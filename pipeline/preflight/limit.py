@@ -15,20 +15,23 @@ _POLL_S = 0.2
 # The others leave after rank 0, which says why, or where it cannot.
 _LATER_S = 15.0
 _MEETING = "meeting"
+# Until ranks have met, each imports torch, all from one slow shared disk perhaps.
+_MEETING_TIMES = 3
 
 
 class Limit:
     """A thread that ends this process where it stays in one place for longer than `limit_s`.
 
-    `on_end` is told that place and who is there: on rank 0 the ranks that have come least far, on
-    the others and where ranks have not met nobody.
+    Three times that is given to meet. `on_end` is told that place and who is there: on rank 0 the
+    ranks that have come least far, on the others and where ranks have not met nobody.
     """
 
     def __init__(
         self, session: Session, limit_s: float, on_end: Callable[[str, list[int]], None]
     ) -> None:
         self._session, self._on_end = session, on_end
-        self._limit_s = limit_s + (0.0 if session.is_rank_zero else _LATER_S)
+        self._limit_s = limit_s
+        self._later_s = 0.0 if session.is_rank_zero else _LATER_S
         self._channel: Any = None
         self._where, self._beats, self._since = _MEETING, 0, time.monotonic()
         self._closed = threading.Event()
@@ -59,9 +62,14 @@ class Limit:
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL_S):
-            if time.monotonic() - self._since > self._limit_s:
+            patience = self._limit_s * (1 if self._beats_are_shown else _MEETING_TIMES)
+            if time.monotonic() - self._since > patience + self._later_s:
                 self._on_end(*self._behind())
                 os._exit(UserError.exit_code)
+
+    @property
+    def _beats_are_shown(self) -> bool:
+        return self._channel is not None or self._session.placement.world_size == 1
 
     def _behind(self) -> tuple[str, list[int]]:
         if self._channel is None:

@@ -8,6 +8,8 @@ from pipeline.plan.plan import Plan
 from pipeline.preflight.findings import LEVELS, Finding, Level, Seen, by_answer, fail
 from pipeline.preflight.table import Check
 
+# Without these there is no run to look at.
+PLANNED = ("settings", "plan")
 # A look that raised; no check answers with a mapping of this key alone.
 ERROR = "error"
 
@@ -29,14 +31,12 @@ class Report:
         """Judge the answers of all ranks, by rank and by check."""
         for check in checks:
             given = {r: found[check.name] for r, found in enumerate(answers) if check.name in found}
-            if given and (
-                found := list(_judged(check, Seen(answers=given, hosts=hosts, plan=plan)))
-            ):
+            if not given:  # none of the ranks that look has a plan
+                self.left_out[check.name] = f"{', '.join(self.failed(PLANNED))} first"
+            elif found := list(_judged(check, Seen(answers=given, hosts=hosts, plan=plan))):
                 self.findings[check.name] = found
             else:
-                failed = self.failed(("settings", "plan"))
-                why = f"{', '.join(failed)} first" if failed else "nothing to look at in this run"
-                self.left_out[check.name] = why
+                self.left_out[check.name] = "nothing to look at in this run"
 
     def level_of(self, name: str) -> Level:
         """The worst that a check has said; ok where it was left out."""
@@ -102,9 +102,16 @@ def _judged(check: Check, seen: Seen) -> Iterable[Finding]:
         yield from check.judge(seen)
         return
     for message, ranks in by_answer(errors).items():
-        text, _, remedy = message.rpartition("; ")
+        text, remedy = _parted(message)
         where = "" if len(ranks) == len(seen.hosts) else f"{seen.where(ranks)}: "
-        yield fail(f"{where}{text or remedy}", remedy if text else "", ranks)
+        yield fail(f"{where}{text}", remedy or check.otherwise, ranks)
+
+
+def _parted(message: str) -> tuple[str, str]:
+    """What was found and what would work, as messages for users are made; the latter may miss."""
+    text, _, remedy = message.rpartition("; ")
+    is_remedy = text and not remedy.startswith("found ") and "\n" not in message
+    return (text, remedy) if is_remedy else (message, "")
 
 
 def _lines(name: str, found: Iterable[Finding]) -> Iterable[str]:

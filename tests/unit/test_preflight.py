@@ -306,33 +306,47 @@ def test_what_is_wrong_with_the_run_file_is_an_answer(tmp_path):
 # The report
 
 
+CPU_RANK = {"gpus": [], "stranger": None}
+
+
 def report(answers: list[dict]) -> Report:
-    made = Report()
-    made.add(
-        [CHECKS["clock"], CHECKS["disk"], CHECKS["gpus"]], answers, HOSTS[: len(answers)], None
-    )
+    made, checks = Report(), [CHECKS[name] for name in ("clock", "disk", "drivers")]
+    made.add(checks, answers, HOSTS[: len(answers)], None)
     return made
 
 
 def test_a_look_that_raised_is_a_failure_of_its_ranks():
     full = {"error": "output_dir: /r has 0 MiB free; free some space"}
     gone = {"error": "MemoryError: gone"}
-    made = report([{"clock": 0.0, "disk": full}, {"clock": gone}, {"clock": gone}])
+    made = report(
+        [{"clock": 0.0, "disk": full, "drivers": CPU_RANK}, {"clock": gone}, {"clock": gone}]
+    )
     assert made.verdict == "fail"
     assert made.failed() == ["clock", "disk"]
-    assert made.failed(["gpus", "clock"]) == ["clock"]
+    assert made.failed(["drivers", "clock"]) == ["clock"]
     (clock,), (disk,) = made.findings["clock"], made.findings["disk"]
     assert clock.text == "ranks 1-2 (node2, node3): MemoryError: gone"
+    assert clock.remedy == CHECKS["clock"].otherwise
     assert (disk.text, disk.remedy) == (
         "rank 0 (node1): output_dir: /r has 0 MiB free", "free some space",
     )  # fmt: skip
-    assert list(made.left_out) == ["gpus"]
+    assert list(made.left_out) == ["drivers"]
     assert "-> free some space" in made.text()
     assert made.text().endswith("2 of 2 checks fail: clock, disk")
 
 
+def test_what_was_found_is_no_remedy():
+    wrong = {"error": "RUN.yaml:3: lora_r: must be a whole number; found 'nine'"}
+    made = Report()
+    made.add([CHECKS["settings"]], [{"settings": wrong}], HOSTS[:1], None)
+    (found,) = made.findings["settings"]
+    assert found.text.endswith("found 'nine'")
+    assert found.remedy == CHECKS["settings"].otherwise
+
+
 def test_the_report_as_text_and_as_json():
-    made = report([{"clock": 0.0, "disk": {"free": 1, "need": 0, "merged": 9}}, {"clock": 0.1}])
+    tight = {"free": 1, "need": 0, "merged": 9}
+    made = report([{"clock": 0.0, "disk": tight, "drivers": CPU_RANK}, {"clock": 0.1}])
     assert made.verdict == "warn"
     assert made.text().endswith("2 checks passed, 1 with a warning: disk")
     data = json.loads(json.dumps(made.as_json(HOSTS[:2])))
@@ -340,4 +354,4 @@ def test_the_report_as_text_and_as_json():
     clock, disk = data["findings"]
     assert (clock["check"], clock["level"]) == ("clock", "ok")
     assert disk == {"check": "disk", **asdict(made.findings["disk"][0]), "ranks": []}
-    assert data["not_checked"] == {"gpus": "nothing to look at in this run"}
+    assert data["not_checked"] == {"drivers": "nothing to look at in this run"}
