@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from pipeline.cluster.meeting import interface_towards
 from pipeline.errors import UserError
 from pipeline.preflight.findings import Finding, Seen, fail, ok, warn
 from pipeline.preflight.subject import Subject
@@ -60,8 +61,10 @@ def look_at_port(subject: Subject) -> str:
     On rank 0 and before the ranks meet: then it is this process that listens.
     """
     port = subject.placement.master_port
-    if subject.placement.world_size == 1 or port == 0:
+    if subject.placement.world_size == 1:
         return "one process: none is needed"
+    if port == 0 or subject.placement.meeting:
+        return "a free one is taken when the ranks meet"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return f"{port}, held by torchrun"
     with socket.socket() as probe:
@@ -86,21 +89,23 @@ def judge_port(seen: Seen) -> Iterable[Finding]:
 def look_at_network(subject: Subject) -> dict[str, Any]:
     """The interface towards rank 0's machine, what the environment asks for, and InfiniBand.
 
-    Raises UserError for an address that has no name here or no way to it.
+    Raises UserError for a name that is not known here.
     """
-    place = subject.placement
-    to_first = _own_address(place.master_addr)
-    name = _interface_of(to_first)
-    stats = psutil.net_if_stats()
+    # Under mpirun it is known when the ranks have met.
+    first = subject.placement.master_addr or socket.gethostname()
+    try:
+        socket.getaddrinfo(first, 9)
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR={first}: {error.strerror}; set it to a name or an address that "
+            f"{socket.gethostname()} can reach"
+        ) from None
+    name, stats = interface_towards(first), psutil.net_if_stats()
     return {
-        "master": place.master_addr,
-        "address": to_first,
+        "master": first,
         "interface": name,
         "mbit": stats[name].speed if name in stats else 0,
-        # Where names are not served a look-up may take long, and on one machine nobody asks.
-        "own_name": _address_of(socket.gethostname()) if place.nodes > 1 else None,
         "missing": missing_interfaces(os.environ, list(stats)),
-        "asks": {key: os.environ[key] for key in _ASKED if key in os.environ},
         "infiniband": infiniband_ports(_INFINIBAND),
         "is_cuda": subject.hardware.kind == "cuda",
     }
@@ -147,7 +152,9 @@ def judge_network(seen: Seen) -> Iterable[Finding]:
     active = sum(state == "ACTIVE" for state in first["infiniband"].values())
     fabric = f", InfiniBand: {active} active ports" if active else ""
     speed = f" ({first['mbit']:,} Mb/s)" if first["mbit"] > 0 else ""
-    yield ok(f"{first['master']} is reached by {first['interface']}{speed}{fabric}")
+    yield ok(
+        f"{first['master']} is reached by {first['interface'] or 'the loopback'}{speed}{fabric}"
+    )
 
 
 def _of_machine(seen: Seen, rank: int, answer: Mapping[str, Any]) -> Iterable[Finding]:
@@ -166,7 +173,6 @@ def _of_machine(seen: Seen, rank: int, answer: Mapping[str, Any]) -> Iterable[Fi
 def _between(rank: int, host: str, answer: Mapping[str, Any]) -> Iterable[Finding]:
     """What matters where ranks of other machines must be reached."""
     ports = answer["infiniband"].values()
-    # Rank 0's own machine may know itself by the loopback; for any other it leads nowhere.
     if answer["master"].startswith("127.") or answer["master"] == "localhost":
         yield fail(
             f"{host}: MASTER_ADDR={answer['master']} is each machine's own loopback",
@@ -180,12 +186,6 @@ def _between(rank: int, host: str, answer: Mapping[str, Any]) -> Iterable[Findin
             "name a faster interface in NCCL_SOCKET_IFNAME, or plan for it (docs/speed.md)",
             [rank],
         )
-    if (answer["own_name"] or "").startswith("127.") and "GLOO_SOCKET_IFNAME" not in answer["asks"]:
-        yield warn(
-            f"{host}: its own name leads to {answer['own_name']}, where gloo would wait for others",
-            f"set GLOO_SOCKET_IFNAME={answer['interface']}, or mend /etc/hosts",
-            [rank],
-        )
 
 
 def _infiniband(rank: int, host: str, ports: Mapping[str, str]) -> Iterable[Finding]:
@@ -196,31 +196,3 @@ def _infiniband(rank: int, host: str, ports: Mapping[str, str]) -> Iterable[Find
             "leave them out with NCCL_IB_HCA=^..., or tell the administrator",
             [rank],
         )
-
-
-def _own_address(other: str) -> str:
-    """This machine's address on the way to another; nothing is sent."""
-    try:
-        family, kind, _, _, where = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(where)
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise UserError(
-            f"MASTER_ADDR={other}: {error.strerror}; set it to a name or an address that "
-            f"{socket.gethostname()} can reach"
-        ) from None
-
-
-def _interface_of(address: str) -> str:
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address.partition("%")[0] == address for entry in addresses):
-            return name
-    return "an interface without a name"
-
-
-def _address_of(host: str) -> str | None:
-    try:
-        return str(socket.getaddrinfo(host, 9, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError:
-        return None

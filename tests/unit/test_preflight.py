@@ -253,6 +253,9 @@ def test_a_port_in_use_is_refused_and_a_free_one_is_not(plan):
             look_at_port(subject(plan, placement=place))
     assert look_at_port(subject(plan, placement=place)) == f"{port} is free"
     assert "one process" in look_at_port(subject(plan))
+    for later in ({"master_port": 0}, {"meeting": "Slurm step 1.0"}):
+        said = look_at_port(subject(plan, placement=replace(local(0, 2), **later)))
+        assert "when the ranks meet" in said
 
 
 def test_an_interface_that_is_named_must_be_there():
@@ -267,7 +270,7 @@ def test_an_interface_that_is_named_must_be_there():
 
 def test_the_way_to_rank_zero(plan):
     answer = look_at_network(subject(plan, placement=local(0, 2)))
-    assert (answer["interface"], answer["address"]) == ("lo", "127.0.0.1")
+    assert (answer["interface"], answer["master"]) == (None, "127.0.0.1")
     nowhere = replace(local(0, 2), master_addr="no-such-host.invalid")
     with pytest.raises(UserError, match=r"MASTER_ADDR=no-such-host\.invalid"):
         look_at_network(subject(plan, placement=nowhere))
