@@ -5,11 +5,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.hosts import TwoHosts, why_not
 from tests.tiny import make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -20,9 +22,9 @@ import sys, time
 from pathlib import Path
 from pipeline.cluster.exits import run_main
 from pipeline.preflight import examine, together
-if sys.argv[2] == "hang":
+if sys.argv[3] == "hang":
     together._read = lambda path, token: time.sleep(600)
-run_main(lambda: examine.preflight(Path(sys.argv[1]), [], limit_s=5.0))
+run_main(lambda: examine.preflight(Path(sys.argv[1]), [], limit_s=float(sys.argv[2])))
 """
 
 
@@ -41,25 +43,27 @@ def run_file(tmp_path, tiny_model) -> Path:
 
 
 class Ranks:
-    """Processes that take themselves to be ranks of one machine, `world` of them in all."""
+    """Processes that take themselves to be ranks; `hosts`: each of them is on a host of its own."""
 
-    def __init__(self, world: int = 2) -> None:
+    def __init__(self, hosts: TwoHosts | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
-        self._world = world
+        self._hosts = hosts
         self._processes: list[subprocess.Popen[str]] = []
 
-    def start(self, *command: str | Path) -> None:
-        """The next rank."""
+    def start(self, *command: str | Path, through: Sequence[str] = ()) -> None:
+        """The next of two ranks; `through`: a command that starts the rank's."""
+        rank, local_size = len(self._processes), 2 if self._hosts is None else 1
         place = {
-            "RANK": len(self._processes), "LOCAL_RANK": len(self._processes),
-            "WORLD_SIZE": self._world, "LOCAL_SIZE": self._world,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._port, "DS_ACCELERATOR": "cpu",
+            "RANK": rank, "LOCAL_RANK": rank % local_size, "WORLD_SIZE": 2,
+            "LOCAL_SIZE": local_size, "MASTER_PORT": self._port, "DS_ACCELERATOR": "cpu",
+            "MASTER_ADDR": "127.0.0.1" if self._hosts is None else self._hosts.addresses[0],
             "OMP_NUM_THREADS": 1,
         }  # fmt: skip
+        whole = [*through, sys.executable, *map(str, command)]
         process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
+            whole if self._hosts is None else self._hosts.command(rank, *whole),
             cwd=ROOT, env=os.environ | {key: str(value) for key, value in place.items()},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
@@ -107,8 +111,8 @@ def test_one_rank_with_other_settings(run_file):
 
 def test_a_rank_that_hangs_is_named(run_file):
     ranks = Ranks()
-    ranks.start("-c", HANGING, run_file, "come")
-    ranks.start("-c", HANGING, run_file, "hang")
+    ranks.start("-c", HANGING, run_file, "12", "come")
+    ranks.start("-c", HANGING, run_file, "12", "hang")
     (code, out, errors), (code_1, *_) = ranks.end()
     assert (code, code_1) == (2, 2), errors
     (line,) = [line for line in out.splitlines() if line.startswith("fail")]
@@ -117,10 +121,31 @@ def test_a_rank_that_hangs_is_named(run_file):
 
 def test_a_rank_that_never_comes(run_file):
     ranks = Ranks()
-    ranks.start("-c", HANGING, run_file, "come")
+    ranks.start("-c", HANGING, run_file, "2", "come")
     ((code, out, errors),) = ranks.end()
     assert code == 2, errors
     assert "fail  meeting         not all ranks have come in time" in out
+
+
+def test_two_hosts_of_which_one_has_another_disk(run_file, tmp_path):
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    shared = tmp_path / "runs"
+    shared.mkdir()
+    own_disk = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', shared]
+    with TwoHosts() as hosts:
+        ranks = Ranks(hosts)
+        ranks.start("launch/preflight.py", run_file, "--json")
+        ranks.start("launch/preflight.py", run_file, through=[str(part) for part in own_disk])
+        (code, out, errors), (code_1, *_) = ranks.end()
+    assert (code, code_1) == (2, 2), errors
+    said = {finding["check"]: finding for finding in json.loads(out)["findings"]}
+    assert [name for name, finding in said.items() if finding["level"] == "fail"] == ["run folder"]
+    assert said["run folder"]["ranks"] == [1]
+    assert "(host-b)" in said["run folder"]["text"]
+    assert "2 ranks on host-a, host-b" in said["ranks"]["text"]
+    assert "is reached by cable" in said["network"]["text"]
+    assert "between machines" in said["links"]["text"]
 
 
 def test_training_refuses_ranks_that_differ_before_it_loads_a_model(run_file, tmp_path):
