@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +44,17 @@ def look_at_rows(subject: Subject) -> dict[str, Any]:
     Raises UserError for rows or a chat template that preparing would refuse.
     """
     settings = subject.known_settings
-    size = sum(_bytes_of(Path(source.path)) for source in settings.train_sources)
-    if size <= _ALL_ROWS_BYTES:
+    sizes = [_bytes_of(source.path) for source in settings.train_sources]
+    known = None if None in sizes else sum(size for size in sizes if size)
+    is_whole = known is not None and known <= _ALL_ROWS_BYTES
+    if is_whole:
         check_rows(settings)
     documents = tokens = 0
-    if size <= _FIRST_ROWS_BYTES:
+    if known is None or known <= _FIRST_ROWS_BYTES:
         with tempfile.TemporaryDirectory(prefix="preflight-") as folder:
             index = prepare(settings, Path(folder), _DOCUMENTS).train
             documents, tokens = index.documents, index.supervised_tokens
-    return {
-        "bytes": size,
-        "is_whole": size <= _ALL_ROWS_BYTES,
-        "documents": documents,
-        "supervised": tokens,
-    }
+    return {"is_whole": is_whole, "documents": documents, "supervised": tokens}
 
 
 def judge_rows(seen: Seen) -> Iterable[Finding]:
@@ -66,14 +64,16 @@ def judge_rows(seen: Seen) -> Iterable[Finding]:
     if rows["is_whole"]:
         yield ok(f"every row can be read; {first}")
     else:
-        looked = f"{first}; not" if rows["documents"] else "not"
+        looked = first if rows["documents"] else "none was made a document"
         yield warn(
-            f"{rows['bytes'] / 10**9:.1f} GB of rows: {looked} all of them were read",
+            f"too many rows to read all of them here; {looked}",
             "launch/prepare.py reads them all, before GPUs are held",
         )
 
 
-def _bytes_of(path: Path) -> int:
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return path.stat().st_size if path.is_file() else 0
+def _bytes_of(name: str) -> int | None:
+    """Of a file, a folder or all that a pattern finds; None for what is neither."""
+    # Not Path.glob: a pattern may be absolute.
+    found = [path for path in map(Path, glob(name)) if path.exists()]  # noqa: PTH207
+    files = [file for path in found for file in (path.rglob("*") if path.is_dir() else [path])]
+    return sum(file.stat().st_size for file in files if file.is_file()) if found else None

@@ -13,7 +13,7 @@ from pipeline.cluster.devices import detect_hardware, set_environment
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.errors import RankZeroError, UserError
-from pipeline.plan.plan import Plan, dump_json
+from pipeline.plan.plan import dump_json
 from pipeline.preflight.findings import Finding, fail, spans
 from pipeline.preflight.limit import Limit
 from pipeline.preflight.report import ERROR, PLANNED, Report, warnings
@@ -174,7 +174,7 @@ def _not_over(session: Session, where: str) -> str:
 
 
 def look_before_torch(subject: Subject) -> dict[str, Any]:
-    """This rank's answers to what costs no torch; training gathers them when the ranks have met.
+    """This rank's answers and its machine; training gathers them when the ranks have met.
 
     Raises UserError where they could not meet; whatever else is wrong is told to all by rank 0.
     """
@@ -184,11 +184,21 @@ def look_before_torch(subject: Subject) -> dict[str, Any]:
     return found | {_HOST: socket.gethostname()}
 
 
-def require_fit(answers: Sequence[Mapping[str, Any]], plan: Plan) -> list[str]:
-    """Judge those answers, on rank 0: lines of warning. Raises UserError with what fails."""
-    report = Report()
-    report.add(CHEAP, answers, [answer[_HOST] for answer in answers], plan)
-    if failed := report.failed():
-        lines = "\n".join(warnings(report))
-        raise UserError(f"{lines}\npreflight: {', '.join(failed)}")
-    return warnings(report)
+def require_fit(subject: Subject, found: Mapping[str, Any]) -> list[str]:
+    """Judge what all ranks have found so: lines of warning. Collective.
+
+    Raises UserError on every rank, with what fails.
+    """
+    answers = subject.session.gather_objects(found)
+
+    def judge() -> list[str]:
+        assert answers is not None, "rank 0 has them"
+        report = Report()
+        report.add(CHEAP, answers, [answer[_HOST] for answer in answers], subject.plan)
+        if failed := report.failed():
+            lines = "\n".join(warnings(report))
+            raise UserError(f"{lines}\npreflight: {', '.join(failed)}")
+        return warnings(report)
+
+    lines: list[str] = subject.session.rank_zero_first(judge)
+    return lines

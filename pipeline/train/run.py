@@ -13,7 +13,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.audit import audit_line
 from pipeline.data.prepare import check_rows, prepare
 from pipeline.data.prepared import DataIndex, open_split
-from pipeline.errors import RankZeroError, Stopped, UserError
+from pipeline.errors import RankZeroError, Stopped
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.plan.render import plan_text
@@ -51,15 +51,10 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         ranks_per_node=placement.local_size,
     )
     with Session(placement, hardware) as session:
-        looked = look_before_torch(
-            Subject(
-                placement=placement,
-                hardware=hardware,
-                session=session,
-                settings=settings,
-                plan=plan,
-            )
+        subject = Subject(
+            placement=placement, hardware=hardware, session=session, settings=settings, plan=plan
         )
+        looked = look_before_torch(subject)
         pulse, last_word = Pulse(), _LastWord(folder)
         # Until all have met a signal just ends the process: another rank may never come, and there
         # is nothing to save.
@@ -67,7 +62,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
             placement, session.open_channel(), pulse, settings.hang_timeout_s, on_end=last_word
         ):
             stops.listen()
-            _run_together(plan, looked, session, stops, pulse, last_word, is_debug=is_debug)
+            _run_together(plan, subject, looked, stops, pulse, last_word, is_debug=is_debug)
 
 
 @dataclass
@@ -88,8 +83,8 @@ class _LastWord:
 
 def _run_together(
     plan: Plan,
+    subject: Subject,
     looked: dict[str, Any],
-    session: Session,
     stops: StopRequests,
     pulse: Pulse,
     last_word: _LastWord,
@@ -97,36 +92,28 @@ def _run_together(
     is_debug: bool,
 ) -> None:
     """The road from where all ranks have met."""
-    settings, folder = plan.settings, Path(plan.settings.output_dir)
+    settings, folder, session = plan.settings, Path(plan.settings.output_dir), subject.session
 
     def say(text: str) -> None:
         if session.is_rank_zero:
             print(text, flush=True)  # noqa: T201 - the run's own terminal
 
-    answers = session.gather_objects(looked)
+    for line in require_fit(subject, looked):
+        say(line)
 
     def begin() -> dict[str, Any]:
-        if answers is not None:
-            for line in require_fit(answers, plan):
-                say(line)
         found = look(folder, plan, is_debug=is_debug)
-        keys = None
         if found != "done":
             with stops.raising():  # it may take hours, and does nothing twice
                 check_rows(settings)
-                keys = _keys(prepare(settings, folder / "data", _DEBUG_ROWS if is_debug else None))
+                prepare(settings, folder / "data", _DEBUG_ROWS if is_debug else None)
             open_run(folder, plan, found)  # nothing can be wrong any more with the input
-        return {"start": found, "data": keys}
+        return {"start": found}
 
     begun = session.rank_zero_first(begin)
     if begun["start"] == "done":
         say(f"{folder} is done with these settings; nothing to do")
         return
-    if (found := _keys(DataIndex.load(folder / "data"))) != begun["data"]:
-        raise UserError(
-            f"output_dir: {folder} of rank {session.placement.rank} holds other prepared data than "
-            f"rank 0's ({found}, {begun['data']}); put it on a file system that every machine has"
-        )
     status = RunStatus(folder / "status.json") if session.is_rank_zero else None
     _owned(
         status,
@@ -134,11 +121,6 @@ def _run_together(
             plan, session, status, stops, pulse, last_word, say, is_debug=is_debug
         ),
     )
-
-
-def _keys(index: DataIndex) -> dict[str, str]:
-    """Key of each prepared split."""
-    return {name: split.key for name, split in index.splits.items()}
 
 
 def _owned(status: RunStatus | None, work: Callable[[], None]) -> None:
