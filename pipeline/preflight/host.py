@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ def look_at_host_memory(subject: Subject) -> dict[str, Any]:
     """Bytes that a node of the run needs, that are free, and that there are at most."""
     found = host_memory()
     total, limited_by = found.total, found.limited_by
-    asked = os.environ.get("SLURM_MEM_PER_NODE", "")  # MiB
-    if asked.isdigit() and 0 < int(asked) * _MIB < total:
-        total, limited_by = int(asked) * _MIB, f"Slurm's --mem of {asked} MiB"
+    if (granted := granted_by_slurm(os.environ)) is not None and granted < total:
+        total, limited_by = granted, "what Slurm granted (--mem)"
     return {
         "need": subject.known_plan.memory.host_peak_bytes,
         "free": min(found.free, total),
@@ -31,13 +30,29 @@ def look_at_host_memory(subject: Subject) -> dict[str, Any]:
     }
 
 
+def granted_by_slurm(env: Mapping[str, str]) -> int | None:
+    """Bytes of this node that are the job's; None where Slurm does not say or gave all of it.
+
+    Slurm sets one of the three, in MiB (sbatch, output environment variables).
+    """
+    for name, count in (
+        ("SLURM_MEM_PER_NODE", "1"),
+        ("SLURM_MEM_PER_CPU", env.get("SLURM_CPUS_ON_NODE", "")),
+        ("SLURM_MEM_PER_GPU", env.get("SLURM_GPUS_ON_NODE", "")),
+    ):
+        each = env.get(name, "")
+        if each.isdigit() and count.isdigit() and int(each) > 0:  # 0: the whole node
+            return int(each) * int(count) * _MIB
+    return None
+
+
 def judge_host_memory(seen: Seen) -> Iterable[Finding]:
     """What the plan reckons with is there; part of that is assumed, so less free is a warning."""
     least = min(seen.answers.values(), key=lambda answer: answer["free"])
     is_good = True
     for rank, answer in seen.answers.items():
         need, free, total = (in_units(answer[name]) for name in ("need", "free", "total"))
-        limit = f" (the limit of {answer['limited_by']})" if answer["limited_by"] else ""
+        limit = f" (limit: {answer['limited_by']})" if answer["limited_by"] else ""
         text = f"{seen.hosts[rank]}: {free} of {total} free{limit}, the plan reckons"
         if answer["total"] < answer["need"]:
             is_good = False

@@ -20,6 +20,7 @@ from pipeline.plan.plan import make_plan
 from pipeline.plan.shape import read_shape
 from pipeline.preflight.findings import Seen, by_answer, compare, flat, spans
 from pipeline.preflight.gpus import look_at_gpus, not_granted
+from pipeline.preflight.host import granted_by_slurm
 from pipeline.preflight.inputs import look_at_disk, look_at_model
 from pipeline.preflight.network import (
     infiniband_ports,
@@ -176,6 +177,21 @@ def test_no_limit_is_the_machines_memory(tmp_path, lines):
     assert found.total == host_memory(tmp_path / "nowhere").total
     assert 0 < found.free <= found.total
     assert found.limited_by == ""
+
+
+@pytest.mark.parametrize(
+    ("env", "mib"),
+    [
+        ({"SLURM_MEM_PER_NODE": "4096"}, 4096),
+        ({"SLURM_MEM_PER_CPU": "1000", "SLURM_CPUS_ON_NODE": "4"}, 4000),
+        ({"SLURM_MEM_PER_GPU": "500", "SLURM_GPUS_ON_NODE": "8"}, 4000),
+        ({"SLURM_MEM_PER_NODE": "0"}, None),
+        ({"SLURM_MEM_PER_CPU": "1000"}, None),
+        ({}, None),
+    ],
+)
+def test_memory_that_slurm_granted(env, mib):
+    assert granted_by_slurm(env) == (None if mib is None else mib * 2**20)
 
 
 @pytest.fixture
