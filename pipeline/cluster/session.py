@@ -27,6 +27,7 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _LONG_WORK_TIMEOUT = timedelta(hours=24)
 _READING_TIMEOUT = timedelta(seconds=15)
 _CHANNEL_TIMEOUT = timedelta(seconds=10)
+_GATHER_TIMEOUT = timedelta(hours=24)  # whoever must not wait so long has a watch of its own
 
 
 class Session:
@@ -174,7 +175,7 @@ class Session:
         if not self.is_rank_zero:
             return None
         keys = [f"{key}/{rank}" for rank in range(self.placement.world_size)]
-        store.wait(keys, _LONG_WORK_TIMEOUT)
+        store.wait(keys, _GATHER_TIMEOUT)
         return [json.loads(store.get(key)) for key in keys]
 
     def add_over_ranks(self, tensor: "torch.Tensor") -> None:
