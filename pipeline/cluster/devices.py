@@ -5,11 +5,9 @@ import math
 import os
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import psutil
-
+from pipeline.cluster.host_memory import host_memory
 from pipeline.cluster.placement import Placement
 from pipeline.errors import UserError
 from pipeline.plan.catalogue import cpu_of, gpu_like, gpu_named, rates_of
@@ -18,7 +16,7 @@ from pipeline.plan.hardware import Hardware
 
 def detect_hardware() -> Hardware:
     """This machine's CUDA devices as NVML and CUDA_VISIBLE_DEVICES show them, else its CPU."""
-    return _cuda_devices() or cpu_of(len(os.sched_getaffinity(0)), _host_bytes())
+    return _cuda_devices() or cpu_of(len(os.sched_getaffinity(0)), host_memory().total)
 
 
 def machine(gpu: str | None, gib: float | None, tflops: float | None) -> Hardware:
@@ -40,8 +38,7 @@ def machine(gpu: str | None, gib: float | None, tflops: float | None) -> Hardwar
 def set_environment(placement: Placement, hardware: Hardware) -> None:
     """Set what torch and DeepSpeed read when they are imported; call before that."""
     os.environ.update(placement.variables())
-    threads = max(1, len(os.sched_getaffinity(0)) // placement.local_size)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(placement)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # training fetches nothing
     if hardware.kind == "cpu":
@@ -50,6 +47,14 @@ def set_environment(placement: Placement, hardware: Hardware) -> None:
     # CUDA's caching allocator fragments less so with sequences of many lengths (PyTorch docs,
     # "Optimizing memory usage with PYTORCH_CUDA_ALLOC_CONF").
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def _threads(placement: Placement) -> int:
+    """This rank's share of the machine's cores, or what srun gave each task."""
+    cores, of_task = len(os.sched_getaffinity(0)), os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if placement.launcher == "srun" and of_task.isdigit():
+        return max(1, min(cores, int(of_task)))
+    return max(1, cores // placement.local_size)
 
 
 def _quiet_libraries() -> None:
@@ -71,7 +76,7 @@ def _cuda_devices() -> Hardware | None:
     except pynvml.NVMLError:
         return None
     try:
-        handles = _visible_handles(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        handles = visible_handles(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
         if not handles:
             return None
         handle = handles[0]
@@ -83,14 +88,14 @@ def _cuda_devices() -> Hardware | None:
             name=name,
             devices_per_node=len(handles),
             device_bytes=device_bytes,
-            host_bytes=_host_bytes(),
+            host_bytes=host_memory().total,
             compute_capability=(int(major), int(minor)),
         )
     finally:
         pynvml.nvmlShutdown()
 
 
-def _visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
+def visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
     """NVML's handles of what CUDA shows: numbers, or UUIDs of GPUs and MIG slices, up to a -1."""
     if visible is None:
         return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
@@ -104,13 +109,3 @@ def _visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
         except pynvml.NVMLError:
             break  # as CUDA does: what follows a wrong entry is not visible
     return handles
-
-
-def _host_bytes() -> int:
-    """Memory of this machine, or less where a control group (container, Slurm job) limits it."""
-    limits = [int(psutil.virtual_memory().total)]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(path).read_text().strip() if Path(path).is_file() else ""
-        if text.isdigit():
-            limits.append(int(text))
-    return min(limits)

@@ -5,11 +5,14 @@ single process runs without it.
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from pipeline.cluster.meeting import address_by_mpi, interface_towards, open_store
 from pipeline.cluster.placement import Placement
 from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.plan.hardware import Hardware
@@ -24,6 +27,7 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _ONE_WAIT = timedelta(hours=24)
 _READING_TIMEOUT = timedelta(seconds=15)
 _CHANNEL_TIMEOUT = timedelta(seconds=10)
+_GATHER_TIMEOUT = timedelta(hours=24)  # whoever must not wait so long has a watch of its own
 
 
 class Session:
@@ -157,6 +161,40 @@ class Session:
         dist.all_reduce(tensor, group=self._host_group)
         return [float(value) for value in tensor.tolist()]
 
+    def gather_objects(self, value: Any) -> list[Any] | None:
+        """Every rank's JSON-able value, by rank, on rank 0; None on the others, who do not wait.
+
+        Not a collective of the process group: it works before there is one, and without.
+        """
+        if self.placement.world_size == 1:
+            return [json.loads(json.dumps(value))]
+        key = f"gather/{self._num_waits}"
+        self._num_waits += 1
+        store = self._open_store()
+        store.set(f"{key}/{self.placement.rank}", json.dumps(value))
+        if not self.is_rank_zero:
+            return None
+        keys = [f"{key}/{rank}" for rank in range(self.placement.world_size)]
+        store.wait(keys, _GATHER_TIMEOUT)
+        return [json.loads(store.get(key)) for key in keys]
+
+    def add_over_ranks(self, tensor: "torch.Tensor") -> None:
+        """Sum a tensor in place over all ranks, through the links between their devices."""
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor)
+
+    def swap_with(self, other: int, sent: "torch.Tensor", received: "torch.Tensor") -> None:
+        """Give another rank a tensor and take its own; both call it.
+
+        After a sum over all ranks: until then NCCL would wait for everybody.
+        """
+        import torch.distributed as dist
+
+        both = [dist.P2POp(dist.irecv, received, other), dist.P2POp(dist.isend, sent, other)]
+        for work in dist.batch_isend_irecv(both):
+            work.wait()
+
     def _await_readers(self, store: Any, key: str) -> None:
         """Let every rank read before rank 0, which may hold the store, leaves."""
         import torch.distributed as dist
@@ -173,15 +211,19 @@ class Session:
 
             if self.placement.world_size == 1:
                 self._store = dist.HashStore()  # type: ignore[attr-defined]
-            else:  # torchrun's agent may hold the store already; rendezvous() knows
-                where = dist.rendezvous(  # type: ignore[attr-defined]
-                    "env://",
-                    self.placement.rank,
-                    self.placement.world_size,
-                    timeout=_COLLECTIVE_TIMEOUT,
-                )
-                self._store = next(iter(where))[0]
+                return self._store
+            if not self.placement.master_addr or not self.placement.master_port:
+                self._move(*address_by_mpi(self.placement))
+            self._store, port = open_store(self.placement)
+            self._move(self.placement.master_addr, port)
+            if self.placement.nodes > 1 and (name := interface_towards(self.placement.master_addr)):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         return self._store
+
+    def _move(self, address: str, port: int) -> None:
+        """The ranks meet elsewhere than was known; DeepSpeed reads it from the environment."""
+        self.placement = replace(self.placement, master_addr=address, master_port=port)
+        os.environ.update(self.placement.variables())
 
 
 def _wait_for(store: Any, key: str) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
+from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.model.attention import FLASH, WITHIN_DOCUMENTS
 from pipeline.plan.plan import Plan
@@ -102,6 +103,22 @@ def load_plain(
     assert isinstance(model, PreTrainedModel)
     model.config.use_cache = False
     return model
+
+
+def tile_error(settings: RunSettings, device: torch.device) -> float:
+    """Mean error, in standard deviations, of normal numbers after 4 bits and back on a device.
+
+    Raises what bitsandbytes raises where its library does not run there.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    tile = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(device)
+    packed, state = quantize_4bit(
+        tile,
+        quant_type=settings.bnb_4bit_quant_type,
+        compress_statistics=settings.bnb_4bit_use_double_quant,
+    )
+    return float((dequantize_4bit(packed, state) - tile).abs().mean())
 
 
 def _quantization(plan: Plan) -> BitsAndBytesConfig:

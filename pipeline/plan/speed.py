@@ -64,13 +64,17 @@ class Speed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rates:
-    """What one rank can count on: FLOP/s, and bytes/s each way."""
+class Rates:
+    """What one rank can count on: FLOP/s, and bytes/s each way.
+
+    `ring` is the slowest link of a ring over all ranks, `base_ring` that of the ranks which a
+    gather of the base goes over.
+    """
 
     flops: float
     memory: float
-    ring: float  # slowest link of a ring over all ranks
-    base_ring: float  # the same for the ranks that a gather of the base goes over
+    ring: float
+    base_ring: float
     host: float
 
 
@@ -90,7 +94,7 @@ def step_seconds(
     document in a pack; without these over and for all of them, which is the upper bound.
     """
     work = work_of(shape, settings, layout.training_dtype)
-    rates = _rates(layout, hardware)
+    rates = reachable_rates(layout, hardware)
     micro = layout.micro_batch_size * tokens
     reach = tokens if attended is None else attended
     documents = layout.micro_batch_size if attended is None else micro / attended
@@ -115,14 +119,15 @@ def step_seconds(
     )
 
 
-def _rates(layout: Layout, hardware: Hardware) -> _Rates:
+def reachable_rates(layout: Layout, hardware: Hardware) -> Rates:
+    """What kernels and collectives are reckoned to reach of the machine's figures."""
     sharers = layout.ranks_per_node if hardware.kind == "cpu" else 1
     is_float32 = layout.training_dtype == "float32"
     factor = _FLOAT32_SHARE[hardware.kind] if is_float32 else 1.0
     inside = _LINK_SHARE * hardware.node_link
     across = min(inside, _LINK_SHARE * hardware.network)
     ring = inside if layout.nodes == 1 else across
-    return _Rates(
+    return Rates(
         flops=_MATRIX_SHARE * factor * hardware.flops / sharers,
         memory=_BANDWIDTH_SHARE * hardware.memory_bandwidth / sharers,
         ring=ring,
@@ -151,7 +156,7 @@ def _logits(
     shape: ModelShape,
     settings: RunSettings,
     layout: Layout,
-    rates: _Rates,
+    rates: Rates,
     positions: float,
 ) -> float:
     """Seconds of head and loss for so many positions (model/loss.py).
@@ -204,7 +209,7 @@ def _launches(work: Work, layout: Layout, recomputed: float, documents: float) -
     return kernels * _KERNEL_S + fetches
 
 
-def _gathers(work: Work, layout: Layout, rates: _Rates) -> float:
+def _gathers(work: Work, layout: Layout, rates: Rates) -> float:
     """Seconds of ZeRO-3's gathers of the base in a micro-batch, before any overlap.
 
     Forward and backward (a recomputation shares the backward's: stage3_max_reuse_distance,
@@ -227,7 +232,7 @@ def _exposed(gathers: float, busy: float) -> float:
     return _EXPOSED_SHARE * gathers + max(0.0, (1 - _EXPOSED_SHARE) * gathers - busy)
 
 
-def _once_a_step(work: Work, layout: Layout, rates: _Rates) -> dict[str, float]:
+def _once_a_step(work: Work, layout: Layout, rates: Rates) -> dict[str, float]:
     """Seconds of what happens to the adapter: the base has no part in it.
 
     ZeRO-1 all-reduces gradients once a step, ZeRO-2 after every micro-batch (DeepSpeed 0.19.8

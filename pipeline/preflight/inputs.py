@@ -1,53 +1,106 @@
-"""The cheap part of preflight, before torch loads: is everything there that the run will need?"""
+"""Is everything there that the run reads and writes? Before torch loads."""
 
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pipeline.adapter.fit import read_header
 from pipeline.errors import UserError
-from pipeline.plan.memory import checkpoint_bytes
-from pipeline.plan.plan import Plan
+from pipeline.plan.memory import checkpoint_bytes, disk_bytes
+from pipeline.preflight.findings import Finding, Seen, in_units, ok, warn
+from pipeline.preflight.subject import Subject
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_MIB = 2**20
 
 
-def check_inputs(plan: Plan) -> None:
-    """Raise UserError for a model folder that cannot be loaded or a disk that is too small."""
-    folder = Path(plan.settings.model)
-    _check_weights(folder)
+def look_at_model(subject: Subject) -> dict[str, Any]:
+    """Weight files and their bytes. Raises UserError for a model folder that cannot be loaded."""
+    folder = Path(subject.known_settings.model)
+    files = _check_weights(folder)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise UserError(f"model: {folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES)})")
-    check_output(Path(plan.settings.output_dir))
-    _check_disk(plan)
+        raise UserError(
+            f"model: {folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); "
+            "copy the model's tokenizer files there"
+        )
+    return {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
+
+
+def judge_model(seen: Seen) -> Iterable[Finding]:
+    """Every machine has it whole, or look_at_model has raised."""
+    first = next(iter(seen.answers.values()))
+    each = " on each machine" if len(seen.answers) > 1 else ""
+    files = "1 weight file" if first["files"] == 1 else f"{first['files']} weight files"
+    yield ok(f"{files}, {in_units(first['bytes'])}, and a tokenizer{each}")
+
+
+def look_at_disk(subject: Subject) -> dict[str, int]:
+    """Bytes free where the run writes and bytes that it will need.
+
+    Raises UserError for a folder that cannot be written in or that is too small for checkpoints.
+    """
+    plan, folder = subject.known_plan, subject.folder
+    check_output(folder)
+    parent = nearest(folder)
+    each = checkpoint_bytes(plan.trainable)
+    # One more checkpoint than is kept while a new one is written, and the adapter.
+    need = each * (plan.settings.save_total_limit + 1) + 4 * plan.trainable
+    # What an earlier start has left is there already.
+    need -= sum(path.stat().st_size for path in (folder / "checkpoints").glob("*/*"))
+    free = shutil.disk_usage(parent).free
+    if free < need:
+        raise UserError(
+            f"output_dir: {parent} has {free / _MIB:.0f} MiB free and the run will need "
+            f"{need / _MIB:.0f}; free some space or lower save_total_limit"
+        )
+    merged = disk_bytes(plan.shape, plan.settings)["merged"]
+    return {"free": free, "need": max(0, need), "merged": merged}
+
+
+def judge_disk(seen: Seen) -> Iterable[Finding]:
+    """Room for checkpoints is there, or look_at_disk has raised; merging comes later."""
+    (disk,) = seen.answers.values()
+    free, need, merged = (in_units(disk[name]) for name in ("free", "need", "merged"))
+    if disk["free"] < disk["need"] + disk["merged"]:
+        yield warn(
+            f"{free} free: enough for the run ({need}), not for merging after it ({merged} more)",
+            "free some space before launch/merge.py, or merge on another disk",
+        )
+    else:
+        yield ok(f"{free} free; the run needs {need}, merging {merged} more")
 
 
 def check_output(folder: Path) -> None:
     """Raise UserError unless the folder can be made and written in."""
-    nearest = _nearest(folder)
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        what = "cannot be written in" if nearest.is_dir() else "is a file"
-        raise UserError(f"output_dir: {folder}: {nearest} {what}; give another folder")
+    there = nearest(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written in" if there.is_dir() else "is a file"
+        raise UserError(f"output_dir: {folder}: {there} {what}; give another folder")
 
 
-def _nearest(folder: Path) -> Path:
+def nearest(folder: Path) -> Path:
     """The folder, or the closest one above it that exists."""
-    nearest = folder.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    return nearest
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    return there
 
 
-def _check_weights(folder: Path) -> None:
+def _check_weights(folder: Path) -> list[Path]:
+    """The weight files, each with a header that can be read."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise UserError(f"model: {folder} holds no weights (*.safetensors)")
+            raise UserError(
+                f"model: {folder} holds no weights (*.safetensors); download the model again"
+            )
         for path in files:
             read_header(path)  # a download that was cut off is known from its header
-        return
+        return files
     try:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError) as error:
@@ -59,18 +112,4 @@ def _check_weights(folder: Path) -> None:
         )
     for name in sorted(named):
         read_header(folder / name)
-
-
-def _check_disk(plan: Plan) -> None:
-    parent = _nearest(Path(plan.settings.output_dir))
-    each = checkpoint_bytes(plan.trainable)
-    # One more checkpoint than is kept while a new one is written, and the adapter.
-    need = each * (plan.settings.save_total_limit + 1) + 4 * plan.trainable
-    there = Path(plan.settings.output_dir) / "checkpoints"
-    need -= sum(path.stat().st_size for path in there.glob("*/*"))  # of an earlier start
-    free = shutil.disk_usage(parent).free
-    if free < need:
-        raise UserError(
-            f"output_dir: {parent} has {free / 2**20:.0f} MiB free and the run will need "
-            f"{need / 2**20:.0f}; free some space or lower save_total_limit"
-        )
+    return [folder / name for name in sorted(named)]

@@ -13,12 +13,13 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.audit import audit_line
 from pipeline.data.prepare import check_first_rows, prepare
 from pipeline.data.prepared import DataIndex, open_split
-from pipeline.errors import RankZeroError, Stopped, UserError
+from pipeline.errors import RankZeroError, Stopped
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.plan.render import plan_text
 from pipeline.plan.shape import read_shape
-from pipeline.preflight.inputs import check_inputs
+from pipeline.preflight.examine import look_before_torch, require_fit
+from pipeline.preflight.subject import Subject
 from pipeline.train.launcher import watch_launchers
 from pipeline.train.start import look, open_run, write_plan
 from pipeline.train.status import RunStatus, end_for_dead_owner
@@ -49,8 +50,11 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         nodes=placement.nodes,
         ranks_per_node=placement.local_size,
     )
-    check_inputs(plan)
     with Session(placement, hardware) as session:
+        subject = Subject(
+            placement=placement, hardware=hardware, session=session, settings=settings, plan=plan
+        )
+        looked = look_before_torch(subject)
         pulse, last_word = Pulse(), _LastWord(folder)
         # Until all have met a signal just ends the process: another rank may never come, and there
         # is nothing to save.
@@ -58,7 +62,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
             placement, session.open_channel(), pulse, settings.hang_timeout_s, on_end=last_word
         ):
             stops.listen()
-            _run_together(plan, session, stops, pulse, last_word, is_debug=is_debug)
+            _run_together(plan, subject, looked, stops, pulse, last_word, is_debug=is_debug)
 
 
 @dataclass
@@ -79,7 +83,8 @@ class _LastWord:
 
 def _run_together(
     plan: Plan,
-    session: Session,
+    subject: Subject,
+    looked: dict[str, Any],
     stops: StopRequests,
     pulse: Pulse,
     last_word: _LastWord,
@@ -87,11 +92,14 @@ def _run_together(
     is_debug: bool,
 ) -> None:
     """The road from where all ranks have met."""
-    settings, folder = plan.settings, Path(plan.settings.output_dir)
+    settings, folder, session = plan.settings, Path(plan.settings.output_dir), subject.session
 
     def say(text: str) -> None:
         if session.is_rank_zero:
             print(text, flush=True)  # noqa: T201 - the run's own terminal
+
+    for line in require_fit(subject, looked):
+        say(line)
 
     def begin() -> dict[str, Any]:
         found = look(folder, plan, is_debug=is_debug)
@@ -102,17 +110,12 @@ def _run_together(
                 limit = _DEBUG_ROWS if is_debug else None
                 data = prepare(settings, folder / "data", limit).as_json()
             open_run(folder, plan, found)  # nothing can be wrong any more with the input
-        return {"start": found, "plan": _agreed(plan), "data": data}
+        return {"start": found, "data": data}
 
     begun = session.rank_zero_first(begin)
     if begun["start"] == "done":
         say(f"{folder} is done with these settings; nothing to do")
         return
-    if begun["plan"] != _agreed(plan):
-        raise UserError(
-            f"rank {session.placement.rank} plans otherwise than rank 0: machines of one run must "
-            "have the same devices, memory, run file and packages"
-        )
     status = RunStatus(folder / "status.json") if session.is_rank_zero else None
     # Not what index.json says: another machine may still see the one before, or one that somebody
     # has prepared since.
@@ -123,11 +126,6 @@ def _run_together(
             plan, index, session, status, stops, pulse, last_word, say, is_debug=is_debug
         ),
     )
-
-
-def _agreed(plan: Plan) -> dict[str, Any]:
-    """What every rank must have planned alike, as JSON gives it back."""
-    return {"layout": vars(plan.layout), "deepspeed": plan.deepspeed}
 
 
 def _owned(status: RunStatus | None, work: Callable[[], None]) -> None:

@@ -1,0 +1,204 @@
+"""Preflight from start to verdict, on every rank; and the part of it that training makes itself."""
+
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.devices import detect_hardware, set_environment
+from pipeline.cluster.placement import from_environment
+from pipeline.cluster.session import Session
+from pipeline.errors import RankZeroError, UserError
+from pipeline.plan.plan import dump_json
+from pipeline.preflight.findings import Finding, fail, spans
+from pipeline.preflight.limit import Limit
+from pipeline.preflight.report import ERROR, PLANNED, Report, warnings
+from pipeline.preflight.subject import Subject
+from pipeline.preflight.table import CHEAP, STAGES, Check
+
+# A stage that works takes seconds; what hangs does so for ever.
+_LIMIT_S = 60.0
+# Checks without which a stage would not work, or hang.
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "before torch": (),
+    "together": PLANNED,
+    "content": (*PLANNED, "versions", "model"),
+    "device": (*PLANNED, "versions", "gpus"),
+    "process group": (*PLANNED, "versions", "ranks", "gpus", "network", "libraries"),
+    "links": (*PLANNED, "versions", "ranks", "gpus", "network", "libraries", "process group"),
+}
+_OF_SEVERAL = ("process group", "links")
+_HOST = "host"
+
+
+def preflight(
+    run_file: Path, overrides: Sequence[str], *, as_json: bool = False, limit_s: float = _LIMIT_S
+) -> None:
+    """Check a run on every rank that a launcher has started, or on this machine alone.
+
+    Rank 0 prints the report. Raises UserError on every rank where a check fails.
+    """
+    out, placement, hardware = sys.stdout, from_environment(os.environ), detect_hardware()
+    set_environment(placement, hardware)
+    session, report = Session(placement, hardware), Report()
+    hosts = [socket.gethostname()] * placement.world_size
+
+    def show() -> None:
+        if session.is_rank_zero:
+            text = dump_json(report.as_json(hosts)) if as_json else f"{report.text()}\n"
+            out.write(text)
+            out.flush()
+
+    def end(where: str, behind: list[int]) -> None:
+        if session.is_rank_zero:
+            report.findings[where] = [_hangs(behind, hosts)]
+            show()
+        else:
+            print(_not_over(session, where), file=sys.stderr, flush=True)  # noqa: T201 - last words
+
+    # Libraries greet on the standard output, which is for the report.
+    with redirect_stdout(sys.stderr), Limit(session, limit_s, end) as limit, session:
+        subject = Subject.read(
+            run_file,
+            overrides,
+            placement=placement,
+            hardware=hardware,
+            session=session,
+            beat=limit.beat,
+        )
+        try:
+            failed = _examine(subject, limit, report, hosts)
+        except UserError:
+            show()
+            raise
+    show()
+    if failed:
+        raise UserError(f"preflight: {', '.join(failed)}: see the report")
+
+
+def _examine(subject: Subject, limit: Limit, report: Report, hosts: list[str]) -> list[str]:
+    """Stage after stage, as far as all ranks can go. Collective; the same result on all."""
+    session = subject.session
+    for stage, checks in STAGES.items():
+        is_first = stage == "before torch"  # ranks have not met, and nothing can rule it out
+        why_not = partial(_why_not, subject, report, stage, checks)
+        if not is_first and session.rank_zero_first(why_not):
+            continue
+        found = {}
+        for check in checks:
+            subject.beat(check.name)
+            if _is_for(check, subject):
+                found[check.name] = _look(check, subject)
+        subject.beat(f"after {checks[-1].name}")
+        answers = _gather(subject, report, found | {_HOST: socket.gethostname()}, checks)
+        if is_first:
+            limit.met()
+        if answers is not None:
+            hosts[:] = [answer[_HOST] for answer in answers]
+            report.add(checks, answers, hosts, subject.plan)
+    failed: list[str] = session.rank_zero_first(report.failed)
+    return failed
+
+
+def _gather(
+    subject: Subject, report: Report, found: Mapping[str, Any], checks: Sequence[Check]
+) -> list[Any] | None:
+    """All ranks' answers on rank 0. Raises UserError where the ranks do not meet."""
+    try:
+        return subject.session.gather_objects(found)
+    except (RuntimeError, RankZeroError) as error:  # the port is taken, the host is not there
+        place = subject.placement
+        report.add(checks, [found], [found[_HOST]] * place.world_size, subject.plan)
+        text = f"the ranks do not meet at {place.master_addr}:{place.master_port}"
+        said = str(error).strip().partition("\n")[0]
+        remedy = "look at the lines above, and at firewalls between the machines"
+        report.findings["meeting"] = [fail(f"{text}: {said}", remedy)]
+        raise UserError(f"rank {place.rank} on {found[_HOST]}: {text}; {remedy}") from None
+
+
+def _why_not(subject: Subject, report: Report, stage: str, checks: Sequence[Check]) -> str:
+    """Why a stage is left out; empty where it is not. On rank 0, which notes it."""
+    failed = report.failed(_NEEDED[stage])
+    reason = f"{', '.join(failed)} first" if failed else ""
+    if stage in _OF_SEVERAL and subject.placement.world_size == 1:
+        reason = "one process; under `deepspeed`, torchrun or srun they are"
+    if reason:
+        report.left_out |= {check.name: reason for check in checks}
+    return reason
+
+
+def _is_for(check: Check, subject: Subject) -> bool:
+    """Whether this rank looks."""
+    place = subject.placement
+    is_asked = {"rank": True, "machine": place.local_rank == 0, "first": place.rank == 0}[check.by]
+    there = {"nothing": True, "settings": subject.settings, "plan": subject.plan}[check.needs]
+    return is_asked and bool(there)
+
+
+def _look(check: Check, subject: Subject) -> Any:
+    """The check's answer, or its error: what fails on one rank is told beside the others'."""
+    try:
+        return check.look(subject)
+    except UserError as error:
+        return {ERROR: str(error)}
+    except (RuntimeError, OSError, ImportError) as error:  # of a device, a disk, a library
+        said = str(error).strip().partition("\n")[0]
+        return {ERROR: f"{type(error).__name__}: {said}"}
+
+
+def _hangs(behind: list[int], hosts: Sequence[str]) -> Finding:
+    if not behind:
+        return fail(
+            "not all ranks have come in time",
+            "look at the output of each machine: which has started no rank, or cannot reach "
+            "MASTER_ADDR (firewall, interface)",
+        )
+    names = ", ".join(dict.fromkeys(hosts[rank] for rank in behind))
+    return fail(
+        f"not over in time on ranks {spans(behind)} ({names})",
+        "look there: a disk, a driver or a link does not answer (NCCL_DEBUG=INFO; dmesg)",
+        behind,
+    )
+
+
+def _not_over(session: Session, where: str) -> str:
+    place = session.placement
+    return (
+        f"preflight: rank {place.rank} on {socket.gethostname()} waits in {where!r} and rank 0 at "
+        f"{place.master_addr}:{place.master_port} says nothing"
+    )
+
+
+def look_before_torch(subject: Subject) -> dict[str, Any]:
+    """This rank's answers and its machine; training gathers them when the ranks have met.
+
+    Raises UserError where they could not meet; whatever else is wrong is told to all by rank 0.
+    """
+    found = {check.name: _look(check, subject) for check in CHEAP if _is_for(check, subject)}
+    if isinstance(port := found.get("port"), dict):
+        raise UserError(port[ERROR])
+    return found | {_HOST: socket.gethostname()}
+
+
+def require_fit(subject: Subject, found: Mapping[str, Any]) -> list[str]:
+    """Judge what all ranks have found so: lines of warning. Collective.
+
+    Raises UserError on every rank, with what fails.
+    """
+    answers = subject.session.gather_objects(found)
+
+    def judge() -> list[str]:
+        assert answers is not None, "rank 0 has them"
+        report = Report()
+        report.add(CHEAP, answers, [answer[_HOST] for answer in answers], subject.plan)
+        if failed := report.failed():
+            lines = "\n".join(warnings(report))
+            raise UserError(f"{lines}\npreflight: {', '.join(failed)}")
+        return warnings(report)
+
+    lines: list[str] = subject.session.rank_zero_first(judge)
+    return lines

@@ -1,0 +1,191 @@
+"""Is the machine as fast as the plan reckons? A product on each device, sums over links.
+
+The shares below which a line warns are assumptions; on a GPU none of this has been measured.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from pipeline.plan.speed import reachable_rates
+from pipeline.preflight.findings import Finding, Seen, ok, warn
+from pipeline.preflight.gpus import own_devices
+from pipeline.preflight.subject import Subject
+
+if TYPE_CHECKING:
+    import torch
+
+# Of what the plan reckons with. A CPU's figures are rough, so it is held to nothing but its peers.
+_LEAST_SHARE = 0.5
+# Of the median of all: devices of one kind differ by a few percent, ranks on shared cores by more.
+_LEAST_OF_MEDIAN = {"cuda": 0.85, "cpu": 0.4}
+_LEAST_OF_PAIRS = 0.5
+_TERA, _GIGA = 1e12, 1e9
+# Width of the square matrices and bytes moved: enough to fill a device or a link, little to wait.
+_WIDTH = {"cuda": 8192, "cpu": 768}
+_MOVED_BYTES = {"cuda": 2**26, "cpu": 2**22}
+_WARM_UP, _ROUNDS = 2, 5
+
+
+def look_at_product(subject: Subject) -> dict[str, Any]:
+    """FLOP/s of a matrix product in the training dtype on each device of this rank, all at once."""
+    import torch
+
+    plan, kind = subject.known_plan, subject.hardware.kind
+    dtype = getattr(torch, plan.training_dtype)
+    rates = []
+    for device in devices_of(subject):
+        width = _WIDTH[kind]
+        left = torch.randn(width, width, device=device).to(dtype)
+        right, product = left.t().contiguous(), torch.empty_like(left)
+
+        def multiply(
+            left: torch.Tensor = left, right: torch.Tensor = right, product: torch.Tensor = product
+        ) -> None:
+            torch.mm(left, right, out=product)
+
+        rates.append(2 * width**3 / _seconds(multiply, device))
+        if not bool(torch.isfinite(product).all()):
+            raise RuntimeError(f"a product of finite numbers is not finite on {device}")
+    reckoned = reachable_rates(plan.layout, plan.hardware).flops
+    return {"kind": kind, "rates": rates, "reckoned": reckoned}
+
+
+def judge_product(seen: Seen) -> Iterable[Finding]:
+    """As fast as planned and as the others."""
+    first = next(iter(seen.answers.values()))
+    kind, reckoned = first["kind"], first["reckoned"]
+    slowest = {rank: min(answer["rates"]) for rank, answer in seen.answers.items()}
+    middle = median(rate for answer in seen.answers.values() for rate in answer["rates"])
+    said = f"{middle / _TERA:.3g} TFLOPS, the plan reckons with {reckoned / _TERA:.3g}"
+    late = [rank for rank, rate in slowest.items() if rate < _LEAST_OF_MEDIAN[kind] * middle]
+    if late:
+        worst = min(late, key=lambda rank: slowest[rank])
+        yield warn(
+            f"{seen.where(late)}: down to {slowest[worst] / _TERA:.3g} TFLOPS where the median is "
+            f"{middle / _TERA:.3g}; every step waits for the slowest",
+            "look for heat, power limits and other processes (nvidia-smi -q -d PERFORMANCE; top)",
+            late,
+        )
+    if kind == "cuda" and middle < _LEAST_SHARE * reckoned:
+        yield warn(said, "expect steps longer than planned; look for power limits (nvidia-smi -q)")
+    elif not late:
+        yield ok(said)
+
+
+def look_at_sum(subject: Subject) -> dict[str, Any]:
+    """Bytes/s of a sum over all ranks, as a ring moves them. Collective."""
+    import torch
+
+    plan, kind, device = subject.known_plan, subject.hardware.kind, subject.session.device
+    values = torch.zeros(_MOVED_BYTES[kind] // 4, device=device)
+    seconds = _seconds(lambda: subject.session.add_over_ranks(values), device)
+    return {
+        "kind": kind,
+        "rate": ring_rate(subject.placement.world_size, _MOVED_BYTES[kind], seconds),
+        "reckoned": reachable_rates(plan.layout, plan.hardware).ring,
+    }
+
+
+def ring_rate(ranks: int, num_bytes: int, seconds: float) -> float:
+    """Bytes/s over each link of a ring that sums so many bytes: 2 (W - 1) / W of them cross it."""
+    return 2 * (ranks - 1) / ranks * num_bytes / seconds
+
+
+def judge_sum(seen: Seen) -> Iterable[Finding]:
+    """As fast as planned; who is slow is the next check's to say."""
+    first = next(iter(seen.answers.values()))
+    rate = min(answer["rate"] for answer in seen.answers.values())
+    said = (
+        f"{rate / _GIGA:.3g} GB/s each way, the plan reckons with {first['reckoned'] / _GIGA:.3g}"
+    )
+    if first["kind"] == "cuda" and rate < _LEAST_SHARE * first["reckoned"]:
+        yield warn(
+            said,
+            "NCCL_DEBUG=INFO shows which way it goes; name a faster interface in "
+            "NCCL_SOCKET_IFNAME, or plan for it (docs/speed.md)",
+        )
+    else:
+        yield ok(said)
+
+
+def look_at_pairs(subject: Subject) -> dict[str, Any]:
+    """Bytes/s each way between this rank and its neighbours. Collective."""
+    import torch
+
+    place, kind, device = subject.placement, subject.hardware.kind, subject.session.device
+    sent = torch.zeros(_MOVED_BYTES[kind] // 4, device=device)
+    received, found = torch.empty_like(sent), {}
+    for other in neighbours(place.rank, place.world_size):
+
+        def swap(other: int = other) -> None:
+            subject.session.swap_with(other, sent, received)
+
+        rate = _MOVED_BYTES[kind] / _seconds(swap, device)
+        is_near = other // place.local_size == place.rank // place.local_size
+        found[str(other)] = {"rate": rate, "is_near": is_near}
+    return found
+
+
+def neighbours(rank: int, world_size: int) -> list[int]:
+    """Whom a rank is paired with in two rounds, in order: all pairs of a round work at once.
+
+    First 0-1, 2-3, ...; then 1-2, 3-4, ...
+    """
+    pairs = (rank ^ 1, rank - 1 if rank % 2 == 0 else rank + 1)
+    return [other for other in pairs if 0 <= other < world_size]
+
+
+def judge_pairs(seen: Seen) -> Iterable[Finding]:
+    """No pair is far slower than others of its kind; a rank in two slow pairs is named first."""
+    pairs = {
+        (rank, int(other)): (link["rate"], link["is_near"])
+        for rank, answer in seen.answers.items()
+        for other, link in answer.items()
+        if rank < int(other)
+    }
+    said, slow = [], dict[tuple[int, int], str]()
+    for is_near, name in ((True, "in a machine"), (False, "between machines")):
+        rates = {pair: rate for pair, (rate, near) in pairs.items() if near is is_near}
+        if not rates:
+            continue
+        middle = median(rates.values())
+        said.append(f"{name} {middle / _GIGA:.3g} GB/s")
+        for pair, rate in rates.items():
+            if rate < _LEAST_OF_PAIRS * middle:
+                slow[pair] = f"{pair[0]}-{pair[1]} {rate / _GIGA:.3g} of {middle / _GIGA:.3g} GB/s"
+    if not slow:
+        yield ok(", ".join(said))
+        return
+    ends = [rank for pair in slow for rank in pair]
+    twice = sorted({rank for rank in ends if ends.count(rank) > 1})
+    ranks = twice or sorted(set(ends))
+    yield warn(
+        f"{seen.where(ranks)}: slow links {', '.join(slow.values())}",
+        "look at that machine's card, cable or slot (nvidia-smi topo -m, ibstat), or leave it out",
+        ranks,
+    )
+
+
+def devices_of(subject: Subject) -> "list[torch.device]":
+    """This rank's device; without a launcher every device of the machine."""
+    import torch
+
+    if subject.hardware.kind == "cpu":
+        return [torch.device("cpu")]
+    return [torch.device("cuda", i) for i in own_devices(subject, torch.cuda.device_count())]
+
+
+def _seconds(work: Callable[[], None], device: "torch.device") -> float:
+    """Median of some rounds, each waited for, after a warm-up."""
+    taken = []
+    for _ in range(_WARM_UP + _ROUNDS):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return median(taken[_WARM_UP:])
