@@ -25,6 +25,9 @@ ONE_A_NODE = SRUN | {
     "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
     "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
 }  # fmt: skip
+TWO_ON_ONE = ONE_A_NODE | {
+    "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_NODES": "1",
+}  # fmt: skip
 # The shell of sbatch's script has a task's variables, but is none of srun's.
 BATCH = {
     "SLURM_JOB_ID": "1234", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
@@ -47,7 +50,12 @@ def test_no_launcher_is_one_process():
 
 
 @pytest.mark.parametrize(
-    ("env", "launcher"), [(DEEPSPEED, "deepspeed"), (TORCHRUN, "torchrun")], ids=str
+    ("env", "launcher"),
+    [
+        (DEEPSPEED, "deepspeed"),
+        (TORCHRUN, "torchrun"),
+        (TORCHRUN | {"LOCAL_SIZE": "2"}, "torchrun"),  # left over from DeepSpeed on a CPU
+    ],
 )
 def test_what_a_launcher_of_ranks_set_is_taken(env, launcher):
     placement = from_environment(env)
@@ -218,6 +226,7 @@ ALONE = DEEPSPEED | {
         (SRUN | ALONE, "two launchers at once: RANK=0 WORLD_SIZE=1.*STEP_NUM_TASKS=8"),
         (SRUN | TORCHRUN | {"RANK": "3", "LOCAL_RANK": "3"}, "two launchers at once"),
         (ONE_A_NODE | ALONE, "two launchers at once"),
+        (TWO_ON_ONE | TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}, "two launchers at once"),
         (OPEN_MPI | ALONE, "two launchers at once: RANK=0.*OMPI_COMM_WORLD_SIZE=8"),
         (OPEN_MPI | HYDRA | {"PMI_SIZE": "2"}, "two launchers at once"),
     ],
