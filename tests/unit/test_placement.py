@@ -149,8 +149,19 @@ def test_mpirun_inside_a_slurm_job():
 
 
 def test_srun_that_speaks_pmi_is_srun():
-    placement = from_environment(SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8", **HYDRA})
+    """Slurm's PMI says rank and size, and no more (--mpi=pmi2, on many clusters the default)."""
+    pmi = {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_FD": "9", "PMI_JOBID": "1234.0"}
+    placement = from_environment(SRUN | pmi)
     assert (placement.launcher, placement.master_addr) == ("srun", "gpu07")
+    inner = ONE_A_NODE | {"PMI_RANK": "1", "PMI_SIZE": "2"} | TORCHRUN
+    assert from_environment(inner).variables() == DEEPSPEED
+
+
+def test_mpirun_in_a_shell_of_srun_that_speaks_pmi():
+    one = {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1",
+           "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "PMI_RANK": "0", "PMI_SIZE": "1"}  # fmt: skip
+    placement = from_environment(SRUN | one | OPEN_MPI)
+    assert (placement.launcher, placement.rank, placement.world_size) == ("mpirun", 5, 8)
 
 
 @pytest.mark.parametrize(
