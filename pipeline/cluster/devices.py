@@ -40,8 +40,7 @@ def machine(gpu: str | None, gib: float | None, tflops: float | None) -> Hardwar
 def set_environment(placement: Placement, hardware: Hardware) -> None:
     """Set what torch and DeepSpeed read when they are imported; call before that."""
     os.environ.update(placement.variables())
-    threads = max(1, len(os.sched_getaffinity(0)) // placement.local_size)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(placement)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # training fetches nothing
     if hardware.kind == "cpu":
@@ -50,6 +49,14 @@ def set_environment(placement: Placement, hardware: Hardware) -> None:
     # CUDA's caching allocator fragments less so with sequences of many lengths (PyTorch docs,
     # "Optimizing memory usage with PYTORCH_CUDA_ALLOC_CONF").
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def _threads(placement: Placement) -> int:
+    """This rank's share of the machine's cores, or what srun gave each task."""
+    cores, of_task = len(os.sched_getaffinity(0)), os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if placement.launcher == "srun" and of_task.isdigit():
+        return max(1, min(cores, int(of_task)))
+    return max(1, cores // placement.local_size)
 
 
 def _quiet_libraries() -> None:

@@ -2,25 +2,36 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+from pipeline.cluster.tasks import Tasks, first_host, port_of, tasks_of, whole_number
 from pipeline.errors import UserError
 
 # What DeepSpeed's launcher and torchrun both set for every rank; some of them without the others
 # is what makes DeepSpeed fall back to MPI discovery (DeepSpeed 0.19.8, comm/comm.py:844).
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+_OF_THE_FIRST = ("MASTER_ADDR", "MASTER_PORT")
+
+Launcher = Literal["one process", "deepspeed", "torchrun", "srun", "mpirun"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """This process among all processes of the run."""
+    """This process among all processes of the run.
 
-    launcher: str = "one process"
+    Under mpirun address and port are empty until the ranks have met (session.py). `meeting` names
+    what the ranks look for at the port: it is there where nobody has promised that the port is
+    free, so that another may have to be taken.
+    """
+
+    launcher: Launcher = "one process"
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     local_size: int = 1
     master_addr: str = "127.0.0.1"
     master_port: int = 0
+    meeting: str = ""
 
     @property
     def nodes(self) -> int:
@@ -42,58 +53,141 @@ class Placement:
 
 
 def from_environment(env: Mapping[str, str]) -> Placement:
-    """Placement as DeepSpeed's launcher or torchrun set it, or one process without a launcher.
+    """Placement as DeepSpeed's launcher, torchrun, srun or mpirun set it, or one process.
 
     Raises UserError where the environment contradicts itself, rather than training N times alone.
     """
-    there = [name for name in _RANK_VARIABLES if name in env]
-    if not there:
-        _refuse_unknown_launcher(env)
-        return Placement()
-    if missing := [name for name in _RANK_VARIABLES if name not in env]:
+    tasks = tasks_of(env)
+    if any(name in env for name in _OF_A_RANK):
+        placement = _as_set(env)
+        _require_one_launcher(placement, tasks)
+    elif tasks is None or tasks.size == 1:
+        placement = Placement()
+    else:
+        placement = _of_tasks(env, tasks)
+    _require_company(env, placement, tasks)
+    _require_order(placement)
+    _require_devices(env, placement)
+    return placement
+
+
+def _as_set(env: Mapping[str, str]) -> Placement:
+    names = (*_OF_A_RANK, *_OF_THE_FIRST)
+    if missing := [name for name in names if name not in env]:
+        there = [name for name in names if name in env]
         raise UserError(
             f"environment: {', '.join(there)} set but not {', '.join(missing)}; start with "
             "`deepspeed launch/train.py RUN.yaml`, or unset them all for one process"
         )
-    number = {name: _number(env, name) for name in _RANK_VARIABLES if name != "MASTER_ADDR"}
     local_name = "LOCAL_SIZE" if "LOCAL_SIZE" in env else "LOCAL_WORLD_SIZE"
-    local_size = _number(env, local_name) if local_name in env else number["WORLD_SIZE"]
-    rank, world = number["RANK"], number["WORLD_SIZE"]
-    if not 0 <= rank < world or not 0 <= number["LOCAL_RANK"] < local_size:
-        raise UserError(
-            f"environment: RANK={rank} of WORLD_SIZE={world}, LOCAL_RANK={number['LOCAL_RANK']} "
-            f"of {local_size} on this machine: a rank must be below its size"
-        )
-    if world % local_size:
-        raise UserError(
-            f"environment: WORLD_SIZE={world} is not a multiple of {local_name}={local_size}; "
-            "every machine must start the same number of ranks"
-        )
+    world = whole_number(env, "WORLD_SIZE")
     return Placement(
         launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed",
-        rank=rank,
-        local_rank=number["LOCAL_RANK"],
+        rank=whole_number(env, "RANK"),
+        local_rank=whole_number(env, "LOCAL_RANK"),
         world_size=world,
-        local_size=local_size,
+        local_size=whole_number(env, local_name) if local_name in env else world,
         master_addr=env["MASTER_ADDR"],
-        master_port=number["MASTER_PORT"],
+        master_port=whole_number(env, "MASTER_PORT"),
     )
 
 
-def _refuse_unknown_launcher(env: Mapping[str, str]) -> None:
-    for name, launcher in (
-        ("SLURM_NTASKS", "Slurm"),
-        ("OMPI_COMM_WORLD_SIZE", "mpirun"),
-        ("PMI_SIZE", "mpirun"),
-    ):
-        if env.get(name, "1") not in ("", "1"):
-            raise UserError(
-                f"environment: {name}={env[name]} but no rank is set, so each of these processes "
-                f"would train alone; under {launcher} start one `torchrun` or `deepspeed` a node"
-            )
+def _of_tasks(env: Mapping[str, str], tasks: Tasks) -> Placement:
+    """The ranks are the tasks themselves. MASTER_ADDR and MASTER_PORT of the user's are kept."""
+    address, port, meeting = env.get("MASTER_ADDR", ""), 0, ""
+    if tasks.launcher == "srun":
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+        address = address or first_host(nodes)
+        if not address:
+            raise UserError("environment: a step of Slurm without SLURM_JOB_NODELIST; pass it on")
+        job, step = whole_number(env, "SLURM_JOB_ID"), whole_number(env, "SLURM_STEP_ID")
+        port = port_of(job, step)
+        meeting = f"Slurm step {job}.{step}, start {env.get('SLURM_RESTART_COUNT', '0')}"
+    if "MASTER_PORT" in env:
+        port, meeting = whole_number(env, "MASTER_PORT"), ""
+    return Placement(
+        launcher=tasks.launcher,
+        rank=tasks.rank,
+        local_rank=tasks.local_rank,
+        world_size=tasks.size,
+        local_size=tasks.local_size,
+        master_addr=address,
+        master_port=port,
+        meeting=meeting,
+    )
 
 
-def _number(env: Mapping[str, str], name: str) -> int:
-    if not env[name].isdigit():
-        raise UserError(f"environment: {name}={env[name]!r} is not a whole number")
-    return int(env[name])
+def _require_one_launcher(placement: Placement, tasks: Tasks | None) -> None:
+    """Inside srun or mpirun: one torchrun or deepspeed a node, or a script that numbers alike."""
+    if tasks is None or tasks.size == 1:
+        return
+    here = (tasks.rank, tasks.size, tasks.local_rank, tasks.local_size)
+    is_same = here == (
+        placement.rank, placement.world_size, placement.local_rank, placement.local_size
+    )  # fmt: skip
+    is_one_a_node = here == (placement.rank // placement.local_size, placement.nodes, 0, 1)
+    if not is_same and not is_one_a_node:
+        raise UserError(
+            f"environment: two launchers at once: RANK={placement.rank} "
+            f"WORLD_SIZE={placement.world_size} with {placement.local_size} ranks on this machine, "
+            f"in task {tasks.rank} of {tasks.size_name} with {tasks.local_size} on this machine; "
+            f"let {tasks.launcher} start every rank (`{tasks.launcher} ... python "
+            "launch/train.py RUN.yaml`), or one torchrun or deepspeed a node for all nodes"
+        )
+
+
+def _require_company(env: Mapping[str, str], placement: Placement, tasks: Tasks | None) -> None:
+    """A job of many tasks in which this process has been started beside them, and is alone."""
+    number = env.get("SLURM_NTASKS", "1")
+    if placement.world_size == 1 and tasks is None and number not in ("", "1"):
+        raise UserError(
+            f"environment: SLURM_NTASKS={number} but one rank, started without srun: the job's "
+            "other tasks would idle or train the same alone; use `srun python launch/train.py "
+            "RUN.yaml`, one `torchrun` or `deepspeed` a node, or `srun --ntasks=1` for one process"
+        )
+
+
+def _require_order(placement: Placement) -> None:
+    """Ranks below their sizes, as many on every machine, machine after machine."""
+    rank, world = placement.rank, placement.world_size
+    local_rank, local_size = placement.local_rank, placement.local_size
+    if not 0 <= rank < world or not 0 <= local_rank < local_size:
+        raise UserError(
+            f"environment: RANK={rank} of WORLD_SIZE={world}, LOCAL_RANK={local_rank} of "
+            f"{local_size} on this machine: a rank must be below its size"
+        )
+    if world % local_size:
+        raise UserError(
+            f"environment: WORLD_SIZE={world} is not a multiple of the {local_size} ranks on this "
+            "machine; every machine must start the same number of ranks"
+        )
+    if rank % local_size != local_rank:
+        raise UserError(
+            f"environment: rank {rank} is number {local_rank} of {local_size} on its machine: "
+            "ranks must fill one machine after the other (`srun --distribution=block`, "
+            "`mpirun --map-by slot`)"
+        )
+
+
+def _require_devices(env: Mapping[str, str], placement: Placement) -> None:
+    """A GPU for each rank of this machine, as far as the environment can tell.
+
+    srun and mpirun may show each task one GPU of its own; then Slurm has granted as many, and
+    under mpirun only asking the devices can tell (preflight).
+    """
+    visible = env.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible or visible.startswith("-") or env.get("DS_ACCELERATOR") == "cpu":
+        return  # nothing is said, or that CPUs do it
+    entries, ranks = len(visible.split(",")), placement.local_size
+    granted = env.get("SLURM_GPUS_ON_NODE", "")
+    is_own = entries == 1 and (
+        placement.launcher == "mpirun"
+        or (placement.launcher == "srun" and granted.isdigit() and int(granted) >= ranks)
+    )
+    if entries < ranks and not is_own:
+        slurm = f", SLURM_GPUS_ON_NODE={granted}" if granted else ""
+        raise UserError(
+            f"environment: {ranks} ranks on this machine and "
+            f"CUDA_VISIBLE_DEVICES={visible}{slurm}: each needs a GPU of its own; start one rank a "
+            "GPU, or set DS_ACCELERATOR=cpu"
+        )

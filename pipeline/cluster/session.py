@@ -5,11 +5,14 @@ single process runs without it.
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from pipeline.cluster.meeting import address_by_mpi, open_store
 from pipeline.cluster.placement import Placement
 from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.plan.hardware import Hardware
@@ -173,12 +176,14 @@ class Session:
 
             if self.placement.world_size == 1:
                 self._store = dist.HashStore()  # type: ignore[attr-defined]
-            else:  # torchrun's agent may hold the store already; rendezvous() knows
-                where = dist.rendezvous(  # type: ignore[attr-defined]
-                    "env://",
-                    self.placement.rank,
-                    self.placement.world_size,
-                    timeout=_COLLECTIVE_TIMEOUT,
-                )
-                self._store = next(iter(where))[0]
+                return self._store
+            if not self.placement.master_addr or not self.placement.master_port:
+                self._move(*address_by_mpi(self.placement))
+            self._store, port = open_store(self.placement)
+            self._move(self.placement.master_addr, port)
         return self._store
+
+    def _move(self, address: str, port: int) -> None:
+        """The ranks meet elsewhere than was known; DeepSpeed reads it from the environment."""
+        self.placement = replace(self.placement, master_addr=address, master_port=port)
+        os.environ.update(self.placement.variables())
