@@ -17,6 +17,10 @@ SETTINGS = {
     "fp16": False,
 }  # fmt: skip
 
+TWO_BY_TWO = ("--nodes=2", "--gpus-per-node=2")
+# As seen from the folder in which jobs are submitted.
+TRAIN, DEBUG = "../my checkout/slurm/train.sbatch", "../my checkout/slurm/debug.sbatch"
+
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
@@ -65,8 +69,7 @@ def train(cluster, submit, run_file):
     """Submit a run on two ranks of each node: name, sbatch's flags -> the job, the run folder."""
 
     def start(name: str, *flags: str):
-        words = [*flags, submit.parent / "my checkout/slurm/train.sbatch", run_file(name).name]
-        return cluster.sbatch(submit, *words), submit / "runs" / name
+        return cluster.sbatch(submit, *flags, TRAIN, run_file(name).name), submit / "runs" / name
 
     return start
 
@@ -94,6 +97,3 @@ def lost(cluster, straight, train):
     held = job.hold(run, rank=3, step=4)
     cluster.kill_slurmd("node2")
     return job, run, held
-
-
-TWO_BY_TWO = ("--nodes=2", "--gpus-per-node=2")

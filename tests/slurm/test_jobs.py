@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.slurm.cluster import Job, status, wait_until
-from tests.slurm.conftest import TWO_BY_TWO
+from tests.slurm.conftest import DEBUG, TRAIN, TWO_BY_TWO
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -89,10 +89,7 @@ def test_a_wrong_run_file_is_exit_2_and_not_requeued(
     cluster, submit, run_file, beside, settings, part
 ):
     path = run_file("wrong", **settings)
-    flags = (*beside[:-1], "--gpus-per-node=2")
-    job = cluster.sbatch(
-        submit, *flags, submit.parent / "my checkout/slurm/train.sbatch", path.name
-    )
+    job = cluster.sbatch(submit, *beside[:-1], "--gpus-per-node=2", TRAIN, path.name)
     job.end("FAILED")
     assert (job.show("ExitCode"), job.restarts) == ("2:0", 0), job.tell()
     assert part in job.output
@@ -101,11 +98,9 @@ def test_a_wrong_run_file_is_exit_2_and_not_requeued(
 
 def test_an_array_trains_a_line_each(cluster, submit, run_file, beside):
     run_file("sweep", global_batch_size=2)
-    (submit / "rates.txt").write_text(
-        "# rates\nlr=1e-3\nlr=2e-3 output_dir='runs/two e-3'\nlr=3e-3\n"
-    )
-    words = [submit.parent / "my checkout/slurm/train.sbatch", "sweep run.yaml", "@rates.txt"]
-    array = cluster.sbatch(submit, "--array=1-3", *beside, *words)
+    lines = ["# rates", "lr=1e-3", "lr=2e-3 output_dir='runs/two e-3'", "lr=3e-3"]
+    (submit / "rates.txt").write_text("\n".join(lines))
+    array = cluster.sbatch(submit, "--array=1-3", *beside, TRAIN, "sweep run.yaml", "@rates.txt")
     runs = [submit / "runs" / name for name in ("sweep-1", "two e-3", "sweep-3")]
     jobs = [Job(cluster, f"{array.number}_{task}", submit) for task in (1, 2, 3)]
     held = jobs[2].hold(runs[2], rank=0, step=2)  # the last has the number of the array itself
@@ -122,8 +117,7 @@ def test_an_array_trains_a_line_each(cluster, submit, run_file, beside):
 
 def test_debug_on_one_gpu(cluster, submit, run_file, beside):
     run_file("tried")
-    script = submit.parent / "my checkout/slurm/debug.sbatch"
-    job = cluster.sbatch(submit, "--nodelist=node1", script, "tried run.yaml")
+    job = cluster.sbatch(submit, "--nodelist=node1", DEBUG, "tried run.yaml")
     job.end("COMPLETED")
     assert job.show("TimeLimit") == "00:10:00"
     assert "no frozen weight moved" in job.output
