@@ -49,6 +49,9 @@ case "$*" in *"import pipeline") exit 0 ;; esac
 exec "{python}" "$@"
 """
 
+# Long enough for tail to have looked.
+SLEEP = '[[ $1 == 1.5 ]] && exec /bin/sleep 0.2; echo "sleeps $1"'
+
 
 def said(state: str, **fields) -> str:
     """A word of the ranks: status.json as a run writes it."""
@@ -121,8 +124,7 @@ def job(tmp_path) -> Job:
     (fake / "job_state").write_text("RUNNING Reason=None")
     python = PYTHON.format(python=sys.executable)
     programs = {
-        "scontrol": SCONTROL, "srun": SRUN, "python": python, "sleep": 'echo "sleeps $1"',
-        "tail": 'exec /usr/bin/tail -s 0.05 "$@"',  # looks for the end every second otherwise
+        "scontrol": SCONTROL, "srun": SRUN, "python": python, "sleep": SLEEP,
     }  # fmt: skip
     for name, text in programs.items():
         path = fake / "bin" / name
@@ -233,10 +235,12 @@ def test_status_json_alone_decides(job, do, code, again, part):
 
 
 def test_a_rank_that_failed_is_shown_and_the_reason_is_last(job):
-    say = 'echo "it broke" >"$LOGS/rank-3.log"; echo "step 1" >>"$LOGS/rank-0.log"'
+    say = 'for i in 3 4; do echo "it broke" >"$LOGS/rank-$i.log"; done\n'
+    say += 'echo "step 1" >>"$LOGS/rank-0.log"'
     do = ranks(said("failed", exit_code=1, reason="rank 3: it broke"), 1, say)
     _, output = job.train(do)
     assert "rank-3.log:\nit broke" in output
+    assert output.count("it broke") == 2  # there, and in the reason
     assert output.count("step 1") == 1
     assert output.splitlines()[-1].endswith("failed at step 4: rank 3: it broke")
 
