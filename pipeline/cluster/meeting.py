@@ -7,6 +7,8 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+import psutil
+
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.tasks import ports_after
 from pipeline.errors import RankZeroError, UserError
@@ -27,6 +29,24 @@ def open_store(placement: Placement) -> tuple[Any, int]:
     if placement.meeting:
         return _store_of_meeting(placement)
     return _store_at(placement), placement.master_port
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface by which this machine reaches an address, if it leaves the machine.
+
+    gloo takes the one that the machine's own name stands for, which may be none or the loopback.
+    """
+    try:
+        family, *_, where = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)  # sends nothing
+            mine = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(known.address == mine for known in addresses):
+            return None if name == "lo" else name
+    return None
 
 
 def _store_at(placement: Placement) -> Any:

@@ -12,7 +12,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from pipeline.cluster.meeting import address_by_mpi, open_store
+from pipeline.cluster.meeting import address_by_mpi, interface_towards, open_store
 from pipeline.cluster.placement import Placement
 from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.plan.hardware import Hardware
@@ -181,6 +181,8 @@ class Session:
                 self._move(*address_by_mpi(self.placement))
             self._store, port = open_store(self.placement)
             self._move(self.placement.master_addr, port)
+            if self.placement.nodes > 1 and (name := interface_towards(self.placement.master_addr)):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         return self._store
 
     def _move(self, address: str, port: int) -> None:

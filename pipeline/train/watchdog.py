@@ -73,6 +73,7 @@ class Watchdog:
         self._closed = threading.Event()
         self._main = threading.get_ident()
         self._siblings: dict[int, psutil.Process] = {}
+        self._first_host = ""
         self._gone_since: dict[int, float] = {}
         self._shown = 0.0
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -128,9 +129,9 @@ class Watchdog:
         while not self._closed.wait(_POLL_S):
             if self._is_hanging(_UNANSWERED_S):
                 text = (
-                    f"no progress for {self._timeout_s:.0f} s: rank 0 does not answer, rank "
-                    f"{self._placement.rank} is at step {self._pulse.step} in {self._pulse.phase}; "
-                    "the last checkpoint is untouched"
+                    f"no progress for {self._timeout_s:.0f} s: rank 0 on {self._first_host} does "
+                    f"not answer, rank {self._placement.rank} is at step {self._pulse.step} in "
+                    f"{self._pulse.phase}; the last checkpoint is untouched"
                 )
                 alive = [r for r, p in self._siblings.items() if r and not _is_gone(p)]
                 is_first = self._placement.rank < min(alive, default=self._placement.rank + 1)
@@ -155,6 +156,7 @@ class Watchdog:
 
     def _find_siblings(self) -> None:
         """Ranks of this machine: their processes can be seen from here."""
+        self._first_host = json.loads(self._channel.get(_key("peer", 0)))["host"]
         size = self._placement.local_size
         first = self._placement.rank // size * size
         for rank in range(first, first + size):
@@ -258,7 +260,8 @@ def who_hangs(pulses: dict[int, dict[str, Any]], frozen: list[int], timeout_s: f
     whose = "all ranks hang" if len(behind) == len(pulses) > 1 else "the others wait"
     names = "; ".join(
         f"rank {rank} on {pulses[rank]['host']} hangs at step {pulses[rank]['step']} in "
-        f"{pulses[rank]['phase']} ({pulses[rank]['where']}{', stopped' if rank in frozen else ''})"
+        f"{pulses[rank]['phase']} ({pulses[rank]['where']}"
+        f"{', stopped or cut off' if rank in frozen else ''})"
         for rank in behind
     )
     return f"no progress for {timeout_s:.0f} s ({whose}): {names}; the last checkpoint is untouched"

@@ -1,0 +1,81 @@
+"""Two hosts on one machine: network namespaces with a name and an address each, and one cable."""
+
+import os
+import shutil
+import signal
+import subprocess
+import uuid
+from contextlib import suppress
+from typing import Self
+
+_ADDRESSES = ("198.51.100.1", "198.51.100.2")  # RFC 5737: for documentation, routed nowhere
+_NAME_AND_RUN = 'hostname "$0" && exec "$@"'
+
+
+def why_not() -> str | None:
+    """Why hosts cannot be made here; None if they can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    for tool in ("ip", "unshare", "hostname"):
+        if shutil.which(tool) is None:
+            return f"network namespaces need the command {tool} (Debian: iproute2, util-linux)"
+    name = f"rz{uuid.uuid4().hex[:8]}"
+    for command in (
+        ["netns", "add", name],
+        ["-n", name, "link", "add", "name", "cable", "type", "veth"],
+    ):
+        made = subprocess.run(["ip", *command], capture_output=True, text=True, check=False)
+        if made.returncode:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+            return f"no network namespaces here: {made.stderr.strip()}"
+    subprocess.run(["ip", "netns", "del", name], check=True)
+    return None
+
+
+class TwoHosts:
+    """A context: hosts `host-a` and `host-b`, gone at its end with all that runs on them."""
+
+    names = ("host-a", "host-b")
+    addresses = _ADDRESSES
+
+    def __enter__(self) -> Self:
+        tag = uuid.uuid4().hex[:8]
+        self._spaces = [f"rz{tag}a", f"rz{tag}b"]
+        for space in self._spaces:
+            _ip("netns", "add", space)
+            _ip("-n", space, "link", "set", "lo", "up")
+        one, other = self._spaces
+        _ip("-n", one, "link", "add", "cable", "type", "veth", "peer", "cable", "netns", other)
+        for space, address in zip(self._spaces, _ADDRESSES, strict=True):
+            _ip("-n", space, "address", "add", f"{address}/24", "dev", "cable")
+        self.mend()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for space in self._spaces:
+            inside = subprocess.run(
+                ["ip", "netns", "pids", space], capture_output=True, text=True, check=True
+            )
+            for process in inside.stdout.split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
+            _ip("netns", "del", space)
+
+    def command(self, host: int, *command: str) -> list[str]:
+        """The command line that runs a command on a host."""
+        inside = ["unshare", "--uts", "sh", "-c", _NAME_AND_RUN, self.names[host]]
+        return ["ip", "netns", "exec", self._spaces[host], *inside, *command]
+
+    def cut(self) -> None:
+        """Pull the cable out of both hosts: what is sent is lost, and nobody is told."""
+        for space in self._spaces:
+            _ip("-n", space, "link", "set", "cable", "down")
+
+    def mend(self) -> None:
+        """Put it back."""
+        for space in self._spaces:
+            _ip("-n", space, "link", "set", "cable", "up")
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
