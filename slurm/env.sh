@@ -7,10 +7,10 @@
 # what to activate:
 #   module load cuda
 #   source "$HOME/miniconda3/etc/profile.d/conda.sh" && conda activate rankzero
-if ! python -P -c 'import pipeline' 2>/dev/null; then
+if ! python -P -c 'import pipeline.errors' 2>/dev/null; then
     PATH=$home/.venv/bin:$PATH
 fi
-if ! python -P -c 'import pipeline'; then
+if ! python -P -c 'import pipeline.errors'; then
     echo "no Python with RankZero: activate its environment before sbatch, run \`make install\` in $home, or name it in $home/slurm/env.sh" >&2
     exit 1
 fi

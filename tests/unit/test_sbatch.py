@@ -37,7 +37,7 @@ esac
 SRUN = """\
 printf '%s\\t' srun "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
 env >"$FAKE/environment"
-case "$*" in *mkdir*) exit 0 ;; esac
+case "$*" in *mkdir*) [[ ! -e $FAKE/slow_disk ]] || { touch there; /bin/sleep 1; }; exit 0 ;; esac
 for word in "$@"; do
     case $word in --output=*) logs=${word#--output=}; export LOGS=${logs%/*} ;; esac
 done
@@ -45,7 +45,7 @@ exec bash -c "$(cat "$FAKE/ranks")"
 """
 # Asked only whether RankZero can be imported, Python takes half a second to say yes.
 PYTHON = """\
-case "$*" in *"import pipeline") exit 0 ;; esac
+case "$*" in *"import pipeline.errors") exit 0 ;; esac
 exec "{python}" "$@"
 """
 
@@ -281,6 +281,16 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, f"no {path}"
         time.sleep(0.02)
+
+
+def test_a_warning_before_there_are_ranks_starts_none(job):
+    (job.folder / "fake/slow_disk").touch()
+    process = job.start("train.sbatch", "my run.yaml")
+    wait_for(job.submit / "there")
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, job.requeued()) == (75, ["7"]), output
+    assert len(job.calls("srun")) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
