@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
-DEADLINE_S = 240.0
+DEADLINE_S = 420.0
 
 
 def why_not() -> str | None:
@@ -173,6 +173,11 @@ class Job:
         process.send_signal(signal.SIGSTOP)
         self.held = status(run)["started"]
         return process
+
+    def limit(self, minutes: int) -> None:
+        """Change its time limit, which counts from when it started."""
+        update = ["scontrol", "update", f"JobId={self.number}", f"TimeLimit={minutes}"]
+        self.cluster.run(*update)
 
     def end(self, state: str, within_s: float = DEADLINE_S) -> None:
         """Wait until it is over, and require how."""

@@ -76,9 +76,15 @@ def train(cluster, submit, run_file):
 
 @pytest.fixture(scope="session")
 def limited(train):
-    """A run that its time limit hits in the middle: at the first warning it waits for one rank."""
-    job, run = train("limited", *TWO_BY_TWO, "--time=2", "--signal=B:USR1@60")
-    return job, run, job.hold(run, rank=3, step=4)
+    """A run that its time limit hits in the middle: it waits for a rank until it is warned.
+
+    However long its start took: the limit is set once it is there, to one or two minutes more.
+    """
+    job, run = train("limited", *TWO_BY_TWO, "--time=30", "--signal=B:USR1@60")
+    held = job.hold(run, rank=3, step=4)
+    hours, minutes, _ = (int(part) for part in job.show("RunTime").split(":"))
+    job.limit(60 * hours + minutes + 2)
+    return job, run, held
 
 
 @pytest.fixture(scope="session")

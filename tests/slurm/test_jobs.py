@@ -14,7 +14,7 @@ import yaml
 from tests.slurm.cluster import Job, status, wait_until
 from tests.slurm.conftest import DEBUG, TRAIN, TWO_BY_TWO
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 
 def same_adapter(one: Path, other: Path) -> bool:
@@ -33,6 +33,8 @@ def test_a_time_limit_in_the_middle_costs_nothing(limited, straight):
     job, run, held = limited
     wait_until(lambda: "asked to stop" in job.output, "warning", job.tell)
     held.send_signal(signal.SIGCONT)
+    wait_until(lambda: job.restarts == 1, "requeue", job.tell)
+    job.limit(30)
     job.end("COMPLETED")
     assert job.restarts == 1
     assert "going on from step" in job.output

@@ -75,16 +75,18 @@ class Job:
     folder: Path
     environment: dict[str, str]
 
-    def start(self, script: str, *words: str, do: str = "exit 0", **more: str) -> subprocess.Popen:
+    def start(
+        self, script: str, *words: str, do: str = "exit 0", cwd: Path | None = None, **more: str
+    ) -> subprocess.Popen:
         fake, checkout = self.folder / "fake", self.folder / "my checkout"
         (fake / "ranks").write_text(do)
-        command = " ".join([str(checkout / "slurm" / script), *words])
+        command = " ".join([f"../my checkout/slurm/{script}", *words])  # as it was named
         (fake / "command").write_text(command)
         spool = self.folder / "slurm_script"
         shutil.copy(checkout / "slurm" / script, spool)
         return subprocess.Popen(
             ["bash", spool, *words],
-            cwd=self.submit, env=self.environment | more, text=True,
+            cwd=cwd or self.submit, env=self.environment | more, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -136,6 +138,7 @@ def job(tmp_path) -> Job:
             "PATH": f"{fake / 'bin'}:/usr/bin:/bin", "FAKE": str(fake), "PYTHONPATH": str(ROOT),
             "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
             "SLURM_CPUS_ON_NODE": "64", "SLURMD_NODENAME": "node1",
+            "SLURM_SUBMIT_DIR": str(submit),
         },
     )  # fmt: skip
 
@@ -159,7 +162,7 @@ def test_one_task_a_gpu_is_started_from_any_folder(job):
     assert "done: run" in output
     srun = job.calls("srun")[-1]
     assert srun[srun.index("python") :] == [
-        "python", f"{job.folder}/my checkout/launch/train.py", "my run.yaml", "lr=1e-4",
+        "python", f"{job.submit}/../my checkout/launch/train.py", "my run.yaml", "lr=1e-4",
     ]  # fmt: skip
     for option in (
         "--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=8",
@@ -168,6 +171,17 @@ def test_one_task_a_gpu_is_started_from_any_folder(job):
     ):  # fmt: skip
         assert option in srun, option
     assert job.requeued() == []
+
+
+def test_another_working_folder_is_no_hindrance(job):
+    """As with --chdir: paths of the run are found from there, and the project all the same."""
+    elsewhere = job.folder / "elsewhere"
+    elsewhere.mkdir()
+    (job.submit / "my run.yaml").rename(elsewhere / "my run.yaml")
+    process = job.start("train.sbatch", "my run.yaml", do=ranks(said("done")), cwd=elsewhere)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert (elsewhere / "run/logs/7/start-0").is_dir()
 
 
 def test_without_gpus_a_rank_a_task_and_the_cpus_that_were_asked_for(job):
@@ -396,7 +410,7 @@ def test_debug_is_one_process(job):
     srun = job.calls("srun")[-1]
     assert "--ntasks=1" in srun
     assert srun[srun.index("python") :] == [
-        "python", f"{job.folder}/my checkout/launch/train.py", "my run.yaml", "lr=1e-4", "--debug",
+        "python", f"{job.submit}/../my checkout/launch/train.py", "my run.yaml", "lr=1e-4", "--debug",
     ]  # fmt: skip
 
 
