@@ -410,7 +410,8 @@ def test_debug_is_one_process(job):
     srun = job.calls("srun")[-1]
     assert "--ntasks=1" in srun
     assert srun[srun.index("python") :] == [
-        "python", f"{job.submit}/../my checkout/launch/train.py", "my run.yaml", "lr=1e-4", "--debug",
+        "python", f"{job.submit}/../my checkout/launch/train.py", "my run.yaml", "lr=1e-4",
+        "--debug",
     ]  # fmt: skip
 
 
