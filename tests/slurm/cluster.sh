@@ -40,8 +40,8 @@ ip link set bridge0 up
 mkdir -p "$dir"/{state,munge,spool/node1,spool/node2,gpus}
 head -c 1024 /dev/urandom >"$dir/munge/key"
 chmod 400 "$dir/munge/key"
-for gpu in 0 1; do mknod "$dir/gpus/nvidia$gpu" c 1 3; done # handed out, never opened
-echo "Name=gpu File=$dir/gpus/nvidia[0-1] Flags=nvidia_gpu_env" >"$dir/gres.conf"
+for gpu in {0..7}; do mknod "$dir/gpus/nvidia$gpu" c 1 3; done # handed out, never opened
+echo "Name=gpu File=$dir/gpus/nvidia[0-7] Flags=nvidia_gpu_env" >"$dir/gres.conf"
 echo "CgroupPlugin=cgroup/v1" >"$dir/cgroup.conf" # named, it is not looked for; nothing uses it
 cat >"$dir/slurm.conf" <<END
 ClusterName=test
@@ -69,8 +69,8 @@ SlurmdTimeout=10
 ReturnToService=2
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName=node1 NodeAddr=$network.11 CPUs=32 RealMemory=64000 Gres=gpu:2
-NodeName=node2 NodeAddr=$network.12 CPUs=32 RealMemory=64000 Gres=gpu:2
+NodeName=node1 NodeAddr=$network.11 CPUs=32 RealMemory=64000 Gres=gpu:8
+NodeName=node2 NodeAddr=$network.12 CPUs=32 RealMemory=64000 Gres=gpu:8
 PartitionName=all Nodes=ALL Default=YES DefaultTime=01:00:00 MaxTime=1-0 State=UP
 END
 

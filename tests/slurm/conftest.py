@@ -1,13 +1,15 @@
 """A Slurm for all tests here, and the folder from which they submit."""
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.slurm.cluster import ROOT, Cluster, why_not
+from tests.slurm.cluster import ROOT, Cluster, wait_until, why_not
 from tests.tiny import make_rows
 
 # 3 epochs of 6 steps, a sequence on each of 4 ranks.
@@ -24,7 +26,7 @@ TRAIN, DEBUG = "../my checkout/slurm/train.sbatch", "../my checkout/slurm/debug.
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    """Two nodes, node1 and node2, of two made-up GPUs each."""
+    """Two nodes, node1 and node2, of eight made-up GPUs each."""
     if "SLURM_TESTS" not in os.environ:
         pytest.skip("minutes on a Slurm of its own: `make test-slurm` runs it")
     if (reason := why_not()) is not None:
@@ -84,7 +86,13 @@ def limited(train):
     held = job.hold(run, rank=3, step=4)
     hours, minutes, _ = (int(part) for part in job.show("RunTime").split(":"))
     job.limit(60 * hours + minutes + 2)
-    return job, run, held
+
+    def let_go() -> None:
+        wait_until(lambda: "asked to stop" in job.output, "warning", job.tell)
+        held.send_signal(signal.SIGCONT)
+
+    threading.Thread(target=let_go, daemon=True).start()
+    return job, run
 
 
 @pytest.fixture(scope="session")
