@@ -115,6 +115,15 @@ def test_an_array_trains_a_line_each(cluster, submit, run_file, beside):
     assert {status(run)["state"] for run in runs} == {"done"}
 
 
+def test_preflight_begins_no_run(cluster, submit, run_file, beside):
+    run_file("checked")
+    flags = (*beside[:-1], "--gpus-per-node=2")
+    job = cluster.sbatch(submit, *flags, TRAIN, "--preflight", "checked run.yaml")
+    job.end("COMPLETED")
+    assert job.output.count("ok    settings") == 1
+    assert status(submit / "runs/checked") == {}
+
+
 def test_debug_on_one_gpu(cluster, submit, run_file, beside):
     run_file("tried")
     job = cluster.sbatch(submit, "--nodelist=node1", DEBUG, "tried run.yaml")
