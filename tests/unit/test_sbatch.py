@@ -309,7 +309,7 @@ def test_a_warning_before_there_are_ranks_starts_none(job):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_warning_reaches_the_ranks_and_what_they_leave_is_waited_for(job, number):
-    write = "touch told; for i in 1 2 3; do /bin/sleep 0.1; done; " + ranks(said("stopped"), 75)
+    write = "touch told; for i in {1..15}; do /bin/sleep 0.1; done; " + ranks(said("stopped"), 75)
     do = f"leave() {{ {write} }}\ntrap leave USR1\n{WORK}"
     process = job.start("train.sbatch", "my run.yaml", do=do)
     wait_for(job.submit / "there")
