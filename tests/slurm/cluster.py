@@ -108,8 +108,13 @@ class Cluster:
         pid = (self.folder / f"spool/{node}/slurmd.pid").read_text().strip()
         self.on_node(node, "kill", "-KILL", pid)
 
-    def start_slurmd(self, node: str) -> None:
-        """The daemon again, as after a restart of the service."""
+    def reboot(self, node: str) -> None:
+        """End all that is left on a node and start its daemon.
+
+        Where the daemon alone is started, Slurm 22.05 ends the old ranks by the number of their
+        step, which the job's next start on the node has too: it has been seen to end that.
+        """
+        self.on_node(node, "bash", "-c", "kill -KILL -1")  # all but process 1 and itself
         self.on_node(node, "slurmd", "-N", node, "-f", self.folder / "slurm.conf")
 
     def sbatch(self, folder: Path, *words: str | Path, **environment: str) -> "Job":

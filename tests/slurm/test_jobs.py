@@ -134,10 +134,9 @@ def test_debug_on_one_gpu(cluster, submit, run_file, beside):
 
 
 def test_a_lost_node_is_waited_for_and_the_run_goes_on(cluster, lost, straight):
-    job, run, held = lost
+    job, run = lost
     wait_until(lambda: job.show("JobState") == "PENDING", "requeue by Slurm", job.tell)
-    held.kill()  # left over on the node that Slurm does not see
-    cluster.start_slurmd("node2")
+    cluster.reboot("node2")
     job.end("COMPLETED")
     assert job.restarts == 1
     assert "going on from step" in job.output
