@@ -316,6 +316,7 @@ def test_a_warning_reaches_the_ranks_and_what_they_leave_is_waited_for(job, numb
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert (job.submit / "told").exists(), output
+    assert "stopped at step 4; to be continued" in output
     assert (process.returncode, job.requeued()) == (75, ["7"]), output
 
 
