@@ -1,8 +1,13 @@
-"""Write docs/configuration.md and docs/rules.md from the code; `--check` only compares."""
+"""Write what docs/ has from the code: configuration.md, rules.md, the tables of scale.md.
+
+`--check` only compares.
+"""
 
 import json
 import sys
 from pathlib import Path
+
+from scale_tables import filled
 
 from pipeline.config.presets import PRESETS, RANGES
 from pipeline.config.settings import RunSettings
@@ -95,7 +100,9 @@ def _json(value: object) -> str:
 
 def main() -> None:
     stale = []
-    for name, text in (("configuration.md", configuration()), ("rules.md", rules())):
+    scale = filled((HERE / "scale.md").read_text(encoding="utf-8"))
+    pages = (("configuration.md", configuration()), ("rules.md", rules()), ("scale.md", scale))
+    for name, text in pages:
         path = HERE / name
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue

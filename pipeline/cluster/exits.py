@@ -12,6 +12,7 @@ from pipeline.errors import RankZeroError, Stopped
 
 # DeepSpeed's node launcher looks once a second for a rank that ended and terminates the others.
 _GRACE_S = 10.0
+_LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 
 def run_main(body: Callable[[], None], *, tracebacks: bool = False) -> NoReturn:
@@ -72,4 +73,6 @@ def _rank() -> str:
 
 
 def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK") or 0)
+    """Also before the placement is known, when only the launcher's own variable is there."""
+    found = (os.environ.get(name, "") for name in _LOCAL_RANKS)
+    return next((int(value) for value in found if value.isdigit()), 0)

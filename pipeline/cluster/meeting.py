@@ -163,8 +163,8 @@ def address_by_mpi(placement: Placement) -> tuple[str, int]:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"started by mpirun, but mpi4py finds no MPI library: {error}; load the module that "
-            "mpirun came from, or install rankzero[mpi] and use the mpirun it brings"
+            f"started by mpirun, but mpi4py has no MPI: {str(error).splitlines()[0]}; load the "
+            "module that mpirun came from, or install rankzero[mpi] and use the mpirun it brings"
         ) from None
     world = MPI.COMM_WORLD
     if (world.rank, world.size) != (placement.rank, placement.world_size):

@@ -79,14 +79,17 @@ def _as_set(env: Mapping[str, str]) -> Placement:
             f"environment: {', '.join(there)} set but not {', '.join(missing)}; start with "
             "`deepspeed launch/train.py RUN.yaml`, or unset them all for one process"
         )
-    local_name = "LOCAL_SIZE" if "LOCAL_SIZE" in env else "LOCAL_WORLD_SIZE"
-    world = whole_number(env, "WORLD_SIZE")
+    is_torchrun = "TORCHELASTIC_RUN_ID" in env
+    # LOCAL_SIZE is also what a user sets to tell DeepSpeed how many ranks a CPU is to have.
+    sizes = ["LOCAL_WORLD_SIZE", "WORLD_SIZE"]
+    if not is_torchrun:
+        sizes.insert(0, "LOCAL_SIZE")
     return Placement(
-        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed",
+        launcher="torchrun" if is_torchrun else "deepspeed",
         rank=whole_number(env, "RANK"),
         local_rank=whole_number(env, "LOCAL_RANK"),
-        world_size=world,
-        local_size=whole_number(env, local_name) if local_name in env else world,
+        world_size=whole_number(env, "WORLD_SIZE"),
+        local_size=whole_number(env, next(name for name in sizes if name in env)),
         master_addr=env["MASTER_ADDR"],
         master_port=whole_number(env, "MASTER_PORT"),
     )

@@ -47,11 +47,10 @@ def tasks_of(env: Mapping[str, str]) -> Tasks | None:
     mpirun starts its own helpers with srun, one a node, so that inside a Slurm job its ranks see
     variables of both and mpirun's are right.
     """
-    step, ranks = _slurm_step(env), _mpi_ranks(env)
+    step = _slurm_step(env)
+    ranks = _mpi_ranks(env if step is None else _without_pmi_of(step, env))
     if step is None or ranks is None:
         return step or ranks
-    if (step.rank, step.size) == (ranks.rank, ranks.size):
-        return step  # srun speaks PMI to its tasks
     if step.local_size > 1:
         raise UserError(
             f"environment: two launchers at once: srun started {step.size} tasks "
@@ -107,6 +106,13 @@ def _slurm_step(env: Mapping[str, str]) -> Tasks | None:
         launcher="srun", size_name=f"{_SLURM[1]}={size}", rank=rank, size=size,
         local_rank=local_rank, local_size=per_node[0],
     )  # fmt: skip
+
+
+def _without_pmi_of(step: Tasks, env: Mapping[str, str]) -> Mapping[str, str]:
+    """The environment without what srun itself says in PMI's words (--mpi=pmi2)."""
+    if (env.get("PMI_RANK"), env.get("PMI_SIZE")) != (str(step.rank), str(step.size)):
+        return env
+    return {name: value for name, value in env.items() if name not in ("PMI_RANK", "PMI_SIZE")}
 
 
 def _tasks_per_node(text: str) -> list[int]:

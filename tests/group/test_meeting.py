@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch.distributed as dist
 
-from pipeline.cluster.meeting import open_store
+from pipeline.cluster.meeting import interface_towards, open_store
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.tasks import ports_after
 from pipeline.errors import UserError
@@ -93,3 +94,11 @@ def test_a_taken_port_that_the_launcher_gave_is_said(monkeypatch):
 def test_a_name_that_is_not_known_here_is_said():
     with pytest.raises(UserError, match=r"MASTER_ADDR=node1\.invalid: .* does not know this name"):
         open_store(replace(RANK_0, master_addr="node1.invalid"))
+
+
+def test_an_interface_is_named_where_a_way_leads_out():
+    assert interface_towards("127.0.0.1") is None
+    assert interface_towards("node1.invalid") is None
+    out = {name for name in psutil.net_if_addrs() if name != "lo"}
+    way = interface_towards("192.0.2.1")  # RFC 5737: nobody is there, and nothing is sent
+    assert way is None or way in out

@@ -52,10 +52,11 @@ def test_debug_shows_the_traceback_of_an_error():
     assert result.stderr.endswith("no\n")
 
 
-def test_another_rank_leaves_the_word_to_local_rank_zero():
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"])
+def test_another_rank_leaves_the_word_to_local_rank_zero(name):
     process = subprocess.Popen(
         [sys.executable, "-c", CODE.format(body="raise UserError('no')", tracebacks=False)],
-        stderr=subprocess.PIPE, text=True, env={"LOCAL_RANK": "1"},
+        stderr=subprocess.PIPE, text=True, env={name: "1"},
     )  # fmt: skip
     time.sleep(2)
     assert process.poll() is None  # it waits to be ended by its launcher ...

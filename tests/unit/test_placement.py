@@ -25,6 +25,9 @@ ONE_A_NODE = SRUN | {
     "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
     "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
 }  # fmt: skip
+TWO_ON_ONE = ONE_A_NODE | {
+    "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_NODES": "1",
+}  # fmt: skip
 # The shell of sbatch's script has a task's variables, but is none of srun's.
 BATCH = {
     "SLURM_JOB_ID": "1234", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
@@ -47,7 +50,12 @@ def test_no_launcher_is_one_process():
 
 
 @pytest.mark.parametrize(
-    ("env", "launcher"), [(DEEPSPEED, "deepspeed"), (TORCHRUN, "torchrun")], ids=str
+    ("env", "launcher"),
+    [
+        (DEEPSPEED, "deepspeed"),
+        (TORCHRUN, "torchrun"),
+        (TORCHRUN | {"LOCAL_SIZE": "2"}, "torchrun"),  # left over from DeepSpeed on a CPU
+    ],
 )
 def test_what_a_launcher_of_ranks_set_is_taken(env, launcher):
     placement = from_environment(env)
@@ -141,8 +149,19 @@ def test_mpirun_inside_a_slurm_job():
 
 
 def test_srun_that_speaks_pmi_is_srun():
-    placement = from_environment(SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8", **HYDRA})
+    """Slurm's PMI says rank and size, and no more (--mpi=pmi2, on many clusters the default)."""
+    pmi = {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_FD": "9", "PMI_JOBID": "1234.0"}
+    placement = from_environment(SRUN | pmi)
     assert (placement.launcher, placement.master_addr) == ("srun", "gpu07")
+    inner = ONE_A_NODE | {"PMI_RANK": "1", "PMI_SIZE": "2"} | TORCHRUN
+    assert from_environment(inner).variables() == DEEPSPEED
+
+
+def test_mpirun_in_a_shell_of_srun_that_speaks_pmi():
+    one = {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1",
+           "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "PMI_RANK": "0", "PMI_SIZE": "1"}  # fmt: skip
+    placement = from_environment(SRUN | one | OPEN_MPI)
+    assert (placement.launcher, placement.rank, placement.world_size) == ("mpirun", 5, 8)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +237,7 @@ ALONE = DEEPSPEED | {
         (SRUN | ALONE, "two launchers at once: RANK=0 WORLD_SIZE=1.*STEP_NUM_TASKS=8"),
         (SRUN | TORCHRUN | {"RANK": "3", "LOCAL_RANK": "3"}, "two launchers at once"),
         (ONE_A_NODE | ALONE, "two launchers at once"),
+        (TWO_ON_ONE | TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}, "two launchers at once"),
         (OPEN_MPI | ALONE, "two launchers at once: RANK=0.*OMPI_COMM_WORLD_SIZE=8"),
         (OPEN_MPI | HYDRA | {"PMI_SIZE": "2"}, "two launchers at once"),
     ],
