@@ -25,7 +25,7 @@ if [[ ${2:-} ]]; then # bash cluster.sh DIR NODE: process 1 of a node
     mv "$dir/$2.pid.new" "$dir/$2.pid"
     until ip -4 addr show dev eth0 2>/dev/null | grep -q inet; do sleep 0.05; done
     slurmd -N "$2" -f "$dir/slurm.conf"
-    while :; do sleep 3600 & wait "$!"; done # and collects orphans
+    while :; do sleep 3600 & wait "$!" || true; done # and collects orphans
 fi
 
 hostname login
@@ -92,4 +92,4 @@ for node in node1 node2; do
 done
 until [[ $(sinfo -h -N -o %T) == $'idle\nidle' ]]; do sleep 0.1; done
 touch "$dir/ready"
-while :; do sleep 3600 & wait "$!"; done
+while :; do sleep 3600 & wait "$!" || true; done
