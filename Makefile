@@ -1,6 +1,7 @@
 # make quickstart   the whole road on a real model, in minutes, on any machine
 # make test         the suite that needs no GPU
 # make faults       kills, damage, full disks and signals at length (40 minutes or so)
+# make test-slurm   jobs on a real Slurm of two emulated nodes (minutes; root, Debian)
 # make test-gpu     predicted against measured memory, on the GPUs of this machine
 # make check        ruff, mypy --strict, import-linter, generated docs
 # On a machine without a GPU, TORCH_INDEX=<PyTorch's CPU index> spares gigabytes of CUDA.
@@ -11,7 +12,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart install test test-gpu faults check fix docs goldens test-floors clean
+.PHONY: quickstart install test test-slurm test-gpu faults check fix docs goldens test-floors clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart/quickstart.py
@@ -31,6 +32,10 @@ test: $(VENV)/.installed
 # Every fault that tests/faults knows, at length; FAULTS_SEED=N draws others. `make test` has a few.
 faults: $(VENV)/.installed
 	FAULTS=full $(BIN)/python -m pytest tests/group/test_watchdog.py tests/faults -s
+
+# Brings Debian's packages of Slurm where they are missing; says why where there can be no Slurm.
+test-slurm: $(VENV)/.installed
+	SLURM_TESTS=1 $(BIN)/python -m pytest tests/slurm
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -s tests/gpu -m gpu

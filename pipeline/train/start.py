@@ -161,7 +161,7 @@ def _changed_inputs(folder: Path, settings: RunSettings) -> list[str]:
 
 
 def _require_empty(folder: Path) -> None:
-    strangers = [path.name for path in folder.glob("*") if path.name != "data"]
+    strangers = [path.name for path in folder.glob("*") if path.name not in ("data", "logs")]
     if strangers:
         raise UserError(
             f"output_dir: {folder} holds {min(strangers)} and is not a run folder; "
