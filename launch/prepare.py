@@ -7,7 +7,6 @@ Training does the same by itself; what is prepared here, it finds.
 
 import argparse
 import json
-import logging
 from pathlib import Path
 
 from rich.console import Console
@@ -34,13 +33,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments, console = parse(), Console()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("pipeline").setLevel(logging.INFO)  # how far it is, of a large data set
     settings = load_settings(arguments.run_file, arguments.overrides)
     data_dir = Path(settings.output_dir) / "data"
     fetch([*settings.train_sources, *settings.eval_sources])
     check_first_rows(settings)
-    index = prepare(settings, data_dir)
+    index = prepare(settings, data_dir, say=console.print)
     if arguments.show:
         tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
         show_documents(console, open_split(index.train), tokenizer, arguments.show)

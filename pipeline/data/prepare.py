@@ -7,7 +7,7 @@ and only where there is something to do; checking rows imports neither it nor to
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -61,9 +61,11 @@ def prepare(
     limit: int | None = None,
     *,
     processes: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> DataIndex:
     """Make the prepared data set in `data_dir`, or find it there; `limit`: rows used a split.
 
+    `say` hears how far it is with a large one.
     By default as many processes tokenise as pay; what is written is the same for any number.
     Raises UserError for bad data, a bad tokenizer or template; then what was there before stays.
     With a limit the share of bad rows is not judged: a few rows say nothing of it.
@@ -84,7 +86,7 @@ def prepare(
                 split: stack.enter_context(SplitWriter(data_dir / f"{split}-{key}", key))
                 for split, key in job.keys.items()
             }
-            making = Making(settings, job, writers, limit)
+            making = Making(settings, job, writers, limit, say)
             making.run(processes)
             making.tally.judge(job.setting, allowed)
             splits |= making.finish()

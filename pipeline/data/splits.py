@@ -1,8 +1,7 @@
 """One reading of some sources -> the split that they become, or two if rows are held out."""
 
-import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,8 +29,7 @@ from pipeline.errors import UserError
 
 _PIECE_BYTES, _PIECE_ROWS = 2**18, 1000  # that a process is given at once
 _DICT_BYTES = 1000  # of a row that comes without its text; it only sizes pieces
-_ROWS_A_LOG_LINE = 20_000
-_log = logging.getLogger(__name__)
+_ROWS_A_LINE = 20_000  # of what is said of a large data set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +53,10 @@ class Making:
         job: Job,
         writers: Mapping[str, SplitWriter],
         limit: int | None,
+        say: Callable[[str], None],
     ) -> None:
         self.tally = Tally()
-        self._settings, self._job, self._limit = settings, job, limit
+        self._settings, self._job, self._limit, self._say = settings, job, limit, say
         once = [replace(source, weight=1.0) for source in job.sources]  # what is held out
         self._splits = [
             _Split(writer, sources, settings)
@@ -114,9 +113,9 @@ class Making:
             if split.num_used(self._limit) != self._limit:
                 split.add(part.source, made, self.tally)
                 self._stop_at_bad_row(made)
-        if self.tally.read // _ROWS_A_LOG_LINE > before // _ROWS_A_LOG_LINE:
+        if self.tally.read // _ROWS_A_LINE > before // _ROWS_A_LINE:
             source = self._job.sources[part.source].name
-            _log.info("%s: %d rows tokenised", source, self.tally.read)
+            self._say(f"{source}: {self.tally.read:,} rows tokenised")
 
     def _stop_at_bad_row(self, made: Made) -> None:
         if made.rejects and self._settings.on_bad_row == "fail":

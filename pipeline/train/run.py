@@ -108,7 +108,7 @@ def _run_together(
             with stops.raising():  # it may take hours, and does nothing twice
                 check_first_rows(settings)
                 limit = _DEBUG_ROWS if is_debug else None
-                data = prepare(settings, folder / "data", limit).as_json()
+                data = prepare(settings, folder / "data", limit, say=say).as_json()
             open_run(folder, plan, found)  # nothing can be wrong any more with the input
         return {"start": found, "data": data}
 

@@ -94,6 +94,14 @@ def test_documents_are_those_of_encode(run):
             split.document(outside)
 
 
+def test_it_says_how_far_it_is(run, monkeypatch):
+    monkeypatch.setattr("pipeline.data.splits._ROWS_A_LINE", 10)
+    monkeypatch.setattr("pipeline.data.splits._PIECE_ROWS", 10)
+    said = []
+    prepare(run.settings(), run.data, say=said.append)
+    assert said == [f"{run.train}: {count} rows tokenised" for count in (10, 20)]
+
+
 def test_the_index_says_what_the_files_hold_and_survives_a_move(run):
     made = run.prepare()
     moved = run.data.rename(run.folder / "moved")
