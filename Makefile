@@ -1,7 +1,7 @@
 # make quickstart   the whole road on a real model, in minutes, on any machine
 # make test         the suite that needs no GPU
 # make faults       kills, damage, full disks and signals at length (40 minutes or so)
-# make test-slurm   jobs on a real Slurm of two emulated nodes (minutes; root, Debian)
+# make test-slurm   jobs on a real Slurm of two emulated nodes (6 minutes or so; root, Debian)
 # make test-gpu     predicted against measured memory, on the GPUs of this machine
 # make check        ruff, mypy --strict, import-linter, generated docs
 # On a machine without a GPU, TORCH_INDEX=<PyTorch's CPU index> spares gigabytes of CUDA.
