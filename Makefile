@@ -26,8 +26,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --constraint constraints.txt --editable '.[quickstart,dev]'
 	@touch $@
 
+# Two files of tests at a time: real launches wait more than they work.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # Every fault that tests/faults knows, at length; FAULTS_SEED=N draws others. `make test` has a few.
 faults: $(VENV)/.installed
