@@ -22,7 +22,7 @@ from pipeline.preflight.examine import look_before_torch, require_fit
 from pipeline.preflight.subject import Subject
 from pipeline.train.launcher import watch_launchers
 from pipeline.train.start import look, open_run, write_plan
-from pipeline.train.status import RunStatus, end_for_dead_owner
+from pipeline.train.status import RunStatus, end_for_dead_owner, is_done
 from pipeline.train.stop import StopRequests
 from pipeline.train.watchdog import Pulse, Watchdog
 
@@ -101,39 +101,47 @@ def _run_together(
     for line in require_fit(subject, looked):
         say(line)
 
+    status = RunStatus(folder / "status.json") if session.is_rank_zero else None
+
     def begin() -> dict[str, Any]:
-        found = look(folder, plan, is_debug=is_debug)
-        data: dict[str, Any] = {}
-        if found != "done":
-            with stops.raising():  # it may take hours, and does nothing twice
-                check_first_rows(settings)
-                limit = _DEBUG_ROWS if is_debug else None
-                data = prepare(settings, folder / "data", limit, say=say).as_json()
-            open_run(folder, plan, found)  # nothing can be wrong any more with the input
+        assert status is not None, "called on rank 0"
+        with stops.raising():  # it may take hours, and does nothing twice
+            found = look(folder, plan, is_debug=is_debug)
+            if found == "done":
+                return {"start": found}
+            check_first_rows(settings)
+            status.own()
+            found = look(folder, plan, is_debug=is_debug)  # another start may have been quicker
+            if found == "done":
+                return {"start": found}
+            if not is_done(folder):  # else it stays the word on what would be replaced
+                status.claim()
+                last_word.status = status
+            limit = _DEBUG_ROWS if is_debug else None
+            data = prepare(settings, folder / "data", limit, say=say).as_json()
+        open_run(folder, plan, found)
+        status.claim()
+        last_word.status = status
         return {"start": found, "data": data}
 
-    begun = session.rank_zero_first(begin)
-    if begun["start"] == "done":
-        say(f"{folder} is done with these settings; nothing to do")
-        return
-    status = RunStatus(folder / "status.json") if session.is_rank_zero else None
-    # Not what index.json says: another machine may still see the one before, or one that somebody
-    # has prepared since.
-    index = DataIndex.from_json(begun["data"], folder / "data")
-    _owned(
-        status,
-        lambda: _prepare_and_train(
-            plan, index, session, status, stops, pulse, last_word, say, is_debug=is_debug
-        ),
-    )
+    def work() -> None:
+        begun = session.rank_zero_first(begin)
+        if begun["start"] == "done":
+            say(f"{folder} is done with these settings; nothing to do")
+            return
+        # Not what index.json says: another machine may still see the one before, or one that
+        # somebody has prepared since.
+        index = DataIndex.from_json(begun["data"], folder / "data")
+        _train(plan, index, session, status, stops, pulse, last_word, say, is_debug=is_debug)
+
+    _owned(status, work)
 
 
 def _owned(status: RunStatus | None, work: Callable[[], None]) -> None:
-    """Do the work as the run's owner: however it ends, status.json tells."""
+    """However the work ends, status.json tells, once it is claimed for this start."""
     if status is None:
         work()
         return
-    status.claim()
     try:
         work()
     except Stopped as stop:
@@ -148,7 +156,7 @@ def _owned(status: RunStatus | None, work: Callable[[], None]) -> None:
     status.end("done", 0, None)
 
 
-def _prepare_and_train(
+def _train(
     plan: Plan,
     index: DataIndex,
     session: Session,
@@ -171,8 +179,6 @@ def _prepare_and_train(
     from pipeline.train.assemble import assemble  # torch from here on
     from pipeline.train.finish import finish
     from pipeline.train.loop import train
-
-    last_word.status = status
 
     def fingerprint() -> str:
         with stops.raising():

@@ -16,6 +16,7 @@ from pipeline.data.prepared import DataIndex
 from pipeline.errors import UserError
 from pipeline.plan.plan import Plan, dump_json
 from pipeline.plan.render import plan_json
+from pipeline.train.owner import OWNER, in_use
 from pipeline.train.status import is_alive, read_status, write_atomically
 
 Start = Literal["new", "resume", "done"]
@@ -23,9 +24,11 @@ Start = Literal["new", "resume", "done"]
 # All that a run may leave; nothing else is ever removed from a folder.
 _FILES = (
     "run.yaml", "plan.json", "ds_config.json", "status.json", "metrics.jsonl", "score.json",
-    "report.html", "stop",
+    "report.html",
 )  # fmt: skip
 _FOLDERS = ("data", "checkpoints", "adapter", "merged")
+# What may be there before a run is: prepared data, Slurm's logs, a person's wish to stop it.
+_BEFORE_A_RUN = ("data", "logs", "stop", OWNER)
 
 # Keys that may differ between two starts of the same run: they change how it is run, watched or
 # saved, not what comes out. The split of the global batch is among them, its size is not.
@@ -98,10 +101,7 @@ def look(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
         _require_empty(folder)
         return _without_a_start(folder, settings.resume)
     if is_alive(status):
-        raise UserError(
-            f"output_dir: {folder} belongs to a run that is at work (process {status['pids'][0]} "
-            f"on {status['host']}); wait for it, or stop it with `touch {folder / 'stop'}`"
-        )
+        raise UserError(in_use(folder, status))
     if is_debug:
         return "new"
     is_done = status.get("state") == "done"
@@ -161,7 +161,7 @@ def _changed_inputs(folder: Path, settings: RunSettings) -> list[str]:
 
 
 def _require_empty(folder: Path) -> None:
-    strangers = [path.name for path in folder.glob("*") if path.name not in ("data", "logs")]
+    strangers = [path.name for path in folder.glob("*") if path.name not in _BEFORE_A_RUN]
     if strangers:
         raise UserError(
             f"output_dir: {folder} holds {min(strangers)} and is not a run folder; "

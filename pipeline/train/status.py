@@ -10,13 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from pipeline.plan.plan import dump_json
+from pipeline.train.owner import Ownership, is_living
 
 _HEARTBEAT_S = 10.0
-# An owner on another machine counts as living while its heartbeat is younger than this.
-_SILENCE_S = 60.0
 
 
 @dataclass
@@ -26,10 +23,22 @@ class RunStatus:
     path: Path
     fields: dict[str, Any] = field(default_factory=dict)
 
-    def claim(self, total_steps: int | None = None) -> None:
-        """Become the owner and start the heartbeat."""
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._ended = threading.Event()
+        self._ownership = Ownership(self.path.parent)
+
+    def own(self) -> None:
+        """Become the folder's one owner and start the heartbeat; status.json stays as it is.
+
+        Raises UserError where another start is its owner.
+        """
+        self._ownership.take()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def claim(self, total_steps: int | None = None) -> None:
+        """From here on status.json speaks of this start."""
+        assert self._ownership.is_held, "own() comes first"
         self.fields = {
             "state": "running",
             "step": 0,
@@ -42,7 +51,6 @@ class RunStatus:
             "ended": None,
         }
         self.update()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def update(self, **fields: Any) -> None:
         """Change fields and write the file; a disk that does not take it is tried again."""
@@ -52,13 +60,17 @@ class RunStatus:
                 write_atomically(self.path, dump_json(self.fields))
 
     def end(self, state: str, exit_code: int, reason: str | None) -> None:
-        """The last word about this start of the run."""
+        """The last word about this start of the run, if it came as far as to claim the folder."""
         self._ended.set()
-        self.update(state=state, exit_code=exit_code, reason=reason, ended=time.time())
+        if self.fields:
+            self.update(state=state, exit_code=exit_code, reason=reason, ended=time.time())
+        self._ownership.release()
 
     def _beat(self) -> None:
         while not self._ended.wait(_HEARTBEAT_S):
-            self.update()
+            self._ownership.beat()
+            if self.fields:
+                self.update()
 
 
 def end_for_dead_owner(path: Path, reason: str) -> None:
@@ -79,23 +91,14 @@ def read_status(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def is_done(folder: Path) -> bool:
+    """Whether a finished run is in the folder."""
+    return (read_status(folder / "status.json") or {}).get("state") == "done"
+
+
 def is_alive(status: dict[str, Any]) -> bool:
     """Whether the run's owner is still at work."""
-    if status.get("state") != "running":
-        return False
-    if status.get("host") != socket.gethostname():
-        return time.time() - float(status.get("heartbeat") or 0) < _SILENCE_S
-    return any(_started_before(pid, status) for pid in status.get("pids") or [])
-
-
-def _started_before(pid: int, status: dict[str, Any]) -> bool:
-    """The process exists and is not a later one that was given the same number."""
-    try:
-        process = psutil.Process(pid)
-        is_gone = process.status() == psutil.STATUS_ZOMBIE or pid == os.getpid()
-        return not is_gone and process.create_time() <= float(status.get("started") or 0)
-    except psutil.Error:
-        return False
+    return status.get("state") == "running" and is_living(status)
 
 
 def write_atomically(path: Path, text: str) -> None:

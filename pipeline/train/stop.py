@@ -6,6 +6,7 @@ all of them stop at the same one.
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import psutil
 
 from pipeline.errors import Stopped
 
+_LOOK_S = 0.5
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -60,12 +62,22 @@ class StopRequests:
     @contextmanager
     def raising(self) -> Iterator[None]:
         """Raise Stopped where a request comes: in work of one rank before there is a step."""
+        over = threading.Event()
         self._is_raising = True
         try:
             self._raise_if_asked()
+            threading.Thread(target=self._look, args=(over,), name="stops", daemon=True).start()
             yield
         finally:
             self._is_raising = False
+            over.set()
+
+    def _look(self, over: threading.Event) -> None:
+        """Look for the stop file and the time limit where no step does."""
+        while not over.wait(_LOOK_S):
+            if self._asked is None and (reason := self.reason()) is not None:
+                self.ask(reason)
+                return
 
     def clear(self) -> None:
         """Forget the stop file, so that the next start does not stop at once."""
@@ -77,6 +89,7 @@ class StopRequests:
     def _raise_if_asked(self) -> None:
         if self._asked is not None:
             self._is_raising = False
+            self.clear()
             raise Stopped(f"stopped before the first step ({self._asked}); start again to go on")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -87,7 +100,8 @@ class StopRequests:
         if os.environ.get("LOCAL_RANK", "0") == "0" and (
             self._asked is None or self._num_interrupts == 1
         ):
-            os.write(2, b"\nstopping with a checkpoint ...\n")  # safe in a handler
+            how = b"" if self._is_raising else b" with a checkpoint"
+            os.write(2, b"\nstopping" + how + b" ...\n")  # safe in a handler
         self._asked = self._asked or f"signal {signal.Signals(number).name}"
         if self._is_raising:
             self._raise_if_asked()

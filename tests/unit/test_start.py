@@ -156,6 +156,15 @@ def test_a_living_owner_is_left_alone(begin):
     assert start() == "new"  # it had come to nothing
 
 
+@pytest.mark.parametrize("name", ["stop", "data", "logs"])
+def test_what_may_be_there_before_a_run(begin, name):
+    folder, start = begin
+    folder.mkdir()
+    (folder / name).touch()
+    assert start() == "new"
+    assert (folder / name).exists()
+
+
 def test_who_is_alive():
     here, now = socket.gethostname(), time.time()
     running = {"state": "running", "host": "other", "pids": [1], "started": now}
@@ -169,6 +178,7 @@ def test_who_is_alive():
 
 def test_status_is_replaced_whole_and_says_how_it_ended(tmp_path):
     status = RunStatus(tmp_path / "status.json")
+    status.own()
     status.claim(total_steps=9)
     status.update(step=3)
     found = read_status(tmp_path / "status.json")

@@ -5,6 +5,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -58,6 +59,19 @@ def test_long_work_before_the_first_step_is_broken_off(stops):
     os.kill(os.getpid(), signal.SIGUSR1)  # outside it is only noted
     with pytest.raises(Stopped), stops.raising():
         raise AssertionError("it had been asked before")
+
+
+@pytest.mark.parametrize("limit_s", [None, 0.0])
+def test_the_stop_file_and_the_time_limit_break_it_off_too(tmp_path, limit_s):
+    stops = StopRequests(tmp_path, limit_s, is_first=True)
+    stops.listen()
+    reason = "stop" if limit_s is None else "time_limit"
+    wish = threading.Timer(0.1, (tmp_path / "stop").touch)
+    if limit_s is None:
+        wish.start()
+    with pytest.raises(Stopped, match=reason), stops.raising():
+        time.sleep(30)
+    assert not (tmp_path / "stop").exists()  # the next start does not stop at once
 
 
 def test_another_thread_may_ask(stops):
