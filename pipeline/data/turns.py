@@ -16,7 +16,9 @@ from pipeline.data.patterns import (
     NoPattern,
     Pattern,
     make_pattern,
+    refuse_lost_content,
     refuse_unknown_parts,
+    refuse_what_is_left_out,
     shape,
 )
 from pipeline.data.rendering import ChatTemplate, Span, as_template_gets_it
@@ -58,6 +60,7 @@ class TurnFinder:
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._patterns: dict[tuple[Any, ...], Pattern | None] = {}
+        self._are_written: dict[tuple[Any, ...], bool] = {}  # of a template with marks
 
     @cached_property
     def end(self) -> EndOfTurn:
@@ -120,6 +123,7 @@ class TurnFinder:
         end = self.end
         messages = [as_template_gets_it(message) for message in conversation.messages]
         text, marked = self._template.render_marked(messages, conversation.tools)
+        self._refuse_what_is_left_out(conversation, text)
         turns = [i for i, message in enumerate(conversation.messages) if _is_assistant(message)]
         if len(marked) != len(turns):
             raise RowError(
@@ -136,6 +140,24 @@ class TurnFinder:
                 )
             owned[i] = start, at
         return Rendered(text, owned)
+
+    def _refuse_what_is_left_out(self, conversation: Conversation, text: str) -> None:
+        """Marks say what is an answer's, not that the rest is there: markers do, once a shape."""
+        key = shape(conversation)
+        if key not in self._are_written:
+            if len(self._are_written) >= _MOST_PATTERNS:
+                self._are_written.clear()
+            try:
+                refuse_what_is_left_out(conversation, self._template, self.end, self._special)
+            except NoPattern:
+                raise
+            except RowError:  # of the markers
+                self._are_written[key] = False
+            else:
+                self._are_written[key] = True
+        if not self._are_written[key]:
+            for message in conversation.messages:
+                refuse_lost_content(message, text)
 
     def _probe(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
         try:
