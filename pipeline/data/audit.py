@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
@@ -31,6 +31,13 @@ class Reject:
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
+def read_rejects(path: Path) -> Iterator[Reject]:
+    """The rows of a rejects.jsonl, bad and dropped ones, in the order of the data."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield Reject(**json.loads(line))
+
+
 @dataclass
 class Tally:
     """Rows read and rejected so far, with one reject for each reason."""
@@ -50,12 +57,12 @@ class Tally:
             tally.reasons.update(audit["rejected"])
         wanted = {reason for reason, _ in tally.reasons.most_common(_SHOWN_REASONS)}
         for path in rejects:
-            with path.open(encoding="utf-8") as lines:
-                while wanted and (line := next(lines, "")):
-                    found = Reject(**json.loads(line))
-                    if found.reason in wanted:
-                        tally.examples[found.reason] = found
-                        wanted.remove(found.reason)
+            for found in read_rejects(path):
+                if not wanted:
+                    return tally
+                if found.reason in wanted:
+                    tally.examples[found.reason] = found
+                    wanted.remove(found.reason)
         return tally
 
     def reject(self, reject: Reject) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.settings import RunSettings
-from pipeline.data.audit import Tally
+from pipeline.data.audit import Tally, read_rejects
 from pipeline.data.formats import Example
 from pipeline.data.keys import Fingerprints, split_keys
 from pipeline.data.making import digest, parsed_example, reject_of
@@ -79,7 +79,7 @@ def prepare(
     with ExitStack() as stack:
         # The held-out rows first, which are few: what is wrong with them is known sooner.
         for job in reversed(jobs):
-            if (found := _found(job, data_dir, allowed)) is not None:
+            if (found := _found(settings, job, data_dir, allowed)) is not None:
                 splits |= found
                 continue
             writers = {
@@ -117,7 +117,9 @@ def eval_examples(settings: RunSettings, split: SplitIndex) -> Iterator[Example]
                 yield example
 
 
-def _found(job: Job, data_dir: Path, max_rejected: float) -> dict[str, _Indexed] | None:
+def _found(
+    settings: RunSettings, job: Job, data_dir: Path, max_rejected: float
+) -> dict[str, _Indexed] | None:
     """The splits of a job where all are there already, judged again: the limit may be another."""
     places = {split: data_dir / f"{split}-{key}" for split, key in job.keys.items()}
     found: dict[str, _Indexed] = {}
@@ -126,6 +128,11 @@ def _found(job: Job, data_dir: Path, max_rejected: float) -> dict[str, _Indexed]
             return None
         found[split] = published
     earlier = [audit for _, audit in found.values()]
+    if settings.on_bad_row == "fail":
+        for place, audit in zip(places.values(), earlier, strict=True):
+            for reject in read_rejects(place / REJECTS):
+                if reject.reason in audit["rejected"]:  # and not only dropped
+                    refuse(reject)
     Tally.of(earlier, [place / REJECTS for place in places.values()]).judge(
         job.setting, max_rejected
     )

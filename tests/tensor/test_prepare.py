@@ -533,6 +533,24 @@ def test_the_first_bad_row_ends_it_where_the_run_file_says_so(run, how):
         check_rows(settings) if how == "check" else prepare(settings, run.data)
 
 
+@pytest.mark.parametrize("eval_data", [None, 0.3])
+def test_what_was_prepared_with_bad_rows_is_refused_where_none_may_be(run, eval_data):
+    """A row that only the template refuses: nothing but prepare sees it."""
+    said = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}"
+    (run.folder / "model" / "chat_template.jinja").write_text(
+        f"{said}{{% endif %}}{{% endfor %}}{CHATML}"
+    )
+    long = row("long " * 99)
+    run.append(long, row("no"), row("no", question="again"))
+    values = {"max_rejected": 1.0, "over_length": "drop", "max_length": 200, "eval_data": eval_data}
+    run.prepare(**values)
+    with pytest.raises(UserError, match=rf"{run.train}:2[67]: .*refuses.*on_bad_row is fail"):
+        run.prepare(on_bad_row="fail", **values)
+    lines_of(run.train, [*(row(f"a {i}") for i in range(20)), long])
+    run.prepare(**values)
+    run.prepare(on_bad_row="fail", **values)  # dropped is not bad
+
+
 def test_the_beginning_is_checked_and_what_looks_bad_is_checked_whole(run, monkeypatch):
     monkeypatch.setattr(module, "_FIRST_ROWS", 10)
     lines_of(run.train, ["{"] * 3 + [row(f"a {i}") for i in range(297)])
