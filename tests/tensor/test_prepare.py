@@ -344,6 +344,37 @@ def test_the_audit_adds_up(run):
     assert run.audit("eval")["rows_also_in_train"] == 1
 
 
+def test_a_row_of_several_turns_that_is_cut_has_lost_an_end(run):
+    turns = json.loads(row("yes"))["messages"] * 3
+    lines_of(run.train, [json.dumps({"messages": turns})])
+    whole = run.prepare().train.tokens
+    assert run.audit()["end_of_turn_share"] == 1
+    for cut, share in (
+        (1, 1),
+        (2, 0),
+        (30, 0),
+    ):  # the newline behind the last turn; its end; a turn
+        assert run.prepare(max_length=whole - cut).train.documents == 1
+        assert run.audit()["end_of_turn_share"] == share
+    run.prepare(max_length=whole - 30, over_length="split")
+    assert run.audit()["end_of_turn_share"] == 1
+    run.prepare(max_length=whole - 2, split_turns=True)  # two of three are whole
+    assert run.audit()["end_of_turn_share"] == 0
+
+
+def test_ends_are_counted_whatever_the_order_of_rows(run):
+    """Tokens end with a turn's end, which is not the end of sequence."""
+    tokenizer = load_tokenizer(run.folder / "model")
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(run.folder / "model")
+    ids = tokenizer("<|im_start|>assistant\nyes<|im_end|>").input_ids
+    tokens = json.dumps({"input_ids": ids, "labels": ids})
+    for rows in ([tokens, row("yes")], [row("yes"), tokens]):
+        lines_of(run.train, rows)
+        run.prepare()
+        assert run.audit()["end_of_turn_share"] == 1
+
+
 def test_a_template_that_teaches_no_end_is_refused_and_nothing_is_left(run):
     first = run.prepare()
     template = run.folder / "model" / "chat_template.jinja"
