@@ -40,10 +40,14 @@ def read_rejects(path: Path) -> Iterator[Reject]:
 
 @dataclass
 class Tally:
-    """Rows read and rejected so far, with one reject for each reason."""
+    """Rows read and rejected so far, with one reject for each reason.
 
-    read: int = 0
-    used: int = 0
+    `read_of`, `used_of`: of each source; `first_of`: its first reject.
+    """
+
+    read_of: Counter[str] = field(default_factory=Counter)
+    used_of: Counter[str] = field(default_factory=Counter)
+    first_of: dict[str, Reject] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, Reject] = field(default_factory=dict)
 
@@ -52,8 +56,8 @@ class Tally:
         """The tally of splits that were prepared earlier."""
         tally = cls()
         for audit in audits:
-            tally.read += audit["rows_read"]
-            tally.used += audit["rows_used"]
+            for source in audit["sources"]:
+                tally.count(source["name"], source["rows_read"], source["rows_used"])
             tally.reasons.update(audit["rejected"])
         wanted = {reason for reason, _ in tally.reasons.most_common(_SHOWN_REASONS)}
         for path in rejects:
@@ -65,8 +69,29 @@ class Tally:
                     wanted.remove(found.reason)
         return tally
 
-    def reject(self, reject: Reject) -> None:
-        """Count a row as rejected."""
+    @property
+    def read(self) -> int:
+        """Rows of all sources."""
+        return self.read_of.total()
+
+    @property
+    def used(self) -> int:
+        """Those that are used."""
+        return self.used_of.total()
+
+    @property
+    def lost_sources(self) -> list[str]:
+        """Sources with rows of which none is used."""
+        return [name for name, read in self.read_of.items() if read and not self.used_of[name]]
+
+    def count(self, source: str, read: int, used: int) -> None:
+        """Count rows of a source."""
+        self.read_of[source] += read
+        self.used_of[source] += used
+
+    def reject(self, source: str, reject: Reject) -> None:
+        """Note why a row is rejected."""
+        self.first_of.setdefault(source, reject)
         self.reasons[reject.reason] += 1
         self.examples.setdefault(reject.reason, reject)
 
@@ -94,6 +119,16 @@ class Tally:
             )
         lines.append(f"{key}: {share}, {verdict}; most common: {said}; {remedy}")
         raise UserError("\n".join(lines))
+
+    def require_all_sources(self, key: str) -> None:
+        """Raise UserError for a source that would be lost as a whole, however small it is."""
+        for name in self.lost_sources:
+            first = self.first_of.get(name)
+            why = "" if first is None else f" ({first.file}:{first.line}: {first.reason})"
+            raise UserError(
+                f"{key}: {name}: none of its {self.read_of[name]} rows is used{why}; mend them, or "
+                "leave the source out"
+            )
 
 
 @dataclass

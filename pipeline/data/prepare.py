@@ -39,9 +39,11 @@ def check_rows(settings: RunSettings, first: int | None = None) -> None:
     for key, sources in _sources(settings).items():
         found, is_whole = _checked(settings, sources, first)
         rejected = found.reasons.total()
-        if is_whole or rejected > settings.max_rejected * found.read or not found.used:
+        is_bad = rejected > settings.max_rejected * found.read or found.lost_sources
+        if is_whole or is_bad:
             whole = found if is_whole else _checked(settings, sources, None)[0]
             whole.judge(key, settings.max_rejected)
+            whole.require_all_sources(key)
 
 
 def check_first_rows(settings: RunSettings) -> None:
@@ -89,6 +91,8 @@ def prepare(
             making = Making(settings, job, writers, limit, say)
             making.run(processes)
             making.tally.judge(job.setting, allowed)
+            if limit is None:
+                making.tally.require_all_sources(job.setting)
             splits |= making.finish()
             written |= writers
         for split, writer in written.items():
@@ -133,9 +137,8 @@ def _found(
             for reject in read_rejects(place / REJECTS):
                 if reject.reason in audit["rejected"]:  # and not only dropped
                     refuse(reject)
-    Tally.of(earlier, [place / REJECTS for place in places.values()]).judge(
-        job.setting, max_rejected
-    )
+    tally = Tally.of(earlier, [place / REJECTS for place in places.values()])
+    tally.judge(job.setting, max_rejected)
     return found
 
 
@@ -168,15 +171,13 @@ def _checked(
     for source in sources:
         left = lines(source)
         for line in islice(left, first):
-            tally.read += 1
             row, example = parsed_example(line, settings)
-            if not isinstance(example, str):
-                tally.used += 1
-                continue
-            reject = reject_of(row, example)
-            if settings.on_bad_row == "fail":
-                refuse(reject)
-            tally.reject(reject)
+            tally.count(source.name, 1, not isinstance(example, str))
+            if isinstance(example, str):
+                reject = reject_of(row, example)
+                if settings.on_bad_row == "fail":
+                    refuse(reject)
+                tally.reject(source.name, reject)
         is_whole &= first is None or next(left, None) is None
     return tally, is_whole
 

@@ -280,6 +280,23 @@ def test_what_was_prepared_with_a_laxer_limit_is_judged_again(run):
         run.prepare(max_rejected=0.01)
 
 
+@pytest.mark.parametrize("how", ["check", "beginning", "prepare", "dropped"])
+def test_a_source_is_not_lost_as_a_whole_however_few_rows_it_has(run, monkeypatch, how):
+    monkeypatch.setattr(module, "_FIRST_ROWS", 2)
+    other = run.folder / "other.jsonl"
+    lines_of(other, [row("long " * 99)] * 3 if how == "dropped" else ['{"sum": 3}'] * 3)
+    sources = [str(run.train), {"path": str(other), "weight": 0.1}]
+    values = {"train_data": sources, "max_rejected": 1.0, "over_length": "drop", "max_length": 200}
+    do = {"check": check_rows, "beginning": check_first_rows}.get(how)
+    do = do or (lambda settings: prepare(settings, run.data))
+    why = "" if how == "dropped" else rf" \({other}:1: .*\)"
+    with pytest.raises(UserError, match=rf"train_data: {other}: none of its 3 rows is used{why};"):
+        do(run.settings(**values))
+    lines_of(other, [*other.read_text().splitlines(), row("good")])
+    do(run.settings(**values))
+    run.prepare(**values, limit=4)  # its rows are not all read
+
+
 def test_no_usable_row(run):
     run.train.write_text("{\n{\n")
     with pytest.raises(UserError, match="no usable row"):
