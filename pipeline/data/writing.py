@@ -91,6 +91,11 @@ class SplitWriter:
         columns["sources"].extend(np.full(len(documents.lengths), source))
         self._longest = max(self._longest, int(documents.lengths.max()))
 
+    def flushed_rejects(self) -> Path:
+        """The file of the rejects so far, for a reader."""
+        self.rejects.flush()
+        return self.folder / REJECTS
+
     def close(
         self, sources: Sequence[SourceIndex], *, max_length: int, packing: bool
     ) -> SplitIndex:

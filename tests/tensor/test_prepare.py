@@ -253,8 +253,30 @@ def test_more_bad_rows_than_allowed(run, check):
     assert "max_rejected (0.2)" in message
     assert "3 x an assistant message is empty; 2 x expected a JSON object" in message
     assert "set max_rejected to 0.226" in message
-    assert not run.data.exists() or not list(run.data.iterdir())
+    left = [path.name for path in run.data.iterdir()] if run.data.exists() else []
+    assert left == ([] if check == "rows" else ["rejects.jsonl"])
     judge(max_rejected=0.226)
+
+
+@pytest.mark.parametrize("how", ["beginning", "prepare", "prepared"])
+def test_refused_rows_are_all_named(run, monkeypatch, how):
+    monkeypatch.setattr(module, "_FIRST_ROWS", 2)
+    first = run.prepare()
+    before = content(run.data)
+    good = run.train.read_text()
+    lines_of(run.train, ["{", *good.splitlines(), *["[]"] * 5])
+    if how == "prepared":
+        first = run.prepare(max_rejected=1.0)
+        before = content(run.data)
+        (run.data / "rejects.jsonl").write_text("")  # of what was refused before
+    with pytest.raises(UserError, match=rf"; each row is named in {run.data}/rejects.jsonl$"):
+        check_first_rows(run.settings()) if how == "beginning" else run.prepare()
+    assert [reject["line"] for reject in run.rejects()] == [1, *range(26, 31)]
+    assert DataIndex.load(run.data) == first
+    if how != "prepared":
+        run.train.write_text(good)
+    run.prepare(max_rejected=1.0)
+    assert content(run.data) == before
 
 
 def test_exactly_as_many_bad_rows_as_allowed(run):
@@ -270,7 +292,7 @@ def test_bad_held_out_rows_are_judged_by_themselves(run):
         check_rows(run.settings())
     with pytest.raises(UserError, match="eval_data: 1 of 7 rows"):
         run.prepare()
-    assert not list(run.data.iterdir())
+    assert [(reject["file"], reject["line"]) for reject in run.rejects()] == [(str(run.eval), 7)]
 
 
 def test_what_was_prepared_with_a_laxer_limit_is_judged_again(run):
