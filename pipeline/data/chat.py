@@ -205,6 +205,13 @@ class Encoder:
         rendered = self._turns.render(conversation)
         is_inverse = self._settings.train_on == "all"
         chosen = self._trained(conversation)
+        for i in chosen:
+            answer = rendered.text[slice(*rendered.owned[i])]
+            if conversation.messages[i].content.strip() and not answer.strip():
+                raise RowError(
+                    "the chat template leaves nothing of an answer, so the model would learn to "
+                    "say nothing"
+                )
         if is_inverse:
             chosen = [i for i, m in enumerate(conversation.messages) if not m.is_trained]
         if any(i not in rendered.owned for i in chosen):
