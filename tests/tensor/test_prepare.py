@@ -139,23 +139,60 @@ def test_a_second_time_nothing_is_written(run, monkeypatch):
     assert run.everything() == before
 
 
-@pytest.mark.parametrize("change", ["data", "template", "max_length", "train_on", "limit"])
-def test_the_key_is_made_of_all_that_makes_the_documents(run, change):
-    first = run.prepare()
+CHANGES = {
+    "chat_template": {"chat_template": "chatml"},
+    "columns": {"columns": {"messages": "messages"}},
+    "data_format": {"data_format": "messages"},
+    "held_out": {"eval_data": 0.5},
+    "limit": {"limit": 3},
+    "limit of a source": {"train_data": {"path": "train.jsonl", "limit": 5}},
+    "max_length": {"max_length": 99},
+    "over_length": {"over_length": "drop"},
+    "packing": {"packing": False},
+    "split_turns": {"split_turns": True},
+    "train_on": {"train_on": "all"},
+    "weight": {"train_data": {"path": "train.jsonl", "weight": 2.0}},
+}
+FILES = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("change", ["data", *FILES, *CHANGES])
+def test_the_key_is_made_of_all_that_makes_the_documents(run, monkeypatch, change):
+    monkeypatch.chdir(run.folder)
+    if change == "chat_template":
+        (run.folder / "model" / "chat_template.jinja").unlink()
+    before = {} if change != "chat_template" else {"train_data": texts(run), "eval_data": None}
+    first = run.prepare(**before)
     if change == "data":
         run.append(row("new"))
-    elif change == "template":
-        template = run.folder / "model" / "chat_template.jinja"
-        template.write_text("Hello. " + CHATML)
-    changed = {"max_length": {"max_length": 99}, "train_on": {"train_on": "all"}}
-    second = run.prepare(limit=3 if change == "limit" else None, **changed.get(change, {}))
+    elif change == "chat_template.jinja":
+        template = run.folder / "model" / change
+        template.write_text("Hello. " + template.read_text())
+    elif change in FILES:
+        path = run.folder / "model" / change
+        path.write_text(path.read_text() + "\n")
+    second = run.prepare(**before | CHANGES.get(change, {}))
     assert second.train.key != first.train.key
-    assert (second.eval == first.eval) == (change == "data")
+    is_of_one_split = change in ("data", "held_out", "limit of a source", "weight", "chat_template")
+    if not is_of_one_split:
+        assert second.eval.key != first.eval.key
+    elif change != "held_out":
+        assert second.eval == first.eval
     folders = {path.name for path in run.data.iterdir() if path.is_dir()}
-    assert folders == {f"train-{second.train.key}", f"eval-{second.eval.key}"}
+    assert folders == {split.folder.name for split in second.splits.values()}
     assert DataIndex.load(run.data) == second
-    assert run.audit()["rows_used"] == second.train.documents
-    assert run.audit("eval")["rows_used"] == second.eval.documents
+    for name, split in second.splits.items():
+        assert run.audit(name)["documents"] == split.documents
+
+
+def test_no_setting_of_the_key_is_untested():
+    assert set(keys._SETTINGS) <= set(CHANGES)
+
+
+def texts(run):
+    path = run.folder / "texts.jsonl"
+    lines_of(path, [json.dumps({"text": f"a text {i}"}) for i in range(8)])
+    return str(path)
 
 
 def test_settings_that_do_not_matter_are_not_in_the_key(run):
