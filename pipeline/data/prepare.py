@@ -109,6 +109,8 @@ def prepare(
                     making.tally.require_all_sources(job.setting)
             splits |= making.finish()
             written |= writers
+        if written:
+            fingerprints.require_unchanged()
         for split, writer in written.items():
             writer.publish(splits[split][1])
     indexes = {split: index for split, (index, _) in splits.items()}

@@ -818,6 +818,52 @@ def test_another_machines_unfinished_work_is_left_alone(run):
     assert not theirs.exists()
 
 
+@pytest.mark.parametrize("how", ["appended", "replaced", "removed", "tokenizer"])
+def test_a_file_that_changes_while_it_is_read_is_not_taken_for_what_was_hashed(
+    run, monkeypatch, how
+):
+    first = run.prepare()
+    text = run.train.read_text()
+    run.append(row("new"))
+    make = splits.Making.run
+
+    def changing(self, processes):
+        make(self, processes)
+        if how == "appended":
+            run.append(row("late"))
+        elif how == "replaced":
+            other = run.folder / "other"
+            shutil.copy2(run.train, other)
+            other.replace(run.train)
+        elif how == "removed":
+            run.train.unlink()
+        else:
+            path = run.folder / "model" / "tokenizer.json"
+            path.write_text(path.read_text() + "\n")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(splits.Making, "run", changing)
+        with pytest.raises(UserError, match=r"(train.jsonl|tokenizer.json): changed while it was"):
+            run.prepare()
+    assert DataIndex.load(run.data) == first
+    if how != "tokenizer":
+        run.train.write_text(text)
+        os.utime(run.train, (0, 0))
+        assert run.prepare() == first
+
+
+def test_a_new_name_or_mode_of_a_file_is_no_change(run, monkeypatch):
+    make = splits.Making.run
+
+    def touching(self, processes):
+        make(self, processes)
+        run.train.chmod(0o600)
+        os.link(run.train, run.folder / f"link-{len(list(run.folder.iterdir()))}")
+
+    monkeypatch.setattr(splits.Making, "run", touching)
+    assert run.prepare().train.documents == 24
+
+
 def test_large_files_are_hashed_once_until_they_change(run, monkeypatch):
     hashed = []
     digest = hashlib.file_digest
