@@ -19,6 +19,8 @@ from pipeline.data.hub import fetch
 from pipeline.data.prepare import check_first_rows, prepare
 from pipeline.data.prepared import open_split
 from pipeline.data.show import show_documents
+from pipeline.preflight.inputs import check_output
+from pipeline.train.status import require_no_owner
 
 
 def parse() -> argparse.Namespace:
@@ -34,7 +36,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments, console = parse(), Console()
     settings = load_settings(arguments.run_file, arguments.overrides)
-    data_dir = Path(settings.output_dir) / "data"
+    folder = Path(settings.output_dir)
+    data_dir = folder / "data"
+    check_output(folder)
+    require_no_owner(folder)  # it reads what lies there, and prepare removes what is out of date
     fetch([*settings.train_sources, *settings.eval_sources])
     check_first_rows(settings)
     index = prepare(settings, data_dir, say=console.print)

@@ -86,7 +86,7 @@ def prepare(
     """
     fingerprints = Fingerprints(data_dir)
     jobs = _jobs(settings, fingerprints, limit)
-    data_dir.mkdir(parents=True, exist_ok=True)
+    _make(data_dir)
     allowed = settings.max_rejected if limit is None else 1.0
     splits: dict[str, _Indexed] = {}
     written: dict[str, SplitWriter] = {}
@@ -167,9 +167,18 @@ def _kept_if_refused(rejects: Sequence[Path], data_dir: Path | None) -> Iterator
     except UserError as error:
         if data_dir is None or not any(path.stat().st_size for path in rejects):
             raise
-        data_dir.mkdir(parents=True, exist_ok=True)
+        _make(data_dir)
         join_files(data_dir / REJECTS, rejects)
         raise UserError(f"{error}; each row is named in {data_dir / REJECTS}") from None
+
+
+def _make(data_dir: Path) -> None:
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {data_dir} cannot be made ({error.strerror}); give another folder"
+        ) from None
 
 
 def _sources(settings: RunSettings) -> dict[str, list[Source]]:

@@ -16,7 +16,7 @@ from pipeline.data.prepared import DataIndex
 from pipeline.errors import UserError
 from pipeline.plan.plan import Plan, dump_json
 from pipeline.plan.render import plan_json
-from pipeline.train.status import is_alive, read_status, write_atomically
+from pipeline.train.status import read_status, require_no_owner, write_atomically
 
 Start = Literal["new", "resume", "done"]
 
@@ -97,11 +97,7 @@ def look(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
     if status is None:
         _require_empty(folder)
         return _without_a_start(folder, settings.resume)
-    if is_alive(status):
-        raise UserError(
-            f"output_dir: {folder} belongs to a run that is at work (process {status['pids'][0]} "
-            f"on {status['host']}); wait for it, or stop it with `touch {folder / 'stop'}`"
-        )
+    require_no_owner(folder)
     if is_debug:
         return "new"
     is_done = status.get("state") == "done"

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from pipeline.errors import UserError
 from pipeline.plan.plan import dump_json
 
 _HEARTBEAT_S = 10.0
@@ -77,6 +78,16 @@ def read_status(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def require_no_owner(folder: Path) -> None:
+    """Raise UserError where a run is at work in a folder."""
+    status = read_status(folder / "status.json")
+    if status is not None and is_alive(status):
+        raise UserError(
+            f"output_dir: {folder} belongs to a run that is at work (process {status['pids'][0]} "
+            f"on {status['host']}); wait for it, or stop it with `touch {folder / 'stop'}`"
+        )
 
 
 def is_alive(status: dict[str, Any]) -> bool:

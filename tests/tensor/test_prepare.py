@@ -22,6 +22,7 @@ from pipeline.data.prepared import DataIndex, open_split
 from pipeline.data.sources import read_rows, resolve
 from pipeline.data.writing import SplitWriter
 from pipeline.errors import RankZeroError, UserError
+from pipeline.train.status import RunStatus
 from tests.tiny import CHATML, make_rows, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -480,6 +481,29 @@ def test_the_script_shows_documents_and_the_audit(run):
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"{run.train}:25: ")
     assert "Traceback" not in refused.stderr
+    for place in ("/proc/x", str(run.train), str(run.train / "below")):
+        refused = script(f"output_dir={place}")
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(f"output_dir: {place}")
+        assert "give another folder" in refused.stderr
+
+
+def test_the_script_leaves_a_run_that_is_at_work_its_data(run):
+    status = RunStatus(run.folder / "run" / "status.json")
+    first = run.prepare()
+    status.claim()
+    run_file = run.folder / "run.yaml"
+    run_file.write_text(json.dumps(run.settings().model_dump(include={"model", "output_dir"})))
+    command = [sys.executable, "launch/prepare.py", run_file, f"train_data={run.train}"]
+    command.append("max_length=99")
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert f"belongs to a run that is at work (process {os.getpid()} " in refused.stderr
+    assert len(open_split(first.train)) == 24
+    status.end("done", 0, None)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not first.train.folder.exists()
 
 
 def lines_of(path, rows):
