@@ -21,10 +21,17 @@ from pipeline.data.audit import Tally, read_rejects
 from pipeline.data.formats import Example
 from pipeline.data.keys import Fingerprints, split_keys
 from pipeline.data.making import digest, parsed_example, reject_of
-from pipeline.data.prepared import INDEX, DataIndex, SplitIndex, read_column, read_published
+from pipeline.data.prepared import (
+    INDEX,
+    REJECTS,
+    DataIndex,
+    SplitIndex,
+    read_column,
+    read_published,
+)
 from pipeline.data.sources import Source, lines, require_apart, resolve
 from pipeline.data.splits import Job, Making, refuse
-from pipeline.data.writing import REJECTS, SplitWriter, is_abandoned, join_files, write_json
+from pipeline.data.writing import SplitWriter, is_abandoned, join_files, write_json
 from pipeline.errors import UserError
 
 _FIRST_ROWS = 2000  # of each source: checked before anything is loaded

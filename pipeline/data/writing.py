@@ -19,10 +19,16 @@ from typing import Any, Self
 import numpy as np
 
 from pipeline.data.packing import write_sequences
-from pipeline.data.prepared import INDEX, Array, SourceIndex, SplitIndex, read_published
+from pipeline.data.prepared import (
+    INDEX,
+    REJECTS,
+    Array,
+    SourceIndex,
+    SplitIndex,
+    read_published,
+)
 from pipeline.errors import RankZeroError
 
-REJECTS = "rejects.jsonl"
 _COLUMNS: Mapping[str, str] = {
     "ids": "<i4",
     "supervised": "|b1",

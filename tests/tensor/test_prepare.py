@@ -274,6 +274,23 @@ def test_a_damaged_split_is_refused_by_readers_and_made_again_by_prepare(run):
         DataIndex.load(run.data)
 
 
+@pytest.mark.parametrize("damage", ["missing", "cut", "short"])
+def test_a_split_without_all_its_rejects_is_made_again(run, damage):
+    run.append("{", row(" "), row("long " * 99))
+    values = {"max_rejected": 0.1, "over_length": "drop", "max_length": 200}
+    first = run.prepare(**values)
+    before = content(run.data)
+    assert len(run.rejects()) == 3
+    rejects = first.train.folder / "rejects.jsonl"
+    whole = rejects.read_text()
+    if damage == "missing":
+        rejects.unlink()
+    else:
+        rejects.write_text(whole[:-9] if damage == "cut" else whole[: whole.index("\n") + 1])
+    assert run.prepare(**values) == first
+    assert content(run.data) == before
+
+
 @pytest.mark.parametrize("check", ["rows", "prepare"])
 def test_more_bad_rows_than_allowed(run, check):
     bad = ["{", "[]", "[]", row(" "), row(" "), row(" "), '{"note": "t"}']
