@@ -183,15 +183,16 @@ def make_audit(
 
 
 def _lengths(lengths: Array) -> dict[str, Any]:
-    width = max(ceil((int(lengths.max()) + 1) / _BARS), 1)
-    counts = np.bincount(lengths // width)
+    first = int(lengths.min())
+    width = ceil((int(lengths.max()) - first + 1) / _BARS)
+    counts = np.bincount((lengths - first) // width)
     return {
-        "min": int(lengths.min()),
+        "min": first,
         "median": float(np.median(lengths)),
         "mean": round(float(lengths.mean()), 1),
         "p95": float(np.percentile(lengths, 95)),
         "max": int(lengths.max()),
-        "histogram": {"width": width, "documents": counts.tolist()},
+        "histogram": {"first": first, "width": width, "documents": counts.tolist()},
     }
 
 

@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from pipeline.data.audit_table import audit_table
 from pipeline.data.show import show_documents, supervised_runs
 from tests.tensor.chatting import chat, encoder, sentence_piece
 from tests.tiny import make_tokenizer
@@ -55,6 +56,25 @@ def test_a_terminal_has_colour_and_no_brackets(split):
     green, dim = "\x1b[1;32m", "\x1b[2m"
     assert f"{green}{LONG}" in text.replace("\n", "")
     assert f"{dim}<|im_start|>user" in text.replace("\n", "")
+
+
+def test_sources_are_named_whole_in_a_narrow_terminal():
+    length = dict.fromkeys(("min", "median", "mean", "p95", "max"), 7.0)
+    length["histogram"] = {"first": 1000, "width": 500, "documents": [1, 2]}
+    keys = ("rows_read", "rows_used", "rows_rejected", "rows_dropped", "tokens")
+    numbers = dict.fromkeys(keys, 123_456)
+    names = ["here/train.jsonl", "there/[bold]other/train.parquet"]
+    sources = [{"name": name, "weight": 0.25, "formats": {"text": 1}, **numbers} for name in names]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(audit_table({"train": {"length": length, "sources": sources}}))
+    text = console.file.getvalue()
+    for i, name in enumerate(names, 1):
+        assert f"\n{i}  {name}\n" in text
+    assert text.count("123,456") == 10
+    assert [line.split()[:4] for line in text.splitlines() if " to " in line] == [
+        ["1,000", "to", "1,499", "1"],
+        ["1,500", "to", "1,999", "2"],
+    ]
 
 
 def test_no_space_is_lost_where_supervision_begins():
