@@ -22,8 +22,11 @@ from pipeline.data.prepared import DataIndex, open_split
 from pipeline.data.sources import read_rows, resolve
 from pipeline.data.writing import SplitWriter
 from pipeline.errors import RankZeroError, UserError
+from pipeline.report.data_audit import source_columns
+from pipeline.report.text import cell
 from pipeline.train.status import RunStatus
 from tests.tiny import CHATML, make_rows, make_tokenizer
+from tests.unit.test_report import read_page
 
 ROOT = Path(__file__).parents[2]
 
@@ -798,6 +801,34 @@ def test_every_source_is_accounted_for(run):
         assert first[key] + second[key] == audit[key]
     assert audit["formats"] == {"messages": 9}
     assert DataIndex.load(run.data).train == index
+
+
+def test_the_report_shows_the_audit_that_prepare_has_written(run):
+    other = make_rows(run.folder / "other.jsonl", 1234)
+    run.append("{", row(" "))
+    sources = [{"path": str(run.train), "weight": 0.5}, str(other)]
+    run.prepare(train_data=sources, max_rejected=0.5)
+    status = RunStatus(run.folder / "run" / "status.json")
+    status.claim()
+    status.end("done", 0, None)
+    page = read_page(run.folder / "run").text
+    for split in ("train", "eval"):
+        audit = run.audit(split)
+        histogram = audit["length"]["histogram"]
+        for i, count in enumerate(histogram["documents"]):
+            first, width = histogram["first"] + i * histogram["width"], histogram["width"]
+            assert f"{cell(first)} to {cell(first + width - 1)} {cell(count)} " in page
+        for number in (audit["rows_read"], audit["tokens"], audit["supervised_tokens"]):
+            assert f" {cell(number)} " in page
+    train = run.audit()
+    assert train["rows_read"] == 24 + 2 + 1234
+    for source in train["sources"]:
+        cells = [source["name"], *(source[name] for name in source_columns()[:-1]), "messages"]
+        assert " ".join(map(cell, cells)) in page
+    for reason, count in train["rejected"].items():
+        assert f"{reason} {count} " in page
+    for line in (25, 26):
+        assert f"{run.train}:{line}" in page
 
 
 @pytest.mark.parametrize("damaged", [False, True])
