@@ -37,7 +37,7 @@ _COLUMNS: Mapping[str, str] = {
     "digests": "<u8",
     "sources": "<i4",
 }
-_BESIDE = re.compile(r"\..+?(\.(?P<host>.+)-(?P<pid>\d+))?\.tmp")
+_BESIDE = re.compile(r"\..+\..+-(?P<pid>\d+)\.tmp")
 _STILL_FOR_S = 24 * 3600  # of what another machine writes, after which it is taken for dead
 _TRIES = 10  # at a name for which others may compete
 
@@ -185,9 +185,7 @@ def is_abandoned(path: Path) -> bool:
     found = _BESIDE.fullmatch(path.name)
     if found is None:
         return False
-    if found["host"] is None:  # named so before 2026-11-25
-        return True
-    if found["host"] == socket.gethostname():
+    if path.name.endswith(f".{socket.gethostname()}-{found['pid']}.tmp"):
         return not _is_running(int(found["pid"]))
     try:
         inside = path.iterdir() if path.is_dir() else ()

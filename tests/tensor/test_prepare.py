@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -876,6 +877,18 @@ from pipeline.data.prepared import open_split
 index = prepare(RunSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
 print(len(open_split(index.train)), len(open_split(index.eval)))
 """
+
+
+@pytest.mark.parametrize("name", ["train-0123456789abcdef", "index.json.damaged"])
+def test_what_a_dead_process_of_this_machine_has_left_is_removed(run, name):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    run.data.mkdir(parents=True)
+    for pid in (dead.pid, os.getpid()):
+        (run.data / f".{name}.{socket.gethostname()}-{pid}.tmp").write_text("")
+    run.prepare()
+    living = f".{name}.{socket.gethostname()}-{os.getpid()}.tmp"
+    assert [path.name for path in run.data.glob(f".{name}.*")] == [living]
 
 
 def test_another_machines_unfinished_work_is_left_alone(run):
