@@ -110,7 +110,7 @@ def prepare(
             making = Making(settings, job, writers, limit, say)
             making.run(processes)
             rejects = [writer.flushed_rejects() for writer in writers.values()]
-            with _kept_if_refused(rejects, data_dir):
+            with _kept_if_refused(rejects, data_dir if limit is None else None):
                 making.tally.judge(job.setting, allowed)
                 if limit is None:
                     making.tally.require_all_sources(job.setting)

@@ -384,6 +384,7 @@ def test_no_usable_row(run):
         check_rows(run.settings(max_rejected=1.0))
     with pytest.raises(UserError, match="no usable row"):
         run.prepare(limit=4)
+    assert not list(run.data.iterdir())  # a few rows to try with, perhaps in a folder for that
     run.train.write_text("\n\n")
     with pytest.raises(UserError, match="only blank lines"):
         check_rows(run.settings())
