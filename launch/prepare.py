@@ -18,7 +18,7 @@ from pipeline.data.chat import load_tokenizer
 from pipeline.data.hub import fetch
 from pipeline.data.prepare import check_first_rows, prepare
 from pipeline.data.prepared import open_split
-from pipeline.data.show import show_documents
+from pipeline.data.show import number_of_documents, show_documents
 from pipeline.preflight.inputs import check_output
 from pipeline.train.status import require_no_owner
 
@@ -29,12 +29,14 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("run_file", type=Path, help="run file (docs/configuration.md)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for this start")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N documents")
+    parser.add_argument(
+        "--show", type=number_of_documents, default=0, metavar="N", help="print N documents"
+    )
     return parser.parse_intermixed_args()
 
 
 def main() -> None:
-    arguments, console = parse(), Console()
+    arguments, console = parse(), Console(markup=False, emoji=False)
     settings = load_settings(arguments.run_file, arguments.overrides)
     folder = Path(settings.output_dir)
     data_dir = folder / "data"
