@@ -19,6 +19,7 @@ from pipeline.data.formats import Completion, Conversation, Example, RowError, T
 from pipeline.data.rendering import Span, apply_chat_template_setting, chatml
 from pipeline.data.turns import TurnFinder, special_ids
 from pipeline.errors import UserError
+from pipeline.plan.shape import require_folder
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and checking rows needs none of it
     from transformers import PreTrainedTokenizerBase
@@ -54,8 +55,7 @@ class _Draft:
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder; fetches nothing. Raises UserError where there is none."""
-    if not folder.is_dir():
-        raise UserError(f"model: {folder}: no such folder")
+    require_folder(folder)
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
