@@ -16,7 +16,6 @@ from pipeline.data.skeleton import Hole, Skeleton, variants
 
 # Nine letters and digits: what templates ask of the ids of tool calls too.
 _MARKER = re.compile(r"Zq([0-9]{5})qZ", re.IGNORECASE)  # a template may change the case
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing to transformers
 _TOOLS: tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]] = (
     [{"type": "function", "function": {"name": "f", "description": "g", "parameters": {}}}],
     [
@@ -53,19 +52,6 @@ def shape(conversation: Conversation) -> tuple[Any, ...]:
         for m in conversation.messages
     )
     return (bool(conversation.tools), *messages)
-
-
-def refuse_unknown_parts(conversation: Conversation, template: ChatTemplate) -> None:
-    """Raise NoPattern for tools or parts of an answer of which the template does not even speak."""
-    if conversation.tools and not template.has_tools():
-        raise NoPattern("the chat template has no place for tools")
-    for message in conversation.messages:
-        if message.role != "assistant":
-            continue
-        for key, value in message.others.items():
-            names = _REASONING if key in _REASONING else (key,)
-            if value and key != "name" and not any(map(template.reads, names)):
-                raise NoPattern(f"the chat template leaves out `{key}` of a message")
 
 
 def refuse_what_is_left_out(

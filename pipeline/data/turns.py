@@ -17,7 +17,6 @@ from pipeline.data.patterns import (
     Pattern,
     make_pattern,
     refuse_lost_content,
-    refuse_unknown_parts,
     refuse_what_is_left_out,
     shape,
 )
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MOST_PATTERNS = 4096
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing to transformers
 _NO_END = (
     "model: the chat template ends assistant turns without a special token, so the model would "
     "never learn to stop; use a template that ends them with one, such as ChatML's <|im_end|>"
@@ -84,7 +84,7 @@ class TurnFinder:
 
     def render(self, conversation: Conversation) -> Rendered:
         """Raises RowError for the conversation, UserError for the template."""
-        refuse_unknown_parts(conversation, self._template)
+        _refuse_unknown_parts(conversation, self._template)
         if self._template.marks_turns:
             return self._by_marks(conversation)
         end = self.end
@@ -177,6 +177,19 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     ids = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     return added | dict(ids)
+
+
+def _refuse_unknown_parts(conversation: Conversation, template: ChatTemplate) -> None:
+    """Raise NoPattern for tools or parts of an answer of which the template does not even speak."""
+    if conversation.tools and not template.has_tools():
+        raise NoPattern("the chat template has no place for tools")
+    for message in conversation.messages:
+        if message.role != "assistant":
+            continue
+        for key, value in message.others.items():
+            names = _REASONING if key in _REASONING else (key,)
+            if value and key != "name" and not any(map(template.reads, names)):
+                raise NoPattern(f"the chat template leaves out `{key}` of a message")
 
 
 def _owned(pattern: Pattern, spans: Sequence[Span]) -> dict[int, Span]:
