@@ -101,7 +101,6 @@ class Encoder:
         with suppress(UserError):  # of the template, which only conversations need
             ends.add(self._turns.end.id)
         self.ends = frozenset(ends if eos is None else {eos, *ends})
-        self._ends = np.array(sorted(self.ends), np.int32)
 
     def encode(self, example: Example) -> list[Document]:
         """Documents of an example: one, or with split_turns one of each trained turn.
@@ -135,7 +134,7 @@ class Encoder:
 
     def num_ends(self, supervised: npt.NDArray[np.int32]) -> int:
         """How many of some supervised tokens end a text or a turn."""
-        return int(np.isin(supervised, self._ends).sum())
+        return sum(int(np.count_nonzero(supervised == end)) for end in self.ends)
 
     def last_answer(self, example: Example) -> tuple[str, str]:
         """All that comes before the last answer, as the model is shown it, and the answer.
