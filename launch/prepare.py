@@ -18,7 +18,9 @@ from pipeline.data.chat import load_tokenizer
 from pipeline.data.hub import fetch
 from pipeline.data.prepare import check_first_rows, prepare
 from pipeline.data.prepared import open_split
-from pipeline.data.show import show_documents
+from pipeline.data.show import number_of_documents, show_documents
+from pipeline.preflight.inputs import check_output
+from pipeline.train.owner import Ownership
 
 
 def parse() -> argparse.Namespace:
@@ -27,17 +29,22 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("run_file", type=Path, help="run file (docs/configuration.md)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for this start")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N documents")
+    parser.add_argument(
+        "--show", type=number_of_documents, default=0, metavar="N", help="print N documents"
+    )
     return parser.parse_intermixed_args()
 
 
 def main() -> None:
-    arguments, console = parse(), Console()
+    arguments, console = parse(), Console(markup=False, emoji=False)
     settings = load_settings(arguments.run_file, arguments.overrides)
-    data_dir = Path(settings.output_dir) / "data"
-    fetch([*settings.train_sources, *settings.eval_sources])
-    check_first_rows(settings)
-    index = prepare(settings, data_dir, say=console.print)
+    folder = Path(settings.output_dir)
+    data_dir = folder / "data"
+    check_output(folder)
+    with Ownership(folder):  # a run reads what lies there; prepare removes what is out of date
+        fetch([*settings.train_sources, *settings.eval_sources])
+        check_first_rows(settings)
+        index = prepare(settings, data_dir, say=console.print)
     if arguments.show:
         tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
         show_documents(console, open_split(index.train), tokenizer, arguments.show)

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
@@ -31,12 +31,23 @@ class Reject:
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
+def read_rejects(path: Path) -> Iterator[Reject]:
+    """The rows of a rejects.jsonl, bad and dropped ones, in the order of the data."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield Reject(**json.loads(line))
+
+
 @dataclass
 class Tally:
-    """Rows read and rejected so far, with one reject for each reason."""
+    """Rows read and rejected so far, with one reject for each reason.
 
-    read: int = 0
-    used: int = 0
+    `read_of`, `used_of`: of each source; `first_of`: its first reject.
+    """
+
+    read_of: Counter[str] = field(default_factory=Counter)
+    used_of: Counter[str] = field(default_factory=Counter)
+    first_of: dict[str, Reject] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, Reject] = field(default_factory=dict)
 
@@ -45,21 +56,42 @@ class Tally:
         """The tally of splits that were prepared earlier."""
         tally = cls()
         for audit in audits:
-            tally.read += audit["rows_read"]
-            tally.used += audit["rows_used"]
+            for source in audit["sources"]:
+                tally.count(source["name"], source["rows_read"], source["rows_used"])
             tally.reasons.update(audit["rejected"])
         wanted = {reason for reason, _ in tally.reasons.most_common(_SHOWN_REASONS)}
         for path in rejects:
-            with path.open(encoding="utf-8") as lines:
-                while wanted and (line := next(lines, "")):
-                    found = Reject(**json.loads(line))
-                    if found.reason in wanted:
-                        tally.examples[found.reason] = found
-                        wanted.remove(found.reason)
+            for found in read_rejects(path):
+                if not wanted:
+                    return tally
+                if found.reason in wanted:
+                    tally.examples[found.reason] = found
+                    wanted.remove(found.reason)
         return tally
 
-    def reject(self, reject: Reject) -> None:
-        """Count a row as rejected."""
+    @property
+    def read(self) -> int:
+        """Rows of all sources."""
+        return self.read_of.total()
+
+    @property
+    def used(self) -> int:
+        """Those that are used."""
+        return self.used_of.total()
+
+    @property
+    def lost_sources(self) -> list[str]:
+        """Sources with rows of which none is used."""
+        return [name for name, read in self.read_of.items() if read and not self.used_of[name]]
+
+    def count(self, source: str, read: int, used: int) -> None:
+        """Count rows of a source."""
+        self.read_of[source] += read
+        self.used_of[source] += used
+
+    def reject(self, source: str, reject: Reject) -> None:
+        """Note why a row is rejected."""
+        self.first_of.setdefault(source, reject)
         self.reasons[reject.reason] += 1
         self.examples.setdefault(reject.reason, reject)
 
@@ -87,6 +119,16 @@ class Tally:
             )
         lines.append(f"{key}: {share}, {verdict}; most common: {said}; {remedy}")
         raise UserError("\n".join(lines))
+
+    def require_all_sources(self, key: str) -> None:
+        """Raise UserError for a source that would be lost as a whole, however small it is."""
+        for name in self.lost_sources:
+            first = self.first_of.get(name)
+            why = "" if first is None else f" ({first.file}:{first.line}: {first.reason})"
+            raise UserError(
+                f"{key}: {name}: none of its {self.read_of[name]} rows is used{why}; mend them, or "
+                "leave the source out"
+            )
 
 
 @dataclass
@@ -141,15 +183,16 @@ def make_audit(
 
 
 def _lengths(lengths: Array) -> dict[str, Any]:
-    width = max(ceil((int(lengths.max()) + 1) / _BARS), 1)
-    counts = np.bincount(lengths // width)
+    first = int(lengths.min())
+    width = ceil((int(lengths.max()) - first + 1) / _BARS)
+    counts = np.bincount((lengths - first) // width)
     return {
-        "min": int(lengths.min()),
+        "min": first,
         "median": float(np.median(lengths)),
         "mean": round(float(lengths.mean()), 1),
         "p95": float(np.percentile(lengths, 95)),
         "max": int(lengths.max()),
-        "histogram": {"width": width, "documents": counts.tolist()},
+        "histogram": {"first": first, "width": width, "documents": counts.tolist()},
     }
 
 

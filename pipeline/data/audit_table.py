@@ -6,6 +6,7 @@ from typing import Any
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 _BAR = 40  # characters of the longest bar
 _APART = ("length", "sources")  # what has a table of its own
@@ -58,20 +59,25 @@ def _lengths(split: str, length: Mapping[str, Any]) -> Table:
     table.add_column("documents", justify="right")
     table.add_column("")
     width, counts = length["histogram"]["width"], length["histogram"]["documents"]
+    start = length["histogram"].get("first", 0)  # older data is counted from 0
     for i, count in enumerate(counts):
         bar = "#" * round(_BAR * count / max(counts))
-        table.add_row(f"{i * width:,} to {(i + 1) * width - 1:,}", f"{count:,}", bar)
+        first = start + i * width
+        table.add_row(f"{first:,} to {first + width - 1:,}", f"{count:,}", bar)
     return table
 
 
-def _sources(split: str, sources: list[Mapping[str, Any]]) -> Table:
+def _sources(split: str, sources: list[Mapping[str, Any]]) -> Group:
+    """Numbered, with the names beneath: a path in a narrow column would be cut in pieces."""
     table = Table(title=f"sources: {split}", box=box.SIMPLE)
-    table.add_column("", overflow="fold")
-    for head in ("weight", "read", "used", "rejected", "dropped", "tokens", "format"):
+    heads = ("", "weight", "read", "used", "rejected", "dropped", "tokens", "format")
+    for head in heads:
         table.add_column(head, justify="right", no_wrap=head != "format")
     keys = ("rows_read", "rows_used", "rows_rejected", "rows_dropped", "tokens")
-    for source in sources:
+    names = Text(overflow="fold")
+    for i, source in enumerate(sources, 1):
         numbers = (f"{source[key]:,}" for key in keys)
         formats = ", ".join(source["formats"]) or "-"
-        table.add_row(source["name"], f"{source['weight']:g}", *numbers, formats)
-    return table
+        table.add_row(str(i), f"{source['weight']:g}", *numbers, formats)
+        names.append(f"{i}  {source['name']}\n")
+    return Group(table, names)

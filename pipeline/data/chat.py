@@ -5,6 +5,7 @@ An assistant turn owns its content through its end-of-turn token (turns.py says 
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.data.formats import Completion, Conversation, Example, RowError, T
 from pipeline.data.rendering import Span, apply_chat_template_setting, chatml
 from pipeline.data.turns import TurnFinder, special_ids
 from pipeline.errors import UserError
+from pipeline.plan.shape import require_folder
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and checking rows needs none of it
     from transformers import PreTrainedTokenizerBase
@@ -53,8 +55,7 @@ class _Draft:
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder; fetches nothing. Raises UserError where there is none."""
-    if not folder.is_dir():
-        raise UserError(f"model: {folder}: no such folder")
+    require_folder(folder)
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
@@ -81,7 +82,10 @@ def chat_template_of(settings: RunSettings) -> str | None:
 
 
 class Encoder:
-    """Makes documents of examples, as the run file's settings say."""
+    """Makes documents of examples, as the run file's settings say.
+
+    `ends`: the tokens with which texts and turns end.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", settings: RunSettings) -> None:
         apply_chat_template_setting(tokenizer, settings.chat_template)
@@ -93,6 +97,10 @@ class Encoder:
         self._bos: int | None = tokenizer.bos_token_id
         if self._backend.encode("").ids[:1] != [self._bos]:
             self._bos = None  # it is there, but texts do not begin with it
+        eos, ends = tokenizer.eos_token_id, set[int]()
+        with suppress(UserError):  # of the template, which only conversations need
+            ends.add(self._turns.end.id)
+        self.ends = frozenset(ends if eos is None else {eos, *ends})
 
     def encode(self, example: Example) -> list[Document]:
         """Documents of an example: one, or with split_turns one of each trained turn.
@@ -124,17 +132,9 @@ class Encoder:
                 found.append(error)
         return found
 
-    @property
-    def ends(self) -> frozenset[int]:
-        """The tokens with which texts end, and turns once a conversation was encoded."""
-        eos = self._tokenizer.eos_token_id
-        turns = {self._turns.end.id} if "_turns" in self.__dict__ else set()
-        return frozenset(turns if eos is None else {eos, *turns})
-
-    def teaches_end(self, document: Document) -> bool:
-        """Whether one of the ends is trained in (what is left of) a document."""
-        trained = document.ids[document.supervised]
-        return any(bool((trained == end).any()) for end in self.ends)
+    def num_ends(self, supervised: npt.NDArray[np.int32]) -> int:
+        """How many of some supervised tokens end a text or a turn."""
+        return sum(int(np.count_nonzero(supervised == end)) for end in self.ends)
 
     def last_answer(self, example: Example) -> tuple[str, str]:
         """All that comes before the last answer, as the model is shown it, and the answer.
@@ -204,6 +204,13 @@ class Encoder:
         rendered = self._turns.render(conversation)
         is_inverse = self._settings.train_on == "all"
         chosen = self._trained(conversation)
+        for i in chosen:
+            answer = rendered.text[slice(*rendered.owned[i])]
+            if conversation.messages[i].content.strip() and not answer.strip():
+                raise RowError(
+                    "the chat template leaves nothing of an answer, so the model would learn to "
+                    "say nothing"
+                )
         if is_inverse:
             chosen = [i for i, m in enumerate(conversation.messages) if not m.is_trained]
         if any(i not in rendered.owned for i in chosen):

@@ -10,6 +10,7 @@ from pipeline.config.data_files import kind_of
 from pipeline.config.settings import RunSettings
 from pipeline.data.sources import Source
 from pipeline.data.writing import write_json
+from pipeline.errors import UserError
 
 FINGERPRINTS = "fingerprints.json"
 _FORMAT = 2  # of the prepared files and of how documents are made: raise it when either changes
@@ -50,6 +51,7 @@ class Fingerprints:
         self._path = data_dir / FINGERPRINTS
         self._known: dict[str, Any] = {}
         self._used: dict[str, Any] = {}
+        self._stamps: dict[Path, list[int]] = {}
         try:
             found = json.loads(self._path.read_text(encoding="utf-8"))
             self._known = found if isinstance(found, dict) else {}
@@ -59,6 +61,7 @@ class Fingerprints:
     def sha256(self, path: Path) -> str:
         """Of the content of a file, as hex digits."""
         name, stamp, now = str(path.resolve()), _stamp(path), time.time()
+        self._stamps[path] = stamp
         known = self._known.get(name)
         if isinstance(known, dict) and known.get("stamp") == stamp:
             self._used[name] = known
@@ -70,6 +73,18 @@ class Fingerprints:
         if size >= _REMEMBERED_BYTES and is_settled and stamp == _stamp(path):
             self._used[name] = {"stamp": stamp, "sha256": digest}
         return digest
+
+    def require_unchanged(self) -> None:
+        """Raise UserError where a file is no longer what was hashed for the key."""
+        for path, stamp in self._stamps.items():
+            try:
+                is_same = _without_change_time(_stamp(path)) == _without_change_time(stamp)
+            except OSError:
+                is_same = False
+            if not is_same:
+                raise UserError(
+                    f"{path}: changed while it was read; start again when nothing writes to it"
+                )
 
     def save(self) -> None:
         """Remember what was asked for since; files that nobody asked for are forgotten."""
@@ -116,3 +131,9 @@ def _source(source: Source, fingerprints: Fingerprints) -> dict[str, Any]:
 def _stamp(path: Path) -> list[int]:
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _without_change_time(stamp: list[int]) -> list[int]:
+    """That one changes with a file's mode or a link to it, too."""
+    size, modified, _, inode = stamp
+    return [size, modified, inode]

@@ -185,8 +185,12 @@ class Maker:
             pieces = fit(document.ids, document.supervised, length, over_length)
             kept += pieces
             lost += num_lost(pieces, size)
-            parts = (Document(piece.ids, piece.supervised) for piece in pieces)
-            is_ended &= any(self._encoder.teaches_end(part) for part in parts)
+            ends = self._encoder.num_ends(document.ids[document.supervised])
+            is_ended &= (
+                0
+                < ends
+                == sum(self._encoder.num_ends(piece.ids[piece.supervised]) for piece in pieces)
+            )
         if not kept:
             _leave_out(row, documents, into, self._settings)
             return

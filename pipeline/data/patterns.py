@@ -16,7 +16,6 @@ from pipeline.data.skeleton import Hole, Skeleton, variants
 
 # Nine letters and digits: what templates ask of the ids of tool calls too.
 _MARKER = re.compile(r"Zq([0-9]{5})qZ", re.IGNORECASE)  # a template may change the case
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing to transformers
 _TOOLS: tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]] = (
     [{"type": "function", "function": {"name": "f", "description": "g", "parameters": {}}}],
     [
@@ -55,17 +54,17 @@ def shape(conversation: Conversation) -> tuple[Any, ...]:
     return (bool(conversation.tools), *messages)
 
 
-def refuse_unknown_parts(conversation: Conversation, template: ChatTemplate) -> None:
-    """Raise NoPattern for tools or parts of an answer of which the template does not even speak."""
-    if conversation.tools and not template.has_tools():
-        raise NoPattern("the chat template has no place for tools")
-    for message in conversation.messages:
-        if message.role != "assistant":
-            continue
-        for key, value in message.others.items():
-            names = _REASONING if key in _REASONING else (key,)
-            if value and key != "name" and not any(map(template.reads, names)):
-                raise NoPattern(f"the chat template leaves out `{key}` of a message")
+def refuse_what_is_left_out(
+    conversation: Conversation,
+    template: ChatTemplate,
+    end: EndOfTurn,
+    special: re.Pattern[str],
+) -> None:
+    """Raise NoPattern where the template does not write all that conversations of a shape say.
+
+    RowError where it refuses markers, so that this is not known.
+    """
+    _PatternMaker(conversation, template, end, special, is_own=False).refuse_what_is_left_out()
 
 
 def make_pattern(
@@ -104,8 +103,7 @@ class _PatternMaker:
 
     def make(self) -> Pattern:
         text, regions = self._rendered()
-        found = [(m.span(), *self._owners[int(m[1])]) for m in _MARKER.finditer(text)]
-        self._refuse_what_is_left_out(text, {(owner, key) for _, owner, key in found})
+        found = self._found(text)
         ends: dict[int, int] = {}
         for i, message in enumerate(self._said):
             mine = [(span, key) for span, owner, key in found if owner == i]
@@ -126,6 +124,15 @@ class _PatternMaker:
             else:
                 raise NoPattern("the chat template writes an assistant turn more than once")
         return _pattern(text, regions, ends)
+
+    def refuse_what_is_left_out(self) -> None:
+        self._found(self._rendered()[0])
+
+    def _found(self, text: str) -> list[tuple[Span, int, str]]:
+        """The markers in a rendering, each with its owner; all that there must be."""
+        found = [(m.span(), *self._owners[int(m[1])]) for m in _MARKER.finditer(text)]
+        self._refuse_what_is_left_out(text, {(owner, key) for _, owner, key in found})
+        return found
 
     def _rendered(self) -> tuple[str, list[tuple[Span, Hole]]]:
         """The text with markers, and where in it the tools of any conversation would be."""
@@ -196,20 +203,14 @@ class _PatternMaker:
     def _refuse_what_is_left_out(self, text: str, written: set[tuple[int, str]]) -> None:
         text = _MARKER.sub("", text)
         for i, message in enumerate(self._said):
-            if message.content:
-                is_marked = not self._is_own or message.role == "assistant"
-                is_there = (
-                    (i, "content") in written
-                    if is_marked
-                    else any(said in text for said in variants(message.content))
-                )
-                self._require(is_there, f"the content of a message ({message.role})")
+            is_marked = not self._is_own or message.role == "assistant"
+            if is_marked and message.content and (i, "content") not in written:
+                raise _leaves_out(message)
+            if not is_marked:
+                refuse_lost_content(message, text)
             calls = {(i, f"call {n}") for n in range(len(message.others.get("tool_calls", ())))}
-            self._require(calls <= written, "a tool call")
-
-    def _require(self, is_there: bool, what: str) -> None:
-        if not is_there:
-            raise NoPattern(f"the chat template leaves out {what}")
+            if not calls <= written:
+                raise NoPattern("the chat template leaves out a tool call")
 
     def _marked(self, i: int, message: Message) -> dict[str, Any]:
         """The message as the template gets it, with markers for its texts."""
@@ -257,6 +258,17 @@ def _pattern(text: str, regions: list[tuple[Span, Hole]], ends: Mapping[int, int
         holes.append(hole)
         at = end
     return Pattern(Skeleton((*literals, text[at:]), tuple(holes)), turns)
+
+
+def refuse_lost_content(message: Message, text: str) -> None:
+    """Raise NoPattern where the content of a message is nowhere in a rendering."""
+    written = variants(message.content, _has_thought(message))
+    if not any(content in text for content in written):
+        raise _leaves_out(message)
+
+
+def _leaves_out(message: Message) -> NoPattern:
+    return NoPattern(f"the chat template leaves out the content of a message ({message.role})")
 
 
 def _real_texts(conversation: Conversation) -> str:

@@ -4,49 +4,70 @@ One process runs `prepare`; any number may read what it leaves. Tokenising impor
 and only where there is something to do; checking rows imports neither it nor torch.
 """
 
+import errno
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from pipeline.config.settings import RunSettings
-from pipeline.data.audit import Tally
+from pipeline.data.audit import Tally, read_rejects
 from pipeline.data.formats import Example
 from pipeline.data.keys import Fingerprints, split_keys
 from pipeline.data.making import digest, parsed_example, reject_of
-from pipeline.data.prepared import INDEX, DataIndex, SplitIndex, read_column, read_published
+from pipeline.data.prepared import (
+    INDEX,
+    REJECTS,
+    DataIndex,
+    SplitIndex,
+    read_column,
+    read_published,
+)
 from pipeline.data.sources import Source, lines, require_apart, resolve
 from pipeline.data.splits import Job, Making, refuse
-from pipeline.data.writing import REJECTS, SplitWriter, is_abandoned, join_files, write_json
+from pipeline.data.writing import SplitWriter, is_abandoned, join_files, write_json
+from pipeline.errors import RankZeroError, UserError
 
 _FIRST_ROWS = 2000  # of each source: checked before anything is loaded
 _Indexed = tuple[SplitIndex, dict[str, Any]]  # a split's index and audit
 _SPLIT_FOLDER = re.compile(r"(train|eval)-[0-9a-f]{16}")
 
 
-def check_rows(settings: RunSettings, first: int | None = None) -> None:
+def check_rows(
+    settings: RunSettings, first: int | None = None, *, data_dir: Path | None = None
+) -> None:
     """Parse rows of training and held-out data; UserError for more bad ones than allowed.
 
     With `first` only so many rows of each source, unless more of them are bad than allowed: a
     beginning says too little to refuse the whole, so then all are parsed.
+    With `data_dir` the bad rows of refused data are in its rejects.jsonl; else nothing is written.
     """
     for key, sources in _sources(settings).items():
-        found, is_whole = _checked(settings, sources, first)
-        rejected = found.reasons.total()
-        if is_whole or rejected > settings.max_rejected * found.read or not found.used:
-            whole = found if is_whole else _checked(settings, sources, None)[0]
-            whole.judge(key, settings.max_rejected)
+        with TemporaryDirectory(prefix="rankzero-") as folder:
+            rejects = Path(folder) / REJECTS
+            whole, is_whole = _checked(settings, sources, first, rejects)
+            is_bad = whole.reasons.total() > settings.max_rejected * whole.read
+            if not is_whole and (is_bad or whole.lost_sources):
+                whole, is_whole = _checked(settings, sources, None, rejects)
+            if is_whole:
+                with _kept_if_refused([rejects], data_dir):
+                    whole.judge(key, settings.max_rejected)
+                    whole.require_all_sources(key)
 
 
 def check_first_rows(settings: RunSettings) -> None:
-    """`check_rows` in a fraction of a second; what it does not see, `prepare` does."""
-    check_rows(settings, _FIRST_ROWS)
+    """`check_rows` in a fraction of a second; what it does not see, `prepare` does.
+
+    Nothing is written unless the data is refused: then its bad rows are in rejects.jsonl.
+    """
+    check_rows(settings, _FIRST_ROWS, data_dir=Path(settings.output_dir) / "data")
 
 
 def train_key(settings: RunSettings) -> str:
@@ -67,19 +88,32 @@ def prepare(
 
     `say` hears how far it is with a large one.
     By default as many processes tokenise as pay; what is written is the same for any number.
-    Raises UserError for bad data, a bad tokenizer or template; then what was there before stays.
+    Raises UserError for bad data, a bad tokenizer or template; then what was there before stays,
+    but for rejects.jsonl, which is of the rows that were refused last.
     With a limit the share of bad rows is not judged: a few rows say nothing of it.
+    Raises RankZeroError where the disk is full; what was begun is removed.
     """
+    with _full_disk_is_said(data_dir):
+        return _prepare(settings, data_dir, limit, processes, say)
+
+
+def _prepare(
+    settings: RunSettings,
+    data_dir: Path,
+    limit: int | None,
+    processes: int | None,
+    say: Callable[[str], None],
+) -> DataIndex:
     fingerprints = Fingerprints(data_dir)
     jobs = _jobs(settings, fingerprints, limit)
-    data_dir.mkdir(parents=True, exist_ok=True)
+    _make(data_dir)
     allowed = settings.max_rejected if limit is None else 1.0
     splits: dict[str, _Indexed] = {}
     written: dict[str, SplitWriter] = {}
     with ExitStack() as stack:
         # The held-out rows first, which are few: what is wrong with them is known sooner.
         for job in reversed(jobs):
-            if (found := _found(job, data_dir, allowed)) is not None:
+            if (found := _found(settings, job, data_dir, allowed)) is not None:
                 splits |= found
                 continue
             writers = {
@@ -88,9 +122,15 @@ def prepare(
             }
             making = Making(settings, job, writers, limit, say)
             making.run(processes)
-            making.tally.judge(job.setting, allowed)
+            rejects = [writer.flushed_rejects() for writer in writers.values()]
+            with _kept_if_refused(rejects, data_dir if limit is None else None):
+                making.tally.judge(job.setting, allowed)
+                if limit is None:
+                    making.tally.require_all_sources(job.setting)
             splits |= making.finish()
             written |= writers
+        if written:
+            fingerprints.require_unchanged()
         for split, writer in written.items():
             writer.publish(splits[split][1])
     indexes = {split: index for split, (index, _) in splits.items()}
@@ -117,7 +157,9 @@ def eval_examples(settings: RunSettings, split: SplitIndex) -> Iterator[Example]
                 yield example
 
 
-def _found(job: Job, data_dir: Path, max_rejected: float) -> dict[str, _Indexed] | None:
+def _found(
+    settings: RunSettings, job: Job, data_dir: Path, max_rejected: float
+) -> dict[str, _Indexed] | None:
     """The splits of a job where all are there already, judged again: the limit may be another."""
     places = {split: data_dir / f"{split}-{key}" for split, key in job.keys.items()}
     found: dict[str, _Indexed] = {}
@@ -126,10 +168,50 @@ def _found(job: Job, data_dir: Path, max_rejected: float) -> dict[str, _Indexed]
             return None
         found[split] = published
     earlier = [audit for _, audit in found.values()]
-    Tally.of(earlier, [place / REJECTS for place in places.values()]).judge(
-        job.setting, max_rejected
-    )
+    if settings.on_bad_row == "fail":
+        for place, audit in zip(places.values(), earlier, strict=True):
+            for reject in read_rejects(place / REJECTS):
+                if reject.reason in audit["rejected"]:  # and not only dropped
+                    refuse(reject)
+    rejects = [place / REJECTS for place in places.values()]
+    with _kept_if_refused(rejects, data_dir):
+        Tally.of(earlier, rejects).judge(job.setting, max_rejected)
     return found
+
+
+@contextmanager
+def _kept_if_refused(rejects: Sequence[Path], data_dir: Path | None) -> Iterator[None]:
+    """Where the rows are refused, leave all that are bad in rejects.jsonl, and say so."""
+    try:
+        yield
+    except UserError as error:
+        if data_dir is None or not any(path.stat().st_size for path in rejects):
+            raise
+        _make(data_dir)
+        join_files(data_dir / REJECTS, rejects)
+        raise UserError(f"{error}; each row is named in {data_dir / REJECTS}") from None
+
+
+@contextmanager
+def _full_disk_is_said(data_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RankZeroError(
+            f"{data_dir}: {error.strerror} while the data is prepared; what was there stays; make "
+            "room, or give another output_dir, and start again"
+        ) from None
+
+
+def _make(data_dir: Path) -> None:
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {data_dir} cannot be made ({error.strerror}); give another folder"
+        ) from None
 
 
 def _sources(settings: RunSettings) -> dict[str, list[Source]]:
@@ -154,23 +236,23 @@ def _jobs(settings: RunSettings, fingerprints: Fingerprints, limit: int | None) 
 
 
 def _checked(
-    settings: RunSettings, sources: Sequence[Source], first: int | None
+    settings: RunSettings, sources: Sequence[Source], first: int | None, rejects: Path
 ) -> tuple[Tally, bool]:
-    """Rows parsed, and whether they were all."""
+    """Rows parsed, and whether they were all; the bad ones are written to `rejects`."""
     tally, is_whole = Tally(), True
-    for source in sources:
-        left = lines(source)
-        for line in islice(left, first):
-            tally.read += 1
-            row, example = parsed_example(line, settings)
-            if not isinstance(example, str):
-                tally.used += 1
-                continue
-            reject = reject_of(row, example)
-            if settings.on_bad_row == "fail":
-                refuse(reject)
-            tally.reject(reject)
-        is_whole &= first is None or next(left, None) is None
+    with rejects.open("w", encoding="utf-8") as stream:
+        for source in sources:
+            left = lines(source)
+            for line in islice(left, first):
+                row, example = parsed_example(line, settings)
+                tally.count(source.name, 1, not isinstance(example, str))
+                if isinstance(example, str):
+                    reject = reject_of(row, example)
+                    if settings.on_bad_row == "fail":
+                        refuse(reject)
+                    tally.reject(source.name, reject)
+                    stream.write(reject.as_line())
+            is_whole &= first is None or next(left, None) is None
     return tally, is_whole
 
 
@@ -180,8 +262,22 @@ def _is_current(data_dir: Path, index: DataIndex) -> bool:
         found = json.loads((data_dir / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    names = ("audit.json", REJECTS)
-    return found == index.as_json() and all((data_dir / name).is_file() for name in names)
+    if found != index.as_json() or not (data_dir / "audit.json").is_file():
+        return False
+    # Refused rows may have taken the place of those of the splits.
+    return _content([data_dir / REJECTS]) == _content(_rejects(index))
+
+
+def _rejects(index: DataIndex) -> list[Path]:
+    return [split.folder / REJECTS for split in index.splits.values()]
+
+
+def _content(paths: Sequence[Path]) -> bytes | None:
+    """Of all files together; None where one is not there."""
+    try:
+        return b"".join(path.read_bytes() for path in paths)
+    except OSError:
+        return None
 
 
 def _write_summary(data_dir: Path, index: DataIndex, audits: dict[str, dict[str, Any]]) -> None:
@@ -190,7 +286,7 @@ def _write_summary(data_dir: Path, index: DataIndex, audits: dict[str, dict[str,
         known = read_column(index.train.folder, "digests")
         shared = np.isin(read_column(index.eval.folder, "digests"), known)
         audits["eval"] = {**audits["eval"], "rows_also_in_train": int(shared.sum())}
-    join_files(data_dir / REJECTS, [split.folder / REJECTS for split in index.splits.values()])
+    join_files(data_dir / REJECTS, _rejects(index))
     write_json(data_dir / "audit.json", {split: audits[split] for split in index.splits})
     write_json(data_dir / INDEX, index.as_json())
 

@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.plan.data_size import DataSize, estimate
 
 Array = npt.NDArray[Any]
-INDEX, SEQUENCES = "index.json", "sequences.json"
+INDEX, SEQUENCES, REJECTS = "index.json", "sequences.json", "rejects.jsonl"
 _PREPARE_AGAIN = "run launch/prepare.py with the run file"
 
 
@@ -201,7 +201,11 @@ def read_published(folder: Path) -> tuple[SplitIndex, dict[str, Any]] | None:
         values = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         index = SplitIndex.from_json(values["split"], folder.parent)
         open_split(index)
-        return index, values["audit"]
+        audit: dict[str, Any] = values["audit"]
+        left_out = sum(audit["rejected"].values()) + audit["rows_dropped"]
+        rejects = (folder / REJECTS).read_bytes()
+        is_whole = rejects.count(b"\n") == left_out and rejects[-1:] in (b"", b"\n")
+        return (index, audit) if is_whole else None
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
 

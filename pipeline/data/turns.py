@@ -16,7 +16,8 @@ from pipeline.data.patterns import (
     NoPattern,
     Pattern,
     make_pattern,
-    refuse_unknown_parts,
+    refuse_lost_content,
+    refuse_what_is_left_out,
     shape,
 )
 from pipeline.data.rendering import ChatTemplate, Span, as_template_gets_it
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MOST_PATTERNS = 4096
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing to transformers
 _NO_END = (
     "model: the chat template ends assistant turns without a special token, so the model would "
     "never learn to stop; use a template that ends them with one, such as ChatML's <|im_end|>"
@@ -58,6 +60,7 @@ class TurnFinder:
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._patterns: dict[tuple[Any, ...], Pattern | None] = {}
+        self._are_written: dict[tuple[Any, ...], bool] = {}  # of a template with marks
 
     @cached_property
     def end(self) -> EndOfTurn:
@@ -81,7 +84,7 @@ class TurnFinder:
 
     def render(self, conversation: Conversation) -> Rendered:
         """Raises RowError for the conversation, UserError for the template."""
-        refuse_unknown_parts(conversation, self._template)
+        _refuse_unknown_parts(conversation, self._template)
         if self._template.marks_turns:
             return self._by_marks(conversation)
         end = self.end
@@ -120,6 +123,7 @@ class TurnFinder:
         end = self.end
         messages = [as_template_gets_it(message) for message in conversation.messages]
         text, marked = self._template.render_marked(messages, conversation.tools)
+        self._refuse_what_is_left_out(conversation, text)
         turns = [i for i, message in enumerate(conversation.messages) if _is_assistant(message)]
         if len(marked) != len(turns):
             raise RowError(
@@ -136,6 +140,24 @@ class TurnFinder:
                 )
             owned[i] = start, at
         return Rendered(text, owned)
+
+    def _refuse_what_is_left_out(self, conversation: Conversation, text: str) -> None:
+        """Marks say what is an answer's, not that the rest is there: markers do, once a shape."""
+        key = shape(conversation)
+        if key not in self._are_written:
+            if len(self._are_written) >= _MOST_PATTERNS:
+                self._are_written.clear()
+            try:
+                refuse_what_is_left_out(conversation, self._template, self.end, self._special)
+            except NoPattern:
+                raise
+            except RowError:  # of the markers
+                self._are_written[key] = False
+            else:
+                self._are_written[key] = True
+        if not self._are_written[key]:
+            for message in conversation.messages:
+                refuse_lost_content(message, text)
 
     def _probe(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
         try:
@@ -155,6 +177,19 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     ids = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     return added | dict(ids)
+
+
+def _refuse_unknown_parts(conversation: Conversation, template: ChatTemplate) -> None:
+    """Raise NoPattern for tools or parts of an answer of which the template does not even speak."""
+    if conversation.tools and not template.has_tools():
+        raise NoPattern("the chat template has no place for tools")
+    for message in conversation.messages:
+        if message.role != "assistant":
+            continue
+        for key, value in message.others.items():
+            names = _REASONING if key in _REASONING else (key,)
+            if value and key != "name" and not any(map(template.reads, names)):
+                raise NoPattern(f"the chat template leaves out `{key}` of a message")
 
 
 def _owned(pattern: Pattern, spans: Sequence[Span]) -> dict[int, Span]:

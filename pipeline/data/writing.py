@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,10 +20,16 @@ from typing import Any, Self
 import numpy as np
 
 from pipeline.data.packing import write_sequences
-from pipeline.data.prepared import INDEX, Array, SourceIndex, SplitIndex, read_published
+from pipeline.data.prepared import (
+    INDEX,
+    REJECTS,
+    Array,
+    SourceIndex,
+    SplitIndex,
+    read_published,
+)
 from pipeline.errors import RankZeroError
 
-REJECTS = "rejects.jsonl"
 _COLUMNS: Mapping[str, str] = {
     "ids": "<i4",
     "supervised": "|b1",
@@ -31,7 +38,7 @@ _COLUMNS: Mapping[str, str] = {
     "digests": "<u8",
     "sources": "<i4",
 }
-_BESIDE = re.compile(r"\..+?(\.(?P<host>.+)-(?P<pid>\d+))?\.tmp")
+_BESIDE = re.compile(r"\..+\..+-(?P<pid>\d+)\.tmp")
 _STILL_FOR_S = 24 * 3600  # of what another machine writes, after which it is taken for dead
 _TRIES = 10  # at a name for which others may compete
 
@@ -70,9 +77,9 @@ class SplitWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for column in self._columns.values():
-            column.stream.close()
-        self.rejects.close()
+        for stream in (self.rejects, *(column.stream for column in self._columns.values())):
+            with suppress(OSError):  # of a full disk, once more
+                stream.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __len__(self) -> int:
@@ -90,6 +97,11 @@ class SplitWriter:
         columns["digests"].extend(documents.digests)
         columns["sources"].extend(np.full(len(documents.lengths), source))
         self._longest = max(self._longest, int(documents.lengths.max()))
+
+    def flushed_rejects(self) -> Path:
+        """The file of the rejects so far, for a reader."""
+        self.rejects.flush()
+        return self.folder / REJECTS
 
     def close(
         self, sources: Sequence[SourceIndex], *, max_length: int, packing: bool
@@ -174,9 +186,7 @@ def is_abandoned(path: Path) -> bool:
     found = _BESIDE.fullmatch(path.name)
     if found is None:
         return False
-    if found["host"] is None:  # named so before 2026-11-25
-        return True
-    if found["host"] == socket.gethostname():
+    if path.name.endswith(f".{socket.gethostname()}-{found['pid']}.tmp"):
         return not _is_running(int(found["pid"]))
     try:
         inside = path.iterdir() if path.is_dir() else ()

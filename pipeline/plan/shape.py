@@ -170,15 +170,20 @@ class ModelShape:
         )
 
 
-def read_shape(model: str) -> ModelShape:
-    """Shape of the model folder `model`. Raises UserError if it is none or of an unknown kind."""
-    folder = Path(model)
-    path = folder / "config.json"
-    if not folder.is_dir():
+def require_folder(model: Path) -> None:
+    """Raise UserError where the model of a run file is not there."""
+    if not model.is_dir():
         raise UserError(
             f"model: {model} is not a folder, nor a hub model in the local cache; bring one with "
             "`hf download NAME`, or `hf download NAME --local-dir FOLDER` and give that folder"
         )
+
+
+def read_shape(model: str) -> ModelShape:
+    """Shape of the model folder `model`. Raises UserError if it is none or of an unknown kind."""
+    folder = Path(model)
+    path = folder / "config.json"
+    require_folder(folder)
     if not path.is_file():
         raise UserError(f"model: {folder} holds no config.json, so it is not a model folder")
     try:

@@ -93,10 +93,12 @@ def _lengths(histogram: Record) -> Iterator[tuple[str, float, float]]:
     width, documents = number(histogram.get("width")), histogram.get("documents")
     if not width or not isinstance(documents, list):
         return
+    start = number(histogram.get("first")) or 0
     counts = [number(count) or 0 for count in documents]
     most = max(counts, default=0) or 1
     for i, count in enumerate(counts):
-        span = f"{text.cell(round(i * width))} to {text.cell(round((i + 1) * width) - 1)}"
+        first, following = round(start + i * width), round(start + (i + 1) * width)
+        span = f"{text.cell(first)} to {text.cell(following - 1)}"
         yield span, count, 100 * count / most
 
 

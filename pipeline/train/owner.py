@@ -7,29 +7,56 @@ that creates it; its heartbeat says to other machines that it lives.
 import json
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
 from pipeline.errors import UserError
 
 OWNER = ".owner"
+_HEARTBEAT_S = 10.0
 # An owner on another machine counts as living while its heartbeat is younger than this.
 _SILENCE_S = 60.0
 
 
 class Ownership:
-    """The right to change a run folder. Called on rank 0."""
+    """The right to change a run folder. Called on rank 0.
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / OWNER
+    While it is held, `on_beat` is called every 10 seconds, in a thread.
+    """
+
+    def __init__(self, folder: Path, on_beat: Callable[[], None] = lambda: None) -> None:
+        self._path, self._on_beat = folder / OWNER, on_beat
+        self._released = threading.Event()
         self.is_held = False
 
+    def __enter__(self) -> Self:
+        self.take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def take(self) -> None:
-        """Become the owner. Raises UserError where another start is it and lives."""
+        """Become the owner. Raises UserError where another start is it and lives.
+
+        Also where the folder cannot be written to.
+        """
+        try:
+            self._take()
+        except OSError as error:
+            raise UserError(
+                f"output_dir: {self._path.parent} cannot be written to ({error.strerror}); "
+                "make room, or give another folder"
+            ) from None
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def _take(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         mine = {"host": socket.gethostname(), "pids": [os.getpid()], "started": time.time()}
         while True:
@@ -43,17 +70,19 @@ class Ownership:
             self.is_held = True
             return
 
-    def beat(self) -> None:
-        """Say that the owner lives."""
-        with suppress(OSError):
-            os.utime(self._path)
-
     def release(self) -> None:
         """The next start may have the folder."""
+        self._released.set()
         if self.is_held:
             self.is_held = False
             with suppress(OSError):
                 self._path.unlink()
+
+    def _beat(self) -> None:
+        while not self._released.wait(_HEARTBEAT_S):
+            with suppress(OSError):
+                os.utime(self._path)
+            self._on_beat()
 
     def _put_aside(self) -> None:
         """Take away what a dead owner left."""
@@ -88,8 +117,8 @@ def is_living(owner: dict[str, Any]) -> bool:
 def in_use(folder: Path, owner: dict[str, Any]) -> str:
     """The message of who finds a living owner."""
     return (
-        f"output_dir: {folder} belongs to a run that is at work (process {owner['pids'][0]} on "
-        f"{owner['host']}); wait for it, or stop it with `touch {folder / 'stop'}`"
+        f"output_dir: {folder} is in use (process {owner['pids'][0]} on {owner['host']}); wait for "
+        f"it, or stop the run there with `touch {folder / 'stop'}`"
     )
 
 

@@ -13,8 +13,6 @@ from typing import Any
 from pipeline.plan.plan import dump_json
 from pipeline.train.owner import Ownership, is_living
 
-_HEARTBEAT_S = 10.0
-
 
 @dataclass
 class RunStatus:
@@ -25,8 +23,7 @@ class RunStatus:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._ownership = Ownership(self.path.parent)
+        self._ownership = Ownership(self.path.parent, self._beat)
 
     def own(self) -> None:
         """Become the folder's one owner and start the heartbeat; status.json stays as it is.
@@ -34,7 +31,6 @@ class RunStatus:
         Raises UserError where another start is its owner.
         """
         self._ownership.take()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def claim(self, total_steps: int | None = None) -> None:
         """From here on status.json speaks of this start."""
@@ -61,16 +57,13 @@ class RunStatus:
 
     def end(self, state: str, exit_code: int, reason: str | None) -> None:
         """The last word about this start of the run, if it came as far as to claim the folder."""
-        self._ended.set()
         if self.fields:
             self.update(state=state, exit_code=exit_code, reason=reason, ended=time.time())
         self._ownership.release()
 
     def _beat(self) -> None:
-        while not self._ended.wait(_HEARTBEAT_S):
-            self._ownership.beat()
-            if self.fields:
-                self.update()
+        if self.fields:
+            self.update()
 
 
 def end_for_dead_owner(path: Path, reason: str) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from pipeline.data.chat import chat_template_of
 from pipeline.data.formats import Completion, Conversation, Message, RowError
+from pipeline.data.rendering import ChatTemplate
 from pipeline.errors import UserError
 from tests.tensor.chatting import (
     adding_bos,
@@ -154,6 +155,49 @@ def test_tools_and_calls_that_a_template_with_marks_does_not_know_are_refused():
         shown(Conversation((Message("user", "q"), said)), tokenizer_with(MARKED))
     with pytest.raises(RowError, match="no place for tools"):
         shown(Conversation(chat("q", "a").messages, ({"name": "f"},)), tokenizer_with(MARKED))
+
+
+@pytest.mark.parametrize("role", ["system", "user", "tool", "assistant"])
+@pytest.mark.parametrize("write", ["{{ m['content'] }}", "{{ m['content'] | upper }}"])
+def test_a_template_with_marks_loses_no_message_unsaid(role, write):
+    """Whatever a content is: `q` would be in the text anyway."""
+    messages = [Message("system", "q"), *chat("q", "a").messages, Message("tool", "q")]
+    messages += chat("q", "b").messages
+    template = MARKED.replace("{{ m['content'] }}", write)
+    assert shown(Conversation(tuple(messages)), tokenizer_with(template)).count("[[") == 2
+    losing = template.replace(write, f"{{% if m.role != '{role}' %}}{write}{{% endif %}}")
+    refused = UserError if role == "assistant" else RowError
+    with pytest.raises(refused, match="leaves out"):
+        shown(Conversation(tuple(messages)), tokenizer_with(losing))
+    short = template.replace(write, f"{{% if m.role != '{role}' %}}{write}{{% else %}}"
+                             "{{ m['content'][:3] }}{% endif %}")  # fmt: skip
+    with pytest.raises(refused, match="leaves out"):
+        shown(Conversation(tuple(messages)), tokenizer_with(short))
+
+
+def test_a_template_with_marks_that_refuses_markers_is_held_to_the_texts():
+    choosy = "{% for m in messages %}{% if 'Zq' in m.content %}{{ raise_exception('no') }}"
+    choosy += "{% endif %}{% endfor %}" + MARKED
+    messages = (Message("system", "be brief"), *chat("why", "a").messages)
+    assert "be brief" in shown(Conversation(messages), tokenizer_with(choosy))
+    losing = choosy.replace("{% else %}", "{% elif m['role'] == 'user' %}")
+    with pytest.raises(RowError, match=r"leaves out the content of a message \(user\)"):
+        shown(Conversation(messages), tokenizer_with(losing.replace("'user'", "'system'")))
+
+
+def test_a_row_is_rendered_once_by_a_template_with_marks_too(monkeypatch):
+    made = encoder(tokenizer_with(MARKED))
+    made.encode(chat("q", "a"))
+    rendered = []
+    render = ChatTemplate._render
+
+    def count(self, *arguments, **named):
+        rendered.append(arguments)
+        return render(self, *arguments, **named)
+
+    monkeypatch.setattr(ChatTemplate, "_render", count)
+    made.encode_many([chat(f"q{i}", f"a{i}") for i in range(5)])
+    assert len(rendered) == 5
 
 
 def test_where_a_turn_ends_is_never_guessed():

@@ -140,13 +140,18 @@ def test_settings_of_the_tokenizer_file_do_not_cut_documents():
     assert shown(chat("q", "yes"), tokenizer) == user("q") + "[[yes<|im_end|>]]\n"
 
 
-def test_whether_an_end_is_taught():
-    made = encoder(make_tokenizer())
-    (document,) = made.encode(chat("q", "yes"))
-    assert made.teaches_end(document)
-    for kept in (len(document.ids) - 2, 1):
-        cut = type(document)(document.ids[:kept], document.supervised[:kept])
-        assert not made.teaches_end(cut)
+def test_the_ends_are_known_before_any_row():
+    """So that how often they are trained does not depend on the order of rows."""
+    tokenizer = make_tokenizer()
+    end, eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    tokenizer.eos_token = "<|endoftext|>"
+    made = encoder(tokenizer)
+    assert made.ends == {end, eos}
+    assert made.num_ends(np.array([end, 5, eos, end, 6])) == 3
+    assert made.num_ends(np.array([], np.int32)) == 0
+    for template in (None, "{% for %}", "{{ raise_exception('no') }}", "no end"):
+        tokenizer.chat_template = template
+        assert encoder(tokenizer).ends == {eos}
 
 
 class TestLastAnswer:
@@ -173,7 +178,7 @@ class TestLoading:
         assert shown(chat("q", "yes"), tokenizer) == user("q") + "[[yes<|im_end|>]]\n"
 
     def test_what_cannot_be_loaded_names_the_folder(self, tmp_path):
-        with pytest.raises(UserError, match="no such folder"):
+        with pytest.raises(UserError, match=r"absent is not a folder.*`hf download"):
             load_tokenizer(tmp_path / "absent")
         with pytest.raises(UserError, match=str(tmp_path)):
             load_tokenizer(tmp_path)

@@ -1,9 +1,11 @@
+import errno
 import hashlib
 import json
 import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +24,11 @@ from pipeline.data.prepared import DataIndex, open_split
 from pipeline.data.sources import read_rows, resolve
 from pipeline.data.writing import SplitWriter
 from pipeline.errors import RankZeroError, UserError
+from pipeline.report.data_audit import source_columns
+from pipeline.report.text import cell
+from pipeline.train.status import RunStatus
 from tests.tiny import CHATML, make_rows, make_tokenizer
+from tests.unit.test_report import read_page
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,23 +145,60 @@ def test_a_second_time_nothing_is_written(run, monkeypatch):
     assert run.everything() == before
 
 
-@pytest.mark.parametrize("change", ["data", "template", "max_length", "train_on", "limit"])
-def test_the_key_is_made_of_all_that_makes_the_documents(run, change):
-    first = run.prepare()
+CHANGES = {
+    "chat_template": {"chat_template": "chatml"},
+    "columns": {"columns": {"messages": "messages"}},
+    "data_format": {"data_format": "messages"},
+    "held_out": {"eval_data": 0.5},
+    "limit": {"limit": 3},
+    "limit of a source": {"train_data": {"path": "train.jsonl", "limit": 5}},
+    "max_length": {"max_length": 99},
+    "over_length": {"over_length": "drop"},
+    "packing": {"packing": False},
+    "split_turns": {"split_turns": True},
+    "train_on": {"train_on": "all"},
+    "weight": {"train_data": {"path": "train.jsonl", "weight": 2.0}},
+}
+FILES = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("change", ["data", *FILES, *CHANGES])
+def test_the_key_is_made_of_all_that_makes_the_documents(run, monkeypatch, change):
+    monkeypatch.chdir(run.folder)
+    if change == "chat_template":
+        (run.folder / "model" / "chat_template.jinja").unlink()
+    before = {} if change != "chat_template" else {"train_data": texts(run), "eval_data": None}
+    first = run.prepare(**before)
     if change == "data":
         run.append(row("new"))
-    elif change == "template":
-        template = run.folder / "model" / "chat_template.jinja"
-        template.write_text("Hello. " + CHATML)
-    changed = {"max_length": {"max_length": 99}, "train_on": {"train_on": "all"}}
-    second = run.prepare(limit=3 if change == "limit" else None, **changed.get(change, {}))
+    elif change == "chat_template.jinja":
+        template = run.folder / "model" / change
+        template.write_text("Hello. " + template.read_text())
+    elif change in FILES:
+        path = run.folder / "model" / change
+        path.write_text(path.read_text() + "\n")
+    second = run.prepare(**before | CHANGES.get(change, {}))
     assert second.train.key != first.train.key
-    assert (second.eval == first.eval) == (change == "data")
+    is_of_one_split = change in ("data", "held_out", "limit of a source", "weight", "chat_template")
+    if not is_of_one_split:
+        assert second.eval.key != first.eval.key
+    elif change != "held_out":
+        assert second.eval == first.eval
     folders = {path.name for path in run.data.iterdir() if path.is_dir()}
-    assert folders == {f"train-{second.train.key}", f"eval-{second.eval.key}"}
+    assert folders == {split.folder.name for split in second.splits.values()}
     assert DataIndex.load(run.data) == second
-    assert run.audit()["rows_used"] == second.train.documents
-    assert run.audit("eval")["rows_used"] == second.eval.documents
+    for name, split in second.splits.items():
+        assert run.audit(name)["documents"] == split.documents
+
+
+def test_no_setting_of_the_key_is_untested():
+    assert set(keys._SETTINGS) <= set(CHANGES)
+
+
+def texts(run):
+    path = run.folder / "texts.jsonl"
+    lines_of(path, [json.dumps({"text": f"a text {i}"}) for i in range(8)])
+    return str(path)
 
 
 def test_settings_that_do_not_matter_are_not_in_the_key(run):
@@ -236,6 +279,23 @@ def test_a_damaged_split_is_refused_by_readers_and_made_again_by_prepare(run):
         DataIndex.load(run.data)
 
 
+@pytest.mark.parametrize("damage", ["missing", "cut", "short"])
+def test_a_split_without_all_its_rejects_is_made_again(run, damage):
+    run.append("{", row(" "), row("long " * 99))
+    values = {"max_rejected": 0.1, "over_length": "drop", "max_length": 200}
+    first = run.prepare(**values)
+    before = content(run.data)
+    assert len(run.rejects()) == 3
+    rejects = first.train.folder / "rejects.jsonl"
+    whole = rejects.read_text()
+    if damage == "missing":
+        rejects.unlink()
+    else:
+        rejects.write_text(whole[:-9] if damage == "cut" else whole[: whole.index("\n") + 1])
+    assert run.prepare(**values) == first
+    assert content(run.data) == before
+
+
 @pytest.mark.parametrize("check", ["rows", "prepare"])
 def test_more_bad_rows_than_allowed(run, check):
     bad = ["{", "[]", "[]", row(" "), row(" "), row(" "), '{"note": "t"}']
@@ -253,8 +313,30 @@ def test_more_bad_rows_than_allowed(run, check):
     assert "max_rejected (0.2)" in message
     assert "3 x an assistant message is empty; 2 x expected a JSON object" in message
     assert "set max_rejected to 0.226" in message
-    assert not run.data.exists() or not list(run.data.iterdir())
+    left = [path.name for path in run.data.iterdir()] if run.data.exists() else []
+    assert left == ([] if check == "rows" else ["rejects.jsonl"])
     judge(max_rejected=0.226)
+
+
+@pytest.mark.parametrize("how", ["beginning", "prepare", "prepared"])
+def test_refused_rows_are_all_named(run, monkeypatch, how):
+    monkeypatch.setattr(module, "_FIRST_ROWS", 2)
+    first = run.prepare()
+    before = content(run.data)
+    good = run.train.read_text()
+    lines_of(run.train, ["{", *good.splitlines(), *["[]"] * 5])
+    if how == "prepared":
+        first = run.prepare(max_rejected=1.0)
+        before = content(run.data)
+        (run.data / "rejects.jsonl").write_text("")  # of what was refused before
+    with pytest.raises(UserError, match=rf"; each row is named in {run.data}/rejects.jsonl$"):
+        check_first_rows(run.settings()) if how == "beginning" else run.prepare()
+    assert [reject["line"] for reject in run.rejects()] == [1, *range(26, 31)]
+    assert DataIndex.load(run.data) == first
+    if how != "prepared":
+        run.train.write_text(good)
+    run.prepare(max_rejected=1.0)
+    assert content(run.data) == before
 
 
 def test_exactly_as_many_bad_rows_as_allowed(run):
@@ -270,7 +352,7 @@ def test_bad_held_out_rows_are_judged_by_themselves(run):
         check_rows(run.settings())
     with pytest.raises(UserError, match="eval_data: 1 of 7 rows"):
         run.prepare()
-    assert not list(run.data.iterdir())
+    assert [(reject["file"], reject["line"]) for reject in run.rejects()] == [(str(run.eval), 7)]
 
 
 def test_what_was_prepared_with_a_laxer_limit_is_judged_again(run):
@@ -280,12 +362,30 @@ def test_what_was_prepared_with_a_laxer_limit_is_judged_again(run):
         run.prepare(max_rejected=0.01)
 
 
+@pytest.mark.parametrize("how", ["check", "beginning", "prepare", "dropped"])
+def test_a_source_is_not_lost_as_a_whole_however_few_rows_it_has(run, monkeypatch, how):
+    monkeypatch.setattr(module, "_FIRST_ROWS", 2)
+    other = run.folder / "other.jsonl"
+    lines_of(other, [row("long " * 99)] * 3 if how == "dropped" else ['{"sum": 3}'] * 3)
+    sources = [str(run.train), {"path": str(other), "weight": 0.1}]
+    values = {"train_data": sources, "max_rejected": 1.0, "over_length": "drop", "max_length": 200}
+    do = {"check": check_rows, "beginning": check_first_rows}.get(how)
+    do = do or (lambda settings: prepare(settings, run.data))
+    why = "" if how == "dropped" else rf" \({other}:1: .*\)"
+    with pytest.raises(UserError, match=rf"train_data: {other}: none of its 3 rows is used{why};"):
+        do(run.settings(**values))
+    lines_of(other, [*other.read_text().splitlines(), row("good")])
+    do(run.settings(**values))
+    run.prepare(**values, limit=4)  # its rows are not all read
+
+
 def test_no_usable_row(run):
     run.train.write_text("{\n{\n")
     with pytest.raises(UserError, match="no usable row"):
         check_rows(run.settings(max_rejected=1.0))
     with pytest.raises(UserError, match="no usable row"):
         run.prepare(limit=4)
+    assert not list(run.data.iterdir())  # a few rows to try with, perhaps in a folder for that
     run.train.write_text("\n\n")
     with pytest.raises(UserError, match="only blank lines"):
         check_rows(run.settings())
@@ -333,8 +433,9 @@ def test_the_audit_adds_up(run):
     assert said["median"] == np.median(lengths)
     histogram = said["histogram"]
     assert sum(histogram["documents"]) == 27
+    assert histogram["documents"][0] > 0
     for i, count in enumerate(histogram["documents"]):
-        first, width = i * histogram["width"], histogram["width"]
+        first, width = said["min"] + i * histogram["width"], histogram["width"]
         assert count == ((first <= lengths) & (lengths < first + width)).sum()
     assert audit["end_of_turn_share"] == pytest.approx(26 / 27, abs=1e-4)
     tokenizer = load_tokenizer(run.folder / "model")
@@ -342,6 +443,37 @@ def test_the_audit_adds_up(run):
     assert (audit["truncated_rows"], audit["tokens_lost"]) == (1, whole - 128)
     assert audit["duplicate_rows"] == 1
     assert run.audit("eval")["rows_also_in_train"] == 1
+
+
+def test_a_row_of_several_turns_that_is_cut_has_lost_an_end(run):
+    turns = json.loads(row("yes"))["messages"] * 3
+    lines_of(run.train, [json.dumps({"messages": turns})])
+    whole = run.prepare().train.tokens
+    assert run.audit()["end_of_turn_share"] == 1
+    for cut, share in (
+        (1, 1),
+        (2, 0),
+        (30, 0),
+    ):  # the newline behind the last turn; its end; a turn
+        assert run.prepare(max_length=whole - cut).train.documents == 1
+        assert run.audit()["end_of_turn_share"] == share
+    run.prepare(max_length=whole - 30, over_length="split")
+    assert run.audit()["end_of_turn_share"] == 1
+    run.prepare(max_length=whole - 2, split_turns=True)  # two of three are whole
+    assert run.audit()["end_of_turn_share"] == 0
+
+
+def test_ends_are_counted_whatever_the_order_of_rows(run):
+    """Tokens end with a turn's end, which is not the end of sequence."""
+    tokenizer = load_tokenizer(run.folder / "model")
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(run.folder / "model")
+    ids = tokenizer("<|im_start|>assistant\nyes<|im_end|>").input_ids
+    tokens = json.dumps({"input_ids": ids, "labels": ids})
+    for rows in ([tokens, row("yes")], [row("yes"), tokens]):
+        lines_of(run.train, rows)
+        run.prepare()
+        assert run.audit()["end_of_turn_share"] == 1
 
 
 def test_a_template_that_teaches_no_end_is_refused_and_nothing_is_left(run):
@@ -373,6 +505,44 @@ def test_the_script_shows_documents_and_the_audit(run):
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"{run.train}:25: ")
     assert "Traceback" not in refused.stderr
+    for place in ("/proc/x", str(run.train), str(run.train / "below")):
+        refused = script(f"output_dir={place}")
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(f"output_dir: {place}")
+        assert "give another folder" in refused.stderr
+
+
+def test_the_script_leaves_a_run_that_is_at_work_its_data(run):
+    status = RunStatus(run.folder / "run" / "status.json")
+    first = run.prepare()
+    status.own()
+    status.claim()
+    run_file = run.folder / "run.yaml"
+    run_file.write_text(json.dumps(run.settings().model_dump(include={"model", "output_dir"})))
+    command = [sys.executable, "launch/prepare.py", run_file, f"train_data={run.train}"]
+    command.append("max_length=99")
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert f"is in use (process {os.getpid()} " in refused.stderr
+    assert len(open_split(first.train)) == 24
+    status.end("done", 0, None)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not first.train.folder.exists()
+
+
+def test_a_full_disk_is_said_and_leaves_what_was_there(run, monkeypatch):
+    first = run.prepare()
+    before = sorted(path.name for path in first.train.folder.parent.iterdir())
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RankZeroError, match="No space left on device while the data is prepared"):
+        run.prepare(max_length=99)
+    assert sorted(path.name for path in first.train.folder.parent.iterdir()) == before
+    assert len(open_split(first.train)) == 24
 
 
 def lines_of(path, rows):
@@ -533,6 +703,24 @@ def test_the_first_bad_row_ends_it_where_the_run_file_says_so(run, how):
         check_rows(settings) if how == "check" else prepare(settings, run.data)
 
 
+@pytest.mark.parametrize("eval_data", [None, 0.3])
+def test_what_was_prepared_with_bad_rows_is_refused_where_none_may_be(run, eval_data):
+    """A row that only the template refuses: nothing but prepare sees it."""
+    said = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}"
+    (run.folder / "model" / "chat_template.jinja").write_text(
+        f"{said}{{% endif %}}{{% endfor %}}{CHATML}"
+    )
+    long = row("long " * 99)
+    run.append(long, row("no"), row("no", question="again"))
+    values = {"max_rejected": 1.0, "over_length": "drop", "max_length": 200, "eval_data": eval_data}
+    run.prepare(**values)
+    with pytest.raises(UserError, match=rf"{run.train}:2[67]: .*refuses.*on_bad_row is fail"):
+        run.prepare(on_bad_row="fail", **values)
+    lines_of(run.train, [*(row(f"a {i}") for i in range(20)), long])
+    run.prepare(**values)
+    run.prepare(on_bad_row="fail", **values)  # dropped is not bad
+
+
 def test_the_beginning_is_checked_and_what_looks_bad_is_checked_whole(run, monkeypatch):
     monkeypatch.setattr(module, "_FIRST_ROWS", 10)
     lines_of(run.train, ["{"] * 3 + [row(f"a {i}") for i in range(297)])
@@ -633,6 +821,35 @@ def test_every_source_is_accounted_for(run):
     assert DataIndex.load(run.data).train == index
 
 
+def test_the_report_shows_the_audit_that_prepare_has_written(run):
+    other = make_rows(run.folder / "other.jsonl", 1234)
+    run.append("{", row(" "))
+    sources = [{"path": str(run.train), "weight": 0.5}, str(other)]
+    run.prepare(train_data=sources, max_rejected=0.5)
+    status = RunStatus(run.folder / "run" / "status.json")
+    status.own()
+    status.claim()
+    status.end("done", 0, None)
+    page = read_page(run.folder / "run").text
+    for split in ("train", "eval"):
+        audit = run.audit(split)
+        histogram = audit["length"]["histogram"]
+        for i, count in enumerate(histogram["documents"]):
+            first, width = histogram["first"] + i * histogram["width"], histogram["width"]
+            assert f"{cell(first)} to {cell(first + width - 1)} {cell(count)} " in page
+        for number in (audit["rows_read"], audit["tokens"], audit["supervised_tokens"]):
+            assert f" {cell(number)} " in page
+    train = run.audit()
+    assert train["rows_read"] == 24 + 2 + 1234
+    for source in train["sources"]:
+        cells = [source["name"], *(source[name] for name in source_columns()[:-1]), "messages"]
+        assert " ".join(map(cell, cells)) in page
+    for reason, count in train["rejected"].items():
+        assert f"{reason} {count} " in page
+    for line in (25, 26):
+        assert f"{run.train}:{line}" in page
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_who_comes_second_keeps_what_is_there(run, monkeypatch, damaged):
     """Two processes that prepare the same at once, on a file system without locks."""
@@ -680,6 +897,18 @@ print(len(open_split(index.train)), len(open_split(index.eval)))
 """
 
 
+@pytest.mark.parametrize("name", ["train-0123456789abcdef", "index.json.damaged"])
+def test_what_a_dead_process_of_this_machine_has_left_is_removed(run, name):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    run.data.mkdir(parents=True)
+    for pid in (dead.pid, os.getpid()):
+        (run.data / f".{name}.{socket.gethostname()}-{pid}.tmp").write_text("")
+    run.prepare()
+    living = f".{name}.{socket.gethostname()}-{os.getpid()}.tmp"
+    assert [path.name for path in run.data.glob(f".{name}.*")] == [living]
+
+
 def test_another_machines_unfinished_work_is_left_alone(run):
     run.data.mkdir(parents=True)
     theirs = run.data / f".train-{'0' * 16}.other-host-17.tmp"
@@ -691,6 +920,52 @@ def test_another_machines_unfinished_work_is_left_alone(run):
         os.utime(path, (0, 0))
     run.prepare()
     assert not theirs.exists()
+
+
+@pytest.mark.parametrize("how", ["appended", "replaced", "removed", "tokenizer"])
+def test_a_file_that_changes_while_it_is_read_is_not_taken_for_what_was_hashed(
+    run, monkeypatch, how
+):
+    first = run.prepare()
+    text = run.train.read_text()
+    run.append(row("new"))
+    make = splits.Making.run
+
+    def changing(self, processes):
+        make(self, processes)
+        if how == "appended":
+            run.append(row("late"))
+        elif how == "replaced":
+            other = run.folder / "other"
+            shutil.copy2(run.train, other)
+            other.replace(run.train)
+        elif how == "removed":
+            run.train.unlink()
+        else:
+            path = run.folder / "model" / "tokenizer.json"
+            path.write_text(path.read_text() + "\n")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(splits.Making, "run", changing)
+        with pytest.raises(UserError, match=r"(train.jsonl|tokenizer.json): changed while it was"):
+            run.prepare()
+    assert DataIndex.load(run.data) == first
+    if how != "tokenizer":
+        run.train.write_text(text)
+        os.utime(run.train, (0, 0))
+        assert run.prepare() == first
+
+
+def test_a_new_name_or_mode_of_a_file_is_no_change(run, monkeypatch):
+    make = splits.Making.run
+
+    def touching(self, processes):
+        make(self, processes)
+        run.train.chmod(0o600)
+        os.link(run.train, run.folder / f"link-{len(list(run.folder.iterdir()))}")
+
+    monkeypatch.setattr(splits.Making, "run", touching)
+    assert run.prepare().train.documents == 24
 
 
 def test_large_files_are_hashed_once_until_they_change(run, monkeypatch):

@@ -1,5 +1,7 @@
 """Published chat templates: which tokens each trains, and that it is rendered once a row."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,6 +152,18 @@ class TestThoughts:
         """Its generation prompt is not how it begins turns, and is not needed."""
         found = shown(chat("q", THOUGHT), published("deepseek-r1-distill"))
         assert found.endswith(bar("<|Assistant|>[[\n\ntwo<|end▁of▁sentence|>]]"))
+
+    @pytest.mark.parametrize("name", ["deepseek-r1-distill", "qwen3"])
+    @pytest.mark.parametrize("train_on", ["assistant", "all"])
+    def test_an_answer_of_which_nothing_is_left_is_not_trained_as_silence(self, name, train_on):
+        thought = THOUGHT.removesuffix("two")
+        found = chat("q", thought, "r", "two")  # Qwen3 keeps the thought of a last turn
+        with pytest.raises(RowError, match="leaves nothing of an answer"):
+            shown(found, published(name), train_on=train_on)
+        assert "two" in shown(found, published(name), train_on="last-assistant")
+        unsaid = replace(found.messages[1], is_trained=False)
+        found = replace(found, messages=(found.messages[0], unsaid, *found.messages[2:]))
+        assert "two" in shown(found, published(name), train_on=train_on)
 
     def test_the_question_is_what_was_trained(self):
         made = encoder(published("qwen3"))

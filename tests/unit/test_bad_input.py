@@ -93,8 +93,11 @@ def test_wrong_settings(case, change, parts):
 def test_a_bad_row_is_named_with_file_and_line(case, line, part):
     folder, start = case
     (folder / "train.jsonl").write_text(ROW * 4 + line + "\n")
-    assert_refused(start(), part, "max_rejected")
-    assert not (folder / "run").exists()
+    assert_refused(start(), part, "max_rejected", f"named in {folder}/run/data/rejects.jsonl")
+    left = [path for path in (folder / "run").rglob("*") if path.is_file()]
+    assert left == [folder / "run" / "data" / "rejects.jsonl"]
+    (reject,) = map(json.loads, left[0].read_text().splitlines())
+    assert (reject["file"], reject["line"]) == (str(folder / "train.jsonl"), 5)
 
 
 def test_an_empty_file(case):

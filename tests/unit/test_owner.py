@@ -66,7 +66,7 @@ def test_a_living_owner_is_named_and_its_end_gives_the_folder_back(tmp_path):
 
 def test_one_that_is_being_written_is_living(tmp_path):
     (tmp_path / OWNER).touch()
-    with pytest.raises(UserError, match="at work"):
+    with pytest.raises(UserError, match="in use"):
         Ownership(tmp_path).take()
 
 
