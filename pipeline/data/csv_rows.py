@@ -51,11 +51,12 @@ def csv_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
 def _records(file: Path, stream: BinaryIO) -> Iterator[_Record]:
     csv.field_size_limit(rows.MAX_ROW_BYTES)
     lines = _Lines(stream)
+    reader = csv.reader(lines, strict=True)
     while True:
         lines.begin()
         fields = []
         try:
-            fields = next(csv.reader(lines, strict=True))
+            fields = next(reader)
         except StopIteration:
             return
         except csv.Error:
