@@ -118,7 +118,7 @@ def test_alpaca():
 
 
 def test_prompt_and_completion():
-    found = example({"prompt": "", "completion": " a", "id": 1})
+    found = example({"prompt": "", "completion": " a", "id": 1, "system": "", "tools": None})
     assert found == Completion("", " a")
 
 
@@ -241,6 +241,10 @@ def test_the_format_is_found_by_the_columns(row, expected):
         ({"prompt": "q", "completion": None}, ["`completion` is null"]),
         ({"prompt": "q", "completion": "  "}, ["`completion` is empty"]),
         ({"prompt": "q", "completion": "\ud800"}, ["surrogate"]),
+        *(
+            ({"prompt": "q", "completion": "a", column: filled}, [f"`{column}` beside texts"])
+            for column, filled in (("system", "s"), ("tools", [CALL]), ("functions", "[{}]"))
+        ),
         ({"prompt": [USER], "completion": "a"}, ["`prompt` is a list and `completion` text"]),
         ({"prompt": [ANSWER], "completion": [USER]}, ["`completion` has no assistant message"]),
         ({"text": ["t"]}, ["`text` is a list"]),
