@@ -151,6 +151,16 @@ def test_columns_of_other_names():
         example({"question": "q"}, "auto", columns)
 
 
+def test_a_source_with_a_format_of_its_own_needs_none_of_the_named_columns():
+    columns = {"prompt": "question", "completion": "answer"}
+    assert example({"messages": [USER, ANSWER]}, "auto", columns) == Conversation(TURNS)
+    assert example({"prompt": "q", "completion": "a"}, "auto", columns) == Completion("q", "a")
+    assert format_of(row_of({"conversations": []}), "auto", columns) == "sharegpt"
+    for row in ({"text": "t"}, {"messages": [USER, ANSWER], "question": "q"}, {"prompt": "q"}):
+        with pytest.raises(RowError, match="no column"):
+            example(row, "auto", columns)
+
+
 def test_columns_are_known_when_the_run_file_is_read():
     def settings(columns):
         return RunSettings(model="m", train_data="t", output_dir="o", columns=columns)
