@@ -35,7 +35,8 @@ def main() -> None:
     arguments, console = parse(), Console()
     settings = load_settings(arguments.run_file, arguments.overrides)
     data_dir = Path(settings.output_dir) / "data"
-    fetch([*settings.train_sources, *settings.eval_sources])
+    fetch(settings.train_sources, "train_data")
+    fetch(settings.eval_sources, "eval_data")
     check_first_rows(settings)
     index = prepare(settings, data_dir, say=console.print)
     if arguments.show:

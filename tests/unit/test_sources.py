@@ -189,6 +189,18 @@ def test_a_missing_file_names_the_key_the_path_and_what_is_near(tmp_path):
         resolved(tmp_path / "nowhere" / "x.jsonl", key="eval_data")
 
 
+def test_a_hub_name_without_its_split_says_how_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("org/name", "org/name-1.5", "org/name@v1.0"):
+        with pytest.raises(UserError, match=rf"train_data: .* with its split: {name}:train$"):
+            resolved(name)
+    (tmp_path / "data").mkdir()
+    for name in ("data/train", "dta/train.jsonl"):
+        with pytest.raises(UserError) as raised:
+            resolved(name)
+        assert "hub" not in str(raised.value)
+
+
 def test_an_empty_file_a_pipe_and_no_file_are_refused(tmp_path):
     (tmp_path / "rows.jsonl").touch()
     with pytest.raises(UserError, match=r"train_data: .*rows\.jsonl is empty"):
