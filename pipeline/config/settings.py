@@ -87,7 +87,7 @@ class RunSettings(BaseModel):
         "hold out, by content: a share (`0.05`) or a number of rows.",
     )
     data_format: DataFormat | Auto = Field(
-        default="auto", description="Format of the rows; `auto` goes by the columns of each file."
+        default="auto", description="Format of the rows; `auto` goes by the columns of each row."
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
