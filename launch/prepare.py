@@ -42,7 +42,8 @@ def main() -> None:
     data_dir = folder / "data"
     check_output(folder)
     with Ownership(folder):  # a run reads what lies there; prepare removes what is out of date
-        fetch([*settings.train_sources, *settings.eval_sources])
+        fetch(settings.train_sources, "train_data")
+        fetch(settings.eval_sources, "eval_data")
         check_first_rows(settings)
         index = prepare(settings, data_dir, say=console.print)
     if arguments.show:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
+from pipeline.config.hub import is_without_split
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def find_files(name: str, key: str) -> list[Path]:
         if not files:
             raise UserError(f"{key}: no file is named like {name}")
     else:
-        raise UserError(f"{key}: {name}: no such file{_nearby(path)}")
+        raise UserError(f"{key}: {name}: no such file{_split_forgotten(name) or _nearby(path)}")
     check_files(files, name, key)
     return files
 
@@ -208,6 +209,13 @@ def _is_empty(file: Path, key: str) -> bool:
     except (OSError, EOFError) as error:
         said = getattr(error, "strerror", None) or error
         raise UserError(f"{key}: {file}: cannot be read: {said}") from None
+
+
+def _split_forgotten(name: str) -> str:
+    path = Path(name)
+    if path.parent.is_dir() or _kind_by_name(path) or not is_without_split(name):
+        return ""
+    return f"; a hub data set is named with its split: {name}:train"
 
 
 def _nearby(file: Path) -> str:

@@ -39,6 +39,11 @@ class HubSplit:
         return snapshot_folder(self.name, environment, kind="datasets", revision=self.revision)
 
 
+def is_without_split(text: str) -> bool:
+    """Whether the text is `org/name` or `org/name@revision`, as a data set without its split."""
+    return _SPLIT.fullmatch(f"{text}:train") is not None
+
+
 def snapshot_folder(
     name: str,
     environment: Mapping[str, str] = os.environ,

@@ -4,9 +4,18 @@ docs/configuration.md is generated from the descriptions here. No torch, no othe
 project: what a key means for a model or a machine is the plan's business.
 """
 
-from typing import Annotated, Literal, Self
+import difflib
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
@@ -78,7 +87,7 @@ class RunSettings(BaseModel):
         "hold out, by content: a share (`0.05`) or a number of rows.",
     )
     data_format: DataFormat | Auto = Field(
-        default="auto", description="Format of the rows; `auto` goes by the columns of each file."
+        default="auto", description="Format of the rows; `auto` goes by the columns of each row."
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -276,6 +285,25 @@ class RunSettings(BaseModel):
         "ended, naming the rank that hangs.",
     )
 
+    @field_validator("train_data", mode="before")
+    @classmethod
+    def _names_of_data(cls, value: Any) -> Any:
+        return _as_names(value, "expected a file, a folder, a glob, org/name:split, or a list")
+
+    @field_validator("eval_data", mode="before")
+    @classmethod
+    def _names_of_data_or_how_much(cls, value: Any) -> Any:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_share = isinstance(value, float) and 0 < value < 1
+        is_percentage = isinstance(value, str) and re.fullmatch(r"[\d.]+ *%", value)
+        if is_percentage or (is_number and not is_share and type(value) is not int):
+            raise ValueError("a share is a number above 0 and below 1, such as 0.05")
+        if is_number and not is_share and value < 1:
+            raise ValueError("a number of rows is at least 1; a share is written as 0.05")
+        if value is None or is_number:
+            return value
+        return _as_names(value, "expected names as in train_data, a share (0.05) or rows (200)")
+
     @field_validator("columns")
     @classmethod
     def _columns_of_a_format(cls, value: dict[str, str]) -> dict[str, str]:
@@ -343,6 +371,33 @@ class RunSettings(BaseModel):
             return None
         hours, minutes, seconds = (int(part) for part in self.time_limit.split(":"))
         return 3600.0 * hours + 60 * minutes + seconds
+
+
+def _as_names(value: Any, expected: str) -> Any:
+    """The value with its objects as sources; ValueError, one sentence, for what is no name."""
+    if isinstance(value, list):
+        return [
+            _as_name(name, "expected a list of names or {path, weight, limit}") for name in value
+        ]
+    return _as_name(value, expected)
+
+
+def _as_name(value: Any, expected: str) -> str | DataSource:
+    if isinstance(value, str | DataSource):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(expected)
+    known = list(DataSource.model_fields)
+    if unknown := [str(key) for key in value if key not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"a source has {', '.join(known)}"
+        raise ValueError(f"{unknown[0]}: unknown key of a source; {hint}")
+    try:
+        return DataSource.model_validate(value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        said = problem["msg"].replace("Input should be", "must be")
+        raise ValueError(f"{problem['loc'][0]} of a source: {said}") from None
 
 
 def _sources(names: DataNames | None) -> list[DataSource]:

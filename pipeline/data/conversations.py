@@ -65,6 +65,11 @@ def prompt_and_completion(row: Mapping[str, Any]) -> Completion | Conversation:
     """Two texts; or two lists of messages, where answers within the prompt are not trained on."""
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
+        if lost := [column for column in ("system", "tools", "functions") if row.get(column)]:
+            raise RowError(
+                f"`{lost[0]}` beside texts as `prompt` and `completion`; no template renders "
+                "them: expected two lists of messages, or the column empty"
+            )
         asked, said = text_of(prompt, "`prompt`"), text_of(completion, "`completion`")
         if not said.strip():
             raise RowError("`completion` is empty")

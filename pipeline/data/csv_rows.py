@@ -5,7 +5,7 @@ its whole file, and it makes a missing value of the answer `NA` and a number of 
 """
 
 import csv
-from collections import deque
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -14,8 +14,8 @@ from pipeline.data import rows
 from pipeline.data.rows import Line
 from pipeline.errors import UserError
 
-_MAX_IN_VAIN = 16  # times the longest row, read twice because of quotes: no CSV takes more
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_CONTENT = re.compile(rb'[^",\r\n]+')
 
 
 class _Record(NamedTuple):
@@ -26,7 +26,11 @@ class _Record(NamedTuple):
 
 
 def csv_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
-    """The rows below the header. Raises UserError for a header that names no columns, or twice."""
+    """The rows below the header.
+
+    Raises UserError for a header that names no columns, or one twice, and for quotes that do not
+    match: what follows them is not guessed.
+    """
     records = _records(file, stream)
     header = next(records, None)
     if header is None or header.fault:
@@ -46,86 +50,80 @@ def csv_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
 
 def _records(file: Path, stream: BinaryIO) -> Iterator[_Record]:
     csv.field_size_limit(rows.MAX_ROW_BYTES)
-    lines = _Lines(file, stream)
+    lines = _Lines(stream)
     reader = csv.reader(lines, strict=True)
     while True:
         lines.begin()
-        fields, fault = [], ""
+        fields = []
         try:
             fields = next(reader)
         except StopIteration:
             return
-        except _TooLong:
-            fault = rows.too_long()
         except csv.Error:
-            fault = "not valid CSV: quotes that do not match"
-        if fault:
-            lines.go_back()
-            reader = csv.reader(lines, strict=True)
-        if fields or fault or lines.fault:
-            yield _Record(lines.number, lines.offset, fields, fault or lines.fault)
+            # The lines that follow may be the rest of a text: as rows they would be made up.
+            if lines.has_quotes:
+                raise _lost(file, lines) from None
+            lines.fault = "not valid CSV: a carriage return inside a row"
+        if fields or lines.fault:
+            yield _Record(lines.number, lines.offset, fields, lines.fault)
 
 
-class _TooLong(Exception):
-    """A record went over the limit: a long one, or a quote that nothing closes."""
+def _lost(file: Path, lines: "_Lines") -> UserError:
+    return UserError(
+        f"{file}:{lines.number}: quotes do not match in the row that begins here (read to line "
+        f"{lines.number + lines.count - 1}), and where the next row begins is not certain; write a "
+        'quote inside a quoted text twice (""), or the rows as JSONL'
+    )
 
 
 class _Lines:
     """The file's lines as text, where the record begun last starts, and what is wrong with it."""
 
-    def __init__(self, file: Path, stream: BinaryIO) -> None:
-        self.number, self.offset, self.fault = 1, 0, ""
-        self._file, self._stream = file, stream
-        self._again: deque[bytes] = deque()
-        self._record: list[bytes] = []
-        self._size = self._in_vain = 0
+    def __init__(self, stream: BinaryIO) -> None:
+        self.number, self.offset = 1, 0
+        self.count, self.fault, self.has_quotes = 0, "", False
+        self._stream, self._size = stream, 0
 
     def begin(self) -> None:
         """A record begins with the next line."""
-        self.number += len(self._record)
+        self.number += self.count
         self.offset += self._size
-        self._record, self._size, self.fault = [], 0, ""
-
-    def go_back(self) -> None:
-        """Give the record's lines again but for the first, which is bad."""
-        self._again.extendleft(reversed(self._record[1:]))
-        first = self._record[:1]
-        self._in_vain += self._size
-        self._record, self._size = first, sum(map(len, first))
-        if self._size > rows.MAX_ROW_BYTES:
-            self._end_line()
-        if self._in_vain > _MAX_IN_VAIN * rows.MAX_ROW_BYTES:
-            raise UserError(
-                f"{self._file}:{self.number}: quotes do not match, here and in many rows before; "
-                "is the file CSV?"
-            )
+        self.count = self._size = 0
+        self.fault, self.has_quotes = "", False
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self._again.popleft() if self._again else self._stream.readline(self._limit)
+        line = self._stream.readline(rows.MAX_ROW_BYTES + 1)
         if not line:
             raise StopIteration
-        self._record.append(line)
+        self.count += 1
         self._size += len(line)
         if self._size > rows.MAX_ROW_BYTES:
-            raise _TooLong
-        if self.offset == 0 and len(self._record) == 1:
+            self.fault = rows.too_long()
+            line = self._squeezed(line)
+        self.has_quotes = self.has_quotes or self.count > 1 or b'"' in line
+        if self.offset == 0 and self.count == 1:
             line = line.removeprefix(_BYTE_ORDER_MARK)
         try:
             return line.decode()
         except UnicodeDecodeError:
-            self.fault = "not valid UTF-8"
+            self.fault = self.fault or "not valid UTF-8"
             return line.decode(errors="replace")
 
-    @property
-    def _limit(self) -> int:
-        return rows.MAX_ROW_BYTES + 1
-
-    def _end_line(self) -> None:
-        """Pass over the rest of a line that is too long by itself."""
-        line = self._record[0]
+    def _squeezed(self, line: bytes) -> bytes:
+        """What says where a row ends, of a line whose row is bad: so long ones need no memory."""
+        parts = [_bare(line)]
         while line and not line.endswith(b"\n"):
-            line = self._stream.readline(self._limit)
+            line = self._stream.readline(rows.MAX_ROW_BYTES)
             self._size += len(line)
+            parts.append(_bare(line))
+        bare = b"".join(parts)
+        return bare if self.count == 1 or b'"' in bare else b""  # inside a text from line 2 on
+
+
+def _bare(part: bytes) -> bytes:
+    return _CONTENT.sub(
+        b"x", part.replace(b'""', b"")
+    )  # a quote that is written twice ends nothing

@@ -49,6 +49,7 @@ _SIGNS: dict[DataFormat, tuple[str, ...]] = {
     "pre-tokenised": ("input_ids", "labels"),
     "text": ("text",),
 }
+_SIGNS_BUT_TEXT = [signs for name, signs in _SIGNS.items() if name != "text"]
 _KNOWN = "; ".join(
     f"{name} ({', '.join(f'`{column}`' for column in columns)})" for name, columns in _SIGNS.items()
 )
@@ -115,8 +116,15 @@ def _format_of(value: Mapping[str, Any], data_format: DataFormat | Auto) -> Data
 
 
 def _renamed(value: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row with the names of the format; what has none of them keeps its own."""
-    if not columns:
+    """The row with the names of the format; what has none of them keeps its own.
+
+    A row without any named column is of another source, if it has a format by itself. Not if that
+    is `text`: many rows have one beside what they are, and a name in `columns` may be misspelt.
+    """
+    if not columns or (
+        not any(there in value for there in columns.values())
+        and any(all(sign in value for sign in signs) for signs in _SIGNS_BUT_TEXT)
+    ):
         return value
     for name, there in columns.items():
         if there not in value:

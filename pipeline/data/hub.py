@@ -41,8 +41,11 @@ def split_files(split: HubSplit, key: str) -> list[Path]:
     return files
 
 
-def fetch(sources: Iterable[DataSource]) -> None:
-    """Download the hub data sets among the sources that are not in the local cache."""
+def fetch(sources: Iterable[DataSource], key: str) -> None:
+    """Download the hub data sets among a setting's sources that are not in the local cache.
+
+    Raises UserError that names `key`.
+    """
     missing = [
         split
         for source in sources
@@ -57,4 +60,7 @@ def fetch(sources: Iterable[DataSource]) -> None:
             snapshot_download(split.name, repo_type="dataset", revision=split.revision)
         except Exception as error:  # noqa: BLE001 - no network, no such data set, a token, a disk
             said = " ".join(str(error).split())
-            raise UserError(f"{split}: cannot be fetched from the hub: {said}") from None
+            raise UserError(
+                f"{key}: {split}: cannot be fetched from the hub: {said}; check the name and the "
+                "network (a private data set needs `hf auth login`), or name files that are here"
+            ) from None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MAX_ROW_BYTES = 16 * 2**20  # some 4 million tokens: no document, but a file that is not JSONL
+_NUMBER_BYTES = 8
 _JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
 
 
@@ -54,3 +55,15 @@ def json_name(value: object) -> str:
 def too_long() -> str:
     """Why a row over the limit is bad."""
     return f"the row is longer than {MAX_ROW_BYTES // 2**20} MiB"
+
+
+def size_of(value: Any) -> int:
+    """Bytes that a table's value holds, about; texts in UTF-8."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, dict):
+        return sum(map(size_of, value.values()))
+    if isinstance(value, list):
+        of_numbers = bool(value) and type(value[0]) in (int, float)  # ids: no need to look at all
+        return _NUMBER_BYTES * len(value) if of_numbers else sum(map(size_of, value))
+    return len(value) if isinstance(value, bytes) else _NUMBER_BYTES

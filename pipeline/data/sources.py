@@ -10,13 +10,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.data_files import check_files, find_files, kind_of, open_data
+from pipeline.config.data_files import (
+    SUFFIXES,
+    check_files,
+    find_files,
+    has_known_suffix,
+    kind_of,
+    open_data,
+)
 from pipeline.config.hub import HubSplit
 from pipeline.config.settings import DataSource
 from pipeline.data.csv_rows import csv_rows
 from pipeline.data.json_rows import is_line_by_line, line_rows, value_rows
 from pipeline.data.rows import BadRow, Line, Row, json_name
 from pipeline.errors import UserError
+
+_FIRST_BYTES = 1000
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 __all__ = [
     "BadRow",
@@ -71,10 +81,18 @@ def require_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:
 def lines(source: Source) -> Iterator[Line]:
     """The source's lines in order, no more than its limit; blank ones are none.
 
-    Raises UserError where a file is damaged so that what follows cannot be read.
+    Raises UserError where a file is damaged so that what follows cannot be read, and for a source
+    that has none.
     """
     every = (line for file in source.files for line in _lines_of(file))
-    return islice(every, source.limit)
+    is_empty = True
+    for line in islice(every, source.limit):
+        is_empty = False
+        yield line
+    if is_empty:
+        raise UserError(
+            f"{source.name}: no row; only blank lines, an empty list, or columns without rows"
+        )
 
 
 def parse(line: Line) -> Row | BadRow:
@@ -122,8 +140,12 @@ def _lines_of(file: Path) -> Iterator[Line]:
             yield from table_rows(file, kind)
             return
         if kind == "json":
+            if not has_known_suffix(file):
+                _require_json(file)
             with open_data(file) as stream:
                 kind = "jsonl" if is_line_by_line(stream) else "json"
+        elif kind == "jsonl":
+            _require_lines(file)
         read = {"jsonl": line_rows, "json": value_rows, "csv": csv_rows}[kind]
         with open_data(file) as stream:
             for line in read(file, stream):
@@ -132,6 +154,26 @@ def _lines_of(file: Path) -> Iterator[Line]:
     except (OSError, EOFError) as error:
         said = getattr(error, "strerror", None) or error
         raise UserError(f"{file}: damaged or cut off behind line {number}: {said}") from None
+
+
+def _require_json(file: Path) -> None:
+    """Raise UserError unless the file, whose name does not say what it is, begins like JSON."""
+    with open_data(file) as stream:
+        first = stream.read(_FIRST_BYTES).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
+    if first not in (b"{", b"[", b""):
+        raise UserError(
+            f"{file}: the name does not say what it holds, and as JSON it would begin with {{ or "
+            f"[; give it one of the suffixes {SUFFIXES}"
+        )
+
+
+def _require_lines(file: Path) -> None:
+    """Raise UserError for a list over several lines in a file that is named as one row a line."""
+    with open_data(file) as stream:
+        begin = [line for line in stream.read(_FIRST_BYTES).split(b"\n") if line.strip()]
+    first = b"".join(begin[:1]).removeprefix(_BYTE_ORDER_MARK).strip()
+    if first in (b"[", b"[{") and not any(isinstance(_parsed(line), dict) for line in begin):
+        raise UserError(f"{file}: a list over several lines, which is no JSONL; name it .json")
 
 
 def _parsed(content: bytes) -> dict[str, Any] | str:

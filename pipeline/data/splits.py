@@ -23,12 +23,12 @@ from pipeline.data.making import (
 )
 from pipeline.data.parallel import in_order
 from pipeline.data.prepared import SplitIndex
+from pipeline.data.rows import size_of
 from pipeline.data.sources import Line, Source, lines
 from pipeline.data.writing import SplitWriter
 from pipeline.errors import UserError
 
 _PIECE_BYTES, _PIECE_ROWS = 2**18, 1000  # that a process is given at once
-_DICT_BYTES = 1000  # of a row that comes without its text; it only sizes pieces
 _ROWS_A_LINE = 20_000  # of what is said of a large data set
 
 
@@ -184,7 +184,7 @@ def _pieces(sources: Sequence[Source], rows: int) -> Iterator[Lines]:
 
 
 def _size(line: Line) -> int:
-    return len(line.content) if isinstance(line.content, bytes) else _DICT_BYTES
+    return len(line.content) if isinstance(line.content, bytes) else size_of(line.content)
 
 
 def refuse(reject: Reject) -> None:

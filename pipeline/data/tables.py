@@ -1,4 +1,4 @@
-"""Parquet and Arrow files -> lines, a thousand rows in memory at a time.
+"""Parquet and Arrow files -> lines, a thousand rows or some megabytes in memory at a time.
 
 `datasets` does not read these: through it a Parquet file of one row group, as pyarrow writes it
 by default, is in memory as a whole (docs/formats.md has the figures).
@@ -12,27 +12,54 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pipeline.config.data_files import compression_of, open_data
+from pipeline.data import rows
 from pipeline.data.rows import Line
 from pipeline.errors import UserError
 
-_ROWS_AT_ONCE, _BUFFER_BYTES = 1000, 2**20
+_ROWS_AT_ONCE, _BYTES_AT_ONCE, _BUFFER_BYTES = 1000, 2**22, 2**20
 
 
 def table_rows(file: Path, kind: Literal["parquet", "arrow"]) -> Iterator[Line]:
-    """The table's rows. Raises UserError where the file is damaged: what follows cannot be read."""
+    """The table's rows; one that is too long or not UTF-8 is one bad row.
+
+    Raises UserError where the file is damaged: what follows cannot be read.
+    """
     import pyarrow
 
     number = 0
     try:
         with _seekable(file) as path:
             for batch in _parquet(path) if kind == "parquet" else _arrow(path):
-                for row in batch.to_pylist():
+                for row in _rows(batch):
                     number += 1
-                    yield Line(file, number, None, row)
+                    columns, fault = ({}, row) if isinstance(row, str) else (row, "")
+                    yield Line(file, number, None, columns, fault)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         said = str(error).strip().partition("\n")[0] or type(error).__name__
         name = kind.capitalize()
         raise UserError(f"{file}: not readable as {name} behind row {number}: {said}") from None
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """The rows of a record batch, or why a row is bad."""
+    count, size = batch.num_rows, batch.nbytes
+    if count > 1 and size > _BYTES_AT_ONCE:
+        yield from _rows(batch.slice(0, count // 2))
+        yield from _rows(batch.slice(count // 2))
+        return
+    try:
+        found = batch.to_pylist()
+    except UnicodeDecodeError:
+        if count == 1:
+            yield "not valid UTF-8"
+            return
+        for i in range(count):
+            yield from _rows(batch.slice(i, 1))
+        return
+    for row in found:
+        # `size` counts a dictionary of values that rows share, so that it may be more than theirs.
+        is_long = size > rows.MAX_ROW_BYTES and rows.size_of(row) > rows.MAX_ROW_BYTES
+        yield rows.too_long() if is_long else row
 
 
 def _parquet(path: Path) -> Iterator[Any]:
@@ -40,7 +67,12 @@ def _parquet(path: Path) -> Iterator[Any]:
 
     # Buffered: without that, each column of a row group is read as a whole first.
     with ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
-        yield from table.iter_batches(_ROWS_AT_ONCE)
+        groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+        row_bytes = max(
+            (group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0
+        )
+        at_once = _BYTES_AT_ONCE // max(row_bytes, 1)
+        yield from table.iter_batches(min(max(at_once, 1), _ROWS_AT_ONCE))
 
 
 def _arrow(path: Path) -> Iterator[Any]:

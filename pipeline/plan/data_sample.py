@@ -164,7 +164,8 @@ def _documents(rows: Iterable[Any], settings: RunSettings) -> list[int]:
 def _tokens(row: Mapping[str, Any], settings: RunSettings) -> int:
     """Tokens of the row, 0 where it has no format."""
     if settings.columns:
-        row = {**row, **{name: row.get(there) for name, there in settings.columns.items()}}
+        named = {name: row[there] for name, there in settings.columns.items() if there in row}
+        row = {**row, **named}
     ids = row.get("input_ids")
     if isinstance(ids, list) and settings.data_format in ("auto", "pre-tokenised"):
         return len(ids)

@@ -88,15 +88,17 @@ def test_only_what_is_missing_is_fetched(hub, monkeypatch):
         "huggingface_hub.snapshot_download", lambda *args, **kwargs: asked.append((args, kwargs))
     )
     names = ("org/name:train", "org/other@v1:train", __file__)
-    fetch([DataSource(path=name) for name in names])
+    fetch([DataSource(path=name) for name in names], "train_data")
     assert asked == [(("org/other",), {"repo_type": "dataset", "revision": "v1"})]
 
     def fail(*args, **kwargs):
         raise OSError("no route\n to host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(UserError, match=r"org/other@main:train: cannot be fetched .*no route to"):
-        fetch([DataSource(path="org/other:train")])
+    with pytest.raises(
+        UserError, match=r"eval_data: org/other@main:train: cannot .*no route to host; check"
+    ):
+        fetch([DataSource(path="org/other:train")], "eval_data")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -136,7 +138,7 @@ def test_what_is_fetched_is_found_and_nothing_else_asks(tmp_path):
         "from pipeline.data.sources import read_rows, resolve\n"
         "sources = [DataSource(path='org/other:train')]\n"
         "if fetches:\n"
-        "    fetch(sources)\n"
+        "    fetch(sources, 'train_data')\n"
         "(source,) = resolve(sources, 'train_data')\n"
         "print(source.name, len(list(read_rows([source]))))\n"
     )

@@ -118,7 +118,7 @@ def test_alpaca():
 
 
 def test_prompt_and_completion():
-    found = example({"prompt": "", "completion": " a", "id": 1})
+    found = example({"prompt": "", "completion": " a", "id": 1, "system": "", "tools": None})
     assert found == Completion("", " a")
 
 
@@ -149,6 +149,16 @@ def test_columns_of_other_names():
     assert example(openai_turns, "auto", {"messages": "conversations"}) == Conversation(TURNS)
     with pytest.raises(RowError, match="no column `answer`, named for completion"):
         example({"question": "q"}, "auto", columns)
+
+
+def test_a_source_with_a_format_of_its_own_needs_none_of_the_named_columns():
+    columns = {"prompt": "question", "completion": "answer"}
+    assert example({"messages": [USER, ANSWER]}, "auto", columns) == Conversation(TURNS)
+    assert example({"prompt": "q", "completion": "a"}, "auto", columns) == Completion("q", "a")
+    assert format_of(row_of({"conversations": []}), "auto", columns) == "sharegpt"
+    for row in ({"text": "t"}, {"messages": [USER, ANSWER], "question": "q"}, {"prompt": "q"}):
+        with pytest.raises(RowError, match="no column"):
+            example(row, "auto", columns)
 
 
 def test_columns_are_known_when_the_run_file_is_read():
@@ -241,6 +251,10 @@ def test_the_format_is_found_by_the_columns(row, expected):
         ({"prompt": "q", "completion": None}, ["`completion` is null"]),
         ({"prompt": "q", "completion": "  "}, ["`completion` is empty"]),
         ({"prompt": "q", "completion": "\ud800"}, ["surrogate"]),
+        *(
+            ({"prompt": "q", "completion": "a", column: filled}, [f"`{column}` beside texts"])
+            for column, filled in (("system", "s"), ("tools", [CALL]), ("functions", "[{}]"))
+        ),
         ({"prompt": [USER], "completion": "a"}, ["`prompt` is a list and `completion` text"]),
         ({"prompt": [ANSWER], "completion": [USER]}, ["`completion` has no assistant message"]),
         ({"text": ["t"]}, ["`text` is a list"]),

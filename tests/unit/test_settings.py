@@ -68,6 +68,18 @@ def test_numbers_as_people_write_them(run_file, text, value):
         ("preset: bigg", ["preset", "bigg", "balanced"]),
         ("lora_r: 8\nlora_r: 9", ["RUN.yaml:5", "given twice", "RUN.yaml:4"]),
         ("lora_r: [", ["not valid YAML"]),
+        ("eval_data: {path: x, wieght: 2}", ["RUN.yaml:4: eval_data", "wieght", "'weight'?"]),
+        ("eval_data: [a, {path: x, rows: 2}]", ["rows: unknown", "path, weight, limit"]),
+        ("eval_data: {weight: 2}", ["eval_data: path of a source: Field required"]),
+        ("eval_data: {path: x, weight: 0}", ["weight of a source: must be greater than 0"]),
+        ("eval_data: {path: x, limit: 1.5}", ["limit of a source: must be a valid integer"]),
+        ("eval_data: [7]", ["eval_data: expected a list of names"]),
+        ("eval_data: true", ["eval_data: expected names as in train_data"]),
+        *(
+            (f"eval_data: {value}", ["eval_data: a share is a number above 0 and below 1"])
+            for value in ("1.0", "5%", "0.0", "-0.5", "5 %", ".nan", ".inf")
+        ),
+        ("eval_data: 0", ["eval_data: a number of rows is at least 1"]),
     ],
 )
 def test_wrong_input_says_where_and_what_would_work(run_file, text, parts):
@@ -76,6 +88,18 @@ def test_wrong_input_says_where_and_what_would_work(run_file, text, parts):
     assert error.value.exit_code == 2
     for part in parts:
         assert part in str(error.value)
+
+
+def test_data_that_names_nothing_is_one_clear_sentence(run_file):
+    for override in ("train_data={path: x, wieght: 2}", "eval_data=1.0", "eval_data=5%"):
+        with pytest.raises(UserError) as error:
+            load_settings(run_file(""), [override])
+        assert " or must be" not in str(error.value)
+        assert "valid" not in str(error.value)
+    with pytest.raises(UserError, match="train_data: expected a file, a folder"):
+        load_settings(run_file(""), ["train_data=7"])
+    for good in ("0.05", "20", "x.jsonl", "[x, {path: y, limit: 2}]", "{path: x, weight: 2}"):
+        assert load_settings(run_file(""), [f"eval_data={good}"]).eval_data is not None
 
 
 def test_plain_values_are_those_of_yaml_1_2(run_file):

@@ -27,6 +27,9 @@ COMPRESSED = {
 }
 
 
+MAGIC = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1")
+
+
 def resolved(*paths, key="train_data", **values):
     return resolve([DataSource(path=str(path), **values) for path in paths], key)
 
@@ -89,8 +92,10 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
 
 @given(st.lists(st.one_of(st.binary(max_size=30), st.just(GOOD)), max_size=8))
 def test_any_bytes_give_one_row_or_bad_row_a_line(tmp_path_factory, chunks):
-    content = b"\n".join(chunks) or b"\n"
-    assume(not content.startswith((b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1")))
+    content = b"\n".join(chunks)
+    assume(content.removeprefix(b"\xef\xbb\xbf").strip())
+    assume(not any(line.endswith((b"[", b"[{")) for line in map(bytes.strip, chunks)))
+    assume(not content.startswith(MAGIC))
     lines_there = content.split(b"\n")
     rows = read(tmp_path_factory.mktemp("any"), content)
     expected = [
@@ -186,6 +191,50 @@ def test_a_missing_file_names_the_key_the_path_and_what_is_near(tmp_path):
         resolved(tmp_path / "nowhere" / "x.jsonl", key="eval_data")
 
 
+def test_a_hub_name_without_its_split_says_how_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("org/name", "org/name-1.5", "org/name@v1.0"):
+        with pytest.raises(UserError, match=rf"train_data: .* with its split: {name}:train$"):
+            resolved(name)
+    (tmp_path / "data").mkdir()
+    for name in ("data/train", "dta/train.jsonl"):
+        with pytest.raises(UserError) as raised:
+            resolved(name)
+        assert "hub" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["rows.tsv", "rows.txt", "rows", "rows.tsv.gz"])
+def test_a_name_that_says_nothing_of_what_is_no_json_lists_the_suffixes(tmp_path, name):
+    content = b"prompt\tcompletion\na\tb\n"
+    content = gzip.compress(content) if name.endswith("gz") else content
+    with pytest.raises(UserError, match=r"rows.*: the name does not say .*\.jsonl, .*\.csv"):
+        read(tmp_path, content, name)
+    assert len(read(tmp_path, b"\xef\xbb\xbf\n " + GOOD, name)) == 1
+    assert len(read(tmp_path, content, "rows.json")) > 0  # bad rows, as its name says JSON
+
+
+@pytest.mark.parametrize("indent", [0, 2])
+def test_a_list_over_several_lines_is_no_jsonl(tmp_path, indent):
+    content = json.dumps([json.loads(GOOD)] * 3, indent=indent).encode()
+    with pytest.raises(UserError, match=r"rows\.jsonl: a list over .*; name it \.json"):
+        read(tmp_path, content)
+    assert len(read(tmp_path, content, "rows.json")) == 3
+    bad, good = read(tmp_path, b"[\n" + GOOD)
+    assert isinstance(bad, BadRow)
+    assert isinstance(good, Row)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("e.json", b"[]"), ("e.csv", b"prompt,completion\n"), ("e.jsonl", b"\n \n")],
+)
+def test_a_source_without_a_row_is_named(tmp_path, name, content):
+    with pytest.raises(UserError, match=rf"{name}: no row; only blank lines, an empty list"):
+        read(tmp_path, content, name)
+    (tmp_path / "more.jsonl").write_bytes(GOOD)
+    assert len(list(read_rows(resolved(tmp_path)))) == 1  # one part of many may have none
+
+
 def test_an_empty_file_a_pipe_and_no_file_are_refused(tmp_path):
     (tmp_path / "rows.jsonl").touch()
     with pytest.raises(UserError, match=r"train_data: .*rows\.jsonl is empty"):
@@ -220,17 +269,12 @@ CSV = [
     (b"1,2,3\n", "more fields"),
     (b"1\n", "fewer fields"),
     (b"w,\xff\n", "UTF-8"),
-    (b'"x" y,a\n', "quotes"),
-    (b'"x,a\n', "quotes"),
+    (b"1\r2,a\n", "carriage return"),
 ]
 
 
-@given(st.lists(st.sampled_from(CSV), max_size=8))
+@given(st.lists(st.sampled_from(CSV), min_size=1, max_size=8))
 def test_csv_columns_are_text_and_a_row_that_does_not_fit_is_one_bad_row(tmp_path_factory, rows):
-    while sum(b'"x,' in row for row, _ in rows) > 1:  # two make a quoted text
-        rows.remove(next(row for row in rows if b'"x,' in row[0]))
-    if any(b'"x,' in row for row, _ in rows):
-        rows = [row for row in rows if b'"' not in row[0] or b'"x,' in row[0]]
     content = b"\xef\xbb\xbfprompt,completion\n\n" + b"".join(row for row, _ in rows)
     found = read(tmp_path_factory.mktemp("csv"), content, "rows.csv")
     assert len(found) == len(rows)
@@ -244,6 +288,27 @@ def test_csv_columns_are_text_and_a_row_that_does_not_fit_is_one_bad_row(tmp_pat
         offset, line = offset + len(text), line + text.count(b"\n")
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        b'"x" y,a\n',
+        b'"x,a\n',
+        b'q,"Dear Sir,\nhe said "no", and left\nMilk, 3 eggs\nbye"\n',
+        b'q,"a "b\nMilk, 3 eggs\nc" d"\n',
+        b'q,"he said "no",\nMilk, 3 eggs\nbye"\n',
+        b'1\r2,"x\nMilk, 3 eggs"\n',
+    ],
+)
+@pytest.mark.parametrize("after", [b"", b"c,d\n", b'"c",d\n'])
+def test_what_follows_quotes_that_do_not_match_is_no_row(tmp_path, row, after):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"prompt,completion\na,b\n" + row + after)
+    found: list[Row | BadRow] = []
+    with pytest.raises(UserError, match=r"rows\.csv:3: quotes do not match"):
+        found.extend(row for row in read_rows(resolved(path)))
+    assert [row.value for row in found] == [{"prompt": "a", "completion": "b"}]
+
+
 def test_a_csv_header_must_name_columns_once(tmp_path):
     with pytest.raises(UserError, match=r"rows\.csv:1: the header names a twice"):
         read(tmp_path, b"a,b,a\n1,2,3\n", "rows.csv")
@@ -253,10 +318,15 @@ def test_a_csv_header_must_name_columns_once(tmp_path):
 
 def test_a_long_row_of_csv_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "MAX_ROW_BYTES", 64)
-    content = b"prompt,completion\na,b\na," + b"x" * 200 + b'\nc,"d\n' + b"e,f\n" * 40
-    found = read(tmp_path, content, "rows.csv")
-    assert [row.line for row in found] == list(range(2, 45))
-    assert [isinstance(row, Row) for row in found] == [True, False, False, *[True] * 40]
+    quoted = b'c,"' + b'd ""d"", \n' * 100 + b'"\n'
+    for long in (b"a," + b"x" * 200 + b"\n", b'a,"' + b'xxx""' * 50 + b'"\n', quoted):
+        found = read(tmp_path, b"prompt,completion\na,b\n" + long + b"e,f\n" * 40, "rows.csv")
+        assert [isinstance(row, Row) for row in found] == [True, False, *[True] * 40]
+        assert "longer than" in found[1].reason
+        assert found[2].line == 3 + long.count(b"\n")
+        assert found[2].offset == 22 + len(long)
+    with pytest.raises(UserError, match=r"rows\.csv:3: quotes do not match"):
+        read(tmp_path, b'prompt,completion\na,b\nc,"d\n' + b"e,f\n" * 400, "rows.csv")
 
 
 def test_lines_are_sent_on_and_parsed_elsewhere(tmp_path):

@@ -12,9 +12,10 @@ import pyarrow.parquet
 import pytest
 
 from pipeline.config.settings import DataSource
-from pipeline.data import tables
+from pipeline.data import rows as limits
+from pipeline.data import splits, tables
 from pipeline.data.formats import to_example
-from pipeline.data.sources import lines, read_rows, resolve
+from pipeline.data.sources import BadRow, lines, read_rows, resolve
 from pipeline.errors import UserError
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -78,6 +79,40 @@ def test_a_damaged_table_ends_the_run_and_names_the_file(tmp_path):
             read(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["t.parquet", "stream.arrow"])
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_long_row_and_one_bad_byte_are_bad_rows(tmp_path, name, is_shared, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(tables, "_BYTES_AT_ONCE", 500)
+    texts = [b"a", b"x" * 2000, "ä".encode() * 400, "ä".encode() * 600, b"\xff", b"b", b"x" * 700]
+    column = pyarrow.array(texts).view(pyarrow.string())
+    column = column.dictionary_encode() if is_shared else column
+    table = pyarrow.table({"text": column, "n": range(7)})
+    if name == "t.parquet":
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_stream(tmp_path / name, table.schema) as into:
+            into.write_table(table)
+    found = read(tmp_path / name)
+    assert [row.line for row in found] == [*range(1, 8)]
+    reasons = [row.reason if isinstance(row, BadRow) else "" for row in found]
+    assert [reason[:7] for reason in reasons] == ["", "the row", "", "the row", "not val", "", ""]
+    assert found[6].value == {"text": "x" * 700, "n": 6}
+
+
+def test_long_rows_go_to_processes_in_small_pieces(tmp_path):
+    texts = [f"{i:09}" * 10_000 for i in range(40)]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"m": [[{"content": text}] for text in texts]}), tmp_path / "t.parquet"
+    )
+    (tmp_path / "t.csv").write_text("m\n" + "\n".join(texts))
+    for name in ("t.parquet", "t.csv"):
+        sources = resolve([DataSource(path=str(tmp_path / name))], "train_data")
+        pieces = [len(piece.lines) for piece in splits._pieces(sources, 1000)]
+        assert sum(pieces) == 40
+        assert max(pieces) == 3  # of 90 kB each: the first that goes over 256 KiB is the last
+
+
 def test_a_row_group_is_not_in_memory_as_a_whole(tmp_path):
     texts = [os.urandom(400).hex() for _ in range(30_000)]
     table = pyarrow.table({"prompt": texts, "completion": texts})
@@ -99,7 +134,7 @@ def test_nothing_is_left_behind(tmp_path):
     (tmp_path / "temporary").mkdir()
     code = (
         "from pipeline.config.settings import DataSource\n"
-        "from pipeline.data.sources import lines, read_rows, resolve\n"
+        "from pipeline.data.sources import BadRow, lines, read_rows, resolve\n"
         f"sources = resolve([DataSource(path={str(tmp_path / 't.parquet')!r})], 'train_data')\n"
         "assert len(list(read_rows(sources))) == 5\n"
     )
