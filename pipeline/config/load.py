@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pipeline.config.data_names import DataNames, DataSource
 from pipeline.config.hub import HubSplit, snapshot_folder
 from pipeline.config.presets import PRESETS
-from pipeline.config.settings import DataNames, DataSource, RunSettings
+from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 
 

@@ -4,43 +4,32 @@ docs/configuration.md is generated from the descriptions here. No torch, no othe
 project: what a key means for a model or a machine is the plan's business.
 """
 
-import difflib
-import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
+from pipeline.config.data_names import (
+    DataFormat,
+    DataNames,
+    DataSource,
+    Positive,
+    columns_of_a_format,
+    names_of_data,
+    names_or_how_much,
+    sources,
+)
+
 Auto = Literal["auto"]
-Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Strategy = Literal["steps", "epoch", "no"]
-DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "pre-tokenised"]
-
-# Columns that a format reads: what `columns` may give another name.
-COLUMNS = (
-    "messages",
-    "conversations",
-    "tools",
-    "functions",
-    "system",
-    "instruction",
-    "input",
-    "output",
-    "prompt",
-    "completion",
-    "text",
-    "input_ids",
-    "labels",
-    "attention_mask",
-    "position_ids",
-)
 
 SEVEN_PROJECTIONS = (
     "q_proj",
@@ -53,19 +42,6 @@ SEVEN_PROJECTIONS = (
 )
 
 
-class DataSource(BaseModel):
-    """One source of rows, where its weight or its number of rows is given."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    path: str
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    limit: Positive | None = None
-
-
-DataNames = str | DataSource | list[str | DataSource]
-
-
 class RunSettings(BaseModel):
     """What the user asked for, validated; keys left out have the defaults below."""
 
@@ -76,12 +52,15 @@ class RunSettings(BaseModel):
         description="Folder of the base model (config.json, safetensors, tokenizer), or the name "
         "of a hub model that lies in the local cache."
     )
-    train_data: DataNames = Field(
+    train_data: Annotated[DataNames, BeforeValidator(names_of_data)] = Field(
         description="What to train on: a file, a folder, a glob or a hub name "
         "(`org/name:split`), or a list of them, each a name or `{path, weight, limit}`: "
         "`weight` is how often an epoch its rows are seen (1), `limit` takes its first rows."
     )
-    eval_data: DataNames | Annotated[float, Field(gt=0, lt=1)] | Positive | None = Field(
+    eval_data: Annotated[
+        DataNames | Annotated[float, Field(gt=0, lt=1)] | Positive | None,
+        BeforeValidator(names_or_how_much),
+    ] = Field(
         default=None,
         description="Held-out data, named as in `train_data`; or how much of the training data to "
         "hold out, by content: a share (`0.05`) or a number of rows.",
@@ -89,7 +68,7 @@ class RunSettings(BaseModel):
     data_format: DataFormat | Auto = Field(
         default="auto", description="Format of the rows; `auto` goes by the columns of each row."
     )
-    columns: dict[str, str] = Field(
+    columns: Annotated[dict[str, str], AfterValidator(columns_of_a_format)] = Field(
         default_factory=dict,
         description="Names that the data has for the columns of its format, for example "
         "`{prompt: question, completion: answer}`.",
@@ -285,34 +264,6 @@ class RunSettings(BaseModel):
         "ended, naming the rank that hangs.",
     )
 
-    @field_validator("train_data", mode="before")
-    @classmethod
-    def _names_of_data(cls, value: Any) -> Any:
-        return _as_names(value, "expected a file, a folder, a glob, org/name:split, or a list")
-
-    @field_validator("eval_data", mode="before")
-    @classmethod
-    def _names_of_data_or_how_much(cls, value: Any) -> Any:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        is_share = isinstance(value, float) and 0 < value < 1
-        is_percentage = isinstance(value, str) and re.fullmatch(r"[\d.]+ *%", value)
-        if is_percentage or (is_number and not is_share and type(value) is not int):
-            raise ValueError("a share is a number above 0 and below 1, such as 0.05")
-        if is_number and not is_share and value < 1:
-            raise ValueError("a number of rows is at least 1; a share is written as 0.05")
-        if value is None or is_number:
-            return value
-        return _as_names(value, "expected names as in train_data, a share (0.05) or rows (200)")
-
-    @field_validator("columns")
-    @classmethod
-    def _columns_of_a_format(cls, value: dict[str, str]) -> dict[str, str]:
-        if unknown := [name for name in value if name not in COLUMNS]:
-            raise ValueError(f"{unknown[0]} is no format's column; known: {', '.join(COLUMNS)}")
-        if twice := [name for name in value.values() if [*value.values()].count(name) > 1]:
-            raise ValueError(f"{twice[0]} is named for two columns")
-        return value
-
     @field_validator("time_limit")
     @classmethod
     def _hours_minutes_seconds(cls, value: str | None) -> str | None:
@@ -342,12 +293,12 @@ class RunSettings(BaseModel):
     @property
     def train_sources(self) -> list[DataSource]:
         """`train_data` as a list of sources."""
-        return _sources(self.train_data)
+        return sources(self.train_data)
 
     @property
     def eval_sources(self) -> list[DataSource]:
         """`eval_data` as a list of sources; none where it is held out of the training data."""
-        return [] if isinstance(self.eval_data, int | float) else _sources(self.eval_data)
+        return [] if isinstance(self.eval_data, int | float) else sources(self.eval_data)
 
     @property
     def held_out(self) -> float | int | None:
@@ -371,35 +322,3 @@ class RunSettings(BaseModel):
             return None
         hours, minutes, seconds = (int(part) for part in self.time_limit.split(":"))
         return 3600.0 * hours + 60 * minutes + seconds
-
-
-def _as_names(value: Any, expected: str) -> Any:
-    """The value with its objects as sources; ValueError, one sentence, for what is no name."""
-    if isinstance(value, list):
-        return [
-            _as_name(name, "expected a list of names or {path, weight, limit}") for name in value
-        ]
-    return _as_name(value, expected)
-
-
-def _as_name(value: Any, expected: str) -> str | DataSource:
-    if isinstance(value, str | DataSource):
-        return value
-    if not isinstance(value, dict):
-        raise ValueError(expected)
-    known = list(DataSource.model_fields)
-    if unknown := [str(key) for key in value if key not in known]:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"a source has {', '.join(known)}"
-        raise ValueError(f"{unknown[0]}: unknown key of a source; {hint}")
-    try:
-        return DataSource.model_validate(value)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        said = problem["msg"].replace("Input should be", "must be")
-        raise ValueError(f"{problem['loc'][0]} of a source: {said}") from None
-
-
-def _sources(names: DataNames | None) -> list[DataSource]:
-    listed = names if isinstance(names, list) else [] if names is None else [names]
-    return [DataSource(path=name) if isinstance(name, str) else name for name in listed]

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from itertools import compress
 from typing import Any, get_args
 
-from pipeline.config.settings import Auto, DataFormat
+from pipeline.config.data_names import DataFormat
+from pipeline.config.settings import Auto
 from pipeline.data.conversations import alpaca, messages, prompt_and_completion, sharegpt, text_of
 from pipeline.data.examples import (
     ROLES,

@@ -6,8 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipeline.config.data_files import SUFFIXES, has_known_suffix
+from pipeline.config.data_names import DataSource
 from pipeline.config.hub import HubSplit
-from pipeline.config.settings import DataSource
 from pipeline.errors import UserError
 
 

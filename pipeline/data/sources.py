@@ -18,8 +18,8 @@ from pipeline.config.data_files import (
     kind_of,
     open_data,
 )
+from pipeline.config.data_names import DataSource
 from pipeline.config.hub import HubSplit
-from pipeline.config.settings import DataSource
 from pipeline.data.csv_rows import csv_rows
 from pipeline.data.json_rows import is_line_by_line, line_rows, value_rows
 from pipeline.data.rows import BadRow, Line, Row, json_name

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.data_files import find_files
-from pipeline.config.settings import DataSource, RunSettings
+from pipeline.config.data_names import DataSource
+from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.plan.data_sample import Sample, read_sample
 

@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from pipeline.config.data_names import DataSource
 from pipeline.config.load import load_settings
-from pipeline.config.settings import DataSource
 from pipeline.data.hub import fetch
 from pipeline.data.sources import read_rows, resolve
 from pipeline.errors import UserError
@@ -133,7 +133,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 def test_what_is_fetched_is_found_and_nothing_else_asks(tmp_path):
     code = (
-        "from pipeline.config.settings import DataSource\n"
+        "from pipeline.config.data_names import DataSource\n"
         "from pipeline.data.hub import fetch\n"
         "from pipeline.data.sources import read_rows, resolve\n"
         "sources = [DataSource(path='org/other:train')]\n"

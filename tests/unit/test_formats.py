@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.config.settings import COLUMNS, RunSettings
+from pipeline.config.data_names import COLUMNS
+from pipeline.config.settings import RunSettings
 from pipeline.data import formats
 from pipeline.data.formats import (
     FORMATS,

@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pipeline.config.settings import DataSource
+from pipeline.config.data_names import DataSource
 from pipeline.data import rows as limits
 from pipeline.data.sources import BadRow, Row, lines, parse, read_rows, require_apart, resolve
 from pipeline.errors import UserError

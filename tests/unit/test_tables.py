@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pipeline.config.settings import DataSource
+from pipeline.config.data_names import DataSource
 from pipeline.data import rows as limits
 from pipeline.data import splits, tables
 from pipeline.data.formats import to_example
@@ -133,7 +133,7 @@ def test_nothing_is_left_behind(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "temporary").mkdir()
     code = (
-        "from pipeline.config.settings import DataSource\n"
+        "from pipeline.config.data_names import DataSource\n"
         "from pipeline.data.sources import BadRow, lines, read_rows, resolve\n"
         f"sources = resolve([DataSource(path={str(tmp_path / 't.parquet')!r})], 'train_data')\n"
         "assert len(list(read_rows(sources))) == 5\n"

@@ -1,0 +1,103 @@
+"""What `train_data`, `eval_data` and `columns` may hold: names of data, sources, columns."""
+
+import difflib
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Positive = Annotated[int, Field(ge=1)]
+DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "pre-tokenised"]
+
+# Columns that a format reads: what `columns` may give another name.
+COLUMNS = (
+    "messages",
+    "conversations",
+    "tools",
+    "functions",
+    "system",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "text",
+    "input_ids",
+    "labels",
+    "attention_mask",
+    "position_ids",
+)
+
+
+class DataSource(BaseModel):
+    """One source of rows, where its weight or its number of rows is given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    path: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    limit: Positive | None = None
+
+
+DataNames = str | DataSource | list[str | DataSource]
+
+
+def names_of_data(value: Any) -> Any:
+    """The value of `train_data` with its objects as sources; ValueError for what is no name."""
+    return _as_names(value, "expected a file, a folder, a glob, org/name:split, or a list")
+
+
+def names_or_how_much(value: Any) -> Any:
+    """The value of `eval_data`: names, or a share or number of rows; ValueError for others."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_share = isinstance(value, float) and 0 < value < 1
+    is_percentage = isinstance(value, str) and re.fullmatch(r"[\d.]+ *%", value)
+    if is_percentage or (is_number and not is_share and type(value) is not int):
+        raise ValueError("a share is a number above 0 and below 1, such as 0.05")
+    if is_number and not is_share and value < 1:
+        raise ValueError("a number of rows is at least 1; a share is written as 0.05")
+    if value is None or is_number:
+        return value
+    return _as_names(value, "expected names as in train_data, a share (0.05) or rows (200)")
+
+
+def columns_of_a_format(value: dict[str, str]) -> dict[str, str]:
+    """The value of `columns`; ValueError where it names what no format has, or one twice."""
+    if unknown := [name for name in value if name not in COLUMNS]:
+        raise ValueError(f"{unknown[0]} is no format's column; known: {', '.join(COLUMNS)}")
+    if twice := [name for name in value.values() if [*value.values()].count(name) > 1]:
+        raise ValueError(f"{twice[0]} is named for two columns")
+    return value
+
+
+def sources(names: DataNames | None) -> list[DataSource]:
+    """Names as a list of sources."""
+    listed = names if isinstance(names, list) else [] if names is None else [names]
+    return [DataSource(path=name) if isinstance(name, str) else name for name in listed]
+
+
+def _as_names(value: Any, expected: str) -> Any:
+    """The value with its objects as sources; ValueError, one sentence, for what is no name."""
+    if isinstance(value, list):
+        return [
+            _as_name(name, "expected a list of names or {path, weight, limit}") for name in value
+        ]
+    return _as_name(value, expected)
+
+
+def _as_name(value: Any, expected: str) -> str | DataSource:
+    if isinstance(value, str | DataSource):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(expected)
+    known = list(DataSource.model_fields)
+    if unknown := [str(key) for key in value if key not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"a source has {', '.join(known)}"
+        raise ValueError(f"{unknown[0]}: unknown key of a source; {hint}")
+    try:
+        return DataSource.model_validate(value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        said = problem["msg"].replace("Input should be", "must be")
+        raise ValueError(f"{problem['loc'][0]} of a source: {said}") from None
