@@ -51,7 +51,7 @@ def test_one_task_a_gpu_is_started_from_any_folder(job):
     ]  # fmt: skip
     for option in (
         "--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=8",
-        "--distribution=block:block", "--kill-on-bad-exit=1", "--export=ALL",
+        "--distribution=block:block", "--kill-on-bad-exit=1", "--export=ALL", "--immediate=60",
         "--output=run/logs/7/start-0/rank-%t.log",
     ):  # fmt: skip
         assert option in srun, option
@@ -75,6 +75,39 @@ def test_without_gpus_a_rank_a_task_and_the_cpus_that_were_asked_for(job):
     assert job.train(ranks(said("done")), **asked)[0] == 0
     assert {"--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=3"} <= set(job.calls("srun")[-1])
     assert job.seen("OMP_NUM_THREADS") == "1"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "options"),
+    [
+        ("2", {"SLURM_GPUS": "4"}, {"--ntasks=4", "--cpus-per-task=32"}),
+        ("2", {"SLURM_GPUS": "h100:2,a100:2"}, {"--ntasks=4"}),
+        ("3", {"SLURM_GPUS": "4"}, "say --gpus-per-node instead"),
+        # The node with the fewest CPUs counts, and never more than there are.
+        ("8", {"SLURM_JOB_CPUS_PER_NODE": "64,16(x2)"}, {"--ntasks=16", "--cpus-per-task=2"}),
+        ("8", {"SLURM_CPUS_PER_TASK": "32"}, {"--ntasks=16", "--cpus-per-task=8"}),
+        ("8", {"SLURM_CPUS_PER_TASK": "3"}, {"--ntasks=16", "--cpus-per-task=3"}),
+        ("8", {"SLURM_JOB_CPUS_PER_NODE": "1(x2)"}, "1 CPUs for 8 ranks: say --cpus-per-gpu=4"),
+        ("", {"SLURM_NTASKS": "4"}, {"--ntasks=4", "--ntasks-per-node=2"}),
+        ("", {"SLURM_NTASKS": "3"}, "say --ntasks-per-node instead"),
+        ("", {}, {"--ntasks=2", "--ntasks-per-node=1"}),
+    ],
+)
+def test_ranks_and_cpus_that_every_node_has(job, gpus, given, options):
+    code, output = job.train(ranks(said("done")), **given, SLURM_GPUS_ON_NODE=gpus)
+    if isinstance(options, str):
+        assert (code, options in output) == (2, True), output
+        assert len(job.calls("srun")) == 1  # the nodes' folders
+    else:
+        assert code == 0, output
+        assert options <= set(job.calls("srun")[-1])
+
+
+def test_a_step_that_cannot_start_ends_with_slurms_word(job):
+    """srun --immediate gives up."""
+    refusal = "srun: error: Unable to create step for job 7: Requested nodes are busy"
+    code, output = job.train(ranks("", 1, f"echo '{refusal}' >&2"))
+    assert (code, refusal in output, job.requeued()) == (1, True, []), output
 
 
 def test_what_the_ranks_find_in_their_environment(job):
