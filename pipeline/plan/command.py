@@ -28,5 +28,7 @@ def start_commands(plan: Plan, run_file: Path, overrides: Sequence[str]) -> list
     if nodes == ranks == 1:
         here = f"python launch/train.py {words}"
     memory = math.ceil(plan.memory.host_peak_bytes * _SPARE_MEMORY / _GIB)
-    asked = f"--nodes={nodes} --gpus-per-node={ranks} --cpus-per-gpu={_CPUS_PER_GPU} --mem={memory}G"
+    asked = (
+        f"--nodes={nodes} --gpus-per-node={ranks} --cpus-per-gpu={_CPUS_PER_GPU} --mem={memory}G"
+    )
     return [f"start      {here}", f"sbatch     sbatch {asked} slurm/train.sbatch {words}"]

@@ -291,10 +291,19 @@ def test_a_line_may_name_its_folder_and_nothing_in_it_is_run(job):
         (["my run.yaml", "@s.txt"], None, "belong together"),
         (["my run.yaml"], "1", "belong together"),
         (["my run.yaml", "@s.txt"], "3", "s.txt has no line 3"),
+        (["my run.yaml", "@s.txt"], "0", "--array=1-N"),
+        (["my run.yaml", "@nowhere.txt"], "1", "cannot read nowhere.txt"),
+        (["my run.yaml", "@s.txt", "@t.txt"], "1", "two files of settings, @s.txt and @t.txt"),
+        (
+            ["my run.yaml", "@broken.txt"],
+            "2",
+            "broken.txt:4: lr=2 name='x y: unmatched single quote",
+        ),
     ],
 )
 def test_wrong_input_is_exit_2_before_a_rank_is_started(job, words, task, part):
     (job.submit / "s.txt").write_text(SWEEP)
+    (job.submit / "broken.txt").write_text("# rates\nlr=1\n\nlr=2 name='x y\n")
     array = {} if task is None else {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": task}
     code, output = job.run("train.sbatch", *words, **array)
     assert (code, part in output) == (2, True), output
