@@ -197,6 +197,25 @@ def test_where_slurm_refuses_the_checkpoint_is_kept_and_that_is_said(job):
     assert (code, "sbatch it again to go on" in output) == (75, True), output
 
 
+@pytest.mark.parametrize("asked", ["show", "requeue"])
+def test_a_moment_without_slurmctld_is_waited_out(job, asked):
+    (job.folder / f"fake/away-{asked}").write_text("2")
+    code, output = job.train(ranks(said("stopped"), 75))
+    assert (code, job.requeued()[-1:]) == (75, ["7"]), output
+    assert "not requeued" not in output
+
+
+def test_without_slurmctld_the_job_ends_and_says_so(job):
+    (job.folder / "fake/away-show").write_text("99")
+    code, output = job.train(ranks(said("stopped"), 75))
+    assert (code, "slurmctld does not answer" in output) == (75, True), output
+    (job.folder / "fake/away-show").write_text("0")
+    lose = 'echo 99 >"$FAKE/away-show"'
+    code, output = job.train(ranks(said("stopped"), 75, lose))
+    assert (code, job.requeued()) == (75, []), output
+    assert "stopped at step 4; slurmctld does not answer" in output
+
+
 def test_requeues_without_progress_come_to_an_end(job):
     stands = [job.train(ranks(said("stopped", started=n), 75))[1] for n in range(2, 6)]
     assert len(job.requeued()) == 3
