@@ -224,6 +224,14 @@ def test_requeues_without_progress_come_to_an_end(job):
     assert len(job.requeued()) == 4
 
 
+def test_a_stop_while_loading_is_no_new_beginning(job):
+    """Which says step 0, after a start that came as far as step 4 and before another."""
+    for n, step in enumerate([4, 0, 4, 0]):
+        _, output = job.train(ranks(said("stopped", started=n + 2.5, step=step), 75))
+    assert len(job.requeued()) == 3
+    assert "no step since 3 requeues" in output
+
+
 WORK = "touch there; for i in {1..300}; do /bin/sleep 0.1; done"
 
 
