@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.train.stop import StopRequests
 from tests.unit.fake_slurm import ROOT, Job, make_job, ranks, said
 
 BIN = Path(sys.executable).parent
@@ -189,6 +190,18 @@ def test_what_slurm_or_a_person_ends_is_not_requeued_from_here(job, state, again
     (job.folder / "fake/job_state").write_text(state)
     code, output = job.train(ranks(said("stopped"), 75))
     assert (code, job.requeued()) == (75, again), output
+
+
+def test_who_touches_stop_wants_it_stopped(job):
+    """The reason is worded by the run itself."""
+    folder = job.submit / "run"
+    folder.mkdir()
+    (folder / "stop").touch()
+    asked = StopRequests(folder, None, is_first=True).reason()
+    reason = f"stopped at step 4 of 9 ({asked}); start again to go on"
+    code, output = job.train(ranks(said("stopped", reason=reason), 75))
+    assert (code, job.requeued()) == (75, []), output
+    assert "as run/stop asked, so it is not requeued" in output
 
 
 def test_where_slurm_refuses_the_checkpoint_is_kept_and_that_is_said(job):
