@@ -42,8 +42,11 @@ case "$*" in *"import pipeline.errors") exit 0 ;; esac
 exec "{python}" "$@"
 """
 
-# Long enough for tail to have looked.
-SLEEP = '[[ $1 == 1.5 ]] && exec /bin/sleep 0.2; echo "sleeps $1"'
+# Long enough for tail to have looked, and for srun to be there.
+SLEEP = """\
+case $1 in 1) exec /bin/sleep 0.1 ;; 1.5) exec /bin/sleep 0.2 ;; esac
+echo "sleeps $1"
+"""
 
 
 def said(state: str, **fields) -> str:

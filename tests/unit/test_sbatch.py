@@ -178,6 +178,14 @@ def test_a_rank_that_failed_is_shown_and_the_reason_is_last(job):
     assert output.splitlines()[-1].endswith("failed at step 4: rank 3: it broke")
 
 
+def test_without_a_new_status_the_last_line_is_rank_zeros(job):
+    say = 'echo "srun: it broke" >&2; echo "rank 3 fell" >"$LOGS/rank-3.log"\n'
+    say += 'echo "cannot write" >>"$LOGS/rank-0.log"'
+    _, output = job.train(ranks("", 1, say))
+    assert output.index("srun: it broke") < output.index("rank 3 fell")
+    assert output.splitlines()[-1].endswith("nothing new; rank 0's last line: cannot write")
+
+
 @pytest.mark.parametrize(
     ("state", "again"),
     [
@@ -278,6 +286,17 @@ def test_a_warning_reaches_the_ranks_and_what_they_leave_is_waited_for(job, numb
     assert (process.returncode, job.requeued()) == (75, ["7"]), output
 
 
+def test_a_warning_just_as_the_ranks_are_started_reaches_them(job):
+    """Between the question whether to start them and their being there."""
+    script = job.folder / "my checkout/slurm/train.sbatch"
+    question = "if [[ ! $asked ]]; then\n"
+    text = script.read_text()
+    assert text.count(question) == 1
+    script.write_text(text.replace(question, f"{question}kill -s USR1 $$\n"))
+    code, output = job.train(f"for i in {{1..50}}; do /bin/sleep 0.1; done; {ranks(said('done'))}")
+    assert (code, job.requeued()) == (75, ["7"]), output
+
+
 def test_a_warning_before_the_ranks_listen_comes_back_too(job):
     """The ranks just die of it, and have said nothing."""
     process = job.start("train.sbatch", "my run.yaml", do=WORK)
@@ -368,8 +387,17 @@ def test_preflight_only_checks(job):
     code, output = job.run("train.sbatch", "--preflight", "my run.yaml", do=ranks("", 0, say))
     assert (code, "all well" in output) == (0, True), output
     assert job.calls("srun")[-1][-2].endswith("launch/preflight.py")
+    code, output = job.run("train.sbatch", "--preflight", "my run.yaml", "--json", "lr=1e-4")
+    assert code == 0, output
+    assert job.calls("srun")[-1][-3:] == ["my run.yaml", "lr=1e-4", "--json"]
     code, _ = job.run("train.sbatch", "--preflight", "my run.yaml", do=ranks("", 1))
     assert (code, job.requeued()) == (1, [])
+
+
+def test_a_copy_elsewhere_says_where_it_must_lie(job):
+    (job.folder / "my checkout/slurm/env.sh").rename(job.folder / "env.sh")
+    code, output = job.train(ranks(said("done")))
+    assert (code, "give sbatch the project's own slurm/train.sbatch" in output) == (2, True), output
 
 
 def test_debug_is_one_process(job):
