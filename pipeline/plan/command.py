@@ -10,6 +10,7 @@ from pipeline.plan.plan import Plan
 _GIB = 2**30
 # What a node needs beside the prediction: Python and CUDA of the first seconds, files on their way.
 _SPARE_MEMORY = 1.25
+_CPUS_PER_GPU = 4  # one trains, others read and prepare its input
 
 
 def start_commands(plan: Plan, run_file: Path, overrides: Sequence[str]) -> list[str]:
@@ -27,5 +28,7 @@ def start_commands(plan: Plan, run_file: Path, overrides: Sequence[str]) -> list
     if nodes == ranks == 1:
         here = f"python launch/train.py {words}"
     memory = math.ceil(plan.memory.host_peak_bytes * _SPARE_MEMORY / _GIB)
-    asked = f"--nodes={nodes} --gpus-per-node={ranks} --mem={memory}G"
+    asked = (
+        f"--nodes={nodes} --gpus-per-node={ranks} --cpus-per-gpu={_CPUS_PER_GPU} --mem={memory}G"
+    )
     return [f"start      {here}", f"sbatch     sbatch {asked} slurm/train.sbatch {words}"]

@@ -19,7 +19,8 @@ SETTINGS = {
     "fp16": False,
 }  # fmt: skip
 
-TWO_BY_TWO = ("--nodes=2", "--gpus-per-node=2")
+CPUS = "--cpus-per-gpu=4"
+TWO_BY_TWO = ("--nodes=2", "--gpus-per-node=2", CPUS)
 # As seen from the folder in which jobs are submitted.
 TRAIN, DEBUG = "../my checkout/slurm/train.sbatch", "../my checkout/slurm/debug.sbatch"
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.slurm.cluster import Job, status, wait_until
-from tests.slurm.conftest import DEBUG, TRAIN, TWO_BY_TWO
+from tests.slurm.conftest import CPUS, DEBUG, TRAIN, TWO_BY_TWO
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -55,7 +55,7 @@ def test_requeued_and_warned_from_outside(cluster, train, straight):
 
 
 def test_a_person_who_cancels_is_obeyed(cluster, train):
-    job, run = train("cancelled", "--nodes=1", "--gpus-per-node=2")
+    job, run = train("cancelled", "--nodes=1", "--gpus-per-node=2", CPUS)
     held = job.hold(run, rank=1, step=2)
     cluster.run("scancel", job.number)
     held.send_signal(signal.SIGCONT)
@@ -77,7 +77,7 @@ def test_a_killed_rank_ends_the_job_with_its_name_last(train):
 @pytest.fixture(scope="module")
 def beside(lost):
     """What runs on the node that is left."""
-    return ("--nodelist=node1", "--nodes=1", "--gpus-per-node=1")
+    return ("--nodelist=node1", "--nodes=1", CPUS, "--gpus-per-node=1")
 
 
 @pytest.mark.parametrize(

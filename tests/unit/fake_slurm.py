@@ -13,6 +13,13 @@ ROOT = Path(__file__).parents[2]
 # Each notes how it was called, a line a call with its words apart by tabs.
 SCONTROL = """\
 printf '%s\\t' scontrol "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
+# So many times slurmctld is away, then it is back.
+away=$(cat "$FAKE/away-$1" 2>/dev/null || echo 0)
+if [[ $away -gt 0 ]]; then
+    echo $((away - 1)) >"$FAKE/away-$1"
+    echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2
+    exit 1
+fi
 case $1 in
     show) printf 'JobId=7 JobName=x\\n   JobState=%s D=(null)\\n' "$(cat "$FAKE/job_state")"
           printf '   Command=%s\\n   WorkDir=/\\n' "$(cat "$FAKE/command")" ;;
@@ -35,8 +42,11 @@ case "$*" in *"import pipeline.errors") exit 0 ;; esac
 exec "{python}" "$@"
 """
 
-# Long enough for tail to have looked.
-SLEEP = '[[ $1 == 1.5 ]] && exec /bin/sleep 0.2; echo "sleeps $1"'
+# Long enough for tail to have looked, and for srun to be there.
+SLEEP = """\
+case $1 in 1) exec /bin/sleep 0.1 ;; 1.5) exec /bin/sleep 0.2 ;; esac
+echo "sleeps $1"
+"""
 
 
 def said(state: str, **fields) -> str:

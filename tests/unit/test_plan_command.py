@@ -97,7 +97,7 @@ def test_the_text_says_what_runs_why_and_how_to_start_it(call):
         "ZeRO-2", "global batch 64", "about 79 (79 an epoch)", "estimated from a sample",
         "zero_stage", "activations", "while loading", "host memory of a node", "disk: checkpoints",
         "s a step", "tokens/s", "[bucket-sizes]", "start      deepspeed launch/train.py",
-        "sbatch --nodes=1 --gpus-per-node=8 --mem=", "slurm/train.sbatch",
+        "sbatch --nodes=1 --gpus-per-node=8 --cpus-per-gpu=4 --mem=", "slurm/train.sbatch",
         "global_batch_size=64", "stage  micro",
     ):  # fmt: skip
         assert part in out, part
@@ -144,7 +144,7 @@ def test_several_nodes_and_a_gpu_by_its_numbers(call):
     )
     assert code == 0
     assert "16 nodes of 8 x" in out
-    assert "sbatch --nodes=16 --gpus-per-node=8 --mem=" in out
+    assert "sbatch --nodes=16 --gpus-per-node=8 --cpus-per-gpu=4 --mem=" in out
 
 
 @pytest.mark.parametrize(

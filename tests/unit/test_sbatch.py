@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.train.stop import StopRequests
 from tests.unit.fake_slurm import ROOT, Job, make_job, ranks, said
 
 BIN = Path(sys.executable).parent
@@ -51,7 +52,7 @@ def test_one_task_a_gpu_is_started_from_any_folder(job):
     ]  # fmt: skip
     for option in (
         "--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=8",
-        "--distribution=block:block", "--kill-on-bad-exit=1", "--export=ALL",
+        "--distribution=block:block", "--kill-on-bad-exit=1", "--export=ALL", "--immediate=60",
         "--output=run/logs/7/start-0/rank-%t.log",
     ):  # fmt: skip
         assert option in srun, option
@@ -75,6 +76,39 @@ def test_without_gpus_a_rank_a_task_and_the_cpus_that_were_asked_for(job):
     assert job.train(ranks(said("done")), **asked)[0] == 0
     assert {"--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=3"} <= set(job.calls("srun")[-1])
     assert job.seen("OMP_NUM_THREADS") == "1"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "options"),
+    [
+        ("2", {"SLURM_GPUS": "4"}, {"--ntasks=4", "--cpus-per-task=32"}),
+        ("2", {"SLURM_GPUS": "h100:2,a100:2"}, {"--ntasks=4"}),
+        ("3", {"SLURM_GPUS": "4"}, "say --gpus-per-node instead"),
+        # The node with the fewest CPUs counts, and never more than there are.
+        ("8", {"SLURM_JOB_CPUS_PER_NODE": "64,16(x2)"}, {"--ntasks=16", "--cpus-per-task=2"}),
+        ("8", {"SLURM_CPUS_PER_TASK": "32"}, {"--ntasks=16", "--cpus-per-task=8"}),
+        ("8", {"SLURM_CPUS_PER_TASK": "3"}, {"--ntasks=16", "--cpus-per-task=3"}),
+        ("8", {"SLURM_JOB_CPUS_PER_NODE": "1(x2)"}, "1 CPUs for 8 ranks: say --cpus-per-gpu=4"),
+        ("", {"SLURM_NTASKS": "4"}, {"--ntasks=4", "--ntasks-per-node=2"}),
+        ("", {"SLURM_NTASKS": "3"}, "say --ntasks-per-node instead"),
+        ("", {}, {"--ntasks=2", "--ntasks-per-node=1"}),
+    ],
+)
+def test_ranks_and_cpus_that_every_node_has(job, gpus, given, options):
+    code, output = job.train(ranks(said("done")), **given, SLURM_GPUS_ON_NODE=gpus)
+    if isinstance(options, str):
+        assert (code, options in output) == (2, True), output
+        assert len(job.calls("srun")) == 1  # the nodes' folders
+    else:
+        assert code == 0, output
+        assert options <= set(job.calls("srun")[-1])
+
+
+def test_a_step_that_cannot_start_ends_with_slurms_word(job):
+    """srun --immediate gives up."""
+    refusal = "srun: error: Unable to create step for job 7: Requested nodes are busy"
+    code, output = job.train(ranks("", 1, f"echo '{refusal}' >&2"))
+    assert (code, refusal in output, job.requeued()) == (1, True, []), output
 
 
 def test_what_the_ranks_find_in_their_environment(job):
@@ -144,6 +178,14 @@ def test_a_rank_that_failed_is_shown_and_the_reason_is_last(job):
     assert output.splitlines()[-1].endswith("failed at step 4: rank 3: it broke")
 
 
+def test_without_a_new_status_the_last_line_is_rank_zeros(job):
+    say = 'echo "srun: it broke" >&2; echo "rank 3 fell" >"$LOGS/rank-3.log"\n'
+    say += 'echo "cannot write" >>"$LOGS/rank-0.log"'
+    _, output = job.train(ranks("", 1, say))
+    assert output.index("srun: it broke") < output.index("rank 3 fell")
+    assert output.splitlines()[-1].endswith("nothing new; rank 0's last line: cannot write")
+
+
 @pytest.mark.parametrize(
     ("state", "again"),
     [
@@ -158,10 +200,41 @@ def test_what_slurm_or_a_person_ends_is_not_requeued_from_here(job, state, again
     assert (code, job.requeued()) == (75, again), output
 
 
+def test_who_touches_stop_wants_it_stopped(job):
+    """The reason is worded by the run itself."""
+    folder = job.submit / "run"
+    folder.mkdir()
+    (folder / "stop").touch()
+    asked = StopRequests(folder, None, is_first=True).reason()
+    reason = f"stopped at step 4 of 9 ({asked}); start again to go on"
+    code, output = job.train(ranks(said("stopped", reason=reason), 75))
+    assert (code, job.requeued()) == (75, []), output
+    assert "as run/stop asked, so it is not requeued" in output
+
+
 def test_where_slurm_refuses_the_checkpoint_is_kept_and_that_is_said(job):
     (job.folder / "fake/no_requeue").touch()
     code, output = job.train(ranks(said("stopped"), 75))
     assert (code, "sbatch it again to go on" in output) == (75, True), output
+
+
+@pytest.mark.parametrize("asked", ["show", "requeue"])
+def test_a_moment_without_slurmctld_is_waited_out(job, asked):
+    (job.folder / f"fake/away-{asked}").write_text("2")
+    code, output = job.train(ranks(said("stopped"), 75))
+    assert (code, job.requeued()[-1:]) == (75, ["7"]), output
+    assert "not requeued" not in output
+
+
+def test_without_slurmctld_the_job_ends_and_says_so(job):
+    (job.folder / "fake/away-show").write_text("99")
+    code, output = job.train(ranks(said("stopped"), 75))
+    assert (code, "slurmctld does not answer" in output) == (75, True), output
+    (job.folder / "fake/away-show").write_text("0")
+    lose = 'echo 99 >"$FAKE/away-show"'
+    code, output = job.train(ranks(said("stopped"), 75, lose))
+    assert (code, job.requeued()) == (75, []), output
+    assert "stopped at step 4; slurmctld does not answer" in output
 
 
 def test_requeues_without_progress_come_to_an_end(job):
@@ -170,6 +243,14 @@ def test_requeues_without_progress_come_to_an_end(job):
     assert "no step since 3 requeues, still at 4" in stands[-1]
     job.train(ranks(said("stopped", started=6.0, step=5), 75))  # a step: counted anew
     assert len(job.requeued()) == 4
+
+
+def test_a_stop_while_loading_is_no_new_beginning(job):
+    """Which says step 0, after a start that came as far as step 4 and before another."""
+    for n, step in enumerate([4, 0, 4, 0]):
+        _, output = job.train(ranks(said("stopped", started=n + 2.5, step=step), 75))
+    assert len(job.requeued()) == 3
+    assert "no step since 3 requeues" in output
 
 
 WORK = "touch there; for i in {1..300}; do /bin/sleep 0.1; done"
@@ -203,6 +284,17 @@ def test_a_warning_reaches_the_ranks_and_what_they_leave_is_waited_for(job, numb
     assert (job.submit / "told").exists(), output
     assert "stopped at step 4; to be continued" in output
     assert (process.returncode, job.requeued()) == (75, ["7"]), output
+
+
+def test_a_warning_just_as_the_ranks_are_started_reaches_them(job):
+    """Between the question whether to start them and their being there."""
+    script = job.folder / "my checkout/slurm/train.sbatch"
+    question = "if [[ ! $asked ]]; then\n"
+    text = script.read_text()
+    assert text.count(question) == 1
+    script.write_text(text.replace(question, f"{question}kill -s USR1 $$\n"))
+    code, output = job.train(f"for i in {{1..50}}; do /bin/sleep 0.1; done; {ranks(said('done'))}")
+    assert (code, job.requeued()) == (75, ["7"]), output
 
 
 def test_a_warning_before_the_ranks_listen_comes_back_too(job):
@@ -258,10 +350,19 @@ def test_a_line_may_name_its_folder_and_nothing_in_it_is_run(job):
         (["my run.yaml", "@s.txt"], None, "belong together"),
         (["my run.yaml"], "1", "belong together"),
         (["my run.yaml", "@s.txt"], "3", "s.txt has no line 3"),
+        (["my run.yaml", "@s.txt"], "0", "--array=1-N"),
+        (["my run.yaml", "@nowhere.txt"], "1", "cannot read nowhere.txt"),
+        (["my run.yaml", "@s.txt", "@t.txt"], "1", "two files of settings, @s.txt and @t.txt"),
+        (
+            ["my run.yaml", "@broken.txt"],
+            "2",
+            "broken.txt:4: lr=2 name='x y: unmatched single quote",
+        ),
     ],
 )
 def test_wrong_input_is_exit_2_before_a_rank_is_started(job, words, task, part):
     (job.submit / "s.txt").write_text(SWEEP)
+    (job.submit / "broken.txt").write_text("# rates\nlr=1\n\nlr=2 name='x y\n")
     array = {} if task is None else {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": task}
     code, output = job.run("train.sbatch", *words, **array)
     assert (code, part in output) == (2, True), output
@@ -286,8 +387,17 @@ def test_preflight_only_checks(job):
     code, output = job.run("train.sbatch", "--preflight", "my run.yaml", do=ranks("", 0, say))
     assert (code, "all well" in output) == (0, True), output
     assert job.calls("srun")[-1][-2].endswith("launch/preflight.py")
+    code, output = job.run("train.sbatch", "--preflight", "my run.yaml", "--json", "lr=1e-4")
+    assert code == 0, output
+    assert job.calls("srun")[-1][-3:] == ["my run.yaml", "lr=1e-4", "--json"]
     code, _ = job.run("train.sbatch", "--preflight", "my run.yaml", do=ranks("", 1))
     assert (code, job.requeued()) == (1, [])
+
+
+def test_a_copy_elsewhere_says_where_it_must_lie(job):
+    (job.folder / "my checkout/slurm/env.sh").rename(job.folder / "env.sh")
+    code, output = job.train(ranks(said("done")))
+    assert (code, "give sbatch the project's own slurm/train.sbatch" in output) == (2, True), output
 
 
 def test_debug_is_one_process(job):
