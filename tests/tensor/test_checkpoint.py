@@ -3,11 +3,13 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline.errors import RankZeroError, UserError
+from pipeline.train.assemble import _checkpoint_to_resume
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
 
 IDENTITY = Identity(data="d", base="b", total_steps=9, adapter="lora_r 4")
@@ -82,6 +84,20 @@ def test_a_damaged_one_is_named_and_passed_over(checkpoints, damage):
     assert path == older
     assert len(notes) == 1
     assert str(newer) in notes[0]
+
+
+def test_a_start_anew_for_want_of_an_intact_one_is_said(checkpoints):
+    alone = SimpleNamespace(rank_zero_first=lambda work: work())
+    assert _checkpoint_to_resume(checkpoints, alone, "auto") == (None, [])  # a new run
+    written = [write(checkpoints, step) for step in (3, 6)]
+    for path in written:
+        flip("state.json")(path)
+    found, notes = _checkpoint_to_resume(checkpoints, alone, "auto")
+    assert found is None
+    assert all(str(path) in note for path, note in zip(written[::-1], notes[:2], strict=True))
+    assert notes[2:] == ["no intact checkpoint: starting from step 0"]
+    with pytest.raises(UserError, match="resume: must"):
+        _checkpoint_to_resume(checkpoints, alone, "must")
 
 
 def test_the_one_just_written_is_never_pruned(tmp_path):
