@@ -7,6 +7,7 @@ whether it still is. Written on rank 0; read on every rank.
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -152,7 +153,12 @@ class Checkpoints:
         return load_file(path / _ADAPTER), load_file(path / _OPTIMIZER)
 
     def _by_age(self) -> list[Path]:
-        return sorted(self._folder.glob("step-*"))
+        return sorted(self._named("step"))
+
+    def _named(self, kind: str) -> list[Path]:
+        """Those that were written here: a user's own copy, such as step-00000200-keep, is not."""
+        name = re.compile(rf"{kind}-\d{{8}}")
+        return [path for path in self._folder.glob(f"{kind}-*") if name.fullmatch(path.name)]
 
     def _best(self, progress: Progress) -> Path:
         return self._folder / f"best-{progress.best_step:08d}"
@@ -168,7 +174,7 @@ class Checkpoints:
         older = [path for path in others if path < written]
         surplus = older[: max(0, len(older) - (self._keep - 1))]
         later = [path for path in others if path > written]
-        bests = [path for path in self._folder.glob("best-*") if path != self._best(progress)]
+        bests = [path for path in self._named("best") if path != self._best(progress)]
         for path in (*surplus, *later, *bests):
             shutil.rmtree(path, ignore_errors=True)  # tried again after the next one
         clear_leftovers(self._folder)

@@ -124,6 +124,23 @@ def test_one_of_another_run_is_refused_with_the_difference(checkpoints, tmp_path
     assert other("base", "total_steps").read_progress(path).step == 3
 
 
+def test_a_users_own_copies_are_neither_pruned_nor_taken(checkpoints, tmp_path):
+    checkpoints.write_best(WEIGHTS, Progress(step=3, best_step=3))
+    first = write(checkpoints, 3)
+    own = [first.with_name(name) for name in ("step-00000003-keep", "step-keep", "best-mine")]
+    for copy in own:
+        shutil.copytree(first, copy)
+    for step in (6, 9, 12):
+        write(checkpoints, step)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == sorted(
+        [*own, *(first.with_name(f"step-{step:08d}") for step in (9, 12))]
+    )
+    assert checkpoints.newest()[0].name == "step-00000012"
+    for step in (9, 12):
+        shutil.rmtree(first.with_name(f"step-{step:08d}"))
+    assert checkpoints.newest() == (None, [])
+
+
 def test_another_adapter_is_refused_whatever_is_accepted(checkpoints, tmp_path):
     path = write(checkpoints, 3)
     other = Checkpoints(
