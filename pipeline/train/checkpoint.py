@@ -73,6 +73,7 @@ class Checkpoints:
     ) -> None:
         self._folder, self._identity, self._keep = folder, identity, keep
         self._accepted, self._origin, self._about = accepted, origin, dict(about or {})
+        self._named_best = 0  # step of the best that the checkpoint to go on from names
 
     def write(
         self,
@@ -87,14 +88,20 @@ class Checkpoints:
         self._require_space(weights, moments)
         path = self._folder / f"step-{progress.step:08d}"
         self._write_folder(path, weights, moments, progress)
+        self._named_best = progress.best_step
         self._prune(path, progress)
         return path
 
     def write_best(self, weights: Mapping[str, torch.Tensor], progress: Progress) -> None:
         """Keep the weights of the lowest held-out loss so far, that of this step.
 
-        The best before stays until a checkpoint names this one: a resume may need it again.
+        The best that a checkpoint names stays until one names this: a resume may need it again.
+        Those between the two go.
         """
+        named = self._folder / f"best-{self._named_best:08d}"
+        for path in self._named("best"):
+            if path not in (named, self._best(progress)):
+                shutil.rmtree(path, ignore_errors=True)
         self._require_space(weights)
         self._write_folder(self._best(progress), weights, {}, progress)
 
@@ -146,7 +153,9 @@ class Checkpoints:
                 f"{path} is of another run: {'; '.join(differences.values())}; {remedy}"
             )
         known = {f.name for f in fields(Progress)}
-        return Progress(**{k: v for k, v in state["progress"].items() if k in known})
+        progress = Progress(**{k: v for k, v in state["progress"].items() if k in known})
+        self._named_best = progress.best_step
+        return progress
 
     def read_tensors(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Weights and moments."""

@@ -221,6 +221,33 @@ def test_that_of_the_lowest_loss_is_kept_as_well(checkpoints, tmp_path):
     assert names == ["step-00000004", "step-00000006", "step-00000008"]
 
 
+def test_never_more_on_the_disk_than_predicted(checkpoints, tmp_path, monkeypatch):
+    """Two kept, that of the lowest loss, one being written; two best adapters."""
+    seen, write_folder = {"step": [], "best": []}, checkpoints._write_folder
+
+    def write_and_count(*given):
+        write_folder(*given)
+        for kind, counts in seen.items():
+            counts.append(len(list((tmp_path / "checkpoints").glob(f"{kind}-*"))))
+
+    monkeypatch.setattr(checkpoints, "_write_folder", write_and_count)
+    for step in range(1, 25):  # the loss falls until step 8, then at 16 and 18 once more
+        best = max(b for b in (1, 2, 3, 4, 5, 6, 7, 8, 16, 18) if b <= step)
+        progress = Progress(step=step, best_step=best, optimizer_step=step)
+        if best == step:
+            checkpoints.write_best(WEIGHTS, progress)
+        if step % 4 == 0:
+            checkpoints.write(WEIGHTS, MOMENTS, progress)
+            assert checkpoints.has_best(progress)
+        named = step // 4 * 4
+        if named:  # a kill may come here: what the newest checkpoint names is there
+            resumed = checkpoints.read_progress(checkpoints.newest()[0])
+            assert resumed.step == named
+            assert checkpoints.has_best(resumed)
+    assert max(seen["step"]) == 2 + 2
+    assert max(seen["best"]) == 2
+
+
 @pytest.mark.parametrize("is_second_done", [True, False])
 def test_a_kill_between_two_renames_loses_nothing(checkpoints, is_second_done):
     path = write(checkpoints, 3)
