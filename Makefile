@@ -1,6 +1,6 @@
 # make quickstart   the whole road on a real model, in minutes, on any machine
 # make test         the suite that needs no GPU
-# make faults       kills, damage, full disks and signals at length (40 minutes or so)
+# make faults       kills, damage, full disks and signals at length (one to two hours)
 # make test-slurm   jobs on a real Slurm of two emulated nodes (6 minutes or so; root, Debian)
 # make test-gpu     predicted against measured memory, on the GPUs of this machine
 # make check        ruff, mypy --strict, import-linter, generated docs

@@ -14,7 +14,8 @@ from pipeline.errors import UserError
 
 FINGERPRINTS = "fingerprints.json"
 _FORMAT = 2  # of the prepared files and of how documents are made: raise it when either changes
-_SETTINGS = (
+# What documents and their order are made from, beside the files.
+SETTINGS = (
     "chat_template",
     "columns",
     "data_format",
@@ -104,7 +105,7 @@ def split_keys(
     model = Path(settings.model)
     patterns = (*_TOKENIZER_FILES, *(["*.py"] if settings.trust_remote_code else []))
     tokenizer = {path for pattern in patterns for path in model.glob(pattern) if path.is_file()}
-    values = settings.model_dump(mode="json", include=set(_SETTINGS))
+    values = settings.model_dump(mode="json", include=set(SETTINGS))
     made_from = {
         "format": _FORMAT,
         "data": [_source(source, fingerprints) for source in sources],

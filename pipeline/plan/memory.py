@@ -131,8 +131,11 @@ def checkpoint_bytes(trainable: int) -> int:
 def disk_bytes(shape: ModelShape, settings: RunSettings) -> dict[str, int]:
     """What a run leaves on disk; merging writes the base once more, in its own dtype."""
     trainable = trainable_parameters(shape, settings)
-    # one more than is kept while a new one is written
-    checkpoints = checkpoint_bytes(trainable) * (settings.save_total_limit + 1)
+    is_evaluated = settings.eval_data is not None and settings.evaluation_strategy != "no"
+    # that of the lowest held-out loss beside those kept, and one more while a new one is written
+    checkpoints = checkpoint_bytes(trainable) * (settings.save_total_limit + is_evaluated + 1)
+    if settings.keep_best:  # fp32 weights: the best that a checkpoint names, and a better one
+        checkpoints += 2 * checkpoint_bytes(trainable) // 3
     merged = shape.parameters * DTYPE_BYTES.get(shape.dtype, 4)
     return {"checkpoints": checkpoints, "adapter": 4 * trainable, "merged": merged}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.adapter.fit import read_header
 from pipeline.errors import UserError
-from pipeline.plan.memory import checkpoint_bytes, disk_bytes
+from pipeline.plan.memory import disk_bytes
 from pipeline.preflight.findings import Finding, Seen, in_units, ok, warn
 from pipeline.preflight.subject import Subject
 
@@ -45,9 +45,8 @@ def look_at_disk(subject: Subject) -> dict[str, int]:
     plan, folder = subject.known_plan, subject.folder
     check_output(folder)
     parent = nearest(folder)
-    each = checkpoint_bytes(plan.trainable)
-    # One more checkpoint than is kept while a new one is written, and the adapter.
-    need = each * (plan.settings.save_total_limit + 1) + 4 * plan.trainable
+    predicted = disk_bytes(plan.shape, plan.settings)
+    need = predicted["checkpoints"] + predicted["adapter"]
     # What an earlier start has left is there already.
     need -= sum(path.stat().st_size for path in (folder / "checkpoints").glob("*/*"))
     free = shutil.disk_usage(parent).free
@@ -56,8 +55,7 @@ def look_at_disk(subject: Subject) -> dict[str, int]:
             f"output_dir: {parent} has {free / _MIB:.0f} MiB free and the run will need "
             f"{need / _MIB:.0f}; free some space or lower save_total_limit"
         )
-    merged = disk_bytes(plan.shape, plan.settings)["merged"]
-    return {"free": free, "need": max(0, need), "merged": merged}
+    return {"free": free, "need": max(0, need), "merged": predicted["merged"]}
 
 
 def judge_disk(seen: Seen) -> Iterable[Finding]:

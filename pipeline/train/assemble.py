@@ -152,6 +152,8 @@ def _checkpoint_to_resume(
             raise UserError(f"resume: must, but there is no intact checkpoint: {said}")
         if path is not None:
             checkpoints.read_progress(path)
+        elif notes:
+            notes = [*notes, "no intact checkpoint: starting from step 0"]
         return (None if path is None else str(path)), notes
 
     if resume == "never":

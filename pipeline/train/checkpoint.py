@@ -7,6 +7,7 @@ whether it still is. Written on rank 0; read on every rank.
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -72,6 +73,7 @@ class Checkpoints:
     ) -> None:
         self._folder, self._identity, self._keep = folder, identity, keep
         self._accepted, self._origin, self._about = accepted, origin, dict(about or {})
+        self._named_best = 0  # step of the best that the checkpoint to go on from names
 
     def write(
         self,
@@ -86,14 +88,20 @@ class Checkpoints:
         self._require_space(weights, moments)
         path = self._folder / f"step-{progress.step:08d}"
         self._write_folder(path, weights, moments, progress)
+        self._named_best = progress.best_step
         self._prune(path, progress)
         return path
 
     def write_best(self, weights: Mapping[str, torch.Tensor], progress: Progress) -> None:
         """Keep the weights of the lowest held-out loss so far, that of this step.
 
-        The best before stays until a checkpoint names this one: a resume may need it again.
+        The best that a checkpoint names stays until one names this: a resume may need it again.
+        Those between the two go.
         """
+        named = self._folder / f"best-{self._named_best:08d}"
+        for path in self._named("best"):
+            if path not in (named, self._best(progress)):
+                shutil.rmtree(path, ignore_errors=True)
         self._require_space(weights)
         self._write_folder(self._best(progress), weights, {}, progress)
 
@@ -145,14 +153,21 @@ class Checkpoints:
                 f"{path} is of another run: {'; '.join(differences.values())}; {remedy}"
             )
         known = {f.name for f in fields(Progress)}
-        return Progress(**{k: v for k, v in state["progress"].items() if k in known})
+        progress = Progress(**{k: v for k, v in state["progress"].items() if k in known})
+        self._named_best = progress.best_step
+        return progress
 
     def read_tensors(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Weights and moments."""
         return load_file(path / _ADAPTER), load_file(path / _OPTIMIZER)
 
     def _by_age(self) -> list[Path]:
-        return sorted(self._folder.glob("step-*"))
+        return sorted(self._named("step"))
+
+    def _named(self, kind: str) -> list[Path]:
+        """Those that were written here: a user's own copy, such as step-00000200-keep, is not."""
+        name = re.compile(rf"{kind}-\d{{8}}")
+        return [path for path in self._folder.glob(f"{kind}-*") if name.fullmatch(path.name)]
 
     def _best(self, progress: Progress) -> Path:
         return self._folder / f"best-{progress.best_step:08d}"
@@ -168,7 +183,7 @@ class Checkpoints:
         older = [path for path in others if path < written]
         surplus = older[: max(0, len(older) - (self._keep - 1))]
         later = [path for path in others if path > written]
-        bests = [path for path in self._folder.glob("best-*") if path != self._best(progress)]
+        bests = [path for path in self._named("best") if path != self._best(progress)]
         for path in (*surplus, *later, *bests):
             shutil.rmtree(path, ignore_errors=True)  # tried again after the next one
         clear_leftovers(self._folder)

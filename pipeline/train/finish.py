@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.publish import adapter_config, model_card, publish_adapter
@@ -65,9 +64,19 @@ def _publish(run: Training, weights: dict[str, torch.Tensor]) -> int:
             card=model_card(run.plan, step),
             chat_template=chat_template_of(settings),
         )
-    except (OSError, SafetensorError) as error:
-        kept = run.saver.wait() or f"the checkpoint of step {run.saver.last_step} is there"
-        raise RankZeroError(
-            f"{run.folder / 'adapter'} cannot be written ({error}); {kept}: start again to go on"
-        ) from error
+    except RankZeroError as error:
+        if error.__cause__ is None:
+            raise  # the adapter itself is wrong, and would be again
+        raise RankZeroError(f"{error}; {_what_is_kept(run)}") from error
     return step
+
+
+def _what_is_kept(run: Training) -> str:
+    """What a new start would find, once no checkpoint is being written; called on rank 0."""
+    assert run.saver is not None
+    if failure := run.saver.wait():
+        return f"{failure}; what was written before is untouched: start again to go on"
+    step = run.saver.last_step or (run.saved.step if run.saved is not None else None)
+    if step is None:
+        return "there is no checkpoint: a new start begins anew"
+    return f"the checkpoint of step {step} is there: start again to go on"

@@ -84,7 +84,12 @@ def _ask_all(run: Training) -> None:
 
 def _asking(run: Training, batches: Iterable[SeededBatch]) -> Iterator[SeededBatch]:
     """The same batches; before each, the ranks agree whether to go on."""
-    for batch in run.input_wait.over(batches):
+    iterator = iter(run.input_wait.over(batches))
+    while True:
+        run.pulse.beat("waiting for its batch", run.progress.step)
+        if (batch := next(iterator, None)) is None:
+            run.pulse.beat("the end of its step")
+            return
         _ask_all(run)
         yield batch
 

@@ -1,9 +1,11 @@
 """metrics.jsonl: a line a step, written as it happens."""
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,16 +24,31 @@ class MetricsFile:
         beside = path.with_name(f".{path.name}.tmp")
         beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
         beside.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten: list[bytes] = []
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line, flushed: whoever follows the file sees each step.
+        """One line, written at once: whoever follows the file sees each step.
 
-        What a full disk does not take stays in the buffer, and goes out with a later line.
+        What a full disk does not take is kept, however much it is, and goes out with a later line.
         """
-        self._file.write(json.dumps(line) + "\n")
+        self._unwritten.append(f"{json.dumps(line)}\n".encode())
         with suppress(OSError):
-            self._file.flush()
+            while self._unwritten:
+                _write_whole(self._file, self._unwritten[0])
+                del self._unwritten[0]
+
+
+def _write_whole(file: FileIO, data: bytes) -> None:
+    """All of it or, with an OSError, nothing: a part would join the next line to itself."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        written = 0
+        while written < len(data):  # a disk that fills up takes a part, and refuses the rest
+            written += file.write(data[written:])
+    except OSError:
+        file.truncate(size)
+        raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

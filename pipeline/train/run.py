@@ -27,7 +27,7 @@ from pipeline.train.stop import StopRequests
 from pipeline.train.watchdog import Pulse, Watchdog
 
 _DEBUG_ROWS, _DEBUG_STEPS = 64, 4
-_LAST_WRITE_S = 15.0  # of a checkpoint in flight when another rank has died
+_LAST_WRITE_S = 15.0  # for a checkpoint in flight when a rank has died or the run has failed
 
 
 def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
@@ -134,11 +134,14 @@ def _run_together(
         index = DataIndex.from_json(begun["data"], folder / "data")
         _train(plan, index, session, status, stops, pulse, last_word, say, is_debug=is_debug)
 
-    _owned(status, work)
+    _owned(status, last_word, work)
 
 
-def _owned(status: RunStatus | None, work: Callable[[], None]) -> None:
-    """However the work ends, status.json tells, once it is claimed for this start."""
+def _owned(status: RunStatus | None, last_word: _LastWord, work: Callable[[], None]) -> None:
+    """However the work ends, status.json tells, once it is claimed for this start.
+
+    A checkpoint in flight is waited for after an error as well: the process ends without that.
+    """
     if status is None:
         work()
         return
@@ -148,9 +151,11 @@ def _owned(status: RunStatus | None, work: Callable[[], None]) -> None:
         status.end("stopped", stop.exit_code, str(stop))
         raise
     except RankZeroError as error:
+        last_word.wait_for_writes(_LAST_WRITE_S)
         status.end("failed", error.exit_code, str(error))
         raise
     except BaseException as error:
+        last_word.wait_for_writes(_LAST_WRITE_S)
         status.end("failed", 1, f"{type(error).__name__}: {error}")
         raise
     status.end("done", 0, None)

@@ -11,6 +11,7 @@ import yaml
 
 from pipeline.config.load import dump_settings
 from pipeline.config.settings import RunSettings
+from pipeline.data.keys import SETTINGS as DATA_SETTINGS
 from pipeline.data.prepare import train_key
 from pipeline.data.prepared import DataIndex
 from pipeline.errors import UserError
@@ -38,12 +39,15 @@ _FREE = {
     "offload_param", "bnb_4bit_quant_storage", "deepspeed_json", "dataloader_num_workers",
     "dataloader_prefetch_factor", "logging_steps", "save_strategy", "save_steps",
     "save_total_limit", "save_must_succeed", "accept_changes", "hang_timeout_s",
+    "on_bad_row", "max_rejected",  # they end a start or change nothing
 }  # fmt: skip
+# Free as well, unless the held-out loss chooses the adapter or the end.
+_FREE_WITHOUT_A_CHOICE = {"evaluation_strategy", "eval_steps"}
 
 # Keys that a word of `accept_changes` covers; what they come to is in the checkpoint's identity.
 _COVERED = {
     "base": {"model"},
-    "data": {"train_data", "eval_data", "max_length", "train_on", "max_rejected"},
+    "data": {"train_data", "eval_data", *DATA_SETTINGS},
     "total_steps": {"epochs", "max_steps"},
 }
 
@@ -194,8 +198,11 @@ def settings_hash(plan: Plan) -> str:
 
 
 def _deciding(plan: Plan) -> dict[str, Any]:
-    settings = _resolved(plan).model_dump(mode="json")
-    return {key: value for key, value in settings.items() if key not in _FREE}
+    settings = plan.settings
+    is_chosen = settings.keep_best or settings.early_stopping_patience is not None
+    free = _FREE if is_chosen else _FREE | _FREE_WITHOUT_A_CHOICE
+    values = _resolved(plan).model_dump(mode="json")
+    return {key: value for key, value in values.items() if key not in free}
 
 
 def _changed_adam(folder: Path, plan: Plan) -> list[str]:

@@ -9,6 +9,8 @@ from pipeline.errors import RankZeroError
 from pipeline.train import loop
 from pipeline.train.checkpoint import Progress
 from pipeline.train.engine import StepResult
+from pipeline.train.metrics import InputWait
+from pipeline.train.watchdog import Pulse
 from tests.engine.train_tiny import build_engine, work
 from tests.ranks import run_ranks
 from tests.tiny import Documents
@@ -71,6 +73,29 @@ def test_the_position_in_the_epoch_is_in_documents():
         advance(run, 1.0, result(), documents)
         seen.append(run.progress.documents)
     assert seen == [4, 8, 12, 16, 18, 4, 8]
+
+
+def test_a_rank_that_waits_for_its_input_says_so():
+    """The watchdog names the phase: an input that hangs is none of the collective before it."""
+    pulse = Pulse()
+    run = SimpleNamespace(
+        pulse=pulse,
+        progress=Progress(step=4),
+        input_wait=InputWait(),
+        stops=SimpleNamespace(reason=lambda: None),
+        session=SimpleNamespace(agree_any=lambda mine: mine),
+    )
+    asked = []
+
+    def source():
+        for batch in range(3):
+            asked.append((pulse.phase, pulse.step))
+            yield batch
+
+    for _ in loop._asking(run, source()):
+        pulse.beat("the backward pass")
+    assert asked == [("waiting for its batch", 4)] * 3
+    assert pulse.phase == "the end of its step"
 
 
 def two_steps(session, folder, lr):

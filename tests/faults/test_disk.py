@@ -115,6 +115,7 @@ def test_a_folder_that_becomes_read_only(run_file, workspace, straight):
         assert run.end() == 1, run.output  # trained to the end, with nowhere to put the adapter
     assert "is not saved" in run.output
     assert "adapter cannot be written" in run.output
+    assert "start again to go on" in run.output
     assert "Traceback" not in run.output
     newest = steps_on_disk(folder)[-1]
     assert f"going on from step {newest}" in finish(path)

@@ -3,11 +3,13 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline.errors import RankZeroError, UserError
+from pipeline.train.assemble import _checkpoint_to_resume
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
 
 IDENTITY = Identity(data="d", base="b", total_steps=9, adapter="lora_r 4")
@@ -84,6 +86,20 @@ def test_a_damaged_one_is_named_and_passed_over(checkpoints, damage):
     assert str(newer) in notes[0]
 
 
+def test_a_start_anew_for_want_of_an_intact_one_is_said(checkpoints):
+    alone = SimpleNamespace(rank_zero_first=lambda work: work())
+    assert _checkpoint_to_resume(checkpoints, alone, "auto") == (None, [])  # a new run
+    written = [write(checkpoints, step) for step in (3, 6)]
+    for path in written:
+        flip("state.json")(path)
+    found, notes = _checkpoint_to_resume(checkpoints, alone, "auto")
+    assert found is None
+    assert all(str(path) in note for path, note in zip(written[::-1], notes[:2], strict=True))
+    assert notes[2:] == ["no intact checkpoint: starting from step 0"]
+    with pytest.raises(UserError, match="resume: must"):
+        _checkpoint_to_resume(checkpoints, alone, "must")
+
+
 def test_the_one_just_written_is_never_pruned(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", IDENTITY, keep=1)
     damaged = write(checkpoints, 9)
@@ -106,6 +122,23 @@ def test_one_of_another_run_is_refused_with_the_difference(checkpoints, tmp_path
     with pytest.raises(UserError, match="total_steps: 9 -> 10"):
         other("base").read_progress(path)
     assert other("base", "total_steps").read_progress(path).step == 3
+
+
+def test_a_users_own_copies_are_neither_pruned_nor_taken(checkpoints, tmp_path):
+    checkpoints.write_best(WEIGHTS, Progress(step=3, best_step=3))
+    first = write(checkpoints, 3)
+    own = [first.with_name(name) for name in ("step-00000003-keep", "step-keep", "best-mine")]
+    for copy in own:
+        shutil.copytree(first, copy)
+    for step in (6, 9, 12):
+        write(checkpoints, step)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == sorted(
+        [*own, *(first.with_name(f"step-{step:08d}") for step in (9, 12))]
+    )
+    assert checkpoints.newest()[0].name == "step-00000012"
+    for step in (9, 12):
+        shutil.rmtree(first.with_name(f"step-{step:08d}"))
+    assert checkpoints.newest() == (None, [])
 
 
 def test_another_adapter_is_refused_whatever_is_accepted(checkpoints, tmp_path):
@@ -186,6 +219,33 @@ def test_that_of_the_lowest_loss_is_kept_as_well(checkpoints, tmp_path):
         checkpoints.write(WEIGHTS, MOMENTS, Progress(step=step, best_step=min(step, 4)))
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000004", "step-00000006", "step-00000008"]
+
+
+def test_never_more_on_the_disk_than_predicted(checkpoints, tmp_path, monkeypatch):
+    """Two kept, that of the lowest loss, one being written; two best adapters."""
+    seen, write_folder = {"step": [], "best": []}, checkpoints._write_folder
+
+    def write_and_count(*given):
+        write_folder(*given)
+        for kind, counts in seen.items():
+            counts.append(len(list((tmp_path / "checkpoints").glob(f"{kind}-*"))))
+
+    monkeypatch.setattr(checkpoints, "_write_folder", write_and_count)
+    for step in range(1, 25):  # the loss falls until step 8, then at 16 and 18 once more
+        best = max(b for b in (1, 2, 3, 4, 5, 6, 7, 8, 16, 18) if b <= step)
+        progress = Progress(step=step, best_step=best, optimizer_step=step)
+        if best == step:
+            checkpoints.write_best(WEIGHTS, progress)
+        if step % 4 == 0:
+            checkpoints.write(WEIGHTS, MOMENTS, progress)
+            assert checkpoints.has_best(progress)
+        named = step // 4 * 4
+        if named:  # a kill may come here: what the newest checkpoint names is there
+            resumed = checkpoints.read_progress(checkpoints.newest()[0])
+            assert resumed.step == named
+            assert checkpoints.has_best(resumed)
+    assert max(seen["step"]) == 2 + 2
+    assert max(seen["best"]) == 2
 
 
 @pytest.mark.parametrize("is_second_done", [True, False])

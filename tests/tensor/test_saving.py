@@ -1,14 +1,19 @@
 """Writes beside the training: one at a time, failures told and made up for."""
 
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline.errors import RankZeroError
 from pipeline.plan.stopping import slow_stop
+from pipeline.train import finish, run
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
 from pipeline.train.saving import Saver
+from pipeline.train.status import RunStatus, read_status
+from tests.tiny import make_plan
 
 WEIGHTS, MOMENTS = {"k": torch.randn(4)}, {"k/exp_avg": torch.randn(4)}
 DEADLINE_S = 30
@@ -92,3 +97,65 @@ def test_a_best_adapter_that_could_not_be_written_is_not_lost(saver, checkpoints
 def test_a_stop_that_a_launcher_would_not_wait_for_is_warned_of():
     assert slow_stop(20.0, 9.0) is None
     assert "20 + 11 s" in slow_stop(20.0, 11.0)
+
+
+@pytest.fixture
+def publish(saver, tmp_path, tiny_model, monkeypatch):
+    """Publish with that failure: saved, error -> what is said."""
+
+    def fail(saved, error: Exception | None) -> str:
+        plan = make_plan(tiny_model)
+        training = SimpleNamespace(
+            plan=plan, folder=tmp_path, progress=Progress(step=9), saver=saver, saved=saved
+        )
+
+        def refuse(*given, **named):
+            raise RankZeroError("adapter cannot be written") from error
+
+        monkeypatch.setattr(finish, "publish_adapter", refuse)
+        with pytest.raises(RankZeroError) as caught:
+            finish._publish(training, WEIGHTS)
+        return str(caught.value)
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [RankZeroError("not finite"), ValueError("out of memory")])
+def test_a_write_in_flight_outlives_an_error(saver, checkpoints, tmp_path, monkeypatch, error):
+    write, failed = checkpoints.write, threading.Event()
+
+    def slow(*given):
+        assert failed.wait(DEADLINE_S)
+        time.sleep(0.2)
+        write(*given)
+
+    def work():
+        saver.save(WEIGHTS, MOMENTS, Progress(step=3))
+        failed.set()
+        raise error
+
+    monkeypatch.setattr(checkpoints, "write", slow)
+    status = RunStatus(tmp_path / "status.json")
+    last_word = run._LastWord(tmp_path, status, saver.wait_at_most)
+    with pytest.raises(type(error)):
+        run._owned(status, last_word, work)
+    assert checkpoints.newest()[0].name == "step-00000003"  # the process may end now
+    assert read_status(status.path)["state"] == "failed"
+
+
+def test_an_adapter_that_cannot_be_written_says_what_is_kept(publish, saver, tmp_path):
+    full = OSError("no space left")
+    assert "there is no checkpoint: a new start begins anew" in publish(None, full)
+    go_on = "is there: start again to go on"
+    assert f"the checkpoint of step 6 {go_on}" in publish(Progress(step=6), full)  # resumed from
+    saver.save(WEIGHTS, MOMENTS, Progress(step=8))
+    assert f"the checkpoint of step 8 {go_on}" in publish(Progress(step=8), full)
+    (tmp_path / "checkpoints/.step-00000009.new").write_text("a file where the folder should be")
+    saver.save(WEIGHTS, MOMENTS, Progress(step=9))
+    said = publish(Progress(step=9), full)
+    assert "step 9 is not saved" in said
+    assert "what was written before is untouched: start again" in said
+
+
+def test_a_wrong_adapter_promises_nothing_of_a_new_start(publish):
+    assert publish(Progress(step=6), None) == "adapter cannot be written"

@@ -10,7 +10,14 @@ from pipeline.config.settings import RunSettings
 from pipeline.plan.catalogue import GPUS, cpu_of
 from pipeline.plan.hardware import GIB
 from pipeline.plan.layout import Layout
-from pipeline.plan.memory import base_bytes, memory, quantisation_constants, trainable_parameters
+from pipeline.plan.memory import (
+    base_bytes,
+    checkpoint_bytes,
+    disk_bytes,
+    memory,
+    quantisation_constants,
+    trainable_parameters,
+)
 from pipeline.plan.shape import Linear, ModelShape
 
 GB = 10**9
@@ -195,3 +202,17 @@ def test_through_the_host_a_quantised_base_is_never_whole_on_a_device(where, tok
 def test_a_bigger_adapter_needs_more():
     needs = [memory(SMALL, run(lora_r=r), layout(), H100, 512).peak_bytes for r in (4, 16, 64)]
     assert needs == sorted(set(needs))
+
+
+def test_checkpoints_on_the_disk():
+    """One more than is kept, and with held-out data that of the lowest loss."""
+    held_out = {"eval_data": "h", "save_total_limit": 3}
+
+    def checkpoints(**keys) -> float:
+        each = checkpoint_bytes(trainable_parameters(SMALL, run()))
+        return disk_bytes(SMALL, run(**keys))["checkpoints"] / each
+
+    assert checkpoints(save_total_limit=3) == 3 + 1
+    assert checkpoints(**held_out) == 3 + 2
+    assert checkpoints(**held_out, evaluation_strategy="no") == 3 + 1
+    assert checkpoints(**held_out, keep_best=True) == pytest.approx(3 + 2 + 2 / 3)

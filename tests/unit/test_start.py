@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from pipeline.data.keys import SETTINGS as DATA_SETTINGS
 from pipeline.errors import UserError
 from pipeline.train.start import look, open_run
 from pipeline.train.status import RunStatus, end_for_dead_owner, is_alive, read_status
@@ -200,6 +201,53 @@ def test_a_change_that_is_accepted_by_name_goes_on(begin, state):
         start(epochs=2, accept_changes=["base", "data"])
     assert start(epochs=2, accept_changes=["total_steps"]) == "resume"
     assert (folder / "checkpoints/mine").exists()
+
+
+OTHER_DOCUMENTS = {
+    "chat_template": "chatml",
+    "columns": {"prompt": "question"},
+    "data_format": "text",
+    "max_length": 77,
+    "over_length": "drop",
+    "packing": True,
+    "split_turns": True,
+    "train_on": "last-assistant",
+}
+
+
+def test_all_that_documents_are_made_from_can_be_accepted_by_name(begin):
+    folder, start = begin
+    start()
+    left(folder, "stopped")
+    assert OTHER_DOCUMENTS.keys() == set(DATA_SETTINGS)
+    for key, value in OTHER_DOCUMENTS.items():
+        with pytest.raises(UserError, match=rf"{key}: .*accept_changes: \[data\]"):
+            start(**{key: value})
+        assert start(**{key: value}, accept_changes=["data"]) == "resume"
+        assert start(accept_changes=["data"]) == "resume"
+
+
+def test_what_only_says_when_to_give_up_is_free(begin):
+    folder, start = begin
+    start()
+    left(folder, "done")
+    assert start(on_bad_row="fail", max_rejected=0.5) == "done"
+
+
+@pytest.mark.parametrize("choice", [{"keep_best": True}, {"early_stopping_patience": 2}])
+def test_evaluation_is_free_unless_it_chooses(begin, choice):
+    folder, start = begin
+    held_out = {"eval_data": "heldout.jsonl", "evaluation_strategy": "steps"}
+    start(**held_out)
+    left(folder, "done")
+    assert start(**held_out, eval_steps=7) == "done"
+    assert start(**held_out | {"evaluation_strategy": "epoch"}) == "done"
+    with pytest.raises(UserError, match=f"{next(iter(choice))}: "):
+        start(**held_out, **choice)
+    start(**held_out, **choice, overwrite=True)
+    left(folder, "done")
+    with pytest.raises(UserError, match="eval_steps: 100 -> 7"):
+        start(**held_out, **choice, eval_steps=7)
 
 
 def test_what_no_word_covers_is_not_offered(begin):

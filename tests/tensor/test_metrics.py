@@ -1,0 +1,52 @@
+"""metrics.jsonl on a disk that does not take everything."""
+
+import errno
+import os
+from io import FileIO
+
+import pytest
+
+from pipeline.train.metrics import MetricsFile, read_metrics
+
+
+class SmallDisk(FileIO):
+    """A file on a disk with so many bytes left; it takes a part of what does not fit."""
+
+    left = 0
+
+    def write(self, data) -> int:
+        taken = min(len(data), SmallDisk.left)
+        if not taken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        SmallDisk.left -= taken
+        return super().write(data[:taken])
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A metrics file on a small disk."""
+    written = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    written._file.close()
+    written._file = SmallDisk(tmp_path / "metrics.jsonl", "ab")
+    return written
+
+
+def test_lines_that_found_no_room_come_later_in_their_order(file, tmp_path):
+    path, padding = tmp_path / "metrics.jsonl", "x" * 200
+    SmallDisk.left = 2500  # ten lines and a part of the next
+    for step in range(1, 301):
+        file.write({"step": step, "padding": padding})
+    content = path.read_bytes()
+    assert content.endswith(b"\n")  # what was cut off is taken back
+    assert [line["step"] for line in read_metrics(path)] == list(range(1, len(content) // 226 + 1))
+    SmallDisk.left = 10**6
+    file.write({"step": 301, "padding": padding})
+    assert [line["step"] for line in read_metrics(path)] == list(range(1, 302))
+    assert path.read_bytes().count(b"\n") == 301
+
+
+def test_each_line_is_there_at_once(file, tmp_path):
+    SmallDisk.left = 10**6
+    for step in (1, 2):
+        file.write({"step": step})
+        assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": step}
