@@ -1,10 +1,12 @@
 """Divide things of unequal cost evenly over ranks, as many for each. Pure.
 
 Which numbers go together is the NP-hard part; with as many for each rank, swaps of two from many
-beginnings come close. B: beginnings, K: things a rank, R: ranks.
+beginnings come close, and few things are divided anew between two ranks at a time. B: beginnings,
+K: things a rank, R: ranks.
 """
 
 from functools import lru_cache
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,9 @@ Array = npt.NDArray[np.int64]
 _FEWEST_STARTS, _MOST_STARTS, _START_BUDGET = 4, 512, 200_000
 _MOST_COMPARED = 128  # things of one rank, with all of the other
 _MOST_SWAPS = 1000
+# `_split` is for the few things of which random divisions are hard to beat: of one rank, in all,
+# and how many of the beginnings.
+_MOST_SPLIT, _FEW, _SPLIT_STARTS = 6, 36, 8
 _EVEN = 1e-9  # a swap that brings two ranks closer by less of their difference is none
 
 
@@ -35,11 +40,20 @@ def divide(costs: npt.NDArray[np.float64], ranks: int) -> list[Array]:
     if ranks > 1:
         _swap(things, padded, side_by_side=True)
         _swap(things, padded, side_by_side=False)
-    sums = padded[things].sum(axis=1)
-    best = things[(sums.max(axis=1) - sums.min(axis=1)).argmin()]
+        if each <= _MOST_SPLIT and each * ranks <= _FEW:
+            things = things[np.argsort(_apart(padded[things]), kind="stable")[:_SPLIT_STARTS]]
+            _split(things, padded)
+    best = things[_apart(padded[things]).argmin()]
     order = np.argsort(-padded[best], axis=0, kind="stable")
     best = np.take_along_axis(best, order, axis=0)
     return [best[best[:, rank] < count, rank].astype(np.int64) for rank in range(ranks)]
+
+
+def _apart(cost: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """From the lowest sum of a rank to the highest, (B,), of costs (B, K, R)."""
+    sums = cost.sum(axis=1)
+    apart: npt.NDArray[np.float64] = sums.max(axis=1) - sums.min(axis=1)
+    return apart
 
 
 @lru_cache(maxsize=8)
@@ -97,3 +111,45 @@ def _swap(things: Array, costs: npt.NDArray[np.float64], *, side_by_side: bool) 
         other = active, from_low[helps], low[helps]
         for table in (things, cost):
             table[one], table[other] = table[other], table[one]
+
+
+def _split(things: Array, costs: npt.NDArray[np.float64]) -> None:
+    """Divide anew, as evenly as can be, what two ranks have, while it helps, in place.
+
+    One of the two is the costliest or the cheapest rank: neither the highest sum rises nor the
+    lowest falls. Where no swap of two things helps, this often does.
+    """
+    each, ranks = things.shape[1:]
+    splits, active = _splits(each), np.arange(len(things))
+    for _ in range(_MOST_SWAPS):
+        cost = costs[things[active]]
+        sums, at = cost.sum(axis=1), np.arange(len(active))[:, None]
+        ends = np.stack([sums.argmax(axis=1), sums.argmin(axis=1)], axis=1)
+        one = ends.repeat(ranks, axis=1)  # (B, 2R), each of them with every rank
+        other = np.tile(np.arange(ranks), (len(active), 2))
+        both = np.concatenate([cost.transpose(0, 2, 1)[at, place] for place in (one, other)], 2)
+        apart = np.abs(both @ splits.T)  # (B, 2R, splits)
+        best = apart.argmin(axis=2)
+        before = np.abs(sums[at, one] - sums[at, other])
+        after = np.take_along_axis(apart, best[:, :, None], 2)[:, :, 0]
+        gains = np.where(after < before * (1 - _EVEN), before**2 - after**2, 0.0)
+        pair = gains.argmax(axis=1)
+        helps = gains[at[:, 0], pair] > 0
+        active, pair = active[helps], pair[helps]
+        if not len(active):
+            return
+        chosen = at[helps, 0], pair
+        first, second, sides = one[chosen], other[chosen], splits[best[chosen]]
+        held = np.concatenate([things[active, :, first], things[active, :, second]], axis=1)
+        order = np.argsort(-sides, axis=1, kind="stable")
+        held = np.take_along_axis(held, order, axis=1)
+        things[active, :, first], things[active, :, second] = held[:, :each], held[:, each:]
+
+
+@lru_cache(maxsize=8)
+def _splits(each: int) -> npt.NDArray[np.float64]:
+    """All even divisions of 2 K things between two, (ways, 2 K): 1 for one, -1 for the other."""
+    ways = [(0, *rest) for rest in combinations(range(1, 2 * each), each - 1)]
+    sides = np.full((len(ways), 2 * each), -1.0)
+    np.put_along_axis(sides, np.array(ways), 1.0, axis=1)
+    return sides

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.balance import divide
@@ -253,7 +253,14 @@ def test_ranks_hardly_wait_for_each_other(ranks, turns, micro, flops):
     st.integers(0, 2**31),
     st.sampled_from(["even", "skewed", "few"]),
 )
-@settings(max_examples=80, deadline=None)
+# Swaps between the costliest and the cheapest rank alone end above a random division in these.
+@example(6, 3, 1565097390, "skewed")
+@example(3, 4, 2063470223, "skewed")
+@example(5, 3, 1620191564, "skewed")
+@example(5, 3, 1198748187, "skewed")
+@example(3, 4, 1070786020, "skewed")
+# A bound on what was drawn at random might fail by chance: the same examples each time.
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_no_division_is_worse_than_the_best_of_a_thousand(ranks, each, seed, kind):
     random = np.random.default_rng(seed)
     count = ranks * each
