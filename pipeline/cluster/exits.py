@@ -12,7 +12,10 @@ from pipeline.errors import RankZeroError, Stopped
 
 # DeepSpeed's node launcher looks once a second for a rank that ended and terminates the others.
 _GRACE_S = 10.0
-_LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+_LOCAL_RANKS = (
+    "LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID",
+    "PMI_LOCAL_RANK",
+)  # fmt: skip
 
 
 def run_main(body: Callable[[], None], *, tracebacks: bool = False) -> NoReturn:

@@ -52,7 +52,9 @@ def test_debug_shows_the_traceback_of_an_error():
     assert result.stderr.endswith("no\n")
 
 
-@pytest.mark.parametrize("name", ["LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"])
+@pytest.mark.parametrize(
+    "name", ["LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_LOCAL_RANK"]
+)
 def test_another_rank_leaves_the_word_to_local_rank_zero(name):
     process = subprocess.Popen(
         [sys.executable, "-c", CODE.format(body="raise UserError('no')", tracebacks=False)],
