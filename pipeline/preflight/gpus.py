@@ -5,6 +5,7 @@ for NVML.
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from pipeline.preflight.subject import Subject
 
 # Numbers of the node's GPUs that Slurm gave to the step or the job (Slurm: srun, sbatch).
 _GRANTED = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
+_NUMBERS = re.compile(r"(?P<first>\d+)(-(?P<last>\d+))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +83,22 @@ def not_granted(
     name = next((name for name in _GRANTED if env.get(name)), None)
     if name is None:
         return None
-    granted = {int(entry) for entry in env[name].split(",") if entry.strip().isdigit()}
+    granted = numbers_of(env[name])
     used = {index for index in indices if index is not None}
-    if count <= len(granted) or used <= granted:
+    if granted is None or count <= len(granted) or used <= granted:
         return None
     return {"used": str(sorted(used)), "granted": f"{name}={env[name]}"}
+
+
+def numbers_of(listed: str) -> set[int] | None:
+    """Numbers as Slurm lists them: `0,2` or `0-3`; None for what is no such list."""
+    numbers = set[int]()
+    for entry in listed.split(","):
+        if (found := _NUMBERS.fullmatch(entry.strip())) is None:
+            return None
+        first, last = found["first"], found["last"] or found["first"]
+        numbers |= set(range(int(first), int(last) + 1))
+    return numbers
 
 
 def judge_gpus(seen: Seen) -> Iterable[Finding]:

@@ -19,7 +19,7 @@ from pipeline.plan.hardware import GIB
 from pipeline.plan.plan import make_plan
 from pipeline.plan.shape import read_shape
 from pipeline.preflight.findings import Seen, by_answer, compare, flat, spans
-from pipeline.preflight.gpus import look_at_gpus, not_granted
+from pipeline.preflight.gpus import look_at_gpus, not_granted, numbers_of
 from pipeline.preflight.host import granted_by_slurm
 from pipeline.preflight.inputs import look_at_disk, look_at_model
 from pipeline.preflight.network import (
@@ -247,6 +247,15 @@ def test_gpus_that_slurm_did_not_grant_are_told(plan, nvml, monkeypatch):
     assert stranger == {"used": "[1]", "granted": "SLURM_JOB_GPUS=2,3"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert look_at_gpus(subject(plan, hardware=H100S, placement=local(1, 2)))["stranger"] is None
+
+
+def test_granted_gpus_may_be_told_as_ranges():
+    assert numbers_of("0-3") == {0, 1, 2, 3}
+    assert numbers_of("0,2-3, 7") == {0, 2, 3, 7}
+    assert not any(map(numbers_of, ("", "a,b", "0,?")))
+    assert not_granted([3], 8, {"SLURM_JOB_GPUS": "0-3"}) is None
+    assert not_granted([4], 8, {"SLURM_JOB_GPUS": "0-3"}) is not None
+    assert not_granted([4], 8, {"SLURM_JOB_GPUS": "gres:?"}) is None  # says nothing
 
 
 def test_a_control_group_that_hides_the_others_numbers_gpus_anew():
