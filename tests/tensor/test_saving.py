@@ -136,6 +136,8 @@ def test_a_write_in_flight_outlives_an_error(saver, checkpoints, tmp_path, monke
 
     monkeypatch.setattr(checkpoints, "write", slow)
     status = RunStatus(tmp_path / "status.json")
+    status.own()
+    status.claim()
     last_word = run._LastWord(tmp_path, status, saver.wait_at_most)
     with pytest.raises(type(error)):
         run._owned(status, last_word, work)
