@@ -1,10 +1,18 @@
-"""Model folders that many tests share, made once a session."""
+"""What many tests share: models, made once a session, and how examples are drawn.
+
+`make test` draws the same examples each time, so that a rare one fails on the change that brings
+it; `pytest --hypothesis-profile=default` draws anew.
+"""
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.tiny import make_model
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pipeline.data.balance import divide
 from pipeline.data.hashing import hash_of, hashes_of, permutation
+from pipeline.data.interleave import spread_sources, take_turns
 from pipeline.data.sequences import Integers, Sequences, StepSize
 from pipeline.plan.work import SequenceFlops
 
@@ -53,8 +54,7 @@ def epoch_order(sequences: Sequences, *, seed: int, epoch: int, global_batch_siz
 
     Packs are shuffled. Without packing documents of like length make a global batch, and the global
     batches are shuffled; those that are left over are shared by the sources, and the last step is
-    short. Sources take turns so that of each the same share is done with at any time, measured in
-    supervised tokens.
+    short. Sources take turns (`interleave.py`).
     """
     size = 1 if sequences.are_packs else global_batch_size
     streams: dict[int, list[Integers]] = defaultdict(list)
@@ -68,8 +68,9 @@ def epoch_order(sequences: Sequences, *, seed: int, epoch: int, global_batch_siz
             left.append(rest)
     pooled, words = np.concatenate(left), (seed, epoch, len(sequences.tokens), 0)
     groups, rest = _groups(pooled[permutation(len(pooled), *words)], sequences, size, words)
-    merged = [np.concatenate(parts) for parts in streams.values()] + [groups]
-    return np.append(_take_turns(merged, sequences.supervised), rest)
+    mixed = spread_sources(groups, sequences)
+    merged = [np.concatenate(parts) for parts in streams.values()] + [mixed]
+    return np.append(take_turns(merged, sequences.supervised), rest)
 
 
 def _groups(
@@ -90,23 +91,6 @@ def _groups(
     by_length = chosen[np.argsort(np.log(sequences.tokens[chosen]) + width * blur, kind="stable")]
     groups = by_length.reshape(-1, size)
     return groups[permutation(len(groups), *words, 2)], rest
-
-
-def _take_turns(streams: list[Integers], supervised: Integers) -> Integers:
-    """Groups of all streams, sorted by the share of their own stream that is done half-way in them.
-
-    So at any time each stream is within half a group of the share that all of them have done.
-    """
-    streams = [groups for groups in streams if len(groups)]
-    if len(streams) < 2:
-        return np.concatenate([np.zeros(0, np.int64), *(groups.reshape(-1) for groups in streams)])
-    places = []
-    for groups in streams:
-        counts = supervised[groups].sum(axis=1)
-        done = np.cumsum(counts)
-        places.append((done - counts / 2) / done[-1])
-    order = np.argsort(np.concatenate(places), kind="stable")
-    return np.concatenate(streams)[order].reshape(-1)
 
 
 def global_batch(step: int, sequences: Sequences, *, seed: int, global_batch_size: int) -> Integers:

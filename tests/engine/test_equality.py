@@ -63,6 +63,30 @@ def test_lora_is_the_same_for_every_split_and_stage(tiny_model, tmp_path, world_
     assert_same(found[0], expected)
 
 
+def train_over_short_steps(session, folder, settings):
+    """Seven steps of 8, 8, 5, 8, 8, 5 and 8 documents."""
+    return train_tiny(session, folder, settings, steps=7, documents=21)
+
+
+def test_a_short_last_step_is_the_same_for_every_split_and_so_are_epochs_after_it(
+    tiny_model, tmp_path
+):
+    whole, one_by_one, sharded, checkpointed = (
+        run_ranks(
+            train_over_short_steps, tiny_model, split, tmp_path=tmp_path, world_size=world_size
+        )[0]
+        for world_size, split in (
+            (1, {"zero_stage": 2, "batch_size": 8}),
+            (2, {"zero_stage": 2, "batch_size": 1}),
+            (2, {"zero_stage": 3, "batch_size": 1}),
+            (2, {"zero_stage": 3, "batch_size": 2, "gradient_checkpointing": True}),
+        )
+    )
+    assert len(whole["losses"]) == 7
+    for found in (one_by_one, sharded, checkpointed):
+        assert_same(found, whole)
+
+
 @pytest.mark.parametrize(("kind", "world_size", "split"), QUANTISED)
 def test_quantised_is_the_same_for_every_split_and_stage(
     tiny_model, tmp_path, kind, world_size, split

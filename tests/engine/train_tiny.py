@@ -43,10 +43,10 @@ def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
     return batches, mine.size_of(step).supervised_tokens
 
 
-def train_tiny(session, folder: Path, settings: dict, steps: int = 5) -> dict:
+def train_tiny(session, folder: Path, settings: dict, steps: int = 5, documents: int = 40) -> dict:
     """First gradients, losses (mean over all supervised tokens) and final fp32 weights."""
-    plan, engine = build_engine(session, folder, settings)
-    split = Documents()
+    plan, engine = build_engine(session, folder, settings, documents)
+    split = Documents(documents)
     rank = session.placement.rank
     losses, norms, gradients = [], [], {}
     for step in range(steps):

@@ -305,3 +305,25 @@ def test_a_key_that_only_looks_read_is_refused():
         shown(Conversation((Message("user", "q"), said)), tokenizer_with(template))
     with pytest.raises(RowError, match="no place for tools"):
         shown(Conversation(chat("q", "a").messages, ({"name": "f"},)), tokenizer_with(template))
+
+
+@pytest.mark.parametrize("turns", [1, 2, 5])
+def test_once_a_shape_is_known_a_row_is_rendered_at_most_once(turns, monkeypatch):
+    renderings, render = 0, ChatTemplate._render
+
+    def counted(self, *arguments, **named):
+        nonlocal renderings
+        renderings += 1
+        return render(self, *arguments, **named)
+
+    monkeypatch.setattr(ChatTemplate, "_render", counted)
+    encode = encoder(tokenizer_with(CHATML)).encode_many
+    encode(rows_of(0, 20, turns))
+    before, renderings = renderings, 0
+    assert all(len(found) == 1 for found in encode(rows_of(20, 1020, turns)))
+    assert before > 0
+    assert renderings <= 1000
+
+
+def rows_of(first, end, turns):
+    return [chat(*(f"turn {t} of row {i}" for t in range(2 * turns))) for i in range(first, end)]

@@ -123,27 +123,61 @@ def test_a_global_batch_is_the_same_set_for_every_split(sequences, seed, size):
                 assert found == sorted(batch.tolist())
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 3)), min_size=2, max_size=5),
-    st.sampled_from([8, 16, 64]),
-    st.integers(0, 2**31),
-    st.booleans(),
-)
-@settings(max_examples=100, deadline=None)
-def test_every_source_stays_within_a_global_batch_of_its_share(sources, size, seed, are_packs):
+def off_their_share(sources, size, seed, *, are_packs):
+    """After any step, the furthest that a source is from its share of what all have done.
+
+    In supervised tokens; and those of the epoch's largest global batch and largest sequence.
+    """
     random = np.random.default_rng(seed)
-    lengths = random.integers(300, 1025, sum(count for count, _ in sources))
-    supervised = (lengths * random.uniform(0.3, 0.9, len(lengths))).astype(int)
+    shortest = random.integers(1, 1000, len(sources))
+    lengths = np.concatenate(
+        [random.integers(n, 1025, count) for n, (count, _) in zip(shortest, sources, strict=True)]
+    )
+    supervised = np.ceil(lengths * random.uniform(0.3, 0.9, len(lengths))).astype(int)
     sequences = sequences_of(lengths, supervised, sources, are_packs=are_packs)
     of = np.repeat(np.arange(len(sources)), [count for count, _ in sources])
     order = epoch_order(sequences, seed=seed, epoch=0, global_batch_size=size)
+    assert np.array_equal(np.sort(order), np.sort(sequences.all_of_them()))
     steps = [order[first : first + size] for first in range(0, len(order), size)]
     done = np.cumsum([np.bincount(of[step], supervised[step], len(sources)) for step in steps], 0)
     total = done.sum(axis=1)
-    largest = max(int(supervised[step].sum()) for step in steps)
-    off = np.abs(done - total[:, None] * (done[-1] / total[-1]))
-    # Without packing a step is of one source, so that two may be a step behind a third.
-    assert off.max() <= largest * (1 if are_packs else 1.5)
+    off = np.abs(done - total[:, None] * (done[-1] / total[-1])).max()
+    return off, max(int(supervised[step].sum()) for step in steps), supervised.max()
+
+
+MIXTURES = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 3)), min_size=2, max_size=5)
+# One large source and many that have little more than a global batch, a pack, or less.
+LOPSIDED = st.builds(
+    lambda large, *small: [large, *small[0]],
+    st.tuples(st.integers(500, 3000), st.integers(1, 2)),
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 4)), min_size=10, max_size=60),
+)
+
+
+@given(MIXTURES | LOPSIDED, st.sampled_from([1, 2, 8, 16, 64]), st.integers(0, 2**31))
+@settings(max_examples=100, deadline=None)
+def test_every_source_of_packs_stays_within_two_packs_of_its_share(sources, size, seed):
+    off, _, largest_pack = off_their_share(sources, size, seed, are_packs=True)
+    assert off <= 1.7 * largest_pack
+
+
+# Proved is nothing tighter than 1.7 and what is mixed.
+@given(MIXTURES | LOPSIDED, st.sampled_from([1, 2, 8, 16, 64]), st.integers(0, 2**31))
+@settings(max_examples=100, deadline=None)
+def test_every_source_of_documents_stays_near_a_global_batch_of_its_share(sources, size, seed):
+    """A step is of one source, or of what several have left over."""
+    off, largest_batch, _ = off_their_share(sources, size, seed, are_packs=False)
+    assert off <= 1.35 * largest_batch
+
+
+@pytest.mark.parametrize("are_packs", [True, False])
+@pytest.mark.parametrize("size", [2, 4, 16, 64])
+@pytest.mark.parametrize("small", [10, 20, 30, 60])
+def test_many_small_sources_do_not_come_all_at_once(small, size, are_packs):
+    """Each has one pack, or the documents of one global batch."""
+    sources = [(40 * size, 1)] + [(1 if are_packs else size, 1)] * small
+    off, largest_batch, _ = off_their_share(sources, size, small, are_packs=are_packs)
+    assert off <= largest_batch
 
 
 def test_epochs_and_seeds_permute_differently_and_repeatably():
@@ -259,8 +293,7 @@ def test_ranks_hardly_wait_for_each_other(ranks, turns, micro, flops):
 @example(5, 3, 1620191564, "skewed")
 @example(5, 3, 1198748187, "skewed")
 @example(3, 4, 1070786020, "skewed")
-# A bound on what was drawn at random might fail by chance: the same examples each time.
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None)
 def test_no_division_is_worse_than_the_best_of_a_thousand(ranks, each, seed, kind):
     random = np.random.default_rng(seed)
     count = ranks * each
