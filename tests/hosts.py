@@ -6,9 +6,11 @@ import signal
 import subprocess
 import uuid
 from contextlib import suppress
+from pathlib import Path
 from typing import Self
 
 _ADDRESSES = ("198.51.100.1", "198.51.100.2")  # RFC 5737: for documentation, routed nowhere
+_HOSTS = Path("/etc/netns")  # `ip netns exec` lays a space's files over those of /etc
 _NAME_AND_RUN = 'hostname "$0" && exec "$@"'
 
 
@@ -33,7 +35,10 @@ def why_not() -> str | None:
 
 
 class TwoHosts:
-    """A context: hosts `host-a` and `host-b`, gone at its end with all that runs on them."""
+    """A context: hosts `host-a` and `host-b`, gone at its end with all that runs on them.
+
+    Each knows its own name as 127.0.1.1, as on Debian, and the other's as its address.
+    """
 
     names = ("host-a", "host-b")
     addresses = _ADDRESSES
@@ -44,6 +49,12 @@ class TwoHosts:
         for space in self._spaces:
             _ip("netns", "add", space)
             _ip("-n", space, "link", "set", "lo", "up")
+            known = "127.0.0.1 localhost\n"
+            for host, name in enumerate(self.names):
+                own = space == self._spaces[host]
+                known += f"{'127.0.1.1' if own else self.addresses[host]} {name}\n"
+            (_HOSTS / space).mkdir(parents=True)
+            (_HOSTS / space / "hosts").write_text(known)
         one, other = self._spaces
         _ip("-n", one, "link", "add", "cable", "type", "veth", "peer", "cable", "netns", other)
         for space, address in zip(self._spaces, _ADDRESSES, strict=True):
@@ -60,6 +71,7 @@ class TwoHosts:
                 with suppress(ProcessLookupError):
                     os.kill(int(process), signal.SIGKILL)
             _ip("netns", "del", space)
+            shutil.rmtree(_HOSTS / space)
 
     def command(self, host: int, *command: str) -> list[str]:
         """The command line that runs a command on a host."""

@@ -31,20 +31,40 @@ def open_store(placement: Placement) -> tuple[Any, int]:
     return _store_at(placement), placement.master_port
 
 
-def interface_towards(address: str) -> str | None:
-    """The network interface by which this machine reaches an address, if it leaves the machine.
+def interface_between(store: Any, placement: Placement) -> str | None:
+    """The network interface by which this machine and the others reach each other, if known.
 
-    gloo takes the one that the machine's own name stands for, which may be none or the loopback.
+    gloo takes the one that the machine's own name stands for, which may be the loopback: on the
+    first machine MASTER_ADDR may be that as well (127.0.1.1, as Debian has it), so there it is the
+    one with the address at which the others find it. Every rank calls it.
     """
+    key = "address-of-the-first-machine"
+    if placement.rank >= placement.local_size:
+        store.set(key, _resolved(placement.master_addr)[1][0])
+        return interface_towards(placement.master_addr)
+    store.wait([key], _MEETING_TIMEOUT)
+    return _interface_with(store.get(key).decode())
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface by which this machine reaches an address, if it leaves the machine."""
     try:
-        family, *_, where = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        family, where = _resolved(address)
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(where)  # sends nothing
-            mine = probe.getsockname()[0]
+            return _interface_with(probe.getsockname()[0])
     except OSError:
         return None
+
+
+def _resolved(address: str) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
+    family, *_, where = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+    return family, where
+
+
+def _interface_with(address: str) -> str | None:
     for name, addresses in psutil.net_if_addrs().items():
-        if any(known.address == mine for known in addresses):
+        if any(known.address == address for known in addresses):
             return None if name == "lo" else name
     return None
 
@@ -156,15 +176,16 @@ def address_by_mpi(placement: Placement) -> tuple[str, int]:
 
     MPI is up for that alone and comes down again, or mpirun would take an exit for a crash.
     """
-    import mpi4py
-
-    mpi4py.rc.finalize = False
     try:
+        import mpi4py
+
+        mpi4py.rc.finalize = False
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"started by mpirun, but mpi4py has no MPI: {str(error).splitlines()[0]}; load the "
-            "module that mpirun came from, or install rankzero[mpi] and use the mpirun it brings"
+            f"started by mpirun, but mpi4py does not load: {str(error).splitlines()[0]}; "
+            "`pip install 'rankzero[mpi]'`, and use the mpirun it brings or load the module that "
+            "this one came from"
         ) from None
     world = MPI.COMM_WORLD
     if (world.rank, world.size) != (placement.rank, placement.world_size):

@@ -140,8 +140,16 @@ def _require_one_launcher(placement: Placement, tasks: Tasks | None) -> None:
 
 
 def _require_company(env: Mapping[str, str], placement: Placement, tasks: Tasks | None) -> None:
-    """A job of many tasks in which this process has been started beside them, and is alone."""
+    """A job of many tasks or nodes of which a process started beside them would use one."""
     number = env.get("SLURM_NTASKS", "1")
+    nodes = env.get("SLURM_JOB_NUM_NODES", env.get("SLURM_NNODES", ""))
+    if tasks is None and nodes.isdigit() and placement.nodes < int(nodes):
+        raise UserError(
+            f"environment: a Slurm job of {nodes} nodes but ranks on {placement.nodes}, started "
+            "without srun: the others would idle; use `sbatch slurm/train.sbatch RUN.yaml`, `srun "
+            "python launch/train.py RUN.yaml`, `deepspeed` with a hostfile, or `srun --nodes=1 "
+            "--ntasks=1` for one process"
+        )
     if placement.world_size == 1 and tasks is None and number not in ("", "1"):
         raise UserError(
             f"environment: SLURM_NTASKS={number} but one rank, started without srun: the job's "

@@ -12,7 +12,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from pipeline.cluster.meeting import address_by_mpi, interface_towards, open_store
+from pipeline.cluster.meeting import address_by_mpi, interface_between, open_store
 from pipeline.cluster.placement import Placement
 from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.plan.hardware import Hardware
@@ -114,6 +114,8 @@ class Session:
         import torch.distributed as dist
 
         store = self._open_store()
+        if self.placement.nodes > 1 and (name := interface_between(store, self.placement)):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         if self._is_cuda:
             torch.cuda.set_device(self.device)  # before any load: bitsandbytes uses it
         dist.init_process_group(
@@ -216,8 +218,6 @@ class Session:
                 self._move(*address_by_mpi(self.placement))
             self._store, port = open_store(self.placement)
             self._move(self.placement.master_addr, port)
-            if self.placement.nodes > 1 and (name := interface_towards(self.placement.master_addr)):
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         return self._store
 
     def _move(self, address: str, port: int) -> None:

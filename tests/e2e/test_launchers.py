@@ -31,6 +31,7 @@ SETTINGS = {
     "fp16": False, "zero_stage": 2,
 }  # fmt: skip
 ADAPTER = "adapter/adapter_model.safetensors"
+NO_MPI4PY = "raise ModuleNotFoundError(\"No module named 'mpi4py'\", name='mpi4py')\n"
 
 # Stands in for pdsh and the ssh behind it: the same words on each host, in a bare environment.
 PDSH = """#!{python}
@@ -52,6 +53,9 @@ class Workspace:
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
         make_rows(folder / "train.jsonl")
+        # Found first, so that runs are as where mpi4py is not installed.
+        (folder / "without_mpi").mkdir()
+        (folder / "without_mpi/mpi4py.py").write_text(NO_MPI4PY)
 
     def run_file(self, name: str, **settings) -> Path:
         """The run file of 24 steps, whose run folder is of the same name."""
@@ -211,7 +215,7 @@ def test_a_cut_cable_between_two_hosts(workspace, expected):
     with TwoHosts() as hosts:
 
         def start_both() -> list[subprocess.Popen[str]]:
-            options = ["--master_addr", hosts.addresses[0], "--master_port", "29500"]
+            options = ["--master_addr", hosts.names[0], "--master_port", "29500"]
             torchrun = [str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", *options]
             return [
                 start(hosts.command(n, *torchrun, "--node_rank", str(n)), TRAIN, run_file)

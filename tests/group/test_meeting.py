@@ -1,6 +1,7 @@
 """Ranks find each other where nobody has promised that a port is free."""
 
 import socket
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -9,7 +10,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from pipeline.cluster.meeting import interface_towards, open_store
+from pipeline.cluster.meeting import address_by_mpi, interface_towards, open_store
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.tasks import ports_after
 from pipeline.errors import UserError
@@ -94,6 +95,12 @@ def test_a_taken_port_that_the_launcher_gave_is_said(monkeypatch):
 def test_a_name_that_is_not_known_here_is_said():
     with pytest.raises(UserError, match=r"MASTER_ADDR=node1\.invalid: .* does not know this name"):
         open_store(replace(RANK_0, master_addr="node1.invalid"))
+
+
+def test_mpirun_without_mpi4py_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # as where it is not installed
+    with pytest.raises(UserError, match=r"mpi4py.*pip install 'rankzero\[mpi\]'"):
+        address_by_mpi(replace(RANK_0, launcher="mpirun", master_addr="", master_port=0))
 
 
 def test_an_interface_is_named_where_a_way_leads_out():

@@ -234,6 +234,10 @@ ALONE = DEEPSPEED | {
         # salloc with an interactive shell is a step of Slurm's own
         (BATCH | {"SLURM_STEP_ID": "4294967290"}, "SLURM_NTASKS=8 but one rank"),
         (ALONE | {"SLURM_NTASKS": "16"}, "SLURM_NTASKS=16 but one rank"),
+        # Slurm says nothing of tasks where only nodes and GPUs were asked for
+        ({"SLURM_JOB_NUM_NODES": "2"}, "a Slurm job of 2 nodes but ranks on 1, started without"),
+        (ALONE | {"SLURM_JOB_NUM_NODES": "2"}, "a Slurm job of 2 nodes"),
+        ({"SLURM_NNODES": "3"}, "a Slurm job of 3 nodes"),
         (SRUN | ALONE, "two launchers at once: RANK=0 WORLD_SIZE=1.*STEP_NUM_TASKS=8"),
         (SRUN | TORCHRUN | {"RANK": "3", "LOCAL_RANK": "3"}, "two launchers at once"),
         (ONE_A_NODE | ALONE, "two launchers at once"),
