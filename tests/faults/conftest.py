@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import finish, write_run_file
+from tests.faults.runs import IN_PACKS, TOTAL_STEPS, finish, losses, write_run_file
 from tests.tiny import make_rows
 
 
@@ -28,3 +28,11 @@ def straight(run_file, workspace) -> Path:
     """The folder of the run that nothing breaks: what every broken one must come to."""
     finish(run_file("straight"))
     return workspace / "straight"
+
+
+@pytest.fixture(scope="session")
+def straight_in_packs(run_file, workspace) -> Path:
+    """The same in packs, of as many steps."""
+    finish(run_file("straight-in-packs", **IN_PACKS))
+    assert len(losses(workspace / "straight-in-packs")) == TOTAL_STEPS
+    return workspace / "straight-in-packs"

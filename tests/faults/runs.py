@@ -29,6 +29,7 @@ SETTINGS = {
     "bf16": True, "save_steps": SAVE_STEPS, "evaluation_strategy": "steps",
     "eval_steps": EVAL_STEPS,
 }  # fmt: skip
+IN_PACKS = {"packing": True, "epochs": 12}  # of 4 steps: as many
 DEADLINE_S = 180.0
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.faults.runs import (
+    IN_PACKS,
     IS_FULL,
     SAVE_STEPS,
     SEED,
@@ -81,9 +82,11 @@ def tally():
 
 
 @pytest.mark.parametrize("number", range(NUM_RUNS))
-def test_killed_and_started_again_is_bitwise_the_same(run_file, workspace, straight, tally, number):
-    chance = random.Random(f"{SEED} {number}")
-    path, folder = run_file(f"killed-{number}"), workspace / f"killed-{number}"
+def test_killed_and_started_again_is_bitwise_the_same(run_file, workspace, request, tally, number):
+    chance, is_packed = random.Random(f"{SEED} {number}"), number % 2 == 1
+    straight = request.getfixturevalue("straight_in_packs" if is_packed else "straight")
+    name = f"killed-{number}"
+    path, folder = run_file(name, **IN_PACKS if is_packed else {}), workspace / name
     reached = 0  # the step that is to be made good; a start that dies early makes good nothing
     for turn in range(KILLS_A_RUN):
         share = TOTAL_STEPS // (KILLS_A_RUN + 1)
