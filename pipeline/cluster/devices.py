@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import socket
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -36,17 +37,38 @@ def machine(gpu: str | None, gib: float | None, tflops: float | None) -> Hardwar
 
 
 def set_environment(placement: Placement, hardware: Hardware) -> None:
-    """Set what torch and DeepSpeed read when they are imported; call before that."""
+    """Set what torch and DeepSpeed read when they are imported; call before that.
+
+    Raises UserError where GPUs were granted and the driver shows none.
+    """
     os.environ.update(placement.variables())
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads(placement)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # training fetches nothing
     if hardware.kind == "cpu":
+        _require_none_granted(placement)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _quiet_libraries()
     # CUDA's caching allocator fragments less so with sequences of many lengths (PyTorch docs,
     # "Optimizing memory usage with PYTORCH_CUDA_ALLOC_CONF").
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def _require_none_granted(placement: Placement) -> None:
+    """Where a job's GPUs do not work, it must not train on the CPU unasked."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return
+    names = ["SLURM_STEP_GPUS", "SLURM_JOB_GPUS"]
+    if placement.launcher != "deepspeed":  # which numbers CPU ranks in it as well
+        names.append("CUDA_VISIBLE_DEVICES")
+    for name in names:
+        granted = os.environ.get(name, "")
+        if granted[:1].isdigit() or granted.startswith(("GPU-", "MIG-")):
+            raise UserError(
+                f"environment: {name}={granted}, and the driver shows no GPU on "
+                f"{socket.gethostname()}; look at nvidia-smi there, or set DS_ACCELERATOR=cpu to "
+                "train on the CPU"
+            )
 
 
 def _threads(placement: Placement) -> int:

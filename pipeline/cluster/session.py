@@ -39,6 +39,7 @@ class Session:
         self._store: Any = None
         self._host_group: Any = None  # None: the default group
         self._num_waits = 0
+        self._gathering: str | None = None  # the key of a gather that is under way
 
     def __enter__(self) -> Self:
         return self
@@ -177,8 +178,22 @@ class Session:
         if not self.is_rank_zero:
             return None
         keys = [f"{key}/{rank}" for rank in range(self.placement.world_size)]
+        self._gathering = key
         store.wait(keys, _GATHER_TIMEOUT)
+        self._gathering = None
         return [json.loads(store.get(key)) for key in keys]
+
+    def gathered_so_far(self) -> dict[int, Any]:
+        """What is there of the gather that is under way or comes next, by rank.
+
+        Not a collective: for another thread of rank 0, which holds the store.
+        """
+        if self._store is None or self.placement.world_size == 1:
+            return {}
+        channel = self.open_channel()
+        key = self._gathering or f"gather/{self._num_waits}"
+        there = [r for r in range(self.placement.world_size) if channel.check([f"{key}/{r}"])]
+        return {rank: json.loads(channel.get(f"{key}/{rank}")) for rank in there}
 
     def add_over_ranks(self, tensor: "torch.Tensor") -> None:
         """Sum a tensor in place over all ranks, through the links between their devices."""

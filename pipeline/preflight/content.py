@@ -14,9 +14,9 @@ from pipeline.preflight.subject import Subject
 
 _DOCUMENTS = 32
 # Parsing goes at tens of MB a second, and a preflight is to be over in a minute.
-_ALL_ROWS_BYTES = 500 * 10**6
+_ALL_ROWS_BYTES = 100 * 10**6
 # Hashing, which preparing begins with, at hundreds.
-_FIRST_ROWS_BYTES = 8 * 10**9
+_FIRST_ROWS_BYTES = 2 * 10**9
 
 
 def look_at_tokenizer(subject: Subject) -> dict[str, Any]:
@@ -49,6 +49,7 @@ def look_at_rows(subject: Subject) -> dict[str, Any]:
     is_whole = known is not None and known <= _ALL_ROWS_BYTES
     if is_whole:
         check_rows(settings)
+    subject.beat("rows")  # twice the time for two long things
     documents = tokens = 0
     if known is None or known <= _FIRST_ROWS_BYTES:
         with tempfile.TemporaryDirectory(prefix="preflight-") as folder:

@@ -5,6 +5,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pipeline.cluster.devices import detect_hardware, set_environment
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.errors import RankZeroError, UserError
-from pipeline.plan.plan import dump_json
+from pipeline.plan.plan import Plan, dump_json
 from pipeline.preflight.findings import Finding, fail, spans
 from pipeline.preflight.limit import Limit
 from pipeline.preflight.report import ERROR, PLANNED, Report, warnings
@@ -44,7 +45,7 @@ def preflight(
     """
     out, placement, hardware = sys.stdout, from_environment(os.environ), detect_hardware()
     set_environment(placement, hardware)
-    session, report = Session(placement, hardware), Report()
+    session, report, stage = Session(placement, hardware), Report(), _Stage()
     hosts = [socket.gethostname()] * placement.world_size
 
     def show() -> None:
@@ -56,7 +57,10 @@ def preflight(
     def end(where: str, behind: list[int]) -> None:
         if session.is_rank_zero:
             report.findings[where] = [_hangs(behind, hosts)]
-            show()
+            try:
+                stage.add_to(report, session.gathered_so_far(), hosts)
+            finally:
+                show()
         else:
             print(_not_over(session, where), file=sys.stderr, flush=True)  # noqa: T201 - last words
 
@@ -71,7 +75,7 @@ def preflight(
             beat=limit.beat,
         )
         try:
-            failed = _examine(subject, limit, report, hosts)
+            failed = _examine(subject, limit, report, hosts, stage)
         except UserError:
             show()
             raise
@@ -80,7 +84,26 @@ def preflight(
         raise UserError(f"preflight: {', '.join(failed)}: see the report")
 
 
-def _examine(subject: Subject, limit: Limit, report: Report, hosts: list[str]) -> list[str]:
+@dataclass(kw_only=True)
+class _Stage:
+    """What rank 0 has found in the stage that is under way."""
+
+    checks: Sequence[Check] = ()
+    found: dict[str, Any] = field(default_factory=dict)
+    plan: Plan | None = None
+
+    def add_to(self, report: Report, answers: Mapping[int, Any], hosts: Sequence[str]) -> None:
+        """Judge what is there where the stage does not end; `answers` of ranks that have given."""
+        by_rank = [answers.get(rank, {}) for rank in range(len(hosts))]
+        by_rank[0] = by_rank[0] or self.found
+        known = [answer.get(_HOST, host) for answer, host in zip(by_rank, hosts, strict=True)]
+        there = [check for check in self.checks if any(check.name in found for found in by_rank)]
+        report.add(there, by_rank, known, self.plan)
+
+
+def _examine(
+    subject: Subject, limit: Limit, report: Report, hosts: list[str], under_way: _Stage
+) -> list[str]:
     """Stage after stage, as far as all ranks can go. Collective; the same result on all."""
     session = subject.session
     for stage, checks in STAGES.items():
@@ -88,7 +111,8 @@ def _examine(subject: Subject, limit: Limit, report: Report, hosts: list[str]) -
         why_not = partial(_why_not, subject, report, stage, checks)
         if not is_first and session.rank_zero_first(why_not):
             continue
-        found = {}
+        found = dict[str, Any]()
+        under_way.checks, under_way.found, under_way.plan = checks, found, subject.plan
         for check in checks:
             subject.beat(check.name)
             if _is_for(check, subject):

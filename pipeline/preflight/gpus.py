@@ -43,7 +43,7 @@ def look_at_gpus(subject: Subject) -> dict[str, Any]:
     import pynvml
 
     if subject.hardware.kind == "cpu":
-        return {"gpus": [], "stranger": None}
+        return {"gpus": [], "stranger": None, "is_unasked": False}
     pynvml.nvmlInit()
     try:
         handles = visible_handles(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -53,6 +53,7 @@ def look_at_gpus(subject: Subject) -> dict[str, Any]:
         return {
             "gpus": [asdict(_read(pynvml, handles[i])) for i in own],
             "stranger": not_granted(indices, count, os.environ),
+            "is_unasked": none_asked(os.environ),
         }
     finally:
         pynvml.nvmlShutdown()
@@ -90,6 +91,12 @@ def not_granted(
     return {"used": str(sorted(used)), "granted": f"{name}={env[name]}"}
 
 
+def none_asked(env: Mapping[str, str]) -> bool:
+    """Whether this is a Slurm job that speaks of no GPU. Where nodes are given whole that is so."""
+    names = (*_GRANTED, "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "SLURM_GPUS_ON_NODE")
+    return "SLURM_JOB_ID" in env and not any(env.get(name) for name in names)
+
+
 def numbers_of(listed: str) -> set[int] | None:
     """Numbers as Slurm lists them: `0,2` or `0-3`; None for what is no such list."""
     numbers = set[int]()
@@ -106,7 +113,7 @@ def judge_gpus(seen: Seen) -> Iterable[Finding]:
     if not (gpus := _by_rank(seen)):
         yield ok("CPU ranks; no GPU is used")
         return
-    findings = [*_shared(seen, gpus), *_strangers(seen), *_mixed(seen, gpus)]
+    findings = [*_shared(seen, gpus), *_strangers(seen), *_unasked(seen), *_mixed(seen, gpus)]
     if findings:
         yield from findings
         return
@@ -137,6 +144,15 @@ def _strangers(seen: Seen) -> Iterable[Finding]:
                 "--num_gpus and --include, which forget it",
                 [rank],
             )
+
+
+def _unasked(seen: Seen) -> Iterable[Finding]:
+    if ranks := [rank for rank, answer in seen.answers.items() if answer["is_unasked"]]:
+        yield warn(
+            f"{seen.where(ranks)}: the Slurm job asked for no GPU, so another's may be used",
+            "--gpus-per-node=N; unless this cluster gives nodes whole",
+            ranks,
+        )
 
 
 def _mixed(seen: Seen, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Finding]:

@@ -55,17 +55,24 @@ class Limit:
         self._channel = self._session.open_channel()
 
     def beat(self, where: str) -> None:
-        """The main thread has come to another place; every rank to the same ones in one order."""
-        self._where, self._beats, self._since = where, self._beats + 1, time.monotonic()
-        if self._channel is not None:
+        """The main thread has come to another place; every rank to the same ones in one order.
+
+        Said again on one of them, its time begins anew there.
+        """
+        is_here = where == self._where
+        self._where, self._since = where, time.monotonic()
+        self._beats += not is_here
+        if self._channel is not None and not is_here:
             self._channel.set(_key(self._session.placement.rank), json.dumps([self._beats, where]))
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL_S):
             patience = self._limit_s * (1 if self._beats_are_shown else _MEETING_TIMES)
             if time.monotonic() - self._since > patience + self._later_s:
-                self._on_end(*self._behind())
-                os._exit(UserError.exit_code)
+                try:
+                    self._on_end(*self._behind())
+                finally:
+                    os._exit(UserError.exit_code)
 
     @property
     def _beats_are_shown(self) -> bool:

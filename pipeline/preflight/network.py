@@ -148,7 +148,9 @@ def judge_network(seen: Seen) -> Iterable[Finding]:
     if findings:
         yield from findings
         return
-    first = next(iter(seen.answers.values()))
+    # On its own machine that may be the loopback; then training takes what the others reach it by.
+    reached = [answer for answer in seen.answers.values() if answer["interface"]]
+    first = next(iter([*reached, *seen.answers.values()]))
     active = sum(state == "ACTIVE" for state in first["infiniband"].values())
     fabric = f", InfiniBand: {active} active ports" if active else ""
     speed = f" ({first['mbit']:,} Mb/s)" if first["mbit"] > 0 else ""
@@ -166,16 +168,19 @@ def _of_machine(seen: Seen, rank: int, answer: Mapping[str, Any]) -> Iterable[Fi
             [rank],
         )
     if seen.num_machines > 1:
-        yield from _between(rank, host, answer)
+        yield from _between(rank, host, answer, is_first=host == seen.hosts[0])
         yield from _infiniband(rank, host, answer["infiniband"])
 
 
-def _between(rank: int, host: str, answer: Mapping[str, Any]) -> Iterable[Finding]:
+def _between(
+    rank: int, host: str, answer: Mapping[str, Any], *, is_first: bool
+) -> Iterable[Finding]:
     """What matters where ranks of other machines must be reached."""
     ports = answer["infiniband"].values()
-    if answer["master"].startswith("127.") or answer["master"] == "localhost":
+    is_own = answer["master"].startswith("127.") or answer["master"] == "localhost"
+    if is_own or (not is_first and answer["interface"] is None):
         yield fail(
-            f"{host}: MASTER_ADDR={answer['master']} is each machine's own loopback",
+            f"{host}: MASTER_ADDR={answer['master']} is this machine's own loopback",
             "set it to the first machine's name or address",
             [rank],
         )

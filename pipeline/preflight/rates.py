@@ -117,6 +117,8 @@ def look_at_pairs(subject: Subject) -> dict[str, Any]:
     place, kind, device = subject.placement, subject.hardware.kind, subject.session.device
     sent = torch.zeros(_MOVED_BYTES[kind] // 4, device=device)
     received, found = torch.empty_like(sent), {}
+    plan = subject.known_plan
+    planned = reachable_rates(plan.layout, plan.hardware).ring
     for other in neighbours(place.rank, place.world_size):
 
         def swap(other: int = other) -> None:
@@ -124,7 +126,8 @@ def look_at_pairs(subject: Subject) -> dict[str, Any]:
 
         rate = _MOVED_BYTES[kind] / _seconds(swap, device)
         is_near = other // place.local_size == place.rank // place.local_size
-        found[str(other)] = {"rate": rate, "is_near": is_near}
+        reckoned = None if is_near or kind == "cpu" else planned
+        found[str(other)] = {"rate": rate, "is_near": is_near, "reckoned": reckoned}
     return found
 
 
@@ -138,23 +141,28 @@ def neighbours(rank: int, world_size: int) -> list[int]:
 
 
 def judge_pairs(seen: Seen) -> Iterable[Finding]:
-    """No pair is far slower than others of its kind; a rank in two slow pairs is named first."""
+    """No pair is far slower than others of its kind, nor one between machines than planned.
+
+    A rank in two slow pairs is named first.
+    """
     pairs = {
-        (rank, int(other)): (link["rate"], link["is_near"])
+        (rank, int(other)): link
         for rank, answer in seen.answers.items()
         for other, link in answer.items()
         if rank < int(other)
     }
     said, slow = [], dict[tuple[int, int], str]()
     for is_near, name in ((True, "in a machine"), (False, "between machines")):
-        rates = {pair: rate for pair, (rate, near) in pairs.items() if near is is_near}
+        links = {pair: link for pair, link in pairs.items() if link["is_near"] is is_near}
+        rates = {pair: link["rate"] for pair, link in links.items()}
         if not rates:
             continue
         middle = median(rates.values())
         said.append(f"{name} {middle / _GIGA:.3g} GB/s")
         for pair, rate in rates.items():
-            if rate < _LEAST_OF_PAIRS * middle:
-                slow[pair] = f"{pair[0]}-{pair[1]} {rate / _GIGA:.3g} of {middle / _GIGA:.3g} GB/s"
+            should = max(middle, links[pair]["reckoned"] or 0.0)
+            if rate < _LEAST_OF_PAIRS * should:
+                slow[pair] = f"{pair[0]}-{pair[1]} {rate / _GIGA:.3g} of {should / _GIGA:.3g} GB/s"
     if not slow:
         yield ok(", ".join(said))
         return

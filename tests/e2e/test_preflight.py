@@ -117,6 +117,7 @@ def test_a_rank_that_hangs_is_named(run_file):
     assert (code, code_1) == (2, 2), errors
     (line,) = [line for line in out.splitlines() if line.startswith("fail")]
     assert line.startswith("fail  run folder      not over in time on ranks 1 (")
+    assert "ok    clock " in out  # of rank 0, in the same stage
 
 
 def test_a_rank_that_never_comes(run_file):
@@ -125,6 +126,7 @@ def test_a_rank_that_never_comes(run_file):
     ((code, out, errors),) = ranks.end()
     assert code == 2, errors
     assert "fail  meeting         not all ranks have come in time" in out
+    assert "ok    model " in out  # what rank 0 has found by itself
 
 
 def test_two_hosts_of_which_one_has_another_disk(run_file, tmp_path):

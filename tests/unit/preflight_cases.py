@@ -20,7 +20,7 @@ def gpu(uuid: str, **changes) -> dict:
         "capability": [9, 0], "total": H100S.device_bytes, "free": H100S.device_bytes,
         "processes": [],
     }  # fmt: skip
-    return {"gpus": [card | changes], "stranger": None}
+    return {"gpus": [card | changes], "stranger": None, "is_unasked": False}
 
 
 def interface(**changes) -> dict:
@@ -52,7 +52,9 @@ def summed(gb_s: float, kind: str = "cuda") -> dict:
     return {"kind": kind, "rate": gb_s * 1e9, "reckoned": 300e9}
 
 
-def links(slow: tuple[int, ...] = (), *, far: bool = False) -> dict[int, dict]:
+def links(
+    slow: tuple[int, ...] = (), *, far: bool = False, reckoned: float | None = None
+) -> dict[int, dict]:
     """Eight ranks in a row; each link of a slow one has a tenth of the rate."""
     found: dict[int, dict] = {rank: {} for rank in range(8)}
     for one in range(7):
@@ -60,7 +62,8 @@ def links(slow: tuple[int, ...] = (), *, far: bool = False) -> dict[int, dict]:
         rate = 300e9 if is_near else 25e9
         if one in slow or other in slow:
             rate /= 10
-        found[one][str(other)] = found[other][str(one)] = {"rate": rate, "is_near": is_near}
+        link = {"rate": rate, "is_near": is_near, "reckoned": None if is_near else reckoned}
+        found[one][str(other)] = found[other][str(one)] = link
     return found
 
 
@@ -70,10 +73,10 @@ GOOD = [
     ("versions", {0: _VERSIONS, 1: _VERSIONS}, ["torch 2.13.0"]),
     ("port", {0: "29500 is free"}, ["29500"]),
     ("network", {0: interface(), 1: interface(mbit=0)}, ["node1", "eth0", "100,000 Mb/s"]),
-    ("network", {0: interface(interface=None, mbit=0), 1: interface()}, ["the loopback"]),
+    ("network", {0: interface(interface=None, mbit=0), 1: interface()}, ["reached by eth0"]),
     ("network", {0: interface(mbit=1000, infiniband={"mlx5_0:1": "ACTIVE"})}, ["1 active"]),
     ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b")}, ["2 x NVIDIA H100"]),
-    ("gpus", {0: {"gpus": [], "stranger": None}}, ["CPU"]),
+    ("gpus", {0: {"gpus": [], "stranger": None, "is_unasked": False}}, ["CPU"]),
     ("drivers", {0: gpu("GPU-a"), 1: gpu("GPU-b")}, ["driver 580.65", "CUDA up to 13.0", "9.0"]),
     ("plan", {0: {"a": "1"}, 1: {"a": "1"}}, ["ZeRO-2", "2 x NVIDIA H100"]),
     ("gpu memory", {0: gpu("GPU-a"), 1: gpu("GPU-b")}, ["79.6 GiB or more free"]),
@@ -109,11 +112,14 @@ BAD = [
     ("versions", {0: _VERSIONS, 1: _VERSIONS | {"torch": "2.14.0"}}, "fail", ["2.14.0", "node2"]),
     ("network", {0: interface(missing={"NCCL_SOCKET_IFNAME": "ib7"})}, "fail", ["ib7", "node1"]),
     ("network", {0: interface(master="127.0.0.1")}, "fail", ["MASTER_ADDR"]),
+    ("network", {1: interface(interface=None, mbit=0)}, "fail", ["node2", "own loopback"]),
     ("network", {1: interface(mbit=1000)}, "warn", ["node2", "1,000 Mb/s"]),
     ("network", {0: interface(infiniband={"a:1": "ACTIVE", "b:1": "DOWN"})}, "warn", ["b:1"]),
     ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-a")}, "fail", ["GPU-a", "ranks 0-1"]),
     ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b") | {"stranger": {"used": "[5]", "granted": "X=0,1"}}},
         "fail", ["rank 1 (node2) uses GPU [5]", "X=0,1"]),
+    ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b") | {"is_unasked": True}}, "warn",
+        ["rank 1 (node2)", "asked for no GPU"]),
     ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b", name="H100 PCIe")}, "warn", ["PCIe", "node2"]),
     ("drivers", {0: gpu("GPU-a"), 1: gpu("GPU-b", driver="550.1")}, "warn", ["550.1", "580.65"]),
     ("plan", {0: {"micro": "1"}, 1: {"micro": "2"}}, "fail", ["micro", "rank 1"]),
@@ -141,6 +147,7 @@ BAD = [
     ("matrix product", {0: product(100), 1: product(100)}, "warn", ["100 TFLOPS", "690"]),
     ("all-reduce", {0: summed(20), 1: summed(21)}, "warn", ["20 GB/s", "300"]),
     ("links", links(slow=(5,)), "warn", ["rank 5 ", "4-5", "5-6"]),
+    ("links", links(far=True, reckoned=60e9), "warn", ["ranks 3-4 ", "3-4 25 of 60 GB/s"]),
     ("links", links(slow=(0,)), "warn", ["ranks 0-1 ", "0-1 30 of 300 GB/s"]),
     ("links", links(slow=(5,), far=True), "warn", ["rank 5 "]),
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline.cluster.devices import set_environment
 from pipeline.cluster.host_memory import host_memory
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
@@ -19,7 +20,7 @@ from pipeline.plan.hardware import GIB
 from pipeline.plan.plan import make_plan
 from pipeline.plan.shape import read_shape
 from pipeline.preflight.findings import Seen, by_answer, compare, flat, spans
-from pipeline.preflight.gpus import look_at_gpus, not_granted, numbers_of
+from pipeline.preflight.gpus import look_at_gpus, none_asked, not_granted, numbers_of
 from pipeline.preflight.host import granted_by_slurm
 from pipeline.preflight.inputs import look_at_disk, look_at_model
 from pipeline.preflight.network import (
@@ -249,6 +250,34 @@ def test_gpus_that_slurm_did_not_grant_are_told(plan, nvml, monkeypatch):
     assert look_at_gpus(subject(plan, hardware=H100S, placement=local(1, 2)))["stranger"] is None
 
 
+@pytest.mark.parametrize("name", ["SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES"])
+def test_granted_gpus_that_the_driver_does_not_show_are_refused(nvml, monkeypatch, name):
+    for variable in ("DS_ACCELERATOR", *Placement().variables()):
+        monkeypatch.setenv(variable, "")  # set anew below, and undone at the end
+    monkeypatch.setenv(name, "0-3" if name.startswith("SLURM") else "0,1")
+    with pytest.raises(UserError, match=f"{name}=0.*shows no GPU.*DS_ACCELERATOR=cpu"):
+        set_environment(Placement(), CPU)
+    set_environment(Placement(), H100S)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    set_environment(Placement(), CPU)
+
+
+def test_deepspeeds_numbers_of_cpu_ranks_are_no_grant(nvml, monkeypatch):
+    for variable in ("DS_ACCELERATOR", *Placement().variables()):
+        monkeypatch.setenv(variable, "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    set_environment(replace(local(0, 2), launcher="deepspeed"), CPU)
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    set_environment(Placement(), CPU)
+
+
+def test_a_slurm_job_that_speaks_of_no_gpu():
+    assert none_asked({"SLURM_JOB_ID": "7"})
+    assert not none_asked({"SLURM_JOB_ID": "7", "SLURM_JOB_GPUS": "0"})
+    assert not none_asked({})
+
+
 def test_granted_gpus_may_be_told_as_ranges():
     assert numbers_of("0-3") == {0, 1, 2, 3}
     assert numbers_of("0,2-3, 7") == {0, 2, 3, 7}
@@ -334,7 +363,7 @@ def test_what_is_wrong_with_the_run_file_is_an_answer(tmp_path):
 # The report
 
 
-CPU_RANK = {"gpus": [], "stranger": None}
+CPU_RANK = {"gpus": [], "stranger": None, "is_unasked": False}
 
 
 def report(answers: list[dict]) -> Report:
