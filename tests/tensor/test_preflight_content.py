@@ -34,9 +34,9 @@ def test_a_tokenizer_of_another_model_is_refused(subject):
 
 
 def test_rows_are_read_whole_or_the_first_of_them_or_none(subject, monkeypatch):
-    assert content.look_at_rows(subject) == {"is_whole": True, "documents": 32} | supervised(
-        subject
-    )
+    found = content.look_at_rows(subject)
+    assert (found["is_whole"], found["documents"]) == (True, 32)
+    assert found["supervised"] > 32
     monkeypatch.setattr(content, "_ALL_ROWS_BYTES", 100)
     assert not content.look_at_rows(subject)["is_whole"]
     monkeypatch.setattr(content, "_FIRST_ROWS_BYTES", 100)
