@@ -231,7 +231,8 @@ class RunSettings(BaseModel):
         default=0, description="Processes a rank that build batches; ids are memory-mapped, so 0."
     )
     dataloader_prefetch_factor: Positive = Field(
-        default=2, description="Micro-batches that each of those processes builds ahead."
+        default=2,
+        description="Micro-batches that each of those processes builds ahead, where there are any.",
     )
 
     # Watching, saving, stopping

@@ -5,20 +5,24 @@ B: sequences, T: tokens of the longest of them. A sequence is one document or, p
 
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.order import MicroBatch
+from pipeline.errors import RankZeroError
 
 if TYPE_CHECKING:
     from pipeline.data.prepared import Split
 
 IGNORED = -100  # a label that does not count
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_IS_ITS_OWN = "Caught "  # how torch begins an error that a worker has met itself
 _PADDING = 0  # any id would do: it is on the right, where causal attention never looks
 
 
@@ -75,21 +79,22 @@ def build_batch(split: "Split", sequences: Sequence[int]) -> Batch:
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), documents, tokens)
 
 
-class _RankBatches(Dataset[Batch]):
+class _RankBatches(Dataset[tuple[Batch, int]]):
     def __init__(self, split: "Split", work: Sequence[MicroBatch]) -> None:
         self._split, self._work = split, work
 
     def __len__(self) -> int:
         return len(self._work)
 
-    def __getitem__(self, index: int) -> Batch:
-        return build_batch(self._split, self._work[index].sequences)
+    def __getitem__(self, index: int) -> tuple[Batch, int]:
+        micro_batch = self._work[index]
+        return build_batch(self._split, micro_batch.sequences), micro_batch.first
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
     """A launcher ends a rank's children with it, but a rank that is asked to stop needs them."""
     del worker
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -99,14 +104,60 @@ def batches_of(
     *,
     num_workers: int = 0,
     prefetch_factor: int = 2,
-) -> Iterator[Batch]:
-    """The batches of one rank's work, in order; built ahead where there are workers."""
-    loader: DataLoader[Batch] = DataLoader(
+) -> Iterator[tuple[Batch, int]]:
+    """The batches of one rank's work, in order, each with its place in its global batch.
+
+    Built ahead where there are workers; whoever iterates does so within `dead_workers_said`.
+    """
+    loader: DataLoader[tuple[Batch, int]] = DataLoader(
         _RankBatches(split, work),
         batch_size=None,
         shuffle=False,
         num_workers=num_workers,
         worker_init_fn=_leave_signals_to_the_rank,
         prefetch_factor=prefetch_factor if num_workers else None,
+        # Forking would copy the locks of DeepSpeed's, CUDA's and our own threads.
+        multiprocessing_context="spawn" if num_workers else None,
     )
-    return iter(loader)
+    # Workers inherit the mask, so that nothing ends them before they ignore the signals.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return _while_workers_live(batches) if num_workers else batches
+
+
+_Item = TypeVar("_Item")
+
+
+def _while_workers_live(batches: Iterator[_Item]) -> Iterator[_Item]:
+    """The same; one that a worker has begun to hand over cannot be had once it is dead."""
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (OSError, EOFError) as error:
+            if _IS_ITS_OWN in str(error):
+                raise
+            raise _a_worker_died() from error
+        yield batch
+
+
+@contextmanager
+def dead_workers_said() -> Iterator[None]:
+    """Raise RankZeroError where a worker was ended from outside: torch tells of it at any place."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or _IS_ITS_OWN in str(error):
+            raise
+        raise _a_worker_died() from error
+
+
+def _a_worker_died() -> RankZeroError:
+    return RankZeroError(
+        "a process that builds batches was ended from outside, most likely for want of memory; "
+        "dataloader_num_workers: 0 needs none"
+    )

@@ -18,5 +18,5 @@ def held_out_loss(
         micro_batch_size=micro_batch_size,
     )
     mine = work[session.placement.rank]
-    total = sum(summed_loss(batch) for batch in batches_of(split, mine))
+    total = sum(summed_loss(batch) for batch, _ in batches_of(split, mine))
     return session.sum_over_ranks([total])[0] / split.sequences.supervised_tokens

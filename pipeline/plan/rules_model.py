@@ -132,6 +132,18 @@ REQUEST_RULES: tuple[Rule[Request], ...] = (
         source=issue("deepspeedai/DeepSpeed", 7096),
     ),
     Rule(
+        id="packing-own-code",
+        level="refuse",
+        applies=lambda s: (
+            s.settings.packing and s.settings.trust_remote_code and s.shape.has_own_code
+        ),
+        reason="packing with a model that brings its own code (trust_remote_code, auto_map): its "
+        "attention may not know where a document ends, and documents of a pack would see each "
+        "other",
+        remedy="set packing: false, or trust_remote_code: false to take transformers' own class",
+        source="transformers 5.23.0 modeling_utils.py",
+    ),
+    Rule(
         id="flash-attention-missing",
         level="refuse",
         applies=_flash_attention_missing,

@@ -55,6 +55,7 @@ class ModelShape:
     logit_softcap: bool = False
     score_softcap: bool = False  # of attention scores, which then exist: no kernel fuses it
     quantization: str | None = None
+    has_own_code: bool = False  # its folder brings a class that trust_remote_code would run
     num_tokens: int | None = None  # highest id of an added token of the tokenizer, plus one
 
     @property
@@ -241,6 +242,7 @@ def _from_config(found: Mapping[str, Any], model: str) -> ModelShape:
         logit_softcap=config.get("final_logit_softcapping") is not None,
         score_softcap=config.get("attn_logit_softcapping") is not None,
         quantization=quantization.get("quant_method"),
+        has_own_code="AutoModelForCausalLM" in (config.get("auto_map") or {}),
         num_tokens=count_tokens(Path(model)),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.verify import verify_tensors
-from pipeline.data.batches import Batch, batches_of
+from pipeline.data.batches import Batch, batches_of, dead_workers_said
 from pipeline.data.order import BatchShape, RankWork, forward_seed
 from pipeline.data.sequences import StepSize
 from pipeline.errors import RankZeroError
@@ -30,7 +30,8 @@ def train(run: Training) -> str | None:
     Collective: every rank. A stop leaves a checkpoint of the last complete step.
     """
     try:
-        _train(run)
+        with dead_workers_said():
+            _train(run)
     except StopAgreed as stop:
         save_before_stop(run)
         return str(stop)
@@ -44,6 +45,7 @@ def _train(run: Training) -> None:
         _evaluate(run)
     if _is_patience_over(run):
         return
+    watch.lap()
     for step, batches, size in run.input_wait.over(_work(run)):
         supervised = size.supervised_tokens
         result = run.engine.optimizer_step(batches, supervised, plan.learning_rate(step))
@@ -119,8 +121,8 @@ def _work(run: Training) -> Iterator[tuple[int, Iterator[SeededBatch], StepSize]
         prefetch_factor=settings.dataloader_prefetch_factor,
     )
     seeded = (
-        SeededBatch(batch, forward_seed(settings.seed, work.step_of(i), work[i].first))
-        for i, batch in enumerate(batches)
+        SeededBatch(batch, forward_seed(settings.seed, work.step_of(i), first))
+        for i, (batch, first) in enumerate(batches)
     )
     for step in range(run.progress.step, plan.steps.total_steps):
         yield step, _asking(run, islice(seeded, shape.accumulation_steps)), work.size_of(step)

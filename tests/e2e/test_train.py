@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 import yaml
@@ -159,7 +160,8 @@ def test_packs_bring_every_token_once(run_file, workspace):
     assert sum(line["supervised_tokens"] for line in steps) == trained["supervised_tokens"]
     for line in steps[:2]:
         assert line["predicted_bytes"] == pytest.approx(line["peak_bytes"], rel=0.1)
-    assert all(0 <= line["waiting_share"] < 1 for line in steps)
+    # Well under 1 % where nothing else is at work; a busy machine may take the CPU away in between.
+    assert 0 < median(line["waiting_share"] for line in steps) < 0.05
     code, output = python("score", folder)
     assert code == 0, output
     scored = json.loads((folder / "score.json").read_text())["models"]["adapter"]["loss"]

@@ -1,4 +1,4 @@
-"""metrics.jsonl on a disk that does not take everything."""
+"""metrics.jsonl on a disk that does not take everything, and the time that input takes."""
 
 import errno
 import os
@@ -6,7 +6,8 @@ from io import FileIO
 
 import pytest
 
-from pipeline.train.metrics import MetricsFile, read_metrics
+from pipeline.train import metrics
+from pipeline.train.metrics import InputWait, MetricsFile, read_metrics
 
 
 class SmallDisk(FileIO):
@@ -50,3 +51,26 @@ def test_each_line_is_there_at_once(file, tmp_path):
     for step in (1, 2):
         file.write({"step": step})
         assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": step}
+
+
+def test_waiting_is_the_sources_time_and_nothing_else(monkeypatch):
+    now = 0.0
+
+    def spend(seconds):
+        nonlocal now
+        now += seconds
+
+    def source():
+        for seconds in (1.0, 2.0, 4.0):
+            spend(seconds)
+            yield seconds
+        spend(8.0)  # to find that there is no more
+
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    wait, laps = InputWait(), []
+    for _ in wait.over(source()):
+        spend(100.0)
+        laps.append(wait.lap())
+    assert laps == [1.0, 2.0, 4.0]
+    assert wait.lap() == 8.0
+    assert wait.lap() == 0.0

@@ -45,6 +45,10 @@ CASES = {
         {"shape": {"num_tokens": 128256}},
     ),
     "prequantised-base": ({"shape": {"quantization": "gptq"}}, {}),
+    "packing-own-code": (
+        {"trust_remote_code": True, "shape": {"has_own_code": True}},
+        {"trust_remote_code": True, "packing": False, "shape": {"has_own_code": True}},
+    ),
     "flash-attention-missing": (
         {"use_flash_attention": True, "packages": {"flash-attn": None}},
         {"use_flash_attention": True, "packages": {"flash-attn": "2.8"}},

@@ -1,0 +1,90 @@
+"""Batches that other processes build: the same ones, and no silence where such a process dies."""
+
+import os
+import signal
+
+import psutil
+import pytest
+import torch
+
+from pipeline.data.batches import batches_of, dead_workers_said
+from pipeline.data.order import BatchShape, RankWork
+from pipeline.errors import RankZeroError
+from pipeline.plan.work import SequenceFlops
+from tests.tiny import Documents
+
+STEPS = 12
+
+
+@pytest.fixture
+def split():
+    return Documents(40)
+
+
+def work_on(split) -> RankWork:
+    """Of the second of two ranks, from step 3 on."""
+    return RankWork(
+        split.sequences,
+        SequenceFlops(per_token=1.0, per_square=1.0, per_logit=1.0),
+        BatchShape(world_size=2, accumulation_steps=2, micro_batch_size=2),
+        seed=0, rank=1, first_step=3, total_steps=3 + STEPS,
+    )  # fmt: skip
+
+
+def workers() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+
+
+@pytest.fixture(autouse=True)
+def _no_worker_is_left():
+    """They end with the rank, which leaves without waiting for them; a test goes on."""
+    yield
+    for worker in workers():
+        worker.kill()
+
+
+def test_workers_build_what_the_rank_would(split):
+    work = work_on(split)
+    alone = list(batches_of(split, work))
+    ahead = list(batches_of(split, work, num_workers=2))
+    assert len(alone) == len(ahead) == 2 * STEPS
+    for (one, first), (other, other_first) in zip(alone, ahead, strict=True):
+        assert first == other_first
+        assert torch.equal(one.input_ids, other.input_ids)
+        assert torch.equal(one.labels, other.labels)
+        assert one.documents == other.documents
+    assert [first for _, first in alone] == [work[i].first for i in range(2 * STEPS)]
+
+
+def test_a_worker_that_is_killed_is_said_with_what_would_work(split):
+    batches = batches_of(split, work_on(split), num_workers=2, prefetch_factor=1)
+    next(batches)
+    os.kill(workers()[0].pid, signal.SIGKILL)
+    with (
+        pytest.raises(RankZeroError, match=r"ended from outside.*dataloader_num_workers: 0"),
+        dead_workers_said(),
+    ):
+        list(batches)
+
+
+def test_signals_to_workers_end_none_of_them(split):
+    batches = batches_of(split, work_on(split), num_workers=1)
+    (worker,) = workers()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        worker.send_signal(number)  # while it still imports
+    next(batches)
+    worker.send_signal(signal.SIGTERM)
+    assert len(list(batches)) == 2 * STEPS - 1
+
+
+class Broken(Documents):
+    """Its rows cannot be read."""
+
+    def sequence(self, i):
+        raise RuntimeError(f"no sequence {i}")
+
+
+def test_an_error_of_a_workers_own_is_that_error():
+    split = Broken(40)
+    with pytest.raises(RuntimeError, match="no sequence"), dead_workers_said():
+        list(batches_of(split, work_on(split), num_workers=1))
