@@ -2,19 +2,23 @@
 
     python -m tests.bench.waiting
 
-Packs of 1024 tokens, memory-mapped, in random order: what `dataloader_num_workers` can save.
+Packs of 1024 tokens, memory-mapped, dealt to eight ranks as training deals them: what
+`dataloader_num_workers` can save.
 """
 
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
 from pipeline.data.batches import batches_of
+from pipeline.data.order import BatchShape, RankWork
+from pipeline.plan.work import SequenceFlops
+from tests.tiny import sequences_of
 
 PACKS, TOKENS, DOCUMENTS, MICRO, BATCHES, WARM = 200_000, 1024, 10, 4, 400, 50
+STEP = 2  # micro-batches a rank
 
 
 class MappedPacks:
@@ -23,6 +27,8 @@ class MappedPacks:
     def __init__(self, path):
         self._ids = np.lib.format.open_memmap(path, mode="r")
         self._mask = np.arange(TOKENS // DOCUMENTS) > 0
+        costs = np.random.default_rng(0).integers(TOKENS // 2, TOKENS + 1, PACKS)  # unlike
+        self.sequences = sequences_of(costs, costs - DOCUMENTS, are_packs=True)
 
     def sequence(self, i):
         each = TOKENS // DOCUMENTS
@@ -33,8 +39,12 @@ class MappedPacks:
 
 def seconds_a_batch(split, workers, busy_s=0.0):
     """Mean wait for a batch where the step between two batches takes `busy_s`."""
-    chosen = np.random.default_rng(0).integers(0, PACKS, (BATCHES, MICRO))
-    work = [SimpleNamespace(sequences=row.tolist()) for row in chosen]
+    work = RankWork(
+        split.sequences,
+        SequenceFlops(per_token=1.0, per_square=1e-3, per_logit=1.0),
+        BatchShape(world_size=8, accumulation_steps=STEP, micro_batch_size=MICRO),
+        seed=0, rank=3, first_step=0, total_steps=BATCHES // STEP,
+    )  # fmt: skip
     waited, start = [], time.perf_counter()
     for _ in batches_of(split, work, num_workers=workers):
         waited.append(time.perf_counter() - start)
