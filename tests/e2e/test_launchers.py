@@ -53,9 +53,10 @@ class Workspace:
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
         make_rows(folder / "train.jsonl")
-        # Found first, so that runs are as where mpi4py is not installed.
         (folder / "without_mpi").mkdir()
         (folder / "without_mpi/mpi4py.py").write_text(NO_MPI4PY)
+        # Found first, so that runs are as where mpi4py is not installed.
+        self.without_mpi = {"PYTHONPATH": f"{folder / 'without_mpi'}:{ROOT}"}
 
     def run_file(self, name: str, **settings) -> Path:
         """The run file of 24 steps, whose run folder is of the same name."""
@@ -81,7 +82,8 @@ def workspace(tmp_path_factory, tiny_model) -> Workspace:
 def expected(workspace) -> bytes:
     """The adapter that DeepSpeed's launcher makes on one machine."""
     run_file = workspace.run_file("deepspeed")
-    finish(start(deepspeed("--num_accelerators", "2", *at_a_port()), TRAIN, run_file))
+    command = deepspeed("--num_accelerators", "2", *at_a_port())
+    finish(start(command, TRAIN, run_file, **workspace.without_mpi))
     return workspace.adapter("deepspeed")
 
 
@@ -171,7 +173,7 @@ def test_deepspeed_on_each_machine_without_ssh(workspace, expected, tmp_path):
 
 def test_torchrun(workspace, expected):
     command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
-    finish(start(command, TRAIN, workspace.run_file("torchrun")))
+    finish(start(command, TRAIN, workspace.run_file("torchrun"), **workspace.without_mpi))
     assert workspace.adapter("torchrun") == expected
 
 
@@ -180,10 +182,13 @@ def test_srun(workspace, expected):
     run_file, job = workspace.run_file("srun"), str(os.getpid())
     finish(
         *(
-            start([sys.executable], TRAIN, run_file, **variables_of_srun(task, job))
+            start(
+                [sys.executable], TRAIN, run_file,
+                **variables_of_srun(task, job), **workspace.without_mpi,
+            )
             for task in (0, 1)
         )
-    )
+    )  # fmt: skip
     assert workspace.adapter("srun") == expected
 
 
