@@ -16,7 +16,7 @@ from tests.tiny import make_rows
 SETTINGS = {
     "lora_r": 4, "lora_dropout": 0.1, "lr": 5e-3, "epochs": 3, "global_batch_size": 4,
     "batch_size": 1, "max_length": 128, "save_steps": 2, "logging_steps": 1, "bf16": False,
-    "fp16": False,
+    "fp16": False, "packing": False,
 }  # fmt: skip
 
 CPUS = "--cpus-per-gpu=4"
