@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.plan.plan import dump_json
-from pipeline.train.owner import Ownership, is_living
+from pipeline.train.owner import OWNER, Ownership, is_living
 
 
 @dataclass
@@ -73,6 +73,7 @@ def end_for_dead_owner(path: Path, reason: str) -> None:
         fields |= {"state": "failed", "exit_code": 1, "reason": reason, "ended": time.time()}
         with suppress(OSError):
             write_atomically(path, dump_json(fields))
+            (path.parent / OWNER).unlink(missing_ok=True)  # or it would count on other machines
 
 
 def read_status(path: Path) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.data.keys import SETTINGS as DATA_SETTINGS
 from pipeline.errors import UserError
+from pipeline.train.owner import OWNER
 from pipeline.train.start import look, open_run
 from pipeline.train.status import RunStatus, end_for_dead_owner, is_alive, read_status
 from tests.tiny import make_plan
@@ -282,7 +283,9 @@ def test_a_survivor_ends_the_status_of_a_dead_owner_alone(tmp_path):
     end_for_dead_owner(path, "rank 0 ended")
     assert read_status(path)["state"] == "running"  # it lives
     path.write_text(json.dumps(mine | {"pids": [2**22 + 1]}))
+    (tmp_path / OWNER).write_text(path.read_text())
     end_for_dead_owner(path, "rank 0 ended")
     found = read_status(path)
     assert (found["state"], found["exit_code"], found["step"]) == ("failed", 1, 4)
     assert found["reason"] == "rank 0 ended"
+    assert not (tmp_path / OWNER).exists()  # another machine may start at once
