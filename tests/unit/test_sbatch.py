@@ -394,10 +394,11 @@ def test_preflight_only_checks(job):
     assert (code, job.requeued()) == (1, [])
 
 
-def test_a_copy_elsewhere_says_where_it_must_lie(job):
+@pytest.mark.parametrize("script", ["train.sbatch", "debug.sbatch"])
+def test_a_copy_elsewhere_says_where_it_must_lie(job, script):
     (job.folder / "my checkout/slurm/env.sh").rename(job.folder / "env.sh")
-    code, output = job.train(ranks(said("done")))
-    assert (code, "give sbatch the project's own slurm/train.sbatch" in output) == (2, True), output
+    code, output = job.run(script, "my run.yaml", do=ranks(said("done")))
+    assert (code, f"give sbatch the project's own slurm/{script}" in output) == (2, True), output
 
 
 def test_debug_is_one_process(job):
