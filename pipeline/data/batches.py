@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -119,6 +120,7 @@ def batches_of(
         # Forking would copy the locks of DeepSpeed's, CUDA's and our own threads.
         multiprocessing_context="spawn" if num_workers else None,
     )
+    resource_tracker.ensure_running()  # starting it would take signals out of the mask again
     # Workers inherit the mask, so that nothing ends them before they ignore the signals.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:

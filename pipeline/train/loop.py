@@ -106,7 +106,7 @@ def _work(run: Training) -> Iterator[tuple[int, Iterator[SeededBatch], StepSize]
         micro_batch_size=layout.micro_batch_size,
     )
     work = RankWork(
-        run.train_split.sequences,
+        run.train_split,
         sequence_flops(work_of(plan.shape, settings, plan.training_dtype)),
         shape,
         seed=settings.seed,

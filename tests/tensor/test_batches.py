@@ -1,17 +1,24 @@
 """Batches that other processes build: the same ones, and no silence where such a process dies."""
 
 import os
+import pickle
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+from pipeline.config.settings import RunSettings
 from pipeline.data.batches import batches_of, dead_workers_said
 from pipeline.data.order import BatchShape, RankWork
+from pipeline.data.prepare import prepare
+from pipeline.data.prepared import open_split
 from pipeline.errors import RankZeroError
 from pipeline.plan.work import SequenceFlops
-from tests.tiny import Documents
+from tests.tiny import Documents, make_rows, make_tokenizer
 
 STEPS = 12
 
@@ -24,7 +31,7 @@ def split():
 def work_on(split) -> RankWork:
     """Of the second of two ranks, from step 3 on."""
     return RankWork(
-        split.sequences,
+        split,
         SequenceFlops(per_token=1.0, per_square=1.0, per_logit=1.0),
         BatchShape(world_size=2, accumulation_steps=2, micro_batch_size=2),
         seed=0, rank=1, first_step=3, total_steps=3 + STEPS,
@@ -67,7 +74,12 @@ def test_a_worker_that_is_killed_is_said_with_what_would_work(split):
         list(batches)
 
 
-def test_signals_to_workers_end_none_of_them(split):
+SIGNALLED = """
+import signal
+from tests.tensor.test_batches import STEPS, batches_of, work_on, workers
+from tests.tiny import Documents, make_rows, make_tokenizer
+if __name__ == "__main__":
+    split = Documents(40)
     batches = batches_of(split, work_on(split), num_workers=1)
     (worker,) = workers()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
@@ -75,6 +87,25 @@ def test_signals_to_workers_end_none_of_them(split):
     next(batches)
     worker.send_signal(signal.SIGTERM)
     assert len(list(batches)) == 2 * STEPS - 1
+"""
+
+
+def test_signals_to_workers_end_none_of_them(tmp_path):
+    """In a process that has spawned nothing before, as a rank is."""
+    (tmp_path / "rank.py").write_text(SIGNALLED)
+    command = [sys.executable, tmp_path / "rank.py"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_worker_maps_the_files_of_a_split_and_gets_no_copy(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    make_rows(tmp_path / "train.jsonl", 2000)
+    values = {"model": "model", "train_data": "train.jsonl", "output_dir": "run"}
+    settings = RunSettings(**{key: str(tmp_path / value) for key, value in values.items()})
+    split = open_split(prepare(settings, tmp_path / "data").train)
+    assert len(pickle.dumps((split, work_on(split)))) < 2000
 
 
 class Broken(Documents):
