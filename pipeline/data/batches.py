@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.order import MicroBatch
-from pipeline.errors import RankZeroError
+from pipeline.errors import OfOneRank
 
 if TYPE_CHECKING:
     from pipeline.data.prepared import Split
@@ -149,7 +149,7 @@ def _while_workers_live(batches: Iterator[_Item]) -> Iterator[_Item]:
 
 @contextmanager
 def dead_workers_said() -> Iterator[None]:
-    """Raise RankZeroError where a worker was ended from outside: torch tells of it at any place."""
+    """Raise OfOneRank where a worker was ended from outside: torch tells of it at any place."""
     try:
         yield
     except RuntimeError as error:
@@ -158,8 +158,8 @@ def dead_workers_said() -> Iterator[None]:
         raise _a_worker_died() from error
 
 
-def _a_worker_died() -> RankZeroError:
-    return RankZeroError(
+def _a_worker_died() -> OfOneRank:
+    return OfOneRank(
         "a process that builds batches was ended from outside, most likely for want of memory; "
         "dataloader_num_workers: 0 needs none"
     )

@@ -13,6 +13,7 @@ from pipeline.train import finish, run
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
 from pipeline.train.saving import Saver
 from pipeline.train.status import RunStatus, read_status
+from pipeline.train.stop import StopRequests
 from tests.tiny import make_plan
 
 WEIGHTS, MOMENTS = {"k": torch.randn(4)}, {"k/exp_avg": torch.randn(4)}
@@ -138,7 +139,8 @@ def test_a_write_in_flight_outlives_an_error(saver, checkpoints, tmp_path, monke
     status = RunStatus(tmp_path / "status.json")
     status.own()
     status.claim()
-    last_word = run._LastWord(tmp_path, status, saver.wait_at_most)
+    stops = StopRequests(tmp_path, None, is_first=True)
+    last_word = run._LastWord(tmp_path, stops, status, saver.wait_at_most)
     with pytest.raises(type(error)):
         run._owned(status, last_word, work)
     assert checkpoints.newest()[0].name == "step-00000003"  # the process may end now
