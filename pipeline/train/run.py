@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.devices import detect_hardware, set_environment
+from pipeline.cluster.devices import detect_hardware, set_environment, unseen_gpus
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
@@ -21,7 +21,7 @@ from pipeline.plan.shape import read_shape
 from pipeline.preflight.examine import look_before_torch, require_fit
 from pipeline.preflight.subject import Subject
 from pipeline.train.launcher import watch_launchers
-from pipeline.train.start import look, open_run, write_plan
+from pipeline.train.start import as_requeued, look, open_run, write_plan
 from pipeline.train.status import RunStatus, end_for_dead_owner, is_done, read_status
 from pipeline.train.stop import StopRequests
 from pipeline.train.watchdog import Pulse, Watchdog
@@ -36,12 +36,14 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     All that can be known without torch is checked before torch is imported. Raises UserError for
     wrong input, Stopped after an agreed stop, RankZeroError for a failed run.
     """
+    settings = as_requeued(settings, os.environ)
     if is_debug:
         settings = _debug_settings(settings)
     placement, folder = from_environment(os.environ), Path(settings.output_dir)
     stops = StopRequests(folder, settings.time_limit_s, is_first=placement.rank == 0)
     watch_launchers(os.environ, stops.ask)
     hardware = detect_hardware()
+    unseen = unseen_gpus(placement, hardware)
     set_environment(placement, hardware)
     plan = make_plan(
         settings,
@@ -52,8 +54,9 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     )
     with Session(placement, hardware) as session:
         subject = Subject(
-            placement=placement, hardware=hardware, session=session, settings=settings, plan=plan
-        )
+            placement=placement, hardware=hardware, session=session, settings=settings, plan=plan,
+            unseen_gpus=unseen, is_training=True,
+        )  # fmt: skip
         looked = look_before_torch(subject)
         pulse, last_word = Pulse(), _LastWord(folder, stops)
         # Until all have met a signal just ends the process: another rank may never come, and there
