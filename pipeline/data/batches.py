@@ -159,6 +159,7 @@ def dead_workers_said() -> Iterator[None]:
 
 
 def _a_worker_died() -> OfOneRank:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would raise again, wherever we are
     return OfOneRank(
         "a process that builds batches was ended from outside, most likely for want of memory; "
         "dataloader_num_workers: 0 needs none"

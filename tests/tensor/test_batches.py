@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.config.settings import RunSettings
-from pipeline.data.batches import batches_of, dead_workers_said
+from pipeline.data.batches import batches_of
 from pipeline.data.order import BatchShape, RankWork
 from pipeline.data.prepare import prepare
 from pipeline.data.prepared import open_split
@@ -66,7 +66,7 @@ def run_as_a_rank(code: str, tmp_path) -> str:
 
 
 BEGINNING = """
-import os, signal
+import os, signal, time
 from pipeline.data.batches import dead_workers_said
 from pipeline.errors import OfOneRank
 from tests.tensor.test_batches import STEPS, batches_of, work_on, workers
@@ -82,6 +82,9 @@ if __name__ == "__main__":
         with dead_workers_said():
             list(batches)
     except OfOneRank as error:
+        for worker in workers():
+            worker.kill()
+        time.sleep(0.5)  # told once, not again in what comes next
         print(error, flush=True)
         os._exit(0)  # as a rank leaves
 """
@@ -125,7 +128,18 @@ class Broken(Documents):
         raise RuntimeError(f"no sequence {i}")
 
 
-def test_an_error_of_a_workers_own_is_that_error():
+BROKEN = """
+from tests.tensor.test_batches import Broken
+if __name__ == "__main__":
     split = Broken(40)
-    with pytest.raises(RuntimeError, match="no sequence"), dead_workers_said():
-        list(batches_of(split, work_on(split), num_workers=1))
+    try:
+        with dead_workers_said():
+            list(batches_of(split, work_on(split), num_workers=1))
+    except RuntimeError as error:
+        print(error, flush=True)
+        os._exit(0)
+"""
+
+
+def test_an_error_of_a_workers_own_is_that_error(tmp_path):
+    assert "no sequence" in run_as_a_rank(BROKEN, tmp_path)
