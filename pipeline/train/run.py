@@ -1,6 +1,7 @@
 """From settings to a published adapter: the road of one training run, on every rank."""
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,10 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     All that can be known without torch is checked before torch is imported. Raises UserError for
     wrong input, Stopped after an agreed stop, RankZeroError for a failed run.
     """
+    # Until all have met a signal just ends the process: another rank may never come, and there is
+    # nothing to save. Python only notes an interrupt while torch waits, and a shell's `&` has
+    # switched it off.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if is_debug:
         settings = _debug_settings(settings)
     placement, folder = from_environment(os.environ), Path(settings.output_dir)
@@ -56,8 +61,6 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         )
         looked = look_before_torch(subject)
         pulse, last_word = Pulse(), _LastWord(folder)
-        # Until all have met a signal just ends the process: another rank may never come, and there
-        # is nothing to save.
         with Watchdog(
             placement, session.open_channel(), pulse, settings.hang_timeout_s, on_end=last_word
         ):

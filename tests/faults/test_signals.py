@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -11,11 +13,13 @@ import pytest
 from tests.faults.runs import (
     EVAL_STEPS,
     IS_FULL,
+    ROOT,
     SEED,
     TOTAL_STEPS,
     Started,
     adapter,
     finish,
+    free_port,
     losses,
     send,
     start,
@@ -108,3 +112,23 @@ def test_a_signal_stops_with_a_checkpoint(run_file, workspace, straight, name, h
     assert losses(folder) == losses(straight)
     print(f"{len(hits)} signals, steps lost: {lost}")
     assert lost == 0
+
+
+def test_an_interrupt_ends_a_rank_that_waits_for_the_others(run_file):
+    """Python itself only notes it while torch waits, and the `&` of a script switches it off."""
+    port = free_port()
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    off = ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
+    rank = subprocess.Popen(
+        [*off, sys.executable, "launch/train.py", run_file("alone")],
+        cwd=ROOT, env=os.environ | alone,
+    )  # fmt: skip
+    try:
+        while not any(c.laddr.port == port for c in psutil.Process(rank.pid).net_connections()):
+            assert rank.poll() is None
+            time.sleep(0.05)
+        rank.send_signal(signal.SIGINT)
+        assert rank.wait(WITHIN_S) == -signal.SIGINT
+    finally:
+        rank.kill()
