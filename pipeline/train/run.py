@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.devices import detect_hardware, set_environment
+from pipeline.cluster.exits import is_lost_connection
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
@@ -158,7 +159,8 @@ def _owned(status: RunStatus | None, last_word: _LastWord, work: Callable[[], No
         status.end("failed", error.exit_code, str(error))
         raise
     except BaseException as error:
-        last_word.wait_for_writes(_LAST_WRITE_S)
+        if not is_lost_connection(error):  # else the watchdog waits, and then says who is gone
+            last_word.wait_for_writes(_LAST_WRITE_S)
         status.end("failed", 1, f"{type(error).__name__}: {error}")
         raise
     status.end("done", 0, None)

@@ -145,6 +145,25 @@ def test_a_write_in_flight_outlives_an_error(saver, checkpoints, tmp_path, monke
     assert read_status(status.path)["state"] == "failed"
 
 
+def test_who_is_gone_is_the_watchdogs_to_say(tmp_path):
+    """It waits for writes before it speaks: waited for here as well, this could come after it."""
+    waited = []
+    status = RunStatus(tmp_path / "status.json")
+    status.own()
+    status.claim()
+    last_word = run._LastWord(tmp_path, status, waited.append)
+
+    def work():
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError):
+        run._owned(status, last_word, work)
+    assert waited == []
+    last_word("rank 1 ended without a word")
+    assert waited
+    assert read_status(status.path)["reason"] == "rank 1 ended without a word"
+
+
 def test_an_adapter_that_cannot_be_written_says_what_is_kept(publish, saver, tmp_path):
     full = OSError("no space left")
     assert "there is no checkpoint: a new start begins anew" in publish(None, full)
