@@ -12,6 +12,7 @@ import pytest
 
 from tests.faults.runs import (
     EVAL_STEPS,
+    IN_PACKS,
     IS_FULL,
     ROOT,
     SEED,
@@ -73,9 +74,11 @@ def cases():
 
 
 @pytest.mark.parametrize(("name", "hits"), cases(), ids=[name for name, _ in cases()])
-def test_a_signal_stops_with_a_checkpoint(run_file, workspace, straight, name, hits):
+def test_a_signal_stops_with_a_checkpoint(run_file, workspace, request, name, hits):
+    is_packed = name in ("short", "terminal")
+    straight = request.getfixturevalue("straight_in_packs" if is_packed else "straight")
     name = f"signalled-{name.replace(' ', '-')}"
-    path, folder = run_file(name), workspace / name
+    path, folder = run_file(name, **IN_PACKS if is_packed else {}), workspace / name
     chance, lost, before = random.Random(f"{SEED} {name}"), 0, 0
     for turn, (target, number, phase) in enumerate(hits):
         earlier, kept = status(folder), steps_on_disk(folder)
