@@ -41,7 +41,9 @@ def main() -> None:
     folder = Path(settings.output_dir)
     data_dir = folder / "data"
     check_output(folder)
-    with Ownership(folder):  # a run reads what lies there; prepare removes what is out of date
+    with Ownership(
+        folder, "launch/prepare.py"
+    ):  # a run reads what lies there; prepare removes what is out of date
         fetch(settings.train_sources, "train_data")
         fetch(settings.eval_sources, "eval_data")
         check_first_rows(settings)

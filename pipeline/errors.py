@@ -3,6 +3,7 @@
     RankZeroError      exit 1: the run failed
     +-- UserError      exit 2: the input is wrong; one clear message, no traceback
     +-- Stopped        exit 75: stopped with a checkpoint, to be started again
+    +-- OfOneRank      exit 1: on one rank alone, while the others go on
 
 A message says what was found, where (file, line, key) and what would work.
 """
@@ -24,3 +25,7 @@ class Stopped(RankZeroError):
     """The run stopped as it was asked to, with a checkpoint; starting it again goes on."""
 
     exit_code = 75
+
+
+class OfOneRank(RankZeroError):
+    """A failure that one rank alone meets: the others do not know of it, and must be told."""

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from pipeline.errors import RankZeroError, Stopped
+from pipeline.errors import OfOneRank, RankZeroError, Stopped
 
 # DeepSpeed's node launcher looks once a second for a rank that ended and terminates the others.
 _GRACE_S = 10.0
@@ -27,6 +27,9 @@ def run_main(body: Callable[[], None], *, tracebacks: bool = False) -> NoReturn:
     """
     try:
         body()
+    except OfOneRank as error:
+        _say(f"rank {_rank()}: {error}", tracebacks=tracebacks)
+        _leave(error.exit_code)
     except RankZeroError as error:
         if not isinstance(error, Stopped) or _local_rank() == 0:
             _say(str(error), tracebacks=tracebacks, is_common=True)

@@ -34,7 +34,7 @@ class DataSource(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     weight: Annotated[float, Field(gt=0)] = 1.0
     limit: Positive | None = None
 
@@ -86,7 +86,7 @@ def _as_names(value: Any, expected: str) -> Any:
 
 
 def _as_name(value: Any, expected: str) -> str | DataSource:
-    if isinstance(value, str | DataSource):
+    if isinstance(value, str | DataSource) and value != "":
         return value
     if not isinstance(value, dict):
         raise ValueError(expected)

@@ -42,12 +42,12 @@ def read_rejects(path: Path) -> Iterator[Reject]:
 class Tally:
     """Rows read and rejected so far, with one reject for each reason.
 
-    `read_of`, `used_of`: of each source; `first_of`: its first reject.
+    `read_of`, `used_of`: of each source, by its number; `first_of`: its first reject.
     """
 
-    read_of: Counter[str] = field(default_factory=Counter)
-    used_of: Counter[str] = field(default_factory=Counter)
-    first_of: dict[str, Reject] = field(default_factory=dict)
+    read_of: Counter[int] = field(default_factory=Counter)
+    used_of: Counter[int] = field(default_factory=Counter)
+    first_of: dict[int, Reject] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, Reject] = field(default_factory=dict)
 
@@ -56,8 +56,8 @@ class Tally:
         """The tally of splits that were prepared earlier."""
         tally = cls()
         for audit in audits:
-            for source in audit["sources"]:
-                tally.count(source["name"], source["rows_read"], source["rows_used"])
+            for number, source in enumerate(audit["sources"]):
+                tally.count(number, source["rows_read"], source["rows_used"])
             tally.reasons.update(audit["rejected"])
         wanted = {reason for reason, _ in tally.reasons.most_common(_SHOWN_REASONS)}
         for path in rejects:
@@ -80,16 +80,18 @@ class Tally:
         return self.used_of.total()
 
     @property
-    def lost_sources(self) -> list[str]:
+    def lost_sources(self) -> list[int]:
         """Sources with rows of which none is used."""
-        return [name for name, read in self.read_of.items() if read and not self.used_of[name]]
+        return [
+            source for source, read in self.read_of.items() if read and not self.used_of[source]
+        ]
 
-    def count(self, source: str, read: int, used: int) -> None:
+    def count(self, source: int, read: int, used: int) -> None:
         """Count rows of a source."""
         self.read_of[source] += read
         self.used_of[source] += used
 
-    def reject(self, source: str, reject: Reject) -> None:
+    def reject(self, source: int, reject: Reject) -> None:
         """Note why a row is rejected."""
         self.first_of.setdefault(source, reject)
         self.reasons[reject.reason] += 1
@@ -120,14 +122,14 @@ class Tally:
         lines.append(f"{key}: {share}, {verdict}; most common: {said}; {remedy}")
         raise UserError("\n".join(lines))
 
-    def require_all_sources(self, key: str) -> None:
+    def require_all_sources(self, key: str, names: Sequence[str]) -> None:
         """Raise UserError for a source that would be lost as a whole, however small it is."""
-        for name in self.lost_sources:
-            first = self.first_of.get(name)
+        for source in self.lost_sources:
+            first = self.first_of.get(source)
             why = "" if first is None else f" ({first.file}:{first.line}: {first.reason})"
             raise UserError(
-                f"{key}: {name}: none of its {self.read_of[name]} rows is used{why}; mend them, or "
-                "leave the source out"
+                f"{key}: {names[source]}: none of its {self.read_of[source]} rows is used{why}; "
+                "mend them, or leave the source out"
             )
 
 

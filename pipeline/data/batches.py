@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.order import MicroBatch
-from pipeline.errors import RankZeroError
+from pipeline.errors import OfOneRank
 
 if TYPE_CHECKING:
     from pipeline.data.prepared import Split
@@ -119,6 +120,7 @@ def batches_of(
         # Forking would copy the locks of DeepSpeed's, CUDA's and our own threads.
         multiprocessing_context="spawn" if num_workers else None,
     )
+    resource_tracker.ensure_running()  # starting it would take signals out of the mask again
     # Workers inherit the mask, so that nothing ends them before they ignore the signals.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -147,7 +149,7 @@ def _while_workers_live(batches: Iterator[_Item]) -> Iterator[_Item]:
 
 @contextmanager
 def dead_workers_said() -> Iterator[None]:
-    """Raise RankZeroError where a worker was ended from outside: torch tells of it at any place."""
+    """Raise OfOneRank where a worker was ended from outside: torch tells of it at any place."""
     try:
         yield
     except RuntimeError as error:
@@ -156,8 +158,8 @@ def dead_workers_said() -> Iterator[None]:
         raise _a_worker_died() from error
 
 
-def _a_worker_died() -> RankZeroError:
-    return RankZeroError(
+def _a_worker_died() -> OfOneRank:
+    return OfOneRank(
         "a process that builds batches was ended from outside, most likely for want of memory; "
         "dataloader_num_workers: 0 needs none"
     )

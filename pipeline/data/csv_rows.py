@@ -59,20 +59,20 @@ def _records(file: Path, stream: BinaryIO) -> Iterator[_Record]:
             fields = next(reader)
         except StopIteration:
             return
-        except csv.Error:
+        except csv.Error as error:
             # The lines that follow may be the rest of a text: as rows they would be made up.
             if lines.has_quotes:
-                raise _lost(file, lines) from None
+                raise _lost(file, lines, error) from None
             lines.fault = "not valid CSV: a carriage return inside a row"
         if fields or lines.fault:
             yield _Record(lines.number, lines.offset, fields, lines.fault)
 
 
-def _lost(file: Path, lines: "_Lines") -> UserError:
+def _lost(file: Path, lines: "_Lines", error: csv.Error) -> UserError:
     return UserError(
         f"{file}:{lines.number}: quotes do not match in the row that begins here (read to line "
-        f"{lines.number + lines.count - 1}), and where the next row begins is not certain; write a "
-        'quote inside a quoted text twice (""), or the rows as JSONL'
+        f"{lines.number + lines.count - 1}: {error}), and where the next row begins is not "
+        'certain; write a quote inside a quoted text twice (""), or the rows as JSONL'
     )
 
 

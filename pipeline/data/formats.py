@@ -51,6 +51,7 @@ _SIGNS: dict[DataFormat, tuple[str, ...]] = {
     "text": ("text",),
 }
 _SIGNS_BUT_TEXT = [signs for name, signs in _SIGNS.items() if name != "text"]
+_SIGNING = {column for signs in _SIGNS.values() for column in signs}
 _KNOWN = "; ".join(
     f"{name} ({', '.join(f'`{column}`' for column in columns)})" for name, columns in _SIGNS.items()
 )
@@ -123,7 +124,8 @@ def _renamed(value: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     is `text`: many rows have one beside what they are, and a name in `columns` may be misspelt.
     """
     if not columns or (
-        not any(there in value for there in columns.values())
+        not _SIGNING.isdisjoint(columns)  # they say of which format rows are; these have another
+        and not any(there in value for there in columns.values())
         and any(all(sign in value for sign in signs) for signs in _SIGNS_BUT_TEXT)
     ):
         return value

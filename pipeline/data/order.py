@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -88,7 +88,9 @@ def _groups(
     chosen, rest = shuffled[:whole], shuffled[whole:]
     width = _ALIKE_WIDTH * max(1.0, size / _ALIKE_SIZE)
     blur = hashes_of(whole, *words, 1) / 2.0**64
-    by_length = chosen[np.argsort(np.log(sequences.tokens[chosen]) + width * blur, kind="stable")]
+    # Rounded: the last bits of a logarithm differ from CPU to CPU, and ranks must not.
+    alike = np.round(np.log(sequences.tokens[chosen]), 6) + width * blur
+    by_length = chosen[np.argsort(alike, kind="stable")]
     groups = by_length.reshape(-1, size)
     return groups[permutation(len(groups), *words, 2)], rest
 
@@ -165,12 +167,18 @@ def _costs(
     return summed
 
 
+class Sequenced(Protocol):
+    """A split; sent to a worker it maps its files anew, where its sequences would be a copy."""
+
+    sequences: Sequences
+
+
 class RankWork(Sequence[MicroBatch]):
     """Micro-batches of one rank from `first_step` to the end, made when they are asked for."""
 
     def __init__(
         self,
-        sequences: Sequences,
+        split: Sequenced,
         flops: SequenceFlops,
         shape: BatchShape,
         *,
@@ -179,7 +187,7 @@ class RankWork(Sequence[MicroBatch]):
         first_step: int,
         total_steps: int,
     ) -> None:
-        self._sequences, self._flops, self._shape = sequences, flops, shape
+        self._split, self._flops, self._shape = split, flops, shape
         self._seed, self._rank = seed, rank
         self._first_step, self._total_steps = first_step, total_steps
         self._dealt: tuple[int, list[MicroBatch]] = (-1, [])
@@ -193,7 +201,7 @@ class RankWork(Sequence[MicroBatch]):
             raise IndexError(f"micro-batch {index} of {len(self)}")
         step, turn = self.step_of(index), index % self._shape.accumulation_steps
         if self._dealt[0] != step:
-            given = self._sequences, self._flops, self._shape
+            given = self._split.sequences, self._flops, self._shape
             share = _shares(self.batch(step), *given)[self._rank]
             self._dealt = (step, _in_turn(share, self._rank, *given))
         return self._dealt[1][turn]
@@ -206,14 +214,14 @@ class RankWork(Sequence[MicroBatch]):
         """All sequences of a step, over all ranks."""
         return global_batch(
             step,
-            self._sequences,
+            self._split.sequences,
             seed=self._seed,
             global_batch_size=self._shape.global_batch_size,
         )
 
     def size_of(self, step: int) -> StepSize:
         """What the ranks do in a step together."""
-        return self._sequences.size_of(self.batch(step))
+        return self._split.sequences.size_of(self.batch(step))
 
 
 def evaluation_work(

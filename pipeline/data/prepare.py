@@ -59,7 +59,7 @@ def check_rows(
             if is_whole:
                 with _kept_if_refused([rejects], data_dir):
                     whole.judge(key, settings.max_rejected)
-                    whole.require_all_sources(key)
+                    whole.require_all_sources(key, [source.name for source in sources])
 
 
 def check_first_rows(settings: RunSettings) -> None:
@@ -126,7 +126,9 @@ def _prepare(
             with _kept_if_refused(rejects, data_dir if limit is None else None):
                 making.tally.judge(job.setting, allowed)
                 if limit is None:
-                    making.tally.require_all_sources(job.setting)
+                    making.tally.require_all_sources(
+                        job.setting, [source.name for source in job.sources]
+                    )
             splits |= making.finish()
             written |= writers
         if written:
@@ -188,7 +190,10 @@ def _kept_if_refused(rejects: Sequence[Path], data_dir: Path | None) -> Iterator
         if data_dir is None or not any(path.stat().st_size for path in rejects):
             raise
         _make(data_dir)
-        join_files(data_dir / REJECTS, rejects)
+        try:
+            join_files(data_dir / REJECTS, rejects)
+        except OSError:  # a full disk: what is wrong with the rows is still the thing to say
+            raise error from None
         raise UserError(f"{error}; each row is named in {data_dir / REJECTS}") from None
 
 
@@ -241,16 +246,16 @@ def _checked(
     """Rows parsed, and whether they were all; the bad ones are written to `rejects`."""
     tally, is_whole = Tally(), True
     with rejects.open("w", encoding="utf-8") as stream:
-        for source in sources:
+        for number, source in enumerate(sources):
             left = lines(source)
             for line in islice(left, first):
                 row, example = parsed_example(line, settings)
-                tally.count(source.name, 1, not isinstance(example, str))
+                tally.count(number, 1, not isinstance(example, str))
                 if isinstance(example, str):
                     reject = reject_of(row, example)
                     if settings.on_bad_row == "fail":
                         refuse(reject)
-                    tally.reject(source.name, reject)
+                    tally.reject(number, reject)
                     stream.write(reject.as_line())
             is_whole &= first is None or next(left, None) is None
     return tally, is_whole
@@ -286,6 +291,8 @@ def _write_summary(data_dir: Path, index: DataIndex, audits: dict[str, dict[str,
         known = read_column(index.train.folder, "digests")
         shared = np.isin(read_column(index.eval.folder, "digests"), known)
         audits["eval"] = {**audits["eval"], "rows_also_in_train": int(shared.sum())}
+    # Without an index, what a kill leaves here is written anew.
+    (data_dir / INDEX).unlink(missing_ok=True)
     join_files(data_dir / REJECTS, _rejects(index))
     write_json(data_dir / "audit.json", {split: audits[split] for split in index.splits})
     write_json(data_dir / INDEX, index.as_json())

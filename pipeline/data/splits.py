@@ -149,11 +149,10 @@ class _Split:
         read = numbers["rows_used"] + numbers["rows_rejected"] + numbers["rows_dropped"]
         self._sources[source].numbers.update(numbers, rows_read=read)
         self._sources[source].formats.update(made.formats)
-        name = self._sources[source].name
         self.writer.add(made.columns, source)
-        tally.count(name, read, numbers["rows_used"])
+        tally.count(source, read, numbers["rows_used"])
         for reject in made.rejects:
-            tally.reject(name, reject)
+            tally.reject(source, reject)
             self._reasons[reject.reason] += 1
             self.writer.rejects.write(reject.as_line())
         for dropped in made.dropped:

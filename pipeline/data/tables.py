@@ -4,17 +4,18 @@
 by default, is in memory as a whole (docs/formats.md has the figures).
 """
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Literal
 
 from pipeline.config.data_files import compression_of, open_data
 from pipeline.data import rows
 from pipeline.data.rows import Line
-from pipeline.errors import UserError
+from pipeline.errors import RankZeroError, UserError
 
 _ROWS_AT_ONCE, _BYTES_AT_ONCE, _BUFFER_BYTES = 1000, 2**22, 2**20
 
@@ -35,6 +36,11 @@ def table_rows(file: Path, kind: Literal["parquet", "arrow"]) -> Iterator[Line]:
                     columns, fault = ({}, row) if isinstance(row, str) else (row, "")
                     yield Line(file, number, None, columns, fault)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise RankZeroError(
+                f"{gettempdir()}: no room to unpack {file}; set TMPDIR to a larger disk, or "
+                "unpack it"
+            ) from None
         said = str(error).strip().partition("\n")[0] or type(error).__name__
         name = kind.capitalize()
         raise UserError(f"{file}: not readable as {name} behind row {number}: {said}") from None

@@ -11,8 +11,8 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -63,15 +63,20 @@ class SplitWriter:
     def __init__(self, folder: Path, key: str) -> None:
         self._place, self._key = folder, key
         self.folder = temporary(folder)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        self._columns = {
-            name: _Column(self.folder / f"{name}.npy", dtype) for name, dtype in _COLUMNS.items()
-        }
-        self._columns["offsets"].extend([0])
-        self.rejects = (self.folder / REJECTS).open("w", encoding="utf-8")
         self._longest = 0
         self.index: SplitIndex | None = None
+        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self.folder.mkdir(parents=True)
+            self._columns = {
+                name: _Column(self.folder / f"{name}.npy", dtype)
+                for name, dtype in _COLUMNS.items()
+            }
+            self._columns["offsets"].extend([0])
+            self.rejects = (self.folder / REJECTS).open("w", encoding="utf-8")
+        except OSError:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -203,20 +208,31 @@ def write_json(path: Path, value: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write beside, sync, rename."""
-    with temporary(path).open("w", encoding="utf-8") as stream:
+    with _beside(path) as beside, beside.open("w", encoding="utf-8") as stream:
         stream.write(text)
         _sync_and_close(stream)
-    temporary(path).replace(path)
 
 
 def join_files(path: Path, parts: Sequence[Path]) -> None:
     """Write a file of all parts, one after the other: beside, sync, rename."""
-    with temporary(path).open("wb") as stream:
+    with _beside(path) as beside, beside.open("wb") as stream:
         for part in parts:
             with part.open("rb") as source:
                 shutil.copyfileobj(source, stream)
         _sync_and_close(stream)
-    temporary(path).replace(path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A place that becomes `path` when all went well, and is gone when not."""
+    beside = temporary(path)
+    try:
+        yield beside
+    except OSError:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+    beside.replace(path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -56,10 +56,11 @@ def preflight(
 
     def end(where: str, behind: list[int]) -> None:
         if session.is_rank_zero:
-            report.findings[where] = [_hangs(behind, hosts)]
             try:
                 stage.add_to(report, session.gathered_so_far(), hosts)
             finally:
+                # Last: rank 0 may have found the same check good.
+                report.findings[where] = [_hangs(behind, hosts)]
                 show()
         else:
             print(_not_over(session, where), file=sys.stderr, flush=True)  # noqa: T201 - last words
@@ -94,7 +95,8 @@ class _Stage:
 
     def add_to(self, report: Report, answers: Mapping[int, Any], hosts: Sequence[str]) -> None:
         """Judge what is there where the stage does not end; `answers` of ranks that have given."""
-        by_rank = [answers.get(rank, {}) for rank in range(len(hosts))]
+        # A look may gather, too, and gives None.
+        by_rank = [answers.get(rank) or {} for rank in range(len(hosts))]
         by_rank[0] = by_rank[0] or self.found
         known = [answer.get(_HOST, host) for answer, host in zip(by_rank, hosts, strict=True)]
         there = [check for check in self.checks if any(check.name in found for found in by_rank)]

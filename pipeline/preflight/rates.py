@@ -119,7 +119,7 @@ def look_at_pairs(subject: Subject) -> dict[str, Any]:
     received, found = torch.empty_like(sent), {}
     plan = subject.known_plan
     planned = reachable_rates(plan.layout, plan.hardware).ring
-    for other in neighbours(place.rank, place.world_size):
+    for other in neighbours(place.rank, place.world_size, place.local_size):
 
         def swap(other: int = other) -> None:
             subject.session.swap_with(other, sent, received)
@@ -131,13 +131,21 @@ def look_at_pairs(subject: Subject) -> dict[str, Any]:
     return found
 
 
-def neighbours(rank: int, world_size: int) -> list[int]:
-    """Whom a rank is paired with in two rounds, in order: all pairs of a round work at once.
+def neighbours(rank: int, world_size: int, local_size: int) -> list[int]:
+    """Whom a rank is paired with in four rounds, in order: all pairs of a round work at once.
 
-    First 0-1, 2-3, ...; then 1-2, 3-4, ...
+    First in its machine 0-1, 2-3, ...; then 1-2, 3-4, ...; then the machines so, each rank with the
+    same one of the other machine: all network cards are used.
     """
-    pairs = (rank ^ 1, rank - 1 if rank % 2 == 0 else rank + 1)
-    return [other for other in pairs if 0 <= other < world_size]
+    machine, local = divmod(rank, local_size)
+    near = [machine * local_size + other for other in _beside(local, local_size)]
+    far = [other * local_size + local for other in _beside(machine, world_size // local_size)]
+    return near + far
+
+
+def _beside(number: int, count: int) -> list[int]:
+    pairs = (number ^ 1, number - 1 if number % 2 == 0 else number + 1)
+    return [other for other in pairs if 0 <= other < count]
 
 
 def judge_pairs(seen: Seen) -> Iterable[Finding]:

@@ -15,6 +15,8 @@ from pipeline.train.training import Training
 def finish(run: Training, stop_reason: str | None) -> None:
     """Publish `adapter/`. Collective: every rank. Raises Stopped where the run was stopped."""
     progress, folder = run.progress, run.folder
+    if run.metrics is not None:
+        run.metrics.flush()
     if stop_reason is not None:
         run.session.rank_zero_first(run.stops.clear)
         written = "a checkpoint is written" if progress.optimizer_step else "nothing learnt yet"

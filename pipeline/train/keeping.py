@@ -22,6 +22,8 @@ def save(run: Training) -> None:
     run.saved = replace(run.progress)
     if run.saver is not None:
         run.saver.save(weights, moments, run.progress)
+    if run.metrics is not None:
+        run.metrics.flush()
 
 
 def save_before_stop(run: Training) -> None:

@@ -35,6 +35,8 @@ def train(run: Training) -> str | None:
     except StopAgreed as stop:
         save_before_stop(run)
         return str(stop)
+    finally:
+        run.stops.is_agreed = True  # also where no step was left to do
     return None
 
 
@@ -80,7 +82,9 @@ def _ask_all(run: Training) -> None:
     """Raise StopAgreed on every rank if one has been asked to stop. Collective."""
     run.pulse.beat("asking all ranks", run.progress.step)
     reason = run.stops.reason()
-    if run.session.agree_any(reason is not None):
+    is_over = run.session.agree_any(reason is not None)
+    run.stops.is_agreed = True
+    if is_over:
         raise StopAgreed(reason or "another rank was asked to")
 
 
@@ -106,7 +110,7 @@ def _work(run: Training) -> Iterator[tuple[int, Iterator[SeededBatch], StepSize]
         micro_batch_size=layout.micro_batch_size,
     )
     work = RankWork(
-        run.train_split.sequences,
+        run.train_split,
         sequence_flops(work_of(plan.shape, settings, plan.training_dtype)),
         shape,
         seed=settings.seed,

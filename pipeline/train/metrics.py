@@ -24,7 +24,8 @@ class MetricsFile:
         beside = path.with_name(f".{path.name}.tmp")
         beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
         beside.replace(path)
-        self._file = path.open("ab", buffering=0)
+        self._path = path
+        self._file = path.open("a+b", buffering=0)
         self._unwritten: list[bytes] = []
 
     def write(self, line: dict[str, Any]) -> None:
@@ -33,10 +34,27 @@ class MetricsFile:
         What a full disk does not take is kept, however much it is, and goes out with a later line.
         """
         self._unwritten.append(f"{json.dumps(line)}\n".encode())
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what a full disk did not take, to a file anew where that was deleted."""
         with suppress(OSError):
+            self._put_back()
             while self._unwritten:
                 _write_whole(self._file, self._unwritten[0])
                 del self._unwritten[0]
+
+    def _put_back(self) -> None:
+        """A deleted file lives on while it is open: its lines go into a new one."""
+        size = os.fstat(self._file.fileno()).st_size
+        with suppress(FileNotFoundError):
+            if os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
+                return
+        beside = self._path.with_name(f".{self._path.name}.tmp")
+        beside.write_bytes(os.pread(self._file.fileno(), size, 0))
+        beside.replace(self._path)
+        self._file.close()
+        self._file = self._path.open("a+b", buffering=0)
 
 
 def _write_whole(file: FileIO, data: bytes) -> None:

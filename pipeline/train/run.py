@@ -24,7 +24,7 @@ from pipeline.preflight.examine import look_before_torch, require_fit
 from pipeline.preflight.subject import Subject
 from pipeline.train.launcher import watch_launchers
 from pipeline.train.start import look, open_run, write_plan
-from pipeline.train.status import RunStatus, end_for_dead_owner, is_done
+from pipeline.train.status import RunStatus, end_for_dead_owner, is_done, read_status
 from pipeline.train.stop import StopRequests
 from pipeline.train.watchdog import Pulse, Watchdog
 
@@ -61,9 +61,14 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
             placement=placement, hardware=hardware, session=session, settings=settings, plan=plan
         )
         looked = look_before_torch(subject)
-        pulse, last_word = Pulse(), _LastWord(folder)
+        pulse, last_word = Pulse(), _LastWord(folder, stops)
         with Watchdog(
-            placement, session.open_channel(), pulse, settings.hang_timeout_s, on_end=last_word
+            placement,
+            session.open_channel(),
+            pulse,
+            settings.hang_timeout_s,
+            reason_to_leave=stops.reason_to_leave,
+            on_end=last_word,
         ):
             stops.listen()
             _run_together(plan, subject, looked, stops, pulse, last_word, is_debug=is_debug)
@@ -74,15 +79,19 @@ class _LastWord:
     """For the watchdog, whose thread ends this process next: status.json gets the reason."""
 
     folder: Path
+    stops: StopRequests
     status: RunStatus | None = None
     wait_for_writes: Callable[[float], None] = lambda seconds: None
 
-    def __call__(self, reason: str) -> None:
+    def __call__(self, reason: str, exit_code: int) -> None:
         self.wait_for_writes(_LAST_WRITE_S)
-        if self.status is None:
+        is_stop = exit_code == Stopped.exit_code
+        if is_stop:
+            self.stops.clear()
+        if self.status is not None:
+            self.status.end("stopped" if is_stop else "failed", exit_code, reason)
+        elif not is_stop:
             end_for_dead_owner(self.folder / "status.json", reason)
-        else:
-            self.status.end("failed", 1, reason)
 
 
 def _run_together(
@@ -118,13 +127,14 @@ def _run_together(
             found = look(folder, plan, is_debug=is_debug)  # another start may have been quicker
             if found == "done":
                 return {"start": found}
+            earlier = read_status(status.path) if found == "resume" else None
             if not is_done(folder):  # else it stays the word on what would be replaced
-                status.claim()
+                status.claim(earlier)
                 last_word.status = status
             limit = _DEBUG_ROWS if is_debug else None
             data = prepare(settings, folder / "data", limit, say=say).as_json()
         open_run(folder, plan, found)
-        status.claim()
+        status.claim(earlier)
         last_word.status = status
         return {"start": found, "data": data}
 

@@ -14,22 +14,22 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.keys import SETTINGS as DATA_SETTINGS
 from pipeline.data.prepare import train_key
 from pipeline.data.prepared import DataIndex
-from pipeline.errors import UserError
+from pipeline.errors import RankZeroError, UserError
 from pipeline.plan.plan import Plan, dump_json
 from pipeline.plan.render import plan_json
-from pipeline.train.owner import OWNER, in_use
+from pipeline.train.owner import in_use
 from pipeline.train.status import is_alive, read_status, write_atomically
 
 Start = Literal["new", "resume", "done"]
 
 # All that a run may leave; nothing else is ever removed from a folder.
-_FILES = (
-    "run.yaml", "plan.json", "ds_config.json", "status.json", "metrics.jsonl", "score.json",
-    "report.html",
+_FILES = (  # the last two make it a run's folder
+    "run.yaml", "ds_config.json", "metrics.jsonl", "score.json", "report.html", "plan.json",
+    "status.json",
 )  # fmt: skip
 _FOLDERS = ("data", "checkpoints", "adapter", "merged")
 # What may be there before a run is: prepared data, Slurm's logs, a person's wish to stop it.
-_BEFORE_A_RUN = ("data", "logs", "stop", OWNER)
+_BEFORE_A_RUN = ("data", "logs", "stop")
 
 # Keys that may differ between two starts of the same run: they change how it is run, watched or
 # saved, not what comes out. The split of the global batch is among them, its size is not.
@@ -57,10 +57,15 @@ def open_run(folder: Path, plan: Plan, found: Start) -> None:
 
     Called on rank 0.
     """
-    if found == "new":
-        clear_run(folder)
-    if found != "done":
-        write_run(folder, plan)
+    try:
+        if found == "new":
+            clear_run(folder)
+        if found != "done":
+            write_run(folder, plan)
+    except OSError as error:
+        raise RankZeroError(
+            f"output_dir: {folder}: {error.strerror} ({error.filename}); mend that and start again"
+        ) from None
 
 
 def write_run(folder: Path, plan: Plan) -> None:
@@ -84,11 +89,15 @@ def clear_run(folder: Path) -> None:
     """Remove what a run left in a folder, and nothing else.
 
     Prepared data stays: it is named by its content, and prepare removes what is out of date.
+    Killed in between, it is a run's folder still, and no longer one of a run that is done.
     """
-    for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
+    if (status := read_status(folder / "status.json")) is not None:
+        said = {"state": "failed", "reason": "ended while this run was removed for a new one"}
+        write_atomically(folder / "status.json", dump_json(status | said))
     for name in set(_FOLDERS) - {"data"}:
         shutil.rmtree(folder / name, ignore_errors=True)
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def look(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
@@ -165,7 +174,12 @@ def _changed_inputs(folder: Path, settings: RunSettings) -> list[str]:
 
 
 def _require_empty(folder: Path) -> None:
-    strangers = [path.name for path in folder.glob("*") if path.name not in _BEFORE_A_RUN]
+    strangers = [
+        path.name
+        for path in folder.glob("*")
+        if path.name not in _BEFORE_A_RUN
+        and not path.name.startswith(".")  # the owner's, or a kill's
+    ]
     if strangers:
         raise UserError(
             f"output_dir: {folder} holds {min(strangers)} and is not a run folder; "

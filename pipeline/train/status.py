@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import threading
 import time
 from contextlib import suppress
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.plan.plan import dump_json
-from pipeline.train.owner import OWNER, Ownership, is_living
+from pipeline.train.owner import OWNER, TRAINING, Ownership, identity, is_living
+
+_ONE_BEAT_S = 12.0  # owner.py beats every 10
 
 
 @dataclass
@@ -23,7 +24,7 @@ class RunStatus:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._ownership = Ownership(self.path.parent, self._beat)
+        self._ownership = Ownership(self.path.parent, TRAINING, self._beat)
 
     def own(self) -> None:
         """Become the folder's one owner and start the heartbeat; status.json stays as it is.
@@ -32,19 +33,20 @@ class RunStatus:
         """
         self._ownership.take()
 
-    def claim(self, total_steps: int | None = None) -> None:
-        """From here on status.json speaks of this start."""
+    def claim(self, earlier: dict[str, Any] | None = None) -> None:
+        """From here on status.json speaks of this start, which goes on from an earlier one."""
         assert self._ownership.is_held, "own() comes first"
+        kept = ("step", "total_steps", "saved_step")
         self.fields = {
             "state": "running",
             "step": 0,
-            "total_steps": total_steps,
+            "total_steps": None,
             "exit_code": None,
             "reason": None,
-            "host": socket.gethostname(),
-            "pids": [os.getpid()],
+            **identity(),
             "started": time.time(),
             "ended": None,
+            **{name: earlier[name] for name in kept if earlier and name in earlier},
         }
         self.update()
 
@@ -67,9 +69,19 @@ class RunStatus:
 
 
 def end_for_dead_owner(path: Path, reason: str) -> None:
-    """The last word about a run whose owner, rank 0, is dead; from a rank that is left."""
+    """The last word about a run whose owner, rank 0, is dead; from a rank that is left.
+
+    Of another machine's a heartbeat is waited for, which does not come.
+    """
     fields = read_status(path)
-    if fields is not None and fields.get("state") == "running" and not is_alive(fields):
+    if fields is None or fields.get("state") != "running":
+        return
+    if fields.get("machine") != identity()["machine"]:
+        time.sleep(_ONE_BEAT_S)
+        is_dead = (read_status(path) or {}).get("heartbeat") == fields.get("heartbeat")
+    else:
+        is_dead = not is_alive(fields)
+    if is_dead:
         fields |= {"state": "failed", "exit_code": 1, "reason": reason, "ended": time.time()}
         with suppress(OSError):
             write_atomically(path, dump_json(fields))

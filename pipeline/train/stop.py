@@ -36,13 +36,22 @@ class StopRequests:
         began = psutil.Process().create_time()  # the scheduler's clock runs since then
         self._deadline = None if time_limit_s is None else began + time_limit_s
         self._asked: str | None = None
-        self._num_interrupts = 0
+        self._num_handled = self._num_heard = 0  # of SIGINT
         self._is_raising = False
+        self.is_agreed = False  # all ranks have come to where they agree on stops
 
     def listen(self) -> None:
-        """Replace the handlers of the signals that ask a process to end."""
+        """Replace the handlers of the signals that ask a process to end.
+
+        Python's own run in the main thread alone, which may be in a library for minutes: a thread
+        hears of each signal at once.
+        """
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        threading.Thread(target=self._hear, args=(heard,), name="signals", daemon=True).start()
         for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, self._handle)
 
     def ask(self, reason: str) -> None:
         """Ask this rank to stop, from any thread."""
@@ -58,6 +67,10 @@ class StopRequests:
         if self._deadline is not None and time.time() > self._deadline:
             return "time_limit"
         return None
+
+    def reason_to_leave(self) -> str | None:
+        """Why all ranks should leave at once: asked to before any of them could lose something."""
+        return None if self.is_agreed or self._is_raising else self.reason()
 
     @contextmanager
     def raising(self) -> Iterator[None]:
@@ -90,18 +103,35 @@ class StopRequests:
         if self._asked is not None:
             self._is_raising = False
             self.clear()
-            raise Stopped(f"stopped before the first step ({self._asked}); start again to go on")
+            raise Stopped(stopped_early(self._asked))
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _hear(self, heard: int) -> None:
+        while numbers := os.read(heard, 64):
+            for number in numbers:
+                if number in STOP_SIGNALS:
+                    self._num_heard += number == signal.SIGINT
+                    if self._num_heard > 1:
+                        os._exit(128 + signal.SIGINT)
+                    self._note(number)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self._num_interrupts += number == signal.SIGINT
-        if self._num_interrupts > 1:
-            os._exit(128 + number)
-        if os.environ.get("LOCAL_RANK", "0") == "0" and (
-            self._asked is None or self._num_interrupts == 1
-        ):
-            how = b"" if self._is_raising else b" with a checkpoint"
-            os.write(2, b"\nstopping" + how + b" ...\n")  # safe in a handler
-        self._asked = self._asked or f"signal {signal.Signals(number).name}"
+        self._num_handled += number == signal.SIGINT
+        if self._num_handled > 1:
+            os._exit(128 + signal.SIGINT)
+        self._note(number)
         if self._is_raising:
             self._raise_if_asked()
+
+    def _note(self, number: int) -> None:
+        if self._asked is not None:
+            return
+        self._asked = f"signal {signal.Signals(number).name}"
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            how = b" with a checkpoint" if self.is_agreed else b""
+            os.write(2, b"\nstopping" + how + b" ...\n")  # safe in a handler
+
+
+def stopped_early(reason: str) -> str:
+    """The message of a stop before there is a step."""
+    return f"stopped before the first step ({reason}); start again to go on"

@@ -24,7 +24,8 @@ import psutil
 
 from pipeline.cluster.exits import is_lost_connection
 from pipeline.cluster.placement import Placement
-from pipeline.errors import RankZeroError
+from pipeline.errors import OfOneRank, RankZeroError, Stopped
+from pipeline.train.stop import stopped_early
 
 _POLL_S, _SHOW_S = 0.5, 2.0
 # For what another rank has begun: to leave as this one does, or to be read by the others.
@@ -56,8 +57,9 @@ class Watchdog:
     """The thread; a context around all work of the ranks together, entered when all have met.
 
     `channel` is a connection to the store that no other thread uses; None for a single process.
-    `on_end` is told the reason before the process ends, on rank 0 or, if that one is dead, on the
-    rank that speaks for it.
+    `reason_to_leave` is asked for a wish to stop before there is a step: then all ranks leave.
+    `on_end` is told the reason and the exit code before the process ends, on rank 0 or, if that one
+    is dead, on the rank that speaks for it.
     """
 
     def __init__(
@@ -66,10 +68,13 @@ class Watchdog:
         channel: Any,
         pulse: Pulse,
         timeout_s: float,
-        on_end: Callable[[str], None],
+        *,
+        reason_to_leave: Callable[[], str | None],
+        on_end: Callable[[str, int], None],
     ) -> None:
         self._placement, self._channel, self._pulse = placement, channel, pulse
         self._timeout_s, self._on_end = timeout_s, on_end
+        self._reason_to_leave = reason_to_leave
         self._closed = threading.Event()
         self._main = threading.get_ident()
         self._siblings: dict[int, psutil.Process] = {}
@@ -104,10 +109,12 @@ class Watchdog:
         if self._channel is None:
             return
         try:
-            if error is None or isinstance(error, RankZeroError):  # all ranks leave together
+            is_common = isinstance(error, RankZeroError) and not isinstance(error, OfOneRank)
+            if error is None or is_common:  # all ranks leave together
                 self._channel.set(_key("left", self._placement.rank), "")
             else:
-                self._declare(f"rank {self._placement.rank}: {type(error).__name__}: {error}")
+                name = "" if isinstance(error, OfOneRank) else f"{type(error).__name__}: "
+                self._declare(f"rank {self._placement.rank}: {name}{error}")
                 time.sleep(_READING_S)  # the store ends with rank 0
         except RuntimeError:
             return  # the store is gone, and rank 0 with it
@@ -117,6 +124,8 @@ class Watchdog:
             try:
                 if self._channel is not None:
                     self._look_at_ranks()
+                if (reason := self._reason_to_leave()) is not None:
+                    self._stop_all(stopped_early(reason))
                 if self._is_hanging():
                     self._name_who_hangs()
             except RuntimeError:  # the store is not there any more, nor is rank 0 that held it
@@ -152,7 +161,16 @@ class Watchdog:
         """Leave, if a rank has found out why all must."""
         if self._channel.check([_VERDICT]):
             verdict = json.loads(self._channel.get(_VERDICT))
-            self._leave(verdict["text"], is_ours=self._placement.rank == 0)
+            is_ours = self._placement.rank == 0
+            self._leave(verdict["text"], is_ours=is_ours, code=verdict["code"])
+
+    def _stop_all(self, text: str) -> None:
+        """Leave with all ranks: nothing has begun, and the main thread may be in a library."""
+        code = Stopped.exit_code
+        if self._channel is None or self._declare(text, code):
+            print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one message
+            self._leave(text, is_ours=self._placement.rank == 0, code=code)
+        self._heed_verdict()
 
     def _find_siblings(self) -> None:
         """Ranks of this machine: their processes can be seen from here."""
@@ -236,18 +254,18 @@ class Watchdog:
             "shown": time.monotonic(),
         }
 
-    def _declare(self, text: str) -> bool:
+    def _declare(self, text: str, code: int = 1) -> bool:
         """Tell all ranks why they end; whether this rank was the first to."""
-        mine = json.dumps({"text": text, "by": self._placement.rank})
+        mine = json.dumps({"text": text, "code": code, "by": self._placement.rank})
         found = self._channel.compare_set(_VERDICT, "", mine)
         return bool(found.decode() == mine)
 
-    def _leave(self, text: str, *, is_ours: bool) -> NoReturn:
+    def _leave(self, text: str, *, is_ours: bool, code: int = 1) -> NoReturn:
         if is_ours:
-            self._on_end(text)
+            self._on_end(text, code)
         if self._placement.rank == 0 and self._channel is not None:
             time.sleep(_READING_S)  # the store ends with this process
-        os._exit(1)
+        os._exit(code)
 
 
 def who_hangs(pulses: dict[int, dict[str, Any]], frozen: list[int], timeout_s: float) -> str:

@@ -37,7 +37,7 @@ def main() -> None:
     check_first_rows(settings)
     split = open_split(prepare(settings, Path(run) / "data").train)
     shape = BatchShape(world_size=1, accumulation_steps=4, micro_batch_size=4)
-    work = RankWork(split.sequences, flops, shape, seed=42, rank=0, first_step=0, total_steps=10)
+    work = RankWork(split, flops, shape, seed=42, rank=0, first_step=0, total_steps=10)
     build_batch(split, work[0].sequences)
     print(time.perf_counter() - begun)
 

@@ -40,7 +40,7 @@ class MappedPacks:
 def seconds_a_batch(split, workers, busy_s=0.0):
     """Mean wait for a batch where the step between two batches takes `busy_s`."""
     work = RankWork(
-        split.sequences,
+        split,
         SequenceFlops(per_token=1.0, per_square=1e-3, per_logit=1.0),
         BatchShape(world_size=8, accumulation_steps=STEP, micro_batch_size=MICRO),
         seed=0, rank=3, first_step=0, total_steps=BATCHES // STEP,

@@ -16,14 +16,16 @@ from tests.tiny import make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 ROOT = Path(__file__).parents[2]
-# Rank 1 does not come back from reading what rank 0 has written.
+# Rank 1 does not come back from reading what rank 0 has written, or from a product.
 HANGING = """
 import sys, time
 from pathlib import Path
 from pipeline.cluster.exits import run_main
-from pipeline.preflight import examine, together
-if sys.argv[3] == "hang":
+from pipeline.preflight import examine, rates, together
+if sys.argv[3] == "read":
     together._read = lambda path, token: time.sleep(600)
+if sys.argv[3] == "multiply":
+    rates._seconds = lambda work, device: time.sleep(600)
 run_main(lambda: examine.preflight(Path(sys.argv[1]), [], limit_s=float(sys.argv[2])))
 """
 
@@ -109,15 +111,20 @@ def test_one_rank_with_other_settings(run_file):
     assert "clock" in left_out  # nothing that a rank without a plan would not reach
 
 
-def test_a_rank_that_hangs_is_named(run_file):
+@pytest.mark.parametrize(
+    ("where", "check", "found"),
+    [("read", "run folder", "clock"), ("multiply", "matrix product", "libraries")],
+)
+def test_a_rank_that_hangs_is_named(run_file, where, check, found):
+    """Also where rank 0 has found the same check good; what it found before is shown."""
     ranks = Ranks()
-    ranks.start("-c", HANGING, run_file, "12", "come")
-    ranks.start("-c", HANGING, run_file, "12", "hang")
+    ranks.start("-c", HANGING, run_file, "30", "come")
+    ranks.start("-c", HANGING, run_file, "30", where)
     (code, out, errors), (code_1, *_) = ranks.end()
     assert (code, code_1) == (2, 2), errors
     (line,) = [line for line in out.splitlines() if line.startswith("fail")]
-    assert line.startswith("fail  run folder      not over in time on ranks 1 (")
-    assert "ok    clock " in out  # of rank 0, in the same stage
+    assert line.startswith(f"fail  {check:<15} not over in time on ranks 1 (")
+    assert f"ok    {found} " in out
 
 
 def test_a_rank_that_never_comes(run_file):

@@ -29,7 +29,7 @@ def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
         micro_batch_size=layout.micro_batch_size,
     )
     mine = RankWork(
-        split.sequences,
+        split,
         sequence_flops(work_of(plan.shape, plan.settings, plan.training_dtype)),
         shape,
         seed=0,

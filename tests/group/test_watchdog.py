@@ -16,7 +16,7 @@ from datetime import timedelta
 from pipeline.cluster.exits import run_main
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
-from pipeline.errors import Stopped
+from pipeline.errors import OfOneRank, Stopped
 from pipeline.train.watchdog import Pulse, Watchdog
 from tests.unit.test_plan import CPU
 
@@ -24,8 +24,9 @@ def body():
     placement, pulse = from_environment(os.environ), Pulse()
     with Session(placement, CPU) as session:
         channel, timeout = session.open_channel(), float(os.environ["HANG_S"])
-        end = lambda text: open(os.environ["SAID"], "w").write(text)
-        with Watchdog(placement, channel, pulse, timeout, on_end=end):
+        end = lambda text, code: open(os.environ["SAID"], "w").write(f"{code} {text}")
+        wish = lambda: os.environ.get("WISH") if placement.rank == 1 else None
+        with Watchdog(placement, channel, pulse, timeout, reason_to_leave=wish, on_end=end):
             session.rank_zero_first(lambda: None)
             pulse.beat("work", 7)
             print("at work", flush=True)
@@ -90,7 +91,7 @@ def test_an_error_of_one_rank_is_the_last_word(tmp_path):
     assert codes == [1, 1]
     assert last_words(output) == "ValueError: a bad row"
     assert output.count("Traceback") == 1
-    assert (tmp_path / "said").read_text() == "rank 1: ValueError: a bad row"  # for status.json
+    assert (tmp_path / "said").read_text() == "1 rank 1: ValueError: a bad row"  # for status.json
 
 
 def test_an_error_of_rank_0_is_the_last_word_too(tmp_path):
@@ -110,7 +111,7 @@ def test_a_killed_rank_is_named_by_another(tmp_path, victim):
     said = f"rank {victim} ended without a word, as after a kill or for want of memory, while rank"
     assert last_words(output).startswith(said)
     assert output.count("without a word") == 1
-    assert (tmp_path / "said").read_text().startswith(said)
+    assert (tmp_path / "said").read_text().startswith(f"1 {said}")
 
 
 def test_an_error_that_all_meet_is_left_to_them(tmp_path):
@@ -119,6 +120,27 @@ def test_an_error_that_all_meet_is_left_to_them(tmp_path):
     assert "start again" in output
     assert "without a word" not in output
     assert not (tmp_path / "said").exists()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_error_that_one_rank_alone_meets_is_told_to_all(tmp_path, victim):
+    act = f"raise OfOneRank('its worker died') if rank == {victim} else {WAIT}"
+    codes, output = Ranks(act, tmp_path, 900).end()
+    assert codes == [1, 1]
+    assert last_words(output) == f"rank {victim}: its worker died"
+    assert "Traceback" not in output
+    if victim:
+        assert (tmp_path / "said").read_text() == "1 rank 1: its worker died"
+
+
+def test_a_wish_to_stop_that_comes_before_a_step_takes_all_ranks_along(tmp_path, monkeypatch):
+    """Also where the main threads are in a library."""
+    monkeypatch.setenv("WISH", "signal SIGUSR1")
+    codes, output = Ranks(WAIT, tmp_path, 900).end()
+    assert codes == [75, 75]
+    said = "stopped before the first step (signal SIGUSR1); start again to go on"
+    assert last_words(output) == said
+    assert (tmp_path / "said").read_text() == f"75 {said}"
 
 
 def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path):

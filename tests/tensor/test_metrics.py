@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from io import FileIO
 
 import pytest
@@ -74,3 +75,17 @@ def test_waiting_is_the_sources_time_and_nothing_else(monkeypatch):
     assert laps == [1.0, 2.0, 4.0]
     assert wait.lap() == 8.0
     assert wait.lap() == 0.0
+
+
+def test_a_deleted_file_comes_back_whole(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    file = MetricsFile(folder / "metrics.jsonl", 0)
+    file.write({"step": 1})
+    shutil.rmtree(folder)
+    file.write({"step": 2})  # there is no folder
+    folder.mkdir()  # as the next save makes it
+    file.flush()
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2]
+    file.write({"step": 3})
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3]

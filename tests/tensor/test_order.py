@@ -1,6 +1,7 @@
 """Order and dealing, over any sizes: nothing lost, nothing twice, nobody waits."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,7 +74,8 @@ def steps_of(sequences, shape):
 
 def work_of(sequences, shape, rank, *, seed=0, epochs=1):
     steps = steps_of(sequences, shape) * epochs
-    return RankWork(sequences, SMALL, shape, seed=seed, rank=rank, first_step=0, total_steps=steps)
+    split = SimpleNamespace(sequences=sequences)
+    return RankWork(split, SMALL, shape, seed=seed, rank=rank, first_step=0, total_steps=steps)
 
 
 @given(any_sequences(), SHAPES, st.integers(0, 2**31), st.integers(1, 2))

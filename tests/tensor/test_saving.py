@@ -13,6 +13,7 @@ from pipeline.train import finish, run
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
 from pipeline.train.saving import Saver
 from pipeline.train.status import RunStatus, read_status
+from pipeline.train.stop import StopRequests
 from tests.tiny import make_plan
 
 WEIGHTS, MOMENTS = {"k": torch.randn(4)}, {"k/exp_avg": torch.randn(4)}
@@ -138,7 +139,8 @@ def test_a_write_in_flight_outlives_an_error(saver, checkpoints, tmp_path, monke
     status = RunStatus(tmp_path / "status.json")
     status.own()
     status.claim()
-    last_word = run._LastWord(tmp_path, status, saver.wait_at_most)
+    stops = StopRequests(tmp_path, None, is_first=True)
+    last_word = run._LastWord(tmp_path, stops, status, saver.wait_at_most)
     with pytest.raises(type(error)):
         run._owned(status, last_word, work)
     assert checkpoints.newest()[0].name == "step-00000003"  # the process may end now
@@ -151,7 +153,8 @@ def test_who_is_gone_is_the_watchdogs_to_say(tmp_path):
     status = RunStatus(tmp_path / "status.json")
     status.own()
     status.claim()
-    last_word = run._LastWord(tmp_path, status, waited.append)
+    stops = StopRequests(tmp_path, None, is_first=True)
+    last_word = run._LastWord(tmp_path, stops, status, waited.append)
 
     def work():
         raise RuntimeError("Connection closed by peer")
@@ -159,7 +162,7 @@ def test_who_is_gone_is_the_watchdogs_to_say(tmp_path):
     with pytest.raises(RuntimeError):
         run._owned(status, last_word, work)
     assert waited == []
-    last_word("rank 1 ended without a word")
+    last_word("rank 1 ended without a word", 1)
     assert waited
     assert read_status(status.path)["reason"] == "rank 1 ended without a word"
 

@@ -157,6 +157,9 @@ def test_a_source_with_a_format_of_its_own_needs_none_of_the_named_columns():
     assert example({"messages": [USER, ANSWER]}, "auto", columns) == Conversation(TURNS)
     assert example({"prompt": "q", "completion": "a"}, "auto", columns) == Completion("q", "a")
     assert format_of(row_of({"conversations": []}), "auto", columns) == "sharegpt"
+    for column in ("system", "tools", "input"):  # a name that is wrong, not another format
+        with pytest.raises(RowError, match=f"no column `x`, named for {column}"):
+            example({"messages": [USER, ANSWER]}, "auto", {column: "x"})
     for row in ({"text": "t"}, {"messages": [USER, ANSWER], "question": "q"}, {"prompt": "q"}):
         with pytest.raises(RowError, match="no column"):
             example(row, "auto", columns)

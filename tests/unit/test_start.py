@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ import pytest
 
 from pipeline.data.keys import SETTINGS as DATA_SETTINGS
 from pipeline.errors import UserError
-from pipeline.train.owner import OWNER
+from pipeline.train.owner import OWNER, identity
 from pipeline.train.start import look, open_run
 from pipeline.train.status import RunStatus, end_for_dead_owner, is_alive, read_status
 from tests.tiny import make_plan
@@ -147,8 +146,8 @@ def test_a_living_owner_is_left_alone(begin):
     start()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as owner:
         fields = {
-            "state": "running", "host": socket.gethostname(), "pids": [owner.pid],
-            "started": time.time(), "heartbeat": 0,
+            "state": "running", "started": time.time(), "heartbeat": 0,
+            **identity(), "pids": [owner.pid],
         }  # fmt: skip
         (folder / "status.json").write_text(json.dumps(fields))
         for settings in ({}, {"overwrite": True, "lr": 0.5}):
@@ -168,20 +167,20 @@ def test_what_may_be_there_before_a_run(begin, name):
 
 
 def test_who_is_alive():
-    here, now = socket.gethostname(), time.time()
+    now = time.time()
     running = {"state": "running", "host": "other", "pids": [1], "started": now}
     assert is_alive(running | {"heartbeat": now - 5})
     assert not is_alive(running | {"heartbeat": now - 500})
     assert not is_alive(running | {"heartbeat": now, "state": "stopped"})
     # A process that took the number over later is another one.
-    later = {"host": here, "pids": [os.getppid()], "started": 1.0, "heartbeat": now}
+    later = identity() | {"pids": [os.getppid()], "started": 1.0, "heartbeat": now}
     assert not is_alive(running | later)
 
 
 def test_status_is_replaced_whole_and_says_how_it_ended(tmp_path):
     status = RunStatus(tmp_path / "status.json")
     status.own()
-    status.claim(total_steps=9)
+    status.claim({"step": 0, "total_steps": 9})
     status.update(step=3)
     found = read_status(tmp_path / "status.json")
     assert (found["state"], found["step"], found["total_steps"]) == ("running", 3, 9)
@@ -278,7 +277,7 @@ def test_resume_names_a_checkpoint(begin, tmp_path):
 
 def test_a_survivor_ends_the_status_of_a_dead_owner_alone(tmp_path):
     path = tmp_path / "status.json"
-    mine = {"state": "running", "host": socket.gethostname(), "started": time.time(), "step": 4}
+    mine = identity() | {"state": "running", "started": time.time(), "step": 4}
     path.write_text(json.dumps(mine | {"pids": [os.getppid()]}))
     end_for_dead_owner(path, "rank 0 ended")
     assert read_status(path)["state"] == "running"  # it lives
@@ -289,3 +288,40 @@ def test_a_survivor_ends_the_status_of_a_dead_owner_alone(tmp_path):
     assert (found["state"], found["exit_code"], found["step"]) == ("failed", 1, 4)
     assert found["reason"] == "rank 0 ended"
     assert not (tmp_path / OWNER).exists()  # another machine may start at once
+
+
+def test_of_a_dead_owner_elsewhere_a_heartbeat_is_waited_for(tmp_path, monkeypatch):
+    path = tmp_path / "status.json"
+    said = identity() | {"machine": "another", "state": "running", "heartbeat": time.time()}
+    path.write_text(json.dumps(said))
+    beat = lambda _: path.write_text(json.dumps(said | {"heartbeat": time.time() + 1}))  # noqa: E731
+    monkeypatch.setattr("pipeline.train.status.time.sleep", beat)
+    end_for_dead_owner(path, "rank 0 ended")
+    assert read_status(path)["state"] == "running"
+    monkeypatch.setattr("pipeline.train.status.time.sleep", lambda _: None)
+    end_for_dead_owner(path, "rank 0 ended")
+    assert read_status(path)["state"] == "failed"
+
+
+def test_a_kill_while_a_run_is_removed_leaves_a_folder_to_go_on_in(begin, monkeypatch):
+    folder, start = begin
+    start()
+    left(folder, "done")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.train.start.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start(lr=0.5, overwrite=True)
+    monkeypatch.undo()
+    assert read_status(folder / "status.json")["state"] == "failed"
+    assert start(lr=0.5, overwrite=True) == "new"
+
+
+def test_what_a_kill_left_hidden_is_no_stranger(begin):
+    folder, start = begin
+    folder.mkdir()
+    for name in (".status.json.4711.tmp", ".owner.lock", ".nfs0001"):
+        (folder / name).touch()
+    assert start() == "new"

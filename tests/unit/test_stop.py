@@ -113,6 +113,32 @@ def test_a_second_ctrl_c_ends_at_once(numbers, code):
     assert found.stdout == ("" if code else "went on\n")
 
 
+def test_signals_are_heard_while_the_main_thread_is_in_a_library(tmp_path):
+    """Python's handlers would run when the library comes back."""
+    code = """
+import os, signal, threading, time
+from pathlib import Path
+import torch.distributed as dist
+from datetime import timedelta
+from pipeline.train.stop import StopRequests
+stops = StopRequests(Path("nowhere"), None, is_first=True)
+stops.listen()
+def look():
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(1)
+    os.write(1, f"{stops.reason_to_leave()}\\n".encode())
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+threading.Thread(target=look).start()
+dist.TCPStore("127.0.0.1", 0, 1, is_master=True).wait(["never"], timedelta(seconds=40))
+"""
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
+    assert found.returncode == 130, found.stderr
+    assert found.stdout == "signal SIGUSR1\n"
+
+
 def pulse(**fields):
     return {
         "host": "a",
