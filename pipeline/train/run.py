@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.devices import detect_hardware, set_environment
-from pipeline.cluster.exits import is_lost_connection
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
@@ -89,7 +88,8 @@ class _LastWord:
         if is_stop:
             self.stops.clear()
         if self.status is not None:
-            self.status.end("stopped" if is_stop else "failed", exit_code, reason)
+            state = "stopped" if is_stop else "failed"
+            self.status.end(state, exit_code, reason, is_last=True)
         elif not is_stop:
             end_for_dead_owner(self.folder / "status.json", reason)
 
@@ -115,6 +115,7 @@ def _run_together(
         say(line)
 
     status = RunStatus(folder / "status.json") if session.is_rank_zero else None
+    last_word.status = status
 
     def begin() -> dict[str, Any]:
         assert status is not None, "called on rank 0"
@@ -130,12 +131,10 @@ def _run_together(
             earlier = read_status(status.path) if found == "resume" else None
             if not is_done(folder):  # else it stays the word on what would be replaced
                 status.claim(earlier)
-                last_word.status = status
             limit = _DEBUG_ROWS if is_debug else None
             data = prepare(settings, folder / "data", limit, say=say).as_json()
         open_run(folder, plan, found)
         status.claim(earlier)
-        last_word.status = status
         return {"start": found, "data": data}
 
     def work() -> None:
@@ -169,8 +168,7 @@ def _owned(status: RunStatus | None, last_word: _LastWord, work: Callable[[], No
         status.end("failed", error.exit_code, str(error))
         raise
     except BaseException as error:
-        if not is_lost_connection(error):  # else the watchdog waits, and then says who is gone
-            last_word.wait_for_writes(_LAST_WRITE_S)
+        last_word.wait_for_writes(_LAST_WRITE_S)
         status.end("failed", 1, f"{type(error).__name__}: {error}")
         raise
     status.end("done", 0, None)

@@ -25,6 +25,10 @@ class StopAgreed(Exception):
     """All ranks have agreed to stop here; the message is this rank's reason."""
 
 
+class _Wish(BaseException):
+    """A request that breaks work off. No Exception: those are taken for errors of the work."""
+
+
 class StopRequests:
     """What this rank has been asked. A second Ctrl-C ends the process at once.
 
@@ -81,6 +85,9 @@ class StopRequests:
             self._raise_if_asked()
             threading.Thread(target=self._look, args=(over,), name="stops", daemon=True).start()
             yield
+        except _Wish as wish:
+            self.clear()
+            raise Stopped(stopped_early(str(wish))) from None
         finally:
             self._is_raising = False
             over.set()
@@ -102,8 +109,7 @@ class StopRequests:
     def _raise_if_asked(self) -> None:
         if self._asked is not None:
             self._is_raising = False
-            self.clear()
-            raise Stopped(stopped_early(self._asked))
+            raise _Wish(self._asked)
 
     def _hear(self, heard: int) -> None:
         while numbers := os.read(heard, 64):

@@ -147,24 +147,36 @@ def test_a_write_in_flight_outlives_an_error(saver, checkpoints, tmp_path, monke
     assert read_status(status.path)["state"] == "failed"
 
 
-def test_who_is_gone_is_the_watchdogs_to_say(tmp_path):
-    """It waits for writes before it speaks: waited for here as well, this could come after it."""
-    waited = []
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_watchdog_has_the_last_word(tmp_path, is_first):
+    """Its process is there for a moment more, and the main thread meets what follows."""
     status = RunStatus(tmp_path / "status.json")
     status.own()
     status.claim()
-    stops = StopRequests(tmp_path, None, is_first=True)
-    last_word = run._LastWord(tmp_path, stops, status, waited.append)
+    last_word = run._LastWord(tmp_path, StopRequests(tmp_path, None, is_first=True), status)
 
     def work():
+        if is_first:
+            last_word("rank 1 was asked to stop", 75)
+            status.claim()
         raise RuntimeError("Connection closed by peer")
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, AssertionError)):
         run._owned(status, last_word, work)
-    assert waited == []
-    last_word("rank 1 ended without a word", 1)
-    assert waited
-    assert read_status(status.path)["reason"] == "rank 1 ended without a word"
+    if not is_first:
+        last_word("rank 1 was asked to stop", 75)
+    said = read_status(status.path)
+    assert (said["state"], said["reason"]) == ("stopped", "rank 1 was asked to stop")
+
+
+def test_after_the_last_word_no_start_is_claimed(tmp_path):
+    status = RunStatus(tmp_path / "status.json")
+    status.own()
+    run._LastWord(tmp_path, StopRequests(tmp_path, None, is_first=True), status)("stopped", 75)
+    with pytest.raises(AssertionError):
+        status.claim()
+    status.end("failed", 1, "AssertionError")
+    assert read_status(status.path) is None
 
 
 def test_an_adapter_that_cannot_be_written_says_what_is_kept(publish, saver, tmp_path):
