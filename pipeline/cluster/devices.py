@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import socket
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -37,16 +36,12 @@ def machine(gpu: str | None, gib: float | None, tflops: float | None) -> Hardwar
 
 
 def set_environment(placement: Placement, hardware: Hardware) -> None:
-    """Set what torch and DeepSpeed read when they are imported; call before that.
-
-    Raises UserError where GPUs were granted and the driver shows none.
-    """
+    """Set what torch and DeepSpeed read when they are imported; call before that."""
     os.environ.update(placement.variables())
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads(placement)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # training fetches nothing
     if hardware.kind == "cpu":
-        _require_none_granted(placement)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _quiet_libraries()
     # CUDA's caching allocator fragments less so with sequences of many lengths (PyTorch docs,
@@ -54,21 +49,21 @@ def set_environment(placement: Placement, hardware: Hardware) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def _require_none_granted(placement: Placement) -> None:
-    """Where a job's GPUs do not work, it must not train on the CPU unasked."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return
+def unseen_gpus(placement: Placement, hardware: Hardware) -> str | None:
+    """What granted GPUs to this process where the driver shows none of them; else None.
+
+    Before `set_environment`: a user who says DS_ACCELERATOR=cpu means it.
+    """
+    if hardware.kind == "cuda" or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return None
     names = ["SLURM_STEP_GPUS", "SLURM_JOB_GPUS"]
     if placement.launcher != "deepspeed":  # which numbers CPU ranks in it as well
         names.append("CUDA_VISIBLE_DEVICES")
     for name in names:
         granted = os.environ.get(name, "")
         if granted[:1].isdigit() or granted.startswith(("GPU-", "MIG-")):
-            raise UserError(
-                f"environment: {name}={granted}, and the driver shows no GPU on "
-                f"{socket.gethostname()}; look at nvidia-smi there, or set DS_ACCELERATOR=cpu to "
-                "train on the CPU"
-            )
+            return f"{name}={granted}"
+    return None
 
 
 def _threads(placement: Placement) -> int:

@@ -52,9 +52,10 @@ class Placement:
         }
 
 
-def from_environment(env: Mapping[str, str]) -> Placement:
+def from_environment(env: Mapping[str, str], *, may_be_alone: bool = False) -> Placement:
     """Placement as DeepSpeed's launcher, torchrun, srun or mpirun set it, or one process.
 
+    `may_be_alone`: one process in a job of several nodes or tasks is what the user wants.
     Raises UserError where the environment contradicts itself, rather than training N times alone.
     """
     tasks = tasks_of(env)
@@ -65,7 +66,8 @@ def from_environment(env: Mapping[str, str]) -> Placement:
         placement = Placement()
     else:
         placement = _of_tasks(env, tasks)
-    _require_company(env, placement, tasks)
+    if not (may_be_alone and placement.world_size == 1):
+        _require_company(env, placement, tasks)
     _require_order(placement)
     _require_devices(env, placement)
     return placement

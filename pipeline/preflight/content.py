@@ -49,7 +49,6 @@ def look_at_rows(subject: Subject) -> dict[str, Any]:
     is_whole = known is not None and known <= _ALL_ROWS_BYTES
     if is_whole:
         check_rows(settings)
-    subject.beat("rows")  # twice the time for two long things
     documents = tokens = 0
     if known is None or known <= _FIRST_ROWS_BYTES:
         with tempfile.TemporaryDirectory(prefix="preflight-") as folder:

@@ -4,13 +4,13 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.devices import detect_hardware, set_environment
+from pipeline.cluster.devices import detect_hardware, set_environment, unseen_gpus
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.errors import RankZeroError, UserError
@@ -43,7 +43,9 @@ def preflight(
 
     Rank 0 prints the report. Raises UserError on every rank where a check fails.
     """
-    out, placement, hardware = sys.stdout, from_environment(os.environ), detect_hardware()
+    out, hardware = sys.stdout, detect_hardware()
+    placement = from_environment(os.environ, may_be_alone=True)
+    unseen = unseen_gpus(placement, hardware)
     set_environment(placement, hardware)
     session, report, stage = Session(placement, hardware), Report(), _Stage()
     hosts = [socket.gethostname()] * placement.world_size
@@ -56,11 +58,12 @@ def preflight(
 
     def end(where: str, behind: list[int]) -> None:
         if session.is_rank_zero:
+            there: list[int] = []
             try:
-                stage.add_to(report, session.gathered_so_far(), hosts)
+                there = stage.add_to(report, session.gathered_so_far(), hosts)
             finally:
                 # Last: rank 0 may have found the same check good.
-                report.findings[where] = [_hangs(behind, hosts)]
+                report.findings[where] = [_hangs(behind, hosts, there)]
                 show()
         else:
             print(_not_over(session, where), file=sys.stderr, flush=True)  # noqa: T201 - last words
@@ -74,6 +77,7 @@ def preflight(
             hardware=hardware,
             session=session,
             beat=limit.beat,
+            unseen_gpus=unseen,
         )
         try:
             failed = _examine(subject, limit, report, hosts, stage)
@@ -92,15 +96,25 @@ class _Stage:
     checks: Sequence[Check] = ()
     found: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
+    have_met: bool = False
 
-    def add_to(self, report: Report, answers: Mapping[int, Any], hosts: Sequence[str]) -> None:
-        """Judge what is there where the stage does not end; `answers` of ranks that have given."""
+    def add_to(self, report: Report, answers: Mapping[int, Any], hosts: list[str]) -> list[int]:
+        """Judge what is there where the stage does not end; the ranks whose answers are.
+
+        `answers`: of those that have given. `hosts` of ranks never heard of become `?`.
+        """
         # A look may gather, too, and gives None.
         by_rank = [answers.get(rank) or {} for rank in range(len(hosts))]
         by_rank[0] = by_rank[0] or self.found
-        known = [answer.get(_HOST, host) for answer, host in zip(by_rank, hosts, strict=True)]
-        there = [check for check in self.checks if any(check.name in found for found in by_rank)]
-        report.add(there, by_rank, known, self.plan)
+        if not self.have_met:
+            hosts[1:] = ["?"] * (len(hosts) - 1)
+        hosts[:] = [answer.get(_HOST, host) for answer, host in zip(by_rank, hosts, strict=True)]
+        for check in self.checks:
+            if any(check.name in found for found in by_rank):
+                # A judge may need a rank that is not there.
+                with suppress(KeyError, TypeError, AttributeError, ValueError, StopIteration):
+                    report.add([check], by_rank, hosts, self.plan)
+        return [rank for rank, answer in enumerate(by_rank) if answer]
 
 
 def _examine(
@@ -123,6 +137,7 @@ def _examine(
         answers = _gather(subject, report, found | {_HOST: socket.gethostname()}, checks)
         if is_first:
             limit.met()
+            under_way.have_met = True
         if answers is not None:
             hosts[:] = [answer[_HOST] for answer in answers]
             report.add(checks, answers, hosts, subject.plan)
@@ -176,10 +191,11 @@ def _look(check: Check, subject: Subject) -> Any:
         return {ERROR: f"{type(error).__name__}: {said}"}
 
 
-def _hangs(behind: list[int], hosts: Sequence[str]) -> Finding:
+def _hangs(behind: list[int], hosts: Sequence[str], there: Sequence[int]) -> Finding:
+    """`there`: ranks whose answers are judged."""
     if not behind:
         return fail(
-            "not all ranks have come in time",
+            f"not all ranks have come in time; here, and judged, are ranks {spans(there)}",
             "look at the output of each machine: which has started no rank, or cannot reach "
             "MASTER_ADDR (firewall, interface)",
         )
@@ -194,8 +210,8 @@ def _hangs(behind: list[int], hosts: Sequence[str]) -> Finding:
 def _not_over(session: Session, where: str) -> str:
     place = session.placement
     return (
-        f"preflight: rank {place.rank} on {socket.gethostname()} waits in {where!r} and rank 0 at "
-        f"{place.master_addr}:{place.master_port} says nothing"
+        f"preflight: rank {place.rank} on {socket.gethostname()} has not come further than "
+        f"{where!r}; rank 0 at {place.master_addr}:{place.master_port} says why, if it can"
     )
 
 

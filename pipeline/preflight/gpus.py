@@ -43,6 +43,11 @@ def look_at_gpus(subject: Subject) -> dict[str, Any]:
     import pynvml
 
     if subject.hardware.kind == "cpu":
+        if subject.unseen_gpus is not None:
+            raise UserError(
+                f"{subject.unseen_gpus}, and the driver shows none of them; look at nvidia-smi "
+                "there, or set DS_ACCELERATOR=cpu to train on the CPU"
+            )
         return {"gpus": [], "stranger": None, "is_unasked": False}
     pynvml.nvmlInit()
     try:
@@ -62,7 +67,7 @@ def look_at_gpus(subject: Subject) -> dict[str, Any]:
 def own_devices(subject: Subject, num_visible: int) -> list[int]:
     """Numbers, among the visible GPUs, of those that this process answers for."""
     place = subject.placement
-    if place.world_size == 1:
+    if place.world_size == 1 and not subject.is_training:
         return list(range(num_visible))
     # A scheduler may show every process its own GPU only, which is then number 0.
     index = 0 if num_visible == 1 and place.local_size > 1 else place.local_rank

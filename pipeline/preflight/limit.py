@@ -55,14 +55,9 @@ class Limit:
         self._channel = self._session.open_channel()
 
     def beat(self, where: str) -> None:
-        """The main thread has come to another place; every rank to the same ones in one order.
-
-        Said again on one of them, its time begins anew there.
-        """
-        is_here = where == self._where
-        self._where, self._since = where, time.monotonic()
-        self._beats += not is_here
-        if self._channel is not None and not is_here:
+        """The main thread has come to another place; every rank to the same ones in one order."""
+        self._where, self._beats, self._since = where, self._beats + 1, time.monotonic()
+        if self._channel is not None:
             self._channel.set(_key(self._session.placement.rank), json.dumps([self._beats, where]))
 
     def _watch(self) -> None:
@@ -80,8 +75,9 @@ class Limit:
 
     def _behind(self) -> tuple[str, list[int]]:
         if self._channel is None:
-            place = self._session.placement
-            return (self._where, [0]) if place.world_size == 1 else (_MEETING, [])
+            is_waiting = self._where == _MEETING or self._where.startswith("after ")
+            is_alone = self._session.placement.world_size == 1
+            return (self._where, [0]) if is_alone or not is_waiting else (_MEETING, [])
         if not self._session.is_rank_zero:
             return self._where, []
         come = [self._beats_of(rank) for rank in range(self._session.placement.world_size)]

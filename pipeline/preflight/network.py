@@ -91,16 +91,16 @@ def look_at_network(subject: Subject) -> dict[str, Any]:
 
     Raises UserError for a name that is not known here.
     """
-    # Under mpirun it is known when the ranks have met.
-    first = subject.placement.master_addr or socket.gethostname()
+    first = subject.placement.master_addr
     try:
-        socket.getaddrinfo(first, 9)
+        socket.getaddrinfo(first or None, 9)
     except OSError as error:
         raise UserError(
             f"MASTER_ADDR={first}: {error.strerror}; set it to a name or an address that "
             f"{socket.gethostname()} can reach"
         ) from None
-    name, stats = interface_towards(first), psutil.net_if_stats()
+    # Under mpirun it is known when the ranks have met.
+    name, stats = interface_towards(first) if first else None, psutil.net_if_stats()
     return {
         "master": first,
         "interface": name,
@@ -154,6 +154,9 @@ def judge_network(seen: Seen) -> Iterable[Finding]:
     active = sum(state == "ACTIVE" for state in first["infiniband"].values())
     fabric = f", InfiniBand: {active} active ports" if active else ""
     speed = f" ({first['mbit']:,} Mb/s)" if first["mbit"] > 0 else ""
+    if not first["master"]:
+        yield ok(f"rank 0's machine is known when the ranks have met{fabric}")
+        return
     yield ok(
         f"{first['master']} is reached by {first['interface'] or 'the loopback'}{speed}{fabric}"
     )
@@ -178,7 +181,7 @@ def _between(
     """What matters where ranks of other machines must be reached."""
     ports = answer["infiniband"].values()
     is_own = answer["master"].startswith("127.") or answer["master"] == "localhost"
-    if is_own or (not is_first and answer["interface"] is None):
+    if is_own or (answer["master"] and not is_first and answer["interface"] is None):
         yield fail(
             f"{host}: MASTER_ADDR={answer['master']} is this machine's own loopback",
             "set it to the first machine's name or address",

@@ -17,7 +17,7 @@ from pipeline.preflight.inputs import check_output, nearest
 from pipeline.preflight.subject import Subject
 
 # A new start takes a run's owner on another machine for dead after 60 s of silence by its clock
-# (train/status.py).
+# (train/owner.py).
 _WRONG_CLOCK_S, _ODD_CLOCK_S = 30.0, 2.0
 # A network file system may show a file of another machine only after its attribute cache ran out
 # (nfs(5): acdirmax is 60 s, names never asked for before are looked up at once).

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.devices import detect_hardware, set_environment
+from pipeline.cluster.devices import detect_hardware, set_environment, unseen_gpus
+from pipeline.cluster.exits import is_lost_connection
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
@@ -22,7 +23,7 @@ from pipeline.plan.shape import read_shape
 from pipeline.preflight.examine import look_before_torch, require_fit
 from pipeline.preflight.subject import Subject
 from pipeline.train.launcher import watch_launchers
-from pipeline.train.start import look, open_run, write_plan
+from pipeline.train.start import as_requeued, look, open_run, write_plan
 from pipeline.train.status import RunStatus, end_for_dead_owner, is_done, read_status
 from pipeline.train.stop import StopRequests
 from pipeline.train.watchdog import Pulse, Watchdog
@@ -41,12 +42,14 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     # nothing to save. Python only notes an interrupt while torch waits, and a shell's `&` has
     # switched it off.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    settings = as_requeued(settings, os.environ)
     if is_debug:
         settings = _debug_settings(settings)
     placement, folder = from_environment(os.environ), Path(settings.output_dir)
     stops = StopRequests(folder, settings.time_limit_s, is_first=placement.rank == 0)
     watch_launchers(os.environ, stops.ask)
     hardware = detect_hardware()
+    unseen = unseen_gpus(placement, hardware)
     set_environment(placement, hardware)
     plan = make_plan(
         settings,
@@ -57,8 +60,9 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     )
     with Session(placement, hardware) as session:
         subject = Subject(
-            placement=placement, hardware=hardware, session=session, settings=settings, plan=plan
-        )
+            placement=placement, hardware=hardware, session=session, settings=settings, plan=plan,
+            unseen_gpus=unseen, is_training=True,
+        )  # fmt: skip
         looked = look_before_torch(subject)
         pulse, last_word = Pulse(), _LastWord(folder, stops)
         with Watchdog(
@@ -168,8 +172,9 @@ def _owned(status: RunStatus | None, last_word: _LastWord, work: Callable[[], No
         status.end("failed", error.exit_code, str(error))
         raise
     except BaseException as error:
-        last_word.wait_for_writes(_LAST_WRITE_S)
-        status.end("failed", 1, f"{type(error).__name__}: {error}")
+        if not is_lost_connection(error):  # else the watchdog finds out whose fault it is
+            last_word.wait_for_writes(_LAST_WRITE_S)
+            status.end("failed", 1, f"{type(error).__name__}: {error}")
         raise
     status.end("done", 0, None)
 

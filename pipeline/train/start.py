@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,7 +78,8 @@ def write_run(folder: Path, plan: Plan) -> None:
 
 def write_plan(folder: Path, plan: Plan) -> None:
     """plan.json and ds_config.json."""
-    write_atomically(folder / "plan.json", dump_json(plan_json(plan) | {"steps": _steps(plan)}))
+    found = plan_json(plan) | {"steps": _steps(plan), "job": os.environ.get("SLURM_JOB_ID")}
+    write_atomically(folder / "plan.json", dump_json(found))
     write_atomically(folder / "ds_config.json", dump_json(plan.deepspeed))
 
 
@@ -98,6 +100,18 @@ def clear_run(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
+
+
+def as_requeued(settings: RunSettings, env: Mapping[str, str]) -> RunSettings:
+    """The settings of a job that comes back: what it has begun anew itself, it goes on with."""
+    if settings.resume != "never" or env.get("SLURM_RESTART_COUNT", "0") == "0":
+        return settings
+    try:
+        plan = json.loads((Path(settings.output_dir) / "plan.json").read_text(encoding="utf-8"))
+        is_its_own = plan["job"] == env.get("SLURM_JOB_ID")
+    except (OSError, ValueError, KeyError, TypeError):
+        return settings
+    return settings.model_copy(update={"resume": "auto"}) if is_its_own else settings
 
 
 def look(folder: Path, plan: Plan, *, is_debug: bool) -> Start:

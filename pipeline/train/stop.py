@@ -80,17 +80,18 @@ class StopRequests:
     def raising(self) -> Iterator[None]:
         """Raise Stopped where a request comes: in work of one rank before there is a step."""
         over = threading.Event()
-        self._is_raising = True
         try:
-            self._raise_if_asked()
-            threading.Thread(target=self._look, args=(over,), name="stops", daemon=True).start()
-            yield
+            self._is_raising = True
+            try:
+                self._raise_if_asked()
+                threading.Thread(target=self._look, args=(over,), name="stops", daemon=True).start()
+                yield
+            finally:  # a request may come here as well
+                self._is_raising = False
+                over.set()
         except _Wish as wish:
             self.clear()
             raise Stopped(stopped_early(str(wish))) from None
-        finally:
-            self._is_raising = False
-            over.set()
 
     def _look(self, over: threading.Event) -> None:
         """Look for the stop file and the time limit where no step does."""

@@ -5,12 +5,18 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch.distributed as dist
 
-from pipeline.cluster.meeting import address_by_mpi, interface_towards, open_store
+from pipeline.cluster.meeting import (
+    address_by_mpi,
+    interface_between,
+    interface_towards,
+    open_store,
+)
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.tasks import ports_after
 from pipeline.errors import UserError
@@ -109,3 +115,14 @@ def test_an_interface_is_named_where_a_way_leads_out():
     out = {name for name in psutil.net_if_addrs() if name != "lo"}
     way = interface_towards("192.0.2.1")  # RFC 5737: nobody is there, and nothing is sent
     assert way is None or way in out
+
+
+def test_the_first_machine_takes_the_interface_that_the_others_reach_it_by(monkeypatch):
+    """Its own name may be the loopback there, as on Debian."""
+    there = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"], "eth1": ["10.0.1.1"]}
+    known = {name: [SimpleNamespace(address=a) for a in found] for name, found in there.items()}
+    monkeypatch.setattr("pipeline.cluster.meeting.psutil.net_if_addrs", lambda: known)
+    store = dist.HashStore()
+    two = replace(RANK_0, world_size=2, local_size=1, master_addr="10.0.1.1")
+    interface_between(store, replace(two, rank=1))
+    assert interface_between(store, replace(two, master_addr="127.0.0.1")) == "eth1"

@@ -147,6 +147,19 @@ def test_a_write_in_flight_outlives_an_error(saver, checkpoints, tmp_path, monke
     assert read_status(status.path)["state"] == "failed"
 
 
+def test_a_lost_connection_is_the_watchdogs_to_explain(tmp_path):
+    status, stops = RunStatus(tmp_path / "status.json"), StopRequests(tmp_path, None, is_first=True)
+    status.own()
+    status.claim()
+
+    def work():
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError):
+        run._owned(status, run._LastWord(tmp_path, stops, status), work)
+    assert read_status(status.path)["state"] == "running"
+
+
 @pytest.mark.parametrize("is_first", [True, False])
 def test_the_watchdog_has_the_last_word(tmp_path, is_first):
     """Its process is there for a moment more, and the main thread meets what follows."""

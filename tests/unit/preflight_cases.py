@@ -74,6 +74,8 @@ GOOD = [
     ("port", {0: "29500 is free"}, ["29500"]),
     ("network", {0: interface(), 1: interface(mbit=0)}, ["node1", "eth0", "100,000 Mb/s"]),
     ("network", {0: interface(interface=None, mbit=0), 1: interface()}, ["reached by eth0"]),
+    ("network", {0: interface(master="", interface=None), 1: interface(master="", interface=None)},
+        ["known when the ranks have met"]),
     ("network", {0: interface(mbit=1000, infiniband={"mlx5_0:1": "ACTIVE"})}, ["1 active"]),
     ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b")}, ["2 x NVIDIA H100"]),
     ("gpus", {0: {"gpus": [], "stranger": None, "is_unasked": False}}, ["CPU"]),

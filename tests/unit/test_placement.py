@@ -276,3 +276,8 @@ def test_ports_are_high_apart_and_below_the_systems_own():
         assert tried[0] == port
         assert len(set(tried)) == 8
         assert all(15_000 <= p < 30_000 for p in tried)
+
+
+def test_preflight_may_look_at_one_machine_of_a_job():
+    assert from_environment({"SLURM_JOB_NUM_NODES": "2"}, may_be_alone=True) == Placement()
+    assert from_environment(BATCH, may_be_alone=True) == Placement()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.cluster.devices import set_environment
+from pipeline.cluster.devices import unseen_gpus
 from pipeline.cluster.host_memory import host_memory
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
@@ -232,6 +232,8 @@ def uuids(answer) -> list[str]:
 
 def test_a_rank_answers_for_its_gpu_and_one_process_for_all(plan, nvml, monkeypatch):
     assert uuids(look_at_gpus(subject(plan, hardware=H100S))) == [f"GPU-{i}" for i in range(4)]
+    # Training by one process uses one GPU; what is done with the others is others' business.
+    assert uuids(look_at_gpus(subject(plan, hardware=H100S, is_training=True))) == ["GPU-0"]
     rank_1 = subject(plan, hardware=H100S, placement=local(1, 2))
     answer = look_at_gpus(rank_1)
     assert uuids(answer) == ["GPU-1"]
@@ -254,25 +256,23 @@ def test_gpus_that_slurm_did_not_grant_are_told(plan, nvml, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES"])
-def test_granted_gpus_that_the_driver_does_not_show_are_refused(nvml, monkeypatch, name):
-    for variable in ("DS_ACCELERATOR", *Placement().variables()):
-        monkeypatch.setenv(variable, "")  # set anew below, and undone at the end
+def test_granted_gpus_that_the_driver_does_not_show_are_refused(plan, nvml, monkeypatch, name):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv(name, "0-3" if name.startswith("SLURM") else "0,1")
-    with pytest.raises(UserError, match=f"{name}=0.*shows no GPU.*DS_ACCELERATOR=cpu"):
-        set_environment(Placement(), CPU)
-    set_environment(Placement(), H100S)
+    unseen = unseen_gpus(Placement(), CPU)
+    with pytest.raises(UserError, match=f"{name}=0.*shows none.*DS_ACCELERATOR=cpu"):
+        look_at_gpus(subject(plan, unseen_gpus=unseen))
+    assert unseen_gpus(Placement(), H100S) is None
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    set_environment(Placement(), CPU)
+    assert unseen_gpus(Placement(), CPU) is None
 
 
 def test_deepspeeds_numbers_of_cpu_ranks_are_no_grant(nvml, monkeypatch):
-    for variable in ("DS_ACCELERATOR", *Placement().variables()):
-        monkeypatch.setenv(variable, "")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    set_environment(replace(local(0, 2), launcher="deepspeed"), CPU)
-    monkeypatch.setenv("DS_ACCELERATOR", "")
+    assert unseen_gpus(replace(local(0, 2), launcher="deepspeed"), CPU) is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    set_environment(Placement(), CPU)
+    assert unseen_gpus(Placement(), CPU) is None
 
 
 def test_a_slurm_job_that_speaks_of_no_gpu():

@@ -8,10 +8,11 @@ import time
 
 import pytest
 
+from pipeline.config.settings import RunSettings
 from pipeline.data.keys import SETTINGS as DATA_SETTINGS
 from pipeline.errors import UserError
 from pipeline.train.owner import OWNER, identity
-from pipeline.train.start import look, open_run
+from pipeline.train.start import as_requeued, look, open_run
 from pipeline.train.status import RunStatus, end_for_dead_owner, is_alive, read_status
 from tests.tiny import make_plan
 
@@ -325,3 +326,16 @@ def test_what_a_kill_left_hidden_is_no_stranger(begin):
     for name in (".status.json.4711.tmp", ".owner.lock", ".nfs0001"):
         (folder / name).touch()
     assert start() == "new"
+
+
+def test_a_requeued_job_goes_on_with_what_it_began_anew(begin, monkeypatch):
+    folder, start = begin
+    start()
+    left(folder, "stopped")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert start(resume="never") == "new"
+    left(folder, "stopped")
+    never = RunSettings(model="m", train_data="t", output_dir=str(folder), resume="never")
+    for job, count, resume in (("7", "1", "auto"), ("7", "0", "never"), ("8", "1", "never")):
+        env = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": count}
+        assert as_requeued(never, env).resume == resume
