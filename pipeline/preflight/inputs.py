@@ -47,8 +47,10 @@ def look_at_disk(subject: Subject) -> dict[str, int]:
     parent = nearest(folder)
     predicted = disk_bytes(plan.shape, plan.settings)
     need = predicted["checkpoints"] + predicted["adapter"]
-    # What an earlier start has left is there already.
-    need -= sum(path.stat().st_size for path in (folder / "checkpoints").glob("*/*"))
+    # What an earlier start has left is there already; a user's own copies, of other names, stay.
+    for kind in ("step", "best"):
+        left = (folder / "checkpoints").glob(f"{kind}-{8 * '[0-9]'}/*")
+        need -= sum(path.stat().st_size for path in left)
     free = shutil.disk_usage(parent).free
     if free < need:
         raise UserError(

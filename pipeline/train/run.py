@@ -1,6 +1,7 @@
 """From settings to a published adapter: the road of one training run, on every rank."""
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,10 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     All that can be known without torch is checked before torch is imported. Raises UserError for
     wrong input, Stopped after an agreed stop, RankZeroError for a failed run.
     """
+    # Until all have met a signal just ends the process: another rank may never come, and there is
+    # nothing to save. Python only notes an interrupt while torch waits, and a shell's `&` has
+    # switched it off.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     settings = as_requeued(settings, os.environ)
     if is_debug:
         settings = _debug_settings(settings)
@@ -60,8 +65,6 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         )  # fmt: skip
         looked = look_before_torch(subject)
         pulse, last_word = Pulse(), _LastWord(folder, stops)
-        # Until all have met a signal just ends the process: another rank may never come, and there
-        # is nothing to save.
         with Watchdog(
             placement,
             session.open_channel(),
@@ -89,7 +92,8 @@ class _LastWord:
         if is_stop:
             self.stops.clear()
         if self.status is not None:
-            self.status.end("stopped" if is_stop else "failed", exit_code, reason)
+            state = "stopped" if is_stop else "failed"
+            self.status.end(state, exit_code, reason, is_last=True)
         elif not is_stop:
             end_for_dead_owner(self.folder / "status.json", reason)
 
@@ -115,6 +119,7 @@ def _run_together(
         say(line)
 
     status = RunStatus(folder / "status.json") if session.is_rank_zero else None
+    last_word.status = status
 
     def begin() -> dict[str, Any]:
         assert status is not None, "called on rank 0"
@@ -130,12 +135,10 @@ def _run_together(
             earlier = read_status(status.path) if found == "resume" else None
             if not is_done(folder):  # else it stays the word on what would be replaced
                 status.claim(earlier)
-                last_word.status = status
             limit = _DEBUG_ROWS if is_debug else None
             data = prepare(settings, folder / "data", limit, say=say).as_json()
         open_run(folder, plan, found)
         status.claim(earlier)
-        last_word.status = status
         return {"start": found, "data": data}
 
     def work() -> None:

@@ -23,7 +23,7 @@ class RunStatus:
     fields: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock, self._is_closed = threading.Lock(), False
         self._ownership = Ownership(self.path.parent, TRAINING, self._beat)
 
     def own(self) -> None:
@@ -53,14 +53,21 @@ class RunStatus:
     def update(self, **fields: Any) -> None:
         """Change fields and write the file; a disk that does not take it is tried again."""
         with self._lock:
+            if self._is_closed:
+                return
             self.fields |= fields | {"heartbeat": time.time()}
             with suppress(OSError):  # reported by what it keeps from being saved
                 write_atomically(self.path, dump_json(self.fields))
 
-    def end(self, state: str, exit_code: int, reason: str | None) -> None:
-        """The last word about this start of the run, if it came as far as to claim the folder."""
+    def end(self, state: str, exit_code: int, reason: str | None, *, is_last: bool = False) -> None:
+        """How this start of the run has ended, if it came as far as to claim the folder.
+
+        The last word is the watchdog's: what the main thread says after it does not count.
+        """
         if self.fields:
             self.update(state=state, exit_code=exit_code, reason=reason, ended=time.time())
+        with self._lock:
+            self._is_closed |= is_last
         self._ownership.release()
 
     def _beat(self) -> None:

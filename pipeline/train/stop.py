@@ -25,6 +25,10 @@ class StopAgreed(Exception):
     """All ranks have agreed to stop here; the message is this rank's reason."""
 
 
+class _Wish(BaseException):
+    """A request that breaks work off. No Exception: those are taken for errors of the work."""
+
+
 class StopRequests:
     """What this rank has been asked. A second Ctrl-C ends the process at once.
 
@@ -76,14 +80,18 @@ class StopRequests:
     def raising(self) -> Iterator[None]:
         """Raise Stopped where a request comes: in work of one rank before there is a step."""
         over = threading.Event()
-        self._is_raising = True
         try:
-            self._raise_if_asked()
-            threading.Thread(target=self._look, args=(over,), name="stops", daemon=True).start()
-            yield
-        finally:
-            self._is_raising = False
-            over.set()
+            self._is_raising = True
+            try:
+                self._raise_if_asked()
+                threading.Thread(target=self._look, args=(over,), name="stops", daemon=True).start()
+                yield
+            finally:  # a request may come here as well
+                self._is_raising = False
+                over.set()
+        except _Wish as wish:
+            self.clear()
+            raise Stopped(stopped_early(str(wish))) from None
 
     def _look(self, over: threading.Event) -> None:
         """Look for the stop file and the time limit where no step does."""
@@ -102,8 +110,7 @@ class StopRequests:
     def _raise_if_asked(self) -> None:
         if self._asked is not None:
             self._is_raising = False
-            self.clear()
-            raise Stopped(stopped_early(self._asked))
+            raise _Wish(self._asked)
 
     def _hear(self, heard: int) -> None:
         while numbers := os.read(heard, 64):

@@ -261,10 +261,10 @@ class Watchdog:
         return bool(found.decode() == mine)
 
     def _leave(self, text: str, *, is_ours: bool, code: int = 1) -> NoReturn:
-        if is_ours:
-            self._on_end(text, code)
         if self._placement.rank == 0 and self._channel is not None:
             time.sleep(_READING_S)  # the store ends with this process
+        if is_ours:
+            self._on_end(text, code)  # last: the main thread goes on until the process ends
         os._exit(code)
 
 

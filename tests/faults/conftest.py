@@ -1,11 +1,20 @@
 """What all fault tests share: the data, and a run that nothing breaks."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.faults.runs import IN_PACKS, TOTAL_STEPS, finish, losses, write_run_file
 from tests.tiny import make_rows
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts():
+    """Runs hear of Ctrl-C, as from a terminal, also where the tests are started with `&`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -156,7 +156,7 @@ def start(run_file: Path, *overrides: str, before: tuple[str, ...] = ()) -> Star
         process = subprocess.Popen(
             [
                 *before, BIN / "deepspeed", "--num_accelerators", "2",
-                "--master_port", str(_free_port()),
+                "--master_port", str(free_port()),
                 "launch/train.py", run_file, *overrides,
             ],
             cwd=ROOT, env=clean, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
@@ -212,7 +212,7 @@ def _line(process: psutil.Process) -> list[str]:
         return []
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -10,12 +12,15 @@ import pytest
 
 from tests.faults.runs import (
     EVAL_STEPS,
+    IN_PACKS,
     IS_FULL,
+    ROOT,
     SEED,
     TOTAL_STEPS,
     Started,
     adapter,
     finish,
+    free_port,
     losses,
     send,
     start,
@@ -69,9 +74,11 @@ def cases():
 
 
 @pytest.mark.parametrize(("name", "hits"), cases(), ids=[name for name, _ in cases()])
-def test_a_signal_stops_with_a_checkpoint(run_file, workspace, straight, name, hits):
+def test_a_signal_stops_with_a_checkpoint(run_file, workspace, request, name, hits):
+    is_packed = name in ("short", "terminal")
+    straight = request.getfixturevalue("straight_in_packs" if is_packed else "straight")
     name = f"signalled-{name.replace(' ', '-')}"
-    path, folder = run_file(name), workspace / name
+    path, folder = run_file(name, **IN_PACKS if is_packed else {}), workspace / name
     chance, lost, before = random.Random(f"{SEED} {name}"), 0, 0
     for turn, (target, number, phase) in enumerate(hits):
         earlier, kept = status(folder), steps_on_disk(folder)
@@ -89,7 +96,7 @@ def test_a_signal_stops_with_a_checkpoint(run_file, workspace, straight, name, h
             f"{said.get('exit_code')} at step {said.get('step')}, all gone in {took:.1f} s"
         )
         assert not psutil.pid_exists(run.process.pid)
-        if phase == "start-up" and (said == earlier or not said["step"]):
+        if phase == "start-up" and said.get("step", 0) == earlier.get("step", 0):
             # Until all ranks have met a signal just ends a process; then it is a stop like any.
             assert said == earlier or (said["state"], said["exit_code"]) == ("stopped", 75)
             assert steps_on_disk(folder) == kept, run.output
@@ -108,3 +115,23 @@ def test_a_signal_stops_with_a_checkpoint(run_file, workspace, straight, name, h
     assert losses(folder) == losses(straight)
     print(f"{len(hits)} signals, steps lost: {lost}")
     assert lost == 0
+
+
+def test_an_interrupt_ends_a_rank_that_waits_for_the_others(run_file):
+    """Python itself only notes it while torch waits, and the `&` of a script switches it off."""
+    port = free_port()
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    off = ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
+    rank = subprocess.Popen(
+        [*off, sys.executable, "launch/train.py", run_file("alone")],
+        cwd=ROOT, env=os.environ | alone,
+    )  # fmt: skip
+    try:
+        while not any(c.laddr.port == port for c in psutil.Process(rank.pid).net_connections()):
+            assert rank.poll() is None
+            time.sleep(0.05)
+        rank.send_signal(signal.SIGINT)
+        assert rank.wait(WITHIN_S) == -signal.SIGINT
+    finally:
+        rank.kill()

@@ -160,6 +160,38 @@ def test_a_lost_connection_is_the_watchdogs_to_explain(tmp_path):
     assert read_status(status.path)["state"] == "running"
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_watchdog_has_the_last_word(tmp_path, is_first):
+    """Its process is there for a moment more, and the main thread meets what follows."""
+    status = RunStatus(tmp_path / "status.json")
+    status.own()
+    status.claim()
+    last_word = run._LastWord(tmp_path, StopRequests(tmp_path, None, is_first=True), status)
+
+    def work():
+        if is_first:
+            last_word("rank 1 was asked to stop", 75)
+            status.claim()
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises((RuntimeError, AssertionError)):
+        run._owned(status, last_word, work)
+    if not is_first:
+        last_word("rank 1 was asked to stop", 75)
+    said = read_status(status.path)
+    assert (said["state"], said["reason"]) == ("stopped", "rank 1 was asked to stop")
+
+
+def test_after_the_last_word_no_start_is_claimed(tmp_path):
+    status = RunStatus(tmp_path / "status.json")
+    status.own()
+    run._LastWord(tmp_path, StopRequests(tmp_path, None, is_first=True), status)("stopped", 75)
+    with pytest.raises(AssertionError):
+        status.claim()
+    status.end("failed", 1, "AssertionError")
+    assert read_status(status.path) is None
+
+
 def test_an_adapter_that_cannot_be_written_says_what_is_kept(publish, saver, tmp_path):
     full = OSError("no space left")
     assert "there is no checkpoint: a new start begins anew" in publish(None, full)

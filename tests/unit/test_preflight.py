@@ -351,6 +351,15 @@ def test_a_model_without_weights_and_a_disk_that_is_full(plan, monkeypatch):
         look_at_disk(subject(plan))
 
 
+def test_a_users_own_copies_are_no_room_for_checkpoints(plan, tmp_path):
+    there = subject(plan, settings=plan.settings.model_copy(update={"output_dir": str(tmp_path)}))
+    need = look_at_disk(there)["need"]
+    for name in ("step-00000006", "best-00000006", "step-00000006-keep"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "adapter.safetensors").write_bytes(bytes(1000))
+    assert look_at_disk(there)["need"] == need - 2000
+
+
 def test_what_is_wrong_with_the_run_file_is_an_answer(tmp_path):
     path = tmp_path / "RUN.yaml"
     path.write_text("lora_rnk: 3\n")

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from pipeline.errors import Stopped
+from pipeline.errors import Stopped, UserError
 from pipeline.train.launcher import watch_launchers
 from pipeline.train.stop import STOP_SIGNALS, StopRequests
 from pipeline.train.watchdog import who_hangs
@@ -59,6 +59,18 @@ def test_long_work_before_the_first_step_is_broken_off(stops):
     os.kill(os.getpid(), signal.SIGUSR1)  # outside it is only noted
     with pytest.raises(Stopped), stops.raising():
         raise AssertionError("it had been asked before")
+
+
+def test_it_is_no_error_that_somebody_could_take_for_his_own(stops):
+    def load():
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(30)
+        except Exception:
+            raise UserError("the tokenizer cannot be loaded") from None
+
+    with pytest.raises(Stopped, match="SIGUSR1"), stops.raising():
+        load()
 
 
 @pytest.mark.parametrize("limit_s", [None, 0.0])
