@@ -59,6 +59,8 @@ def _say(message: str, *, tracebacks: bool = False, is_common: bool = False) -> 
 
 def is_lost_connection(error: BaseException) -> bool:
     """An error of the transport (gloo, NCCL, the store): another rank is gone, and says why."""
+    if isinstance(error, OSError):  # of Python's own: a terminal or a file
+        return False
     names = {kind.__name__ for kind in type(error).__mro__}
     said = (
         "Connection closed by peer", "Connection reset by peer", "Broken pipe",
