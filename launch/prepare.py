@@ -41,9 +41,8 @@ def main() -> None:
     folder = Path(settings.output_dir)
     data_dir = folder / "data"
     check_output(folder)
-    with Ownership(
-        folder, "launch/prepare.py"
-    ):  # a run reads what lies there; prepare removes what is out of date
+    # A run reads what lies there, and prepare removes what is out of date.
+    with Ownership(folder, "launch/prepare.py"):
         fetch(settings.train_sources, "train_data")
         fetch(settings.eval_sources, "eval_data")
         check_first_rows(settings)

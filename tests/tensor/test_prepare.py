@@ -523,7 +523,7 @@ def test_the_script_leaves_a_run_that_is_at_work_its_data(run):
     command.append("max_length=99")
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert f"is in use (process {os.getpid()} " in refused.stderr
+    assert f"is in use by a run (process {os.getpid()} " in refused.stderr
     assert len(open_split(first.train)) == 24
     status.end("done", 0, None)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
