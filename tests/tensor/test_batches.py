@@ -37,7 +37,11 @@ def work_on(split) -> RankWork:
 
 
 def workers() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+    return [
+        process
+        for process in psutil.Process().children()
+        if process.status() != psutil.STATUS_ZOMBIE and "spawn_main" in " ".join(process.cmdline())
+    ]
 
 
 def test_workers_build_what_the_rank_would(split):
