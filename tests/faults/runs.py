@@ -119,6 +119,10 @@ class Started:
         """The step that this start went on from."""
         return resumed_step(self.output)
 
+    def has_stepped(self) -> bool:
+        """Whether this start has come as far as a step of its own."""
+        return re.search(r"^step \d+/", self.output, re.MULTILINE) is not None
+
     def step(self) -> int:
         """The step that this start has come to; 0 before it has made or resumed one."""
         found = status(self.folder)
