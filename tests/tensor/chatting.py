@@ -7,6 +7,7 @@ import numpy as np
 from pipeline.config.settings import RunSettings
 from pipeline.data.chat import Encoder
 from pipeline.data.formats import Conversation, Message
+from pipeline.data.rendering import ChatTemplate
 from pipeline.data.show import supervised_runs
 from tests.tiny import CHATML, make_tokenizer
 
@@ -149,3 +150,15 @@ def sentence_piece():
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def renderings(monkeypatch) -> list:
+    """Fills with what a chat template is given from here on, each time that it renders."""
+    rendered, render = [], ChatTemplate._render
+
+    def count(self, *arguments, **named):
+        rendered.append(arguments)
+        return render(self, *arguments, **named)
+
+    monkeypatch.setattr(ChatTemplate, "_render", count)
+    return rendered

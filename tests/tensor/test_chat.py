@@ -4,13 +4,13 @@ import pytest
 
 from pipeline.data.chat import chat_template_of
 from pipeline.data.formats import Completion, Conversation, Message, RowError
-from pipeline.data.rendering import ChatTemplate
 from pipeline.errors import UserError
 from tests.tensor.chatting import (
     adding_bos,
     all_shown,
     chat,
     encoder,
+    renderings,
     shown,
     tokenizer_with,
     user,
@@ -188,14 +188,7 @@ def test_a_template_with_marks_that_refuses_markers_is_held_to_the_texts():
 def test_a_row_is_rendered_once_by_a_template_with_marks_too(monkeypatch):
     made = encoder(tokenizer_with(MARKED))
     made.encode(chat("q", "a"))
-    rendered = []
-    render = ChatTemplate._render
-
-    def count(self, *arguments, **named):
-        rendered.append(arguments)
-        return render(self, *arguments, **named)
-
-    monkeypatch.setattr(ChatTemplate, "_render", count)
+    rendered = renderings(monkeypatch)
     made.encode_many([chat(f"q{i}", f"a{i}") for i in range(5)])
     assert len(rendered) == 5
 
@@ -309,20 +302,13 @@ def test_a_key_that_only_looks_read_is_refused():
 
 @pytest.mark.parametrize("turns", [1, 2, 5])
 def test_once_a_shape_is_known_a_row_is_rendered_at_most_once(turns, monkeypatch):
-    renderings, render = 0, ChatTemplate._render
-
-    def counted(self, *arguments, **named):
-        nonlocal renderings
-        renderings += 1
-        return render(self, *arguments, **named)
-
-    monkeypatch.setattr(ChatTemplate, "_render", counted)
+    rendered = renderings(monkeypatch)
     encode = encoder(tokenizer_with(CHATML)).encode_many
     encode(rows_of(0, 20, turns))
-    before, renderings = renderings, 0
+    before = len(rendered)
     assert all(len(found) == 1 for found in encode(rows_of(20, 1020, turns)))
     assert before > 0
-    assert renderings <= 1000
+    assert len(rendered) - before <= 1000
 
 
 def rows_of(first, end, turns):

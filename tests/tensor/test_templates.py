@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.formats import Conversation, Message, RowError
 from pipeline.data.rendering import ChatTemplate
-from tests.tensor.chatting import SPECIAL, all_shown, chat, encoder, published, shown
+from tests.tensor.chatting import SPECIAL, all_shown, chat, encoder, published, renderings, shown
 
 THOUGHT = "<think>\nhm\n</think>\n\ntwo"
 NO_SYSTEM = {"mistral-7b-v0.1", "mistral-nemo", "gemma-2"}
@@ -103,14 +103,7 @@ def test_whatever_is_said_each_turn_is_trained_through_its_end(name, contents):
 def test_a_row_is_rendered_once_when_its_shape_is_known(name, monkeypatch):
     made = encoder(published(name))
     made.encode(chat("q", "one", "r", THOUGHT))
-    rendered = []
-    render = ChatTemplate._render
-
-    def count(self, *arguments, **named):
-        rendered.append(arguments)
-        return render(self, *arguments, **named)
-
-    monkeypatch.setattr(ChatTemplate, "_render", count)
+    rendered = renderings(monkeypatch)
     made.encode_many([chat(f"q{i}", f"one {i}", "r", f"{THOUGHT} {i}") for i in range(5)])
     assert len(rendered) == 5
 
