@@ -159,3 +159,9 @@ def test_a_tokenizer_that_outgrew_its_model_is_refused(plan, name, content, is_r
         return
     with pytest.raises(UserError, match="rule tokens-without-embeddings"):
         plan(files={name: content})
+
+
+def test_a_folder_that_brings_its_own_class_is_seen(tmp_path):
+    for name, is_own in (("AutoModelForCausalLM", True), ("AutoConfig", False)):
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"auto_map": {name: "own.C"}}))
+        assert read_shape(str(tmp_path)).has_own_code is is_own
