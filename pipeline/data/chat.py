@@ -52,6 +52,11 @@ class _Draft:
     is_chat: bool = False
     is_inverse: bool = False  # all but the spans counts
 
+    @property
+    def is_all_text(self) -> bool:
+        """Whether all of it counts, so that nothing asks where its characters lie."""
+        return not self.is_chat and self.spans[0][0] == 0
+
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder; fetches nothing. Raises UserError where there is none."""
@@ -97,10 +102,12 @@ class Encoder:
         self._bos: int | None = tokenizer.bos_token_id
         if self._backend.encode("").ids[:1] != [self._bos]:
             self._bos = None  # it is there, but texts do not begin with it
-        eos, ends = tokenizer.eos_token_id, set[int]()
+        # Kept, because the tokenizer looks for it anew each time it is asked: 10 us.
+        self._eos: int | None = tokenizer.eos_token_id
+        ends = set[int]()
         with suppress(UserError):  # of the template, which only conversations need
             ends.add(self._turns.end.id)
-        self.ends = frozenset(ends if eos is None else {eos, *ends})
+        self.ends = frozenset(ends if self._eos is None else {self._eos, *ends})
 
     def encode(self, example: Example) -> list[Document]:
         """Documents of an example: one, or with split_turns one of each trained turn.
@@ -115,8 +122,11 @@ class Encoder:
     def encode_many(self, examples: Sequence[Example]) -> list[list[Document] | RowError]:
         """Documents of each example, or why there are none. UserError as in `encode`."""
         drafts = [self._drafts_or_error(example) for example in examples]
-        texts = [d.text for ds in drafts if isinstance(ds, list) for d in ds]
-        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        all_drafts = [draft for made in drafts if isinstance(made, list) for draft in made]
+        # Knowing where characters lie costs a tenth of the time (2026-11-25).
+        is_fast = all(draft.is_all_text for draft in all_drafts)
+        encode = self._backend.encode_batch_fast if is_fast else self._backend.encode_batch
+        encodings = iter(encode([draft.text for draft in all_drafts], add_special_tokens=False))
         found: list[list[Document] | RowError] = []
         for example, made in zip(examples, drafts, strict=True):
             if isinstance(made, RowError):
@@ -174,7 +184,7 @@ class Encoder:
             return []
         if isinstance(example, Conversation):
             return [self._chat_draft(part) for part in self._parts(example)]
-        if self._tokenizer.eos_token_id is None:
+        if self._eos is None:
             raise UserError(_NO_END_OF_SEQUENCE)
         if isinstance(example, Text):
             return [_Draft(example.text, [(0, len(example.text))])]
@@ -238,8 +248,9 @@ class Encoder:
     def _plain(self, draft: _Draft, encoding: Any) -> Document:
         """A text with the tokens that begin and end texts; a border cuts, as in generation."""
         ((start, end),) = draft.spans
-        ids, first = encoding.ids, self._token_at(encoding, start, end)
-        if start < end and encoding.token_to_chars(first)[0] < start:
+        ids, is_all_text = encoding.ids, draft.is_all_text
+        first = 0 if is_all_text else self._token_at(encoding, start, end)
+        if not is_all_text and start < end and encoding.token_to_chars(first)[0] < start:
             before, after = (
                 self._backend.encode(text, add_special_tokens=False).ids
                 for text in (draft.text[:start], draft.text[start:])
@@ -247,8 +258,8 @@ class Encoder:
             ids, first = before + after, len(before)
         if self._bos is not None and ids[:1] != [self._bos]:
             ids, first = [self._bos, *ids], first + (start > 0)
-        if ids[-1:] != [self._tokenizer.eos_token_id]:
-            ids = [*ids, self._tokenizer.eos_token_id]
+        if ids[-1:] != [self._eos]:
+            ids = [*ids, self._eos]
         supervised = np.ones(len(ids), dtype=np.bool_)
         supervised[:first] = False
         return Document(np.array(ids, dtype=np.int32), supervised)
@@ -259,8 +270,7 @@ class Encoder:
             token: int | None = encoding.char_to_token(at)
             if token is not None:
                 begins_before = encoding.token_to_chars(token)[0] < start
-                is_special = encoding.ids[token] in self._special
-                return token + (begins_before and is_special)
+                return token + (begins_before and encoding.ids[token] in self._special)
         return len(encoding.ids)
 
     def _checked(self, tokens: Tokens) -> Document:

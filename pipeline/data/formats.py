@@ -4,6 +4,7 @@ A reason is the same for all rows that share it: it names columns and roles, nev
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import compress
 from typing import Any, get_args
 
@@ -90,7 +91,7 @@ def detect_format(columns: Mapping[str, Any]) -> DataFormat:
     Columns that belong to no format do not count, nor does `text` beside another format: it is
     then what somebody made of the other columns.
     """
-    found = [name for name, signs in _SIGNS.items() if all(map(columns.__contains__, signs))]
+    found = list(_with_columns(tuple(filter(_SIGNING.__contains__, columns))))
     if len(found) > 1:
         filled = [
             name for name in found if all(columns[column] is not None for column in _SIGNS[name])
@@ -106,6 +107,12 @@ def detect_format(columns: Mapping[str, Any]) -> DataFormat:
         raise RowError(f"the columns of {' and of '.join(found)}; name one with data_format")
     known = f"expected one of {_KNOWN}, or their names in `columns`"
     raise RowError(f"no known format: {_found(columns)}; {known}")
+
+
+@lru_cache  # asked for each row, and rows have few sets of columns
+def _with_columns(columns: tuple[str, ...]) -> tuple[DataFormat, ...]:
+    """The formats whose columns are all there."""
+    return tuple(name for name, signs in _SIGNS.items() if set(signs) <= set(columns))
 
 
 def _format_of(value: Mapping[str, Any], data_format: DataFormat | Auto) -> DataFormat:

@@ -185,12 +185,8 @@ class Maker:
             pieces = fit(document.ids, document.supervised, length, over_length)
             kept += pieces
             lost += num_lost(pieces, size)
-            ends = self._encoder.num_ends(document.ids[document.supervised])
-            is_ended &= (
-                0
-                < ends
-                == sum(self._encoder.num_ends(piece.ids[piece.supervised]) for piece in pieces)
-            )
+            ends = self._num_ends(document)
+            is_ended &= ends > 0 and (size <= length or ends == sum(map(self._num_ends, pieces)))
         if not kept:
             _leave_out(row, documents, into, self._settings)
             return
@@ -202,6 +198,9 @@ class Maker:
         into.formats[format_of(row, self._settings.data_format, self._settings.columns)] += 1
         for piece in kept:
             into.add(piece, number)
+
+    def _num_ends(self, tokens: Document | Piece) -> int:
+        return self._encoder.num_ends(tokens.ids[tokens.supervised])
 
 
 class _Collected:

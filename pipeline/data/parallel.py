@@ -1,5 +1,6 @@
 """Work on many pieces in several processes, with the results in the order of the pieces."""
 
+import gc
 import os
 import signal
 import sys
@@ -113,6 +114,7 @@ class _Later:
     def __call__(self, piece: Any) -> Any:
         if self._made is None:
             self._made = self._make_work()
+            gc.freeze()  # a tenth of the time went into looking through it for garbage (2026-11-25)
         return self._made(piece)
 
 

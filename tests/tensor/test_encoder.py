@@ -133,6 +133,18 @@ def test_many_at_once_are_those_of_each_alone():
     assert together.encode_many([]) == []
 
 
+@pytest.mark.parametrize("make", [make_tokenizer, adding_bos, sentence_piece])
+def test_texts_are_the_same_tokens_with_and_without_places_of_characters(make):
+    """Without, as among texts alone, is another road through the tokenizer."""
+    given = ("a", " a b  c ", "\n\nab", "é 🙂\u0301", "<|im_end|>a", "<s>a")
+    texts = [Text(text) for text in given]
+    made = encoder(make())
+    among_others = made.encode_many([*texts, Completion("q", "a")])[:-1]
+    for (one,), (other,) in zip(made.encode_many(texts), among_others, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert one.supervised.tolist() == other.supervised.tolist()
+
+
 def test_settings_of_the_tokenizer_file_do_not_cut_documents():
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(4)
