@@ -46,6 +46,7 @@ SPECIAL = {
     },
 }
 SPECIAL["llama-3.2"] = SPECIAL["llama-3"]
+SPECIAL["phi-4-first"] = SPECIAL["phi-4"]
 SPECIAL["gemma-3"] = SPECIAL["gemma-2"]
 
 

@@ -48,6 +48,7 @@ EXPECTED = {
     + bar("<|User|>r<|Assistant|>[[two<|end▁of▁sentence|>]]"),
 }
 EXPECTED["gemma-3"] = EXPECTED["gemma-2"]
+EXPECTED["phi-4-first"] = EXPECTED["phi-4"]  # its user turns write the assistant's header
 
 
 def without_date(text):
