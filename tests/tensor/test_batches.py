@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -55,6 +56,36 @@ def test_workers_build_what_the_rank_would(split):
         assert torch.equal(one.labels, other.labels)
         assert one.documents == other.documents
     assert [first for _, first in alone] == [work[i].first for i in range(2 * STEPS)]
+
+
+class Noted(Documents):
+    """Documents that leave a file in a folder when one of them is read."""
+
+    def __init__(self, count: int, folder: Path) -> None:
+        super().__init__(count)
+        self._folder = folder
+
+    def sequence(self, number):
+        (self._folder / str(number)).touch()
+        return super().sequence(number)
+
+
+def test_as_many_batches_wait_as_prefetch_factor_says(tmp_path):
+    split = Noted(40, tmp_path)
+    work = work_on(split)
+    batches = batches_of(split, work, num_workers=1, prefetch_factor=3)
+    next(batches)
+    wanted = {
+        str(i) for micro_batch in map(work.__getitem__, range(4)) for i in micro_batch.sequences
+    }
+    deadline = time.monotonic() + 60
+    while (found := {path.name for path in tmp_path.iterdir()}) != wanted:
+        assert found < wanted
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert {path.name for path in tmp_path.iterdir()} == wanted
+    assert len(list(batches)) == 2 * STEPS - 1
 
 
 def run_as_a_rank(code: str, tmp_path) -> str:
