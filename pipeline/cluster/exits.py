@@ -6,7 +6,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn, TextIO
 
 from pipeline.errors import OfOneRank, RankZeroError, Stopped
 
@@ -44,6 +45,30 @@ def run_main(body: Callable[[], None], *, tracebacks: bool = False) -> NoReturn:
             _say(f"rank {_rank()}: unexpected error\n{traceback.format_exc()}")
         _leave(1)
     _leave(0)
+
+
+class _Forgiving:
+    """A stream for which a terminal that is gone, or a log on a full disk, is no error."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def forgive_output() -> None:
+    """From here on nothing that this process says can end it: what counts is in its files."""
+    sys.stdout, sys.stderr = _Forgiving(sys.stdout), _Forgiving(sys.stderr)
 
 
 def _say(message: str, *, tracebacks: bool = False, is_common: bool = False) -> None:

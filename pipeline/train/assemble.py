@@ -51,7 +51,7 @@ def assemble(
         _identity(plan, data_key, base_fingerprint),
         settings.save_total_limit,
         accepted=settings.accept_changes,
-        origin=str(Path(settings.resume).absolute()) if is_named else None,
+        origin=str(Path(settings.resume).resolve()) if is_named else None,
         about=_about(plan),
     )
     found, notes = _checkpoint_to_resume(checkpoints, session, settings.resume)
@@ -147,13 +147,15 @@ def _checkpoint_to_resume(
 
     def look() -> tuple[str | None, list[str]]:
         path, notes = checkpoints.newest()
-        if path is None and resume == "must":
-            said = "; ".join(notes) or "there is none"
-            raise UserError(f"resume: must, but there is no intact checkpoint: {said}")
         if path is not None:
             checkpoints.read_progress(path)
+        elif resume == "must" and not notes:
+            raise UserError("resume: must, but there is no checkpoint; set resume: auto to start")
         elif notes:
-            notes = [*notes, "no intact checkpoint: starting from step 0"]
+            raise UserError(
+                f"resume: {resume}, but no checkpoint is intact: {'; '.join(notes)}; put one back, "
+                "or set resume: never to start anew"
+            )
         return (None if path is None else str(path)), notes
 
     if resume == "never":

@@ -9,8 +9,10 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -108,27 +110,52 @@ class Checkpoints:
     def read_best(self, progress: Progress) -> dict[str, torch.Tensor]:
         """The weights that `write_best` kept. Raises RankZeroError where they are damaged."""
         path = self._best(progress)
-        if damage := _damage(path):
+        try:
+            damage = _damage(path)
+        except OSError as error:
+            damage = str(error)
+        if damage:
             raise RankZeroError(f"{path}: the best adapter cannot be exported: {damage}")
         return load_file(path / _ADAPTER)
 
     def has_best(self, progress: Progress) -> bool:
-        """Whether the weights that `write_best` kept are there and intact."""
-        return _damage(self._best(progress)) is None
+        """Whether the weights that `write_best` kept are there and intact; UserError as newest."""
+        with self._unreadable_is_said():
+            return _damage(self._best(progress)) is None
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest intact checkpoint to go on from, and a line for each newer one that is not.
 
         With an `origin` that is one which descends from it, else itself; it must be intact.
+        Raises UserError where one cannot be read: it may be intact.
         """
+        with self._unreadable_is_said():
+            return self._newest()
+
+    @contextmanager
+    def _unreadable_is_said(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self._folder}: cannot be read ({error.strerror}), so whether "
+                "there is a checkpoint to go on from is not known; mend that and start again, or "
+                "move what cannot be read away"
+            ) from None
+
+    def _newest(self) -> tuple[Path | None, list[str]]:
         for leftover in self._folder.glob(".*.old"):
             recover(leftover.with_name(leftover.name.removeprefix(".").removesuffix(".old")))
         passed_over: list[str] = []
         for path in reversed(self._by_age()):
+            if str(path.resolve()) == self._origin:
+                break
             if damage := _damage(path):
                 passed_over.append(f"{path} is passed over: {damage}")
             elif self._origin is None or _state(path).get("origin") == self._origin:
                 return path, passed_over
+            else:
+                passed_over.append(f"{path} is passed over: it does not come from {self._origin}")
         if self._origin is None:
             return None, passed_over
         if damage := _damage(Path(self._origin)):
@@ -167,7 +194,11 @@ class Checkpoints:
     def _named(self, kind: str) -> list[Path]:
         """Those that were written here: a user's own copy, such as step-00000200-keep, is not."""
         name = re.compile(rf"{kind}-\d{{8}}")
-        return [path for path in self._folder.glob(f"{kind}-*") if name.fullmatch(path.name)]
+        try:
+            there = list(self._folder.iterdir())  # glob takes a forbidden folder for an empty one
+        except FileNotFoundError:
+            return []
+        return [path for path in there if name.fullmatch(path.name)]
 
     def _best(self, progress: Progress) -> Path:
         return self._folder / f"best-{progress.best_step:08d}"
@@ -176,7 +207,7 @@ class Checkpoints:
         """Remove what the checkpoint just written replaces, never that one itself.
 
         That of the lowest held-out loss stays. Later steps are there only after a resume from
-        before them, and were passed over then.
+        before them: they were passed over then, and are kept under a name that is.
         """
         best = self._folder / f"step-{progress.best_step:08d}"
         others = [path for path in self._by_age() if path not in (written, best)]
@@ -184,8 +215,11 @@ class Checkpoints:
         surplus = older[: max(0, len(older) - (self._keep - 1))]
         later = [path for path in others if path > written]
         bests = [path for path in self._named("best") if path != self._best(progress)]
-        for path in (*surplus, *later, *bests):
+        for path in (*surplus, *bests):
             shutil.rmtree(path, ignore_errors=True)  # tried again after the next one
+        for path in later:
+            with suppress(OSError):
+                _put_aside(path)
         clear_leftovers(self._folder)
 
     def _require_space(self, *tensors: Mapping[str, torch.Tensor]) -> None:
@@ -220,6 +254,14 @@ class Checkpoints:
             (fresh / _MANIFEST).write_text(dump_json({"files": files}), encoding="utf-8")
 
 
+def _put_aside(path: Path) -> None:
+    for number in count(1):
+        aside = path.with_name(f"{path.name}-passed-over-{number}")
+        if not aside.exists():
+            path.rename(aside)
+            return
+
+
 def _state(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
     return found
@@ -234,7 +276,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is wrong with a checkpoint, or None. Raises OSError where it cannot be read."""
     if not path.is_dir():
         return "there is no such folder"
     try:
@@ -248,6 +290,8 @@ def _damage(path: Path) -> str | None:
                 return f"{name} is not what was written"
         if strangers := {file.name for file in path.iterdir()} - files.keys() - {_MANIFEST}:
             return f"it holds a foreign file, {min(strangers)}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except FileNotFoundError:
+        return f"{_MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({error})"
     return None

@@ -50,9 +50,11 @@ def tell_of_saves(run: Training, micro_batch_s: float) -> bool:
     """Say what is amiss with the writes since the last step; whether one of them failed."""
     if run.saver is None:
         return False
-    failure, seconds = run.saver.news()
-    if failure is not None:
-        run.display.say(f"{failure}; training goes on, and the next save tries again")
-    if seconds is not None and (warning := slow_stop(seconds, micro_batch_s)):
-        run.display.say(warning)
-    return failure is not None
+    has_failed = False
+    for failure, seconds in run.saver.news():
+        if failure is not None:
+            has_failed = True
+            run.display.say(f"{failure}; training goes on, and the next save tries again")
+        if seconds is not None and (warning := slow_stop(seconds, micro_batch_s)):
+            run.display.say(warning)
+    return has_failed

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.devices import detect_hardware, set_environment, unseen_gpus
-from pipeline.cluster.exits import is_lost_connection
+from pipeline.cluster.exits import forgive_output, is_lost_connection
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
@@ -42,6 +42,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     # nothing to save. Python only notes an interrupt while torch waits, and a shell's `&` has
     # switched it off.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    forgive_output()
     settings = as_requeued(settings, os.environ)
     if is_debug:
         settings = _debug_settings(settings)

@@ -175,7 +175,15 @@ def _accepting(differences: Mapping[str, str]) -> str:
 
 def _has_progress(folder: Path) -> bool:
     """Whether there is anything that going on could use or starting anew would lose."""
-    return (folder / "adapter").exists() or any((folder / "checkpoints").glob("*"))
+    try:
+        return (folder / "adapter").exists() or any((folder / "checkpoints").iterdir())
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {error.filename} cannot be read ({error.strerror}), so whether there is "
+            "a checkpoint to go on from is not known; mend that, or give another output_dir"
+        ) from None
 
 
 def _changed_inputs(folder: Path, settings: RunSettings) -> list[str]:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -136,7 +136,8 @@ class StopRequests:
         self._asked = f"signal {signal.Signals(number).name}"
         if os.environ.get("LOCAL_RANK", "0") == "0":
             how = b" with a checkpoint" if self.is_agreed else b""
-            os.write(2, b"\nstopping" + how + b" ...\n")  # safe in a handler
+            with suppress(OSError):  # the terminal may be gone, or what the output is piped to
+                os.write(2, b"\nstopping" + how + b" ...\n")  # safe in a handler
 
 
 def stopped_early(reason: str) -> str:

@@ -1,8 +1,11 @@
 """Checkpoints: what is read is what was written, and nothing damaged is ever read."""
 
+import errno
+import hashlib
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -86,18 +89,42 @@ def test_a_damaged_one_is_named_and_passed_over(checkpoints, damage):
     assert str(newer) in notes[0]
 
 
-def test_a_start_anew_for_want_of_an_intact_one_is_said(checkpoints):
+def test_without_an_intact_one_a_start_is_refused_and_nothing_is_lost(checkpoints):
+    """Not from step 0, unasked, over what may be of use to a person."""
     alone = SimpleNamespace(rank_zero_first=lambda work: work())
     assert _checkpoint_to_resume(checkpoints, alone, "auto") == (None, [])  # a new run
     written = [write(checkpoints, step) for step in (3, 6)]
     for path in written:
         flip("state.json")(path)
-    found, notes = _checkpoint_to_resume(checkpoints, alone, "auto")
-    assert found is None
-    assert all(str(path) in note for path, note in zip(written[::-1], notes[:2], strict=True))
-    assert notes[2:] == ["no intact checkpoint: starting from step 0"]
-    with pytest.raises(UserError, match="resume: must"):
+    for resume in ("auto", "must"):
+        with pytest.raises(UserError, match=f"resume: {resume}, but no checkpoint is") as caught:
+            _checkpoint_to_resume(checkpoints, alone, resume)
+        assert all(f"{path} is passed over" in str(caught.value) for path in written)
+        assert "resume: never to start anew" in str(caught.value)
+    assert _checkpoint_to_resume(checkpoints, alone, "never") == (None, [])
+
+
+def test_must_without_any_is_refused(checkpoints):
+    alone = SimpleNamespace(rank_zero_first=lambda work: work())
+    with pytest.raises(UserError, match="resume: must, but there is no checkpoint"):
         _checkpoint_to_resume(checkpoints, alone, "must")
+
+
+@pytest.mark.parametrize("broken", ["folder", "file"])
+def test_what_cannot_be_read_is_not_taken_for_damaged_or_missing(checkpoints, monkeypatch, broken):
+    """As on a network's disk that is away for a moment, or of another user."""
+    write(checkpoints, 3)
+    write(checkpoints, 6)
+
+    def refuse(*given):
+        raise OSError(errno.EIO, "Input/output error", "somewhere")
+
+    if broken == "folder":
+        monkeypatch.setattr(Path, "iterdir", refuse)
+    else:
+        monkeypatch.setattr(hashlib, "file_digest", refuse)
+    with pytest.raises(UserError, match=r"somewhere: cannot be read \(Input/output error\)"):
+        checkpoints.newest()
 
 
 def test_the_one_just_written_is_never_pruned(tmp_path):
@@ -107,6 +134,7 @@ def test_the_one_just_written_is_never_pruned(tmp_path):
     resumed = write(checkpoints, 3)  # from before the damaged one
     assert checkpoints.newest() == (resumed, [])
     assert not damaged.exists()
+    assert (tmp_path / "checkpoints/step-00000009-passed-over-1").is_dir()  # a person may want it
 
 
 def test_one_of_another_run_is_refused_with_the_difference(checkpoints, tmp_path):
@@ -205,9 +233,13 @@ def test_a_named_one_is_left_for_what_descends_from_it(checkpoints, tmp_path):
     first = write(checkpoints, 3)
     write(checkpoints, 6)
     named = Checkpoints(tmp_path / "checkpoints", IDENTITY, keep=2, origin=str(first.absolute()))
-    assert named.newest()[0] == first  # though step 6 is newer
+    path, notes = named.newest()
+    assert path == first  # though step 6 is newer
+    assert len(notes) == 1
+    assert "step-00000006 is passed over: it does not come from" in notes[0]
     later = write(named, 5)
-    assert named.newest()[0] == later  # a second start goes on
+    assert named.newest() == (later, [])  # a second start goes on
+    assert (tmp_path / "checkpoints/step-00000006-passed-over-1").is_dir()
     flip("state.json")(first)
     flip("state.json")(later)
     with pytest.raises(UserError, match=r"step-00000003 is no intact checkpoint: state\.json"):

@@ -64,20 +64,40 @@ def test_the_training_does_not_wait_and_only_one_write_is_in_flight(
 def test_a_failed_write_is_told_once_and_made_up_for(saver, checkpoints, tmp_path):
     saver.save(WEIGHTS, MOMENTS, Progress(step=3))
     assert saver.wait() is None
-    saver.news()
+    list(saver.news())
     blocked = tmp_path / "checkpoints/.step-00000004.new"
     blocked.write_text("a file where the folder should be")
     saver.save(WEIGHTS, MOMENTS, Progress(step=4))
     assert "step 4 is not saved" in saver.wait()
     with pytest.raises(RankZeroError, match="step 4 is not saved"):
         saver.require_written()
-    assert "step 4 is not saved" in saver.news()[0]
-    assert saver.news() == (None, None)
+    ((failure, _),) = saver.news()
+    assert "step 4 is not saved" in failure
+    assert list(saver.news()) == []
     assert checkpoints.newest()[0].name == "step-00000003"
     blocked.unlink()
     saver.save(WEIGHTS, MOMENTS, Progress(step=5))
     saver.require_written()
     assert checkpoints.newest()[0].name == "step-00000005"
+
+
+def test_a_lost_checkpoint_is_told_though_a_best_is_written_after_it(saver, checkpoints, tmp_path):
+    blocked = tmp_path / "checkpoints/.step-00000004.new"
+    blocked.parent.mkdir()
+    blocked.write_text("a file where the folder should be")
+    saver.save(WEIGHTS, MOMENTS, Progress(step=4))
+    saver.keep_best(WEIGHTS, Progress(step=5, best_step=5, best_loss=1.0))
+    assert "step 4 is not saved" in saver.wait()  # so a stop writes it again
+    assert ["step 4 is not saved" in (failure or "") for failure, _ in saver.news()] == [
+        True,
+        False,
+    ]
+    with pytest.raises(RankZeroError, match="step 4 is not saved"):
+        saver.require_written()
+    assert checkpoints.has_best(Progress(best_step=5))
+    blocked.unlink()
+    saver.save(WEIGHTS, MOMENTS, Progress(step=6))
+    saver.require_written()
 
 
 def test_a_best_adapter_that_could_not_be_written_is_not_lost(saver, checkpoints, tmp_path):
