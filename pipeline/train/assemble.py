@@ -17,12 +17,12 @@ from pipeline.train.checkpoint import Checkpoints, Identity, Progress
 from pipeline.train.engine import Engine
 from pipeline.train.metrics import InputWait, MetricsFile, PeakBytes
 from pipeline.train.progress import ProgressDisplay
+from pipeline.train.pulse import LOADING, Pulse
 from pipeline.train.saving import Saver
 from pipeline.train.start import settings_hash, write_run
 from pipeline.train.status import RunStatus
 from pipeline.train.stop import StopRequests
 from pipeline.train.training import Training
-from pipeline.train.watchdog import Pulse
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "safetensors")
 
@@ -56,9 +56,14 @@ def assemble(
     )
     found, notes = _checkpoint_to_resume(checkpoints, session, settings.resume)
     peak = PeakBytes(session.device, is_watched=session.is_rank_zero)
-    engine = Engine(attach_adapter(load_base(plan, session.device), plan), plan, pulse.beat)
+    loading, making, restoring = LOADING
+    pulse.beat(loading)
+    model = attach_adapter(load_base(plan, session.device), plan)
+    pulse.beat(making)
+    engine = Engine(model, plan, pulse.beat)
     progress = Progress()
     if found is not None:
+        pulse.beat(restoring)
         weights, moments = checkpoints.read_tensors(found)
         progress = checkpoints.read_progress(found)
         restore(

@@ -18,17 +18,18 @@ def finish(run: Training, stop_reason: str | None) -> None:
     if run.metrics is not None:
         run.metrics.flush()
     if stop_reason is not None:
-        run.session.rank_zero_first(run.stops.clear)
         written = "a checkpoint is written" if progress.optimizer_step else "nothing learnt yet"
+        how = " with resume=auto" if run.plan.settings.resume == "never" else ""
         raise Stopped(
             f"stopped at step {progress.step} of {run.plan.steps.total_steps} ({stop_reason}); "
-            f"{written}: start again to go on"
+            f"{written}: start again{how} to go on"
         )
     run.pulse.beat("gathering the adapter")
     weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
     run.pulse.beat("publishing")
     step = run.session.rank_zero_first(lambda: _publish(run, weights))
     run.display.say(f"adapter of step {step}: {folder / 'adapter'}")
+    run.pulse.beat("waiting for the last save")
     run.session.rank_zero_first(lambda: _require_saved(run))
     if run.frozen_checksum is not None:
         _require_unmoved_base(run)

@@ -33,6 +33,8 @@ def train(run: Training) -> str | None:
         with dead_workers_said():
             _train(run)
     except StopAgreed as stop:
+        if run.session.is_rank_zero:
+            run.stops.clear()  # before a save that may fail, or the next start would stop at once
         save_before_stop(run)
         return str(stop)
     finally:

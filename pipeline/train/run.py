@@ -23,10 +23,11 @@ from pipeline.plan.shape import read_shape
 from pipeline.preflight.examine import look_before_torch, require_fit
 from pipeline.preflight.subject import Subject
 from pipeline.train.launcher import watch_launchers
+from pipeline.train.pulse import Pulse
 from pipeline.train.start import as_requeued, look, open_run, write_plan
 from pipeline.train.status import RunStatus, end_for_dead_owner, is_done, read_status
 from pipeline.train.stop import StopRequests
-from pipeline.train.watchdog import Pulse, Watchdog
+from pipeline.train.watchdog import Watchdog
 
 _DEBUG_ROWS, _DEBUG_STEPS = 64, 4
 _LAST_WRITE_S = 15.0  # for a checkpoint in flight when a rank has died or the run has failed
@@ -74,7 +75,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
             reason_to_leave=stops.reason_to_leave,
             on_end=last_word,
         ):
-            stops.listen()
+            stops.listen(last_word.after_a_second_interrupt)
             _run_together(plan, subject, looked, stops, pulse, last_word, is_debug=is_debug)
 
 
@@ -97,6 +98,12 @@ class _LastWord:
             self.status.end(state, exit_code, reason, is_last=True)
         elif not is_stop:
             end_for_dead_owner(self.folder / "status.json", reason)
+
+    def after_a_second_interrupt(self) -> None:
+        """Of a person who will not wait: not for a write in flight either."""
+        if self.status is not None:
+            code = 128 + signal.SIGINT
+            self.status.end("failed", code, "a second Ctrl-C ended it at once", is_last=True)
 
 
 def _run_together(

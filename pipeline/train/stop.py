@@ -8,16 +8,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import psutil
 
 from pipeline.errors import Stopped
 
-_LOOK_S = 0.5
+_LOOK_S, _LAST_WORD_S = 0.5, 1.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -40,16 +41,19 @@ class StopRequests:
         began = psutil.Process().create_time()  # the scheduler's clock runs since then
         self._deadline = None if time_limit_s is None else began + time_limit_s
         self._asked: str | None = None
-        self._num_handled = self._num_heard = 0  # of SIGINT
+        self._num_interrupts = 0
+        self._on_second: Callable[[], None] = lambda: None
         self._is_raising = False
         self.is_agreed = False  # all ranks have come to where they agree on stops
 
-    def listen(self) -> None:
+    def listen(self, on_second: Callable[[], None]) -> None:
         """Replace the handlers of the signals that ask a process to end.
 
         Python's own run in the main thread alone, which may be in a library for minutes: a thread
-        hears of each signal at once.
+        hears of each signal at once. `on_second` is called there before a second Ctrl-C ends the
+        process; it is given a second.
         """
+        self._on_second = on_second
         heard, told = os.pipe()
         os.set_blocking(told, False)
         signal.set_wakeup_fd(told, warn_on_full_buffer=False)
@@ -116,19 +120,23 @@ class StopRequests:
         while numbers := os.read(heard, 64):
             for number in numbers:
                 if number in STOP_SIGNALS:
-                    self._num_heard += number == signal.SIGINT
-                    if self._num_heard > 1:
-                        os._exit(128 + signal.SIGINT)
+                    self._num_interrupts += number == signal.SIGINT
+                    if self._num_interrupts > 1:
+                        self._end_at_once()
                     self._note(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self._num_handled += number == signal.SIGINT
-        if self._num_handled > 1:
-            os._exit(128 + signal.SIGINT)
         self._note(number)
         if self._is_raising:
             self._raise_if_asked()
+
+    def _end_at_once(self) -> NoReturn:
+        code = 128 + signal.SIGINT
+        late = threading.Timer(_LAST_WORD_S, os._exit, (code,))  # a disk may stand still
+        late.start()
+        self._on_second()
+        os._exit(code)
 
     def _note(self, number: int) -> None:
         if self._asked is not None:

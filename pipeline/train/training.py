@@ -10,10 +10,10 @@ from pipeline.train.checkpoint import Checkpoints, Progress
 from pipeline.train.engine import Engine
 from pipeline.train.metrics import InputWait, MetricsFile, PeakBytes
 from pipeline.train.progress import ProgressDisplay
+from pipeline.train.pulse import Pulse
 from pipeline.train.saving import Saver
 from pipeline.train.status import RunStatus
 from pipeline.train.stop import StopRequests
-from pipeline.train.watchdog import Pulse
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,6 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -25,6 +24,8 @@ import psutil
 from pipeline.cluster.exits import is_lost_connection
 from pipeline.cluster.placement import Placement
 from pipeline.errors import OfOneRank, RankZeroError, Stopped
+from pipeline.train import pulse as phases
+from pipeline.train.pulse import Pulse, who_hangs
 from pipeline.train.stop import stopped_early
 
 _POLL_S, _SHOW_S = 0.5, 2.0
@@ -32,25 +33,9 @@ _POLL_S, _SHOW_S = 0.5, 2.0
 _LEAVING_S, _READING_S = 10.0, 1.5
 _FROZEN_S = 6.0  # a pulse not shown for so long is of a stopped process
 _UNANSWERED_S = 15.0  # a call to the store has no time-out of its own
+_CONCLUDING_S = 30.0  # for this process to be ended by the thread
 _MEETING = timedelta(minutes=30)  # ranks on slow shared disks import for long
 _VERDICT = "watchdog/verdict"
-_UNWATCHED = ("start-up", "publishing")  # rank 0 may work for long while the others wait
-
-
-@dataclass
-class Pulse:
-    """Where this rank's main thread is. `beats` counts its moves: who is behind has fewer."""
-
-    step: int = 0
-    phase: str = "start-up"
-    beats: int = 0
-    since: float = field(default_factory=time.monotonic)
-
-    def beat(self, phase: str, step: int | None = None) -> None:
-        """The main thread has come to another phase."""
-        self.phase, self.since = phase, time.monotonic()
-        self.step = self.step if step is None else step
-        self.beats += 1
 
 
 class Watchdog:
@@ -76,6 +61,7 @@ class Watchdog:
         self._timeout_s, self._on_end = timeout_s, on_end
         self._reason_to_leave = reason_to_leave
         self._closed = threading.Event()
+        self._lost: BaseException | None = None  # the main thread has lost another rank
         self._main = threading.get_ident()
         self._siblings: dict[int, psutil.Process] = {}
         self._first_host = ""
@@ -103,7 +89,9 @@ class Watchdog:
         trace: TracebackType | None,
     ) -> None:
         if error is not None and is_lost_connection(error):
-            return  # the thread finds out who is gone, and ends this process
+            self._lost = error
+            self._thread.join(_CONCLUDING_S)  # it finds out who is gone, and ends this process
+            return
         self._closed.set()
         self._thread.join(_UNANSWERED_S)
         if self._channel is None:
@@ -124,6 +112,8 @@ class Watchdog:
             try:
                 if self._channel is not None:
                     self._look_at_ranks()
+                if self._lost is not None:
+                    self._name_who_is_gone(self._lost)
                 if (reason := self._reason_to_leave()) is not None:
                     self._stop_all(stopped_early(reason))
                 if self._is_hanging():
@@ -138,9 +128,9 @@ class Watchdog:
         while not self._closed.wait(_POLL_S):
             if self._is_hanging(_UNANSWERED_S):
                 text = (
-                    f"no progress for {self._timeout_s:.0f} s: rank 0 on {self._first_host} does "
-                    f"not answer, rank {self._placement.rank} is at step {self._pulse.step} in "
-                    f"{self._pulse.phase}; the last checkpoint is untouched"
+                    f"no progress for {self._patience_s():.0f} s: rank 0 on {self._first_host} "
+                    f"does not answer, rank {self._placement.rank} is at step {self._pulse.step} "
+                    f"in {self._pulse.phase}; the last checkpoint is untouched"
                 )
                 alive = [r for r, p in self._siblings.items() if r and not _is_gone(p)]
                 is_first = self._placement.rank < min(alive, default=self._placement.rank + 1)
@@ -206,26 +196,46 @@ class Watchdog:
         self._leave(text, is_ours=me == 0 or (rank == 0 and is_first))
 
     def _is_hanging(self, more_s: float = 0.0) -> bool:
-        still = time.monotonic() - self._pulse.since
+        if self._pulse.phase in phases.UNWATCHED:
+            return False
         # Rank 0 is the first to judge; the others do where it cannot.
-        patience = self._timeout_s + more_s + (5.0 if self._placement.rank else 0.0)
-        return self._pulse.phase not in _UNWATCHED and still > patience
+        more_s += 5.0 if self._placement.rank else 0.0
+        return time.monotonic() - self._pulse.since > self._patience_s() + more_s
+
+    def _patience_s(self) -> float:
+        is_loading = self._pulse.phase in phases.LOADING
+        return max(self._timeout_s, phases.LOADING_S) if is_loading else self._timeout_s
 
     def _name_who_hangs(self) -> None:
-        pulses, frozen = {0: self._as_json()}, []
+        pulses: dict[int, dict[str, Any]] = {0: self._as_json()}
+        frozen: list[int] = []
         if self._channel is not None:
-            before = self._read_pulses()
-            for _ in range(int(_FROZEN_S)):
-                time.sleep(1.0)
-                self._heed_verdict()
-                self._show()
-            pulses = self._read_pulses()
-            frozen = [rank for rank, pulse in pulses.items() if pulse == before.get(rank)]
-        text = who_hangs(pulses, frozen, self._timeout_s)
+            pulses, frozen = self._compare_pulses()
+        text = who_hangs(pulses, frozen, self._patience_s())
         if self._channel is None or self._declare(text):
             print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one message
             self._end_frozen(frozen)
         self._leave(text, is_ours=self._placement.rank == 0)
+
+    def _name_who_is_gone(self, error: BaseException) -> None:
+        """Of ranks on other machines only their pulses say whether they live."""
+        _, frozen = self._compare_pulses()
+        if frozen:
+            self._end_for(frozen[0])
+        text = f"rank {self._placement.rank}: lost its connection to another rank: {error}"
+        if self._declare(text):
+            print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one message
+        self._leave(text, is_ours=self._placement.rank == 0)
+
+    def _compare_pulses(self) -> tuple[dict[int, dict[str, Any]], list[int]]:
+        """The pulses of all ranks, and the ranks that do not move theirs; takes some seconds."""
+        before = self._read_pulses()
+        for _ in range(int(_FROZEN_S)):
+            time.sleep(1.0)
+            self._heed_verdict()
+            self._show()
+        pulses = self._read_pulses()
+        return pulses, [rank for rank, pulse in pulses.items() if pulse == before.get(rank)]
 
     def _end_frozen(self, ranks: list[int]) -> None:
         """End stopped processes of this machine: they would not hear of it."""
@@ -266,23 +276,6 @@ class Watchdog:
         if is_ours:
             self._on_end(text, code)  # last: the main thread goes on until the process ends
         os._exit(code)
-
-
-def who_hangs(pulses: dict[int, dict[str, Any]], frozen: list[int], timeout_s: float) -> str:
-    """Name the rank that holds the others up, from the pulses of all.
-
-    That is one which is stopped, or else the one that has come least far.
-    """
-    fewest = min(pulse["beats"] for pulse in pulses.values())
-    behind = frozen or [rank for rank, pulse in pulses.items() if pulse["beats"] == fewest]
-    whose = "all ranks hang" if len(behind) == len(pulses) > 1 else "the others wait"
-    names = "; ".join(
-        f"rank {rank} on {pulses[rank]['host']} hangs at step {pulses[rank]['step']} in "
-        f"{pulses[rank]['phase']} ({pulses[rank]['where']}"
-        f"{', stopped or cut off' if rank in frozen else ''})"
-        for rank in behind
-    )
-    return f"no progress for {timeout_s:.0f} s ({whose}): {names}; the last checkpoint is untouched"
 
 
 def _key(what: str, rank: int) -> str:

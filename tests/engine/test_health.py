@@ -10,7 +10,7 @@ from pipeline.train import loop
 from pipeline.train.checkpoint import Progress
 from pipeline.train.engine import StepResult
 from pipeline.train.metrics import InputWait
-from pipeline.train.watchdog import Pulse
+from pipeline.train.pulse import Pulse
 from tests.engine.train_tiny import build_engine, work
 from tests.ranks import run_ranks
 from tests.tiny import Documents

@@ -148,12 +148,14 @@ class Started:
         self.process.wait(DEADLINE_S)
 
 
-def start(run_file: Path, *overrides: str, before: tuple[str, ...] = ()) -> Started:
-    """Start a run as a user does; its output goes to a file beside the run file.
+def start(
+    run_file: Path, *overrides: str, before: tuple[str, ...] = (), log: Path | None = None
+) -> Started:
+    """Start a run as a user does; its output goes to `log`, by default beside the run file.
 
     `before` are words in front of the command, such as of setpriv.
     """
-    log = run_file.with_suffix(".log")
+    log = log or run_file.with_suffix(".log")
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
     clean |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("w") as out:

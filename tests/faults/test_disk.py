@@ -9,6 +9,7 @@ import pytest
 
 from tests.faults.runs import (
     IS_FULL,
+    TOTAL_STEPS,
     adapter,
     finish,
     losses,
@@ -72,6 +73,20 @@ def test_a_full_disk_costs_saves_and_nothing_else(run_file, workspace, straight)
 
 @needs_time
 @needs_root
+def test_a_log_on_a_full_disk_ends_nothing(run_file, workspace, straight):
+    path, folder = run_file("logged"), workspace / "logged"
+    with small_disk(workspace / "logs", "1m") as logs:
+        run = start(path, log=logs / "run.log")
+        run.wait_for_step(4)
+        fill(logs)
+        assert run.end() == 0, run.output
+        assert f"step {TOTAL_STEPS}/" not in run.output
+    assert adapter(folder) == adapter(straight)
+    assert losses(folder) == losses(straight)
+
+
+@needs_time
+@needs_root
 def test_save_must_succeed_ends_the_run_with_the_older_one_intact(run_file, workspace, straight):
     with small_disk(workspace / "must", "4m") as folder:
         path = run_file("must", save_total_limit=1, save_must_succeed=True)
@@ -96,10 +111,10 @@ def test_a_stop_on_a_full_disk_says_what_is_lost(run_file, workspace, straight):
         run.wait_for_step(4)
         fill(folder)
         run.wait_until(lambda: "is not saved" in run.output, "a failed save")
-        for process in run.ranks():
-            process.terminate()
+        (folder / "stop").touch()
         assert run.end() == 1, run.output
         assert "what was written before is untouched" in run.output
+        assert not (folder / "stop").exists()  # or the next start would stop at once
         (folder / "ballast").unlink()
         finish(path)
         assert adapter(folder) == adapter(straight)

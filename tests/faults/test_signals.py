@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -115,6 +116,33 @@ def test_a_signal_stops_with_a_checkpoint(run_file, workspace, request, name, hi
     assert losses(folder) == losses(straight)
     print(f"{len(hits)} signals, steps lost: {lost}")
     assert lost == 0
+
+
+def test_ctrl_c_stops_with_a_checkpoint_where_what_shows_the_output_ends_first(
+    run_file, workspace, straight
+):
+    """As in `deepspeed ... | tee log`, where Ctrl-C ends tee at once."""
+    path, folder = run_file("piped"), workspace / "piped"
+    pipe, shown = workspace / "piped.pipe", b""
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    run = start(path, log=pipe)
+    while b"step 3/" not in shown:
+        assert run.process.poll() is None, shown.decode()
+        with suppress(BlockingIOError):
+            shown += os.read(reader, 4096)
+        time.sleep(0.01)
+    os.close(reader)
+    run.wait_for_step(5)  # it goes on though nobody reads
+    os.killpg(run.process.pid, signal.SIGINT)
+    run.process.wait(WITHIN_S)
+    while run.processes():
+        assert time.monotonic() - run.began < 120
+        time.sleep(0.05)
+    assert (status(folder)["state"], status(folder)["exit_code"]) == ("stopped", 75)
+    assert steps_on_disk(folder)[-1] == status(folder)["step"]
+    assert "going on from step" in finish(path)
+    assert adapter(folder) == adapter(straight)
 
 
 def test_an_interrupt_ends_a_rank_that_waits_for_the_others(run_file):

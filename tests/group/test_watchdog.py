@@ -17,7 +17,8 @@ from pipeline.cluster.exits import run_main
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.errors import OfOneRank, Stopped
-from pipeline.train.watchdog import Pulse, Watchdog
+from pipeline.train.pulse import Pulse
+from pipeline.train.watchdog import Watchdog
 from tests.unit.test_plan import CPU
 
 def body():
@@ -42,7 +43,7 @@ WAIT = "session._open_store().wait(['never'], timedelta(hours=1))"
 
 
 class Ranks:
-    def __init__(self, act: str, tmp_path, hang_s: float, world_size: int = 2):
+    def __init__(self, act: str, tmp_path, hang_s: float, local_size: int = 2):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -54,12 +55,12 @@ class Ranks:
                 [sys.executable, "-c", CODE.replace("{act}", act)],
                 stdout=self.out, stderr=subprocess.STDOUT,
                 env=os.environ | {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                    "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+                    "RANK": str(rank), "LOCAL_RANK": str(rank % local_size), "WORLD_SIZE": "2",
+                    "LOCAL_SIZE": str(local_size), "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port), "HANG_S": str(hang_s), "SAID": str(self.said),
                 },
             )
-            for rank in range(world_size)
+            for rank in range(2)
         ]  # fmt: skip
 
     def wait_for_work(self):
@@ -114,6 +115,35 @@ def test_a_killed_rank_is_named_by_another(tmp_path, victim):
     assert (tmp_path / "said").read_text().startswith(f"1 {said}")
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_of_another_machine_is_named(tmp_path, victim):
+    """Its process cannot be seen from here; the transport only says that somebody is gone."""
+    ranks = Ranks(
+        "time.sleep(6); raise RuntimeError('Connection closed by peer')",
+        tmp_path,
+        900,
+        local_size=1,
+    )
+    ranks.wait_for_work()
+    time.sleep(3)  # it has shown its pulse
+    ranks.ranks[victim].kill()
+    codes, output = ranks.end()
+    assert codes == [-9 if rank == victim else 1 for rank in range(2)]
+    said = f"rank {victim} ended without a word, as after a kill or for want of memory, while rank"
+    assert last_words(output).startswith(said)
+    assert "Connection closed by peer" not in output
+    assert (tmp_path / "said").read_text().startswith(f"1 {said}")
+
+
+def test_a_lost_connection_to_ranks_that_live_is_the_last_word(tmp_path):
+    act = f"raise RuntimeError('Connection closed by peer') if rank == 0 else {WAIT}"
+    codes, output = Ranks(act, tmp_path, 900, local_size=1).end()
+    assert codes == [1, 1]
+    said = "rank 0: lost its connection to another rank: Connection closed by peer"
+    assert last_words(output) == said
+    assert (tmp_path / "said").read_text() == f"1 {said}"
+
+
 def test_an_error_that_all_meet_is_left_to_them(tmp_path):
     codes, output = Ranks("raise Stopped('start again')", tmp_path, 900).end()
     assert codes == [75, 75]
@@ -151,6 +181,15 @@ def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path):
     assert "rank 1 on " in last_words(output)
     assert "hangs at step 8 in reading rows (<string>:" in last_words(output)
     assert "rank 0 on" not in output
+
+
+def test_a_rank_that_never_loads_its_model_is_named(tmp_path):
+    loads = "import pipeline.train.pulse as w; w.LOADING_S = 3.0; pulse.beat(w.LOADING[0]); "
+    act = f"{loads}rank or pulse.beat(w.LOADING[1]); {WAIT}"
+    codes, output = Ranks(act, tmp_path, 1).end()
+    assert codes == [1, 1]
+    assert last_words(output).startswith("no progress for 3 s (the others wait): rank 1 on ")
+    assert "hangs at step 7 in loading the base" in last_words(output)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -12,15 +12,15 @@ import pytest
 
 from pipeline.errors import Stopped, UserError
 from pipeline.train.launcher import watch_launchers
+from pipeline.train.pulse import who_hangs
 from pipeline.train.stop import STOP_SIGNALS, StopRequests
-from pipeline.train.watchdog import who_hangs
 
 
 @pytest.fixture
 def stops(tmp_path):
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     stops = StopRequests(tmp_path, None, is_first=True)
-    stops.listen()
+    stops.listen(lambda: None)
     yield stops
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -76,7 +76,7 @@ def test_it_is_no_error_that_somebody_could_take_for_his_own(stops):
 @pytest.mark.parametrize("limit_s", [None, 0.0])
 def test_the_stop_file_and_the_time_limit_break_it_off_too(tmp_path, limit_s):
     stops = StopRequests(tmp_path, limit_s, is_first=True)
-    stops.listen()
+    stops.listen(lambda: None)
     reason = "stop" if limit_s is None else "time_limit"
     wish = threading.Timer(0.1, (tmp_path / "stop").touch)
     if limit_s is None:
@@ -100,13 +100,14 @@ def test_a_rank_without_its_launcher_is_asked_to_stop():
 
 
 CODE = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from pipeline.train.stop import StopRequests
 stops = StopRequests(Path("nowhere"), None, is_first=True)
-stops.listen()
+stops.listen(lambda: os.write(1, b"the last word\\n"))
 for number in sys.argv[1:]:
     os.kill(os.getpid(), int(number))
+time.sleep(1)
 print("went on")
 """
 
@@ -122,7 +123,15 @@ def test_a_second_ctrl_c_ends_at_once(numbers, code):
         check=False,
     )
     assert found.returncode == code
-    assert found.stdout == ("" if code else "went on\n")
+    assert found.stdout == ("the last word\n" if code else "went on\n")
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_disk_that_stands_still():
+    code = CODE.replace('os.write(1, b"the last word\\n")', "time.sleep(900)").replace(
+        "(1)", "(30)"
+    )
+    found = subprocess.run([sys.executable, "-c", code, "2", "2"], check=False, timeout=20)
+    assert found.returncode == 130
 
 
 def test_signals_are_heard_while_the_main_thread_is_in_a_library(tmp_path):
@@ -134,7 +143,7 @@ import torch.distributed as dist
 from datetime import timedelta
 from pipeline.train.stop import StopRequests
 stops = StopRequests(Path("nowhere"), None, is_first=True)
-stops.listen()
+stops.listen(lambda: None)
 def look():
     os.kill(os.getpid(), signal.SIGUSR1)
     time.sleep(1)
