@@ -37,11 +37,21 @@ SUFFIXES = f"{', '.join(_KINDS)}, each also with {', '.join(_COMPRESSED)}"
 def find_files(name: str, key: str) -> list[Path]:
     """Files of a path, folder or glob, in a fixed order, readable and not all of them empty.
 
-    Of a folder, every file beneath it with a known suffix. Raises UserError that names `key`.
+    Of a folder, every file beneath it with a known suffix. A file that links name more than once
+    is one file. Raises UserError that names `key`.
     """
+    try:
+        files = _find(name, key)
+    except OSError as error:  # a forbidden folder, a name that is too long
+        raise UserError(f"{key}: {error.filename or name}: {error.strerror}") from None
+    check_files(files, name, key)
+    return list({file.resolve(): file for file in reversed(files)}.values())[::-1]
+
+
+def _find(name: str, key: str) -> list[Path]:
     path = Path(name)
     if path.is_dir():
-        files = _beneath(path)
+        files = _beneath(path, set())
         if not files:
             raise UserError(f"{key}: {path} is a folder without data files ({SUFFIXES})")
     elif path.exists():
@@ -53,7 +63,6 @@ def find_files(name: str, key: str) -> list[Path]:
             raise UserError(f"{key}: no file is named like {name}")
     else:
         raise UserError(f"{key}: {name}: no such file{_split_forgotten(name) or _nearby(path)}")
-    check_files(files, name, key)
     return files
 
 
@@ -181,13 +190,17 @@ class _Zstandard(io.RawIOBase):
         super().close()
 
 
-def _beneath(folder: Path) -> list[Path]:
+def _beneath(folder: Path, seen: set[Path]) -> list[Path]:
+    """Its files; `seen`: folders that were looked into, which links may name again."""
     found: list[Path] = []
+    if (real := folder.resolve()) in seen:
+        return found
+    seen.add(real)
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if path.name.startswith((".", "_")):
             continue
         if path.is_dir():
-            found += _beneath(path)
+            found += _beneath(path, seen)
         elif has_known_suffix(path):
             found.append(path)
     return found

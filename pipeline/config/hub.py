@@ -24,9 +24,9 @@ class HubSplit:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """`org/name:split` or `org/name@revision:split`; None where the text is neither."""
+        """`org/name:split` or `org/name@revision:split`; None for neither, and for a file."""
         found = _SPLIT.fullmatch(text)
-        if found is None:
+        if found is None or os.path.exists(text):  # noqa: PTH110 - Path's raises for a long name
             return None
         name, revision, split = found.groups()
         return cls(name=name, split=split, revision=revision or "main")

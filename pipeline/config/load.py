@@ -84,7 +84,7 @@ def _pinned(names: DataNames | float | None) -> DataNames | float | None:
 
 def _pinned_one(name: str | DataSource) -> str | DataSource:
     path = name if isinstance(name, str) else name.path
-    split = None if Path(path).exists() else HubSplit.parse(path)
+    split = HubSplit.parse(path)
     snapshot = split.snapshot() if split else None
     if split is None or snapshot is None:
         return name

@@ -251,10 +251,7 @@ class Encoder:
         ids, is_all_text = encoding.ids, draft.is_all_text
         first = 0 if is_all_text else self._token_at(encoding, start, end)
         if not is_all_text and start < end and encoding.token_to_chars(first)[0] < start:
-            before, after = (
-                self._backend.encode(text, add_special_tokens=False).ids
-                for text in (draft.text[:start], draft.text[start:])
-            )
+            before, after = self._cut(draft.text, start, ids)
             ids, first = before + after, len(before)
         if self._bos is not None and ids[:1] != [self._bos]:
             ids, first = [self._bos, *ids], first + (start > 0)
@@ -263,6 +260,24 @@ class Encoder:
         supervised = np.ones(len(ids), dtype=np.bool_)
         supervised[:first] = False
         return Document(np.array(ids, dtype=np.int32), supervised)
+
+    def _cut(self, text: str, start: int, whole: list[int]) -> tuple[list[int], list[int]]:
+        """Tokens of a text up to a place and from there, where no token of `whole` begins there.
+
+        SentencePiece begins every text with a space: behind a line break it has none to add.
+        """
+        before, after = (
+            self._backend.encode(part, add_special_tokens=False).ids
+            for part in (text[:start], text[start:])
+        )
+        wanted = self._backend.decode(whole, skip_special_tokens=False)
+        if self._backend.decode(before + after, skip_special_tokens=False) == wanted:
+            return before, after
+        led = self._backend.encode(f"\n{text[start:]}", add_special_tokens=False)
+        after = [token for token, (at, _) in zip(led.ids, led.offsets, strict=True) if at]
+        if self._backend.decode(before + after, skip_special_tokens=False) == wanted:
+            return before, after
+        raise RowError("the tokenizer cannot cut the text between `prompt` and `completion`")
 
     def _token_at(self, encoding: Any, start: int, end: int) -> int:
         """The first token of a span: it may begin before it, with white space, but no special."""

@@ -14,13 +14,19 @@ from pipeline.errors import UserError
 def split_files(split: HubSplit, key: str) -> list[Path]:
     """Files of a split as the data set's own description lists them; fetches nothing.
 
-    Raises UserError that names `key` where the local cache has no snapshot or no such split.
+    Raises UserError that names `key` where the local cache has no snapshot or no such split, or a
+    snapshot whose download was cut off.
     """
     snapshot = split.snapshot()
     if snapshot is None:
         raise UserError(
             f"{key}: {split}: no such file, and no hub data set of this revision in the local "
             "cache; fetch it with: python launch/prepare.py RUN.yaml"
+        )
+    if not _is_whole(split, snapshot):
+        raise UserError(
+            f"{key}: {split}: files of it are missing in the local cache, as after a download "
+            "that was cut off; fetch them with: python launch/prepare.py RUN.yaml"
         )
     import datasets
 
@@ -42,16 +48,15 @@ def split_files(split: HubSplit, key: str) -> list[Path]:
 
 
 def fetch(sources: Iterable[DataSource], key: str) -> None:
-    """Download the hub data sets among a setting's sources that are not in the local cache.
+    """Download what of the hub data sets among a setting's sources is not in the local cache.
 
     Raises UserError that names `key`.
     """
     missing = [
         split
         for source in sources
-        if not Path(source.path).exists()
-        and (split := HubSplit.parse(source.path)) is not None
-        and split.snapshot() is None
+        if (split := HubSplit.parse(source.path)) is not None
+        and ((snapshot := split.snapshot()) is None or not _is_whole(split, snapshot))
     ]
     for split in missing:
         from huggingface_hub import snapshot_download
@@ -64,3 +69,23 @@ def fetch(sources: Iterable[DataSource], key: str) -> None:
                 f"{key}: {split}: cannot be fetched from the hub: {said}; check the name and the "
                 "network (a private data set needs `hf auth login`), or name files that are here"
             ) from None
+
+
+def _is_whole(split: HubSplit, snapshot: Path) -> bool:
+    """Whether a snapshot has all files that the hub has listed for it, as far as is known here."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(
+            split.name,
+            repo_type="dataset",
+            revision=split.revision,
+            cache_dir=snapshot.parents[2],
+            local_files_only=True,
+        )
+    except IncompleteSnapshotError:
+        return False
+    except LocalEntryNotFoundError:  # a commit by less than its whole hash: nothing is known of it
+        return True
+    return True

@@ -13,7 +13,7 @@ from pipeline.data.writing import write_json
 from pipeline.errors import UserError
 
 FINGERPRINTS = "fingerprints.json"
-_FORMAT = 3  # of the prepared files and of how documents are made: raise it when either changes
+_FORMAT = 4  # of the prepared files and of how documents are made: raise it when either changes
 # What documents and their order are made from, beside the files.
 SETTINGS = (
     "chat_template",

@@ -57,13 +57,22 @@ class Source:
 
 
 def resolve(sources: Sequence[DataSource], key: str) -> list[Source]:
-    """The sources of a setting with their files, each there and readable.
+    """The sources of a setting with their files, each there, readable and of one source.
 
     Raises UserError that names the key. Nothing is fetched.
     """
     if not sources:
         raise UserError(f"{key}: names no data; give a file, a folder, a glob or a list of them")
-    return [_resolved(source, key) for source in sources]
+    found = [_resolved(source, key) for source in sources]
+    first: dict[Path, Source] = {}
+    for source in found:
+        for file in source.files:
+            if (other := first.setdefault(file.resolve(), source)) is not source:
+                raise UserError(
+                    f"{key}: {file} is in two sources, {other.name} and {source.name}; name each "
+                    "file once, with a weight to have its rows more often"
+                )
+    return found
 
 
 def require_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:
@@ -116,7 +125,7 @@ def read_rows(sources: Iterable[Source]) -> Iterator[Row | BadRow]:
 
 def _resolved(source: DataSource, key: str) -> Source:
     name = source.path
-    split = None if Path(name).exists() else HubSplit.parse(name)
+    split = HubSplit.parse(name)
     if split is None:
         files = find_files(name, key)
     else:

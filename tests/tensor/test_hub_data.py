@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -82,11 +83,33 @@ def test_settings_record_the_commit(hub, tmp_path):
     assert settings.eval_data == "org/name@abc123:test"
 
 
+def test_a_download_that_was_cut_off_is_refused_and_made_good(hub, monkeypatch):
+    """Else the shards that have come would be trained on as if they were all."""
+    there = [f"data/{split}-00000-of-00001.parquet" for split in ("train", "test")]
+    files = {name: {"size": 1, "blob_id": "e"} for name in (*there, "data/train-1.parquet")}
+    (hub / "trees").mkdir()
+    (hub / "trees/abc123.json").write_text(json.dumps({"format_version": 1, "files": files}))
+    with pytest.raises(UserError, match=r"org/name@main:train: files of it are missing .*fetch"):
+        resolve([DataSource(path="org/name:train")], "train_data")
+    asked, look = [], huggingface_hub.snapshot_download
+
+    def ask(*args, **kwargs):
+        return look(*args, **kwargs) if "local_files_only" in kwargs else asked.append(args)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
+    fetch([DataSource(path="org/name:train")], "train_data")
+    assert asked == [("org/name",)]
+
+
 def test_only_what_is_missing_is_fetched(hub, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *args, **kwargs: asked.append((args, kwargs))
-    )
+    asked, look = [], huggingface_hub.snapshot_download
+
+    def ask(*args, **kwargs):
+        if "local_files_only" in kwargs:
+            return look(*args, **kwargs)
+        return asked.append((args, kwargs))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
     names = ("org/name:train", "org/other@v1:train", __file__)
     fetch([DataSource(path=name) for name in names], "train_data")
     assert asked == [(("org/other",), {"repo_type": "dataset", "revision": "v1"})]

@@ -267,6 +267,7 @@ def test_the_format_is_found_by_the_columns(row, expected):
         ({"input_ids": [1, 2], "labels": [2, -100]}, ["neither -100 nor the ids"]),
         ({"input_ids": [1, True], "labels": [1, 1]}, ["holds true or false"]),
         ({"input_ids": [-1], "labels": [-1]}, ["negative"]),
+        ({"input_ids": [1, 2**70], "labels": [1, 2**70]}, ["no token's"]),
         ({"input_ids": [], "labels": []}, ["`input_ids` is empty"]),
         ({"input_ids": "1 2", "labels": [1, 2]}, ["`input_ids` is text"]),
         ({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [0, 1]}, ["hides"]),

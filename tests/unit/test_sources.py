@@ -1,12 +1,14 @@
 """Names -> files -> lines -> rows: whatever is in a file, every row is a row or a bad row."""
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -246,6 +248,42 @@ def test_an_empty_file_a_pipe_and_no_file_are_refused(tmp_path):
         resolved(tmp_path / "pipe")
     with pytest.raises(UserError, match="train_data: names no data"):
         resolve([], "train_data")
+
+
+def test_what_links_name_more_than_once_is_read_once(tmp_path):
+    (tmp_path / "v3").mkdir()
+    (tmp_path / "v3/rows.jsonl").write_bytes(GOOD)
+    (tmp_path / "latest").symlink_to("v3")
+    (tmp_path / "v3/itself").symlink_to(".")
+    (tmp_path / "rows.jsonl").symlink_to("v3/rows.jsonl")
+    for name in ("", "*", "**/*.jsonl"):
+        (source,) = resolved(tmp_path / name if name != "*" else tmp_path / "*.jsonl")
+        assert len(source.files) == 1, name
+        assert len(list(read_rows([source]))) == 1
+
+
+def test_a_file_is_of_one_source(tmp_path):
+    """Rows that come twice are asked for with a weight."""
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_bytes(GOOD)
+    resolved(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    for one, other in (("", "b.jsonl"), ("b.jsonl", "b.jsonl")):
+        with pytest.raises(UserError, match=r"train_data: .*b\.jsonl is in two sources, .* weight"):
+            resolved(tmp_path / one, tmp_path / other)
+
+
+def test_a_folder_that_may_not_be_read_and_a_name_that_is_too_long(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"train_data: /x+: File name too long"):
+        resolved("/" + "x" * 300)
+    with pytest.raises(UserError, match="no such file, and no hub data set"):
+        resolved(f"org/{'x' * 300}:train")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=rf"train_data: {tmp_path}: Permission denied"):
+        resolved(tmp_path)
 
 
 def test_a_file_is_not_both_trained_on_and_held_out(tmp_path):

@@ -1,10 +1,12 @@
 """Starting in a folder: new, going on, nothing to do, or refused; and whose a folder is."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +105,22 @@ def test_resume_never_and_must(begin):
     assert start(resume="never") == "done"
     assert start(resume="never", overwrite=True) == "new"
     assert not (folder / "checkpoints").exists()
+
+
+def test_checkpoints_that_may_not_be_read_are_not_taken_for_none(begin, monkeypatch):
+    folder, start = begin
+    start()
+    left(folder, "stopped")
+    there = Path.iterdir
+
+    def refuse(path):
+        if path.name == "checkpoints":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return there(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=r"checkpoints cannot be read \(Permission denied\)"):
+        start()
 
 
 def test_a_debug_run_replaces_the_one_before(begin):
