@@ -5,6 +5,7 @@ B: sequences, T: tokens of the longest of them. A sequence is one document or, p
 
 import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
@@ -108,7 +109,7 @@ def batches_of(
 ) -> Iterator[tuple[Batch, int]]:
     """The batches of one rank's work, in order, each with its place in its global batch.
 
-    Built ahead where there are workers; whoever iterates does so within `dead_workers_said`.
+    Built ahead, by a thread or by workers; whoever iterates does so within `dead_workers_said`.
     """
     loader: DataLoader[tuple[Batch, int]] = DataLoader(
         _RankBatches(split, work),
@@ -127,10 +128,19 @@ def batches_of(
         batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return _while_workers_live(batches) if num_workers else batches
+    return _while_workers_live(batches) if num_workers else _one_ahead(batches)
 
 
 _Item = TypeVar("_Item")
+
+
+def _one_ahead(batches: Iterator[_Item]) -> Iterator[_Item]:
+    """The same, the next one made by a thread while a device or a library is at work."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        made = thread.submit(next, batches, None)
+        while (batch := made.result()) is not None:
+            made = thread.submit(next, batches, None)
+            yield batch
 
 
 def _while_workers_live(batches: Iterator[_Item]) -> Iterator[_Item]:
