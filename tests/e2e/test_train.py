@@ -308,3 +308,22 @@ def ranks_of(run_file: Path) -> list[int]:
 def same_adapter(one: Path, other: Path) -> bool:
     name = "adapter/adapter_model.safetensors"
     return (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_a_run_that_diverges_ends_with_its_checkpoints_untouched(run_file, workspace):
+    """Not a number in three steps in a row, of which none came into the adapter."""
+    path, folder = run_file("diverged", lr=1e30, save_steps=1), workspace / "diverged"
+    code, output = deepspeed(path)
+    assert code == 1, output
+    said = status(folder)
+    assert (said["state"], said["exit_code"]) == ("failed", 1)
+    assert "not finite in 3 steps in a row" in said["reason"]
+    assert said["reason"] in output
+    assert "Traceback" not in output
+    assert not (folder / "adapter").exists()
+    newest = max((folder / "checkpoints").glob("step-*"))
+    saved = load_file(newest / "adapter.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    code, output = deepspeed(path)
+    assert f"going on from step {int(newest.name[5:])} ({newest})" in output
+    assert code == 1, output

@@ -29,7 +29,7 @@ def saved(tiny_model, tmp_path_factory):
 
 CASES = [
     # all pairs of stages; of the same one test_gather.py wants every bit
-    *((2, a, 2, b, FP32) for a in (1, 2, 3) for b in (1, 2, 3) if a != b),
+    *((2, a, 2, b, kind) for kind in (FP32, NF4) for a in (1, 2, 3) for b in (1, 2, 3) if a != b),
     # other world sizes, smaller and larger
     (2, 3, 1, 2, FP32), (1, 2, 2, 3, FP32), (1, 3, 2, 1, FP32), (2, 3, 4, 2, FP32),
     (2, 2, 4, 3, FP32),
