@@ -4,9 +4,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-UNWATCHED = ("start-up", "publishing")  # rank 0 may work for long while the others wait
 LOADING = ("loading the base", "making the engine", "restoring the checkpoint")
-LOADING_S = 25 * 60.0  # after 30 minutes the others' collectives end, and say nothing of who it is
+# Rank 0 may prepare for a day while the others wait, and no rank knows how long a base takes. Those
+# that have theirs wait for the others, in collectives that end after 30 minutes and say nothing of
+# who it is: so they are watched.
+UNWATCHED = ("start-up", LOADING[0], "publishing")
+LOADING_S = 25 * 60.0
 
 
 @dataclass

@@ -219,11 +219,10 @@ class Watchdog:
 
     def _name_who_is_gone(self, error: BaseException) -> None:
         """Of ranks on other machines only their pulses say whether they live."""
-        _, frozen = self._compare_pulses()
-        if frozen:
+        if self._channel is not None and (frozen := self._compare_pulses()[1]):
             self._end_for(frozen[0])
         text = f"rank {self._placement.rank}: lost its connection to another rank: {error}"
-        if self._declare(text):
+        if self._channel is None or self._declare(text):
             print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one message
         self._leave(text, is_ours=self._placement.rank == 0)
 

@@ -4,7 +4,8 @@
 
 MODEL: a folder with a tokenizer and a chat template; GSM8K: its train.jsonl (question, answer).
 Parts: speed (against the bare tokenizer), memory (of all processes, on N made-up rows of 1 kB),
-start (on prepared data, N rows against a thousand), packing (of GSM8K, and of 10 million lengths).
+start (on prepared data, N rows against a thousand), packing (of GSM8K, and of 10 million lengths),
+waiting (of a step for its next micro-batch).
 """
 
 import argparse
@@ -28,6 +29,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.chat import load_tokenizer
 from pipeline.data.parallel import in_order, usable_cpus
 from pipeline.data.prepare import prepare
+from tests.bench import waiting
 
 PROCESSES = usable_cpus()
 _PIECE_ROWS = 250  # of the bare tokenizer: 1/4 MB, as prepare's
@@ -37,7 +39,13 @@ _MANY_LENGTHS = 10_000_000
 
 def main() -> None:
     """Run the parts that are named, or all."""
-    parts = {"speed": speed, "memory": memory, "start": start, "packing": packing}
+    parts = {
+        "speed": speed,
+        "memory": memory,
+        "start": start,
+        "packing": packing,
+        "waiting": lambda arguments, folder: waiting.main(),
+    }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("gsm8k", type=Path)
