@@ -228,7 +228,9 @@ class RunSettings(BaseModel):
         default="auto", description="FlashAttention-2 (package flash-attn); `auto`: PyTorch's own."
     )
     dataloader_num_workers: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Processes a rank that build batches; ids are memory-mapped, so 0."
+        default=0,
+        description="Processes a rank that build batches; 0: a thread builds the next one, which "
+        "is enough, because ids are memory-mapped.",
     )
     dataloader_prefetch_factor: Positive = Field(
         default=2,
