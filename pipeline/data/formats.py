@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
-_MOST_IDS = 2**31 - 1  # as they are kept; what the model has is looked at later
+_LARGEST_ID = 2**31 - 1  # as they are kept; what the model has is looked at later
 _IGNORED = -100  # the label of a token that does not count, as everywhere in PyTorch
 # The columns that say which format a row has.
 _SIGNS: dict[DataFormat, tuple[str, ...]] = {
@@ -173,7 +173,7 @@ def _tokens(value: Mapping[str, Any]) -> Tokens:
         ids, labels = list(compress(ids, seen)), list(compress(labels, seen))
     if min(ids, default=0) < 0:
         raise RowError("`input_ids` has a negative number")
-    if max(ids, default=0) > _MOST_IDS:
+    if max(ids, default=0) > _LARGEST_ID:
         raise RowError("`input_ids` has a number that is no token's")
     if not ids:
         raise RowError("`input_ids` is empty")

@@ -33,8 +33,7 @@ def job(tmp_path) -> Job:
 def test_the_texts_are_sound(path):
     subprocess.run(["bash", "-n", path], check=True)
     shellcheck = shutil.which("shellcheck", path=f"{BIN}:{os.environ['PATH']}")
-    if shellcheck is None:
-        pytest.skip("shellcheck is not here: `make install` brings it")
+    assert shellcheck is not None, "`make install` brings it"
     found = subprocess.run(
         [shellcheck, "--external-sources", f"--source-path={ROOT}", path],
         capture_output=True, text=True, check=False,
