@@ -33,7 +33,8 @@ def run_main(body: Callable[[], None], *, tracebacks: bool = False) -> NoReturn:
         _leave(error.exit_code)
     except RankZeroError as error:
         if not isinstance(error, Stopped) or _local_rank() == 0:
-            _say(str(error), tracebacks=tracebacks, is_common=True)
+            is_failure = error.exit_code == 1  # not a mistake in the run file, nor a stop
+            _say(str(error), tracebacks=tracebacks and is_failure, is_common=True)
         _leave(error.exit_code)
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT)

@@ -47,8 +47,10 @@ def test_a_defect_shows_its_traceback_and_rank():
 
 
 def test_debug_shows_the_traceback_of_an_error():
-    result = end("raise UserError('no')", tracebacks=True)
+    result = end("raise RankZeroError('no')", tracebacks=True)
     assert "Traceback" in result.stderr
+    for error in ("UserError", "Stopped"):  # where in the code that was helps nobody
+        assert end(f"raise {error}('no')", tracebacks=True).stderr == "no\n"
     assert result.stderr.endswith("no\n")
 
 
