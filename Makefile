@@ -32,7 +32,7 @@ test: $(VENV)/.installed
 
 # Every fault that tests/faults knows, at length; FAULTS_SEED=N draws others. `make test` has a few.
 faults: $(VENV)/.installed
-	FAULTS=full $(BIN)/python -m pytest tests/group/test_watchdog.py tests/faults -s
+	FAULTS=full $(BIN)/python -m pytest tests/cluster/test_watchdog.py tests/faults -s
 
 # Brings Debian's packages of Slurm where they are missing; says why where there can be no Slurm.
 test-slurm: $(VENV)/.installed

@@ -12,7 +12,7 @@ from scale_tables import filled
 
 from pipeline.config.presets import PRESETS, RANGES
 from pipeline.config.settings import RunSettings
-from pipeline.plan.rule_table import RULES
+from pipeline.plan.rules.table import RULES
 
 HERE = Path(__file__).parent
 _SOURCES = {

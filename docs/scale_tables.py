@@ -5,13 +5,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.catalogue import gpu_named
 from pipeline.plan.choose import Candidate, Machines, candidates
-from pipeline.plan.hardware import GIB, Hardware
-from pipeline.plan.layout import Layout
-from pipeline.plan.shape import ModelShape, read_shape
-from pipeline.plan.speed import Speed
-from pipeline.plan.work import Work, work_of
+from pipeline.plan.cost.speed import Speed
+from pipeline.plan.cost.work import Work, work_of
+from pipeline.plan.given.catalogue import gpu_named
+from pipeline.plan.given.hardware import GIB, Hardware
+from pipeline.plan.given.layout import Layout
+from pipeline.plan.given.shape import ModelShape, read_shape
 
 MODELS = {name: f"Llama 3.1 {name.upper()}" for name in ("8b", "70b", "405b")}
 _FOLDER = Path(__file__).parents[1] / "ds_configs/models"

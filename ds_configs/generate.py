@@ -7,9 +7,10 @@ from typing import Any
 import yaml
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.catalogue import cpu_of, gpu_like
-from pipeline.plan.plan import Plan, dump_json, make_plan
-from pipeline.plan.shape import read_shape
+from pipeline.files import dump_json
+from pipeline.plan.given.catalogue import cpu_of, gpu_like
+from pipeline.plan.given.shape import read_shape
+from pipeline.plan.plan import Plan, make_plan
 
 HERE = Path(__file__).parent
 

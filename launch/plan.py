@@ -9,11 +9,12 @@ from pathlib import Path
 from pipeline.cluster.devices import machine
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
-from pipeline.data.prepared import data_size
+from pipeline.data.dataset.reader import data_size
+from pipeline.files import dump_json
 from pipeline.plan.command import start_commands
-from pipeline.plan.plan import DoesNotFitError, dump_json, rank_plans
+from pipeline.plan.given.shape import read_shape
+from pipeline.plan.plan import DoesNotFitError, rank_plans
 from pipeline.plan.render import candidates_text, plan_json, plan_text
-from pipeline.plan.shape import read_shape
 
 
 def parse() -> argparse.Namespace:

@@ -13,13 +13,13 @@ from rich.console import Console
 
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
-from pipeline.data.audit_table import audit_table
-from pipeline.data.chat import load_tokenizer
-from pipeline.data.hub import fetch
-from pipeline.data.prepare import check_first_rows, prepare
-from pipeline.data.prepared import open_split
-from pipeline.data.show import number_of_documents, show_documents
+from pipeline.data.chat.encoder import load_tokenizer
+from pipeline.data.dataset.reader import open_split
+from pipeline.data.prepare.audit_table import audit_table
+from pipeline.data.prepare.prepare import check_first_rows, prepare
+from pipeline.data.prepare.show import number_of_documents, show_documents
 from pipeline.preflight.inputs import check_output
+from pipeline.rows.fetch import fetch
 from pipeline.train.owner import Ownership
 
 

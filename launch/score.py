@@ -16,7 +16,7 @@ from pipeline.cluster.devices import detect_hardware, set_environment
 from pipeline.cluster.exits import run_main
 from pipeline.cluster.placement import Placement
 from pipeline.config.load import load_settings
-from pipeline.plan.plan import dump_json
+from pipeline.files import dump_json
 
 
 def parse() -> argparse.Namespace:

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from pipeline.plan.catalogue import cpu_of, gpu_like, gpu_named
-from pipeline.plan.data_size import DataSize
-from pipeline.plan.hardware import GIB, Hardware
-from pipeline.plan.zero import deepspeed_config
+from pipeline.plan.deepspeed.config import deepspeed_config
+from pipeline.plan.estimate import DataSize
+from pipeline.plan.given.catalogue import cpu_of, gpu_like, gpu_named
+from pipeline.plan.given.hardware import GIB, Hardware
 
 LLAMA_8B = {
     "model_type": "llama", "dtype": "bfloat16", "hidden_size": 4096, "intermediate_size": 14336,

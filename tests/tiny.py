@@ -82,10 +82,10 @@ def make_plan(
     `hardware` is a CPU unless said.
     """
     from pipeline.config.settings import RunSettings
-    from pipeline.plan.catalogue import cpu_of
-    from pipeline.plan.data_size import DataSize
+    from pipeline.plan.estimate import DataSize
+    from pipeline.plan.given.catalogue import cpu_of
+    from pipeline.plan.given.shape import read_shape
     from pipeline.plan.plan import make_plan
-    from pipeline.plan.shape import read_shape
 
     values = {
         "model": str(folder),
@@ -112,7 +112,7 @@ def make_plan(
 
 def sequences_of(lengths, supervised, sources=None, *, are_packs: bool = False):
     """Sequences of one document each; `sources`: how many each source has, and its repeats."""
-    from pipeline.data.sequences import Round, Sequences
+    from pipeline.data.dataset.sequences import Round, Sequences
 
     rounds, start = [], 0
     for source, (count, repeats) in enumerate(sources or [(len(lengths), 1)]):

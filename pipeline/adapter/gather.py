@@ -1,6 +1,6 @@
 """Adapter weights and Adam moments: out of a ZeRO engine to rank 0, and back into a fresh one.
 
-All private access to DeepSpeed's ZeRO optimizers is in this file; tests/engine/test_gather.py and
+All private access to DeepSpeed's ZeRO optimizers is in this file; tests/adapter/test_gather.py and
 test_scaler.py pin it. Only trainable parameters are ever touched: at ZeRO-3 the base stays sharded.
 Facts are of DeepSpeed 0.19.8.
 """

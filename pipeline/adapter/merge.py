@@ -26,9 +26,8 @@ from pipeline.adapter.fit import (
     read_header,
     require_fit,
 )
-from pipeline.adapter.replace import replacing
 from pipeline.errors import RankZeroError, UserError
-from pipeline.plan.plan import dump_json
+from pipeline.files import atomic_folder, dump_json
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +69,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeReport:
     others = _other_files(base)
     _require_space(out, model.num_bytes + sum(path.stat().st_size for path in others))
     try:
-        with replacing(out, lambda fresh: _check(model, fresh)) as fresh:
+        with atomic_folder(out, lambda fresh: _check(model, fresh)) as fresh:
             changes = _merge_shards(model, lora, fresh)
             for path in others:
                 target = fresh / path.relative_to(base)

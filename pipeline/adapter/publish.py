@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pipeline.adapter.fit import CHAT_TEMPLATE, TRAINED_ON
-from pipeline.adapter.replace import replacing
 from pipeline.adapter.verify import verify_adapter_file, verify_tensors
 from pipeline.config.settings import RunSettings
 from pipeline.errors import RankZeroError
+from pipeline.files import atomic_folder, dump_json
 from pipeline.model.adapter import lora_config
 from pipeline.model.fingerprint import base_fingerprint
-from pipeline.plan.plan import Plan, dump_json
+from pipeline.plan.plan import Plan
 
 _WEIGHTS, _CONFIG, _CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 _PREFIX = "base_model.model."
@@ -67,7 +67,7 @@ def publish_adapter(
             raise RankZeroError(f"{folder / _CONFIG}: not readable as it was written")
 
     try:
-        with replacing(folder, check) as fresh:
+        with atomic_folder(folder, check) as fresh:
             weights = {key: tensor.contiguous() for key, tensor in tensors.items()}
             save_file(weights, fresh / _WEIGHTS, metadata={"format": "pt"})
             (fresh / _CONFIG).write_text(dump_json(adapter_config), encoding="utf-8")

@@ -10,8 +10,8 @@ from typing import Any
 from pipeline.cluster.host_memory import host_memory
 from pipeline.cluster.placement import Placement
 from pipeline.errors import UserError
-from pipeline.plan.catalogue import cpu_of, gpu_like, gpu_named, rates_of
-from pipeline.plan.hardware import Hardware
+from pipeline.plan.given.catalogue import cpu_of, gpu_like, gpu_named, rates_of
+from pipeline.plan.given.hardware import Hardware
 
 
 def detect_hardware() -> Hardware:

@@ -12,10 +12,10 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from pipeline.cluster.meeting import address_by_mpi, interface_between, open_store
 from pipeline.cluster.placement import Placement
+from pipeline.cluster.rendezvous import address_by_mpi, interface_between, open_store
 from pipeline.errors import RankZeroError, Stopped, UserError
-from pipeline.plan.hardware import Hardware
+from pipeline.plan.given.hardware import Hardware
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from pipeline.data.chat import Encoder
-from pipeline.data.formats import Conversation, Example
+from pipeline.data.chat.encoder import Encoder
+from pipeline.rows.formats import Conversation, Example
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from pipeline.cluster.session import Session
-from pipeline.data.batches import Batch, batches_of
-from pipeline.data.order import evaluation_work
-from pipeline.data.prepared import Split
+from pipeline.data.dataset.reader import Split
+from pipeline.data.order.batches import Batch, batches_of
+from pipeline.data.order.order import evaluation_work
 
 
 def held_out_loss(

@@ -14,18 +14,18 @@ from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
-from pipeline.data.batches import Batch
-from pipeline.data.chat import Encoder, load_tokenizer
-from pipeline.data.formats import RowError
-from pipeline.data.prepare import eval_examples
-from pipeline.data.prepared import DataIndex, Split, SplitIndex, open_split
+from pipeline.data.chat.encoder import Encoder, load_tokenizer
+from pipeline.data.dataset.reader import DataIndex, Split, SplitIndex, open_split
+from pipeline.data.order.batches import Batch
+from pipeline.data.prepare.prepare import eval_examples
 from pipeline.errors import UserError
 from pipeline.evaluate.generate import Question, exact_match, greedy_answers, question
 from pipeline.evaluate.heldout import held_out_loss
 from pipeline.model.base import DTYPES, load_base, load_plain
 from pipeline.model.loss import SummedLoss
+from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import Plan, make_plan
-from pipeline.plan.shape import read_shape
+from pipeline.rows.formats import RowError
 
 _BATCH_SIZE = 64  # questions that are answered at a time
 _SEQUENCES = 8  # of a forward for the loss: full ones, where they are packs

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from pipeline.config.settings import RunSettings
 from pipeline.model.base import DTYPES
+from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import Plan
-from pipeline.plan.shape import read_shape
 
 
 def lora_config(settings: RunSettings) -> LoraConfig:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pipeline.model.attention import Documents, arguments_for
-from pipeline.plan.activations import LOGITS_CHUNK_BYTES
+from pipeline.plan.cost.activations import LOGITS_CHUNK_BYTES
 from pipeline.plan.plan import Plan
 
 IGNORED = -100

@@ -14,11 +14,11 @@ from functools import partial
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.batches import micro_batches
-from pipeline.plan.hardware import GIB, Hardware
-from pipeline.plan.layout import Layout, Offload
-from pipeline.plan.memory import Memory, memory
-from pipeline.plan.shape import ModelShape
-from pipeline.plan.speed import Speed, step_seconds
+from pipeline.plan.cost.memory import Memory, memory
+from pipeline.plan.cost.speed import Speed, step_seconds
+from pipeline.plan.given.hardware import GIB, Hardware
+from pipeline.plan.given.layout import Layout, Offload
+from pipeline.plan.given.shape import ModelShape
 
 _RESIDENT: list[Offload] = ["none"]
 _HOST_SHARE = 0.9  # of a node's memory; the rest is the system's and the page cache's

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from pipeline.config.data_files import kind_of, open_data
 from pipeline.config.settings import RunSettings
+from pipeline.rows.files import kind_of, open_data
 
 # UTF-8 bytes of content for each token. The quickstart's rows, half of them JSON, have 3.2 with a
 # vocabulary of 49 152; plain English has more, code and most other languages less. An assumption.

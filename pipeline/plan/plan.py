@@ -3,7 +3,6 @@
 `Plan` is computed once and passed on; nothing else multiplies micro-batches by ranks.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,16 +10,18 @@ from typing import Any
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.plan.adapted import adapted, trainable_parameters
 from pipeline.plan.choose import Candidate, Machines, candidates
-from pipeline.plan.data_size import DataSize
-from pipeline.plan.hardware import Hardware
-from pipeline.plan.layout import Layout
-from pipeline.plan.memory import Memory, memory
-from pipeline.plan.overlay import constraints_of, overlay
+from pipeline.plan.cost.memory import Memory, memory
+from pipeline.plan.cost.speed import Speed, step_seconds
+from pipeline.plan.deepspeed.config import deepspeed_config
+from pipeline.plan.deepspeed.overlay import constraints_of, overlay
+from pipeline.plan.estimate import DataSize
+from pipeline.plan.given.adapted import adapted, trainable_parameters
+from pipeline.plan.given.hardware import Hardware
+from pipeline.plan.given.layout import Layout
+from pipeline.plan.given.shape import ModelShape
 from pipeline.plan.reasons import does_not_fit, reasons
-from pipeline.plan.rule_table import BEFORE_THE_CHOICE, OF_THE_CHOICE
-from pipeline.plan.rules import (
+from pipeline.plan.rules.rule import (
     Request,
     Rule,
     Situation,
@@ -28,9 +29,7 @@ from pipeline.plan.rules import (
     require_none_refuses,
     rules_that_hold,
 )
-from pipeline.plan.shape import ModelShape
-from pipeline.plan.speed import Speed, step_seconds
-from pipeline.plan.zero import deepspeed_config
+from pipeline.plan.rules.table import BEFORE_THE_CHOICE, OF_THE_CHOICE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,8 +243,3 @@ def _situation(request: Request, layout: Layout) -> Situation:
 def _refusal(known: Situation) -> str | None:
     refused = [r for r in rules_that_hold(OF_THE_CHOICE, known) if r.level == "refuse"]
     return f"is refused: {refused[0].reason} [rule {refused[0].id}]" if refused else None
-
-
-def dump_json(data: Any) -> str:
-    """JSON as every file of a run has it."""
-    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"

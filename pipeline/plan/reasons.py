@@ -7,9 +7,9 @@ from typing import Any
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.plan.choose import Candidate, Machines, candidates, order, training_dtype
-from pipeline.plan.hardware import GIB
-from pipeline.plan.memory import memory
-from pipeline.plan.shape import ModelShape
+from pipeline.plan.cost.memory import memory
+from pipeline.plan.given.hardware import GIB
+from pipeline.plan.given.shape import ModelShape
 
 # Key of the choice -> the setting that would have fixed it.
 SETTING_OF = {

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.plan.choose import Candidate
-from pipeline.plan.hardware import GIB
-from pipeline.plan.memory import disk_bytes
+from pipeline.plan.cost.memory import disk_bytes
+from pipeline.plan.given.hardware import GIB
 from pipeline.plan.plan import Plan
 
 

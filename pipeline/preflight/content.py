@@ -6,8 +6,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.chat import load_tokenizer
-from pipeline.data.prepare import check_rows, prepare
+from pipeline.data.chat.encoder import load_tokenizer
+from pipeline.data.prepare.prepare import check_rows, prepare
 from pipeline.errors import UserError
 from pipeline.preflight.findings import Finding, Seen, ok, warn
 from pipeline.preflight.subject import Subject

@@ -14,7 +14,8 @@ from pipeline.cluster.devices import detect_hardware, set_environment, unseen_gp
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.errors import RankZeroError, UserError
-from pipeline.plan.plan import Plan, dump_json
+from pipeline.files import dump_json
+from pipeline.plan.plan import Plan
 from pipeline.preflight.findings import Finding, fail, spans
 from pipeline.preflight.limit import Limit
 from pipeline.preflight.report import ERROR, PLANNED, Report, warnings

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.plan.hardware import GIB
+from pipeline.plan.given.hardware import GIB
 from pipeline.plan.plan import Plan
 
 Level = Literal["ok", "warn", "fail"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.adapter.fit import read_header
 from pipeline.errors import UserError
-from pipeline.plan.memory import disk_bytes
+from pipeline.plan.cost.memory import disk_bytes
 from pipeline.preflight.findings import Finding, Seen, in_units, ok, warn
 from pipeline.preflight.subject import Subject
 

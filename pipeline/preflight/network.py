@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.cluster.meeting import interface_towards
+from pipeline.cluster.rendezvous import interface_towards
 from pipeline.errors import UserError
 from pipeline.preflight.findings import Finding, Seen, fail, ok, warn
 from pipeline.preflight.subject import Subject

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from pipeline.plan.speed import reachable_rates
+from pipeline.plan.cost.speed import reachable_rates
 from pipeline.preflight.findings import Finding, Seen, ok, warn
 from pipeline.preflight.gpus import own_devices
 from pipeline.preflight.subject import Subject

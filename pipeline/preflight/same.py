@@ -8,7 +8,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from pipeline import __version__
-from pipeline.data.prepared import INDEX, DataIndex
+from pipeline.data.dataset.reader import INDEX, DataIndex
 from pipeline.errors import UserError
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.preflight.findings import Finding, Seen, compare, flat, in_units

@@ -10,9 +10,9 @@ from pipeline.cluster.session import Session
 from pipeline.config.load import load_settings
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.plan.hardware import Hardware
+from pipeline.plan.given.hardware import Hardware
+from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import Plan, make_plan
-from pipeline.plan.shape import read_shape
 
 
 @dataclass(frozen=True, kw_only=True)

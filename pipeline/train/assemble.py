@@ -7,8 +7,10 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.adapter.gather import restore
+from pipeline.cluster.heartbeat import LOADING, Pulse
 from pipeline.cluster.session import Session
-from pipeline.data.prepared import Split
+from pipeline.cluster.stop import StopRequests
+from pipeline.data.dataset.reader import Split
 from pipeline.errors import UserError
 from pipeline.model.adapter import attach_adapter, expected_shapes, frozen_checksum
 from pipeline.model.base import load_base
@@ -17,11 +19,9 @@ from pipeline.train.checkpoint import Checkpoints, Identity, Progress
 from pipeline.train.engine import Engine
 from pipeline.train.metrics import InputWait, MetricsFile, PeakBytes
 from pipeline.train.progress import ProgressDisplay
-from pipeline.train.pulse import LOADING, Pulse
 from pipeline.train.saving import Saver
 from pipeline.train.start import settings_hash, write_run
 from pipeline.train.status import RunStatus
-from pipeline.train.stop import StopRequests
 from pipeline.train.training import Training
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "safetensors")

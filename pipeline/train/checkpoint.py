@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.adapter.replace import clear_leftovers, recover, replacing
 from pipeline.errors import RankZeroError, UserError
-from pipeline.plan.plan import dump_json
+from pipeline.files import atomic_folder, dump_json, recover_folder, remove_unfinished_folders
 
 _ADAPTER, _OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 _STATE, _MANIFEST = "state.json", "manifest.json"
@@ -145,7 +144,7 @@ class Checkpoints:
 
     def _newest(self) -> tuple[Path | None, list[str]]:
         for leftover in self._folder.glob(".*.old"):
-            recover(leftover.with_name(leftover.name.removeprefix(".").removesuffix(".old")))
+            recover_folder(leftover.with_name(leftover.name.removeprefix(".").removesuffix(".old")))
         passed_over: list[str] = []
         for path in reversed(self._by_age()):
             if str(path.resolve()) == self._origin:
@@ -220,12 +219,12 @@ class Checkpoints:
         for path in later:
             with suppress(OSError):
                 _put_aside(path)
-        clear_leftovers(self._folder)
+        remove_unfinished_folders(self._folder)
 
     def _require_space(self, *tensors: Mapping[str, torch.Tensor]) -> None:
         need = sum(t.numel() * t.element_size() for group in tensors for t in group.values())
         self._folder.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(self._folder)  # a write that was cut off may hold the space
+        remove_unfinished_folders(self._folder)  # a write that was cut off may hold the space
         free = shutil.disk_usage(self._folder).free
         if free < 1.01 * need:
             raise RankZeroError(
@@ -240,7 +239,7 @@ class Checkpoints:
         moments: Mapping[str, torch.Tensor],
         progress: Progress,
     ) -> None:
-        with replacing(path, check=lambda fresh: None) as fresh:
+        with atomic_folder(path, check=lambda fresh: None) as fresh:
             save_file(dict(weights), fresh / _ADAPTER, metadata={"format": "pt"})
             save_file(dict(moments), fresh / _OPTIMIZER, metadata={"format": "pt"})
             state = {

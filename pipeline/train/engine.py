@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from peft import PeftModel
 
 from pipeline.adapter.gather import count_overflows_ourselves, is_at_smallest_scale
-from pipeline.data.batches import IGNORED, Batch
+from pipeline.data.order.batches import IGNORED, Batch
 from pipeline.model.adapter import trainable
 from pipeline.model.base import forget_input_gradients, require_input_gradients
 from pipeline.model.loss import SummedLoss, chunks_for_any_batch

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.publish import adapter_config, model_card, publish_adapter
-from pipeline.data.chat import chat_template_of
+from pipeline.data.chat.encoder import chat_template_of
 from pipeline.errors import RankZeroError, Stopped
 from pipeline.model.adapter import expected_shapes, frozen_checksum
 from pipeline.train.training import Training

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from pipeline.adapter.gather import gather_moments, gather_weights, loss_scaler_state
-from pipeline.plan.stopping import slow_stop
+from pipeline.plan.cost.stopping import slow_stop
 from pipeline.train.training import Training
 
 

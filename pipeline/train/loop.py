@@ -7,17 +7,17 @@ from typing import Any
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.verify import verify_tensors
-from pipeline.data.batches import Batch, batches_of, dead_workers_said
-from pipeline.data.order import BatchShape, RankWork, forward_seed
-from pipeline.data.sequences import StepSize
+from pipeline.cluster.stop import StopAgreed
+from pipeline.data.dataset.sequences import StepSize
+from pipeline.data.order.batches import Batch, batches_of, dead_workers_said
+from pipeline.data.order.order import BatchShape, RankWork, forward_seed
 from pipeline.errors import RankZeroError
 from pipeline.evaluate.heldout import held_out_loss
 from pipeline.model.adapter import expected_shapes
-from pipeline.plan.work import sequence_flops, work_of
+from pipeline.plan.cost.work import sequence_flops, work_of
 from pipeline.train.engine import SeededBatch, StepResult
 from pipeline.train.keeping import keep_best, save, save_before_stop, tell_of_saves
 from pipeline.train.metrics import Stopwatch
-from pipeline.train.stop import StopAgreed
 from pipeline.train.training import Training
 
 # Steps in a row with a loss or gradient that is not finite, after which a run is given up.

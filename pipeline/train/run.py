@@ -9,25 +9,25 @@ from typing import Any
 
 from pipeline.cluster.devices import detect_hardware, set_environment, unseen_gpus
 from pipeline.cluster.exits import forgive_output, is_lost_connection
+from pipeline.cluster.heartbeat import Pulse
+from pipeline.cluster.launcher import watch_launchers
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
+from pipeline.cluster.stop import StopRequests
+from pipeline.cluster.watchdog import Watchdog
 from pipeline.config.settings import RunSettings
-from pipeline.data.audit import audit_line
-from pipeline.data.prepare import check_first_rows, prepare
-from pipeline.data.prepared import DataIndex, open_split
+from pipeline.data.dataset.reader import DataIndex, open_split
+from pipeline.data.prepare.audit import audit_line
+from pipeline.data.prepare.prepare import check_first_rows, prepare
 from pipeline.errors import RankZeroError, Stopped
 from pipeline.model.fingerprint import base_fingerprint
+from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.plan.render import plan_text
-from pipeline.plan.shape import read_shape
 from pipeline.preflight.examine import look_before_torch, require_fit
 from pipeline.preflight.subject import Subject
-from pipeline.train.launcher import watch_launchers
-from pipeline.train.pulse import Pulse
 from pipeline.train.start import as_requeued, look, open_run, write_plan
 from pipeline.train.status import RunStatus, end_for_dead_owner, is_done, read_status
-from pipeline.train.stop import StopRequests
-from pipeline.train.watchdog import Watchdog
 
 _DEBUG_ROWS, _DEBUG_STEPS = 64, 4
 _LAST_WRITE_S = 15.0  # for a checkpoint in flight when a rank has died or the run has failed

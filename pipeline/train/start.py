@@ -12,14 +12,15 @@ import yaml
 
 from pipeline.config.load import dump_settings
 from pipeline.config.settings import RunSettings
-from pipeline.data.keys import SETTINGS as DATA_SETTINGS
-from pipeline.data.prepare import train_key
-from pipeline.data.prepared import DataIndex
+from pipeline.data.dataset.reader import DataIndex
+from pipeline.data.prepare.keys import SETTINGS as DATA_SETTINGS
+from pipeline.data.prepare.prepare import train_key
 from pipeline.errors import RankZeroError, UserError
-from pipeline.plan.plan import Plan, dump_json
+from pipeline.files import dump_json, write_text
+from pipeline.plan.plan import Plan
 from pipeline.plan.render import plan_json
 from pipeline.train.owner import in_use
-from pipeline.train.status import is_alive, read_status, write_atomically
+from pipeline.train.status import is_alive, read_status
 
 Start = Literal["new", "resume", "done"]
 
@@ -72,15 +73,15 @@ def open_run(folder: Path, plan: Plan, found: Start) -> None:
 def write_run(folder: Path, plan: Plan) -> None:
     """What makes a folder a run's: run.yaml and the plans."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "run.yaml", dump_settings(_resolved(plan)))
+    write_text(folder / "run.yaml", dump_settings(_resolved(plan)))
     write_plan(folder, plan)
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
     """plan.json and ds_config.json."""
     found = plan_json(plan) | {"steps": _steps(plan), "job": os.environ.get("SLURM_JOB_ID")}
-    write_atomically(folder / "plan.json", dump_json(found))
-    write_atomically(folder / "ds_config.json", dump_json(plan.deepspeed))
+    write_text(folder / "plan.json", dump_json(found))
+    write_text(folder / "ds_config.json", dump_json(plan.deepspeed))
 
 
 def _steps(plan: Plan) -> dict[str, int] | None:
@@ -95,7 +96,7 @@ def clear_run(folder: Path) -> None:
     """
     if (status := read_status(folder / "status.json")) is not None:
         said = {"state": "failed", "reason": "ended while this run was removed for a new one"}
-        write_atomically(folder / "status.json", dump_json(status | said))
+        write_text(folder / "status.json", dump_json(status | said))
     for name in set(_FOLDERS) - {"data"}:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in _FILES:

@@ -1,7 +1,6 @@
 """status.json: the truth about a run, replaced atomically, and its one living owner."""
 
 import json
-import os
 import threading
 import time
 from contextlib import suppress
@@ -9,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.plan.plan import dump_json
+from pipeline.files import dump_json, write_text
 from pipeline.train.owner import OWNER, TRAINING, Ownership, identity, is_living
 
 _ONE_BEAT_S = 12.0  # owner.py beats every 10
@@ -57,7 +56,7 @@ class RunStatus:
                 return
             self.fields |= fields | {"heartbeat": time.time()}
             with suppress(OSError):  # reported by what it keeps from being saved
-                write_atomically(self.path, dump_json(self.fields))
+                write_text(self.path, dump_json(self.fields))
 
     def end(self, state: str, exit_code: int, reason: str | None, *, is_last: bool = False) -> None:
         """How this start of the run has ended, if it came as far as to claim the folder.
@@ -91,7 +90,7 @@ def end_for_dead_owner(path: Path, reason: str) -> None:
     if is_dead:
         fields |= {"state": "failed", "exit_code": 1, "reason": reason, "ended": time.time()}
         with suppress(OSError):
-            write_atomically(path, dump_json(fields))
+            write_text(path, dump_json(fields))
             (path.parent / OWNER).unlink(missing_ok=True)  # or it would count on other machines
 
 
@@ -112,14 +111,3 @@ def is_done(folder: Path) -> bool:
 def is_alive(status: dict[str, Any]) -> bool:
     """Whether the run's owner is still at work."""
     return status.get("state") == "running" and is_living(status)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a reader sees the old or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise

@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cluster.heartbeat import Pulse
 from pipeline.cluster.session import Session
-from pipeline.data.prepared import Split
+from pipeline.cluster.stop import StopRequests
+from pipeline.data.dataset.reader import Split
 from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import Checkpoints, Progress
 from pipeline.train.engine import Engine
 from pipeline.train.metrics import InputWait, MetricsFile, PeakBytes
 from pipeline.train.progress import ProgressDisplay
-from pipeline.train.pulse import Pulse
 from pipeline.train.saving import Saver
 from pipeline.train.status import RunStatus
-from pipeline.train.stop import StopRequests
 
 
 @dataclass(kw_only=True)

@@ -26,9 +26,9 @@ import numpy as np
 import psutil
 
 from pipeline.config.settings import RunSettings
-from pipeline.data.chat import load_tokenizer
-from pipeline.data.parallel import in_order, usable_cpus
-from pipeline.data.prepare import prepare
+from pipeline.data.chat.encoder import load_tokenizer
+from pipeline.data.prepare.parallel import in_order, usable_cpus
+from pipeline.data.prepare.prepare import prepare
 from tests.bench import waiting
 
 PROCESSES = usable_cpus()

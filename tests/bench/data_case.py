@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.prepare import check_first_rows, prepare
+from pipeline.data.prepare.prepare import check_first_rows, prepare
 
 
 def main() -> None:
@@ -26,11 +26,11 @@ def main() -> None:
     if what == "prepare":
         prepare(settings, Path(run) / "data")
         return
-    from pipeline.data.batches import build_batch
-    from pipeline.data.order import BatchShape, RankWork
-    from pipeline.data.prepared import open_split
-    from pipeline.plan.shape import read_shape
-    from pipeline.plan.work import sequence_flops, work_of
+    from pipeline.data.dataset.reader import open_split
+    from pipeline.data.order.batches import build_batch
+    from pipeline.data.order.order import BatchShape, RankWork
+    from pipeline.plan.cost.work import sequence_flops, work_of
+    from pipeline.plan.given.shape import read_shape
 
     flops = sequence_flops(work_of(read_shape(model), settings, "bfloat16"))
     begun = time.perf_counter()
@@ -44,8 +44,8 @@ def main() -> None:
 
 def packs(model: str, data: str, run: str) -> None:
     """Pack the documents of a file, or so many made-up lengths where `data` is a number."""
-    from pipeline.data.packing import make_packs
-    from pipeline.data.prepared import open_split
+    from pipeline.data.dataset.packing import make_packs
+    from pipeline.data.dataset.reader import open_split
     from tests.bench.data import settings_of
 
     max_length = 1024

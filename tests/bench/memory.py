@@ -169,7 +169,7 @@ def two_steps(session, plan, base, documents=1):
     """
     from pipeline.model.adapter import attach_adapter
     from pipeline.train.engine import Engine
-    from tests.engine.train_tiny import work
+    from tests.train_tiny import work
 
     split = FullSequences(64, plan.settings.max_length, plan.shape.vocab_size, documents)
     engine = Engine(attach_adapter(base, plan), plan)
@@ -182,8 +182,8 @@ def two_steps(session, plan, base, documents=1):
 def measure(session, folder, case):
     """Peak of live bytes of this rank over two steps, and what it was made of."""
     from pipeline.model.base import load_base
-    from pipeline.plan.memory import base_bytes
-    from pipeline.plan.memory import memory as memory_of
+    from pipeline.plan.cost.memory import base_bytes
+    from pipeline.plan.cost.memory import memory as memory_of
 
     plan = plan_case(folder, case)
     host = 0

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.batches import batches_of
-from pipeline.data.order import BatchShape, RankWork
-from pipeline.plan.work import SequenceFlops
+from pipeline.data.order.batches import batches_of
+from pipeline.data.order.order import BatchShape, RankWork
+from pipeline.plan.cost.work import SequenceFlops
 from tests.tiny import sequences_of
 
 PACKS, TOKENS, DOCUMENTS, MICRO, BATCHES, WARM = 200_000, 1024, 10, 4, 400, 50

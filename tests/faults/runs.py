@@ -16,8 +16,8 @@ import psutil
 import yaml
 
 from pipeline.train.metrics import read_metrics
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 IS_FULL = os.environ.get("FAULTS") == "full"  # `make faults`; else a short form of each
 SEED = int(os.environ.get("FAULTS_SEED", "0"))

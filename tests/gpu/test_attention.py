@@ -7,7 +7,7 @@ import torch
 
 from pipeline.model.attention import FLASH, WITHIN_DOCUMENTS
 from tests.gpu.test_memory import needs_gpu
-from tests.tensor.test_attention import (
+from tests.model.test_attention import (
     FAMILIES,
     WINDOW,
     assert_alone,

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import ROOT
 from tests.bench.memory import BF16, OFF, ON, TABLE, Case, error_of, row, summary
 
-ROOT = Path(__file__).parents[2]
 CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 RANKS = min(2, max(1, torch.cuda.device_count()))
 

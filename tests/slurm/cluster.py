@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+
 BIN = Path(sys.executable).parent
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")

@@ -1,0 +1,256 @@
+"""Seconds of an optimizer step, term by term: the same work for every layout, priced by its rates.
+
+W: ranks, P: trainable parameters, b: bytes of a number in the training dtype. The terms add up;
+what is hidden behind something else is left out of its term, as said where that is done. The
+constants below are assumptions, not measured on a GPU; docs/speed.md has them in one table.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from pipeline.config.settings import RunSettings
+from pipeline.plan.cost.activations import LOGITS_CHUNK_BYTES
+from pipeline.plan.cost.work import Work, work_of
+from pipeline.plan.given.hardware import Hardware
+from pipeline.plan.given.layout import Layout
+from pipeline.plan.given.shape import ModelShape
+
+# Shares of the vendor's figure that large kernels and collectives reach.
+_MATRIX_SHARE = 0.7
+_BANDWIDTH_SHARE = 0.8
+_LINK_SHARE = 0.7
+# fp32 beside the 16-bit rate: 19.5 of 312 TFLOPS (A100 data sheet); a third on a CPU
+# (docs/benchmarks.md: 89 against 267 tokens/s).
+_FLOAT32_SHARE = {"cuda": 1 / 16, "cpu": 1 / 3}
+# Backward of attention beside its forward: five matrix products for two, because the scores are
+# made again (FlashAttention-2, arXiv 2307.08691 s.4.1).
+_SCORES_BACKWARD = 2.5
+# Backward of the rest beside its forward, in bytes and in kernels (tests/plan/cost/test_work.py).
+_TRAFFIC_BACKWARD = 1.7
+_KERNELS_BACKWARD = 1.6
+_KERNEL_S = 8e-6  # the host's time to launch one kernel from eager PyTorch
+_FETCH_S = 50e-6  # the host's time for ZeRO-3's hooks around one module of the base
+_HOP_S = 5e-6  # one hop of a ring
+_STEP_S = 0.01  # sums over ranks, the learning rate, the line in metrics.jsonl
+# Share of ZeRO-3's gathers that nothing hides: the first block of a pass, and what the copies take
+# from the kernels beside them.
+_EXPOSED_SHARE = 0.1
+# Adam reads gradient, master and two moments and writes all but the gradient, in fp32.
+_ADAM_BYTES = 28
+# bf16 runs reduce fp32 gradients (plan/deepspeed/config.py); fp16 and fp32 runs their own dtype.
+_REDUCED_BYTES = {"bfloat16": 4, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Predicted time of one step: `terms` in seconds; `tokens` of all ranks, padding included."""
+
+    terms: dict[str, float]
+    tokens: float
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The sum of the terms."""
+        return sum(self.terms.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all ranks."""
+        return self.tokens / self.seconds_per_step
+
+    def three_largest(self) -> list[tuple[str, float]]:
+        """Name and seconds of the three largest terms, the largest first."""
+        return sorted(self.terms.items(), key=lambda term: -term[1])[:3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What one rank can count on: FLOP/s, and bytes/s each way.
+
+    `ring` is the slowest link of a ring over all ranks, `base_ring` that of the ranks which a
+    gather of the base goes over.
+    """
+
+    flops: float
+    memory: float
+    ring: float
+    base_ring: float
+    host: float
+
+
+def step_seconds(
+    shape: ModelShape,
+    settings: RunSettings,
+    layout: Layout,
+    hardware: Hardware,
+    tokens: float,
+    *,
+    supervised_share: float = 1.0,
+    attended: float | None = None,
+) -> Speed:
+    """Predict a step. `tokens`: mean tokens of a sequence as it is run, padding included.
+
+    `supervised_share` of them have logits, and attention reaches over `attended` tokens, those of a
+    document in a pack; without these over and for all of them, which is the upper bound.
+    """
+    work = work_of(shape, settings, layout.training_dtype)
+    rates = reachable_rates(layout, hardware)
+    micro = layout.micro_batch_size * tokens
+    reach = tokens if attended is None else attended
+    documents = layout.micro_batch_size if attended is None else micro / attended
+    recomputed = layout.checkpointed_layers / shape.num_layers
+    device = {
+        "arithmetic": _arithmetic(work, micro, reach, recomputed) / rates.flops,
+        "logits": _logits(work, shape, settings, layout, rates, micro * supervised_share),
+        "memory_traffic": _traffic(work, layout, micro, reach, recomputed) / rates.memory,
+        "dequantisation": _dequantised(work, settings, layout, recomputed) / rates.memory,
+    }
+    busy = sum(device.values())
+    gathers = _exposed(_gathers(work, layout, rates), busy)
+    host = _launches(work, layout, recomputed, documents)
+    if hardware.kind == "cuda":  # launching runs ahead of the device unless it is the slower one
+        host = max(0.0, host - busy - gathers)
+    per_micro_batch = device | {"launches": host, "base_gathers": gathers}
+    steps = layout.accumulation_steps
+    terms = {term: steps * seconds for term, seconds in per_micro_batch.items()}
+    return Speed(
+        terms=terms | _once_a_step(work, layout, rates),
+        tokens=layout.global_batch_size * tokens,
+    )
+
+
+def reachable_rates(layout: Layout, hardware: Hardware) -> Rates:
+    """What kernels and collectives are reckoned to reach of the machine's figures."""
+    sharers = layout.ranks_per_node if hardware.kind == "cpu" else 1
+    is_float32 = layout.training_dtype == "float32"
+    factor = _FLOAT32_SHARE[hardware.kind] if is_float32 else 1.0
+    inside = _LINK_SHARE * hardware.node_link
+    across = min(inside, _LINK_SHARE * hardware.network)
+    ring = inside if layout.nodes == 1 else across
+    return Rates(
+        flops=_MATRIX_SHARE * factor * hardware.flops / sharers,
+        memory=_BANDWIDTH_SHARE * hardware.memory_bandwidth / sharers,
+        ring=ring,
+        base_ring=inside if 1 < layout.hpz_partition_size <= layout.ranks_per_node else ring,
+        host=_LINK_SHARE * hardware.host_link / sharers,
+    )
+
+
+def _arithmetic(work: Work, micro: float, reach: float, recomputed: float) -> float:
+    """FLOPs of a micro-batch in the blocks.
+
+    A frozen weight costs 2 FLOPs a token forward and 2 backward, for the gradient of its input
+    alone; an adapter's 2 and 4, for its own gradient too (arXiv 2001.08361 s.2.1 counts 2 and 4
+    where every weight is trained). What is recomputed is one more forward.
+    """
+    per_token = (
+        (2 + recomputed) * work.base_flops
+        + (3 + recomputed) * work.adapter_flops
+        + (1 + _SCORES_BACKWARD + recomputed) * work.score_flops * reach
+    )
+    return micro * per_token
+
+
+def _logits(
+    work: Work,
+    shape: ModelShape,
+    settings: RunSettings,
+    layout: Layout,
+    rates: Rates,
+    positions: float,
+) -> float:
+    """Seconds of head and loss for so many positions (model/loss.py).
+
+    In more than one chunk their forward is done again in the backward pass. A logit is written in
+    the training dtype, cast, read and written by log-softmax, and all that in reverse.
+    """
+    b, vocabulary = layout.bytes_per_value, shape.vocab_size
+    planned = layout.micro_batch_size * settings.max_length if layout.is_sharded else positions
+    chunks = max(1, ceil(planned * vocabulary * 4 / LOGITS_CHUNK_BYTES))
+    again = 0 if chunks == 1 else 1
+    traffic = positions * vocabulary * (4 * b + 24 + again * (2 * b + 12))
+    traffic += (2 + again) * chunks * vocabulary * shape.hidden_size * b  # the head itself
+    return (2 + again) * work.head_flops * positions / rates.flops + traffic / rates.memory
+
+
+def _traffic(work: Work, layout: Layout, micro: float, reach: float, recomputed: float) -> float:
+    """Bytes that a micro-batch moves between device and memory in the blocks.
+
+    Each pass reads the weights, which is what makes small micro-batches slow: n tokens over a d x d
+    matrix reach n / (n + flops / bandwidth) of the rate (roofline, Williams et al. 2009, with both
+    parts added rather than the larger taken). Of the experts it reads those that a token meets,
+    which are soon all of them.
+    """
+    experts = min(1.0, micro * work.expert_share) * work.expert_values
+    weights = (2 + recomputed) * (work.linear_values + experts)
+    values = work.token_values + work.score_values * reach
+    activations = micro * (1 + _TRAFFIC_BACKWARD + recomputed) * values
+    return layout.bytes_per_value * (weights + activations)
+
+
+def _dequantised(work: Work, settings: RunSettings, layout: Layout, recomputed: float) -> float:
+    """Bytes of expanding quantised weights, once a pass (bitsandbytes 0.50 autograd).
+
+    MatMul4Bit expands in both directions, reading the packed weight and writing it whole; the
+    fused kernel that bitsandbytes has for few tokens is not reckoned with. MatMul8bitLt multiplies
+    int8 forward and expands backward, in a cast and a product that reads and writes again.
+    """
+    whole = layout.bytes_per_value * work.linear_values
+    if settings.load_in_4bit:
+        return (2 + recomputed) * (work.packed_bytes + whole)
+    return work.packed_bytes + 3 * whole if settings.load_in_8bit else 0.0
+
+
+def _launches(work: Work, layout: Layout, recomputed: float, documents: float) -> float:
+    """Seconds that the host needs to launch a micro-batch of so many documents."""
+    fetches = 2 * work.modules * _FETCH_S if layout.is_sharded else 0.0
+    kernels = (1 + _KERNELS_BACKWARD + recomputed) * work.kernels
+    kernels += (2 + recomputed) * work.document_kernels * documents  # as many back as forth
+    return kernels * _KERNEL_S + fetches
+
+
+def _gathers(work: Work, layout: Layout, rates: Rates) -> float:
+    """Seconds of ZeRO-3's gathers of the base in a micro-batch, before any overlap.
+
+    Forward and backward (a recomputation shares the backward's: stage3_max_reuse_distance,
+    DeepSpeed 0.19.8 partitioned_param_coordinator.py), each a ring (p - 1)/p of the bytes (Thakur
+    et al. 2005). With hpZ the copy within the group serves every gather of a frozen base
+    (stage3.py, ZeRO++ arXiv 2306.10209 s.3.2). Offloaded shards cross from host memory each time.
+    """
+    if not layout.is_sharded:
+        return 0.0
+    group = layout.hpz_partition_size if layout.hpz_partition_size > 1 else layout.world_size
+    blocks = work.modules  # at most a collective for each linear layer
+    seconds = _ring(group, work.stored_bytes, rates.base_ring, rings=blocks)
+    if layout.offload_param == "cpu":
+        seconds += work.stored_bytes / group / rates.host
+    return 2 * seconds
+
+
+def _exposed(gathers: float, busy: float) -> float:
+    """What computing does not hide (overlap_comm is on at ZeRO-3, plan/deepspeed/config.py)."""
+    return _EXPOSED_SHARE * gathers + max(0.0, (1 - _EXPOSED_SHARE) * gathers - busy)
+
+
+def _once_a_step(work: Work, layout: Layout, rates: Rates) -> dict[str, float]:
+    """Seconds of what happens to the adapter: the base has no part in it.
+
+    ZeRO-1 all-reduces gradients once a step, ZeRO-2 after every micro-batch (DeepSpeed 0.19.8
+    stage_1_and_2.py), ZeRO-3 reduce-scatters them after every micro-batch, half an all-reduce.
+    Updated weights are gathered once (at ZeRO-3 as persistent parameters, stage3.py).
+    """
+    world, b = layout.world_size, layout.bytes_per_value
+    reductions = {1: 2, 2: 2 * layout.accumulation_steps, 3: layout.accumulation_steps}
+    gradients = work.trainable * _REDUCED_BYTES[layout.training_dtype]
+    own = work.trainable / world
+    return {
+        "gradient_reduction": reductions[layout.zero_stage] * _ring(world, gradients, rates.ring),
+        "adapter_gather": _ring(world, work.trainable * b, rates.ring),
+        "optimizer": own * (_ADAM_BYTES + b) / rates.memory,
+        "fixed": _STEP_S,
+    }
+
+
+def _ring(ranks: int, num_bytes: float, rate: float, *, rings: int = 1) -> float:
+    """Seconds of gathering or reduce-scattering so many bytes over so many ranks, in `rings`."""
+    return (ranks - 1) / ranks * num_bytes / rate + rings * (ranks - 1) * _HOP_S

@@ -1,0 +1,56 @@
+"""The keys that DeepSpeed reads. It ignores others at the top level without a word.
+
+tests/plan/deepspeed/test_overlay.py holds these lists against the installed DeepSpeed.
+"""
+
+TOP_LEVEL = frozenset({
+    "activation_checkpointing", "aio", "autotuning", "bf16", "checkpoint", "comet",
+    "comms_logger", "communication_data_type", "compile", "csv_monitor", "data_efficiency",
+    "data_types", "dataloader_drop_last", "datastates_ckpt", "disable_allgather",
+    "disable_python_gc", "dump_state", "expert_parallel", "flops_profiler", "fp16",
+    "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping",
+    "gradient_predivide_factor", "hybrid_engine", "log_level", "managed_gradient_accumulation",
+    "memory_breakdown", "optimizer", "pipeline", "prescale_gradients", "scheduler",
+    "seq_parallel_communication_data_type", "sequence_parallel_size", "steps_per_print",
+    "tensor_parallel", "tensorboard", "timers", "torch_autocast", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "use_data_before_expert_parallelism", "vocabulary_size",
+    "wall_clock_breakdown", "wandb", "weight_quantization", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
+})  # fmt: skip
+
+ZERO_OPTIMIZATION = frozenset({
+    "allgather_bucket_size", "allgather_partitions", "compute_grad_norm", "contiguous_gradients",
+    "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory", "elastic_checkpoint",
+    "enable_sanity_checks", "ignore_unused_parameters", "leaf_module", "legacy_stage1",
+    "load_from_fp32_weights", "log_trace_cache_warnings", "memory_efficient_linear",
+    "offload_optimizer", "offload_param", "overlap_comm", "override_module_apply",
+    "parameter_alignment", "pipeline_loading_checkpoint", "reduce_bucket_size", "reduce_scatter",
+    "round_robin_gradients", "save_muon_momentum_buffer_in_memory", "stage",
+    "stage3_allgather_sequential", "stage3_gather_16bit_weights_on_model_save",
+    "stage3_gather_fp16_weights_on_model_save", "stage3_max_live_parameters",
+    "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
+    "stage3_module_granularity_threshold", "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size", "stage3_use_all_reduce_for_fetch_params", "sub_group_size",
+    "use_multi_rank_bucket_allreduce", "zenflow", "zero_hpz_partition_size",
+    "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights",
+})  # fmt: skip
+
+# What 0.19 removed, and what there is instead. DeepSpeed stops at each of them.
+REMOVED = {
+    "amp": "set bf16 or fp16 in the run file",
+    "compression_training": "set load_in_4bit or load_in_8bit in the run file to save memory",
+    "curriculum_learning": "leave it out; the order of the data is a function of the seed",
+    "eigenvalue": "leave it out",
+    "elasticity": "leave it out; a checkpoint of this project resumes on any number of ranks",
+    "graph_harvesting": "leave it out",
+    "nebula": "leave it out; checkpoints are this project's own",
+    "progressive_layer_drop": "leave it out",
+    "quantize_training": "set load_in_4bit or load_in_8bit in the run file",
+    "sparse_attention": "leave it out",
+    "sparse_gradients": "leave it out; embeddings are frozen",
+}
+REMOVED_FROM_ZERO = {
+    "mics_hierarchical_params_gather": "set hpz_partition_size in the run file",
+    "mics_shard_size": "set hpz_partition_size in the run file",
+    "zeropp_loco_param": "leave it out",
+}

@@ -1,0 +1,147 @@
+"""The guide's rules of thumb as advice: a line each, and nothing is changed.
+
+Source: LoRA Basics; the section is named with each.
+"""
+
+from collections.abc import Callable
+
+from pipeline.config.presets import PRESETS, RANGES, preset_for
+from pipeline.plan.cost.memory import memory
+from pipeline.plan.rules.rule import Rule, Situation
+
+_RATES = (1e-5, 2e-4)
+# The guide speaks of large models. The 135 million parameters of launch/runs/quickstart.yaml learn
+# at 2e-3, so below a billion that much is let pass.
+_SMALL_MODEL, _SMALL_MODEL_RATE = 10**9, 2e-3
+_SHORT_OF_MEMORY = 0.9  # share of a device
+
+
+def _unusual_rate(s: Situation) -> bool:
+    low, high = _RATES
+    if s.shape.parameters < _SMALL_MODEL:
+        high = _SMALL_MODEL_RATE
+    return not low <= s.settings.lr <= high
+
+
+def _compute_dtype_differs(s: Situation) -> bool:
+    asked = s.settings.bnb_4bit_compute_dtype
+    return s.settings.load_in_4bit and asked not in ("auto", s.layout.training_dtype)
+
+
+def _evaluates_at_other_steps(s: Situation) -> bool:
+    """Only where the run file gives both: the defaults differ, and nobody asked for them."""
+    settings = s.settings
+    kinds = {settings.evaluation_strategy, settings.save_strategy}
+    is_asked = {"evaluation_strategy", "save_strategy"} <= settings.model_fields_set
+    if settings.eval_data is None or not is_asked or "no" in kinds:
+        return False
+    return len(kinds) == 2 or (kinds == {"steps"} and settings.eval_steps != settings.save_steps)
+
+
+def _is_short_of_memory(s: Situation) -> bool:
+    if s.settings.gradient_checkpointing is not False:
+        return False
+    need = memory(s.shape, s.settings, s.layout, s.hardware, s.settings.max_length).device_need
+    return need > _SHORT_OF_MEMORY * s.hardware.usable_bytes(s.layout.ranks_per_node)
+
+
+def _other_than_for(name: str) -> Callable[[Situation], bool]:
+    """Whether the data is of this size, and epochs or dropout are not the guide's for it."""
+    low, high = RANGES[name]["epochs"]
+    dropout = PRESETS[name]["lora_dropout"]
+
+    def differs(s: Situation) -> bool:
+        if s.data is None or preset_for(s.data) != name:
+            return False
+        is_other_length = s.settings.max_steps is None and not low <= s.settings.epochs <= high
+        return is_other_length or s.settings.lora_dropout < dropout
+
+    return differs
+
+
+def _by_size(name: str, rows: str) -> Rule[Situation]:
+    low, high = RANGES[name]["epochs"]
+    dropout = PRESETS[name]["lora_dropout"]
+    return Rule(
+        id=f"data-{name}",
+        level="advise",
+        applies=_other_than_for(name),
+        reason=f"for {rows} training documents the guide has {low} to {high} epochs and a dropout "
+        f"of {dropout:g}",
+        remedy=f"`preset: {name}` would set them, with r {PRESETS[name]['lora_r']} and lr "
+        f"{PRESETS[name]['lr']:g}",
+        source="LoRA Basics, Common Patterns",
+    )
+
+
+ADVICE: tuple[Rule[Situation], ...] = (
+    Rule(
+        id="alpha",
+        level="advise",
+        applies=lambda s: s.settings.alpha not in (s.settings.lora_r, 2 * s.settings.lora_r),
+        reason="lora_alpha is neither r nor 2 x r",
+        remedy="leave lora_alpha out for 2 x r",
+        source="LoRA Basics, LoRA Parameters",
+    ),
+    Rule(
+        id="lora-r",
+        level="advise",
+        applies=lambda s: not 8 <= s.settings.lora_r <= 128,
+        reason="lora_r is outside 8 to 128",
+        remedy="8 to 16 suits a change of style, 32 to 64 a new domain, 64 to 128 new capabilities",
+        source="LoRA Basics, Choosing Rank",
+    ),
+    Rule(
+        id="learning-rate",
+        level="advise",
+        applies=_unusual_rate,
+        reason="lr is outside 1e-5 to 2e-4 (2e-3 for a model below a billion parameters)",
+        remedy="compare with a short run at 2e-4",
+        source="LoRA Basics, Training Parameters",
+    ),
+    _by_size("small", "fewer than 1,000"),
+    _by_size("medium", "1,000 to 10,000"),
+    _by_size("large", "more than 10,000"),
+    Rule(
+        id="compute-dtype",
+        level="advise",
+        applies=_compute_dtype_differs,
+        reason="bnb_4bit_compute_dtype is not the type that the run trains in",
+        remedy="leave it out, or set it to the training type",
+        source="LoRA Basics, QLoRA-Specific",
+    ),
+    Rule(
+        id="double-quantisation",
+        level="advise",
+        applies=lambda s: s.settings.load_in_4bit and not s.settings.bnb_4bit_use_double_quant,
+        reason="bnb_4bit_use_double_quant: false costs about 0.4 bits a parameter",
+        remedy="leave it out",
+        source="LoRA Basics, QLoRA-Specific",
+    ),
+    Rule(
+        id="nf4",
+        level="advise",
+        applies=lambda s: s.settings.load_in_4bit and s.settings.bnb_4bit_quant_type == "fp4",
+        reason="bnb_4bit_quant_type: fp4 is usually less exact than nf4",
+        remedy="leave it out for nf4",
+        source="LoRA Basics, QLoRA-Specific",
+    ),
+    Rule(
+        id="evaluation-matches-saving",
+        level="advise",
+        applies=_evaluates_at_other_steps,
+        reason="evaluation_strategy and save_strategy, or eval_steps and save_steps, differ, so "
+        "the checkpoints are not the states that were evaluated",
+        remedy="give both the same",
+        source="LoRA Basics, Logging & Saving",
+    ),
+    Rule(
+        id="checkpointing",
+        level="advise",
+        applies=_is_short_of_memory,
+        reason="gradient_checkpointing: false, and the run is planned to fill more than 90 % of a "
+        "device",
+        remedy="set gradient_checkpointing: auto; it costs about 30 % of the time",
+        source="LoRA Basics, Precision & Memory",
+    ),
+)

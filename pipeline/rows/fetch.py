@@ -1,0 +1,91 @@
+"""Splits of hub data sets: their files in the local cache, and fetching them there."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pipeline.config.data_names import DataSource
+from pipeline.config.hub import HubSplit
+from pipeline.errors import UserError
+from pipeline.rows.files import SUFFIXES, has_known_suffix
+
+
+def split_files(split: HubSplit, key: str) -> list[Path]:
+    """Files of a split as the data set's own description lists them; fetches nothing.
+
+    Raises UserError that names `key` where the local cache has no snapshot or no such split, or a
+    snapshot whose download was cut off.
+    """
+    snapshot = split.snapshot()
+    if snapshot is None:
+        raise UserError(
+            f"{key}: {split}: no such file, and no hub data set of this revision in the local "
+            "cache; fetch it with: python launch/prepare.py RUN.yaml"
+        )
+    if not _is_whole(split, snapshot):
+        raise UserError(
+            f"{key}: {split}: files of it are missing in the local cache, as after a download "
+            "that was cut off; fetch them with: python launch/prepare.py RUN.yaml"
+        )
+    import datasets
+
+    for library in ("datasets", "huggingface_hub"):  # they note what a description lacks
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        with TemporaryDirectory(prefix="rankzero-") as cache:
+            builder = datasets.load_dataset_builder(str(snapshot), cache_dir=cache)
+    except Exception as error:  # noqa: BLE001 - several configurations, a script, no data file ...
+        said = " ".join(str(error).split())
+        raise UserError(f"{key}: {split}: {said}; or name the files beneath {snapshot}") from None
+    by_split = {str(name): files for name, files in (builder.config.data_files or {}).items()}
+    if split.split not in by_split:
+        raise UserError(f"{key}: {split}: its splits are {', '.join(by_split) or 'none'}")
+    files = [Path(file) for file in by_split[split.split]]
+    if unknown := [file for file in files if not has_known_suffix(file)]:
+        raise UserError(f"{key}: {split}: {unknown[0]} is not one of {SUFFIXES}")
+    return files
+
+
+def fetch(sources: Iterable[DataSource], key: str) -> None:
+    """Download what of the hub data sets among a setting's sources is not in the local cache.
+
+    Raises UserError that names `key`.
+    """
+    missing = [
+        split
+        for source in sources
+        if (split := HubSplit.parse(source.path)) is not None
+        and ((snapshot := split.snapshot()) is None or not _is_whole(split, snapshot))
+    ]
+    for split in missing:
+        from huggingface_hub import snapshot_download
+
+        try:
+            snapshot_download(split.name, repo_type="dataset", revision=split.revision)
+        except Exception as error:  # noqa: BLE001 - no network, no such data set, a token, a disk
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"{key}: {split}: cannot be fetched from the hub: {said}; check the name and the "
+                "network (a private data set needs `hf auth login`), or name files that are here"
+            ) from None
+
+
+def _is_whole(split: HubSplit, snapshot: Path) -> bool:
+    """Whether a snapshot has all files that the hub has listed for it, as far as is known here."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(
+            split.name,
+            repo_type="dataset",
+            revision=split.revision,
+            cache_dir=snapshot.parents[2],
+            local_files_only=True,
+        )
+    except IncompleteSnapshotError:
+        return False
+    except LocalEntryNotFoundError:  # a commit by less than its whole hash: nothing is known of it
+        return True
+    return True

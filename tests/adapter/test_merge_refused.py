@@ -1,0 +1,235 @@
+"""What cannot be merged is refused, and nothing that existed is lost."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.adapter import merge
+from pipeline.adapter.fit import TRAINED_ON, require_same_base
+from pipeline.adapter.merge import merge_adapter
+from pipeline.errors import RankZeroError, UserError
+from pipeline.model.fingerprint import base_fingerprint
+from tests.adapter.merging import contents, edit, make_adapter, make_pair, tensors
+
+pytestmark = pytest.mark.tensor
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("original"), "untied-shards")
+
+
+@pytest.fixture
+def pair(original, tmp_path):
+    """Base and adapter that a test may change."""
+    return Path(shutil.copytree(original, tmp_path / "pair"))
+
+
+def foreign_module(pair):
+    path = pair / "adapter" / "adapter_model.safetensors"
+    renamed = {key.replace("layers.1.", "layers.5."): t for key, t in load_file(path).items()}
+    save_file(renamed, path)
+
+
+def foreign_shape(pair):
+    path = pair / "adapter" / "adapter_model.safetensors"
+    found = load_file(path)
+    key = next(key for key in found if "down_proj.lora_A" in key)
+    save_file(found | {key: torch.ones(4, 48)}, path)
+
+
+def foreign_r(pair):
+    edit(pair / "adapter" / "adapter_config.json", r=8)
+
+
+def foreign_key(pair):
+    path = pair / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.model.lm_head.weight": torch.ones(4)}, path)
+
+
+def cut_adapter(pair):
+    path = pair / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def no_adapter(pair):
+    shutil.rmtree(pair / "adapter")
+
+
+def quantised(pair):
+    edit(pair / "base" / "config.json", quantization_config={"quant_method": "gptq"})
+
+
+def no_safetensors(pair):
+    for path in (pair / "base").glob("*safetensors*"):
+        path.unlink()
+    (pair / "base" / "pytorch_model.bin").write_bytes(b"x")
+
+
+def missing_shard(pair):
+    next((pair / "base").glob("*.safetensors")).unlink()
+
+
+def outside_index(pair):
+    path = pair / "base" / "model.safetensors.index.json"
+    weight_map = json.loads(path.read_text())["weight_map"]
+    edit(path, weight_map=dict.fromkeys(weight_map, "../outside.safetensors"))
+
+
+def tied_head(pair):
+    shutil.rmtree(pair / "adapter")
+    make_adapter(pair / "base", pair / "adapter", ["lm_head"])
+    edit(pair / "base" / "config.json", tie_word_embeddings=True)
+
+
+def option(**changes):
+    return lambda pair: edit(pair / "adapter" / "adapter_config.json", **changes)
+
+
+def full_disk(pair):
+    (pair / "full").touch()
+
+
+REFUSED = {
+    "module": (foreign_module, r"7 of 14 weights.*layers\.5\..*what exists: model\.layers\."),
+    "shape": (foreign_shape, r"down_proj.weight is \(32, 64\) there and \(32, 48\)"),
+    "r": (foreign_r, "not r 8"),
+    "key": (foreign_key, "lm_head.weight is not one of a lora_A, lora_B pair"),
+    "cut": (cut_adapter, "bytes long"),
+    "absent": (no_adapter, "holds no adapter_config.json"),
+    "quantised": (quantised, r"already quantised \(gptq\)"),
+    "pickle": (no_safetensors, "holds neither"),
+    "shard": (missing_shard, "not a readable safetensors file"),
+    "outside": (outside_index, "not the name of a file"),
+    "tied": (tied_head, "one side of a pair"),
+    "dora": (option(use_dora=True), "use_dora"),
+    "fan": (option(fan_in_fan_out=True), "fan_in_fan_out"),
+    "ranks": (option(rank_pattern={"q_proj": 8}), "rank_pattern"),
+    "alphas": (option(alpha_pattern={"q_proj": 8}), "alpha_pattern"),
+    "pissa": (option(init_lora_weights="pissa"), "changed the base"),
+    "bias": (option(bias="all"), "bias"),
+    "unknown": (option(new_option_of_peft=1), "new_option_of_peft"),
+    "disk": (full_disk, "GiB and 0.0 are free"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_merged_is_refused_and_nothing_is_written(pair, monkeypatch, name):
+    damage, message = REFUSED[name]
+    damage(pair)
+    if (pair / "full").exists():
+        monkeypatch.setattr(merge.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    before = contents(pair)
+    with pytest.raises(UserError, match=message):
+        merge_adapter(pair / "base", pair / "adapter", pair / "merged")
+    assert contents(pair) == before
+
+
+def test_an_fp16_overflow_is_refused_and_the_previous_merge_stays(tmp_path):
+    make_pair(tmp_path, "untied-fp16")
+    merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    before = contents(tmp_path / "merged")
+    edit(tmp_path / "adapter" / "adapter_config.json", lora_alpha=4e7)
+    with pytest.raises(RankZeroError, match=r"too large for torch\.float16"):
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert contents(tmp_path / "merged") == before
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_kill_half_way_leaves_the_previous_merge(pair, monkeypatch, number):
+    base, adapter, out = (pair / name for name in ("base", "adapter", "merged"))
+    merge_adapter(base, adapter, out)
+    before = contents(out)
+    copy, count = merge._merge_shard, []
+
+    def killed(shard, lora, target):
+        count.append(shard)
+        if len(count) > number:
+            shutil.copytree(pair, pair.parent / f"{pair.name}-left")
+            raise KeyboardInterrupt
+        return copy(shard, lora, target)
+
+    edit(adapter / "adapter_config.json", lora_alpha=24)
+    monkeypatch.setattr(merge, "_merge_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        merge_adapter(base, adapter, out)
+    assert contents(out) == before
+    # What a kill that cleans nothing up would have left: the next merge is not disturbed by it.
+    monkeypatch.undo()
+    left = pair.parent / f"{pair.name}-left"
+    assert contents(left / "merged") == before
+    merge_adapter(left / "base", left / "adapter", left / "merged")
+    assert {path.name for path in left.iterdir()} == {"base", "adapter", "merged"}
+    assert contents(left / "merged") != before
+
+
+def test_only_what_a_merge_wrote_is_replaced(pair):
+    base, adapter = pair / "base", pair / "adapter"
+    mine = pair / "mine"
+    mine.mkdir()
+    merge_adapter(base, adapter, mine)  # empty: nothing to lose
+    merge_adapter(base, adapter, mine)
+    (mine / "notes.txt").write_text("keep me")
+    for out, message in {
+        mine: r"notes\.txt, which no merge wrote",
+        base: "would replace",
+        pair: "would replace",
+        adapter: "would replace",
+    }.items():
+        before = contents(pair)
+        with pytest.raises(UserError, match=message):
+            merge_adapter(base, adapter, out)
+        assert contents(pair) == before
+    other = pair / "other"
+    other.mkdir()
+    (other / "file").touch()
+    with pytest.raises(UserError, match="not written by a merge"):
+        merge_adapter(base, adapter, other)
+
+
+def test_the_script_merges_and_answers_without_torch(pair):
+    run = pair / "run"
+    run.mkdir()
+    settings = {"model": str(pair / "base"), "train_data": "t.jsonl", "output_dir": str(run)}
+    (run / "run.yaml").write_text(json.dumps(settings))
+
+    def script(*options):
+        command = [sys.executable, "-X", "importtime", "launch/merge.py", str(run), *options]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    none = script()
+    assert none.returncode == 2
+    assert "holds no adapter" in none.stderr
+    shutil.copytree(pair / "adapter", run / "adapter")
+    foreign_shape(pair)
+    shutil.copytree(pair / "adapter", run / "adapter", dirs_exist_ok=True)
+    foreign = script()
+    assert foreign.returncode == 2
+    assert "does not belong to base" in foreign.stderr
+    assert "| torch\n" not in none.stderr + foreign.stderr
+    assert "Traceback" not in none.stderr + foreign.stderr
+    shutil.rmtree(run / "adapter")
+    make_adapter(pair / "base", run / "adapter")
+    done = script("--out", str(run / "here"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{run / 'here'}: 14 weights")
+    assert done.stdout.count("\n") == 1
+    assert tensors(run / "here").keys() == tensors(pair / "base").keys()
+
+
+def test_another_fine_tune_of_the_same_shape_is_refused(pair):
+    trained_on = {"base": str(pair / "base"), "fingerprint": base_fingerprint(pair / "base")}
+    (pair / "adapter" / TRAINED_ON).write_text(json.dumps(trained_on))
+    require_same_base(pair / "base", pair / "adapter")
+    shard = next((pair / "base").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="is not what the adapter was trained on"):
+        require_same_base(pair / "base", pair / "adapter")

@@ -1,0 +1,219 @@
+"""The published folder loads in plain peft, and a failed check leaves the previous one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.adapter import publish
+from pipeline.adapter.publish import adapter_config, check_servable, model_card, publish_adapter
+from pipeline.errors import RankZeroError
+from pipeline.model.adapter import attach_adapter, expected_shapes, trainable
+from tests.tiny import make_plan
+
+pytestmark = pytest.mark.tensor
+
+IDS = torch.arange(3, 43).reshape(2, 20)
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_model):
+    return make_plan(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, plan):
+    """An adapter with every matrix non-zero, and the logits that it gives in memory."""
+    model = attach_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), plan).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.normal_(std=0.1)
+        logits = model(IDS).logits
+    tensors = {key: p.detach().clone() for key, p in trainable(model).items()}
+    return tensors, logits
+
+
+def write(plan, tensors, folder, **changes):
+    publish_adapter(
+        tensors,
+        expected_shapes(plan),
+        folder,
+        adapter_config=adapter_config(plan.settings) | changes,
+        base=Path(plan.settings.model),
+        card=model_card(plan, 7),
+    )
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_chat_template_that_the_run_brought_is_in_the_folder(plan, trained, tmp_path):
+    """And in place of the base's, which was not the one that was trained with."""
+    publish_adapter(
+        trained[0],
+        expected_shapes(plan),
+        tmp_path / "adapter",
+        adapter_config=adapter_config(plan.settings),
+        base=Path(plan.settings.model),
+        card="",
+        chat_template="{{ 'mine' }}",
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template == "{{ 'mine' }}"
+
+
+@pytest.fixture
+def published(plan, trained, tmp_path):
+    write(plan, trained[0], tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_plain_peft_gives_the_logits_of_the_trained_model(tiny_model, published, trained):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    loaded = PeftModel.from_pretrained(base, published).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, trained[1])
+
+
+def test_in_bf16_too_and_nearly_so_in_pefts_default(tiny_model, tmp_path):
+    plan = make_plan(tiny_model, bf16=True)
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+
+    model = attach_adapter(base(), plan).eval()
+    torch.manual_seed(1)
+    masters = {key: 0.03 * torch.randn(shape) for key, shape in expected_shapes(plan).items()}
+    with torch.no_grad():
+        for key, parameter in trainable(model).items():
+            parameter.copy_(masters[key])
+        logits = model(IDS).logits
+        write(plan, masters, tmp_path / "adapter")
+        same = PeftModel.from_pretrained(base(), tmp_path / "adapter", autocast_adapter_dtype=False)
+        assert torch.equal(same.eval()(IDS).logits, logits)
+        near = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()(IDS).logits
+    assert (near - logits).float().norm() < 0.01 * logits.float().norm()
+
+
+def test_the_folder_holds_config_tokenizer_and_card(tiny_model, published, plan):
+    config = json.loads((published / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    assert config["inference_mode"] is True
+    assert config["base_model_name_or_path"] == str(tiny_model)
+    assert config["target_modules"] == sorted(plan.settings.lora_target_modules)
+    assert PeftConfig.from_pretrained(published).target_modules == set(config["target_modules"])
+    tokenizer = AutoTokenizer.from_pretrained(published)
+    original = AutoTokenizer.from_pretrained(tiny_model)
+    assert tokenizer("some text").input_ids == original("some text").input_ids
+    assert tokenizer.chat_template == original.chat_template
+    card = (published / "README.md").read_text()
+    assert card.startswith("---\nbase_model: ")
+    assert "library_name: peft" in card
+    assert "| steps | 7 |" in card
+    assert "train.jsonl" in card
+    assert not {"config.json", "model.safetensors"} & contents(published).keys()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*layers\.1\..*\.(q|v)_proj"])
+def test_targets_are_written_as_names(tiny_model, targets, tmp_path):
+    plan = make_plan(tiny_model, lora_target_modules=targets)
+    tensors = {key: torch.ones(shape) for key, shape in expected_shapes(plan).items()}
+    write(plan, tensors, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert isinstance(config["target_modules"], list)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    assert trainable(loaded).keys() == tensors.keys()
+
+
+def test_a_second_adapter_takes_the_place_of_the_first(plan, trained, published):
+    before = contents(published)
+    write(plan, {key: 2 * tensor for key, tensor in trained[0].items()}, published)
+    after = contents(published)
+    assert before.keys() == after.keys()
+    assert before["adapter_model.safetensors"] != after["adapter_model.safetensors"]
+    assert [path.name for path in published.parent.iterdir()] == ["adapter"]
+
+
+def untrained(tensors, monkeypatch):
+    del monkeypatch
+    return {key: torch.zeros_like(t) if "lora_B" in key else t for key, t in tensors.items()}
+
+
+def badly_written(tensors, monkeypatch):
+    save = publish.save_file
+
+    def save_half(weights, path, metadata):
+        save(weights, path, metadata)
+        path.write_bytes(path.read_bytes()[:-4])
+
+    monkeypatch.setattr(publish, "save_file", save_half)
+    return tensors
+
+
+def disk_full(tensors, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(publish, "_copy_tokenizer", fail)
+    return tensors
+
+
+@pytest.mark.parametrize("failure", [untrained, badly_written, disk_full])
+def test_a_failure_leaves_the_previous_adapter(plan, trained, published, monkeypatch, failure):
+    before = contents(published)
+    with pytest.raises(RankZeroError):
+        write(plan, failure(trained[0], monkeypatch), published)
+    assert contents(published) == before
+    assert [path.name for path in published.parent.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("which", ["rename-away", "rename-in"])
+def test_a_kill_at_a_rename_loses_nothing(plan, trained, published, monkeypatch, which):
+    """KeyboardInterrupt stands for the kill; what it would clean up is put back as it was left."""
+    before = contents(published)
+    left = published.parent / "left"
+    rename = Path.rename
+
+    def killed(self, target):
+        is_away = Path(target).name == ".adapter.old"
+        if is_away == (which == "rename-away"):
+            monkeypatch.setattr(Path, "rename", rename)
+            shutil.copytree(published.parent, left)
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(plan, trained[0], published)
+    assert contents(published) == before
+    # The state of a real kill: the next publish that fails must bring the first adapter back.
+    monkeypatch.setattr(publish, "verify_adapter_file", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write(plan, trained[0], left / "adapter")
+    assert contents(left / "adapter") == before
+    assert [path.name for path in left.iterdir()] == ["adapter"]
+
+
+UNSERVABLE = {
+    "prefix": (lambda t: {key.removeprefix("base_model."): v for key, v in t.items()}, {}, "key"),
+    "kind": (lambda t: t | {"base_model.model.lm_head.weight": torch.ones(1, 1)}, {}, "key"),
+    "r": (lambda t: t, {"r": 2}, "4 inner dimensions.*says 2"),
+    "types": (lambda t: t | {min(t): t[min(t)].bfloat16()}, {}, "bfloat16, torch.float32"),
+    "modules": (lambda t: t, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "bias": (lambda t: t, {"bias": "all"}, "bias"),
+    "dora": (lambda t: t, {"use_dora": True}, "use_dora"),
+}
+
+
+@pytest.mark.parametrize("name", UNSERVABLE)
+def test_what_serving_engines_reject_is_refused(plan, trained, name):
+    change, config, message = UNSERVABLE[name]
+    with pytest.raises(RankZeroError, match=message):
+        check_servable(change(trained[0]), adapter_config(plan.settings) | config)

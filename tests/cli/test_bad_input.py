@@ -1,0 +1,139 @@
+"""Bad input ends with exit code 2 and one message, before torch loads and before anything changes.
+
+Each case starts `launch/train.py` in a process of its own that says at the end what it imported.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests import ROOT
+
+pytestmark = pytest.mark.unit
+
+SCRIPT = """
+import atexit, os, runpy, sys
+leave = os._exit
+def told(code):
+    print("TORCH" if "torch" in sys.modules else "NO-TORCH")
+    sys.stdout.flush()
+    leave(code)
+os._exit = told
+sys.argv = ["train.py", *sys.argv[1:]]
+runpy.run_path("launch/train.py", run_name="__main__")
+"""
+ROW = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
+
+
+@pytest.fixture
+def case(tmp_path, tiny_model):
+    """A run that would work, and a way to start it."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "train.jsonl").write_text(ROW * 4)
+    values = {
+        "model": str(tmp_path / "model"),
+        "train_data": str(tmp_path / "train.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+        "lora_r": 4,
+    }
+
+    def start(**change) -> tuple[int, str, str]:
+        path = tmp_path / "RUN.yaml"
+        path.write_text(yaml.safe_dump(values | change))
+        result = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(path)],
+            capture_output=True, text=True, cwd=ROOT, check=False,
+        )  # fmt: skip
+        return result.returncode, result.stdout, result.stderr
+
+    return tmp_path, start
+
+
+def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
+    code, out, err = result
+    assert code == 2, out + err
+    assert out == "NO-TORCH\n"
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"lora_rnk": 8}, ["RUN.yaml:", "lora_rnk", "did you mean 'lora_r'"]),
+        ({"lora_r": "many"}, ["lora_r", "integer", "'many'"]),
+        ({"model": "no/such/folder"}, ["no/such/folder is not a folder, nor"]),
+        ({"train_data": "no/such.jsonl"}, ["train_data", "no/such.jsonl"]),
+        ({"eval_data": "no/such.jsonl"}, ["eval_data", "no/such.jsonl"]),
+        ({"global_batch_size": 7, "batch_size": 2}, ["7 is not", "would work"]),
+        ({"lora_target_modules": ["nothing"]}, ["'nothing'", "q_proj"]),
+        ({"fp16": True, "bf16": True}, ["keep one of them"]),
+        ({"fp16": True, "bf16": False}, ["CPU", "fp16-cpu"]),
+    ],
+)
+def test_wrong_settings(case, change, parts):
+    folder, start = case
+    assert_refused(start(**change), *parts)
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("{", "train.jsonl:5"),
+        ("[1]", "train.jsonl:5"),
+        ('{"prompt": "a"}', "train.jsonl:5"),
+        ('{"prompt": "a", "completion": ""}', "train.jsonl:5"),
+        ('{"messages": []}', "train.jsonl:5"),
+    ],
+)
+def test_a_bad_row_is_named_with_file_and_line(case, line, part):
+    folder, start = case
+    (folder / "train.jsonl").write_text(ROW * 4 + line + "\n")
+    assert_refused(start(), part, "max_rejected", f"named in {folder}/run/data/rejects.jsonl")
+    left = [path for path in (folder / "run").rglob("*") if path.is_file()]
+    assert left == [folder / "run" / "data" / "rejects.jsonl"]
+    (reject,) = map(json.loads, left[0].read_text().splitlines())
+    assert (reject["file"], reject["line"]) == (str(folder / "train.jsonl"), 5)
+
+
+def test_an_empty_file(case):
+    folder, start = case
+    (folder / "train.jsonl").write_text("")
+    assert_refused(start(), "train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("missing", "part"),
+    [
+        ("model.safetensors", "holds no weights"),
+        ("config.json", "holds no config.json"),
+        ("tokenizer.json", "holds no tokenizer"),
+    ],
+)
+def test_a_model_folder_that_lacks_something(case, missing, part):
+    folder, start = case
+    (folder / "model" / missing).unlink()
+    if missing == "tokenizer.json":
+        (folder / "model/tokenizer_config.json").unlink()
+    assert_refused(start(), part)
+
+
+def test_a_model_folder_that_lacks_one_of_its_shards(case):
+    folder, start = case
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    assert_refused(start(), "1 of 2 weight files are missing", "model-2.safetensors")
+
+
+def test_a_folder_that_is_no_run_folder_is_left_alone(case):
+    folder, start = case
+    (folder / "run").mkdir()
+    (folder / "run/thesis.txt").write_text("years of work")
+    assert_refused(start(overwrite=True), "holds thesis.txt and is not a run folder")
+    assert (folder / "run/thesis.txt").read_text() == "years of work"

@@ -1,0 +1,252 @@
+"""One run under every launcher: two CPU ranks, and the same adapter bit for bit."""
+
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.train.metrics import read_metrics
+from pipeline.train.status import read_status
+from tests import ROOT
+from tests.hosts import TwoHosts, why_not
+from tests.tiny import make_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+BIN = Path(sys.executable).parent
+TRAIN = "launch/train.py"
+HANG_S = 15
+# What the watchdog needs beyond hang_timeout_s to say who it was, whichever side it is on.
+SAYING_S = 30
+SETTINGS = {
+    "lora_r": 4, "lora_dropout": 0.1, "lr": 5e-3, "epochs": 4, "global_batch_size": 4,
+    "batch_size": 1, "max_length": 128, "save_steps": 3, "logging_steps": 1, "bf16": False,
+    "fp16": False, "zero_stage": 2,
+}  # fmt: skip
+ADAPTER = "adapter/adapter_model.safetensors"
+NO_MPI4PY = "raise ModuleNotFoundError(\"No module named 'mpi4py'\", name='mpi4py')\n"
+
+# Stands in for pdsh and the ssh behind it: the same words on each host, in a bare environment.
+PDSH = """#!{python}
+import os, subprocess, sys
+at = sys.argv.index("-w") + 1
+line = " ".join(sys.argv[at + 1:])
+bare = {{name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS")}}
+hosts = [
+    subprocess.Popen(["sh", "-c", line.replace("%n", str(number))], env=bare)
+    for number, _ in enumerate(sys.argv[at].split(","))
+]
+sys.exit(max(host.wait() for host in hosts))
+"""
+
+
+class Workspace:
+    """A folder with the data of all runs here, and runs in it."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+        make_rows(folder / "train.jsonl")
+        (folder / "without_mpi").mkdir()
+        (folder / "without_mpi/mpi4py.py").write_text(NO_MPI4PY)
+        # Found first, so that runs are as where mpi4py is not installed.
+        self.without_mpi = {"PYTHONPATH": f"{folder / 'without_mpi'}:{ROOT}"}
+
+    def run_file(self, name: str, **settings) -> Path:
+        """The run file of 24 steps, whose run folder is of the same name."""
+        paths = {
+            "model": str(self.model),
+            "train_data": str(self.folder / "train.jsonl"),
+            "output_dir": str(self.folder / name),
+        }
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(paths | SETTINGS | settings))
+        return path
+
+    def adapter(self, name: str) -> bytes:
+        return (self.folder / name / ADAPTER).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, tiny_model) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("launchers"), tiny_model)
+
+
+@pytest.fixture(scope="module")
+def expected(workspace) -> bytes:
+    """The adapter that DeepSpeed's launcher makes on one machine."""
+    run_file = workspace.run_file("deepspeed")
+    command = deepspeed("--num_accelerators", "2", *at_a_port())
+    finish(start(command, TRAIN, run_file, **workspace.without_mpi))
+    return workspace.adapter("deepspeed")
+
+
+def deepspeed(*options: str) -> list[str]:
+    return [str(BIN / "deepspeed"), *options]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])
+
+
+def at_a_port() -> list[str]:
+    return ["--master_addr", "127.0.0.1", "--master_port", free_port()]
+
+
+def start(
+    command: Sequence[str], *arguments: str | Path, **environment: str
+) -> subprocess.Popen[str]:
+    launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in launchers and not name.startswith(("SLURM_", "OMPI_", "PMI"))
+    }
+    here = {
+        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    return subprocess.Popen(
+        [*command, *(str(argument) for argument in arguments)],
+        cwd=ROOT,
+        env=clean | here | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ends(*processes: subprocess.Popen[str], within_s: float = 240) -> list[tuple[int, str]]:
+    """Exit code and output of each."""
+    deadline = time.monotonic() + within_s
+    try:
+        outputs = [p.communicate(timeout=deadline - time.monotonic())[0] for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, output) for p, output in zip(processes, outputs, strict=True)]
+
+
+def finish(*processes: subprocess.Popen[str]) -> str:
+    """Wait for all, which must succeed, and return what they said."""
+    ended = ends(*processes)
+    assert [code for code, _ in ended] == [0] * len(processes), ended
+    return "".join(output for _, output in ended)
+
+
+def test_deepspeed_with_a_hostfile(workspace, expected, tmp_path):
+    pdsh = tmp_path / "pdsh"
+    pdsh.write_text(PDSH.format(python=sys.executable))
+    pdsh.chmod(pdsh.stat().st_mode | stat.S_IXUSR)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("host-a slots=1\nhost-b slots=1\n")
+    command = deepspeed("--hostfile", str(hosts), "--no_ssh_check", *at_a_port())
+    path = f"{tmp_path}:{BIN}:{os.environ['PATH']}"
+    said = finish(start(command, TRAIN, workspace.run_file("hostfile"), PATH=path))
+    assert "2 nodes" in said or "2 x 1 x CPU" in said, said
+    assert workspace.adapter("hostfile") == expected
+
+
+def test_deepspeed_on_each_machine_without_ssh(workspace, expected, tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("host-a slots=1\nhost-b slots=1\n")
+    run_file, where = workspace.run_file("no_ssh"), at_a_port()
+    finish(
+        *(
+            start(
+                deepspeed("--hostfile", str(hosts), "--no_ssh", "--node_rank", node, *where),
+                TRAIN, run_file,
+            )
+            for node in ("0", "1")
+        )
+    )  # fmt: skip
+    assert workspace.adapter("no_ssh") == expected
+
+
+def test_torchrun(workspace, expected):
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
+    finish(start(command, TRAIN, workspace.run_file("torchrun"), **workspace.without_mpi))
+    assert workspace.adapter("torchrun") == expected
+
+
+def test_srun(workspace, expected):
+    """With the variables of two tasks on two nodes; a real srun is in tests/slurm."""
+    run_file, job = workspace.run_file("srun"), str(os.getpid())
+    finish(
+        *(
+            start(
+                [sys.executable], TRAIN, run_file,
+                **variables_of_srun(task, job), **workspace.without_mpi,
+            )
+            for task in (0, 1)
+        )
+    )  # fmt: skip
+    assert workspace.adapter("srun") == expected
+
+
+def variables_of_srun(task: int, job: str) -> dict[str, str]:
+    return {
+        "SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0",
+        "SLURM_PROCID": str(task), "SLURM_NODEID": str(task), "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "localhost,elsewhere",
+    }  # fmt: skip
+
+
+MPIRUN = shutil.which("mpirun", path=f"{BIN}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun here: pip install 'rankzero[mpi]'")
+def test_mpirun(workspace, expected):
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    command = [MPIRUN, "-np", "2", sys.executable]
+    finish(start(command, TRAIN, workspace.run_file("mpirun"), **as_root))
+    assert workspace.adapter("mpirun") == expected
+
+
+@pytest.mark.skipif(
+    (reason := why_not()) is not None, reason=f"two hosts cannot be made here: {reason}"
+)
+def test_a_cut_cable_between_two_hosts(workspace, expected):
+    run_file = workspace.run_file("cable", hang_timeout_s=HANG_S)
+    folder = workspace.folder / "cable"
+    with TwoHosts() as hosts:
+
+        def start_both() -> list[subprocess.Popen[str]]:
+            options = ["--master_addr", hosts.names[0], "--master_port", "29500"]
+            torchrun = [str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", *options]
+            return [
+                start(hosts.command(n, *torchrun, "--node_rank", str(n)), TRAIN, run_file)
+                for n in (0, 1)
+            ]
+
+        running = start_both()
+        wait_for_step(folder, 5, running)
+        hosts.cut()
+        (code_a, said_a), (code_b, said_b) = ends(*running, within_s=HANG_S + SAYING_S)
+        assert (code_a, code_b) == (1, 1), said_a + said_b  # torchrun's
+        assert f"no progress for {HANG_S} s" in said_a
+        assert "rank 1 on host-b hangs" in said_a
+        assert "stopped or cut off" in said_a
+        assert f"no progress for {HANG_S} s: rank 0 on host-a does not answer, rank 1" in said_b
+        assert read_status(folder / "status.json")["state"] == "failed"
+        assert not (folder / ADAPTER).exists()
+        hosts.mend()
+        said = finish(*start_both())
+    assert "going on from step" in said
+    assert workspace.adapter("cable") == expected
+
+
+def wait_for_step(folder: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
+    deadline = time.monotonic() + 120
+    while len(read_metrics(folder / "metrics.jsonl")) < step:
+        assert all(process.poll() is None for process in processes), ends(*processes)
+        assert time.monotonic() < deadline, f"no step {step}"
+        time.sleep(0.005)

@@ -1,0 +1,171 @@
+"""launch/plan.py as a user calls it: what it prints, and that it needs no torch and no weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.data.dataset.reader import DataIndex, SplitIndex
+from tests import ROOT
+from tests.planning import LLAMA_8B, LLAMA_70B
+
+pytestmark = pytest.mark.unit
+
+SCRIPT = """
+import atexit, os, runpy, sys
+leave = os._exit
+def told(code):
+    print("TORCH" if "torch" in sys.modules else "", end="")
+    sys.stdout.flush()
+    leave(code)
+os._exit = told
+sys.argv = ["plan.py", *sys.argv[1:]]
+runpy.run_path("launch/plan.py", run_name="__main__")
+"""
+# As the tool promises: exactly these keys, and what may stand beside them in two of the blocks.
+SHAPE = {
+    "settings": None,
+    "model": None,
+    "hardware": None,
+    "choice": {
+        "zero_stage", "micro_batch_size", "gradient_accumulation_steps", "global_batch_size",
+        "checkpointed_layers", "hpz_partition_size", "offload_param", "why",
+    },
+    "memory": {
+        "per_rank", "peak_bytes", "load_peak_bytes", "host_peak_bytes", "device_bytes", "fits",
+    },
+    "speed": {"seconds_per_step", "tokens_per_second", "terms"},
+    "disk": None,
+    "rules": None,
+    "deepspeed": None,
+}  # fmt: skip
+
+
+@pytest.fixture
+def call(tmp_path):
+    """Call the script for Llama 8B; returns exit code, stdout, stderr."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(LLAMA_8B))
+    values = {"model": str(tmp_path / "model"), "train_data": str(tmp_path / "train.jsonl")}
+    path = tmp_path / "RUN.yaml"
+    path.write_text(yaml.safe_dump(values | {"output_dir": str(tmp_path / "run"), "lora_r": 16}))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        result = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(path), *arguments],
+            capture_output=True, text=True, cwd=ROOT, check=False,
+        )  # fmt: skip
+        assert "TORCH" not in result.stdout
+        assert "Traceback" not in result.stderr
+        return result.returncode, result.stdout, result.stderr
+
+    run.folder = tmp_path
+    return run
+
+
+def test_json_has_exactly_the_promised_keys(call):
+    code, out, _ = call("--gpu", "h100-80gb", "--gpus-per-node", "8", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert list(found) == list(SHAPE)
+    for block, keys in SHAPE.items():
+        assert keys is None or found[block].keys() == keys, block
+    assert {"parameters", "trainable"} <= found["model"].keys()
+    assert found["memory"]["peak_bytes"] == sum(found["memory"]["per_rank"].values())
+    terms = found["speed"]["terms"]
+    assert found["speed"]["seconds_per_step"] == pytest.approx(sum(terms.values()))
+    for rule in found["rules"]:
+        assert rule.keys() == {"id", "level", "message", "source"}
+    assert found["deepspeed"]["zero_optimization"]["stage"] == found["choice"]["zero_stage"]
+    assert set(found["choice"]["why"]) >= {"zero_stage", "micro_batch_size", "checkpointed_layers"}
+
+
+def test_the_text_says_what_runs_why_and_how_to_start_it(call):
+    (call.folder / "train.jsonl").write_text('{"prompt": "a b", "completion": "c d"}\n' * 5000)
+    code, out, _ = call(
+        "--gpu",
+        "a100-80gb",
+        "--gpus-per-node",
+        "8",
+        "global_batch_size=64",
+        "packing=false",
+        "--all",
+    )
+    assert code == 0
+    for part in (
+        "ZeRO-2", "global batch 64", "about 79 (79 an epoch)", "estimated from a sample",
+        "zero_stage", "activations", "while loading", "host memory of a node", "disk: checkpoints",
+        "s a step", "tokens/s", "[bucket-sizes]", "start      deepspeed launch/train.py",
+        "sbatch --nodes=1 --gpus-per-node=8 --cpus-per-gpu=4 --mem=", "slurm/train.sbatch",
+        "global_batch_size=64", "stage  micro",
+    ):  # fmt: skip
+        assert part in out, part
+
+
+def test_the_prepared_index_fixes_the_steps(call):
+    split = SplitIndex(
+        key="k", folder=Path("train-k"), documents=1000, tokens=300_000, supervised_tokens=1000,
+        longest=700, sequences=1000, epoch_documents=1000, epoch_tokens=300_000,
+    )  # fmt: skip
+    (call.folder / "run/data").mkdir(parents=True)
+    index = json.dumps(DataIndex(train=split, eval=None).as_json())
+    (call.folder / "run/data/index.json").write_text(index)
+    code, out, _ = call("--gpu", "a100-80gb", "global_batch_size=50", "epochs=2")
+    assert code == 0
+    assert "steps      40 (20 an epoch), 2 of warm-up" in out
+    assert "estimated" not in out
+
+
+def test_where_nothing_fits_all_shows_why_for_each(call):
+    code, out, err = call("--gpu-memory-gib", "16", "zero_stage=2", "global_batch_size=4", "--all")
+    assert code == 2
+    assert out.count("GiB a rank (") == 3  # micro-batches of 4, 2 and 1
+    assert "does not fit" in err
+
+
+def test_json_of_what_does_not_fit_says_so_and_what_comes_nearest(call):
+    (call.folder / "model/config.json").write_text(json.dumps(LLAMA_70B))
+    code, out, err = call("--gpu-memory-gib", "16", "zero_stage=2", "--json")
+    assert code == 2
+    found = json.loads(out)
+    assert list(found) == list(SHAPE)
+    memory = found["memory"]
+    assert not memory["fits"]
+    needs = (memory["peak_bytes"], memory["load_peak_bytes"])
+    assert max(needs) > memory["device_bytes"] * 0.9
+    assert "does not fit" in err
+
+
+def test_several_nodes_and_a_gpu_by_its_numbers(call):
+    (call.folder / "model/config.json").write_text(json.dumps(LLAMA_70B))
+    code, out, _ = call(
+        "--gpu-memory-gib", "80", "--gpu-tflops", "900", "--nodes", "16", "--gpus-per-node", "8"
+    )
+    assert code == 0
+    assert "16 nodes of 8 x" in out
+    assert "sbatch --nodes=16 --gpus-per-node=8 --cpus-per-gpu=4 --mem=" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--gpu", "h100"], "h100-80gb"),
+        (["--gpu", "h100-80gb", "--gpu-memory-gib", "80"], "--gpu names the GPU"),
+        (["--gpu-tflops", "100"], "--gpu-tflops needs --gpu-memory-gib"),
+        (["--gpu-memory-gib", "-1"], "above 0"),
+        (["--gpu-memory-gib", "nan"], "above 0"),
+        (["--gpu-memory-gib", "24", "--gpu-tflops", "inf"], "above 0"),
+        (["--gpus-per-node", "0", "--gpu", "h100-80gb"], "must be 1 or more"),
+        (["--gpu-memory-gib", "16", "offload_param=none", "zero_stage=2"], "load_in_4bit: true"),
+        (["--nodes", "0", "--gpu", "h100-80gb"], "must be 1 or more"),
+        (["lora_rr=4"], "did you mean 'lora_r'"),
+        (["load_in_8bit=true", "zero_stage=3", "--gpu", "h100-80gb"], "rule 8bit-zero3"),
+    ],
+)
+def test_what_cannot_be_planned_is_exit_2_with_one_message(call, arguments, part):
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert part in err

@@ -1,0 +1,172 @@
+"""Preflight as a launcher starts it: two processes with the variables of two ranks."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import ROOT
+from tests.hosts import TwoHosts, why_not
+from tests.tiny import make_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+# Rank 1 does not come back from reading what rank 0 has written, or from a product.
+HANGING = """
+import sys, time
+from pathlib import Path
+from pipeline.cluster.exits import run_main
+from pipeline.preflight import examine, rates, together
+if sys.argv[3] == "read":
+    together._read = lambda path, token: time.sleep(600)
+if sys.argv[3] == "multiply":
+    rates._seconds = lambda work, device: time.sleep(600)
+run_main(lambda: examine.preflight(Path(sys.argv[1]), [], limit_s=float(sys.argv[2])))
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path, tiny_model) -> Path:
+    """A small QLoRA run."""
+    make_rows(tmp_path / "train.jsonl")
+    values = {
+        "model": str(tiny_model), "train_data": str(tmp_path / "train.jsonl"),
+        "output_dir": str(tmp_path / "runs/first"), "lora_r": 4, "max_length": 128,
+        "global_batch_size": 4, "batch_size": 1, "bf16": False, "fp16": False,
+    }  # fmt: skip
+    path = tmp_path / "RUN.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+class Ranks:
+    """Processes that take themselves to be ranks; `hosts`: each of them is on a host of its own."""
+
+    def __init__(self, hosts: TwoHosts | None = None) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self._hosts = hosts
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def start(self, *command: str | Path, through: Sequence[str] = ()) -> None:
+        """The next of two ranks; `through`: a command that starts the rank's."""
+        rank, local_size = len(self._processes), 2 if self._hosts is None else 1
+        place = {
+            "RANK": rank, "LOCAL_RANK": rank % local_size, "WORLD_SIZE": 2,
+            "LOCAL_SIZE": local_size, "MASTER_PORT": self._port, "DS_ACCELERATOR": "cpu",
+            "MASTER_ADDR": "127.0.0.1" if self._hosts is None else self._hosts.addresses[0],
+            "OMP_NUM_THREADS": 1,
+        }  # fmt: skip
+        whole = [*through, sys.executable, *map(str, command)]
+        process = subprocess.Popen(
+            whole if self._hosts is None else self._hosts.command(rank, *whole),
+            cwd=ROOT, env=os.environ | {key: str(value) for key, value in place.items()},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._processes.append(process)
+
+    def end(self) -> list[tuple[int, str, str]]:
+        """Exit code, output and errors of each."""
+        try:
+            said = [process.communicate(timeout=200) for process in self._processes]
+        finally:
+            for process in self._processes:
+                process.kill()
+        return [(p.returncode, *s) for p, s in zip(self._processes, said, strict=True)]
+
+
+def test_two_ranks_that_are_fit(run_file, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    ranks = Ranks()
+    command = ["launch/preflight.py", "--local_rank=0", run_file, "load_in_4bit=true", "--json"]
+    ranks.start(*command)
+    ranks.start(*command)
+    (code, out, errors), (code_1, out_1, _) = ranks.end()
+    assert (code, code_1, out_1) == (0, 0, ""), errors
+    report = json.loads(out)
+    levels = {finding["check"]: finding["level"] for finding in report["findings"]}
+    assert "fail" not in levels.values(), out
+    for name in ("4 bits", "rows", "run folder", "process group", "all-reduce", "links"):
+        assert name in levels
+    assert set(report["not_checked"]) == {"drivers", "gpu memory"}
+    assert len(report["hosts"]) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_one_rank_with_other_settings(run_file):
+    ranks = Ranks()
+    ranks.start("launch/preflight.py", run_file)
+    ranks.start("launch/preflight.py", run_file, "seed=7", "lora_r=nine")
+    (code, out, _), (code_1, *_) = ranks.end()
+    assert (code, code_1) == (2, 2)
+    assert "rank 1 (" in out
+    assert "found 'nine'" in out
+    (left_out,) = [line for line in out.splitlines() if line.endswith("settings first")]
+    assert "clock" in left_out  # nothing that a rank without a plan would not reach
+
+
+@pytest.mark.parametrize(
+    ("where", "check", "found"),
+    [("read", "run folder", "clock"), ("multiply", "matrix product", "libraries")],
+)
+def test_a_rank_that_hangs_is_named(run_file, where, check, found):
+    """Also where rank 0 has found the same check good; what it found before is shown."""
+    ranks = Ranks()
+    ranks.start("-c", HANGING, run_file, "30", "come")
+    ranks.start("-c", HANGING, run_file, "30", where)
+    (code, out, errors), (code_1, *_) = ranks.end()
+    assert (code, code_1) == (2, 2), errors
+    (line,) = [line for line in out.splitlines() if line.startswith("fail")]
+    assert line.startswith(f"fail  {check:<15} not over in time on ranks 1 (")
+    assert f"ok    {found} " in out
+
+
+def test_a_rank_that_never_comes(run_file):
+    ranks = Ranks()
+    ranks.start("-c", HANGING, run_file, "2", "come")
+    ((code, out, errors),) = ranks.end()
+    assert code == 2, errors
+    assert "fail  meeting         not all ranks have come in time" in out
+    assert "ok    model " in out  # what rank 0 has found by itself
+
+
+def test_two_hosts_of_which_one_has_another_disk(run_file, tmp_path):
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    shared = tmp_path / "runs"
+    shared.mkdir()
+    own_disk = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', shared]
+    with TwoHosts() as hosts:
+        ranks = Ranks(hosts)
+        ranks.start("launch/preflight.py", run_file, "--json")
+        ranks.start("launch/preflight.py", run_file, through=[str(part) for part in own_disk])
+        (code, out, errors), (code_1, *_) = ranks.end()
+    assert (code, code_1) == (2, 2), errors
+    said = {finding["check"]: finding for finding in json.loads(out)["findings"]}
+    assert [name for name, finding in said.items() if finding["level"] == "fail"] == ["run folder"]
+    assert said["run folder"]["ranks"] == [1]
+    assert "(host-b)" in said["run folder"]["text"]
+    assert "2 ranks on host-a, host-b" in said["ranks"]["text"]
+    assert "is reached by cable" in said["network"]["text"]
+    assert "between machines" in said["links"]["text"]
+
+
+def test_training_refuses_ranks_that_differ_before_it_loads_a_model(run_file, tmp_path):
+    ranks = Ranks()
+    ranks.start("launch/train.py", run_file)
+    ranks.start("launch/train.py", run_file, "seed=7")
+    (code, out, errors), (code_1, *_) = ranks.end()
+    assert (code, code_1) == (2, 2)
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if " seed " in line]
+    assert "42" in line
+    assert "rank 0 (" in line
+    assert "rank 1 (" in errors
+    assert out == ""
+    assert not (tmp_path / "runs").exists()

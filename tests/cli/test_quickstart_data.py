@@ -1,0 +1,87 @@
+"""The demonstration's data is the same everywhere, varied, and has no held-out row in train."""
+
+import importlib.util
+import json
+
+import pytest
+
+from tests import ROOT
+
+pytestmark = pytest.mark.unit
+
+SCRIPT = ROOT / "launch/quickstart/make_data.py"
+KEYS = ["item", "quantity", "size", "day", "time", "delivery"]
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("quickstart_make_data", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("quickstart")
+    load_script().make_data(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    def read(name):
+        lines = (folder / name).read_text(encoding="utf-8").splitlines()
+        chats = [json.loads(line)["messages"] for line in lines]
+        roles = ["system", "user", "assistant"]
+        assert all([m["role"] for m in chat] == roles for chat in chats)
+        return {user["content"]: json.loads(reply["content"]) for _, user, reply in chats}, len(
+            lines
+        )
+
+    return {name: read(f"{name}.jsonl") for name in ("train", "heldout")}
+
+
+def test_same_bytes_again_and_nothing_rewritten(folder, tmp_path):
+    load_script().make_data(tmp_path)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["heldout.jsonl", "train.jsonl"]
+    assert all((folder / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in names}
+    load_script().make_data(tmp_path)
+    assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in names}
+
+
+def test_enough_rows_and_none_in_both(rows):
+    (train, num_train), (heldout, num_heldout) = rows["train"], rows["heldout"]
+    assert (len(train), len(heldout)) == (num_train, num_heldout)  # no message twice
+    assert num_train >= 400
+    assert num_heldout >= 60
+    assert not train.keys() & heldout.keys()
+
+
+def test_held_out_orders_ask_for_what_train_does_not_have(rows):
+    asked = [
+        {(facts["item"], facts["quantity"]) for facts in part.values()} for part, _ in rows.values()
+    ]
+    assert not asked[0] & asked[1]
+
+
+def test_every_answer_has_the_same_keys_and_values_that_a_till_can_take(rows):
+    for part, _ in rows.values():
+        for text, facts in part.items():
+            assert list(facts) == KEYS, text
+            assert isinstance(facts["quantity"], int), text
+            assert facts["size"] in {"small", "large", None}, text
+            assert isinstance(facts["delivery"], bool), text
+
+
+def test_the_wording_is_varied_and_short(rows):
+    train, num_train = rows["train"]
+    assert len({text.split()[0].lower() for text in train}) > 50
+    assert len({" ".join(text.lower().split()[:3]) for text in train}) > 0.6 * num_train
+    assert len({json.dumps(facts) for facts in train.values()}) > 0.9 * num_train
+    for key in ("size", "day", "time"):  # said by some, and left out by some
+        silent = sum(facts[key] is None for facts in train.values())
+        assert 0.1 * num_train < silent < 0.6 * num_train, key
+    assert max(len(text) for text in train) < 200
+    assert not any("{" in text or "  " in text for text in train)

@@ -1,0 +1,203 @@
+"""64 ranks on 8 nodes, rehearsed without them: pure functions, and a group that only pretends."""
+
+import json
+import os
+import traceback
+from pathlib import Path
+
+import pytest
+
+from pipeline.cluster.placement import Placement, from_environment
+from pipeline.config.settings import RunSettings
+from tests.ranks import _CTX
+from tests.tiny import Documents, make_plan
+
+pytestmark = pytest.mark.group
+
+NODES, PER_NODE = 8, 8
+WORLD = NODES * PER_NODE
+HOSTS = [f"gpu{node:02}" for node in range(NODES)]
+
+
+def deepspeed(node: int, local: int) -> dict[str, str]:
+    return {
+        "RANK": str(node * PER_NODE + local), "LOCAL_RANK": str(local), "WORLD_SIZE": str(WORLD),
+        "LOCAL_SIZE": str(PER_NODE), "CROSS_RANK": str(node), "CROSS_SIZE": str(NODES),
+        "MASTER_ADDR": HOSTS[0], "MASTER_PORT": "29500",
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(PER_NODE))),
+    }  # fmt: skip
+
+
+def torchrun(node: int, local: int) -> dict[str, str]:
+    return {
+        "RANK": str(node * PER_NODE + local), "LOCAL_RANK": str(local), "WORLD_SIZE": str(WORLD),
+        "LOCAL_WORLD_SIZE": str(PER_NODE), "GROUP_RANK": str(node), "TORCHELASTIC_RUN_ID": "x",
+        "MASTER_ADDR": HOSTS[0], "MASTER_PORT": "29500",
+    }  # fmt: skip
+
+
+def srun(node: int, local: int) -> dict[str, str]:
+    return {
+        "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": str(node * PER_NODE + local),
+        "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node), "SLURM_NTASKS": str(WORLD),
+        "SLURM_STEP_NUM_TASKS": str(WORLD), "SLURM_STEP_TASKS_PER_NODE": f"{PER_NODE}(x{NODES})",
+        "SLURM_STEP_NODELIST": f"gpu[00-{NODES - 1:02}]", "SLURM_GPUS_ON_NODE": str(PER_NODE),
+        "MASTER_PORT": "29500", "CUDA_VISIBLE_DEVICES": "0",
+    }  # fmt: skip
+
+
+def srun_of_torchrun(node: int, local: int) -> dict[str, str]:
+    one_a_node = {
+        "SLURM_PROCID": str(node), "SLURM_LOCALID": "0", "SLURM_NTASKS": str(NODES),
+        "SLURM_STEP_NUM_TASKS": str(NODES), "SLURM_STEP_TASKS_PER_NODE": f"1(x{NODES})",
+    }  # fmt: skip
+    outer = srun(node, local) | one_a_node
+    del outer["CUDA_VISIBLE_DEVICES"]
+    return outer | torchrun(node, local)
+
+
+def mpirun(node: int, local: int) -> dict[str, str]:
+    return {
+        "OMPI_COMM_WORLD_RANK": str(node * PER_NODE + local), "OMPI_COMM_WORLD_SIZE": str(WORLD),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(local), "OMPI_COMM_WORLD_LOCAL_SIZE": str(PER_NODE),
+        "MASTER_ADDR": HOSTS[0], "MASTER_PORT": "29500",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", [deepspeed, torchrun, srun, srun_of_torchrun, mpirun])
+def test_every_rank_has_its_place(launcher):
+    places = [
+        from_environment(launcher(node, local))
+        for node in range(NODES)
+        for local in range(PER_NODE)
+    ]
+    assert [p.rank for p in places] == list(range(WORLD))
+    assert {(p.world_size, p.local_size, p.nodes) for p in places} == {(WORLD, PER_NODE, NODES)}
+    assert {(p.master_addr, p.master_port) for p in places} == {(HOSTS[0], 29500)}
+    cross = [p.variables()["CROSS_RANK"] for p in places]
+    assert cross == [str(node) for node in range(NODES) for _ in range(PER_NODE)]
+
+
+def test_every_rank_plans_alike_and_one_writes(tmp_path):
+    from pipeline.cluster.session import Session
+    from pipeline.plan.given.shape import read_shape
+    from pipeline.plan.plan import make_plan
+    from pipeline.plan.render import plan_json
+    from tests.planning import H100S, LLAMA_8B
+
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    settings = RunSettings(model=str(tmp_path), train_data="t.jsonl", output_dir="run")
+    plans, writers = [], 0
+    for node in range(NODES):
+        for local in range(PER_NODE):
+            place = from_environment(srun(node, local))
+            plan = make_plan(
+                settings, read_shape(str(tmp_path)), H100S,
+                nodes=place.nodes, ranks_per_node=place.local_size,
+            )  # fmt: skip
+            plans.append(plan_json(plan))
+            writers += Session(place, H100S).is_rank_zero
+    assert all(plan == plans[0] for plan in plans)
+    assert plan.layout.world_size == WORLD
+    assert writers == 1  # so that no name in a run folder has to bear a rank
+
+
+def rows_of(batches) -> list[tuple[int, ...]]:
+    """Tokens of each sequence, without padding (Documents has no token 0)."""
+    return [
+        tuple(row[row > 0].tolist())
+        for seeded in batches
+        for row in seeded.batch.input_ids
+        if bool((row > 0).any())
+    ]
+
+
+@pytest.mark.parametrize("documents", [300, 64, 5])
+def test_64_ranks_train_on_what_one_rank_would(tiny_model, documents):
+    from tests.train_tiny import work
+
+    split = Documents(documents)
+    wide = make_plan(tiny_model, WORLD, documents, global_batch_size=128)
+    alone = make_plan(tiny_model, 1, documents, global_batch_size=128)
+    assert wide.layout.global_batch_size == alone.layout.global_batch_size == 128
+    assert wide.steps == alone.steps
+    for step in range(min(3, wide.steps.total_steps)):
+        given = [work(wide, split, step, rank) for rank in range(WORLD)]
+        expected, supervised = work(alone, split, step, 0)
+        assert {len(batches) for batches, _ in given} == {wide.layout.accumulation_steps}
+        assert {counted for _, counted in given} == {supervised}
+        rows = [row for batches, _ in given for row in rows_of(batches)]
+        assert sorted(rows) == sorted(rows_of(expected))
+        seeds = [seeded.seed for batches, _ in given for seeded in batches]
+        assert len(set(seeds)) == len(seeds)  # no two forwards drop the same
+
+
+def pretend(rank: int, folder: Path, settings: dict, send) -> None:
+    """One rank of 64 under DeepSpeed, whose collectives give back what they were given."""
+    try:
+        send.send(json.dumps(one_step(rank, folder, settings)))
+    except BaseException:
+        send.send(json.dumps({"error": traceback.format_exc()}))
+
+
+def one_step(rank: int, folder: Path, settings: dict) -> dict:
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from pipeline.adapter.gather import gather_weights
+    from pipeline.cluster.session import Session
+    from tests.planning import CPU
+    from tests.train_tiny import build_engine, work
+
+    torch.set_num_threads(1)
+    place = Placement(rank=rank, local_rank=rank % PER_NODE, world_size=WORLD, local_size=PER_NODE)
+    os.environ.update(place.variables())
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    # It compares with words of rank 0, which never come.
+    coordinator.assert_ints_same_as_other_ranks = lambda numbers: None
+    plan, engine = build_engine(Session(place, CPU), folder, settings, documents=256)
+    batches, supervised = work(plan, Documents(256), 0, rank)
+    engine.optimizer_step(batches, supervised, 1e-3)
+    weights = gather_weights(engine.parameters, keep=rank == 0)
+    optimizer = engine.deepspeed.optimizer
+    shards = optimizer.single_partition_of_fp32_groups if settings["zero_stage"] < 3 else (
+        optimizer.fp32_partitioned_groups_flat
+    )  # fmt: skip
+    return {
+        "config": engine.deepspeed.train_batch_size(),
+        "steps": engine.deepspeed.global_steps,
+        "adapter": sum(getattr(p, "ds_numel", p.numel()) for p in engine.parameters.values()),
+        "own": sum(shard.numel() for shard in shards),
+        "gathered": sum(tensor.numel() for tensor in weights.values()),
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zero_stage": 2},
+        {"zero_stage": 3},
+        {"zero_stage": 3, "hpz_partition_size": PER_NODE},
+    ],
+    ids=["ZeRO-2", "ZeRO-3", "hpZ"],
+)
+def test_deepspeed_takes_the_config_and_shards_by_64(tiny_model, settings):
+    for rank in (0, WORLD - 1):
+        receive, send = _CTX.Pipe(duplex=False)
+        process = _CTX.Process(
+            target=pretend, args=(rank, tiny_model, settings | {"global_batch_size": 128}, send)
+        )
+        process.start()
+        assert receive.poll(90), f"rank {rank} of {WORLD} hangs"
+        found = json.loads(receive.recv())
+        process.kill()
+        process.join()
+        assert "error" not in found, found["error"]
+        assert (found["config"], found["steps"]) == (128, 1)
+        assert found["adapter"] / WORLD <= found["own"] <= found["adapter"] / WORLD * 1.5 + WORLD
+        assert found["gathered"] == (found["adapter"] if rank == 0 else 0)

@@ -1,0 +1,71 @@
+"""Agreements, sums and work on rank 0, on real ranks."""
+
+import time
+from datetime import timedelta
+
+import pytest
+
+from pipeline.cluster import session as session_module
+from pipeline.cluster.placement import Placement
+from pipeline.cluster.session import Session
+from pipeline.errors import UserError
+from tests.plan.test_plan import CPU
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.group
+
+
+def agree(session):
+    rank = session.placement.rank
+    return (
+        session.agree_any(rank == 1),
+        session.agree_any(False),
+        session.sum_over_ranks([rank, 0.5]),
+    )
+
+
+def test_all_ranks_agree(tmp_path):
+    results = run_ranks(agree, tmp_path=tmp_path, world_size=3)
+    assert results == [(True, False, [3.0, 1.5])] * 3
+
+
+def first(session):
+    def work():
+        time.sleep(0.3)
+        return {"answer": 42, "by": session.placement.rank}
+
+    return session.rank_zero_first(work), session.rank_zero_first(lambda: None)
+
+
+def test_rank_zero_works_and_all_have_the_result(tmp_path):
+    assert run_ranks(first, tmp_path=tmp_path) == [({"answer": 42, "by": 0}, None)] * 2
+
+
+def first_after_many_waits(session):
+    session_module._ONE_WAIT = timedelta(milliseconds=50)
+    return first(session)
+
+
+def test_no_time_out_ends_the_wait_for_rank_zero(tmp_path):
+    results = run_ranks(first_after_many_waits, tmp_path=tmp_path)
+    assert results == [({"answer": 42, "by": 0}, None)] * 2
+
+
+def fail(session):
+    def work():
+        raise UserError("line 3 is wrong")
+
+    with pytest.raises(UserError, match="line 3 is wrong"):
+        session.rank_zero_first(work)
+    return session.agree_any(True)  # and the group still stands
+
+
+def test_an_error_of_rank_zero_is_everybodys(tmp_path):
+    assert run_ranks(fail, tmp_path=tmp_path) == [True, True]
+
+
+def test_one_process_needs_no_group():
+    with Session(Placement(), CPU) as session:
+        assert session.rank_zero_first(lambda: 7) == 7
+        assert session.sum_over_ranks([1, 2]) == [1.0, 2.0]
+        assert session.is_rank_zero

@@ -1,0 +1,167 @@
+"""Run files: precedence, numbers as people write them, and messages that say what would work."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.load import dump_settings, load_settings
+from pipeline.config.presets import PRESETS
+from pipeline.config.settings import RunSettings
+from pipeline.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+REQUIRED = "model: m\ntrain_data: t.jsonl\noutput_dir: run\n"
+
+
+@pytest.fixture
+def run_file(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "RUN.yaml"
+        path.write_text(REQUIRED + text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_defaults_are_the_balanced_preset(run_file):
+    settings = load_settings(run_file(""))
+    assert (settings.lora_r, settings.alpha, settings.lora_dropout) == (64, 128, 0.05)
+    assert len(settings.lora_target_modules) == 7
+
+
+def test_precedence_is_preset_run_file_command_line(run_file):
+    path = run_file("preset: [small, memory-constrained]\nlr: 3e-4\nbatch_size: 2\n")
+    settings = load_settings(path, ["lr=5e-5", "lora_target_modules=[q_proj]"])
+    assert (settings.epochs, settings.load_in_4bit) == (3, True)  # each preset
+    assert settings.batch_size == 2  # the run file over the preset
+    assert settings.lr == 5e-5  # the command line over the run file
+    assert settings.lora_target_modules == ["q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("3e-4", 3e-4), ("1E-3", 1e-3), ("0.001", 1e-3), ("2", 2.0), (".5", 0.5)]
+)
+def test_numbers_as_people_write_them(run_file, text, value):
+    assert load_settings(run_file(f"lr: {text}\n")).lr == value
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("lora_rnk: 8", ["RUN.yaml:4", "lora_rnk", "did you mean 'lora_r'"]),
+        ("learning_rate: 1", ["learning_rate", "unknown setting"]),
+        ("lora_r: no", ["RUN.yaml:4", "lora_r", "integer", "'no'"]),
+        ("lora_r: true", ["lora_r", "integer"]),
+        ("zero_stage: true", ["zero_stage"]),
+        ("zero_stage: 4", ["zero_stage", "less than or equal to 3"]),
+        ("lr: '3e-4'", ["lr", "number"]),
+        ("lr: 0", ["lr", "greater than 0"]),
+        ("bf16: true\nfp16: true", ["bf16", "fp16", "keep one"]),
+        ("load_in_4bit: true\nload_in_8bit: true", ["load_in_4bit", "load_in_8bit"]),
+        ("split_turns: true\ntrain_on: all", ["split_turns", "train_on: assistant"]),
+        ("keep_best: true", ["keep_best", "eval_data"]),
+        ("time_limit: 90", ["time_limit"]),
+        ("preset: 5", ["preset", "name or a list of names"]),
+        ("preset: [[small]]", ["preset", "unknown preset"]),
+        ("lr: .inf", ["lr", "finite"]),
+        ("lora_r: 010", ["lora_r"]),
+        ("time_limit: '90'", ["time_limit", "HH:MM:SS"]),
+        ("preset: bigg", ["preset", "bigg", "balanced"]),
+        ("lora_r: 8\nlora_r: 9", ["RUN.yaml:5", "given twice", "RUN.yaml:4"]),
+        ("lora_r: [", ["not valid YAML"]),
+        ("eval_data: {path: x, wieght: 2}", ["RUN.yaml:4: eval_data", "wieght", "'weight'?"]),
+        ("eval_data: [a, {path: x, rows: 2}]", ["rows: unknown", "path, weight, limit"]),
+        ("eval_data: {weight: 2}", ["eval_data: path of a source: Field required"]),
+        ("eval_data: {path: x, weight: 0}", ["weight of a source: must be greater than 0"]),
+        ("eval_data: {path: x, limit: 1.5}", ["limit of a source: must be a valid integer"]),
+        ("eval_data: [7]", ["eval_data: expected a list of names"]),
+        ("eval_data: true", ["eval_data: expected names as in train_data"]),
+        *(
+            (f"eval_data: {value}", ["eval_data: a share is a number above 0 and below 1"])
+            for value in ("1.0", "5%", "0.0", "-0.5", "5 %", ".nan", ".inf")
+        ),
+        ("eval_data: 0", ["eval_data: a number of rows is at least 1"]),
+    ],
+)
+def test_wrong_input_says_where_and_what_would_work(run_file, text, parts):
+    with pytest.raises(UserError) as error:
+        load_settings(run_file(text + "\n"))
+    assert error.value.exit_code == 2
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_data_that_names_nothing_is_one_clear_sentence(run_file):
+    for override in ("train_data={path: x, wieght: 2}", "eval_data=1.0", "eval_data=5%"):
+        with pytest.raises(UserError) as error:
+            load_settings(run_file(""), [override])
+        assert " or must be" not in str(error.value)
+        assert "valid" not in str(error.value)
+    with pytest.raises(UserError, match="train_data: expected a file, a folder"):
+        load_settings(run_file(""), ["train_data=7"])
+    for good in ("0.05", "20", "x.jsonl", "[x, {path: y, limit: 2}]", "{path: x, weight: 2}"):
+        assert load_settings(run_file(""), [f"eval_data={good}"]).eval_data is not None
+
+
+def test_plain_values_are_those_of_yaml_1_2(run_file):
+    settings = load_settings(run_file("time_limit: 12:00:00\n"), ["output_dir=2024-01-01"])
+    assert settings.time_limit_s == 12 * 3600
+    assert settings.output_dir == "2024-01-01"
+
+
+def test_every_wrong_key_is_named_at_once(run_file):
+    with pytest.raises(UserError) as error:
+        load_settings(run_file("lr: x\n"), ["lora_r=0", "epochs=none"])
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words"])
+def test_a_file_that_is_no_run_file(tmp_path, text):
+    path = tmp_path / "RUN.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="key: value"):
+        load_settings(path)
+
+
+def test_a_missing_key_and_a_missing_file(tmp_path):
+    path = tmp_path / "RUN.yaml"
+    path.write_text("model: m\n")
+    with pytest.raises(UserError, match="train_data: this setting is required"):
+        load_settings(path)
+    with pytest.raises(UserError, match=r"NO\.yaml"):
+        load_settings(tmp_path / "NO.yaml")
+
+
+def test_dumped_settings_load_as_the_same(run_file, tmp_path):
+    settings = load_settings(run_file("preset: aggressive\nlr: 1e-5\ntime_limit: '01:00:00'\n"))
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_settings(settings))
+    assert load_settings(copy) == settings
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid(run_file, name):
+    settings = load_settings(run_file(f"preset: {name}\n"))
+    for key, value in PRESETS[name].items():
+        assert getattr(settings, key) == value
+
+
+def test_every_setting_is_described():
+    for name, field in RunSettings.model_fields.items():
+        assert field.description, name
+
+
+def test_a_hub_name_is_its_snapshot_in_the_local_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    path = tmp_path / "RUN.yaml"
+    path.write_text("model: org/name-1.5\ntrain_data: t\noutput_dir: o\n")
+    assert load_settings(path).model == "org/name-1.5"
+    folder = tmp_path / "hub/models--org--name-1.5"
+    snapshot = folder / "snapshots/abc123"
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("abc123")
+    assert load_settings(path).model == str(snapshot)
+    assert load_settings(path, ["model=org/other"]).model == "org/other"
+    assert load_settings(path, [f"model={tmp_path}"]).model == str(tmp_path)

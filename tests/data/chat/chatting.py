@@ -1,0 +1,164 @@
+"""Chat templates as published, tokenizers with their special tokens, and documents read back."""
+
+import numpy as np
+
+from pipeline.config.settings import RunSettings
+from pipeline.data.chat.encoder import Encoder
+from pipeline.data.chat.template import ChatTemplate
+from pipeline.data.prepare.show import supervised_runs
+from pipeline.rows.formats import Conversation, Message
+from tests import ROOT
+from tests.tiny import CHATML, make_tokenizer
+
+TEMPLATES = ROOT / "tests/templates"
+_BAR = "\uff5c"  # wide, as DeepSeek writes it
+# Of each template: the special tokens of its tokenizer beside <|im_start|> and <|im_end|>.
+SPECIAL = {
+    "smollm2": {},
+    "qwen2.5": {},
+    "qwen3": {},
+    "phi-4": {"others": ["<|im_sep|>"]},
+    "phi-3.5": {
+        "eos_token": "<|endoftext|>",
+        "others": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+    },
+    "llama-3": {
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|end_of_text|>",
+        "others": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    },
+    "mistral-7b-v0.1": {"bos_token": "<s>", "eos_token": "</s>"},
+    "mistral-nemo": {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "others": ["[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
+    },
+    "gemma-2": {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "others": ["<start_of_turn>", "<end_of_turn>"],
+    },
+    "deepseek-r1-distill": {
+        "bos_token": f"<{_BAR}begin▁of▁sentence{_BAR}>",
+        "eos_token": f"<{_BAR}end▁of▁sentence{_BAR}>",
+        "others": [f"<{_BAR}User{_BAR}>", f"<{_BAR}Assistant{_BAR}>"],
+    },
+}
+SPECIAL["llama-3.2"] = SPECIAL["llama-3"]
+SPECIAL["phi-4-first"] = SPECIAL["phi-4"]
+SPECIAL["gemma-3"] = SPECIAL["gemma-2"]
+
+
+def published(name):
+    """The tokenizer of a published template."""
+    named = dict(SPECIAL[name])
+    others = named.pop("others", [])
+    return tokenizer_with((TEMPLATES / f"{name}.jinja").read_text("utf-8"), others, **named)
+
+
+def tokenizer_with(template, others=(), **named):
+    """Byte by byte; `others` are special in tokenizer.json only, like Llama 3's <|eot_id|>."""
+    tokenizer = make_tokenizer()
+    if named:
+        tokenizer.add_special_tokens(named)
+    tokenizer.add_tokens(list(others), special_tokens=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def encoder(tokenizer, **settings):
+    needed = {"model": "m", "train_data": "t.jsonl", "output_dir": "o"}
+    return Encoder(tokenizer, RunSettings.model_validate(needed | settings))
+
+
+def chat(*contents, first="user", system=None):
+    """A conversation of user and assistant in turns."""
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    messages = [Message(roles[i % 2], content) for i, content in enumerate(contents)]
+    if system is not None:
+        messages.insert(0, Message("system", system))
+    return Conversation(tuple(messages))
+
+
+def user(text):
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def all_shown(example, tokenizer, **settings):
+    """Each document of an example, with what is supervised in [[brackets]]."""
+    found = []
+    for document in encoder(tokenizer, **settings).encode(example):
+        assert document.ids.dtype == np.int32
+        assert document.supervised.dtype == np.bool_
+        assert len(document.ids) == len(document.supervised)
+        assert not document.supervised[0]
+        runs = supervised_runs(document.ids.tolist(), document.supervised.tolist(), tokenizer)
+        found.append("".join(f"[[{text}]]" if marked else text for text, marked in runs))
+    return found
+
+
+def shown(example, tokenizer, **settings):
+    """The one document of an example."""
+    (text,) = all_shown(example, tokenizer, **settings)
+    return text
+
+
+def adding_bos():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tokenizer_with(CHATML, bos_token="<s>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("x").input_ids[0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+def without_im_end():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(("<|endoftext|>", *alphabet))}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+
+
+def sentence_piece():
+    """Words with their spaces, and bytes, as Llama 2 and Mistral have them."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [*"▁[]/INSTqryesnoINT", "no", "ye", "yes", "▁yes", "▁no"]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [("n", "o"), ("y", "e"), ("ye", "s"), ("▁", "yes"), ("▁", "no")]
+    core = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    core.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def renderings(monkeypatch) -> list:
+    """Fills with what a chat template is given from here on, each time that it renders."""
+    rendered, render = [], ChatTemplate._render
+
+    def count(self, *arguments, **named):
+        rendered.append(arguments)
+        return render(self, *arguments, **named)
+
+    monkeypatch.setattr(ChatTemplate, "_render", count)
+    return rendered

@@ -1,0 +1,184 @@
+"""Packs: every document in one, none too long, hardly anything empty; weights; the columns."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.dataset.packing import make_packs, write_sequences
+from pipeline.data.dataset.reader import SplitIndex, open_split
+from tests.bench.gsm8k import LENGTHS
+
+pytestmark = pytest.mark.tensor
+
+
+def packed(lengths, max_length):
+    """The tokens of each pack, once every document has been found in exactly one."""
+    lengths = np.asarray(lengths, np.int64)
+    documents, offsets = make_packs(lengths, max_length)
+    assert documents.dtype == offsets.dtype == np.int64
+    assert sorted(documents) == list(range(len(lengths)))
+    assert offsets[0] == 0
+    assert offsets[-1] == len(lengths)
+    assert (np.diff(offsets) > 0).all()
+    tokens = np.add.reduceat(lengths[documents], offsets[:-1]) if len(lengths) else lengths
+    assert (tokens <= max_length).all()
+    return tokens
+
+
+@st.composite
+def documents(draw):
+    max_length = draw(st.integers(1, 200))
+    return draw(st.lists(st.integers(1, max_length), max_size=300)), max_length
+
+
+@given(documents())
+@settings(max_examples=200, deadline=None)
+def test_each_document_is_in_one_pack_and_no_pack_is_too_long(case):
+    packed(*case)
+
+
+def test_gsm8k_is_packed_nearly_full():
+    assert len(LENGTHS) == 7473
+    for max_length, least in ((1024, 0.985), (1024, 0.998), (2048, 0.998), (768, 0.998)):
+        tokens = packed(LENGTHS, max_length)
+        assert LENGTHS.sum() / (len(tokens) * max_length) > least
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_length"),
+    [
+        (np.random.default_rng(0).lognormal(5.3, 0.6, 100_000), 1024),
+        (np.random.default_rng(0).lognormal(6.5, 1.2, 20_000), 8192),
+        (np.random.default_rng(0).integers(20, 60, 50_000), 1024),
+        (np.random.default_rng(0).integers(1, 1025, 50_000), 1024),
+    ],
+    ids=["chat", "long", "short", "uniform"],
+)
+def test_other_lengths_are_packed_nearly_full(lengths, max_length):
+    lengths = np.clip(lengths.astype(int), 1, max_length)
+    tokens = packed(lengths, max_length)
+    assert lengths.sum() / (len(tokens) * max_length) > 0.997
+
+
+def test_packs_are_the_same_every_time_and_depend_on_lengths_alone():
+    first, second = make_packs(LENGTHS, 1024), make_packs(LENGTHS.astype(np.int32), 1024)
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_document_that_no_pack_can_hold_is_no_input():
+    with pytest.raises(AssertionError, match="no pack can hold"):
+        make_packs(np.array([3, 9]), 8)
+
+
+class Written:
+    """A split on disk of documents of random lengths, as the writer leaves it when it closes."""
+
+    def __init__(self, folder, counts, weights, *, packing, max_length=64, seed=0):
+        random = np.random.default_rng(seed)
+        self.sources = np.repeat(np.arange(len(counts)), counts)
+        random.shuffle(self.sources)
+        count = len(self.sources)
+        self.lengths = random.integers(2, max_length // 2, count)
+        self.supervised = random.integers(1, self.lengths)
+        self.digests = random.integers(0, 2**63, count).astype(np.uint64)
+        offsets = np.append(0, np.cumsum(self.lengths))
+        masks = [np.arange(n) >= n - s for n, s in zip(self.lengths, self.supervised, strict=True)]
+        columns = {
+            "ids": np.arange(offsets[-1], dtype=np.int32),
+            "supervised": np.concatenate(masks),
+            "offsets": offsets,
+            "counts": self.supervised,
+            "digests": self.digests,
+            "sources": self.sources.astype(np.int32),
+        }
+        for name, column in columns.items():
+            np.save(folder / f"{name}.npy", column)
+        self.epoch = write_sequences(folder, max_length, packing=packing, weights=weights)
+        self.split = open_split(
+            SplitIndex(
+                key="k",
+                folder=folder,
+                documents=count,
+                tokens=int(offsets[-1]),
+                supervised_tokens=int(self.supervised.sum()),
+                longest=int(self.lengths.max()),
+                sequences=self.epoch.sequences,
+                epoch_documents=self.epoch.documents,
+                epoch_tokens=self.epoch.tokens,
+            )
+        )
+
+    def seen(self):
+        """How often an epoch sees each document."""
+        of = Counter()
+        for i in self.split.sequences.all_of_them():
+            of.update(int(ids[0]) for ids, _ in self.split.sequence(i))
+        starts = np.append(0, np.cumsum(self.lengths))[:-1]
+        return np.array([of[int(start)] for start in starts])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_weight_says_how_often_an_epoch_sees_a_document(packing, tmp_path):
+    weights = [1.0, 0.25, 2.5, 0.001, 3.0, 1.1]
+    counts = [40, 80, 60, 20, 10, 50]
+    written = Written(tmp_path, counts, weights, packing=packing)
+    seen = written.seen()
+    for source, (count, weight) in enumerate(zip(counts, weights, strict=True)):
+        own = seen[written.sources == source]
+        assert set(own) <= {int(weight), int(weight) + (weight % 1 > 0)}
+        assert own.sum() == max(round(weight * count), 1)
+    assert written.epoch.documents == seen.sum()
+    assert written.epoch.tokens == (seen * written.lengths).sum()
+    assert written.split.sequences.supervised_tokens == (seen * written.supervised).sum()
+    assert written.epoch.sequences == written.split.sequences.epoch
+
+
+def test_a_fraction_goes_by_content(tmp_path):
+    """The same rows in another order, and more of them: what was left out is mostly still so."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    first = Written(folders[0], [400], [0.5], packing=True)
+    taken = set(first.digests[first.seen() == 1])
+    order = np.random.default_rng(1).permutation(400)
+    np.save(folders[0] / "digests.npy", first.digests[order])
+    second = write_sequences(folders[0], 64, packing=False, weights=[0.5])
+    documents = np.load(folders[0] / "sequence_documents.npy")
+    assert second.documents == len(documents) == 200
+    assert set(first.digests[order][documents]) == taken
+
+
+def test_what_is_held_out_by_the_digest_does_not_decide_the_fraction(tmp_path):
+    """With all low digests gone, as holding out takes them, a half is still a half of the rest."""
+    written = Written(tmp_path, [2000], [0.5], packing=False)
+    high = written.digests > np.median(written.digests)
+    assert 400 < written.seen()[high].sum() < 600
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_columns_say_what_a_sequence_holds(packing, tmp_path):
+    split = Written(tmp_path, [100, 50], [1.0, 2.0], packing=packing).split
+    known = split.sequences
+    for i in range(len(known.tokens)):
+        lengths = [len(ids) for ids, _ in split.sequence(i)]
+        assert sum(lengths) == known.tokens[i] <= 64
+        assert sum(n * n for n in lengths) == known.squares[i]
+        assert sum(int(mask.sum()) for _, mask in split.sequence(i)) == known.supervised[i]
+        assert packing or len(lengths) == 1
+    with pytest.raises(IndexError):
+        split.sequence(len(known.tokens))
+    with pytest.raises(IndexError):
+        split.sequence(-1)
+
+
+def test_packs_hold_documents_of_one_source(tmp_path):
+    written = Written(tmp_path, [100, 50, 30], [1.0, 2.0, 0.5], packing=True)
+    starts = np.append(0, np.cumsum(written.lengths))
+    for part in written.split.sequences.rounds:
+        for i in range(part.start, part.end):
+            firsts = [int(ids[0]) for ids, _ in written.split.sequence(i)]
+            sources = written.sources[np.searchsorted(starts, firsts)]
+            assert set(sources) == {part.source}

@@ -1,0 +1,183 @@
+"""Batches that other processes build: the same ones, and no silence where such a process dies."""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pipeline.config.settings import RunSettings
+from pipeline.data.dataset.reader import open_split
+from pipeline.data.order.batches import batches_of
+from pipeline.data.order.order import BatchShape, RankWork
+from pipeline.data.prepare.prepare import prepare
+from pipeline.plan.cost.work import SequenceFlops
+from tests import ROOT
+from tests.tiny import Documents, make_rows, make_tokenizer
+
+pytestmark = pytest.mark.tensor
+
+STEPS = 12
+
+
+@pytest.fixture
+def split():
+    return Documents(40)
+
+
+def work_on(split) -> RankWork:
+    """Of the second of two ranks, from step 3 on."""
+    return RankWork(
+        split,
+        SequenceFlops(per_token=1.0, per_square=1.0, per_logit=1.0),
+        BatchShape(world_size=2, accumulation_steps=2, micro_batch_size=2),
+        seed=0, rank=1, first_step=3, total_steps=3 + STEPS,
+    )  # fmt: skip
+
+
+def workers() -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.Process().children()
+        if process.status() != psutil.STATUS_ZOMBIE and "spawn_main" in " ".join(process.cmdline())
+    ]
+
+
+def test_workers_build_what_the_rank_would(split):
+    work = work_on(split)
+    alone = list(batches_of(split, work))
+    ahead = list(batches_of(split, work, num_workers=2))
+    assert len(alone) == len(ahead) == 2 * STEPS
+    for (one, first), (other, other_first) in zip(alone, ahead, strict=True):
+        assert first == other_first
+        assert torch.equal(one.input_ids, other.input_ids)
+        assert torch.equal(one.labels, other.labels)
+        assert one.documents == other.documents
+    assert [first for _, first in alone] == [work[i].first for i in range(2 * STEPS)]
+
+
+class Noted(Documents):
+    """Documents that leave a file in a folder when one of them is read."""
+
+    def __init__(self, count: int, folder: Path) -> None:
+        super().__init__(count)
+        self._folder = folder
+
+    def sequence(self, number):
+        (self._folder / str(number)).touch()
+        return super().sequence(number)
+
+
+def test_as_many_batches_wait_as_prefetch_factor_says(tmp_path):
+    split = Noted(40, tmp_path)
+    work = work_on(split)
+    batches = batches_of(split, work, num_workers=1, prefetch_factor=3)
+    next(batches)
+    wanted = {
+        str(i) for micro_batch in map(work.__getitem__, range(4)) for i in micro_batch.sequences
+    }
+    deadline = time.monotonic() + 60
+    while (found := {path.name for path in tmp_path.iterdir()}) != wanted:
+        assert found < wanted
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert {path.name for path in tmp_path.iterdir()} == wanted
+    assert len(list(batches)) == 2 * STEPS - 1
+
+
+def run_as_a_rank(code: str, tmp_path) -> str:
+    """Run a script with a split and its work, in a process that has spawned nothing before."""
+    (tmp_path / "rank.py").write_text(BEGINNING + code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "rank.py"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+BEGINNING = """
+import os, signal, time
+from pipeline.data.order.batches import dead_workers_said
+from pipeline.errors import OfOneRank
+from tests.data.order.test_batches import STEPS, batches_of, work_on, workers
+from tests.tiny import Documents
+split = Documents(40)
+"""
+KILLED = """
+if __name__ == "__main__":
+    batches = batches_of(split, work_on(split), num_workers=2, prefetch_factor=1)
+    next(batches)
+    os.kill(workers()[0].pid, signal.SIGKILL)
+    try:
+        with dead_workers_said():
+            list(batches)
+    except OfOneRank as error:
+        for worker in workers():
+            worker.kill()
+        time.sleep(0.5)  # told once, not again in what comes next
+        print(error, flush=True)
+        os._exit(0)  # as a rank leaves
+"""
+
+
+def test_a_worker_that_is_killed_is_said_with_what_would_work(tmp_path):
+    said = run_as_a_rank(KILLED, tmp_path)
+    assert "ended from outside" in said
+    assert "dataloader_num_workers: 0" in said
+
+
+SIGNALLED = """
+if __name__ == "__main__":
+    batches = batches_of(split, work_on(split), num_workers=1)
+    (worker,) = workers()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        worker.send_signal(number)  # while it still imports
+    next(batches)
+    worker.send_signal(signal.SIGTERM)
+    assert len(list(batches)) == 2 * STEPS - 1
+"""
+
+
+def test_signals_to_workers_end_none_of_them(tmp_path):
+    run_as_a_rank(SIGNALLED, tmp_path)
+
+
+def test_a_worker_maps_the_files_of_a_split_and_gets_no_copy(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    make_rows(tmp_path / "train.jsonl", 2000)
+    values = {"model": "model", "train_data": "train.jsonl", "output_dir": "run"}
+    settings = RunSettings(**{key: str(tmp_path / value) for key, value in values.items()})
+    split = open_split(prepare(settings, tmp_path / "data").train)
+    assert len(pickle.dumps((split, work_on(split)))) < 2000
+
+
+class Broken(Documents):
+    """Its rows cannot be read."""
+
+    def sequence(self, i):
+        raise RuntimeError(f"no sequence {i}")
+
+
+BROKEN = """
+from tests.data.order.test_batches import Broken
+if __name__ == "__main__":
+    split = Broken(40)
+    try:
+        with dead_workers_said():
+            list(batches_of(split, work_on(split), num_workers=1))
+    except RuntimeError as error:
+        print(error, flush=True)
+        os._exit(0)
+"""
+
+
+def test_an_error_of_a_workers_own_is_that_error(tmp_path):
+    assert "no sequence" in run_as_a_rank(BROKEN, tmp_path)

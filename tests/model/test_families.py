@@ -1,0 +1,156 @@
+"""Families other than Llama's train, and their adapters load and merge like any other."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.adapter.gather import gather_weights
+from pipeline.adapter.merge import merge_adapter
+from pipeline.adapter.publish import adapter_config, publish_adapter
+from pipeline.model.adapter import attach_adapter, expected_shapes
+from pipeline.model.base import load_base
+from pipeline.train.engine import Engine
+from tests.adapter.merging import tensors
+from tests.ranks import run_ranks
+from tests.tiny import CONFIG, Documents, make_plan, make_tokenizer
+from tests.train_tiny import distance, work
+
+pytestmark = pytest.mark.engine
+
+IDS = torch.arange(3, 35).reshape(2, 16)
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+FAMILIES = {
+    "phi": {},
+    "gpt_neox": {},
+    "mixtral": EXPERTS,
+    "qwen3_moe": QWEN_EXPERTS | {"head_dim": 8},
+    "qwen2_moe": QWEN_EXPERTS | {"shared_expert_intermediate_size": 40},
+}
+MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe"]
+
+
+def make_family(folder, kind, dtype="float32"):
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        initializer_range=0.2,
+        **CONFIG,
+        **FAMILIES[kind],
+    )
+    AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def train_and_look(session, folder, settings, leaf_modules=None):
+    """Losses and gradient norms of two steps, fp32 weights, and the logits that they give."""
+    plan = make_plan(folder, session.placement.world_size, 40, **settings)
+    if leaf_modules is not None:
+        zero = plan.deepspeed["zero_optimization"] | {"leaf_module": leaf_modules}
+        plan = replace(plan, deepspeed=plan.deepspeed | {"zero_optimization": zero})
+    engine = Engine(attach_adapter(load_base(plan, session.device), plan), plan)
+    split, losses = Documents(), []
+    for step in range(2):
+        batches, supervised = work(plan, split, step, session.placement.rank)
+        result = engine.optimizer_step(batches, supervised, 4e-3)
+        losses.append(session.sum_over_ranks([result.loss_sum])[0] / supervised)
+        losses.append(result.grad_norm)
+    weights = gather_weights(engine.parameters, keep=session.is_rank_zero)
+    engine.deepspeed.eval()
+    with torch.no_grad():  # every rank: at ZeRO-3 a forward gathers
+        logits = engine.deepspeed.module.model(input_ids=IDS).logits
+    return losses, weights, logits
+
+
+def publish(weights, plan, folder, out):
+    config = adapter_config(plan.settings)
+    publish_adapter(
+        weights, expected_shapes(plan), out, adapter_config=config, base=folder, card=""
+    )
+    return out
+
+
+def load(folder, adapter=None):
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return (base if adapter is None else PeftModel.from_pretrained(base, adapter)).eval()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As every rank has it: experts' sums come out in another order with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_published_and_the_merged_adapter_are_what_was_trained(tmp_path, kind):
+    folder = make_family(tmp_path / "model", kind)
+    settings = {"zero_stage": 2, "batch_size": 2, "lora_target_modules": "all-linear"}
+    arguments = (train_and_look, folder, settings)
+    ((_, weights, logits),) = run_ranks(*arguments, tmp_path=tmp_path, world_size=1)
+    plan = make_plan(folder, 1, 40, **settings)
+    adapter = publish(weights, plan, folder, tmp_path / "adapter")
+    adapted = load(folder, adapter)
+    assert sum("lora_" in name for name, _ in adapted.named_parameters()) == len(weights)
+    assert torch.equal(logits_of(adapted), logits)
+    plain = logits_of(load(folder))
+    assert (plain - logits).norm() > 0.02 * logits.norm()  # it did learn
+    merge_adapter(folder, adapter, tmp_path / "merged")
+    merged = logits_of(load(tmp_path / "merged"))
+    assert (merged - logits).norm() < 1e-5 * logits.norm()
+    oracle = tmp_path / "oracle"
+    adapted.merge_and_unload().save_pretrained(oracle)
+    theirs, ours = tensors(oracle), tensors(tmp_path / "merged")
+    assert ours.keys() == theirs.keys() == tensors(folder).keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+LEAVES = {"own": None, "none": {"classes": []}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "leaf", "change"),
+    [
+        *((kind, leaf, {}) for kind in MIXTURES for leaf in LEAVES),
+        ("mixtral", "own", {"gradient_checkpointing": True}),
+        ("mixtral", "own", {"load_in_4bit": True, "gradient_checkpointing": True}),
+    ],
+)
+def test_sharded_experts_give_the_numbers_of_whole_ones(tmp_path, kind, leaf, change):
+    """Ranks send their tokens to different experts; that must not make ZeRO-3 wait or err."""
+    folder = make_family(tmp_path / "model", kind)
+    settings = {"batch_size": 2, "lora_target_modules": "all-linear"} | change
+    whole, sharded = (
+        run_ranks(train_and_look, folder, settings | at, leaves, tmp_path=tmp_path)[0]
+        for at, leaves in (({"zero_stage": 2}, None), ({"zero_stage": 3}, LEAVES[leaf]))
+    )
+    assert sharded[0] == pytest.approx(whole[0], rel=1e-6)
+    assert distance(sharded[1], whole[1]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_a_sharded_mixture_in_bf16_publishes_what_it_trained(tmp_path, kind):
+    folder = make_family(tmp_path / "model", kind, "bfloat16")
+    settings = {"zero_stage": 3, "batch_size": 2, "bf16": True, "lora_target_modules": "all-linear"}
+    _, weights, logits = run_ranks(train_and_look, folder, settings, tmp_path=tmp_path)[0]
+    plan = make_plan(folder, 2, 40, **settings)
+    adapter = publish(weights, plan, folder, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    adapted = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).eval()
+    assert torch.equal(logits_of(adapted), logits)

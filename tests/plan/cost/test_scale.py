@@ -1,0 +1,57 @@
+"""docs/scale.md's own arithmetic agrees with the plan's model of speed."""
+
+from dataclasses import replace
+
+import pytest
+
+from docs.scale_tables import (
+    BASES,
+    Case,
+    filled,
+    hardware,
+    link_bytes,
+    pays_up_to,
+    settings_of,
+    shape_of,
+    waiting,
+)
+from pipeline.plan.cost.speed import step_seconds
+from pipeline.plan.cost.work import work_of
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("sharding", ["ZeRO-2", "ZeRO-3"])
+@pytest.mark.parametrize("gpus", [8, 64])
+def test_bytes_over_links_are_what_the_model_waits_for(base, sharding, gpus):
+    """With links so slow that nothing else counts, a step is its bytes over their rate."""
+    slow = 1e5
+    case = Case(
+        model="8b", base=base, sharding=sharding, gpus=gpus, network=25e9, global_batch=4 * gpus
+    )
+    layout, settings = case.best().layout, settings_of(base, 4 * gpus)
+    shape = shape_of("8b")
+    machine = replace(hardware(), network=slow, node_link=slow)
+    speed = step_seconds(shape, settings, layout, machine, 2048)
+    sent = link_bytes(work_of(shape, settings, layout.training_dtype), layout)
+    assert waiting(speed) == pytest.approx(sent / (0.7 * slow), rel=1e-3)
+
+
+def test_where_doubling_stops_paying():
+    assert pays_up_to({8: 8.0, 16: 4.0, 32: 2.1}) == 32
+    assert pays_up_to({8: 8.0, 16: 4.0, 32: 3.9, 64: 1.0}) == 16
+    assert pays_up_to({16: 4.0}) == 16
+
+
+def test_tables_go_between_their_markers():
+    page = "\n".join(
+        f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->"
+        for name in (
+            "growing-8b", "growing-70b", "growing-405b", "networks", "fixed", "hours", "break-even"
+        )
+    )  # fmt: skip
+    new = filled(page)
+    assert "old" not in new
+    assert new.count("before") == 7
+    assert filled(new) == new

@@ -1,0 +1,74 @@
+"""Every golden config is DeepSpeed's own kind and trains, with its values as they are."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from pipeline.model.adapter import attach_adapter
+from pipeline.model.base import load_base
+from pipeline.train.engine import Engine
+from tests import ROOT
+from tests.model.test_families import make_family
+from tests.ranks import run_ranks
+from tests.tiny import Documents, make_plan
+from tests.train_tiny import work
+
+pytestmark = pytest.mark.engine
+
+GOLDENS = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+def on_cpu(config):
+    """Without what only a GPU has: the fused optimizer. Nothing else is changed."""
+    params = {k: v for k, v in config["optimizer"]["params"].items() if k != "fused"}
+    return config | {"optimizer": config["optimizer"] | {"params": params}}
+
+
+def without_defaults(read, asked):
+    return {key: read[key] for key in asked} if isinstance(asked, dict) else read
+
+
+def train(session, folder, golden, settings):
+    config = on_cpu(json.loads(golden.read_text(encoding="utf-8")))
+    accepted = DeepSpeedConfig(dict(config))
+    accumulation = config["gradient_accumulation_steps"]
+    settings = settings | {
+        "zero_stage": config["zero_optimization"]["stage"],
+        "gradient_accumulation_steps": accumulation,
+        "batch_size": 1,
+        "global_batch_size": "auto",
+        "bf16": config["bf16"]["enabled"],
+    }
+    plan = make_plan(folder, session.placement.world_size, 100, **settings)
+    plan = replace(plan, deepspeed=config)
+    engine = Engine(attach_adapter(load_base(plan, session.device), plan), plan)
+    split, losses = Documents(100), []
+    for step in range(2):
+        batches, supervised = work(plan, split, step, session.placement.rank)
+        result = engine.optimizer_step(batches, supervised, 1e-2)
+        assert result.was_applied
+        assert result.grad_norm > 0
+        losses.append(session.sum_over_ranks([result.loss_sum])[0] / supervised)
+    every = [p for p in engine.deepspeed.module.parameters() if not p.requires_grad]
+    second = {p.ds_secondary_tensor is not None for p in every if hasattr(p, "ds_id")}
+    return losses, accepted.zero_config.model_dump(by_alias=True, mode="json"), second
+
+
+@pytest.mark.parametrize("golden", GOLDENS, ids=lambda path: path.stem)
+def test_a_golden_config_trains(tiny_model, tmp_path, golden):
+    folder = make_family(tmp_path / "model", "qwen3_moe") if "moe" in golden.stem else tiny_model
+    settings = {
+        "load_in_4bit": golden.stem.startswith("qlora"),
+        "lora_target_modules": "all-linear",
+    }
+    world_size = 1 if "-1x" in golden.stem else 2
+    losses, read, second = run_ranks(
+        train, folder, golden, settings, tmp_path=tmp_path, world_size=world_size
+    )[0]
+    asked = json.loads(golden.read_text(encoding="utf-8"))["zero_optimization"]
+    assert {key: without_defaults(read[key], value) for key, value in asked.items()} == asked
+    assert all(0 < loss < 20 for loss in losses)
+    if "zero3" in golden.stem:
+        assert second == {"hpz" in golden.stem}

@@ -1,0 +1,62 @@
+"""ds_configs/ holds exactly what the generator emits, and nothing that ties it to a machine."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests import ROOT
+
+pytestmark = pytest.mark.unit
+
+FOLDER = ROOT / "ds_configs"
+GOLDENS = sorted(FOLDER.glob("*.json"))
+
+
+def test_goldens_are_what_the_code_says():
+    command = [sys.executable, "ds_configs/generate.py", "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_case_has_its_file_and_the_stage_of_its_name():
+    cases = yaml.safe_load((FOLDER / "cases.yaml").read_text(encoding="utf-8"))
+    assert {path.stem for path in GOLDENS} == set(cases)
+    for path in GOLDENS:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        assert "train_batch_size" not in config  # it would fix the number of ranks
+        assert f"zero{config['zero_optimization']['stage']}" in f"{path.stem}-zero2"
+
+
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+def test_nothing_is_left_to_be_filled_in(path):
+    def values(node):
+        if isinstance(node, dict):
+            return [leaf for value in node.values() for leaf in values(value)]
+        return (
+            [leaf for value in node for leaf in values(value)] if isinstance(node, list) else [node]
+        )
+
+    config = json.loads(path.read_text(encoding="utf-8"))
+    assert "auto" not in values(config)
+    for key, value in config["zero_optimization"].items():
+        assert not isinstance(value, float), key
+
+
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+def test_the_readme_explains_every_key(path):
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+
+    def keys(node):
+        return (
+            [k for key, value in node.items() for k in (key, *keys(value))]
+            if isinstance(node, dict)
+            else []
+        )
+
+    config = json.loads(path.read_text(encoding="utf-8"))
+    missing = {key for key in keys(config) if f"`{key}`" not in readme}
+    assert not missing
+    assert f"`{path.name}`" in readme

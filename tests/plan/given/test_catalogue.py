@@ -1,0 +1,127 @@
+"""The catalogue: rates that a name, a size or NVML's word for a device stand for."""
+
+import os
+import re
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.cluster.devices import detect_hardware
+from pipeline.errors import UserError
+from pipeline.plan.given.catalogue import GPUS, cpu_of, gpu_like, gpu_named, rates_of
+from pipeline.plan.given.hardware import GIB
+
+pytestmark = pytest.mark.unit
+
+RATES = ("flops", "memory_bandwidth", "node_link", "network", "host_link")
+
+
+@pytest.mark.parametrize("key", GPUS)
+def test_a_row_says_what_its_key_says(key):
+    card = GPUS[key]
+    nominal = float(re.search(r"-(\d+)gb", key)[1])
+    assert nominal * 1e9 * 0.95 < card.device_bytes < nominal * GIB * 1.01
+    assert key.split("-")[-2 if "pcie" not in key else 0].upper() in card.name.upper()
+    assert all(getattr(card, rate) > 0 for rate in RATES)
+    assert card.network <= card.node_link <= card.memory_bandwidth < card.flops
+
+
+def test_newer_cards_of_a_line_are_not_slower():
+    for line in (
+        ["v100-32gb", "a100-80gb", "h100-80gb", "h200-141gb", "b200-180gb"],
+        ["t4-16gb", "l4-24gb", "l40s-48gb"],
+        ["rtx-3090-24gb", "rtx-4090-24gb"],
+    ):
+        for rate in ("flops", "memory_bandwidth"):
+            values = [getattr(GPUS[key], rate) for key in line]
+            assert values == sorted(values)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    assert gpu_named("h100-80gb") is GPUS["h100-80gb"]
+    with pytest.raises(UserError, match=r"'H100' is no GPU .* did you mean .*h100-80gb"):
+        gpu_named("H100")
+    with pytest.raises(UserError, match=r"known: .*t4-16gb"):
+        gpu_named("zzzzzz")
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", 81559, "h100-80gb"),
+        ("NVIDIA H100 PCIe", 81559, "h100-80gb-pcie"),
+        ("NVIDIA A100-SXM4-40GB", 40536, "a100-40gb"),  # an older driver's figure
+        ("A100-SXM4-80GB", 81251, "a100-80gb"),
+        ("NVIDIA GeForce RTX 4090", 24564, "rtx-4090-24gb"),
+        ("NVIDIA A10", 23028, "a10-24gb"),  # and not A100 or A10G
+        ("NVIDIA A10G", 23028, "a10g-24gb"),
+        ("NVIDIA T4", 15360, "t4-16gb"),
+        ("Tesla V100-SXM2-16GB", 16160, "v100-16gb"),
+        ("NVIDIA B200", 183359, "b200-180gb"),
+    ],
+)
+def test_names_of_nvml_find_their_row(name, mib, key):
+    assert rates_of(name, mib * 2**20) is GPUS[key]
+
+
+def test_a_slice_or_a_stranger_gets_the_rates_of_a_card_of_its_size():
+    for name, size in (("NVIDIA H100 80GB HBM3", 10 * GIB), ("NVIDIA X1", 80 * GIB)):
+        found = rates_of(name, size)
+        assert found == gpu_like(size / GIB)
+        assert found.flops < GPUS["h100-80gb"].flops
+        assert found.device_bytes == size
+
+
+@given(gib=st.floats(1, 500), tflops=st.none() | st.floats(1, 5000))
+def test_a_described_gpu_has_what_was_described(gib, tflops):
+    card = gpu_like(gib, tflops)
+    assert card.device_bytes == int(gib * GIB)
+    assert all(getattr(card, rate) > 0 for rate in RATES)
+    if tflops is not None:
+        assert card.flops == pytest.approx(tflops * 1e12)
+    else:  # it is no faster than a card of the table of about its size
+        near = min(GPUS.values(), key=lambda c: abs(c.device_bytes - card.device_bytes))
+        assert card.flops <= near.flops
+
+
+def test_a_described_card_of_the_table_has_its_rates():
+    a100 = GPUS["a100-40gb"]
+    assert gpu_like(40, 312) == replace(a100, name="GPU of 40 GiB", compute_capability=(8, 0))
+    with pytest.raises(UserError, match="0 TFLOPS: expected more than 0"):
+        gpu_like(40, 0)
+
+
+def test_ranks_share_a_cpu_and_own_a_gpu():
+    cpu, gpu = cpu_of(4, 64 * GIB), GPUS["h100-80gb"]
+    assert cpu.usable_bytes(4) == cpu.usable_bytes(1) // 4
+    assert gpu.usable_bytes(8) == gpu.usable_bytes(1) < gpu.device_bytes
+    assert cpu_of(8, 64 * GIB).flops == 2 * cpu.flops
+
+
+def test_a_detected_gpu_has_its_own_memory_and_the_rates_of_its_name(monkeypatch):
+    """Through a stand-in for NVML, which this machine may not have."""
+    sizes = [81559 * 2**20, 81000 * 2**20]
+    nvml = SimpleNamespace(
+        NVMLError=OSError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName=lambda index: "NVIDIA H100 80GB HBM3",
+        nvmlDeviceGetCudaComputeCapability=lambda index: (9, 0),
+        nvmlDeviceGetMemoryInfo=lambda index: SimpleNamespace(total=sizes[index]),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    found = detect_hardware()
+    assert found == replace(
+        GPUS["h100-80gb"], devices_per_node=2, device_bytes=sizes[1], host_bytes=found.host_bytes
+    )
+    assert found.host_bytes > 0
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert detect_hardware() == cpu_of(len(os.sched_getaffinity(0)), found.host_bytes)

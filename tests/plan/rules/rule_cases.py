@@ -1,0 +1,337 @@
+"""For every rule a situation that it speaks in, and a near miss; what test_rules.py goes through.
+
+A situation is what differs from Llama 8B on 8 GPUs of 80 GiB at ZeRO-2 in bf16.
+"""
+
+from pipeline.plan.deepspeed.keys import REMOVED, REMOVED_FROM_ZERO
+from tests.planning import CPU, LLAMA_8B, SMOLLM2, gpu
+
+Z1, Z2, Z3 = ({"zero_stage": stage} for stage in (1, 2, 3))
+FP16, FP32 = {"training_dtype": "float16"}, {"training_dtype": "float32"}
+MOE = {"num_experts": 8}
+NF4 = {"load_in_4bit": True}
+CHECKPOINTED = {"checkpointed_layers": 32}
+
+
+def zero(**keys):
+    return {"zero_optimization": keys}
+
+
+def with_layout(*parts, **keys):
+    return {"layout": {key: value for part in parts for key, value in part.items()}} | keys
+
+
+# Rule: a situation that it speaks in, and the nearest that it must not.
+CASES = {
+    "modules-to-save-zero3": (
+        {"modules_to_save": ["lm_head"], "zero_stage": 3},
+        {"modules_to_save": ["lm_head"], "zero_stage": 2},
+    ),
+    "modules-to-save-4bit": ({"modules_to_save": ["x"], **NF4}, {"modules_to_save": [], **NF4}),
+    "modules-to-save-not-yet": (
+        {"modules_to_save": ["x"], "load_in_8bit": True},
+        {"modules_to_save": ["x"], **NF4},
+    ),
+    "tied-pair": (
+        {"config": SMOLLM2, "lora_target_modules": r".*(q_proj|lm_head)|lm_head"},
+        {"config": SMOLLM2, "lora_target_modules": "all-linear"},
+    ),
+    "embeddings-or-head-not-yet": (
+        {"lora_target_modules": r".*(q_proj|embed_tokens)"},
+        {"lora_target_modules": r".*(q_proj|o_proj)"},
+    ),
+    "tokens-without-embeddings": (
+        {"shape": {"num_tokens": 128257}},
+        {"shape": {"num_tokens": 128256}},
+    ),
+    "prequantised-base": ({"shape": {"quantization": "gptq"}}, {}),
+    "packing-own-code": (
+        {"trust_remote_code": True, "shape": {"has_own_code": True}},
+        {"trust_remote_code": True, "packing": False, "shape": {"has_own_code": True}},
+    ),
+    "flash-attention-missing": (
+        {"use_flash_attention": True, "packages": {"flash-attn": None}},
+        {"use_flash_attention": True, "packages": {"flash-attn": "2.8"}},
+    ),
+    "8bit-zero3": (
+        with_layout(Z3, load_in_8bit=True),
+        with_layout(Z2, load_in_8bit=True),
+    ),
+    "4bit-storage": (
+        {"bnb_4bit_quant_storage": "float16", **NF4},
+        {"bnb_4bit_quant_storage": "bfloat16", **NF4},
+    ),
+    "4bit-moe": ({"shape": MOE, **NF4}, {"shape": MOE}),
+    "fp16-cpu": ({"fp16": True, "hardware": CPU}, {"fp16": True}),
+    "bf16-old-gpu": ({"hardware": gpu(capability=(7, 5))}, {"hardware": gpu(capability=(8, 0))}),
+    "fp16-for-bf16-model": (
+        with_layout(FP16),
+        with_layout(FP16, config=LLAMA_8B | {"dtype": "float16"}),
+    ),
+    "deepspeed-zero3-frozen": (
+        with_layout(Z3, packages={"deepspeed": "0.19.2"}),
+        with_layout(Z3, packages={"deepspeed": "0.19.3"}),
+    ),
+    "deepspeed-wrong-gradients": (
+        {"packages": {"deepspeed": "0.17.6"}},
+        {"packages": {"deepspeed": "0.18.3"}},
+    ),
+    "deepspeed-zero1-last-micro-batch": (
+        with_layout(Z1, packages={"deepspeed": "0.18.10"}),
+        with_layout(Z1, packages={"deepspeed": "0.18.11"}),
+    ),
+    "deepspeed-shared-parameter": (
+        {"packages": {"deepspeed": "0.19.3"}},
+        {"packages": {"deepspeed": None}},
+    ),
+    "transformers-zero3-rotary": (
+        with_layout(Z3, packages={"transformers": "5.22.0"}),
+        with_layout(Z3, packages={"transformers": "5.23.0"}),
+    ),
+    "4bit-zero3-reentrant": (
+        with_layout(Z3, CHECKPOINTED, **NF4),
+        with_layout(Z2, CHECKPOINTED, **NF4),
+    ),
+    "slow-stop": (
+        with_layout({"micro_batch_size": 64}, max_length=8192),
+        with_layout({"micro_batch_size": 1}, max_length=8192),
+    ),
+    "4bit-zero3-unchecked": (with_layout(Z3, **NF4), with_layout(Z3, CHECKPOINTED, **NF4)),
+    "persistence-threshold": (with_layout(Z3), with_layout(Z2)),
+    "persistence-too-low": (
+        with_layout(Z3, own=zero(stage3_param_persistence_threshold=100_000)),
+        with_layout(Z3, own=zero(stage3_param_persistence_threshold="auto")),
+    ),
+    "gathered-too-much": (
+        with_layout(Z3, own=zero(stage3_max_live_parameters=1e9)),
+        with_layout(Z3, own=zero(stage3_max_live_parameters=1e6)),
+    ),
+    "bucket-sizes": ({}, {"own": zero(reduce_bucket_size=5e8)}),
+    "bucket-too-large": ({"own": zero(reduce_bucket_size=5e8)}, {}),
+    "overlap-comm-off": ({}, {"own": zero(overlap_comm=True)}),
+    "overlap-comm": ({"own": zero(overlap_comm=True)}, with_layout(Z3)),
+    "moe-leaf-modules": (with_layout(Z3, shape=MOE), with_layout(Z2, shape=MOE)),
+    "moe-without-leaf-modules": (
+        with_layout(Z3, shape=MOE, own=zero(leaf_module={"classes": []})),
+        with_layout(Z3, shape=MOE, own=zero(leaf_module={"classes": ["Block"]})),
+    ),
+    "hpz-without-zero3": ({"hpz_partition_size": 8}, with_layout(Z3, hpz_partition_size=8)),
+    "hpz-divides-ranks": (
+        with_layout(Z3, hpz_partition_size=3),
+        with_layout(Z3, hpz_partition_size=4),
+    ),
+    "offload-param-without-zero3": ({"offload_param": "cpu"}, with_layout(Z3, offload_param="cpu")),
+    "nvme-4bit": (
+        with_layout(Z3, own=zero(offload_param={"device": "nvme"}), **NF4),
+        with_layout(Z3, own=zero(offload_param={"device": "cpu"}), **NF4),
+    ),
+    "nvme-not-yet": (
+        with_layout(Z3, own=zero(offload_param={"device": "nvme"})),
+        with_layout(Z3, own=zero(offload_param={"device": "none"})),
+    ),
+    "cpu-offload-param": (
+        {"own": zero(cpu_offload_param=True)},
+        {"own": zero(cpu_offload_param=False)},
+    ),
+    "offload-optimizer": (
+        {"own": zero(offload_optimizer={"device": "cpu"})},
+        {"own": zero(offload_optimizer={"device": "none", "pin_memory": True})},
+    ),
+    "old-stage-1": (
+        {"own": zero(legacy_stage1=True)},
+        {"own": zero(legacy_stage1=False, elastic_checkpoint=False)},
+    ),
+    "zenflow": ({"own": zero(zenflow={})}, {"own": zero(zenflow=None)}),
+    "4bit-quantized-weights": (
+        {"own": zero(zero_quantized_weights=True), **NF4},
+        {"own": zero(zero_quantized_weights=True)},
+    ),
+    "quantized-communication": (
+        {"own": zero(zero_quantized_weights=True)},
+        {"own": zero(zero_quantized_weights=False)},
+    ),
+    "quantized-nontrainable-weights": (
+        {"own": zero(zero_quantized_nontrainable_weights=True)},
+        {"own": zero(zero_quantized_nontrainable_weights=False)},
+    ),
+    "4bit-all-reduce-fetch": (
+        {"own": zero(stage3_use_all_reduce_for_fetch_params=True), **NF4},
+        {"own": zero(stage3_use_all_reduce_for_fetch_params=True)},
+    ),
+    "round-robin-gradients": (
+        {"own": zero(round_robin_gradients=True)},
+        with_layout(Z3, own=zero(round_robin_gradients=True)),
+    ),
+    "module-granularity": (
+        with_layout(Z3, own=zero(stage3_module_granularity_threshold=1000)),
+        with_layout(Z3, own=zero(stage3_module_granularity_threshold=0)),
+    ),
+    "no-gradient-norm": (
+        {"own": zero(compute_grad_norm=False)},
+        {"own": zero(compute_grad_norm=True)},
+    ),
+    "memory-inefficient-linear": (
+        with_layout(Z3, own=zero(memory_efficient_linear=False)),
+        with_layout(Z2, own=zero(memory_efficient_linear=False)),
+    ),
+    "gather-on-save": (
+        {"own": zero(stage3_gather_16bit_weights_on_model_save=True)},
+        {"own": zero(stage3_gather_16bit_weights_on_model_save=False)},
+    ),
+    "json-against-plan": (
+        {"own": {"train_batch_size": 16}},
+        {"own": {"train_batch_size": 8, "optimizer": {"params": {"lr": 2e-4}}}},
+    ),
+    "json-against-precision": (
+        {"own": {"fp16": {"enabled": True}}},
+        {"own": {"fp16": {"enabled": False}, "bf16": {"enabled": True}}},
+    ),
+    "16-bit-masters": (
+        {"own": {"bf16": {"bf16_master_weights_and_grads": True}}},
+        {"own": {"bf16": {"bf16_master_weights_and_grads": False}}},
+    ),
+    "bf16-overflow-unchecked": (
+        {"own": {"bf16": {"check_grad_overflow": False}}},
+        {"own": {"bf16": {"check_grad_overflow": True}}},
+    ),
+    "zero1-fp32-accumulation": (
+        with_layout(Z1, own={"data_types": {"grad_accum_dtype": "fp32"}}),
+        with_layout(Z2, own={"data_types": {"grad_accum_dtype": "fp32"}}),
+    ),
+    "zero1-bf16-accumulation": (
+        with_layout(Z1, {"accumulation_steps": 2}),
+        with_layout(Z2, {"accumulation_steps": 2}),
+    ),
+    "16-bit-gradients": (
+        {"own": {"communication_data_type": "bf16"}},
+        with_layout(FP32, own={"communication_data_type": "bf16"}),
+    ),
+    "torch-autocast": (
+        {"own": {"torch_autocast": {"enabled": True}}},
+        {"own": {"torch_autocast": {"enabled": False}}},
+    ),
+    "gradient-division": (
+        {"own": {"gradient_predivide_factor": 2.0}},
+        {"own": {"gradient_predivide_factor": 1.0, "prescale_gradients": False}},
+    ),
+    "own-accumulation": (
+        {"own": {"managed_gradient_accumulation": False}},
+        {"own": {"managed_gradient_accumulation": True}},
+    ),
+    "scheduler": ({"own": {"scheduler": {"type": "WarmupLR"}}}, {"own": {}}),
+    "optimizer-not-adamw": (
+        {"own": {"optimizer": {"type": "Lion"}}},
+        {"own": {"optimizer": {"type": "adamw"}}},
+    ),
+    "optimizer-parameters": (
+        {"own": {"optimizer": {"params": {"amsgrad": True}}}},
+        {"own": {"optimizer": {"params": {"betas": [0.9, 0.95], "eps": 1e-6}}}},
+    ),
+    "compiled-adam": (
+        {"own": {"optimizer": {"params": {"torch_adam": False}}}},
+        {"own": {"optimizer": {"params": {"torch_adam": True}}}},
+    ),
+    "untested-optimizer": (
+        {"own": {"zero_allow_untested_optimizer": True}},
+        {"own": {"zero_allow_untested_optimizer": False}},
+    ),
+    "model-parallel": (
+        {"own": {"tensor_parallel": {"autotp_size": 2}}},
+        {"own": {"tensor_parallel": {"autotp_size": 1}, "sequence_parallel_size": 1}},
+    ),
+    "4bit-deepcompile": (
+        {"own": {"compile": {"deepcompile": True}}, **NF4},
+        {"own": {"compile": {"deepcompile": False}}, **NF4},
+    ),
+    "compile-not-yet": (
+        {"own": {"compile": {"deepcompile": True}}},
+        {"own": {"compile": {"deepcompile": False}}},
+    ),
+    "activation-checkpointing-no-effect": (
+        {"own": {"activation_checkpointing": {"partition_activations": True}}},
+        {"own": {"activation_checkpointing": {}}},
+    ),
+    "other-engines": (
+        {"own": {"autotuning": {"enabled": True}}},
+        {"own": {"autotuning": {"enabled": False}}},
+    ),
+    "checkpoint-writer": (
+        {"own": {"checkpoint": {"writer": {"type": "fast"}}}},
+        {"own": {"checkpoint": {"load_universal": True}}},
+    ),
+    "checkpoint-no-effect": (
+        {"own": {"checkpoint": {"load_universal": True}}},
+        {"own": {"wall_clock_breakdown": True}},
+    ),
+    "flops-profiler-4bit": (
+        {"own": {"flops_profiler": {"enabled": True}}, **NF4},
+        {"own": {"flops_profiler": {"enabled": True}}},
+    ),
+    "alpha": ({"lora_r": 8, "lora_alpha": 64}, {"lora_r": 8, "lora_alpha": 8}),
+    "lora-r": ({"lora_r": 4}, {"lora_r": 8}),
+    "learning-rate": ({"lr": 3e-4}, {"lr": 3e-4, "config": SMOLLM2}),
+    "data-small": ({"data": 999}, {"data": 999, "epochs": 3, "lora_dropout": 0.1}),
+    "data-medium": ({"data": 1000}, {"data": 1000, "epochs": 2}),
+    "data-large": ({"data": 10_001, "epochs": 3}, {"data": 10_001}),
+    "compute-dtype": (
+        {"bnb_4bit_compute_dtype": "float16", **NF4},
+        {"bnb_4bit_compute_dtype": "bfloat16", **NF4},
+    ),
+    "double-quantisation": (
+        {"bnb_4bit_use_double_quant": False, **NF4},
+        {"bnb_4bit_use_double_quant": False},
+    ),
+    "nf4": ({"bnb_4bit_quant_type": "fp4", **NF4}, {"bnb_4bit_quant_type": "fp4"}),
+    "evaluation-matches-saving": (
+        {"eval_data": "e", "evaluation_strategy": "epoch", "save_strategy": "steps"},
+        {"eval_data": "e", "evaluation_strategy": "epoch"},
+    ),
+    "checkpointing": (
+        {"gradient_checkpointing": False, "hardware": gpu(18)},
+        {"gradient_checkpointing": False, "hardware": gpu(80)},
+    ),
+    **{f"removed-{k.replace('_', '-')}": ({"own": {k: {}}}, {"own": {}}) for k in REMOVED},
+    **{
+        f"removed-{k.replace('_', '-')}": ({"own": zero(**{k: 2})}, {"own": zero()})
+        for k in REMOVED_FROM_ZERO
+    },
+}  # fmt: skip
+
+# Rules that several keys lead to: the ways that the table above does not take.
+MORE = [
+    ("embeddings-or-head-not-yet", {"lora_target_modules": r"lm_head|.*q_proj"}),
+    ("gathered-too-much", with_layout(Z3, own=zero(stage3_max_reuse_distance=1e9))),
+    ("gathered-too-much", with_layout(Z3, own=zero(stage3_prefetch_bucket_size=5e8))),
+    ("hpz-without-zero3", {"own": zero(zero_hpz_partition_size=2)}),
+    ("offload-param-without-zero3", {"own": zero(offload_param={"device": "cpu"})}),
+    ("cpu-offload-param", {"own": zero(cpu_offload_use_pin_memory=True)}),
+    ("old-stage-1", {"own": zero(elastic_checkpoint=True)}),
+    ("checkpoint-writer", {"own": {"datastates_ckpt": {}}}),
+    ("json-against-precision", {"own": {"data_types": {"param_dtype": "fp16"}}}),
+    ("offload-optimizer", {"own": zero(cpu_offload=True)}),
+    ("zenflow", {"own": zero(offload_optimizer={"device": "cpu", "super_offload": True})}),
+    ("quantized-communication", {"own": zero(zero_quantized_gradients=True)}),
+    ("gather-on-save", {"own": zero(stage3_gather_fp16_weights_on_model_save=True)}),
+    ("json-against-plan", {"own": {"gradient_clipping": 0.5}}),
+    ("json-against-plan", {"own": zero(stage=3)}),
+    ("json-against-plan", {"own": zero(zero_hpz_partition_size=8)}),
+    ("json-against-plan", {"own": zero(offload_param={"device": "cpu"})}),
+    ("json-against-plan", {"own": {"optimizer": {"params": {"weight_decay": 0.1}}}}),
+    ("json-against-precision", {"own": {"bf16": {"enabled": False}}}),
+    ("json-against-precision", {"own": {"data_types": {"buffer_dtype": "bf16"}}}),
+    ("16-bit-masters", with_layout(FP16, own={"fp16": {"fp16_master_weights_and_grads": True}})),
+    ("16-bit-gradients", {"own": {"data_types": {"grad_accum_dtype": "bf16"}}}),
+    ("gradient-division", {"own": {"prescale_gradients": True}}),
+    ("gradient-division", {"own": {"gradient_allreduce_op": "SUM"}}),
+    ("optimizer-parameters", {"own": {"optimizer": {"legacy_fusion": True}}}),
+    ("model-parallel", {"own": {"expert_parallel": {"enabled": True}}}),
+    ("model-parallel", {"own": {"sequence_parallel_size": 2}}),
+    ("model-parallel", {"own": {"pipeline": {"stages": 2}}}),
+    ("other-engines", {"own": {"hybrid_engine": {"enabled": True}}}),
+    ("other-engines", {"own": {"data_efficiency": {"enabled": True}}}),
+    ("other-engines", {"own": {"weight_quantization": {}}}),
+    ("lora-r", {"lora_r": 256}),
+    ("learning-rate", {"lr": 5e-6}),
+    ("learning-rate", {"lr": 3e-3, "config": SMOLLM2}),
+    ("data-medium", {"data": 5000, "epochs": 2, "lora_dropout": 0.0}),
+]

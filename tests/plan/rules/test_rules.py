@@ -1,0 +1,166 @@
+"""Every rule of the table speaks where it must and is silent in a near miss."""
+
+import dataclasses
+import json
+
+import pytest
+
+from pipeline.config.settings import RunSettings
+from pipeline.errors import UserError
+from pipeline.plan.deepspeed.config import deepspeed_config
+from pipeline.plan.deepspeed.overlay import overlay
+from pipeline.plan.given.layout import Layout
+from pipeline.plan.given.shape import read_shape
+from pipeline.plan.plan import make_plan
+from pipeline.plan.render import plan_text
+from pipeline.plan.rules.rule import Situation, installed_versions
+from pipeline.plan.rules.table import BEFORE_THE_CHOICE, RULES
+from tests.plan.rules.rule_cases import CASES, MORE
+from tests.planning import CPU, LLAMA_8B, SMOLLM2, gpu, sized
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def situation(tmp_path):
+    """A situation of Llama 8B on 8 GPUs at ZeRO-2 in bf16, but for what is given.
+
+    `layout`, `own` (JSON), `shape` and `packages` change single values; other keys are settings.
+    """
+
+    def make(
+        config=LLAMA_8B, hardware=None, layout=(), own=None, shape=(), packages=(), data=None,
+        **settings,
+    ) -> Situation:  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        values = {"model": str(tmp_path), "train_data": "t", "output_dir": "o"} | settings
+        run = RunSettings.model_validate(values)
+        chosen = Layout(**{
+            "zero_stage": 2, "micro_batch_size": 1, "accumulation_steps": 1,
+            "checkpointed_layers": 0, "nodes": 1, "ranks_per_node": 8,
+            "training_dtype": "bfloat16", **dict(layout),
+        })  # fmt: skip
+        model = dataclasses.replace(read_shape(str(tmp_path)), **dict(shape))
+        hardware = hardware or gpu()
+        config = deepspeed_config(model, run, chosen, is_cuda=hardware.kind == "cuda")
+        if own is not None:
+            (tmp_path / "ds.json").write_text(json.dumps(own))
+            config = overlay(config, str(tmp_path / "ds.json"))
+        return Situation(
+            settings=run, shape=model, hardware=hardware, layout=chosen, deepspeed=config,
+            packages=dict(installed_versions()) | dict(packages), data=data,
+        )  # fmt: skip
+
+    return make
+
+
+BY_ID = {rule.id: rule for rule in RULES}
+
+
+def test_every_rule_has_its_cases():
+    assert len(BY_ID) == len(RULES)
+    assert CASES.keys() == BY_ID.keys()
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_a_rule_speaks_and_is_silent_in_a_near_miss(situation, rule):
+    fires, near_miss = CASES[rule]
+    assert BY_ID[rule].holds(situation(**fires))
+    assert not BY_ID[rule].holds(situation(**near_miss))
+
+
+@pytest.mark.parametrize(("rule", "fires"), MORE)
+def test_every_way_into_a_rule(situation, rule, fires):
+    assert BY_ID[rule].holds(situation(**fires))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
+def test_a_rule_says_why_what_to_do_and_who_says_so(rule):
+    for text in (rule.reason, rule.remedy, rule.source):
+        assert text
+        assert not text.endswith(".")
+        assert "|" not in text  # a column of docs/rules.md
+
+
+def test_what_a_rule_asks_for_before_the_choice_is_a_refusal():
+    assert {rule.level for rule in BEFORE_THE_CHOICE} == {"refuse"}
+
+
+@pytest.fixture
+def plan(tmp_path):
+    def make(config=LLAMA_8B, hardware=None, ranks=8, files=(), **settings):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for name, content in dict(files).items():
+            (tmp_path / name).write_text(json.dumps(content))
+        values = {"model": str(tmp_path), "train_data": "t", "output_dir": "o"} | settings
+        run = RunSettings.model_validate(values)
+        hardware = hardware or gpu()
+        return make_plan(run, read_shape(run.model), hardware, nodes=1, ranks_per_node=ranks)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("keys", "rule"),
+    [
+        ({"load_in_8bit": True, "zero_stage": 3}, "8bit-zero3"),
+        ({"hardware": CPU, "fp16": True}, "fp16-cpu"),
+        ({"config": SMOLLM2, "lora_target_modules": ["lm_head"]}, "tied-pair"),
+        ({"hardware": gpu(4), "modules_to_save": ["lm_head"]}, "modules-to-save-not-yet"),
+    ],
+)
+def test_a_plan_is_refused_by_its_rules_first(plan, keys, rule):
+    with pytest.raises(UserError, match=f"rule {rule}"):
+        plan(**keys)
+
+
+def test_a_known_bad_version_refuses_a_plan(plan, monkeypatch):
+    versions = dict(installed_versions()) | {"deepspeed": "0.18.0"}
+    monkeypatch.setattr("pipeline.plan.plan.installed_versions", lambda: versions)
+    with pytest.raises(UserError, match="rule deepspeed-wrong-gradients"):
+        plan(zero_stage=2)
+
+
+def test_the_size_of_the_data_is_advised_on_once_it_is_known(plan):
+    made = plan()
+    assert [rule.id for rule in made.rules if rule.level == "advise"] == []
+    assert [rule.id for rule in made.with_data(sized(500)).rules if rule.level == "advise"] == [
+        "data-small"
+    ]
+    assert "`preset: small`" in plan_text(made.with_data(sized(500)))
+    assert [rule.id for rule in made.with_data(sized(50_000)).rules if rule.level == "advise"] == []
+    assert made.with_data(sized(500)).settings == made.settings
+
+
+ADDED = {"128000": {"content": "<bos>"}, "128256": {"content": "<mine>"}}
+PICTURE = {"128256": {"content": "<image>"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "is_refused"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": ADDED}, True),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"128255": {"content": "x"}}}, False),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": PICTURE, "image_token": "<image>"},
+            False,
+        ),
+        ("added_tokens.json", {"<mine>": 128256}, True),
+        ("tokenizer.json", {"added_tokens": [{"id": 128256, "content": "<mine>"}]}, True),
+        ("tokenizer.json", {"added_tokens": [], "model": 1}, False),
+        ("tokenizer_config.json", [], False),
+    ],
+)
+def test_a_tokenizer_that_outgrew_its_model_is_refused(plan, name, content, is_refused):
+    if not is_refused:
+        assert plan(files={name: content})
+        return
+    with pytest.raises(UserError, match="rule tokens-without-embeddings"):
+        plan(files={name: content})
+
+
+def test_a_folder_that_brings_its_own_class_is_seen(tmp_path):
+    for name, is_own in (("AutoModelForCausalLM", True), ("AutoConfig", False)):
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"auto_map": {name: "own.C"}}))
+        assert read_shape(str(tmp_path)).has_own_code is is_own

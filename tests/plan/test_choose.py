@@ -1,0 +1,226 @@
+"""The search: where the choice flips, what it never does, and what it says of itself."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config.settings import RunSettings
+from pipeline.errors import UserError
+from pipeline.plan.choose import Machines, candidates
+from pipeline.plan.cost.memory import memory
+from pipeline.plan.given.catalogue import gpu_named
+from pipeline.plan.given.shape import read_shape
+from pipeline.plan.plan import make_plan, rank_plans
+from tests.planning import CPU, LLAMA_8B, LLAMA_70B, SMOLLM2, gpu
+
+pytestmark = pytest.mark.unit
+
+H100 = gpu_named("h100-80gb")
+
+
+@pytest.fixture
+def ranked(tmp_path):
+    """Plan and candidates of a run; other keys are settings."""
+
+    def make(config=LLAMA_8B, hardware=None, ranks=8, nodes=1, **keys):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        values = {"model": str(tmp_path), "train_data": "t", "output_dir": "o", "lora_r": 16}
+        run = RunSettings.model_validate(values | keys)
+        shape = read_shape(run.model)
+        return rank_plans(run, shape, hardware or H100, nodes=nodes, ranks_per_node=ranks)
+
+    return make
+
+
+@pytest.fixture
+def layout(ranked):
+    def make(*arguments, **keys):
+        return ranked(*arguments, **keys)[0].layout
+
+    return make
+
+
+def test_a_base_that_fits_is_replicated_and_one_that_does_not_is_sharded(layout, ranked):
+    assert layout().zero_stage == 2
+    sharded = ranked(LLAMA_70B)[0]
+    assert sharded.layout.zero_stage == 3
+    assert "zero_stage 2 needs" in sharded.why["zero_stage"]
+    assert layout(LLAMA_70B, load_in_4bit=True).zero_stage == 2  # 40 GB in 4 bits
+
+
+def test_the_stage_flips_where_the_base_stops_fitting(ranked):
+    """Least memory with which the search replicates is what the replicated layout needs."""
+    keys = {"batch_size": 1, "gradient_checkpointing": True, "max_length": 256, "ranks": 2}
+    plan = ranked(hardware=gpu(80), **keys)[0]
+    need = plan.memory.device_need
+    fitting = next(g for g in range(10, 81) if gpu(g).usable_bytes(2) >= need)
+    assert ranked(hardware=gpu(fitting), **keys)[0].layout.zero_stage == 2
+    assert ranked(hardware=gpu(fitting - 1), **keys)[0].layout.zero_stage == 3
+
+
+def test_hpz_is_for_slow_links_between_nodes(layout):
+    slow = replace(H100, network=H100.node_link / 20)
+    assert layout(LLAMA_70B, slow, nodes=2).hpz_partition_size == 8
+    assert layout(LLAMA_70B, slow, nodes=1).hpz_partition_size == 1
+    # the copy does not fit beside the share: 70 B over 8 of 24 GiB
+    small = replace(gpu_named("rtx-4090-24gb"), network=1e9)
+    assert layout(LLAMA_70B, small, nodes=8, batch_size=1).hpz_partition_size == 1
+
+
+def test_blocks_are_recomputed_only_as_far_as_memory_demands(ranked):
+    few = ranked(max_length=512, batch_size=1)[0].layout
+    assert few.checkpointed_layers == 0
+    plan = ranked(max_length=8192, batch_size=4)[0]
+    count = plan.layout.checkpointed_layers
+    assert 0 < count < 32
+    fewer = replace(plan.layout, checkpointed_layers=count - 1)
+    need = memory(plan.shape, plan.settings, fewer, plan.hardware, 8192)
+    assert need.device_need > plan.hardware.usable_bytes(8) >= plan.memory.device_need
+    assert f"{count} of 32 blocks, the fewest that fit" in plan.why["checkpointed_layers"]
+
+
+def test_host_memory_is_the_last_resort_and_must_be_there(layout):
+    one = {"ranks": 1, "batch_size": 1, "max_length": 512}
+    roomy = replace(H100, host_bytes=512 * 2**30)
+    assert layout(LLAMA_70B, roomy, **one).offload_param == "cpu"
+    with pytest.raises(UserError, match=r"load_in_4bit: true"):
+        layout(LLAMA_70B, replace(H100, host_bytes=64 * 2**30), **one)
+    assert layout(LLAMA_70B, roomy, ranks=8).offload_param == "none"
+
+
+def test_a_quantised_base_larger_than_a_device_goes_through_the_host(layout):
+    small = gpu_named("rtx-4090-24gb")
+    found = layout(LLAMA_70B, small, ranks=4, load_in_4bit=True, max_length=512)
+    assert (found.zero_stage, found.loads_through_host) == (3, True)
+    assert not layout(load_in_4bit=True, zero_stage=3).loads_through_host
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"zero_stage": 3, "batch_size": 2, "gradient_checkpointing": True},
+        {"zero_stage": 1, "gradient_accumulation_steps": 2},
+        {"zero_stage": 3, "offload_param": "cpu", "gradient_checkpointing": False},
+        {"zero_stage": 3, "hpz_partition_size": 4},
+    ],
+)
+def test_what_the_user_set_is_a_constraint_on_every_candidate(ranked, keys):
+    names = {
+        "batch_size": "micro_batch_size",
+        "gradient_accumulation_steps": "accumulation_steps",
+        "gradient_checkpointing": "checkpointed_layers",
+    }
+    blocks = {True: 32, False: 0}
+    for candidate in ranked(max_length=512, **keys)[1]:
+        for key, value in keys.items():
+            found = getattr(candidate.layout, names.get(key, key))
+            assert found == (blocks[value] if isinstance(value, bool) else value)
+
+
+def test_what_does_not_fit_is_refused_with_the_smallest_change_that_would(ranked):
+    """And the change that it names does fit, with the need that it says."""
+    keys = {"hardware": gpu(16), "ranks": 1, "batch_size": 1, "offload_param": "none"}
+    with pytest.raises(UserError, match=r"does not fit .* with offload_param: auto") as error:
+        ranked(**keys, max_length=256)
+    del keys["offload_param"]
+    assert ranked(**keys, max_length=256)[0].layout.offload_param == "cpu"
+    keys |= {"offload_param": "none", "zero_stage": 2}
+    with pytest.raises(UserError, match="with load_in_4bit: true it needs") as error:
+        ranked(**keys)
+    said = float(re.search(r"it needs ([0-9.]+) of [0-9.]+ GiB$", str(error.value))[1])
+    need = ranked(**keys, load_in_4bit=True)[0].memory.device_need
+    assert said == pytest.approx(need / 2**30, abs=0.05)
+
+
+def test_what_no_key_can_make_fit_is_told_in_devices(ranked):
+    small = replace(gpu(40), host_bytes=64 * 2**30)
+    keys = {"hardware": small, "ranks": 1, "load_in_4bit": True, "max_length": 256}
+    with pytest.raises(UserError, match=r"it fits on (\d+) nodes of 1 of them") as error:
+        ranked(LLAMA_70B, **keys)
+    nodes = int(re.search(r"on (\d+) nodes", str(error.value))[1])
+    assert ranked(LLAMA_70B, nodes=nodes, **keys)[0].layout.world_size == nodes
+
+
+def test_a_candidate_that_a_rule_refuses_is_left_out_with_the_rule(ranked):
+    keys = {"load_in_4bit": True, "gradient_checkpointing": False, "max_length": 256}
+    plan, every = ranked(**keys)
+    assert plan.layout.zero_stage == 2
+    refused = [c for c in every if c.layout.zero_stage == 3]
+    assert refused
+    assert all(c.refusal.endswith("[rule 4bit-zero3-unchecked]") for c in refused)
+    with pytest.raises(UserError, match="rule 4bit-zero3-unchecked"):
+        ranked(**keys, zero_stage=3)
+
+
+def test_128_gpus_are_planned(layout):
+    found = layout(LLAMA_70B, nodes=16, global_batch_size=256)
+    assert (found.world_size, found.global_batch_size) == (128, 256)
+
+
+def test_a_cpu_never_offloads_and_trains_in_fp32_at_any_stage(layout):
+    assert layout(SMOLLM2, CPU, ranks=2).offload_param == "none"
+    exact = layout(SMOLLM2, CPU, ranks=2, bf16=False, fp16=False)
+    assert exact.zero_stage in (1, 2)
+
+
+KEYS = st.fixed_dictionaries(
+    {
+        "lora_r": st.sampled_from([8, 64]),
+        "max_length": st.sampled_from([256, 2048, 8192]),
+        "load_in_4bit": st.booleans(),
+        "global_batch_size": st.sampled_from([64, 128]),
+    }
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(keys=KEYS, ranks=st.sampled_from([1, 2, 8]), nodes=st.sampled_from([1, 2, 4]),
+       gib=st.sampled_from([24, 40, 80, 141]))  # fmt: skip
+def test_of_all_that_fit_the_first_is_the_fastest_of_its_class(
+    shape_of_8b, keys, ranks, nodes, gib
+):
+    values = {"model": "m", "train_data": "t", "output_dir": "o"}
+    run, hardware = RunSettings.model_validate(values | keys), gpu(gib)
+    machines = Machines(hardware=hardware, nodes=nodes, ranks_per_node=ranks)
+    every = candidates(run, shape_of_8b, machines)
+    fitting = [c for c in every if c.refusal is None]
+    assert every[: len(fitting)] == fitting
+    for candidate in every:
+        assert candidate.layout.global_batch_size == keys["global_batch_size"]
+        fits = candidate.memory.device_need <= hardware.usable_bytes(ranks)
+        assert fits or candidate.refusal
+    if fitting:
+        best = fitting[0]
+        kin = [c for c in fitting if c.layout.is_sharded == best.layout.is_sharded
+               and c.layout.offload_param == best.layout.offload_param]  # fmt: skip
+        assert best.speed.seconds_per_step == min(c.speed.seconds_per_step for c in kin)
+        assert not best.layout.is_sharded or all(c.layout.is_sharded for c in fitting)
+    assert len({c.layout for c in every}) == len(every)
+
+
+@pytest.fixture(scope="module")
+def shape_of_8b(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    return read_shape(str(folder))
+
+
+def test_a_plan_is_the_first_of_the_ranked(ranked, shape_of_8b):
+    plan, every = ranked()
+    same = make_plan(plan.settings, plan.shape, H100, nodes=1, ranks_per_node=8)
+    assert plan.layout == every[0].layout == same.layout
+
+
+def test_each_reason_says_what_was_so(ranked):
+    why = ranked(bf16=False)[0].why
+    assert why["training_dtype"] == "bf16: false"
+    in_fp32 = ranked(bf16=False, fp16=False, max_length=256)[0].why
+    assert in_fp32["zero_stage"].startswith("no other is faster")
+    given = ranked(gradient_accumulation_steps=4)[0].why
+    assert given["micro_batch_size"] == "what the other keys leave"
+    sharded = ranked(hpz_partition_size=4)[0].why
+    assert "zero_stage 2 is refused: hpz_partition_size: only ZeRO-3" in sharded["zero_stage"]

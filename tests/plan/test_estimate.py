@@ -1,0 +1,252 @@
+"""The estimate of the data's size: exact rows of small files, scale for large ones, no errors."""
+
+import bz2
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config.settings import RunSettings
+from pipeline.plan import estimate as data_size
+from pipeline.plan.data_sample import BYTES_PER_TOKEN
+from pipeline.plan.estimate import SAMPLE_BYTES, estimate
+
+pytestmark = pytest.mark.unit
+
+
+def settings_of(*files, **values):
+    data = [file if isinstance(file, dict) else str(file) for file in files]
+    given = {"model": "m", "train_data": data, "output_dir": "o"}
+    return RunSettings.model_validate(given | values)
+
+
+def chat(*contents):
+    return {"messages": [{"role": "user", "content": content} for content in contents]}
+
+
+text = st.text(min_size=1, max_size=60).filter(lambda t: t.isprintable())
+row = st.lists(text, min_size=1, max_size=4).map(lambda texts: chat(*texts)) | st.builds(
+    lambda prompt, completion: {"prompt": prompt, "completion": completion}, text, text
+)
+
+
+@given(
+    files=st.lists(st.lists(row, min_size=1, max_size=30), min_size=1, max_size=4),
+    end=st.sampled_from(["\n", "\r\n", "\n\n", "\nnot json\n", "\n[1]\n"]),
+    is_ascii=st.booleans(),
+)
+def test_rows_of_files_below_the_sample_are_counted(files, end, is_ascii):
+    with TemporaryDirectory() as folder:
+        paths = [Path(folder) / str(i) for i in range(len(files))]
+        for path, rows in zip(paths, files, strict=True):
+            lines = [json.dumps(r, ensure_ascii=is_ascii) for r in rows]
+            path.write_bytes("".join(line + end for line in lines).encode())
+        found = estimate(settings_of(*paths))
+    count = sum(len(rows) for rows in files)
+    assert (0 if found is None else found.documents) == count
+    if found is not None:
+        assert count <= found.tokens <= found.longest * count
+        assert not found.is_exact
+
+
+@pytest.mark.parametrize("copies", [3, 40])
+def test_a_large_file_is_scaled_up_from_its_beginning(tmp_path, copies):
+    lines = "".join(json.dumps(chat("x" * (50 + i % 100))) + "\n" for i in range(10_000))
+    file = tmp_path / "large.jsonl"
+    file.write_text(lines * copies)
+    assert file.stat().st_size > SAMPLE_BYTES
+    found = estimate(settings_of(file))
+    assert found.documents == pytest.approx(10_000 * copies, rel=0.01)
+    assert found.mean_tokens == pytest.approx(99.5 / BYTES_PER_TOKEN + 5, rel=0.03)
+    assert found.longest is None  # not every row has been seen
+
+
+def test_files_share_the_sample_and_count_by_their_size(tmp_path):
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_text(10 * (json.dumps(chat("x" * 3500)) + "\n"))
+    large.write_text(100_000 * (json.dumps(chat("x" * 35)) + "\n"))
+    found = estimate(settings_of(large, small, max_length=500))
+    assert found.documents == pytest.approx(100_010, rel=0.001)
+    assert found.tokens == pytest.approx(100_000 * 15 + 10 * 500, rel=0.001)  # long rows are cut
+
+
+def test_no_more_than_the_sample_is_read(tmp_path, monkeypatch):
+    files = [tmp_path / str(i) for i in range(3)]
+    for i, file in enumerate(files):
+        file.write_text((i + 1) * 20_000 * (json.dumps(chat("x" * 35)) + "\n"))
+    read, whole = [], Path.open
+
+    def opened(path, mode):
+        stream = whole(path, mode)
+        monkeypatch.setattr(opened, "streams", [*opened.streams, stream])
+        return stream
+
+    opened.streams = []
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(
+        "json.loads", lambda line, loads=json.loads: read.append(line) or loads(line)
+    )
+    assert estimate(settings_of(*files)).documents == pytest.approx(120_000, rel=0.001)
+    assert SAMPLE_BYTES / 2 < sum(map(len, read)) <= SAMPLE_BYTES
+    assert all(stream.closed for stream in opened.streams)
+
+
+def test_one_line_longer_than_the_sample_is_one_row(tmp_path):
+    file = tmp_path / "long"
+    file.write_text(json.dumps(chat("x" * SAMPLE_BYTES)))
+    assert estimate(settings_of(file)).documents == 1
+
+
+ROWS = [chat("x" * (i % 70)) for i in range(1000)]
+
+
+def write(path, rows):
+    """The rows as the name says."""
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    if ".json." in f"{path.name}.":
+        lines = json.dumps(rows, indent=1).encode()
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".arrow":
+        table = pyarrow.Table.from_pylist(rows)
+        new = pyarrow.ipc.new_stream if "stream" in path.name else pyarrow.ipc.new_file
+        with new(path, table.schema) as into:
+            into.write_table(table, max_chunksize=300)
+    else:
+        path.write_bytes(pack.get(path.suffix, bytes)(lines))
+
+
+NAMES = [
+    "f.jsonl.gz",
+    "f.json",
+    "f.json.zst",
+    "f.jsonl.bz2",
+    "f.parquet",
+    "stream.arrow",
+    "f.arrow",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_of_file_gives_the_size_of_its_rows(tmp_path, name):
+    write(tmp_path / name, ROWS)
+    write(tmp_path / "plain", ROWS)
+    assert estimate(settings_of(tmp_path / name)) == estimate(settings_of(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "bz2" not in name])  # large blocks
+def test_every_kind_of_file_is_scaled_up(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(data_size, "SAMPLE_BYTES", 50_000)
+    random = Random(0)
+    rows = [chat("".join(random.choices("abcdefgh ", k=60))) for _ in range(10_000)]
+    write(tmp_path / name, rows)
+    found = estimate(settings_of(tmp_path / name))
+    # How large a compressed file is unpacked is told from blocks of it.
+    is_packed = Path(name).suffix in (".gz", ".zst")
+    assert found.documents == pytest.approx(10_000, rel=0.2 if is_packed else 0.01)
+    assert found.mean_tokens == pytest.approx(60 / BYTES_PER_TOKEN + 5, rel=0.03)
+
+
+def test_csv_is_sampled_by_its_columns(tmp_path):
+    lines = 50_000 * f'{"q" * 34},"a\n{"b" * 34}"\n'
+    (tmp_path / "f.csv").write_text(f"question,completion\n{lines}")
+    found = estimate(settings_of(tmp_path / "f.csv", columns={"prompt": "question"}))
+    assert found.documents == pytest.approx(50_000, rel=0.01)
+    assert found.mean_tokens == pytest.approx(70 / BYTES_PER_TOKEN, rel=0.03)
+
+
+FORMATS = [
+    ({"conversations": [{"from": "human", "value": "x" * 35}]}, 15),
+    ({"instruction": "x" * 35, "input": "", "output": "y" * 35}, 30),
+    ({"prompt": [{"content": "x" * 35}], "completion": [{"content": "y" * 35}]}, 30),
+    ({"text": "x" * 35}, 10),
+    ({"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, 3),
+    ({"messages": [{"content": [{"type": "text", "text": "x"}]}]}, 14),
+]
+
+
+@pytest.mark.parametrize(("row", "tokens"), FORMATS)
+def test_every_format_has_tokens(tmp_path, row, tokens):
+    write(tmp_path / "f", [row])
+    assert estimate(settings_of(tmp_path / "f")).tokens == tokens
+
+
+def test_folders_globs_limits_and_weights_count(tmp_path):
+    for i in range(3):
+        write(tmp_path / f"{i}.jsonl", ROWS)
+    each = estimate(settings_of(tmp_path / "0.jsonl"))
+    assert estimate(settings_of(tmp_path)).documents == 3000
+    assert estimate(settings_of(f"{tmp_path}/[12].jsonl")).documents == 2000
+    source = {"path": str(tmp_path), "limit": 500, "weight": 0.5}
+    found = estimate(settings_of(source, tmp_path / "0.jsonl"))
+    assert found.documents == 1250
+    assert found.tokens == pytest.approx(1.25 * each.tokens, rel=0.001)
+    assert estimate(settings_of(tmp_path, eval_data=0.1)).documents == 2700
+    assert estimate(settings_of(tmp_path, eval_data=100)).documents == 2900
+    assert estimate(settings_of(tmp_path, eval_data=3000)) is None
+
+
+def test_many_files_are_taken_to_be_like_some_of_them(tmp_path):
+    for i in range(200):
+        write(tmp_path / f"{i}.jsonl", ROWS[:10])
+    found = estimate(settings_of(tmp_path))
+    assert found.documents == pytest.approx(2000, rel=0.01)
+    assert found.longest is None
+
+
+def test_over_length_counts(tmp_path):
+    write(tmp_path / "f", [{"text": "x" * 3500}, {"text": "x" * 35}])
+    sizes = {
+        way: estimate(settings_of(tmp_path / "f", max_length=300, over_length=way))
+        for way in ("truncate", "drop", "split")
+    }
+    assert [size.documents for size in sizes.values()] == [2, 1, 5]
+    assert [size.tokens for size in sizes.values()] == [310, 10, 1010]
+
+
+def test_no_torch_and_no_datasets_for_a_table(tmp_path):
+    write(tmp_path / "f.parquet", ROWS)
+    code = (
+        "import sys\n"
+        "from pipeline.config.settings import RunSettings\n"
+        "from pipeline.plan.estimate import estimate\n"
+        f"settings = RunSettings(model='m', output_dir='o', train_data={str(tmp_path)!r})\n"
+        "assert estimate(settings).documents == 1000\n"
+        "print({'torch', 'datasets', 'pandas', 'transformers'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "set()", result.stderr
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "hub", "damaged", "folder", "empty", "no rows", "pipe", "name"]
+)
+def test_what_cannot_be_estimated_is_none(tmp_path, kind):
+    file = tmp_path / "f"
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "name":
+        file = "a\0b"
+    elif kind == "hub":
+        file = "org/name:train"
+    elif kind == "damaged":
+        file.write_bytes(gzip.compress(b"x" * 1000)[:-9])
+    elif kind != "missing":
+        file.write_bytes(b"" if kind == "empty" else b'\xff\xfe\n{"a": 1}\n[]\n{"prompt": "p"}\n')
+    assert estimate(settings_of(file)) is None

@@ -1,0 +1,227 @@
+"""The plan: choices, batch arithmetic, steps, refusals; and every run file that we ship."""
+
+import itertools
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config.load import load_settings
+from pipeline.config.settings import RunSettings
+from pipeline.errors import UserError
+from pipeline.plan.given.shape import read_shape
+from pipeline.plan.plan import make_plan
+from pipeline.plan.render import plan_json, plan_text
+from tests import ROOT
+from tests.planning import CPU, H100S, LLAMA_8B, LLAMA_70B, SMOLLM2, gpu, sized
+
+pytestmark = pytest.mark.unit
+
+CONFIGS = {
+    "llama-3.1-8b-instruct": LLAMA_8B,
+    "llama-3.3-70b-instruct": LLAMA_70B,
+    "smollm2-135m-instruct": SMOLLM2,
+}
+
+
+@pytest.fixture
+def plan(tmp_path):
+    def make(config=LLAMA_8B, hardware=None, ranks=8, nodes=1, **settings):
+        folder = tmp_path / "model"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        values = {"model": str(folder), "train_data": "t", "output_dir": "o", "packing": False}
+        values |= settings
+        run = RunSettings.model_validate(values)
+        hardware = hardware or gpu(80)
+        return make_plan(run, read_shape(run.model), hardware, nodes=nodes, ranks_per_node=ranks)
+
+    return make
+
+
+def test_known_parameter_counts(plan):
+    assert plan().shape.parameters == 8_030_261_248  # Llama 3.1 8B's model card: 8.03 B
+    assert plan(SMOLLM2).shape.parameters == 134_515_008
+    assert plan(lora_r=64).trainable == 167_772_160  # 7 projections, 32 layers
+
+
+@pytest.mark.parametrize(
+    ("keys", "ranks", "expected"),
+    [
+        ({"global_batch_size": 64}, 8, (8, 1)),
+        ({"global_batch_size": 64, "batch_size": 2}, 8, (2, 4)),
+        ({"global_batch_size": 24, "gradient_accumulation_steps": 3}, 4, (2, 3)),
+        ({"batch_size": 2, "gradient_accumulation_steps": 4}, 8, (2, 4)),
+        ({"batch_size": 3}, 2, (3, 1)),
+        ({"gradient_accumulation_steps": 5}, 2, (1, 5)),
+        ({}, 1, (16, 1)),
+        ({}, 64, (1, 1)),
+    ],
+)
+def test_batch_arithmetic(plan, keys, ranks, expected):
+    layout = plan(SMOLLM2, ranks=ranks, max_length=256, **keys).layout
+    assert (layout.micro_batch_size, layout.accumulation_steps) == expected
+    assert layout.global_batch_size == expected[0] * expected[1] * ranks
+    if "global_batch_size" in keys:
+        assert layout.global_batch_size == keys["global_batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "near"),
+    [
+        ({"global_batch_size": 12}, "8 or 16"),
+        ({"global_batch_size": 40, "batch_size": 2}, "32 or 48"),
+        ({"global_batch_size": 32, "batch_size": 2, "gradient_accumulation_steps": 4}, "64"),
+        ({"global_batch_size": 4}, "8 or 16"),
+    ],
+)
+def test_impossible_batches_name_the_nearest_possible(plan, keys, near):
+    with pytest.raises(UserError, match=f"global_batch_size: .* {near} would work"):
+        plan(**keys)
+
+
+def steps_of(documents, epochs, batch):
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SMOLLM2))
+        run = RunSettings(
+            model=folder, train_data="t", output_dir="o", packing=False, epochs=epochs,
+            global_batch_size=batch,
+        )  # fmt: skip
+        made = make_plan(run, read_shape(folder), CPU, nodes=1, ranks_per_node=1)
+        return made.with_data(sized(documents)).steps
+
+
+@given(
+    documents=st.integers(1, 100_000), epochs=st.integers(1, 4), batch=st.sampled_from([1, 8, 56])
+)
+def test_steps_cover_every_document_as_often_as_asked(documents, epochs, batch):
+    schedule = steps_of(documents, epochs, batch)
+    assert schedule.total_steps == schedule.steps_per_epoch * epochs
+    assert 0 <= schedule.steps_per_epoch * batch - documents < batch
+    assert 1 <= schedule.warmup_steps <= schedule.total_steps
+
+
+def test_steps_are_counted_in_sequences(plan):
+    """Those that prepare has made; before it has, packs as full as can be."""
+    estimated = replace(sized(1000, mean=100), is_exact=False)
+    prepared = replace(sized(1000, mean=100), sequences=203)
+    made = plan(global_batch_size=8, max_length=500)
+    assert made.with_data(estimated).steps.steps_per_epoch == 125
+    assert made.with_data(prepared).steps.steps_per_epoch == 26
+    packed = replace(made, settings=made.settings.model_copy(update={"packing": True}))
+    assert packed.with_data(estimated).steps.steps_per_epoch == 25
+    assert packed.with_data(prepared).steps.steps_per_epoch == 26
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+def test_the_learning_rate_starts_above_zero_and_never_rises_after_the_warm_up(plan, kind):
+    made = plan(lr=1e-3, lr_scheduler_type=kind, warmup_ratio=0.1, min_lr_ratio=0.1,
+                global_batch_size=8).with_data(sized(800))  # fmt: skip
+    rates = [made.learning_rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) == rates[9] == pytest.approx(1e-3)
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+    assert min(rates) >= 1e-4 - 1e-12
+
+
+def test_old_gpus_train_in_fp16(plan):
+    assert plan(hardware=gpu(80, capability=(7, 5))).training_dtype == "float16"
+    assert plan().training_dtype == "bfloat16"
+    assert plan(bf16=False, fp16=False, lora_r=8).training_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("targets", "part"),
+    [
+        (["q_proj", "k_porj"], "'k_porj' matches no linear layer"),
+        (["c_attn"], "its blocks have q_proj, k_proj"),
+        (".*nothing.*", "matches no linear layer"),
+        ("(", "no regular expression"),
+        ([], "matches no linear layer"),
+    ],
+)
+def test_targets_that_match_nothing(plan, targets, part):
+    with pytest.raises(UserError, match="lora_target_modules") as error:
+        plan(lora_target_modules=targets)
+    assert part in str(error.value)
+
+
+def test_patterns_and_all_linear(plan):
+    every = plan(lora_target_modules="all-linear").trainable
+    assert every == plan().trainable
+    attention = plan(lora_target_modules=r".*\.self_attn\.[qv]_proj").trainable
+    assert attention == plan(lora_target_modules=["q_proj", "v_proj"]).trainable < every
+
+
+@pytest.mark.parametrize(
+    ("files", "part"),
+    [
+        ({}, "holds no config.json"),
+        ({"config.json": "{"}, "not readable as JSON"),
+        ({"config.json": "[1]"}, "expected a block in braces"),
+        ({"config.json": json.dumps(SMOLLM2 | {"hidden_size": "big"})}, "hidden_size: expected"),
+        ({"config.json": json.dumps(SMOLLM2 | {"num_attention_heads": 0})}, "above 0; found 0"),
+        ({"config.json": json.dumps(SMOLLM2 | {"head_dim": "x"})}, "config.json: invalid literal"),
+        ({"config.json": '{"model_type": "llama"}'}, "is missing"),
+        ({"config.json": '{"model_type": "mamba"}'}, "'mamba' cannot be planned yet"),
+    ],
+)
+def test_folders_that_are_no_model(tmp_path, files, part):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="model: ") as error:
+        read_shape(str(tmp_path))
+    assert part in str(error.value)
+    with pytest.raises(UserError, match="hf download"):
+        read_shape("meta-llama/Llama-3.1-8B")
+
+
+def test_the_deepspeed_config_says_what_the_plan_chose(plan):
+    made = plan(zero_stage=3, batch_size=2, gradient_accumulation_steps=4, max_grad_norm=0.0)
+    config = made.deepspeed
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_accumulation_steps"] == 4
+    assert config["gradient_clipping"] == 0.0  # left out, DeepSpeed would clip at 1
+    assert config["optimizer"]["params"]["torch_adam"] is True
+    zero = config["zero_optimization"]
+    assert zero["stage"] == 3
+    assert zero["stage3_param_persistence_threshold"] == 64 * 14336
+    assert zero["reduce_bucket_size"] <= 2**24
+    assert "auto" not in json.dumps(config)
+
+
+def test_zero1_never_switches_the_optimizer_class(plan):
+    assert "data_types" not in plan(zero_stage=1).deepspeed
+    assert plan(zero_stage=2).deepspeed["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_the_plan_is_plain_data_and_readable(plan):
+    made = plan(global_batch_size=64).with_data(sized(1000))
+    data = json.loads(json.dumps(plan_json(made)))
+    assert data["model"]["trainable"] == made.trainable
+    assert data["memory"]["peak_bytes"] == sum(data["memory"]["per_rank"].values())
+    text = plan_text(made)
+    for part in ("ZeRO-2", "bfloat16", "global batch 64", "16 (16 an epoch)"):
+        assert part in text
+
+
+RUN_FILES = sorted((ROOT / "launch/runs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
+def test_every_run_file_that_we_ship_is_planned_and_not_advised_on(path, tmp_path):
+    name = Path(yaml.safe_load(path.read_text())["model"]).name
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    settings = load_settings(path, [f"model={tmp_path}"])
+    hardware, ranks = (gpu(24, 1), 1) if "24gb" in path.stem else (H100S, 8)
+    if path.stem == "quickstart":
+        hardware, ranks = CPU, 2
+    made = make_plan(settings, read_shape(settings.model), hardware, nodes=1, ranks_per_node=ranks)
+    wanted = {"lora-70b-8gpu": 3}.get(path.stem, 2)
+    assert made.layout.zero_stage == wanted
+    assert {rule.level for rule in made.rules} <= {"set"}

@@ -1,0 +1,195 @@
+"""Hub data sets: read from the local cache as they are described there, fetched only if asked."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from pipeline.config.data_names import DataSource
+from pipeline.config.load import load_settings
+from pipeline.errors import UserError
+from pipeline.rows.fetch import fetch
+from pipeline.rows.sources import read_rows, resolve
+from tests import ROOT
+
+pytestmark = pytest.mark.tensor
+
+COMMIT, ROWS = "0" * 39 + "1", b'{"text": "t"}\n{"bad\n{"text": "t"}'
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache with the data set org/name, as the hub's library lays it out."""
+    folder = tmp_path / "hub" / "datasets--org--name"
+    for path in ("refs", "blobs", "snapshots/abc123/data"):
+        (folder / path).mkdir(parents=True)
+    (folder / "refs/main").write_text("abc123")
+    for split, count in (("train", 3), ("test", 2)):
+        table = pyarrow.Table.from_pylist([{"text": "t"}] * count)
+        pyarrow.parquet.write_table(table, folder / "blobs" / split)
+        link = folder / f"snapshots/abc123/data/{split}-00000-of-00001.parquet"
+        link.symlink_to(folder / "blobs" / split)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return folder
+
+
+def test_a_split_of_a_hub_data_set_in_the_local_cache(hub):
+    for name in ("org/name:train", "org/name@abc123:train", "org/name@main:train"):
+        (source,) = resolve([DataSource(path=name, weight=2.0, limit=2)], "train_data")
+        assert (source.name, source.weight) == ("org/name@abc123:train", 2.0)
+        assert len(list(read_rows([source]))) == 2
+    with pytest.raises(UserError, match=r"eval_data: .*its splits are train, test"):
+        resolve([DataSource(path="org/name:dev")], "eval_data")
+    for missing in ("org/other:train", "org/name@fff:train"):
+        with pytest.raises(UserError, match=r"local cache; fetch it with: .*launch/prepare\.py"):
+            resolve([DataSource(path=missing)], "train_data")
+
+
+def test_json_of_a_hub_data_set_is_read_by_our_own_reader(hub):
+    for path in (hub / "snapshots/abc123/data").iterdir():
+        path.unlink()
+    (hub / "snapshots/abc123/data/train.jsonl").write_bytes(ROWS)
+    (source,) = resolve([DataSource(path="org/name:train")], "train_data")
+    assert [hasattr(row, "reason") for row in read_rows([source])] == [False, True, False]
+
+
+def test_several_configurations_are_named(hub):
+    card = "configs:\n" + "".join(
+        f"- config_name: {name}\n  data_files: data/*.parquet\n" for name in ("one", "two")
+    )
+    (hub / "snapshots/abc123/README.md").write_text(f"---\n{card}---\n")
+    with pytest.raises(UserError, match=r"one.*two.*or name the files beneath .*abc123"):
+        resolve([DataSource(path="org/name:train")], "train_data")
+
+
+def test_settings_record_the_commit(hub, tmp_path):
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(
+        "model: m\noutput_dir: o\neval_data: org/name@abc123:test\n"
+        "train_data:\n- org/name:train\n- path: org/name:test\n  weight: 0.5\n- org/other:train\n"
+    )
+    settings = load_settings(run_file)
+    assert [source.path for source in settings.train_sources] == [
+        "org/name@abc123:train",
+        "org/name@abc123:test",
+        "org/other:train",
+    ]
+    assert settings.train_sources[1].weight == 0.5
+    assert settings.eval_data == "org/name@abc123:test"
+
+
+def test_a_download_that_was_cut_off_is_refused_and_made_good(hub, monkeypatch):
+    """Else the shards that have come would be trained on as if they were all."""
+    there = [f"data/{split}-00000-of-00001.parquet" for split in ("train", "test")]
+    files = {name: {"size": 1, "blob_id": "e"} for name in (*there, "data/train-1.parquet")}
+    (hub / "trees").mkdir()
+    (hub / "trees/abc123.json").write_text(json.dumps({"format_version": 1, "files": files}))
+    with pytest.raises(UserError, match=r"org/name@main:train: files of it are missing .*fetch"):
+        resolve([DataSource(path="org/name:train")], "train_data")
+    asked, look = [], huggingface_hub.snapshot_download
+
+    def ask(*args, **kwargs):
+        return look(*args, **kwargs) if "local_files_only" in kwargs else asked.append(args)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
+    fetch([DataSource(path="org/name:train")], "train_data")
+    assert asked == [("org/name",)]
+
+
+def test_only_what_is_missing_is_fetched(hub, monkeypatch):
+    asked, look = [], huggingface_hub.snapshot_download
+
+    def ask(*args, **kwargs):
+        if "local_files_only" in kwargs:
+            return look(*args, **kwargs)
+        return asked.append((args, kwargs))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
+    names = ("org/name:train", "org/other@v1:train", __file__)
+    fetch([DataSource(path=name) for name in names], "train_data")
+    assert asked == [(("org/other",), {"repo_type": "dataset", "revision": "v1"})]
+
+    def fail(*args, **kwargs):
+        raise OSError("no route\n to host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(
+        UserError, match=r"eval_data: org/other@main:train: cannot .*no route to host; check"
+    ):
+        fetch([DataSource(path="org/other:train")], "eval_data")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The hub, with the data set org/other."""
+
+    asked: list[str] = []  # noqa: RUF012
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        headers = {"Content-Type": "application/json"}
+        if "/tree/" in self.path:
+            entry = {"type": "file", "path": "train.jsonl", "size": len(ROWS), "oid": "e"}
+            body = json.dumps([entry]).encode()
+        elif "/revision/" in self.path:
+            found = {"id": "org/other", "sha": COMMIT, "siblings": [{"rfilename": "train.jsonl"}]}
+            body = json.dumps(found).encode()
+        else:
+            body, headers = ROWS, {"ETag": '"e"', "X-Repo-Commit": COMMIT}
+        self.send_response(200)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_what_is_fetched_is_found_and_nothing_else_asks(tmp_path):
+    code = (
+        "from pipeline.config.data_names import DataSource\n"
+        "from pipeline.rows.fetch import fetch\n"
+        "from pipeline.rows.sources import read_rows, resolve\n"
+        "sources = [DataSource(path='org/other:train')]\n"
+        "if fetches:\n"
+        "    fetch(sources, 'train_data')\n"
+        "(source,) = resolve(sources, 'train_data')\n"
+        "print(source.name, len(list(read_rows([source]))))\n"
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        environment = {**os.environ, "HOME": str(tmp_path), "HF_ENDPOINT": address}
+        for name in ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+            environment.pop(name, None)
+
+        def run(*, fetches):
+            result = subprocess.run(
+                [sys.executable, "-c", f"fetches = {fetches}\n{code}"],
+                env=environment,
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            return result.stdout.strip() or result.stderr
+
+        assert "fetch it with" in run(fetches=False)
+        assert not Hub.asked
+        assert run(fetches=True) == f"org/other@{COMMIT}:train 3"
+        assert any("train.jsonl" in path for path in Hub.asked)
+        Hub.asked.clear()
+        assert run(fetches=True) == f"org/other@{COMMIT}:train 3"  # it is there
+        assert not Hub.asked
+        server.shutdown()

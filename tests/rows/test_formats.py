@@ -1,0 +1,323 @@
+"""Rows -> examples: what the row says is trained on, or it is refused with the reason."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pipeline.config.data_names import COLUMNS
+from pipeline.config.settings import RunSettings
+from pipeline.rows import formats
+from pipeline.rows.formats import (
+    FORMATS,
+    Completion,
+    Conversation,
+    Message,
+    RowError,
+    Text,
+    Tokens,
+    format_of,
+    to_example,
+)
+from pipeline.rows.sources import Row
+
+pytestmark = pytest.mark.unit
+
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "r", "tool_call_id": "1", "name": "f"}
+HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+TURNS = (Message("user", "q"), Message("assistant", "a"))
+
+
+def row_of(value):
+    return Row(Path("rows.jsonl"), 1, value)
+
+
+def example(value, *args):
+    return to_example(row_of(value), *args)
+
+
+def test_messages():
+    system = {"role": "system", "content": "s"}
+    row = {"messages": [system, USER, ANSWER], "id": 7, "source": None}
+    assert example(row) == Conversation((Message("system", "s"), *TURNS))
+
+
+def test_weights_say_what_is_trained_on():
+    for weight, is_trained in ((0, False), (1, True), (0.0, False), (1.0, True), (None, True)):
+        (_, answer) = example({"messages": [USER, ANSWER | {"weight": weight}]}).messages
+        assert answer.is_trained is is_trained
+    (turn, _) = example({"messages": [USER | {"weight": 0}, ANSWER]}).messages
+    assert turn.is_trained is False
+
+
+def test_reasoning_reaches_the_template():
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        (_, answer) = example({"messages": [USER, ANSWER | {key: "r", "refusal": None}]}).messages
+        assert answer.others == {key: "r"}
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "\nb"}]
+    (_, answer) = example({"messages": [USER, ANSWER | {"content": parts}]}).messages
+    assert answer.content == "a\nb"
+
+
+@pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}'])
+def test_tool_calls_reach_the_template_as_objects(arguments):
+    given_call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
+    tool = {"name": "f", "parameters": {"type": "object"}}
+    row = {"messages": [USER, CALLED | {"tool_calls": [given_call]}, RESULT, ANSWER]}
+    wrapped = {"type": "function", "function": tool}
+    for tools in ({"tools": [wrapped]}, {"tools": json.dumps([wrapped])}, {"functions": [tool]}):
+        found = example(row | tools)
+        assert found.tools == (wrapped,)
+        _, call, result, _ = found.messages
+        assert call == Message("assistant", "", others={"tool_calls": [CALL | {"id": "1"}]})
+        assert result == Message("tool", "r", others={"name": "f", "tool_call_id": "1"})
+    assert example(row | {"tools": None}).tools == ()
+
+
+def test_a_function_call_as_it_once_was():
+    once = {"role": "assistant", "content": None, "function_call": CALL["function"]}
+    found = example({"messages": [USER, once, {"role": "function", "name": "f", "content": "r"}]})
+    assert found.messages[1].others == {"tool_calls": [CALL]}
+    assert found.messages[2] == Message("tool", "r", others={"name": "f"})
+
+
+def test_sharegpt():
+    turns = [
+        {"from": "system", "value": "s"},
+        HUMAN,
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
+        {"from": "observation", "value": "r"},
+        GPT | {"weight": 0},
+    ]
+    found = example({"conversations": turns, "tools": json.dumps([{"name": "f"}])})
+    assert [message.role for message in found.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    assert found.messages[2] == Message("assistant", "", others={"tool_calls": [CALL]})
+    assert found.messages[4] == Message("assistant", "a", is_trained=False)
+    assert found.tools == ({"type": "function", "function": {"name": "f"}},)
+    assert example({"conversations": [HUMAN, GPT], "system": "s"}).messages[0].role == "system"
+
+
+def test_alpaca():
+    row = {"instruction": "do", "input": "this", "output": "done"}
+    assert example(row).messages == (Message("user", "do\n\nthis"), Message("assistant", "done"))
+    assert example(row | {"input": ""}).messages[0].content == "do"
+    assert example({"instruction": "do", "output": "done"}).messages[0].content == "do"
+    assert example(row | {"text": "Below is an instruction"}) == example(row)
+
+
+def test_prompt_and_completion():
+    found = example({"prompt": "", "completion": " a", "id": 1, "system": "", "tools": None})
+    assert found == Completion("", " a")
+
+
+def test_prompt_and_completion_of_messages_train_on_the_completion():
+    found = example({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
+    assert [message.is_trained for message in found.messages] == [True, False, True, True]
+
+
+def test_text():
+    assert example({"text": " t", "meta": {}}) == Text(" t")
+
+
+def test_pre_tokenised():
+    row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    expected = Tokens((5, 6, 7), (False, True, True))
+    assert example(row) == expected
+    assert example(row | {"attention_mask": [1, 1, 1], "position_ids": [0, 1, 2]}) == expected
+    padded = {"input_ids": [0, 5, 6, 7, 0], "labels": [-100, -100, 6, 7, -100]}
+    assert example(padded | {"attention_mask": [0, 1, 1, 1, 0]}) == expected
+
+
+def test_columns_of_other_names():
+    row = {"question": "q", "answer": "a", "prompt": "not this"}
+    columns = {"prompt": "question", "completion": "answer"}
+    assert example(row, "auto", columns) == Completion("q", "a")
+    assert example({"body": "t", "text": "no"}, "text", {"text": "body"}) == Text("t")
+    openai_turns = {"conversations": [USER, ANSWER]}
+    assert example(openai_turns, "auto", {"messages": "conversations"}) == Conversation(TURNS)
+    with pytest.raises(RowError, match="no column `answer`, named for completion"):
+        example({"question": "q"}, "auto", columns)
+
+
+def test_a_source_with_a_format_of_its_own_needs_none_of_the_named_columns():
+    columns = {"prompt": "question", "completion": "answer"}
+    assert example({"messages": [USER, ANSWER]}, "auto", columns) == Conversation(TURNS)
+    assert example({"prompt": "q", "completion": "a"}, "auto", columns) == Completion("q", "a")
+    assert format_of(row_of({"conversations": []}), "auto", columns) == "sharegpt"
+    for column in ("system", "tools", "input"):  # a name that is wrong, not another format
+        with pytest.raises(RowError, match=f"no column `x`, named for {column}"):
+            example({"messages": [USER, ANSWER]}, "auto", {column: "x"})
+    for row in ({"text": "t"}, {"messages": [USER, ANSWER], "question": "q"}, {"prompt": "q"}):
+        with pytest.raises(RowError, match="no column"):
+            example(row, "auto", columns)
+
+
+def test_columns_are_known_when_the_run_file_is_read():
+    def settings(columns):
+        return RunSettings(model="m", train_data="t", output_dir="o", columns=columns)
+
+    for signs in formats._SIGNS.values():
+        assert set(signs) <= set(COLUMNS)
+    with pytest.raises(ValidationError, match=r"promt is no format's column; known: messages"):
+        settings({"promt": "question"})
+    with pytest.raises(ValidationError, match="q is named for two columns"):
+        settings({"prompt": "q", "completion": "q"})
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [], "prompt": "q", "prompt_id": 1}, "messages"),
+        ({"messages": None, "prompt": "q", "completion": "a"}, "prompt-completion"),
+        ({"conversations": [], "id": 1}, "sharegpt"),
+        ({"instruction": "", "output": "", "text": ""}, "alpaca"),
+        ({"text": ""}, "text"),
+        ({"input_ids": [], "labels": [], "text": ""}, "pre-tokenised"),
+    ],
+)
+def test_the_format_is_found_by_the_columns(row, expected):
+    assert format_of(row_of(row)) == expected
+    assert set(formats._SIGNS) == set(FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"instruction": "q"}, ["columns instruction", "alpaca (`instruction`, `output`)"]),
+        ({}, ["columns none"]),
+        ({"prompt": "q"}, ["columns prompt", "`completion`"]),
+        ({"messages": [USER, ANSWER], "completion": "a"}, ["both"]),
+        ({"messages": [USER, ANSWER], "conversations": []}, ["messages and of sharegpt"]),
+        ({"messages": "hello"}, ["`messages` is text", "list"]),
+        ({"messages": []}, ["no assistant message"]),
+        ({"messages": [USER]}, ["no assistant message"]),
+        ({"messages": ["hello"]}, ["a message is text"]),
+        ({"messages": [{"role": "bot", "content": "a"}]}, ["'bot'", "system, user, assistant"]),
+        ({"messages": [{"content": "a"}]}, ["role null"]),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, ["role a list"]),
+        ({"messages": [{"role": "user"}, ANSWER]}, ["content of a message (user) is null"]),
+        ({"messages": [{"role": "user", "content": [{}]}, ANSWER]}, ["part of type an object"]),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]},
+            ["'image_url'", "text parts only"],
+        ),
+        ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, ["message is empty"]),
+        ({"messages": [USER, ANSWER | {"tool_calls": [{}]}]}, ["names no function"]),
+        ({"messages": [USER | {"tool_calls": [CALL]}, ANSWER]}, ["user has tool_calls"]),
+        ({"messages": [USER, ANSWER | {"tool_calls": 7}]}, ["tool_calls of a message is a number"]),
+        ({"messages": [USER, CALLED | {"function_call": {"name": "f"}}]}, ["both tool_calls"]),
+        (
+            {"messages": [USER, CALLED | {"tool_calls": [{"name": "f", "arguments": "{"}]}]},
+            ["not valid JSON"],
+        ),
+        (
+            {"messages": [USER, CALLED | {"tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
+            ["arguments of a tool call: a list"],
+        ),
+        (
+            {"messages": [USER, CALLED | {"tool_calls": [{"name": "f", "n": Path()}]}]},
+            ["no JSON"],
+        ),
+        ({"messages": [USER, ANSWER | {"weight": 0.5}]}, ["neither 0 nor 1"]),
+        ({"messages": [USER | {"weight": 1}, ANSWER]}, ["role user has weight 1"]),
+        ({"messages": [USER, ANSWER | {"refusal": "r"}]}, ["has refusal, which is not read"]),
+        ({"messages": [USER | {"thinking": "r"}, ANSWER]}, ["role user has thinking"]),
+        ({"messages": [USER, ANSWER | {"name": 7}]}, ["name of a message is a number"]),
+        ({"messages": [USER, ANSWER], "tools": [7]}, ["`tools` is not a list of objects"]),
+        ({"messages": [USER, ANSWER], "tools": [{}], "functions": [{}]}, ["both `tools`"]),
+        ({"messages": [USER, ANSWER], "chat_template_kwargs": {"a": 1}}, ["chat_template_kwargs"]),
+        (
+            {"messages": [{"role": "system", "content": "a"}, ANSWER], "system": "b"},
+            ["beside another system message"],
+        ),
+        ({"conversations": [USER, ANSWER]}, ["columns to {messages: conversations}"]),
+        ({"conversations": [HUMAN, {"from": "bot", "value": "a"}]}, ["from 'bot'", "human"]),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": ""}]}, ["message is empty"]),
+        ({"conversations": [HUMAN, GPT | {"train": False}]}, ["has train, which is not read"]),
+        ({"conversations": {}}, ["`conversations` is an object"]),
+        ({"instruction": "q", "output": " "}, ["`output` is empty"]),
+        ({"instruction": " ", "output": "a"}, ["`instruction` is empty"]),
+        ({"instruction": "q", "output": "a", "history": [["q", "a"]]}, ["`history`"]),
+        ({"prompt": 7, "completion": "a"}, ["`prompt` is a number"]),
+        ({"prompt": "q", "completion": None}, ["`completion` is null"]),
+        ({"prompt": "q", "completion": "  "}, ["`completion` is empty"]),
+        ({"prompt": "q", "completion": "\ud800"}, ["surrogate"]),
+        *(
+            ({"prompt": "q", "completion": "a", column: filled}, [f"`{column}` beside texts"])
+            for column, filled in (("system", "s"), ("tools", [CALL]), ("functions", "[{}]"))
+        ),
+        ({"prompt": [USER], "completion": "a"}, ["`prompt` is a list and `completion` text"]),
+        ({"prompt": [ANSWER], "completion": [USER]}, ["`completion` has no assistant message"]),
+        ({"text": ["t"]}, ["`text` is a list"]),
+        ({"text": " "}, ["`text` is empty"]),
+        ({"input_ids": [1], "labels": [1, 2]}, ["not of one length"]),
+        ({"input_ids": [1, 2], "labels": [2, -100]}, ["neither -100 nor the ids"]),
+        ({"input_ids": [1, True], "labels": [1, 1]}, ["holds true or false"]),
+        ({"input_ids": [-1], "labels": [-1]}, ["negative"]),
+        ({"input_ids": [1, 2**70], "labels": [1, 2**70]}, ["no token's"]),
+        ({"input_ids": [], "labels": []}, ["`input_ids` is empty"]),
+        ({"input_ids": "1 2", "labels": [1, 2]}, ["`input_ids` is text"]),
+        ({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [0, 1]}, ["hides"]),
+        ({"input_ids": [1] * 3, "labels": [-100] * 3, "attention_mask": [1, 0, 1]}, ["padding"]),
+        ({"input_ids": [1, 1], "labels": [1, 1], "position_ids": [0, 0]}, ["one document"]),
+    ],
+)
+def test_what_cannot_be_trained_on_says_why(row, said):
+    with pytest.raises(RowError) as raised:
+        example(row)
+    for words in said:
+        assert words in str(raised.value)
+
+
+def test_a_format_that_is_named_must_be_there():
+    with pytest.raises(RowError, match="no `messages`, which data_format messages needs"):
+        example({"prompt": "q", "completion": "a"}, "messages")
+    both = {"messages": [USER, ANSWER], "conversations": [HUMAN, GPT]}
+    assert example(both, "sharegpt") == example(both, "messages") == Conversation(TURNS)
+
+
+def test_one_empty_answer_among_good_ones_refuses_the_row():
+    with pytest.raises(RowError, match="empty"):
+        example({"messages": [USER, ANSWER, USER, {"role": "assistant", "content": ""}]})
+
+
+VALUES = st.sampled_from([None, True, 7, 0.5, "", " ", "text", "user", "assistant", [], {}, [[]]])
+KEYS = ["role", "content", "from", "value", "weight", "tool_calls", "type", "text", "name"]
+PARTS = st.lists(VALUES | st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4), max_size=3)
+MESSAGES = st.lists(
+    VALUES | st.dictionaries(st.sampled_from(KEYS), VALUES | PARTS, max_size=4), max_size=3
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(COLUMNS), VALUES | MESSAGES, max_size=4),
+    st.sampled_from(["auto", *FORMATS]),
+)
+def test_any_row_is_an_example_or_a_reason(row, data_format):
+    try:
+        found = example(row, data_format)
+    except RowError:
+        return
+    if isinstance(found, Completion):
+        assert found.completion.strip()
+    elif isinstance(found, Conversation):
+        answers = [m for m in found.messages if m.role == "assistant"]
+        assert answers
+        assert all(answer.content.strip() or answer.others["tool_calls"] for answer in answers)
+    else:
+        assert found.text.strip() if isinstance(found, Text) else found.ids

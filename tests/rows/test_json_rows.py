@@ -1,0 +1,144 @@
+"""JSON over several lines: rows of a list, or one after another, and what is broken among them."""
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+from pipeline.rows import json_rows
+from pipeline.rows import lines as limits
+from tests.rows.test_sources import read
+
+pytestmark = pytest.mark.unit
+
+TEXT = st.text(alphabet='a{}[]",\\:\n é', max_size=8)
+VALUES = st.recursive(
+    TEXT | st.none() | st.integers(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+)
+ROWS = st.lists(st.dictionaries(TEXT, VALUES, max_size=3), min_size=1, max_size=5)
+
+
+def as_list(indent):
+    return lambda rows: json.dumps(rows, indent=indent)
+
+
+LAYOUTS = {
+    "minified": as_list(None),
+    "pretty": as_list(2),
+    "flat": as_list(0),
+    "a row a line": lambda rows: "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n",
+    "after the bracket": lambda rows: "[" + ",\n ".join(map(json.dumps, rows)) + "]",
+    "joined": lambda rows: "[" + ", ".join(json.dumps(row, indent=4) for row in rows) + "]",
+    "lines": lambda rows: "\n".join(map(json.dumps, rows)),
+    "concatenated": lambda rows: "".join(map(json.dumps, rows)),
+    "pretty, no list": lambda rows: "\n".join(json.dumps(row, indent=1) for row in rows),
+    "two lists": lambda rows: json.dumps(rows[:1]) + "\n" + json.dumps(rows[1:]),
+}
+
+
+@given(
+    rows=ROWS,
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    chunk=st.sampled_from([1, 2, 7, 2**20]),
+)
+def test_rows_are_found_however_they_are_laid_out(tmp_path_factory, rows, layout, chunk):
+    text = LAYOUTS[layout](rows).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_rows, "_CHUNK_BYTES", chunk)
+        found = read(tmp_path_factory.mktemp("json"), text, "rows.json")
+    assert [row.value for row in found] == rows
+    for row in found:
+        assert text[row.offset : row.offset + 1] == b"{"
+        assert row.line == 1 + text[: row.offset].count(b"\n")
+
+
+BAD = [
+    b'{"a": 1, "b": [1}',
+    b'{"a": "x',
+    b'{"a": 1',
+    b'{"a": [1, 2}',
+    b'{"a": "\xff"}',
+    b'{"a": "\n"}',
+    b"{a: 1}",
+    b"garbage",
+    b"7",
+    b'"text"',
+    b"[1, 2]",
+    b"[1, {",
+]
+UNCERTAIN = [bad for bad in BAD if bad not in (b'{"a": "\xff"}', b"{a: 1}", *BAD[-5:-1])]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("before", [b"\n", b"\n  ", b" "])
+def test_one_bad_row_does_not_cost_another(tmp_path, bad, before):
+    rows = [{"n": n, "m": [{"x": "},{"}, {"y": '"'}]} for n in range(4)]
+    parts = [json.dumps(row).encode() for row in rows]
+    parts.insert(2, bad)
+    text = b"[" + before + (b"," + before).join(parts) + before + b"]"
+    if before == b" " and bad in UNCERTAIN:  # all on one line: then it must not be guessed
+        with pytest.raises(UserError, match="where the next row begins is not certain"):
+            read(tmp_path, text, "rows.json")
+        return
+    found = read(tmp_path, text, "rows.json")
+    assert [row.value for row in found if hasattr(row, "value")] == rows
+    assert len(found) == 5
+    assert found[2].offset == text.index(bad)
+
+
+@pytest.mark.parametrize("bad", [b'{"n": 3, "m": {"o": 1}', b'{"n": "x', b'{"n": ["x"}'])
+def test_the_last_row_may_be_broken(tmp_path, bad):
+    rows = [json.dumps({"n": n}).encode() for n in range(3)]
+    for separator in (b",\n", b", "):
+        found = read(tmp_path, b"[" + separator.join([*rows, bad]) + b"]", "rows.json")
+        assert [hasattr(row, "value") for row in found[:4]] == [True, True, True, False]
+
+
+def test_a_list_that_is_cut_off_is_said(tmp_path):
+    text = json.dumps([{"n": n} for n in range(5)]).encode()
+    for end in range(1, len(text)):
+        *_, last = read(tmp_path, text[:end], "rows.json")
+        assert "the file ends" in last.reason
+
+
+def test_pretty_rows_with_a_bracket_missing_are_found_again(tmp_path):
+    rows = [{"n": n, "m": [{"role": "user"}, {"role": "b"}]} for n in range(4)]
+    text = json.dumps(rows, indent=2).replace("      }\n    ]\n  },\n", "      }\n    ]\n", 1)
+    found = read(tmp_path, text.encode(), "rows.json")
+    assert [getattr(row, "value", None) for row in found] == [None, *rows[1:]]
+
+
+@pytest.mark.parametrize("long", ['{"t": "%s"}', '{"t": [["%s"]]}', '"%s"', "%s"])
+@pytest.mark.parametrize("layout", ["minified", "a row a line"])
+def test_a_long_row_is_passed_over_without_being_held(tmp_path, monkeypatch, long, layout):
+    monkeypatch.setattr(limits, "MAX_ROW_BYTES", 200)
+    monkeypatch.setattr(json_rows, "_CHUNK_BYTES", 64)
+    long = long % ("x" * 999 + '\\"{' * (long != "%s") + "y" * 999)
+    text = LAYOUTS[layout]([{"n": 0}, {"long": 1}, {"n": 2}]).replace('{"long": 1}', long)
+    first, bad, last = read(tmp_path, text.encode(), "rows.json")
+    assert (first.value, last.value) == ({"n": 0}, {"n": 2})
+    assert bad.reason.startswith("the row is longer")
+    assert bad.offset == text.index(long)
+    sizes = []
+    fill = json_rows._Values._fill
+    monkeypatch.setattr(
+        json_rows._Values, "_fill", lambda self: sizes.append(len(self._data)) or fill(self)
+    )
+    read(tmp_path, text.encode(), "rows.json")
+    assert max(sizes) < 400
+
+
+def test_a_file_that_is_no_json_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_ROW_BYTES", 1000)
+    with pytest.raises(UserError, match="is the file JSON"):
+        read(tmp_path, b"[\n" + b'{"a": [1,\n' * 10_000, "rows.json")
+
+
+@given(st.lists(st.sampled_from([*b'[]{}",:\\\n 7a', *"é".encode()]), max_size=40).map(bytes))
+def test_any_bytes_come_to_an_end(tmp_path_factory, content):
+    with contextlib.suppress(UserError):
+        read(tmp_path_factory.mktemp("any"), content, "rows.json")

@@ -1,0 +1,389 @@
+"""Names -> files -> lines -> rows: whatever is in a file, every row is a row or a bad row."""
+
+import bz2
+import errno
+import gzip
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from pipeline.config.data_names import DataSource
+from pipeline.errors import UserError
+from pipeline.rows import lines as limits
+from pipeline.rows.sources import BadRow, Row, lines, parse, read_rows, require_apart, resolve
+
+pytestmark = pytest.mark.unit
+
+GOOD = b'{"prompt": "a", "completion": "b"}'
+COMPRESSED = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
+
+
+MAGIC = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1")
+
+
+def resolved(*paths, key="train_data", **values):
+    return resolve([DataSource(path=str(path), **values) for path in paths], key)
+
+
+def read(tmp_path, content: bytes, name="rows.jsonl"):
+    path = tmp_path / name
+    path.write_bytes(content)
+    return list(read_rows(resolved(path)))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"prompt": ', "not valid JSON"),
+        (b'{"prompt": "\xff"}', "not valid UTF-8"),
+        (b"[1, 2]", "found a list"),
+        (b"null", "found null"),
+        (b"7", "found a number"),
+        (b"true", "found true or false"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "number too long"),
+        (b'{"a": {"role": "x", "role": "y"}}', "a key is there twice"),
+    ],
+)
+def test_a_bad_line_is_one_bad_row(tmp_path, line, reason):
+    before, bad, after = read(tmp_path, GOOD + b"\n" + line + b"\n" + GOOD)
+    assert isinstance(bad, BadRow)
+    assert reason in bad.reason
+    assert (bad.file.name, bad.line, bad.offset) == ("rows.jsonl", 2, len(GOOD) + 1)
+    assert isinstance(before, Row)
+    assert isinstance(after, Row)
+    assert (after.line, after.offset) == (3, len(GOOD) + len(line) + 2)
+
+
+def test_reasons_do_not_depend_on_the_place_so_that_they_count(tmp_path):
+    rows = read(tmp_path, b'{"a": "x\n{"a": 1, "bcd": "xyz\n')
+    assert len({row.reason for row in rows}) == 1
+
+
+def test_a_row_without_end_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_ROW_BYTES", 64)
+    long = json.dumps({"prompt": "x" * 1000}).encode()
+    rows = read(tmp_path, GOOD + b"\n" + long + b"\n" + GOOD + b"\n" + long)
+    assert [type(row) for row in rows] == [Row, BadRow, Row, BadRow]
+    assert [row.line for row in rows] == [1, 2, 3, 4]
+    assert rows[2].offset == len(GOOD) + len(long) + 2
+    assert "longer than" in rows[1].reason
+
+
+def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path):
+    rows = read(tmp_path, b"\n  \r\n" + GOOD + b"\r\n\n" + GOOD)
+    assert [row.line for row in rows] == [3, 5]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    for name in ("rows.jsonl", "rows.json"):
+        (row,) = read(tmp_path, b"\xef\xbb\xbf" + GOOD, name)
+        assert row.value == {"prompt": "a", "completion": "b"}
+
+
+@given(st.lists(st.one_of(st.binary(max_size=30), st.just(GOOD)), max_size=8))
+def test_any_bytes_give_one_row_or_bad_row_a_line(tmp_path_factory, chunks):
+    content = b"\n".join(chunks)
+    assume(content.removeprefix(b"\xef\xbb\xbf").strip())
+    assume(not any(line.endswith((b"[", b"[{")) for line in map(bytes.strip, chunks)))
+    assume(not content.startswith(MAGIC))
+    lines_there = content.split(b"\n")
+    rows = read(tmp_path_factory.mktemp("any"), content)
+    expected = [
+        number
+        for number, line in enumerate(lines_there, start=1)
+        if (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
+    ]
+    assert [row.line for row in rows] == expected
+    good = [number for number, line in enumerate(lines_there, start=1) if line == GOOD]
+    assert set(good) <= {row.line for row in rows if isinstance(row, Row)}
+
+
+@pytest.mark.parametrize("packed", COMPRESSED)
+@pytest.mark.parametrize("name", ["rows.jsonl.{}", "rows.jsonl", "rows"])
+def test_compressed_files_are_known_by_their_bytes(tmp_path, packed, name):
+    pack = COMPRESSED[packed]
+    content = pack(GOOD + b"\n") + pack(GOOD)  # members or frames one after another
+    rows = read(tmp_path, content, name.format(packed))
+    assert [(row.line, row.offset) for row in rows] == [(1, 0), (2, len(GOOD) + 1)]
+
+
+def test_a_name_that_lies_about_compression_is_read_as_it_is(tmp_path):
+    (row,) = read(tmp_path, GOOD, "rows.jsonl.gz")
+    assert isinstance(row, Row)
+
+
+@pytest.mark.parametrize("packed", COMPRESSED)
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_compressed_file_ends_the_run(tmp_path, packed, damage):
+    content = bytearray(COMPRESSED[packed](os.urandom(300_000).hex().encode()))
+    if damage == "cut":
+        del content[-len(content) // 3 :]
+    else:
+        content[len(content) // 2] ^= 0xFF
+    with pytest.raises(UserError, match=r"rows\.jsonl"):
+        read(tmp_path, bytes(content), "rows.jsonl")
+
+
+def test_files_are_read_in_the_order_of_the_setting(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / name).write_bytes(GOOD)
+    sources = resolved(*(tmp_path / name for name in "ba"))
+    assert [row.file.name for row in read_rows(sources)] == ["b", "a"]
+
+
+def test_a_folder_is_its_data_files_sorted_and_a_glob_what_it_names(tmp_path):
+    for name in ("b/1.jsonl", "b/0.json", "a.csv", "_tmp/x.jsonl", "b/.x.jsonl", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"prompt,completion\na,b\n" if "csv" in name else GOOD)
+    (tmp_path / "b/dataset_info.json").write_bytes(b"{}")
+
+    def names(path):
+        (source,) = resolved(path)
+        return [str(file.relative_to(tmp_path)) for file in source.files]
+
+    assert names(tmp_path) == ["a.csv", "b/0.json", "b/1.jsonl"]
+    assert names(f"{tmp_path}/b/*.jsonl") == ["b/1.jsonl"]
+    assert names(f"{tmp_path}/**/[01].*") == ["b/0.json", "b/1.jsonl"]
+    (tmp_path / "b/[x].jsonl").write_bytes(GOOD)
+    assert names(f"{tmp_path}/b/[x].jsonl") == ["b/[x].jsonl"]  # a file rather than a glob
+    for wrong, said in (
+        (f"{tmp_path}/*.parquet", "no file is named like"),
+        (tmp_path / "e", "e is a folder without"),
+    ):
+        (tmp_path / "e").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=said):
+            resolved(wrong)
+
+
+def test_a_limit_takes_the_first_rows_of_a_source(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes(b"\n".join([GOOD, b"bad", GOOD]))
+    (source,) = resolved(tmp_path, limit=5, weight=0.5)
+    assert source.weight == 0.5
+    assert [(line.file.name, line.number) for line in lines(source)] == [
+        ("a.jsonl", 1),
+        ("a.jsonl", 2),
+        ("a.jsonl", 3),
+        ("b.jsonl", 1),
+        ("b.jsonl", 2),
+    ]
+
+
+def test_a_missing_file_names_the_key_the_path_and_what_is_near(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(GOOD)
+    wrong = tmp_path / "trian.jsonl"
+    with pytest.raises(UserError) as raised:
+        resolved(wrong)
+    message = str(raised.value)
+    assert message.startswith(f"train_data: {wrong}: no such file")
+    assert message.endswith("there is train.jsonl")
+    with pytest.raises(UserError, match="no folder"):
+        resolved(tmp_path / "nowhere" / "x.jsonl", key="eval_data")
+
+
+def test_a_hub_name_without_its_split_says_how_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("org/name", "org/name-1.5", "org/name@v1.0"):
+        with pytest.raises(UserError, match=rf"train_data: .* with its split: {name}:train$"):
+            resolved(name)
+    (tmp_path / "data").mkdir()
+    for name in ("data/train", "dta/train.jsonl"):
+        with pytest.raises(UserError) as raised:
+            resolved(name)
+        assert "hub" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["rows.tsv", "rows.txt", "rows", "rows.tsv.gz"])
+def test_a_name_that_says_nothing_of_what_is_no_json_lists_the_suffixes(tmp_path, name):
+    content = b"prompt\tcompletion\na\tb\n"
+    content = gzip.compress(content) if name.endswith("gz") else content
+    with pytest.raises(UserError, match=r"rows.*: the name does not say .*\.jsonl, .*\.csv"):
+        read(tmp_path, content, name)
+    assert len(read(tmp_path, b"\xef\xbb\xbf\n " + GOOD, name)) == 1
+    assert len(read(tmp_path, content, "rows.json")) > 0  # bad rows, as its name says JSON
+
+
+@pytest.mark.parametrize("indent", [0, 2])
+def test_a_list_over_several_lines_is_no_jsonl(tmp_path, indent):
+    content = json.dumps([json.loads(GOOD)] * 3, indent=indent).encode()
+    with pytest.raises(UserError, match=r"rows\.jsonl: a list over .*; name it \.json"):
+        read(tmp_path, content)
+    assert len(read(tmp_path, content, "rows.json")) == 3
+    bad, good = read(tmp_path, b"[\n" + GOOD)
+    assert isinstance(bad, BadRow)
+    assert isinstance(good, Row)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("e.json", b"[]"), ("e.csv", b"prompt,completion\n"), ("e.jsonl", b"\n \n")],
+)
+def test_a_source_without_a_row_is_named(tmp_path, name, content):
+    with pytest.raises(UserError, match=rf"{name}: no row; only blank lines, an empty list"):
+        read(tmp_path, content, name)
+    (tmp_path / "more.jsonl").write_bytes(GOOD)
+    assert len(list(read_rows(resolved(tmp_path)))) == 1  # one part of many may have none
+
+
+def test_an_empty_file_a_pipe_and_no_file_are_refused(tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(UserError, match=r"train_data: .*rows\.jsonl is empty"):
+        resolved(tmp_path / "rows.jsonl")
+    (tmp_path / "more.jsonl").write_bytes(GOOD)
+    assert len(list(read_rows(resolved(tmp_path)))) == 1  # one part of many may be
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is not a file"):
+        resolved(tmp_path / "pipe")
+    with pytest.raises(UserError, match="train_data: names no data"):
+        resolve([], "train_data")
+
+
+def test_what_links_name_more_than_once_is_read_once(tmp_path):
+    (tmp_path / "v3").mkdir()
+    (tmp_path / "v3/rows.jsonl").write_bytes(GOOD)
+    (tmp_path / "latest").symlink_to("v3")
+    (tmp_path / "v3/itself").symlink_to(".")
+    (tmp_path / "rows.jsonl").symlink_to("v3/rows.jsonl")
+    for name in ("", "*", "**/*.jsonl"):
+        (source,) = resolved(tmp_path / name if name != "*" else tmp_path / "*.jsonl")
+        assert len(source.files) == 1, name
+        assert len(list(read_rows([source]))) == 1
+
+
+def test_a_file_is_of_one_source(tmp_path):
+    """Rows that come twice are asked for with a weight."""
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_bytes(GOOD)
+    resolved(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    for one, other in (("", "b.jsonl"), ("b.jsonl", "b.jsonl")):
+        with pytest.raises(UserError, match=r"train_data: .*b\.jsonl is in two sources, .* weight"):
+            resolved(tmp_path / one, tmp_path / other)
+
+
+def test_a_folder_that_may_not_be_read_and_a_name_that_is_too_long(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"train_data: /x+: File name too long"):
+        resolved("/" + "x" * 300)
+    with pytest.raises(UserError, match="no such file, and no hub data set"):
+        resolved(f"org/{'x' * 300}:train")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=rf"train_data: {tmp_path}: Permission denied"):
+        resolved(tmp_path)
+
+
+def test_a_file_is_not_both_trained_on_and_held_out(tmp_path):
+    for name in ("train.jsonl", "heldout.jsonl"):
+        (tmp_path / name).write_bytes(GOOD)
+    (tmp_path / "link.jsonl").symlink_to("heldout.jsonl")
+    folder, train, held_out, link = (
+        resolved(tmp_path / name) for name in ("", "train.jsonl", "heldout.jsonl", "link.jsonl")
+    )
+    require_apart(train, held_out)
+    for shared in ((folder, held_out), (held_out, link)):
+        with pytest.raises(UserError, match=r"eval_data: .* is also in train_data"):
+            require_apart(*shared)
+
+
+CSV = [
+    (b"q,NA\n", {"prompt": "q", "completion": "NA"}),
+    (b"1,2\n", {"prompt": "1", "completion": "2"}),
+    (b'"x\ny, ""z""",a\r\n', {"prompt": 'x\ny, "z"', "completion": "a"}),
+    (b'a "b" c,\n', {"prompt": 'a "b" c', "completion": ""}),
+    (b"1,2,3\n", "more fields"),
+    (b"1\n", "fewer fields"),
+    (b"w,\xff\n", "UTF-8"),
+    (b"1\r2,a\n", "carriage return"),
+]
+
+
+@given(st.lists(st.sampled_from(CSV), min_size=1, max_size=8))
+def test_csv_columns_are_text_and_a_row_that_does_not_fit_is_one_bad_row(tmp_path_factory, rows):
+    content = b"\xef\xbb\xbfprompt,completion\n\n" + b"".join(row for row, _ in rows)
+    found = read(tmp_path_factory.mktemp("csv"), content, "rows.csv")
+    assert len(found) == len(rows)
+    offset, line = content.index(b"\n\n") + 2, 3
+    for (text, expected), row in zip(rows, found, strict=True):
+        assert (row.offset, row.line) == (offset, line)
+        if isinstance(expected, dict):
+            assert row.value == expected
+        else:
+            assert expected in row.reason
+        offset, line = offset + len(text), line + text.count(b"\n")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        b'"x" y,a\n',
+        b'"x,a\n',
+        b'q,"Dear Sir,\nhe said "no", and left\nMilk, 3 eggs\nbye"\n',
+        b'q,"a "b\nMilk, 3 eggs\nc" d"\n',
+        b'q,"he said "no",\nMilk, 3 eggs\nbye"\n',
+        b'1\r2,"x\nMilk, 3 eggs"\n',
+    ],
+)
+@pytest.mark.parametrize("after", [b"", b"c,d\n", b'"c",d\n'])
+def test_what_follows_quotes_that_do_not_match_is_no_row(tmp_path, row, after):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"prompt,completion\na,b\n" + row + after)
+    found: list[Row | BadRow] = []
+    with pytest.raises(UserError, match=r"rows\.csv:3: quotes do not match"):
+        found.extend(row for row in read_rows(resolved(path)))
+    assert [row.value for row in found] == [{"prompt": "a", "completion": "b"}]
+
+
+def test_a_csv_header_must_name_columns_once(tmp_path):
+    with pytest.raises(UserError, match=r"rows\.csv:1: the header names a twice"):
+        read(tmp_path, b"a,b,a\n1,2,3\n", "rows.csv")
+    with pytest.raises(UserError, match="names of the columns; found no row"):
+        read(tmp_path, b"\n\n", "rows.csv")
+
+
+def test_a_long_row_of_csv_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_ROW_BYTES", 64)
+    quoted = b'c,"' + b'd ""d"", \n' * 100 + b'"\n'
+    for long in (b"a," + b"x" * 200 + b"\n", b'a,"' + b'xxx""' * 50 + b'"\n', quoted):
+        found = read(tmp_path, b"prompt,completion\na,b\n" + long + b"e,f\n" * 40, "rows.csv")
+        assert [isinstance(row, Row) for row in found] == [True, False, *[True] * 40]
+        assert "longer than" in found[1].reason
+        assert found[2].line == 3 + long.count(b"\n")
+        assert found[2].offset == 22 + len(long)
+    with pytest.raises(UserError, match=r"rows\.csv:3: quotes do not match"):
+        read(tmp_path, b'prompt,completion\na,b\nc,"d\n' + b"e,f\n" * 400, "rows.csv")
+
+
+def test_lines_are_sent_on_and_parsed_elsewhere(tmp_path):
+    import pickle
+
+    (tmp_path / "rows.jsonl").write_bytes(GOOD + b"\nbad")
+    (source,) = resolved(tmp_path / "rows.jsonl")
+    sent = pickle.loads(pickle.dumps(list(lines(source))))
+    assert [type(parse(line)) for line in sent] == [Row, BadRow]
+
+
+def test_rows_are_checked_without_torch():
+    code = (
+        "import sys, pipeline.data.prepare.prepare, pipeline.rows.formats\n"
+        "print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "set()"

@@ -1,0 +1,138 @@
+"""A job without Slurm: a made-up srun and scontrol, and the batch script between them."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.files import dump_json
+from tests import ROOT
+
+# Each notes how it was called, a line a call with its words apart by tabs.
+SCONTROL = """\
+printf '%s\\t' scontrol "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
+# So many times slurmctld is away, then it is back.
+away=$(cat "$FAKE/away-$1" 2>/dev/null || echo 0)
+if [[ $away -gt 0 ]]; then
+    echo $((away - 1)) >"$FAKE/away-$1"
+    echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2
+    exit 1
+fi
+case $1 in
+    show) printf 'JobId=7 JobName=x\\n   JobState=%s D=(null)\\n' "$(cat "$FAKE/job_state")"
+          printf '   Command=%s\\n   WorkDir=/\\n' "$(cat "$FAKE/command")" ;;
+    requeue) [[ ! -e $FAKE/no_requeue ]] ;;
+esac
+"""
+# The step that makes folders on the nodes does nothing; the ranks' does what $FAKE/ranks says.
+SRUN = """\
+printf '%s\\t' srun "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
+env >"$FAKE/environment"
+case "$*" in *mkdir*) [[ ! -e $FAKE/slow_disk ]] || { touch there; /bin/sleep 1; }; exit 0 ;; esac
+for word in "$@"; do
+    case $word in --output=*) logs=${word#--output=}; export LOGS=${logs%/*} ;; esac
+done
+exec bash -c "$(cat "$FAKE/ranks")"
+"""
+# Asked only whether RankZero can be imported, Python takes half a second to say yes.
+PYTHON = """\
+case "$*" in *"import pipeline.errors") exit 0 ;; esac
+exec "{python}" "$@"
+"""
+
+# Long enough for tail to have looked, and for srun to be there.
+SLEEP = """\
+case $1 in 1) exec /bin/sleep 0.1 ;; 1.5) exec /bin/sleep 0.2 ;; esac
+echo "sleeps $1"
+"""
+
+
+def said(state: str, **fields) -> str:
+    """A word of the ranks: status.json as a run writes it."""
+    status = {
+        "state": state, "step": 4, "total_steps": 9, "exit_code": None, "reason": None,
+        "host": "node1", "started": 123.25,
+    }  # fmt: skip
+    return dump_json(status | fields)
+
+
+def ranks(status: str = "", code: int = 0, more: str = "") -> str:
+    """What the ranks do: a shell script."""
+    write = f"cat >run/status.json <<'END'\n{status}END\n" if status else ""
+    return f"{write}{more}\nexit {code}\n"
+
+
+@dataclass
+class Job:
+    """One job's spool, submit folder and fakes."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def start(
+        self, script: str, *words: str, do: str = "exit 0", cwd: Path | None = None, **more: str
+    ) -> subprocess.Popen:
+        fake, checkout = self.folder / "fake", self.folder / "my checkout"
+        (fake / "ranks").write_text(do)
+        command = " ".join([f"../my checkout/slurm/{script}", *words])  # as it was named
+        (fake / "command").write_text(command)
+        spool = self.folder / "slurm_script"
+        shutil.copy(checkout / "slurm" / script, spool)
+        return subprocess.Popen(
+            ["bash", spool, *words],
+            cwd=cwd or self.submit, env=self.environment | more, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def run(self, script: str, *words: str, do: str = "exit 0", **more: str) -> tuple[int, str]:
+        process = self.start(script, *words, do=do, **more)
+        output, _ = process.communicate(timeout=60)
+        return process.returncode, output
+
+    def train(self, do: str, *words: str, **more: str) -> tuple[int, str]:
+        return self.run("train.sbatch", "my run.yaml", *words, do=do, **more)
+
+    @property
+    def submit(self) -> Path:
+        return self.folder / "submitted here"
+
+    def calls(self, program: str) -> list[list[str]]:
+        lines = (self.folder / "fake/calls").read_text().splitlines()
+        words = [line.rstrip("\t").split("\t") for line in lines]
+        return [line[1:] for line in words if line[0] == program]
+
+    def requeued(self) -> list[str]:
+        return [call[1] for call in self.calls("scontrol") if call[0] == "requeue"]
+
+    def seen(self, name: str) -> str | None:
+        """A variable as the ranks saw it."""
+        lines = (self.folder / "fake/environment").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line).get(name)
+
+
+def make_job(tmp_path: Path) -> Job:
+    """A job of two nodes of eight GPUs, in a checkout and a submit folder with spaces."""
+    fake, submit = tmp_path / "fake", tmp_path / "submitted here"
+    (fake / "bin").mkdir(parents=True)
+    submit.mkdir()
+    shutil.copytree(ROOT / "slurm", tmp_path / "my checkout/slurm")
+    (submit / "my run.yaml").write_text("model: m\ntrain_data: t\noutput_dir: run\n")
+    (fake / "job_state").write_text("RUNNING Reason=None")
+    python = PYTHON.format(python=sys.executable)
+    programs = {
+        "scontrol": SCONTROL, "srun": SRUN, "python": python, "sleep": SLEEP,
+    }  # fmt: skip
+    for name, text in programs.items():
+        path = fake / "bin" / name
+        path.write_text(f"#!/bin/bash\n{text}")
+        path.chmod(0o755)
+    return Job(
+        tmp_path,
+        {
+            "PATH": f"{fake / 'bin'}:/usr/bin:/bin", "FAKE": str(fake), "PYTHONPATH": str(ROOT),
+            "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
+            "SLURM_CPUS_ON_NODE": "64", "SLURMD_NODENAME": "node1",
+            "SLURM_SUBMIT_DIR": str(submit),
+        },
+    )  # fmt: skip

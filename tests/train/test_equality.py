@@ -1,0 +1,154 @@
+"""The same numbers, however a global batch is split and whatever is sharded."""
+
+import pytest
+
+from pipeline.model import loss as loss_module
+from tests.ranks import run_ranks
+from tests.train_tiny import build_engine, distance, train_tiny
+
+pytestmark = pytest.mark.engine
+
+# DESIGN's bounds for fp32 and no dropout.
+FIRST_GRADIENTS = LOSSES = 1e-6
+WEIGHTS_AFTER_5 = 1e-5
+
+LORA = [
+    (1, {"zero_stage": 2, "batch_size": 8}),
+    (1, {"zero_stage": 2, "batch_size": 2, "gradient_checkpointing": True}),
+    (2, {"zero_stage": 1, "batch_size": 2}),
+    (2, {"zero_stage": 1, "batch_size": 4, "gradient_checkpointing": True}),
+    (2, {"zero_stage": 2, "batch_size": 1}),
+    (2, {"zero_stage": 2, "batch_size": 4, "gradient_checkpointing": True}),
+    (2, {"zero_stage": 3, "batch_size": 2}),
+    (2, {"zero_stage": 3, "batch_size": 4, "gradient_checkpointing": True}),
+    (4, {"zero_stage": 2, "batch_size": 2}),
+    (4, {"zero_stage": 3, "batch_size": 1}),
+]
+NF4 = {"load_in_4bit": True}
+FP4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+INT8 = {"load_in_8bit": True}
+QUANTISED = [
+    (NF4, 2, {"zero_stage": 1, "gradient_checkpointing": True}),
+    (NF4, 2, {"zero_stage": 2, "batch_size": 4}),
+    (NF4, 2, {"zero_stage": 2, "gradient_checkpointing": True}),
+    (NF4, 2, {"zero_stage": 3, "batch_size": 2}),
+    (FP4, 2, {"zero_stage": 1, "batch_size": 2}),
+    (FP4, 2, {"zero_stage": 2, "gradient_checkpointing": True}),
+    (INT8, 2, {"zero_stage": 1, "batch_size": 1}),
+    (INT8, 2, {"zero_stage": 2, "batch_size": 1, "gradient_checkpointing": True}),
+]
+_references: dict[str, dict] = {}
+
+
+def reference(tiny_model, tmp_path, kind: dict) -> dict:
+    """One rank, eight micro-batches of one document: no padding, no sharding."""
+    key = str(kind)
+    if key not in _references:
+        settings = kind | {"zero_stage": 2, "batch_size": 1}
+        [_references[key]] = run_ranks(
+            train_tiny, tiny_model, settings, tmp_path=tmp_path, world_size=1
+        )
+    return _references[key]
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], rel=LOSSES)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    assert distance(found["gradients"], expected["gradients"]) < FIRST_GRADIENTS
+    assert distance(found["weights"], expected["weights"]) < WEIGHTS_AFTER_5
+
+
+@pytest.mark.parametrize(("world_size", "split"), LORA)
+def test_lora_is_the_same_for_every_split_and_stage(tiny_model, tmp_path, world_size, split):
+    expected = reference(tiny_model, tmp_path, {})
+    found = run_ranks(train_tiny, tiny_model, split, tmp_path=tmp_path, world_size=world_size)
+    assert_same(found[0], expected)
+
+
+def train_over_short_steps(session, folder, settings):
+    """Seven steps of 8, 8, 5, 8, 8, 5 and 8 documents."""
+    return train_tiny(session, folder, settings, steps=7, documents=21)
+
+
+def test_a_short_last_step_is_the_same_for_every_split_and_so_are_epochs_after_it(
+    tiny_model, tmp_path
+):
+    whole, one_by_one, sharded, checkpointed = (
+        run_ranks(
+            train_over_short_steps, tiny_model, split, tmp_path=tmp_path, world_size=world_size
+        )[0]
+        for world_size, split in (
+            (1, {"zero_stage": 2, "batch_size": 8}),
+            (2, {"zero_stage": 2, "batch_size": 1}),
+            (2, {"zero_stage": 3, "batch_size": 1}),
+            (2, {"zero_stage": 3, "batch_size": 2, "gradient_checkpointing": True}),
+        )
+    )
+    assert len(whole["losses"]) == 7
+    for found in (one_by_one, sharded, checkpointed):
+        assert_same(found, whole)
+
+
+@pytest.mark.parametrize(("kind", "world_size", "split"), QUANTISED)
+def test_quantised_is_the_same_for_every_split_and_stage(
+    tiny_model, tmp_path, kind, world_size, split
+):
+    expected = reference(tiny_model, tmp_path, kind)
+    settings = kind | split
+    found = run_ranks(train_tiny, tiny_model, settings, tmp_path=tmp_path, world_size=world_size)
+    assert_same(found[0], expected)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_4_bits_stored_as_the_training_type_are_the_same_as_bytes(tiny_model, tmp_path, stage):
+    bf16 = NF4 | {"bf16": True, "batch_size": 2, "zero_stage": stage}
+    as_bytes, as_bf16 = (
+        run_ranks(train_tiny, tiny_model, bf16 | {"bnb_4bit_quant_storage": s}, tmp_path=tmp_path)
+        for s in ("uint8", "bfloat16")
+    )
+    assert as_bf16[0]["losses"] == as_bytes[0]["losses"]
+    assert distance(as_bf16[0]["gradients"], as_bytes[0]["gradients"]) == 0
+    assert distance(as_bf16[0]["weights"], as_bytes[0]["weights"]) == 0
+
+
+def test_the_reference_learns_and_quantisation_is_real(tiny_model, tmp_path):
+    plain, nf4, int8 = (reference(tiny_model, tmp_path, kind) for kind in ({}, NF4, INT8))
+    moved = [key for key, value in plain["weights"].items() if "lora_B" in key and value.any()]
+    assert len(moved) == 2 * 7
+    assert abs(nf4["losses"][0] / plain["losses"][0] - 1) > 1e-4
+    assert abs(int8["losses"][0] / plain["losses"][0] - 1) > 1e-7
+
+
+def optimizer_class(session, folder, settings):
+    return type(build_engine(session, folder, settings)[1].deepspeed.optimizer).__name__
+
+
+def test_zero1_in_bf16_uses_the_optimizer_class_of_zero2(tiny_model, tmp_path):
+    settings = {"bf16": True, "batch_size": 2, "gradient_accumulation_steps": 2}
+    classes = {
+        run_ranks(optimizer_class, tiny_model, settings | {"zero_stage": s}, tmp_path=tmp_path)[0]
+        for s in (1, 2)
+    }
+    assert classes == {"DeepSpeedZeroOptimizer"}
+    stage1, stage2 = (
+        run_ranks(train_tiny, tiny_model, settings | {"zero_stage": s}, tmp_path=tmp_path)[0]
+        for s in (1, 2)
+    )
+    # Stage 1 adds the gradients of micro-batches in bf16 (rule zero1-bf16-accumulation).
+    assert distance(stage1["gradients"], stage2["gradients"]) < 1e-2
+    assert stage1["losses"] == pytest.approx(stage2["losses"], rel=2e-3)
+
+
+def train_in_chunks(session, folder, settings):
+    loss_module.LOGITS_CHUNK_BYTES = 4 * 259 * 5  # five rows of logits at a time
+    return train_tiny(session, folder, settings)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_logits_in_chunks_change_nothing_and_every_rank_gathers_as_often(
+    tiny_model, tmp_path, stage
+):
+    expected = reference(tiny_model, tmp_path, {})
+    settings = {"zero_stage": stage, "batch_size": 2, "max_length": 24}
+    found = run_ranks(train_in_chunks, tiny_model, settings, tmp_path=tmp_path)
+    assert_same(found[0], expected)

@@ -1,0 +1,120 @@
+"""What stops a run by itself, on all ranks alike, and what is only counted."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.adapter.gather import gather_weights
+from pipeline.cluster.heartbeat import Pulse
+from pipeline.errors import RankZeroError
+from pipeline.train import loop
+from pipeline.train.checkpoint import Progress
+from pipeline.train.engine import StepResult
+from pipeline.train.metrics import InputWait
+from tests.ranks import run_ranks
+from tests.tiny import Documents
+from tests.train_tiny import build_engine, work
+
+pytestmark = pytest.mark.engine
+
+
+def run_of(debug: bool = False):
+    """As much of a Training as counting needs."""
+    steps = SimpleNamespace(steps_per_epoch=5)
+    return SimpleNamespace(
+        plan=SimpleNamespace(steps=steps),
+        progress=Progress(),
+        frozen_checksum=0 if debug else None,
+    )
+
+
+def result(was_applied=True, is_scale_searched=False):
+    return StepResult(
+        loss_sum=1.0, tokens=1, grad_norm=1.0, was_applied=was_applied,
+        is_scale_searched=is_scale_searched,
+    )  # fmt: skip
+
+
+def advance(run, loss, found, documents=4):
+    loop._advance(run, loss, found, documents)
+    loop._require_healthy(run, loss)
+
+
+def test_three_bad_steps_in_a_row_end_the_run():
+    run = run_of()
+    for loss, found in ((float("nan"), result(False)), (1.0, result(False)), (1.0, result())):
+        advance(run, loss, found)
+    assert (run.progress.step, run.progress.optimizer_step, run.progress.skipped_steps) == (3, 1, 2)
+    advance(run, 1.0, result(False))
+    advance(run, float("inf"), result(False))
+    with pytest.raises(RankZeroError, match=r"step 6: .* not finite in 3 steps .* untouched"):
+        advance(run, 1.0, result(False))
+    with pytest.raises(RankZeroError, match="1 steps"):
+        advance(run_of(debug=True), 1.0, result(False))
+
+
+def test_overflows_that_a_smaller_scale_answers_do_not_count():
+    run = run_of()
+    for _ in range(20):
+        advance(run, 1.0, result(False, is_scale_searched=True))
+    assert (run.progress.skipped_steps, run.progress.bad_steps) == (20, 0)
+    for _ in range(2):
+        advance(run, float("nan"), result(False, is_scale_searched=True))
+    with pytest.raises(RankZeroError, match="not finite"):
+        advance(run, float("nan"), result(False, is_scale_searched=True))
+
+
+def test_a_loss_of_zero_ends_the_run():
+    with pytest.raises(RankZeroError, match="exactly 0"):
+        advance(run_of(), 0.0, result())
+
+
+def test_the_position_in_the_epoch_is_in_documents():
+    run, seen = run_of(), []
+    for documents in (4, 4, 4, 4, 2, 4, 4):
+        advance(run, 1.0, result(), documents)
+        seen.append(run.progress.documents)
+    assert seen == [4, 8, 12, 16, 18, 4, 8]
+
+
+def test_a_rank_that_waits_for_its_input_says_so():
+    """The watchdog names the phase: an input that hangs is none of the collective before it."""
+    pulse = Pulse()
+    run = SimpleNamespace(
+        pulse=pulse,
+        progress=Progress(step=4),
+        input_wait=InputWait(),
+        stops=SimpleNamespace(reason=lambda: None),
+        session=SimpleNamespace(agree_any=lambda mine: mine),
+    )
+    asked = []
+
+    def source():
+        for batch in range(3):
+            asked.append((pulse.phase, pulse.step))
+            yield batch
+
+    for _ in loop._asking(run, source()):
+        pulse.beat("the backward pass")
+    assert asked == [("waiting for its batch", 4)] * 3
+    assert pulse.phase == "the end of its step"
+
+
+def two_steps(session, folder, lr):
+    plan, engine = build_engine(session, folder, {"zero_stage": 2, "batch_size": 2})
+    for step in range(2):
+        batches, supervised = work(plan, Documents(), step, session.placement.rank)
+        engine.optimizer_step(batches, supervised, lr)
+    run = SimpleNamespace(engine=engine, session=session, plan=plan)
+    try:
+        loop._require_moved(run)
+    except RankZeroError as error:
+        return str(error)
+    return "" if gather_weights(engine.parameters, keep=True) else "nothing gathered"
+
+
+def test_an_adapter_that_does_not_move_in_two_steps_ends_the_run_on_all_ranks(tiny_model, tmp_path):
+    assert run_ranks(two_steps, tiny_model, 1e-3, tmp_path=tmp_path) == ["", ""]
+    said = run_ranks(two_steps, tiny_model, 1e-60, tmp_path=tmp_path)  # too small for fp32
+    assert said[0] == said[1]
+    assert "14 of 14 lora_B matrices are zero" in said[0]

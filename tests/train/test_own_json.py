@@ -1,0 +1,64 @@
+"""A user's own DeepSpeed JSON trains to the same numbers where the rules let it pass."""
+
+import json
+
+import pytest
+
+from tests.plan.deepspeed.test_overlay import FROM_A_TRAINER
+from tests.ranks import run_ranks
+from tests.train_tiny import build_engine, distance, train_tiny
+
+pytestmark = pytest.mark.engine
+
+# Keys that change how DeepSpeed works, together, so that a case is one run.
+ACCEPTED = [
+    (
+        2,
+        {
+            "zero_optimization": {
+                "contiguous_gradients": False, "reduce_scatter": False,
+                "allgather_partitions": False, "parameter_alignment": True,
+                "reduce_bucket_size": 600, "allgather_bucket_size": 600,
+            },
+            "wall_clock_breakdown": True, "comms_logger": {"enabled": True},
+        },
+    ),
+    (
+        3,
+        {
+            "zero_optimization": {
+                "sub_group_size": 500, "stage3_allgather_sequential": True, "overlap_comm": False,
+                "stage3_param_persistence_threshold": 0, "enable_sanity_checks": True,
+            },
+        },
+    ),
+    (3, FROM_A_TRAINER),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "content"), ACCEPTED)
+def test_what_the_rules_let_pass_changes_no_number(tiny_model, tmp_path, stage, content):
+    own = tmp_path / "ds.json"
+    own.write_text(json.dumps(content))
+    settings = {"zero_stage": stage, "batch_size": 2}
+    plain, with_own = (
+        run_ranks(train_tiny, tiny_model, settings | more, tmp_path=tmp_path)[0]
+        for more in ({}, {"deepspeed_json": str(own)})
+    )
+    assert with_own["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+    assert distance(with_own["gradients"], plain["gradients"]) < 1e-6
+    assert distance(with_own["weights"], plain["weights"]) < 1e-5
+
+
+def test_what_a_json_changes_reaches_the_optimizer(tiny_model, tmp_path):
+    own = tmp_path / "ds.json"
+    own.write_text('{"optimizer": {"params": {"betas": [0.5, 0.9], "weight_decay": 0.3}}}')
+
+    found = run_ranks(groups, tiny_model, {"deepspeed_json": str(own)}, tmp_path=tmp_path)[0]
+    assert found == [((0.5, 0.9), 0.3)]
+
+
+def groups(session, folder, settings):
+    engine = build_engine(session, folder, settings)[1]
+    found = engine.deepspeed.optimizer.param_groups
+    return [(tuple(group["betas"]), group["weight_decay"]) for group in found]

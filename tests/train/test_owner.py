@@ -1,0 +1,132 @@
+"""One start owns a folder, whoever else begins in the same second."""
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.train.owner import OWNER, Ownership, identity, is_living
+from pipeline.train.status import RunStatus, read_status
+
+pytestmark = pytest.mark.unit
+
+RACER = """
+import sys, time
+from pathlib import Path
+from pipeline.errors import UserError
+from pipeline.train.owner import Ownership
+folder, at = Path(sys.argv[1]), float(sys.argv[2])
+time.sleep(max(0, at - time.time()))
+try:
+    Ownership(folder, "a run").take()
+    print("mine", flush=True)
+    input()
+except UserError:
+    print("refused", flush=True)
+"""
+
+
+@pytest.mark.parametrize("is_left_by_a_dead_one", [False, True])
+def test_of_many_that_begin_at_once_one_has_it(tmp_path, is_left_by_a_dead_one):
+    if is_left_by_a_dead_one:
+        dead = identity() | {"pids": [2**22 + 1], "started": time.time()}
+        (tmp_path / OWNER).write_text(json.dumps(dead))
+    at = time.time() + 3
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, tmp_path, str(at)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for _ in range(6)
+    ]  # fmt: skip
+    said = [racer.stdout.readline().strip() for racer in racers]
+    for racer in racers:
+        racer.kill()
+        racer.communicate()
+    assert said.count("mine") == 1
+    assert said.count("refused") == 5
+    Ownership(tmp_path, "a run").take()  # the one that had it is dead
+
+
+def test_a_living_owner_is_named_and_its_end_gives_the_folder_back(tmp_path):
+    living = {"host": "node7", "pids": [41], "started": 0}
+    (tmp_path / OWNER).write_text(json.dumps(living))
+    with pytest.raises(UserError, match=r"process 41 on node7.*stop"):
+        Ownership(tmp_path, "a run").take()
+    os.utime(tmp_path / OWNER, (1, 1))  # silent for long
+    mine = Ownership(tmp_path, "a run")
+    mine.take()
+    assert json.loads((tmp_path / OWNER).read_text())["pids"] == [os.getpid()]
+    mine.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_that_is_being_written_is_living(tmp_path):
+    (tmp_path / OWNER).touch()
+    with pytest.raises(UserError, match="in use"):
+        Ownership(tmp_path, "a run").take()
+
+
+def test_a_start_that_ends_before_it_claims_leaves_the_word_on_the_run_that_was(tmp_path):
+    (tmp_path / "status.json").write_text('{"state": "done"}')
+    status = RunStatus(tmp_path / "status.json")
+    status.end("failed", 2, "not even the owner")
+    status.own()
+    status.end("failed", 2, "the rows are bad")
+    assert read_status(tmp_path / "status.json") == {"state": "done"}
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_advice_to_stop_it_is_given_where_it_helps(tmp_path):
+    there = identity() | {"pids": [os.getppid()], "started": time.time()}
+    (tmp_path / OWNER).write_text(json.dumps(there | {"doing": "launch/prepare.py"}))
+    with pytest.raises(UserError, match=r"by launch/prepare\.py \(process \d+ on .*; wait for it$"):
+        Ownership(tmp_path, "a run").take()
+
+
+def test_one_that_owned_it_once_takes_nothing_from_the_next(tmp_path):
+    """As after a machine was suspended for minutes."""
+    first = Ownership(tmp_path, "a run")
+    first.take()
+    (tmp_path / OWNER).unlink()
+    Ownership(tmp_path, "a run").take()
+    first.release()
+    assert (tmp_path / OWNER).exists()
+
+
+def test_a_failed_attempt_leaves_no_owner(tmp_path, monkeypatch):
+    class Full(io.TextIOWrapper):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def open_full(path, mode, **_):
+        return Full(io.FileIO(path, mode))
+
+    monkeypatch.setattr(Path, "open", open_full)
+    with pytest.raises(UserError, match=r"No space left on device.*make room"):
+        Ownership(tmp_path, "a run").take()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_start_left_while_it_looked_holds_nobody_up(tmp_path):
+    lock = tmp_path / f"{OWNER}.lock"
+    for path in (lock, tmp_path / OWNER):
+        path.touch()
+        os.utime(path, (1, 1))
+    Ownership(tmp_path, "a run").take()
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("machine", ["another boot", "another container"])
+def test_a_process_of_another_machine_of_the_name_is_told_by_its_heartbeat(machine):
+    there = identity() | {"machine": machine, "pids": [2**22 + 1], "started": time.time()}
+    assert is_living(there | {"heartbeat": time.time()})
+    assert not is_living(there | {"heartbeat": time.time() - 100})
+    assert not is_living(identity() | {"pids": [2**22 + 1], "heartbeat": time.time()})

@@ -1,0 +1,76 @@
+"""Packs give the loss and the gradients of their documents, whatever is sharded or recomputed."""
+
+import pytest
+from deepspeed.utils import safe_get_full_grad
+
+from pipeline.adapter.gather import gather_weights
+from pipeline.data.order.batches import build_batch
+from pipeline.train.engine import SeededBatch
+from tests.ranks import run_ranks
+from tests.tiny import Documents
+from tests.train_tiny import build_engine, distance, shape_of
+
+pytestmark = pytest.mark.engine
+
+# Of a step: 12 documents, or the same in 4 packs.
+DOCUMENTS, PACKS, FIRSTS, SIZES = 12, 4, (0, 1, 6, 9), (1, 5, 3, 3)
+STEPS = 3
+SPLITS = [
+    (1, {"zero_stage": 2, "batch_size": 4}),
+    (2, {"zero_stage": 1, "batch_size": 1}),
+    (2, {"zero_stage": 2, "batch_size": 2, "gradient_checkpointing": True}),
+    (2, {"zero_stage": 3, "batch_size": 1}),
+    (2, {"zero_stage": 3, "batch_size": 2, "gradient_checkpointing": True}),
+    (2, {"zero_stage": 2, "batch_size": 2, "load_in_4bit": True}),
+    (2, {"zero_stage": 3, "batch_size": 1, "load_in_4bit": True}),
+]
+
+
+class Packed(Documents):
+    """The same documents in packs of one to five."""
+
+    def sequence(self, i):
+        step, pack = divmod(i, PACKS)
+        first = step * DOCUMENTS + FIRSTS[pack]
+        return [self.document(first + k) for k in range(SIZES[pack])]
+
+
+def train(session, folder, settings, sequences):
+    """Losses, first gradients and final weights; `sequences` a step, packs or documents."""
+    split = (Packed if sequences == PACKS else Documents)(STEPS * DOCUMENTS)
+    plan, engine = build_engine(session, folder, settings | {"global_batch_size": sequences})
+    micro, rank = plan.layout.micro_batch_size, session.placement.rank
+    losses, gradients = [], {}
+    for step in range(STEPS):
+        mine = range(step * sequences, (step + 1) * sequences)[rank :: plan.world_size]
+        batches = [
+            SeededBatch(build_batch(split, mine[at : at + micro]), seed=at)
+            for at in range(0, len(mine), micro)
+        ]
+        supervised = split.supervised_counts[step * DOCUMENTS : (step + 1) * DOCUMENTS].sum()
+        if step == 0:  # their gradients are looked at before they are used
+            engine.deepspeed.train()
+            loss_sum = 0.0
+            for i, batch in enumerate(batches):
+                loss_sum += float(engine.accumulate(batch, int(supervised)).detach())
+                if i + 1 == len(batches):
+                    gradients = {
+                        key: safe_get_full_grad(p).float().cpu().reshape(shape_of(p)).clone()
+                        for key, p in engine.parameters.items()
+                    }
+                engine.deepspeed.step()
+        else:
+            loss_sum = engine.optimizer_step(batches, int(supervised), 1e-3).loss_sum
+        losses.append(session.sum_over_ranks([loss_sum])[0] / supervised)
+    weights = gather_weights(engine.parameters, keep=rank == 0)
+    return {"losses": losses, "gradients": gradients, "weights": weights}
+
+
+@pytest.mark.parametrize(("world_size", "split"), SPLITS)
+def test_packs_train_as_their_documents_do(tiny_model, tmp_path, world_size, split):
+    alone = {"zero_stage": 2, "batch_size": 1} | {k: v for k, v in split.items() if "bit" in k}
+    [expected] = run_ranks(train, tiny_model, alone, DOCUMENTS, tmp_path=tmp_path, world_size=1)
+    found = run_ranks(train, tiny_model, split, PACKS, tmp_path=tmp_path, world_size=world_size)[0]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert distance(found["gradients"], expected["gradients"]) < 1e-6
+    assert distance(found["weights"], expected["weights"]) < 1e-5

@@ -1,0 +1,55 @@
+"""A checkpoint of any stage and world size goes on at any other, with the same losses."""
+
+import pytest
+
+from tests.adapter.test_gather import MORE, STEPS, begin, go_on
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.engine
+
+FP32, BF16, NF4 = {}, {"bf16": True}, {"load_in_4bit": True}
+CLOSE = {"float32": 1e-5, "bfloat16": 2e-3}  # relative, as the design bounds them
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_model, tmp_path_factory):
+    """What a run of this stage, world size and kind leaves; each made once."""
+    made = {}
+
+    def at(stage: int, world_size: int, kind: dict):
+        key = (stage, world_size, *kind)
+        if key not in made:
+            settings = {"zero_stage": stage, "batch_size": 1} | kind
+            folder = tmp_path_factory.mktemp("saved")
+            made[key] = run_ranks(
+                begin, tiny_model, settings, tmp_path=folder, world_size=world_size
+            )[0]
+        return made[key]
+
+    return at
+
+
+CASES = [
+    # all pairs of stages; of the same one test_gather.py wants every bit
+    *((2, a, 2, b, kind) for kind in (FP32, NF4) for a in (1, 2, 3) for b in (1, 2, 3) if a != b),
+    # other world sizes, smaller and larger
+    (2, 3, 1, 2, FP32), (1, 2, 2, 3, FP32), (1, 3, 2, 1, FP32), (2, 3, 4, 2, FP32),
+    (2, 2, 4, 3, FP32),
+    (2, 3, 1, 2, BF16), (1, 1, 2, 3, BF16), (2, 2, 4, 2, BF16),
+    (2, 2, 1, 3, NF4), (2, 3, 4, 1, NF4), (1, 3, 2, 2, NF4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("world_size", "stage", "new_size", "new_stage", "kind"), CASES)
+def test_goes_on_elsewhere(
+    tiny_model, tmp_path, saved, world_size, stage, new_size, new_stage, kind
+):
+    before = saved(stage, world_size, kind)
+    settings = {"zero_stage": new_stage, "batch_size": 1} | kind
+    after = run_ranks(go_on, tiny_model, settings, before, tmp_path=tmp_path, world_size=new_size)[
+        0
+    ]
+    expected = before["losses"][STEPS:]
+    assert len(expected) == MORE == 5
+    dtype = "bfloat16" if kind == BF16 else "float32"
+    assert after["losses"] == pytest.approx(expected, rel=CLOSE[dtype])

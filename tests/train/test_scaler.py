@@ -1,0 +1,154 @@
+"""fp16's loss scale outlives a resume; a step that is not finite is skipped by all ranks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline.adapter.gather import (
+    gather_moments,
+    gather_weights,
+    is_at_smallest_scale,
+    is_scaled,
+    loss_scaler_state,
+    restore,
+)
+from pipeline.model.adapter import attach_adapter
+from pipeline.model.base import load_base
+from pipeline.plan.deepspeed.config import deepspeed_config
+from pipeline.train.engine import Engine
+from tests.ranks import run_ranks
+from tests.tiny import Documents, make_plan
+from tests.train_tiny import build_engine, work
+
+pytestmark = pytest.mark.engine
+
+
+def build_fp16(session, folder, settings):
+    """An fp16 engine on CPU ranks; the plan itself refuses that, as no CPU does it well."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    plan = make_plan(folder, session.placement.world_size, 40, **settings)
+    layout = replace(plan.layout, training_dtype="float16")
+    config = deepspeed_config(plan.shape, plan.settings, layout, is_cuda=False)
+    config["fp16"]["loss_scale_window"] = 2  # soon back at a scale that overflows
+    plan = replace(plan, layout=layout, deepspeed=config)
+    return plan, Engine(attach_adapter(load_base(plan, session.device), plan), plan)
+
+
+def step_on(session, plan, engine, first, count):
+    """Results of some steps; the first ones start at a scale that overflows."""
+    split, results = Documents(), []
+    for step in range(first, first + count):
+        batches, supervised = work(plan, split, step, session.placement.rank)
+        result = engine.optimizer_step(batches, supervised, plan.learning_rate(step))
+        loss = session.sum_over_ranks([result.loss_sum])[0] / supervised
+        scale = loss_scaler_state(engine.deepspeed)["cur_scale"]
+        results.append((loss, result.was_applied, result.is_scale_searched, scale))
+    return results
+
+
+def scaled_run(session, folder, settings):
+    keep = session.is_rank_zero
+    plan, engine = build_fp16(session, folder, settings)
+    assert is_scaled(engine.deepspeed)
+    engine.deepspeed.optimizer.loss_scaler.cur_scale = 2.0**24
+    before = step_on(session, plan, engine, 0, 14)
+    made = sum(applied for _, applied, *_ in before)
+    saved = {
+        "weights": gather_weights(engine.parameters, keep=keep),
+        "moments": gather_moments(engine.parameters, keep=keep),
+        "scaler": loss_scaler_state(engine.deepspeed),
+        "optimizer_step": made,
+    }
+    return {"before": before, "saved": saved, "after": step_on(session, plan, engine, 14, 6)}
+
+
+def scaled_resume(session, folder, settings, saved):
+    plan, engine = build_fp16(session, folder, settings)
+    restore(
+        engine.deepspeed,
+        engine.parameters,
+        saved["weights"],
+        saved["moments"],
+        optimizer_step=saved["optimizer_step"],
+        loss_scaler=saved["scaler"],
+    )
+    return step_on(session, plan, engine, 14, 6)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_resumed_fp16_run_goes_on_with_the_same_scale(tiny_model, tmp_path, stage):
+    settings = {"zero_stage": stage, "batch_size": 2, "lora_dropout": 0.1}
+    straight = run_ranks(scaled_run, tiny_model, settings, tmp_path=tmp_path)[0]
+    skipped = [not applied for _, applied, *_ in straight["before"]]
+    assert skipped[0]
+    assert any(skipped[1:])
+    assert not all(skipped)
+    assert all(searched for _, _, searched, _ in straight["before"])  # none of it counts as bad
+    scales = [scale for *_, scale in straight["after"]]
+    assert len(set(scales)) > 1  # the counters matter within these steps
+    resumed = run_ranks(scaled_resume, tiny_model, settings, straight["saved"], tmp_path=tmp_path)
+    assert resumed[0] == straight["after"]
+
+
+def smallest(session, folder):
+    plan, engine = build_fp16(session, folder, {"zero_stage": 2, "batch_size": 2})
+    scaler = engine.deepspeed.optimizer.loss_scaler
+    scaler.cur_scale = scaler.min_scale
+    assert is_at_smallest_scale(engine.deepspeed)
+    poison(engine, session.placement.rank == 1)
+    batches, supervised = work(plan, Documents(), 0, session.placement.rank)
+    result = engine.optimizer_step(batches, supervised, 1e-3)
+    return result.was_applied, result.is_scale_searched
+
+
+def test_an_overflow_at_the_smallest_scale_is_counted_and_not_raised(tiny_model, tmp_path):
+    assert run_ranks(smallest, tiny_model, tmp_path=tmp_path) == [(False, False)] * 2
+
+
+def poison(engine, is_here: bool) -> None:
+    """Let the next forward on this rank have a loss that is not finite."""
+    if not is_here:
+        return
+    forward = engine._forward
+
+    def once(batch):
+        engine._forward = forward
+        return forward(batch) * float("inf")
+
+    engine._forward = once
+
+
+def skip_one(session, folder, settings, bad_step):
+    """Five steps, one of them with a loss on rank 1 that is not finite, or left out by hand."""
+    plan, engine = build_engine(session, folder, settings)
+    split, applied = Documents(), []
+    for step in range(5):
+        batches, supervised = work(plan, split, step, session.placement.rank)
+        poison(engine, step == bad_step and session.placement.rank == 1)
+        applied.append(engine.optimizer_step(batches, supervised, 1e-3).was_applied)
+    return applied, gather_weights(engine.parameters, keep=True)
+
+
+def leave_out(session, folder, settings, bad_step):
+    plan, engine = build_engine(session, folder, settings)
+    for step in range(5):
+        batches, supervised = work(plan, Documents(), step, session.placement.rank)
+        if step != bad_step:
+            engine.optimizer_step(batches, supervised, 1e-3)
+    return gather_weights(engine.parameters, keep=True)
+
+
+@pytest.mark.parametrize("precision", [{"bf16": True}, {}])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
+    tiny_model, tmp_path, stage, precision
+):
+    settings = {"zero_stage": stage, "batch_size": 2} | precision  # 2 micro-batches a step
+    found = run_ranks(skip_one, tiny_model, settings, 2, tmp_path=tmp_path)
+    assert [applied for applied, _ in found] == [[True, True, False, True, True]] * 2
+    expected = run_ranks(leave_out, tiny_model, settings, 2, tmp_path=tmp_path)[0]
+    for key, tensor in found[0][1].items():
+        assert torch.equal(tensor, expected[key]), key

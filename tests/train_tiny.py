@@ -1,0 +1,87 @@
+"""A few steps on the tiny model, on whatever ranks call it: the body of the engine tests."""
+
+from pathlib import Path
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from pipeline.adapter.gather import gather_weights
+from pipeline.data.order.batches import build_batch
+from pipeline.data.order.order import BatchShape, RankWork, forward_seed
+from pipeline.model.adapter import attach_adapter
+from pipeline.model.base import load_base
+from pipeline.plan.cost.work import sequence_flops, work_of
+from pipeline.train.engine import Engine, SeededBatch
+from tests.tiny import Documents, make_plan
+
+
+def build_engine(session, folder: Path, settings: dict, documents: int = 40):
+    plan = make_plan(folder, session.placement.world_size, documents, **settings)
+    model = attach_adapter(load_base(plan, session.device), plan)
+    return plan, Engine(model, plan)
+
+
+def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
+    layout = plan.layout
+    shape = BatchShape(
+        world_size=layout.world_size,
+        accumulation_steps=plan.layout.accumulation_steps,
+        micro_batch_size=layout.micro_batch_size,
+    )
+    mine = RankWork(
+        split,
+        sequence_flops(work_of(plan.shape, plan.settings, plan.training_dtype)),
+        shape,
+        seed=0,
+        rank=rank,
+        first_step=step,
+        total_steps=step + 1,
+    )
+    batches = [
+        SeededBatch(build_batch(split, m.sequences), forward_seed(0, step, m.first)) for m in mine
+    ]
+    return batches, mine.size_of(step).supervised_tokens
+
+
+def train_tiny(session, folder: Path, settings: dict, steps: int = 5, documents: int = 40) -> dict:
+    """First gradients, losses (mean over all supervised tokens) and final fp32 weights."""
+    plan, engine = build_engine(session, folder, settings, documents)
+    split = Documents(documents)
+    rank = session.placement.rank
+    losses, norms, gradients = [], [], {}
+    for step in range(steps):
+        batches, supervised = work(plan, split, step, rank)
+        lr = plan.learning_rate(step)
+        if step == 0:  # the same calls as Engine.optimizer_step, with a look before the last
+            engine.deepspeed.train()
+            for group in engine.deepspeed.optimizer.param_groups:
+                group["lr"] = lr
+            total = torch.zeros(())
+            for i, seeded in enumerate(batches):
+                total = total + engine.accumulate(seeded, supervised).detach()
+                if i + 1 == len(batches):
+                    gradients = {
+                        key: safe_get_full_grad(p).float().cpu().reshape(shape_of(p)).clone()
+                        for key, p in engine.parameters.items()
+                    }
+                engine.deepspeed.step()
+            loss_sum = float(total)
+            norms.append(float(engine.deepspeed.get_global_grad_norm()))
+        else:
+            result = engine.optimizer_step(batches, supervised, lr)
+            loss_sum = result.loss_sum
+            norms.append(result.grad_norm)
+        losses.append(session.sum_over_ranks([loss_sum])[0] / supervised)
+    weights = gather_weights(engine.parameters, keep=rank == 0)
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
+
+
+def shape_of(parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def distance(a: dict, b: dict) -> float:
+    """Norm of the difference of all tensors, as a share of the norm of `b`."""
+    assert a.keys() == b.keys()
+    difference = sum(float((a[k].double() - b[k].double()).pow(2).sum()) for k in b) ** 0.5
+    return difference / sum(float(b[k].double().pow(2).sum()) for k in b) ** 0.5
