@@ -8,10 +8,11 @@ from deepspeed.utils import safe_get_full_grad
 from pipeline.adapter.gather import gather_weights
 from pipeline.data.order.batches import build_batch
 from pipeline.data.order.order import BatchShape, RankWork, forward_seed
+from pipeline.data.order.steps import SeededBatch
 from pipeline.model.adapter import attach_adapter
 from pipeline.model.base import load_base
 from pipeline.plan.cost.work import sequence_flops, work_of
-from pipeline.train.engine import Engine, SeededBatch
+from pipeline.train.engine import Engine
 from tests.tiny import Documents, make_plan
 
 

@@ -14,18 +14,11 @@ from peft import PeftModel
 
 from pipeline.adapter.gather import count_overflows_ourselves, is_at_smallest_scale
 from pipeline.data.order.batches import IGNORED, Batch
+from pipeline.data.order.steps import SeededBatch
 from pipeline.model.adapter import trainable
 from pipeline.model.base import forget_input_gradients, require_input_gradients
 from pipeline.model.loss import SummedLoss, chunks_for_any_batch
 from pipeline.plan.plan import LargestBatch, Plan
-
-
-@dataclass(frozen=True)
-class SeededBatch:
-    """A batch and the seed of its forward's dropout."""
-
-    batch: Batch
-    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,20 +2,17 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.verify import verify_tensors
 from pipeline.cluster.stop import StopAgreed
-from pipeline.data.dataset.sequences import StepSize
-from pipeline.data.order.batches import Batch, batches_of, dead_workers_said
-from pipeline.data.order.order import BatchShape, RankWork, forward_seed
+from pipeline.data.order.batches import Batch, worker_deaths_reported
+from pipeline.data.order.steps import SeededBatch, training_steps
 from pipeline.errors import RankZeroError
 from pipeline.evaluate.heldout import held_out_loss
 from pipeline.model.adapter import expected_shapes
-from pipeline.plan.cost.work import sequence_flops, work_of
-from pipeline.train.engine import SeededBatch, StepResult
+from pipeline.train.engine import StepResult
 from pipeline.train.keeping import keep_best, save, save_before_stop, tell_of_saves
 from pipeline.train.metrics import Stopwatch
 from pipeline.train.training import Training
@@ -30,7 +27,7 @@ def train(run: Training) -> str | None:
     Collective: every rank. A stop leaves a checkpoint of the last complete step.
     """
     try:
-        with dead_workers_said():
+        with worker_deaths_reported():
             _train(run)
     except StopAgreed as stop:
         if run.session.is_rank_zero:
@@ -50,16 +47,21 @@ def _train(run: Training) -> None:
     if _is_patience_over(run):
         return
     watch.lap()
-    for step, batches, size in run.input_wait.over(_work(run)):
-        supervised = size.supervised_tokens
-        result = run.engine.optimizer_step(batches, supervised, plan.learning_rate(step))
+    steps = training_steps(
+        plan, run.train_split, rank=run.session.placement.rank, first_step=progress.step
+    )
+    for step in run.input_wait.over(steps):
+        supervised = step.size.supervised_tokens
+        result = run.engine.optimizer_step(
+            _asking(run, step.batches), supervised, plan.learning_rate(step.index)
+        )
         is_lost = float(tell_of_saves(run, micro_batch_s))
         loss_sum, tokens, lost_saves, *waits = run.session.sum_over_ranks(
             [result.loss_sum, result.tokens, is_lost, *_wait_of_each_rank(run)]
         )
         loss = loss_sum / supervised
-        _advance(run, loss, result, size.documents)
-        line = _line(run, step, loss, int(tokens), supervised, result, watch.lap())
+        _advance(run, loss, result, step.size.documents)
+        line = _line(run, step.index, loss, int(tokens), supervised, result, watch.lap())
         line["waiting_share"] = max(waits) / line["step_seconds"]
         micro_batch_s = line["step_seconds"] / plan.layout.accumulation_steps
         _record(run, line)
@@ -100,38 +102,6 @@ def _asking(run: Training, batches: Iterable[SeededBatch]) -> Iterator[SeededBat
             return
         _ask_all(run)
         yield batch
-
-
-def _work(run: Training) -> Iterator[tuple[int, Iterator[SeededBatch], StepSize]]:
-    """For each step that is left: its index, this rank's batches, how much all ranks do."""
-    plan, settings = run.plan, run.plan.settings
-    layout = plan.layout
-    shape = BatchShape(
-        world_size=layout.world_size,
-        accumulation_steps=plan.layout.accumulation_steps,
-        micro_batch_size=layout.micro_batch_size,
-    )
-    work = RankWork(
-        run.train_split,
-        sequence_flops(work_of(plan.shape, settings, plan.training_dtype)),
-        shape,
-        seed=settings.seed,
-        rank=run.session.placement.rank,
-        first_step=run.progress.step,
-        total_steps=plan.steps.total_steps,
-    )
-    batches = batches_of(
-        run.train_split,
-        work,
-        num_workers=settings.dataloader_num_workers,
-        prefetch_factor=settings.dataloader_prefetch_factor,
-    )
-    seeded = (
-        SeededBatch(batch, forward_seed(settings.seed, work.step_of(i), first))
-        for i, (batch, first) in enumerate(batches)
-    )
-    for step in range(run.progress.step, plan.steps.total_steps):
-        yield step, _asking(run, islice(seeded, shape.accumulation_steps)), work.size_of(step)
 
 
 def _wait_of_each_rank(run: Training) -> list[float]:

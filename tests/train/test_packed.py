@@ -5,7 +5,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.data.order.batches import build_batch
-from pipeline.train.engine import SeededBatch
+from pipeline.data.order.steps import SeededBatch
 from tests.ranks import run_ranks
 from tests.tiny import Documents
 from tests.train_tiny import build_engine, distance, shape_of

@@ -109,7 +109,7 @@ def batches_of(
 ) -> Iterator[tuple[Batch, int]]:
     """The batches of one rank's work, in order, each with its place in its global batch.
 
-    Built ahead, by a thread or by workers; whoever iterates does so within `dead_workers_said`.
+    They are built ahead, by a thread or by workers. Iterate inside `worker_deaths_reported`.
     """
     loader: DataLoader[tuple[Batch, int]] = DataLoader(
         _RankBatches(split, work),
@@ -158,8 +158,8 @@ def _while_workers_live(batches: Iterator[_Item]) -> Iterator[_Item]:
 
 
 @contextmanager
-def dead_workers_said() -> Iterator[None]:
-    """Raise OfOneRank where a worker was ended from outside: torch tells of it at any place."""
+def worker_deaths_reported() -> Iterator[None]:
+    """Raise OfOneRank if a worker was killed: torch raises that from a signal handler, anywhere."""
     try:
         yield
     except RuntimeError as error:

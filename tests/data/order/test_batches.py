@@ -105,7 +105,7 @@ def run_as_a_rank(code: str, tmp_path) -> str:
 
 BEGINNING = """
 import os, signal, time
-from pipeline.data.order.batches import dead_workers_said
+from pipeline.data.order.batches import worker_deaths_reported
 from pipeline.errors import OfOneRank
 from tests.data.order.test_batches import STEPS, batches_of, work_on, workers
 from tests.tiny import Documents
@@ -117,7 +117,7 @@ if __name__ == "__main__":
     next(batches)
     os.kill(workers()[0].pid, signal.SIGKILL)
     try:
-        with dead_workers_said():
+        with worker_deaths_reported():
             list(batches)
     except OfOneRank as error:
         for worker in workers():
@@ -171,7 +171,7 @@ from tests.data.order.test_batches import Broken
 if __name__ == "__main__":
     split = Broken(40)
     try:
-        with dead_workers_said():
+        with worker_deaths_reported():
             list(batches_of(split, work_on(split), num_workers=1))
     except RuntimeError as error:
         print(error, flush=True)

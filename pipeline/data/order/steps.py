@@ -1,0 +1,68 @@
+"""A plan and a prepared split -> this rank's batches of every training step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from pipeline.data.dataset.sequences import StepSize
+from pipeline.data.order.batches import Batch, batches_of
+from pipeline.data.order.order import BatchShape, RankWork, forward_seed
+from pipeline.plan.cost.work import sequence_flops, work_of
+from pipeline.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from pipeline.data.dataset.reader import Split
+
+
+@dataclass(frozen=True)
+class SeededBatch:
+    """A micro-batch and the seed of its forward's dropout."""
+
+    batch: Batch
+    seed: int
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One optimizer step: this rank's micro-batches, and the size of the step over all ranks."""
+
+    index: int
+    batches: Iterator[SeededBatch]
+    size: StepSize
+
+
+def training_steps(
+    plan: Plan, split: "Split", *, rank: int, first_step: int
+) -> Iterator[TrainingStep]:
+    """The steps from `first_step` to the last one; each step's batches must be consumed in turn.
+
+    Iterate inside `worker_deaths_reported`.
+    """
+    layout, settings = plan.layout, plan.settings
+    shape = BatchShape(
+        world_size=layout.world_size,
+        accumulation_steps=layout.accumulation_steps,
+        micro_batch_size=layout.micro_batch_size,
+    )
+    work = RankWork(
+        split,
+        sequence_flops(work_of(plan.shape, settings, plan.training_dtype)),
+        shape,
+        seed=settings.seed,
+        rank=rank,
+        first_step=first_step,
+        total_steps=plan.steps.total_steps,
+    )
+    batches = batches_of(
+        split,
+        work,
+        num_workers=settings.dataloader_num_workers,
+        prefetch_factor=settings.dataloader_prefetch_factor,
+    )
+    seeded = (
+        SeededBatch(batch, forward_seed(settings.seed, work.step_of(i), first))
+        for i, (batch, first) in enumerate(batches)
+    )
+    for step in range(first_step, plan.steps.total_steps):
+        yield TrainingStep(step, islice(seeded, shape.accumulation_steps), work.size_of(step))
