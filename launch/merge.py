@@ -1,47 +1,6 @@
-"""Merge a run's adapter into its base: an ordinary model folder that needs no peft.
+"""The merge verb as a script; its arguments and wiring are in pipeline/cli/merge.py."""
 
-    python launch/merge.py RUN_FOLDER [--out DIR] [--base DIR]
-
-Writes RUN_FOLDER/merged. A base that was held in 4 or 8 bits is merged in its original type.
-"""
-
-import argparse
-import logging
-from pathlib import Path
-
-from pipeline.adapter.fit import require_same_base
-from pipeline.adapter.merge import merge_adapter
-from pipeline.cluster.exits import run_main
-from pipeline.config.load import load_settings
-from pipeline.errors import UserError
-
-
-def merge() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run_folder", type=Path, help="output_dir of a run")
-    parser.add_argument("--out", type=Path, help="folder to write (RUN_FOLDER/merged)")
-    parser.add_argument("--base", type=Path, help="base model (the run's own)")
-    arguments = parser.parse_args()
-    run_folder, adapter = arguments.run_folder, arguments.run_folder / "adapter"
-    out = arguments.out or run_folder / "merged"
-    settings = load_settings(run_folder / "run.yaml")
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"{run_folder} holds no adapter; train it first, to its end")
-    base = arguments.base or Path(settings.model)
-    if not base.is_dir():
-        raise UserError(f"base: {base} is not a folder; give the base model with --base")
-    if arguments.base is None:
-        require_same_base(base, adapter)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    report = merge_adapter(base, adapter, out)
-    print(
-        f"{out}: {report.tensors_merged} weights of {base} merged, {report.shards} shard(s), "
-        f"{report.num_bytes / 2**20:.0f} MiB, largest change {100 * report.largest_change:.2g} % "
-        f"({report.most_changed}), {report.seconds:.1f} s"
-    )
-
+from pipeline.cli.merge import main
 
 if __name__ == "__main__":
-    run_main(merge)
+    main()

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli.rankzero import VERBS
 from tests import ROOT
+from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
 
@@ -57,9 +59,31 @@ def test_no_script_shadows_a_module():
         assert spec is None or is_folder or Path(spec.origin).parent == script.parent, script
 
 
-def test_scripts_are_short():
-    for script in (ROOT / "launch").glob("*.py"):
-        assert len(script.read_text().splitlines()) < 60, script
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_only_calls_its_verb(script):
+    verb = script.removesuffix(".py")
+    code = [line for line in (ROOT / "launch" / script).read_text().splitlines() if line][1:]
+    assert code == [
+        f"from pipeline.cli.{verb} import main", 'if __name__ == "__main__":', "    main()",
+    ]  # fmt: skip
+
+
+def test_every_verb_has_its_script():
+    assert sorted(f"{verb}.py" for verb in VERBS) == SCRIPTS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_wrong_argument_is_one_message_and_exit_2(verb):
+    result = python("-m", "pipeline.cli.rankzero", verb, "--nonsense")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert_mentions(result.stderr, f"rankzero {verb}", "--help")
+
+
+def test_an_unknown_verb_names_those_there_are():
+    result = python("-m", "pipeline.cli.rankzero", "trian")
+    assert result.returncode == 2
+    assert_mentions(result.stderr, "trian", *VERBS)
 
 
 def test_generated_docs_are_up_to_date():

@@ -1,4 +1,5 @@
-"""The verbs: each module has one verb's arguments and wiring; `launch/` calls its `main`.
+"""The verbs of the command line: one module each, with its arguments and its wiring.
 
-In: a command line. Out: a call of one room's function, and an exit code.
+In: `sys.argv`. Out: one call into the rooms, and the exit code. `launch/VERB.py` and
+`rankzero VERB` call a module's `main`. Start with `train.py`; `arguments.py` has what they share.
 """

@@ -1,0 +1,53 @@
+"""Arguments that several verbs share, and the parser that turns a bad one into a UserError."""
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from pipeline.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors, so that one rank prints them once."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError; argparse itself would print the usage on every rank."""
+        raise UserError(f"{self.prog}: {message}; --help lists the arguments")
+
+    def add_run_file(self) -> None:
+        """Add RUN.yaml and `key=value` overrides; parse with `parse_intermixed_args`."""
+        self.add_argument("run_file", type=Path, help="run file (docs/configuration.md)")
+        self.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="settings for this command only"
+        )
+
+    def add_run_folder(self) -> None:
+        """Add RUN_FOLDER."""
+        self.add_argument("run_folder", type=Path, help="output_dir of a run")
+
+    def add_local_rank(self) -> None:
+        """Accept --local_rank, which DeepSpeed's launcher passes; the environment says it too."""
+        self.add_argument("--local_rank", help=argparse.SUPPRESS)
+
+
+def count(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    if not (text.isascii() and text.isdigit()) or not 0 < len(text) < 10 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999999")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """An argument that is a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value

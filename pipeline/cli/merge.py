@@ -1,0 +1,53 @@
+"""Merge a run's adapter into its base: an ordinary model folder that needs no peft.
+
+    python launch/merge.py RUN_FOLDER [--out DIR] [--base DIR]
+
+Writes RUN_FOLDER/merged. A base that was held in 4 or 8 bits is merged in its original type.
+"""
+
+import logging
+from pathlib import Path
+
+from pipeline.adapter.fit import require_same_base
+from pipeline.adapter.merge import merge_adapter
+from pipeline.cli.arguments import Parser
+from pipeline.cluster.exits import run_main
+from pipeline.config.load import load_settings
+from pipeline.errors import UserError
+
+
+def merge() -> None:
+    """Parse the command line and merge."""
+    parser = Parser(__doc__)
+    parser.add_run_folder()
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to write (RUN_FOLDER/merged)"
+    )
+    parser.add_argument("--base", type=Path, metavar="DIR", help="base model (the run's own)")
+    given = parser.parse_args()
+    run_folder, adapter = given.run_folder, given.run_folder / "adapter"
+    out = given.out or run_folder / "merged"
+    settings = load_settings(run_folder / "run.yaml")
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(f"{run_folder} holds no adapter; train it first, to its end")
+    base = given.base or Path(settings.model)
+    if not base.is_dir():
+        raise UserError(f"base: {base} is not a folder; give the base model with --base")
+    if given.base is None:
+        require_same_base(base, adapter)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    report = merge_adapter(base, adapter, out)
+    print(
+        f"{out}: {report.tensors_merged} weights of {base} merged, {report.shards} shard(s), "
+        f"{report.num_bytes / 2**20:.0f} MiB, largest change {100 * report.largest_change:.2g} % "
+        f"({report.most_changed}), {report.seconds:.1f} s"
+    )
+
+
+def main() -> None:
+    """Run the verb and leave the process with its exit code."""
+    run_main(merge)
+
+
+if __name__ == "__main__":
+    main()

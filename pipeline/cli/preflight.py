@@ -1,0 +1,28 @@
+"""Check a run before it is paid for: on this machine, or on every rank that a launcher starts.
+
+python launch/preflight.py RUN.yaml [key=value ...] [--json]
+deepspeed launch/preflight.py RUN.yaml [key=value ...]    (torchrun, srun and mpirun likewise)
+"""
+
+from pipeline.cli.arguments import Parser
+from pipeline.cluster.exits import run_main
+from pipeline.preflight.examine import preflight as check
+
+
+def preflight() -> None:
+    """Parse the command line and check; collective over the ranks of a launcher."""
+    parser = Parser(__doc__)
+    parser.add_run_file()
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_local_rank()
+    given = parser.parse_intermixed_args()
+    check(given.run_file, given.overrides, as_json=given.json)
+
+
+def main() -> None:
+    """Run the verb and leave the process with its exit code."""
+    run_main(preflight)
+
+
+if __name__ == "__main__":
+    main()

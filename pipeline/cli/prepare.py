@@ -1,0 +1,59 @@
+"""Tokenise the data of a run file once, and show what happened to every row.
+
+    python launch/prepare.py RUN.yaml [key=value ...] [--show N]
+
+Training does the same where it finds no prepared data.
+"""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.cli.arguments import Parser
+from pipeline.cluster.exits import run_main
+from pipeline.config.load import load_settings
+from pipeline.data.chat.encoder import load_tokenizer
+from pipeline.data.dataset.reader import open_split
+from pipeline.data.prepare.audit_table import audit_table
+from pipeline.data.prepare.prepare import check_first_rows
+from pipeline.data.prepare.prepare import prepare as prepare_data
+from pipeline.data.prepare.show import number_of_documents, show_documents
+from pipeline.preflight.inputs import check_output
+from pipeline.rows.fetch import fetch
+from pipeline.train.owner import Ownership
+
+
+def prepare() -> None:
+    """Parse the command line, fetch and tokenise the data, and print the audit."""
+    parser = Parser(__doc__)
+    parser.add_run_file()
+    parser.add_argument(
+        "--show", type=number_of_documents, default=0, metavar="N", help="print N documents"
+    )
+    given, console = parser.parse_intermixed_args(), Console(markup=False, emoji=False)
+    settings = load_settings(given.run_file, given.overrides)
+    folder = Path(settings.output_dir)
+    data_dir = folder / "data"
+    check_output(folder)
+    # A run may be reading data/, and prepare removes what is out of date.
+    with Ownership(folder, "launch/prepare.py"):
+        fetch(settings.train_sources, "train_data")
+        fetch(settings.eval_sources, "eval_data")
+        check_first_rows(settings)
+        index = prepare_data(settings, data_dir, say=console.print)
+    if given.show:
+        tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
+        show_documents(console, open_split(index.train), tokenizer, given.show)
+    audit = json.loads((data_dir / "audit.json").read_text(encoding="utf-8"))
+    console.print(audit_table(audit))
+    console.print(f"prepared in {data_dir}; rejected rows: {data_dir / 'rejects.jsonl'}")
+
+
+def main() -> None:
+    """Run the verb and leave the process with its exit code."""
+    run_main(prepare)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Compare base, adapter and merged model on the held-out rows of a run.
+
+    python launch/score.py RUN_FOLDER [--rows N]
+
+Writes RUN_FOLDER/score.json, which the report shows.
+"""
+
+import os
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.cli.arguments import Parser, count
+from pipeline.cluster.devices import detect_hardware, set_environment
+from pipeline.cluster.exits import run_main
+from pipeline.cluster.placement import Placement
+from pipeline.config.load import load_settings
+from pipeline.files import dump_json, write_text
+
+
+def score() -> None:
+    """Parse the command line, score, write score.json and print a table."""
+    parser = Parser(__doc__)
+    parser.add_run_folder()
+    parser.add_argument("--rows", type=count, default=200, metavar="N", help="at most N rows (200)")
+    given = parser.parse_args()
+    settings = load_settings(given.run_folder / "run.yaml")
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    set_environment(Placement(), detect_hardware())
+    from pipeline.evaluate.score import score_run  # imports torch
+
+    scores = score_run(given.run_folder, settings, given.rows)
+    write_text(given.run_folder / "score.json", dump_json(scores))
+    table = Table(title=f"{scores['rows']} held-out rows")
+    for column in ("", "held-out loss", "exact match", "seconds"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, result in scores["models"].items():
+        match, seconds = f"{100 * result['exact_match']:.1f} %", f"{result['seconds']:.1f}"
+        table.add_row(name, f"{result['loss']:.4f}", match, seconds)
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the verb and leave the process with its exit code."""
+    run_main(score)
+
+
+if __name__ == "__main__":
+    main()

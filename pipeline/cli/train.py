@@ -1,0 +1,32 @@
+"""Train an adapter as a run file says.
+
+deepspeed launch/train.py RUN.yaml [key=value ...]        every GPU of this machine
+python launch/train.py RUN.yaml [key=value ...]           one process
+python launch/train.py RUN.yaml --debug                   a short run with every check on
+"""
+
+import sys
+
+from pipeline.cli.arguments import Parser
+from pipeline.cluster.exits import run_main
+from pipeline.config.load import load_settings
+from pipeline.train.run import run_training
+
+
+def train() -> None:
+    """Parse the command line and train; collective over the ranks of a launcher."""
+    parser = Parser(__doc__)
+    parser.add_run_file()
+    parser.add_argument("--debug", action="store_true", help="few rows and steps, tracebacks shown")
+    parser.add_local_rank()
+    given = parser.parse_intermixed_args()
+    run_training(load_settings(given.run_file, given.overrides), is_debug=given.debug)
+
+
+def main() -> None:
+    """Run the verb and leave the process with its exit code."""
+    run_main(train, tracebacks="--debug" in sys.argv)
+
+
+if __name__ == "__main__":
+    main()
