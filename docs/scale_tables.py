@@ -5,9 +5,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.choose import Candidate, Machines, candidates
+from pipeline.plan.choose import Candidate, Cluster, candidates
+from pipeline.plan.cost.per_token import CostPerToken, cost_per_token
 from pipeline.plan.cost.speed import Speed
-from pipeline.plan.cost.work import Work, work_of
 from pipeline.plan.given.catalogue import gpu_named
 from pipeline.plan.given.hardware import GIB, Hardware
 from pipeline.plan.given.layout import Layout
@@ -46,7 +46,7 @@ class Case:
         settings = settings_of(self.base, self.global_batch).model_copy(
             update={} if stage is None else {"zero_stage": stage, "hpz_partition_size": copy}
         )
-        machines = Machines(
+        machines = Cluster(
             hardware=replace(hardware(), network=self.network),
             nodes=max(1, self.gpus // PER_NODE),
             ranks_per_node=min(PER_NODE, self.gpus),
@@ -78,7 +78,7 @@ def shape_of(model: str) -> ModelShape:
 _SHAPES: dict[str, ModelShape] = {}
 
 
-def link_bytes(work: Work, layout: Layout) -> float:
+def link_bytes(work: CostPerToken, layout: Layout) -> float:
     """Bytes that a GPU sends in a step, as many as it receives, if each collective is a ring."""
     world, accumulation = layout.world_size, layout.accumulation_steps
     group = layout.hpz_partition_size if layout.hpz_partition_size > 1 else world
@@ -121,7 +121,7 @@ def _price(case: Case) -> str:
         return f"does not fit | | {memory} | | | |"
     layout, speed = best.layout, best.speed
     settings = settings_of(case.base, case.global_batch)
-    sent = link_bytes(work_of(shape_of(case.model), settings, layout.training_dtype), layout)
+    sent = link_bytes(cost_per_token(shape_of(case.model), settings, layout.training_dtype), layout)
     return " | ".join(
         (
             f"{layout.accumulation_steps} x {layout.micro_batch_size}",

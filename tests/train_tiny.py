@@ -11,7 +11,7 @@ from pipeline.data.order.order import BatchShape, RankWork, forward_seed
 from pipeline.data.order.steps import SeededBatch
 from pipeline.model.adapter import attach_adapter
 from pipeline.model.base import load_base
-from pipeline.plan.cost.work import sequence_flops, work_of
+from pipeline.plan.cost.per_token import cost_per_token, sequence_flops
 from pipeline.train.engine import Engine
 from tests.tiny import Documents, make_plan
 
@@ -31,7 +31,7 @@ def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
     )
     mine = RankWork(
         split,
-        sequence_flops(work_of(plan.shape, plan.settings, plan.training_dtype)),
+        sequence_flops(cost_per_token(plan.shape, plan.settings, plan.training_dtype)),
         shape,
         seed=0,
         rank=rank,

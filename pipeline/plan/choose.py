@@ -35,7 +35,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machines:
+class Cluster:
     """What the ranks run on."""
 
     hardware: Hardware
@@ -76,7 +76,7 @@ def training_dtype(settings: RunSettings, hardware: Hardware) -> tuple[str, str]
     return "float32", f"neither 16-bit type is both allowed and there on {hardware.name}"
 
 
-def candidates(settings: RunSettings, shape: ModelShape, machines: Machines) -> list[Candidate]:
+def candidates(settings: RunSettings, shape: ModelShape, machines: Cluster) -> list[Candidate]:
     """Every layout that the settings allow: those that fit by speed, then those that do not.
 
     Raises UserError where the batch keys contradict each other.
@@ -97,7 +97,7 @@ def order(candidate: Candidate) -> tuple[bool, bool, bool, float]:
     return False, layout.is_sharded, is_offloaded, candidate.speed.seconds_per_step
 
 
-def _layouts(settings: RunSettings, shape: ModelShape, machines: Machines) -> Iterator[Layout]:
+def _layouts(settings: RunSettings, shape: ModelShape, machines: Cluster) -> Iterator[Layout]:
     """Layouts without checkpointing, or with as much of it as the settings demand."""
     world, dtype = machines.world_size, training_dtype(settings, machines.hardware)[0]
     batches = micro_batches(settings, world)
@@ -122,7 +122,7 @@ def _layouts(settings: RunSettings, shape: ModelShape, machines: Machines) -> It
                     )
 
 
-def _stages(settings: RunSettings, dtype: str, machines: Machines) -> list[int]:
+def _stages(settings: RunSettings, dtype: str, machines: Cluster) -> list[int]:
     if settings.zero_stage != "auto":
         return [settings.zero_stage]
     # ZeRO-1 adds the gradients of micro-batches in the training dtype: exact in fp32 alone
@@ -134,7 +134,7 @@ def _stages(settings: RunSettings, dtype: str, machines: Machines) -> list[int]:
     return stages
 
 
-def _hpz_sizes(settings: RunSettings, machines: Machines) -> list[int]:
+def _hpz_sizes(settings: RunSettings, machines: Cluster) -> list[int]:
     if settings.hpz_partition_size != "auto":
         return [settings.hpz_partition_size]
     is_worth = machines.nodes > 1 and machines.ranks_per_node > 1
@@ -148,7 +148,7 @@ def _offloads(settings: RunSettings, hardware: Hardware) -> list[Offload]:
 
 
 def _with_fewest_checkpointed(
-    settings: RunSettings, shape: ModelShape, machines: Machines, layout: Layout
+    settings: RunSettings, shape: ModelShape, machines: Cluster, layout: Layout
 ) -> Candidate:
     """The layout with as few recomputed blocks as fit; with all of them if none does."""
     price = partial(_priced, settings, shape, machines)
@@ -169,7 +169,7 @@ def _with_fewest_checkpointed(
 
 
 def _priced(
-    settings: RunSettings, shape: ModelShape, machines: Machines, layout: Layout
+    settings: RunSettings, shape: ModelShape, machines: Cluster, layout: Layout
 ) -> Candidate:
     hardware, tokens = machines.hardware, settings.max_length
     need = memory(shape, settings, layout, hardware, tokens)

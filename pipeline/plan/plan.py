@@ -10,26 +10,27 @@ from typing import Any
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.plan.choose import Candidate, Machines, candidates
+from pipeline.plan.choose import Candidate, Cluster, candidates
 from pipeline.plan.cost.memory import Memory, memory
 from pipeline.plan.cost.speed import Speed, step_seconds
 from pipeline.plan.deepspeed.config import deepspeed_config
-from pipeline.plan.deepspeed.overlay import constraints_of, overlay
+from pipeline.plan.deepspeed.overlay import overlay, with_json_constraints
 from pipeline.plan.estimate import DataSize
-from pipeline.plan.given.adapted import adapted, trainable_parameters
+from pipeline.plan.given.adapter_counts import adapter_counts, trainable_parameters
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.shape import ModelShape
-from pipeline.plan.reasons import does_not_fit, reasons
+from pipeline.plan.reasons import misfit_message, reasons
+from pipeline.plan.rules.model import INPUT_RULES
 from pipeline.plan.rules.rule import (
-    Request,
+    PlanContext,
+    PlanInput,
     Rule,
-    Situation,
+    applicable_rules,
     installed_versions,
-    require_none_refuses,
-    rules_that_hold,
+    raise_refusals,
 )
-from pipeline.plan.rules.table import BEFORE_THE_CHOICE, OF_THE_CHOICE
+from pipeline.plan.rules.table import CONTEXT_RULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Plan:
     hardware: Hardware
     layout: Layout
     why: dict[str, str]
-    rules: tuple[Rule[Situation], ...]
+    rules: tuple[Rule[PlanContext], ...]
     deepspeed: dict[str, Any]
     data: DataSize | None = None
     schedule: Schedule | None = None
@@ -146,9 +147,9 @@ class Plan:
         schedule = Schedule(steps_per_epoch=per_epoch, total_steps=total, warmup_steps=warmup)
         return replace(self, data=data, schedule=schedule, rules=self._rules(data.documents))
 
-    def _rules(self, documents: int) -> tuple[Rule[Situation], ...]:
+    def _rules(self, documents: int) -> tuple[Rule[PlanContext], ...]:
         """The rules again, now that the size of the data is known."""
-        situation = Situation(
+        situation = PlanContext(
             settings=self.settings,
             shape=self.shape,
             hardware=self.hardware,
@@ -157,7 +158,7 @@ class Plan:
             deepspeed=self.deepspeed,
             data=documents,
         )
-        return tuple(rules_that_hold(OF_THE_CHOICE, situation))
+        return tuple(applicable_rules(CONTEXT_RULES, situation))
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the step with this index (from 0); above 0 at the first one."""
@@ -194,22 +195,22 @@ def rank_plans(
     if nodes < 1 or ranks_per_node < 1:
         raise UserError(f"{nodes} nodes of {ranks_per_node} ranks: both must be 1 or more")
     if settings.deepspeed_json is not None:
-        settings = constraints_of(settings.deepspeed_json, settings)
-    request = Request(
+        settings = with_json_constraints(settings.deepspeed_json, settings)
+    request = PlanInput(
         settings=settings, shape=shape, hardware=hardware, packages=installed_versions()
     )
-    require_none_refuses(rules_that_hold(BEFORE_THE_CHOICE, request))
-    adapted(shape, settings)  # a target that matches nothing is refused first
-    machines = Machines(hardware=hardware, nodes=nodes, ranks_per_node=ranks_per_node)
+    raise_refusals(applicable_rules(INPUT_RULES, request))
+    adapter_counts(shape, settings)  # a target that matches nothing is refused first
+    machines = Cluster(hardware=hardware, nodes=nodes, ranks_per_node=ranks_per_node)
     ranked = candidates(settings, shape, machines)
     if all(candidate.refusal for candidate in ranked):
         raise DoesNotFitError(
-            does_not_fit(settings, shape, machines, ranked), _plan(request, ranked[0], {}), ranked
+            misfit_message(settings, shape, machines, ranked), _plan(request, ranked[0], {}), ranked
         )
     held = {c.layout: _situation(request, c.layout) for c in ranked if c.refusal is None}
     refusals = {layout: said for layout, known in held.items() if (said := _refusal(known))}
     if len(refusals) == len(held):
-        require_none_refuses(rules_that_hold(OF_THE_CHOICE, next(iter(held.values()))))
+        raise_refusals(applicable_rules(CONTEXT_RULES, next(iter(held.values()))))
     ranked = sorted(
         (replace(c, refusal=refusals.get(c.layout, c.refusal)) for c in ranked),
         key=lambda candidate: candidate.refusal is not None,
@@ -218,7 +219,7 @@ def rank_plans(
     return _plan(request, ranked[0], why), ranked
 
 
-def _plan(request: Request, chosen: Candidate, why: dict[str, str]) -> Plan:
+def _plan(request: PlanInput, chosen: Candidate, why: dict[str, str]) -> Plan:
     situation = _situation(request, chosen.layout)
     return Plan(
         settings=request.settings,
@@ -226,20 +227,20 @@ def _plan(request: Request, chosen: Candidate, why: dict[str, str]) -> Plan:
         hardware=request.hardware,
         layout=chosen.layout,
         why=why,
-        rules=tuple(rules_that_hold(OF_THE_CHOICE, situation)),
+        rules=tuple(applicable_rules(CONTEXT_RULES, situation)),
         deepspeed=dict(situation.deepspeed),
         fits=chosen.refusal is None,
     )
 
 
-def _situation(request: Request, layout: Layout) -> Situation:
+def _situation(request: PlanInput, layout: Layout) -> PlanContext:
     settings, is_cuda = request.settings, request.hardware.kind == "cuda"
     config = deepspeed_config(request.shape, settings, layout, is_cuda=is_cuda)
     if settings.deepspeed_json is not None:
         config = overlay(config, settings.deepspeed_json)
-    return Situation(**vars(request), layout=layout, deepspeed=config)
+    return PlanContext(**vars(request), layout=layout, deepspeed=config)
 
 
-def _refusal(known: Situation) -> str | None:
-    refused = [r for r in rules_that_hold(OF_THE_CHOICE, known) if r.level == "refuse"]
+def _refusal(known: PlanContext) -> str | None:
+    refused = [r for r in applicable_rules(CONTEXT_RULES, known) if r.level == "refuse"]
     return f"is refused: {refused[0].reason} [rule {refused[0].id}]" if refused else None

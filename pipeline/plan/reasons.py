@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.plan.choose import Candidate, Machines, candidates, order, training_dtype
+from pipeline.plan.choose import Candidate, Cluster, candidates, order, training_dtype
 from pipeline.plan.cost.memory import memory
 from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.shape import ModelShape
@@ -26,7 +26,7 @@ def reasons(
     ranked: Sequence[Candidate],
     settings: RunSettings,
     shape: ModelShape,
-    machines: Machines,
+    machines: Cluster,
 ) -> dict[str, str]:
     """One line for each key that was free."""
     why: dict[str, str] = {}
@@ -70,7 +70,7 @@ def _alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> st
 
 
 def _checkpointing(
-    chosen: Candidate, settings: RunSettings, shape: ModelShape, machines: Machines
+    chosen: Candidate, settings: RunSettings, shape: ModelShape, machines: Cluster
 ) -> str:
     count, of = chosen.layout.checkpointed_layers, shape.num_layers
     if not count:
@@ -93,8 +93,8 @@ class _Change:
     values: dict[str, Any]
 
 
-def does_not_fit(
-    settings: RunSettings, shape: ModelShape, machines: Machines, ranked: Sequence[Candidate]
+def misfit_message(
+    settings: RunSettings, shape: ModelShape, machines: Cluster, ranked: Sequence[Candidate]
 ) -> str:
     """What was found, and the smallest change that would fit: in the run file, else in machines."""
     least = min(ranked, key=lambda candidate: candidate.memory.device_need)
@@ -142,7 +142,7 @@ def _changes(settings: RunSettings) -> Iterator[_Change]:
         )
 
 
-def _more(machines: Machines) -> Iterator[Machines]:
+def _more(machines: Cluster) -> Iterator[Cluster]:
     """More devices of the same kind: first in the node, up to eight, then nodes."""
     if machines.hardware.kind == "cpu":
         return  # ranks of a machine share its memory
@@ -157,13 +157,13 @@ def _more(machines: Machines) -> Iterator[Machines]:
 
 
 def _best_after(
-    change: _Change, settings: RunSettings, shape: ModelShape, machines: Machines
+    change: _Change, settings: RunSettings, shape: ModelShape, machines: Cluster
 ) -> Candidate | None:
     tried = _tried(settings.model_copy(update=change.values), shape, machines)
     return next((candidate for candidate in tried if candidate.refusal is None), None)
 
 
-def _tried(settings: RunSettings, shape: ModelShape, machines: Machines) -> list[Candidate]:
+def _tried(settings: RunSettings, shape: ModelShape, machines: Cluster) -> list[Candidate]:
     try:
         return candidates(settings, shape, machines)
     except UserError:

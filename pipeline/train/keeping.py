@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from pipeline.adapter.gather import gather_moments, gather_weights, loss_scaler_state
-from pipeline.plan.cost.stopping import slow_stop
+from pipeline.plan.cost.stopping import slow_stop_warning
 from pipeline.train.training import Training
 
 
@@ -55,6 +55,6 @@ def tell_of_saves(run: Training, micro_batch_s: float) -> bool:
         if failure is not None:
             has_failed = True
             run.display.say(f"{failure}; training goes on, and the next save tries again")
-        if seconds is not None and (warning := slow_stop(seconds, micro_batch_s)):
+        if seconds is not None and (warning := slow_stop_warning(seconds, micro_batch_s)):
             run.display.say(warning)
     return has_failed

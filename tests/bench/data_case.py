@@ -29,10 +29,10 @@ def main() -> None:
     from pipeline.data.dataset.reader import open_split
     from pipeline.data.order.batches import build_batch
     from pipeline.data.order.order import BatchShape, RankWork
-    from pipeline.plan.cost.work import sequence_flops, work_of
+    from pipeline.plan.cost.per_token import cost_per_token, sequence_flops
     from pipeline.plan.given.shape import read_shape
 
-    flops = sequence_flops(work_of(read_shape(model), settings, "bfloat16"))
+    flops = sequence_flops(cost_per_token(read_shape(model), settings, "bfloat16"))
     begun = time.perf_counter()
     check_first_rows(settings)
     split = open_split(prepare(settings, Path(run) / "data").train)

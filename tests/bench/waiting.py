@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.data.order.batches import batches_of
 from pipeline.data.order.order import BatchShape, RankWork
-from pipeline.plan.cost.work import SequenceFlops
+from pipeline.plan.cost.per_token import SequenceFlops
 from tests.tiny import sequences_of
 
 PACKS, TOKENS, DOCUMENTS, MICRO, BATCHES, WARM = 200_000, 1024, 10, 4, 400, 50

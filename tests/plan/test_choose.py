@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.plan.choose import Machines, candidates
+from pipeline.plan.choose import Cluster, candidates
 from pipeline.plan.cost.memory import memory
 from pipeline.plan.given.catalogue import gpu_named
 from pipeline.plan.given.shape import read_shape
@@ -185,7 +185,7 @@ def test_of_all_that_fit_the_first_is_the_fastest_of_its_class(
 ):
     values = {"model": "m", "train_data": "t", "output_dir": "o"}
     run, hardware = RunSettings.model_validate(values | keys), gpu(gib)
-    machines = Machines(hardware=hardware, nodes=nodes, ranks_per_node=ranks)
+    machines = Cluster(hardware=hardware, nodes=nodes, ranks_per_node=ranks)
     every = candidates(run, shape_of_8b, machines)
     fitting = [c for c in every if c.refusal is None]
     assert every[: len(fitting)] == fitting

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.cluster.stop import StopRequests
 from pipeline.errors import RankZeroError
-from pipeline.plan.cost.stopping import slow_stop
+from pipeline.plan.cost.stopping import slow_stop_warning
 from pipeline.train import finish, run
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
 from pipeline.train.saving import Saver
@@ -118,8 +118,8 @@ def test_a_best_adapter_that_could_not_be_written_is_not_lost(saver, checkpoints
 
 
 def test_a_stop_that_a_launcher_would_not_wait_for_is_warned_of():
-    assert slow_stop(20.0, 9.0) is None
-    assert "20 + 11 s" in slow_stop(20.0, 11.0)
+    assert slow_stop_warning(20.0, 9.0) is None
+    assert "20 + 11 s" in slow_stop_warning(20.0, 11.0)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.chat.template import Span, apply_chat_template_setting, chatml
 from pipeline.data.chat.turns import TurnFinder, special_ids
 from pipeline.errors import UserError
-from pipeline.plan.given.shape import require_folder
+from pipeline.plan.given.shape import require_model_folder
 from pipeline.rows.formats import Completion, Conversation, Example, RowError, Text, Tokens
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and checking rows needs none of it
@@ -60,7 +60,7 @@ class _Draft:
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder; fetches nothing. Raises UserError where there is none."""
-    require_folder(folder)
+    require_model_folder(folder)
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:

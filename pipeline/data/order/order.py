@@ -19,7 +19,7 @@ from pipeline.data.dataset.hashing import hash_of, hashes_of, permutation
 from pipeline.data.dataset.sequences import Integers, Sequences, StepSize
 from pipeline.data.order.balance import divide
 from pipeline.data.order.interleave import spread_sources, take_turns
-from pipeline.plan.cost.work import SequenceFlops
+from pipeline.plan.cost.per_token import SequenceFlops
 
 # Without packing the documents of a micro-batch of up to this size are drawn from those within a
 # tenth of each other's length, as far as there are so many.

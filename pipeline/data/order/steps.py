@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.data.dataset.sequences import StepSize
 from pipeline.data.order.batches import Batch, batches_of
 from pipeline.data.order.order import BatchShape, RankWork, forward_seed
-from pipeline.plan.cost.work import sequence_flops, work_of
+from pipeline.plan.cost.per_token import cost_per_token, sequence_flops
 from pipeline.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def training_steps(
     )
     work = RankWork(
         split,
-        sequence_flops(work_of(plan.shape, settings, plan.training_dtype)),
+        sequence_flops(cost_per_token(plan.shape, settings, plan.training_dtype)),
         shape,
         seed=settings.seed,
         rank=rank,

@@ -13,7 +13,7 @@ mean; all T where it is None.
 from dataclasses import dataclass
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.given.adapted import adapted
+from pipeline.plan.given.adapter_counts import adapter_counts
 from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.shape import ModelShape
 
@@ -82,7 +82,7 @@ def is_by_document(settings: RunSettings) -> bool:
 
 def _kept(shape: ModelShape, settings: RunSettings, b: int, reach: int, *, mask_bytes: int) -> int:
     """Bytes for one token that a block keeps until its backward pass."""
-    adapter, n = adapted(shape, settings), shape.num_layers
+    adapter, n = adapter_counts(shape, settings), shape.num_layers
     kept = _norms(shape, b) + _attention(shape, settings, b, reach) + _mlp(shape, b)
     if is_by_document(settings):
         kept += _joined(shape, settings, b)
@@ -114,7 +114,7 @@ def _joined(shape: ModelShape, settings: RunSettings, b: int) -> int:
     """
     if has_scores(shape, settings) or shape.has_fused_attention:
         return 0
-    blocks = adapted(shape, settings).blocks_reading_attention_output
+    blocks = adapter_counts(shape, settings).blocks_reading_attention_output
     if settings.load_in_8bit:
         blocks = shape.num_layers
     elif settings.lora_dropout > 0:

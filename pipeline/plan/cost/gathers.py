@@ -24,7 +24,7 @@ and backward, and a larger one holds two to four gigabytes more than one block n
 from dataclasses import dataclass
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.given.adapted import adapted
+from pipeline.plan.given.adapter_counts import adapter_counts
 from pipeline.plan.given.shape import ModelShape
 
 
@@ -52,7 +52,7 @@ class Gathers:
 
 def gathers(shape: ModelShape, settings: RunSettings) -> Gathers:
     """What is gathered of a base at ZeRO-3, from the sizes of its matrices."""
-    adapter = adapted(shape, settings)
+    adapter = adapter_counts(shape, settings)
     threshold = adapter.largest_matrix
     every = _frozen_of_block(shape, settings)
     kept = [elements for elements in every if elements <= threshold]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import Activations, activations
 from pipeline.plan.cost.gathers import gathers
-from pipeline.plan.given.adapted import adapted, trainable_parameters
+from pipeline.plan.given.adapter_counts import adapter_counts, trainable_parameters
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import DTYPE_BYTES, Layout
 from pipeline.plan.given.shape import ModelShape
@@ -94,7 +94,7 @@ def memory(
 
 def bucket_elements(shape: ModelShape, settings: RunSettings) -> int:
     """Elements of a ZeRO reduce bucket: all gradients at once if they are small enough."""
-    adapter = adapted(shape, settings)
+    adapter = adapter_counts(shape, settings)
     elements = max(min(adapter.parameters, _MAX_BUCKET), adapter.largest_matrix)
     return elements + elements % 2  # DeepSpeed asserts an even number
 

@@ -10,7 +10,7 @@ from math import ceil
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import LOGITS_CHUNK_BYTES
-from pipeline.plan.cost.work import Work, work_of
+from pipeline.plan.cost.per_token import CostPerToken, cost_per_token
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.shape import ModelShape
@@ -25,7 +25,7 @@ _FLOAT32_SHARE = {"cuda": 1 / 16, "cpu": 1 / 3}
 # Backward of attention beside its forward: five matrix products for two, because the scores are
 # made again (FlashAttention-2, arXiv 2307.08691 s.4.1).
 _SCORES_BACKWARD = 2.5
-# Backward of the rest beside its forward, in bytes and in kernels (tests/plan/cost/test_work.py).
+# Backward of the rest beside its forward, in bytes and in kernels (test_per_token.py).
 _TRAFFIC_BACKWARD = 1.7
 _KERNELS_BACKWARD = 1.6
 _KERNEL_S = 8e-6  # the host's time to launch one kernel from eager PyTorch
@@ -93,7 +93,7 @@ def step_seconds(
     `supervised_share` of them have logits, and attention reaches over `attended` tokens, those of a
     document in a pack; without these over and for all of them, which is the upper bound.
     """
-    work = work_of(shape, settings, layout.training_dtype)
+    work = cost_per_token(shape, settings, layout.training_dtype)
     rates = reachable_rates(layout, hardware)
     micro = layout.micro_batch_size * tokens
     reach = tokens if attended is None else attended
@@ -136,7 +136,7 @@ def reachable_rates(layout: Layout, hardware: Hardware) -> Rates:
     )
 
 
-def _arithmetic(work: Work, micro: float, reach: float, recomputed: float) -> float:
+def _arithmetic(work: CostPerToken, micro: float, reach: float, recomputed: float) -> float:
     """FLOPs of a micro-batch in the blocks.
 
     A frozen weight costs 2 FLOPs a token forward and 2 backward, for the gradient of its input
@@ -152,7 +152,7 @@ def _arithmetic(work: Work, micro: float, reach: float, recomputed: float) -> fl
 
 
 def _logits(
-    work: Work,
+    work: CostPerToken,
     shape: ModelShape,
     settings: RunSettings,
     layout: Layout,
@@ -173,7 +173,9 @@ def _logits(
     return (2 + again) * work.head_flops * positions / rates.flops + traffic / rates.memory
 
 
-def _traffic(work: Work, layout: Layout, micro: float, reach: float, recomputed: float) -> float:
+def _traffic(
+    work: CostPerToken, layout: Layout, micro: float, reach: float, recomputed: float
+) -> float:
     """Bytes that a micro-batch moves between device and memory in the blocks.
 
     Each pass reads the weights, which is what makes small micro-batches slow: n tokens over a d x d
@@ -188,7 +190,9 @@ def _traffic(work: Work, layout: Layout, micro: float, reach: float, recomputed:
     return layout.bytes_per_value * (weights + activations)
 
 
-def _dequantised(work: Work, settings: RunSettings, layout: Layout, recomputed: float) -> float:
+def _dequantised(
+    work: CostPerToken, settings: RunSettings, layout: Layout, recomputed: float
+) -> float:
     """Bytes of expanding quantised weights, once a pass (bitsandbytes 0.50 autograd).
 
     MatMul4Bit expands in both directions, reading the packed weight and writing it whole; the
@@ -201,7 +205,7 @@ def _dequantised(work: Work, settings: RunSettings, layout: Layout, recomputed: 
     return work.packed_bytes + 3 * whole if settings.load_in_8bit else 0.0
 
 
-def _launches(work: Work, layout: Layout, recomputed: float, documents: float) -> float:
+def _launches(work: CostPerToken, layout: Layout, recomputed: float, documents: float) -> float:
     """Seconds that the host needs to launch a micro-batch of so many documents."""
     fetches = 2 * work.modules * _FETCH_S if layout.is_sharded else 0.0
     kernels = (1 + _KERNELS_BACKWARD + recomputed) * work.kernels
@@ -209,7 +213,7 @@ def _launches(work: Work, layout: Layout, recomputed: float, documents: float) -
     return kernels * _KERNEL_S + fetches
 
 
-def _gathers(work: Work, layout: Layout, rates: Rates) -> float:
+def _gathers(work: CostPerToken, layout: Layout, rates: Rates) -> float:
     """Seconds of ZeRO-3's gathers of the base in a micro-batch, before any overlap.
 
     Forward and backward (a recomputation shares the backward's: stage3_max_reuse_distance,
@@ -232,7 +236,7 @@ def _exposed(gathers: float, busy: float) -> float:
     return _EXPOSED_SHARE * gathers + max(0.0, (1 - _EXPOSED_SHARE) * gathers - busy)
 
 
-def _once_a_step(work: Work, layout: Layout, rates: Rates) -> dict[str, float]:
+def _once_a_step(work: CostPerToken, layout: Layout, rates: Rates) -> dict[str, float]:
     """Seconds of what happens to the adapter: the base has no part in it.
 
     ZeRO-1 all-reduces gradients once a step, ZeRO-2 after every micro-batch (DeepSpeed 0.19.8

@@ -4,7 +4,7 @@
 LAUNCHER_PATIENCE_S = 30.0
 
 
-def slow_stop(save_s: float, micro_batch_s: float) -> str | None:
+def slow_stop_warning(save_s: float, micro_batch_s: float) -> str | None:
     """A warning where one save and one micro-batch take longer than a launcher waits, else None."""
     if save_s + micro_batch_s <= LAUNCHER_PATIENCE_S:
         return None

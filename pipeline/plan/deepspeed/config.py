@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.gathers import gathers
 from pipeline.plan.cost.memory import bucket_elements
-from pipeline.plan.given.adapted import adapted
+from pipeline.plan.given.adapter_counts import adapter_counts
 from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.shape import ModelShape
 
@@ -89,7 +89,7 @@ def _sharded(
     gathered = gathers(shape, settings)
     zero: dict[str, Any] = {
         # Adapters stay whole on every rank: no gathers of small matrices in every layer.
-        "stage3_param_persistence_threshold": adapted(shape, settings).largest_matrix,
+        "stage3_param_persistence_threshold": adapter_counts(shape, settings).largest_matrix,
         # Gathered at most: the block in use, the one ahead, the head (plan/cost/gathers.py).
         "stage3_max_live_parameters": gathered.block,
         "stage3_prefetch_bucket_size": gathered.block,

@@ -62,7 +62,7 @@ class _Json:
         return found
 
 
-def constraints_of(path: str, settings: RunSettings) -> RunSettings:
+def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
     """The settings with what the JSON fixes. Raises UserError where the run file says otherwise.
 
     Called before anything is chosen, so that the choice is made for the values of the JSON.

@@ -171,7 +171,7 @@ class ModelShape:
         )
 
 
-def require_folder(model: Path) -> None:
+def require_model_folder(model: Path) -> None:
     """Raise UserError where the model of a run file is not there."""
     if not model.is_dir():
         raise UserError(
@@ -184,7 +184,7 @@ def read_shape(model: str) -> ModelShape:
     """Shape of the model folder `model`. Raises UserError if it is none or of an unknown kind."""
     folder = Path(model)
     path = folder / "config.json"
-    require_folder(folder)
+    require_model_folder(folder)
     if not path.is_file():
         raise UserError(f"model: {folder} holds no config.json, so it is not a model folder")
     try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from pipeline.config.presets import PRESETS, RANGES, preset_for
 from pipeline.plan.cost.memory import memory
-from pipeline.plan.rules.rule import Rule, Situation
+from pipeline.plan.rules.rule import PlanContext, Rule
 
 _RATES = (1e-5, 2e-4)
 # The guide speaks of large models. The 135 million parameters of launch/runs/quickstart.yaml learn
@@ -16,19 +16,19 @@ _SMALL_MODEL, _SMALL_MODEL_RATE = 10**9, 2e-3
 _SHORT_OF_MEMORY = 0.9  # share of a device
 
 
-def _unusual_rate(s: Situation) -> bool:
+def _unusual_rate(s: PlanContext) -> bool:
     low, high = _RATES
     if s.shape.parameters < _SMALL_MODEL:
         high = _SMALL_MODEL_RATE
     return not low <= s.settings.lr <= high
 
 
-def _compute_dtype_differs(s: Situation) -> bool:
+def _compute_dtype_differs(s: PlanContext) -> bool:
     asked = s.settings.bnb_4bit_compute_dtype
     return s.settings.load_in_4bit and asked not in ("auto", s.layout.training_dtype)
 
 
-def _evaluates_at_other_steps(s: Situation) -> bool:
+def _evaluates_at_other_steps(s: PlanContext) -> bool:
     """Only where the run file gives both: the defaults differ, and nobody asked for them."""
     settings = s.settings
     kinds = {settings.evaluation_strategy, settings.save_strategy}
@@ -38,19 +38,19 @@ def _evaluates_at_other_steps(s: Situation) -> bool:
     return len(kinds) == 2 or (kinds == {"steps"} and settings.eval_steps != settings.save_steps)
 
 
-def _is_short_of_memory(s: Situation) -> bool:
+def _is_short_of_memory(s: PlanContext) -> bool:
     if s.settings.gradient_checkpointing is not False:
         return False
     need = memory(s.shape, s.settings, s.layout, s.hardware, s.settings.max_length).device_need
     return need > _SHORT_OF_MEMORY * s.hardware.usable_bytes(s.layout.ranks_per_node)
 
 
-def _other_than_for(name: str) -> Callable[[Situation], bool]:
+def _other_than_for(name: str) -> Callable[[PlanContext], bool]:
     """Whether the data is of this size, and epochs or dropout are not the guide's for it."""
     low, high = RANGES[name]["epochs"]
     dropout = PRESETS[name]["lora_dropout"]
 
-    def differs(s: Situation) -> bool:
+    def differs(s: PlanContext) -> bool:
         if s.data is None or preset_for(s.data) != name:
             return False
         is_other_length = s.settings.max_steps is None and not low <= s.settings.epochs <= high
@@ -59,7 +59,7 @@ def _other_than_for(name: str) -> Callable[[Situation], bool]:
     return differs
 
 
-def _by_size(name: str, rows: str) -> Rule[Situation]:
+def _by_size(name: str, rows: str) -> Rule[PlanContext]:
     low, high = RANGES[name]["epochs"]
     dropout = PRESETS[name]["lora_dropout"]
     return Rule(
@@ -74,7 +74,7 @@ def _by_size(name: str, rows: str) -> Rule[Situation]:
     )
 
 
-ADVICE: tuple[Rule[Situation], ...] = (
+ADVICE: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="alpha",
         level="advise",

@@ -1,13 +1,13 @@
 """Rules about the rest of the DeepSpeed config, which only a user's own JSON can break."""
 
 from pipeline.plan.deepspeed.keys import REMOVED, REMOVED_FROM_ZERO
-from pipeline.plan.rules.rule import Rule, Situation, issue
+from pipeline.plan.rules.rule import PlanContext, Rule, issue
 
 _DEEPSPEED = "deepspeedai/DeepSpeed"
 _ADAMW_PARAMETERS = {"lr", "betas", "eps", "weight_decay", "torch_adam", "fused"}
 
 
-def _removed(key: str, instead: str, block: str = "") -> Rule[Situation]:
+def _removed(key: str, instead: str, block: str = "") -> Rule[PlanContext]:
     path = f"{block}.{key}" if block else key
     return Rule(
         id=f"removed-{key.replace('_', '-')}",
@@ -20,7 +20,7 @@ def _removed(key: str, instead: str, block: str = "") -> Rule[Situation]:
     )
 
 
-def _contradicts_plan(s: Situation) -> bool:
+def _contradicts_plan(s: PlanContext) -> bool:
     adam = s.block("optimizer", "params")
     offload = s.block("zero_optimization", "offload_param").get("device") or "none"
     layout, settings = s.layout, s.settings
@@ -38,7 +38,7 @@ def _contradicts_plan(s: Situation) -> bool:
     return any(found is not None and found != planned for found, planned in pairs)
 
 
-def _contradicts_precision(s: Situation) -> bool:
+def _contradicts_precision(s: PlanContext) -> bool:
     dtype = s.layout.training_dtype
     is_wrong = [
         bool(s.block(name).get("enabled")) != (dtype == planned)
@@ -48,19 +48,19 @@ def _contradicts_precision(s: Situation) -> bool:
     return any(is_wrong) or any(casts.get(key) for key in ("param_dtype", "buffer_dtype"))
 
 
-def _has_16_bit_masters(s: Situation) -> bool:
+def _has_16_bit_masters(s: PlanContext) -> bool:
     bf16, fp16 = s.block("bf16"), s.block("fp16")
     keys = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
     return any(bf16.get(k) for k in keys) or bool(fp16.get("fp16_master_weights_and_grads"))
 
 
-def _adds_in_fp32_at_zero1(s: Situation) -> bool:
+def _adds_in_fp32_at_zero1(s: PlanContext) -> bool:
     accumulates_in = s.block("data_types").get("grad_accum_dtype")
     is_bf16 = s.layout.training_dtype == "bfloat16"
     return s.layout.zero_stage == 1 and is_bf16 and accumulates_in in ("fp32", "float32")
 
 
-def _adds_in_16_bits(s: Situation) -> bool:
+def _adds_in_16_bits(s: PlanContext) -> bool:
     if s.layout.training_dtype == "float32":
         return False
     found = (
@@ -70,7 +70,7 @@ def _adds_in_16_bits(s: Situation) -> bool:
     return any(str(dtype).lower() in ("fp16", "bf16", "float16", "bfloat16") for dtype in found)
 
 
-def _splits_the_model(s: Situation) -> bool:
+def _splits_the_model(s: PlanContext) -> bool:
     return (
         s.block("tensor_parallel").get("autotp_size") not in (None, 0, 1)
         or bool(s.block("expert_parallel").get("enabled"))
@@ -79,7 +79,7 @@ def _splits_the_model(s: Situation) -> bool:
     )
 
 
-def _divides_gradients_otherwise(s: Situation) -> bool:
+def _divides_gradients_otherwise(s: PlanContext) -> bool:
     return (
         bool(s.deepspeed.get("prescale_gradients"))
         or s.deepspeed.get("gradient_predivide_factor") not in (None, 1)
@@ -87,7 +87,7 @@ def _divides_gradients_otherwise(s: Situation) -> bool:
     )
 
 
-DEEPSPEED_RULES: tuple[Rule[Situation], ...] = (
+DEEPSPEED_RULES: tuple[Rule[PlanContext], ...] = (
     *(_removed(key, instead) for key, instead in REMOVED.items()),
     *(_removed(key, instead, "zero_optimization") for key, instead in REMOVED_FROM_ZERO.items()),
     Rule(

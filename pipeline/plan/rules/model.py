@@ -4,9 +4,9 @@ import re
 
 from pipeline.plan.cost.memory import checkpoint_bytes
 from pipeline.plan.cost.speed import step_seconds
-from pipeline.plan.cost.stopping import slow_stop
-from pipeline.plan.given.adapted import trainable_parameters
-from pipeline.plan.rules.rule import Request, Rule, Situation, issue
+from pipeline.plan.cost.stopping import slow_stop_warning
+from pipeline.plan.given.adapter_counts import trainable_parameters
+from pipeline.plan.rules.rule import PlanContext, PlanInput, Rule, issue
 
 _WRITE_RATE = 500e6  # bytes/s of a disk, hashing included; an assumption
 
@@ -17,7 +17,7 @@ _EMBEDDINGS_AND_HEADS = (
 )  # fmt: skip
 
 
-def _targets_embeddings_or_head(s: Request) -> bool:
+def _targets_embeddings_or_head(s: PlanInput) -> bool:
     targets = s.settings.lora_target_modules
     if isinstance(targets, str):
         if targets == "all-linear":  # peft leaves the head out
@@ -30,41 +30,42 @@ def _targets_embeddings_or_head(s: Request) -> bool:
     return any(target.rsplit(".", 1)[-1] in ends for target in targets)
 
 
-def _is_cpu(s: Request) -> bool:
+def _is_cpu(s: PlanInput) -> bool:
     return s.hardware.kind == "cpu"
 
 
-def _flash_attention_missing(s: Request) -> bool:
+def _flash_attention_missing(s: PlanInput) -> bool:
     is_there = not _is_cpu(s) and s.packages.get("flash-attn") is not None
     return s.settings.use_flash_attention is True and not is_there
 
 
-def _too_old_for_bf16(s: Situation) -> bool:
+def _too_old_for_bf16(s: PlanContext) -> bool:
     capability = s.hardware.compute_capability
     return s.layout.training_dtype == "bfloat16" and capability is not None and capability < (8, 0)
 
 
-def _stops_slowly(s: Situation) -> bool:
+def _stops_slowly(s: PlanContext) -> bool:
     step = step_seconds(s.shape, s.settings, s.layout, s.hardware, s.settings.max_length)
     micro_batch_s = step.seconds_per_step / s.layout.accumulation_steps
     save_s = checkpoint_bytes(trainable_parameters(s.shape, s.settings)) / _WRITE_RATE
-    return slow_stop(save_s, micro_batch_s) is not None
+    return slow_stop_warning(save_s, micro_batch_s) is not None
 
 
-def _is_checkpointed(s: Situation) -> bool:
+def _is_checkpointed(s: PlanContext) -> bool:
     return s.layout.checkpointed_layers == s.shape.num_layers
 
 
-def _storage_differs(s: Situation) -> bool:
+def _storage_differs(s: PlanContext) -> bool:
     storage = s.settings.bnb_4bit_quant_storage
     return s.settings.load_in_4bit and storage not in ("uint8", s.layout.training_dtype)
 
 
-def _saves_modules(s: Request) -> bool:
+def _saves_modules(s: PlanInput) -> bool:
     return bool(s.settings.modules_to_save)
 
 
-REQUEST_RULES: tuple[Rule[Request], ...] = (
+# Applied before anything is chosen, so that "it does not fit" never hides them.
+INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="modules-to-save-zero3",
         level="refuse",
@@ -161,7 +162,7 @@ REQUEST_RULES: tuple[Rule[Request], ...] = (
     ),
 )
 
-MODEL_RULES: tuple[Rule[Situation], ...] = (
+MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="8bit-zero3",
         level="refuse",

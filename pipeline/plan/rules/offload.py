@@ -1,24 +1,24 @@
 """Rules about what a user's own JSON would move to host memory or disk."""
 
-from pipeline.plan.rules.rule import Rule, Situation, issue
+from pipeline.plan.rules.rule import PlanContext, Rule, issue
 
 _DEEPSPEED = "deepspeedai/DeepSpeed"
 _ZERO = "DeepSpeed 0.19.8 runtime/zero"
 
 
-def _device(s: Situation, key: str) -> str:
+def _device(s: PlanContext, key: str) -> str:
     return str(s.block("zero_optimization", key).get("device") or "none")
 
 
-def _offloads_optimizer(s: Situation) -> bool:
+def _offloads_optimizer(s: PlanContext) -> bool:
     return _device(s, "offload_optimizer") != "none" or bool(s.zero.get("cpu_offload"))
 
 
-def _offloads_base(s: Situation) -> bool:
+def _offloads_base(s: PlanContext) -> bool:
     return s.settings.offload_param == "cpu" or _device(s, "offload_param") != "none"
 
 
-OFFLOAD_RULES: tuple[Rule[Situation], ...] = (
+OFFLOAD_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="offload-param-without-zero3",
         level="refuse",

@@ -24,7 +24,7 @@ _NEWEST = "9999"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class PlanInput:
     """What is known before anything is chosen."""
 
     settings: RunSettings
@@ -34,7 +34,7 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Situation(Request):
+class PlanContext(PlanInput):
     """A request and what was chosen for it.
 
     `deepspeed` is what DeepSpeed will get, a user's own JSON merged in; `data` is the number of
@@ -58,11 +58,11 @@ class Situation(Request):
         return found if isinstance(found, Mapping) else {}
 
 
-Known = TypeVar("Known", bound=Request, contravariant=True)
+ContextT = TypeVar("ContextT", bound=PlanInput, contravariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule(Generic[Known]):
+class Rule(Generic[ContextT]):
     """One known trap.
 
     `versions` is a requirement ("deepspeed>=0.17.6,<0.18.3") that the rule holds for; a package
@@ -71,7 +71,7 @@ class Rule(Generic[Known]):
 
     id: str
     level: Level
-    applies: Callable[[Known], bool]
+    applies: Callable[[ContextT], bool]
     reason: str
     remedy: str
     source: str
@@ -82,7 +82,7 @@ class Rule(Generic[Known]):
         """Reason and remedy."""
         return f"{self.reason}; {self.remedy}"
 
-    def holds(self, known: Known) -> bool:
+    def holds(self, known: ContextT) -> bool:
         """Whether the rule has something to say here."""
         if self.versions:
             wanted = Requirement(self.versions)
@@ -112,13 +112,13 @@ def installed_versions() -> Mapping[str, str | None]:
     return found
 
 
-def rules_that_hold(rules: Iterable[Rule[Known]], known: Known) -> list[Rule[Known]]:
+def applicable_rules(rules: Iterable[Rule[ContextT]], known: ContextT) -> list[Rule[ContextT]]:
     """Rules that have something to say, refusals first."""
     found = [rule for rule in rules if rule.holds(known)]
     return sorted(found, key=lambda rule: _LEVELS.index(rule.level))
 
 
-def require_none_refuses(rules: Iterable[Rule[Known]]) -> None:
+def raise_refusals(rules: Iterable[Rule[ContextT]]) -> None:
     """Raises UserError with every refusal among the rules."""
     if refused := [rule for rule in rules if rule.level == "refuse"]:
         raise UserError("\n".join(f"{rule.message} [rule {rule.id}]" for rule in refused))

@@ -5,15 +5,13 @@ Source of docs/rules.md; tests/plan/rules/test_rules.py has a case and a near mi
 
 from pipeline.plan.rules.advice import ADVICE
 from pipeline.plan.rules.deepspeed import DEEPSPEED_RULES
-from pipeline.plan.rules.model import MODEL_RULES, REQUEST_RULES
+from pipeline.plan.rules.model import INPUT_RULES, MODEL_RULES
 from pipeline.plan.rules.offload import OFFLOAD_RULES
-from pipeline.plan.rules.rule import Request, Rule, Situation
+from pipeline.plan.rules.rule import PlanContext, Rule
 from pipeline.plan.rules.versions import VERSION_RULES
 from pipeline.plan.rules.zero import ZERO_RULES
 
-# Asked before anything is chosen, so that "it does not fit" never hides them.
-BEFORE_THE_CHOICE: tuple[Rule[Request], ...] = REQUEST_RULES
-OF_THE_CHOICE: tuple[Rule[Situation], ...] = (
+CONTEXT_RULES: tuple[Rule[PlanContext], ...] = (
     *MODEL_RULES,
     *VERSION_RULES,
     *ZERO_RULES,
@@ -21,4 +19,4 @@ OF_THE_CHOICE: tuple[Rule[Situation], ...] = (
     *DEEPSPEED_RULES,
     *ADVICE,
 )
-RULES: tuple[Rule[Situation], ...] = (*BEFORE_THE_CHOICE, *OF_THE_CHOICE)
+RULES: tuple[Rule[PlanContext], ...] = (*INPUT_RULES, *CONTEXT_RULES)

@@ -1,16 +1,16 @@
 """Rules about versions of packages that are known to be wrong."""
 
-from pipeline.plan.rules.rule import Rule, Situation, issue
+from pipeline.plan.rules.rule import PlanContext, Rule, issue
 
 _DEEPSPEED = "deepspeedai/DeepSpeed"
 
 
-def _loads_sharded_in_16_bits(s: Situation) -> bool:
+def _loads_sharded_in_16_bits(s: PlanContext) -> bool:
     is_16_bit = s.layout.training_dtype != "float32"
     return s.layout.is_sharded and is_16_bit and not s.settings.is_quantised
 
 
-VERSION_RULES: tuple[Rule[Situation], ...] = (
+VERSION_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="deepspeed-zero3-frozen",
         level="refuse",

@@ -5,28 +5,28 @@ from typing import Any
 
 from pipeline.plan.cost.gathers import gathers
 from pipeline.plan.cost.memory import bucket_elements
-from pipeline.plan.given.adapted import adapted
-from pipeline.plan.rules.rule import Rule, Situation, issue
+from pipeline.plan.given.adapter_counts import adapter_counts
+from pipeline.plan.rules.rule import PlanContext, Rule, issue
 
 _DEEPSPEED = "deepspeedai/DeepSpeed"
 _ZERO = "DeepSpeed 0.19.8 runtime/zero"
 
 
-def _hpz(s: Situation) -> int:
+def _hpz(s: PlanContext) -> int:
     asked = s.settings.hpz_partition_size
     found = s.zero.get("zero_hpz_partition_size") or 1
     return max(int(found), 1 if asked == "auto" else asked)
 
 
-def _threshold(s: Situation) -> int:
+def _threshold(s: PlanContext) -> int:
     return int(s.zero.get("stage3_param_persistence_threshold", 100_000))
 
 
-def _bucket(s: Situation) -> int:
+def _bucket(s: PlanContext) -> int:
     return int(s.zero.get("reduce_bucket_size", 500_000_000))
 
 
-def _gathers_too_much(s: Situation) -> bool:
+def _gathers_too_much(s: PlanContext) -> bool:
     planned = gathers(s.shape, s.settings)
     limits = (
         ("stage3_max_live_parameters", planned.block),
@@ -36,18 +36,19 @@ def _gathers_too_much(s: Situation) -> bool:
     return s.layout.is_sharded and any(s.zero.get(key, most) > most for key, most in limits)
 
 
-def _has_no_leaves(s: Situation) -> bool:
+def _has_no_leaves(s: PlanContext) -> bool:
     leaves: Mapping[str, Any] | None = s.zero.get("leaf_module")  # not there: DeepSpeed's own list
     is_emptied = leaves is not None and "classes" in leaves and not any(leaves.values())
     return s.shape.num_experts > 0 and s.layout.is_sharded and is_emptied
 
 
-ZERO_RULES: tuple[Rule[Situation], ...] = (
+ZERO_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="persistence-threshold",
         level="set",
         applies=lambda s: (
-            s.layout.is_sharded and _threshold(s) >= adapted(s.shape, s.settings).largest_matrix
+            s.layout.is_sharded
+            and _threshold(s) >= adapter_counts(s.shape, s.settings).largest_matrix
         ),
         reason="at ZeRO-3 every matrix above stage3_param_persistence_threshold is gathered for "
         "each layer",
@@ -58,7 +59,8 @@ ZERO_RULES: tuple[Rule[Situation], ...] = (
         id="persistence-too-low",
         level="warn",
         applies=lambda s: (
-            s.layout.is_sharded and _threshold(s) < adapted(s.shape, s.settings).largest_matrix
+            s.layout.is_sharded
+            and _threshold(s) < adapter_counts(s.shape, s.settings).largest_matrix
         ),
         reason="zero_optimization.stage3_param_persistence_threshold is below the largest adapter "
         "matrix, so adapters are gathered for each layer",

@@ -16,7 +16,7 @@ from pipeline.data.dataset.reader import open_split
 from pipeline.data.order.batches import batches_of
 from pipeline.data.order.order import BatchShape, RankWork
 from pipeline.data.prepare.prepare import prepare
-from pipeline.plan.cost.work import SequenceFlops
+from pipeline.plan.cost.per_token import SequenceFlops
 from tests import ROOT
 from tests.tiny import Documents, make_rows, make_tokenizer
 

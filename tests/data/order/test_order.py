@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from pipeline.plan.cost.work import SequenceFlops
 
 from pipeline.data.dataset.packing import make_packs
 from pipeline.data.dataset.sequences import Round, Sequences
@@ -20,7 +21,6 @@ from pipeline.data.order.order import (
     forward_seed,
     global_batch,
 )
-from pipeline.plan.cost.work import SequenceFlops
 from tests.bench.gsm8k import LENGTHS
 from tests.tiny import sequences_of
 

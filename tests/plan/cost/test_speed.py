@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.memory import base_bytes, trainable_parameters
+from pipeline.plan.cost.per_token import cost_per_token
 from pipeline.plan.cost.speed import step_seconds
-from pipeline.plan.cost.work import work_of
 from pipeline.plan.given.catalogue import GPUS, cpu_of
 from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.shape import Linear, ModelShape
@@ -90,7 +90,7 @@ def test_half_of_the_scores_are_skipped_unless_they_are_soft_capped_and_made():
         (capped, "auto", True),
         (capped, True, False),
     ):
-        work = work_of(shape, run(use_flash_attention=flag), "bfloat16")
+        work = cost_per_token(shape, run(use_flash_attention=flag), "bfloat16")
         assert work.score_flops == (4 if whole else 2) * 4096 * 32
         assert (work.score_values > 0) == whole
 
@@ -159,7 +159,8 @@ def test_hpz_keeps_gathers_in_the_node():
 def test_4_bits_gather_a_quarter_of_the_linear_weights():
     embeddings = 2 * 128256 * 4096 * 2 + 2 * (2 * 32 + 1) * 4096
     whole, packed = (
-        work_of(LLAMA_8B, keys, "bfloat16").stored_bytes - embeddings for keys in (LORA, QLORA)
+        cost_per_token(LLAMA_8B, keys, "bfloat16").stored_bytes - embeddings
+        for keys in (LORA, QLORA)
     )
     assert packed == whole / 4
     assert whole + embeddings == base_bytes(LLAMA_8B, LORA, "bfloat16")
@@ -210,7 +211,7 @@ def test_offloaded_shards_cross_the_host_link_twice_a_micro_batch():
         for where in ("none", "cpu")
     )
     assert offloaded - kept == pytest.approx(
-        2 * work_of(LLAMA_70B, LORA, "bfloat16").stored_bytes / 8 / 0.7e8, rel=0.05
+        2 * cost_per_token(LLAMA_70B, LORA, "bfloat16").stored_bytes / 8 / 0.7e8, rel=0.05
     )
 
 

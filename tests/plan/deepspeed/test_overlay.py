@@ -15,7 +15,7 @@ from pipeline.plan.deepspeed.keys import (
     TOP_LEVEL,
     ZERO_OPTIMIZATION,
 )
-from pipeline.plan.deepspeed.overlay import constraints_of, overlay
+from pipeline.plan.deepspeed.overlay import overlay, with_json_constraints
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
 from tests import ROOT
@@ -113,7 +113,7 @@ def test_what_the_json_fixes_is_what_the_plan_chooses(plan):
 
 
 def test_hpz_and_offload_become_settings(write):
-    found = constraints_of(
+    found = with_json_constraints(
         write(
             {
                 "zero_optimization": {
@@ -131,7 +131,7 @@ def test_hpz_and_offload_become_settings(write):
 def test_an_empty_json_changes_nothing(write):
     settings, generated = settings_of(lr=1e-3), {"steps_per_print": None, "bf16": {"enabled": True}}
     path = write({"gradient_clipping": "auto", "zero_optimization": {"stage": None}, "bf16": None})
-    assert constraints_of(path, settings) == settings
+    assert with_json_constraints(path, settings) == settings
     assert overlay(generated, path) == generated | {"zero_optimization": {"stage": None}}
 
 
@@ -154,7 +154,7 @@ def test_an_empty_json_changes_nothing(write):
 )  # fmt: skip
 def test_contradictions_name_both_places(write, content, settings, parts):
     with pytest.raises(UserError) as error:
-        constraints_of(write(content), settings_of(**settings))
+        with_json_constraints(write(content), settings_of(**settings))
     for part in parts:
         assert part in str(error.value)
 
@@ -186,7 +186,7 @@ def test_what_deepspeed_would_not_understand_is_refused_with_its_line(write, con
 
 def test_a_file_that_is_not_there_is_an_error_of_the_user(tmp_path):
     with pytest.raises(UserError, match=r"deepspeed_json: .*none\.json: cannot be read"):
-        constraints_of(str(tmp_path / "none.json"), settings_of())
+        with_json_constraints(str(tmp_path / "none.json"), settings_of())
 
 
 def test_blocks_are_merged_and_lists_replaced(write):
@@ -205,7 +205,7 @@ def test_lines_survive_colons_braces_and_equal_names(write):
         ' "bf16": {\n  "enabled": 5}, "timers": [{"x": 1}, {"x": 2}]}'
     )
     with pytest.raises(UserError, match=r"ds\.json:3: bf16\.enabled"):
-        constraints_of(write(text), settings_of())
+        with_json_constraints(write(text), settings_of())
 
 
 @pytest.mark.parametrize(

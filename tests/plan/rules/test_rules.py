@@ -13,8 +13,9 @@ from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
 from pipeline.plan.render import plan_text
-from pipeline.plan.rules.rule import Situation, installed_versions
-from pipeline.plan.rules.table import BEFORE_THE_CHOICE, RULES
+from pipeline.plan.rules.model import INPUT_RULES
+from pipeline.plan.rules.rule import PlanContext, installed_versions
+from pipeline.plan.rules.table import RULES
 from tests.plan.rules.rule_cases import CASES, MORE
 from tests.planning import CPU, LLAMA_8B, SMOLLM2, gpu, sized
 
@@ -31,7 +32,7 @@ def situation(tmp_path):
     def make(
         config=LLAMA_8B, hardware=None, layout=(), own=None, shape=(), packages=(), data=None,
         **settings,
-    ) -> Situation:  # fmt: skip
+    ) -> PlanContext:  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps(config))
         values = {"model": str(tmp_path), "train_data": "t", "output_dir": "o"} | settings
         run = RunSettings.model_validate(values)
@@ -46,7 +47,7 @@ def situation(tmp_path):
         if own is not None:
             (tmp_path / "ds.json").write_text(json.dumps(own))
             config = overlay(config, str(tmp_path / "ds.json"))
-        return Situation(
+        return PlanContext(
             settings=run, shape=model, hardware=hardware, layout=chosen, deepspeed=config,
             packages=dict(installed_versions()) | dict(packages), data=data,
         )  # fmt: skip
@@ -83,7 +84,7 @@ def test_a_rule_says_why_what_to_do_and_who_says_so(rule):
 
 
 def test_what_a_rule_asks_for_before_the_choice_is_a_refusal():
-    assert {rule.level for rule in BEFORE_THE_CHOICE} == {"refuse"}
+    assert {rule.level for rule in INPUT_RULES} == {"refuse"}
 
 
 @pytest.fixture

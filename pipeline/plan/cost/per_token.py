@@ -1,9 +1,9 @@
-"""Work: what a token, a micro-batch and a step cost in FLOPs and bytes, before rates and layout.
+"""FLOPs and bytes of a token, a micro-batch and a step, before rates and layout.
 
 N: weights of the blocks' linear layers, P: trainable parameters, D: hidden size, V: vocabulary,
 L: blocks, T: tokens of a sequence. A multiplication and its addition are 2 FLOPs. Kernels and
 passes are those of transformers 5.23 (models/llama/modeling_llama.py) and peft 0.21
-(tuners/lora/layer.py); tests/plan/cost/test_work.py counts them on models.
+(tuners/lora/layer.py); tests/plan/cost/test_per_token.py counts them on models.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import has_scores, is_by_document
-from pipeline.plan.given.adapted import trainable_parameters
+from pipeline.plan.given.adapter_counts import trainable_parameters
 from pipeline.plan.given.layout import DTYPE_BYTES
 from pipeline.plan.given.shape import ModelShape
 
@@ -42,7 +42,7 @@ _EXPERTS_KERNELS = 22  # routing, sorting, two grouped products, and back
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class CostPerToken:
     """Sums over a model and its adapter. `_flops` are of one token and one forward pass.
 
     `score_flops` are those for each token of its sequence. `token_values`: numbers that a token
@@ -72,7 +72,7 @@ class Work:
     modules: int
 
 
-def work_of(shape: ModelShape, settings: RunSettings, training_dtype: str) -> Work:
+def cost_per_token(shape: ModelShape, settings: RunSettings, training_dtype: str) -> CostPerToken:
     """The sums for a model; kept for the last few, so that a search asks for the price of one."""
     return _cached(_Identity(shape, settings), training_dtype)
 
@@ -90,7 +90,7 @@ class SequenceFlops:
     per_logit: float
 
 
-def sequence_flops(work: Work) -> SequenceFlops:
+def sequence_flops(work: CostPerToken) -> SequenceFlops:
     """What a sequence costs, recomputation apart.
 
     The backward pass of a frozen weight costs as much as its forward pass, for the gradient of its
@@ -119,7 +119,7 @@ class _Identity:
 
 
 @lru_cache(maxsize=16)
-def _cached(key: _Identity, training_dtype: str) -> Work:
+def _cached(key: _Identity, training_dtype: str) -> CostPerToken:
     shape, settings = key.shape, key.settings
     n, b = shape.linear_parameters, DTYPE_BYTES[training_dtype]
     share = 0.5 if settings.load_in_4bit else 1.0
@@ -130,7 +130,7 @@ def _cached(key: _Identity, training_dtype: str) -> Work:
     # 2307.08691 s.3.1), PyTorch's too: training hands it no mask (model/loss.py). Soft-capped
     # scores are made whole unless FlashAttention caps them.
     are_made = has_scores(shape, settings)
-    return Work(
+    return CostPerToken(
         trainable=trainable,
         base_flops=2 * shape.active_linear_parameters,
         adapter_flops=2 * trainable,

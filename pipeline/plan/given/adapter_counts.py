@@ -14,7 +14,7 @@ _MLP_INPUT = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapted:
+class AdapterCounts:
     """Counts over all adapted linear layers of all blocks."""
 
     layers: int
@@ -28,7 +28,7 @@ class Adapted:
     product_width: int  # sum of d_in of those that read what the MLP's activation makes
 
 
-def adapted(shape: ModelShape, settings: RunSettings) -> Adapted:
+def adapter_counts(shape: ModelShape, settings: RunSettings) -> AdapterCounts:
     """Counts for the layers that the settings name.
 
     Raises UserError where an entry selects nothing. A is (r, d_in) and B is (d_out, r) for every
@@ -36,19 +36,19 @@ def adapted(shape: ModelShape, settings: RunSettings) -> Adapted:
     """
     targets = settings.lora_target_modules
     key = targets if isinstance(targets, str) else tuple(targets)
-    return _adapted(shape, key, settings.lora_r)
+    return _count(shape, key, settings.lora_r)
 
 
 def trainable_parameters(shape: ModelShape, settings: RunSettings) -> int:
     """Parameters of the adapter."""
-    return adapted(shape, settings).parameters
+    return adapter_counts(shape, settings).parameters
 
 
 @lru_cache(maxsize=16)
-def _adapted(shape: ModelShape, targets: str | tuple[str, ...], r: int) -> Adapted:
+def _count(shape: ModelShape, targets: str | tuple[str, ...], r: int) -> AdapterCounts:
     found = shape.targeted(targets)
     every = [linear for _, linear in found]
-    return Adapted(
+    return AdapterCounts(
         layers=len(every),
         parameters=sum(r * (linear.d_in + linear.d_out) for linear in every),
         largest_matrix=r * max(max(linear.d_in, linear.d_out) for linear in every),

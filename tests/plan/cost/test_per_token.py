@@ -1,4 +1,4 @@
-"""Counts of plan/cost/work.py against models with LoRA: FLOPs exact, kernels and bytes close."""
+"""FLOPs, kernels and bytes of plan/cost/per_token.py, counted against models with LoRA."""
 
 from collections import Counter
 from functools import cache
@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config.settings import RunSettings
 from pipeline.model.attention import WITHIN_DOCUMENTS, arguments_for
+from pipeline.plan.cost.per_token import cost_per_token, sequence_flops
 from pipeline.plan.cost.speed import _KERNELS_BACKWARD, _TRAFFIC_BACKWARD
-from pipeline.plan.cost.work import sequence_flops, work_of
 from pipeline.plan.given.shape import read_shape
 
 pytestmark = pytest.mark.tensor
@@ -98,7 +98,7 @@ def work(kind, folder, *, packing=False):
         model=str(folder), train_data="t", output_dir="o", lora_r=16, lora_dropout=0.0,
         lora_target_modules=TARGETS.get(kind, PROJECTIONS), packing=packing,
     )  # fmt: skip
-    return work_of(read_shape(str(folder)), settings, "bfloat16")
+    return cost_per_token(read_shape(str(folder)), settings, "bfloat16")
 
 
 def test_flops(tmp_path):
