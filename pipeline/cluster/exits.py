@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn, TextIO
 
+from pipeline.cluster.logs import configure_logging, current_rank
 from pipeline.errors import OfOneRank, RankZeroError, Stopped
 
 # DeepSpeed's node launcher looks once a second for a rank that ended and terminates the others.
@@ -26,10 +27,11 @@ def run_main(body: Callable[[], None], *, tracebacks: bool = False) -> NoReturn:
     and the others wait to be ended by their launcher. Anything else is a defect of ours or of a
     library and shows its traceback.
     """
+    configure_logging()
     try:
         body()
     except OfOneRank as error:
-        _say(f"rank {_rank()}: {error}", tracebacks=tracebacks)
+        _say(f"rank {current_rank()}: {error}", tracebacks=tracebacks)
         _leave(error.exit_code)
     except RankZeroError as error:
         if not isinstance(error, Stopped) or _local_rank() == 0:
@@ -41,9 +43,9 @@ def run_main(body: Callable[[], None], *, tracebacks: bool = False) -> NoReturn:
     except Exception as error:  # noqa: BLE001 - the last resort of a process; shown whole
         if is_lost_connection(error) and not tracebacks:
             time.sleep(_GRACE_S)  # the watchdog ends this process as soon as it knows who is gone
-            _say(f"rank {_rank()}: lost its connection to another rank: {error}")
+            _say(f"rank {current_rank()}: lost its connection to another rank: {error}")
         else:
-            _say(f"rank {_rank()}: unexpected error\n{traceback.format_exc()}")
+            _say(f"rank {current_rank()}: unexpected error\n{traceback.format_exc()}")
         _leave(1)
     _leave(0)
 
@@ -100,10 +102,6 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _rank() -> str:
-    return os.environ.get("RANK", "0")
 
 
 def _local_rank() -> int:

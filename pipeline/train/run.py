@@ -1,5 +1,6 @@
 """From settings to a published adapter: the road of one training run, on every rank."""
 
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from pipeline.preflight.subject import Subject
 from pipeline.train.start import as_requeued, look, open_run, write_plan
 from pipeline.train.status import RunStatus, end_for_dead_owner, is_done, read_status
 
+logger = logging.getLogger(__name__)
 _DEBUG_ROWS, _DEBUG_STEPS = 64, 4
 _LAST_WRITE_S = 15.0  # for a checkpoint in flight when a rank has died or the run has failed
 
@@ -121,7 +123,7 @@ def _run_together(
 
     def say(text: str) -> None:
         if session.is_rank_zero:
-            print(text, flush=True)  # noqa: T201 - the run's own terminal
+            logger.info(text)
 
     for line in require_fit(subject, looked):
         say(line)
