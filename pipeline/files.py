@@ -6,11 +6,17 @@ survives a power cut: its content is synced before the rename, and the name afte
 
 import json
 import os
+import re
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_TEMPORARY = re.compile(r"\..+\..+-(?P<pid>\d+)\.tmp")
+_ABANDONED_AFTER_S = 24 * 3600
 
 
 def dump_json(data: Any) -> str:
@@ -95,8 +101,26 @@ def remove_unfinished_folders(parent: Path) -> None:
 
 
 def temporary_sibling(path: Path) -> Path:
-    """A hidden path in the same folder that no other process uses."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A hidden path in the same folder that no other process uses, on this machine or another."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a `temporary_sibling` has no living writer, as far as this machine can tell.
+
+    The writer on another machine counts as living if it wrote within the last day.
+    """
+    name = _TEMPORARY.fullmatch(path.name)
+    if name is None:
+        return False
+    if path.name.endswith(f".{socket.gethostname()}-{name['pid']}.tmp"):
+        return not _is_running(int(name["pid"]))
+    try:
+        inside = path.iterdir() if path.is_dir() else ()
+        newest = max(file.stat().st_mtime for file in (path, *inside))
+    except OSError:
+        return False  # its writer is changing it
+    return bool(time.time() - newest > _ABANDONED_AFTER_S)
 
 
 def sync(path: Path) -> None:
@@ -114,3 +138,13 @@ def _new(folder: Path) -> Path:
 
 def _old(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -8,8 +8,6 @@ cost of attention) and sequence_counts.npy (supervised tokens), all int64; seque
 an epoch is made of.
 """
 
-import json
-import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,6 +21,7 @@ import numpy.typing as npt
 from pipeline.data.dataset.hashing import hash_of, mix
 from pipeline.data.dataset.reader import SEQUENCES
 from pipeline.data.dataset.sequences import Round
+from pipeline.files import dump_json, sync, write_text
 
 Array = npt.NDArray[Any]
 # Lengths that are tried for the last but two documents of a pack. 16 instead of 64 leaves 0.1 %
@@ -108,13 +107,11 @@ def _write(
         "counts": _sums(_read(folder, "counts")[documents], offsets),
     }
     for name, column in columns.items():
-        with (folder / f"sequence_{name}.npy").open("wb") as stream:
-            np.save(stream, column, allow_pickle=False)
-            _sync(stream)
-    with (folder / SEQUENCES).open("w", encoding="utf-8") as stream:
-        said = {"packing": packing, "rounds": [asdict(part) for part in rounds]}
-        stream.write(json.dumps(said, indent=2) + "\n")
-        _sync(stream)
+        path = folder / f"sequence_{name}.npy"
+        np.save(path, column, allow_pickle=False)
+        sync(path)
+    epoch = {"packing": packing, "rounds": [asdict(part) for part in rounds]}
+    write_text(folder / SEQUENCES, dump_json(epoch), durable=True)
     return EpochSize(
         sequences=sum(r.repeats * (r.end - r.start) for r in rounds),
         documents=sum(r.repeats * int(offsets[r.end] - offsets[r.start]) for r in rounds),
@@ -130,11 +127,6 @@ def _sums(values: Array, offsets: Array) -> Array:
 def _read(folder: Path, name: str) -> Array:
     found: Array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
     return found.view(np.ndarray)
-
-
-def _sync(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
 
 
 def make_packs(lengths: Array, max_length: int) -> tuple[Array, Array]:

@@ -5,14 +5,9 @@ the place in a folder of its own, the first to be done gives it the name, and th
 split that holds the same and keep it. Renaming a folder is all that the file system must do.
 """
 
-import json
-import os
-import re
 import shutil
-import socket
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -29,6 +24,7 @@ from pipeline.data.dataset.reader import (
     read_published,
 )
 from pipeline.errors import RankZeroError
+from pipeline.files import atomic_file, dump_json, sync, temporary_sibling, write_text
 
 _COLUMNS: Mapping[str, str] = {
     "ids": "<i4",
@@ -38,8 +34,6 @@ _COLUMNS: Mapping[str, str] = {
     "digests": "<u8",
     "sources": "<i4",
 }
-_BESIDE = re.compile(r"\..+\..+-(?P<pid>\d+)\.tmp")
-_STILL_FOR_S = 24 * 3600  # of what another machine writes, after which it is taken for dead
 _TRIES = 10  # at a name for which others may compete
 
 
@@ -62,7 +56,7 @@ class SplitWriter:
 
     def __init__(self, folder: Path, key: str) -> None:
         self._place, self._key = folder, key
-        self.folder = temporary(folder)
+        self.folder = temporary_sibling(folder)
         self._longest = 0
         self.index: SplitIndex | None = None
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -114,7 +108,8 @@ class SplitWriter:
         """Complete the columns on disk and lay the documents in sequences."""
         for column in self._columns.values():
             column.close()
-        _sync_and_close(self.rejects)
+        self.rejects.close()
+        sync(self.folder / REJECTS)
         weights = [source.weight for source in sources]
         epoch = write_sequences(self.folder, max_length, packing=packing, weights=weights)
         counts = np.load(self.folder / "counts.npy", mmap_mode="r")
@@ -138,8 +133,8 @@ class SplitWriter:
         Where another process was quicker, its split, made from the same, stays.
         """
         assert self.index is not None, "close first"
-        write_json(self.folder / INDEX, {"split": self.index.as_json(), "audit": audit})
-        sync_folder(self.folder)
+        index = {"split": self.index.as_json(), "audit": audit}
+        write_text(self.folder / INDEX, dump_json(index), durable=True)
         for _ in range(_TRIES):
             try:
                 self.folder.rename(self._place)
@@ -150,7 +145,7 @@ class SplitWriter:
                     return
                 _remove(self._place)  # damaged: no reader takes it
             else:
-                sync_folder(self._place.parent)
+                sync(self._place.parent)
                 return
         raise RankZeroError(f"{self._place}: cannot be replaced; remove it and start again")
 
@@ -171,100 +166,27 @@ class _Column:
     def close(self) -> None:
         self.stream.seek(0)
         self._write_header()
-        _sync_and_close(self.stream)
+        self.stream.close()
+        sync(Path(self.stream.name))
 
     def _write_header(self) -> None:
         header = {"descr": self._dtype, "fortran_order": False, "shape": (self.length,)}
         np.lib.format.write_array_header_1_0(self.stream, header)
 
 
-def temporary(path: Path) -> Path:
-    """Where this process writes a file or folder before it gets its name."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-
-
-def is_abandoned(path: Path) -> bool:
-    """Whether what `temporary` named has no living writer, as far as can be known here.
-
-    On another machine it lives as long as something in it was written within a day.
-    """
-    found = _BESIDE.fullmatch(path.name)
-    if found is None:
-        return False
-    if path.name.endswith(f".{socket.gethostname()}-{found['pid']}.tmp"):
-        return not _is_running(int(found["pid"]))
-    try:
-        inside = path.iterdir() if path.is_dir() else ()
-        newest = max(file.stat().st_mtime for file in (path, *inside))
-    except OSError:
-        return False  # its writer is at work on it
-    return bool(time.time() - newest > _STILL_FOR_S)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write beside, sync, rename."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside, sync, rename."""
-    with _beside(path) as beside, beside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        _sync_and_close(stream)
-
-
 def join_files(path: Path, parts: Sequence[Path]) -> None:
-    """Write a file of all parts, one after the other: beside, sync, rename."""
-    with _beside(path) as beside, beside.open("wb") as stream:
+    """Replace a file by the concatenation of others."""
+    with atomic_file(path, durable=True) as temporary, temporary.open("wb") as stream:
         for part in parts:
             with part.open("rb") as source:
                 shutil.copyfileobj(source, stream)
-        _sync_and_close(stream)
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A place that becomes `path` when all went well, and is gone when not."""
-    beside = temporary(path)
-    try:
-        yield beside
-    except OSError:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
-    beside.replace(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_and_close(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()
 
 
 def _remove(folder: Path) -> None:
     """Take a folder out of its place at once, then delete it; another process may do the same."""
-    aside = temporary(folder.with_name(f"{folder.name}.damaged"))
+    aside = temporary_sibling(folder.with_name(f"{folder.name}.damaged"))
     try:
         folder.rename(aside)
     except FileNotFoundError:
         return
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

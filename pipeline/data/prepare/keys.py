@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.settings import RunSettings
-from pipeline.data.dataset.writer import write_json
 from pipeline.errors import UserError
+from pipeline.files import dump_json, read_json, write_text
 from pipeline.rows.files import kind_of
 from pipeline.rows.sources import Source
 
@@ -54,8 +54,7 @@ class Fingerprints:
         self._used: dict[str, Any] = {}
         self._stamps: dict[Path, list[int]] = {}
         try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
-            self._known = found if isinstance(found, dict) else {}
+            self._known = read_json(self._path)
         except (OSError, ValueError):
             return  # not there yet, or not ours: everything is hashed
 
@@ -90,7 +89,7 @@ class Fingerprints:
     def save(self) -> None:
         """Remember what was asked for since; files that nobody asked for are forgotten."""
         if self._used != self._known:
-            write_json(self._path, self._used)
+            write_text(self._path, dump_json(self._used), durable=True)
 
 
 def split_keys(

@@ -5,7 +5,6 @@ and only where there is something to do; checking rows imports neither it nor to
 """
 
 import errno
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +25,13 @@ from pipeline.data.dataset.reader import (
     read_column,
     read_published,
 )
-from pipeline.data.dataset.writer import SplitWriter, is_abandoned, join_files, write_json
+from pipeline.data.dataset.writer import SplitWriter, join_files
 from pipeline.data.prepare.audit import Tally, read_rejects
 from pipeline.data.prepare.documents import digest, parsed_example, reject_of
 from pipeline.data.prepare.keys import Fingerprints, split_keys
 from pipeline.data.prepare.splits import Job, Making, refuse
 from pipeline.errors import RankZeroError, UserError
+from pipeline.files import dump_json, is_abandoned, read_json, write_text
 from pipeline.rows.formats import Example
 from pipeline.rows.sources import Source, lines, require_apart, resolve
 
@@ -264,7 +264,7 @@ def _checked(
 def _is_current(data_dir: Path, index: DataIndex) -> bool:
     """Whether the files beside the splits are there and speak of these splits."""
     try:
-        found = json.loads((data_dir / INDEX).read_text(encoding="utf-8"))
+        found = read_json(data_dir / INDEX)
     except (OSError, ValueError):
         return False
     if found != index.as_json() or not (data_dir / "audit.json").is_file():
@@ -294,8 +294,9 @@ def _write_summary(data_dir: Path, index: DataIndex, audits: dict[str, dict[str,
     # Without an index, what a kill leaves here is written anew.
     (data_dir / INDEX).unlink(missing_ok=True)
     join_files(data_dir / REJECTS, _rejects(index))
-    write_json(data_dir / "audit.json", {split: audits[split] for split in index.splits})
-    write_json(data_dir / INDEX, index.as_json())
+    audit = {split: audits[split] for split in index.splits}
+    write_text(data_dir / "audit.json", dump_json(audit), durable=True)
+    write_text(data_dir / INDEX, dump_json(index.as_json()), durable=True)
 
 
 def _remove_others(data_dir: Path, index: DataIndex) -> None:
