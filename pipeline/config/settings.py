@@ -4,7 +4,7 @@ docs/configuration.md is generated from the descriptions here. No torch, no othe
 project: what a key means for a model or a machine is the plan's business.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -15,6 +15,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 from pipeline.config.data_names import (
     DataFormat,
@@ -26,6 +27,7 @@ from pipeline.config.data_names import (
     names_or_how_much,
     sources,
 )
+from pipeline.config.traits import Change, traits
 
 Auto = Literal["auto"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -50,12 +52,14 @@ class RunSettings(BaseModel):
     # What goes in and where it goes
     model: str = Field(
         description="Folder of the base model (config.json, safetensors, tokenizer), or the name "
-        "of a hub model that lies in the local cache."
+        "of a hub model that lies in the local cache.",
+        json_schema_extra=traits(change="base"),
     )
     train_data: Annotated[DataNames, BeforeValidator(names_of_data)] = Field(
         description="What to train on: a file, a folder, a glob or a hub name "
         "(`org/name:split`), or a list of them, each a name or `{path, weight, limit}`: "
-        "`weight` is how often an epoch its rows are seen (1), `limit` takes its first rows."
+        "`weight` is how often an epoch its rows are seen (1), `limit` takes its first rows.",
+        json_schema_extra=traits(change="files"),
     )
     eval_data: Annotated[
         DataNames | Annotated[float, Field(gt=0, lt=1)] | Positive | None,
@@ -64,22 +68,32 @@ class RunSettings(BaseModel):
         default=None,
         description="Held-out data, named as in `train_data`; or how much of the training data to "
         "hold out, by content: a share (`0.05`) or a number of rows.",
+        json_schema_extra=traits(change="files"),
     )
     data_format: DataFormat | Auto = Field(
-        default="auto", description="Format of the rows; `auto` goes by the columns of each row."
+        default="auto",
+        description="Format of the rows; `auto` goes by the columns of each row.",
+        json_schema_extra=traits(change="documents"),
     )
     columns: Annotated[dict[str, str], AfterValidator(columns_of_a_format)] = Field(
         default_factory=dict,
         description="Names that the data has for the columns of its format, for example "
         "`{prompt: question, completion: answer}`.",
+        json_schema_extra=traits(change="documents"),
     )
     on_bad_row: Literal["reject", "fail"] = Field(
-        default="reject", description="Count bad rows and leave them out, or end at the first."
+        default="reject",
+        description="Count bad rows and leave them out, or end at the first.",
+        json_schema_extra=traits(change="run"),
     )
-    output_dir: str = Field(description="The run folder; everything that a run leaves is in it.")
+    output_dir: str = Field(
+        description="The run folder; everything that a run leaves is in it.",
+        json_schema_extra=traits(change="run"),
+    )
     overwrite: bool = Field(
         default=False,
         description="Replace a run with other settings in `output_dir` instead of refusing.",
+        json_schema_extra=traits(change="run"),
     )
     resume: Annotated[str, Field(min_length=1)] = Field(
         default="auto",
@@ -87,15 +101,18 @@ class RunSettings(BaseModel):
         "refuses to start without one, `never` starts from step 0. Anything else is the folder of "
         "one checkpoint, of this run or another, to start from; started again, the run goes on "
         "from what it has written since.",
+        json_schema_extra=traits(change="run"),
     )
     accept_changes: list[Literal["base", "data", "total_steps"]] = Field(
         default_factory=list,
         description="What may differ from the run that wrote the checkpoint: `base` (the model's "
         "weights), `data` (the training documents), `total_steps` (the learning rate's course).",
+        json_schema_extra=traits(change="run"),
     )
     preset: str | list[str] = Field(
         default_factory=list,
         description="Name or names of presets; a later one wins, the run file wins over all.",
+        json_schema_extra=traits(change="run"),
     )
     seed: int = Field(
         default=42, ge=0, lt=2**63, description="Seed of data order, adapter weights and dropout."
@@ -138,91 +155,148 @@ class RunSettings(BaseModel):
         default="uint8",
         description="Type that packed 4-bit weights are stored as: `uint8`, or the one the run "
         "trains in.",
+        json_schema_extra=traits(change="run"),
     )
 
     # Batches and length
-    epochs: Positive = Field(default=1, description="Passes over the training data.")
+    epochs: Positive = Field(
+        default=1,
+        description="Passes over the training data.",
+        json_schema_extra=traits(change="total_steps"),
+    )
     max_steps: Positive | None = Field(
-        default=None, description="End after this many steps even if `epochs` are not complete."
+        default=None,
+        description="End after this many steps even if `epochs` are not complete.",
+        json_schema_extra=traits(change="total_steps"),
     )
     batch_size: Positive | Auto = Field(
-        default="auto", description="Sequences of a micro-batch: one forward on one rank."
+        default="auto",
+        description="Sequences of a micro-batch: one forward on one rank.",
+        json_schema_extra=traits(
+            change="run", layout="micro_batch_size", deepspeed="train_micro_batch_size_per_gpu"
+        ),
     )
     gradient_accumulation_steps: Positive | Auto = Field(
-        default="auto", description="Micro-batches a rank adds up before a step."
+        default="auto",
+        description="Micro-batches a rank adds up before a step.",
+        json_schema_extra=traits(change="run", deepspeed="gradient_accumulation_steps"),
     )
     global_batch_size: Positive | Auto = Field(
         default="auto",
         description="Sequences of one step over all ranks = `batch_size` x "
         "`gradient_accumulation_steps` x ranks; give it and leave one of the two `auto` to keep "
         "a run the same on any number of ranks. 16 where nothing is given.",
+        json_schema_extra=traits(deepspeed="train_batch_size"),
     )
-    max_length: Positive = Field(default=1024, description="Longest sequence, in tokens.")
+    max_length: Positive = Field(
+        default=1024,
+        description="Longest sequence, in tokens.",
+        json_schema_extra=traits(change="documents"),
+    )
     over_length: Literal["truncate", "drop", "split", "fail"] = Field(
         default="truncate",
         description="What happens to a document of more than `max_length` tokens: its end is cut "
         "off, it is left out, it becomes several, or the run is refused.",
+        json_schema_extra=traits(change="documents"),
     )
     packing: bool = Field(
         default=True,
         description="Lay whole documents end to end in sequences of `max_length` tokens, each of "
         "them attended to as if it were alone; `batch_size` and `global_batch_size` then count "
         "these packs.",
+        json_schema_extra=traits(change="documents"),
     )
     train_on: Literal["assistant", "last-assistant", "all"] = Field(
         default="assistant",
         description="Which turns of a conversation count in the loss; messages of `weight: 0` "
         "never do.",
+        json_schema_extra=traits(change="documents"),
     )
     split_turns: bool = Field(
         default=False,
         description="Make one document of each assistant turn and what comes before it, for "
         "templates that rewrite earlier turns.",
+        json_schema_extra=traits(change="documents"),
     )
     chat_template: Literal["model", "chatml"] = Field(
         default="model",
         description="`chatml` for a model without a chat template of its own; turns end with "
         "its end-of-sequence token.",
+        json_schema_extra=traits(change="documents"),
     )
     max_rejected: Share = Field(
-        default=0.01, description="Share of bad rows up to which they are counted and left out."
+        default=0.01,
+        description="Share of bad rows up to which they are counted and left out.",
+        json_schema_extra=traits(change="run"),
     )
 
     # Optimisation
-    lr: Annotated[float, Field(gt=0)] = Field(default=2e-4, description="Highest learning rate.")
+    lr: Annotated[float, Field(gt=0)] = Field(
+        default=2e-4,
+        description="Highest learning rate.",
+        json_schema_extra=traits(deepspeed="optimizer.params.lr"),
+    )
     min_lr_ratio: Share = Field(default=0.0, description="Last learning rate as a share of `lr`.")
     warmup_ratio: Share = Field(default=0.03, description="Share of all steps for the warm-up.")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         default="cosine", description="Course of the learning rate after the warm-up."
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.01, description="AdamW's decay.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.01,
+        description="AdamW's decay.",
+        json_schema_extra=traits(deepspeed="optimizer.params.weight_decay"),
+    )
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(
-        default=1.0, description="Clip the global gradient norm to this; 0 clips nothing."
+        default=1.0,
+        description="Clip the global gradient norm to this; 0 clips nothing.",
+        json_schema_extra=traits(deepspeed="gradient_clipping"),
     )
 
     # Precision, memory, speed
     bf16: bool | Auto = Field(
-        default="auto", description="Train in bfloat16; with `fp16` also false, in fp32."
+        default="auto",
+        description="Train in bfloat16; with `fp16` also false, in fp32.",
+        json_schema_extra=traits(deepspeed="bf16.enabled"),
     )
-    fp16: bool | Auto = Field(default="auto", description="Train in float16 with loss scaling.")
+    fp16: bool | Auto = Field(
+        default="auto",
+        description="Train in float16 with loss scaling.",
+        json_schema_extra=traits(deepspeed="fp16.enabled"),
+    )
     zero_stage: Annotated[int, Field(ge=1, le=3)] | Auto = Field(
-        default="auto", description="ZeRO stage; 3 shards the base over the ranks."
+        default="auto",
+        description="ZeRO stage; 3 shards the base over the ranks.",
+        json_schema_extra=traits(
+            change="run", layout="zero_stage", deepspeed="zero_optimization.stage"
+        ),
     )
     hpz_partition_size: Positive | Auto = Field(
         default="auto",
         description="Ranks that share a second copy of the base at ZeRO-3, so that gathers stay "
         "among them: those of a node, or 1 for no second copy.",
+        json_schema_extra=traits(
+            change="run",
+            layout="hpz_partition_size",
+            deepspeed="zero_optimization.zero_hpz_partition_size",
+        ),
     )
     offload_param: Literal["none", "cpu"] | Auto = Field(
-        default="auto", description="Where the sharded base is kept at ZeRO-3 between its uses."
+        default="auto",
+        description="Where the sharded base is kept at ZeRO-3 between its uses.",
+        json_schema_extra=traits(
+            change="run", layout="offload_param", deepspeed="zero_optimization.offload_param.device"
+        ),
     )
     deepspeed_json: str | None = Field(
         default=None,
         description="A DeepSpeed JSON whose keys are laid over the generated config; `auto` in it "
         "means what the plan generates. Held to docs/rules.md.",
+        json_schema_extra=traits(change="run"),
     )
     gradient_checkpointing: bool | Auto = Field(
-        default="auto", description="Recompute activations in the backward pass to save memory."
+        default="auto",
+        description="Recompute activations in the backward pass to save memory.",
+        json_schema_extra=traits(change="run", layout="checkpointed_layers"),
     )
     use_flash_attention: bool | Auto = Field(
         default="auto", description="FlashAttention-2 (package flash-attn); `auto`: PyTorch's own."
@@ -231,25 +305,50 @@ class RunSettings(BaseModel):
         default=0,
         description="Processes a rank that build batches; 0: a thread builds the next one, which "
         "is enough, because ids are memory-mapped.",
+        json_schema_extra=traits(change="run"),
     )
     dataloader_prefetch_factor: Positive = Field(
         default=2,
         description="Micro-batches that each of those processes builds ahead, where there are any.",
+        json_schema_extra=traits(change="run"),
     )
 
     # Watching, saving, stopping
-    logging_steps: Positive = Field(default=10, description="Steps between lines in the terminal.")
-    evaluation_strategy: Strategy = Field(
-        default="epoch", description="When the held-out loss is measured, if there is `eval_data`."
+    logging_steps: Positive = Field(
+        default=10,
+        description="Steps between lines in the terminal.",
+        json_schema_extra=traits(change="run"),
     )
-    eval_steps: Positive = Field(default=100, description="Steps between evaluations (`steps`).")
-    save_strategy: Strategy = Field(default="steps", description="When a checkpoint is written.")
-    save_steps: Positive = Field(default=100, description="Steps between checkpoints (`steps`).")
-    save_total_limit: Positive = Field(default=2, description="Checkpoints kept.")
+    evaluation_strategy: Strategy = Field(
+        default="epoch",
+        description="When the held-out loss is measured, if there is `eval_data`.",
+        json_schema_extra=traits(change="selection"),
+    )
+    eval_steps: Positive = Field(
+        default=100,
+        description="Steps between evaluations (`steps`).",
+        json_schema_extra=traits(change="selection"),
+    )
+    save_strategy: Strategy = Field(
+        default="steps",
+        description="When a checkpoint is written.",
+        json_schema_extra=traits(change="run"),
+    )
+    save_steps: Positive = Field(
+        default=100,
+        description="Steps between checkpoints (`steps`).",
+        json_schema_extra=traits(change="run"),
+    )
+    save_total_limit: Positive = Field(
+        default=2,
+        description="Checkpoints kept.",
+        json_schema_extra=traits(change="run"),
+    )
     save_must_succeed: bool = Field(
         default=False,
         description="End the run when a checkpoint cannot be written; otherwise that is said, and "
         "tried again at the next save.",
+        json_schema_extra=traits(change="run"),
     )
     keep_best: bool = Field(
         default=False, description="Export the adapter of the lowest held-out loss, not the last."
@@ -260,11 +359,13 @@ class RunSettings(BaseModel):
     time_limit: str | None = Field(
         default=None,
         description="Stop with a checkpoint after this time, `HH:MM:SS`; start again to go on.",
+        json_schema_extra=traits(change="run"),
     )
     hang_timeout_s: Positive = Field(
         default=900,
         description="Seconds without a finished micro-batch on any rank after which the run is "
         "ended, naming the rank that hangs.",
+        json_schema_extra=traits(change="run"),
     )
 
     @field_validator("time_limit")
@@ -325,3 +426,23 @@ class RunSettings(BaseModel):
             return None
         hours, minutes, seconds = (int(part) for part in self.time_limit.split(":"))
         return 3600.0 * hours + 60 * minutes + seconds
+
+
+def settings_with(*changes: Change) -> frozenset[str]:
+    """Names of the settings whose change means one of these."""
+    names = RunSettings.model_fields
+    return frozenset(name for name in names if _traits_of(name)["change"] in changes)
+
+
+def settings_by(trait: Literal["layout", "deepspeed", "peers"]) -> dict[str, str]:
+    """Names of the settings that have the trait, by each of its values."""
+    by_value: dict[str, str] = {}
+    for name in RunSettings.model_fields:
+        values: Any = _traits_of(name)[trait] or []
+        by_value |= dict.fromkeys([values] if isinstance(values, str) else values, name)
+    return by_value
+
+
+def _traits_of(name: str) -> JsonDict:
+    extra = RunSettings.model_fields[name].json_schema_extra
+    return extra if isinstance(extra, dict) else traits()

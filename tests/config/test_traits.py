@@ -1,0 +1,50 @@
+"""Traits on the Fields of settings: every other room derives its tables from them."""
+
+from typing import get_args
+
+import pytest
+
+from pipeline.config.settings import RunSettings, settings_by, settings_with
+from pipeline.config.traits import Change
+from pipeline.plan.deepspeed.keys import TOP_LEVEL, ZERO_OPTIMIZATION
+from pipeline.plan.given.layout import Layout
+
+pytestmark = pytest.mark.unit
+
+NAMES = set(RunSettings.model_fields)
+
+
+def test_each_setting_means_one_change():
+    groups = [settings_with(change) for change in get_args(Change)]
+    assert all(groups), "a change that no setting means"
+    assert sorted(name for group in groups for name in group) == sorted(NAMES)
+
+
+def test_the_paths_of_a_run_are_not_what_it_is():
+    """What is compared is the content of the data and the weights, not where they lie."""
+    assert settings_with("base") == {"model"}
+    assert settings_with("files") == {"train_data", "eval_data"}
+    assert "output_dir" in settings_with("run")
+
+
+def test_what_decides_the_numbers_is_never_free():
+    deciding = {"lr", "lora_r", "seed", "global_batch_size", "bf16", "weight_decay", "load_in_4bit"}
+    assert deciding <= settings_with("result")
+
+
+def test_layout_and_deepspeed_keys_exist():
+    assert settings_by("layout").keys() <= Layout.__dataclass_fields__.keys()
+    for key in settings_by("deepspeed"):
+        block, _, inner = key.partition(".")
+        assert block in TOP_LEVEL, key
+        assert block != "zero_optimization" or inner.split(".")[0] in ZERO_OPTIMIZATION, key
+
+
+def test_a_peers_name_is_no_setting_and_means_one():
+    peers = [name for field in RunSettings.model_fields.values() for name in _peers(field)]
+    assert len(peers) == len(set(peers)) == len(settings_by("peers"))
+    assert not NAMES & set(peers)
+
+
+def _peers(field):
+    return field.json_schema_extra["peers"] if field.json_schema_extra else []
