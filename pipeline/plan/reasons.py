@@ -4,20 +4,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config.settings import RunSettings
+from pipeline.config.settings import RunSettings, settings_by
 from pipeline.errors import UserError
 from pipeline.plan.choose import Candidate, Cluster, candidates, order, training_dtype
 from pipeline.plan.cost.memory import memory
 from pipeline.plan.given.hardware import GIB
+from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.shape import ModelShape
 
-# Key of the choice -> the setting that would have fixed it.
-SETTING_OF = {
-    "zero_stage": "zero_stage",
-    "micro_batch_size": "batch_size",
-    "checkpointed_layers": "gradient_checkpointing",
-    "hpz_partition_size": "hpz_partition_size",
-    "offload_param": "offload_param",
+# Key of the choice -> the setting that fixes it, in the order in which they are shown.
+_SETTING_OF = {
+    key: name for key in Layout.__dataclass_fields__ if (name := settings_by("layout").get(key))
 }
 
 
@@ -30,7 +27,7 @@ def reasons(
 ) -> dict[str, str]:
     """One line for each key that was free."""
     why: dict[str, str] = {}
-    for key, setting in SETTING_OF.items():
+    for key, setting in _SETTING_OF.items():
         if getattr(settings, setting) != "auto":
             continue
         if key in ("hpz_partition_size", "offload_param") and not chosen.layout.is_sharded:

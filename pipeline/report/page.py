@@ -14,18 +14,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline import __version__
-from pipeline.config.settings import RunSettings
+from pipeline.config.settings import RunSettings, settings_by
 from pipeline.errors import UserError
 from pipeline.report import data_audit, text
 from pipeline.report.folder import RunFolder, mapping, number, read_run_folder
 from pipeline.report.headline import MODELS, method, model_name, tiles
 from pipeline.report.plots import NARROW, line_curve, loss_curve, smoothing_window
 
-# Names in a run file of keys of a plan's choice.
-_RUN_FILE_NAMES = {
-    "micro_batch_size": "batch_size",
-    "checkpointed_layers": "gradient_checkpointing",
-}
 _TOLERANCE = 0.10  # between predicted and measured memory
 
 
@@ -151,9 +146,10 @@ def _choices(run: RunFolder) -> list[tuple[str, Any, str]]:
     """Key, value and reason; a reason that belongs to no key of the choice comes last."""
     choice = dict(mapping(run.plan.get("choice")))
     why = dict(mapping(choice.pop("why", {})))
+    setting_of = settings_by("layout")
     rows = []
     for key, value in choice.items():
-        name = _RUN_FILE_NAMES.get(key, key)
+        name = setting_of.get(key, key)
         is_set = run.settings.get(name) not in (None, "auto")
         reason = why.pop(key, None) or why.pop(name, "as the settings say" if is_set else "")
         rows.append((key, value, str(reason)))

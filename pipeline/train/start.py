@@ -11,9 +11,8 @@ from typing import Any, Literal
 import yaml
 
 from pipeline.config.load import dump_settings
-from pipeline.config.settings import RunSettings
+from pipeline.config.settings import RunSettings, settings_with
 from pipeline.data.dataset.reader import DataIndex
-from pipeline.data.prepare.keys import SETTINGS as DATA_SETTINGS
 from pipeline.data.prepare.prepare import train_key
 from pipeline.errors import RankZeroError, UserError
 from pipeline.files import dump_json, write_text
@@ -33,24 +32,12 @@ _FOLDERS = ("data", "checkpoints", "adapter", "merged")
 # What may be there before a run is: prepared data, Slurm's logs, a person's wish to stop it.
 _BEFORE_A_RUN = ("data", "logs", "stop")
 
-# Keys that may differ between two starts of the same run: they change how it is run, watched or
-# saved, not what comes out. The split of the global batch is among them, its size is not.
-_FREE = {
-    "output_dir", "overwrite", "resume", "preset", "time_limit", "zero_stage", "batch_size",
-    "gradient_accumulation_steps", "gradient_checkpointing", "hpz_partition_size",
-    "offload_param", "bnb_4bit_quant_storage", "deepspeed_json", "dataloader_num_workers",
-    "dataloader_prefetch_factor", "logging_steps", "save_strategy", "save_steps",
-    "save_total_limit", "save_must_succeed", "accept_changes", "hang_timeout_s",
-    "on_bad_row", "max_rejected",  # they end a start or change nothing
-}  # fmt: skip
-# Free as well, unless the held-out loss chooses the adapter or the end.
-_FREE_WITHOUT_A_CHOICE = {"evaluation_strategy", "eval_steps"}
-
-# Keys that a word of `accept_changes` covers; what they come to is in the checkpoint's identity.
+# Words of `accept_changes` -> the settings that each covers. What these come to is compared too:
+# the checkpoint's state has the base's fingerprint and the data's key.
 _COVERED = {
-    "base": {"model"},
-    "data": {"train_data", "eval_data", *DATA_SETTINGS},
-    "total_steps": {"epochs", "max_steps"},
+    "base": settings_with("base"),
+    "data": settings_with("files", "documents"),
+    "total_steps": settings_with("total_steps"),
 }
 
 
@@ -237,7 +224,7 @@ def settings_hash(plan: Plan) -> str:
 def _deciding(plan: Plan) -> dict[str, Any]:
     settings = plan.settings
     is_chosen = settings.keep_best or settings.early_stopping_patience is not None
-    free = _FREE if is_chosen else _FREE | _FREE_WITHOUT_A_CHOICE
+    free = settings_with("run") if is_chosen else settings_with("run", "selection")
     values = _resolved(plan).model_dump(mode="json")
     return {key: value for key, value in values.items() if key not in free}
 

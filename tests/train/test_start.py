@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.settings import RunSettings
-from pipeline.data.prepare.keys import SETTINGS as DATA_SETTINGS
+from pipeline.config.settings import RunSettings, settings_with
 from pipeline.errors import UserError
 from pipeline.train.owner import OWNER, identity
 from pipeline.train.start import as_requeued, look, open_run
@@ -240,7 +239,7 @@ def test_all_that_documents_are_made_from_can_be_accepted_by_name(begin):
     folder, start = begin
     start()
     left(folder, "stopped")
-    assert OTHER_DOCUMENTS.keys() == set(DATA_SETTINGS)
+    assert OTHER_DOCUMENTS.keys() == settings_with("documents")
     for key, value in OTHER_DOCUMENTS.items():
         with pytest.raises(UserError, match=rf"{key}: .*accept_changes: \[data\]"):
             start(**{key: value})

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings import RunSettings
+from pipeline.config.settings import RunSettings, settings_with
 from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json, write_text
 from pipeline.rows.files import kind_of
@@ -14,17 +14,6 @@ from pipeline.rows.sources import Source
 
 FINGERPRINTS = "fingerprints.json"
 _FORMAT = 4  # of the prepared files and of how documents are made: raise it when either changes
-# What documents and their order are made from, beside the files.
-SETTINGS = (
-    "chat_template",
-    "columns",
-    "data_format",
-    "max_length",
-    "over_length",
-    "packing",
-    "split_turns",
-    "train_on",
-)
 _TOKENIZER_FILES = (
     "tokenizer*",
     "*chat_template*",
@@ -104,7 +93,7 @@ def split_keys(
     model = Path(settings.model)
     patterns = (*_TOKENIZER_FILES, *(["*.py"] if settings.trust_remote_code else []))
     tokenizer = {path for pattern in patterns for path in model.glob(pattern) if path.is_file()}
-    values = settings.model_dump(mode="json", include=set(SETTINGS))
+    values = settings.model_dump(mode="json", include=set(settings_with("documents")))
     made_from = {
         "format": _FORMAT,
         "data": [_source(source, fingerprints) for source in sources],

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config.settings import RunSettings
+from pipeline.config.settings import RunSettings, settings_by
 from pipeline.errors import UserError
 from pipeline.plan.deepspeed.keys import (
     REMOVED,
@@ -25,20 +25,6 @@ from pipeline.plan.deepspeed.keys import (
 
 _Path = tuple[str, ...]
 
-# Keys that the plan chooses, and the setting that each of them is.
-_PLANNED: Mapping[_Path, str] = {
-    ("train_batch_size",): "global_batch_size",
-    ("train_micro_batch_size_per_gpu",): "batch_size",
-    ("gradient_accumulation_steps",): "gradient_accumulation_steps",
-    ("gradient_clipping",): "max_grad_norm",
-    ("zero_optimization", "stage"): "zero_stage",
-    ("zero_optimization", "zero_hpz_partition_size"): "hpz_partition_size",
-    ("zero_optimization", "offload_param", "device"): "offload_param",
-    ("optimizer", "params", "lr"): "lr",
-    ("optimizer", "params", "weight_decay"): "weight_decay",
-    ("bf16", "enabled"): "bf16",
-    ("fp16", "enabled"): "fp16",
-}
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:]')
 
 
@@ -69,7 +55,8 @@ def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
     """
     found = _read(path)
     fixed: dict[str, Any] = {}
-    for key, name in _PLANNED.items():
+    for dotted, name in settings_by("deepspeed").items():
+        key = tuple(dotted.split("."))
         value, setting = found.at(key), getattr(settings, name)
         if value is None or value == "nvme":  # nvme is refused by rule
             continue
