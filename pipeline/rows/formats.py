@@ -1,28 +1,28 @@
-"""Rows of the known formats -> Example. No torch.
+"""Rows of the known formats -> examples, with the names of the columns that were not read."""
 
-A reason is the same for all rows that share it: it names columns and roles, never contents.
-"""
-
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from itertools import compress
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from pipeline.config.data_names import DataFormat
 from pipeline.config.settings import Auto
-from pipeline.rows.conversations import alpaca, messages, prompt_and_completion, sharegpt, text_of
+from pipeline.rows.conversations import BESIDE, alpaca, messages, prompt_and_completion, sharegpt
 from pipeline.rows.examples import (
     ROLES,
     Completion,
     Conversation,
     Example,
     Message,
+    ReadExample,
     Role,
     RowError,
     Text,
     Tokens,
 )
-from pipeline.rows.lines import Row, json_name
+from pipeline.rows.lines import Row
+from pipeline.rows.values import has_value, json_name, text_of
 
 __all__ = [
     "FORMATS",
@@ -31,20 +31,22 @@ __all__ = [
     "Conversation",
     "Example",
     "Message",
+    "ReadExample",
     "Role",
     "RowError",
     "Text",
     "Tokens",
     "detect_format",
     "format_of",
+    "read_example",
     "to_example",
 ]
 
 FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
-_LARGEST_ID = 2**31 - 1  # as they are kept; what the model has is looked at later
-_IGNORED = -100  # the label of a token that does not count, as everywhere in PyTorch
-# The columns that say which format a row has.
-_SIGNS: dict[DataFormat, tuple[str, ...]] = {
+_LARGEST_ID = 2**31 - 1  # the prepared set holds int32; the model's vocabulary is checked there
+_IGNORED = -100  # PyTorch's label of a token that does not count in the loss
+# The columns that identify each format, and those that it reads beside them.
+_REQUIRED: dict[DataFormat, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
@@ -52,50 +54,85 @@ _SIGNS: dict[DataFormat, tuple[str, ...]] = {
     "pre-tokenised": ("input_ids", "labels"),
     "text": ("text",),
 }
-_SIGNS_BUT_TEXT = [signs for name, signs in _SIGNS.items() if name != "text"]
-_SIGNING = {column for signs in _SIGNS.values() for column in signs}
+_OPTIONAL: dict[DataFormat, tuple[str, ...]] = {
+    "messages": BESIDE,
+    "sharegpt": BESIDE,
+    "alpaca": ("input", "history", *BESIDE),
+    "prompt-completion": BESIDE,
+    "pre-tokenised": ("attention_mask", "position_ids"),
+    "text": (),
+}
+_READ = {name: {*_REQUIRED[name], *_OPTIONAL[name]} for name in FORMATS}
+_IDENTIFYING = {column for columns in _REQUIRED.values() for column in columns}
 _KNOWN = "; ".join(
-    f"{name} ({', '.join(f'`{column}`' for column in columns)})" for name, columns in _SIGNS.items()
+    f"{name} ({', '.join(f'`{column}`' for column in columns)})"
+    for name, columns in _REQUIRED.items()
 )
+# Columns that change what a row means, so that a row with a value there is not what its text says.
+_MEDIA = re.compile(
+    r"(image|picture|photo|audio|sound|speech|video)s?(_(path|url|file|bytes)s?)?"
+    r"|pixel_values|documents",
+    re.IGNORECASE,
+)
+_PREFERENCE = re.compile(
+    r"(chosen|rejected)(_(response|message|answer|completion|conversation|output|text)s?)?",
+    re.IGNORECASE,
+)
+
+
+class _Columns(NamedTuple):
+    """What the names of a row's columns say: formats that may apply, columns to check by value."""
+
+    formats: tuple[DataFormat, ...]
+    media: tuple[str, ...]
+    preference: tuple[str, ...]
+
+
+def read_example(
+    row: Row, data_format: DataFormat | Auto = "auto", columns: Mapping[str, str] | None = None
+) -> ReadExample:
+    """The example of a row, and the names of the columns that were not read.
+
+    `columns`: name of the format's column -> its name in the data. Raises RowError with the reason
+    where the row has no example.
+    """
+    columns = columns or {}
+    value, replaced = _renamed(row.value, columns)
+    _refuse_other_meanings(value, columns)
+    name = _format_of(value, data_format)
+    unread = {
+        columns.get(column, column)
+        for column in value
+        if column not in _READ[name] and has_value(value[column])
+    }
+    unread |= replaced
+    return ReadExample(_example(name, value, unread), name, tuple(sorted(unread)))
 
 
 def to_example(
     row: Row, data_format: DataFormat | Auto = "auto", columns: Mapping[str, str] | None = None
 ) -> Example:
-    """The row's example; raises RowError with the reason where it has none.
-
-    `columns`: name of the format's column -> name that it has in the data.
-    """
-    value = _renamed(row.value, columns or {})
-    found = _format_of(value, data_format)
-    if found == "messages":
-        return messages(value)
-    if found == "sharegpt":
-        return sharegpt(value)
-    if found == "alpaca":
-        return alpaca(value)
-    if found == "prompt-completion":
-        return prompt_and_completion(value)
-    return _text(value) if found == "text" else _tokens(value)
+    """`read_example` without the format and the unread columns."""
+    return read_example(row, data_format, columns).example
 
 
 def format_of(
     row: Row, data_format: DataFormat | Auto = "auto", columns: Mapping[str, str] | None = None
 ) -> DataFormat:
-    """The format of the row; raises RowError for one with the columns of none, or of several."""
-    return _format_of(_renamed(row.value, columns or {}), data_format)
+    """The format of the row. Raises RowError for one with the columns of none, or of several."""
+    return _format_of(_renamed(row.value, columns or {})[0], data_format)
 
 
 def detect_format(columns: Mapping[str, Any]) -> DataFormat:
-    """The one format whose columns are all there and not null; RowError for none or several.
+    """The one format whose columns are all there and not null. Raises RowError for none or several.
 
-    Columns that belong to no format do not count, nor does `text` beside another format: it is
-    then what somebody made of the other columns.
+    Columns of no format do not count, nor does `text` beside another format: it is then usually
+    the other columns joined.
     """
-    found = list(_with_columns(tuple(filter(_SIGNING.__contains__, columns))))
+    found = list(_columns(tuple(columns)).formats)
     if len(found) > 1:
         filled = [
-            name for name in found if all(columns[column] is not None for column in _SIGNS[name])
+            name for name in found if all(columns[key] is not None for key in _REQUIRED[name])
         ]
         found = filled or found
     if len(found) > 1 and found[-1] == "text":
@@ -107,46 +144,79 @@ def detect_format(columns: Mapping[str, Any]) -> DataFormat:
     if found:
         raise RowError(f"the columns of {' and of '.join(found)}; name one with data_format")
     known = f"expected one of {_KNOWN}, or their names in `columns`"
-    raise RowError(f"no known format: {_found(columns)}; {known}")
+    raise RowError(f"no known format: {_listed(columns)}; {known}")
 
 
-@lru_cache  # asked for each row, and rows have few sets of columns
-def _with_columns(columns: tuple[str, ...]) -> tuple[DataFormat, ...]:
-    """The formats whose columns are all there."""
-    return tuple(name for name, signs in _SIGNS.items() if set(signs) <= set(columns))
+@lru_cache(maxsize=1024)  # rows have few sets of columns
+def _columns(names: tuple[str, ...]) -> _Columns:
+    formats = (name for name, required in _REQUIRED.items() if set(required) <= set(names))
+    return _Columns(
+        tuple(formats),
+        tuple(filter(_MEDIA.fullmatch, names)),
+        tuple(filter(_PREFERENCE.fullmatch, names)),
+    )
+
+
+def _refuse_other_meanings(value: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    """Raise RowError for media and for pairs of answers, unless the user names one answer."""
+    names = _columns(tuple(value))
+    for column in names.media:
+        if has_value(value[column]):
+            raise RowError(f"`{column}` has a value: only text is trained on")
+    if any(map(_PREFERENCE.fullmatch, columns.values())):
+        return
+    for column in names.preference:
+        if has_value(value[column]):
+            raise RowError(
+                f"`{column}` has a value: pairs of answers are not trained on; name the column of "
+                "one answer in `columns`, such as {completion: chosen}"
+            )
 
 
 def _format_of(value: Mapping[str, Any], data_format: DataFormat | Auto) -> DataFormat:
     if data_format == "auto":
         return detect_format(value)
-    if missing := [column for column in _SIGNS[data_format] if column not in value]:
+    if missing := [column for column in _REQUIRED[data_format] if column not in value]:
         names = ", ".join(f"`{column}`" for column in missing)
-        raise RowError(f"no {names}, which data_format {data_format} needs: {_found(value)}")
+        raise RowError(f"no {names}, which data_format {data_format} needs: {_listed(value)}")
     return data_format
 
 
-def _renamed(value: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row with the names of the format; what has none of them keeps its own.
+def _renamed(value: dict[str, Any], columns: Mapping[str, str]) -> tuple[dict[str, Any], set[str]]:
+    """The row with the format's names, and the names of columns whose place was taken.
 
-    A row without any named column is of another source, if it has a format by itself. Not if that
-    is `text`: many rows have one beside what they are, and a name in `columns` may be misspelt.
+    A row that has none of the named columns and a format by itself keeps its names: it is of
+    another source. That does not hold for `text`, which many rows have beside other columns.
     """
     if not columns or (
-        not _SIGNING.isdisjoint(columns)  # they say of which format rows are; these have another
+        not _IDENTIFYING.isdisjoint(columns)
         and not any(there in value for there in columns.values())
-        and any(all(sign in value for sign in signs) for signs in _SIGNS_BUT_TEXT)
+        and any(name != "text" for name in _columns(tuple(value)).formats)
     ):
-        return value
+        return value, set()
     for name, there in columns.items():
         if there not in value:
-            raise RowError(f"no column `{there}`, named for {name} in `columns`: {_found(value)}")
+            raise RowError(f"no column `{there}`, named for {name} in `columns`: {_listed(value)}")
     taken = set(columns.values())
     kept = {name: item for name, item in value.items() if name not in taken}
-    return kept | {name: value[there] for name, there in columns.items()}
+    replaced = {name for name in columns if name in kept and has_value(kept[name])}
+    return kept | {name: value[there] for name, there in columns.items()}, replaced
 
 
-def _found(columns: Mapping[str, Any]) -> str:
+def _listed(columns: Mapping[str, Any]) -> str:
     return f"found the columns {', '.join(sorted(columns)[:8]) or 'none'}"
+
+
+def _example(name: DataFormat, value: dict[str, Any], unread: set[str]) -> Example:
+    if name == "messages":
+        return messages(value, unread)
+    if name == "sharegpt":
+        return sharegpt(value, unread)
+    if name == "alpaca":
+        return alpaca(value)
+    if name == "prompt-completion":
+        return prompt_and_completion(value, unread)
+    return _text(value) if name == "text" else _tokens(value)
 
 
 def _text(value: Mapping[str, Any]) -> Text:

@@ -1,19 +1,19 @@
-"""What is read of a file: lines, as they lie there, and the rows that they hold. No torch."""
+"""Line: the place and unparsed content of a row in a file; Row and BadRow: its parsed result."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MAX_ROW_BYTES = 16 * 2**20  # some 4 million tokens: no document, but a file that is not JSONL
+MAX_ROW_BYTES = 16 * 2**20  # about 4 million tokens: a file that is not JSONL
 _NUMBER_BYTES = 8
-_JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
 
 
 class Line(NamedTuple):
-    """A row's place and content, not yet parsed: JSON in bytes, or columns. Cheap to send on.
+    """A row's place and unparsed content (JSON in bytes, or columns), cheap to send to a process.
 
-    `number`: line of the file where the row begins, from 1; of a table (Parquet, Arrow) the row.
-    `offset`: byte of the decompressed file, None in a table. `fault`: why there is no content.
+    `number`: line of the file where the row begins, from 1; in a table (Parquet, Arrow) the row.
+    `offset`: its first byte in the decompressed file, None in a table. `fault`: the reason why
+    there is no content.
     """
 
     file: Path
@@ -25,7 +25,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A line that holds a JSON object, or a table's row."""
+    """A parsed row: a JSON object, or the columns of a table."""
 
     file: Path
     line: int
@@ -35,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A line that does not; `reason` holds nothing of the line itself, so that reasons count."""
+    """A row that cannot be parsed; `reason` quotes nothing of it, so that equal reasons count."""
 
     file: Path
     line: int
@@ -43,27 +43,21 @@ class BadRow:
     offset: int | None = None
 
 
-def json_name(value: object) -> str:
-    """What a JSON value is, in the words of a message."""
-    if value is None:
-        return "null"
-    if isinstance(value, int | float):
-        return _JSON_NAMES.get(type(value), "a number")
-    return _JSON_NAMES.get(type(value), f"of type {type(value).__name__}")
-
-
 def too_long() -> str:
-    """Why a row over the limit is bad."""
+    """The reason for a row above MAX_ROW_BYTES."""
     return f"the row is longer than {MAX_ROW_BYTES // 2**20} MiB"
 
 
 def size_of(value: Any) -> int:
-    """Bytes that a table's value holds, about; texts in UTF-8."""
+    """Approximate bytes of a table's value, texts in UTF-8."""
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
     if isinstance(value, dict):
         return sum(map(size_of, value.values()))
     if isinstance(value, list):
-        of_numbers = bool(value) and type(value[0]) in (int, float)  # ids: no need to look at all
-        return _NUMBER_BYTES * len(value) if of_numbers else sum(map(size_of, value))
+        are_numbers = bool(value) and type(value[0]) in (
+            int,
+            float,
+        )  # token ids
+        return _NUMBER_BYTES * len(value) if are_numbers else sum(map(size_of, value))
     return len(value) if isinstance(value, bytes) else _NUMBER_BYTES

@@ -23,7 +23,8 @@ from pipeline.rows.files import (
     open_data,
 )
 from pipeline.rows.json_rows import is_line_by_line, line_rows, value_rows
-from pipeline.rows.lines import BadRow, Line, Row, json_name
+from pipeline.rows.lines import BadRow, Line, Row
+from pipeline.rows.values import DECODER, DuplicateKeyError, json_name
 
 _FIRST_BYTES = 1000
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -33,7 +34,6 @@ __all__ = [
     "Line",
     "Row",
     "Source",
-    "json_name",
     "kind_of",
     "lines",
     "parse",
@@ -110,8 +110,7 @@ def parse(line: Line) -> Row | BadRow:
     if fault:
         return BadRow(file, number, fault, offset)
     if isinstance(content, dict):
-        columns = {name: _without_none(value) for name, value in content.items()}
-        return Row(file, number, columns, offset)
+        return Row(file, number, content, offset)
     found = _parsed(content)
     if isinstance(found, str):
         return BadRow(file, number, found, offset)
@@ -188,36 +187,14 @@ def _require_lines(file: Path) -> None:
 def _parsed(content: bytes) -> dict[str, Any] | str:
     """The object, or why there is none."""
     try:
-        value = _DECODER.decode(content.decode("utf-8"))
+        value = DECODER.decode(content.decode("utf-8"))
     except UnicodeDecodeError:
         return "not valid UTF-8"
     except json.JSONDecodeError as error:
         said = error.msg.removesuffix(" at").removesuffix(" starting")
         return f"not valid JSON: {said}"
-    except _TwiceError:
+    except DuplicateKeyError:
         return "not valid JSON: a key is there twice"
     except (ValueError, RecursionError):  # a number of thousands of digits; nesting without end
         return "not valid JSON: nested too deep or a number too long"
     return value if isinstance(value, dict) else f"expected a JSON object, found {json_name(value)}"
-
-
-class _TwiceError(ValueError):
-    pass
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object; json by itself would leave out all but the last value of a key, unsaid."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _TwiceError
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_without_twins)
-
-
-def _without_none(value: Any) -> Any:
-    """A table's value without the keys that only other rows have: Arrow writes them as null."""
-    if isinstance(value, dict):
-        return {k: _without_none(item) for k, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value

@@ -22,7 +22,7 @@ from pipeline.rows.formats import (
     format_of,
     to_example,
 )
-from pipeline.rows.sources import Row
+from tests.rows.reading import row_of
 
 pytestmark = pytest.mark.unit
 
@@ -32,10 +32,6 @@ CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "content": "r", "tool_call_id": "1", "name": "f"}
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 TURNS = (Message("user", "q"), Message("assistant", "a"))
-
-
-def row_of(value):
-    return Row(Path("rows.jsonl"), 1, value)
 
 
 def example(value, *args):
@@ -171,7 +167,7 @@ def test_columns_are_known_when_the_run_file_is_read():
     def settings(columns):
         return RunSettings(model="m", train_data="t", output_dir="o", columns=columns)
 
-    for signs in formats._SIGNS.values():
+    for signs in formats._REQUIRED.values():
         assert set(signs) <= set(COLUMNS)
     with pytest.raises(ValidationError, match=r"promt is no format's column; known: messages"):
         settings({"promt": "question"})
@@ -192,7 +188,7 @@ def test_columns_are_known_when_the_run_file_is_read():
 )
 def test_the_format_is_found_by_the_columns(row, expected):
     assert format_of(row_of(row)) == expected
-    assert set(formats._SIGNS) == set(FORMATS)
+    assert set(formats._REQUIRED) == set(FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -203,11 +199,11 @@ def test_the_format_is_found_by_the_columns(row, expected):
         ({"prompt": "q"}, ["columns prompt", "`completion`"]),
         ({"messages": [USER, ANSWER], "completion": "a"}, ["both"]),
         ({"messages": [USER, ANSWER], "conversations": []}, ["messages and of sharegpt"]),
-        ({"messages": "hello"}, ["`messages` is text", "list"]),
+        ({"messages": "hello"}, ["`messages` is text", "JSON"]),
         ({"messages": []}, ["no assistant message"]),
         ({"messages": [USER]}, ["no assistant message"]),
         ({"messages": ["hello"]}, ["a message is text"]),
-        ({"messages": [{"role": "bot", "content": "a"}]}, ["'bot'", "system, user, assistant"]),
+        ({"messages": [{"role": "bot", "content": "a"}]}, ["'bot'", "user", "assistant"]),
         ({"messages": [{"content": "a"}]}, ["role null"]),
         ({"messages": [{"role": ["user"], "content": "a"}]}, ["role a list"]),
         ({"messages": [{"role": "user"}, ANSWER]}, ["content of a message (user) is null"]),
@@ -217,7 +213,7 @@ def test_the_format_is_found_by_the_columns(row, expected):
             ["'image_url'", "text parts only"],
         ),
         ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, ["message is empty"]),
-        ({"messages": [USER, ANSWER | {"tool_calls": [{}]}]}, ["names no function"]),
+        ({"messages": [USER, ANSWER | {"tool_calls": [{"id": "1"}]}]}, ["names no function"]),
         ({"messages": [USER | {"tool_calls": [CALL]}, ANSWER]}, ["user has tool_calls"]),
         ({"messages": [USER, ANSWER | {"tool_calls": 7}]}, ["tool_calls of a message is a number"]),
         ({"messages": [USER, CALLED | {"function_call": {"name": "f"}}]}, ["both tool_calls"]),
@@ -230,8 +226,13 @@ def test_the_format_is_found_by_the_columns(row, expected):
             ["arguments of a tool call: a list"],
         ),
         (
-            {"messages": [USER, CALLED | {"tool_calls": [{"name": "f", "n": Path()}]}]},
-            ["no JSON"],
+            {
+                "messages": [
+                    USER,
+                    CALLED | {"tool_calls": [{"name": "f", "arguments": {"n": Path()}}]},
+                ]
+            },
+            ["a tool call", "JSON cannot hold"],
         ),
         ({"messages": [USER, ANSWER | {"weight": 0.5}]}, ["neither 0 nor 1"]),
         ({"messages": [USER | {"weight": 1}, ANSWER]}, ["role user has weight 1"]),
@@ -239,14 +240,13 @@ def test_the_format_is_found_by_the_columns(row, expected):
         ({"messages": [USER | {"thinking": "r"}, ANSWER]}, ["role user has thinking"]),
         ({"messages": [USER, ANSWER | {"name": 7}]}, ["name of a message is a number"]),
         ({"messages": [USER, ANSWER], "tools": [7]}, ["`tools` is not a list of objects"]),
-        ({"messages": [USER, ANSWER], "tools": [{}], "functions": [{}]}, ["both `tools`"]),
+        ({"messages": [USER, ANSWER], "tools": [CALL], "functions": [CALL]}, ["both `tools`"]),
         ({"messages": [USER, ANSWER], "chat_template_kwargs": {"a": 1}}, ["chat_template_kwargs"]),
         (
             {"messages": [{"role": "system", "content": "a"}, ANSWER], "system": "b"},
             ["beside another system message"],
         ),
-        ({"conversations": [USER, ANSWER]}, ["columns to {messages: conversations}"]),
-        ({"conversations": [HUMAN, {"from": "bot", "value": "a"}]}, ["from 'bot'", "human"]),
+        ({"conversations": [HUMAN, {"from": "robot", "value": "a"}]}, ["from 'robot'", "human"]),
         ({"conversations": [HUMAN, {"from": "gpt", "value": ""}]}, ["message is empty"]),
         ({"conversations": [HUMAN, GPT | {"train": False}]}, ["has train, which is not read"]),
         ({"conversations": {}}, ["`conversations` is an object"]),

@@ -1,0 +1,125 @@
+"""Values of a row: their type in messages, whether they are empty, and JSON text in their place."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.rows.examples import RowError
+
+_JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+
+
+def json_name(value: object) -> str:
+    """The JSON type of a value, in the words of a message."""
+    if value is None:
+        return "null"
+    if isinstance(value, int | float):
+        return _JSON_NAMES.get(type(value), "a number")
+    return _JSON_NAMES.get(type(value), f"of type {type(value).__name__}")
+
+
+def has_value(value: Any) -> bool:
+    """False for null, blank text, and lists and objects that hold nothing else."""
+    if isinstance(value, str):
+        return bool(value) and not value.isspace()
+    if isinstance(value, dict):
+        return any(map(has_value, value.values()))
+    if isinstance(value, list):
+        return any(map(has_value, value))
+    return value is not None
+
+
+def text_of(value: Any, name: str) -> str:
+    """The value, which must be text that UTF-8 can hold. Raises RowError that names it."""
+    if not isinstance(value, str):
+        raise RowError(f"{name} is {json_name(value)}; expected text")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:  # "\ud800" is valid JSON and no character
+            raise RowError(f"{name} holds half a surrogate pair, which is no character") from None
+    return value
+
+
+def list_of(value: Any, name: str) -> list[Any]:
+    """The items of a list, of JSON text of a list, or of a struct of lists as tables hold it.
+
+    Items that are JSON text of an object are parsed. Keys that are null are left out, but not
+    within JSON text: there nobody fills a schema. Raises RowError that names the value.
+    """
+    is_text = isinstance(value, str)
+    items = json_of(value, name) if is_text else value
+    if isinstance(items, dict) and (length := _common_length(items)) is not None:
+        items = [_item(items, i) for i in range(length)]
+    if not isinstance(items, list):
+        raise RowError(f"{name} is {json_name(items)}; expected a list")
+    return [
+        json_of(item, name)
+        if isinstance(item, str) and item.lstrip().startswith("{")
+        else item
+        if is_text
+        else without_nulls(item)
+        for item in items
+    ]
+
+
+def json_of(text: str, name: str) -> Any:
+    """The value of JSON text. Raises RowError that names it."""
+    try:
+        return DECODER.decode(text)
+    except DuplicateKeyError:
+        raise RowError(f"{name} is JSON text in which a key occurs twice") from None
+    except (ValueError, RecursionError):
+        raise RowError(f"{name} is text, and not valid JSON; expected JSON") from None
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without keys that are null: tables and their exports fill a schema with them."""
+    if isinstance(value, dict):
+        return {
+            key: item if isinstance(item, str) else without_nulls(item)
+            for key, item in value.items()
+            if item is not None
+        }
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def require_json(value: Any, name: str) -> None:
+    """Raise RowError unless a template can write the value as JSON in UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError):  # a date from a table; half a surrogate pair
+        raise RowError(f"{name} holds a value that JSON cannot hold") from None
+
+
+class DuplicateKeyError(ValueError):
+    """An object names a key twice; `json` alone would keep the last value and drop the others."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise DuplicateKeyError
+    return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _common_length(struct: Mapping[str, Any]) -> int | None:
+    """The length that all lists of a struct of lists have; None where it is not one."""
+    lengths: set[int | None] = set()
+    for item in struct.values():
+        if isinstance(item, list):
+            lengths.add(len(item))
+        elif item is not None:
+            lengths.add(_common_length(item) if isinstance(item, dict) else None)
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _item(struct: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """Item `i` of a struct of lists."""
+    return {
+        key: value[i] if isinstance(value, list) else None if value is None else _item(value, i)
+        for key, value in struct.items()
+    }

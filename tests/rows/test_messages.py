@@ -1,0 +1,232 @@
+"""Messages, turns, parts and tool calls as people write them: the same Messages, or a reason."""
+
+import json
+
+import pytest
+
+from pipeline.rows.formats import Message, RowError, read_example
+from tests.messages import refused
+from tests.rows.reading import row_of
+
+pytestmark = pytest.mark.unit
+
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+ARGUMENTS = {"city": "Bergen", "days": [1, 2]}
+CALL = {"type": "function", "function": {"name": "forecast", "arguments": ARGUMENTS}}
+
+
+def read(*messages, **columns):
+    return read_example(row_of({"messages": list(messages), **columns}))
+
+
+def messages_of(*messages):
+    return read(*messages).example.messages
+
+
+def calling(call, key="tool_calls"):
+    return {"role": "assistant", "content": None, key: call}
+
+
+@pytest.mark.parametrize("key", ["arguments", "args", "parameters", "input"])
+@pytest.mark.parametrize("as_written", [dict, json.dumps])
+@pytest.mark.parametrize("layout", ["openai", "flat", "beside", "langchain", "once", "text"])
+def test_a_call_is_the_same_whatever_its_keys_are(key, as_written, layout):
+    named = {"name": "forecast", key: as_written(ARGUMENTS)}
+    message = {
+        "openai": calling([{"type": "function", "function": named}]),
+        "flat": calling([named]),
+        "beside": calling([{"function": {"name": "forecast"}, key: as_written(ARGUMENTS)}]),
+        "langchain": calling([named | {"type": "tool_call"}]),
+        "once": calling(named, "function_call"),
+        "text": calling(json.dumps([named])),
+    }[layout]
+    found = read(USER, message)
+    assert found.example.messages[1] == Message("assistant", "", others={"tool_calls": [CALL]})
+    assert not found.unread
+    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": named}]
+    expected = found.example
+    for value in (named, json.dumps(named), [named]):
+        turns[1]["value"] = value
+        assert read_example(row_of({"conversations": turns})).example == expected
+
+
+def test_ids_of_calls_and_results_are_kept():
+    part = {"type": "tool_use", "id": "toolu_1", "name": "forecast", "input": ARGUMENTS}
+    for call in (CALL | {"id": "toolu_1"}, part, CALL | {"call_id": "toolu_1", "index": 0}):
+        (message,) = messages_of(calling([call]))
+        assert message.others["tool_calls"] == [CALL | {"id": "toolu_1"}]
+    result = {"role": "tool", "content": "rain", "tool_call_id": "toolu_1"}
+    assert messages_of(result, ANSWER)[0].others == {"tool_call_id": "toolu_1"}
+
+
+@pytest.mark.parametrize(
+    ("call", "facts"),
+    [
+        (CALL | {"output": "rain"}, ["tool call", "output", "not read"]),
+        ({"name": "f", "arguments": {"a": 1}, "args": {"b": 1}}, ["arguments", "args"]),
+        ({"name": "f", "function": {"name": "g"}}, ["name", "different values"]),
+        ({"name": "f", "arguments": [1]}, ["arguments", "a list"]),
+        ({"name": "f", "arguments": '{"a": 1, "a": 2}'}, ["arguments", "key", "twice"]),
+        ({"name": "f", "arguments": "{"}, ["arguments", "not valid JSON"]),
+        ({"name": 7}, ["names no function"]),
+        ({"function": "f"}, ["function of a tool call is text"]),
+        (7, ["a tool call is a number"]),
+    ],
+)
+def test_a_call_that_is_not_wholly_read_refuses_the_row(call, facts):
+    with refused(*facts, error=RowError):
+        read(USER, calling([call]))
+
+
+def test_nulls_and_empty_values_in_calls_are_absent_but_not_in_json_text():
+    filled = {"city": "Bergen", "days": [1, 2], "unit": None, "in": {"a": None}}
+    call = {"id": None, "function": {"name": "forecast", "arguments": filled, "args": None}}
+    (message,) = messages_of(calling([call]))
+    expected = CALL["function"] | {"arguments": ARGUMENTS | {"in": {}}}
+    assert message.others["tool_calls"] == [CALL | {"function": expected}]
+    (message,) = messages_of(calling([{"name": "f", "arguments": json.dumps(filled)}]))
+    assert message.others["tool_calls"][0]["function"]["arguments"] == filled
+
+
+def test_anthropic_parts_are_reasoning_text_calls_and_results():
+    asked = {
+        "role": "assistant",
+        "content": [
+            {"type": "thinking", "thinking": "let me see", "signature": "c2ln"},
+            {"type": "text", "text": "I ask.", "cache_control": {"type": "ephemeral"}},
+            {"type": "tool_use", "id": "t1", "name": "forecast", "input": ARGUMENTS},
+            {"type": "tool_use", "id": "t2", "name": "now", "input": {}},
+        ],
+    }
+    answered = {
+        "role": "user",
+        "content": [
+            {"type": "tool_result", "tool_use_id": "t1", "content": "rain", "is_error": False},
+            {
+                "type": "tool_result",
+                "tool_use_id": "t2",
+                "content": [{"type": "text", "text": "no"}, {"type": "text", "text": "on"}],
+                "is_error": True,
+            },
+            {"type": "text", "text": "Well?"},
+        ],
+    }
+    found = read(USER, asked, answered, ANSWER)
+    now = {"id": "t2", "type": "function", "function": {"name": "now", "arguments": {}}}
+    assert found.example.messages[1:5] == (
+        Message(
+            "assistant",
+            "I ask.",
+            others={
+                "reasoning_content": "let me see",
+                "tool_calls": [CALL | {"id": "t1"}, now],
+            },
+        ),
+        Message("tool", "rain", others={"tool_call_id": "t1"}),
+        Message("tool", "noon", others={"tool_call_id": "t2"}),
+        Message("user", "Well?"),
+    )
+    assert found.unread == ("tool_result.is_error",)
+
+
+@pytest.mark.parametrize(
+    ("content", "facts"),
+    [
+        (["text", "thinking"], ["thinking", "text"]),
+        (["tool_use", "text"], ["text", "call"]),
+        (["tool_use", "thinking"], ["thinking", "call"]),
+        (["image"], ["'image'", "text parts"]),
+        (["redacted_thinking"], ["redacted_thinking"]),
+        (["tool_result"], ["tool_result"]),
+    ],
+)
+def test_parts_in_an_order_that_no_template_writes_refuse_the_row(content, facts):
+    value = {"text": "a", "thinking": "t", "name": "f"}
+    keys = {"text": ["text"], "thinking": ["thinking"], "tool_use": ["name"]}
+    parts = [{"type": kind} | {key: value[key] for key in keys.get(kind, [])} for kind in content]
+    with refused(*facts, error=RowError):
+        read(USER, {"role": "assistant", "content": parts})
+
+
+def test_tool_results_that_are_json_values_are_written_as_json():
+    for result in ({"temp": 20, "wind": "süd"}, [1, {"type": "row"}], 7, True, [], ["a"]):
+        found, _ = messages_of({"role": "tool", "content": result}, ANSWER)
+        assert json.loads(found.content) == result
+    assert "süd" in messages_of({"role": "tool", "content": {"w": "süd"}}, ANSWER)[0].content
+    with refused("'image_url'", error=RowError):
+        read({"role": "tool", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER)
+
+
+def test_roles_of_other_formats_are_known():
+    found = messages_of(
+        {"role": "developer", "content": "be brief"},
+        USER,
+        {"role": "tool_call", "content": json.dumps(CALL["function"])},
+        {"role": "tool_response", "content": "rain"},
+        ANSWER,
+    )
+    assert [message.role for message in found] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    assert found[2].others == {"tool_calls": [CALL]}
+
+
+def test_turns_of_role_and_content_are_read_under_conversations():
+    found = read_example(row_of({"conversations": [USER, ANSWER]})).example
+    assert found.messages == messages_of(USER, ANSWER)
+
+
+def test_reasoning_under_two_keys_must_agree():
+    twice = ANSWER | {"reasoning": "r", "reasoning_content": "r"}
+    assert messages_of(USER, twice)[1].others == {"reasoning_content": "r"}
+    with refused("reasoning_content", "thinking", error=RowError):
+        read(USER, ANSWER | {"reasoning_content": "r", "thinking": "s"})
+
+
+def test_metadata_of_messages_is_counted_as_unread_and_other_keys_refuse_the_row():
+    found = read(USER | {"timestamp": "10:00", "id": 3}, ANSWER | {"model": "", "refusal": None})
+    assert found.unread == ("message.id", "message.timestamp")
+    for key, value in (("refusal", "no"), ("audio", {"id": "x"}), ("train", False)):
+        with refused(key, "not read", error=RowError):
+            read(USER, ANSWER | {key: value})
+
+
+LISTED = [USER, calling([CALL | {"id": "1"}]), {"role": "tool", "content": "rain"}, ANSWER]
+TOOL = {"name": "forecast", "parameters": {"type": "object", "properties": {}}}
+STRUCT = {
+    "role": ["user", "assistant", "tool", "assistant"],
+    "content": ["q", None, "rain", "a"],
+    "weight": None,
+    "tool_calls": [
+        None,
+        {"id": ["1"], "function": {"name": ["forecast"], "arguments": [ARGUMENTS]}},
+        None,
+        None,
+    ],
+}
+
+
+@pytest.mark.parametrize("messages", [LISTED, json.dumps(LISTED), STRUCT, json.dumps(STRUCT)])
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [TOOL],
+        json.dumps([TOOL]),
+        [json.dumps(TOOL)],
+        {"name": ["forecast"], "parameters": [TOOL["parameters"]]},
+    ],
+)
+def test_messages_and_tools_are_read_as_lists_json_text_and_structs_of_lists(messages, tools):
+    found = read_example(row_of({"messages": messages, "tools": tools})).example
+    assert found == read_example(row_of({"messages": LISTED, "tools": [TOOL]})).example
+    assert found.tools == ({"type": "function", "function": TOOL},)
+
+
+def test_a_null_in_tools_is_absent_but_not_in_json_text():
+    tool = TOOL | {"strict": None}
+    assert read(USER, ANSWER, tools=[tool]).example.tools[0]["function"] == TOOL
+    assert read(USER, ANSWER, tools=json.dumps([tool])).example.tools[0]["function"] == tool
