@@ -6,7 +6,7 @@ deepspeed launch/preflight.py RUN.yaml [key=value ...]    (torchrun, srun and mp
 
 from pipeline.cli.arguments import Parser
 from pipeline.cluster.exits import run_main
-from pipeline.preflight.examine import preflight as check
+from pipeline.preflight.stages import preflight as check
 
 
 def preflight() -> None:

@@ -49,7 +49,7 @@ def set_environment(placement: Placement, hardware: Hardware) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def unseen_gpus(placement: Placement, hardware: Hardware) -> str | None:
+def missing_gpus(placement: Placement, hardware: Hardware) -> str | None:
     """What granted GPUs to this process where the driver shows none of them; else None.
 
     Before `set_environment`: a user who says DS_ACCELERATOR=cpu means it.

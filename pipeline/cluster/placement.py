@@ -19,9 +19,9 @@ Launcher = Literal["one process", "deepspeed", "torchrun", "srun", "mpirun"]
 class Placement:
     """This process among all processes of the run.
 
-    Under mpirun address and port are empty until the ranks have met (session.py). `meeting` names
-    what the ranks look for at the port: it is there where nobody has promised that the port is
-    free, so that another may have to be taken.
+    Under mpirun the address and port are empty until the rendezvous (session.py). A non-empty
+    `rendezvous_id` means that `master_port` was derived, not reserved: rank 0 may have to take
+    another port, and the ranks recognise it by this id.
     """
 
     launcher: Launcher = "one process"
@@ -31,7 +31,7 @@ class Placement:
     local_size: int = 1
     master_addr: str = "127.0.0.1"
     master_port: int = 0
-    meeting: str = ""
+    rendezvous_id: str = ""
 
     @property
     def nodes(self) -> int:
@@ -99,7 +99,7 @@ def _as_set(env: Mapping[str, str]) -> Placement:
 
 def _of_tasks(env: Mapping[str, str], tasks: Tasks) -> Placement:
     """The ranks are the tasks themselves. MASTER_ADDR and MASTER_PORT of the user's are kept."""
-    address, port, meeting = env.get("MASTER_ADDR", ""), 0, ""
+    address, port, rendezvous_id = env.get("MASTER_ADDR", ""), 0, ""
     if tasks.launcher == "srun":
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
         address = address or first_host(nodes)
@@ -107,9 +107,9 @@ def _of_tasks(env: Mapping[str, str], tasks: Tasks) -> Placement:
             raise UserError("environment: a step of Slurm without SLURM_JOB_NODELIST; pass it on")
         job, step = whole_number(env, "SLURM_JOB_ID"), whole_number(env, "SLURM_STEP_ID")
         port = port_of(job, step)
-        meeting = f"Slurm step {job}.{step}, start {env.get('SLURM_RESTART_COUNT', '0')}"
+        rendezvous_id = f"Slurm step {job}.{step}, start {env.get('SLURM_RESTART_COUNT', '0')}"
     if "MASTER_PORT" in env:
-        port, meeting = whole_number(env, "MASTER_PORT"), ""
+        port, rendezvous_id = whole_number(env, "MASTER_PORT"), ""
     return Placement(
         launcher=tasks.launcher,
         rank=tasks.rank,
@@ -118,7 +118,7 @@ def _of_tasks(env: Mapping[str, str], tasks: Tasks) -> Placement:
         local_size=tasks.local_size,
         master_addr=address,
         master_port=port,
-        meeting=meeting,
+        rendezvous_id=rendezvous_id,
     )
 
 

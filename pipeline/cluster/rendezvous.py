@@ -26,7 +26,7 @@ def open_store(placement: Placement) -> tuple[Any, int]:
     Raises UserError where the port is taken or the first machine's name is not known here.
     """
     _require_resolvable(placement.master_addr)
-    if placement.meeting:
+    if placement.rendezvous_id:
         return _store_of_meeting(placement)
     return _store_at(placement), placement.master_port
 
@@ -100,7 +100,7 @@ def _store_of_meeting(placement: Placement) -> tuple[Any, int]:
             placement.master_addr, 0, placement.world_size, is_master=True,
             timeout=_MEETING_TIMEOUT, wait_for_workers=False,
         )  # fmt: skip
-        answer = f"{placement.meeting}\n{store.port}\n".encode()
+        answer = f"{placement.rendezvous_id}\n{store.port}\n".encode()
         threading.Thread(target=_answer_all, args=(door, answer), name="door", daemon=True).start()
         return store, int(store.port)
     port = _ask_for_port(placement)
@@ -147,7 +147,7 @@ def _ask_for_port(placement: Placement) -> int:
                 address = (placement.master_addr, port)
                 with socket.create_connection(address, timeout=_KNOCK_S) as call:
                     name, found, _ = call.makefile(encoding="utf-8").read(_ANSWER).split("\n")
-                    if name == placement.meeting:
+                    if name == placement.rendezvous_id:
                         return int(found)
         time.sleep(_KNOCK_S)
     raise RankZeroError(

@@ -9,8 +9,8 @@ from typing import Any
 from pipeline.data.chat.encoder import load_tokenizer
 from pipeline.data.prepare.prepare import check_rows, prepare
 from pipeline.errors import UserError
-from pipeline.preflight.findings import Finding, Seen, ok, warn
-from pipeline.preflight.subject import Subject
+from pipeline.preflight.check import Finding, ProbeResults, ok, warn
+from pipeline.preflight.context import RankContext
 
 _DOCUMENTS = 32
 # Parsing goes at tens of MB a second, and a preflight is to be over in a minute.
@@ -19,31 +19,31 @@ _ALL_ROWS_BYTES = 100 * 10**6
 _FIRST_ROWS_BYTES = 2 * 10**9
 
 
-def look_at_tokenizer(subject: Subject) -> dict[str, Any]:
+def probe_tokenizer(context: RankContext) -> dict[str, Any]:
     """The tokenizer, loaded. Raises UserError where that fails or the base lacks ids of it."""
-    settings, shape = subject.known_settings, subject.known_plan.shape
-    tokenizer = load_tokenizer(subject.model_folder, settings.trust_remote_code)
+    settings, shape = context.known_settings, context.known_plan.shape
+    tokenizer = load_tokenizer(context.model_folder, settings.trust_remote_code)
     if len(tokenizer) > shape.vocab_size:
         raise UserError(
-            f"model: {subject.model_folder}: the tokenizer has {len(tokenizer)} tokens, the model "
+            f"model: {context.model_folder}: the tokenizer has {len(tokenizer)} tokens, the model "
             f"{shape.vocab_size} embeddings; take the tokenizer that belongs to the model"
         )
     return {"tokens": len(tokenizer), "has_template": tokenizer.chat_template is not None}
 
 
-def judge_tokenizer(seen: Seen) -> Iterable[Finding]:
-    """It loads on every machine, or look_at_tokenizer has raised."""
+def assess_tokenizer(seen: ProbeResults) -> Iterable[Finding]:
+    """It loads on every machine, or probe_tokenizer has raised."""
     first = next(iter(seen.answers.values()))
     template = "with" if first["has_template"] else "without"
     yield ok(f"{first['tokens']:,} tokens, {template} a chat template")
 
 
-def look_at_rows(subject: Subject) -> dict[str, Any]:
+def probe_rows(context: RankContext) -> dict[str, Any]:
     """Parse every row, and make documents of the first: template, masks, lengths.
 
     Raises UserError for rows or a chat template that preparing would refuse.
     """
-    settings = subject.known_settings
+    settings = context.known_settings
     sizes = [_bytes_of(source.path) for source in settings.train_sources]
     known = None if None in sizes else sum(size for size in sizes if size)
     is_whole = known is not None and known <= _ALL_ROWS_BYTES
@@ -57,8 +57,8 @@ def look_at_rows(subject: Subject) -> dict[str, Any]:
     return {"is_whole": is_whole, "documents": documents, "supervised": tokens}
 
 
-def judge_rows(seen: Seen) -> Iterable[Finding]:
-    """What was looked at is good, or look_at_rows has raised; say how much that was."""
+def assess_rows(seen: ProbeResults) -> Iterable[Finding]:
+    """What was looked at is good, or probe_rows has raised; say how much that was."""
     (rows,) = seen.answers.values()
     first = f"the first {rows['documents']} make {rows['supervised']:,} supervised tokens"
     if rows["is_whole"]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from pipeline.cluster.devices import visible_handles
 from pipeline.errors import UserError
-from pipeline.preflight.findings import Finding, Seen, by_answer, fail, in_units, ok, warn
-from pipeline.preflight.subject import Subject
+from pipeline.preflight.check import Finding, ProbeResults, by_answer, fail, in_units, ok, warn
+from pipeline.preflight.context import RankContext
 
 # Numbers of the node's GPUs that Slurm gave to the step or the job (Slurm: srun, sbatch).
 _GRANTED = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
@@ -35,24 +35,24 @@ class Gpu:
     processes: tuple[int, ...]
 
 
-def look_at_gpus(subject: Subject) -> dict[str, Any]:
+def probe_gpus(context: RankContext) -> dict[str, Any]:
     """This rank's GPU, or without a launcher all of them; and whether the scheduler granted them.
 
     Raises UserError for a rank that has none.
     """
     import pynvml
 
-    if subject.hardware.kind == "cpu":
-        if subject.unseen_gpus is not None:
+    if context.hardware.kind == "cpu":
+        if context.missing_gpus is not None:
             raise UserError(
-                f"{subject.unseen_gpus}, and the driver shows none of them; look at nvidia-smi "
+                f"{context.missing_gpus}, and the driver shows none of them; look at nvidia-smi "
                 "there, or set DS_ACCELERATOR=cpu to train on the CPU"
             )
         return {"gpus": [], "stranger": None, "is_unasked": False}
     pynvml.nvmlInit()
     try:
         handles = visible_handles(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        own = own_devices(subject, len(handles))
+        own = own_devices(context, len(handles))
         indices = [_index(pynvml, handles[i]) for i in own]
         count = int(pynvml.nvmlDeviceGetCount())
         return {
@@ -64,10 +64,10 @@ def look_at_gpus(subject: Subject) -> dict[str, Any]:
         pynvml.nvmlShutdown()
 
 
-def own_devices(subject: Subject, num_visible: int) -> list[int]:
+def own_devices(context: RankContext, num_visible: int) -> list[int]:
     """Numbers, among the visible GPUs, of those that this process answers for."""
-    place = subject.placement
-    if place.world_size == 1 and not subject.is_training:
+    place = context.placement
+    if place.world_size == 1 and not context.is_training:
         return list(range(num_visible))
     # A scheduler may show every process its own GPU only, which is then number 0.
     index = 0 if num_visible == 1 and place.local_size > 1 else place.local_rank
@@ -113,7 +113,7 @@ def numbers_of(listed: str) -> set[int] | None:
     return numbers
 
 
-def judge_gpus(seen: Seen) -> Iterable[Finding]:
+def assess_gpus(seen: ProbeResults) -> Iterable[Finding]:
     """One GPU a rank, each another one, of one kind, and granted."""
     if not (gpus := _by_rank(seen)):
         yield ok("CPU ranks; no GPU is used")
@@ -126,7 +126,7 @@ def judge_gpus(seen: Seen) -> Iterable[Finding]:
     yield ok(f"{total} x {first['name']}, each with a UUID of its own")
 
 
-def _shared(seen: Seen, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Finding]:
+def _shared(seen: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Finding]:
     users: dict[str, list[int]] = {}
     for rank, own in gpus.items():
         for gpu in own:
@@ -140,7 +140,7 @@ def _shared(seen: Seen, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Fi
             )
 
 
-def _strangers(seen: Seen) -> Iterable[Finding]:
+def _strangers(seen: ProbeResults) -> Iterable[Finding]:
     for rank, answer in seen.answers.items():
         if (found := answer["stranger"]) is not None:
             yield fail(
@@ -151,7 +151,7 @@ def _strangers(seen: Seen) -> Iterable[Finding]:
             )
 
 
-def _unasked(seen: Seen) -> Iterable[Finding]:
+def _unasked(seen: ProbeResults) -> Iterable[Finding]:
     if ranks := [rank for rank, answer in seen.answers.items() if answer["is_unasked"]]:
         yield warn(
             f"{seen.where(ranks)}: the Slurm job asked for no GPU, so another's may be used",
@@ -160,14 +160,14 @@ def _unasked(seen: Seen) -> Iterable[Finding]:
         )
 
 
-def _mixed(seen: Seen, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Finding]:
+def _mixed(seen: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Finding]:
     names = by_answer({rank: gpu["name"] for rank, own in gpus.items() for gpu in own})
     if len(names) > 1:
         said = "; ".join(f"{name}: {seen.where(ranks)}" for name, ranks in names.items())
         yield warn(f"different GPUs: {said}", "the slowest sets the pace; ask for one kind")
 
 
-def judge_drivers(seen: Seen) -> Iterable[Finding]:
+def assess_drivers(seen: ProbeResults) -> Iterable[Finding]:
     """One driver and one compute capability."""
     gpus = _by_rank(seen)
     said = {
@@ -183,7 +183,7 @@ def judge_drivers(seen: Seen) -> Iterable[Finding]:
         yield from (ok(text) for text in groups)
 
 
-def judge_device_memory(seen: Seen) -> Iterable[Finding]:
+def assess_device_memory(seen: ProbeResults) -> Iterable[Finding]:
     """Free memory of every GPU holds what the plan needs."""
     gpus = _by_rank(seen)
     if not gpus or seen.plan is None:
@@ -202,7 +202,7 @@ def judge_device_memory(seen: Seen) -> Iterable[Finding]:
         yield ok(f"{in_units(least)} or more free, the plan needs {in_units(need)}")
 
 
-def _by_rank(seen: Seen) -> dict[int, list[dict[str, Any]]]:
+def _by_rank(seen: ProbeResults) -> dict[int, list[dict[str, Any]]]:
     return {rank: answer["gpus"] for rank, answer in seen.answers.items() if answer["gpus"]}
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.host_memory import host_memory
-from pipeline.preflight.findings import Finding, Seen, fail, in_units, ok, warn
-from pipeline.preflight.subject import Subject
+from pipeline.preflight.check import Finding, ProbeResults, fail, in_units, ok, warn
+from pipeline.preflight.context import RankContext
 
 _MIB = 2**20
 _SHARED_MEMORY = Path("/dev/shm")
@@ -16,14 +16,14 @@ _SHARED_MEMORY = Path("/dev/shm")
 _SHARED_BYTES = 2**30
 
 
-def look_at_host_memory(subject: Subject) -> dict[str, Any]:
+def probe_host_memory(context: RankContext) -> dict[str, Any]:
     """Bytes that a node of the run needs, that are free, and that there are at most."""
     found = host_memory()
     total, limited_by = found.total, found.limited_by
     if (granted := granted_by_slurm(os.environ)) is not None and granted < total:
         total, limited_by = granted, "what Slurm granted (--mem)"
     return {
-        "need": subject.known_plan.memory.host_peak_bytes,
+        "need": context.known_plan.memory.host_peak_bytes,
         "free": min(found.free, total),
         "total": total,
         "limited_by": limited_by,
@@ -46,7 +46,7 @@ def granted_by_slurm(env: Mapping[str, str]) -> int | None:
     return None
 
 
-def judge_host_memory(seen: Seen) -> Iterable[Finding]:
+def assess_host_memory(seen: ProbeResults) -> Iterable[Finding]:
     """What the plan reckons with is there; part of that is assumed, so less free is a warning."""
     least = min(seen.answers.values(), key=lambda answer: answer["free"])
     is_good = True
@@ -75,13 +75,13 @@ def judge_host_memory(seen: Seen) -> Iterable[Finding]:
         )
 
 
-def look_at_shared_memory(subject: Subject) -> int | None:
+def probe_shared_memory(context: RankContext) -> int | None:
     """Free bytes of /dev/shm, through which NCCL and data workers of one machine talk."""
-    del subject
+    del context
     return shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
 
 
-def judge_shared_memory(seen: Seen) -> Iterable[Finding]:
+def assess_shared_memory(seen: ProbeResults) -> Iterable[Finding]:
     """A container's default is too small for either."""
     known = {rank: free for rank, free in seen.answers.items() if free is not None}
     short = {rank: free for rank, free in known.items() if free < _SHARED_BYTES}

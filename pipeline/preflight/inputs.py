@@ -10,16 +10,16 @@ from typing import Any
 from pipeline.adapter.fit import read_header
 from pipeline.errors import UserError
 from pipeline.plan.cost.memory import disk_bytes
-from pipeline.preflight.findings import Finding, Seen, in_units, ok, warn
-from pipeline.preflight.subject import Subject
+from pipeline.preflight.check import Finding, ProbeResults, in_units, ok, warn
+from pipeline.preflight.context import RankContext
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _MIB = 2**20
 
 
-def look_at_model(subject: Subject) -> dict[str, Any]:
+def probe_model(context: RankContext) -> dict[str, Any]:
     """Weight files and their bytes. Raises UserError for a model folder that cannot be loaded."""
-    folder = Path(subject.known_settings.model)
+    folder = Path(context.known_settings.model)
     files = _check_weights(folder)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(
@@ -29,20 +29,20 @@ def look_at_model(subject: Subject) -> dict[str, Any]:
     return {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
 
 
-def judge_model(seen: Seen) -> Iterable[Finding]:
-    """Every machine has it whole, or look_at_model has raised."""
+def assess_model(seen: ProbeResults) -> Iterable[Finding]:
+    """Every machine has it whole, or probe_model has raised."""
     first = next(iter(seen.answers.values()))
     each = " on each machine" if len(seen.answers) > 1 else ""
     files = "1 weight file" if first["files"] == 1 else f"{first['files']} weight files"
     yield ok(f"{files}, {in_units(first['bytes'])}, and a tokenizer{each}")
 
 
-def look_at_disk(subject: Subject) -> dict[str, int]:
+def probe_disk(context: RankContext) -> dict[str, int]:
     """Bytes free where the run writes and bytes that it will need.
 
     Raises UserError for a folder that cannot be written in or that is too small for checkpoints.
     """
-    plan, folder = subject.known_plan, subject.folder
+    plan, folder = context.known_plan, context.folder
     check_output(folder)
     parent = nearest(folder)
     predicted = disk_bytes(plan.shape, plan.settings)
@@ -60,8 +60,8 @@ def look_at_disk(subject: Subject) -> dict[str, int]:
     return {"free": free, "need": max(0, need), "merged": predicted["merged"]}
 
 
-def judge_disk(seen: Seen) -> Iterable[Finding]:
-    """Room for checkpoints is there, or look_at_disk has raised; merging comes later."""
+def assess_disk(seen: ProbeResults) -> Iterable[Finding]:
+    """Room for checkpoints is there, or probe_disk has raised; merging comes later."""
     (disk,) = seen.answers.values()
     free, need, merged = (in_units(disk[name]) for name in ("free", "need", "merged"))
     if disk["free"] < disk["need"] + disk["merged"]:

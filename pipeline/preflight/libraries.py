@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.preflight.findings import Finding, Seen, compare, fail, flat, ok
+from pipeline.preflight.check import Finding, ProbeResults, compare, fail, flat, ok
+from pipeline.preflight.context import RankContext
 from pipeline.preflight.gpus import own_devices
 from pipeline.preflight.rates import devices_of
-from pipeline.preflight.subject import Subject
 
 # Mean absolute error in standard deviations of normal numbers in blocks of 64. Measured on a CPU,
 # 2026-11-25, bitsandbytes 0.50.2: 0.0728 and 0.0965, with double quantisation 0.0001 more.
@@ -15,11 +15,11 @@ _TILE_ERRORS = {"nf4": 0.0728, "fp4": 0.0965}
 _TOLERANCE = 0.2
 
 
-def look_at_torch(subject: Subject) -> dict[str, str]:
+def probe_torch(context: RankContext) -> dict[str, str]:
     """CUDA that torch was built with. Raises UserError where it shows no device or is too new."""
     import torch
 
-    if subject.hardware.kind == "cpu":
+    if context.hardware.kind == "cpu":
         return {"torch": torch.__version__, "cuda": "not used", "nccl": "not used"}
     built = torch.version.cuda
     if built is None:
@@ -33,7 +33,7 @@ def look_at_torch(subject: Subject) -> dict[str, str]:
             f"torch {torch.__version__} (CUDA {built}) shows no GPU where NVML does; "
             "look at CUDA_VISIBLE_DEVICES and at the driver (nvidia-smi)"
         )
-    own_devices(subject, torch.cuda.device_count())
+    own_devices(context, torch.cuda.device_count())
     nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     return {"torch": torch.__version__, "cuda": built, "nccl": nccl}
 
@@ -55,37 +55,37 @@ def _require_driver(built: str) -> None:
         )
 
 
-def judge_torch(seen: Seen) -> Iterable[Finding]:
+def assess_torch(seen: ProbeResults) -> Iterable[Finding]:
     """The same everywhere."""
     first = next(iter(seen.answers.values()))
     said = f"torch {first['torch']}, CUDA {first['cuda']}, NCCL {first['nccl']}"
     return compare(seen, said, "install the same wheels on every machine (constraints.txt)")
 
 
-def look_at_group(subject: Subject) -> dict[str, str]:
+def probe_group(context: RankContext) -> dict[str, str]:
     """Bring up the process group as training does. Collective."""
-    subject.session.start()
-    return flat({"backend": "nccl" if subject.hardware.kind == "cuda" else "gloo"})
+    context.session.start()
+    return flat({"backend": "nccl" if context.hardware.kind == "cuda" else "gloo"})
 
 
-def judge_group(seen: Seen) -> Iterable[Finding]:
+def assess_group(seen: ProbeResults) -> Iterable[Finding]:
     """All ranks are in it."""
     first = next(iter(seen.answers.values()))
     yield ok(f"{len(seen.answers)} ranks over {first['backend']}")
 
 
-def look_at_tile(subject: Subject) -> dict[str, Any]:
+def probe_tile(context: RankContext) -> dict[str, Any]:
     """Error of a tile in 4 bits on each device of this rank; none without `load_in_4bit`."""
-    settings = subject.known_settings
+    settings = context.known_settings
     if not settings.load_in_4bit:
         return {"errors": [], "kind": settings.bnb_4bit_quant_type}
     from pipeline.model.base import tile_error
 
-    errors = [tile_error(settings, device) for device in devices_of(subject)]
+    errors = [tile_error(settings, device) for device in devices_of(context)]
     return {"errors": errors, "kind": settings.bnb_4bit_quant_type}
 
 
-def judge_tile(seen: Seen) -> Iterable[Finding]:
+def assess_tile(seen: ProbeResults) -> Iterable[Finding]:
     """As large as four bits make it, which shows that the kernels ran and did their work."""
     first = next(iter(seen.answers.values()))
     kind, most = first["kind"], _TILE_ERRORS[first["kind"]] * (1 + _TOLERANCE)

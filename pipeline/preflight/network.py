@@ -10,17 +10,17 @@ import psutil
 
 from pipeline.cluster.rendezvous import interface_towards
 from pipeline.errors import UserError
-from pipeline.preflight.findings import Finding, Seen, fail, ok, warn
-from pipeline.preflight.subject import Subject
+from pipeline.preflight.check import Finding, ProbeResults, fail, ok, warn
+from pipeline.preflight.context import RankContext
 
 _ASKED = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 _INFINIBAND = Path("/sys/class/infiniband")
 _SLOW_MBIT = 10_000  # below it even an adapter's gradients are felt (docs/speed.md)
 
 
-def look_at_ranks(subject: Subject) -> dict[str, Any]:
+def probe_ranks(context: RankContext) -> dict[str, Any]:
     """Who this rank takes itself to be."""
-    place = subject.placement
+    place = context.placement
     return {
         "launcher": place.launcher,
         "machine": place.rank // place.local_size,
@@ -29,7 +29,7 @@ def look_at_ranks(subject: Subject) -> dict[str, Any]:
     }
 
 
-def judge_ranks(seen: Seen) -> Iterable[Finding]:
+def assess_ranks(seen: ProbeResults) -> Iterable[Finding]:
     """Ranks of one machine are on one machine, and those of two on two."""
     hosts: dict[int, set[str]] = {}
     for rank, answer in seen.answers.items():
@@ -55,15 +55,15 @@ def judge_ranks(seen: Seen) -> Iterable[Finding]:
     yield ok(f"{ranks} on {listed} ({first['launcher']})")
 
 
-def look_at_port(subject: Subject) -> str:
+def probe_port(context: RankContext) -> str:
     """Who listens on the port where the ranks meet. Raises UserError where it is taken.
 
     On rank 0 and before the ranks meet: then it is this process that listens.
     """
-    port = subject.placement.master_port
-    if subject.placement.world_size == 1:
+    port = context.placement.master_port
+    if context.placement.world_size == 1:
         return "one process: none is needed"
-    if port == 0 or subject.placement.meeting:
+    if port == 0 or context.placement.rendezvous_id:
         return "a free one is taken when the ranks meet"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return f"{port}, held by torchrun"
@@ -80,18 +80,18 @@ def look_at_port(subject: Subject) -> str:
     return f"{port} is free"
 
 
-def judge_port(seen: Seen) -> Iterable[Finding]:
-    """It is, or look_at_port has raised."""
+def assess_port(seen: ProbeResults) -> Iterable[Finding]:
+    """It is, or probe_port has raised."""
     (said,) = seen.answers.values()
     yield ok(said)
 
 
-def look_at_network(subject: Subject) -> dict[str, Any]:
+def probe_network(context: RankContext) -> dict[str, Any]:
     """The interface towards rank 0's machine, what the environment asks for, and InfiniBand.
 
     Raises UserError for a name that is not known here.
     """
-    first = subject.placement.master_addr
+    first = context.placement.master_addr
     try:
         socket.getaddrinfo(first or None, 9)
     except OSError as error:
@@ -107,7 +107,7 @@ def look_at_network(subject: Subject) -> dict[str, Any]:
         "mbit": stats[name].speed if name in stats else 0,
         "missing": missing_interfaces(os.environ, list(stats)),
         "infiniband": infiniband_ports(_INFINIBAND),
-        "is_cuda": subject.hardware.kind == "cuda",
+        "is_cuda": context.hardware.kind == "cuda",
     }
 
 
@@ -138,7 +138,7 @@ def infiniband_ports(folder: Path) -> dict[str, str]:
     }
 
 
-def judge_network(seen: Seen) -> Iterable[Finding]:
+def assess_network(seen: ProbeResults) -> Iterable[Finding]:
     """Interfaces that are named exist; across machines none is a loopback, and one is fast."""
     findings = [
         finding
@@ -162,7 +162,7 @@ def judge_network(seen: Seen) -> Iterable[Finding]:
     )
 
 
-def _of_machine(seen: Seen, rank: int, answer: Mapping[str, Any]) -> Iterable[Finding]:
+def _of_machine(seen: ProbeResults, rank: int, answer: Mapping[str, Any]) -> Iterable[Finding]:
     host = seen.hosts[rank]
     for key, asked in answer["missing"].items():
         yield fail(

@@ -9,9 +9,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pipeline.plan.cost.speed import reachable_rates
-from pipeline.preflight.findings import Finding, Seen, ok, warn
+from pipeline.preflight.check import Finding, ProbeResults, ok, warn
+from pipeline.preflight.context import RankContext
 from pipeline.preflight.gpus import own_devices
-from pipeline.preflight.subject import Subject
 
 if TYPE_CHECKING:
     import torch
@@ -28,14 +28,14 @@ _MOVED_BYTES = {"cuda": 2**26, "cpu": 2**22}
 _WARM_UP, _ROUNDS = 2, 5
 
 
-def look_at_product(subject: Subject) -> dict[str, Any]:
+def probe_product(context: RankContext) -> dict[str, Any]:
     """FLOP/s of a matrix product in the training dtype on each device of this rank, all at once."""
     import torch
 
-    plan, kind = subject.known_plan, subject.hardware.kind
+    plan, kind = context.known_plan, context.hardware.kind
     dtype = getattr(torch, plan.training_dtype)
     rates = []
-    for device in devices_of(subject):
+    for device in devices_of(context):
         width = _WIDTH[kind]
         left = torch.randn(width, width, device=device).to(dtype)
         right, product = left.t().contiguous(), torch.empty_like(left)
@@ -52,7 +52,7 @@ def look_at_product(subject: Subject) -> dict[str, Any]:
     return {"kind": kind, "rates": rates, "reckoned": reckoned}
 
 
-def judge_product(seen: Seen) -> Iterable[Finding]:
+def assess_product(seen: ProbeResults) -> Iterable[Finding]:
     """As fast as planned and as the others."""
     first = next(iter(seen.answers.values()))
     kind, reckoned = first["kind"], first["reckoned"]
@@ -74,16 +74,16 @@ def judge_product(seen: Seen) -> Iterable[Finding]:
         yield ok(said)
 
 
-def look_at_sum(subject: Subject) -> dict[str, Any]:
+def probe_sum(context: RankContext) -> dict[str, Any]:
     """Bytes/s of a sum over all ranks, as a ring moves them. Collective."""
     import torch
 
-    plan, kind, device = subject.known_plan, subject.hardware.kind, subject.session.device
+    plan, kind, device = context.known_plan, context.hardware.kind, context.session.device
     values = torch.zeros(_MOVED_BYTES[kind] // 4, device=device)
-    seconds = _seconds(lambda: subject.session.add_over_ranks(values), device)
+    seconds = _seconds(lambda: context.session.add_over_ranks(values), device)
     return {
         "kind": kind,
-        "rate": ring_rate(subject.placement.world_size, _MOVED_BYTES[kind], seconds),
+        "rate": ring_rate(context.placement.world_size, _MOVED_BYTES[kind], seconds),
         "reckoned": reachable_rates(plan.layout, plan.hardware).ring,
     }
 
@@ -93,7 +93,7 @@ def ring_rate(ranks: int, num_bytes: int, seconds: float) -> float:
     return 2 * (ranks - 1) / ranks * num_bytes / seconds
 
 
-def judge_sum(seen: Seen) -> Iterable[Finding]:
+def assess_sum(seen: ProbeResults) -> Iterable[Finding]:
     """As fast as planned; who is slow is the next check's to say."""
     first = next(iter(seen.answers.values()))
     rate = min(answer["rate"] for answer in seen.answers.values())
@@ -110,19 +110,19 @@ def judge_sum(seen: Seen) -> Iterable[Finding]:
         yield ok(said)
 
 
-def look_at_pairs(subject: Subject) -> dict[str, Any]:
+def probe_pairs(context: RankContext) -> dict[str, Any]:
     """Bytes/s each way between this rank and its neighbours. Collective."""
     import torch
 
-    place, kind, device = subject.placement, subject.hardware.kind, subject.session.device
+    place, kind, device = context.placement, context.hardware.kind, context.session.device
     sent = torch.zeros(_MOVED_BYTES[kind] // 4, device=device)
     received, found = torch.empty_like(sent), {}
-    plan = subject.known_plan
+    plan = context.known_plan
     planned = reachable_rates(plan.layout, plan.hardware).ring
     for other in neighbours(place.rank, place.world_size, place.local_size):
 
         def swap(other: int = other) -> None:
-            subject.session.swap_with(other, sent, received)
+            context.session.swap_with(other, sent, received)
 
         rate = _MOVED_BYTES[kind] / _seconds(swap, device)
         is_near = other // place.local_size == place.rank // place.local_size
@@ -148,7 +148,7 @@ def _beside(number: int, count: int) -> list[int]:
     return [other for other in pairs if 0 <= other < count]
 
 
-def judge_pairs(seen: Seen) -> Iterable[Finding]:
+def assess_pairs(seen: ProbeResults) -> Iterable[Finding]:
     """No pair is far slower than others of its kind, nor one between machines than planned.
 
     A rank in two slow pairs is named first.
@@ -184,13 +184,13 @@ def judge_pairs(seen: Seen) -> Iterable[Finding]:
     )
 
 
-def devices_of(subject: Subject) -> "list[torch.device]":
+def devices_of(context: RankContext) -> "list[torch.device]":
     """This rank's device; without a launcher every device of the machine."""
     import torch
 
-    if subject.hardware.kind == "cpu":
+    if context.hardware.kind == "cpu":
         return [torch.device("cpu")]
-    return [torch.device("cuda", i) for i in own_devices(subject, torch.cuda.device_count())]
+    return [torch.device("cuda", i) for i in own_devices(context, torch.cuda.device_count())]
 
 
 def _seconds(work: Callable[[], None], device: "torch.device") -> float:

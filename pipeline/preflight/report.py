@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.plan.plan import Plan
-from pipeline.preflight.findings import LEVELS, Finding, Level, Seen, by_answer, fail
+from pipeline.preflight.check import LEVELS, Finding, Level, ProbeResults, by_answer, fail
 from pipeline.preflight.table import Check
 
 # Without these there is no run to look at.
@@ -33,7 +33,7 @@ class Report:
             given = {r: found[check.name] for r, found in enumerate(answers) if check.name in found}
             if not given:  # none of the ranks that look has a plan
                 self.left_out[check.name] = f"{', '.join(self.failed(PLANNED))} first"
-            elif found := list(_judged(check, Seen(answers=given, hosts=hosts, plan=plan))):
+            elif found := list(_judged(check, ProbeResults(answers=given, hosts=hosts, plan=plan))):
                 self.findings[check.name] = found
             else:
                 self.left_out[check.name] = "nothing to look at in this run"
@@ -91,7 +91,7 @@ def warnings(report: Report) -> list[str]:
     ]
 
 
-def _judged(check: Check, seen: Seen) -> Iterable[Finding]:
+def _judged(check: Check, seen: ProbeResults) -> Iterable[Finding]:
     """What the check says, or its looks' errors: once for ranks with the same one."""
     errors = {
         rank: answer[ERROR]

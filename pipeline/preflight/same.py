@@ -11,8 +11,8 @@ from pipeline import __version__
 from pipeline.data.dataset.reader import INDEX, DataIndex
 from pipeline.errors import UserError
 from pipeline.model.fingerprint import base_fingerprint
-from pipeline.preflight.findings import Finding, Seen, compare, flat, in_units
-from pipeline.preflight.subject import Subject
+from pipeline.preflight.check import Finding, ProbeResults, compare, flat, in_units
+from pipeline.preflight.context import RankContext
 
 _SAME_INSTALL = "install the same versions on every machine (constraints.txt)"
 _SAME_RUN_FILE = "start every rank with the same run file and the same key=value overrides"
@@ -23,9 +23,9 @@ _SAME_MODEL = "copy the model folder anew to the machines named"
 _SHARED = "put output_dir on a file system that every machine has"
 
 
-def look_at_versions(subject: Subject) -> dict[str, str]:
+def probe_versions(context: RankContext) -> dict[str, str]:
     """Python and the project's packages. Raises UserError for one that is too old or missing."""
-    del subject
+    del context
     found = {"rankzero": __version__, "python": platform.python_version()}
     wrong = []
     try:
@@ -48,7 +48,7 @@ def look_at_versions(subject: Subject) -> dict[str, str]:
     return found
 
 
-def judge_versions(seen: Seen) -> Iterable[Finding]:
+def assess_versions(seen: ProbeResults) -> Iterable[Finding]:
     """All alike."""
     first = next(iter(seen.answers.values()))
     shown = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes")
@@ -56,23 +56,23 @@ def judge_versions(seen: Seen) -> Iterable[Finding]:
     return compare(seen, f"Python {first['python']}, {said}", _SAME_INSTALL)
 
 
-def look_at_settings(subject: Subject) -> dict[str, str]:
+def probe_settings(context: RankContext) -> dict[str, str]:
     """All settings, as resolved."""
-    return flat(subject.known_settings.model_dump(mode="json"))
+    return flat(context.known_settings.model_dump(mode="json"))
 
 
-def judge_settings(seen: Seen) -> Iterable[Finding]:
+def assess_settings(seen: ProbeResults) -> Iterable[Finding]:
     """All alike."""
     return compare(seen, "valid, and the same on all ranks", _SAME_RUN_FILE)
 
 
-def look_at_plan(subject: Subject) -> dict[str, str]:
+def probe_plan(context: RankContext) -> dict[str, str]:
     """What was chosen and what DeepSpeed gets."""
-    plan = subject.known_plan
+    plan = context.known_plan
     return flat({"layout": vars(plan.layout), "deepspeed": dict(plan.deepspeed)})
 
 
-def judge_plan(seen: Seen) -> Iterable[Finding]:
+def assess_plan(seen: ProbeResults) -> Iterable[Finding]:
     """All alike."""
     assert seen.plan is not None, "rank 0 has a plan, or the check was left out"
     plan, layout = seen.plan, seen.plan.layout
@@ -86,26 +86,26 @@ def judge_plan(seen: Seen) -> Iterable[Finding]:
     return compare(seen, said, _SAME_MACHINES)
 
 
-def look_at_base(subject: Subject) -> dict[str, str]:
+def probe_base(context: RankContext) -> dict[str, str]:
     """Fingerprint of the base, from samples of its files."""
-    return {"base": base_fingerprint(subject.model_folder)}
+    return {"base": base_fingerprint(context.model_folder)}
 
 
-def judge_base(seen: Seen) -> Iterable[Finding]:
+def assess_base(seen: ProbeResults) -> Iterable[Finding]:
     """All machines have the same base."""
     first = next(iter(seen.answers.values()))["base"]
     return compare(seen, f"{first[:16]}, the same on all machines", _SAME_MODEL)
 
 
-def look_at_data_key(subject: Subject) -> dict[str, str]:
+def probe_data_key(context: RankContext) -> dict[str, str]:
     """Keys of the prepared data as this rank sees it; none where nothing has been prepared."""
-    data = subject.folder / "data"
+    data = context.folder / "data"
     if not (data / INDEX).is_file():
         return {}
     return {name: split.key for name, split in DataIndex.load(data).splits.items()}
 
 
-def judge_data_key(seen: Seen) -> Iterable[Finding]:
+def assess_data_key(seen: ProbeResults) -> Iterable[Finding]:
     """All ranks see the same prepared data, or none."""
     keys: dict[str, Any] = seen.answers[0]
     said = ", ".join(f"{split} {key}" for split, key in keys.items())

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.preflight.findings import Finding, Seen, fail, ok, warn
+from pipeline.preflight.check import Finding, ProbeResults, fail, ok, warn
+from pipeline.preflight.context import RankContext
 from pipeline.preflight.inputs import check_output, nearest
-from pipeline.preflight.subject import Subject
 
 # A new start takes a run's owner on another machine for dead after 60 s of silence by its clock
 # (train/owner.py).
@@ -24,15 +24,15 @@ _WRONG_CLOCK_S, _ODD_CLOCK_S = 30.0, 2.0
 _APPEARS_WITHIN_S = 10.0
 
 
-def look_at_clock(subject: Subject) -> float:
+def probe_clock(context: RankContext) -> float:
     """Seconds by which this clock is ahead of rank 0's, too large by the way of one message."""
-    session = subject.session
+    session = context.session
     session.gather_objects(None)  # all wait for the time by now
     of_first = float(session.rank_zero_first(time.time))
     return 0.0 if session.is_rank_zero else time.time() - of_first
 
 
-def judge_clock(seen: Seen) -> Iterable[Finding]:
+def assess_clock(seen: ProbeResults) -> Iterable[Finding]:
     """Clocks that agree."""
     furthest = max(seen.answers, key=lambda rank: abs(seen.answers[rank]))
     skew = abs(seen.answers[furthest])
@@ -48,16 +48,16 @@ def judge_clock(seen: Seen) -> Iterable[Finding]:
         yield fail(f"{text}; whether a run's owner lives is told by the clock", remedy, ranks)
 
 
-def look_at_folder(subject: Subject) -> dict[str, Any]:
+def probe_folder(context: RankContext) -> dict[str, Any]:
     """Whether this rank reads what rank 0 writes where the run folder is or will be.
 
     Raises UserError on all ranks where rank 0 cannot write.
     """
-    session, token = subject.session, uuid.uuid4().hex
-    given = session.rank_zero_first(lambda: _write(subject.folder, token))
+    session, token = context.session, uuid.uuid4().hex
+    given = session.rank_zero_first(lambda: _write(context.folder, token))
     path = Path(given["path"])
     found = _read(path, given["token"])
-    subject.beat("after reading")
+    context.beat("after reading")
     session.gather_objects(None)  # all have looked
 
     def remove() -> None:
@@ -68,7 +68,7 @@ def look_at_folder(subject: Subject) -> dict[str, Any]:
     return {"found": found, "folder": str(path.parent)}
 
 
-def judge_folder(seen: Seen) -> Iterable[Finding]:
+def assess_folder(seen: ProbeResults) -> Iterable[Finding]:
     """Every rank has read it."""
     blind = [rank for rank, answer in seen.answers.items() if not answer["found"]]
     folder = seen.answers[0]["folder"]

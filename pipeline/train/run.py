@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.devices import detect_hardware, set_environment, unseen_gpus
+from pipeline.cluster.devices import detect_hardware, missing_gpus, set_environment
 from pipeline.cluster.exits import forgive_output, is_lost_connection
 from pipeline.cluster.heartbeat import Pulse
 from pipeline.cluster.launcher import watch_launchers
@@ -25,8 +25,8 @@ from pipeline.model.fingerprint import base_fingerprint
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.plan.render import plan_text
-from pipeline.preflight.examine import look_before_torch, require_fit
-from pipeline.preflight.subject import Subject
+from pipeline.preflight.context import RankContext
+from pipeline.preflight.stages import probe_before_torch, require_fit
 from pipeline.train.start import as_requeued, look, open_run, write_plan
 from pipeline.train.status import RunStatus, end_for_dead_owner, is_done, read_status
 
@@ -53,7 +53,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     stops = StopRequests(folder, settings.time_limit_s, is_first=placement.rank == 0)
     watch_launchers(os.environ, stops.ask)
     hardware = detect_hardware()
-    unseen = unseen_gpus(placement, hardware)
+    unseen = missing_gpus(placement, hardware)
     set_environment(placement, hardware)
     plan = make_plan(
         settings,
@@ -63,11 +63,11 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         ranks_per_node=placement.local_size,
     )
     with Session(placement, hardware) as session:
-        subject = Subject(
+        context = RankContext(
             placement=placement, hardware=hardware, session=session, settings=settings, plan=plan,
-            unseen_gpus=unseen, is_training=True,
+            missing_gpus=unseen, is_training=True,
         )  # fmt: skip
-        looked = look_before_torch(subject)
+        looked = probe_before_torch(context)
         pulse, last_word = Pulse(), _LastWord(folder, stops)
         with Watchdog(
             placement,
@@ -78,7 +78,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
             on_end=last_word,
         ):
             stops.listen(last_word.after_a_second_interrupt)
-            _run_together(plan, subject, looked, stops, pulse, last_word, is_debug=is_debug)
+            _run_together(plan, context, looked, stops, pulse, last_word, is_debug=is_debug)
 
 
 @dataclass
@@ -110,7 +110,7 @@ class _LastWord:
 
 def _run_together(
     plan: Plan,
-    subject: Subject,
+    context: RankContext,
     looked: dict[str, Any],
     stops: StopRequests,
     pulse: Pulse,
@@ -119,13 +119,13 @@ def _run_together(
     is_debug: bool,
 ) -> None:
     """The road from where all ranks have met."""
-    settings, folder, session = plan.settings, Path(plan.settings.output_dir), subject.session
+    settings, folder, session = plan.settings, Path(plan.settings.output_dir), context.session
 
     def say(text: str) -> None:
         if session.is_rank_zero:
             logger.info(text)
 
-    for line in require_fit(subject, looked):
+    for line in require_fit(context, looked):
         say(line)
 
     status = RunStatus(folder / "status.json") if session.is_rank_zero else None

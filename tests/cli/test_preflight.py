@@ -21,12 +21,12 @@ HANGING = """
 import sys, time
 from pathlib import Path
 from pipeline.cluster.exits import run_main
-from pipeline.preflight import examine, rates, together
+from pipeline.preflight import rates, stages, together
 if sys.argv[3] == "read":
     together._read = lambda path, token: time.sleep(600)
 if sys.argv[3] == "multiply":
     rates._seconds = lambda work, device: time.sleep(600)
-run_main(lambda: examine.preflight(Path(sys.argv[1]), [], limit_s=float(sys.argv[2])))
+run_main(lambda: stages.preflight(Path(sys.argv[1]), [], limit_s=float(sys.argv[2])))
 """
 
 

@@ -64,41 +64,43 @@ def test_what_a_launcher_of_ranks_set_is_taken(env, launcher):
     assert (placement.rank, placement.local_rank, placement.nodes) == (5, 1, 2)
     assert placement.launcher == launcher
     assert placement.variables() == DEEPSPEED
-    assert placement.meeting == ""
+    assert placement.rendezvous_id == ""
 
 
 def test_srun_one_task_a_gpu():
     placement = from_environment(SRUN)
     assert placement.launcher == "srun"
     assert placement.variables() == DEEPSPEED | {"MASTER_ADDR": "gpu07", "MASTER_PORT": "16234"}
-    assert placement.meeting == "Slurm step 1234.0, start 0"
+    assert placement.rendezvous_id == "Slurm step 1234.0, start 0"
 
 
-def test_every_task_of_a_step_looks_for_the_same_meeting():
+def test_every_task_of_a_step_looks_for_the_same_rendezvous():
     def task(number):
         own = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number % 4)}
         return from_environment(SRUN | own)
 
     everyone = [task(number) for number in range(8)]
     assert [place.rank for place in everyone] == list(range(8))
-    assert len({(p.master_addr, p.master_port, p.meeting, p.world_size) for p in everyone}) == 1
+    assert (
+        len({(p.master_addr, p.master_port, p.rendezvous_id, p.world_size) for p in everyone}) == 1
+    )
 
 
-def test_another_job_step_or_start_is_another_meeting():
-    def meeting(**change):
+def test_another_job_step_or_start_is_another_rendezvous():
+    def rendezvous(**change):
         placement = from_environment(SRUN | change)
-        return placement.meeting, placement.master_port
+        return placement.rendezvous_id, placement.master_port
 
-    here = meeting()
-    assert meeting(SLURM_JOB_ID="1235")[1] != here[1]
-    assert meeting(SLURM_STEP_ID="1")[1] not in (here[1], meeting(SLURM_JOB_ID="1235")[1])
-    assert meeting(SLURM_RESTART_COUNT="1") == ("Slurm step 1234.0, start 1", here[1])
+    here = rendezvous()
+    assert rendezvous(SLURM_JOB_ID="1235")[1] != here[1]
+    assert rendezvous(SLURM_STEP_ID="1")[1] not in (here[1], rendezvous(SLURM_JOB_ID="1235")[1])
+    assert rendezvous(SLURM_RESTART_COUNT="1") == ("Slurm step 1234.0, start 1", here[1])
 
 
 def test_address_and_port_of_the_users_are_kept_under_srun():
     placement = from_environment(SRUN | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4000"})
     assert (placement.master_addr, placement.master_port) == ("10.0.0.7", 4000)
-    assert placement.meeting == ""  # nobody may move it
+    assert placement.rendezvous_id == ""  # nobody may move it
 
 
 @pytest.mark.parametrize("inner", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])

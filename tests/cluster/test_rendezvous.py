@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 pytestmark = pytest.mark.group
 
 RANK_0 = Placement(
-    launcher="srun", world_size=3, local_size=3, master_port=15_000, meeting="Slurm step 7.0"
+    launcher="srun", world_size=3, local_size=3, master_port=15_000, rendezvous_id="Slurm step 7.0"
 )
 
 
@@ -62,7 +62,7 @@ def test_ranks_meet_and_late_ones_too():
 
 def test_two_runs_of_the_same_ports_part():
     first = a_free_place(2)
-    second = replace(first, meeting="Slurm step 8.0")
+    second = replace(first, rendezvous_id="Slurm step 8.0")
     assert len(meet(first) | meet(second)) == 2
 
 
@@ -71,7 +71,7 @@ def test_ports_that_others_hold_are_passed_over():
     first = a_free_place(5)
     ports = ports_after(first.master_port, 5)
     store = dist.TCPStore("127.0.0.1", ports[0], is_master=True, wait_for_workers=False)
-    store.set("meeting", first.meeting)
+    store.set("rendezvous_id", first.rendezvous_id)
     with ThreadPoolExecutor(2) as threads, ExitStack() as others:
         others.enter_context(socket.create_server(("", ports[1])))
         for port, words in ((ports[2], b""), (ports[3], b"x" * 10_000)):
@@ -93,7 +93,7 @@ def talk(server: socket.socket, words: bytes) -> None:
 def test_a_taken_port_that_the_launcher_gave_is_said(monkeypatch):
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        place = replace(RANK_0, launcher="deepspeed", master_port=port, meeting="")
+        place = replace(RANK_0, launcher="deepspeed", master_port=port, rendezvous_id="")
         for name, value in place.variables().items():
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=rf"MASTER_PORT={port} on this machine is taken"):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.cluster.devices import unseen_gpus
+from pipeline.cluster.devices import missing_gpus
 from pipeline.cluster.host_memory import host_memory
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
@@ -19,19 +19,19 @@ from pipeline.errors import UserError
 from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
-from pipeline.preflight.findings import Seen, by_answer, compare, flat, spans
-from pipeline.preflight.gpus import look_at_gpus, none_asked, not_granted, numbers_of
+from pipeline.preflight.check import ProbeResults, by_answer, compare, flat, spans
+from pipeline.preflight.context import RankContext
+from pipeline.preflight.gpus import none_asked, not_granted, numbers_of, probe_gpus
 from pipeline.preflight.host import granted_by_slurm
-from pipeline.preflight.inputs import look_at_disk, look_at_model
+from pipeline.preflight.inputs import probe_disk, probe_model
 from pipeline.preflight.network import (
     infiniband_ports,
-    look_at_network,
-    look_at_port,
     missing_interfaces,
+    probe_network,
+    probe_port,
 )
 from pipeline.preflight.rates import neighbours, ring_rate
 from pipeline.preflight.report import Report
-from pipeline.preflight.subject import Subject
 from pipeline.preflight.table import STAGES
 from tests import ROOT
 from tests.planning import CPU, H100S, LLAMA_8B
@@ -53,16 +53,16 @@ def plan(tmp_path_factory):
     return make_plan(settings, read_shape(str(folder)), machine, nodes=1, ranks_per_node=2)
 
 
-def subject(plan, *, placement=Placement(), hardware=CPU, **changes) -> Subject:  # noqa: B008
+def context(plan, *, placement=Placement(), hardware=CPU, **changes) -> RankContext:  # noqa: B008
     values = {
         "placement": placement, "hardware": hardware, "session": Session(placement, hardware),
         "settings": plan.settings, "plan": plan,
     }  # fmt: skip
-    return Subject(**(values | changes))
+    return RankContext(**(values | changes))
 
 
-def seen(answers, plan=None) -> Seen:
-    return Seen(answers=answers, hosts=HOSTS[: max(2, max(answers) + 1)], plan=plan)
+def seen(answers, plan=None) -> ProbeResults:
+    return ProbeResults(answers=answers, hosts=HOSTS[: max(2, max(answers) + 1)], plan=plan)
 
 
 @pytest.mark.parametrize(("name", "answers", "parts"), GOOD)
@@ -98,7 +98,7 @@ def test_64_ranks_of_8_machines_are_told_in_one_line():
     hosts = [f"node{rank // 8}" for rank in range(64)]
     odd = {*range(16, 24), 40}
     answers = {rank: flat({"a": {"b": rank in odd}, "c": 1}) for rank in range(64)}
-    (found,) = compare(Seen(answers=answers, hosts=hosts), "same", "mend")
+    (found,) = compare(ProbeResults(answers=answers, hosts=hosts), "same", "mend")
     assert set(found.ranks) == odd
     assert "a.b" in found.text
     assert "ranks 16-23, 40 (node2, node5)" in found.text
@@ -233,48 +233,48 @@ def uuids(answer) -> list[str]:
 
 
 def test_a_rank_answers_for_its_gpu_and_one_process_for_all(plan, nvml, monkeypatch):
-    assert uuids(look_at_gpus(subject(plan, hardware=H100S))) == [f"GPU-{i}" for i in range(4)]
+    assert uuids(probe_gpus(context(plan, hardware=H100S))) == [f"GPU-{i}" for i in range(4)]
     # Training by one process uses one GPU; what is done with the others is others' business.
-    assert uuids(look_at_gpus(subject(plan, hardware=H100S, is_training=True))) == ["GPU-0"]
-    rank_1 = subject(plan, hardware=H100S, placement=local(1, 2))
-    answer = look_at_gpus(rank_1)
+    assert uuids(probe_gpus(context(plan, hardware=H100S, is_training=True))) == ["GPU-0"]
+    rank_1 = context(plan, hardware=H100S, placement=local(1, 2))
+    answer = probe_gpus(rank_1)
     assert uuids(answer) == ["GPU-1"]
     assert answer["gpus"][0]["processes"] == (71,)
     json.dumps(answer)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # each process sees its own only
-    assert uuids(look_at_gpus(rank_1)) == ["GPU-3"]
+    assert uuids(probe_gpus(rank_1)) == ["GPU-3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     with pytest.raises(UserError, match="shows 2 GPUs and 3 ranks"):
-        look_at_gpus(subject(plan, hardware=H100S, placement=local(2, 3)))
+        probe_gpus(context(plan, hardware=H100S, placement=local(2, 3)))
 
 
 def test_gpus_that_slurm_did_not_grant_are_told(plan, nvml, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_GPUS", "2,3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # as DeepSpeed's --num_gpus leaves it
-    stranger = look_at_gpus(subject(plan, hardware=H100S, placement=local(1, 2)))["stranger"]
+    stranger = probe_gpus(context(plan, hardware=H100S, placement=local(1, 2)))["stranger"]
     assert stranger == {"used": "[1]", "granted": "SLURM_JOB_GPUS=2,3"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    assert look_at_gpus(subject(plan, hardware=H100S, placement=local(1, 2)))["stranger"] is None
+    assert probe_gpus(context(plan, hardware=H100S, placement=local(1, 2)))["stranger"] is None
 
 
 @pytest.mark.parametrize("name", ["SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES"])
 def test_granted_gpus_that_the_driver_does_not_show_are_refused(plan, nvml, monkeypatch, name):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv(name, "0-3" if name.startswith("SLURM") else "0,1")
-    unseen = unseen_gpus(Placement(), CPU)
+    unseen = missing_gpus(Placement(), CPU)
     with pytest.raises(UserError, match=f"{name}=0.*shows none.*DS_ACCELERATOR=cpu"):
-        look_at_gpus(subject(plan, unseen_gpus=unseen))
-    assert unseen_gpus(Placement(), H100S) is None
+        probe_gpus(context(plan, missing_gpus=unseen))
+    assert missing_gpus(Placement(), H100S) is None
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert unseen_gpus(Placement(), CPU) is None
+    assert missing_gpus(Placement(), CPU) is None
 
 
 def test_deepspeeds_numbers_of_cpu_ranks_are_no_grant(nvml, monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert unseen_gpus(replace(local(0, 2), launcher="deepspeed"), CPU) is None
+    assert missing_gpus(replace(local(0, 2), launcher="deepspeed"), CPU) is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert unseen_gpus(Placement(), CPU) is None
+    assert missing_gpus(Placement(), CPU) is None
 
 
 def test_a_slurm_job_that_speaks_of_no_gpu():
@@ -309,11 +309,11 @@ def test_a_port_in_use_is_refused_and_a_free_one_is_not(plan):
         port = taken.getsockname()[1]
         place = replace(local(0, 2), master_port=port)
         with pytest.raises(UserError, match=f"port {port} .*--master_port"):
-            look_at_port(subject(plan, placement=place))
-    assert look_at_port(subject(plan, placement=place)) == f"{port} is free"
-    assert "one process" in look_at_port(subject(plan))
-    for later in ({"master_port": 0}, {"meeting": "Slurm step 1.0"}):
-        said = look_at_port(subject(plan, placement=replace(local(0, 2), **later)))
+            probe_port(context(plan, placement=place))
+    assert probe_port(context(plan, placement=place)) == f"{port} is free"
+    assert "one process" in probe_port(context(plan))
+    for later in ({"master_port": 0}, {"rendezvous_id": "Slurm step 1.0"}):
+        said = probe_port(context(plan, placement=replace(local(0, 2), **later)))
         assert "when the ranks meet" in said
 
 
@@ -328,11 +328,11 @@ def test_an_interface_that_is_named_must_be_there():
 
 
 def test_the_way_to_rank_zero(plan):
-    answer = look_at_network(subject(plan, placement=local(0, 2)))
+    answer = probe_network(context(plan, placement=local(0, 2)))
     assert (answer["interface"], answer["master"]) == (None, "127.0.0.1")
     nowhere = replace(local(0, 2), master_addr="no-such-host.invalid")
     with pytest.raises(UserError, match=r"MASTER_ADDR=no-such-host\.invalid"):
-        look_at_network(subject(plan, placement=nowhere))
+        probe_network(context(plan, placement=nowhere))
 
 
 def test_states_of_infiniband_ports(tmp_path):
@@ -346,27 +346,27 @@ def test_states_of_infiniband_ports(tmp_path):
 
 def test_a_model_without_weights_and_a_disk_that_is_full(plan, monkeypatch):
     with pytest.raises(UserError, match=r"no weights .*; download"):
-        look_at_model(subject(plan))
+        probe_model(context(plan))
     full = SimpleNamespace(free=10)
     monkeypatch.setattr("pipeline.preflight.inputs.shutil.disk_usage", lambda path: full)
     with pytest.raises(UserError, match="0 MiB free and the run will need"):
-        look_at_disk(subject(plan))
+        probe_disk(context(plan))
 
 
 def test_a_users_own_copies_are_no_room_for_checkpoints(plan, tmp_path):
-    there = subject(plan, settings=plan.settings.model_copy(update={"output_dir": str(tmp_path)}))
-    need = look_at_disk(there)["need"]
+    there = context(plan, settings=plan.settings.model_copy(update={"output_dir": str(tmp_path)}))
+    need = probe_disk(there)["need"]
     for name in ("step-00000006", "best-00000006", "step-00000006-keep"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "adapter.safetensors").write_bytes(bytes(1000))
-    assert look_at_disk(there)["need"] == need - 2000
+    assert probe_disk(there)["need"] == need - 2000
 
 
 def test_what_is_wrong_with_the_run_file_is_an_answer(tmp_path):
     path = tmp_path / "RUN.yaml"
     path.write_text("lora_rnk: 3\n")
     session = Session(Placement(), CPU)
-    found = Subject.read(
+    found = RankContext.read(
         path, [], placement=Placement(), hardware=CPU, session=session, beat=lambda where: None
     )
     assert (found.settings, found.plan) == (None, None)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pipeline.preflight import together
-from pipeline.preflight.rates import look_at_pairs, look_at_sum
-from pipeline.preflight.subject import Subject
+from pipeline.preflight.context import RankContext
+from pipeline.preflight.rates import probe_pairs, probe_sum
 from tests.planning import CPU
 from tests.ranks import run_ranks
 from tests.tiny import make_plan
@@ -27,9 +27,9 @@ def test_rank_zero_gets_every_ranks_answer_in_order(tmp_path):
     assert results == [(everyones, [0, 2, 4]), (None, None), (None, None)]
 
 
-def _subject(session, model, folder) -> Subject:
+def _subject(session, model, folder) -> RankContext:
     plan = make_plan(model, 3, output_dir=str(folder), global_batch_size=6)
-    return Subject(
+    return RankContext(
         placement=session.placement,
         hardware=CPU,
         session=session,
@@ -39,10 +39,10 @@ def _subject(session, model, folder) -> Subject:
 
 
 def meet(session, model, folder, blind):
-    subject = _subject(session, model, folder)
+    context = _subject(session, model, folder)
     if session.placement.rank == blind:
         together._read = lambda path, token: False
-    return together.look_at_clock(subject), together.look_at_folder(subject)
+    return together.probe_clock(context), together.probe_folder(context)
 
 
 def test_clock_and_folder(tmp_path, tiny_model):
@@ -57,8 +57,8 @@ def test_clock_and_folder(tmp_path, tiny_model):
 
 
 def measure(session, model):
-    subject = _subject(session, model, "run")
-    return look_at_sum(subject), look_at_pairs(subject)
+    context = _subject(session, model, "run")
+    return probe_sum(context), probe_pairs(context)
 
 
 def test_sums_and_pairs(tmp_path, tiny_model):

@@ -16,11 +16,11 @@ from pipeline.plan.plan import Plan, make_plan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class RankContext:
     """A run, its rank and its machine. Without settings or a plan `problems` says why.
 
     `beat` is told where this rank is, so that one which does not come along can be named.
-    `unseen_gpus`: what was granted where the driver shows none. One process trains on its first
+    `missing_gpus`: what was granted where the driver shows none. One process trains on its first
     GPU, and looks at all of them where `is_training` is not said.
     """
 
@@ -31,7 +31,7 @@ class Subject:
     plan: Plan | None
     problems: dict[str, str] = field(default_factory=dict)
     beat: Callable[[str], None] = lambda where: None
-    unseen_gpus: str | None = None
+    missing_gpus: str | None = None
     is_training: bool = False
 
     @classmethod
@@ -44,7 +44,7 @@ class Subject:
         hardware: Hardware,
         session: Session,
         beat: Callable[[str], None],
-        unseen_gpus: str | None = None,
+        missing_gpus: str | None = None,
     ) -> Self:
         """The run of a run file.
 
@@ -77,7 +77,7 @@ class Subject:
             plan=plan,
             problems=problems,
             beat=beat,
-            unseen_gpus=unseen_gpus,
+            missing_gpus=missing_gpus,
         )
 
     @property

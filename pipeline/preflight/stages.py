@@ -10,16 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.devices import detect_hardware, set_environment, unseen_gpus
+from pipeline.cluster.devices import detect_hardware, missing_gpus, set_environment
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.errors import RankZeroError, UserError
 from pipeline.files import dump_json
 from pipeline.plan.plan import Plan
-from pipeline.preflight.findings import Finding, fail, spans
+from pipeline.preflight.check import Finding, fail, spans
+from pipeline.preflight.context import RankContext
 from pipeline.preflight.limit import Limit
 from pipeline.preflight.report import ERROR, PLANNED, Report, warnings
-from pipeline.preflight.subject import Subject
 from pipeline.preflight.table import CHEAP, STAGES, Check
 
 # A stage that works takes seconds; what hangs does so for ever.
@@ -46,7 +46,7 @@ def preflight(
     """
     out, hardware = sys.stdout, detect_hardware()
     placement = from_environment(os.environ, may_be_alone=True)
-    unseen = unseen_gpus(placement, hardware)
+    unseen = missing_gpus(placement, hardware)
     set_environment(placement, hardware)
     session, report, stage = Session(placement, hardware), Report(), _Stage()
     hosts = [socket.gethostname()] * placement.world_size
@@ -71,17 +71,17 @@ def preflight(
 
     # Libraries greet on the standard output, which is for the report.
     with redirect_stdout(sys.stderr), Limit(session, limit_s, end) as limit, session:
-        subject = Subject.read(
+        context = RankContext.read(
             run_file,
             overrides,
             placement=placement,
             hardware=hardware,
             session=session,
             beat=limit.beat,
-            unseen_gpus=unseen,
+            missing_gpus=unseen,
         )
         try:
-            failed = _examine(subject, limit, report, hosts, stage)
+            failed = _examine(context, limit, report, hosts, stage)
         except UserError:
             show()
             raise
@@ -119,42 +119,42 @@ class _Stage:
 
 
 def _examine(
-    subject: Subject, limit: Limit, report: Report, hosts: list[str], under_way: _Stage
+    context: RankContext, limit: Limit, report: Report, hosts: list[str], under_way: _Stage
 ) -> list[str]:
     """Stage after stage, as far as all ranks can go. Collective; the same result on all."""
-    session = subject.session
+    session = context.session
     for stage, checks in STAGES.items():
         is_first = stage == "before torch"  # ranks have not met, and nothing can rule it out
-        why_not = partial(_why_not, subject, report, stage, checks)
+        why_not = partial(_why_not, context, report, stage, checks)
         if not is_first and session.rank_zero_first(why_not):
             continue
         found = dict[str, Any]()
-        under_way.checks, under_way.found, under_way.plan = checks, found, subject.plan
+        under_way.checks, under_way.found, under_way.plan = checks, found, context.plan
         for check in checks:
-            subject.beat(check.name)
-            if _is_for(check, subject):
-                found[check.name] = _look(check, subject)
-        subject.beat(f"after {checks[-1].name}")
-        answers = _gather(subject, report, found | {_HOST: socket.gethostname()}, checks)
+            context.beat(check.name)
+            if _is_for(check, context):
+                found[check.name] = _look(check, context)
+        context.beat(f"after {checks[-1].name}")
+        answers = _gather(context, report, found | {_HOST: socket.gethostname()}, checks)
         if is_first:
             limit.met()
             under_way.have_met = True
         if answers is not None:
             hosts[:] = [answer[_HOST] for answer in answers]
-            report.add(checks, answers, hosts, subject.plan)
+            report.add(checks, answers, hosts, context.plan)
     failed: list[str] = session.rank_zero_first(report.failed)
     return failed
 
 
 def _gather(
-    subject: Subject, report: Report, found: Mapping[str, Any], checks: Sequence[Check]
+    context: RankContext, report: Report, found: Mapping[str, Any], checks: Sequence[Check]
 ) -> list[Any] | None:
     """All ranks' answers on rank 0. Raises UserError where the ranks do not meet."""
     try:
-        return subject.session.gather_objects(found)
+        return context.session.gather_objects(found)
     except (RuntimeError, RankZeroError) as error:  # the port is taken, the host is not there
-        place = subject.placement
-        report.add(checks, [found], [found[_HOST]] * place.world_size, subject.plan)
+        place = context.placement
+        report.add(checks, [found], [found[_HOST]] * place.world_size, context.plan)
         text = f"the ranks do not meet at {place.master_addr}:{place.master_port}"
         said = str(error).strip().partition("\n")[0]
         remedy = "look at the lines above, and at firewalls between the machines"
@@ -162,29 +162,29 @@ def _gather(
         raise UserError(f"rank {place.rank} on {found[_HOST]}: {text}; {remedy}") from None
 
 
-def _why_not(subject: Subject, report: Report, stage: str, checks: Sequence[Check]) -> str:
+def _why_not(context: RankContext, report: Report, stage: str, checks: Sequence[Check]) -> str:
     """Why a stage is left out; empty where it is not. On rank 0, which notes it."""
     failed = report.failed(_NEEDED[stage])
     reason = f"{', '.join(failed)} first" if failed else ""
-    if stage in _OF_SEVERAL and subject.placement.world_size == 1:
+    if stage in _OF_SEVERAL and context.placement.world_size == 1:
         reason = "one process; under `deepspeed`, torchrun or srun they are"
     if reason:
         report.left_out |= {check.name: reason for check in checks}
     return reason
 
 
-def _is_for(check: Check, subject: Subject) -> bool:
+def _is_for(check: Check, context: RankContext) -> bool:
     """Whether this rank looks."""
-    place = subject.placement
+    place = context.placement
     is_asked = {"rank": True, "machine": place.local_rank == 0, "first": place.rank == 0}[check.by]
-    there = {"nothing": True, "settings": subject.settings, "plan": subject.plan}[check.needs]
+    there = {"nothing": True, "settings": context.settings, "plan": context.plan}[check.needs]
     return is_asked and bool(there)
 
 
-def _look(check: Check, subject: Subject) -> Any:
+def _look(check: Check, context: RankContext) -> Any:
     """The check's answer, or its error: what fails on one rank is told beside the others'."""
     try:
-        return check.look(subject)
+        return check.look(context)
     except UserError as error:
         return {ERROR: str(error)}
     except (RuntimeError, OSError, ImportError) as error:  # of a device, a disk, a library
@@ -216,32 +216,32 @@ def _not_over(session: Session, where: str) -> str:
     )
 
 
-def look_before_torch(subject: Subject) -> dict[str, Any]:
+def probe_before_torch(context: RankContext) -> dict[str, Any]:
     """This rank's answers and its machine; training gathers them when the ranks have met.
 
     Raises UserError where they could not meet; whatever else is wrong is told to all by rank 0.
     """
-    found = {check.name: _look(check, subject) for check in CHEAP if _is_for(check, subject)}
+    found = {check.name: _look(check, context) for check in CHEAP if _is_for(check, context)}
     if isinstance(port := found.get("port"), dict):
         raise UserError(port[ERROR])
     return found | {_HOST: socket.gethostname()}
 
 
-def require_fit(subject: Subject, found: Mapping[str, Any]) -> list[str]:
+def require_fit(context: RankContext, found: Mapping[str, Any]) -> list[str]:
     """Judge what all ranks have found so: lines of warning. Collective.
 
     Raises UserError on every rank, with what fails.
     """
-    answers = subject.session.gather_objects(found)
+    answers = context.session.gather_objects(found)
 
     def judge() -> list[str]:
         assert answers is not None, "rank 0 has them"
         report = Report()
-        report.add(CHEAP, answers, [answer[_HOST] for answer in answers], subject.plan)
+        report.add(CHEAP, answers, [answer[_HOST] for answer in answers], context.plan)
         if failed := report.failed():
             lines = "\n".join(warnings(report))
             raise UserError(f"{lines}\npreflight: {', '.join(failed)}")
         return warnings(report)
 
-    lines: list[str] = subject.session.rank_zero_first(judge)
+    lines: list[str] = context.session.rank_zero_first(judge)
     return lines

@@ -24,7 +24,7 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class ProbeResults:
     """What a check found on each rank that looked; `hosts`: every rank's machine, by rank."""
 
     answers: Mapping[int, Any]
@@ -95,7 +95,7 @@ def flat(values: Any, prefix: str = "") -> dict[str, str]:
     return found
 
 
-def compare(seen: Seen, same: str, remedy: str) -> Iterable[Finding]:
+def compare(seen: ProbeResults, same: str, remedy: str) -> Iterable[Finding]:
     """`same` where every rank answered alike, else a failure with a table of what differs.
 
     Answers are mappings of text, as `flat` gives them.
