@@ -4,6 +4,7 @@ docs/configuration.md is generated from the descriptions here. No torch, no othe
 project: what a key means for a model or a machine is the plan's business.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -27,11 +28,19 @@ from pipeline.config.data_names import (
     names_or_how_much,
     sources,
 )
+from pipeline.config.frequency import Frequency, Strategy, frequency
 from pipeline.config.traits import Change, traits
 
 Auto = Literal["auto"]
 Share = Annotated[float, Field(ge=0, le=1)]
-Strategy = Literal["steps", "epoch", "no"]
+
+_TIME = re.compile("[0-9]{1,6}:[0-9]{1,6}:[0-9]{1,6}")
+# A key that takes the place of another one.
+_REPLACES = {
+    "warmup_steps": "warmup_ratio",
+    "evals_per_epoch": "eval_steps",
+    "saves_per_epoch": "save_steps",
+}
 
 SEVEN_PROJECTIONS = (
     "q_proj",
@@ -42,6 +51,11 @@ SEVEN_PROJECTIONS = (
     "up_proj",
     "down_proj",
 )
+
+
+def whole_number(value: Any) -> Any:
+    """3.0 as 3; other values as they are."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class RunSettings(BaseModel):
@@ -159,14 +173,17 @@ class RunSettings(BaseModel):
     )
 
     # Batches and length
-    epochs: Positive = Field(
+    epochs: Annotated[
+        Positive | Annotated[float, Field(gt=0)] | Auto, BeforeValidator(whole_number)
+    ] = Field(
         default=1,
-        description="Passes over the training data.",
+        description="Passes over the training data, also 0.5 or 2.5; `auto`, the default where "
+        "`max_steps` is given: as many as those steps take.",
         json_schema_extra=traits(change="total_steps"),
     )
     max_steps: Positive | None = Field(
         default=None,
-        description="End after this many steps even if `epochs` are not complete.",
+        description="Steps of the run; with `epochs` it ends at whichever comes first.",
         json_schema_extra=traits(change="total_steps"),
     )
     batch_size: Positive | Auto = Field(
@@ -237,7 +254,13 @@ class RunSettings(BaseModel):
         json_schema_extra=traits(deepspeed="optimizer.params.lr"),
     )
     min_lr_ratio: Share = Field(default=0.0, description="Last learning rate as a share of `lr`.")
-    warmup_ratio: Share = Field(default=0.03, description="Share of all steps for the warm-up.")
+    warmup_ratio: Share | None = Field(
+        default=0.03, description="Warm-up as a share of all steps; not with `warmup_steps`."
+    )
+    warmup_steps: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="Warm-up in steps; below 1 a share of all steps. Not with `warmup_ratio`.",
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         default="cosine", description="Course of the learning rate after the warm-up."
     )
@@ -321,22 +344,35 @@ class RunSettings(BaseModel):
     )
     evaluation_strategy: Strategy = Field(
         default="epoch",
-        description="When the held-out loss is measured, if there is `eval_data`.",
+        description="When the held-out loss is measured, if there is `eval_data`: every "
+        "`eval_steps` steps, at the end of each epoch, or never. With `eval_steps` given the "
+        "default is `steps`.",
         json_schema_extra=traits(change="selection"),
     )
-    eval_steps: Positive = Field(
+    eval_steps: Positive | None = Field(
         default=100,
-        description="Steps between evaluations (`steps`).",
+        description="Steps between evaluations with `evaluation_strategy: steps`.",
+        json_schema_extra=traits(change="selection"),
+    )
+    evals_per_epoch: Positive | None = Field(
+        default=None,
+        description="Evaluations in each epoch, evenly spaced; not with `eval_steps`.",
         json_schema_extra=traits(change="selection"),
     )
     save_strategy: Strategy = Field(
         default="steps",
-        description="When a checkpoint is written.",
+        description="When a checkpoint is written: every `save_steps` steps, at the end of each "
+        "epoch, or never.",
         json_schema_extra=traits(change="run"),
     )
-    save_steps: Positive = Field(
+    save_steps: Positive | None = Field(
         default=100,
-        description="Steps between checkpoints (`steps`).",
+        description="Steps between checkpoints with `save_strategy: steps`.",
+        json_schema_extra=traits(change="run"),
+    )
+    saves_per_epoch: Positive | None = Field(
+        default=None,
+        description="Checkpoints in each epoch, evenly spaced; not with `save_steps`.",
         json_schema_extra=traits(change="run"),
     )
     save_total_limit: Positive = Field(
@@ -371,10 +407,43 @@ class RunSettings(BaseModel):
     @field_validator("time_limit")
     @classmethod
     def _hours_minutes_seconds(cls, value: str | None) -> str | None:
-        parts = (value or "0:0:0").split(":")
-        if len(parts) != 3 or not all(part.isdigit() for part in parts):
-            raise ValueError("expected HH:MM:SS in quotes, for example '03:50:00'")
+        if value is not None and not (_TIME.fullmatch(value) and _seconds(value)):
+            raise ValueError("expected HH:MM:SS above zero, for example '03:50:00'")
         return value
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _steps_or_share(cls, value: float | None) -> float | None:
+        if value is not None and value >= 1 and not value.is_integer():
+            raise ValueError("expected a whole number of steps, or a share below 1")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_that_decide_others(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Set the keys that a given key replaces; null in run.yaml says that they do not count."""
+        given = {key for key, value in values.items() if value is not None}
+        values = dict(values)
+        for key, other in _REPLACES.items():
+            if key in given and other in given:
+                raise ValueError(f"{key} and {other}: both are given; keep one of them")
+            if key in given:
+                values[other] = None
+        for strategy, steps, per_epoch in (
+            ("evaluation_strategy", "eval_steps", "evals_per_epoch"),
+            ("save_strategy", "save_steps", "saves_per_epoch"),
+        ):
+            if per_epoch in given and values.setdefault(strategy, "epoch") != "epoch":
+                raise ValueError(f"{per_epoch}: needs {strategy}: epoch; leave {strategy} out")
+            if steps in given:
+                values.setdefault(strategy, "steps")
+            elif steps in values and values.get(strategy) == "steps":
+                raise ValueError(f"{strategy}: steps needs {steps}")
+        if "max_steps" in given:
+            values.setdefault("epochs", "auto")
+        elif values.get("epochs") == "auto":
+            raise ValueError("epochs: auto needs max_steps; give either as a number")
+        return values
 
     @model_validator(mode="after")
     def _keys_that_exclude_each_other(self) -> Self:
@@ -420,12 +489,24 @@ class RunSettings(BaseModel):
         return self.load_in_4bit or self.load_in_8bit
 
     @property
+    def evaluations(self) -> Frequency | None:
+        """How often the held-out loss is measured; None for never."""
+        return frequency(self.evaluation_strategy, self.eval_steps, self.evals_per_epoch)
+
+    @property
+    def saves(self) -> Frequency | None:
+        """How often a checkpoint is written; None for never."""
+        return frequency(self.save_strategy, self.save_steps, self.saves_per_epoch)
+
+    @property
     def time_limit_s(self) -> float | None:
         """`time_limit` in seconds."""
-        if self.time_limit is None:
-            return None
-        hours, minutes, seconds = (int(part) for part in self.time_limit.split(":"))
-        return 3600.0 * hours + 60 * minutes + seconds
+        return None if self.time_limit is None else _seconds(self.time_limit)
+
+
+def _seconds(time: str) -> float:
+    hours, minutes, seconds = (int(part) for part in time.split(":"))
+    return 3600.0 * hours + 60 * minutes + seconds
 
 
 def settings_with(*changes: Change) -> frozenset[str]:

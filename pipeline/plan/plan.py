@@ -6,6 +6,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from pipeline.config.settings import RunSettings
@@ -40,6 +41,22 @@ class Schedule:
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
+
+    @classmethod
+    def of(cls, settings: RunSettings, steps_per_epoch: int) -> "Schedule":
+        """The schedule of a run whose epochs have so many steps."""
+        ends = [settings.max_steps] if settings.max_steps is not None else []
+        if settings.epochs != "auto":  # as decimal text: 30 x 0.1 is 3, and no more
+            ends.append(math.ceil(Fraction(str(settings.epochs)) * steps_per_epoch))
+        total, warmup = min(ends), settings.warmup_steps
+        if warmup is None or warmup < 1:
+            share = settings.warmup_ratio if warmup is None else warmup
+            warmup = math.ceil((share or 0) * total)
+        return cls(
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total,
+            warmup_steps=min(int(warmup), total),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +157,7 @@ class Plan:
             packs = math.ceil(data.tokens / settings.max_length)
             sequences = packs if settings.packing else data.documents
         per_epoch = math.ceil(sequences / self.layout.global_batch_size)
-        total = per_epoch * settings.epochs
-        if settings.max_steps is not None:
-            total = min(total, settings.max_steps)
-        warmup = min(math.ceil(settings.warmup_ratio * total), total)
-        schedule = Schedule(steps_per_epoch=per_epoch, total_steps=total, warmup_steps=warmup)
+        schedule = Schedule.of(settings, per_epoch)
         return replace(self, data=data, schedule=schedule, rules=self._rules(data.documents))
 
     def _rules(self, documents: int) -> tuple[Rule[PlanContext], ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.verify import verify_tensors
 from pipeline.cluster.stop import StopAgreed
+from pipeline.config.frequency import Frequency
 from pipeline.data.order.batches import Batch, worker_deaths_reported
 from pipeline.data.order.steps import SeededBatch, training_steps
 from pipeline.errors import RankZeroError
@@ -71,10 +72,12 @@ def _train(run: Training) -> None:
         if progress.optimizer_step == 2 and result.was_applied:
             _require_moved(run)
         is_last = progress.step == total_steps
-        progress.is_evaluation_due = _is_due(run, "evaluation", is_last=is_last)
+        progress.is_evaluation_due = run.eval_split is not None and _is_due(
+            run, plan.settings.evaluations, is_last=is_last
+        )
         if progress.is_evaluation_due:
             _evaluate(run)
-        if _is_due(run, "save", is_last=is_last) or _is_patience_over(run):
+        if _is_due(run, plan.settings.saves, is_last=is_last) or _is_patience_over(run):
             save(run)
         if _is_patience_over(run):
             run.display.say(f"early stop: no lower held-out loss since step {progress.best_step}")
@@ -184,15 +187,10 @@ def _require_moved(run: Training) -> None:
     )
 
 
-def _is_due(run: Training, what: str, *, is_last: bool) -> bool:
-    settings, step = run.plan.settings, run.progress.step
-    if what == "evaluation" and run.eval_split is None:
+def _is_due(run: Training, frequency: Frequency | None, *, is_last: bool) -> bool:
+    if frequency is None:
         return False
-    strategy = settings.evaluation_strategy if what == "evaluation" else settings.save_strategy
-    every = settings.eval_steps if what == "evaluation" else settings.save_steps
-    if strategy == "epoch":
-        every = run.plan.steps.steps_per_epoch
-    return strategy != "no" and (is_last or step % every == 0)
+    return is_last or frequency.is_due(run.progress.step, run.plan.steps.steps_per_epoch)
 
 
 def _evaluate(run: Training) -> None:

@@ -31,11 +31,9 @@ def _compute_dtype_differs(s: PlanContext) -> bool:
 def _evaluates_at_other_steps(s: PlanContext) -> bool:
     """Only where the run file gives both: the defaults differ, and nobody asked for them."""
     settings = s.settings
-    kinds = {settings.evaluation_strategy, settings.save_strategy}
     is_asked = {"evaluation_strategy", "save_strategy"} <= settings.model_fields_set
-    if settings.eval_data is None or not is_asked or "no" in kinds:
-        return False
-    return len(kinds) == 2 or (kinds == {"steps"} and settings.eval_steps != settings.save_steps)
+    both = settings.evaluations, settings.saves
+    return settings.eval_data is not None and is_asked and None not in both and both[0] != both[1]
 
 
 def _is_short_of_memory(s: PlanContext) -> bool:
@@ -53,7 +51,8 @@ def _other_than_for(name: str) -> Callable[[PlanContext], bool]:
     def differs(s: PlanContext) -> bool:
         if s.data is None or preset_for(s.data) != name:
             return False
-        is_other_length = s.settings.max_steps is None and not low <= s.settings.epochs <= high
+        epochs, max_steps = s.settings.epochs, s.settings.max_steps
+        is_other_length = max_steps is None and epochs != "auto" and not low <= epochs <= high
         return is_other_length or s.settings.lora_dropout < dropout
 
     return differs

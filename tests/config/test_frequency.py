@@ -1,0 +1,109 @@
+"""When a run evaluates and saves, and which of two keys decides where both could."""
+
+import pytest
+
+from pipeline.config.frequency import Frequency
+from pipeline.config.load import dump_settings, load_settings
+from tests.messages import refused
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def load(tmp_path):
+    def write_and_load(**values):
+        path = tmp_path / "RUN.yaml"
+        lines = "".join(f"{key}: {value}\n" for key, value in values.items())
+        path.write_text(f"model: m\ntrain_data: t\noutput_dir: o\n{lines}")
+        return load_settings(path)
+
+    return write_and_load
+
+
+def steps_due(frequency, *, steps_per_epoch, total):
+    return [step for step in range(1, total + 1) if frequency.is_due(step, steps_per_epoch)]
+
+
+def test_a_period_of_steps_is_counted_over_epochs():
+    assert steps_due(Frequency(1, 4), steps_per_epoch=6, total=13) == [4, 8, 12]
+
+
+def test_once_an_epoch_is_its_last_step():
+    assert steps_due(Frequency(1), steps_per_epoch=6, total=13) == [6, 12]
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 2, 3, 7, 10, 100])
+@pytest.mark.parametrize("times", [1, 2, 3, 4, 9])
+def test_each_epoch_has_as_many_as_asked_evenly_spaced(times, steps_per_epoch):
+    due = steps_due(Frequency(times), steps_per_epoch=steps_per_epoch, total=3 * steps_per_epoch)
+    assert len(due) == 3 * min(times, steps_per_epoch)
+    assert {3 * steps_per_epoch, 2 * steps_per_epoch, steps_per_epoch} <= set(due)
+    gaps = [b - a for a, b in zip([0, *due], due, strict=False)]
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_eval_steps_alone_means_every_so_many_steps(load):
+    assert load(eval_steps=7).evaluations == Frequency(1, 7)
+    assert load(eval_steps=7, evaluation_strategy="epoch").evaluations == Frequency(1)
+    assert load().evaluations == Frequency(1)
+
+
+def test_times_in_each_epoch_need_no_strategy(load):
+    assert load(evals_per_epoch=4).evaluations == Frequency(4)
+    assert load(saves_per_epoch=2).saves == Frequency(2)
+
+
+def test_no_strategy_means_never(load):
+    settings = load(evaluation_strategy="no", save_strategy="no")
+    assert (settings.evaluations, settings.saves) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"evals_per_epoch": 4, "eval_steps": 10},
+        {"saves_per_epoch": 4, "save_steps": 10},
+        {"warmup_steps": 10, "warmup_ratio": 0.1},
+        {"evals_per_epoch": 4, "evaluation_strategy": "steps"},
+        {"saves_per_epoch": 4, "save_strategy": "no"},
+        {"evaluation_strategy": "steps", "eval_steps": "null"},
+    ],
+)
+def test_two_keys_that_contradict_each_other_are_refused(load, values):
+    with refused("RUN.yaml", *values):
+        load(**values)
+
+
+@pytest.mark.parametrize("value", ["1.5", "-1", "yes", "1e3000"])
+def test_warmup_steps_are_whole_or_a_share(load, value):
+    with refused("RUN.yaml:4", "warmup_steps"):
+        load(warmup_steps=value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"warmup_steps": 10},
+        {"evals_per_epoch": 4, "saves_per_epoch": 3},
+        {"eval_steps": 7},
+        {"max_steps": 100},
+        {"epochs": 2.5},
+    ],
+)
+def test_run_yaml_means_the_same(load, tmp_path, values):
+    settings = load(**values)
+    (tmp_path / "run.yaml").write_text(dump_settings(settings))
+    assert load_settings(tmp_path / "run.yaml") == settings
+
+
+def test_whole_epochs_are_a_whole_number_however_written(load):
+    """So that a run of an earlier version, whose run.yaml says 3, is the same run."""
+    assert "epochs: 3\n" in dump_settings(load(epochs="3.0"))
+
+
+def test_max_steps_alone_leaves_the_epochs_open(load):
+    assert load(max_steps=5).epochs == "auto"
+    assert load(max_steps=5, epochs=2).epochs == 2
+    assert load().epochs == 1
+    with refused("RUN.yaml:4", "epochs", "max_steps"):
+        load(epochs="auto")

@@ -1,0 +1,50 @@
+"""Steps of a run from its settings and the steps of an epoch."""
+
+import pytest
+
+from pipeline.config.settings import RunSettings
+from pipeline.plan.plan import Schedule
+
+pytestmark = pytest.mark.unit
+
+
+def schedule(steps_per_epoch, **values):
+    settings = RunSettings(model="m", train_data="t", output_dir="o", **values)
+    made = Schedule.of(settings, steps_per_epoch)
+    assert made.steps_per_epoch == steps_per_epoch
+    return made.total_steps, made.warmup_steps
+
+
+@pytest.mark.parametrize(
+    ("values", "total"),
+    [
+        ({}, 30),
+        ({"epochs": 3.0}, 90),
+        ({"epochs": 0.5}, 15),
+        ({"epochs": 0.1}, 3),  # 30 * 0.1 is more than 3 in floating point
+        ({"epochs": 1e-9}, 1),
+        ({"epochs": 2, "max_steps": 50}, 50),
+        ({"epochs": 2, "max_steps": 500}, 60),
+        ({"max_steps": 500}, 500),  # the data is repeated
+        ({"max_steps": 7}, 7),
+    ],
+)
+def test_a_run_ends_with_its_epochs_or_its_steps(values, total):
+    assert schedule(30, **values)[0] == total
+
+
+@pytest.mark.parametrize(
+    ("values", "warmup"),
+    [
+        ({}, 3),  # 0.03 of 100, the default
+        ({"warmup_ratio": 0.1}, 10),
+        ({"warmup_ratio": 0.0}, 0),
+        ({"warmup_steps": 0}, 0),
+        ({"warmup_steps": 0.25}, 25),
+        ({"warmup_steps": 1}, 1),
+        ({"warmup_steps": 20}, 20),
+        ({"warmup_steps": 2000}, 100),
+    ],
+)
+def test_the_warm_up_is_steps_or_a_share(values, warmup):
+    assert schedule(100, **values)[1] == warmup
