@@ -111,16 +111,16 @@ def make_plan(
 
 
 def sequences_of(lengths, supervised, sources=None, *, are_packs: bool = False):
-    """Sequences of one document each; `sources`: how many each source has, and its repeats."""
-    from pipeline.data.dataset.sequences import Round, Sequences
+    """Sequences of one document each; `sources`: number of sequences and repeats of each."""
+    from pipeline.data.dataset.sequences import Segment, Sequences
 
-    rounds, start = [], 0
+    segments, start = [], 0
     for source, (count, repeats) in enumerate(sources or [(len(lengths), 1)]):
-        rounds.append(Round(source=source, start=start, end=start + count, repeats=repeats))
+        segments.append(Segment(source=source, start=start, end=start + count, repeats=repeats))
         start += count
     lengths = np.asarray(lengths, np.int64)
     return Sequences(
-        rounds=tuple(rounds),
+        segments=tuple(segments),
         offsets=np.arange(len(lengths) + 1),
         tokens=lengths,
         squares=lengths**2,

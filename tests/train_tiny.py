@@ -7,7 +7,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.data.order.batches import build_batch
-from pipeline.data.order.order import BatchShape, RankWork, forward_seed
+from pipeline.data.order.order import BatchLayout, RankWork, forward_seed
 from pipeline.data.order.steps import SeededBatch
 from pipeline.model.adapter import attach_adapter
 from pipeline.model.base import load_base
@@ -23,21 +23,13 @@ def build_engine(session, folder: Path, settings: dict, documents: int = 40):
 
 
 def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
-    layout = plan.layout
-    shape = BatchShape(
-        world_size=layout.world_size,
+    layout = BatchLayout(
+        world_size=plan.layout.world_size,
         accumulation_steps=plan.layout.accumulation_steps,
-        micro_batch_size=layout.micro_batch_size,
+        micro_batch_size=plan.layout.micro_batch_size,
+        flops=sequence_flops(cost_per_token(plan.shape, plan.settings, plan.training_dtype)),
     )
-    mine = RankWork(
-        split,
-        sequence_flops(cost_per_token(plan.shape, plan.settings, plan.training_dtype)),
-        shape,
-        seed=0,
-        rank=rank,
-        first_step=step,
-        total_steps=step + 1,
-    )
+    mine = RankWork(split, layout, seed=0, rank=rank, steps=range(step, step + 1))
     batches = [
         SeededBatch(build_batch(split, m.sequences), forward_seed(0, step, m.first)) for m in mine
     ]

@@ -28,7 +28,7 @@ def main() -> None:
         return
     from pipeline.data.dataset.reader import open_split
     from pipeline.data.order.batches import build_batch
-    from pipeline.data.order.order import BatchShape, RankWork
+    from pipeline.data.order.order import BatchLayout, RankWork
     from pipeline.plan.cost.per_token import cost_per_token, sequence_flops
     from pipeline.plan.given.shape import read_shape
 
@@ -36,8 +36,8 @@ def main() -> None:
     begun = time.perf_counter()
     check_first_rows(settings)
     split = open_split(prepare(settings, Path(run) / "data").train)
-    shape = BatchShape(world_size=1, accumulation_steps=4, micro_batch_size=4)
-    work = RankWork(split, flops, shape, seed=42, rank=0, first_step=0, total_steps=10)
+    shape = BatchLayout(world_size=1, accumulation_steps=4, micro_batch_size=4, flops=flops)
+    work = RankWork(split, shape, seed=42, rank=0, steps=range(10))
     build_batch(split, work[0].sequences)
     print(time.perf_counter() - begun)
 

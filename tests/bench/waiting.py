@@ -1,8 +1,8 @@
-"""Seconds that a rank's next micro-batch takes, by the number of worker processes.
+"""Seconds that a rank waits for its next micro-batch, by the number of worker processes.
 
     python -m tests.bench.waiting
 
-Packs of 1024 tokens, memory-mapped, dealt to eight ranks as training deals them: what
+Packs of 1024 tokens, memory-mapped, divided over eight ranks as in training: the time that
 `dataloader_num_workers` can save.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.order.batches import batches_of
-from pipeline.data.order.order import BatchShape, RankWork
+from pipeline.data.order.order import BatchLayout, RankWork
 from pipeline.plan.cost.per_token import SequenceFlops
 from tests.tiny import sequences_of
 
@@ -22,12 +22,12 @@ STEP = 2  # micro-batches a rank
 
 
 class MappedPacks:
-    """Packs of equal documents in a file of 800 MB that is mapped where it is read."""
+    """Packs of equal documents in a memory-mapped file of 800 MB."""
 
     def __init__(self, path):
         self._ids = np.lib.format.open_memmap(path, mode="r")
         self._mask = np.arange(TOKENS // DOCUMENTS) > 0
-        costs = np.random.default_rng(0).integers(TOKENS // 2, TOKENS + 1, PACKS)  # unlike
+        costs = np.random.default_rng(0).integers(TOKENS // 2, TOKENS + 1, PACKS)
         self.sequences = sequences_of(costs, costs - DOCUMENTS, are_packs=True)
 
     def sequence(self, i):
@@ -38,13 +38,14 @@ class MappedPacks:
 
 
 def seconds_a_batch(split, workers, busy_s=0.0):
-    """Mean wait for a batch where the step between two batches takes `busy_s`."""
-    work = RankWork(
-        split,
-        SequenceFlops(per_token=1.0, per_square=1e-3, per_logit=1.0),
-        BatchShape(world_size=8, accumulation_steps=STEP, micro_batch_size=MICRO),
-        seed=0, rank=3, first_step=0, total_steps=BATCHES // STEP,
-    )  # fmt: skip
+    """Mean wait for a batch; `busy_s`: seconds that the caller computes between two batches."""
+    layout = BatchLayout(
+        world_size=8,
+        accumulation_steps=STEP,
+        micro_batch_size=MICRO,
+        flops=SequenceFlops(per_token=1.0, per_square=1e-3, per_logit=1.0),
+    )
+    work = RankWork(split, layout, seed=0, rank=3, steps=range(BATCHES // STEP))
     waited, start = [], time.perf_counter()
     for _ in batches_of(split, work, num_workers=workers):
         waited.append(time.perf_counter() - start)
@@ -64,8 +65,8 @@ def main():
         for workers in (0, 1, 2):
             waits = [1e3 * seconds_a_batch(split, workers, busy_s) for busy_s in (0.0, 0.02)]
             print(
-                f"{workers} workers: {waits[0]:.3f} ms a micro-batch one after another, "
-                f"{waits[1]:.3f} ms where 20 ms lie between"
+                f"{workers} workers: {waits[0]:.3f} ms per micro-batch back to back, "
+                f"{waits[1]:.3f} ms with 20 ms of computation between them"
             )
 
 

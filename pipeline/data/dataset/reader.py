@@ -1,13 +1,17 @@
-"""The prepared data set on disk: written once, opened in constant time, memory-mapped.
+"""The prepared data set on disk: opened in constant time, memory-mapped; writer.py writes it.
 
-N: documents, T: tokens of one document. A split is a folder `<split>-<key>` with ids.npy (int32)
-and supervised.npy (bool), all documents end to end, offsets.npy (int64, N + 1), counts.npy (int64,
-N supervised tokens), digests.npy (uint64, N, of the row that each comes from), sources.npy (int32,
-N, index of its source), rejects.jsonl and index.json, all written by writing.py, and sequence_*.npy
-and sequences.json, written by packing.py.
+A split is a folder `<split>-<key>`. N: documents, T: tokens of one document, S: sequences.
+
+- ids.npy (int32) and supervised.npy (bool): all documents, concatenated
+- offsets.npy (int64, N + 1), counts.npy (int64, N: supervised tokens), digests.npy (uint64, N: of
+  the row that a document comes from), sources.npy (int32, N: number of its source)
+- sequence_documents.npy (int64: documents, sequence by sequence), sequence_offsets.npy (int64,
+  S + 1, into it), sequence_tokens.npy, sequence_squares.npy (sum of squared document lengths, the
+  cost of attention), sequence_counts.npy (supervised tokens), all int64, S
+- sequences.json: the segments of an epoch (the key "rounds" is from the first version)
+- rejects.jsonl, index.json
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.settings import RunSettings
-from pipeline.data.dataset.sequences import Round, Sequences
+from pipeline.data.dataset.sequences import Segment, Sequences
 from pipeline.errors import UserError
+from pipeline.files import read_json
 from pipeline.plan.estimate import DataSize, estimate
 
 Array = npt.NDArray[Any]
@@ -29,7 +34,7 @@ _PREPARE_AGAIN = "run launch/prepare.py with the run file"
 
 @dataclass(frozen=True, kw_only=True)
 class SourceIndex:
-    """A source of a split; `formats`: rows of each format that were used."""
+    """A source of a split; `formats`: used rows of each format."""
 
     name: str
     weight: float
@@ -38,9 +43,9 @@ class SourceIndex:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitIndex:
-    """What there is to know of a prepared split without opening it.
+    """Key, folder and sizes of a prepared split, known without opening it.
 
-    `sources` are in the order that sources.npy counts them in.
+    `sources` have the order of the numbers in sources.npy.
     """
 
     key: str
@@ -56,7 +61,7 @@ class SplitIndex:
 
     @property
     def size(self) -> DataSize:
-        """What the plan asks of it."""
+        """The size that the plan needs."""
         return DataSize(
             documents=self.epoch_documents,
             tokens=self.epoch_tokens,
@@ -66,7 +71,7 @@ class SplitIndex:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values; the folder by its name alone, so that a run folder can be moved."""
+        """JSON values; the folder only by its name, so that a run folder can be moved."""
         return {
             **asdict(self),
             "folder": self.folder.name,
@@ -75,7 +80,7 @@ class SplitIndex:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], data_dir: Path) -> Self:
-        """The index that `as_json` gave, of a split in `data_dir`."""
+        """The index of a split in `data_dir` from what `as_json` returned."""
         sources = tuple(SourceIndex(**source) for source in values["sources"])
         return cls(**{**values, "folder": data_dir / values["folder"], "sources": sources})
 
@@ -89,9 +94,8 @@ class DataIndex:
 
     @property
     def splits(self) -> dict[str, SplitIndex]:
-        """Those that there are, by name."""
-        found = {"train": self.train, "eval": self.eval}
-        return {name: split for name, split in found.items() if split is not None}
+        """The existing splits by name."""
+        return {"train": self.train} | ({} if self.eval is None else {"eval": self.eval})
 
     def as_json(self) -> dict[str, Any]:
         """JSON values that `from_json` reads."""
@@ -99,24 +103,24 @@ class DataIndex:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], data_dir: Path) -> Self:
-        """The index that `as_json` gave, of `data_dir`."""
-        found = {name: SplitIndex.from_json(split, data_dir) for name, split in values.items()}
-        return cls(train=found["train"], eval=found.get("eval"))
+        """The index of `data_dir` from what `as_json` returned."""
+        splits = {name: SplitIndex.from_json(split, data_dir) for name, split in values.items()}
+        return cls(train=splits["train"], eval=splits.get("eval"))
 
     @classmethod
     def load(cls, data_dir: Path) -> Self:
-        """The index of a folder, however large its data is. Raises UserError without one."""
+        """The index of a folder, in constant time. Raises UserError without one."""
         path = data_dir / INDEX
         try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")), data_dir)
+            return cls.from_json(read_json(path), data_dir)
         except FileNotFoundError:
             raise UserError(f"{data_dir}: no prepared data; {_PREPARE_AGAIN}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not readable ({error}); {_PREPARE_AGAIN}") from None
+            raise UserError(f"{path}: cannot be read ({error}); {_PREPARE_AGAIN}") from None
 
 
 def data_size(settings: RunSettings) -> DataSize | None:
-    """Size of the training set as prepare counted it, else as a sample of the files suggests."""
+    """Size of the training set: as prepare counted it, else estimated from a sample."""
     data_dir = Path(settings.output_dir) / "data"
     try:
         return DataIndex.load(data_dir).train.size
@@ -125,7 +129,7 @@ def data_size(settings: RunSettings) -> DataSize | None:
 
 
 class Split:
-    """Documents and sequences of a prepared split, read from disk where they are touched."""
+    """Documents and sequences of a prepared split, memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -133,22 +137,22 @@ class Split:
         self._supervised = _mapped(folder, "supervised")
         self._offsets = _mapped(folder, "offsets")
         self.supervised_counts: Array = _mapped(folder, "counts")  # (N,) int64
-        self._in_sequences = _mapped(folder, "sequence_documents")
-        said = json.loads((folder / SEQUENCES).read_text(encoding="utf-8"))
+        self._sequence_documents = _mapped(folder, "sequence_documents")
+        epoch = read_json(folder / SEQUENCES)
         self.sequences = Sequences(
-            rounds=tuple(Round(**values) for values in said["rounds"]),
+            segments=tuple(Segment(**values) for values in epoch["rounds"]),
             offsets=_mapped(folder, "sequence_offsets"),
             tokens=_mapped(folder, "sequence_tokens"),
             squares=_mapped(folder, "sequence_squares"),
             supervised=_mapped(folder, "sequence_counts"),
-            are_packs=said["packing"],
+            are_packs=epoch["packing"],
         )
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
     def __reduce__(self) -> tuple[type["Split"], tuple[Path]]:
-        return Split, (self._folder,)  # a worker maps the files anew instead of getting a copy
+        return Split, (self._folder,)  # a worker process maps the files instead of getting a copy
 
     @cached_property
     def lengths(self) -> Array:
@@ -156,65 +160,65 @@ class Split:
         return np.diff(self._offsets)
 
     def document(self, i: int) -> tuple[Array, Array]:
-        """Ids (T,) int32 and which are supervised (T,) bool, both read-only."""
+        """Token ids (T,) int32 and supervision mask (T,) bool, both read-only."""
         if not 0 <= i < len(self):
             raise IndexError(f"document {i} of {len(self)}")
         start, end = self._offsets[i], self._offsets[i + 1]
         return self._ids[start:end], self._supervised[start:end]
 
     def sequence(self, i: int) -> list[tuple[Array, Array]]:
-        """The documents of a sequence, each as `document` gives it."""
+        """The documents of a sequence, each as `document` returns it."""
         offsets = self.sequences.offsets
         if not 0 <= i < len(offsets) - 1:
             raise IndexError(f"sequence {i} of {len(offsets) - 1}")
-        return [self.document(j) for j in self._in_sequences[offsets[i] : offsets[i + 1]]]
+        return [self.document(j) for j in self._sequence_documents[offsets[i] : offsets[i + 1]]]
 
-    def has_all_sequences(self, epoch: int) -> bool:
-        """Whether the columns of sequences are whole, as far as their lengths tell."""
-        found = self.sequences
-        count = max((part.end for part in found.rounds), default=0)
-        columns = (found.tokens, found.squares, found.supervised)
+    def has_complete_sequences(self, per_epoch: int) -> bool:
+        """Whether the sequence columns have the lengths that the segments demand."""
+        sequences = self.sequences
+        count = max((segment.end for segment in sequences.segments), default=0)
+        columns = (sequences.tokens, sequences.squares, sequences.supervised)
         return (
-            found.epoch == epoch
-            and len(found.offsets) == count + 1
+            sequences.per_epoch == per_epoch
+            and len(sequences.offsets) == count + 1
             and all(len(column) == count for column in columns)
-            and len(self._in_sequences) == found.offsets[-1]
+            and len(self._sequence_documents) == sequences.offsets[-1]
         )
 
 
 def open_split(index: SplitIndex) -> Split:
-    """A prepared split. Raises UserError where its files are not what the index says."""
+    """Open a prepared split. Raises UserError where its files do not match the index."""
     try:
         split = Split(index.folder)
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index.folder}: cannot be opened ({error}); {_PREPARE_AGAIN}") from None
-    found = (len(split), len(split._ids), len(split._supervised), len(split.supervised_counts))
-    is_whole = found == (index.documents, index.tokens, index.tokens, index.documents)
-    if not is_whole or not split.has_all_sequences(index.sequences):
-        raise UserError(f"{index.folder}: not the data of its index; {_PREPARE_AGAIN}")
+    sizes = (len(split), len(split._ids), len(split._supervised), len(split.supervised_counts))
+    is_complete = sizes == (index.documents, index.tokens, index.tokens, index.documents)
+    if not is_complete or not split.has_complete_sequences(index.sequences):
+        raise UserError(f"{index.folder}: does not match its index; {_PREPARE_AGAIN}")
     return split
 
 
 def read_published(folder: Path) -> tuple[SplitIndex, dict[str, Any]] | None:
-    """Index and audit of a split that is there and whole, else None."""
+    """Index and audit of a complete split, else None."""
     try:
-        values = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        values = read_json(folder / INDEX)
         index = SplitIndex.from_json(values["split"], folder.parent)
         open_split(index)
         audit: dict[str, Any] = values["audit"]
         left_out = sum(audit["rejected"].values()) + audit["rows_dropped"]
         rejects = (folder / REJECTS).read_bytes()
-        is_whole = rejects.count(b"\n") == left_out and rejects[-1:] in (b"", b"\n")
-        return (index, audit) if is_whole else None
+        is_complete = rejects.count(b"\n") == left_out and rejects[-1:] in (b"", b"\n")
+        return (index, audit) if is_complete else None
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
 
 
 def read_column(folder: Path, name: str) -> Array:
-    """One of the columns that every split has, memory-mapped."""
+    """A per-document column of a split, memory-mapped."""
     return _mapped(folder, name)
 
 
 def _mapped(folder: Path, name: str) -> Array:
-    found: Array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-    return found.view(np.ndarray)  # slices of np.memmap itself are slow to make
+    column: Array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    return column.view(np.ndarray)  # slices of np.memmap itself are slow to make

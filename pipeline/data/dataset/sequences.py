@@ -1,6 +1,6 @@
-"""What order knows of the sequences of a split: numbers of each, and what makes an epoch.
+"""Per-sequence statistics and the composition of an epoch: the input of data/order.
 
-A sequence is a pack, or without packing a document. S: sequences.
+A sequence is a pack or, without packing, a document. S: sequences.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Round:
-    """Sequences `start` to `end` of a source, which an epoch sees `repeats` times."""
+class Segment:
+    """Sequences `start` to `end`, all of one source, which an epoch has `repeats` times."""
 
     source: int
     start: int
@@ -23,7 +23,7 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class StepSize:
-    """Sums over a global batch: of all ranks, and known to each of them."""
+    """Sums over a global batch, known to every rank."""
 
     documents: int
     supervised_tokens: int
@@ -31,13 +31,13 @@ class StepSize:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sequences:
-    """The rounds of each source, and numbers of each sequence, (S,) int64.
+    """The segments of an epoch, and statistics of each sequence, (S,) int64.
 
-    `squares`: sum of the squared lengths of its documents. `supervised`: tokens that count.
-    `offsets` of their documents, (S + 1,).
+    `squares`: sum of the squared lengths of its documents. `supervised`: tokens with a label.
+    `offsets` into the documents, (S + 1,).
     """
 
-    rounds: tuple[Round, ...]
+    segments: tuple[Segment, ...]
     offsets: Integers
     tokens: Integers
     squares: Integers
@@ -45,24 +45,23 @@ class Sequences:
     are_packs: bool
 
     @property
-    def epoch(self) -> int:
-        """Sequences of an epoch: some of them several times, or not at all."""
-        return sum(part.repeats * (part.end - part.start) for part in self.rounds)
+    def per_epoch(self) -> int:
+        """Sequences of an epoch; a weight can repeat a sequence or leave it out."""
+        return sum(s.repeats * (s.end - s.start) for s in self.segments)
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens of an epoch that count in the loss."""
-        of_rounds = (r.repeats * int(self.supervised[r.start : r.end].sum()) for r in self.rounds)
-        return sum(of_rounds)
+        """Supervised tokens of an epoch."""
+        return sum(s.repeats * int(self.supervised[s.start : s.end].sum()) for s in self.segments)
 
     def size_of(self, batch: Integers) -> StepSize:
-        """What is in a global batch."""
+        """Documents and supervised tokens of a global batch."""
         return StepSize(
             documents=int((self.offsets[batch + 1] - self.offsets[batch]).sum()),
             supervised_tokens=int(self.supervised[batch].sum()),
         )
 
-    def all_of_them(self) -> Integers:
+    def of_epoch(self) -> Integers:
         """The sequences of an epoch, source by source."""
-        parts = [np.tile(np.arange(r.start, r.end), r.repeats) for r in self.rounds]
-        return np.concatenate([np.zeros(0, np.int64), *parts])
+        repeated = [np.tile(np.arange(s.start, s.end), s.repeats) for s in self.segments]
+        return np.concatenate([np.zeros(0, np.int64), *repeated])

@@ -1,28 +1,32 @@
-"""Writes what prepared.py reads: a split, piece by piece, whole or not at all.
+"""Writes the splits that reader.py reads, chunk by chunk, atomically.
 
-Several processes, also on several machines, may write the same split at once: each writes beside
-the place in a folder of its own, the first to be done gives it the name, and the others find a
-split that holds the same and keep it. Renaming a folder is all that the file system must do.
+Several processes, also on several machines, may write the same split at once. Each writes to a
+temporary sibling folder; the first to finish renames it, and the others find a split of the same
+content and keep it. The file system needs nothing but an atomic rename of a folder.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from pipeline.data.dataset.packing import write_sequences
+from pipeline.data.dataset.hashing import hash_of, mix
+from pipeline.data.dataset.packing import make_packs
 from pipeline.data.dataset.reader import (
     INDEX,
     REJECTS,
+    SEQUENCES,
     Array,
     SourceIndex,
     SplitIndex,
+    read_column,
     read_published,
 )
+from pipeline.data.dataset.sequences import Segment
 from pipeline.errors import RankZeroError
 from pipeline.files import atomic_file, dump_json, sync, temporary_sibling, write_text
 
@@ -34,12 +38,14 @@ _COLUMNS: Mapping[str, str] = {
     "digests": "<u8",
     "sources": "<i4",
 }
-_TRIES = 10  # at a name for which others may compete
+_RENAMES = 10  # attempts at a name that other processes want too
+# Of the hash that chooses the fraction of a weight: holding rows out must not choose it too.
+_SALT = int.from_bytes(b"weights")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """D documents end to end."""
+    """Documents, concatenated; D: how many."""
 
     ids: Array  # (tokens,) int32
     supervised: Array  # (tokens,) bool
@@ -48,14 +54,23 @@ class Columns:
     digests: Array  # (D,) uint64, of the row that each comes from
 
 
-class SplitWriter:
-    """Writes a split beside its place, in pieces; `publish` puts it there.
+@dataclass(frozen=True, kw_only=True)
+class EpochSize:
+    """Size of an epoch, after weights have repeated documents or left them out."""
 
-    Ends without a trace unless published.
+    sequences: int
+    documents: int
+    tokens: int
+
+
+class SplitWriter:
+    """Writes a split to a temporary sibling folder, chunk by chunk; `publish` renames it.
+
+    A context manager: without `publish` nothing stays.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        self._place, self._key = folder, key
+        self._published, self._key = folder, key
         self.folder = temporary_sibling(folder)
         self._longest = 0
         self.index: SplitIndex | None = None
@@ -77,7 +92,7 @@ class SplitWriter:
 
     def __exit__(self, *_: object) -> None:
         for stream in (self.rejects, *(column.stream for column in self._columns.values())):
-            with suppress(OSError):  # of a full disk, once more
+            with suppress(OSError):  # a full disk fails once more
                 stream.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -98,27 +113,26 @@ class SplitWriter:
         self._longest = max(self._longest, int(documents.lengths.max()))
 
     def flushed_rejects(self) -> Path:
-        """The file of the rejects so far, for a reader."""
+        """The file of the rejected rows so far, readable by others."""
         self.rejects.flush()
         return self.folder / REJECTS
 
     def close(
         self, sources: Sequence[SourceIndex], *, max_length: int, packing: bool
     ) -> SplitIndex:
-        """Complete the columns on disk and lay the documents in sequences."""
+        """Complete the columns on disk and write the sequences."""
         for column in self._columns.values():
             column.close()
         self.rejects.close()
         sync(self.folder / REJECTS)
         weights = [source.weight for source in sources]
         epoch = write_sequences(self.folder, max_length, packing=packing, weights=weights)
-        counts = np.load(self.folder / "counts.npy", mmap_mode="r")
         self.index = SplitIndex(
             key=self._key,
-            folder=self._place,
+            folder=self._published,
             documents=len(self),
             tokens=self._columns["ids"].length,
-            supervised_tokens=int(counts.sum()),
+            supervised_tokens=int(read_column(self.folder, "counts").sum()),
             longest=self._longest,
             sequences=epoch.sequences,
             epoch_documents=epoch.documents,
@@ -128,26 +142,26 @@ class SplitWriter:
         return self.index
 
     def publish(self, audit: Mapping[str, Any]) -> None:
-        """Write the index and give the folder its name; from here on the split exists.
+        """Write the index and rename the folder; from here on the split exists.
 
-        Where another process was quicker, its split, made from the same, stays.
+        Where another process was faster, its split of the same content stays.
         """
         assert self.index is not None, "close first"
         index = {"split": self.index.as_json(), "audit": audit}
         write_text(self.folder / INDEX, dump_json(index), durable=True)
-        for _ in range(_TRIES):
+        for _ in range(_RENAMES):
             try:
-                self.folder.rename(self._place)
+                self.folder.rename(self._published)
             except OSError:
-                if not self._place.exists():
+                if not self._published.exists():
                     raise
-                if read_published(self._place) is not None:
+                if read_published(self._published) is not None:
                     return
-                _remove(self._place)  # damaged: no reader takes it
+                _remove(self._published)  # damaged: no reader takes it
             else:
-                sync(self._place.parent)
+                sync(self._published.parent)
                 return
-        raise RankZeroError(f"{self._place}: cannot be replaced; remove it and start again")
+        raise RankZeroError(f"{self._published}: cannot be replaced; remove it and start again")
 
 
 class _Column:
@@ -156,7 +170,7 @@ class _Column:
     def __init__(self, path: Path, dtype: str) -> None:
         self.stream = path.open("wb")
         self.length = 0
-        self._dtype = dtype
+        self._path, self._dtype = path, dtype
         self._write_header()
 
     def extend(self, values: Sequence[int] | Array) -> None:
@@ -167,11 +181,84 @@ class _Column:
         self.stream.seek(0)
         self._write_header()
         self.stream.close()
-        sync(Path(self.stream.name))
+        sync(self._path)
 
     def _write_header(self) -> None:
         header = {"descr": self._dtype, "fortran_order": False, "shape": (self.length,)}
         np.lib.format.write_array_header_1_0(self.stream, header)
+
+
+def write_sequences(
+    folder: Path, max_length: int, *, packing: bool, weights: Sequence[float]
+) -> EpochSize:
+    """Write the sequences of a split whose columns are complete: packs, or single documents.
+
+    The sequences of a source are contiguous: first those of all its documents, then those of the
+    documents that the fraction of its weight repeats. `weights`: of each source, in their order.
+    """
+    sources, digests = read_column(folder, "sources"), read_column(folder, "digests")
+    lengths = np.diff(read_column(folder, "offsets"))
+    ordered: list[Array] = [np.zeros(0, np.int64)]  # documents, sequence by sequence
+    sizes: list[Array] = [np.zeros(0, np.int64)]  # documents of each sequence
+    segments: list[Segment] = []
+    start = 0
+    for source, weight in enumerate(weights):
+        own = np.flatnonzero(sources == source)
+        for documents, repeats in _repeated(own, digests, weight):
+            if packing:
+                order, bounds = make_packs(lengths[documents], max_length)
+                ordered.append(documents[order])
+                sizes.append(np.diff(bounds))
+            else:
+                ordered.append(documents)
+                sizes.append(np.ones(len(documents), np.int64))
+            end = start + len(sizes[-1])
+            segments.append(Segment(source=source, start=start, end=end, repeats=repeats))
+            start = end
+    documents = np.concatenate(ordered)
+    offsets = np.append(0, np.cumsum(np.concatenate(sizes)))
+    columns = {
+        "documents": documents,
+        "offsets": offsets,
+        "tokens": _sums(lengths[documents], offsets),
+        "squares": _sums(lengths[documents] ** 2, offsets),
+        "counts": _sums(read_column(folder, "counts")[documents], offsets),
+    }
+    for name, column in columns.items():
+        path = folder / f"sequence_{name}.npy"
+        np.save(path, column, allow_pickle=False)
+        sync(path)
+    epoch = {"packing": packing, "rounds": [asdict(segment) for segment in segments]}
+    write_text(folder / SEQUENCES, dump_json(epoch), durable=True)
+    return EpochSize(
+        sequences=sum(s.repeats * (s.end - s.start) for s in segments),
+        documents=sum(s.repeats * int(offsets[s.end] - offsets[s.start]) for s in segments),
+        tokens=sum(s.repeats * int(columns["tokens"][s.start : s.end].sum()) for s in segments),
+    )
+
+
+def _repeated(own: Array, digests: Array, weight: float) -> Iterator[tuple[Array, int]]:
+    """Documents of a source, and how often an epoch has them.
+
+    A weight of 2.3 repeats every document twice and a fixed, hash-selected 30 % of them a third
+    time. A weight below 1 takes at least one document.
+    """
+    if not len(own):
+        return
+    repeats = int(weight)
+    if repeats:
+        yield own, repeats
+    chosen = round((weight - repeats) * len(own))
+    if not repeats:
+        chosen = max(1, chosen)
+    if chosen:
+        keys = mix(digests[own] ^ hash_of(_SALT))
+        yield own[np.sort(np.argsort(keys, kind="stable")[:chosen])], 1
+
+
+def _sums(values: Array, offsets: Array) -> Array:
+    """Sums of the values between offsets; no interval is empty."""
+    return np.add.reduceat(values, offsets[:-1]) if len(values) else values
 
 
 def join_files(path: Path, parts: Sequence[Path]) -> None:
@@ -183,7 +270,7 @@ def join_files(path: Path, parts: Sequence[Path]) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Take a folder out of its place at once, then delete it; another process may do the same."""
+    """Rename a folder out of the way, then delete it; another process may do the same."""
     aside = temporary_sibling(folder.with_name(f"{folder.name}.damaged"))
     try:
         folder.rename(aside)

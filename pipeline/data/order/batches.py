@@ -1,6 +1,6 @@
-"""Micro-batches of sequences -> tensors.
+"""Micro-batches of sequences -> tensors, built ahead by a thread or by worker processes.
 
-B: sequences, T: tokens of the longest of them. A sequence is one document or, packed, several.
+B: sequences, T: tokens of the longest one. A sequence is a document or, packed, several.
 """
 
 import signal
@@ -24,29 +24,26 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # a label that does not count
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-_IS_ITS_OWN = "Caught "  # how torch begins an error that a worker has met itself
-_PADDING = 0  # any id would do: it is on the right, where causal attention never looks
+_RAISED_IN_WORKER = "Caught "  # how torch begins the message of a worker's own exception
+_PADDING = 0  # any id would do: padding is on the right, where causal attention never reaches
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model is given.
+    """Input of the model.
 
-    Padding is kept out by its place and its label, never by its token id: no position before it
-    attends to it, and it counts in no loss. Of each document the first token never counts.
+    Padding is excluded by its position and its label, never by its token id: no token before it
+    attends to it, and it has no label. The first token of a document never has a label.
     """
 
     input_ids: torch.Tensor  # (B, T) int64
-    labels: torch.Tensor  # (B, T) int64: the token where it counts, else IGNORED
+    labels: torch.Tensor  # (B, T) int64: the token where it is supervised, else IGNORED
     documents: tuple[tuple[int, ...], ...]  # tokens of the documents of each row, in their order
-    tokens: int  # useful ones: not padding
+    tokens: int  # useful tokens: not padding
 
     @property
     def attended(self) -> int | None:
-        """Tokens that a token's attention reaches over in the mean: of a pack, its document's.
-
-        None where no row holds two documents.
-        """
+        """Mean length of the document that a token attends within; None without packs."""
         if all(len(row) < 2 for row in self.documents):
             return None
         squares = sum(tokens**2 for row in self.documents for tokens in row)
@@ -63,21 +60,21 @@ class Batch:
 
 
 def build_batch(split: "Split", sequences: Sequence[int]) -> Batch:
-    """Tensors of some sequences; of none, one padding token that counts for nothing."""
-    found = [split.sequence(i) for i in sequences]
-    documents = tuple(tuple(len(ids) for ids, _ in row) for row in found) or ((1,),)
+    """Tensors of these sequences; without any, one padding token that has no label."""
+    rows = [split.sequence(i) for i in sequences]
+    documents = tuple(tuple(len(ids) for ids, _ in row) for row in rows) or ((1,),)
     shape = (len(documents), max(sum(row) for row in documents))
     input_ids = np.full(shape, _PADDING, dtype=np.int64)
     labels = np.full(shape, IGNORED, dtype=np.int64)
-    for row, parts in enumerate(found):
+    for row, contents in enumerate(rows):
         start = 0
-        for ids, supervised in parts:
-            assert not supervised[0], "a document's first token counts, which nothing predicts"
+        for ids, supervised in contents:
+            assert not supervised[0], "the first token of a document, which nothing predicts"
             end = start + len(ids)
             input_ids[row, start:end] = ids
             np.copyto(labels[row, start:end], ids, where=supervised)
             start = end
-    tokens = sum(map(sum, documents)) if found else 0
+    tokens = sum(map(sum, documents)) if rows else 0
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), documents, tokens)
 
 
@@ -93,8 +90,8 @@ class _RankBatches(Dataset[tuple[Batch, int]]):
         return build_batch(self._split, micro_batch.sequences), micro_batch.first
 
 
-def _leave_signals_to_the_rank(worker: int) -> None:
-    """A launcher ends a rank's children with it, but a rank that is asked to stop needs them."""
+def _ignore_signals(worker: int) -> None:
+    """A launcher signals a rank's children too, but a rank that stops still needs its workers."""
     del worker
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -107,7 +104,7 @@ def batches_of(
     num_workers: int = 0,
     prefetch_factor: int = 2,
 ) -> Iterator[tuple[Batch, int]]:
-    """The batches of one rank's work, in order, each with its place in its global batch.
+    """The batches of one rank's work in order, each with its offset in the global batch.
 
     They are built ahead, by a thread or by workers. Iterate inside `worker_deaths_reported`.
     """
@@ -116,44 +113,44 @@ def batches_of(
         batch_size=None,
         shuffle=False,
         num_workers=num_workers,
-        worker_init_fn=_leave_signals_to_the_rank,
+        worker_init_fn=_ignore_signals,
         prefetch_factor=prefetch_factor if num_workers else None,
         # Forking would copy the locks of DeepSpeed's, CUDA's and our own threads.
         multiprocessing_context="spawn" if num_workers else None,
     )
-    resource_tracker.ensure_running()  # starting it would take signals out of the mask again
-    # Workers inherit the mask, so that nothing ends them before they ignore the signals.
+    resource_tracker.ensure_running()  # its start would unblock the signals again
+    # Workers inherit the mask, so that no signal ends them before they ignore it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return _while_workers_live(batches) if num_workers else _one_ahead(batches)
+    return _with_worker_deaths(batches) if num_workers else _one_ahead(batches)
 
 
 _Item = TypeVar("_Item")
 
 
 def _one_ahead(batches: Iterator[_Item]) -> Iterator[_Item]:
-    """The same, the next one made by a thread while a device or a library is at work."""
+    """Build the next batch in a thread while the caller uses the current one."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        made = thread.submit(next, batches, None)
-        while (batch := made.result()) is not None:
-            made = thread.submit(next, batches, None)
+        following = thread.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = thread.submit(next, batches, None)
             yield batch
 
 
-def _while_workers_live(batches: Iterator[_Item]) -> Iterator[_Item]:
-    """The same; one that a worker has begun to hand over cannot be had once it is dead."""
+def _with_worker_deaths(batches: Iterator[_Item]) -> Iterator[_Item]:
+    """Raise OfOneRank if a worker was killed while it handed over a batch."""
     while True:
         try:
             batch = next(batches)
         except StopIteration:
             return
         except (OSError, EOFError) as error:
-            if _IS_ITS_OWN in str(error):
+            if _RAISED_IN_WORKER in str(error):
                 raise
-            raise _a_worker_died() from error
+            raise _worker_died() from error
         yield batch
 
 
@@ -163,14 +160,14 @@ def worker_deaths_reported() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or _IS_ITS_OWN in str(error):
+        if "DataLoader worker" not in str(error) or _RAISED_IN_WORKER in str(error):
             raise
-        raise _a_worker_died() from error
+        raise _worker_died() from error
 
 
-def _a_worker_died() -> OfOneRank:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would raise again, wherever we are
+def _worker_died() -> OfOneRank:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch's handler would raise once more
     return OfOneRank(
-        "a process that builds batches was ended from outside, most likely for want of memory; "
-        "dataloader_num_workers: 0 needs none"
+        "a DataLoader worker was killed from outside, most likely because memory ran out; "
+        "dataloader_num_workers: 0 builds batches without worker processes"
     )

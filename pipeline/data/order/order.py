@@ -1,9 +1,9 @@
-"""(seed, epoch) -> order of sequences; (step, rank, world size) -> which of them. Pure.
+"""(seed, epoch) -> order of sequences; (step, rank) -> this rank's micro-batches. Pure.
 
 The k-th global batch holds the same sequences for every number of ranks, micro-batch size and
 accumulation whose product is the global batch. Every rank has the same number of micro-batches in
-every step; where a short last step leaves some without sequences they are empty, so that
-DeepSpeed's accumulation always completes. S: sequences, G: those of a global batch.
+every step: a short last step is filled with empty ones, so that DeepSpeed's accumulation always
+completes. S: sequences, G: sequences of a group.
 """
 
 from collections import defaultdict
@@ -18,21 +18,22 @@ import numpy.typing as npt
 from pipeline.data.dataset.hashing import hash_of, hashes_of, permutation
 from pipeline.data.dataset.sequences import Integers, Sequences, StepSize
 from pipeline.data.order.balance import divide
-from pipeline.data.order.interleave import spread_sources, take_turns
 from pipeline.plan.cost.per_token import SequenceFlops
 
-# Without packing the documents of a micro-batch of up to this size are drawn from those within a
-# tenth of each other's length, as far as there are so many.
+# Without packing, a micro-batch of up to _ALIKE_SIZE documents is drawn from documents whose
+# lengths differ by about _ALIKE_WIDTH.
 _ALIKE_SIZE, _ALIKE_WIDTH = 256, 0.1
+_GOLDEN_RATIO = 0.6180339887498949
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchShape:
-    """How a global batch is divided: ranks x accumulation x micro-batch."""
+class BatchLayout:
+    """How a global batch is divided: ranks x accumulation x micro-batch, balanced by `flops`."""
 
     world_size: int
     accumulation_steps: int
     micro_batch_size: int
+    flops: SequenceFlops
 
     @property
     def global_batch_size(self) -> int:
@@ -42,7 +43,7 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences of one forward on one rank; `first` is their place in the global batch."""
+    """Sequences of one forward on one rank, from offset `first` of the global batch on."""
 
     sequences: tuple[int, ...]
     first: int
@@ -50,108 +51,121 @@ class MicroBatch:
 
 @lru_cache(maxsize=2)
 def epoch_order(sequences: Sequences, *, seed: int, epoch: int, global_batch_size: int) -> Integers:
-    """The sequences of an epoch in turn, each as often as its round says.
+    """The sequences of an epoch in order, each as often as its segment says.
 
-    Packs are shuffled. Without packing documents of like length make a global batch, and the global
-    batches are shuffled; those that are left over are shared by the sources, and the last step is
-    short. Sources take turns (`interleave.py`).
+    Packs are shuffled. Without packing, documents of similar length form a global batch, and the
+    global batches are shuffled; the remaining documents of all sources are pooled, and the last
+    step of the epoch is short. Sources are interleaved.
     """
     size = 1 if sequences.are_packs else global_batch_size
     streams: dict[int, list[Integers]] = defaultdict(list)
-    left = [np.zeros(0, np.int64)]
-    for part in sequences.rounds:
-        for again in range(part.repeats):
-            words = (seed, epoch, part.start, again)
-            shuffled = part.start + permutation(part.end - part.start, *words)
+    remaining = [np.zeros(0, np.int64)]
+    for segment in sequences.segments:
+        for repeat in range(segment.repeats):
+            words = (seed, epoch, segment.start, repeat)
+            shuffled = segment.start + permutation(segment.end - segment.start, *words)
             groups, rest = _groups(shuffled, sequences, size, words)
-            streams[part.source].append(groups)
-            left.append(rest)
-    pooled, words = np.concatenate(left), (seed, epoch, len(sequences.tokens), 0)
-    groups, rest = _groups(pooled[permutation(len(pooled), *words)], sequences, size, words)
-    mixed = spread_sources(groups, sequences)
-    merged = [np.concatenate(parts) for parts in streams.values()] + [mixed]
-    return np.append(take_turns(merged, sequences.supervised), rest)
+            streams[segment.source].append(groups)
+            remaining.append(rest)
+    pooled, words = np.concatenate(remaining), (seed, epoch, len(sequences.tokens), 0)
+    mixed, rest = _groups(pooled[permutation(len(pooled), *words)], sequences, size, words)
+    groups_of_sources = [np.concatenate(groups) for groups in streams.values()]
+    return np.append(interleave([*groups_of_sources, mixed], sequences.supervised), rest)
 
 
 def _groups(
     shuffled: Integers, sequences: Sequences, size: int, words: Sequence[int]
 ) -> tuple[Integers, Integers]:
-    """Groups of `size` sequences, of like length where there are several; and the few left over.
+    """Groups of `size` sequences, (N, G), length-grouped where size > 1; and the remaining few.
 
-    Lengths are blurred before they are sorted, so that every epoch has other groups. The blur grows
-    with groups larger than a micro-batch: sorted again inside, they still give alike micro-batches,
-    and a step has short and long documents.
+    Noise is added to the lengths before sorting, so that every epoch has other groups. The noise
+    grows with groups larger than a micro-batch: sorted again inside, they still give micro-batches
+    of similar lengths, and a step has short and long documents.
     """
     if size == 1:
         return shuffled[:, None], shuffled[:0]
     whole = len(shuffled) - len(shuffled) % size
     chosen, rest = shuffled[:whole], shuffled[whole:]
     width = _ALIKE_WIDTH * max(1.0, size / _ALIKE_SIZE)
-    blur = hashes_of(whole, *words, 1) / 2.0**64
+    noise = hashes_of(whole, *words, 1) / 2.0**64
     # Rounded: the last bits of a logarithm differ from CPU to CPU, and ranks must not.
-    alike = np.round(np.log(sequences.tokens[chosen]), 6) + width * blur
-    by_length = chosen[np.argsort(alike, kind="stable")]
-    groups = by_length.reshape(-1, size)
+    keys = np.round(np.log(sequences.tokens[chosen]), 6) + width * noise
+    groups = chosen[np.argsort(keys, kind="stable")].reshape(-1, size)
     return groups[permutation(len(groups), *words, 2)], rest
+
+
+def interleave(streams: list[Integers], supervised: Integers) -> Integers:
+    """Interleave streams of groups, each (N, G), so that all progress at the same rate.
+
+    A group is placed by the fraction of its stream's supervised tokens that are done at a point
+    within the group. That point differs from stream to stream (golden ratio), so that streams of
+    one group each are spread over the epoch. No stream is ever further from its share than
+    (streams + 1) / 2 of the largest group (docs/data.md).
+    """
+    streams = [stream for stream in streams if len(stream)]
+    if not streams:
+        return np.zeros(0, np.int64)
+    fractions = []
+    for number, stream in enumerate(streams):
+        counts = supervised[stream].sum(axis=1)
+        within = (number + 0.5) * _GOLDEN_RATIO % 1
+        fractions.append((np.cumsum(counts) - within * counts) / counts.sum())
+    order = np.argsort(np.concatenate(fractions), kind="stable")
+    return np.concatenate(streams)[order].reshape(-1)
 
 
 def global_batch(step: int, sequences: Sequences, *, seed: int, global_batch_size: int) -> Integers:
     """Sequences of the step with this index (from 0, over all epochs)."""
-    epoch, place = divmod(step, -(-sequences.epoch // global_batch_size))
-    start = place * global_batch_size
+    epoch, step_of_epoch = divmod(step, -(-sequences.per_epoch // global_batch_size))
+    start = step_of_epoch * global_batch_size
     order = epoch_order(sequences, seed=seed, epoch=epoch, global_batch_size=global_batch_size)
     return order[start : start + global_batch_size]
 
 
-def deal(
-    batch: Integers, sequences: Sequences, flops: SequenceFlops, shape: BatchShape
-) -> list[list[MicroBatch]]:
-    """Divide one global batch: for each rank its micro-batches in turn, the costliest first.
+def partition(batch: Integers, sequences: Sequences, layout: BatchLayout) -> list[list[MicroBatch]]:
+    """The micro-batches of each rank for one global batch, the costliest first.
 
-    Each rank gets the same share of the cost, as nearly as can be found, and since all begin with
-    what costs most, micro-batches that run side by side are alike. Packs are dealt one by one.
-    Documents are dealt by the micro-batch, so that those of like length share one.
+    Ranks get nearly equal costs. All start with their costliest micro-batch, so that micro-batches
+    that run at the same time cost about the same. Packs are assigned one by one, documents by the
+    micro-batch, so that documents of similar length share one.
     """
-    shares = _shares(batch, sequences, flops, shape)
-    return [_in_turn(share, rank, sequences, flops, shape) for rank, share in enumerate(shares)]
+    groups = _rank_groups(batch, sequences, layout)
+    return [_micro_batches(own, rank, sequences, layout) for rank, own in enumerate(groups)]
 
 
-def _shares(
-    batch: Integers, sequences: Sequences, flops: SequenceFlops, shape: BatchShape
+def _rank_groups(
+    batch: Integers, sequences: Sequences, layout: BatchLayout
 ) -> list[list[Integers]]:
-    """What each rank gets of a global batch: packs one by one, documents by the micro-batch."""
+    """Packs, or micro-batches of documents, of each rank."""
     by_length = batch[np.lexsort((batch, -sequences.tokens[batch]))]
-    size = 1 if sequences.are_packs else shape.micro_batch_size
-    cut = [by_length[first : first + size] for first in range(0, len(batch), size)]
-    dealt = divide(_costs(cut, sequences, flops), shape.world_size)
-    return [[cut[place] for place in places] for places in dealt]
+    size = 1 if sequences.are_packs else layout.micro_batch_size
+    groups = [by_length[first : first + size] for first in range(0, len(batch), size)]
+    divided = divide(_costs(groups, sequences, layout.flops), layout.world_size)
+    return [[groups[i] for i in own] for own in divided]
 
 
-def _in_turn(
-    share: list[Integers],
-    rank: int,
-    sequences: Sequences,
-    flops: SequenceFlops,
-    shape: BatchShape,
+def _micro_batches(
+    groups: list[Integers], rank: int, sequences: Sequences, layout: BatchLayout
 ) -> list[MicroBatch]:
-    """A rank's micro-batches, those of packs as equal as can be found; empty ones to the end."""
-    size = shape.micro_batch_size
-    if sequences.are_packs and size > 1 and share:
-        packs = np.concatenate(share)
-        divided = divide(_costs(share, sequences, flops), -(-len(packs) // size))
-        share = [packs[places] for places in divided]
-        share = [share[i] for i in np.argsort(-_costs(share, sequences, flops), kind="stable")]
-    none = [np.zeros(0, np.int64)] * (shape.accumulation_steps - len(share))
+    """A rank's micro-batches; those of packs cost about the same. Empty ones fill the step."""
+    size = layout.micro_batch_size
+    if sequences.are_packs and size > 1 and groups:
+        packs = np.concatenate(groups)
+        divided = divide(_costs(groups, sequences, layout.flops), -(-len(packs) // size))
+        groups = [packs[own] for own in divided]
+        costs = _costs(groups, sequences, layout.flops)
+        groups = [groups[i] for i in np.argsort(-costs, kind="stable")]
+    empty = [np.zeros(0, np.int64)] * (layout.accumulation_steps - len(groups))
     return [
-        MicroBatch(tuple(micro.tolist()), (turn * shape.world_size + rank) * size)
-        for turn, micro in enumerate([*share, *none])
+        MicroBatch(tuple(group.tolist()), (number * layout.world_size + rank) * size)
+        for number, group in enumerate([*groups, *empty])
     ]
 
 
 def _costs(
     groups: list[Integers], sequences: Sequences, flops: SequenceFlops
 ) -> npt.NDArray[np.float64]:
-    """FLOPs of groups of sequences, documents padded to the longest of their group."""
+    """FLOPs of groups of sequences; documents are padded to the longest of their group."""
     every, sizes = np.concatenate(groups), np.array([len(group) for group in groups])
     starts = np.cumsum(sizes) - sizes
     tokens, squares = sequences.tokens[every], sequences.squares[every]
@@ -167,84 +181,75 @@ def _costs(
     return summed
 
 
-class Sequenced(Protocol):
-    """A split; sent to a worker it maps its files anew, where its sequences would be a copy."""
+class HasSequences(Protocol):
+    """A split. A worker process maps its files; a copy of its sequences would take memory."""
 
     sequences: Sequences
 
 
 class RankWork(Sequence[MicroBatch]):
-    """Micro-batches of one rank from `first_step` to the end, made when they are asked for."""
+    """The micro-batches of one rank over a range of steps, computed on access."""
 
     def __init__(
-        self,
-        split: Sequenced,
-        flops: SequenceFlops,
-        shape: BatchShape,
-        *,
-        seed: int,
-        rank: int,
-        first_step: int,
-        total_steps: int,
+        self, split: HasSequences, layout: BatchLayout, *, seed: int, rank: int, steps: range
     ) -> None:
-        self._split, self._flops, self._shape = split, flops, shape
-        self._seed, self._rank = seed, rank
-        self._first_step, self._total_steps = first_step, total_steps
-        self._dealt: tuple[int, list[MicroBatch]] = (-1, [])
+        self._split, self._layout, self._seed = split, layout, seed
+        self._rank, self._steps = rank, steps
+        self._cached: tuple[int, list[MicroBatch]] = (-1, [])
 
     def __len__(self) -> int:
-        return (self._total_steps - self._first_step) * self._shape.accumulation_steps
+        return len(self._steps) * self._layout.accumulation_steps
 
     def __getitem__(self, index: Any) -> Any:
-        """The `index`-th micro-batch from `first_step` on."""
+        """The `index`-th micro-batch from the first step on."""
         if not 0 <= index < len(self):
             raise IndexError(f"micro-batch {index} of {len(self)}")
-        step, turn = self.step_of(index), index % self._shape.accumulation_steps
-        if self._dealt[0] != step:
-            given = self._split.sequences, self._flops, self._shape
-            share = _shares(self.batch(step), *given)[self._rank]
-            self._dealt = (step, _in_turn(share, self._rank, *given))
-        return self._dealt[1][turn]
+        step = self.step_of(index)
+        if self._cached[0] != step:
+            sequences = self._split.sequences
+            groups = _rank_groups(self.batch(step), sequences, self._layout)[self._rank]
+            self._cached = step, _micro_batches(groups, self._rank, sequences, self._layout)
+        return self._cached[1][index % self._layout.accumulation_steps]
 
     def step_of(self, index: int) -> int:
         """The step that the `index`-th micro-batch belongs to."""
-        return self._first_step + index // self._shape.accumulation_steps
+        return self._steps[index // self._layout.accumulation_steps]
 
     def batch(self, step: int) -> Integers:
-        """All sequences of a step, over all ranks."""
+        """The sequences of a step over all ranks."""
         return global_batch(
             step,
             self._split.sequences,
             seed=self._seed,
-            global_batch_size=self._shape.global_batch_size,
+            global_batch_size=self._layout.global_batch_size,
         )
 
     def size_of(self, step: int) -> StepSize:
-        """What the ranks do in a step together."""
+        """Documents and supervised tokens of a step over all ranks."""
         return self._split.sequences.size_of(self.batch(step))
 
 
 def evaluation_work(
     sequences: Sequences, *, world_size: int, micro_batch_size: int
 ) -> list[list[MicroBatch]]:
-    """The sequences of an epoch; for each rank the same number of micro-batches.
+    """The micro-batches of each rank for one pass over the sequences, equally many on each.
 
-    Those of like length share a micro-batch, and ranks take turns at the longer one.
+    Sequences of similar length share a micro-batch; ranks alternate at the longer one.
     """
-    every = sequences.all_of_them()
+    every = sequences.of_epoch()
     size = micro_batch_size
     by_length = every[np.argsort(-sequences.tokens[every], kind="stable")]
-    cut = [by_length[first : first + size] for first in range(0, len(every), size)]
+    groups = [by_length[first : first + size] for first in range(0, len(every), size)]
     work: list[list[MicroBatch]] = [[] for _ in range(world_size)]
-    for turn in range(-(-len(cut) // world_size)):
+    for row in range(-(-len(groups) // world_size)):
         for place in range(world_size):
-            index = turn * world_size + place
-            chosen = tuple(cut[index].tolist()) if index < len(cut) else ()
-            rank = place if turn % 2 == 0 else world_size - 1 - place
+            index = row * world_size + place
+            chosen = tuple(groups[index].tolist()) if index < len(groups) else ()
+            rank = place if row % 2 == 0 else world_size - 1 - place
             work[rank].append(MicroBatch(chosen, index * size))
     return work
 
 
 def forward_seed(seed: int, step: int, first: int) -> int:
-    """Seed of the dropout of one forward: nothing has to be stored to resume it."""
+    """Seed of one forward's dropout; nothing has to be stored to resume it."""
     return int(hash_of(seed, step, first) >> np.uint64(1))

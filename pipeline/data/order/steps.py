@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.data.dataset.sequences import StepSize
 from pipeline.data.order.batches import Batch, batches_of
-from pipeline.data.order.order import BatchShape, RankWork, forward_seed
+from pipeline.data.order.order import BatchLayout, RankWork, forward_seed
 from pipeline.plan.cost.per_token import cost_per_token, sequence_flops
 from pipeline.plan.plan import Plan
 
@@ -39,21 +39,15 @@ def training_steps(
 
     Iterate inside `worker_deaths_reported`.
     """
-    layout, settings = plan.layout, plan.settings
-    shape = BatchShape(
-        world_size=layout.world_size,
-        accumulation_steps=layout.accumulation_steps,
-        micro_batch_size=layout.micro_batch_size,
+    settings = plan.settings
+    layout = BatchLayout(
+        world_size=plan.layout.world_size,
+        accumulation_steps=plan.layout.accumulation_steps,
+        micro_batch_size=plan.layout.micro_batch_size,
+        flops=sequence_flops(cost_per_token(plan.shape, settings, plan.training_dtype)),
     )
-    work = RankWork(
-        split,
-        sequence_flops(cost_per_token(plan.shape, settings, plan.training_dtype)),
-        shape,
-        seed=settings.seed,
-        rank=rank,
-        first_step=first_step,
-        total_steps=plan.steps.total_steps,
-    )
+    steps = range(first_step, plan.steps.total_steps)
+    work = RankWork(split, layout, seed=settings.seed, rank=rank, steps=steps)
     batches = batches_of(
         split,
         work,
@@ -64,5 +58,5 @@ def training_steps(
         SeededBatch(batch, forward_seed(settings.seed, work.step_of(i), first))
         for i, (batch, first) in enumerate(batches)
     )
-    for step in range(first_step, plan.steps.total_steps):
-        yield TrainingStep(step, islice(seeded, shape.accumulation_steps), work.size_of(step))
+    for step in steps:
+        yield TrainingStep(step, islice(seeded, layout.accumulation_steps), work.size_of(step))

@@ -1,14 +1,13 @@
-"""Packs: every document in one, none too long, hardly anything empty; weights; the columns."""
+"""Packing: every document in one pack, no pack too long, hardly anything empty."""
 
-from collections import Counter
+from bisect import bisect_left, insort
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.dataset.packing import make_packs, write_sequences
-from pipeline.data.dataset.reader import SplitIndex, open_split
+from pipeline.data.dataset.packing import best_fit_decreasing, fill_gaps, make_packs
 from tests.bench.gsm8k import LENGTHS
 
 pytestmark = pytest.mark.tensor
@@ -68,117 +67,50 @@ def test_packs_are_the_same_every_time_and_depend_on_lengths_alone():
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_document_that_no_pack_can_hold_is_no_input():
-    with pytest.raises(AssertionError, match="no pack can hold"):
+def test_a_document_longer_than_a_pack_is_an_error():
+    with pytest.raises(AssertionError):
         make_packs(np.array([3, 9]), 8)
 
 
-class Written:
-    """A split on disk of documents of random lengths, as the writer leaves it when it closes."""
-
-    def __init__(self, folder, counts, weights, *, packing, max_length=64, seed=0):
-        random = np.random.default_rng(seed)
-        self.sources = np.repeat(np.arange(len(counts)), counts)
-        random.shuffle(self.sources)
-        count = len(self.sources)
-        self.lengths = random.integers(2, max_length // 2, count)
-        self.supervised = random.integers(1, self.lengths)
-        self.digests = random.integers(0, 2**63, count).astype(np.uint64)
-        offsets = np.append(0, np.cumsum(self.lengths))
-        masks = [np.arange(n) >= n - s for n, s in zip(self.lengths, self.supervised, strict=True)]
-        columns = {
-            "ids": np.arange(offsets[-1], dtype=np.int32),
-            "supervised": np.concatenate(masks),
-            "offsets": offsets,
-            "counts": self.supervised,
-            "digests": self.digests,
-            "sources": self.sources.astype(np.int32),
-        }
-        for name, column in columns.items():
-            np.save(folder / f"{name}.npy", column)
-        self.epoch = write_sequences(folder, max_length, packing=packing, weights=weights)
-        self.split = open_split(
-            SplitIndex(
-                key="k",
-                folder=folder,
-                documents=count,
-                tokens=int(offsets[-1]),
-                supervised_tokens=int(self.supervised.sum()),
-                longest=int(self.lengths.max()),
-                sequences=self.epoch.sequences,
-                epoch_documents=self.epoch.documents,
-                epoch_tokens=self.epoch.tokens,
-            )
-        )
-
-    def seen(self):
-        """How often an epoch sees each document."""
-        of = Counter()
-        for i in self.split.sequences.all_of_them():
-            of.update(int(ids[0]) for ids, _ in self.split.sequence(i))
-        starts = np.append(0, np.cumsum(self.lengths))[:-1]
-        return np.array([of[int(start)] for start in starts])
+def num_packs(algorithm, lengths, max_length):
+    """Packs of an algorithm, once all documents have been found in them."""
+    counts = np.bincount(lengths, minlength=max_length + 1)
+    packed = np.zeros_like(counts)
+    packs = 0
+    for pattern, times in algorithm(counts.copy(), max_length):
+        assert sum(length * number for length, number in pattern.items()) <= max_length
+        packs += times
+        for length, number in pattern.items():
+            packed[length] += number * times
+    assert np.array_equal(packed, counts)
+    return packs
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_weight_says_how_often_an_epoch_sees_a_document(packing, tmp_path):
-    weights = [1.0, 0.25, 2.5, 0.001, 3.0, 1.1]
-    counts = [40, 80, 60, 20, 10, 50]
-    written = Written(tmp_path, counts, weights, packing=packing)
-    seen = written.seen()
-    for source, (count, weight) in enumerate(zip(counts, weights, strict=True)):
-        own = seen[written.sources == source]
-        assert set(own) <= {int(weight), int(weight) + (weight % 1 > 0)}
-        assert own.sum() == max(round(weight * count), 1)
-    assert written.epoch.documents == seen.sum()
-    assert written.epoch.tokens == (seen * written.lengths).sum()
-    assert written.split.sequences.supervised_tokens == (seen * written.supervised).sum()
-    assert written.epoch.sequences == written.split.sequences.epoch
+def best_fit_one_by_one(lengths, max_length):
+    """Packs of best-fit decreasing as the textbook has it, document by document."""
+    gaps, packs = [], 0
+    for length in sorted(lengths, reverse=True):
+        place = bisect_left(gaps, length)
+        packs += place == len(gaps)
+        insort(gaps, (max_length if place == len(gaps) else gaps.pop(place)) - length)
+    return packs
 
 
-def test_a_fraction_goes_by_content(tmp_path):
-    """The same rows in another order, and more of them: what was left out is mostly still so."""
-    folders = [tmp_path / name for name in ("one", "two")]
-    for folder in folders:
-        folder.mkdir()
-    first = Written(folders[0], [400], [0.5], packing=True)
-    taken = set(first.digests[first.seen() == 1])
-    order = np.random.default_rng(1).permutation(400)
-    np.save(folders[0] / "digests.npy", first.digests[order])
-    second = write_sequences(folders[0], 64, packing=False, weights=[0.5])
-    documents = np.load(folders[0] / "sequence_documents.npy")
-    assert second.documents == len(documents) == 200
-    assert set(first.digests[order][documents]) == taken
+@given(documents())
+@settings(max_examples=200, deadline=None)
+def test_best_fit_by_length_is_best_fit_by_document_and_the_fewer_packs_are_kept(case):
+    lengths, max_length = np.array(case[0], np.int64), case[1]
+    best_fit = num_packs(best_fit_decreasing, lengths, max_length)
+    assert best_fit == best_fit_one_by_one(lengths, max_length)
+    filled = num_packs(fill_gaps, lengths, max_length)
+    assert len(packed(lengths, max_length)) == min(best_fit, filled)
 
 
-def test_what_is_held_out_by_the_digest_does_not_decide_the_fraction(tmp_path):
-    """With all low digests gone, as holding out takes them, a half is still a half of the rest."""
-    written = Written(tmp_path, [2000], [0.5], packing=False)
-    high = written.digests > np.median(written.digests)
-    assert 400 < written.seen()[high].sum() < 600
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_columns_say_what_a_sequence_holds(packing, tmp_path):
-    split = Written(tmp_path, [100, 50], [1.0, 2.0], packing=packing).split
-    known = split.sequences
-    for i in range(len(known.tokens)):
-        lengths = [len(ids) for ids, _ in split.sequence(i)]
-        assert sum(lengths) == known.tokens[i] <= 64
-        assert sum(n * n for n in lengths) == known.squares[i]
-        assert sum(int(mask.sum()) for _, mask in split.sequence(i)) == known.supervised[i]
-        assert packing or len(lengths) == 1
-    with pytest.raises(IndexError):
-        split.sequence(len(known.tokens))
-    with pytest.raises(IndexError):
-        split.sequence(-1)
-
-
-def test_packs_hold_documents_of_one_source(tmp_path):
-    written = Written(tmp_path, [100, 50, 30], [1.0, 2.0, 0.5], packing=True)
-    starts = np.append(0, np.cumsum(written.lengths))
-    for part in written.split.sequences.rounds:
-        for i in range(part.start, part.end):
-            firsts = [int(ids[0]) for ids, _ in written.split.sequence(i)]
-            sources = written.sources[np.searchsorted(starts, firsts)]
-            assert set(sources) == {part.source}
+@pytest.mark.parametrize(("max_length", "better"), [(512, "best fit"), (1024, "gap filling")])
+def test_neither_algorithm_is_always_better(max_length, better):
+    """GSM8K: of packs hardly longer than a document, and of packs of five documents."""
+    lengths = LENGTHS[max_length >= LENGTHS]
+    best_fit = num_packs(best_fit_decreasing, lengths, max_length)
+    filled = num_packs(fill_gaps, lengths, max_length)
+    assert (best_fit < filled) == (better == "best fit")
+    assert len(packed(lengths, max_length)) == min(best_fit, filled)

@@ -1,4 +1,4 @@
-"""Batches that other processes build: the same ones, and no silence where such a process dies."""
+"""Batches built by worker processes: the same as without, and a killed worker is reported."""
 
 import os
 import pickle
@@ -14,10 +14,11 @@ import torch
 from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import open_split
 from pipeline.data.order.batches import batches_of
-from pipeline.data.order.order import BatchShape, RankWork
+from pipeline.data.order.order import BatchLayout, RankWork
 from pipeline.data.prepare.prepare import prepare
 from pipeline.plan.cost.per_token import SequenceFlops
 from tests import ROOT
+from tests.messages import assert_mentions
 from tests.tiny import Documents, make_rows, make_tokenizer
 
 pytestmark = pytest.mark.tensor
@@ -32,12 +33,9 @@ def split():
 
 def work_on(split) -> RankWork:
     """Of the second of two ranks, from step 3 on."""
-    return RankWork(
-        split,
-        SequenceFlops(per_token=1.0, per_square=1.0, per_logit=1.0),
-        BatchShape(world_size=2, accumulation_steps=2, micro_batch_size=2),
-        seed=0, rank=1, first_step=3, total_steps=3 + STEPS,
-    )  # fmt: skip
+    flops = SequenceFlops(per_token=1.0, per_square=1.0, per_logit=1.0)
+    layout = BatchLayout(world_size=2, accumulation_steps=2, micro_batch_size=2, flops=flops)
+    return RankWork(split, layout, seed=0, rank=1, steps=range(3, 3 + STEPS))
 
 
 def workers() -> list[psutil.Process]:
@@ -48,7 +46,7 @@ def workers() -> list[psutil.Process]:
     ]
 
 
-def test_workers_build_what_the_rank_would(split):
+def test_workers_build_the_batches_that_the_rank_would(split):
     work = work_on(split)
     alone = list(batches_of(split, work))
     ahead = list(batches_of(split, work, num_workers=2))
@@ -61,7 +59,7 @@ def test_workers_build_what_the_rank_would(split):
     assert [first for _, first in alone] == [work[i].first for i in range(2 * STEPS)]
 
 
-class Noted(Documents):
+class Recorded(Documents):
     """Documents that leave a file in a folder when one of them is read."""
 
     def __init__(self, count: int, folder: Path) -> None:
@@ -73,8 +71,8 @@ class Noted(Documents):
         return super().sequence(number)
 
 
-def test_as_many_batches_wait_as_prefetch_factor_says(tmp_path):
-    split = Noted(40, tmp_path)
+def test_prefetch_factor_bounds_the_batches_that_wait(tmp_path):
+    split = Recorded(40, tmp_path)
     work = work_on(split)
     batches = batches_of(split, work, num_workers=1, prefetch_factor=3)
     next(batches)
@@ -122,16 +120,15 @@ if __name__ == "__main__":
     except OfOneRank as error:
         for worker in workers():
             worker.kill()
-        time.sleep(0.5)  # told once, not again in what comes next
+        time.sleep(0.5)  # reported once, not again afterwards
         print(error, flush=True)
         os._exit(0)  # as a rank leaves
 """
 
 
-def test_a_worker_that_is_killed_is_said_with_what_would_work(tmp_path):
+def test_a_killed_worker_is_reported_with_a_remedy(tmp_path):
     said = run_as_a_rank(KILLED, tmp_path)
-    assert "ended from outside" in said
-    assert "dataloader_num_workers: 0" in said
+    assert_mentions(said, "memory", "dataloader_num_workers: 0")
 
 
 SIGNALLED = """
@@ -146,11 +143,11 @@ if __name__ == "__main__":
 """
 
 
-def test_signals_to_workers_end_none_of_them(tmp_path):
+def test_signals_end_no_worker(tmp_path):
     run_as_a_rank(SIGNALLED, tmp_path)
 
 
-def test_a_worker_maps_the_files_of_a_split_and_gets_no_copy(tmp_path):
+def test_a_worker_maps_the_files_of_a_split_instead_of_a_copy(tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "model")
     make_rows(tmp_path / "train.jsonl", 2000)
     values = {"model": "model", "train_data": "train.jsonl", "output_dir": "run"}
@@ -179,5 +176,5 @@ if __name__ == "__main__":
 """
 
 
-def test_an_error_of_a_workers_own_is_that_error(tmp_path):
+def test_an_exception_of_a_worker_keeps_its_message(tmp_path):
     assert "no sequence" in run_as_a_rank(BROKEN, tmp_path)

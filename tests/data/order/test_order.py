@@ -5,22 +5,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from pipeline.plan.cost.work import SequenceFlops
 
 from pipeline.data.dataset.packing import make_packs
-from pipeline.data.dataset.sequences import Round, Sequences
-from pipeline.data.order.balance import divide
+from pipeline.data.dataset.sequences import Segment, Sequences
 from pipeline.data.order.order import (
-    BatchShape,
+    BatchLayout,
     RankWork,
-    deal,
     epoch_order,
     evaluation_work,
     forward_seed,
     global_batch,
+    partition,
 )
+from pipeline.plan.cost.per_token import SequenceFlops
 from tests.bench.gsm8k import LENGTHS
 from tests.tiny import sequences_of
 
@@ -31,10 +30,11 @@ pytestmark = pytest.mark.tensor
 SMALL = SequenceFlops(per_token=4.7e8, per_square=1.0e5, per_logit=1.1e8)
 ATTENTIVE = SequenceFlops(per_token=1.0, per_square=1.0, per_logit=0.0)
 SHAPES = st.builds(
-    BatchShape,
+    BatchLayout,
     world_size=st.integers(1, 64),
     accumulation_steps=st.integers(1, 4),
     micro_batch_size=st.integers(1, 4),
+    flops=st.just(SMALL),
 )
 
 
@@ -61,7 +61,7 @@ def gsm8k(*, packing: bool) -> Sequences:
         return np.add.reduceat(values[documents], offsets[:-1])
 
     return Sequences(
-        rounds=(Round(source=0, start=0, end=len(offsets) - 1, repeats=1),),
+        segments=(Segment(source=0, start=0, end=len(offsets) - 1, repeats=1),),
         offsets=offsets,
         tokens=sums(LENGTHS),
         squares=sums(LENGTHS**2),
@@ -71,13 +71,13 @@ def gsm8k(*, packing: bool) -> Sequences:
 
 
 def steps_of(sequences, shape):
-    return -(-sequences.epoch // shape.global_batch_size)
+    return -(-sequences.per_epoch // shape.global_batch_size)
 
 
 def work_of(sequences, shape, rank, *, seed=0, epochs=1):
     steps = steps_of(sequences, shape) * epochs
     split = SimpleNamespace(sequences=sequences)
-    return RankWork(split, SMALL, shape, seed=seed, rank=rank, first_step=0, total_steps=steps)
+    return RankWork(split, shape, seed=seed, rank=rank, steps=range(steps))
 
 
 @given(any_sequences(), SHAPES, st.integers(0, 2**31), st.integers(1, 2))
@@ -103,27 +103,28 @@ def test_each_sequence_as_often_an_epoch_as_it_should_be_and_forwards_alike(
         supervised = sum(int(sequences.supervised[i]) * n for i, n in of_step.items())
         assert sizes.pop().supervised_tokens == supervised
         seen += of_step
-    expected = Counter(sequences.all_of_them().tolist())
+    expected = Counter(sequences.of_epoch().tolist())
     assert seen == Counter({i: n * epochs for i, n in expected.items()})
 
 
 @given(any_sequences(), st.integers(0, 2**31), st.sampled_from([6, 8, 16, 24, 64]))
 @settings(max_examples=30, deadline=None)
 def test_a_global_batch_is_the_same_set_for_every_split(sequences, seed, size):
-    steps = -(-sequences.epoch // size)
+    steps = -(-sequences.per_epoch // size)
     for step in {0, steps - 1}:
         batch = global_batch(step, sequences, seed=seed, global_batch_size=size)
         assert len(batch) == size or step == steps - 1
         for ranks in (n for n in range(1, 65) if size % n == 0):
             for micro in {1, size // ranks}:
-                shape = BatchShape(
+                shape = BatchLayout(
                     world_size=ranks,
                     accumulation_steps=size // ranks // micro,
                     micro_batch_size=micro,
+                    flops=SMALL,
                 )
-                dealt = deal(batch, sequences, SMALL, shape)
-                assert {len(rank) for rank in dealt} == {shape.accumulation_steps}
-                found = sorted(i for rank in dealt for m in rank for i in m.sequences)
+                divided = partition(batch, sequences, shape)
+                assert {len(rank) for rank in divided} == {shape.accumulation_steps}
+                found = sorted(i for rank in divided for m in rank for i in m.sequences)
                 assert found == sorted(batch.tolist())
 
 
@@ -141,7 +142,7 @@ def off_their_share(sources, size, seed, *, are_packs):
     sequences = sequences_of(lengths, supervised, sources, are_packs=are_packs)
     of = np.repeat(np.arange(len(sources)), [count for count, _ in sources])
     order = epoch_order(sequences, seed=seed, epoch=0, global_batch_size=size)
-    assert np.array_equal(np.sort(order), np.sort(sequences.all_of_them()))
+    assert np.array_equal(np.sort(order), np.sort(sequences.of_epoch()))
     steps = [order[first : first + size] for first in range(0, len(order), size)]
     done = np.cumsum([np.bincount(of[step], supervised[step], len(sources)) for step in steps], 0)
     total = done.sum(axis=1)
@@ -158,20 +159,20 @@ LOPSIDED = st.builds(
 )
 
 
+# docs/data.md has the proof: half a group for each source, and half a group.
 @given(MIXTURES | LOPSIDED, st.sampled_from([1, 2, 8, 16, 64]), st.integers(0, 2**31))
 @settings(max_examples=100, deadline=None)
-def test_every_source_of_packs_stays_within_two_packs_of_its_share(sources, size, seed):
+def test_every_source_of_packs_stays_near_its_share(sources, size, seed):
     off, _, largest_pack = off_their_share(sources, size, seed, are_packs=True)
-    assert off <= 1.7 * largest_pack
+    assert off <= (len(sources) + 1) / 2 * largest_pack
 
 
-# Proved is nothing tighter than 1.7 and what is mixed.
 @given(MIXTURES | LOPSIDED, st.sampled_from([1, 2, 8, 16, 64]), st.integers(0, 2**31))
 @settings(max_examples=100, deadline=None)
-def test_every_source_of_documents_stays_near_a_global_batch_of_its_share(sources, size, seed):
-    """A step is of one source, or of what several have left over."""
+def test_every_source_of_documents_stays_near_its_share(sources, size, seed):
+    """A group is a global batch of one source, or of the remaining documents of several."""
     off, largest_batch, _ = off_their_share(sources, size, seed, are_packs=False)
-    assert off <= 1.35 * largest_batch
+    assert off <= (len(sources) + 2) / 2 * largest_batch
 
 
 @pytest.mark.parametrize("are_packs", [True, False])
@@ -201,8 +202,8 @@ def test_epochs_and_seeds_permute_differently_and_repeatably():
     assert list(epoch_order(few, seed=42, epoch=0, global_batch_size=2)) == PINNED_PACKS
 
 
-PINNED = [0, 1, 6, 7, 4, 5, 6, 7, 2, 3]
-PINNED_PACKS = [2, 7, 3, 6, 1, 5, 6, 4, 7, 0]
+PINNED = [6, 7, 0, 1, 6, 7, 4, 5, 2, 3]
+PINNED_PACKS = [7, 2, 6, 3, 1, 6, 5, 7, 4, 0]
 
 
 def test_copies_of_a_sequence_lie_an_epoch_of_their_source_apart():
@@ -217,10 +218,11 @@ def test_without_packing_little_is_padding(global_batch_size):
     """On GSM8K, whatever the micro-batch, up to twice the largest that the plan chooses."""
     sequences = gsm8k(packing=False)
     for micro in (n for n in (2, 3, 8, 48, 64, 96, 128) if global_batch_size % n == 0):
-        shape = BatchShape(
+        shape = BatchLayout(
             world_size=1,
             accumulation_steps=global_batch_size // micro,
             micro_batch_size=micro,
+            flops=SMALL,
         )
         work = work_of(sequences, shape, 0)
         lengths = [LENGTHS[list(batch.sequences)] for batch in work if batch.sequences]
@@ -242,103 +244,13 @@ def test_without_packing_steps_are_shuffled():
     assert np.mean(met_again) < 1.5  # of 15 others
 
 
-def costs_of(sequences, flops):
-    return (
-        flops.per_token * sequences.tokens
-        + flops.per_square * sequences.squares
-        + flops.per_logit * sequences.supervised
-    )
-
-
-def spread(costs):
-    """Of what ranks have to do, (..., ranks): from the least to the most, in parts of the mean."""
-    return (costs.max(axis=-1) - costs.min(axis=-1)) / costs.mean(axis=-1)
-
-
-def waited(costs):
-    """Share of time that ranks wait for the costliest micro-batch beside theirs, (rank, turn)."""
-    return 1 - costs.mean(axis=-2).sum(axis=-1) / costs.max(axis=-2).sum(axis=-1)
-
-
-@pytest.mark.parametrize("flops", [SMALL, ATTENTIVE], ids=["small", "attentive"])
-@pytest.mark.parametrize(
-    ("ranks", "turns", "micro"),
-    [(2, 4, 1), (2, 2, 2), (3, 4, 1), (4, 4, 1), (4, 2, 4), (8, 4, 1), (8, 8, 2), (64, 4, 1)],
-)
-def test_ranks_hardly_wait_for_each_other(ranks, turns, micro, flops):
-    sequences, random = gsm8k(packing=True), np.random.default_rng(0)
-    shape = BatchShape(world_size=ranks, accumulation_steps=turns, micro_batch_size=micro)
-    size, costs = shape.global_batch_size, costs_of(sequences, flops)
-    spreads, waits, waits_drawn = [], [], []
-    for step in range(min(20, sequences.epoch // size)):
-        batch = global_batch(step, sequences, seed=0, global_batch_size=size)
-        dealt = [[list(m.sequences) for m in rank] for rank in deal(batch, sequences, flops, shape)]
-        each = np.array([[costs[chosen].sum() for chosen in rank] for rank in dealt])
-        order = random.random((1000, size)).argsort(axis=1)
-        drawn = costs[batch][order].reshape(1000, ranks, turns, micro).sum(axis=3)
-        spreads.append(spread(each.sum(axis=1)))
-        # A hundred-thousandth is what summing in another order may make of equal ones.
-        assert spreads[-1] <= spread(drawn.sum(axis=2)).min() + 1e-5
-        waits.append(waited(each))
-        waits_drawn.append(np.median(waited(drawn)))
-    assert np.median(spreads) < 0.05
-    assert np.mean(waits) < 0.7 * np.mean(waits_drawn)
-
-
-@given(
-    st.integers(2, 6),
-    st.integers(1, 6),
-    st.integers(0, 2**31),
-    st.sampled_from(["even", "skewed", "few"]),
-)
-# Swaps between the costliest and the cheapest rank alone end above a random division in these.
-@example(6, 3, 1565097390, "skewed")
-@example(3, 4, 2063470223, "skewed")
-@example(5, 3, 1620191564, "skewed")
-@example(5, 3, 1198748187, "skewed")
-@example(3, 4, 1070786020, "skewed")
-@settings(max_examples=80, deadline=None)
-def test_no_division_is_worse_than_the_best_of_a_thousand(ranks, each, seed, kind):
-    random = np.random.default_rng(seed)
-    count = ranks * each
-    costs = {
-        "even": 1 + 0.1 * random.random(count),
-        "skewed": random.lognormal(0, 1, count),
-        "few": random.integers(1, 5, count).astype(float),
-    }[kind]
-    parts = divide(costs, ranks)
-    assert sorted(i for part in parts for i in part) == list(range(count))
-    assert {len(part) for part in parts} == {each}
-    assert all((np.diff(costs[part]) <= 0).all() for part in parts)
-    drawn = costs[random.random((1000, count)).argsort(axis=1)].reshape(1000, ranks, each)
-    found = spread(np.array([costs[part].sum() for part in parts]))
-    assert found <= spread(drawn.sum(axis=2)).min() + 1e-5
-
-
-@given(st.integers(1, 40), st.integers(1, 16))
-@settings(max_examples=60, deadline=None)
-def test_what_does_not_come_out_even_is_divided_all_the_same(count, ranks):
-    costs = np.random.default_rng(count).random(count)
-    parts = divide(costs, ranks)
-    assert len(parts) == ranks
-    assert sorted(i for part in parts for i in part) == list(range(count))
-    assert max(map(len, parts)) <= -(-count // ranks)
-
-
-def test_very_many_are_divided_in_little_memory():
-    costs = np.random.default_rng(0).lognormal(0, 1, 2000)
-    parts = divide(costs, 2)
-    assert sorted(i for part in parts for i in part) == list(range(2000))
-    assert spread(np.array([costs[part].sum() for part in parts])) < 1e-5
-
-
 @given(any_sequences(), st.integers(1, 16), st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
 def test_evaluation_sees_every_sequence_as_an_epoch_does(sequences, ranks, micro):
     work = evaluation_work(sequences, world_size=ranks, micro_batch_size=micro)
     assert len({len(rank) for rank in work}) == 1
     seen = sorted(i for rank in work for m in rank for i in m.sequences)
-    assert seen == sorted(sequences.all_of_them())
+    assert seen == sorted(sequences.of_epoch())
 
 
 def test_seeds_of_forwards_do_not_meet():

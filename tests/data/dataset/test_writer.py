@@ -1,0 +1,122 @@
+"""Sequences on disk: weights, columns, packs of one source."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pipeline.data.dataset.reader import SplitIndex, open_split
+from pipeline.data.dataset.writer import write_sequences
+
+pytestmark = pytest.mark.tensor
+
+
+class Written:
+    """A split on disk of documents of random lengths, as `SplitWriter.close` leaves it."""
+
+    def __init__(self, folder, counts, weights, *, packing, max_length=64, seed=0):
+        random = np.random.default_rng(seed)
+        self.sources = np.repeat(np.arange(len(counts)), counts)
+        random.shuffle(self.sources)
+        count = len(self.sources)
+        self.lengths = random.integers(2, max_length // 2, count)
+        self.supervised = random.integers(1, self.lengths)
+        self.digests = random.integers(0, 2**63, count).astype(np.uint64)
+        offsets = np.append(0, np.cumsum(self.lengths))
+        masks = [np.arange(n) >= n - s for n, s in zip(self.lengths, self.supervised, strict=True)]
+        columns = {
+            "ids": np.arange(offsets[-1], dtype=np.int32),
+            "supervised": np.concatenate(masks),
+            "offsets": offsets,
+            "counts": self.supervised,
+            "digests": self.digests,
+            "sources": self.sources.astype(np.int32),
+        }
+        for name, column in columns.items():
+            np.save(folder / f"{name}.npy", column)
+        self.epoch = write_sequences(folder, max_length, packing=packing, weights=weights)
+        self.split = open_split(
+            SplitIndex(
+                key="k",
+                folder=folder,
+                documents=count,
+                tokens=int(offsets[-1]),
+                supervised_tokens=int(self.supervised.sum()),
+                longest=int(self.lengths.max()),
+                sequences=self.epoch.sequences,
+                epoch_documents=self.epoch.documents,
+                epoch_tokens=self.epoch.tokens,
+            )
+        )
+
+    def seen(self):
+        """How often an epoch has each document."""
+        seen = Counter()
+        for i in self.split.sequences.of_epoch():
+            seen.update(int(ids[0]) for ids, _ in self.split.sequence(i))
+        starts = np.append(0, np.cumsum(self.lengths))[:-1]
+        return np.array([seen[int(start)] for start in starts])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_weight_repeats_documents_and_a_fixed_share_of_them(packing, tmp_path):
+    weights = [1.0, 0.25, 2.5, 0.001, 3.0, 1.1]
+    counts = [40, 80, 60, 20, 10, 50]
+    written = Written(tmp_path, counts, weights, packing=packing)
+    seen = written.seen()
+    for source, (count, weight) in enumerate(zip(counts, weights, strict=True)):
+        own = seen[written.sources == source]
+        assert set(own) <= {int(weight), int(weight) + (weight % 1 > 0)}
+        assert own.sum() == max(round(weight * count), 1)
+    assert written.epoch.documents == seen.sum()
+    assert written.epoch.tokens == (seen * written.lengths).sum()
+    assert written.split.sequences.supervised_tokens == (seen * written.supervised).sum()
+    assert written.epoch.sequences == written.split.sequences.per_epoch
+
+
+def test_the_fraction_of_a_weight_is_chosen_by_content(tmp_path):
+    """The same rows in another order, and more of them: what was left out is mostly still so."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    first = Written(folders[0], [400], [0.5], packing=True)
+    taken = set(first.digests[first.seen() == 1])
+    order = np.random.default_rng(1).permutation(400)
+    np.save(folders[0] / "digests.npy", first.digests[order])
+    second = write_sequences(folders[0], 64, packing=False, weights=[0.5])
+    documents = np.load(folders[0] / "sequence_documents.npy")
+    assert second.documents == len(documents) == 200
+    assert set(first.digests[order][documents]) == taken
+
+
+def test_holding_out_by_digest_does_not_choose_the_fraction(tmp_path):
+    """With all low digests gone, as holding out takes them, a half is still a half of the rest."""
+    written = Written(tmp_path, [2000], [0.5], packing=False)
+    high = written.digests > np.median(written.digests)
+    assert 400 < written.seen()[high].sum() < 600
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_sequence_columns_are_sums_over_their_documents(packing, tmp_path):
+    split = Written(tmp_path, [100, 50], [1.0, 2.0], packing=packing).split
+    known = split.sequences
+    for i in range(len(known.tokens)):
+        lengths = [len(ids) for ids, _ in split.sequence(i)]
+        assert sum(lengths) == known.tokens[i] <= 64
+        assert sum(n * n for n in lengths) == known.squares[i]
+        assert sum(int(mask.sum()) for _, mask in split.sequence(i)) == known.supervised[i]
+        assert packing or len(lengths) == 1
+    with pytest.raises(IndexError):
+        split.sequence(len(known.tokens))
+    with pytest.raises(IndexError):
+        split.sequence(-1)
+
+
+def test_packs_hold_documents_of_one_source(tmp_path):
+    written = Written(tmp_path, [100, 50, 30], [1.0, 2.0, 0.5], packing=True)
+    starts = np.append(0, np.cumsum(written.lengths))
+    for part in written.split.sequences.segments:
+        for i in range(part.start, part.end):
+            firsts = [int(ids[0]) for ids, _ in written.split.sequence(i)]
+            sources = written.sources[np.searchsorted(starts, firsts)]
+            assert set(sources) == {part.source}

@@ -1,0 +1,101 @@
+"""Balance of a step: every item assigned once, as many for each rank, nearly equal sums."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.order.balance import divide
+from pipeline.data.order.order import BatchLayout, global_batch, partition
+from tests.data.order.test_order import ATTENTIVE, SMALL, gsm8k
+
+pytestmark = pytest.mark.tensor
+
+
+def costs_of(sequences, flops):
+    return (
+        flops.per_token * sequences.tokens
+        + flops.per_square * sequences.squares
+        + flops.per_logit * sequences.supervised
+    )
+
+
+def spread(costs):
+    """Highest less lowest cost of a rank, (..., ranks), as a share of the mean."""
+    return (costs.max(axis=-1) - costs.min(axis=-1)) / costs.mean(axis=-1)
+
+
+def waited(costs):
+    """Share of time that ranks wait for the costliest micro-batch of a turn, (rank, turn)."""
+    return 1 - costs.mean(axis=-2).sum(axis=-1) / costs.max(axis=-2).sum(axis=-1)
+
+
+@pytest.mark.parametrize("flops", [SMALL, ATTENTIVE], ids=["small", "attentive"])
+@pytest.mark.parametrize(
+    ("ranks", "turns", "micro"),
+    [(2, 4, 1), (2, 2, 2), (3, 4, 1), (4, 4, 1), (4, 2, 4), (8, 4, 1), (8, 8, 2), (64, 4, 1)],
+)
+def test_ranks_hardly_wait_for_each_other(ranks, turns, micro, flops):
+    sequences, random = gsm8k(packing=True), np.random.default_rng(0)
+    shape = BatchLayout(
+        world_size=ranks, accumulation_steps=turns, micro_batch_size=micro, flops=flops
+    )
+    size, costs = shape.global_batch_size, costs_of(sequences, flops)
+    spreads, spreads_drawn, waits, waits_drawn = [], [], [], []
+    for step in range(min(20, sequences.per_epoch // size)):
+        batch = global_batch(step, sequences, seed=0, global_batch_size=size)
+        divided = [[list(m.sequences) for m in r] for r in partition(batch, sequences, shape)]
+        each = np.array([[costs[chosen].sum() for chosen in rank] for rank in divided])
+        order = random.random((1000, size)).argsort(axis=1)
+        drawn = costs[batch][order].reshape(1000, ranks, turns, micro).sum(axis=3)
+        spreads.append(spread(each.sum(axis=1)))
+        spreads_drawn.append(np.median(spread(drawn.sum(axis=2))))
+        waits.append(waited(each))
+        waits_drawn.append(np.median(waited(drawn)))
+    assert np.median(spreads) < 0.25 * np.median(spreads_drawn)
+    assert np.mean(waits) < 0.7 * np.mean(waits_drawn)
+
+
+@given(
+    st.integers(2, 6),
+    st.integers(1, 6),
+    st.integers(0, 2**31),
+    st.sampled_from(["even", "skewed", "few"]),
+)
+@settings(max_examples=80, deadline=None)
+def test_no_swap_between_the_extreme_ranks_would_help(ranks, each, seed, kind):
+    """So their sums differ by at most the costliest item less the cheapest."""
+    random = np.random.default_rng(seed)
+    count = ranks * each
+    costs = {
+        "even": 1 + 0.1 * random.random(count),
+        "skewed": random.lognormal(0, 1, count),
+        "few": random.integers(1, 5, count).astype(float),
+    }[kind]
+    parts = divide(costs, ranks)
+    assert sorted(i for part in parts for i in part) == list(range(count))
+    assert {len(part) for part in parts} == {each}
+    assert all((np.diff(costs[part]) <= 0).all() for part in parts)
+    sums = np.array([costs[part].sum() for part in parts])
+    high, low = (costs[parts[rank]] for rank in (sums.argmax(), sums.argmin()))
+    apart = sums.max() - sums.min()
+    assert apart <= costs.max() - costs.min() + 1e-6
+    swapped = np.abs(apart - 2 * (high[:, None] - low))
+    assert swapped.min() >= apart * (1 - 1e-6)
+
+
+@given(st.integers(1, 40), st.integers(1, 16))
+@settings(max_examples=60, deadline=None)
+def test_items_that_ranks_do_not_divide_are_all_assigned(count, ranks):
+    costs = np.random.default_rng(count).random(count)
+    parts = divide(costs, ranks)
+    assert len(parts) == ranks
+    assert sorted(i for part in parts for i in part) == list(range(count))
+    assert max(map(len, parts)) <= -(-count // ranks)
+
+
+def test_thousands_of_items_are_divided_evenly():
+    costs = np.random.default_rng(0).lognormal(0, 1, 2000)
+    parts = divide(costs, 2)
+    assert sorted(i for part in parts for i in part) == list(range(2000))
+    assert spread(np.array([costs[part].sum() for part in parts])) < 1e-5
