@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,35 +13,15 @@ from pydantic import ValidationError
 
 from pipeline.config.data_names import DataNames, DataSource
 from pipeline.config.hub import HubSplit, snapshot_folder
+from pipeline.config.located import parse_value, read_located
+from pipeline.config.paths import expand
+from pipeline.config.peers import hint
 from pipeline.config.presets import PRESETS
-from pipeline.config.settings import RunSettings
+from pipeline.config.settings import RunSettings, map_paths, path_settings, settings_by
 from pipeline.errors import UserError
 
-
-class _RunFileLoader(yaml.SafeLoader):
-    """SafeLoader with the plain values of YAML 1.2.
-
-    `3e-4` is a number, `no` is a word, and `12:00:00` or `2024-01-01` are text.
-    """
-
-
-_YAML_1_1 = (":float", ":int", ":bool", ":timestamp")
-_RunFileLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(_YAML_1_1)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _pattern, _first in (  # the first that matches wins: whole numbers before others
-    ("int", r"^[-+]?(0|[1-9][0-9]*)$", "-+0123456789"),
-    (
-        "float",
-        r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?|\.inf|\.nan)$",
-        "-+.0123456789",
-    ),
-    ("bool", "^(true|false|True|False)$", "tTfF"),
-):
-    _RunFileLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first)
-    )
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
@@ -51,18 +32,15 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     hub data set that lies there gets its revision. Raises UserError that lists every wrong key with
     the place it was read from.
     """
-    values, places = _read_file(path)
+    file = read_located(path, "YAML")
+    values, places = dict(file.values), {key: file.place(key) for key in file.values}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise UserError(f"command line: {override!r}: expected key=value, e.g. lr=1e-4")
-        values[key] = _parse(text, f"command line: {override}")
+        values[key] = parse_value(text, f"command line: {override}")
         places[key] = "command line"
-    unknown = [key for key in values if key not in RunSettings.model_fields]
-    if unknown:
-        raise UserError("\n".join(_unknown(key, places[key]) for key in unknown))
-    presets = _preset_values(values.get("preset", []), places.get("preset", str(path)))
-    settings = _validated({**presets, **values}, places, str(path))
+    settings = _validated(values, places, str(path))
     data = {key: _pinned(getattr(settings, key)) for key in ("train_data", "eval_data")}
     settings = settings.model_copy(update=data)
     if not Path(settings.model).exists() and (folder := snapshot_folder(settings.model)):
@@ -72,7 +50,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
 
 def dump_settings(settings: RunSettings) -> str:
     """Settings as the YAML text of a run file that means the same."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(settings.as_written(), sort_keys=False, allow_unicode=True)
 
 
 def _pinned(names: DataNames | float | None) -> DataNames | float | None:
@@ -92,76 +70,79 @@ def _pinned_one(name: str | DataSource) -> str | DataSource:
     return pinned if isinstance(name, str) else name.model_copy(update={"path": pinned})
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Values of the top-level keys, and `file:line` of each."""
+def _validated(values: Mapping[str, Any], places: Mapping[str, str], source: str) -> RunSettings:
+    """The settings of a file and its overrides. Raises UserError with a line for each problem."""
+    unknown = [key for key in values if key not in RunSettings.model_fields]
+    problems = [f"{places[key]}: {key}: unknown setting; {_hint(key)}" for key in unknown]
+    meant = {setting for key in unknown if (setting := settings_by("peers").get(key))}
+    known = {key: value for key, value in values.items() if key in RunSettings.model_fields}
+    known, written = _expanded(known, places, problems)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the run file: {error}") from None
-    try:
-        node = yaml.compose(text, Loader=_RunFileLoader)
-        values = yaml.load(text, Loader=_RunFileLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
-        raise UserError(f"{path}: expected lines of `key: value`, such as `lora_r: 16`")
-    places: dict[str, str] = {}
-    for key_node, _ in node.value:
-        key, place = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
-        if key in places:
-            raise UserError(f"{place}: {key}: given twice; the first is at {places[key]}")
-        places[key] = place
-    return {str(key): value for key, value in values.items()}, places
+        settings = RunSettings.model_validate({**_preset_values(known.get("preset")), **known})
+    except ValidationError as error:
+        by_key: dict[str, list[Any]] = {}
+        for problem in error.errors():  # a union gives one problem for each of its members
+            by_key.setdefault(str(problem["loc"][0]) if problem["loc"] else "", []).append(problem)
+        for key, found in by_key.items():
+            if not (key in meant and found[0]["type"] == "missing"):
+                problems.append(_problem(key, found, places, source))
+        settings = None
+    if problems or settings is None:
+        raise UserError("\n".join(problems))
+    return settings.with_paths(written)
 
 
-def _parse(text: str, place: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_RunFileLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{place}: not valid YAML: {error}") from None
+def _expanded(
+    values: Mapping[str, Any], places: Mapping[str, str], problems: list[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values with `~` and `$NAME` expanded in paths, and the text of each by its path."""
+    expanded, written = dict(values), {}
+
+    def expand_one(text: str) -> str:
+        path = expand(text)
+        if path != text:
+            written[path] = text
+        return path
+
+    for key in path_settings():
+        if key in values:
+            try:
+                expanded[key] = map_paths(values[key], expand_one)
+            except ValueError as error:
+                problems.append(f"{places[key]}: {key}: {error}; found {_SHORT.repr(values[key])}")
+                del expanded[key]
+    return expanded, written
 
 
-def _unknown(key: str, place: str) -> str:
+def _hint(key: str) -> str:
+    """What to write instead of an unknown key."""
+    if known := hint(key):
+        return known
     near = difflib.get_close_matches(key, RunSettings.model_fields, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else "all settings: docs/configuration.md"
-    return f"{place}: {key}: unknown setting; {hint}"
+    return f"did you mean {near[0]!r}?" if near else "all settings: docs/configuration.md"
 
 
-def _preset_values(names: Any, place: str) -> dict[str, Any]:
+def _preset_values(names: Any) -> dict[str, Any]:
+    """The values of presets, later ones first in force; unknown names are reported elsewhere."""
     values: dict[str, Any] = {}
-    if not isinstance(names, str | list):
-        raise UserError(f"{place}: preset: expected a name or a list of names; found {names!r}")
-    for name in [names] if isinstance(names, str) else names:
-        if not isinstance(name, str) or name not in PRESETS:
-            known = ", ".join(PRESETS)
-            raise UserError(f"{place}: preset: unknown preset {name!r}; known: {known}")
-        values |= PRESETS[name]
+    for name in names if isinstance(names, list) else [names]:
+        if isinstance(name, str):
+            values |= PRESETS.get(name, {})
     return values
 
 
-def _validated(values: Mapping[str, Any], places: Mapping[str, str], source: str) -> RunSettings:
-    try:
-        return RunSettings.model_validate(values)
-    except ValidationError as error:
-        by_key: dict[str, dict[str, Any]] = {}
-        for problem in error.errors():  # a union gives one problem for each of its members
-            key = str(problem["loc"][0]) if problem["loc"] else ""
-            by_key.setdefault(key, {"problems": [], "input": problem["input"]})
-            by_key[key]["problems"].append(problem)
-        lines = [_problem(key, found, places, source) for key, found in by_key.items()]
-        raise UserError("\n".join(lines)) from None
-
-
-def _problem(key: str, found: Mapping[str, Any], places: Mapping[str, str], source: str) -> str:
-    problems = found["problems"]
-    if problems[0]["type"] == "missing":
+def _problem(
+    key: str, found: Sequence[Mapping[str, Any]], places: Mapping[str, str], source: str
+) -> str:
+    """One line: place, key, what was expected and what was found."""
+    if found[0]["type"] == "missing":
         return f"{source}: {key}: this setting is required and not there"
-    said = " or ".join(dict.fromkeys(_expectation(problem) for problem in problems))
+    expected = " or ".join(dict.fromkeys(_expectation(problem) for problem in found))
     if not key:  # a rule over several keys names them itself
-        keys = [name for name in RunSettings.model_fields if re.search(rf"\b{name}\b", said)]
-        where = next((places[name] for name in keys if name in places), source)
-        return f"{where}: {said}"
-    return f"{places.get(key, source)}: {key}: {said}; found {found['input']!r}"
+        keys = [name for name in places if re.search(rf"\b{re.escape(name)}\b", expected)]
+        where = ", ".join(dict.fromkeys(places[name] for name in keys)) or source
+        return f"{where}: {expected}"
+    return f"{places.get(key, source)}: {key}: {expected}; found {_SHORT.repr(found[0]['input'])}"
 
 
 def _expectation(problem: Mapping[str, Any]) -> str:

@@ -18,12 +18,24 @@ Change = Literal[
 
 
 def traits(
-    *, change: Change = "result", layout: str = "", deepspeed: str = "", peers: Sequence[str] = ()
+    *,
+    change: Change = "result",
+    layout: str = "",
+    deepspeed: str = "",
+    peers: Sequence[str] = (),
+    is_path: bool = False,
 ) -> JsonDict:
     """`json_schema_extra` of a setting's Field.
 
     `layout`: the field of the plan's Layout that the setting fixes. `deepspeed`: the key of a
     DeepSpeed JSON with the same meaning, its blocks joined by dots. `peers`: names of the setting
-    in other training programs, for the message about an unknown key.
+    in other training programs, for the message about an unknown key. `is_path`: the text may be a
+    path, in which `~` and `$NAME` are expanded.
     """
-    return {"change": change, "layout": layout, "deepspeed": deepspeed, "peers": [*peers]}
+    return {
+        "change": change,
+        "layout": layout,
+        "deepspeed": deepspeed,
+        "peers": [*peers],
+        "is_path": is_path,
+    }

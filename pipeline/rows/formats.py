@@ -6,8 +6,8 @@ from functools import lru_cache
 from itertools import compress
 from typing import Any, NamedTuple, get_args
 
+from pipeline.config.data_keys import Auto
 from pipeline.config.data_names import DataFormat
-from pipeline.config.settings import Auto
 from pipeline.rows.conversations import BESIDE, alpaca, messages, prompt_and_completion, sharegpt
 from pipeline.rows.examples import (
     ROLES,

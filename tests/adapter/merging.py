@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.config.settings import SEVEN_PROJECTIONS
+from pipeline.config.run_keys import SEVEN_PROJECTIONS
 from tests.tiny import make_model
 
 CASES = {

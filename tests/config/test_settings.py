@@ -8,6 +8,7 @@ from pipeline.config.load import dump_settings, load_settings
 from pipeline.config.presets import PRESETS
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
+from tests.messages import refused
 
 pytestmark = pytest.mark.unit
 
@@ -49,47 +50,47 @@ def test_numbers_as_people_write_them(run_file, text, value):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("lora_rnk: 8", ["RUN.yaml:4", "lora_rnk", "did you mean 'lora_r'"]),
-        ("learning_rate: 1", ["learning_rate", "unknown setting"]),
+        ("lora_rnk: 8", ["RUN.yaml:4", "lora_rnk", "lora_r"]),
+        ("learning_rate: 1", ["RUN.yaml:4", "learning_rate", "lr"]),
         ("lora_r: no", ["RUN.yaml:4", "lora_r", "integer", "'no'"]),
         ("lora_r: true", ["lora_r", "integer"]),
         ("zero_stage: true", ["zero_stage"]),
-        ("zero_stage: 4", ["zero_stage", "less than or equal to 3"]),
+        ("zero_stage: 4", ["zero_stage", 3]),
         ("lr: '3e-4'", ["lr", "number"]),
-        ("lr: 0", ["lr", "greater than 0"]),
-        ("bf16: true\nfp16: true", ["bf16", "fp16", "keep one"]),
+        ("lr: 0", ["lr", "0"]),
+        ("bf16: true\nfp16: true", ["RUN.yaml:4", "RUN.yaml:5", "bf16", "fp16"]),
         ("load_in_4bit: true\nload_in_8bit: true", ["load_in_4bit", "load_in_8bit"]),
         ("split_turns: true\ntrain_on: all", ["split_turns", "train_on: assistant"]),
         ("keep_best: true", ["keep_best", "eval_data"]),
         ("time_limit: 90", ["time_limit"]),
-        ("preset: 5", ["preset", "name or a list of names"]),
-        ("preset: [[small]]", ["preset", "unknown preset"]),
+        ("preset: 5", ["RUN.yaml:4", "preset", "string", "list"]),
+        ("preset: [[small]]", ["RUN.yaml:4", "preset", "string"]),
         ("lr: .inf", ["lr", "finite"]),
         ("lora_r: 010", ["lora_r"]),
-        ("time_limit: '90'", ["time_limit", "HH:MM:SS"]),
-        ("preset: bigg", ["preset", "bigg", "balanced"]),
-        ("lora_r: 8\nlora_r: 9", ["RUN.yaml:5", "given twice", "RUN.yaml:4"]),
-        ("lora_r: [", ["not valid YAML"]),
-        ("eval_data: {path: x, wieght: 2}", ["RUN.yaml:4: eval_data", "wieght", "'weight'?"]),
-        ("eval_data: [a, {path: x, rows: 2}]", ["rows: unknown", "path, weight, limit"]),
-        ("eval_data: {weight: 2}", ["eval_data: path of a source: Field required"]),
-        ("eval_data: {path: x, weight: 0}", ["weight of a source: must be greater than 0"]),
-        ("eval_data: {path: x, limit: 1.5}", ["limit of a source: must be a valid integer"]),
-        ("eval_data: [7]", ["eval_data: expected a list of names"]),
-        ("eval_data: true", ["eval_data: expected names as in train_data"]),
         *(
-            (f"eval_data: {value}", ["eval_data: a share is a number above 0 and below 1"])
+            (f"time_limit: '{value}'", ["RUN.yaml:4", "time_limit", "HH:MM:SS"])
+            for value in ("90", "00:00:00", "²:00:00", "٣:00:00", "1:00", "-1:00:00", "1 : 2 : 3")
+        ),
+        ("preset: bigg", ["preset", "bigg", "balanced"]),
+        ("lora_r: 8\nlora_r: 9", ["RUN.yaml:5", "lora_r", "RUN.yaml:4"]),
+        ("lora_r: [", ["RUN.yaml:5", "YAML"]),
+        ("eval_data: {path: x, wieght: 2}", ["RUN.yaml:4: eval_data", "wieght", "weight"]),
+        ("eval_data: [a, {path: x, rows: 2}]", ["rows", "path, weight, limit"]),
+        ("eval_data: {weight: 2}", ["eval_data", "path"]),
+        ("eval_data: {path: x, weight: 0}", ["eval_data", "weight", 0]),
+        ("eval_data: {path: x, limit: 1.5}", ["eval_data", "limit", "integer"]),
+        ("eval_data: [7]", ["eval_data", "list", "{path, weight, limit}"]),
+        ("eval_data: true", ["eval_data", "train_data", "0.05", "200"]),
+        *(
+            (f"eval_data: {value}", ["eval_data", "share", 0, 1])
             for value in ("1.0", "5%", "0.0", "-0.5", "5 %", ".nan", ".inf")
         ),
-        ("eval_data: 0", ["eval_data: a number of rows is at least 1"]),
+        ("eval_data: 0", ["eval_data", "rows", 1]),
     ],
 )
 def test_wrong_input_says_where_and_what_would_work(run_file, text, parts):
-    with pytest.raises(UserError) as error:
+    with refused(*parts):
         load_settings(run_file(text + "\n"))
-    assert error.value.exit_code == 2
-    for part in parts:
-        assert part in str(error.value)
 
 
 def test_data_that_names_nothing_is_one_clear_sentence(run_file):
@@ -98,7 +99,7 @@ def test_data_that_names_nothing_is_one_clear_sentence(run_file):
             load_settings(run_file(""), [override])
         assert " or must be" not in str(error.value)
         assert "valid" not in str(error.value)
-    with pytest.raises(UserError, match="train_data: expected a file, a folder"):
+    with refused("train_data", "file", "folder", "org/name:split"):
         load_settings(run_file(""), ["train_data=7"])
     for good in ("0.05", "20", "x.jsonl", "[x, {path: y, limit: 2}]", "{path: x, weight: 2}"):
         assert load_settings(run_file(""), [f"eval_data={good}"]).eval_data is not None
@@ -111,25 +112,27 @@ def test_plain_values_are_those_of_yaml_1_2(run_file):
 
 
 def test_every_wrong_key_is_named_at_once(run_file):
+    """Unknown keys, values and paths, in one message with a line for each."""
     with pytest.raises(UserError) as error:
-        load_settings(run_file("lr: x\n"), ["lora_r=0", "epochs=none"])
-    assert len(str(error.value).splitlines()) == 3
+        load_settings(run_file("lr: x\nnum_epochs: 3\n"), ["lora_r=0", "epochs=none", "resume=$"])
+    lines = sorted(line.split(": ")[1] for line in str(error.value).splitlines())
+    assert lines == ["epochs", "lora_r", "lr", "num_epochs", "resume"]
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words"])
 def test_a_file_that_is_no_run_file(tmp_path, text):
     path = tmp_path / "RUN.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match="key: value"):
+    with refused("RUN.yaml", "key: value"):
         load_settings(path)
 
 
 def test_a_missing_key_and_a_missing_file(tmp_path):
     path = tmp_path / "RUN.yaml"
     path.write_text("model: m\n")
-    with pytest.raises(UserError, match="train_data: this setting is required"):
+    with refused("RUN.yaml", "train_data", "required"):
         load_settings(path)
-    with pytest.raises(UserError, match=r"NO\.yaml"):
+    with refused("NO.yaml"):
         load_settings(tmp_path / "NO.yaml")
 
 

@@ -1,0 +1,163 @@
+"""Keys of a run file about the base and the data: type, default, description and traits."""
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+)
+
+from pipeline.config.data_names import (
+    DataFormat,
+    DataNames,
+    Positive,
+    columns_of_a_format,
+    names_of_data,
+    names_or_how_much,
+)
+from pipeline.config.traits import traits
+
+Auto = Literal["auto"]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class DataKeys(BaseModel):
+    """What is trained on, and how rows become documents."""
+
+    model: str = Field(
+        description="Folder of the base model (config.json, safetensors, tokenizer), or the name "
+        "of a hub model that lies in the local cache.",
+        json_schema_extra=traits(
+            change="base",
+            is_path=True,
+            peers=(
+                "base_model",
+                "model_name_or_path",
+                "model_name",
+                "model_id",
+                "model_id_or_path",
+                "pretrained_model_name_or_path",
+            ),
+        ),
+    )
+    train_data: Annotated[DataNames, BeforeValidator(names_of_data)] = Field(
+        description="What to train on: a file, a folder, a glob or a hub name "
+        "(`org/name:split`), or a list of them, each a name or `{path, weight, limit}`: "
+        "`weight` is how often an epoch its rows are seen (1), `limit` takes its first rows.",
+        json_schema_extra=traits(
+            change="files",
+            is_path=True,
+            peers=(
+                "datasets",
+                "dataset",
+                "dataset_name",
+                "dataset_path",
+                "train_file",
+                "train_dataset",
+                "data_path",
+                "training_data",
+                "train_path",
+            ),
+        ),
+    )
+    eval_data: Annotated[
+        DataNames | Annotated[float, Field(gt=0, lt=1)] | Positive | None,
+        BeforeValidator(names_or_how_much),
+    ] = Field(
+        default=None,
+        description="Held-out data, named as in `train_data`; or how much of the training data to "
+        "hold out, by content: a share (`0.05`) or a number of rows.",
+        json_schema_extra=traits(
+            change="files",
+            is_path=True,
+            peers=(
+                "eval_dataset",
+                "test_datasets",
+                "val_dataset",
+                "validation_file",
+                "eval_file",
+                "eval_path",
+            ),
+        ),
+    )
+    data_format: DataFormat | Auto = Field(
+        default="auto",
+        description="Format of the rows; `auto` goes by the columns of each row.",
+        json_schema_extra=traits(change="documents", peers=("formatting", "data_type")),
+    )
+    columns: Annotated[dict[str, str], AfterValidator(columns_of_a_format)] = Field(
+        default_factory=dict,
+        description="Names that the data has for the columns of its format, for example "
+        "`{prompt: question, completion: answer}`.",
+        json_schema_extra=traits(change="documents", peers=("column_mapping",)),
+    )
+    on_bad_row: Literal["reject", "fail"] = Field(
+        default="reject",
+        description="Count bad rows and leave them out, or end at the first.",
+        json_schema_extra=traits(change="run"),
+    )
+    max_rejected: Share = Field(
+        default=0.01,
+        description="Share of bad rows up to which they are counted and left out.",
+        json_schema_extra=traits(change="run"),
+    )
+    max_length: Positive = Field(
+        default=1024,
+        description="Longest sequence, in tokens.",
+        json_schema_extra=traits(
+            change="documents",
+            peers=(
+                "sequence_len",
+                "cutoff_len",
+                "max_seq_length",
+                "max_seq_len",
+                "model_max_length",
+                "block_size",
+                "seq_length",
+            ),
+        ),
+    )
+    over_length: Literal["truncate", "drop", "split", "fail"] = Field(
+        default="truncate",
+        description="What happens to a document of more than `max_length` tokens: its end is cut "
+        "off, it is left out, it becomes several, or the run is refused.",
+        json_schema_extra=traits(
+            change="documents", peers=("truncation_strategy", "excess_length_strategy")
+        ),
+    )
+    packing: bool = Field(
+        default=True,
+        description="Lay whole documents end to end in sequences of `max_length` tokens, each of "
+        "them attended to as if it were alone; `batch_size` and `global_batch_size` then count "
+        "these packs.",
+        json_schema_extra=traits(
+            change="documents", peers=("sample_packing", "neat_packing", "padding_free")
+        ),
+    )
+    train_on: Literal["assistant", "last-assistant", "all"] = Field(
+        default="assistant",
+        description="Which turns of a conversation count in the loss; messages of `weight: 0` "
+        "never do.",
+        json_schema_extra=traits(change="documents"),
+    )
+    split_turns: bool = Field(
+        default=False,
+        description="Make one document of each assistant turn and what comes before it, for "
+        "templates that rewrite earlier turns.",
+        json_schema_extra=traits(change="documents"),
+    )
+    chat_template: Literal["model", "chatml"] = Field(
+        default="model",
+        description="`chatml` for a model without a chat template of its own; turns end with "
+        "its end-of-sequence token.",
+        json_schema_extra=traits(
+            change="documents",
+            is_path=True,
+            peers=("template", "chat_template_path", "chat_template_jinja"),
+        ),
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that the model folder brings along."
+    )

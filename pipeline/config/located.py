@@ -1,0 +1,175 @@
+"""YAML and JSON text -> values, with the line of each key for messages.
+
+Both are composed to the same tree of nodes, so line numbers, keys given twice and limits are one
+mechanism. Plain values are those of YAML 1.2: `3e-4` is a number, `no` is text, `12:00:00` too.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from pipeline.errors import UserError
+
+KeyPath = tuple[str, ...]
+
+_MOST_BYTES = 2**20
+_MOST_DEPTH = 16
+_MOST_NODES = 20_000  # with every alias expanded
+_MOST_DIGITS = 18  # of a whole number: below 2**63
+_TAG = "tag:yaml.org,2002:"
+
+
+@dataclass(frozen=True)
+class Located:
+    """Parsed text: its values, and the line of each key by its path from the top."""
+
+    name: str
+    values: dict[str, Any]
+    lines: Mapping[KeyPath, int]
+
+    def place(self, *key: str) -> str:
+        """`name:line` of a key; the name alone for a key that came with a YAML merge."""
+        return f"{self.name}:{self.lines[key]}" if key in self.lines else self.name
+
+
+def read_located(path: Path, kind: Literal["YAML", "JSON"], *, label: str = "") -> Located:
+    """Read a file that holds one mapping; `label` precedes its path in messages.
+
+    Raises UserError, naming file and line.
+    """
+    name = f"{label}{path}"
+    try:
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise UserError(f"{name}: {size:,} bytes; a file of settings has less than a megabyte")
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or NUL in the path
+        raise UserError(f"{name}: cannot be read as text: {error}") from None
+    node, values = _parse(text, name, kind)
+    if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
+        example = "`key: value`, such as `lora_r: 16`" if kind == "YAML" else "a block in braces"
+        raise UserError(f"{name}: expected {example}")
+    return Located(name, values, _lines(node, name))
+
+
+def parse_value(text: str, name: str) -> Any:
+    """The value that text has in YAML. Raises UserError that begins with `name`."""
+    return _parse(text, name, "YAML")[1]
+
+
+def _parse(text: str, name: str, kind: Literal["YAML", "JSON"]) -> tuple[yaml.Node | None, Any]:
+    try:
+        # Outside of strings JSON may have tabs, which YAML refuses; inside it has none.
+        loader = _Loader(text if kind == "YAML" else text.replace("\t", " "))
+        node = loader.get_single_node()
+        if kind == "JSON":
+            return node, json.loads(text)
+        return node, None if node is None else loader.construct_document(node)
+    except yaml.reader.ReaderError as error:
+        line, problem = text.count("\n", 0, error.position) + 1, f"{chr(error.character)!r} in it"
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, problem = mark.line + 1 if mark else 1, str(error.problem or error.context)
+    except json.JSONDecodeError as error:
+        line, problem = error.lineno, error.msg
+    raise UserError(f"{name}:{line}: not valid {kind}: {problem}")
+
+
+def _lines(node: yaml.Node, name: str) -> dict[KeyPath, int]:
+    """Line of each key. Raises UserError for a key that is no text or is given twice."""
+    lines: dict[KeyPath, int] = {}
+    for path, key in _keys(node, ()):
+        line = key.start_mark.line + 1
+        if key.tag not in (f"{_TAG}str", f"{_TAG}merge"):
+            raise UserError(f"{name}:{line}: {key.value}: a key must be a name")
+        if path in lines:
+            raise UserError(
+                f"{name}:{line}: {'.'.join(path)}: given twice; the first is at {name}:"
+                f"{lines[path]}"
+            )
+        lines[path] = line
+    return lines
+
+
+def _keys(node: yaml.Node, path: KeyPath) -> Iterator[tuple[KeyPath, yaml.Node]]:
+    """Every key below a node, with its path; items of a list are numbered."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            below = (*path, str(key.value))
+            yield below, key
+            yield from _keys(value, below)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            yield from _keys(item, (*path, str(number)))
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the plain values of YAML 1.2, and limits on what a file can make of it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._nodes: dict[int, int] = {}  # nodes below each finished node, by its id
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose one node, refusing what no file of settings needs. Overrides Composer's."""
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "tag", None) is not None:
+            raise _refusal(f"the tag {event.tag} is not read", event)
+        self._depth += 1
+        if self._depth > _MOST_DEPTH:
+            raise _refusal(f"nested more than {_MOST_DEPTH} deep", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._nodes:
+                raise _refusal(f"*{event.anchor} contains itself", event)
+        elif isinstance(node, yaml.ScalarNode):
+            self._nodes[id(node)] = 1
+            _require_plain(node, event)
+        elif node is not None:
+            inside = [part for item in node.value for part in _parts(item)]
+            self._nodes[id(node)] = 1 + sum(self._nodes[id(part)] for part in inside)
+            if self._nodes[id(node)] > _MOST_NODES:
+                raise _refusal(f"more than {_MOST_NODES:,} values", event)
+        return node
+
+
+def _parts(item: Any) -> tuple[yaml.Node, ...]:
+    return item if isinstance(item, tuple) else (item,)
+
+
+def _require_plain(node: yaml.ScalarNode, event: yaml.Event) -> None:
+    """Raise where a scalar is too long for an integer, or no path or message could hold it."""
+    if node.tag == f"{_TAG}int" and len(node.value.lstrip("+-")) > _MOST_DIGITS:
+        raise _refusal(f"a whole number of {len(node.value)} digits", event)
+    if "\0" in node.value or (
+        not node.value.isascii() and re.search("[\ud800-\udfff]", node.value)
+    ):
+        raise _refusal("text with a NUL or a surrogate character", event)
+
+
+def _refusal(problem: str, event: yaml.Event) -> yaml.MarkedYAMLError:
+    mark: Any = event.start_mark
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+
+
+_YAML_1_1 = (":float", ":int", ":bool", ":timestamp")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(_YAML_1_1)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _pattern, _first in (  # the first that matches wins: whole numbers before others
+    ("int", r"^[-+]?(0|[1-9][0-9]*)$", "-+0123456789"),
+    (
+        "float",
+        r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?|\.inf|\.nan)$",
+        "-+.0123456789",
+    ),
+    ("bool", "^(true|false|True|False)$", "tTfF"),
+):
+    _Loader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(_pattern), list(_first))

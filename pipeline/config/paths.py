@@ -1,0 +1,41 @@
+"""`~` and `$NAME` in the paths of a run file -> the paths of this machine."""
+
+import os
+import re
+
+_VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})?")
+_HOME = re.compile("~[^/]*")
+# A path is shown in messages and kept in files; what such variables hold must not be.
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+_MOST_BYTES = 255  # of a file's name, on every file system of Linux
+
+
+def expand(text: str) -> str:
+    """The text with a leading `~` or `~user`, `$NAME` and `${NAME}` replaced; `$$` is a dollar.
+
+    Raises ValueError for a variable that is unset, empty or by its name a secret, and for a name
+    that no file can have.
+    """
+    home = _HOME.match(text)
+    start = os.path.expanduser(home[0]) if home else ""  # noqa: PTH111 - Path's raises
+    if start.startswith("~"):
+        raise ValueError(f"{start}: there is no such home; ./~ is a file of that name")
+    path = start + _VARIABLE.sub(_value, text[home.end() if home else 0 :])
+    longest = max(len(os.fsencode(name)) for name in path.split("/"))
+    if longest > _MOST_BYTES:
+        raise ValueError(f"a name of {longest:,} bytes; a file's name has at most {_MOST_BYTES}")
+    return path
+
+
+def _value(match: re.Match[str]) -> str:
+    dollar, bare, braced = match.groups()
+    name = bare or braced
+    if dollar:
+        return "$"
+    if not name:
+        raise ValueError("a $ without a name; write $NAME or ${NAME}, or $$ for a dollar")
+    if _SECRET.search(name):
+        raise ValueError(f"${name}: by its name a secret, and paths are shown and kept in files")
+    if not os.environ.get(name):
+        raise ValueError(f"${name}: not set; export {name}=..., or write $$ for a dollar")
+    return os.environ[name]

@@ -1,0 +1,145 @@
+"""Text of YAML and JSON: the line of each key, and one short message for text that is absurd."""
+
+import pytest
+
+from pipeline.config.located import parse_value, read_located
+from pipeline.errors import UserError
+from tests.messages import refused
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def read(tmp_path):
+    def write_and_read(text, kind="YAML"):
+        path = tmp_path / "FILE"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return read_located(path, kind)
+
+    return write_and_read
+
+
+YAML = """
+# a comment
+lr: 3e-4
+train_data:
+  - path: a
+    weight: 2
+  - {path: b,
+     weight: 3}
+"""
+JSON = '{\n\t"bf16": {"enabled":true},\n\t"zero": [\n {"a":\n1}, {\n"a": 5e8}]\n}'
+
+
+def test_lines_of_yaml_keys_at_every_depth(read):
+    assert read(YAML).lines == {
+        ("lr",): 3,
+        ("train_data",): 4,
+        ("train_data", "0", "path"): 5,
+        ("train_data", "0", "weight"): 6,
+        ("train_data", "1", "path"): 7,
+        ("train_data", "1", "weight"): 8,
+    }
+
+
+def test_lines_of_json_keys_at_every_depth(read):
+    located = read(JSON, "JSON")
+    assert located.values == {"bf16": {"enabled": True}, "zero": [{"a": 1}, {"a": 5e8}]}
+    assert located.lines == {
+        ("bf16",): 2,
+        ("bf16", "enabled"): 2,
+        ("zero",): 3,
+        ("zero", "0", "a"): 4,
+        ("zero", "1", "a"): 6,
+    }
+    assert located.place("bf16", "enabled").endswith("FILE:2")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a": "\\u00e9\\/\\n"}', '{"a":-0.5E-3,"b":[],"c":{}}', '\ufeff{"a": null}', '{"": 1}', "{}"],
+)
+def test_json_is_read_as_json_reads_it(read, text):
+    import json
+
+    assert read(text, "JSON").values == json.loads(text.removeprefix("\ufeff"))
+
+
+@pytest.mark.parametrize("text", ['{"a": 1,}', "{a: 1}", "{'a': 1}", "a: 1", '{"a": yes}', "// {}"])
+def test_yaml_that_is_not_json_is_refused_as_json(read, text):
+    with refused("FILE:1", "JSON"):
+        read(text, "JSON")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("YAML", "a:\n  b: 1\n  b: 2\n"),
+        ("YAML", "a: [{b: 1,\nb: 2}]"),
+        ("JSON", '{"b": 1,\n"b": 2}'),
+    ],
+)
+def test_a_key_given_twice_is_refused_at_every_depth(read, kind, text):
+    with refused("given twice", "b", *(["FILE:3", "FILE:2"] if "a:\n" in text else ["FILE:2"])):
+        read(text, kind)
+
+
+def aliases(count: int, levels: int) -> str:
+    lines = ["l0: &l0 [" + ",".join("x" * count) + "]"]
+    lines += [f"l{i}: &l{i} [" + ",".join([f"*l{i - 1}"] * count) + "]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+ABSURD = {
+    "depth": "a: " + "[" * 5000,
+    "closed depth": "a: " + "[" * 5000 + "]" * 5000,
+    "block depth": "\n".join(" " * i + "a:" for i in range(500)),
+    "digits": "a: " + "7" * 20_000,
+    "negative digits": "a: -" + "7" * 20,
+    "aliases": aliases(9, 9),
+    "an alias of itself": "a: &x [*x]",
+    "an alias of itself in a mapping": "a: &x {b: *x}",
+    "a NUL": b"a: b\0c",
+    "a NUL by its escape": 'a: "b\\0c"',
+    "a surrogate": 'a: "\\ud800"',
+    "a tag": "a: !!python/object/apply:os.system [ls]",
+    "a tag that fails to convert": "a: !!int abc",
+    "a tag of time": "a: !!timestamp abc",
+    "a key that is a list": "? [a]\n: 1",
+    "a key that is null": "~: 1",
+    "a key that is a number": "1: 1",
+    "two documents": "a: 1\n---\na: 2",
+    "UTF-16": "a: 1".encode("utf-16"),
+    "Latin 1": b"a: caf\xe9",
+    "a binary file": bytes(range(256)) * 10,
+    "many values": "a: [" + "1," * 50_000 + "]",
+    "a large file": b"#" * (2**20 + 1),
+}
+
+
+@pytest.mark.parametrize("text", ABSURD.values(), ids=ABSURD)
+def test_absurd_text_is_one_short_message(read, text):
+    with pytest.raises(UserError) as error:
+        read(text)
+    message = str(error.value)
+    assert "FILE" in message
+    assert len(message) < 400
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, "7" * 5000, "!!int x", '"\\0"', "{a: 1, a: "])
+def test_an_absurd_value_on_the_command_line_is_one_short_message(text):
+    with pytest.raises(UserError) as error:
+        parse_value(text, "command line")
+    assert len(str(error.value)) < 200
+    assert str(error.value).startswith("command line")
+
+
+@pytest.mark.parametrize("text", ['{"a": ' + "[" * 100_000, '{"a": ' + "7" * 5000 + "}"])
+def test_absurd_json_is_one_short_message(read, text):
+    with refused("FILE:1", "JSON"):
+        read(text, "JSON")
+
+
+def test_aliases_in_reason_are_read(read):
+    assert read("a: &x [1, 2]\nb: *x\nc: *x").values["c"] == [1, 2]

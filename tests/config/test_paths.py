@@ -1,0 +1,107 @@
+"""`~` and `$NAME` in every path of a run file."""
+
+import pytest
+
+from pipeline.config.load import dump_settings, load_settings
+from pipeline.config.paths import expand
+from pipeline.config.settings import path_settings
+from tests.messages import refused
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name, value in {
+        "HOME": "/home/me", "SCRATCH": "/scratch/me", "EMPTY": "", "HF_TOKEN": "hf_abc",
+        "AWS_SECRET_ACCESS": "abc", "api_key": "abc", "DOLLAR": "/a$b",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("UNSET", raising=False)
+
+
+@pytest.fixture
+def load(tmp_path):
+    def write_and_load(**values):
+        required = {"model": "m", "train_data": "t", "output_dir": "o"}
+        path = tmp_path / "RUN.yaml"
+        path.write_text("".join(f"{k}: {v}\n" for k, v in (required | values).items()))
+        return load_settings(path)
+
+    return write_and_load
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("~/runs", "/home/me/runs"),
+        ("~", "/home/me"),
+        ("runs/~", "runs/~"),
+        ("./~x", "./~x"),
+        ("$SCRATCH/x", "/scratch/me/x"),
+        ("${SCRATCH}x", "/scratch/mex"),
+        ("~/$SCRATCH/${SCRATCH}", "/home/me//scratch/me//scratch/me"),
+        ("$$SCRATCH", "$SCRATCH"),
+        ("a$$$$b", "a$$b"),
+        ("$DOLLAR", "/a$b"),  # what a variable holds is not expanded again
+        ("org/name@main:train", "org/name@main:train"),
+    ],
+)
+def test_expansion(text, path):
+    assert expand(text) == path
+
+
+@pytest.mark.parametrize(
+    "text", ["$UNSET/x", "${UNSET}", "$EMPTY/x", "a$", "$/x", "${", "$1", "${a-b}"]
+)
+def test_what_cannot_be_expanded_is_refused(load, text):
+    with refused("RUN.yaml:3", "output_dir", "$$"):
+        load(output_dir=f"'{text}'")
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS", "api_key"])
+def test_a_secret_is_neither_used_nor_shown(load, name):
+    with pytest.raises(Exception, match=name) as error:
+        load(output_dir=f"runs/${name}")
+    assert "abc" not in str(error.value)
+
+
+def test_a_user_that_is_not_there_is_refused(load):
+    with refused("RUN.yaml:3", "~nobody-of-that-name"):
+        load(output_dir="~nobody-of-that-name/x")
+
+
+def test_every_path_of_a_run_file_is_expanded_and_written_as_it_was(load, tmp_path, monkeypatch):
+    text = {
+        "model": "$SCRATCH/model",
+        "train_data": "[{path: $SCRATCH/a, weight: 2}, ~/b]",
+        "eval_data": "{path: $SCRATCH/c}",
+        "output_dir": "$SCRATCH/$$run",
+        "resume": "~/old",
+        "deepspeed_json": "~/ds.json",
+    }
+    settings = load(**text)
+    assert settings.model == "/scratch/me/model"
+    assert [source.path for source in settings.train_sources] == ["/scratch/me/a", "/home/me/b"]
+    assert settings.eval_sources[0].path == "/scratch/me/c"
+    assert settings.output_dir == "/scratch/me/$run"
+    assert (settings.resume, settings.deepspeed_json) == ("/home/me/old", "/home/me/ds.json")
+    assert text.keys() <= set(path_settings())
+
+    (tmp_path / "run.yaml").write_text(dump_settings(settings))
+    assert "/scratch/me" not in (tmp_path / "run.yaml").read_text()
+    assert load_settings(tmp_path / "run.yaml") == settings
+    monkeypatch.setenv("SCRATCH", "/elsewhere")
+    moved = load_settings(tmp_path / "run.yaml")
+    assert moved.output_dir == "/elsewhere/$run"
+    assert moved.as_written() == settings.as_written()
+
+
+def test_a_path_that_was_changed_since_is_written_as_it_is(load):
+    settings = load(output_dir="$SCRATCH/x").model_copy(update={"output_dir": "/other"})
+    assert settings.as_written()["output_dir"] == "/other"
+
+
+def test_a_name_that_no_file_can_have_is_refused(load):
+    with refused("RUN.yaml:3", "output_dir", "255"):
+        load(output_dir="a/" + "b" * 256)
