@@ -87,10 +87,8 @@ def _lines(node: yaml.Node, name: str) -> dict[KeyPath, int]:
         if key.tag not in (f"{_TAG}str", f"{_TAG}merge"):
             raise UserError(f"{name}:{line}: {key.value}: a key must be a name")
         if path in lines:
-            raise UserError(
-                f"{name}:{line}: {'.'.join(path)}: given twice; the first is at {name}:"
-                f"{lines[path]}"
-            )
+            first = f"the first is in line {lines[path]}"
+            raise UserError(f"{name}:{line}: {'.'.join(path)}: given twice; {first}")
         lines[path] = line
     return lines
 

@@ -225,7 +225,7 @@ def _deciding(plan: Plan) -> dict[str, Any]:
     settings = plan.settings
     is_chosen = settings.keep_best or settings.early_stopping_patience is not None
     free = settings_with("run") if is_chosen else settings_with("run", "selection")
-    values = _resolved(plan).model_dump(mode="json")
+    values = _resolved(plan).as_written()
     return {key: value for key, value in values.items() if key not in free}
 
 

@@ -72,7 +72,7 @@ def test_numbers_as_people_write_them(run_file, text, value):
             for value in ("90", "00:00:00", "²:00:00", "٣:00:00", "1:00", "-1:00:00", "1 : 2 : 3")
         ),
         ("preset: bigg", ["preset", "bigg", "balanced"]),
-        ("lora_r: 8\nlora_r: 9", ["RUN.yaml:5", "lora_r", "RUN.yaml:4"]),
+        ("lora_r: 8\nlora_r: 9", ["RUN.yaml:5", "lora_r", "line 4"]),
         ("lora_r: [", ["RUN.yaml:5", "YAML"]),
         ("eval_data: {path: x, wieght: 2}", ["RUN.yaml:4: eval_data", "wieght", "weight"]),
         ("eval_data: [a, {path: x, rows: 2}]", ["rows", "path, weight, limit"]),

@@ -6,14 +6,14 @@ rule table's business, which sees the merged config.
 
 import difflib
 import json
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from pipeline.config.located import KeyPath, Located, read_located
 from pipeline.config.settings import RunSettings, settings_by
 from pipeline.errors import UserError
 from pipeline.plan.deepspeed.keys import (
@@ -22,30 +22,6 @@ from pipeline.plan.deepspeed.keys import (
     TOP_LEVEL,
     ZERO_OPTIMIZATION,
 )
-
-_Path = tuple[str, ...]
-
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:]')
-
-
-@dataclass(frozen=True)
-class _Json:
-    """A parsed file without its "auto" values, and the line of each key by its path."""
-
-    path: str
-    values: Mapping[str, Any]
-    lines: Mapping[_Path, int]
-
-    def place(self, key: _Path) -> str:
-        """File, line and key."""
-        return f"deepspeed_json: {self.path}:{self.lines[key]}: {'.'.join(key)}"
-
-    def at(self, key: _Path) -> Any:
-        """The value at a path, None where there is none."""
-        found: Any = self.values
-        for part in key:
-            found = found.get(part) if isinstance(found, Mapping) else None
-        return found
 
 
 def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
@@ -57,15 +33,15 @@ def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
     fixed: dict[str, Any] = {}
     for dotted, name in settings_by("deepspeed").items():
         key = tuple(dotted.split("."))
-        value, setting = found.at(key), getattr(settings, name)
+        value, setting = _at(found, key), getattr(settings, name)
         if value is None or value == "nvme":  # nvme is refused by rule
             continue
         if name in settings.model_fields_set and setting not in ("auto", value):
             raise UserError(
-                f"{found.place(key)}: {_shown(value)}, but the run file or its preset has "
+                f"{_place(found, key)}: {_shown(value)}, but the run file or its preset has "
                 f"{name}: {_shown(setting)}; keep one of them"
             )
-        _validate(settings, {name: value}, f"{found.place(key)}: {_shown(value)}")
+        _validate(settings, {name: value}, f"{_place(found, key)}: {_shown(value)}")
         fixed[name] = value
     _validate(settings, fixed, f"deepspeed_json: {path}: {_shown(fixed)}")
     return settings.model_copy(update=fixed)
@@ -86,7 +62,7 @@ def overlay(generated: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def _merged(
-    below: Mapping[str, Any], above: Mapping[str, Any], found: _Json, path: _Path
+    below: Mapping[str, Any], above: Mapping[str, Any], found: Located, path: KeyPath
 ) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
@@ -114,18 +90,18 @@ def _kind(value: Any) -> str:
     return "a list" if isinstance(value, list) else "a block in braces"
 
 
-def _other_kind(found: _Json, key: _Path, value: Any, old: Any) -> str:
-    return f"{found.place(key)}: {_shown(value)} is not {_kind(old)}, as in {_shown(old)}"
+def _other_kind(found: Located, key: KeyPath, value: Any, old: Any) -> str:
+    return f"{_place(found, key)}: {_shown(value)} is not {_kind(old)}, as in {_shown(old)}"
 
 
-def _require_known(found: _Json, block: _Path, known: Iterable[str]) -> None:
+def _require_known(found: Located, block: KeyPath, known: Iterable[str]) -> None:
     names = sorted(known)
     problems = []
-    for key in found.at(block):
+    for key in _at(found, block):
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]!r}?" if near else "take it out"
-            problems.append(f"{found.place((*block, key))}: no key that DeepSpeed reads; {hint}")
+            problems.append(f"{_place(found, (*block, key))}: no key that DeepSpeed reads; {hint}")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -139,19 +115,23 @@ def _validate(settings: RunSettings, values: dict[str, Any], found: str) -> None
         raise UserError(f"{found}: {shown}") from None
 
 
-def _read(path: str) -> _Json:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"deepspeed_json: {path}: cannot be read: {error}") from None
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        line = getattr(error, "lineno", 1)
-        raise UserError(f"deepspeed_json: {path}:{line}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"deepspeed_json: {path}: expected a block in braces")
-    return _Json(path, _without_auto(values), _lines(text, path))
+def _read(path: str) -> Located:
+    """The file without its "auto" values."""
+    located = read_located(Path(path), "JSON", label="deepspeed_json: ")
+    return replace(located, values=_without_auto(located.values))
+
+
+def _at(located: Located, key: KeyPath) -> Any:
+    """The value at a path, None where there is none."""
+    value: Any = located.values
+    for part in key:
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _place(located: Located, key: KeyPath) -> str:
+    """File, line and key."""
+    return f"{located.place(*key)}: {'.'.join(key)}"
 
 
 def _without_auto(block: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,31 +141,6 @@ def _without_auto(block: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in block.items()
         if value != "auto"
     }
-
-
-def _lines(text: str, path: str) -> dict[_Path, int]:
-    """Line of each key in valid JSON. Raises UserError where a key is given twice in a block."""
-    lines: dict[_Path, int] = {}
-    open_keys: list[str] = []  # the current key of each open block, "" in a list
-    last = ""
-    for token in _TOKEN.finditer(text):
-        word = token[0]
-        if word == ":":
-            open_keys[-1] = json.loads(last)
-            key, line = tuple(open_keys), text.count("\n", 0, token.start()) + 1
-            if key in lines and "" not in key:
-                raise UserError(
-                    f"deepspeed_json: {path}:{line}: {'.'.join(key)}: given twice; the first is "
-                    f"in line {lines[key]}"
-                )
-            lines[key] = line
-        elif word in "{[":
-            open_keys.append("")
-        elif word in "}]":
-            open_keys.pop()
-        else:
-            last = word
-    return lines
 
 
 def _shown(value: Any) -> str:
