@@ -1,7 +1,7 @@
-"""CSV files -> lines: every column is text, and a row that does not fit is one bad row.
+"""CSV files -> Lines: every column is text, and a row that does not fit is one bad row.
 
-`datasets` does not read these: one row of too many fields, or one byte that is not UTF-8, fails
-its whole file, and it makes a missing value of the answer `NA` and a number of the answer `7`.
+`datasets` and pyarrow do not read these: one row of too many fields, or one byte that is not UTF-8,
+fails the whole file, an open quote swallows the rest of it, and an answer `NA` becomes missing.
 """
 
 import csv
@@ -12,10 +12,11 @@ from typing import BinaryIO, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.rows import lines as rows
+from pipeline.rows.content import without_marks
 from pipeline.rows.lines import Line
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_CONTENT = re.compile(rb'[^",\r\n]+')
+_CONTENT = re.compile(rb'[^",;\t\r\n]+')
+_DELIMITERS = (",", ";", "\t")
 
 
 class _Record(NamedTuple):
@@ -26,16 +27,16 @@ class _Record(NamedTuple):
 
 
 def csv_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
-    """The rows below the header.
+    """The rows below the header, separated by commas, semicolons or tabs as the header is.
 
     Raises UserError for a header that names no columns, or one twice, and for quotes that do not
-    match: what follows them is not guessed.
+    match: the rows behind them cannot be told from text.
     """
     records = _records(file, stream)
     header = next(records, None)
     if header is None or header.fault:
-        said = header.fault if header else "no row"
-        raise UserError(f"{file}:1: expected the names of the columns; found {said}")
+        found = header.fault if header else "no row"
+        raise UserError(f"{file}:1: expected the names of the columns; found {found}")
     names = header.fields
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{file}:1: the header names {', '.join(twice[:5])} twice")
@@ -44,6 +45,8 @@ def csv_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
         if not fault and len(record.fields) != len(names):
             amount = "fewer" if len(record.fields) < len(names) else "more"
             fault = f"a row with {amount} fields than the header has ({len(names)})"
+        elif not fault and record.fields == names:
+            fault = "the header again, as where files were joined"
         columns = {} if fault else dict(zip(names, record.fields, strict=True))
         yield Line(file, record.number, record.offset, columns, fault)
 
@@ -51,7 +54,7 @@ def csv_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
 def _records(file: Path, stream: BinaryIO) -> Iterator[_Record]:
     csv.field_size_limit(rows.MAX_ROW_BYTES)
     lines = _Lines(stream)
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader(lines, strict=True, delimiter=lines.delimiter())
     while True:
         lines.begin()
         fields = []
@@ -60,7 +63,7 @@ def _records(file: Path, stream: BinaryIO) -> Iterator[_Record]:
         except StopIteration:
             return
         except csv.Error as error:
-            # The lines that follow may be the rest of a text: as rows they would be made up.
+            # The lines that follow may be the rest of a quoted text.
             if lines.has_quotes:
                 raise _lost(file, lines, error) from None
             lines.fault = "not valid CSV: a carriage return inside a row"
@@ -77,12 +80,20 @@ def _lost(file: Path, lines: "_Lines", error: csv.Error) -> UserError:
 
 
 class _Lines:
-    """The file's lines as text, where the record begun last starts, and what is wrong with it."""
+    """The file's lines as text, with the place and the fault of the current record."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.number, self.offset = 1, 0
         self.count, self.fault, self.has_quotes = 0, "", False
         self._stream, self._size = stream, 0
+        self._ahead: list[bytes] = []
+
+    def delimiter(self) -> str:
+        """The delimiter of the header, which is the first line that is not blank."""
+        while not self._ahead or self._ahead[-1].isspace():
+            self._ahead.append(self._stream.readline(rows.MAX_ROW_BYTES + 1))
+        header = self._ahead[-1].decode(errors="replace")
+        return next((delimiter for delimiter in _DELIMITERS if delimiter in header), ",")
 
     def begin(self) -> None:
         """A record begins with the next line."""
@@ -95,7 +106,10 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._stream.readline(rows.MAX_ROW_BYTES + 1)
+        if self._ahead:
+            line = self._ahead.pop(0)
+        else:
+            line = self._stream.readline(rows.MAX_ROW_BYTES + 1)
         if not line:
             raise StopIteration
         self.count += 1
@@ -104,8 +118,8 @@ class _Lines:
             self.fault = rows.too_long()
             line = self._squeezed(line)
         self.has_quotes = self.has_quotes or self.count > 1 or b'"' in line
-        if self.offset == 0 and self.count == 1:
-            line = line.removeprefix(_BYTE_ORDER_MARK)
+        if self.count == 1:
+            line = without_marks(line)
         try:
             return line.decode()
         except UnicodeDecodeError:
@@ -113,17 +127,16 @@ class _Lines:
             return line.decode(errors="replace")
 
     def _squeezed(self, line: bytes) -> bytes:
-        """What says where a row ends, of a line whose row is bad: so long ones need no memory."""
+        """The quotes and delimiters of a line whose row is bad: a long one needs no memory."""
         parts = [_bare(line)]
         while line and not line.endswith(b"\n"):
             line = self._stream.readline(rows.MAX_ROW_BYTES)
             self._size += len(line)
             parts.append(_bare(line))
         bare = b"".join(parts)
-        return bare if self.count == 1 or b'"' in bare else b""  # inside a text from line 2 on
+        return bare if self.count == 1 or b'"' in bare else b""  # from line 2 on within quotes
 
 
 def _bare(part: bytes) -> bytes:
-    return _CONTENT.sub(
-        b"x", part.replace(b'""', b"")
-    )  # a quote that is written twice ends nothing
+    without_escaped = part.replace(b'""', b"")  # a quote that is written twice ends nothing
+    return _CONTENT.sub(b"x", without_escaped)

@@ -8,7 +8,8 @@ from tempfile import TemporaryDirectory
 from pipeline.config.data_names import DataSource
 from pipeline.config.hub import HubSplit
 from pipeline.errors import UserError
-from pipeline.rows.files import SUFFIXES, has_known_suffix
+from pipeline.rows.content import SUFFIXES
+from pipeline.rows.files import has_known_suffix
 
 
 def split_files(split: HubSplit, key: str) -> list[Path]:

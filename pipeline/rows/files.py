@@ -1,216 +1,222 @@
-"""A name in `train_data` or `eval_data` -> the files that it stands for, and their bytes."""
+"""A name in `train_data` or `eval_data` -> its files: no caches, no run folders, one split."""
 
-import bz2
 import difflib
 import glob
-import gzip
-import io
-import lzma
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import NamedTuple
 
 from pipeline.config.hub import is_without_split
 from pipeline.errors import UserError
+from pipeline.files import read_json
+from pipeline.rows.content import SUFFIXES, kind_by_name, open_data
 
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
-Kind = Literal["jsonl", "json", "csv", "parquet", "arrow"]
-Compression = Literal["gz", "bz2", "xz", "zst"]
-
-_KINDS: dict[str, Kind] = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# What `datasets` writes beside the rows.
+# Files that `datasets` writes beside the rows.
 _NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_BUFFER_BYTES = 2**20
-SUFFIXES = f"{', '.join(_KINDS)}, each also with {', '.join(_COMPRESSED)}"
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+_NOT_LETTERS = re.compile(r"[\W\d_]+")
+_NO_WORDS = {
+    "",
+    "of",
+    "jsonl",
+    "ndjson",
+    "json",
+    "csv",
+    "parquet",
+    "arrow",
+    "gz",
+    "bz",
+    "xz",
+    "zst",
+}
+_PREPARED = re.compile(r"(train|eval)-[0-9a-f]{16}")
 
 
-def find_files(name: str, key: str) -> list[Path]:
+class DataFiles(NamedTuple):
+    """Files in the order in which they are read; `notes`: what was left out, for the user."""
+
+    files: list[Path]
+    notes: tuple[str, ...] = ()
+
+
+def find_files(name: str, key: str) -> DataFiles:
     """Files of a path, folder or glob, in a fixed order, readable and not all of them empty.
 
-    Of a folder, every file beneath it with a known suffix. A file that links name more than once
-    is one file. Raises UserError that names `key`.
+    A folder stands for every file beneath it with a known suffix, or for those that its
+    `state.json` names; where files are named after splits, `key` says which split is taken.
+    A file that links name more than once is one file. Raises UserError that names `key`.
     """
     try:
-        files = _find(name, key)
+        found = _find(name, key)
     except OSError as error:  # a forbidden folder, a name that is too long
         raise UserError(f"{key}: {error.filename or name}: {error.strerror}") from None
-    check_files(files, name, key)
-    return list({file.resolve(): file for file in reversed(files)}.values())[::-1]
-
-
-def _find(name: str, key: str) -> list[Path]:
-    path = Path(name)
-    if path.is_dir():
-        files = _beneath(path, set())
-        if not files:
-            raise UserError(f"{key}: {path} is a folder without data files ({SUFFIXES})")
-    elif path.exists():
-        files = [path]
-    elif glob.has_magic(name):
-        files = sorted(Path(found) for found in glob.glob(name, recursive=True))  # noqa: PTH207
-        files = [file for file in files if not file.is_dir()]
-        if not files:
-            raise UserError(f"{key}: no file is named like {name}")
-    else:
-        raise UserError(f"{key}: {name}: no such file{_split_forgotten(name) or _nearby(path)}")
-    return files
+    check_files(found.files, name, key)
+    unique = {file.resolve(): file for file in reversed(found.files)}
+    return found._replace(files=list(unique.values())[::-1])
 
 
 def check_files(files: Sequence[Path], name: str, key: str) -> None:
-    """Raise UserError unless every file can be read and one of them holds something."""
-    empty = [_is_empty(file, key) for file in files]  # each is looked at
-    if all(empty):
+    """Raise UserError unless every file can be read and one of them is not empty."""
+    are_empty = [_is_empty(file, key) for file in files]  # a list: every file is opened
+    if all(are_empty):
         raise UserError(f"{key}: {name} is empty; expected rows, such as a JSON object on a line")
 
 
 def has_known_suffix(file: Path) -> bool:
     """Whether the name says that the file holds rows."""
-    return _kind_by_name(file) is not None and file.name not in _NO_ROWS
+    return kind_by_name(file) is not None and file.name not in _NO_ROWS
 
 
-def kind_of(file: Path) -> Kind:
-    """What a file holds: by its first bytes, else by its name; "json" where neither says."""
-    with open_data(file) as stream:
-        first = stream.read(6)
-    if first[:4] == b"PAR1":
-        return "parquet"
-    if first == b"ARROW1":
-        return "arrow"
-    return _kind_by_name(file) or "json"
+def _find(name: str, key: str) -> DataFiles:
+    path = Path(name)
+    if path.is_dir():
+        return _in_folder(path, key)
+    if path.exists():
+        return DataFiles([path])
+    if not glob.has_magic(name):
+        hint = _split_forgotten(name) or _similar_names(path)
+        raise UserError(f"{key}: {name}: no such file{hint}")
+    matches = sorted(Path(match) for match in glob.glob(name, recursive=True))  # noqa: PTH207
+    matches = [match for match in matches if not match.is_dir()]
+    root = _before_magic(path)
+    files = [
+        match for match in matches if not _is_cache(match) and not _is_in_run_folder(match, root)
+    ]
+    if not files:
+        left_out = " outside of run folders and caches" if matches else ""
+        raise UserError(f"{key}: no file{left_out} matches {name}")
+    return DataFiles(files, _left_out(name, set(matches) - set(files), "caches and run folders"))
 
 
-def compression_of(file: Path) -> Compression | None:
-    """How a file is compressed, by its first bytes: names lie where a server has unpacked."""
-    with file.open("rb") as stream:
-        first = stream.read(10)
-    if first[:3] == b"\x1f\x8b\x08":
-        return "gz"
-    if first[:3] == b"BZh" and first[4:10] == b"1AY&SY":
-        return "bz2"
-    if first[:6] == b"\xfd7zXZ\x00":
-        return "xz"
-    return "zst" if first[:4] == b"\x28\xb5\x2f\xfd" else None
+def _in_folder(folder: Path, key: str) -> DataFiles:
+    if _is_run_folder(folder):
+        raise UserError(f"{key}: {folder} is a run folder, not data; name files or another folder")
+    walk = _Walk()
+    walk.visit(folder, key)
+    if not walk.files:
+        raise UserError(f"{key}: {folder} is a folder without data files ({SUFFIXES})")
+    files, others = _of_split(walk.files, folder, key)
+    notes = (
+        *_left_out(str(folder), walk.left_out, "caches and run folders"),
+        *_left_out(str(folder), others, "files of other splits by their names"),
+    )
+    return DataFiles(files, notes)
 
 
-def open_data(file: Path, raw: BinaryIO | None = None) -> BinaryIO:
-    """The file's bytes, decompressed; `raw`: the file where it is open already.
+class _Walk:
+    """The data files beneath a folder, sorted by name; links may name a folder again."""
 
-    Reading raises OSError or EOFError where the compressed bytes are damaged or cut off.
+    def __init__(self) -> None:
+        self.files: list[Path] = []
+        self.left_out: list[Path] = []
+        self._visited: set[Path] = set()
+
+    def visit(self, folder: Path, key: str) -> None:
+        if (real := folder.resolve()) in self._visited:
+            return
+        self._visited.add(real)
+        saved = _saved_files(folder, key)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name):
+            if path.name.startswith((".", "_")):
+                continue
+            if path.is_dir():
+                if _is_run_folder(path):
+                    self.left_out.append(path)
+                else:
+                    self.visit(path, key)
+            elif has_known_suffix(path):
+                is_data = not _is_cache(path) if saved is None else path.name in saved
+                (self.files if is_data else self.left_out).append(path)
+
+
+def _saved_files(folder: Path, key: str) -> list[str] | None:
+    """Names of the data files of a folder that `save_to_disk` wrote; None for another folder."""
+    try:
+        state = read_json(folder / "state.json")
+        names = [entry["filename"] for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(f"{key}: {folder}: {missing[0]} is missing, which state.json names")
+    if state.get("_indices_data_files"):
+        raise UserError(
+            f"{key}: {folder}: saved with a selection of rows by an old version of `datasets`; "
+            "load it, call flatten_indices() and save it again"
+        )
+    return names
+
+
+def _is_cache(file: Path) -> bool:
+    """Whether a file is a result that `datasets` keeps beside the rows that it was made from."""
+    return file.name.startswith("cache-") and file.suffix == ".arrow"
+
+
+def _is_run_folder(folder: Path) -> bool:
+    """Whether a run or prepare has written to the folder."""
+    data = folder / "data"
+    return (
+        (folder / ".owner").exists()
+        or ((folder / "run.yaml").exists() and (folder / "status.json").exists())
+        or ((data / "index.json").exists() and (data / "audit.json").exists())
+        or (data.is_dir() and any(_PREPARED.fullmatch(path.name) for path in data.iterdir()))
+    )
+
+
+def _is_in_run_folder(file: Path, root: Path) -> bool:
+    """Whether a run folder at or beneath `root` holds the file."""
+    folders = takewhile(lambda folder: folder not in root.parents, file.parents)
+    return any(map(_is_run_folder, folders))
+
+
+def _before_magic(pattern: Path) -> Path:
+    """The folder that a glob starts from."""
+    return Path(*takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+
+
+def _of_split(files: Sequence[Path], folder: Path, key: str) -> tuple[list[Path], list[Path]]:
+    """The files of the split that the key asks for, and the others.
+
+    `train_data` takes all but validation and test; `eval_data` validation, else test, else all.
     """
-    raw = file.open("rb") if raw is None else raw
-    compression = compression_of(file)
-    if compression is None:
-        return raw
-    inner: io.RawIOBase
-    if compression == "gz":
-        inner = _Unpacked(raw, gzip.GzipFile(fileobj=raw))
-    elif compression == "bz2":
-        inner = _Unpacked(raw, bz2.BZ2File(raw))
-    elif compression == "xz":
-        inner = _Unpacked(raw, lzma.LZMAFile(raw))  # noqa: SIM115 - closed with `inner`
-    else:
-        inner = _Zstandard(raw)
-    return io.BufferedReader(inner, _BUFFER_BYTES)
+    splits = {file: _split_of(file.relative_to(folder)) for file in files}
+    wanted: tuple[str | None, ...] = (None, "train")
+    if key == "eval_data":
+        present = [name for name in ("validation", "test") if name in splits.values()]
+        wanted = (present[0],) if present else wanted
+    taken = [file for file in files if splits[file] in wanted]
+    others = [file for file in files if splits[file] not in wanted]
+    if not taken:
+        raise UserError(
+            f"{key}: {folder}: every file is named after another split ({_names(others)}); to "
+            "train on one, name the file itself"
+        )
+    return taken, others
 
 
-class _Unpacked(io.RawIOBase):
-    """A stream of the standard library, with one kind of error and the file closed at its end."""
-
-    def __init__(self, raw: BinaryIO, stream: io.BufferedIOBase) -> None:
-        self._raw, self._stream = raw, stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: "WriteableBuffer") -> int:
-        import zlib
-
-        try:
-            return self._stream.readinto(buffer)
-        except (zlib.error, lzma.LZMAError) as error:
-            raise OSError(str(error)) from None
-
-    def close(self) -> None:
-        self._stream.close()
-        self._raw.close()
-        super().close()
+def _split_of(file: Path) -> str | None:
+    """The split that a file, or else a folder above it, is named after: its first or last word."""
+    for name in reversed(file.parts):
+        words = [word for word in _NOT_LETTERS.split(name.lower()) if word not in _NO_WORDS]
+        for word in (*words[:1], *words[-1:]):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return None
 
 
-class _Zstandard(io.RawIOBase):
-    """Frames of zstd one after the other; its own reader takes a frame cut off for its end."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self._raw, self._decompressor = raw, zstandard.ZstdDecompressor()
-        self._error = zstandard.ZstdError
-        self._frame = self._decompressor.decompressobj()
-        self._has_begun = False
-        self._packed, self._unpacked = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: "WriteableBuffer") -> int:
-        while not self._unpacked:
-            self._packed = self._packed or self._raw.read(2**15)
-            if not self._packed:
-                if self._has_begun:
-                    raise EOFError("the compressed file ends before its data does")
-                return 0
-            self._unpack()
-        into = memoryview(buffer).cast("B")
-        size = min(len(into), len(self._unpacked))
-        into[:size] = self._unpacked[:size]
-        self._unpacked = self._unpacked[size:]
-        return size
-
-    def _unpack(self) -> None:
-        try:
-            self._unpacked = memoryview(self._frame.decompress(self._packed))
-        except self._error as error:
-            raise OSError(str(error)) from None
-        self._has_begun, self._packed = True, b""
-        if self._frame.eof:
-            self._packed, self._has_begun = self._frame.unused_data, False
-            self._frame = self._decompressor.decompressobj()
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
+def _left_out(name: str, paths: Iterable[Path], what: str) -> tuple[str, ...]:
+    listed = sorted(paths)
+    return (f"{name}: {what} are left out: {_names(listed)}",) if listed else ()
 
 
-def _beneath(folder: Path, seen: set[Path]) -> list[Path]:
-    """Its files; `seen`: folders that were looked into, which links may name again."""
-    found: list[Path] = []
-    if (real := folder.resolve()) in seen:
-        return found
-    seen.add(real)
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if path.name.startswith((".", "_")):
-            continue
-        if path.is_dir():
-            found += _beneath(path, seen)
-        elif has_known_suffix(path):
-            found.append(path)
-    return found
-
-
-def _kind_by_name(file: Path) -> Kind | None:
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    return _KINDS.get(suffixes[-1]) if suffixes else None
+def _names(paths: Sequence[Path]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(path.name for path in paths[:3]) + more
 
 
 def _is_empty(file: Path, key: str) -> bool:
@@ -220,21 +226,21 @@ def _is_empty(file: Path, key: str) -> bool:
         with open_data(file) as stream:
             return not stream.read(1)
     except (OSError, EOFError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise UserError(f"{key}: {file}: cannot be read: {said}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{key}: {file}: cannot be read: {reason}") from None
 
 
 def _split_forgotten(name: str) -> str:
     path = Path(name)
-    if path.parent.is_dir() or _kind_by_name(path) or not is_without_split(name):
+    if path.parent.is_dir() or kind_by_name(path) or not is_without_split(name):
         return ""
     return f"; a hub data set is named with its split: {name}:train"
 
 
-def _nearby(file: Path) -> str:
+def _similar_names(file: Path) -> str:
     if not file.parent.is_dir():
         return f"; there is no folder {file.parent} either"
     names = [path.name for path in file.parent.iterdir() if path.is_file()]
     near = difflib.get_close_matches(file.name, names, n=3)
-    near = near or sorted(name for name in names if _kind_by_name(Path(name)))[:3]
+    near = near or sorted(name for name in names if kind_by_name(Path(name)))[:3]
     return f"; there is {', '.join(near)}" if near else ""

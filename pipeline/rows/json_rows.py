@@ -1,41 +1,38 @@
-"""JSON files -> lines, never more than one row in memory: JSONL, a list, or values in a row.
+"""JSON files -> Lines, never more than one row and a buffer in memory: JSONL, a list, or values.
 
-Where a row ends is found by its brackets and texts, not by parsing it, so that a row that is no
-JSON is one bad row. Brackets that do not match say nothing of where the next row begins; then the
-next line that opens an object and is indented no deeper than the row is taken for it.
+A row of a list ends where the JSON decoder says so. After a row that is broken, where the next row
+begins is not certain; then reading goes on at the next line that opens an object and is indented
+no deeper than the row, and without such a line it ends with an error that names the row.
 """
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from pipeline.errors import UserError
 from pipeline.rows import lines as rows
+from pipeline.rows.content import without_marks
 from pipeline.rows.lines import Line
 
-_CHUNK_BYTES, _MAX_INDENT, _LINES_TO_TELL = 2**20, 200, 10
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_MAX_IN_VAIN = 16  # times the longest row, scanned before a break was found: no JSON takes more
-# A text, with its end if there is one on its line and what may follow a text; or a bracket.
-# Possessive (*+): a text of many escapes would else be remembered at each of them.
-_TOKEN = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+(?:(")(?=\s*[,:\]}]))?|([\[\]{}])')
-_TEXT_REST = re.compile(rb'[^"\\\n]*+(?:\\.[^"\\\n]*+)*+(")?')
-_CUT = re.compile(rb'(?:"\s*|\\)?\Z')  # behind a text whose end may not have been read yet
-_BETWEEN = re.compile(rb"[\s,]*")
-_WORD_END = re.compile(rb"[,\[\]{}\n]")
-_INDENT = re.compile(rb"[ \t\[]*")
-_OPENS_ROW = re.compile(rb"\n([ \t]*)(?:\}[ \t]*,[ \t]*)?(\{)")
-_CLOSED_BY = {ord("{"): ord("}"), ord("["): ord("]")}
-_NO_MATCH = "not valid JSON: brackets or quotes that do not match"
+_CHUNK_BYTES, _MAX_INDENT, _NUM_SNIFFED = 2**20, 200, 10
+# Errors this near to the end of the buffer may be due to the cut: no token but a text is longer.
+_MAX_TOKEN = 16
+_MAX_RESCANNED = 16  # times the longest row, scanned for broken rows: no JSON file needs more
+_BETWEEN = re.compile("[ \t\r\n,\ufeff]*")
+_INDENT = re.compile(r"[ \t\[]*")
+_OPENS_ROW = re.compile(r"\n([ \t]*)(?:\}[ \t]*,[ \t]*)?(\{)")
 _NO_END = "not valid JSON: the file ends inside the row"
 _NO_LIST_END = "not valid JSON: the file ends before its list does"
-_Trouble = Literal["broken", "long", "ended"]
+_TOO_DEEP = "not valid JSON: nested too deep"
+_DECODER = json.JSONDecoder()
+_ANY_NUMBER = json.JSONDecoder(parse_int=str)  # `int` refuses thousands of digits; parse() tells
 
 
 def line_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
-    """A row a line, but for blank ones."""
+    """A row for each line that is not blank."""
     number = offset = 0
     limit = rows.MAX_ROW_BYTES
     while line := stream.readline(limit + 1):
@@ -47,213 +44,179 @@ def line_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
                 offset += len(line)
             yield Line(file, number, start, b"", rows.too_long())
             continue
-        if number == 1:
-            line = line.removeprefix(_BYTE_ORDER_MARK)
+        line = without_marks(line)
         if line and not line.isspace():
             yield Line(file, number, start, line)
 
 
 def is_line_by_line(stream: BinaryIO) -> bool:
-    """Whether the first lines that are not blank are objects, each whole."""
-    looked_at = 0
-    while looked_at < _LINES_TO_TELL and (line := stream.readline(rows.MAX_ROW_BYTES)):
-        if line := line.removeprefix(_BYTE_ORDER_MARK).strip():
-            looked_at += 1
+    """Whether the first lines that are not blank are whole objects."""
+    num_seen = 0
+    while num_seen < _NUM_SNIFFED and (line := stream.readline(rows.MAX_ROW_BYTES)):
+        if line := without_marks(line).strip():
+            num_seen += 1
             try:
                 is_row = isinstance(json.loads(line), dict)
             except (ValueError, RecursionError):
                 return False
             if not is_row:
                 return False
-    return looked_at > 0
+    return num_seen > 0
 
 
 def value_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
     """The elements of a list, or JSON values one after another, over any number of lines.
 
-    Raises UserError where brackets do not match and where the next row begins is not certain.
+    Raises UserError where a row is broken and where the next one begins is not certain.
     """
     return _Values(file, stream).lines()
 
 
+class _BrokenError(Exception):
+    """The row at the position is no JSON; `position` in the buffer: where that shows."""
+
+    def __init__(self, fault: str, position: int) -> None:
+        super().__init__(fault)
+        self.fault, self.position = fault, position
+
+
 class _Values:
-    """The scan of one file; `_data` begins with what is next."""
+    """The scan of one file: a buffer of decoded text, and the position up to which it is read."""
 
     def __init__(self, file: Path, stream: BinaryIO) -> None:
-        self._file, self._stream = file, stream
-        self._data, self._has_ended = bytearray(), False
-        self._offset, self._number = 0, 1  # byte of the file, and its line, where `_data` begins
-        self._line_head = b""  # the beginning of that line, if `_data` begins within it
-        self._in_vain = self._break = 0
+        self._file, self._stream, self._has_ended = file, stream, False
+        # Bytes that are not UTF-8 become lone surrogates, and these bytes again in the content.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._text, self._position = "", 0
+        self._offset, self._number = 0, 1  # byte of the file, and its line, at the position
+        self._line_start = ""  # the first characters of that line up to the position
+        self._rescanned = 0
 
     def lines(self) -> Iterator[Line]:
-        self._fill()
-        if self._data.startswith(_BYTE_ORDER_MARK):
-            self._take(len(_BYTE_ORDER_MARK))
-            self._line_head = b""
         is_in_list = False
-        while self._goes_on():
-            if self._data[0] == ord("]" if is_in_list else "["):
+        while self._skip_separators():
+            if self._text[self._position] == ("]" if is_in_list else "["):
                 is_in_list = not is_in_list
-                self._take(1)
-            else:
-                yield self._row()
+                self._take(self._position + 1)
+                continue
+            here = Line(self._file, self._number, self._offset, b"")
+            try:
+                content = self._take(self._value_end())
+            except _BrokenError as error:
+                yield here._replace(fault=error.fault)
+                self._resume(here, error, is_in_list=is_in_list)
+                continue
+            is_long = len(content) > rows.MAX_ROW_BYTES
+            yield (
+                here._replace(fault=rows.too_long()) if is_long else here._replace(content=content)
+            )
         if is_in_list:
-            yield self._line(b"")._replace(fault=_NO_LIST_END)
+            yield Line(self._file, self._number, self._offset, b"", _NO_LIST_END)
 
-    def _goes_on(self) -> bool:
-        """Pass over white space and commas; False at the file's end."""
+    def _skip_separators(self) -> bool:
+        """Move on to the next value or bracket; False at the end of the file."""
         while True:
-            between = _BETWEEN.match(self._data)
+            between = _BETWEEN.match(self._text, self._position)
             assert between is not None
-            self._take(between.end())
-            if self._data:
+            if between.end() > self._position:
+                self._take(between.end())
+            if self._position < len(self._text):
                 return True
             if not self._fill():
                 return False
 
-    def _row(self) -> Line:
-        """What lies at the beginning of `_data`, which goes on behind it."""
-        here = self._line(b"")
-        is_word = self._data[0] not in b'{["'
-        end = self._word_end() if is_word else self._value_end()
-        if isinstance(end, int):
-            return here._replace(content=self._take(end))
-        if end == "long":
-            fault = rows.too_long()
-            if self._resync():
-                self._gave_up(end, rows.MAX_ROW_BYTES)  # what follows is scanned again
-            else:
-                end = self._word_end(is_kept=False) if is_word else self._value_end(is_kept=False)
-                if end == "broken":
-                    raise self._lost(here)
-                self._take(end if isinstance(end, int) else len(self._data))
-        else:
-            fault = _NO_MATCH if end == "broken" else _NO_END
-            self._pass_over(here, end)
-        return here._replace(fault=fault)
-
-    def _word_end(self, *, is_kept: bool = True) -> int | Literal["long"]:
-        """Index behind a number, a word or a bracket too many."""
-        at = 1
-        while (found := _WORD_END.search(self._data, at)) is None:
-            at = len(self._data)
-            if is_kept and at > rows.MAX_ROW_BYTES:
-                return "long"
-            if not is_kept:
-                self._take(at - 1)
-                at = 1
-            if not self._fill():
-                return at
-        return found.start()
-
-    def _value_end(self, *, is_kept: bool = True) -> int | _Trouble:
-        """Index behind an object, a list or a text; takes what lies before where it is too long."""
-        expected, is_in_text = bytearray(), self._data[0] == ord('"')
-        at = int(is_in_text)
+    def _value_end(self) -> int:
+        """The end of the value at the position; reads on while the buffer cuts it off."""
+        decoder = _DECODER
         while True:
-            look = _TEXT_REST.match if is_in_text else _TOKEN.search
-            found = look(self._data, at)
-            if found is None or self._may_go_on(found):
-                if is_kept and len(self._data) > rows.MAX_ROW_BYTES:
-                    return "long"
-                at = len(self._data) if found is None else found.start()
-                if not is_kept:
-                    is_in_text = found is not None
-                    self._take(found.end() if found else at)
-                    at = 0
-                if not self._fill():
-                    return self._gave_up("ended", at)
+            try:
+                value, end = decoder.raw_decode(self._text, self._position)
+            except json.JSONDecodeError as error:
+                position, is_in_string = error.pos, error.msg.startswith("Unterminated string")
+                reason = error.msg.removesuffix(" at").removesuffix(" starting")
+            except ValueError:
+                decoder = _ANY_NUMBER
                 continue
-            if found.lastindex is None or not (is_in_text or self._fits(found, expected)):
-                return self._gave_up("broken", found.start())
-            at, is_in_text = found.end(), False
-            if not expected:
-                return at if at <= rows.MAX_ROW_BYTES or not is_kept else "long"
+            except RecursionError:
+                raise _BrokenError(_TOO_DEEP, self._position) from None
+            else:
+                is_whole = isinstance(value, dict | list | str) or end < len(self._text)
+                if is_whole or not self._fill():
+                    return end
+                continue
+            if not is_in_string and position < len(self._text) - _MAX_TOKEN:
+                raise _BrokenError(f"not valid JSON: {reason}", position)
+            if len(self._text) - self._position > rows.MAX_ROW_BYTES:
+                raise _BrokenError(rows.too_long(), len(self._text))
+            if not self._fill():
+                is_ended = is_in_string or position >= len(self._text.rstrip())
+                fault = _NO_END if is_ended else f"not valid JSON: {reason}"
+                raise _BrokenError(fault, position)
 
-    def _fits(self, token: re.Match[bytes], expected: bytearray) -> bool:
-        """Whether a token may stand here; `expected`: what is to be closed, changed by it."""
-        byte = self._data[token.start()]
-        if byte in _CLOSED_BY:
-            if expected[-1:] == b"}" and self._before(token.start()) != ord(":"):
-                return False  # an object without a key, most likely the next row
-            expected.append(_CLOSED_BY[byte])
-        elif byte != ord('"'):
-            return bool(expected) and expected.pop() == byte
-        return True
-
-    def _may_go_on(self, token: re.Match[bytes]) -> bool:
-        """Whether the end of a text that has none may lie in what has not been read yet."""
-        is_open = token.lastindex is None and not self._has_ended
-        return is_open and _CUT.match(self._data, token.end()) is not None
-
-    def _gave_up(self, trouble: _Trouble, at: int) -> _Trouble:
-        self._break = at
-        self._in_vain += at
-        if self._in_vain > _MAX_IN_VAIN * rows.MAX_ROW_BYTES:
+    def _resume(self, here: Line, error: _BrokenError, *, is_in_list: bool) -> None:
+        """Move to the next row, or to the end where certainly none follows; else UserError."""
+        self._rescanned += error.position - self._position
+        if self._rescanned > _MAX_RESCANNED * rows.MAX_ROW_BYTES:
             raise UserError(
-                f"{self._file}:{self._number}: brackets or quotes do not match, here and in many "
+                f"{self._file}:{here.number}: brackets or quotes do not match, here and in many "
                 "rows before; is the file JSON?"
             )
-        return trouble
-
-    def _pass_over(self, here: Line, trouble: _Trouble) -> None:
-        """Go to the next row, or to the end of the list where none follows."""
-        while not self._resync():
-            if len(self._data) > rows.MAX_ROW_BYTES:
-                raise self._lost(here)
-            if self._fill():
-                continue
-            rest = self._data.rstrip()
-            # A list's end inside the row was meant for the list of rows: it has swallowed some.
-            has_swallowed = trouble == "ended" and self._break >= len(rest) and rest[-1:] == b"]"
-            if has_swallowed or b"{" in rest[self._break :]:
-                raise self._lost(here)
-            self._take(len(rest) - rest.endswith(b"]"))
-            return
-
-    def _resync(self) -> bool:
-        """Go to the first line in `_data` that opens a row, if there is one."""
-        indent = _INDENT.match(self._line_head)
+        # Where the file ends within the row, its last bracket was meant for the list of rows.
+        rest = self._text.rstrip()
+        has_swallowed = is_in_list and error.position >= len(rest) and rest.endswith("]")
+        may_be_lost = has_swallowed or self._text.find("{", error.position) >= 0
+        indent = _INDENT.match(self._line_start)
         assert indent is not None
-        found = _OPENS_ROW.search(self._data)
-        while found is not None and len(found[1]) > indent.end():
-            found = _OPENS_ROW.search(self._data, found.end())
+        while not self._to_line_that_opens_a_row(indent.end()):
+            self._drop_lines()
+            num_kept = len(self._text) - self._position
+            if not self._fill():
+                break
+            may_be_lost |= self._text.find("{", num_kept) >= 0
+        else:
+            return
+        if may_be_lost:
+            raise UserError(
+                f"{self._file}:{here.number}: (byte {here.offset}) {error.fault}, and where the "
+                "next row begins is not certain; fix the row, or write one row a line"
+            )
+        rest = self._text.rstrip()
+        self._take(max(len(rest) - (is_in_list and rest.endswith("]")), self._position))
+
+    def _to_line_that_opens_a_row(self, indent: int) -> bool:
+        """Move to the first such line in the buffer that is indented no deeper."""
+        found = _OPENS_ROW.search(self._text, self._position)
+        while found is not None and len(found[1]) > indent:
+            found = _OPENS_ROW.search(self._text, found.end())
         if found is not None:
             self._take(found.start(2))
         return found is not None
 
-    def _before(self, at: int) -> int:
-        """The last byte before `at` that is not white space."""
-        at -= 1
-        while self._data[at] in b" \t\r\n":
-            at -= 1
-        return self._data[at]
+    def _drop_lines(self) -> None:
+        """Take all but the beginning of a line that may be cut off before its bracket."""
+        last = self._text.rfind("\n", max(self._position, len(self._text) - _MAX_INDENT))
+        self._take(len(self._text) if last < 0 else last)
 
-    def _lost(self, here: Line) -> UserError:
-        return UserError(
-            f"{self._file}:{here.number}: (byte {here.offset}) brackets or quotes do not match, "
-            "and where the next row begins is not certain; mend the row, or write one row a line"
-        )
-
-    def _line(self, content: bytes) -> Line:
-        return Line(self._file, self._number, self._offset, content)
-
-    def _take(self, size: int) -> bytes:
-        """Remove the first bytes of `_data`, and know where it begins now."""
-        taken = bytes(self._data[:size])
-        del self._data[:size]
-        self._offset += size
-        if (last := taken.rfind(b"\n")) < 0:
-            self._line_head = (self._line_head + taken[:_MAX_INDENT])[:_MAX_INDENT]
+    def _take(self, end: int) -> bytes:
+        """Move the position to `end`; the bytes before it."""
+        text = self._text[self._position : end]
+        content = text.encode("utf-8", "surrogateescape")
+        self._position = end
+        self._offset += len(content)
+        if (last := text.rfind("\n")) < 0:
+            self._line_start = (self._line_start + text[:_MAX_INDENT])[:_MAX_INDENT]
         else:
-            self._number += taken.count(b"\n")
-            self._line_head = taken[last + 1 :][:_MAX_INDENT]
-        return taken
+            self._number += text.count("\n")
+            self._line_start = text[last + 1 :][:_MAX_INDENT]
+        return content
 
     def _fill(self) -> bool:
-        """Read on; False at the file's end."""
-        more = b"" if self._has_ended else self._stream.read(_CHUNK_BYTES)
-        self._data += more
-        self._has_ended = not more
-        return bool(more)
+        """Read on, twice as much each time within a row; False at the end of the file."""
+        if self._has_ended:
+            return False
+        rest = self._text[self._position :]
+        read = self._stream.read(min(max(_CHUNK_BYTES, len(rest)), rows.MAX_ROW_BYTES))
+        self._has_ended = not read
+        self._text = rest + self._decoder.decode(read, final=self._has_ended)
+        self._position = 0
+        return True

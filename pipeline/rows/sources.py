@@ -1,6 +1,7 @@
-"""Sources named by the run file -> lines -> rows; a bad row is one bad row. No torch.
+"""Sources of the run file -> their files -> Lines -> rows.
 
-`lines` only finds where rows lie, so that one process can feed many which `parse`.
+`lines` only finds where rows are, so that one process can feed many which `parse`. Where a row
+cannot be read it is one BadRow; where the rest of a file cannot be read, UserError is raised.
 """
 
 import json
@@ -8,31 +9,34 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from pipeline.config.data_names import DataSource
 from pipeline.config.hub import HubSplit
 from pipeline.errors import UserError
-from pipeline.rows.csv_rows import csv_rows
-from pipeline.rows.files import (
+from pipeline.rows.content import (
     SUFFIXES,
-    check_files,
-    find_files,
-    has_known_suffix,
+    compression_of,
     kind_of,
     open_data,
+    ratio_of,
+    require_utf8,
+    without_marks,
 )
+from pipeline.rows.csv_rows import csv_rows
+from pipeline.rows.files import DataFiles, check_files, find_files, has_known_suffix
 from pipeline.rows.json_rows import is_line_by_line, line_rows, value_rows
-from pipeline.rows.lines import BadRow, Line, Row
+from pipeline.rows.lines import BadRow, Line, Row, size_of
 from pipeline.rows.values import DECODER, DuplicateKeyError, json_name
 
 _FIRST_BYTES = 1000
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_RATIO_BYTES = 4  # times the sample: decompressed to measure a file's ratio, as blocks are large
 
 __all__ = [
     "BadRow",
     "Line",
     "Row",
+    "Sample",
     "Source",
     "kind_of",
     "lines",
@@ -40,6 +44,7 @@ __all__ = [
     "read_rows",
     "require_apart",
     "resolve",
+    "sample",
 ]
 
 
@@ -47,51 +52,60 @@ __all__ = [
 class Source:
     """A source of the run file and its files, in the order in which they are read.
 
-    `name`: as in the run file; of a hub data set with its commit.
+    `name`: as in the run file; of a hub data set with its commit. `notes`: sentences for the
+    terminal on files that its name stands for and that are left out.
     """
 
     name: str
     files: tuple[Path, ...]
     weight: float = 1.0
     limit: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Sample(NamedTuple):
+    """The first Lines of a file, the share of the file that they are, and their bytes."""
+
+    lines: list[Line]
+    share: float
+    num_bytes: int
 
 
 def resolve(sources: Sequence[DataSource], key: str) -> list[Source]:
-    """The sources of a setting with their files, each there, readable and of one source.
+    """The sources of a setting with their files, each readable and in one source only.
 
     Raises UserError that names the key. Nothing is fetched.
     """
     if not sources:
         raise UserError(f"{key}: names no data; give a file, a folder, a glob or a list of them")
-    found = [_resolved(source, key) for source in sources]
+    resolved = [_resolved(source, key) for source in sources]
     first: dict[Path, Source] = {}
-    for source in found:
+    for source in resolved:
         for file in source.files:
             if (other := first.setdefault(file.resolve(), source)) is not source:
                 raise UserError(
                     f"{key}: {file} is in two sources, {other.name} and {source.name}; name each "
                     "file once, with a weight to have its rows more often"
                 )
-    return found
+    return resolved
 
 
 def require_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:
-    """Raise UserError where a file is in both, as when one is in the other's folder."""
+    """Raise UserError for a file that is both trained on and held out."""
     trained = {file.resolve(): source.name for source in train for file in source.files}
     for source in held_out:
         for file in source.files:
             if (name := trained.get(file.resolve())) is not None:
                 raise UserError(
-                    f"eval_data: {file} is also in train_data ({name}); name files that are apart, "
-                    "or hold out a share of the rows, such as eval_data: 0.05"
+                    f"eval_data: {file} is also in train_data ({name}); name different files, or "
+                    "hold out a share of the rows, such as eval_data: 0.05"
                 )
 
 
 def lines(source: Source) -> Iterator[Line]:
-    """The source's lines in order, no more than its limit; blank ones are none.
+    """The source's Lines in order, up to its limit; blank lines are none.
 
-    Raises UserError where a file is damaged so that what follows cannot be read, and for a source
-    that has none.
+    Raises UserError for a damaged file and for a source without rows.
     """
     every = (line for file in source.files for line in _lines_of(file))
     is_empty = True
@@ -105,37 +119,81 @@ def lines(source: Source) -> Iterator[Line]:
 
 
 def parse(line: Line) -> Row | BadRow:
-    """The row of a line, or why it has none."""
+    """The row of a Line, or the reason why it has none."""
     file, number, offset, content, fault = line
     if fault:
         return BadRow(file, number, fault, offset)
-    if isinstance(content, dict):
-        return Row(file, number, content, offset)
-    found = _parsed(content)
-    if isinstance(found, str):
-        return BadRow(file, number, found, offset)
-    return Row(file, number, found, offset)
+    value = content if isinstance(content, dict) else _parsed(content)
+    if isinstance(value, str):
+        return BadRow(file, number, value, offset)
+    return Row(file, number, value, offset)
 
 
 def read_rows(sources: Iterable[Source]) -> Iterator[Row | BadRow]:
-    """Every row of the sources in order, in this process."""
+    """Every row of the sources in order, parsed in this process."""
     return (parse(line) for source in sources for line in lines(source))
+
+
+def sample(file: Path, num_bytes: int) -> Sample:
+    """The rows that begin in a file's first bytes, at least one; read by the same readers.
+
+    Raises UserError, OSError, EOFError or ValueError where the file cannot be read so far, and
+    ValueError for a compressed table, which would have to be unpacked as a whole.
+    """
+    kind = kind_of(file)
+    if kind == "parquet" or kind == "arrow":
+        return _sample_of_table(file, kind, num_bytes)
+    taken: list[Line] = []
+    with open_data(file) as stream:
+        for line in _text_lines(file, stream):
+            assert line.offset is not None
+            if line.offset >= num_bytes and taken:
+                share = min(line.offset / _decompressed_size(file, stream, line.offset), 1.0)
+                return Sample(taken, share, line.offset)
+            taken.append(line)
+    return Sample(taken, 1.0, min(num_bytes, file.stat().st_size))
+
+
+def _sample_of_table(file: Path, kind: Literal["parquet", "arrow"], num_bytes: int) -> Sample:
+    from pipeline.rows.tables import num_rows, table_rows
+
+    total, taken, size = num_rows(file, kind), list[Line](), 0
+    for line in table_rows(file, kind):
+        taken.append(line)
+        size += size_of(line.content)
+        if size >= num_bytes:
+            break
+    return Sample(taken, len(taken) / max(total, 1), min(size, num_bytes))
+
+
+def _decompressed_size(file: Path, stream: BinaryIO, num_read: int) -> float:
+    """Bytes of the file; of a compressed one as the ratio of its beginning suggests."""
+    num_more = 0 if compression_of(file) is None else _RATIO_BYTES * num_read
+    while num_more > 0 and (more := stream.read(min(num_more, 2**16))):
+        num_more -= len(more)
+    return file.stat().st_size * ratio_of(stream)
 
 
 def _resolved(source: DataSource, key: str) -> Source:
     name = source.path
     split = HubSplit.parse(name)
     if split is None:
-        files = find_files(name, key)
+        found = find_files(name, key)
     else:
         from pipeline.rows.fetch import split_files
 
-        files = split_files(split, key)
-        check_files(files, name, key)
+        found = DataFiles(split_files(split, key))
+        check_files(found.files, name, key)
         snapshot = split.snapshot()
         assert snapshot is not None
         name = f"{split.name}@{snapshot.name}:{split.split}"
-    return Source(name=name, files=tuple(files), weight=source.weight, limit=source.limit)
+    return Source(
+        name=name,
+        files=tuple(found.files),
+        weight=source.weight,
+        limit=source.limit,
+        notes=found.notes,
+    )
 
 
 def _lines_of(file: Path) -> Iterator[Line]:
@@ -147,52 +205,57 @@ def _lines_of(file: Path) -> Iterator[Line]:
 
             yield from table_rows(file, kind)
             return
-        if kind == "json":
-            if not has_known_suffix(file):
-                _require_json(file)
-            with open_data(file) as stream:
-                kind = "jsonl" if is_line_by_line(stream) else "json"
-        elif kind == "jsonl":
-            _require_lines(file)
-        read = {"jsonl": line_rows, "json": value_rows, "csv": csv_rows}[kind]
         with open_data(file) as stream:
-            for line in read(file, stream):
+            for line in _text_lines(file, stream):
                 number = line.number
                 yield line
     except (OSError, EOFError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise UserError(f"{file}: damaged or cut off behind line {number}: {said}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file}: damaged or cut off behind line {number}: {reason}") from None
 
 
-def _require_json(file: Path) -> None:
-    """Raise UserError unless the file, whose name does not say what it is, begins like JSON."""
-    with open_data(file) as stream:
-        first = stream.read(_FIRST_BYTES).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
-    if first not in (b"{", b"[", b""):
+def _text_lines(file: Path, stream: BinaryIO) -> Iterator[Line]:
+    """The Lines of a JSON or CSV file, by the reader for its kind and layout."""
+    require_utf8(file)
+    kind = kind_of(file)
+    if kind == "csv":
+        return csv_rows(file, stream)
+    with open_data(file) as beginning:
+        if kind == "jsonl":
+            _require_lines(file, beginning.read(_FIRST_BYTES))
+            return line_rows(file, stream)
+        if not has_known_suffix(file):
+            _require_json(file, beginning.read(_FIRST_BYTES))
+    with open_data(file) as beginning:
+        read = line_rows if is_line_by_line(beginning) else value_rows
+    return read(file, stream)
+
+
+def _require_json(file: Path, beginning: bytes) -> None:
+    """Raise UserError unless a file with an unknown suffix begins like JSON."""
+    if without_marks(beginning).lstrip()[:1] not in (b"{", b"[", b""):
         raise UserError(
             f"{file}: the name does not say what it holds, and as JSON it would begin with {{ or "
             f"[; give it one of the suffixes {SUFFIXES}"
         )
 
 
-def _require_lines(file: Path) -> None:
-    """Raise UserError for a list over several lines in a file that is named as one row a line."""
-    with open_data(file) as stream:
-        begin = [line for line in stream.read(_FIRST_BYTES).split(b"\n") if line.strip()]
-    first = b"".join(begin[:1]).removeprefix(_BYTE_ORDER_MARK).strip()
+def _require_lines(file: Path, beginning: bytes) -> None:
+    """Raise UserError for a list over several lines in a file whose name says a row a line."""
+    begin = [line for line in beginning.split(b"\n") if line.strip()]
+    first = without_marks(b"".join(begin[:1])).strip()
     if first in (b"[", b"[{") and not any(isinstance(_parsed(line), dict) for line in begin):
         raise UserError(f"{file}: a list over several lines, which is no JSONL; name it .json")
 
 
 def _parsed(content: bytes) -> dict[str, Any] | str:
-    """The object, or why there is none."""
+    """The object, or the reason why there is none."""
     try:
         value = DECODER.decode(content.decode("utf-8"))
     except UnicodeDecodeError:
         return "not valid UTF-8"
     except json.JSONDecodeError as error:
-        said = error.msg.removesuffix(" at").removesuffix(" starting")
-        return f"not valid JSON: {said}"
+        return f"not valid JSON: {error.msg.removesuffix(' at').removesuffix(' starting')}"
     except DuplicateKeyError:
         return "not valid JSON: a key is there twice"
     except (ValueError, RecursionError):  # a number of thousands of digits; nesting without end

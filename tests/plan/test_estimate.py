@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -13,14 +14,12 @@ from tempfile import TemporaryDirectory
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan import estimate as data_size
-from pipeline.plan.data_sample import BYTES_PER_TOKEN
-from pipeline.plan.estimate import SAMPLE_BYTES, estimate
+from pipeline.plan.estimate import BYTES_PER_TOKEN, SAMPLE_BYTES, estimate
 
 pytestmark = pytest.mark.unit
 
@@ -32,10 +31,10 @@ def settings_of(*files, **values):
 
 
 def chat(*contents):
-    return {"messages": [{"role": "user", "content": content} for content in contents]}
+    return {"messages": [{"role": "assistant", "content": content} for content in contents]}
 
 
-text = st.text(min_size=1, max_size=60).filter(lambda t: t.isprintable())
+text = st.text(min_size=1, max_size=60).filter(lambda t: t.isprintable() and not t.isspace())
 row = st.lists(text, min_size=1, max_size=4).map(lambda texts: chat(*texts)) | st.builds(
     lambda prompt, completion: {"prompt": prompt, "completion": completion}, text, text
 )
@@ -81,25 +80,19 @@ def test_files_share_the_sample_and_count_by_their_size(tmp_path):
     assert found.tokens == pytest.approx(100_000 * 15 + 10 * 500, rel=0.001)  # long rows are cut
 
 
-def test_no_more_than_the_sample_is_read(tmp_path, monkeypatch):
+def test_no_more_than_the_sample_is_parsed(tmp_path, monkeypatch):
     files = [tmp_path / str(i) for i in range(3)]
     for i, file in enumerate(files):
         file.write_text((i + 1) * 20_000 * (json.dumps(chat("x" * 35)) + "\n"))
-    read, whole = [], Path.open
+    sizes = []
 
-    def opened(path, mode):
-        stream = whole(path, mode)
-        monkeypatch.setattr(opened, "streams", [*opened.streams, stream])
-        return stream
+    def recorded(line, parse=data_size.parse):
+        sizes.append(len(line.content))
+        return parse(line)
 
-    opened.streams = []
-    monkeypatch.setattr(Path, "open", opened)
-    monkeypatch.setattr(
-        "json.loads", lambda line, loads=json.loads: read.append(line) or loads(line)
-    )
+    monkeypatch.setattr(data_size, "parse", recorded)
     assert estimate(settings_of(*files)).documents == pytest.approx(120_000, rel=0.001)
-    assert SAMPLE_BYTES / 2 < sum(map(len, read)) <= SAMPLE_BYTES
-    assert all(stream.closed for stream in opened.streams)
+    assert SAMPLE_BYTES / 2 < sum(sizes) <= SAMPLE_BYTES + 3 * max(sizes)
 
 
 def test_one_line_longer_than_the_sample_is_one_row(tmp_path):
@@ -108,7 +101,7 @@ def test_one_line_longer_than_the_sample_is_one_row(tmp_path):
     assert estimate(settings_of(file)).documents == 1
 
 
-ROWS = [chat("x" * (i % 70)) for i in range(1000)]
+ROWS = [chat("x" * (1 + i % 70)) for i in range(1000)]
 
 
 def write(path, rows):
@@ -116,7 +109,11 @@ def write(path, rows):
     lines = "\n".join(map(json.dumps, rows)).encode()
     if ".json." in f"{path.name}.":
         lines = json.dumps(rows, indent=1).encode()
-    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
+    pack = {
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".zst": partial(pyarrow.compress, codec="zstd", asbytes=True),
+    }
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif path.suffix == ".arrow":
@@ -167,13 +164,18 @@ def test_csv_is_sampled_by_its_columns(tmp_path):
     assert found.mean_tokens == pytest.approx(70 / BYTES_PER_TOKEN, rel=0.03)
 
 
+MESSAGE = {"role": "assistant", "content": "x" * 35}
 FORMATS = [
-    ({"conversations": [{"from": "human", "value": "x" * 35}]}, 15),
+    ({"conversations": [{"from": "gpt", "value": "x" * 35}]}, 15),
     ({"instruction": "x" * 35, "input": "", "output": "y" * 35}, 30),
-    ({"prompt": [{"content": "x" * 35}], "completion": [{"content": "y" * 35}]}, 30),
+    ({"prompt": [MESSAGE], "completion": [MESSAGE]}, 30),
     ({"text": "x" * 35}, 10),
     ({"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, 3),
-    ({"messages": [{"content": [{"type": "text", "text": "x"}]}]}, 14),
+    ({"messages": [MESSAGE | {"content": [{"type": "text", "text": "x" * 35}]}]}, 15),
+    (
+        {"messages": [MESSAGE], "tools": [{"name": "f", "parameters": {"x": "y" * 35}}]},
+        46,
+    ),  # 110 bytes of JSON
 ]
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.rows import json_rows
 from pipeline.rows import lines as limits
+from tests.messages import refused
 from tests.rows.test_sources import read
 
 pytestmark = pytest.mark.unit
@@ -70,7 +71,7 @@ BAD = [
     b"[1, 2]",
     b"[1, {",
 ]
-UNCERTAIN = [bad for bad in BAD if bad not in (b'{"a": "\xff"}', b"{a: 1}", *BAD[-5:-1])]
+CERTAIN = [b'{"a": "\xff"}', b"7", b'"text"', b"[1, 2]"]  # the decoder knows where they end
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -80,8 +81,8 @@ def test_one_bad_row_does_not_cost_another(tmp_path, bad, before):
     parts = [json.dumps(row).encode() for row in rows]
     parts.insert(2, bad)
     text = b"[" + before + (b"," + before).join(parts) + before + b"]"
-    if before == b" " and bad in UNCERTAIN:  # all on one line: then it must not be guessed
-        with pytest.raises(UserError, match="where the next row begins is not certain"):
+    if before == b" " and bad not in CERTAIN:  # all on one line
+        with refused("rows.json:1", f"byte {text.index(bad)}", "not certain"):
             read(tmp_path, text, "rows.json")
         return
     found = read(tmp_path, text, "rows.json")
@@ -98,7 +99,20 @@ def test_the_last_row_may_be_broken(tmp_path, bad):
         assert [hasattr(row, "value") for row in found[:4]] == [True, True, True, False]
 
 
-def test_a_list_that_is_cut_off_is_said(tmp_path):
+@pytest.mark.parametrize("layout", ["minified", "a row a line", "concatenated"])
+def test_numbers_that_json_or_python_does_not_hold_cost_no_other_row(tmp_path, layout):
+    numbers = ["NaN", "-Infinity", str(2**80), "1e999", "7" * 5000]
+    rows = [f'{{"n": {number}, "m": {i}}}' for i, number in enumerate(numbers)]
+    separator = {"minified": ",", "a row a line": ",\n", "concatenated": ""}[layout]
+    text = separator.join(rows)
+    text = text if layout == "concatenated" else f"[{text}]"
+    *found, bad = read(tmp_path, text.encode(), "rows.json")
+    assert [row.value["m"] for row in found] == [0, 1, 2, 3]
+    assert found[2].value["n"] == 2**80
+    assert "number too long" in bad.reason
+
+
+def test_a_list_that_is_cut_off_ends_with_a_bad_row(tmp_path):
     text = json.dumps([{"n": n} for n in range(5)]).encode()
     for end in range(1, len(text)):
         *_, last = read(tmp_path, text[:end], "rows.json")
@@ -112,29 +126,46 @@ def test_pretty_rows_with_a_bracket_missing_are_found_again(tmp_path):
     assert [getattr(row, "value", None) for row in found] == [None, *rows[1:]]
 
 
-@pytest.mark.parametrize("long", ['{"t": "%s"}', '{"t": [["%s"]]}', '"%s"', "%s"])
-@pytest.mark.parametrize("layout", ["minified", "a row a line"])
-def test_a_long_row_is_passed_over_without_being_held(tmp_path, monkeypatch, long, layout):
+LONG = ['{"t": "%s"}', '{"t": [["%s"]]}', '"%s"']
+
+
+def with_long_row(long, layout, monkeypatch):
     monkeypatch.setattr(limits, "MAX_ROW_BYTES", 200)
     monkeypatch.setattr(json_rows, "_CHUNK_BYTES", 64)
-    long = long % ("x" * 999 + '\\"{' * (long != "%s") + "y" * 999)
+    long = long % ("x" * 999 + '\\"{' + "y" * 999)
     text = LAYOUTS[layout]([{"n": 0}, {"long": 1}, {"n": 2}]).replace('{"long": 1}', long)
-    first, bad, last = read(tmp_path, text.encode(), "rows.json")
-    assert (first.value, last.value) == ({"n": 0}, {"n": 2})
-    assert bad.reason.startswith("the row is longer")
-    assert bad.offset == text.index(long)
+    return text.encode(), text.index(long)
+
+
+@pytest.mark.parametrize("long", LONG)
+def test_a_long_row_is_skipped_without_being_held(tmp_path, monkeypatch, long):
+    text, offset = with_long_row(long, "a row a line", monkeypatch)
     sizes = []
     fill = json_rows._Values._fill
-    monkeypatch.setattr(
-        json_rows._Values, "_fill", lambda self: sizes.append(len(self._data)) or fill(self)
-    )
-    read(tmp_path, text.encode(), "rows.json")
-    assert max(sizes) < 400
+
+    def recorded(self):
+        result = fill(self)
+        sizes.append(len(self._text))
+        return result
+
+    monkeypatch.setattr(json_rows._Values, "_fill", recorded)
+    first, bad, last = read(tmp_path, text, "rows.json")
+    assert (first.value, last.value) == ({"n": 0}, {"n": 2})
+    assert bad.reason.startswith("the row is longer")
+    assert bad.offset == offset
+    assert max(sizes) <= 2 * 200 + 64
 
 
-def test_a_file_that_is_no_json_is_given_up(tmp_path, monkeypatch):
+@pytest.mark.parametrize("long", LONG)
+def test_a_long_row_with_others_on_its_line_is_named(tmp_path, monkeypatch, long):
+    text, offset = with_long_row(long, "minified", monkeypatch)
+    with refused("rows.json:1", f"byte {offset}", "longer than"):
+        read(tmp_path, text, "rows.json")
+
+
+def test_a_file_with_many_open_rows_is_refused_in_linear_time(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "MAX_ROW_BYTES", 1000)
-    with pytest.raises(UserError, match="is the file JSON"):
+    with refused("is the file JSON"):
         read(tmp_path, b"[\n" + b'{"a": [1,\n' * 10_000, "rows.json")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config.settings import RunSettings, settings_with
 from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json, write_text
-from pipeline.rows.files import kind_of
+from pipeline.rows.content import kind_of
 from pipeline.rows.sources import Source
 
 FINGERPRINTS = "fingerprints.json"
