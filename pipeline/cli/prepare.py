@@ -41,7 +41,7 @@ def prepare() -> None:
         fetch(settings.train_sources, "train_data")
         fetch(settings.eval_sources, "eval_data")
         check_first_rows(settings)
-        index = prepare_data(settings, data_dir, say=console.print)
+        index = prepare_data(settings, data_dir)
     if given.show:
         tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
         show_documents(console, open_split(index.train), tokenizer, given.show)

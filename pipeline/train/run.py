@@ -146,7 +146,7 @@ def _run_together(
             if not is_done(folder):  # else it stays the word on what would be replaced
                 status.claim(earlier)
             limit = _DEBUG_ROWS if is_debug else None
-            data = prepare(settings, folder / "data", limit, say=say).as_json()
+            data = prepare(settings, folder / "data", limit).as_json()
         open_run(folder, plan, found)
         status.claim(earlier)
         return {"start": found, "data": data}

@@ -1,4 +1,4 @@
-"""What happened to every row: rejects by reason, the judgement over them, the audit. No torch."""
+"""The fate of every row: counts by source, rejected rows, and whether too many are. No torch."""
 
 import json
 from collections import Counter
@@ -12,19 +12,27 @@ import numpy as np
 
 from pipeline.data.dataset.reader import Array, SourceIndex, SplitIndex, read_column
 from pipeline.errors import UserError
+from pipeline.files import read_json
+from pipeline.rows.sources import BadRow, Row
 
 _SHOWN_REASONS = 3
 _BARS = 16  # of a histogram
+_ROWS = ("rows_read", "rows_used", "rows_rejected", "rows_dropped")
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A row that is not used, and why; `offset`: its first byte, where rows share a line."""
+    """A row that is left out, and why; `offset`: its first byte, where rows share a line."""
 
     file: str
     line: int
     reason: str
     offset: int | None = None
+
+    @classmethod
+    def of(cls, row: Row | BadRow, reason: str) -> Self:
+        """The entry of a row that is left out for this reason."""
+        return cls(str(row.file), row.line, reason, row.offset)
 
     def as_line(self) -> str:
         """A line of rejects.jsonl."""
@@ -32,145 +40,133 @@ class Reject:
 
 
 def read_rejects(path: Path) -> Iterator[Reject]:
-    """The rows of a rejects.jsonl, bad and dropped ones, in the order of the data."""
+    """The entries of a rejects.jsonl, rejected and dropped rows, in the order of the data."""
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             yield Reject(**json.loads(line))
 
 
 @dataclass
-class Tally:
-    """Rows read and rejected so far, with one reject for each reason.
+class RowCounts:
+    """Counts of rows of one source; counts of several chunks and splits are added up.
 
-    `read_of`, `used_of`: of each source, by its number; `first_of`: its first reject.
+    `numbers`: by their names in the audit. `rejected`: rows by reason. `formats` and `unread`
+    columns: used rows with them. `files`: rows read from each. `first`: file and line of the first
+    row of a reason or of a note.
     """
 
-    read_of: Counter[int] = field(default_factory=Counter)
-    used_of: Counter[int] = field(default_factory=Counter)
-    first_of: dict[int, Reject] = field(default_factory=dict)
-    reasons: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, Reject] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, audits: Sequence[Mapping[str, Any]], rejects: Sequence[Path]) -> Self:
-        """The tally of splits that were prepared earlier."""
-        tally = cls()
-        for audit in audits:
-            for number, source in enumerate(audit["sources"]):
-                tally.count(number, source["rows_read"], source["rows_used"])
-            tally.reasons.update(audit["rejected"])
-        wanted = {reason for reason, _ in tally.reasons.most_common(_SHOWN_REASONS)}
-        for path in rejects:
-            for found in read_rejects(path):
-                if not wanted:
-                    return tally
-                if found.reason in wanted:
-                    tally.examples[found.reason] = found
-                    wanted.remove(found.reason)
-        return tally
-
-    @property
-    def read(self) -> int:
-        """Rows of all sources."""
-        return self.read_of.total()
-
-    @property
-    def used(self) -> int:
-        """Those that are used."""
-        return self.used_of.total()
-
-    @property
-    def lost_sources(self) -> list[int]:
-        """Sources with rows of which none is used."""
-        return [
-            source for source, read in self.read_of.items() if read and not self.used_of[source]
-        ]
-
-    def count(self, source: int, read: int, used: int) -> None:
-        """Count rows of a source."""
-        self.read_of[source] += read
-        self.used_of[source] += used
-
-    def reject(self, source: int, reject: Reject) -> None:
-        """Note why a row is rejected."""
-        self.first_of.setdefault(source, reject)
-        self.reasons[reject.reason] += 1
-        self.examples.setdefault(reject.reason, reject)
-
-    def judge(self, key: str, max_rejected: float) -> None:
-        """Raise UserError for more rejected rows than allowed, or none left."""
-        rejected = self.reasons.total()
-        if rejected <= max_rejected * self.read and self.used:
-            return
-        if not self.read:
-            raise UserError(f"{key}: no row, only blank lines")
-        common = self.reasons.most_common(_SHOWN_REASONS)
-        shown = [self.examples[reason] for reason, _ in common]
-        lines = [f"{reject.file}:{reject.line}: {reject.reason}" for reject in shown]
-        said = "; ".join(f"{count} x {reason}" for reason, count in common)
-        share = f"{rejected} of {self.read} rows ({100 * rejected / self.read:.3g} %) are bad"
-        if self.used:
-            verdict = f"more than max_rejected ({max_rejected:g}) allows"
-            enough = ceil(1000 * rejected / self.read) / 1000
-            remedy = f"mend them, or set max_rejected to {enough:g}"
-        elif rejected:
-            verdict, remedy = "no usable row is left", "mend them"
-        else:
-            raise UserError(
-                f"{key}: all {self.read} rows are longer than max_length, and over_length is drop"
-            )
-        lines.append(f"{key}: {share}, {verdict}; most common: {said}; {remedy}")
-        raise UserError("\n".join(lines))
-
-    def require_all_sources(self, key: str, names: Sequence[str]) -> None:
-        """Raise UserError for a source that would be lost as a whole, however small it is."""
-        for source in self.lost_sources:
-            first = self.first_of.get(source)
-            why = "" if first is None else f" ({first.file}:{first.line}: {first.reason})"
-            raise UserError(
-                f"{key}: {names[source]}: none of its {self.read_of[source]} rows is used{why}; "
-                "mend them, or leave the source out"
-            )
-
-
-@dataclass
-class SourceTally:
-    """Numbers of one source in one split, by the names that the audit has for them."""
-
-    name: str
-    weight: float
     numbers: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
+    files: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
 
     @property
-    def index(self) -> SourceIndex:
-        """What the split's index says of it."""
-        return SourceIndex(name=self.name, weight=self.weight, formats=dict(self.formats))
+    def rows(self) -> dict[str, int]:
+        """Rows read, used, rejected and dropped: read = used + rejected + dropped."""
+        parts = {name: self.numbers[name] for name in _ROWS[1:]}
+        return {"rows_read": sum(parts.values()), **parts}
+
+    def reject(self, row: Row | BadRow, reason: str) -> Reject:
+        """Count a rejected row; returns its entry."""
+        self.numbers["rows_rejected"] += 1
+        self.rejected[reason] += 1
+        self.files[str(row.file)] += 1
+        self.first.setdefault(reason, f"{row.file}:{row.line}")
+        return Reject.of(row, reason)
+
+    def add(self, other: "RowCounts") -> None:
+        """Add the counts of later rows."""
+        self.numbers.update(other.numbers)
+        self.formats.update(other.formats)
+        self.files.update(other.files)
+        self.unread.update(other.unread)
+        self.rejected.update(other.rejected)
+        self.first = other.first | self.first
+
+    def as_json(self) -> dict[str, Any]:
+        """The counts of a source as audit.json has them."""
+        return {
+            **self.rows,
+            "formats": dict(self.formats),
+            "files": dict(self.files),
+            "unread_columns": dict(self.unread.most_common()),
+            "rejected": dict(self.rejected.most_common()),
+            "first_rejected": {reason: self.first[reason] for reason in self.rejected},
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The rows and reasons of a source, from what `as_json` returned."""
+        counts = cls(rejected=Counter(values["rejected"]), first=dict(values["first_rejected"]))
+        counts.numbers.update({name: values[name] for name in _ROWS[1:]})
+        return counts
 
 
-_ROWS = ("rows_read", "rows_used", "rows_rejected", "rows_dropped")
+def require_usable(
+    key: str, sources: Sequence[tuple[str, RowCounts]], max_rejected: float | None
+) -> None:
+    """Raise UserError for each source with too many rejected rows, or of which no row is used.
+
+    Without `max_rejected`, for a few rows to try with, one used row of any source is enough.
+    """
+    faults = []
+    for name, counts in sources:
+        rows = counts.rows
+        is_over = max_rejected is not None and (
+            rows["rows_rejected"] > max_rejected * rows["rows_read"]
+        )
+        if rows["rows_read"] and (is_over or not rows["rows_used"]):
+            faults.append(_fault(f"{key}: {name}", counts, max_rejected))
+    is_any_used = any(counts.numbers["rows_used"] for _, counts in sources)
+    if faults and not (max_rejected is None and is_any_used):
+        raise UserError("\n".join(faults))
+
+
+def _fault(source: str, counts: RowCounts, max_rejected: float | None) -> str:
+    """Up to three reasons with the place of their first row, then the result and a remedy."""
+    rows, common = counts.rows, counts.rejected.most_common(_SHOWN_REASONS)
+    read, rejected = rows["rows_read"], rows["rows_rejected"]
+    if not rejected:
+        return f"{source}: all {read} rows are longer than max_length, and over_length is drop"
+    lines = [f"{counts.first[reason]}: {reason}" for reason, _ in common]
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in common)
+    share = f"{rejected} of {read} rows ({100 * rejected / read:.3g} %) are rejected"
+    if rows["rows_used"]:
+        share += f", more than max_rejected ({max_rejected:g}) allows"
+        remedy = f"fix them, or set max_rejected to {ceil(1000 * rejected / read) / 1000:g}"
+    else:
+        share += " and no usable row is left"
+        remedy = "fix them, or leave the source out"
+    lines.append(f"{source}: {share}; most common: {reasons}; {remedy}")
+    return "\n".join(lines)
+
+
+def refuse_bad_row(place: str, reason: str) -> None:
+    """Raise UserError for a bad row under `on_bad_row: fail`."""
+    raise UserError(
+        f"{place}: {reason}; on_bad_row is fail: fix the row, or set on_bad_row to reject"
+    )
 
 
 def make_audit(
-    index: SplitIndex,
-    folder: Path,
-    sources: Sequence[SourceTally],
-    reasons: Counter[str],
+    index: SplitIndex, folder: Path, sources: Sequence[tuple[SourceIndex, RowCounts]]
 ) -> dict[str, Any]:
-    """The numbers of one split with columns in `folder`, for audit.json.
-
-    Every row read is used, rejected, or dropped because it is long and the user asked for that.
-    """
-    numbers = sum((source.numbers for source in sources), Counter[str]())
-    lengths = np.diff(read_column(folder, "offsets"))
+    """The audit of one split with columns in `folder`, for audit.json."""
+    total = RowCounts()
+    for _, counts in sources:
+        total.add(counts)
+    lengths, numbers = np.diff(read_column(folder, "offsets")), total.numbers
     used, digests = numbers["rows_used"], read_column(folder, "digests")
     return {
-        "rows_read": numbers["rows_read"],
+        "rows_read": total.rows["rows_read"],
         "rows_used": used,
-        "rejected": dict(reasons.most_common()),
+        "rejected": dict(total.rejected.most_common()),
         "rows_dropped": numbers["rows_dropped"],
         "duplicate_rows": used - len(np.unique(digests)),
-        "formats": dict(sum((source.formats for source in sources), Counter[str]())),
+        "formats": dict(total.formats),
+        "unread_columns": dict(total.unread.most_common()),
         "documents": index.documents,
         "tokens": index.tokens,
         "supervised_tokens": index.supervised_tokens,
@@ -198,7 +194,9 @@ def _lengths(lengths: Array) -> dict[str, Any]:
     }
 
 
-def _sources(sources: Sequence[SourceTally], folder: Path, lengths: Array) -> list[dict[str, Any]]:
+def _sources(
+    sources: Sequence[tuple[SourceIndex, RowCounts]], folder: Path, lengths: Array
+) -> list[dict[str, Any]]:
     of_source, size = read_column(folder, "sources"), len(sources)
     documents = np.bincount(of_source, minlength=size)
     tokens = np.bincount(of_source, weights=lengths, minlength=size)
@@ -208,22 +206,22 @@ def _sources(sources: Sequence[SourceTally], folder: Path, lengths: Array) -> li
         {
             "name": source.name,
             "weight": source.weight,
-            **{key: source.numbers[key] for key in _ROWS},
-            "formats": dict(source.formats),
+            **rows.as_json(),
             "documents": int(documents[i]),
             "tokens": int(tokens[i]),
             "supervised_tokens": int(supervised[i]),
         }
-        for i, source in enumerate(sources)
+        for i, (source, rows) in enumerate(sources)
     ]
 
 
 def audit_line(data_dir: Path) -> str:
-    """What happened to the training rows, in a line of the terminal."""
-    said = json.loads((data_dir / "audit.json").read_text(encoding="utf-8"))["train"]
-    rejected = sum(said["rejected"].values())
-    share = 100 * said["supervised_share"]
+    """The training rows and tokens in one line, for the start of a run."""
+    train = read_json(data_dir / "audit.json")["train"]
+    rejected = sum(train["rejected"].values())
+    share = 100 * train["supervised_share"]
     return (
-        f"data       {said['rows_used']:,} of {said['rows_read']:,} rows, {rejected:,} rejected, "
-        f"{said['truncated_rows']:,} truncated; {said['tokens']:,} tokens, {share:.0f} % supervised"
+        f"data       {train['rows_used']:,} of {train['rows_read']:,} rows, {rejected:,} rejected, "
+        f"{train['truncated_rows']:,} truncated; {train['tokens']:,} tokens, {share:.0f} % "
+        "supervised"
     )

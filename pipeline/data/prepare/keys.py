@@ -1,8 +1,9 @@
-"""What prepared data is made from -> the key that it lies under."""
+"""Keys of prepared splits: hashes of everything that documents depend on."""
 
 import hashlib
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,16 @@ _TOKENIZER_FILES = (
     "*.model",
     "*.tiktoken",
 )
-_REMEMBERED_BYTES = 2**20  # smaller files are quicker hashed than looked up
-# A file that is written to within the same tick of the file system's clock as before keeps its
-# times; what was already this old when it was hashed cannot be.
+_REMEMBERED_BYTES = 2**20  # smaller files are hashed faster than looked up
+# A file that is written twice within one tick of the file system's clock keeps its times. A hash is
+# remembered only of a file that was older than this.
 _SETTLED_AFTER_S = 2.0
 
 
 class Fingerprints:
-    """SHA-256 of files; of large ones remembered in a folder by size, times and inode.
+    """SHA-256 of files; those of large files are remembered by size, times and inode.
 
-    So that a start on prepared data takes no longer for a gigabyte than for a kilobyte.
+    A start on prepared data then takes no longer for a gigabyte than for a kilobyte.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -42,13 +43,11 @@ class Fingerprints:
         self._known: dict[str, Any] = {}
         self._used: dict[str, Any] = {}
         self._stamps: dict[Path, list[int]] = {}
-        try:
+        with suppress(OSError, ValueError):  # missing or damaged: everything is hashed
             self._known = read_json(self._path)
-        except (OSError, ValueError):
-            return  # not there yet, or not ours: everything is hashed
 
     def sha256(self, path: Path) -> str:
-        """Of the content of a file, as hex digits."""
+        """SHA-256 of a file's content, in hex digits."""
         name, stamp, now = str(path.resolve()), _stamp(path), time.time()
         self._stamps[path] = stamp
         known = self._known.get(name)
@@ -64,7 +63,7 @@ class Fingerprints:
         return digest
 
     def require_unchanged(self) -> None:
-        """Raise UserError where a file is no longer what was hashed for the key."""
+        """Raise UserError if a file was changed since it was hashed."""
         for path, stamp in self._stamps.items():
             try:
                 is_same = _without_change_time(_stamp(path)) == _without_change_time(stamp)
@@ -76,7 +75,7 @@ class Fingerprints:
                 )
 
     def save(self) -> None:
-        """Remember what was asked for since; files that nobody asked for are forgotten."""
+        """Remember the hashes that were used, and forget the others."""
         if self._used != self._known:
             write_text(self._path, dump_json(self._used), durable=True)
 
@@ -89,11 +88,13 @@ def split_keys(
     held_out: float | int | None,
     limit: int | None,
 ) -> dict[str, str]:
-    """16 hex digits of all that documents are made from: of the rest, and of what is held out."""
+    """Keys, of 16 hex digits, of the splits of these sources: `rest`, and the `held_out` rows."""
     model = Path(settings.model)
     patterns = (*_TOKENIZER_FILES, *(["*.py"] if settings.trust_remote_code else []))
     tokenizer = {path for pattern in patterns for path in model.glob(pattern) if path.is_file()}
     values = settings.model_dump(mode="json", include=set(settings_with("documents")))
+    if settings.chat_template not in ("model", "chatml"):  # a file: its content, not its path
+        values["chat_template"] = fingerprints.sha256(Path(settings.chat_template))
     made_from = {
         "format": _FORMAT,
         "data": [_source(source, fingerprints) for source in sources],
@@ -118,11 +119,11 @@ def _source(source: Source, fingerprints: Fingerprints) -> dict[str, Any]:
 
 
 def _stamp(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _without_change_time(stamp: list[int]) -> list[int]:
-    """That one changes with a file's mode or a link to it, too."""
+    """The stamp without the change time, which a new mode or a new link changes too."""
     size, modified, _, inode = stamp
     return [size, modified, inode]

@@ -1,4 +1,4 @@
-"""Work on many pieces in several processes, with the results in the order of the pieces."""
+"""An ordered parallel map over chunks, in several processes."""
 
 import gc
 import os
@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
@@ -16,49 +16,55 @@ from typing import Any, TypeVar
 
 from pipeline.errors import RankZeroError
 
-Piece = TypeVar("Piece")
+Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
 
-# Below this, starting processes (a second each) costs more than it saves.
-_FEW_PIECES = 32
-_AHEAD = 3  # pieces a process that wait or are done: bounds what is in memory
+# For fewer chunks, starting processes (a second each) costs more than it saves.
+_FEW_CHUNKS = 32
+_AHEAD = 3  # chunks per process that wait or are done: bounds the memory
 
-_work: Callable[[Any], Any] | None = None  # of this process, made with its first piece
+_make_work: Callable[[], Callable[[Any], Any]] | None = None  # of a worker process
+_work: Callable[[Any], Any] | None = None  # of a worker process, created with its first chunk
 
 
 def in_order(
-    pieces: Iterable[Piece],
-    make_work: Callable[[], Callable[[Piece], Result]],
+    chunks: Iterable[Chunk],
+    make_work: Callable[[], Callable[[Chunk], Result]],
     *,
     processes: int | None = None,
     needs_torch: bool = False,
 ) -> Generator[Result, None, None]:
-    """The result of each piece, in order, whatever the number of processes.
+    """The result of each chunk, in order, for any number of processes.
 
-    `make_work` is called once in each process and is sent there, as pieces and results are. By
-    default there are as many processes as CPUs that this one may use, and for a few pieces only
-    this one. Whoever iterates must close the generator. Errors of the work are raised here.
+    `make_work` is pickled and called once in each process. By default there are as many processes
+    as usable CPUs, and for a few chunks only this one. The caller must close the generator.
+    Exceptions of the work are raised here.
     """
-    left = iter(pieces)
-    first = list(islice(left, _FEW_PIECES)) if processes is None else []
+    remaining = iter(chunks)
+    first = list(islice(remaining, _FEW_CHUNKS)) if processes is None else []
     if processes is None:
-        is_small = len(first) < _FEW_PIECES
-        processes = 1 if is_small else usable_cpus()
-    everything = chain(first, left)
+        processes = 1 if len(first) < _FEW_CHUNKS else usable_cpus()
+    everything = chain(first, remaining)
     if processes == 1:
         work = make_work()
-        for piece in everything:
-            yield work(piece)
+        for chunk in everything:
+            yield work(chunk)
         return
-    # Forking would copy the threads' locks of torch and of the tokenizer.
+    # Forking would copy locks that threads of torch and of the tokenizer hold.
     pool = ProcessPoolExecutor(
         processes, get_context("spawn"), _begin, initargs=(make_work, needs_torch)
     )
+    waiting: deque[Future[Any]] = deque()
     try:
-        yield from _through(pool, everything, _AHEAD * processes)
+        for chunk in everything:
+            waiting.append(pool.submit(_do, chunk))
+            if len(waiting) > _AHEAD * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     except BrokenProcessPool:
         raise RankZeroError(
-            "a process that tokenises was ended from outside, most likely for want of memory; "
+            "a tokenising process was killed from outside, most likely because memory ran out; "
             "give the job more memory or fewer CPUs, and start again"
         ) from None
     finally:
@@ -66,7 +72,7 @@ def in_order(
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use: those it is bound to, within the quota of its container."""
+    """CPUs that this process may use: its affinity, within the quota of its container."""
     bound = len(os.sched_getaffinity(0))
     root = Path("/sys/fs/cgroup")
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # v2, v1
@@ -79,48 +85,29 @@ def usable_cpus() -> int:
     return bound
 
 
-def _through(pool: ProcessPoolExecutor, pieces: Iterable[Any], num_ahead: int) -> Iterator[Any]:
-    waiting: deque[Future[Any]] = deque()
-    for piece in pieces:
-        waiting.append(pool.submit(_do, piece))
-        if len(waiting) > num_ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
 def _begin(make_work: Callable[[], Callable[[Any], Any]], needs_torch: bool) -> None:
-    """Of a worker: end with the process that started it, and with nothing else."""
+    """Initialise a worker process: it ends with its parent, and ignores signals."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # a launcher ends a rank's children, too
+        signal.signal(number, signal.SIG_IGN)  # a launcher signals a rank's children, too
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the CPUs as it is
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all CPUs
     if not needs_torch:
-        # transformers imports torch where it is found, for a tokenizer that has no use for it:
-        # 290 instead of 90 MB and 3 s instead of 1 for each process (2026-11-25).
+        # transformers imports torch if it is installed, although no tokenizer needs it: 290
+        # instead of 90 MB and 3 s instead of 1 for each process (2026-11-25).
         sys.modules["torch"] = None  # type: ignore[assignment]
-        os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it would say that torch is missing
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it would warn that torch is missing
+    global _make_work  # noqa: PLW0603 - one process, one work
+    _make_work = make_work
+
+
+def _do(chunk: Any) -> Any:
+    """Work on a chunk; the first one creates the work, so that its errors reach the caller."""
     global _work  # noqa: PLW0603 - one process, one work
-    _work = _Later(make_work)
-
-
-class _Later:
-    """The work, made with the first piece: an error of making it is then that piece's."""
-
-    def __init__(self, make_work: Callable[[], Callable[[Any], Any]]) -> None:
-        self._make_work = make_work
-        self._made: Callable[[Any], Any] | None = None
-
-    def __call__(self, piece: Any) -> Any:
-        if self._made is None:
-            self._made = self._make_work()
-            gc.freeze()  # a tenth of the time went into looking through it for garbage (2026-11-25)
-        return self._made(piece)
-
-
-def _do(piece: Any) -> Any:
-    assert _work is not None
-    return _work(piece)
+    if _work is None:
+        assert _make_work is not None
+        _work = _make_work()
+        gc.freeze()  # a tenth of the time went into collecting its garbage (2026-11-25)
+    return _work(chunk)
 
 
 def _end_with_parent() -> None:

@@ -1,4 +1,4 @@
-"""Documents for a person: what is trained in colour, or in [[brackets]] where there is none."""
+"""Documents on the terminal: supervised text in colour, or in [[brackets]] without colour."""
 
 import unicodedata
 from argparse import ArgumentTypeError
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 def show_documents(
     console: Console, split: Split, tokenizer: "PreTrainedTokenizerBase", count: int
 ) -> None:
-    """Print the first documents of a split, as they are trained."""
-    has_colour = console.is_terminal and console.color_system is not None  # TERM=dumb has none
+    """Print the first documents of a split with their supervised text marked."""
+    has_colour = console.is_terminal and console.color_system is not None  # not with TERM=dumb
     for i in range(min(count, len(split))):
         ids, supervised = (column.tolist() for column in split.document(i))
-        console.rule(f"document {i}: {sum(supervised):,} of {len(ids):,} tokens are trained")
+        console.rule(f"document {i}: {sum(supervised):,} of {len(ids):,} tokens are supervised")
         shown = Text()
         for run, is_supervised in supervised_runs(ids, supervised, tokenizer):
             text = _without_controls(run)
@@ -33,14 +33,14 @@ def show_documents(
 
 
 def number_of_documents(text: str) -> int:
-    """What `--show` is given."""
+    """The value of `--show`."""
     if not text.isdecimal():
         raise ArgumentTypeError(f"{text!r} is not a number of documents, such as 3")
     return int(text)
 
 
 def _without_controls(text: str) -> str:
-    """With an escape in place of what a terminal would act upon."""
+    """The text with escapes in place of control characters, which a terminal would obey."""
     return "".join(
         f"\\x{ord(character):02x}"
         if unicodedata.category(character) == "Cc" and character not in "\n\t"
@@ -52,15 +52,11 @@ def _without_controls(text: str) -> str:
 def supervised_runs(
     ids: Sequence[int], supervised: Sequence[bool], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[str, bool]]:
-    """A document as text, cut where supervision begins and ends."""
-
-    def decode(end: int) -> str:
-        return str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
-
-    start, before = 0, ""
+    """Text of a document, cut where supervision begins and ends."""
+    start, shown = 0, 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or supervised[end] != supervised[start]:
-            # Decoded from the beginning: a run of its own may lose the space that it begins with.
-            text = decode(end)
-            yield text[len(before) :], bool(supervised[start])
-            start, before = end, text
+            # Decoded from the beginning: a run alone may lose its leading space.
+            text = str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
+            yield text[shown:], bool(supervised[start])
+            start, shown = end, len(text)

@@ -1,4 +1,4 @@
-"""Documents of more than max_length tokens, as `over_length` says. Pure."""
+"""Documents longer than max_length, as `over_length` says. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,44 +9,43 @@ from pipeline.data.dataset.reader import Array
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Tokens of a document from `start` on, and which of them count in the loss."""
+class Window:
+    """Tokens of a document from `start` on, and which of them are supervised."""
 
     start: int
     ids: Array  # (T,) int32
     supervised: Array  # (T,) bool
 
 
-def fit(ids: Array, supervised: Array, max_length: int, over_length: str) -> list[Piece]:
-    """What is kept of a document: pieces of at most `max_length`, each with a supervised token.
+def windows(ids: Array, supervised: Array, max_length: int, over_length: str) -> list[Window]:
+    """The parts of a document that are used: at most `max_length` tokens, one of them supervised.
 
-    Split pieces overlap by a token: the last one of a piece is what the first of the next is
-    predicted from, so that every supervised token is trained once.
+    Windows of a split document overlap by one token: the last token of a window predicts the first
+    new one of the next window, so that every supervised token is trained once.
     """
     if len(ids) <= max_length:
-        pieces = [Piece(0, ids, supervised)]
+        found = [Window(0, ids, supervised)]
     elif over_length == "drop":
-        pieces = []
+        found = []
     elif over_length == "split":
-        step = max(max_length - 1, 1)
-        starts = range(0, len(ids) - 1, step)
-        pieces = [_piece(ids, supervised, start, max_length) for start in starts]
+        starts = range(0, len(ids) - 1, max(max_length - 1, 1))
+        found = [_window(ids, supervised, start, max_length) for start in starts]
     else:
-        pieces = [_piece(ids, supervised, 0, max_length)]
-    return [piece for piece in pieces if piece.supervised.any()]
+        found = [_window(ids, supervised, 0, max_length)]
+    return [window for window in found if window.supervised.any()]
 
 
-def num_lost(pieces: Sequence[Piece], length: int) -> int:
-    """Tokens of a document of this length that are in none of its pieces."""
+def num_dropped(windows: Sequence[Window], length: int) -> int:
+    """Tokens of a document of this length that are in none of its windows."""
     end = covered = 0
-    for piece in pieces:
-        start = max(piece.start, end)
-        end = piece.start + len(piece.ids)
+    for window in windows:
+        start = max(window.start, end)
+        end = window.start + len(window.ids)
         covered += end - start
     return length - covered
 
 
-def _piece(ids: Array, supervised: Array, start: int, max_length: int) -> Piece:
+def _window(ids: Array, supervised: Array, start: int, max_length: int) -> Window:
     mask = np.array(supervised[start : start + max_length])
-    mask[0] = False  # nothing in the piece predicts it
-    return Piece(start, ids[start : start + max_length], mask)
+    mask[0] = False  # nothing in the window predicts it
+    return Window(start, ids[start : start + max_length], mask)

@@ -1,4 +1,4 @@
-"""What a person is shown is what is trained."""
+"""Documents and audit on the terminal: supervised text is marked, nothing is lost."""
 
 import io
 from argparse import ArgumentTypeError
@@ -79,7 +79,7 @@ def test_no_control_character_of_the_data_reaches_the_terminal(options):
 def test_only_a_number_of_documents_is_one():
     assert number_of_documents("3") == 3
     for text in ("-1", "x", "1.5", ""):
-        with pytest.raises(ArgumentTypeError, match="not a number of documents"):
+        with pytest.raises(ArgumentTypeError, match="documents"):
             number_of_documents(text)
 
 

@@ -1,11 +1,11 @@
-"""Documents that are too long: what is kept of them, over all lengths and masks."""
+"""Windows of documents that are too long, over all lengths and masks."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.prepare.truncation import fit, num_lost
+from pipeline.data.prepare.truncation import num_dropped, windows
 
 pytestmark = pytest.mark.tensor
 
@@ -22,40 +22,40 @@ lengths = st.integers(1, 45)
 
 @given(documents(), lengths, st.sampled_from(["truncate", "drop", "split", "fail"]))
 @settings(max_examples=300, deadline=None)
-def test_what_is_kept_fits_and_is_trained(document, length, how):
+def test_windows_fit_and_have_a_supervised_token(document, length, how):
     ids, supervised = document
-    pieces = fit(ids, supervised, length, how)
-    for piece in pieces:
-        assert 1 <= len(piece.ids) == len(piece.supervised) <= length
-        assert piece.supervised.any()
-        assert not piece.supervised[0]
-        assert piece.ids.tolist() == list(range(piece.start, piece.start + len(piece.ids)))
-        assert not (piece.supervised & ~supervised[piece.ids]).any()  # nothing more is trained
-    kept = {int(i) for piece in pieces for i in piece.ids}
-    assert num_lost(pieces, len(ids)) == len(ids) - len(kept)
+    parts = windows(ids, supervised, length, how)
+    for part in parts:
+        assert 1 <= len(part.ids) == len(part.supervised) <= length
+        assert part.supervised.any()
+        assert not part.supervised[0]
+        assert part.ids.tolist() == list(range(part.start, part.start + len(part.ids)))
+        assert not (part.supervised & ~supervised[part.ids]).any()  # nothing more is trained
+    kept = {int(i) for part in parts for i in part.ids}
+    assert num_dropped(parts, len(ids)) == len(ids) - len(kept)
     if len(ids) <= length:
-        assert len(pieces) == supervised.any()
+        assert len(parts) == supervised.any()
 
 
 @given(documents(), st.integers(2, 45))
 @settings(max_examples=300, deadline=None)
-def test_split_trains_each_token_once(document, length):
+def test_split_trains_each_supervised_token_once(document, length):
     ids, supervised = document
     trained = np.zeros(len(ids), int)
-    for piece in fit(ids, supervised, length, "split"):
-        trained[piece.ids[piece.supervised]] += 1
+    for part in windows(ids, supervised, length, "split"):
+        trained[part.ids[part.supervised]] += 1
     assert trained.tolist() == supervised.astype(int).tolist()
 
 
 @given(documents(), lengths)
 @settings(max_examples=200, deadline=None)
-def test_truncate_and_drop(document, length):
+def test_truncate_keeps_the_beginning_and_drop_nothing(document, length):
     ids, supervised = document
-    (kept,) = fit(ids, supervised, length, "truncate") or (None,)
+    (kept,) = windows(ids, supervised, length, "truncate") or (None,)
     if supervised[:length].any():
         assert kept.ids.tolist() == ids[:length].tolist()
         assert kept.supervised.tolist() == supervised[:length].tolist()
     else:
         assert kept is None
     if len(ids) > length:
-        assert fit(ids, supervised, length, "drop") == []
+        assert windows(ids, supervised, length, "drop") == []

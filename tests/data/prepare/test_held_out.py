@@ -1,25 +1,21 @@
-"""Digests and what is held out by them; work in several processes."""
+"""Held-out rows: chosen by content, never trained on."""
 
-import os
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 
-from pipeline.data.prepare.documents import (
-    digest,
-    is_held_out,
-    threshold_of_rows,
-    threshold_of_share,
-)
-from pipeline.data.prepare.parallel import in_order
-from pipeline.errors import UserError
+from pipeline.data.prepare.digests import digest, is_held_out, threshold_of_rows, threshold_of_share
 from pipeline.rows.formats import Completion, Conversation, Message, Text, Tokens
+from tests.data.prepare.preparation import documents_of, lines_of, row
+from tests.messages import refused
 
 pytestmark = pytest.mark.tensor
 
+
 ASKED, SAID = Message("user", "a"), Message("assistant", "b")
+
+
 EXAMPLES = [
     Conversation((ASKED, SAID)),
     Conversation((ASKED, replace(SAID, content="c"))),
@@ -62,14 +58,14 @@ def test_a_share_is_held_out_and_a_larger_one_holds_out_the_same_and_more():
         before = held
 
 
-def test_what_is_held_out_says_nothing_of_the_digests_order():
-    """A source's weight goes by the smallest digests or a hash of its own: no mere threshold."""
+def test_holding_out_is_independent_of_the_order_of_digests():
+    """A source's weight selects by digest too: a plain threshold would correlate the two."""
     digests = np.array([digest(Text(str(i))) for i in range(4000)], np.uint64)
     held = [int(number) for number in digests if is_held_out(int(number), threshold_of_share(0.5))]
     assert sum(number < 2**63 for number in held) / len(held) == pytest.approx(0.5, abs=0.05)
 
 
-def test_a_number_is_held_out_and_doubles_stay_together():
+def test_a_number_of_rows_is_held_out_and_duplicates_stay_together():
     digests = np.array([digest(Text(str(i))) for i in range(50)], np.uint64)
     for rows in (1, 7, 50, 80):
         threshold = threshold_of_rows(digests, rows)
@@ -81,46 +77,47 @@ def test_a_number_is_held_out_and_doubles_stay_together():
     assert threshold_of_rows(digests[:0], 3) == 0
 
 
-def make_squares(fails_at):
-    return partial(square, fails_at)
+@pytest.mark.parametrize("held_out", [0.25, 12])
+def test_held_out_rows_are_chosen_by_content(run, held_out):
+    rows = [row(f"answer {i}") for i in range(60)]
+    lines_of(run.train, rows)
+    first = run.prepare(eval_data=held_out)
+    train, held = documents_of(first.train), documents_of(first.eval)
+    assert len(train) + len(held) == 60
+    assert not set(train) & set(held)
+    if held_out == 12:
+        assert len(held) == 12
+    else:
+        assert 5 < len(held) < 25
+    audits = [run.audit("train"), run.audit("eval")]
+    assert [audit["rows_used"] for audit in audits] == [len(train), len(held)]
+    # twice each, and in another order: the same rows are held out, and no row is in both
+    lines_of(run.train, [*reversed(rows), *rows])
+    again = run.prepare(eval_data=held_out if held_out == 0.25 else 24)
+    assert set(documents_of(again.eval)) == set(held)
+    assert set(documents_of(again.train)) == set(train)
+    assert run.audit("eval")["rows_also_in_train"] == 0
+    # more rows: what was held out by share stays so
+    lines_of(run.train, [*rows, *(row(f"new answer {i}") for i in range(60))])
+    more = run.prepare(eval_data=held_out)
+    kept = set(documents_of(more.eval)) & (set(held) | set(train))
+    assert kept == set(held) if held_out == 0.25 else kept <= set(held)
 
 
-def square(fails_at, number):
-    if number == fails_at:
-        raise UserError(f"{number} is wrong")
-    return number * number, os.getpid()
+def test_a_limit_applies_to_held_out_rows_too(run):
+    index = run.prepare(limit=4, eval_data=0.1)
+    assert index.train.documents == 4
+    assert index.eval.documents >= 1
+    index = run.prepare(limit=4, eval_data=3)
+    assert index.train.documents == 4
+    assert 1 <= index.eval.documents <= 4
 
 
-@pytest.mark.parametrize("processes", [1, 3])
-def test_results_come_in_order_and_from_all_processes(processes):
-    found = list(in_order(range(60), partial(make_squares, None), processes=processes))
-    assert [number for number, _ in found] == [number * number for number in range(60)]
-    here = os.getpid()
-    assert {pid == here for _, pid in found} == {processes == 1}
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_an_error_comes_at_its_place(processes):
-    found = in_order(range(60), partial(make_squares, 5), processes=processes)
-    assert [next(found)[0] for _ in range(5)] == [0, 1, 4, 9, 16]
-    with pytest.raises(UserError, match="5 is wrong"):
-        next(found)
-
-
-def test_a_few_pieces_start_no_process():
-    found = list(in_order(range(5), partial(make_squares, None)))
-    assert {pid for _, pid in found} == {os.getpid()}
-
-
-def test_no_more_pieces_are_read_than_processes_can_use():
-    read = []
-
-    def pieces():
-        for number in range(1000):
-            read.append(number)
-            yield number
-
-    found = in_order(pieces(), partial(make_squares, None), processes=2)
-    next(found)
-    found.close()
-    assert len(read) < 20
+def test_holding_out_nothing_or_everything_is_refused(run):
+    lines_of(run.train, [row("a"), row("b")])
+    with refused("eval_data: 2", "0 documents to train on"):
+        run.prepare(eval_data=2)
+    lines_of(run.train, [row("a")] * 5)
+    with refused("eval_data", "5 documents to train on", "holds out 0"):
+        run.prepare(eval_data=0.0001)
+    assert not list(run.data.iterdir())

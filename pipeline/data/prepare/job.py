@@ -1,0 +1,167 @@
+"""One reading of some sources -> the split that they become, or two if rows are held out."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pipeline.config.settings import RunSettings
+from pipeline.data.dataset.reader import SourceIndex, SplitIndex
+from pipeline.data.dataset.writer import SplitWriter
+from pipeline.data.prepare import lines
+from pipeline.data.prepare.audit import RowCounts, make_audit, refuse_bad_row, require_usable
+from pipeline.data.prepare.digests import (
+    NOTHING_HELD_OUT,
+    ChunkDigests,
+    threshold_of_rows,
+    threshold_of_share,
+)
+from pipeline.data.prepare.parallel import in_order
+from pipeline.data.prepare.tokenised import ChunkTokeniser, TokenisedChunk, TokenisedRows
+from pipeline.errors import UserError
+from pipeline.rows.sources import Source
+
+logger = logging.getLogger(__name__)
+
+_ROWS_PER_MESSAGE = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Sources of a setting, and the keys of the splits that one reading of them gives.
+
+    With two keys rows are held out; their split comes second.
+    """
+
+    setting: str
+    sources: list[Source]
+    keys: Mapping[str, str]
+
+
+class JobRun:
+    """Reads the rows of a job, tokenises them and writes them to its splits."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        job: Job,
+        writers: Mapping[str, SplitWriter],
+        limit: int | None,
+    ) -> None:
+        self._settings, self._job, self._limit = settings, job, limit
+        once = [replace(source, weight=1.0) for source in job.sources]  # held-out rows, unweighted
+        self._splits = {
+            name: _SplitBuilder(writer, sources, settings)
+            for (name, writer), sources in zip(writers.items(), (job.sources, once), strict=False)
+        }
+
+    def run(self, processes: int | None) -> None:
+        """Read, tokenise and write all rows, or those up to the limit."""
+        settings = self._settings
+        # With a limit, reading ends at the row that reaches it.
+        rows = lines.CHUNK_ROWS if self._limit is None else 1
+        results = in_order(
+            lines.chunks(self._job.sources, rows),
+            partial(ChunkTokeniser, settings, self._threshold(processes)),
+            processes=processes if self._limit is None else 1,
+            needs_torch=settings.trust_remote_code,
+        )
+        read = 0
+        with closing(results):
+            for chunk in results:
+                before, read = read, read + self._add(chunk)
+                if read // _ROWS_PER_MESSAGE > before // _ROWS_PER_MESSAGE:
+                    source = self._job.sources[chunk.source].name
+                    logger.info("%s: %s rows tokenised", source, f"{read:,}")
+                if self._is_full():
+                    return
+
+    def require_usable(self, max_rejected: float | None) -> None:
+        """Raise UserError as audit.require_usable, over the rows of all splits."""
+        counts = [RowCounts() for _ in self._job.sources]
+        for split in self._splits.values():
+            for total, own in zip(counts, split.counts, strict=True):
+                total.add(own)
+        names = [source.name for source in self._job.sources]
+        require_usable(self._job.setting, list(zip(names, counts, strict=True)), max_rejected)
+
+    def finish(self) -> dict[str, tuple[SplitIndex, dict[str, Any]]]:
+        """Complete the splits; returns the index and the audit of each."""
+        sizes = [len(split.writer) for split in self._splits.values()]
+        if len(sizes) == 2 and not all(sizes):
+            raise UserError(
+                f"eval_data: {self._settings.held_out} leaves {sizes[0]} documents to train on "
+                f"and holds out {sizes[1]}; give another share or number, or more rows"
+            )
+        return {name: split.finish() for name, split in self._splits.items()}
+
+    def _threshold(self, processes: int | None) -> int:
+        held_out = self._settings.held_out
+        if len(self._splits) == 1 or held_out is None:
+            return NOTHING_HELD_OUT
+        if isinstance(held_out, float):
+            return threshold_of_share(held_out)
+        if self._limit is not None:
+            return threshold_of_share(0.5)  # of a few rows to try with
+        chunks = lines.chunks(self._job.sources, lines.CHUNK_ROWS)
+        results = in_order(chunks, partial(ChunkDigests, self._settings), processes=processes)
+        with closing(results):
+            digests = np.concatenate([np.zeros(0, np.uint64), *results])
+        return threshold_of_rows(digests, held_out)
+
+    def _add(self, chunk: TokenisedChunk) -> int:
+        """Add rows to the splits that are not full; returns how many rows were read."""
+        read = 0
+        for split, rows in zip(self._splits.values(), chunk.splits, strict=False):
+            if self._limit is not None and split.num_used >= self._limit:
+                continue
+            split.add(chunk.source, rows)
+            read += rows.counts.rows["rows_read"]
+            if rows.rejects and self._settings.on_bad_row == "fail":
+                first = rows.rejects[0]
+                refuse_bad_row(f"{first.file}:{first.line}", first.reason)
+        return read
+
+    def _is_full(self) -> bool:
+        if self._limit is None:
+            return False
+        train, *held_out = (split.num_used for split in self._splits.values())
+        return train >= self._limit and all(held_out)
+
+
+class _SplitBuilder:
+    """A split that is being written, with the counts of each source."""
+
+    def __init__(self, writer: SplitWriter, sources: list[Source], settings: RunSettings) -> None:
+        self.writer = writer
+        self._sources, self._settings = sources, settings
+        self.counts = [RowCounts() for _ in sources]
+
+    @property
+    def num_used(self) -> int:
+        """Rows used."""
+        return sum(counts.numbers["rows_used"] for counts in self.counts)
+
+    def add(self, source: int, rows: TokenisedRows) -> None:
+        self.writer.add(rows.columns, source)
+        self.counts[source].add(rows.counts)
+        for reject in (*rows.rejects, *rows.dropped):
+            self.writer.rejects.write(reject.as_line())
+
+    def finish(self) -> tuple[SplitIndex, dict[str, Any]]:
+        sources = [
+            SourceIndex(name=source.name, weight=source.weight, formats=dict(counts.formats))
+            for source, counts in zip(self._sources, self.counts, strict=True)
+        ]
+        index = self.writer.close(
+            sources, max_length=self._settings.max_length, packing=self._settings.packing
+        )
+        for source, counts in zip(self._sources, self.counts, strict=True):  # also files without
+            counts.files = Counter({str(file): counts.files[str(file)] for file in source.files})
+        audited = list(zip(sources, self.counts, strict=True))
+        return index, make_audit(index, self.writer.folder, audited)

@@ -1,0 +1,48 @@
+"""Lines of the sources in chunks for worker processes, and the example of a line."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pipeline.config.settings import RunSettings
+from pipeline.rows.examples import ReadExample, RowError
+from pipeline.rows.formats import read_example
+from pipeline.rows.lines import size_of
+from pipeline.rows.sources import BadRow, Line, Row, Source, lines, parse
+
+CHUNK_ROWS = 1000
+_CHUNK_BYTES = 2**18
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Lines of the source with this number."""
+
+    source: int
+    lines: list[Line]
+
+
+def chunks(sources: Sequence[Source], rows: int) -> Iterator[Chunk]:
+    """All lines in chunks of one source, each of `rows` rows or 256 KiB at most."""
+    for number, source in enumerate(sources):
+        chunk: list[Line] = []
+        size = 0
+        for line in lines(source):
+            chunk.append(line)
+            content = line.content
+            size += len(content) if isinstance(content, bytes) else size_of(content)
+            if len(chunk) == rows or size >= _CHUNK_BYTES:
+                yield Chunk(source=number, lines=chunk)
+                chunk, size = [], 0
+        if chunk:
+            yield Chunk(source=number, lines=chunk)
+
+
+def read_line(line: Line, settings: RunSettings) -> tuple[Row | BadRow, ReadExample | str]:
+    """The row of a line and its example, or the reason why it has none."""
+    row = parse(line)
+    if isinstance(row, BadRow):
+        return row, row.reason
+    try:
+        return row, read_example(row, settings.data_format, settings.columns)
+    except RowError as error:
+        return row, str(error)

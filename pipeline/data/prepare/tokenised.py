@@ -1,0 +1,152 @@
+"""Chunk of lines -> the documents that its rows become: the work of the worker processes.
+
+The result of a line depends on nothing but the line, so that it is the same however lines are
+divided into chunks and chunks among processes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config.settings import RunSettings
+from pipeline.data.chat.encoder import Document, Encoder, load_tokenizer
+from pipeline.data.dataset.writer import Columns
+from pipeline.data.prepare.audit import Reject, RowCounts
+from pipeline.data.prepare.digests import digest, is_held_out
+from pipeline.data.prepare.lines import Chunk, read_line
+from pipeline.data.prepare.truncation import Window, num_dropped, windows
+from pipeline.errors import UserError
+from pipeline.rows.examples import ReadExample, RowError
+from pipeline.rows.sources import BadRow, Row
+
+
+@dataclass(kw_only=True)
+class TokenisedRows:
+    """Documents of rows of one split, their counts, and the rows that are left out."""
+
+    columns: Columns
+    counts: RowCounts
+    rejects: list[Reject]  # bad rows
+    dropped: list[Reject]  # rows that over_length: drop leaves out
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenisedChunk:
+    """The rows of a chunk of the source with this number, by split."""
+
+    source: int
+    splits: tuple[TokenisedRows, TokenisedRows]  # for training, held out
+
+
+class ChunkTokeniser:
+    """Tokenises chunks in a worker process; `threshold` says which rows are held out."""
+
+    def __init__(self, settings: RunSettings, threshold: int) -> None:
+        self._settings, self._threshold = settings, threshold
+        tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
+        self._encoder = Encoder(tokenizer, settings)
+
+    def __call__(self, chunk: Chunk) -> TokenisedChunk:
+        """Raises UserError for an unusable chat template, and for `over_length: fail`."""
+        rows = [read_line(line, self._settings) for line in chunk.lines]
+        examples = [read.example for _, read in rows if not isinstance(read, str)]
+        encoded = iter(self._encoder.encode_many(examples))
+        train, held_out = _SplitRows(), _SplitRows()
+        for row, read in rows:
+            if isinstance(read, str):
+                train.reject(row, read)
+                continue
+            documents, number = next(encoded), digest(read.example)
+            split = held_out if is_held_out(number, self._threshold) else train
+            if isinstance(documents, RowError):
+                split.reject(row, str(documents))
+            else:
+                assert isinstance(row, Row)
+                self._add(split, row, read, documents, number)
+        return TokenisedChunk(source=chunk.source, splits=(train.result(), held_out.result()))
+
+    def _add(
+        self,
+        split: "_SplitRows",
+        row: Row,
+        read: ReadExample,
+        documents: Sequence[Document],
+        number: int,
+    ) -> None:
+        length, over_length = self._settings.max_length, self._settings.over_length
+        used: list[Window] = []
+        dropped, is_ended = 0, True
+        for document in documents:
+            size = len(document.ids)
+            if over_length == "fail" and size > length:
+                raise UserError(
+                    f"{row.file}:{row.line}: {size} tokens, more than max_length ({length}), "
+                    "and over_length is fail; raise max_length, or set over_length to truncate, "
+                    "drop or split"
+                )
+            parts = windows(document.ids, document.supervised, length, over_length)
+            used += parts
+            dropped += num_dropped(parts, size)
+            ends = self._num_ends(document)
+            is_ended &= ends > 0 and (size <= length or ends == sum(map(self._num_ends, parts)))
+        if not used:
+            if not any(document.supervised.any() for document in documents):
+                split.reject(row, "no supervised token")
+            elif over_length == "drop":
+                split.drop(row, f"longer than max_length ({length}), and over_length is drop")
+            else:
+                split.reject(row, f"no supervised token within max_length ({length})")
+            return
+        is_split = over_length == "split" and len(used) > len(documents)
+        split.counts.numbers.update(
+            rows_used=1,
+            truncated_rows=int(dropped > 0),
+            tokens_lost=dropped,
+            split_rows=int(is_split),
+            ended_rows=int(is_ended),
+        )
+        split.use(row, read, used, number)
+
+    def _num_ends(self, tokens: Document | Window) -> int:
+        return self._encoder.num_ends(tokens.ids[tokens.supervised])
+
+
+class _SplitRows:
+    """Rows of one split, before they are columns."""
+
+    def __init__(self) -> None:
+        self.counts = RowCounts()
+        self._rejects: list[Reject] = []
+        self._dropped: list[Reject] = []
+        self._windows: list[Window] = []
+        self._digests: list[int] = []
+
+    def reject(self, row: Row | BadRow, reason: str) -> None:
+        self._rejects.append(self.counts.reject(row, reason))
+
+    def drop(self, row: Row, reason: str) -> None:
+        self._dropped.append(Reject.of(row, reason))
+        self.counts.numbers["rows_dropped"] += 1
+        self.counts.files[str(row.file)] += 1
+
+    def use(self, row: Row, read: ReadExample, windows: Sequence[Window], number: int) -> None:
+        self.counts.files[str(row.file)] += 1
+        self.counts.formats[read.data_format] += 1
+        self.counts.unread.update(read.unread)
+        self._windows += windows
+        self._digests += [number] * len(windows)
+
+    def result(self) -> TokenisedRows:
+        rows = self._windows
+        columns = Columns(
+            ids=np.concatenate([np.zeros(0, np.int32), *(window.ids for window in rows)]),
+            supervised=np.concatenate([np.zeros(0, np.bool_), *(w.supervised for w in rows)]),
+            lengths=np.array([len(window.ids) for window in rows], np.int64),
+            counts=np.array([np.count_nonzero(window.supervised) for window in rows], np.int64),
+            digests=np.array(self._digests, np.uint64),
+        )
+        return TokenisedRows(
+            columns=columns, counts=self.counts, rejects=self._rejects, dropped=self._dropped
+        )

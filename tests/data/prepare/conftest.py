@@ -1,0 +1,15 @@
+"""The fixture of the tests in this folder."""
+
+import pytest
+
+from tests.data.prepare.preparation import Run
+from tests.tiny import make_rows, make_tokenizer
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder with model/, train.jsonl and eval.jsonl, and settings that name them."""
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    make_rows(tmp_path / "train.jsonl", 24)
+    make_rows(tmp_path / "eval.jsonl", 6)
+    return Run(tmp_path)

@@ -1,0 +1,138 @@
+"""The audit: every row and token is counted, by source and file."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pipeline.data.chat.encoder import load_tokenizer
+from pipeline.data.dataset.reader import DataIndex, open_split
+from pipeline.report.data_audit import source_columns
+from pipeline.report.text import cell
+from pipeline.train.status import RunStatus
+from tests.data.prepare.preparation import lines_of, row
+from tests.report.test_page import read_page
+from tests.tiny import make_rows
+
+pytestmark = pytest.mark.tensor
+
+
+def test_every_row_is_used_rejected_or_dropped_and_every_token_counted(run):
+    long = row("long " * 40)  # cut inside the answer
+    late = row("late", question="ask " * 40)  # cut before the answer
+    run.append("{", row(" "), long, late, row("twice"), row("twice"))
+    run.eval.write_text(row("twice") + "\n" + row("never seen") + "\n")
+    index = run.prepare(max_length=128, max_rejected=0.2)
+    audit = run.audit()
+    assert (audit["rows_read"], audit["rows_used"]) == (30, 27)
+    assert audit["rejected"] == {
+        "not valid JSON: Expecting property name enclosed in double quotes": 1,
+        "an assistant message is empty": 1,
+        "no supervised token within max_length (128)": 1,
+    }
+    assert [(reject["file"], reject["line"]) for reject in run.rejects()] == [
+        (str(run.train), line) for line in (25, 26, 28)
+    ]
+    assert {reject["reason"] for reject in run.rejects()} == set(audit["rejected"])
+    split = open_split(index.train)
+    assert len(split) == 27
+    lengths = split.lengths
+    assert audit["tokens"] == lengths.sum()
+    assert audit["supervised_tokens"] == split.supervised_counts.sum()
+    share = audit["supervised_tokens"] / audit["tokens"]
+    assert audit["supervised_share"] == pytest.approx(share, abs=1e-4)
+    said = audit["length"]
+    assert (said["min"], said["max"]) == (lengths.min(), 128)
+    assert said["median"] == np.median(lengths)
+    histogram = said["histogram"]
+    assert sum(histogram["documents"]) == 27
+    assert histogram["documents"][0] > 0
+    for i, count in enumerate(histogram["documents"]):
+        first, width = said["min"] + i * histogram["width"], histogram["width"]
+        assert count == ((first <= lengths) & (lengths < first + width)).sum()
+    assert audit["end_of_turn_share"] == pytest.approx(26 / 27, abs=1e-4)
+    tokenizer = load_tokenizer(run.folder / "model")
+    whole = len(tokenizer.apply_chat_template(json.loads(long)["messages"])["input_ids"])
+    assert (audit["truncated_rows"], audit["tokens_lost"]) == (1, whole - 128)
+    assert audit["duplicate_rows"] == 1
+    assert run.audit("eval")["rows_also_in_train"] == 1
+
+
+def test_a_truncated_conversation_has_lost_an_end_of_turn(run):
+    turns = json.loads(row("yes"))["messages"] * 3
+    lines_of(run.train, [json.dumps({"messages": turns})])
+    whole = run.prepare().train.tokens
+    assert run.audit()["end_of_turn_share"] == 1
+    for cut, share in (
+        (1, 1),
+        (2, 0),
+        (30, 0),
+    ):  # the newline behind the last turn; its end; a turn
+        assert run.prepare(max_length=whole - cut).train.documents == 1
+        assert run.audit()["end_of_turn_share"] == share
+    run.prepare(max_length=whole - 30, over_length="split")
+    assert run.audit()["end_of_turn_share"] == 1
+    run.prepare(max_length=whole - 2, split_turns=True)  # two of three are whole
+    assert run.audit()["end_of_turn_share"] == 0
+
+
+def test_ends_of_turns_are_counted_in_any_order_of_rows(run):
+    """Tokens end with a turn's end, which is not the end of sequence."""
+    tokenizer = load_tokenizer(run.folder / "model")
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(run.folder / "model")
+    ids = tokenizer("<|im_start|>assistant\nyes<|im_end|>").input_ids
+    tokens = json.dumps({"input_ids": ids, "labels": ids})
+    for rows in ([tokens, row("yes")], [row("yes"), tokens]):
+        lines_of(run.train, rows)
+        run.prepare()
+        assert run.audit()["end_of_turn_share"] == 1
+
+
+def test_each_source_has_its_own_counts(run):
+    other = make_rows(run.folder / "other.jsonl", 10)
+    lines_of(run.train, [*(row(f"a {i}") for i in range(5)), "{"])
+    sources = [{"path": str(run.train), "weight": 0.5}, {"path": str(other), "limit": 4}]
+    index = run.prepare(train_data=sources, max_rejected=0.5).train
+    column = np.load(index.folder / "sources.npy")
+    assert column.dtype == np.int32
+    assert column.tolist() == [0] * 5 + [1] * 4
+    assert [(s.name, s.weight) for s in index.sources] == [(str(run.train), 0.5), (str(other), 1.0)]
+    assert [dict(s.formats) for s in index.sources] == [{"messages": 5}, {"messages": 4}]
+    audit = run.audit()
+    first, second = audit["sources"]
+    assert (first["rows_read"], first["rows_used"], first["rows_rejected"]) == (6, 5, 1)
+    assert (second["rows_read"], second["rows_used"], second["rows_rejected"]) == (4, 4, 0)
+    for key in ("documents", "tokens", "supervised_tokens", "rows_read", "rows_used"):
+        assert first[key] + second[key] == audit[key]
+    assert audit["formats"] == {"messages": 9}
+    assert DataIndex.load(run.data).train == index
+
+
+def test_the_report_shows_the_audit(run):
+    other = make_rows(run.folder / "other.jsonl", 1234)
+    run.append("{", row(" "))
+    sources = [{"path": str(run.train), "weight": 0.5}, str(other)]
+    run.prepare(train_data=sources, max_rejected=0.5)
+    status = RunStatus(run.folder / "run" / "status.json")
+    status.own()
+    status.claim()
+    status.end("done", 0, None)
+    page = read_page(run.folder / "run").text
+    for split in ("train", "eval"):
+        audit = run.audit(split)
+        histogram = audit["length"]["histogram"]
+        for i, count in enumerate(histogram["documents"]):
+            first, width = histogram["first"] + i * histogram["width"], histogram["width"]
+            assert f"{cell(first)} to {cell(first + width - 1)} {cell(count)} " in page
+        for number in (audit["rows_read"], audit["tokens"], audit["supervised_tokens"]):
+            assert f" {cell(number)} " in page
+    train = run.audit()
+    assert train["rows_read"] == 24 + 2 + 1234
+    for source in train["sources"]:
+        cells = [source["name"], *(source[name] for name in source_columns()[:-1]), "messages"]
+        assert " ".join(map(cell, cells)) in page
+    for reason, count in train["rejected"].items():
+        assert f"{reason} {count} " in page
+    for line in (25, 26):
+        assert f"{run.train}:{line}" in page

@@ -1,0 +1,140 @@
+"""Killed and concurrent preparations leave nothing incomplete that a reader takes."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.data.dataset.reader import DataIndex, open_split
+from pipeline.data.dataset.writer import SplitWriter
+from pipeline.data.prepare import prepare as module
+from pipeline.data.prepare.prepare import prepare
+from tests import ROOT
+from tests.data.prepare.preparation import row
+
+pytestmark = pytest.mark.tensor
+
+
+def test_a_killed_preparation_leaves_nothing_that_is_read(run):
+    first = run.prepare()
+    run.append(row("new"))
+    code = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from pipeline.config.settings import RunSettings\n"
+        "from pipeline.data.prepare import prepare\n"
+        "from pipeline.data.dataset.writer import SplitWriter\n"
+        "def add_and_die(self, *given, add=SplitWriter.add):\n"
+        "    add(self, *given)\n"
+        "    for column in self._columns.values():\n"
+        "        column.stream.flush()\n"
+        "    os._exit(9)\n"
+        "SplitWriter.add = add_and_die\n"
+        "settings = RunSettings.model_validate_json(sys.argv[1])\n"
+        "prepare.prepare(settings, Path(sys.argv[2]))\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code, run.settings().model_dump_json(), str(run.data)],
+        cwd=ROOT,
+        check=False,
+    )
+    assert killed.returncode == 9
+    assert len([path for path in run.data.iterdir() if path.name.endswith(".tmp")]) == 1
+    assert DataIndex.load(run.data) == first
+    assert len(open_split(first.train)) == 24
+    second = run.prepare()
+    assert second.train.documents == len(open_split(second.train)) == 25
+    assert not [path for path in run.data.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_a_kill_before_the_index_leaves_the_earlier_data(run, monkeypatch):
+    first = run.prepare()
+    run.append(row("new"))
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_summary", die)
+        with pytest.raises(KeyboardInterrupt):
+            run.prepare()
+    assert DataIndex.load(run.data) == first
+    assert open_split(first.train).document(0)
+    second = run.prepare()
+    assert DataIndex.load(run.data) == second
+    assert run.audit()["rows_used"] == 25
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_second_of_two_writers_keeps_the_split_of_the_first(run, monkeypatch, damaged):
+    """Two processes that prepare the same at once, on a file system without locks."""
+    publish = SplitWriter.publish
+    quicker = []
+
+    def overtaken(self, audit):
+        if not quicker:
+            quicker.append(True)
+            there = run.folder / "elsewhere"
+            prepare(run.settings(), there)
+            for split in there.glob("*-*"):
+                shutil.copytree(split, run.data / split.name)
+                if damaged:
+                    (run.data / split.name / "ids.npy").write_bytes(b"")
+        publish(self, audit)
+
+    monkeypatch.setattr(SplitWriter, "publish", overtaken)
+    index = run.prepare()
+    assert quicker
+    assert len(open_split(index.train)) == 24
+    assert len(open_split(index.eval)) == 6
+    names = {path.name for path in run.data.iterdir()}
+    splits_there = {f"train-{index.train.key}", f"eval-{index.eval.key}"}
+    assert names == {*splits_there, "index.json", "audit.json", "rejects.jsonl"}
+
+
+def test_two_at_once_both_succeed(run):
+    command = [sys.executable, "-c", AT_ONCE, run.settings().model_dump_json(), str(run.data)]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
+    printed = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert printed[0] == printed[1] == b"24 6\n"
+    assert not [path for path in run.data.iterdir() if path.name.endswith(".tmp")]
+
+
+AT_ONCE = """
+import sys
+from pathlib import Path
+from pipeline.config.settings import RunSettings
+from pipeline.data.prepare.prepare import prepare
+from pipeline.data.dataset.reader import open_split
+index = prepare(RunSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
+print(len(open_split(index.train)), len(open_split(index.eval)))
+"""
+
+
+@pytest.mark.parametrize("name", ["train-0123456789abcdef", "index.json.damaged"])
+def test_leftovers_of_a_dead_process_of_this_machine_are_removed(run, name):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    run.data.mkdir(parents=True)
+    for pid in (dead.pid, os.getpid()):
+        (run.data / f".{name}.{socket.gethostname()}-{pid}.tmp").write_text("")
+    run.prepare()
+    living = f".{name}.{socket.gethostname()}-{os.getpid()}.tmp"
+    assert [path.name for path in run.data.glob(f".{name}.*")] == [living]
+
+
+def test_unfinished_work_of_another_machine_is_left_alone_for_a_day(run):
+    run.data.mkdir(parents=True)
+    theirs = run.data / f".train-{'0' * 16}.other-host-17.tmp"
+    theirs.mkdir()
+    (theirs / "ids.npy").write_bytes(b"x")
+    run.prepare()
+    assert theirs.is_dir()
+    for path in (theirs / "ids.npy", theirs):
+        os.utime(path, (0, 0))
+    run.prepare()
+    assert not theirs.exists()

@@ -1,0 +1,77 @@
+"""Documents longer than max_length: truncated, dropped, split or refused."""
+
+import numpy as np
+import pytest
+
+from pipeline.data.dataset.reader import open_split
+from pipeline.data.prepare.prepare import prepare
+from tests.data.prepare.preparation import lines_of, long_rows, row
+from tests.messages import refused
+
+pytestmark = pytest.mark.tensor
+
+
+def over_length(run, how, **values):
+    lines_of(run.train, long_rows())
+    index = run.prepare(max_length=100, over_length=how, max_rejected=0.9, **values)
+    whole = prepare(run.settings(max_length=10_000, max_rejected=0.9), run.folder / "whole")
+    return open_split(index.train), open_split(whole.train)
+
+
+def test_truncated_documents_keep_a_supervised_token(run):
+    found, whole = over_length(run, "truncate")
+    late = sum(not whole.document(i)[1][:100].any() for i in range(len(whole)))
+    assert late > 0
+    assert len(found) == len(whole) - late
+    assert run.audit()["rejected"]["no supervised token within max_length (100)"] == late
+    assert found.lengths.max() == 100
+    assert found.supervised_counts.min() > 0
+
+
+def test_dropped_rows_are_counted_and_are_not_rejected(run):
+    found, whole = over_length(run, "drop")
+    audit = run.audit()
+    fitting = int((whole.lengths <= 100).sum())
+    assert len(found) == audit["rows_used"] == fitting < len(whole)
+    assert audit["rows_dropped"] == len(whole) - fitting
+    assert sum(audit["rejected"].values()) == 2
+    assert audit["rows_read"] == audit["rows_used"] + audit["rows_dropped"] + 2
+    assert len(run.rejects()) == 2 + audit["rows_dropped"]
+    run.prepare(max_length=100, over_length="drop", max_rejected=0.05)  # 2 of 44
+    lines_of(run.train, [row("long " * 99)])
+    with refused("max_length", "over_length is drop"):
+        run.prepare(max_length=100, over_length="drop")
+
+
+def test_split_documents_train_every_supervised_token_once(run):
+    found, whole = over_length(run, "split")
+    assert found.lengths.max() <= 100
+    assert found.supervised_counts.min() > 0
+    assert found.supervised_counts.sum() == whole.supervised_counts.sum()
+    pieces = iter(range(len(found)))
+    for i in range(len(whole)):
+        ids, supervised = whole.document(i)
+        start = 0
+        trained = np.zeros(len(ids), bool)
+        while start + 1 < len(ids) or start == 0:
+            here = slice(start, start + 100)
+            if supervised[here][1:].any():
+                piece, mask = found.document(next(pieces))
+                assert piece.tolist() == ids[here].tolist()
+                assert not mask[0]
+                assert not (trained[here] & mask).any()
+                trained[here] |= mask
+            start += 99
+        assert trained.tolist() == supervised.tolist()
+    assert next(pieces, None) is None
+    audit = run.audit()
+    assert audit["documents"] == len(found) > audit["rows_used"] == len(whole)
+    assert audit["duplicate_rows"] == 2
+    assert audit["split_rows"] > 0
+
+
+def test_over_length_fail_refuses_a_long_document(run):
+    lines_of(run.train, [row("short"), row("long " * 99)])
+    with refused(f"{run.train}:2", "max_length", 100, "over_length"):
+        run.prepare(max_length=100, over_length="fail")
+    run.prepare(max_length=600, over_length="fail")

@@ -1,0 +1,132 @@
+"""Worker processes: the same result in the same order, errors reach the caller."""
+
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import psutil
+import pytest
+
+from pipeline.data.prepare import job, lines
+from pipeline.data.prepare.parallel import in_order
+from pipeline.data.prepare.prepare import prepare
+from pipeline.errors import RankZeroError, UserError
+from tests import ROOT
+from tests.data.prepare.preparation import content, lines_of, long_rows
+from tests.messages import refused
+
+pytestmark = pytest.mark.tensor
+
+
+def make_squares(fails_at):
+    return partial(square, fails_at)
+
+
+def square(fails_at, number):
+    if number == fails_at:
+        raise UserError(f"{number} is wrong")
+    return number * number, os.getpid()
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_results_come_in_order_and_from_all_processes(processes):
+    found = list(in_order(range(60), partial(make_squares, None), processes=processes))
+    assert [number for number, _ in found] == [number * number for number in range(60)]
+    here = os.getpid()
+    assert {pid == here for _, pid in found} == {processes == 1}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_is_raised_after_the_results_before_it(processes):
+    found = in_order(range(60), partial(make_squares, 5), processes=processes)
+    assert [next(found)[0] for _ in range(5)] == [0, 1, 4, 9, 16]
+    with refused("5 is wrong"):
+        next(found)
+
+
+def test_few_chunks_start_no_process():
+    found = list(in_order(range(5), partial(make_squares, None)))
+    assert {pid for _, pid in found} == {os.getpid()}
+
+
+def test_chunks_are_read_only_a_little_ahead():
+    read = []
+
+    def chunks():
+        for number in range(1000):
+            read.append(number)
+            yield number
+
+    found = in_order(chunks(), partial(make_squares, None), processes=2)
+    next(found)
+    found.close()
+    assert len(read) < 20
+
+
+@pytest.mark.parametrize(("processes", "over_length"), [(2, "truncate"), (3, "split")])
+def test_the_number_of_processes_does_not_change_the_result(
+    run, monkeypatch, processes, over_length
+):
+    lines_of(run.train, long_rows(300))
+    monkeypatch.setattr(lines, "CHUNK_ROWS", 7)
+    values = {"max_length": 128, "over_length": over_length, "max_rejected": 0.9}
+    settings = run.settings(eval_data=0.1, **values)
+    alone, together = run.folder / "alone", run.folder / "together"
+    prepare(settings, alone, processes=1)
+    prepare(settings, together, processes=processes)
+    assert content(alone) == content(together)
+    assert any(name.startswith("eval-") for name in content(alone))
+
+
+def test_a_user_error_of_a_worker_reaches_the_caller(run):
+    template = run.folder / "model" / "chat_template.jinja"
+    template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    with refused("chat template"):
+        prepare(run.settings(), run.data, processes=2)
+    assert not list(run.data.iterdir())
+
+
+def test_a_killed_worker_is_reported(run, monkeypatch):
+    monkeypatch.setattr(job, "ChunkTokeniser", Killed)
+    with refused("memory", error=RankZeroError):
+        prepare(run.settings(), run.data, processes=2)
+    assert not list(run.data.iterdir())
+
+
+class Killed:
+    """A worker that the kernel ends."""
+
+    def __init__(self, settings, threshold):
+        pass
+
+    def __call__(self, chunk):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_end_with_their_killed_parent(run):
+    code = (
+        "import os, sys, signal, psutil\n"
+        "from pathlib import Path\n"
+        "from pipeline.config.settings import RunSettings\n"
+        "from pipeline.data.prepare import prepare\n"
+        "from pipeline.data.dataset.writer import SplitWriter\n"
+        "def add_and_die(self, *given):\n"
+        "    children = psutil.Process().children(recursive=True)\n"
+        "    print(*(child.pid for child in children), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "SplitWriter.add = add_and_die\n"
+        "settings = RunSettings.model_validate_json(sys.argv[1])\n"
+        "if __name__ == '__main__':\n"
+        "    prepare.prepare(settings, Path(sys.argv[2]), processes=2)\n"
+    )
+    command = [sys.executable, "-c", code, run.settings().model_dump_json(), str(run.data)]
+    killed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    children = [int(pid) for pid in killed.stdout.split()]
+    assert len(children) >= 2
+    left = [psutil.Process(pid) for pid in children if psutil.pid_exists(pid)]
+    assert psutil.wait_procs(left, timeout=20)[1] == []
+    run.prepare()
+    assert not [path for path in run.data.iterdir() if path.name.endswith(".tmp")]

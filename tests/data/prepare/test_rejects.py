@@ -1,0 +1,187 @@
+"""Rejected rows: each is named, and too many of a source end the run."""
+
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.data.dataset.reader import DataIndex
+from pipeline.data.prepare import prepare as module
+from pipeline.data.prepare.prepare import check_first_rows, check_rows, prepare
+from tests import ROOT
+from tests.data.prepare.preparation import content, lines_of, row
+from tests.messages import refused
+from tests.tiny import CHATML
+
+pytestmark = pytest.mark.tensor
+
+
+BAD = ["{", "[]", "[]", row(" "), row(" "), row(" "), '{"note": "t"}']
+
+
+def facts(run):
+    """What the message about 7 BAD rows of 31 must name."""
+    places = [f"{run.train}:25", f"{run.train}:26", f"{run.train}:28"]
+    return [*places, "train_data", "7 of 31 rows", "22.6 %", "max_rejected to 0.226"]
+
+
+def test_more_bad_rows_than_allowed_are_refused_before_tokenising(run):
+    run.append(*BAD)
+    with refused(*facts(run)):
+        check_rows(run.settings(max_rejected=0.2))
+    assert not run.data.exists()
+    check_rows(run.settings(max_rejected=0.226))
+
+
+def test_more_bad_rows_than_allowed_are_refused_by_prepare(run):
+    run.append(*BAD)
+    with refused(*facts(run), run.data / "rejects.jsonl"):
+        run.prepare(max_rejected=0.2)
+    assert [path.name for path in run.data.iterdir()] == ["rejects.jsonl"]
+    run.prepare(max_rejected=0.226)
+
+
+def test_each_source_is_checked_by_itself(run):
+    """Bad rows of a small source do not hide among the rows of a large one; all are named."""
+    small, other = run.folder / "small.jsonl", run.folder / "other.jsonl"
+    lines_of(small, [row("good"), *['{"sum": 3}'] * 2])
+    lines_of(other, [row("good"), "["])
+    lines_of(run.train, [row(f"answer {i}") for i in range(500)])
+    values = {"train_data": [str(run.train), str(small), str(other)], "max_rejected": 0.1}
+    for check in (lambda: check_rows(run.settings(**values)), lambda: run.prepare(**values)):
+        with refused(small, f"{small}:2", "2 of 3 rows", other, f"{other}:2", "1 of 2 rows"):
+            check()
+    run.prepare(**values | {"max_rejected": 0.7})
+
+
+@pytest.mark.parametrize("how", ["beginning", "prepare", "prepared"])
+def test_refused_rows_are_all_named(run, monkeypatch, how):
+    monkeypatch.setattr(module, "_FIRST_ROWS", 2)
+    first = run.prepare()
+    before = content(run.data)
+    good = run.train.read_text()
+    lines_of(run.train, ["{", *good.splitlines(), *["[]"] * 5])
+    if how == "prepared":
+        first = run.prepare(max_rejected=1.0)
+        before = content(run.data)
+        (run.data / "rejects.jsonl").write_text("")  # of what was refused before
+    with refused(run.data / "rejects.jsonl"):
+        check_first_rows(run.settings()) if how == "beginning" else run.prepare()
+    assert [reject["line"] for reject in run.rejects()] == [1, *range(26, 31)]
+    assert DataIndex.load(run.data) == first
+    if how != "prepared":
+        run.train.write_text(good)
+    run.prepare(max_rejected=1.0)
+    assert content(run.data) == before
+
+
+def test_exactly_as_many_bad_rows_as_allowed(run):
+    check_rows(run.settings(max_rejected=0.0))
+    run.train.write_text("{\n" + 3 * f"{row('good')}\n")
+    check_rows(run.settings(max_rejected=0.25))
+    assert run.prepare(max_rejected=0.25).train.documents == 3
+
+
+def test_bad_held_out_rows_are_counted_by_themselves(run):
+    run.eval.write_text(run.eval.read_text() + "{\n")
+    with refused("eval_data", run.eval, "1 of 7 rows"):
+        check_rows(run.settings())
+    with refused("eval_data", run.eval, "1 of 7 rows"):
+        run.prepare()
+    assert [(reject["file"], reject["line"]) for reject in run.rejects()] == [(str(run.eval), 7)]
+
+
+def test_a_stricter_limit_applies_to_prepared_data_too(run):
+    run.append("{")
+    run.prepare(max_rejected=0.5)
+    with refused(f"{run.train}:25", "1 of 25 rows"):
+        run.prepare(max_rejected=0.01)
+
+
+@pytest.mark.parametrize("how", ["check", "beginning", "prepare", "dropped"])
+def test_a_source_without_a_used_row_is_refused_however_small(run, monkeypatch, how):
+    monkeypatch.setattr(module, "_FIRST_ROWS", 2)
+    other = run.folder / "other.jsonl"
+    lines_of(other, [row("long " * 99)] * 3 if how == "dropped" else ['{"sum": 3}'] * 3)
+    sources = [str(run.train), {"path": str(other), "weight": 0.1}]
+    values = {"train_data": sources, "max_rejected": 1.0, "over_length": "drop", "max_length": 200}
+    do = {"check": check_rows, "beginning": check_first_rows}.get(how)
+    do = do or (lambda settings: prepare(settings, run.data))
+    with refused("train_data", other, "max_length" if how == "dropped" else f"{other}:1"):
+        do(run.settings(**values))
+    lines_of(other, [*other.read_text().splitlines(), row("good")])
+    do(run.settings(**values))
+    run.prepare(**values, limit=4)  # its rows are not all read
+
+
+def test_data_without_a_usable_row_is_refused_whatever_max_rejected(run):
+    run.train.write_text("{\n{\n")
+    with refused("no usable row", run.train):
+        check_rows(run.settings(max_rejected=1.0))
+    with refused("no usable row", run.train):
+        run.prepare(limit=4)
+    assert not list(run.data.iterdir())  # a few rows to try with, perhaps in a folder for that
+    run.train.write_text("\n\n")
+    with refused(run.train):
+        check_rows(run.settings())
+
+
+def test_checking_rows_needs_no_torch(run):
+    code = (
+        "import sys\n"
+        "from pipeline.config.settings import RunSettings\n"
+        "from pipeline.data.prepare.prepare import check_rows\n"
+        "check_rows(RunSettings.model_validate_json(sys.argv[1]))\n"
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    arguments = [sys.executable, "-c", code, run.settings().model_dump_json()]
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_rejected_rows_are_a_share_of_both_splits_of_a_source(run):
+    lines_of(run.train, [*(row(f"a {i}") for i in range(99)), "{"])
+    run.prepare(eval_data=0.1, max_rejected=0.01)
+    assert sum(run.audit()["rejected"].values()) == 1
+    assert run.audit("eval")["rejected"] == {}
+    assert run.audit()["rows_read"] + run.audit("eval")["rows_read"] == 100
+    with refused("1 of 100 rows"):
+        run.prepare(eval_data=0.1, max_rejected=0.009)
+
+
+@pytest.mark.parametrize("how", ["check", "prepare"])
+def test_on_bad_row_fail_ends_at_the_first_bad_row(run, how):
+    run.append("{", "[]")
+    settings = run.settings(on_bad_row="fail", max_rejected=1.0)
+    with refused(f"{run.train}:25", "on_bad_row"):
+        check_rows(settings) if how == "check" else prepare(settings, run.data)
+
+
+@pytest.mark.parametrize("eval_data", [None, 0.3])
+def test_on_bad_row_fail_applies_to_prepared_data_too(run, eval_data):
+    """A row that only the template refuses is found by nothing but prepare."""
+    refusal = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}"
+    (run.folder / "model" / "chat_template.jinja").write_text(
+        f"{refusal}{{% endif %}}{{% endfor %}}{CHATML}"
+    )
+    long = row("long " * 99)
+    run.append(long, row("no"), row("no", question="again"))
+    values = {"max_rejected": 1.0, "over_length": "drop", "max_length": 200, "eval_data": eval_data}
+    run.prepare(**values)
+    with refused(run.train, "on_bad_row"):
+        run.prepare(on_bad_row="fail", **values)
+    lines_of(run.train, [*(row(f"a {i}") for i in range(20)), long])
+    run.prepare(**values)
+    run.prepare(on_bad_row="fail", **values)  # dropped is not bad
+
+
+def test_a_source_with_bad_first_rows_is_checked_whole(run, monkeypatch):
+    monkeypatch.setattr(module, "_FIRST_ROWS", 10)
+    lines_of(run.train, ["{"] * 3 + [row(f"a {i}") for i in range(297)])
+    check_first_rows(run.settings(max_rejected=0.01))  # 3 of 10, but no more than 3 of 300
+    with refused("3 of 300 rows"):
+        check_first_rows(run.settings(max_rejected=0.009))
+    lines_of(run.train, [*(row(f"a {i}") for i in range(30)), *["{"] * 30])
+    check_first_rows(run.settings(max_rejected=0.01))  # not seen here
+    with refused("30 of 60 rows"):
+        run.prepare(max_rejected=0.01)
