@@ -18,7 +18,7 @@ from pipeline.cluster.stop import StopRequests
 from pipeline.cluster.watchdog import Watchdog
 from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import DataIndex, open_split
-from pipeline.data.prepare.audit import audit_line
+from pipeline.data.prepare.audit import audit_summary
 from pipeline.data.prepare.prepare import check_first_rows, prepare
 from pipeline.errors import RankZeroError, Stopped
 from pipeline.model.fingerprint import base_fingerprint
@@ -205,7 +205,7 @@ def _train(
     plan = plan.with_data(index.train.size)
     say(plan_text(plan))
     if status is not None:
-        say(audit_line(folder / "data"))
+        say(audit_summary(folder / "data"))
         write_plan(folder, plan)
         status.update(total_steps=plan.steps.total_steps)
 

@@ -215,13 +215,17 @@ def _sources(
     ]
 
 
-def audit_line(data_dir: Path) -> str:
-    """The training rows and tokens in one line, for the start of a run."""
+def audit_summary(data_dir: Path) -> str:
+    """The training rows and tokens for the start of a run, and the columns that were not read."""
     train = read_json(data_dir / "audit.json")["train"]
     rejected = sum(train["rejected"].values())
     share = 100 * train["supervised_share"]
-    return (
+    lines = [
         f"data       {train['rows_used']:,} of {train['rows_read']:,} rows, {rejected:,} rejected, "
         f"{train['truncated_rows']:,} truncated; {train['tokens']:,} tokens, {share:.0f} % "
         "supervised"
-    )
+    ]
+    if unread := train["unread_columns"]:
+        columns = ", ".join(f"{name} ({rows:,} rows)" for name, rows in unread.items())
+        lines.append(f"not read   {columns}")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""audit.json for the terminal: numbers, lengths and sources of each split."""
+"""audit.json on the terminal: numbers, lengths, sources and files of each split."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,21 +9,21 @@ from rich.table import Table
 from rich.text import Text
 
 _BAR = 40  # characters of the longest bar
-_APART = ("length", "sources")  # what has a table of its own
+_APART = ("length", "sources")  # parts with a table of their own
+_MOST_FILES = 20  # shown of one source; audit.json has all
 
 
 def audit_table(audit: Mapping[str, Mapping[str, Any]]) -> Group:
-    """All of the audit that a person looks at before training."""
+    """Tables of all numbers in the audit."""
     parts: list[RenderableType] = [_numbers(audit)]
     for split, values in audit.items():
         parts.append(_lengths(split, values["length"]))
-        if len(values["sources"]) > 1:
-            parts.append(_sources(split, values["sources"]))
+        parts.append(_sources(split, values["sources"]))
     return Group(*parts)
 
 
 def _numbers(audit: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A column a split, a line a number."""
+    """A column for each split, a row for each number."""
     table = Table(title="audit")
     table.add_column("")
     for split in audit:
@@ -35,7 +35,7 @@ def _numbers(audit: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, float | str]]:
     for key, value in values.items():
         name = key.replace("_", " ")
         if key in _APART:
@@ -46,20 +46,22 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield name, value
 
 
-def _cell(name: str, value: float) -> str:
+def _cell(name: str, value: float | str) -> str:
+    if isinstance(value, str):
+        return value
     return f"{100 * value:.4g} %" if name.endswith("share") else f"{value:,}"
 
 
 def _lengths(split: str, length: Mapping[str, Any]) -> Table:
-    said = ", ".join(
+    summary = ", ".join(
         f"{key} {length[key]:,.10g}" for key in ("min", "median", "mean", "p95", "max")
     )
-    table = Table(title=f"tokens of a document: {split}", caption=said, box=box.SIMPLE)
+    table = Table(title=f"tokens per document: {split}", caption=summary, box=box.SIMPLE)
     table.add_column("tokens", justify="right")
     table.add_column("documents", justify="right")
     table.add_column("")
     width, counts = length["histogram"]["width"], length["histogram"]["documents"]
-    start = length["histogram"].get("first", 0)  # older data is counted from 0
+    start = length["histogram"].get("first", 0)  # data prepared before 1.0 has no "first"
     for i, count in enumerate(counts):
         bar = "#" * round(_BAR * count / max(counts))
         first = start + i * width
@@ -68,7 +70,7 @@ def _lengths(split: str, length: Mapping[str, Any]) -> Table:
 
 
 def _sources(split: str, sources: list[Mapping[str, Any]]) -> Group:
-    """Numbered, with the names beneath: a path in a narrow column would be cut in pieces."""
+    """Numbered rows, with names and files beneath: a narrow column would break paths."""
     table = Table(title=f"sources: {split}", box=box.SIMPLE)
     heads = ("", "weight", "read", "used", "rejected", "dropped", "tokens", "format")
     for head in heads:
@@ -80,4 +82,9 @@ def _sources(split: str, sources: list[Mapping[str, Any]]) -> Group:
         formats = ", ".join(source["formats"]) or "-"
         table.add_row(str(i), f"{source['weight']:g}", *numbers, formats)
         names.append(f"{i}  {source['name']}\n")
+        files = list(source["files"].items())
+        for file, rows in files[:_MOST_FILES] if len(files) > 1 else []:
+            names.append(f"   {file}: {rows:,} rows\n")
+        if len(files) > _MOST_FILES:
+            names.append(f"   and {len(files) - _MOST_FILES} more files\n")
     return Group(table, names)

@@ -1,16 +1,21 @@
 """The audit: every row and token is counted, by source and file."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pipeline.data.chat.encoder import load_tokenizer
 from pipeline.data.dataset.reader import DataIndex, open_split
+from pipeline.data.prepare.audit import audit_summary
+from pipeline.data.prepare.audit_table import audit_table
 from pipeline.report.data_audit import source_columns
 from pipeline.report.text import cell
 from pipeline.train.status import RunStatus
 from tests.data.prepare.preparation import lines_of, row
+from tests.messages import assert_mentions
 from tests.report.test_page import read_page
 from tests.tiny import make_rows
 
@@ -136,3 +141,83 @@ def test_the_report_shows_the_audit(run):
         assert f"{reason} {count} " in page
     for line in (25, 26):
         assert f"{run.train}:{line}" in page
+
+
+def test_unread_columns_are_counted_by_source_and_named_on_the_terminal(run):
+    """Columns that hold a value in used rows; rejected rows are not trained on anyway."""
+    other = run.folder / "other.jsonl"
+    lines_of(run.train, [with_columns(f"a {i}", label=i % 2 == 0, note=None) for i in range(6)])
+    rows = [with_columns(f"b {i}", label=False, origin="web") for i in range(3)]
+    lines_of(other, [*rows, with_columns(" ", label=True)])
+    run.prepare(train_data=[str(run.train), str(other)], max_rejected=0.5)
+    audit = run.audit()
+    assert audit["unread_columns"] == {"label": 9, "origin": 3}
+    assert [source["unread_columns"] for source in audit["sources"]] == [
+        {"label": 6},
+        {"label": 3, "origin": 3},
+    ]
+    assert_mentions(audit_summary(run.data), "label (9 rows)", "origin (3 rows)")
+    assert_mentions(printed(run), "unread columns: label", "unread columns: origin")
+
+
+def test_without_unread_columns_nothing_is_said(run):
+    run.prepare()
+    assert run.audit()["unread_columns"] == {}
+    assert "\n" not in audit_summary(run.data)
+
+
+def with_columns(answer, **columns):
+    return json.dumps(json.loads(row(answer)) | columns)
+
+
+def printed(run):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(audit_table(json.loads((run.data / "audit.json").read_text())))
+    return console.file.getvalue()
+
+
+def test_files_are_listed_with_their_rows(run):
+    """Used or not, also a file without a row, and those that a limit leaves unread."""
+    folder = run.folder / "rows"
+    folder.mkdir()
+    counts = {"a.jsonl": 3, "b.jsonl": 0, "c.jsonl": 5, "d.jsonl": 2}
+    for name, count in counts.items():
+        rows = [row(f"{name} {i}") for i in range(count)]
+        lines_of(folder / name, ["{", *rows[1:]] if name == "c.jsonl" else rows)
+    run.prepare(train_data={"path": str(folder), "limit": 9}, max_rejected=0.5)
+    (source,) = run.audit()["sources"]
+    expected = {str(folder / name): min(count, 1) if name == "d.jsonl" else count
+                for name, count in counts.items()}  # fmt: skip
+    assert source["files"] == expected
+    assert sum(expected.values()) == source["rows_read"] == 9
+    shown = printed(run)
+    for name, count in expected.items():
+        assert_mentions(shown, f"{name}: {count} rows")
+
+
+def test_a_rejected_row_names_its_column_and_the_audit_its_first_place(run):
+    run.append(with_columns("a picture", images=["cat.png"]), with_columns("b", images=["dog.png"]))
+    run.prepare(max_rejected=0.5)
+    (source,) = run.audit()["sources"]
+    ((reason, count),) = source["rejected"].items()
+    assert_mentions(reason, "images")
+    assert count == 2
+    assert source["first_rejected"] == {reason: f"{run.train}:25"}
+    assert [reject["reason"] for reject in run.rejects()] == [reason] * 2
+
+
+def test_held_out_text_in_the_training_set_is_counted_after_white_space(run):
+    lines_of(run.train, [row("a  b\n"), row("c", question="q\n"), row("d")])
+    lines_of(run.eval, [row("a b"), row("c"), row("dd"), row("d", question="other")])
+    run.prepare()
+    assert run.audit("eval")["rows_also_in_train"] == 2
+
+
+def test_rows_that_differ_in_white_space_alone_are_duplicates_and_held_out_together(run):
+    answers = [f"answer number {i}" for i in range(80)]
+    spaced = [answer.replace(" ", "  ") + "\n" for answer in answers]
+    lines_of(run.train, [row(answer) for answer in (*answers, *spaced)])
+    run.prepare(eval_data=0.3)
+    audits = [run.audit("train"), run.audit("eval")]
+    assert all(audit["duplicate_rows"] == audit["rows_used"] / 2 > 0 for audit in audits)
+    assert audits[1]["rows_also_in_train"] == 0

@@ -90,6 +90,8 @@ def test_sources_are_named_whole_in_a_narrow_terminal():
     numbers = dict.fromkeys(keys, 123_456)
     names = ["here/train.jsonl", "there/[bold]other/train.parquet"]
     sources = [{"name": name, "weight": 0.25, "formats": {"text": 1}, **numbers} for name in names]
+    for source in sources:
+        source["files"] = {source["name"]: 1}
     console = Console(file=io.StringIO(), width=80)
     console.print(audit_table({"train": {"length": length, "sources": sources}}))
     text = console.file.getvalue()
