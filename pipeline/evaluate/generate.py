@@ -1,4 +1,4 @@
-"""Greedy answers to held-out prompts, in batches, and how many match exactly."""
+"""Batched greedy generation for held-out prompts, and the share of exact matches."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -10,23 +10,25 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from pipeline.data.chat.encoder import Encoder
 from pipeline.rows.formats import Conversation, Example
 
+_BATCH_SIZE = 64  # prompts that are answered at a time
+
 
 @dataclass(frozen=True)
 class Question:
-    """What the model is shown, and what it should say."""
+    """A held-out prompt and its expected answer."""
 
-    prompt: str  # as rendered for the model
-    shown: str  # as a person reads it
+    prompt: str  # rendered with the chat template
+    shown: str  # the text of the last user message, for reports
     expected: str
 
 
 def question(example: Example, encoder: Encoder) -> Question:
-    """The last answer of an example, and all that comes before it."""
+    """The last answer of an example as the expected one, everything before it as the prompt."""
     prompt, expected = encoder.last_answer(example)
     if not isinstance(example, Conversation):
         return Question(prompt, prompt, expected)
-    asked = (m.content for m in reversed(example.messages) if m.role == "user")
-    return Question(prompt, next(asked, ""), expected)
+    last_user = (m.content for m in reversed(example.messages) if m.role == "user")
+    return Question(prompt, next(last_user, ""), expected)
 
 
 @torch.no_grad()
@@ -37,13 +39,12 @@ def greedy_answers(
     *,
     max_new_tokens: int,
     ends: Collection[int],
-    batch_size: int = 16,
 ) -> list[str]:
-    """One answer a prompt, in their order; prompts of like length share a batch.
+    """One answer per prompt, in the order of the prompts, which are batched by length.
 
-    `ends`: tokens that end an answer, beside those that the model names itself.
+    `ends`: tokens that end an answer, besides those of the model's generation config.
     """
-    tokenizer.padding_side = "left"  # answers begin where the prompts end
+    tokenizer.padding_side = "left"  # so that answers start at the same position
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -56,8 +57,8 @@ def greedy_answers(
     model.eval()
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for start in range(0, len(order), _BATCH_SIZE):
+        chosen = order[start : start + _BATCH_SIZE]
         inputs = tokenizer(
             [prompts[i] for i in chosen],
             return_tensors="pt",
@@ -74,11 +75,11 @@ def greedy_answers(
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
-    """Share of answers that are the expected text, but for white space around it."""
+    """Share of answers equal to the expected text, ignoring surrounding white space."""
     pairs = list(zip(answers, expected, strict=True))
-    return sum(answer.strip() == said.strip() for answer, said in pairs) / len(pairs)
+    return sum(answer.strip() == text.strip() for answer, text in pairs) / len(pairs)
 
 
 def _ends(model: Any) -> list[int]:
-    said = model.generation_config.eos_token_id
-    return said if isinstance(said, list) else [] if said is None else [said]
+    ids = model.generation_config.eos_token_id
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]

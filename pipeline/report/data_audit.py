@@ -1,4 +1,4 @@
-"""What happened to the data, for the page: numbers, lengths, sources and rejected rows."""
+"""Sections of the report about the data: counts, length histogram, sources, rejected rows."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,8 +10,8 @@ from pipeline.report import text
 from pipeline.report.folder import Record, RunFolder, mapping, number
 
 _SHOWN_REJECTS = 20
-# Parts of a split's audit that have a table of their own.
-_APART = ("sources", "rejected")
+# Entries of a split's audit that are shown in separate tables.
+_SEPARATE = ("sources", "rejected")
 _SOURCE_COLUMNS = (
     "weight",
     "rows_read",
@@ -26,16 +26,18 @@ _SOURCE_COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SplitAudit:
-    """What a split has beside its numbers."""
+    """The tables of one split: length histogram, sources and reasons for rejection."""
 
     name: str
-    lengths: list[tuple[str, float, float]]  # tokens from and to, documents, percent of the most
+    lengths: list[
+        tuple[str, float, float]
+    ]  # range of tokens, documents, percent of the longest bar
     sources: list[list[Any]]
     reasons: list[tuple[str, Any]]
 
 
 def numbers(audit: Record) -> Mapping[str, Any] | None:
-    """A column a split where every entry is a mapping, else one column of values."""
+    """The counts as a table: one column per split, or one column if the audit has no splits."""
     if not audit:
         return None
     is_split = all(isinstance(values, dict) for values in audit.values())
@@ -47,8 +49,8 @@ def numbers(audit: Record) -> Mapping[str, Any] | None:
 
 
 def split_audits(audit: Record) -> list[SplitAudit]:
-    """The splits that say more than numbers."""
-    found = [
+    """The tables of every split that has any."""
+    splits = [
         SplitAudit(
             name=name,
             lengths=list(
@@ -59,34 +61,34 @@ def split_audits(audit: Record) -> list[SplitAudit]:
         )
         for name, values in audit.items()
     ]
-    return [split for split in found if split.lengths or split.sources or split.reasons]
+    return [split for split in splits if split.lengths or split.sources or split.reasons]
 
 
 def source_columns() -> tuple[str, ...]:
-    """Heads of the columns of `SplitAudit.sources`, behind the name."""
+    """Column headings of `SplitAudit.sources` after the name."""
     return (*_SOURCE_COLUMNS, "formats")
 
 
 def first_rejects(run: RunFolder) -> list[dict[str, Any]]:
-    """The first rows that were left out: file, line and reason."""
-    found = []
+    """File, line and reason of the first rejected rows."""
+    rejects = []
     for line in islice(run.rejects, _SHOWN_REJECTS):
         try:
             reject = mapping(json.loads(line))
         except ValueError:
             continue
-        found.append({key: reject.get(key, "") for key in ("file", "line", "reason")})
-    return found
+        rejects.append({key: reject.get(key, "") for key in ("file", "line", "reason")})
+    return rejects
 
 
 def _plain(values: Record) -> Record:
-    left = {key: value for key, value in values.items() if key not in _APART}
-    if isinstance(length := left.get("length"), dict):
-        left["length"] = {key: value for key, value in length.items() if key != "histogram"}
+    plain = {key: value for key, value in values.items() if key not in _SEPARATE}
+    if isinstance(length := plain.get("length"), dict):
+        plain["length"] = {key: value for key, value in length.items() if key != "histogram"}
     rejected = values.get("rejected")
     if isinstance(rejected, dict):
-        left["rows_rejected"] = sum(number(count) or 0 for count in rejected.values())
-    return left
+        plain["rows_rejected"] = sum(number(count) or 0 for count in rejected.values())
+    return plain
 
 
 def _lengths(histogram: Record) -> Iterator[tuple[str, float, float]]:
@@ -105,7 +107,7 @@ def _lengths(histogram: Record) -> Iterator[tuple[str, float, float]]:
 def _sources(sources: Any) -> list[list[Any]]:
     rows = []
     for source in sources if isinstance(sources, list) else []:
-        found = mapping(source)
-        formats = ", ".join(mapping(found.get("formats"))) or "-"
-        rows.append([found.get("name", ""), *(found.get(k, "") for k in _SOURCE_COLUMNS), formats])
+        entry = mapping(source)
+        formats = ", ".join(mapping(entry.get("formats"))) or "-"
+        rows.append([entry.get("name", ""), *(entry.get(k, "") for k in _SOURCE_COLUMNS), formats])
     return rows

@@ -1,6 +1,6 @@
-"""What a run left in its folder, read forgivingly: a report is wanted most where a run broke.
+"""Read a run folder, complete or not: a report is needed most for a run that failed.
 
-A file that is missing or cannot be read becomes an entry of `problems`, never an exception.
+A missing or unreadable file becomes an entry of `problems`, never an exception.
 """
 
 import json
@@ -20,7 +20,7 @@ _FIRST_LINES = 100
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """The files of a run; empty where a file is missing. `steps` and `evals` rise by step."""
+    """Contents of a run folder; a missing file is empty. `steps` and `evals` are sorted by step."""
 
     name: str
     settings: Record
@@ -34,7 +34,7 @@ class RunFolder:
     problems: Mapping[str, str]
 
     def measured(self, key: str) -> list[tuple[float, float]]:
-        """(step, value) of every step whose line has this number."""
+        """(step, value) of every step whose record has this number."""
         return _numbers(self.steps, key)
 
     def held_out(self) -> list[tuple[float, float]]:
@@ -43,7 +43,7 @@ class RunFolder:
 
 
 def read_run_folder(folder: Path) -> RunFolder:
-    """Read a run folder. Raises UserError where the folder is not one."""
+    """Read a run folder. Raises UserError if the folder is not one."""
     if not (folder / "status.json").is_file() and not (folder / "metrics.jsonl").is_file():
         raise UserError(
             f"{folder}: not a run folder: neither status.json nor metrics.jsonl is there; "
@@ -72,7 +72,7 @@ def number(value: Any) -> float | None:
 
 
 def mapping(value: Any) -> Record:
-    """The value if it is a mapping, else an empty one."""
+    """The value if it is a mapping, else an empty mapping."""
     return value if isinstance(value, dict) else {}
 
 
@@ -93,7 +93,7 @@ def _read(folder: Path, file: str, problems: dict[str, str]) -> Record:
 
 
 def _first_lines(path: Path) -> list[str]:
-    """The beginning of a file that may be long, or none; without it the counts are there still."""
+    """The first lines of a file that may be long; none if it cannot be read."""
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:
             return list(islice(lines, _FIRST_LINES))
@@ -106,8 +106,8 @@ def _read_metrics(folder: Path, problems: dict[str, str]) -> tuple[list[Record],
         text = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         is_missing = isinstance(error, FileNotFoundError)
-        said = "is not in the run folder." if is_missing else f"cannot be read: {error}"
-        problems["metrics.jsonl"] = f"metrics.jsonl {said}"
+        problem = "is not in the run folder." if is_missing else f"cannot be read: {error}"
+        problems["metrics.jsonl"] = f"metrics.jsonl {problem}"
         return [], []
     steps: dict[float, Record] = {}
     evals: dict[float, Record] = {}
@@ -116,17 +116,17 @@ def _read_metrics(folder: Path, problems: dict[str, str]) -> tuple[list[Record],
         if "eval_loss" in record:
             evals[step] = record
             continue
-        if step <= latest:  # resumed from before this step: what came after it was given up
-            for kept in (steps, evals):
-                for later in [at for at in kept if at > step]:
-                    del kept[later]
+        if step <= latest:  # resumed from an earlier checkpoint: later records are obsolete
+            for records in (steps, evals):
+                for obsolete in [other for other in records if other > step]:
+                    del records[obsolete]
         steps[step] = record
         latest = step
-    return [steps[at] for at in sorted(steps)], [evals[at] for at in sorted(evals)]
+    return [steps[step] for step in sorted(steps)], [evals[step] for step in sorted(evals)]
 
 
 def _records(text: str) -> Iterator[tuple[float, Record]]:
-    """Whole lines only: a run that was killed, or still writes, leaves half a line."""
+    """Step and record of every complete line; a killed or running process leaves a partial one."""
     for line in text.splitlines():
         try:
             record = mapping(json.loads(line))
@@ -138,5 +138,5 @@ def _records(text: str) -> Iterator[tuple[float, Record]]:
 
 
 def _numbers(records: list[Record], key: str) -> list[tuple[float, float]]:
-    found = ((record["step"], number(record.get(key))) for record in records)
-    return [(step, value) for step, value in found if value is not None]
+    points = ((record["step"], number(record.get(key))) for record in records)
+    return [(step, value) for step, value in points if value is not None]

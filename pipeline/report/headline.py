@@ -1,4 +1,4 @@
-"""The first lines of a report: which model, how it was trained, and the numbers that count."""
+"""The top of a report: model, training method and key figures."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ MODELS = ("base", "adapter", "merged")
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One number of the headline, with what it was before."""
+    """One key figure; `before` is its value before training."""
 
     label: str
     value: str
@@ -22,13 +22,13 @@ class Tile:
 
 
 def model_name(run: RunFolder) -> str:
-    """The last part of the model's path or hub name; empty where it is not known."""
+    """The last part of the model's path or hub name; empty if unknown."""
     folder = mapping(run.plan.get("model")).get("folder") or run.settings.get("model")
     return Path(str(folder)).name if folder else ""
 
 
 def method(run: RunFolder) -> list[str]:
-    """How it was trained, in a few words."""
+    """The training method: LoRA kind, trainable parameters, ZeRO stage, dtype and hardware."""
     settings, model = run.settings, mapping(run.plan.get("model"))
     choice, hardware = mapping(run.plan.get("choice")), mapping(run.plan.get("hardware"))
     words = []
@@ -52,12 +52,12 @@ def method(run: RunFolder) -> list[str]:
 
 
 def tiles(run: RunFolder) -> list[Tile]:
-    """The headline: as many of its numbers as the run has."""
-    return [*_quality(run), *_course(run)]
+    """The key figures that the run folder has data for."""
+    return [*_quality(run), *_progress(run)]
 
 
 def _quality(run: RunFolder) -> Iterator[Tile]:
-    """What the model can do now and could before."""
+    """Exact match and held-out loss, before and after training."""
     scored = {name: mapping(mapping(run.score.get("models")).get(name)) for name in MODELS}
     match = {name: number(score.get("exact_match")) for name, score in scored.items()}
     loss = {name: number(score.get("loss")) for name, score in scored.items()}
@@ -90,8 +90,8 @@ def _quality(run: RunFolder) -> Iterator[Tile]:
         )
 
 
-def _course(run: RunFolder) -> Iterator[Tile]:
-    """How the training went."""
+def _progress(run: RunFolder) -> Iterator[Tile]:
+    """Training loss, steps, throughput and time."""
     losses, status = run.measured("loss"), run.status
     if losses:
         first, last = losses[0][1], losses[-1][1]
@@ -113,7 +113,7 @@ def _course(run: RunFolder) -> Iterator[Tile]:
     in_steps = sum(value for _, value in run.measured("step_seconds"))
     end = status.get("ended") or status.get("heartbeat")
     wall = text.seconds_between(status.get("started"), end)
-    if wall is not None and wall >= in_steps:  # else it was stopped and started again
+    if wall is not None and wall >= in_steps:  # otherwise the run was stopped and resumed
         note = f"{text.duration(in_steps)} of it in steps" if in_steps else ""
         yield Tile(label="Wall time", value=text.duration(wall), note=note)
     elif in_steps:
@@ -126,5 +126,5 @@ def _tokens(run: RunFolder) -> str:
     )
     if not tokens:
         return ""
-    said = f"{tokens:,.0f} tokens"
-    return f"{said}, {text.share(supervised / tokens)} supervised" if supervised else said
+    count = f"{tokens:,.0f} tokens"
+    return f"{count}, {text.share(supervised / tokens)} supervised" if supervised else count

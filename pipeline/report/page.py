@@ -1,9 +1,8 @@
-"""RUN/report.html: one self-contained page of what a run did, also while it runs.
+"""Write RUN/report.html, one self-contained page about a run, finished or not.
 
-Every value goes through jinja2's escaping; only the curves, which are ours, are marked as safe.
+Jinja2 escapes every value; only the SVG plots, which plots.py draws, are marked as safe.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline import __version__
 from pipeline.config.settings import RunSettings, settings_by
 from pipeline.errors import UserError
+from pipeline.files import write_text
 from pipeline.report import data_audit, text
 from pipeline.report.folder import RunFolder, mapping, number, read_run_folder
 from pipeline.report.headline import MODELS, method, model_name, tiles
@@ -26,7 +26,7 @@ _TOLERANCE = 0.10  # between predicted and measured memory
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A drawing and its caption; `narrow` is for small screens where it differs."""
+    """An SVG plot and its caption; `narrow` is the variant for small screens, if any."""
 
     title: str
     svg: str
@@ -35,17 +35,13 @@ class Curve:
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write report.html into a run folder. Raises UserError where it is not a run folder."""
+    """Write report.html into a run folder. Raises UserError if it is not a run folder."""
     run = read_run_folder(run_folder)
     path = run_folder / "report.html"
-    beside = run_folder / f".report-{os.getpid()}.html"
     try:
-        beside.write_text(_render(run), encoding="utf-8")
-        beside.replace(path)
+        write_text(path, _render(run))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from None
-    finally:
-        beside.unlink(missing_ok=True)
     return path
 
 
@@ -105,11 +101,11 @@ def _curves(run: RunFolder) -> list[Curve]:
         ("peak_bytes", "Peak memory", "GiB a rank", "{:g}".format),
     ):
         if points := run.measured(key):
-            at, values = _columns(points)
+            steps, values = _columns(points)
             if key == "peak_bytes":
                 values = [value / text.GIB for value in values]
-            drawing = line_curve(key, (at, values), title, tick=tick)
-            curves.append(Curve(title=title, svg=drawing, note=unit))
+            svg = line_curve(key, (steps, values), title, tick=tick)
+            curves.append(Curve(title=title, svg=svg, note=unit))
     return curves
 
 
@@ -122,28 +118,31 @@ def _scores(run: RunFolder) -> list[tuple[str, str, str, str]]:
     scored = mapping(run.score.get("models"))
     rows = []
     for name in [name for name in MODELS if name in scored]:
-        found = [number(mapping(scored[name]).get(k)) for k in ("exact_match", "loss", "seconds")]
-        writers = (text.share, "{:.4f}".format, text.duration)
-        said = ["-" if x is None else write(x) for write, x in zip(writers, found, strict=True)]
-        rows.append((name, said[0], said[1], said[2]))
+        numbers = [number(mapping(scored[name]).get(k)) for k in ("exact_match", "loss", "seconds")]
+        formats = (text.share, "{:.4f}".format, text.duration)
+        match, loss, seconds = (
+            "-" if value is None else form(value)
+            for form, value in zip(formats, numbers, strict=True)
+        )
+        rows.append((name, match, loss, seconds))
     return rows
 
 
 def _answers(run: RunFolder) -> Iterator[Mapping[str, Any]]:
-    found = run.score.get("answers")
-    for answer in found if isinstance(found, list) else []:
+    answers = run.score.get("answers")
+    for answer in answers if isinstance(answers, list) else []:
         row = mapping(answer)
         given = [(name, text.cell(row[name])) for name in MODELS if row.get(name) is not None]
         expected = text.cell(row.get("expected", ""))
         yield {
             "prompt": text.cell(row.get("prompt", "")),
             "expected": expected,
-            "given": [(name, said, said.strip() == expected.strip()) for name, said in given],
+            "given": [(name, reply, reply.strip() == expected.strip()) for name, reply in given],
         }
 
 
 def _choices(run: RunFolder) -> list[tuple[str, Any, str]]:
-    """Key, value and reason; a reason that belongs to no key of the choice comes last."""
+    """Key, value and reason of each choice of the plan; reasons without a key come last."""
     choice = dict(mapping(run.plan.get("choice")))
     why = dict(mapping(choice.pop("why", {})))
     setting_of = settings_by("layout")
@@ -151,23 +150,23 @@ def _choices(run: RunFolder) -> list[tuple[str, Any, str]]:
     for key, value in choice.items():
         name = setting_of.get(key, key)
         is_set = run.settings.get(name) not in (None, "auto")
-        reason = why.pop(key, None) or why.pop(name, "as the settings say" if is_set else "")
+        reason = why.pop(key, None) or why.pop(name, "set in the run file" if is_set else "")
         rows.append((key, value, str(reason)))
     return [*rows, *((key, "", str(reason)) for key, reason in why.items())]
 
 
 def _rules(run: RunFolder) -> list[dict[str, str]]:
-    found = run.plan.get("rules")
-    rules = [mapping(rule) for rule in found] if isinstance(found, list) else []
+    listed = run.plan.get("rules")
+    rules = [mapping(rule) for rule in listed] if isinstance(listed, list) else []
     keys = ("level", "message", "id", "source")
     return [{key: text.cell(rule.get(key, "")) for key in keys} for rule in rules]
 
 
 def _memory(run: RunFolder) -> Mapping[str, Any] | None:
-    """Predicted terms, the largest first, and their sum.
+    """Predicted memory by term, largest first, and its peak beside the measured one.
 
-    Measured is the peak of live tensors; it stands beside the prediction for the largest
-    micro-batch that ran, which the run has written with it.
+    The measured peak (of live tensors) is compared with the run's own prediction for the largest
+    micro-batch that was trained, not with the plan's for the largest that is possible.
     """
     memory = mapping(run.plan.get("memory"))
     terms = {k: size for k, v in mapping(memory.get("per_rank")).items() if (size := number(v))}

@@ -1,7 +1,7 @@
-"""Curves as inline SVG, drawn without a display.
+"""Line plots as inline SVG, drawn without a display.
 
-Several of them share one HTML page: ids start with the plot's name, text takes the page's font,
-and colours are CSS variables (`--curve`, `--second`, `--text`, `--line`) with a light fallback.
+Several plots share one HTML page: ids start with the plot's name, text uses the page's font, and
+colours are CSS variables (`--curve`, `--second`, `--text`, `--line`) with a light fallback.
 """
 
 import io
@@ -20,17 +20,17 @@ Size = tuple[int, int]
 
 WIDE: Size = (1080, 290)
 SMALL: Size = (280, 165)
-NARROW: Size = (350, 230)  # WIDE's place on a telephone
+NARROW: Size = (350, 230)  # replaces WIDE on a small screen
 
 _CURVE, _SECOND, _TEXT, _LINE = "#2a66c8", "#c4551a", "#62666f", "#e2e3e7"
 _CSS_COLOURS = {_CURVE: "--curve", _SECOND: "--second", _TEXT: "--text", _LINE: "--line"}
 _MAX_POINTS = 1000
 _MAX_LABELS = 8
-_STEPS = [1, 2, 2.5, 5, 10]  # between ticks
+_TICK_STEPS = [1, 2, 2.5, 5, 10]
 
 
 def loss_curve(name: str, training: Points, held_out: Points, *, size: Size = WIDE) -> str:
-    """Training loss of every step (thin), smoothed (thick), and the held-out loss as points."""
+    """Plot the training loss of every step (thin), its mean (thick) and the held-out loss."""
     figure, axes = _axes(size)
     steps, losses = _finite(training)
     axes.plot(*_thinned(steps, losses), color=_CURVE, linewidth=0.8, alpha=0.4)
@@ -61,10 +61,10 @@ def line_curve(
     tick: Callable[[float], str] = "{:g}".format,
     size: Size = SMALL,
 ) -> str:
-    """One value by step, from 0 up; `tick` writes the values of the vertical axis."""
+    """Plot one value against the step, axis from 0; `tick` formats its labels."""
     figure, axes = _axes(size)
     axes.plot(*_thinned(*_finite(points)), color=_CURVE, linewidth=1.3)
-    axes.yaxis.set_major_locator(MaxNLocator(4, steps=_STEPS))
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=_TICK_STEPS))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     axes.set_ylim(bottom=0, top=1.1 * max([*_finite(points)[1], 1e-12]))
     return _svg(figure, name, label)
@@ -90,7 +90,7 @@ def _finite(points: Points) -> tuple[list[float], list[float]]:
 
 
 def _thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most about `_MAX_POINTS` points: the lowest and the highest of each bin."""
+    """At most about `_MAX_POINTS` points: the minimum and maximum of each bin."""
     width = math.ceil(2 * len(xs) / _MAX_POINTS)
     if width < 3:
         return list(xs), list(ys)
@@ -114,25 +114,25 @@ def _axes(size: Size) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=6, colors=_TEXT, labelsize=11)
     axes.margins(x=0.02, y=0.12)
-    axes.xaxis.set_major_locator(MaxNLocator(max(4, width // 90), integer=True, steps=_STEPS))
+    axes.xaxis.set_major_locator(MaxNLocator(max(4, width // 90), integer=True, steps=_TICK_STEPS))
     return figure, axes
 
 
 def _svg(figure: Figure, name: str, label: str) -> str:
     buffer = io.StringIO()
-    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata=nothing)
+        figure.savefig(buffer, format="svg", metadata=no_metadata)
     width, height = (round(72 * inches) for inches in figure.get_size_inches())
     text = buffer.getvalue()
     text = re.sub(r"(?s)^.*?<svg[^>]*>|<style.*?</style>|<!--.*?-->", "", text)
-    text = re.sub(r' d="([^"]*)"', lambda found: f' d="{_short(found[1])}"', text)
+    text = re.sub(r' d="([^"]*)"', lambda match: f' d="{_short(match[1])}"', text)
     text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", text)
     text = re.sub(r" ?font-family: [^;\"]+;?", "", text)
     text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)
     used = set(re.findall(r'(?:url\(|href=")#([^")]+)', text))
     text = re.sub(
-        r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text
+        r' id="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text
     )
     text = text.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
     for colour, variable in _CSS_COLOURS.items():

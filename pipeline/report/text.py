@@ -1,4 +1,4 @@
-"""Numbers and values as a person reads them."""
+"""Format numbers and values for display."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -11,12 +11,12 @@ GIB = 2**30
 
 
 def loss(value: float) -> str:
-    """A loss with three digits that count: 2.72, 0.0874."""
+    """A loss with three significant digits: 2.72, 0.0874."""
     return f"{value:#.3g}"
 
 
 def share(value: float) -> str:
-    """A share of one as percent: 98.3 %, 0.35 %, 0 %."""
+    """A fraction as percent: 98.3 %, 0.35 %, 0 %."""
     percent = 100 * value
     if 0 < abs(percent) < 1:
         return f"{percent:.2g}\u00a0%"
@@ -24,7 +24,7 @@ def share(value: float) -> str:
 
 
 def amount(value: float) -> str:
-    """A count with three digits that count: 135 M, 12.5 k, 640."""
+    """A count with three significant digits: 135 M, 12.5 k, 640."""
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{value / unit:.3g}\u00a0{letter}"
@@ -40,7 +40,7 @@ def scientific(value: float) -> str:
 
 
 def gib(largest: float) -> Callable[[float], str]:
-    """Bytes as GiB, with the decimals that a column up to `largest` needs."""
+    """Formatter of bytes as GiB, with one number of decimals for a column up to `largest`."""
     decimals = 2 if largest >= 10 * GIB else 3
     return lambda size: f"{size / GIB:,.{decimals}f}"
 
@@ -56,13 +56,13 @@ def duration(seconds: float) -> str:
 
 
 def seconds_between(start: Any, end: Any) -> float | None:
-    """Between two times of a status file: ISO 8601 or seconds since 1970."""
+    """Seconds between two timestamps of a status file: ISO 8601 or seconds since 1970."""
     first, last = _seconds(start), _seconds(end)
     return None if first is None or last is None or last < first else last - first
 
 
 def moment(value: Any) -> str:
-    """A time of a status file, in UTC."""
+    """A timestamp of a status file, in UTC."""
     seconds = _seconds(value)
     return (
         cell(value)
@@ -72,7 +72,7 @@ def moment(value: Any) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value of JSON or YAML for a table."""
+    """A JSON or YAML value as the text of a table cell."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -87,12 +87,12 @@ def cell(value: Any) -> str:
 
 
 def pretty(value: Any) -> str:
-    """JSON over several lines."""
+    """Indented JSON."""
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as one, keys joined by a dot."""
+    """Flatten nested mappings; keys are joined by a dot."""
     for key, value in values.items():
         path = f"{above}{key}"
         if isinstance(value, dict):
@@ -105,7 +105,7 @@ def _seconds(value: Any) -> float | None:
     if (seconds := number(value)) is not None:
         return seconds
     try:
-        found = datetime.fromisoformat(str(value))
+        timestamp = datetime.fromisoformat(str(value))
     except ValueError:
         return None
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    return (timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=UTC)).timestamp()

@@ -1,4 +1,4 @@
-"""report.html: all that the run left is in it, nothing outside is needed, half a run is enough."""
+"""report.html shows every file of a run folder, is self-contained, and accepts incomplete runs."""
 
 import json
 import math
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.errors import UserError
 from pipeline.report.folder import read_run_folder
 from pipeline.report.page import write_report
 from pipeline.report.plots import line_curve, loss_curve, smoothed
+from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.unit
 
@@ -257,7 +257,7 @@ def run(tmp_path: Path) -> Path:
     return build_run(tmp_path / "orders")
 
 
-def test_everything_given_is_on_the_page(run):
+def test_the_page_shows_every_file_of_the_run_folder(run):
     text = read_page(run).text
     for expected in (
         "SmolLM2-135M-Instruct", "done", "node-17", "80 of 80", "3 min 41 s",  # headline
@@ -277,7 +277,7 @@ def test_everything_given_is_on_the_page(run):
     assert all(item["prompt"] in text for item in FILES["score.json"]["answers"])
 
 
-def test_right_and_wrong_answers_are_told_apart(run):
+def test_right_and_wrong_answers_are_marked(run):
     text = read_page(run).text
     assert text.count("✗ wrong") == 9 + 2  # every base answer; the fifth of adapter and merged
     assert text.count("✓ right") == 8 + 8
@@ -315,20 +315,20 @@ def test_hostile_text_is_escaped(run):
 
 
 @pytest.mark.parametrize("missing", [*FILES, "metrics.jsonl"])
-def test_a_missing_file_is_said_and_the_rest_is_there(tmp_path, missing):
+def test_a_missing_file_is_named_and_the_rest_is_shown(tmp_path, missing):
     text = read_page(build_run(tmp_path, without=(missing,))).text
-    said = "Not scored yet" if missing == "score.json" else f"{missing} is not in the run folder."
-    assert said in text
+    note = "Not scored yet" if missing == "score.json" else f"{missing} is not in the run folder."
+    assert note in text
     assert "SmolLM2-135M-Instruct" in text
 
 
 @pytest.mark.parametrize("broken", FILES)
-def test_an_unreadable_file_is_said(run, broken):
+def test_an_unreadable_file_is_named(run, broken):
     (run / broken).write_text('{"state": [', encoding="utf-8")
     assert f"{broken} cannot be read" in read_page(run).text
 
 
-def test_values_of_other_types_do_not_break_the_page(run):
+def test_values_of_unexpected_types_do_not_break_the_page(run):
     for name, content in FILES.items():
         odd = {key: [1, {"deep": None}] for key in content}
         (run / name).write_text(json.dumps(odd), encoding="utf-8")
@@ -342,22 +342,22 @@ def test_status_alone_is_enough(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["run.yaml", None])
-def test_another_folder_is_refused(tmp_path, file):
+def test_a_folder_that_is_no_run_folder_is_refused(tmp_path, file):
     if file:
         (tmp_path / file).write_text("lora_r: 8", encoding="utf-8")
-    with pytest.raises(UserError, match="not a run folder"):
+    with refused("not a run folder"):
         write_report(tmp_path)
-    with pytest.raises(UserError, match="not a run folder"):
+    with refused("not a run folder"):
         write_report(tmp_path / "nowhere")
 
 
-def test_half_a_line_is_left_out(run):
+def test_an_incomplete_last_line_is_ignored(run):
     write_metrics(run, metrics(10), end='\n{"step": 11, "lo')
     assert [step for step, _ in read_run_folder(run).measured("loss")] == list(range(1, 11))
     read_page(run)
 
 
-def test_after_a_resume_the_later_lines_count(run):
+def test_after_a_resume_later_records_replace_earlier_ones(run):
     later = [{"step": step, "loss": 100.0 + step} for step in (6, 7)]
     first = [*metrics(10), {"step": 9, "eval_loss": 5.0}, {"step": 5, "eval_loss": 4.0}]
     write_metrics(run, [*first, *later])
@@ -367,24 +367,24 @@ def test_after_a_resume_the_later_lines_count(run):
     assert found.held_out() == [(5, 4.0)]
 
 
-def test_prediction_and_measurement_that_part_are_said(run):
-    assert "part by more" not in read_page(run).text
+def test_a_memory_prediction_that_is_off_is_pointed_out(run):
+    assert "differ by more" not in read_page(run).text
     sizes = {"peak_bytes": 2 * GIB, "predicted_bytes": int(1.316 * GIB)}
     write_metrics(run, [{"step": 1, "loss": 1.0, **sizes}])
     assert (
-        "Prediction and measurement part by more than 10 %: the prediction is 34.2 % below"
+        "Prediction and measurement differ by more than 10 %: the prediction is 34.2 % below"
         in read_page(run).text
     )
 
 
-def test_the_page_is_replaced_and_nothing_else_is_left(run):
+def test_writing_replaces_the_page_and_leaves_no_other_file(run):
     before = {path.name for path in run.iterdir()}
     (run / "report.html").write_text("old", encoding="utf-8")
     assert read_page(run).text.startswith("SmolLM2")
     assert {path.name for path in run.iterdir()} == before | {"report.html"}
 
 
-def test_curves_stand_values_that_are_not_numbers_and_long_runs():
+def test_plots_accept_nan_infinity_and_long_runs():
     steps = list(range(30_000))
     losses = [math.nan if step % 1000 == 0 else 1 / (step + 1) for step in steps]
     assert len(loss_curve("a", (steps, losses), ([], []))) < 100_000
@@ -392,7 +392,7 @@ def test_curves_stand_values_that_are_not_numbers_and_long_runs():
     assert line_curve("b", ([1], [0.0]), "one").startswith("<svg")
 
 
-def test_smoothing_keeps_a_constant_and_the_mean_of_a_line():
+def test_smoothing_keeps_a_constant_and_a_line():
     assert smoothed([2.0] * 45) == pytest.approx([2.0] * 45)
     assert smoothed([float(i) for i in range(60)])[30] == pytest.approx(30)
     assert smoothed([]) == []
@@ -405,13 +405,13 @@ def test_the_script_needs_no_torch(run):
     )
     subprocess.run([sys.executable, "-c", code, str(run)], check=True, timeout=60)
     script = [sys.executable, "launch/report.py"]
-    done, refused = (
+    done, failed = (
         subprocess.run(
             [*script, str(folder)], check=False, capture_output=True, text=True, timeout=60
         )
         for folder in (run, run.parent)
     )
     assert (done.returncode, done.stdout) == (0, f"{run / 'report.html'}\n"), done.stderr
-    assert refused.returncode == 2
-    assert "not a run folder" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    assert failed.returncode == 2
+    assert_mentions(failed.stderr, "not a run folder")
+    assert "Traceback" not in failed.stderr
