@@ -100,6 +100,11 @@ def remove_unfinished_folders(parent: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def user_cache() -> Path:
+    """Folder for what later runs of this user may reuse: $RANKZERO_CACHE or ~/.cache/rankzero."""
+    return Path(os.environ.get("RANKZERO_CACHE") or Path.home() / ".cache" / "rankzero")
+
+
 def temporary_sibling(path: Path) -> Path:
     """A hidden path in the same folder that no other process uses, on this machine or another."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")

@@ -4,6 +4,8 @@
 it; `pytest --hypothesis-profile=default` draws anew.
 """
 
+import os
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -11,6 +13,7 @@ import pytest
 
 from tests.tiny import make_model
 
+os.environ["RANKZERO_CACHE"] = tempfile.mkdtemp(prefix="rankzero-tests-")  # subprocesses too
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 

@@ -1,11 +1,12 @@
-"""Adapter weights and Adam moments: out of a ZeRO engine to rank 0, and back into a fresh one.
+"""Gather adapter weights and Adam moments from a ZeRO engine to rank 0, and restore them.
 
 All private access to DeepSpeed's ZeRO optimizers is in this file; tests/adapter/test_gather.py and
-test_scaler.py pin it. Only trainable parameters are ever touched: at ZeRO-3 the base stays sharded.
-Facts are of DeepSpeed 0.19.8.
+tests/train/test_scaler.py pin it. Only trainable parameters are touched: at ZeRO-3 the base stays
+sharded. Facts are of DeepSpeed 0.19.8.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,18 +23,18 @@ from torch import nn
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Tensors = dict[str, torch.Tensor]
 
-# What DeepSpeed's DynamicLossScaler counts (runtime/fp16/loss_scaler.py).
+# State of DeepSpeed's DynamicLossScaler (runtime/fp16/loss_scaler.py).
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def gather_weights(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> Tensors:
-    """fp32 masters on the CPU where `keep` (rank 0), else nothing. Collective: every rank."""
-    found: Tensors = {}
+    """fp32 masters on the CPU if `keep` (rank 0), else nothing. Collective: every rank."""
+    weights: Tensors = {}
     for key, parameter in parameters.items():
         full = safe_get_full_fp32_param(parameter)
         if keep:
-            found[key] = _to_host(full, parameter)
-    return found
+            weights[key] = _to_host(full, parameter)
+    return weights
 
 
 def gather_moments(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> Tensors:
@@ -41,25 +42,31 @@ def gather_moments(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> Ten
 
     Collective: every rank.
     """
-    found: Tensors = {}
+    moments: Tensors = {}
     for key, parameter in parameters.items():
         for moment in MOMENTS:
             full = safe_get_full_optimizer_state(parameter, moment)
             if keep:
-                found[f"{key}/{moment}"] = _to_host(full, parameter)
-    return found
+                moments[f"{key}/{moment}"] = _to_host(full, parameter)
+    return moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerState:
+    """Adam's moments, its number of steps, and the loss scaler's state (fp16)."""
+
+    moments: Mapping[str, torch.Tensor]
+    step: int
+    loss_scaler: Mapping[str, float] = field(default_factory=dict)
 
 
 def restore(
     engine: Any,
     parameters: Mapping[str, nn.Parameter],
     weights: Mapping[str, torch.Tensor],
-    moments: Mapping[str, torch.Tensor],
-    *,
-    optimizer_step: int,
-    loss_scaler: Mapping[str, float] | None = None,
+    state: OptimizerState,
 ) -> None:
-    """Put full tensors back into a fresh engine of any stage and world size.
+    """Load full tensors into a newly built engine of any stage and world size.
 
     Collective: every rank, each with the full tensors.
     """
@@ -68,7 +75,7 @@ def restore(
     masters = (
         zero.fp32_partitioned_groups_flat if is_sharded else zero.single_partition_of_fp32_groups
     )
-    _create_adam_state(zero.optimizer, masters, optimizer_step)
+    _create_adam_state(zero.optimizer, masters, state.step)
     if not is_sharded:
         zero._lazy_init_hp_params_optimizer_state()
     if is_sharded and zero.persistent_parameters:
@@ -76,8 +83,8 @@ def restore(
     for key, parameter in parameters.items():
         _set(parameter, weights[key], None, is_sharded=is_sharded)
         for moment in MOMENTS:
-            _set(parameter, moments[f"{key}/{moment}"], moment, is_sharded=is_sharded)
-    # The low-precision copies that the next forward reads are still those of the fresh adapter.
+            _set(parameter, state.moments[f"{key}/{moment}"], moment, is_sharded=is_sharded)
+    # The low-precision copies that the next forward pass reads are still the initial ones.
     if is_sharded:
         for group in range(len(masters)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
@@ -86,36 +93,36 @@ def restore(
     else:
         zero.update_lp_params()
     if is_scaled(engine):
-        for name, value in (loss_scaler or {}).items():
+        for name, value in state.loss_scaler.items():
             setattr(zero.loss_scaler, name, value)
 
 
 def is_scaled(engine: Any) -> bool:
-    """Whether losses are scaled by a factor that follows the overflows: fp16."""
+    """Whether the engine uses dynamic loss scaling (fp16)."""
     return bool(engine.optimizer.loss_scaler.dynamic)
 
 
 def loss_scaler_state(engine: Any) -> dict[str, float]:
-    """The scale and its counters; empty where there is none."""
+    """The loss scale and its counters; empty without loss scaling."""
     if not is_scaled(engine):
         return {}
     return {name: getattr(engine.optimizer.loss_scaler, name) for name in _SCALER}
 
 
 def is_at_smallest_scale(engine: Any) -> bool:
-    """Whether an overflow now could not be answered by a smaller scale; true without scaling."""
+    """Whether the loss scale cannot be lowered after an overflow; true without loss scaling."""
     scaler = engine.optimizer.loss_scaler
     return not is_scaled(engine) or scaler.cur_scale <= scaler.min_scale
 
 
 def count_overflows_ourselves(engine: Any) -> None:
-    """DeepSpeed raises at the smallest scale; three bad steps in a row end a run of ours."""
+    """Keep DeepSpeed from raising at the smallest scale: the loop ends after three bad steps."""
     if is_scaled(engine):
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
 
 def _create_adam_state(adam: torch.optim.Optimizer, masters: list[torch.Tensor], step: int) -> None:
-    """Adam makes its state in its first step; a resumed run needs it before."""
+    """Create the state that Adam would create in its first step."""
     for master in masters:
         device = master.device if adam.defaults.get("fused") else torch.device("cpu")
         adam.state[master] = {
@@ -135,14 +142,14 @@ def _set(
         else:
             safe_set_full_optimizer_state(parameter, value, moment)
         return
-    # DeepSpeed's own full setter fails where a shard is padded (stage3.py:3196), so the shard of
-    # this rank is cut here.
+    # DeepSpeed's setter of full tensors fails where a shard is padded (stage3.py:3196), so it is
+    # sliced here.
     size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
     rank = torch.distributed.get_rank()
     flat = value.flatten()
     shard = torch.zeros(size, dtype=flat.dtype, device=flat.device)
-    mine = flat[size * rank : size * (rank + 1)]
-    shard[: len(mine)] = mine
+    own = flat[size * rank : size * (rank + 1)]
+    shard[: len(own)] = own
     if moment is None:
         safe_set_local_fp32_param(parameter, shard)
     else:

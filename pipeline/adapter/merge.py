@@ -1,11 +1,9 @@
-"""Base + adapter -> merged model, a tensor in memory at a time.
+"""Merge an adapter into its base, one tensor in memory at a time.
 
-A merged shard is its base shard with other numbers in some places: header, order, types and all
-other bytes are copied as they are, so index, tied embeddings and metadata stay true by themselves.
-torch is imported once everything that a user can have wrong has been checked.
+Header, tensor order, dtypes and all unadapted bytes of a shard are copied, so that index, tied
+embeddings and metadata stay valid. torch is imported only after all inputs have been checked.
 """
 
-import json
 import logging
 import shutil
 import time
@@ -13,31 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from pipeline.adapter.fit import (
+from pipeline.adapter.merge_inputs import (
     CHAT_TEMPLATE,
-    INDEX,
-    SINGLE,
     Adapter,
     Base,
-    Entry,
-    TensorFile,
     read_adapter,
     read_base,
-    read_header,
-    require_fit,
+    require_compatible,
 )
+from pipeline.adapter.trained_on import adapter_sha256
 from pipeline.errors import RankZeroError, UserError
-from pipeline.files import atomic_folder, dump_json
+from pipeline.files import atomic_folder, dump_json, read_json
+from pipeline.model.tensor_files import INDEX, SINGLE, Entry, TensorFile, read_header
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
-MARKER = "rankzero_merge.json"
+MARKER = "rankzero_merge.json"  # what was merged; also marks the folder as replaceable
 _CHUNK_BYTES = 2**24
-# Weights in other formats: they would still be those of the base.
-_LEFT_OUT = {
+# Weights in other formats, which would still be those of the base.
+_NOT_COPIED = {
     ".safetensors", ".bin", ".gguf", ".ggml", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx",
     ".onnx_data", ".tflite", ".npz",
 }  # fmt: skip
@@ -46,7 +41,7 @@ _FOLDERS = ("additional_chat_templates",)
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """What was merged. The change of a weight is |W' - W| / |W|, in Frobenius norms."""
+    """Result of a merge. The change of a weight is |W' - W| / |W|, in Frobenius norms."""
 
     shards: int
     tensors_merged: int
@@ -57,14 +52,14 @@ class MergeReport:
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeReport:
-    """Write base + adapter as an ordinary model folder in the type of the base.
+    """Write base + adapter as an ordinary model folder in the dtype of the base.
 
-    Raises UserError before anything is written where the two do not belong together, and
-    RankZeroError where a merged weight is not finite; an earlier `out` is then still there.
+    Raises UserError, before anything is written, where base and adapter are not compatible, and
+    RankZeroError where a merged weight is not finite; an earlier `out` is then unchanged.
     """
     start = time.perf_counter()
     model, lora = read_base(base), read_adapter(adapter)
-    require_fit(model, lora)
+    require_compatible(model, lora)
     _require_replaceable(out, base, adapter)
     others = _other_files(base)
     _require_space(out, model.num_bytes + sum(path.stat().st_size for path in others))
@@ -75,7 +70,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeReport:
                 target = fresh / path.relative_to(base)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
-            if (adapter / CHAT_TEMPLATE).is_file():  # what it was trained with
+            if (adapter / CHAT_TEMPLATE).is_file():  # the one used in training
                 shutil.copyfile(adapter / CHAT_TEMPLATE, fresh / CHAT_TEMPLATE)
             most = max(changes, key=changes.__getitem__)
             report = MergeReport(
@@ -101,7 +96,7 @@ def _merge_shards(base: Base, adapter: Adapter, folder: Path) -> dict[str, float
 
 
 def _merge_shard(shard: TensorFile, adapter: Adapter, target: Path) -> dict[str, float]:
-    """Copy a shard, with the adapter added where it has something to add; change of each."""
+    """Copy a shard and add the adapter to its targets; returns the change of each."""
     changes: dict[str, float] = {}
     with (
         shard.path.open("rb") as source,
@@ -121,7 +116,7 @@ def _merge_shard(shard: TensorFile, adapter: Adapter, target: Path) -> dict[str,
 
 
 def _add(weight: "torch.Tensor", update: "torch.Tensor", key: str) -> tuple["torch.Tensor", float]:
-    """Add in fp32, round once to the weight's own type."""
+    """Add in fp32 and round once to the dtype of the weight; returns the relative change too."""
     total = weight.float()
     norm = total.norm().item()
     change = update.norm().item() / max(norm, 1e-30)
@@ -152,17 +147,17 @@ def _bytes(tensor: "torch.Tensor") -> memoryview:
 
 def _copy_range(source: BinaryIO, sink: BinaryIO, entry: Entry) -> None:
     source.seek(entry.start)
-    left = entry.end - entry.start
-    while left:
-        chunk = source.read(min(left, _CHUNK_BYTES))
+    remaining = entry.end - entry.start
+    while remaining:
+        chunk = source.read(min(remaining, _CHUNK_BYTES))
         if not chunk:
-            raise RankZeroError(f"{source.name}: ended while it was read")
+            raise RankZeroError(f"{source.name}: truncated while it was read")
         sink.write(chunk)
-        left -= len(chunk)
+        remaining -= len(chunk)
 
 
 def _check(base: Base, fresh: Path) -> None:
-    """Every shard again, by safetensors' own reader: keys, types and shapes are the base's."""
+    """Read every shard back: header, keys, dtypes and shapes must be those of the base."""
     from safetensors import SafetensorError, safe_open
 
     for shard in base.files:
@@ -171,34 +166,39 @@ def _check(base: Base, fresh: Path) -> None:
             if read_header(path).header != shard.header:
                 raise RankZeroError(f"{path}: the header is not that of {shard.path}")
             with safe_open(path, framework="pt") as file:
-                found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-                kinds = {k: (s.get_dtype(), tuple(s.get_shape())) for k, s in found.items()}
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                kinds = {k: (s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
         except (OSError, SafetensorError, UserError) as error:
             raise RankZeroError(f"{path}: cannot be read back: {error}") from error
         if kinds != {key: (entry.dtype, entry.shape) for key, entry in shard.entries.items()}:
-            raise RankZeroError(f"{path}: keys, types or shapes are not those of {shard.path}")
+            raise RankZeroError(f"{path}: keys, dtypes or shapes are not those of {shard.path}")
 
 
 def _other_files(base: Path) -> list[Path]:
-    """Config, tokenizer, templates, licence, code: all that is neither weights nor README."""
-    found = [path for path in sorted(base.iterdir()) if path.is_file() and _is_kept(path)]
+    """Files of the base to copy: everything but weights and README."""
+    files = [path for path in sorted(base.iterdir()) if path.is_file() and _is_copied(path)]
     for name in _FOLDERS:
-        found += [path for path in sorted((base / name).glob("*")) if path.is_file()]
+        files += [path for path in sorted((base / name).glob("*")) if path.is_file()]
     if (base / SINGLE).is_file():
-        return [path for path in found if path.name != INDEX]
-    return found
+        return [path for path in files if path.name != INDEX]
+    return files
 
 
-def _is_kept(path: Path) -> bool:
-    is_other_index = path.name.endswith(".index.json") and path.name != INDEX
-    is_kept = path.suffix not in _LEFT_OUT and not path.name.startswith((".", "README"))
-    return is_kept and not is_other_index and path.name != MARKER
+def _is_copied(path: Path) -> bool:
+    if path.name == MARKER or (path.name.endswith(".index.json") and path.name != INDEX):
+        return False
+    return path.suffix not in _NOT_COPIED and not path.name.startswith((".", "README"))
 
 
 def _write_marker(fresh: Path, base: Path, adapter: Path, report: MergeReport) -> None:
-    said: dict[str, Any] = {"base": str(base), "adapter": str(adapter), **vars(report)}
-    said["files"] = [*_files(fresh), MARKER]
-    (fresh / MARKER).write_text(dump_json(said), encoding="utf-8")
+    marker: dict[str, Any] = {
+        "base": str(base),
+        "adapter": str(adapter),
+        "adapter_sha256": adapter_sha256(adapter),
+        **vars(report),
+        "files": [*_files(fresh), MARKER],
+    }
+    (fresh / MARKER).write_text(dump_json(marker), encoding="utf-8")
 
 
 def _files(folder: Path) -> list[str]:
@@ -207,14 +207,14 @@ def _files(folder: Path) -> list[str]:
 
 
 def _require_replaceable(out: Path, base: Path, adapter: Path) -> None:
-    """Only what an earlier merge wrote, and nothing else, is ever replaced."""
+    """Raise UserError for a folder that was not written by a merge: it is never replaced."""
     for folder in (base, adapter):
         if folder.resolve().is_relative_to(out.resolve()):
             raise UserError(f"{out}: writing there would replace {folder}; give another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        ours = set(json.loads((out / MARKER).read_text(encoding="utf-8"))["files"])
+        ours = set(read_json(out / MARKER)["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{out} exists and was not written by a merge; remove it or give another --out"

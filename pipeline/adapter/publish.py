@@ -1,6 +1,6 @@
-"""The adapter as a PEFT folder that loads anywhere: weights, config, tokenizer, model card.
+"""Publish an adapter as a PEFT folder that loads anywhere: weights, config, tokenizer, card.
 
-Written beside, read back and checked, and only then put in place of an earlier one.
+It is written to a temporary sibling, read back and checked before it replaces an earlier one.
 """
 
 import json
@@ -15,16 +15,18 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pipeline.adapter.fit import CHAT_TEMPLATE, TRAINED_ON
+from pipeline.adapter.merge_inputs import CHAT_TEMPLATE
+from pipeline.adapter.trained_on import WEIGHTS, write_trained_on
 from pipeline.adapter.verify import verify_adapter_file, verify_tensors
 from pipeline.config.settings import RunSettings
+from pipeline.data.chat.encoder import chat_template_of
 from pipeline.errors import RankZeroError
-from pipeline.files import atomic_folder, dump_json
-from pipeline.model.adapter import lora_config
-from pipeline.model.fingerprint import base_fingerprint
+from pipeline.files import atomic_folder, dump_json, read_json
+from pipeline.model.adapter import expected_shapes, lora_config
+from pipeline.model.fingerprint import Fingerprint
 from pipeline.plan.plan import Plan
 
-_WEIGHTS, _CONFIG, _CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+_CONFIG, _CARD = "adapter_config.json", "README.md"
 _PREFIX = "base_model.model."
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,91 +45,84 @@ _TOKENIZER_FILES = (
 
 
 def publish_adapter(
+    plan: Plan,
     tensors: Mapping[str, torch.Tensor],
-    expected: Mapping[str, tuple[int, ...]],
     folder: Path,
     *,
-    adapter_config: Mapping[str, Any],
-    base: Path,
-    card: str,
-    chat_template: str | None = None,
+    step: int,
+    base: Fingerprint,
 ) -> None:
     """Write the adapter folder, on rank 0 only. Tensors are fp32, on the CPU, under peft's keys.
 
-    `chat_template`: the one that was trained with, where it is not the base's own.
-
-    Raises RankZeroError where a check fails; an earlier adapter is then still in its place.
+    Raises RankZeroError where a check fails; an earlier adapter is then still in place.
     """
+    settings, expected = plan.settings, expected_shapes(plan)
+    config = adapter_config(settings)
     verify_tensors(tensors, expected, trained=True)
-    check_servable(tensors, adapter_config)
+    check_servable(tensors, config)
 
     def check(fresh: Path) -> None:
-        verify_adapter_file(fresh / _WEIGHTS, expected, trained=True)
-        if json.loads((fresh / _CONFIG).read_text(encoding="utf-8")) != adapter_config:
-            raise RankZeroError(f"{folder / _CONFIG}: not readable as it was written")
+        verify_adapter_file(fresh / WEIGHTS, expected, trained=True)
+        if read_json(fresh / _CONFIG) != config:
+            raise RankZeroError(f"{folder / _CONFIG}: reads back differently than it was written")
 
     try:
         with atomic_folder(folder, check) as fresh:
             weights = {key: tensor.contiguous() for key, tensor in tensors.items()}
-            save_file(weights, fresh / _WEIGHTS, metadata={"format": "pt"})
-            (fresh / _CONFIG).write_text(dump_json(adapter_config), encoding="utf-8")
-            (fresh / _CARD).write_text(card, encoding="utf-8")
-            trained_on = {"base": str(base), "fingerprint": base_fingerprint(base)}
-            (fresh / TRAINED_ON).write_text(dump_json(trained_on), encoding="utf-8")
-            _copy_tokenizer(base, fresh)
-            if chat_template is not None:
-                (fresh / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
+            save_file(weights, fresh / WEIGHTS, metadata={"format": "pt"})
+            (fresh / _CONFIG).write_text(dump_json(config), encoding="utf-8")
+            (fresh / _CARD).write_text(model_card(plan, step, base), encoding="utf-8")
+            write_trained_on(fresh, settings, base)
+            _copy_tokenizer(settings.model_folder, fresh)
+            if (template := chat_template_of(settings)) is not None:  # not the base's own
+                (fresh / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise RankZeroError(f"{folder}: the adapter cannot be written: {error}") from error
 
 
 def adapter_config(settings: RunSettings) -> dict[str, Any]:
-    """What adapter_config.json holds: peft's own format, plain data, sets as sorted lists."""
+    """Contents of adapter_config.json in peft's own format, sets as sorted lists."""
     config = lora_config(settings)
     config.base_model_name_or_path = settings.model
+    config.revision = settings.model_revision
     config.inference_mode = True
     plain: dict[str, Any] = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()  # type: ignore[no-untyped-call]
     }
-    alpha = settings.alpha  # serving engines declare it a whole number
+    alpha = settings.alpha  # an integer for serving engines
     plain["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
     data: dict[str, Any] = json.loads(json.dumps(plain))
     return data
 
 
 def check_servable(tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[str, Any]) -> None:
-    """Raise RankZeroError for what a serving engine rejects or, worse, leaves out silently.
+    """Raise RankZeroError for what a serving engine rejects or silently ignores.
 
     vLLM ignores keys with another prefix (vllm#34186, #39278) and rejects modules_to_save
-    (vllm#9280), biases and DoRA; it makes room for `r` columns a matrix.
+    (vllm#9280), biases and DoRA; it allocates `r` columns per matrix.
     """
     problems = [
         f"{key} is not a key that serving engines read"
         for key in tensors
         if not key.startswith(_PREFIX) or not key.endswith((".lora_A.weight", ".lora_B.weight"))
     ]
-    room = adapter_config["r"]
     for key, tensor in tensors.items():
-        if (used := tensor.shape[0 if ".lora_A." in key else -1]) > room:
-            problems.append(f"{key} has {used} inner dimensions, adapter_config.json says {room}")
+        if (rows := tensor.shape[0 if ".lora_A." in key else -1]) > (r := adapter_config["r"]):
+            problems.append(f"{key} has {rows} inner dimensions, adapter_config.json says {r}")
     if len(kinds := {tensor.dtype for tensor in tensors.values()}) > 1:
-        problems.append(f"tensors are of several types: {', '.join(sorted(map(str, kinds)))}")
-    for key, plain in (
-        ("modules_to_save", None),
-        ("bias", "none"),
-        ("use_dora", False),
-        ("lora_bias", False),
-    ):
+        problems.append(f"tensors have several dtypes: {', '.join(sorted(map(str, kinds)))}")
+    default = {"modules_to_save": None, "bias": "none", "use_dora": False, "lora_bias": False}
+    for key, plain in default.items():
         if (adapter_config.get(key) or plain) != plain:
             problems.append(f"adapter_config.json: {key} is {adapter_config[key]!r}")
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise RankZeroError(f"the adapter could not be served: {problems[0]}{more}")
+        raise RankZeroError(f"serving engines cannot load the adapter: {problems[0]}{more}")
 
 
-def model_card(plan: Plan, step: int) -> str:
-    """README.md of the adapter folder, with the front matter of the Hugging Face hub."""
+def model_card(plan: Plan, step: int, base: Fingerprint) -> str:
+    """README.md of the adapter folder, with front matter for the Hugging Face hub."""
     settings = plan.settings
     front = {
         "base_model": settings.model,
@@ -137,16 +132,17 @@ def model_card(plan: Plan, step: int) -> str:
     }
     quantised = "4-bit" if settings.load_in_4bit else "8-bit" if settings.load_in_8bit else "no"
     rows = {
-        "base model": f"`{settings.model}`",
-        "fingerprint of the base": f"`{base_fingerprint(Path(settings.model))}`",
+        "base model": f"`{settings.model}`"
+        + (f", revision `{settings.model_revision}`" if settings.model_revision else ""),
+        "fingerprint of the base": f"`{base.digest}`",
         "training data": ", ".join(f"`{source.path}`" for source in settings.train_sources),
         "steps": step,
         "global batch": f"{plan.layout.global_batch_size} sequences of at most "
         f"{settings.max_length} tokens",
         "learning rate": f"{settings.lr:g}, {settings.lr_scheduler_type}",
         "LoRA": f"r {settings.lora_r}, alpha {settings.alpha:g}, dropout {settings.lora_dropout:g}",
-        "base quantised while training": quantised,
-        "training type": f"{plan.training_dtype}; these weights are the fp32 masters",
+        "base quantised in training": quantised,
+        "training dtype": f"{plan.training_dtype}; these weights are the fp32 masters",
         "seed": settings.seed,
         "made with": f"RankZero {version('rankzero')}, peft {version('peft')}, "
         f"transformers {version('transformers')}, torch {version('torch')}",
@@ -155,6 +151,7 @@ def model_card(plan: Plan, step: int) -> str:
     return _CARD_TEXT.format(
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         base=json.dumps(settings.model, ensure_ascii=False),
+        revision=f'revision="{settings.model_revision}", ' if settings.model_revision else "",
         table=table,
     )
 
@@ -169,13 +166,13 @@ _CARD_TEXT = """\
 |---|---|
 {table}
 
-To use it, with this folder as `ADAPTER` and the base model where you have it:
+To use it, with `ADAPTER` as the path of this folder:
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
+base = AutoModelForCausalLM.from_pretrained({base}, {revision}dtype="auto")
 model = PeftModel.from_pretrained(base, ADAPTER)
 tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
 ```

@@ -8,8 +8,8 @@ Writes RUN_FOLDER/merged. A base that was held in 4 or 8 bits is merged in its o
 import logging
 from pathlib import Path
 
-from pipeline.adapter.fit import require_same_base
 from pipeline.adapter.merge import merge_adapter
+from pipeline.adapter.trained_on import require_same_base
 from pipeline.cli.arguments import Parser
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
@@ -30,7 +30,7 @@ def merge() -> None:
     settings = load_settings(run_folder / "run.yaml")
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{run_folder} holds no adapter; train it first, to its end")
-    base = given.base or Path(settings.model)
+    base = given.base or settings.model_folder
     if not base.is_dir():
         raise UserError(f"base: {base} is not a folder; give the base model with --base")
     if given.base is None:

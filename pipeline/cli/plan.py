@@ -23,7 +23,7 @@ def plan() -> None:
     ranks = given.gpus_per_node or hardware.devices_per_node
     on = {"nodes": given.nodes, "ranks_per_node": ranks}
     try:
-        best, ranked = rank_plans(settings, read_shape(settings.model), hardware, **on)
+        best, ranked = rank_plans(settings, read_shape(str(settings.model_folder)), hardware, **on)
     except DoesNotFitError as error:
         if given.json:
             print(dump_json(plan_json(error.nearest)), end="")

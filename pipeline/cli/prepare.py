@@ -43,7 +43,7 @@ def prepare() -> None:
         check_first_rows(settings)
         index = prepare_data(settings, data_dir)
     if given.show:
-        tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
+        tokenizer = load_tokenizer(settings.model_folder, settings.trust_remote_code)
         show_documents(console, open_split(index.train), tokenizer, given.show)
     audit = json.loads((data_dir / "audit.json").read_text(encoding="utf-8"))
     console.print(audit_table(audit))

@@ -42,6 +42,11 @@ class DataKeys(BaseModel):
             ),
         ),
     )
+    model_revision: str | None = Field(
+        default=None,
+        description="Commit, branch or tag of a hub model (`main`); run.yaml records the commit.",
+        json_schema_extra=traits(change="base"),
+    )
     train_data: Annotated[DataNames, BeforeValidator(names_of_data)] = Field(
         description="What to train on: a file, a folder, a glob or a hub name "
         "(`org/name:split`), or a list of them, each a name or `{path, weight, limit}`: "

@@ -44,6 +44,15 @@ def is_without_split(text: str) -> bool:
     return _SPLIT.fullmatch(f"{text}:train") is not None
 
 
+def hub_model_of(snapshot: str) -> dict[str, str]:
+    """`model` and `model_revision` of a path into a cache of the hub; empty for other paths."""
+    match = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]+)/?$", snapshot)
+    if match is None:
+        return {}
+    owner, name, commit = match.groups()
+    return {"model": f"{owner}/{name}", "model_revision": commit}
+
+
 def snapshot_folder(
     name: str,
     environment: Mapping[str, str] = os.environ,

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.data_names import DataNames, DataSource
-from pipeline.config.hub import HubSplit, snapshot_folder
+from pipeline.config.hub import HubSplit
 from pipeline.config.located import parse_value, read_located
 from pipeline.config.paths import expand
 from pipeline.config.peers import hint
@@ -27,10 +27,9 @@ _SHORT.maxstring = _SHORT.maxother = 200
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     """Read a run file and apply presets and `key=value` overrides.
 
-    Precedence: defaults < presets < run file < overrides. A `model` that is no folder but the name
-    of a snapshot in the hub's local cache becomes that snapshot's folder, revision and all, and a
-    hub data set that lies there gets its revision. Raises UserError that lists every wrong key with
-    the place it was read from.
+    Precedence: defaults < presets < run file < overrides. A hub model or hub data set that is in
+    the local cache gets the commit that it is at there (`model_revision`, `NAME@COMMIT:SPLIT`).
+    Raises UserError that lists every wrong key with the place it was read from.
     """
     file = read_located(path, "YAML")
     values, places = dict(file.values), {key: file.place(key) for key in file.values}
@@ -43,9 +42,21 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     settings = _validated(values, places, str(path))
     data = {key: _pinned(getattr(settings, key)) for key in ("train_data", "eval_data")}
     settings = settings.model_copy(update=data)
-    if not Path(settings.model).exists() and (folder := snapshot_folder(settings.model)):
-        return settings.model_copy(update={"model": str(folder)})
-    return settings
+    return _with_model_commit(settings, places)
+
+
+def _with_model_commit(settings: RunSettings, places: Mapping[str, str]) -> RunSettings:
+    """The settings with the commit of the hub model's snapshot in the local cache, if any."""
+    if Path(settings.model).exists():
+        if settings.model_revision is not None:
+            raise UserError(
+                f"{places['model_revision']}: model_revision: {settings.model} is a folder, which "
+                "has no revisions; remove the key or give the name of a hub model"
+            )
+        return settings
+    if (snapshot := settings.model_folder) == Path(settings.model):
+        return settings  # not in the cache: reported by what needs the model
+    return settings.model_copy(update={"model_revision": snapshot.name})
 
 
 def dump_settings(settings: RunSettings) -> str:

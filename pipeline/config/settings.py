@@ -6,6 +6,7 @@ business. The keys themselves are in data_keys.py and run_keys.py.
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, PrivateAttr, field_validator, model_validator
@@ -14,6 +15,7 @@ from pydantic.config import JsonDict
 from pipeline.config.data_keys import DataKeys
 from pipeline.config.data_names import DataSource, sources
 from pipeline.config.frequency import Frequency, frequency
+from pipeline.config.hub import snapshot_folder
 from pipeline.config.presets import PRESETS
 from pipeline.config.run_keys import RunKeys
 from pipeline.config.traits import Change, traits
@@ -118,6 +120,14 @@ class RunSettings(RunKeys, DataKeys):
             for key in path_settings()
         }
         return values | paths
+
+    @property
+    def model_folder(self) -> Path:
+        """Folder of the base: `model`, or the snapshot of that hub model in the local cache."""
+        folder = Path(self.model)
+        if folder.exists():
+            return folder
+        return snapshot_folder(self.model, revision=self.model_revision or "main") or folder
 
     @property
     def train_sources(self) -> list[DataSource]:

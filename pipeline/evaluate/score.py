@@ -1,15 +1,19 @@
-"""Base, adapter and merged model side by side on the held-out rows -> score.json."""
+"""Compare base, adapter and merged model on the held-out rows of a run, for score.json."""
 
 import dataclasses
 import gc
+import logging
 import time
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
 
-from pipeline.adapter.fit import require_same_base
+from pipeline.adapter.products import is_merged_from
+from pipeline.adapter.trained_on import adapter_sha256, require_same_base
 from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
@@ -27,76 +31,119 @@ from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.rows.formats import RowError
 
-_BATCH_SIZE = 64  # questions that are answered at a time
-_SEQUENCES = 8  # of a forward for the loss: full ones, where they are packs
-_SPARE_TOKENS = 8  # beyond the longest expected answer: enough to see that one goes on
+logger = logging.getLogger(__name__)
+
+_SEQUENCES = 8  # per forward pass of the held-out loss
+_EXTRA_TOKENS = 8  # beyond the longest expected answer, to see that a longer answer is wrong
 
 
 def score_run(run_folder: Path, settings: RunSettings, rows: int) -> dict[str, Any]:
-    """Held-out loss and exact match of at most `rows` rows, for each model that there is.
+    """Held-out loss and exact match of base, adapter and merged model on at most `rows` rows.
 
-    Base and adapter are held as in training (4-bit if it was), the merged model in 16 bits.
-    Raises UserError where the run has no adapter or no held-out rows.
+    Base and adapter are loaded as in training (4-bit if it was), the merged model in 16 bits. A
+    merged model of another adapter is not scored. Raises UserError where the run has no adapter or
+    no held-out rows, or where the base is not the one that it was trained on.
     """
-    if not (run_folder / "adapter").is_dir():
+    adapter = run_folder / "adapter"
+    if not adapter.is_dir():
         raise UserError(f"{run_folder} holds no adapter; train it first")
     if settings.eval_data is None:
         raise UserError(f"{run_folder}: the run has no eval_data, so there is nothing to score on")
-    require_same_base(Path(settings.model), run_folder / "adapter")
+    require_same_base(settings.model_folder, adapter)
     plan = _one_process(settings)
-    session = Session(Placement(), plan.hardware)
-    tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
-    eval_index = DataIndex.load(run_folder / "data").eval
-    assert eval_index is not None
-    encoder = Encoder(tokenizer, settings)
-    questions = _questions(settings, eval_index, encoder, rows)
-    split = open_split(eval_index)
-    longest = max(len(tokenizer(q.expected, add_special_tokens=False).input_ids) for q in questions)
-    max_new_tokens = longest + _SPARE_TOKENS
-
-    def measure(model: Any) -> tuple[dict[str, float], list[str]]:
-        start = time.perf_counter()
-        loss = _loss(model, split, session)
-        answers = greedy_answers(
-            model,
-            tokenizer,
-            [q.prompt for q in questions],
-            max_new_tokens=max_new_tokens,
-            ends=encoder.ends,
-            batch_size=_BATCH_SIZE,
-        )
-        matched = exact_match(answers, [q.expected for q in questions])
-        seconds = time.perf_counter() - start
-        return {"loss": loss, "exact_match": matched, "seconds": seconds}, answers
-
-    found: dict[str, tuple[dict[str, float], list[str]]] = {}
+    scoring = _Scoring.of(run_folder, settings, Session(Placement(), plan.hardware), rows)
+    device = scoring.session.device
     with_adapter: Any = PeftModel.from_pretrained(
-        load_base(plan, session.device), run_folder / "adapter", autocast_adapter_dtype=False
+        load_base(plan, device), adapter, autocast_adapter_dtype=False
     )
+    scores: dict[str, tuple[dict[str, float], list[str]]] = {}
     with with_adapter.disable_adapter():
-        found["base"] = measure(with_adapter)
-    found["adapter"] = measure(with_adapter)
+        scores["base"] = scoring.measure(with_adapter)
+    scores["adapter"] = scoring.measure(with_adapter)
     del with_adapter
     gc.collect()
-    if session.device.type == "cuda":
-        torch.cuda.empty_cache()  # the next base takes its place
-    if (run_folder / "merged").is_dir():
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # make room for the merged model
+    if (run_folder / "merged").is_dir() and _is_scorable(run_folder):
         merged = load_plain(run_folder / "merged", dtype=DTYPES[plan.training_dtype])
-        found["merged"] = measure(merged.to(session.device))  # type: ignore[arg-type]
+        scores["merged"] = scoring.measure(merged.to(device))  # type: ignore[arg-type]
     return {
-        "rows": len(questions),
-        "max_new_tokens": max_new_tokens,
-        "models": {name: numbers for name, (numbers, _) in found.items()},
+        "rows": len(scoring.questions),
+        "max_new_tokens": scoring.max_new_tokens,
+        "adapter_sha256": adapter_sha256(adapter),
+        "models": {name: numbers for name, (numbers, _) in scores.items()},
         "answers": [
             {"prompt": q.shown, "expected": q.expected}
-            | {name: answers[i] for name, (_, answers) in found.items()}
-            for i, q in enumerate(questions)
+            | {name: answers[i] for name, (_, answers) in scores.items()}
+            for i, q in enumerate(scoring.questions)
         ],
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Scoring:
+    """The held-out data of a run, and how a model is measured on it."""
+
+    session: Session
+    tokenizer: Any
+    ends: Collection[int]
+    split: Split
+    questions: list[Question]
+    max_new_tokens: int
+
+    @classmethod
+    def of(cls, run_folder: Path, settings: RunSettings, session: Session, rows: int) -> Self:
+        """Read the held-out split and its first `rows` questions."""
+        tokenizer = load_tokenizer(settings.model_folder, settings.trust_remote_code)
+        index = DataIndex.load(run_folder / "data").eval
+        assert index is not None
+        encoder = Encoder(tokenizer, settings)
+        questions = _questions(settings, index, encoder, rows)
+        answers = (tokenizer(q.expected, add_special_tokens=False).input_ids for q in questions)
+        return cls(
+            session=session,
+            tokenizer=tokenizer,
+            ends=encoder.ends,
+            split=open_split(index),
+            questions=questions,
+            max_new_tokens=max(map(len, answers)) + _EXTRA_TOKENS,
+        )
+
+    def measure(self, model: Any) -> tuple[dict[str, float], list[str]]:
+        """Scores of one model, and its answers."""
+        start = time.perf_counter()
+        loss = _loss(model, self.split, self.session)
+        answers = greedy_answers(
+            model,
+            self.tokenizer,
+            [q.prompt for q in self.questions],
+            max_new_tokens=self.max_new_tokens,
+            ends=self.ends,
+        )
+        match = exact_match(answers, [q.expected for q in self.questions])
+        seconds = time.perf_counter() - start
+        return {"loss": loss, "exact_match": match, "seconds": seconds}, answers
+
+
+def _is_scorable(run_folder: Path) -> bool:
+    is_same = is_merged_from(run_folder)
+    if is_same is None:
+        logger.warning(
+            "%s: an earlier version of RankZero merged it and did not record of which adapter; it "
+            "is scored all the same",
+            run_folder / "merged",
+        )
+    elif not is_same:
+        logger.warning(
+            "%s: merged from another adapter than %s, so it is not scored; merge again",
+            run_folder / "merged",
+            run_folder / "adapter",
+        )
+    return is_same is not False
+
+
 def _one_process(settings: RunSettings) -> Plan:
-    """The same model on one device: nothing to shard, nothing to recompute."""
+    """A plan for the same model on one device, without sharding and activation checkpointing."""
     alone = settings.model_copy(
         update={
             "zero_stage": "auto",
@@ -109,25 +156,26 @@ def _one_process(settings: RunSettings) -> Plan:
             "deepspeed_json": None,
         }
     )
-    # Nothing is trained, so what training would need must not refuse it.
-    roomy = dataclasses.replace(detect_hardware(), device_bytes=2**50)
-    return make_plan(alone, read_shape(settings.model), roomy, nodes=1, ranks_per_node=1)
+    # Nothing is trained, so the plan must not be refused for the memory that training needs.
+    unlimited = dataclasses.replace(detect_hardware(), device_bytes=2**50)
+    shape = read_shape(str(settings.model_folder))
+    return make_plan(alone, shape, unlimited, nodes=1, ranks_per_node=1)
 
 
 def _questions(
     settings: RunSettings, split: SplitIndex, encoder: Encoder, rows: int
 ) -> list[Question]:
-    found: list[Question] = []
+    questions: list[Question] = []
     for example in eval_examples(settings, split):
-        if len(found) == rows:
+        if len(questions) == rows:
             break
         try:
-            found.append(question(example, encoder))
+            questions.append(question(example, encoder))
         except RowError:
             continue  # rejected and counted when the data was prepared
-    if not found:
+    if not questions:
         raise UserError("eval_data: no usable row")
-    return found
+    return questions
 
 
 def _loss(model: Any, split: Split, session: Session) -> float:
@@ -135,8 +183,8 @@ def _loss(model: Any, split: Split, session: Session) -> float:
     summed = SummedLoss(model)
 
     @torch.no_grad()
-    def of(batch: Batch) -> float:
+    def loss_of(batch: Batch) -> float:
         moved = batch.to(session.device)
         return float(summed(moved.input_ids, moved.labels, moved.documents))
 
-    return held_out_loss(of, split, session, _SEQUENCES)
+    return held_out_loss(loss_of, split, session, _SEQUENCES)

@@ -34,7 +34,7 @@ def _target_modules(settings: RunSettings) -> list[str]:
     targets = settings.lora_target_modules
     if not isinstance(targets, str):
         return sorted(set(targets))
-    names = [name for name, _ in read_shape(settings.model).targeted(targets)]
+    names = [name for name, _ in read_shape(str(settings.model_folder)).targeted(targets)]
     if targets == "all-linear":  # every layer, so the ends of the names select the same
         names = [name.rsplit(".", 1)[-1] for name in names]
     return sorted(set(names))

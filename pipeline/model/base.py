@@ -41,7 +41,7 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     else:
         sharding = _sharding(plan)  # transformers shards on loading only while this object lives
     model = load_plain(
-        Path(settings.model),
+        settings.model_folder,
         dtype=dtype,
         attention=FLASH if settings.use_flash_attention is True else WITHIN_DOCUMENTS,
         trust_remote_code=settings.trust_remote_code,

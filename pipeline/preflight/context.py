@@ -63,7 +63,7 @@ class RankContext:
             problems["settings"] = str(error)
         if settings is not None:
             try:
-                shape = read_shape(settings.model)
+                shape = read_shape(str(settings.model_folder))
                 plan = make_plan(
                     settings, shape, hardware, nodes=placement.nodes, ranks_per_node=ranks
                 )
@@ -97,7 +97,7 @@ class RankContext:
     @property
     def model_folder(self) -> Path:
         """The base's folder."""
-        return Path(self.known_settings.model)
+        return self.known_settings.model_folder
 
     @property
     def folder(self) -> Path:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapter.fit import read_header
 from pipeline.errors import UserError
+from pipeline.model.tensor_files import read_header
 from pipeline.plan.cost.memory import disk_bytes
 from pipeline.preflight.check import Finding, ProbeResults, in_units, ok, warn
 from pipeline.preflight.context import RankContext
@@ -19,7 +19,7 @@ _MIB = 2**20
 
 def probe_model(context: RankContext) -> dict[str, Any]:
     """Weight files and their bytes. Raises UserError for a model folder that cannot be loaded."""
-    folder = Path(context.known_settings.model)
+    folder = context.known_settings.model_folder
     files = _check_weights(folder)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(

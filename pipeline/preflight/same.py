@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from pipeline import __version__
 from pipeline.data.dataset.reader import INDEX, DataIndex
 from pipeline.errors import UserError
-from pipeline.model.fingerprint import base_fingerprint
+from pipeline.model.fingerprint import sampled_fingerprint
 from pipeline.preflight.check import Finding, ProbeResults, compare, flat, in_units
 from pipeline.preflight.context import RankContext
 
@@ -88,7 +88,7 @@ def assess_plan(seen: ProbeResults) -> Iterable[Finding]:
 
 def probe_base(context: RankContext) -> dict[str, str]:
     """Fingerprint of the base, from samples of its files."""
-    return {"base": base_fingerprint(context.model_folder)}
+    return {"base": sampled_fingerprint(context.model_folder)}
 
 
 def assess_base(seen: ProbeResults) -> Iterable[Finding]:

@@ -23,8 +23,8 @@ class Tile:
 
 def model_name(run: RunFolder) -> str:
     """The last part of the model's path or hub name; empty if unknown."""
-    folder = mapping(run.plan.get("model")).get("folder") or run.settings.get("model")
-    return Path(str(folder)).name if folder else ""
+    model = run.settings.get("model") or mapping(run.plan.get("model")).get("folder")
+    return Path(str(model)).name if model else ""
 
 
 def method(run: RunFolder) -> list[str]:

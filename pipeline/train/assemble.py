@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
-from pipeline.adapter.gather import restore
+from pipeline.adapter.gather import OptimizerState, restore
 from pipeline.cluster.heartbeat import LOADING, Pulse
 from pipeline.cluster.session import Session
 from pipeline.cluster.stop import StopRequests
+from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import Split
 from pipeline.errors import UserError
 from pipeline.model.adapter import attach_adapter, expected_shapes, frozen_checksum
 from pipeline.model.base import load_base
+from pipeline.model.fingerprint import record_base_of_run
 from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
 from pipeline.train.engine import Engine
@@ -54,7 +56,9 @@ def assemble(
         origin=str(Path(settings.resume).resolve()) if is_named else None,
         about=_about(plan),
     )
-    found, notes = _checkpoint_to_resume(checkpoints, session, settings.resume)
+    found, notes = _checkpoint_to_resume(checkpoints, session, settings)
+    if session.is_rank_zero:
+        record_base_of_run(folder, settings.model_folder)
     peak = PeakBytes(session.device, is_watched=session.is_rank_zero)
     loading, making, restoring = LOADING
     pulse.beat(loading)
@@ -65,14 +69,16 @@ def assemble(
     if found is not None:
         pulse.beat(restoring)
         weights, moments = checkpoints.read_tensors(found)
-        progress = checkpoints.read_progress(found)
+        progress = checkpoints.read_progress(found, settings.model_folder)
         restore(
             engine.deepspeed,
             engine.parameters,
             weights,
-            moments,
-            optimizer_step=progress.optimizer_step,
-            loss_scaler=progress.loss_scaler,
+            OptimizerState(
+                moments=moments,
+                step=progress.optimizer_step,
+                loss_scaler=progress.loss_scaler,
+            ),
         )
         notes = [*notes, f"going on from step {progress.step} ({found})"]
         if settings.keep_best and progress.best_step and not checkpoints.has_best(progress):
@@ -143,17 +149,19 @@ def _put_back(folder: Path, plan: Plan) -> None:
 
 
 def _checkpoint_to_resume(
-    checkpoints: Checkpoints, session: Session, resume: str
+    checkpoints: Checkpoints, session: Session, settings: RunSettings
 ) -> tuple[Path | None, list[str]]:
     """The newest intact checkpoint, which belongs to this run, and what to say of damaged ones.
 
     Before the model is loaded. Rank 0 chooses, so that all ranks go on from the same one.
     """
 
+    resume = settings.resume
+
     def look() -> tuple[str | None, list[str]]:
         path, notes = checkpoints.newest()
         if path is not None:
-            checkpoints.read_progress(path)
+            checkpoints.read_progress(path, settings.model_folder)
         elif resume == "must" and not notes:
             raise UserError("resume: must, but there is no checkpoint; set resume: auto to start")
         elif notes:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import RankZeroError, UserError
 from pipeline.files import atomic_folder, dump_json, recover_folder, remove_unfinished_folders
+from pipeline.model.fingerprint import is_same_by_samples, is_sampled
 
 _ADAPTER, _OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 _STATE, _MANIFEST = "state.json", "manifest.json"
@@ -161,10 +162,16 @@ class Checkpoints:
             raise UserError(f"resume: {self._origin} is no intact checkpoint: {damage}")
         return Path(self._origin), passed_over
 
-    def read_progress(self, path: Path) -> Progress:
+    def read_progress(self, path: Path, model_folder: Path | None = None) -> Progress:
         """How far the run had come. Raises UserError if the checkpoint belongs to another run."""
         state = _state(path)
         then, now = state["identity"], asdict(self._identity)
+        if (
+            model_folder
+            and is_sampled(then["base"])
+            and is_same_by_samples(then["base"], model_folder)
+        ):
+            then = then | {"base": now["base"]}
         differences = {
             name: f"{name}: {then.get(name)} -> {value}"
             for name, value in now.items()

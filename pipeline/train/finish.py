@@ -1,14 +1,13 @@
 """After the last step: the adapter out, checked and published, or the word that a run stopped."""
 
-from pathlib import Path
-
 import torch
 
 from pipeline.adapter.gather import gather_weights
-from pipeline.adapter.publish import adapter_config, model_card, publish_adapter
-from pipeline.data.chat.encoder import chat_template_of
+from pipeline.adapter.products import mark_outdated
+from pipeline.adapter.publish import publish_adapter
 from pipeline.errors import RankZeroError, Stopped
-from pipeline.model.adapter import expected_shapes, frozen_checksum
+from pipeline.model.adapter import frozen_checksum
+from pipeline.model.fingerprint import base_of_run
 from pipeline.train.training import Training
 
 
@@ -59,14 +58,13 @@ def _publish(run: Training, weights: dict[str, torch.Tensor]) -> int:
         weights, step = dict(run.saver.best(progress)), progress.best_step
     try:
         publish_adapter(
+            run.plan,
             weights,
-            expected_shapes(run.plan),
             run.folder / "adapter",
-            adapter_config=adapter_config(settings),
-            base=Path(settings.model),
-            card=model_card(run.plan, step),
-            chat_template=chat_template_of(settings),
+            step=step,
+            base=base_of_run(run.folder, settings.model_folder),
         )
+        mark_outdated(run.folder)
     except RankZeroError as error:
         if error.__cause__ is None:
             raise  # the adapter itself is wrong, and would be again

@@ -21,7 +21,7 @@ from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.data.prepare.audit import audit_summary
 from pipeline.data.prepare.prepare import check_first_rows, prepare
 from pipeline.errors import RankZeroError, Stopped
-from pipeline.model.fingerprint import base_fingerprint
+from pipeline.model.fingerprint import base_fingerprint, require_base_of_run
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.plan.render import plan_text
@@ -57,7 +57,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     set_environment(placement, hardware)
     plan = make_plan(
         settings,
-        read_shape(settings.model),
+        read_shape(str(settings.model_folder)),
         hardware,
         nodes=placement.nodes,
         ranks_per_node=placement.local_size,
@@ -215,7 +215,9 @@ def _train(
 
     def fingerprint() -> str:
         with stops.raising():
-            return base_fingerprint(Path(settings.model))
+            if "base" in settings.accept_changes:
+                return base_fingerprint(settings.model_folder).digest
+            return require_base_of_run(folder, settings.model_folder)
 
     session.start()
     run = assemble(

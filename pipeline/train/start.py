@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from pipeline.config.hub import hub_model_of
 from pipeline.config.load import dump_settings
 from pipeline.config.settings import RunSettings, settings_with
 from pipeline.data.dataset.reader import DataIndex
@@ -25,8 +26,8 @@ Start = Literal["new", "resume", "done"]
 
 # All that a run may leave; nothing else is ever removed from a folder.
 _FILES = (  # the last two make it a run's folder
-    "run.yaml", "ds_config.json", "metrics.jsonl", "score.json", "report.html", "plan.json",
-    "status.json",
+    "run.yaml", "ds_config.json", "metrics.jsonl", "score.json", "report.html", "base.json",
+    "plan.json", "status.json",
 )  # fmt: skip
 _FOLDERS = ("data", "checkpoints", "adapter", "merged")
 # What may be there before a run is: prepared data, Slurm's logs, a person's wish to stop it.
@@ -209,6 +210,8 @@ def _differences(run_yaml: Path, plan: Plan) -> dict[str, str]:
         then: dict[str, Any] = yaml.safe_load(run_yaml.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return {"": "its run.yaml cannot be read"}
+    if "model_revision" not in then:  # written when a hub name was still replaced by its snapshot
+        then |= hub_model_of(str(then.get("model")))
     return {
         key: f"{key}: {then.get(key)} -> {value}"
         for key, value in _deciding(plan).items()

@@ -1,9 +1,9 @@
-"""Weights and moments leave an engine and enter another of any stage and size unchanged."""
+"""Adapter weights and Adam moments are gathered and restored exactly, at any stage and size."""
 
 import pytest
 import torch
 
-from pipeline.adapter.gather import gather_moments, gather_weights, restore
+from pipeline.adapter.gather import OptimizerState, gather_moments, gather_weights, restore
 from tests.ranks import run_ranks
 from tests.tiny import Documents
 from tests.train_tiny import build_engine, distance, work
@@ -13,8 +13,8 @@ pytestmark = pytest.mark.engine
 STEPS, MORE = 3, 5  # with 5 steps an epoch: from the middle of the first into the second
 
 
-def begin(session, folder, settings):
-    """Train a few steps; what comes out, and how training would have gone on."""
+def train_and_gather(session, folder, settings):
+    """Train a few steps, gather, and train on without a restore."""
     plan, engine = build_engine(session, folder, settings)
     losses = step_on(session, plan, engine, 0, STEPS)
     keep = session.is_rank_zero
@@ -25,16 +25,11 @@ def begin(session, folder, settings):
     return {"weights": weights, "moments": moments, "losses": losses}
 
 
-def go_on(session, folder, settings, saved):
-    """Put saved tensors into a fresh engine, look at them again, and train on."""
+def restore_and_train(session, folder, settings, saved):
+    """Restore saved tensors into a new engine, gather them again, and train on."""
     plan, engine = build_engine(session, folder, settings)
-    restore(
-        engine.deepspeed,
-        engine.parameters,
-        saved["weights"],
-        saved["moments"],
-        optimizer_step=STEPS,
-    )
+    state = OptimizerState(moments=saved["moments"], step=STEPS)
+    restore(engine.deepspeed, engine.parameters, saved["weights"], state)
     weights = gather_weights(engine.parameters, keep=True)
     moments = gather_moments(engine.parameters, keep=True)
     losses = step_on(session, plan, engine, STEPS, MORE)
@@ -52,27 +47,31 @@ def step_on(session, plan, engine, first, count):
 
 @pytest.fixture(scope="module")
 def saved(tiny_model, tmp_path_factory):
-    """What one run on two ranks leaves, for LoRA at ZeRO-2 in fp32."""
+    """State of a LoRA run on two ranks at ZeRO-2 in fp32."""
     folder = tmp_path_factory.mktemp("saved")
-    return run_ranks(begin, tiny_model, {"zero_stage": 2, "batch_size": 2}, tmp_path=folder)[0]
+    return run_ranks(
+        train_and_gather, tiny_model, {"zero_stage": 2, "batch_size": 2}, tmp_path=folder
+    )[0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_resumes_at_any_stage_and_world_size(tiny_model, tmp_path, saved, stage, world_size):
-    # 3 ranks shard most matrices unevenly: the last shard is padded.
+def test_a_restore_is_exact_at_any_stage_and_world_size(
+    tiny_model, tmp_path, saved, stage, world_size
+):
+    # 3 ranks shard most matrices unevenly, so the last shard is padded.
     settings = {"zero_stage": stage, "batch_size": 1, "global_batch_size": 8}
     if world_size == 3:
         settings |= {"global_batch_size": "auto", "gradient_accumulation_steps": 1}
-    found = run_ranks(go_on, tiny_model, settings, saved, tmp_path=tmp_path, world_size=world_size)[
-        0
-    ]
+    restored = run_ranks(
+        restore_and_train, tiny_model, settings, saved, tmp_path=tmp_path, world_size=world_size
+    )[0]
     for kind in ("weights", "moments"):
-        assert found[kind].keys() == saved[kind].keys()
+        assert restored[kind].keys() == saved[kind].keys()
         for key, tensor in saved[kind].items():
-            assert torch.equal(found[kind][key], tensor), key
+            assert torch.equal(restored[kind][key], tensor), key
     if world_size != 3:  # another global batch trains on other documents
-        assert found["losses"] == pytest.approx(saved["losses"][STEPS:], rel=1e-6)
+        assert restored["losses"] == pytest.approx(saved["losses"][STEPS:], rel=1e-6)
 
 
 @pytest.mark.parametrize("settings", [
@@ -82,15 +81,17 @@ def test_resumes_at_any_stage_and_world_size(tiny_model, tmp_path, saved, stage,
     {"zero_stage": 3, "bf16": True, "gradient_checkpointing": True},
     {"zero_stage": 3, "load_in_4bit": True},
 ])  # fmt: skip
-def test_the_same_split_goes_on_bit_by_bit(tiny_model, tmp_path, settings):
+def test_a_restored_run_with_the_same_split_is_bitwise_equal(tiny_model, tmp_path, settings):
     settings = settings | {"batch_size": 2, "lora_dropout": 0.1}
-    before = run_ranks(begin, tiny_model, settings, tmp_path=tmp_path)[0]
-    after = run_ranks(go_on, tiny_model, settings, before, tmp_path=tmp_path)[0]
+    before = run_ranks(train_and_gather, tiny_model, settings, tmp_path=tmp_path)[0]
+    after = run_ranks(restore_and_train, tiny_model, settings, before, tmp_path=tmp_path)[0]
     assert after["losses"] == before["losses"][STEPS:]
 
 
-def test_masters_are_fp32_and_more_than_the_bf16_copies(tiny_model, tmp_path):
-    found = run_ranks(begin, tiny_model, {"zero_stage": 3, "bf16": True}, tmp_path=tmp_path)[0]
+def test_gathered_weights_are_the_fp32_masters_not_the_bf16_copies(tiny_model, tmp_path):
+    restored = run_ranks(
+        train_and_gather, tiny_model, {"zero_stage": 3, "bf16": True}, tmp_path=tmp_path
+    )[0]
     weights = found["weights"]
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     rounded = {key: tensor.bfloat16().float() for key, tensor in weights.items()}

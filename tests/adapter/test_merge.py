@@ -1,4 +1,4 @@
-"""Merging against peft's own merge_and_unload, and everything that must be kept."""
+"""Merging equals peft's merge_and_unload, and everything else of the base is kept."""
 
 import shutil
 import weakref
@@ -21,7 +21,7 @@ IDS = torch.arange(3, 43).reshape(2, 20)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Folder with base, adapter and merged model of a case, made once."""
+    """Folder with base, adapter and merged model of a case, built once."""
     folders = {}
 
     def make(case):
@@ -43,7 +43,7 @@ def pair(made, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_peft(made, case):
+def test_the_merge_equals_peft(made, case):
     folder = made(case)
     base, merged = tensors(folder / "base"), tensors(folder / "merged")
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
@@ -57,7 +57,7 @@ def test_equals_peft(made, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_plain_transformers_gives_the_adapters_logits(made, case):
+def test_plain_transformers_gives_the_logits_of_the_adapter(made, case):
     folder = made(case)
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
@@ -74,7 +74,7 @@ def test_plain_transformers_gives_the_adapters_logits(made, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_all_else_is_the_bases(made, case):
+def test_everything_but_the_adapted_weights_is_that_of_the_base(made, case):
     base, merged = contents(made(case) / "base"), contents(made(case) / "merged")
     assert merged.keys() - base.keys() == {MARKER}
     assert base.keys() <= merged.keys()
@@ -96,7 +96,7 @@ def test_all_else_is_the_bases(made, case):
     assert has_head != CASES[case]["tied"]
 
 
-def test_other_weights_and_the_readme_stay_behind(pair):
+def test_weights_of_other_formats_and_the_readme_are_not_copied(pair):
     base = pair / "base"
     left = ("pytorch_model.bin", "a.gguf", "pytorch_model.bin.index.json", "README.md", "x.pth")
     for name in (*left, "LICENSE", "modeling_own.py"):
@@ -106,12 +106,16 @@ def test_other_weights_and_the_readme_stay_behind(pair):
     (base / "original").mkdir()
     (base / "original" / "consolidated.00.pth").write_text("text")
     merge_adapter(base, pair / "adapter", pair / "merged")
-    found = contents(pair / "merged")
-    assert not found.keys() & {*left, "original/consolidated.00.pth"}
-    assert {"LICENSE", "modeling_own.py", "additional_chat_templates/tool_use.jinja"} < found.keys()
+    merged = contents(pair / "merged")
+    assert not merged.keys() & {*left, "original/consolidated.00.pth"}
+    assert {
+        "LICENSE",
+        "modeling_own.py",
+        "additional_chat_templates/tool_use.jinja",
+    } < merged.keys()
 
 
-def test_the_chat_template_is_the_one_that_was_trained_with(pair):
+def test_the_merged_model_has_the_chat_template_of_the_adapter(pair):
     (pair / "adapter" / "chat_template.jinja").write_text("{{ 'mine' }}")
     merge_adapter(pair / "base", pair / "adapter", pair / "merged")
     tokenizer = AutoTokenizer.from_pretrained(pair / "merged")
@@ -119,7 +123,7 @@ def test_the_chat_template_is_the_one_that_was_trained_with(pair):
 
 
 @pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 3.0), (True, 6.0)])
-def test_scaling_and_report(pair, use_rslora, scaling):
+def test_scaling_and_the_report_of_the_merge(pair, use_rslora, scaling):
     shutil.rmtree(pair / "adapter")
     make_adapter(pair / "base", pair / "adapter", ["q_proj"], use_rslora=use_rslora)
     report = merge_adapter(pair / "base", pair / "adapter", pair / "merged")
@@ -139,7 +143,7 @@ def test_scaling_and_report(pair, use_rslora, scaling):
     assert report.most_changed == max(changes, key=changes.get)
 
 
-def test_memory_is_a_few_tensors_and_one_shard_is_open(pair, monkeypatch):
+def test_a_merge_holds_a_few_tensors_and_one_shard(pair, monkeypatch):
     alive, most, folders = weakref.WeakSet(), [], []
     read, merge_shard = merge._read, merge._merge_shard
 

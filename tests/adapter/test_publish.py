@@ -1,4 +1,4 @@
-"""The published folder loads in plain peft, and a failed check leaves the previous one."""
+"""The published folder loads in plain peft, and a failed check keeps the previous one."""
 
 import json
 import shutil
@@ -10,9 +10,12 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapter import publish
-from pipeline.adapter.publish import adapter_config, check_servable, model_card, publish_adapter
+from pipeline.adapter.publish import adapter_config, check_servable, publish_adapter
+from pipeline.data.chat.encoder import chat_template_of
 from pipeline.errors import RankZeroError
 from pipeline.model.adapter import attach_adapter, expected_shapes, trainable
+from pipeline.model.fingerprint import base_fingerprint
+from tests.messages import refused
 from tests.tiny import make_plan
 
 pytestmark = pytest.mark.tensor
@@ -38,33 +41,21 @@ def trained(tiny_model, plan):
     return tensors, logits
 
 
-def write(plan, tensors, folder, **changes):
-    publish_adapter(
-        tensors,
-        expected_shapes(plan),
-        folder,
-        adapter_config=adapter_config(plan.settings) | changes,
-        base=Path(plan.settings.model),
-        card=model_card(plan, 7),
-    )
+def write(plan, tensors, folder):
+    base = base_fingerprint(plan.settings.model_folder)
+    publish_adapter(plan, tensors, folder, step=7, base=base)
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_chat_template_that_the_run_brought_is_in_the_folder(plan, trained, tmp_path):
-    """And in place of the base's, which was not the one that was trained with."""
-    publish_adapter(
-        trained[0],
-        expected_shapes(plan),
-        tmp_path / "adapter",
-        adapter_config=adapter_config(plan.settings),
-        base=Path(plan.settings.model),
-        card="",
-        chat_template="{{ 'mine' }}",
-    )
-    assert AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template == "{{ 'mine' }}"
+def test_the_folder_has_the_chat_template_of_the_run_not_of_the_base(tiny_model, trained, tmp_path):
+    plan = make_plan(tiny_model, chat_template="chatml")
+    write(plan, trained[0], tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    assert tokenizer.chat_template == chat_template_of(plan.settings)
+    assert tokenizer.chat_template != AutoTokenizer.from_pretrained(tiny_model).chat_template
 
 
 @pytest.fixture
@@ -80,7 +71,7 @@ def test_plain_peft_gives_the_logits_of_the_trained_model(tiny_model, published,
         assert torch.equal(loaded(IDS).logits, trained[1])
 
 
-def test_in_bf16_too_and_nearly_so_in_pefts_default(tiny_model, tmp_path):
+def test_plain_peft_gives_equal_logits_in_bf16_and_close_ones_by_default(tiny_model, tmp_path):
     plan = make_plan(tiny_model, bf16=True)
 
     def base():
@@ -100,7 +91,7 @@ def test_in_bf16_too_and_nearly_so_in_pefts_default(tiny_model, tmp_path):
     assert (near - logits).float().norm() < 0.01 * logits.float().norm()
 
 
-def test_the_folder_holds_config_tokenizer_and_card(tiny_model, published, plan):
+def test_the_folder_has_config_tokenizer_and_card(tiny_model, published, plan):
     config = json.loads((published / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert (config["r"], config["lora_alpha"]) == (4, 8)
@@ -132,7 +123,7 @@ def test_targets_are_written_as_names(tiny_model, targets, tmp_path):
     assert trainable(loaded).keys() == tensors.keys()
 
 
-def test_a_second_adapter_takes_the_place_of_the_first(plan, trained, published):
+def test_a_second_adapter_replaces_the_first(plan, trained, published):
     before = contents(published)
     write(plan, {key: 2 * tensor for key, tensor in trained[0].items()}, published)
     after = contents(published)
@@ -166,7 +157,7 @@ def disk_full(tensors, monkeypatch):
 
 
 @pytest.mark.parametrize("failure", [untrained, badly_written, disk_full])
-def test_a_failure_leaves_the_previous_adapter(plan, trained, published, monkeypatch, failure):
+def test_a_failure_keeps_the_previous_adapter(plan, trained, published, monkeypatch, failure):
     before = contents(published)
     with pytest.raises(RankZeroError):
         write(plan, failure(trained[0], monkeypatch), published)
@@ -176,7 +167,7 @@ def test_a_failure_leaves_the_previous_adapter(plan, trained, published, monkeyp
 
 @pytest.mark.parametrize("which", ["rename-away", "rename-in"])
 def test_a_kill_at_a_rename_loses_nothing(plan, trained, published, monkeypatch, which):
-    """KeyboardInterrupt stands for the kill; what it would clean up is put back as it was left."""
+    """KeyboardInterrupt stands for the kill; the folder is copied as a real kill would leave it."""
     before = contents(published)
     left = published.parent / "left"
     rename = Path.rename
@@ -193,7 +184,7 @@ def test_a_kill_at_a_rename_loses_nothing(plan, trained, published, monkeypatch,
     with pytest.raises(KeyboardInterrupt):
         write(plan, trained[0], published)
     assert contents(published) == before
-    # The state of a real kill: the next publish that fails must bring the first adapter back.
+    # After a real kill: a next publish that fails must restore the first adapter.
     monkeypatch.setattr(publish, "verify_adapter_file", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write(plan, trained[0], left / "adapter")
@@ -201,19 +192,28 @@ def test_a_kill_at_a_rename_loses_nothing(plan, trained, published, monkeypatch,
     assert [path.name for path in left.iterdir()] == ["adapter"]
 
 
+def without_prefix(tensors):
+    return {key.removeprefix("base_model."): tensor for key, tensor in tensors.items()}
+
+
+HEAD = "base_model.model.lm_head.weight"
 UNSERVABLE = {
-    "prefix": (lambda t: {key.removeprefix("base_model."): v for key, v in t.items()}, {}, "key"),
-    "kind": (lambda t: t | {"base_model.model.lm_head.weight": torch.ones(1, 1)}, {}, "key"),
-    "r": (lambda t: t, {"r": 2}, "4 inner dimensions.*says 2"),
-    "types": (lambda t: t | {min(t): t[min(t)].bfloat16()}, {}, "bfloat16, torch.float32"),
-    "modules": (lambda t: t, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "bias": (lambda t: t, {"bias": "all"}, "bias"),
-    "dora": (lambda t: t, {"use_dora": True}, "use_dora"),
+    "prefix": (
+        lambda t: {key.removeprefix("base_model."): v for key, v in t.items()},
+        {},
+        ["model.layers"],
+    ),
+    "kind": (lambda t: t | {HEAD: torch.ones(1, 1)}, {}, [HEAD]),
+    "r": (lambda t: t, {"r": 2}, [4, 2, "adapter_config.json"]),
+    "types": (lambda t: t | {min(t): t[min(t)].bfloat16()}, {}, ["bfloat16", "float32"]),
+    "modules": (lambda t: t, {"modules_to_save": ["lm_head"]}, ["modules_to_save", "lm_head"]),
+    "bias": (lambda t: t, {"bias": "all"}, ["bias", "all"]),
+    "dora": (lambda t: t, {"use_dora": True}, ["use_dora"]),
 }
 
 
 @pytest.mark.parametrize("name", UNSERVABLE)
-def test_what_serving_engines_reject_is_refused(plan, trained, name):
-    change, config, message = UNSERVABLE[name]
-    with pytest.raises(RankZeroError, match=message):
+def test_an_adapter_that_serving_engines_reject_is_refused(plan, trained, name):
+    change, config, facts = UNSERVABLE[name]
+    with refused(*facts, error=RankZeroError):
         check_servable(change(trained[0]), adapter_config(plan.settings) | config)

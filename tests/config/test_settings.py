@@ -155,7 +155,7 @@ def test_every_setting_is_described():
         assert field.description, name
 
 
-def test_a_hub_name_is_its_snapshot_in_the_local_cache(tmp_path, monkeypatch):
+def test_a_hub_model_keeps_its_name_and_gets_the_commit_of_the_local_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     path = tmp_path / "RUN.yaml"
     path.write_text("model: org/name-1.5\ntrain_data: t\noutput_dir: o\n")
@@ -165,6 +165,14 @@ def test_a_hub_name_is_its_snapshot_in_the_local_cache(tmp_path, monkeypatch):
     snapshot.mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs/main").write_text("abc123")
-    assert load_settings(path).model == str(snapshot)
-    assert load_settings(path, ["model=org/other"]).model == "org/other"
-    assert load_settings(path, [f"model={tmp_path}"]).model == str(tmp_path)
+    settings = load_settings(path)
+    assert (settings.model, settings.model_revision) == ("org/name-1.5", "abc123")
+    assert settings.model_folder == snapshot
+    (folder / "refs/main").write_text("later")  # fetched again since: the commit is pinned
+    (folder / "snapshots/later").mkdir()
+    path.write_text(dump_settings(settings))
+    assert load_settings(path).model_folder == snapshot
+    assert load_settings(path, ["model_revision=main"]).model_revision == "later"
+    assert load_settings(path, ["model=org/other"]).model_folder == Path("org/other")
+    with refused("RUN.yaml:", "model_revision", tmp_path):
+        load_settings(path, [f"model={tmp_path}"])

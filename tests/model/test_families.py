@@ -1,4 +1,4 @@
-"""Families other than Llama's train, and their adapters load and merge like any other."""
+"""Model families other than Llama train, and their adapters load in peft and merge."""
 
 from dataclasses import replace
 
@@ -9,9 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.merge import merge_adapter
-from pipeline.adapter.publish import adapter_config, publish_adapter
-from pipeline.model.adapter import attach_adapter, expected_shapes
+from pipeline.adapter.publish import publish_adapter
+from pipeline.model.adapter import attach_adapter
 from pipeline.model.base import load_base
+from pipeline.model.fingerprint import base_fingerprint
 from pipeline.train.engine import Engine
 from tests.adapter.merging import tensors
 from tests.ranks import run_ranks
@@ -51,7 +52,7 @@ def make_family(folder, kind, dtype="float32"):
     return folder
 
 
-def train_and_look(session, folder, settings, leaf_modules=None):
+def train_and_gather(session, folder, settings, leaf_modules=None):
     """Losses and gradient norms of two steps, fp32 weights, and the logits that they give."""
     plan = make_plan(folder, session.placement.world_size, 40, **settings)
     if leaf_modules is not None:
@@ -72,10 +73,7 @@ def train_and_look(session, folder, settings, leaf_modules=None):
 
 
 def publish(weights, plan, folder, out):
-    config = adapter_config(plan.settings)
-    publish_adapter(
-        weights, expected_shapes(plan), out, adapter_config=config, base=folder, card=""
-    )
+    publish_adapter(plan, weights, out, step=2, base=base_fingerprint(folder))
     return out
 
 
@@ -86,7 +84,7 @@ def load(folder, adapter=None):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As every rank has it: experts' sums come out in another order with more."""
+    """Like every rank: with more threads the sums of experts are in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -102,15 +100,15 @@ def logits_of(model):
 def test_the_published_and_the_merged_adapter_are_what_was_trained(tmp_path, kind):
     folder = make_family(tmp_path / "model", kind)
     settings = {"zero_stage": 2, "batch_size": 2, "lora_target_modules": "all-linear"}
-    arguments = (train_and_look, folder, settings)
+    arguments = (train_and_gather, folder, settings)
     ((_, weights, logits),) = run_ranks(*arguments, tmp_path=tmp_path, world_size=1)
     plan = make_plan(folder, 1, 40, **settings)
     adapter = publish(weights, plan, folder, tmp_path / "adapter")
     adapted = load(folder, adapter)
     assert sum("lora_" in name for name, _ in adapted.named_parameters()) == len(weights)
     assert torch.equal(logits_of(adapted), logits)
-    plain = logits_of(load(folder))
-    assert (plain - logits).norm() > 0.02 * logits.norm()  # it did learn
+    untrained = logits_of(load(folder))
+    assert (untrained - logits).norm() > 0.02 * logits.norm()
     merge_adapter(folder, adapter, tmp_path / "merged")
     merged = logits_of(load(tmp_path / "merged"))
     assert (merged - logits).norm() < 1e-5 * logits.norm()
@@ -132,12 +130,12 @@ LEAVES = {"own": None, "none": {"classes": []}}
         ("mixtral", "own", {"load_in_4bit": True, "gradient_checkpointing": True}),
     ],
 )
-def test_sharded_experts_give_the_numbers_of_whole_ones(tmp_path, kind, leaf, change):
-    """Ranks send their tokens to different experts; that must not make ZeRO-3 wait or err."""
+def test_sharded_experts_give_the_losses_of_replicated_ones(tmp_path, kind, leaf, change):
+    """Ranks route tokens to different experts; ZeRO-3 must neither hang nor differ."""
     folder = make_family(tmp_path / "model", kind)
     settings = {"batch_size": 2, "lora_target_modules": "all-linear"} | change
     whole, sharded = (
-        run_ranks(train_and_look, folder, settings | at, leaves, tmp_path=tmp_path)[0]
+        run_ranks(train_and_gather, folder, settings | at, leaves, tmp_path=tmp_path)[0]
         for at, leaves in (({"zero_stage": 2}, None), ({"zero_stage": 3}, LEAVES[leaf]))
     )
     assert sharded[0] == pytest.approx(whole[0], rel=1e-6)
@@ -148,7 +146,7 @@ def test_sharded_experts_give_the_numbers_of_whole_ones(tmp_path, kind, leaf, ch
 def test_a_sharded_mixture_in_bf16_publishes_what_it_trained(tmp_path, kind):
     folder = make_family(tmp_path / "model", kind, "bfloat16")
     settings = {"zero_stage": 3, "batch_size": 2, "bf16": True, "lora_target_modules": "all-linear"}
-    _, weights, logits = run_ranks(train_and_look, folder, settings, tmp_path=tmp_path)[0]
+    _, weights, logits = run_ranks(train_and_gather, folder, settings, tmp_path=tmp_path)[0]
     plan = make_plan(folder, 2, 40, **settings)
     adapter = publish(weights, plan, folder, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

@@ -221,7 +221,9 @@ def test_every_run_file_that_we_ship_is_planned_and_not_advised_on(path, tmp_pat
     hardware, ranks = (gpu(24, 1), 1) if "24gb" in path.stem else (H100S, 8)
     if path.stem == "quickstart":
         hardware, ranks = CPU, 2
-    made = make_plan(settings, read_shape(settings.model), hardware, nodes=1, ranks_per_node=ranks)
+    made = make_plan(
+        settings, read_shape(str(settings.model_folder)), hardware, nodes=1, ranks_per_node=ranks
+    )
     wanted = {"lora-70b-8gpu": 3}.get(path.stem, 2)
     assert made.layout.zero_stage == wanted
     assert {rule.level for rule in made.rules} <= {"set"}

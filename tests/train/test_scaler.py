@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline.adapter.gather import (
+    OptimizerState,
     gather_moments,
     gather_weights,
     is_at_smallest_scale,
@@ -71,9 +72,9 @@ def scaled_resume(session, folder, settings, saved):
         engine.deepspeed,
         engine.parameters,
         saved["weights"],
-        saved["moments"],
-        optimizer_step=saved["optimizer_step"],
-        loss_scaler=saved["scaler"],
+        OptimizerState(
+            moments=saved["moments"], step=saved["optimizer_step"], loss_scaler=saved["scaler"]
+        ),
     )
     return step_on(session, plan, engine, 14, 6)
 

@@ -5,7 +5,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from pipeline.adapter.gather import gather_moments, gather_weights, restore
+from pipeline.adapter.gather import OptimizerState, gather_moments, gather_weights, restore
 from pipeline.model.adapter import attach_adapter
 from pipeline.model.base import load_base
 from pipeline.plan.cost.gathers import gathers
@@ -79,7 +79,8 @@ def leave(session, folder, settings, changes):
     frozen = [p for p in engine.deepspeed.module.parameters() if not p.requires_grad]
     assert zero.offload_param is (changes == OFFLOAD)
     assert {p.ds_secondary_tensor is not None for p in frozen} == {changes == HPZ}
-    restore(engine.deepspeed, engine.parameters, weights, moments, optimizer_step=STEPS)
+    state = OptimizerState(moments=moments, step=STEPS)
+    restore(engine.deepspeed, engine.parameters, weights, state)
     for found, kept in (
         (gather_weights(engine.parameters, keep=True), weights),
         (gather_moments(engine.parameters, keep=True), moments),

@@ -83,7 +83,7 @@ def chat_template_of(settings: RunSettings) -> str | None:
     """The chat template that the run file brings to the model; None for the model's own."""
     if settings.chat_template == "model":
         return None
-    return chatml(load_tokenizer(Path(settings.model), settings.trust_remote_code))
+    return chatml(load_tokenizer(settings.model_folder, settings.trust_remote_code))
 
 
 class Encoder:

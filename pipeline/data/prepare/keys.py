@@ -89,7 +89,7 @@ def split_keys(
     limit: int | None,
 ) -> dict[str, str]:
     """Keys, of 16 hex digits, of the splits of these sources: `rest`, and the `held_out` rows."""
-    model = Path(settings.model)
+    model = settings.model_folder
     patterns = (*_TOKENIZER_FILES, *(["*.py"] if settings.trust_remote_code else []))
     tokenizer = {path for pattern in patterns for path in model.glob(pattern) if path.is_file()}
     values = settings.model_dump(mode="json", include=set(settings_with("documents")))

@@ -1,0 +1,179 @@
+"""The inputs of a merge, read from headers only: base shards, LoRA pairs, and their compatibility.
+
+No torch: a wrong folder or another model's adapter is refused before torch is imported.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.files import read_json
+from pipeline.model.tensor_files import (
+    INDEX,
+    SINGLE,
+    VALUE_BYTES,
+    Entry,
+    TensorFile,
+    read_header,
+    read_weight_map,
+    weight_files,
+)
+
+CHAT_TEMPLATE = "chat_template.jinja"
+_PREFIX = "base_model.model."
+_SIDES = (".lora_A.weight", ".lora_B.weight")
+_TIED_ENDS = ("lm_head", "embed_tokens")
+# Keys of adapter_config.json without influence on the merged weights; all others must be empty,
+# except those that `read_adapter` reads.
+_WITHOUT_EFFECT = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform",
+    "layers_pattern", "megatron_core", "qalora_group_size", "ensure_weight_tying",
+}  # fmt: skip
+_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights"}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model folder; `files` are the shards that transformers loads."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    files: tuple[TensorFile, ...]
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """All tensors of all shards."""
+        return {key: entry for file in self.files for key, entry in file.entries.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all shards."""
+        return sum(file.path.stat().st_size for file in self.files)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: it adds scaling x B A to each weight of `pairs`."""
+
+    file: TensorFile
+    scaling: float
+    pairs: Mapping[str, tuple[Entry, Entry]]  # key of the base tensor -> A, B
+
+
+def read_base(folder: Path) -> Base:
+    """Raises UserError unless the folder holds a complete, unquantised safetensors model."""
+    config = _read_json(folder / "config.json", "base")
+    if method := config.get("quantization_config") or config.get("compression_config"):
+        name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        raise UserError(
+            f"base: {folder} is already quantised ({name}), so an adapter cannot be added to it "
+            "exactly; give the 16-bit model with --base"
+        )
+    files = tuple(read_header(path) for path in weight_files(folder, "base"))
+    if files[0].path.name == SINGLE:
+        return Base(folder, config, files)
+    weight_map = read_weight_map(folder, "base")
+    file_of = {key: file.path.name for file in files for key in file.entries}
+    if wrong := [key for key, name in weight_map.items() if file_of.get(key) != name]:
+        raise UserError(
+            f"base: {folder / INDEX}: {len(wrong)} tensors are not in their files, the first is "
+            f"{wrong[0]} in {weight_map[wrong[0]]}; download the model again"
+        )
+    return Base(folder, config, files)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Raises UserError unless the folder holds plain LoRA pairs of one r."""
+    config = _read_json(folder / "adapter_config.json", "adapter")
+    _require_plain_lora(folder, config)
+    r, alpha = config["r"], config["lora_alpha"]
+    scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"adapter: {folder} holds no {path.name}, the only format that is read")
+    file = read_header(path)
+    pairs: dict[str, tuple[Entry, Entry]] = {}
+    for key in file.entries:
+        name = key.removesuffix(_SIDES[0]).removesuffix(_SIDES[1])
+        a, b = (file.entries.get(name + side) for side in _SIDES)
+        if not key.startswith(_PREFIX) or a is None or b is None:
+            raise UserError(f"adapter: {path}: {key} is not one of a lora_A, lora_B pair")
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != r or b.shape[1] != r:
+            raise UserError(
+                f"adapter: {path}: {name} has A {a.shape} and B {b.shape}, which is not r {r} as "
+                "adapter_config.json says"
+            )
+        if a.dtype not in VALUE_BYTES or b.dtype not in VALUE_BYTES:
+            raise UserError(
+                f"adapter: {path}: {name} has dtypes {a.dtype} and {b.dtype}; expected "
+                f"{', '.join(VALUE_BYTES)}"
+            )
+        pairs[name.removeprefix(_PREFIX) + ".weight"] = a, b
+    if not pairs:
+        raise UserError(f"adapter: {path} is empty")
+    return Adapter(file, scaling, pairs)
+
+
+def require_compatible(base: Base, adapter: Adapter) -> None:
+    """Raise UserError unless every LoRA pair has a mergeable weight of its shape in the base."""
+    entries = base.entries
+    mismatch = f"adapter {adapter.file.path.parent} does not belong to base {base.folder}"
+    # config.json omits the key where tying is the default of the model class.
+    is_tied = base.config.get("tie_word_embeddings", "lm_head.weight" not in entries)
+    for key in adapter.pairs:
+        if is_tied and key.removesuffix(".weight").rsplit(".", 1)[-1] in _TIED_ENDS:
+            raise UserError(
+                f"adapter: {adapter.file.path.parent} changes {key}, which the base ties to "
+                "another; one side of a pair would be lost when the merged model is loaded"
+            )
+    if missing := [key for key in adapter.pairs if key not in entries]:
+        near = difflib.get_close_matches(missing[0], entries, n=3) or list(entries)[:3]
+        raise UserError(
+            f"{mismatch}: {len(missing)} of {len(adapter.pairs)} weights are not in the base, the "
+            f"first is {missing[0]}; the base has {', '.join(near)}"
+        )
+    for key, (a, b) in adapter.pairs.items():
+        entry, shape = entries[key], (b.shape[0], a.shape[1])
+        if entry.shape != shape:
+            raise UserError(
+                f"{mismatch}: {key} has shape {entry.shape} in the base and {shape} in the adapter"
+            )
+        if entry.dtype not in VALUE_BYTES:
+            raise UserError(
+                f"base: {base.folder}: {key} has dtype {entry.dtype}, to which an adapter cannot "
+                f"be added exactly; expected {', '.join(VALUE_BYTES)}"
+            )
+
+
+def _require_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
+    where = f"adapter: {folder}"
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    is_lora = config.get("peft_type") == "LORA" and isinstance(r, int) and r > 0
+    if not is_lora or not isinstance(alpha, int | float):
+        raise UserError(f"{where}: adapter_config.json does not describe a LoRA adapter")
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{where}: bias is {config['bias']!r}; only weights can be merged")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+        raise UserError(
+            f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which changed the "
+            "base before the training; merge it with peft"
+        )
+    for key in sorted(config.keys() - _WITHOUT_EFFECT - _READ):
+        if config[key]:
+            raise UserError(
+                f"{where}: {key} is {config[key]!r}, which is not merged here; merge it with peft"
+            )
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        raise UserError(f"{what}: {path.parent} holds no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what}: {path}: not readable as a JSON object: {error}") from None

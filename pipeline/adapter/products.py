@@ -1,0 +1,47 @@
+"""Products of a run's adapter: merged/, score.json and report.html. No torch.
+
+After an extension of a run they are of the adapter before; they are marked, never removed.
+"""
+
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+from pipeline.adapter.merge import MARKER
+from pipeline.adapter.trained_on import adapter_sha256
+from pipeline.files import dump_json, read_json, write_text
+
+logger = logging.getLogger(__name__)
+
+OUTDATED = "outdated"  # key in rankzero_merge.json and score.json
+_NOTE = "of an earlier adapter of this run; make it again"
+_BANNER = f'<body>\n<p class="off"><b>Outdated:</b> {_NOTE}.</p>\n'
+
+
+def mark_outdated(run_folder: Path) -> None:
+    """Mark products that were not made from the adapter that is in the run folder now."""
+    now = adapter_sha256(run_folder / "adapter")
+    marked = []
+    for name in (f"merged/{MARKER}", "score.json"):
+        with suppress(OSError, ValueError):
+            record = read_json(run_folder / name)
+            if record.get("adapter_sha256") != now:
+                write_text(run_folder / name, dump_json(record | {OUTDATED: _NOTE}))
+                marked.append(name)
+    report = run_folder / "report.html"
+    with suppress(OSError, ValueError):
+        page = report.read_text(encoding="utf-8")
+        if _BANNER not in page:
+            write_text(report, page.replace("<body>\n", _BANNER, 1))
+        marked.append(report.name)
+    if marked:
+        logger.info("%s: %s", ", ".join(marked), _NOTE)
+
+
+def is_merged_from(run_folder: Path) -> bool | None:
+    """Whether merged/ was made from the run's adapter; None where the merge recorded no hash."""
+    try:
+        recorded = read_json(run_folder / "merged" / MARKER).get("adapter_sha256")
+    except (OSError, ValueError):
+        recorded = None
+    return None if recorded is None else recorded == adapter_sha256(run_folder / "adapter")

@@ -1,0 +1,102 @@
+"""Safetensors files read by their headers: which tensors a model folder has, and where.
+
+No torch. The format (8 bytes of header length, a JSON header, the tensors back to back) is that of
+https://github.com/huggingface/safetensors#format.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.files import read_json
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+VALUE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+_MAX_HEADER_BYTES = 100_000_000  # as in the reference implementation
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file; `start` and `end` count bytes from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file without its tensors; entries are sorted by their offsets."""
+
+    path: Path
+    header: bytes  # with the eight bytes before it
+    entries: Mapping[str, Entry]
+
+
+def weight_files(folder: Path, setting: str = "model") -> list[Path]:
+    """The safetensors files of a model folder that transformers loads.
+
+    Raises UserError, which names `setting`, for a folder without any or with files missing.
+    """
+    if (folder / SINGLE).is_file():  # transformers prefers it to an index, too
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise UserError(
+            f"{setting}: {folder} holds neither {SINGLE} nor {INDEX}; download the model again"
+        )
+    names = sorted(set(read_weight_map(folder, setting).values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise UserError(
+            f"{setting}: {folder / INDEX}: {outside[0]!r} is not the name of a file in it"
+        )
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(
+            f"{setting}: {folder}: {len(missing)} of {len(names)} weight files are missing, the "
+            f"first is {missing[0]}; download the model again"
+        )
+    return [folder / name for name in names]
+
+
+def read_weight_map(folder: Path, setting: str = "model") -> dict[str, str]:
+    """Tensor -> file of an indexed model folder. Raises UserError for an unreadable index."""
+    path = folder / INDEX
+    try:
+        weight_map = read_json(path)["weight_map"]
+        return {str(key): str(name) for key, name in weight_map.items()}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{setting}: {path}: not a readable index: {error!r}") from None
+
+
+def read_header(path: Path) -> TensorFile:
+    """Raises UserError for a file that is damaged or incomplete."""
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            text = file.read(length) if length <= _MAX_HEADER_BYTES else b""
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        first = 8 + length
+        entries = {
+            key: Entry(value["dtype"], tuple(value["shape"]), first + start, first + end)
+            for key, value in header.items()
+            for start, end in [value["data_offsets"]]
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error!r}") from None
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
+    end = first
+    for key, entry in entries.items():
+        if entry.start != end:
+            raise UserError(f"{path}: its tensors are not stored back to back")
+        end = entry.end
+        size = VALUE_BYTES.get(entry.dtype)
+        if size and size * math.prod(entry.shape) != end - entry.start:
+            raise UserError(f"{path}: the size of {key} does not match its dtype and shape")
+    if (size := path.stat().st_size) != end:
+        raise UserError(f"{path}: {size} bytes long, its header says {end}")
+    return TensorFile(path, prefix + text, entries)
