@@ -89,7 +89,7 @@ def test_a_restored_run_with_the_same_split_is_bitwise_equal(tiny_model, tmp_pat
 
 
 def test_gathered_weights_are_the_fp32_masters_not_the_bf16_copies(tiny_model, tmp_path):
-    restored = run_ranks(
+    found = run_ranks(
         train_and_gather, tiny_model, {"zero_stage": 3, "bf16": True}, tmp_path=tmp_path
     )[0]
     weights = found["weights"]
