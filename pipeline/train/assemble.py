@@ -10,7 +10,6 @@ from pipeline.adapter.gather import OptimizerState, restore
 from pipeline.cluster.heartbeat import LOADING, Pulse
 from pipeline.cluster.session import Session
 from pipeline.cluster.stop import StopRequests
-from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import Split
 from pipeline.errors import UserError
 from pipeline.model.adapter import attach_adapter, expected_shapes, frozen_checksum
@@ -56,7 +55,9 @@ def assemble(
         origin=str(Path(settings.resume).resolve()) if is_named else None,
         about=_about(plan),
     )
-    found, notes = _checkpoint_to_resume(checkpoints, session, settings)
+    found, notes = _checkpoint_to_resume(
+        checkpoints, session, settings.resume, settings.model_folder
+    )
     if session.is_rank_zero:
         record_base_of_run(folder, settings.model_folder)
     peak = PeakBytes(session.device, is_watched=session.is_rank_zero)
@@ -149,19 +150,17 @@ def _put_back(folder: Path, plan: Plan) -> None:
 
 
 def _checkpoint_to_resume(
-    checkpoints: Checkpoints, session: Session, settings: RunSettings
+    checkpoints: Checkpoints, session: Session, resume: str, model_folder: Path | None = None
 ) -> tuple[Path | None, list[str]]:
     """The newest intact checkpoint, which belongs to this run, and what to say of damaged ones.
 
     Before the model is loaded. Rank 0 chooses, so that all ranks go on from the same one.
     """
 
-    resume = settings.resume
-
     def look() -> tuple[str | None, list[str]]:
         path, notes = checkpoints.newest()
         if path is not None:
-            checkpoints.read_progress(path, settings.model_folder)
+            checkpoints.read_progress(path, model_folder)
         elif resume == "must" and not notes:
             raise UserError("resume: must, but there is no checkpoint; set resume: auto to start")
         elif notes:
