@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.adapter.test_gather import MORE, STEPS, begin, go_on
+from tests.adapter.test_gather import MORE, STEPS, restore_and_train, train_and_gather
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.engine
@@ -22,7 +22,7 @@ def saved(tiny_model, tmp_path_factory):
             settings = {"zero_stage": stage, "batch_size": 1} | kind
             folder = tmp_path_factory.mktemp("saved")
             made[key] = run_ranks(
-                begin, tiny_model, settings, tmp_path=folder, world_size=world_size
+                train_and_gather, tiny_model, settings, tmp_path=folder, world_size=world_size
             )[0]
         return made[key]
 
@@ -46,9 +46,9 @@ def test_goes_on_elsewhere(
 ):
     before = saved(stage, world_size, kind)
     settings = {"zero_stage": new_stage, "batch_size": 1} | kind
-    after = run_ranks(go_on, tiny_model, settings, before, tmp_path=tmp_path, world_size=new_size)[
-        0
-    ]
+    after = run_ranks(
+        restore_and_train, tiny_model, settings, before, tmp_path=tmp_path, world_size=new_size
+    )[0]
     expected = before["losses"][STEPS:]
     assert len(expected) == MORE == 5
     dtype = "bfloat16" if kind == BF16 else "float32"
