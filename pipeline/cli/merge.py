@@ -5,7 +5,6 @@
 Writes RUN_FOLDER/merged. A base that was held in 4 or 8 bits is merged in its original type.
 """
 
-import logging
 from pathlib import Path
 
 from pipeline.adapter.merge import merge_adapter
@@ -35,7 +34,6 @@ def merge() -> None:
         raise UserError(f"base: {base} is not a folder; give the base model with --base")
     if given.base is None:
         require_same_base(base, adapter)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     report = merge_adapter(base, adapter, out)
     print(
         f"{out}: {report.tensors_merged} weights of {base} merged, {report.shards} shard(s), "
