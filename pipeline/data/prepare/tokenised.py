@@ -6,7 +6,6 @@ divided into chunks and chunks among processes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -45,7 +44,7 @@ class ChunkTokeniser:
 
     def __init__(self, settings: RunSettings, threshold: int) -> None:
         self._settings, self._threshold = settings, threshold
-        tokenizer = load_tokenizer(Path(settings.model), settings.trust_remote_code)
+        tokenizer = load_tokenizer(settings.model_folder, settings.trust_remote_code)
         self._encoder = Encoder(tokenizer, settings)
 
     def __call__(self, chunk: Chunk) -> TokenisedChunk:
