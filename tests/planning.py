@@ -1,11 +1,12 @@
-"""Models and machines that plans are made for in tests, without weights or devices."""
+"""Models and machines for plans in tests, without weights or devices."""
 
 from dataclasses import replace
 
 from pipeline.plan.deepspeed.config import deepspeed_config
-from pipeline.plan.estimate import DataSize
 from pipeline.plan.given.catalogue import cpu_of, gpu_like, gpu_named
+from pipeline.plan.given.data_size import DataSize
 from pipeline.plan.given.hardware import GIB, Hardware
+from pipeline.plan.given.shape import Block
 
 LLAMA_8B = {
     "model_type": "llama", "dtype": "bfloat16", "hidden_size": 4096, "intermediate_size": 14336,
@@ -26,19 +27,27 @@ H100S = replace(gpu_named("h100-80gb"), devices_per_node=8, host_bytes=1024 * GI
 
 
 def gpu(gib: float = 80, count: int = 8, capability=(9, 0)) -> Hardware:
-    """A node of GPUs known by their memory."""
+    """A node of GPUs described by their memory."""
     return replace(
         gpu_like(gib), devices_per_node=count, host_bytes=1024 * GIB, compute_capability=capability
     )
 
 
-def sized(documents: int, mean: int = 200) -> DataSize:
+def sized(documents: int, mean: int = 200, longest: int | None = None) -> DataSize:
     """A training set as prepare has counted it."""
-    return DataSize(documents=documents, tokens=documents * mean, longest=None, is_exact=True)
+    return DataSize(documents=documents, tokens=documents * mean, longest=longest, is_exact=True)
 
 
 def with_layout(plan, **changes):
-    """The plan with a layout, and the DeepSpeed config for it, as `auto` might have chosen it."""
+    """The plan with another layout and the DeepSpeed config for it."""
     layout, is_cuda = replace(plan.layout, **changes), plan.hardware.kind == "cuda"
     config = deepspeed_config(plan.shape, plan.settings, layout, is_cuda=is_cuda)
     return replace(plan, layout=layout, deepspeed=config)
+
+
+def with_blocks(shape, **changes):
+    """The shape with these values, in every block where they are a block's."""
+    own = Block.__dataclass_fields__.keys() & changes.keys()
+    in_blocks = {key: changes.pop(key) for key in own}
+    blocks = tuple(replace(block, **in_blocks) for block in shape.blocks)
+    return replace(shape, blocks=blocks, **changes)

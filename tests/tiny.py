@@ -82,8 +82,8 @@ def make_plan(
     `hardware` is a CPU unless said.
     """
     from pipeline.config.settings import RunSettings
-    from pipeline.plan.estimate import DataSize
     from pipeline.plan.given.catalogue import cpu_of
+    from pipeline.plan.given.data_size import DataSize
     from pipeline.plan.given.shape import read_shape
     from pipeline.plan.plan import make_plan
 

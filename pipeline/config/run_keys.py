@@ -15,16 +15,6 @@ from pipeline.config.data_names import (
 from pipeline.config.frequency import Strategy
 from pipeline.config.traits import traits
 
-SEVEN_PROJECTIONS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)
-
 
 def whole_number(value: Any) -> Any:
     """3.0 as 3; other values as they are."""
@@ -94,9 +84,10 @@ class RunKeys(BaseModel):
         json_schema_extra=traits(peers=("dropout",)),
     )
     lora_target_modules: str | list[str] = Field(
-        default_factory=lambda: list(SEVEN_PROJECTIONS),
+        default="auto",
         description="Linear layers that get an adapter: a list of module names (the end of the "
-        "path is enough), `all-linear`, or one regular expression for the whole path.",
+        "path is enough), `all-linear`, or one regular expression for the whole path; `auto`: all "
+        "of the blocks without routers and fused experts.",
         json_schema_extra=traits(
             peers=("target_modules", "lora_target", "lora_modules", "lora_attn_modules")
         ),

@@ -148,7 +148,7 @@ def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
     # At ZeRO-3 re-entrant: the recomputed forward of a block and its backward then share one gather
     # (otherwise DeepSpeed 0.19.8 lets go of the block after the first of its backward modules,
     # partitioned_param_coordinator.py:473, and gathers it a third time), and 4-bit layers do not
-    # keep the gathered base (rule 4bit-zero3-reentrant). Elsewhere the other kind is PyTorch's
+    # keep the gathered base (rule 4bit-zero3-unchecked). Elsewhere the other kind is PyTorch's
     # recommendation.
     is_reentrant = plan.layout.is_sharded
     model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})  # type: ignore[no-untyped-call]

@@ -1,32 +1,34 @@
-"""The search: every layout that the settings leave open, priced by memory and time of a step.
+"""The search: every layout that the settings leave open, with its predicted memory and time.
 
-Each key that the user set is a constraint, each `auto` is free. What fits is ordered by predicted
-seconds a step at the same global batch, in three classes: a base that fits on every device is
-replicated, one that does not is sharded (ZeRO-3), and only one that does not fit there either lies
-in host memory. A later class may be predicted a little faster, because what it saves is recomputed
-blocks; but it waits for links that the prediction knows least of. Optimizer states are never
-offloaded: an adapter's are small.
+Each key that the user set is a constraint, each `auto` is free. Layouts that fit are ordered by
+predicted seconds a step at the same global batch, in three classes: a base that fits on every
+device is replicated, one that does not is sharded (ZeRO-3), and only one that does not fit there
+either is offloaded to host memory. A later class may be predicted a little faster, because it
+checkpoints fewer blocks; but it depends on link rates, the least certain part of the prediction.
+Optimizer states are never offloaded: an adapter's are small.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.batches import micro_batches
+from pipeline.errors import UserError
 from pipeline.plan.cost.memory import Memory, memory
 from pipeline.plan.cost.speed import Speed, step_seconds
 from pipeline.plan.given.hardware import GIB, Hardware
-from pipeline.plan.given.layout import Layout, Offload
+from pipeline.plan.given.layout import Layout, Offload, SequenceProfile
 from pipeline.plan.given.shape import ModelShape
 
-_RESIDENT: list[Offload] = ["none"]
-_HOST_SHARE = 0.9  # of a node's memory; the rest is the system's and the page cache's
+_DEFAULT_GLOBAL_BATCH = 16
+_LARGEST_MICRO_BATCH = 64
+_HOST_SHARE = 0.9  # of a node's memory; the rest is for the system and the page cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A layout with its price; `refusal` says why it was left out."""
+    """A layout with its predicted cost; `refusal` says why it is not possible."""
 
     layout: Layout
     memory: Memory
@@ -36,7 +38,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What the ranks run on."""
+    """The machines of a run."""
 
     hardware: Hardware
     nodes: int
@@ -59,7 +61,7 @@ class Cluster:
 
 
 def training_dtype(settings: RunSettings, hardware: Hardware) -> tuple[str, str]:
-    """The type that the run trains in, and why."""
+    """The training dtype, and why."""
     if settings.bf16 is True:
         return "bfloat16", "bf16: true"
     if settings.fp16 is True:
@@ -69,76 +71,115 @@ def training_dtype(settings: RunSettings, hardware: Hardware) -> tuple[str, str]
     capability = hardware.compute_capability
     has_bf16 = hardware.kind == "cpu" or (capability is not None and capability >= (8, 0))
     if settings.bf16 == "auto" and has_bf16:
-        return "bfloat16", f"{hardware.name} has bfloat16"
+        return "bfloat16", f"{hardware.name} supports bfloat16"
     if settings.fp16 == "auto" and hardware.kind == "cuda":
-        is_given_up = settings.bf16 is False
-        return "float16", "bf16: false" if is_given_up else f"{hardware.name} has no bfloat16"
-    return "float32", f"neither 16-bit type is both allowed and there on {hardware.name}"
+        is_disabled = settings.bf16 is False
+        return "float16", "bf16: false" if is_disabled else f"{hardware.name} has no bfloat16"
+    return "float32", f"no 16-bit type is both allowed and supported on {hardware.name}"
 
 
-def candidates(settings: RunSettings, shape: ModelShape, machines: Cluster) -> list[Candidate]:
+def micro_batches(settings: RunSettings, world_size: int) -> list[tuple[int, int]]:
+    """Every (micro-batch, accumulation) that the settings allow, the largest micro-batch first.
+
+    Raises UserError where the batch keys contradict each other or the number of ranks.
+    """
+    each = _sequences_per_rank(settings, world_size)
+    if settings.batch_size != "auto":
+        return [(settings.batch_size, each // settings.batch_size)]
+    if settings.gradient_accumulation_steps != "auto":
+        accumulation = settings.gradient_accumulation_steps
+        return [(each // accumulation, accumulation)]
+    largest = min(each, _LARGEST_MICRO_BATCH)
+    return [(micro, each // micro) for micro in range(largest, 0, -1) if each % micro == 0]
+
+
+def _sequences_per_rank(settings: RunSettings, world_size: int) -> int:
+    """Sequences of one step on one rank."""
+    total = settings.global_batch_size
+    micro, accumulation = settings.batch_size, settings.gradient_accumulation_steps
+    factors = {"batch_size": micro, "gradient_accumulation_steps": accumulation}
+    given = {key: value for key, value in factors.items() if value != "auto"}
+    per_rank = 1
+    for value in given.values():
+        per_rank *= value
+    if total == "auto":
+        return per_rank if given else max(1, _DEFAULT_GLOBAL_BATCH // world_size)
+    per_pass = world_size * per_rank
+    is_complete = len(given) == len(factors)
+    if total % per_pass or (is_complete and total != per_pass):
+        parts = [f"{world_size} ranks", *(f"{key} {value}" for key, value in given.items())]
+        low = max(total // per_pass, 1) * per_pass
+        near = str(per_pass) if is_complete else f"{low} or {low + per_pass}"
+        raise UserError(
+            f"global_batch_size: {total} is not {' x '.join(parts)}"
+            f"{'' if is_complete else ' x a whole number'}; {near} would work"
+        )
+    return total // world_size
+
+
+def candidates(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> list[Candidate]:
     """Every layout that the settings allow: those that fit by speed, then those that do not.
 
     Raises UserError where the batch keys contradict each other.
     """
-    found = [
-        _with_fewest_checkpointed(settings, shape, machines, layout)
-        for layout in _layouts(settings, shape, machines)
-    ]
-    return sorted(found, key=order)
+    return sorted(
+        (
+            _with_fewest_checkpointed(settings, shape, cluster, layout)
+            for layout in _layouts(settings, shape, cluster)
+        ),
+        key=order,
+    )
 
 
 def order(candidate: Candidate) -> tuple[bool, bool, bool, float]:
-    """Key that sorts the best first; those that were left out come last, the least need first."""
-    is_out, layout = candidate.refusal is not None, candidate.layout
-    if is_out:
+    """Key that sorts the best first, and last those that do not fit, the least need first."""
+    layout = candidate.layout
+    if candidate.refusal is not None:
         return True, False, False, candidate.memory.device_need
     is_offloaded = layout.offload_param != "none"
     return False, layout.is_sharded, is_offloaded, candidate.speed.seconds_per_step
 
 
-def _layouts(settings: RunSettings, shape: ModelShape, machines: Cluster) -> Iterator[Layout]:
-    """Layouts without checkpointing, or with as much of it as the settings demand."""
-    world, dtype = machines.world_size, training_dtype(settings, machines.hardware)[0]
-    batches = micro_batches(settings, world)
+def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iterator[Layout]:
+    """Layouts without checkpointing, or with all blocks checkpointed where the settings ask."""
+    dtype = training_dtype(settings, cluster.hardware)[0]
+    batches = micro_batches(settings, cluster.world_size)
     all_blocks = shape.num_layers if settings.gradient_checkpointing is True else 0
-    for stage in _stages(settings, dtype, machines):
-        is_sharded = stage == 3
-        copies = _hpz_sizes(settings, machines) if is_sharded else [1]
-        offloads = _offloads(settings, machines.hardware) if is_sharded else _RESIDENT
-        for micro, accumulation in batches:
-            for copy in copies:
-                for offload in offloads:
-                    yield Layout(
-                        zero_stage=stage,
-                        micro_batch_size=micro,
-                        accumulation_steps=accumulation,
-                        checkpointed_layers=all_blocks,
-                        nodes=machines.nodes,
-                        ranks_per_node=machines.ranks_per_node,
-                        training_dtype=dtype,
-                        hpz_partition_size=copy,
-                        offload_param=offload,
-                    )
+    resident: list[Offload] = ["none"]
+    for stage in _stages(settings, dtype, cluster):
+        copies = _hpz_sizes(settings, cluster) if stage == 3 else [1]
+        offloads = _offloads(settings, cluster.hardware) if stage == 3 else resident
+        for (micro, accumulation), copy, offload in product(batches, copies, offloads):
+            yield Layout(
+                zero_stage=stage,
+                micro_batch_size=micro,
+                accumulation_steps=accumulation,
+                checkpointed_layers=all_blocks,
+                nodes=cluster.nodes,
+                ranks_per_node=cluster.ranks_per_node,
+                training_dtype=dtype,
+                hpz_partition_size=copy,
+                offload_param=offload,
+            )
 
 
-def _stages(settings: RunSettings, dtype: str, machines: Cluster) -> list[int]:
+def _stages(settings: RunSettings, dtype: str, cluster: Cluster) -> list[int]:
     if settings.zero_stage != "auto":
         return [settings.zero_stage]
-    # ZeRO-1 adds the gradients of micro-batches in the training dtype: exact in fp32 alone
+    # ZeRO-1 accumulates the gradients of micro-batches in the training dtype: exact in fp32 only
     stages = [1, 2] if dtype == "float32" else [2]
     is_shardable = not settings.load_in_8bit  # rule 8bit-zero3
-    can_leave_device = machines.hardware.kind == "cuda" and settings.offload_param != "none"
-    if is_shardable and (machines.world_size > 1 or can_leave_device):
+    can_leave_device = cluster.hardware.kind == "cuda" and settings.offload_param != "none"
+    if is_shardable and (cluster.world_size > 1 or can_leave_device):
         stages.append(3)
     return stages
 
 
-def _hpz_sizes(settings: RunSettings, machines: Cluster) -> list[int]:
+def _hpz_sizes(settings: RunSettings, cluster: Cluster) -> list[int]:
     if settings.hpz_partition_size != "auto":
         return [settings.hpz_partition_size]
-    is_worth = machines.nodes > 1 and machines.ranks_per_node > 1
-    return [1, machines.ranks_per_node] if is_worth else [1]
+    is_useful = cluster.nodes > 1 and cluster.ranks_per_node > 1
+    return [1, cluster.ranks_per_node] if is_useful else [1]
 
 
 def _offloads(settings: RunSettings, hardware: Hardware) -> list[Offload]:
@@ -148,51 +189,49 @@ def _offloads(settings: RunSettings, hardware: Hardware) -> list[Offload]:
 
 
 def _with_fewest_checkpointed(
-    settings: RunSettings, shape: ModelShape, machines: Cluster, layout: Layout
+    settings: RunSettings, shape: ModelShape, cluster: Cluster, layout: Layout
 ) -> Candidate:
-    """The layout with as few recomputed blocks as fit; with all of them if none does."""
-    price = partial(_priced, settings, shape, machines)
-    is_forced = layout.is_sharded and settings.load_in_4bit  # rule 4bit-zero3-reentrant
-    if is_forced and settings.gradient_checkpointing is not False:
-        return price(replace(layout, checkpointed_layers=shape.num_layers))
-    first = price(layout)
+    """The layout with the fewest checkpointed blocks that fit; with all of them if none does."""
+    predict = partial(_predicted, settings, shape, cluster)
+    needs_all = layout.is_sharded and settings.load_in_4bit  # rule 4bit-zero3-unchecked
+    if needs_all and settings.gradient_checkpointing is not False:
+        return predict(replace(layout, checkpointed_layers=shape.num_layers))
+    first = predict(layout)
     if first.refusal is None or settings.gradient_checkpointing != "auto":
         return first
-    low, high = 1, shape.num_layers  # need falls with each, but for the last block's input
+    low, high = 1, shape.num_layers  # need falls with each, except for the last block's input
     while low < high:
         middle = (low + high) // 2
-        if price(replace(layout, checkpointed_layers=middle)).refusal is None:
+        if predict(replace(layout, checkpointed_layers=middle)).refusal is None:
             high = middle
         else:
             low = middle + 1
-    return price(replace(layout, checkpointed_layers=low))
+    return predict(replace(layout, checkpointed_layers=low))
 
 
-def _priced(
-    settings: RunSettings, shape: ModelShape, machines: Cluster, layout: Layout
+def _predicted(
+    settings: RunSettings, shape: ModelShape, cluster: Cluster, layout: Layout
 ) -> Candidate:
-    hardware, tokens = machines.hardware, settings.max_length
-    need = memory(shape, settings, layout, hardware, tokens)
-    limit = machines.device_limit
+    hardware, sequences = cluster.hardware, SequenceProfile(tokens=settings.max_length)
+    need = memory(shape, settings, layout, hardware, sequences)
+    limit = cluster.device_limit
     if settings.is_quantised and layout.is_sharded and need.load_peak_bytes > limit:
         layout = replace(layout, loads_through_host=True)
-        need = memory(shape, settings, layout, hardware, tokens)
+        need = memory(shape, settings, layout, hardware, sequences)
     return Candidate(
         layout=layout,
         memory=need,
-        speed=step_seconds(shape, settings, layout, hardware, tokens),
-        refusal=_too_large(need, limit, machines.host_limit),
+        speed=step_seconds(shape, settings, layout, hardware, sequences),
+        refusal=_too_large(need, limit, cluster.host_limit),
     )
 
 
 def _too_large(need: Memory, limit: int, host_limit: int | None) -> str | None:
     if need.device_need > limit:
-        when = "while loading" if need.load_peak_bytes > need.peak_bytes else need.worst_moment
-        return (
-            f"needs {need.device_need / GIB:.1f} of {limit / GIB:.1f} GiB a rank "
-            f"({when if when.startswith('while') else 'at ' + when})"
-        )
+        is_loading = need.load_peak_bytes > need.peak_bytes
+        when = "while loading" if is_loading else f"at {need.worst_moment}"
+        return f"needs {need.device_need / GIB:.1f} of {limit / GIB:.1f} GiB a rank ({when})"
     if host_limit is not None and need.host_peak_bytes > host_limit:
-        found = f"needs {need.host_peak_bytes / GIB:.1f} of {host_limit / GIB:.1f} GiB"
-        return f"{found} of a node's own memory"
+        size = f"{need.host_peak_bytes / GIB:.1f} of {host_limit / GIB:.1f} GiB"
+        return f"needs {size} of a node's host memory"
     return None

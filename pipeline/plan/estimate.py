@@ -1,4 +1,4 @@
-"""DataSize: documents and tokens of an epoch; before prepare has run, estimated from a sample."""
+"""Size of the training data before prepare has counted it, estimated from a sample."""
 
 import json
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.config.data_names import DataSource
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
+from pipeline.plan.given.data_size import DataSize
 from pipeline.rows.files import find_files
 from pipeline.rows.formats import Completion, Conversation, Example, RowError, Text, to_example
 from pipeline.rows.sources import Row, parse, sample
@@ -19,26 +20,6 @@ _MAX_FILES = 64  # of a source are read: the others are assumed to be like these
 BYTES_PER_TOKEN = 3.5
 # Tokens that a chat template adds to a message: role, markers, newline (5.3 in the quickstart).
 _TOKENS_PER_MESSAGE = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSize:
-    """Documents of an epoch and their tokens, cut to `max_length`, without padding.
-
-    `longest`: tokens of the longest one, None where not all of them have been read. `is_exact`:
-    counted by prepare rather than estimated. `sequences` of an epoch, None before prepare.
-    """
-
-    documents: int
-    tokens: int
-    longest: int | None
-    is_exact: bool
-    sequences: int | None = None
-
-    @property
-    def mean_tokens(self) -> float:
-        """Mean tokens of a document."""
-        return self.tokens / self.documents
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Plan: everything derived from settings, model shape, hardware and the data index. No torch.
+"""Plan: everything derived from settings, model shape, hardware and the size of the data. No torch.
 
 `Plan` is computed once and passed on; nothing else multiplies micro-batches by ranks.
 """
@@ -16,10 +16,10 @@ from pipeline.plan.cost.memory import Memory, memory
 from pipeline.plan.cost.speed import Speed, step_seconds
 from pipeline.plan.deepspeed.config import deepspeed_config
 from pipeline.plan.deepspeed.overlay import overlay, with_json_constraints
-from pipeline.plan.estimate import DataSize
 from pipeline.plan.given.adapter_counts import adapter_counts, trainable_parameters
+from pipeline.plan.given.data_size import DataSize
 from pipeline.plan.given.hardware import Hardware
-from pipeline.plan.given.layout import Layout
+from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import ModelShape
 from pipeline.plan.reasons import misfit_message, reasons
 from pipeline.plan.rules.model import INPUT_RULES
@@ -60,21 +60,8 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LargestBatch:
-    """The largest micro-batch that has run.
-
-    `tokens` of a sequence, the share of them that counts in the loss, and, of packs, over how many
-    a token's attention reached in the mean: those of its document.
-    """
-
-    tokens: int
-    supervised_share: float
-    attended: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will run; where it does not fit, what would come nearest."""
+    """What a run does; where `fits` is false, the layout with the least need of memory."""
 
     settings: RunSettings
     shape: ModelShape
@@ -110,68 +97,66 @@ class Plan:
 
     @property
     def memory(self) -> Memory:
-        """Memory, for the longest sequence of the data where all of it has been seen.
+        """Memory for the longest sequence of the data, or for `max_length` before it is counted.
 
         A pack may fill up to `max_length`.
         """
-        tokens: int = self.settings.max_length
-        attended: int | None = None
+        sequences = SequenceProfile(tokens=self.settings.max_length)
         if self.data is not None and self.data.is_exact and self.data.longest is not None:
-            longest = min(tokens, self.data.longest)
-            in_packs = min(tokens, self.data.tokens), longest
-            tokens, attended = in_packs if self.settings.packing else (longest, None)
-        return memory(
-            self.shape, self.settings, self.layout, self.hardware, tokens, attended=attended
-        )
+            sequences = self._profile(self.data, self.data.longest)
+        return self._memory(sequences)
 
-    def tensor_bytes(self, batch: LargestBatch) -> int:
-        """Predicted peak of live tensors for micro-batches like this one, loading included."""
-        return memory(
-            self.shape,
-            self.settings,
-            self.layout,
-            self.hardware,
-            batch.tokens,
-            supervised_share=batch.supervised_share,
-            attended=batch.attended,
-        ).tensor_bytes
+    def tensor_bytes(self, sequences: SequenceProfile) -> int:
+        """Predicted peak of live tensors for micro-batches like this, loading included."""
+        return self._memory(sequences).tensor_bytes
 
     @property
     def speed(self) -> Speed:
         """Time of a step, for sequences of the data's mean length where that is known."""
-        tokens: float = self.settings.max_length
-        attended: float | None = None
+        sequences = SequenceProfile(tokens=self.settings.max_length)
         if self.data is not None:
-            mean = self.data.mean_tokens
-            in_packs = min(tokens, self.data.tokens), min(tokens, mean)
-            tokens, attended = in_packs if self.settings.packing else (mean, None)
-        return step_seconds(
-            self.shape, self.settings, self.layout, self.hardware, tokens, attended=attended
-        )
+            sequences = self._profile(self.data, self.data.mean_tokens)
+        return step_seconds(self.shape, self.settings, self.layout, self.hardware, sequences)
+
+    def _memory(self, sequences: SequenceProfile) -> Memory:
+        return memory(self.shape, self.settings, self.layout, self.hardware, sequences)
+
+    def _profile(self, data: DataSize, document_tokens: float) -> SequenceProfile:
+        """Sequences of documents of so many tokens, or packs of them."""
+        document_tokens = min(self.settings.max_length, document_tokens)
+        if not self.settings.packing:
+            return SequenceProfile(tokens=document_tokens)
+        pack = min(self.settings.max_length, data.tokens)
+        return SequenceProfile(tokens=pack, attended=document_tokens)
 
     def with_data(self, data: DataSize) -> "Plan":
-        """The plan with its steps, for a training set of this size."""
+        """The plan with its steps, for a training set of this size.
+
+        Raises UserError where a rule refuses this data.
+        """
         settings = self.settings
         sequences = data.sequences
-        if sequences is None:  # prepare leaves hardly a hundredth of a pack empty
+        if sequences is None:  # packs are about 99 % full
             packs = math.ceil(data.tokens / settings.max_length)
             sequences = packs if settings.packing else data.documents
         per_epoch = math.ceil(sequences / self.layout.global_batch_size)
-        schedule = Schedule.of(settings, per_epoch)
-        return replace(self, data=data, schedule=schedule, rules=self._rules(data.documents))
+        plan = replace(self, data=data, schedule=Schedule.of(settings, per_epoch))
+        applicable = applicable_rules(CONTEXT_RULES, plan.context)
+        raise_refusals(applicable)
+        return replace(plan, rules=tuple(applicable))
 
-    def _rules(self, documents: int) -> tuple[Rule[PlanContext], ...]:
-        """The rules again, now that the size of the data is known."""
-        situation = PlanContext(
+    @property
+    def context(self) -> PlanContext:
+        """What the rules are applied to."""
+        return PlanContext(
             settings=self.settings,
             shape=self.shape,
             hardware=self.hardware,
             packages=installed_versions(),
             layout=self.layout,
             deepspeed=self.deepspeed,
-            data=documents,
+            data=self.data,
         )
-        return tuple(applicable_rules(CONTEXT_RULES, situation))
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the step with this index (from 0); above 0 at the first one."""
@@ -187,7 +172,7 @@ class Plan:
 
 
 class DoesNotFitError(UserError):
-    """No candidate fits: the one that comes nearest as a plan, and each with its reason."""
+    """No candidate fits: `nearest` is the plan with the least need, `ranked` has the reasons."""
 
     def __init__(self, message: str, nearest: Plan, ranked: Sequence[Candidate]) -> None:
         super().__init__(message)
@@ -197,63 +182,75 @@ class DoesNotFitError(UserError):
 def make_plan(
     settings: RunSettings, shape: ModelShape, hardware: Hardware, *, nodes: int, ranks_per_node: int
 ) -> Plan:
-    """Derive the plan. Raises UserError where a rule refuses or nothing fits, with what would."""
+    """Derive the plan. Raises UserError where a rule refuses or nothing fits."""
     return rank_plans(settings, shape, hardware, nodes=nodes, ranks_per_node=ranks_per_node)[0]
 
 
 def rank_plans(
     settings: RunSettings, shape: ModelShape, hardware: Hardware, *, nodes: int, ranks_per_node: int
 ) -> tuple[Plan, list[Candidate]]:
-    """The plan, and every candidate, best first, those that were left out with the reason."""
+    """The plan, and every candidate, best first, refused ones with the reason."""
     if nodes < 1 or ranks_per_node < 1:
         raise UserError(f"{nodes} nodes of {ranks_per_node} ranks: both must be 1 or more")
     if settings.deepspeed_json is not None:
         settings = with_json_constraints(settings.deepspeed_json, settings)
-    request = PlanInput(
+    why = {}
+    if settings.lora_target_modules == "auto":
+        targets = shape.default_targets
+        settings = settings.model_copy(update={"lora_target_modules": targets})
+        why["lora_target_modules"] = f"{', '.join(targets)}: the linear layers of the blocks"
+    plan_input = PlanInput(
         settings=settings, shape=shape, hardware=hardware, packages=installed_versions()
     )
-    raise_refusals(applicable_rules(INPUT_RULES, request))
-    adapter_counts(shape, settings)  # a target that matches nothing is refused first
-    machines = Cluster(hardware=hardware, nodes=nodes, ranks_per_node=ranks_per_node)
-    ranked = candidates(settings, shape, machines)
+    raise_refusals(applicable_rules(INPUT_RULES, plan_input))
+    adapter_counts(shape, settings)  # raises where a target matches nothing
+    cluster = Cluster(hardware=hardware, nodes=nodes, ranks_per_node=ranks_per_node)
+    ranked = candidates(settings, shape, cluster)
     if all(candidate.refusal for candidate in ranked):
-        raise DoesNotFitError(
-            misfit_message(settings, shape, machines, ranked), _plan(request, ranked[0], {}), ranked
-        )
-    held = {c.layout: _situation(request, c.layout) for c in ranked if c.refusal is None}
-    refusals = {layout: said for layout, known in held.items() if (said := _refusal(known))}
-    if len(refusals) == len(held):
-        raise_refusals(applicable_rules(CONTEXT_RULES, next(iter(held.values()))))
-    ranked = sorted(
-        (replace(c, refusal=refusals.get(c.layout, c.refusal)) for c in ranked),
-        key=lambda candidate: candidate.refusal is not None,
-    )
-    why = reasons(ranked[0], ranked, settings, shape, machines)
-    return _plan(request, ranked[0], why), ranked
+        message = misfit_message(settings, shape, cluster, ranked)
+        raise DoesNotFitError(message, _plan(plan_input, ranked[0], why), ranked)
+    ranked = _without_refused_by_rules(plan_input, ranked)
+    why |= reasons(ranked[0], ranked, settings, shape, cluster)
+    return _plan(plan_input, ranked[0], why), ranked
 
 
-def _plan(request: PlanInput, chosen: Candidate, why: dict[str, str]) -> Plan:
-    situation = _situation(request, chosen.layout)
+def _without_refused_by_rules(plan_input: PlanInput, ranked: list[Candidate]) -> list[Candidate]:
+    """The candidates with those last that a rule refuses.
+
+    Raises UserError where rules refuse every candidate that fits.
+    """
+    checked, first_refusals = [], None
+    for candidate in ranked:
+        if candidate.refusal is None:
+            rules = applicable_rules(CONTEXT_RULES, _context(plan_input, candidate.layout))
+            if refused := [rule for rule in rules if rule.level == "refuse"]:
+                first_refusals = first_refusals or refused
+                text = f"is refused: {refused[0].reason} [rule {refused[0].id}]"
+                candidate = replace(candidate, refusal=text)  # noqa: PLW2901
+        checked.append(candidate)
+    checked.sort(key=lambda candidate: candidate.refusal is not None)
+    if checked[0].refusal is not None and first_refusals:
+        raise_refusals(first_refusals)
+    return checked
+
+
+def _plan(plan_input: PlanInput, chosen: Candidate, why: dict[str, str]) -> Plan:
+    context = _context(plan_input, chosen.layout)
     return Plan(
-        settings=request.settings,
-        shape=request.shape,
-        hardware=request.hardware,
+        settings=plan_input.settings,
+        shape=plan_input.shape,
+        hardware=plan_input.hardware,
         layout=chosen.layout,
         why=why,
-        rules=tuple(applicable_rules(CONTEXT_RULES, situation)),
-        deepspeed=dict(situation.deepspeed),
+        rules=tuple(applicable_rules(CONTEXT_RULES, context)),
+        deepspeed=dict(context.deepspeed),
         fits=chosen.refusal is None,
     )
 
 
-def _situation(request: PlanInput, layout: Layout) -> PlanContext:
-    settings, is_cuda = request.settings, request.hardware.kind == "cuda"
-    config = deepspeed_config(request.shape, settings, layout, is_cuda=is_cuda)
+def _context(plan_input: PlanInput, layout: Layout) -> PlanContext:
+    settings = plan_input.settings
+    config = deepspeed_config(plan_input.shape, settings, layout, is_cuda=plan_input.is_cuda)
     if settings.deepspeed_json is not None:
         config = overlay(config, settings.deepspeed_json)
-    return PlanContext(**vars(request), layout=layout, deepspeed=config)
-
-
-def _refusal(known: PlanContext) -> str | None:
-    refused = [r for r in applicable_rules(CONTEXT_RULES, known) if r.level == "refuse"]
-    return f"is refused: {refused[0].reason} [rule {refused[0].id}]" if refused else None
+    return PlanContext(**vars(plan_input), layout=layout, deepspeed=config)

@@ -1,4 +1,4 @@
-"""A plan as plain data and as text for a terminal."""
+"""A plan as JSON values and as text for a terminal."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -65,7 +65,7 @@ def plan_text(plan: Plan) -> str:
     """The plan for a terminal."""
     return "\n".join(
         [
-            *_what(plan),
+            *_summary(plan),
             *_steps(plan),
             *(f"  {key:<28} {text}" for key, text in plan.why.items()),
             *_memory(plan),
@@ -75,16 +75,16 @@ def plan_text(plan: Plan) -> str:
     )
 
 
-def _what(plan: Plan) -> list[str]:
+def _summary(plan: Plan) -> list[str]:
     layout, shape = plan.layout, plan.shape
     share = 100 * plan.trainable / shape.parameters
     nodes = f"{layout.nodes} nodes of " if layout.nodes > 1 else ""
     unit = f" packs of {plan.settings.max_length} tokens" if plan.settings.packing else ""
-    extras = [f"{layout.checkpointed_layers} of {shape.num_layers} blocks recomputed"]
+    extras = [f"{layout.checkpointed_layers} of {shape.num_layers} layers checkpointed"]
     if layout.hpz_partition_size > 1:
         extras.append(f"hpZ over {layout.hpz_partition_size} ranks")
     if layout.offload_param == "cpu":
-        extras.append("base in host memory")
+        extras.append("base offloaded to host memory")
     return [
         f"model      {shape.folder}: {shape.parameters / 1e6:,.1f} M parameters, "
         f"{plan.trainable / 1e6:,.2f} M trainable ({share:.2f} %)",
@@ -97,7 +97,7 @@ def _what(plan: Plan) -> list[str]:
 
 def _steps(plan: Plan) -> list[str]:
     if plan.schedule is None or plan.data is None:
-        return ["steps      not known: the training data cannot be read here"]
+        return ["steps      unknown: the training data cannot be read here"]
     schedule, data = plan.schedule, plan.data
     hours = schedule.total_steps * plan.speed.seconds_per_step / 3600
     mark = "" if data.is_exact else "about "
@@ -121,7 +121,7 @@ def _memory(plan: Plan) -> list[str]:
         *lines,
         f"  {'while loading':<28} {_size(memory.load_peak_bytes):>10}",
         f"  {'host memory of a node':<28} {_size(memory.host_peak_bytes):>10}"
-        + ("" if hardware.host_bytes else "  (not checked: what the node has is not known here)"),
+        + ("" if hardware.host_bytes else "  (not checked: the node's memory is unknown here)"),
         *(f"  {f'disk: {term}':<28} {_size(size):>10}" for term, size in disk.items()),
     ]
 
@@ -130,14 +130,14 @@ def _speed(plan: Plan) -> list[str]:
     speed = plan.speed
     largest = ", ".join(f"{term} {seconds:.3g} s" for term, seconds in speed.three_largest())
     return [
-        f"speed      {speed.seconds_per_step:.3g} s a step, {speed.tokens_per_second:,.0f} "
-        f"tokens/s (a model of it, not measured); most of it: {largest}"
+        f"speed      predicted: {speed.seconds_per_step:.3g} s/step, "
+        f"{speed.tokens_per_second:,.0f} tokens/s; largest terms: {largest}"
     ]
 
 
 def candidates_text(ranked: Sequence[Candidate]) -> str:
-    """Every candidate with its memory and speed, best first; of the others the reason."""
-    head = "stage  micro  accum  blocks  hpZ  offload     GiB  s/step"
+    """Every candidate with its memory and speed, best first, or why it is not possible."""
+    head = "stage  micro  accum    ckpt  hpZ  offload     GiB  s/step"
     lines = [head]
     for candidate in ranked:
         layout = candidate.layout

@@ -18,7 +18,8 @@ from pipeline.data.order.steps import SeededBatch
 from pipeline.model.adapter import trainable
 from pipeline.model.base import forget_input_gradients, require_input_gradients
 from pipeline.model.loss import SummedLoss, chunks_for_any_batch
-from pipeline.plan.plan import LargestBatch, Plan
+from pipeline.plan.given.layout import SequenceProfile
+from pipeline.plan.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Engine:
         self.parameters = trainable(model)
         self._on_phase = on_phase
         self._world_size = plan.world_size
-        self.largest_batch = LargestBatch(tokens=1, supervised_share=1.0)
+        self.largest_batch = SequenceProfile(tokens=1)
         self._most_tokens = 0
         is_sharded = plan.layout.is_sharded
         causal: Any = model.get_base_model()
@@ -126,7 +127,7 @@ class Engine:
             self._most_tokens = batch.input_ids.numel()
             share = float((batch.labels != IGNORED).double().mean())
             tokens = batch.input_ids.shape[1]
-            self.largest_batch = LargestBatch(
+            self.largest_batch = SequenceProfile(
                 tokens=tokens, supervised_share=share, attended=batch.attended
             )
 

@@ -7,9 +7,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.config.run_keys import SEVEN_PROJECTIONS
 from tests.tiny import make_model
 
+SEVEN_PROJECTIONS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
 CASES = {
     "tied": {"tied": True, "dtype": "float32", "shards": 1},
     "untied-shards": {"tied": False, "dtype": "float32", "shards": 3},

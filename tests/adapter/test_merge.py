@@ -11,8 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapter import merge
 from pipeline.adapter.merge import MARKER, merge_adapter
-from pipeline.config.run_keys import SEVEN_PROJECTIONS
-from tests.adapter.merging import CASES, contents, make_adapter, make_pair, tensors
+from tests.adapter.merging import (
+    CASES,
+    SEVEN_PROJECTIONS,
+    contents,
+    make_adapter,
+    make_pair,
+    tensors,
+)
 
 pytestmark = pytest.mark.tensor
 

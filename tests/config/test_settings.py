@@ -28,7 +28,7 @@ def run_file(tmp_path: Path):
 def test_defaults_are_the_balanced_preset(run_file):
     settings = load_settings(run_file(""))
     assert (settings.lora_r, settings.alpha, settings.lora_dropout) == (64, 128, 0.05)
-    assert len(settings.lora_target_modules) == 7
+    assert settings.lora_target_modules == "auto"
 
 
 def test_precedence_is_preset_run_file_command_line(run_file):

@@ -25,7 +25,8 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.sequences import Segment, Sequences
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.plan.estimate import DataSize, estimate
+from pipeline.plan.estimate import estimate
+from pipeline.plan.given.data_size import DataSize
 
 Array = npt.NDArray[Any]
 INDEX, SEQUENCES, REJECTS = "index.json", "sequences.json", "rejects.jsonl"
@@ -68,7 +69,12 @@ class SplitIndex:
             longest=self.longest,
             is_exact=True,
             sequences=self.sequences,
+            count_longer=self.count_longer,
         )
+
+    def count_longer(self, tokens: int) -> int:
+        """Documents with more tokens than this."""
+        return int((np.diff(read_column(self.folder, "offsets")) > tokens).sum())
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; the folder only by its name, so that a run folder can be moved."""

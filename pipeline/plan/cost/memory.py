@@ -1,8 +1,8 @@
 """Bytes of a run, term by term: a rank's device, its peak while loading, a node's host, the disk.
 
 P: trainable parameters, W: ranks, b: bytes of a value in the training dtype. The peak is that of
-the worst moment of a step, and the terms are what is alive then. docs/memory.md compares them with
-measured tensors.
+the worst moment of a step, and the terms are what is allocated then. docs/memory.md compares them
+with measured tensors.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from pipeline.plan.cost.activations import Activations, activations
 from pipeline.plan.cost.gathers import gathers
 from pipeline.plan.given.adapter_counts import adapter_counts, trainable_parameters
 from pipeline.plan.given.hardware import Hardware
-from pipeline.plan.given.layout import DTYPE_BYTES, Layout
-from pipeline.plan.given.shape import ModelShape
+from pipeline.plan.given.layout import DTYPE_BYTES, Layout, SequenceProfile
+from pipeline.plan.given.shape import Block, ModelShape
 
 # Elements of a reduce bucket: 64 MB of fp32, enough to fill a link, and copied twice while reduced.
 _MAX_BUCKET = 2**24
-# Of a process with CUDA, kernels and NCCL's buffers loaded; an assumption, not measured on a GPU.
+# CUDA context of a process, kernels and NCCL's buffers; an assumption, not measured on a GPU.
 _CUDA_CONTEXT = 700 * 2**20
-# What the caching allocator holds beyond live tensors; an assumption, not measured on a GPU.
+# Fraction that the caching allocator holds beyond live tensors; an assumption as well.
 _ALLOCATOR_SLACK = 0.03
 # Host memory of a rank's process: libraries and CUDA's share; an assumption.
 _PROCESS = 4 * 2**30
@@ -29,7 +29,7 @@ _NOT_TENSORS = ("cuda_context", "allocator_slack")
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes. `per_rank` holds what is alive on a rank's device at the worst moment of a step."""
+    """Bytes. `per_rank` has the terms of a rank's device at the worst moment of a step."""
 
     per_rank: Mapping[str, int]
     worst_moment: str
@@ -39,7 +39,7 @@ class Memory:
 
     @property
     def peak_bytes(self) -> int:
-        """All of `per_rank`."""
+        """Sum of `per_rank`."""
         return sum(self.per_rank.values())
 
     @property
@@ -50,7 +50,7 @@ class Memory:
 
     @property
     def device_need(self) -> int:
-        """What the device must have: loading, or a step."""
+        """Bytes that the device must have, loading or in a step."""
         return max(self.peak_bytes, self.load_peak_bytes)
 
 
@@ -59,20 +59,11 @@ def memory(
     settings: RunSettings,
     layout: Layout,
     hardware: Hardware,
-    tokens: int,
-    *,
-    supervised_share: float = 1.0,
-    attended: int | None = None,
+    sequences: SequenceProfile,
 ) -> Memory:
-    """Memory of a run whose longest sequences have `tokens` tokens.
-
-    `supervised_share` of them have logits, and attention reaches over `attended` tokens, those of a
-    document in a pack; without these over and for all of them, which is the upper bound.
-    """
+    """Memory of a run whose longest sequences are like this."""
     is_cuda = hardware.kind == "cuda"
-    acts = activations(
-        shape, settings, layout, tokens, supervised_share, attended=attended, is_cuda=is_cuda
-    )
+    acts = activations(shape, settings, layout, sequences, is_cuda=is_cuda)
     moments = _moments(shape, settings, layout, acts, is_cuda=is_cuda)
     always = _resident(shape, settings, layout)
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
@@ -110,7 +101,7 @@ def base_bytes(shape: ModelShape, settings: RunSettings, training_dtype: str) ->
 
 
 def quantisation_constants(shape: ModelShape, settings: RunSettings) -> int:
-    """What 4 or 8 bits need beside the packed weights.
+    """Bytes of the constants of 4 or 8 bits, beside the packed weights.
 
     4 bits: an fp32 constant per 64 weights, or with double quantisation a byte per 64 and an fp32
     per 64 x 256 (QLoRA, arXiv 2305.14314 s.3). 8 bits: an fp32 scale a row (arXiv 2208.07339 s.3).
@@ -119,7 +110,7 @@ def quantisation_constants(shape: ModelShape, settings: RunSettings) -> int:
     if settings.load_in_4bit:
         return int(n / 64 * (1 + 4 / 256)) if settings.bnb_4bit_use_double_quant else n // 16
     if settings.load_in_8bit:
-        return 4 * shape.num_layers * sum(linear.d_out for linear in shape.linears)
+        return 4 * sum(n * sum(x.d_out for x in block.linears) for block, n in shape.counts())
     return 0
 
 
@@ -129,19 +120,19 @@ def checkpoint_bytes(trainable: int) -> int:
 
 
 def disk_bytes(shape: ModelShape, settings: RunSettings) -> dict[str, int]:
-    """What a run leaves on disk; merging writes the base once more, in its own dtype."""
+    """Bytes that a run writes; merging writes the base once more, in its own dtype."""
     trainable = trainable_parameters(shape, settings)
     is_evaluated = settings.eval_data is not None and settings.evaluation_strategy != "no"
-    # that of the lowest held-out loss beside those kept, and one more while a new one is written
+    # save_total_limit, the one of the lowest held-out loss, and one being written
     checkpoints = checkpoint_bytes(trainable) * (settings.save_total_limit + is_evaluated + 1)
-    if settings.keep_best:  # fp32 weights: the best that a checkpoint names, and a better one
+    if settings.keep_best:  # fp32 weights: the best so far, and a better one being written
         checkpoints += 2 * checkpoint_bytes(trainable) // 3
     merged = shape.parameters * DTYPE_BYTES.get(shape.dtype, 4)
     return {"checkpoints": checkpoints, "adapter": 4 * trainable, "merged": merged}
 
 
 def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[str, int]:
-    """What stays from the first step on."""
+    """Terms that stay allocated from the first step on."""
     b, world = layout.bytes_per_value, layout.world_size
     trainable = trainable_parameters(shape, settings)
     base = base_bytes(shape, settings, layout.training_dtype)
@@ -162,7 +153,7 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
         if layout.hpz_partition_size > 1:
             terms["hpz_copy"] = shared // layout.hpz_partition_size
         terms["adapter_weights"] += b * trainable // world  # its shard, and all of it
-        # DeepSpeed 0.19.8 stage3.py: the fp32 gradients and one bucket are allocated for good
+        # DeepSpeed 0.19.8 stage3.py allocates fp32 gradients and one bucket persistently
         terms["adapter_gradients"] = 4 * trainable // world
         terms["zero_buckets"] = 4 * bucket_elements(shape, settings)
     return terms
@@ -171,12 +162,19 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
 def _moments(
     shape: ModelShape, settings: RunSettings, layout: Layout, acts: Activations, *, is_cuda: bool
 ) -> dict[str, dict[str, int]]:
-    """What is alive beside the resident terms, at each moment that may be the worst of a step."""
+    """Terms beside the resident ones, at each moment that may be the worst of a step."""
     k = layout.checkpointed_layers
-    boundaries, others = k * acts.boundary, (shape.num_layers - k) * acts.block
-    kept = boundaries + others
-    # of the last block that keeps everything, and of the first one that is recomputed
-    in_block = max(others, acts.recomputed if k else 0)
+    boundaries = k * acts.boundary
+    unchecked = [count for _, count in shape.counts(first=k)]
+    others = sum(n * block.saved for n, block in zip(unchecked, acts.blocks, strict=True))
+    saved = boundaries + others
+    # of the last block that is not checkpointed, or of a block while it is recomputed
+    checkpointed = [
+        block.recomputed
+        for (_, count), left, block in zip(shape.counts(), unchecked, acts.blocks, strict=True)
+        if count > left
+    ]
+    in_block = max(others, *checkpointed) if checkpointed else others
     waiting, reduction = _gradients(shape, settings, layout, is_cuda=is_cuda)
     between = waiting if layout.accumulation_steps > 1 else {}
     # DeepSpeed 0.19.8 stage_1_and_2.py:3256: each backward pass begins with an empty bucket
@@ -184,14 +182,14 @@ def _moments(
     filling = {} if layout.is_sharded else {"zero_buckets": bucket}
     is_reduced_early = trainable_parameters(shape, settings) > bucket_elements(shape, settings)
     head, block, experts = _gathered(shape, settings, layout)
-    expanded = max(linear.weights for linear in shape.linears) * layout.bytes_per_value
+    expanded = shape.largest_linear * layout.bytes_per_value
     return {
         "the loss": between
-        | {"activations": kept, "logits": acts.logits, "gathered_layers": head + block + experts},
+        | {"activations": saved, "logits": acts.logits, "gathered_layers": head + block + experts},
         "the last norm's backward pass": between
         | filling
         | {
-            "activations": kept,
+            "activations": saved,
             "working_set": acts.final_working,
             "gathered_layers": 2 * block + experts,
         },
@@ -200,11 +198,11 @@ def _moments(
         | (reduction if is_reduced_early else {})
         | {
             "activations": boundaries + in_block,
-            "working_set": acts.block_working,
+            "working_set": max(block.working for block in acts.blocks),
             "gathered_layers": 2 * block + experts,
             "dequantised_weight": expanded if settings.is_quantised else 0,
         },
-        # what is left then: a block's input and its gradient (measured)
+        # activations are freed by then except a block's input and its gradient (measured)
         "the reduction of gradients": {"activations": 2 * acts.boundary} | reduction,
     }
 
@@ -212,13 +210,13 @@ def _moments(
 def _gradients(
     shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """What gradients take while they wait for the step, and while a bucket of them is reduced.
+    """Gradients accumulated for the step, and while a bucket of them is reduced.
 
-    DeepSpeed 0.19.8. Stage 2 (stage_1_and_2.py): this rank's part waits, in fp32 in a bf16 run
-    (grad_accum_dtype); a full bucket is copied once to be flat and, in bf16, once to fp32. Stage
-    1: all of them wait as they are, beside an empty bucket. Stage 3 (stage3.py): part and bucket
-    are there for good (see `_resident`); a bucket is copied flat, and scattered, in fp32 (gloo, the
-    library of CPU ranks, makes another copy).
+    DeepSpeed 0.19.8. Stage 2 (stage_1_and_2.py): this rank's partition accumulates, in fp32 in a
+    bf16 run (grad_accum_dtype); a full bucket is copied once to be flat and, in bf16, once to fp32.
+    Stage 1: all gradients accumulate as they are, beside an empty bucket. Stage 3 (stage3.py):
+    partition and bucket are persistent (see `_resident`); a bucket is copied flat, and scattered,
+    in fp32 (gloo, the backend of CPU ranks, makes another copy).
     """
     trainable, b = trainable_parameters(shape, settings), layout.bytes_per_value
     bucket, is_bf16 = bucket_elements(shape, settings), layout.training_dtype == "bfloat16"
@@ -232,37 +230,44 @@ def _gradients(
 
 
 def _gathered(shape: ModelShape, settings: RunSettings, layout: Layout) -> tuple[int, int, int]:
-    """Bytes that are gathered at ZeRO-3, elsewhere none: the head, one block, and kept experts.
+    """Bytes gathered at ZeRO-3, elsewhere 0: the head, the largest block, and kept experts.
 
-    A block that is not recomputed keeps its gathered experts until its backward pass (measured:
+    A block that is not checkpointed keeps its gathered experts until its backward pass (measured:
     fused experts go through no linear layer that gathers them again).
     """
     if not layout.is_sharded:
         return 0, 0, 0
-    head = shape.vocab_size * shape.hidden_size * layout.bytes_per_value
-    base = base_bytes(shape, settings, layout.training_dtype)
-    embeddings = head * (1 if shape.is_tied else 2)
-    block = (base - quantisation_constants(shape, settings) - embeddings) // shape.num_layers
-    experts = shape.expert_parameters * layout.bytes_per_value // shape.num_layers
-    return head, block, (shape.num_layers - layout.checkpointed_layers) * experts
+    b = layout.bytes_per_value
+    head = shape.vocab_size * shape.hidden_size * b
+    unchecked = shape.counts(first=layout.checkpointed_layers)
+    experts = b * sum(count * block.expert_parameters for block, count in unchecked)
+    return head, max(_block_bytes(block, settings, b) for block in shape.blocks), experts
+
+
+def _block_bytes(block: Block, settings: RunSettings, b: int) -> int:
+    """One block of the base as ZeRO-3 gathers it: packed, without quantisation constants."""
+    if not settings.is_quantised:
+        return block.parameters * b
+    packed = block.linear_weights // 2 if settings.load_in_4bit else block.linear_weights
+    return packed + (block.parameters - block.linear_weights) * b
 
 
 def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool) -> int:
     """Peak of a rank's device while the base is loaded.
 
-    transformers 5.23 shards a 16-bit base as it is read by rank 0: its share, and the tensor that
-    is being read. A quantised one is whole on every rank before DeepSpeed shards it, unless it
-    goes through the host (model/base.py); one tensor waits in 16 bits to be quantised on a CPU
-    (measured), up to four are reckoned with on a GPU (an assumption).
+    transformers 5.23 shards a 16-bit base as rank 0 reads it: a rank has its shard and the tensor
+    being read. A quantised base is whole on every rank before DeepSpeed shards it, unless it is
+    loaded through the host (model/base.py); one 16-bit tensor awaits quantisation on a CPU
+    (measured), up to four on a GPU (an assumption).
     """
     b = layout.bytes_per_value
     base = base_bytes(shape, settings, layout.training_dtype)
-    largest = max(linear.weights for linear in shape.linears) * b
+    largest = shape.largest_linear * b
     constants = quantisation_constants(shape, settings)
     if layout.is_sharded and (not settings.is_quantised or layout.loads_through_host):
-        experts = shape.expert_parameters * b // shape.num_layers  # fused while they are read
+        experts = b * max(block.expert_parameters for block in shape.blocks)  # read as one
         widest = max(largest, shape.vocab_size * shape.hidden_size * b, experts)
-        read = 0 if is_cuda else base  # what rank 0 reads is on the same device
+        read = 0 if is_cuda else base  # rank 0 reads it whole into the same memory
         shared, copies = base - constants, layout.hpz_partition_size
         share = 0 if layout.offload_param == "cpu" else shared // layout.world_size
         share += shared // copies if copies > 1 else 0
@@ -274,7 +279,7 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
 def _host_peak(shape: ModelShape, settings: RunSettings, layout: Layout, device_peak: int) -> int:
     """Host memory of one node; `device_peak` is a rank's where its device is the host itself.
 
-    Weights are memory-mapped, so that they need no memory of their own but on the way.
+    Weights are memory-mapped: they need host memory only while they are copied.
     """
     ranks = layout.ranks_per_node
     need = ranks * (device_peak or _PROCESS)

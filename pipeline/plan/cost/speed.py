@@ -1,8 +1,8 @@
-"""Seconds of an optimizer step, term by term: the same work for every layout, priced by its rates.
+"""Seconds of an optimizer step, term by term, from the cost per token and the rates of the machine.
 
-W: ranks, P: trainable parameters, b: bytes of a number in the training dtype. The terms add up;
-what is hidden behind something else is left out of its term, as said where that is done. The
-constants below are assumptions, not measured on a GPU; docs/speed.md has them in one table.
+W: ranks, P: trainable parameters, b: bytes of a value in the training dtype. The terms add up: time
+that overlaps with another term is not in its own. The constants below are assumptions, not measured
+on a GPU; docs/speed.md has them in one table.
 """
 
 from dataclasses import dataclass
@@ -12,28 +12,28 @@ from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import LOGITS_CHUNK_BYTES
 from pipeline.plan.cost.per_token import CostPerToken, cost_per_token
 from pipeline.plan.given.hardware import Hardware
-from pipeline.plan.given.layout import Layout
+from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import ModelShape
 
-# Shares of the vendor's figure that large kernels and collectives reach.
+# Fractions of the vendor's figure that large kernels and collectives reach.
 _MATRIX_SHARE = 0.7
 _BANDWIDTH_SHARE = 0.8
 _LINK_SHARE = 0.7
 # fp32 beside the 16-bit rate: 19.5 of 312 TFLOPS (A100 data sheet); a third on a CPU
 # (docs/benchmarks.md: 89 against 267 tokens/s).
 _FLOAT32_SHARE = {"cuda": 1 / 16, "cpu": 1 / 3}
-# Backward of attention beside its forward: five matrix products for two, because the scores are
-# made again (FlashAttention-2, arXiv 2307.08691 s.4.1).
+# Attention's backward relative to its forward: five matrix products for two, because the scores are
+# recomputed (FlashAttention-2, arXiv 2307.08691 s.4.1).
 _SCORES_BACKWARD = 2.5
-# Backward of the rest beside its forward, in bytes and in kernels (test_per_token.py).
+# The rest's backward relative to its forward, in bytes and kernels (test_per_token.py).
 _TRAFFIC_BACKWARD = 1.7
 _KERNELS_BACKWARD = 1.6
 _KERNEL_S = 8e-6  # the host's time to launch one kernel from eager PyTorch
 _FETCH_S = 50e-6  # the host's time for ZeRO-3's hooks around one module of the base
 _HOP_S = 5e-6  # one hop of a ring
-_STEP_S = 0.01  # sums over ranks, the learning rate, the line in metrics.jsonl
-# Share of ZeRO-3's gathers that nothing hides: the first block of a pass, and what the copies take
-# from the kernels beside them.
+_STEP_S = 0.01  # small all-reduces, the learning rate, the line in metrics.jsonl
+# Fraction of ZeRO-3's gathers that does not overlap: the first block of a pass, and what the copies
+# take from concurrent kernels.
 _EXPOSED_SHARE = 0.1
 # Adam reads gradient, master and two moments and writes all but the gradient, in fp32.
 _ADAM_BYTES = 28
@@ -65,10 +65,10 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What one rank can count on: FLOP/s, and bytes/s each way.
+    """Sustained rates of one rank: FLOP/s, and bytes/s each way.
 
-    `ring` is the slowest link of a ring over all ranks, `base_ring` that of the ranks which a
-    gather of the base goes over.
+    `ring` is the slowest link of a ring over all ranks, `base_ring` that of the ranks over which
+    the base is gathered.
     """
 
     flops: float
@@ -83,32 +83,28 @@ def step_seconds(
     settings: RunSettings,
     layout: Layout,
     hardware: Hardware,
-    tokens: float,
-    *,
-    supervised_share: float = 1.0,
-    attended: float | None = None,
+    sequences: SequenceProfile,
 ) -> Speed:
-    """Predict a step. `tokens`: mean tokens of a sequence as it is run, padding included.
-
-    `supervised_share` of them have logits, and attention reaches over `attended` tokens, those of a
-    document in a pack; without these over and for all of them, which is the upper bound.
-    """
+    """Predicted time of a step whose sequences are on average like this."""
     work = cost_per_token(shape, settings, layout.training_dtype)
     rates = reachable_rates(layout, hardware)
+    tokens, attended = sequences.tokens, sequences.attended
     micro = layout.micro_batch_size * tokens
     reach = tokens if attended is None else attended
     documents = layout.micro_batch_size if attended is None else micro / attended
     recomputed = layout.checkpointed_layers / shape.num_layers
     device = {
         "arithmetic": _arithmetic(work, micro, reach, recomputed) / rates.flops,
-        "logits": _logits(work, shape, settings, layout, rates, micro * supervised_share),
+        "logits": _logits(
+            shape, layout, rates, micro * sequences.supervised_share, settings.max_length
+        ),
         "memory_traffic": _traffic(work, layout, micro, reach, recomputed) / rates.memory,
         "dequantisation": _dequantised(work, settings, layout, recomputed) / rates.memory,
     }
     busy = sum(device.values())
     gathers = _exposed(_gathers(work, layout, rates), busy)
     host = _launches(work, layout, recomputed, documents)
-    if hardware.kind == "cuda":  # launching runs ahead of the device unless it is the slower one
+    if hardware.kind == "cuda":  # launches are asynchronous: they show where the device is faster
         host = max(0.0, host - busy - gathers)
     per_micro_batch = device | {"launches": host, "base_gathers": gathers}
     steps = layout.accumulation_steps
@@ -120,7 +116,7 @@ def step_seconds(
 
 
 def reachable_rates(layout: Layout, hardware: Hardware) -> Rates:
-    """What kernels and collectives are reckoned to reach of the machine's figures."""
+    """Rates that kernels and collectives are assumed to sustain on this machine."""
     sharers = layout.ranks_per_node if hardware.kind == "cpu" else 1
     is_float32 = layout.training_dtype == "float32"
     factor = _FLOAT32_SHARE[hardware.kind] if is_float32 else 1.0
@@ -141,7 +137,7 @@ def _arithmetic(work: CostPerToken, micro: float, reach: float, recomputed: floa
 
     A frozen weight costs 2 FLOPs a token forward and 2 backward, for the gradient of its input
     alone; an adapter's 2 and 4, for its own gradient too (arXiv 2001.08361 s.2.1 counts 2 and 4
-    where every weight is trained). What is recomputed is one more forward.
+    where every weight is trained). Recomputation is one more forward.
     """
     per_token = (
         (2 + recomputed) * work.base_flops
@@ -152,25 +148,21 @@ def _arithmetic(work: CostPerToken, micro: float, reach: float, recomputed: floa
 
 
 def _logits(
-    work: CostPerToken,
-    shape: ModelShape,
-    settings: RunSettings,
-    layout: Layout,
-    rates: Rates,
-    positions: float,
+    shape: ModelShape, layout: Layout, rates: Rates, positions: float, max_length: int
 ) -> float:
     """Seconds of head and loss for so many positions (model/loss.py).
 
-    In more than one chunk their forward is done again in the backward pass. A logit is written in
+    In more than one chunk their forward is recomputed in the backward pass. A logit is written in
     the training dtype, cast, read and written by log-softmax, and all that in reverse.
     """
     b, vocabulary = layout.bytes_per_value, shape.vocab_size
-    planned = layout.micro_batch_size * settings.max_length if layout.is_sharded else positions
+    planned = layout.micro_batch_size * max_length if layout.is_sharded else positions
     chunks = max(1, ceil(planned * vocabulary * 4 / LOGITS_CHUNK_BYTES))
     again = 0 if chunks == 1 else 1
     traffic = positions * vocabulary * (4 * b + 24 + again * (2 * b + 12))
     traffic += (2 + again) * chunks * vocabulary * shape.hidden_size * b  # the head itself
-    return (2 + again) * work.head_flops * positions / rates.flops + traffic / rates.memory
+    flops = (2 + again) * 2 * vocabulary * shape.hidden_size * positions
+    return flops / rates.flops + traffic / rates.memory
 
 
 def _traffic(
@@ -180,8 +172,8 @@ def _traffic(
 
     Each pass reads the weights, which is what makes small micro-batches slow: n tokens over a d x d
     matrix reach n / (n + flops / bandwidth) of the rate (roofline, Williams et al. 2009, with both
-    parts added rather than the larger taken). Of the experts it reads those that a token meets,
-    which are soon all of them.
+    parts added rather than the larger taken). Of the experts it reads those that tokens are routed
+    to, which with many tokens are all.
     """
     experts = min(1.0, micro * work.expert_share) * work.expert_values
     weights = (2 + recomputed) * (work.linear_values + experts)
@@ -196,7 +188,7 @@ def _dequantised(
     """Bytes of expanding quantised weights, once a pass (bitsandbytes 0.50 autograd).
 
     MatMul4Bit expands in both directions, reading the packed weight and writing it whole; the
-    fused kernel that bitsandbytes has for few tokens is not reckoned with. MatMul8bitLt multiplies
+    fused kernel that bitsandbytes has for few tokens is not modelled. MatMul8bitLt multiplies
     int8 forward and expands backward, in a cast and a product that reads and writes again.
     """
     whole = layout.bytes_per_value * work.linear_values
@@ -209,7 +201,7 @@ def _launches(work: CostPerToken, layout: Layout, recomputed: float, documents: 
     """Seconds that the host needs to launch a micro-batch of so many documents."""
     fetches = 2 * work.modules * _FETCH_S if layout.is_sharded else 0.0
     kernels = (1 + _KERNELS_BACKWARD + recomputed) * work.kernels
-    kernels += (2 + recomputed) * work.document_kernels * documents  # as many back as forth
+    kernels += (2 + recomputed) * work.document_kernels * documents  # as many backward as forward
     return kernels * _KERNEL_S + fetches
 
 
@@ -232,12 +224,12 @@ def _gathers(work: CostPerToken, layout: Layout, rates: Rates) -> float:
 
 
 def _exposed(gathers: float, busy: float) -> float:
-    """What computing does not hide (overlap_comm is on at ZeRO-3, plan/deepspeed/config.py)."""
+    """Gather time that computing does not hide (at ZeRO-3 overlap_comm is on)."""
     return _EXPOSED_SHARE * gathers + max(0.0, (1 - _EXPOSED_SHARE) * gathers - busy)
 
 
 def _once_a_step(work: CostPerToken, layout: Layout, rates: Rates) -> dict[str, float]:
-    """Seconds of what happens to the adapter: the base has no part in it.
+    """Seconds of the adapter's own communication and update, which do not depend on the base.
 
     ZeRO-1 all-reduces gradients once a step, ZeRO-2 after every micro-batch (DeepSpeed 0.19.8
     stage_1_and_2.py), ZeRO-3 reduce-scatters them after every micro-batch, half an all-reduce.

@@ -1,4 +1,4 @@
-"""Whether a run can stop with a checkpoint before its launcher loses patience."""
+"""Whether a run can save a checkpoint before its launcher kills it."""
 
 # DeepSpeed's launcher terminates rank 0, and kills it after so long (0.19.8 launcher/launch.py).
 LAUNCHER_PATIENCE_S = 30.0

@@ -1,6 +1,6 @@
-"""Plan -> the DeepSpeed config dict. Pure; ds_config.json in the run folder is exactly this.
+"""The DeepSpeed config of a plan; ds_config.json in the run folder is exactly this.
 
-Every key is there for a reason, said beside it; facts are of DeepSpeed 0.19.8.
+Each key has its reason in a comment; facts are of DeepSpeed 0.19.8.
 """
 
 from typing import Any
@@ -42,7 +42,7 @@ def deepspeed_config(
         if layout.zero_stage > 1:  # at stage 1 this key switches to another optimizer class
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     if layout.training_dtype == "float16":
-        # hysteresis 1: the default of 2 ignores the first overflow, and the step is lost for it
+        # hysteresis 1: the default of 2 ignores the first overflow, and that step is lost
         config["fp16"] = {
             "enabled": True,
             "initial_scale_power": 16,
@@ -74,8 +74,8 @@ def _zero(
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,  # allocated in full: the default of 5e8 is a gigabyte
         "allgather_bucket_size": bucket,
-        # One more bucket and, at stage 2, a history of wrong gradients; nothing to win for an
-        # adapter. At stage 3 it overlaps the gathers of the base.
+        # At stages 1 and 2 it costs one more bucket, has given wrong gradients, and gains nothing
+        # for an adapter. At stage 3 it overlaps the gathers of the base.
         "overlap_comm": layout.is_sharded,
     }
     if layout.is_sharded:
@@ -90,24 +90,24 @@ def _sharded(
     zero: dict[str, Any] = {
         # Adapters stay whole on every rank: no gathers of small matrices in every layer.
         "stage3_param_persistence_threshold": adapter_counts(shape, settings).largest_matrix,
-        # Gathered at most: the block in use, the one ahead, the head (plan/cost/gathers.py).
+        # Gathered at most: the block in use, one prefetched, the head (plan/cost/gathers.py).
         "stage3_max_live_parameters": gathered.block,
         "stage3_prefetch_bucket_size": gathered.block,
         "stage3_max_reuse_distance": gathered.reuse_distance,
-        # One collective a matrix, into its own memory. Otherwise those fetched ahead share a
-        # buffer that is copied from and lives on beside the copies until the last is used.
+        # One collective a matrix, into its own memory. Otherwise prefetched matrices share a buffer
+        # that is copied from, and that stays allocated until the last copy is used.
         "stage3_allgather_sequential": True,
         # Never wanted: it gathers the whole base on rank 0.
         "stage3_gather_16bit_weights_on_model_save": False,
     }
     if shape.model_type in _EXPERTS:
-        # DeepSpeed's own default names these too; said, so that no later default can lose it.
-        # Ranks route to different experts: the block is gathered as one, in the same order on all.
+        # Ranks route to different experts, so that the block is gathered as one, in the same order
+        # on all. DeepSpeed's default includes these; explicit, in case a later default does not.
         zero["leaf_module"] = {"classes": [_EXPERTS[shape.model_type]]}
     if layout.hpz_partition_size > 1:
-        # A second copy of the base over so many neighbouring ranks: gathers stay inside a node.
+        # A second copy of the base over the ranks of a node: gathers stay inside the node.
         zero["zero_hpz_partition_size"] = layout.hpz_partition_size
     if layout.offload_param == "cpu":
-        # Shards of the base wait in host memory, pinned where there is a GPU to copy to.
+        # Shards of the base are in host memory, pinned where there is a GPU to copy to.
         zero["offload_param"] = {"device": "cpu", "pin_memory": is_cuda}
     return zero

@@ -1,7 +1,9 @@
-"""The keys that DeepSpeed reads. It ignores others at the top level without a word.
+"""The keys that DeepSpeed 0.19.8 reads. It silently ignores others at the top level.
 
-tests/plan/deepspeed/test_overlay.py holds these lists against the installed DeepSpeed.
+tests/plan/deepspeed/test_overlay.py compares these lists with the installed DeepSpeed.
 """
+
+from collections.abc import Collection, Mapping
 
 TOP_LEVEL = frozenset({
     "activation_checkpointing", "aio", "autotuning", "bf16", "checkpoint", "comet",
@@ -35,7 +37,14 @@ ZERO_OPTIMIZATION = frozenset({
     "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights",
 })  # fmt: skip
 
-# What 0.19 removed, and what there is instead. DeepSpeed stops at each of them.
+# ZeRO-3's keys without their prefix -> with it. DeepSpeed reads both (populate_by_name).
+SHORT_NAMES: Mapping[str, str] = {
+    key.removeprefix("stage3_"): key
+    for key in sorted(ZERO_OPTIMIZATION)
+    if key.startswith("stage3_") and key != "stage3_gather_fp16_weights_on_model_save"
+}
+
+# Keys that 0.19 removed and stops at, with the remedy of their rule.
 REMOVED = {
     "amp": "set bf16 or fp16 in the run file",
     "compression_training": "set load_in_4bit or load_in_8bit in the run file to save memory",
@@ -54,3 +63,32 @@ REMOVED_FROM_ZERO = {
     "mics_shard_size": "set hpz_partition_size in the run file",
     "zeropp_loco_param": "leave it out",
 }
+
+# Known keys of a block by its path; keys of other blocks are not checked.
+BLOCKS: Mapping[tuple[str, ...], Collection[str]] = {
+    (): TOP_LEVEL | REMOVED.keys(),
+    ("zero_optimization",): ZERO_OPTIMIZATION | SHORT_NAMES.keys() | REMOVED_FROM_ZERO.keys(),
+    ("zero_optimization", "offload_param"): {
+        "buffer_count", "buffer_size", "device", "max_in_cpu", "nvme_path", "pin_memory",
+    },
+    ("zero_optimization", "offload_optimizer"): {
+        "buffer_count", "cpuadam_cores_perc", "device", "fast_init", "nvme_path", "pin_memory",
+        "pipeline_read", "pipeline_write", "ratio", "super_offload",
+    },
+    ("zero_optimization", "leaf_module"): {"classes", "name_suffixes", "names"},
+    ("bf16",): {
+        "bf16_master_weights_and_grads", "bf16_optimizer_states", "check_grad_overflow", "enabled",
+        "immediate_grad_update",
+    },
+    ("fp16",): {
+        "auto_cast", "consecutive_hysteresis", "enabled", "fp16_master_weights_and_grads",
+        "hysteresis", "initial_scale_power", "loss_scale", "loss_scale_window", "min_loss_scale",
+    },
+    ("data_types",): {"buffer_dtype", "grad_accum_dtype", "keep_in_fp32_modules", "param_dtype"},
+    ("optimizer",): {"legacy_fusion", "params", "type"},
+    # of AdamW; rule optimizer-parameters refuses those that change a step or a checkpoint
+    ("optimizer", "params"): {
+        "adam_w_mode", "amsgrad", "betas", "bias_correction", "capturable", "differentiable", "eps",
+        "foreach", "fp32_optimizer_states", "fused", "lr", "maximize", "torch_adam", "weight_decay",
+    },
+}  # fmt: skip

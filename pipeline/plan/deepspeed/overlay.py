@@ -1,12 +1,12 @@
-"""A user's own DeepSpeed JSON: held against the run file, then laid over the generated config.
+"""A user's own DeepSpeed JSON: checked against the run file, then laid over the generated config.
 
-DeepSpeed ignores keys it does not know; here they are refused. What a known key may say is the
-rule table's business, which sees the merged config.
+DeepSpeed ignores unknown keys at the top level; here they are refused everywhere. The values of
+known keys are checked by the rules, which see the merged config.
 """
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,32 +16,30 @@ from pydantic import ValidationError
 from pipeline.config.located import KeyPath, Located, read_located
 from pipeline.config.settings import RunSettings, settings_by
 from pipeline.errors import UserError
-from pipeline.plan.deepspeed.keys import (
-    REMOVED,
-    REMOVED_FROM_ZERO,
-    TOP_LEVEL,
-    ZERO_OPTIMIZATION,
-)
+from pipeline.plan.deepspeed.keys import BLOCKS, SHORT_NAMES
+
+_ZERO = "zero_optimization"
 
 
 def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
-    """The settings with what the JSON fixes. Raises UserError where the run file says otherwise.
+    """The settings with the values that the JSON fixes.
 
-    Called before anything is chosen, so that the choice is made for the values of the JSON.
+    Called before anything is chosen, so that the choice is made for them. Raises UserError where
+    the run file has another value, and for keys that DeepSpeed does not read.
     """
-    found = _read(path)
+    own = _read(path)
     fixed: dict[str, Any] = {}
     for dotted, name in settings_by("deepspeed").items():
         key = tuple(dotted.split("."))
-        value, setting = _at(found, key), getattr(settings, name)
+        value, setting = _at(own, key), getattr(settings, name)
         if value is None or value == "nvme":  # nvme is refused by rule
             continue
         if name in settings.model_fields_set and setting not in ("auto", value):
             raise UserError(
-                f"{_place(found, key)}: {_shown(value)}, but the run file or its preset has "
+                f"{_place(own, key)}: {_shown(value)}, but the run file or its preset has "
                 f"{name}: {_shown(setting)}; keep one of them"
             )
-        _validate(settings, {name: value}, f"{_place(found, key)}: {_shown(value)}")
+        _validate(settings, {name: value}, f"{_place(own, key)}: {_shown(value)}")
         fixed[name] = value
     _validate(settings, fixed, f"deepspeed_json: {path}: {_shown(fixed)}")
     return settings.model_copy(update=fixed)
@@ -50,37 +48,28 @@ def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
 def overlay(generated: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The generated config with the JSON's keys laid over it, block by block.
 
-    Raises UserError for keys that DeepSpeed does not read, and for values of another kind than
-    the ones they replace. Keys that DeepSpeed removed pass: each has its rule.
+    Raises UserError for keys that DeepSpeed does not read, and for values of another type than the
+    ones they replace. Keys that DeepSpeed removed pass: each has its rule.
     """
-    found = _read(path)
-    _require_known(found, (), TOP_LEVEL | REMOVED.keys())
-    if isinstance(found.values.get("zero_optimization"), Mapping):
-        known = ZERO_OPTIMIZATION | REMOVED_FROM_ZERO.keys()
-        _require_known(found, ("zero_optimization",), known)
-    return _merged(generated, found.values, found, ())
+    own = _read(path)
+    return _merged(generated, own.values, own, ())
 
 
 def _merged(
-    below: Mapping[str, Any], above: Mapping[str, Any], found: Located, path: KeyPath
+    below: Mapping[str, Any], above: Mapping[str, Any], own: Located, path: KeyPath
 ) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         old = below.get(key)
-        if value is None and key in below:  # null is "leave it out"
-            continue
-        if isinstance(value, Mapping):
-            if old is not None and not isinstance(old, Mapping):
-                raise UserError(_other_kind(found, (*path, key), value, old))
-            merged[key] = _merged(old or {}, value, found, (*path, key))
-        else:
-            if old is not None and _kind(value) != _kind(old):
-                raise UserError(_other_kind(found, (*path, key), value, old))
-            merged[key] = value
+        is_block = isinstance(value, Mapping)
+        if old is not None and _type(value) != _type(old):
+            place = _place(own, (*path, key))
+            raise UserError(f"{place}: {_shown(value)} is not {_type(old)}, as in {_shown(old)}")
+        merged[key] = _merged(old or {}, value, own, (*path, key)) if is_block else value
     return merged
 
 
-def _kind(value: Any) -> str:
+def _type(value: Any) -> str:
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, int | float):
@@ -90,57 +79,71 @@ def _kind(value: Any) -> str:
     return "a list" if isinstance(value, list) else "a block in braces"
 
 
-def _other_kind(found: Located, key: KeyPath, value: Any, old: Any) -> str:
-    return f"{_place(found, key)}: {_shown(value)} is not {_kind(old)}, as in {_shown(old)}"
+def _validate(settings: RunSettings, values: dict[str, Any], place: str) -> None:
+    try:
+        RunSettings.model_validate(settings.model_dump() | values)
+    except ValidationError as error:
+        messages = " or ".join(dict.fromkeys(problem["msg"] for problem in error.errors()))
+        shown = messages.removeprefix("Value error, ").replace("Input should be", "must be")
+        raise UserError(f"{place}: {shown}") from None
 
 
-def _require_known(found: Located, block: KeyPath, known: Iterable[str]) -> None:
-    names = sorted(known)
+def _read(path: str) -> Located:
+    """The file with ZeRO-3's keys under their full names, and without "auto" and null.
+
+    Both mean what the plan generates. Raises UserError for every unknown key, whatever its value.
+    """
+    own = read_located(Path(path), "JSON", label="deepspeed_json: ")
+    _require_known(own)
+    values, lines = _without_auto(own.values), dict(own.lines)
+    zero = values.get(_ZERO)
+    for short, full in SHORT_NAMES.items():
+        if not isinstance(zero, dict) or short not in zero:
+            continue
+        if full in zero:
+            raise UserError(
+                f"{_place(own, (_ZERO, short))}: the same key as {full} in line "
+                f"{lines[_ZERO, full]}; keep one of them"
+            )
+        zero[full] = zero.pop(short)
+        lines[_ZERO, full] = lines[_ZERO, short]
+    return replace(own, values=values, lines=lines)
+
+
+def _require_known(own: Located) -> None:
     problems = []
-    for key in _at(found, block):
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    for key in own.lines:
+        names = BLOCKS.get(key[:-1])
+        if names is not None and key[-1] not in names:
+            near = difflib.get_close_matches(key[-1], sorted(names), n=1, cutoff=0.6)
             hint = f"did you mean {near[0]!r}?" if near else "take it out"
-            problems.append(f"{_place(found, (*block, key))}: no key that DeepSpeed reads; {hint}")
+            problems.append(f"{_place(own, key)}: no key that DeepSpeed reads; {hint}")
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _validate(settings: RunSettings, values: dict[str, Any], found: str) -> None:
-    try:
-        RunSettings.model_validate(settings.model_dump() | values)
-    except ValidationError as error:
-        said = " or ".join(dict.fromkeys(problem["msg"] for problem in error.errors()))
-        shown = said.removeprefix("Value error, ").replace("Input should be", "must be")
-        raise UserError(f"{found}: {shown}") from None
+def _without_auto(block: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_auto(value) if isinstance(value, Mapping) else value
+        for key, value in block.items()
+        if value not in ("auto", None)
+    }
 
 
-def _read(path: str) -> Located:
-    """The file without its "auto" values."""
-    located = read_located(Path(path), "JSON", label="deepspeed_json: ")
-    return replace(located, values=_without_auto(located.values))
-
-
-def _at(located: Located, key: KeyPath) -> Any:
+def _at(own: Located, key: KeyPath) -> Any:
     """The value at a path, None where there is none."""
-    value: Any = located.values
+    value: Any = own.values
     for part in key:
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
 
-def _place(located: Located, key: KeyPath) -> str:
-    """File, line and key."""
-    return f"{located.place(*key)}: {'.'.join(key)}"
-
-
-def _without_auto(block: Mapping[str, Any]) -> dict[str, Any]:
-    """The block without "auto", which means what the plan generates."""
-    return {
-        key: _without_auto(value) if isinstance(value, Mapping) else value
-        for key, value in block.items()
-        if value != "auto"
-    }
+def _place(own: Located, key: KeyPath) -> str:
+    """File, line and key, by the name that the file has for it."""
+    names = {full: short for short, full in SHORT_NAMES.items()}
+    is_short = key[:1] == (_ZERO,) and len(key) == 2 and (_ZERO, names.get(key[1], "")) in own.lines
+    shown = (_ZERO, names[key[1]]) if is_short else key
+    return f"{own.place(*key)}: {'.'.join(shown)}"
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What an adapter adds to a model: counts over all blocks, made once for each choice of layers."""
+"""AdapterCounts: sizes of the LoRA adapter over the adapted linear layers of a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,12 @@ _ATTENTION_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"}
 _ATTENTION_OUTPUT = {"o_proj", "dense"}
 _MLP_INPUT = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"}
 
+_Named = Sequence[tuple[str, Linear]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterCounts:
-    """Counts over all adapted linear layers of all blocks."""
+    """Counts over all adapted linear layers: of the model, or of its blocks of one kind."""
 
     layers: int
     parameters: int
@@ -25,18 +27,21 @@ class AdapterCounts:
     blocks_reading_attention_input: int
     blocks_reading_attention_output: int
     blocks_reading_mlp_input: int
-    product_width: int  # sum of d_in of those that read what the MLP's activation makes
+    product_width: int  # sum of d_in of the layers that read the product of the MLP's activation
 
 
 def adapter_counts(shape: ModelShape, settings: RunSettings) -> AdapterCounts:
-    """Counts for the layers that the settings name.
+    """Counts for the layers that `lora_target_modules` selects in all blocks.
 
     Raises UserError where an entry selects nothing. A is (r, d_in) and B is (d_out, r) for every
     layer (LoRA, arXiv 2106.09685 s.4).
     """
-    targets = settings.lora_target_modules
-    key = targets if isinstance(targets, str) else tuple(targets)
-    return _count(shape, key, settings.lora_r)
+    return _counts(shape, _key(settings), settings.lora_r)[0]
+
+
+def adapter_counts_by_kind(shape: ModelShape, settings: RunSettings) -> tuple[AdapterCounts, ...]:
+    """The same for the blocks of each kind, in the order of `shape.blocks`."""
+    return _counts(shape, _key(settings), settings.lora_r)[1]
 
 
 def trainable_parameters(shape: ModelShape, settings: RunSettings) -> int:
@@ -44,30 +49,44 @@ def trainable_parameters(shape: ModelShape, settings: RunSettings) -> int:
     return adapter_counts(shape, settings).parameters
 
 
+def _key(settings: RunSettings) -> str | tuple[str, ...]:
+    targets = settings.lora_target_modules
+    return targets if isinstance(targets, str) else tuple(targets)
+
+
 @lru_cache(maxsize=16)
-def _count(shape: ModelShape, targets: str | tuple[str, ...], r: int) -> AdapterCounts:
-    found = shape.targeted(targets)
-    every = [linear for _, linear in found]
+def _counts(
+    shape: ModelShape, targets: str | tuple[str, ...], r: int
+) -> tuple[AdapterCounts, tuple[AdapterCounts, ...]]:
+    selected = shape.targeted(targets)
+    by_kind: list[list[tuple[str, Linear]]] = [[] for _ in shape.blocks]
+    for name, linear in selected:
+        by_kind[shape.kind_of(name)].append((name, linear))
+    return _count(selected, r), tuple(_count(of_kind, r) for of_kind in by_kind)
+
+
+def _count(selected: _Named, r: int) -> AdapterCounts:
+    linears = [linear for _, linear in selected]
     return AdapterCounts(
-        layers=len(every),
-        parameters=sum(r * (linear.d_in + linear.d_out) for linear in every),
-        largest_matrix=r * max(max(linear.d_in, linear.d_out) for linear in every),
-        input_width=sum(linear.d_in for linear in every),
-        output_width=sum(linear.d_out for linear in every),
-        blocks_reading_attention_input=_blocks_with(found, _ATTENTION_INPUT),
-        blocks_reading_attention_output=_blocks_with(found, _ATTENTION_OUTPUT),
-        blocks_reading_mlp_input=_blocks_with(found, _MLP_INPUT),
-        product_width=sum(linear.d_in for linear in every if _reads_product(linear)),
+        layers=len(linears),
+        parameters=sum(r * (linear.d_in + linear.d_out) for linear in linears),
+        largest_matrix=r * max((max(x.d_in, x.d_out) for x in linears), default=0),
+        input_width=sum(linear.d_in for linear in linears),
+        output_width=sum(linear.d_out for linear in linears),
+        blocks_reading_attention_input=_blocks_with(selected, _ATTENTION_INPUT),
+        blocks_reading_attention_output=_blocks_with(selected, _ATTENTION_OUTPUT),
+        blocks_reading_mlp_input=_blocks_with(selected, _MLP_INPUT),
+        product_width=sum(linear.d_in for linear in linears if _reads_product(linear)),
     )
 
 
-def _blocks_with(found: Sequence[tuple[str, Linear]], names: set[str]) -> int:
-    return len({name.removesuffix(f".{x.name}") for name, x in found if _last(x) in names})
+def _blocks_with(selected: _Named, names: set[str]) -> int:
+    return len({name.removesuffix(f".{x.name}") for name, x in selected if _end(x) in names})
 
 
 def _reads_product(linear: Linear) -> bool:
-    return _last(linear) not in _ATTENTION_INPUT | _ATTENTION_OUTPUT | _MLP_INPUT
+    return _end(linear) not in _ATTENTION_INPUT | _ATTENTION_OUTPUT | _MLP_INPUT
 
 
-def _last(linear: Linear) -> str:
+def _end(linear: Linear) -> str:
     return linear.name.rsplit(".", 1)[-1]

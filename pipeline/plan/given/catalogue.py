@@ -1,13 +1,14 @@
-"""GPUs by name, with the rates of their data sheets; and the rates of what is not in the table.
+"""GPUs by name, with the rates of their data sheets, and estimated rates for other devices.
 
-A data sheet's figure is a ceiling; speed.py says what share of it is reckoned with. Networks are
-not a property of a GPU: they are assumptions, said beside them.
+A data sheet's figure is a ceiling; speed.py has the fraction that is assumed to be reached. Network
+rates are not a property of a GPU: they are assumptions.
 """
 
 import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from pipeline.errors import UserError
 from pipeline.plan.given.hardware import GIB, Hardware
@@ -29,84 +30,97 @@ _SERVER = 100 / 8 * _GB / 4  # one card of 100 Gb/s shared by four GPUs
 _OFFICE = 10 / 8 * _GB / 2  # 10 Gb/s Ethernet shared by two GPUs
 
 
-def _gpu(
-    name: str,
-    mib: int,
-    capability: tuple[int, int],
-    *,
-    tflops: float,
-    gb_s: float,
-    link: float,
-    host: float,
-    network: float,
-) -> Hardware:
-    return Hardware(
-        kind="cuda",
-        name=name,
-        devices_per_node=1,
-        device_bytes=mib * _MIB,
-        host_bytes=0,
-        compute_capability=capability,
-        flops=tflops * _T,
-        memory_bandwidth=gb_s * _GB,
-        node_link=link,
-        network=network,
-        host_link=host,
-    )
+_gpu = partial(Hardware, kind="cuda", devices_per_node=1, host_bytes=0)
 
 
 # Memory: MiB that `nvidia-smi` shows (recent drivers, ECC as shipped), which is below the
 # nominal size on cards that take ECC from it. Rates: NVIDIA's data sheet or architecture white
-# paper of the name beside each row: bf16 or fp16 tensor cores with fp32 accumulation, dense (half
-# of a figure "with sparsity"); NVLink's total divided by two for each way. `link` of a PCIe card is
-# its slot: bridges join pairs only.
+# paper named above each row: bf16 or fp16 tensor cores with fp32 accumulation, dense (half of a
+# figure "with sparsity"); NVLink's total divided by two for each direction. A PCIe card's
+# `node_link` is its slot: bridges join pairs only.
 # fmt: off
 GPUS: Mapping[str, Hardware] = {
-    "b200-180gb": _gpu("NVIDIA B200", 183359, (10, 0),  # DGX B200 data sheet, an eighth of it
-        tflops=2250, gb_s=8000, link=900 * _GB, host=_PCIE5, network=_FABRIC_400),
-    "h200-141gb": _gpu("NVIDIA H200", 143771, (9, 0),  # H200 data sheet
-        tflops=989.5, gb_s=4800, link=450 * _GB, host=_PCIE5, network=_FABRIC_400),
-    "h100-80gb": _gpu("NVIDIA H100 80GB HBM3", 81559, (9, 0),  # H100 data sheet, SXM
-        tflops=989.5, gb_s=3350, link=450 * _GB, host=_PCIE5, network=_FABRIC_400),
-    "h100-80gb-pcie": _gpu("NVIDIA H100 PCIe", 81559, (9, 0),  # H100 data sheet, PCIe
-        tflops=756.5, gb_s=2000, link=_PCIE5, host=_PCIE5, network=_SERVER),
-    "a100-80gb": _gpu("NVIDIA A100-SXM4-80GB", 81920, (8, 0),  # A100 data sheet, SXM
-        tflops=312, gb_s=2039, link=300 * _GB, host=_PCIE4, network=_FABRIC_200),
-    "a100-80gb-pcie": _gpu("NVIDIA A100 80GB PCIe", 81920, (8, 0),  # A100 data sheet, PCIe
-        tflops=312, gb_s=1935, link=_PCIE4, host=_PCIE4, network=_SERVER),
-    "a100-40gb": _gpu("NVIDIA A100-SXM4-40GB", 40960, (8, 0),  # A100 architecture white paper
-        tflops=312, gb_s=1555, link=300 * _GB, host=_PCIE4, network=_FABRIC_200),
-    "l40s-48gb": _gpu("NVIDIA L40S", 46068, (8, 9),  # L40S data sheet
-        tflops=362, gb_s=864, link=_PCIE4, host=_PCIE4, network=_SERVER),
-    "a40-48gb": _gpu("NVIDIA A40", 46068, (8, 6),  # A40 data sheet
-        tflops=149.7, gb_s=696, link=_PCIE4, host=_PCIE4, network=_SERVER),
-    "rtx-a6000-48gb": _gpu("NVIDIA RTX A6000", 49140, (8, 6),  # RTX A6000 data sheet
-        tflops=154.8, gb_s=768, link=_PCIE4, host=_PCIE4, network=_OFFICE),
-    "rtx-4090-24gb": _gpu("NVIDIA GeForce RTX 4090", 24564, (8, 9),  # Ada architecture white paper
-        tflops=165.2, gb_s=1008, link=_THROUGH_HOST, host=_PCIE4, network=_OFFICE),
-    "rtx-3090-24gb": _gpu("NVIDIA GeForce RTX 3090", 24576, (8, 6),  # GA102 white paper
-        tflops=71, gb_s=936, link=_THROUGH_HOST, host=_PCIE4, network=_OFFICE),
-    "a10-24gb": _gpu("NVIDIA A10", 23028, (8, 6),  # A10 data sheet
-        tflops=125, gb_s=600, link=_PCIE4, host=_PCIE4, network=_SERVER),
-    "a10g-24gb": _gpu("NVIDIA A10G", 23028, (8, 6),  # A10G data sheet
-        tflops=70, gb_s=600, link=_PCIE4, host=_PCIE4, network=_SERVER),
-    "l4-24gb": _gpu("NVIDIA L4", 23034, (8, 9),  # L4 data sheet
-        tflops=121, gb_s=300, link=_PCIE4, host=_PCIE4, network=_SERVER),
-    "v100-32gb": _gpu("Tesla V100-SXM2-32GB", 32768, (7, 0),  # V100 data sheet, NVLink
-        tflops=125, gb_s=900, link=150 * _GB, host=_PCIE3, network=_SERVER),
-    "v100-16gb": _gpu("Tesla V100-SXM2-16GB", 16384, (7, 0),  # as above; the memory is nominal
-        tflops=125, gb_s=900, link=150 * _GB, host=_PCIE3, network=_SERVER),
-    "t4-16gb": _gpu("Tesla T4", 15360, (7, 5),  # T4 data sheet
-        tflops=65, gb_s=300, link=_PCIE3, host=_PCIE3, network=_SERVER),
+    # DGX B200 data sheet, an eighth of it
+    "b200-180gb": _gpu(name="NVIDIA B200", device_bytes=183359 * _MIB,
+        compute_capability=(10, 0), flops=2250 * _T, memory_bandwidth=8000 * _GB,
+        node_link=900 * _GB, host_link=_PCIE5, network=_FABRIC_400),
+    # H200 data sheet
+    "h200-141gb": _gpu(name="NVIDIA H200", device_bytes=143771 * _MIB,
+        compute_capability=(9, 0), flops=989.5 * _T, memory_bandwidth=4800 * _GB,
+        node_link=450 * _GB, host_link=_PCIE5, network=_FABRIC_400),
+    # H100 data sheet, SXM
+    "h100-80gb": _gpu(name="NVIDIA H100 80GB HBM3", device_bytes=81559 * _MIB,
+        compute_capability=(9, 0), flops=989.5 * _T, memory_bandwidth=3350 * _GB,
+        node_link=450 * _GB, host_link=_PCIE5, network=_FABRIC_400),
+    # H100 data sheet, PCIe
+    "h100-80gb-pcie": _gpu(name="NVIDIA H100 PCIe", device_bytes=81559 * _MIB,
+        compute_capability=(9, 0), flops=756.5 * _T, memory_bandwidth=2000 * _GB,
+        node_link=_PCIE5, host_link=_PCIE5, network=_SERVER),
+    # A100 data sheet, SXM
+    "a100-80gb": _gpu(name="NVIDIA A100-SXM4-80GB", device_bytes=81920 * _MIB,
+        compute_capability=(8, 0), flops=312 * _T, memory_bandwidth=2039 * _GB,
+        node_link=300 * _GB, host_link=_PCIE4, network=_FABRIC_200),
+    # A100 data sheet, PCIe
+    "a100-80gb-pcie": _gpu(name="NVIDIA A100 80GB PCIe", device_bytes=81920 * _MIB,
+        compute_capability=(8, 0), flops=312 * _T, memory_bandwidth=1935 * _GB,
+        node_link=_PCIE4, host_link=_PCIE4, network=_SERVER),
+    # A100 architecture white paper
+    "a100-40gb": _gpu(name="NVIDIA A100-SXM4-40GB", device_bytes=40960 * _MIB,
+        compute_capability=(8, 0), flops=312 * _T, memory_bandwidth=1555 * _GB,
+        node_link=300 * _GB, host_link=_PCIE4, network=_FABRIC_200),
+    # L40S data sheet
+    "l40s-48gb": _gpu(name="NVIDIA L40S", device_bytes=46068 * _MIB,
+        compute_capability=(8, 9), flops=362 * _T, memory_bandwidth=864 * _GB,
+        node_link=_PCIE4, host_link=_PCIE4, network=_SERVER),
+    # A40 data sheet
+    "a40-48gb": _gpu(name="NVIDIA A40", device_bytes=46068 * _MIB,
+        compute_capability=(8, 6), flops=149.7 * _T, memory_bandwidth=696 * _GB,
+        node_link=_PCIE4, host_link=_PCIE4, network=_SERVER),
+    # RTX A6000 data sheet
+    "rtx-a6000-48gb": _gpu(name="NVIDIA RTX A6000", device_bytes=49140 * _MIB,
+        compute_capability=(8, 6), flops=154.8 * _T, memory_bandwidth=768 * _GB,
+        node_link=_PCIE4, host_link=_PCIE4, network=_OFFICE),
+    # Ada architecture white paper
+    "rtx-4090-24gb": _gpu(name="NVIDIA GeForce RTX 4090", device_bytes=24564 * _MIB,
+        compute_capability=(8, 9), flops=165.2 * _T, memory_bandwidth=1008 * _GB,
+        node_link=_THROUGH_HOST, host_link=_PCIE4, network=_OFFICE),
+    # GA102 white paper
+    "rtx-3090-24gb": _gpu(name="NVIDIA GeForce RTX 3090", device_bytes=24576 * _MIB,
+        compute_capability=(8, 6), flops=71 * _T, memory_bandwidth=936 * _GB,
+        node_link=_THROUGH_HOST, host_link=_PCIE4, network=_OFFICE),
+    # A10 data sheet
+    "a10-24gb": _gpu(name="NVIDIA A10", device_bytes=23028 * _MIB,
+        compute_capability=(8, 6), flops=125 * _T, memory_bandwidth=600 * _GB,
+        node_link=_PCIE4, host_link=_PCIE4, network=_SERVER),
+    # A10G data sheet
+    "a10g-24gb": _gpu(name="NVIDIA A10G", device_bytes=23028 * _MIB,
+        compute_capability=(8, 6), flops=70 * _T, memory_bandwidth=600 * _GB,
+        node_link=_PCIE4, host_link=_PCIE4, network=_SERVER),
+    # L4 data sheet
+    "l4-24gb": _gpu(name="NVIDIA L4", device_bytes=23034 * _MIB,
+        compute_capability=(8, 9), flops=121 * _T, memory_bandwidth=300 * _GB,
+        node_link=_PCIE4, host_link=_PCIE4, network=_SERVER),
+    # V100 data sheet, NVLink
+    "v100-32gb": _gpu(name="Tesla V100-SXM2-32GB", device_bytes=32768 * _MIB,
+        compute_capability=(7, 0), flops=125 * _T, memory_bandwidth=900 * _GB,
+        node_link=150 * _GB, host_link=_PCIE3, network=_SERVER),
+    # as above; the memory is nominal
+    "v100-16gb": _gpu(name="Tesla V100-SXM2-16GB", device_bytes=16384 * _MIB,
+        compute_capability=(7, 0), flops=125 * _T, memory_bandwidth=900 * _GB,
+        node_link=150 * _GB, host_link=_PCIE3, network=_SERVER),
+    # T4 data sheet
+    "t4-16gb": _gpu(name="Tesla T4", device_bytes=15360 * _MIB,
+        compute_capability=(7, 5), flops=65 * _T, memory_bandwidth=300 * _GB,
+        node_link=_PCIE3, host_link=_PCIE3, network=_SERVER),
 }
 # fmt: on
 
-# What counts as the same memory: drivers differ by less, MIG slices by more.
+# Ratio up to which memory sizes count as the same: drivers differ by less, MIG slices by more.
 _SAME_MEMORY = 1.1
 
-# A core of a server's CPU: 16-bit matrix rate (AVX512-BF16 or AMX; without them bf16 is slower than
-# this by far) and its share of the memory's bandwidth. Set so that speed.py comes near both
-# figures of docs/benchmarks.md on two cores; another CPU may differ several times over.
+# A core of a server's CPU: 16-bit matrix rate (AVX512-BF16 or AMX; without them bf16 is far
+# slower) and its share of the memory bandwidth. Chosen so that speed.py matches both figures of
+# docs/benchmarks.md on two cores; another CPU may differ several times over.
 _CORE_FLOPS = 1.5e11
 _CORE_BANDWIDTH = 8 * _GB
 # Ranks on one CPU exchange gradients through gloo over the loopback; an assumption.
@@ -114,23 +128,23 @@ _LOOPBACK = 1 * _GB
 
 
 def gpu_named(key: str) -> Hardware:
-    """The GPU of this key of GPUS, one a node. Raises UserError with the nearest for another."""
+    """The GPU with this key in GPUS. Raises UserError with the closest keys for another."""
     if key in GPUS:
         return GPUS[key]
     near = difflib.get_close_matches(key.lower(), GPUS, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(GPUS)}"
     raise UserError(
-        f"{key!r} is no GPU that is known; {hint} Any other can be described by "
-        "its memory and its 16-bit rate (--gpu-memory-gib, --gpu-tflops)"
+        f"unknown GPU {key!r}; {hint} Describe any other by its memory and its 16-bit rate "
+        "(--gpu-memory-gib, --gpu-tflops)"
     )
 
 
 def gpu_like(gib: float, tflops: float | None = None) -> Hardware:
-    """A GPU known by its memory and, if given, its dense 16-bit rate; new enough for bfloat16.
+    """A GPU described by its memory and, if given, its dense 16-bit rate; supports bfloat16.
 
-    It is reckoned as a card of the catalogue: without `tflops` the slowest one of about the same
-    memory, else the one nearest in memory and rate, its memory bandwidth scaled with the rate.
-    Links and network are that card's. Raises UserError for what is not above 0.
+    Its other rates are those of a card of the catalogue: without `tflops` the slowest one of about
+    the same memory, else the closest in memory and rate, its memory bandwidth scaled with the rate.
+    Raises UserError for a value that is not above 0.
     """
     size = int(gib * GIB)
     if size < 1 or (tflops is not None and tflops <= 0):
@@ -157,9 +171,9 @@ def gpu_like(gib: float, tflops: float | None = None) -> Hardware:
 
 
 def rates_of(nvml_name: str, device_bytes: int) -> Hardware:
-    """The catalogue's card of NVML's product name and about this memory, else one like it.
+    """The card with NVML's product name and about this memory, else one of similar memory.
 
-    Only its rates are meant to be used: counts, memory and name are what was detected.
+    Only its rates are meant to be used: count, memory and name are those detected.
     """
     for card in GPUS.values():
         is_same = _plain(card.name) == _plain(nvml_name)
@@ -185,10 +199,10 @@ def cpu_of(num_cores: int, memory_bytes: int) -> Hardware:
 
 
 def _plain(name: str) -> str:
-    """The product name without the maker's and the family's, which drivers write or leave out."""
+    """The product name without maker and family, which drivers write inconsistently."""
     return re.sub(r"\b(NVIDIA|Tesla|GeForce)\b|\s+", "", name).lower()
 
 
 def _ratio(one: float, other: float) -> float:
-    """How many times the larger is the smaller; 1 for equals."""
+    """Larger over smaller: 1 for equal values."""
     return max(one, other) / min(one, other)

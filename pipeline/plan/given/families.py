@@ -1,15 +1,13 @@
-"""What differs between model families: names and widths of a block's parts, by config.json.
+"""Model families: names and sizes of the parts of a decoder block, by `model_type`.
 
-Facts are of transformers 5.23, models/*/modeling_*.py. Experts of a mixture are one tensor for all
-of them there, not linear layers: peft's names do not reach them and bitsandbytes leaves them in 16
-bits. The same holds for routers.
+Facts are of transformers 5.23, models/*/modeling_*.py. The experts of a block are one fused tensor
+there, not linear layers: peft's names do not reach them and bitsandbytes leaves them in 16 bits.
+The same holds for routers.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
-
-from pipeline.errors import UserError
 
 NormKind = Literal["rms", "layer"]
 Config = Mapping[str, Any]
@@ -17,12 +15,16 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer of a block: `weight` is (d_out, d_in)."""
+    """One linear layer of a block: `weight` is (d_out, d_in).
+
+    `is_adaptable` is false where peft cannot adapt it by name.
+    """
 
     name: str
     d_in: int
     d_out: int
     has_bias: bool = False
+    is_adaptable: bool = True
 
     @property
     def weights(self) -> int:
@@ -58,11 +60,15 @@ class Experts:
 class Family:
     """One `model_type`.
 
-    `defaults` are the class's own, for keys that a config.json may leave out. `inner_key` holds the
-    inner width of the MLP that is made of linear layers, None where experts take its place.
+    `defaults` are those of the config class, for keys that a config.json may omit. `inner_key` is
+    the config's key for the inner width of the MLP made of linear layers, None where a block has
+    experts alone. In a mixture, `dense_linears` are those of the blocks without experts, and
+    `has_experts` tells by its index whether a block has them.
     """
 
     linears: Callable[[Config, Widths], tuple[Linear, ...]]
+    dense_linears: Callable[[Config, Widths], tuple[Linear, ...]] | None = None
+    has_experts: Callable[[Config, int], bool] | None = None
     defaults: Config = field(default_factory=dict)
     layers: str = "model.layers"
     inner_key: str | None = "intermediate_size"
@@ -137,6 +143,13 @@ def _qwen3_moe(config: Config, widths: Widths) -> tuple[Linear, ...]:
     return _attention(widths, bool(config.get("attention_bias")))
 
 
+def _qwen3_moe_dense(config: Config, widths: Widths) -> tuple[Linear, ...]:
+    # peft 0.21 applies the names of this MLP to the fused experts of the other blocks instead
+    # (utils/transformers_weight_conversion.py).
+    mlp = [replace(linear, is_adaptable=False) for linear in _gated_mlp(widths)]
+    return (*_qwen3_moe(config, widths), *mlp)
+
+
 def _qwen2_moe(config: Config, widths: Widths) -> tuple[Linear, ...]:
     return (
         *_attention(widths, bool(config["qkv_bias"]), False),
@@ -145,10 +158,14 @@ def _qwen2_moe(config: Config, widths: Widths) -> tuple[Linear, ...]:
     )
 
 
+def _qwen2_moe_dense(config: Config, widths: Widths) -> tuple[Linear, ...]:
+    return (*_attention(widths, bool(config["qkv_bias"]), False), *_gated_mlp(widths))
+
+
 def _attention(
     widths: Widths, has_qkv_bias: bool = False, has_o_bias: bool | None = None
 ) -> tuple[Linear, ...]:
-    """Four projections; the output's bias is as the others' unless it is said."""
+    """Four projections; the output's bias is as the others' unless it is given."""
     return (
         Linear("self_attn.q_proj", widths.hidden, widths.queries, has_qkv_bias),
         Linear("self_attn.k_proj", widths.hidden, widths.keys, has_qkv_bias),
@@ -170,30 +187,35 @@ def _gated_mlp(widths: Widths, name: str = "mlp", *, has_bias: bool = False) -> 
     )
 
 
+# Of two names for the number of experts, the config class takes the one that is asked for first
+# here (attribute_map of transformers 5.23 models/*/configuration_*.py).
 def _mixtral_experts(config: Config) -> Experts:
     return Experts(
-        count=int(config["num_local_experts"]),
+        count=int(config.get("num_experts") or config["num_local_experts"]),
         per_token=int(config["num_experts_per_tok"]),
         size=int(config["intermediate_size"]),
     )
 
 
-def _qwen_experts(config: Config) -> Experts:
-    """Raises UserError where some blocks have no experts: all blocks of a shape are alike."""
-    # transformers 5 writes the second name, published configs have the first
-    count = config["num_experts" if "num_experts" in config else "num_local_experts"]
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers")
-    if step != 1 or dense or not count:
-        raise UserError(
-            f"num_experts {count}, decoder_sparse_step {step}, mlp_only_layers {dense or []}: a "
-            "model in which not every block has experts cannot be planned; one with "
-            "decoder_sparse_step 1 and no mlp_only_layers can"
-        )
+def _qwen2_moe_experts(config: Config) -> Experts:
+    return _qwen_experts(config, int(config["num_experts"]))
+
+
+def _qwen3_moe_experts(config: Config) -> Experts:
+    return _qwen_experts(config, int(config.get("num_local_experts", config.get("num_experts", 0))))
+
+
+def _qwen_experts(config: Config, count: int) -> Experts:
     return Experts(
-        count=int(count),
+        count=count,
         per_token=int(config["num_experts_per_tok"]),
         size=int(config["moe_intermediate_size"]),
     )
+
+
+def _qwen_has_experts(config: Config, layer: int) -> bool:
+    is_dense = layer in (config.get("mlp_only_layers") or ())
+    return not is_dense and (layer + 1) % int(config.get("decoder_sparse_step", 1)) == 0
 
 
 def _always(config: Config) -> bool:
@@ -202,20 +224,35 @@ def _always(config: Config) -> bool:
 
 
 _GEMMA = {"tie_word_embeddings": True, "head_dim": 256}
+_NO_WINDOW = {"use_sliding_window": False}  # until it is set, whatever sliding_window is
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(linears=_llama),
-    "mistral": Family(linears=_mistral),
-    "qwen2": Family(linears=_qwen2),
-    "qwen3": Family(linears=_qwen3, defaults={"head_dim": 128}, head_norms=_always),
-    "gemma": Family(linears=_qwen3, defaults=_GEMMA),
+    "mistral": Family(linears=_mistral, defaults={"num_key_value_heads": 8}),
+    "qwen2": Family(linears=_qwen2, defaults=_NO_WINDOW | {"num_key_value_heads": 32}),
+    "qwen3": Family(
+        linears=_qwen3,
+        defaults=_NO_WINDOW | {"head_dim": 128, "num_key_value_heads": 32},
+        head_norms=_always,
+    ),
+    "gemma": Family(linears=_qwen3, defaults=_GEMMA | {"num_key_value_heads": 16}),
     "gemma2": Family(
         linears=_qwen3,
-        defaults=_GEMMA | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+        defaults=_GEMMA
+        | {"num_key_value_heads": 4}
+        | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
         num_block_norms=4,
     ),
-    "gemma3_text": Family(linears=_qwen3, defaults=_GEMMA, num_block_norms=4, head_norms=_always),
-    "smollm3": Family(linears=_llama, defaults={"tie_word_embeddings": True}),
+    "gemma3_text": Family(
+        linears=_qwen3,
+        defaults=_GEMMA | {"num_key_value_heads": 4},
+        num_block_norms=4,
+        head_norms=_always,
+    ),
+    "smollm3": Family(
+        linears=_llama,
+        defaults=_NO_WINDOW | {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    ),
     "phi3": Family(linears=_phi3, has_fused_gate=True),
     "phi": Family(
         linears=_phi,
@@ -233,14 +270,27 @@ FAMILIES: dict[str, Family] = {
         norm_kind="layer",
         is_gated=False,
     ),
-    "mixtral": Family(linears=_mixtral, inner_key=None, experts=_mixtral_experts),
+    "mixtral": Family(
+        linears=_mixtral,
+        defaults={"num_key_value_heads": 8},
+        inner_key=None,
+        experts=_mixtral_experts,
+    ),
     "qwen2_moe": Family(
         linears=_qwen2_moe,
-        defaults={"qkv_bias": True},
+        dense_linears=_qwen2_moe_dense,
+        has_experts=_qwen_has_experts,
+        defaults=_NO_WINDOW | {"qkv_bias": True, "num_key_value_heads": 16},
         inner_key="shared_expert_intermediate_size",
-        experts=_qwen_experts,
+        experts=_qwen2_moe_experts,
     ),
     "qwen3_moe": Family(
-        linears=_qwen3_moe, inner_key=None, head_norms=_always, experts=_qwen_experts
+        linears=_qwen3_moe,
+        dense_linears=_qwen3_moe_dense,
+        has_experts=_qwen_has_experts,
+        defaults=_NO_WINDOW | {"num_key_value_heads": 4},
+        inner_key=None,
+        head_norms=_always,
+        experts=_qwen3_moe_experts,
     ),
 }

@@ -1,4 +1,4 @@
-"""Layout: how a run is divided over ranks, stages and micro-batches; what the plan chooses."""
+"""Layout: how a run is divided over ranks, ZeRO stages and micro-batches."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,12 +9,12 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What decides the memory and the speed of a run beside its model, adapter and machine.
+    """Everything but model, adapter and machine that determines memory and speed of a run.
 
-    The first `checkpointed_layers` blocks are recomputed in the backward pass: by the time it
-    reaches them, what the others kept is gone. `hpz_partition_size` ranks share a second copy of
-    the base at ZeRO-3 (1: there is none). `loads_through_host`: a quantised base goes from host
-    memory to the ranks a share at a time, because all of it would not fit on one device.
+    The first `checkpointed_layers` blocks are checkpointed: their backward pass comes last, when
+    the activations of the others have been freed. `hpz_partition_size`: ranks that share a second
+    copy of the base at ZeRO-3, 1 for no second copy. `loads_through_host`: a quantised base too
+    large for one device is loaded in host memory and sharded from there.
     """
 
     zero_stage: int
@@ -45,5 +45,19 @@ class Layout:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the frozen base is divided over the ranks (ZeRO-3)."""
+        """Whether the frozen base is sharded over the ranks (ZeRO-3)."""
         return self.zero_stage == 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceProfile:
+    """The sequences of a micro-batch, as memory and speed depend on them.
+
+    `tokens`: length of a sequence, padding included. `supervised_share`: fraction of tokens with
+    labels, and so with logits. `attended`: for packed sequences the mean document length (attention
+    does not cross documents), None for one document a sequence. The defaults are upper bounds.
+    """
+
+    tokens: float
+    supervised_share: float = 1.0
+    attended: float | None = None

@@ -1,76 +1,67 @@
-"""ModelShape: what config.json says of a model, without its weights. No torch.
+"""ModelShape: sizes and module names of a model, from its config.json alone. No weights, no torch.
 
 The linear layers of a block are listed with the names that peft sees, so that adapters can be
-counted and named before a model is loaded; families.py knows them. tests/plan/given/test_shape.py
-compares the counts with transformers' and peft's own on the meta device.
+counted and named before a model is loaded; families.py has them for each `model_type`.
+tests/plan/given/test_shape.py compares the counts with transformers' and peft's own on the meta
+device.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.plan.given.families import FAMILIES, Linear, NormKind, Widths
+from pipeline.files import read_json
+from pipeline.plan.given.families import FAMILIES, Config, Experts, Family, Linear, NormKind, Widths
 from pipeline.plan.given.tokens import count_tokens
 
-# How experts and their projections have been called, when they were still linear layers.
+# Names of experts and their projections in versions of transformers where they were linear layers.
 _EXPERT_NAMES = ("experts", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+# A linear layer that routes tokens to experts, or weighs a shared one: `gate`, not `gate_proj`.
+_ROUTER = re.compile(r"(^|.*[._])(gate|router)$")
+# Keys of config.json for dropout and noise that are active in training.
+_DROPOUTS = (
+    "attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "residual_dropout",
+    "router_jitter_noise",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """A decoder of equal blocks.
+class Block:
+    """One kind of decoder block.
 
-    `intermediate_size` is the inner width of the MLP that is made of linear layers: with experts
-    that of the shared one, 0 if there is none. `expert_size` is the inner width of one expert.
+    `intermediate_size`: inner width of the MLP made of linear layers, with experts that of the
+    shared one; 0 if there is none. `expert_size`: inner width of one expert.
     """
 
-    folder: str
-    model_type: str
-    dtype: str
+    linears: tuple[Linear, ...]
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    vocab_size: int
-    is_tied: bool
-    linears: tuple[Linear, ...]
-    layers_name: str = "model.layers"
     norm_kind: NormKind = "rms"
-    num_block_norms: int = 2  # of full width
+    num_norms: int = 2  # of full width
     has_head_norms: bool = False  # one for the queries of a head, one for its keys
-    has_head_bias: bool = False  # of the output head
     is_gated: bool = True
     has_fused_gate: bool = False  # gate and up projection are one linear layer
-    num_experts: int = 0  # 0: a dense model
+    num_experts: int = 0  # 0: no experts
     experts_per_token: int = 0
     expert_size: int = 0
-    has_composed_activation: bool = False  # written out in Python, not one kernel
-    logit_softcap: bool = False
-    score_softcap: bool = False  # of attention scores, which then exist: no kernel fuses it
-    quantization: str | None = None
-    has_own_code: bool = False  # its folder brings a class that trust_remote_code would run
-    num_tokens: int | None = None  # highest id of an added token of the tokenizer, plus one
 
     @property
-    def linear_parameters(self) -> int:
-        """Weights and biases of all linear layers of all blocks."""
-        return self.num_layers * sum(linear.parameters for linear in self.linears)
+    def query_width(self) -> int:
+        """Width of all query heads."""
+        return self.num_heads * self.head_dim
 
     @property
-    def quantised_parameters(self) -> int:
-        """Weights that 4 and 8 bits apply to: of linear layers of blocks, without their biases.
-
-        Embeddings, head, norms, routers and fused experts keep the training dtype (transformers
-        5.23 integrations/bitsandbytes.py: nn.Linear alone; quantizers/base.py: not the head).
-        """
-        return self.num_layers * sum(linear.weights for linear in self.linears)
+    def key_width(self) -> int:
+        """Width of all key heads, and of all value heads."""
+        return self.num_kv_heads * self.head_dim
 
     @property
     def has_fused_attention(self) -> bool:
@@ -78,74 +69,180 @@ class ModelShape:
         return any(x.name.endswith(("qkv_proj", "query_key_value")) for x in self.linears)
 
     @property
-    def expert_parameters(self) -> int:
-        """All experts of all blocks: gate, up and down projection of each."""
-        return self.num_layers * self.num_experts * self._parameters_of_an_expert
+    def linear_weights(self) -> int:
+        """Weights of the linear layers, without biases."""
+        return sum(linear.weights for linear in self.linears)
 
     @property
-    def active_linear_parameters(self) -> int:
-        """Weights of all blocks that one token is multiplied with, router and its experts too."""
-        active = self._router_parameters + self.experts_per_token * self._parameters_of_an_expert
-        return self.quantised_parameters + self.num_layers * active
+    def linear_parameters(self) -> int:
+        """Weights and biases of the linear layers."""
+        return sum(linear.parameters for linear in self.linears)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Gate, up and down projection of all experts."""
+        return self.num_experts * self._parameters_per_expert
 
     @property
     def norm_parameters(self) -> int:
-        """Of one block."""
-        full = self.num_block_norms * self.hidden_size
-        return self._parameters_of_a_norm * (full + 2 * self.head_dim * self.has_head_norms)
+        """Parameters of all norms."""
+        full = self.num_norms * self.hidden_size
+        per_value = 1 if self.norm_kind == "rms" else 2
+        return per_value * (full + 2 * self.head_dim * self.has_head_norms)
 
     @property
+    def router_parameters(self) -> int:
+        """Parameters of the router, which is no linear layer."""
+        return self.num_experts * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the block."""
+        other = self.expert_parameters + self.norm_parameters + self.router_parameters
+        return self.linear_parameters + other
+
+    @property
+    def active_weights(self) -> int:
+        """Weights that one token is multiplied with, router and its experts included."""
+        experts = self.experts_per_token * self._parameters_per_expert
+        return self.linear_weights + self.router_parameters + experts
+
+    @property
+    def _parameters_per_expert(self) -> int:
+        return 3 * self.hidden_size * self.expert_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A decoder: embeddings, blocks of one or more kinds, and a head.
+
+    `blocks` are the kinds, `layer_kinds` the kind of each layer as an index of them.
+    `rope_original_length`: length beyond which longrope and dynamic rope change their factors, None
+    for other rope types. `max_positions`: longest document that the position encoding is made for.
+    """
+
+    folder: str
+    model_type: str
+    dtype: str
+    vocab_size: int
+    is_tied: bool
+    blocks: tuple[Block, ...]
+    layer_kinds: tuple[int, ...]
+    layers_name: str = "model.layers"
+    has_head_bias: bool = False
+    has_composed_activation: bool = False  # several PyTorch operators, not one kernel
+    logit_softcap: bool = False
+    score_softcap: bool = False  # of attention scores, which are then materialised
+    quantization: str | None = None
+    has_own_code: bool = False  # its folder brings a class that trust_remote_code would run
+    num_tokens: int | None = None  # highest id of an added token of the tokenizer, plus one
+    max_positions: int | None = None
+    rope_original_length: int | None = None
+    dropouts: tuple[str, ...] = ()  # `key: value` of those in config.json that are not 0
+    has_router_loss: bool = False
+    is_bidirectional: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks of the model."""
+        return len(self.layer_kinds)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden state."""
+        return self.blocks[0].hidden_size
+
+    def counts(self, first: int = 0) -> list[tuple[Block, int]]:
+        """Each kind of block and how many of the layers from `first` on are of it."""
+        kinds = self.layer_kinds[first:]
+        return [(block, kinds.count(kind)) for kind, block in enumerate(self.blocks)]
+
+    @cached_property
+    def linear_parameters(self) -> int:
+        """Weights and biases of all linear layers of all blocks."""
+        return sum(count * block.linear_parameters for block, count in self.counts())
+
+    @cached_property
+    def quantised_parameters(self) -> int:
+        """Weights that 4 and 8 bits apply to: of linear layers of blocks, without biases.
+
+        Embeddings, head, norms, routers and fused experts keep the training dtype (transformers
+        5.23 integrations/bitsandbytes.py: nn.Linear alone; quantizers/base.py: not the head).
+        """
+        return sum(count * block.linear_weights for block, count in self.counts())
+
+    @cached_property
+    def expert_parameters(self) -> int:
+        """Parameters of all experts of all blocks."""
+        return sum(count * block.expert_parameters for block, count in self.counts())
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a block, the most of any; 0 for a dense model."""
+        return max(block.num_experts for block in self.blocks)
+
+    @property
+    def largest_linear(self) -> int:
+        """Weights of the largest linear layer of a block."""
+        return max(linear.weights for block in self.blocks for linear in block.linears)
+
+    @cached_property
     def parameters(self) -> int:
         """All parameters; a tied head counts once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.is_tied else 2)
         embeddings += self.vocab_size * self.has_head_bias
-        block = self.norm_parameters + self._router_parameters
-        final_norm = self._parameters_of_a_norm * self.hidden_size
-        experts = self.expert_parameters
-        return self.linear_parameters + experts + self.num_layers * block + final_norm + embeddings
+        final_norm = self.hidden_size * (1 if self.blocks[0].norm_kind == "rms" else 2)
+        return sum(c * block.parameters for block, c in self.counts()) + final_norm + embeddings
+
+    @cached_property
+    def linears(self) -> dict[str, Linear]:
+        """All linear layers but the head, by their full names in `named_modules()`."""
+        return {
+            f"{self.layers_name}.{layer}.{linear.name}": linear
+            for layer, kind in enumerate(self.layer_kinds)
+            for linear in self.blocks[kind].linears
+        }
 
     @property
-    def _parameters_of_a_norm(self) -> int:
-        return 1 if self.norm_kind == "rms" else 2  # for each value of its width
+    def default_targets(self) -> list[str]:
+        """What `lora_target_modules: auto` adapts: linear layers of the blocks without routers.
 
-    @property
-    def _parameters_of_an_expert(self) -> int:
-        return 3 * self.hidden_size * self.expert_size
-
-    @property
-    def _router_parameters(self) -> int:
-        return self.num_experts * self.hidden_size
-
-    @property
-    def linear_names(self) -> tuple[str, ...]:
-        """Full names of all linear layers but the head, as `named_modules()` gives them."""
-        return tuple(self._by_name)
+        The ends of their names, so that serving engines understand them. Fused experts are no
+        linear layers.
+        """
+        linears = chain.from_iterable(block.linears for block in self.blocks)
+        names = [x.name for x in linears if x.is_adaptable and not _ROUTER.match(x.name)]
+        return list(dict.fromkeys(map(_end, names)))
 
     def targeted(self, targets: str | Sequence[str]) -> list[tuple[str, Linear]]:
         """Full name and kind of the linear layers, over all blocks, that are to be adapted.
 
         Selection is peft's: the end of a dotted name, `all-linear`, or a regular expression for
-        the whole name. Raises UserError where an entry selects nothing, with what exists.
+        the whole name; and `auto`. Raises UserError where an entry selects nothing.
         """
-        if isinstance(targets, str) and targets != "all-linear":
-            hits = [name for name in self.linear_names if self._fullmatch(targets, name)]
-            self._require(bool(hits), targets)
-        elif targets == "all-linear":
-            hits = list(self.linear_names)
+        if targets == "auto":
+            targets = self.default_targets
+        if targets == "all-linear":
+            return [(name, linear) for name, linear in self.linears.items() if linear.is_adaptable]
+        if isinstance(targets, str):
+            selected = [name for name in self.linears if self._fullmatch(targets, name)]
+            self._require(selected, targets)
         else:
             for target in targets:
-                self._require(any(_ends(name, target) for name in self.linear_names), target)
-            self._require(bool(targets), "[]")
-            hits = [name for name in self.linear_names if any(_ends(name, t) for t in targets)]
-        return [(name, self._by_name[name]) for name in hits]
+                self._require([name for name in self.linears if _matches(name, target)], target)
+            self._require(targets, "[]")
+            selected = [n for n in self.linears if any(_matches(n, t) for t in targets)]
+        if fixed := [name for name in selected if not self.linears[name].is_adaptable]:
+            raise UserError(
+                f"lora_target_modules: {targets!r} matches {fixed[0]}, whose name peft applies to "
+                f"the fused experts of other blocks; [{', '.join(self.default_targets)}] can be "
+                "adapted"
+            )
+        return [(name, self.linears[name]) for name in selected]
 
-    @cached_property
-    def _by_name(self) -> dict[str, Linear]:
-        return {
-            f"{self.layers_name}.{layer}.{linear.name}": linear
-            for layer in range(self.num_layers)
-            for linear in self.linears
-        }
+    def kind_of(self, linear_name: str) -> int:
+        """Index in `blocks` of the block that holds a linear layer, by its full name."""
+        return self.layer_kinds[int(linear_name[len(self.layers_name) + 1 :].split(".", 1)[0])]
 
     def _fullmatch(self, pattern: str, name: str) -> bool:
         try:
@@ -155,24 +252,24 @@ class ModelShape:
                 f"lora_target_modules: {pattern!r} is no regular expression: {error}"
             ) from None
 
-    def _require(self, is_found: bool, target: str) -> None:
-        if is_found:
+    def _require(self, matches: Sequence[str], target: str) -> None:
+        if matches:
             return
-        exist = ", ".join(linear.name.rsplit(".", 1)[-1] for linear in self.linears)
+        names = ", ".join(dict.fromkeys(map(_end, self.linears)))
         if self.num_experts and target.endswith(_EXPERT_NAMES):
             raise UserError(
                 f"lora_target_modules: {target!r} of {self.folder}: the experts of a block are "
-                "fused into one tensor, which cannot be adapted by name; what can be is "
-                f"[{exist}], and lora_target_modules: all-linear takes these"
+                f"fused into one tensor, which cannot be adapted by name; leave it out to adapt "
+                f"the linear layers [{names}]"
             )
         raise UserError(
-            f"lora_target_modules: {target!r} matches no linear layer of {self.folder}; its blocks "
-            f"have {exist}, and lora_target_modules: all-linear takes them all"
+            f"lora_target_modules: {target!r} matches no linear layer of {self.folder}, whose "
+            f"blocks have {names}; leave it out to adapt them all"
         )
 
 
 def require_model_folder(model: Path) -> None:
-    """Raise UserError where the model of a run file is not there."""
+    """Raise UserError where the model of a run file does not exist."""
     if not model.is_dir():
         raise UserError(
             f"model: {model} is not a folder, nor a hub model in the local cache; bring one with "
@@ -181,79 +278,159 @@ def require_model_folder(model: Path) -> None:
 
 
 def read_shape(model: str) -> ModelShape:
-    """Shape of the model folder `model`. Raises UserError if it is none or of an unknown kind."""
+    """Shape of the model in a folder. Raises UserError if it is none or its type is unknown."""
     folder = Path(model)
     path = folder / "config.json"
     require_model_folder(folder)
     if not path.is_file():
         raise UserError(f"model: {folder} holds no config.json, so it is not a model folder")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (ValueError, OSError) as error:
-        raise UserError(f"model: {path}: not readable as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"model: {path}: expected a block in braces")
+        raise UserError(f"model: {path}: not readable as a JSON object: {error}") from None
     try:
         return _from_config(config, model)
     except KeyError as error:
         raise UserError(f"model: {path}: the key {error} is missing") from None
-    except (UserError, TypeError, ValueError) as error:  # the others: int() of what is no number
+    except (UserError, TypeError, ValueError, ArithmeticError) as error:  # int() of no number
         raise UserError(f"model: {path}: {error}") from None
 
 
-def _from_config(found: Mapping[str, Any], model: str) -> ModelShape:
-    kind = str(found.get("model_type", "none"))
-    family = FAMILIES.get(kind)
+def _from_config(given: Mapping[str, Any], model: str) -> ModelShape:
+    model_type = str(given.get("model_type", "none"))
+    family = FAMILIES.get(model_type)
     if family is None:
         known = ", ".join(sorted(FAMILIES))
-        raise UserError(f"model_type {kind!r} cannot be planned yet; known: {known}")
-    config = {**family.defaults, **found}
-    heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
-    head_dim = int(config.get("head_dim") or hidden // heads)
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    inner = 0 if family.inner_key is None else _count(config, family.inner_key)
-    widths = Widths(hidden=hidden, inner=inner, queries=heads * head_dim, keys=kv_heads * head_dim)
-    experts = family.experts(config) if family.experts else None
+        raise UserError(f"model_type {model_type!r} cannot be planned yet; known: {known}")
+    config = {**family.defaults, **given}
+    _require_window(config)
+    blocks, layer_kinds = _blocks(family, config)
     quantization = config.get("quantization_config") or {}
     return ModelShape(
         folder=model,
-        model_type=kind,
+        model_type=model_type,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_layers=_count(config, "num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
         vocab_size=_count(config, "vocab_size"),
         is_tied=bool(config.get("tie_word_embeddings", False)),
-        linears=family.linears(config, widths),
+        blocks=blocks,
+        layer_kinds=layer_kinds,
         layers_name=family.layers,
-        norm_kind=family.norm_kind,
-        num_block_norms=family.num_block_norms,
-        has_head_norms=family.head_norms(config),
         has_head_bias=family.has_head_bias,
-        is_gated=family.is_gated,
-        has_fused_gate=family.has_fused_gate,
-        num_experts=experts.count if experts else 0,
-        experts_per_token=experts.per_token if experts else 0,
-        expert_size=experts.size if experts else 0,
         has_composed_activation=config.get("hidden_act") == "gelu_new",
         logit_softcap=config.get("final_logit_softcapping") is not None,
         score_softcap=config.get("attn_logit_softcapping") is not None,
         quantization=quantization.get("quant_method"),
         has_own_code="AutoModelForCausalLM" in (config.get("auto_map") or {}),
         num_tokens=count_tokens(Path(model)),
+        max_positions=_max_positions(config),
+        rope_original_length=_rope_original_length(config),
+        dropouts=tuple(f"{key}: {config[key]}" for key in _DROPOUTS if config.get(key)),
+        has_router_loss=bool(config.get("output_router_logits")),
+        is_bidirectional=bool(config.get("use_bidirectional_attention")),
     )
 
 
-def _count(config: Mapping[str, Any], key: str) -> int:
+def _blocks(family: Family, config: Config) -> tuple[tuple[Block, ...], tuple[int, ...]]:
+    """The kinds of block of a model, and the kind of each of its layers."""
+    num_layers = _count(config, "num_hidden_layers")
+    experts = family.experts(config) if family.experts else None
+    if experts is None or not family.has_experts:
+        return (_block(family, config, experts),), (0,) * num_layers
+    has_experts = [
+        experts.count > 0 and family.has_experts(config, layer) for layer in range(num_layers)
+    ]
+    kinds = list(dict.fromkeys(has_experts))
+    blocks = tuple(_block(family, config, experts if sparse else None) for sparse in kinds)
+    return blocks, tuple(kinds.index(sparse) for sparse in has_experts)
+
+
+def _block(family: Family, config: Config, experts: Experts | None) -> Block:
+    heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    is_dense = experts is None and family.dense_linears is not None
+    inner_key = "intermediate_size" if is_dense else family.inner_key
+    inner = 0 if inner_key is None else _count(config, inner_key)
+    widths = Widths(hidden=hidden, inner=inner, queries=heads * head_dim, keys=kv_heads * head_dim)
+    linears = family.dense_linears if is_dense and family.dense_linears else family.linears
+    return Block(
+        linears=linears(config, widths),
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_kind=family.norm_kind,
+        num_norms=family.num_block_norms,
+        has_head_norms=family.head_norms(config),
+        is_gated=family.is_gated,
+        has_fused_gate=family.has_fused_gate,
+        num_experts=experts.count if experts else 0,
+        experts_per_token=experts.per_token if experts else 0,
+        expert_size=experts.size if experts else 0,
+    )
+
+
+def _require_window(config: Config) -> None:
+    """Raise UserError where layers have sliding attention without a window: the forward fails."""
+    has_window = config.get("sliding_window", True) and config.get("use_sliding_window", True)
+    if "sliding_attention" in (config.get("layer_types") or ()) and not has_window:
+        raise UserError(
+            "layer_types has sliding_attention, but sliding_window is not set or "
+            "use_sliding_window is false, so the model cannot run; set both, or layer_types to "
+            "full_attention"
+        )
+
+
+def _ropes(config: Config) -> list[Mapping[str, Any]]:
+    """The rope settings: one block, or one for each type of layer (transformers 5's Gemma 3)."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    nested = [value for value in rope.values() if isinstance(value, Mapping)]
+    return nested or [rope]
+
+
+def _rope_type(rope: Mapping[str, Any]) -> str:
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _original_length(config: Config, rope: Mapping[str, Any]) -> int:
+    """Length before any rope scaling, 0 where it is not known."""
+    key = "original_max_position_embeddings"
+    original = rope.get(key) or config.get(key) or config.get("max_position_embeddings")
+    return int(original or 0)
+
+
+def _rope_original_length(config: Config) -> int | None:
+    lengths = [
+        _original_length(config, rope)
+        for rope in _ropes(config)
+        if _rope_type(rope) in ("dynamic", "longrope", "su")
+    ]
+    return min(lengths, default=0) or None
+
+
+def _max_positions(config: Config) -> int | None:
+    """Longest document that the position encoding is made for, with its rope scaling."""
+    if not config.get("max_position_embeddings"):
+        return None
+    lengths = [int(config["max_position_embeddings"])]
+    for rope in _ropes(config):
+        factor = rope.get("factor") if _rope_type(rope) != "default" else None
+        lengths.append(int(_original_length(config, rope) * float(factor or 1)))
+    return max(lengths)
+
+
+def _count(config: Config, key: str) -> int:
     """A whole number above 0. Raises KeyError, or UserError for anything else."""
     value = config[key]
     if not isinstance(value, int) or value < 1:
-        raise UserError(f"{key}: expected a whole number above 0; found {value!r}")
+        raise UserError(f"{key}: expected a whole number above 0, not {value!r}")
     return value
 
 
-def _ends(name: str, target: str) -> bool:
+def _end(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")

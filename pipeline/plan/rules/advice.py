@@ -1,31 +1,32 @@
-"""The guide's rules of thumb as advice: a line each, and nothing is changed.
+"""Advice: rules of thumb for a run that is allowed; nothing is changed.
 
-Source: LoRA Basics; the section is named with each.
+Source: LoRA Basics, whose configurations are the presets; the section is named with each.
 """
 
 from collections.abc import Callable
 
 from pipeline.config.presets import PRESETS, RANGES, preset_for
 from pipeline.plan.cost.memory import memory
+from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.rules.rule import PlanContext, Rule
 
 _RATES = (1e-5, 2e-4)
-# The guide speaks of large models. The 135 million parameters of launch/runs/quickstart.yaml learn
-# at 2e-3, so below a billion that much is let pass.
+# The rule of thumb is for large models. The 135 M parameters of launch/runs/quickstart.yaml train
+# well at 2e-3, so that rate is accepted below a billion parameters.
 _SMALL_MODEL, _SMALL_MODEL_RATE = 10**9, 2e-3
-_SHORT_OF_MEMORY = 0.9  # share of a device
+_SHORT_OF_MEMORY = 0.9  # fraction of a device
 
 
-def _unusual_rate(s: PlanContext) -> bool:
+def _has_unusual_rate(s: PlanContext) -> bool:
     low, high = _RATES
     if s.shape.parameters < _SMALL_MODEL:
         high = _SMALL_MODEL_RATE
     return not low <= s.settings.lr <= high
 
 
-def _compute_dtype_differs(s: PlanContext) -> bool:
-    asked = s.settings.bnb_4bit_compute_dtype
-    return s.settings.load_in_4bit and asked not in ("auto", s.layout.training_dtype)
+def _computes_in_another_type(s: PlanContext) -> bool:
+    setting = s.settings.bnb_4bit_compute_dtype
+    return s.settings.load_in_4bit and setting not in ("auto", s.layout.training_dtype)
 
 
 def _evaluates_at_other_steps(s: PlanContext) -> bool:
@@ -39,35 +40,36 @@ def _evaluates_at_other_steps(s: PlanContext) -> bool:
 def _is_short_of_memory(s: PlanContext) -> bool:
     if s.settings.gradient_checkpointing is not False:
         return False
-    need = memory(s.shape, s.settings, s.layout, s.hardware, s.settings.max_length).device_need
+    sequences = SequenceProfile(tokens=s.settings.max_length)
+    need = memory(s.shape, s.settings, s.layout, s.hardware, sequences).device_need
     return need > _SHORT_OF_MEMORY * s.hardware.usable_bytes(s.layout.ranks_per_node)
 
 
-def _other_than_for(name: str) -> Callable[[PlanContext], bool]:
-    """Whether the data is of this size, and epochs or dropout are not the guide's for it."""
+def _deviates_from(name: str) -> Callable[[PlanContext], bool]:
+    """Whether the data has the size of this preset, and epochs or dropout are outside its range."""
     low, high = RANGES[name]["epochs"]
     dropout = PRESETS[name]["lora_dropout"]
 
-    def differs(s: PlanContext) -> bool:
-        if s.data is None or preset_for(s.data) != name:
+    def deviates(s: PlanContext) -> bool:
+        if s.data is None or preset_for(s.data.documents) != name:
             return False
         epochs, max_steps = s.settings.epochs, s.settings.max_steps
         is_other_length = max_steps is None and epochs != "auto" and not low <= epochs <= high
         return is_other_length or s.settings.lora_dropout < dropout
 
-    return differs
+    return deviates
 
 
-def _by_size(name: str, rows: str) -> Rule[PlanContext]:
+def _for_size(name: str, documents: str) -> Rule[PlanContext]:
     low, high = RANGES[name]["epochs"]
     dropout = PRESETS[name]["lora_dropout"]
     return Rule(
         id=f"data-{name}",
         level="advise",
-        applies=_other_than_for(name),
-        reason=f"for {rows} training documents the guide has {low} to {high} epochs and a dropout "
-        f"of {dropout:g}",
-        remedy=f"`preset: {name}` would set them, with r {PRESETS[name]['lora_r']} and lr "
+        applies=_deviates_from(name),
+        reason=f"rule of thumb for {documents} training documents: {low} to {high} epochs and "
+        f"lora_dropout {dropout:g} or more",
+        remedy=f"`preset: {name}` sets them, with r {PRESETS[name]['lora_r']} and lr "
         f"{PRESETS[name]['lr']:g}",
         source="LoRA Basics, Common Patterns",
     )
@@ -78,7 +80,7 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         id="alpha",
         level="advise",
         applies=lambda s: s.settings.alpha not in (s.settings.lora_r, 2 * s.settings.lora_r),
-        reason="lora_alpha is neither r nor 2 x r",
+        reason="lora_alpha is neither r nor 2 x r (rule of thumb)",
         remedy="leave lora_alpha out for 2 x r",
         source="LoRA Basics, LoRA Parameters",
     ),
@@ -86,27 +88,27 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         id="lora-r",
         level="advise",
         applies=lambda s: not 8 <= s.settings.lora_r <= 128,
-        reason="lora_r is outside 8 to 128",
+        reason="lora_r is outside 8 to 128 (rule of thumb)",
         remedy="8 to 16 suits a change of style, 32 to 64 a new domain, 64 to 128 new capabilities",
         source="LoRA Basics, Choosing Rank",
     ),
     Rule(
         id="learning-rate",
         level="advise",
-        applies=_unusual_rate,
-        reason="lr is outside 1e-5 to 2e-4 (2e-3 for a model below a billion parameters)",
+        applies=_has_unusual_rate,
+        reason="lr is outside 1e-5 to 2e-4, or to 2e-3 below a billion parameters (rule of thumb)",
         remedy="compare with a short run at 2e-4",
         source="LoRA Basics, Training Parameters",
     ),
-    _by_size("small", "fewer than 1,000"),
-    _by_size("medium", "1,000 to 10,000"),
-    _by_size("large", "more than 10,000"),
+    _for_size("small", "fewer than 1,000"),
+    _for_size("medium", "1,000 to 10,000"),
+    _for_size("large", "more than 10,000"),
     Rule(
         id="compute-dtype",
         level="advise",
-        applies=_compute_dtype_differs,
-        reason="bnb_4bit_compute_dtype is not the type that the run trains in",
-        remedy="leave it out, or set it to the training type",
+        applies=_computes_in_another_type,
+        reason="bnb_4bit_compute_dtype is not the training dtype",
+        remedy="leave it out, or set it to the training dtype",
         source="LoRA Basics, QLoRA-Specific",
     ),
     Rule(
@@ -114,7 +116,6 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         level="advise",
         applies=lambda s: s.settings.load_in_4bit and not s.settings.bnb_4bit_use_double_quant,
         reason="bnb_4bit_use_double_quant: false costs about 0.4 bits a parameter",
-        remedy="leave it out",
         source="LoRA Basics, QLoRA-Specific",
     ),
     Rule(
@@ -138,8 +139,8 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         id="checkpointing",
         level="advise",
         applies=_is_short_of_memory,
-        reason="gradient_checkpointing: false, and the run is planned to fill more than 90 % of a "
-        "device",
+        reason="gradient_checkpointing: false, and the run is predicted to fill more than 90 % of "
+        "a device",
         remedy="set gradient_checkpointing: auto; it costs about 30 % of the time",
         source="LoRA Basics, Precision & Memory",
     ),

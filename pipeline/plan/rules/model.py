@@ -1,4 +1,4 @@
-"""Rules about the model, the adapter, the precision and what is not there yet."""
+"""Rules about the model, the adapter, precision and package versions."""
 
 import re
 
@@ -6,11 +6,13 @@ from pipeline.plan.cost.memory import checkpoint_bytes
 from pipeline.plan.cost.speed import step_seconds
 from pipeline.plan.cost.stopping import slow_stop_warning
 from pipeline.plan.given.adapter_counts import trainable_parameters
+from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.rules.rule import PlanContext, PlanInput, Rule, issue
 
+_DEEPSPEED = "deepspeedai/DeepSpeed"
 _WRITE_RATE = 500e6  # bytes/s of a disk, hashing included; an assumption
 
-# Names that transformers' models give their embeddings and their head, with the usual path.
+# Names of embeddings and output heads in transformers' models, with their usual path.
 _EMBEDDINGS_AND_HEADS = (
     "lm_head", "embed_out", "output_layer", "model.embed_tokens", "gpt_neox.embed_in",
     "transformer.wte", "transformer.word_embeddings",
@@ -20,7 +22,7 @@ _EMBEDDINGS_AND_HEADS = (
 def _targets_embeddings_or_head(s: PlanInput) -> bool:
     targets = s.settings.lora_target_modules
     if isinstance(targets, str):
-        if targets == "all-linear":  # peft leaves the head out
+        if targets in ("auto", "all-linear"):  # neither includes the head
             return False
         try:
             return any(re.fullmatch(targets, name) for name in _EMBEDDINGS_AND_HEADS)
@@ -30,86 +32,105 @@ def _targets_embeddings_or_head(s: PlanInput) -> bool:
     return any(target.rsplit(".", 1)[-1] in ends for target in targets)
 
 
-def _is_cpu(s: PlanInput) -> bool:
-    return s.hardware.kind == "cpu"
+def _lacks_flash_attention(s: PlanInput) -> bool:
+    is_available = s.is_cuda and s.packages.get("flash-attn") is not None
+    return s.settings.use_flash_attention is True and not is_available
 
 
-def _flash_attention_missing(s: PlanInput) -> bool:
-    is_there = not _is_cpu(s) and s.packages.get("flash-attn") is not None
-    return s.settings.use_flash_attention is True and not is_there
-
-
-def _too_old_for_bf16(s: PlanContext) -> bool:
+def _is_too_old_for_bf16(s: PlanContext) -> bool:
     capability = s.hardware.compute_capability
     return s.layout.training_dtype == "bfloat16" and capability is not None and capability < (8, 0)
 
 
 def _stops_slowly(s: PlanContext) -> bool:
-    step = step_seconds(s.shape, s.settings, s.layout, s.hardware, s.settings.max_length)
+    sequences = SequenceProfile(tokens=s.settings.max_length)
+    step = step_seconds(s.shape, s.settings, s.layout, s.hardware, sequences)
     micro_batch_s = step.seconds_per_step / s.layout.accumulation_steps
     save_s = checkpoint_bytes(trainable_parameters(s.shape, s.settings)) / _WRITE_RATE
     return slow_stop_warning(save_s, micro_batch_s) is not None
 
 
-def _is_checkpointed(s: PlanContext) -> bool:
+def _checkpoints_all_layers(s: PlanContext) -> bool:
     return s.layout.checkpointed_layers == s.shape.num_layers
 
 
-def _storage_differs(s: PlanContext) -> bool:
+def _stores_4_bits_in_another_type(s: PlanContext) -> bool:
     storage = s.settings.bnb_4bit_quant_storage
     return s.settings.load_in_4bit and storage not in ("uint8", s.layout.training_dtype)
 
 
-def _saves_modules(s: PlanInput) -> bool:
-    return bool(s.settings.modules_to_save)
+def _loads_sharded_in_16_bits(s: PlanContext) -> bool:
+    is_16_bit = s.layout.training_dtype != "float32"
+    return s.layout.is_sharded and is_16_bit and not s.settings.is_quantised
 
 
-# Applied before anything is chosen, so that "it does not fit" never hides them.
+def _mixes_documents_in_one_forward(s: PlanContext) -> bool:
+    return s.settings.packing or s.layout.micro_batch_size > 1
+
+
+def _exceeds_original_length(s: PlanContext) -> str:
+    """The numbers, where counted documents exceed it and share a forward with shorter ones."""
+    limit, data = s.shape.rope_original_length, s.data
+    if limit is None or data is None or not data.is_exact or data.longest is None:
+        return ""
+    if data.longest <= limit or not _mixes_documents_in_one_forward(s):
+        return ""
+    return f"the longest document has {data.longest} tokens, the original length is {limit}"
+
+
+def _may_exceed_original_length(s: PlanContext) -> str:
+    """The numbers, where documents that are not counted yet may exceed it."""
+    limit = s.shape.rope_original_length
+    is_counted = s.data is not None and s.data.longest is not None
+    if limit is None or is_counted or s.settings.max_length <= limit:
+        return ""
+    if not _mixes_documents_in_one_forward(s):
+        return ""
+    return f"max_length is {s.settings.max_length}, the original length {limit}"
+
+
+def _exceeds_positions(s: PlanContext) -> str:
+    """The number of documents that are longer than the model's positions."""
+    limit, data = s.shape.max_positions, s.data
+    if limit is None or s.settings.max_length <= limit:
+        return ""
+    if data is None or data.longest is None:
+        return f"max_length is {s.settings.max_length}, the model has {limit} positions"
+    if data.longest <= limit:
+        return ""
+    count = data.longer_than(limit)
+    documents = "documents" if count is None else f"{count} of {data.documents} documents"
+    return f"{documents} have up to {data.longest} tokens, the model has {limit} positions"
+
+
 INPUT_RULES: tuple[Rule[PlanInput], ...] = (
-    Rule(
-        id="modules-to-save-zero3",
-        level="refuse",
-        applies=lambda s: _saves_modules(s) and s.settings.zero_stage == 3,
-        reason="modules_to_save with zero_stage: 3: copies of sharded modules come out empty or "
-        "fail when they are loaded",
-        remedy="leave modules_to_save out",
-        source=issue("huggingface/peft", 1450, 2450, 2453),
-    ),
-    Rule(
-        id="modules-to-save-4bit",
-        level="refuse",
-        applies=lambda s: _saves_modules(s) and s.settings.load_in_4bit,
-        reason="modules_to_save with load_in_4bit: on a quantised base, updates have gone to the "
-        "original module and not to the copy that is saved",
-        remedy="leave modules_to_save out",
-        source=issue("huggingface/peft", 602, 2603, 2946),
-    ),
+    # Applied before anything is chosen, so that "it does not fit" never hides them.
     Rule(
         id="modules-to-save-not-yet",
         level="refuse",
-        applies=lambda s: (
-            _saves_modules(s) and not s.settings.load_in_4bit and s.settings.zero_stage != 3
-        ),
-        reason="modules_to_save: modules cannot be trained in full beside the adapter yet",
+        applies=lambda s: bool(s.settings.modules_to_save),
+        reason="modules_to_save: full training of modules beside the adapter is not implemented; "
+        "peft's copies of sharded modules are empty after loading, and on a quantised base updates "
+        "go to the original",
         remedy="leave it out; lora_target_modules adapts them by LoRA where they are linear layers "
         "of the blocks",
-        source="pipeline/model/adapter.py",
+        source=issue("huggingface/peft", 1450, 2450, 2453, 602, 2603, 2946),
     ),
     Rule(
         id="tied-pair",
         level="refuse",
         applies=lambda s: s.shape.is_tied and _targets_embeddings_or_head(s),
         reason="lora_target_modules names the head or the embeddings of a model that ties them: "
-        "an update of one side is lost, or changes both, when the model is loaded again",
-        remedy="name linear layers of the blocks, or all-linear",
+        "when the model is loaded again, an update of one is lost or changes both",
+        remedy="name linear layers of the blocks, or leave it out for all of them",
         source=issue("huggingface/peft", 2018) + ", " + issue("huggingface/transformers", 45127),
     ),
     Rule(
         id="embeddings-or-head-not-yet",
         level="refuse",
         applies=lambda s: not s.shape.is_tied and _targets_embeddings_or_head(s),
-        reason="lora_target_modules names the head or the embeddings, which cannot be adapted yet",
-        remedy="name linear layers of the blocks, or all-linear",
+        reason="lora_target_modules names the head or the embeddings, which cannot be adapted",
+        remedy="name linear layers of the blocks, or leave it out for all of them",
         source="pipeline/plan/given/shape.py",
     ),
     Rule(
@@ -118,19 +139,27 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         applies=lambda s: (
             s.shape.num_tokens is not None and s.shape.num_tokens > s.shape.vocab_size
         ),
-        reason="the tokenizer has tokens that the model has no embeddings for; resized embeddings "
-        "would have to be trained in full",
-        remedy="use the tokenizer that came with the model, and write new markers with its own "
-        "tokens",
+        reason="the tokenizer has tokens without an embedding in the model; added embeddings would "
+        "have to be trained in full",
+        remedy="use the tokenizer of the model, and write new markers with its existing tokens",
         source=issue("huggingface/transformers", 25241, 26024),
     ),
     Rule(
         id="prequantised-base",
         level="refuse",
         applies=lambda s: s.shape.quantization is not None,
-        reason="the base is already quantised, so nothing can be merged into it exactly",
+        reason="the base is already quantised, so an adapter cannot be merged into it exactly",
         remedy="use the 16-bit model and load_in_4bit: true",
-        source=issue("deepspeedai/DeepSpeed", 7096),
+        source=issue(_DEEPSPEED, 7096),
+    ),
+    Rule(
+        id="bidirectional",
+        level="refuse",
+        applies=lambda s: s.shape.is_bidirectional,
+        reason="the model attends to later tokens (use_bidirectional_attention in config.json): it "
+        "makes embeddings and cannot predict the next token",
+        remedy="use a causal language model",
+        source="transformers 5.23.0 models/gemma3/modeling_gemma3.py",
     ),
     Rule(
         id="packing-own-code",
@@ -139,15 +168,15 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
             s.settings.packing and s.settings.trust_remote_code and s.shape.has_own_code
         ),
         reason="packing with a model that brings its own code (trust_remote_code, auto_map): its "
-        "attention may not know where a document ends, and documents of a pack would see each "
+        "attention may ignore document boundaries, so that documents of a pack attend to each "
         "other",
-        remedy="set packing: false, or trust_remote_code: false to take transformers' own class",
+        remedy="set packing: false, or trust_remote_code: false to use transformers' own class",
         source="transformers 5.23.0 modeling_utils.py",
     ),
     Rule(
         id="flash-attention-missing",
         level="refuse",
-        applies=_flash_attention_missing,
+        applies=_lacks_flash_attention,
         reason="use_flash_attention: true, but there is no GPU or no package flash-attn here",
         remedy="set use_flash_attention: auto, which uses PyTorch's own attention",
         source="transformers 5.23.0 modeling_utils.py",
@@ -155,7 +184,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="fp16-cpu",
         level="refuse",
-        applies=lambda s: s.settings.fp16 is True and _is_cpu(s),
+        applies=lambda s: s.settings.fp16 is True and not s.is_cuda,
         reason="fp16: true on a CPU",
         remedy="set bf16: true, or both to false for fp32",
         source="DeepSpeed 0.19.8 accelerator/cpu_accelerator.py",
@@ -168,37 +197,29 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         level="refuse",
         applies=lambda s: s.settings.load_in_8bit and s.layout.zero_stage == 3,
         reason="load_in_8bit with ZeRO-3: every rank keeps the whole int8 base, and losses have "
-        "been seen to be silently wrong",
+        "been silently wrong",
         remedy="set zero_stage: 2, or load_in_4bit: true",
         source=issue("bitsandbytes-foundation/bitsandbytes", 1451)
         + "; bitsandbytes 0.50.2 nn/modules.py:1159",
     ),
     Rule(
-        id="4bit-zero3-reentrant",
-        level="set",
-        applies=lambda s: s.settings.load_in_4bit and s.layout.is_sharded and _is_checkpointed(s),
-        reason="4-bit layers keep their gathered weight until the backward pass",
-        remedy="checkpointing is on and re-entrant, which lets go of it",
-        source="bitsandbytes 0.50.2 autograd/_functions.py:357",
-    ),
-    Rule(
         id="4bit-zero3-unchecked",
         level="refuse",
         applies=lambda s: (
-            s.settings.load_in_4bit and s.layout.is_sharded and not _is_checkpointed(s)
+            s.settings.load_in_4bit and s.layout.is_sharded and not _checkpoints_all_layers(s)
         ),
         reason="4 bits at ZeRO-3 without gradient_checkpointing: each layer keeps its gathered "
-        "weight until the backward pass, so every rank comes to hold the whole base",
+        "weight until the backward pass, so every rank ends up holding the whole base",
         remedy="set gradient_checkpointing: auto, or zero_stage: 2",
         source="bitsandbytes 0.50.2 autograd/_functions.py:357",
     ),
     Rule(
         id="4bit-storage",
         level="refuse",
-        applies=_storage_differs,
-        reason="bnb_4bit_quant_storage is neither uint8 nor the type that the run trains in: "
-        "DeepSpeed casts it, which turns the packed bits into other numbers",
-        remedy="leave it out, or set it to the training type",
+        applies=_stores_4_bits_in_another_type,
+        reason="bnb_4bit_quant_storage is neither uint8 nor the training dtype: DeepSpeed casts "
+        "it, which turns the packed bits into other numbers",
+        remedy="leave it out, or set it to the training dtype",
         source="DeepSpeed 0.19.8 runtime/engine.py:1851",
     ),
     Rule(
@@ -213,7 +234,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="bf16-old-gpu",
         level="refuse",
-        applies=_too_old_for_bf16,
+        applies=_is_too_old_for_bf16,
         reason="bf16 on a GPU older than compute capability 8.0 is emulated",
         remedy="set fp16: true",
         source=issue("deepspeedai/DeepSpeedExamples", 418),
@@ -223,10 +244,55 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         level="warn",
         applies=lambda s: s.layout.training_dtype == "float16" and s.shape.dtype == "bfloat16",
         reason="fp16 for a model trained in bfloat16 often overflows",
-        remedy="set bf16: true if the GPU has it",
+        remedy="set bf16: true if the GPU supports it",
         source=issue("deepspeedai/DeepSpeedExamples", 418)
         + ", "
         + issue("ymcui/Chinese-LLaMA-Alpaca", 534),
+    ),
+    Rule(
+        id="rope-original-length",
+        level="refuse",
+        applies=_exceeds_original_length,
+        reason="rope_type longrope or dynamic chooses its factors from the longest document of a "
+        "forward, so that shorter documents in the same pack or micro-batch get wrong positions",
+        remedy="set max_length to the original length, or packing: false and batch_size: 1",
+        source="transformers 5.23.0 modeling_rope_utils.py:38",
+    ),
+    Rule(
+        id="rope-original-length-uncounted",
+        level="warn",
+        applies=_may_exceed_original_length,
+        reason="rope_type longrope or dynamic: the run is refused if a document exceeds the "
+        "model's original length and shares a pack or micro-batch with others",
+        remedy="set max_length to the original length, or packing: false and batch_size: 1",
+        source="transformers 5.23.0 modeling_rope_utils.py:38",
+    ),
+    Rule(
+        id="beyond-positions",
+        level="warn",
+        applies=_exceeds_positions,
+        reason="documents longer than the positions that the model was trained with: attention is "
+        "unreliable beyond them, and no rope setting in config.json extends them",
+        remedy="set max_length to the model's positions, with over_length: split to keep the text",
+        source="max_position_embeddings and rope_parameters in config.json",
+    ),
+    Rule(
+        id="router-loss",
+        level="warn",
+        applies=lambda s: s.shape.has_router_loss,
+        reason="output_router_logits: true in config.json adds a load-balancing loss to the "
+        "model's own loss; it is not part of the loss trained here, since routers are frozen",
+        remedy="nothing to do",
+        source="transformers 5.23.0 models/mixtral/modeling_mixtral.py",
+    ),
+    Rule(
+        id="base-dropout",
+        level="warn",
+        applies=lambda s: ", ".join(s.shape.dropouts),
+        reason="dropout or noise of the base, set in its config.json, is active in training beside "
+        "lora_dropout, and its masks are not in the predicted memory",
+        remedy="set it to 0 in a copy of the model folder to train without it",
+        source="transformers 5.23.0 models/phi/modeling_phi.py",
     ),
     Rule(
         id="zero1-bf16-accumulation",
@@ -236,8 +302,9 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
             and s.layout.training_dtype == "bfloat16"
             and s.layout.accumulation_steps > 1
         ),
-        reason="ZeRO-1 in bf16 adds the gradients of micro-batches in bf16",
-        remedy="set zero_stage: 2, which adds them in fp32 for the same memory within a few MB",
+        reason="ZeRO-1 in bf16 accumulates the gradients of micro-batches in bf16",
+        remedy="set zero_stage: 2, which accumulates them in fp32 for the same memory within a few "
+        "MB",
         source="DeepSpeed 0.19.8 runtime/engine.py:2305",
     ),
     Rule(
@@ -248,5 +315,53 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         "DeepSpeed's launcher waits after Ctrl-C or SIGTERM before it kills a rank",
         remedy="stop this run with its `stop` file, or set a smaller batch_size",
         source="DeepSpeed 0.19.8 launcher/launch.py",
+    ),
+    Rule(
+        id="deepspeed-zero3-frozen",
+        level="refuse",
+        applies=lambda s: s.layout.zero_stage == 3,
+        reason="this DeepSpeed fails at ZeRO-3 with frozen weights and checkpointing",
+        remedy="install deepspeed>=0.19.6",
+        source=issue(_DEEPSPEED, 8148) + ", " + issue("huggingface/transformers", 47254),
+        versions="deepspeed<0.19.3",
+    ),
+    Rule(
+        id="deepspeed-wrong-gradients",
+        level="refuse",
+        applies=lambda s: s.layout.zero_stage == 2,
+        reason="this DeepSpeed computes wrong gradients at ZeRO-2",
+        remedy="install deepspeed>=0.19.6",
+        source=issue(_DEEPSPEED, 7718, 7697),
+        versions="deepspeed>=0.17.6,<0.18.3",
+    ),
+    Rule(
+        id="deepspeed-zero1-last-micro-batch",
+        level="refuse",
+        applies=lambda s: s.layout.zero_stage == 1 and s.layout.training_dtype == "bfloat16",
+        reason="this DeepSpeed omits the last micro-batch from the reduction over ranks at ZeRO-1 "
+        "in bf16",
+        remedy="install deepspeed>=0.19.6",
+        source=issue(_DEEPSPEED, 7985),
+        versions="deepspeed>=0.18.6,<=0.18.10",
+    ),
+    Rule(
+        id="deepspeed-shared-parameter",
+        level="warn",
+        applies=lambda s: s.layout.zero_stage == 2 and s.layout.training_dtype == "bfloat16",
+        reason="this DeepSpeed drops part of the gradient of a parameter that is used twice in "
+        "one backward pass at ZeRO-2 in bf16",
+        remedy="install deepspeed>=0.19.6",
+        source=issue(_DEEPSPEED, 8224),
+        versions="deepspeed>=0.18.3,<=0.19.3",
+    ),
+    Rule(
+        id="transformers-zero3-rotary",
+        level="refuse",
+        applies=_loads_sharded_in_16_bits,
+        reason="this transformers rounds the rotary frequencies to 16 bits when it loads a model "
+        "sharded, so positions are silently wrong",
+        remedy="install transformers>=5.23, or set zero_stage: 2",
+        source="measured 2026-11-24 with 5.17 to 5.22; tests/adapter/test_published.py",
+        versions="transformers<5.23",
     ),
 )

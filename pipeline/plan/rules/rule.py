@@ -1,11 +1,11 @@
-"""What a rule is, and what it may look at; the table itself is rule_table.py.
+"""Rule: one known trap, with the condition under which it applies, its reason, remedy and source.
 
-A rule refuses (exit 2), warns, sets (says what was chosen because of it) or advises. Versions
-come from package metadata: nothing is imported.
+A rule refuses (exit 2), warns or advises. Package versions come from package metadata: nothing is
+imported.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Generic, Literal, TypeVar
@@ -14,48 +14,60 @@ from packaging.requirements import Requirement
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
+from pipeline.plan.given.data_size import DataSize
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.shape import ModelShape
 
-Level = Literal["refuse", "warn", "set", "advise"]
-_LEVELS: tuple[Level, ...] = ("refuse", "warn", "set", "advise")
-_NEWEST = "9999"
+Level = Literal["refuse", "warn", "advise"]
+LEVELS: tuple[Level, ...] = ("refuse", "warn", "advise")
+LEAVE_OUT = "leave it out"
+_NEWEST = "9999"  # version assumed for a package that is not installed
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInput:
-    """What is known before anything is chosen."""
+    """Everything that is known before a layout is chosen."""
 
     settings: RunSettings
     shape: ModelShape
     hardware: Hardware
     packages: Mapping[str, str | None]
 
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the ranks train on GPUs."""
+        return self.hardware.kind == "cuda"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanContext(PlanInput):
-    """A request and what was chosen for it.
+    """The plan's input and the layout chosen for it.
 
-    `deepspeed` is what DeepSpeed will get, a user's own JSON merged in; `data` is the number of
-    training documents, None until they have been prepared.
+    `deepspeed` is the config that DeepSpeed gets, with a user's own JSON merged in. `data` is None
+    until the training data has been counted or estimated.
     """
 
     layout: Layout
     deepspeed: Mapping[str, Any]
-    data: int | None = None
+    data: DataSize | None = None
 
     @property
     def zero(self) -> Mapping[str, Any]:
-        """The block `zero_optimization`."""
+        """The block `zero_optimization` of the DeepSpeed config."""
         return self.block("zero_optimization")
 
-    def block(self, *path: str) -> Mapping[str, Any]:
-        """A block of the DeepSpeed config, empty where there is none."""
-        found: Any = self.deepspeed
-        for key in path:
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found if isinstance(found, Mapping) else {}
+    def block(self, path: str) -> Mapping[str, Any]:
+        """A block of the DeepSpeed config by its dotted path, empty where there is none."""
+        value = self.value(path)
+        return value if isinstance(value, Mapping) else {}
+
+    def value(self, path: str) -> Any:
+        """A value of the DeepSpeed config by its dotted path, None where there is none."""
+        value: Any = self.deepspeed
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
 
 
 ContextT = TypeVar("ContextT", bound=PlanInput, contravariant=True)
@@ -65,15 +77,16 @@ ContextT = TypeVar("ContextT", bound=PlanInput, contravariant=True)
 class Rule(Generic[ContextT]):
     """One known trap.
 
-    `versions` is a requirement ("deepspeed>=0.17.6,<0.18.3") that the rule holds for; a package
-    that is not installed counts as newer than any. Empty: every version that is supported.
+    `applies` gives whether the rule applies; a text also applies, and is appended to the reason.
+    `versions` is a requirement such as "deepspeed>=0.17.6,<0.18.3" to which the rule is limited; a
+    package that is not installed counts as newer than any. Empty: every supported version.
     """
 
     id: str
     level: Level
-    applies: Callable[[ContextT], bool]
+    applies: Callable[[ContextT], bool | str]
     reason: str
-    remedy: str
+    remedy: str = LEAVE_OUT
     source: str
     versions: str = ""
 
@@ -82,43 +95,60 @@ class Rule(Generic[ContextT]):
         """Reason and remedy."""
         return f"{self.reason}; {self.remedy}"
 
-    def holds(self, known: ContextT) -> bool:
-        """Whether the rule has something to say here."""
+    def check(self, context: ContextT) -> "Rule[ContextT] | None":
+        """The rule with its reason completed where it applies, else None."""
         if self.versions:
             wanted = Requirement(self.versions)
-            found = known.packages.get(wanted.name) or _NEWEST
-            if not wanted.specifier.contains(found, prereleases=True):
-                return False
-        return self.applies(known)
+            installed = context.packages.get(wanted.name) or _NEWEST
+            if not wanted.specifier.contains(installed, prereleases=True):
+                return None
+        result = self.applies(context)
+        if not result:
+            return None
+        return replace(self, reason=f"{self.reason}: {result}") if isinstance(result, str) else self
+
+
+def is_set(*paths: str) -> Callable[[PlanContext], bool]:
+    """Condition: one of these keys of the DeepSpeed config is set to anything but off or empty."""
+    return lambda context: any(
+        context.value(path) not in (None, False, 0, "", "none", {}, []) for path in paths
+    )
+
+
+def is_present(*paths: str) -> Callable[[PlanContext], bool]:
+    """Condition: one of these keys of the DeepSpeed config has a value, be it false or empty."""
+    return lambda context: any(context.value(path) is not None for path in paths)
+
+
+def is_false(path: str) -> Callable[[PlanContext], bool]:
+    """Condition: this key of the DeepSpeed config is false, not merely missing."""
+    return lambda context: context.value(path) is False
 
 
 def issue(repository: str, *numbers: int) -> str:
-    """Links to issues or pull requests; GitHub leads from the one to the other."""
+    """Links to issues or pull requests; GitHub redirects from the one to the other."""
     return ", ".join(f"https://github.com/{repository}/issues/{number}" for number in numbers)
 
 
-@cache
+@cache  # reading the metadata takes longer than all rules together
 def installed_versions() -> Mapping[str, str | None]:
-    """Versions of the packages that rules ask about, None where one is not installed.
-
-    Kept: reading the metadata takes longer than all rules together.
-    """
-    found: dict[str, str | None] = {}
+    """Versions of the packages that rules depend on, None where one is not installed."""
+    versions: dict[str, str | None] = {}
     for name in ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "flash-attn"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
-def applicable_rules(rules: Iterable[Rule[ContextT]], known: ContextT) -> list[Rule[ContextT]]:
-    """Rules that have something to say, refusals first."""
-    found = [rule for rule in rules if rule.holds(known)]
-    return sorted(found, key=lambda rule: _LEVELS.index(rule.level))
+def applicable_rules(rules: Iterable[Rule[ContextT]], context: ContextT) -> list[Rule[ContextT]]:
+    """The rules that apply, refusals first."""
+    applicable = [applied for rule in rules if (applied := rule.check(context)) is not None]
+    return sorted(applicable, key=lambda rule: LEVELS.index(rule.level))
 
 
 def raise_refusals(rules: Iterable[Rule[ContextT]]) -> None:
-    """Raises UserError with every refusal among the rules."""
+    """Raise UserError with every refusal among the rules that apply."""
     if refused := [rule for rule in rules if rule.level == "refuse"]:
         raise UserError("\n".join(f"{rule.message} [rule {rule.id}]" for rule in refused))

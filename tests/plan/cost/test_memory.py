@@ -17,8 +17,8 @@ from pipeline.plan.cost.memory import (
 )
 from pipeline.plan.given.catalogue import GPUS, cpu_of
 from pipeline.plan.given.hardware import GIB
-from pipeline.plan.given.layout import Layout
-from pipeline.plan.given.shape import Linear, ModelShape
+from pipeline.plan.given.layout import Layout, SequenceProfile
+from pipeline.plan.given.shape import Block, Linear, ModelShape
 
 pytestmark = pytest.mark.unit
 
@@ -33,12 +33,12 @@ SEVEN = (
 def model(widths, **keys):
     """A Llama whose seven linear layers have these (d_in, d_out); more follow in `linears`."""
     linears = tuple(Linear(name, *width) for name, width in zip(SEVEN, widths, strict=True))
-    values = {
-        "folder": "m", "model_type": "llama", "dtype": "bfloat16", "num_heads": 32,
-        "num_kv_heads": 32, "head_dim": 128, "is_tied": False,
-    }  # fmt: skip
-    values["linears"] = linears + keys.pop("linears", ())
-    return ModelShape(**values | keys)
+    block = {"num_heads": 32, "num_kv_heads": 32, "head_dim": 128}
+    block |= {key: keys.pop(key) for key in Block.__dataclass_fields__.keys() & keys.keys()}
+    block["linears"] = linears + block.pop("linears", ())
+    values = {"folder": "m", "model_type": "llama", "dtype": "bfloat16", "is_tied": False}
+    kinds = (0,) * keys.pop("num_layers")
+    return ModelShape(**values | keys, blocks=(Block(**block),), layer_kinds=kinds)
 
 
 def decoder(hidden, inner, keys, layers, vocab, **rest):
@@ -58,14 +58,16 @@ GUIDE = model(
     linears=(Linear("mlp.rest", 4096, REST // 4096),),
 )  # fmt: skip
 GEMMA2_27B = decoder(
-    4608, 36864, 2048, 46, 256000, queries=4096, num_kv_heads=16, num_block_norms=4, is_tied=True,
+    4608, 36864, 2048, 46, 256000, queries=4096, num_kv_heads=16, num_norms=4, is_tied=True,
     model_type="gemma2", logit_softcap=True, score_softcap=True,
 )  # fmt: skip
 SMALL = decoder(512, 1408, 256, 4, 8192, num_heads=8, num_kv_heads=4, head_dim=64)
 
 
 def run(**keys):
-    values = {"model": "m", "train_data": "t", "output_dir": "o", "lora_r": 64}
+    targets = [name.split(".")[-1] for name in SEVEN]
+    values = {"model": "m", "train_data": "t", "output_dir": "o", "lora_r": 64,
+              "lora_target_modules": targets}  # fmt: skip
     return RunSettings.model_validate(values | keys)
 
 
@@ -75,6 +77,10 @@ def layout(**keys):
         "nodes": 1, "ranks_per_node": 4, "training_dtype": "bfloat16",
     }  # fmt: skip
     return Layout(**values | keys)
+
+
+def need_of(shape, keys, where, machine, tokens):
+    return memory(shape, keys, where, machine, SequenceProfile(tokens=tokens))
 
 
 LORA, NF4 = run(), run(load_in_4bit=True, bnb_4bit_use_double_quant=True)
@@ -115,7 +121,7 @@ def test_double_quantisation_is_smaller_and_nothing_else():
 
 
 # Every layout that may run: 8 bits are refused at ZeRO-3, and 4 bits there need every block
-# recomputed (rules 8bit-zero3 and 4bit-zero3-reentrant), but the arithmetic must hold all the same.
+# recomputed (rules 8bit-zero3 and 4bit-zero3-unchecked), but the arithmetic must hold all the same.
 DROPOUT, QUERIES = run(lora_dropout=0.1), run(lora_target_modules=["q_proj"])
 RUNS = st.sampled_from([LORA, NF4, INT8, DROPOUT, QUERIES])
 LAYOUTS = st.builds(
@@ -137,7 +143,7 @@ TOKENS = st.integers(1, 4096)
 @settings(deadline=None)
 @given(RUNS, LAYOUTS, MACHINES, TOKENS)
 def test_terms_are_counts_and_the_peak_is_their_sum(keys, where, machine, tokens):
-    need = memory(SMALL, keys, where, machine, tokens)
+    need = need_of(SMALL, keys, where, machine, tokens)
     assert all(size > 0 for size in need.per_rank.values())
     assert need.peak_bytes == sum(need.per_rank.values())
     assert need.device_need >= need.load_peak_bytes >= need.loading_tensors > 0
@@ -148,10 +154,10 @@ def test_terms_are_counts_and_the_peak_is_their_sum(keys, where, machine, tokens
 @settings(deadline=None)
 @given(RUNS, LAYOUTS, MACHINES, TOKENS, st.integers(1, 64))
 def test_need_rises_with_sequences_and_tokens(keys, where, machine, tokens, more):
-    need = memory(SMALL, keys, where, machine, tokens).device_need
+    need = need_of(SMALL, keys, where, machine, tokens).device_need
     wider = replace(where, micro_batch_size=where.micro_batch_size + more)
-    assert memory(SMALL, keys, wider, machine, tokens).device_need >= need
-    assert memory(SMALL, keys, where, machine, tokens + more).device_need >= need
+    assert need_of(SMALL, keys, wider, machine, tokens).device_need >= need
+    assert need_of(SMALL, keys, where, machine, tokens + more).device_need >= need
 
 
 @settings(deadline=None)
@@ -159,7 +165,7 @@ def test_need_rises_with_sequences_and_tokens(keys, where, machine, tokens, more
 def test_need_falls_as_more_blocks_are_recomputed(keys, where, machine, tokens):
     """But for the last: its input is kept too, and it was alone in its backward pass before."""
     needs = [
-        memory(SMALL, keys, replace(where, checkpointed_layers=k), machine, tokens).device_need
+        need_of(SMALL, keys, replace(where, checkpointed_layers=k), machine, tokens).device_need
         for k in range(SMALL.num_layers + 1)
     ]
     assert needs[:-1] == sorted(needs[:-1], reverse=True)
@@ -172,7 +178,7 @@ def test_need_falls_as_more_blocks_are_recomputed(keys, where, machine, tokens):
 def test_need_falls_as_a_sharded_base_is_divided_over_more_ranks(keys, where, machine, tokens):
     where = replace(where, zero_stage=3, nodes=1)
     needs = [
-        memory(SMALL, keys, replace(where, ranks_per_node=ranks), machine, tokens).device_need
+        need_of(SMALL, keys, replace(where, ranks_per_node=ranks), machine, tokens).device_need
         for ranks in (1, 2, 4, 8, 64)
     ]
     assert needs == sorted(needs, reverse=True)
@@ -182,11 +188,11 @@ def test_need_falls_as_a_sharded_base_is_divided_over_more_ranks(keys, where, ma
 @given(RUNS, LAYOUTS, TOKENS)
 def test_shares_add_up_to_the_whole(keys, where, tokens):
     where = replace(where, zero_stage=3, offload_param="none")
-    terms = memory(SMALL, keys, where, H100, tokens).per_rank
+    terms = need_of(SMALL, keys, where, H100, tokens).per_rank
     whole = base_bytes(SMALL, keys, where.training_dtype)
     world, constants = where.world_size, terms.get("quantisation_constants", 0)
     assert 0 <= whole - (world * terms["base_weights"] + constants) < world
-    copied = memory(SMALL, keys, replace(where, hpz_partition_size=1 + world), H100, tokens)
+    copied = need_of(SMALL, keys, replace(where, hpz_partition_size=1 + world), H100, tokens)
     assert copied.per_rank["hpz_copy"] == (whole - constants) // (1 + world)
 
 
@@ -194,15 +200,15 @@ def test_shares_add_up_to_the_whole(keys, where, tokens):
 @given(LAYOUTS, TOKENS)
 def test_through_the_host_a_quantised_base_is_never_whole_on_a_device(where, tokens):
     where = replace(where, zero_stage=3, nodes=1, ranks_per_node=8, training_dtype="bfloat16")
-    straight = memory(GEMMA2_27B, NF4, replace(where, loads_through_host=False), H100, tokens)
-    through = memory(GEMMA2_27B, NF4, replace(where, loads_through_host=True), H100, tokens)
+    straight = need_of(GEMMA2_27B, NF4, replace(where, loads_through_host=False), H100, tokens)
+    through = need_of(GEMMA2_27B, NF4, replace(where, loads_through_host=True), H100, tokens)
     whole = base_bytes(GEMMA2_27B, NF4, "bfloat16")
     assert through.loading_tensors < whole <= straight.loading_tensors
     assert through.host_peak_bytes - straight.host_peak_bytes == 8 * whole
 
 
 def test_a_bigger_adapter_needs_more():
-    needs = [memory(SMALL, run(lora_r=r), layout(), H100, 512).peak_bytes for r in (4, 16, 64)]
+    needs = [need_of(SMALL, run(lora_r=r), layout(), H100, 512).peak_bytes for r in (4, 16, 64)]
     assert needs == sorted(set(needs))
 
 

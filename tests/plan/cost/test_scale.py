@@ -17,6 +17,7 @@ from docs.scale_tables import (
 )
 from pipeline.plan.cost.per_token import cost_per_token
 from pipeline.plan.cost.speed import step_seconds
+from pipeline.plan.given.layout import SequenceProfile
 
 pytestmark = pytest.mark.unit
 
@@ -33,7 +34,7 @@ def test_bytes_over_links_are_what_the_model_waits_for(base, sharding, gpus):
     layout, settings = case.best().layout, settings_of(base, 4 * gpus)
     shape = shape_of("8b")
     machine = replace(hardware(), network=slow, node_link=slow)
-    speed = step_seconds(shape, settings, layout, machine, 2048)
+    speed = step_seconds(shape, settings, layout, machine, SequenceProfile(tokens=2048))
     sent = link_bytes(cost_per_token(shape, settings, layout.training_dtype), layout)
     assert waiting(speed) == pytest.approx(sent / (0.7 * slow), rel=1e-3)
 

@@ -11,13 +11,15 @@ from pipeline.plan.cost.memory import base_bytes, trainable_parameters
 from pipeline.plan.cost.per_token import cost_per_token
 from pipeline.plan.cost.speed import step_seconds
 from pipeline.plan.given.catalogue import GPUS, cpu_of
-from pipeline.plan.given.layout import Layout
-from pipeline.plan.given.shape import Linear, ModelShape
+from pipeline.plan.given.layout import Layout, SequenceProfile
+from pipeline.plan.given.shape import Block, Linear, ModelShape
 from tests import ROOT
+from tests.planning import with_blocks
 
 pytestmark = pytest.mark.unit
 
 H100 = GPUS["h100-80gb"]
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RATES = ("flops", "memory_bandwidth", "node_link", "network", "host_link")
 
 
@@ -29,10 +31,13 @@ def llama(hidden=4096, inner=14336, layers=32, heads=32, kv_heads=8, head_dim=12
         Linear("mlp.gate_proj", hidden, inner), Linear("mlp.up_proj", hidden, inner),
         Linear("mlp.down_proj", inner, hidden),
     )  # fmt: skip
+    block = Block(
+        linears=linears, hidden_size=hidden, intermediate_size=inner, num_heads=heads,
+        num_kv_heads=kv_heads, head_dim=head_dim,
+    )  # fmt: skip
     return ModelShape(
-        folder="m", model_type="llama", dtype="bfloat16", hidden_size=hidden,
-        intermediate_size=inner, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=head_dim, vocab_size=vocab, is_tied=False, linears=linears,
+        folder="m", model_type="llama", dtype="bfloat16", vocab_size=vocab, is_tied=False,
+        blocks=(block,), layer_kinds=(0,) * layers,
     )  # fmt: skip
 
 
@@ -42,7 +47,8 @@ SMOLLM2 = replace(llama(576, 1536, 30, 9, 3, 64, 49152), is_tied=True)
 
 
 def run(**keys):
-    values = {"model": "m", "train_data": "t", "output_dir": "o", "lora_r": 16, "max_length": 2048}
+    values = {"model": "m", "train_data": "t", "output_dir": "o", "lora_r": 16, "max_length": 2048,
+              "lora_target_modules": SEVEN}  # fmt: skip
     return RunSettings.model_validate(values | keys)
 
 
@@ -58,7 +64,7 @@ LORA, QLORA, INT8 = run(), run(load_in_4bit=True), run(load_in_8bit=True)
 
 
 def speed(shape=LLAMA_8B, keys=LORA, hardware=H100, tokens=1024.0, **rest):
-    return step_seconds(shape, keys, layout(**rest), hardware, tokens)
+    return step_seconds(shape, keys, layout(**rest), hardware, SequenceProfile(tokens=tokens))
 
 
 def test_flops_are_those_counted_by_hand():
@@ -97,10 +103,10 @@ def test_half_of_the_scores_are_skipped_unless_they_are_soft_capped_and_made():
 
 def test_a_micro_batch_reads_the_experts_that_its_tokens_meet():
     experts = {"num_experts": 128, "experts_per_token": 8, "expert_size": 768}
-    mixture = replace(LLAMA_8B, **experts)
+    mixture = with_blocks(LLAMA_8B, **experts)
     few, some, many, more = (
         speed(mixture, tokens=tokens).terms["memory_traffic"]
-        - speed(replace(mixture, num_experts=8), tokens=tokens).terms["memory_traffic"]
+        - speed(with_blocks(mixture, num_experts=8), tokens=tokens).terms["memory_traffic"]
         for tokens in (1.0, 8.0, 16.0, 1024.0)
     )
     whole = 2 * 2 * 120 * 32 * 3 * 4096 * 768 / (0.8 * H100.memory_bandwidth)
@@ -111,7 +117,10 @@ def test_a_micro_batch_reads_the_experts_that_its_tokens_meet():
 
 def test_adapter_traffic_at_zero_2_does_not_depend_on_the_base():
     """Two models with the same adapters, one with nine times the weights."""
-    wide = replace(LLAMA_8B, linears=(*LLAMA_8B.linears, Linear("self_attn.extra", 4096, 400_000)))
+    wide = with_blocks(
+        LLAMA_8B,
+        linears=(*LLAMA_8B.blocks[0].linears, Linear("self_attn.extra", 4096, 400_000)),
+    )
     assert wide.linear_parameters > 8 * LLAMA_8B.linear_parameters
     for term in ("gradient_reduction", "adapter_gather", "base_gathers", "optimizer"):
         assert speed(wide).terms[term] == speed().terms[term]
@@ -224,7 +233,9 @@ def test_gathers_hide_behind_computing_but_for_a_tenth():
 
 def test_logits_of_supervised_positions_alone_are_cheaper():
     all_of_them = speed().terms["logits"]
-    half = step_seconds(LLAMA_8B, LORA, layout(), H100, 1024, supervised_share=0.5).terms["logits"]
+    half = step_seconds(
+        LLAMA_8B, LORA, layout(), H100, SequenceProfile(tokens=1024, supervised_share=0.5)
+    ).terms["logits"]
     assert all_of_them / 3 < half < all_of_them * 0.7
 
 
@@ -255,7 +266,7 @@ machines = st.sampled_from([*GPUS.values(), cpu_of(2, 2**34)])
 def test_terms_add_up_and_no_faster_part_makes_a_step_slower(
     where, machine, keys, tokens, rate, factor
 ):
-    found = step_seconds(SMOLLM2, keys, where, machine, tokens)
+    found = step_seconds(SMOLLM2, keys, where, machine, SequenceProfile(tokens=tokens))
     assert all(seconds >= 0 for seconds in found.terms.values())
     assert found.seconds_per_step == sum(found.terms.values())
     assert found.tokens_per_second * found.seconds_per_step == pytest.approx(
@@ -263,7 +274,7 @@ def test_terms_add_up_and_no_faster_part_makes_a_step_slower(
     )
     assert [seconds for _, seconds in found.three_largest()] == sorted(found.terms.values())[:-4:-1]
     faster = replace(machine, **{rate: getattr(machine, rate) * factor})
-    after = step_seconds(SMOLLM2, keys, where, faster, tokens)
+    after = step_seconds(SMOLLM2, keys, where, faster, SequenceProfile(tokens=tokens))
     assert after.seconds_per_step <= found.seconds_per_step * (1 + 1e-9)
 
 
@@ -281,7 +292,10 @@ def test_the_quickstart_as_measured():
     keys = run(lora_target_modules="all-linear", lora_dropout=0.0, max_length=512)
     for micro, low, high in ((4, 240, 294), (1, 140, 220)):
         where = layout(micro_batch_size=micro, ranks_per_node=2)
-        found = step_seconds(SMOLLM2, keys, where, cpu_of(2, 2**34), 73.75, supervised_share=0.44)
+        found = step_seconds(
+            SMOLLM2, keys, where, cpu_of(2, 2**34),
+            SequenceProfile(tokens=73.75, supervised_share=0.44),
+        )  # fmt: skip
         assert low < found.tokens_per_second < high
 
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.cluster.devices import detect_hardware
-from pipeline.errors import UserError
 from pipeline.plan.given.catalogue import GPUS, cpu_of, gpu_like, gpu_named, rates_of
 from pipeline.plan.given.hardware import GIB
+from tests.messages import refused
 
 pytestmark = pytest.mark.unit
 
@@ -43,9 +43,9 @@ def test_newer_cards_of_a_line_are_not_slower():
 
 def test_an_unknown_name_is_refused_with_the_nearest():
     assert gpu_named("h100-80gb") is GPUS["h100-80gb"]
-    with pytest.raises(UserError, match=r"'H100' is no GPU .* did you mean .*h100-80gb"):
+    with refused("H100", "h100-80gb"):
         gpu_named("H100")
-    with pytest.raises(UserError, match=r"known: .*t4-16gb"):
+    with refused("zzzzzz", "t4-16gb"):
         gpu_named("zzzzzz")
 
 
@@ -91,7 +91,7 @@ def test_a_described_gpu_has_what_was_described(gib, tflops):
 def test_a_described_card_of_the_table_has_its_rates():
     a100 = GPUS["a100-40gb"]
     assert gpu_like(40, 312) == replace(a100, name="GPU of 40 GiB", compute_capability=(8, 0))
-    with pytest.raises(UserError, match="0 TFLOPS: expected more than 0"):
+    with refused("0 TFLOPS"):
         gpu_like(40, 0)
 
 

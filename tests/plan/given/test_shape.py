@@ -1,4 +1,4 @@
-"""What config.json says equals transformers', peft's and bitsandbytes' own counts."""
+"""Counts from config.json equal those of transformers, peft and bitsandbytes."""
 
 import json
 import math
@@ -9,10 +9,11 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.errors import UserError
 from pipeline.model.adapter import expected_shapes, file_key, lora_config
 from pipeline.model.base import load_base
+from pipeline.plan.given.families import FAMILIES
 from pipeline.plan.given.shape import read_shape
+from tests.messages import refused
 from tests.tiny import make_plan
 
 pytestmark = pytest.mark.tensor
@@ -49,18 +50,47 @@ CASES = [
     ("qwen3_moe", QWEN_EXPERTS | {"attention_bias": True, "lora_target_modules": ATTENTION}),
     ("qwen2_moe", ALL | QWEN_EXPERTS | {"shared_expert_intermediate_size": 56}),
     ("qwen2_moe", QWEN_EXPERTS | {"shared_expert_intermediate_size": 56, "qkv_bias": False}),
+    # blocks of two kinds
+    ("qwen3_moe", ALL | QWEN_EXPERTS | {"mlp_only_layers": [0]}),
+    ("qwen3_moe", QWEN_EXPERTS | {"decoder_sparse_step": 2, "num_hidden_layers": 5}),
+    ("qwen2_moe", QWEN_EXPERTS | {"shared_expert_intermediate_size": 56, "mlp_only_layers": [1]}),
+    ("qwen3_moe", ALL | QWEN_EXPERTS | {"num_local_experts": 0, "num_experts": 0}),
+    # defaults of the config class, where config.json has no such key or two names for one value
+    *(
+        (kind, {"without": ["num_key_value_heads"], "num_attention_heads": 32, "head_dim": 4})
+        for kind in (
+            "mistral",
+            "mixtral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "qwen2_moe",
+            "qwen3_moe",
+            "smollm3",
+        )
+    ),
+    ("mixtral", EXPERTS | {"num_experts": 6}),
+    ("qwen3_moe", QWEN_EXPERTS | {"num_experts": 6}),
+    ("qwen2_moe", QWEN_EXPERTS | {"num_local_experts": 6}),
 ]
 
 
 def save_config(folder, kind, change):
-    """A small config of this kind in the folder, and the settings among the changes."""
+    """A small config.json of this kind, the config that transformers reads, and the settings."""
     settings = {key: change[key] for key in change if key.startswith("lora")}
-    keys = SMALL | {key: change[key] for key in change if not key.startswith("lora")}
+    keys = {"model_type": kind} | SMALL | {k: change[k] for k in change if not k.startswith("lora")}
+    if "moe" in kind:
+        keys = QWEN_EXPERTS | {"shared_expert_intermediate_size": 56} | keys
+    if kind == "mixtral":
+        keys = EXPERTS | keys
     if kind in WITHOUT_HEAD_DIM:
         keys.pop("head_dim")
-    config = AutoConfig.for_model(kind, **keys)
-    config.save_pretrained(folder)
-    return config, settings
+    for key in keys.pop("without", ()):
+        keys.pop(key)
+    (folder / "config.json").write_text(json.dumps(keys))
+    return AutoConfig.from_pretrained(folder), settings
 
 
 @pytest.mark.parametrize(("kind", "change"), CASES)
@@ -91,31 +121,32 @@ def test_parts_equal_the_real_model(tmp_path, kind, change):
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
     }
     assert linears == {
-        name: (linear.d_in, linear.d_out, linear.has_bias)
-        for name, linear in shape.targeted("all-linear")
+        name: (linear.d_in, linear.d_out, linear.has_bias) for name, linear in shape.linears.items()
     }
-    first = [
-        module
-        for name, module in modules.items()
-        if name.startswith(f"{shape.layers_name}.0.") and "norm" in name
-    ]
-    assert sum(p.numel() for m in first for p in m.parameters()) == shape.norm_parameters
-    widths = [module.weight.numel() for module in first]
-    assert widths.count(shape.hidden_size) == shape.num_block_norms
-    assert len(widths) - shape.num_block_norms == 2 * shape.has_head_norms
-    has_means = any(isinstance(module, nn.LayerNorm) for module in first)
-    assert shape.norm_kind == ("layer" if has_means else "rms")
+    for layer, index in enumerate(shape.layer_kinds):
+        prefix, block = f"{shape.layers_name}.{layer}.", shape.blocks[index]
+        norms = [m for name, m in modules.items() if name.startswith(prefix) and "norm" in name]
+        assert sum(p.numel() for m in norms for p in m.parameters()) == block.norm_parameters
+        widths = [module.weight.numel() for module in norms]
+        assert widths.count(block.hidden_size) == block.num_norms
+        assert len(widths) - block.num_norms == 2 * block.has_head_norms
+        has_means = any(isinstance(module, nn.LayerNorm) for module in norms)
+        assert block.norm_kind == ("layer" if has_means else "rms")
+        every = [p.numel() for name, p in model.named_parameters() if name.startswith(prefix)]
+        assert sum(every) == block.parameters
     fused = [p for name, p in model.named_parameters() if ".experts." in name]
     assert sum(p.numel() for p in fused) == shape.expert_parameters
-    active = sum(p.numel() // shape.num_experts * shape.experts_per_token for p in fused)
+    per_token = config.num_experts_per_tok if fused else 0
+    active = sum(p.numel() // len(p) * per_token for p in fused)
     active += sum(p.numel() for name, p in model.named_parameters() if ".mlp.gate.weight" in name)
-    assert shape.active_linear_parameters == active + sum(a * b for a, b, _ in linears.values())
+    planned = sum(count * block.active_weights for block, count in shape.counts())
+    assert planned == active + sum(a * b for a, b, _ in linears.values())
     assert shape.has_head_bias == (getattr(model.get_output_embeddings(), "bias", None) is not None)
     assert shape.is_tied == config.tie_word_embeddings
     assert shape.logit_softcap == (getattr(config, "final_logit_softcapping", None) is not None)
     gates = [name for name in linears if "gate_proj" in name or "gate_up_proj" in name]
-    assert shape.is_gated == bool(gates or fused)
-    assert shape.has_fused_gate == any("gate_up_proj" in name for name in linears)
+    assert shape.blocks[0].is_gated == bool(gates or fused)
+    assert shape.blocks[0].has_fused_gate == any("gate_up_proj" in name for name in linears)
 
 
 @pytest.mark.parametrize(
@@ -142,40 +173,48 @@ def test_quantised_weights_are_those_that_bitsandbytes_packs(tmp_path, kind, cha
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "parts"),
+    ("kind", "targets", "facts"),
     [
-        ("gpt_neox", {}, ["'q_proj' matches no linear layer", "query_key_value, ", "all-linear"]),
-        ("phi", {}, ["'o_proj' matches no linear layer", "dense, fc1, fc2", "all-linear"]),
-        ("mixtral", EXPERTS, ["'gate_proj'", "fused", "[q_proj, k_proj, v_proj, o_proj]"]),
-        ("mixtral", EXPERTS | {"lora_target_modules": ["w1"]}, ["'w1'", "fused"]),
-        ("mixtral", EXPERTS | {"lora_target_modules": ["gate"]}, ["'gate' matches no linear"]),
-        ("qwen3_moe", QWEN_EXPERTS, ["'gate_proj'", "fused", "all-linear"]),
+        ("gpt_neox", ["q_proj"], ["q_proj", "query_key_value"]),
+        ("phi", ["o_proj"], ["o_proj", "dense, fc1, fc2"]),
+        ("mixtral", ["gate_proj"], ["gate_proj", "fused", "q_proj, k_proj, v_proj, o_proj"]),
+        ("mixtral", ["w1"], ["w1", "fused"]),
+        ("mixtral", ["gate"], ["gate"]),
+        ("qwen3_moe", ["gate_proj"], ["gate_proj", "fused"]),
     ],
 )
-def test_targets_that_a_family_does_not_have(tmp_path, kind, change, parts):
-    _, settings = save_config(tmp_path, kind, change)
-    with pytest.raises(UserError, match="lora_target_modules") as error:
-        make_plan(tmp_path, **settings)
-    for part in parts:
-        assert part in str(error.value)
+def test_targets_that_a_family_does_not_have_are_refused_with_its_names(
+    tmp_path, kind, targets, facts
+):
+    save_config(tmp_path, kind, {})
+    with refused("lora_target_modules", *facts):
+        make_plan(tmp_path, lora_target_modules=targets)
 
 
-@pytest.mark.parametrize(
-    "change", [{"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}, {"num_local_experts": 0}]
-)
-def test_a_model_with_experts_in_some_blocks_is_refused(tmp_path, change):
-    save_config(tmp_path, "qwen3_moe", QWEN_EXPERTS)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UserError, match="not every block has experts") as error:
-        read_shape(str(tmp_path))
-    assert str(path) in str(error.value)
+def test_layers_that_peft_cannot_adapt_by_name_are_left_out_and_refused(tmp_path):
+    """The MLP of a block without experts, whose names peft applies to fused experts."""
+    save_config(tmp_path, "qwen3_moe", {"mlp_only_layers": [0]})
+    assert make_plan(tmp_path).settings.lora_target_modules == ATTENTION
+    with refused("lora_target_modules", "layers.0.mlp.up_proj", ", ".join(ATTENTION)):
+        make_plan(tmp_path, lora_target_modules=["q_proj", "up_proj"])
 
 
-def test_the_name_of_the_number_of_experts_in_published_configs(tmp_path):
-    save_config(tmp_path, "qwen3_moe", QWEN_EXPERTS)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    config["num_experts"] = config.pop("num_local_experts")
-    path.write_text(json.dumps(config))
-    assert read_shape(str(tmp_path)).num_experts == 4
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_auto_adapts_every_linear_layer_but_routers(tmp_path, kind):
+    config, _ = save_config(tmp_path, kind, {})
+    plan = make_plan(tmp_path, lora_r=4)
+    with torch.device("meta"):
+        wrapped = get_peft_model(
+            AutoModelForCausalLM.from_config(config), lora_config(plan.settings)
+        )
+    head = wrapped.get_base_model().get_output_embeddings()
+    linears = {
+        name.split("model.", 1)[1].removesuffix(".base_layer")
+        for name, module in wrapped.get_base_model().named_modules(prefix="model")
+        if type(module) is nn.Linear and module is not head and "lora_" not in name
+    }
+    adapted = {key.split(".lora_")[0].removeprefix("base_model.model.") for key in
+               expected_shapes(plan)}  # fmt: skip
+    routers = {name for name in linears if name.endswith("gate")}
+    assert adapted == linears - routers
+    assert bool(routers) == (kind == "qwen2_moe")

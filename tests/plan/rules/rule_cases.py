@@ -1,16 +1,25 @@
-"""For every rule a situation that it speaks in, and a near miss; what test_rules.py goes through.
+"""For every rule a context in which it applies and a near miss, for test_rules.py.
 
-A situation is what differs from Llama 8B on 8 GPUs of 80 GiB at ZeRO-2 in bf16.
+A context is given by what differs from Llama 8B on 8 GPUs of 80 GiB at ZeRO-2 in bf16.
 """
 
 from pipeline.plan.deepspeed.keys import REMOVED, REMOVED_FROM_ZERO
-from tests.planning import CPU, LLAMA_8B, SMOLLM2, gpu
+from tests.planning import CPU, LLAMA_8B, SMOLLM2, gpu, sized
 
 Z1, Z2, Z3 = ({"zero_stage": stage} for stage in (1, 2, 3))
 FP16, FP32 = {"training_dtype": "float16"}, {"training_dtype": "float32"}
 MOE = {"num_experts": 8}
 NF4 = {"load_in_4bit": True}
 CHECKPOINTED = {"checkpointed_layers": 32}
+SHORT = LLAMA_8B | {"max_position_embeddings": 4096}
+YARN = {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}
+DYNAMIC = {
+    "max_position_embeddings": 4096, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0},
+}  # fmt: skip
+LONGROPE = LLAMA_8B | {
+    "max_position_embeddings": 131072,
+    "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 4096},
+}
 
 
 def zero(**keys):
@@ -21,17 +30,9 @@ def with_layout(*parts, **keys):
     return {"layout": {key: value for part in parts for key, value in part.items()}} | keys
 
 
-# Rule: a situation that it speaks in, and the nearest that it must not.
+# Rule -> a context in which it applies, and the closest one in which it must not.
 CASES = {
-    "modules-to-save-zero3": (
-        {"modules_to_save": ["lm_head"], "zero_stage": 3},
-        {"modules_to_save": ["lm_head"], "zero_stage": 2},
-    ),
-    "modules-to-save-4bit": ({"modules_to_save": ["x"], **NF4}, {"modules_to_save": [], **NF4}),
-    "modules-to-save-not-yet": (
-        {"modules_to_save": ["x"], "load_in_8bit": True},
-        {"modules_to_save": ["x"], **NF4},
-    ),
+    "modules-to-save-not-yet": ({"modules_to_save": ["x"]}, {"modules_to_save": []}),
     "tied-pair": (
         {"config": SMOLLM2, "lora_target_modules": r".*(q_proj|lm_head)|lm_head"},
         {"config": SMOLLM2, "lora_target_modules": "all-linear"},
@@ -43,6 +44,10 @@ CASES = {
     "tokens-without-embeddings": (
         {"shape": {"num_tokens": 128257}},
         {"shape": {"num_tokens": 128256}},
+    ),
+    "bidirectional": (
+        {"config": LLAMA_8B | {"use_bidirectional_attention": True}},
+        {"config": LLAMA_8B | {"use_bidirectional_attention": False}},
     ),
     "prequantised-base": ({"shape": {"quantization": "gptq"}}, {}),
     "packing-own-code": (
@@ -88,16 +93,31 @@ CASES = {
         with_layout(Z3, packages={"transformers": "5.22.0"}),
         with_layout(Z3, packages={"transformers": "5.23.0"}),
     ),
-    "4bit-zero3-reentrant": (
-        with_layout(Z3, CHECKPOINTED, **NF4),
-        with_layout(Z2, CHECKPOINTED, **NF4),
+    "rope-original-length": (
+        {"config": LONGROPE, "max_length": 8192, "data": sized(9, longest=5000)},
+        {"config": LONGROPE, "max_length": 8192, "data": sized(9, longest=4096)},
+    ),
+    "rope-original-length-uncounted": (
+        {"config": LONGROPE, "max_length": 8192},
+        {"config": LONGROPE, "max_length": 4096},
+    ),
+    "beyond-positions": (
+        {"config": SHORT, "max_length": 8192, "data": sized(9, longest=5000)},
+        {"config": SHORT | YARN, "max_length": 8192, "data": sized(9, longest=5000)},
+    ),
+    "router-loss": (
+        {"config": LLAMA_8B | {"output_router_logits": True}},
+        {"config": LLAMA_8B | {"output_router_logits": False}},
+    ),
+    "base-dropout": (
+        {"config": LLAMA_8B | {"resid_pdrop": 0.1}},
+        {"config": LLAMA_8B | {"resid_pdrop": 0.0, "attention_dropout": None}},
     ),
     "slow-stop": (
         with_layout({"micro_batch_size": 64}, max_length=8192),
         with_layout({"micro_batch_size": 1}, max_length=8192),
     ),
     "4bit-zero3-unchecked": (with_layout(Z3, **NF4), with_layout(Z3, CHECKPOINTED, **NF4)),
-    "persistence-threshold": (with_layout(Z3), with_layout(Z2)),
     "persistence-too-low": (
         with_layout(Z3, own=zero(stage3_param_persistence_threshold=100_000)),
         with_layout(Z3, own=zero(stage3_param_persistence_threshold="auto")),
@@ -106,11 +126,8 @@ CASES = {
         with_layout(Z3, own=zero(stage3_max_live_parameters=1e9)),
         with_layout(Z3, own=zero(stage3_max_live_parameters=1e6)),
     ),
-    "bucket-sizes": ({}, {"own": zero(reduce_bucket_size=5e8)}),
     "bucket-too-large": ({"own": zero(reduce_bucket_size=5e8)}, {}),
-    "overlap-comm-off": ({}, {"own": zero(overlap_comm=True)}),
     "overlap-comm": ({"own": zero(overlap_comm=True)}, with_layout(Z3)),
-    "moe-leaf-modules": (with_layout(Z3, shape=MOE), with_layout(Z2, shape=MOE)),
     "moe-without-leaf-modules": (
         with_layout(Z3, shape=MOE, own=zero(leaf_module={"classes": []})),
         with_layout(Z3, shape=MOE, own=zero(leaf_module={"classes": ["Block"]})),
@@ -121,10 +138,6 @@ CASES = {
         with_layout(Z3, hpz_partition_size=4),
     ),
     "offload-param-without-zero3": ({"offload_param": "cpu"}, with_layout(Z3, offload_param="cpu")),
-    "nvme-4bit": (
-        with_layout(Z3, own=zero(offload_param={"device": "nvme"}), **NF4),
-        with_layout(Z3, own=zero(offload_param={"device": "cpu"}), **NF4),
-    ),
     "nvme-not-yet": (
         with_layout(Z3, own=zero(offload_param={"device": "nvme"})),
         with_layout(Z3, own=zero(offload_param={"device": "none"})),
@@ -174,9 +187,9 @@ CASES = {
         with_layout(Z3, own=zero(memory_efficient_linear=False)),
         with_layout(Z2, own=zero(memory_efficient_linear=False)),
     ),
-    "gather-on-save": (
-        {"own": zero(stage3_gather_16bit_weights_on_model_save=True)},
-        {"own": zero(stage3_gather_16bit_weights_on_model_save=False)},
+    "json-no-effect": (
+        {"own": {"activation_checkpointing": {"partition_activations": True}}},
+        {"own": {"activation_checkpointing": {}, "wall_clock_breakdown": True}},
     ),
     "json-against-plan": (
         {"own": {"train_batch_size": 16}},
@@ -231,25 +244,13 @@ CASES = {
         {"own": {"optimizer": {"params": {"torch_adam": False}}}},
         {"own": {"optimizer": {"params": {"torch_adam": True}}}},
     ),
-    "untested-optimizer": (
-        {"own": {"zero_allow_untested_optimizer": True}},
-        {"own": {"zero_allow_untested_optimizer": False}},
-    ),
     "model-parallel": (
         {"own": {"tensor_parallel": {"autotp_size": 2}}},
         {"own": {"tensor_parallel": {"autotp_size": 1}, "sequence_parallel_size": 1}},
     ),
-    "4bit-deepcompile": (
-        {"own": {"compile": {"deepcompile": True}}, **NF4},
-        {"own": {"compile": {"deepcompile": False}}, **NF4},
-    ),
     "compile-not-yet": (
         {"own": {"compile": {"deepcompile": True}}},
         {"own": {"compile": {"deepcompile": False}}},
-    ),
-    "activation-checkpointing-no-effect": (
-        {"own": {"activation_checkpointing": {"partition_activations": True}}},
-        {"own": {"activation_checkpointing": {}}},
     ),
     "other-engines": (
         {"own": {"autotuning": {"enabled": True}}},
@@ -259,10 +260,6 @@ CASES = {
         {"own": {"checkpoint": {"writer": {"type": "fast"}}}},
         {"own": {"checkpoint": {"load_universal": True}}},
     ),
-    "checkpoint-no-effect": (
-        {"own": {"checkpoint": {"load_universal": True}}},
-        {"own": {"wall_clock_breakdown": True}},
-    ),
     "flops-profiler-4bit": (
         {"own": {"flops_profiler": {"enabled": True}}, **NF4},
         {"own": {"flops_profiler": {"enabled": True}}},
@@ -270,9 +267,9 @@ CASES = {
     "alpha": ({"lora_r": 8, "lora_alpha": 64}, {"lora_r": 8, "lora_alpha": 8}),
     "lora-r": ({"lora_r": 4}, {"lora_r": 8}),
     "learning-rate": ({"lr": 3e-4}, {"lr": 3e-4, "config": SMOLLM2}),
-    "data-small": ({"data": 999}, {"data": 999, "epochs": 3, "lora_dropout": 0.1}),
-    "data-medium": ({"data": 1000}, {"data": 1000, "epochs": 2}),
-    "data-large": ({"data": 10_001, "epochs": 3}, {"data": 10_001}),
+    "data-small": ({"data": sized(999)}, {"data": sized(999), "epochs": 3, "lora_dropout": 0.1}),
+    "data-medium": ({"data": sized(1000)}, {"data": sized(1000), "epochs": 2}),
+    "data-large": ({"data": sized(10_001), "epochs": 3}, {"data": sized(10_001)}),
     "compute-dtype": (
         {"bnb_4bit_compute_dtype": "float16", **NF4},
         {"bnb_4bit_compute_dtype": "bfloat16", **NF4},
@@ -297,7 +294,7 @@ CASES = {
     },
 }  # fmt: skip
 
-# Rules that several keys lead to: the ways that the table above does not take.
+# Other keys that make a rule apply, beyond those in the table above.
 MORE = [
     ("embeddings-or-head-not-yet", {"lora_target_modules": r"lm_head|.*q_proj"}),
     ("gathered-too-much", with_layout(Z3, own=zero(stage3_max_reuse_distance=1e9))),
@@ -311,7 +308,32 @@ MORE = [
     ("offload-optimizer", {"own": zero(cpu_offload=True)}),
     ("zenflow", {"own": zero(offload_optimizer={"device": "cpu", "super_offload": True})}),
     ("quantized-communication", {"own": zero(zero_quantized_gradients=True)}),
-    ("gather-on-save", {"own": zero(stage3_gather_fp16_weights_on_model_save=True)}),
+    ("json-no-effect", {"own": zero(stage3_gather_16bit_weights_on_model_save=True)}),
+    ("json-no-effect", {"own": zero(stage3_gather_fp16_weights_on_model_save=True)}),
+    ("json-no-effect", {"own": {"zero_allow_untested_optimizer": True}}),
+    ("json-no-effect", {"own": {"checkpoint": {"load_universal": True}}}),
+    ("compile-not-yet", {"own": {"compile": {"deepcompile": True}}, **NF4}),
+    ("nvme-not-yet", with_layout(Z3, own=zero(offload_param={"device": "nvme"}), **NF4)),
+    (
+        "rope-original-length",
+        {
+            "config": LLAMA_8B | DYNAMIC,
+            "max_length": 8192,
+            "data": sized(9, longest=5000),
+        },
+    ),
+    (
+        "rope-original-length",
+        with_layout(
+            {"micro_batch_size": 2},
+            config=LONGROPE,
+            packing=False,
+            max_length=8192,
+            data=sized(9, longest=5000),
+        ),
+    ),
+    ("beyond-positions", {"config": SHORT, "max_length": 4097}),
+    ("base-dropout", {"config": LLAMA_8B | {"router_jitter_noise": 0.01}}),
     ("json-against-plan", {"own": {"gradient_clipping": 0.5}}),
     ("json-against-plan", {"own": zero(stage=3)}),
     ("json-against-plan", {"own": zero(zero_hpz_partition_size=8)}),
@@ -333,5 +355,5 @@ MORE = [
     ("lora-r", {"lora_r": 256}),
     ("learning-rate", {"lr": 5e-6}),
     ("learning-rate", {"lr": 3e-3, "config": SMOLLM2}),
-    ("data-medium", {"data": 5000, "epochs": 2, "lora_dropout": 0.0}),
+    ("data-medium", {"data": sized(5000), "epochs": 2, "lora_dropout": 0.0}),
 ]

@@ -1,12 +1,11 @@
-"""Every rule of the table speaks where it must and is silent in a near miss."""
+"""Every rule of the table applies where it must and not in a near miss."""
 
-import dataclasses
 import json
+from dataclasses import replace
 
 import pytest
 
 from pipeline.config.settings import RunSettings
-from pipeline.errors import UserError
 from pipeline.plan.deepspeed.config import deepspeed_config
 from pipeline.plan.deepspeed.overlay import overlay
 from pipeline.plan.given.layout import Layout
@@ -16,15 +15,16 @@ from pipeline.plan.render import plan_text
 from pipeline.plan.rules.model import INPUT_RULES
 from pipeline.plan.rules.rule import PlanContext, installed_versions
 from pipeline.plan.rules.table import RULES
-from tests.plan.rules.rule_cases import CASES, MORE
-from tests.planning import CPU, LLAMA_8B, SMOLLM2, gpu, sized
+from tests.messages import assert_mentions, refused
+from tests.plan.rules.rule_cases import CASES, LONGROPE, MORE, SHORT
+from tests.planning import CPU, LLAMA_8B, SMOLLM2, gpu, sized, with_blocks
 
 pytestmark = pytest.mark.unit
 
 
 @pytest.fixture
-def situation(tmp_path):
-    """A situation of Llama 8B on 8 GPUs at ZeRO-2 in bf16, but for what is given.
+def context(tmp_path):
+    """A context of Llama 8B on 8 GPUs at ZeRO-2 in bf16, except for what is given.
 
     `layout`, `own` (JSON), `shape` and `packages` change single values; other keys are settings.
     """
@@ -41,7 +41,7 @@ def situation(tmp_path):
             "checkpointed_layers": 0, "nodes": 1, "ranks_per_node": 8,
             "training_dtype": "bfloat16", **dict(layout),
         })  # fmt: skip
-        model = dataclasses.replace(read_shape(str(tmp_path)), **dict(shape))
+        model = with_blocks(read_shape(str(tmp_path)), **dict(shape))
         hardware = hardware or gpu()
         config = deepspeed_config(model, run, chosen, is_cuda=hardware.kind == "cuda")
         if own is not None:
@@ -64,26 +64,26 @@ def test_every_rule_has_its_cases():
 
 
 @pytest.mark.parametrize("rule", CASES)
-def test_a_rule_speaks_and_is_silent_in_a_near_miss(situation, rule):
+def test_a_rule_applies_in_its_case_and_not_in_a_near_miss(context, rule):
     fires, near_miss = CASES[rule]
-    assert BY_ID[rule].holds(situation(**fires))
-    assert not BY_ID[rule].holds(situation(**near_miss))
+    assert BY_ID[rule].check(context(**fires))
+    assert not BY_ID[rule].check(context(**near_miss))
 
 
 @pytest.mark.parametrize(("rule", "fires"), MORE)
-def test_every_way_into_a_rule(situation, rule, fires):
-    assert BY_ID[rule].holds(situation(**fires))
+def test_every_key_that_a_rule_names_makes_it_apply(context, rule, fires):
+    assert BY_ID[rule].check(context(**fires))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
-def test_a_rule_says_why_what_to_do_and_who_says_so(rule):
+def test_a_rule_has_a_reason_a_remedy_and_a_source(rule):
     for text in (rule.reason, rule.remedy, rule.source):
         assert text
         assert not text.endswith(".")
         assert "|" not in text  # a column of docs/rules.md
 
 
-def test_what_a_rule_asks_for_before_the_choice_is_a_refusal():
+def test_rules_before_the_choice_only_refuse():
     assert {rule.level for rule in INPUT_RULES} == {"refuse"}
 
 
@@ -111,14 +111,14 @@ def plan(tmp_path):
     ],
 )
 def test_a_plan_is_refused_by_its_rules_first(plan, keys, rule):
-    with pytest.raises(UserError, match=f"rule {rule}"):
+    with refused(f"rule {rule}"):
         plan(**keys)
 
 
 def test_a_known_bad_version_refuses_a_plan(plan, monkeypatch):
     versions = dict(installed_versions()) | {"deepspeed": "0.18.0"}
     monkeypatch.setattr("pipeline.plan.plan.installed_versions", lambda: versions)
-    with pytest.raises(UserError, match="rule deepspeed-wrong-gradients"):
+    with refused("rule deepspeed-wrong-gradients"):
         plan(zero_stage=2)
 
 
@@ -157,7 +157,7 @@ def test_a_tokenizer_that_outgrew_its_model_is_refused(plan, name, content, is_r
     if not is_refused:
         assert plan(files={name: content})
         return
-    with pytest.raises(UserError, match="rule tokens-without-embeddings"):
+    with refused("rule tokens-without-embeddings"):
         plan(files={name: content})
 
 
@@ -165,3 +165,20 @@ def test_a_folder_that_brings_its_own_class_is_seen(tmp_path):
     for name, is_own in (("AutoModelForCausalLM", True), ("AutoConfig", False)):
         (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"auto_map": {name: "own.C"}}))
         assert read_shape(str(tmp_path)).has_own_code is is_own
+
+
+def test_a_rule_of_the_data_refuses_once_it_is_counted(plan):
+    """The number of long documents is known to the prepared index alone."""
+    made = plan(LONGROPE, max_length=8192)
+    assert "rope-original-length-uncounted" in [rule.id for rule in made.rules]
+    with refused("rule rope-original-length", 5000, 4096, "packing: false", "batch_size: 1"):
+        made.with_data(sized(9, longest=5000))
+    alone = plan(LONGROPE, max_length=8192, packing=False, batch_size=1)
+    assert alone.with_data(sized(9, longest=5000)).schedule
+
+
+def test_documents_beyond_the_positions_are_counted(plan):
+    data = replace(sized(9, longest=5000), count_longer=lambda tokens: 3 if tokens == 4096 else 0)
+    made = plan(SHORT, max_length=8192).with_data(data)
+    (rule,) = [rule for rule in made.rules if rule.id == "beyond-positions"]
+    assert_mentions(rule.message, "3 of 9", 5000, 4096, "max_length")
