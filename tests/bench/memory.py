@@ -47,7 +47,7 @@ GRID = {
     for stage in (1, 2, 3)
     for on, checkpointing in {"off": OFF, "on": ON}.items()
     for length in (64, 256)
-    if not (kind == "nf4" and stage == 3 and on == "off")  # refused: rule 4bit-zero3-reentrant
+    if not (kind == "nf4" and stage == 3 and on == "off")  # refused: rule 4bit-zero3-unchecked
 }
 ZERO2, ZERO3 = BF16 | OFF | {"zero_stage": 2}, BF16 | OFF | {"zero_stage": 3}
 HEADS, HPZ, OFFLOAD = {"head_dim": 32}, {"hpz_partition_size": 2}, {"offload_param": "cpu"}

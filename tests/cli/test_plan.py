@@ -98,7 +98,7 @@ def test_the_text_says_what_runs_why_and_how_to_start_it(call):
     for part in (
         "ZeRO-2", "global batch 64", "about 79 (79 an epoch)", "estimated from a sample",
         "zero_stage", "activations", "while loading", "host memory of a node", "disk: checkpoints",
-        "s a step", "tokens/s", "[bucket-sizes]", "start      deepspeed launch/train.py",
+        "predicted: ", "s/step", "tokens/s", "start      deepspeed launch/train.py",
         "sbatch --nodes=1 --gpus-per-node=8 --cpus-per-gpu=4 --mem=", "slurm/train.sbatch",
         "global_batch_size=64", "stage  micro",
     ):  # fmt: skip

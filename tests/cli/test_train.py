@@ -261,7 +261,7 @@ def test_the_best_adapter_is_exported_and_patience_ends_the_run(run_file, worksp
         ({"lora_rnk": 8}, "lora_rnk: unknown setting; did you mean 'lora_r'"),
         ({"global_batch_size": 3}, "2 or 4 would work"),
         ({"train_data": "nowhere.jsonl"}, "nowhere.jsonl"),
-        ({"lora_target_modules": ["c_attn"]}, "its blocks have q_proj"),
+        ({"lora_target_modules": ["c_attn"]}, "'c_attn' matches no linear layer"),
     ],
 )
 def test_wrong_input_is_said_once_by_two_ranks(run_file, workspace, change, part):
