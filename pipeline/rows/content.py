@@ -129,11 +129,11 @@ def require_utf8(file: Path) -> None:
         first = stream.read(4)
     if (encoding := _other_encoding(first)) is None:
         return
-    unpacked = "unpack it, then convert it" if compression_of(file) else "convert it"
-    name = shlex.quote(str(file))
+    unpack = "unpack it, then " if compression_of(file) else ""
+    old, new = (shlex.quote(f"{file}{suffix}") for suffix in ("", ".utf8"))
     raise UserError(
-        f"{file}: {encoding} text (Windows PowerShell's > writes it), expected UTF-8; {unpacked}: "
-        f"iconv -f {encoding} -t UTF-8 {name} > {shlex.quote(f'{file.stem}.utf8{file.suffix}')}"
+        f"{file}: {encoding} text (Windows PowerShell's > writes it), expected UTF-8; "
+        f"{unpack}convert it: iconv -f {encoding} -t UTF-8 {old} > {new} && mv {new} {old}"
     )
 
 

@@ -2,9 +2,20 @@
 
 from pathlib import Path
 
-from pipeline.rows.sources import Row
+from pipeline.config.data_names import DataSource
+from pipeline.rows.sources import Row, read_rows, resolve
 
 
 def row_of(value):
     """A row with this value."""
     return Row(Path("rows.jsonl"), 1, value)
+
+
+def resolved(*paths, key="train_data", **values):
+    """The sources of a setting that names these paths."""
+    return resolve([DataSource(path=str(path), **values) for path in paths], key)
+
+
+def read_file(path):
+    """The rows and bad rows of a file or folder."""
+    return list(read_rows(resolved(path)))

@@ -1,0 +1,124 @@
+"""Every leaf of a row is in its example, under an unread name, or the row is rejected."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from pipeline.rows.formats import Completion, Conversation, RowError, Text, read_example
+from tests.rows.reading import row_of
+
+pytestmark = pytest.mark.unit
+
+ROW_KEYS = ["system", "system_prompt", "tools", "functions", "images", "chosen", "label", "text"]
+ROW_KEYS += ["prompt", "completion", "conversations", "messages", "output", "history", "x"]
+MESSAGE_KEYS = ["name", "tool_call_id", "reasoning", "reasoning_content", "thinking", "id", "x"]
+MESSAGE_KEYS += ["timestamp", "refusal", "tool_calls", "function_call", "content", "value", "role"]
+CALL_KEYS = ["name", "arguments", "args", "parameters", "input", "id", "call_id", "x", "function"]
+PART_KEYS = ["text", "thinking", "content", "name", "input", "tool_use_id", "is_error", "x"]
+PART_TYPES = ["text", "thinking", "tool_use", "tool_result", "image", "reasoning"]
+ROLES = ["system", "developer", "user", "assistant", "tool", "function_call", "human", "gpt"]
+
+
+class Rows:
+    """Rows of random keys around conversations; every leaf text occurs once."""
+
+    def __init__(self, draw):
+        self.draw, self.numbers, self.leaves = draw, itertools.count(), {}
+
+    def leaf(self, *path):
+        text = f"leaf{next(self.numbers)}-"
+        self.leaves[text] = path
+        return text
+
+    def some(self, keys):
+        """At most one of the keys, mostly none: a row of many odd ones is always rejected."""
+        key = self.draw(st.sampled_from([None] * 6 * len(keys) + keys))
+        return [] if key is None else [key]
+
+    def arguments(self, *path):
+        value = {"a": self.leaf(*path, "a"), "b": {"c": [self.leaf(*path, "b")]}}
+        return json.dumps(value) if self.draw(st.booleans()) else value
+
+    def call(self, *path):
+        key = self.draw(st.sampled_from(["arguments", "args", "parameters", "input"]))
+        call = {"name": self.leaf(*path, "name"), key: self.arguments(*path, key)}
+        for extra in self.some(CALL_KEYS):
+            call[extra] = self.leaf(*path, extra)
+        return {"function": call} if self.draw(st.booleans()) else call
+
+    def part(self, *path):
+        kind = self.draw(st.sampled_from(PART_TYPES))
+        part = {"type": kind}
+        if kind == "tool_use":
+            part |= {"name": self.leaf(*path, "name"), "input": self.arguments(*path, "input")}
+        else:
+            key = "content" if kind == "tool_result" else kind
+            part[key] = self.leaf(*path, key)
+        for extra in self.some(PART_KEYS):
+            part[extra] = self.leaf(*path, extra)
+        return part
+
+    def message(self, *path):
+        role = self.draw(st.sampled_from(ROLES))
+        keys = (
+            ("from", "value") if role in ("human", "gpt", "function_call") else ("role", "content")
+        )
+        message = {keys[0]: role, keys[1]: self.leaf(*path, keys[1])}
+        form = self.draw(st.sampled_from(["text"] * 3 + ["parts", "object", "null"]))
+        if form == "parts":
+            message[keys[1]] = [
+                self.part(*path, keys[1]) for _ in range(self.draw(st.integers(1, 3)))
+            ]
+        elif form == "object":
+            message[keys[1]] = self.call(*path, keys[1])
+        elif form == "null":
+            message[keys[1]] = None
+        for extra in self.some(MESSAGE_KEYS):
+            message[extra] = self.leaf(*path, extra)
+        if role == "assistant" and self.draw(st.booleans()):
+            message["tool_calls"] = [self.call(*path, "tool_calls")]
+        return message
+
+    def row(self):
+        column = self.draw(st.sampled_from(["messages", "conversations"]))
+        turns = [self.message(column) for _ in range(self.draw(st.integers(1, 3)))]
+        answer = {"role": "assistant", "content": self.leaf(column, "content")}
+        row = {column: [*turns, answer]}
+        for extra in self.some(ROW_KEYS):
+            row[extra] = self.leaf(extra)
+        if self.draw(st.booleans()):
+            row["tools"] = [{"name": self.leaf("tools"), "parameters": {"x": self.leaf("tools")}}]
+        return row
+
+
+def written(example):
+    """All that an example holds, as text."""
+    if isinstance(example, Conversation):
+        messages = [[message.content, message.others] for message in example.messages]
+        return json.dumps([messages, example.tools])
+    if isinstance(example, Completion):
+        return example.prompt + example.completion
+    assert isinstance(example, Text)
+    return example.text
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_every_leaf_is_in_the_example_or_unread_or_the_row_is_rejected(data):
+    rows = Rows(data.draw)
+    row = rows.row()
+    # Every leaf that the row still holds: keys that were drawn twice replaced some.
+    leaves = [leaf for leaf in rows.leaves if leaf in json.dumps(row)]
+    try:
+        found = read_example(row_of(row))
+    except RowError:
+        event("rejected")
+        return
+    event("read")
+    text = written(found.example)
+    keys = {name.rpartition(".")[2] for name in found.unread}
+    for leaf in leaves:
+        assert leaf in text or not keys.isdisjoint(rows.leaves[leaf]), (leaf, row, found)

@@ -1,0 +1,171 @@
+"""Names -> files: caches, run folders and other splits are no training data, and that is said."""
+
+import json
+import subprocess
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.rows.sources import BadRow
+from tests.messages import assert_mentions, refused
+from tests.rows.reading import read_file, resolved
+
+pytestmark = pytest.mark.unit
+
+ROW = '{"prompt": "a", "completion": "b"}\n'
+
+
+def write(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(ROW)
+
+
+def names_of(path, key="train_data"):
+    (source,) = resolved(path, key=key)
+    return [str(file.relative_to(path)) for file in source.files], source.notes
+
+
+@pytest.mark.parametrize("held_out", ["test", "validation", "dev", "valid", "eval"])
+@pytest.mark.parametrize(
+    "name",
+    ["{}.jsonl", "{}/0.jsonl", "{}-00000-of-00002.jsonl", "data_{}.jsonl", "{}.en.jsonl.gz"],
+)
+def test_a_folder_for_training_leaves_out_files_of_other_splits_and_says_so(
+    tmp_path, held_out, name
+):
+    train, other = name.format("train"), name.format(held_out)
+    write(tmp_path, train, other, "more.jsonl")
+    files, (note,) = names_of(tmp_path)
+    assert files == sorted([train, "more.jsonl"])
+    assert_mentions(note, tmp_path, other.rpartition("/")[2])
+    assert resolved(tmp_path / other)[0].files == (tmp_path / other,)  # named itself it is read
+
+
+def test_words_within_a_name_are_no_splits(tmp_path):
+    write(tmp_path, "latest.jsonl", "my-test-cases.jsonl", "contest/0.jsonl", "devices.jsonl")
+    files, notes = names_of(tmp_path)
+    assert len(files) == 4
+    assert not notes
+
+
+def test_held_out_data_is_validation_else_test_else_all(tmp_path):
+    write(tmp_path, "train.jsonl", "test.jsonl")
+    assert names_of(tmp_path, "eval_data")[0] == ["test.jsonl"]
+    write(tmp_path, "dev.jsonl")
+    assert names_of(tmp_path, "eval_data")[0] == ["dev.jsonl"]
+    write(tmp_path / "plain", "a.jsonl")
+    assert names_of(tmp_path / "plain", "eval_data")[0] == ["a.jsonl"]
+
+
+def test_a_folder_of_other_splits_alone_is_refused(tmp_path):
+    write(tmp_path / "data", "test.jsonl", "dev.jsonl")
+    with refused("train_data", tmp_path / "data", "test.jsonl", "name the file itself"):
+        resolved(tmp_path / "data")
+
+
+def save(folder, *names, **state):
+    write(folder, *names)
+    files = [{"filename": name} for name in names if not name.startswith("cache")]
+    (folder / "state.json").write_text(json.dumps({"_data_files": files, **state}))
+
+
+def test_a_saved_data_set_is_the_files_that_its_state_names(tmp_path):
+    save(tmp_path, "data-0.arrow", "cache-1.arrow")
+    write(tmp_path, "stray.jsonl")
+    files, (note,) = names_of(tmp_path)
+    assert files == ["data-0.arrow"]
+    assert_mentions(note, "cache-1.arrow", "stray.jsonl")
+
+
+def test_the_splits_of_a_saved_data_set_are_told_apart(tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path / split, "data-0.arrow")
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert names_of(tmp_path)[0] == ["train/data-0.arrow"]
+
+
+def test_a_saved_data_set_that_is_not_whole_is_refused(tmp_path):
+    save(tmp_path, "data-0.arrow", "data-1.arrow")
+    (tmp_path / "data-1.arrow").unlink()
+    with refused("train_data", tmp_path, "data-1.arrow", "state.json"):
+        resolved(tmp_path)
+    save(tmp_path, "data-0.arrow", _indices_data_files=[{"filename": "indices.arrow"}])
+    with refused("train_data", tmp_path, "flatten_indices"):
+        resolved(tmp_path)
+
+
+def test_caches_are_left_out_of_folders_and_globs(tmp_path):
+    write(tmp_path, "rows.arrow", "cache-1.arrow")
+    assert names_of(tmp_path)[0] == ["rows.arrow"]
+    (source,) = resolved(tmp_path / "*.arrow")
+    assert source.files == (tmp_path / "rows.arrow",)
+    assert_mentions(source.notes[0], "cache-1.arrow")
+
+
+RUN_FOLDERS = {
+    "running": [".owner", "metrics.jsonl"],
+    "done": ["run.yaml", "status.json", "metrics.jsonl"],
+    "prepared": ["data/index.json", "data/audit.json", "data/rejects.jsonl"],
+    "killed": ["data/train-0123456789abcdef/rejects.jsonl"],
+}
+
+
+@pytest.mark.parametrize("kind", RUN_FOLDERS)
+def test_run_folders_are_no_data(tmp_path, kind):
+    write(tmp_path, "rows.jsonl")
+    write(tmp_path / "runs/x", *RUN_FOLDERS[kind])
+    files, (note,) = names_of(tmp_path)
+    assert files == ["rows.jsonl"]
+    assert_mentions(note, "x")
+    (source,) = resolved(tmp_path / "**/*.jsonl")
+    assert source.files == (tmp_path / "rows.jsonl",)
+    with refused("train_data", tmp_path / "runs/x", "run folder"):
+        resolved(tmp_path / "runs/x")
+    with refused("train_data", "run folders"):
+        resolved(tmp_path / "runs/x/**/*.jsonl")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a b.jsonl", "rows.json", "rows"])
+def test_other_encodings_are_refused_with_the_command_that_converts_them(tmp_path, encoding, name):
+    (tmp_path / name).write_bytes(ROW.encode(encoding))
+    with pytest.raises(UserError) as caught:
+        read_file(tmp_path / name)
+    facts = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE"}.get(encoding, encoding)
+    assert_mentions(caught.value, tmp_path / name, facts)
+    command = str(caught.value).partition("convert it: ")[2]
+    subprocess.run(command, shell=True, check=True)
+    assert [row.value for row in read_file(tmp_path / name)] == [json.loads(ROW)]
+
+
+MARK = "\ufeff"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "list.json", "rows.csv", "rows"])
+def test_byte_order_marks_at_the_start_of_any_line_are_no_content(tmp_path, name):
+    lines = ["prompt,completion\n", "a,b\n", "a,b\n"] if name == "rows.csv" else [ROW, ROW]
+    text = f"{MARK}{MARK}" + MARK.join(lines)
+    text = f"{MARK}{MARK}[{ROW},{MARK}{ROW}]" if name == "list.json" else text
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert [row.value for row in read_file(tmp_path / name)] == [json.loads(ROW)] * 2
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_is_separated_as_its_header_is(tmp_path, delimiter):
+    rows = [["prompt", "completion"], ['a;b,c\td"\n', "1,5;"], ["q", "a"]]
+    text = "\n\n" + "".join(
+        delimiter.join('"' + field.replace('"', '""') + '"' for field in row) + "\r\n"
+        for row in rows[1:]
+    )
+    (tmp_path / "rows.csv").write_text(delimiter.join(rows[0]) + text, encoding="utf-8")
+    found = [row.value for row in read_file(tmp_path / "rows.csv")]
+    assert found == [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+
+
+def test_a_header_within_a_csv_file_is_a_bad_row(tmp_path):
+    text = "prompt,completion\na,b\n"
+    (tmp_path / "rows.csv").write_text(text + MARK + text, encoding="utf-8")
+    rows = read_file(tmp_path / "rows.csv")
+    assert [isinstance(row, BadRow) for row in rows] == [False, True, False]
+    assert_mentions(rows[1].reason, "header")

@@ -1,0 +1,209 @@
+"""The same conversation gives the same example, whatever file and form it is stored in."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.rows.formats import to_example
+from tests.rows.reading import read_file
+
+pytestmark = pytest.mark.unit
+
+text = st.text(alphabet='ab "{\n\\é😀', min_size=1, max_size=8).filter(str.strip)
+arguments = st.fixed_dictionaries(
+    {}, optional={"city": text, "days": st.integers(0, 9), "in": st.just({"unit": "C"})}
+)
+
+
+@st.composite
+def conversations(draw):
+    messages = [{"role": "system", "content": draw(text)}] if draw(st.booleans()) else []
+    for turn in range(draw(st.integers(1, 3))):
+        messages.append({"role": "user", "content": draw(text)})
+        answer = {"role": "assistant", "content": draw(text)}
+        if draw(st.booleans()):
+            answer["reasoning_content"] = draw(text)
+        if draw(st.booleans()):
+            call = {"name": draw(st.sampled_from("fg")), "arguments": draw(arguments)}
+            answer["tool_calls"] = [{"id": f"c{turn}", "type": "function", "function": call}]
+            messages += [answer, {"role": "tool", "content": "r", "tool_call_id": f"c{turn}"}]
+            answer = {"role": "assistant", "content": draw(text)}
+        messages.append(answer)
+    properties = {name: {"type": "string"} for name in draw(st.sets(st.sampled_from("xyz")))}
+    schema = {"type": "object", "properties": properties}
+    return {"messages": messages, "tools": [{"name": "f", "parameters": schema}]}
+
+
+# Makes every key known to a table's schema, so that the other rows are filled with nulls.
+FULL = {
+    "messages": [
+        {"role": "user", "content": "q"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "r",
+            "tool_calls": [
+                {
+                    "id": "c",
+                    "type": "function",
+                    "function": {
+                        "name": "f",
+                        "arguments": {"city": "c", "days": 1, "in": {"unit": "C"}},
+                    },
+                }
+            ],
+        },
+        {"role": "tool", "content": "r", "tool_call_id": "c", "name": "f"},
+    ],
+    "tools": [
+        {
+            "name": "f",
+            "parameters": {
+                "type": "object",
+                "properties": {name: {"type": "string", "default": "d"} for name in "xyz"},
+            },
+        }
+    ],
+    "images": ["x.png"],
+}
+
+
+def as_json_text(rows):
+    return [{key: json.dumps(value) for key, value in row.items()} for row in rows]
+
+
+def as_structs_of_lists(rows):
+    def columns(items):
+        keys = dict.fromkeys(key for item in items for key in item)
+        return {key: [item.get(key) for item in items] for key in keys}
+
+    return [{key: columns(value) for key, value in row.items()} for row in rows]
+
+
+def with_json_type(rows):
+    """The messages and tools as lists of JSON text of the extension type `arrow.json`."""
+    kind = pyarrow.json_(pyarrow.string())
+    columns = {}
+    for name in ("messages", "tools"):
+        items = [[json.dumps(item) for item in row[name]] for row in rows]
+        storage = pyarrow.array([item for row in items for item in row], pyarrow.string())
+        values = pyarrow.ExtensionArray.from_storage(kind, storage)
+        offsets = [0]
+        for row in items:
+            offsets.append(offsets[-1] + len(row))
+        columns[name] = pyarrow.ListArray.from_arrays(pyarrow.array(offsets, "int32"), values)
+    return pyarrow.table(columns)
+
+
+def filled(rows):
+    """The rows of a table's schema with its nulls, as `Dataset.to_json` exports them."""
+    return pyarrow.Table.from_pylist([*rows, FULL]).to_pylist()[:-1]
+
+
+def write_lines(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def write_saved(folder, table):
+    """The layout of `save_to_disk`, with a cache that is not to be read."""
+    folder.mkdir()
+    for name in ("data-00000-of-00001.arrow", "cache-1.arrow"):
+        with pyarrow.ipc.new_stream(folder / name, table.schema) as stream:
+            stream.write_table(table)
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": "train"}
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def write_arrow(path, table):
+    with pyarrow.ipc.new_file(path, table.schema) as file:
+        file.write_table(table)
+
+
+def write_forms(folder, rows):
+    """Files by name, each with the same rows."""
+    table = pyarrow.Table.from_pylist([*rows, FULL]).slice(0, len(rows))
+    write_lines(folder / "plain.jsonl", rows)
+    write_lines(folder / "exported.jsonl", filled(rows))
+    (folder / "list.json").write_text(json.dumps(rows, indent=1))
+    (folder / "exported.json").write_text(json.dumps(filled(rows)))
+    pyarrow.parquet.write_table(table, folder / "table.parquet")
+    write_arrow(folder / "table.arrow", table)
+    write_saved(folder / "saved", table)
+    write_lines(folder / "text.jsonl", as_json_text(rows))
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(as_json_text(rows)), folder / "text.parquet"
+    )
+    write_lines(folder / "structs.jsonl", as_structs_of_lists(rows))
+    pyarrow.parquet.write_table(with_json_type(rows), folder / "json_type.parquet")
+    write_arrow(folder / "json_type.arrow", with_json_type(rows))
+
+
+@given(st.lists(conversations(), min_size=1, max_size=3))
+def test_every_form_of_the_same_rows_gives_the_same_examples(rows):
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_forms(folder, rows)
+        expected = [to_example(row) for row in read_file(folder / "plain.jsonl")]
+        assert len(expected) == len(rows)
+        for path in sorted(folder.iterdir()):
+            assert [to_example(row) for row in read_file(path)] == expected, path.name
+
+
+def test_what_datasets_writes_gives_the_examples_of_its_source(tmp_path):
+    """With a default of two types, for which `datasets` uses its Json type deep in the schema."""
+    kinds = {"text": {"default": "home"}, "whole": {"default": 2}, "object": {"default": {"a": 1}}}
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": name},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"name": "f", "arguments": {"value": kind["default"]}}],
+                },
+            ],
+            "tools": [{"name": "f", "parameters": {"properties": {"value": kind}}}],
+        }
+        for name, kind in kinds.items()
+    ]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    code = (
+        "from datasets import load_dataset\n"
+        "rows = load_dataset('json', data_files='rows.jsonl', split='train', cache_dir='cache')\n"
+        "rows.to_parquet('rows.parquet')\n"
+        "rows.save_to_disk('saved')\n"
+        "rows.to_json('exported.jsonl')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    expected = [to_example(row) for row in read_file(tmp_path / "rows.jsonl")]
+    for name in ("rows.parquet", "saved", "exported.jsonl"):
+        assert [to_example(row) for row in read_file(tmp_path / name)] == expected, name
+    schema = pyarrow.parquet.read_schema(tmp_path / "rows.parquet")
+    assert "arrow.json" in str(schema.field("tools").type)
+
+
+def test_text_of_the_json_type_is_decoded_in_structs_and_maps(tmp_path):
+    kind = pyarrow.json_(pyarrow.string())
+    texts = pyarrow.array(['{"a": [1]}', "7", None, '"x"'], pyarrow.string())
+    values = pyarrow.ExtensionArray.from_storage(kind, texts)
+    offsets = pyarrow.array([0, 1, 2, 3, 4], "int32")
+    keys = pyarrow.array(["k"] * 4)
+    table = pyarrow.table(
+        {
+            "plain": values,
+            "struct": pyarrow.StructArray.from_arrays([values], ["inner"]),
+            "map": pyarrow.MapArray.from_arrays(offsets, keys, values),
+        }
+    )
+    write_arrow(tmp_path / "t.arrow", table)
+    found = [row.value for row in read_file(tmp_path / "t.arrow")]
+    for row, expected in zip(found, [{"a": [1]}, 7, None, "x"], strict=True):
+        assert row == {"plain": expected, "struct": {"inner": expected}, "map": {"k": expected}}
