@@ -33,9 +33,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Replace a text file atomically."""
+    """Replace a text file atomically.
+
+    A byte of a file's name that is not UTF-8 is escaped as JSON escapes it, `\\udcff` for 0xff.
+    """
     with atomic_file(path, durable=durable) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager

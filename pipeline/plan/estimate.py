@@ -10,7 +10,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.plan.given.data_size import DataSize
 from pipeline.rows.files import find_files
-from pipeline.rows.formats import Completion, Conversation, Example, RowError, Text, to_example
+from pipeline.rows.formats import Completion, Conversation, Example, RowError, Text, read_example
 from pipeline.rows.sources import Row, parse, sample
 
 SAMPLE_BYTES = 1_000_000
@@ -101,7 +101,7 @@ def _kept_share(settings: RunSettings, documents: float) -> float:
 def _documents(row: Row, settings: RunSettings) -> list[int]:
     """Estimated tokens of each document of a row, as `over_length` leaves it."""
     try:
-        count = _num_tokens(to_example(row, settings.data_format, settings.columns))
+        count = _num_tokens(read_example(row, settings.data_format, settings.columns).example)
     except RowError:
         return []
     longest = settings.max_length

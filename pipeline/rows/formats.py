@@ -36,10 +36,7 @@ __all__ = [
     "RowError",
     "Text",
     "Tokens",
-    "detect_format",
-    "format_of",
     "read_example",
-    "to_example",
 ]
 
 FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
@@ -109,21 +106,7 @@ def read_example(
     return ReadExample(_example(name, value, unread), name, tuple(sorted(unread)))
 
 
-def to_example(
-    row: Row, data_format: DataFormat | Auto = "auto", columns: Mapping[str, str] | None = None
-) -> Example:
-    """`read_example` without the format and the unread columns."""
-    return read_example(row, data_format, columns).example
-
-
-def format_of(
-    row: Row, data_format: DataFormat | Auto = "auto", columns: Mapping[str, str] | None = None
-) -> DataFormat:
-    """The format of the row. Raises RowError for one with the columns of none, or of several."""
-    return _format_of(_renamed(row.value, columns or {})[0], data_format)
-
-
-def detect_format(columns: Mapping[str, Any]) -> DataFormat:
+def _detect_format(columns: Mapping[str, Any]) -> DataFormat:
     """The one format whose columns are all there and not null. Raises RowError for none or several.
 
     Columns of no format do not count, nor does `text` beside another format: it is then usually
@@ -175,7 +158,7 @@ def _refuse_other_meanings(value: Mapping[str, Any], columns: Mapping[str, str])
 
 def _format_of(value: Mapping[str, Any], data_format: DataFormat | Auto) -> DataFormat:
     if data_format == "auto":
-        return detect_format(value)
+        return _detect_format(value)
     if missing := [column for column in _REQUIRED[data_format] if column not in value]:
         names = ", ".join(f"`{column}`" for column in missing)
         raise RowError(f"no {names}, which data_format {data_format} needs: {_listed(value)}")

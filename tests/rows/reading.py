@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pipeline.config.data_names import DataSource
+from pipeline.rows.formats import read_example
 from pipeline.rows.sources import Row, read_rows, resolve
 
 
@@ -19,3 +20,8 @@ def resolved(*paths, key="train_data", **values):
 def read_file(path):
     """The rows and bad rows of a file or folder."""
     return list(read_rows(resolved(path)))
+
+
+def examples_of(path):
+    """The examples of a file or folder, all of whose rows have one."""
+    return [read_example(row).example for row in read_file(path)]

@@ -19,8 +19,7 @@ from pipeline.rows.formats import (
     RowError,
     Text,
     Tokens,
-    format_of,
-    to_example,
+    read_example,
 )
 from tests.rows.reading import row_of
 
@@ -35,7 +34,7 @@ TURNS = (Message("user", "q"), Message("assistant", "a"))
 
 
 def example(value, *args):
-    return to_example(row_of(value), *args)
+    return read_example(row_of(value), *args).example
 
 
 def test_messages():
@@ -154,7 +153,8 @@ def test_a_source_with_a_format_of_its_own_needs_none_of_the_named_columns():
     columns = {"prompt": "question", "completion": "answer"}
     assert example({"messages": [USER, ANSWER]}, "auto", columns) == Conversation(TURNS)
     assert example({"prompt": "q", "completion": "a"}, "auto", columns) == Completion("q", "a")
-    assert format_of(row_of({"conversations": []}), "auto", columns) == "sharegpt"
+    turns = {"conversations": [HUMAN, GPT]}
+    assert read_example(row_of(turns), "auto", columns).data_format == "sharegpt"
     for column in ("system", "tools", "input"):  # a name that is wrong, not another format
         with pytest.raises(RowError, match=f"no column `x`, named for {column}"):
             example({"messages": [USER, ANSWER]}, "auto", {column: "x"})
@@ -187,7 +187,7 @@ def test_columns_are_known_when_the_run_file_is_read():
     ],
 )
 def test_the_format_is_found_by_the_columns(row, expected):
-    assert format_of(row_of(row)) == expected
+    assert formats._detect_format(row) == expected
     assert set(formats._REQUIRED) == set(FORMATS)
 
 

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.rows.formats import to_example
-from tests.rows.reading import read_file
+from tests.rows.reading import examples_of, read_file
 
 pytestmark = pytest.mark.unit
 
@@ -151,10 +150,10 @@ def test_every_form_of_the_same_rows_gives_the_same_examples(rows):
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_forms(folder, rows)
-        expected = [to_example(row) for row in read_file(folder / "plain.jsonl")]
+        expected = examples_of(folder / "plain.jsonl")
         assert len(expected) == len(rows)
         for path in sorted(folder.iterdir()):
-            assert [to_example(row) for row in read_file(path)] == expected, path.name
+            assert examples_of(path) == expected, path.name
 
 
 def test_what_datasets_writes_gives_the_examples_of_its_source(tmp_path):
@@ -183,9 +182,9 @@ def test_what_datasets_writes_gives_the_examples_of_its_source(tmp_path):
         "rows.to_json('exported.jsonl')\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
-    expected = [to_example(row) for row in read_file(tmp_path / "rows.jsonl")]
+    expected = examples_of(tmp_path / "rows.jsonl")
     for name in ("rows.parquet", "saved", "exported.jsonl"):
-        assert [to_example(row) for row in read_file(tmp_path / name)] == expected, name
+        assert examples_of(tmp_path / name) == expected, name
     schema = pyarrow.parquet.read_schema(tmp_path / "rows.parquet")
     assert "arrow.json" in str(schema.field("tools").type)
 

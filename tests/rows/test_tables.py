@@ -15,9 +15,9 @@ from pipeline.data.prepare import splits
 from pipeline.errors import UserError
 from pipeline.rows import lines as limits
 from pipeline.rows import tables
-from pipeline.rows.formats import to_example
 from pipeline.rows.sources import BadRow, lines, read_rows, resolve
 from tests import ROOT
+from tests.rows.reading import examples_of
 
 pytestmark = pytest.mark.unit
 
@@ -68,8 +68,7 @@ def test_a_table_gives_the_rows_that_json_gives(tmp_path, name, is_packed, monke
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = read(path)
     assert [(row.line, row.offset) for row in found] == [(n, None) for n in range(1, 6)]
-    expected = [to_example(row) for row in read(tmp_path / "rows.jsonl")]
-    assert [to_example(row) for row in found] == expected
+    assert examples_of(path) == examples_of(tmp_path / "rows.jsonl")
 
 
 def test_a_damaged_table_ends_the_run_and_names_the_file(tmp_path):

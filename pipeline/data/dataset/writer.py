@@ -82,7 +82,8 @@ class SplitWriter:
                 for name, dtype in _COLUMNS.items()
             }
             self._columns["offsets"].extend([0])
-            self.rejects = (self.folder / REJECTS).open("w", encoding="utf-8")
+            rejects = self.folder / REJECTS
+            self.rejects = rejects.open("w", encoding="utf-8", errors="backslashreplace")
         except OSError:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise

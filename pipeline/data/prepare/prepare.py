@@ -5,6 +5,7 @@ checking rows imports neither it nor torch.
 """
 
 import errno
+import logging
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,7 @@ from pipeline.files import dump_json, is_abandoned, read_json, write_text
 from pipeline.rows.examples import Example
 from pipeline.rows.sources import Source, lines, require_apart, resolve
 
+logger = logging.getLogger(__name__)
 _FIRST_ROWS = 2000  # of each source: checked before anything is loaded
 _Published = tuple[SplitIndex, dict[str, Any]]  # a split's index and audit
 _SPLIT_FOLDER = re.compile(r"(train|eval)-[0-9a-f]{16}")
@@ -59,7 +61,7 @@ def check_rows(
         with TemporaryDirectory(prefix="rankzero-") as folder:
             rejects = Path(folder) / REJECTS
             parsed = []
-            with rejects.open("w", encoding="utf-8") as stream:
+            with rejects.open("w", encoding="utf-8", errors="backslashreplace") as stream:
                 for source in sources:
                     counts = _parse_rows(settings, source, first, stream)
                     if counts is not None:
@@ -96,6 +98,8 @@ def prepare(
     with _full_disk_reported(data_dir):
         fingerprints = Fingerprints(data_dir)
         jobs = _jobs(settings, fingerprints, limit)
+        for note in [note for job in jobs for source in job.sources for note in source.notes]:
+            logger.info("%s", note)
         _create(data_dir)
         splits: dict[str, _Published] = {}
         written: dict[str, SplitWriter] = {}
@@ -135,7 +139,7 @@ def eval_examples(settings: RunSettings, split: SplitIndex) -> Iterator[Example]
     if settings.held_out is not None:
         held_out = set(read_column(split.folder, "digests").tolist())
     sources = settings.eval_sources if held_out is None else settings.train_sources
-    for source in resolve(sources, "eval_data"):
+    for source in resolve(sources, "eval_data" if held_out is None else "train_data"):
         for line in lines(source):
             _, read = read_line(line, settings)
             if isinstance(read, str):

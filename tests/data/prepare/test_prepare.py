@@ -14,7 +14,7 @@ from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.data.prepare import job, lines
 from pipeline.data.prepare.prepare import prepare
 from pipeline.errors import RankZeroError
-from pipeline.rows.formats import to_example
+from pipeline.rows.formats import read_example
 from pipeline.rows.sources import read_rows, resolve
 from tests.data.prepare.preparation import content, row
 from tests.messages import assert_mentions, refused
@@ -28,7 +28,7 @@ def test_documents_are_those_of_the_encoder(run):
     rows = list(read_rows(resolve(run.settings().train_sources, "train_data")))
     assert len(split) == len(rows) == 24
     for i, source in enumerate(rows):
-        (expected,) = encoder.encode(to_example(source))
+        (expected,) = encoder.encode(read_example(source).example)
         ids, supervised = split.document(i)
         assert ids.dtype == np.int32
         assert ids.tolist() == expected.ids[:100].tolist()

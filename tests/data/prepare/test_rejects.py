@@ -1,16 +1,18 @@
 """Rejected rows: each is named, and too many of a source end the run."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pipeline.data.dataset.reader import DataIndex
 from pipeline.data.prepare import prepare as module
-from pipeline.data.prepare.prepare import check_first_rows, check_rows, prepare
+from pipeline.data.prepare.prepare import check_first_rows, check_rows, eval_examples, prepare
 from tests import ROOT
 from tests.data.prepare.preparation import content, lines_of, row
-from tests.messages import refused
+from tests.messages import assert_mentions, refused
 from tests.tiny import CHATML
 
 pytestmark = pytest.mark.tensor
@@ -185,3 +187,41 @@ def test_a_source_with_bad_first_rows_is_checked_whole(run, monkeypatch):
     check_first_rows(run.settings(max_rejected=0.01))  # not seen here
     with refused("30 of 60 rows"):
         run.prepare(max_rejected=0.01)
+
+
+def test_a_bad_row_in_a_file_whose_name_is_not_utf8_is_rejected_like_any_other(run):
+    folder = run.folder / "rows"
+    folder.mkdir()
+    name = os.fsdecode(b"\xffrows.jsonl")
+    lines_of(folder / name, [row("a"), "{", row("b")])
+    lines_of(folder / "other.jsonl", ["{", row("c")])
+    run.prepare(train_data=str(folder), max_rejected=0.5)
+    assert [(Path(reject["file"]).name, reject["line"]) for reject in run.rejects()] == [
+        ("other.jsonl", 1),
+        (name, 2),
+    ]
+    (source,) = run.audit()["sources"]
+    assert list(source["files"].values()) == [2, 3]
+
+
+def test_files_that_a_folder_leaves_out_are_logged(run, caplog):
+    folder = run.folder / "rows"
+    folder.mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        lines_of(folder / name, [row("a"), row("b")])
+    with caplog.at_level("INFO", "pipeline"):
+        run.prepare(train_data=str(folder))
+    assert run.audit()["rows_read"] == 2
+    assert_mentions(caplog.text, folder, "test.jsonl")
+
+
+def test_rows_held_out_of_a_folder_are_rows_of_its_training_files(run):
+    folder = run.folder / "rows"
+    folder.mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        lines_of(folder / name, [row(f"{name} {i}") for i in range(40)])
+    settings = run.settings(train_data=str(folder), eval_data=0.25)
+    index = prepare(settings, run.data)
+    examples = list(eval_examples(settings, index.eval))
+    assert len(examples) == index.eval.documents > 0
+    assert all(example.messages[1].content.startswith("train") for example in examples)
