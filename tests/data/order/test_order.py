@@ -107,6 +107,28 @@ def test_each_sequence_as_often_an_epoch_as_it_should_be_and_forwards_alike(
     assert seen == Counter({i: n * epochs for i, n in expected.items()})
 
 
+@given(any_sequences(), SHAPES, st.integers(1, 60), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_a_run_may_end_within_an_epoch_and_resume_there(sequences, shape, total, share):
+    """`epochs: 2.5`, or `max_steps` beyond the data: no sequence is an epoch ahead of another."""
+    assume(total * shape.world_size < 130)
+    split = SimpleNamespace(sequences=sequences)
+    first = int(share * total)
+    ranks = range(shape.world_size)
+    whole, resumed = (
+        [RankWork(split, shape, seed=7, rank=rank, steps=range(start, total)) for rank in ranks]
+        for start in (0, first)
+    )
+    for straight, later in zip(whole, resumed, strict=True):
+        assert list(straight)[first * shape.accumulation_steps :] == list(later)
+    epochs, steps = divmod(total, steps_of(sequences, shape))
+    seen = Counter(i for work in whole for micro in work for i in micro.sequences)
+    for i, repeats in Counter(sequences.of_epoch().tolist()).items():
+        assert epochs * repeats <= seen[i] <= (epochs + (steps > 0)) * repeats
+    of_last_epoch = min(steps * shape.global_batch_size, sequences.per_epoch)
+    assert seen.total() == epochs * sequences.per_epoch + of_last_epoch
+
+
 @given(any_sequences(), st.integers(0, 2**31), st.sampled_from([6, 8, 16, 24, 64]))
 @settings(max_examples=30, deadline=None)
 def test_a_global_batch_is_the_same_set_for_every_split(sequences, seed, size):
