@@ -1,0 +1,74 @@
+"""A run folder inside the folder of its own training data, over a fractional number of epochs."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from pipeline.train.metrics import read_metrics
+from tests import ROOT
+from tests.tiny import make_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+STEPS = 38  # 2.5 epochs of 60 rows, 4 a step
+
+
+def write_run_file(folder, name, model):
+    settings = {
+        "model": str(model), "train_data": str(folder), "output_dir": str(folder / "runs" / name),
+        "epochs": 2.5, "global_batch_size": 4, "batch_size": 1, "max_length": 64, "lora_r": 4,
+        "packing": False, "bf16": False, "lr": 1e-3, "save_steps": 100,
+    }  # fmt: skip
+    path = folder.parent / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path, folder / "runs" / name
+
+
+def train(run_file):
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "launch/train.py", run_file],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def key_and_files(folder):
+    audit = json.loads((folder / "data" / "audit.json").read_text())
+    (source,) = audit["train"]["sources"]
+    return json.loads((folder / "data" / "index.json").read_text())["train"]["key"], source["files"]
+
+
+def test_run_files_are_never_data_and_a_fractional_epoch_resumes_bitwise(tiny_model, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    make_rows(folder / "rows.jsonl", 60)
+    straight_file, straight = write_run_file(folder, "straight", tiny_model)
+    output, _ = (process := train(straight_file)).communicate()
+    assert process.returncode == 0, output
+
+    # The folder now holds the JSON Lines files of a finished run, and soon of a stopped one.
+    stopped_file, stopped = write_run_file(folder, "stopped", tiny_model)
+    process = train(stopped_file)
+    while len(read_metrics(stopped / "metrics.jsonl")) < STEPS - 7:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    (stopped / "stop").touch()
+    output, _ = process.communicate()
+    assert process.returncode == 75, output
+    step = json.loads((stopped / "status.json").read_text())["step"]
+    assert STEPS - 8 < step < STEPS  # within the last half epoch
+    output, _ = (process := train(stopped_file)).communicate()
+    assert process.returncode == 0, output
+
+    assert key_and_files(stopped) == key_and_files(straight)
+    assert key_and_files(stopped)[1] == {str(folder / "rows.jsonl"): 60}
+    lines = [read_metrics(run / "metrics.jsonl") for run in (straight, stopped)]
+    assert [line["step"] for line in lines[0]] == list(range(1, STEPS + 1))
+    losses = [[line["loss"] for line in run] for run in lines]
+    assert losses[0] == losses[1]
+    adapter = "adapter/adapter_model.safetensors"
+    assert (straight / adapter).read_bytes() == (stopped / adapter).read_bytes()
