@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from pipeline.config.data_names import DataSource
-from pipeline.data.prepare import splits
+from pipeline.data.prepare.lines import chunks
 from pipeline.errors import UserError
 from pipeline.rows import lines as limits
 from pipeline.rows import tables
@@ -110,9 +110,9 @@ def test_long_rows_go_to_processes_in_small_pieces(tmp_path):
     (tmp_path / "t.csv").write_text("m\n" + "\n".join(texts))
     for name in ("t.parquet", "t.csv"):
         sources = resolve([DataSource(path=str(tmp_path / name))], "train_data")
-        pieces = [len(piece.lines) for piece in splits._pieces(sources, 1000)]
-        assert sum(pieces) == 40
-        assert max(pieces) == 3  # of 90 kB each: the first that goes over 256 KiB is the last
+        sizes = [len(chunk.lines) for chunk in chunks(sources, 1000)]
+        assert sum(sizes) == 40
+        assert max(sizes) == 3  # of 90 kB each: the first that goes over 256 KiB is the last
 
 
 def test_a_row_group_is_not_in_memory_as_a_whole(tmp_path):
