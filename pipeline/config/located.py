@@ -44,11 +44,13 @@ def read_located(path: Path, kind: Literal["YAML", "JSON"], *, label: str = "") 
     """
     name = f"{label}{path}"
     try:
-        if (size := path.stat().st_size) > _MOST_BYTES:
-            raise UserError(f"{name}: {size:,} bytes; a file of settings has less than a megabyte")
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as stream:  # a device or a pipe has no size to ask for
+            content = stream.read(_MOST_BYTES + 1)
+        text = content.decode("utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or NUL in the path
         raise UserError(f"{name}: cannot be read as text: {error}") from None
+    if len(content) > _MOST_BYTES:
+        raise UserError(f"{name}: more than a megabyte; a file of settings is smaller")
     node, values = _parse(text, name, kind)
     if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
         example = "`key: value`, such as `lora_r: 16`" if kind == "YAML" else "a block in braces"

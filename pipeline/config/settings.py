@@ -44,7 +44,7 @@ class RunSettings(RunKeys, DataKeys):
             name for name in ([value] if isinstance(value, str) else value) if name not in PRESETS
         ]
         if unknown:
-            raise ValueError(f"unknown preset {unknown[0]!r}; known: {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset; known: {', '.join(PRESETS)}")
         return value
 
     @field_validator("time_limit")

@@ -1,5 +1,7 @@
 """Text of YAML and JSON: the line of each key, and one short message for text that is absurd."""
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.config.located import parse_value, read_located
@@ -140,6 +142,13 @@ def test_an_absurd_value_on_the_command_line_is_one_short_message(text):
 def test_absurd_json_is_one_short_message(read, text):
     with refused("FILE:1", "JSON"):
         read(text, "JSON")
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/proc/self/mem", "/", "no/such", "a\0b"])
+def test_what_is_no_file_of_text_is_one_short_message(path):
+    with pytest.raises(UserError) as error:
+        read_located(Path(path), "JSON")
+    assert len(str(error.value)) < 200
 
 
 def test_aliases_in_reason_are_read(read):
