@@ -1,10 +1,12 @@
-"""Write what docs/ has from the code: configuration.md, rules.md, the tables of scale.md.
+"""Generate configuration.md, rules.md, the tables of scale.md and the README's plan from the code.
 
 `--check` only compares.
 """
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +17,11 @@ from pipeline.config.settings import RunSettings
 from pipeline.plan.rules.table import RULES
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
+# Lines of a plan, by their first word, that the README shows.
+_PLAN_LINES = (
+    "run", "zero_stage", "checkpointed_layers", "hpz_partition_size", "memory", "speed",
+)  # fmt: skip
 _SOURCES = {
     "DeepSpeed": "https://github.com/deepspeedai/DeepSpeed/blob/v{}/deepspeed",
     "transformers": "https://github.com/huggingface/transformers/blob/v{}/src/transformers",
@@ -35,14 +42,16 @@ def configuration() -> str:
         "|---|---|---|---|",
     ]
     required = set(schema["required"])
-    for name, said in schema["properties"].items():
+    for name, described in schema["properties"].items():
         field = RunSettings.model_fields[name]
         default = (
             "required"
             if name in required
             else f"`{_json(field.get_default(call_default_factory=True))}`"
         )
-        lines.append(f"| `{name}` | {_values(said)} | {default} | {said['description']} |")
+        lines.append(
+            f"| `{name}` | {_values(described)} | {default} | {described['description']} |"
+        )
     lines += ["", "## Presets", "", "| preset | sets | the guide's range |", "|---|---|---|"]
     for name, values in PRESETS.items():
         sets = ", ".join(f"`{key}: {_json(value)}`" for key, value in values.items())
@@ -60,8 +69,8 @@ def rules() -> str:
         "`refuse` ends with exit code 2 before anything is loaded; "
         "the others are shown with the plan.",
         "",
-        "`deepspeed_json`, a user's own DeepSpeed JSON, is held to the same table after it has "
-        "been merged; keys that DeepSpeed does not know are refused before that.",
+        "A user's own DeepSpeed JSON (`deepspeed_json`) is checked by the same rules after it "
+        "has been merged; keys that DeepSpeed does not know are refused before that.",
         "A rule without versions holds for every version that the project supports.",
         "",
         "| rule | level | why | what to do | versions | source |",
@@ -75,8 +84,8 @@ def rules() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _values(said: dict) -> str:
-    options = said.get("anyOf", [said])
+def _values(described: dict) -> str:
+    options = described.get("anyOf", [described])
     return " or ".join(dict.fromkeys(_value(option) for option in options))
 
 
@@ -100,10 +109,10 @@ def _value(option: dict) -> str:
 def _linked(source: str) -> str:
     """A file and line of a library as a link to it at that version."""
 
-    def link(found: re.Match[str]) -> str:
-        library, version, path, line = found.groups()
+    def link(match: re.Match[str]) -> str:
+        library, version, path, line = match.groups()
         place = f"#L{line}" if line else ""
-        return f"[{found[0]}]({_SOURCES[library].format(version)}/{path}{place})"
+        return f"[{match[0]}]({_SOURCES[library].format(version)}/{path}{place})"
 
     return re.sub(rf"({'|'.join(_SOURCES)}) ([\d.]+) ([\w/]+\.py)(?::(\d+))?", link, source)
 
@@ -116,19 +125,40 @@ def _json(value: object) -> str:
     return json.dumps(value)
 
 
+def readme(text: str) -> str:
+    """The README with the output of its plan command, shortened to the lines of `_PLAN_LINES`."""
+    command = re.search(r"^\$ python (launch/plan\.py .*)\n", text, re.MULTILINE)
+    assert command is not None, "README.md has no plan"
+    plan = subprocess.run(
+        [sys.executable, *command[1].split()],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert plan.returncode == 0, plan.stderr
+    shown = [line for line in plan.stdout.splitlines() if line.split()[0] in _PLAN_LINES]
+    end = text.index("```", command.end())
+    return text[: command.end()] + "\n".join(shown) + "\n" + text[end:]
+
+
 def main() -> None:
+    pages = {
+        HERE / "configuration.md": configuration(),
+        HERE / "rules.md": rules(),
+        HERE / "scale.md": filled((HERE / "scale.md").read_text(encoding="utf-8")),
+        ROOT / "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8")),
+    }
     stale = []
-    scale = filled((HERE / "scale.md").read_text(encoding="utf-8"))
-    pages = (("configuration.md", configuration()), ("rules.md", rules()), ("scale.md", scale))
-    for name, text in pages:
-        path = HERE / name
+    for path, text in pages.items():
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue
-        stale.append(name)
+        stale.append(path.name)
         if "--check" not in sys.argv:
             path.write_text(text, encoding="utf-8")
     if stale and "--check" in sys.argv:
-        sys.exit(f"docs/{', docs/'.join(stale)}: not what the code says; run `make docs`")
+        sys.exit(f"{', '.join(stale)}: not what the code says; run `make docs`")
 
 
 if __name__ == "__main__":

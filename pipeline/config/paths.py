@@ -7,7 +7,7 @@ _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0
 _HOME = re.compile("~[^/]*")
 # A path is shown in messages and kept in files; what such variables hold must not be.
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-_MOST_BYTES = 255  # of a file's name, on every file system of Linux
+_MOST_BYTES, _MOST_BYTES_OF_NAME = 4000, 255  # Linux: PATH_MAX is 4096, NAME_MAX 255
 
 
 def expand(text: str) -> str:
@@ -21,9 +21,9 @@ def expand(text: str) -> str:
     if start.startswith("~"):
         raise ValueError(f"{start}: there is no such home; ./~ is a file of that name")
     path = start + _VARIABLE.sub(_value, text[home.end() if home else 0 :])
-    longest = max(len(os.fsencode(name)) for name in path.split("/"))
-    if longest > _MOST_BYTES:
-        raise ValueError(f"a name of {longest:,} bytes; a file's name has at most {_MOST_BYTES}")
+    size, longest = len(os.fsencode(path)), max(len(os.fsencode(n)) for n in path.split("/"))
+    if size > _MOST_BYTES or longest > _MOST_BYTES_OF_NAME:
+        raise ValueError(f"no path can have {size:,} bytes, or {longest:,} in one name")
     return path
 
 

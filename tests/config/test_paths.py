@@ -102,6 +102,7 @@ def test_a_path_that_was_changed_since_is_written_as_it_is(load):
     assert settings.as_written()["output_dir"] == "/other"
 
 
-def test_a_name_that_no_file_can_have_is_refused(load):
-    with refused("RUN.yaml:3", "output_dir", "255"):
-        load(output_dir="a/" + "b" * 256)
+@pytest.mark.parametrize("text", ["a/" + "b" * 256, "é" * 128, "a/" * 3000])
+def test_a_path_that_no_file_can_have_is_refused(load, text):
+    with refused("RUN.yaml:3", "output_dir", "bytes"):
+        load(output_dir=text)
