@@ -1,8 +1,8 @@
-"""The processes that started this rank: when they are gone, nobody would see it run on.
+"""Watch the launcher processes above this rank: without them nobody would notice that it runs on.
 
-DeepSpeed's outer command starts a launcher for each machine, and that starts the ranks. Neither
-tells its children when a signal ends it (DeepSpeed 0.19.8: the outer one dies of any, the machine's
-of SIGUSR1, SIGUSR2 and SIGKILL), and a rank's own parent does not change when the outer one dies.
+DeepSpeed's `deepspeed` command starts one node launcher per machine, which starts the ranks.
+Neither tells its children when a signal ends it (DeepSpeed 0.19.8: the command dies of any, the
+node launcher of SIGUSR1, SIGUSR2 and SIGKILL), and a rank's parent stays when the command dies.
 """
 
 import os
@@ -14,55 +14,55 @@ import psutil
 
 _POLL_S = 0.5
 _NODE_LAUNCHER = "deepspeed.launcher.launch"
-_BY_OUTER = "--log_level="  # what nobody gives who starts the machine's launcher by hand
+_BY_COMMAND = "--log_level="  # an argument that only the deepspeed command passes on
 _LEVELS = 4  # a shell script may stand between a launcher and its ranks
 
 
-def watch_launchers(env: Mapping[str, str], ask_to_stop: Callable[[str], None]) -> None:
-    """Start a thread that asks this rank to stop once one of its launchers is gone.
+def watch_launchers(env: Mapping[str, str], request_stop: Callable[[str], None]) -> None:
+    """Start a thread that requests a stop of this rank once one of its launchers is gone.
 
     Does nothing for a rank that DeepSpeed's launcher did not start.
     """
-    if "CROSS_RANK" not in env:  # of all launchers only DeepSpeed's sets it
+    if "CROSS_RANK" not in env:  # only DeepSpeed's launcher sets it
         return
     try:
         launchers = _launchers(is_one_machine=env.get("CROSS_SIZE") == "1")
     except psutil.AccessDenied:
-        return  # nothing can be seen here
+        return  # the processes above this one are hidden
     threading.Thread(
-        target=_watch, args=(launchers, ask_to_stop), name="launchers", daemon=True
+        target=_watch, args=(launchers, request_stop), name="launchers", daemon=True
     ).start()
 
 
-def _watch(launchers: list[psutil.Process], ask_to_stop: Callable[[str], None]) -> None:
-    while launchers and all(_is_there(process) for process in launchers):
+def _watch(launchers: list[psutil.Process], request_stop: Callable[[str], None]) -> None:
+    while launchers and all(_is_running(process) for process in launchers):
         time.sleep(_POLL_S)
-    ask_to_stop("its launcher is gone")
+    request_stop("its launcher is gone")
 
 
 def _launchers(*, is_one_machine: bool) -> list[psutil.Process]:
-    """The machine's launcher and what started that, if it is DeepSpeed too; none if one is gone.
+    """The node launcher and, if it is DeepSpeed's too, its parent; empty if one of them is gone.
 
-    On one machine the outer command always started the launcher; elsewhere a remote shell did.
+    On one machine the deepspeed command starts the node launcher, elsewhere a remote shell does.
     """
     above = psutil.Process(os.getpid()).parents()[:_LEVELS]
-    for place, process in enumerate(above):
-        if _NODE_LAUNCHER in _command(process):
-            outer = [p for p in above[place + 1 : place + 2] if "deepspeed" in _command(p)]
-            is_gone = is_one_machine and not outer and _BY_OUTER in _command(process)
-            return [] if is_gone else [process, *outer]
+    for i, process in enumerate(above):
+        if _NODE_LAUNCHER in _command_line(process):
+            parent = [p for p in above[i + 1 : i + 2] if "deepspeed" in _command_line(p)]
+            is_gone = is_one_machine and not parent and _BY_COMMAND in _command_line(process)
+            return [] if is_gone else [process, *parent]
     return []
 
 
-def _command(process: psutil.Process) -> str:
+def _command_line(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return ""
 
 
-def _is_there(process: psutil.Process) -> bool:
-    try:  # is_running() knows a later process with the same number from it
+def _is_running(process: psutil.Process) -> bool:
+    try:  # is_running() is false for a later process with the same number
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -1,5 +1,6 @@
-"""Make everything that the loop uses: model, engine, checkpoints, resume."""
+"""Assemble a run: model, engine, checkpoints, and the state of the checkpoint that is resumed."""
 
+import logging
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -7,70 +8,55 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.adapter.gather import OptimizerState, restore
-from pipeline.cluster.heartbeat import LOADING, Pulse
-from pipeline.cluster.session import Session
-from pipeline.cluster.stop import StopRequests
-from pipeline.data.dataset.reader import Split
+from pipeline.cluster.heartbeat import LOADING
+from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.errors import UserError
 from pipeline.model.adapter import attach_adapter, expected_shapes, frozen_checksum
 from pipeline.model.base import load_base
-from pipeline.model.fingerprint import record_base_of_run
+from pipeline.model.fingerprint import (
+    base_fingerprint,
+    record_base_of_run,
+    require_base_of_run,
+)
 from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
+from pipeline.train.context import RunContext
+from pipeline.train.display import ProgressDisplay
 from pipeline.train.engine import Engine
-from pipeline.train.metrics import InputWait, MetricsFile, PeakBytes
-from pipeline.train.progress import ProgressDisplay
-from pipeline.train.saving import Saver
-from pipeline.train.start import settings_hash, write_run
-from pipeline.train.status import RunStatus
-from pipeline.train.training import Training
+from pipeline.train.folder import RunFolder, write_run
+from pipeline.train.metrics import MetricsFile, PeakBytes
+from pipeline.train.start import Start, is_checkpoint_path, settings_hash
+from pipeline.train.state import TrainingState
+from pipeline.train.writer import CheckpointWriter
 
+logger = logging.getLogger(__name__)
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
-def assemble(
-    plan: Plan,
-    session: Session,
-    status: RunStatus | None,
-    stops: StopRequests,
-    pulse: Pulse,
-    *,
-    train_split: Split,
-    eval_split: Split | None,
-    data_key: str,
-    base_fingerprint: str,
-    is_debug: bool,
-) -> Training:
-    """A run that is ready to step, gone on from its newest checkpoint if there is one.
+def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> TrainingState:
+    """A run that is ready to step, resumed from its newest checkpoint if there is one.
 
     Collective: every rank.
     """
-    settings, folder = plan.settings, Path(plan.settings.output_dir)
-    is_named = settings.resume not in ("auto", "must", "never")
-    checkpoints = Checkpoints(
-        folder / "checkpoints",
-        _identity(plan, data_key, base_fingerprint),
-        settings.save_total_limit,
-        accepted=settings.accept_changes,
-        origin=str(Path(settings.resume).resolve()) if is_named else None,
-        about=_about(plan),
+    plan, session, heartbeat = context.plan, context.session, context.heartbeat
+    checkpoints = _checkpoints(context, index)
+    resumed, notes = session.rank_zero_first(
+        lambda: _checkpoint_to_resume(checkpoints, context.settings.resume, folder.start)
     )
-    found, notes = _checkpoint_to_resume(
-        checkpoints, session, settings.resume, settings.model_folder
-    )
+    checkpoint = None if resumed is None else Path(resumed)
     if session.is_rank_zero:
-        record_base_of_run(folder, settings.model_folder)
+        record_base_of_run(folder.path, context.settings.model_folder)
     peak = PeakBytes(session.device, is_watched=session.is_rank_zero)
-    loading, making, restoring = LOADING
-    pulse.beat(loading)
+    loading, creating, restoring = LOADING
+    heartbeat.beat(loading)
     model = attach_adapter(load_base(plan, session.device), plan)
-    pulse.beat(making)
-    engine = Engine(model, plan, pulse.beat)
+    heartbeat.beat(creating)
+    engine = Engine(model, plan, heartbeat.beat)
     progress = Progress()
-    if found is not None:
-        pulse.beat(restoring)
-        weights, moments = checkpoints.read_tensors(found)
-        progress = checkpoints.read_progress(found, settings.model_folder)
+    if checkpoint is not None:
+        heartbeat.beat(restoring)
+        progress = checkpoints.read_progress(checkpoint)
+        weights, moments = checkpoints.read_tensors(checkpoint)
         restore(
             engine.deepspeed,
             engine.parameters,
@@ -81,54 +67,68 @@ def assemble(
                 loss_scaler=progress.loss_scaler,
             ),
         )
-        notes = [*notes, f"going on from step {progress.step} ({found})"]
-        if settings.keep_best and progress.best_step and not checkpoints.has_best(progress):
-            progress.best_loss, progress.best_step = None, 0
-            notes = [*notes, "the best adapter so far is not there any more; the best from here on"]
-    if status is not None:
-        status.update(step=progress.step)
-    is_shown = session.is_rank_zero
-    is_own = found is not None and found.parent == folder / "checkpoints"
-    display = ProgressDisplay(
-        plan.steps.total_steps, progress.step, settings.logging_steps, is_shown=is_shown
-    )
+        notes = [*notes, f"resuming from step {progress.step} ({checkpoint})"]
+        notes += _forget_lost_best(context, checkpoints, progress, index)
+    progress.eval_key = _eval_key(index)
     for note in notes:
-        display.say(note)
-    return Training(
-        plan=plan,
-        session=session,
-        engine=engine,
-        train_split=train_split,
-        eval_split=eval_split,
+        logger.info(note)
+    if folder.status is not None:
+        folder.status.update(step=progress.step)
+    is_own = checkpoint is not None and checkpoint.parent == folder.path / "checkpoints"
+    writer, metrics = None, None
+    if session.is_rank_zero:
+        writer = CheckpointWriter(checkpoints, lambda: _restore_folder(folder, context))
+        metrics = MetricsFile(folder.path / "metrics.jsonl", progress.step)
+        folder.wait_for_writes = writer.wait_at_most
+    return TrainingState(
+        context=context,
         folder=folder,
+        engine=engine,
+        train_split=open_split(index.train),
+        eval_split=None if index.eval is None else open_split(index.eval),
         checkpoints=checkpoints,
         progress=progress,
         saved=replace(progress) if is_own else None,
-        display=display,
-        stops=stops,
-        pulse=pulse,
+        display=_display(context, progress.step),
         peak=peak,
-        input_wait=InputWait(),
-        saver=Saver(checkpoints, lambda: _put_back(folder, plan)) if is_shown else None,
-        metrics=MetricsFile(folder / "metrics.jsonl", progress.step) if is_shown else None,
-        status=status,
-        frozen_checksum=frozen_checksum(engine.deepspeed.module) if is_debug else None,
+        writer=writer,
+        metrics=metrics,
+        frozen_checksum=frozen_checksum(engine.deepspeed.module) if context.is_debug else None,
     )
 
 
-def _identity(plan: Plan, data_key: str, base_fingerprint: str) -> Identity:
-    settings, shapes = plan.settings, expected_shapes(plan)
-    return Identity(
-        data=data_key,
-        base=base_fingerprint,
+def _checkpoints(context: RunContext, index: DataIndex) -> Checkpoints:
+    plan, settings = context.plan, context.settings
+    shapes = expected_shapes(plan)
+
+    def fingerprint() -> str:
+        with context.stops.interrupting():  # it reads the whole base
+            if "base" in settings.accept_changes:
+                return base_fingerprint(settings.model_folder).digest
+            return require_base_of_run(context.folder, settings.model_folder)
+
+    identity = Identity(
+        data=index.train.key,
+        base=context.session.rank_zero_first(fingerprint),
         total_steps=plan.steps.total_steps,
         adapter=f"lora_r {settings.lora_r}, lora_alpha {settings.alpha:g}, {len(shapes)} tensors "
         f"of {plan.trainable} parameters",
     )
+    is_named = is_checkpoint_path(settings.resume)
+    return Checkpoints(
+        context.folder / "checkpoints",
+        identity,
+        settings.save_total_limit,
+        accepted=settings.accept_changes,
+        origin=str(Path(settings.resume).resolve()) if is_named else None,
+        shapes=shapes,
+        model_folder=settings.model_folder,
+        about=_about(plan),
+    )
 
 
 def _about(plan: Plan) -> dict[str, Any]:
-    """What else state.json says."""
+    """Facts that state.json has for its reader."""
     settings = plan.settings
     return {
         "schedule": {
@@ -143,34 +143,57 @@ def _about(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _put_back(folder: Path, plan: Plan) -> None:
-    """A run folder that was deleted while the run goes on becomes one again."""
-    if not (folder / "run.yaml").is_file():
-        write_run(folder, plan)
-
-
 def _checkpoint_to_resume(
-    checkpoints: Checkpoints, session: Session, resume: str, model_folder: Path | None = None
-) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint, which belongs to this run, and what to say of damaged ones.
+    checkpoints: Checkpoints, resume: str, start: Start
+) -> tuple[str | None, list[str]]:
+    """The newest intact checkpoint and a note for each damaged one. On rank 0, before the model.
 
-    Before the model is loaded. Rank 0 chooses, so that all ranks go on from the same one.
+    A new run resumes from none, except the one that `resume: PATH` names.
     """
-
-    def look() -> tuple[str | None, list[str]]:
-        path, notes = checkpoints.newest()
-        if path is not None:
-            checkpoints.read_progress(path, model_folder)
-        elif resume == "must" and not notes:
-            raise UserError("resume: must, but there is no checkpoint; set resume: auto to start")
-        elif notes:
-            raise UserError(
-                f"resume: {resume}, but no checkpoint is intact: {'; '.join(notes)}; put one back, "
-                "or set resume: never to start anew"
-            )
-        return (None if path is None else str(path)), notes
-
-    if resume == "never":
+    if resume == "never" or (start == "new" and not is_checkpoint_path(resume)):
         return None, []
-    found, notes = session.rank_zero_first(look)
-    return (None if found is None else Path(found)), notes
+    path, notes = checkpoints.newest()
+    if path is not None:
+        checkpoints.read_progress(path)
+    elif resume == "must" and not notes:
+        raise UserError("resume: must, but there is no checkpoint; set resume: auto to start")
+    elif notes:
+        raise UserError(
+            f"resume: {resume}, but no checkpoint is intact: {'; '.join(notes)}; put one back, "
+            "or set resume: never to start from step 0"
+        )
+    return (None if path is None else str(path)), notes
+
+
+def _forget_lost_best(
+    context: RunContext, checkpoints: Checkpoints, progress: Progress, index: DataIndex
+) -> list[str]:
+    """Drop the lowest held-out loss where its adapter is gone or the held-out rows changed."""
+    reason = None
+    if progress.best_step and progress.eval_key not in (None, _eval_key(index)):
+        reason = "eval_data changed, so its losses cannot be compared with the earlier ones"
+    elif context.settings.keep_best and progress.best_step and not checkpoints.has_best(progress):
+        reason = "the best adapter so far is not there any more"
+    if reason is None:
+        return []
+    progress.best_loss, progress.best_step, progress.evaluations_since_best = None, 0, 0
+    return [f"{reason}; the best adapter is chosen from here on"]
+
+
+def _eval_key(index: DataIndex) -> str | None:
+    return None if index.eval is None else index.eval.key
+
+
+def _display(context: RunContext, step: int) -> ProgressDisplay:
+    return ProgressDisplay(
+        context.plan.steps.total_steps,
+        step,
+        context.settings.logging_steps,
+        is_shown=context.session.is_rank_zero,
+    )
+
+
+def _restore_folder(folder: RunFolder, context: RunContext) -> None:
+    """Write run.yaml and the plans again where the run folder was deleted during the run."""
+    if not (folder.path / "run.yaml").is_file():
+        write_run(folder.path, context.plan, is_debug=context.is_debug)

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: one optimizer step, one evaluation forward.
+"""The DeepSpeed engine: optimizer steps and evaluation forwards.
 
 Collective throughout: every rank calls every method, in the same order.
 """
@@ -24,9 +24,9 @@ from pipeline.plan.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one rank knows after a step; `loss_sum` is over this rank's tokens.
+    """The result of a step on one rank; `loss_sum` is over this rank's tokens.
 
-    `is_scale_searched` says that the step had a loss scale which an overflow makes smaller.
+    `is_scale_searched`: fp16's loss scale was above its minimum, so an overflow reduces it.
     """
 
     loss_sum: float
@@ -37,9 +37,9 @@ class StepResult:
 
 
 class Engine:
-    """A model under DeepSpeed, and the parameters that it trains.
+    """A model under DeepSpeed, and its trainable parameters.
 
-    `on_phase` hears what begins, for the watchdog.
+    `on_phase` is called with each phase of a step, for the watchdog.
     """
 
     def __init__(
@@ -68,18 +68,17 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Where batches go."""
+        """The device of this rank."""
         device: torch.device = torch.device(self.deepspeed.device)
         return device
 
     def optimizer_step(
         self, batches: Iterable[SeededBatch], supervised_tokens: int, lr: float
     ) -> StepResult:
-        """One step over this rank's micro-batches; `supervised_tokens` are of all ranks.
+        """One step over this rank's micro-batches; `supervised_tokens` counts all ranks.
 
-        A loss or gradient that is not finite on any rank makes all of them skip the update. What
-        `batches` raises leaves the step undone, with gradients that only the end of the process
-        clears.
+        A loss or gradient that is not finite on any rank makes all of them skip the update. If
+        `batches` raises, the step is dropped and its gradients stay: the process must end.
         """
         self.deepspeed.train()
         for group in self.deepspeed.optimizer.param_groups:
@@ -92,7 +91,7 @@ class Engine:
             tokens += seeded.batch.tokens
             self._on_phase("the optimizer's step")
             self.deepspeed.step()
-        assert self.deepspeed.global_steps == before + 1, "not one step's micro-batches"
+        assert self.deepspeed.global_steps == before + 1, "not the micro-batches of one step"
         return StepResult(
             loss_sum=float(loss_sum),
             tokens=tokens,
@@ -105,10 +104,10 @@ class Engine:
         """Forward and backward of one micro-batch; returns its summed loss.
 
         DeepSpeed averages gradients over ranks and, by default, divides the loss by the number of
-        micro-batches. Both are undone here, the one place: what is left is the gradient of the
-        mean loss over all supervised tokens of the step, however it is split.
+        micro-batches. Both are undone here and nowhere else: the result is the gradient of the mean
+        loss over all supervised tokens of the step, however it is split.
 
-        A loss that is not finite is given gradients that are not: DeepSpeed looks at gradients
+        A loss that is not finite gets gradients that are not finite: DeepSpeed checks gradients
         only, over all ranks, and skips the step on all of them (0.19.8, every stage and dtype).
         """
         torch.manual_seed(seeded.seed)
@@ -122,7 +121,7 @@ class Engine:
         return loss_sum
 
     def _note_size(self, batch: Batch) -> None:
-        """Remember the largest micro-batch: what the memory that was measured is compared for."""
+        """Remember the largest micro-batch, for the predicted memory beside the measured."""
         if batch.input_ids.numel() > self._most_tokens:
             self._most_tokens = batch.input_ids.numel()
             share = float((batch.labels != IGNORED).double().mean())
@@ -141,10 +140,10 @@ class Engine:
         return loss_sum
 
     def _release_gathered(self) -> None:
-        """Let go of what ZeRO-3 has gathered for a backward that does not come.
+        """Partition again what ZeRO-3 gathered for a backward pass that does not come.
 
-        DeepSpeed 0.19.8 forgets it when it counts live parameters in the next forward
-        (partitioned_param_coordinator.py:286), and would gather as much on top.
+        DeepSpeed 0.19.8 loses count of it in the next forward
+        (partitioned_param_coordinator.py:286) and would gather as much on top.
         """
         for parameter in self.deepspeed.module.parameters():
             status = getattr(parameter, "ds_status", None)
@@ -152,12 +151,12 @@ class Engine:
                 parameter.partition()
 
     def _gather_persistent(self) -> None:
-        """Gather what is to stay whole at ZeRO-3, adapters first of all, where it is not yet.
+        """Gather ZeRO-3's persistent parameters, above all the adapters, where they are sharded.
 
         A fresh engine has them sharded, and while DeepSpeed 0.19.8 records the order of modules it
-        shards them again after each use (partitioned_param_coordinator.py:459). peft looks at
-        lora_A before its module is reached; if it is not there, DeepSpeed gives it to a second
-        module, and an order that is recorded already then fails with a "tracing error".
+        shards them again after each use (partitioned_param_coordinator.py:459). peft reads lora_A
+        before its module is reached; if it is sharded, DeepSpeed attributes it to a second module,
+        and an order recorded earlier then fails with a "tracing error".
         """
         missing = [p for p in self._persistent if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
         if missing:

@@ -1,4 +1,4 @@
-"""Most bytes in live tensors, on a device that does not count them itself (a CPU)."""
+"""Peak bytes in live tensors on a CPU, which PyTorch does not count."""
 
 import weakref
 from typing import Any
@@ -9,10 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the storages of all tensors that operators see, from when to when they live.
+    """Counts the storages of all tensors that operators take or return, while they live.
 
-    What a kernel allocates and frees within one operator is not seen: on a CPU it is another
-    amount than on a GPU. Files that tensors are mapped from count as the tensors do.
+    Workspace that a kernel allocates and frees within one operator is not counted: on a CPU its
+    size differs from a GPU's. Memory-mapped tensors count as others do.
     """
 
     def __init__(self) -> None:
@@ -22,31 +22,31 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and look at what it was given and what it made."""
+        """Run the operator and count its inputs and outputs."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, out)):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
-                self.look(leaf, str(func))
+                self.count(leaf)
         return out
 
-    def look(self, tensor: torch.Tensor, source: str) -> None:
-        """Count the storage of a tensor, if it is new or has another size than before."""
+    def count(self, tensor: torch.Tensor) -> None:
+        """Count the storage of a tensor if it is new or has another size than before."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         known = self._known.get(key)
         if known is not None and known[0]() is storage:
             if known[1] != size:
                 self._known[key] = (known[0], size)
-                self._count(size - known[1], source, key)
+                self._add(size - known[1])
             return
         reference = weakref.ref(storage, lambda _: self._forget(key))
         self._known[key] = (reference, size)
-        self._count(size, source, key)
+        self._add(size)
 
     def _forget(self, key: int) -> None:
         _, size = self._known.pop(key)
-        self._count(-size, "", key)
+        self._add(-size)
 
-    def _count(self, size: int, source: str, key: int) -> None:
+    def _add(self, size: int) -> None:
         self.now += size
         self.peak = max(self.peak, self.now)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line a step, written as it happens."""
+"""metrics.jsonl, one line per step, and the measurements in it: seconds and peak memory."""
 
 import json
 import os
@@ -11,58 +11,56 @@ from typing import Any, TypeVar
 
 import torch
 
+from pipeline.files import atomic_file, write_text
 from pipeline.train.live_bytes import LiveBytes
 
 _Item = TypeVar("_Item")
 
 
 class MetricsFile:
-    """Appends lines; of an earlier start it keeps those up to the step that is resumed from."""
+    """Appends lines. Lines of an earlier start stay up to the step that is resumed from."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
-        beside = path.with_name(f".{path.name}.tmp")
-        beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
-        beside.replace(path)
+        write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
         self._path = path
         self._file = path.open("a+b", buffering=0)
         self._unwritten: list[bytes] = []
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line, written at once: whoever follows the file sees each step.
+        """Append one line and flush it, for readers that follow the file.
 
-        What a full disk does not take is kept, however much it is, and goes out with a later line.
+        Lines that a full disk does not take are kept in memory and written with a later line.
         """
         self._unwritten.append(f"{json.dumps(line)}\n".encode())
         self.flush()
 
     def flush(self) -> None:
-        """Write what a full disk did not take, to a file anew where that was deleted."""
+        """Write the lines that a full disk did not take; a deleted file is written again."""
         with suppress(OSError):
-            self._put_back()
+            self._restore_deleted()
             while self._unwritten:
                 _write_whole(self._file, self._unwritten[0])
                 del self._unwritten[0]
 
-    def _put_back(self) -> None:
-        """A deleted file lives on while it is open: its lines go into a new one."""
+    def _restore_deleted(self) -> None:
+        """Copy a deleted file, whose content stays readable while it is open, to a new one."""
         size = os.fstat(self._file.fileno()).st_size
         with suppress(FileNotFoundError):
             if os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
                 return
-        beside = self._path.with_name(f".{self._path.name}.tmp")
-        beside.write_bytes(os.pread(self._file.fileno(), size, 0))
-        beside.replace(self._path)
+        with atomic_file(self._path) as temporary:
+            temporary.write_bytes(os.pread(self._file.fileno(), size, 0))
         self._file.close()
         self._file = self._path.open("a+b", buffering=0)
 
 
 def _write_whole(file: FileIO, data: bytes) -> None:
-    """All of it or, with an OSError, nothing: a part would join the next line to itself."""
+    """Write all of it or, with an OSError, nothing: the next line would be appended to a part."""
     size = os.fstat(file.fileno()).st_size
     try:
         written = 0
-        while written < len(data):  # a disk that fills up takes a part, and refuses the rest
+        while written < len(data):  # a disk that fills up takes a part first
             written += file.write(data[written:])
     except OSError:
         file.truncate(size)
@@ -70,20 +68,22 @@ def _write_whole(file: FileIO, data: bytes) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Complete lines of a metrics file; the last may have been cut off by a kill."""
+    """The intact lines of a metrics file: a kill or a bad disk may have damaged others."""
     if not path.is_file():
         return []
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    lines = []
+    for text in path.read_bytes().split(b"\n"):
         try:
-            found.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except ValueError:  # also where the bytes are no UTF-8
             continue
-    return found
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
 
 
 class Stopwatch:
-    """Seconds since it was last asked."""
+    """Seconds between laps."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
@@ -96,13 +96,13 @@ class Stopwatch:
 
 
 class InputWait:
-    """Seconds that whoever iterates has waited for the next item since it was last asked."""
+    """Seconds that the consumer of an iterator waited for items."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
 
     def over(self, source: Iterable[_Item]) -> Iterator[_Item]:
-        """The same items."""
+        """The same items, with the wait for each of them counted."""
         iterator = iter(source)
         while True:
             start = time.perf_counter()
@@ -115,16 +115,16 @@ class InputWait:
             yield item
 
     def lap(self) -> float:
-        """Seconds since the last lap."""
+        """Seconds waited since the last lap."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
 
 class PeakBytes:
-    """Most bytes in live tensors since it was made, from before the model is loaded.
+    """Peak bytes in live tensors; created before the model is loaded.
 
-    CUDA counts them for as long as the run lasts. On a CPU every operator is watched, so only the
-    first steps of a start are, and on rank 0 alone.
+    CUDA counts them throughout the run. On a CPU every operator is intercepted, so only the first
+    steps of a start are measured, and only on rank 0.
     """
 
     _WATCHED_STEPS = 2
@@ -137,7 +137,7 @@ class PeakBytes:
             self._live.__enter__()  # type: ignore[no-untyped-call]
 
     def after_step(self) -> int | None:
-        """The peak so far, in bytes; None on a CPU that is not watched any more."""
+        """The peak so far, in bytes; None on a CPU after the measured steps."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         live = self._live

@@ -1,7 +1,7 @@
-"""Who owns a run folder: one start at a time, also of two that begin in the same second.
+"""Ownership of a run folder: one process at a time, also of two that start in the same second.
 
-No lock of the file system is used: a cluster's may not have them. `.owner` is made by the one start
-that creates it; its heartbeat says to other machines that it lives.
+File system locks are not used, because shared disks may lack them. The process that creates
+`.owner` is the owner; its modification time is the heartbeat for other machines.
 """
 
 import json
@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 OWNER = ".owner"
 TRAINING = "a run"
 _HEARTBEAT_S = 10.0
-_LOCKED_S = 0.1  # until another has looked whether the owner lives
+_LOCKED_S = 0.1  # while another process checks whether the owner lives
 # An owner on another machine counts as living while its heartbeat is younger than this.
 _SILENCE_S = 60.0
 
@@ -29,13 +29,14 @@ _SILENCE_S = 60.0
 class Ownership:
     """The right to change a run folder. Called on rank 0.
 
-    `doing` tells others what for. While it is held, `on_beat` is called every 10 s, in a thread.
+    `purpose` is shown to other processes. While the folder is owned, a thread calls `on_heartbeat`
+    every 10 s.
     """
 
     def __init__(
-        self, folder: Path, doing: str, on_beat: Callable[[], None] = lambda: None
+        self, folder: Path, purpose: str, on_heartbeat: Callable[[], None] = lambda: None
     ) -> None:
-        self._path, self._doing, self._on_beat = folder / OWNER, doing, on_beat
+        self._path, self._purpose, self._on_heartbeat = folder / OWNER, purpose, on_heartbeat
         self._text = ""
         self._released = threading.Event()
         self.is_held = False
@@ -48,32 +49,32 @@ class Ownership:
         self.release()
 
     def take(self) -> None:
-        """Become the owner. Raises UserError where another start is it and lives.
+        """Become the owner.
 
-        Also where the folder cannot be written to.
+        Raises UserError where a living process is the owner or the folder cannot be written to.
         """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            while not self._is_made():
+            while not self._create():
                 self._remove_dead()
         except OSError as error:
             raise UserError(
                 f"output_dir: {self._path.parent} cannot be written to ({error.strerror}); "
                 "make room, or give another folder"
             ) from None
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        threading.Thread(target=self._keep_alive, name="heartbeat", daemon=True).start()
 
     def release(self) -> None:
-        """The next start may have the folder."""
+        """Let another process own the folder."""
         self._released.set()
         if self.is_held and self._is_mine():
             with suppress(OSError):
                 self._path.unlink()
         self.is_held = False
 
-    def _is_made(self) -> bool:
-        """Whether the file could be made, which one of those that try at once can."""
-        self._text = json.dumps(identity() | {"doing": self._doing, "started": time.time()})
+    def _create(self) -> bool:
+        """Create the file with O_EXCL; True for exactly one of several concurrent starts."""
+        self._text = json.dumps(identity() | {"doing": self._purpose, "started": time.time()})
         try:
             file = self._path.open("x", encoding="utf-8")
         except FileExistsError:
@@ -81,51 +82,51 @@ class Ownership:
         try:
             with file:
                 file.write(self._text)
-        except BaseException:  # a full disk, or a stop: nobody owns it
+        except BaseException:  # a full disk or a stop: there is no owner
             self._path.unlink(missing_ok=True)
             raise
         self.is_held = True
         return True
 
     def _remove_dead(self) -> None:
-        """Take away what a dead owner left. One at a time does, while the file keeps others out."""
+        """Remove the file of a dead owner, under a lock file that one process holds at a time."""
         lock = self._path.with_name(f"{OWNER}.lock")
         try:
             lock.open("x").close()
         except FileExistsError:
             with suppress(FileNotFoundError):
-                if time.time() - lock.stat().st_mtime > _SILENCE_S:  # of one that was killed
+                if time.time() - lock.stat().st_mtime > _SILENCE_S:  # its process was killed
                     lock.unlink()
             time.sleep(_LOCKED_S)
             return
         try:
-            now = lock.stat().st_mtime  # by the clock that the file's own time is of
+            now = lock.stat().st_mtime  # by the file server's clock, like the heartbeat
             with suppress(FileNotFoundError):
-                found = self._read()
-                if is_living(found, now):
-                    raise UserError(in_use(self._path.parent, found))
+                owner = self._read()
+                if is_living(owner, now):
+                    raise UserError(in_use(self._path.parent, owner))
                 self._path.unlink()
         finally:
             lock.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:
         text = self._path.read_text(encoding="utf-8")
-        beat = self._path.stat().st_mtime
+        heartbeat = self._path.stat().st_mtime
         try:
-            found: dict[str, Any] = json.loads(text)
-        except ValueError:  # it is being written, or a power cut left it so
-            found = {"host": "another machine", "machine": "?", "pids": ["?"]}
-        return found | {"heartbeat": beat}
+            owner: dict[str, Any] = json.loads(text)
+        except ValueError:  # it is being written, or a power cut damaged it
+            owner = {"host": "another machine", "machine": "?", "pids": ["?"]}
+        return owner | {"heartbeat": heartbeat}
 
-    def _beat(self) -> None:
+    def _keep_alive(self) -> None:
         while not self._released.wait(_HEARTBEAT_S):
             if self._is_mine():
                 with suppress(OSError):
                     os.utime(self._path)
-            self._on_beat()
+            self._on_heartbeat()
 
     def _is_mine(self) -> bool:
-        """Whether the file is the one made here: after long silence another may own the folder."""
+        """Whether the file is this process's: after a long silence another may own the folder."""
         try:
             return self._path.read_text(encoding="utf-8") == self._text
         except OSError:
@@ -133,19 +134,19 @@ class Ownership:
 
 
 def identity() -> dict[str, Any]:
-    """Which process this is: `machine` tells hosts of one name, and containers, apart."""
+    """This process: `machine` tells apart hosts of the same name, and containers."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         machine = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # a container that hides them
+    except OSError:  # hidden in a container
         machine = socket.gethostname()
     return {"host": socket.gethostname(), "machine": machine, "pids": [os.getpid()]}
 
 
 def is_living(owner: dict[str, Any], now: float | None = None) -> bool:
-    """Whether the process is there that says so by `identity`, `started` and `heartbeat`.
+    """Whether the process of `identity`, `started` and `heartbeat` still runs.
 
-    `now`: the time by the clock of the heartbeat, where that is not this machine's.
+    `now`: the current time by the clock that the heartbeat has, if it is not this machine's.
     """
     if owner.get("machine") != identity()["machine"]:
         now = time.time() if now is None else now
@@ -154,17 +155,17 @@ def is_living(owner: dict[str, Any], now: float | None = None) -> bool:
 
 
 def in_use(folder: Path, owner: dict[str, Any]) -> str:
-    """The message of who finds a living owner."""
-    doing = owner.get("doing", TRAINING)
-    stop = f", or stop it with `touch {folder / 'stop'}`" if doing == TRAINING else ""
+    """The message about a living owner."""
+    purpose = owner.get("doing", TRAINING)
+    stop = f", or stop it with `touch {folder / 'stop'}`" if purpose == TRAINING else ""
     return (
-        f"output_dir: {folder} is in use by {doing} (process {owner['pids'][0]} on "
+        f"output_dir: {folder} is in use by {purpose} (process {owner['pids'][0]} on "
         f"{owner['host']}); wait for it{stop}"
     )
 
 
 def _started_before(pid: int, owner: dict[str, Any]) -> bool:
-    """The process exists and is not a later one that was given the same number."""
+    """Whether the process exists and is not a later one with the same number."""
     try:
         process = psutil.Process(pid)
         is_gone = process.status() == psutil.STATUS_ZOMBIE or pid == os.getpid()

@@ -1,250 +1,284 @@
-"""What starting in a folder means: a new run, going on, nothing left to do, or a refusal."""
+"""What a start in a run folder does: begin a new run, resume, nothing, or refuse. No torch."""
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from pipeline import __version__
 from pipeline.config.hub import hub_model_of
-from pipeline.config.load import dump_settings
 from pipeline.config.settings import RunSettings, settings_with
 from pipeline.data.dataset.reader import DataIndex
 from pipeline.data.prepare.prepare import train_key
-from pipeline.errors import RankZeroError, UserError
-from pipeline.files import dump_json, write_text
+from pipeline.errors import UserError
+from pipeline.files import dump_json, read_json
 from pipeline.plan.plan import Plan
-from pipeline.plan.render import plan_json
+from pipeline.train.names import BEFORE_A_RUN, checkpoints_in
 from pipeline.train.owner import in_use
 from pipeline.train.status import is_alive, read_status
 
 Start = Literal["new", "resume", "done"]
+# What the folder holds. "no progress": a run without a checkpoint or an adapter.
+Found = Literal["no run", "no progress", "unfinished", "done", "done, adapter gone"]
+# How the settings and the data compare with those of the run in the folder.
+Change = Literal["none", "accepted", "other"]
 
-# All that a run may leave; nothing else is ever removed from a folder.
-_FILES = (  # the last two make it a run's folder
-    "run.yaml", "ds_config.json", "metrics.jsonl", "score.json", "report.html", "base.json",
-    "plan.json", "status.json",
-)  # fmt: skip
-_FOLDERS = ("data", "checkpoints", "adapter", "merged")
-# What may be there before a run is: prepared data, Slurm's logs, a person's wish to stop it.
-_BEFORE_A_RUN = ("data", "logs", "stop")
+# The start for each case; None is a refusal. Two settings change an entry:
+# `overwrite: true` turns a refusal into "new"; `resume: never` turns "resume" into "new" where the
+# run is unfinished or `overwrite` is set, and into a refusal elsewhere.
+STARTS: Mapping[Found, Mapping[Change, Start | None]] = {
+    "no run": {"none": "new", "accepted": "new", "other": "new"},
+    "no progress": {"none": "new", "accepted": "new", "other": "new"},
+    "unfinished": {"none": "resume", "accepted": "resume", "other": None},
+    "done": {"none": "done", "accepted": "resume", "other": None},
+    "done, adapter gone": {"none": "resume", "accepted": "resume", "other": None},
+}
 
-# Words of `accept_changes` -> the settings that each covers. What these come to is compared too:
-# the checkpoint's state has the base's fingerprint and the data's key.
+# The settings that each word of `accept_changes` covers.
 _COVERED = {
     "base": settings_with("base"),
     "data": settings_with("files", "documents"),
     "total_steps": settings_with("total_steps"),
 }
+# plan.json names the version since 0.2.0.
+_FIRST_VERSION = "0.1.0"
 
 
-def open_run(folder: Path, plan: Plan, found: Start) -> None:
-    """Make the folder ready for what `look` found: `new` leaves run.yaml, plans and prepared data.
+def decide_start(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
+    """The start for what the folder holds; changes nothing.
 
-    Called on rank 0.
-    """
-    try:
-        if found == "new":
-            clear_run(folder)
-        if found != "done":
-            write_run(folder, plan)
-    except OSError as error:
-        raise RankZeroError(
-            f"output_dir: {folder}: {error.strerror} ({error.filename}); mend that and start again"
-        ) from None
-
-
-def write_run(folder: Path, plan: Plan) -> None:
-    """What makes a folder a run's: run.yaml and the plans."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "run.yaml", dump_settings(_resolved(plan)))
-    write_plan(folder, plan)
-
-
-def write_plan(folder: Path, plan: Plan) -> None:
-    """plan.json and ds_config.json."""
-    found = plan_json(plan) | {"steps": _steps(plan), "job": os.environ.get("SLURM_JOB_ID")}
-    write_text(folder / "plan.json", dump_json(found))
-    write_text(folder / "ds_config.json", dump_json(plan.deepspeed))
-
-
-def _steps(plan: Plan) -> dict[str, int] | None:
-    return None if plan.schedule is None else dict(vars(plan.schedule))
-
-
-def clear_run(folder: Path) -> None:
-    """Remove what a run left in a folder, and nothing else.
-
-    Prepared data stays: it is named by its content, and prepare removes what is out of date.
-    Killed in between, it is a run's folder still, and no longer one of a run that is done.
-    """
-    if (status := read_status(folder / "status.json")) is not None:
-        said = {"state": "failed", "reason": "ended while this run was removed for a new one"}
-        write_text(folder / "status.json", dump_json(status | said))
-    for name in set(_FOLDERS) - {"data"}:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
-
-
-def as_requeued(settings: RunSettings, env: Mapping[str, str]) -> RunSettings:
-    """The settings of a job that comes back: what it has begun anew itself, it goes on with."""
-    if settings.resume != "never" or env.get("SLURM_RESTART_COUNT", "0") == "0":
-        return settings
-    try:
-        plan = json.loads((Path(settings.output_dir) / "plan.json").read_text(encoding="utf-8"))
-        is_its_own = plan["job"] == env.get("SLURM_JOB_ID")
-    except (OSError, ValueError, KeyError, TypeError):
-        return settings
-    return settings.model_copy(update={"resume": "auto"}) if is_its_own else settings
-
-
-def look(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
-    """What a start here would be; changes nothing.
-
-    Raises UserError where something would be lost or two runs would share the folder.
+    Raises UserError where a result would be lost or two runs would share the folder.
     """
     settings = plan.settings
-    _require_resumable(folder, settings)
+    _require_resume_exists(folder, settings)
     status = read_status(folder / "status.json")
-    if status is None and (folder / "plan.json").is_file():
-        status = {}  # lost or damaged, as by a power cut; the run is there all the same
-    if status is None:
-        _require_empty(folder)
-        return _without_a_start(folder, settings.resume)
-    if is_alive(status):
+    if status is not None and is_alive(status):
         raise UserError(in_use(folder, status))
-    if is_debug:
+    found = _found_in(folder, status)
+    if is_debug and found != "no run":
+        _require_debug_run(folder)
         return "new"
-    is_done = status.get("state") == "done"
-    if not is_done and not _has_progress(folder):
-        return _without_a_start(folder, settings.resume)
-    covered = {key for word in settings.accept_changes for key in _COVERED[word]}
-    found = _differences(folder / "run.yaml", plan)
-    differences = [text for key, text in found.items() if key not in covered]
-    differences += _changed_adam(folder, plan)
-    if is_done and "data" not in settings.accept_changes:
-        differences += _changed_inputs(folder, settings)
-    if differences and not settings.overwrite:
-        what = "finished" if is_done else "begun"
-        raise UserError(
-            f"output_dir: {folder} holds a run {what} with other settings: "
-            f"{'; '.join(differences)}; give another output_dir, put the old values back, "
-            f"{_accepting(found)}or set overwrite: true to replace it"
-        )
-    is_anew = settings.resume == "never" and (settings.overwrite or not is_done)
-    if differences or is_anew:
-        if (folder / "checkpoints").resolve() in Path(settings.resume).resolve().parents:
-            raise UserError(
-                f"resume: {settings.resume} is of the run that a new one here would replace; give "
-                "another output_dir"
-            )
-        return "new"
-    return "done" if is_done and not found else "resume"
+    is_comparable = found not in ("no run", "no progress")
+    differences = _differences(folder, plan, found) if is_comparable else {}
+    covered = frozenset[str]().union(*(_COVERED[word] for word in settings.accept_changes))
+    change: Change = "none"
+    if differences:
+        change = "accepted" if differences.keys() <= covered else "other"
+    start = STARTS[found][change]
+    may_replace = settings.overwrite or found == "unfinished"
+    if start == "resume" and settings.resume == "never":
+        start = "new" if may_replace else None
+    if start == "done" and settings.resume == "never" and settings.overwrite:
+        start = "new"
+    if start is None and settings.overwrite:
+        start = "new"
+    if start is None:
+        raise UserError(_refusal(folder, found, differences, covered))
+    if start == "new":
+        _require_new_is_possible(folder, settings)
+    is_certain = found == "unfinished" and change == "none"
+    if start == "resume" and not is_certain:
+        _require_checkpoint(folder, found)
+    return start
 
 
-def _require_resumable(folder: Path, settings: RunSettings) -> None:
-    if settings.resume not in ("auto", "must", "never") and not Path(settings.resume).is_dir():
+def settings_hash(plan: Plan) -> str:
+    """SHA-256 of the settings that decide the result, for state.json."""
+    return hashlib.sha256(dump_json(_deciding(plan)).encode()).hexdigest()
+
+
+def resolved_settings(plan: Plan) -> RunSettings:
+    """The settings as run.yaml has them."""
+    return plan.settings.model_copy(update={"global_batch_size": plan.layout.global_batch_size})
+
+
+def is_checkpoint_path(resume: str) -> bool:
+    """Whether the setting `resume` names a checkpoint."""
+    return resume not in ("auto", "must", "never")
+
+
+def written_by(folder: Path) -> str:
+    """The version of RankZero that wrote a run folder."""
+    try:
+        return str(read_json(folder / "plan.json").get("version", _FIRST_VERSION))
+    except (OSError, ValueError):
+        return __version__  # lost or damaged: nothing to conclude
+
+
+def _found_in(folder: Path, status: Mapping[str, Any] | None) -> Found:
+    is_run = status is not None or (folder / "plan.json").is_file()  # status.json may be damaged
+    if not is_run:
+        _require_no_foreign_files(folder)
+        return "no run"
+    has_adapter = (folder / "adapter").exists()
+    if status is not None and status.get("state") == "done":
+        return "done" if has_adapter else "done, adapter gone"
+    return "unfinished" if has_adapter or _checkpoints(folder) else "no progress"
+
+
+def _require_resume_exists(folder: Path, settings: RunSettings) -> None:
+    if is_checkpoint_path(settings.resume) and not Path(settings.resume).is_dir():
         raise UserError(
             f"resume: {settings.resume} is not auto, must, never or the folder of a checkpoint "
             f"such as {folder / 'checkpoints/step-00000100'}"
         )
 
 
-def _accepting(differences: Mapping[str, str]) -> str:
-    """The remedy that the run file may name, where it covers what differs."""
-    words = [word for word, keys in _COVERED.items() if keys & differences.keys()]
-    is_covered = all(any(key in _COVERED[word] for word in words) for key in differences)
-    return f"go on with accept_changes: [{', '.join(words)}], " if words and is_covered else ""
-
-
-def _has_progress(folder: Path) -> bool:
-    """Whether there is anything that going on could use or starting anew would lose."""
-    try:
-        return (folder / "adapter").exists() or any((folder / "checkpoints").iterdir())
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise UserError(
-            f"output_dir: {error.filename} cannot be read ({error.strerror}), so whether there is "
-            "a checkpoint to go on from is not known; mend that, or give another output_dir"
-        ) from None
-
-
-def _changed_inputs(folder: Path, settings: RunSettings) -> list[str]:
-    """Files that have other content than when the finished run used them."""
-    try:
-        is_same_data = DataIndex.load(folder / "data").train.key == train_key(settings)
-    except UserError:
-        return []  # moved away since: the adapter is what it was
-    return [] if is_same_data else ["train_data (or the tokenizer): its content changed"]
-
-
-def _require_empty(folder: Path) -> None:
-    strangers = [
+def _require_no_foreign_files(folder: Path) -> None:
+    foreign = [
         path.name
         for path in folder.glob("*")
-        if path.name not in _BEFORE_A_RUN
-        and not path.name.startswith(".")  # the owner's, or a kill's
+        if path.name not in BEFORE_A_RUN
+        and not path.name.startswith(".")  # the owner's file, or a temporary one of a killed start
     ]
-    if strangers:
+    if foreign:
         raise UserError(
-            f"output_dir: {folder} holds {min(strangers)} and is not a run folder; "
+            f"output_dir: {folder} holds {min(foreign)} and is not a run folder; "
             "give a new or an empty one"
         )
 
 
-def _without_a_start(folder: Path, resume: str) -> Start:
-    if resume == "must":
-        raise UserError(f"resume: must, but {folder} holds no run; set resume: auto to start one")
-    return "new"
-
-
-def _differences(run_yaml: Path, plan: Plan) -> dict[str, str]:
-    """`key: then -> now` by key, for each that changes what comes out."""
+def _require_debug_run(folder: Path) -> None:
+    """--debug replaces only what --debug wrote."""
     try:
-        then: dict[str, Any] = yaml.safe_load(run_yaml.read_text(encoding="utf-8"))
+        is_debug = read_json(folder / "plan.json").get("is_debug") is True
+    except (OSError, ValueError):
+        is_debug = False
+    if not is_debug:
+        raise UserError(
+            f"output_dir: --debug writes to {folder}, which holds a run that --debug of this "
+            "version did not write; move it away, or give another output_dir"
+        )
+
+
+def _require_new_is_possible(folder: Path, settings: RunSettings) -> None:
+    if settings.resume == "must":
+        raise UserError(
+            f"resume: must, but {folder} holds no run to resume; set resume: auto to start one"
+        )
+    own = (folder / "checkpoints").resolve()
+    if is_checkpoint_path(settings.resume) and own in Path(settings.resume).resolve().parents:
+        raise UserError(
+            f"resume: {settings.resume} is of the run that a new one here would replace; give "
+            "another output_dir"
+        )
+
+
+def _require_checkpoint(folder: Path, found: Found) -> None:
+    """Without a checkpoint the run would start at step 0 and replace its result."""
+    if _checkpoints(folder):
+        return
+    state = "finished" if found == "done" else "without its adapter" if "done" in found else "begun"
+    raise UserError(
+        f"output_dir: {folder} holds a run {state} that left no checkpoint (save_strategy: no), so "
+        "it cannot be resumed; give another output_dir, or set overwrite: true to train again "
+        "from step 0"
+    )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    try:
+        return checkpoints_in(folder / "checkpoints")
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {error.filename} cannot be read ({error.strerror}), so whether there is "
+            "a checkpoint to resume from is not known; fix that, or give another output_dir"
+        ) from None
+
+
+def _refusal(
+    folder: Path, found: Found, differences: Mapping[str, str], covered: frozenset[str]
+) -> str:
+    what = "begun" if found == "unfinished" else "finished"
+    if not differences:
+        return (
+            f"output_dir: {folder} holds a run {what} that resume: never would replace; set "
+            "resume: auto, give another output_dir, or set overwrite: true to replace it"
+        )
+    words = [word for word, keys in _COVERED.items() if keys & differences.keys()]
+    is_coverable = all(any(key in _COVERED[word] for word in words) for key in differences)
+    accept = f"resume it with accept_changes: [{', '.join(words)}], " if is_coverable else ""
+    shown = [text for key, text in differences.items() if key not in covered]
+    version = written_by(folder)
+    other = "" if version == __version__ else f"finish it with RankZero {version}, which wrote it, "
+    return (
+        f"output_dir: {folder} holds a run {what} with other settings: {'; '.join(shown)}; give "
+        f"another output_dir, put the old values back, {other if found == 'unfinished' else ''}"
+        f"{accept}or set overwrite: true to replace it"
+    )
+
+
+def _differences(folder: Path, plan: Plan, found: Found) -> dict[str, str]:
+    """`key: before -> now` by key, for everything that decides the result."""
+    try:
+        before: dict[str, Any] = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
-        return {"": "its run.yaml cannot be read"}
-    if "model_revision" not in then:  # written when a hub name was still replaced by its snapshot
-        then |= hub_model_of(str(then.get("model")))
-    return {
-        key: f"{key}: {then.get(key)} -> {value}"
+        return {"run.yaml": "its run.yaml cannot be read"}
+    if "model_revision" not in before:  # it then has the snapshot of a hub name
+        before |= hub_model_of(str(before.get("model")))
+    changed = {
+        key: f"{key}: {_value(before, key)} -> {value}"
         for key, value in _deciding(plan).items()
-        if then.get(key) != value
+        if _value(before, key) != value
     }
+    if "train_data" not in changed and _has_other_documents(folder, plan.settings, found):
+        changed["train_data"] = "train_data (or the tokenizer): its content changed"
+    return changed | _changed_adam(folder, plan)
 
 
-def settings_hash(plan: Plan) -> str:
-    """SHA-256 of the settings that change what comes out, for state.json."""
-    return hashlib.sha256(dump_json(_deciding(plan)).encode()).hexdigest()
+def _value(before: Mapping[str, Any], key: str) -> Any:
+    """A setting of the earlier run; one that its version did not have had today's default."""
+    if key in before:
+        return before[key]
+    return RunSettings.model_fields[key].get_default(call_default_factory=True)
 
 
 def _deciding(plan: Plan) -> dict[str, Any]:
+    """The settings that decide the result, as JSON values."""
     settings = plan.settings
-    is_chosen = settings.keep_best or settings.early_stopping_patience is not None
-    free = settings_with("run") if is_chosen else settings_with("run", "selection")
-    values = _resolved(plan).as_written()
+    selects = settings.keep_best or settings.early_stopping_patience is not None
+    free = settings_with("run") if selects else settings_with("run", "selection")
+    values = resolved_settings(plan).as_written()
     return {key: value for key, value in values.items() if key not in free}
 
 
-def _changed_adam(folder: Path, plan: Plan) -> list[str]:
-    """What a user's DeepSpeed JSON changed of the optimizer and no setting shows."""
+def _has_other_documents(folder: Path, settings: RunSettings, found: Found) -> bool:
+    """Whether the training documents have another key than when the run used them."""
+    if found != "unfinished" and written_by(folder) != __version__:
+        return False  # another version may name the same documents by another key
+    key = _key_in_checkpoint(folder) if found == "unfinished" else _key_in_index(folder)
+    return key is not None and key != train_key(settings)
+
+
+def _key_in_index(folder: Path) -> str | None:
     try:
-        then = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
-        before, now = then["optimizer"]["params"], plan.deepspeed["optimizer"]["params"]
+        return DataIndex.load(folder / "data").train.key
+    except UserError:
+        return None  # moved away: the adapter stays what it is
+
+
+def _key_in_checkpoint(folder: Path) -> str | None:
+    """The key in the newest checkpoint; None where it is damaged, which `newest` handles."""
+    try:
+        state = read_json(_checkpoints(folder)[-1] / "state.json")
+        return str(state["identity"]["data"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def _changed_adam(folder: Path, plan: Plan) -> dict[str, str]:
+    """What a user's DeepSpeed JSON changed of the optimizer; no setting shows it."""
+    try:
+        config = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
+        before, now = config["optimizer"]["params"], plan.deepspeed["optimizer"]["params"]
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # run.yaml has been compared
-    return [
-        f"deepspeed_json: optimizer.params.{key}: {before.get(key)} -> {now.get(key)}"
+        return {}  # run.yaml has been compared
+    return {
+        f"deepspeed_json {key}": f"deepspeed_json: optimizer.params.{key}: {before.get(key)} -> "
+        f"{now.get(key)}"
         for key in ("betas", "eps")
         if before.get(key) != now.get(key)
-    ]
-
-
-def _resolved(plan: Plan) -> Any:
-    return plan.settings.model_copy(update={"global_batch_size": plan.layout.global_batch_size})
+    }

@@ -1,5 +1,6 @@
-"""What rank 0 shows while it trains: a bar in a terminal, plain lines elsewhere."""
+"""Progress in the terminal of rank 0: a bar where there is a terminal, log lines elsewhere."""
 
+import logging
 import sys
 from types import TracebackType
 from typing import Any, Self
@@ -7,22 +8,24 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+logger = logging.getLogger(__name__)
+
 
 class ProgressDisplay:
-    """Shows steps on the rank that is asked to; a silent one on every other."""
+    """Shows finished steps; `is_shown` on rank 0 only."""
 
     def __init__(self, total_steps: int, done: int, every: int, *, is_shown: bool) -> None:
         self._every, self._total, self._is_shown = every, total_steps, is_shown
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        if is_shown and self._console.is_terminal:
-            self._bar = Progress(
+        if is_shown and console.is_terminal and logger.isEnabledFor(logging.INFO):
+            self._bar = Progress(  # it shows log lines above itself
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 TimeRemainingColumn(),
-                console=self._console,
+                console=console,
             )
             self._task = self._bar.add_task("", total=total_steps, completed=done, numbers="")
 
@@ -40,8 +43,8 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.stop()
 
-    def step(self, line: dict[str, Any], seconds_left: float) -> None:
-        """One finished step, as its line of metrics.jsonl."""
+    def show_step(self, line: dict[str, Any], seconds_left: float) -> None:
+        """Show a finished step, given as its line of metrics.jsonl."""
         if not self._is_shown:
             return
         speed = f"{line['tokens_per_second']:,.0f} tokens/s"
@@ -49,12 +52,8 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.update(self._task, completed=line["step"], numbers=numbers)
         elif line["step"] % self._every == 0 or line["step"] in (1, self._total):
-            self.say(f"step {line['step']}/{self._total}  {numbers}  {_clock(seconds_left)} left")
-
-    def say(self, text: str) -> None:
-        """A line of its own."""
-        if self._is_shown:
-            self._console.print(text, markup=False)
+            left = _clock(seconds_left)
+            logger.info("step %d/%d  %s  %s left", line["step"], self._total, numbers, left)
 
 
 def _clock(seconds: float) -> str:

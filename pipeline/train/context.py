@@ -1,0 +1,63 @@
+"""RunContext: what a rank knows of its run before torch is imported."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.cluster.heartbeat import Heartbeat
+from pipeline.cluster.session import Session
+from pipeline.cluster.stop import StopRequests
+from pipeline.config.settings import RunSettings
+from pipeline.files import read_json
+from pipeline.plan.plan import Plan
+
+_DEBUG_STEPS = 4
+
+
+@dataclass(kw_only=True)
+class RunContext:
+    """One run on one rank. `plan` is an estimate until the data is prepared."""
+
+    plan: Plan
+    session: Session
+    stops: StopRequests
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    is_debug: bool = False
+
+    @property
+    def settings(self) -> RunSettings:
+        """The settings, as the plan resolved them."""
+        return self.plan.settings
+
+    @property
+    def folder(self) -> Path:
+        """The path of the run folder."""
+        return Path(self.settings.output_dir)
+
+
+def debug_settings(settings: RunSettings) -> RunSettings:
+    """The settings of `--debug`: a few steps in a folder of their own, each of them logged."""
+    # One process makes up for the missing ranks.
+    is_global = settings.global_batch_size != "auto"
+    accumulation = "auto" if is_global else settings.gradient_accumulation_steps
+    return settings.model_copy(
+        update={
+            "output_dir": f"{settings.output_dir.rstrip('/')}-debug",
+            "max_steps": min(settings.max_steps or _DEBUG_STEPS, _DEBUG_STEPS),
+            "logging_steps": 1,
+            "resume": "never",
+            "gradient_accumulation_steps": accumulation,
+        }
+    )
+
+
+def requeued_settings(settings: RunSettings, env: Mapping[str, str]) -> RunSettings:
+    """With `resume: auto` for `never` where a requeued Slurm job wrote the run folder itself."""
+    if settings.resume != "never" or env.get("SLURM_RESTART_COUNT", "0") == "0":
+        return settings
+    try:
+        job = read_json(Path(settings.output_dir) / "plan.json")["job"]
+    except (OSError, ValueError, KeyError):
+        return settings
+    is_own = job == env.get("SLURM_JOB_ID")
+    return settings.model_copy(update={"resume": "auto"}) if is_own else settings

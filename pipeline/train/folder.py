@@ -1,0 +1,177 @@
+"""RunFolder: a run's folder with its owner, its status and what a start made of it. No torch."""
+
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline import __version__
+from pipeline.cluster.exits import is_lost_connection
+from pipeline.config.load import dump_settings
+from pipeline.data.dataset.reader import DataIndex
+from pipeline.data.prepare.audit import audit_summary
+from pipeline.data.prepare.prepare import check_first_rows, prepare
+from pipeline.errors import RankZeroError, Stopped
+from pipeline.files import dump_json, write_text
+from pipeline.plan.plan import Plan
+from pipeline.plan.render import plan_json, plan_text
+from pipeline.train.context import RunContext
+from pipeline.train.names import FILES, written_in
+from pipeline.train.start import Start, decide_start, resolved_settings
+from pipeline.train.status import RunStatus, end_for_dead_owner, is_done, read_status
+
+logger = logging.getLogger(__name__)
+_DEBUG_ROWS = 64
+_PENDING_WRITE_S = 15.0  # for a checkpoint in flight when a rank has died or the run has failed
+
+
+class RunFolder:
+    """The folder of one run. Rank 0 writes it; `status` is None on the other ranks."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context, self.path = context, context.folder
+        is_writer = context.session.is_rank_zero
+        self.status = RunStatus(self.path / "status.json") if is_writer else None
+        self.start: Start = "new"
+        self._earlier: dict[str, Any] | None = None  # status of the run that is resumed
+        self.wait_for_writes: Callable[[float], None] = lambda seconds: None
+
+    def begin(self) -> Start:
+        """Decide the start and become the folder's owner. On rank 0, before anything is written."""
+        context, status = self._context, self.status
+        assert status is not None, "called on rank 0"
+        with context.stops.interrupting():
+            start = decide_start(self.path, context.plan, is_debug=context.is_debug)
+            if start != "done":
+                check_first_rows(context.settings)
+                status.own()
+                # Another start may have been quicker.
+                start = decide_start(self.path, context.plan, is_debug=context.is_debug)
+        if start != "done":
+            self._earlier = read_status(status.path) if start == "resume" else None
+            if not is_done(self.path):  # else it stays the status of what would be replaced
+                status.claim(self._earlier)
+        return start
+
+    def prepare(self) -> dict[str, Any]:
+        """Prepare the data and make the folder this run's; returns the data's index. On rank 0."""
+        context, status = self._context, self.status
+        assert status is not None, "called on rank 0"
+        limit = _DEBUG_ROWS if context.is_debug else None
+        with context.stops.interrupting():  # it may take hours
+            index = prepare(context.settings, self.path / "data", limit)
+        open_run(self.path, context.plan, self.start, is_debug=context.is_debug)
+        status.claim(self._earlier)
+        return index.as_json()
+
+    def use_data(self, index: DataIndex) -> None:
+        """Complete the plan with the sizes of the prepared data, and show it. On every rank."""
+        context = self._context
+        context.plan = context.plan.with_data(index.train.size)
+        logger.info(plan_text(context.plan))
+        if self.status is not None:
+            logger.info(audit_summary(self.path / "data"))
+            write_plan(self.path, context.plan, is_debug=context.is_debug)
+            self.status.update(total_steps=context.plan.steps.total_steps)
+
+    @contextmanager
+    def outcome_recorded(self) -> Iterator[None]:
+        """Record in status.json how the body ends, once this start has claimed the folder."""
+        if self.status is None:
+            yield
+            return
+        try:
+            yield
+        except Stopped as stop:
+            self.status.end("stopped", stop.exit_code, str(stop))
+            raise
+        except RankZeroError as error:
+            self.wait_for_writes(_PENDING_WRITE_S)
+            self.status.end("failed", error.exit_code, str(error))
+            raise
+        except BaseException as error:
+            if not is_lost_connection(error):  # the watchdog finds out which rank is dead
+                self.wait_for_writes(_PENDING_WRITE_S)
+                self.status.end("failed", 1, f"{type(error).__name__}: {error}")
+            raise
+        self.status.end("done", 0, None)
+
+    def end_by_watchdog(self, reason: str, exit_code: int) -> None:
+        """Write the final status from the watchdog's thread, which then ends the process."""
+        self.wait_for_writes(_PENDING_WRITE_S)
+        is_stop = exit_code == Stopped.exit_code
+        if is_stop:
+            self._context.stops.remove_stop_file()
+        if self.status is not None:
+            state = "stopped" if is_stop else "failed"
+            self.status.end(state, exit_code, reason, is_final=True)
+        elif not is_stop:
+            end_for_dead_owner(self.path / "status.json", reason)
+
+    def end_by_second_interrupt(self) -> None:
+        """Write the final status at a second Ctrl-C, without waiting for a write in flight."""
+        if self.status is not None:
+            code = 128 + signal.SIGINT
+            self.status.end("failed", code, "a second Ctrl-C ended it at once", is_final=True)
+
+
+def open_run(folder: Path, plan: Plan, start: Start, *, is_debug: bool = False) -> None:
+    """Make the folder ready for a start; a new run leaves run.yaml, plans and prepared data."""
+    try:
+        if start == "new":
+            clear_run(folder)
+        if start != "done":
+            write_run(folder, plan, is_debug=is_debug)
+    except OSError as error:
+        raise RankZeroError(
+            f"output_dir: {folder}: {error.strerror} ({error.filename}); fix that and start again"
+        ) from None
+
+
+def write_run(folder: Path, plan: Plan, *, is_debug: bool) -> None:
+    """Write what makes a folder a run folder: run.yaml and the plans."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "run.yaml", dump_settings(resolved_settings(plan)))
+    write_plan(folder, plan, is_debug=is_debug)
+
+
+def write_plan(folder: Path, plan: Plan, *, is_debug: bool) -> None:
+    """Write plan.json and ds_config.json."""
+    of_run = {
+        "steps": None if plan.schedule is None else dict(vars(plan.schedule)),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "version": __version__,
+        "is_debug": is_debug,
+    }
+    write_text(folder / "plan.json", dump_json(plan_json(plan) | of_run))
+    write_text(folder / "ds_config.json", dump_json(plan.deepspeed))
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what a run left in a folder, and nothing else. Raises OSError if that is hindered.
+
+    A link to another disk stays, and what the run wrote behind it is removed. Prepared data stays:
+    it is named by its content. A kill in between leaves a run folder, but not one that is done.
+    """
+    if (status := read_status(folder / "status.json")) is not None:
+        ended = {"state": "failed", "reason": "ended while this run was removed for a new one"}
+        write_text(folder / "status.json", dump_json(status | ended))
+    checkpoints = folder / "checkpoints"
+    results = [(folder / name).resolve() for name in ("adapter", "merged")]
+    for path in (*written_in(checkpoints), *results):
+        _remove(path)
+    if checkpoints.is_dir() and not checkpoints.is_symlink() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

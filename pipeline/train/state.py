@@ -1,0 +1,58 @@
+"""TrainingState: a run that is ready to step; built by assemble.py, used by the loop."""
+
+from dataclasses import dataclass, field
+
+from pipeline.cluster.heartbeat import Heartbeat
+from pipeline.cluster.session import Session
+from pipeline.cluster.stop import StopRequests
+from pipeline.data.dataset.reader import Split
+from pipeline.plan.plan import Plan
+from pipeline.train.checkpoint import Checkpoints, Progress
+from pipeline.train.context import RunContext
+from pipeline.train.display import ProgressDisplay
+from pipeline.train.engine import Engine
+from pipeline.train.folder import RunFolder
+from pipeline.train.metrics import InputWait, MetricsFile, PeakBytes, Stopwatch
+from pipeline.train.writer import CheckpointWriter
+
+
+@dataclass(kw_only=True)
+class TrainingState:
+    """Everything the loop uses. `writer` and `metrics` are None on ranks other than 0."""
+
+    context: RunContext
+    folder: RunFolder
+    engine: Engine
+    train_split: Split
+    eval_split: Split | None
+    checkpoints: Checkpoints
+    progress: Progress
+    saved: Progress | None  # of the newest checkpoint in the folder
+    display: ProgressDisplay
+    peak: PeakBytes
+    writer: CheckpointWriter | None
+    metrics: MetricsFile | None
+    frozen_checksum: int | None  # with --debug, which compares it at the end
+    input_wait: InputWait = field(default_factory=InputWait)
+    step_watch: Stopwatch = field(default_factory=Stopwatch)
+    micro_batch_s: float = 0.0  # seconds of a micro-batch in the last step
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, with the sizes of the prepared data."""
+        return self.context.plan
+
+    @property
+    def session(self) -> Session:
+        """The ranks of the run."""
+        return self.context.session
+
+    @property
+    def stops(self) -> StopRequests:
+        """The stop requests to this rank."""
+        return self.context.stops
+
+    @property
+    def heartbeat(self) -> Heartbeat:
+        """The heartbeat of this rank's main thread."""
+        return self.context.heartbeat
