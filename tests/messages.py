@@ -21,10 +21,12 @@ def assert_mentions(message: object, *facts: object) -> None:
 
 
 @contextmanager
-def refused(*facts: object, error: type[RankZeroError] = UserError) -> Iterator[None]:
+def refused(
+    *facts: object, error: type[RankZeroError] = UserError
+) -> Iterator[pytest.ExceptionInfo[RankZeroError]]:
     """The body raises `error` (exit 2 by default) with a message that has these facts."""
     with pytest.raises(error) as caught:
-        yield
+        yield caught
     assert_mentions(caught.value, *facts)
 
 

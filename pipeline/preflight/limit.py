@@ -1,13 +1,13 @@
 """The end of a preflight that hangs: a disk, a driver or a link may never answer."""
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
+from pipeline.cluster.exits import end_process
 from pipeline.cluster.session import Session
 from pipeline.errors import UserError
 
@@ -67,7 +67,7 @@ class Limit:
                 try:
                     self._on_end(*self._behind())
                 finally:
-                    os._exit(UserError.exit_code)
+                    end_process(UserError.exit_code)
 
     @property
     def _beats_are_shown(self) -> bool:

@@ -240,7 +240,7 @@ def test_a_cut_cable_between_two_hosts(workspace, expected):
         assert not (folder / ADAPTER).exists()
         hosts.mend()
         said = finish(*start_both())
-    assert "going on from step" in said
+    assert "resuming from step" in said
     assert workspace.adapter("cable") == expected
 
 

@@ -188,7 +188,7 @@ def test_stopped_and_started_again_is_bitwise_the_same(run_file, workspace, stra
     assert not (folder / "adapter").exists()
     code, output = deepspeed(broken)
     assert code == 0, output
-    assert f"going on from step {said['step']}" in output
+    assert f"resuming from step {said['step']}" in output
     assert same_adapter(folder, straight)
     losses = [
         [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
@@ -212,8 +212,8 @@ def test_killed_in_the_middle_goes_on_from_the_newest_intact_checkpoint(
     weights.write_bytes(weights.read_bytes()[:-1])  # and the newest checkpoint is damaged
     code, output = deepspeed(path)
     assert code == 0, output
-    assert f"{newest} is passed over: adapter.safetensors is not what was written" in output
-    assert "going on from step" in output
+    assert f"{newest} is skipped: adapter.safetensors is not what was written" in output
+    assert "resuming from step" in output
     assert same_adapter(folder, straight)
 
 
@@ -222,7 +222,7 @@ def test_another_run_starts_from_a_named_checkpoint(run_file, workspace, straigh
     path, folder = run_file("descendant", resume=str(named)), workspace / "descendant"
     code, output = deepspeed(path)
     assert code == 0, output
-    assert f"going on from step 9 ({named})" in output
+    assert f"resuming from step 9 ({named})" in output
     assert same_adapter(folder, straight)
     state = json.loads((folder / "checkpoints/step-00000012/state.json").read_text())
     assert state["origin"] == str(named)
@@ -325,5 +325,5 @@ def test_a_run_that_diverges_ends_with_its_checkpoints_untouched(run_file, works
     saved = load_file(newest / "adapter.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())
     code, output = deepspeed(path)
-    assert f"going on from step {int(newest.name[5:])} ({newest})" in output
+    assert f"resuming from step {int(newest.name[5:])} ({newest})" in output
     assert code == 1, output

@@ -1,10 +1,13 @@
 """How a process ends: exit codes, and one message however many ranks."""
 
+import re
 import subprocess
 import sys
 import time
 
 import pytest
+
+from tests import ROOT
 
 pytestmark = pytest.mark.unit
 
@@ -26,7 +29,7 @@ def end(body: str, tracebacks: bool = False, **environment: str):
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "said"),
+    ("body", "code", "message"),
     [
         ("pass", 0, ""),
         ("raise UserError('line 3: no')", 2, "line 3: no\n"),
@@ -36,9 +39,9 @@ def end(body: str, tracebacks: bool = False, **environment: str):
         ("sys.exit(5)", 5, ""),
     ],
 )
-def test_exit_codes_and_messages(body, code, said):
+def test_exit_codes_and_messages(body, code, message):
     result = end(body)
-    assert (result.returncode, result.stderr) == (code, said)
+    assert (result.returncode, result.stderr) == (code, message)
 
 
 def test_a_defect_shows_its_traceback_and_rank():
@@ -59,7 +62,7 @@ def test_debug_shows_the_traceback_of_an_error():
 @pytest.mark.parametrize(
     "name", ["LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_LOCAL_RANK"]
 )
-def test_another_rank_leaves_the_word_to_local_rank_zero(name):
+def test_only_local_rank_zero_prints_a_common_message(name):
     process = subprocess.Popen(
         [sys.executable, "-c", CODE.format(body="raise UserError('no')", tracebacks=False)],
         stderr=subprocess.PIPE, text=True, env={name: "1"},
@@ -67,5 +70,15 @@ def test_another_rank_leaves_the_word_to_local_rank_zero(name):
     time.sleep(2)
     assert process.poll() is None  # it waits to be ended by its launcher ...
     process.terminate()
-    _, said = process.communicate(timeout=5)
-    assert said == ""  # ... silently
+    _, message = process.communicate(timeout=5)
+    assert message == ""  # ... silently
+
+
+def test_os_exit_stands_in_one_file():
+    """The question who may end a process then leads to one file (docs/architecture.md)."""
+    calls = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "pipeline").rglob("*.py"))
+        if re.search(r"^[^`]*\bos\._exit\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert calls == ["pipeline/cluster/exits.py"]

@@ -1,4 +1,4 @@
-"""Whoever dies or hangs, all ranks end soon, and the last word says who it was and why."""
+"""When a rank dies or hangs, all ranks end soon, and the last message names it and the reason."""
 
 import os
 import signal
@@ -10,6 +10,8 @@ import time
 import psutil
 import pytest
 
+from tests.messages import assert_mentions
+
 pytestmark = pytest.mark.group
 
 CODE = """
@@ -19,23 +21,23 @@ from pipeline.cluster.exits import run_main
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.errors import OfOneRank, Stopped
-from pipeline.cluster.heartbeat import Pulse
+from pipeline.cluster.heartbeat import Heartbeat
 from pipeline.cluster.watchdog import Watchdog
 from tests.plan.test_plan import CPU
 
 def body():
-    placement, pulse = from_environment(os.environ), Pulse()
+    placement, heartbeat = from_environment(os.environ), Heartbeat()
     with Session(placement, CPU) as session:
-        channel, timeout = session.open_channel(), float(os.environ["HANG_S"])
-        end = lambda text, code: open(os.environ["SAID"], "w").write(f"{code} {text}")
-        wish = lambda: os.environ.get("WISH") if placement.rank == 1 else None
-        with Watchdog(placement, channel, pulse, timeout, reason_to_leave=wish, on_end=end):
+        timeout = float(os.environ["HANG_S"])
+        end = lambda text, code: open(os.environ["FINAL_STATUS"], "w").write(f"{code} {text}")
+        request = lambda: os.environ.get("STOP_REQUEST") if placement.rank == 1 else None
+        with Watchdog(session, heartbeat, timeout, reason_to_leave=request, on_end=end):
             session.rank_zero_first(lambda: None)
-            pulse.beat("work", 7)
+            heartbeat.beat("work", 7)
             print("at work", flush=True)
-            act(placement.rank, session, pulse)
+            act(placement.rank, session, heartbeat)
 
-def act(rank, session, pulse):
+def act(rank, session, heartbeat):
     {act}
 
 run_main(body)
@@ -49,7 +51,7 @@ class Ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.said = tmp_path / "said"
+        self.final_status = tmp_path / "final_status"
         self.log = tmp_path / "log"
         self.out = self.log.open("w")
         self.ranks = [
@@ -59,7 +61,8 @@ class Ranks:
                 env=os.environ | {
                     "RANK": str(rank), "LOCAL_RANK": str(rank % local_size), "WORLD_SIZE": "2",
                     "LOCAL_SIZE": str(local_size), "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port), "HANG_S": str(hang_s), "SAID": str(self.said),
+                    "MASTER_PORT": str(port), "HANG_S": str(hang_s),
+                    "FINAL_STATUS": str(self.final_status),
                 },
             )
             for rank in range(2)
@@ -83,25 +86,27 @@ class Ranks:
         return codes, self.log.read_text().replace("at work\n", "")
 
 
-def last_words(output: str) -> str:
+def last_line(output: str) -> str:
     """Without what the store's C++ logs."""
     return output.strip().splitlines()[-1]
 
 
-def test_an_error_of_one_rank_is_the_last_word(tmp_path):
+def test_an_error_of_one_rank_is_the_last_message(tmp_path):
     act = f"raise ValueError('a bad row') if rank == 1 else {WAIT}"
     codes, output = Ranks(act, tmp_path, 900).end()
     assert codes == [1, 1]
-    assert last_words(output) == "ValueError: a bad row"
+    assert last_line(output) == "ValueError: a bad row"
     assert output.count("Traceback") == 1
-    assert (tmp_path / "said").read_text() == "1 rank 1: ValueError: a bad row"  # for status.json
+    assert (
+        tmp_path / "final_status"
+    ).read_text() == "1 rank 1: ValueError: a bad row"  # for status.json
 
 
-def test_an_error_of_rank_0_is_the_last_word_too(tmp_path):
+def test_an_error_of_rank_0_is_the_last_message_too(tmp_path):
     act = f"raise ValueError('a bad row') if rank == 0 else {WAIT}"
     codes, output = Ranks(act, tmp_path, 900).end()
     assert codes == [1, 1]
-    assert last_words(output) == "ValueError: a bad row"
+    assert last_line(output) == "ValueError: a bad row"
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -111,15 +116,15 @@ def test_a_killed_rank_is_named_by_another(tmp_path, victim):
     ranks.ranks[victim].kill()
     codes, output = ranks.end()
     assert codes == [-9 if rank == victim else 1 for rank in range(2)]
-    said = f"rank {victim} ended without a word, as after a kill or for want of memory, while rank"
-    assert last_words(output).startswith(said)
-    assert output.count("without a word") == 1
-    assert (tmp_path / "said").read_text().startswith(f"1 {said}")
+    message = f"rank {victim} ended without a message"
+    assert last_line(output).startswith(message)
+    assert output.count("without a message") == 1
+    assert (tmp_path / "final_status").read_text().startswith(f"1 {message}")
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_of_another_machine_is_named(tmp_path, victim):
-    """Its process cannot be seen from here; the transport only says that somebody is gone."""
+    """Its process is not visible here; the transport only reports that a peer is gone."""
     ranks = Ranks(
         "time.sleep(6); raise RuntimeError('Connection closed by peer')",
         tmp_path,
@@ -127,71 +132,72 @@ def test_a_killed_rank_of_another_machine_is_named(tmp_path, victim):
         local_size=1,
     )
     ranks.wait_for_work()
-    time.sleep(3)  # it has shown its pulse
+    time.sleep(3)  # it has published its heartbeat
     ranks.ranks[victim].kill()
     codes, output = ranks.end()
     assert codes == [-9 if rank == victim else 1 for rank in range(2)]
-    said = f"rank {victim} ended without a word, as after a kill or for want of memory, while rank"
-    assert last_words(output).startswith(said)
+    message = f"rank {victim} ended without a message"
+    assert last_line(output).startswith(message)
     assert "Connection closed by peer" not in output
-    assert (tmp_path / "said").read_text().startswith(f"1 {said}")
+    assert (tmp_path / "final_status").read_text().startswith(f"1 {message}")
 
 
-def test_a_lost_connection_to_ranks_that_live_is_the_last_word(tmp_path):
+def test_a_lost_connection_to_living_ranks_is_the_last_message(tmp_path):
     act = f"raise RuntimeError('Connection closed by peer') if rank == 0 else {WAIT}"
     codes, output = Ranks(act, tmp_path, 900, local_size=1).end()
     assert codes == [1, 1]
-    said = "rank 0: lost its connection to another rank: Connection closed by peer"
-    assert last_words(output) == said
-    assert (tmp_path / "said").read_text() == f"1 {said}"
+    message = "rank 0: lost its connection to another rank: Connection closed by peer"
+    assert last_line(output) == message
+    assert (tmp_path / "final_status").read_text() == f"1 {message}"
 
 
-def test_an_error_that_all_meet_is_left_to_them(tmp_path):
+def test_an_error_that_all_ranks_raise_is_not_declared(tmp_path):
     codes, output = Ranks("raise Stopped('start again')", tmp_path, 900).end()
     assert codes == [75, 75]
     assert "start again" in output
-    assert "without a word" not in output
-    assert not (tmp_path / "said").exists()
+    assert "without a message" not in output
+    assert not (tmp_path / "final_status").exists()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_an_error_that_one_rank_alone_meets_is_told_to_all(tmp_path, victim):
+def test_an_error_of_one_rank_alone_ends_all(tmp_path, victim):
     act = f"raise OfOneRank('its worker died') if rank == {victim} else {WAIT}"
     codes, output = Ranks(act, tmp_path, 900).end()
     assert codes == [1, 1]
-    assert last_words(output) == f"rank {victim}: its worker died"
+    assert last_line(output) == f"rank {victim}: its worker died"
     assert "Traceback" not in output
     if victim:
-        assert (tmp_path / "said").read_text() == "1 rank 1: its worker died"
+        assert (tmp_path / "final_status").read_text() == "1 rank 1: its worker died"
 
 
-def test_a_wish_to_stop_that_comes_before_a_step_takes_all_ranks_along(tmp_path, monkeypatch):
+def test_a_stop_request_before_the_first_step_ends_all_ranks(tmp_path, monkeypatch):
     """Also where the main threads are in a library."""
-    monkeypatch.setenv("WISH", "signal SIGUSR1")
+    monkeypatch.setenv("STOP_REQUEST", "signal SIGUSR1")
     codes, output = Ranks(WAIT, tmp_path, 900).end()
     assert codes == [75, 75]
-    said = "stopped before the first step (signal SIGUSR1); start again to go on"
-    assert last_words(output) == said
-    assert (tmp_path / "said").read_text() == f"75 {said}"
+    assert_mentions(last_line(output), "before the first step", "signal SIGUSR1")
+    assert (tmp_path / "final_status").read_text() == f"75 {last_line(output)}"
 
 
 def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path):
-    waits = f"pulse.beat('a sum') or {WAIT}"
-    act = f"pulse.beat('reading rows', 8) or (time.sleep(900) if rank else {waits})"
+    waits = f"heartbeat.beat('a sum') or {WAIT}"
+    act = f"heartbeat.beat('reading rows', 8) or (time.sleep(900) if rank else {waits})"
     codes, output = Ranks(act, tmp_path, 2).end()
     assert codes == [1, 1]
-    assert "rank 1 on " in last_words(output)
-    assert "hangs at step 8 in reading rows (<string>:" in last_words(output)
+    assert "rank 1 on " in last_line(output)
+    assert "hangs at step 8 in reading rows (<string>:" in last_line(output)
     assert "rank 0 on" not in output
 
 
 def test_a_rank_that_never_loads_its_model_is_named(tmp_path):
-    loads = "import pipeline.cluster.heartbeat as w; w.LOADING_S = 3.0; pulse.beat(w.LOADING[0]); "
-    act = f"{loads}rank or pulse.beat(w.LOADING[1]); {WAIT}"
+    loads = (
+        "import pipeline.cluster.heartbeat as h; h.LOADING_S = 3; heartbeat.beat(h.LOADING[0]); "
+    )
+    act = f"{loads}rank or heartbeat.beat(h.LOADING[1]); {WAIT}"
     codes, output = Ranks(act, tmp_path, 1).end()
     assert codes == [1, 1]
-    assert last_words(output).startswith("no progress for 3 s (the others wait): rank 1 on ")
-    assert "hangs at step 7 in loading the base" in last_words(output)
+    assert last_line(output).startswith("no progress for 3 s (the others wait): rank 1 on ")
+    assert "hangs at step 7 in loading the base" in last_line(output)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -199,12 +205,12 @@ def test_a_rank_that_never_loads_its_model_is_named(tmp_path):
 def test_a_stopped_process_is_named_and_ended(tmp_path, victim):
     ranks = Ranks(WAIT, tmp_path, 4)
     ranks.wait_for_work()
-    time.sleep(1)  # it has shown its pulse
+    time.sleep(1)  # it has published its heartbeat
     ranks.ranks[victim].send_signal(signal.SIGSTOP)
     codes, output = ranks.end(90)
     assert codes[1 - victim] == 1
     assert codes[victim] in (1, -9)
     assert not psutil.pid_exists(ranks.ranks[victim].pid)
-    said = [line for line in output.splitlines() if line.startswith("no progress for 4 s")]
-    assert len(said) == 1
-    assert ("rank 1 on " if victim else "does not answer") in said[0]
+    messages = [line for line in output.splitlines() if line.startswith("no progress for 4 s")]
+    assert len(messages) == 1
+    assert ("rank 1 on " if victim else "does not answer") in messages[0]

@@ -181,7 +181,7 @@ def finish(run_file: Path, *overrides: str) -> str:
 
 def resumed_step(output: str) -> int:
     """The step that a start says it went on from."""
-    found = re.findall(r"going on from step (\d+)", output)
+    found = re.findall(r"resuming from step (\d+)", output)
     return int(found[-1]) if found else 0
 
 

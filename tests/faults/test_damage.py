@@ -1,4 +1,4 @@
-"""A damaged checkpoint is named in one message and passed over, and the one before it is used."""
+"""A damaged checkpoint is named in one message and skipped, and the one before it is used."""
 
 import shutil
 
@@ -64,16 +64,16 @@ def stopped(run_file, workspace):
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_checkpoint_is_passed_over(stopped, straight, tmp_path, damage):
+def test_a_damaged_checkpoint_is_skipped(stopped, straight, tmp_path, damage):
     path, folder = stopped
     keep = tmp_path / "keep"
     shutil.copytree(folder, keep)
     older, newest = sorted((folder / "checkpoints").glob("step-*"))[-2:]
     damage(newest)
     output = finish(path)
-    assert output.count("is passed over") == 1
-    assert f"{newest} is passed over" in output
-    assert f"going on from step {int(older.name[5:])}" in output
+    assert output.count("is skipped") == 1
+    assert f"{newest} is skipped" in output
+    assert f"resuming from step {int(older.name[5:])}" in output
     assert adapter(folder) == adapter(straight)
     assert losses(folder) == losses(straight)
     shutil.rmtree(folder)

@@ -98,7 +98,7 @@ def test_save_must_succeed_ends_the_run_with_the_older_one_intact(run_file, work
         assert "Traceback" not in run.output
         (folder / "ballast").unlink()
         newest = steps_on_disk(folder)[-1]
-        assert f"going on from step {newest}" in finish(path)
+        assert f"resuming from step {newest}" in finish(path)
         assert adapter(folder) == adapter(straight)
 
 
@@ -130,10 +130,10 @@ def test_a_folder_that_becomes_read_only(run_file, workspace, straight):
         assert run.end() == 1, run.output  # trained to the end, with nowhere to put the adapter
     assert "is not saved" in run.output
     assert "adapter cannot be written" in run.output
-    assert "start again to go on" in run.output
+    assert "start again to resume" in run.output
     assert "Traceback" not in run.output
     newest = steps_on_disk(folder)[-1]
-    assert f"going on from step {newest}" in finish(path)
+    assert f"resuming from step {newest}" in finish(path)
     assert adapter(folder) == adapter(straight)
 
 
@@ -170,5 +170,5 @@ def test_a_folder_deleted_while_the_run_is_at_work(run_file, workspace, straight
     run.wait_until(lambda: (folder / "checkpoints").is_dir() and steps_on_disk(folder), "a save")
     run.kill()
     output = finish(path)  # what is there now is a run again
-    assert "going on from step" in output
+    assert "resuming from step" in output
     assert adapter(folder) == adapter(straight)

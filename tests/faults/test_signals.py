@@ -124,7 +124,7 @@ def test_a_signal_stops_with_a_checkpoint(run_file, workspace, request, name, hi
 def require_same(path, folder, straight, step):
     """Let the run go on to its end, and compare it with one that nothing stopped."""
     output = finish(path)
-    assert f"going on from step {step}" in output
+    assert f"resuming from step {step}" in output
     assert adapter(folder) == adapter(straight)
     assert losses(folder) == losses(straight)
 
@@ -154,7 +154,7 @@ def test_ctrl_c_stops_with_a_checkpoint_where_what_shows_the_output_ends_first(
         time.sleep(0.05)
     assert (status(folder)["state"], status(folder)["exit_code"]) == ("stopped", 75)
     assert steps_on_disk(folder)[-1] == status(folder)["step"]
-    assert "going on from step" in finish(path)
+    assert "resuming from step" in finish(path)
     assert adapter(folder) == adapter(straight)
 
 

@@ -35,7 +35,7 @@ def test_a_time_limit_in_the_middle_costs_nothing(limited, straight):
     job.limit(30)
     job.end("COMPLETED")
     assert job.restarts == 1
-    assert "going on from step" in job.output
+    assert "resuming from step" in job.output
     assert job.output.splitlines()[-1].endswith("done: runs/limited")
     assert same_adapter(run, straight), job.tell()
 
@@ -71,7 +71,7 @@ def test_a_killed_rank_ends_the_job_with_its_name_last(train):
     job.end("FAILED", within_s=60)
     assert time.monotonic() - killed < 60
     assert job.restarts == 0
-    assert "rank 3 ended without a word" in job.output.splitlines()[-1], job.tell()
+    assert "rank 3 ended without a message" in job.output.splitlines()[-1], job.tell()
 
 
 @pytest.fixture(scope="module")
@@ -139,5 +139,5 @@ def test_a_lost_node_is_waited_for_and_the_run_goes_on(cluster, lost, straight):
     cluster.reboot("node2")
     job.end("COMPLETED")
     assert job.restarts == 1
-    assert "going on from step" in job.output
+    assert "resuming from step" in job.output
     assert same_adapter(run, straight), job.tell()

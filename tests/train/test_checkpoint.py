@@ -6,14 +6,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pipeline.errors import RankZeroError, UserError
+from pipeline.errors import RankZeroError
 from pipeline.train.assemble import _checkpoint_to_resume
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
+from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.tensor
 
@@ -82,7 +82,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_one_is_named_and_passed_over(checkpoints, damage):
+def test_a_damaged_checkpoint_is_named_and_skipped(checkpoints, damage):
     older, newer = write(checkpoints, 3), write(checkpoints, 6)
     damage(newer)
     path, notes = checkpoints.newest()
@@ -91,30 +91,32 @@ def test_a_damaged_one_is_named_and_passed_over(checkpoints, damage):
     assert str(newer) in notes[0]
 
 
-def test_without_an_intact_one_a_start_is_refused_and_nothing_is_lost(checkpoints):
-    """Not from step 0, unasked, over what may be of use to a person."""
-    alone = SimpleNamespace(rank_zero_first=lambda work: work())
-    assert _checkpoint_to_resume(checkpoints, alone, "auto") == (None, [])  # a new run
+def test_without_an_intact_checkpoint_a_start_is_refused(checkpoints):
+    assert _checkpoint_to_resume(checkpoints, "auto", "resume") == (None, [])
     written = [write(checkpoints, step) for step in (3, 6)]
     for path in written:
         flip("state.json")(path)
     for resume in ("auto", "must"):
-        with pytest.raises(UserError, match=f"resume: {resume}, but no checkpoint is") as caught:
-            _checkpoint_to_resume(checkpoints, alone, resume)
-        assert all(f"{path} is passed over" in str(caught.value) for path in written)
-        assert "resume: never to start anew" in str(caught.value)
-    assert _checkpoint_to_resume(checkpoints, alone, "never") == (None, [])
+        with refused(f"resume: {resume}", *written, "resume: never"):
+            _checkpoint_to_resume(checkpoints, resume, "resume")
+    assert _checkpoint_to_resume(checkpoints, "never", "new") == (None, [])
 
 
-def test_must_without_any_is_refused(checkpoints):
-    alone = SimpleNamespace(rank_zero_first=lambda work: work())
-    with pytest.raises(UserError, match="resume: must, but there is no checkpoint"):
-        _checkpoint_to_resume(checkpoints, alone, "must")
+def test_must_without_a_checkpoint_is_refused(checkpoints):
+    with refused("resume: must", "resume: auto"):
+        _checkpoint_to_resume(checkpoints, "must", "resume")
+
+
+def test_a_new_run_resumes_from_nothing_that_an_old_one_left(checkpoints):
+    write(checkpoints, 3)
+    assert _checkpoint_to_resume(checkpoints, "auto", "new") == (None, [])
 
 
 @pytest.mark.parametrize("broken", ["folder", "file"])
-def test_what_cannot_be_read_is_not_taken_for_damaged_or_missing(checkpoints, monkeypatch, broken):
-    """As on a network's disk that is away for a moment, or of another user."""
+def test_an_unreadable_checkpoint_counts_as_neither_damaged_nor_missing(
+    checkpoints, monkeypatch, broken
+):
+    """As on a network disk that does not answer for a moment, or of another user."""
     write(checkpoints, 3)
     write(checkpoints, 6)
 
@@ -125,31 +127,31 @@ def test_what_cannot_be_read_is_not_taken_for_damaged_or_missing(checkpoints, mo
         monkeypatch.setattr(Path, "iterdir", refuse)
     else:
         monkeypatch.setattr(hashlib, "file_digest", refuse)
-    with pytest.raises(UserError, match=r"somewhere: cannot be read \(Input/output error\)"):
+    with refused("somewhere", "Input/output error"):
         checkpoints.newest()
 
 
-def test_the_one_just_written_is_never_pruned(tmp_path):
+def test_the_checkpoint_just_written_is_never_pruned(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", IDENTITY, keep=1)
     damaged = write(checkpoints, 9)
     flip("adapter.safetensors")(damaged)
     resumed = write(checkpoints, 3)  # from before the damaged one
     assert checkpoints.newest() == (resumed, [])
     assert not damaged.exists()
-    assert (tmp_path / "checkpoints/step-00000009-passed-over-1").is_dir()  # a person may want it
+    assert (tmp_path / "checkpoints/step-00000009-skipped-1").is_dir()
 
 
-def test_one_of_another_run_is_refused_with_the_difference(checkpoints, tmp_path):
+def test_another_run_is_refused_with_the_differences(checkpoints, tmp_path):
     path = write(checkpoints, 3)
     identity = Identity(data="d", base="other", total_steps=10, adapter="lora_r 4")
 
     def other(*accepted: str) -> Checkpoints:
         return Checkpoints(tmp_path / "checkpoints", identity, keep=2, accepted=accepted)
 
-    said = r"base: b -> other; total_steps: 9 -> 10; .*accept_changes: \[base, total_steps\]"
-    with pytest.raises(UserError, match=said):
+    facts = ("base: b -> other", "total_steps: 9 -> 10", "accept_changes: [base, total_steps]")
+    with refused(path, *facts):
         other().read_progress(path)
-    with pytest.raises(UserError, match="total_steps: 9 -> 10"):
+    with refused("total_steps: 9 -> 10"):
         other("base").read_progress(path)
     assert other("base", "total_steps").read_progress(path).step == 3
 
@@ -179,7 +181,7 @@ def test_another_adapter_is_refused_whatever_is_accepted(checkpoints, tmp_path):
         keep=2,
         accepted=("base", "data", "total_steps"),
     )
-    with pytest.raises(UserError, match="adapter: lora_r 4 -> lora_r 8; put back") as caught:
+    with refused("adapter: lora_r 4 -> lora_r 8") as caught:
         other.read_progress(path)
     assert "accept_changes" not in str(caught.value)
 
@@ -199,31 +201,31 @@ def kill(path):
     raise KeyboardInterrupt
 
 
-def test_a_full_disk_is_said_before_anything_is_touched(checkpoints, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(checkpoints, monkeypatch):
     older = write(checkpoints, 3)
     usage = shutil.disk_usage("/")._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(RankZeroError, match=r"needs .* MiB .* free"):
+    with refused("checkpoints", "MiB", error=RankZeroError):
         write(checkpoints, 6)
     assert checkpoints.newest() == (older, [])
 
 
-def test_the_best_is_kept_beside_them(checkpoints, tmp_path):
+def test_the_best_adapter_is_kept_while_a_checkpoint_names_it(checkpoints, tmp_path):
     checkpoints.write_best(WEIGHTS, Progress(step=4, best_step=4))
     checkpoints.write(WEIGHTS, MOMENTS, Progress(step=8, best_step=4))
     checkpoints.write_best(WEIGHTS, Progress(step=12, best_step=12))
-    # Killed here, the run goes on from step 8, whose best is still that of step 4.
+    # A kill here resumes from step 8, whose best adapter is still that of step 4.
     found = checkpoints.read_best(Progress(step=8, best_step=4))
     assert torch.equal(found["k.lora_A.weight"], WEIGHTS["k.lora_A.weight"])
     checkpoints.write(WEIGHTS, MOMENTS, Progress(step=16, best_step=12))
     assert [p.name for p in (tmp_path / "checkpoints").glob("best-*")] == ["best-00000012"]
     (tmp_path / "checkpoints/best-00000012/adapter.safetensors").unlink()
-    with pytest.raises(RankZeroError, match="is missing"):
+    with refused("adapter.safetensors", "missing", error=RankZeroError):
         checkpoints.read_best(Progress(best_step=12))
 
 
 @pytest.mark.parametrize("name", [*NAMES, "manifest.json"])
-def test_cut_anywhere_it_is_passed_over(checkpoints, name):
+def test_a_file_cut_anywhere_makes_a_checkpoint_skipped(checkpoints, name):
     older, newer = write(checkpoints, 3), write(checkpoints, 6)
     whole = (newer / name).read_bytes()
     for place in range(20):
@@ -231,24 +233,24 @@ def test_cut_anywhere_it_is_passed_over(checkpoints, name):
         assert checkpoints.newest()[0] == older, place
 
 
-def test_a_named_one_is_left_for_what_descends_from_it(checkpoints, tmp_path):
+def test_resume_path_takes_the_newest_descendant_of_the_named_checkpoint(checkpoints, tmp_path):
     first = write(checkpoints, 3)
     write(checkpoints, 6)
     named = Checkpoints(tmp_path / "checkpoints", IDENTITY, keep=2, origin=str(first.absolute()))
     path, notes = named.newest()
     assert path == first  # though step 6 is newer
     assert len(notes) == 1
-    assert "step-00000006 is passed over: it does not come from" in notes[0]
+    assert_mentions(notes[0], "step-00000006 is skipped", first)
     later = write(named, 5)
-    assert named.newest() == (later, [])  # a second start goes on
-    assert (tmp_path / "checkpoints/step-00000006-passed-over-1").is_dir()
+    assert named.newest() == (later, [])  # for a second start
+    assert (tmp_path / "checkpoints/step-00000006-skipped-1").is_dir()
     flip("state.json")(first)
     flip("state.json")(later)
-    with pytest.raises(UserError, match=r"step-00000003 is no intact checkpoint: state\.json"):
+    with refused("resume", first, "state.json"):
         named.newest()
 
 
-def test_that_of_the_lowest_loss_is_kept_as_well(checkpoints, tmp_path):
+def test_the_checkpoint_of_the_lowest_loss_is_kept_as_well(checkpoints, tmp_path):
     for step in (2, 4, 6, 8):
         checkpoints.write(WEIGHTS, MOMENTS, Progress(step=step, best_step=min(step, 4)))
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
@@ -256,7 +258,8 @@ def test_that_of_the_lowest_loss_is_kept_as_well(checkpoints, tmp_path):
 
 
 def test_never_more_on_the_disk_than_predicted(checkpoints, tmp_path, monkeypatch):
-    """Two kept, that of the lowest loss, one being written; two best adapters."""
+    """Two checkpoints, that of the lowest loss and one being written; two best adapters."""
+    checkpoints.identity = replace(IDENTITY, total_steps=24)
     seen, write_folder = {"step": [], "best": []}, checkpoints._write_folder
 
     def write_and_count(*given):
@@ -274,7 +277,7 @@ def test_never_more_on_the_disk_than_predicted(checkpoints, tmp_path, monkeypatc
             checkpoints.write(WEIGHTS, MOMENTS, progress)
             assert checkpoints.has_best(progress)
         named = step // 4 * 4
-        if named:  # a kill may come here: what the newest checkpoint names is there
+        if named:  # after a kill here the newest checkpoint finds its best adapter
             resumed = checkpoints.read_progress(checkpoints.newest()[0])
             assert resumed.step == named
             assert checkpoints.has_best(resumed)
@@ -291,7 +294,7 @@ def test_a_kill_between_two_renames_loses_nothing(checkpoints, is_second_done):
     assert checkpoints.newest() == (path, [])
 
 
-def test_state_says_what_a_reader_wants_to_know(tmp_path):
+def test_state_json_has_the_schedule_the_versions_and_the_progress(tmp_path):
     about = {"schedule": {"total_steps": 9}, "versions": {"torch": "2"}}
     checkpoints = Checkpoints(tmp_path / "checkpoints", IDENTITY, keep=2, about=about)
     progress = Progress(
@@ -302,3 +305,71 @@ def test_state_says_what_a_reader_wants_to_know(tmp_path):
     assert state["schedule"] == {"total_steps": 9}
     assert state["progress"]["documents"] == 12
     assert checkpoints.read_progress(path) == progress
+
+
+def foreign(tmp_path, path, **fields) -> Checkpoints:
+    """The checkpoints of another run folder that resumes from `path`."""
+    values = {"identity": IDENTITY, "keep": 2, "origin": str(path.resolve())} | fields
+    return Checkpoints(tmp_path / "other/checkpoints", **values)
+
+
+def test_a_checkpoint_of_another_folder_resumes_the_same_data_and_schedule(checkpoints, tmp_path):
+    path = write(checkpoints, 3)
+    assert foreign(tmp_path, path).newest() == (path, [])
+    assert foreign(tmp_path, path).read_progress(path).step == 3
+
+
+@pytest.mark.parametrize("total_steps", [2, 3, 20])
+@pytest.mark.parametrize("data", ["d", "other"])
+def test_another_data_set_or_schedule_needs_a_new_run(checkpoints, tmp_path, data, total_steps):
+    """Its place in the epoch and its learning rate would be those of the other run."""
+    path = write(checkpoints, 3)
+    identity = replace(IDENTITY, data=data, total_steps=total_steps)
+    other = foreign(tmp_path, path, identity=identity, accepted=("data", "total_steps"))
+    with refused("resume", path, "total_steps: 9 -> ", "new run", "output_dir"):
+        other.read_progress(path)
+
+
+@pytest.mark.parametrize("step", [9, 10])
+def test_a_finished_run_of_another_folder_has_no_step_left(checkpoints, tmp_path, step):
+    path = write(checkpoints, step)
+    with refused(path, f"step {step}", "step 9", "max_steps"):
+        foreign(tmp_path, path).read_progress(path)
+
+
+def test_a_run_cannot_be_shortened_below_its_checkpoint(checkpoints, tmp_path):
+    path = write(checkpoints, 6)
+    for total_steps, is_possible in ((7, True), (6, True), (5, False)):
+        shorter = Checkpoints(
+            path.parent, replace(IDENTITY, total_steps=total_steps), 2, accepted=("total_steps",)
+        )
+        if is_possible:
+            assert shorter.read_progress(path).step == 6
+        else:
+            with refused(path, "step 6", "step 5", "max_steps"):
+                shorter.read_progress(path)
+
+
+@pytest.mark.parametrize("change", ["name", "shape", "fewer", "more"])
+def test_other_target_modules_are_refused_before_the_model_is_loaded(checkpoints, tmp_path, change):
+    path = write(checkpoints, 3)
+    shapes = {key: tuple(tensor.shape) for key, tensor in WEIGHTS.items()}
+    same = Checkpoints(path.parent, IDENTITY, 2, shapes=dict(shapes))
+    assert same.read_progress(path).step == 3
+    shape = shapes.pop("k.lora_A.weight")
+    if change == "name":
+        shapes["q.lora_A.weight"] = shape
+    elif change == "shape":
+        shapes["k.lora_A.weight"] = (shape[1], shape[0])
+    elif change == "more":
+        shapes |= {"k.lora_A.weight": shape, "q.lora_A.weight": shape}
+    with refused(path, "lora_target_modules", "lora_A.weight"):
+        Checkpoints(path.parent, IDENTITY, 2, shapes=shapes).read_progress(path)
+
+
+def test_a_run_of_another_version_names_the_version_that_can_finish_it(tmp_path):
+    old = {"versions": {"rankzero": "0.0.9"}}
+    path = write(Checkpoints(tmp_path / "checkpoints", IDENTITY, 2, about=old), 3)
+    now = Checkpoints(tmp_path / "checkpoints", replace(IDENTITY, data="another key"), 2)
+    with refused(path, "data: d -> another key", "0.0.9"):
+        now.read_progress(path)

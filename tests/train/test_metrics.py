@@ -1,4 +1,4 @@
-"""metrics.jsonl on a disk that does not take everything, and the time that input takes."""
+"""metrics.jsonl on a full disk or with damaged lines, and the time spent waiting for input."""
 
 import errno
 import os
@@ -35,13 +35,13 @@ def file(tmp_path):
     return written
 
 
-def test_lines_that_found_no_room_come_later_in_their_order(file, tmp_path):
+def test_lines_that_a_full_disk_does_not_take_are_written_later_in_order(file, tmp_path):
     path, padding = tmp_path / "metrics.jsonl", "x" * 200
     SmallDisk.left = 2500  # ten lines and a part of the next
     for step in range(1, 301):
         file.write({"step": step, "padding": padding})
     content = path.read_bytes()
-    assert content.endswith(b"\n")  # what was cut off is taken back
+    assert content.endswith(b"\n")  # no part of a line stays
     assert [line["step"] for line in read_metrics(path)] == list(range(1, len(content) // 226 + 1))
     SmallDisk.left = 10**6
     file.write({"step": 301, "padding": padding})
@@ -56,7 +56,7 @@ def test_each_line_is_there_at_once(file, tmp_path):
         assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": step}
 
 
-def test_waiting_is_the_sources_time_and_nothing_else(monkeypatch):
+def test_waiting_counts_the_time_of_the_source_only(monkeypatch):
     now = 0.0
 
     def spend(seconds):
@@ -67,7 +67,7 @@ def test_waiting_is_the_sources_time_and_nothing_else(monkeypatch):
         for seconds in (1.0, 2.0, 4.0):
             spend(seconds)
             yield seconds
-        spend(8.0)  # to find that there is no more
+        spend(8.0)  # to find the end
 
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
     wait, laps = InputWait(), []
@@ -79,7 +79,7 @@ def test_waiting_is_the_sources_time_and_nothing_else(monkeypatch):
     assert wait.lap() == 0.0
 
 
-def test_a_deleted_file_comes_back_whole(tmp_path):
+def test_a_deleted_file_is_written_again_whole(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     file = MetricsFile(folder / "metrics.jsonl", 0)
@@ -91,3 +91,15 @@ def test_a_deleted_file_comes_back_whole(tmp_path):
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2]
     file.write({"step": 3})
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xff\xfe{}\n", b"3\n", b"[1]\n", b"null\n", b'{"loss": 1}\n', b'{"step": "x"}\n',
+               b'{"step": 1.5}\n', b'{"step": 9', b"\x00\n"],
+)  # fmt: skip
+def test_damaged_lines_are_dropped_and_the_others_kept(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n{"step": 3}\n')
+    MetricsFile(path, resumed_step=2)
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    path.read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.cluster.exits import end_process
 from pipeline.errors import RankZeroError
 
 Chunk = TypeVar("Chunk")
@@ -114,4 +115,4 @@ def _end_with_parent() -> None:
     parent = parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
-    os._exit(1)
+    end_process(1)

@@ -1,16 +1,17 @@
-"""What stops a run by itself, on all ranks alike, and what is only counted."""
+"""The loop: what fails a run on all ranks alike, and what is only counted."""
 
 from types import SimpleNamespace
 
 import pytest
 
 from pipeline.adapter.gather import gather_weights
-from pipeline.cluster.heartbeat import Pulse
+from pipeline.cluster.heartbeat import Heartbeat
 from pipeline.errors import RankZeroError
 from pipeline.train import loop
 from pipeline.train.checkpoint import Progress
 from pipeline.train.engine import StepResult
 from pipeline.train.metrics import InputWait
+from tests.messages import assert_mentions
 from tests.ranks import run_ranks
 from tests.tiny import Documents
 from tests.train_tiny import build_engine, work
@@ -19,12 +20,12 @@ pytestmark = pytest.mark.engine
 
 
 def run_of(debug: bool = False):
-    """As much of a Training as counting needs."""
+    """The part of a TrainingState that counting needs."""
     steps = SimpleNamespace(steps_per_epoch=5)
     return SimpleNamespace(
         plan=SimpleNamespace(steps=steps),
         progress=Progress(),
-        frozen_checksum=0 if debug else None,
+        context=SimpleNamespace(is_debug=debug),
     )
 
 
@@ -36,8 +37,8 @@ def result(was_applied=True, is_scale_searched=False):
 
 
 def advance(run, loss, found, documents=4):
-    loop._advance(run, loss, found, documents)
-    loop._require_healthy(run, loss)
+    loop._count(run, loss, found, documents)
+    loop._require_finite(run, loss)
 
 
 def test_three_bad_steps_in_a_row_end_the_run():
@@ -53,7 +54,7 @@ def test_three_bad_steps_in_a_row_end_the_run():
         advance(run_of(debug=True), 1.0, result(False))
 
 
-def test_overflows_that_a_smaller_scale_answers_do_not_count():
+def test_overflows_with_a_scale_that_can_shrink_are_not_bad_steps():
     run = run_of()
     for _ in range(20):
         advance(run, 1.0, result(False, is_scale_searched=True))
@@ -64,9 +65,12 @@ def test_overflows_that_a_smaller_scale_answers_do_not_count():
         advance(run, float("nan"), result(False, is_scale_searched=True))
 
 
-def test_a_loss_of_zero_ends_the_run():
-    with pytest.raises(RankZeroError, match="exactly 0"):
-        advance(run_of(), 0.0, result())
+def test_a_loss_of_zero_is_no_bad_step():
+    """In fp32 a learnt short answer has it, with a gradient that is not zero."""
+    run = run_of()
+    for _ in range(5):
+        advance(run, 0.0, result())
+    assert (run.progress.optimizer_step, run.progress.bad_steps) == (5, 0)
 
 
 def test_the_position_in_the_epoch_is_in_documents():
@@ -77,27 +81,27 @@ def test_the_position_in_the_epoch_is_in_documents():
     assert seen == [4, 8, 12, 16, 18, 4, 8]
 
 
-def test_a_rank_that_waits_for_its_input_says_so():
-    """The watchdog names the phase: an input that hangs is none of the collective before it."""
-    pulse = Pulse()
+def test_waiting_for_input_is_a_phase_of_its_own():
+    """The watchdog names the phase: input that hangs is not the collective before it."""
+    heartbeat = Heartbeat()
     run = SimpleNamespace(
-        pulse=pulse,
+        heartbeat=heartbeat,
         progress=Progress(step=4),
         input_wait=InputWait(),
         stops=SimpleNamespace(reason=lambda: None),
         session=SimpleNamespace(agree_any=lambda mine: mine),
     )
-    asked = []
+    phases = []
 
     def source():
         for batch in range(3):
-            asked.append((pulse.phase, pulse.step))
+            phases.append((heartbeat.phase, heartbeat.step))
             yield batch
 
-    for _ in loop._asking(run, source()):
-        pulse.beat("the backward pass")
-    assert asked == [("waiting for its batch", 4)] * 3
-    assert pulse.phase == "the end of its step"
+    for _ in loop._until_stop(run, source()):
+        heartbeat.beat("the backward pass")
+    assert phases == [("waiting for its batch", 4)] * 3
+    assert heartbeat.phase == "the end of its step"
 
 
 def two_steps(session, folder, lr):
@@ -115,6 +119,6 @@ def two_steps(session, folder, lr):
 
 def test_an_adapter_that_does_not_move_in_two_steps_ends_the_run_on_all_ranks(tiny_model, tmp_path):
     assert run_ranks(two_steps, tiny_model, 1e-3, tmp_path=tmp_path) == ["", ""]
-    said = run_ranks(two_steps, tiny_model, 1e-60, tmp_path=tmp_path)  # too small for fp32
-    assert said[0] == said[1]
-    assert "14 of 14 lora_B matrices are zero" in said[0]
+    messages = run_ranks(two_steps, tiny_model, 1e-60, tmp_path=tmp_path)  # too small for fp32
+    assert messages[0] == messages[1]
+    assert_mentions(messages[0], "14 of 14 lora_B")

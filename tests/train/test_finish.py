@@ -1,0 +1,70 @@
+"""An adapter that cannot be published: the message says what a new start resumes from."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline.errors import RankZeroError
+from pipeline.train import finish
+from pipeline.train.checkpoint import Checkpoints, Identity, Progress
+from pipeline.train.writer import CheckpointWriter
+from tests.messages import assert_mentions
+from tests.tiny import make_plan
+
+pytestmark = pytest.mark.tensor
+
+WEIGHTS, MOMENTS = {"k": torch.randn(4)}, {"k/exp_avg": torch.randn(4)}
+FULL = OSError("no space left")
+
+
+@pytest.fixture
+def writer(tmp_path):
+    identity = Identity(data="d", base="b", total_steps=9, adapter="lora_r 4")
+    return CheckpointWriter(Checkpoints(tmp_path / "checkpoints", identity, keep=2), lambda: None)
+
+
+@pytest.fixture
+def publish(writer, tmp_path, tiny_model, monkeypatch):
+    """Publish where that fails: resumed progress, cause -> the message."""
+
+    def fail(resumed: Progress | None, cause: Exception | None) -> str:
+        run = SimpleNamespace(
+            plan=make_plan(tiny_model), folder=SimpleNamespace(path=tmp_path),
+            progress=Progress(step=9), writer=writer, saved=resumed,
+        )  # fmt: skip
+
+        def refuse(*given, **named):
+            raise RankZeroError("adapter cannot be written") from cause
+
+        monkeypatch.setattr(finish, "publish_adapter", refuse)
+        with pytest.raises(RankZeroError) as caught:
+            finish._publish(run, WEIGHTS)
+        return str(caught.value)
+
+    return fail
+
+
+def test_without_a_checkpoint_a_new_start_begins_at_step_0(publish):
+    assert_mentions(publish(None, FULL), "no checkpoint", "step 0")
+
+
+def test_the_resumed_checkpoint_is_named(publish):
+    assert_mentions(publish(Progress(step=6), FULL), "checkpoint of step 6", "start again")
+
+
+def test_the_latest_written_checkpoint_is_named(publish, writer):
+    writer.save(WEIGHTS, MOMENTS, Progress(step=8))
+    assert_mentions(publish(Progress(step=6), FULL), "checkpoint of step 8", "start again")
+
+
+def test_a_checkpoint_that_could_not_be_written_is_named(publish, writer, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/.step-00000009.new").write_text("a file where the folder should be")
+    writer.save(WEIGHTS, MOMENTS, Progress(step=9))
+    message = publish(Progress(step=6), FULL)
+    assert_mentions(message, "step 9 is not saved", "untouched", "start again")
+
+
+def test_a_wrong_adapter_promises_nothing_of_a_new_start(publish):
+    assert publish(Progress(step=6), None) == "adapter cannot be written"

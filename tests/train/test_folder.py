@@ -1,0 +1,158 @@
+"""RunFolder: status.json tells how a run ended, whoever ends it."""
+
+import json
+import os
+import time
+
+import pytest
+
+from pipeline.cluster.stop import StopRequests
+from pipeline.errors import RankZeroError, Stopped
+from pipeline.train.context import RunContext
+from pipeline.train.folder import RunFolder
+from pipeline.train.owner import OWNER, identity
+from pipeline.train.status import RunStatus, end_for_dead_owner, read_status
+from tests.tiny import make_plan
+
+pytestmark = pytest.mark.unit
+
+
+class Alone:
+    """A session of one process."""
+
+    is_rank_zero = True
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_model):
+    """A folder that this process owns."""
+    plan = make_plan(tiny_model, output_dir=str(tmp_path))
+    stops = StopRequests(tmp_path, None, is_first=True)
+    folder = RunFolder(RunContext(plan=plan, session=Alone(), stops=stops))
+    folder.status.own()
+    yield folder
+    folder.status.end("failed", 1, "the test is over")
+
+
+def final_status(folder) -> tuple:
+    status = read_status(folder.path / "status.json")
+    return status["state"], status["exit_code"], status["reason"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (Stopped("at step 3"), ("stopped", 75, "at step 3")),
+        (RankZeroError("not finite"), ("failed", 1, "not finite")),
+        (ValueError("no memory"), ("failed", 1, "ValueError: no memory")),
+        (KeyboardInterrupt(), ("failed", 1, "KeyboardInterrupt: ")),
+    ],
+)
+def test_the_status_tells_the_error(folder, error, status):
+    folder.status.claim()
+    with pytest.raises(type(error)), folder.outcome_recorded():
+        raise error
+    assert final_status(folder) == status
+
+
+def test_a_run_without_an_error_is_done_and_its_folder_free(folder):
+    folder.status.claim()
+    with folder.outcome_recorded():
+        pass
+    assert final_status(folder) == ("done", 0, None)
+    assert not (folder.path / OWNER).exists()
+
+
+@pytest.mark.parametrize("error", [RankZeroError("not finite"), ValueError("no memory")])
+def test_an_error_waits_for_the_checkpoint_in_flight(folder, error):
+    waits = []
+    folder.wait_for_writes = waits.append
+    folder.status.claim()
+    with pytest.raises(type(error)), folder.outcome_recorded():
+        raise error
+    assert len(waits) == 1
+
+
+def test_a_lost_connection_is_left_to_the_watchdog(folder):
+    folder.status.claim()
+    with pytest.raises(RuntimeError), folder.outcome_recorded():
+        raise RuntimeError("Connection closed by peer")
+    assert final_status(folder)[0] == "running"
+
+
+def test_the_watchdogs_status_is_final(folder):
+    """The main thread runs on for a moment and raises an error of its own."""
+    folder.status.claim()
+
+    def end_twice():
+        with folder.outcome_recorded():
+            folder.end_by_watchdog("rank 1 got a stop request", 75)
+            raise ValueError("the next")
+
+    with pytest.raises(ValueError, match="next"):
+        end_twice()
+    assert final_status(folder) == ("stopped", 75, "rank 1 got a stop request")
+
+
+def test_a_stop_by_the_watchdog_removes_the_stop_file(folder):
+    (folder.path / "stop").touch()
+    folder.status.claim()
+    folder.end_by_watchdog("the file stop", 75)
+    assert not (folder.path / "stop").exists()  # the next start does not stop at once
+
+
+def test_after_the_final_status_no_start_claims_the_folder(folder):
+    folder.end_by_watchdog("stopped", 75)
+    with pytest.raises(AssertionError):
+        folder.status.claim()
+    folder.status.end("failed", 1, "AssertionError")
+    assert read_status(folder.status.path) is None
+
+
+def test_a_second_interrupt_is_the_status_without_waiting_for_a_write(folder):
+    folder.wait_for_writes = pytest.fail
+    folder.status.claim()
+    folder.end_by_second_interrupt()
+    assert final_status(folder)[:2] == ("failed", 130)
+
+
+def test_the_status_is_replaced_whole_and_keeps_the_resumed_progress(tmp_path):
+    status = RunStatus(tmp_path / "status.json")
+    status.own()
+    status.claim({"step": 0, "total_steps": 9})
+    status.update(step=3)
+    fields = read_status(tmp_path / "status.json")
+    assert (fields["state"], fields["step"], fields["total_steps"]) == ("running", 3, 9)
+    status.end("stopped", 75, "time_limit")
+    assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_another_rank_ends_the_status_of_a_dead_owner_only(tmp_path):
+    path = tmp_path / "status.json"
+    mine = identity() | {"state": "running", "started": time.time(), "step": 4}
+    path.write_text(json.dumps(mine | {"pids": [os.getppid()]}))
+    end_for_dead_owner(path, "rank 0 ended")
+    assert read_status(path)["state"] == "running"  # the owner lives
+    path.write_text(json.dumps(mine | {"pids": [2**22 + 1]}))
+    (tmp_path / OWNER).write_text(path.read_text())
+    end_for_dead_owner(path, "rank 0 ended")
+    fields = read_status(path)
+    assert (fields["state"], fields["exit_code"], fields["step"]) == ("failed", 1, 4)
+    assert fields["reason"] == "rank 0 ended"
+    assert not (tmp_path / OWNER).exists()  # another machine may start at once
+
+
+def test_an_owner_on_another_machine_is_dead_when_no_heartbeat_comes(tmp_path, monkeypatch):
+    path = tmp_path / "status.json"
+    fields = identity() | {"machine": "another", "state": "running", "heartbeat": time.time()}
+    path.write_text(json.dumps(fields))
+
+    def beat(_):
+        path.write_text(json.dumps(fields | {"heartbeat": time.time() + 1}))
+
+    monkeypatch.setattr("pipeline.train.status.time.sleep", beat)
+    end_for_dead_owner(path, "rank 0 ended")
+    assert read_status(path)["state"] == "running"
+    monkeypatch.setattr("pipeline.train.status.time.sleep", lambda _: None)
+    end_for_dead_owner(path, "rank 0 ended")
+    assert read_status(path)["state"] == "failed"

@@ -1,0 +1,115 @@
+"""Checkpoints written while training continues: one at a time, failures reported and repaired."""
+
+import threading
+
+import pytest
+import torch
+
+from pipeline.errors import RankZeroError
+from pipeline.plan.cost.stopping import slow_stop_warning
+from pipeline.train.checkpoint import Checkpoints, Identity, Progress
+from pipeline.train.writer import CheckpointWriter
+from tests.messages import assert_mentions, refused
+
+pytestmark = pytest.mark.tensor
+
+WEIGHTS, MOMENTS = {"k": torch.randn(4)}, {"k/exp_avg": torch.randn(4)}
+DEADLINE_S = 30
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    identity = Identity(data="d", base="b", total_steps=9, adapter="lora_r 4")
+    return Checkpoints(tmp_path / "checkpoints", identity, keep=2)
+
+
+@pytest.fixture
+def writer(checkpoints):
+    return CheckpointWriter(checkpoints, lambda: None)
+
+
+def test_training_does_not_wait_and_only_one_write_is_in_flight(writer, checkpoints, monkeypatch):
+    gate, written, at_work = threading.Event(), [], []
+    write = checkpoints.write
+
+    def slow(weights, moments, progress):
+        at_work.append(progress.step)
+        assert len(at_work) == len(written) + 1
+        assert gate.wait(DEADLINE_S)
+        write(weights, moments, progress)
+        written.append(progress.step)
+
+    monkeypatch.setattr(checkpoints, "write", slow)
+    progress = Progress(step=3, optimizer_step=3)
+    writer.save(WEIGHTS, MOMENTS, progress)
+    assert written == []  # save() has returned
+    progress.step = 4  # the loop continues; the write stays that of step 3
+    second = threading.Thread(target=writer.save, args=(WEIGHTS, MOMENTS, progress))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()  # it waits for the write in flight
+    gate.set()
+    second.join(DEADLINE_S)
+    assert writer.wait() is None
+    assert written == [3, 4]
+    assert checkpoints.newest()[0].name == "step-00000004"
+    assert checkpoints.read_progress(checkpoints.newest()[0].with_name("step-00000003")).step == 3
+
+
+def test_a_failed_write_is_reported_once_and_repaired_by_the_next(writer, checkpoints, tmp_path):
+    writer.save(WEIGHTS, MOMENTS, Progress(step=3))
+    assert writer.wait() is None
+    list(writer.finished())
+    blocked = tmp_path / "checkpoints/.step-00000004.new"
+    blocked.write_text("a file where the folder should be")
+    writer.save(WEIGHTS, MOMENTS, Progress(step=4))
+    assert "step 4 is not saved" in writer.wait()
+    with refused("step 4", error=RankZeroError):
+        writer.require_written()
+    ((failure, _),) = writer.finished()
+    assert "step 4 is not saved" in failure
+    assert list(writer.finished()) == []
+    assert checkpoints.newest()[0].name == "step-00000003"
+    blocked.unlink()
+    writer.save(WEIGHTS, MOMENTS, Progress(step=5))
+    writer.require_written()
+    assert checkpoints.newest()[0].name == "step-00000005"
+
+
+def test_a_failed_checkpoint_is_reported_though_a_best_follows(writer, checkpoints, tmp_path):
+    blocked = tmp_path / "checkpoints/.step-00000004.new"
+    blocked.parent.mkdir()
+    blocked.write_text("a file where the folder should be")
+    writer.save(WEIGHTS, MOMENTS, Progress(step=4))
+    writer.save_best(WEIGHTS, Progress(step=5, best_step=5, best_loss=1.0))
+    assert "step 4 is not saved" in writer.wait()  # so a stop writes it again
+    assert ["step 4 is not saved" in (failure or "") for failure, _ in writer.finished()] == [
+        True,
+        False,
+    ]
+    with refused("step 4", error=RankZeroError):
+        writer.require_written()
+    assert checkpoints.has_best(Progress(best_step=5))
+    blocked.unlink()
+    writer.save(WEIGHTS, MOMENTS, Progress(step=6))
+    writer.require_written()
+
+
+def test_a_best_adapter_that_could_not_be_written_is_not_lost(writer, checkpoints, tmp_path):
+    progress = Progress(step=4, best_step=4, best_loss=1.0)
+    blocked = tmp_path / "checkpoints/.best-00000004.new"
+    blocked.parent.mkdir()
+    blocked.write_text("a file where the folder should be")
+    writer.save_best(WEIGHTS, progress)
+    assert "the best adapter, of step 4 is not saved" in writer.wait()
+    assert torch.equal(writer.best(progress)["k"], WEIGHTS["k"])  # from memory
+    blocked.unlink()
+    writer.save(WEIGHTS, MOMENTS, progress)
+    assert writer.wait() is None
+    assert checkpoints.has_best(progress)  # the next save wrote it too
+    assert torch.equal(writer.best(progress)["k"], WEIGHTS["k"])
+
+
+def test_a_stop_longer_than_a_launcher_waits_is_warned_of():
+    assert slow_stop_warning(20.0, 9.0) is None
+    assert_mentions(slow_stop_warning(20.0, 11.0), "20 + 11 s", "stop", "save_steps")
