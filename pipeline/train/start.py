@@ -225,7 +225,12 @@ def _differences(folder: Path, plan: Plan, found: Found) -> dict[str, str]:
         if _value(before, key) != value
     }
     if "train_data" not in changed and _has_other_documents(folder, plan.settings, found):
-        changed["train_data"] = "train_data (or the tokenizer): its content changed"
+        version = written_by(folder)
+        changed["train_data"] = (
+            "train_data (or the tokenizer): its content changed"
+            if version == __version__
+            else f"train_data: RankZero {version} prepared other documents from it"
+        )
     return changed | _changed_adam(folder, plan)
 
 
