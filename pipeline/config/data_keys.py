@@ -1,6 +1,6 @@
 """Keys of a run file about the base and the data: type, default, description and traits."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +16,8 @@ from pipeline.config.data_names import (
     columns_of_a_format,
     names_of_data,
     names_or_how_much,
+    template_name,
+    template_variables,
 )
 from pipeline.config.traits import traits
 
@@ -153,15 +155,34 @@ class DataKeys(BaseModel):
         "templates that rewrite earlier turns.",
         json_schema_extra=traits(change="documents"),
     )
-    chat_template: Literal["model", "chatml"] = Field(
+    train_on_reasoning: bool = Field(
+        default=True,
+        description="Whether the reasoning in trained turns counts in the loss; if not, it is "
+        "only read.",
+        json_schema_extra=traits(change="documents"),
+    )
+    special_tokens_in_text: Literal["keep", "reject", "as-text"] = Field(
+        default="keep",
+        description="What happens to special tokens that stand in the texts of a conversation: "
+        "they are special tokens and the audit counts them, the row is rejected, or they are "
+        "tokenised as ordinary text.",
+        json_schema_extra=traits(change="documents"),
+    )
+    chat_template: Annotated[str, AfterValidator(template_name)] = Field(
         default="model",
-        description="`chatml` for a model without a chat template of its own; turns end with "
-        "its end-of-sequence token.",
+        description="The model's own, a Jinja file (`FILE.jinja`), or `chatml` for a model without "
+        "a chat template; then turns end with its end-of-sequence token.",
         json_schema_extra=traits(
             change="documents",
             is_path=True,
             peers=("template", "chat_template_path", "chat_template_jinja"),
         ),
+    )
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(template_variables)] = Field(
+        default_factory=dict,
+        description="Variables for the chat template, for example `{enable_thinking: false}`, "
+        "`{reasoning_effort: high}` or `{date_string: 26 Jul 2024}`.",
+        json_schema_extra=traits(change="documents"),
     )
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that the model folder brings along."

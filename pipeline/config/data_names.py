@@ -101,3 +101,18 @@ def _as_name(value: Any, expected: str) -> str | DataSource:
         problem = error.errors()[0]
         said = problem["msg"].replace("Input should be", "must be")
         raise ValueError(f"{problem['loc'][0]} of a source: {said}") from None
+
+
+def template_name(value: str) -> str:
+    """The value of `chat_template`; ValueError where it is no template."""
+    if value in ("model", "chatml") or value.endswith((".jinja", ".jinja2", ".j2")):
+        return value
+    raise ValueError(f"{value} is no template; give model, chatml or a Jinja file (FILE.jinja)")
+
+
+def template_variables(value: dict[str, Any]) -> dict[str, Any]:
+    """The value of `chat_template_kwargs`; ValueError for what every template is given anyway."""
+    given = {"messages", "tools", "documents", "add_generation_prompt"}
+    if wrong := sorted(given & value.keys()):
+        raise ValueError(f"{wrong[0]} is set for each row, so it cannot be set here")
+    return value

@@ -397,7 +397,10 @@ OTHER_DOCUMENTS = {
     "max_length": 77,
     "over_length": "drop",
     "packing": True,
+    "chat_template_kwargs": {"enable_thinking": False},
+    "special_tokens_in_text": "reject",
     "split_turns": True,
+    "train_on_reasoning": False,
     "train_on": "last-assistant",
 }
 

@@ -1,13 +1,15 @@
 """Example -> token ids and which of them are supervised.
 
 A conversation is rendered once as a whole, by the model's own chat template, and tokenised once.
-An assistant turn owns its content through its end-of-turn token (turns.py says where that is).
+An assistant turn owns what the model itself must write, through its end-of-turn token.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.settings import RunSettings
-from pipeline.data.chat.template import Span, apply_chat_template_setting, chatml
-from pipeline.data.chat.turns import TurnFinder, special_ids
+from pipeline.data.chat.template import (
+    Span,
+    apply_chat_template_setting,
+    chatml,
+    load_template,
+    read_template,
+)
+from pipeline.data.chat.turns import Rendered, TurnFinder, special_ids
 from pipeline.errors import UserError
+from pipeline.files import read_json
 from pipeline.plan.given.shape import require_model_folder
 from pipeline.rows.formats import Completion, Conversation, Example, RowError, Text, Tokens
 
@@ -29,6 +38,9 @@ _NO_END_OF_SEQUENCE = (
     "stop; set eos_token in tokenizer_config.json"
 )
 _NOTHING = "no supervised token"
+_NOTHING_LEFT = (
+    "the chat template leaves nothing of an answer, so the model would learn to say nothing"
+)
 
 
 @dataclass(frozen=True)
@@ -40,22 +52,52 @@ class Document:
 
 
 @dataclass(frozen=True)
-class _Draft:
-    """A document before it is tokenised, and which of its characters count in the loss.
+class Encoded:
+    """The documents of an example: one, or with split_turns one of each trained turn.
 
-    A conversation's spans are turns: from their first character to their end-of-turn token, which
-    they own too. Other texts have one span, to their end.
+    `notes`: tokens that the audit counts: of thoughts that the template omits by design
+    (`omitted_thoughts`), and special tokens inside texts (`special_tokens_in_text`).
+    """
+
+    documents: list[Document]
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A document before it is tokenised.
+
+    `spans`: characters that count in the loss, or with `is_inverse` those that do not; `thoughts`
+    never count. Texts have one span, to their end. `as_text`: special tokens that stay text.
     """
 
     text: str
     spans: Sequence[Span]
     is_chat: bool = False
-    is_inverse: bool = False  # all but the spans counts
+    is_inverse: bool = False
+    thoughts: Sequence[Span] = ()
+    as_text: Sequence[Span] = ()
 
     @property
     def is_all_text(self) -> bool:
-        """Whether all of it counts, so that nothing asks where its characters lie."""
+        """Whether all of it counts, so that the offsets of its tokens are not needed."""
         return not self.is_chat and self.spans[0][0] == 0
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Token ids, and the characters of each."""
+
+    ids: list[int]
+    offsets: list[Span]
+
+    def first_behind(self, start: int) -> int:
+        """The first token that ends behind a character."""
+        return bisect_right(self.offsets, start, key=itemgetter(1))
+
+    def num_before(self, stop: int) -> int:
+        """How many tokens start before a character."""
+        return bisect_left(self.offsets, stop, key=itemgetter(0))
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -83,6 +125,8 @@ def chat_template_of(settings: RunSettings) -> str | None:
     """The chat template that the run file brings to the model; None for the model's own."""
     if settings.chat_template == "model":
         return None
+    if settings.chat_template != "chatml":
+        return read_template(settings.chat_template)
     return chatml(load_tokenizer(settings.model_folder, settings.trust_remote_code))
 
 
@@ -98,56 +142,63 @@ class Encoder:
         self._backend: Any = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._special = frozenset(special_ids(tokenizer).values())
+        self._special = special_ids(tokenizer)
+        self._special_ids = frozenset(self._special.values())
         self._bos: int | None = tokenizer.bos_token_id
         if self._backend.encode("").ids[:1] != [self._bos]:
             self._bos = None  # it is there, but texts do not begin with it
-        # Kept, because the tokenizer looks for it anew each time it is asked: 10 us.
+        # Kept: the tokenizer computes it at each access, which takes 10 us.
         self._eos: int | None = tokenizer.eos_token_id
-        ends = set[int]()
-        with suppress(UserError):  # of the template, which only conversations need
-            ends.add(self._turns.end.id)
-        self.ends = frozenset(ends if self._eos is None else {self._eos, *ends})
+        self._finders: dict[bool, TurnFinder] = {}
+        ends = {self._eos} if self._eos is not None else set[int]()
+        for has_tools in (False, True):
+            with suppress(UserError):  # of the template, which only conversations need
+                ends |= {self._special[end] for end in self._turns(has_tools).ends}
+        self.ends = frozenset(ends)
 
     def encode(self, example: Example) -> list[Document]:
-        """Documents of an example: one, or with split_turns one of each trained turn.
+        """The documents of an example.
 
         Raises RowError for the row, UserError for the tokenizer or its chat template.
         """
-        found = self.encode_many([example])[0]
-        if isinstance(found, RowError):
-            raise found
-        return found
+        encoded = self.encode_many([example])[0]
+        if isinstance(encoded, RowError):
+            raise encoded
+        return encoded.documents
 
-    def encode_many(self, examples: Sequence[Example]) -> list[list[Document] | RowError]:
-        """Documents of each example, or why there are none. UserError as in `encode`."""
-        drafts = [self._drafts_or_error(example) for example in examples]
-        all_drafts = [draft for made in drafts if isinstance(made, list) for draft in made]
-        # Knowing where characters lie costs a tenth of the time (2026-11-25).
-        is_fast = all(draft.is_all_text for draft in all_drafts)
+    def encode_many(self, examples: Sequence[Example]) -> list[Encoded | RowError]:
+        """Each example encoded, or the reason against it. UserError as in `encode`."""
+        rows = [self._drafts_or_error(example) for example in examples]
+        drafts = [draft for row in rows if not isinstance(row, RowError) for draft in row[0]]
+        whole = [draft for draft in drafts if not draft.as_text]
+        # Computing offsets costs a tenth of the time (2026-11-25).
+        is_fast = all(draft.is_all_text for draft in whole)
         encode = self._backend.encode_batch_fast if is_fast else self._backend.encode_batch
-        encodings = iter(encode([draft.text for draft in all_drafts], add_special_tokens=False))
-        found: list[list[Document] | RowError] = []
-        for example, made in zip(examples, drafts, strict=True):
-            if isinstance(made, RowError):
-                found.append(made)
+        encodings = encode([draft.text for draft in whole], add_special_tokens=False)
+        tokens = (_Tokens(e.ids, [] if is_fast else e.offsets) for e in encodings)
+        results: list[Encoded | RowError] = []
+        for example, row in zip(examples, rows, strict=True):
+            if isinstance(row, RowError):
+                results.append(row)
                 continue
-            mine = [(draft, next(encodings)) for draft in made]
+            mine = [(d, self._pieces(d) if d.as_text else next(tokens)) for d in row[0]]
             try:
                 if isinstance(example, Tokens):
-                    found.append([self._checked(example)])
+                    documents = [self._checked(example)]
                 else:
-                    found.append([self._document(draft, encoding) for draft, encoding in mine])
+                    documents = [self._document(draft, its_tokens) for draft, its_tokens in mine]
             except RowError as error:
-                found.append(error)
-        return found
+                results.append(error)
+            else:
+                results.append(Encoded(documents, row[1]))
+        return results
 
     def num_ends(self, supervised: npt.NDArray[np.int32]) -> int:
         """How many of some supervised tokens end a text or a turn."""
         return sum(int(np.count_nonzero(supervised == end)) for end in self.ends)
 
     def last_answer(self, example: Example) -> tuple[str, str]:
-        """All that comes before the last answer, as the model is shown it, and the answer.
+        """The text that the model is shown before the last answer, and the answer.
 
         Raises RowError where there is no question.
         """
@@ -158,32 +209,45 @@ class Encoder:
         if not isinstance(example, Conversation):
             raise RowError("no question with an answer")
         last = max(i for i, message in enumerate(example.messages) if message.role == "assistant")
-        rendered = self._turns.render(replace(example, messages=example.messages[: last + 1]))
-        start, end = rendered.owned[last]
+        asked = replace(example, messages=example.messages[: last + 1])
+        rendered = self._turns(bool(asked.tools)).render(asked, {last})
+        if last not in rendered.owned:
+            raise RowError(_NOTHING_LEFT)
+        start, stop = rendered.owned[last][0][0], rendered.owned[last][-1][1]
         encoding = self._backend.encode(rendered.text, add_special_tokens=False)
-        first, stop = self._token_at(encoding, start, end), encoding.char_to_token(end)
-        answer = self._tokenizer.decode(encoding.ids[first:stop], skip_special_tokens=True)
-        return rendered.text[: encoding.token_to_chars(first)[0]], str(answer)
+        tokens = _Tokens(encoding.ids, encoding.offsets)
+        first = self._first_token(tokens, start)
+        answer = tokens.ids[first : tokens.num_before(stop)]
+        prompt = rendered.text[: tokens.offsets[first][0]]
+        return prompt, str(self._tokenizer.decode(answer, skip_special_tokens=True))
 
-    @cached_property
-    def _turns(self) -> TurnFinder:
-        return TurnFinder(self._tokenizer)
+    def _turns(self, has_tools: bool) -> TurnFinder:
+        """The chat template; some models have another one for rows with tools."""
+        has_own = has_tools and isinstance(self._tokenizer.chat_template, dict)
+        if has_own not in self._finders:
+            template = load_template(
+                self._tokenizer, self._settings.chat_template_kwargs, has_tools=has_own
+            )
+            ends = _end_tokens(self._eos, self._settings.model_folder, self._special)
+            self._finders[has_own] = TurnFinder(template, self._special, ends)
+        return self._finders[has_own]
 
-    def _drafts_or_error(self, example: Example) -> list[_Draft] | RowError:
+    def _drafts_or_error(self, example: Example) -> tuple[list[_Draft], Counter[str]] | RowError:
+        notes = Counter[str]()
         try:
-            drafts = self._drafts(example)
+            drafts = self._drafts(example, notes)
         except RowError as error:
             return error
         for draft in drafts:
             if not _is_text(draft.text):
                 return RowError("half a surrogate pair, which is no character")
-        return drafts
+        return drafts, notes
 
-    def _drafts(self, example: Example) -> list[_Draft]:
+    def _drafts(self, example: Example, notes: Counter[str]) -> list[_Draft]:
         if isinstance(example, Tokens):
             return []
         if isinstance(example, Conversation):
-            return [self._chat_draft(part) for part in self._parts(example)]
+            return self._chat_drafts(example, notes)
         if self._eos is None:
             raise UserError(_NO_END_OF_SEQUENCE)
         if isinstance(example, Text):
@@ -192,17 +256,28 @@ class Encoder:
         start = 0 if self._settings.train_on == "all" else len(example.prompt)
         return [_Draft(text, [(start, len(text))])]
 
-    def _parts(self, conversation: Conversation) -> list[Conversation]:
-        if not self._settings.split_turns:
-            return [conversation]
-        parts = []
-        for i in self._trained(conversation):
-            before = tuple(replace(m, is_trained=False) for m in conversation.messages[:i])
-            messages = (*before, conversation.messages[i])
-            parts.append(replace(conversation, messages=messages))
-        if not parts:
-            raise RowError(_NOTHING)
-        return parts
+    def _chat_drafts(self, conversation: Conversation, notes: Counter[str]) -> list[_Draft]:
+        finder, trained = self._turns(bool(conversation.tools)), self._trained(conversation)
+        omitted: list[str] = []
+        if self._settings.split_turns:
+            drafts = []
+            for i in trained:
+                part = replace(conversation, messages=conversation.messages[: i + 1])
+                rendered = finder.render(part, {i})
+                drafts.append(self._chat_draft(part, rendered, [i]))
+                omitted += rendered.omitted.get(i, ())
+            if not drafts:
+                raise RowError(_NOTHING)
+        else:
+            rendered = finder.render(conversation, set(trained))
+            drafts = [self._chat_draft(conversation, rendered, trained)]
+            omitted += (text for texts in rendered.omitted.values() for text in texts)
+        if omitted:
+            encodings = self._backend.encode_batch_fast(omitted, add_special_tokens=False)
+            notes["omitted_thoughts"] = sum(map(len, encodings))
+        if rendered.special:  # of all parts the last one holds the most
+            notes["special_tokens_in_text"] = len(rendered.special)
+        return drafts
 
     def _trained(self, conversation: Conversation) -> list[int]:
         turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
@@ -210,49 +285,61 @@ class Encoder:
             turns = turns[-1:]
         return [i for i in turns if conversation.messages[i].is_trained]
 
-    def _chat_draft(self, conversation: Conversation) -> _Draft:
-        rendered = self._turns.render(conversation)
-        is_inverse = self._settings.train_on == "all"
-        chosen = self._trained(conversation)
-        for i in chosen:
-            answer = rendered.text[slice(*rendered.owned[i])]
-            if conversation.messages[i].content.strip() and not answer.strip():
-                raise RowError(
-                    "the chat template leaves nothing of an answer, so the model would learn to "
-                    "say nothing"
-                )
+    def _chat_draft(
+        self, conversation: Conversation, rendered: Rendered, trained: Sequence[int]
+    ) -> _Draft:
+        settings = self._settings
+        if any(i not in rendered.owned for i in trained):
+            raise RowError(_NOTHING_LEFT)
+        if rendered.special and settings.special_tokens_in_text == "reject":
+            (start, stop), leaf = rendered.special[0]
+            raise RowError(
+                f"{leaf} holds the special token {rendered.text[start:stop]}, and "
+                "special_tokens_in_text is reject"
+            )
+        is_inverse = settings.train_on == "all"
+        chosen = trained
         if is_inverse:
             chosen = [i for i, m in enumerate(conversation.messages) if not m.is_trained]
-        if any(i not in rendered.owned for i in chosen):
-            raise RowError("where the chat template writes a message of weight 0 is not certain")
-        spans = [rendered.owned[i] for i in chosen]
-        return _Draft(rendered.text, spans, is_chat=True, is_inverse=is_inverse)
+        is_text = settings.special_tokens_in_text == "as-text"
+        return _Draft(
+            rendered.text,
+            [span for i in chosen for span in rendered.owned.get(i, ())],
+            is_chat=True,
+            is_inverse=is_inverse,
+            thoughts=[span for i in trained for span in rendered.thoughts[i]]
+            if not settings.train_on_reasoning
+            else (),
+            as_text=[span for span, _ in rendered.special] if is_text else (),
+        )
 
-    def _document(self, draft: _Draft, encoding: Any) -> Document:
-        document = self._chat(draft, encoding) if draft.is_chat else self._plain(draft, encoding)
+    def _document(self, draft: _Draft, tokens: _Tokens) -> Document:
+        document = self._chat(draft, tokens) if draft.is_chat else self._plain(draft, tokens)
         document.supervised[:1] = False  # nothing predicts it
         if not document.supervised.any():
             raise RowError(_NOTHING)
         return document
 
-    def _chat(self, draft: _Draft, encoding: Any) -> Document:
+    def _chat(self, draft: _Draft, tokens: _Tokens) -> Document:
         # The template wrote a BOS if there is to be one: one of ours would double it.
-        ids = np.array(encoding.ids, dtype=np.int32)
-        supervised = np.full(len(ids), draft.is_inverse)
-        for start, end in draft.spans:
-            first, last = self._token_at(encoding, start, end), encoding.char_to_token(end)
-            after = len(ids) if last is None else last + 1
-            supervised[first:after] = not draft.is_inverse
-        return Document(ids, supervised)
+        supervised = np.full(len(tokens.ids), draft.is_inverse)
+        for start, stop in draft.spans:
+            first = self._first_token(tokens, start)
+            supervised[first : tokens.num_before(stop)] = not draft.is_inverse
+        for start, stop in draft.thoughts:
+            # A token that reaches beyond the thought belongs to the answer.
+            supervised[self._first_token(tokens, start) : tokens.first_behind(stop)] = False
+        return Document(np.array(tokens.ids, dtype=np.int32), supervised)
 
-    def _plain(self, draft: _Draft, encoding: Any) -> Document:
+    def _plain(self, draft: _Draft, tokens: _Tokens) -> Document:
         """A text with the tokens that begin and end texts; a border cuts, as in generation."""
         ((start, end),) = draft.spans
-        ids, is_all_text = encoding.ids, draft.is_all_text
-        first = 0 if is_all_text else self._token_at(encoding, start, end)
-        if not is_all_text and start < end and encoding.token_to_chars(first)[0] < start:
+        ids, is_all_text = tokens.ids, draft.is_all_text
+        first = 0 if is_all_text else self._first_token(tokens, start)
+        if not is_all_text and start < end and tokens.offsets[first][0] < start:
             before, after = self._cut(draft.text, start, ids)
             ids, first = before + after, len(before)
+        assert self._eos is not None  # checked where the draft was made
         if self._bos is not None and ids[:1] != [self._bos]:
             ids, first = [self._bos, *ids], first + (start > 0)
         if ids[-1:] != [self._eos]:
@@ -260,6 +347,38 @@ class Encoder:
         supervised = np.ones(len(ids), dtype=np.bool_)
         supervised[:first] = False
         return Document(np.array(ids, dtype=np.int32), supervised)
+
+    def _pieces(self, draft: _Draft) -> _Tokens:
+        """The tokens of a text in which some special tokens stay text.
+
+        The other special tokens separate the pieces, as they do in every tokenizer.
+        """
+        text, at, result = draft.text, 0, _Tokens([], [])
+        hidden = [start for start, _ in draft.as_text]
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            is_hidden = bisect_left(hidden, stop) > bisect_left(hidden, start)
+            if token in self._special_ids and not is_hidden:
+                self._add_as_text(text, (at, start), result)
+                result.ids.append(token)
+                result.offsets.append((start, stop))
+                at = stop
+        self._add_as_text(text, (at, len(text)), result)
+        return result
+
+    def _add_as_text(self, text: str, span: Span, tokens: _Tokens) -> None:
+        """Add the tokens of a piece of a text, none of which is special."""
+        start, stop = span
+        self._backend.encode_special_tokens = True
+        try:
+            # Behind a line break, so that SentencePiece adds no space before the piece.
+            led = self._backend.encode(f"\n{text[start:stop]}", add_special_tokens=False)
+        finally:
+            self._backend.encode_special_tokens = False
+        for token, (first, last) in zip(led.ids, led.offsets, strict=True):
+            if last > 1:
+                tokens.ids.append(token)
+                tokens.offsets.append((start + max(first, 1) - 1, start + last - 1))
 
     def _cut(self, text: str, start: int, whole: list[int]) -> tuple[list[int], list[int]]:
         """Tokens of a text up to a place and from there, where no token of `whole` begins there.
@@ -279,14 +398,12 @@ class Encoder:
             return before, after
         raise RowError("the tokenizer cannot cut the text between `prompt` and `completion`")
 
-    def _token_at(self, encoding: Any, start: int, end: int) -> int:
+    def _first_token(self, tokens: _Tokens, start: int) -> int:
         """The first token of a span: it may begin before it, with white space, but no special."""
-        for at in range(start, end + 1):
-            token: int | None = encoding.char_to_token(at)
-            if token is not None:
-                begins_before = encoding.token_to_chars(token)[0] < start
-                return token + (begins_before and encoding.ids[token] in self._special)
-        return len(encoding.ids)
+        first = tokens.first_behind(start)
+        if first < len(tokens.ids) and tokens.offsets[first][0] < start:
+            return first + (tokens.ids[first] in self._special_ids)
+        return first
 
     def _checked(self, tokens: Tokens) -> Document:
         ids, size = np.array(tokens.ids, dtype=np.int64), len(self._tokenizer)
@@ -297,6 +414,16 @@ class Encoder:
         if not supervised.any():
             raise RowError(_NOTHING)
         return Document(ids.astype(np.int32), supervised)
+
+
+def _end_tokens(eos: int | None, folder: Path, special: Mapping[str, int]) -> list[str]:
+    """The special tokens at which generation stops: eos_token, and generation_config.json's."""
+    try:
+        named = read_json(folder / "generation_config.json").get("eos_token_id")
+    except (OSError, ValueError):
+        named = None  # there need not be one
+    ids = {eos, *(named if isinstance(named, list) else [named])}
+    return [text for text, number in special.items() if number in ids]
 
 
 def _is_text(text: str) -> bool:

@@ -1,18 +1,27 @@
-"""A model's chat template as a function: conversation -> text, or why there is none."""
+"""A chat template: conversation -> text, with the origin of each of its characters."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from pipeline.data.chat.leaves import CallStyle, Leaf, example, trace
+from pipeline.data.chat.traced import GENERATED, TracedSpan, make_environment, spans_of
 from pipeline.errors import UserError
-from pipeline.rows.formats import Message, RowError
+from pipeline.rows.formats import Conversation, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Span = tuple[int, int]  # characters, from and to
+Span = tuple[int, int]  # characters [start, stop)
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_FAULTS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+_ERRORS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
+_OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
+_CALL_STYLES = [
+    CallStyle(content, ids) for ids in ("given", "short", "named") for content in ("", None)
+]
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
     "message['content'] + eos_token + '\n' }}{% endfor %}"
@@ -20,82 +29,116 @@ _CHATML = (
 )
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """A conversation as text; `spans` in the order of the text, `generated` by marked blocks."""
+
+    text: str
+    leaves: list[Leaf]
+    spans: list[TracedSpan]
+    generated: list[Span]
+
+
 class ChatTemplate:
-    """The template of a tokenizer; UserError where it has none."""
+    """A chat template; `variables`: what it is given beside messages and tools."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
+        from jinja2 import TemplateSyntaxError
+
+        self._source, self._variables = source, variables
         try:
-            self._source = tokenizer.get_chat_template()
-        except ValueError:
-            raise UserError(
-                "model: the tokenizer has no chat template (or several and no default), which "
-                "rows of conversations need; use the instruction-tuned model, add a "
-                "chat_template.jinja to its folder, set chat_template: chatml, or give rows of "
-                "`prompt` and `completion`"
-            ) from None
-        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        self.marks_turns = _GENERATION.search(self._source) is not None
+            self._template = make_environment().from_string(source)
+        except TemplateSyntaxError as error:
+            raise UserError(f"model: the chat template is not valid Jinja: {error}") from None
+        self.marks_turns = _GENERATION.search(source) is not None
 
-    def reads(self, key: str) -> bool:
-        """Whether the template asks for a key of messages at all."""
-        return re.search(rf"[.'\"]{key}\b", self._source) is not None
+    def reads(self, *keys: str) -> bool:
+        """Whether one of these keys of a message stands in the template at all."""
+        return any(re.search(rf"[.'\"]{key}\b", self._source) for key in keys)
 
-    def has_tools(self) -> bool:
-        """Whether it speaks of tools at all."""
-        return "tools" in self._source
+    def render(self, conversation: Conversation, *, asks: bool = False) -> Rendering:
+        """The conversation; `asks`: up to where the model is to answer.
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] = (),
-        *,
-        asks: bool = False,
-    ) -> str:
-        """The text of a conversation; `asks`: up to where the model is to go on."""
-        return self._render(messages, tools, asks=asks)[0]
+        Raises RowError where the template refuses it.
+        """
+        has_calls = any(m.others.get("tool_calls") for m in conversation.messages)
+        return self._render(conversation, self.call_style if has_calls else CallStyle(), asks)
 
-    def render_marked(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
-    ) -> tuple[str, list[Span]]:
-        """The text, and from where to where each {% generation %} block wrote."""
-        return self._render(messages, tools)
+    @cached_property
+    def call_style(self) -> CallStyle:
+        """The first style of calls of which the template writes name and arguments."""
+        accepted = CallStyle()
+        for style in reversed(_CALL_STYLES):
+            for roles in (("user", "call", "tool", "assistant"), ("user", "call", "tool")):
+                try:
+                    rendering = self._render(example(*roles), style, asks=False)
+                except RowError:
+                    continue
+                written = {rendering.leaves[span.source].path for span in rendering.spans}
+                if {"name", "word"} <= {path[-1] for path in written if "tool_calls" in path}:
+                    accepted = style
+        return accepted
 
-    def _render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]],
-        *,
-        asks: bool = False,
-    ) -> tuple[str, list[Span]]:
-        from jinja2 import TemplateError, TemplateSyntaxError
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def _render(self, conversation: Conversation, style: CallStyle, asks: bool) -> Rendering:
+        from jinja2 import TemplateError
 
+        given = trace(conversation, style)
         try:
-            rendered: Any = render_jinja_template(  # annotated as str, and is a pair
-                conversations=[[dict(message) for message in messages]],
-                tools=[dict(tool) for tool in tools] or None,
-                chat_template=self._source,
-                return_assistant_tokens_mask=self.marks_turns,
+            text = self._template.render(
+                messages=given.messages,
+                tools=given.tools or None,
+                documents=None,
                 add_generation_prompt=asks,
                 **self._variables,
             )
-        except TemplateSyntaxError as error:
-            raise UserError(f"model: the chat template is not valid Jinja: {error}") from None
-        except (TemplateError, *_FAULTS) as error:
+        except (TemplateError, *_ERRORS) as error:
             raise RowError(f"the chat template refuses the conversation: {error}") from None
-        texts, marks = rendered
-        return texts[0], list(marks[0]) if self.marks_turns else []
+        spans = sorted(span for span in spans_of(text) if span.start < span.stop)
+        return Rendering(
+            text=str.__str__(text),
+            leaves=given.leaves,
+            spans=[span for span in spans if span.source != GENERATED],
+            generated=[span[:2] for span in spans if span.source == GENERATED],
+        )
 
 
-def as_template_gets_it(message: Message) -> dict[str, Any]:
-    """A message as templates expect it."""
-    return {"role": message.role, "content": message.content, **message.others}
+def load_template(
+    tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any], *, has_tools: bool
+) -> ChatTemplate:
+    """The tokenizer's template, that named tool_use for rows with tools; UserError for none."""
+    try:
+        source = tokenizer.get_chat_template(tools=[] if has_tools else None)
+    except ValueError:
+        raise UserError(
+            "model: the tokenizer has no chat template (or several and no default), which "
+            "rows of conversations need; use the instruction-tuned model, set chat_template: "
+            "FILE.jinja or chat_template: chatml, or give rows of `prompt` and `completion`"
+        ) from None
+    _refuse_unread(source, kwargs)
+    return ChatTemplate(source, {**tokenizer.special_tokens_map, **kwargs})
+
+
+def _refuse_unread(source: str, kwargs: Mapping[str, Any]) -> None:
+    from jinja2 import TemplateSyntaxError
+    from jinja2.meta import find_undeclared_variables
+
+    if not kwargs:
+        return
+    try:
+        known = find_undeclared_variables(make_environment().parse(source)) - {*_OWN_VARIABLES}
+    except TemplateSyntaxError as error:
+        raise UserError(f"model: the chat template is not valid Jinja: {error}") from None
+    if unread := sorted({*kwargs} - known):
+        raise UserError(
+            f"chat_template_kwargs: the chat template does not read {', '.join(unread)}; it "
+            f"reads {', '.join(sorted(known)) or 'nothing beside messages and tools'}"
+        )
 
 
 def chatml(tokenizer: "PreTrainedTokenizerBase") -> str:
     """ChatML whose turns end with the end-of-sequence token, often <|im_end|>.
 
-    That is what serving engines stop at. Raises UserError where there is none.
+    That is the token at which serving engines stop. Raises UserError where there is none.
     """
     if tokenizer.eos_token is None:
         raise UserError(
@@ -105,16 +148,28 @@ def chatml(tokenizer: "PreTrainedTokenizerBase") -> str:
     return _CHATML
 
 
-def apply_chat_template_setting(
-    tokenizer: "PreTrainedTokenizerBase", setting: Literal["model", "chatml"]
-) -> None:
-    """Give the tokenizer ChatML where the run file says so; UserError where it has its own."""
+def apply_chat_template_setting(tokenizer: "PreTrainedTokenizerBase", setting: str) -> None:
+    """Give the tokenizer the template of the run file; UserError where it must not be replaced."""
     if setting == "model":
+        return
+    if setting != "chatml":
+        tokenizer.chat_template = read_template(setting)
         return
     wanted = chatml(tokenizer)
     if tokenizer.chat_template not in (None, wanted):
         raise UserError(
             "chat_template: chatml: the model has a chat template of its own, which it was "
-            "trained with; leave chat_template out"
+            "trained with; leave chat_template out, or name a file"
         )
     tokenizer.chat_template = wanted
+
+
+def read_template(path: str) -> str:
+    """The text of a template file; UserError where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"chat_template: {path}: cannot be read as UTF-8 text ({error}); give `model`, "
+            "`chatml` or a Jinja file"
+        ) from None

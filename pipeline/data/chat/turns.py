@@ -1,33 +1,24 @@
 """Conversation -> its one rendering, and which characters of it each message owns.
 
-Where the template marks assistant turns ({% generation %}) its marks say it, else the pattern of
-the conversation's shape: that is found once and kept, so that a row is rendered once.
+An assistant turn owns what the model itself must write: all that follows the template's
+generation prompt, through the token that ends the turn.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from bisect import bisect_left
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from pipeline.data.chat.patterns import (
-    EndOfTurn,
-    NoPattern,
-    Pattern,
-    make_pattern,
-    refuse_lost_content,
-    refuse_what_is_left_out,
-    shape,
-)
-from pipeline.data.chat.template import ChatTemplate, Span, as_template_gets_it
+from pipeline.data.chat.conservation import Conservation
+from pipeline.data.chat.leaves import TOOLS, Kind, example, thoughts_in
+from pipeline.data.chat.template import ChatTemplate, Rendering, Span
 from pipeline.errors import UserError
 from pipeline.rows.formats import Conversation, Message, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MOST_PATTERNS = 4096
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing to transformers
 _NO_END = (
     "model: the chat template ends assistant turns without a special token, so the model would "
     "never learn to stop; use a template that ends them with one, such as ChatML's <|im_end|>"
@@ -37,139 +28,306 @@ _NO_END_MARKED = (
     "turn, so the model would never learn to stop; move {% endgeneration %} behind it"
 )
 _NO_MARK = "model: the chat template's {% generation %} marks no assistant turn"
+# The markup around a thought: empty, and what closes one behind its text.
+_EMPTY_THOUGHT = re.compile(r"\s*(?:<([\w:]*think\w*)>\s*</\1>|\[THINK\]\s*\[/THINK\])\s*")
+_SPACE = re.compile(r"\s*")
+_CLOSING = re.compile(r"\s*(?:</[\w:]+>|\[/[A-Z_]+\])\s*")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and what of it belongs to whom.
+    """A conversation as text, and which characters of it belong to which message.
 
-    `owned`: message -> its characters; those of an assistant end before the end-of-turn token.
-    Of other messages only the content counts, where it is known.
+    `owned`: of each message that is written; of an assistant through its end-of-turn token.
+    `thoughts`: the reasoning of assistant turns, with the markup around it.
+    `special`: special tokens inside the row's own texts, where they are and in which leaf.
+    `omitted`: thoughts that the template omits by design, by message.
     """
 
     text: str
-    owned: Mapping[int, Span]
+    owned: Mapping[int, Sequence[Span]]
+    thoughts: Mapping[int, Sequence[Span]]
+    special: Sequence[tuple[Span, str]]
+    omitted: Mapping[int, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """Where the leaves of a message stand, from the first to the last, and what is around it."""
+
+    first: int
+    last: int
+    before: int  # where the leaf before it ends
+    role_before: str | None
+    limit: int  # where a leaf of another message follows
+
+
+@dataclass
+class _Written:
+    """The leaves of a rendering by message."""
+
+    extents: dict[int, _Extent] = field(default_factory=dict)
+    twice: set[int] = field(default_factory=set)  # messages with a text that is written twice
+    mixed: set[int] = field(default_factory=set)  # with another message's text inside
 
 
 class TurnFinder:
-    """The chat template of a tokenizer, with what is known of how it writes turns."""
+    """A chat template, with what is known of how it writes turns.
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._template = ChatTemplate(tokenizer)
-        self._ids = special_ids(tokenizer)
-        longest_first = sorted(self._ids, key=len, reverse=True)
+    `ends`: the special tokens that end texts or generation: eos_token, generation_config.json.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        special: Mapping[str, int],
+        ends: Sequence[str],
+    ) -> None:
+        self._template, self._conservation = template, Conservation(template)
+        longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._patterns: dict[tuple[Any, ...], Pattern | None] = {}
-        self._are_written: dict[tuple[Any, ...], bool] = {}  # of a template with marks
+        self._openings: dict[str | None, list[str]] = {}
+        self._start = self._first_roles()
+        self._header = self._find_header()
+        # For an answer and for a call: what to add where a text ends without an end-of-turn token.
+        self._added_end: dict[bool, str] = {}
+        self._known_ends = set(ends)
+        self.ends = frozenset(self._find_ends() | self._known_ends)
 
-    @cached_property
-    def end(self) -> EndOfTurn:
-        """The token that ends assistant turns. Raises UserError where there is none."""
-        user, assistant = (
-            {"role": role, "content": f"the {role} says this"} for role in ("user", "assistant")
-        )
-        text, marked = self._probe([user, assistant])
-        said = list(re.finditer(assistant["content"], text, re.IGNORECASE))
-        if not said:
-            raise UserError("model: the chat template leaves out what the assistant says")
-        found = self._special.search(text, said[-1].end())
-        if found is None:
-            raise UserError(_NO_END)
-        if self._template.marks_turns:
-            if not marked:
-                raise UserError(_NO_MARK)
-            if not any(start <= found.start() < end for start, end in marked):
-                raise UserError(_NO_END_MARKED)
-        return EndOfTurn(found[0], self._ids[found[0]])
-
-    def render(self, conversation: Conversation) -> Rendered:
-        """Raises RowError for the conversation, UserError for the template."""
-        _refuse_unknown_parts(conversation, self._template)
-        if self._template.marks_turns:
-            return self._by_marks(conversation)
-        end = self.end
-        key = shape(conversation)
-        if key not in self._patterns:
-            if len(self._patterns) >= _MOST_PATTERNS:
-                self._patterns.clear()
-            self._patterns[key] = self._pattern(conversation, end)
-        text = self._render(conversation)
-        pattern = self._patterns[key]
-        contents = [message.content for message in conversation.messages]
-        spans = pattern.skeleton.fit(text, contents) if pattern is not None else None
-        if pattern is None or spans is None:
-            pattern = make_pattern(conversation, self._template, end, self._special, is_own=True)
-            spans = pattern.skeleton.fit(text, contents)
-        if spans is None:
-            raise RowError(
-                "the chat template changes the text around an assistant turn with its content, so "
-                "which tokens the turn owns is not certain"
-            )
-        return Rendered(text, _owned(pattern, spans))
-
-    def _pattern(self, conversation: Conversation, end: EndOfTurn) -> Pattern | None:
-        try:
-            return make_pattern(conversation, self._template, end, self._special, is_own=False)
-        except NoPattern:
-            raise
-        except RowError:  # perhaps of the markers; this conversation's own pattern will say
-            return None
-
-    def _render(self, conversation: Conversation) -> str:
-        messages = [as_template_gets_it(message) for message in conversation.messages]
-        return self._template.render(messages, conversation.tools)
-
-    def _by_marks(self, conversation: Conversation) -> Rendered:
-        end = self.end
-        messages = [as_template_gets_it(message) for message in conversation.messages]
-        text, marked = self._template.render_marked(messages, conversation.tools)
-        self._refuse_what_is_left_out(conversation, text)
-        turns = [i for i, message in enumerate(conversation.messages) if _is_assistant(message)]
-        if len(marked) != len(turns):
-            raise RowError(
-                f"the chat template marks {len(marked)} pieces of {len(turns)} assistant turns, so "
-                "which tokens a turn owns is not certain"
-            )
-        owned = {}
-        for i, (start, stop) in zip(turns, marked, strict=True):
-            at = text.rfind(end.text, start, stop)
-            if at < 0:
-                raise RowError(
-                    "the chat template's {% generation %} block leaves out the end of an assistant "
-                    "turn"
-                )
-            owned[i] = start, at
-        return Rendered(text, owned)
-
-    def _refuse_what_is_left_out(self, conversation: Conversation, text: str) -> None:
-        """Marks say what is an answer's, not that the rest is there: markers do, once a shape."""
-        key = shape(conversation)
-        if key not in self._are_written:
-            if len(self._are_written) >= _MOST_PATTERNS:
-                self._are_written.clear()
-            try:
-                refuse_what_is_left_out(conversation, self._template, self.end, self._special)
-            except NoPattern:
-                raise
-            except RowError:  # of the markers
-                self._are_written[key] = False
+    def render(self, conversation: Conversation, trained: Collection[int]) -> Rendered:
+        """`trained`: the turns whose place has to be certain. RowError where it is not."""
+        rendering = self._template.render(conversation)
+        omitted = self._conservation.omitted_thoughts(conversation, rendering)
+        written = _written(rendering, conversation)
+        special, in_texts = self._special_tokens(rendering)
+        owned: dict[int, list[Span]] = {}
+        text = rendering.text
+        marks = _marks_by_message(rendering, conversation) if self._template.marks_turns else {}
+        for i, extent in written.extents.items():
+            message, is_trained = conversation.messages[i], i in trained
+            if message.role != "assistant":
+                owned[i] = [(extent.first, extent.last)]
+                continue
+            if message.content.strip() and not text[extent.first : extent.last].strip():
+                continue  # a thought was all of it
+            if is_trained:
+                _require_certain(i, written)
+            end = self._end_of_turn(special, extent)
+            if end is None and is_trained:
+                text, end = self._with_end(text, message, extent)
+            if self._template.marks_turns:
+                owned[i] = _marked(marks.get(i, []), end, is_trained)
             else:
-                self._are_written[key] = True
-        if not self._are_written[key]:
-            for message in conversation.messages:
-                refuse_lost_content(message, text)
+                start = self._start_of(message, extent, text, is_trained)
+                owned[i] = [(start, end or extent.last)]
+        assistants = [i for i in owned if conversation.messages[i].role == "assistant"]
+        thoughts = self._thoughts(conversation, rendering, {i: owned[i] for i in assistants})
+        return Rendered(text, owned, thoughts, in_texts, omitted)
 
-    def _probe(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
-        try:
-            return self._template.render_marked(messages)
-        except RowError as refused:
-            system = {"role": "system", "content": "s"}
+    # What is known of the template, from conversations of fixed texts
+
+    def _first_roles(self) -> tuple[str, ...]:
+        """What conversations must begin with: a system message, where the template demands it."""
+        refused = None
+        for start in ((), ("system",)):
             try:
-                return self._template.render_marked([system, *messages])
-            except RowError:
-                raise UserError(
-                    f"model: a question and its answer cannot be written: {refused}"
-                ) from None
+                written = self._probe(*start, "user", "assistant")
+            except RowError as error:
+                refused = refused or error
+                continue
+            if len(start) + 1 not in written[1].extents:
+                raise UserError("model: the chat template does not write what the assistant says")
+            return start
+        raise UserError(f"model: a question and its answer cannot be written: {refused}")
+
+    def _probe(self, *roles: str, asks: bool = False) -> tuple[Rendering, _Written]:
+        conversation = example(*roles)
+        rendering = self._template.render(conversation, asks=asks)
+        return rendering, _written(rendering, conversation)
+
+    def _tail(self, *roles: str, asks: bool = False) -> str | None:
+        """What the template writes behind the last message; None where it refuses them."""
+        try:
+            rendering, written = self._probe(*self._start, *roles, asks=asks)
+        except RowError:
+            return None
+        last = written.extents.get(len(self._start) + len(roles) - 1)
+        return rendering.text[last.last :] if last is not None else None
+
+    def _gap(self, *roles: str, at: int) -> str | None:
+        """What the template writes between the message before `at` and that one."""
+        try:
+            rendering, written = self._probe(*self._start, *roles)
+        except RowError:
+            return None
+        at += len(self._start)
+        extent = written.extents.get(at)
+        if extent is None or (at and at - 1 not in written.extents):
+            return None
+        return rendering.text[extent.before : extent.first]
+
+    def _openings_after(self, role: str | None) -> list[str]:
+        """What stands between a message of this role and what the model writes, longest first."""
+        if role not in self._openings:
+            roles = {"user": ("user",), "tool": ("user", "call", "tool"), "system": ("system",)}
+            before = roles.get(role or "", ("user", "assistant") if role else ())
+            if role == "system" and self._start:
+                before = ()
+            asked = self._tail(*before, asks=True) if before else None
+            plain = [
+                self._gap(*before, "assistant", at=len(before)),
+                self._gap(*before, "assistant", "user", "assistant", at=len(before)),
+            ]
+            answered = sorted({gap for gap in plain if gap is not None}, key=len)
+            if asked is None or asked == self._tail(*before):
+                found = answered[:1]
+            else:
+                found = [asked, *(gap for gap in answered if asked.startswith(gap))]
+            self._openings[role] = sorted(set(found), key=len, reverse=True)
+        return self._openings[role]
+
+    def _find_header(self) -> list[str]:
+        """What opens an assistant turn, behind the end of the message before; longest first."""
+        bare = self._tail("user") or ""
+        headers = []
+        for opening in self._openings_after("user"):
+            cut = _common(opening, bare)
+            for match in self._special.finditer(opening):
+                if match.start() < cut < match.end():
+                    cut = match.start()
+            headers.append(opening[cut:])
+        return [header for header in headers if self._special.search(header)]
+
+    def _find_ends(self) -> set[str]:
+        """The tokens that end turns, by what stands behind answers and calls."""
+        found: set[str] = set()
+        earlier = self._end_in(self._gap("user", "assistant", "user", at=2))
+        if earlier is not None:
+            found.add(earlier)
+        last = self._end_in(self._tail("user", "assistant"), first=found)
+        found |= {last} if last is not None else set()
+        if not found:
+            raise UserError(_NO_END)
+        if last is None and earlier is not None:
+            self._added_end[False] = earlier
+        if self._template.marks_turns:
+            self._require_marked_end(found | self._known_ends)
+        call = self._end_in(self._gap("user", "call", "tool", at=2), first=found)
+        if call is not None:
+            found.add(call)
+            tail = self._tail("user", "call")
+            if tail is not None and self._end_in(tail, first=found) is None:
+                self._added_end[True] = call
+        return found
+
+    def _end_in(self, gap: str | None, first: Collection[str] = ()) -> str | None:
+        """The end-of-turn token in what is written behind a turn.
+
+        A known one, else the first special token that does not open assistant turns: a turn may
+        be ended by the token of the next role.
+        """
+        tokens = [match[0] for match in self._special.finditer(gap or "")]
+        for known in (first, self._known_ends):
+            for token in tokens:
+                if token in known:
+                    return token
+        opening = {match[0] for header in self._header for match in self._special.finditer(header)}
+        return tokens[0] if tokens and tokens[0] not in opening else None
+
+    def _require_marked_end(self, ends: set[str]) -> None:
+        rendering, _ = self._probe(*self._start, "user", "assistant")
+        if not rendering.generated:
+            raise UserError(_NO_MARK)
+        marked = "".join(rendering.text[start:stop] for start, stop in rendering.generated)
+        if not any(match[0] in ends for match in self._special.finditer(marked)):
+            raise UserError(_NO_END_MARKED)
+
+    # Where the turns of a row are
+
+    def _special_tokens(
+        self, rendering: Rendering
+    ) -> tuple[list[tuple[Span, str]], list[tuple[Span, str]]]:
+        """Special tokens that the template wrote, with their texts; those in texts, with leaves."""
+        spans = rendering.spans
+        starts = [span.start for span in spans]
+        by_template: list[tuple[Span, str]] = []
+        in_texts: list[tuple[Span, str]] = []
+        for match in self._special.finditer(rendering.text):
+            at = bisect_left(starts, match.end()) - 1
+            if at >= 0 and spans[at].stop > match.start():
+                in_texts.append((match.span(), rendering.leaves[spans[at].source].name))
+            else:
+                by_template.append((match.span(), match[0]))
+        return by_template, in_texts
+
+    def _end_of_turn(self, special: Sequence[tuple[Span, str]], extent: _Extent) -> int | None:
+        """Where the token that ends a turn stops."""
+        at = bisect_left(special, ((extent.last, 0), ""))
+        while at < len(special) and special[at][0][0] < extent.limit:
+            if special[at][1] in self.ends:
+                return special[at][0][1]
+            at += 1
+        return None
+
+    def _with_end(self, text: str, message: Message, extent: _Extent) -> tuple[str, int]:
+        """The text with the end-of-turn token that the next message would have written."""
+        added = self._added_end.get("tool_calls" in message.others)
+        if added is None or extent.limit < len(text):
+            raise RowError(
+                f"the chat template does not end every assistant turn with one of "
+                f"{', '.join(sorted(self.ends))}"
+            )
+        return text + added, len(text) + len(added)
+
+    def _start_of(self, message: Message, extent: _Extent, text: str, is_trained: bool) -> int:
+        """Where the model starts to write a turn: behind the generation prompt."""
+        for opening in self._openings_after(extent.role_before):
+            is_whole = bool(opening) or extent.before == extent.first
+            if is_whole and text.startswith(opening, extent.before):
+                return min(extent.before + len(opening), extent.last)
+        for header in self._header:
+            at = text.rfind(header, extent.before, extent.first)
+            if at >= 0:
+                return at + len(header)
+        if not message.others or not is_trained:
+            return extent.first
+        raise RowError(
+            "where the chat template begins an assistant turn with reasoning or tool calls is not "
+            "certain"
+        )
+
+    def _thoughts(
+        self, conversation: Conversation, rendering: Rendering, owned: Mapping[int, Sequence[Span]]
+    ) -> dict[int, list[Span]]:
+        """The reasoning in each of these turns, with the markup that opens and closes it."""
+        text, found = rendering.text, dict[int, list[Span]]()
+        for i, spans in owned.items():
+            match = _EMPTY_THOUGHT.match(text, spans[0][0]) if spans else None
+            found[i] = [match.span()] if match else []
+        before = 0  # where the leaf before ends
+        inner = {i: list(thoughts_in(conversation.messages[i])) for i in owned}
+        for span in rendering.spans:
+            leaf = rendering.leaves[span.source]
+            if leaf.message in found and owned[leaf.message]:
+                first_owned, limit = owned[leaf.message][0][0], owned[leaf.message][-1][1]
+                opened = max(before, min(first_owned, span.start))
+                if leaf.kind is Kind.REASONING:
+                    found[leaf.message].append((opened, self._closed(text, span.stop, limit)))
+                for (first, last), _ in inner[leaf.message] if leaf.kind is Kind.CONTENT else ():
+                    if first < span.last and last > span.first:
+                        inside = span.start + first - span.first
+                        stop = span.stop - max(0, span.last - last)
+                        start = opened if first <= span.first else inside
+                        found[leaf.message].append((start, self._closed(text, stop, limit)))
+            before = span.stop
+        return found
+
+    def _closed(self, text: str, stop: int, limit: int) -> int:
+        """Where the markup that closes a thought stops: before the end of the turn, `limit`."""
+        match = _CLOSING.match(text, stop) or self._special.match(text, stop)
+        if match is None or match.end() >= limit:
+            match = _SPACE.match(text, stop)
+        return match.end() if match is not None else stop
 
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
@@ -179,29 +337,80 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     return added | dict(ids)
 
 
-def _refuse_unknown_parts(conversation: Conversation, template: ChatTemplate) -> None:
-    """Raise NoPattern for tools or parts of an answer of which the template does not even speak."""
-    if conversation.tools and not template.has_tools():
-        raise NoPattern("the chat template has no place for tools")
-    for message in conversation.messages:
-        if message.role != "assistant":
+def _marked(marks: list[Span], end: int | None, is_trained: bool) -> list[Span]:
+    if is_trained and not any(start < (end or 0) <= stop for start, stop in marks):
+        raise RowError(
+            "the chat template's {% generation %} block leaves out the end of an assistant turn"
+        )
+    return [(start, stop if end is None else min(stop, end)) for start, stop in marks]
+
+
+def _written(rendering: Rendering, conversation: Conversation) -> _Written:
+    """Where each message stands. A text that was written before is an echo: not its place."""
+    result = _Written()
+    seen: dict[int, int] = {}  # leaf -> up to where it is written
+    order: list[tuple[int, int, int]] = []  # message, start, stop
+    for span in rendering.spans:
+        leaf = rendering.leaves[span.source]
+        if span.first < seen.get(span.source, 0):
+            if leaf.kind in (Kind.CONTENT, Kind.REASONING):
+                result.twice.add(leaf.message)
             continue
-        for key, value in message.others.items():
-            names = _REASONING if key in _REASONING else (key,)
-            if value and key != "name" and not any(map(template.reads, names)):
-                raise NoPattern(f"the chat template leaves out `{key}` of a message")
+        seen[span.source] = span.last
+        if order and order[-1][0] == leaf.message:
+            order[-1] = (leaf.message, order[-1][1], span.stop)
+        else:
+            order.append((leaf.message, span.start, span.stop))
+    places: dict[int, list[int]] = {}
+    for number, (message, _, _) in enumerate(order):
+        places.setdefault(message, []).append(number)
+    for message, numbers in places.items():
+        if message == TOOLS:
+            continue
+        if len(numbers) > 1:
+            result.mixed.add(message)
+        first, last = numbers[0], numbers[-1]
+        before = order[first - 1] if first else None
+        role = conversation.messages[before[0]].role if before and before[0] != TOOLS else None
+        result.extents[message] = _Extent(
+            first=order[first][1],
+            last=order[last][2],
+            before=before[2] if before else 0,
+            role_before=role,
+            limit=order[last + 1][1] if last + 1 < len(order) else len(rendering.text),
+        )
+    return result
 
 
-def _owned(pattern: Pattern, spans: Sequence[Span]) -> dict[int, Span]:
-    owned: dict[int, Span] = {}
-    for hole, span in zip(pattern.skeleton.holes, spans, strict=True):
-        if hole.message is not None and hole.is_content:
-            owned[hole.message] = span
-    for message, (hole_index, distance) in pattern.turns.items():
-        start, end = spans[hole_index]
-        owned[message] = start, end + distance
-    return owned
+def _require_certain(message: int, written: _Written) -> None:
+    if message in written.twice:
+        raise RowError("the chat template writes an assistant turn more than once")
+    if message in written.mixed:
+        raise RowError("the chat template mixes the texts of several messages")
 
 
-def _is_assistant(message: Message) -> bool:
-    return message.role == "assistant"
+def _marks_by_message(rendering: Rendering, conversation: Conversation) -> dict[int, list[Span]]:
+    """The {% generation %} blocks of each assistant turn.
+
+    A block without a text of the row belongs to the assistant's text before it, else after it.
+    """
+    spans = [s for s in rendering.spans if rendering.leaves[s.source].message != TOOLS]
+    starts = [span.start for span in spans]
+    found: dict[int, list[Span]] = {}
+    for start, stop in rendering.generated:
+        following = bisect_left(starts, start)
+        candidates = [n for n in (following, following - 1) if 0 <= n < len(spans)]
+        if following < len(spans) and spans[following].start >= stop:
+            candidates.reverse()
+        for n in candidates:
+            message = rendering.leaves[spans[n].source].message
+            if conversation.messages[message].role == "assistant":
+                found.setdefault(message, []).append((start, stop))
+                break
+    return found
+
+
+def _common(one: str, other: str) -> int:
+    """Length of the common beginning."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -76,6 +76,17 @@ class RowCounts:
         self.first.setdefault(reason, f"{row.file}:{row.line}")
         return Reject.of(row, reason)
 
+    def note(self, row: Row, tokens: Mapping[str, int]) -> None:
+        """Count a used row and its tokens under each of these names."""
+        for name, number in tokens.items():
+            self.numbers.update({f"{name}_rows": 1, f"{name}_tokens": number})
+            self.first.setdefault(name, f"{row.file}:{row.line}")
+
+    def noted(self, name: str) -> dict[str, Any]:
+        """Rows and tokens under a name, and the place of the first row."""
+        rows, tokens = self.numbers[f"{name}_rows"], self.numbers[f"{name}_tokens"]
+        return {"rows": rows, "tokens": tokens, "first": self.first.get(name, "")}
+
     def add(self, other: "RowCounts") -> None:
         """Add the counts of later rows."""
         self.numbers.update(other.numbers)
@@ -175,6 +186,8 @@ def make_audit(
         "truncated_rows": numbers["truncated_rows"],
         "split_rows": numbers["split_rows"],
         "tokens_lost": numbers["tokens_lost"],
+        "omitted_thoughts": total.noted("omitted_thoughts"),
+        "special_tokens_in_text": total.noted("special_tokens_in_text"),
         "length": _lengths(lengths),
         "sources": _sources(sources, folder, lengths),
     }
@@ -216,7 +229,7 @@ def _sources(
 
 
 def audit_summary(data_dir: Path) -> str:
-    """The training rows and tokens for the start of a run, and the columns that were not read."""
+    """Training rows and tokens for the start of a run, and what was not read or not written."""
     train = read_json(data_dir / "audit.json")["train"]
     rejected = sum(train["rejected"].values())
     share = 100 * train["supervised_share"]
@@ -228,4 +241,15 @@ def audit_summary(data_dir: Path) -> str:
     if unread := train["unread_columns"]:
         columns = ", ".join(f"{name} ({rows:,} rows)" for name, rows in unread.items())
         lines.append(f"not read   {columns}")
+    if (thoughts := train["omitted_thoughts"])["rows"]:
+        lines.append(
+            f"thoughts   the chat template omits {thoughts['tokens']:,} tokens of reasoning in "
+            f"{thoughts['rows']:,} rows (first: {thoughts['first']}); split_turns: true trains "
+            "each turn as the last one, with its reasoning"
+        )
+    if (special := train["special_tokens_in_text"])["rows"]:
+        lines.append(
+            f"special    {special['tokens']:,} special tokens inside texts of {special['rows']:,} "
+            f"rows (first: {special['first']}); special_tokens_in_text decides"
+        )
     return "\n".join(lines)

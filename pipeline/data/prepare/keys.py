@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.settings import RunSettings, settings_with
+from pipeline.data.chat.template import read_template
 from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json, write_text
 from pipeline.rows.content import kind_of
 from pipeline.rows.sources import Source
 
 FINGERPRINTS = "fingerprints.json"
-_FORMAT = 5  # of documents, their files and their order: raise it when one of them changes
+_FORMAT = 6  # of documents, their files and their order: raise it when one of them changes
 _TOKENIZER_FILES = (
     "tokenizer*",
     "*chat_template*",
@@ -25,6 +26,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
+    "generation_config.json",
 )
 _REMEMBERED_BYTES = 2**20  # smaller files are hashed faster than looked up
 # A file that is written twice within one tick of the file system's clock keeps its times. A hash is
@@ -102,6 +104,7 @@ def split_keys(
             str(path.relative_to(model)): fingerprints.sha256(path) for path in sorted(tokenizer)
         },
         "settings": values,
+        "template": _template(settings, fingerprints),
         "held_out": held_out,
         "limit": limit,
     }
@@ -111,6 +114,14 @@ def split_keys(
         ).hexdigest()[:16]
         for split in ("rest", "held_out")
     }
+
+
+def _template(settings: RunSettings, fingerprints: Fingerprints) -> str | None:
+    """The content of a template file that the run file names."""
+    if settings.chat_template in ("model", "chatml"):
+        return None
+    read_template(settings.chat_template)  # UserError where it cannot be read
+    return fingerprints.sha256(Path(settings.chat_template))
 
 
 def _source(source: Source, fingerprints: Fingerprints) -> dict[str, Any]:

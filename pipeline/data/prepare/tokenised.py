@@ -57,13 +57,14 @@ class ChunkTokeniser:
             if isinstance(read, str):
                 train.reject(row, read)
                 continue
-            documents, number = next(encoded), digest(read.example)
+            result, number = next(encoded), digest(read.example)
             split = held_out if is_held_out(number, self._threshold) else train
-            if isinstance(documents, RowError):
-                split.reject(row, str(documents))
+            if isinstance(result, RowError):
+                split.reject(row, str(result))
             else:
                 assert isinstance(row, Row)
-                self._add(split, row, read, documents, number)
+                if self._add(split, row, read, result.documents, number):
+                    split.counts.note(row, result.notes)
         return TokenisedChunk(source=chunk.source, splits=(train.result(), held_out.result()))
 
     def _add(
@@ -73,7 +74,8 @@ class ChunkTokeniser:
         read: ReadExample,
         documents: Sequence[Document],
         number: int,
-    ) -> None:
+    ) -> bool:
+        """Whether the row is used."""
         length, over_length = self._settings.max_length, self._settings.over_length
         used: list[Window] = []
         dropped, is_ended = 0, True
@@ -97,7 +99,7 @@ class ChunkTokeniser:
                 split.drop(row, f"longer than max_length ({length}), and over_length is drop")
             else:
                 split.reject(row, f"no supervised token within max_length ({length})")
-            return
+            return False
         is_split = over_length == "split" and len(used) > len(documents)
         split.counts.numbers.update(
             rows_used=1,
@@ -107,6 +109,7 @@ class ChunkTokeniser:
             ended_rows=int(is_ended),
         )
         split.use(row, read, used, number)
+        return True
 
     def _num_ends(self, tokens: Document | Window) -> int:
         return self._encoder.num_ends(tokens.ids[tokens.supervised])

@@ -16,6 +16,7 @@ from tests.data.chat.chatting import (
     user,
     without_im_end,
 )
+from tests.messages import refused
 from tests.tiny import CHATML, make_tokenizer
 
 pytestmark = pytest.mark.tensor
@@ -118,13 +119,13 @@ def test_a_turn_as_it_stands_where_the_template_changes_it():
     assert first.startswith("<|im_start|>assistant\n[[a<|im_end|>]]\n<|im_start|>user\n")
 
 
-def test_what_the_template_does_with_some_content_is_found_for_the_row():
+def test_a_template_may_write_other_markup_for_some_texts():
     template = CHATML.replace("{{ m['role'] }}", "{{ m['role'] }}{{ '!' if m.content == '?' }}")
     found = shown(chat("?", "one", "q", "two"), tokenizer_with(template))
     first = user("?").replace("user", "user!") + "[[one<|im_end|>]]\n"
     assert found == first + user("q") + "[[two<|im_end|>]]\n"
-    with pytest.raises(RowError, match="not certain"):
-        shown(chat("q", "?"), tokenizer_with(template))
+    found = shown(chat("q", "?"), tokenizer_with(template))
+    assert found == user("q").replace("assistant", "assistant!") + "[[?<|im_end|>]]\n"
 
 
 def test_a_thought_full_of_fake_turns_ends_where_the_next_real_one_begins():
@@ -145,76 +146,54 @@ def test_a_header_token_that_takes_the_space_behind_it_is_not_trained():
     assert trained == "a<|end|>b<|end|>"
 
 
-def test_a_text_with_a_marker_of_ours_is_not_taken_for_it():
-    template = CHATML.replace("{{ m['role'] }}", "{{ m['role'] }}{{ '!' if 'Zq' in m.content }}")
-    with pytest.raises(RowError, match="markers"):
-        shown(chat("Zq00000qZ", "one"), tokenizer_with(template))
-
-
 def test_tools_and_calls_that_a_template_with_marks_does_not_know_are_refused():
     said = Message("assistant", "a", others={"tool_calls": [{"function": {"name": "f"}}]})
-    with pytest.raises(RowError, match="leaves out `tool_calls`"):
+    with refused("messages[1].tool_calls[0].name", error=RowError):
         shown(Conversation((Message("user", "q"), said)), tokenizer_with(MARKED))
-    with pytest.raises(RowError, match="no place for tools"):
+    with refused("tools[0].name", error=RowError):
         shown(Conversation(chat("q", "a").messages, ({"name": "f"},)), tokenizer_with(MARKED))
 
 
 @pytest.mark.parametrize("role", ["system", "user", "tool", "assistant"])
 @pytest.mark.parametrize("write", ["{{ m['content'] }}", "{{ m['content'] | upper }}"])
-def test_a_template_with_marks_loses_no_message_unsaid(role, write):
-    """Whatever a content is: `q` would be in the text anyway."""
-    messages = [Message("system", "q"), *chat("q", "a").messages, Message("tool", "q")]
-    messages += chat("q", "b").messages
+def test_a_template_with_marks_that_omits_a_message_is_refused(role, write):
+    """Even where another message has the same text."""
+    messages = [Message("system", "qu"), *chat("qu", "an").messages, Message("tool", "qu")]
+    messages += chat("qu", "bn").messages
     template = MARKED.replace("{{ m['content'] }}", write)
     assert shown(Conversation(tuple(messages)), tokenizer_with(template)).count("[[") == 2
     losing = template.replace(write, f"{{% if m.role != '{role}' %}}{write}{{% endif %}}")
-    refused = UserError if role == "assistant" else RowError
-    with pytest.raises(refused, match="leaves out"):
+    number = [message.role for message in messages].index(role)
+    error, fact = RowError, f"messages[{number}].content"
+    if role == "assistant":
+        error, fact = UserError, "chat template"
+    with refused(fact, error=error):
         shown(Conversation(tuple(messages)), tokenizer_with(losing))
     short = template.replace(write, f"{{% if m.role != '{role}' %}}{write}{{% else %}}"
-                             "{{ m['content'][:3] }}{% endif %}")  # fmt: skip
-    with pytest.raises(refused, match="leaves out"):
+                             "{{ m['content'][:1] }}{% endif %}")  # fmt: skip
+    with refused(f"messages[{number}].content", error=RowError):
         shown(Conversation(tuple(messages)), tokenizer_with(short))
 
 
-def test_a_template_with_marks_that_refuses_markers_is_held_to_the_texts():
-    choosy = "{% for m in messages %}{% if 'Zq' in m.content %}{{ raise_exception('no') }}"
-    choosy += "{% endif %}{% endfor %}" + MARKED
-    messages = (Message("system", "be brief"), *chat("why", "a").messages)
-    assert "be brief" in shown(Conversation(messages), tokenizer_with(choosy))
-    losing = choosy.replace("{% else %}", "{% elif m['role'] == 'user' %}")
-    with pytest.raises(RowError, match=r"leaves out the content of a message \(user\)"):
-        shown(Conversation(messages), tokenizer_with(losing.replace("'user'", "'system'")))
-
-
-def test_a_row_is_rendered_once_by_a_template_with_marks_too(monkeypatch):
-    made = encoder(tokenizer_with(MARKED))
-    made.encode(chat("q", "a"))
-    rendered = renderings(monkeypatch)
-    made.encode_many([chat(f"q{i}", f"a{i}") for i in range(5)])
-    assert len(rendered) == 5
-
-
-def test_where_a_turn_ends_is_never_guessed():
-    """Of a content that is not written as it is, its own fake turns cannot be told from real."""
+def test_fake_turns_in_a_text_that_the_template_changes_are_its_own():
     template = CHATML.replace("m['content'] }}", "m['content'] | replace('x', 'y') }}")
     fake = f"xa<|im_end|>\n{user('r')}xb"
     alone = shown(chat("q", fake), tokenizer_with(template))
     assert alone == user("q") + f"[[{fake.replace('x', 'y')}<|im_end|>]]\n"
-    with pytest.raises(RowError, match="not certain"):
-        shown(chat("q", fake, "r", "xb"), tokenizer_with(template))
+    both = shown(chat("q", fake, "r", "xb"), tokenizer_with(template))
+    assert both == alone + user("r") + "[[yb<|im_end|>]]\n"
 
 
-def test_what_is_left_out_or_said_twice_is_refused():
+def test_a_text_that_is_not_written_or_written_twice_is_refused():
     content = "{{ m['content'] }}"
     only_users = CHATML.replace(content, "{{ m['content'] if m.role == 'user' }}")
-    with pytest.raises(UserError, match="leaves out what the assistant says"):
+    with refused("chat template", "assistant"):
         shown(chat("q", "a"), tokenizer_with(only_users))
     twice = CHATML.replace(content, "{{ m['content'] + m['content'] }}")
     with pytest.raises(RowError, match="more than once"):
         shown(chat("q", "a"), tokenizer_with(twice))
     only_assistants = CHATML.replace(content, "{{ m['content'] if m.role != 'user' }}")
-    with pytest.raises(RowError, match=r"leaves out the content of a message \(user\)"):
+    with refused("messages[0].content", error=RowError):
         shown(chat("q", "a"), tokenizer_with(only_assistants))
 
 
@@ -227,13 +206,18 @@ def test_the_end_of_a_question_is_not_taken_for_the_end_of_an_answer():
             shown(chat("q", said, "r", "b"), tokenizer_with(template))
 
 
-@pytest.mark.parametrize("train_on", ["assistant", "last-assistant", "all"])
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
 def test_a_template_that_does_not_end_turns_is_refused(train_on):
     for said in (chat("q", "a", "r", "b"), chat("q", "a", "r"), chat("q", "a <|im_end|> b")):
         with pytest.raises(UserError, match="without a special token"):
             shown(said, tokenizer_with(NO_END), train_on=train_on)
     with pytest.raises(RowError, match="does not end every assistant turn"):
         shown(chat("q", "a", "r", "b"), tokenizer_with(OWN_END), train_on=train_on)
+
+
+def test_turns_that_are_not_trained_need_no_end():
+    found = shown(chat("q", "a", "r", "b"), tokenizer_with(OWN_END), train_on="last-assistant")
+    assert found.endswith(": a<|im_start|>user: r<|im_start|>assistant: [[b<|im_end|>]]")
 
 
 def test_a_mark_that_leaves_out_the_end_of_turn_is_refused():
@@ -244,11 +228,19 @@ def test_a_mark_that_leaves_out_the_end_of_turn_is_refused():
             shown(chat("q", said), tokenizer_with(template))
 
 
-def test_a_mark_in_pieces_has_no_certain_turns():
+def test_blocks_before_and_behind_an_answer_belong_to_its_turn():
     piece = "{% generation %}x<|im_end|>{% endgeneration %}"
     tokenizer = tokenizer_with(MARKED.replace("{% generation %}", piece + "{% generation %}"))
-    with pytest.raises(RowError, match="marks 2 pieces of 1 assistant turns"):
-        shown(chat("q", "a"), tokenizer)
+    found = shown(chat("q", "a", "r", "b"), tokenizer)
+    assert found.count("[[x<|im_end|>") == found.count("<|im_end|>]]") == 2
+
+
+def test_a_block_in_a_macro_marks_what_it_wrote():
+    macro = "{% macro said(m) %}{% generation %}{{ m }}<|im_end|>{% endgeneration %}{% endmacro %}"
+    start, end = MARKED.index("{% generation %}"), MARKED.index("{% else %}")
+    template = macro + MARKED[:start] + "{{ said(m.content) + '\n' }}" + MARKED[end:]
+    found = shown(chat("q", "one", "r", "two"), tokenizer_with(template))
+    assert found == user("q") + "[[one<|im_end|>]]\n" + user("r") + "[[two<|im_end|>]]\n"
 
 
 def test_a_template_that_is_not_valid_is_refused():
@@ -296,22 +288,17 @@ def test_a_key_that_only_looks_read_is_refused():
     """`reasoning` in a text, `enable_thinking`, `tools`: words that a template may have anyway."""
     template = "{# no tools #}{{ 'by reasoning' if enable_thinking }}" + CHATML
     said = Message("assistant", "a", others={"reasoning_content": "hm"})
-    with pytest.raises(RowError, match="leaves out `reasoning_content`"):
+    with refused("messages[1].reasoning_content", "<think>", error=RowError):
         shown(Conversation((Message("user", "q"), said)), tokenizer_with(template))
-    with pytest.raises(RowError, match="no place for tools"):
+    with refused("tools[0].name", error=RowError):
         shown(Conversation(chat("q", "a").messages, ({"name": "f"},)), tokenizer_with(template))
 
 
-@pytest.mark.parametrize("turns", [1, 2, 5])
-def test_once_a_shape_is_known_a_row_is_rendered_at_most_once(turns, monkeypatch):
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+@pytest.mark.parametrize("turns", [1, 5])
+def test_a_row_is_rendered_once(template, turns, monkeypatch):
+    made = encoder(tokenizer_with(template))
     rendered = renderings(monkeypatch)
-    encode = encoder(tokenizer_with(CHATML)).encode_many
-    encode(rows_of(0, 20, turns))
-    before = len(rendered)
-    assert all(len(found) == 1 for found in encode(rows_of(20, 1020, turns)))
-    assert before > 0
-    assert len(rendered) - before <= 1000
-
-
-def rows_of(first, end, turns):
-    return [chat(*(f"turn {t} of row {i}" for t in range(2 * turns))) for i in range(first, end)]
+    rows = [chat(*(f"turn {t} of row {i}" for t in range(2 * turns))) for i in range(50)]
+    assert not any(isinstance(row, RowError) for row in made.encode_many(rows))
+    assert len(rendered) == 50

@@ -115,7 +115,7 @@ def test_many_at_once_are_those_of_each_alone():
     together = encoder(make_tokenizer(), split_turns=True)
     alone = encoder(make_tokenizer(), split_turns=True)
     found = together.encode_many(examples)
-    assert [len(f) if isinstance(f, list) else str(f)[:4] for f in found] == [
+    assert [str(f)[:4] if isinstance(f, RowError) else len(f.documents) for f in found] == [
         2,
         1,
         "`inp",
@@ -124,12 +124,12 @@ def test_many_at_once_are_those_of_each_alone():
         1,
         1,
     ]
-    for example, documents in zip(examples, found, strict=True):
-        if isinstance(documents, RowError):
+    for example, row in zip(examples, found, strict=True):
+        if isinstance(row, RowError):
             with pytest.raises(RowError):
                 alone.encode(example)
             continue
-        for one, other in zip(documents, alone.encode(example), strict=True):
+        for one, other in zip(row.documents, alone.encode(example), strict=True):
             assert one.ids.tolist() == other.ids.tolist()
             assert one.supervised.tolist() == other.supervised.tolist()
     assert together.encode_many([]) == []
@@ -142,7 +142,8 @@ def test_texts_are_the_same_tokens_with_and_without_places_of_characters(make):
     texts = [Text(text) for text in given]
     made = encoder(make())
     among_others = made.encode_many([*texts, Completion("q", "a")])[:-1]
-    for (one,), (other,) in zip(made.encode_many(texts), among_others, strict=True):
+    for alone, among in zip(made.encode_many(texts), among_others, strict=True):
+        (one,), (other,) = alone.documents, among.documents
         assert one.ids.tolist() == other.ids.tolist()
         assert one.supervised.tolist() == other.supervised.tolist()
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.chat.template import ChatTemplate
 from pipeline.rows.formats import Conversation, Message, RowError
 from tests.data.chat.chatting import SPECIAL, all_shown, chat, encoder, published, renderings, shown
+from tests.messages import refused
 
 pytestmark = pytest.mark.tensor
 
@@ -28,9 +28,9 @@ EXPECTED = {
     "qwen2.5": "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
     "assistant.<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[one<|im_end|>]]\n"
     "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n[[two<|im_end|>]]\n",
-    # Qwen3 writes an empty thought itself, as its generation prompt without thinking does.
+    # The generation prompt has no thought, so the model must write the empty one itself.
     "qwen3": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[one<|im_end|>]]\n<|im_start|>"
-    "user\nr<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n[[two<|im_end|>]]\n",
+    "user\nr<|im_end|>\n<|im_start|>assistant\n[[<think>\n\n</think>\n\ntwo<|im_end|>]]\n",
     "phi-4": "<|im_start|>user<|im_sep|>q<|im_end|><|im_start|>assistant<|im_sep|>[[one<|im_end|>]]"
     "<|im_start|>user<|im_sep|>r<|im_end|><|im_start|>assistant<|im_sep|>[[two<|im_end|>]]",
     "phi-3.5": "<|user|>\nq<|end|>\n<|assistant|>\n[[one<|end|>]]\n<|user|>\nr<|end|>\n"
@@ -51,6 +51,13 @@ EXPECTED = {
 }
 EXPECTED["gemma-3"] = EXPECTED["gemma-2"]
 EXPECTED["phi-4-first"] = EXPECTED["phi-4"]  # its user turns write the assistant's header
+
+
+END = dict.fromkeys(SPECIAL, "<|im_end|>")
+END |= {"phi-3.5": "<|end|>", "llama-3": "<|eot_id|>", "llama-3.2": "<|eot_id|>"}
+END |= {"mistral-7b-v0.1": "</s>", "mistral-nemo": "</s>"}
+END |= {"gemma-2": "<end_of_turn>", "gemma-3": "<end_of_turn>"}
+END["deepseek-r1-distill"] = bar("<|end▁of▁sentence|>")
 
 
 def without_date(text):
@@ -80,7 +87,7 @@ def test_documents_are_those_of_transformers(name):
 
 @pytest.mark.parametrize("name", sorted(NO_SYSTEM))
 def test_a_system_message_that_would_be_lost_is_refused(name):
-    with pytest.raises(RowError, match=r"refuses the conversation|leaves out"):
+    with pytest.raises(RowError, match=r"refuses the conversation|messages\[0\].content"):
         shown(chat("q", "one", system="be brief"), published(name))
 
 
@@ -95,19 +102,21 @@ def test_whatever_is_said_each_turn_is_trained_through_its_end(name, contents):
     tokenizer = published(name)
     made = encoder(tokenizer)
     (document,) = made.encode(chat(*contents))
-    end = made._turns.end.text
     trained = tokenizer.decode(document.ids[document.supervised].tolist())
     is_trimmed = name.startswith(("llama", "gemma"))
-    said = [text.strip() if is_trimmed else text for text in contents[1::2]]
-    assert trained == "".join(f"{text}{end}" for text in said)
+    answers = [text.strip() if is_trimmed else text for text in contents[1::2]]
+    if name == "qwen3":
+        answers[-1] = "<think>\n\n</think>\n\n" + answers[-1].lstrip("\n")
+    assert trained == "".join(f"{text}{END[name]}" for text in answers)
 
 
 @pytest.mark.parametrize("name", sorted(SPECIAL))
 def test_a_row_is_rendered_once_when_its_shape_is_known(name, monkeypatch):
+    """Only thoughts that are omitted need more: one rendering of their shape."""
     made = encoder(published(name))
-    made.encode(chat("q", "one", "r", THOUGHT))
+    made.encode(chat("q", THOUGHT, "r", THOUGHT))
     rendered = renderings(monkeypatch)
-    made.encode_many([chat(f"q{i}", f"one {i}", "r", f"{THOUGHT} {i}") for i in range(5)])
+    made.encode_many([chat(f"q{i}", THOUGHT, "r", f"{THOUGHT} {i}") for i in range(5)])
     assert len(rendered) == 5
 
 
@@ -123,8 +132,7 @@ class TestThoughts:
     def test_as_many_turns_as_there_are(self, name):
         """Answers that are as they were said are not searched for, however many alike there are."""
         found = shown(chat(*("same", THOUGHT) * 30), published(name))
-        end = encoder(published(name))._turns.end.text
-        assert found.count("[[") == found.count(f"two{end}]]") == 30
+        assert found.count("[[") == found.count(f"two{END[name]}]]") == 30
 
     def test_a_document_of_each_turn_keeps_them_all(self):
         example = chat("q", THOUGHT.replace("two", "one"), "r", THOUGHT)
@@ -141,7 +149,7 @@ class TestThoughts:
         assert found.endswith(f"assistant\n[[{THOUGHT}<|im_end|>]]\n")
         earlier = shown(Conversation((asked, said, asked, said)), published("qwen3"))
         assert earlier.count("hm") == 1
-        with pytest.raises(RowError, match="leaves out `reasoning_content`"):
+        with refused("messages[1].reasoning_content", "<think>", error=RowError):
             shown(Conversation((asked, said)), published("qwen2.5"))
 
     def test_deepseek_strips_them_and_asks_for_them(self):
@@ -164,6 +172,10 @@ class TestThoughts:
     def test_the_question_is_what_was_trained(self):
         made = encoder(published("qwen3"))
         prompt, answer = made.last_answer(chat("q", "one"))
+        assert prompt.endswith("<|im_start|>assistant\n")
+        assert answer == "<think>\n\n</think>\n\none"
+        silent = encoder(published("qwen3"), chat_template_kwargs={"enable_thinking": False})
+        prompt, answer = silent.last_answer(chat("q", "one"))
         assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
         assert answer == "one"
         prompt, answer = made.last_answer(chat("q", THOUGHT))
@@ -213,7 +225,7 @@ class TestTools:
         for result in ("3", '3\n"4"', " "):
             found = shown(with_tools({"a": 1}, result=result), published(name))
             assert TRAINED[name] in found
-            assert "[[it is 3<" in found
+            assert f"it is 3{END[name]}]]" in found
             assert found.count("]]") == 2
 
     def test_text_before_a_call_is_trained_with_it(self):
@@ -221,7 +233,7 @@ class TestTools:
         said = Message("assistant", "I add", others=said.others)
         found = shown(Conversation((asked, said, *rest)), published("qwen2.5"))
         assert "assistant\n[[I add\n<tool_call>\n" in found
-        with pytest.raises(RowError, match="leaves out the content"):
+        with refused("messages[1].content", error=RowError):
             shown(Conversation((asked, said, *rest)), published("llama-3.2"))
 
     def test_several_calls_in_a_turn(self):
@@ -240,25 +252,18 @@ class TestTools:
         assert found.endswith("[/AVAILABLE_TOOLS][INST]r[/INST][[bye</s>]]")
 
     @pytest.mark.parametrize("name", ["smollm2", "llama-3", "deepseek-r1-distill"])
-    def test_a_template_without_tools_does_not_lose_them_unsaid(self, name):
+    def test_a_template_without_tools_is_refused_for_rows_with_them(self, name):
         example = with_tools({"a": 1})
-        with pytest.raises(RowError, match="no place for tools"):
+        with refused("chat template", error=RowError):
             shown(example, published(name))
-        with pytest.raises(RowError, match=r"leaves out|refuses|no certain|not certain"):
+        with refused("chat template", error=RowError):
             shown(Conversation(example.messages), published(name))
 
     @pytest.mark.parametrize("name", sorted(TRAINED))
-    def test_rows_with_other_tools_and_arguments_are_rendered_once_too(self, name, monkeypatch):
+    def test_rows_with_tools_are_rendered_once_too(self, name, monkeypatch):
         made = encoder(published(name))
         made.encode(with_tools({"a": 1}))
-        rendered = []
-        render = ChatTemplate._render
-
-        def count(self, *arguments, **named):
-            rendered.append(arguments)
-            return render(self, *arguments, **named)
-
-        monkeypatch.setattr(ChatTemplate, "_render", count)
+        rendered = renderings(monkeypatch)
         others = [tool("add"), tool("sub", b={"type": "string", "enum": ["x"]})]
         (found,) = made.encode_many([with_tools({"b": {"c": ["x"]}, "d": None}, tools=others)])
-        assert len(found) == len(rendered) == 1
+        assert len(found.documents) == len(rendered) == 1

@@ -28,7 +28,10 @@ CHANGES = {
     "max_length": {"max_length": 99},
     "over_length": {"over_length": "drop"},
     "packing": {"packing": False},
+    "chat_template_kwargs": {"chat_template_kwargs": {"mood": "calm"}},
+    "special_tokens_in_text": {"special_tokens_in_text": "reject"},
     "split_turns": {"split_turns": True},
+    "train_on_reasoning": {"train_on_reasoning": False},
     "train_on": {"train_on": "all"},
     "weight": {"train_data": {"path": "train.jsonl", "weight": 2.0}},
 }
@@ -42,6 +45,9 @@ def test_whatever_makes_the_documents_changes_the_key(run, monkeypatch, change):
     monkeypatch.chdir(run.folder)
     if change == "chat_template":
         (run.folder / "model" / "chat_template.jinja").unlink()
+    if change == "chat_template_kwargs":
+        template = run.folder / "model" / "chat_template.jinja"
+        template.write_text("{{ mood }}" + template.read_text())
     before = {} if change != "chat_template" else {"train_data": texts(run), "eval_data": None}
     first = run.prepare(**before)
     if change == "data":
@@ -64,6 +70,19 @@ def test_whatever_makes_the_documents_changes_the_key(run, monkeypatch, change):
     assert DataIndex.load(run.data) == second
     for name, split in second.splits.items():
         assert run.audit(name)["documents"] == split.documents
+
+
+def test_the_content_of_a_template_file_is_in_the_key(run, monkeypatch):
+    monkeypatch.chdir(run.folder)
+    path = run.folder / "mine.jinja"
+    path.write_text((run.folder / "model" / "chat_template.jinja").read_text())
+    first = run.prepare(chat_template=str(path))
+    assert first.train.key != run.prepare().train.key
+    path.write_text(path.read_text() + "\n")
+    assert run.prepare(chat_template=str(path)).train.key != first.train.key
+    path.unlink()
+    with refused("chat_template", path):
+        run.prepare(chat_template=str(path))
 
 
 def test_no_setting_of_the_key_is_untested():

@@ -1,0 +1,279 @@
+"""Conversation -> what its chat template gets, and the leaves of the row in it.
+
+A leaf is a text, a key or a number in messages, calls, arguments, tools and reasoning. Texts and
+keys are traced strings whose source is the number of their leaf.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple
+
+from pipeline.data.chat.traced import Arguments, from_source, joined
+from pipeline.rows.formats import Conversation, Message
+
+TOOLS = -1  # the message of leaves of tools
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # one thing to transformers
+# Keywords of JSON Schema that templates write in a notation of their own, or need not write.
+STRUCTURE_OF_TOOLS = frozenset(
+    ("type", "required", "additionalProperties", "strict", "$schema", "nullable")
+)
+_NAMES_OF_PARAMETERS = ("properties", "$defs", "definitions")  # their keys are the row's own names
+_SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
+
+
+class Kind(Enum):
+    """What a leaf is, which decides what happens when the template does not write it."""
+
+    STRUCTURAL = "structural"  # need not be written
+    CONTENT = "content"
+    REASONING = "reasoning"
+    OTHER = "other"  # of a call, of tools: must be written
+
+
+class Leaf(NamedTuple):
+    """A text or scalar of a row; `path`: the keys and indexes that lead to it."""
+
+    message: int
+    kind: Kind
+    path: tuple[str | int, ...]
+    value: Any
+
+    @property
+    def name(self) -> str:
+        """The path as a person writes it: messages[2].tool_calls[0].arguments.city."""
+        parts = (f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.path)
+        return "".join(parts).removeprefix(".")
+
+
+@dataclass(frozen=True)
+class CallStyle:
+    """How a template takes calls: the content beside them, and their ids."""
+
+    empty_content: str | None = ""
+    ids: str = "given"  # or "short": nine letters and digits; or "named": functions.NAME:NUMBER
+
+
+@dataclass
+class TracedConversation:
+    """Messages and tools for the template, and the leaves in them."""
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    leaves: list[Leaf] = field(default_factory=list)
+
+
+def trace(conversation: Conversation, style: CallStyle) -> TracedConversation:
+    """The conversation as its template gets it."""
+    return _Tracer(style).trace(conversation)
+
+
+class _Tracer:
+    def __init__(self, style: CallStyle) -> None:
+        self._style = style
+        self._result = TracedConversation()
+        self._message = TOOLS
+        self._new_ids: dict[str, str] = {}  # of calls whose id was replaced
+        self._unanswered: list[str] = []  # ids of calls without a result yet
+        self._num_calls = 0
+
+    def trace(self, conversation: Conversation) -> TracedConversation:
+        for number, tool in enumerate(conversation.tools):
+            self._result.tools.append(self._tool(tool, ("tools", number)))
+        for number, message in enumerate(conversation.messages):
+            self._message = number
+            self._result.messages.append(self._as_template_gets_it(message))
+        return self._result
+
+    def _as_template_gets_it(self, message: Message) -> dict[str, Any]:
+        path: tuple[str | int, ...] = ("messages", self._message)
+        others = message.others
+        calls = others.get("tool_calls") or ()
+        content: str | None = self._text(message.content, (*path, "content"), Kind.CONTENT)
+        if calls and not content:
+            content = self._style.empty_content
+        result: dict[str, Any] = {"role": message.role, "content": content}
+        for key, value in others.items():
+            if key == "tool_calls":
+                calls_path = (*path, key)
+                result[key] = [self._call(c, (*calls_path, n)) for n, c in enumerate(calls)]
+            elif key in REASONING_KEYS:
+                text = self._text(value, (*path, key), Kind.REASONING)
+                # As transformers does it: one value under the names that templates read.
+                result = {"thinking": text, **result, "reasoning_content": text, key: text}
+            else:
+                is_structural = message.role == "tool" and key in ("name", "tool_call_id")
+                kind = Kind.STRUCTURAL if is_structural else Kind.OTHER
+                if key != "tool_call_id":
+                    result[key] = self._value(value, (*path, key), kind)
+        if message.role == "tool":
+            self._answer(result, others.get("tool_call_id"), (*path, "tool_call_id"))
+        return result
+
+    def _call(self, call: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
+        given = call["function"]
+        function: dict[str, Any] = {}
+        for key, value in given.items():
+            if key == "arguments" and isinstance(value, Mapping):
+                function[key] = Arguments(self._value(value, (*path, key), Kind.OTHER))
+            else:
+                function[key] = self._value(value, (*path, key), Kind.OTHER)
+        result: dict[str, Any] = {"type": "function", "function": function}
+        for key, value in call.items():
+            if key not in ("function", "type", "id"):
+                kind = Kind.STRUCTURAL if key == "index" else Kind.OTHER
+                result[key] = self._value(value, (*path, key), kind)
+        call_id = self._id(call.get("id"), function["name"])
+        if call_id:
+            result["id"] = self._structural(call_id, (*path, "id"))
+            self._unanswered.append(str.__str__(call_id))
+        self._num_calls += 1
+        return result
+
+    def _id(self, given: Any, name: str) -> str:
+        """The id of a call in the form that the template demands."""
+        old = given if isinstance(given, str) else ""
+        if self._style.ids == "short" and not _SHORT_ID.fullmatch(old):
+            new = f"call{self._num_calls:05d}"
+        elif self._style.ids == "named":
+            before, found, after = old.rpartition(name)
+            parts = (before, name, after) if found else ("functions.", name, f":{self._num_calls}")
+            new = joined(parts)
+        else:
+            return old
+        if old:
+            self._new_ids[old] = str.__str__(new)
+        return new
+
+    def _answer(self, result: dict[str, Any], given: Any, path: tuple[str | int, ...]) -> None:
+        """Give a tool's result the id of its call; in their order where rows name none."""
+        call_id = self._new_ids.get(given, given) if isinstance(given, str) else None
+        if call_id in self._unanswered:
+            self._unanswered.remove(call_id)
+        elif self._style.ids != "given" and self._unanswered:
+            call_id = self._unanswered.pop(0)
+        if call_id:
+            result["tool_call_id"] = self._structural(call_id, path)
+
+    def _structural(self, text: str, path: tuple[str | int, ...]) -> str:
+        if type(text) is not str:  # made of other leaves
+            return text
+        return self._text(text, path, Kind.STRUCTURAL)
+
+    def _text(self, text: str, path: tuple[str | int, ...], kind: Kind) -> str:
+        if not text:
+            return text
+        leaves = self._result.leaves
+        leaves.append(Leaf(self._message, kind, path, text))
+        return from_source(text, len(leaves) - 1)
+
+    def _value(self, value: Any, path: tuple[str | int, ...], kind: Kind) -> Any:
+        """A value with its keys and texts traced."""
+        if isinstance(value, str):
+            return self._text(value, path, kind)
+        if isinstance(value, Mapping):
+            return {
+                self._text(key, (*path, key), kind): self._value(item, (*path, key), kind)
+                for key, item in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [self._value(item, (*path, n), kind) for n, item in enumerate(value)]
+        if value is not None or kind is Kind.OTHER:
+            self._result.leaves.append(Leaf(self._message, kind, path, value))
+        return value
+
+    def _tool(self, value: Any, path: tuple[str | int, ...]) -> Any:
+        """A part of a tool's schema: keywords of JSON Schema are not traced, all else is."""
+        if isinstance(value, list | tuple):
+            return [self._tool(item, (*path, n)) for n, item in enumerate(value)]
+        if not isinstance(value, Mapping):
+            return self._value(value, path, Kind.OTHER)
+        result: dict[str, Any] = {}
+        are_names = path[-1] in _NAMES_OF_PARAMETERS
+        for key, item in value.items():
+            inner = (*path, key)
+            if are_names:
+                result[self._text(key, inner, Kind.OTHER)] = self._tool(item, inner)
+            elif key in STRUCTURE_OF_TOOLS:
+                result[key] = item
+            else:
+                result[key] = self._tool(item, inner)
+        return result
+
+
+THOUGHT = re.compile(
+    r"<(?P<tag>think|thinking|thought|reasoning|seed:think)>(?P<a>.*?)</(?P=tag)>"
+    r"|\[THINK\](?P<b>.*?)\[/THINK\]|\A(?P<c>(?:(?!<think>).)*?)</think>",
+    re.DOTALL,
+)
+
+
+def thoughts_in(message: Message) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """For each thought in a content: its characters with its tags, and without them."""
+    if message.role != "assistant" or ("</" not in message.content and "[/" not in message.content):
+        return
+    for match in THOUGHT.finditer(message.content):
+        inner = next(name for name in "abc" if match[name] is not None)
+        yield match.span(), match.span(inner)
+
+
+def with_fixed_texts(conversation: Conversation) -> tuple[Conversation, tuple[Any, ...]]:
+    """The conversation of the same shape that all such rows share, and its key."""
+    key: list[Any] = [bool(conversation.tools)]
+    messages = []
+    for message in conversation.messages:
+        others: dict[str, Any] = {}
+        if message.others.get("tool_calls"):
+            others["tool_calls"] = [example_call()]
+        reasoning = [k for k in REASONING_KEYS if message.others.get(k)]
+        if reasoning:
+            others[reasoning[0]] = "a thought"
+        content = "a text" if message.content.strip() else ""
+        has_thought = any(True for _ in thoughts_in(message))
+        if has_thought:
+            content = "<think>\na thought\n</think>\n\na text"
+        messages.append(Message(message.role, content, True, others))
+        key.append((message.role, bool(content), has_thought, *others))
+    return Conversation(tuple(messages), (EXAMPLE_TOOL,) if conversation.tools else ()), tuple(key)
+
+
+EXAMPLE_TOOL: Mapping[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "lookup",
+        "description": "Look up a word",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "description": "The word"}},
+            "required": ["word"],
+        },
+    },
+}
+
+
+def example_call() -> Mapping[str, Any]:
+    """A call of the example tool."""
+    function = {"name": "lookup", "arguments": {"word": "tree"}}
+    return {"type": "function", "id": "call_lookup", "function": function}
+
+
+def example(*roles: str) -> Conversation:
+    """A conversation of fixed texts; `call` is an assistant's call of the example tool."""
+    messages: list[Message] = []
+    for number, role in enumerate(roles):
+        if role == "call":
+            others: Mapping[str, Any] = {"tool_calls": [example_call()]}
+            messages.append(Message("assistant", "", True, others))
+        elif role == "tool":
+            messages.append(Message("tool", "a result", True, {"tool_call_id": "call_lookup"}))
+        else:
+            messages.append(Message(role, f"{role} says {number}", True))  # type: ignore[arg-type]
+    has_calls = "call" in roles
+    return Conversation(tuple(messages), (EXAMPLE_TOOL,) if has_calls else ())
+
+
+def names(leaves: Sequence[Leaf]) -> str:
+    """The names of a few leaves, for a message."""
+    found = list(dict.fromkeys(leaf.name for leaf in leaves))  # a key and its value have one name
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

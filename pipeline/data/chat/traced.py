@@ -1,0 +1,338 @@
+"""Strings that carry their origin through a chat template, and the Jinja environment for them.
+
+A `Traced` string is an ordinary string for the template: every method returns the same text as
+that of `str`. It also holds spans: which of its characters come from which text of the row.
+Whatever a method here does not trace is still the right text; its origin is then unknown, and
+the row is rejected rather than trained without knowing.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+GENERATED = -1  # the source of spans that a {% generation %} block wrote
+_JSON_OR_REPR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
+
+
+class TracedSpan(NamedTuple):
+    """Characters [start, stop) of a string were written from [first, last) of a source."""
+
+    start: int
+    stop: int
+    source: int
+    first: int
+    last: int
+
+
+class Traced(str):
+    """A string with the spans of its characters that have a known source."""
+
+    __slots__ = ("_spans",)
+    _spans: tuple[TracedSpan, ...]  # the sandbox keeps templates from names with an underscore
+
+    def __str__(self) -> str:
+        return self
+
+    def __add__(self, other: str) -> str:
+        return joined((self, other)) if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other: str) -> str:
+        return joined((other, self)) if isinstance(other, str) else NotImplemented
+
+    def __getitem__(self, key: SupportsIndex | slice) -> str:
+        text = str.__getitem__(self, key)
+        if not isinstance(key, slice):
+            start = key.__index__()
+            start += len(self) if start < 0 else 0
+            return self._cut(start, start + 1)
+        start, stop, step = key.indices(len(self))
+        return self._cut(start, max(start, stop)) if step == 1 else text
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._cut(i, i + 1) for i in range(len(self)))
+
+    def strip(self, chars: str | None = None, /) -> str:
+        start = len(self) - len(str.lstrip(self, chars))
+        return self._cut(start, start + len(str.strip(self, chars)))
+
+    def lstrip(self, chars: str | None = None, /) -> str:
+        return self._cut(len(self) - len(str.lstrip(self, chars)), len(self))
+
+    def rstrip(self, chars: str | None = None, /) -> str:
+        return self._cut(0, len(str.rstrip(self, chars)))
+
+    def removeprefix(self, prefix: str, /) -> str:
+        return self._cut(len(self) - len(str.removeprefix(self, prefix)), len(self))
+
+    def removesuffix(self, suffix: str, /) -> str:
+        return self._cut(0, len(str.removesuffix(self, suffix)))
+
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        return self._parts(str.split(self, sep, maxsplit), sep)
+
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        return self._parts(str.rsplit(self, sep, maxsplit), sep)
+
+    def splitlines(self, keepends: bool = False) -> list[str]:
+        lines = self._parts(str.splitlines(self, keepends=True))
+        plain = str.splitlines(self)
+        return lines if keepends else [x[: len(y)] for x, y in zip(lines, plain, strict=True)]
+
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
+        before, found, after = self._parts(str.partition(self, sep))
+        return before, found, after
+
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:
+        start = len(self) - len(str.rpartition(self, sep)[2])
+        middle = start - len(sep) if sep in self else 0
+        return self._cut(0, middle), self._cut(middle, start), self._cut(start, len(self))
+
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
+        """What replaces characters of a source counts as written from them."""
+        if not old:
+            return str.replace(self, old, new, count)
+        pieces: list[str] = []
+        at, left = 0, count.__index__()
+        while left and (found := self.find(old, at)) >= 0:
+            stop = found + len(old)
+            pieces += [self._cut(at, found), _rewritten(self._cut(found, stop), new)]
+            at, left = stop, left - 1
+        return joined((*pieces, self._cut(at, len(self))))
+
+    def join(self, parts: Iterable[str], /) -> str:
+        pieces: list[str] = []
+        for part in parts:
+            pieces += [self, part] if pieces else [part]
+        return joined(pieces)
+
+    def upper(self) -> str:
+        return _rewritten(self, str.upper(self))
+
+    def lower(self) -> str:
+        return _rewritten(self, str.lower(self))
+
+    def title(self) -> str:
+        return _rewritten(self, str.title(self))
+
+    def capitalize(self) -> str:
+        return _rewritten(self, str.capitalize(self))
+
+    def _cut(self, start: int, stop: int) -> str:
+        text = str.__getitem__(self, slice(start, stop))
+        if start <= 0 and stop >= len(self):
+            return self
+        spans = [_overlap(span, start, stop) for span in self._spans]
+        return traced(text, [span for span in spans if span.start < span.stop])
+
+    def _parts(self, parts: Sequence[str], sep: str | None = None) -> list[str]:
+        """The parts of this string, which stand in it in this order."""
+        found, at = [], 0
+        for part in parts:
+            start = self.index(part, at)
+            at = start + len(part)
+            found.append(self._cut(start, at))
+            at += len(sep or "")
+        return found
+
+
+class Arguments(dict[str, Any]):
+    """Arguments of a call: an object, which is JSON text where a template joins it to text."""
+
+    def __str__(self) -> str:
+        return _trace_strings(json.dumps(self, ensure_ascii=False), self)
+
+    def __add__(self, other: str) -> str:
+        return joined((str(self), other)) if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other: str) -> str:
+        return joined((other, str(self))) if isinstance(other, str) else NotImplemented
+
+
+def traced(text: str, spans: Iterable[TracedSpan]) -> str:
+    """The text with its spans; a plain string where there are none."""
+    kept = tuple(spans)
+    if not kept:
+        return str.__str__(text)
+    result = Traced(text)
+    result._spans = kept
+    return result
+
+
+def from_source(text: str, source: int) -> str:
+    """A text of which all comes from this source."""
+    return traced(text, (TracedSpan(0, len(text), source, 0, len(text)),))
+
+
+def spans_of(text: str) -> tuple[TracedSpan, ...]:
+    """The spans of a string, in the order in which its parts were joined."""
+    return text._spans if isinstance(text, Traced) else ()
+
+
+def joined(parts: Iterable[str]) -> str:
+    """`"".join` that keeps the spans."""
+    pieces = list(parts)
+    spans: list[TracedSpan] = []
+    at = 0
+    for piece in pieces:
+        if type(piece) is Traced:
+            spans += _shifted(piece._spans, at) if at else piece._spans
+        at += len(piece)
+    return traced("".join(pieces), spans)
+
+
+def make_environment() -> "Environment":
+    """The environment of transformers for chat templates, which keeps spans."""
+    from jinja2.compiler import CodeGenerator, Frame
+    from jinja2.ext import Extension
+    from jinja2.nodes import CallBlock, Concat, Node
+    from jinja2.parser import Parser
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    class TracingCodeGenerator(CodeGenerator):
+        def visit_Concat(self, node: Concat, frame: Frame) -> None:  # noqa: N802 - Jinja's name
+            self.write("environment.concat(map(environment.finalize, (")
+            for child in node.nodes:
+                self.visit(child, frame)
+                self.write(", ")
+            self.write(")))")
+
+    class GenerationBlock(Extension):
+        tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
+        priority = 1000  # later than that of transformers, so that this one counts
+
+        def parse(self, parser: Parser) -> Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+        def _mark(self, caller: Callable[[], str]) -> str:
+            text = caller()
+            return traced(text, (*spans_of(text), TracedSpan(0, len(text), GENERATED, 0, 0)))
+
+    environment: Any = _compile_jinja_template("{# ours #}").environment.overlay(
+        extensions=[GenerationBlock], finalize=_as_text
+    )
+    to_json, call = environment.filters["tojson"], environment.call
+
+    def traced_json(value: Any, *arguments: Any, **named: Any) -> str:
+        text: str = to_json(value, *arguments, **named)
+        is_sorted = named.get("sort_keys", len(arguments) > 3 and arguments[3])
+        return _trace_strings(text, value, is_sorted=bool(is_sorted))
+
+    def traced_join(value: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
+        parts = value if attribute is None else [item[attribute] for item in value]
+        return (
+            traced(d, spans_of(d)).join(map(_as_text, parts)) if d else joined(map(_as_text, parts))
+        )
+
+    def traced_call(context: Any, function: Any, /, *arguments: Any, **named: Any) -> Any:
+        """`', '.join(...)`: the method of a plain string would lose the spans."""
+        text = getattr(function, "__self__", None)
+        if type(text) is str and function.__name__ == "join":
+            return _join(text, *arguments)
+        return call(context, function, *arguments, **named)
+
+    environment.code_generator_class = TracingCodeGenerator
+    environment.concat = joined
+    environment.call = traced_call
+    environment.filters = {
+        **environment.filters,
+        "tojson": traced_json,
+        "join": traced_join,
+        "string": _as_text,
+    }
+    return environment  # type: ignore[no-any-return]
+
+
+def _join(separator: str, parts: Iterable[Any]) -> str:
+    pieces: list[str] = []
+    for part in parts:
+        pieces += [separator, part] if pieces else [part]
+    return joined(pieces)
+
+
+def _as_text(value: Any) -> str:
+    """A value as Jinja prints it."""
+    text = str(value)
+    return _trace_strings(text, value) if type(value) in (dict, list, tuple) else text
+
+
+def _trace_strings(text: str, value: Any, *, is_sorted: bool = False) -> str:
+    """JSON or Python's repr of a value, with the spans of the strings in the value."""
+    strings = list(_strings_in(value, is_sorted))
+    found = list(_JSON_OR_REPR_STRING.finditer(text))
+    if len(found) != len(strings):
+        return text
+    spans: list[TracedSpan] = []
+    for match, source in zip(found, strings, strict=True):
+        if source_spans := spans_of(source):
+            start, stop = match.start() + 1, match.end() - 1
+            if stop - start == len(source):  # nothing is escaped
+                spans += _shifted(source_spans, start)
+            else:
+                spans += _escaped(source, source_spans, text[start:stop], start)
+    return traced(text, spans)
+
+
+def _strings_in(value: Any, is_sorted: bool) -> Iterator[str]:
+    """The strings of a value, in the order in which it is written."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key in sorted(value) if is_sorted else value:
+            yield key if isinstance(key, str) else str(key)
+            yield from _strings_in(value[key], is_sorted)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings_in(item, is_sorted)
+
+
+def _escaped(
+    source: str, spans: Sequence[TracedSpan], written: str, at: int
+) -> Iterator[TracedSpan]:
+    """The spans of a string behind escapes; none where they cannot be told apart."""
+    if len(spans) == 1 and spans[0].stop - spans[0].start == len(source):
+        yield TracedSpan(at, at + len(written), *spans[0][2:])
+        return
+    for is_ascii in (False, True):
+        pieces = [json.dumps(c, ensure_ascii=is_ascii)[1:-1] for c in str.__str__(source)]
+        if "".join(pieces) == written:
+            ends = [0]
+            for piece in pieces:
+                ends.append(ends[-1] + len(piece))
+            for span in spans:
+                yield TracedSpan(at + ends[span.start], at + ends[span.stop], *span[2:])
+            return
+
+
+def _rewritten(text: str, new: str) -> str:
+    """A text that is written as another one, from the same sources."""
+    spans = spans_of(text)
+    if len(text) == len(new) or not new:
+        return traced(new, spans if new else ())
+    if not spans:
+        return new
+    whole = spans[0]
+    return traced(new, (TracedSpan(0, len(new), whole.source, whole.first, spans[-1].last),))
+
+
+def _overlap(span: TracedSpan, start: int, stop: int) -> TracedSpan:
+    """The part of a span in [start, stop), counted from `start`."""
+    first, last = max(span.start, start), min(span.stop, stop)
+    if span.stop - span.start != span.last - span.first:  # escaped: not character by character
+        return TracedSpan(first - start, last - start, *span[2:])
+    return TracedSpan(
+        first - start,
+        last - start,
+        span.source,
+        span.first + first - span.start,
+        span.last - (span.stop - last),
+    )
+
+
+def _shifted(spans: Iterable[TracedSpan], by: int) -> list[TracedSpan]:
+    return [TracedSpan(s.start + by, s.stop + by, *s[2:]) for s in spans]
