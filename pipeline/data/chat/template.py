@@ -124,10 +124,12 @@ def _refuse_unread(source: str, kwargs: Mapping[str, Any]) -> None:
 
     if not kwargs:
         return
+    environment = make_environment()
     try:
-        known = find_undeclared_variables(make_environment().parse(source)) - {*_OWN_VARIABLES}
+        known = find_undeclared_variables(environment.parse(source))
     except TemplateSyntaxError as error:
         raise UserError(f"model: the chat template is not valid Jinja: {error}") from None
+    known -= {*_OWN_VARIABLES, *environment.globals}
     if unread := sorted({*kwargs} - known):
         raise UserError(
             f"chat_template_kwargs: the chat template does not read {', '.join(unread)}; it "
