@@ -96,6 +96,7 @@ def split_keys(
     tokenizer = {path for pattern in patterns for path in model.glob(pattern) if path.is_file()}
     values = settings.model_dump(mode="json", include=set(settings_with("documents")))
     if settings.chat_template not in ("model", "chatml"):  # a file: its content, not its path
+        read_template(settings.chat_template)  # UserError where it cannot be read
         values["chat_template"] = fingerprints.sha256(Path(settings.chat_template))
     made_from = {
         "format": _FORMAT,
@@ -104,7 +105,6 @@ def split_keys(
             str(path.relative_to(model)): fingerprints.sha256(path) for path in sorted(tokenizer)
         },
         "settings": values,
-        "template": _template(settings, fingerprints),
         "held_out": held_out,
         "limit": limit,
     }
@@ -114,14 +114,6 @@ def split_keys(
         ).hexdigest()[:16]
         for split in ("rest", "held_out")
     }
-
-
-def _template(settings: RunSettings, fingerprints: Fingerprints) -> str | None:
-    """The content of a template file that the run file names."""
-    if settings.chat_template in ("model", "chatml"):
-        return None
-    read_template(settings.chat_template)  # UserError where it cannot be read
-    return fingerprints.sha256(Path(settings.chat_template))
 
 
 def _source(source: Source, fingerprints: Fingerprints) -> dict[str, Any]:
