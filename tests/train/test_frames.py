@@ -1,0 +1,49 @@
+"""The call stack from `main()` to the forward pass stays short enough to read."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests import ROOT
+from tests.tiny import make_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(200)]
+MOST_FRAMES = 8
+CODE = """
+import sys, traceback
+sys.argv = ["train.py", sys.argv[1]]
+from pipeline.cli.train import main
+from pipeline.model.loss import SummedLoss
+
+forward = SummedLoss.forward
+def counted(*given, **named):
+    if not hasattr(SummedLoss, "was_counted"):
+        SummedLoss.was_counted = True
+        frames = [f for f in traceback.extract_stack() if "/pipeline/" in f.filename]
+        names = [f.name for f in frames]
+        print("FRAMES", *names[names.index("main"):])
+    return forward(*given, **named)
+SummedLoss.forward = counted
+main()
+"""
+
+
+def test_few_frames_lie_between_main_and_the_forward_pass(tmp_path, tiny_model):
+    run_file = tmp_path / "run.yaml"
+    settings = {
+        "model": str(tiny_model), "train_data": str(make_rows(tmp_path / "train.jsonl")),
+        "output_dir": str(tmp_path / "run"), "max_steps": 1, "max_length": 128, "lora_r": 8,
+    }  # fmt: skip
+    run_file.write_text(yaml.safe_dump(settings))
+    ended = subprocess.run(
+        [sys.executable, "-c", CODE, run_file], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (line,) = [line for line in ended.stdout.splitlines() if line.startswith("FRAMES")]
+    frames = line.split()[1:]
+    assert frames[-1] == "_forward"
+    assert len(frames) <= MOST_FRAMES, frames
