@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from pipeline.report import text
-from pipeline.report.folder import Record, RunFolder, mapping, number
+from pipeline.report.folder import Record, RunRecords, mapping, number
 
 _SHOWN_REJECTS = 20
 # Entries of a split's audit that are shown in separate tables.
@@ -69,7 +69,7 @@ def source_columns() -> tuple[str, ...]:
     return (*_SOURCE_COLUMNS, "formats")
 
 
-def first_rejects(run: RunFolder) -> list[dict[str, Any]]:
+def first_rejects(run: RunRecords) -> list[dict[str, Any]]:
     """File, line and reason of the first rejected rows."""
     rejects = []
     for line in islice(run.rejects, _SHOWN_REJECTS):

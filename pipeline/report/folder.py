@@ -19,7 +19,7 @@ _FIRST_LINES = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFolder:
+class RunRecords:
     """Contents of a run folder; a missing file is empty. `steps` and `evals` are sorted by step."""
 
     name: str
@@ -42,7 +42,7 @@ class RunFolder:
         return _numbers(self.evals, "eval_loss")
 
 
-def read_run_folder(folder: Path) -> RunFolder:
+def read_run_folder(folder: Path) -> RunRecords:
     """Read a run folder. Raises UserError if the folder is not one."""
     if not (folder / "status.json").is_file() and not (folder / "metrics.jsonl").is_file():
         raise UserError(
@@ -51,7 +51,7 @@ def read_run_folder(folder: Path) -> RunFolder:
         )
     problems: dict[str, str] = {}
     steps, evals = _read_metrics(folder, problems)
-    return RunFolder(
+    return RunRecords(
         name=folder.resolve().name,
         settings=_read(folder, "run.yaml", problems),
         status=_read(folder, "status.json", problems),

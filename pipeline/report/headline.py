@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from pipeline.report import text
-from pipeline.report.folder import RunFolder, mapping, number
+from pipeline.report.folder import RunRecords, mapping, number
 
 MODELS = ("base", "adapter", "merged")
 
@@ -21,13 +21,13 @@ class Tile:
     note: str = ""
 
 
-def model_name(run: RunFolder) -> str:
+def model_name(run: RunRecords) -> str:
     """The last part of the model's path or hub name; empty if unknown."""
     model = run.settings.get("model") or mapping(run.plan.get("model")).get("folder")
     return Path(str(model)).name if model else ""
 
 
-def method(run: RunFolder) -> list[str]:
+def method(run: RunRecords) -> list[str]:
     """The training method: LoRA kind, trainable parameters, ZeRO stage, dtype and hardware."""
     settings, model = run.settings, mapping(run.plan.get("model"))
     choice, hardware = mapping(run.plan.get("choice")), mapping(run.plan.get("hardware"))
@@ -51,12 +51,12 @@ def method(run: RunFolder) -> list[str]:
     return words
 
 
-def tiles(run: RunFolder) -> list[Tile]:
+def tiles(run: RunRecords) -> list[Tile]:
     """The key figures that the run folder has data for."""
     return [*_quality(run), *_progress(run)]
 
 
-def _quality(run: RunFolder) -> Iterator[Tile]:
+def _quality(run: RunRecords) -> Iterator[Tile]:
     """Exact match and held-out loss, before and after training."""
     scored = {name: mapping(mapping(run.score.get("models")).get(name)) for name in MODELS}
     match = {name: number(score.get("exact_match")) for name, score in scored.items()}
@@ -90,7 +90,7 @@ def _quality(run: RunFolder) -> Iterator[Tile]:
         )
 
 
-def _progress(run: RunFolder) -> Iterator[Tile]:
+def _progress(run: RunRecords) -> Iterator[Tile]:
     """Training loss, steps, throughput and time."""
     losses, status = run.measured("loss"), run.status
     if losses:
@@ -120,7 +120,7 @@ def _progress(run: RunFolder) -> Iterator[Tile]:
         yield Tile(label="Time in steps", value=text.duration(in_steps))
 
 
-def _tokens(run: RunFolder) -> str:
+def _tokens(run: RunRecords) -> str:
     tokens, supervised = (
         sum(value for _, value in run.measured(key)) for key in ("tokens", "supervised_tokens")
     )

@@ -17,7 +17,7 @@ from pipeline.config.settings import RunSettings, settings_by
 from pipeline.errors import UserError
 from pipeline.files import write_text
 from pipeline.report import data_audit, text
-from pipeline.report.folder import RunFolder, mapping, number, read_run_folder
+from pipeline.report.folder import RunRecords, mapping, number, read_run_folder
 from pipeline.report.headline import MODELS, method, model_name, tiles
 from pipeline.report.plots import NARROW, line_curve, loss_curve, smoothing_window
 
@@ -45,7 +45,7 @@ def write_report(run_folder: Path) -> Path:
     return path
 
 
-def _render(run: RunFolder) -> str:
+def _render(run: RunRecords) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -80,7 +80,7 @@ def _is_link(value: object) -> bool:
     return re.fullmatch(r"https?://\S+", str(value)) is not None
 
 
-def _curves(run: RunFolder) -> list[Curve]:
+def _curves(run: RunRecords) -> list[Curve]:
     curves = []
     losses, held_out = run.measured("loss"), run.held_out()
     if losses or held_out:
@@ -113,7 +113,7 @@ def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _scores(run: RunFolder) -> list[tuple[str, str, str, str]]:
+def _scores(run: RunRecords) -> list[tuple[str, str, str, str]]:
     """Exact match, held-out loss and time of each scored model."""
     scored = mapping(run.score.get("models"))
     rows = []
@@ -128,7 +128,7 @@ def _scores(run: RunFolder) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _answers(run: RunFolder) -> Iterator[Mapping[str, Any]]:
+def _answers(run: RunRecords) -> Iterator[Mapping[str, Any]]:
     answers = run.score.get("answers")
     for answer in answers if isinstance(answers, list) else []:
         row = mapping(answer)
@@ -141,7 +141,7 @@ def _answers(run: RunFolder) -> Iterator[Mapping[str, Any]]:
         }
 
 
-def _choices(run: RunFolder) -> list[tuple[str, Any, str]]:
+def _choices(run: RunRecords) -> list[tuple[str, Any, str]]:
     """Key, value and reason of each choice of the plan; reasons without a key come last."""
     choice = dict(mapping(run.plan.get("choice")))
     why = dict(mapping(choice.pop("why", {})))
@@ -155,14 +155,14 @@ def _choices(run: RunFolder) -> list[tuple[str, Any, str]]:
     return [*rows, *((key, "", str(reason)) for key, reason in why.items())]
 
 
-def _rules(run: RunFolder) -> list[dict[str, str]]:
+def _rules(run: RunRecords) -> list[dict[str, str]]:
     listed = run.plan.get("rules")
     rules = [mapping(rule) for rule in listed] if isinstance(listed, list) else []
     keys = ("level", "message", "id", "source")
     return [{key: text.cell(rule.get(key, "")) for key in keys} for rule in rules]
 
 
-def _memory(run: RunFolder) -> Mapping[str, Any] | None:
+def _memory(run: RunRecords) -> Mapping[str, Any] | None:
     """Predicted memory by term, largest first, and its peak beside the measured one.
 
     The measured peak (of live tensors) is compared with the run's own prediction for the largest
