@@ -95,7 +95,7 @@ def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
         raise RowError("both `tools` and `functions`")
     if not named:
         return ()
-    tools = list_of(row[named[0]], "`tools`")
+    tools = list_of(row[named[0]], "`tools`", strips_nulls=True)
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowError("`tools` is not a list of objects")
     require_json(tools, "`tools`")

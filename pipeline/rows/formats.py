@@ -93,16 +93,12 @@ def read_example(
     `columns`: name of the format's column -> its name in the data. Raises RowError with the reason
     where the row has no example.
     """
-    columns = columns or {}
-    value, replaced = _renamed(row.value, columns)
-    _refuse_other_meanings(value, columns)
+    value, unread = _renamed(row.value, columns or {})
+    _refuse_other_meanings(value, columns or {})
     name = _format_of(value, data_format)
-    unread = {
-        columns.get(column, column)
-        for column in value
-        if column not in _READ[name] and has_value(value[column])
-    }
-    unread |= replaced
+    for column in value.keys() - _READ[name]:
+        if has_value(value[column]):
+            unread.add(columns.get(column, column) if columns else column)
     return ReadExample(_example(name, value, unread), name, tuple(sorted(unread)))
 
 
@@ -142,13 +138,13 @@ def _columns(names: tuple[str, ...]) -> _Columns:
 
 def _refuse_other_meanings(value: Mapping[str, Any], columns: Mapping[str, str]) -> None:
     """Raise RowError for media and for pairs of answers, unless the user names one answer."""
-    names = _columns(tuple(value))
-    for column in names.media:
+    _, media, preference = _columns(tuple(value))
+    for column in media:
         if has_value(value[column]):
             raise RowError(f"`{column}` has a value: only text is trained on")
-    if any(map(_PREFERENCE.fullmatch, columns.values())):
+    if not preference or any(map(_PREFERENCE.fullmatch, columns.values())):
         return
-    for column in names.preference:
+    for column in preference:
         if has_value(value[column]):
             raise RowError(
                 f"`{column}` has a value: pairs of answers are not trained on; name the column of "

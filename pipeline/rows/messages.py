@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipeline.rows.examples import Message, Role, RowError
+from pipeline.rows.examples import ROLES, Message, Role, RowError
 from pipeline.rows.values import (
     has_value,
     json_name,
@@ -39,10 +39,12 @@ _SHAREGPT_ROLES: dict[str, Role] = _ROLES | {
     "observation": "tool",
     "function_response": "tool",
 }
+_CONTENT = {role: f"content of a message ({role})" for role in ROLES}
 _CALL_ROLES = ("function_call", "tool_call")  # an assistant's turn whose content is its calls
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _CALLS = ("tool_calls", "function_call")
 _OTHER_KEYS = ("weight", "name", "tool_call_id", *_CALLS, *_REASONING)
+_MESSAGE_KEYS, _TURN_KEYS = ("role", "content", *_OTHER_KEYS), ("from", "value", *_OTHER_KEYS)
 _PLAIN = {"role", "content"}
 # Keys that describe a message and are no part of the conversation: counted as unread.
 _METADATA = ("id", "uuid", "timestamp", "created_at", "date", "model", "is_error")
@@ -64,11 +66,12 @@ def read_message(value: Any, unread: set[str]) -> list[Message]:
     if not isinstance(value, dict):
         raise RowError(f"a message is {json_name(value)}; expected {{role, content}}")
     name, content = value.get("role"), value.get("content")
-    if value.keys() != _PLAIN:
-        _check_keys(value, ("role", "content", *_OTHER_KEYS), "message", unread)
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is not None and value.keys() == _PLAIN and isinstance(content, str) and content.strip():
+        return [Message(role, text_of(content, _CONTENT[role]))]  # most messages: a fast path
+    _check_keys(value, _MESSAGE_KEYS, "message", unread)
     if name in _CALL_ROLES:
         return _call_turn(content, value, unread)
-    role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise RowError(
             f"a message has the role {_shown(name)}; expected one of {', '.join(_ROLES)}"
@@ -83,7 +86,7 @@ def read_turn(value: Any, unread: set[str]) -> list[Message]:
     if "from" not in value and "role" in value:
         return read_message(value, unread)
     name, content = value.get("from"), value.get("value")
-    _check_keys(value, ("from", "value", *_OTHER_KEYS), "turn", unread)
+    _check_keys(value, _TURN_KEYS, "turn", unread)
     if name in _CALL_ROLES:
         return _call_turn(content, value, unread)
     role = _SHAREGPT_ROLES.get(name) if isinstance(name, str) else None
@@ -117,15 +120,17 @@ def _call_turn(content: Any, value: Mapping[str, Any], unread: set[str]) -> list
 def _messages(
     role: Role, content: Any, value: Mapping[str, Any], unread: set[str]
 ) -> list[Message]:
+    """The Messages of a message whose keys have been checked."""
     others: dict[str, Any] = {
         key: text_of(value[key], f"{key} of a message")
         for key in ("name", "tool_call_id")
         if has_value(value.get(key))
     }
     is_trained = _is_trained(role, value.get("weight"))
-    parts = _parts(role, content, f"content of a message ({role})")
+    parts = _parts(role, content, _CONTENT[role])
     if role == "assistant":
-        return [_assistant(parts, value, Message(role, "", is_trained, others), unread)]
+        content, more = _assistant(parts, value, unread)
+        return [Message(role, content, is_trained, others | more)]
     if wrong := [key for key in (*_CALLS, *_REASONING) if has_value(value.get(key))]:
         raise RowError(f"a message of the role {role} has {wrong[0]}; expected an assistant's")
     if isinstance(parts, str):
@@ -155,7 +160,7 @@ def _parts(role: Role, content: Any, name: str) -> str | list[Mapping[str, Any]]
     if isinstance(items, list) and (role != "tool" or _are_parts(items)):
         for part in items:
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind not in _PART_TYPES:
+            if not isinstance(kind, str) or kind not in _PART_TYPES:
                 found = _shown(kind) if isinstance(kind, str) else json_name(part)
                 raise RowError(f"{name} has a part of type {found}; expected text parts only")
         return items
@@ -179,14 +184,11 @@ def _json_text(value: Any, name: str) -> str:
 
 
 def _assistant(
-    parts: str | list[Mapping[str, Any]],
-    value: Mapping[str, Any],
-    message: Message,
-    unread: set[str],
-) -> Message:
-    """The message with its reasoning, text and calls, in the order in which templates write them.
+    parts: str | list[Mapping[str, Any]], value: Mapping[str, Any], unread: set[str]
+) -> tuple[str, dict[str, Any]]:
+    """The content of an assistant message, and its reasoning and calls by their keys.
 
-    Parts in another order are refused: a template would move them or leave one out.
+    Parts in another order than that of templates are refused: one would be moved or left out.
     """
     reasoning = _reasoning(value)
     texts = [parts] if isinstance(parts, str) else []
@@ -216,8 +218,7 @@ def _assistant(
     text = "".join(texts)
     if not text.strip() and not calls:
         raise RowError("an assistant message is empty")
-    others = {**message.others, **reasoning, **({"tool_calls": calls} if calls else {})}
-    return replace(message, content=text, others=others)
+    return text, {**reasoning, **({"tool_calls": calls} if calls else {})}
 
 
 def _reasoning(value: Mapping[str, Any]) -> dict[str, str]:
@@ -225,7 +226,7 @@ def _reasoning(value: Mapping[str, Any]) -> dict[str, str]:
     found = {
         key: text_of(value[key], f"{key} of a message")
         for key in _REASONING
-        if has_value(value.get(key))
+        if key in value and has_value(value[key])
     }
     if len(set(found.values())) > 1:
         raise RowError(f"an assistant message has different texts in {' and '.join(found)}")
@@ -240,11 +241,8 @@ def _part_text(part: Mapping[str, Any], keys: Sequence[str], unread: set[str]) -
         raise RowError(f"a part has both {filled[0]} and {filled[1]}")
     key = filled[0] if filled else keys[-1]
     value = part.get(key, "" if key in part else None)
-    if isinstance(value, list):
-        return "".join(
-            text_of(item.get("text") if isinstance(item, dict) else None, f"{key} of a part")
-            for item in value
-        )
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return "".join(_part_text(item, ("text",), unread) for item in value)
     return text_of(value, f"{key} of a part")
 
 
@@ -258,7 +256,7 @@ def _split_at_results(
         kind = part["type"]
         if kind in _TEXT_PARTS:
             texts.append(_part_text(part, ("text",), unread))
-        elif kind == "tool_result" and message.role != "system":
+        elif kind == "tool_result" and message.role == "user":
             if texts:
                 found.append(replace(message, content="".join(texts)))
                 texts = []
@@ -267,6 +265,8 @@ def _split_at_results(
             raise RowError(f"a message of the role {message.role} has a part of type {kind}")
     if texts or not found:
         found.append(replace(message, content="".join(texts)))
+    elif message.others and all(result.role == "tool" for result in found):
+        raise RowError(f"a message of tool results alone has {', '.join(message.others)}")
     return found
 
 
@@ -281,7 +281,7 @@ def _tool_result(part: Mapping[str, Any], unread: set[str]) -> Message:
 
 
 def _listed_calls(value: Mapping[str, Any], unread: set[str]) -> list[Mapping[str, Any]]:
-    """The calls under `tool_calls`, or under the older `function_call`."""
+    """The calls under `tool_calls`, or the one under the older `function_call`."""
     several, single = value.get("tool_calls"), value.get("function_call")
     if has_value(several) and has_value(single):
         raise RowError("a message has both tool_calls and function_call")
@@ -305,7 +305,8 @@ def _tool_call(call: Any, unread: set[str]) -> Mapping[str, Any]:
         )
     values = {key: item for key, item in call.items() if key != "function"}
     for key, item in (inner or {}).items():
-        if has_value(values.get(key)) and has_value(item) and values[key] != item:
+        differs = has_value(values.get(key)) and has_value(item) and values[key] != item
+        if differs and key not in _STRUCTURAL:
             raise RowError(f"a tool call has {key} twice, with different values")
         values[key] = item if has_value(item) else values.get(key, item)
     _check_keys(values, ("name", *_ARGUMENTS, *_CALL_IDS, *_STRUCTURAL), "tool call", unread)

@@ -21,11 +21,9 @@ def json_name(value: object) -> str:
 def has_value(value: Any) -> bool:
     """False for null, blank text, and lists and objects that hold nothing else."""
     if isinstance(value, str):
-        return bool(value) and not value.isspace()
-    if isinstance(value, dict):
-        return any(map(has_value, value.values()))
-    if isinstance(value, list):
-        return any(map(has_value, value))
+        return value != "" and not value.isspace()
+    if isinstance(value, dict | list):
+        return any(map(has_value, value.values() if isinstance(value, dict) else value))
     return value is not None
 
 
@@ -41,26 +39,26 @@ def text_of(value: Any, name: str) -> str:
     return value
 
 
-def list_of(value: Any, name: str) -> list[Any]:
+def list_of(value: Any, name: str, *, strips_nulls: bool = False) -> list[Any]:
     """The items of a list, of JSON text of a list, or of a struct of lists as tables hold it.
 
-    Items that are JSON text of an object are parsed. Keys that are null are left out, but not
-    within JSON text: there nobody fills a schema. Raises RowError that names the value.
+    Items that are JSON text of an object are parsed. `strips_nulls` leaves out keys that are null,
+    but not within JSON text, where no schema is filled. Raises RowError that names the value.
     """
-    is_text = isinstance(value, str)
-    items = json_of(value, name) if is_text else value
+    items = json_of(value, name) if isinstance(value, str) else value
     if isinstance(items, dict) and (length := _common_length(items)) is not None:
         items = [_item(items, i) for i in range(length)]
     if not isinstance(items, list):
         raise RowError(f"{name} is {json_name(items)}; expected a list")
-    return [
-        json_of(item, name)
-        if isinstance(item, str) and item.lstrip().startswith("{")
-        else item
-        if is_text
-        else without_nulls(item)
-        for item in items
-    ]
+    found = []
+    for item in items:
+        if isinstance(item, str) and item.lstrip().startswith("{"):
+            found.append(json_of(item, name))
+        elif strips_nulls and not isinstance(value, str):
+            found.append(without_nulls(item))
+        else:
+            found.append(item)
+    return found
 
 
 def json_of(text: str, name: str) -> Any:

@@ -12,6 +12,8 @@ pytestmark = pytest.mark.unit
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 ARGUMENTS = {"city": "Bergen", "days": [1, 2]}
+RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "rain"}
+THOUGHT = {"type": "thinking", "thinking": "let me see"}
 CALL = {"type": "function", "function": {"name": "forecast", "arguments": ARGUMENTS}}
 
 
@@ -145,6 +147,35 @@ def test_parts_in_an_order_that_no_template_writes_refuse_the_row(content, facts
     keys = {"text": ["text"], "thinking": ["thinking"], "tool_use": ["name"]}
     parts = [{"type": kind} | {key: value[key] for key in keys.get(kind, [])} for kind in content]
     with refused(*facts, error=RowError):
+        read(USER, {"role": "assistant", "content": parts})
+
+
+@pytest.mark.parametrize(
+    ("message", "facts"),
+    [
+        ({"role": "tool", "content": [RESULT]}, ["tool", "tool_result"]),
+        ({"role": "user", "content": [RESULT | {"content": [RESULT]}]}, ["tool", "tool_result"]),
+        ({"role": "user", "content": [RESULT], "name": "Ida"}, ["tool results", "name"]),
+        ({"role": "system", "content": [RESULT]}, ["system", "tool_result"]),
+        ({"role": "user", "content": [{"type": ["text"], "text": "q"}]}, ["part", "an object"]),
+        ({"role": "user", "content": [{"type": "text", "text": "q", "x": 1}]}, ["part", "x"]),
+        ({"role": "user", "content": [THOUGHT]}, ["user", "thinking"]),
+        ({"role": "assistant", "content": [THOUGHT]}, ["assistant", "empty"]),
+    ],
+)
+def test_parts_that_a_role_does_not_have_refuse_the_row(message, facts):
+    with refused(*facts, error=RowError):
+        read(message, ANSWER)
+
+
+def test_a_thought_may_be_a_list_of_text_parts():
+    answer = {"type": "text", "text": "a"}
+    for thought in ("let me", [{"type": "text", "text": "let "}, {"type": "text", "text": "me"}]):
+        parts = [{"type": "thinking", "thinking": thought}, answer]
+        (_, message) = messages_of(USER, {"role": "assistant", "content": parts})
+        assert message == Message("assistant", "a", others={"reasoning_content": "let me"})
+    with refused("part", "x", error=RowError):
+        parts[0]["thinking"][0]["x"] = "y"
         read(USER, {"role": "assistant", "content": parts})
 
 
