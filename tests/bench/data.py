@@ -1,11 +1,12 @@
-"""Speed, memory and cost of a start of prepared data: prints, asserts nothing.
+"""Speed and memory of prepare, and the cost of a start on prepared data: prints, asserts nothing.
 
     python -m tests.bench.data MODEL GSM8K [PART ...] [--rows N] [--megabytes M]
 
 MODEL: a folder with a tokenizer and a chat template; GSM8K: its train.jsonl (question, answer).
-Parts: speed (against the bare tokenizer), memory (of all processes, on N made-up rows of 1 kB),
-start (on prepared data, N rows against a thousand), packing (of GSM8K, and of 10 million lengths),
-waiting (of a step for its next micro-batch).
+Parts: speed (against the bare tokenizer), agents (long agent rows against short rows), memory (of
+all processes, on N made-up rows of 1 kB), start (on prepared data, N rows against a thousand),
+packing (of GSM8K and of other lengths, by each algorithm), waiting (of a step for its next
+micro-batch).
 """
 
 import argparse
@@ -27,12 +28,15 @@ import psutil
 
 from pipeline.config.settings import RunSettings
 from pipeline.data.chat.encoder import load_tokenizer
+from pipeline.data.dataset.packing import best_fit_decreasing, fill_gaps, make_packs
 from pipeline.data.prepare.parallel import in_order, usable_cpus
 from pipeline.data.prepare.prepare import prepare
 from tests.bench import waiting
+from tests.bench.agents import agents
+from tests.bench.gsm8k import LENGTHS
 
 PROCESSES = usable_cpus()
-_PIECE_ROWS = 250  # of the bare tokenizer: 1/4 MB, as prepare's
+_CHUNK_ROWS = 250  # of the bare tokenizer: 1/4 MB, as in prepare
 _SENTENCES_A_ROW = 10
 _MANY_LENGTHS = 10_000_000
 
@@ -41,6 +45,7 @@ def main() -> None:
     """Run the parts that are named, or all."""
     parts = {
         "speed": speed,
+        "agents": lambda arguments, folder: agents(arguments.model, arguments.gsm8k, folder),
         "memory": memory,
         "start": start,
         "packing": packing,
@@ -68,7 +73,7 @@ def settings_of(model: Path, data: Path, folder: Path, **values: Any) -> RunSett
 
 
 class Bare:
-    """The tokenizer alone: texts -> how many tokens they have. Nothing else is done with them."""
+    """The tokenizer alone: texts -> the number of their tokens."""
 
     def __init__(self, model: Path, call: str) -> None:
         self._encode: Any = getattr(load_tokenizer(model).backend_tokenizer, call)
@@ -78,10 +83,10 @@ class Bare:
 
 
 def speed(arguments: argparse.Namespace, folder: Path) -> None:
-    """Prepare against the bare tokenizer: the same text, the same processes, the best of turns.
+    """Prepare against the bare tokenizer: the same text and processes, the best of two runs.
 
-    Everything counts: starting processes, and of prepare also reading, packing and writing.
-    The bare tokenizer by its default call, and by the one that does not say where characters lie.
+    All costs count: starting processes, and for prepare also reading, packing and writing. The bare
+    tokenizer is called with offsets, its default, and without.
     """
     calls = ("encode_batch", "encode_batch_fast")
     rows = list(_gsm8k_rows(arguments.gsm8k, arguments.megabytes * 10**6))
@@ -114,13 +119,13 @@ def speed(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def _run_bare(model: Path, call: str, texts: list[str]) -> None:
-    pieces = (texts[i : i + _PIECE_ROWS] for i in range(0, len(texts), _PIECE_ROWS))
-    for _ in in_order(pieces, partial(Bare, model, call), processes=PROCESSES):
+    chunks = (texts[i : i + _CHUNK_ROWS] for i in range(0, len(texts), _CHUNK_ROWS))
+    for _ in in_order(chunks, partial(Bare, model, call), processes=PROCESSES):
         pass
 
 
 def _gsm8k_rows(path: Path, num_bytes: int) -> Iterator[tuple[str, str]]:
-    """Questions and answers, with other numbers each time around."""
+    """Questions and answers, repeated with other numbers."""
     with path.open(encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
     done = turn = 0
@@ -146,9 +151,9 @@ def _run_prepare(settings: RunSettings) -> None:
 
 
 def _cost(work: Callable[..., Any], *given: Any) -> tuple[float, float]:
-    """Seconds that it takes, and of CPUs in this process and those that it starts and ends.
+    """Seconds of wall time, and CPU seconds of this process and its ended children.
 
-    The second says more where the machine has other work.
+    CPU seconds are the better measure on a busy machine.
     """
     begun, before = time.perf_counter(), _cpu_seconds()
     work(*given)
@@ -183,7 +188,7 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def start(arguments: argparse.Namespace, folder: Path) -> None:
-    """From settings to the first micro-batch, where everything is prepared already."""
+    """Seconds from the settings to the first micro-batch on prepared data."""
     seconds = {}
     for rows in (1000, arguments.rows):
         data, run = made_up(arguments.gsm8k, folder, rows), folder / f"run-{rows}"
@@ -224,17 +229,17 @@ def _command(model: Path, data: Path, run: Path) -> list[str]:
 
 
 def _watched(process: "subprocess.Popen[bytes]") -> dict[str, int]:
-    """The most that a process and its children had at once, shared pages counted once and each."""
+    """Peak memory of a process tree: shared pages counted once (PSS), and in each (RSS)."""
     most = {"PSS": 0, "RSS": 0}
     done = threading.Event()
 
-    def look() -> None:
+    def sample() -> None:
         while not done.wait(0.5):
             found = _tree_memory(process.pid)
             for name, value in found.items():
                 most[name] = max(most[name], value)
 
-    watcher = threading.Thread(target=look)
+    watcher = threading.Thread(target=sample)
     watcher.start()
     process.wait()
     done.set()
@@ -263,20 +268,28 @@ def _tree_memory(pid: int) -> dict[str, int]:
 
 
 def packing(arguments: argparse.Namespace, folder: Path) -> None:
-    """How full the packs of GSM8K are, and what 10 million lengths cost."""
-    rows = _gsm8k_rows(arguments.gsm8k, 1)
-    data = folder / "gsm8k.jsonl"
-    values = (json.dumps(_value("chat", question, answer)) for question, answer in rows)
-    data.write_text("".join(f"{value}\n" for value in values), encoding="utf-8")
-    for kind, given in (("GSM8K", str(data)), ("10 million lengths", str(_MANY_LENGTHS))):
-        command = [*_command(arguments.model, Path(given), folder / "packed"), "packs"]
-        said = json.loads(subprocess.check_output(command))
-        print(
-            f"packing   {kind}: {said['documents']:,} documents of up to {said['max_length']} "
-            f"tokens in {said['packs']:,} packs, {100 * said['full']:.2f} % full, in "
-            f"{said['seconds']:.2f} s, process at most {said['peak'] / 2**20:,.0f} MiB",
-            flush=True,
-        )
+    """How full the packs of either algorithm are, and what 10 million lengths cost."""
+    random = np.random.default_rng(0)
+    cases = [("GSM8K", LENGTHS[size >= LENGTHS], size) for size in (512, 640, 768, 1024, 2048)]
+    cases += [(f"{n:,} of 50 to 900", random.integers(50, 901, n), 1024) for n in (300, 3000)]
+    # Lognormal, as the lengths of chat rows are: median 250 tokens.
+    drawn = random.lognormal(np.log(250), 0.6, _MANY_LENGTHS)
+    cases.append((f"{_MANY_LENGTHS:,}", np.clip(drawn, 8, 1024).astype(np.int64), 1024))
+    for name, lengths, size in cases:
+        counts = np.bincount(lengths, minlength=size + 1)
+        full = {}
+        for algorithm in (fill_gaps, best_fit_decreasing):
+            packs = sum(times for _, times in algorithm(counts.copy(), size))
+            full[algorithm.__name__] = (
+                f"{packs:,} packs, {100 * lengths.sum() / packs / size:.2f} %"
+            )
+        begun = time.perf_counter()
+        make_packs(lengths, size)
+        seconds = time.perf_counter() - begun
+        each = "; ".join(f"{name} {value}" for name, value in full.items())
+        print(f"packing   {name} documents, packs of {size}: {each}; both {seconds:.2f} s")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(f"          process at most {peak:,.0f} MiB", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""Tokens per second of long agent rows beside those of short rows.
+
+    python -m tests.bench.data MODEL GSM8K agents
+
+The texts are GSM8K's in both. A short row is a question and its answer; a long row is one task
+followed by 1,000 turns: thoughts and calls of the assistant, and the tools' results.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.settings import RunSettings
+from pipeline.data.prepare.prepare import prepare
+from tests import ROOT
+
+TURNS, LONG_ROWS, SHORT_ROWS = 1000, 8, 4000
+TEMPLATE = ROOT / "tests" / "templates" / "qwen3.jinja"  # writes calls and thoughts
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "calculate",
+        "description": "Calculate.",
+        "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}},
+    },
+}
+
+
+def agents(model: Path, gsm8k: Path, folder: Path) -> None:
+    """Print the speed of both kinds of rows, one process, the better of two runs."""
+    tokenizer = folder / "tokenizer"
+    shutil.copytree(model, tokenizer, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tokenizer / "chat_template.jinja").write_text(TEMPLATE.read_text(encoding="utf-8"))
+    with gsm8k.open(encoding="utf-8") as stream:
+        rows = [json.loads(line) for line in stream]
+    speeds = {}
+    for kind, values in (("short", short_rows(rows)), ("long", long_rows(rows))):
+        data = folder / f"{kind}-rows.jsonl"
+        data.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+        speeds[kind] = max(_speed(tokenizer, data, folder / f"{kind}-{i}") for i in range(2))
+    print(
+        f"agents    {LONG_ROWS} rows of {TURNS:,} turns: {speeds['long']:,.0f} tokens/s; "
+        f"{SHORT_ROWS:,} rows of 2 turns: {speeds['short']:,.0f} tokens/s; "
+        f"{speeds['short'] / speeds['long']:.2f} x",
+        flush=True,
+    )
+
+
+def _speed(model: Path, data: Path, run: Path) -> float:
+    settings = RunSettings(
+        model=str(model), train_data=str(data), output_dir=str(run), max_length=2**20, packing=False
+    )
+    start = time.perf_counter()
+    index = prepare(settings, run / "data", processes=1).train
+    return index.tokens / (time.perf_counter() - start)
+
+
+def short_rows(rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    """A question and its answer each."""
+    for row in islice(cycle(rows), SHORT_ROWS):
+        turns = (("user", row["question"]), ("assistant", row["answer"]))
+        yield {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def long_rows(rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    """One task each, then TURNS turns with a thought and a call in every other one."""
+    texts = cycle(rows)
+    for number in range(LONG_ROWS):
+        messages: list[dict[str, Any]] = [{"role": "user", "content": f"Task {number}."}]
+        for turn, row in enumerate(islice(texts, TURNS // 2)):
+            arguments = {"expression": row["answer"]}
+            function = {"name": "calculate", "arguments": arguments}
+            call = {"id": f"call{turn:05}", "type": "function", "function": function}
+            messages.append(
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "reasoning_content": row["question"],
+                    "tool_calls": [call],
+                }
+            )
+            result = {"role": "tool", "tool_call_id": call["id"], "content": row["answer"]}
+            messages.append(result)
+        messages.append({"role": "assistant", "content": "Done.", "reasoning_content": "All done."})
+        yield {"messages": messages, "tools": [TOOL]}
