@@ -99,8 +99,8 @@ def interleave(streams: list[Integers], supervised: Integers) -> Integers:
 
     A group is placed by the fraction of its stream's supervised tokens that are done at a point
     within the group. That point differs from stream to stream (golden ratio), so that streams of
-    one group each are spread over the epoch. No stream is ever further from its share than
-    (streams + 1) / 2 of the largest group (docs/data.md).
+    one group each are spread over the epoch. For up to a thousand streams, none is ever further
+    from its share than (streams + 2) / 2 of the largest group (docs/data.md).
     """
     streams = [stream for stream in streams if len(stream)]
     if not streams:

@@ -181,20 +181,20 @@ LOPSIDED = st.builds(
 )
 
 
-# docs/data.md has the proof: half a group for each source, and half a group.
+# docs/data.md has the proof: half a group for each source, and one group.
 @given(MIXTURES | LOPSIDED, st.sampled_from([1, 2, 8, 16, 64]), st.integers(0, 2**31))
 @settings(max_examples=100, deadline=None)
 def test_every_source_of_packs_stays_near_its_share(sources, size, seed):
     off, _, largest_pack = off_their_share(sources, size, seed, are_packs=True)
-    assert off <= (len(sources) + 1) / 2 * largest_pack
+    assert off <= (len(sources) + 2) / 2 * largest_pack
 
 
 @given(MIXTURES | LOPSIDED, st.sampled_from([1, 2, 8, 16, 64]), st.integers(0, 2**31))
 @settings(max_examples=100, deadline=None)
 def test_every_source_of_documents_stays_near_its_share(sources, size, seed):
-    """A group is a global batch of one source, or of the remaining documents of several."""
+    """Groups are global batches; those of the remaining documents of all sources are a stream."""
     off, largest_batch, _ = off_their_share(sources, size, seed, are_packs=False)
-    assert off <= (len(sources) + 2) / 2 * largest_batch
+    assert off <= (len(sources) + 3) / 2 * largest_batch
 
 
 @pytest.mark.parametrize("are_packs", [True, False])
