@@ -19,7 +19,7 @@ from pipeline.data.prepare.audit_table import audit_table
 from pipeline.data.prepare.prepare import check_first_rows
 from pipeline.data.prepare.prepare import prepare as prepare_data
 from pipeline.data.prepare.show import number_of_documents, show_documents
-from pipeline.preflight.inputs import check_output
+from pipeline.preflight.host import require_writable
 from pipeline.rows.fetch import fetch
 from pipeline.train.owner import Ownership
 
@@ -35,7 +35,7 @@ def prepare() -> None:
     settings = load_settings(given.run_file, given.overrides)
     folder = Path(settings.output_dir)
     data_dir = folder / "data"
-    check_output(folder)
+    require_writable(folder)
     # A run may be reading data/, and prepare removes what is out of date.
     with Ownership(folder, "launch/prepare.py"):
         fetch(settings.train_sources, "train_data")

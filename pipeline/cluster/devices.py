@@ -1,10 +1,15 @@
-"""What this machine has -> Hardware, and the environment that libraries must find. No torch."""
+"""This node's accelerators -> Hardware, and the environment that libraries read. No torch."""
 
+import ctypes
 import logging
 import math
 import os
 import warnings
-from dataclasses import replace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.host_memory import host_memory
@@ -13,14 +18,102 @@ from pipeline.errors import UserError
 from pipeline.plan.given.catalogue import cpu_of, gpu_like, gpu_named, rates_of
 from pipeline.plan.given.hardware import Hardware
 
+# CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED (cuda.h)
+_VIRTUAL_MEMORY = 102
+
+
+@dataclass(frozen=True)
+class _Unsupported:
+    """Signs of an accelerator that the project does not train on, none of which needs torch.
+
+    `files` are patterns below the root folder, `torch_label` a word in the label of torch's version
+    (2.9.0+rocm6.4), `package` its plugin for torch.
+    """
+
+    name: str
+    files: tuple[str, ...] = ()
+    torch_label: str = ""
+    package: str = ""
+    variables: tuple[str, ...] = ()
+
+
+_UNSUPPORTED = (
+    _Unsupported(
+        "AMD GPUs (ROCm)", ("dev/kfd",), "rocm",
+        variables=("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
+    ),
+    _Unsupported(
+        "Intel Gaudi", ("sys/bus/pci/drivers/habanalabs/*:*", "dev/hl[0-9]*"),
+        package="habana-torch-plugin",
+        variables=("HABANA_VISIBLE_DEVICES", "HABANA_VISIBLE_MODULES"),
+    ),
+    _Unsupported(
+        "Huawei Ascend", ("dev/davinci[0-9]*",), package="torch-npu",
+        variables=("ASCEND_RT_VISIBLE_DEVICES", "ASCEND_VISIBLE_DEVICES"),
+    ),
+    # The graphics of a processor are on bus 00 and do not count.
+    _Unsupported(
+        "Intel GPUs (XPU)",
+        tuple(
+            f"sys/bus/pci/drivers/{driver}/*:{bus}:*"
+            for driver in ("i915", "xe") for bus in ("[!0]?", "?[!0]")
+        ),
+        "xpu",
+        variables=("ZE_AFFINITY_MASK",),
+    ),
+    _Unsupported(
+        "Cambricon MLU", ("dev/cambricon_dev[0-9]*",), package="torch-mlu",
+        variables=("MLU_VISIBLE_DEVICES",),
+    ),
+    _Unsupported(
+        "AWS Neuron", ("dev/neuron[0-9]*",), package="torch-neuronx",
+        variables=("NEURON_RT_VISIBLE_CORES",),
+    ),
+)  # fmt: skip
+
 
 def detect_hardware() -> Hardware:
-    """This machine's CUDA devices as NVML and CUDA_VISIBLE_DEVICES show them, else its CPU."""
-    return _cuda_devices() or cpu_of(len(os.sched_getaffinity(0)), host_memory().total)
+    """This node's GPUs as NVML and CUDA_VISIBLE_DEVICES show them, else its CPU.
+
+    Raises UserError where it has accelerators of another maker: the CPU is never used in their
+    place unless DS_ACCELERATOR=cpu asks for it.
+    """
+    chosen = os.environ.get("DS_ACCELERATOR", "")
+    if chosen != "cpu":
+        if (gpus := _nvidia_gpus()) is not None and chosen in ("", "cuda"):
+            return gpus
+        found = f"DS_ACCELERATOR={chosen}" if chosen else unsupported(os.environ, Path("/"))
+        if found is not None:
+            raise UserError(
+                f"accelerator: {found}, and the NVIDIA driver shows no GPU; training needs NVIDIA "
+                "GPUs or CPU: choose a node with them, or set DS_ACCELERATOR=cpu to use the CPU"
+            )
+    return cpu_of(len(os.sched_getaffinity(0)), host_memory().total)
+
+
+def unsupported(env: Mapping[str, str], root: Path) -> str | None:
+    """An accelerator of another maker, with what shows it; None if there is no sign of any."""
+    for kind in _UNSUPPORTED:
+        signs = [str(path) for pattern in kind.files for path in root.glob(pattern)]
+        if kind.torch_label and kind.torch_label in _version("torch").partition("+")[2]:
+            signs.append(f"torch {_version('torch')}")
+        if kind.package and _version(kind.package):
+            signs.append(f"{kind.package} {_version(kind.package)}")
+        signs += [f"{name}={env[name]}" for name in kind.variables if env.get(name)]
+        if signs:
+            return f"{kind.name} ({signs[0]})"
+    return None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def machine(gpu: str | None, gib: float | None, tflops: float | None) -> Hardware:
-    """The GPU that is named or described, else what this machine has.
+    """The GPU that is named or described, else this node's hardware.
 
     Raises UserError for a name that is not in the catalogue and for options that contradict.
     """
@@ -36,28 +129,48 @@ def machine(gpu: str | None, gib: float | None, tflops: float | None) -> Hardwar
 
 
 def set_environment(placement: Placement, hardware: Hardware) -> None:
-    """Set what torch and DeepSpeed read when they are imported; call before that."""
+    """Set the variables that torch and DeepSpeed read when they are imported; call before that."""
     os.environ.update(placement.variables())
-    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(placement)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(_num_threads(placement)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # training fetches nothing
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # training downloads nothing
     if hardware.kind == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    _quiet_libraries()
     # CUDA's caching allocator fragments less so with sequences of many lengths (PyTorch docs,
-    # "Optimizing memory usage with PYTORCH_CUDA_ALLOC_CONF").
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # "Optimizing memory usage with PYTORCH_CUDA_ALLOC_CONF"; torch 2.13 prefers the older name).
+    elif "PYTORCH_ALLOC_CONF" not in os.environ and has_virtual_memory():
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    _silence_library_warnings()
+
+
+def has_virtual_memory() -> bool:
+    """Whether every visible GPU has CUDA's virtual memory management, which some vGPUs lack.
+
+    Expandable segments are made with it. The driver is asked without a context, as torch will.
+    """
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count, value = ctypes.c_int(), ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return False
+    return count.value > 0 and all(
+        cuda.cuDeviceGetAttribute(ctypes.byref(value), _VIRTUAL_MEMORY, device) == 0
+        and value.value == 1
+        for device in range(count.value)
+    )
 
 
 def missing_gpus(placement: Placement, hardware: Hardware) -> str | None:
-    """What granted GPUs to this process where the driver shows none of them; else None.
+    """The variable that grants this process GPUs while the driver shows none; else None.
 
-    Before `set_environment`: a user who says DS_ACCELERATOR=cpu means it.
+    Call before `set_environment`: DS_ACCELERATOR=cpu counts where the user set it.
     """
     if hardware.kind == "cuda" or os.environ.get("DS_ACCELERATOR") == "cpu":
         return None
     names = ["SLURM_STEP_GPUS", "SLURM_JOB_GPUS"]
-    if placement.launcher != "deepspeed":  # which numbers CPU ranks in it as well
+    if placement.launcher != "deepspeed":  # it numbers CPU ranks in CUDA_VISIBLE_DEVICES too
         names.append("CUDA_VISIBLE_DEVICES")
     for name in names:
         granted = os.environ.get(name, "")
@@ -66,16 +179,16 @@ def missing_gpus(placement: Placement, hardware: Hardware) -> str | None:
     return None
 
 
-def _threads(placement: Placement) -> int:
-    """This rank's share of the machine's cores, or what srun gave each task."""
-    cores, of_task = len(os.sched_getaffinity(0)), os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if placement.launcher == "srun" and of_task.isdigit():
-        return max(1, min(cores, int(of_task)))
+def _num_threads(placement: Placement) -> int:
+    """This rank's part of the node's cores, or the CPUs that srun gave each task."""
+    cores, per_task = len(os.sched_getaffinity(0)), os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if placement.launcher == "srun" and per_task.isdigit():
+        return max(1, min(cores, int(per_task)))
     return max(1, cores // placement.local_size)
 
 
-def _quiet_libraries() -> None:
-    """Keep libraries' notes to their developers out of every rank's terminal."""
+def _silence_library_warnings() -> None:
+    """Hide the libraries' deprecation warnings, which every rank would print."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     libraries = r"(torch|transformers|peft|deepspeed|bitsandbytes)\b"
@@ -83,11 +196,9 @@ def _quiet_libraries() -> None:
         warnings.filterwarnings("ignore", category=category, module=libraries)
 
 
-def _cuda_devices() -> Hardware | None:
+def _nvidia_gpus() -> Hardware | None:
     import pynvml
 
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return None
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -96,9 +207,7 @@ def _cuda_devices() -> Hardware | None:
         handles = visible_handles(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
         if not handles:
             return None
-        handle = handles[0]
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        name = str(pynvml.nvmlDeviceGetName(handle))
+        name = str(pynvml.nvmlDeviceGetName(handles[0]))
         device_bytes = min(int(pynvml.nvmlDeviceGetMemoryInfo(h).total) for h in handles)
         return replace(
             rates_of(name, device_bytes),
@@ -106,23 +215,72 @@ def _cuda_devices() -> Hardware | None:
             devices_per_node=len(handles),
             device_bytes=device_bytes,
             host_bytes=host_memory().total,
-            compute_capability=(int(major), int(minor)),
+            compute_capability=compute_capability(pynvml, handles[0]),
         )
     finally:
         pynvml.nvmlShutdown()
 
 
+def compute_capability(pynvml: Any, handle: Any) -> tuple[int, int]:
+    """The compute capability of a GPU or of the GPU that a MIG instance is part of."""
+    with suppress(pynvml.NVMLError):  # a whole GPU
+        handle = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return int(major), int(minor)
+
+
 def visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
-    """NVML's handles of what CUDA shows: numbers, or UUIDs of GPUs and MIG slices, up to a -1."""
-    if visible is None:
-        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    handles = []
-    for entry in (entry.strip() for entry in visible.split(",")):
-        try:
-            if entry.isdigit():
-                handles.append(pynvml.nvmlDeviceGetHandleByIndex(int(entry)))
-            else:
-                handles.append(pynvml.nvmlDeviceGetHandleByUUID(entry))
-        except pynvml.NVMLError:
-            break  # as CUDA does: what follows a wrong entry is not visible
+    """NVML's handles of the devices that CUDA shows for a value of CUDA_VISIBLE_DEVICES.
+
+    An entry is an index, or a UUID of a GPU or of a MIG instance, which may be shortened as long as
+    it is unique. As in CUDA, entries from the first wrong one on are not visible, a GPU with MIG
+    stands for its first instance, and a process sees one instance at most (CUDA Programming Guide,
+    environment variables; NVIDIA MIG User Guide, device enumeration).
+    """
+    gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    entries = map(str, range(len(gpus))) if visible is None else map(str.strip, visible.split(","))
+    handles: list[Any] = []
+    for entry in entries:
+        if entry.isdigit() and int(entry) < len(gpus):
+            gpu = gpus[int(entry)]
+            instances = _mig_instances(pynvml, gpu)
+            handle = instances[0] if instances else gpu
+        elif not (instances := _named(pynvml, gpus, entry)):
+            break
+        else:
+            handle = instances[0]
+        if handle not in gpus:
+            return handles or [handle]
+        handles.append(handle)
     return handles
+
+
+def _mig_instances(pynvml: Any, gpu: Any) -> list[Any]:
+    """The MIG instances of a GPU; none where MIG is off or unknown to the GPU."""
+    instances = []
+    with suppress(pynvml.NVMLError):
+        if pynvml.nvmlDeviceGetMigMode(gpu)[0]:
+            for i in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
+                with suppress(pynvml.NVMLError):  # fewer than the GPU could have
+                    instances.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, i))
+    return instances
+
+
+def _named(pynvml: Any, gpus: list[Any], entry: str) -> list[Any]:
+    """The one device whose UUID begins so, or has a MIG name of old drivers; else an empty list.
+
+    Such a name is MIG-GPU-<UUID>/<GPU instance>/<compute instance>.
+    """
+    gpu_uuid, *ids = entry.removeprefix("MIG-").split("/")
+    matches = []
+    for gpu in gpus:
+        for handle in (gpu, *_mig_instances(pynvml, gpu)):
+            is_match = entry and str(pynvml.nvmlDeviceGetUUID(handle)).startswith(entry)
+            if not is_match and len(ids) == 2 and handle != gpu:
+                is_match = str(pynvml.nvmlDeviceGetUUID(gpu)).startswith(gpu_uuid) and ids == [
+                    str(pynvml.nvmlDeviceGetGpuInstanceId(handle)),
+                    str(pynvml.nvmlDeviceGetComputeInstanceId(handle)),
+                ]
+            if is_match:
+                matches.append(handle)
+    return matches if len(matches) == 1 else []

@@ -1,4 +1,4 @@
-"""Where the ranks of a run meet: rank 0's key-value store, found by all before there is a group."""
+"""Rendezvous: all ranks connect to rank 0's key-value store, before there is a process group."""
 
 import socket
 import threading
@@ -13,41 +13,41 @@ from pipeline.cluster.placement import Placement
 from pipeline.cluster.tasks import ports_after
 from pipeline.errors import RankZeroError, UserError
 
-# Machines of a job start at different times, and ranks on slow shared disks import for long.
-_MEETING_TIMEOUT = timedelta(minutes=30)
+# Nodes of a job start at different times, and ranks on slow shared disks import for minutes.
+_TIMEOUT = timedelta(minutes=30)
 _PORTS_TO_TRY = 8
-_KNOCK_S = 1.0
-_ANSWER = 200  # no more than that of what a stranger may say
+_PROBE_S = 1.0
+_MAX_ANSWER = 200  # characters to read from a port that another process may hold
 
 
 def open_store(placement: Placement) -> tuple[Any, int]:
-    """The store of this run's ranks and the port where it is; rank 0 holds it.
+    """The store of this run's ranks, which rank 0 holds, and its port.
 
-    Raises UserError where the port is taken or the first machine's name is not known here.
+    Raises UserError where the port is taken or the first node's name is not known here.
     """
     _require_resolvable(placement.master_addr)
     if placement.rendezvous_id:
-        return _store_of_meeting(placement)
-    return _store_at(placement), placement.master_port
+        return _store_at_derived_port(placement)
+    return _store_at_port(placement), placement.master_port
 
 
 def interface_between(store: Any, placement: Placement) -> str | None:
-    """The network interface by which this machine and the others reach each other, if known.
+    """The network interface that connects this node and the others, if known. Every rank calls it.
 
-    gloo takes the one that the machine's own name stands for, which may be the loopback: on the
-    first machine MASTER_ADDR may be that as well (127.0.1.1, as Debian has it), so there it is the
-    one with the address at which the others find it. Every rank calls it.
+    gloo takes the interface of the node's own name, which may be the loopback. On the first node
+    MASTER_ADDR may be the loopback too (127.0.1.1, as Debian sets it), so that node takes the
+    interface whose address the other nodes use.
     """
-    key = "address-of-the-first-machine"
+    key = "address-of-the-first-node"
     if placement.rank >= placement.local_size:
         store.set(key, _resolved(placement.master_addr)[1][0])
         return interface_towards(placement.master_addr)
-    store.wait([key], _MEETING_TIMEOUT)
+    store.wait([key], _TIMEOUT)
     return _interface_with(store.get(key).decode())
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface by which this machine reaches an address, if it leaves the machine."""
+    """The network interface by which this node reaches an address; None for the loopback."""
     try:
         family, where = _resolved(address)
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -64,55 +64,57 @@ def _resolved(address: str) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
 
 def _interface_with(address: str) -> str | None:
     for name, addresses in psutil.net_if_addrs().items():
-        if any(known.address == address for known in addresses):
+        if any(own.address == address for own in addresses):
             return None if name == "lo" else name
     return None
 
 
-def _store_at(placement: Placement) -> Any:
-    """The store where the launcher said; torchrun's agent may hold it already."""
+def _store_at_port(placement: Placement) -> Any:
+    """The store at the launcher's address; torchrun's agent may hold it already."""
     import torch.distributed as dist
 
     try:
         where = dist.rendezvous(  # type: ignore[attr-defined]
-            "env://", placement.rank, placement.world_size, timeout=_MEETING_TIMEOUT
+            "env://", placement.rank, placement.world_size, timeout=_TIMEOUT
         )
         return next(iter(where))[0]
     except dist.DistNetworkError as error:
         if not _is_taken(error):
             raise
         raise UserError(
-            f"MASTER_PORT={placement.master_port} on this machine is taken, perhaps by another "
+            f"MASTER_PORT={placement.master_port} on this node is taken, perhaps by another "
             "run; give the launcher another one (--master_port)"
         ) from None
 
 
-def _store_of_meeting(placement: Placement) -> tuple[Any, int]:
-    """Rank 0 takes any free port for the store, and says which one at the port of the meeting.
+def _store_at_derived_port(placement: Placement) -> tuple[Any, int]:
+    """Rank 0 takes a free port for the store, and a listener at the derived port announces it.
 
-    Raises RankZeroError on a rank that has not heard of rank 0 in time.
+    Raises RankZeroError on a rank that rank 0 has not answered in time.
     """
     import torch.distributed as dist
 
     if placement.rank == 0:
-        door = _door(placement)
+        listener = _listener(placement)
         store = dist.TCPStore(  # type: ignore[attr-defined]
             placement.master_addr, 0, placement.world_size, is_master=True,
-            timeout=_MEETING_TIMEOUT, wait_for_workers=False,
+            timeout=_TIMEOUT, wait_for_workers=False,
         )  # fmt: skip
         answer = f"{placement.rendezvous_id}\n{store.port}\n".encode()
-        threading.Thread(target=_answer_all, args=(door, answer), name="door", daemon=True).start()
+        threading.Thread(
+            target=_answer_all, args=(listener, answer), name="rendezvous", daemon=True
+        ).start()
         return store, int(store.port)
     port = _ask_for_port(placement)
     store = dist.TCPStore(  # type: ignore[attr-defined]
         placement.master_addr, port, placement.world_size, is_master=False,
-        timeout=_MEETING_TIMEOUT, wait_for_workers=False,
+        timeout=_TIMEOUT, wait_for_workers=False,
     )  # fmt: skip
     return store, port
 
 
-def _door(placement: Placement) -> socket.socket:
-    """Rank 0's ear at the first free port of those that all ranks know."""
+def _listener(placement: Placement) -> socket.socket:
+    """Rank 0's listener at the first free port of those that every rank tries."""
     ports = ports_after(placement.master_port, _PORTS_TO_TRY)
     is_both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_both else socket.AF_INET
@@ -129,31 +131,32 @@ def _door(placement: Placement) -> socket.socket:
     )
 
 
-def _answer_all(door: socket.socket, answer: bytes) -> None:
-    """To whoever asks, as long as this process lives: ranks may come late."""
+def _answer_all(listener: socket.socket, answer: bytes) -> None:
+    """Answer every connection as long as this process lives: ranks may come late."""
     while True:
-        caller, _ = door.accept()
-        with caller, suppress(OSError):
-            caller.sendall(answer)
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            connection.sendall(answer)
 
 
 def _ask_for_port(placement: Placement) -> int:
-    """Go round the ports until one answers with the name of this meeting."""
+    """Try the ports in turn until one answers with this rendezvous id."""
     ports = ports_after(placement.master_port, _PORTS_TO_TRY)
-    deadline = time.monotonic() + _MEETING_TIMEOUT.total_seconds()
+    deadline = time.monotonic() + _TIMEOUT.total_seconds()
     while time.monotonic() < deadline:
         for port in ports:
-            with suppress(OSError, ValueError):  # nobody there yet, or somebody else
+            with suppress(OSError, ValueError):  # no listener yet, or another process's
                 address = (placement.master_addr, port)
-                with socket.create_connection(address, timeout=_KNOCK_S) as call:
-                    name, found, _ = call.makefile(encoding="utf-8").read(_ANSWER).split("\n")
-                    if name == placement.rendezvous_id:
-                        return int(found)
-        time.sleep(_KNOCK_S)
+                with socket.create_connection(address, timeout=_PROBE_S) as connection:
+                    answer = connection.makefile(encoding="utf-8").read(_MAX_ANSWER)
+                    rendezvous_id, store_port, _ = answer.split("\n")
+                    if rendezvous_id == placement.rendezvous_id:
+                        return int(store_port)
+        time.sleep(_PROBE_S)
     raise RankZeroError(
-        f"rank {placement.rank} on {socket.gethostname()} has not met rank 0 on "
-        f"{placement.master_addr}, port {ports[0]}, in {_MEETING_TIMEOUT}; has rank 0 started, and "
-        "may these machines reach each other's ports?"
+        f"rank {placement.rank} on {socket.gethostname()} has had no answer from rank 0 on "
+        f"{placement.master_addr}, port {ports[0]}, in {_TIMEOUT}; check that rank 0 has started "
+        "and that no firewall separates these nodes"
     )
 
 
@@ -167,14 +170,14 @@ def _require_resolvable(address: str) -> None:
     except OSError as error:
         raise UserError(
             f"MASTER_ADDR={address}: {socket.gethostname()} does not know this name ({error}); set "
-            "MASTER_ADDR to the address of the first machine"
+            "MASTER_ADDR to the address of the first node"
         ) from None
 
 
 def address_by_mpi(placement: Placement) -> tuple[str, int]:
-    """Name of rank 0's machine and a port that is free there, from rank 0 to all.
+    """Broadcast the name of rank 0's node and a port that is free there. Every rank calls it.
 
-    MPI is up for that alone and comes down again, or mpirun would take an exit for a crash.
+    MPI is finalised at once, or mpirun would take a later exit for a crash.
     """
     try:
         import mpi4py
@@ -190,18 +193,17 @@ def address_by_mpi(placement: Placement) -> tuple[str, int]:
     world = MPI.COMM_WORLD
     if (world.rank, world.size) != (placement.rank, placement.world_size):
         raise UserError(
-            f"mpirun says rank {placement.rank} of {placement.world_size}, mpi4py rank "
+            f"mpirun: rank {placement.rank} of {placement.world_size}, mpi4py: rank "
             f"{world.rank} of {world.size}: mpi4py has loaded another MPI than mpirun's "
-            f"({MPI.Get_library_version().splitlines()[0]})"
+            f"({MPI.Get_library_version().splitlines()[0]}); load the module that mpirun is from"
         )
-    is_one_machine = placement.nodes == 1
-    mine = None
+    own = None
     if placement.rank == 0:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = placement.master_port or probe.getsockname()[1]
-        address = "127.0.0.1" if is_one_machine else socket.gethostname()
-        mine = (placement.master_addr or address, port)
-    address, port = world.bcast(mine)
+        address = "127.0.0.1" if placement.nodes == 1 else socket.gethostname()
+        own = (placement.master_addr or address, port)
+    address, port = world.bcast(own)
     MPI.Finalize()
     return str(address), int(port)

@@ -1,6 +1,6 @@
-"""What srun and mpirun say of the process that they started, and of all of them. Pure.
+"""A process among those that one srun or mpirun started, read from their variables. Pure.
 
-Neither sets the variables that torch and DeepSpeed read; each has its own.
+Neither sets the variables that torch and DeepSpeed read.
 """
 
 import re
@@ -10,8 +10,8 @@ from typing import Literal
 
 from pipeline.errors import UserError
 
-# Rank, size, local rank and local size of the processes of one mpirun: Open MPI and Hydra (MPICH,
-# Intel MPI) by their documentation, and PMI as Cray's mpiexec sets it.
+# Rank, size, local rank and local size: Open MPI and Hydra (MPICH, Intel MPI) by their
+# documentation, and PMI as Cray's mpiexec sets it.
 _MPI = (
     (
         "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
@@ -21,20 +21,20 @@ _MPI = (
     ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
 )  # fmt: skip
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-# Step numbers from here on are Slurm's own: the batch script, an interactive shell (slurm.h).
+# Step ids from here on are Slurm's own: the batch script, an interactive shell (slurm.h).
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
-# Above other services' usual ports, below what systems give to outgoing connections (32768 on) and
+# Above most services' ports, below those that systems give to outgoing connections (32768 on) and
 # Kubernetes to services (30000 on).
 _FIRST_PORT, _NUM_PORTS = 15000, 15000
-_STEPS_APART = 31  # no two of a job's first steps meet, nor the next job's first
+_PORTS_PER_JOB = 31  # the first steps of a job, and of the next job, have different ports
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """This process among those that one srun or mpirun started; `size_name` says what says so."""
+    """This process among the tasks of a launcher; `source` is the variable that has the size."""
 
     launcher: Literal["srun", "mpirun"]
-    size_name: str
+    source: str
     rank: int
     size: int
     local_rank: int
@@ -42,54 +42,59 @@ class Tasks:
 
 
 def tasks_of(env: Mapping[str, str]) -> Tasks | None:
-    """The tasks that this process is one of; None if neither srun nor mpirun started it.
+    """The task that this process is; None if neither srun nor mpirun started it.
 
-    mpirun starts its own helpers with srun, one a node, so that inside a Slurm job its ranks see
-    variables of both and mpirun's are right.
+    mpirun starts its own helpers with srun, one per node, so that inside a Slurm job its ranks have
+    variables of both, of which mpirun's are right.
     """
-    step = _slurm_step(env)
-    ranks = _mpi_ranks(env if step is None else _without_pmi_of(step, env))
-    if step is None or ranks is None:
-        return step or ranks
+    step = _slurm_task(env)
+    task = _mpi_task(env if step is None else _without_pmi_of(step, env))
+    if step is None or task is None:
+        return step or task
     if step.local_size > 1:
         raise UserError(
             f"environment: two launchers at once: srun started {step.size} tasks "
-            f"({step.size_name}), {step.local_size} of them on this machine, and mpirun "
-            f"{ranks.size} ({ranks.size_name}); use one of them"
+            f"({step.source}), {step.local_size} of them on this node, and mpirun "
+            f"{task.size} ({task.source}); use one of them"
         )
-    return ranks
+    return task
 
 
 def first_host(nodes: str) -> str:
     """The first name of a Slurm node list: n01 of n[01-03,07] or of n01,m[1-2], a1b3 of a[1-2]b3.
 
-    What `scontrol show hostnames` prints first, without asking Slurm.
+    `scontrol show hostnames` prints it first; this needs no Slurm.
     """
     first = re.split(r",(?![^\[]*\])", nodes.strip())[0]
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
 
 
 def port_of(job: int, step: int) -> int:
-    """The port where the ranks of a job's step meet, the same on all of them."""
-    return _FIRST_PORT + (job + _STEPS_APART * step) % _NUM_PORTS
+    """The rendezvous port of a job's step, the same on all of its tasks."""
+    return _FIRST_PORT + (job + _PORTS_PER_JOB * step) % _NUM_PORTS
 
 
 def ports_after(port: int, count: int) -> list[int]:
-    """`port` and others to try in turn where it is taken, far from those of the next jobs."""
+    """`port` and the next ones to try where it is taken, far from those of the next jobs."""
     return [_FIRST_PORT + (port - _FIRST_PORT + 1871 * i) % _NUM_PORTS for i in range(count)]
 
 
 def whole_number(env: Mapping[str, str], name: str) -> int:
-    """The value of a variable that is there. Raises UserError if it is anything else."""
-    if not env[name].isdigit():
+    """The value of a variable that is set. Raises UserError unless it is a whole number."""
+    if not (env[name].isascii() and env[name].isdigit()):
         raise UserError(f"environment: {name}={env[name]!r} is not a whole number")
     return int(env[name])
 
 
-def _slurm_step(env: Mapping[str, str]) -> Tasks | None:
+def _slurm_task(env: Mapping[str, str]) -> Tasks | None:
     step = env.get("SLURM_STEP_ID", "")
     if not step.isdigit() or int(step) >= _FIRST_SPECIAL_STEP:
         return None
+    if (components := env.get("SLURM_HET_SIZE", "1")) not in ("", "1"):
+        raise UserError(
+            f"environment: SLURM_HET_SIZE={components}: a heterogeneous job, whose components "
+            "number their tasks apart; submit a job of equal nodes"
+        )
     _require_all(env, _SLURM)
     rank, size, local_rank = (whole_number(env, name) for name in _SLURM[:3])
     per_node = _tasks_per_node(env[_SLURM[3]])
@@ -99,17 +104,17 @@ def _slurm_step(env: Mapping[str, str]) -> Tasks | None:
         )
     if len(set(per_node)) > 1:
         raise UserError(
-            f"environment: {_SLURM[3]}={env[_SLURM[3]]}: every machine must start the same number "
+            f"environment: {_SLURM[3]}={env[_SLURM[3]]}: every node must start the same number "
             "of ranks; give srun --ntasks-per-node"
         )
     return Tasks(
-        launcher="srun", size_name=f"{_SLURM[1]}={size}", rank=rank, size=size,
+        launcher="srun", source=f"{_SLURM[1]}={size}", rank=rank, size=size,
         local_rank=local_rank, local_size=per_node[0],
     )  # fmt: skip
 
 
 def _without_pmi_of(step: Tasks, env: Mapping[str, str]) -> Mapping[str, str]:
-    """The environment without what srun itself says in PMI's words (--mpi=pmi2)."""
+    """The environment without srun's own PMI variables (--mpi=pmi2)."""
     if (env.get("PMI_RANK"), env.get("PMI_SIZE")) != (str(step.rank), str(step.size)):
         return env
     return {name: value for name, value in env.items() if name not in ("PMI_RANK", "PMI_SIZE")}
@@ -118,37 +123,37 @@ def _without_pmi_of(step: Tasks, env: Mapping[str, str]) -> Mapping[str, str]:
 def _tasks_per_node(text: str) -> list[int]:
     """[4, 4, 3] of Slurm's 4(x2),3."""
     counts: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+    for entry in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)
         if match is None:
-            raise UserError(f"environment: {_SLURM[3]}={text!r} is not a number of tasks a node")
+            raise UserError(f"environment: {_SLURM[3]}={text!r} is not a number of tasks per node")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
 
-def _mpi_ranks(env: Mapping[str, str]) -> Tasks | None:
-    found = [names for names in _MPI if names[0] in env or names[1] in env]
-    if not found:
+def _mpi_task(env: Mapping[str, str]) -> Tasks | None:
+    present = [names for names in _MPI if names[0] in env or names[1] in env]
+    if not present:
         return None
-    names = max(found, key=lambda names: sum(name in env for name in names))
+    names = max(present, key=lambda names: sum(name in env for name in names))
     _require_all(env, names)
     rank, size, local_rank, local_size = (whole_number(env, name) for name in names)
-    others = {whole_number(env, other[1]) for other in found if other[1] in env} - {size}
+    others = {whole_number(env, other[1]) for other in present if other[1] in env} - {size}
     if others:
         raise UserError(
-            f"environment: two launchers at once: {names[1]}={size}, and another says "
+            f"environment: two launchers at once: {names[1]}={size}, and another has "
             f"{others.pop()}; start the ranks with one mpirun"
         )
     return Tasks(
-        launcher="mpirun", size_name=f"{names[1]}={size}", rank=rank, size=size,
+        launcher="mpirun", source=f"{names[1]}={size}", rank=rank, size=size,
         local_rank=local_rank, local_size=local_size,
     )  # fmt: skip
 
 
 def _require_all(env: Mapping[str, str], names: tuple[str, ...]) -> None:
     if missing := [name for name in names if name not in env]:
-        there = [name for name in names if name in env] or ["SLURM_STEP_ID"]
+        present = [name for name in names if name in env] or ["SLURM_STEP_ID"]
         raise UserError(
-            f"environment: {', '.join(there)} set but not {', '.join(missing)}, so this rank's "
-            "place is not known; pass all of them on"
+            f"environment: {', '.join(present)} set but not {', '.join(missing)}, so this rank's "
+            "placement is not known; pass all of them on"
         )

@@ -1,21 +1,22 @@
-"""What a check says, and how what ranks have answered is told in few lines. Pure."""
+"""A check: what each rank probes, and how rank 0 assesses the results of all ranks. Pure."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.plan.given.hardware import GIB
 from pipeline.plan.plan import Plan
+from pipeline.preflight.context import RankContext
 
 Level = Literal["ok", "warn", "fail"]
 LEVELS: tuple[Level, ...] = ("ok", "warn", "fail")
 _ABSENT = "(not there)"
-_MOST_DIFFERENCES = 12
+_MAX_DIFFERENCES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line: what was found, what would work, and whom it concerns (nobody named: all)."""
+    """One line of the report: a fact, its remedy, and the ranks it concerns (none: all)."""
 
     level: Level
     text: str
@@ -25,15 +26,20 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResults:
-    """What a check found on each rank that looked; `hosts`: every rank's machine, by rank."""
+    """The results of one check's probe, by rank; `hosts` has the host name of every rank."""
 
-    answers: Mapping[int, Any]
+    by_rank: Mapping[int, Any]
     hosts: Sequence[str]
     plan: Plan | None = None
 
     @property
-    def num_machines(self) -> int:
-        """Machines by their names."""
+    def first(self) -> Any:
+        """The result of the lowest rank that probed."""
+        return self.by_rank[min(self.by_rank)]
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes, told apart by their host names."""
         return len(set(self.hosts))
 
     def where(self, ranks: Iterable[int]) -> str:
@@ -43,23 +49,47 @@ class ProbeResults:
         return f"rank{'s' if len(listed) > 1 else ''} {spans(listed)} ({names})"
 
 
+@dataclass(frozen=True)
+class Check:
+    """One check of the table in checks.py, which docs/preflight.md explains in the same order.
+
+    `probe` runs on every rank, on local rank 0 of each node, or on rank 0. It returns JSON and
+    raises UserError for what fails whatever the other ranks report. `assess` is pure and runs on
+    rank 0. `remedy` is shown with an error of the probe that names none.
+    """
+
+    name: str
+    probe: Callable[[RankContext], Any]
+    assess: Callable[[ProbeResults], Iterable[Finding]]
+    remedy: str
+    runs_on: Literal["rank", "node", "rank 0"] = "rank"
+    needs: Literal["nothing", "settings", "plan"] = "plan"
+
+    def applies_to(self, context: RankContext) -> bool:
+        """Whether this rank probes."""
+        place = context.placement
+        runs_here = {"rank": True, "node": place.local_rank == 0, "rank 0": place.rank == 0}
+        has = {"nothing": True, "settings": context.settings, "plan": context.plan}
+        return runs_here[self.runs_on] and bool(has[self.needs])
+
+
 def ok(text: str) -> Finding:
-    """All is well."""
+    """A finding that needs no action."""
     return Finding(level="ok", text=text)
 
 
 def warn(text: str, remedy: str, ranks: Iterable[int] = ()) -> Finding:
-    """It will run, worse than it could."""
+    """The run will work, but slower or with less room than it could."""
     return Finding(level="warn", text=text, remedy=remedy, ranks=tuple(sorted(ranks)))
 
 
 def fail(text: str, remedy: str, ranks: Iterable[int] = ()) -> Finding:
-    """It will not run, or not right."""
+    """The run will fail or give wrong results."""
     return Finding(level="fail", text=text, remedy=remedy, ranks=tuple(sorted(ranks)))
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """Sorted numbers, neighbours drawn together: `0-3, 8`."""
+    """Sorted numbers as ranges: `0-3, 8`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -70,53 +100,50 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def in_units(num_bytes: float) -> str:
-    """Bytes as a person reads them."""
+    """Bytes in GiB, MiB or KiB."""
     for unit, size in (("GiB", GIB), ("MiB", 2**20)):
         if abs(num_bytes) >= size:
             return f"{num_bytes / size:,.1f} {unit}"
     return f"{num_bytes / 2**10:,.0f} KiB"
 
 
-def by_answer(answers: Mapping[int, str]) -> dict[str, list[int]]:
-    """Ranks that gave each answer, the answer of most ranks first."""
+def ranks_by_value(values: Mapping[int, str]) -> dict[str, list[int]]:
+    """The ranks that have each value, the most frequent value first."""
     groups: dict[str, list[int]] = {}
-    for rank in sorted(answers):
-        groups.setdefault(answers[rank], []).append(rank)
+    for rank in sorted(values):
+        groups.setdefault(values[rank], []).append(rank)
     return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, str]:
-    """Nested JSON as `a.b: text`, so that two of them can be compared line by line."""
+    """Nested JSON as `a.b: text`, which `compare` takes."""
     if not isinstance(values, Mapping):
         return {prefix: str(values)}
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
+        result |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return result
 
 
-def compare(seen: ProbeResults, same: str, remedy: str) -> Iterable[Finding]:
-    """`same` where every rank answered alike, else a failure with a table of what differs.
+def compare(results: ProbeResults, text: str, remedy: str) -> Iterable[Finding]:
+    """`text` if all ranks have equal results, else a failure with a table of the differences.
 
-    Answers are mappings of text, as `flat` gives them.
+    Results are mappings of text, as `flat` gives them.
     """
-    keys = list(dict.fromkeys(key for answer in seen.answers.values() for key in answer))
-    rows, strangers = [], set[int]()
+    keys = list(dict.fromkeys(key for result in results.by_rank.values() for key in result))
+    lines, minority, num_different = "", set[int](), 0
     for key in keys:
-        groups = by_answer({r: answer.get(key, _ABSENT) for r, answer in seen.answers.items()})
+        groups = ranks_by_value({r: v.get(key, _ABSENT) for r, v in results.by_rank.items()})
         if len(groups) == 1:
             continue
-        usual, *others = groups
-        strangers |= {rank for value in others for rank in groups[value]}
-        rows.append((key, [(value, seen.where(groups[value])) for value in (usual, *others)]))
-    if not rows:
-        yield ok(same)
+        num_different += 1
+        for i, (value, ranks) in enumerate(groups.items()):
+            minority |= set(ranks) if i else set()
+            if num_different <= _MAX_DIFFERENCES:
+                lines += f"\n{'' if i else key:<34}  {value:<24} {results.where(ranks)}"
+    if not num_different:
+        yield ok(text)
         return
-    lines = [
-        f"\n{key if first else '':<34}  {value:<24} {where}"
-        for key, values in rows[:_MOST_DIFFERENCES]
-        for first, (value, where) in zip([True] + [False] * len(values), values, strict=False)
-    ]
-    more = len(rows) - _MOST_DIFFERENCES
-    tail = f"\nand {more} more" if more > 0 else ""
-    yield fail(f"not the same on all ranks{''.join(lines)}{tail}", remedy, strangers)
+    if num_different > _MAX_DIFFERENCES:
+        lines += f"\nand {num_different - _MAX_DIFFERENCES} more"
+    yield fail(f"not the same on all ranks{lines}", remedy, minority)

@@ -1,7 +1,7 @@
-"""What preflight looks at: one rank's view of the run that is to be started."""
+"""What a probe works on: one rank's view of the run that is to be started."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -17,79 +17,55 @@ from pipeline.plan.plan import Plan, make_plan
 
 @dataclass(frozen=True, kw_only=True)
 class RankContext:
-    """A run, its rank and its machine. Without settings or a plan `problems` says why.
+    """A run as one rank sees it. Where settings or plan are None, `problems` has the reason.
 
-    `beat` is told where this rank is, so that one which does not come along can be named.
-    `missing_gpus`: what was granted where the driver shows none. One process trains on its first
-    GPU, and looks at all of them where `is_training` is not said.
+    `beat` is called with the name of the next phase, for the watchdog. `missing_gpus`: see
+    devices.py. A single process trains on its first GPU; a preflight of it probes all GPUs, unless
+    `is_training`.
     """
 
     placement: Placement
     hardware: Hardware
     session: Session
-    settings: RunSettings | None
-    plan: Plan | None
+    settings: RunSettings | None = None
+    plan: Plan | None = None
     problems: dict[str, str] = field(default_factory=dict)
-    beat: Callable[[str], None] = lambda where: None
+    beat: Callable[[str], None] = lambda phase: None
     missing_gpus: str | None = None
     is_training: bool = False
 
-    @classmethod
-    def read(
-        cls,
-        run_file: Path,
-        overrides: Sequence[str],
-        *,
-        placement: Placement,
-        hardware: Hardware,
-        session: Session,
-        beat: Callable[[str], None],
-        missing_gpus: str | None = None,
-    ) -> Self:
-        """The run of a run file.
+    def with_run(self, run_file: Path, overrides: Sequence[str]) -> Self:
+        """The same with the settings and the plan of a run file.
 
-        What is wrong with it becomes a problem, not an error: other ranks may see another file,
-        and wait.
-        Without a launcher the plan is for every device of the machine, as `deepspeed` would start
-        it.
+        An error in them becomes a problem and is not raised: other ranks may read another file,
+        and would wait. Without a launcher the plan is for every device of this machine, as
+        `deepspeed` would start it.
         """
-        problems: dict[str, str] = {}
-        settings, plan = None, None
-        is_alone = placement.world_size == 1
-        ranks = hardware.devices_per_node if is_alone else placement.local_size
+        is_single = self.placement.world_size == 1
+        ranks = self.hardware.devices_per_node if is_single else self.placement.local_size
         try:
             settings = load_settings(run_file, overrides)
         except UserError as error:
-            problems["settings"] = str(error)
-        if settings is not None:
-            try:
-                shape = read_shape(str(settings.model_folder))
-                plan = make_plan(
-                    settings, shape, hardware, nodes=placement.nodes, ranks_per_node=ranks
-                )
-            except UserError as error:
-                problems["plan"] = str(error)
-        return cls(
-            placement=placement,
-            hardware=hardware,
-            session=session,
-            settings=settings,
-            plan=plan,
-            problems=problems,
-            beat=beat,
-            missing_gpus=missing_gpus,
-        )
+            return replace(self, problems={"settings": str(error)})
+        try:
+            shape = read_shape(str(settings.model_folder))
+            plan = make_plan(
+                settings, shape, self.hardware, nodes=self.placement.nodes, ranks_per_node=ranks
+            )
+        except UserError as error:
+            return replace(self, settings=settings, problems={"plan": str(error)})
+        return replace(self, settings=settings, plan=plan)
 
     @property
     def known_settings(self) -> RunSettings:
-        """The settings. Raises UserError with what is wrong with them."""
+        """The settings. Raises UserError with the reason where there are none."""
         if self.settings is None:
             raise UserError(self.problems["settings"])
         return self.settings
 
     @property
     def known_plan(self) -> Plan:
-        """The plan. Raises UserError with why there is none."""
+        """The plan. Raises UserError with the reason where there is none."""
         if self.plan is None:
             raise UserError(self.problems["plan"])
         return self.plan

@@ -1,8 +1,4 @@
-"""The GPU of each rank: its own, granted by the scheduler, new enough, and free. By NVML, no torch.
-
-Not measured on a GPU: the judgements are tested on made-up answers, the reading through a stand-in
-for NVML.
-"""
+"""The GPUs: one per rank, granted by the scheduler, alike, and with free memory. No torch."""
 
 import os
 import re
@@ -11,14 +7,24 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.cluster.devices import visible_handles
+from pipeline.cluster.devices import compute_capability, visible_handles
 from pipeline.errors import UserError
-from pipeline.preflight.check import Finding, ProbeResults, by_answer, fail, in_units, ok, warn
+from pipeline.preflight.check import (
+    Check,
+    Finding,
+    ProbeResults,
+    fail,
+    in_units,
+    ok,
+    ranks_by_value,
+    warn,
+)
 from pipeline.preflight.context import RankContext
 
-# Numbers of the node's GPUs that Slurm gave to the step or the job (Slurm: srun, sbatch).
+# The step's GPUs, else the job's (Slurm, srun: output environment variables).
 _GRANTED = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
-_NUMBERS = re.compile(r"(?P<first>\d+)(-(?P<last>\d+))?")
+_INDICES = re.compile(r"(?P<first>\d+)(-(?P<last>\d+))?")
+_REMEDY = "nvidia-smi shows what the driver sees"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +41,8 @@ class Gpu:
     processes: tuple[int, ...]
 
 
-def probe_gpus(context: RankContext) -> dict[str, Any]:
-    """This rank's GPU, or without a launcher all of them; and whether the scheduler granted them.
+def _probe(context: RankContext) -> dict[str, Any]:
+    """This rank's GPU, or without a launcher all of them, and whether the scheduler granted them.
 
     Raises UserError for a rank that has none.
     """
@@ -45,10 +51,10 @@ def probe_gpus(context: RankContext) -> dict[str, Any]:
     if context.hardware.kind == "cpu":
         if context.missing_gpus is not None:
             raise UserError(
-                f"{context.missing_gpus}, and the driver shows none of them; look at nvidia-smi "
-                "there, or set DS_ACCELERATOR=cpu to train on the CPU"
+                f"{context.missing_gpus}, and the NVIDIA driver shows none of them; run "
+                "nvidia-smi there, or set DS_ACCELERATOR=cpu to train on the CPU"
             )
-        return {"gpus": [], "stranger": None, "is_unasked": False}
+        return {"gpus": [], "visible": 0, "not_granted": None, "none_requested": False}
     pynvml.nvmlInit()
     try:
         handles = visible_handles(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -57,24 +63,25 @@ def probe_gpus(context: RankContext) -> dict[str, Any]:
         count = int(pynvml.nvmlDeviceGetCount())
         return {
             "gpus": [asdict(_read(pynvml, handles[i])) for i in own],
-            "stranger": not_granted(indices, count, os.environ),
-            "is_unasked": none_asked(os.environ),
+            "visible": len(handles),
+            "not_granted": not_granted(indices, count, os.environ),
+            "none_requested": none_requested(os.environ),
         }
     finally:
         pynvml.nvmlShutdown()
 
 
 def own_devices(context: RankContext, num_visible: int) -> list[int]:
-    """Numbers, among the visible GPUs, of those that this process answers for."""
+    """Indices, among the visible GPUs, of those that this process uses."""
     place = context.placement
     if place.world_size == 1 and not context.is_training:
         return list(range(num_visible))
-    # A scheduler may show every process its own GPU only, which is then number 0.
+    # A scheduler may show each process only its own GPU, which is then index 0.
     index = 0 if num_visible == 1 and place.local_size > 1 else place.local_rank
     if index >= num_visible:
         raise UserError(
-            f"this machine shows {num_visible} GPUs and {place.local_size} ranks were started on "
-            "it; start one rank a GPU"
+            f"this node shows {num_visible} GPUs and {place.local_size} ranks were started on "
+            "it; start one rank per GPU"
         )
     return [index]
 
@@ -82,43 +89,49 @@ def own_devices(context: RankContext, num_visible: int) -> list[int]:
 def not_granted(
     indices: Iterable[int | None], count: int, env: Mapping[str, str]
 ) -> dict[str, str] | None:
-    """What is used and what Slurm granted, where the first is not part of the second.
+    """The GPUs in use and the GPUs that Slurm granted, if some in use were not granted.
 
-    A control group that hides all other GPUs leaves as many as were granted, numbered anew.
+    `count`: GPUs of the node. A control group that hides the others shows as many as were granted,
+    numbered from 0.
     """
     name = next((name for name in _GRANTED if env.get(name)), None)
     if name is None:
         return None
-    granted = numbers_of(env[name])
+    granted = indices_of(env[name])
     used = {index for index in indices if index is not None}
     if granted is None or count <= len(granted) or used <= granted:
         return None
     return {"used": str(sorted(used)), "granted": f"{name}={env[name]}"}
 
 
-def none_asked(env: Mapping[str, str]) -> bool:
-    """Whether this is a Slurm job that speaks of no GPU. Where nodes are given whole that is so."""
+def none_requested(env: Mapping[str, str]) -> bool:
+    """Whether this is a Slurm job without GPUs, also where nodes are allocated whole."""
     names = (*_GRANTED, "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "SLURM_GPUS_ON_NODE")
     return "SLURM_JOB_ID" in env and not any(env.get(name) for name in names)
 
 
-def numbers_of(listed: str) -> set[int] | None:
-    """Numbers as Slurm lists them: `0,2` or `0-3`; None for what is no such list."""
-    numbers = set[int]()
-    for entry in listed.split(","):
-        if (found := _NUMBERS.fullmatch(entry.strip())) is None:
+def indices_of(text: str) -> set[int] | None:
+    """Indices of Slurm's `0,2` or `0-3`; None for text that is no such list."""
+    indices = set[int]()
+    for entry in text.split(","):
+        if (match := _INDICES.fullmatch(entry.strip())) is None:
             return None
-        first, last = found["first"], found["last"] or found["first"]
-        numbers |= set(range(int(first), int(last) + 1))
-    return numbers
+        first, last = match["first"], match["last"] or match["first"]
+        indices |= set(range(int(first), int(last) + 1))
+    return indices
 
 
-def assess_gpus(seen: ProbeResults) -> Iterable[Finding]:
-    """One GPU a rank, each another one, of one kind, and granted."""
-    if not (gpus := _by_rank(seen)):
+def _assess_gpus(results: ProbeResults) -> Iterable[Finding]:
+    if not (gpus := _by_rank(results)):
         yield ok("CPU ranks; no GPU is used")
         return
-    findings = [*_shared(seen, gpus), *_strangers(seen), *_unasked(seen), *_mixed(seen, gpus)]
+    findings = [
+        *_shared(results, gpus),
+        *_foreign(results),
+        *_unrequested(results),
+        *_idle(results, gpus),
+        *_mixed(results, gpus),
+    ]
     if findings:
         yield from findings
         return
@@ -126,7 +139,7 @@ def assess_gpus(seen: ProbeResults) -> Iterable[Finding]:
     yield ok(f"{total} x {first['name']}, each with a UUID of its own")
 
 
-def _shared(seen: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Finding]:
+def _shared(results: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Finding]:
     users: dict[str, list[int]] = {}
     for rank, own in gpus.items():
         for gpu in own:
@@ -134,90 +147,106 @@ def _shared(seen: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]) -> Ite
     for uuid, ranks in users.items():
         if len(ranks) > 1:
             yield fail(
-                f"{seen.where(ranks)} share one GPU ({uuid})",
-                "start one rank a GPU; look at CUDA_VISIBLE_DEVICES and at the launcher's count",
+                f"{results.where(ranks)} share one GPU ({uuid})",
+                "start one rank per GPU; check CUDA_VISIBLE_DEVICES and the launcher's count",
                 ranks,
             )
 
 
-def _strangers(seen: ProbeResults) -> Iterable[Finding]:
-    for rank, answer in seen.answers.items():
-        if (found := answer["stranger"]) is not None:
+def _foreign(results: ProbeResults) -> Iterable[Finding]:
+    for rank, result in results.by_rank.items():
+        if (gpus := result["not_granted"]) is not None:
             yield fail(
-                f"{seen.where([rank])} uses GPU {found['used']}, Slurm granted {found['granted']}",
+                f"{results.where([rank])} uses GPU {gpus['used']}, Slurm granted {gpus['granted']}",
                 "leave CUDA_VISIBLE_DEVICES as Slurm set it and start `deepspeed` without "
-                "--num_gpus and --include, which forget it",
+                "--num_gpus and --include, which overwrite it",
                 [rank],
             )
 
 
-def _unasked(seen: ProbeResults) -> Iterable[Finding]:
-    if ranks := [rank for rank, answer in seen.answers.items() if answer["is_unasked"]]:
+def _unrequested(results: ProbeResults) -> Iterable[Finding]:
+    if ranks := [rank for rank, result in results.by_rank.items() if result["none_requested"]]:
         yield warn(
-            f"{seen.where(ranks)}: the Slurm job asked for no GPU, so another's may be used",
-            "--gpus-per-node=N; unless this cluster gives nodes whole",
+            f"{results.where(ranks)}: the Slurm job requested no GPU, so another job may use it",
+            "--gpus-per-node=N, unless this cluster allocates whole nodes",
             ranks,
         )
 
 
-def _mixed(seen: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Finding]:
-    names = by_answer({rank: gpu["name"] for rank, own in gpus.items() for gpu in own})
+def _idle(results: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Finding]:
+    """Ranks that see more GPUs than ranks of their node use."""
+    if len(results.hosts) == 1:
+        return  # one process: one GPU is what was asked for
+    used = dict.fromkeys(results.hosts, 0)
+    for rank, own in gpus.items():
+        used[results.hosts[rank]] += len(own)
+    ranks = [r for r in gpus if results.by_rank[r]["visible"] > used[results.hosts[r]]]
+    if ranks:
+        visible = results.by_rank[ranks[0]]["visible"]
+        yield warn(
+            f"{results.where(ranks)}: {visible} GPUs are visible on a node and "
+            f"{used[results.hosts[ranks[0]]]} are used",
+            "start one rank per GPU (in a pod: `torchrun launch/train.py RUN.yaml`), or hide the "
+            "others with CUDA_VISIBLE_DEVICES",
+            ranks,
+        )
+
+
+def _mixed(results: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Finding]:
+    names = ranks_by_value({rank: gpu["name"] for rank, own in gpus.items() for gpu in own})
     if len(names) > 1:
-        said = "; ".join(f"{name}: {seen.where(ranks)}" for name, ranks in names.items())
-        yield warn(f"different GPUs: {said}", "the slowest sets the pace; ask for one kind")
+        kinds = "; ".join(f"{name}: {results.where(ranks)}" for name, ranks in names.items())
+        yield warn(f"different GPUs: {kinds}", "the slowest sets the pace; request one kind")
 
 
-def assess_drivers(seen: ProbeResults) -> Iterable[Finding]:
-    """One driver and one compute capability."""
-    gpus = _by_rank(seen)
-    said = {
+def _assess_drivers(results: ProbeResults) -> Iterable[Finding]:
+    drivers = {
         rank: f"driver {own[0]['driver']}, CUDA up to {own[0]['cuda'] / 1000:.1f}, "
         f"compute capability {'.'.join(map(str, own[0]['capability']))}"
-        for rank, own in gpus.items()
+        for rank, own in _by_rank(results).items()
     }
-    groups = by_answer(said)
+    groups = ranks_by_value(drivers)
     if len(groups) > 1:
-        text = "; ".join(f"{what}: {seen.where(ranks)}" for what, ranks in groups.items())
-        yield warn(text, "NCCL across drivers is not tested by NVIDIA; ask for machines alike")
+        text = "; ".join(f"{driver}: {results.where(ranks)}" for driver, ranks in groups.items())
+        yield warn(text, "NVIDIA does not test NCCL across drivers; request nodes that are alike")
     else:
         yield from (ok(text) for text in groups)
 
 
-def assess_device_memory(seen: ProbeResults) -> Iterable[Finding]:
-    """Free memory of every GPU holds what the plan needs."""
-    gpus = _by_rank(seen)
-    if not gpus or seen.plan is None:
+def _assess_memory(results: ProbeResults) -> Iterable[Finding]:
+    gpus = _by_rank(results)
+    if not gpus or results.plan is None:
         return
-    need, least = seen.plan.memory.device_need, min(g["free"] for own in gpus.values() for g in own)
+    need = results.plan.memory.device_need
     short = {rank: gpu for rank, own in gpus.items() for gpu in own if gpu["free"] < need}
     for rank, gpu in short.items():
         pids = ", ".join(map(str, gpu["processes"])) or "not shown to this user"
         yield fail(
-            f"{seen.where([rank])}: {in_units(gpu['free'])} of {in_units(gpu['total'])} free, "
+            f"{results.where([rank])}: {in_units(gpu['free'])} of {in_units(gpu['total'])} free, "
             f"the plan needs {in_units(need)}; processes on it: {pids}",
-            "end what holds it (nvidia-smi), or ask for GPUs of your own",
+            "end the processes on it (nvidia-smi), or request GPUs for this job alone",
             [rank],
         )
     if not short:
+        least = min(gpu["free"] for own in gpus.values() for gpu in own)
         yield ok(f"{in_units(least)} or more free, the plan needs {in_units(need)}")
 
 
-def _by_rank(seen: ProbeResults) -> dict[int, list[dict[str, Any]]]:
-    return {rank: answer["gpus"] for rank, answer in seen.answers.items() if answer["gpus"]}
+def _by_rank(results: ProbeResults) -> dict[int, list[dict[str, Any]]]:
+    return {rank: result["gpus"] for rank, result in results.by_rank.items() if result["gpus"]}
 
 
 def _read(pynvml: Any, handle: Any) -> Gpu:
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
     processes = []
-    with suppress(pynvml.NVMLError):  # a container or a MIG slice may not be shown them
+    with suppress(pynvml.NVMLError):  # not shown in some containers, nor for a MIG instance
         processes = [int(p.pid) for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
     return Gpu(
         uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
         name=str(pynvml.nvmlDeviceGetName(handle)),
         driver=str(pynvml.nvmlSystemGetDriverVersion()),
         cuda=int(pynvml.nvmlSystemGetCudaDriverVersion()),
-        capability=(int(major), int(minor)),
+        capability=compute_capability(pynvml, handle),
         total=int(memory.total),
         free=int(memory.free),
         processes=tuple(processes),
@@ -225,6 +254,11 @@ def _read(pynvml: Any, handle: Any) -> Gpu:
 
 
 def _index(pynvml: Any, handle: Any) -> int | None:
-    with suppress(pynvml.NVMLError):  # a MIG slice has no number of its own
+    with suppress(pynvml.NVMLError):  # a MIG instance has no index
         return int(pynvml.nvmlDeviceGetIndex(handle))
     return None
+
+
+GPUS = Check("gpus", _probe, _assess_gpus, _REMEDY, needs="nothing")
+DRIVERS = Check("drivers", _probe, _assess_drivers, _REMEDY, needs="nothing")
+GPU_MEMORY = Check("gpu memory", _probe, _assess_memory, _REMEDY)

@@ -1,39 +1,50 @@
-"""Host memory and shared memory of each machine. No torch."""
+"""A node: its memory, disk and clock, and the run folder that all nodes share. No torch."""
 
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.host_memory import host_memory
-from pipeline.preflight.check import Finding, ProbeResults, fail, in_units, ok, warn
+from pipeline.errors import UserError
+from pipeline.files import write_text
+from pipeline.plan.cost.memory import disk_bytes
+from pipeline.preflight.check import Check, Finding, ProbeResults, fail, in_units, ok, warn
 from pipeline.preflight.context import RankContext
 
 _MIB = 2**20
-_SHARED_MEMORY = Path("/dev/shm")
-# What NVIDIA's and PyTorch's containers ask for (`--shm-size=1g`); Docker's default is 64 MiB.
-_SHARED_BYTES = 2**30
+_SHARED_MEMORY = Path("/dev/shm")  # NCCL and data workers communicate through it
+_MIN_SHARED_BYTES = 2**30  # a container's default of 64 MiB is too small for both
+# A start takes the owner of a run folder on another node for dead when its heartbeat is 60 s old by
+# the clock of this node (train/owner.py).
+_MAX_SKEW_S, _NOTABLE_SKEW_S = 30.0, 2.0
+# A network file system may show another node's new file only after its attribute cache has expired
+# (nfs(5): acdirmax is 60 s, but names never requested before are looked up at once).
+_VISIBLE_WITHIN_S = 10.0
 
 
-def probe_host_memory(context: RankContext) -> dict[str, Any]:
-    """Bytes that a node of the run needs, that are free, and that there are at most."""
-    found = host_memory()
-    total, limited_by = found.total, found.limited_by
+def _probe_host_memory(context: RankContext) -> dict[str, Any]:
+    """Bytes of host memory that a node of the run needs, that are free, and in all."""
+    memory = host_memory()
+    total, limited_by = memory.total, memory.limited_by
     if (granted := granted_by_slurm(os.environ)) is not None and granted < total:
-        total, limited_by = granted, "what Slurm granted (--mem)"
+        total, limited_by = granted, "granted by Slurm (--mem)"
     return {
         "need": context.known_plan.memory.host_peak_bytes,
-        "free": min(found.free, total),
+        "free": min(memory.free, total),
         "total": total,
         "limited_by": limited_by,
     }
 
 
 def granted_by_slurm(env: Mapping[str, str]) -> int | None:
-    """Bytes of this node that are the job's; None where Slurm does not say or gave all of it.
+    """Bytes of this node that the job may use; None where Slurm sets no limit.
 
-    Slurm sets one of the three, in MiB (sbatch, output environment variables).
+    Slurm sets one of the three variables, in MiB (sbatch, output environment variables).
     """
     for name, count in (
         ("SLURM_MEM_PER_NODE", "1"),
@@ -46,51 +57,189 @@ def granted_by_slurm(env: Mapping[str, str]) -> int | None:
     return None
 
 
-def assess_host_memory(seen: ProbeResults) -> Iterable[Finding]:
-    """What the plan reckons with is there; part of that is assumed, so less free is a warning."""
-    least = min(seen.answers.values(), key=lambda answer: answer["free"])
-    is_good = True
-    for rank, answer in seen.answers.items():
-        need, free, total = (in_units(answer[name]) for name in ("need", "free", "total"))
-        limit = f" (limit: {answer['limited_by']})" if answer["limited_by"] else ""
-        text = f"{seen.hosts[rank]}: {free} of {total} free{limit}, the plan reckons"
-        if answer["total"] < answer["need"]:
-            is_good = False
-            yield fail(
-                f"{text} with {need}",
-                "ask for more memory (--mem), or for fewer ranks a machine",
-                [rank],
-            )
-        elif answer["free"] < answer["need"]:
-            is_good = False
-            yield warn(
-                f"{text} with {need}",
-                "end what else runs there, or ask for more memory (--mem)",
-                [rank],
-            )
-    if is_good:
-        yield ok(
-            f"{in_units(least['free'])} or more free, the plan reckons with "
-            f"{in_units(least['need'])}"
-        )
+def _assess_host_memory(results: ProbeResults) -> Iterable[Finding]:
+    """Part of the plan's number is assumed, so too little free memory is a warning."""
+    is_enough = True
+    for rank, memory in results.by_rank.items():
+        need, free, total = (in_units(memory[name]) for name in ("need", "free", "total"))
+        limit = f" (limit: {memory['limited_by']})" if memory["limited_by"] else ""
+        text = f"{results.hosts[rank]}: {free} of {total} free{limit}, the plan needs {need}"
+        if memory["total"] < memory["need"]:
+            is_enough = False
+            yield fail(text, "request more memory (--mem), or fewer ranks per node", [rank])
+        elif memory["free"] < memory["need"]:
+            is_enough = False
+            yield warn(text, "end other processes there, or request more memory (--mem)", [rank])
+    if is_enough:
+        least = min(results.by_rank.values(), key=lambda memory: memory["free"])
+        free, need = in_units(least["free"]), in_units(least["need"])
+        yield ok(f"{free} or more free, the plan needs {need}")
 
 
-def probe_shared_memory(context: RankContext) -> int | None:
-    """Free bytes of /dev/shm, through which NCCL and data workers of one machine talk."""
+def _probe_shared_memory(context: RankContext) -> int | None:
+    """Free bytes of /dev/shm."""
     del context
     return shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
 
 
-def assess_shared_memory(seen: ProbeResults) -> Iterable[Finding]:
-    """A container's default is too small for either."""
-    known = {rank: free for rank, free in seen.answers.items() if free is not None}
-    short = {rank: free for rank, free in known.items() if free < _SHARED_BYTES}
+def _assess_shared_memory(results: ProbeResults) -> Iterable[Finding]:
+    known = {rank: free for rank, free in results.by_rank.items() if free is not None}
+    short = {rank: free for rank, free in known.items() if free < _MIN_SHARED_BYTES}
     for rank, free in short.items():
         yield warn(
-            f"{seen.hosts[rank]}: /dev/shm has {in_units(free)} free; data workers or NCCL "
+            f"{results.hosts[rank]}: /dev/shm has {in_units(free)} free; data workers or NCCL "
             "may end with a bus error",
             "start the container with --shm-size=1g or more (or --ipc=host)",
             [rank],
         )
     if known and not short:
         yield ok(f"/dev/shm has {in_units(min(known.values()))} or more free")
+
+
+def _probe_disk(context: RankContext) -> dict[str, int]:
+    """Bytes free on the disk of the run folder and bytes that the run will write.
+
+    Raises UserError for a folder that is not writable or has no room for the checkpoints.
+    """
+    plan, folder = context.known_plan, context.folder
+    require_writable(folder)
+    parent = _nearest(folder)
+    predicted = disk_bytes(plan.shape, plan.settings)
+    need = predicted["checkpoints"] + predicted["adapter"]
+    # Checkpoints of an earlier start are counted as written; a user's own copies, which have other
+    # names, will stay.
+    for kind in ("step", "best"):
+        files = (folder / "checkpoints").glob(f"{kind}-{8 * '[0-9]'}/*")
+        need -= sum(path.stat().st_size for path in files)
+    free = shutil.disk_usage(parent).free
+    if free < need:
+        raise UserError(
+            f"output_dir: {parent} has {free / _MIB:.0f} MiB free and the run needs "
+            f"{need / _MIB:.0f}; free some space or lower save_total_limit"
+        )
+    return {"free": free, "need": max(0, need), "merged": predicted["merged"]}
+
+
+def _assess_disk(results: ProbeResults) -> Iterable[Finding]:
+    disk = results.first
+    free, need, merged = (in_units(disk[name]) for name in ("free", "need", "merged"))
+    if disk["free"] < disk["need"] + disk["merged"]:
+        yield warn(
+            f"{free} free: enough for the run ({need}), not for merging after it ({merged} more)",
+            "free some space before launch/merge.py, or merge on another disk",
+        )
+    else:
+        yield ok(f"{free} free; the run needs {need}, merging {merged} more")
+
+
+def require_writable(folder: Path) -> None:
+    """Raise UserError unless the folder can be created and written to."""
+    parent = _nearest(folder)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        problem = "is not writable" if parent.is_dir() else "is a file"
+        raise UserError(f"output_dir: {folder}: {parent} {problem}; give another folder")
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or its closest parent that exists."""
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+def _probe_clock(context: RankContext) -> float:
+    """Seconds by which this clock is ahead of rank 0's, plus the latency of one message."""
+    session = context.session
+    session.gather_objects(None)  # a barrier: from here on all wait for the time
+    of_rank_0 = float(session.rank_zero_first(time.time))
+    return 0.0 if session.is_rank_zero else time.time() - of_rank_0
+
+
+def _assess_clock(results: ProbeResults) -> Iterable[Finding]:
+    skews = {rank: abs(ahead) for rank, ahead in results.by_rank.items()}
+    largest = max(skews.values())
+    if largest < _NOTABLE_SKEW_S:
+        yield ok(f"less than {_NOTABLE_SKEW_S:.0f} s apart")
+        return
+    ranks = [rank for rank, skew in skews.items() if skew >= _NOTABLE_SKEW_S]
+    text = f"{results.where(ranks)}: up to {largest:.0f} s from rank 0's clock"
+    remedy = "synchronise the clocks (chronyd, or the administrator)"
+    if largest < _MAX_SKEW_S:
+        yield warn(text, remedy, ranks)
+    else:
+        yield fail(f"{text}; a living owner of a run folder would be taken for dead", remedy, ranks)
+
+
+def _probe_run_folder(context: RankContext) -> dict[str, Any]:
+    """Whether this rank reads a file that rank 0 writes in the run folder or its nearest parent.
+
+    Raises UserError on all ranks where rank 0 cannot write.
+    """
+    session, token = context.session, uuid.uuid4().hex
+    written = session.rank_zero_first(lambda: _write(context.folder, token))
+    path = Path(written["path"])
+    is_visible = _is_visible(path, written["token"])
+    context.beat("run folder, after reading")
+    session.gather_objects(None)  # a barrier: all have read
+
+    def remove() -> None:
+        with suppress(OSError):
+            path.unlink()
+
+    session.rank_zero_first(remove)
+    return {"is_visible": is_visible, "folder": str(path.parent)}
+
+
+def _assess_run_folder(results: ProbeResults) -> Iterable[Finding]:
+    blind = [rank for rank, result in results.by_rank.items() if not result["is_visible"]]
+    folder = results.first["folder"]
+    if blind:
+        yield fail(
+            f"{results.where(blind)}: a file that rank 0 wrote in {folder} is not visible after "
+            f"{_VISIBLE_WITHIN_S:.0f} s",
+            "put output_dir on a file system that every node shares",
+            blind,
+        )
+    elif len(results.by_rank) == 1:
+        yield ok(f"{folder} is writable")
+    else:
+        yield ok(f"{folder}: written by rank 0, read by all ranks")
+
+
+def _write(folder: Path, token: str) -> dict[str, str]:
+    """Write a file as checkpoints are written: temporary sibling, sync, rename."""
+    require_writable(folder)
+    path = _nearest(folder) / f".preflight-{token}"
+    try:
+        write_text(path, token, durable=True)
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {path.parent}: {error.strerror}; free some space or give another folder"
+        ) from None
+    return {"path": str(path), "token": token}
+
+
+def _is_visible(path: Path, token: str) -> bool:
+    end = time.monotonic() + _VISIBLE_WITHIN_S
+    while True:
+        with suppress(OSError):
+            if path.read_text(encoding="utf-8") == token:
+                return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+
+
+HOST_MEMORY = Check(
+    "host memory", _probe_host_memory, _assess_host_memory,
+    "see /proc/meminfo and the control group", runs_on="node",
+)  # fmt: skip
+SHARED_MEMORY = Check(
+    "shared memory", _probe_shared_memory, _assess_shared_memory, "see `df /dev/shm`",
+    runs_on="node",
+)  # fmt: skip
+DISK = Check("disk", _probe_disk, _assess_disk, "give another output_dir", runs_on="rank 0")
+# The probes of these two are collective: every rank calls them, in the order of the table.
+CLOCK = Check("clock", _probe_clock, _assess_clock, "check the node's clock")
+RUN_FOLDER = Check("run folder", _probe_run_folder, _assess_run_folder, "give another output_dir")

@@ -1,115 +1,211 @@
-"""Is everything there that the run reads and writes? Before torch loads."""
+"""What the run reads: settings, plan, model, tokenizer, rows. Equal on all ranks, and complete."""
 
 import json
-import os
-import shutil
+import tempfile
 from collections.abc import Iterable
+from glob import glob
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.chat.encoder import load_tokenizer
+from pipeline.data.dataset.reader import INDEX, DataIndex
+from pipeline.data.prepare.prepare import check_rows, prepare
 from pipeline.errors import UserError
+from pipeline.model.fingerprint import sampled_fingerprint
 from pipeline.model.tensor_files import read_header
-from pipeline.plan.cost.memory import disk_bytes
-from pipeline.preflight.check import Finding, ProbeResults, in_units, ok, warn
+from pipeline.preflight.check import (
+    Check,
+    Finding,
+    ProbeResults,
+    compare,
+    flat,
+    in_units,
+    ok,
+    warn,
+)
 from pipeline.preflight.context import RankContext
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-_MIB = 2**20
+_SAMPLE_DOCUMENTS = 32
+# A preflight must end within a minute. Rows are parsed at tens of MB/s; documents need a hash of
+# the files, at hundreds of MB/s.
+_MAX_PARSED_BYTES = 100 * 10**6
+_MAX_HASHED_BYTES = 2 * 10**9
 
 
-def probe_model(context: RankContext) -> dict[str, Any]:
-    """Weight files and their bytes. Raises UserError for a model folder that cannot be loaded."""
-    folder = context.known_settings.model_folder
-    files = _check_weights(folder)
+def _probe_settings(context: RankContext) -> dict[str, str]:
+    """All settings, as resolved."""
+    return flat(context.known_settings.model_dump(mode="json"))
+
+
+def _assess_settings(results: ProbeResults) -> Iterable[Finding]:
+    remedy = "start every rank with the same run file and the same key=value overrides"
+    return compare(results, "valid, and the same on all ranks", remedy)
+
+
+def _probe_plan(context: RankContext) -> dict[str, str]:
+    """The layout, and the DeepSpeed config."""
+    plan = context.known_plan
+    return flat({"layout": vars(plan.layout), "deepspeed": dict(plan.deepspeed)})
+
+
+def _assess_plan(results: ProbeResults) -> Iterable[Finding]:
+    assert results.plan is not None, "rank 0 has a plan, or the check was skipped"
+    plan, layout = results.plan, results.plan.layout
+    need = in_units(plan.memory.device_need)
+    limit = in_units(plan.hardware.usable_bytes(layout.ranks_per_node))
+    text = (
+        f"ZeRO-{layout.zero_stage}, {layout.training_dtype}, global batch "
+        f"{layout.global_batch_size} on {layout.nodes} x {layout.ranks_per_node} x "
+        f"{plan.hardware.name}: {need} of {limit} per rank"
+    )
+    remedy = "use nodes with equal devices and memory, or set what differs in the run file"
+    return compare(results, text, remedy)
+
+
+def _probe_model(context: RankContext) -> dict[str, Any]:
+    """Number and bytes of the weight files. Raises UserError for an incomplete model folder."""
+    folder = context.model_folder
+    files = _weight_files(folder)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(
-            f"model: {folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); "
+            f"model: {folder} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); "
             "copy the model's tokenizer files there"
         )
     return {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
 
 
-def assess_model(seen: ProbeResults) -> Iterable[Finding]:
-    """Every machine has it whole, or probe_model has raised."""
-    first = next(iter(seen.answers.values()))
-    each = " on each machine" if len(seen.answers) > 1 else ""
-    files = "1 weight file" if first["files"] == 1 else f"{first['files']} weight files"
-    yield ok(f"{files}, {in_units(first['bytes'])}, and a tokenizer{each}")
-
-
-def probe_disk(context: RankContext) -> dict[str, int]:
-    """Bytes free where the run writes and bytes that it will need.
-
-    Raises UserError for a folder that cannot be written in or that is too small for checkpoints.
-    """
-    plan, folder = context.known_plan, context.folder
-    check_output(folder)
-    parent = nearest(folder)
-    predicted = disk_bytes(plan.shape, plan.settings)
-    need = predicted["checkpoints"] + predicted["adapter"]
-    # What an earlier start has left is there already; a user's own copies, of other names, stay.
-    for kind in ("step", "best"):
-        left = (folder / "checkpoints").glob(f"{kind}-{8 * '[0-9]'}/*")
-        need -= sum(path.stat().st_size for path in left)
-    free = shutil.disk_usage(parent).free
-    if free < need:
-        raise UserError(
-            f"output_dir: {parent} has {free / _MIB:.0f} MiB free and the run will need "
-            f"{need / _MIB:.0f}; free some space or lower save_total_limit"
-        )
-    return {"free": free, "need": max(0, need), "merged": predicted["merged"]}
-
-
-def assess_disk(seen: ProbeResults) -> Iterable[Finding]:
-    """Room for checkpoints is there, or probe_disk has raised; merging comes later."""
-    (disk,) = seen.answers.values()
-    free, need, merged = (in_units(disk[name]) for name in ("free", "need", "merged"))
-    if disk["free"] < disk["need"] + disk["merged"]:
-        yield warn(
-            f"{free} free: enough for the run ({need}), not for merging after it ({merged} more)",
-            "free some space before launch/merge.py, or merge on another disk",
-        )
-    else:
-        yield ok(f"{free} free; the run needs {need}, merging {merged} more")
-
-
-def check_output(folder: Path) -> None:
-    """Raise UserError unless the folder can be made and written in."""
-    there = nearest(folder)
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "cannot be written in" if there.is_dir() else "is a file"
-        raise UserError(f"output_dir: {folder}: {there} {what}; give another folder")
-
-
-def nearest(folder: Path) -> Path:
-    """The folder, or the closest one above it that exists."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    return there
-
-
-def _check_weights(folder: Path) -> list[Path]:
-    """The weight files, each with a header that can be read."""
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files, each with a valid header, which an interrupted download lacks."""
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"model: {index}: not a readable index: {error!r}") from None
+        files = [folder / name for name in sorted(named)]
+        if missing := [path.name for path in files if not path.is_file()]:
+            raise UserError(
+                f"model: {folder}: {len(missing)} of {len(files)} weight files are missing, "
+                f"the first is {missing[0]}; download the model again"
+            )
+    else:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise UserError(
-                f"model: {folder} holds no weights (*.safetensors); download the model again"
+                f"model: {folder} has no weights (*.safetensors); download the model again"
             )
-        for path in files:
-            read_header(path)  # a download that was cut off is known from its header
-        return files
-    try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"model: {index}: not a readable index: {error!r}") from None
-    if missing := sorted(name for name in named if not (folder / name).is_file()):
+    for path in files:
+        read_header(path)
+    return files
+
+
+def _assess_model(results: ProbeResults) -> Iterable[Finding]:
+    count, size = results.first["files"], in_units(results.first["bytes"])
+    each = " on each node" if len(results.by_rank) > 1 else ""
+    yield ok(f"{count} weight file{'s' * (count > 1)}, {size}, and a tokenizer{each}")
+
+
+def _probe_base(context: RankContext) -> dict[str, str]:
+    """A fingerprint from samples of the weight files; training hashes all bytes."""
+    return {"base": sampled_fingerprint(context.model_folder)}
+
+
+def _assess_base(results: ProbeResults) -> Iterable[Finding]:
+    text = f"{results.first['base'][:16]}, the same on all nodes"
+    return compare(results, text, "copy the model folder again to the nodes named")
+
+
+def _probe_prepared_data(context: RankContext) -> dict[str, str]:
+    """The key of each prepared split as this rank reads it; none before the data is prepared."""
+    data = context.folder / "data"
+    if not (data / INDEX).is_file():
+        return {}
+    return {name: split.key for name, split in DataIndex.load(data).splits.items()}
+
+
+def _assess_prepared_data(results: ProbeResults) -> Iterable[Finding]:
+    keys = ", ".join(f"{split} {key}" for split, key in results.first.items())
+    none = "not prepared yet; rank 0 prepares it at the start, launch/prepare.py before that"
+    return compare(results, keys or none, "put output_dir on a file system that every node shares")
+
+
+def _probe_tokenizer(context: RankContext) -> dict[str, Any]:
+    """The loaded tokenizer's size. Raises UserError if it has more tokens than the base."""
+    settings, shape = context.known_settings, context.known_plan.shape
+    tokenizer = load_tokenizer(context.model_folder, settings.trust_remote_code)
+    if len(tokenizer) > shape.vocab_size:
         raise UserError(
-            f"model: {folder}: {len(missing)} of {len(named)} weight files are missing, "
-            f"the first is {missing[0]}; download the model again"
+            f"model: {context.model_folder}: the tokenizer has {len(tokenizer)} tokens, the model "
+            f"{shape.vocab_size} embeddings; use the tokenizer that belongs to the model"
         )
-    for name in sorted(named):
-        read_header(folder / name)
-    return [folder / name for name in sorted(named)]
+    return {"tokens": len(tokenizer), "has_template": tokenizer.chat_template is not None}
+
+
+def _assess_tokenizer(results: ProbeResults) -> Iterable[Finding]:
+    template = "with" if results.first["has_template"] else "without"
+    yield ok(f"{results.first['tokens']:,} tokens, {template} a chat template")
+
+
+def _probe_rows(context: RankContext) -> dict[str, Any]:
+    """Parse every row, and tokenise the first documents: template, masks, lengths.
+
+    Raises UserError for rows or a chat template that prepare would refuse.
+    """
+    settings = context.known_settings
+    sizes = [_size_of(source.path) for source in settings.train_sources]
+    total = None if None in sizes else sum(size for size in sizes if size)
+    is_complete = total is not None and total <= _MAX_PARSED_BYTES
+    if is_complete:
+        check_rows(settings)
+    documents = tokens = 0
+    if total is None or total <= _MAX_HASHED_BYTES:
+        with tempfile.TemporaryDirectory(prefix="preflight-") as folder:
+            index = prepare(settings, Path(folder), _SAMPLE_DOCUMENTS).train
+            documents, tokens = index.documents, index.supervised_tokens
+    return {"is_complete": is_complete, "documents": documents, "supervised": tokens}
+
+
+def _assess_rows(results: ProbeResults) -> Iterable[Finding]:
+    rows = results.first
+    sample = (
+        f"the first {rows['documents']} documents have {rows['supervised']:,} supervised tokens"
+    )
+    if rows["is_complete"]:
+        yield ok(f"every row can be read; {sample}")
+    else:
+        tokenised = sample if rows["documents"] else "no document was tokenised"
+        yield warn(
+            f"too many rows to read all of them here; {tokenised}",
+            "launch/prepare.py reads them all, before GPUs are allocated",
+        )
+
+
+def _size_of(name: str) -> int | None:
+    """Bytes of a file, a folder or the matches of a pattern; None for a name that is neither."""
+    # Not Path.glob: a pattern may be absolute.
+    matches = [path for path in map(Path, glob(name)) if path.exists()]  # noqa: PTH207
+    files = [file for path in matches for file in (path.rglob("*") if path.is_dir() else [path])]
+    return sum(file.stat().st_size for file in files if file.is_file()) if matches else None
+
+
+SETTINGS = Check(
+    "settings", _probe_settings, _assess_settings, "docs/configuration.md lists every setting",
+    needs="nothing",
+)  # fmt: skip
+PLAN = Check(
+    "plan", _probe_plan, _assess_plan, "launch/plan.py shows what would fit", needs="settings"
+)
+MODEL = Check("model", _probe_model, _assess_model, "download the model again", runs_on="node")
+BASE = Check("base", _probe_base, _assess_base, "download the model again", runs_on="node")
+PREPARED_DATA = Check(
+    "prepared data", _probe_prepared_data, _assess_prepared_data,
+    "run launch/prepare.py with the run file",
+)  # fmt: skip
+TOKENIZER = Check(
+    "tokenizer", _probe_tokenizer, _assess_tokenizer, "copy the model's tokenizer files again",
+    runs_on="node",
+)  # fmt: skip
+ROWS = Check(
+    "rows", _probe_rows, _assess_rows, "launch/prepare.py shows the details", runs_on="rank 0"
+)

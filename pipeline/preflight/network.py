@@ -1,4 +1,4 @@
-"""How the ranks reach each other: machines, port, interface, InfiniBand. No torch."""
+"""How the ranks reach each other: nodes, port, interface, InfiniBand. No torch."""
 
 import os
 import socket
@@ -10,61 +10,58 @@ import psutil
 
 from pipeline.cluster.rendezvous import interface_towards
 from pipeline.errors import UserError
-from pipeline.preflight.check import Finding, ProbeResults, fail, ok, warn
+from pipeline.preflight.check import Check, Finding, ProbeResults, fail, ok, warn
 from pipeline.preflight.context import RankContext
 
-_ASKED = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+_INTERFACE_NAMES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 _INFINIBAND = Path("/sys/class/infiniband")
-_SLOW_MBIT = 10_000  # below it even an adapter's gradients are felt (docs/speed.md)
+_SLOW_MBIT = 10_000  # below it even an adapter's gradients take notable time (docs/speed.md)
 
 
-def probe_ranks(context: RankContext) -> dict[str, Any]:
-    """Who this rank takes itself to be."""
+def _probe_ranks(context: RankContext) -> dict[str, Any]:
+    """This rank's placement."""
     place = context.placement
     return {
         "launcher": place.launcher,
-        "machine": place.rank // place.local_size,
-        "machines": place.nodes,
+        "node": place.rank // place.local_size,
+        "nodes": place.nodes,
         "local_rank": place.local_rank,
     }
 
 
-def assess_ranks(seen: ProbeResults) -> Iterable[Finding]:
-    """Ranks of one machine are on one machine, and those of two on two."""
+def _assess_ranks(results: ProbeResults) -> Iterable[Finding]:
     hosts: dict[int, set[str]] = {}
-    for rank, answer in seen.answers.items():
-        hosts.setdefault(answer["machine"], set()).add(seen.hosts[rank])
-    for machine, names in hosts.items():
+    for rank, result in results.by_rank.items():
+        hosts.setdefault(result["node"], set()).add(results.hosts[rank])
+    for node, names in hosts.items():
         if len(names) > 1:
             yield fail(
-                f"ranks that count as machine {machine} run on {', '.join(sorted(names))}",
-                "start the same number of ranks on every machine",
+                f"ranks of node {node} run on {', '.join(sorted(names))}",
+                "start the same number of ranks on every node",
             )
             return
-    first = next(iter(seen.answers.values()))
     num_names = len({name for names in hosts.values() for name in names})
     if num_names < len(hosts):
         yield warn(
-            f"{len(hosts)} machines are planned and their ranks run on {num_names}",
-            "look at the hostfile or the node list; on purpose it is fine",
+            f"the plan is for {len(hosts)} nodes and their ranks run on {num_names}",
+            "check the hostfile or the node list; if it is intended, nothing is wrong",
         )
         return
-    listed = ", ".join(dict.fromkeys(seen.hosts))
-    count = len(seen.hosts)
-    ranks = "1 rank" if count == 1 else f"{count} ranks"
-    yield ok(f"{ranks} on {listed} ({first['launcher']})")
+    count = len(results.hosts)
+    names = ", ".join(dict.fromkeys(results.hosts))
+    yield ok(f"{count} rank{'s' * (count > 1)} on {names} ({results.first['launcher']})")
 
 
-def probe_port(context: RankContext) -> str:
-    """Who listens on the port where the ranks meet. Raises UserError where it is taken.
+def _probe_port(context: RankContext) -> str:
+    """State of the rendezvous port. Raises UserError where another process has it.
 
-    On rank 0 and before the ranks meet: then it is this process that listens.
+    On rank 0 before the rendezvous: afterwards this process listens there itself.
     """
     port = context.placement.master_port
     if context.placement.world_size == 1:
         return "one process: none is needed"
     if port == 0 or context.placement.rendezvous_id:
-        return "a free one is taken when the ranks meet"
+        return "a free one is chosen at the rendezvous"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return f"{port}, held by torchrun"
     with socket.socket() as probe:
@@ -73,36 +70,33 @@ def probe_port(context: RankContext) -> str:
             probe.bind(("", port))
         except OSError as error:
             raise UserError(
-                f"port {port} of {socket.gethostname()}, where the ranks are to meet: "
-                f"{error.strerror}; give another (deepspeed: --master_port, torchrun: "
-                "--master-port, else MASTER_PORT)"
+                f"rendezvous port {port} of {socket.gethostname()}: {error.strerror}; give another "
+                "(deepspeed: --master_port, torchrun: --master-port, else MASTER_PORT)"
             ) from None
     return f"{port} is free"
 
 
-def assess_port(seen: ProbeResults) -> Iterable[Finding]:
-    """It is, or probe_port has raised."""
-    (said,) = seen.answers.values()
-    yield ok(said)
+def _assess_port(results: ProbeResults) -> Iterable[Finding]:
+    yield ok(results.first)
 
 
-def probe_network(context: RankContext) -> dict[str, Any]:
-    """The interface towards rank 0's machine, what the environment asks for, and InfiniBand.
+def _probe_network(context: RankContext) -> dict[str, Any]:
+    """The interface towards rank 0's node, missing interfaces, and InfiniBand.
 
-    Raises UserError for a name that is not known here.
+    Raises UserError for a MASTER_ADDR that this node cannot resolve.
     """
-    first = context.placement.master_addr
+    address = context.placement.master_addr
     try:
-        socket.getaddrinfo(first or None, 9)
+        socket.getaddrinfo(address or None, 9)
     except OSError as error:
         raise UserError(
-            f"MASTER_ADDR={first}: {error.strerror}; set it to a name or an address that "
+            f"MASTER_ADDR={address}: {error.strerror}; set it to a name or an address that "
             f"{socket.gethostname()} can reach"
         ) from None
-    # Under mpirun it is known when the ranks have met.
-    name, stats = interface_towards(first) if first else None, psutil.net_if_stats()
+    # Under mpirun the address is known after the rendezvous.
+    name, stats = interface_towards(address) if address else None, psutil.net_if_stats()
     return {
-        "master": first,
+        "master": address,
         "interface": name,
         "mbit": stats[name].speed if name in stats else 0,
         "missing": missing_interfaces(os.environ, list(stats)),
@@ -111,96 +105,94 @@ def probe_network(context: RankContext) -> dict[str, Any]:
     }
 
 
-def missing_interfaces(env: Mapping[str, str], there: Iterable[str]) -> dict[str, str]:
-    """Interfaces that the environment names and that are not there.
+def missing_interfaces(env: Mapping[str, str], existing: list[str]) -> dict[str, str]:
+    """Interfaces that the environment names and that do not exist.
 
-    NCCL: a list of prefixes, of exact names after `=`, of what to leave out after `^` (NCCL,
-    environment variables); gloo: exact names.
+    NCCL takes a list of prefixes, of exact names after `=`, of exclusions after `^` (NCCL,
+    environment variables); gloo takes exact names.
     """
-    found = {}
-    there = list(there)
-    for key in _ASKED:
-        asked = env.get(key, "")
-        if not asked or asked.startswith("^"):
+    missing = {}
+    for key in _INTERFACE_NAMES:
+        value = env.get(key, "")
+        if not value or value.startswith("^"):
             continue
-        is_exact = asked.startswith("=") or key.startswith("GLOO")
-        names = [name.strip() for name in asked.lstrip("=").split(",") if name.strip()]
-        if not any(t == n if is_exact else t.startswith(n) for n in names for t in there):
-            found[key] = asked
-    return found
+        is_exact = value.startswith("=") or key.startswith("GLOO")
+        names = [name.strip() for name in value.lstrip("=").split(",") if name.strip()]
+        if not any(e == n if is_exact else e.startswith(n) for n in names for e in existing):
+            missing[key] = value
+    return missing
 
 
 def infiniband_ports(folder: Path) -> dict[str, str]:
-    """State of each port of each adapter, as the kernel says: `ACTIVE` or `DOWN`."""
+    """State of each port of each adapter, as the kernel has it: `ACTIVE` or `DOWN`."""
     return {
         f"{path.parents[2].name}:{path.parent.name}": path.read_text().strip().partition(": ")[2]
         for path in sorted(folder.glob("*/ports/*/state"))
     }
 
 
-def assess_network(seen: ProbeResults) -> Iterable[Finding]:
-    """Interfaces that are named exist; across machines none is a loopback, and one is fast."""
-    findings = [
-        finding
-        for rank, answer in seen.answers.items()
-        for finding in _of_machine(seen, rank, answer)
-    ]
+def _assess_network(results: ProbeResults) -> Iterable[Finding]:
+    findings = [f for rank in results.by_rank for f in _assess_node(results, rank)]
     if findings:
         yield from findings
         return
-    # On its own machine that may be the loopback; then training takes what the others reach it by.
-    reached = [answer for answer in seen.answers.values() if answer["interface"]]
-    first = next(iter([*reached, *seen.answers.values()]))
-    active = sum(state == "ACTIVE" for state in first["infiniband"].values())
+    # Rank 0's node reaches itself by the loopback; training uses the interface of the others.
+    remote = [result for result in results.by_rank.values() if result["interface"]]
+    network = remote[0] if remote else results.first
+    active = sum(state == "ACTIVE" for state in network["infiniband"].values())
     fabric = f", InfiniBand: {active} active ports" if active else ""
-    speed = f" ({first['mbit']:,} Mb/s)" if first["mbit"] > 0 else ""
-    if not first["master"]:
-        yield ok(f"rank 0's machine is known when the ranks have met{fabric}")
+    if not network["master"]:
+        yield ok(f"the address of rank 0's node is known after the rendezvous{fabric}")
         return
-    yield ok(
-        f"{first['master']} is reached by {first['interface'] or 'the loopback'}{speed}{fabric}"
-    )
+    speed = f" ({network['mbit']:,} Mb/s)" if network["mbit"] > 0 else ""
+    interface = network["interface"] or "the loopback"
+    yield ok(f"{network['master']} is reached by {interface}{speed}{fabric}")
 
 
-def _of_machine(seen: ProbeResults, rank: int, answer: Mapping[str, Any]) -> Iterable[Finding]:
-    host = seen.hosts[rank]
-    for key, asked in answer["missing"].items():
+def _assess_node(results: ProbeResults, rank: int) -> Iterable[Finding]:
+    host, network = results.hosts[rank], results.by_rank[rank]
+    for key, value in network["missing"].items():
         yield fail(
-            f"{host}: {key}={asked}, and there is no such interface",
-            "name one of `ip link`, or unset it",
+            f"{host}: {key}={value}, and there is no such interface",
+            "name one that `ip link` lists, or unset it",
             [rank],
         )
-    if seen.num_machines > 1:
-        yield from _between(rank, host, answer, is_first=host == seen.hosts[0])
-        yield from _infiniband(rank, host, answer["infiniband"])
-
-
-def _between(
-    rank: int, host: str, answer: Mapping[str, Any], *, is_first: bool
-) -> Iterable[Finding]:
-    """What matters where ranks of other machines must be reached."""
-    ports = answer["infiniband"].values()
-    is_own = answer["master"].startswith("127.") or answer["master"] == "localhost"
-    if is_own or (answer["master"] and not is_first and answer["interface"] is None):
+    if results.num_nodes == 1:
+        return
+    address, ports = network["master"], network["infiniband"]
+    is_loopback = address.startswith("127.") or address == "localhost"
+    is_elsewhere = address and host != results.hosts[0]
+    if is_loopback or (is_elsewhere and network["interface"] is None):
         yield fail(
-            f"{host}: MASTER_ADDR={answer['master']} is this machine's own loopback",
-            "set it to the first machine's name or address",
+            f"{host}: MASTER_ADDR={address} is this node's own loopback",
+            "set it to the name or address of the first node",
             [rank],
         )
-    elif answer["is_cuda"] and 0 < answer["mbit"] < _SLOW_MBIT and "ACTIVE" not in ports:
+    elif network["is_cuda"] and 0 < network["mbit"] < _SLOW_MBIT and "ACTIVE" not in ports.values():
         yield warn(
-            f"{host}: {answer['interface']} has {answer['mbit']:,} Mb/s and no InfiniBand port is "
-            "active",
+            f"{host}: {network['interface']} has {network['mbit']:,} Mb/s and no InfiniBand port "
+            "is active",
             "name a faster interface in NCCL_SOCKET_IFNAME, or plan for it (docs/speed.md)",
             [rank],
         )
-
-
-def _infiniband(rank: int, host: str, ports: Mapping[str, str]) -> Iterable[Finding]:
     down = [port for port, state in ports.items() if state != "ACTIVE"]
     if down and len(down) < len(ports):
         yield warn(
             f"{host}: InfiniBand ports {', '.join(down)} are not active",
-            "leave them out with NCCL_IB_HCA=^..., or tell the administrator",
+            "exclude them with NCCL_IB_HCA=^..., or tell the administrator",
             [rank],
         )
+
+
+RANKS = Check(
+    "ranks", _probe_ranks, _assess_ranks, "start it with `deepspeed`, torchrun, srun or mpirun",
+    needs="nothing",
+)  # fmt: skip
+PORT = Check(
+    "port", _probe_port, _assess_port, "give the launcher another port", runs_on="rank 0",
+    needs="nothing",
+)  # fmt: skip
+NETWORK = Check(
+    "network", _probe_network, _assess_network, "ask the administrator about the network",
+    runs_on="node", needs="nothing",
+)  # fmt: skip

@@ -1,6 +1,6 @@
-"""Is the machine as fast as the plan reckons? A product on each device, sums over links.
+"""Measured rates against the plan's: a matrix product on each device, sums over the links.
 
-The shares below which a line warns are assumptions; on a GPU none of this has been measured.
+The fractions below which a check warns are assumptions; none of this has been measured on a GPU.
 """
 
 import time
@@ -9,27 +9,27 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pipeline.plan.cost.speed import reachable_rates
-from pipeline.preflight.check import Finding, ProbeResults, ok, warn
+from pipeline.preflight.check import Check, Finding, ProbeResults, ok, warn
 from pipeline.preflight.context import RankContext
 from pipeline.preflight.gpus import own_devices
 
 if TYPE_CHECKING:
     import torch
 
-# Of what the plan reckons with. A CPU's figures are rough, so it is held to nothing but its peers.
-_LEAST_SHARE = 0.5
-# Of the median of all: devices of one kind differ by a few percent, ranks on shared cores by more.
-_LEAST_OF_MEDIAN = {"cuda": 0.85, "cpu": 0.4}
-_LEAST_OF_PAIRS = 0.5
+# Of the plan's rate. A CPU's planned rate is rough, so CPU ranks are only compared to each other.
+_MIN_OF_PLAN = 0.5
+# Of the median: devices of one kind differ by a few percent, ranks on shared cores by more.
+_MIN_OF_MEDIAN = {"cuda": 0.85, "cpu": 0.4}
+_MIN_OF_LINKS = 0.5
 _TERA, _GIGA = 1e12, 1e9
-# Width of the square matrices and bytes moved: enough to fill a device or a link, little to wait.
+# Matrix width and bytes sent: enough to saturate a device or a link, and soon done.
 _WIDTH = {"cuda": 8192, "cpu": 768}
-_MOVED_BYTES = {"cuda": 2**26, "cpu": 2**22}
-_WARM_UP, _ROUNDS = 2, 5
+_SENT_BYTES = {"cuda": 2**26, "cpu": 2**22}
+_NUM_WARM_UPS, _NUM_REPEATS = 2, 5
 
 
-def probe_product(context: RankContext) -> dict[str, Any]:
-    """FLOP/s of a matrix product in the training dtype on each device of this rank, all at once."""
+def _probe_product(context: RankContext) -> dict[str, Any]:
+    """FLOP/s of a matrix product in the training dtype on each device of this rank."""
     import torch
 
     plan, kind = context.known_plan, context.hardware.kind
@@ -48,144 +48,140 @@ def probe_product(context: RankContext) -> dict[str, Any]:
         rates.append(2 * width**3 / _seconds(multiply, device))
         if not bool(torch.isfinite(product).all()):
             raise RuntimeError(f"a product of finite numbers is not finite on {device}")
-    reckoned = reachable_rates(plan.layout, plan.hardware).flops
-    return {"kind": kind, "rates": rates, "reckoned": reckoned}
+    planned = reachable_rates(plan.layout, plan.hardware).flops
+    return {"kind": kind, "rates": rates, "planned": planned}
 
 
-def assess_product(seen: ProbeResults) -> Iterable[Finding]:
-    """As fast as planned and as the others."""
-    first = next(iter(seen.answers.values()))
-    kind, reckoned = first["kind"], first["reckoned"]
-    slowest = {rank: min(answer["rates"]) for rank, answer in seen.answers.items()}
-    middle = median(rate for answer in seen.answers.values() for rate in answer["rates"])
-    said = f"{middle / _TERA:.3g} TFLOPS, the plan reckons with {reckoned / _TERA:.3g}"
-    late = [rank for rank, rate in slowest.items() if rate < _LEAST_OF_MEDIAN[kind] * middle]
-    if late:
-        worst = min(late, key=lambda rank: slowest[rank])
+def _assess_product(results: ProbeResults) -> Iterable[Finding]:
+    kind, planned = results.first["kind"], results.first["planned"]
+    slowest = {rank: min(result["rates"]) for rank, result in results.by_rank.items()}
+    middle = median(rate for result in results.by_rank.values() for rate in result["rates"])
+    text = f"{middle / _TERA:.3g} TFLOPS, planned {planned / _TERA:.3g}"
+    slow = [rank for rank, rate in slowest.items() if rate < _MIN_OF_MEDIAN[kind] * middle]
+    if slow:
+        worst = min(slowest.values())
         yield warn(
-            f"{seen.where(late)}: down to {slowest[worst] / _TERA:.3g} TFLOPS where the median is "
+            f"{results.where(slow)}: down to {worst / _TERA:.3g} TFLOPS where the median is "
             f"{middle / _TERA:.3g}; every step waits for the slowest",
-            "look for heat, power limits and other processes (nvidia-smi -q -d PERFORMANCE; top)",
-            late,
+            "check temperature, power limits and other processes (nvidia-smi -q -d PERFORMANCE; "
+            "top)",
+            slow,
         )
-    if kind == "cuda" and middle < _LEAST_SHARE * reckoned:
-        yield warn(said, "expect steps longer than planned; look for power limits (nvidia-smi -q)")
-    elif not late:
-        yield ok(said)
+    if kind == "cuda" and middle < _MIN_OF_PLAN * planned:
+        yield warn(text, "expect slower steps than planned; check power limits (nvidia-smi -q)")
+    elif not slow:
+        yield ok(text)
 
 
-def probe_sum(context: RankContext) -> dict[str, Any]:
-    """Bytes/s of a sum over all ranks, as a ring moves them. Collective."""
+def _probe_all_reduce(context: RankContext) -> dict[str, Any]:
+    """Bytes/s of an all-reduce over all ranks, as a ring sends them. Collective."""
     import torch
 
     plan, kind, device = context.known_plan, context.hardware.kind, context.session.device
-    values = torch.zeros(_MOVED_BYTES[kind] // 4, device=device)
+    values = torch.zeros(_SENT_BYTES[kind] // 4, device=device)
     seconds = _seconds(lambda: context.session.add_over_ranks(values), device)
     return {
         "kind": kind,
-        "rate": ring_rate(context.placement.world_size, _MOVED_BYTES[kind], seconds),
-        "reckoned": reachable_rates(plan.layout, plan.hardware).ring,
+        "rate": ring_rate(context.placement.world_size, _SENT_BYTES[kind], seconds),
+        "planned": reachable_rates(plan.layout, plan.hardware).ring,
     }
 
 
 def ring_rate(ranks: int, num_bytes: int, seconds: float) -> float:
-    """Bytes/s over each link of a ring that sums so many bytes: 2 (W - 1) / W of them cross it."""
+    """Bytes/s over each link of a ring all-reduce: 2 (W - 1) / W of the bytes cross each link."""
     return 2 * (ranks - 1) / ranks * num_bytes / seconds
 
 
-def assess_sum(seen: ProbeResults) -> Iterable[Finding]:
-    """As fast as planned; who is slow is the next check's to say."""
-    first = next(iter(seen.answers.values()))
-    rate = min(answer["rate"] for answer in seen.answers.values())
-    said = (
-        f"{rate / _GIGA:.3g} GB/s each way, the plan reckons with {first['reckoned'] / _GIGA:.3g}"
-    )
-    if first["kind"] == "cuda" and rate < _LEAST_SHARE * first["reckoned"]:
+def _assess_all_reduce(results: ProbeResults) -> Iterable[Finding]:
+    planned = results.first["planned"]
+    rate = min(result["rate"] for result in results.by_rank.values())
+    text = f"{rate / _GIGA:.3g} GB/s each way, planned {planned / _GIGA:.3g}"
+    if results.first["kind"] == "cuda" and rate < _MIN_OF_PLAN * planned:
         yield warn(
-            said,
-            "NCCL_DEBUG=INFO shows which way it goes; name a faster interface in "
-            "NCCL_SOCKET_IFNAME, or plan for it (docs/speed.md)",
+            text,
+            "NCCL_DEBUG=INFO shows the route; name a faster interface in NCCL_SOCKET_IFNAME, or "
+            "plan for it (docs/speed.md)",
         )
     else:
-        yield ok(said)
+        yield ok(text)
 
 
-def probe_pairs(context: RankContext) -> dict[str, Any]:
+def _probe_links(context: RankContext) -> dict[str, Any]:
     """Bytes/s each way between this rank and its neighbours. Collective."""
     import torch
 
     place, kind, device = context.placement, context.hardware.kind, context.session.device
-    sent = torch.zeros(_MOVED_BYTES[kind] // 4, device=device)
-    received, found = torch.empty_like(sent), {}
+    sent = torch.zeros(_SENT_BYTES[kind] // 4, device=device)
+    received, links = torch.empty_like(sent), {}
     plan = context.known_plan
-    planned = reachable_rates(plan.layout, plan.hardware).ring
+    ring = reachable_rates(plan.layout, plan.hardware).ring
     for other in neighbours(place.rank, place.world_size, place.local_size):
 
         def swap(other: int = other) -> None:
             context.session.swap_with(other, sent, received)
 
-        rate = _MOVED_BYTES[kind] / _seconds(swap, device)
-        is_near = other // place.local_size == place.rank // place.local_size
-        reckoned = None if is_near or kind == "cpu" else planned
-        found[str(other)] = {"rate": rate, "is_near": is_near, "reckoned": reckoned}
-    return found
+        rate = _SENT_BYTES[kind] / _seconds(swap, device)
+        is_local = other // place.local_size == place.rank // place.local_size
+        planned = None if is_local or kind == "cpu" else ring
+        links[str(other)] = {"rate": rate, "is_local": is_local, "planned": planned}
+    return links
 
 
 def neighbours(rank: int, world_size: int, local_size: int) -> list[int]:
-    """Whom a rank is paired with in four rounds, in order: all pairs of a round work at once.
+    """The partners of a rank in four rounds, in order; all pairs of a round work at once.
 
-    First in its machine 0-1, 2-3, ...; then 1-2, 3-4, ...; then the machines so, each rank with the
-    same one of the other machine: all network cards are used.
+    In a node 0-1, 2-3, ..., then 1-2, 3-4, ...; between nodes likewise, each rank with the same
+    local rank of the other node, so that all network cards are used.
     """
-    machine, local = divmod(rank, local_size)
-    near = [machine * local_size + other for other in _beside(local, local_size)]
-    far = [other * local_size + local for other in _beside(machine, world_size // local_size)]
+    node, local = divmod(rank, local_size)
+    near = [node * local_size + other for other in _partners(local, local_size)]
+    far = [other * local_size + local for other in _partners(node, world_size // local_size)]
     return near + far
 
 
-def _beside(number: int, count: int) -> list[int]:
+def _partners(number: int, count: int) -> list[int]:
     pairs = (number ^ 1, number - 1 if number % 2 == 0 else number + 1)
     return [other for other in pairs if 0 <= other < count]
 
 
-def assess_pairs(seen: ProbeResults) -> Iterable[Finding]:
-    """No pair is far slower than others of its kind, nor one between machines than planned.
+def _assess_links(results: ProbeResults) -> Iterable[Finding]:
+    """Compare each link to the median of its kind and to the plan.
 
-    A rank in two slow pairs is named first.
+    A rank with two slow links is named alone: its neighbours are slow because of it.
     """
-    pairs = {
+    links = {
         (rank, int(other)): link
-        for rank, answer in seen.answers.items()
-        for other, link in answer.items()
+        for rank, result in results.by_rank.items()
+        for other, link in result.items()
         if rank < int(other)
     }
-    said, slow = [], dict[tuple[int, int], str]()
-    for is_near, name in ((True, "in a machine"), (False, "between machines")):
-        links = {pair: link for pair, link in pairs.items() if link["is_near"] is is_near}
-        rates = {pair: link["rate"] for pair, link in links.items()}
-        if not rates:
+    medians, slow = [], dict[tuple[int, int], str]()
+    for is_local, name in ((True, "in a node"), (False, "between nodes")):
+        of_kind = {pair: link for pair, link in links.items() if link["is_local"] is is_local}
+        if not of_kind:
             continue
-        middle = median(rates.values())
-        said.append(f"{name} {middle / _GIGA:.3g} GB/s")
-        for pair, rate in rates.items():
-            should = max(middle, links[pair]["reckoned"] or 0.0)
-            if rate < _LEAST_OF_PAIRS * should:
-                slow[pair] = f"{pair[0]}-{pair[1]} {rate / _GIGA:.3g} of {should / _GIGA:.3g} GB/s"
+        middle = median(link["rate"] for link in of_kind.values())
+        medians.append(f"{name} {middle / _GIGA:.3g} GB/s")
+        for (one, other), link in of_kind.items():
+            rate, expected = link["rate"], max(middle, link["planned"] or 0.0)
+            if rate < _MIN_OF_LINKS * expected:
+                text = f"{one}-{other} {rate / _GIGA:.3g} of {expected / _GIGA:.3g} GB/s"
+                slow[one, other] = text
     if not slow:
-        yield ok(", ".join(said))
+        yield ok(", ".join(medians))
         return
     ends = [rank for pair in slow for rank in pair]
     twice = sorted({rank for rank in ends if ends.count(rank) > 1})
     ranks = twice or sorted(set(ends))
     yield warn(
-        f"{seen.where(ranks)}: slow links {', '.join(slow.values())}",
-        "look at that machine's card, cable or slot (nvidia-smi topo -m, ibstat), or leave it out",
+        f"{results.where(ranks)}: slow links {', '.join(slow.values())}",
+        "check that node's card, cable or slot (nvidia-smi topo -m, ibstat), or exclude it",
         ranks,
     )
 
 
 def devices_of(context: RankContext) -> "list[torch.device]":
-    """This rank's device; without a launcher every device of the machine."""
+    """This rank's device; without a launcher every device of the node."""
     import torch
 
     if context.hardware.kind == "cpu":
@@ -194,14 +190,23 @@ def devices_of(context: RankContext) -> "list[torch.device]":
 
 
 def _seconds(work: Callable[[], None], device: "torch.device") -> float:
-    """Median of some rounds, each waited for, after a warm-up."""
-    taken = []
-    for _ in range(_WARM_UP + _ROUNDS):
+    """Median of the repeats after the warm-ups, each waited for."""
+    seconds = []
+    for _ in range(_NUM_WARM_UPS + _NUM_REPEATS):
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             import torch
 
             torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return median(taken[_WARM_UP:])
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[_NUM_WARM_UPS:])
+
+
+_REMEDY = "NCCL_DEBUG=INFO shows what NCCL tries"
+MATRIX_PRODUCT = Check(
+    "matrix product", _probe_product, _assess_product,
+    "nvidia-smi -q and dmesg show a broken device",
+)  # fmt: skip
+ALL_REDUCE = Check("all-reduce", _probe_all_reduce, _assess_all_reduce, _REMEDY)
+LINKS = Check("links", _probe_links, _assess_links, _REMEDY)

@@ -1,10 +1,12 @@
 """Environment -> ranks: complete, contradictory, or none."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.cluster.placement import Placement, from_environment
 from pipeline.cluster.tasks import first_host, port_of, ports_after
-from pipeline.errors import UserError
+from tests.messages import refused
 
 pytestmark = pytest.mark.unit
 
@@ -59,7 +61,7 @@ def test_no_launcher_is_one_process():
         (TORCHRUN | {"LOCAL_SIZE": "2"}, "torchrun"),  # left over from DeepSpeed on a CPU
     ],
 )
-def test_what_a_launcher_of_ranks_set_is_taken(env, launcher):
+def test_the_variables_of_a_launcher_of_ranks_are_read(env, launcher):
     placement = from_environment(env)
     assert (placement.rank, placement.local_rank, placement.nodes) == (5, 1, 2)
     assert placement.launcher == launcher
@@ -97,7 +99,7 @@ def test_another_job_step_or_start_is_another_rendezvous():
     assert rendezvous(SLURM_RESTART_COUNT="1") == ("Slurm step 1234.0, start 1", here[1])
 
 
-def test_address_and_port_of_the_users_are_kept_under_srun():
+def test_a_users_address_and_port_are_kept_under_srun():
     placement = from_environment(SRUN | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4000"})
     assert (placement.master_addr, placement.master_port) == ("10.0.0.7", 4000)
     assert placement.rendezvous_id == ""  # nobody may move it
@@ -136,7 +138,7 @@ def test_mpirun(env):
     assert placement.launcher == "mpirun"
     assert (placement.rank, placement.local_rank) == (5, 1)
     assert (placement.world_size, placement.local_size, placement.nodes) == (8, 4, 2)
-    assert (placement.master_addr, placement.master_port) == ("", 0)  # MPI will tell
+    assert (placement.master_addr, placement.master_port) == ("", 0)  # known after the rendezvous
     told = from_environment(env | {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"})
     assert told.variables() == DEEPSPEED
 
@@ -169,45 +171,46 @@ def test_mpirun_in_a_shell_of_srun_that_speaks_pmi():
 
 
 @pytest.mark.parametrize(
-    ("change", "part"),
+    ("change", "facts"),
     [
-        ({"RANK": None}, "RANK"),
-        ({"MASTER_PORT": None}, "MASTER_PORT"),
-        ({"RANK": "8"}, "below its size"),
-        ({"LOCAL_RANK": "4"}, "below its size"),
-        ({"WORLD_SIZE": "seven"}, "WORLD_SIZE='seven' is not a whole number"),
-        ({"WORLD_SIZE": "7"}, "not a multiple"),
-        ({"LOCAL_SIZE": "0"}, "below its size"),
-        ({"LOCAL_RANK": "2"}, "rank 5 is number 2 of 4 on its machine"),
-        ({"CUDA_VISIBLE_DEVICES": "0,1"}, "4 ranks on this machine and CUDA_VISIBLE_DEVICES=0,1"),
-        ({"CUDA_VISIBLE_DEVICES": "0"}, "each needs a GPU of its own"),
+        ({"RANK": None}, ["RANK"]),
+        ({"MASTER_PORT": None}, ["MASTER_PORT"]),
+        ({"RANK": "8"}, ["RANK=8", "WORLD_SIZE=8"]),
+        ({"LOCAL_RANK": "4"}, ["LOCAL_RANK=4"]),
+        ({"WORLD_SIZE": "seven"}, ["WORLD_SIZE='seven'"]),
+        ({"WORLD_SIZE": "7"}, ["WORLD_SIZE=7", "4 ranks"]),
+        ({"LOCAL_SIZE": "0"}, ["LOCAL_RANK=1 of 0"]),
+        ({"LOCAL_RANK": "2"}, ["rank 5", "2 of 4", "--map-by slot"]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, ["4 ranks", "CUDA_VISIBLE_DEVICES=0,1"]),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, ["4 ranks", "DS_ACCELERATOR=cpu"]),
     ],
 )
-def test_contradictions_are_named(change, part):
-    with pytest.raises(UserError, match=part):
+def test_contradictions_are_named(change, facts):
+    with refused("environment", *facts):
         from_environment(changed(DEEPSPEED, change))
 
 
 @pytest.mark.parametrize(
-    ("change", "part"),
+    ("change", "facts"),
     [
-        ({"SLURM_STEP_NUM_TASKS": "16"}, r"STEP_NUM_TASKS=16 but SLURM_STEP_TASKS_PER_NODE=4\(x2"),
-        ({"SLURM_STEP_TASKS_PER_NODE": "5,3"}, "5,3: every machine must start the same number"),
-        ({"SLURM_STEP_TASKS_PER_NODE": "four"}, "'four' is not a number of tasks a node"),
-        ({"SLURM_LOCALID": None}, "set but not SLURM_LOCALID"),
-        ({"SLURM_LOCALID": "2", "SLURM_PROCID": "1"}, "srun --distribution=block"),
-        ({"SLURM_STEP_NODELIST": None, "SLURM_JOB_NODELIST": None}, "without SLURM_JOB_NODELIST"),
+        ({"SLURM_STEP_NUM_TASKS": "16"}, ["SLURM_STEP_NUM_TASKS=16", "4(x2)"]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "5,3"}, ["5,3", "--ntasks-per-node"]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "four"}, ["'four'"]),
+        ({"SLURM_LOCALID": None}, ["not SLURM_LOCALID"]),
+        ({"SLURM_LOCALID": "2", "SLURM_PROCID": "1"}, ["srun --distribution=block"]),
+        ({"SLURM_STEP_NODELIST": None, "SLURM_JOB_NODELIST": None}, ["SLURM_JOB_NODELIST"]),
         (
             {"SLURM_GPUS_ON_NODE": "1", "CUDA_VISIBLE_DEVICES": "0"},
-            "4 ranks on this machine and CUDA_VISIBLE_DEVICES=0, SLURM_GPUS_ON_NODE=1",
+            ["4 ranks", "CUDA_VISIBLE_DEVICES=0", "SLURM_GPUS_ON_NODE=1"],
         ),
-        ({"CUDA_VISIBLE_DEVICES": "0"}, "each needs a GPU of its own"),
-        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_ON_NODE": "2"}, "each needs a GPU"),
-        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"}, "two launchers at once.*mpirun 4"),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, ["4 ranks"]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_ON_NODE": "2"}, ["4 ranks"]),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"}, ["two launchers", "mpirun 4"]),
+        ({"SLURM_HET_SIZE": "2"}, ["SLURM_HET_SIZE=2", "heterogeneous"]),
     ],
 )
-def test_contradictions_under_srun(change, part):
-    with pytest.raises(UserError, match=part):
+def test_contradictions_under_srun(change, facts):
+    with refused("environment", *facts):
         from_environment(changed(SRUN, change))
 
 
@@ -231,28 +234,143 @@ ALONE = DEEPSPEED | {
 
 
 @pytest.mark.parametrize(
-    ("env", "part"),
+    ("env", "facts"),
     [
-        ({"SLURM_NTASKS": "16"}, "SLURM_NTASKS=16 but one rank, started without srun"),
-        (BATCH, "use `srun python"),
+        ({"SLURM_NTASKS": "16"}, ["SLURM_NTASKS=16", "one rank", "srun"]),
+        (BATCH, ["srun python"]),
         # salloc with an interactive shell is a step of Slurm's own
-        (BATCH | {"SLURM_STEP_ID": "4294967290"}, "SLURM_NTASKS=8 but one rank"),
-        (ALONE | {"SLURM_NTASKS": "16"}, "SLURM_NTASKS=16 but one rank"),
-        # Slurm says nothing of tasks where only nodes and GPUs were asked for
-        ({"SLURM_JOB_NUM_NODES": "2"}, "a Slurm job of 2 nodes but ranks on 1, started without"),
-        (ALONE | {"SLURM_JOB_NUM_NODES": "2"}, "a Slurm job of 2 nodes"),
-        ({"SLURM_NNODES": "3"}, "a Slurm job of 3 nodes"),
-        (SRUN | ALONE, "two launchers at once: RANK=0 WORLD_SIZE=1.*STEP_NUM_TASKS=8"),
-        (SRUN | TORCHRUN | {"RANK": "3", "LOCAL_RANK": "3"}, "two launchers at once"),
-        (ONE_A_NODE | ALONE, "two launchers at once"),
-        (TWO_ON_ONE | TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}, "two launchers at once"),
-        (OPEN_MPI | ALONE, "two launchers at once: RANK=0.*OMPI_COMM_WORLD_SIZE=8"),
-        (OPEN_MPI | HYDRA | {"PMI_SIZE": "2"}, "two launchers at once"),
+        (BATCH | {"SLURM_STEP_ID": "4294967290"}, ["SLURM_NTASKS=8"]),
+        (ALONE | {"SLURM_NTASKS": "16"}, ["SLURM_NTASKS=16"]),
+        # Slurm sets no number of tasks where only nodes and GPUs were requested
+        ({"SLURM_JOB_NUM_NODES": "2"}, ["2 nodes", "ranks on 1"]),
+        (ALONE | {"SLURM_JOB_NUM_NODES": "2"}, ["2 nodes"]),
+        ({"SLURM_NNODES": "3"}, ["3 nodes"]),
+        (SRUN | ALONE, ["two launchers", "RANK=0", "WORLD_SIZE=1", "SLURM_STEP_NUM_TASKS=8"]),
+        (SRUN | TORCHRUN | {"RANK": "3", "LOCAL_RANK": "3"}, ["two launchers", "RANK=3"]),
+        (ONE_A_NODE | ALONE, ["two launchers"]),
+        (TWO_ON_ONE | TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}, ["two launchers"]),
+        (OPEN_MPI | ALONE, ["two launchers", "RANK=0", "OMPI_COMM_WORLD_SIZE=8"]),
+        (OPEN_MPI | HYDRA | {"PMI_SIZE": "2"}, ["two launchers"]),
     ],
 )
-def test_ranks_that_would_train_alone_or_twice_are_refused(env, part):
-    with pytest.raises(UserError, match=part):
+def test_ranks_that_would_train_alone_or_twice_are_refused(env, facts):
+    with refused("environment", *facts):
         from_environment(env)
+
+
+# RANK and the like beside srun's or mpirun's own variables, as NVIDIA's container hook
+# (enroot 50-slurm-pytorch.sh) and people's scripts set them.
+HOOK = {
+    "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu07",
+    "MASTER_PORT": "4711",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("outer", [SRUN, OPEN_MPI, HYDRA], ids=["srun", "Open MPI", "Hydra"])
+@pytest.mark.parametrize(
+    "names", [list(HOOK), ["RANK", "WORLD_SIZE", "LOCAL_RANK"], ["RANK"], ["WORLD_SIZE"]]
+)
+def test_rank_variables_that_repeat_the_launchers_are_one_launch(outer, names):
+    placement = from_environment(outer | {name: HOOK[name] for name in names})
+    alone = from_environment(outer)
+    ignored = {"master_addr": "", "master_port": 0, "rendezvous_id": ""}
+    assert replace(placement, **ignored) == replace(alone, **ignored)
+    if "MASTER_ADDR" in names:
+        found = (placement.master_addr, placement.master_port, placement.rendezvous_id)
+        assert found == ("gpu07", 4711, "")
+    else:
+        assert placement == alone
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"RANK": "4"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "0"}, {"LOCAL_WORLD_SIZE": "8"},
+        {"LOCAL_SIZE": "2"},
+    ],
+)  # fmt: skip
+def test_rank_variables_that_contradict_the_launchers_are_refused(change):
+    ((name, value),) = change.items()
+    local = {"LOCAL_SIZE", "LOCAL_WORLD_SIZE"} & {name}
+    fact = f"{value} ranks on this node" if local else f"{name}={value}"
+    with refused("environment", "two launchers", fact, "SLURM_STEP_NUM_TASKS=8"):
+        from_environment(SRUN | HOOK | change)
+
+
+def test_a_hook_in_a_step_of_one_task_is_one_process():
+    one = {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1",
+           "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # fmt: skip
+    hook = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    assert from_environment(SRUN | one | hook) == Placement()
+
+
+def test_one_torchrun_rank_per_task_is_torchruns_launch():
+    inner = TORCHRUN | {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    placement = from_environment(ONE_A_NODE | inner)
+    assert (placement.launcher, placement.rank, placement.world_size) == ("torchrun", 1, 2)
+
+
+# A Kubernetes PyTorchJob of four pods, as its operator sets the environment of the third.
+POD = {
+    "KUBERNETES_SERVICE_HOST": "10.0.0.1", "RANK": "2", "WORLD_SIZE": "4",
+    "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456", "PYTHONUNBUFFERED": "1",
+}  # fmt: skip
+PET = {"PET_NNODES": "4", "PET_NODE_RANK": "2", "PET_NPROC_PER_NODE": "auto"}
+
+
+@pytest.mark.parametrize("env", [POD, POD | PET], ids=["1.6", "with torchrun's arguments"])
+def test_a_pod_that_starts_python_is_one_rank(env):
+    placement = from_environment(env)
+    assert (placement.launcher, placement.rank, placement.local_rank) == ("pods", 2, 0)
+    assert (placement.world_size, placement.local_size, placement.nodes) == (4, 1, 4)
+    assert (placement.master_addr, placement.master_port) == ("job-master-0", 23456)
+
+
+def test_torchrun_in_a_pod_is_torchruns_launch():
+    assert from_environment(POD | PET | TORCHRUN).variables() == DEEPSPEED
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        POD | PET | {"PET_NPROC_PER_NODE": "8", "WORLD_SIZE": "32"},
+        PET,  # Kubeflow Trainer 2 and elastic jobs give torchrun's arguments only
+        PET | {"PET_NNODES": "1:4"},
+        {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "8"},
+    ],
+)
+def test_pods_that_should_have_started_torchrun_are_refused(env):
+    with refused("environment", "PET_NPROC_PER_NODE", "torchrun launch/train.py"):
+        from_environment(env)
+
+
+def test_a_pod_of_one_is_one_process():
+    env = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "1"}
+    assert from_environment(env) == Placement()
+
+
+@pytest.mark.parametrize(
+    ("env", "facts"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"} | TORCHRUN, ["ACCELERATE_USE_FSDP", "--multi_gpu"]),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"} | TORCHRUN, ["zero_stage", "--multi_gpu"]),
+        ({"ACCELERATE_USE_CPU": "True"}, ["DS_ACCELERATOR=cpu"]),
+        (
+            {"ACCELERATE_USE_CPU": "True", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1"},
+            ["MASTER_ADDR=127.0.0.1", "RANK", "torchrun --nproc-per-node"],
+        ),
+    ],
+)
+def test_what_accelerate_chose_beyond_the_ranks_is_refused(env, facts):
+    with refused("environment", *facts):
+        from_environment(env)
+
+
+def test_accelerate_that_only_starts_ranks_is_torchrun():
+    env = TORCHRUN | {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "no"}
+    assert from_environment(env).launcher == "torchrun"
+    one = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no"}
+    assert from_environment(one) == Placement()
 
 
 @pytest.mark.parametrize(
@@ -272,7 +390,7 @@ def test_the_first_host_of_a_list(nodes, first):
     assert first_host(nodes) == first
 
 
-def test_ports_are_high_apart_and_below_the_systems_own():
+def test_ports_are_apart_and_below_the_systems_own():
     jobs = [port_of(job, 0) for job in range(90_000, 91_000)]
     assert len(set(jobs)) == len(jobs)
     for port in (port_of(0, 0), port_of(14_999, 0), port_of(2**31, 40)):
@@ -282,6 +400,6 @@ def test_ports_are_high_apart_and_below_the_systems_own():
         assert all(15_000 <= p < 30_000 for p in tried)
 
 
-def test_preflight_may_look_at_one_machine_of_a_job():
+def test_preflight_may_check_one_node_of_a_job():
     assert from_environment({"SLURM_JOB_NUM_NODES": "2"}, may_be_alone=True) == Placement()
     assert from_environment(BATCH, may_be_alone=True) == Placement()

@@ -1,4 +1,4 @@
-"""Ranks find each other where nobody has promised that a port is free."""
+"""Rendezvous of ranks where no launcher has reserved a port."""
 
 import socket
 import sys
@@ -19,7 +19,7 @@ from pipeline.cluster.rendezvous import (
     open_store,
 )
 from pipeline.cluster.tasks import ports_after
-from pipeline.errors import UserError
+from tests.messages import refused
 
 pytestmark = pytest.mark.group
 
@@ -28,7 +28,7 @@ RANK_0 = Placement(
 )
 
 
-def a_free_place(count: int) -> Placement:
+def placement_with_free_ports(count: int) -> Placement:
     """Ranks whose first ports can be bound here."""
     for port in range(15_000, 30_000, 97):
         try:
@@ -41,7 +41,7 @@ def a_free_place(count: int) -> Placement:
 
 
 def meet(first: Placement) -> set[int]:
-    """Open the store on all ranks, the last one first; the ports that they found."""
+    """Open the store on all ranks, the last one first; the ports of their stores."""
 
     kept = []  # the store lives as long as rank 0 holds it
 
@@ -56,19 +56,19 @@ def meet(first: Placement) -> set[int]:
         return set(threads.map(rank, reversed(range(first.world_size))))
 
 
-def test_ranks_meet_and_late_ones_too():
-    assert len(meet(a_free_place(1))) == 1
+def test_late_ranks_reach_the_store_too():
+    assert len(meet(placement_with_free_ports(1))) == 1
 
 
-def test_two_runs_of_the_same_ports_part():
-    first = a_free_place(2)
+def test_two_runs_with_the_same_ports_have_a_store_each():
+    first = placement_with_free_ports(2)
     second = replace(first, rendezvous_id="Slurm step 8.0")
     assert len(meet(first) | meet(second)) == 2
 
 
-def test_ports_that_others_hold_are_passed_over():
-    """One is another run's store, one says nothing, one hangs up, one talks and talks."""
-    first = a_free_place(5)
+def test_ports_of_other_processes_are_skipped():
+    """One is another run's store; one sends nothing, one closes, one sends without end."""
+    first = placement_with_free_ports(5)
     ports = ports_after(first.master_port, 5)
     store = dist.TCPStore("127.0.0.1", ports[0], is_master=True, wait_for_workers=False)
     store.set("rendezvous_id", first.rendezvous_id)
@@ -90,36 +90,36 @@ def talk(server: socket.socket, words: bytes) -> None:
             return
 
 
-def test_a_taken_port_that_the_launcher_gave_is_said(monkeypatch):
+def test_a_taken_port_of_the_launchers_is_refused(monkeypatch):
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         place = replace(RANK_0, launcher="deepspeed", master_port=port, rendezvous_id="")
         for name, value in place.variables().items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=rf"MASTER_PORT={port} on this machine is taken"):
+        with refused(f"MASTER_PORT={port}", "taken", "--master_port"):
             open_store(place)
 
 
-def test_a_name_that_is_not_known_here_is_said():
-    with pytest.raises(UserError, match=r"MASTER_ADDR=node1\.invalid: .* does not know this name"):
+def test_a_name_that_is_not_known_here_is_refused():
+    with refused("MASTER_ADDR=node1.invalid", socket.gethostname()):
         open_store(replace(RANK_0, master_addr="node1.invalid"))
 
 
-def test_mpirun_without_mpi4py_is_said(monkeypatch):
+def test_mpirun_without_mpi4py_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)  # as where it is not installed
-    with pytest.raises(UserError, match=r"mpi4py.*pip install 'rankzero\[mpi\]'"):
+    with refused("mpi4py", "pip install 'rankzero[mpi]'"):
         address_by_mpi(replace(RANK_0, launcher="mpirun", master_addr="", master_port=0))
 
 
-def test_an_interface_is_named_where_a_way_leads_out():
+def test_an_interface_is_named_where_a_route_leads_out():
     assert interface_towards("127.0.0.1") is None
     assert interface_towards("node1.invalid") is None
     out = {name for name in psutil.net_if_addrs() if name != "lo"}
-    way = interface_towards("192.0.2.1")  # RFC 5737: nobody is there, and nothing is sent
+    way = interface_towards("192.0.2.1")  # RFC 5737: no host has it, and nothing is sent
     assert way is None or way in out
 
 
-def test_the_first_machine_takes_the_interface_that_the_others_reach_it_by(monkeypatch):
+def test_the_first_node_takes_the_interface_that_the_others_reach_it_by(monkeypatch):
     """Its own name may be the loopback there, as on Debian."""
     there = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"], "eth1": ["10.0.1.1"]}
     known = {name: [SimpleNamespace(address=a) for a in found] for name, found in there.items()}

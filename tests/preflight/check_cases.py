@@ -1,6 +1,6 @@
-"""For every check of preflight, answers of ranks that it finds good and answers that it does not.
+"""For every check of preflight, probe results that are ok and probe results that are not.
 
-Each case: name of the check, answers by rank, level, and what its line must say.
+Each case: name of the check, results by rank, level, and facts that its line must have.
 """
 
 from pipeline.plan.given.hardware import GIB
@@ -10,61 +10,64 @@ _VERSIONS = {
     "python": "3.12.1", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0",
     "peft": "0.21.2", "bitsandbytes": "0.50.2",
 }  # fmt: skip
+_CPU_RANK = {"gpus": [], "visible": 0, "not_granted": None, "none_requested": False}
+_SEEN, _UNSEEN = ({"is_visible": value, "folder": "/r"} for value in (True, False))
+_FOREIGN = {"not_granted": {"used": "[5]", "granted": "X=0,1"}}
 _TORCH = {"torch": "2.13.0", "cuda": "13.0", "nccl": "2.28"}
 
 
 def gpu(uuid: str, **changes) -> dict:
-    """What a rank says of one H100."""
+    """The result of a rank with one H100."""
     card = {
         "uuid": uuid, "name": H100S.name, "driver": "580.65", "cuda": 13000,
         "capability": [9, 0], "total": H100S.device_bytes, "free": H100S.device_bytes,
         "processes": [],
     }  # fmt: skip
-    return {"gpus": [card | changes], "stranger": None, "is_unasked": False}
+    return {"gpus": [card | changes], "visible": 1, "not_granted": None, "none_requested": False}
 
 
 def interface(**changes) -> dict:
-    """What a machine says of its network."""
+    """The result of a node."""
     return {
         "master": "node1", "interface": "eth0", "mbit": 100_000, "missing": {}, "infiniband": {},
         "is_cuda": True,
     } | changes  # fmt: skip
 
 
-def ranked(machine: int) -> dict:
-    """What a rank says of its place."""
-    return {"launcher": "torchrun", "machine": machine, "machines": 2, "local_rank": 0}
+def ranked(node: int) -> dict:
+    """The result of a rank of a node."""
+    return {"launcher": "torchrun", "node": node, "nodes": 2, "local_rank": 0}
 
 
 def memory(need: int, free: int, total: int, limited_by: str = "") -> dict:
-    """GiB of a machine."""
+    """GiB of a node."""
     sizes = {"need": need, "free": free, "total": total}
     return {name: size * GIB for name, size in sizes.items()} | {"limited_by": limited_by}
 
 
 def product(*tflops: float, kind: str = "cuda") -> dict:
-    """A rank's devices."""
-    return {"kind": kind, "rates": [rate * 1e12 for rate in tflops], "reckoned": 690e12}
+    """The result of a rank with devices of these rates."""
+    return {"kind": kind, "rates": [rate * 1e12 for rate in tflops], "planned": 690e12}
 
 
 def summed(gb_s: float, kind: str = "cuda") -> dict:
-    """A sum over all ranks."""
-    return {"kind": kind, "rate": gb_s * 1e9, "reckoned": 300e9}
+    """The result of an all-reduce."""
+    return {"kind": kind, "rate": gb_s * 1e9, "planned": 300e9}
 
 
 def links(
-    slow: tuple[int, ...] = (), *, far: bool = False, reckoned: float | None = None
+    slow: tuple[int, ...] = (), *, far: bool = False, planned: float | None = None
 ) -> dict[int, dict]:
-    """Eight ranks in a row; each link of a slow one has a tenth of the rate."""
-    found: dict[int, dict] = {rank: {} for rank in range(8)}
+    """Eight ranks in a row; each link of a slow rank has a tenth of the rate."""
+    result: dict[int, dict] = {rank: {} for rank in range(8)}
     for one in range(7):
-        other, is_near = one + 1, not (far and one == 3)
-        rate = 300e9 if is_near else 25e9
+        other, is_local = one + 1, not (far and one == 3)
+        rate = 300e9 if is_local else 25e9
         if one in slow or other in slow:
             rate /= 10
-        link = {"rate": rate, "is_near": is_near, "reckoned": None if is_near else reckoned}
-        found[one][str(other)] = found[other][str(one)] = link
-    return found
+        link = {"rate": rate, "is_local": is_local, "planned": None if is_local else planned}
+        result[one][str(other)] = result[other][str(one)] = link
+    return result
 
 
 GOOD = [
@@ -75,10 +78,10 @@ GOOD = [
     ("network", {0: interface(), 1: interface(mbit=0)}, ["node1", "eth0", "100,000 Mb/s"]),
     ("network", {0: interface(interface=None, mbit=0), 1: interface()}, ["reached by eth0"]),
     ("network", {0: interface(master="", interface=None), 1: interface(master="", interface=None)},
-        ["known when the ranks have met"]),
+        ["known after the rendezvous"]),
     ("network", {0: interface(mbit=1000, infiniband={"mlx5_0:1": "ACTIVE"})}, ["1 active"]),
     ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b")}, ["2 x NVIDIA H100"]),
-    ("gpus", {0: {"gpus": [], "stranger": None, "is_unasked": False}}, ["CPU"]),
+    ("gpus", {0: _CPU_RANK}, ["CPU"]),
     ("drivers", {0: gpu("GPU-a"), 1: gpu("GPU-b")}, ["driver 580.65", "CUDA up to 13.0", "9.0"]),
     ("plan", {0: {"a": "1"}, 1: {"a": "1"}}, ["ZeRO-2", "2 x NVIDIA H100"]),
     ("gpu memory", {0: gpu("GPU-a"), 1: gpu("GPU-b")}, ["79.6 GiB or more free"]),
@@ -86,31 +89,30 @@ GOOD = [
     ("shared memory", {0: 64 * GIB}, ["64.0 GiB"]),
     ("shared memory", {0: None, 1: 64 * GIB}, ["64.0 GiB"]),
     ("model", {0: {"files": 4, "bytes": 16 * GIB}}, ["4 weight files, 16.0 GiB"]),
-    ("base", {0: {"base": "a" * 64}, 1: {"base": "a" * 64}}, ["aaaa"]),
+    ("base", {0: {"base": "a" * 64}, 1: {"base": "a" * 64}}, ["a" * 16]),
     ("disk", {0: {"free": 50 * GIB, "need": GIB, "merged": 16 * GIB}}, ["50.0 GiB free"]),
     ("clock", {0: 0.0, 1: -0.4}, ["less than 2 s"]),
-    ("run folder", {0: {"found": True, "folder": "/r"}, 1: {"found": True, "folder": "/r"}},
-        ["/r: written by rank 0, read by all"]),
+    ("run folder", {0: _SEEN, 1: _SEEN}, ["/r: written by rank 0, read by all"]),
     ("prepared data", {0: {}, 1: {}}, ["not prepared yet"]),
     ("prepared data", {0: {"train": "ab"}, 1: {"train": "ab"}}, ["train ab"]),
     ("tokenizer", {0: {"tokens": 128256, "has_template": True}}, ["128,256 tokens, with"]),
-    ("rows", {0: {"is_whole": True, "documents": 9, "supervised": 99}}, ["every row"]),
+    ("rows", {0: {"is_complete": True, "documents": 9, "supervised": 99}}, ["every row"]),
     ("libraries", {0: _TORCH}, ["NCCL 2.28"]),
     ("4 bits", {0: {"errors": [0.0728], "kind": "nf4"}}, ["0.0728"]),
     ("4 bits", {0: {"errors": [0.0966], "kind": "fp4"}}, ["0.0966"]),
     ("matrix product", {0: product(650), 1: product(640)}, ["645 TFLOPS", "690"]),
     ("matrix product", {0: product(0.02, kind="cpu"), 1: product(0.03, kind="cpu")}, ["690"]),
-    ("process group", {0: {"backend": "nccl"}, 1: {"backend": "nccl"}}, ["2 ranks over nccl"]),
+    ("process group", {0: "nccl", 1: "nccl"}, ["2 ranks over nccl"]),
     ("all-reduce", {0: summed(280), 1: summed(290)}, ["280 GB/s"]),
     ("all-reduce", {0: summed(0.2, "cpu")}, ["0.2 GB/s"]),
-    ("links", links(), ["in a machine 300 GB/s"]),
-    ("links", links(far=True), ["in a machine 300 GB/s, between machines 25 GB/s"]),
+    ("links", links(), ["in a node 300 GB/s"]),
+    ("links", links(far=True), ["in a node 300 GB/s, between nodes 25 GB/s"]),
 ]  # fmt: skip
 
 BAD = [
     ("settings", {0: {"lr": "0.1"}, 1: {"lr": "0.2"}}, "fail", ["lr", "0.2", "rank 1 (node2)"]),
     ("settings", {0: {"lr": "0.1", "seed": "1"}, 1: {"lr": "0.1"}}, "fail", ["(not there)"]),
-    ("ranks", {0: ranked(0), 1: ranked(0)}, "fail", ["machine 0 run on node1, node2"]),
+    ("ranks", {0: ranked(0), 1: ranked(0)}, "fail", ["node 0", "node1, node2"]),
     ("versions", {0: _VERSIONS, 1: _VERSIONS | {"torch": "2.14.0"}}, "fail", ["2.14.0", "node2"]),
     ("network", {0: interface(missing={"NCCL_SOCKET_IFNAME": "ib7"})}, "fail", ["ib7", "node1"]),
     ("network", {0: interface(master="127.0.0.1")}, "fail", ["MASTER_ADDR"]),
@@ -118,10 +120,12 @@ BAD = [
     ("network", {1: interface(mbit=1000)}, "warn", ["node2", "1,000 Mb/s"]),
     ("network", {0: interface(infiniband={"a:1": "ACTIVE", "b:1": "DOWN"})}, "warn", ["b:1"]),
     ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-a")}, "fail", ["GPU-a", "ranks 0-1"]),
-    ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b") | {"stranger": {"used": "[5]", "granted": "X=0,1"}}},
-        "fail", ["rank 1 (node2) uses GPU [5]", "X=0,1"]),
-    ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b") | {"is_unasked": True}}, "warn",
-        ["rank 1 (node2)", "asked for no GPU"]),
+    ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b") | _FOREIGN}, "fail",
+        ["rank 1 (node2) uses GPU [5]", "X=0,1"]),
+    ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b") | {"none_requested": True}}, "warn",
+        ["rank 1 (node2)", "requested no GPU"]),
+    ("gpus", {0: gpu("GPU-a") | {"visible": 8}, 1: gpu("GPU-b") | {"visible": 8}}, "warn",
+        ["ranks 0-1", "8 GPUs are visible", "torchrun launch/train.py"]),
     ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b", name="H100 PCIe")}, "warn", ["PCIe", "node2"]),
     ("drivers", {0: gpu("GPU-a"), 1: gpu("GPU-b", driver="550.1")}, "warn", ["550.1", "580.65"]),
     ("plan", {0: {"micro": "1"}, 1: {"micro": "2"}}, "fail", ["micro", "rank 1"]),
@@ -134,11 +138,10 @@ BAD = [
     ("disk", {0: {"free": 5 * GIB, "need": GIB, "merged": 16 * GIB}}, "warn", ["merging"]),
     ("clock", {0: 0.0, 1: 7.0}, "warn", ["rank 1 (node2): up to 7 s"]),
     ("clock", {0: 0.0, 1: -90.0}, "fail", ["rank 1 (node2): up to 90 s"]),
-    ("run folder", {0: {"found": True, "folder": "/r"}, 1: {"found": False, "folder": "/x"}},
-        "fail", ["rank 1 (node2)", "/r"]),
+    ("run folder", {0: _SEEN, 1: _UNSEEN}, "fail", ["rank 1 (node2)", "/r"]),
     ("prepared data", {0: {"train": "ab"}, 1: {"train": "cd"}}, "fail", ["cd", "node2"]),
     ("prepared data", {0: {"train": "ab"}, 1: {}}, "fail", ["(not there)", "node2"]),
-    ("rows", {0: {"is_whole": False, "documents": 0, "supervised": 0}}, "warn",
+    ("rows", {0: {"is_complete": False, "documents": 0, "supervised": 0}}, "warn",
         ["too many rows"]),
     ("libraries", {0: _TORCH, 1: _TORCH | {"nccl": "2.27"}}, "fail", ["2.27", "rank 1"]),
     ("4 bits", {0: {"errors": [0.0728], "kind": "nf4"}, 1: {"errors": [0.8], "kind": "nf4"}},
@@ -149,10 +152,10 @@ BAD = [
     ("matrix product", {0: product(100), 1: product(100)}, "warn", ["100 TFLOPS", "690"]),
     ("all-reduce", {0: summed(20), 1: summed(21)}, "warn", ["20 GB/s", "300"]),
     ("links", links(slow=(5,)), "warn", ["rank 5 ", "4-5", "5-6"]),
-    ("links", links(far=True, reckoned=60e9), "warn", ["ranks 3-4 ", "3-4 25 of 60 GB/s"]),
+    ("links", links(far=True, planned=60e9), "warn", ["ranks 3-4 ", "3-4 25 of 60 GB/s"]),
     ("links", links(slow=(0,)), "warn", ["ranks 0-1 ", "0-1 30 of 300 GB/s"]),
     ("links", links(slow=(5,), far=True), "warn", ["rank 5 "]),
 ]  # fmt: skip
 
-# What fails of these a look finds by itself: tests of the looks.
-LOOKS_ALONE = {"port", "model", "tokenizer", "process group"}
+# Their failures are errors of the probe, which have tests of their own.
+PROBES_ALONE = {"port", "model", "tokenizer", "process group"}

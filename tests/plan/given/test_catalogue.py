@@ -1,16 +1,12 @@
 """The catalogue: rates that a name, a size or NVML's word for a device stand for."""
 
-import os
 import re
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cluster.devices import detect_hardware
 from pipeline.plan.given.catalogue import GPUS, cpu_of, gpu_like, gpu_named, rates_of
 from pipeline.plan.given.hardware import GIB
 from tests.messages import refused
@@ -100,28 +96,3 @@ def test_ranks_share_a_cpu_and_own_a_gpu():
     assert cpu.usable_bytes(4) == cpu.usable_bytes(1) // 4
     assert gpu.usable_bytes(8) == gpu.usable_bytes(1) < gpu.device_bytes
     assert cpu_of(8, 64 * GIB).flops == 2 * cpu.flops
-
-
-def test_a_detected_gpu_has_its_own_memory_and_the_rates_of_its_name(monkeypatch):
-    """Through a stand-in for NVML, which this machine may not have."""
-    sizes = [81559 * 2**20, 81000 * 2**20]
-    nvml = SimpleNamespace(
-        NVMLError=OSError,
-        nvmlInit=lambda: None,
-        nvmlShutdown=lambda: None,
-        nvmlDeviceGetCount=lambda: 2,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetName=lambda index: "NVIDIA H100 80GB HBM3",
-        nvmlDeviceGetCudaComputeCapability=lambda index: (9, 0),
-        nvmlDeviceGetMemoryInfo=lambda index: SimpleNamespace(total=sizes[index]),
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(name, raising=False)
-    found = detect_hardware()
-    assert found == replace(
-        GPUS["h100-80gb"], devices_per_node=2, device_bytes=sizes[1], host_bytes=found.host_bytes
-    )
-    assert found.host_bytes > 0
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert detect_hardware() == cpu_of(len(os.sched_getaffinity(0)), found.host_bytes)

@@ -1,4 +1,4 @@
-"""Preflight's looks at tokenizer and rows."""
+"""Preflight's probes of tokenizer and rows."""
 
 from dataclasses import replace
 
@@ -6,9 +6,9 @@ import pytest
 
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
-from pipeline.errors import UserError
-from pipeline.preflight import content
+from pipeline.preflight import inputs
 from pipeline.preflight.context import RankContext
+from tests.messages import refused
 from tests.planning import CPU
 from tests.tiny import make_plan, make_rows
 
@@ -23,30 +23,30 @@ def context(tiny_model, tmp_path):
     place = Placement()
     return RankContext(
         placement=place, hardware=CPU, session=Session(place, CPU), settings=plan.settings,
-        plan=plan, beat=lambda where: None,
+        plan=plan,
     )  # fmt: skip
 
 
 def test_a_tokenizer_of_another_model_is_refused(context):
-    tokens = content.probe_tokenizer(context)["tokens"]
+    tokens = inputs.TOKENIZER.probe(context)["tokens"]
     shape = replace(context.plan.shape, vocab_size=tokens - 1)
     other = replace(context, plan=replace(context.plan, shape=shape))
-    with pytest.raises(UserError, match=rf"{tokens} tokens, the model {tokens - 1} embeddings; "):
-        content.probe_tokenizer(other)
+    with refused(f"{tokens} tokens", f"{tokens - 1} embeddings", "belongs to the model"):
+        inputs.TOKENIZER.probe(other)
 
 
-def test_rows_are_read_whole_or_the_first_of_them_or_none(context, monkeypatch):
-    found = content.probe_rows(context)
-    assert (found["is_whole"], found["documents"]) == (True, 32)
-    assert found["supervised"] > 32
-    monkeypatch.setattr(content, "_ALL_ROWS_BYTES", 100)
-    assert not content.probe_rows(context)["is_whole"]
-    monkeypatch.setattr(content, "_FIRST_ROWS_BYTES", 100)
-    assert content.probe_rows(context) == {"is_whole": False, "documents": 0, "supervised": 0}
+def test_all_rows_are_parsed_or_the_first_of_them_or_none(context, monkeypatch):
+    result = inputs.ROWS.probe(context)
+    assert (result["is_complete"], result["documents"]) == (True, 32)
+    assert result["supervised"] > 32
+    monkeypatch.setattr(inputs, "_MAX_PARSED_BYTES", 100)
+    assert not inputs.ROWS.probe(context)["is_complete"]
+    monkeypatch.setattr(inputs, "_MAX_HASHED_BYTES", 100)
+    assert inputs.ROWS.probe(context) == {"is_complete": False, "documents": 0, "supervised": 0}
 
 
 def test_bad_rows_are_refused_wherever_they_are(context, tmp_path):
     with (tmp_path / "train.jsonl").open("a") as rows:
         rows.write("{\n" * 9)
-    with pytest.raises(UserError, match=r"train\.jsonl:65"):
-        content.probe_rows(context)
+    with refused("train.jsonl:65"):
+        inputs.ROWS.probe(context)

@@ -1,0 +1,70 @@
+"""A stand-in for NVML: GPUs and their MIG instances, as pynvml's functions show them."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+from pipeline.plan.given.hardware import GIB
+
+
+@dataclass(eq=False)
+class Device:
+    """A GPU, or one of its MIG instances with the ids of its GPU and compute instance."""
+
+    uuid: str
+    gib: float = 80
+    name: str = "NVIDIA H100 80GB HBM3"
+    mig: list["Device"] = field(default_factory=list)
+    ids: tuple[int, int] | None = None
+
+
+def gpus(count: int) -> list[Device]:
+    return [Device(f"GPU-{i}") for i in range(count)]
+
+
+def make_nvml(devices: list[Device]) -> SimpleNamespace:
+    """The functions of pynvml that the project calls; its error is OSError here."""
+
+    def parent(handle: Device) -> Device:
+        found = [device for device in devices if handle in device.mig]
+        if not found:
+            raise OSError("Invalid Argument")
+        return found[0]
+
+    def capability(handle: Device) -> tuple[int, int]:
+        if handle.ids is not None:
+            raise OSError("Not Supported")
+        return 9, 0
+
+    def instance(gpu: Device, index: int) -> Device:
+        if index >= len(gpu.mig):
+            raise OSError("Not Found")
+        return gpu.mig[index]
+
+    def index(handle: Device) -> int:
+        if handle.ids is not None:
+            raise OSError("Invalid Argument")
+        return devices.index(handle)
+
+    return SimpleNamespace(
+        NVMLError=OSError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: len(devices),
+        nvmlDeviceGetHandleByIndex=lambda number: devices[number],
+        nvmlDeviceGetIndex=index,
+        nvmlDeviceGetName=lambda handle: handle.name,
+        nvmlDeviceGetUUID=lambda handle: handle.uuid,
+        nvmlDeviceGetCudaComputeCapability=capability,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(
+            total=int(handle.gib * GIB), free=int((handle.gib - 1) * GIB)
+        ),
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [SimpleNamespace(pid=77)],
+        nvmlDeviceGetMigMode=lambda gpu: (int(bool(gpu.mig)), 0),
+        nvmlDeviceGetMaxMigDeviceCount=lambda gpu: 7,
+        nvmlDeviceGetMigDeviceHandleByIndex=instance,
+        nvmlDeviceGetDeviceHandleFromMigDeviceHandle=parent,
+        nvmlDeviceGetGpuInstanceId=lambda handle: handle.ids[0],
+        nvmlDeviceGetComputeInstanceId=lambda handle: handle.ids[1],
+        nvmlSystemGetDriverVersion=lambda: "580.65",
+        nvmlSystemGetCudaDriverVersion=lambda: 13000,
+    )

@@ -1,0 +1,53 @@
+"""The collective probes of preflight, on real ranks."""
+
+import json
+
+import pytest
+
+from pipeline.preflight import host
+from pipeline.preflight.context import RankContext
+from pipeline.preflight.rates import ALL_REDUCE, LINKS
+from tests.planning import CPU
+from tests.ranks import run_ranks
+from tests.tiny import make_plan
+
+pytestmark = pytest.mark.group
+
+
+def gather(session):
+    rank = session.placement.rank
+    first = session.gather_objects({"rank": rank, "text": "ü"})
+    second = session.gather_objects(rank * 2)  # not mixed up with the first
+    return first, second
+
+
+def test_rank_zero_gets_every_ranks_value_in_order(tmp_path):
+    results = run_ranks(gather, tmp_path=tmp_path, world_size=3)
+    values = [{"rank": rank, "text": "ü"} for rank in range(3)]
+    assert results == [(values, [0, 2, 4]), (None, None), (None, None)]
+
+
+def probe(session, model, folder, blind):
+    plan = make_plan(model, 3, output_dir=str(folder), global_batch_size=6)
+    context = RankContext(
+        placement=session.placement, hardware=CPU, session=session, settings=plan.settings,
+        plan=plan,
+    )  # fmt: skip
+    if session.placement.rank == blind:
+        host._is_visible = lambda path, token: False
+    return [check.probe(context) for check in (host.CLOCK, host.RUN_FOLDER, ALL_REDUCE, LINKS)]
+
+
+def test_clocks_the_run_folder_and_rates_are_probed_by_all_ranks_together(tmp_path, tiny_model):
+    results = run_ranks(probe, tiny_model, tmp_path / "a/b/run", 2, tmp_path=tmp_path, world_size=3)
+    clocks, folders, rates, links = zip(*results, strict=True)
+    assert clocks[0] == 0.0
+    assert all(0 <= skew < 30 for skew in clocks)
+    assert [folder["is_visible"] for folder in folders] == [True, True, False]
+    assert folders[0]["folder"] == str(tmp_path)  # the nearest parent that exists
+    assert not list(tmp_path.glob(".preflight*"))
+    assert not (tmp_path / "a").exists()
+    assert all(result["rate"] > 0 for result in rates)
+    assert [sorted(partners) for partners in links] == [["1"], ["0", "2"], ["1"]]
+    assert all(link["is_local"] for partners in links for link in partners.values())
+    json.dumps([rates, links])
