@@ -48,8 +48,8 @@ def _assess_ranks(results: ProbeResults) -> Iterable[Finding]:
         )
         return
     count = len(results.hosts)
-    names = ", ".join(dict.fromkeys(results.hosts))
-    yield ok(f"{count} rank{'s' * (count > 1)} on {names} ({results.first['launcher']})")
+    listed = ", ".join(dict.fromkeys(results.hosts))
+    yield ok(f"{count} rank{'s' * (count > 1)} on {listed} ({results.first['launcher']})")
 
 
 def _probe_port(context: RankContext) -> str:
