@@ -10,6 +10,7 @@ from pipeline.preflight.context import RankContext
 
 Level = Literal["ok", "warn", "fail"]
 LEVELS: tuple[Level, ...] = ("ok", "warn", "fail")
+UNKNOWN_HOST = "?"  # of a rank that has not reported
 _ABSENT = "(not there)"
 _MAX_DIFFERENCES = 12
 
@@ -39,8 +40,8 @@ class ProbeResults:
 
     @property
     def num_nodes(self) -> int:
-        """Nodes, told apart by their host names."""
-        return len(set(self.hosts))
+        """Nodes, told apart by their host names, of the ranks that have reported."""
+        return len(set(self.hosts) - {UNKNOWN_HOST})
 
     def where(self, ranks: Iterable[int]) -> str:
         """`ranks 0-3, 8 (node1, node2)`."""

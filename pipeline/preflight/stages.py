@@ -18,7 +18,7 @@ from pipeline.cluster.session import Session
 from pipeline.cluster.watchdog import Watchdog
 from pipeline.errors import RankZeroError, UserError
 from pipeline.files import dump_json
-from pipeline.preflight.check import Check, fail, spans
+from pipeline.preflight.check import UNKNOWN_HOST, Check, fail, spans
 from pipeline.preflight.checks import BEFORE_TORCH, STAGES, Stage
 from pipeline.preflight.context import RankContext
 from pipeline.preflight.report import ERROR, Report
@@ -74,7 +74,7 @@ class _Preflight:
     def __init__(self, context: RankContext, stdout: TextIO, *, as_json: bool) -> None:
         self.context, self._stdout, self._as_json = context, stdout, as_json
         self._report = Report()
-        self._hosts = ["?"] * context.placement.world_size
+        self._hosts = [UNKNOWN_HOST] * context.placement.world_size
         self._checks: Sequence[Check] = ()  # of the stage in progress
         self._results: dict[str, Any] = {}  # of this rank in that stage
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,19 +14,20 @@ import yaml
 
 from tests import ROOT
 from tests.hosts import TwoHosts, why_not
+from tests.messages import assert_mentions
 from tests.tiny import make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
-# Rank 1 does not come back from reading what rank 0 has written, or from a product.
-HANGING = """
-import sys, time
+# What a rank does in place of a matrix product.
+FAULTY = """
+import os, signal, sys, time
 from pathlib import Path
 from pipeline.cluster.exits import run_main
-from pipeline.preflight import rates, stages, together
-if sys.argv[3] == "read":
-    together._read = lambda path, token: time.sleep(600)
-if sys.argv[3] == "multiply":
+from pipeline.preflight import rates, stages
+if sys.argv[3] == "hang":
     rates._seconds = lambda work, device: time.sleep(600)
+if sys.argv[3] == "die":
+    rates._seconds = lambda work, device: os.kill(os.getpid(), signal.SIGKILL)
 run_main(lambda: stages.preflight(Path(sys.argv[1]), [], limit_s=float(sys.argv[2])))
 """
 
@@ -45,7 +47,7 @@ def run_file(tmp_path, tiny_model) -> Path:
 
 
 class Ranks:
-    """Processes that take themselves to be ranks; `hosts`: each of them is on a host of its own."""
+    """Processes with the variables of ranks; with `hosts` each is on a host of its own."""
 
     def __init__(self, hosts: TwoHosts | None = None) -> None:
         with socket.socket() as probe:
@@ -55,7 +57,7 @@ class Ranks:
         self._processes: list[subprocess.Popen[str]] = []
 
     def start(self, *command: str | Path, through: Sequence[str] = ()) -> None:
-        """The next of two ranks; `through`: a command that starts the rank's."""
+        """Start the next of two ranks; `through`: a command that starts the rank's command."""
         rank, local_size = len(self._processes), 2 if self._hosts is None else 1
         place = {
             "RANK": rank, "LOCAL_RANK": rank % local_size, "WORLD_SIZE": 2,
@@ -74,14 +76,14 @@ class Ranks:
     def end(self) -> list[tuple[int, str, str]]:
         """Exit code, output and errors of each."""
         try:
-            said = [process.communicate(timeout=200) for process in self._processes]
+            outputs = [process.communicate(timeout=200) for process in self._processes]
         finally:
             for process in self._processes:
                 process.kill()
-        return [(p.returncode, *s) for p, s in zip(self._processes, said, strict=True)]
+        return [(p.returncode, *o) for p, o in zip(self._processes, outputs, strict=True)]
 
 
-def test_two_ranks_that_are_fit(run_file, tmp_path):
+def test_two_ranks_of_a_sound_run_pass_and_leave_nothing_behind(run_file, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     ranks = Ranks()
     command = ["launch/preflight.py", "--local_rank=0", run_file, "load_in_4bit=true", "--json"]
@@ -99,41 +101,40 @@ def test_two_ranks_that_are_fit(run_file, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_one_rank_with_other_settings(run_file):
+def test_a_rank_with_other_settings_is_named(run_file):
     ranks = Ranks()
     ranks.start("launch/preflight.py", run_file)
     ranks.start("launch/preflight.py", run_file, "seed=7", "lora_r=nine")
     (code, out, _), (code_1, *_) = ranks.end()
     assert (code, code_1) == (2, 2)
-    assert "rank 1 (" in out
-    assert "found 'nine'" in out
-    (left_out,) = [line for line in out.splitlines() if line.endswith("settings first")]
-    assert "clock" in left_out  # nothing that a rank without a plan would not reach
+    assert_mentions(out, "rank 1", "found 'nine'")
+    (skipped,) = [line for line in out.splitlines() if line.endswith("settings first")]
+    assert "clock" in skipped  # as every check that a rank without a plan would not reach
 
 
-@pytest.mark.parametrize(
-    ("where", "check", "found"),
-    [("read", "run folder", "clock"), ("multiply", "matrix product", "libraries")],
-)
-def test_a_rank_that_hangs_is_named(run_file, where, check, found):
-    """Also where rank 0 has found the same check good; what it found before is shown."""
+@pytest.mark.parametrize(("fault", "limit_s"), [("hang", "12"), ("die", "100")])
+def test_a_rank_that_hangs_or_dies_is_named_with_its_check(run_file, fault, limit_s):
+    """The report has what is known by then."""
     ranks = Ranks()
-    ranks.start("-c", HANGING, run_file, "30", "come")
-    ranks.start("-c", HANGING, run_file, "30", where)
+    ranks.start("-c", FAULTY, run_file, limit_s, "work")
+    ranks.start("-c", FAULTY, run_file, limit_s, fault)
     (code, out, errors), (code_1, *_) = ranks.end()
-    assert (code, code_1) == (2, 2), errors
+    assert (code, code_1) == (1, 1 if fault == "hang" else -signal.SIGKILL), errors
     (line,) = [line for line in out.splitlines() if line.startswith("fail")]
-    assert line.startswith(f"fail  {check:<15} not over in time on ranks 1 (")
-    assert f"ok    {found} " in out
+    assert_mentions(line, "watchdog", "rank 1")
+    if fault == "hang":
+        assert_mentions(line, "matrix product", socket.gethostname())
+    assert "ok    libraries " in out
 
 
-def test_a_rank_that_never_comes(run_file):
+def test_a_rank_that_never_comes_is_missed_at_the_rendezvous(run_file):
     ranks = Ranks()
-    ranks.start("-c", HANGING, run_file, "2", "come")
+    ranks.start("-c", FAULTY, run_file, "2", "work")
     ((code, out, errors),) = ranks.end()
-    assert code == 2, errors
-    assert "fail  meeting         not all ranks have come in time" in out
-    assert "ok    model " in out  # what rank 0 has found by itself
+    assert code == 1, errors
+    (line,) = [line for line in out.splitlines() if line.startswith("fail")]
+    assert_mentions(line, "rendezvous", "not all ranks", "ranks 0")
+    assert "ok    model " in out  # results of rank 0 itself
 
 
 def test_two_hosts_of_which_one_has_another_disk(run_file, tmp_path):
@@ -148,13 +149,13 @@ def test_two_hosts_of_which_one_has_another_disk(run_file, tmp_path):
         ranks.start("launch/preflight.py", run_file, through=[str(part) for part in own_disk])
         (code, out, errors), (code_1, *_) = ranks.end()
     assert (code, code_1) == (2, 2), errors
-    said = {finding["check"]: finding for finding in json.loads(out)["findings"]}
-    assert [name for name, finding in said.items() if finding["level"] == "fail"] == ["run folder"]
-    assert said["run folder"]["ranks"] == [1]
-    assert "(host-b)" in said["run folder"]["text"]
-    assert "2 ranks on host-a, host-b" in said["ranks"]["text"]
-    assert "is reached by cable" in said["network"]["text"]
-    assert "between machines" in said["links"]["text"]
+    findings = {finding["check"]: finding for finding in json.loads(out)["findings"]}
+    assert [name for name, f in findings.items() if f["level"] == "fail"] == ["run folder"]
+    assert findings["run folder"]["ranks"] == [1]
+    assert_mentions(findings["run folder"]["text"], "host-b")
+    assert_mentions(findings["ranks"]["text"], "2 ranks", "host-a", "host-b")
+    assert_mentions(findings["network"]["text"], "cable")
+    assert_mentions(findings["links"]["text"], "between nodes")
 
 
 def test_training_refuses_ranks_that_differ_before_it_loads_a_model(run_file, tmp_path):
@@ -166,7 +167,6 @@ def test_training_refuses_ranks_that_differ_before_it_loads_a_model(run_file, tm
     assert "Traceback" not in errors
     (line,) = [line for line in errors.splitlines() if " seed " in line]
     assert "42" in line
-    assert "rank 0 (" in line
-    assert "rank 1 (" in errors
+    assert_mentions(errors, "rank 0", "rank 1")
     assert out == ""
     assert not (tmp_path / "runs").exists()
