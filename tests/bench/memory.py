@@ -184,6 +184,7 @@ def measure(session, folder, case):
     from pipeline.model.base import load_base
     from pipeline.plan.cost.memory import base_bytes
     from pipeline.plan.cost.memory import memory as memory_of
+    from pipeline.plan.given.layout import SequenceProfile
 
     plan = plan_case(folder, case)
     host = 0
@@ -193,10 +194,8 @@ def measure(session, folder, case):
         base = load_base(plan, session.device)
         loading = live.peak
         largest = two_steps(session, plan, base, case.documents)
-    tokens, attended = plan.settings.max_length, largest.attended
-    memory = memory_of(
-        plan.shape, plan.settings, plan.layout, plan.hardware, tokens, attended=attended
-    )
+    sequences = SequenceProfile(tokens=plan.settings.max_length, attended=largest.attended)
+    memory = memory_of(plan.shape, plan.settings, plan.layout, plan.hardware, sequences)
     return {
         "measured": live.peak,
         "predicted": memory.tensor_bytes + host,
