@@ -30,15 +30,19 @@ FAMILIES = {
     "mixtral": EXPERTS,
     "qwen3_moe": QWEN_EXPERTS | {"head_dim": 8},
     "qwen2_moe": QWEN_EXPERTS | {"shared_expert_intermediate_size": 40},
+    # blocks of two kinds: the first without experts
+    "qwen3_moe-mixed": QWEN_EXPERTS | {"head_dim": 8, "mlp_only_layers": [0]},
+    "qwen2_moe-mixed": QWEN_EXPERTS
+    | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
 }
-MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe"]
+MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe", "qwen3_moe-mixed", "qwen2_moe-mixed"]
 
 
 def make_family(folder, kind, dtype="float32"):
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        kind,
+        kind.removesuffix("-mixed"),
         vocab_size=len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -22,6 +22,7 @@ CASES = [
     "gpt_neox",
     "mixtral zero3",
     "zero2 ckpt-3-of-8",
+    "qwen3_moe mixed ckpt-3-of-8",
     "packed bf16 zero2 ckpt-off",
     "packed gemma2",
 ]
