@@ -3,16 +3,25 @@
 python launch/plan.py RUN.yaml [key=value ...] [--gpu h100-80gb --nodes N --gpus-per-node N] ...
 """
 
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
 from pipeline.cli.arguments import Parser, count, positive
 from pipeline.cluster.devices import machine
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
 from pipeline.data.dataset.reader import data_size
 from pipeline.files import dump_json
-from pipeline.plan.command import start_commands
+from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.shape import read_shape
-from pipeline.plan.plan import DoesNotFitError, rank_plans
+from pipeline.plan.plan import DoesNotFitError, Plan, rank_plans
 from pipeline.plan.render import candidates_text, plan_json, plan_text
+
+# Host memory beyond the prediction: Python and CUDA while starting, files while they are read.
+_SPARE_MEMORY = 1.25
+_CPUS_PER_GPU = 4  # one trains, others read and prepare its input
 
 
 def plan() -> None:
@@ -38,6 +47,27 @@ def plan() -> None:
     print(plan_text(best), *start_commands(best, given.run_file, given.overrides), sep="\n")
     if given.all:
         print(f"\n{candidates_text(ranked)}")
+
+
+def start_commands(plan: Plan, run_file: Path, overrides: Sequence[str]) -> list[str]:
+    """The command that starts the planned run here; with GPUs also the one for sbatch."""
+    words = shlex.join([str(run_file), *overrides])
+    ranks, nodes = plan.layout.ranks_per_node, plan.layout.nodes
+    if plan.hardware.kind == "cpu":
+        here = f"deepspeed --num_accelerators {ranks} launch/train.py {words}"
+        return [f"start      {here if ranks > 1 else f'python launch/train.py {words}'}"]
+    # --num_gpus only where fewer than the visible GPUs are meant: with it DeepSpeed's launcher
+    # ignores CUDA_VISIBLE_DEVICES (0.19.8 launcher/runner.py), and so what a scheduler has granted.
+    fewer = f"--num_gpus {ranks} " if ranks < plan.hardware.devices_per_node else ""
+    hosts = f"--hostfile HOSTS --num_nodes {nodes} " if nodes > 1 else ""
+    here = f"deepspeed {hosts}{fewer}launch/train.py {words}"
+    if nodes == ranks == 1:
+        here = f"python launch/train.py {words}"
+    memory = math.ceil(plan.memory.host_peak_bytes * _SPARE_MEMORY / GIB)
+    options = (
+        f"--nodes={nodes} --gpus-per-node={ranks} --cpus-per-gpu={_CPUS_PER_GPU} --mem={memory}G"
+    )
+    return [f"start      {here}", f"sbatch     sbatch {options} slurm/train.sbatch {words}"]
 
 
 def _parser() -> Parser:
