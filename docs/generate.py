@@ -14,10 +14,20 @@ from scale_tables import filled
 
 from pipeline.config.presets import PRESETS, RANGES
 from pipeline.config.settings import RunSettings
+from pipeline.config.traits import Change
 from pipeline.plan.rules.table import RULES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+_CHANGES: dict[Change, str] = {
+    "result": "another adapter would come out; the start is refused unless `overwrite: true`",
+    "documents": "the same with other documents; `accept_changes: [data]` resumes all the same",
+    "files": "compared by the content of the files; else like `documents`",
+    "base": "compared by the weights; `accept_changes: [base]` resumes all the same",
+    "total_steps": "another schedule; `accept_changes: [total_steps]` resumes all the same",
+    "selection": "like `result` with `keep_best` or `early_stopping_patience`, else like `run`",
+    "run": "how the run is run, watched or saved; the run resumes",
+}
 # Lines of a plan, by their first word, that the README shows.
 _PLAN_LINES = (
     "run", "zero_stage", "checkpointed_layers", "hpz_partition_size", "memory", "speed",
@@ -37,9 +47,16 @@ def configuration() -> str:
         "Generated from the code by `make docs`.",
         "A run file is flat YAML; any setting can also be `key=value` on the command line.",
         "Precedence: defaults < presets < run file < command line.",
+        "In paths a leading `~`, `$NAME` and `${NAME}` are expanded, and `$$` is a dollar; "
+        "run.yaml keeps the text as written.",
         "",
-        "| setting | values | default | what it does |",
-        "|---|---|---|---|",
+        "The column `change` says what another value means for a run that is already in "
+        "`output_dir`:",
+        "",
+        *(f"- `{change}`: {meaning}" for change, meaning in _CHANGES.items()),
+        "",
+        "| setting | values | default | change | what it does |",
+        "|---|---|---|---|---|",
     ]
     required = set(schema["required"])
     for name, described in schema["properties"].items():
@@ -49,9 +66,9 @@ def configuration() -> str:
             if name in required
             else f"`{_json(field.get_default(call_default_factory=True))}`"
         )
-        lines.append(
-            f"| `{name}` | {_values(described)} | {default} | {described['description']} |"
-        )
+        change = described.get("change", "result")
+        cells = [f"`{name}`", _values(described), default, change, described["description"]]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Presets", "", "| preset | sets | the guide's range |", "|---|---|---|"]
     for name, values in PRESETS.items():
         sets = ", ".join(f"`{key}: {_json(value)}`" for key, value in values.items())
@@ -103,7 +120,7 @@ def _value(option: dict) -> str:
     }[option["type"]]  # fmt: skip
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {option[key]:g}" for key, sign in signs.items() if key in option]
-    return " ".join([kind, *bounds])
+    return f"{kind} {' and '.join(bounds)}".rstrip()
 
 
 def _linked(source: str) -> str:

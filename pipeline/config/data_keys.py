@@ -29,19 +29,13 @@ class DataKeys(BaseModel):
     """What is trained on, and how rows become documents."""
 
     model: str = Field(
-        description="Folder of the base model (config.json, safetensors, tokenizer), or the name "
-        "of a hub model that lies in the local cache.",
+        description="Base model: a folder (config.json, safetensors, tokenizer), or the name of "
+        "a hub model in the local cache.",
         json_schema_extra=traits(
             change="base",
             is_path=True,
-            peers=(
-                "base_model",
-                "model_name_or_path",
-                "model_name",
-                "model_id",
-                "model_id_or_path",
-                "pretrained_model_name_or_path",
-            ),
+            peers="base_model model_name_or_path model_name model_id model_id_or_path "
+            "pretrained_model_name_or_path",
         ),
     )
     model_revision: str | None = Field(
@@ -50,23 +44,14 @@ class DataKeys(BaseModel):
         json_schema_extra=traits(change="base"),
     )
     train_data: Annotated[DataNames, BeforeValidator(names_of_data)] = Field(
-        description="What to train on: a file, a folder, a glob or a hub name "
-        "(`org/name:split`), or a list of them, each a name or `{path, weight, limit}`: "
-        "`weight` is how often an epoch its rows are seen (1), `limit` takes its first rows.",
+        description="Training data: a file, a folder, a glob or a hub name (`org/name:split`), "
+        "or a list of them, each a name or `{path, weight, limit}`: `weight` is how often its "
+        "rows are seen in an epoch (1), `limit` takes its first rows.",
         json_schema_extra=traits(
             change="files",
             is_path=True,
-            peers=(
-                "datasets",
-                "dataset",
-                "dataset_name",
-                "dataset_path",
-                "train_file",
-                "train_dataset",
-                "data_path",
-                "training_data",
-                "train_path",
-            ),
+            peers="datasets dataset dataset_name dataset_path train_file train_dataset data_path "
+            "training_data train_path",
         ),
     )
     eval_data: Annotated[
@@ -74,84 +59,69 @@ class DataKeys(BaseModel):
         BeforeValidator(names_or_how_much),
     ] = Field(
         default=None,
-        description="Held-out data, named as in `train_data`; or how much of the training data to "
-        "hold out, by content: a share (`0.05`) or a number of rows.",
+        description="Held-out data, named as in `train_data`; or how much of the training data "
+        "to hold out, selected by content: a share (`0.05`) or a number of rows (`200`).",
         json_schema_extra=traits(
             change="files",
             is_path=True,
-            peers=(
-                "eval_dataset",
-                "test_datasets",
-                "val_dataset",
-                "validation_file",
-                "eval_file",
-                "eval_path",
-            ),
+            peers="eval_dataset test_datasets val_dataset validation_file eval_file eval_path",
         ),
     )
     data_format: DataFormat | Auto = Field(
         default="auto",
-        description="Format of the rows; `auto` goes by the columns of each row.",
-        json_schema_extra=traits(change="documents", peers=("formatting", "data_type")),
+        description="Format of the rows; `auto` detects it from the columns of each row.",
+        json_schema_extra=traits(change="documents", peers="formatting data_type"),
     )
     columns: Annotated[dict[str, str], AfterValidator(columns_of_a_format)] = Field(
         default_factory=dict,
         description="Names that the data has for the columns of its format, for example "
         "`{prompt: question, completion: answer}`.",
-        json_schema_extra=traits(change="documents", peers=("column_mapping",)),
+        json_schema_extra=traits(change="documents", peers="column_mapping"),
     )
     on_bad_row: Literal["reject", "fail"] = Field(
         default="reject",
-        description="Count bad rows and leave them out, or end at the first.",
+        description="`reject` counts a bad row and leaves it out, `fail` ends at the first one.",
         json_schema_extra=traits(change="run"),
     )
     max_rejected: Share = Field(
         default=0.01,
-        description="Share of bad rows up to which they are counted and left out.",
+        description="Largest share of bad rows that a source may have; more end the run.",
         json_schema_extra=traits(change="run"),
     )
     max_length: Positive = Field(
         default=1024,
-        description="Longest sequence, in tokens.",
+        description="Longest sequence in tokens; also the size of a pack.",
         json_schema_extra=traits(
             change="documents",
-            peers=(
-                "sequence_len",
-                "cutoff_len",
-                "max_seq_length",
-                "max_seq_len",
-                "model_max_length",
-                "block_size",
-                "seq_length",
-            ),
+            peers="sequence_len cutoff_len max_seq_length max_seq_len model_max_length block_size "
+            "seq_length",
         ),
     )
     over_length: Literal["truncate", "drop", "split", "fail"] = Field(
         default="truncate",
-        description="What happens to a document of more than `max_length` tokens: its end is cut "
-        "off, it is left out, it becomes several, or the run is refused.",
+        description="A document of more than `max_length` tokens is truncated, dropped, split "
+        "into several, or ends the run.",
         json_schema_extra=traits(
-            change="documents", peers=("truncation_strategy", "excess_length_strategy")
+            change="documents", peers="truncation_strategy excess_length_strategy"
         ),
     )
     packing: bool = Field(
         default=True,
-        description="Lay whole documents end to end in sequences of `max_length` tokens, each of "
-        "them attended to as if it were alone; `batch_size` and `global_batch_size` then count "
-        "these packs.",
+        description="Concatenate whole documents in sequences of `max_length` tokens; documents "
+        "do not attend to each other. `batch_size` and `global_batch_size` then count packs.",
         json_schema_extra=traits(
-            change="documents", peers=("sample_packing", "neat_packing", "padding_free")
+            change="documents", peers="sample_packing neat_packing padding_free"
         ),
     )
     train_on: Literal["assistant", "last-assistant", "all"] = Field(
         default="assistant",
-        description="Which turns of a conversation count in the loss; messages of `weight: 0` "
+        description="Turns of a conversation that count in the loss; messages of `weight: 0` "
         "never do.",
         json_schema_extra=traits(change="documents"),
     )
     split_turns: bool = Field(
         default=False,
-        description="Make one document of each assistant turn and what comes before it, for "
+        description="Make a document of each assistant turn with the turns before it, for "
         "templates that rewrite earlier turns.",
         json_schema_extra=traits(change="documents"),
     )
@@ -175,7 +145,7 @@ class DataKeys(BaseModel):
         json_schema_extra=traits(
             change="documents",
             is_path=True,
-            peers=("template", "chat_template_path", "chat_template_jinja"),
+            peers="template chat_template_path chat_template_jinja",
         ),
     )
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(template_variables)] = Field(
@@ -185,5 +155,5 @@ class DataKeys(BaseModel):
         json_schema_extra=traits(change="documents"),
     )
     trust_remote_code: bool = Field(
-        default=False, description="Run Python code that the model folder brings along."
+        default=False, description="Run Python code from the model folder."
     )

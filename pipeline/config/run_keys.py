@@ -26,37 +26,36 @@ class RunKeys(BaseModel):
 
     # The run and its folder
     output_dir: str = Field(
-        description="The run folder; everything that a run leaves is in it.",
-        json_schema_extra=traits(
-            change="run", is_path=True, peers=("output_path", "save_dir", "out_dir")
-        ),
+        description="The run folder: everything that a run writes.",
+        json_schema_extra=traits(change="run", is_path=True, peers="output_path save_dir out_dir"),
     )
     overwrite: bool = Field(
         default=False,
-        description="Replace a run with other settings in `output_dir` instead of refusing.",
-        json_schema_extra=traits(change="run", peers=("overwrite_output_dir",)),
+        description="Replace a run with other settings in `output_dir` instead of refusing to "
+        "start.",
+        json_schema_extra=traits(change="run", peers="overwrite_output_dir"),
     )
     resume: Annotated[str, Field(min_length=1)] = Field(
         default="auto",
-        description="`auto` goes on from the newest intact checkpoint if there is one, `must` "
-        "refuses to start without one, `never` starts from step 0. Anything else is the folder of "
-        "one checkpoint, of this run or another, to start from; started again, the run goes on "
-        "from what it has written since.",
+        description="`auto` resumes from the newest intact checkpoint if there is one, `must` "
+        "refuses to start without one, `never` starts at step 0. Anything else is the folder of "
+        "a checkpoint, of this run or another; started again, the run resumes from its own "
+        "newer checkpoints.",
         json_schema_extra=traits(
-            change="run",
-            is_path=True,
-            peers=("resume_from_checkpoint", "auto_resume_from_checkpoints"),
+            change="run", is_path=True, peers="resume_from_checkpoint auto_resume_from_checkpoints"
         ),
     )
     accept_changes: list[Literal["base", "data", "total_steps"]] = Field(
         default_factory=list,
-        description="What may differ from the run that wrote the checkpoint: `base` (the model's "
-        "weights), `data` (the training documents), `total_steps` (the learning rate's course).",
+        description="What may differ from the run that wrote the checkpoint: `base` (the "
+        "model's weights), `data` (the training documents), `total_steps` (the learning rate "
+        "schedule).",
         json_schema_extra=traits(change="run"),
     )
     preset: str | list[str] = Field(
         default_factory=list,
-        description="Name or names of presets; a later one wins, the run file wins over all.",
+        description="A preset or a list of presets (below); later ones win, the run file wins "
+        "over all.",
         json_schema_extra=traits(change="run"),
     )
     seed: int = Field(
@@ -64,70 +63,71 @@ class RunKeys(BaseModel):
         ge=0,
         lt=2**63,
         description="Seed of data order, adapter weights and dropout.",
-        json_schema_extra=traits(peers=("data_seed", "random_seed")),
+        json_schema_extra=traits(peers="data_seed random_seed"),
     )
 
     # LoRA
     lora_r: Positive = Field(
         default=64,
         description="Inner dimension of the adapter matrices.",
-        json_schema_extra=traits(peers=("lora_rank", "r")),
+        json_schema_extra=traits(peers="lora_rank r"),
     )
     lora_alpha: Annotated[float, Field(gt=0)] | Auto = Field(
         default="auto",
-        description="The update is scaled by alpha / r; `auto` is 2 x `lora_r`.",
-        json_schema_extra=traits(peers=("alpha",)),
+        description="The adapter's output is scaled by `lora_alpha` / `lora_r`; `auto` is 2 x "
+        "`lora_r`.",
+        json_schema_extra=traits(peers="alpha"),
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.05,
-        description="Dropout on the input of the adapter, while training.",
-        json_schema_extra=traits(peers=("dropout",)),
+        description="Dropout probability on the adapter's input in training.",
+        json_schema_extra=traits(peers="dropout"),
     )
     lora_target_modules: str | list[str] = Field(
         default="auto",
         description="Linear layers that get an adapter: a list of module names (the end of the "
         "path is enough), `all-linear`, or one regular expression for the whole path; `auto`: all "
         "of the blocks without routers and fused experts.",
-        json_schema_extra=traits(
-            peers=("target_modules", "lora_target", "lora_modules", "lora_attn_modules")
-        ),
+        json_schema_extra=traits(peers="target_modules lora_target lora_modules lora_attn_modules"),
     )
     modules_to_save: list[str] = Field(
         default_factory=list,
-        description="Modules trained in full beside the adapter. Not available yet.",
+        description="Modules to train in full beside the adapter. Not available yet.",
         json_schema_extra=traits(
-            peers=("lora_modules_to_save", "additional_target", "additional_trainable_modules")
+            peers="lora_modules_to_save additional_target additional_trainable_modules"
         ),
     )
 
     # Quantised base
     load_in_4bit: bool = Field(
         default=False,
-        description="QLoRA: hold the base in 4 bits.",
-        json_schema_extra=traits(peers=("use_4bit",)),
+        description="QLoRA: quantise the base to 4 bits.",
+        json_schema_extra=traits(peers="use_4bit"),
     )
     load_in_8bit: bool = Field(
         default=False,
-        description="Hold the base in 8 bits (LLM.int8).",
-        json_schema_extra=traits(peers=("use_8bit",)),
+        description="Quantise the base to 8 bits (LLM.int8).",
+        json_schema_extra=traits(peers="use_8bit"),
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
         default="nf4",
         description="4-bit data type.",
-        json_schema_extra=traits(peers=("quantization_type",)),
+        json_schema_extra=traits(peers="quantization_type"),
     )
     bnb_4bit_use_double_quant: bool = Field(
         default=True,
-        description="Quantise the quantisation constants too (0.4 bit a weight less).",
-        json_schema_extra=traits(peers=("double_quantization", "use_nested_quant")),
+        description="Quantise the quantisation constants too: 0.4 bits a weight less.",
+        json_schema_extra=traits(peers="double_quantization use_nested_quant"),
     )
     bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        default="auto", description="Type that 4-bit weights are expanded to; `auto`: as trained."
+        default="auto",
+        description="Data type of matrix products with 4-bit weights; `auto` is the one the run "
+        "trains in.",
     )
     bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
         default="uint8",
-        description="Type that packed 4-bit weights are stored as: `uint8`, or the one the run "
-        "trains in.",
+        description="Data type that packed 4-bit weights are stored as: `uint8`, or the one the "
+        "run trains in.",
         json_schema_extra=traits(change="run"),
     )
 
@@ -136,105 +136,108 @@ class RunKeys(BaseModel):
         Positive | Annotated[float, Field(gt=0)] | Auto, BeforeValidator(whole_number)
     ] = Field(
         default=1,
-        description="Passes over the training data, also 0.5 or 2.5; `auto`, the default where "
-        "`max_steps` is given: as many as those steps take.",
-        json_schema_extra=traits(change="total_steps", peers=("num_epochs", "num_train_epochs")),
+        description="Passes over the training data, also 0.5 or 2.5; `auto`, the default with "
+        "`max_steps`: as many as those steps take.",
+        json_schema_extra=traits(change="total_steps", peers="num_epochs num_train_epochs"),
     )
     max_steps: Positive | None = Field(
         default=None,
-        description="Steps of the run; with `epochs` it ends at whichever comes first.",
-        json_schema_extra=traits(
-            change="total_steps", peers=("max_train_steps", "max_steps_per_epoch")
-        ),
+        description="Optimizer steps of the run; with `epochs` the smaller of the two.",
+        json_schema_extra=traits(change="total_steps", peers="max_train_steps max_steps_per_epoch"),
     )
     batch_size: Positive | Auto = Field(
         default="auto",
-        description="Sequences of a micro-batch: one forward on one rank.",
+        description="Sequences of a micro-batch: one forward pass on one rank; `auto` is the "
+        "fastest that fits.",
         json_schema_extra=traits(
             change="run",
             layout="micro_batch_size",
             deepspeed="train_micro_batch_size_per_gpu",
-            peers=("micro_batch_size", "per_device_train_batch_size", "train_batch_size"),
+            peers="micro_batch_size per_device_train_batch_size train_batch_size",
         ),
     )
     gradient_accumulation_steps: Positive | Auto = Field(
         default="auto",
-        description="Micro-batches a rank adds up before a step.",
+        description="Micro-batches of each rank in an optimizer step; `auto` follows from the "
+        "global batch.",
         json_schema_extra=traits(
             change="run",
             deepspeed="gradient_accumulation_steps",
-            peers=("grad_accum_steps", "accumulation_steps"),
+            peers="grad_accum_steps accumulation_steps",
         ),
     )
     global_batch_size: Positive | Auto = Field(
         default="auto",
-        description="Sequences of one step over all ranks = `batch_size` x "
-        "`gradient_accumulation_steps` x ranks; give it and leave one of the two `auto` to keep "
-        "a run the same on any number of ranks. 16 where nothing is given.",
+        description="Sequences of an optimizer step over all ranks = `batch_size` x "
+        "`gradient_accumulation_steps` x ranks. Set it and leave one of the two `auto` for the "
+        "same run on any number of ranks; `auto` is 16.",
         json_schema_extra=traits(
-            deepspeed="train_batch_size", peers=("total_batch_size", "effective_batch_size")
+            deepspeed="train_batch_size", peers="total_batch_size effective_batch_size"
         ),
     )
 
     # Optimisation
     lr: Annotated[float, Field(gt=0)] = Field(
         default=2e-4,
-        description="Highest learning rate.",
-        json_schema_extra=traits(deepspeed="optimizer.params.lr", peers=("learning_rate",)),
+        description="Peak learning rate.",
+        json_schema_extra=traits(deepspeed="optimizer.params.lr", peers="learning_rate"),
     )
     min_lr_ratio: Share = Field(
         default=0.0,
         description="Last learning rate as a share of `lr`.",
-        json_schema_extra=traits(peers=("cosine_min_lr_ratio",)),
+        json_schema_extra=traits(peers="cosine_min_lr_ratio"),
     )
     warmup_ratio: Share | None = Field(
         default=0.03, description="Warm-up as a share of all steps; not with `warmup_steps`."
     )
     warmup_steps: Annotated[float, Field(ge=0)] | None = Field(
         default=None,
-        description="Warm-up in steps; below 1 a share of all steps. Not with `warmup_ratio`.",
-        json_schema_extra=traits(peers=("num_warmup_steps", "lr_warmup_steps")),
+        description="Warm-up in steps, or below 1 as a share of all steps; not with "
+        "`warmup_ratio`.",
+        json_schema_extra=traits(peers="num_warmup_steps lr_warmup_steps"),
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         default="cosine",
-        description="Course of the learning rate after the warm-up.",
-        json_schema_extra=traits(peers=("lr_scheduler", "lr_schedule")),
+        description="Learning rate schedule after the warm-up.",
+        json_schema_extra=traits(peers="lr_scheduler lr_schedule"),
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.01,
-        description="AdamW's decay.",
+        description="AdamW's weight decay.",
         json_schema_extra=traits(deepspeed="optimizer.params.weight_decay"),
     )
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(
         default=1.0,
-        description="Clip the global gradient norm to this; 0 clips nothing.",
+        description="Clip the global gradient norm to this; 0 for no clipping.",
         json_schema_extra=traits(
-            deepspeed="gradient_clipping", peers=("gradient_clipping", "clip_grad_norm")
+            deepspeed="gradient_clipping", peers="gradient_clipping clip_grad_norm"
         ),
     )
 
     # Precision, memory, speed
     bf16: bool | Auto = Field(
         default="auto",
-        description="Train in bfloat16; with `fp16` also false, in fp32.",
+        description="Train in bfloat16; `auto` where the device has it. With `bf16` and `fp16` "
+        "false: fp32.",
         json_schema_extra=traits(deepspeed="bf16.enabled"),
     )
     fp16: bool | Auto = Field(
         default="auto",
-        description="Train in float16 with loss scaling.",
+        description="Train in float16 with loss scaling; `auto` where the device has no bfloat16.",
         json_schema_extra=traits(deepspeed="fp16.enabled"),
     )
     zero_stage: Annotated[int, Field(ge=1, le=3)] | Auto = Field(
         default="auto",
-        description="ZeRO stage; 3 shards the base over the ranks.",
+        description="ZeRO stage: 1 and 2 replicate the base, 3 shards it over the ranks; `auto` "
+        "shards only a base that does not fit otherwise.",
         json_schema_extra=traits(
             change="run", layout="zero_stage", deepspeed="zero_optimization.stage"
         ),
     )
     hpz_partition_size: Positive | Auto = Field(
         default="auto",
-        description="Ranks that share a second copy of the base at ZeRO-3, so that gathers stay "
-        "among them: those of a node, or 1 for no second copy.",
+        description="ZeRO-3: ranks that share a second copy of the base, so that gathers stay "
+        "among them: the ranks of a node, or 1 for no second copy.",
         json_schema_extra=traits(
             change="run",
             layout="hpz_partition_size",
@@ -243,62 +246,62 @@ class RunKeys(BaseModel):
     )
     offload_param: Literal["none", "cpu"] | Auto = Field(
         default="auto",
-        description="Where the sharded base is kept at ZeRO-3 between its uses.",
+        description="ZeRO-3: where the sharded base lies between uses; `auto` is `none` where "
+        "it fits.",
         json_schema_extra=traits(
             change="run", layout="offload_param", deepspeed="zero_optimization.offload_param.device"
         ),
     )
     deepspeed_json: str | None = Field(
         default=None,
-        description="A DeepSpeed JSON whose keys are laid over the generated config; `auto` in it "
-        "means what the plan generates. Held to docs/rules.md.",
-        json_schema_extra=traits(
-            change="run", is_path=True, peers=("deepspeed", "deepspeed_config")
-        ),
+        description="A DeepSpeed JSON whose keys replace generated ones; `auto` in it keeps the "
+        "generated value. Checked by the rules of docs/rules.md.",
+        json_schema_extra=traits(change="run", is_path=True, peers="deepspeed deepspeed_config"),
     )
     gradient_checkpointing: bool | Auto = Field(
         default="auto",
-        description="Recompute activations in the backward pass to save memory.",
+        description="Recompute activations in the backward pass; `auto` does so for as few "
+        "layers as fit.",
         json_schema_extra=traits(
             change="run",
             layout="checkpointed_layers",
-            peers=("activation_checkpointing", "enable_activation_checkpointing"),
+            peers="activation_checkpointing enable_activation_checkpointing",
         ),
     )
     use_flash_attention: bool | Auto = Field(
         default="auto",
-        description="FlashAttention-2 (package flash-attn); `auto`: PyTorch's own.",
-        json_schema_extra=traits(peers=("flash_attention", "flash_attn", "use_flash_attn")),
+        description="FlashAttention-2 (package flash-attn); `auto` is PyTorch's own attention.",
+        json_schema_extra=traits(peers="flash_attention flash_attn use_flash_attn"),
     )
     dataloader_num_workers: Annotated[int, Field(ge=0)] = Field(
         default=0,
-        description="Processes a rank that build batches; 0: a thread builds the next one, which "
-        "is enough, because ids are memory-mapped.",
-        json_schema_extra=traits(change="run", peers=("num_workers",)),
+        description="Processes a rank that build batches; 0, a thread, is enough because token "
+        "ids are memory-mapped.",
+        json_schema_extra=traits(change="run", peers="num_workers"),
     )
     dataloader_prefetch_factor: Positive = Field(
         default=2,
-        description="Micro-batches that each of those processes builds ahead, where there are any.",
+        description="Micro-batches that each worker process builds ahead.",
         json_schema_extra=traits(change="run"),
     )
 
     # Watching, saving, stopping
     logging_steps: Positive = Field(
         default=10,
-        description="Steps between lines in the terminal.",
-        json_schema_extra=traits(change="run", peers=("log_every_n_steps", "log_interval")),
+        description="Steps between progress lines in the terminal.",
+        json_schema_extra=traits(change="run", peers="log_every_n_steps log_interval"),
     )
     evaluation_strategy: Strategy = Field(
         default="epoch",
         description="When the held-out loss is measured, if there is `eval_data`: every "
         "`eval_steps` steps, at the end of each epoch, or never. With `eval_steps` given the "
         "default is `steps`.",
-        json_schema_extra=traits(change="selection", peers=("eval_strategy",)),
+        json_schema_extra=traits(change="selection", peers="eval_strategy"),
     )
     eval_steps: Positive | None = Field(
         default=100,
         description="Steps between evaluations with `evaluation_strategy: steps`.",
-        json_schema_extra=traits(change="selection", peers=("eval_interval",)),
+        json_schema_extra=traits(change="selection", peers="eval_interval"),
     )
     evals_per_epoch: Positive | None = Field(
         default=None,
@@ -314,7 +317,7 @@ class RunKeys(BaseModel):
     save_steps: Positive | None = Field(
         default=100,
         description="Steps between checkpoints with `save_strategy: steps`.",
-        json_schema_extra=traits(change="run", peers=("save_interval",)),
+        json_schema_extra=traits(change="run", peers="save_interval"),
     )
     saves_per_epoch: Positive | None = Field(
         default=None,
@@ -323,31 +326,32 @@ class RunKeys(BaseModel):
     )
     save_total_limit: Positive = Field(
         default=2,
-        description="Checkpoints kept.",
-        json_schema_extra=traits(change="run", peers=("saves_total_limit",)),
+        description="Checkpoints to keep.",
+        json_schema_extra=traits(change="run", peers="saves_total_limit"),
     )
     save_must_succeed: bool = Field(
         default=False,
-        description="End the run when a checkpoint cannot be written; otherwise that is said, and "
-        "tried again at the next save.",
+        description="End the run when a checkpoint cannot be written; otherwise warn, and try "
+        "again at the next save.",
         json_schema_extra=traits(change="run"),
     )
     keep_best: bool = Field(
         default=False,
-        description="Export the adapter of the lowest held-out loss, not the last.",
-        json_schema_extra=traits(peers=("load_best_model_at_end",)),
+        description="Publish the adapter with the lowest held-out loss instead of the last one.",
+        json_schema_extra=traits(peers="load_best_model_at_end"),
     )
     early_stopping_patience: Positive | None = Field(
         default=None, description="End after this many evaluations without a lower held-out loss."
     )
     time_limit: str | None = Field(
         default=None,
-        description="Stop with a checkpoint after this time, `HH:MM:SS`; start again to go on.",
+        description="Stop with a checkpoint after this time, `HH:MM:SS` in quotes; started "
+        "again, the run resumes.",
         json_schema_extra=traits(change="run"),
     )
     hang_timeout_s: Positive = Field(
         default=900,
-        description="Seconds without a finished micro-batch on any rank after which the run is "
-        "ended, naming the rank that hangs.",
+        description="Seconds without a finished micro-batch on any rank, after which the run "
+        "ends and names the rank.",
         json_schema_extra=traits(change="run"),
     )

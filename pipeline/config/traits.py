@@ -1,6 +1,5 @@
 """Traits: facts about a setting that other rooms need; each stands on its Field in settings.py."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic.config import JsonDict
@@ -22,20 +21,20 @@ def traits(
     change: Change = "result",
     layout: str = "",
     deepspeed: str = "",
-    peers: Sequence[str] = (),
+    peers: str = "",
     is_path: bool = False,
 ) -> JsonDict:
     """`json_schema_extra` of a setting's Field.
 
     `layout`: the field of the plan's Layout that the setting fixes. `deepspeed`: the key of a
     DeepSpeed JSON with the same meaning, its blocks joined by dots. `peers`: names of the setting
-    in other training programs, for the message about an unknown key. `is_path`: the text may be a
-    path, in which `~` and `$NAME` are expanded.
+    in other training programs, divided by spaces, for the message about an unknown key.
+    `is_path`: the text may be a path, in which `~` and `$NAME` are expanded.
     """
     return {
         "change": change,
         "layout": layout,
         "deepspeed": deepspeed,
-        "peers": [*peers],
+        "peers": [*peers.split()],
         "is_path": is_path,
     }
