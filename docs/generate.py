@@ -22,8 +22,9 @@ ROOT = HERE.parent
 _CHANGES: dict[Change, str] = {
     "result": "another adapter would come out; the start is refused unless `overwrite: true`",
     "documents": "the same with other documents; `accept_changes: [data]` resumes all the same",
-    "files": "compared by the content of the files; else like `documents`",
-    "base": "compared by the weights; `accept_changes: [base]` resumes all the same",
+    "files": "compared by the content of the training files, not by their names; else like "
+    "`documents`",
+    "base": "another base model; `accept_changes: [base]` resumes all the same",
     "total_steps": "another schedule; `accept_changes: [total_steps]` resumes all the same",
     "selection": "like `result` with `keep_best` or `early_stopping_patience`, else like `run`",
     "run": "how the run is run, watched or saved; the run resumes",

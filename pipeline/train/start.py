@@ -224,7 +224,10 @@ def _differences(folder: Path, plan: Plan, found: Found) -> dict[str, str]:
         for key, value in _deciding(plan).items()
         if _value(before, key) != value
     }
-    if "train_data" not in changed and _has_other_documents(folder, plan.settings, found):
+    has_same = _has_same_documents(folder, plan.settings, found)
+    if has_same:
+        changed.pop("train_data", None)  # the same rows by another path
+    if has_same is False and "train_data" not in changed:
         version = written_by(folder)
         changed["train_data"] = (
             "train_data (or the tokenizer): its content changed"
@@ -250,12 +253,12 @@ def _deciding(plan: Plan) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in free}
 
 
-def _has_other_documents(folder: Path, settings: RunSettings, found: Found) -> bool:
-    """Whether the training documents have another key than when the run used them."""
+def _has_same_documents(folder: Path, settings: RunSettings, found: Found) -> bool | None:
+    """Whether the training documents have the key that they had for the run; None if unknown."""
     if found != "unfinished" and written_by(folder) != __version__:
-        return False  # another version may name the same documents by another key
+        return None  # another version may name the same documents by another key
     key = _key_in_checkpoint(folder) if found == "unfinished" else _key_in_index(folder)
-    return key is not None and key != train_key(settings)
+    return None if key is None else key == train_key(settings)
 
 
 def _key_in_index(folder: Path) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.settings import RunSettings, settings_with
+from pipeline.data.prepare.prepare import train_key
 from pipeline.train.context import requeued_settings
 from pipeline.train.folder import open_run
 from pipeline.train.owner import identity
@@ -463,3 +464,19 @@ def test_a_requeued_job_resumes_the_run_that_it_started_itself(begin, monkeypatc
     for job, count, resume in (("7", "1", "auto"), ("7", "0", "never"), ("8", "1", "never")):
         env = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": count}
         assert requeued_settings(never, env).resume == resume
+
+
+def test_the_same_rows_by_another_path_are_the_same_run(begin, tmp_path, tiny_model):
+
+    folder, start = begin
+    names = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    for name, text in zip(names, ("x", "x", "y"), strict=True):
+        Path(name).write_text(f'{{"text": "{text}"}}\n')
+    start(train_data=names[0])
+    leave(folder, "stopped", adapter=False)
+    key = train_key(make_plan(tiny_model, train_data=names[0]).settings)
+    state = folder / "checkpoints/step-00000009/state.json"
+    state.write_text(json.dumps({"identity": {"data": key}}))
+    assert start(train_data=names[1]) == "resume"
+    with refused("train_data", "accept_changes: [data]"):
+        start(train_data=names[2])
