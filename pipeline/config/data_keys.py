@@ -15,7 +15,7 @@ from pipeline.config.data_names import (
     Positive,
     columns_of_a_format,
     names_of_data,
-    names_or_how_much,
+    names_or_amount,
     template_name,
     template_variables,
 )
@@ -56,7 +56,7 @@ class DataKeys(BaseModel):
     )
     eval_data: Annotated[
         DataNames | Annotated[float, Field(gt=0, lt=1)] | Positive | None,
-        BeforeValidator(names_or_how_much),
+        BeforeValidator(names_or_amount),
     ] = Field(
         default=None,
         description="Held-out data, named as in `train_data`; or how much of the training data "

@@ -1,4 +1,4 @@
-"""What `train_data`, `eval_data` and `columns` may hold: names of data, sources, columns."""
+"""Values of `train_data`, `eval_data`, `columns` and the chat template: checks and types."""
 
 import difflib
 import re
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 Positive = Annotated[int, Field(ge=1)]
 DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "pre-tokenised"]
 
-# Columns that a format reads: what `columns` may give another name.
+# Columns that a format reads, which `columns` may give another name.
 COLUMNS = (
     "messages",
     "conversations",
@@ -30,7 +30,7 @@ COLUMNS = (
 
 
 class DataSource(BaseModel):
-    """One source of rows, where its weight or its number of rows is given."""
+    """One source of rows: a file, folder, glob or hub split, its weight and its row limit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -43,12 +43,12 @@ DataNames = str | DataSource | list[str | DataSource]
 
 
 def names_of_data(value: Any) -> Any:
-    """The value of `train_data` with its objects as sources; ValueError for what is no name."""
+    """The value of `train_data` with its objects as sources. Raises ValueError for other types."""
     return _as_names(value, "expected a file, a folder, a glob, org/name:split, or a list")
 
 
-def names_or_how_much(value: Any) -> Any:
-    """The value of `eval_data`: names, or a share or number of rows; ValueError for others."""
+def names_or_amount(value: Any) -> Any:
+    """The value of `eval_data`: names, a share or a number of rows. Raises ValueError."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_share = isinstance(value, float) and 0 < value < 1
     is_percentage = isinstance(value, str) and re.fullmatch(r"[\d.]+ *%", value)
@@ -62,7 +62,7 @@ def names_or_how_much(value: Any) -> Any:
 
 
 def columns_of_a_format(value: dict[str, str]) -> dict[str, str]:
-    """The value of `columns`; ValueError where it names what no format has, or one twice."""
+    """The value of `columns`. Raises ValueError for a column of no format or one named twice."""
     if unknown := [name for name in value if name not in COLUMNS]:
         raise ValueError(f"{unknown[0]} is no format's column; known: {', '.join(COLUMNS)}")
     if twice := [name for name in value.values() if [*value.values()].count(name) > 1]:
@@ -77,7 +77,7 @@ def sources(names: DataNames | None) -> list[DataSource]:
 
 
 def _as_names(value: Any, expected: str) -> Any:
-    """The value with its objects as sources; ValueError, one sentence, for what is no name."""
+    """The value with its objects as sources. Raises ValueError of one sentence for other types."""
     if isinstance(value, list):
         return [
             _as_name(name, "expected a list of names or {path, weight, limit}") for name in value
@@ -99,19 +99,19 @@ def _as_name(value: Any, expected: str) -> str | DataSource:
         return DataSource.model_validate(value)
     except ValidationError as error:
         problem = error.errors()[0]
-        said = problem["msg"].replace("Input should be", "must be")
-        raise ValueError(f"{problem['loc'][0]} of a source: {said}") from None
+        reason = problem["msg"].replace("Input should be", "must be")
+        raise ValueError(f"{problem['loc'][0]} of a source: {reason}") from None
 
 
 def template_name(value: str) -> str:
-    """The value of `chat_template`; ValueError where it is no template."""
+    """The value of `chat_template`. Raises ValueError if it names no template."""
     if value in ("model", "chatml") or value.endswith((".jinja", ".jinja2", ".j2")):
         return value
     raise ValueError(f"{value} is no template; give model, chatml or a Jinja file (FILE.jinja)")
 
 
 def template_variables(value: dict[str, Any]) -> dict[str, Any]:
-    """The value of `chat_template_kwargs`; ValueError for what every template is given anyway."""
+    """The value of `chat_template_kwargs`. Raises ValueError for variables that each row sets."""
     given = {"messages", "tools", "documents", "add_generation_prompt"}
     if wrong := sorted(given & value.keys()):
         raise ValueError(f"{wrong[0]} is set for each row, so it cannot be set here")

@@ -1,4 +1,4 @@
-"""Models and data sets named as on the hub -> their snapshots in the local cache.
+"""Names of models and data sets on the hub -> their snapshots in the local cache.
 
 Nothing is fetched. Layout of the cache: huggingface_hub, "Understand caching".
 """
@@ -24,23 +24,23 @@ class HubSplit:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """`org/name:split` or `org/name@revision:split`; None for neither, and for a file."""
-        found = _SPLIT.fullmatch(text)
-        if found is None or os.path.exists(text):  # noqa: PTH110 - Path's raises for a long name
+        """`org/name:split` or `org/name@revision:split`; None for other text and existing files."""
+        match = _SPLIT.fullmatch(text)
+        if match is None or os.path.exists(text):  # noqa: PTH110 - Path's raises for a long name
             return None
-        name, revision, split = found.groups()
+        name, revision, split = match.groups()
         return cls(name=name, split=split, revision=revision or "main")
 
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}:{self.split}"
 
     def snapshot(self, environment: Mapping[str, str] = os.environ) -> Path | None:
-        """Folder of the snapshot in the local cache, its name the commit; None without one."""
+        """The snapshot folder in the local cache, named after the commit; None if there is none."""
         return snapshot_folder(self.name, environment, kind="datasets", revision=self.revision)
 
 
 def is_without_split(text: str) -> bool:
-    """Whether the text is `org/name` or `org/name@revision`, as a data set without its split."""
+    """Whether the text is `org/name` or `org/name@revision`, a data set name that lacks a split."""
     return _SPLIT.fullmatch(f"{text}:train") is not None
 
 
@@ -60,7 +60,7 @@ def snapshot_folder(
     kind: Literal["models", "datasets"] = "models",
     revision: str = "main",
 ) -> Path | None:
-    """The snapshot that `revision` was last fetched as; None where there is none."""
+    """The folder of the snapshot that `revision` was last fetched as; None if there is none."""
     if not _NAME.fullmatch(name):
         return None
     home = Path(environment.get("HF_HOME") or Path.home() / ".cache/huggingface")

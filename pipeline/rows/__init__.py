@@ -1,6 +1,8 @@
-"""Data files -> rows -> Examples, without torch and without a plan.
+"""Data files -> rows -> examples, without torch and without a plan.
 
-In: the names in `train_data` and `eval_data`. Out: Examples (conversation, prompt and completion,
-or text), and a bad row with file, line and reason for each row that cannot be read. The plan's
-size estimate and prepare use the same readers. Open `sources.py` first.
+In: the names in `train_data` and `eval_data`. Out: for each row an Example (conversation, prompt
+and completion, text or tokens) with the names of columns that were not read, or the file, line and
+reason for which the row is bad. The plan's size estimate and prepare use the same readers.
+Open `sources.py` first: names -> `files.py` -> `content.py` (bytes) -> `json_rows.py`,
+`csv_rows.py` or `tables.py` (Lines) -> `formats.py`, `conversations.py`, `messages.py` (examples).
 """

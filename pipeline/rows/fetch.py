@@ -1,4 +1,4 @@
-"""Splits of hub data sets: their files in the local cache, and fetching them there."""
+"""Splits of hub data sets: the files of a split in the local cache, and the download of a set."""
 
 import logging
 from collections.abc import Iterable
@@ -13,10 +13,10 @@ from pipeline.rows.files import has_known_suffix
 
 
 def split_files(split: HubSplit, key: str) -> list[Path]:
-    """Files of a split as the data set's own description lists them; fetches nothing.
+    """The files of a split as the data set's description lists them; downloads nothing.
 
-    Raises UserError that names `key` where the local cache has no snapshot or no such split, or a
-    snapshot whose download was cut off.
+    Raises UserError that names `key` if the local cache has no snapshot, only a part of one, or no
+    such split.
     """
     snapshot = split.snapshot()
     if snapshot is None:
@@ -26,19 +26,19 @@ def split_files(split: HubSplit, key: str) -> list[Path]:
         )
     if not _is_whole(split, snapshot):
         raise UserError(
-            f"{key}: {split}: files of it are missing in the local cache, as after a download "
-            "that was cut off; fetch them with: python launch/prepare.py RUN.yaml"
+            f"{key}: {split}: files of it are missing in the local cache, as after an interrupted "
+            "download; fetch them with: python launch/prepare.py RUN.yaml"
         )
     import datasets
 
-    for library in ("datasets", "huggingface_hub"):  # they note what a description lacks
+    for library in ("datasets", "huggingface_hub"):  # they log what a description lacks
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         with TemporaryDirectory(prefix="rankzero-") as cache:
             builder = datasets.load_dataset_builder(str(snapshot), cache_dir=cache)
     except Exception as error:  # noqa: BLE001 - several configurations, a script, no data file ...
-        said = " ".join(str(error).split())
-        raise UserError(f"{key}: {split}: {said}; or name the files beneath {snapshot}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{key}: {split}: {reason}; or name the files beneath {snapshot}") from None
     by_split = {str(name): files for name, files in (builder.config.data_files or {}).items()}
     if split.split not in by_split:
         raise UserError(f"{key}: {split}: its splits are {', '.join(by_split) or 'none'}")
@@ -49,7 +49,7 @@ def split_files(split: HubSplit, key: str) -> list[Path]:
 
 
 def fetch(sources: Iterable[DataSource], key: str) -> None:
-    """Download what of the hub data sets among a setting's sources is not in the local cache.
+    """Download the hub data sets of a setting that are not whole in the local cache.
 
     Raises UserError that names `key`.
     """
@@ -65,15 +65,15 @@ def fetch(sources: Iterable[DataSource], key: str) -> None:
         try:
             snapshot_download(split.name, repo_type="dataset", revision=split.revision)
         except Exception as error:  # noqa: BLE001 - no network, no such data set, a token, a disk
-            said = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"{key}: {split}: cannot be fetched from the hub: {said}; check the name and the "
+                f"{key}: {split}: cannot be fetched from the hub: {reason}; check the name and the "
                 "network (a private data set needs `hf auth login`), or name files that are here"
             ) from None
 
 
 def _is_whole(split: HubSplit, snapshot: Path) -> bool:
-    """Whether a snapshot has all files that the hub has listed for it, as far as is known here."""
+    """Whether a snapshot has all files that the hub listed for it, as far as the cache knows."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
@@ -87,6 +87,6 @@ def _is_whole(split: HubSplit, snapshot: Path) -> bool:
         )
     except IncompleteSnapshotError:
         return False
-    except LocalEntryNotFoundError:  # a commit by less than its whole hash: nothing is known of it
+    except LocalEntryNotFoundError:  # a shortened commit hash: the cache cannot tell
         return True
     return True
