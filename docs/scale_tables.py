@@ -1,4 +1,4 @@
-"""The tables of docs/scale.md, from the plan's own model of memory and speed."""
+"""The tables of docs/scale.md, from the plan's predictions of memory and speed."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -22,16 +22,16 @@ COUNTS = (8, 64, 512)
 DOCUMENTS, EPOCHS = 10_000, 3  # of a small fine-tuning
 BASES = {"LoRA": False, "QLoRA": True}
 SHARDINGS = {"ZeRO-2": (2, 1), "ZeRO-3": (3, 1), "ZeRO-3, hpZ": (3, PER_NODE)}
-# Bytes/s each way of a GPU to other nodes, at the share of the figure that the catalogue takes.
+# Bytes/s each way of a GPU to other nodes, at the fraction of the figure that the catalogue uses.
 NETWORKS = {"400 Gb/s a GPU": 25e9, "200": 12.5e9, "100": 6.25e9, "25": 1.5625e9}
-# Terms of a step that are waits for links; what computing hides is left out of them.
+# Terms of a step that wait for links, without what overlaps with computing.
 _WAITS = ("base_gathers", "gradient_reduction", "adapter_gather")
-_WORTH = 1.5  # what twice the GPUs must give
+_WORTH = 1.5  # speed-up that twice the GPUs must give
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A run whose price is asked: a model, its base, how it is sharded, and on how many GPUs."""
+    """A run to predict: a model, its base, its sharding, and the number of GPUs."""
 
     model: str
     base: str
@@ -41,21 +41,21 @@ class Case:
     global_batch: int
 
     def best(self) -> Candidate:
-        """The fastest layout that fits, or the one that lacks least."""
+        """The fastest layout that fits, or the one with the least need."""
         stage, copy = (None, None) if self.sharding is None else SHARDINGS[self.sharding]
         settings = settings_of(self.base, self.global_batch).model_copy(
             update={} if stage is None else {"zero_stage": stage, "hpz_partition_size": copy}
         )
-        machines = Cluster(
+        cluster = Cluster(
             hardware=replace(hardware(), network=self.network),
             nodes=max(1, self.gpus // PER_NODE),
             ranks_per_node=min(PER_NODE, self.gpus),
         )
-        return candidates(settings, shape_of(self.model), machines)[0]
+        return candidates(settings, shape_of(self.model), cluster)[0]
 
 
 def settings_of(base: str, global_batch: int) -> RunSettings:
-    """A run of LoRA or QLoRA with the base on the GPUs, and all that tables rest on said."""
+    """Settings of LoRA or QLoRA with the base on the GPUs, for all tables."""
     return RunSettings(
         model="a folder", train_data="train.jsonl", output_dir="run", lora_r=16,
         lora_dropout=0.05, lora_target_modules="all-linear", load_in_4bit=BASES[base],
@@ -69,7 +69,7 @@ def hardware() -> Hardware:
 
 
 def shape_of(model: str) -> ModelShape:
-    """The model's shape; the same object each time, so that its sums are made once."""
+    """The model's shape; the same object each time, so that cached sums are reused."""
     if model not in _SHAPES:
         _SHAPES[model] = read_shape(str(_FOLDER / f"llama-3.1-{model}"))
     return _SHAPES[model]
@@ -79,7 +79,7 @@ _SHAPES: dict[str, ModelShape] = {}
 
 
 def link_bytes(work: CostPerToken, layout: Layout) -> float:
-    """Bytes that a GPU sends in a step, as many as it receives, if each collective is a ring."""
+    """Bytes that a GPU sends in a step, if each collective is a ring."""
     world, accumulation = layout.world_size, layout.accumulation_steps
     group = layout.hpz_partition_size if layout.hpz_partition_size > 1 else world
     gathers = 2 * accumulation if layout.is_sharded else 0
@@ -89,14 +89,14 @@ def link_bytes(work: CostPerToken, layout: Layout) -> float:
 
 
 def waiting(speed: Speed) -> float:
-    """Seconds of a step in which nothing is done but waiting for links."""
+    """Seconds of a step that wait for links."""
     return sum(speed.terms[name] for name in _WAITS)
 
 
 def growing(model: str) -> str:
     """A batch that grows with the GPUs."""
     lines = [
-        "| base | sharding | GPUs | micro-batches | recomputed | GiB a GPU | GiB over links "
+        "| base | sharding | GPUs | micro-batches | checkpointed | GiB a GPU | GiB over links "
         "| s a step | waiting | tokens/s a GPU |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.plan.given.catalogue import GPUS, cpu_of, gpu_like, gpu_named, rates_of
 from pipeline.plan.given.hardware import GIB
+from tests import ROOT
 from tests.messages import refused
 
 pytestmark = pytest.mark.unit
@@ -96,3 +97,8 @@ def test_ranks_share_a_cpu_and_own_a_gpu():
     assert cpu.usable_bytes(4) == cpu.usable_bytes(1) // 4
     assert gpu.usable_bytes(8) == gpu.usable_bytes(1) < gpu.device_bytes
     assert cpu_of(8, 64 * GIB).flops == 2 * cpu.flops
+
+
+def test_the_docs_list_every_gpu():
+    text = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    assert all(f"`{key}`" in text for key in GPUS)
