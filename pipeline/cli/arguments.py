@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from pipeline.config.load import load_settings
+from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 
 
@@ -12,7 +14,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None) -> None:
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -23,7 +27,11 @@ class Parser(argparse.ArgumentParser):
         """Add RUN.yaml and `key=value` overrides; parse with `parse_intermixed_args`."""
         self.add_argument("run_file", type=Path, help="run file (docs/configuration.md)")
         self.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="settings for this command only"
+            "overrides",
+            nargs="*",
+            default=[],
+            metavar="key=value",
+            help="settings for this command only",
         )
 
     def add_run_folder(self) -> None:
@@ -33,6 +41,14 @@ class Parser(argparse.ArgumentParser):
     def add_local_rank(self) -> None:
         """Accept --local_rank, which DeepSpeed's launcher passes; the environment says it too."""
         self.add_argument("--local_rank", help=argparse.SUPPRESS)
+
+
+def run_settings(run_folder: Path) -> RunSettings:
+    """The settings in the run.yaml of a run folder. Raises UserError where there is none."""
+    path = run_folder / "run.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_folder}: no run.yaml in it; give the output_dir of a run")
+    return load_settings(path)
 
 
 def count(text: str) -> int:

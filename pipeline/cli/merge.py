@@ -9,9 +9,8 @@ from pathlib import Path
 
 from pipeline.adapter.merge import merge_adapter
 from pipeline.adapter.trained_on import require_same_base
-from pipeline.cli.arguments import Parser
+from pipeline.cli.arguments import Parser, run_settings
 from pipeline.cluster.exits import run_main
-from pipeline.config.load import load_settings
 from pipeline.errors import UserError
 
 
@@ -26,7 +25,7 @@ def merge() -> None:
     given = parser.parse_args()
     run_folder, adapter = given.run_folder, given.run_folder / "adapter"
     out = given.out or run_folder / "merged"
-    settings = load_settings(run_folder / "run.yaml")
+    settings = run_settings(run_folder)
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{run_folder} holds no adapter; train it first, to its end")
     base = given.base or settings.model_folder

@@ -10,11 +10,10 @@ import os
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cli.arguments import Parser, count
+from pipeline.cli.arguments import Parser, count, run_settings
 from pipeline.cluster.devices import detect_hardware, set_environment
 from pipeline.cluster.exits import run_main
 from pipeline.cluster.placement import Placement
-from pipeline.config.load import load_settings
 from pipeline.files import dump_json, write_text
 
 
@@ -24,7 +23,7 @@ def score() -> None:
     parser.add_run_folder()
     parser.add_argument("--rows", type=count, default=200, metavar="N", help="at most N rows (200)")
     given = parser.parse_args()
-    settings = load_settings(given.run_folder / "run.yaml")
+    settings = run_settings(given.run_folder)
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     set_environment(Placement(), detect_hardware())
     from pipeline.evaluate.score import score_run  # imports torch

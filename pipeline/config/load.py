@@ -35,7 +35,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     values, places = dict(file.values), {key: file.place(key) for key in file.values}
     for override in overrides:
         key, separator, text = override.partition("=")
-        if not separator:
+        if not separator or not key:
             raise UserError(f"command line: {override!r}: expected key=value, e.g. lr=1e-4")
         values[key] = parse_value(text, f"command line: {override}")
         places[key] = "command line"

@@ -47,8 +47,10 @@ def read_located(path: Path, kind: Literal["YAML", "JSON"], *, label: str = "") 
         with path.open("rb") as stream:  # a device or a pipe has no size to ask for
             content = stream.read(_MOST_BYTES + 1)
         text = content.decode("utf-8-sig")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or NUL in the path
-        raise UserError(f"{name}: cannot be read as text: {error}") from None
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # not UTF-8, or NUL in the path
+        raise UserError(f"{name}: not a text file in UTF-8: {error}") from None
     if len(content) > _MOST_BYTES:
         raise UserError(f"{name}: more than a megabyte; a file of settings is smaller")
     node, values = _parse(text, name, kind)

@@ -1,0 +1,91 @@
+"""Every verb: bad input is one message and exit code 2, and nothing is written."""
+
+import sys
+from importlib import import_module
+
+import pytest
+
+from pipeline.cli.rankzero import VERBS
+from pipeline.errors import UserError
+from tests.messages import assert_mentions
+
+pytestmark = pytest.mark.unit
+
+WITH_RUN_FILE = ("train", "plan", "prepare")  # preflight reports all that it finds
+WITH_RUN_FOLDER = ("merge", "score", "report")
+
+
+@pytest.fixture
+def refused_by(monkeypatch, tmp_path):
+    """Calls a verb that must refuse; returns its message."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(verb: str, *arguments: object) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        monkeypatch.setattr(sys, "argv", [verb, *map(str, arguments)])
+        with pytest.raises(UserError) as error:
+            getattr(import_module(f"pipeline.cli.{verb}"), verb)()
+        assert sorted(tmp_path.rglob("*")) == before
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return call
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "RUN.yaml"
+    path.write_text("model: m\ntrain_data: t\noutput_dir: o\n")
+    return path
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_arguments_that_are_missing_or_unknown_are_named(refused_by, verb):
+    missing = "run_folder" if verb in WITH_RUN_FOLDER else "run_file"
+    assert_mentions(refused_by(verb), verb, missing, "--help")
+    assert "key=value" not in refused_by(verb)  # is not required
+    assert_mentions(refused_by(verb, "x", "--nonsense"), "--nonsense")
+
+
+@pytest.mark.parametrize("verb", WITH_RUN_FILE)
+@pytest.mark.parametrize("name", ["nothing.yaml", ".", "/dev/null"])
+def test_what_is_no_run_file_is_named(refused_by, verb, name):
+    assert_mentions(refused_by(verb, name), name)
+
+
+@pytest.mark.parametrize("verb", WITH_RUN_FILE)
+@pytest.mark.parametrize("override", ["lr", "=5", "OTHER.yaml"])
+def test_what_is_no_override_is_named(refused_by, run_file, verb, override):
+    assert_mentions(refused_by(verb, run_file, override), override, "key=value")
+
+
+@pytest.mark.parametrize("verb", WITH_RUN_FOLDER)
+@pytest.mark.parametrize("name", ["nothing", ".", "/dev/null", "RUN.yaml"])
+def test_what_is_no_run_folder_is_named(refused_by, run_file, verb, name):
+    assert_mentions(refused_by(verb, name), name, "output_dir")
+
+
+@pytest.mark.parametrize("verb", ["merge", "score"])
+def test_a_run_without_an_adapter_is_named(refused_by, tmp_path, verb):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.yaml").write_text("model: m\ntrain_data: t\noutput_dir: o\n")
+    assert_mentions(refused_by(verb, folder), folder, "no adapter")
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        *(("score", ["--rows", value]) for value in ("0", "-1", "x", "1.5", "9" * 20, "²")),
+        *(("plan", ["--nodes", value]) for value in ("0", "-1", "two")),
+        *(("plan", ["--gpu-memory-gib", value]) for value in ("0", "-1", "nan", "inf", "many")),
+        ("prepare", ["--show", "x"]),
+    ],
+)
+def test_a_number_that_cannot_be_names_its_argument(refused_by, verb, arguments):
+    option, value = arguments
+    assert_mentions(refused_by(verb, "x", f"{option}={value}"), option, value)
+
+
+def test_an_option_is_never_guessed_from_its_beginning(refused_by, run_file):
+    assert_mentions(refused_by("plan", run_file, "--gpus", "3"), "--gpus")
