@@ -1,0 +1,114 @@
+"""Starts in the folder of a finished run, as real runs of one process."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.train.metrics import read_metrics
+from tests import ROOT
+from tests.messages import assert_mentions
+from tests.tiny import make_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, tiny_model) -> Path:
+    folder = tmp_path_factory.mktemp("restart")
+    make_rows(folder / "train.jsonl")
+    make_rows(folder / "heldout.jsonl", 5)
+    settings = {
+        "model": str(tiny_model), "train_data": str(folder / "train.jsonl"),
+        "eval_data": str(folder / "heldout.jsonl"), "output_dir": str(folder / "done"),
+        "lora_r": 4, "lr": 5e-3, "max_steps": 4, "global_batch_size": 4, "max_length": 128,
+        "packing": False, "save_steps": 2, "eval_steps": 2, "evaluation_strategy": "steps",
+        "logging_steps": 1, "bf16": False, "keep_best": True,
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    code, output = start(folder, folder / "done")
+    assert code == 0, output
+    return folder
+
+
+@pytest.fixture
+def done(workspace, tmp_path) -> Path:
+    """A copy of the finished run."""
+    shutil.copytree(workspace / "done", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def start(workspace: Path, run_folder: Path, *overrides: str) -> tuple[int, str]:
+    command = [
+        sys.executable,
+        "launch/train.py",
+        workspace / "run.yaml",
+        f"output_dir={run_folder}",
+    ]
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*command, *overrides], cwd=ROOT, env=env, text=True, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return ended.returncode, ended.stdout
+
+
+def steps(folder: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def test_an_adapter_that_is_gone_is_published_again_from_the_checkpoint(workspace, done):
+    shutil.rmtree(done / "adapter")
+    code, output = start(workspace, done)
+    assert code == 0, output
+    assert "step 1/4" not in output
+    assert adapter(done) == adapter(workspace / "done")
+
+
+def test_a_run_that_replaces_one_with_linked_checkpoints_resumes_nothing(workspace, done, tmp_path):
+    (done / "checkpoints").rename(tmp_path / "other_disk")
+    (done / "checkpoints").symlink_to(tmp_path / "other_disk")
+    code, output = start(workspace, done, "lr=1e-4", "overwrite=true")
+    assert code == 0, output
+    assert "resuming" not in output
+    assert steps(done) == [1, 2, 3, 4]
+    assert adapter(done) != adapter(workspace / "done")
+    assert (done / "checkpoints").is_symlink()
+
+
+def test_a_longer_run_on_other_held_out_rows_chooses_its_best_adapter_anew(workspace, done):
+    """Losses over different rows are not compared; damaged lines of metrics.jsonl are dropped."""
+    make_rows(workspace / "other.jsonl", 7)
+    with (done / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\n[1]\n")
+    changes = (f"eval_data={workspace / 'other.jsonl'}", "max_steps=6")
+    code, output = start(workspace, done, *changes, "accept_changes=[data, total_steps]")
+    assert code == 0, output
+    assert_mentions(output, "resuming from step 4", "eval_data changed")
+    assert steps(done) == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_target_modules_are_refused_before_the_model_is_loaded(workspace, tmp_path):
+    checkpoint = workspace / "done/checkpoints/step-00000002"
+    changes = ("lora_target_modules=[q_proj]", f"resume={checkpoint}")
+    code, output = start(workspace, tmp_path / "new", *changes)
+    assert code == 2, output
+    assert_mentions(output, "resume", checkpoint, "another output_dir")
+    assert "Traceback" not in output
+
+
+def test_a_checkpoint_of_another_run_with_more_steps_needs_a_new_run(workspace, tmp_path):
+    checkpoint = workspace / "done/checkpoints/step-00000004"
+    changes = ("max_steps=8", f"resume={checkpoint}", "accept_changes=[total_steps, data]")
+    code, output = start(workspace, tmp_path / "new", *changes)
+    assert code == 2, output
+    assert_mentions(output, "resume", checkpoint, "total_steps: 4 -> 8", "new run")
+    assert "Traceback" not in output
