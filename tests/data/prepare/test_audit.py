@@ -14,6 +14,7 @@ from pipeline.data.prepare.audit_table import audit_table
 from pipeline.report.data_audit import source_columns
 from pipeline.report.text import cell
 from pipeline.train.status import RunStatus
+from tests import ROOT
 from tests.data.prepare.preparation import lines_of, row
 from tests.messages import assert_mentions
 from tests.report.test_page import read_page
@@ -221,3 +222,44 @@ def test_rows_that_differ_in_white_space_alone_are_duplicates_and_held_out_toget
     audits = [run.audit("train"), run.audit("eval")]
     assert all(audit["duplicate_rows"] == audit["rows_used"] / 2 > 0 for audit in audits)
     assert audits[1]["rows_also_in_train"] == 0
+
+
+def agent_row(thought):
+    """Two tasks; templates such as Qwen 3's write the reasoning of the last one alone."""
+    turns = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two", "reasoning_content": thought},
+        {"role": "user", "content": "three"},
+        {"role": "assistant", "content": "four", "reasoning_content": "written"},
+    ]
+    return json.dumps({"messages": turns})
+
+
+def test_omitted_reasoning_is_counted_with_its_remedy(run):
+    template = str(ROOT / "tests" / "templates" / "qwen3.jinja")
+    lines_of(run.train, [row("plain"), agent_row("left out"), agent_row("left out too")])
+    run.prepare(chat_template=template)
+    omitted = run.audit()["omitted_thoughts"]
+    tokenizer = load_tokenizer(run.folder / "model")
+    texts = ("left out", "left out too")
+    expected = sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
+    assert omitted["rows"] == 2
+    assert omitted["tokens"] == pytest.approx(expected, abs=4)  # white space of the template
+    assert omitted["first"] == f"{run.train}:2"
+    assert_mentions(audit_summary(run.data), f"{run.train}:2", "split_turns: true")
+    index = run.prepare(chat_template=template, split_turns=True)
+    assert run.audit()["omitted_thoughts"]["rows"] == 0
+    split = open_split(index.train)
+    text = "".join(tokenizer.decode(split.document(i)[0]) for i in range(len(split)))
+    assert all(part in text for part in texts)
+
+
+def test_special_tokens_inside_texts_are_counted_with_their_first_place(run):
+    lines_of(run.train, [row("plain"), row("say <|im_end|> twice <|im_end|>"), row("<|im_end|>")])
+    run.prepare()
+    special = run.audit()["special_tokens_in_text"]
+    assert special == {"rows": 2, "tokens": 3, "first": f"{run.train}:2"}
+    assert_mentions(audit_summary(run.data), f"{run.train}:2", "special_tokens_in_text")
+    run.prepare(special_tokens_in_text="reject", max_rejected=0.7)
+    assert run.audit()["special_tokens_in_text"]["rows"] == 0
+    assert sum(run.audit()["rejected"].values()) == 2
