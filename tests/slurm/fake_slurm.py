@@ -1,4 +1,4 @@
-"""A job without Slurm: a made-up srun and scontrol, and the batch script between them."""
+"""A job without Slurm: stand-ins for srun, scontrol and containers, and the batch script."""
 
 import shutil
 import subprocess
@@ -9,10 +9,10 @@ from pathlib import Path
 from pipeline.files import dump_json
 from tests import ROOT
 
-# Each notes how it was called, a line a call with its words apart by tabs.
+# Each records its calls, one line per call with tabs between the words.
 SCONTROL = """\
 printf '%s\\t' scontrol "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
-# So many times slurmctld is away, then it is back.
+# The number of calls for which slurmctld is down.
 away=$(cat "$FAKE/away-$1" 2>/dev/null || echo 0)
 if [[ $away -gt 0 ]]; then
     echo $((away - 1)) >"$FAKE/away-$1"
@@ -25,47 +25,60 @@ case $1 in
     requeue) [[ ! -e $FAKE/no_requeue ]] ;;
 esac
 """
-# The step that makes folders on the nodes does nothing; the ranks' does what $FAKE/ranks says.
+# The step that creates folders on the nodes does nothing, that of a python in a container runs it,
+# and the ranks' step runs the script $FAKE/ranks.
 SRUN = """\
 printf '%s\\t' srun "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
 env >"$FAKE/environment"
 case "$*" in *mkdir*) [[ ! -e $FAKE/slow_disk ]] || { touch there; /bin/sleep 1; }; exit 0 ;; esac
+case "$*" in *" --container-image="*" python -P "*)
+    while [[ $1 != python ]]; do shift; done
+    PATH=$FAKE/image:$PATH exec "$@"
+esac
 for word in "$@"; do
     case $word in --output=*) logs=${word#--output=}; export LOGS=${logs%/*} ;; esac
 done
 exec bash -c "$(cat "$FAKE/ranks")"
 """
-# Asked only whether RankZero can be imported, Python takes half a second to say yes.
+# The import of RankZero takes Python half a second.
 PYTHON = """\
 case "$*" in *"import pipeline.errors") exit 0 ;; esac
 exec "{python}" "$@"
 """
 
-# Long enough for tail to have looked, and for srun to be there.
+# Its python is the only one that has RankZero.
+APPTAINER = """\
+printf '%s\\t' apptainer "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
+while [[ $1 != *.sif ]]; do shift; done
+shift
+PATH=$FAKE/image:$PATH exec "$@"
+"""
+
+# Long enough for tail to poll, and for srun to start.
 SLEEP = """\
 case $1 in 1) exec /bin/sleep 0.1 ;; 1.5) exec /bin/sleep 0.2 ;; esac
 echo "sleeps $1"
 """
 
 
-def said(state: str, **fields) -> str:
-    """A word of the ranks: status.json as a run writes it."""
-    status = {
+def status(state: str, **fields) -> str:
+    """status.json as a run writes it."""
+    values = {
         "state": state, "step": 4, "total_steps": 9, "exit_code": None, "reason": None,
         "host": "node1", "started": 123.25,
     }  # fmt: skip
-    return dump_json(status | fields)
+    return dump_json(values | fields)
 
 
-def ranks(status: str = "", code: int = 0, more: str = "") -> str:
-    """What the ranks do: a shell script."""
-    write = f"cat >run/status.json <<'END'\n{status}END\n" if status else ""
+def ranks(text: str = "", code: int = 0, more: str = "") -> str:
+    """The script of the ranks: write `text` to status.json, and end with the code."""
+    write = f"cat >run/status.json <<'END'\n{text}END\n" if text else ""
     return f"{write}{more}\nexit {code}\n"
 
 
 @dataclass
 class Job:
-    """One job's spool, submit folder and fakes."""
+    """One job's spool, submit folder and stand-ins."""
 
     folder: Path
     environment: dict[str, str]
@@ -75,7 +88,7 @@ class Job:
     ) -> subprocess.Popen:
         fake, checkout = self.folder / "fake", self.folder / "my checkout"
         (fake / "ranks").write_text(do)
-        command = " ".join([f"../my checkout/slurm/{script}", *words])  # as it was named
+        command = " ".join([f"../my checkout/slurm/{script}", *words])  # as sbatch was given it
         (fake / "command").write_text(command)
         spool = self.folder / "slurm_script"
         shutil.copy(checkout / "slurm" / script, spool)
@@ -102,11 +115,23 @@ class Job:
         words = [line.rstrip("\t").split("\t") for line in lines]
         return [line[1:] for line in words if line[0] == program]
 
+    def use_container(self, words: str) -> None:
+        """Set `container` in env.sh; only the image's python has RankZero."""
+        script = self.folder / "my checkout/slurm/env.sh"
+        text = script.read_text()
+        assert text.count("\ncontainer=()\n") == 1
+        script.write_text(text.replace("\ncontainer=()\n", f"\ncontainer=({words})\n"))
+        (self.folder / "fake/image").mkdir()
+        python = self.folder / "fake/bin/python"
+        python.rename(self.folder / "fake/image/python")
+        python.write_text("#!/bin/bash\nexit 1\n")
+        python.chmod(0o755)
+
     def requeued(self) -> list[str]:
         return [call[1] for call in self.calls("scontrol") if call[0] == "requeue"]
 
-    def seen(self, name: str) -> str | None:
-        """A variable as the ranks saw it."""
+    def variable(self, name: str) -> str | None:
+        """A variable in the environment of the last srun."""
         lines = (self.folder / "fake/environment").read_text().splitlines()
         return dict(line.split("=", 1) for line in lines if "=" in line).get(name)
 
@@ -122,6 +147,7 @@ def make_job(tmp_path: Path) -> Job:
     python = PYTHON.format(python=sys.executable)
     programs = {
         "scontrol": SCONTROL, "srun": SRUN, "python": python, "sleep": SLEEP,
+        "apptainer": APPTAINER,
     }  # fmt: skip
     for name, text in programs.items():
         path = fake / "bin" / name
