@@ -149,7 +149,8 @@ class _Values:
             if len(self._text) - self._position > rows.MAX_ROW_BYTES:
                 raise _BrokenError(rows.too_long(), len(self._text))
             if not self._fill():
-                is_ended = is_in_string or position >= len(self._text.rstrip())
+                is_at_end = position >= len(self._text.rstrip()) and reason.startswith("Expecting")
+                is_ended = is_in_string or is_at_end
                 fault = _NO_END if is_ended else f"not valid JSON: {reason}"
                 raise _BrokenError(fault, position)
 
@@ -163,16 +164,17 @@ class _Values:
             )
         # Where the file ends within the row, its last bracket was meant for the list of rows.
         rest = self._text.rstrip()
-        has_swallowed = is_in_list and error.position >= len(rest) and rest.endswith("]")
+        is_open = error.fault == _NO_END and error.position >= len(rest)
+        has_swallowed = is_in_list and is_open and rest.endswith("]")
         may_be_lost = has_swallowed or self._text.find("{", error.position) >= 0
         indent = _INDENT.match(self._line_start)
         assert indent is not None
         while not self._to_line_that_opens_a_row(indent.end()):
             self._drop_lines()
-            num_kept = len(self._text) - self._position
+            num_known = len(self._text) - self._position
             if not self._fill():
                 break
-            may_be_lost |= self._text.find("{", num_kept) >= 0
+            may_be_lost |= self._text.find("{", num_known) >= 0
         else:
             return
         if may_be_lost:
@@ -193,9 +195,10 @@ class _Values:
         return found is not None
 
     def _drop_lines(self) -> None:
-        """Take all but the beginning of a line that may be cut off before its bracket."""
-        last = self._text.rfind("\n", max(self._position, len(self._text) - _MAX_INDENT))
-        self._take(len(self._text) if last < 0 else last)
+        """Take all but the last bracket, and a line that may be cut off before its own."""
+        last = len(self._text.rstrip()) - 1
+        line = self._text.rfind("\n", max(len(self._text) - _MAX_INDENT, 0))
+        self._take(max(last if line < 0 else min(last, line), self._position))
 
     def _take(self, end: int) -> bytes:
         """Move the position to `end`; the bytes before it."""

@@ -91,12 +91,22 @@ def test_one_bad_row_does_not_cost_another(tmp_path, bad, before):
     assert found[2].offset == text.index(bad)
 
 
-@pytest.mark.parametrize("bad", [b'{"n": 3, "m": {"o": 1}', b'{"n": "x', b'{"n": ["x"}'])
-def test_the_last_row_may_be_broken(tmp_path, bad):
+@pytest.mark.parametrize(
+    "bad", [b'{"n": 3, "m": {"o": 1}', b'{"n": "x', b'{"n": ["x"}', b'{"n" 3}']
+)
+@pytest.mark.parametrize("separator", [b",\n", b", "])
+@pytest.mark.parametrize("chunk", [1, 3, 2**20])
+def test_the_last_row_may_be_broken(tmp_path, monkeypatch, bad, separator, chunk):
+    monkeypatch.setattr(json_rows, "_CHUNK_BYTES", chunk)
     rows = [json.dumps({"n": n}).encode() for n in range(3)]
-    for separator in (b",\n", b", "):
-        found = read(tmp_path, b"[" + separator.join([*rows, bad]) + b"]", "rows.json")
-        assert [hasattr(row, "value") for row in found[:4]] == [True, True, True, False]
+    found = read(tmp_path, b"[" + separator.join([*rows, bad]) + b"]\n", "rows.json")
+    assert [hasattr(row, "value") for row in found] == [True, True, True, False]
+
+
+def test_a_broken_row_that_holds_the_next_ones_is_named(tmp_path):
+    """Its list lacks an end, takes the rows behind it, and the list's own end for its end."""
+    with refused("rows.json:1", "byte 11", "not certain"):
+        read(tmp_path, b'[{"n": 1}, {"m": [{"x": 1}, {"n": 2}, {"n": 3}]', "rows.json")
 
 
 @pytest.mark.parametrize("layout", ["minified", "a row a line", "concatenated"])
