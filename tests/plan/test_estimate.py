@@ -1,4 +1,4 @@
-"""The estimate of the data's size: exact rows of small files, scale for large ones, no errors."""
+"""The estimate of the data's size: rows of small files are counted, large ones extrapolated."""
 
 import bz2
 import gzip
@@ -200,7 +200,7 @@ def test_folders_globs_limits_and_weights_count(tmp_path):
     assert estimate(settings_of(tmp_path, eval_data=3000)) is None
 
 
-def test_many_files_are_taken_to_be_like_some_of_them(tmp_path):
+def test_of_many_files_some_are_read(tmp_path):
     for i in range(200):
         write(tmp_path / f"{i}.jsonl", ROWS[:10])
     found = estimate(settings_of(tmp_path))
@@ -218,7 +218,7 @@ def test_over_length_counts(tmp_path):
     assert [size.tokens for size in sizes.values()] == [310, 10, 1010]
 
 
-def test_no_torch_and_no_datasets_for_a_table(tmp_path):
+def test_a_table_is_estimated_without_torch_and_datasets(tmp_path):
     write(tmp_path / "f.parquet", ROWS)
     code = (
         "import sys\n"
@@ -237,7 +237,7 @@ def test_no_torch_and_no_datasets_for_a_table(tmp_path):
 @pytest.mark.parametrize(
     "kind", ["missing", "hub", "damaged", "folder", "empty", "no rows", "pipe", "name"]
 )
-def test_what_cannot_be_estimated_is_none(tmp_path, kind):
+def test_data_that_cannot_be_read_has_no_estimate(tmp_path, kind):
     file = tmp_path / "f"
     if kind == "folder":
         file.mkdir()

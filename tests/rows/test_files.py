@@ -1,4 +1,4 @@
-"""Names -> files: caches, run folders and other splits are no training data, and that is said."""
+"""Names -> files: caches, run folders and other splits are left out of the data and logged."""
 
 import json
 import subprocess

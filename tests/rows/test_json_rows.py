@@ -1,4 +1,4 @@
-"""JSON over several lines: rows of a list, or one after another, and what is broken among them."""
+"""JSON over several lines: rows of a list or one after another, some of them broken."""
 
 import contextlib
 import json

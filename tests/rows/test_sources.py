@@ -1,4 +1,4 @@
-"""Names -> files -> lines -> rows: whatever is in a file, every row is a row or a bad row."""
+"""Names -> files -> Lines -> rows: every row of a file is a Row or a BadRow, or the run ends."""
 
 import bz2
 import errno
@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -20,6 +21,7 @@ from pipeline.config.data_names import DataSource
 from pipeline.errors import UserError
 from pipeline.rows import lines as limits
 from pipeline.rows.sources import BadRow, Row, lines, parse, read_rows, require_apart, resolve
+from tests.messages import refused
 
 pytestmark = pytest.mark.unit
 
@@ -74,7 +76,7 @@ def test_reasons_do_not_depend_on_the_place_so_that_they_count(tmp_path):
     assert len({row.reason for row in rows}) == 1
 
 
-def test_a_row_without_end_is_passed_over(tmp_path, monkeypatch):
+def test_a_long_line_is_one_bad_row(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "MAX_ROW_BYTES", 64)
     long = json.dumps({"prompt": "x" * 1000}).encode()
     rows = read(tmp_path, GOOD + b"\n" + long + b"\n" + GOOD + b"\n" + long)
@@ -84,12 +86,12 @@ def test_a_row_without_end_is_passed_over(tmp_path, monkeypatch):
     assert "longer than" in rows[1].reason
 
 
-def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path):
+def test_blank_lines_count_as_lines_and_are_no_rows(tmp_path):
     rows = read(tmp_path, b"\n  \r\n" + GOOD + b"\r\n\n" + GOOD)
     assert [row.line for row in rows] == [3, 5]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
     for name in ("rows.jsonl", "rows.json"):
         (row,) = read(tmp_path, b"\xef\xbb\xbf" + GOOD, name)
         assert row.value == {"prompt": "a", "completion": "b"}
@@ -98,7 +100,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
 @given(st.lists(st.one_of(st.binary(max_size=30), st.just(GOOD)), max_size=8))
 def test_any_bytes_give_one_row_or_bad_row_a_line(tmp_path_factory, chunks):
     content = b"\n".join(chunks)
-    assume(content.removeprefix(b"\xef\xbb\xbf").strip())
+    assume(content.replace(b"\xef\xbb\xbf", b"").strip())
+    assume(b"\0" not in content[:4] and not content.startswith((b"\xff\xfe", b"\xfe\xff")))
     assume(not any(line.endswith((b"[", b"[{")) for line in map(bytes.strip, chunks)))
     assume(not content.startswith(MAGIC))
     lines_there = content.split(b"\n")
@@ -106,7 +109,7 @@ def test_any_bytes_give_one_row_or_bad_row_a_line(tmp_path_factory, chunks):
     expected = [
         number
         for number, line in enumerate(lines_there, start=1)
-        if (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
+        if re.sub(rb"\A(\xef\xbb\xbf)+", b"", line).strip()
     ]
     assert [row.line for row in rows] == expected
     good = [number for number, line in enumerate(lines_there, start=1) if line == GOOD]
@@ -115,14 +118,14 @@ def test_any_bytes_give_one_row_or_bad_row_a_line(tmp_path_factory, chunks):
 
 @pytest.mark.parametrize("packed", COMPRESSED)
 @pytest.mark.parametrize("name", ["rows.jsonl.{}", "rows.jsonl", "rows"])
-def test_compressed_files_are_known_by_their_bytes(tmp_path, packed, name):
+def test_compression_is_recognised_by_the_first_bytes(tmp_path, packed, name):
     pack = COMPRESSED[packed]
     content = pack(GOOD + b"\n") + pack(GOOD)  # members or frames one after another
     rows = read(tmp_path, content, name.format(packed))
     assert [(row.line, row.offset) for row in rows] == [(1, 0), (2, len(GOOD) + 1)]
 
 
-def test_a_name_that_lies_about_compression_is_read_as_it_is(tmp_path):
+def test_an_uncompressed_file_with_the_suffix_of_a_compression_is_read(tmp_path):
     (row,) = read(tmp_path, GOOD, "rows.jsonl.gz")
     assert isinstance(row, Row)
 
@@ -141,7 +144,7 @@ def test_a_damaged_compressed_file_ends_the_run(tmp_path, packed, damage):
         del content[-len(content) // 3 :]
     else:
         content[len(content) // 2] ^= 0xFF
-    with pytest.raises(UserError, match=r"rows\.jsonl"):
+    with refused("rows.jsonl"):
         read(tmp_path, bytes(content), "rows.jsonl")
 
 
@@ -152,7 +155,7 @@ def test_files_are_read_in_the_order_of_the_setting(tmp_path):
     assert [row.file.name for row in read_rows(sources)] == ["b", "a"]
 
 
-def test_a_folder_is_its_data_files_sorted_and_a_glob_what_it_names(tmp_path):
+def test_a_folder_is_its_data_files_by_name_and_a_glob_its_matches(tmp_path):
     for name in ("b/1.jsonl", "b/0.json", "a.csv", "_tmp/x.jsonl", "b/.x.jsonl", "README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"prompt,completion\na,b\n" if "csv" in name else GOOD)
@@ -167,12 +170,12 @@ def test_a_folder_is_its_data_files_sorted_and_a_glob_what_it_names(tmp_path):
     assert names(f"{tmp_path}/**/[01].*") == ["b/0.json", "b/1.jsonl"]
     (tmp_path / "b/[x].jsonl").write_bytes(GOOD)
     assert names(f"{tmp_path}/b/[x].jsonl") == ["b/[x].jsonl"]  # a file rather than a glob
-    for wrong, said in (
+    for wrong, fact in (
         (f"{tmp_path}/*.parquet", "no file matches"),
         (tmp_path / "e", "e is a folder without"),
     ):
         (tmp_path / "e").mkdir(exist_ok=True)
-        with pytest.raises(UserError, match=said):
+        with refused("train_data", wrong, fact):
             resolved(wrong)
 
 
@@ -190,22 +193,19 @@ def test_a_limit_takes_the_first_rows_of_a_source(tmp_path):
     ]
 
 
-def test_a_missing_file_names_the_key_the_path_and_what_is_near(tmp_path):
+def test_a_missing_file_is_refused_with_similar_names(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(GOOD)
     wrong = tmp_path / "trian.jsonl"
-    with pytest.raises(UserError) as raised:
+    with refused("train_data", wrong, "no such file", "train.jsonl"):
         resolved(wrong)
-    message = str(raised.value)
-    assert message.startswith(f"train_data: {wrong}: no such file")
-    assert message.endswith("there is train.jsonl")
-    with pytest.raises(UserError, match="no folder"):
+    with refused("eval_data", tmp_path / "nowhere"):
         resolved(tmp_path / "nowhere" / "x.jsonl", key="eval_data")
 
 
-def test_a_hub_name_without_its_split_says_how_it_is_named(tmp_path, monkeypatch):
+def test_a_hub_name_without_a_split_is_refused_with_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("org/name", "org/name-1.5", "org/name@v1.0"):
-        with pytest.raises(UserError, match=rf"train_data: .* with its split: {name}:train$"):
+        with refused("train_data", f"{name}:train"):
             resolved(name)
     (tmp_path / "data").mkdir()
     for name in ("data/train", "dta/train.jsonl"):
@@ -215,19 +215,19 @@ def test_a_hub_name_without_its_split_says_how_it_is_named(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["rows.tsv", "rows.txt", "rows", "rows.tsv.gz"])
-def test_a_name_that_says_nothing_of_what_is_no_json_lists_the_suffixes(tmp_path, name):
+def test_text_with_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path, name):
     content = b"prompt\tcompletion\na\tb\n"
     content = gzip.compress(content) if name.endswith("gz") else content
-    with pytest.raises(UserError, match=r"rows.*: the name does not say .*\.jsonl, .*\.csv"):
+    with refused(tmp_path / name, ".jsonl", ".csv"):
         read(tmp_path, content, name)
     assert len(read(tmp_path, b"\xef\xbb\xbf\n " + GOOD, name)) == 1
     assert len(read(tmp_path, content, "rows.json")) > 0  # bad rows, as its name says JSON
 
 
 @pytest.mark.parametrize("indent", [0, 2])
-def test_a_list_over_several_lines_is_no_jsonl(tmp_path, indent):
+def test_a_list_over_several_lines_is_refused_as_jsonl(tmp_path, indent):
     content = json.dumps([json.loads(GOOD)] * 3, indent=indent).encode()
-    with pytest.raises(UserError, match=r"rows\.jsonl: a list over .*; name it \.json"):
+    with refused(tmp_path / "rows.jsonl", "a list", ".json"):
         read(tmp_path, content)
     assert len(read(tmp_path, content, "rows.json")) == 3
     bad, good = read(tmp_path, b"[\n" + GOOD)
@@ -240,7 +240,7 @@ def test_a_list_over_several_lines_is_no_jsonl(tmp_path, indent):
     [("e.json", b"[]"), ("e.csv", b"prompt,completion\n"), ("e.jsonl", b"\n \n")],
 )
 def test_a_source_without_a_row_is_named(tmp_path, name, content):
-    with pytest.raises(UserError, match=rf"{name}: no row; only blank lines, an empty list"):
+    with refused(tmp_path / name, "no row"):
         read(tmp_path, content, name)
     (tmp_path / "more.jsonl").write_bytes(GOOD)
     assert len(list(read_rows(resolved(tmp_path)))) == 1  # one part of many may have none
@@ -248,18 +248,18 @@ def test_a_source_without_a_row_is_named(tmp_path, name, content):
 
 def test_an_empty_file_a_pipe_and_no_file_are_refused(tmp_path):
     (tmp_path / "rows.jsonl").touch()
-    with pytest.raises(UserError, match=r"train_data: .*rows\.jsonl is empty"):
+    with refused("train_data", tmp_path / "rows.jsonl", "empty"):
         resolved(tmp_path / "rows.jsonl")
     (tmp_path / "more.jsonl").write_bytes(GOOD)
     assert len(list(read_rows(resolved(tmp_path)))) == 1  # one part of many may be
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="pipe is not a file"):
+    with refused("train_data", tmp_path / "pipe", "not a file"):
         resolved(tmp_path / "pipe")
-    with pytest.raises(UserError, match="train_data: names no data"):
+    with refused("train_data", "no data"):
         resolve([], "train_data")
 
 
-def test_what_links_name_more_than_once_is_read_once(tmp_path):
+def test_a_file_that_several_links_name_is_read_once(tmp_path):
     (tmp_path / "v3").mkdir()
     (tmp_path / "v3/rows.jsonl").write_bytes(GOOD)
     (tmp_path / "latest").symlink_to("v3")
@@ -271,27 +271,27 @@ def test_what_links_name_more_than_once_is_read_once(tmp_path):
         assert len(list(read_rows([source]))) == 1
 
 
-def test_a_file_is_of_one_source(tmp_path):
+def test_a_file_in_two_sources_is_refused(tmp_path):
     """Rows that come twice are asked for with a weight."""
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_bytes(GOOD)
     resolved(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     for one, other in (("", "b.jsonl"), ("b.jsonl", "b.jsonl")):
-        with pytest.raises(UserError, match=r"train_data: .*b\.jsonl is in two sources, .* weight"):
+        with refused("train_data", tmp_path / "b.jsonl", "two sources", "weight"):
             resolved(tmp_path / one, tmp_path / other)
 
 
 def test_a_folder_that_may_not_be_read_and_a_name_that_is_too_long(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"train_data: /x+: File name too long"):
+    with refused("train_data", "File name too long"):
         resolved("/" + "x" * 300)
-    with pytest.raises(UserError, match="no such file, and no hub data set"):
+    with refused("train_data", "no such file", "no hub data set"):
         resolved(f"org/{'x' * 300}:train")
 
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(UserError, match=rf"train_data: {tmp_path}: Permission denied"):
+    with refused("train_data", tmp_path, "Permission denied"):
         resolved(tmp_path)
 
 
@@ -304,7 +304,7 @@ def test_a_file_is_not_both_trained_on_and_held_out(tmp_path):
     )
     require_apart(train, held_out)
     for shared in ((folder, held_out), (held_out, link)):
-        with pytest.raises(UserError, match=r"eval_data: .* is also in train_data"):
+        with refused("eval_data", "train_data", tmp_path):
             require_apart(*shared)
 
 
@@ -347,23 +347,23 @@ def test_csv_columns_are_text_and_a_row_that_does_not_fit_is_one_bad_row(tmp_pat
     ],
 )
 @pytest.mark.parametrize("after", [b"", b"c,d\n", b'"c",d\n'])
-def test_what_follows_quotes_that_do_not_match_is_no_row(tmp_path, row, after):
+def test_nothing_behind_unmatched_quotes_is_read_as_a_row(tmp_path, row, after):
     path = tmp_path / "rows.csv"
     path.write_bytes(b"prompt,completion\na,b\n" + row + after)
     found: list[Row | BadRow] = []
-    with pytest.raises(UserError, match=r"rows\.csv:3: quotes do not match"):
+    with refused(tmp_path / "rows.csv:3", "quotes"):
         found.extend(row for row in read_rows(resolved(path)))
     assert [row.value for row in found] == [{"prompt": "a", "completion": "b"}]
 
 
 def test_a_csv_header_must_name_columns_once(tmp_path):
-    with pytest.raises(UserError, match=r"rows\.csv:1: the header names a twice"):
+    with refused(tmp_path / "rows.csv:1", "header", "a", "twice"):
         read(tmp_path, b"a,b,a\n1,2,3\n", "rows.csv")
-    with pytest.raises(UserError, match="names of the columns; found no row"):
+    with refused(tmp_path / "rows.csv:1", "columns", "no row"):
         read(tmp_path, b"\n\n", "rows.csv")
 
 
-def test_a_long_row_of_csv_is_passed_over(tmp_path, monkeypatch):
+def test_a_long_row_of_csv_is_one_bad_row(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "MAX_ROW_BYTES", 64)
     quoted = b'c,"' + b'd ""d"", \n' * 100 + b'"\n'
     for long in (b"a," + b"x" * 200 + b"\n", b'a,"' + b'xxx""' * 50 + b'"\n', quoted):
@@ -372,11 +372,11 @@ def test_a_long_row_of_csv_is_passed_over(tmp_path, monkeypatch):
         assert "longer than" in found[1].reason
         assert found[2].line == 3 + long.count(b"\n")
         assert found[2].offset == 22 + len(long)
-    with pytest.raises(UserError, match=r"rows\.csv:3: quotes do not match"):
+    with refused(tmp_path / "rows.csv:3", "quotes"):
         read(tmp_path, b'prompt,completion\na,b\nc,"d\n' + b"e,f\n" * 400, "rows.csv")
 
 
-def test_lines_are_sent_on_and_parsed_elsewhere(tmp_path):
+def test_lines_can_be_pickled_and_parsed_elsewhere(tmp_path):
     import pickle
 
     (tmp_path / "rows.jsonl").write_bytes(GOOD + b"\nbad")

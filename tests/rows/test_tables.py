@@ -1,4 +1,4 @@
-"""Parquet and Arrow: the rows that JSON would give, a part at a time, and nothing left behind."""
+"""Parquet and Arrow: the rows of the same JSON, in bounded memory, without leftover files."""
 
 import gzip
 import json
@@ -12,11 +12,11 @@ import pytest
 
 from pipeline.config.data_names import DataSource
 from pipeline.data.prepare.lines import chunks
-from pipeline.errors import UserError
 from pipeline.rows import lines as limits
 from pipeline.rows import tables
 from pipeline.rows.sources import BadRow, lines, read_rows, resolve
 from tests import ROOT
+from tests.messages import refused
 from tests.rows.reading import examples_of
 
 pytestmark = pytest.mark.unit
@@ -77,7 +77,7 @@ def test_a_damaged_table_ends_the_run_and_names_the_file(tmp_path):
     (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
     (tmp_path / "no.arrow").write_bytes(b'{"text": "t"}')
     for name, kind in (("cut.parquet", "Parquet"), ("no.arrow", "Arrow")):
-        with pytest.raises(UserError, match=rf"{name}: not readable as {kind} behind row 0: "):
+        with refused(tmp_path / name, kind, "row 0"):
             read(tmp_path / name)
 
 
@@ -130,7 +130,7 @@ def test_a_row_group_is_not_in_memory_as_a_whole(tmp_path):
     assert held < path.stat().st_size / 4
 
 
-def test_nothing_is_left_behind(tmp_path):
+def test_reading_a_table_leaves_no_files(tmp_path):
     write(tmp_path / "t.parquet", rows_of(5))
     (tmp_path / "home").mkdir()
     (tmp_path / "temporary").mkdir()
