@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 BIN = Path(sys.executable).parent
 TRAIN = "launch/train.py"
 HANG_S = 15
-# What the watchdog needs beyond hang_timeout_s to say who it was, whichever side it is on.
+# For the watchdog, beyond hang_timeout_s, to name the ranks on both sides of the cut.
 SAYING_S = 30
 SETTINGS = {
     "lora_r": 4, "lora_dropout": 0.1, "lr": 5e-3, "epochs": 4, "global_batch_size": 4,
@@ -33,7 +33,7 @@ SETTINGS = {
 ADAPTER = "adapter/adapter_model.safetensors"
 NO_MPI4PY = "raise ModuleNotFoundError(\"No module named 'mpi4py'\", name='mpi4py')\n"
 
-# Stands in for pdsh and the ssh behind it: the same words on each host, in a bare environment.
+# Stands in for pdsh and ssh: runs the command for each host, in a bare environment.
 PDSH = """#!{python}
 import os, subprocess, sys
 at = sys.argv.index("-w") + 1
@@ -48,18 +48,18 @@ sys.exit(max(host.wait() for host in hosts))
 
 
 class Workspace:
-    """A folder with the data of all runs here, and runs in it."""
+    """A folder with the training data and the runs of all tests here."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
         make_rows(folder / "train.jsonl")
         (folder / "without_mpi").mkdir()
         (folder / "without_mpi/mpi4py.py").write_text(NO_MPI4PY)
-        # Found first, so that runs are as where mpi4py is not installed.
+        # First on the path: as where mpi4py is not installed.
         self.without_mpi = {"PYTHONPATH": f"{folder / 'without_mpi'}:{ROOT}"}
 
     def run_file(self, name: str, **settings) -> Path:
-        """The run file of 24 steps, whose run folder is of the same name."""
+        """The run file of 24 steps whose run folder has the same name."""
         paths = {
             "model": str(self.model),
             "train_data": str(self.folder / "train.jsonl"),
@@ -80,7 +80,7 @@ def workspace(tmp_path_factory, tiny_model) -> Workspace:
 
 @pytest.fixture(scope="module")
 def expected(workspace) -> bytes:
-    """The adapter that DeepSpeed's launcher makes on one machine."""
+    """The adapter of a run under DeepSpeed's launcher on one machine."""
     run_file = workspace.run_file("deepspeed")
     command = deepspeed("--num_accelerators", "2", *at_a_port())
     finish(start(command, TRAIN, run_file, **workspace.without_mpi))
@@ -136,7 +136,7 @@ def ends(*processes: subprocess.Popen[str], within_s: float = 240) -> list[tuple
 
 
 def finish(*processes: subprocess.Popen[str]) -> str:
-    """Wait for all, which must succeed, and return what they said."""
+    """Wait for all, which must succeed, and return their output."""
     ended = ends(*processes)
     assert [code for code, _ in ended] == [0] * len(processes), ended
     return "".join(output for _, output in ended)
@@ -150,8 +150,8 @@ def test_deepspeed_with_a_hostfile(workspace, expected, tmp_path):
     hosts.write_text("host-a slots=1\nhost-b slots=1\n")
     command = deepspeed("--hostfile", str(hosts), "--no_ssh_check", *at_a_port())
     path = f"{tmp_path}:{BIN}:{os.environ['PATH']}"
-    said = finish(start(command, TRAIN, workspace.run_file("hostfile"), PATH=path))
-    assert "2 nodes" in said or "2 x 1 x CPU" in said, said
+    output = finish(start(command, TRAIN, workspace.run_file("hostfile"), PATH=path))
+    assert "2 nodes" in output or "2 x 1 x CPU" in output, output
     assert workspace.adapter("hostfile") == expected
 
 
@@ -175,6 +175,30 @@ def test_torchrun(workspace, expected):
     command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
     finish(start(command, TRAIN, workspace.run_file("torchrun"), **workspace.without_mpi))
     assert workspace.adapter("torchrun") == expected
+
+
+def test_accelerate(workspace, expected):
+    command = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
+    config = {"HF_HOME": str(workspace.folder / "no_accelerate_config")}
+    finish(start([*command, "--main_process_port", free_port()], TRAIN,
+                 workspace.run_file("accelerate"), **config))  # fmt: skip
+    assert workspace.adapter("accelerate") == expected
+
+
+def test_pods_of_a_pytorchjob(workspace, expected):
+    """With the variables of its operator, one process per pod."""
+    run_file, port = workspace.run_file("pods"), free_port()
+    finish(
+        *(
+            start(
+                [sys.executable], TRAIN, run_file, RANK=pod, WORLD_SIZE="2", MASTER_PORT=port,
+                MASTER_ADDR="127.0.0.1", KUBERNETES_SERVICE_HOST="10.0.0.1", PET_NNODES="2",
+                PET_NODE_RANK=pod, PET_NPROC_PER_NODE="auto",
+            )
+            for pod in ("0", "1")
+        )
+    )  # fmt: skip
+    assert workspace.adapter("pods") == expected
 
 
 def test_srun(workspace, expected):
