@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with a name and an address each, and one cable."""
+"""Two hosts on one machine: network namespaces with a host name, an address and a cable."""
 
 import os
 import shutil
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Self
 
 _ADDRESSES = ("198.51.100.1", "198.51.100.2")  # RFC 5737: for documentation, routed nowhere
-_HOSTS = Path("/etc/netns")  # `ip netns exec` lays a space's files over those of /etc
+_HOSTS = Path("/etc/netns")  # `ip netns exec` mounts a namespace's files over those of /etc
 _NAME_AND_RUN = 'hostname "$0" && exec "$@"'
 
 
 def why_not() -> str | None:
-    """Why hosts cannot be made here; None if they can."""
+    """Why hosts cannot be created here; None if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     for tool in ("ip", "unshare", "hostname"):
@@ -26,18 +26,18 @@ def why_not() -> str | None:
         ["netns", "add", name],
         ["-n", name, "link", "add", "name", "cable", "type", "veth"],
     ):
-        made = subprocess.run(["ip", *command], capture_output=True, text=True, check=False)
-        if made.returncode:
+        created = subprocess.run(["ip", *command], capture_output=True, text=True, check=False)
+        if created.returncode:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-            return f"no network namespaces here: {made.stderr.strip()}"
+            return f"no network namespaces here: {created.stderr.strip()}"
     subprocess.run(["ip", "netns", "del", name], check=True)
     return None
 
 
 class TwoHosts:
-    """A context: hosts `host-a` and `host-b`, gone at its end with all that runs on them.
+    """A context with hosts `host-a` and `host-b`; its exit kills every process on them.
 
-    Each knows its own name as 127.0.1.1, as on Debian, and the other's as its address.
+    Each resolves its own name to 127.0.1.1, as on Debian, and the other's to its address.
     """
 
     names = ("host-a", "host-b")
@@ -59,7 +59,7 @@ class TwoHosts:
         _ip("-n", one, "link", "add", "cable", "type", "veth", "peer", "cable", "netns", other)
         for space, address in zip(self._spaces, _ADDRESSES, strict=True):
             _ip("-n", space, "address", "add", f"{address}/24", "dev", "cable")
-        self.mend()
+        self.plug_in()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,12 +79,12 @@ class TwoHosts:
         return ["ip", "netns", "exec", self._spaces[host], *inside, *command]
 
     def cut(self) -> None:
-        """Pull the cable out of both hosts: what is sent is lost, and nobody is told."""
+        """Unplug the cable from both hosts: packets are lost, and no connection is reset."""
         for space in self._spaces:
             _ip("-n", space, "link", "set", "cable", "down")
 
-    def mend(self) -> None:
-        """Put it back."""
+    def plug_in(self) -> None:
+        """Plug the cable in again."""
         for space in self._spaces:
             _ip("-n", space, "link", "set", "cable", "up")
 
