@@ -12,17 +12,18 @@ import pytest
 import yaml
 
 from tests import ROOT
+from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
 
 SCRIPT = """
-import atexit, os, runpy, sys
+import os, runpy, sys
 leave = os._exit
-def told(code):
+def report_and_leave(code):
     print("TORCH" if "torch" in sys.modules else "NO-TORCH")
     sys.stdout.flush()
     leave(code)
-os._exit = told
+os._exit = report_and_leave
 sys.argv = ["train.py", *sys.argv[1:]]
 runpy.run_path("launch/train.py", run_name="__main__")
 """
@@ -53,32 +54,31 @@ def case(tmp_path, tiny_model):
     return tmp_path, start
 
 
-def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
+def assert_refused(result: tuple[int, str, str], *facts: object) -> None:
     code, out, err = result
     assert code == 2, out + err
     assert out == "NO-TORCH\n"
     assert "Traceback" not in err
-    for part in parts:
-        assert part in err
+    assert_mentions(err, *facts)
 
 
 @pytest.mark.parametrize(
-    ("change", "parts"),
+    ("change", "facts"),
     [
-        ({"lora_rnk": 8}, ["RUN.yaml:", "lora_rnk", "did you mean 'lora_r'"]),
-        ({"lora_r": "many"}, ["lora_r", "integer", "'many'"]),
-        ({"model": "no/such/folder"}, ["no/such/folder is not a folder, nor"]),
+        ({"lora_rnk": 8}, ["RUN.yaml:2", "lora_rnk", "lora_r"]),
+        ({"lora_r": "many"}, ["lora_r", "integer", "many"]),
+        ({"model": "no/such/folder"}, ["model", "no/such/folder"]),
         ({"train_data": "no/such.jsonl"}, ["train_data", "no/such.jsonl"]),
         ({"eval_data": "no/such.jsonl"}, ["eval_data", "no/such.jsonl"]),
-        ({"global_batch_size": 7, "batch_size": 2}, ["7 is not", "would work"]),
-        ({"lora_target_modules": ["nothing"]}, ["'nothing'", "q_proj"]),
-        ({"fp16": True, "bf16": True}, ["keep one of them"]),
+        ({"global_batch_size": 7, "batch_size": 2}, ["global_batch_size", 7, 6, 8]),
+        ({"lora_target_modules": ["nothing"]}, ["lora_target_modules", "nothing", "q_proj"]),
+        ({"fp16": True, "bf16": True}, ["fp16", "bf16"]),
         ({"fp16": True, "bf16": False}, ["CPU", "fp16-cpu"]),
     ],
 )
-def test_wrong_settings(case, change, parts):
+def test_wrong_settings(case, change, facts):
     folder, start = case
-    assert_refused(start(**change), *parts)
+    assert_refused(start(**change), *facts)
     assert not (folder / "run").exists()
 
 
@@ -95,7 +95,7 @@ def test_wrong_settings(case, change, parts):
 def test_a_bad_row_is_named_with_file_and_line(case, line, part):
     folder, start = case
     (folder / "train.jsonl").write_text(ROW * 4 + line + "\n")
-    assert_refused(start(), part, "max_rejected", f"named in {folder}/run/data/rejects.jsonl")
+    assert_refused(start(), part, "max_rejected", folder / "run/data/rejects.jsonl")
     left = [path for path in (folder / "run").rglob("*") if path.is_file()]
     assert left == [folder / "run" / "data" / "rejects.jsonl"]
     (reject,) = map(json.loads, left[0].read_text().splitlines())
@@ -111,9 +111,9 @@ def test_an_empty_file(case):
 @pytest.mark.parametrize(
     ("missing", "part"),
     [
-        ("model.safetensors", "holds no weights"),
-        ("config.json", "holds no config.json"),
-        ("tokenizer.json", "holds no tokenizer"),
+        ("model.safetensors", "weights"),
+        ("config.json", "config.json"),
+        ("tokenizer.json", "tokenizer"),
     ],
 )
 def test_a_model_folder_that_lacks_something(case, missing, part):
@@ -128,12 +128,12 @@ def test_a_model_folder_that_lacks_one_of_its_shards(case):
     folder, start = case
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (folder / "model/model.safetensors.index.json").write_text(json.dumps(index))
-    assert_refused(start(), "1 of 2 weight files are missing", "model-2.safetensors")
+    assert_refused(start(), 1, 2, "model-2.safetensors")
 
 
 def test_a_folder_that_is_no_run_folder_is_left_alone(case):
     folder, start = case
     (folder / "run").mkdir()
     (folder / "run/thesis.txt").write_text("years of work")
-    assert_refused(start(overwrite=True), "holds thesis.txt and is not a run folder")
+    assert_refused(start(overwrite=True), folder / "run", "thesis.txt")
     assert (folder / "run/thesis.txt").read_text() == "years of work"

@@ -10,18 +10,19 @@ import yaml
 
 from pipeline.data.dataset.reader import DataIndex, SplitIndex
 from tests import ROOT
+from tests.messages import assert_mentions
 from tests.planning import LLAMA_8B, LLAMA_70B
 
 pytestmark = pytest.mark.unit
 
 SCRIPT = """
-import atexit, os, runpy, sys
+import os, runpy, sys
 leave = os._exit
-def told(code):
+def report_and_leave(code):
     print("TORCH" if "torch" in sys.modules else "", end="")
     sys.stdout.flush()
     leave(code)
-os._exit = told
+os._exit = report_and_leave
 sys.argv = ["plan.py", *sys.argv[1:]]
 runpy.run_path("launch/plan.py", run_name="__main__")
 """
@@ -95,14 +96,14 @@ def test_the_text_says_what_runs_why_and_how_to_start_it(call):
         "--all",
     )
     assert code == 0
-    for part in (
-        "ZeRO-2", "global batch 64", "about 79 (79 an epoch)", "estimated from a sample",
-        "zero_stage", "activations", "while loading", "host memory of a node", "disk: checkpoints",
-        "predicted: ", "s/step", "tokens/s", "start      deepspeed launch/train.py",
-        "sbatch --nodes=1 --gpus-per-node=8 --cpus-per-gpu=4 --mem=", "slurm/train.sbatch",
-        "global_batch_size=64", "stage  micro",
-    ):  # fmt: skip
-        assert part in out, part
+    assert_mentions(
+        out,
+        "ZeRO-2", "global batch 64", "79 an epoch", "estimated",
+        "zero_stage", "activations", "host memory of a node", "disk: checkpoints",
+        "s/step", "tokens/s", "deepspeed launch/train.py",
+        "sbatch --nodes=1 --gpus-per-node=8 --cpus-per-gpu=4", "slurm/train.sbatch",
+        "global_batch_size=64",
+    )  # fmt: skip
 
 
 def test_the_prepared_index_fixes_the_steps(call):
@@ -115,7 +116,7 @@ def test_the_prepared_index_fixes_the_steps(call):
     (call.folder / "run/data/index.json").write_text(index)
     code, out, _ = call("--gpu", "a100-80gb", "global_batch_size=50", "epochs=2")
     assert code == 0
-    assert "steps      40 (20 an epoch), 2 of warm-up" in out
+    assert_mentions(out, "40", "20 an epoch", "2 of warm-up")
     assert "estimated" not in out
 
 
@@ -145,27 +146,26 @@ def test_several_nodes_and_a_gpu_by_its_numbers(call):
         "--gpu-memory-gib", "80", "--gpu-tflops", "900", "--nodes", "16", "--gpus-per-node", "8"
     )
     assert code == 0
-    assert "16 nodes of 8 x" in out
-    assert "sbatch --nodes=16 --gpus-per-node=8 --cpus-per-gpu=4 --mem=" in out
+    assert_mentions(out, "16 nodes", "sbatch --nodes=16 --gpus-per-node=8 --cpus-per-gpu=4")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "part"),
+    ("arguments", "facts"),
     [
-        (["--gpu", "h100"], "h100-80gb"),
-        (["--gpu", "h100-80gb", "--gpu-memory-gib", "80"], "--gpu names the GPU"),
-        (["--gpu-tflops", "100"], "--gpu-tflops needs --gpu-memory-gib"),
-        (["--gpu-memory-gib", "-1"], "above 0"),
-        (["--gpu-memory-gib", "nan"], "above 0"),
-        (["--gpu-memory-gib", "24", "--gpu-tflops", "inf"], "above 0"),
-        (["--gpus-per-node", "0", "--gpu", "h100-80gb"], "from 1 to"),
-        (["--gpu-memory-gib", "16", "offload_param=none", "zero_stage=2"], "load_in_4bit: true"),
-        (["--nodes", "0", "--gpu", "h100-80gb"], "from 1 to"),
-        (["lora_rr=4"], "did you mean 'lora_r'"),
-        (["load_in_8bit=true", "zero_stage=3", "--gpu", "h100-80gb"], "rule 8bit-zero3"),
+        (["--gpu", "h100"], ["h100-80gb"]),
+        (["--gpu", "h100-80gb", "--gpu-memory-gib", "80"], ["--gpu", "--gpu-memory-gib"]),
+        (["--gpu-tflops", "100"], ["--gpu-tflops", "--gpu-memory-gib"]),
+        (["--gpu-memory-gib", "-1"], ["--gpu-memory-gib", "-1"]),
+        (["--gpu-memory-gib", "nan"], ["--gpu-memory-gib", "nan"]),
+        (["--gpu-memory-gib", "24", "--gpu-tflops", "inf"], ["--gpu-tflops", "inf"]),
+        (["--gpus-per-node", "0", "--gpu", "h100-80gb"], ["--gpus-per-node", "0"]),
+        (["--gpu-memory-gib", "16", "offload_param=none", "zero_stage=2"], ["load_in_4bit: true"]),
+        (["--nodes", "0", "--gpu", "h100-80gb"], ["--nodes", "0"]),
+        (["lora_rr=4"], ["lora_rr", "lora_r"]),
+        (["load_in_8bit=true", "zero_stage=3", "--gpu", "h100-80gb"], ["8bit-zero3"]),
     ],
 )
-def test_what_cannot_be_planned_is_exit_2_with_one_message(call, arguments, part):
+def test_what_cannot_be_planned_is_exit_2_with_one_message(call, arguments, facts):
     code, out, err = call(*arguments)
     assert (code, out) == (2, "")
-    assert part in err
+    assert_mentions(err, *facts)
