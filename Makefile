@@ -1,10 +1,11 @@
-# make quickstart   the whole road on a real model, in minutes, on any machine
+# make install      .venv with the versions of constraints.txt
+# make quickstart   the demonstration: about 5 minutes on 2 CPU cores
 # make test         the suite that needs no GPU
 # make faults       kills, damage, full disks and signals at length (one to two hours)
-# make test-slurm   jobs on a real Slurm of two emulated nodes (6 minutes or so; root, Debian)
+# make test-slurm   jobs on a real Slurm of two emulated nodes (about 6 minutes; root, Debian)
 # make test-gpu     predicted against measured memory, on the GPUs of this machine
 # make check        ruff, mypy --strict, import-linter, generated docs
-# On a machine without a GPU, TORCH_INDEX=<PyTorch's CPU index> spares gigabytes of CUDA.
+# On a machine without a GPU, TORCH_INDEX=<PyTorch's CPU index> saves gigabytes of CUDA libraries.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,15 +27,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --constraint constraints.txt --editable '.[quickstart,dev]'
 	@touch $@
 
-# Two files of tests at a time: real launches wait more than they work.
+# Two files of tests at a time: real launches mostly wait.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# Every fault that tests/faults knows, at length; FAULTS_SEED=N draws others. `make test` has a few.
+# Every fault of tests/faults; FAULTS_SEED=N draws others. `make test` runs a few.
 faults: $(VENV)/.installed
 	FAULTS=full $(BIN)/python -m pytest tests/cluster/test_watchdog.py tests/faults -s
 
-# Brings Debian's packages of Slurm where they are missing; says why where there can be no Slurm.
+# Installs Debian's packages of Slurm where they are missing; skips where Slurm cannot run.
 test-slurm: $(VENV)/.installed
 	SLURM_TESTS=1 $(BIN)/python -m pytest tests/slurm
 
@@ -59,7 +60,7 @@ docs: $(VENV)/.installed
 goldens: $(VENV)/.installed
 	$(BIN)/python ds_configs/generate.py
 
-# The suite on the lowest versions that pyproject.toml allows, in a virtual environment of its own.
+# The suite on the lowest versions that pyproject.toml allows, in a separate environment.
 test-floors:
 	$(PYTHON) -m venv .venv-floors
 	.venv-floors/bin/python -m pip install --quiet --constraint tests/floors.txt --editable '.[quickstart,dev]'

@@ -1,4 +1,4 @@
-"""Write the demonstration's data: customers' messages to a bakery -> JSON for its till."""
+"""Generate the demonstration's data: customers' messages to a bakery -> JSON for its till."""
 
 import json
 import random
@@ -10,51 +10,55 @@ from typing import Any
 
 import yaml
 
+from pipeline.files import write_text
+
 SEED, NUM_TRAIN, NUM_HELDOUT = 7, 400, 60
 FACTS = ("item", "quantity", "size", "day", "time", "delivery")  # the answer's keys, in order
 
 
 def make_data(folder: Path) -> None:
-    """Write train.jsonl and heldout.jsonl; no item is held out in a quantity that train has."""
+    """Write train.jsonl and heldout.jsonl; they share no pair of item and quantity."""
     bank = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text("utf-8"))
     train = list(islice(orders(bank, rng := random.Random(SEED)), NUM_TRAIN))
     seen = {(facts["item"], facts["quantity"]) for _, facts in train}
-    bank["frame"] += 6 * bank["held_out_frame"]  # for about half of the held-out rows
+    bank["frame"] += 6 * bank["held_out_frame"]  # about half of the held-out rows have these
     fresh = (row for row in orders(bank, rng) if (row[1]["item"], row[1]["quantity"]) not in seen)
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in {"train": train, "heldout": islice(fresh, NUM_HELDOUT)}.items():
         path, lines = folder / f"{name}.jsonl", ""
         for text, facts in rows:
             contents = ("Order to JSON", text, json.dumps(facts, separators=(",", ":")))
-            said = zip(("system", "user", "assistant"), contents, strict=True)
-            chat = [{"role": role, "content": content} for role, content in said]
+            turns = zip(("system", "user", "assistant"), contents, strict=True)
+            chat = [{"role": role, "content": content} for role, content in turns]
             lines += json.dumps({"messages": chat}) + "\n"
         if not path.exists() or path.read_text("utf-8") != lines:
-            path.with_suffix(".partial").write_text(lines, "utf-8")
-            path.with_suffix(".partial").replace(path)
+            write_text(path, lines)
 
 
 def orders(bank: dict[str, Any], rng: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Compose messages and their facts without end; every slot is dealt on its own."""
-    cards = bank | {key: [(k, said) for k in bank[key] for said in bank[key][k]] for key in FACTS}
-    cards |= {slot: bank[slot] + 3 * len(bank[slot]) * [""] for slot in ("hello", "bye")}
-    decks = {slot: deal(deck, rng) for slot, deck in cards.items()}
+    """Yield messages with their facts, without end; each slot draws its phrases independently."""
+    choices = bank | {key: [(k, p) for k in bank[key] for p in bank[key][k]] for key in FACTS}
+    choices |= {slot: bank[slot] + 3 * len(bank[slot]) * [""] for slot in ("hello", "bye")}
+    draws = {slot: shuffled(values, rng) for slot, values in choices.items()}
     while True:
-        said = {slot: next(deck) for slot, deck in decks.items()}
-        facts = {key: said[key][0] for key in FACTS}
-        said |= {key: said[key][1] for key in FACTS}
-        said |= {"digits": facts["quantity"], "item": said["item"][facts["quantity"] > 1]}
-        said["number"] = said["nth"][:-2]
-        said["order"] = said["sized_order" if facts["size"] else "order"].format(**said)
-        said["day"], facts["day"] = said["day"].format(**said), facts["day"].format(**said).lower()
-        said["bare_day"] = said["day"].removeprefix("on ")
-        facts |= {k: v for k, v in bank["unsaid"].items() if f"{k}}}" not in said["frame"]}
-        text = f"{said['hello']} {said['frame'].format(**said)} {said['bye']}".strip()
+        phrase = {slot: next(draw) for slot, draw in draws.items()}
+        facts = {key: phrase[key][0] for key in FACTS}
+        phrase |= {key: phrase[key][1] for key in FACTS}
+        phrase |= {"digits": facts["quantity"], "item": phrase["item"][facts["quantity"] > 1]}
+        phrase["number"] = phrase["nth"][:-2]
+        phrase["order"] = phrase["sized_order" if facts["size"] else "order"].format(**phrase)
+        phrase["day"], facts["day"] = (
+            phrase["day"].format(**phrase),
+            facts["day"].format(**phrase).lower(),
+        )
+        phrase["bare_day"] = phrase["day"].removeprefix("on ")
+        facts |= {k: v for k, v in bank["unmentioned"].items() if f"{k}}}" not in phrase["frame"]}
+        text = f"{phrase['hello']} {phrase['frame'].format(**phrase)} {phrase['bye']}".strip()
         text = re.sub(r"(^|[.?!] )[a-z]", lambda start: start[0].upper(), text)
-        yield (text.lower().rstrip(".") if said["is_lower"] else text), facts
+        yield (text.lower().rstrip(".") if phrase["is_lower"] else text), facts
 
 
-def deal(cards: list[Any], rng: random.Random) -> Iterator[Any]:
-    """Deal the cards again and again; of random's methods only random() is the same everywhere."""
+def shuffled(values: list[Any], rng: random.Random) -> Iterator[Any]:
+    """Yield the values in a new order again and again; random() is the same in every version."""
     while True:
-        yield from sorted(cards, key=lambda _: rng.random())
+        yield from sorted(values, key=lambda _: rng.random())

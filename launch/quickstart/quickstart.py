@@ -1,7 +1,6 @@
-"""`make quickstart`: bring the model, make the data, then run the documented commands.
+"""`make quickstart`: download the model, generate the data, then run the documented commands.
 
-A second run repeats nothing that is done: a command is skipped while its output is newer than
-what it is made from.
+A command is skipped while its output is newer than its input, so a second run repeats nothing.
 """
 
 import json
@@ -10,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bring_model import bring_model
+from download_model import download_model
 from make_data import make_data
 
 from pipeline.cluster.devices import detect_hardware
@@ -19,10 +18,10 @@ FOLDER, RUN_FILE = Path("quickstart"), "launch/runs/quickstart.yaml"
 RUN = FOLDER / "run"
 
 
-def run(command: str, made_from: Path, output: Path) -> None:
-    """Show a command and run it, unless its output is there and up to date."""
+def run(command: str, source: Path, output: Path) -> None:
+    """Print a command and run it, unless its output is up to date."""
     print(f"\n$ {command}", flush=True)
-    if output.exists() and output.stat().st_mtime >= made_from.stat().st_mtime:
+    if output.exists() and output.stat().st_mtime >= source.stat().st_mtime:
         print(f"  already done: {output}", flush=True)
         return
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -30,21 +29,21 @@ def run(command: str, made_from: Path, output: Path) -> None:
         sys.exit(f"the command ended with exit code {code}")
 
 
-def summary() -> None:
+def print_summary() -> None:
     scored = json.loads((RUN / "score.json").read_text(encoding="utf-8"))
     for answer in scored["answers"][:3]:
         print(f"\n  order    {answer['prompt']}")
         print(f"  before   {answer['base'].strip()[:150]!r}")
         print(f"  after    {answer['adapter'].strip()}")
     print(f"\nThree of {scored['rows']} held-out orders; {'model':<10} held-out loss  exact match")
-    for name, said in scored["models"].items():
-        print(f"{'':<30}{name:<10} {said['loss']:>13.4f} {100 * said['exact_match']:>10.1f} %")
-    for what, name in (("adapter", "adapter"), ("merged", "merged"), ("report", "report.html")):
-        print(f"{what:<8} {RUN / name}")
+    for name, result in scored["models"].items():
+        print(f"{'':<30}{name:<10} {result['loss']:>13.4f} {100 * result['exact_match']:>10.1f} %")
+    for label, name in (("adapter", "adapter"), ("merged", "merged"), ("report", "report.html")):
+        print(f"{label:<8} {RUN / name}")
 
 
 def main() -> None:
-    bring_model(FOLDER / "smollm2-135m-instruct")
+    download_model(FOLDER / "smollm2-135m-instruct")
     make_data(FOLDER)
     ranks = "--num_accelerators 2 " if detect_hardware().kind == "cpu" else ""
     trained, merged = RUN / "adapter/README.md", RUN / "merged/config.json"
@@ -52,7 +51,7 @@ def main() -> None:
     run(f"python launch/merge.py {RUN}", trained, merged)
     run(f"python launch/score.py {RUN}", merged, RUN / "score.json")
     run(f"python launch/report.py {RUN}", RUN / "score.json", RUN / "report.html")
-    summary()
+    print_summary()
 
 
 if __name__ == "__main__":

