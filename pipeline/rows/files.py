@@ -35,7 +35,10 @@ _NO_WORDS = {
     "xz",
     "zst",
 }
-_PREPARED = re.compile(r"(train|eval)-[0-9a-f]{16}")
+# What prepare writes to `data/` of a run folder. A folder with rejects.jsonl alone is refused data.
+_SPLIT_FOLDER = re.compile(r"(train|eval)-[0-9a-f]{16}")
+_REJECTS, _SUMMARIES = "rejects.jsonl", {"index.json", "audit.json", "fingerprints.json"}
+_LEFT_OUT = "caches, files of runs and files that state.json does not name"
 
 
 class DataFiles(NamedTuple):
@@ -86,12 +89,14 @@ def _find(name: str, key: str) -> DataFiles:
     matches = [match for match in matches if not match.is_dir()]
     root = _before_magic(path)
     files = [
-        match for match in matches if not _is_cache(match) and not _is_in_run_folder(match, root)
+        match
+        for match in matches
+        if not (_is_cache(match) or _is_of_prepare(match) or _is_in_run_folder(match, root))
     ]
     if not files:
         left_out = " outside of run folders and caches" if matches else ""
         raise UserError(f"{key}: no file{left_out} matches {name}")
-    return DataFiles(files, _left_out(name, set(matches) - set(files), "caches and run folders"))
+    return DataFiles(files, _left_out(name, set(matches) - set(files), _LEFT_OUT))
 
 
 def _in_folder(folder: Path, key: str) -> DataFiles:
@@ -103,7 +108,7 @@ def _in_folder(folder: Path, key: str) -> DataFiles:
         raise UserError(f"{key}: {folder} is a folder without data files ({SUFFIXES})")
     files, others = _of_split(walk.files, folder, key)
     notes = (
-        *_left_out(str(folder), walk.left_out, "caches and run folders"),
+        *_left_out(str(folder), walk.left_out, _LEFT_OUT),
         *_left_out(str(folder), others, "files of other splits by their names"),
     )
     return DataFiles(files, notes)
@@ -126,12 +131,13 @@ class _Walk:
             if path.name.startswith((".", "_")):
                 continue
             if path.is_dir():
-                if _is_run_folder(path):
+                if _is_run_folder(path) or _SPLIT_FOLDER.fullmatch(path.name):
                     self.left_out.append(path)
                 else:
                     self.visit(path, key)
             elif has_known_suffix(path):
                 is_data = not _is_cache(path) if saved is None else path.name in saved
+                is_data = is_data and not _is_of_prepare(path)
                 (self.files if is_data else self.left_out).append(path)
 
 
@@ -159,13 +165,28 @@ def _is_cache(file: Path) -> bool:
 
 def _is_run_folder(folder: Path) -> bool:
     """Whether a run or prepare has written to the folder."""
-    data = folder / "data"
     return (
         (folder / ".owner").exists()
         or ((folder / "run.yaml").exists() and (folder / "status.json").exists())
-        or ((data / "index.json").exists() and (data / "audit.json").exists())
-        or (data.is_dir() and any(_PREPARED.fullmatch(path.name) for path in data.iterdir()))
+        or _is_prepared(folder / "data")
     )
+
+
+def _is_of_prepare(file: Path) -> bool:
+    """Whether prepare wrote the file, as far as its name and its neighbours tell."""
+    return (
+        file.name == _REJECTS
+        or _SPLIT_FOLDER.fullmatch(file.parent.name) is not None
+        or (file.name in _SUMMARIES and _is_prepared(file.parent))
+    )
+
+
+def _is_prepared(folder: Path) -> bool:
+    """Whether prepare has written to the folder: it is `data/` of a run folder."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return {"index.json", "audit.json"} <= names or any(map(_SPLIT_FOLDER.fullmatch, names))
 
 
 def _is_in_run_folder(file: Path, root: Path) -> bool:

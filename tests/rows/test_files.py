@@ -126,6 +126,28 @@ def test_run_folders_are_no_data(tmp_path, kind):
         resolved(tmp_path / "runs/x/**/*.jsonl")
 
 
+def test_data_beside_prepared_data_is_told_from_it(tmp_path):
+    """The output folder of a run may be the one whose data/ holds the rows."""
+    ours = ["index.json", "audit.json", "fingerprints.json", "rejects.jsonl"]
+    write(tmp_path / "data", "rows.jsonl", *ours, "train-0123456789abcdef/rejects.jsonl")
+    files, (note,) = names_of(tmp_path / "data")
+    assert files == ["rows.jsonl"]
+    assert_mentions(note, "audit.json")
+    (source,) = resolved(tmp_path / "data/**/*.json*")
+    assert source.files == (tmp_path / "data/rows.jsonl",)
+    with refused("train_data", tmp_path, "run folder"):
+        resolved(tmp_path)
+
+
+def test_rejected_rows_of_refused_data_are_no_data(tmp_path):
+    write(tmp_path, "rows.jsonl", "runs/x/data/rejects.jsonl")
+    files, (note,) = names_of(tmp_path)
+    assert files == ["rows.jsonl"]
+    assert_mentions(note, "rejects.jsonl")
+    (source,) = resolved(tmp_path / "**/*.jsonl")
+    assert source.files == (tmp_path / "rows.jsonl",)
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("name", ["a b.jsonl", "rows.json", "rows"])
 def test_other_encodings_are_refused_with_the_command_that_converts_them(tmp_path, encoding, name):
