@@ -3,7 +3,7 @@
     python -m tests.bench.data MODEL GSM8K agents
 
 The texts are GSM8K's in both. A short row is a question and its answer; a long row is one task
-followed by 1,000 turns: thoughts and calls of the assistant, and the tools' results.
+followed by 1,000 turns: reasoning and calls of the assistant, and the tools' results.
 """
 
 import json
@@ -19,7 +19,7 @@ from pipeline.data.prepare.prepare import prepare
 from tests import ROOT
 
 TURNS, LONG_ROWS, SHORT_ROWS = 1000, 8, 4000
-TEMPLATE = ROOT / "tests" / "templates" / "qwen3.jinja"  # writes calls and thoughts
+TEMPLATE = ROOT / "tests" / "templates" / "qwen3.jinja"  # writes calls and reasoning
 TOOL = {
     "type": "function",
     "function": {
@@ -67,7 +67,7 @@ def short_rows(rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
 
 
 def long_rows(rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """One task each, then TURNS turns with a thought and a call in every other one."""
+    """One task each, then TURNS turns with reasoning and a call in every other one."""
     texts = cycle(rows)
     for number in range(LONG_ROWS):
         messages: list[dict[str, Any]] = [{"role": "user", "content": f"Task {number}."}]

@@ -4,7 +4,7 @@
 
 MODEL: a folder with a tokenizer and a chat template; GSM8K: its train.jsonl (question, answer).
 Parts: speed (against the bare tokenizer), agents (long agent rows against short rows), memory (of
-all processes, on N made-up rows of 1 kB), start (on prepared data, N rows against a thousand),
+all processes, on N synthetic rows of 1 kB), start (on prepared data, N rows against a thousand),
 packing (of GSM8K and of other lengths, by each algorithm), waiting (of a step for its next
 micro-batch).
 """
@@ -169,8 +169,11 @@ def _cpu_seconds() -> float:
 
 
 def memory(arguments: argparse.Namespace, folder: Path) -> None:
-    """Most memory of all processes together while the made-up rows are prepared."""
-    data, run = made_up(arguments.gsm8k, folder, arguments.rows), folder / f"run-{arguments.rows}"
+    """Peak memory of all processes together while synthetic rows are prepared."""
+    data, run = (
+        synthetic_rows(arguments.gsm8k, folder, arguments.rows),
+        folder / f"run-{arguments.rows}",
+    )
     shutil.rmtree(run, ignore_errors=True)
     command = [*_command(arguments.model, data, run), "prepare"]
     begun = time.perf_counter()
@@ -179,10 +182,10 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
     assert process.returncode == 0
     size = data.stat().st_size
     seconds = time.perf_counter() - begun
-    said = ", ".join(f"{name} {value / 2**20:,.0f} MiB" for name, value in most.items())
+    peaks = ", ".join(f"{name} {value / 2**20:,.0f} MiB" for name, value in most.items())
     print(
         f"memory    {arguments.rows:,} rows, {size / 1e9:.2f} GB: {seconds:.0f} s "
-        f"({size / seconds / 1e6:.1f} MB/s); all processes together at most: {said}",
+        f"({size / seconds / 1e6:.1f} MB/s); all processes together at most: {peaks}",
         flush=True,
     )
 
@@ -191,15 +194,15 @@ def start(arguments: argparse.Namespace, folder: Path) -> None:
     """Seconds from the settings to the first micro-batch on prepared data."""
     seconds = {}
     for rows in (1000, arguments.rows):
-        data, run = made_up(arguments.gsm8k, folder, rows), folder / f"run-{rows}"
+        data, run = synthetic_rows(arguments.gsm8k, folder, rows), folder / f"run-{rows}"
         time.sleep(3)  # a file that has just been written is hashed each time
         for _ in range(2):  # the first prepares, or at least remembers the hash of the data
             subprocess.run([*_command(arguments.model, data, run), "prepare"], check=True)
-        found = [
+        measured = [
             json.loads(subprocess.check_output([*_command(arguments.model, data, run), "start"]))
             for _ in range(3)
         ]
-        seconds[rows] = min(found)
+        seconds[rows] = min(measured)
     few, many = seconds.values()
     print(
         f"start     on {arguments.rows:,} prepared rows {many:.3f} s, on 1,000 {few:.3f} s: "
@@ -208,18 +211,18 @@ def start(arguments: argparse.Namespace, folder: Path) -> None:
     )
 
 
-def made_up(gsm8k: Path, folder: Path, rows: int) -> Path:
+def synthetic_rows(gsm8k: Path, folder: Path, rows: int) -> Path:
     """Chat rows of about 1 kB: a number, and sentences of GSM8K drawn at random."""
-    path = folder / f"made-up-{rows}.jsonl"
+    path = folder / f"synthetic-{rows}.jsonl"
     if path.exists():
         return path
     random = np.random.default_rng(0)
-    told = " ".join(f"{question} {answer}" for question, answer in _gsm8k_rows(gsm8k, 1))
-    sentences = [f"{sentence}. " for sentence in told.split(". ") if 20 < len(sentence) < 300]
+    text = " ".join(f"{question} {answer}" for question, answer in _gsm8k_rows(gsm8k, 1))
+    sentences = [f"{sentence}. " for sentence in text.split(". ") if 20 < len(sentence) < 300]
     with path.open("w", encoding="utf-8") as stream:
         for row in range(rows):
-            said = [sentences[i] for i in random.integers(0, len(sentences), _SENTENCES_A_ROW)]
-            value = _value("chat", f"{row}. {''.join(said[:3])}", "".join(said[3:]))
+            drawn = [sentences[i] for i in random.integers(0, len(sentences), _SENTENCES_A_ROW)]
+            value = _value("chat", f"{row}. {''.join(drawn[:3])}", "".join(drawn[3:]))
             stream.write(json.dumps(value) + "\n")
     return path
 
@@ -235,8 +238,7 @@ def _watched(process: "subprocess.Popen[bytes]") -> dict[str, int]:
 
     def sample() -> None:
         while not done.wait(0.5):
-            found = _tree_memory(process.pid)
-            for name, value in found.items():
+            for name, value in _tree_memory(process.pid).items():
                 most[name] = max(most[name], value)
 
     watcher = threading.Thread(target=sample)
@@ -256,11 +258,11 @@ def _tree_memory(pid: int) -> dict[str, int]:
         return total
     for process in tree:
         try:
-            found = process.memory_full_info()
+            memory = process.memory_full_info()
         except psutil.Error:
             continue  # it has just ended
-        total["PSS"] += found.pss
-        total["RSS"] += found.rss
+        total["PSS"] += memory.pss
+        total["RSS"] += memory.rss
     return total
 
 

@@ -38,8 +38,10 @@ def make_packs(lengths: Array, max_length: int) -> tuple[Array, Array]:
     assert lengths.min() >= 1, "an empty document"
     assert lengths.max() <= max_length, "a document longer than a pack"
     counts = np.bincount(lengths, minlength=max_length + 1)
-    found = [list(fill(counts.copy(), max_length)) for fill in (fill_gaps, best_fit_decreasing)]
-    patterns = min(found, key=lambda patterns: sum(times for _, times in patterns))
+    candidates = [
+        list(fill(counts.copy(), max_length)) for fill in (fill_gaps, best_fit_decreasing)
+    ]
+    patterns = min(candidates, key=lambda patterns: sum(times for _, times in patterns))
     by_length = np.argsort(lengths.astype(np.min_scalar_type(max_length)), kind="stable")
     starts = np.cumsum(counts) - counts  # of the documents of each length that are not packed yet
     packed: list[Array] = []

@@ -230,7 +230,8 @@ def _sources(
 
 def audit_summary(data_dir: Path) -> str:
     """Training rows and tokens for the start of a run, and what was not read or not written."""
-    train = read_json(data_dir / "audit.json")["train"]
+    audit = read_json(data_dir / "audit.json")
+    train = audit["train"]
     rejected = sum(train["rejected"].values())
     share = 100 * train["supervised_share"]
     lines = [
@@ -252,4 +253,6 @@ def audit_summary(data_dir: Path) -> str:
             f"special    {special['tokens']:,} special tokens inside texts of {special['rows']:,} "
             f"rows (first: {special['first']}); special_tokens_in_text decides"
         )
+    if shared := audit.get("eval", {}).get("rows_also_in_train"):
+        lines.append(f"held out   {shared:,} documents are also in the training set")
     return "\n".join(lines)

@@ -24,15 +24,15 @@ def windows(ids: Array, supervised: Array, max_length: int, over_length: str) ->
     new one of the next window, so that every supervised token is trained once.
     """
     if len(ids) <= max_length:
-        found = [Window(0, ids, supervised)]
+        parts = [Window(0, ids, supervised)]
     elif over_length == "drop":
-        found = []
+        parts = []
     elif over_length == "split":
         starts = range(0, len(ids) - 1, max(max_length - 1, 1))
-        found = [_window(ids, supervised, start, max_length) for start in starts]
+        parts = [_window(ids, supervised, start, max_length) for start in starts]
     else:
-        found = [_window(ids, supervised, 0, max_length)]
-    return [window for window in found if window.supervised.any()]
+        parts = [_window(ids, supervised, 0, max_length)]
+    return [window for window in parts if window.supervised.any()]
 
 
 def num_dropped(windows: Sequence[Window], length: int) -> int:

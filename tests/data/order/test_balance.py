@@ -25,7 +25,7 @@ def spread(costs):
     return (costs.max(axis=-1) - costs.min(axis=-1)) / costs.mean(axis=-1)
 
 
-def waited(costs):
+def waiting_share(costs):
     """Share of time that ranks wait for the costliest micro-batch of a turn, (rank, turn)."""
     return 1 - costs.mean(axis=-2).sum(axis=-1) / costs.max(axis=-2).sum(axis=-1)
 
@@ -35,7 +35,7 @@ def waited(costs):
     ("ranks", "turns", "micro"),
     [(2, 4, 1), (2, 2, 2), (3, 4, 1), (4, 4, 1), (4, 2, 4), (8, 4, 1), (8, 8, 2), (64, 4, 1)],
 )
-def test_ranks_hardly_wait_for_each_other(ranks, turns, micro, flops):
+def test_ranks_get_nearly_equal_costs_at_the_same_time(ranks, turns, micro, flops):
     sequences, random = gsm8k(packing=True), np.random.default_rng(0)
     shape = BatchLayout(
         world_size=ranks, accumulation_steps=turns, micro_batch_size=micro, flops=flops
@@ -50,8 +50,8 @@ def test_ranks_hardly_wait_for_each_other(ranks, turns, micro, flops):
         drawn = costs[batch][order].reshape(1000, ranks, turns, micro).sum(axis=3)
         spreads.append(spread(each.sum(axis=1)))
         spreads_drawn.append(np.median(spread(drawn.sum(axis=2))))
-        waits.append(waited(each))
-        waits_drawn.append(np.median(waited(drawn)))
+        waits.append(waiting_share(each))
+        waits_drawn.append(np.median(waiting_share(drawn)))
     assert np.median(spreads) < 0.25 * np.median(spreads_drawn)
     assert np.mean(waits) < 0.7 * np.mean(waits_drawn)
 

@@ -80,8 +80,8 @@ def test_prefetch_factor_bounds_the_batches_that_wait(tmp_path):
         str(i) for micro_batch in map(work.__getitem__, range(4)) for i in micro_batch.sequences
     }
     deadline = time.monotonic() + 60
-    while (found := {path.name for path in tmp_path.iterdir()}) != wanted:
-        assert found < wanted
+    while (touched := {path.name for path in tmp_path.iterdir()}) != wanted:
+        assert touched < wanted
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.3)
@@ -127,8 +127,8 @@ if __name__ == "__main__":
 
 
 def test_a_killed_worker_is_reported_with_a_remedy(tmp_path):
-    said = run_as_a_rank(KILLED, tmp_path)
-    assert_mentions(said, "memory", "dataloader_num_workers: 0")
+    output = run_as_a_rank(KILLED, tmp_path)
+    assert_mentions(output, "memory", "dataloader_num_workers: 0")
 
 
 SIGNALLED = """

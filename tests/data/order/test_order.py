@@ -1,4 +1,4 @@
-"""Order and dealing, over any sizes: nothing lost, nothing twice, nobody waits."""
+"""Order of training, over any sizes: every sequence as often as it should be, on any layout."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ SHAPES = st.builds(
 
 @st.composite
 def any_sequences(draw):
-    """Of one to four sources, seen once to three times an epoch."""
+    """Sequences of one to four sources, one to three times in an epoch."""
     sources = draw(
         st.lists(st.tuples(st.integers(1, 150), st.integers(1, 3)), min_size=1, max_size=4)
     )
@@ -51,7 +51,7 @@ def any_sequences(draw):
 
 
 def gsm8k(*, packing: bool) -> Sequences:
-    """The GSM8K training set with max_length 1024; 58 % of the tokens count, as there."""
+    """The GSM8K training set with max_length 1024; 58 % of the tokens are supervised, as there."""
     supervised = (0.58 * LENGTHS).astype(int)
     if not packing:
         return sequences_of(LENGTHS, supervised)
@@ -82,12 +82,12 @@ def work_of(sequences, shape, rank, *, seed=0, epochs=1):
 
 @given(any_sequences(), SHAPES, st.integers(0, 2**31), st.integers(1, 2))
 @settings(max_examples=40, deadline=None)
-def test_each_sequence_as_often_an_epoch_as_it_should_be_and_forwards_alike(
+def test_each_sequence_is_seen_as_often_as_its_segment_repeats_with_equal_forwards(
     sequences, shape, seed, epochs
 ):
-    """Through what each rank asks for by itself; the tail is neither dropped nor repeated."""
+    """Each rank computes its work by itself; the tail is neither dropped nor repeated."""
     steps, turns = steps_of(sequences, shape) * epochs, shape.accumulation_steps
-    assume(steps * shape.world_size < 130)  # each rank finds its work by itself
+    assume(steps * shape.world_size < 130)  # each rank computes its work by itself
     ranks = range(shape.world_size)
     work = [work_of(sequences, shape, rank, seed=seed, epochs=epochs) for rank in ranks]
     assert {len(mine) for mine in work} == {steps * turns}
@@ -97,7 +97,7 @@ def test_each_sequence_as_often_an_epoch_as_it_should_be_and_forwards_alike(
         of_step = Counter(i for batch in micro for i in batch.sequences)
         assert all(len(batch.sequences) <= shape.micro_batch_size for batch in micro)
         assert len({batch.first for batch in micro}) == len(micro)  # seeds of dropout
-        # What every rank takes for the step's denominator is what all of them do together.
+        # Every rank's denominator of the loss is the sum over all ranks.
         sizes = {mine.size_of(step) for mine in work}
         assert len(sizes) == 1
         supervised = sum(int(sequences.supervised[i]) * n for i, n in of_step.items())
@@ -146,14 +146,14 @@ def test_a_global_batch_is_the_same_set_for_every_split(sequences, seed, size):
                 )
                 divided = partition(batch, sequences, shape)
                 assert {len(rank) for rank in divided} == {shape.accumulation_steps}
-                found = sorted(i for rank in divided for m in rank for i in m.sequences)
-                assert found == sorted(batch.tolist())
+                chosen = sorted(i for rank in divided for m in rank for i in m.sequences)
+                assert chosen == sorted(batch.tolist())
 
 
 def off_their_share(sources, size, seed, *, are_packs):
-    """After any step, the furthest that a source is from its share of what all have done.
+    """Largest distance of a source from its share of the progress, over all steps.
 
-    In supervised tokens; and those of the epoch's largest global batch and largest sequence.
+    Returns it in supervised tokens, and those of the largest global batch and largest sequence.
     """
     random = np.random.default_rng(seed)
     shortest = random.integers(1, 1000, len(sources))
@@ -173,7 +173,7 @@ def off_their_share(sources, size, seed, *, are_packs):
 
 
 MIXTURES = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 3)), min_size=2, max_size=5)
-# One large source and many that have little more than a global batch, a pack, or less.
+# One large source and many small ones.
 LOPSIDED = st.builds(
     lambda large, *small: [large, *small[0]],
     st.tuples(st.integers(500, 3000), st.integers(1, 2)),
@@ -200,7 +200,7 @@ def test_every_source_of_documents_stays_near_its_share(sources, size, seed):
 @pytest.mark.parametrize("are_packs", [True, False])
 @pytest.mark.parametrize("size", [2, 4, 16, 64])
 @pytest.mark.parametrize("small", [10, 20, 30, 60])
-def test_many_small_sources_do_not_come_all_at_once(small, size, are_packs):
+def test_small_sources_are_spread_over_the_epoch(small, size, are_packs):
     """Each has one pack, or the documents of one global batch."""
     sources = [(40 * size, 1)] + [(1 if are_packs else size, 1)] * small
     off, largest_batch, _ = off_their_share(sources, size, small, are_packs=are_packs)
@@ -217,7 +217,7 @@ def test_epochs_and_seeds_permute_differently_and_repeatably():
     assert len(set(orders)) == 4
     epoch_order.cache_clear()
     assert order(0, 0) == orders[0]
-    # Pinned: a run resumed after an upgrade must find the order it began with.
+    # Pinned: a run that is resumed after an upgrade must have its old order.
     few = sequences_of(np.arange(1, 9), np.ones(8), [(6, 1), (2, 2)])
     assert list(epoch_order(few, seed=42, epoch=0, global_batch_size=2)) == PINNED
     few = sequences_of(np.arange(1, 9), np.ones(8), [(6, 1), (2, 2)], are_packs=True)
@@ -228,7 +228,7 @@ PINNED = [6, 7, 0, 1, 6, 7, 4, 5, 2, 3]
 PINNED_PACKS = [7, 2, 6, 3, 1, 6, 5, 7, 4, 0]
 
 
-def test_copies_of_a_sequence_lie_an_epoch_of_their_source_apart():
+def test_repeats_of_a_sequence_lie_one_pass_of_their_source_apart():
     sequences = sequences_of(np.full(300, 7), np.ones(300), [(200, 1), (100, 3)], are_packs=True)
     order = epoch_order(sequences, seed=0, epoch=0, global_batch_size=8).tolist()
     repeated = [i for i in order if i >= 200]
@@ -237,7 +237,7 @@ def test_copies_of_a_sequence_lie_an_epoch_of_their_source_apart():
 
 @pytest.mark.parametrize("global_batch_size", [2, 6, 16, 64, 96, 128, 1024])
 def test_without_packing_little_is_padding(global_batch_size):
-    """On GSM8K, whatever the micro-batch, up to twice the largest that the plan chooses."""
+    """On GSM8K, for micro-batches of up to twice the largest that the plan chooses."""
     sequences = gsm8k(packing=False)
     for micro in (n for n in (2, 3, 8, 48, 64, 96, 128) if global_batch_size % n == 0):
         shape = BatchLayout(
@@ -248,12 +248,12 @@ def test_without_packing_little_is_padding(global_batch_size):
         )
         work = work_of(sequences, shape, 0)
         lengths = [LENGTHS[list(batch.sequences)] for batch in work if batch.sequences]
-        laid = sum(int(found.max()) * len(found) for found in lengths)
-        assert 1 - LENGTHS.sum() / laid < 0.1
+        padded = sum(int(micro_batch.max()) * len(micro_batch) for micro_batch in lengths)
+        assert 1 - LENGTHS.sum() / padded < 0.1
 
 
 def test_without_packing_steps_are_shuffled():
-    """Long and short ones alternate, and another epoch has other batches."""
+    """Long and short batches alternate, and every epoch has other batches."""
     sequences = gsm8k(packing=False)
     orders = [epoch_order(sequences, seed=0, epoch=epoch, global_batch_size=16) for epoch in (0, 1)]
     whole = len(LENGTHS) // 16 * 16
@@ -275,6 +275,6 @@ def test_evaluation_sees_every_sequence_as_an_epoch_does(sequences, ranks, micro
     assert seen == sorted(sequences.of_epoch())
 
 
-def test_seeds_of_forwards_do_not_meet():
+def test_seeds_of_forwards_differ():
     seeds = {forward_seed(s, t, f) for s in range(3) for t in range(50) for f in range(50)}
     assert len(seeds) == 3 * 50 * 50

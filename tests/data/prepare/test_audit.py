@@ -47,14 +47,14 @@ def test_every_row_is_used_rejected_or_dropped_and_every_token_counted(run):
     assert audit["supervised_tokens"] == split.supervised_counts.sum()
     share = audit["supervised_tokens"] / audit["tokens"]
     assert audit["supervised_share"] == pytest.approx(share, abs=1e-4)
-    said = audit["length"]
-    assert (said["min"], said["max"]) == (lengths.min(), 128)
-    assert said["median"] == np.median(lengths)
-    histogram = said["histogram"]
+    summary = audit["length"]
+    assert (summary["min"], summary["max"]) == (lengths.min(), 128)
+    assert summary["median"] == np.median(lengths)
+    histogram = summary["histogram"]
     assert sum(histogram["documents"]) == 27
     assert histogram["documents"][0] > 0
     for i, count in enumerate(histogram["documents"]):
-        first, width = said["min"] + i * histogram["width"], histogram["width"]
+        first, width = summary["min"] + i * histogram["width"], histogram["width"]
         assert count == ((first <= lengths) & (lengths < first + width)).sum()
     assert audit["end_of_turn_share"] == pytest.approx(26 / 27, abs=1e-4)
     tokenizer = load_tokenizer(run.folder / "model")
@@ -161,8 +161,8 @@ def test_unread_columns_are_counted_by_source_and_named_on_the_terminal(run):
     assert_mentions(printed(run), "unread columns: label", "unread columns: origin")
 
 
-def test_without_unread_columns_nothing_is_said(run):
-    run.prepare()
+def test_without_anything_to_report_the_summary_is_one_line(run):
+    run.prepare(eval_data=None)
     assert run.audit()["unread_columns"] == {}
     assert "\n" not in audit_summary(run.data)
 
@@ -212,6 +212,7 @@ def test_held_out_text_in_the_training_set_is_counted_after_white_space(run):
     lines_of(run.eval, [row("a b"), row("c"), row("dd"), row("d", question="other")])
     run.prepare()
     assert run.audit("eval")["rows_also_in_train"] == 2
+    assert_mentions(audit_summary(run.data), "2 documents", "training set")
 
 
 def test_rows_that_differ_in_white_space_alone_are_duplicates_and_held_out_together(run):

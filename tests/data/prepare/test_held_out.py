@@ -13,17 +13,17 @@ from tests.messages import refused
 pytestmark = pytest.mark.tensor
 
 
-ASKED, SAID = Message("user", "a"), Message("assistant", "b")
+QUESTION, ANSWER = Message("user", "a"), Message("assistant", "b")
 
 
 EXAMPLES = [
-    Conversation((ASKED, SAID)),
-    Conversation((ASKED, replace(SAID, content="c"))),
-    Conversation((replace(ASKED, content="ab"), replace(SAID, content=""))),
-    Conversation((ASKED, replace(SAID, is_trained=False))),
-    Conversation((ASKED, replace(SAID, others={"reasoning_content": "r"}))),
-    Conversation((ASKED, SAID), ({"name": "tool"},)),
-    Conversation((ASKED, SAID, ASKED, SAID)),
+    Conversation((QUESTION, ANSWER)),
+    Conversation((QUESTION, replace(ANSWER, content="c"))),
+    Conversation((replace(QUESTION, content="ab"), replace(ANSWER, content=""))),
+    Conversation((QUESTION, replace(ANSWER, is_trained=False))),
+    Conversation((QUESTION, replace(ANSWER, others={"reasoning_content": "r"}))),
+    Conversation((QUESTION, ANSWER), ({"name": "tool"},)),
+    Conversation((QUESTION, ANSWER, QUESTION, ANSWER)),
     Completion("a", "b"),
     Completion("ab", ""),
     Completion("", "ab"),
@@ -36,15 +36,15 @@ EXAMPLES = [
 
 
 def test_different_examples_have_different_digests():
-    found = [digest(example) for example in EXAMPLES]
-    assert len(set(found)) == len(EXAMPLES)
-    assert all(0 <= number < 2**64 for number in found)
+    digests = [digest(example) for example in EXAMPLES]
+    assert len(set(digests)) == len(EXAMPLES)
+    assert all(0 <= number < 2**64 for number in digests)
 
 
 def test_the_spelling_of_an_object_does_not_matter():
-    one = replace(SAID, others={"name": "n", "tool_call_id": "i"})
-    other = replace(SAID, others={"tool_call_id": "i", "name": "n"})
-    assert digest(Conversation((ASKED, one))) == digest(Conversation((ASKED, other)))
+    one = replace(ANSWER, others={"name": "n", "tool_call_id": "i"})
+    other = replace(ANSWER, others={"tool_call_id": "i", "name": "n"})
+    assert digest(Conversation((QUESTION, one))) == digest(Conversation((QUESTION, other)))
 
 
 def test_a_share_is_held_out_and_a_larger_one_holds_out_the_same_and_more():
@@ -100,8 +100,8 @@ def test_held_out_rows_are_chosen_by_content(run, held_out):
     # more rows: what was held out by share stays so
     lines_of(run.train, [*rows, *(row(f"new answer {i}") for i in range(60))])
     more = run.prepare(eval_data=held_out)
-    kept = set(documents_of(more.eval)) & (set(held) | set(train))
-    assert kept == set(held) if held_out == 0.25 else kept <= set(held)
+    still_held = set(documents_of(more.eval)) & (set(held) | set(train))
+    assert still_held == set(held) if held_out == 0.25 else still_held <= set(held)
 
 
 def test_a_limit_applies_to_held_out_rows_too(run):

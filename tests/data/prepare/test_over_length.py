@@ -19,20 +19,20 @@ def over_length(run, how, **values):
 
 
 def test_truncated_documents_keep_a_supervised_token(run):
-    found, whole = over_length(run, "truncate")
+    fitted, whole = over_length(run, "truncate")
     late = sum(not whole.document(i)[1][:100].any() for i in range(len(whole)))
     assert late > 0
-    assert len(found) == len(whole) - late
+    assert len(fitted) == len(whole) - late
     assert run.audit()["rejected"]["no supervised token within max_length (100)"] == late
-    assert found.lengths.max() == 100
-    assert found.supervised_counts.min() > 0
+    assert fitted.lengths.max() == 100
+    assert fitted.supervised_counts.min() > 0
 
 
 def test_dropped_rows_are_counted_and_are_not_rejected(run):
-    found, whole = over_length(run, "drop")
+    fitted, whole = over_length(run, "drop")
     audit = run.audit()
     fitting = int((whole.lengths <= 100).sum())
-    assert len(found) == audit["rows_used"] == fitting < len(whole)
+    assert len(fitted) == audit["rows_used"] == fitting < len(whole)
     assert audit["rows_dropped"] == len(whole) - fitting
     assert sum(audit["rejected"].values()) == 2
     assert audit["rows_read"] == audit["rows_used"] + audit["rows_dropped"] + 2
@@ -44,11 +44,11 @@ def test_dropped_rows_are_counted_and_are_not_rejected(run):
 
 
 def test_split_documents_train_every_supervised_token_once(run):
-    found, whole = over_length(run, "split")
-    assert found.lengths.max() <= 100
-    assert found.supervised_counts.min() > 0
-    assert found.supervised_counts.sum() == whole.supervised_counts.sum()
-    pieces = iter(range(len(found)))
+    fitted, whole = over_length(run, "split")
+    assert fitted.lengths.max() <= 100
+    assert fitted.supervised_counts.min() > 0
+    assert fitted.supervised_counts.sum() == whole.supervised_counts.sum()
+    parts = iter(range(len(fitted)))
     for i in range(len(whole)):
         ids, supervised = whole.document(i)
         start = 0
@@ -56,16 +56,16 @@ def test_split_documents_train_every_supervised_token_once(run):
         while start + 1 < len(ids) or start == 0:
             here = slice(start, start + 100)
             if supervised[here][1:].any():
-                piece, mask = found.document(next(pieces))
-                assert piece.tolist() == ids[here].tolist()
+                part, mask = fitted.document(next(parts))
+                assert part.tolist() == ids[here].tolist()
                 assert not mask[0]
                 assert not (trained[here] & mask).any()
                 trained[here] |= mask
             start += 99
         assert trained.tolist() == supervised.tolist()
-    assert next(pieces, None) is None
+    assert next(parts, None) is None
     audit = run.audit()
-    assert audit["documents"] == len(found) > audit["rows_used"] == len(whole)
+    assert audit["documents"] == len(fitted) > audit["rows_used"] == len(whole)
     assert audit["duplicate_rows"] == 2
     assert audit["split_rows"] > 0
 

@@ -32,23 +32,23 @@ def square(fails_at, number):
 
 @pytest.mark.parametrize("processes", [1, 3])
 def test_results_come_in_order_and_from_all_processes(processes):
-    found = list(in_order(range(60), partial(make_squares, None), processes=processes))
-    assert [number for number, _ in found] == [number * number for number in range(60)]
+    results = list(in_order(range(60), partial(make_squares, None), processes=processes))
+    assert [number for number, _ in results] == [number * number for number in range(60)]
     here = os.getpid()
-    assert {pid == here for _, pid in found} == {processes == 1}
+    assert {pid == here for _, pid in results} == {processes == 1}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_error_is_raised_after_the_results_before_it(processes):
-    found = in_order(range(60), partial(make_squares, 5), processes=processes)
-    assert [next(found)[0] for _ in range(5)] == [0, 1, 4, 9, 16]
+    results = in_order(range(60), partial(make_squares, 5), processes=processes)
+    assert [next(results)[0] for _ in range(5)] == [0, 1, 4, 9, 16]
     with refused("5 is wrong"):
-        next(found)
+        next(results)
 
 
 def test_few_chunks_start_no_process():
-    found = list(in_order(range(5), partial(make_squares, None)))
-    assert {pid for _, pid in found} == {os.getpid()}
+    results = list(in_order(range(5), partial(make_squares, None)))
+    assert {pid for _, pid in results} == {os.getpid()}
 
 
 def test_chunks_are_read_only_a_little_ahead():
@@ -59,9 +59,9 @@ def test_chunks_are_read_only_a_little_ahead():
             read.append(number)
             yield number
 
-    found = in_order(chunks(), partial(make_squares, None), processes=2)
-    next(found)
-    found.close()
+    results = in_order(chunks(), partial(make_squares, None), processes=2)
+    next(results)
+    results.close()
     assert len(read) < 20
 
 

@@ -54,11 +54,11 @@ def test_progress_is_logged(run, monkeypatch, caplog):
 
 
 def test_the_index_matches_the_files_and_survives_a_move(run):
-    made = run.prepare()
+    index = run.prepare()
     moved = run.data.rename(run.folder / "moved")
-    found = DataIndex.load(moved)
-    assert found == DataIndex.from_json(json.loads(json.dumps(made.as_json())), moved)
-    for name, split_index in found.splits.items():
+    loaded = DataIndex.load(moved)
+    assert loaded == DataIndex.from_json(json.loads(json.dumps(index.as_json())), moved)
+    for name, split_index in loaded.splits.items():
         split = open_split(split_index)
         assert split_index.folder == moved / f"{name}-{split_index.key}"
         assert split_index.documents == len(split)

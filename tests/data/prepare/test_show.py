@@ -68,8 +68,8 @@ def test_a_terminal_without_colour_has_brackets(split):
 
 @pytest.mark.parametrize("options", [{}, {"force_terminal": True, "color_system": "standard"}])
 def test_no_control_character_of_the_data_reaches_the_terminal(options):
-    said = "a\x1b]0;title\x07\x1b[2J\x9b2J\x7f\r\x08b\nd"
-    text = printed(Documents([document_of(chat("q", said))]), 1, **options)
+    answer = "a\x1b]0;title\x07\x1b[2J\x9b2J\x7f\r\x08b\nd"
+    text = printed(Documents([document_of(chat("q", answer))]), 1, **options)
     shown = r"a\x1b]0;title\x07\x1b[2J\x9b2J\x7f\x0d\x08b"
     assert shown in text
     for control in ("\x07", "\x9b", "\x7f", "\r", "\x08", "\x1b]", "\x1b[2J"):

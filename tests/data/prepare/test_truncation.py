@@ -31,8 +31,8 @@ def test_windows_fit_and_have_a_supervised_token(document, length, how):
         assert not part.supervised[0]
         assert part.ids.tolist() == list(range(part.start, part.start + len(part.ids)))
         assert not (part.supervised & ~supervised[part.ids]).any()  # nothing more is trained
-    kept = {int(i) for part in parts for i in part.ids}
-    assert num_dropped(parts, len(ids)) == len(ids) - len(kept)
+    used = {int(i) for part in parts for i in part.ids}
+    assert num_dropped(parts, len(ids)) == len(ids) - len(used)
     if len(ids) <= length:
         assert len(parts) == supervised.any()
 
@@ -51,11 +51,11 @@ def test_split_trains_each_supervised_token_once(document, length):
 @settings(max_examples=200, deadline=None)
 def test_truncate_keeps_the_beginning_and_drop_nothing(document, length):
     ids, supervised = document
-    (kept,) = windows(ids, supervised, length, "truncate") or (None,)
+    (used,) = windows(ids, supervised, length, "truncate") or (None,)
     if supervised[:length].any():
-        assert kept.ids.tolist() == ids[:length].tolist()
-        assert kept.supervised.tolist() == supervised[:length].tolist()
+        assert used.ids.tolist() == ids[:length].tolist()
+        assert used.supervised.tolist() == supervised[:length].tolist()
     else:
-        assert kept is None
+        assert used is None
     if len(ids) > length:
         assert windows(ids, supervised, length, "drop") == []
