@@ -17,7 +17,8 @@ from pipeline.rows import lines as rows
 from pipeline.rows.content import without_marks
 from pipeline.rows.lines import Line
 
-_CHUNK_BYTES, _MAX_INDENT, _NUM_SNIFFED = 2**20, 200, 10
+_CHUNK_BYTES, _MAX_INDENT = 2**20, 200
+_NUM_SNIFFED, _SNIFFED_BYTES = 10, 2**16
 # Errors this near to the end of the buffer may be due to the cut: no token but a text is longer.
 _MAX_TOKEN = 16
 _MAX_RESCANNED = 16  # times the longest row, scanned for broken rows: no JSON file needs more
@@ -52,15 +53,18 @@ def line_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
 def is_line_by_line(stream: BinaryIO) -> bool:
     """Whether the first lines that are not blank are whole objects."""
     num_seen = 0
-    while num_seen < _NUM_SNIFFED and (line := stream.readline(rows.MAX_ROW_BYTES)):
-        if line := without_marks(line).strip():
-            num_seen += 1
-            try:
-                is_row = isinstance(json.loads(line), dict)
-            except (ValueError, RecursionError):
-                return False
-            if not is_row:
-                return False
+    while num_seen < _NUM_SNIFFED and (line := stream.readline(_SNIFFED_BYTES)):
+        if not (line := without_marks(line).lstrip()):
+            continue
+        if not line.startswith(b"{"):  # a list may be one line of gigabytes
+            return False
+        if not line.endswith(b"\n"):
+            line += stream.readline(rows.MAX_ROW_BYTES)
+        num_seen += 1
+        try:
+            json.loads(line)
+        except (ValueError, RecursionError):
+            return False
     return num_seen > 0
 
 
