@@ -104,10 +104,7 @@ class Traced(str):
         return joined((*pieces, self._cut(at, len(self))))
 
     def join(self, parts: Iterable[str], /) -> str:
-        pieces: list[str] = []
-        for part in parts:
-            pieces += [self, part] if pieces else [part]
-        return joined(pieces)
+        return _join(self, parts)
 
     def upper(self) -> str:
         return _rewritten(self, str.upper(self))
@@ -164,7 +161,7 @@ def traced(text: str, spans: Iterable[TracedSpan]) -> str:
 
 def from_source(text: str, source: int) -> str:
     """A text of which all comes from this source."""
-    return traced(text, (TracedSpan(0, len(text), source, 0, len(text)),))
+    return traced(text, (TracedSpan(0, len(text), source, 0, len(text)),) if text else ())
 
 
 def spans_of(text: str) -> tuple[TracedSpan, ...]:
@@ -225,9 +222,7 @@ def make_environment() -> "Environment":
 
     def traced_join(value: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
         parts = value if attribute is None else [item[attribute] for item in value]
-        return (
-            traced(d, spans_of(d)).join(map(_as_text, parts)) if d else joined(map(_as_text, parts))
-        )
+        return _join(d, map(_as_text, parts))
 
     def traced_call(context: Any, function: Any, /, *arguments: Any, **named: Any) -> Any:
         """`', '.join(...)`: the method of a plain string would lose the spans."""
@@ -248,7 +243,7 @@ def make_environment() -> "Environment":
     return environment  # type: ignore[no-any-return]
 
 
-def _join(separator: str, parts: Iterable[Any]) -> str:
+def _join(separator: str, parts: Iterable[str]) -> str:
     pieces: list[str] = []
     for part in parts:
         pieces += [separator, part] if pieces else [part]

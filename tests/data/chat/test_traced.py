@@ -1,0 +1,139 @@
+"""Traced strings: the text of `str`, and spans that lead back to the source."""
+
+import json
+from collections import defaultdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data.chat.traced import (
+    Arguments,
+    from_source,
+    joined,
+    make_environment,
+    spans_of,
+)
+
+pytestmark = pytest.mark.unit
+
+texts = st.text(st.sampled_from("abAx<>\n \t\u00e9"), max_size=12)
+REPLACED = defaultdict(str, a="XYZ")
+METHODS = [
+    ("strip",),
+    ("lstrip",),
+    ("rstrip",),
+    ("strip", "ab"),
+    ("split",),
+    ("split", "a"),
+    ("split", "ab", 1),
+    ("rsplit", "a", 1),
+    ("rsplit", None, 1),
+    ("splitlines",),
+    ("splitlines", True),
+    ("partition", "a"),
+    ("rpartition", "a"),
+    ("removeprefix", "a"),
+    ("removesuffix", "\n"),
+    ("replace", "a", "XY"),
+    ("replace", "ab", ""),
+    ("replace", "a", "Z", 1),
+    ("upper",),
+    ("lower",),
+    ("title",),
+    ("capitalize",),
+]
+
+
+def pieces(value):
+    return [value] if isinstance(value, str) else list(value)
+
+
+def assert_leads_back(text, sources):
+    """The characters of each span are those of its source, but for their case."""
+    for start, stop, source, first, last in spans_of(text):
+        assert 0 <= start < stop <= len(text)
+        origin = sources[source][first:last]
+        assert text[start:stop].lower() == origin.lower() or text[start:stop] in REPLACED[origin]
+
+
+@pytest.mark.parametrize("call", METHODS, ids=str)
+@given(one=texts, two=texts)
+def test_methods_return_what_str_returns(call, one, two):
+    name, *arguments = call
+    text = joined((from_source(one, 0), "-", from_source(two, 1)))
+    expected = getattr(str.__str__(text), name)(*arguments)
+    found = getattr(text, name)(*arguments)
+    assert found == expected
+    for piece in pieces(found):
+        assert_leads_back(piece, {0: one, 1: two})
+
+
+@given(one=texts.filter(bool), cut=st.tuples(st.integers(-14, 14), st.integers(-14, 14)))
+def test_slices_keep_their_place_in_the_source(one, cut):
+    text = from_source(one, 3)
+    part = text[slice(*cut)]
+    assert part == one[slice(*cut)]
+    for start, stop, source, first, last in spans_of(part):
+        assert (start, stop, source) == (0, len(part), 3)
+        assert one[first:last] == part
+    assert [str(c) for c in text] == list(one)
+
+
+def render(template, **variables):
+    return make_environment().from_string(template).render(**variables)
+
+
+WRITTEN = {
+    "{{ a ~ '-' ~ b }}": "one-two",
+    "{{ '<' + a + '>' }}{{ b }}": "<one>two",
+    "{% set x %}{{ a }}!{% endset %}{{ x }}{{ b }}": "one!two",
+    "{% macro m(t) %}[{{ t }}]{% endmacro %}{{ m(a) }}{{ m(b) }}": "[one][two]",
+    "{{ [a, b] | join(', ') }}": "one, two",
+    "{{ ', '.join([a, b]) }}": "one, two",
+    "{{ {'k': [a, b]} | tojson }}": '{"k": ["one", "two"]}',
+    "{{ {'k': [a, b]} }}": "{'k': ['one', 'two']}",
+    "{{ a | trim }}{{ b | string }}": "onetwo",
+    "{% for x in [a, b] %}{{ loop.index }}{{ x }}{% endfor %}": "1one2two",
+    "{% set ns = namespace(t='') %}{% for x in [a, b] %}{% set ns.t = ns.t + x %}{% endfor %}"
+    "{{ ns.t }}": "onetwo",
+    "{% generation %}{{ a }}{% endgeneration %}{{ b }}": "onetwo",
+}
+
+
+@pytest.mark.parametrize("template", WRITTEN)
+def test_what_jinja_writes_keeps_its_source(template):
+    text = render(template, a=from_source("one", 0), b=from_source("two", 1))
+    assert text == WRITTEN[template]
+    by_source = {span.source: text[span.start : span.stop] for span in spans_of(text)}
+    assert by_source[0] == "one"
+    assert by_source[1] == "two"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.booleans())
+def test_json_escapes_are_traced(text, is_ascii):
+    template = f"{{{{ value | tojson(ensure_ascii={is_ascii}) }}}}"
+    found = render(template, value={"k": [1, from_source(text, 0)], from_source("n", 1): None})
+    assert json.loads(found) == {"k": [1, text], "n": None}
+    (span,) = (span for span in spans_of(found) if span.source == 0)
+    assert json.loads(f'"{found[span.start : span.stop]}"') == text
+    assert (span.first, span.last) == (0, len(text))
+
+
+def test_arguments_are_an_object_and_json_text_where_they_are_joined():
+    given = Arguments({"city": from_source("Oslo", 0), "n": 1})
+    text = '{"city": "Oslo", "n": 1}'
+    for template in ("{{ '<' + a + '>' }}", "{{ '<' ~ a ~ '>' }}", "<{{ a }}>", "<{{ a|tojson }}>"):
+        found = render(template, a=given)
+        assert found == f"<{text}>"
+        (span,) = spans_of(found)
+        assert found[span.start : span.stop] == "Oslo"
+    assert render("{{ a.city }}{{ a is mapping }}{{ a is string }}", a=given) == "OsloTrueFalse"
+
+
+def test_a_template_cannot_reach_the_spans():
+    from jinja2.exceptions import SecurityError
+
+    for template in ("{{ a._spans.x }}", "{{ a.__class__.x }}", "{{ a._cut(0, 1) }}"):
+        with pytest.raises(SecurityError):
+            render(template, a=from_source("one", 0))
