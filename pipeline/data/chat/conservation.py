@@ -143,13 +143,14 @@ def _omitted_thoughts(
 
 
 def _are_within(gaps: Sequence[Span], thoughts: Sequence[tuple[Span, Span]], value: str) -> bool:
-    """Whether all that the gaps hold beside white space lies in one of the thoughts."""
+    """Whether all that the gaps hold lies in one of the thoughts, or is white space around one."""
     for start, stop in gaps:
         inside = [False] * (stop - start)
         for (first, last), _ in thoughts:
             for i in range(max(first, start), min(last, stop)):
                 inside[i - start] = True
-        if any(not ok and not value[start + i].isspace() for i, ok in enumerate(inside)):
+        outside = [value[start + i] for i, is_inside in enumerate(inside) if not is_inside]
+        if outside and (not any(inside) or any(not char.isspace() for char in outside)):
             return False
     return True
 

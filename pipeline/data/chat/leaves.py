@@ -222,17 +222,17 @@ def with_fixed_texts(conversation: Conversation) -> tuple[Conversation, tuple[An
     """The conversation of the same shape that all such rows share, and its key."""
     key: list[Any] = [bool(conversation.tools)]
     messages = []
-    for message in conversation.messages:
+    for number, message in enumerate(conversation.messages):
         others: dict[str, Any] = {}
         if message.others.get("tool_calls"):
             others["tool_calls"] = [example_call()]
         reasoning = [k for k in REASONING_KEYS if message.others.get(k)]
         if reasoning:
-            others[reasoning[0]] = "a thought"
-        content = "a text" if message.content.strip() else ""
+            others[reasoning[0]] = f"thought {number}"
+        content = f"text {number}" if message.content.strip() else ""
         has_thought = any(True for _ in thoughts_in(message))
         if has_thought:
-            content = "<think>\na thought\n</think>\n\na text"
+            content = f"<think>\nthought {number}\n</think>\n\ntext {number}"
         messages.append(Message(message.role, content, True, others))
         key.append((message.role, bool(content), has_thought, *others))
     return Conversation(tuple(messages), (EXAMPLE_TOOL,) if conversation.tools else ()), tuple(key)

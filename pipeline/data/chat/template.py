@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.rows.formats import Conversation, RowError
 
 if TYPE_CHECKING:
+    from jinja2.nodes import Template
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]  # characters [start, stop)
@@ -45,16 +46,18 @@ class ChatTemplate:
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         from jinja2 import TemplateSyntaxError
 
-        self._source, self._variables = source, variables
+        self._variables = variables
+        environment = make_environment()
         try:
-            self._template = make_environment().from_string(source)
+            self._template = environment.from_string(source)
+            self._keys = _keys_read(environment.parse(source))
         except TemplateSyntaxError as error:
             raise UserError(f"model: the chat template is not valid Jinja: {error}") from None
         self.marks_turns = _GENERATION.search(source) is not None
 
     def reads(self, *keys: str) -> bool:
-        """Whether one of these keys of a message stands in the template at all."""
-        return any(re.search(rf"[.'\"]{key}\b", self._source) for key in keys)
+        """Whether the template reads one of these keys of anything."""
+        return not self._keys.isdisjoint(keys)
 
     def render(self, conversation: Conversation, *, asks: bool = False) -> Rendering:
         """The conversation; `asks`: up to where the model is to answer.
@@ -100,6 +103,16 @@ class ChatTemplate:
             spans=[span for span in spans if span.source != GENERATED],
             generated=[span[:2] for span in spans if span.source == GENERATED],
         )
+
+
+def _keys_read(tree: "Template") -> set[str]:
+    """The keys in expressions such as message.key, message['key'] and message.get('key')."""
+    from jinja2.nodes import Call, Const, Getattr, Getitem
+
+    keys = {node.attr for node in tree.find_all(Getattr)}
+    named = [node.arg for node in tree.find_all(Getitem)]
+    named += [node.args[0] for node in tree.find_all(Call) if node.args]
+    return keys | {node.value for node in named if isinstance(node, Const)}
 
 
 def load_template(

@@ -28,8 +28,10 @@ _NO_END_MARKED = (
     "turn, so the model would never learn to stop; move {% endgeneration %} behind it"
 )
 _NO_MARK = "model: the chat template's {% generation %} marks no assistant turn"
-# The markup around a thought: empty, and what closes one behind its text.
-_EMPTY_THOUGHT = re.compile(r"\s*(?:<([\w:]*think\w*)>\s*</\1>|\[THINK\]\s*\[/THINK\])\s*")
+# An empty thought, whose opening tag the generation prompt may have written.
+_EMPTY_THOUGHT = re.compile(
+    r"\s*(?:<([\w:]*think[\w:]*)>\s*</\1>|</[\w:]*think[\w:]*>|\[THINK\]\s*\[/THINK\])\s*"
+)
 _SPACE = re.compile(r"\s*")
 _CLOSING = re.compile(r"\s*(?:</[\w:]+>|\[/[A-Z_]+\])\s*")
 
@@ -179,12 +181,30 @@ class TurnFinder:
                 self._gap(*before, "assistant", "user", "assistant", at=len(before)),
             ]
             answered = sorted({gap for gap in plain if gap is not None}, key=len)
-            if asked is None or asked == self._tail(*before):
-                found = answered[:1]
-            else:
-                found = [asked, *(gap for gap in answered if asked.startswith(gap))]
+            found = answered[:1]
+            if asked is not None and answered:
+                shared = self._shared(asked, answered[0])
+                if asked != self._tail(*before):  # the template reads add_generation_prompt
+                    found = [asked, shared, *(gap for gap in answered if asked.startswith(gap))]
+                elif shared and not answered[0].startswith(asked):  # or always writes the prompt
+                    found = [shared]
             self._openings[role] = sorted(set(found), key=len, reverse=True)
         return self._openings[role]
+
+    def _shared(self, one: str, other: str) -> str:
+        """The common beginning of two texts, up to the end of a special token or of a line.
+
+        Empty where they have no special token in common, or part in a word: they are different
+        headers, not the same one before other markup.
+        """
+        common = one[: _common(one, other)]
+        ends = [
+            match.end()
+            for match in self._special.finditer(one)
+            if match.end() <= len(common) and other.startswith(match[0], match.start())
+        ]
+        cut = max(ends[-1], common.rfind("\n") + 1) if ends else 0
+        return one[:cut] if one[cut:].lstrip()[:1] in ("", "<", "[") else ""
 
     def _find_header(self) -> list[str]:
         """What opens an assistant turn, behind the end of the message before; longest first."""
@@ -285,6 +305,9 @@ class TurnFinder:
             is_whole = bool(opening) or extent.before == extent.first
             if is_whole and text.startswith(opening, extent.before):
                 return min(extent.before + len(opening), extent.last)
+        for opening in self._openings_after(extent.role_before):
+            if shared := self._shared(opening, text[extent.before : extent.first]):
+                return extent.before + len(shared)
         for header in self._header:
             at = text.rfind(header, extent.before, extent.first)
             if at >= 0:
