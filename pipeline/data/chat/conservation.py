@@ -19,6 +19,8 @@ from pipeline.data.chat.template import ChatTemplate, Rendering, Span
 from pipeline.data.chat.traced import TracedSpan
 from pipeline.rows.formats import Conversation, RowError
 
+_MOST_SHAPES = 256  # remembered: the key of a long agent row is long
+
 
 @dataclass(frozen=True)
 class Omissions:
@@ -57,6 +59,8 @@ class Conservation:
         """Messages whose thoughts the template omits in every row of this shape."""
         fixed, key = with_fixed_texts(conversation)
         if key not in self._by_design:
+            if len(self._by_design) >= _MOST_SHAPES:
+                self._by_design.clear()
             try:
                 omitted = _omissions(fixed, self._template.render(fixed)).thoughts
             except RowError:
@@ -81,7 +85,7 @@ def _omissions(conversation: Conversation, rendering: Rendering) -> Omissions:
             continue
         if not isinstance(leaf.value, str):
             is_written = scalars.is_written(leaf)
-        elif leaf.kind is Kind.REASONING and not spans:
+        elif leaf.kind is Kind.REASONING and not spans and leaf.value.strip():
             result.thoughts.append((leaf, [leaf.value]))
             continue
         else:
