@@ -336,12 +336,12 @@ def _one_of(values: Mapping[str, Any], keys: Sequence[str], of: str) -> Any:
 def _arguments(value: Any) -> dict[str, Any]:
     """Arguments as an object; JSON text keeps its nulls, in an object they only fill a schema."""
     if isinstance(value, str):
-        value = json_of(value, "arguments of a tool call") if value.strip() else {}
+        value = json_of(value, "arguments of a tool call") if value.strip() else None
     else:
-        value = without_nulls({} if value is None else value)
-    if not isinstance(value, dict):
+        value = without_nulls(value)
+    if not isinstance(value, dict | None):
         raise RowError(f"arguments of a tool call: {json_name(value)}; expected an object")
-    return value
+    return value or {}
 
 
 def _shown(name: Any) -> str:

@@ -46,6 +46,8 @@ def list_of(value: Any, name: str, *, strips_nulls: bool = False) -> list[Any]:
     but not within JSON text, where no schema is filled. Raises RowError that names the value.
     """
     items = json_of(value, name) if isinstance(value, str) else value
+    if items is None and value is not None:  # the text "null"
+        return []
     if isinstance(items, dict) and (length := _common_length(items)) is not None:
         items = [_item(items, i) for i in range(length)]
     if not isinstance(items, list):

@@ -257,6 +257,18 @@ def test_messages_and_tools_are_read_as_lists_json_text_and_structs_of_lists(mes
     assert found.tools == ({"type": "function", "function": TOOL},)
 
 
+@pytest.mark.parametrize("empty", [None, "", "null", "[]", [], {}])
+def test_no_tools_and_no_calls_in_any_form_are_none(empty):
+    found = read(USER, ANSWER | {"tool_calls": empty}, tools=empty)
+    assert found == read(USER, ANSWER)
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", "null", "{}", {}])
+def test_no_arguments_in_any_form_are_an_empty_object(empty):
+    (message,) = messages_of(calling([{"name": "f", "arguments": empty}]))
+    assert message.others["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
 def test_a_null_in_tools_is_absent_but_not_in_json_text():
     tool = TOOL | {"strict": None}
     assert read(USER, ANSWER, tools=[tool]).example.tools[0]["function"] == TOOL
