@@ -8,13 +8,13 @@ Strategy = Literal["steps", "epoch", "no"]
 
 @dataclass(frozen=True)
 class Frequency:
-    """So many `times` in each `period` of steps, evenly spaced; without a period in each epoch."""
+    """`times` in each `period` of steps, evenly spaced; without a period, in each epoch."""
 
     times: int
     period: int | None = None
 
     def is_due(self, step: int, steps_per_epoch: int) -> bool:
-        """Whether it is time after so many steps (1 after the first)."""
+        """Whether step number `step`, from 1 on, is followed by one."""
         period = self.period or steps_per_epoch
         return step * self.times // period > (step - 1) * self.times // period
 

@@ -5,6 +5,7 @@ import difflib
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,37 +93,44 @@ def _validated(values: Mapping[str, Any], places: Mapping[str, str], source: str
         settings = RunSettings.model_validate({**_preset_values(known.get("preset")), **known})
     except ValidationError as error:
         by_key: dict[str, list[Any]] = {}
-        for problem in error.errors():  # a union gives one problem for each of its members
-            by_key.setdefault(str(problem["loc"][0]) if problem["loc"] else "", []).append(problem)
-        for key, found in by_key.items():
-            if not (key in meant and found[0]["type"] == "missing"):
-                problems.append(_problem(key, found, places, source))
-        settings = None
-    if problems or settings is None:
+        for detail in error.errors():  # a union gives one for each of its members
+            by_key.setdefault(str(detail["loc"][0]) if detail["loc"] else "", []).append(detail)
+        for key, details in by_key.items():
+            if not (key in meant and details[0]["type"] == "missing"):
+                problems.append(_problem(key, details, places, source))
+    if problems:
         raise UserError("\n".join(problems))
-    return settings.with_paths(written)
+    return settings.with_written_paths(written)
 
 
 def _expanded(
     values: Mapping[str, Any], places: Mapping[str, str], problems: list[str]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values with `~` and `$NAME` expanded in paths, and the text of each by its path."""
+) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    """The values with their paths expanded, and by key and expanded path the text of the file.
+
+    A value that cannot be expanded is left out and added to `problems`.
+    """
     expanded, written = dict(values), {}
-
-    def expand_one(text: str) -> str:
-        path = expand(text)
-        if path != text:
-            written[path] = text
-        return path
-
     for key in path_settings():
-        if key in values:
-            try:
-                expanded[key] = map_paths(values[key], expand_one)
-            except ValueError as error:
-                problems.append(f"{places[key]}: {key}: {error}; found {_SHORT.repr(values[key])}")
-                del expanded[key]
+        texts: dict[str, str] = {}
+        if key not in values:
+            continue
+        try:
+            expanded[key] = map_paths(values[key], partial(_expand, texts))
+        except ValueError as error:
+            problems.append(f"{places[key]}: {key}: {error}; found {_SHORT.repr(values[key])}")
+            del expanded[key]
+        if texts:
+            written[key] = texts
     return expanded, written
+
+
+def _expand(texts: dict[str, str], text: str) -> str:
+    """The expanded path; where it differs from the text, `texts` remembers the text."""
+    path = expand(text)
+    if path != text:
+        texts[path] = text
+    return path
 
 
 def _hint(key: str) -> str:
@@ -134,7 +142,7 @@ def _hint(key: str) -> str:
 
 
 def _preset_values(names: Any) -> dict[str, Any]:
-    """The values of presets, later ones first in force; unknown names are reported elsewhere."""
+    """The values of presets, of which later ones override; RunSettings refuses unknown names."""
     values: dict[str, Any] = {}
     for name in names if isinstance(names, list) else [names]:
         if isinstance(name, str):
@@ -143,19 +151,19 @@ def _preset_values(names: Any) -> dict[str, Any]:
 
 
 def _problem(
-    key: str, found: Sequence[Mapping[str, Any]], places: Mapping[str, str], source: str
+    key: str, details: Sequence[Mapping[str, Any]], places: Mapping[str, str], source: str
 ) -> str:
-    """One line: place, key, what was expected and what was found."""
-    if found[0]["type"] == "missing":
+    """One line: place, key, expected and given value. `details` are pydantic's for the key."""
+    if details[0]["type"] == "missing":
         return f"{source}: {key}: this setting is required and not there"
-    expected = " or ".join(dict.fromkeys(_expectation(problem) for problem in found))
+    expected = " or ".join(dict.fromkeys(_expectation(detail) for detail in details))
     if not key:  # a rule over several keys names them itself
         keys = [name for name in places if re.search(rf"\b{re.escape(name)}\b", expected)]
         where = ", ".join(dict.fromkeys(places[name] for name in keys)) or source
         return f"{where}: {expected}"
-    return f"{places.get(key, source)}: {key}: {expected}; found {_SHORT.repr(found[0]['input'])}"
+    return f"{places.get(key, source)}: {key}: {expected}; found {_SHORT.repr(details[0]['input'])}"
 
 
-def _expectation(problem: Mapping[str, Any]) -> str:
-    message: str = problem["msg"]
+def _expectation(detail: Mapping[str, Any]) -> str:
+    message: str = detail["msg"]
     return message.removeprefix("Value error, ").replace("Input should be", "must be")

@@ -22,6 +22,7 @@ _NO_FSDP = "sharding is DeepSpeed's ZeRO: zero_stage, chosen by the plan"
 _BY_ROW = "the format is detected from each row; data_format and columns change that"
 _NO_EVAL_BATCH = "evaluation uses batch_size"
 _TEMPLATE = "the model's own chat template and end of turn are used; see chat_template"
+_NO_START = "a run cannot start from another adapter yet; resume: CHECKPOINT continues a run"
 _KERNELS = "fast kernels are chosen by what is installed; remove it"
 
 # Patterns of names -> what to do instead. The first match counts.
@@ -120,6 +121,12 @@ WITHOUT_A_SETTING: Mapping[str, str] = {
     "loss_scale": "train_on: assistant, last-assistant or all; a message of weight: 0 never counts",
     "roles_to_train": "train_on: assistant; a message of weight: 0 never counts",
     "train_on_eos": "the end of a trained turn is always trained; remove it",
+    "enable_thinking": "chat_template_kwargs: {enable_thinking: true}",
+    "reasoning_effort": "chat_template_kwargs: {reasoning_effort: high}",
+    "adapter_name_or_path": _NO_START,
+    "lora_model_dir": _NO_START,
+    "adapters": _NO_START,
+    "resume_from_adapter": _NO_START,
     "special_tokens": _TEMPLATE,
     "eos_token": _TEMPLATE,
     "pad_token": _TEMPLATE,

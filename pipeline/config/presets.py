@@ -1,7 +1,7 @@
-"""The guide's configurations as named sets of values.
+"""Presets: named sets of values, from the guide "LoRA Basics".
 
-LoRA Basics, "Common Configurations" (the first three) and "Common Patterns". Where the guide
-gives a range, the lower value is used and `RANGES` holds the range.
+The first three are its "Common Configurations", the others its "Common Patterns". Where the guide
+gives a range, the preset has the lower value and `RANGES` the range.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ RANGES: Mapping[str, Mapping[str, tuple[int, int]]] = {
 
 
 def preset_for(rows: int) -> str:
-    """The guide's preset for a training set of so many rows."""
+    """Name of the preset for a training set with this number of rows."""
     if rows < 1_000:
         return "small"
     return "medium" if rows <= 10_000 else "large"

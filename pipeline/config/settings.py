@@ -6,6 +6,7 @@ business. The keys themselves are in data_keys.py and run_keys.py.
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -34,16 +35,14 @@ class RunSettings(RunKeys, DataKeys):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    # Text of the run file by the path that it was expanded to, where the two differ.
-    _written_paths: dict[str, str] = PrivateAttr(default_factory=dict)
+    # By setting and expanded path: the text of the run file, where the two differ.
+    _written_paths: dict[str, dict[str, str]] = PrivateAttr(default_factory=dict)
 
     @field_validator("preset")
     @classmethod
     def _known_presets(cls, value: str | list[str]) -> str | list[str]:
-        unknown = [
-            name for name in ([value] if isinstance(value, str) else value) if name not in PRESETS
-        ]
-        if unknown:
+        names = [value] if isinstance(value, str) else value
+        if not PRESETS.keys() >= set(names):
             raise ValueError(f"unknown preset; known: {', '.join(PRESETS)}")
         return value
 
@@ -64,12 +63,12 @@ class RunSettings(RunKeys, DataKeys):
     @model_validator(mode="before")
     @classmethod
     def _keys_that_decide_others(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Set the keys that a given key replaces; null in run.yaml says that they do not count."""
+        """Set the keys that a given key decides; a key that it replaces becomes null."""
         values = dict(values)
         given = {key for key, value in values.items() if value is not None}
         for key, other in _REPLACES.items():
             if key in given and other in given:
-                raise ValueError(f"{key} and {other}: both are given; keep one of them")
+                raise ValueError(f"{key} and {other}: both are given; set one of them to null")
             if key in given:
                 values[other] = None
         for strategy, steps, per_epoch in (
@@ -106,20 +105,17 @@ class RunSettings(RunKeys, DataKeys):
             )
         return self
 
-    def with_paths(self, written: dict[str, str]) -> Self:
-        """These settings, remembering the text of the run file by the path it stands for."""
+    def with_written_paths(self, written: dict[str, dict[str, str]]) -> Self:
+        """These settings, with the text of the run file by setting and expanded path."""
         self._written_paths.update(written)
         return self
 
     def as_written(self) -> dict[str, Any]:
         """Values of every key as a run file has them: paths with their `~` and `$NAME`."""
         values = self.model_dump(mode="json")
-        written = self._written_paths
-        paths = {
-            key: map_paths(values[key], lambda path: written.get(path, path))
-            for key in path_settings()
-        }
-        return values | paths
+        for key, texts in self._written_paths.items():
+            values[key] = map_paths(values[key], partial(_replaced, texts))
+        return values
 
     @property
     def model_folder(self) -> Path:
@@ -173,6 +169,10 @@ class RunSettings(RunKeys, DataKeys):
 def _seconds(time: str) -> float:
     hours, minutes, seconds = (int(part) for part in time.split(":"))
     return 3600.0 * hours + 60 * minutes + seconds
+
+
+def _replaced(texts: dict[str, str], path: str) -> str:
+    return texts.get(path, path)
 
 
 def map_paths(value: Any, change: Callable[[str], str]) -> Any:

@@ -37,6 +37,17 @@ def _evaluates_at_other_steps(s: PlanContext) -> bool:
     return settings.eval_data is not None and is_asked and None not in both and both[0] != both[1]
 
 
+def _has_unused_steps(s: PlanContext) -> bool:
+    """Whether a number of steps other than the default is given beside another strategy."""
+    settings, fields = s.settings, type(s.settings).model_fields
+    pairs = ("evaluation_strategy", "eval_steps"), ("save_strategy", "save_steps")
+    return any(
+        getattr(settings, strategy) != "steps"
+        and getattr(settings, steps) not in (None, fields[steps].default)
+        for strategy, steps in pairs
+    )
+
+
 def _is_short_of_memory(s: PlanContext) -> bool:
     if s.settings.gradient_checkpointing is not False:
         return False
@@ -134,6 +145,14 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         "the checkpoints are not the states that were evaluated",
         remedy="give both the same",
         source="LoRA Basics, Logging & Saving",
+    ),
+    Rule(
+        id="unused-steps",
+        level="warn",
+        applies=_has_unused_steps,
+        reason="eval_steps or save_steps is given beside a strategy other than steps, and not used",
+        remedy="leave evaluation_strategy or save_strategy out, or set it to steps",
+        source="config/frequency.py",
     ),
     Rule(
         id="checkpointing",

@@ -283,6 +283,10 @@ CASES = {
         {"eval_data": "e", "evaluation_strategy": "epoch", "save_strategy": "steps"},
         {"eval_data": "e", "evaluation_strategy": "epoch"},
     ),
+    "unused-steps": (
+        {"save_strategy": "epoch", "save_steps": 7},
+        {"save_strategy": "steps", "save_steps": 7},
+    ),
     "checkpointing": (
         {"gradient_checkpointing": False, "hardware": gpu(18)},
         {"gradient_checkpointing": False, "hardware": gpu(80)},
