@@ -1,4 +1,4 @@
-"""A few steps on the tiny model, on whatever ranks call it: the body of the engine tests."""
+"""A few training steps on the tiny model, called on every rank: the body of the engine tests."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def train_tiny(session, folder: Path, settings: dict, steps: int = 5, documents:
     for step in range(steps):
         batches, supervised = work(plan, split, step, rank)
         lr = plan.learning_rate(step)
-        if step == 0:  # the same calls as Engine.optimizer_step, with a look before the last
+        if step == 0:  # as in Engine.optimizer_step, with the gradients read before the last call
             engine.deepspeed.train()
             for group in engine.deepspeed.optimizer.param_groups:
                 group["lr"] = lr

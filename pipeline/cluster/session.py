@@ -1,7 +1,7 @@
-"""The process group: up, agreements, sums, down.
+"""The ranks of a run: key-value store, process group, agreements and sums.
 
-torch is imported when a session starts work on several ranks, not before: `rank_zero_first` of a
-single process runs without it.
+torch is imported when several ranks start to communicate: a single process runs `rank_zero_first`
+without it.
 """
 
 import json
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 # Ranks load the model at different speeds; a collective that waits longer than this is a hang.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-# Tokenising may take days: this wait is on a store, not in a collective, and is begun again as
-# often as it takes. It ends at once when rank 0, which holds the store, goes away.
+# Tokenising may take days: ranks wait for it on the store, not in a collective, as often as needed.
+# The wait ends at once when rank 0, which holds the store, ends.
 _ONE_WAIT = timedelta(hours=24)
 _READING_TIMEOUT = timedelta(seconds=15)
 _CHANNEL_TIMEOUT = timedelta(seconds=10)
-_GATHER_TIMEOUT = timedelta(hours=24)  # whoever must not wait so long has a watch of its own
+_GATHER_TIMEOUT = timedelta(hours=24)  # callers that must not wait so long run a watchdog
 
 
 class Session:
@@ -39,7 +39,7 @@ class Session:
         self._store: Any = None
         self._host_group: Any = None  # None: the default group
         self._num_waits = 0
-        self._gathering: str | None = None  # the key of a gather that is under way
+        self._gathering: str | None = None  # the key of the gather in progress
 
     def __enter__(self) -> Self:
         return self
@@ -50,7 +50,7 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # After an error the other ranks may be in a collective: a polite end could wait for ever.
+        # After an error the other ranks may be in a collective, and a barrier would never return.
         if kind is None and self._store is not None:
             import torch.distributed as dist
 
@@ -71,7 +71,7 @@ class Session:
         if not self._is_cuda:
             return torch.device("cpu")
         seen = torch.cuda.device_count()
-        # A scheduler may show every process its own GPU only, which is then number 0.
+        # A scheduler may show each process only its own GPU, which is then number 0.
         index = 0 if seen == 1 and self.placement.local_size > 1 else self.placement.local_rank
         if index >= seen:
             raise UserError(
@@ -81,10 +81,10 @@ class Session:
         return torch.device("cuda", index)
 
     def rank_zero_first(self, work: Callable[[], Any]) -> Any:
-        """Do `work` on rank 0 while the others wait, and return its JSON-able result on all.
+        """Do `work` on rank 0 while the others wait; returns its JSON-able result on all ranks.
 
-        Not a collective of the process group, so no collective's time-out applies, nor any other.
-        An error of rank 0 is raised on every rank.
+        The wait is on the store, not in a collective of the process group: it has no time-out. An
+        error of rank 0 is raised on every rank.
         """
         if self.placement.world_size == 1:
             return work()
@@ -110,7 +110,7 @@ class Session:
         return answer["result"]
 
     def start(self) -> None:
-        """Bring up the process group and hand it to DeepSpeed."""
+        """Initialise the process group, and DeepSpeed with it."""
         import torch
         import torch.distributed as dist
 
@@ -128,8 +128,8 @@ class Session:
             device_id=self.device if self._is_cuda else None,
         )
         if self._is_cuda and self.placement.world_size > 1:
-            # What ranks agree on are numbers on the host: through gloo they cost no wait for the
-            # device, so that asking before each micro-batch leaves its queue full.
+            # Ranks agree on numbers of the host. Through gloo that does not synchronise the device,
+            # whose queue stays full although the ranks agree before each micro-batch.
             self._host_group = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
         import deepspeed
 
@@ -141,7 +141,7 @@ class Session:
     def open_channel(self) -> Any:
         """A connection to the key-value store for another thread; None for a single process.
 
-        Not a collective. Its calls raise RuntimeError once rank 0, which holds the store, is gone.
+        Not a collective. Calls raise RuntimeError once rank 0, which holds the store, is gone.
         """
         if self.placement.world_size == 1:
             return None
@@ -150,7 +150,7 @@ class Session:
         return channel
 
     def agree_any(self, flag: bool) -> bool:
-        """Whether any rank says yes; the same answer on every rank."""
+        """Whether the flag is set on any rank; the same answer on every rank."""
         return self.sum_over_ranks([float(flag)])[0] > 0
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
@@ -165,9 +165,9 @@ class Session:
         return [float(value) for value in tensor.tolist()]
 
     def gather_objects(self, value: Any) -> list[Any] | None:
-        """Every rank's JSON-able value, by rank, on rank 0; None on the others, who do not wait.
+        """Every rank's JSON-able value, by rank, on rank 0; None on the others, which do not wait.
 
-        Not a collective of the process group: it works before there is one, and without.
+        Through the store: works before and without a process group.
         """
         if self.placement.world_size == 1:
             return [json.loads(json.dumps(value))]
@@ -184,7 +184,7 @@ class Session:
         return [json.loads(store.get(key)) for key in keys]
 
     def gathered_so_far(self) -> dict[int, Any]:
-        """What is there of the gather that is under way or comes next, by rank.
+        """Values that have arrived of the gather in progress, or else of the next one, by rank.
 
         Not a collective: for another thread of rank 0, which holds the store.
         """
@@ -196,15 +196,15 @@ class Session:
         return {rank: json.loads(channel.get(f"{key}/{rank}")) for rank in there}
 
     def add_over_ranks(self, tensor: "torch.Tensor") -> None:
-        """Sum a tensor in place over all ranks, through the links between their devices."""
+        """All-reduce a tensor in place, between the devices."""
         import torch.distributed as dist
 
         dist.all_reduce(tensor)
 
     def swap_with(self, other: int, sent: "torch.Tensor", received: "torch.Tensor") -> None:
-        """Give another rank a tensor and take its own; both call it.
+        """Exchange tensors with another rank; both call it.
 
-        After a sum over all ranks: until then NCCL would wait for everybody.
+        Only after an all-reduce: NCCL's first communication involves all ranks.
         """
         import torch.distributed as dist
 
@@ -213,14 +213,14 @@ class Session:
             work.wait()
 
     def _await_readers(self, store: Any, key: str) -> None:
-        """Let every rank read before rank 0, which may hold the store, leaves."""
+        """Wait until every rank has read, because rank 0 may end and the store with it."""
         import torch.distributed as dist
 
         readers = [f"{key}/read-by-{rank}" for rank in range(1, self.placement.world_size)]
         try:
             store.wait(readers, _READING_TIMEOUT)
         except (dist.DistError, RuntimeError):
-            return  # a rank that is gone reads nothing
+            return  # a rank is gone
 
     def _open_store(self) -> Any:
         if self._store is None:
@@ -230,25 +230,25 @@ class Session:
                 self._store = dist.HashStore()  # type: ignore[attr-defined]
                 return self._store
             if not self.placement.master_addr or not self.placement.master_port:
-                self._move(*address_by_mpi(self.placement))
+                self._set_address(*address_by_mpi(self.placement))
             self._store, port = open_store(self.placement)
-            self._move(self.placement.master_addr, port)
+            self._set_address(self.placement.master_addr, port)
         return self._store
 
-    def _move(self, address: str, port: int) -> None:
-        """The ranks meet elsewhere than was known; DeepSpeed reads it from the environment."""
+    def _set_address(self, address: str, port: int) -> None:
+        """Set the actual address of the store, for DeepSpeed also in the environment."""
         self.placement = replace(self.placement, master_addr=address, master_port=port)
         os.environ.update(self.placement.variables())
 
 
 def _wait_for(store: Any, key: str) -> None:
-    """Until the key is there. Raises torch's DistNetworkError when the store is gone."""
+    """Wait for a key. Raises torch's DistNetworkError when the store is gone."""
     import torch.distributed as dist
 
     while True:
         try:
             store.wait([key], _ONE_WAIT)
-        except dist.DistStoreError:  # not yet, or gone: then asking raises
+        except dist.DistStoreError:  # not yet there; if the store is gone, check() raises
             if not store.check([key]):
                 continue
         return

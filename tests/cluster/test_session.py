@@ -9,6 +9,7 @@ from pipeline.cluster import session as session_module
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
 from pipeline.errors import UserError
+from tests.messages import refused
 from tests.plan.test_plan import CPU
 from tests.ranks import run_ranks
 
@@ -46,7 +47,7 @@ def first_after_many_waits(session):
     return first(session)
 
 
-def test_no_time_out_ends_the_wait_for_rank_zero(tmp_path):
+def test_the_wait_for_rank_zero_has_no_time_out(tmp_path):
     results = run_ranks(first_after_many_waits, tmp_path=tmp_path)
     assert results == [({"answer": 42, "by": 0}, None)] * 2
 
@@ -55,16 +56,16 @@ def fail(session):
     def work():
         raise UserError("line 3 is wrong")
 
-    with pytest.raises(UserError, match="line 3 is wrong"):
+    with refused("line 3"):
         session.rank_zero_first(work)
     return session.agree_any(True)  # and the group still stands
 
 
-def test_an_error_of_rank_zero_is_everybodys(tmp_path):
+def test_an_error_of_rank_zero_is_raised_on_every_rank(tmp_path):
     assert run_ranks(fail, tmp_path=tmp_path) == [True, True]
 
 
-def test_one_process_needs_no_group():
+def test_a_single_process_needs_no_group():
     with Session(Placement(), CPU) as session:
         assert session.rank_zero_first(lambda: 7) == 7
         assert session.sum_over_ranks([1, 2]) == [1.0, 2.0]

@@ -1,4 +1,4 @@
-"""What all fault tests share: the data, and a run that nothing breaks."""
+"""Fixtures of the fault tests: the data, and an undisturbed run."""
 
 import signal
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.tiny import make_rows
 
 @pytest.fixture(scope="session", autouse=True)
 def interrupts():
-    """Runs hear of Ctrl-C, as from a terminal, also where the tests are started with `&`."""
+    """Runs get Ctrl-C as from a terminal, also where the tests are started with `&`."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -19,7 +19,7 @@ def interrupts():
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory, tiny_model) -> Path:
-    """Training and held-out rows; the run files and folders go beside them."""
+    """The folder of training and held-out rows, run files and run folders."""
     folder = tmp_path_factory.mktemp("faults")
     make_rows(folder / "train.jsonl")
     make_rows(folder / "heldout.jsonl", 40)
@@ -34,7 +34,7 @@ def run_file(workspace, tiny_model):
 
 @pytest.fixture(scope="session")
 def straight(run_file, workspace) -> Path:
-    """The folder of the run that nothing breaks: what every broken one must come to."""
+    """The folder of an undisturbed run, which every broken one must equal."""
     finish(run_file("straight"))
     return workspace / "straight"
 

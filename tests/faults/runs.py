@@ -89,7 +89,7 @@ class Started:
         return found
 
     def wait_until(self, claim: Callable[[], object], what: str) -> None:
-        """Wait for something to be seen while the run is at work."""
+        """Wait for a condition while the run is at work."""
         while not claim():
             if self.process.poll() is not None and not self.processes():
                 raise AssertionError(f"ended before {what}:\n{self.output}")
@@ -98,39 +98,39 @@ class Started:
             time.sleep(0.004)
 
     def is_over(self) -> bool:
-        """Whether the run has come to its end; what is sent now would come too late."""
+        """Whether the run has ended; a signal now would come too late."""
         return status(self.folder).get("state") == "done"
 
     def wait_for_step(self, step: int) -> None:
-        """Until a step is made in this start."""
+        """Wait until this start has made a step."""
         self.wait_until(lambda: self.is_over() or self.step() >= step, f"step {step}")
 
     def wait_for_save(self, step: int) -> None:
-        """Until a checkpoint is being written, after a step."""
+        """Wait until a checkpoint is being written, after a step."""
         self.wait_for_step(step)
         folder = self.folder / "checkpoints"
         self.wait_until(lambda: self.is_over() or list(folder.glob(".step-*.new")), "a save")
 
     def wait_for_ranks(self) -> None:
-        """Until both ranks are processes; they import for seconds from here on."""
+        """Wait until both ranks are processes; they import for seconds from here on."""
         self.wait_until(lambda: self.is_over() or len(self.ranks()) == 2, "two ranks")
 
     def resumed_step(self) -> int:
-        """The step that this start went on from."""
+        """The step that this start resumed from."""
         return resumed_step(self.output)
 
     def has_stepped(self) -> bool:
-        """Whether this start has come as far as a step of its own."""
+        """Whether this start has made a step of its own."""
         return re.search(r"^step \d+/", self.output, re.MULTILINE) is not None
 
     def step(self) -> int:
-        """The step that this start has come to; 0 before it has made or resumed one."""
+        """The latest step of this start; 0 before it has made or resumed one."""
         found = status(self.folder)
         mine = found.get("started") or 0.0
         return int(found.get("step") or 0) if mine >= self.began_at else 0
 
     def end(self, within_s: float = DEADLINE_S) -> int:
-        """Wait until nothing of the run is left; the code that its starter saw."""
+        """Wait until no process of the run is left; returns the exit code that its starter saw."""
         code = self.process.wait(DEADLINE_S)
         deadline = time.monotonic() + within_s
         while left := self.processes():
@@ -171,7 +171,7 @@ def start(
 
 
 def finish(run_file: Path, *overrides: str) -> str:
-    """Start and wait for the good end; returns the output."""
+    """Start, and wait for the end of the run; returns the output."""
     run = start(run_file, *overrides)
     code = run.end()
     assert code == 0, run.output
@@ -180,7 +180,7 @@ def finish(run_file: Path, *overrides: str) -> str:
 
 
 def resumed_step(output: str) -> int:
-    """The step that a start says it went on from."""
+    """The step that a start logged to resume from."""
     found = re.findall(r"resuming from step (\d+)", output)
     return int(found[-1]) if found else 0
 

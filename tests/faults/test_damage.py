@@ -1,4 +1,4 @@
-"""A damaged checkpoint is named in one message and skipped, and the one before it is used."""
+"""A damaged checkpoint is named once and skipped, and the one before it is resumed."""
 
 import shutil
 

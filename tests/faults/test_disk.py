@@ -1,4 +1,4 @@
-"""Full, read-only, forbidden and deleted folders: training goes on, and nothing older is harmed."""
+"""Full, read-only, forbidden and deleted folders: training continues, older files stay intact."""
 
 import os
 import shutil
@@ -52,7 +52,7 @@ def content(folder, step: int) -> dict[str, bytes]:
 
 
 @needs_root
-def test_a_full_disk_costs_saves_and_nothing_else(run_file, workspace, straight):
+def test_a_full_disk_costs_saves_only(run_file, workspace, straight):
     with small_disk(workspace / "full", "4m") as folder:
         run = start(run_file("full", save_total_limit=1))
         run.wait_for_step(4)
@@ -68,7 +68,7 @@ def test_a_full_disk_costs_saves_and_nothing_else(run_file, workspace, straight)
         assert run.end() == 0, run.output
         assert failed_at is not None
         assert adapter(folder) == adapter(straight)
-        assert losses(folder) == losses(straight)  # the lines that found no room came later
+        assert losses(folder) == losses(straight)  # the lines that did not fit were written later
 
 
 @needs_time
@@ -104,7 +104,7 @@ def test_save_must_succeed_ends_the_run_with_the_older_one_intact(run_file, work
 
 @needs_time
 @needs_root
-def test_a_stop_on_a_full_disk_says_what_is_lost(run_file, workspace, straight):
+def test_a_stop_on_a_full_disk_fails_and_names_the_checkpoint(run_file, workspace, straight):
     with small_disk(workspace / "stopped", "4m") as folder:
         path = run_file("stopped", save_total_limit=1)
         run = start(path)

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: started again until it ends, a run's adapter is bit for bit the same."""
+"""SIGKILL at any moment: a run that is restarted until it ends has bit for bit the same adapter."""
 
 import random
 import signal
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 NUM_RUNS, KILLS_A_RUN = (20, 5) if IS_FULL else (1, 2)
 VICTIMS = ("rank 0", "rank 1", "node launcher", "outer command", "everything")
 MOMENTS = ("start-up", "step", "step", "save", "save")
-# A dead rank takes the job down within this; a dead launcher leaves ranks that stop by themselves.
+# All processes end within this, after a dead rank as after a dead launcher.
 WITHIN_S = 30.0
 
 
@@ -58,7 +58,7 @@ def wait_for(run: Started, moment: str, step: int, chance: random.Random) -> Non
 
 @dataclass
 class Tally:
-    """What the kills of all runs came to."""
+    """Counts over the kills of all runs."""
 
     runs: int = 0
     kills: list[tuple[str, str]] = field(default_factory=list)
@@ -87,7 +87,7 @@ def test_killed_and_started_again_is_bitwise_the_same(run_file, workspace, reque
     straight = request.getfixturevalue("straight_in_packs" if is_packed else "straight")
     name = f"killed-{number}"
     path, folder = run_file(name, **IN_PACKS if is_packed else {}), workspace / name
-    reached = 0  # the step that is to be made good; a start that dies early makes good nothing
+    reached = 0  # the step to be reached again; a start that dies early reaches none
     for turn in range(KILLS_A_RUN):
         share = TOTAL_STEPS // (KILLS_A_RUN + 1)
         step = turn * share + chance.randrange(2, share)

@@ -1,4 +1,4 @@
-"""Every signal at every phase, to each process: stopped with a checkpoint, and nothing is lost."""
+"""Every signal in every phase to each process: stopped with a checkpoint, no step lost."""
 
 import os
 import random
@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3000)]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PHASES = ("start-up", "step", "evaluation", "save")
 TARGETS = ("rank 0", "rank 1", "node launcher", "outer command", "terminal")
-STEPS_A_HIT = 16  # that a run may make while it is hit: to an evaluation, and until it hears of it
+STEPS_A_HIT = 16  # that a run may make between two signals: to an evaluation, and until it stops
 # A supervisor's patience; DeepSpeed's launcher itself waits 30 s for a rank.
 WITHIN_S = 30.0
 SHORT = [
@@ -70,7 +70,7 @@ def wait_for(run: Started, phase: str, step: int, chance: random.Random) -> None
 
 
 def cases():
-    """For each target one run, hit by every signal in every phase in turn."""
+    """For each target one run, which gets every signal in every phase in turn."""
     if not IS_FULL:
         return [("short", SHORT)]
     return [(t, [(t, s, p) for p in PHASES for s in SIGNALS]) for t in TARGETS]
@@ -122,14 +122,14 @@ def test_a_signal_stops_with_a_checkpoint(run_file, workspace, request, name, hi
 
 
 def require_same(path, folder, straight, step):
-    """Let the run go on to its end, and compare it with one that nothing stopped."""
+    """Resume the run to its end, and compare it with an undisturbed one."""
     output = finish(path)
     assert f"resuming from step {step}" in output
     assert adapter(folder) == adapter(straight)
     assert losses(folder) == losses(straight)
 
 
-def test_ctrl_c_stops_with_a_checkpoint_where_what_shows_the_output_ends_first(
+def test_ctrl_c_stops_with_a_checkpoint_where_the_reader_of_the_output_ends_first(
     run_file, workspace, straight
 ):
     """As in `deepspeed ... | tee log`, where Ctrl-C ends tee at once."""
@@ -138,7 +138,7 @@ def test_ctrl_c_stops_with_a_checkpoint_where_what_shows_the_output_ends_first(
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     run = start(path, log=pipe)
-    pipe.unlink()  # the run has it open; whoever reads it now would wait for ever
+    pipe.unlink()  # the run has it open; another reader would wait for ever
     pipe.touch()
     while b"step 3/" not in shown:
         assert run.process.poll() is None, shown.decode()
@@ -146,7 +146,7 @@ def test_ctrl_c_stops_with_a_checkpoint_where_what_shows_the_output_ends_first(
             shown += os.read(reader, 4096)
         time.sleep(0.01)
     os.close(reader)
-    run.wait_for_step(5)  # it goes on though nobody reads
+    run.wait_for_step(5)  # it continues although nobody reads
     os.killpg(run.process.pid, signal.SIGINT)
     run.process.wait(WITHIN_S)
     while run.processes():
@@ -159,7 +159,7 @@ def test_ctrl_c_stops_with_a_checkpoint_where_what_shows_the_output_ends_first(
 
 
 def test_an_interrupt_ends_a_rank_that_waits_for_the_others(run_file):
-    """Python itself only notes it while torch waits, and the `&` of a script switches it off."""
+    """Python only records it while torch waits, and the `&` of a script switches it off."""
     port = free_port()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}

@@ -1,4 +1,4 @@
-"""The same numbers, however a global batch is split and whatever is sharded."""
+"""The same numbers for every split of a global batch and every ZeRO stage."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.train_tiny import build_engine, distance, train_tiny
 
 pytestmark = pytest.mark.engine
 
-# DESIGN's bounds for fp32 and no dropout.
+# Bounds for fp32 without dropout (docs/architecture.md).
 FIRST_GRADIENTS = LOSSES = 1e-6
 WEIGHTS_AFTER_5 = 1e-5
 

@@ -1,4 +1,4 @@
-"""A user's own DeepSpeed JSON trains to the same numbers where the rules let it pass."""
+"""A user's own DeepSpeed JSON that the rules accept trains to the same numbers."""
 
 import json
 
@@ -10,7 +10,7 @@ from tests.train_tiny import build_engine, distance, train_tiny
 
 pytestmark = pytest.mark.engine
 
-# Keys that change how DeepSpeed works, together, so that a case is one run.
+# Keys that change how DeepSpeed works, several in one run.
 ACCEPTED = [
     (
         2,
@@ -37,7 +37,7 @@ ACCEPTED = [
 
 
 @pytest.mark.parametrize(("stage", "content"), ACCEPTED)
-def test_what_the_rules_let_pass_changes_no_number(tiny_model, tmp_path, stage, content):
+def test_accepted_keys_change_no_number(tiny_model, tmp_path, stage, content):
     own = tmp_path / "ds.json"
     own.write_text(json.dumps(content))
     settings = {"zero_stage": stage, "batch_size": 2}
@@ -50,7 +50,7 @@ def test_what_the_rules_let_pass_changes_no_number(tiny_model, tmp_path, stage, 
     assert distance(with_own["weights"], plain["weights"]) < 1e-5
 
 
-def test_what_a_json_changes_reaches_the_optimizer(tiny_model, tmp_path):
+def test_a_changed_optimizer_reaches_the_engine(tiny_model, tmp_path):
     own = tmp_path / "ds.json"
     own.write_text('{"optimizer": {"params": {"betas": [0.5, 0.9], "weight_decay": 0.3}}}')
 

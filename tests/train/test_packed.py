@@ -1,4 +1,4 @@
-"""Packs give the loss and the gradients of their documents, whatever is sharded or recomputed."""
+"""Packs give the loss and gradients of their documents, for every stage and checkpointing."""
 
 import pytest
 from deepspeed.utils import safe_get_full_grad
@@ -48,7 +48,7 @@ def train(session, folder, settings, sequences):
             for at in range(0, len(mine), micro)
         ]
         supervised = split.supervised_counts[step * DOCUMENTS : (step + 1) * DOCUMENTS].sum()
-        if step == 0:  # their gradients are looked at before they are used
+        if step == 0:  # the gradients are read before they are used
             engine.deepspeed.train()
             loss_sum = 0.0
             for i, batch in enumerate(batches):
@@ -67,7 +67,7 @@ def train(session, folder, settings, sequences):
 
 
 @pytest.mark.parametrize(("world_size", "split"), SPLITS)
-def test_packs_train_as_their_documents_do(tiny_model, tmp_path, world_size, split):
+def test_packs_train_like_their_documents(tiny_model, tmp_path, world_size, split):
     alone = {"zero_stage": 2, "batch_size": 1} | {k: v for k, v in split.items() if "bit" in k}
     [expected] = run_ranks(train, tiny_model, alone, DOCUMENTS, tmp_path=tmp_path, world_size=1)
     found = run_ranks(train, tiny_model, split, PACKS, tmp_path=tmp_path, world_size=world_size)[0]

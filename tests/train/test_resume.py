@@ -1,4 +1,4 @@
-"""A checkpoint of any stage and world size goes on at any other, with the same losses."""
+"""A checkpoint of any stage and world size resumes at any other, with the same losses."""
 
 import pytest
 
@@ -13,7 +13,7 @@ CLOSE = {"float32": 1e-5, "bfloat16": 2e-3}  # relative, as the design bounds th
 
 @pytest.fixture(scope="module")
 def saved(tiny_model, tmp_path_factory):
-    """What a run of this stage, world size and kind leaves; each made once."""
+    """The checkpoint of a run of this stage, world size and kind; cached."""
     made = {}
 
     def at(stage: int, world_size: int, kind: dict):
@@ -30,7 +30,7 @@ def saved(tiny_model, tmp_path_factory):
 
 
 CASES = [
-    # all pairs of stages; of the same one test_gather.py wants every bit
+    # all pairs of stages; test_gather.py compares equal stages bit by bit
     *((2, a, 2, b, kind) for kind in (FP32, NF4) for a in (1, 2, 3) for b in (1, 2, 3) if a != b),
     # other world sizes, smaller and larger
     (2, 3, 1, 2, FP32), (1, 2, 2, 3, FP32), (1, 3, 2, 1, FP32), (2, 3, 4, 2, FP32),
@@ -41,7 +41,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("world_size", "stage", "new_size", "new_stage", "kind"), CASES)
-def test_goes_on_elsewhere(
+def test_resumes_at_another_stage_or_world_size(
     tiny_model, tmp_path, saved, world_size, stage, new_size, new_stage, kind
 ):
     before = saved(stage, world_size, kind)

@@ -1,4 +1,4 @@
-"""fp16's loss scale outlives a resume; a step that is not finite is skipped by all ranks."""
+"""fp16's loss scale is resumed; a step that is not finite on one rank is skipped on all."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def build_fp16(session, folder, settings):
     plan = make_plan(folder, session.placement.world_size, 40, **settings)
     layout = replace(plan.layout, training_dtype="float16")
     config = deepspeed_config(plan.shape, plan.settings, layout, is_cuda=False)
-    config["fp16"]["loss_scale_window"] = 2  # soon back at a scale that overflows
+    config["fp16"]["loss_scale_window"] = 2  # so that the scale soon overflows again
     plan = replace(plan, layout=layout, deepspeed=config)
     return plan, Engine(attach_adapter(load_base(plan, session.device), plan), plan)
 
@@ -80,7 +80,7 @@ def scaled_resume(session, folder, settings, saved):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_resumed_fp16_run_goes_on_with_the_same_scale(tiny_model, tmp_path, stage):
+def test_a_resumed_fp16_run_has_the_same_scale(tiny_model, tmp_path, stage):
     settings = {"zero_stage": stage, "batch_size": 2, "lora_dropout": 0.1}
     straight = run_ranks(scaled_run, tiny_model, settings, tmp_path=tmp_path)[0]
     skipped = [not applied for _, applied, *_ in straight["before"]]

@@ -1,4 +1,4 @@
-"""What the plan may choose beside the stage changes no number: hpZ, offload, live parameters."""
+"""hpZ, parameter offload and limits of live parameters change no number."""
 
 import pytest
 import torch
