@@ -89,7 +89,7 @@ def test_the_stop_file_is_advised_only_for_a_run(tmp_path):
     (tmp_path / OWNER).write_text(json.dumps(there | {"doing": "launch/prepare.py"}))
     with refused("launch/prepare.py", f"process {os.getppid()}") as caught:
         Ownership(tmp_path, "a run").take()
-    assert "stop" not in str(caught.value)
+    assert "touch" not in str(caught.value)
 
 
 def test_an_earlier_owner_releases_nothing_of_the_next(tmp_path):

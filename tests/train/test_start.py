@@ -185,11 +185,11 @@ def test_an_error_that_hinders_clearing_is_an_error(begin, monkeypatch):
     start()
     leave(folder, "done")
 
-    def refuse(path, *_, **__):
+    def refuse(path, **_):
         raise OSError(errno.EBUSY, "Device or resource busy", str(path))
 
-    monkeypatch.setattr("pipeline.train.folder.shutil.rmtree", refuse)
-    with refused("output_dir", folder, "step-00000009", error=RankZeroError):
+    monkeypatch.setattr(os, "rmdir", refuse)  # as for a file that is open on a network disk
+    with refused("output_dir", folder, "Device or resource busy", error=RankZeroError):
         start(**OTHER, overwrite=True)
     assert read_status(folder / "status.json")["state"] == "failed"  # and no longer done
 
