@@ -17,7 +17,8 @@ from pipeline.rows.content import SUFFIXES, kind_by_name, open_data
 _NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("eval", "evaluation", "heldout", "holdout"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _NOT_LETTERS = re.compile(r"[\W\d_]+")
@@ -87,11 +88,14 @@ def _find(name: str, key: str) -> DataFiles:
         raise UserError(f"{key}: {name}: no such file{hint}")
     matches = sorted(Path(match) for match in glob.glob(name, recursive=True))  # noqa: PTH207
     matches = [match for match in matches if not match.is_dir()]
+    # Run folders at or beneath the folder that the glob starts from.
     root = _before_magic(path)
+    folders = {folder for match in matches for folder in match.parents} - {*root.parents}
+    run_folders = {folder for folder in folders if _is_run_folder(folder)}
     files = [
         match
         for match in matches
-        if not (_is_cache(match) or _is_of_prepare(match) or _is_in_run_folder(match, root))
+        if not (_is_cache(match) or _is_of_prepare(match) or run_folders & {*match.parents})
     ]
     if not files:
         left_out = " outside of run folders and caches" if matches else ""
@@ -187,12 +191,6 @@ def _is_prepared(folder: Path) -> bool:
         return False
     names = {path.name for path in folder.iterdir()}
     return {"index.json", "audit.json"} <= names or any(map(_SPLIT_FOLDER.fullmatch, names))
-
-
-def _is_in_run_folder(file: Path, root: Path) -> bool:
-    """Whether a run folder at or beneath `root` holds the file."""
-    folders = takewhile(lambda folder: folder not in root.parents, file.parents)
-    return any(map(_is_run_folder, folders))
 
 
 def _before_magic(pattern: Path) -> Path:

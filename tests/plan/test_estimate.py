@@ -234,21 +234,27 @@ def test_a_table_is_estimated_without_torch_and_datasets(tmp_path):
     assert result.stdout.strip() == "set()", result.stderr
 
 
+@pytest.mark.parametrize("name", ["missing.jsonl", "org/name:train", "a\0b"])
+def test_a_name_without_a_file_has_no_estimate(name):
+    assert estimate(settings_of(name)) is None
+
+
 @pytest.mark.parametrize(
-    "kind", ["missing", "hub", "damaged", "folder", "empty", "no rows", "pipe", "name"]
+    "content",
+    [
+        b"",
+        b'{"a": 1}\n[]\n{"prompt": "p"}\n',
+        json.dumps(chat("q")).encode("utf-16"),
+        gzip.compress(b"x" * 1000)[:-9],
+        gzip.compress(b"PAR1" * 1000),  # a table that would have to be unpacked as a whole
+    ],
 )
-def test_data_that_cannot_be_read_has_no_estimate(tmp_path, kind):
-    file = tmp_path / "f"
-    if kind == "folder":
-        file.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(file)
-    elif kind == "name":
-        file = "a\0b"
-    elif kind == "hub":
-        file = "org/name:train"
-    elif kind == "damaged":
-        file.write_bytes(gzip.compress(b"x" * 1000)[:-9])
-    elif kind != "missing":
-        file.write_bytes(b"" if kind == "empty" else b'\xff\xfe\n{"a": 1}\n[]\n{"prompt": "p"}\n')
-    assert estimate(settings_of(file)) is None
+def test_a_file_without_readable_rows_has_no_estimate(tmp_path, content):
+    (tmp_path / "f").write_bytes(content)
+    assert estimate(settings_of(tmp_path / "f")) is None
+
+
+def test_an_empty_folder_and_a_pipe_have_no_estimate(tmp_path):
+    assert estimate(settings_of(tmp_path)) is None
+    os.mkfifo(tmp_path / "pipe")
+    assert estimate(settings_of(tmp_path / "pipe")) is None

@@ -26,7 +26,7 @@ def names_of(path, key="train_data"):
     return [str(file.relative_to(path)) for file in source.files], source.notes
 
 
-@pytest.mark.parametrize("held_out", ["test", "validation", "dev", "valid", "eval"])
+@pytest.mark.parametrize("held_out", ["test", "validation", "dev", "valid", "eval", "heldout"])
 @pytest.mark.parametrize(
     "name",
     ["{}.jsonl", "{}/0.jsonl", "{}-00000-of-00002.jsonl", "data_{}.jsonl", "{}.en.jsonl.gz"],
