@@ -61,7 +61,7 @@ def _lengths(split: str, length: Mapping[str, Any]) -> Table:
     table.add_column("documents", justify="right")
     table.add_column("")
     width, counts = length["histogram"]["width"], length["histogram"]["documents"]
-    start = length["histogram"].get("first", 0)  # data prepared before 1.0 has no "first"
+    start = length["histogram"].get("first", 0)  # older audits count from 0
     for i, count in enumerate(counts):
         bar = "#" * round(_BAR * count / max(counts))
         first = start + i * width

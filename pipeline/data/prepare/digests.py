@@ -21,7 +21,7 @@ _SPREAD = 0x9E3779B97F4A7C15  # odd, so that it maps digests one to one; 2**64 /
 
 
 def digest(example: Example, *, keeps_space: bool = False) -> int:
-    """64 bits of an example's content; `keeps_space`: the digest of data prepared before 1.1."""
+    """64 bits of an example's content; `keeps_space`: the digest of data prepared before 0.2."""
     parts = [type(example).__name__]
     if isinstance(example, Conversation):
         for message in example.messages:
