@@ -1,6 +1,4 @@
-"""Attach LoRA (peft), and name and count what is trainable. The only importer of peft here."""
-
-from collections.abc import Mapping
+"""Attach a LoRA adapter with peft, and list its trainable parameters by their file keys."""
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,7 +12,7 @@ from pipeline.plan.plan import Plan
 
 
 def lora_config(settings: RunSettings) -> LoraConfig:
-    """Peft's own description of the adapter."""
+    """The adapter's configuration in peft."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
@@ -26,24 +24,25 @@ def lora_config(settings: RunSettings) -> LoraConfig:
 
 
 def _target_modules(settings: RunSettings) -> list[str]:
-    """Names as a list, the layers that the plan counted and no others.
+    """The layers that the plan counted, as a list of names.
 
-    Not every serving engine understands `all-linear` or an expression, and peft 0.21.2 adds the
-    fused experts and routers of a mixture to either (utils/transformers_weight_conversion.py).
+    Not every serving engine understands `all-linear` or a regular expression, and for either peft
+    0.21.2 adds the fused experts and routers of a mixture of experts
+    (utils/transformers_weight_conversion.py).
     """
     targets = settings.lora_target_modules
     if not isinstance(targets, str):
         return sorted(set(targets))
     names = [name for name, _ in read_shape(str(settings.model_folder)).targeted(targets)]
-    if targets == "all-linear":  # every layer, so the ends of the names select the same
+    if targets == "all-linear":  # every layer, so the last parts of the names select the same
         names = [name.rsplit(".", 1)[-1] for name in names]
     return sorted(set(names))
 
 
 def attach_adapter(base: PreTrainedModel, plan: Plan) -> PeftModel:
-    """Wrap the base with a fresh adapter in the training dtype, the same on every rank.
+    """Wrap the base with a new adapter in the training dtype, identical on every rank.
 
-    The dtype is set here because peft and DeepSpeed would otherwise choose by how the base was
+    The dtype is set here because peft and DeepSpeed otherwise derive it from how the base was
     loaded: fp32 at ZeRO-3, 16-bit elsewhere (DeepSpeed 0.19.8 runtime/engine.py:1859).
     """
     torch.manual_seed(plan.settings.seed)
@@ -53,27 +52,26 @@ def attach_adapter(base: PreTrainedModel, plan: Plan) -> PeftModel:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[plan.training_dtype])
     counted = sum(parameter.numel() for parameter in trainable(model).values())
-    assert counted == plan.trainable, f"planned {plan.trainable} trainable, peft made {counted}"
+    assert counted == plan.trainable, f"planned {plan.trainable} trainable, peft has {counted}"
     return model
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters under the keys of peft's adapter file, in one order on all ranks."""
-    found: Mapping[str, nn.Parameter] = dict(model.named_parameters())
+    """Trainable parameters by their keys in peft's adapter file, sorted alike on all ranks."""
     return {
         file_key(name): parameter
-        for name, parameter in sorted(found.items())
+        for name, parameter in sorted(model.named_parameters())
         if parameter.requires_grad
     }
 
 
 def file_key(name: str) -> str:
-    """Name of a parameter in adapter_model.safetensors: from the first `base_model.` on."""
+    """Key of a parameter in adapter_model.safetensors: its name from `base_model.` on."""
     return name[name.index("base_model.") :].replace(".default.", ".")
 
 
 def expected_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of the adapter file, from the plan alone: A is (r, d_in), B is (d_out, r)."""
+    """Keys and shapes of the adapter file, from the plan only: A is (r, d_in), B is (d_out, r)."""
     settings, shape = plan.settings, plan.shape
     shapes: dict[str, tuple[int, ...]] = {}
     for name, linear in shape.targeted(settings.lora_target_modules):
@@ -85,10 +83,10 @@ def expected_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def frozen_checksum(model: nn.Module) -> int:
-    """A sum over the bits of this rank's share of all frozen weights: equal while none moves."""
+    """Sum over the bytes of this rank's frozen weights, to detect that none has changed."""
     total = 0
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            share = getattr(parameter, "ds_tensor", parameter).detach().contiguous()
-            total += int(share.flatten().view(torch.uint8).sum(dtype=torch.int64))
+            shard = getattr(parameter, "ds_tensor", parameter).detach().contiguous()
+            total += int(shard.flatten().view(torch.uint8).sum(dtype=torch.int64))
     return total

@@ -1,56 +1,84 @@
-"""Attention inside each document of a pack, registered with transformers.
+"""Causal attention within each document of a packed sequence, registered with transformers.
 
 B: sequences, T: tokens of a sequence, H: query heads, K: key heads, L: tokens of a document,
-D: width of a head. A pack is a row of documents, padding behind them: each document is an attention
-of its own, so there is no mask, no (T, T) tensor, and no way from one document to another.
+D: width of a query or key, V: width of a value. A packed sequence is documents, then padding. Each
+document is a separate attention, so there is no mask, no (T, T) tensor, and no attention from one
+document to another.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
+
+from pipeline.errors import UserError
 
 WITHIN_DOCUMENTS = "rankzero_documents"  # as `attn_implementation`
 FLASH = "flash_attention_2"
+# Arguments of transformers 5.23 without influence on attention to earlier tokens. Any other one
+# that is not None is an error: it may be what makes a model's attention its own, as sinks are.
+_WITHOUT_EFFECT = {
+    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+    "output_router_logits", "return_dict",
+}  # fmt: skip
+_WIDTH_STEP = 8  # fused kernels want widths of a multiple of this
 
 Documents = Sequence[Sequence[int]]  # tokens of the documents of each row, in their order
-_Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class PackedDocuments(tuple[Sequence[int], ...]):
+    """Documents of a packed batch; `deliveries` counts the attention calls that received them."""
+
+    deliveries: int = 0
 
 
 def arguments_for(
     implementation: str, documents: Documents, input_ids: torch.Tensor
 ) -> dict[str, Any]:
-    """What a decoder is called with beside `input_ids` (B, T), so that documents stay apart.
+    """Arguments of a decoder besides `input_ids` (B, T) that keep documents separate.
 
-    Nothing where no row holds two: then causal attention does, which never looks at the padding on
-    the right. Raises ValueError for an attention that would look across documents.
+    None are needed where no row holds two documents: causal attention never reaches the padding on
+    the right. Raises ValueError for an attention that cannot keep documents separate.
     """
     if all(len(row) < 2 for row in documents):
         return {}
     length, device = input_ids.shape[1], input_ids.device
-    rows = [_with_padding(row, length) for row in documents]
-    flat = list(chain.from_iterable(rows))
-    positions = torch.cat([torch.arange(tokens) for tokens in flat]).view(-1, length)
+    lengths = list(chain.from_iterable(_with_padding(row, length) for row in documents))
+    positions = torch.cat([torch.arange(tokens) for tokens in lengths]).view(-1, length)
     arguments: dict[str, Any] = {"position_ids": positions.to(device, non_blocking=True)}
     if implementation == WITHIN_DOCUMENTS:
-        return arguments | {"documents": documents}
+        return arguments | {"documents": PackedDocuments(documents)}
     if implementation != FLASH:
-        raise ValueError(f"attention {implementation!r} does not keep documents apart")
-    bounds = torch.tensor([0, *accumulate(flat)], dtype=torch.int32).to(device, non_blocking=True)
-    of_both = {f"cu_seq_lens_{side}": bounds for side in "qk"}
-    return arguments | of_both | {f"max_length_{side}": max(flat) for side in "qk"}
+        raise ValueError(f"attention {implementation!r} does not keep documents separate")
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    bounds = bounds.to(device, non_blocking=True)
+    arguments |= {f"cu_seq_lens_{side}": bounds for side in "qk"}
+    return arguments | {f"max_length_{side}": max(lengths) for side in "qk"}
+
+
+def require_delivered(documents: PackedDocuments, num_blocks: int, model_type: str) -> None:
+    """Raise UserError unless every block gave the documents to its attention.
+
+    A block that drops them (StableLM) or has no attention (Mamba, convolutions) lets tokens see
+    those of other documents.
+    """
+    if documents.deliveries != num_blocks:
+        raise UserError(
+            f"packing: {documents.deliveries} of {num_blocks} blocks of this {model_type} model "
+            "keep the documents of a packed sequence separate; set packing: false"
+        )
 
 
 def _with_padding(row: Sequence[int], length: int) -> list[int]:
-    """Tokens of a row's documents, and of its padding as one more."""
-    left = length - sum(row)
-    return [*row, left] if left else list(row)
+    """Lengths of a row's documents, and of its padding as one more."""
+    padding = length - sum(row)
+    return [*row, padding] if padding else list(row)
 
 
 def _attend(
@@ -59,140 +87,229 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    documents: Documents | None = None,
-    **others: Any,
+    **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers calls it: query (B, H, T, D), key, value (B, K, T, D).
+    """Attention as transformers calls it: query (B, H, T, D), key (B, K, T, D), value (B, K, T, V).
 
-    Gives (B, T, H, D). With a mask or a cache, as generation has them, the ordinary one.
+    Returns (B, T, H, V). With a mask or a cache, as in generation, documents are not used.
     """
-    if softcap is None:
-        core = partial(_kernel, dropout=dropout, scaling=scaling)
-    else:
-        core = partial(_capped, dropout=dropout, scaling=scaling, softcap=softcap)
+    documents = arguments.pop("documents", None)
+    is_causal = arguments.pop("is_causal", None) is not False and getattr(module, "is_causal", True)
+    layer = _Layer(
+        dropout=arguments.pop("dropout", 0.0),
+        scaling=arguments.pop("scaling", None),
+        softcap=arguments.pop("softcap", None),
+        sinks=arguments.pop("s_aux", None),
+        # Qwen2-MoE stores the window and does not pass it on.
+        window=arguments.pop("sliding_window", getattr(module, "sliding_window", None)),
+        chunk=_chunk_size(module),
+    )
+    _require_known(module, arguments)
     if attention_mask is not None or query.shape[2] != key.shape[2]:
-        if softcap is not None:
-            found = core(query, key, value, mask=attention_mask)
-            return found.transpose(1, 2).contiguous(), None
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-        )
-    assert getattr(module, "is_causal", True), "attention to later tokens"
-    # Of Qwen2-MoE the module has it and does not pass it on.
-    window = others.get("sliding_window", getattr(module, "sliding_window", None))
-    attend = core if window is None else partial(_in_window, core, window)
+        if attention_mask is None and query.shape[2] > 1:
+            raise UserError(
+                f"model: {type(module).__name__} attends from {query.shape[2]} tokens to "
+                f"{key.shape[2]} keys without a mask; this kind of model cannot be trained"
+            )
+        return _with_mask(layer, query, key, value, attention_mask), None
+    if not is_causal:
+        raise UserError(f"model: {type(module).__name__} attends to later tokens as well")
     if documents is None:
-        return attend(query, key, value).transpose(1, 2).contiguous(), None
-    return _each(documents, attend, query, key, value), None
+        return layer(query, key, value).transpose(1, 2).contiguous(), None
+    if isinstance(documents, PackedDocuments):
+        documents.deliveries += 1
+    return _by_document(documents, layer, query, key, value), None
 
 
-def _each(
+def _with_mask(
+    layer: "_Layer",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of padded prompts, or to the keys of a cache: (B, T, H, V)."""
+    if mask is None:
+        mask = _rectangular(query, key)
+    return layer.masked(query, key, value, mask).transpose(1, 2).contiguous()
+
+
+def _require_known(module: Any, arguments: dict[str, Any]) -> None:
+    given = {name for name, value in arguments.items() if value is not None}
+    if unknown := sorted(given - _WITHOUT_EFFECT):
+        raise UserError(
+            f"model: {type(module).__name__} calls attention with {', '.join(unknown)}, which is "
+            "not implemented here; this kind of model cannot be trained"
+        )
+
+
+def _chunk_size(module: Any) -> int | None:
+    """Tokens of a chunk in a chunked layer (Llama 4), which transformers marks by a mask only."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    if not kinds or index is None or kinds[index] != "chunked_attention":
+        return None
+    size: int = config.attention_chunk_size  # type: ignore[union-attr]
+    return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """Causal attention of one layer to one document: what differs between model classes."""
+
+    dropout: float
+    scaling: float | None
+    softcap: float | None  # of the scores (Gemma 2)
+    sinks: torch.Tensor | None  # (H,), one more score in the softmax of each head (gpt-oss)
+    window: int | None  # tokens that a token attends to, itself included
+    chunk: int | None  # attention never crosses a multiple of this
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """(B, H, L, D), (B, K, L, D), (B, K, L, V) -> (B, H, L, V)."""
+        if self.chunk is None:
+            return self._in_window(query, key, value)
+        parts = (torch.split(tensor, self.chunk, dim=2) for tensor in (query, key, value))
+        return torch.cat([self._in_window(*part) for part in zip(*parts, strict=True)], dim=2)
+
+    def _in_window(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """In blocks of `window` queries, each of which sees its own keys and the block's before.
+
+        No mask is larger than (window, 2 window).
+        """
+        window = self.window
+        if window is None or query.shape[2] <= window:
+            return self.masked(query, key, value, None)
+        queries, keys, values = (torch.split(t, window, dim=2) for t in (query, key, value))
+        outputs = [self.masked(queries[0], keys[0], values[0], None)]
+        for i in range(1, len(queries)):
+            rows = torch.arange(queries[i].shape[2], device=query.device)[:, None]
+            columns = torch.arange(window + queries[i].shape[2], device=query.device)
+            mask = (columns > rows) & (columns <= rows + window)
+            near_keys, near_values = (torch.cat((t[i - 1], t[i]), dim=2) for t in (keys, values))
+            outputs.append(self.masked(queries[i], near_keys, near_values, mask))
+        return torch.cat(outputs, dim=2)
+
+    def masked(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention under a boolean mask, causal without one: (B, H, L, V)."""
+        if self.sinks is not None:
+            query, key, value, mask = self._with_sinks(query, key, value, mask)
+        kernel = self._fused if self.softcap is None else self._capped
+        output = kernel(query, key, value, mask)
+        return output if self.sinks is None else output[:, :, 1:]
+
+    def _with_sinks(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Sinks as one more key in front, of score `sinks` and value 0, for the fused kernels.
+
+        The score comes from additional columns: (sink / scaling, 0, ...) in a query, (1, 0, ...) in
+        the key of the sink, 0 in other keys. A query in front keeps the attention causal.
+        """
+        assert self.sinks is not None
+        assert self.scaling is not None
+        score = (self.sinks / self.scaling).to(query.dtype).view(1, -1, 1, 1)
+        score = score.expand(query.shape[0], -1, query.shape[2], 1)
+        query = F.pad(torch.cat((query, score), dim=-1), (0, _WIDTH_STEP - 1, 1, 0))
+        sink = F.one_hot(torch.tensor(key.shape[-1]), key.shape[-1] + _WIDTH_STEP).to(key)
+        sink = sink.expand(*key.shape[:2], 1, -1)
+        key = torch.cat((sink, F.pad(key, (0, _WIDTH_STEP))), dim=2)
+        value = F.pad(value, (0, 0, 1, 0))
+        return query, key, value, None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
+
+    def _fused(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """PyTorch's scaled dot product attention."""
+        is_shared = query.shape[1] != key.shape[1]
+        if is_shared and mask is not None:  # with a mask no fused kernel shares heads
+            key, value = _repeated(query, key, value)
+            is_shared = False
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout,
+            is_causal=mask is None,
+            scale=self.scaling,
+            enable_gqa=is_shared,
+        )
+
+    def _capped(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention with capped scores (Gemma 2), which no kernel of PyTorch fuses.
+
+        As transformers 5.23 models/gemma2/modeling_gemma2.py.
+        """
+        assert self.scaling is not None
+        assert self.softcap is not None
+        key, value = _repeated(query, key, value)
+        scores = torch.tanh(query @ key.transpose(2, 3) * self.scaling / self.softcap)
+        scores = scores * self.softcap
+        if mask is None and query.shape[2] > 1:
+            mask = _rectangular(query, key)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        return F.dropout(weights, self.dropout, training=self.dropout > 0) @ value
+
+
+def _by_document(
     documents: Documents,
-    attend: _Attention,
+    layer: _Layer,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
 ) -> torch.Tensor:
-    """One attention a document, (B, T, H, D).
+    """One attention per document: (B, T, H, V).
 
     By `split`, whose backward pass is one concatenation; that of a slice fills a whole (B, H, T, D)
     with zeros.
     """
-    batch, heads, length, width = query.shape
-    found = []
-    for row, parts in zip(documents, _rows(query, key, value), strict=True):
+    batch, heads, length, _ = query.shape
+    width = value.shape[-1]
+    outputs = []
+    for row, tensors in zip(documents, _rows(query, key, value), strict=True):
         lengths = _with_padding(row, length)
-        split = list(zip(*(torch.split(tensor, lengths, dim=2) for tensor in parts), strict=True))
-        found += [attend(*part).transpose(1, 2) for part in split[: len(row)]]
-        found += [query.new_zeros(1, left, heads, width) for left in lengths[len(row) :]]
-    return torch.cat(found, dim=1).view(batch, length, heads, width)
+        split = list(zip(*(torch.split(tensor, lengths, dim=2) for tensor in tensors), strict=True))
+        outputs += [layer(*part).transpose(1, 2) for part in split[: len(row)]]
+        outputs += [query.new_zeros(1, padding, heads, width) for padding in lengths[len(row) :]]
+    return torch.cat(outputs, dim=1).view(batch, length, heads, width)
 
 
-def _rows(*tensors: torch.Tensor) -> Any:
-    """The tensors, row by row; of one row they are as they are, not copied in the backward pass."""
+def _rows(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+    """The tensors row by row; a single row is not split, which would copy in the backward pass."""
     if len(tensors[0]) == 1:
         return [tensors]
     return zip(*(torch.split(tensor, 1) for tensor in tensors), strict=True)
 
 
-def _in_window(
-    core: Callable[..., torch.Tensor],
-    window: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-) -> torch.Tensor:
-    """Causal attention to the last `window` tokens, the token itself among them.
-
-    In blocks of `window` queries, each of which sees its own keys and those of the block before, so
-    that no mask is larger than (window, 2 window).
-    """
-    if query.shape[2] <= window:
-        return core(query, key, value)
-    queries, keys, values = (torch.split(t, window, dim=2) for t in (query, key, value))
-    found = [core(queries[0], keys[0], values[0])]
-    for i in range(1, len(queries)):
-        asking = torch.arange(queries[i].shape[2], device=query.device)[:, None]
-        asked = torch.arange(window + queries[i].shape[2], device=query.device)
-        mask = (asked > asking) & (asked <= asking + window)
-        seen = (torch.cat((t[i - 1], t[i]), dim=2) for t in (keys, values))
-        found.append(core(queries[i], *seen, mask=mask))
-    return torch.cat(found, dim=2)
-
-
-def _kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    dropout: float,
-    scaling: float | None,
-) -> torch.Tensor:
-    """PyTorch's attention, causal where there is no mask: (B, H, L, D)."""
-    is_shared = query.shape[1] != key.shape[1]
-    if is_shared and mask is not None:  # with a mask no fast kernel shares heads
-        key, value = _repeated(query, key, value)
-        is_shared = False
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=is_shared,
-    )
-
-
-def _capped(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    dropout: float,
-    scaling: float | None,
-    softcap: float,
-) -> torch.Tensor:
-    """Attention whose scores are capped (Gemma 2), which no kernel of PyTorch's fuses.
-
-    As transformers 5.23 models/gemma2/modeling_gemma2.py; causal where there is no mask.
-    """
-    assert scaling is not None
-    key, value = _repeated(query, key, value)
-    scores = torch.tanh(query @ key.transpose(2, 3) * scaling / softcap) * softcap
-    if mask is None and query.shape[2] > 1:
-        shape = (query.shape[2], key.shape[2])
-        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return F.dropout(weights, dropout, training=dropout > 0) @ value
+def _rectangular(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The causal mask (queries, keys) where the queries are the last tokens of the keys."""
+    shape = (query.shape[2], key.shape[2])
+    return torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])
 
 
 def _repeated(
@@ -205,13 +322,13 @@ def _repeated(
 def _mask(
     *, attention_mask: torch.Tensor | None, q_length: int, kv_length: int, **others: Any
 ) -> torch.Tensor | None:
-    """The mask of padded prompts and of caches; without either `_attend` needs none."""
+    """The mask for padded prompts and caches; without either, `_attend` needs none."""
     if attention_mask is None and q_length == kv_length:
         return None
-    found: torch.Tensor | None = sdpa_mask(
+    mask: torch.Tensor | None = sdpa_mask(
         attention_mask=attention_mask, q_length=q_length, kv_length=kv_length, **others
     )
-    return found
+    return mask
 
 
 AttentionInterface.register(WITHIN_DOCUMENTS, _attend)

@@ -1,6 +1,6 @@
-"""Load the frozen base: 16- or 32-bit, 8-bit or 4-bit, whole or sharded as it is read.
+"""Load the frozen base: 32-, 16-, 8- or 4-bit, whole or sharded while it is read.
 
-The only importer of bitsandbytes (through transformers). Collective under ZeRO-3: every rank.
+The only user of bitsandbytes (through transformers). Collective under ZeRO-3: every rank.
 """
 
 import gc
@@ -10,13 +10,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.model.attention import FLASH, WITHIN_DOCUMENTS
+from pipeline.model.structure import blocks
 from pipeline.plan.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,11 +32,11 @@ STORAGE = DTYPES | {"uint8": torch.uint8}
 
 
 def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
-    """The base on its device, frozen, with checkpointing as planned.
+    """Load the base on its device, frozen, with activation checkpointing as planned.
 
-    At ZeRO-3 an unquantised base is sharded while it is read; a quantised one is whole on every
-    rank until DeepSpeed takes it over (transformers 5.23 skips sharding for it), or where the plan
-    says so in host memory, from which it is shared out.
+    At ZeRO-3 an unquantised base is sharded while it is read. A quantised one is loaded whole on
+    every rank (transformers 5.23 does not shard it) and sharded by DeepSpeed; if the plan says so,
+    it is loaded in host memory and sharded from there.
     """
     settings, dtype = plan.settings, DTYPES[plan.training_dtype]
     is_staged = plan.layout.loads_through_host
@@ -39,7 +47,9 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     if settings.is_quantised or plan.layout.zero_stage < 3:
         options["device_map"] = {"": torch.device("cpu") if is_staged else device}
     else:
-        sharding = _sharding(plan)  # transformers shards on loading only while this object lives
+        sharding = _sharding(
+            plan
+        )  # transformers shards while loading only while this object exists
     model = load_plain(
         settings.model_folder,
         dtype=dtype,
@@ -51,22 +61,21 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     gc.collect()
     model.requires_grad_(False)
     for module in model.modules():
-        # On a CPU with AVX512-BF16 a 4-bit layer repacks its weight when it first meets eval mode;
-        # the copies that ZeRO shards and our tests compare must stay as they are (bitsandbytes
-        # 0.50.2 nn/modules.py:613).
+        # On a CPU with AVX512-BF16 a 4-bit layer repacks its weight in its first forward pass in
+        # eval mode; ZeRO's shards need the original layout (bitsandbytes 0.50.2 nn/modules.py:613).
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - of a library's class
     if is_staged:
-        _share_out(model, plan, device)
+        _shard_from_host(model, plan, device)
     _checkpoint_activations(model, plan)
     return model
 
 
-def _share_out(model: PreTrainedModel, plan: Plan, device: torch.device) -> None:
-    """Shard a base that lies whole in host memory, one tensor on the device at a time.
+def _shard_from_host(model: PreTrainedModel, plan: Plan, device: torch.device) -> None:
+    """Shard a base that is whole in host memory, one tensor on the device at a time.
 
-    Collective: every rank. What is no parameter follows whole, since DeepSpeed moves nothing of a
-    base that is sharded already (0.19.8 runtime/engine.py:1859): buffers, and 4-bit constants.
+    Collective: every rank. Buffers and 4-bit constants are moved here, because DeepSpeed moves
+    nothing of a model that is sharded already (0.19.8 runtime/engine.py:1859).
     """
     import deepspeed
 
@@ -87,10 +96,10 @@ def load_plain(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """A causal language model from a folder, without any network."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # one a rank otherwise
+    """Load a language model from a folder, without network access."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # every rank would show one
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = _auto_class(folder, trust_remote_code).from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
@@ -105,10 +114,21 @@ def load_plain(
     return model
 
 
-def tile_error(settings: RunSettings, device: torch.device) -> float:
-    """Mean error, in standard deviations, of normal numbers after 4 bits and back on a device.
+def _auto_class(folder: Path, trust_remote_code: bool) -> Any:
+    """The causal class; for wrappers without one (Mistral 3, Qwen-VL), the image-text class."""
+    config = AutoConfig.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if has_own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
 
-    Raises what bitsandbytes raises where its library does not run there.
+
+def tile_error(settings: RunSettings, device: torch.device) -> float:
+    """Mean error, in standard deviations, of normal numbers quantised to 4 bits on a device.
+
+    Raises the error of bitsandbytes if its library does not run there.
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -125,12 +145,12 @@ def _quantization(plan: Plan) -> BitsAndBytesConfig:
     settings = plan.settings
     if settings.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-    asked = settings.bnb_4bit_compute_dtype
+    compute = settings.bnb_4bit_compute_dtype
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=DTYPES[plan.training_dtype if asked == "auto" else asked],
+        bnb_4bit_compute_dtype=DTYPES[plan.training_dtype if compute == "auto" else compute],
         bnb_4bit_quant_storage=STORAGE[settings.bnb_4bit_quant_storage],  # rule 4bit-storage
     )
 
@@ -145,32 +165,34 @@ def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
     count = plan.layout.checkpointed_layers
     if not count:
         return
-    # At ZeRO-3 re-entrant: the recomputed forward of a block and its backward then share one gather
-    # (otherwise DeepSpeed 0.19.8 lets go of the block after the first of its backward modules,
-    # partitioned_param_coordinator.py:473, and gathers it a third time), and 4-bit layers do not
-    # keep the gathered base (rule 4bit-zero3-unchecked). Elsewhere the other kind is PyTorch's
-    # recommendation.
+    # Re-entrant at ZeRO-3: the recomputed forward pass of a block and its backward pass then share
+    # one gather (otherwise DeepSpeed 0.19.8 releases the block after the first of its backward
+    # modules, partitioned_param_coordinator.py:473, and gathers it a third time), and 4-bit layers
+    # do not save the gathered base for backward (rule 4bit-zero3-unchecked). Otherwise the kind
+    # that PyTorch recommends.
     is_reentrant = plan.layout.is_sharded
     model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})  # type: ignore[no-untyped-call]
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = blocks(model)
     assert count <= len(layers), f"planned {count} checkpointed blocks of {len(layers)}"
-    for layer in layers[count:]:
-        layer.gradient_checkpointing = False
+    checkpointed = set(layers[:count])
+    for module in model.modules():  # not those of a vision tower either
+        if isinstance(module, GradientCheckpointingLayer):
+            module.gradient_checkpointing = module in checkpointed
 
 
-def forget_input_gradients(model: PreTrainedModel) -> None:
-    """Undo what transformers and peft asked of the embedding, each for itself, with a hook.
+def remove_input_gradients(model: PreTrainedModel) -> None:
+    """Remove the hooks by which transformers and peft make the embedding's output need gradients.
 
-    Before `deepspeed.initialize`, whose hooks are to stay.
+    Call it before `deepspeed.initialize`, whose hooks must stay.
     """
     model.get_input_embeddings()._forward_hooks.clear()
 
 
 def require_input_gradients(model: PreTrainedModel) -> None:
-    """Let gradients into re-entrant blocks, which pass none on where no input needs one.
+    """Make the embedding's output need gradients, without which re-entrant blocks compute none.
 
-    After `deepspeed.initialize`: what is asked for before makes ZeRO-3 gather the embedding once
-    more, for a backward that has nothing to do.
+    Call it after `deepspeed.initialize`: earlier, ZeRO-3 would gather the embedding once more for
+    a backward pass without work.
     """
 
     def require(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:

@@ -1,9 +1,11 @@
-"""Token-summed cross-entropy on the supervised positions only, in chunks.
+"""Summed cross-entropy over the supervised positions, with the logits of the model's own class.
 
 B: sequences, T: tokens, D: hidden size, V: vocabulary, S: supervised positions of the batch.
 """
 
+import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from pipeline.model.attention import Documents, arguments_for
+from pipeline.model.attention import Documents, arguments_for, require_delivered
+from pipeline.model.structure import blocks, body_name, text_decoder
 from pipeline.plan.cost.activations import LOGITS_CHUNK_BYTES
 from pipeline.plan.plan import Plan
 
@@ -21,13 +24,13 @@ IGNORED = -100
 
 
 class SummedLoss(nn.Module):
-    """The model as the engine sees it: a batch in, the sum of its token losses out.
+    """The module that DeepSpeed wraps: a batch in, the sum of its token losses out.
 
-    Logits are made for supervised positions alone; for more than LOGITS_CHUNK_BYTES of them in
-    fp32, a chunk at a time and again in the backward pass, so that (B, T, V) never exists.
+    Logits are computed for supervised positions only. More than LOGITS_CHUNK_BYTES of them in fp32
+    are computed in chunks, and again in the backward pass, so that (B, T, V) never exists.
 
-    `num_chunks` fixes their number: at ZeRO-3 each chunk gathers the head, and every rank must
-    gather as often, however many of its tokens are supervised.
+    `num_chunks` fixes the number of chunks: at ZeRO-3 each chunk gathers the head, and every rank
+    must gather equally often, however many of its tokens are supervised.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, num_chunks: int | None = None) -> None:
@@ -40,45 +43,93 @@ class SummedLoss(nn.Module):
     ) -> torch.Tensor:
         """Sum over the S supervised positions, fp32; 0 with a gradient path where S is 0.
 
-        `documents`: tokens of the documents of each row, the first of which never counts. No
-        attention mask is needed: documents are attended to one by one (model/attention.py), and
-        padding is on the right, where causal attention never looks. With a mask, PyTorch leaves its
-        fastest kernels, repeats keys and values for every head, and keeps a (B, 1, T, T) mask for
+        `documents`: tokens of the documents of each row; the first token of a document is never
+        supervised. No attention mask is needed: documents are separate (model/attention.py), and
+        padding is on the right, which causal attention never reaches. With a mask, PyTorch leaves
+        its fused kernels, repeats keys and values for every head, and keeps a (B, 1, T, T) mask for
         each layer.
         """
         model = self.model
         causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        apart = arguments_for(causal.config._attn_implementation, documents, input_ids)
-        hidden = causal.get_decoder()(
-            input_ids=input_ids, use_cache=False, **apart
+        packed = arguments_for(causal.config._attn_implementation, documents, input_ids)
+        hidden = text_decoder(causal)(
+            input_ids=input_ids, use_cache=False, **packed
         ).last_hidden_state  # (B, T, D)
+        if "documents" in packed:
+            require_delivered(packed["documents"], len(blocks(causal)), causal.config.model_type)
         targets = labels[:, 1:]
-        counts = targets != IGNORED
-        return self._summed(causal, hidden[:, :-1][counts], targets[counts])
+        is_supervised = targets != IGNORED
+        return self._summed(causal, hidden[:, :-1][is_supervised], targets[is_supervised])
 
     def _summed(self, causal: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        head = causal.get_output_embeddings()
-        cap = getattr(causal.config, "final_logit_softcapping", None)
+        logits_of = class_logits(causal)
 
         def chunk_loss(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            logits = head(h).float()  # (S, V)
-            if cap is not None:  # Gemma 2
-                logits = cap * torch.tanh(logits / cap)
-            return F.cross_entropy(logits, y, reduction="sum")
+            return F.cross_entropy(logits_of(h).float(), y, reduction="sum")
 
-        num_chunks = self._num_chunks or _chunks(len(targets), causal.config.vocab_size)
+        vocab_size = causal.config.get_text_config().vocab_size
+        num_chunks = self._num_chunks or _chunks(len(targets), vocab_size)
         if num_chunks == 1:
             return chunk_loss(hidden, targets)
         total = hidden.new_zeros((), dtype=torch.float32)
-        parts = zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
-        for part in parts:
-            part_loss = checkpoint(chunk_loss, *part, use_reentrant=False)
-            total = total + part_loss
+        chunks = zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
+        for chunk in chunks:
+            chunk_sum = checkpoint(chunk_loss, *chunk, use_reentrant=False)
+            total = total + chunk_sum
         return total
 
 
+def class_logits(causal: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Function from hidden states (S, D) to logits (S, V): the class's own forward after its body.
+
+    The class is called on a shallow copy of the model whose body returns the given hidden states,
+    so head, bias, scale, soft cap and multiplier are those of the class. The head is called as a
+    module, so the hooks of ZeRO-3 run.
+    """
+    name = body_name(causal)
+    shallow = copy.copy(causal)
+    shallow.__dict__["_modules"] = dict(causal._modules)
+    body = getattr(causal, name)
+
+    def logits_of(hidden: torch.Tensor) -> torch.Tensor:
+        shallow._modules[name] = _Body(body, hidden[None])
+        logits = type(causal).forward(shallow, inputs_embeds=hidden[None], use_cache=False).logits
+        return logits[0]  # type: ignore[no-any-return]
+
+    return logits_of
+
+
+class _Body(nn.Module):
+    """Stands for a model's body and returns given hidden states (1, S, D)."""
+
+    def __init__(self, body: nn.Module, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.__dict__["_body"], self.__dict__["_hidden"] = body, hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Hidden states for any arguments."""
+        del args, kwargs
+        return _BodyOutput(self._hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_body"], name)  # such as Falcon-H1's lm_head_multiplier
+
+
+class _BodyOutput:
+    """The output of a body: hidden states; caches, attentions and router logits are None."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 def chunks_for_any_batch(plan: Plan) -> int:
-    """Chunks that are enough for the largest micro-batch of a plan, all of it supervised."""
+    """Chunks that suffice for the largest micro-batch of a plan with every token supervised."""
     positions = plan.layout.micro_batch_size * plan.settings.max_length
     return _chunks(positions, plan.shape.vocab_size)
 

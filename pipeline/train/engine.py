@@ -16,7 +16,7 @@ from pipeline.adapter.gather import count_overflows_ourselves, is_at_smallest_sc
 from pipeline.data.order.batches import IGNORED, Batch
 from pipeline.data.order.steps import SeededBatch
 from pipeline.model.adapter import trainable
-from pipeline.model.base import forget_input_gradients, require_input_gradients
+from pipeline.model.base import remove_input_gradients, require_input_gradients
 from pipeline.model.loss import SummedLoss, chunks_for_any_batch
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.plan import Plan
@@ -54,7 +54,7 @@ class Engine:
         causal: Any = model.get_base_model()
         is_reentrant = is_sharded and plan.layout.checkpointed_layers > 0
         if is_reentrant:
-            forget_input_gradients(causal)
+            remove_input_gradients(causal)
         self.deepspeed, *_ = deepspeed.initialize(
             model=SummedLoss(model, chunks_for_any_batch(plan) if is_sharded else None),
             model_parameters=list(self.parameters.values()),

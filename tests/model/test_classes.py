@@ -1,0 +1,151 @@
+"""Our loss and attention are those of each model class: scales, caps, sinks, windows, chunks."""
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from pipeline.model import attention
+from pipeline.model.attention import WITHIN_DOCUMENTS, PackedDocuments, arguments_for
+from pipeline.model.loss import IGNORED, SummedLoss
+from pipeline.model.structure import blocks, text_decoder
+from tests.messages import refused
+from tests.model.kinds import build
+
+pytestmark = pytest.mark.tensor
+
+# A kind for each thing that differs between classes.
+KEEP_DOCUMENTS_APART = [
+    "llama",
+    "mixtral",  # experts
+    "gemma2",  # soft caps of scores and logits, window
+    "granite",  # logits scaling, attention multiplier
+    "cohere",  # logit scale, parallel residual
+    "gpt_oss",  # sinks, window
+    "deepseek_v3",  # values of another width than keys
+    "llama4_text",  # chunks; its decoder is the model itself
+    "gemma4",  # text decoder inside a wrapper, whose soft cap is in the text config alone
+    "gemma4_text/ple+shared",  # shared keys and values
+    "mistral3",  # a wrapper without a causal class of its own
+]
+# State of other kinds than keys and values, or documents that do not arrive: (kind, deliveries)
+MIX_DOCUMENTS = [("qwen3_5_text", 1), ("lfm2", 1), ("stablelm", 0), ("nemotron", 0)]
+LENGTH, DOCUMENTS = 24, ((7, 12, 3), (20, 1, 2))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_batch():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 250, (2, LENGTH), generator=generator)
+    labels = ids.clone()
+    labels[:, :5] = IGNORED
+    return ids, labels
+
+
+def relative_error(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_chunks", [1, 3])
+@pytest.mark.parametrize("kind", [*KEEP_DOCUMENTS_APART, "qwen3_5_text", "falcon_h1", "phimoe"])
+def test_the_loss_is_that_of_the_class(kind, num_chunks):
+    model, (ids, labels) = build(kind), make_batch()
+    model.set_attn_implementation("eager")
+    theirs = model(input_ids=ids, labels=labels, use_cache=False).loss
+    model.set_attn_implementation(WITHIN_DOCUMENTS)
+    ours = SummedLoss(model, num_chunks)(ids, labels, ((LENGTH,), (LENGTH,)))
+    supervised = int((labels[:, 1:] != IGNORED).sum())
+    assert float(ours) / supervised == pytest.approx(float(theirs), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["granite", "gemma2", "gpt_oss", "gemma4"])
+def test_the_gradient_is_that_of_the_class(kind):
+    model, (ids, labels) = build(kind), make_batch()
+    weight = text_decoder(model).layers[0].self_attn.q_proj.weight
+    model.set_attn_implementation("eager")
+    [theirs] = torch.autograd.grad(model(input_ids=ids, labels=labels).loss, weight)
+    model.set_attn_implementation(WITHIN_DOCUMENTS)
+    loss = SummedLoss(model, 3)(ids, labels, ((LENGTH,), (LENGTH,)))
+    [ours] = torch.autograd.grad(loss / int((labels[:, 1:] != IGNORED).sum()), weight)
+    assert relative_error(ours, theirs) < 3e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*KEEP_DOCUMENTS_APART, "qwen3_5_text"])
+def test_the_attention_is_the_class_s_eager_one_beyond_window_and_chunk(kind):
+    model, (ids, _) = build(kind), make_batch()
+    model.set_attn_implementation("eager")
+    theirs = model(input_ids=ids, use_cache=False).logits
+    model.set_attn_implementation(WITHIN_DOCUMENTS)
+    assert relative_error(model(input_ids=ids, use_cache=False).logits, theirs) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KEEP_DOCUMENTS_APART)
+def test_a_packed_document_is_as_if_it_were_alone(kind):
+    model, (ids, labels) = build(kind), make_batch()
+    model.set_attn_implementation(WITHIN_DOCUMENTS)
+    arguments = arguments_for(WITHIN_DOCUMENTS, DOCUMENTS, ids)
+    decoder = text_decoder(model)
+    packed = decoder(input_ids=ids, use_cache=False, **arguments).last_hidden_state
+    assert arguments["documents"].deliveries == len(blocks(model)) == 4
+    for row, lengths in enumerate(DOCUMENTS):
+        start = 0
+        for length in lengths:
+            span = slice(start, start + length)
+            alone = decoder(input_ids=ids[row : row + 1, span], use_cache=False).last_hidden_state
+            assert relative_error(packed[row, span], alone[0]) < 1e-5
+            start += length
+    SummedLoss(model)(ids, labels, DOCUMENTS)  # is not refused
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "deliveries"), MIX_DOCUMENTS)
+def test_packs_are_refused_where_a_block_does_not_keep_documents_apart(kind, deliveries):
+    model, (ids, labels) = build(kind), make_batch()
+    model.set_attn_implementation(WITHIN_DOCUMENTS)
+    with refused("packing: false", f"{deliveries} of 4 blocks", model.config.model_type):
+        SummedLoss(model)(ids, labels, DOCUMENTS)
+    SummedLoss(model)(ids, labels, ((LENGTH,), (LENGTH,)))  # alone it is right
+
+
+@torch.no_grad()
+def test_keys_that_are_no_tokens_are_refused():
+    model, (ids, _) = build("deepseek_v4"), make_batch()
+    model.set_attn_implementation(WITHIN_DOCUMENTS)
+    with refused("DeepseekV4Attention", "24", "30"):
+        model(input_ids=ids, use_cache=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["position_bias", "indexer_mask"])
+def test_an_unknown_argument_of_attention_is_refused_unless_it_is_none(name):
+    query = torch.randn(1, 2, 5, 8)
+    attend = AttentionInterface()[WITHIN_DOCUMENTS]
+    attend(torch.nn.Module(), query, query, query, None, **{name: None})
+    with refused(name, "Module"):
+        attend(torch.nn.Module(), query, query, query, None, **{name: torch.zeros(1)})
+
+
+def test_attention_to_later_tokens_is_refused():
+    query, module = torch.randn(1, 2, 5, 8), torch.nn.Module()
+    module.is_causal = False
+    with refused("later tokens"):
+        attention._attend(module, query, query, query, None)
+    with refused("later tokens"):
+        attention._attend(torch.nn.Module(), query, query, query, None, is_causal=False)
+
+
+def test_deliveries_are_counted_once_a_call():
+    query = torch.randn(1, 2, 5, 8)
+    documents = PackedDocuments(((2, 3),))
+    for _ in range(3):
+        attention._attend(torch.nn.Module(), query, query, query, None, documents=documents)
+    assert documents.deliveries == 3

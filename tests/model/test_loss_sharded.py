@@ -1,0 +1,90 @@
+"""At every ZeRO stage the loss and its gradients are those of the model class, tied or not."""
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_grad
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+
+from pipeline.model.attention import WITHIN_DOCUMENTS
+from pipeline.model.loss import IGNORED, SummedLoss
+from pipeline.model.structure import text_decoder
+from tests.model.kinds import build
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.engine
+
+# A scale of the logits, and a soft cap that only a wrapper's text config has.
+KINDS = ["granite", "gemma4"]
+
+
+def adapted(kind, is_tied):
+    model = build(kind)
+    if not is_tied:
+        head = model.get_output_embeddings()
+        torch.manual_seed(3)
+        head.weight = torch.nn.Parameter(0.1 * torch.randn_like(head.weight))
+        model.config.get_text_config().tie_word_embeddings = False
+    model.set_attn_implementation(WITHIN_DOCUMENTS)
+    decoder = set(text_decoder(model).modules())
+    names = [
+        name
+        for name, module in model.named_modules()
+        if module in decoder and name.endswith(("q_proj", "o_proj"))
+    ]
+    torch.manual_seed(4)
+    config = LoraConfig(r=4, target_modules=names, init_lora_weights="gaussian")
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def make_batch():
+    torch.manual_seed(1)
+    ids = torch.randint(3, 250, (2, 16))
+    labels = ids.clone()
+    labels[:, :5] = IGNORED
+    return ids, labels
+
+
+def sharded(session, kind, stage, is_tied):
+    """Loss sum and gradients of one batch, the same on both ranks, under ZeRO."""
+    model = adapted(kind, is_tied)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    engine, *_ = deepspeed.initialize(
+        model=SummedLoss(model, 3),
+        model_parameters=list(trainable.values()),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+            "zero_optimization": zero,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+        dist_init_required=False,
+    )
+    ids, labels = make_batch()
+    loss = engine(ids, labels, ((16,), (16,)))
+    engine.backward(loss)
+    grads = {name: safe_get_full_grad(p).reshape(-1).clone() for name, p in trainable.items()}
+    return loss.item(), grads
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_are_those_of_the_class(tmp_path, kind, stage, is_tied):
+    model, (ids, labels) = adapted(kind, is_tied), make_batch()
+    logits = model.get_base_model()(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    loss.backward()
+    theirs = {n: p.grad.reshape(-1) for n, p in model.named_parameters() if p.requires_grad}
+    total, ours = run_ranks(sharded, kind, stage, is_tied, tmp_path=tmp_path)[0]
+    assert total == pytest.approx(loss.item(), rel=1e-6)
+    assert ours.keys() == theirs.keys()
+    difference = sum(float((ours[n] - theirs[n]).square().sum()) for n in theirs) ** 0.5
+    assert difference < 2e-6 * sum(float(theirs[n].square().sum()) for n in theirs) ** 0.5
