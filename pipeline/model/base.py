@@ -99,7 +99,7 @@ def load_plain(
     """Load a language model from a folder, without network access."""
     disable_progress_bar()  # type: ignore[no-untyped-call]  # every rank would show one
     try:
-        model = _auto_class(folder, trust_remote_code).from_pretrained(
+        model = auto_class(folder, trust_remote_code).from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
@@ -114,7 +114,7 @@ def load_plain(
     return model
 
 
-def _auto_class(folder: Path, trust_remote_code: bool) -> Any:
+def auto_class(folder: Path, trust_remote_code: bool) -> Any:
     """The causal class; for wrappers without one (Mistral 3, Qwen-VL), the image-text class."""
     config = AutoConfig.from_pretrained(
         folder, trust_remote_code=trust_remote_code, local_files_only=True

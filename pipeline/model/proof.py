@@ -1,0 +1,321 @@
+"""Proof of a model class, before a GPU-hour is paid: our loss, attention, packs and adapter.
+
+On a small copy of the class and config (small_copy.py), fp32, CPU, each is compared with what
+transformers and peft compute themselves. Correct is below 1e-5; wrong was above 1e-3 on all of 84
+kinds. Results are remembered under the hash of config.json, the targets and the versions.
+"""
+
+import copy
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from pipeline.errors import UserError
+from pipeline.files import dump_json, read_json, user_cache, write_text
+from pipeline.model.attention import WITHIN_DOCUMENTS, arguments_for, require_delivered
+from pipeline.model.base import auto_class
+from pipeline.model.loss import IGNORED, SummedLoss
+from pipeline.model.small_copy import random_model, small_copies
+from pipeline.model.structure import blocks, text_decoder
+from pipeline.model.tensor_files import read_header, weight_files
+
+VERSION = 1
+LIMIT = 1e-5
+_LENGTH = 24
+_DOCUMENTS = ((7, 12, 3), (20, 1, 2))  # tokens; the rest of each row is padding
+_PACKAGES = ("torch", "transformers", "peft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """Relative errors by check, and the reasons why packs or the whole model are refused."""
+
+    errors: Mapping[str, float] = field(default_factory=dict)
+    refusals: Sequence[str] = ()
+    without_packs: Sequence[str] = ()  # reasons; empty: documents may be packed
+    without_reentrant: Sequence[str] = ()  # reasons; empty: re-entrant checkpointing is right
+    without_merge: Sequence[str] = ()  # reasons; empty: the adapter's names are in the checkpoint
+
+    def require(self, model: str) -> None:
+        """Raise UserError for a class whose training would be wrong."""
+        if self.refusals:
+            raise UserError(f"model: {model} cannot be trained correctly: {self.refusals[0]}")
+
+
+def prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool = False) -> Proof:
+    """The proof of a model folder for an adapter on these layers (last parts of their names).
+
+    Remembered; otherwise a few seconds of CPU.
+    """
+    path = user_cache() / "proofs" / f"{_key(folder, targets)}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return Proof(**read_json(path))
+    proof = _prove(folder, targets, trust_remote_code=trust_remote_code)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, dump_json(asdict(proof)))
+    return proof
+
+
+def _key(folder: Path, targets: Sequence[str]) -> str:
+    parts = [(folder / "config.json").read_text(encoding="utf-8"), str(VERSION), *sorted(targets)]
+    parts += [version(package) for package in _PACKAGES]
+    parts += [path.name for path in weight_files(folder)]
+    parts += [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool) -> Proof:
+    config = AutoConfig.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    auto = auto_class(folder, trust_remote_code)
+    try:
+        model = small_model(auto, config, trust_remote_code=trust_remote_code)
+    except UserError as error:
+        return Proof(refusals=[str(error)])
+    missing = _missing_names(folder, model, targets)
+    return replace(prove_model(model, targets), without_merge=missing)
+
+
+def small_model(auto: Any, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """The first small copy that runs. Raises UserError if none does."""
+    problem: Exception | None = None
+    for small in small_copies(config):
+        try:
+            model = random_model(auto, small, **options)
+            model.set_attn_implementation("eager")
+            with torch.no_grad():
+                model(input_ids=_ids(model), use_cache=False)
+        except Exception as error:  # noqa: BLE001 - whatever a class does with reduced sizes
+            problem = error
+        else:
+            return model
+    raise UserError(f"no small copy of it runs: {type(problem).__name__}: {problem}")
+
+
+def prove_model(model: PreTrainedModel, targets: Sequence[str]) -> Proof:
+    """The checks on a model in fp32 on the CPU, whose weights stay as they are."""
+    errors: dict[str, float] = {}
+    refusals: list[str] = []
+    without_packs: list[str] = []
+    without_reentrant: list[str] = []
+
+    def check(name: str, reasons: list[str], measure: Callable[[], float]) -> None:
+        try:
+            errors[name] = measure()
+        except UserError as error:
+            reasons.append(str(error))
+        except Exception as error:  # noqa: BLE001 - whatever a class does
+            reasons.append(f"{name}: {type(error).__name__}: {error}")
+        else:
+            if not errors[name] <= LIMIT:
+                reasons.append(f"{name} differs by {errors[name]:.1e} (at most {LIMIT:.0e})")
+
+    check("loss", refusals, lambda: _loss_error(model))
+    check("attention", refusals, lambda: _attention_error(model))
+    check("packs", without_packs, lambda: _packs_error(model))
+    check("other documents", without_packs, lambda: _leak(model))
+    check("adapter", refusals, lambda: _adapter_error(model, targets))
+    check("checkpointing", refusals, lambda: _checkpointing_error(model, targets, reentrant=False))
+    check(
+        "re-entrant checkpointing",
+        without_reentrant,
+        lambda: _checkpointing_error(model, targets, reentrant=True),
+    )
+    return Proof(
+        errors=errors,
+        refusals=refusals,
+        without_packs=without_packs,
+        without_reentrant=without_reentrant,
+    )
+
+
+@torch.no_grad()
+def _loss_error(model: PreTrainedModel) -> float:
+    """Our loss in one and in three chunks against the class's own (a)."""
+    ids, labels = _ids(model), _labels(model)
+    model.set_attn_implementation("eager")
+    theirs = float(model(input_ids=ids, labels=labels, use_cache=False).loss)
+    model.set_attn_implementation(WITHIN_DOCUMENTS)
+    count = int((labels[:, 1:] != IGNORED).sum())
+    whole = ((_LENGTH,), (_LENGTH,))
+    ours = [float(SummedLoss(model, chunks)(ids, labels, whole)) / count for chunks in (1, 3)]
+    return max(abs(loss - theirs) / abs(theirs) for loss in ours)
+
+
+@torch.no_grad()
+def _attention_error(model: PreTrainedModel) -> float:
+    """Logits with our attention against the class's eager one, beyond window and chunk (b)."""
+    model.set_attn_implementation("eager")
+    theirs = model(input_ids=_ids(model), use_cache=False).logits
+    model.set_attn_implementation(WITHIN_DOCUMENTS)
+    return _relative(model(input_ids=_ids(model), use_cache=False).logits, theirs)
+
+
+@torch.no_grad()
+def _packs_error(model: PreTrainedModel) -> float:
+    """Hidden states of packed documents against each document alone (c)."""
+    ids, decoder = _ids(model), text_decoder(model)
+    packed = _packed_states(model, ids)
+    errors = []
+    for row, span in _spans():
+        alone = decoder(input_ids=ids[row : row + 1, span], use_cache=False).last_hidden_state[0]
+        errors.append(_relative(packed[row, span], alone))
+    return max(errors)
+
+
+@torch.no_grad()
+def _leak(model: PreTrainedModel) -> float:
+    """Largest change of a document's states when another document of its pack changes (c)."""
+    ids = _ids(model)
+    before, worst = _packed_states(model, ids), 0.0
+    for row, span in _spans():
+        changed = ids.clone()
+        changed[row, span] = _ids(model, seed=2)[row, span]
+        after = _packed_states(model, changed)
+        others = [(r, s) for r, s in _spans() if r == row and s != span]
+        worst = max(worst, *(float((after[o] - before[o]).abs().max()) for o in others))
+    return worst
+
+
+def _packed_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    model.set_attn_implementation(WITHIN_DOCUMENTS)
+    arguments = arguments_for(WITHIN_DOCUMENTS, _DOCUMENTS, ids)
+    states: torch.Tensor = text_decoder(model)(
+        input_ids=ids, use_cache=False, **arguments
+    ).last_hidden_state
+    require_delivered(arguments["documents"], len(blocks(model)), model.config.model_type)
+    return states
+
+
+def _adapter_error(model: PreTrainedModel, targets: Sequence[str]) -> float:
+    """Logits of the adapter loaded by plain peft (g), if every matrix gets a gradient (d)."""
+    base = copy.deepcopy(model)
+    adapted = _adapted(model, targets)
+    _backward(adapted)
+    named = dict(adapted.named_parameters())
+    if moved := [n for n, p in named.items() if "lora_" not in n and p.grad is not None]:
+        raise UserError(f"a frozen weight got a gradient: {moved[0]}")
+    lora = {name: p for name, p in named.items() if "lora_" in name}
+    expected = 2 * len(target_names(model, targets))
+    if len(lora) != expected:
+        raise UserError(f"peft adapted {len(lora)} matrices instead of {expected}")
+    if unreached := [n for n, p in lora.items() if p.grad is None or not p.grad.any()]:
+        raise UserError(
+            f"no gradient reaches {len(unreached)} of {len(lora)} adapter matrices, the first is "
+            f"{unreached[0]}; leave its layer out of lora_target_modules"
+        )
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        adapted.eval()
+        ours = adapted(input_ids=_ids(model), use_cache=False).logits
+        adapted.save_pretrained(folder, save_embedding_layers=False)
+        base.set_attn_implementation(WITHIN_DOCUMENTS)
+        loaded = PeftModel.from_pretrained(base, folder).eval()
+        return _relative(loaded(input_ids=_ids(model), use_cache=False).logits, ours)
+
+
+def _checkpointing_error(
+    model: PreTrainedModel, targets: Sequence[str], *, reentrant: bool
+) -> float:
+    """Gradients with activation checkpointing against those without (e)."""
+    adapted = _adapted(model, targets)
+    plain = _backward(adapted)
+    inner: Any = adapted.get_base_model()
+    inner.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: output.requires_grad_(True)
+    )
+    inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return _relative(_backward(adapted), plain)
+
+
+def _adapted(model: PreTrainedModel, targets: Sequence[str]) -> PeftModel:
+    """A copy with an adapter of random matrices, none of them zero."""
+    names = target_names(model, targets)
+    config = LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM")
+    base = copy.deepcopy(model)
+    base.set_attn_implementation(WITHIN_DOCUMENTS)
+    adapted = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1, generator=generator)
+    return adapted
+
+
+def _backward(adapted: PeftModel) -> torch.Tensor:
+    """All gradients of the adapter after one loss, as one vector."""
+    adapted.train().zero_grad()
+    torch.manual_seed(0)
+    SummedLoss(adapted, 1)(_ids(adapted), _labels(adapted), ((_LENGTH,), (_LENGTH,))).backward()
+    parameters = sorted(adapted.named_parameters())
+    gradients = [p.grad.flatten() for _, p in parameters if p.grad is not None]
+    return torch.cat(gradients) if gradients else torch.zeros(1)
+
+
+def target_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """Full names of the linear layers of the text decoder that end with one of the targets."""
+    inside = set(text_decoder(model).modules())
+    ends = tuple(f".{target}" for target in targets)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module in inside and name.endswith(ends)
+    ]
+    if not names:
+        raise UserError(f"no linear layer of its text decoder is named {', '.join(targets)}")
+    return names
+
+
+def _missing_names(folder: Path, model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """A reason if the weights of the targets have other names in the checkpoint (f)."""
+    keys = {key for path in weight_files(folder) for key in read_header(path).entries}
+    names = [f"{name}.weight" for name in target_names(model, targets)[:1]]
+    return [
+        f"{name} is not in the checkpoint, whose names differ from the model's: the adapter loads "
+        "in peft and cannot be merged"
+        for name in names
+        if name not in keys
+    ]
+
+
+def _ids(model: Any, seed: int = 1) -> torch.Tensor:
+    """Random tokens, none of them a placeholder of an image or another special token."""
+    generator = torch.Generator().manual_seed(seed)
+    values = model.config.to_dict()
+    special = {value for key, value in values.items() if "token" in key and type(value) is int}
+    plain = [i for i in range(model.config.get_text_config().vocab_size) if i not in special]
+    return torch.tensor(plain)[torch.randint(len(plain), (2, _LENGTH), generator=generator)]
+
+
+def _labels(model: Any) -> torch.Tensor:
+    labels = _ids(model)
+    labels[:, :5] = IGNORED
+    return labels
+
+
+def _spans() -> list[tuple[int, slice]]:
+    """Row and positions of every packed document."""
+    spans = []
+    for row, lengths in enumerate(_DOCUMENTS):
+        start = 0
+        for length in lengths:
+            spans.append((row, slice(start, start + length)))
+            start += length
+    return spans
+
+
+def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))

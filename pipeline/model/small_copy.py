@@ -1,0 +1,160 @@
+"""A small random copy of a model's class and configuration: few blocks, one of each kind.
+
+For the proof (proof.py): what holds for the class on the copy holds on the model, since the code
+that runs is the same. Widths are reduced where the class still builds, else kept.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+_BLOCKS = 4
+_WINDOW = 5  # documents of the proof are longer, so windows and chunks show
+_SPREAD = 0.12  # of random matrices: scales, caps and attention show
+# Sizes that a decoder's config may have, reduced together; ratios of heads are kept.
+_WIDTHS = {
+    "hidden_size": 64, "intermediate_size": 128, "intermediate_size_mlp": 128, "head_dim": 16,
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "global_head_dim": 32,
+    "moe_shared_expert_intermediate_size": 64, "shared_intermediate_size": 64,
+    "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 16, "hidden_size_per_layer_input": 64, "laurel_rank": 64,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "mamba_d_state": 16, "mamba_d_head": 32, "mamba_n_heads": 4,
+    "mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2,
+    "mamba_d_ssm": 128, "linear_head_dim": 16, "linear_num_heads": 4, "mamba_dt_rank": 4,
+}  # fmt: skip
+_VISION_WIDTHS = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_heads": 2, "num_key_value_heads": 2, "depth": 2, "head_dim": 16, "image_size": 28,
+    "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32,
+    "projector_output_dim": 32, "out_hidden_size": 64,
+}  # fmt: skip
+_COUNTS = {
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "num_experts_per_token": 2, "top_k_experts": 2, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "num_dense_layers": 1, "num_kv_shared_layers": 2,
+    "num_nextn_predict_layers": 0, "max_position_embeddings": 256,
+}  # fmt: skip
+_REACHES = ("sliding_window", "attention_chunk_size")
+_VOCABULARY = 512
+_MAX_PARAMETERS = 3e8  # several copies in fp32 are in host memory during the proof
+
+
+def small_copies(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """Configs to try: all sizes reduced; then blocks, experts and vocabulary only."""
+    text_config = config.get_text_config()
+    name = next((key for key, value in vars(config).items() if value is text_config), None)
+    for widths, vision in ((_WIDTHS, _VISION_WIDTHS), ({}, {})):
+        values = config.to_dict()
+        text = values if name is None else values[name]
+        _reduce(text, widths)
+        for other in values.values():
+            if isinstance(other, dict) and "model_type" in other and other is not text:
+                _set_lower(other, vision)
+        if widths and name is not None:  # sections of multimodal rope add up to half a head
+            text["rope_parameters"] = (text.get("rope_parameters") or {}) | {
+                "mrope_section": [4, 2, 2]
+            }
+        yield type(config).from_dict(values)
+
+
+def random_model(auto_class: Any, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model in fp32 on the CPU, the same for the same config, in eval mode."""
+    with torch.device("meta"):
+        size = sum(p.numel() for p in auto_class.from_config(config, **options).parameters())
+    if size > _MAX_PARAMETERS:
+        raise ValueError(f"the smallest copy has {size / 1e6:,.0f} M parameters")
+    generator = torch.Generator().manual_seed(0)
+    model = auto_class.from_config(config, dtype=torch.float32, **options)
+    assert isinstance(model, PreTrainedModel)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=_SPREAD, generator=generator)
+    model.train(False)
+    return model
+
+
+def _reduce(text: dict[str, Any], widths: Mapping[str, int]) -> None:
+    """Reduce the sizes of a decoder's config in place."""
+    if widths:
+        heads, head_dim = text["num_attention_heads"], text.get("head_dim")
+        keys = text.get("num_key_value_heads") or heads
+        rope_dim = text.get("qk_rope_head_dim")
+        text["num_attention_heads"] = 4
+        if text.get("num_key_value_heads") is not None:
+            text["num_key_value_heads"] = max(1, 4 * keys // heads)
+        if text.get("num_global_key_value_heads"):
+            text["num_global_key_value_heads"] = 1
+        _set_lower(text, widths)
+        for key in widths.keys() & text.keys():  # the exact size, where several must agree
+            if isinstance(text[key], int) and text[key] > 0:
+                text[key] = widths[key]
+        if head_dim is not None and head_dim == rope_dim:  # DeepSeek: the width that rope rotates
+            text["head_dim"] = text["qk_rope_head_dim"]
+    _set_lower(text, _COUNTS)
+    for key in _REACHES:
+        if text.get(key):
+            text[key] = _WINDOW
+    _reduce_vocabulary(text)
+    _choose_blocks(text)
+
+
+def _set_lower(values: dict[str, Any], limits: Mapping[str, int]) -> None:
+    """Lower the values above these limits; of a list, every entry."""
+    for key, limit in limits.items():
+        present = values.get(key)
+        if isinstance(present, list):
+            values[key] = [min(limit, entry) for entry in present]
+        elif isinstance(present, int) and not isinstance(present, bool) and present > limit:
+            values[key] = limit
+
+
+def _reduce_vocabulary(text: dict[str, Any]) -> None:
+    for key in ("vocab_size", "vocab_size_per_layer_input"):
+        if (text.get(key) or 0) > _VOCABULARY:
+            text[key] = _VOCABULARY
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if text.get(key) is not None:
+            text[key] = 0
+
+
+def _choose_blocks(text: dict[str, Any]) -> None:
+    """Keep a block of each kind: cut the lists with an entry per block, and lists of indices."""
+    total = text.get("num_hidden_layers") or len(text["layers_block_type"])
+    if total <= _BLOCKS:
+        return
+    indices = {key: value for key, value in text.items() if _are_indices(value, total)}
+    kinds = {
+        key: value
+        for key, value in text.items()
+        if isinstance(value, list) and len(value) == total and key not in indices
+    }
+    of_block = [str([v[i] for v in kinds.values()] + [i in v for v in indices.values()])
+                for i in range(total)]  # fmt: skip
+    first = {kind: i for i, kind in reversed(list(enumerate(of_block)))}
+    chosen = sorted(first.values())
+    if text.get("num_kv_shared_layers"):  # blocks of each kind that share follow those that do not
+        chosen, text["num_kv_shared_layers"] = chosen * 2, len(chosen)
+    else:
+        spare = [i for i in range(total) if i not in chosen]
+        chosen = sorted(chosen + spare[: max(0, _BLOCKS - len(chosen))])
+    for key, value in kinds.items():
+        text[key] = [value[i] for i in chosen]
+    for key, value in indices.items():
+        text[key] = [position for position, i in enumerate(chosen) if i in value]
+    if "num_hidden_layers" in text:
+        text["num_hidden_layers"] = len(chosen)
+    if of_layer := text.get("per_layer_config"):  # Gemma 4: other widths of some blocks
+        own = {int(i): dict(values) for i, values in of_layer.items()}
+        for values in own.values():
+            _set_lower(values, {"head_dim": 2 * text["head_dim"], "num_key_value_heads": 1})
+        text["per_layer_config"] = {at: own[i] for at, i in enumerate(chosen) if i in own}
+
+
+def _are_indices(value: Any, total: int) -> bool:
+    """Whether a value is a list of blocks: rising whole numbers below their number."""
+    is_list = isinstance(value, list) and all(type(entry) is int for entry in value)
+    return is_list and value == sorted(set(value)) and (not value or 0 <= value[-1] < total)

@@ -1,0 +1,124 @@
+"""The proof accepts classes that are trained correctly and names what is wrong with others."""
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from pipeline.model import attention, proof
+from pipeline.model.proof import LIMIT, prove, prove_model, small_model
+from pipeline.model.structure import blocks
+from tests.messages import assert_mentions, refused
+from tests.model.kinds import build
+
+pytestmark = pytest.mark.tensor
+
+ATTENTION = ("q_proj", "v_proj", "o_proj")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def llama():
+    return build("llama")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "llama4_text", "gemma4"])
+def test_a_class_that_is_trained_correctly_passes_every_check(kind):
+    result = prove_model(build(kind), ATTENTION)
+    assert not [*result.refusals, *result.without_packs, *result.without_reentrant]
+    assert len(result.errors) == 7
+    assert max(result.errors.values()) < LIMIT
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "stablelm", "falcon_h1"])
+def test_a_class_that_mixes_documents_is_trained_without_packs(kind):
+    result = prove_model(build(kind), ("q_proj", "k_proj"))
+    assert result.without_packs
+    assert not result.refusals
+
+
+def test_shared_keys_and_values_exclude_re_entrant_checkpointing():
+    result = prove_model(build("gemma4_text/ple+shared"), ("k_proj", "v_proj"))
+    assert not result.refusals
+    assert_mentions(result.without_reentrant[0], "re-entrant checkpointing")
+
+
+def test_an_attention_that_is_not_the_class_s_is_refused(llama, monkeypatch):
+    right = attention._Layer._fused
+    monkeypatch.setattr(
+        attention._Layer, "_fused", lambda self, q, k, v, mask: right(self, 1.01 * q, k, v, mask)
+    )
+    result = prove_model(llama, ATTENTION)
+    assert_mentions(result.refusals[1], "attention", "1e-05")
+    with refused("org/name", "loss"):
+        result.require("org/name")
+
+
+def test_a_loss_that_is_not_the_class_s_is_refused(llama, monkeypatch):
+    forward = LlamaForCausalLM.forward
+
+    def scaled(self, *args, labels=None, **kwargs):
+        output = forward(self, *args, labels=labels, **kwargs)
+        if labels is not None:  # such as the router's auxiliary loss
+            output.loss = output.loss * 1.001
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
+    result = prove_model(llama, ATTENTION)
+    assert_mentions(result.refusals[0], "loss", "1.0e-03")
+
+
+def test_a_leak_between_documents_is_found(llama, monkeypatch):
+    monkeypatch.setattr(
+        attention, "_by_document", lambda documents, layer, q, k, v: layer(q, k, v).transpose(1, 2)
+    )
+    result = prove_model(llama, ATTENTION)
+    assert result.errors["other documents"] > 1e-3
+    assert len(result.without_packs) == 2
+    assert not result.refusals
+
+
+def test_a_matrix_without_a_gradient_is_refused():
+    result = prove_model(build("jamba"), ("dt_proj", "q_proj"))
+    assert_mentions(result.refusals[0], "dt_proj", "lora_target_modules")
+
+
+def test_what_peft_rewrites_is_refused():
+    """GLM-4.x and DeepSeek-V3: named dense MLPs become fused experts (peft 0.21.2)."""
+    result = prove_model(build("glm4_moe"), ("q_proj", "gate_proj", "up_proj", "down_proj"))
+    assert any("instead of" in reason for reason in result.refusals)
+
+
+def test_a_class_that_needs_a_mask_is_refused():
+    assert prove_model(build("deepseek_v32"), ("o_proj",)).refusals
+
+
+def test_a_model_folder_is_proved_once(tiny_model, monkeypatch):
+    first = prove(tiny_model, ["q_proj", "v_proj"])
+    assert not [*first.refusals, *first.without_packs, *first.without_merge]
+    monkeypatch.setattr(proof, "prove_model", lambda *_: 1 / 0)
+    assert prove(tiny_model, ["v_proj", "q_proj"]) == first
+    with pytest.raises(ZeroDivisionError):
+        prove(tiny_model, ["q_proj"])  # another adapter
+
+
+def test_names_that_the_checkpoint_does_not_have_exclude_a_merge(tmp_path):
+    build("gemma3").save_pretrained(tmp_path)  # stored as language_model.model...
+    result = prove(tmp_path, ["q_proj"])
+    assert not result.refusals
+    assert_mentions(result.without_merge[0], "q_proj.weight", "cannot be merged")
+
+
+@pytest.mark.parametrize(
+    ("kind", "kinds_of_block"),
+    [("llama", 1), ("gpt_oss", 2), ("gemma4_text", 2), ("qwen3_5_text", 2), ("llama4_text", 2)],
+)
+def test_the_small_copy_of_a_real_size_has_every_kind_of_block(kind, kinds_of_block):
+    config = AutoConfig.for_model(kind)
+    model = small_model(AutoModelForCausalLM, config)
+    assert sum(p.numel() for p in model.parameters()) < 2e6
+    text = model.config.get_text_config()
+    assert len(blocks(model)) == text.num_hidden_layers == 4
+    assert len(set(getattr(text, "layer_types", None) or ["full"])) == kinds_of_block
