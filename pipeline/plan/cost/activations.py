@@ -121,7 +121,11 @@ def is_by_document(settings: RunSettings) -> bool:
 def _saved(kind: _Kind) -> int:
     """Bytes a token that a block saves until its backward pass."""
     block, adapter, settings, n, b = kind.block, kind.adapter, kind.settings, kind.count, kind.b
-    saved = _norms(block, b) + _attention(kind) + _mlp(kind)
+    if block.saved is None:
+        saved = _norms(block, b) + _attention(kind) + _mlp(kind)
+    else:
+        values, other_bytes = block.saved
+        saved = values * b + other_bytes
     if is_by_document(settings):
         saved += _concatenated(kind)
     saved += adapter.layers * settings.lora_r * b // n  # A's output, which B reads

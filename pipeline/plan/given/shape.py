@@ -1,14 +1,15 @@
 """ModelShape: sizes and module names of a model, from its config.json alone. No weights, no torch.
 
 The linear layers of a block are listed with the names that peft sees, so that adapters can be
-counted and named before a model is loaded; families.py has them for each `model_type`.
+counted and named before a model is loaded; families.py has them for the known values of
+`model_type`, and for others they are counted on the model's class (class_shape.py).
 tests/plan/given/test_shape.py compares the counts with transformers' and peft's own on the meta
 device.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import read_json
+from pipeline.plan.given.class_shape import class_shape
 from pipeline.plan.given.families import FAMILIES, Config, Experts, Family, Linear, NormKind, Widths
 from pipeline.plan.given.tokens import count_tokens
 
@@ -52,6 +54,10 @@ class Block:
     num_experts: int = 0  # 0: no experts
     experts_per_token: int = 0
     expert_size: int = 0
+    other_parameters: int = 0  # of parts that the fields above do not describe
+    # For each token, counted on the class: values in the training dtype and bytes of other types
+    # that the block saves for backward without adapters. None: as activations.py has it.
+    saved: tuple[int, int] | None = None
 
     @property
     def query_width(self) -> int:
@@ -98,8 +104,8 @@ class Block:
     @property
     def parameters(self) -> int:
         """All parameters of the block."""
-        other = self.expert_parameters + self.norm_parameters + self.router_parameters
-        return self.linear_parameters + other
+        other = self.norm_parameters + self.router_parameters + self.other_parameters
+        return self.linear_parameters + self.expert_parameters + other
 
     @property
     def active_weights(self) -> int:
@@ -141,6 +147,8 @@ class ModelShape:
     dropouts: tuple[str, ...] = ()  # `key: value` of those in config.json that are not 0
     has_router_loss: bool = False
     is_bidirectional: bool = False
+    is_from_class: bool = False  # counted on the model's class, not known from families.py
+    other_parameters: int = 0  # outside of blocks, embeddings, last norm and head
 
     @property
     def num_layers(self) -> int:
@@ -192,7 +200,8 @@ class ModelShape:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.is_tied else 2)
         embeddings += self.vocab_size * self.has_head_bias
         final_norm = self.hidden_size * (1 if self.blocks[0].norm_kind == "rms" else 2)
-        return sum(c * block.parameters for block, c in self.counts()) + final_norm + embeddings
+        blocks = sum(count * block.parameters for block, count in self.counts())
+        return blocks + final_norm + embeddings + self.other_parameters
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
@@ -289,7 +298,9 @@ def read_shape(model: str) -> ModelShape:
     except (ValueError, OSError) as error:
         raise UserError(f"model: {path}: not readable as a JSON object: {error}") from None
     try:
-        return _from_config(config, model)
+        if config["model_type"] in FAMILIES:
+            return _from_config(config, model)
+        return _from_class(config, model)
     except KeyError as error:
         raise UserError(f"model: {path}: the key {error} is missing") from None
     except (UserError, TypeError, ValueError, ArithmeticError) as error:  # int() of no number
@@ -297,19 +308,11 @@ def read_shape(model: str) -> ModelShape:
 
 
 def _from_config(given: Mapping[str, Any], model: str) -> ModelShape:
-    model_type = str(given.get("model_type", "none"))
-    family = FAMILIES.get(model_type)
-    if family is None:
-        known = ", ".join(sorted(FAMILIES))
-        raise UserError(f"model_type {model_type!r} cannot be planned yet; known: {known}")
+    family = FAMILIES[given["model_type"]]
     config = {**family.defaults, **given}
     _require_window(config)
     blocks, layer_kinds = _blocks(family, config)
-    quantization = config.get("quantization_config") or {}
     return ModelShape(
-        folder=model,
-        model_type=model_type,
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         vocab_size=_count(config, "vocab_size"),
         is_tied=bool(config.get("tie_word_embeddings", False)),
         blocks=blocks,
@@ -317,17 +320,81 @@ def _from_config(given: Mapping[str, Any], model: str) -> ModelShape:
         layers_name=family.layers,
         has_head_bias=family.has_head_bias,
         has_composed_activation=config.get("hidden_act") == "gelu_new",
-        logit_softcap=config.get("final_logit_softcapping") is not None,
-        score_softcap=config.get("attn_logit_softcapping") is not None,
-        quantization=quantization.get("quant_method"),
-        has_own_code="AutoModelForCausalLM" in (config.get("auto_map") or {}),
-        num_tokens=count_tokens(Path(model)),
-        max_positions=_max_positions(config),
-        rope_original_length=_rope_original_length(config),
-        dropouts=tuple(f"{key}: {config[key]}" for key in _DROPOUTS if config.get(key)),
-        has_router_loss=bool(config.get("output_router_logits")),
-        is_bidirectional=bool(config.get("use_bidirectional_attention")),
+        **_facts(config, model),
     )
+
+
+def _from_class(given: Mapping[str, Any], model: str) -> ModelShape:
+    """The shape counted on the class of the model; its text part where it is a wrapper."""
+    counted = class_shape(Path(model))
+    blocks = tuple(_counted_block(block) for block in counted["blocks"])
+    if any(block.num_experts for block in blocks):
+        blocks = tuple(_without_expert_names(block) for block in blocks)
+    shape = ModelShape(
+        vocab_size=counted["vocab_size"],
+        is_tied=counted["is_tied"],
+        blocks=blocks,
+        layer_kinds=tuple(counted["layer_kinds"]),
+        layers_name=counted["layers_name"],
+        has_head_bias=counted["has_head_bias"],
+        is_from_class=True,
+        **_facts({**given.get("text_config", {}), **given}, model),
+    )
+    return replace(shape, other_parameters=counted["parameters"] - shape.parameters)
+
+
+def _counted_block(counted: Mapping[str, Any]) -> Block:
+    """A block from its counts; what has no field of its own is in `other_parameters`."""
+    linears = tuple(Linear(*linear) for linear in counted["linears"])
+    widths = {_end(linear.name): linear for linear in linears}
+    output = widths.get("o_proj") or widths.get("dense") or widths.get("out_proj")
+    mlp = widths.get("down_proj") or widths.get("fc2")
+    heads, experts = counted["num_heads"], counted["num_experts"]
+    hidden = counted["hidden_size"]
+    block = Block(
+        linears=linears,
+        hidden_size=hidden,
+        intermediate_size=mlp.d_in if mlp else 0,
+        num_heads=heads,
+        num_kv_heads=counted["num_kv_heads"],
+        head_dim=output.d_in // heads if output else 0,
+        norm_kind=counted["norm_kind"],
+        num_norms=counted["num_norms"],
+        num_experts=experts,
+        experts_per_token=counted["experts_per_token"],
+        expert_size=counted["expert_parameters"] // (3 * hidden * experts) if experts else 0,
+        saved=(counted["saved_values"], counted["saved_bytes"]),
+    )
+    return replace(block, other_parameters=counted["parameters"] - block.parameters)
+
+
+def _without_expert_names(block: Block) -> Block:
+    """The block of a mixture, whose MLPs peft cannot adapt by name.
+
+    peft 0.21 applies such names to fused experts (utils/transformers_weight_conversion.py).
+    """
+    linears = (replace(x, is_adaptable=_end(x.name) not in _EXPERT_NAMES) for x in block.linears)
+    return replace(block, linears=tuple(linears))
+
+
+def _facts(config: Config, model: str) -> dict[str, Any]:
+    """The fields of ModelShape that do not depend on the family."""
+    quantization = config.get("quantization_config") or {}
+    return {
+        "folder": model,
+        "model_type": config["model_type"],
+        "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        "logit_softcap": config.get("final_logit_softcapping") is not None,
+        "score_softcap": config.get("attn_logit_softcapping") is not None,
+        "quantization": quantization.get("quant_method"),
+        "has_own_code": "AutoModelForCausalLM" in (config.get("auto_map") or {}),
+        "num_tokens": count_tokens(Path(model)),
+        "max_positions": _max_positions(config),
+        "rope_original_length": _rope_original_length(config),
+        "dropouts": tuple(f"{key}: {config[key]}" for key in _DROPOUTS if config.get(key)),
+        "has_router_loss": bool(config.get("output_router_logits")),
+        "is_bidirectional": bool(config.get("use_bidirectional_attention")),
+    }
 
 
 def _blocks(family: Family, config: Config) -> tuple[tuple[Block, ...], tuple[int, ...]]:

@@ -6,6 +6,7 @@ from pipeline.plan.cost.memory import checkpoint_bytes
 from pipeline.plan.cost.speed import step_seconds
 from pipeline.plan.cost.stopping import slow_stop_warning
 from pipeline.plan.given.adapter_counts import trainable_parameters
+from pipeline.plan.given.families import FAMILIES
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.rules.rule import PlanContext, PlanInput, Rule, issue
 
@@ -143,6 +144,21 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         "have to be trained in full",
         remedy="use the tokenizer of the model, and write new markers with its existing tokens",
         source=issue("huggingface/transformers", 25241, 26024),
+    ),
+    Rule(
+        id="unverified-model-type",
+        level="refuse",
+        applies=lambda s: (
+            s.shape.is_from_class
+            and (
+                f"{s.shape.model_type}, {s.shape.parameters:,} parameters in {s.shape.num_layers} "
+                "blocks"
+            )
+        ),
+        reason="this model_type has been counted, but loss, attention and packs of its class have "
+        "not been compared with those of this project",
+        remedy=f"use a model of a known type: {', '.join(sorted(FAMILIES))}",
+        source="pipeline/plan/given/families.py",
     ),
     Rule(
         id="prequantised-base",

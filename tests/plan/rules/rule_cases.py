@@ -49,6 +49,7 @@ CASES = {
         {"config": LLAMA_8B | {"use_bidirectional_attention": True}},
         {"config": LLAMA_8B | {"use_bidirectional_attention": False}},
     ),
+    "unverified-model-type": ({"shape": {"is_from_class": True}}, {}),
     "prequantised-base": ({"shape": {"quantization": "gptq"}}, {}),
     "packing-own-code": (
         {"trust_remote_code": True, "shape": {"has_own_code": True}},

@@ -1,0 +1,175 @@
+"""Sizes of a model from its own class, built on the meta device: no weights are read.
+
+    python -m pipeline.model.class_shape MODEL_FOLDER
+
+prints them as JSON; plan/given/class_shape.py runs this for a `model_type` that the table of
+families does not have, and remembers the result.
+
+T: tokens of a sequence. A block is a layer of the text decoder.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    masking_utils,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+_COUNTED = "rankzero_counted"  # as `attn_implementation`
+_TOKENS = 64  # of the counted forward; saved bytes are proportional to it
+
+
+class _Attention(torch.autograd.Function):
+    """Saves what a fused attention saves: q, k, v, the output and its normaliser."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise NotImplementedError  # only the forward pass is counted
+
+
+def _attend(
+    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **others: Any
+) -> tuple[torch.Tensor, None]:
+    out: torch.Tensor = _Attention.apply(q, k, v)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_COUNTED, _attend)
+AttentionMaskInterface.register(_COUNTED, lambda **others: None)
+
+
+def class_shape(folder: Path) -> dict[str, Any]:
+    """The sizes as plan/given/class_shape.py reads them."""
+    model = _build(AutoConfig.from_pretrained(folder, local_files_only=True))
+    decoder = _decoder(model)
+    names = {module: name for name, module in model.named_modules()}
+    layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+    text_config = model.config.get_text_config()
+    described = [
+        _block(layer, text_config) | saved
+        for layer, saved in zip(layers, _saved(model, decoder, layers), strict=True)
+    ]
+    kinds = [json.dumps(block) for block in described]
+    distinct = list(dict.fromkeys(kinds))
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return {
+        "layers_name": names[layers[0]].rpartition(".")[0],
+        "vocab_size": embeddings.weight.shape[0],
+        "is_tied": head.weight is embeddings.weight,
+        "has_head_bias": getattr(head, "bias", None) is not None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "blocks": [json.loads(kind) for kind in distinct],
+        "layer_kinds": [distinct.index(kind) for kind in kinds],
+    }
+
+
+def _build(config: Any) -> Any:
+    """The model on the meta device, by the auto class that has its config."""
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            with torch.device("meta"):
+                model = auto.from_config(  # type: ignore[no-untyped-call]
+                    config, attn_implementation=_COUNTED
+                )
+            return model.requires_grad_(False)
+    raise ValueError(f"{config.model_type} is no causal language model of transformers")
+
+
+def _decoder(model: Any) -> Any:
+    """The text decoder; for Llama 4, whose get_decoder() is the model itself, its child."""
+    decoder = model.get_decoder()
+    if decoder is not model:
+        return decoder
+    embeddings = model.get_input_embeddings()
+    return next(c for c in model.children() if any(m is embeddings for m in c.modules()))
+
+
+def _block(layer: nn.Module, config: Any) -> dict[str, Any]:
+    """Linear layers, heads, norms and experts of a block."""
+    linears = {n: m for n, m in layer.named_modules() if type(m) is nn.Linear}
+    experts = {n: p for n, p in layer.named_parameters() if "expert" in n and p.dim() == 3}
+    return {
+        "linears": [
+            [name, x.in_features, x.out_features, x.bias is not None] for name, x in linears.items()
+        ],
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "num_norms": sum(
+            m.weight.numel() == config.hidden_size
+            for n, m in layer.named_modules()
+            if "norm" in n and isinstance(getattr(m, "weight", None), nn.Parameter)
+        ),
+        "norm_kind": "layer" if any(type(m) is nn.LayerNorm for m in layer.modules()) else "rms",
+        "num_experts": max((len(p) for p in experts.values()), default=0),
+        "experts_per_token": getattr(config, "num_experts_per_tok", None) or 1 if experts else 0,
+        "expert_parameters": sum(p.numel() for p in experts.values()),
+        "parameters": sum(p.numel() for p in layer.parameters()),
+    }
+
+
+def _saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[str, int]]:
+    """What each block saves for backward, for each token and without adapters.
+
+    Counted in one forward pass in bf16: values in the training dtype, and bytes of all others, such
+    as the fp32 copies of norms.
+    """
+    model.to(torch.bfloat16)
+    weights = {id(parameter) for parameter in model.parameters()}
+    current: list[int] = []
+    saved: dict[int, torch.Tensor] = {}  # by id; kept, so that no id is used twice
+    savers: dict[int, set[int]] = defaultdict(set)  # the blocks that save a tensor
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if current and id(base) not in weights:
+            saved[id(base)] = base
+            savers[id(base)].add(current[-1])
+        return tensor
+
+    handles = []
+    for index, layer in enumerate(layers):
+        handles.append(layer.register_forward_pre_hook(lambda *_, i=index: current.append(i)))
+        handles.append(layer.register_forward_hook(lambda *_: (current.pop(), None)[1]))
+    width = model.config.get_text_config().hidden_size
+    embedded = torch.empty(
+        1, _TOKENS, width, dtype=torch.bfloat16, device="meta", requires_grad=True
+    )
+    # while tracing, transformers does not look into masks and positions, which have no values here
+    with (
+        patch.object(masking_utils, "is_tracing", lambda *_: True),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        decoder(inputs_embeds=embedded, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    counts = []
+    for index in range(len(layers)):  # what several save, such as rotary angles, is no block's own
+        tensors = [saved[key] for key, blocks in savers.items() if blocks == {index}]
+        values = sum(t.numel() for t in tensors if t.dtype == torch.bfloat16)
+        others = sum(t.numel() * t.element_size() for t in tensors if t.dtype != torch.bfloat16)
+        counts.append({"saved_values": values // _TOKENS, "saved_bytes": others // _TOKENS})
+    return counts
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(class_shape(Path(sys.argv[1]))) + "\n")
