@@ -97,7 +97,8 @@ def test_saved_bytes_counted_on_the_class_are_those_of_the_formulas(
     So are they above measured peaks (docs/memory.md).
     """
     save_config(tmp_path, kind, WIDE)
-    plan = make_plan(tmp_path, lora_r=4, packing=False)
+    attention = read_shape(str(tmp_path)).default_targets[:1]
+    plan = make_plan(tmp_path, lora_r=4, packing=False, lora_target_modules=attention)
     # soft-capped scores are not materialised, as in the count
     settings = plan.settings.model_copy(update={"use_flash_attention": True})
     layout = Layout(
