@@ -58,30 +58,34 @@ def decide_start(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
     if status is not None and is_alive(status):
         raise UserError(in_use(folder, status))
     found = _found_in(folder, status)
-    if is_debug and found != "no run":
-        _require_debug_run(folder)
+    has_progress = found not in ("no run", "no progress")
+    if is_debug:
+        if has_progress:
+            _require_debug_run(folder)
         return "new"
-    is_comparable = found not in ("no run", "no progress")
-    differences = _differences(folder, plan, found) if is_comparable else {}
+    differences = _differences(folder, plan, found) if has_progress else {}
     covered = frozenset[str]().union(*(_COVERED[word] for word in settings.accept_changes))
     change: Change = "none"
     if differences:
         change = "accepted" if differences.keys() <= covered else "other"
-    start = STARTS[found][change]
-    may_replace = settings.overwrite or found == "unfinished"
-    if start == "resume" and settings.resume == "never":
-        start = "new" if may_replace else None
-    if start == "done" and settings.resume == "never" and settings.overwrite:
-        start = "new"
-    if start is None and settings.overwrite:
-        start = "new"
+    start = _start_for(found, change, settings)
     if start is None:
         raise UserError(_refusal(folder, found, differences, covered))
     if start == "new":
         _require_new_is_possible(folder, settings)
-    is_certain = found == "unfinished" and change == "none"
-    if start == "resume" and not is_certain:
+    if start == "resume" and (found != "unfinished" or change != "none"):
         _require_checkpoint(folder, found)
+        _require_its_documents(folder, settings)
+    return start
+
+
+def _start_for(found: Found, change: Change, settings: RunSettings) -> Start | None:
+    """The entry of the table, with `overwrite` and `resume: never`."""
+    start = STARTS[found][change]
+    if start == "resume" and settings.resume == "never":
+        start = "new" if found == "unfinished" else None
+    if settings.overwrite and (start is None or (start == "done" and settings.resume == "never")):
+        start = "new"
     return start
 
 
@@ -177,6 +181,19 @@ def _require_checkpoint(folder: Path, found: Found) -> None:
         "it cannot be resumed; give another output_dir, or set overwrite: true to train again "
         "from step 0"
     )
+
+
+def _require_its_documents(folder: Path, settings: RunSettings) -> None:
+    """The documents of the newest checkpoint, before anything in the folder is changed."""
+    key = _key_in_checkpoint(folder)
+    if key is None or "data" in settings.accept_changes:
+        return
+    if key != train_key(settings):
+        raise UserError(
+            f"output_dir: {folder}: its checkpoint was trained on other documents of train_data, "
+            f"as RankZero {written_by(folder)} prepared them; resume it with that version, or with "
+            "accept_changes: [data], or give another output_dir"
+        )
 
 
 def _checkpoints(folder: Path) -> list[Path]:

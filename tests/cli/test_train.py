@@ -233,7 +233,7 @@ def test_another_run_starts_from_a_named_checkpoint(run_file, workspace, straigh
 def test_the_best_adapter_is_exported_and_patience_ends_the_run(run_file, workspace):
     path = run_file(
         "best",
-        lr=0.3,  # soon too much
+        lr=1.0,  # soon too much
         lr_scheduler_type="constant",
         evaluation_strategy="steps",
         eval_steps=1,

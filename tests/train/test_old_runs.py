@@ -57,6 +57,19 @@ def test_a_done_run_with_other_settings_is_refused(workspace):
     assert content(workspace / "done") == before
 
 
+@pytest.mark.parametrize("change", [["epochs=3", "accept_changes=[total_steps]"], []])
+def test_a_done_run_that_cannot_be_extended_stays_as_it_is(workspace, change):
+    """Neither with more epochs nor, where its adapter is gone, with the same settings."""
+    shutil.copytree(workspace / "done", workspace / "copy", dirs_exist_ok=True)
+    if not change:
+        shutil.rmtree(workspace / "copy/adapter")
+    before = content(workspace / "copy")
+    code, output = verb("train", "done.yaml", "output_dir=copy", *change, cwd=workspace)
+    assert code == 2, output
+    assert_mentions(output, "output_dir", "copy", "RankZero 0.1.0")
+    assert content(workspace / "copy") == before
+
+
 def test_an_unfinished_run_names_the_version_that_can_finish_it(workspace):
     """The documents are prepared in another way since, so the checkpoint's place is not found."""
     before = content(workspace / "unfinished")

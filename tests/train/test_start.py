@@ -218,6 +218,13 @@ def test_debug_replaces_a_debug_run(begin):
     assert not has_results(folder)
 
 
+def test_debug_starts_again_where_it_was_interrupted_before_it_wrote_its_plan(begin):
+    folder, start = begin
+    folder.mkdir()
+    leave(folder, "failed", adapter=False, checkpoint=False)
+    assert start(is_debug=True) == "new"
+
+
 @pytest.mark.parametrize("state", ["done", "stopped", "failed"])
 def test_debug_replaces_no_other_run(begin, state):
     folder, start = begin
