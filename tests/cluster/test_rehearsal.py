@@ -1,4 +1,4 @@
-"""64 ranks on 8 nodes, rehearsed without them: pure functions, and a group that only pretends."""
+"""64 ranks on 8 nodes without 64 processes: pure functions, and torch's fake process group."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def mpirun(node: int, local: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("launcher", [deepspeed, torchrun, srun, srun_of_torchrun, mpirun])
-def test_every_rank_has_its_place(launcher):
+def test_every_rank_has_its_placement(launcher):
     places = [
         from_environment(launcher(node, local))
         for node in range(NODES)
@@ -78,7 +78,7 @@ def test_every_rank_has_its_place(launcher):
     assert cross == [str(node) for node in range(NODES) for _ in range(PER_NODE)]
 
 
-def test_every_rank_plans_alike_and_one_writes(tmp_path):
+def test_every_rank_has_the_same_plan_and_one_writes(tmp_path):
     from pipeline.cluster.session import Session
     from pipeline.plan.given.shape import read_shape
     from pipeline.plan.plan import make_plan
@@ -99,7 +99,7 @@ def test_every_rank_plans_alike_and_one_writes(tmp_path):
             writers += Session(place, H100S).is_rank_zero
     assert all(plan == plans[0] for plan in plans)
     assert plan.layout.world_size == WORLD
-    assert writers == 1  # so that no name in a run folder has to bear a rank
+    assert writers == 1  # so no file name in a run folder needs a rank
 
 
 def rows_of(batches) -> list[tuple[int, ...]]:
@@ -129,11 +129,11 @@ def test_64_ranks_train_on_what_one_rank_would(tiny_model, documents):
         rows = [row for batches, _ in given for row in rows_of(batches)]
         assert sorted(rows) == sorted(rows_of(expected))
         seeds = [seeded.seed for batches, _ in given for seeded in batches]
-        assert len(set(seeds)) == len(seeds)  # no two forwards drop the same
+        assert len(set(seeds)) == len(seeds)  # no two forwards have the same dropout
 
 
-def pretend(rank: int, folder: Path, settings: dict, send) -> None:
-    """One rank of 64 under DeepSpeed, whose collectives give back what they were given."""
+def fake_rank(rank: int, folder: Path, settings: dict, send) -> None:
+    """One rank of 64 under DeepSpeed, whose collectives return their input."""
     try:
         send.send(json.dumps(one_step(rank, folder, settings)))
     except BaseException:
@@ -158,7 +158,7 @@ def one_step(rank: int, folder: Path, settings: dict) -> dict:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    # It compares with words of rank 0, which never come.
+    # It compares with a broadcast of rank 0, which does not exist.
     coordinator.assert_ints_same_as_other_ranks = lambda numbers: None
     plan, engine = build_engine(Session(place, CPU), folder, settings, documents=256)
     batches, supervised = work(plan, Documents(256), 0, rank)
@@ -186,11 +186,11 @@ def one_step(rank: int, folder: Path, settings: dict) -> dict:
     ],
     ids=["ZeRO-2", "ZeRO-3", "hpZ"],
 )
-def test_deepspeed_takes_the_config_and_shards_by_64(tiny_model, settings):
+def test_deepspeed_accepts_the_config_and_shards_by_64(tiny_model, settings):
     for rank in (0, WORLD - 1):
         receive, send = _CTX.Pipe(duplex=False)
         process = _CTX.Process(
-            target=pretend, args=(rank, tiny_model, settings | {"global_batch_size": 128}, send)
+            target=fake_rank, args=(rank, tiny_model, settings | {"global_batch_size": 128}, send)
         )
         process.start()
         assert receive.poll(90), f"rank {rank} of {WORLD} hangs"

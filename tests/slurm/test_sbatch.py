@@ -281,7 +281,11 @@ def test_a_tally_that_is_no_number_is_not_read(job):
 def test_a_node_without_scontrol_is_named_at_once(job, script):
     """As in a container: nothing is retried."""
     (job.folder / "fake/bin/scontrol").unlink()
-    code, output = job.run(script, "my run.yaml")
+    system = job.folder / "system"  # this machine may have Slurm
+    system.mkdir()
+    for program in ("bash", "hostname", "env"):
+        (system / program).symlink_to(shutil.which(program))
+    code, output = job.run(script, "my run.yaml", PATH=f"{job.folder / 'fake/bin'}:{system}")
     assert code == 2, output
     assert_mentions(output, "scontrol", "PATH", "container")
     assert "sleeps" not in output
