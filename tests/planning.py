@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from pipeline.plan.deepspeed.config import deepspeed_config
+from pipeline.plan.given.block import Block
 from pipeline.plan.given.catalogue import cpu_of, gpu_like, gpu_named
 from pipeline.plan.given.data_size import DataSize
 from pipeline.plan.given.hardware import GIB, Hardware
-from pipeline.plan.given.shape import Block
 
 LLAMA_8B = {
     "model_type": "llama", "dtype": "bfloat16", "hidden_size": 4096, "intermediate_size": 14336,

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.given.adapter_counts import AdapterCounts, adapter_counts_by_kind
+from pipeline.plan.given.block import Block
 from pipeline.plan.given.layout import Layout, SequenceProfile
-from pipeline.plan.given.shape import Block, ModelShape
+from pipeline.plan.given.shape import ModelShape
 
 # Logits are computed in chunks of this many bytes of fp32 (model/loss.py).
 LOGITS_CHUNK_BYTES = 256 * 2**20

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.given.adapter_counts import adapter_counts
-from pipeline.plan.given.shape import Block, ModelShape
+from pipeline.plan.given.block import Block
+from pipeline.plan.given.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)

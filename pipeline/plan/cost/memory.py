@@ -12,9 +12,10 @@ from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import Activations, activations
 from pipeline.plan.cost.gathers import gathers
 from pipeline.plan.given.adapter_counts import adapter_counts, trainable_parameters
+from pipeline.plan.given.block import Block
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import DTYPE_BYTES, Layout, SequenceProfile
-from pipeline.plan.given.shape import Block, ModelShape
+from pipeline.plan.given.shape import ModelShape
 
 # Elements of a reduce bucket: 64 MB of fp32, enough to fill a link, and copied twice while reduced.
 _MAX_BUCKET = 2**24

@@ -12,8 +12,9 @@ from functools import lru_cache
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import has_scores, is_by_document
 from pipeline.plan.given.adapter_counts import trainable_parameters
+from pipeline.plan.given.block import Block
 from pipeline.plan.given.layout import DTYPE_BYTES
-from pipeline.plan.given.shape import Block, ModelShape
+from pipeline.plan.given.shape import ModelShape
 
 # Values that a forward pass of a block reads or writes beside its matrix products, in the training
 # dtype.

@@ -15,10 +15,12 @@ from pipeline.plan.cost.memory import (
     quantisation_constants,
     trainable_parameters,
 )
+from pipeline.plan.given.block import Block
 from pipeline.plan.given.catalogue import GPUS, cpu_of
+from pipeline.plan.given.families import Linear
 from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.layout import Layout, SequenceProfile
-from pipeline.plan.given.shape import Block, Linear, ModelShape
+from pipeline.plan.given.shape import ModelShape
 
 pytestmark = pytest.mark.unit
 

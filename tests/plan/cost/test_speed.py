@@ -10,9 +10,11 @@ from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.memory import base_bytes, trainable_parameters
 from pipeline.plan.cost.per_token import cost_per_token
 from pipeline.plan.cost.speed import step_seconds
+from pipeline.plan.given.block import Block
 from pipeline.plan.given.catalogue import GPUS, cpu_of
+from pipeline.plan.given.families import Linear
 from pipeline.plan.given.layout import Layout, SequenceProfile
-from pipeline.plan.given.shape import Block, Linear, ModelShape
+from pipeline.plan.given.shape import ModelShape
 from tests import ROOT
 from tests.planning import with_blocks
 

@@ -1,0 +1,91 @@
+"""Block: sizes of one kind of decoder block."""
+
+from dataclasses import dataclass
+
+from pipeline.plan.given.families import Linear, NormKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One kind of decoder block.
+
+    `intermediate_size`: inner width of the MLP made of linear layers, with experts that of the
+    shared one; 0 if there is none. `expert_size`: inner width of one expert.
+    """
+
+    linears: tuple[Linear, ...]
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_kind: NormKind = "rms"
+    num_norms: int = 2  # of full width
+    has_head_norms: bool = False  # one for the queries of a head, one for its keys
+    is_gated: bool = True
+    has_fused_gate: bool = False  # gate and up projection are one linear layer
+    num_experts: int = 0  # 0: no experts
+    experts_per_token: int = 0
+    expert_size: int = 0
+    other_parameters: int = 0  # of parts that the fields above do not describe
+    # For each token, counted on the class: values in the training dtype and bytes of other types
+    # that the block saves for backward without adapters. None: as activations.py has it.
+    saved: tuple[int, int] | None = None
+
+    @property
+    def query_width(self) -> int:
+        """Width of all query heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Width of all key heads, and of all value heads."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def has_fused_attention(self) -> bool:
+        """Whether one linear layer makes queries, keys and values."""
+        return any(x.name.endswith(("qkv_proj", "query_key_value")) for x in self.linears)
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the linear layers, without biases."""
+        return sum(linear.weights for linear in self.linears)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights and biases of the linear layers."""
+        return sum(linear.parameters for linear in self.linears)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Gate, up and down projection of all experts."""
+        return self.num_experts * self._parameters_per_expert
+
+    @property
+    def norm_parameters(self) -> int:
+        """Parameters of all norms."""
+        full = self.num_norms * self.hidden_size
+        per_value = 1 if self.norm_kind == "rms" else 2
+        return per_value * (full + 2 * self.head_dim * self.has_head_norms)
+
+    @property
+    def router_parameters(self) -> int:
+        """Parameters of the router, which is no linear layer."""
+        return self.num_experts * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the block."""
+        other = self.norm_parameters + self.router_parameters + self.other_parameters
+        return self.linear_parameters + self.expert_parameters + other
+
+    @property
+    def active_weights(self) -> int:
+        """Weights that one token is multiplied with, router and its experts included."""
+        experts = self.experts_per_token * self._parameters_per_expert
+        return self.linear_weights + self.router_parameters + experts
+
+    @property
+    def _parameters_per_expert(self) -> int:
+        return 3 * self.hidden_size * self.expert_size
