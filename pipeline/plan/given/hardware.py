@@ -1,13 +1,13 @@
-"""Hardware: what a plan needs to know of the machines; detecting it is cluster/devices.py."""
+"""Hardware: rates and memory of one kind of machine; cluster/devices.py detects it."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 GIB = 2**30
 
-# Share of a GPU's memory, as NVML reports it, that a plan may fill. CUDA's context and the caching
-# allocator's fragments are terms of what a run needs (memory.py); the other 5 % are the margin for
-# what no term says, such as workspaces of kernels. An assumption, not measured on a GPU.
+# Fraction of a GPU's memory, as NVML reports it, that a plan may fill. CUDA's context and allocator
+# fragments are terms of the predicted need (memory.py); the other 5 % are the margin for what no
+# term includes, such as workspaces of kernels. An assumption, not measured on a GPU.
 _FILLABLE_GPU = 0.95
 # Ranks on a CPU share its memory with the system, the page cache and each other. An assumption.
 _FILLABLE_HOST = 0.8
@@ -39,7 +39,7 @@ class Hardware:
     compute_capability: tuple[int, int] | None = None
 
     def usable_bytes(self, ranks_per_node: int) -> int:
-        """Memory that one rank's need may come to: all terms of memory.py, the margin left out."""
+        """Memory that a rank may use: the limit for the sum of all terms of memory.py."""
         if self.kind == "cuda":
             return int(self.device_bytes * _FILLABLE_GPU)
         return int(self.device_bytes * _FILLABLE_HOST) // ranks_per_node

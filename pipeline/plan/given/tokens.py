@@ -1,9 +1,11 @@
-"""How many embeddings a tokenizer asks for, without loading it."""
+"""Highest token id of a tokenizer, read without loading it."""
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from pipeline.files import read_json
 
 _HEAD_CHARACTERS = 2**20  # of tokenizer.json: added tokens come before the vocabulary
 
@@ -11,8 +13,8 @@ _HEAD_CHARACTERS = 2**20  # of tokenizer.json: added tokens come before the voca
 def count_tokens(folder: Path) -> int | None:
     """Highest id among the added tokens of a model folder, plus one; None where none is listed.
 
-    Added tokens are what grows beyond a model's embeddings. A token that stands for an image is
-    not counted: text models keep its id without an embedding (Gemma 3).
+    Only added tokens can exceed a model's embeddings. The token of an image is not counted: text
+    models keep its id without an embedding (Gemma 3).
     """
     config = _read(folder / "tokenizer_config.json")
     named = config.get("extra_special_tokens")
@@ -22,7 +24,7 @@ def count_tokens(folder: Path) -> int | None:
 
 
 def _added(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-    """Id and text of each added token, from wherever versions of transformers put them."""
+    """Id and text of each added token, from every file that versions of transformers use."""
     for number, token in dict(config.get("added_tokens_decoder") or {}).items():
         yield int(number), str(token.get("content"))
     for content, number in _read(folder / "added_tokens.json").items():
@@ -38,8 +40,8 @@ def _head_of_tokenizer_json(path: Path) -> list[dict[str, Any]]:
             head = file.read(_HEAD_CHARACTERS)
     except (OSError, UnicodeDecodeError):
         return []
-    _, found, rest = head.partition('"added_tokens":')
-    if not found:
+    _, separator, rest = head.partition('"added_tokens":')
+    if not separator:
         return []
     try:
         tokens: list[dict[str, Any]] = json.JSONDecoder().raw_decode(rest.lstrip())[0]
@@ -51,7 +53,6 @@ def _head_of_tokenizer_json(path: Path) -> list[dict[str, Any]]:
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is none: a damaged tokenizer is reported when it is used."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
