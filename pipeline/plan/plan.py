@@ -46,7 +46,7 @@ class Schedule:
     def of(cls, settings: RunSettings, steps_per_epoch: int) -> "Schedule":
         """The schedule of a run whose epochs have so many steps."""
         ends = [settings.max_steps] if settings.max_steps is not None else []
-        if settings.epochs != "auto":  # as decimal text: 30 x 0.1 is 3, and no more
+        if settings.epochs != "auto":  # as decimal text: 30 x 8.3 is 249, and no more
             ends.append(math.ceil(Fraction(str(settings.epochs)) * steps_per_epoch))
         total, warmup = min(ends), settings.warmup_steps
         if warmup is None or warmup < 1:

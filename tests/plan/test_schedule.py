@@ -21,7 +21,7 @@ def schedule(steps_per_epoch, **values):
         ({}, 30),
         ({"epochs": 3.0}, 90),
         ({"epochs": 0.5}, 15),
-        ({"epochs": 0.1}, 3),  # 30 * 0.1 is more than 3 in floating point
+        ({"epochs": 8.3}, 249),  # in floating point 30 * 8.3 is a little more
         ({"epochs": 1e-9}, 1),
         ({"epochs": 2, "max_steps": 50}, 50),
         ({"epochs": 2, "max_steps": 500}, 60),
