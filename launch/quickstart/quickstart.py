@@ -13,6 +13,7 @@ from download_model import download_model
 from make_data import make_data
 
 from pipeline.cluster.devices import detect_hardware
+from pipeline.cluster.exits import run_main
 
 FOLDER, RUN_FILE = Path("quickstart"), "launch/runs/quickstart.yaml"
 RUN = FOLDER / "run"
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -24,9 +24,9 @@ DEADLINE_S = 420.0
 
 
 def why_not() -> str | None:
-    """Why there can be no Slurm here, or None; installs Debian's packages where they are missing.
+    """Why Slurm cannot run here, or None; installs Debian's packages where they are missing.
 
-    Their own services are not started: policy-rc.d is Debian's way to say so.
+    A policy-rc.d keeps apt from starting the packages' own services.
     """
     if os.geteuid() != 0:
         return "needs root, for namespaces and munge"
@@ -55,13 +55,13 @@ def why_not() -> str | None:
 
 @dataclass
 class Cluster:
-    """`stop` leaves nothing running, and so does the end of this process, however it comes."""
+    """A Slurm in namespaces. `stop` ends all its processes, and so does any end of this process."""
 
     folder: Path
     process: subprocess.Popen = field(init=False)
 
     def start(self) -> None:
-        """Bring it up; raises AssertionError with the logs where it does not come."""
+        """Start it; raises AssertionError with the logs where it does not answer."""
         with (self.folder / "cluster.log").open("w") as log:
             self.process = subprocess.Popen(
                 [
@@ -75,7 +75,7 @@ class Cluster:
         wait_until((self.folder / "ready").exists, "Slurm", self.logs, 60.0, poll_s=0.1)
 
     def stop(self) -> None:
-        """Process 1 of the login node takes all others with it."""
+        """Kill process 1 of the login node, and with it all others."""
         self.process.kill()
         self.process.wait(10)
 
@@ -105,15 +105,15 @@ class Cluster:
         return self.run("nsenter", "--target", pid, "--all", "--", *command)
 
     def kill_slurmd(self, node: str) -> None:
-        """SIGKILL to the node's daemon; what it started lives on."""
+        """SIGKILL to the node's daemon; the processes that it started live on."""
         pid = (self.folder / f"spool/{node}/slurmd.pid").read_text().strip()
         self.on_node(node, "kill", "-KILL", pid)
 
     def reboot(self, node: str) -> None:
-        """End all that is left on a node and start its daemon.
+        """Kill all processes of a node and start its daemon.
 
-        Where the daemon alone is started, Slurm 22.05 ends the old ranks by the number of their
-        step, which the job's next start on the node has too: it has been seen to end that.
+        Without the kill, Slurm 22.05 ends the old ranks by the id of their step, which the job's
+        next start on the node has too: it was seen to end that one.
         """
         self.on_node(node, "bash", "-c", "kill -KILL -1")  # all but process 1 and itself
         self.on_node(node, "slurmd", "-N", node, "-f", self.folder / "slurm.conf")
@@ -131,7 +131,7 @@ class Job:
     cluster: Cluster
     number: str
     folder: Path  # where it was submitted
-    held: float = 0.0  # when the start began that `hold` has held last
+    held: float = 0.0  # start time of the run that `hold` stopped last
 
     def show(self, name: str) -> str:
         """A field of its record."""
@@ -142,7 +142,7 @@ class Job:
 
     @property
     def output(self) -> str:
-        """What stands in the job's own output file."""
+        """The text of the job's own output file."""
         record = self.cluster.run("scontrol", "show", "job", self.number)
         path = Path(record.split("StdOut=")[1].splitlines()[0])
         return path.read_text(errors="replace") if path.exists() else ""
@@ -152,7 +152,7 @@ class Job:
         return int(self.show("Restarts"))
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The ranks' processes, as this machine counts them."""
+        """The ranks' processes, with the process ids of this machine."""
         found, mine = {}, self.show("JobId")
         for process in psutil.process_iter(["cmdline"]):
             if not any(part.endswith("launch/train.py") for part in process.info["cmdline"] or []):
@@ -167,7 +167,7 @@ class Job:
         return found
 
     def hold(self, run: Path, rank: int, step: int) -> psutil.Process:
-        """Stop a rank once a step is made in this start: the others wait for it in the middle."""
+        """Stop a rank once this start has made a step: the others wait for it in the middle."""
 
         def is_there() -> bool:
             found = status(run)
@@ -186,13 +186,13 @@ class Job:
         self.cluster.run(*update)
 
     def end(self, state: str, within_s: float = DEADLINE_S) -> None:
-        """Wait until it is over, and require how."""
+        """Wait until it has ended, and require its state."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         wait_until(lambda: self.show("JobState") in over, "end", self.tell, within_s)
         assert self.show("JobState") == state, self.tell()
 
     def tell(self) -> str:
-        """All that helps to understand a failure."""
+        """Record, output and logs, for the message of a failure."""
         record = self.cluster.run("scontrol", "show", "job", self.number)
         logs = [
             f"{path}\n{path.read_text(errors='replace')[-3000:]}"
@@ -217,7 +217,7 @@ def wait_until(
     *,
     poll_s: float = 0.5,
 ) -> None:
-    """Wait for something to be seen; AssertionError with what `tell` knows where it is not."""
+    """Poll until the claim holds; AssertionError with the text of `tell` where it never does."""
     deadline = time.monotonic() + within_s
     while not claim():
         if time.monotonic() > deadline:

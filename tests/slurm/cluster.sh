@@ -7,12 +7,12 @@
 # machine is changed: when process 1 is killed, every process, network and mount here goes with it.
 # DIR/ready is there once slurmctld answers; disks are shared with the machine.
 #
-# Of Slurm's waits the long ones are short here: a requeued job waits 6 s (cred_expire; 121 s by
-# default), a silent node counts as lost after 10 s (SlurmdTimeout; 300 s).
+# Slurm's long waits are shortened: a requeued job waits 6 s (cred_expire; 121 s by default), a
+# silent node counts as lost after 10 s (SlurmdTimeout; 300 s).
 
 set -euo pipefail
 dir=$1
-network=198.51.100 # kept for documentation, so nobody's
+network=198.51.100 # reserved for documentation (RFC 5737)
 
 if [[ ${2:-} ]]; then # bash cluster.sh DIR NODE: process 1 of a node
     read -r pid _ </proc/self/stat # as the login node counts
