@@ -416,7 +416,7 @@ PYTHON_SPELLING = {"true": "True", "false": "False", "null": "None"}
 
 
 @pytest.mark.parametrize("name", [*KINDS, *sorted(SPECIAL)])
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(conversations(), min_size=1, max_size=4))
 def test_what_a_row_holds_is_written_omitted_by_design_or_named(name, rows):
     tokenizer = kind(name) if name in KINDS else published(name)
@@ -443,7 +443,7 @@ def test_what_a_row_holds_is_written_omitted_by_design_or_named(name, rows):
 
 
 @pytest.mark.parametrize("name", [*KINDS, *sorted(SPECIAL)])
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(row=conversations())
 def test_the_text_is_that_of_transformers(name, row):
     """Where nothing had to be added: ids, arguments as text, an end behind the last turn."""
