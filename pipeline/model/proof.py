@@ -8,6 +8,7 @@ kinds. Results are remembered under the hash of config.json, the targets and the
 import copy
 import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +30,9 @@ from pipeline.model.loss import IGNORED, SummedLoss
 from pipeline.model.small_copy import random_model, small_copies
 from pipeline.model.structure import blocks, text_decoder
 from pipeline.model.tensor_files import read_header, weight_files
+from pipeline.plan.plan import Plan
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 LIMIT = 1e-5
@@ -66,6 +70,24 @@ def prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool = Fal
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, dump_json(asdict(proof)))
     return proof
+
+
+def require_proof(plan: Plan) -> None:
+    """Raise UserError where this run would train wrongly; before the base is loaded, on rank 0."""
+    settings, layout = plan.settings, plan.layout
+    adapted = plan.shape.targeted(settings.lora_target_modules)
+    targets = sorted({name.rsplit(".", 1)[-1] for name, _ in adapted})
+    proof = prove(settings.model_folder, targets, trust_remote_code=settings.trust_remote_code)
+    proof.require(settings.model)
+    if settings.packing and proof.without_packs:
+        raise UserError(f"packing: {proof.without_packs[0]}; set packing: false")
+    if layout.is_sharded and layout.checkpointed_layers and proof.without_reentrant:
+        raise UserError(
+            f"zero_stage: {proof.without_reentrant[0]}; set zero_stage: 2 or "
+            "gradient_checkpointing: false"
+        )
+    for reason in proof.without_merge:
+        logger.warning("model: %s", reason)
 
 
 def _key(folder: Path, targets: Sequence[str]) -> str:

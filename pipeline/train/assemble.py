@@ -18,6 +18,7 @@ from pipeline.model.fingerprint import (
     record_base_of_run,
     require_base_of_run,
 )
+from pipeline.model.proof import require_proof
 from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
 from pipeline.train.context import RunContext
@@ -48,6 +49,7 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
         record_base_of_run(folder.path, context.settings.model_folder)
     peak = PeakBytes(session.device, is_watched=session.is_rank_zero)
     loading, creating, restoring = LOADING
+    session.rank_zero_first(lambda: require_proof(plan))
     heartbeat.beat(loading)
     model = attach_adapter(load_base(plan, session.device), plan)
     heartbeat.beat(creating)
