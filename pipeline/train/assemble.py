@@ -47,9 +47,9 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
     checkpoint = None if resumed is None else Path(resumed)
     if session.is_rank_zero:
         record_base_of_run(folder.path, context.settings.model_folder)
+    session.rank_zero_first(lambda: require_proof(plan))
     peak = PeakBytes(session.device, is_watched=session.is_rank_zero)
     loading, creating, restoring = LOADING
-    session.rank_zero_first(lambda: require_proof(plan))
     heartbeat.beat(loading)
     model = attach_adapter(load_base(plan, session.device), plan)
     heartbeat.beat(creating)
