@@ -19,7 +19,6 @@ _USER = {
     "ministral-3": "[INST]",
     "smollm3": "<|im_start|>user",
     "command-r7b": "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>",
-    "seed-oss": "<seed:bos>user",
 }
 _TOOL = {
     "type": "function",
@@ -60,6 +59,10 @@ _FIRST = _call({"city": "Ul'm\n", "days": 2}, "abcdefgh1")
 _SECOND = _call({"city": "Graz"}, "abcdefgh2")
 _THIRD = _call({"city": "Linz"}, "abcdefgh3")
 CONVERSATIONS = [
+    [
+        _user("q"), _assistant("one", reasoning_content="hm"),
+        _user("q"), _assistant("one", reasoning_content="hm"),
+    ],
     [_user(" q "), _assistant("one\n"), _user("r"), _assistant(" two")],
     [_SYSTEM, _user("q"), _assistant("one")],
     [_SYSTEM, _user("q")],

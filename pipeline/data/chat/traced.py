@@ -1,9 +1,9 @@
 """Strings that carry their origin through a chat template, and the Jinja environment for them.
 
-A `Traced` string behaves like `str` in the template: every method returns the same text. It also
-holds spans, which map its characters to characters of the row's strings. A method that is not
-overridden here returns the correct text without spans; the row is then rejected, because the
-origin of that text is unknown.
+A `Traced` string is an ordinary string for the template: every method returns the same text as
+that of `str`. It also holds spans: which of its characters come from which text of the row.
+Whatever a method here does not trace is still the right text; its origin is then unknown, and
+the row is rejected rather than trained without knowing.
 """
 
 import json
@@ -14,15 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-GENERATED = -1  # source of spans that mark the text of a {% generation %} block
+GENERATED = -1  # the source of spans that a {% generation %} block wrote
 _JSON_OR_REPR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
 
 
 class TracedSpan(NamedTuple):
-    """Characters [start, stop) of a string come from characters [first, last) of a source.
-
-    `source`: index of a leaf (leaves.py), or GENERATED.
-    """
+    """Characters [start, stop) of a string were written from [first, last) of a source."""
 
     start: int
     stop: int
@@ -32,10 +29,10 @@ class TracedSpan(NamedTuple):
 
 
 class Traced(str):
-    """A string with spans for the characters whose source is known."""
+    """A string with the spans of its characters that have a known source."""
 
     __slots__ = ("_spans",)
-    _spans: tuple[TracedSpan, ...]  # Jinja's sandbox denies templates names that begin with _
+    _spans: tuple[TracedSpan, ...]  # the sandbox keeps templates from names with an underscore
 
     def __str__(self) -> str:
         return self
@@ -95,7 +92,7 @@ class Traced(str):
         return self._cut(0, middle), self._cut(middle, start), self._cut(start, len(self))
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
-        """`str.replace`; the replacement has the source of the characters that it replaces."""
+        """What replaces characters of a source counts as written from them."""
         if not old:
             return str.replace(self, old, new, count)
         pieces: list[str] = []
@@ -129,7 +126,7 @@ class Traced(str):
         return traced(text, [span for span in spans if span.start < span.stop])
 
     def _parts(self, parts: Sequence[str], sep: str | None = None) -> list[str]:
-        """Substrings of this string with their spans; `parts`: their text, in order."""
+        """The parts of this string, which stand in it in this order."""
         found, at = [], 0
         for part in parts:
             start = self.index(part, at)
@@ -140,7 +137,7 @@ class Traced(str):
 
 
 class Arguments(dict[str, Any]):
-    """Arguments of a tool call: a dict that becomes JSON when a template concatenates it."""
+    """Arguments of a call: an object, which is JSON text where a template joins it to text."""
 
     def __str__(self) -> str:
         return _trace_strings(json.dumps(self, ensure_ascii=False), self)
@@ -153,7 +150,7 @@ class Arguments(dict[str, Any]):
 
 
 def traced(text: str, spans: Iterable[TracedSpan]) -> str:
-    """A `Traced` string with these spans; a plain `str` if there are no spans."""
+    """The text with its spans; a plain string where there are none."""
     kept = tuple(spans)
     if not kept:
         return str.__str__(text)
@@ -163,7 +160,7 @@ def traced(text: str, spans: Iterable[TracedSpan]) -> str:
 
 
 def from_source(text: str, source: int) -> str:
-    """A string that comes entirely from this source."""
+    """A text of which all comes from this source."""
     return traced(text, (TracedSpan(0, len(text), source, 0, len(text)),) if text else ())
 
 
@@ -185,7 +182,7 @@ def joined(parts: Iterable[str]) -> str:
 
 
 def make_environment() -> "Environment":
-    """The Jinja environment of transformers for chat templates, changed to preserve spans."""
+    """The environment of transformers for chat templates, which keeps spans."""
     from jinja2.compiler import CodeGenerator, Frame
     from jinja2.ext import Extension
     from jinja2.nodes import CallBlock, Concat, Node
@@ -202,7 +199,7 @@ def make_environment() -> "Environment":
 
     class GenerationBlock(Extension):
         tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
-        priority = 1000  # after the extension of transformers, so that this one replaces it
+        priority = 1000  # later than that of transformers, so that this one counts
 
         def parse(self, parser: Parser) -> Node:
             line = next(parser.stream).lineno
@@ -228,7 +225,7 @@ def make_environment() -> "Environment":
         return _join(d, map(_as_text, parts))
 
     def traced_call(context: Any, function: Any, /, *arguments: Any, **named: Any) -> Any:
-        """Replace `join` of a plain string, as in `', '.join(...)`, which would drop the spans."""
+        """`', '.join(...)`: the method of a plain string would lose the spans."""
         text = getattr(function, "__self__", None)
         if type(text) is str and function.__name__ == "join":
             return _join(text, *arguments)
@@ -254,13 +251,13 @@ def _join(separator: str, parts: Iterable[str]) -> str:
 
 
 def _as_text(value: Any) -> str:
-    """The text that Jinja prints for a value, with spans."""
+    """A value as Jinja prints it."""
     text = str(value)
     return _trace_strings(text, value) if type(value) in (dict, list, tuple) else text
 
 
 def _trace_strings(text: str, value: Any, *, is_sorted: bool = False) -> str:
-    """Add spans to `text`, which is the JSON or the Python repr of a value with traced strings."""
+    """JSON or Python's repr of a value, with the spans of the strings in the value."""
     strings = list(_strings_in(value, is_sorted))
     found = list(_JSON_OR_REPR_STRING.finditer(text))
     if len(found) != len(strings):
@@ -277,7 +274,7 @@ def _trace_strings(text: str, value: Any, *, is_sorted: bool = False) -> str:
 
 
 def _strings_in(value: Any, is_sorted: bool) -> Iterator[str]:
-    """The strings in a value, keys included, in the order in which JSON or repr write them."""
+    """The strings of a value, in the order in which it is written."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -292,7 +289,7 @@ def _strings_in(value: Any, is_sorted: bool) -> Iterator[str]:
 def _escaped(
     source: str, spans: Sequence[TracedSpan], written: str, at: int
 ) -> Iterator[TracedSpan]:
-    """Spans of a string that is written with escapes; none if the escapes are not JSON's."""
+    """The spans of a string behind escapes; none where they cannot be told apart."""
     if len(spans) == 1 and spans[0].stop - spans[0].start == len(source):
         yield TracedSpan(at, at + len(written), *spans[0][2:])
         return
@@ -308,7 +305,7 @@ def _escaped(
 
 
 def _rewritten(text: str, new: str) -> str:
-    """`new` with the spans of `text`, which it replaces, such as its upper case."""
+    """A text that is written as another one, from the same sources."""
     spans = spans_of(text)
     if len(text) == len(new) or not new:
         return traced(new, spans if new else ())
@@ -319,9 +316,9 @@ def _rewritten(text: str, new: str) -> str:
 
 
 def _overlap(span: TracedSpan, start: int, stop: int) -> TracedSpan:
-    """The part of a span inside [start, stop), with offsets relative to `start`."""
+    """The part of a span in [start, stop), counted from `start`."""
     first, last = max(span.start, start), min(span.stop, stop)
-    if span.stop - span.start != span.last - span.first:  # escaped: characters do not align
+    if span.stop - span.start != span.last - span.first:  # escaped: not character by character
         return TracedSpan(first - start, last - start, *span[2:])
     return TracedSpan(
         first - start,

@@ -1,7 +1,7 @@
-"""Render a conversation once and find the span of each message in the rendered text.
+"""Conversation -> its one rendering, and which characters of it each message owns.
 
-The span of an assistant turn is the text that the model has to generate: from the end of the
-template's generation prompt through the token that ends the turn.
+An assistant turn owns what the model itself must write: all that follows the template's
+generation prompt, through the token that ends the turn.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.data.chat.conservation import Conservation
-from pipeline.data.chat.leaves import TOOLS, Kind, example, reasoning_blocks
+from pipeline.data.chat.leaves import TOOLS, Kind, example, thoughts_in
 from pipeline.data.chat.template import ChatTemplate, Rendering, Span
 from pipeline.errors import UserError
 from pipeline.rows.formats import Conversation, Message, RowError
@@ -28,7 +28,7 @@ _NO_END_MARKED = (
     "turn, so the model would never learn to stop; move {% endgeneration %} behind it"
 )
 _NO_MARK = "model: the chat template's {% generation %} marks no assistant turn"
-# An empty reasoning block; its opening tag may be part of the generation prompt.
+# An empty thought, whose opening tag the generation prompt may have written.
 _EMPTY_THOUGHT = re.compile(
     r"\s*(?:<([\w:]*think[\w:]*)>\s*</\1>|</[\w:]*think[\w:]*>|\[THINK\]\s*\[/THINK\])\s*"
 )
@@ -38,12 +38,12 @@ _CLOSING = re.compile(r"\s*(?:</[\w:]+>|\[/[A-Z_]+\])\s*")
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, with spans by message index.
+    """A conversation as text, and which characters of it belong to which message.
 
-    `owned`: spans of each message; an assistant's end after its end-of-turn token.
-    `thoughts`: spans of the reasoning in assistant turns, including its tags.
-    `special`: special tokens that occur inside the row's own strings: span and name of the leaf.
-    `omitted`: reasoning that the template omits by design.
+    `owned`: of each message that is written; of an assistant through its end-of-turn token.
+    `thoughts`: the reasoning of assistant turns, with the markup around it.
+    `special`: special tokens inside the row's own texts, where they are and in which leaf.
+    `omitted`: thoughts that the template omits by design, by message.
     """
 
     text: str
@@ -55,28 +55,28 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Extent:
-    """Offsets of a message in the rendered text, and of the messages around it."""
+    """Where the leaves of a message stand, from the first to the last, and what is around it."""
 
-    first: int  # start of its first leaf
-    last: int  # end of its last leaf
-    before: int  # end of the preceding message's last leaf
+    first: int
+    last: int
+    before: int  # where the leaf before it ends
     role_before: str | None
-    limit: int  # start of the next message's first leaf, or end of the text
+    limit: int  # where a leaf of another message follows
 
 
 @dataclass
 class _Written:
-    """Positions of the messages in a rendering, by message index."""
+    """The leaves of a rendering by message."""
 
     extents: dict[int, _Extent] = field(default_factory=dict)
-    repeated: set[int] = field(default_factory=set)  # messages whose text is written twice
-    interleaved: set[int] = field(default_factory=set)  # messages that contain another's text
+    twice: set[int] = field(default_factory=set)  # messages with a text that is written twice
+    mixed: set[int] = field(default_factory=set)  # with another message's text inside
 
 
 class TurnFinder:
-    """Finds the turns in a chat template's output; probes the template once when it is created.
+    """A chat template, with what is known of how it writes turns.
 
-    `ends`: end-of-sequence tokens from the tokenizer (eos_token) and generation_config.json.
+    `ends`: the special tokens that end texts or generation: eos_token, generation_config.json.
     """
 
     def __init__(
@@ -91,13 +91,13 @@ class TurnFinder:
         self._openings: dict[str | None, list[str]] = {}
         self._start = self._first_roles()
         self._header = self._find_header()
-        # End-of-turn token to append if the text ends without one; key: the turn has tool calls.
+        # For an answer and for a call: what to add where a text ends without an end-of-turn token.
         self._added_end: dict[bool, str] = {}
         self._known_ends = set(ends)
         self.ends = frozenset(self._find_ends() | self._known_ends)
 
     def render(self, conversation: Conversation, trained: Collection[int]) -> Rendered:
-        """Render a conversation. Raises RowError if the span of a `trained` turn is ambiguous."""
+        """`trained`: the turns whose place has to be certain. RowError where it is not."""
         rendering = self._template.render(conversation)
         omitted = self._conservation.omitted_thoughts(conversation, rendering)
         written = _written(rendering, conversation)
@@ -111,7 +111,7 @@ class TurnFinder:
                 owned[i] = [(extent.first, extent.last)]
                 continue
             if message.content.strip() and not text[extent.first : extent.last].strip():
-                continue  # the message has only reasoning, which the template omitted
+                continue  # a thought was all of it
             if is_trained:
                 _require_certain(i, written)
             end = self._end_of_turn(special, extent)
@@ -126,10 +126,10 @@ class TurnFinder:
         thoughts = self._thoughts(conversation, rendering, {i: owned[i] for i in assistants})
         return Rendered(text, owned, thoughts, in_texts, omitted)
 
-    # Probes of the template with placeholder conversations
+    # What is known of the template, from conversations of fixed texts
 
     def _first_roles(self) -> tuple[str, ...]:
-        """The roles with which a conversation must begin: `system` if the template requires it."""
+        """What conversations must begin with: a system message, where the template demands it."""
         refused = None
         for start in ((), ("system",)):
             try:
@@ -142,26 +142,22 @@ class TurnFinder:
             return start
         raise UserError(f"model: a question and its answer cannot be written: {refused}")
 
-    def _probe(
-        self, *roles: str, add_generation_prompt: bool = False
-    ) -> tuple[Rendering, _Written]:
+    def _probe(self, *roles: str, asks: bool = False) -> tuple[Rendering, _Written]:
         conversation = example(*roles)
-        rendering = self._template.render(conversation, add_generation_prompt=add_generation_prompt)
+        rendering = self._template.render(conversation, asks=asks)
         return rendering, _written(rendering, conversation)
 
-    def _tail(self, *roles: str, add_generation_prompt: bool = False) -> str | None:
-        """The template's text after the last message; None if the template refuses the roles."""
+    def _tail(self, *roles: str, asks: bool = False) -> str | None:
+        """What the template writes behind the last message; None where it refuses them."""
         try:
-            rendering, written = self._probe(
-                *self._start, *roles, add_generation_prompt=add_generation_prompt
-            )
+            rendering, written = self._probe(*self._start, *roles, asks=asks)
         except RowError:
             return None
         last = written.extents.get(len(self._start) + len(roles) - 1)
         return rendering.text[last.last :] if last is not None else None
 
     def _gap(self, *roles: str, at: int) -> str | None:
-        """The template's text between message `at` - 1 and message `at`; None if refused."""
+        """What the template writes between the message before `at` and that one."""
         try:
             rendering, written = self._probe(*self._start, *roles)
         except RowError:
@@ -173,13 +169,13 @@ class TurnFinder:
         return rendering.text[extent.before : extent.first]
 
     def _openings_after(self, role: str | None) -> list[str]:
-        """Candidates for the text between a message of this role and the model's, longest first."""
+        """What stands between a message of this role and what the model writes, longest first."""
         if role not in self._openings:
             roles = {"user": ("user",), "tool": ("user", "call", "tool"), "system": ("system",)}
             before = roles.get(role or "", ("user", "assistant") if role else ())
             if role == "system" and self._start:
                 before = ()
-            asked = self._tail(*before, add_generation_prompt=True) if before else None
+            asked = self._tail(*before, asks=True) if before else None
             plain = [
                 self._gap(*before, "assistant", at=len(before)),
                 self._gap(*before, "assistant", "user", "assistant", at=len(before)),
@@ -196,10 +192,10 @@ class TurnFinder:
         return self._openings[role]
 
     def _shared(self, one: str, other: str) -> str:
-        """The common prefix of two texts, cut after its last special token or line end.
+        """The common beginning of two texts, up to the end of a special token or of a line.
 
-        Empty if they share no special token, or if `one` continues with a word after the prefix:
-        then they are different turn headers, not one header with different markup after it.
+        Empty where they have no special token in common, or part in a word: they are different
+        headers, not the same one before other markup.
         """
         common = one[: _common(one, other)]
         ends = [
@@ -211,7 +207,7 @@ class TurnFinder:
         return one[:cut] if one[cut:].lstrip()[:1] in ("", "<", "[") else ""
 
     def _find_header(self) -> list[str]:
-        """Texts that open an assistant turn, without the end of the turn before; longest first."""
+        """What opens an assistant turn, behind the end of the message before; longest first."""
         bare = self._tail("user") or ""
         headers = []
         for opening in self._openings_after("user"):
@@ -223,7 +219,7 @@ class TurnFinder:
         return [header for header in headers if self._special.search(header)]
 
     def _find_ends(self) -> set[str]:
-        """The end-of-turn tokens: those that the template writes after answers and tool calls."""
+        """The tokens that end turns, by what stands behind answers and calls."""
         found: set[str] = set()
         earlier = self._end_in(self._gap("user", "assistant", "user", at=2))
         if earlier is not None:
@@ -245,10 +241,10 @@ class TurnFinder:
         return found
 
     def _end_in(self, gap: str | None, first: Collection[str] = ()) -> str | None:
-        """The end-of-turn token in `gap`, the template's text after a turn; None if it has none.
+        """The end-of-turn token in what is written behind a turn.
 
-        A known one; else the first special token, which may be the token of the next role, unless
-        it opens assistant turns.
+        A known one, else the first special token that does not open assistant turns: a turn may
+        be ended by the token of the next role.
         """
         tokens = [match[0] for match in self._special.finditer(gap or "")]
         for known in (first, self._known_ends):
@@ -266,12 +262,12 @@ class TurnFinder:
         if not any(match[0] in ends for match in self._special.finditer(marked)):
             raise UserError(_NO_END_MARKED)
 
-    # Spans of the turns of a row
+    # Where the turns of a row are
 
     def _special_tokens(
         self, rendering: Rendering
     ) -> tuple[list[tuple[Span, str]], list[tuple[Span, str]]]:
-        """Special tokens from the template (span, token), and from the row (span, leaf name)."""
+        """Special tokens that the template wrote, with their texts; those in texts, with leaves."""
         spans = rendering.spans
         starts = [span.start for span in spans]
         by_template: list[tuple[Span, str]] = []
@@ -285,7 +281,7 @@ class TurnFinder:
         return by_template, in_texts
 
     def _end_of_turn(self, special: Sequence[tuple[Span, str]], extent: _Extent) -> int | None:
-        """Offset after the turn's end-of-turn token; None if it has none."""
+        """Where the token that ends a turn stops."""
         at = bisect_left(special, ((extent.last, 0), ""))
         while at < len(special) and special[at][0][0] < extent.limit:
             if special[at][1] in self.ends:
@@ -294,7 +290,7 @@ class TurnFinder:
         return None
 
     def _with_end(self, text: str, message: Message, extent: _Extent) -> tuple[str, int]:
-        """Append the end-of-turn token that the template writes only before a next message."""
+        """The text with the end-of-turn token that the next message would have written."""
         added = self._added_end.get("tool_calls" in message.others)
         if added is None or extent.limit < len(text):
             raise RowError(
@@ -304,7 +300,7 @@ class TurnFinder:
         return text + added, len(text) + len(added)
 
     def _start_of(self, message: Message, extent: _Extent, text: str, is_trained: bool) -> int:
-        """Offset at which the model's part of a turn starts: the end of the generation prompt."""
+        """Where the model starts to write a turn: behind the generation prompt."""
         for opening in self._openings_after(extent.role_before):
             is_whole = bool(opening) or extent.before == extent.first
             if is_whole and text.startswith(opening, extent.before):
@@ -319,20 +315,20 @@ class TurnFinder:
         if not message.others or not is_trained:
             return extent.first
         raise RowError(
-            "the start of an assistant turn with reasoning or tool calls is ambiguous in the chat "
-            "template's output"
+            "where the chat template begins an assistant turn with reasoning or tool calls is not "
+            "certain"
         )
 
     def _thoughts(
         self, conversation: Conversation, rendering: Rendering, owned: Mapping[int, Sequence[Span]]
     ) -> dict[int, list[Span]]:
-        """Spans of the reasoning in each of these turns, including its tags."""
+        """The reasoning in each of these turns, with the markup that opens and closes it."""
         text, found = rendering.text, dict[int, list[Span]]()
         for i, spans in owned.items():
             match = _EMPTY_THOUGHT.match(text, spans[0][0]) if spans else None
             found[i] = [match.span()] if match else []
-        before = 0  # end of the preceding leaf
-        inner = {i: list(reasoning_blocks(conversation.messages[i])) for i in owned}
+        before = 0  # where the leaf before ends
+        inner = {i: list(thoughts_in(conversation.messages[i])) for i in owned}
         for span in rendering.spans:
             leaf = rendering.leaves[span.source]
             if leaf.message in found and owned[leaf.message]:
@@ -350,7 +346,7 @@ class TurnFinder:
         return found
 
     def _closed(self, text: str, stop: int, limit: int) -> int:
-        """Offset after the reasoning's closing tag at `stop`; it must end before `limit`."""
+        """Where the markup that closes a thought stops: before the end of the turn, `limit`."""
         match = _CLOSING.match(text, stop) or self._special.match(text, stop)
         if match is None or match.end() >= limit:
             match = _SPACE.match(text, stop)
@@ -358,10 +354,7 @@ class TurnFinder:
 
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Ids of the special tokens, including those that only tokenizer.json marks as special.
-
-    Llama 3's <|eot_id|> is one of these.
-    """
+    """Special tokens by text. Llama 3's <|eot_id|> is special in tokenizer.json only."""
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     ids = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     return added | dict(ids)
@@ -376,15 +369,15 @@ def _marked(marks: list[Span], end: int | None, is_trained: bool) -> list[Span]:
 
 
 def _written(rendering: Rendering, conversation: Conversation) -> _Written:
-    """Find the offsets of each message. Only the first copy of a text counts as its position."""
+    """Where each message stands. A text that was written before is an echo: not its place."""
     result = _Written()
-    seen: dict[int, int] = {}  # leaf -> number of its characters that are written so far
+    seen: dict[int, int] = {}  # leaf -> up to where it is written
     order: list[tuple[int, int, int]] = []  # message, start, stop
     for span in rendering.spans:
         leaf = rendering.leaves[span.source]
         if span.first < seen.get(span.source, 0):
             if leaf.kind in (Kind.CONTENT, Kind.REASONING):
-                result.repeated.add(leaf.message)
+                result.twice.add(leaf.message)
             continue
         seen[span.source] = span.last
         if order and order[-1][0] == leaf.message:
@@ -398,7 +391,7 @@ def _written(rendering: Rendering, conversation: Conversation) -> _Written:
         if message == TOOLS:
             continue
         if len(numbers) > 1:
-            result.interleaved.add(message)
+            result.mixed.add(message)
         first, last = numbers[0], numbers[-1]
         before = order[first - 1] if first else None
         role = conversation.messages[before[0]].role if before and before[0] != TOOLS else None
@@ -413,17 +406,16 @@ def _written(rendering: Rendering, conversation: Conversation) -> _Written:
 
 
 def _require_certain(message: int, written: _Written) -> None:
-    if message in written.repeated:
+    if message in written.twice:
         raise RowError("the chat template writes an assistant turn more than once")
-    if message in written.interleaved:
+    if message in written.mixed:
         raise RowError("the chat template mixes the texts of several messages")
 
 
 def _marks_by_message(rendering: Rendering, conversation: Conversation) -> dict[int, list[Span]]:
-    """Spans of the {% generation %} blocks, by assistant turn.
+    """The {% generation %} blocks of each assistant turn.
 
-    A block that contains no text of the row is assigned to the preceding assistant turn, or to the
-    following one if the preceding message is not an assistant's.
+    A block without a text of the row belongs to the assistant's text before it, else after it.
     """
     spans = [s for s in rendering.spans if rendering.leaves[s.source].message != TOOLS]
     starts = [span.start for span in spans]
@@ -442,6 +434,6 @@ def _marks_by_message(rendering: Rendering, conversation: Conversation) -> dict[
 
 
 def _common(one: str, other: str) -> int:
-    """Length of the common prefix."""
+    """Length of the common beginning."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

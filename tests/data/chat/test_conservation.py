@@ -1,6 +1,7 @@
 """Every leaf of a row is written, structural, a thought omitted by design, or named."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,6 @@ from hypothesis import strategies as st
 
 from pipeline.rows.formats import Conversation, Message, RowError
 from tests.data.chat.chatting import (
-    SPECIAL,
     all_shown,
     chat,
     encoder,
@@ -19,10 +19,15 @@ from tests.data.chat.chatting import (
     user,
 )
 from tests.data.chat.kinds import KINDS, kind
+from tests.data.chat.matrix import FAMILIES
+from tests.data.chat.matrix import tokenizer as family
 from tests.messages import refused
 from tests.tiny import CHATML
 
 pytestmark = pytest.mark.tensor
+
+IS_FULL = os.environ.get("TEMPLATES") == "full"  # `make templates`
+RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 TOOL = {
     "type": "function",
@@ -412,14 +417,19 @@ def must_be_written(row):
     return [text for text in written if text not in ("name", "arguments")], thoughts
 
 
+# Templates for which ids of calls are made, arguments are joined or ends are added.
+ADDED_TO = {
+    "named-ids", "joined", "next-role", "mistral-nemo", "mistral-v3", "mistral-small-3.2",
+    "deepseek-r1-distill", "deepseek-v3",
+}  # fmt: skip
 PYTHON_SPELLING = {"true": "True", "false": "False", "null": "None"}
 
 
-@pytest.mark.parametrize("name", [*KINDS, *sorted(SPECIAL)])
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("name", [*KINDS, *sorted(FAMILIES)])
+@settings(max_examples=300 if IS_FULL else 10, **RELAXED)
 @given(rows=st.lists(conversations(), min_size=1, max_size=4))
 def test_what_a_row_holds_is_written_omitted_by_design_or_named(name, rows):
-    tokenizer = kind(name) if name in KINDS else published(name)
+    tokenizer = kind(name) if name in KINDS else family(name)
     made = encoder(tokenizer)
     for row, result in zip(rows, made.encode_many(rows), strict=True):
         if isinstance(result, RowError):
@@ -442,14 +452,14 @@ def test_what_a_row_holds_is_written_omitted_by_design_or_named(name, rows):
         )
 
 
-@pytest.mark.parametrize("name", [*KINDS, *sorted(SPECIAL)])
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("name", [*KINDS, *sorted(FAMILIES)])
+@settings(max_examples=300 if IS_FULL else 5, **RELAXED)
 @given(row=conversations())
 def test_the_text_is_that_of_transformers(name, row):
     """Where nothing had to be added: ids, arguments as text, an end behind the last turn."""
-    if name in ("named-ids", "joined", "next-role", "mistral-nemo", "deepseek-r1-distill"):
+    if name in ADDED_TO:
         row = replace(row, messages=(*chat("q", row.messages[-1].content, "r").messages,))
-    tokenizer = kind(name) if name in KINDS else published(name)
+    tokenizer = kind(name) if name in KINDS else family(name)
     messages = [{"role": m.role, "content": m.content, **m.others} for m in row.messages]
     finder = encoder(tokenizer)._turns(bool(row.tools))
     try:

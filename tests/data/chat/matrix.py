@@ -1,0 +1,296 @@
+"""Every template of tests/templates with every kind of conversation: trained right, or refused.
+
+The result is not a snapshot: each text of a conversation is a word of its own, so a document shows
+by itself which texts are in it and which of them count in the loss.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+
+from pipeline.rows.examples import Conversation, Message, RowError
+from tests import ROOT
+from tests.data.chat.chatting import SPECIAL, encoder, published, tokenizer_with
+
+TEMPLATES = ROOT / "tests/templates"
+_WIDE = "\uff5c"
+_HARMONY = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>"]
+_MISTRAL = [
+    "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[CALL_ID]",
+    "[ARGS]", "[TOOL_CONTENT]", "[THINK]", "[/THINK]",
+]  # fmt: skip
+_BRACKETS = {"bos_token": "<s>", "eos_token": "</s>", "others": _MISTRAL}
+_DEEPSEEK = [
+    f"<{_WIDE}{name}{_WIDE}>"
+    for name in (
+        "User", "Assistant", "tool▁calls▁begin", "tool▁calls▁end", "tool▁call▁begin",
+        "tool▁call▁end", "tool▁sep", "tool▁outputs▁begin", "tool▁outputs▁end",
+        "tool▁output▁begin", "tool▁output▁end",
+    )
+]  # fmt: skip
+# Special tokens of the tokenizers beside <|im_start|> and <|im_end|>; `ends`: what ends a turn.
+FAMILIES = {
+    **SPECIAL,
+    "llama-3.1": {**SPECIAL["llama-3"], "ends": ["<|eot_id|>"]},
+    "llama-4": {
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|eot|>",
+        "others": ["<|header_start|>", "<|header_end|>", "<|python_start|>", "<|python_end|>"],
+        "ends": ["<|eot|>"],
+    },
+    "qwen3.5": {"eos_token": "<|im_end|>", "ends": ["<|im_end|>"]},
+    "gemma-4": {
+        "bos_token": "<bos>",
+        "eos_token": "<turn|>",
+        "others": [
+            "<|turn>", "<|channel>", "<channel|>", "<|tool>", "<tool|>", "<|tool_call>",
+            "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>', "<|think|>",
+        ],
+        "ends": ["<turn|>", "<|tool_response>"],
+    },
+    "mistral-v3": {**_BRACKETS, "ends": ["</s>"]},
+    "mistral-small-3.2": {**_BRACKETS, "ends": ["</s>"]},
+    "ministral-3": {**_BRACKETS, "ends": ["</s>"]},
+    "gpt-oss": {
+        "eos_token": "<|return|>",
+        "others": _HARMONY,
+        "ends": ["<|return|>", "<|end|>", "<|call|>"],
+    },
+    "deepseek-v3": {**SPECIAL["deepseek-r1-distill"], "others": _DEEPSEEK},
+    "deepseek-v3.1": {**SPECIAL["deepseek-r1-distill"], "others": _DEEPSEEK},
+    "glm-4.6": {
+        "eos_token": "<|endoftext|>",
+        "others": [
+            "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
+        ],
+        "ends": ["<|user|>", "<|observation|>"],
+    },
+    "kimi-k2": {
+        "eos_token": "<|im_end|>",
+        "others": [
+            "<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>",
+            "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>",
+            "<|tool_call_argument_begin|>", "<|tool_call_end|>",
+        ],
+        "ends": ["<|im_end|>"],
+    },
+    "minimax-m2": {
+        "eos_token": "[e~[", "others": ["]~!b[", "]~b]"], "ends": ["[e~["],
+    },
+    "granite-4": {
+        "eos_token": "<|end_of_text|>",
+        "others": ["<|start_of_role|>", "<|end_of_role|>"],
+        "ends": ["<|end_of_text|>"],
+    },
+    "lfm2": {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|im_end|>",
+        "others": [
+            "<|tool_list_start|>", "<|tool_list_end|>", "<|tool_call_start|>", "<|tool_call_end|>",
+            "<|tool_response_start|>", "<|tool_response_end|>",
+        ],
+        "ends": ["<|im_end|>"],
+    },
+    "nemotron-3": {"eos_token": "<|im_end|>", "ends": ["<|im_end|>"]},
+    "olmo-3": {"eos_token": "<|endoftext|>", "ends": ["<|im_end|>", "<|endoftext|>"]},
+    "command-r7b": {
+        "bos_token": "<BOS_TOKEN>",
+        "eos_token": "<|END_OF_TURN_TOKEN|>",
+        "others": [
+            "<|START_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",
+            "<|START_THINKING|>", "<|END_THINKING|>", "<|START_ACTION|>", "<|END_ACTION|>",
+            "<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TOOL_RESULT|>",
+            "<|END_TOOL_RESULT|>",
+        ],
+        "ends": ["<|END_OF_TURN_TOKEN|>"],
+    },
+    "smollm3": {"eos_token": "<|im_end|>", "ends": ["<|im_end|>"]},
+    "hunyuan-3": {
+        "bos_token": f"<{_WIDE}hy_begin_of_sentence:opensource{_WIDE}>",
+        "eos_token": f"<{_WIDE}hy_eos:opensource{_WIDE}>",
+        "others": [f"<{_WIDE}hy_{name}:opensource{_WIDE}>" for name in ("User", "Assistant")],
+        "ends": [f"<{_WIDE}hy_eos:opensource{_WIDE}>"],
+    },
+    "seed-oss": {
+        "bos_token": "<seed:bos>", "eos_token": "<seed:eos>", "ends": ["<seed:eos>"],
+    },
+    "exaone-4": {
+        "eos_token": "[|endofturn|]",
+        "others": ["[|system|]", "[|user|]", "[|assistant|]", "[|tool|]"],
+        "ends": ["[|endofturn|]"],
+    },
+    "ernie-4.5": {
+        "bos_token": "<|begin_of_sentence|>",
+        "eos_token": "</s>",
+        "others": ["<|end_of_sentence|>"],
+        "ends": ["<|end_of_sentence|>"],
+    },
+}  # fmt: skip
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "where"}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+def _user(number):
+    return Message("user", f"question{number}")
+
+
+def _call(city, number):
+    function = {"name": "weather", "arguments": {"city": city}}
+    return {"id": f"abcdefgh{number}", "type": "function", "function": function}
+
+
+def _assistant(text, thought=None, calls=(), **named):
+    others = {"tool_calls": list(calls)} if calls else {}
+    others |= {"reasoning_content": thought} if thought else {}
+    return Message("assistant", text, others=others, **named)
+
+
+def _result(text, number):
+    return Message("tool", text, others={"tool_call_id": f"abcdefgh{number}", "name": "weather"})
+
+
+def _talk(*messages, tools=()):
+    return Conversation(messages, tuple(tools))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A conversation, the settings of the run, and the words that must count in the loss.
+
+    `documents`: the words of each document's supervised part; a thought in `may_leave_out` may be
+    missing from the whole document where the template writes none there.
+    """
+
+    conversation: Conversation
+    documents: tuple[frozenset[str], ...]
+    settings: dict
+    may_leave_out: frozenset[str] = frozenset()
+
+
+def _case(conversation, *documents, may_leave_out="", **settings):
+    words = tuple(frozenset(document.split()) for document in documents)
+    return Case(conversation, words, settings, frozenset(may_leave_out.split()))
+
+
+_TWO = _talk(_user(1), _assistant("answer1"), _user(2), _assistant("answer2"))
+_TOOLS = (
+    _user(1),
+    _assistant("", calls=[_call("Graz1", 1)]),
+    _result("sunny1", 1),
+    _assistant("answer1"),
+)
+_THINKS = _talk(
+    _user(1), _assistant("answer1", "thought1"), _user(2), _assistant("answer2", "thought2")
+)
+CASES = {
+    "two turns": _case(_TWO, "answer1 answer2"),
+    "system": _case(replace(_TWO, messages=(Message("system", "rules"), *_TWO.messages)),
+                    "answer1 answer2"),
+    "tools": _case(_talk(*_TOOLS, tools=[TOOL]), "weather Graz1 answer1"),
+    "parallel calls": _case(
+        _talk(
+            _user(1),
+            _assistant("", calls=[_call("Graz1", 1), _call("Linz2", 2)]),
+            _result("sunny1", 1), _result("rainy2", 2), _assistant("answer1"),
+            tools=[TOOL],
+        ),
+        "weather Graz1 Linz2 answer1",
+    ),
+    "thought": _case(_THINKS, "thought1 answer1 thought2 answer2",
+                     may_leave_out="thought1 thought2"),
+    "thought, calls": _case(
+        _talk(
+            _user(1), _assistant("", "thought1", [_call("Graz1", 1)]), _result("sunny1", 1),
+            _assistant("answer1", "thought2"), tools=[TOOL],
+        ),
+        "thought1 weather Graz1 thought2 answer1", may_leave_out="thought1 thought2",
+    ),
+    "weight 0": _case(
+        _talk(_user(1), replace(_assistant("answer1"), is_trained=False), _user(2),
+              _assistant("answer2")),
+        "answer2",
+    ),
+    "last-assistant": _case(_TWO, "answer2", train_on="last-assistant"),
+    "split_turns": _case(_THINKS, "thought1 answer1", "thought2 answer2",
+                         may_leave_out="thought1 thought2", split_turns=True),
+}  # fmt: skip
+_WORDS = re.compile(r"(?:question|answer|thought|sunny|rainy|Graz|Linz)\d|rules|weather")
+
+
+@cache
+def tokenizer(family):
+    """A byte-level tokenizer with the family's template and special tokens."""
+    if family in SPECIAL:
+        return published(family)
+    named = {key: value for key, value in FAMILIES[family].items() if key != "ends"}
+    template = (TEMPLATES / f"{family}.jinja").read_text("utf-8")
+    return tokenizer_with(template, named.pop("others", []), **named)
+
+
+def outcome(family, name):
+    """`trained`, or the reason against the row. AssertionError where it is trained wrongly."""
+    case, made = CASES[name], tokenizer(family)
+    try:
+        documents = encoder(made, **case.settings).encode(case.conversation)
+    except RowError as error:
+        return str(error)
+    assert len(documents) == len(case.documents)
+    for document, expected in zip(documents, case.documents, strict=True):
+        _require_right(document, expected, case, made, FAMILIES[family].get("ends"))
+    return "trained"
+
+
+def _require_right(document, expected, case, made, ends):
+    text = made.decode(document.ids.tolist())
+    trained = made.decode(document.ids[document.supervised].tolist())
+    words, whole = set(_WORDS.findall(trained)), set(_WORDS.findall(text))
+    lost = expected - whole - case.may_leave_out
+    assert not lost, f"{lost} are not in the document: {text}"
+    assert words == expected & whole, f"trains on {words} instead of {expected & whole}: {text}"
+    if ends is not None and text.rstrip().endswith(tuple(ends)):
+        assert trained.rstrip().endswith(tuple(ends)), f"the last turn has no end: {trained}"
+
+
+def table():
+    """The matrix in Markdown: T is trained, a number names a reason below."""
+    reasons, lines = {}, [f"| template | {' | '.join(CASES)} |", f"|---|{'---|' * len(CASES)}"]
+    for family in sorted(FAMILIES):
+        cells = []
+        for name in CASES:
+            reason = outcome(family, name)
+            is_trained = reason == "trained"
+            cells.append("T" if is_trained else reasons.setdefault(reason, str(len(reasons) + 1)))
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    lines += ["", *(f"{number}. {reason}" for reason, number in reasons.items())]
+    return "\n".join(lines)
+
+
+PAGE = ROOT / "docs/masks.md"
+_START, _END = "<!-- matrix: make templates -->\n", "\n<!-- end of the matrix -->"
+
+
+def written_table():
+    """The matrix that docs/masks.md has."""
+    return PAGE.read_text("utf-8").partition(_START)[2].partition(_END)[0]
+
+
+def main():
+    before, start, rest = PAGE.read_text("utf-8").partition(_START)
+    assert start, f"{PAGE}: no line {_START}"
+    PAGE.write_text(before + start + table() + _END + rest.partition(_END)[2], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
