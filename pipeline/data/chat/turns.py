@@ -61,6 +61,7 @@ class _Extent:
     last: int
     before: int  # where the leaf before it ends
     role_before: str | None
+    role_unwritten: str | None  # of the message before, where no leaf of it is written
     limit: int  # where a leaf of another message follows
 
 
@@ -232,13 +233,26 @@ class TurnFinder:
             self._added_end[False] = earlier
         if self._template.marks_turns:
             self._require_marked_end(found | self._known_ends)
-        call = self._end_in(self._gap("user", "call", "tool", at=2), first=found)
+        tail = self._tail("user", "call")
+        call = self._end_in(self._end_of_call(tail), first=found)
         if call is not None:
             found.add(call)
-            tail = self._tail("user", "call")
             if tail is not None and self._end_in(tail, first=found) is None:
                 self._added_end[True] = call
         return found
+
+    def _end_of_call(self, tail: str | None) -> str | None:
+        """What stands behind a call before its result, from the token that may end the turn.
+
+        Markup of the call may hold special tokens too: the last one that is also written where no
+        result follows, `tail`, ends the turn.
+        """
+        gap = self._gap("user", "call", "tool", at=2)
+        if gap is None or tail is None:
+            return gap
+        shared = gap[: _common(gap, tail)]
+        starts = [match.start() for match in self._special.finditer(shared)]
+        return gap[starts[-1] if starts else 0 :]
 
     def _end_in(self, gap: str | None, first: Collection[str] = ()) -> str | None:
         """The end-of-turn token in what is written behind a turn.
@@ -301,23 +315,39 @@ class TurnFinder:
 
     def _start_of(self, message: Message, extent: _Extent, text: str, is_trained: bool) -> int:
         """Where the model starts to write a turn: behind the generation prompt."""
-        for opening in self._openings_after(extent.role_before):
-            is_whole = bool(opening) or extent.before == extent.first
-            if is_whole and text.startswith(opening, extent.before):
-                return min(extent.before + len(opening), extent.last)
-        for opening in self._openings_after(extent.role_before):
-            if shared := self._shared(opening, text[extent.before : extent.first]):
-                return extent.before + len(shared)
-        for header in self._header:
-            at = text.rfind(header, extent.before, extent.first)
-            if at >= 0:
-                return at + len(header)
+        start = self._behind_opening(extent, text)
+        headers = list(self._header)
+        if start is None:  # an empty message before: no leaf shows where its markup ends
+            headers += self._openings_after(extent.role_unwritten or extent.role_before)
+        ends = [
+            at + len(header)
+            for header in headers
+            if header and (at := text.rfind(header, start or extent.before, extent.first)) >= 0
+        ]
+        if ends:
+            return max(ends)
+        if start is not None:
+            return start
         if not message.others or not is_trained:
             return extent.first
         raise RowError(
             "where the chat template begins an assistant turn with reasoning or tool calls is not "
             "certain"
         )
+
+    def _behind_opening(self, extent: _Extent, text: str) -> int | None:
+        """Where a turn starts by what stands between it and the leaf before; None if unknown."""
+        if extent.role_unwritten:
+            return None
+        openings = self._openings_after(extent.role_before)
+        for opening in openings:
+            is_whole = bool(opening) or extent.before == extent.first
+            if is_whole and text.startswith(opening, extent.before):
+                return min(extent.before + len(opening), extent.last)
+        for opening in openings:
+            if shared := self._shared(opening, text[extent.before : extent.first]):
+                return extent.before + len(shared)
+        return None
 
     def _thoughts(
         self, conversation: Conversation, rendering: Rendering, owned: Mapping[int, Sequence[Span]]
@@ -400,6 +430,9 @@ def _written(rendering: Rendering, conversation: Conversation) -> _Written:
             last=order[last][2],
             before=before[2] if before else 0,
             role_before=role,
+            role_unwritten=conversation.messages[message - 1].role
+            if message and message - 1 not in places
+            else None,
             limit=order[last + 1][1] if last + 1 < len(order) else len(rendering.text),
         )
     return result

@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.rows.formats import Conversation, Message, RowError
-from tests.data.chat.chatting import SPECIAL, all_shown, chat, encoder, published, renderings, shown
+from tests.data.chat.chatting import (
+    SPECIAL,
+    all_shown,
+    chat,
+    encoder,
+    published,
+    renderings,
+    shown,
+    tokenizer_with,
+)
 from tests.messages import refused
 
 pytestmark = pytest.mark.tensor
@@ -267,3 +276,59 @@ class TestTools:
         others = [tool("add"), tool("sub", b={"type": "string", "enum": ["x"]})]
         (found,) = made.encode_many([with_tools({"b": {"c": ["x"]}, "d": None}, tools=others)])
         assert len(found.documents) == len(rendered) == 1
+
+
+def supervised_in(text):
+    return [part.partition("]]")[0] for part in text.split("[[")[1:]]
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_an_empty_question_changes_nothing_of_what_is_trained(name):
+    tokenizer = published(name)
+    asked = shown(chat("q", "one", "r", "two"), tokenizer)
+    assert supervised_in(shown(chat("", "one", "", "two"), tokenizer)) == supervised_in(asked)
+
+
+def test_an_empty_result_changes_nothing_of_what_is_trained():
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+
+    def agent(result):
+        calls = Message("assistant", "", True, {"tool_calls": [call]})
+        answer = Message("assistant", "blue")
+        return Conversation((Message("user", "q"), calls, Message("tool", result), answer))
+
+    for name in ("qwen2.5", "qwen3"):
+        with_result = supervised_in(shown(agent("light"), published(name)))
+        assert supervised_in(shown(agent(""), published(name))) == with_result
+
+
+def test_the_header_of_a_second_answer_in_a_row_is_not_trained():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{{ '<|im_end|>' if loop.last and m.role == 'assistant' else '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    first, second = Message("assistant", "one"), Message("assistant", "two")
+    row = Conversation((Message("user", "q"), first, second))
+    found = supervised_in(shown(row, tokenizer_with(template)))
+    assert found == ["one<|im_end|>", "two<|im_end|>"]
+
+
+def test_a_special_token_that_quotes_an_argument_does_not_end_the_turn():
+    """Gemma 4 quotes texts in calls with a special token, and goes on with the results."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}<result>{{ m.content }}</result>"
+        "{% else %}{% if not (m.role == 'assistant' and loop.previtem.role == 'tool') %}<turn>"
+        "{{ m.role }}\n{% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}<call>"
+        "{{ c.function.name }}{% for k, v in c.function.arguments.items() %} {{ k }}=<q>{{ v }}<q>"
+        "{% endfor %}</call>{% endfor %}{% if not m.tool_calls %}</turn>{% endif %}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+    )
+    special = ["<turn>", "</turn>", "<call>", "</call>", "<result>", "</result>", "<q>"]
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+    calls = Message("assistant", "", True, {"tool_calls": [call]})
+    row = Conversation(
+        (Message("user", "q"), calls, Message("tool", "light"), Message("assistant", "blue"))
+    )
+    found = supervised_in(shown(row, tokenizer_with(template, special)))
+    assert found == ["<call>look at=<q>sky<q></call>", "blue</turn>"]
