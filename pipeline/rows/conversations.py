@@ -15,16 +15,17 @@ BESIDE = (*_SYSTEM, "tools", "functions", "chat_template_kwargs")
 
 def messages(row: Mapping[str, Any], unread: set[str]) -> Conversation:
     """The conversation of a row of `messages` {role, content}."""
-    return _conversation(row, list(_read_messages(row["messages"], "`messages`", unread)))
+    return _conversation(row, list(_read_messages(row["messages"], "`messages`", unread)), unread)
 
 
 def sharegpt(row: Mapping[str, Any], unread: set[str]) -> Conversation:
     """The conversation of a row of `conversations` {from, value}."""
     turns = list_of(row["conversations"], "`conversations`")
-    return _conversation(row, [message for turn in turns for message in read_turn(turn, unread)])
+    read = [message for turn in turns for message in read_turn(turn, unread)]
+    return _conversation(row, read, unread)
 
 
-def alpaca(row: Mapping[str, Any]) -> Conversation:
+def alpaca(row: Mapping[str, Any], unread: set[str]) -> Conversation:
     """The user says `instruction`, a blank line and `input`; the assistant says `output`."""
     if has_value(row.get("history")):
         raise RowError("`history` beside `instruction`; expected the turns as `messages`")
@@ -37,7 +38,7 @@ def alpaca(row: Mapping[str, Any]) -> Conversation:
     output = text_of(row["output"], "`output`")
     if not output.strip():
         raise RowError("`output` is empty")
-    return _conversation(row, [Message("user", question), Message("assistant", output)])
+    return _conversation(row, [Message("user", question), Message("assistant", output)], unread)
 
 
 def prompt_and_completion(row: Mapping[str, Any], unread: set[str]) -> Completion | Conversation:
@@ -64,14 +65,14 @@ def prompt_and_completion(row: Mapping[str, Any], unread: set[str]) -> Completio
     answer = list(_read_messages(completion, "`completion`", unread))
     if not any(message.role == "assistant" for message in answer):
         raise RowError("`completion` has no assistant message, so nothing to train on")
-    return _conversation(row, [*context, *answer])
+    return _conversation(row, [*context, *answer], unread)
 
 
 def _read_messages(value: Any, column: str, unread: set[str]) -> Iterator[Message]:
     return (m for item in list_of(value, column) for m in read_message(item, unread))
 
 
-def _conversation(row: Mapping[str, Any], turns: list[Message]) -> Conversation:
+def _conversation(row: Mapping[str, Any], turns: list[Message], unread: set[str]) -> Conversation:
     """The turns, with the system prompt and the tools in other columns of the row."""
     if not any(turn.role == "assistant" for turn in turns):
         raise RowError("the conversation has no assistant message, so nothing to train on")
@@ -80,7 +81,11 @@ def _conversation(row: Mapping[str, Any], turns: list[Message]) -> Conversation:
     for column in _SYSTEM:
         if not has_value(row.get(column)):
             continue
-        system = text_of(row[column], f"`{column}`")
+        if isinstance(row[column], list):  # content parts
+            (message,) = read_message({"role": "system", "content": row[column]}, unread)
+            system = message.content
+        else:
+            system = text_of(row[column], f"`{column}`")
         if turns[0].role != "system":
             turns = [Message("system", system), *turns]
         elif turns[0].content != system:
@@ -99,6 +104,18 @@ def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowError("`tools` is not a list of objects")
     require_json(tools, "`tools`")
-    return tuple(
-        tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
-    )
+    return tuple(tool if "function" in tool else _wrapped(tool) for tool in tools)
+
+
+def _wrapped(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool {name, description, parameters} as {type, function}, whatever API it was written for.
+
+    The Responses API has `type` beside the name; Anthropic's has `input_schema` for `parameters`.
+    """
+    names = {} if "parameters" in tool else {"input_schema": "parameters"}
+    function = {
+        names.get(key, key): value
+        for key, value in tool.items()
+        if key != "type" or value not in ("function", "custom")
+    }
+    return {"type": "function", "function": function}

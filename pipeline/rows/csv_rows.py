@@ -17,6 +17,7 @@ from pipeline.rows.lines import Line
 
 _CONTENT = re.compile(rb'[^",;\t\r\n]+')
 _DELIMITERS = (",", ";", "\t")
+_NAMED_DELIMITER = re.compile(rb'"?sep=(.)"?\s*')  # Excel reads and writes such a first line
 
 
 class _Record(NamedTuple):
@@ -92,6 +93,10 @@ class _Lines:
         """The delimiter of the header, which is the first line that is not blank."""
         while not self._ahead or self._ahead[-1].isspace():
             self._ahead.append(self._stream.readline(rows.MAX_ROW_BYTES + 1))
+        if named := _NAMED_DELIMITER.fullmatch(without_marks(self._ahead[-1])):
+            self.count, self._size = len(self._ahead), sum(map(len, self._ahead))
+            self._ahead.clear()
+            return named[1].decode(errors="replace")
         header = self._ahead[-1].decode(errors="replace")
         return next((delimiter for delimiter in _DELIMITERS if delimiter in header), ",")
 
@@ -123,7 +128,7 @@ class _Lines:
         try:
             return line.decode()
         except UnicodeDecodeError:
-            self.fault = self.fault or "not valid UTF-8"
+            self.fault = self.fault or rows.NOT_UTF8
             return line.decode(errors="replace")
 
     def _squeezed(self, line: bytes) -> bytes:

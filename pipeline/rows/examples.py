@@ -16,6 +16,16 @@ class RowError(Exception):
     The reason names columns, keys and roles, never contents, so that equal reasons count as one.
     """
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason))
+
+
+def printable(text: str) -> str:
+    """The text with escapes for control characters and half surrogate pairs, as names may hold."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 @dataclass(frozen=True)
 class Message:

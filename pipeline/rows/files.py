@@ -100,7 +100,7 @@ def _find(name: str, key: str) -> DataFiles:
     if not files:
         left_out = " outside of run folders and caches" if matches else ""
         raise UserError(f"{key}: no file{left_out} matches {name}")
-    return DataFiles(files, _left_out(name, set(matches) - set(files), _LEFT_OUT))
+    return DataFiles(files, _left_out(name, set(matches) - set(files), root, _LEFT_OUT))
 
 
 def _in_folder(folder: Path, key: str) -> DataFiles:
@@ -112,8 +112,8 @@ def _in_folder(folder: Path, key: str) -> DataFiles:
         raise UserError(f"{key}: {folder} is a folder without data files ({SUFFIXES})")
     files, others = _of_split(walk.files, folder, key)
     notes = (
-        *_left_out(str(folder), walk.left_out, _LEFT_OUT),
-        *_left_out(str(folder), others, "files of other splits by their names"),
+        *_left_out(str(folder), walk.left_out, folder, _LEFT_OUT),
+        *_left_out(str(folder), others, folder, "files of other splits by their names"),
     )
     return DataFiles(files, notes)
 
@@ -212,8 +212,8 @@ def _of_split(files: Sequence[Path], folder: Path, key: str) -> tuple[list[Path]
     others = [file for file in files if splits[file] not in wanted]
     if not taken:
         raise UserError(
-            f"{key}: {folder}: every file is named after another split ({_names(others)}); to "
-            "train on one, name the file itself"
+            f"{key}: {folder}: every file is named after another split "
+            f"({_names(others, folder)}); to train on one, name the file itself"
         )
     return taken, others
 
@@ -228,14 +228,15 @@ def _split_of(file: Path) -> str | None:
     return None
 
 
-def _left_out(name: str, paths: Iterable[Path], what: str) -> tuple[str, ...]:
+def _left_out(name: str, paths: Iterable[Path], root: Path, what: str) -> tuple[str, ...]:
     listed = sorted(paths)
-    return (f"{name}: {what} are left out: {_names(listed)}",) if listed else ()
+    return (f"{name}: {what} are left out: {_names(listed, root)}",) if listed else ()
 
 
-def _names(paths: Sequence[Path]) -> str:
+def _names(paths: Sequence[Path], root: Path) -> str:
+    """The first of some paths beneath a folder: their files alone may all have one name."""
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return ", ".join(path.name for path in paths[:3]) + more
+    return ", ".join(str(path.relative_to(root)) for path in paths[:3]) + more
 
 
 def _is_empty(file: Path, key: str) -> bool:

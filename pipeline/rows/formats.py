@@ -20,6 +20,7 @@ from pipeline.rows.examples import (
     RowError,
     Text,
     Tokens,
+    printable,
 )
 from pipeline.rows.lines import Row
 from pipeline.rows.values import has_value, json_name, text_of
@@ -67,12 +68,14 @@ _KNOWN = "; ".join(
 )
 # Columns that change what a row means, so that a row with a value there is not what its text says.
 _MEDIA = re.compile(
-    r"(image|picture|photo|audio|sound|speech|video)s?(_(path|url|file|bytes)s?)?"
+    r"(image|img|picture|photo|audio|sound|speech|video)s?"
+    r"(_(path|url|uri|file|bytes|base64|b64|data|list)s?)?"
     r"|pixel_values|documents",
     re.IGNORECASE,
 )
 _PREFERENCE = re.compile(
-    r"(chosen|rejected)(_(response|message|answer|completion|conversation|output|text)s?)?",
+    r"(chosen|rejected)(_(response|message|answer|completion|conversation|output|text)s?)?"
+    r"|(response|message|answer|completion|conversation|output|text)s?_(chosen|rejected)",
     re.IGNORECASE,
 )
 
@@ -99,7 +102,8 @@ def read_example(
     for column in value.keys() - _READ[name]:
         if has_value(value[column]):
             unread.add(columns.get(column, column) if columns else column)
-    return ReadExample(_example(name, value, unread), name, tuple(sorted(unread)))
+    example = _example(name, value, unread)
+    return ReadExample(example, name, tuple(sorted(map(printable, unread))))
 
 
 def _detect_format(columns: Mapping[str, Any]) -> DataFormat:
@@ -183,7 +187,7 @@ def _renamed(value: dict[str, Any], columns: Mapping[str, str]) -> tuple[dict[st
 
 
 def _listed(columns: Mapping[str, Any]) -> str:
-    return f"found the columns {', '.join(sorted(columns)[:8]) or 'none'}"
+    return f"found the columns {', '.join(f'`{name}`' for name in sorted(columns)[:8]) or 'none'}"
 
 
 def _example(name: DataFormat, value: dict[str, Any], unread: set[str]) -> Example:
@@ -192,7 +196,7 @@ def _example(name: DataFormat, value: dict[str, Any], unread: set[str]) -> Examp
     if name == "sharegpt":
         return sharegpt(value, unread)
     if name == "alpaca":
-        return alpaca(value)
+        return alpaca(value, unread)
     if name == "prompt-completion":
         return prompt_and_completion(value, unread)
     return _text(value) if name == "text" else _tokens(value)

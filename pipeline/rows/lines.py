@@ -6,6 +6,10 @@ from typing import Any, NamedTuple
 
 MAX_ROW_BYTES = 16 * 2**20  # about 4 million tokens: a file that is not JSONL
 _NUMBER_BYTES = 8
+NOT_UTF8 = (
+    "not valid UTF-8; if the file is Windows-1252, as Excel writes CSV, convert it: "
+    "iconv -f WINDOWS-1252 -t UTF-8"
+)
 
 
 class Line(NamedTuple):

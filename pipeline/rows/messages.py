@@ -158,6 +158,7 @@ def _parts(role: Role, content: Any, name: str) -> str | list[Mapping[str, Any]]
     if isinstance(content, dict) and isinstance(content.get("type"), list):
         items = list_of(content, name)  # parts as a struct of lists
     if isinstance(items, list) and (role != "tool" or _are_parts(items)):
+        items = [_typed(part) for part in items]
         for part in items:
             kind = part.get("type") if isinstance(part, dict) else None
             if not isinstance(kind, str) or kind not in _PART_TYPES:
@@ -165,6 +166,14 @@ def _parts(role: Role, content: Any, name: str) -> str | list[Mapping[str, Any]]
                 raise RowError(f"{name} has a part of type {found}; expected text parts only")
         return items
     return _json_text(content, name) if role == "tool" else text_of(content, name)
+
+
+def _typed(part: Any) -> Any:
+    """A part; one with a text and nothing else needs no type."""
+    if not isinstance(part, dict) or has_value(part.get("type")) or "text" not in part:
+        return part
+    is_text = not any(has_value(value) for key, value in part.items() if key != "text")
+    return {**part, "type": "text"} if is_text else part
 
 
 def _are_parts(items: list[Any]) -> bool:

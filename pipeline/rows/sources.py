@@ -26,7 +26,7 @@ from pipeline.rows.content import (
 from pipeline.rows.csv_rows import csv_rows
 from pipeline.rows.files import DataFiles, check_files, find_files, has_known_suffix
 from pipeline.rows.json_rows import is_line_by_line, line_rows, value_rows
-from pipeline.rows.lines import BadRow, Line, Row, size_of
+from pipeline.rows.lines import NOT_UTF8, BadRow, Line, Row, size_of
 from pipeline.rows.values import DECODER, DuplicateKeyError, json_name
 
 _FIRST_BYTES = 1000
@@ -253,7 +253,7 @@ def _parsed(content: bytes) -> dict[str, Any] | str:
     try:
         value = DECODER.decode(content.decode("utf-8"))
     except UnicodeDecodeError:
-        return "not valid UTF-8"
+        return NOT_UTF8
     except json.JSONDecodeError as error:
         return f"not valid JSON: {error.msg.removesuffix(' at').removesuffix(' starting')}"
     except DuplicateKeyError:

@@ -87,8 +87,8 @@ def without_nulls(value: Any) -> Any:
 def require_json(value: Any, name: str) -> None:
     """Raise RowError unless a template can write the value as JSON in UTF-8."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except (TypeError, ValueError, RecursionError):  # a date from a table; half a surrogate pair
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError):  # a date, 1e999, half a surrogate pair
         raise RowError(f"{name} holds a value that JSON cannot hold") from None
 
 

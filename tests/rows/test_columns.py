@@ -73,3 +73,24 @@ def test_a_column_whose_name_another_takes_is_named():
 def test_a_mapped_column_that_the_format_does_not_read_is_named_as_in_the_data():
     row = FORMATS["messages"] | {"context": "c"}
     assert read_example(row_of(row), "auto", {"input": "context"}).unread == ("context",)
+
+
+def test_names_with_characters_that_no_terminal_writes_are_escaped():
+    row = FORMATS["messages"] | {"half\ud83d": 1, "red\x1b[31m": 1}
+    assert read_example(row_of(row)).unread == ("half\\ud83d", "red\\x1b[31m")
+    with pytest.raises(RowError) as refusal:
+        read_example(row_of({"half\ud83d": 1}))
+    assert "half\\ud83d" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("column", ["response_rejected", "answer_chosen", "image_base64", "img"])
+def test_other_spellings_of_pairs_and_pictures_go_by_their_value(name, column):
+    with refused(f"`{column}`", error=RowError):
+        read_example(row_of(FORMATS[name] | {column: "x"}))
+
+
+def test_a_system_prompt_may_be_text_parts():
+    parts = [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]
+    found = read_example(row_of(FORMATS["messages"] | {"system": parts}))
+    assert found.example.messages[0] == Message("system", "be brief")

@@ -191,3 +191,30 @@ def test_a_header_within_a_csv_file_is_a_bad_row(tmp_path):
     rows = read_file(tmp_path / "rows.csv")
     assert [isinstance(row, BadRow) for row in rows] == [False, True, False]
     assert_mentions(rows[1].reason, "header")
+
+
+@pytest.mark.parametrize("delimiter", [";", ",", "|"])
+def test_the_line_with_which_excel_names_the_delimiter_is_no_header(tmp_path, delimiter):
+    lines = [f"sep={delimiter}", delimiter.join(("prompt", "completion")), f"q{delimiter}a", "bad"]
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + "".join(f"{line}\r\n" for line in lines).encode())
+    row, bad = read_file(path)
+    assert (row.value, row.line) == ({"prompt": "q", "completion": "a"}, 3)
+    assert bad.line == 4
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_text_in_windows_1252_is_refused_with_the_command_that_converts_it(tmp_path, name):
+    text = {"rows.csv": "prompt,completion\ncafé,a\n", "rows.jsonl": '{"prompt": "café"}\n'}[name]
+    path = tmp_path / name
+    path.write_bytes(text.encode("cp1252"))
+    (bad,) = read_file(path)
+    assert_mentions(bad.reason, "UTF-8", "iconv", "WINDOWS-1252")
+
+
+def test_files_of_one_name_that_are_left_out_are_told_apart(tmp_path):
+    for split in ("train", "test", "validation"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "0.jsonl").write_text('{"text": "x"}\n')
+    (source,) = resolved(tmp_path)
+    assert_mentions(" ".join(source.notes), "test/0.jsonl", "validation/0.jsonl")

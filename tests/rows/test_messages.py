@@ -273,3 +273,36 @@ def test_a_null_in_tools_is_absent_but_not_in_json_text():
     tool = TOOL | {"strict": None}
     assert read(USER, ANSWER, tools=[tool]).example.tools[0]["function"] == TOOL
     assert read(USER, ANSWER, tools=json.dumps([tool])).example.tools[0]["function"] == tool
+
+
+@pytest.mark.parametrize("number", ["1e999", "NaN", "-Infinity"])
+def test_a_number_that_json_does_not_have_refuses_the_row(number):
+    call = {"name": "f", "arguments": f'{{"n": {number}}}'}
+    with refused("tool call", error=RowError):
+        read(calling(call))
+
+
+def test_a_part_with_a_text_alone_needs_no_type():
+    """As Qwen-Agent writes contents; a table fills the other keys of its schema with null."""
+    parts = [{"text": "a", "image": None}, {"type": "text", "text": "b"}]
+    question = {"role": "user", "content": "q"}
+    found = messages_of(question, {"role": "assistant", "content": parts})
+    assert found[1].content == "ab"
+    with refused("part", error=RowError):
+        read(question, {"role": "assistant", "content": [{"text": "a", "image": "b.png"}]})
+
+
+def test_tools_of_other_apis_are_the_same_tools():
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    function = {"name": "f", "description": "d", "parameters": schema}
+    anthropic = {"name": "f", "description": "d", "input_schema": schema}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for tool in (
+        function,
+        {"type": "function", **function},
+        anthropic,
+        {"type": "custom", **anthropic},
+    ):
+        (found,) = read(*turns, tools=[tool]).example.tools
+        assert found == {"type": "function", "function": function}
+        assert list(found["function"]) == list(function)
