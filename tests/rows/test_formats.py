@@ -195,9 +195,9 @@ def test_the_format_is_recognised_by_the_columns(row, expected):
 @pytest.mark.parametrize(
     ("row", "facts"),
     [
-        ({"instruction": "q"}, ["columns instruction", "alpaca (`instruction`, `output`)"]),
+        ({"instruction": "q"}, ["columns `instruction`", "alpaca (`instruction`, `output`)"]),
         ({}, ["columns none"]),
-        ({"prompt": "q"}, ["columns prompt", "`completion`"]),
+        ({"prompt": "q"}, ["columns `prompt`", "`completion`"]),
         ({"messages": [USER, ANSWER], "completion": "a"}, ["both"]),
         ({"messages": [USER, ANSWER], "conversations": []}, ["messages and of sharegpt"]),
         ({"messages": "hello"}, ["`messages` is text", "JSON"]),

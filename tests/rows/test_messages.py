@@ -279,7 +279,7 @@ def test_a_null_in_tools_is_absent_but_not_in_json_text():
 def test_a_number_that_json_does_not_have_refuses_the_row(number):
     call = {"name": "f", "arguments": f'{{"n": {number}}}'}
     with refused("tool call", error=RowError):
-        read(calling(call))
+        read(calling([call]))
 
 
 def test_a_part_with_a_text_alone_needs_no_type():
