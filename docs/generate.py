@@ -120,7 +120,12 @@ def _value(option: dict) -> str:
         "object": "mapping",
     }[option["type"]]  # fmt: skip
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {option[key]:g}" for key, sign in signs.items() if key in option]
+    beyond_any_use = 1e6  # such a maximum only catches slips
+    bounds = [
+        f"{sign} {option[key]:g}"
+        for key, sign in signs.items()
+        if key in option and not (key == "maximum" and option[key] >= beyond_any_use)
+    ]
     return f"{kind} {' and '.join(bounds)}".rstrip()
 
 

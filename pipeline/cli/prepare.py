@@ -22,6 +22,7 @@ from pipeline.data.prepare.show import number_of_documents, show_documents
 from pipeline.preflight.host import require_writable
 from pipeline.rows.fetch import fetch
 from pipeline.train.owner import Ownership
+from pipeline.train.start import require_own_folder
 
 
 def prepare() -> None:
@@ -35,6 +36,7 @@ def prepare() -> None:
     settings = load_settings(given.run_file, given.overrides)
     folder = Path(settings.output_dir)
     data_dir = folder / "data"
+    require_own_folder(folder)
     require_writable(folder)
     # A run may be reading data/, and prepare removes what is out of date.
     with Ownership(folder, "launch/prepare.py"):

@@ -116,7 +116,7 @@ def _from_rank_variables(env: Mapping[str, str]) -> Placement:
         world_size=whole_number(env, "WORLD_SIZE"),
         local_size=whole_number(env, next(name for name in sizes if name in env)),
         master_addr=env["MASTER_ADDR"],
-        master_port=whole_number(env, "MASTER_PORT"),
+        master_port=_master_port(env),
     )
 
 
@@ -142,7 +142,7 @@ def _from_tasks(env: Mapping[str, str], tasks: Tasks) -> Placement:
         port = port_of(job, step)
         rendezvous_id = f"Slurm step {job}.{step}, start {env.get('SLURM_RESTART_COUNT', '0')}"
     if "MASTER_PORT" in env:
-        port, rendezvous_id = whole_number(env, "MASTER_PORT"), ""
+        port, rendezvous_id = _master_port(env), ""
     return Placement(
         launcher=tasks.launcher,
         rank=tasks.rank,
@@ -153,6 +153,13 @@ def _from_tasks(env: Mapping[str, str], tasks: Tasks) -> Placement:
         master_port=port,
         rendezvous_id=rendezvous_id,
     )
+
+
+def _master_port(env: Mapping[str, str]) -> int:
+    port = whole_number(env, "MASTER_PORT")
+    if not 0 < port < 2**16:
+        raise UserError(f"environment: MASTER_PORT={port}: a port is from 1 to 65535")
+    return port
 
 
 def _require_nothing_of_accelerate(env: Mapping[str, str]) -> None:

@@ -81,7 +81,7 @@ def ports_after(port: int, count: int) -> list[int]:
 
 def whole_number(env: Mapping[str, str], name: str) -> int:
     """The value of a variable that is set. Raises UserError unless it is a whole number."""
-    if not (env[name].isascii() and env[name].isdigit()):
+    if not re.fullmatch("[0-9]{1,10}", env[name]):
         raise UserError(f"environment: {name}={env[name]!r} is not a whole number")
     return int(env[name])
 

@@ -28,7 +28,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class DataKeys(BaseModel):
     """What is trained on, and how rows become documents."""
 
-    model: str = Field(
+    model: Annotated[str, Field(min_length=1)] = Field(
         description="Base model: a folder (config.json, safetensors, tokenizer), or the name of "
         "a hub model in the local cache.",
         json_schema_extra=traits(

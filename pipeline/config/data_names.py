@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+# Beyond these, lists of a step's or an epoch's sequences no longer fit in memory.
+MOST_SEQUENCES, MOST_PASSES = 10**6, 10**6
 DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "pre-tokenised"]
 
 # Columns that a format reads, which `columns` may give another name.
@@ -35,7 +37,7 @@ class DataSource(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     path: Annotated[str, Field(min_length=1)]
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=MOST_PASSES)] = 1.0
     limit: Positive | None = None
 
 

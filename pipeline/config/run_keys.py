@@ -9,11 +9,11 @@ from pydantic import (
 )
 
 from pipeline.config.data_keys import Auto, Share
-from pipeline.config.data_names import (
-    Positive,
-)
+from pipeline.config.data_names import MOST_PASSES, MOST_SEQUENCES, Positive
 from pipeline.config.frequency import Strategy
 from pipeline.config.traits import traits
+
+SequenceCount = Annotated[int, Field(ge=1, le=MOST_SEQUENCES)]
 
 
 def whole_number(value: Any) -> Any:
@@ -25,7 +25,7 @@ class RunKeys(BaseModel):
     """How the adapter is made, trained, measured and saved."""
 
     # The run and its folder
-    output_dir: str = Field(
+    output_dir: Annotated[str, Field(min_length=1)] = Field(
         description="The run folder: everything that a run writes.",
         json_schema_extra=traits(change="run", is_path=True, peers="output_path save_dir out_dir"),
     )
@@ -72,7 +72,7 @@ class RunKeys(BaseModel):
         description="Inner dimension of the adapter matrices.",
         json_schema_extra=traits(peers="lora_rank r"),
     )
-    lora_alpha: Annotated[float, Field(gt=0)] | Auto = Field(
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] | Auto = Field(
         default="auto",
         description="The adapter's output is scaled by `lora_alpha` / `lora_r`; `auto` is 2 x "
         "`lora_r`.",
@@ -133,7 +133,8 @@ class RunKeys(BaseModel):
 
     # Steps and batches
     epochs: Annotated[
-        Positive | Annotated[float, Field(gt=0)] | Auto, BeforeValidator(whole_number)
+        Positive | Annotated[float, Field(gt=0, le=MOST_PASSES)] | Auto,
+        BeforeValidator(whole_number),
     ] = Field(
         default=1,
         description="Passes over the training data, also 0.5 or 2.5; `auto`, the default with "
@@ -145,7 +146,7 @@ class RunKeys(BaseModel):
         description="Optimizer steps of the run; with `epochs` the smaller of the two.",
         json_schema_extra=traits(change="total_steps", peers="max_train_steps max_steps_per_epoch"),
     )
-    batch_size: Positive | Auto = Field(
+    batch_size: SequenceCount | Auto = Field(
         default="auto",
         description="Sequences of a micro-batch: one forward pass on one rank; `auto` is the "
         "fastest that fits.",
@@ -156,7 +157,7 @@ class RunKeys(BaseModel):
             peers="micro_batch_size per_device_train_batch_size train_batch_size",
         ),
     )
-    gradient_accumulation_steps: Positive | Auto = Field(
+    gradient_accumulation_steps: SequenceCount | Auto = Field(
         default="auto",
         description="Micro-batches of each rank in an optimizer step; `auto` follows from the "
         "global batch.",
@@ -166,7 +167,7 @@ class RunKeys(BaseModel):
             peers="grad_accum_steps accumulation_steps",
         ),
     )
-    global_batch_size: Positive | Auto = Field(
+    global_batch_size: SequenceCount | Auto = Field(
         default="auto",
         description="Sequences of an optimizer step over all ranks = `batch_size` x "
         "`gradient_accumulation_steps` x ranks. Set it and leave one of the two `auto` for the "
@@ -177,7 +178,7 @@ class RunKeys(BaseModel):
     )
 
     # Optimisation
-    lr: Annotated[float, Field(gt=0)] = Field(
+    lr: Annotated[float, Field(gt=0, le=1e6)] = Field(
         default=2e-4,
         description="Peak learning rate.",
         json_schema_extra=traits(deepspeed="optimizer.params.lr", peers="learning_rate"),
@@ -201,7 +202,7 @@ class RunKeys(BaseModel):
         description="Learning rate schedule after the warm-up.",
         json_schema_extra=traits(peers="lr_scheduler lr_schedule"),
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=0.01,
         description="AdamW's weight decay.",
         json_schema_extra=traits(deepspeed="optimizer.params.weight_decay"),
@@ -252,7 +253,7 @@ class RunKeys(BaseModel):
             change="run", layout="offload_param", deepspeed="zero_optimization.offload_param.device"
         ),
     )
-    deepspeed_json: str | None = Field(
+    deepspeed_json: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
         description="A DeepSpeed JSON whose keys replace generated ones; `auto` in it keeps the "
         "generated value. Checked by the rules of docs/rules.md.",
@@ -273,13 +274,13 @@ class RunKeys(BaseModel):
         description="FlashAttention-2 (package flash-attn); `auto` is PyTorch's own attention.",
         json_schema_extra=traits(peers="flash_attention flash_attn use_flash_attn"),
     )
-    dataloader_num_workers: Annotated[int, Field(ge=0)] = Field(
+    dataloader_num_workers: Annotated[int, Field(ge=0, le=256)] = Field(
         default=0,
         description="Processes a rank that build batches; 0, a thread, is enough because token "
         "ids are memory-mapped.",
         json_schema_extra=traits(change="run", peers="num_workers"),
     )
-    dataloader_prefetch_factor: Positive = Field(
+    dataloader_prefetch_factor: Annotated[int, Field(ge=1, le=1000)] = Field(
         default=2,
         description="Micro-batches that each worker process builds ahead.",
         json_schema_extra=traits(change="run"),

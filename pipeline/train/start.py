@@ -112,6 +112,11 @@ def written_by(folder: Path) -> str:
         return __version__  # lost or damaged: nothing to conclude
 
 
+def require_own_folder(folder: Path) -> None:
+    """Raise UserError for a folder with files that are neither a run's nor allowed before one."""
+    _found_in(folder, read_status(folder / "status.json"))
+
+
 def _found_in(folder: Path, status: Mapping[str, Any] | None) -> Found:
     is_run = status is not None or (folder / "plan.json").is_file()  # status.json may be damaged
     if not is_run:

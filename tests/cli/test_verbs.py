@@ -89,3 +89,10 @@ def test_a_number_that_cannot_be_names_its_argument(refused_by, verb, arguments)
 
 def test_an_option_is_never_guessed_from_its_beginning(refused_by, run_file):
     assert_mentions(refused_by("plan", run_file, "--gpus", "3"), "--gpus")
+
+
+def test_data_is_not_prepared_in_a_folder_of_something_else(refused_by, tmp_path, run_file):
+    model = tmp_path / "m"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    assert_mentions(refused_by("prepare", run_file, f"output_dir={model}"), model, "config.json")

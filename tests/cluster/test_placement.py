@@ -403,3 +403,10 @@ def test_ports_are_apart_and_below_the_systems_own():
 def test_preflight_may_check_one_node_of_a_job():
     assert from_environment({"SLURM_JOB_NUM_NODES": "2"}, may_be_alone=True) == Placement()
     assert from_environment(BATCH, may_be_alone=True) == Placement()
+
+
+@pytest.mark.parametrize("env", [DEEPSPEED, TORCHRUN, SRUN])
+@pytest.mark.parametrize("port", ["0", "65536", "9" * 5000])
+def test_a_port_that_cannot_be_one_is_refused(env, port):
+    with refused("MASTER_PORT"):
+        from_environment(env | {"MASTER_PORT": port})

@@ -176,3 +176,26 @@ def test_a_hub_model_keeps_its_name_and_gets_the_commit_of_the_local_cache(tmp_p
     assert load_settings(path, ["model=org/other"]).model_folder == Path("org/other")
     with refused("RUN.yaml:", "model_revision", tmp_path):
         load_settings(path, [f"model={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "global_batch_size: 1000000000000", "epochs: 1e300", "lr: 1e300",
+        "hang_timeout_s: 1000000000000", "dataloader_num_workers: 100000",
+        "dataloader_prefetch_factor: 1000000000", "output_dir: ''", "deepspeed_json: ''",
+    ],
+)  # fmt: skip
+def test_values_beyond_any_machine_are_refused_with_their_line(tmp_path, text):
+    key = text.partition(":")[0]
+    lines = [line for line in REQUIRED.splitlines() if not line.startswith(key)]
+    path = tmp_path / "RUN.yaml"
+    path.write_text("\n".join([*lines, text]))
+    with refused(f"RUN.yaml:{len(lines) + 1}", key):
+        load_settings(path)
+
+
+def test_a_source_cannot_be_repeated_beyond_memory(run_file):
+    path = run_file("")
+    with refused("weight"):
+        load_settings(path, ["train_data={path: t, weight: 1e308}"])

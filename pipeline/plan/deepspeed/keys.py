@@ -85,6 +85,18 @@ BLOCKS: Mapping[tuple[str, ...], Collection[str]] = {
         "hysteresis", "initial_scale_power", "loss_scale", "loss_scale_window", "min_loss_scale",
     },
     ("data_types",): {"buffer_dtype", "grad_accum_dtype", "keep_in_fp32_modules", "param_dtype"},
+    ("activation_checkpointing",): {
+        "contiguous_memory_optimization", "cpu_checkpointing", "number_checkpoints",
+        "partition_activations", "profile", "synchronize_checkpoint_boundary",
+    },
+    ("comms_logger",): {"debug", "enabled", "prof_all", "prof_ops", "verbose"},
+    ("csv_monitor",): {"enabled", "job_name", "output_path"},
+    ("flops_profiler",): {
+        "detailed", "enabled", "module_depth", "output_file", "profile_step",
+        "recompute_fwd_factor", "top_modules",
+    },
+    ("tensorboard",): {"enabled", "job_name", "output_path"},
+    ("wandb",): {"enabled", "group", "project", "team"},
     ("optimizer",): {"legacy_fusion", "params", "type"},
     # of AdamW; rule optimizer-parameters refuses those that change a step or a checkpoint
     ("optimizer", "params"): {
@@ -92,3 +104,43 @@ BLOCKS: Mapping[tuple[str, ...], Collection[str]] = {
         "foreach", "fp32_optimizer_states", "fused", "lr", "maximize", "torch_adam", "weight_decay",
     },
 }  # fmt: skip
+
+# Values that DeepSpeed accepts for keys that the generated config has not: a check here names the
+# line before a GPU is held, DeepSpeed stops when the model is loaded.
+_ZERO_NUMBERS = {
+    "allgather_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_model_persistence_threshold", "stage3_module_granularity_threshold",
+    "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size", "sub_group_size",
+    "zero_hpz_partition_size",
+}  # fmt: skip
+_ZERO_OTHERS = {
+    "leaf_module", "offload_optimizer", "offload_param", "reduce_bucket_size", "stage", "zenflow",
+}  # fmt: skip
+FLAGS = frozenset({
+    *((key,) for key in (
+        "dataloader_drop_last", "disable_allgather", "disable_python_gc", "dump_state",
+        "memory_breakdown", "prescale_gradients", "wall_clock_breakdown",
+        "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    )),
+    *(("zero_optimization", key) for key in ZERO_OPTIMIZATION - _ZERO_NUMBERS - _ZERO_OTHERS),
+    *(("bf16", key) for key in BLOCKS["bf16",]),
+    ("fp16", "auto_cast"), ("fp16", "consecutive_hysteresis"), ("fp16", "enabled"),
+    ("fp16", "fp16_master_weights_and_grads"), ("zero_optimization", "offload_param", "pin_memory"),
+})  # fmt: skip
+# Whole numbers -> the smallest.
+WHOLE_NUMBERS: Mapping[tuple[str, ...], int] = {
+    ("steps_per_print",): 1,
+    ("zero_optimization", "reduce_bucket_size"): 1,
+    **{("zero_optimization", key): 0 for key in _ZERO_NUMBERS},
+    **{
+        ("zero_optimization", "offload_param", key): 0
+        for key in ("buffer_count", "buffer_size", "max_in_cpu")
+    },
+    ("fp16", "hysteresis"): 0,
+    ("fp16", "initial_scale_power"): 0,
+    ("fp16", "loss_scale_window"): 0,
+}
+CHOICES: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("communication_data_type",): ("fp16", "bf16", "fp32"),
+    ("data_types", "grad_accum_dtype"): ("fp16", "bf16", "fp32"),
+}

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pipeline.config.located import KeyPath, Located, read_located
 from pipeline.config.settings import RunSettings, settings_by
 from pipeline.errors import UserError
-from pipeline.plan.deepspeed.keys import BLOCKS, SHORT_NAMES
+from pipeline.plan.deepspeed.keys import BLOCKS, CHOICES, FLAGS, SHORT_NAMES, WHOLE_NUMBERS
 
 _ZERO = "zero_optimization"
 
@@ -107,7 +107,9 @@ def _read(path: str) -> Located:
             )
         zero[full] = zero.pop(short)
         lines[_ZERO, full] = lines[_ZERO, short]
-    return replace(own, values=values, lines=lines)
+    own = replace(own, values=values, lines=lines)
+    _require_values(own)
+    return own
 
 
 def _require_known(own: Located) -> None:
@@ -120,6 +122,38 @@ def _require_known(own: Located) -> None:
             problems.append(f"{_place(own, key)}: no key that DeepSpeed reads; {hint}")
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _require_values(own: Located) -> None:
+    """Raise UserError for each value that DeepSpeed would refuse once the model is loaded."""
+    problems = []
+    for key in own.lines:
+        value = _at(own, key)
+        if value is not None and (expected := _expected(key, value)):
+            problems.append(f"{_place(own, key)}: {_shown(value)} is not {expected}")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _expected(key: KeyPath, value: Any) -> str | None:
+    """What the key takes, unless the value is such."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key in BLOCKS and not isinstance(value, Mapping):
+        return "a block in braces"
+    if key in FLAGS and not isinstance(value, bool):
+        return "true or false"
+    if (least := WHOLE_NUMBERS.get(key)) is not None:
+        is_right = is_number and least <= value < 2**63 and value == int(value)
+        return None if is_right else f"a whole number from {least} on"
+    if key in CHOICES and value not in CHOICES[key]:
+        return " or ".join(CHOICES[key])
+    if key == ("optimizer", "params", "betas"):
+        is_pair = isinstance(value, list) and len(value) == 2
+        is_right = is_pair and all(isinstance(b, int | float) and 0 <= b < 1 for b in value)
+        return None if is_right else "a list of two numbers from 0 to below 1"
+    if key == ("optimizer", "params", "eps") and not (is_number and 0 < value < 1):
+        return "a number above 0 and below 1"
+    return None
 
 
 def _without_auto(block: Mapping[str, Any]) -> dict[str, Any]:

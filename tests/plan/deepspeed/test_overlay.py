@@ -10,10 +10,12 @@ import pytest
 from pipeline.config.settings import RunSettings
 from pipeline.plan.deepspeed.keys import (
     BLOCKS,
+    FLAGS,
     REMOVED,
     REMOVED_FROM_ZERO,
     SHORT_NAMES,
     TOP_LEVEL,
+    WHOLE_NUMBERS,
     ZERO_OPTIMIZATION,
 )
 from pipeline.plan.deepspeed.overlay import overlay, with_json_constraints
@@ -166,7 +168,7 @@ def test_contradictions_name_both_places(write, content, settings, facts):
         ({"bfloat16": {"enabled": True}}, ["bfloat16", "bf16"]),
         ({"foo_bar": 1}, ["ds.json:2", "foo_bar"]),
         ({"zero_optimization": True}, ["ds.json:2", "block in braces"]),
-        ({"zero_optimization": {"reduce_bucket_size": "5e8"}}, ["ds.json:3", "a number"]),
+        ({"zero_optimization": {"reduce_bucket_size": "5e8"}}, ["ds.json:3", "number"]),
         ({"steps": 1, "wandb": {"enabled": True}}, ["ds.json:2", "steps"]),
         ("{\n  \"bf16\": {\n}", ["ds.json:3", "JSON"]),
         ("[]", ["block in braces"]),
@@ -201,6 +203,40 @@ def test_a_mistyped_key_is_refused_whatever_its_value(write, path, near, value):
     for key in reversed(path):
         content = {key: content}
     with refused(".".join(path), near):
+        with_json_constraints(write(content), settings_of())
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["flops_profiler.enable", "tensorboard.output_paht", "activation_checkpointing.partition"],
+)
+def test_keys_of_blocks_that_only_watch_are_checked_too(write, path):
+    block, key = path.split(".")
+    with refused("ds.json:3", path):
+        with_json_constraints(write({block: {key: "auto"}}), settings_of())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "fact"),
+    [
+        ("zero_optimization.reduce_bucket_size", -5, "whole number"),
+        ("zero_optimization.sub_group_size", "1e9", "whole number"),
+        ("zero_optimization.stage3_max_live_parameters", 0.5, "whole number"),
+        ("zero_optimization.max_live_parameters", True, "whole number"),
+        ("zero_optimization.round_robin_gradients", "true", "true or false"),
+        ("communication_data_type", "fp33", "bf16"),
+        ("data_types.grad_accum_dtype", "float", "fp32"),
+        ("optimizer.params.betas", [0.9], "two numbers"),
+        ("optimizer.params.betas", [0.9, 1], "two numbers"),
+        ("optimizer.params.eps", 0, "above 0"),
+        ("comms_logger", 3, "braces"),
+    ],
+)
+def test_a_value_that_deepspeed_would_refuse_is_refused_with_its_line(write, path, value, fact):
+    content = value
+    for name in reversed(path.split(".")):
+        content = {name: content}
+    with refused(f"ds.json:{1 + len(path.split('.'))}", path, json.dumps(value), fact):
         with_json_constraints(write(content), settings_of())
 
 
@@ -266,6 +302,7 @@ def test_rules_apply_to_known_keys(plan, content, rule):
 
 READ_BY_DEEPSPEED = """
 import json, os, sys
+from deepspeed.monitor import config as monitor
 from deepspeed.runtime import config
 from deepspeed.runtime import precision_config as precision
 from deepspeed.runtime.zero import offload_config as offload
@@ -298,7 +335,10 @@ print(json.dumps([
         "zero_optimization.offload_optimizer": offload.DeepSpeedZeroOffloadOptimizerConfig,
         "zero_optimization.leaf_module": DeepSpeedZeroLeafModuleConfig,
         "bf16": precision.DeepSpeedBF16Config, "fp16": precision.DeepSpeedFP16Config,
+        "tensorboard": monitor.TensorBoardConfig, "wandb": monitor.WandbConfig,
+        "csv_monitor": monitor.CSVConfig,
     }.items()},
+    [(f.alias or name, f.annotation.__name__) for name, f in fields if f.annotation in (bool, int)],
 ]))
 """
 
@@ -310,7 +350,9 @@ def test_the_lists_of_keys_are_those_of_the_installed_deepspeed():
         env=environment, cwd=ROOT,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    top, zero, removed, zero_removed, short, blocks = json.loads(result.stdout.splitlines()[-1])
+    top, zero, removed, zero_removed, short, blocks, types = json.loads(
+        result.stdout.splitlines()[-1]
+    )
     # "bfloat16" is an old name that loses against our bf16; "sequence_parallel_size" is asked for
     # only where there is a process group.
     assert {*top, "sequence_parallel_size"} - {"bfloat16"} == TOP_LEVEL
@@ -320,3 +362,6 @@ def test_the_lists_of_keys_are_those_of_the_installed_deepspeed():
     assert set(short) == SHORT_NAMES.keys()
     for path, keys in blocks.items():
         assert set(keys) == set(BLOCKS[tuple(path.split("."))]), path
+    for key, kind in types:
+        is_of_kind = ("zero_optimization", key) in (FLAGS if kind == "bool" else WHOLE_NUMBERS)
+        assert is_of_kind, f"{key} is {kind}"
