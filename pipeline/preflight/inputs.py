@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.chat.encoder import load_tokenizer
+from pipeline.data.chat.encoder import load_tokenizer, require_tokenizer
 from pipeline.data.dataset.reader import INDEX, DataIndex
 from pipeline.data.prepare.prepare import check_rows, prepare
 from pipeline.errors import UserError
@@ -25,7 +25,6 @@ from pipeline.preflight.check import (
 )
 from pipeline.preflight.context import RankContext
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _SAMPLE_DOCUMENTS = 32
 # A preflight must end within a minute. Rows are parsed at tens of MB/s; documents need a hash of
 # the files, at hundreds of MB/s.
@@ -67,11 +66,7 @@ def _probe_model(context: RankContext) -> dict[str, Any]:
     """Number and bytes of the weight files. Raises UserError for an incomplete model folder."""
     folder = context.model_folder
     files = _weight_files(folder)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise UserError(
-            f"model: {folder} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); "
-            "copy the model's tokenizer files there"
-        )
+    require_tokenizer(folder)
     return {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
 
 

@@ -4,6 +4,7 @@ A conversation is rendered once as a whole, by the model's own chat template, an
 An assistant turn owns what the model itself must write, through its end-of-turn token.
 """
 
+import shlex
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ from pipeline.rows.formats import Completion, Conversation, Example, RowError, T
 if TYPE_CHECKING:  # importing transformers takes seconds, and checking rows needs none of it
     from transformers import PreTrainedTokenizerBase
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _NO_END_OF_SEQUENCE = (
     "model: the tokenizer has no end-of-sequence token, so the model would never learn to "
     "stop; set eos_token in tokenizer_config.json"
@@ -100,9 +102,20 @@ class _Tokens:
         return bisect_left(self.offsets, stop, key=itemgetter(0))
 
 
+def require_tokenizer(folder: Path) -> None:
+    """Raise UserError for a model folder without any file of a tokenizer."""
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"model: {folder} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); fetch its files "
+            "from the model on the hub: hf download ORG/NAME --include '*token*' 'vocab*' "
+            f"'merges*' 'chat_template*' --local-dir {shlex.quote(str(folder))}"
+        )
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder; fetches nothing. Raises UserError where there is none."""
     require_model_folder(folder)
+    require_tokenizer(folder)
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
@@ -110,8 +123,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # noqa: BLE001 - a damaged tokenizer.json raises Exception itself
-        said = str(error).strip().partition("\n")[0]
-        raise UserError(f"model: {folder}: the tokenizer cannot be loaded: {said}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model: {folder}: the tokenizer cannot be loaded: {reason}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if not tokenizer.is_fast or not len(tokenizer):
         raise UserError(

@@ -282,26 +282,6 @@ def supervised_in(text):
     return [part.partition("]]")[0] for part in text.split("[[")[1:]]
 
 
-@pytest.mark.parametrize("name", SPECIAL)
-def test_an_empty_question_changes_nothing_of_what_is_trained(name):
-    tokenizer = published(name)
-    asked = shown(chat("q", "one", "r", "two"), tokenizer)
-    assert supervised_in(shown(chat("", "one", "", "two"), tokenizer)) == supervised_in(asked)
-
-
-def test_an_empty_result_changes_nothing_of_what_is_trained():
-    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
-
-    def agent(result):
-        calls = Message("assistant", "", True, {"tool_calls": [call]})
-        answer = Message("assistant", "blue")
-        return Conversation((Message("user", "q"), calls, Message("tool", result), answer))
-
-    for name in ("qwen2.5", "qwen3"):
-        with_result = supervised_in(shown(agent("light"), published(name)))
-        assert supervised_in(shown(agent(""), published(name))) == with_result
-
-
 def test_the_header_of_a_second_answer_in_a_row_is_not_trained():
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
