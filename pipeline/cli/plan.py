@@ -12,7 +12,7 @@ from pipeline.cli.arguments import Parser, count, positive
 from pipeline.cluster.devices import machine
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
-from pipeline.data.dataset.reader import data_size
+from pipeline.data.prepare.prepare import data_size
 from pipeline.files import dump_json
 from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.shape import read_shape

@@ -120,6 +120,21 @@ def test_the_prepared_index_fixes_the_steps(call):
     assert "estimated" not in out
 
 
+def test_an_index_of_other_settings_does_not_count(call):
+    (call.folder / "train.jsonl").write_text('{"text": "a b c"}\n' * 40)
+    path = call.folder / "run/data/index.json"
+    path.parent.mkdir(parents=True)
+    split = SplitIndex(
+        key="k", folder=Path("train-k"), documents=1000, tokens=300_000, supervised_tokens=1000,
+        longest=700, sequences=1000, epoch_documents=1000, epoch_tokens=300_000,
+    )  # fmt: skip
+    path.write_text(json.dumps(DataIndex(train=split, eval=None).as_json()))
+    arguments = ("--gpu", "a100-80gb", "global_batch_size=4", "packing=false")
+    code, out, _ = call(*arguments, f"train_data={call.folder / 'train.jsonl'}")
+    assert code == 0
+    assert_mentions(out, "10 an epoch", "estimated")
+
+
 def test_where_nothing_fits_all_shows_why_for_each(call):
     code, out, err = call("--gpu-memory-gib", "16", "zero_stage=2", "global_batch_size=4", "--all")
     assert code == 2

@@ -21,11 +21,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.sequences import Segment, Sequences
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.plan.estimate import estimate
 from pipeline.plan.given.data_size import DataSize
 
 Array = npt.NDArray[Any]
@@ -123,15 +121,6 @@ class DataIndex:
             raise UserError(f"{data_dir}: no prepared data; {_PREPARE_AGAIN}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); {_PREPARE_AGAIN}") from None
-
-
-def data_size(settings: RunSettings) -> DataSize | None:
-    """Size of the training set: as prepare counted it, else estimated from a sample."""
-    data_dir = Path(settings.output_dir) / "data"
-    try:
-        return DataIndex.load(data_dir).train.size
-    except UserError:
-        return estimate(settings)
 
 
 class Split:

@@ -39,6 +39,8 @@ from pipeline.data.prepare.keys import Fingerprints, split_keys
 from pipeline.data.prepare.lines import read_line
 from pipeline.errors import RankZeroError, UserError
 from pipeline.files import dump_json, is_abandoned, read_json, write_text
+from pipeline.plan.estimate import estimate
+from pipeline.plan.given.data_size import DataSize
 from pipeline.rows.examples import Example
 from pipeline.rows.sources import Source, lines, require_apart, resolve
 
@@ -79,6 +81,22 @@ def train_key(settings: RunSettings) -> str:
     """Key that the prepared training data has or would have."""
     fingerprints = Fingerprints(Path(settings.output_dir) / "data")
     return _jobs(settings, fingerprints, None)[0].keys["train"]
+
+
+def data_size(settings: RunSettings) -> DataSize | None:
+    """Size of the training set: as prepare counted it for these settings, else from a sample.
+
+    An index of other data or other settings does not count; one whose data is elsewhere does.
+    """
+    try:
+        index = DataIndex.load(Path(settings.output_dir) / "data")
+    except UserError:
+        return estimate(settings)
+    try:
+        is_current = train_key(settings) == index.train.key
+    except (UserError, OSError):  # the rows or the template cannot be read here
+        return index.train.size
+    return index.train.size if is_current else estimate(settings)
 
 
 def prepare(

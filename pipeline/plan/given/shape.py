@@ -368,9 +368,7 @@ def _ropes(config: Config) -> list[Mapping[str, Any]]:
     """The rope settings: one block, or one for each type of layer (transformers 5's Gemma 3)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
-        raise UserError(
-            f"rope_scaling or rope_parameters: expected a block in braces, not {rope!r}"
-        )
+        raise UserError(f"rope_parameters or rope_scaling: expected an object, not {rope!r}")
     nested = [value for value in rope.values() if isinstance(value, Mapping)]
     return nested or [rope]
 

@@ -14,6 +14,7 @@ from pipeline.model.base import load_base
 from pipeline.plan.given.families import FAMILIES
 from pipeline.plan.given.shape import read_shape
 from tests.messages import refused
+from tests.planning import SMOLLM2
 from tests.tiny import make_plan
 
 pytestmark = pytest.mark.tensor
@@ -218,3 +219,10 @@ def test_auto_adapts_every_linear_layer_but_routers(tmp_path, kind):
     routers = {name for name in linears if name.endswith("gate")}
     assert adapted == linears - routers
     assert bool(routers) == (kind == "qwen2_moe")
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_rope_settings_that_are_no_object_are_refused(tmp_path, key):
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2 | {key: "dynamic"}))
+    with refused("config.json", key, "'dynamic'"):
+        read_shape(str(tmp_path))
