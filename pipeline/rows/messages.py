@@ -101,10 +101,8 @@ def _check_keys(value: Mapping[str, Any], known: Sequence[str], of: str, unread:
     unknown = [key for key in value if key not in known and has_value(value[key])]
     refused = [key for key in unknown if key not in _METADATA]
     if refused:
-        raise RowError(
-            f"a {of} has {', '.join(sorted(refused)[:5])}, which is not read; "
-            f"known: {', '.join(known)}"
-        )
+        names = ", ".join(f"`{key}`" for key in sorted(refused)[:5])
+        raise RowError(f"a {of} has {names}, which is not read; known: {', '.join(known)}")
     unread.update(f"{of}.{key}" for key in unknown if value[key] is not False)
 
 

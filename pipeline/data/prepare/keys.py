@@ -15,7 +15,7 @@ from pipeline.rows.content import kind_of
 from pipeline.rows.sources import Source
 
 FINGERPRINTS = "fingerprints.json"
-_FORMAT = 6  # of documents, their files and their order: raise it when one of them changes
+_FORMAT = 7  # of documents, their files and their order: raise it when one of them changes
 _TOKENIZER_FILES = (
     "tokenizer*",
     "*chat_template*",
