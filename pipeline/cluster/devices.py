@@ -1,4 +1,4 @@
-"""This node's accelerators -> Hardware, and the environment that libraries read. No torch."""
+"""Detect this node's accelerators and set the environment variables of libraries. No torch."""
 
 import ctypes
 import logging
@@ -24,10 +24,11 @@ _VIRTUAL_MEMORY = 102
 
 @dataclass(frozen=True)
 class _Unsupported:
-    """Signs of an accelerator that the project does not train on, none of which needs torch.
+    """An accelerator on which the project cannot train, and how to detect it without torch.
 
-    `files` are patterns below the root folder, `torch_label` a word in the label of torch's version
-    (2.9.0+rocm6.4), `package` its plugin for torch.
+    `files`: glob patterns below the root folder. `torch_label`: part of the local label of torch's
+    version, such as rocm in 2.9.0+rocm6.4. `package`: its plugin for torch. `variables`: its
+    environment variables.
     """
 
     name: str
@@ -51,7 +52,7 @@ _UNSUPPORTED = (
         "Huawei Ascend", ("dev/davinci[0-9]*",), package="torch-npu",
         variables=("ASCEND_RT_VISIBLE_DEVICES", "ASCEND_VISIBLE_DEVICES"),
     ),
-    # The graphics of a processor are on bus 00 and do not count.
+    # Graphics integrated in a CPU are on PCI bus 00 and are ignored.
     _Unsupported(
         "Intel GPUs (XPU)",
         tuple(
@@ -73,10 +74,9 @@ _UNSUPPORTED = (
 
 
 def detect_hardware() -> Hardware:
-    """This node's GPUs as NVML and CUDA_VISIBLE_DEVICES show them, else its CPU.
+    """This node's visible NVIDIA GPUs (NVML, CUDA_VISIBLE_DEVICES), or its CPU.
 
-    Raises UserError where it has accelerators of another maker: the CPU is never used in their
-    place unless DS_ACCELERATOR=cpu asks for it.
+    Raises UserError if it has accelerators of another vendor, unless DS_ACCELERATOR=cpu is set.
     """
     chosen = os.environ.get("DS_ACCELERATOR", "")
     if chosen != "cpu":
@@ -92,7 +92,7 @@ def detect_hardware() -> Hardware:
 
 
 def unsupported(env: Mapping[str, str], root: Path) -> str | None:
-    """An accelerator of another maker, with what shows it; None if there is no sign of any."""
+    """An accelerator of another vendor and how it was detected; None if there is none."""
     for kind in _UNSUPPORTED:
         signs = [str(path) for pattern in kind.files for path in root.glob(pattern)]
         if kind.torch_label and kind.torch_label in _version("torch").partition("+")[2]:
@@ -113,14 +113,14 @@ def _version(package: str) -> str:
 
 
 def machine(gpu: str | None, gib: float | None, tflops: float | None) -> Hardware:
-    """The GPU that is named or described, else this node's hardware.
+    """Hardware from the options --gpu, --gpu-memory-gib and --gpu-tflops; else this node's.
 
-    Raises UserError for a name that is not in the catalogue and for options that contradict.
+    Raises UserError for a name that is not in the catalogue and for contradictory options.
     """
     if gpu is not None and (gib is not None or tflops is not None):
         raise UserError("--gpu names the GPU; leave --gpu-memory-gib and --gpu-tflops out")
     if tflops is not None and gib is None:
-        raise UserError("--gpu-tflops needs --gpu-memory-gib beside it")
+        raise UserError("--gpu-tflops also needs --gpu-memory-gib")
     if any(value is not None and not 0 < value < math.inf for value in (gib, tflops)):
         raise UserError("--gpu-memory-gib and --gpu-tflops must be numbers above 0")
     if gpu is not None:
@@ -136,7 +136,7 @@ def set_environment(placement: Placement, hardware: Hardware) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # training downloads nothing
     if hardware.kind == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # CUDA's caching allocator fragments less so with sequences of many lengths (PyTorch docs,
+    # Expandable segments reduce fragmentation with varying sequence lengths (PyTorch docs,
     # "Optimizing memory usage with PYTORCH_CUDA_ALLOC_CONF"; torch 2.13 prefers the older name).
     elif "PYTORCH_ALLOC_CONF" not in os.environ and has_virtual_memory():
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -146,7 +146,7 @@ def set_environment(placement: Placement, hardware: Hardware) -> None:
 def has_virtual_memory() -> bool:
     """Whether every visible GPU has CUDA's virtual memory management, which some vGPUs lack.
 
-    Expandable segments are made with it. The driver is asked without a context, as torch will.
+    Expandable segments need it. The driver is queried without creating a CUDA context.
     """
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
@@ -163,9 +163,10 @@ def has_virtual_memory() -> bool:
 
 
 def missing_gpus(placement: Placement, hardware: Hardware) -> str | None:
-    """The variable that grants this process GPUs while the driver shows none; else None.
+    """The variable that assigns GPUs to this process although the driver shows none; else None.
 
-    Call before `set_environment`: DS_ACCELERATOR=cpu counts where the user set it.
+    Call before `set_environment`, which also sets DS_ACCELERATOR=cpu: only the user's own value
+    means that the CPU is wanted.
     """
     if hardware.kind == "cuda" or os.environ.get("DS_ACCELERATOR") == "cpu":
         return None
@@ -180,7 +181,7 @@ def missing_gpus(placement: Placement, hardware: Hardware) -> str | None:
 
 
 def _num_threads(placement: Placement) -> int:
-    """This rank's part of the node's cores, or the CPUs that srun gave each task."""
+    """This rank's share of the node's cores, or srun's number of CPUs per task."""
     cores, per_task = len(os.sched_getaffinity(0)), os.environ.get("SLURM_CPUS_PER_TASK", "")
     if placement.launcher == "srun" and per_task.isdigit():
         return max(1, min(cores, int(per_task)))
@@ -222,20 +223,20 @@ def _nvidia_gpus() -> Hardware | None:
 
 
 def compute_capability(pynvml: Any, handle: Any) -> tuple[int, int]:
-    """The compute capability of a GPU or of the GPU that a MIG instance is part of."""
-    with suppress(pynvml.NVMLError):  # a whole GPU
+    """The compute capability of a GPU; for a MIG instance, that of its GPU."""
+    with suppress(pynvml.NVMLError):  # not a MIG instance
         handle = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
     return int(major), int(minor)
 
 
 def visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
-    """NVML's handles of the devices that CUDA shows for a value of CUDA_VISIBLE_DEVICES.
+    """NVML handles of the devices that CUDA_VISIBLE_DEVICES=`visible` makes visible to CUDA.
 
-    An entry is an index, or a UUID of a GPU or of a MIG instance, which may be shortened as long as
-    it is unique. As in CUDA, entries from the first wrong one on are not visible, a GPU with MIG
-    stands for its first instance, and a process sees one instance at most (CUDA Programming Guide,
-    environment variables; NVIDIA MIG User Guide, device enumeration).
+    An entry is an index, or a unique prefix of the UUID of a GPU or MIG instance. As in CUDA, the
+    first invalid entry and all after it are ignored, a GPU with MIG means its first instance, and a
+    process sees at most one instance (CUDA Programming Guide, environment variables; NVIDIA MIG
+    User Guide, device enumeration).
     """
     gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     entries = map(str, range(len(gpus))) if visible is None else map(str.strip, visible.split(","))
@@ -256,20 +257,20 @@ def visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
 
 
 def _mig_instances(pynvml: Any, gpu: Any) -> list[Any]:
-    """The MIG instances of a GPU; none where MIG is off or unknown to the GPU."""
+    """The MIG instances of a GPU; empty if MIG is off or the GPU does not support it."""
     instances = []
     with suppress(pynvml.NVMLError):
         if pynvml.nvmlDeviceGetMigMode(gpu)[0]:
             for i in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
-                with suppress(pynvml.NVMLError):  # fewer than the GPU could have
+                with suppress(pynvml.NVMLError):  # no instance at this index
                     instances.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, i))
     return instances
 
 
 def _named(pynvml: Any, gpus: list[Any], entry: str) -> list[Any]:
-    """The one device whose UUID begins so, or has a MIG name of old drivers; else an empty list.
+    """The device whose UUID begins with `entry`; an empty list if there is none or several.
 
-    Such a name is MIG-GPU-<UUID>/<GPU instance>/<compute instance>.
+    Also accepts the MIG names of old drivers: MIG-GPU-<UUID>/<GPU instance>/<compute instance>.
     """
     gpu_uuid, *ids = entry.removeprefix("MIG-").split("/")
     matches = []

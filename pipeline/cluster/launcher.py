@@ -1,8 +1,9 @@
-"""Watch the launcher processes above this rank: without them nobody would notice that it runs on.
+"""Stop this rank when its launcher has died; otherwise it would keep running unnoticed.
 
 DeepSpeed's `deepspeed` command starts one node launcher per machine, which starts the ranks.
-Neither tells its children when a signal ends it (DeepSpeed 0.19.8: the command dies of any, the
-node launcher of SIGUSR1, SIGUSR2 and SIGKILL), and a rank's parent stays when the command dies.
+Neither stops its children when a signal kills it (DeepSpeed 0.19.8: any signal kills the command;
+SIGUSR1, SIGUSR2 and SIGKILL kill the node launcher). The command is the ranks' grandparent, so both
+processes are watched.
 """
 
 import os
@@ -14,8 +15,8 @@ import psutil
 
 _POLL_S = 0.5
 _NODE_LAUNCHER = "deepspeed.launcher.launch"
-_BY_COMMAND = "--log_level="  # an argument that only the deepspeed command passes on
-_LEVELS = 4  # a shell script may stand between a launcher and its ranks
+_BY_COMMAND = "--log_level="  # argument of a node launcher that the deepspeed command started
+_LEVELS = 4  # ancestors to search: a shell script may be between a launcher and its ranks
 
 
 def watch_launchers(env: Mapping[str, str], request_stop: Callable[[str], None]) -> None:
@@ -41,9 +42,9 @@ def _watch(launchers: list[psutil.Process], request_stop: Callable[[str], None])
 
 
 def _launchers(*, is_one_machine: bool) -> list[psutil.Process]:
-    """The node launcher and, if it is DeepSpeed's too, its parent; empty if one of them is gone.
+    """The node launcher, and its parent if that is the deepspeed command; empty if one has ended.
 
-    On one machine the deepspeed command starts the node launcher, elsewhere a remote shell does.
+    On a single machine the command is the parent; with several machines a remote shell may be.
     """
     above = psutil.Process(os.getpid()).parents()[:_LEVELS]
     for i, process in enumerate(above):

@@ -1,20 +1,20 @@
-"""Log output of the verbs: plain lines on standard output.
+"""Console logging of the command line: plain lines on standard output.
 
-Modules log to `logging.getLogger(__name__)`. INFO is for the user of a run and shown by rank 0;
-WARNING is shown by every rank. A program that configures logging itself gets the records in its
-own handlers instead.
+Modules log to `logging.getLogger(__name__)`. INFO is shown by rank 0 only, WARNING by every rank.
+If the calling program has configured logging, its handlers are used instead.
 """
 
 import logging
 import os
 
 _PROJECT = "pipeline"
-# The first one that is set names this process, also before its placement is known.
+# The launchers' rank variables, in order of precedence. Read directly, because messages are logged
+# before `Placement` exists.
 _RANK_NAMES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 def configure_logging() -> None:
-    """Show the project's log records, unless this process has configured logging already."""
+    """Install the console handler, unless this process has configured logging already."""
     logger = logging.getLogger(_PROJECT)
     if not logger.hasHandlers():
         logger.addHandler(_Console())
@@ -28,10 +28,10 @@ def current_rank() -> int:
 
 
 class _Console(logging.Handler):
-    """Writes to the standard output of the moment: a progress bar or a caller may replace it."""
+    """Writes to the current `sys.stdout`, which a progress bar or a caller may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show a record; of ranks other than 0 only warnings, with the rank."""
+        """Print a record. Ranks other than 0 print only warnings and errors, prefixed by rank."""
         rank = current_rank()
         if rank == 0:
             print(self.format(record), flush=True)  # noqa: T201 - the terminal of the run

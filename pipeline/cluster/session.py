@@ -1,6 +1,6 @@
-"""The ranks of a run: key-value store, process group, agreements and sums.
+"""Communication between the ranks of a run, through a key-value store and a process group.
 
-torch is imported when several ranks start to communicate: a single process runs `rank_zero_first`
+torch is imported only when several ranks communicate; a single process runs `rank_zero_first`
 without it.
 """
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # Ranks load the model at different speeds; a collective that waits longer than this is a hang.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-# Tokenising may take days: ranks wait for it on the store, not in a collective, as often as needed.
-# The wait ends at once when rank 0, which holds the store, ends.
+# Tokenising may take days, so ranks wait for it on the store, not in a collective, and repeat the
+# wait after each time-out. If rank 0, which hosts the store, ends, the wait fails at once.
 _ONE_WAIT = timedelta(hours=24)
 _READING_TIMEOUT = timedelta(seconds=15)
 _CHANNEL_TIMEOUT = timedelta(seconds=10)
@@ -31,7 +31,10 @@ _GATHER_TIMEOUT = timedelta(hours=24)  # callers that must not wait so long run 
 
 
 class Session:
-    """One run's ranks. Every public method is a collective: every rank, in the same order."""
+    """Collectives of one run: all ranks must call the public methods, in the same order.
+
+    Methods that are not collective say so.
+    """
 
     def __init__(self, placement: Placement, hardware: Hardware) -> None:
         self.placement = placement
@@ -81,10 +84,10 @@ class Session:
         return torch.device("cuda", index)
 
     def rank_zero_first(self, work: Callable[[], Any]) -> Any:
-        """Do `work` on rank 0 while the others wait; returns its JSON-able result on all ranks.
+        """Call `work` on rank 0 while the others wait; return its JSON-able result on all ranks.
 
-        The wait is on the store, not in a collective of the process group: it has no time-out. An
-        error of rank 0 is raised on every rank.
+        The ranks wait on the store, not in a collective of the process group, so there is no
+        time-out. A RankZeroError of rank 0 is raised on every rank.
         """
         if self.placement.world_size == 1:
             return work()
@@ -128,8 +131,8 @@ class Session:
             device_id=self.device if self._is_cuda else None,
         )
         if self._is_cuda and self.placement.world_size > 1:
-            # Ranks agree on numbers of the host. Through gloo that does not synchronise the device,
-            # whose queue stays full although the ranks agree before each micro-batch.
+            # For sums of host numbers before each micro-batch: gloo does not synchronise the
+            # device, so its queue of kernels stays full.
             self._host_group = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
         import deepspeed
 
@@ -165,9 +168,9 @@ class Session:
         return [float(value) for value in tensor.tolist()]
 
     def gather_objects(self, value: Any) -> list[Any] | None:
-        """Every rank's JSON-able value, by rank, on rank 0; None on the others, which do not wait.
+        """Gather JSON-able values on rank 0, in rank order; other ranks get None and do not wait.
 
-        Through the store: works before and without a process group.
+        Uses the store, so no process group is needed.
         """
         if self.placement.world_size == 1:
             return [json.loads(json.dumps(value))]
@@ -184,9 +187,9 @@ class Session:
         return [json.loads(store.get(key)) for key in keys]
 
     def gathered_so_far(self) -> dict[int, Any]:
-        """Values that have arrived of the gather in progress, or else of the next one, by rank.
+        """Values that have arrived so far, by rank: of the gather in progress, else of the next.
 
-        Not a collective: for another thread of rank 0, which holds the store.
+        Not a collective: for another thread of rank 0.
         """
         if self._store is None or self.placement.world_size == 1:
             return {}
@@ -196,7 +199,7 @@ class Session:
         return {rank: json.loads(channel.get(f"{key}/{rank}")) for rank in there}
 
     def add_over_ranks(self, tensor: "torch.Tensor") -> None:
-        """All-reduce a tensor in place, between the devices."""
+        """All-reduce a tensor in place, on the ranks' devices (NCCL, or gloo on CPU)."""
         import torch.distributed as dist
 
         dist.all_reduce(tensor)
@@ -213,7 +216,7 @@ class Session:
             work.wait()
 
     def _await_readers(self, store: Any, key: str) -> None:
-        """Wait until every rank has read, because rank 0 may end and the store with it."""
+        """Wait until every rank has read the key: the store ends with rank 0."""
         import torch.distributed as dist
 
         readers = [f"{key}/read-by-{rank}" for rank in range(1, self.placement.world_size)]
@@ -236,13 +239,13 @@ class Session:
         return self._store
 
     def _set_address(self, address: str, port: int) -> None:
-        """Set the actual address of the store, for DeepSpeed also in the environment."""
+        """Set the actual address of the store, also in the environment for DeepSpeed."""
         self.placement = replace(self.placement, master_addr=address, master_port=port)
         os.environ.update(self.placement.variables())
 
 
 def _wait_for(store: Any, key: str) -> None:
-    """Wait for a key. Raises torch's DistNetworkError when the store is gone."""
+    """Wait for a key without a time-out. Raises torch's DistNetworkError if the store has ended."""
     import torch.distributed as dist
 
     while True:

@@ -1,7 +1,7 @@
-"""YAML and JSON text -> values, with the line of each key for messages.
+"""Parse YAML and JSON files into values and the line number of each key, for error messages.
 
-Both are composed to the same tree of nodes, so line numbers, keys given twice and limits are one
-mechanism. Plain values are those of YAML 1.2: `3e-4` is a number, `no` is text, `12:00:00` too.
+PyYAML composes both formats into one tree of nodes, which gives line numbers, duplicate keys and
+size limits. Scalars follow YAML 1.2: `3e-4` is a number; `no` and `12:00:00` are strings.
 """
 
 import json
@@ -17,23 +17,23 @@ from pipeline.errors import UserError
 
 KeyPath = tuple[str, ...]
 
-_MOST_BYTES = 2**20
-_MOST_DEPTH = 16
-_MOST_NODES = 20_000  # with every alias expanded
-_MOST_DIGITS = 18  # of a whole number: below 2**63
+_MAX_BYTES = 2**20
+_MAX_DEPTH = 16
+_MAX_NODES = 20_000  # with every alias expanded
+_MAX_DIGITS = 18  # of an integer, so that it is below 2**63
 _TAG = "tag:yaml.org,2002:"
 
 
 @dataclass(frozen=True)
 class Located:
-    """Parsed text: its values, and the line of each key by its path from the top."""
+    """Parsed text: its values, and the line number of each key path."""
 
     name: str
     values: dict[str, Any]
     lines: Mapping[KeyPath, int]
 
     def place(self, *key: str) -> str:
-        """`name:line` of a key; the name alone for a key that came with a YAML merge."""
+        """`name:line` of a key; only the name for a key from a YAML merge (`<<`)."""
         return f"{self.name}:{self.lines[key]}" if key in self.lines else self.name
 
 
@@ -44,14 +44,14 @@ def read_located(path: Path, kind: Literal["YAML", "JSON"], *, label: str = "") 
     """
     name = f"{label}{path}"
     try:
-        with path.open("rb") as stream:  # a device or a pipe has no size to ask for
-            content = stream.read(_MOST_BYTES + 1)
+        with path.open("rb") as stream:  # limited read: a device or a pipe may never end
+            content = stream.read(_MAX_BYTES + 1)
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # not UTF-8, or NUL in the path
         raise UserError(f"{name}: not a text file in UTF-8: {error}") from None
-    if len(content) > _MOST_BYTES:
+    if len(content) > _MAX_BYTES:
         raise UserError(f"{name}: more than a megabyte; a file of settings is smaller")
     node, values = _parse(text, name, kind)
     if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
@@ -61,13 +61,13 @@ def read_located(path: Path, kind: Literal["YAML", "JSON"], *, label: str = "") 
 
 
 def parse_value(text: str, name: str) -> Any:
-    """The value that text has in YAML. Raises UserError that begins with `name`."""
+    """Parse text as one YAML value. Raises UserError whose message begins with `name`."""
     return _parse(text, name, "YAML")[1]
 
 
 def _parse(text: str, name: str, kind: Literal["YAML", "JSON"]) -> tuple[yaml.Node | None, Any]:
     try:
-        # Outside of strings JSON may have tabs, which YAML refuses; inside it has none.
+        # JSON allows tabs as indentation, which YAML refuses; JSON strings contain no raw tabs.
         loader = _Loader(text if kind == "YAML" else text.replace("\t", " "))
         node = loader.get_single_node()
         if kind == "JSON":
@@ -84,7 +84,7 @@ def _parse(text: str, name: str, kind: Literal["YAML", "JSON"]) -> tuple[yaml.No
 
 
 def _lines(node: yaml.Node, name: str) -> dict[KeyPath, int]:
-    """Line of each key. Raises UserError for a key that is no text or is given twice."""
+    """Line number of each key. Raises UserError for a duplicate key or one that is no string."""
     lines: dict[KeyPath, int] = {}
     for path, key in _keys(node, ()):
         line = key.start_mark.line + 1
@@ -98,7 +98,7 @@ def _lines(node: yaml.Node, name: str) -> dict[KeyPath, int]:
 
 
 def _keys(node: yaml.Node, path: KeyPath) -> Iterator[tuple[KeyPath, yaml.Node]]:
-    """Every key below a node, with its path; items of a list are numbered."""
+    """Every key below a node, with its path; the path has list indexes as strings."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             below = (*path, str(key.value))
@@ -110,21 +110,21 @@ def _keys(node: yaml.Node, path: KeyPath) -> Iterator[tuple[KeyPath, yaml.Node]]
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the plain values of YAML 1.2, and limits on what a file can make of it."""
+    """SafeLoader with the scalars of YAML 1.2, and limits on depth and number of nodes."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
-        self._nodes: dict[int, int] = {}  # nodes below each finished node, by its id
+        self._nodes: dict[int, int] = {}  # id of a composed node -> number of nodes in its subtree
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Compose one node, refusing what no file of settings needs. Overrides Composer's."""
+        """Compose one node; refuses tags, recursion and excessive size. Overrides Composer's."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None) is not None:
             raise _refusal(f"the tag {event.tag} is not read", event)
         self._depth += 1
-        if self._depth > _MOST_DEPTH:
-            raise _refusal(f"nested more than {_MOST_DEPTH} deep", event)
+        if self._depth > _MAX_DEPTH:
+            raise _refusal(f"nested more than {_MAX_DEPTH} deep", event)
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
@@ -136,8 +136,8 @@ class _Loader(yaml.SafeLoader):
         elif node is not None:
             inside = [part for item in node.value for part in _parts(item)]
             self._nodes[id(node)] = 1 + sum(self._nodes[id(part)] for part in inside)
-            if self._nodes[id(node)] > _MOST_NODES:
-                raise _refusal(f"more than {_MOST_NODES:,} values", event)
+            if self._nodes[id(node)] > _MAX_NODES:
+                raise _refusal(f"more than {_MAX_NODES:,} values", event)
         return node
 
 
@@ -146,8 +146,8 @@ def _parts(item: Any) -> tuple[yaml.Node, ...]:
 
 
 def _require_plain(node: yaml.ScalarNode, event: yaml.Event) -> None:
-    """Raise where a scalar is too long for an integer, or no path or message could hold it."""
-    if node.tag == f"{_TAG}int" and len(node.value.lstrip("+-")) > _MOST_DIGITS:
+    """Raise for an integer with too many digits, and for NUL or surrogate characters."""
+    if node.tag == f"{_TAG}int" and len(node.value.lstrip("+-")) > _MAX_DIGITS:
         raise _refusal(f"a whole number of {len(node.value)} digits", event)
     if "\0" in node.value or (
         not node.value.isascii() and re.search("[\ud800-\udfff]", node.value)

@@ -1,20 +1,20 @@
-"""`~` and `$NAME` in the paths of a run file -> the paths of this machine."""
+"""Expand `~` and environment variables in the paths of a run file."""
 
 import os
 import re
 
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})?")
 _HOME = re.compile("~[^/]*")
-# A path is shown in messages and kept in files; what such variables hold must not be.
+# Such variables are refused: paths appear in messages and files, where secrets must not.
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-_MOST_BYTES, _MOST_BYTES_OF_NAME = 4000, 255  # Linux: PATH_MAX is 4096, NAME_MAX 255
+_MAX_BYTES, _MAX_NAME_BYTES = 4000, 255  # Linux: PATH_MAX is 4096, NAME_MAX 255
 
 
 def expand(text: str) -> str:
-    """The text with a leading `~` or `~user`, `$NAME` and `${NAME}` replaced; `$$` is a dollar.
+    """Replace a leading `~` or `~user`, `$NAME` and `${NAME}`; `$$` becomes `$`.
 
-    Raises ValueError for a variable that is unset, empty or by its name a secret, and for a name
-    that no file can have.
+    Raises ValueError for a variable that is unset, empty, or a secret judging by its name, and for
+    a path that is too long for Linux.
     """
     home = _HOME.match(text)
     start = os.path.expanduser(home[0]) if home else ""  # noqa: PTH111 - Path's raises
@@ -22,7 +22,7 @@ def expand(text: str) -> str:
         raise ValueError(f"{start}: there is no such home; ./~ is a file of that name")
     path = start + _VARIABLE.sub(_value, text[home.end() if home else 0 :])
     size, longest = len(os.fsencode(path)), max(len(os.fsencode(n)) for n in path.split("/"))
-    if size > _MOST_BYTES or longest > _MOST_BYTES_OF_NAME:
+    if size > _MAX_BYTES or longest > _MAX_NAME_BYTES:
         raise ValueError(f"no path can have {size:,} bytes, or {longest:,} in one name")
     return path
 

@@ -21,15 +21,15 @@ from pipeline.errors import UserError
 
 WITHIN_DOCUMENTS = "rankzero_documents"  # as `attn_implementation`
 FLASH = "flash_attention_2"
-# Arguments of transformers 5.23 without influence on attention to earlier tokens. Any other one
-# that is not None is an error: it may be what makes a model's attention its own, as sinks are.
+# Arguments of transformers 5.23 that do not change causal attention. Any other argument that is not
+# None raises an error, because it may select a variant that is not implemented here.
 _WITHOUT_EFFECT = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
     "output_router_logits", "return_dict",
 }  # fmt: skip
-_WIDTH_STEP = 8  # fused kernels want widths of a multiple of this
+_WIDTH_STEP = 8  # fused kernels require head widths that are multiples of this
 
-Documents = Sequence[Sequence[int]]  # tokens of the documents of each row, in their order
+Documents = Sequence[Sequence[int]]  # for each row of the batch: lengths of its documents in tokens
 
 
 class PackedDocuments(tuple[Sequence[int], ...]):
@@ -41,10 +41,10 @@ class PackedDocuments(tuple[Sequence[int], ...]):
 def arguments_for(
     implementation: str, documents: Documents, input_ids: torch.Tensor
 ) -> dict[str, Any]:
-    """Arguments of a decoder besides `input_ids` (B, T) that keep documents separate.
+    """Additional arguments of the decoder that keep documents separate; `input_ids`: (B, T).
 
-    None are needed where no row holds two documents: causal attention never reaches the padding on
-    the right. Raises ValueError for an attention that cannot keep documents separate.
+    Empty if every row has at most one document: with causal attention, padding on the right has no
+    effect. Raises ValueError for an attention implementation that cannot keep documents separate.
     """
     if all(len(row) < 2 for row in documents):
         return {}
@@ -63,10 +63,10 @@ def arguments_for(
 
 
 def require_delivered(documents: PackedDocuments, num_blocks: int, model_type: str) -> None:
-    """Raise UserError unless every block gave the documents to its attention.
+    """Raise UserError unless every block passed the documents on to its attention.
 
-    A block that drops them (StableLM) or has no attention (Mamba, convolutions) lets tokens see
-    those of other documents.
+    A block that drops the argument (StableLM) or has no attention (Mamba, convolutions) mixes
+    tokens of different documents.
     """
     if documents.deliveries != num_blocks:
         raise UserError(
@@ -76,7 +76,7 @@ def require_delivered(documents: PackedDocuments, num_blocks: int, model_type: s
 
 
 def _with_padding(row: Sequence[int], length: int) -> list[int]:
-    """Lengths of a row's documents, and of its padding as one more."""
+    """Lengths of a row's documents, followed by the length of its padding, if any."""
     padding = length - sum(row)
     return [*row, padding] if padding else list(row)
 
@@ -89,9 +89,9 @@ def _attend(
     attention_mask: torch.Tensor | None,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers calls it: query (B, H, T, D), key (B, K, T, D), value (B, K, T, V).
+    """The attention function that transformers calls; with a mask or cache, documents are ignored.
 
-    Returns (B, T, H, V). With a mask or a cache, as in generation, documents are not used.
+    query (B, H, T, D), key (B, K, T, D), value (B, K, T, V) -> (B, T, H, V).
     """
     documents = arguments.pop("documents", None)
     is_causal = arguments.pop("is_causal", None) is not False and getattr(module, "is_causal", True)
@@ -128,7 +128,7 @@ def _with_mask(
     value: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention of padded prompts, or to the keys of a cache: (B, T, H, V)."""
+    """Attention for generation, with a padding mask or a key-value cache: (B, T, H, V)."""
     if mask is None:
         mask = _rectangular(query, key)
     return layer.masked(query, key, value, mask).transpose(1, 2).contiguous()
@@ -144,7 +144,10 @@ def _require_known(module: Any, arguments: dict[str, Any]) -> None:
 
 
 def _chunk_size(module: Any) -> int | None:
-    """Tokens of a chunk in a chunked layer (Llama 4), which transformers marks by a mask only."""
+    """Chunk length in tokens if the layer has chunked attention (Llama 4), else None.
+
+    transformers passes it to the attention only as a mask, so it is read from the config.
+    """
     config = getattr(module, "config", None)
     kinds = getattr(config, "layer_types", None)
     index = getattr(module, "layer_idx", None)
@@ -156,14 +159,14 @@ def _chunk_size(module: Any) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """Causal attention of one layer to one document: what differs between model classes."""
+    """Causal attention within one document, with the options of the layer's model class."""
 
     dropout: float
     scaling: float | None
-    softcap: float | None  # of the scores (Gemma 2)
+    softcap: float | None  # tanh cap of the scores (Gemma 2)
     sinks: torch.Tensor | None  # (H,), one more score in the softmax of each head (gpt-oss)
     window: int | None  # tokens that a token attends to, itself included
-    chunk: int | None  # attention never crosses a multiple of this
+    chunk: int | None  # tokens of a chunk; attention stays inside a chunk (Llama 4)
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """(B, H, L, D), (B, K, L, D), (B, K, L, V) -> (B, H, L, V)."""
@@ -175,9 +178,10 @@ class _Layer:
     def _in_window(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """In blocks of `window` queries, each of which sees its own keys and the block's before.
+        """Sliding-window attention, in blocks of `window` queries.
 
-        No mask is larger than (window, 2 window).
+        Each block attends to its own keys and those of the preceding block, so no mask is larger
+        than (window, 2 window).
         """
         window = self.window
         if window is None or query.shape[2] <= window:
@@ -199,7 +203,7 @@ class _Layer:
         value: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention under a boolean mask, causal without one: (B, H, L, V)."""
+        """Attention with a boolean mask, or causal attention if it is None: (B, H, L, V)."""
         if self.sinks is not None:
             query, key, value, mask = self._with_sinks(query, key, value, mask)
         kernel = self._fused if self.softcap is None else self._capped
@@ -213,10 +217,10 @@ class _Layer:
         value: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Sinks as one more key in front, of score `sinks` and value 0, for the fused kernels.
+        """Prepend one key per head with score `sinks` and value 0, so that fused kernels apply.
 
-        The score comes from additional columns: (sink / scaling, 0, ...) in a query, (1, 0, ...) in
-        the key of the sink, 0 in other keys. A query in front keeps the attention causal.
+        Additional columns produce the score: (sink / scaling, 0, ...) in each query, (1, 0, ...) in
+        the sink's key, 0 in other keys. A query is prepended too, so that `is_causal` still holds.
         """
         assert self.sinks is not None
         assert self.scaling is not None
@@ -238,7 +242,7 @@ class _Layer:
     ) -> torch.Tensor:
         """PyTorch's scaled dot product attention."""
         is_shared = query.shape[1] != key.shape[1]
-        if is_shared and mask is not None:  # with a mask no fused kernel shares heads
+        if is_shared and mask is not None:  # no fused kernel supports both a mask and enable_gqa
             key, value = _repeated(query, key, value)
             is_shared = False
         return F.scaled_dot_product_attention(
@@ -259,9 +263,9 @@ class _Layer:
         value: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention with capped scores (Gemma 2), which no kernel of PyTorch fuses.
+        """Attention with soft-capped scores (Gemma 2), for which PyTorch has no fused kernel.
 
-        As transformers 5.23 models/gemma2/modeling_gemma2.py.
+        The same arithmetic as transformers 5.23, models/gemma2/modeling_gemma2.py.
         """
         assert self.scaling is not None
         assert self.softcap is not None
@@ -285,8 +289,8 @@ def _by_document(
 ) -> torch.Tensor:
     """One attention per document: (B, T, H, V).
 
-    By `split`, whose backward pass is one concatenation; that of a slice fills a whole (B, H, T, D)
-    with zeros.
+    Uses `split`: its backward pass is one concatenation, while the backward pass of each slice
+    would allocate a zero-filled (B, H, T, D).
     """
     batch, heads, length, _ = query.shape
     width = value.shape[-1]
@@ -300,14 +304,14 @@ def _by_document(
 
 
 def _rows(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
-    """The tensors row by row; a single row is not split, which would copy in the backward pass."""
+    """Split the tensors into rows. A single row is not split: the backward pass would copy it."""
     if len(tensors[0]) == 1:
         return [tensors]
     return zip(*(torch.split(tensor, 1) for tensor in tensors), strict=True)
 
 
 def _rectangular(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """The causal mask (queries, keys) where the queries are the last tokens of the keys."""
+    """The causal mask (queries, keys) if the queries are the last tokens of the sequence."""
     shape = (query.shape[2], key.shape[2])
     return torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])
 
@@ -322,7 +326,7 @@ def _repeated(
 def _mask(
     *, attention_mask: torch.Tensor | None, q_length: int, kv_length: int, **others: Any
 ) -> torch.Tensor | None:
-    """The mask for padded prompts and caches; without either, `_attend` needs none."""
+    """The mask function that transformers calls; None if there is neither padding nor a cache."""
     if attention_mask is None and q_length == kv_length:
         return None
     mask: torch.Tensor | None = sdpa_mask(

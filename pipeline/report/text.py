@@ -32,7 +32,7 @@ def amount(value: float) -> str:
 
 
 def scientific(value: float) -> str:
-    """2e-4 rather than 0.0002."""
+    """A number in scientific notation: 2e-4 for 0.0002."""
     if value == 0:
         return "0"
     mantissa, exponent = f"{value:.1e}".split("e")
@@ -40,7 +40,7 @@ def scientific(value: float) -> str:
 
 
 def gib(largest: float) -> Callable[[float], str]:
-    """Formatter of bytes as GiB, with one number of decimals for a column up to `largest`."""
+    """Formatter of bytes as GiB; the largest value of a column sets the number of decimals."""
     decimals = 2 if largest >= 10 * GIB else 3
     return lambda size: f"{size / GIB:,.{decimals}f}"
 
@@ -92,7 +92,7 @@ def pretty(value: Any) -> str:
 
 
 def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Flatten nested mappings; keys are joined by a dot."""
+    """Flatten nested mappings; keys are joined by " · "."""
     for key, value in values.items():
         path = f"{above}{key}"
         if isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""One training run, on every rank of a launcher.
+"""A training run; every rank executes this code.
 
-In: settings, and through them prepared data and a base. Out: a run folder with checkpoints,
-metrics, status.json and the published adapter. Start with `run.py`, the list of a run's phases.
-`start.py` decides what a start does with an existing folder; `loop.py` is the training loop.
+In: settings, which name the prepared data and the base model. Out: a run folder with checkpoints,
+metrics, status.json and the exported adapter. Start with `run.py`, the list of a run's phases.
+`start.py` decides between a new run and a resume; `loop.py` is the training loop.
 """

@@ -35,10 +35,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "safe
 
 
 def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> TrainingState:
-    """A run that is ready to step, resumed from its newest checkpoint if there is one.
-
-    Collective: every rank.
-    """
+    """Build the training state and restore the newest checkpoint if there is one. Collective."""
     plan, session, heartbeat = context.plan, context.session, context.heartbeat
     checkpoints = _checkpoints(context, index)
     resumed, notes = session.rank_zero_first(
@@ -70,7 +67,7 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
             ),
         )
         notes = [*notes, f"resuming from step {progress.step} ({checkpoint})"]
-        notes += _forget_lost_best(context, checkpoints, progress, index)
+        notes += _reset_unusable_best(context, checkpoints, progress, index)
     progress.eval_key = _eval_key(index)
     for note in notes:
         logger.info(note)
@@ -130,7 +127,7 @@ def _checkpoints(context: RunContext, index: DataIndex) -> Checkpoints:
 
 
 def _about(plan: Plan) -> dict[str, Any]:
-    """Facts that state.json has for its reader."""
+    """Information for people in state.json; a resume does not read it."""
     settings = plan.settings
     return {
         "schedule": {
@@ -148,9 +145,10 @@ def _about(plan: Plan) -> dict[str, Any]:
 def _checkpoint_to_resume(
     checkpoints: Checkpoints, resume: str, start: Start
 ) -> tuple[str | None, list[str]]:
-    """The newest intact checkpoint and a note for each damaged one. On rank 0, before the model.
+    """The newest intact checkpoint or None, and a log line for each damaged one.
 
-    A new run resumes from none, except the one that `resume: PATH` names.
+    Called on rank 0 before the model is loaded. A new run starts from a checkpoint only with
+    `resume: PATH`.
     """
     if resume == "never" or (start == "new" and not is_checkpoint_path(resume)):
         return None, []
@@ -167,19 +165,19 @@ def _checkpoint_to_resume(
     return (None if path is None else str(path)), notes
 
 
-def _forget_lost_best(
+def _reset_unusable_best(
     context: RunContext, checkpoints: Checkpoints, progress: Progress, index: DataIndex
 ) -> list[str]:
-    """Drop the lowest held-out loss where its adapter is gone or the held-out rows changed."""
+    """Reset the lowest held-out loss if its adapter is missing or the held-out rows changed."""
     reason = None
     if progress.best_step and progress.eval_key not in (None, _eval_key(index)):
         reason = "eval_data changed, so its losses cannot be compared with the earlier ones"
     elif context.settings.keep_best and progress.best_step and not checkpoints.has_best(progress):
-        reason = "the best adapter so far is not there any more"
+        reason = "the best adapter so far is missing"
     if reason is None:
         return []
     progress.best_loss, progress.best_step, progress.evaluations_since_best = None, 0, 0
-    return [f"{reason}; the best adapter is chosen from here on"]
+    return [f"{reason}; earlier steps no longer count for the best adapter"]
 
 
 def _eval_key(index: DataIndex) -> str | None:

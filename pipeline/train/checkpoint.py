@@ -32,7 +32,7 @@ from pipeline.train.names import checkpoints_in
 
 _ADAPTER, _OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 _STATE, _MANIFEST = "state.json", "manifest.json"
-_ONLY_ITS_RUN = (
+_RESUME_IS_SAME_RUN = (
     "`resume` continues a run with its data and its learning rate schedule; for other data, "
     "steps or target modules start a new run without it, in another output_dir"
 )
@@ -40,26 +40,27 @@ _ONLY_ITS_RUN = (
 
 @dataclass(kw_only=True)
 class Progress:
-    """The state of the loop: with weights and moments all that the later steps depend on."""
+    """State of the training loop. A resume needs this, the adapter weights and Adam's moments."""
 
     step: int = 0
-    optimizer_step: int = 0  # updates that were applied: without the skipped steps
+    optimizer_step: int = 0  # applied updates: excludes skipped steps
     skipped_steps: int = 0
-    bad_steps: int = 0  # latest consecutive steps that were not finite
-    documents: int = 0  # of the current epoch that have been trained on
-    loss_scaler: dict[str, float] = field(default_factory=dict)  # of fp16
+    bad_steps: int = 0  # consecutive non-finite steps up to now
+    documents: int = 0  # documents of the current epoch that have been trained on
+    loss_scaler: dict[str, float] = field(default_factory=dict)  # fp16 only
     best_loss: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
-    is_evaluation_due: bool = False  # the run stopped before it
-    eval_key: str | None = None  # of the held-out data that best_loss was measured on
+    is_evaluation_due: bool = False  # the run stopped before this step's evaluation
+    eval_key: str | None = None  # key of the held-out data on which best_loss was measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """The run of a checkpoint, in the words of the setting `accept_changes`.
+    """Properties that a checkpoint and the run that resumes it must share.
 
-    `adapter` describes its shape. Another shape is never accepted: Adam's moments would not fit.
+    `accept_changes` names those that may differ. `adapter` (its shape) may never differ, because
+    Adam's moments would not fit.
     """
 
     data: str
@@ -72,10 +73,10 @@ class Identity:
 class Checkpoints:
     """The checkpoints of one run folder.
 
-    `accepted`: what of the identity may differ. `origin`: the checkpoint of `resume: PATH`, from
-    which all that are written here descend. `shapes`: of the adapter's tensors, by key.
-    `model_folder`: the base, for checkpoints whose fingerprint has samples of it only. `about`:
-    facts that state.json has for its reader.
+    `accepted`: fields of the identity that may differ. `origin`: the checkpoint of `resume: PATH`,
+    from which the run's own checkpoints descend. `shapes`: shape of each adapter tensor.
+    `model_folder`: the base model; needed for checkpoints whose base fingerprint is a sample of the
+    weights. `about`: information for people in state.json.
     """
 
     folder: Path
@@ -88,7 +89,7 @@ class Checkpoints:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._named_best = 0  # step of the best adapter that the resumed checkpoint names
+        self._best_of_newest = 0  # step of the best adapter that the resumed checkpoint names
 
     def write(
         self,
@@ -103,17 +104,17 @@ class Checkpoints:
         self._require_space(weights, moments)
         path = self.folder / f"step-{progress.step:08d}"
         self._write_folder(path, weights, moments, progress)
-        self._named_best = progress.best_step
+        self._best_of_newest = progress.best_step
         self._prune(path, progress)
         return path
 
     def write_best(self, weights: Mapping[str, torch.Tensor], progress: Progress) -> None:
         """Write the weights of this step, whose held-out loss is the lowest so far.
 
-        The best adapter that the newest checkpoint names stays until a checkpoint names this one,
-        because a resume needs it. Those in between are removed.
+        The best adapter to which the newest checkpoint refers is kept until the next checkpoint,
+        because a resume needs it. Other best adapters are removed.
         """
-        named = self.folder / f"best-{self._named_best:08d}"
+        named = self.folder / f"best-{self._best_of_newest:08d}"
         for path in checkpoints_in(self.folder, "best"):
             if path not in (named, self._best(progress)):
                 shutil.rmtree(path, ignore_errors=True)
@@ -121,7 +122,7 @@ class Checkpoints:
         self._write_folder(self._best(progress), weights, {}, progress)
 
     def read_best(self, progress: Progress) -> dict[str, torch.Tensor]:
-        """The weights of `write_best`. Raises RankZeroError where they are damaged."""
+        """The weights that `write_best` wrote. Raises RankZeroError if they are damaged."""
         path = self._best(progress)
         try:
             damage = _damage(path)
@@ -132,15 +133,16 @@ class Checkpoints:
         return load_file(path / _ADAPTER)
 
     def has_best(self, progress: Progress) -> bool:
-        """Whether the weights of `write_best` are intact. Raises UserError like `newest`."""
+        """Whether the weights that `write_best` wrote are intact; UserError if unreadable."""
         with self._read_errors_reported():
             return _damage(self._best(progress)) is None
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest intact checkpoint, and a line for each newer one that is skipped.
+        """The newest intact checkpoint, and a log line for each newer one that is skipped.
 
-        With an `origin`: the newest that descends from it, else the origin, which must be intact.
-        Raises UserError where a checkpoint cannot be read: it may be intact.
+        With an `origin`: the newest checkpoint that descends from it, else the origin itself.
+        Raises UserError if the origin is damaged, or if a checkpoint cannot be read, because an
+        unreadable one may be intact.
         """
         with self._read_errors_reported():
             return self._newest()
@@ -151,8 +153,8 @@ class Checkpoints:
             yield
         except OSError as error:
             raise UserError(
-                f"{error.filename or self.folder}: cannot be read ({error.strerror}), so whether "
-                "there is a checkpoint to resume from is not known; fix that and start again, or "
+                f"{error.filename or self.folder}: cannot be read ({error.strerror}), and it may "
+                "belong to the checkpoint to resume from; make it readable and start again, or "
                 "move the unreadable file away"
             ) from None
 
@@ -176,22 +178,23 @@ class Checkpoints:
         return Path(self.origin), skipped
 
     def read_progress(self, path: Path) -> Progress:
-        """The progress in a checkpoint. Raises UserError where this run cannot resume from it."""
+        """The progress in a checkpoint. Raises UserError if this run cannot resume from it."""
         state = _state(path)
         self._require_same_run(path, state)
         self._require_same_tensors(path)
         known = {f.name for f in fields(Progress)}
         progress = Progress(**{k: v for k, v in state["progress"].items() if k in known})
         self._require_steps_left(path, progress)
-        self._named_best = progress.best_step
+        self._best_of_newest = progress.best_step
         return progress
 
     def _is_foreign(self, path: Path) -> bool:
-        """Whether a checkpoint is of another run folder: that of `resume: PATH` may be."""
+        """Whether a checkpoint belongs to another run folder, as that of `resume: PATH` may."""
         return path.resolve().parent != self.folder.resolve()
 
     def _require_same_run(self, path: Path, state: Mapping[str, Any]) -> None:
-        # A checkpoint of another run carries that run's place in its data and its schedule.
+        # Another run's checkpoint contains a position in that run's data and schedule, so of its
+        # identity only the base may differ.
         accepted = {"base"} & {*self.accepted} if self._is_foreign(path) else self.accepted
         before, now = dict(state["identity"]), asdict(self.identity)
         if (
@@ -209,7 +212,7 @@ class Checkpoints:
             return
         text = f"{path} is of another run: {'; '.join(differences.values())}"
         if self._is_foreign(path):
-            raise UserError(f"resume: {text}; {_ONLY_ITS_RUN}")
+            raise UserError(f"resume: {text}; {_RESUME_IS_SAME_RUN}")
         version = state.get("versions", {}).get("rankzero", __version__)
         remedy = "put back what changed, or set resume: never to start from step 0"
         if version != __version__:
@@ -219,7 +222,10 @@ class Checkpoints:
         raise UserError(f"{text}; {remedy}")
 
     def _require_same_tensors(self, path: Path) -> None:
-        """Before the model is loaded: other target modules may have tensors of the same shapes."""
+        """Compare names and shapes of the adapter's tensors, before the model is loaded.
+
+        Identity.adapter does not suffice: other target modules may have the same parameter count.
+        """
         if self.shapes is None:
             return
         with safe_open(path / _ADAPTER, framework="pt") as file:
@@ -231,7 +237,7 @@ class Checkpoints:
             raise UserError(
                 f"{path}: its adapter has other target modules than this run: {key} is "
                 f"{found.get(key, 'not there')} in it and {expected.get(key, 'not there')} here; "
-                f"put lora_target_modules back; {_ONLY_ITS_RUN}"
+                f"put lora_target_modules back; {_RESUME_IS_SAME_RUN}"
             )
 
     def _require_steps_left(self, path: Path, progress: Progress) -> None:
@@ -244,17 +250,17 @@ class Checkpoints:
             )
 
     def read_tensors(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Weights and moments."""
+        """The adapter's weights and Adam's moments."""
         return load_file(path / _ADAPTER), load_file(path / _OPTIMIZER)
 
     def _best(self, progress: Progress) -> Path:
         return self.folder / f"best-{progress.best_step:08d}"
 
     def _prune(self, written: Path, progress: Progress) -> None:
-        """Remove the checkpoints that the one just written replaces.
+        """Remove checkpoints beyond the limit, except the one with the lowest held-out loss.
 
-        That of the lowest held-out loss stays. Checkpoints of later steps were skipped by a resume
-        from an earlier step; they are renamed, so that no later resume takes them.
+        Checkpoints of later steps exist if the run was resumed from an earlier step; they are
+        renamed, so that no later resume takes them.
         """
         best = self.folder / f"step-{progress.best_step:08d}"
         others = [path for path in checkpoints_in(self.folder) if path not in (written, best)]
@@ -265,10 +271,10 @@ class Checkpoints:
             path for path in checkpoints_in(self.folder, "best") if path != self._best(progress)
         ]
         for path in (*surplus, *bests):
-            shutil.rmtree(path, ignore_errors=True)  # tried again after the next one
+            shutil.rmtree(path, ignore_errors=True)  # tried again after the next checkpoint
         for path in later:
             with suppress(OSError):
-                _set_aside(path)
+                _rename_skipped(path)
         remove_unfinished_folders(self.folder)
 
     def _require_space(self, *tensors: Mapping[str, torch.Tensor]) -> None:
@@ -303,7 +309,7 @@ class Checkpoints:
             (fresh / _MANIFEST).write_text(dump_json({"files": files}), encoding="utf-8")
 
 
-def _set_aside(path: Path) -> None:
+def _rename_skipped(path: Path) -> None:
     for number in count(1):
         aside = path.with_name(f"{path.name}-skipped-{number}")
         if not aside.exists():
@@ -324,7 +330,7 @@ def _description(path: Path) -> dict[str, Any]:
 
 
 def _damage(path: Path) -> str | None:
-    """Why a checkpoint is not intact, or None. Raises OSError where it cannot be read."""
+    """The reason why a checkpoint is not intact, or None. Raises OSError if it is unreadable."""
     if not path.is_dir():
         return "there is no such folder"
     try:
@@ -335,7 +341,7 @@ def _damage(path: Path) -> str | None:
             if not (path / name).is_file():
                 return f"{name} is missing"
             if _description(path / name) != written:
-                return f"{name} is not what was written"
+                return f"{name} differs from its size or SHA-256 in the manifest"
         if foreign := {file.name for file in path.iterdir()} - files.keys() - {_MANIFEST}:
             return f"it holds a foreign file, {min(foreign)}"
     except FileNotFoundError:

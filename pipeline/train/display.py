@@ -1,4 +1,4 @@
-"""Progress in the terminal of rank 0: a bar where there is a terminal, log lines elsewhere."""
+"""Progress display of rank 0: a progress bar in a terminal, log lines otherwise."""
 
 import logging
 import sys
@@ -12,14 +12,14 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressDisplay:
-    """Shows finished steps; `is_shown` on rank 0 only."""
+    """Shows finished steps. `is_shown`: True on rank 0 only; `every`: steps between log lines."""
 
     def __init__(self, total_steps: int, done: int, every: int, *, is_shown: bool) -> None:
         self._every, self._total, self._is_shown = every, total_steps, is_shown
         console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         if is_shown and console.is_terminal and logger.isEnabledFor(logging.INFO):
-            self._bar = Progress(  # it shows log lines above itself
+            self._bar = Progress(  # rich prints log lines above the bar
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),

@@ -213,7 +213,7 @@ def test_killed_in_the_middle_goes_on_from_the_newest_intact_checkpoint(
     weights.write_bytes(weights.read_bytes()[:-1])  # and the newest checkpoint is damaged
     code, output = deepspeed(path)
     assert code == 0, output
-    assert f"{newest} is skipped: adapter.safetensors is not what was written" in output
+    assert f"{newest} is skipped: adapter.safetensors" in output
     assert "resuming from step" in output
     assert same_adapter(folder, straight)
 
