@@ -1,7 +1,7 @@
 """What many tests share: models, made once a session, and how examples are drawn.
 
 `make test` draws the same examples each time, so that a rare one fails on the change that brings
-it; `pytest --hypothesis-profile=default` draws anew.
+it; `pytest --hypothesis-profile=default` draws others.
 """
 
 import os

@@ -104,7 +104,7 @@ def _is_whole(leaf: Leaf, spans: Sequence[TracedSpan]) -> bool:
 
 
 def _unwritten(value: str, spans: Sequence[TracedSpan], text: str) -> Iterator[Span]:
-    """Parts of a text that are not written, but for white space at a cut or written anew."""
+    """Parts of a text that the template omits, except white space that is cut or replaced."""
     covered = sorted((span.first, span.last, span.start, span.stop) for span in spans)
     at = 0
     edges = [(0, 0, 0, 0), *covered, (len(value), len(value), len(text), len(text))]

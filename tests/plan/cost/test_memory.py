@@ -165,7 +165,7 @@ def test_need_rises_with_sequences_and_tokens(keys, where, machine, tokens, more
 @settings(deadline=None)
 @given(RUNS, LAYOUTS, MACHINES, TOKENS)
 def test_need_falls_as_more_blocks_are_recomputed(keys, where, machine, tokens):
-    """But for the last: its input is kept too, and it was alone in its backward pass before."""
+    """Except the last one: its input is saved too, and its backward pass ran alone before."""
     needs = [
         need_of(SMALL, keys, replace(where, checkpointed_layers=k), machine, tokens).device_need
         for k in range(SMALL.num_layers + 1)
