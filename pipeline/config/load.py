@@ -96,7 +96,7 @@ def _validated(values: Mapping[str, Any], places: Mapping[str, str], source: str
         for detail in error.errors():  # a union gives one for each of its members
             by_key.setdefault(str(detail["loc"][0]) if detail["loc"] else "", []).append(detail)
         for key, details in by_key.items():
-            if not (key in meant and details[0]["type"] == "missing"):
+            if not (key in meant | values.keys() and details[0]["type"] == "missing"):
                 problems.append(_problem(key, details, places, source))
     if problems:
         raise UserError("\n".join(problems))

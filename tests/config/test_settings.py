@@ -199,3 +199,12 @@ def test_a_source_cannot_be_repeated_beyond_memory(run_file):
     path = run_file("")
     with refused("weight"):
         load_settings(path, ["train_data={path: t, weight: 1e308}"])
+
+
+def test_a_path_that_cannot_be_expanded_is_one_problem(tmp_path, monkeypatch):
+    monkeypatch.delenv("NOT_SET", raising=False)
+    path = tmp_path / "RUN.yaml"
+    path.write_text("model: m\ntrain_data: t\noutput_dir: $NOT_SET/x\n")
+    with refused("RUN.yaml:3", "output_dir", "$NOT_SET") as caught:
+        load_settings(path)
+    assert "\n" not in str(caught.value)
