@@ -2,6 +2,7 @@
 
 import unicodedata
 from argparse import ArgumentTypeError
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,9 @@ from pipeline.data.dataset.reader import Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# More than the tokens of one character.
+CONTEXT_TOKENS = 8
 
 
 def show_documents(
@@ -53,10 +57,16 @@ def supervised_runs(
     ids: Sequence[int], supervised: Sequence[bool], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[str, bool]]:
     """Text of a document, cut where supervision begins and ends."""
-    start, shown = 0, 0
+    starts = deque([0])
+
+    def decode(end: int) -> str:
+        """Decode from the start of a run before: a run alone may lose its leading space."""
+        context = list(ids[starts[0] : end])
+        return str(tokenizer.decode(context, clean_up_tokenization_spaces=False))
+
     for end in range(1, len(ids) + 1):
-        if end == len(ids) or supervised[end] != supervised[start]:
-            # Decoded from the beginning: a run alone may lose its leading space.
-            text = str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
-            yield text[shown:], bool(supervised[start])
-            start, shown = end, len(text)
+        if end == len(ids) or supervised[end] != supervised[starts[-1]]:
+            yield decode(end)[len(decode(starts[-1])) :], bool(supervised[starts[-1]])
+            starts.append(end)
+            while starts[1] <= end - CONTEXT_TOKENS:
+                starts.popleft()

@@ -109,3 +109,12 @@ def test_no_space_is_lost_where_supervision_begins():
     ids = tokenizer("yes no yes").input_ids
     runs = list(supervised_runs(ids, [False, True, False], tokenizer))
     assert runs == [("yes", False), (" no", True), (" yes", False)]
+
+
+@pytest.mark.parametrize("every", [1, 3, 40])
+def test_many_runs_are_the_text_of_the_document(every):
+    tokenizer = sentence_piece()
+    ids = tokenizer("yes no " * 100).input_ids
+    runs = list(supervised_runs(ids, [i // every % 2 == 1 for i in range(len(ids))], tokenizer))
+    assert len(runs) == -(-len(ids) // every)
+    assert "".join(text for text, _ in runs) == tokenizer.decode(ids)
