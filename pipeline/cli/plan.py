@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.cli.arguments import Parser, count, positive
-from pipeline.cluster.devices import machine
+from pipeline.cluster.devices import hardware_from_options
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
 from pipeline.data.prepare.prepare import data_size
@@ -28,7 +28,7 @@ def plan() -> None:
     """Parse the command line and print the plan."""
     given = _parser().parse_intermixed_args()
     settings = load_settings(given.run_file, given.overrides)
-    hardware = machine(given.gpu, given.gpu_memory_gib, given.gpu_tflops)
+    hardware = hardware_from_options(given.gpu, given.gpu_memory_gib, given.gpu_tflops)
     ranks = given.gpus_per_node or hardware.devices_per_node
     on = {"nodes": given.nodes, "ranks_per_node": ranks}
     try:

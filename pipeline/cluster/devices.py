@@ -82,11 +82,11 @@ def detect_hardware() -> Hardware:
     if chosen != "cpu":
         if (gpus := _nvidia_gpus()) is not None and chosen in ("", "cuda"):
             return gpus
-        found = f"DS_ACCELERATOR={chosen}" if chosen else unsupported(os.environ, Path("/"))
-        if found is not None:
+        other = f"DS_ACCELERATOR={chosen}" if chosen else unsupported(os.environ, Path("/"))
+        if other is not None:
             raise UserError(
-                f"accelerator: {found}, and the NVIDIA driver shows no GPU; training needs NVIDIA "
-                "GPUs or CPU: choose a node with them, or set DS_ACCELERATOR=cpu to use the CPU"
+                f"accelerator: {other}, and the NVIDIA driver shows no GPU; training needs NVIDIA "
+                "GPUs or CPU: use a node with NVIDIA GPUs, or set DS_ACCELERATOR=cpu"
             )
     return cpu_of(len(os.sched_getaffinity(0)), host_memory().total)
 
@@ -112,7 +112,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def machine(gpu: str | None, gib: float | None, tflops: float | None) -> Hardware:
+def hardware_from_options(gpu: str | None, gib: float | None, tflops: float | None) -> Hardware:
     """Hardware from the options --gpu, --gpu-memory-gib and --gpu-tflops; else this node's.
 
     Raises UserError for a name that is not in the catalogue and for contradictory options.

@@ -21,9 +21,9 @@ _MAX_ANSWER = 200  # characters to read from a port that another process may hol
 
 
 def open_store(placement: Placement) -> tuple[Any, int]:
-    """The store of this run's ranks, which rank 0 holds, and its port.
+    """Connect to the key-value store on rank 0; returns it and its port.
 
-    Raises UserError where the port is taken or the first node's name is not known here.
+    Raises UserError if the port is taken or this node cannot resolve the first node's name.
     """
     _require_resolvable(placement.master_addr)
     if placement.rendezvous_id:
@@ -32,11 +32,11 @@ def open_store(placement: Placement) -> tuple[Any, int]:
 
 
 def interface_between(store: Any, placement: Placement) -> str | None:
-    """The network interface that connects this node and the others, if known. Every rank calls it.
+    """The network interface between this node and the others, if known. Every rank calls it.
 
-    gloo takes the interface of the node's own name, which may be the loopback. On the first node
-    MASTER_ADDR may be the loopback too (127.0.1.1, as Debian sets it), so that node takes the
-    interface whose address the other nodes use.
+    By default gloo resolves this node's own host name, which may give the loopback address. On the
+    first node MASTER_ADDR may resolve to it too (127.0.1.1 on Debian), so there the result is the
+    interface with the address that the other nodes use.
     """
     key = "address-of-the-first-node"
     if placement.rank >= placement.local_size:
@@ -47,7 +47,7 @@ def interface_between(store: Any, placement: Placement) -> str | None:
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface by which this node reaches an address; None for the loopback."""
+    """The network interface through which this node reaches an address; None for the loopback."""
     try:
         family, where = _resolved(address)
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -70,7 +70,7 @@ def _interface_with(address: str) -> str | None:
 
 
 def _store_at_port(placement: Placement) -> Any:
-    """The store at the launcher's address; torchrun's agent may hold it already."""
+    """The store at MASTER_ADDR and MASTER_PORT; torchrun's agent may already serve it."""
     import torch.distributed as dist
 
     try:
@@ -88,9 +88,9 @@ def _store_at_port(placement: Placement) -> Any:
 
 
 def _store_at_derived_port(placement: Placement) -> tuple[Any, int]:
-    """Rank 0 takes a free port for the store, and a listener at the derived port announces it.
+    """Rank 0 serves the store at a free port, which its listener at a derived port announces.
 
-    Raises RankZeroError on a rank that rank 0 has not answered in time.
+    Raises RankZeroError on a rank that gets no answer from rank 0 in time.
     """
     import torch.distributed as dist
 
@@ -114,7 +114,7 @@ def _store_at_derived_port(placement: Placement) -> tuple[Any, int]:
 
 
 def _listener(placement: Placement) -> socket.socket:
-    """Rank 0's listener at the first free port of those that every rank tries."""
+    """Rank 0's listener at the first free one of the ports that every rank tries."""
     ports = ports_after(placement.master_port, _PORTS_TO_TRY)
     is_both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_both else socket.AF_INET
@@ -177,7 +177,7 @@ def _require_resolvable(address: str) -> None:
 def address_by_mpi(placement: Placement) -> tuple[str, int]:
     """Broadcast the name of rank 0's node and a port that is free there. Every rank calls it.
 
-    MPI is finalised at once, or mpirun would take a later exit for a crash.
+    MPI is finalised right after, else mpirun would report an exit without MPI_Finalize as a crash.
     """
     try:
         import mpi4py
@@ -187,15 +187,15 @@ def address_by_mpi(placement: Placement) -> tuple[str, int]:
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"started by mpirun, but mpi4py does not load: {str(error).splitlines()[0]}; "
-            "`pip install 'rankzero[mpi]'`, and use the mpirun it brings or load the module that "
-            "this one came from"
+            "`pip install 'rankzero[mpi]'` and use the mpirun it installs, or load the module of "
+            "the mpirun that started this"
         ) from None
     world = MPI.COMM_WORLD
     if (world.rank, world.size) != (placement.rank, placement.world_size):
         raise UserError(
             f"mpirun: rank {placement.rank} of {placement.world_size}, mpi4py: rank "
-            f"{world.rank} of {world.size}: mpi4py has loaded another MPI than mpirun's "
-            f"({MPI.Get_library_version().splitlines()[0]}); load the module that mpirun is from"
+            f"{world.rank} of {world.size}: mpi4py has loaded a different MPI library than mpirun "
+            f"uses ({MPI.Get_library_version().splitlines()[0]}); load the module of this mpirun"
         )
     own = None
     if placement.rank == 0:

@@ -1,7 +1,7 @@
 """Stop requests: signals, the stop file, the time limit, a dead launcher.
 
-A rank only records a request. In the loop the ranks agree before each micro-batch, so that all of
-them stop at the same one.
+A rank only records a request. In the training loop all ranks compare their requests before each
+micro-batch, so that all of them stop before the same one.
 """
 
 import os
@@ -28,18 +28,18 @@ class StopAgreed(Exception):
 
 
 class _StopRequested(BaseException):
-    """Interrupts work of the main thread. No Exception, so that no library handles it."""
+    """Raised in the main thread to interrupt it. Not an Exception: `except Exception` passes it."""
 
 
 class StopRequests:
-    """The stop requests to this rank. A second Ctrl-C ends the process at once.
+    """The stop requests that this rank received. A second Ctrl-C ends the process at once.
 
     `is_first` marks the one rank of the run that checks the stop file.
     """
 
     def __init__(self, run_folder: Path, time_limit_s: float | None, *, is_first: bool) -> None:
         self._file, self._is_first = run_folder / "stop", is_first
-        started = psutil.Process().create_time()  # from then on the scheduler counts
+        started = psutil.Process().create_time()  # the scheduler's time limit counts from here
         self._deadline = None if time_limit_s is None else started + time_limit_s
         self._request: str | None = None
         self._num_interrupts = 0
@@ -48,11 +48,11 @@ class StopRequests:
         self.is_in_loop = False  # from here on the ranks agree on stops before each micro-batch
 
     def install_handlers(self, on_second_interrupt: Callable[[], None]) -> None:
-        """Handle the signals that ask a process to end, in the main thread and in one of ours.
+        """Handle STOP_SIGNALS in the main thread and in a helper thread.
 
-        The main thread may be in a library for minutes, where Python runs no handler; the thread
-        reads signal numbers at once. A second Ctrl-C calls `on_second_interrupt` there and ends the
-        process within a second.
+        Python runs no signal handler while the main thread is inside a library call, which may last
+        minutes; the helper thread reads the signal numbers from a pipe at once. After a second
+        Ctrl-C it calls `on_second_interrupt` and ends the process within a second.
         """
         self._on_second_interrupt = on_second_interrupt
         readable, writable = os.pipe()
@@ -80,12 +80,18 @@ class StopRequests:
         return None
 
     def reason_to_leave(self) -> str | None:
-        """Why all ranks should leave before the loop, where nothing would be lost; or None."""
+        """Why all ranks should exit before the training loop starts, or None.
+
+        Nothing has been trained by then, so no checkpoint is needed.
+        """
         return None if self.is_in_loop or self._is_interrupting else self.reason()
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Let a request interrupt the body: Stopped is raised. For work of one rank."""
+        """Raise Stopped in the `with` block as soon as a stop is requested.
+
+        Only for work that one rank does alone: the other ranks are not asked.
+        """
         is_over = threading.Event()
         try:
             self._is_interrupting = True
@@ -104,11 +110,11 @@ class StopRequests:
 
     def remove_stop_file(self) -> None:
         """Remove the stop file, so that the next start does not stop at once."""
-        with suppress(OSError):  # read-only by now: the next start reports that
+        with suppress(OSError):  # the disk may have become read-only, which the next start reports
             self._file.unlink(missing_ok=True)
 
     def _poll(self, is_over: threading.Event) -> None:
-        """Check the stop file and the time limit while no step does."""
+        """Check the stop file and the time limit, which otherwise the training loop checks."""
         while not is_over.wait(_POLL_S):
             if self._request is None and (reason := self.reason()) is not None:
                 self.request(reason)
@@ -136,7 +142,8 @@ class StopRequests:
 
     def _end_at_once(self) -> NoReturn:
         code = 128 + signal.SIGINT
-        threading.Timer(_FINAL_STATUS_S, end_process, (code,)).start()  # a disk may not answer
+        # The status is written to a disk that may hang.
+        threading.Timer(_FINAL_STATUS_S, end_process, (code,)).start()
         self._on_second_interrupt()
         end_process(code)
 

@@ -10,14 +10,14 @@ from pipeline.preflight.context import RankContext
 
 Level = Literal["ok", "warn", "fail"]
 LEVELS: tuple[Level, ...] = ("ok", "warn", "fail")
-UNKNOWN_HOST = "?"  # of a rank that has not reported
+UNKNOWN_HOST = "?"  # host name of a rank that has not reported
 _ABSENT = "(not there)"
 _MAX_DIFFERENCES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of the report: a fact, its remedy, and the ranks it concerns (none: all)."""
+    """One line of the report: a fact, its remedy, and the ranks it concerns (empty: all ranks)."""
 
     level: Level
     text: str
@@ -35,12 +35,12 @@ class ProbeResults:
 
     @property
     def first(self) -> Any:
-        """The result of the lowest rank that probed."""
+        """The result of the lowest rank that ran the probe."""
         return self.by_rank[min(self.by_rank)]
 
     @property
     def num_nodes(self) -> int:
-        """Nodes, told apart by their host names, of the ranks that have reported."""
+        """Number of different host names among the ranks that have reported."""
         return len(set(self.hosts) - {UNKNOWN_HOST})
 
     def where(self, ranks: Iterable[int]) -> str:
@@ -54,9 +54,10 @@ class ProbeResults:
 class Check:
     """One check of the table in checks.py, which docs/preflight.md explains in the same order.
 
-    `probe` runs on every rank, on local rank 0 of each node, or on rank 0. It returns JSON and
-    raises UserError for what fails whatever the other ranks report. `assess` is pure and runs on
-    rank 0. `remedy` is shown with an error of the probe that names none.
+    `probe` runs on every rank, on local rank 0 of each node, or on rank 0, as `runs_on` says. It
+    returns JSON. It raises UserError for a failure that does not depend on the results of other
+    ranks; `remedy` is shown with that error if its message has none. `assess` is pure and runs on
+    rank 0.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Check:
     needs: Literal["nothing", "settings", "plan"] = "plan"
 
     def applies_to(self, context: RankContext) -> bool:
-        """Whether this rank probes."""
+        """Whether this rank runs the probe."""
         place = context.placement
         runs_here = {"rank": True, "node": place.local_rank == 0, "rank 0": place.rank == 0}
         has = {"nothing": True, "settings": context.settings, "plan": context.plan}
@@ -80,7 +81,7 @@ def ok(text: str) -> Finding:
 
 
 def warn(text: str, remedy: str, ranks: Iterable[int] = ()) -> Finding:
-    """The run will work, but slower or with less room than it could."""
+    """The run will work, but slower than it could or with little free memory."""
     return Finding(level="warn", text=text, remedy=remedy, ranks=tuple(sorted(ranks)))
 
 
@@ -117,7 +118,7 @@ def ranks_by_value(values: Mapping[int, str]) -> dict[str, list[int]]:
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, str]:
-    """Nested JSON as `a.b: text`, which `compare` takes."""
+    """Nested JSON flattened to `{"a.b": text}`, the input of `compare`."""
     if not isinstance(values, Mapping):
         return {prefix: str(values)}
     result: dict[str, str] = {}
@@ -129,7 +130,7 @@ def flat(values: Any, prefix: str = "") -> dict[str, str]:
 def compare(results: ProbeResults, text: str, remedy: str) -> Iterable[Finding]:
     """`text` if all ranks have equal results, else a failure with a table of the differences.
 
-    Results are mappings of text, as `flat` gives them.
+    Each rank's result is a mapping that `flat` returned.
     """
     keys = list(dict.fromkeys(key for result in results.by_rank.values() for key in result))
     lines, minority, num_different = "", set[int](), 0

@@ -55,14 +55,14 @@ class Document:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of an example: one, or with split_turns one of each trained turn.
+    """The documents of an example: one, or one for each trained turn with split_turns.
 
-    `notes`: tokens that the audit counts: of thoughts that the template omits by design
+    `token_counts` are for the audit: tokens of reasoning that the template omits by design
     (`omitted_thoughts`), and special tokens inside texts (`special_tokens_in_text`).
     """
 
     documents: list[Document]
-    notes: Counter[str] = field(default_factory=Counter)
+    token_counts: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -246,21 +246,21 @@ class Encoder:
         return self._finders[has_own]
 
     def _drafts_or_error(self, example: Example) -> tuple[list[_Draft], Counter[str]] | RowError:
-        notes = Counter[str]()
+        token_counts = Counter[str]()
         try:
-            drafts = self._drafts(example, notes)
+            drafts = self._drafts(example, token_counts)
         except RowError as error:
             return error
         for draft in drafts:
             if not _is_text(draft.text):
                 return RowError("half a surrogate pair, which is no character")
-        return drafts, notes
+        return drafts, token_counts
 
-    def _drafts(self, example: Example, notes: Counter[str]) -> list[_Draft]:
+    def _drafts(self, example: Example, token_counts: Counter[str]) -> list[_Draft]:
         if isinstance(example, Tokens):
             return []
         if isinstance(example, Conversation):
-            return self._chat_drafts(example, notes)
+            return self._chat_drafts(example, token_counts)
         if self._eos is None:
             raise UserError(_NO_END_OF_SEQUENCE)
         if isinstance(example, Text):
@@ -269,7 +269,7 @@ class Encoder:
         start = 0 if self._settings.train_on == "all" else len(example.prompt)
         return [_Draft(text, [(start, len(text))])]
 
-    def _chat_drafts(self, conversation: Conversation, notes: Counter[str]) -> list[_Draft]:
+    def _chat_drafts(self, conversation: Conversation, token_counts: Counter[str]) -> list[_Draft]:
         finder, trained = self._turns(bool(conversation.tools)), self._trained(conversation)
         omitted: list[str] = []
         if self._settings.split_turns:
@@ -287,9 +287,9 @@ class Encoder:
             omitted += (text for texts in rendered.omitted.values() for text in texts)
         if omitted:
             encodings = self._backend.encode_batch_fast(omitted, add_special_tokens=False)
-            notes["omitted_thoughts"] = sum(map(len, encodings))
+            token_counts["omitted_thoughts"] = sum(map(len, encodings))
         if rendered.special:  # of all parts the last one holds the most
-            notes["special_tokens_in_text"] = len(rendered.special)
+            token_counts["special_tokens_in_text"] = len(rendered.special)
         return drafts
 
     def _trained(self, conversation: Conversation) -> list[int]:

@@ -1,4 +1,4 @@
-"""The fate of every row: counts by source, rejected rows, and whether too many are. No torch."""
+"""Audit of the rows: counts by source, rejected rows, and the limit on them. No torch."""
 
 import json
 from collections import Counter
@@ -22,7 +22,7 @@ _ROWS = ("rows_read", "rows_used", "rows_rejected", "rows_dropped")
 
 @dataclass(frozen=True)
 class Reject:
-    """A row that is left out, and why; `offset`: its first byte, where rows share a line."""
+    """A row that is not used, and why. `offset`: its first byte, set if rows share a line."""
 
     file: str
     line: int
@@ -31,7 +31,7 @@ class Reject:
 
     @classmethod
     def of(cls, row: Row | BadRow, reason: str) -> Self:
-        """The entry of a row that is left out for this reason."""
+        """The entry of a row that is not used for this reason."""
         return cls(str(row.file), row.line, reason, row.offset)
 
     def as_line(self) -> str:
@@ -40,7 +40,7 @@ class Reject:
 
 
 def read_rejects(path: Path) -> Iterator[Reject]:
-    """The entries of a rejects.jsonl, rejected and dropped rows, in the order of the data."""
+    """The entries of rejects.jsonl: rejected and dropped rows, in the order of the data."""
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             yield Reject(**json.loads(line))
@@ -48,11 +48,11 @@ def read_rejects(path: Path) -> Iterator[Reject]:
 
 @dataclass
 class RowCounts:
-    """Counts of rows of one source; counts of several chunks and splits are added up.
+    """Counts of rows of one source; the counts of chunks and splits can be added up.
 
-    `numbers`: by their names in the audit. `rejected`: rows by reason. `formats` and `unread`
-    columns: used rows with them. `files`: rows read from each. `first`: file and line of the first
-    row of a reason or of a note.
+    `numbers`: counts by their name in audit.json. `formats`, `unread`: used rows by row format and
+    by unread column. `files`: rows read, by file. `rejected`: rows by reason. `first`: file and
+    line of the first row, by reason of rejection and by name of `count_tokens`.
     """
 
     numbers: Counter[str] = field(default_factory=Counter)
@@ -76,19 +76,19 @@ class RowCounts:
         self.first.setdefault(reason, f"{row.file}:{row.line}")
         return Reject.of(row, reason)
 
-    def note(self, row: Row, tokens: Mapping[str, int]) -> None:
-        """Count a used row and its tokens under each of these names."""
+    def count_tokens(self, row: Row, tokens: Mapping[str, int]) -> None:
+        """Add tokens of a used row to the counts with these names (omitted_thoughts, ...)."""
         for name, number in tokens.items():
             self.numbers.update({f"{name}_rows": 1, f"{name}_tokens": number})
             self.first.setdefault(name, f"{row.file}:{row.line}")
 
-    def noted(self, name: str) -> dict[str, Any]:
-        """Rows and tokens under a name, and the place of the first row."""
+    def token_count(self, name: str) -> dict[str, Any]:
+        """The count of tokens with this name, its rows, and file and line of the first of them."""
         rows, tokens = self.numbers[f"{name}_rows"], self.numbers[f"{name}_tokens"]
         return {"rows": rows, "tokens": tokens, "first": self.first.get(name, "")}
 
     def add(self, other: "RowCounts") -> None:
-        """Add the counts of later rows."""
+        """Add the counts of rows that follow these."""
         self.numbers.update(other.numbers)
         self.formats.update(other.formats)
         self.files.update(other.files)
@@ -109,7 +109,7 @@ class RowCounts:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The rows and reasons of a source, from what `as_json` returned."""
+        """The counts of used, rejected and dropped rows from the result of `as_json`."""
         counts = cls(rejected=Counter(values["rejected"]), first=dict(values["first_rejected"]))
         counts.numbers.update({name: values[name] for name in _ROWS[1:]})
         return counts
@@ -118,9 +118,10 @@ class RowCounts:
 def require_usable(
     key: str, sources: Sequence[tuple[str, RowCounts]], max_rejected: float | None
 ) -> None:
-    """Raise UserError for each source with too many rejected rows, or of which no row is used.
+    """Raise UserError if a source has too many rejected rows or no used row.
 
-    Without `max_rejected`, for a few rows to try with, one used row of any source is enough.
+    `key` is the setting that lists the sources. If `max_rejected` is None (a trial on a few rows),
+    one used row of any source is enough.
     """
     faults = []
     for name, counts in sources:
@@ -136,7 +137,7 @@ def require_usable(
 
 
 def _fault(source: str, counts: RowCounts, max_rejected: float | None) -> str:
-    """Up to three reasons with the place of their first row, then the result and a remedy."""
+    """The message: up to three reasons with their first row, then the share and a remedy."""
     rows, common = counts.rows, counts.rejected.most_common(_SHOWN_REASONS)
     read, rejected = rows["rows_read"], rows["rows_rejected"]
     if not rejected:
@@ -164,7 +165,7 @@ def refuse_bad_row(place: str, reason: str) -> None:
 def make_audit(
     index: SplitIndex, folder: Path, sources: Sequence[tuple[SourceIndex, RowCounts]]
 ) -> dict[str, Any]:
-    """The audit of one split with columns in `folder`, for audit.json."""
+    """The audit of one split, for audit.json; `folder` holds the columns of the split."""
     total = RowCounts()
     for _, counts in sources:
         total.add(counts)
@@ -186,8 +187,8 @@ def make_audit(
         "truncated_rows": numbers["truncated_rows"],
         "split_rows": numbers["split_rows"],
         "tokens_lost": numbers["tokens_lost"],
-        "omitted_thoughts": total.noted("omitted_thoughts"),
-        "special_tokens_in_text": total.noted("special_tokens_in_text"),
+        "omitted_thoughts": total.token_count("omitted_thoughts"),
+        "special_tokens_in_text": total.token_count("special_tokens_in_text"),
         "length": _lengths(lengths),
         "sources": _sources(sources, folder, lengths),
     }
@@ -229,7 +230,7 @@ def _sources(
 
 
 def audit_summary(data_dir: Path) -> str:
-    """Training rows and tokens for the start of a run, and what was not read or not written."""
+    """The summary of audit.json that a run logs at its start."""
     audit = read_json(data_dir / "audit.json")
     train = audit["train"]
     rejected = sum(train["rejected"].values())
@@ -251,8 +252,9 @@ def audit_summary(data_dir: Path) -> str:
     if (special := train["special_tokens_in_text"])["rows"]:
         lines.append(
             f"special    {special['tokens']:,} special tokens inside texts of {special['rows']:,} "
-            f"rows (first: {special['first']}); special_tokens_in_text decides"
+            f"rows (first: {special['first']}); special_tokens_in_text sets whether they act as "
+            "special tokens"
         )
     if shared := audit.get("eval", {}).get("rows_also_in_train"):
-        lines.append(f"held out   {shared:,} documents are also in the training set")
+        lines.append(f"eval set   {shared:,} documents are also in the training set")
     return "\n".join(lines)

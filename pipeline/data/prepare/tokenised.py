@@ -64,7 +64,7 @@ class ChunkTokeniser:
             else:
                 assert isinstance(row, Row)
                 if self._add(split, row, read, result.documents, number):
-                    split.counts.note(row, result.notes)
+                    split.counts.count_tokens(row, result.token_counts)
         return TokenisedChunk(source=chunk.source, splits=(train.result(), held_out.result()))
 
     def _add(

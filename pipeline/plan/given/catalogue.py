@@ -23,7 +23,7 @@ _PCIE3, _PCIE4, _PCIE5 = 16 * _GB, 32 * _GB, 64 * _GB
 # PCIe 4. An assumption.
 _THROUGH_HOST = _PCIE4 / 2
 
-# Bytes/s each way of one GPU to other nodes. All four are assumptions.
+# Network bandwidth of one GPU to other nodes, bytes/s in each direction. All four are assumptions.
 _FABRIC_400 = 25 * _GB  # half of the 400 Gb/s a GPU of DGX H100, H200 and B200
 _FABRIC_200 = 12.5 * _GB  # half of the 200 Gb/s a GPU of DGX A100
 _SERVER = 100 / 8 * _GB / 4  # one card of 100 Gb/s shared by four GPUs
@@ -33,14 +33,14 @@ _OFFICE = 10 / 8 * _GB / 2  # 10 Gb/s Ethernet shared by two GPUs
 _gpu = partial(Hardware, kind="cuda", devices_per_node=1, host_bytes=0)
 
 
-# Memory: MiB that `nvidia-smi` shows (recent drivers, ECC as shipped), which is below the
-# nominal size on cards that take ECC from it. Rates: NVIDIA's data sheet or architecture white
-# paper named above each row: bf16 or fp16 tensor cores with fp32 accumulation, dense (half of a
-# figure "with sparsity"); NVLink's total divided by two for each direction. A PCIe card's
-# `node_link` is its slot: bridges join pairs only.
+# Memory: MiB that `nvidia-smi` shows (recent drivers, default ECC), which is below the nominal size
+# on cards that store ECC bits in it. Rates: from the data sheet or architecture white paper named
+# above each row; bf16 or fp16 tensor cores with fp32 accumulation, dense (half of a figure "with
+# sparsity"); NVLink's total divided by two for each direction. A PCIe card's `node_link` is its
+# slot, since an NVLink bridge joins only two cards.
 # fmt: off
 GPUS: Mapping[str, Hardware] = {
-    # DGX B200 data sheet, an eighth of it
+    # DGX B200 data sheet, whose figures are for eight GPUs
     "b200-180gb": _gpu(name="NVIDIA B200", device_bytes=183359 * _MIB,
         compute_capability=(10, 0), flops=2250 * _T, memory_bandwidth=8000 * _GB,
         node_link=900 * _GB, host_link=_PCIE5, network=_FABRIC_400),
@@ -115,20 +115,20 @@ GPUS: Mapping[str, Hardware] = {
 }
 # fmt: on
 
-# Ratio up to which memory sizes count as the same: drivers differ by less, MIG slices by more.
+# Memory sizes within this ratio count as equal: drivers differ by less, MIG slices by more.
 _SAME_MEMORY = 1.1
 
-# A core of a server's CPU: 16-bit matrix rate (AVX512-BF16 or AMX; without them bf16 is far
-# slower) and its share of the memory bandwidth. Chosen so that speed.py matches both figures of
-# docs/benchmarks.md on two cores; another CPU may differ several times over.
+# One core of a server CPU: 16-bit matmul FLOP/s (with AVX512-BF16 or AMX; without them bf16 is far
+# slower) and memory bandwidth per core. Fitted so that speed.py matches the two measurements on two
+# cores in docs/benchmarks.md; another CPU may be several times faster or slower.
 _CORE_FLOPS = 1.5e11
 _CORE_BANDWIDTH = 8 * _GB
-# Ranks on one CPU exchange gradients through gloo over the loopback; an assumption.
+# Bytes/s between ranks on one CPU, which communicate by gloo over the loopback; an assumption.
 _LOOPBACK = 1 * _GB
 
 
 def gpu_named(key: str) -> Hardware:
-    """The GPU with this key in GPUS. Raises UserError with the closest keys for another."""
+    """The GPU with this key in GPUS. For an unknown key raises UserError with the closest ones."""
     if key in GPUS:
         return GPUS[key]
     near = difflib.get_close_matches(key.lower(), GPUS, n=3, cutoff=0.5)
@@ -142,9 +142,9 @@ def gpu_named(key: str) -> Hardware:
 def gpu_like(gib: float, tflops: float | None = None) -> Hardware:
     """A GPU described by its memory and, if given, its dense 16-bit rate; supports bfloat16.
 
-    Its other rates are those of a card of the catalogue: without `tflops` the slowest one of about
-    the same memory, else the closest in memory and rate, its memory bandwidth scaled with the rate.
-    Raises UserError for a value that is not above 0.
+    Its other rates come from a card of the catalogue. Without `tflops` that is the slowest card of
+    about the same memory. With `tflops` it is the card closest in memory and rate, and its memory
+    bandwidth is scaled by the ratio of the rates. Raises UserError for a value that is not above 0.
     """
     size = int(gib * GIB)
     if size < 1 or (tflops is not None and tflops <= 0):
@@ -171,9 +171,9 @@ def gpu_like(gib: float, tflops: float | None = None) -> Hardware:
 
 
 def rates_of(nvml_name: str, device_bytes: int) -> Hardware:
-    """The card with NVML's product name and about this memory, else one of similar memory.
+    """Rates for a detected GPU: of the card with its NVML name, else of one of similar memory.
 
-    Only its rates are meant to be used: count, memory and name are those detected.
+    The caller replaces count, memory and name by the detected ones.
     """
     for card in GPUS.values():
         is_same = _plain(card.name) == _plain(nvml_name)
@@ -183,7 +183,7 @@ def rates_of(nvml_name: str, device_bytes: int) -> Hardware:
 
 
 def cpu_of(num_cores: int, memory_bytes: int) -> Hardware:
-    """A CPU as one device; its rates are rough, its network is an assumption."""
+    """A CPU as one device. Its rates are rough estimates, its network is an assumption."""
     return Hardware(
         kind="cpu",
         name="CPU",
@@ -199,7 +199,7 @@ def cpu_of(num_cores: int, memory_bytes: int) -> Hardware:
 
 
 def _plain(name: str) -> str:
-    """The product name without maker and family, which drivers write inconsistently."""
+    """The product name without vendor and product family, which drivers write inconsistently."""
     return re.sub(r"\b(NVIDIA|Tesla|GeForce)\b|\s+", "", name).lower()
 
 

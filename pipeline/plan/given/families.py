@@ -1,8 +1,8 @@
-"""Model families: names and sizes of the parts of a decoder block, by `model_type`.
+"""Model families: names and sizes of the linear layers of a decoder block, by `model_type`.
 
-Facts are of transformers 5.23, models/*/modeling_*.py. The experts of a block are one fused tensor
-there, not linear layers: peft's names do not reach them and bitsandbytes leaves them in 16 bits.
-The same holds for routers.
+Source: transformers 5.23, models/*/modeling_*.py. The experts of a block are one fused tensor there
+and its router is not an nn.Linear either, so peft cannot adapt them by name and bitsandbytes leaves
+them in 16 bits.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,18 +28,18 @@ class Linear:
 
     @property
     def weights(self) -> int:
-        """The matrix alone: what 4 and 8 bits apply to."""
+        """Elements of the weight matrix, the part that quantisation applies to."""
         return self.d_in * self.d_out
 
     @property
     def parameters(self) -> int:
-        """Weight and bias."""
+        """Elements of weight and bias."""
         return self.weights + (self.d_out if self.has_bias else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """Widths of the hidden state, inside the MLP, and of all query and all key heads."""
+    """Widths of the hidden state, the MLP's inner layer, all query heads, and all key heads."""
 
     hidden: int
     inner: int
@@ -60,10 +60,10 @@ class Experts:
 class Family:
     """One `model_type`.
 
-    `defaults` are those of the config class, for keys that a config.json may omit. `inner_key` is
-    the config's key for the inner width of the MLP made of linear layers, None where a block has
-    experts alone. In a mixture, `dense_linears` are those of the blocks without experts, and
-    `has_experts` tells by its index whether a block has them.
+    `defaults`: values of the config class for keys that config.json may omit. `layers`: module that
+    holds the blocks. `inner_key`: key of config.json for the inner width of the MLP, None if the
+    only MLPs are experts. For mixture-of-experts models, `has_experts` says whether the layer with
+    an index has experts, and `dense_linears` are the linear layers of those without.
     """
 
     linears: Callable[[Config, Widths], tuple[Linear, ...]]
@@ -165,7 +165,7 @@ def _qwen2_moe_dense(config: Config, widths: Widths) -> tuple[Linear, ...]:
 def _attention(
     widths: Widths, has_qkv_bias: bool = False, has_o_bias: bool | None = None
 ) -> tuple[Linear, ...]:
-    """Four projections; the output's bias is as the others' unless it is given."""
+    """The four attention projections. `has_o_bias=None`: the output projection is as the others."""
     return (
         Linear("self_attn.q_proj", widths.hidden, widths.queries, has_qkv_bias),
         Linear("self_attn.k_proj", widths.hidden, widths.keys, has_qkv_bias),
@@ -187,8 +187,8 @@ def _gated_mlp(widths: Widths, name: str = "mlp", *, has_bias: bool = False) -> 
     )
 
 
-# Of two names for the number of experts, the config class takes the one that is asked for first
-# here (attribute_map of transformers 5.23 models/*/configuration_*.py).
+# The number of experts has two names in config.json. If both are set, the config class uses the one
+# that is read first here (attribute_map in transformers 5.23, models/*/configuration_*.py).
 def _mixtral_experts(config: Config) -> Experts:
     return Experts(
         count=int(config.get("num_experts") or config["num_local_experts"]),
@@ -224,7 +224,7 @@ def _always(config: Config) -> bool:
 
 
 _GEMMA = {"tie_word_embeddings": True, "head_dim": 256}
-_NO_WINDOW = {"use_sliding_window": False}  # until it is set, whatever sliding_window is
+_NO_WINDOW = {"use_sliding_window": False}  # the default, even if sliding_window is set
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(linears=_llama),

@@ -1,9 +1,9 @@
 """ModelShape: sizes and module names of a model, from its config.json alone. No weights, no torch.
 
-The linear layers of a block are listed with the names that peft sees, so that adapters can be
-counted and named before a model is loaded; families.py has them for the known values of
-`model_type`, and for others they are counted on the model's class (class_shape.py).
-tests/plan/given/test_shape.py compares the counts with transformers' and peft's own on the meta
+The linear layers of a block have the names that peft sees, so that adapter parameters can be
+counted before a model is loaded. families.py lists the layers of known values of `model_type`; for
+any other type class_shape.py instantiates the model's class without weights, in another process.
+tests/plan/given/test_shape.py compares the counts with those of transformers and peft on the meta
 device.
 """
 
@@ -22,9 +22,9 @@ from pipeline.plan.given.class_shape import class_shape
 from pipeline.plan.given.families import FAMILIES, Config, Experts, Family, Linear, Widths
 from pipeline.plan.given.tokens import count_tokens
 
-# Names of experts and their projections in versions of transformers where they were linear layers.
+# Names of experts and their projections in older transformers, where they were linear layers.
 _EXPERT_NAMES = ("experts", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-# A linear layer that routes tokens to experts, or weighs a shared one: `gate`, not `gate_proj`.
+# Names of routers and of the gates of shared experts: they end in `gate`, not in `gate_proj`.
 _ROUTER = re.compile(r"(^|.*[._])(gate|router)$")
 # Keys of config.json for dropout and noise that are active in training.
 _DROPOUTS = (
@@ -37,9 +37,10 @@ _DROPOUTS = (
 class ModelShape:
     """A decoder: embeddings, blocks of one or more kinds, and a head.
 
-    `blocks` are the kinds, `layer_kinds` the kind of each layer as an index of them.
-    `rope_original_length`: length beyond which longrope and dynamic rope change their factors, None
-    for other rope types. `max_positions`: longest document that the position encoding is made for.
+    `blocks`: one Block for each kind (dense, with experts). `layer_kinds`: for each layer the index
+    of its kind in `blocks`. `rope_original_length`: length beyond which longrope and dynamic rope
+    change their factors, None for other rope types. `max_positions`: longest document that the
+    position encoding supports.
     """
 
     folder: str
@@ -55,15 +56,15 @@ class ModelShape:
     logit_softcap: bool = False
     score_softcap: bool = False  # of attention scores, which are then materialised
     quantization: str | None = None
-    has_own_code: bool = False  # its folder brings a class that trust_remote_code would run
+    has_own_code: bool = False  # config.json names a class of its own, for trust_remote_code
     num_tokens: int | None = None  # highest id of an added token of the tokenizer, plus one
     max_positions: int | None = None
     rope_original_length: int | None = None
     dropouts: tuple[str, ...] = ()  # `key: value` of those in config.json that are not 0
     has_router_loss: bool = False
     is_bidirectional: bool = False
-    is_from_class: bool = False  # counted on the model's class, not known from families.py
-    other_parameters: int = 0  # outside of blocks, embeddings, last norm and head
+    is_from_class: bool = False  # from the model's class (class_shape.py), not from families.py
+    other_parameters: int = 0  # outside of blocks, embeddings, final norm and head
 
     @property
     def num_layers(self) -> int:
@@ -76,7 +77,7 @@ class ModelShape:
         return self.blocks[0].hidden_size
 
     def counts(self, first: int = 0) -> list[tuple[Block, int]]:
-        """Each kind of block and how many of the layers from `first` on are of it."""
+        """Each kind of block with its number of layers, counted from layer `first` to the last."""
         kinds = self.layer_kinds[first:]
         return [(block, kinds.count(kind)) for kind, block in enumerate(self.blocks)]
 
@@ -87,10 +88,11 @@ class ModelShape:
 
     @cached_property
     def quantised_parameters(self) -> int:
-        """Weights that 4 and 8 bits apply to: of linear layers of blocks, without biases.
+        """Parameters that a 4-bit or 8-bit base quantises: weights of the linear layers of blocks.
 
-        Embeddings, head, norms, routers and fused experts keep the training dtype (transformers
-        5.23 integrations/bitsandbytes.py: nn.Linear alone; quantizers/base.py: not the head).
+        Biases, embeddings, head, norms, routers and fused experts keep the training dtype
+        (transformers 5.23 integrations/bitsandbytes.py: only nn.Linear; quantizers/base.py: not the
+        head).
         """
         return sum(count * block.linear_weights for block, count in self.counts())
 
@@ -101,7 +103,7 @@ class ModelShape:
 
     @property
     def num_experts(self) -> int:
-        """Experts of a block, the most of any; 0 for a dense model."""
+        """The largest number of experts in a block; 0 for a dense model."""
         return max(block.num_experts for block in self.blocks)
 
     @property
@@ -129,20 +131,21 @@ class ModelShape:
 
     @property
     def default_targets(self) -> list[str]:
-        """What `lora_target_modules: auto` adapts: linear layers of the blocks without routers.
+        """The targets of `lora_target_modules: auto`: all linear layers of blocks except routers.
 
-        The ends of their names, so that serving engines understand them. Fused experts are no
-        linear layers.
+        Each is the last part of a module's name (`q_proj`), the form that serving engines
+        understand. Fused experts are not linear layers.
         """
         linears = chain.from_iterable(block.linears for block in self.blocks)
         names = [x.name for x in linears if x.is_adaptable and not _ROUTER.match(x.name)]
         return list(dict.fromkeys(map(_end, names)))
 
     def targeted(self, targets: str | Sequence[str]) -> list[tuple[str, Linear]]:
-        """Full name and kind of the linear layers, over all blocks, that are to be adapted.
+        """The linear layers that get an adapter, with their full names.
 
-        Selection is peft's: the end of a dotted name, `all-linear`, or a regular expression for
-        the whole name; and `auto`. Raises UserError where an entry selects nothing.
+        `targets` is `auto` or what peft's `target_modules` takes: ends of dotted names,
+        `all-linear`, or a regular expression for the full name. Raises UserError if an entry
+        matches no layer.
         """
         if targets == "auto":
             targets = self.default_targets
@@ -158,14 +161,14 @@ class ModelShape:
             selected = [n for n in self.linears if any(_matches(n, t) for t in targets)]
         if fixed := [name for name in selected if not self.linears[name].is_adaptable]:
             raise UserError(
-                f"lora_target_modules: {targets!r} matches {fixed[0]}, whose name peft applies to "
-                f"the fused experts of other blocks; [{', '.join(self.default_targets)}] can be "
-                "adapted"
+                f"lora_target_modules: {targets!r} matches {fixed[0]}, but peft would adapt the "
+                "fused experts of other blocks instead of it; these can be adapted: "
+                f"[{', '.join(self.default_targets)}]"
             )
         return [(name, self.linears[name]) for name in selected]
 
     def kind_of(self, linear_name: str) -> int:
-        """Index in `blocks` of the block that holds a linear layer, by its full name."""
+        """Index in `blocks` for the block of the linear layer with this full name."""
         return self.layer_kinds[int(linear_name[len(self.layers_name) + 1 :].split(".", 1)[0])]
 
     def _fullmatch(self, pattern: str, name: str) -> bool:
@@ -173,7 +176,7 @@ class ModelShape:
             return re.fullmatch(pattern, name) is not None
         except re.error as error:
             raise UserError(
-                f"lora_target_modules: {pattern!r} is no regular expression: {error}"
+                f"lora_target_modules: {pattern!r} is not a regular expression: {error}"
             ) from None
 
     def _require(self, matches: Sequence[str], target: str) -> None:
@@ -193,21 +196,22 @@ class ModelShape:
 
 
 def require_model_folder(model: Path) -> None:
-    """Raise UserError where the model of a run file does not exist."""
+    """Raise UserError if the model of a run file is not a folder."""
     if not model.is_dir():
         raise UserError(
-            f"model: {model} is not a folder, nor a hub model in the local cache; bring one with "
-            "`hf download NAME`, or `hf download NAME --local-dir FOLDER` and give that folder"
+            f"model: {model} is neither a folder nor a hub model in the local cache; download it "
+            "with `hf download NAME`, or set model to FOLDER after `hf download NAME --local-dir "
+            "FOLDER`"
         )
 
 
 def read_shape(model: str) -> ModelShape:
-    """Shape of the model in a folder. Raises UserError if it is none or its type is unknown."""
+    """The shape of the model in a folder. Raises UserError if config.json cannot be used."""
     folder = Path(model)
     path = folder / "config.json"
     require_model_folder(folder)
     if not path.is_file():
-        raise UserError(f"model: {folder} holds no config.json, so it is not a model folder")
+        raise UserError(f"model: {folder} has no config.json, so it is not a model folder")
     try:
         config = read_json(path)
     except (ValueError, OSError) as error:
@@ -218,7 +222,7 @@ def read_shape(model: str) -> ModelShape:
         return _from_class(config, model)
     except KeyError as error:
         raise UserError(f"model: {path}: the key {error} is missing") from None
-    except (UserError, TypeError, ValueError, ArithmeticError) as error:  # int() of no number
+    except (UserError, TypeError, ValueError, ArithmeticError) as error:  # a value of a wrong type
         raise UserError(f"model: {path}: {error}") from None
 
 
@@ -240,7 +244,7 @@ def _from_config(given: Mapping[str, Any], model: str) -> ModelShape:
 
 
 def _from_class(given: Mapping[str, Any], model: str) -> ModelShape:
-    """The shape counted on the class of the model; its text part where it is a wrapper."""
+    """The shape of the model's class; of the language model inside a multimodal class."""
     counted = class_shape(Path(model))
     blocks = tuple(_counted_block(block) for block in counted["blocks"])
     if any(block.num_experts for block in blocks):
@@ -259,7 +263,7 @@ def _from_class(given: Mapping[str, Any], model: str) -> ModelShape:
 
 
 def _counted_block(counted: Mapping[str, Any]) -> Block:
-    """A block from its counts; what has no field of its own is in `other_parameters`."""
+    """A Block from the counts of class_shape; `other_parameters` are those without a field."""
     linears = tuple(Linear(*linear) for linear in counted["linears"])
     widths = {_end(linear.name): linear for linear in linears}
     output = widths.get("o_proj") or widths.get("dense") or widths.get("out_proj")
@@ -284,9 +288,9 @@ def _counted_block(counted: Mapping[str, Any]) -> Block:
 
 
 def _without_expert_names(block: Block) -> Block:
-    """The block of a mixture, whose MLPs peft cannot adapt by name.
+    """The block with the MLP layers of a mixture-of-experts model marked as not adaptable.
 
-    peft 0.21 applies such names to fused experts (utils/transformers_weight_conversion.py).
+    peft 0.21 applies their names to the fused experts (utils/transformers_weight_conversion.py).
     """
     linears = (replace(x, is_adaptable=_end(x.name) not in _EXPERT_NAMES) for x in block.linears)
     return replace(block, linears=tuple(linears))
@@ -354,7 +358,7 @@ def _block(family: Family, config: Config, experts: Experts | None) -> Block:
 
 
 def _require_window(config: Config) -> None:
-    """Raise UserError where layers have sliding attention without a window: the forward fails."""
+    """Raise UserError if a layer has sliding attention without a window: its forward would fail."""
     has_window = config.get("sliding_window", True) and config.get("use_sliding_window", True)
     if "sliding_attention" in (config.get("layer_types") or ()) and not has_window:
         raise UserError(
@@ -365,7 +369,7 @@ def _require_window(config: Config) -> None:
 
 
 def _ropes(config: Config) -> list[Mapping[str, Any]]:
-    """The rope settings: one block, or one for each type of layer (transformers 5's Gemma 3)."""
+    """The rope settings: one mapping, or one per layer type (Gemma 3 in transformers 5)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise UserError(f"rope_parameters or rope_scaling: expected an object, not {rope!r}")
@@ -394,7 +398,7 @@ def _rope_original_length(config: Config) -> int | None:
 
 
 def _max_positions(config: Config) -> int | None:
-    """Longest document that the position encoding is made for, with its rope scaling."""
+    """Longest document that the position encoding supports, rope scaling included."""
     if not config.get("max_position_embeddings"):
         return None
     lengths = [int(config["max_position_embeddings"])]

@@ -64,7 +64,7 @@ def agent(*calls, content="", result="rain", **others):
 def notes_of(example, tokenizer, **values):
     (row,) = encoder(tokenizer, **values).encode_many([example])
     assert not isinstance(row, RowError), row
-    return row.notes
+    return row.token_counts
 
 
 class TestLost:
@@ -440,7 +440,7 @@ def test_what_a_row_holds_is_written_omitted_by_design_or_named(name, rows):
         written, thoughts = must_be_written(row)
         for leaf in written:
             assert is_in(leaf, text) or is_in(PYTHON_SPELLING.get(leaf, leaf), text), leaf
-        if not result.notes["omitted_thoughts"]:
+        if not result.token_counts["omitted_thoughts"]:
             assert all(is_in(thought, text) for thought in thoughts)
         trained = tokenizer.decode(document.ids[document.supervised].tolist())
         for message in row.messages:
