@@ -1,13 +1,13 @@
-"""Heartbeat of a rank's main thread, and the rank that keeps the others waiting."""
+"""Heartbeat of a rank's main thread, and the message that names the ranks which hang."""
 
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 LOADING = ("loading the base", "creating the engine", "restoring the checkpoint")
-# Not watched: rank 0 may prepare data for a day while the others wait, and how long a base loads is
-# not known. The later loading phases are: ranks that are ready wait there in collectives, which
-# time out after 30 minutes without naming the slow rank.
+# Phases without a time limit: rank 0 may prepare data for a day while the others wait, and the time
+# to load a base is unknown. The other phases of LOADING have one (LOADING_S), because ranks that
+# are ready wait in a collective, which times out after 30 minutes without naming the slow rank.
 UNWATCHED = ("start-up", LOADING[0], "publishing")
 LOADING_S = 25 * 60.0
 

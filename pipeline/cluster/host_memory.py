@@ -1,12 +1,12 @@
-"""Host memory that this process may use: the node's, or the limit of a control group."""
+"""Host memory that this process may use: the node's RAM, or the limit of a control group."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-# Folder, file of the limit, file of the use, and the statistic of page cache that is reclaimed
-# under pressure: cgroup version 2 and 1 (Linux, admin-guide/cgroup-v2 and cgroup-v1/memory).
+# Folder, file with the limit, file with the usage, and the entry of memory.stat for page cache that
+# the kernel can reclaim: cgroup version 2 and 1 (Linux, admin-guide/cgroup-v2, cgroup-v1/memory).
 _V2 = ("", "memory.max", "memory.current", "inactive_file")
 _V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
@@ -23,8 +23,8 @@ class HostMemory:
 def host_memory(root: Path = Path("/")) -> HostMemory:
     """The node's memory, or the tightest limit of the control groups of this process.
 
-    A Slurm job's limit is on a group below the mounted root, a container's on the root itself, so
-    every group from this process upwards counts.
+    Every group from that of this process up to the mounted root is read: the limit of a Slurm job
+    is on a group below the root, the limit of a container on the root itself.
     """
     node = psutil.virtual_memory()
     total, free, limited_by = int(node.total), int(node.available), ""
@@ -39,7 +39,7 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
 
 
 def _groups(root: Path) -> list[tuple[Path, tuple[str, str, str, str]]]:
-    """Folders and version of the groups of this process, from its own to the root."""
+    """Folder and version of each group of this process, from its own up to the root."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -27,7 +27,7 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _ONE_WAIT = timedelta(hours=24)
 _READING_TIMEOUT = timedelta(seconds=15)
 _CHANNEL_TIMEOUT = timedelta(seconds=10)
-_GATHER_TIMEOUT = timedelta(hours=24)  # callers that must not wait so long run a watchdog
+_GATHER_TIMEOUT = timedelta(hours=24)  # a caller that must fail sooner runs a watchdog
 
 
 class Session:
@@ -53,7 +53,7 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # After an error the other ranks may be in a collective, and a barrier would never return.
+        # After an error the other ranks may be in another collective: a barrier would hang.
         if kind is None and self._store is not None:
             import torch.distributed as dist
 
@@ -73,13 +73,13 @@ class Session:
 
         if not self._is_cuda:
             return torch.device("cpu")
-        seen = torch.cuda.device_count()
+        count = torch.cuda.device_count()
         # A scheduler may show each process only its own GPU, which is then number 0.
-        index = 0 if seen == 1 and self.placement.local_size > 1 else self.placement.local_rank
-        if index >= seen:
+        index = 0 if count == 1 and self.placement.local_size > 1 else self.placement.local_rank
+        if index >= count:
             raise UserError(
-                f"this machine shows {seen} GPUs and {self.placement.local_size} ranks were "
-                "started on it; start one rank a GPU"
+                f"this node shows {count} GPUs and {self.placement.local_size} ranks were "
+                "started on it; start one rank per GPU"
             )
         return torch.device("cuda", index)
 
@@ -113,7 +113,7 @@ class Session:
         return answer["result"]
 
     def start(self) -> None:
-        """Initialise the process group, and DeepSpeed with it."""
+        """Initialise the process group and DeepSpeed's communication."""
         import torch
         import torch.distributed as dist
 
@@ -144,7 +144,7 @@ class Session:
     def open_channel(self) -> Any:
         """A connection to the key-value store for another thread; None for a single process.
 
-        Not a collective. Calls raise RuntimeError once rank 0, which holds the store, is gone.
+        Not a collective. Its methods raise RuntimeError once rank 0, which serves it, has exited.
         """
         if self.placement.world_size == 1:
             return None
@@ -157,7 +157,7 @@ class Session:
         return self.sum_over_ranks([float(flag)])[0] > 0
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sums of host numbers, in double precision and the same on every rank."""
+        """Element-wise sums over ranks of numbers on the host, in fp64; equal on every rank."""
         if self.placement.world_size == 1:
             return [float(value) for value in values]
         import torch
@@ -195,8 +195,8 @@ class Session:
             return {}
         channel = self.open_channel()
         key = self._gathering or f"gather/{self._num_waits}"
-        there = [r for r in range(self.placement.world_size) if channel.check([f"{key}/{r}"])]
-        return {rank: json.loads(channel.get(f"{key}/{rank}")) for rank in there}
+        arrived = [r for r in range(self.placement.world_size) if channel.check([f"{key}/{r}"])]
+        return {rank: json.loads(channel.get(f"{key}/{rank}")) for rank in arrived}
 
     def add_over_ranks(self, tensor: "torch.Tensor") -> None:
         """All-reduce a tensor in place, on the ranks' devices (NCCL, or gloo on CPU)."""
@@ -205,9 +205,9 @@ class Session:
         dist.all_reduce(tensor)
 
     def swap_with(self, other: int, sent: "torch.Tensor", received: "torch.Tensor") -> None:
-        """Exchange tensors with another rank; both call it.
+        """Exchange tensors with another rank. Not a collective: only these two ranks call it.
 
-        Only after an all-reduce: NCCL's first communication involves all ranks.
+        Call it only after an all-reduce: the first communication of an NCCL group needs all ranks.
         """
         import torch.distributed as dist
 
@@ -223,7 +223,7 @@ class Session:
         try:
             store.wait(readers, _READING_TIMEOUT)
         except (dist.DistError, RuntimeError):
-            return  # a rank is gone
+            return  # a rank has exited
 
     def _open_store(self) -> Any:
         if self._store is None:
@@ -251,7 +251,7 @@ def _wait_for(store: Any, key: str) -> None:
     while True:
         try:
             store.wait([key], _ONE_WAIT)
-        except dist.DistStoreError:  # not yet there; if the store is gone, check() raises
+        except dist.DistStoreError:  # a timeout; without a store, check() raises
             if not store.check([key]):
                 continue
         return

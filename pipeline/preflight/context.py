@@ -1,4 +1,4 @@
-"""What a probe works on: one rank's view of the run that is to be started."""
+"""RankContext: the input of a probe, one rank's settings, plan, devices and session."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,11 +17,11 @@ from pipeline.plan.plan import Plan, make_plan
 
 @dataclass(frozen=True, kw_only=True)
 class RankContext:
-    """A run as one rank sees it. Where settings or plan are None, `problems` has the reason.
+    """The run to check, as one rank sees it.
 
-    `beat` is called with the name of the next phase, for the watchdog. `missing_gpus`: see
-    devices.py. A single process trains on its first GPU; a preflight of it probes all GPUs, unless
-    `is_training`.
+    `problems`: why settings or plan is None. `beat`: called with the name of the next phase, for
+    the watchdog. `missing_gpus`: see devices.py. `is_training`: the checks at the start of
+    training, where a single process probes only its first GPU; launch/preflight.py probes all GPUs.
     """
 
     placement: Placement
@@ -35,11 +35,11 @@ class RankContext:
     is_training: bool = False
 
     def with_run(self, run_file: Path, overrides: Sequence[str]) -> Self:
-        """The same with the settings and the plan of a run file.
+        """A copy with the settings and the plan of a run file.
 
-        An error in them becomes a problem and is not raised: other ranks may read another file,
-        and would wait. Without a launcher the plan is for every device of this machine, as
-        `deepspeed` would start it.
+        An error in them is not raised but recorded in `problems`: ranks may read different files,
+        and ranks without an error would wait for this one. Without a launcher the plan is for all
+        devices of this node, as if `deepspeed` had started the run.
         """
         is_single = self.placement.world_size == 1
         ranks = self.hardware.devices_per_node if is_single else self.placement.local_size
@@ -58,14 +58,14 @@ class RankContext:
 
     @property
     def known_settings(self) -> RunSettings:
-        """The settings. Raises UserError with the reason where there are none."""
+        """The settings. Raises UserError with the reason if there are none."""
         if self.settings is None:
             raise UserError(self.problems["settings"])
         return self.settings
 
     @property
     def known_plan(self) -> Plan:
-        """The plan. Raises UserError with the reason where there is none."""
+        """The plan. Raises UserError with the reason if there is none."""
         if self.plan is None:
             raise UserError(self.problems["plan"])
         return self.plan

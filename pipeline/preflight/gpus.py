@@ -1,4 +1,4 @@
-"""The GPUs: one per rank, granted by the scheduler, alike, and with free memory. No torch."""
+"""Checks of the GPUs: one per rank, assigned by Slurm, equal, enough free memory. No torch."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from pipeline.preflight.check import (
 )
 from pipeline.preflight.context import RankContext
 
-# The step's GPUs, else the job's (Slurm, srun: output environment variables).
+# GPUs of the Slurm step, else of the job (srun manual, output environment variables).
 _GRANTED = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
 _INDICES = re.compile(r"(?P<first>\d+)(-(?P<last>\d+))?")
 _REMEDY = "nvidia-smi shows what the driver sees"
@@ -29,7 +29,7 @@ _REMEDY = "nvidia-smi shows what the driver sees"
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU as NVML shows it. `cuda` is the newest CUDA that the driver runs: 13000 is 13.0."""
+    """One GPU as NVML shows it. `cuda`: newest CUDA version of the driver (13000 is 13.0)."""
 
     uuid: str
     name: str
@@ -42,9 +42,9 @@ class Gpu:
 
 
 def _probe(context: RankContext) -> dict[str, Any]:
-    """This rank's GPU, or without a launcher all of them, and whether the scheduler granted them.
+    """This rank's GPU (without a launcher all GPUs), and whether Slurm assigned it to the job.
 
-    Raises UserError for a rank that has none.
+    Raises UserError for a rank without a GPU.
     """
     import pynvml
 
@@ -72,7 +72,7 @@ def _probe(context: RankContext) -> dict[str, Any]:
 
 
 def own_devices(context: RankContext, num_visible: int) -> list[int]:
-    """Indices, among the visible GPUs, of those that this process uses."""
+    """The GPUs that this process uses, as indices into the visible GPUs."""
     place = context.placement
     if place.world_size == 1 and not context.is_training:
         return list(range(num_visible))
@@ -89,10 +89,11 @@ def own_devices(context: RankContext, num_visible: int) -> list[int]:
 def not_granted(
     indices: Iterable[int | None], count: int, env: Mapping[str, str]
 ) -> dict[str, str] | None:
-    """The GPUs in use and the GPUs that Slurm granted, if some in use were not granted.
+    """The GPUs in use and the GPUs that Slurm granted, if a GPU in use was not granted.
 
-    `count`: GPUs of the node. A control group that hides the others shows as many as were granted,
-    numbered from 0.
+    `count`: GPUs that NVML shows. If Slurm hides the other GPUs with a control group, NVML numbers
+    the granted ones from 0, so that indices cannot be compared; `count` is then at most the number
+    granted.
     """
     name = next((name for name in _GRANTED if env.get(name)), None)
     if name is None:
@@ -105,13 +106,13 @@ def not_granted(
 
 
 def none_requested(env: Mapping[str, str]) -> bool:
-    """Whether this is a Slurm job without GPUs, also where nodes are allocated whole."""
+    """Whether this Slurm job requested no GPU; true too if the cluster allocates whole nodes."""
     names = (*_GRANTED, "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "SLURM_GPUS_ON_NODE")
     return "SLURM_JOB_ID" in env and not any(env.get(name) for name in names)
 
 
 def indices_of(text: str) -> set[int] | None:
-    """Indices of Slurm's `0,2` or `0-3`; None for text that is no such list."""
+    """The indices in a list such as Slurm's `0,2` or `0-3`; None for any other text."""
     indices = set[int]()
     for entry in text.split(","):
         if (match := _INDICES.fullmatch(entry.strip())) is None:
@@ -136,7 +137,7 @@ def _assess_gpus(results: ProbeResults) -> Iterable[Finding]:
         yield from findings
         return
     first, total = next(iter(gpus.values()))[0], sum(len(own) for own in gpus.values())
-    yield ok(f"{total} x {first['name']}, each with a UUID of its own")
+    yield ok(f"{total} x {first['name']}, no two ranks use the same one")
 
 
 def _shared(results: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Finding]:
@@ -174,9 +175,9 @@ def _unrequested(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _idle(results: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Finding]:
-    """Ranks that see more GPUs than ranks of their node use."""
+    """Nodes on which more GPUs are visible than the ranks use."""
     if len(results.hosts) == 1:
-        return  # one process: one GPU is what was asked for
+        return  # a single process is meant to use one GPU
     used = dict.fromkeys(results.hosts, 0)
     for rank, own in gpus.items():
         used[results.hosts[rank]] += len(own)
@@ -208,7 +209,7 @@ def _assess_drivers(results: ProbeResults) -> Iterable[Finding]:
     groups = ranks_by_value(drivers)
     if len(groups) > 1:
         text = "; ".join(f"{driver}: {results.where(ranks)}" for driver, ranks in groups.items())
-        yield warn(text, "NVIDIA does not test NCCL across drivers; request nodes that are alike")
+        yield warn(text, "NVIDIA does not test NCCL across drivers; request nodes of one kind")
     else:
         yield from (ok(text) for text in groups)
 

@@ -1,4 +1,4 @@
-"""What the run reads: settings, plan, model, tokenizer, rows. Equal on all ranks, and complete."""
+"""Checks of a run's inputs: settings, plan, model, prepared data, tokenizer, rows."""
 
 import json
 import tempfile
@@ -26,14 +26,14 @@ from pipeline.preflight.check import (
 from pipeline.preflight.context import RankContext
 
 _SAMPLE_DOCUMENTS = 32
-# A preflight must end within a minute. Rows are parsed at tens of MB/s; documents need a hash of
-# the files, at hundreds of MB/s.
+# A preflight must end within a minute. Parsing runs at tens of MB/s. To tokenise a sample, prepare
+# hashes all data files, at hundreds of MB/s.
 _MAX_PARSED_BYTES = 100 * 10**6
 _MAX_HASHED_BYTES = 2 * 10**9
 
 
 def _probe_settings(context: RankContext) -> dict[str, str]:
-    """All settings, as resolved."""
+    """All settings after overrides and defaults."""
     return flat(context.known_settings.model_dump(mode="json"))
 
 
@@ -43,7 +43,7 @@ def _assess_settings(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _probe_plan(context: RankContext) -> dict[str, str]:
-    """The layout, and the DeepSpeed config."""
+    """The plan's layout and DeepSpeed config."""
     plan = context.known_plan
     return flat({"layout": vars(plan.layout), "deepspeed": dict(plan.deepspeed)})
 
@@ -58,7 +58,7 @@ def _assess_plan(results: ProbeResults) -> Iterable[Finding]:
         f"{layout.global_batch_size} on {layout.nodes} x {layout.ranks_per_node} x "
         f"{plan.hardware.name}: {need} of {limit} per rank"
     )
-    remedy = "use nodes with equal devices and memory, or set what differs in the run file"
+    remedy = "use nodes with equal devices and memory, or set the differing values in the run file"
     return compare(results, text, remedy)
 
 
@@ -71,7 +71,7 @@ def _probe_model(context: RankContext) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The weight files, each with a valid header, which an interrupted download lacks."""
+    """The weight files. Raises UserError if one is missing or was downloaded only in part."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -112,7 +112,7 @@ def _assess_base(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _probe_prepared_data(context: RankContext) -> dict[str, str]:
-    """The key of each prepared split as this rank reads it; none before the data is prepared."""
+    """The key of each prepared split that this rank reads; empty if no data is prepared yet."""
     data = context.folder / "data"
     if not (data / INDEX).is_file():
         return {}
@@ -121,7 +121,7 @@ def _probe_prepared_data(context: RankContext) -> dict[str, str]:
 
 def _assess_prepared_data(results: ProbeResults) -> Iterable[Finding]:
     keys = ", ".join(f"{split} {key}" for split, key in results.first.items())
-    none = "not prepared yet; rank 0 prepares it at the start, launch/prepare.py before that"
+    none = "not prepared yet; rank 0 prepares it at the start, or launch/prepare.py does beforehand"
     return compare(results, keys or none, "put output_dir on a file system that every node shares")
 
 
@@ -143,7 +143,7 @@ def _assess_tokenizer(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _probe_rows(context: RankContext) -> dict[str, Any]:
-    """Parse every row, and tokenise the first documents: template, masks, lengths.
+    """Parse all rows if that takes seconds, and tokenise the first documents.
 
     Raises UserError for rows or a chat template that prepare would refuse.
     """
@@ -177,7 +177,7 @@ def _assess_rows(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _size_of(name: str) -> int | None:
-    """Bytes of a file, a folder or the matches of a pattern; None for a name that is neither."""
+    """Bytes of a file, a folder or the matches of a glob pattern; None if nothing matches."""
     # Not Path.glob: a pattern may be absolute.
     matches = [path for path in map(Path, glob(name)) if path.exists()]  # noqa: PTH207
     files = [file for path in matches for file in (path.rglob("*") if path.is_dir() else [path])]

@@ -1,4 +1,4 @@
-"""The findings of a preflight, as text and as JSON. Pure."""
+"""The report of a preflight, as text and as JSON. Pure."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,14 +15,14 @@ from pipeline.preflight.check import (
     ranks_by_value,
 )
 
-# The result of a probe that raised; no other result is a mapping of this key alone.
+# A probe that raised has the result {ERROR: message}; no other result has this as its only key.
 ERROR = "error"
-_PLANNED = ("settings", "plan")  # most checks need them
+_REQUIRED = ("settings", "plan")  # checks whose success most others need
 
 
 @dataclass(kw_only=True)
 class Report:
-    """Findings by the name of their check; `skipped`: why a check has none."""
+    """Findings by check name. `skipped`: reason why a check has none, by check name."""
 
     findings: dict[str, list[Finding]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -34,23 +34,23 @@ class Report:
         hosts: Sequence[str],
         plan: Plan | None,
     ) -> None:
-        """Assess the results of all ranks, given by rank and then by name of the check."""
+        """Assess the results of all ranks: `results[rank][check name]`."""
         for check in checks:
-            of_check = {
+            by_rank = {
                 r: named[check.name] for r, named in enumerate(results) if check.name in named
             }
-            if not of_check:  # no rank that probes has a plan
-                missing = [name for name in _PLANNED if self.level_of(name) == "fail"]
-                self.skipped[check.name] = f"{', '.join(missing)} first"
+            if not by_rank:  # no rank could run the probe: it needs settings or a plan
+                failed = [name for name in _REQUIRED if self.level_of(name) == "fail"]
+                self.skipped[check.name] = f"{' and '.join(failed)} failed"
                 continue
-            findings = _assess(check, ProbeResults(by_rank=of_check, hosts=hosts, plan=plan))
+            findings = _assess(check, ProbeResults(by_rank=by_rank, hosts=hosts, plan=plan))
             if findings:
                 self.findings[check.name] = findings
             else:
                 self.skipped[check.name] = "nothing to check in this run"
 
     def level_of(self, name: str) -> Level:
-        """The worst level of a check; ok where it was skipped."""
+        """The worst level of a check; ok if it was skipped."""
         levels = [finding.level for finding in self.findings.get(name, [])]
         return max(levels, key=LEVELS.index, default="ok")
 
@@ -65,7 +65,7 @@ class Report:
 
     def text(self) -> str:
         """A line per finding with its remedy below, the skipped checks, and a summary."""
-        lines = [line for name, found in self.findings.items() for line in _lines(name, found)]
+        lines = [line for name, values in self.findings.items() for line in _lines(name, values)]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(name)
@@ -80,7 +80,7 @@ class Report:
         return "\n".join(lines)
 
     def as_json(self, hosts: Sequence[str]) -> dict[str, Any]:
-        """The same as data; a finding without ranks concerns all."""
+        """The report as JSON; a finding without ranks concerns all ranks."""
         return {
             "verdict": self.level,
             "hosts": list(hosts),
@@ -93,7 +93,7 @@ class Report:
         }
 
     def warnings(self) -> list[str]:
-        """The lines of findings that are not ok."""
+        """The lines of findings with level warn or fail."""
         return [
             line
             for name, findings in self.findings.items()
@@ -102,7 +102,7 @@ class Report:
 
 
 def _assess(check: Check, results: ProbeResults) -> list[Finding]:
-    """The findings of a check; where probes raised, one for each different error."""
+    """The findings of a check; if probes raised, one finding for each different error."""
     errors = {
         rank: result[ERROR]
         for rank, result in results.by_rank.items()
@@ -119,7 +119,7 @@ def _assess(check: Check, results: ProbeResults) -> list[Finding]:
 
 
 def _split_remedy(message: str) -> tuple[str, str]:
-    """Fact and remedy of a UserError's message, which may have no remedy."""
+    """The fact and the remedy in the message of a UserError; "" if it has no remedy."""
     text, _, remedy = message.rpartition("; ")
     is_remedy = text and not remedy.startswith("found ") and "\n" not in message
     return (text, remedy) if is_remedy else (message, "")

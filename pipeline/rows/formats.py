@@ -8,7 +8,13 @@ from typing import Any, NamedTuple, get_args
 
 from pipeline.config.data_keys import Auto
 from pipeline.config.data_names import DataFormat
-from pipeline.rows.conversations import BESIDE, alpaca, messages, prompt_and_completion, sharegpt
+from pipeline.rows.conversations import (
+    CONTEXT_COLUMNS,
+    alpaca,
+    messages,
+    prompt_and_completion,
+    sharegpt,
+)
 from pipeline.rows.examples import (
     ROLES,
     Completion,
@@ -53,10 +59,10 @@ _REQUIRED: dict[DataFormat, tuple[str, ...]] = {
     "text": ("text",),
 }
 _OPTIONAL: dict[DataFormat, tuple[str, ...]] = {
-    "messages": BESIDE,
-    "sharegpt": BESIDE,
-    "alpaca": ("input", "history", *BESIDE),
-    "prompt-completion": BESIDE,
+    "messages": CONTEXT_COLUMNS,
+    "sharegpt": CONTEXT_COLUMNS,
+    "alpaca": ("input", "history", *CONTEXT_COLUMNS),
+    "prompt-completion": CONTEXT_COLUMNS,
     "pre-tokenised": ("attention_mask", "position_ids"),
     "text": (),
 }

@@ -1,7 +1,8 @@
 """Sources of the run file -> their files -> Lines -> rows.
 
-`lines` only finds where rows are, so that one process can feed many which `parse`. Where a row
-cannot be read it is one BadRow; where the rest of a file cannot be read, UserError is raised.
+`lines` only splits files into Lines, so that one process can read for many processes that `parse`.
+A row that cannot be parsed becomes a BadRow. If the rest of a file cannot be read, UserError is
+raised.
 """
 
 import json
@@ -30,7 +31,8 @@ from pipeline.rows.lines import NOT_UTF8, BadRow, Line, Row, size_of
 from pipeline.rows.values import DECODER, DuplicateKeyError, json_name
 
 _FIRST_BYTES = 1000
-_RATIO_BYTES = 4  # times the sample: decompressed to measure a file's ratio, as blocks are large
+# A compression ratio is measured on this many times the sample, as compressed blocks are large.
+_RATIO_SAMPLES = 4
 
 __all__ = [
     "BadRow",
@@ -42,7 +44,7 @@ __all__ = [
     "lines",
     "parse",
     "read_rows",
-    "require_apart",
+    "require_disjoint",
     "resolve",
     "sample",
 ]
@@ -52,8 +54,8 @@ __all__ = [
 class Source:
     """A source of the run file and its files, in the order in which they are read.
 
-    `name`: as in the run file; of a hub data set with its commit. `notes`: sentences for the
-    terminal on files that its name stands for and that are left out.
+    `name`: as in the run file; for a hub data set, its commit is inserted. `notes`: messages about
+    files that match the name but are not read.
     """
 
     name: str
@@ -64,7 +66,7 @@ class Source:
 
 
 class Sample(NamedTuple):
-    """The first Lines of a file, the share of the file that they are, and their bytes."""
+    """The first Lines of a file, their share of the file, and their bytes."""
 
     lines: list[Line]
     share: float
@@ -72,9 +74,9 @@ class Sample(NamedTuple):
 
 
 def resolve(sources: Sequence[DataSource], key: str) -> list[Source]:
-    """The sources of a setting with their files, each readable and in one source only.
+    """The sources of the setting `key` with their files. Nothing is downloaded.
 
-    Raises UserError that names the key. Nothing is fetched.
+    Raises UserError for a file that cannot be read or is in two sources.
     """
     if not sources:
         raise UserError(f"{key}: names no data; give a file, a folder, a glob or a list of them")
@@ -90,8 +92,8 @@ def resolve(sources: Sequence[DataSource], key: str) -> list[Source]:
     return resolved
 
 
-def require_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:
-    """Raise UserError for a file that is both trained on and held out."""
+def require_disjoint(train: Sequence[Source], held_out: Sequence[Source]) -> None:
+    """Raise UserError for a file that is in both the training and the held-out data."""
     trained = {file.resolve(): source.name for source in train for file in source.files}
     for source in held_out:
         for file in source.files:
@@ -103,7 +105,7 @@ def require_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:
 
 
 def lines(source: Source) -> Iterator[Line]:
-    """The source's Lines in order, up to its limit; blank lines are none.
+    """The source's Lines in order, up to its limit; blank lines are skipped.
 
     Raises UserError for a damaged file and for a source without rows.
     """
@@ -119,7 +121,7 @@ def lines(source: Source) -> Iterator[Line]:
 
 
 def parse(line: Line) -> Row | BadRow:
-    """The row of a Line, or the reason why it has none."""
+    """The row of a Line, or a BadRow with the reason why it cannot be parsed."""
     file, number, offset, content, fault = line
     if fault:
         return BadRow(file, number, fault, offset)
@@ -135,10 +137,10 @@ def read_rows(sources: Iterable[Source]) -> Iterator[Row | BadRow]:
 
 
 def sample(file: Path, num_bytes: int) -> Sample:
-    """The rows that begin in a file's first bytes, at least one; read by the same readers.
+    """The rows that begin within the first `num_bytes` of a file, but at least one row.
 
-    Raises UserError, OSError, EOFError or ValueError where the file cannot be read so far, and
-    ValueError for a compressed table, which would have to be unpacked as a whole.
+    Raises UserError, OSError, EOFError or ValueError if these rows cannot be read, and ValueError
+    for a compressed table, which would have to be decompressed as a whole.
     """
     kind = kind_of(file)
     if kind == "parquet" or kind == "arrow":
@@ -167,8 +169,8 @@ def _sample_of_table(file: Path, kind: Literal["parquet", "arrow"], num_bytes: i
 
 
 def _decompressed_size(file: Path, stream: BinaryIO, num_read: int) -> float:
-    """Bytes of the file; of a compressed one as the ratio of its beginning suggests."""
-    num_more = 0 if compression_of(file) is None else _RATIO_BYTES * num_read
+    """Bytes of the file after decompression, estimated from the ratio of its beginning."""
+    num_more = 0 if compression_of(file) is None else _RATIO_SAMPLES * num_read
     while num_more > 0 and (more := stream.read(min(num_more, 2**16))):
         num_more -= len(more)
     return file.stat().st_size * ratio_of(stream)
@@ -211,7 +213,7 @@ def _lines_of(file: Path) -> Iterator[Line]:
                 yield line
     except (OSError, EOFError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{file}: damaged or cut off behind line {number}: {reason}") from None
+        raise UserError(f"{file}: damaged or truncated after line {number}: {reason}") from None
 
 
 def _text_lines(file: Path, stream: BinaryIO) -> Iterator[Line]:
@@ -235,21 +237,21 @@ def _require_json(file: Path, beginning: bytes) -> None:
     """Raise UserError unless a file with an unknown suffix begins like JSON."""
     if without_marks(beginning).lstrip()[:1] not in (b"{", b"[", b""):
         raise UserError(
-            f"{file}: the name does not say what it holds, and as JSON it would begin with {{ or "
-            f"[; give it one of the suffixes {SUFFIXES}"
+            f"{file}: unknown format: the name has no known suffix, and the content does not begin "
+            f"with {{ or [ as JSON does; give it one of the suffixes {SUFFIXES}"
         )
 
 
 def _require_lines(file: Path, beginning: bytes) -> None:
-    """Raise UserError for a list over several lines in a file whose name says a row a line."""
+    """Raise UserError for a JSONL file that holds one JSON list over several lines."""
     begin = [line for line in beginning.split(b"\n") if line.strip()]
     first = without_marks(b"".join(begin[:1])).strip()
     if first in (b"[", b"[{") and not any(isinstance(_parsed(line), dict) for line in begin):
-        raise UserError(f"{file}: a list over several lines, which is no JSONL; name it .json")
+        raise UserError(f"{file}: a JSON list over several lines, not JSONL; name it .json")
 
 
 def _parsed(content: bytes) -> dict[str, Any] | str:
-    """The object, or the reason why there is none."""
+    """The parsed JSON object, or the reason why the content is not one."""
     try:
         value = DECODER.decode(content.decode("utf-8"))
     except UnicodeDecodeError:
@@ -257,7 +259,7 @@ def _parsed(content: bytes) -> dict[str, Any] | str:
     except json.JSONDecodeError as error:
         return f"not valid JSON: {error.msg.removesuffix(' at').removesuffix(' starting')}"
     except DuplicateKeyError:
-        return "not valid JSON: a key is there twice"
-    except (ValueError, RecursionError):  # a number of thousands of digits; nesting without end
-        return "not valid JSON: nested too deep or a number too long"
+        return "not valid JSON: duplicate key"
+    except (ValueError, RecursionError):  # thousands of digits or of nested lists
+        return "not valid JSON: nested too deeply or a number too long"
     return value if isinstance(value, dict) else f"expected a JSON object, found {json_name(value)}"

@@ -108,7 +108,7 @@ def test_a_rank_with_other_settings_is_named(run_file):
     (code, out, _), (code_1, *_) = ranks.end()
     assert (code, code_1) == (2, 2)
     assert_mentions(out, "rank 1", "found 'nine'")
-    (skipped,) = [line for line in out.splitlines() if line.endswith("settings first")]
+    (skipped,) = [line for line in out.splitlines() if line.endswith("settings failed")]
     assert "clock" in skipped  # as every check that a rank without a plan would not reach
 
 

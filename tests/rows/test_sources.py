@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pipeline.config.data_names import DataSource
 from pipeline.errors import UserError
 from pipeline.rows import lines as limits
-from pipeline.rows.sources import BadRow, Row, lines, parse, read_rows, require_apart, resolve
+from pipeline.rows.sources import BadRow, Row, lines, parse, read_rows, require_disjoint, resolve
 from tests.messages import refused
 
 pytestmark = pytest.mark.unit
@@ -302,10 +302,10 @@ def test_a_file_is_not_both_trained_on_and_held_out(tmp_path):
     folder, train, held_out, link = (
         resolved(tmp_path / name) for name in ("", "train.jsonl", "heldout.jsonl", "link.jsonl")
     )
-    require_apart(train, held_out)
+    require_disjoint(train, held_out)
     for shared in ((folder, held_out), (held_out, link)):
         with refused("eval_data", "train_data", tmp_path):
-            require_apart(*shared)
+            require_disjoint(*shared)
 
 
 CSV = [

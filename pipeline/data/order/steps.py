@@ -1,4 +1,4 @@
-"""A plan and a prepared split -> this rank's batches of every training step."""
+"""Training steps of one rank: its micro-batches, from the plan and a prepared split."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SeededBatch:
-    """A micro-batch and the seed of its forward's dropout."""
+    """A micro-batch and the seed of dropout in its forward pass."""
 
     batch: Batch
     seed: int
@@ -25,7 +25,7 @@ class SeededBatch:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """One optimizer step: this rank's micro-batches, and the size of the step over all ranks."""
+    """One optimizer step: this rank's micro-batches, and the step's size summed over all ranks."""
 
     index: int
     batches: Iterator[SeededBatch]
@@ -35,9 +35,10 @@ class TrainingStep:
 def training_steps(
     plan: Plan, split: "Split", *, rank: int, first_step: int
 ) -> Iterator[TrainingStep]:
-    """The steps from `first_step` to the last one; each step's batches must be consumed in turn.
+    """The steps from `first_step` to the last one.
 
-    Iterate inside `worker_deaths_reported`.
+    Consume all batches of a step before taking the next step. Iterate inside
+    `worker_deaths_reported`.
     """
     settings = plan.settings
     layout = BatchLayout(

@@ -1,7 +1,7 @@
 """Rows of the run file -> the prepared data set in the run folder, with its audit.
 
-One process runs `prepare`; any number may read its splits. Only tokenising imports transformers;
-checking rows imports neither it nor torch.
+Only one process at a time may run `prepare`; any number may read the splits. `check_rows` imports
+neither transformers nor torch.
 """
 
 import errno
@@ -42,7 +42,7 @@ from pipeline.files import dump_json, is_abandoned, read_json, write_text
 from pipeline.plan.estimate import estimate
 from pipeline.plan.given.data_size import DataSize
 from pipeline.rows.examples import Example
-from pipeline.rows.sources import Source, lines, require_apart, resolve
+from pipeline.rows.sources import Source, lines, require_disjoint, resolve
 
 logger = logging.getLogger(__name__)
 _FIRST_ROWS = 2000  # of each source: checked before anything is loaded
@@ -53,11 +53,11 @@ _SPLIT_FOLDER = re.compile(r"(train|eval)-[0-9a-f]{16}")
 def check_rows(
     settings: RunSettings, first: int | None = None, *, data_dir: Path | None = None
 ) -> None:
-    """Parse the rows of training and held-out data; UserError where too many are bad.
+    """Parse the rows of training and held-out data; UserError if too many are bad.
 
-    With `first` only so many rows of each source; a source with too many bad ones among them is
-    parsed whole before it is refused. With `data_dir` the bad rows of refused data are written to
-    its rejects.jsonl; nothing else is written.
+    `first`: parse only this many rows of each source, unless too many of them are bad; then parse
+    the whole source before it is refused. `data_dir`: folder in which rejects.jsonl gets the bad
+    rows if the data is refused; nothing else is written.
     """
     for key, sources in _sources(settings).items():
         with TemporaryDirectory(prefix="rankzero-") as folder:
@@ -68,7 +68,7 @@ def check_rows(
                     counts = _parse_rows(settings, source, first, stream)
                     if counts is not None:
                         parsed.append((source.name, counts))
-            with _rejects_kept_if_refused([rejects], data_dir):
+            with _save_rejects_on_refusal([rejects], data_dir):
                 require_usable(key, parsed, settings.max_rejected)
 
 
@@ -78,7 +78,7 @@ def check_first_rows(settings: RunSettings) -> None:
 
 
 def train_key(settings: RunSettings) -> str:
-    """Key that the prepared training data has or would have."""
+    """Key of the prepared training data for these settings, prepared or not."""
     fingerprints = Fingerprints(Path(settings.output_dir) / "data")
     return _jobs(settings, fingerprints, None)[0].keys["train"]
 
@@ -106,12 +106,13 @@ def prepare(
     *,
     processes: int | None = None,
 ) -> DataIndex:
-    """Write the prepared data set to `data_dir`, or find it there; `limit`: rows used per split.
+    """Write the prepared data set to `data_dir`, or reuse the splits that are there.
 
-    By default as many processes tokenise as are worth starting; the result is the same for any
-    number. Raises UserError for bad data, a bad tokenizer or template; what was in `data_dir`
-    before stays, except rejects.jsonl, which then has the rejected rows. With a limit the share of
-    rejected rows is not checked. Raises RankZeroError if the disk is full.
+    `limit`: number of rows to use per split; max_rejected does not apply then. `processes`:
+    tokenisation workers, by default chosen from the size of the data; the result does not depend
+    on it. Raises UserError for bad data, a bad tokenizer or chat template, and RankZeroError if the
+    disk is full. After an error `data_dir` is as before, except that rejects.jsonl has the rejected
+    rows of refused data.
     """
     with _full_disk_reported(data_dir):
         fingerprints = Fingerprints(data_dir)
@@ -122,7 +123,7 @@ def prepare(
         splits: dict[str, _Published] = {}
         written: dict[str, SplitWriter] = {}
         with ExitStack() as stack:
-            # The held-out rows first: they are few, so that their faults are found sooner.
+            # eval_data first: it is small, so that bad rows in it are reported early.
             for job in reversed(jobs):
                 if (published := _published(settings, job, data_dir, limit)) is not None:
                     splits |= published
@@ -134,7 +135,7 @@ def prepare(
                 run = JobRun(settings, job, writers, limit)
                 run.run(processes)
                 rejects = [writer.flushed_rejects() for writer in writers.values()]
-                with _rejects_kept_if_refused(rejects, data_dir if limit is None else None):
+                with _save_rejects_on_refusal(rejects, data_dir if limit is None else None):
                     run.require_usable(_max_rejected(settings, limit))
                 splits |= run.finish()
                 written |= writers
@@ -152,7 +153,7 @@ def prepare(
 
 
 def eval_examples(settings: RunSettings, split: SplitIndex) -> Iterator[Example]:
-    """The examples of the held-out rows from which a prepared split was made."""
+    """The examples of the rows of the prepared held-out split."""
     held_out = None
     if settings.held_out is not None:
         held_out = set(read_column(split.folder, "digests").tolist())
@@ -172,14 +173,17 @@ def eval_examples(settings: RunSettings, split: SplitIndex) -> Iterator[Example]
 
 
 def _max_rejected(settings: RunSettings, limit: int | None) -> float | None:
-    """The share of rejected rows that is allowed; None for a few rows to try with."""
+    """The share of rejected rows that is allowed; None for a trial on a few rows."""
     return settings.max_rejected if limit is None else None
 
 
 def _published(
     settings: RunSettings, job: Job, data_dir: Path, limit: int | None
 ) -> dict[str, _Published] | None:
-    """The splits of a job if all exist, their rejected rows checked against today's settings."""
+    """The splits of a job if all of them exist.
+
+    Raises UserError if the current settings do not allow their rejected rows.
+    """
     folders = {split: data_dir / f"{split}-{key}" for split, key in job.keys.items()}
     splits: dict[str, _Published] = {}
     for split, folder in folders.items():
@@ -192,19 +196,19 @@ def _published(
             total.add(RowCounts.from_json(source))
         if settings.on_bad_row == "fail" and audit["rejected"]:
             for reject in read_rejects(folders[split] / REJECTS):
-                if reject.reason in audit["rejected"]:  # not only dropped
+                if reject.reason in audit["rejected"]:  # dropped rows are in the file too
                     refuse_bad_row(f"{reject.file}:{reject.line}", reject.reason)
     names = [source.name for source in job.sources]
     rejects = [folder / REJECTS for folder in folders.values()]
-    with _rejects_kept_if_refused(rejects, data_dir):
+    with _save_rejects_on_refusal(rejects, data_dir):
         named = list(zip(names, counts, strict=True))
         require_usable(job.setting, named, _max_rejected(settings, limit))
     return splits
 
 
 @contextmanager
-def _rejects_kept_if_refused(rejects: Sequence[Path], data_dir: Path | None) -> Iterator[None]:
-    """If the rows are refused, copy the rejects to rejects.jsonl and say so in the error."""
+def _save_rejects_on_refusal(rejects: Sequence[Path], data_dir: Path | None) -> Iterator[None]:
+    """If the body raises UserError, copy `rejects` to rejects.jsonl and name it in the error."""
     try:
         yield
     except UserError as error:
@@ -213,7 +217,7 @@ def _rejects_kept_if_refused(rejects: Sequence[Path], data_dir: Path | None) -> 
         _create(data_dir)
         try:
             join_files(data_dir / REJECTS, rejects)
-        except OSError:  # a full disk: the rows' error is still the one to raise
+        except OSError:  # a full disk: the original error is raised
             raise error from None
         raise UserError(f"{error}; each row is named in {data_dir / REJECTS}") from None
 
@@ -226,8 +230,8 @@ def _full_disk_reported(data_dir: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise RankZeroError(
-            f"{data_dir}: {error.strerror} while the data is prepared; what was there before "
-            "stays; make room, or give another output_dir, and start again"
+            f"{data_dir}: {error.strerror} while the data is prepared; existing files "
+            "are unchanged; free disk space or set another output_dir, and start again"
         ) from None
 
 
@@ -245,7 +249,7 @@ def _sources(settings: RunSettings) -> dict[str, list[Source]]:
     sources = {"train_data": resolve(settings.train_sources, "train_data")}
     if settings.eval_sources:
         sources["eval_data"] = resolve(settings.eval_sources, "eval_data")
-        require_apart(sources["train_data"], sources["eval_data"])
+        require_disjoint(sources["train_data"], sources["eval_data"])
     return sources
 
 
@@ -264,7 +268,7 @@ def _jobs(settings: RunSettings, fingerprints: Fingerprints, limit: int | None) 
 def _parse_rows(
     settings: RunSettings, source: Source, first: int | None, rejects: IO[str]
 ) -> RowCounts | None:
-    """Counts of all rows of a source; None if the first rows are good enough not to read on."""
+    """Counts of all rows of a source; None if only its first rows were read and they pass."""
     start, counts = rejects.tell(), RowCounts()
     remaining = lines(source)
     for line in islice(remaining, first):
@@ -286,7 +290,7 @@ def _parse_rows(
 
 
 def _is_current(data_dir: Path, index: DataIndex) -> bool:
-    """Whether the files beside the splits exist and belong to these splits."""
+    """Whether index, audit.json and rejects.jsonl exist and belong to these splits."""
     try:
         published = read_json(data_dir / INDEX)
     except (OSError, ValueError):
@@ -310,13 +314,13 @@ def _content(paths: Sequence[Path]) -> bytes | None:
 
 
 def _write_summary(data_dir: Path, index: DataIndex, audits: dict[str, dict[str, Any]]) -> None:
-    """Write audit.json and rejects.jsonl of all splits, and last the index that names them."""
+    """Write audit.json and rejects.jsonl for all splits, then the index of the splits."""
     if index.eval is not None:
         train = read_column(index.train.folder, "digests")
         held_out = read_column(index.eval.folder, "digests")
         shared = int(np.isin(held_out, train).sum())
         audits["eval"] = {**audits["eval"], "rows_also_in_train": shared}
-    # Without an index, a summary that a kill leaves incomplete is written again.
+    # The index is removed first, so that after a kill in between all three are written again.
     (data_dir / INDEX).unlink(missing_ok=True)
     join_files(data_dir / REJECTS, _rejects(index))
     audit = {split: audits[split] for split in index.splits}
@@ -325,7 +329,7 @@ def _write_summary(data_dir: Path, index: DataIndex, audits: dict[str, dict[str,
 
 
 def _remove_others(data_dir: Path, index: DataIndex) -> None:
-    """Remove splits under older keys, and unfinished work of killed processes."""
+    """Remove splits with other keys, and temporary files of killed processes."""
     current = {split.folder.name for split in index.splits.values()}
     for path in list(data_dir.iterdir()):
         is_older = _SPLIT_FOLDER.fullmatch(path.name) and path.name not in current

@@ -1,8 +1,8 @@
-"""Bytes of a run, term by term: a rank's device, its peak while loading, a node's host, the disk.
+"""Predicted bytes, term by term: a rank's device in training and loading, a node's host, the disk.
 
-P: trainable parameters, W: ranks, b: bytes of a value in the training dtype. The peak is that of
-the worst moment of a step, and the terms are what is allocated then. docs/memory.md compares them
-with measured tensors.
+P: trainable parameters, W: ranks, b: bytes of a value in the training dtype. The peak of a step is
+that of its worst moment, and the terms are the tensors allocated at that moment. docs/memory.md
+compares them with measured tensors.
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ from pipeline.plan.given.shape import ModelShape
 _MAX_BUCKET = 2**24
 # CUDA context of a process, kernels and NCCL's buffers; an assumption, not measured on a GPU.
 _CUDA_CONTEXT = 700 * 2**20
-# Fraction that the caching allocator holds beyond live tensors; an assumption as well.
+# Memory that the caching allocator holds beyond live tensors, as a fraction of them; an assumption.
 _ALLOCATOR_SLACK = 0.03
-# Host memory of a rank's process: libraries and CUDA's share; an assumption.
+# Host memory of a rank's process for libraries and the CUDA runtime; an assumption.
 _PROCESS = 4 * 2**30
 _NOT_TENSORS = ("cuda_context", "allocator_slack")
 
@@ -35,7 +35,7 @@ class Memory:
     per_rank: Mapping[str, int]
     worst_moment: str
     load_peak_bytes: int
-    loading_tensors: int  # of that, live tensors alone
+    loading_tensors: int  # the part of load_peak_bytes that is live tensors
     host_peak_bytes: int  # of one node
 
     @property
@@ -45,13 +45,13 @@ class Memory:
 
     @property
     def tensor_bytes(self) -> int:
-        """Most bytes in live tensors, loading or in a step: torch.cuda.max_memory_allocated."""
+        """Peak of live tensors in loading and training (torch.cuda.max_memory_allocated)."""
         in_step = sum(size for term, size in self.per_rank.items() if term not in _NOT_TENSORS)
         return max(in_step, self.loading_tensors)
 
     @property
     def device_need(self) -> int:
-        """Bytes that the device must have, loading or in a step."""
+        """Bytes that the device needs for loading and training."""
         return max(self.peak_bytes, self.load_peak_bytes)
 
 
@@ -62,7 +62,7 @@ def memory(
     hardware: Hardware,
     sequences: SequenceProfile,
 ) -> Memory:
-    """Memory of a run whose longest sequences are like this."""
+    """Predicted memory of a run with micro-batches of the longest `sequences`."""
     is_cuda = hardware.kind == "cuda"
     acts = activations(shape, settings, layout, sequences, is_cuda=is_cuda)
     moments = _moments(shape, settings, layout, acts, is_cuda=is_cuda)
@@ -92,7 +92,7 @@ def bucket_elements(shape: ModelShape, settings: RunSettings) -> int:
 
 
 def base_bytes(shape: ModelShape, settings: RunSettings, training_dtype: str) -> int:
-    """The whole frozen base as it is held, before any sharding."""
+    """Bytes of the frozen base, quantised if the settings say so, before sharding."""
     b = DTYPE_BYTES[training_dtype]
     n = shape.quantised_parameters
     if settings.is_quantised:
@@ -102,10 +102,11 @@ def base_bytes(shape: ModelShape, settings: RunSettings, training_dtype: str) ->
 
 
 def quantisation_constants(shape: ModelShape, settings: RunSettings) -> int:
-    """Bytes of the constants of 4 or 8 bits, beside the packed weights.
+    """Bytes of the quantisation constants of a 4-bit or 8-bit base; the weights are not included.
 
-    4 bits: an fp32 constant per 64 weights, or with double quantisation a byte per 64 and an fp32
-    per 64 x 256 (QLoRA, arXiv 2305.14314 s.3). 8 bits: an fp32 scale a row (arXiv 2208.07339 s.3).
+    4 bits: an fp32 constant per 64 weights, or with double quantisation a byte per 64 weights and
+    an fp32 constant per 64 x 256 (QLoRA, arXiv 2305.14314 s.3). 8 bits: an fp32 scale per row
+    (arXiv 2208.07339 s.3).
     """
     n = shape.quantised_parameters
     if settings.load_in_4bit:
@@ -116,15 +117,15 @@ def quantisation_constants(shape: ModelShape, settings: RunSettings) -> int:
 
 
 def checkpoint_bytes(trainable: int) -> int:
-    """One checkpoint: fp32 weights and two moments."""
+    """Bytes of one checkpoint: fp32 weights, two Adam moments, plus 1 %."""
     return int(12 * trainable * 1.01)
 
 
 def disk_bytes(shape: ModelShape, settings: RunSettings) -> dict[str, int]:
-    """Bytes that a run writes; merging writes the base once more, in its own dtype."""
+    """Bytes that a run writes; `merged` is the merged model, in the dtype of the base."""
     trainable = trainable_parameters(shape, settings)
     is_evaluated = settings.eval_data is not None and settings.evaluation_strategy != "no"
-    # save_total_limit, the one of the lowest held-out loss, and one being written
+    # save_total_limit, the one with the lowest held-out loss, and one being written
     checkpoints = checkpoint_bytes(trainable) * (settings.save_total_limit + is_evaluated + 1)
     if settings.keep_best:  # fp32 weights: the best so far, and a better one being written
         checkpoints += 2 * checkpoint_bytes(trainable) // 3
@@ -133,13 +134,14 @@ def disk_bytes(shape: ModelShape, settings: RunSettings) -> dict[str, int]:
 
 
 def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[str, int]:
-    """Terms that stay allocated from the first step on."""
+    """Terms that stay allocated throughout training."""
     b, world = layout.bytes_per_value, layout.world_size
     trainable = trainable_parameters(shape, settings)
     base = base_bytes(shape, settings, layout.training_dtype)
     constants = quantisation_constants(shape, settings)
     terms = {
-        # fp32 master and two Adam moments (ZeRO, arXiv 1910.02054 s.3.1), divided at every stage
+        # fp32 master weights and two Adam moments (ZeRO, arXiv 1910.02054 s.3.1), sharded at every
+        # stage
         "optimizer_state": 12 * trainable // world,
         "quantisation_constants": constants,
         "adapter_weights": b * trainable,
@@ -153,7 +155,7 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
         terms["whole_on_every_rank"] = gathers(shape, settings).persistent * stored
         if layout.hpz_partition_size > 1:
             terms["hpz_copy"] = shared // layout.hpz_partition_size
-        terms["adapter_weights"] += b * trainable // world  # its shard, and all of it
+        terms["adapter_weights"] += b * trainable // world  # the shard and the gathered copy
         # DeepSpeed 0.19.8 stage3.py allocates fp32 gradients and one bucket persistently
         terms["adapter_gradients"] = 4 * trainable // world
         terms["zero_buckets"] = 4 * bucket_elements(shape, settings)
@@ -163,16 +165,18 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
 def _moments(
     shape: ModelShape, settings: RunSettings, layout: Layout, acts: Activations, *, is_cuda: bool
 ) -> dict[str, dict[str, int]]:
-    """Terms beside the resident ones, at each moment that may be the worst of a step."""
+    """Terms in addition to the resident ones, at each moment of a step that may be its peak."""
     k = layout.checkpointed_layers
     boundaries = k * acts.boundary
-    unchecked = [count for _, count in shape.counts(first=k)]
-    others = sum(n * block.saved for n, block in zip(unchecked, acts.blocks, strict=True))
+    not_checkpointed = [count for _, count in shape.counts(first=k)]
+    others = sum(n * block.saved for n, block in zip(not_checkpointed, acts.blocks, strict=True))
     saved = boundaries + others
-    # of the last block that is not checkpointed, or of a block while it is recomputed
+    # saved within blocks: by those that are not checkpointed, or by one that is being recomputed
     checkpointed = [
         block.recomputed
-        for (_, count), left, block in zip(shape.counts(), unchecked, acts.blocks, strict=True)
+        for (_, count), left, block in zip(
+            shape.counts(), not_checkpointed, acts.blocks, strict=True
+        )
         if count > left
     ]
     in_block = max(others, *checkpointed) if checkpointed else others
@@ -211,13 +215,14 @@ def _moments(
 def _gradients(
     shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Gradients accumulated for the step, and while a bucket of them is reduced.
+    """Gradient terms between micro-batches, and gradient terms while a bucket is reduced.
 
-    DeepSpeed 0.19.8. Stage 2 (stage_1_and_2.py): this rank's partition accumulates, in fp32 in a
-    bf16 run (grad_accum_dtype); a full bucket is copied once to be flat and, in bf16, once to fp32.
-    Stage 1: all gradients accumulate as they are, beside an empty bucket. Stage 3 (stage3.py):
-    partition and bucket are persistent (see `_resident`); a bucket is copied flat, and scattered,
-    in fp32 (gloo, the backend of CPU ranks, makes another copy).
+    DeepSpeed 0.19.8. Stage 2 (stage_1_and_2.py): a rank accumulates the gradients of its partition,
+    in fp32 if training is bf16 (grad_accum_dtype); a full bucket is flattened into a copy and, in
+    bf16, copied again to fp32. Stage 1: all gradients accumulate in the training dtype, and an
+    empty bucket stays allocated. Stage 3 (stage3.py): partition and bucket are persistent (see
+    `_resident`); a bucket is flattened and reduce-scattered in fp32 (gloo, the backend of CPU
+    ranks, makes another copy).
     """
     trainable, b = trainable_parameters(shape, settings), layout.bytes_per_value
     bucket, is_bf16 = bucket_elements(shape, settings), layout.training_dtype == "bfloat16"
@@ -231,22 +236,22 @@ def _gradients(
 
 
 def _gathered(shape: ModelShape, settings: RunSettings, layout: Layout) -> tuple[int, int, int]:
-    """Bytes gathered at ZeRO-3, elsewhere 0: the head, the largest block, and kept experts.
+    """Bytes gathered at ZeRO-3: the head, the largest block, and experts; 0 at other stages.
 
-    A block that is not checkpointed keeps its gathered experts until its backward pass (measured:
-    fused experts go through no linear layer that gathers them again).
+    Experts count for every block that is not checkpointed, which keeps them gathered until its
+    backward pass (measured: only linear layers gather their weights again there).
     """
     if not layout.is_sharded:
         return 0, 0, 0
     b = layout.bytes_per_value
     head = shape.vocab_size * shape.hidden_size * b
-    unchecked = shape.counts(first=layout.checkpointed_layers)
-    experts = b * sum(count * block.expert_parameters for block, count in unchecked)
+    not_checkpointed = shape.counts(first=layout.checkpointed_layers)
+    experts = b * sum(count * block.expert_parameters for block, count in not_checkpointed)
     return head, max(_block_bytes(block, settings, b) for block in shape.blocks), experts
 
 
 def _block_bytes(block: Block, settings: RunSettings, b: int) -> int:
-    """One block of the base as ZeRO-3 gathers it: packed, without quantisation constants."""
+    """Bytes of one block as ZeRO-3 gathers it: packed weights without quantisation constants."""
     if not settings.is_quantised:
         return block.parameters * b
     packed = block.linear_weights // 2 if settings.load_in_4bit else block.linear_weights
@@ -256,19 +261,19 @@ def _block_bytes(block: Block, settings: RunSettings, b: int) -> int:
 def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool) -> int:
     """Peak of a rank's device while the base is loaded.
 
-    transformers 5.23 shards a 16-bit base as rank 0 reads it: a rank has its shard and the tensor
-    being read. A quantised base is whole on every rank before DeepSpeed shards it, unless it is
-    loaded through the host (model/base.py); one 16-bit tensor awaits quantisation on a CPU
-    (measured), up to four on a GPU (an assumption).
+    With ZeRO-3, transformers 5.23 shards a 16-bit base while rank 0 reads it: a rank holds its
+    shard and the tensor being read. A quantised base is whole on every rank before DeepSpeed shards
+    it, unless it is loaded through the host (model/base.py). In addition there are the 16-bit
+    tensors that are not quantised yet: one on a CPU (measured), up to four on a GPU (assumed).
     """
     b = layout.bytes_per_value
     base = base_bytes(shape, settings, layout.training_dtype)
     largest = shape.largest_linear * b
     constants = quantisation_constants(shape, settings)
     if layout.is_sharded and (not settings.is_quantised or layout.loads_through_host):
-        experts = b * max(block.expert_parameters for block in shape.blocks)  # read as one
+        experts = b * max(block.expert_parameters for block in shape.blocks)  # one tensor
         widest = max(largest, shape.vocab_size * shape.hidden_size * b, experts)
-        read = 0 if is_cuda else base  # rank 0 reads it whole into the same memory
+        read = 0 if is_cuda else base  # rank 0 reads the whole base into the same memory
         shared, copies = base - constants, layout.hpz_partition_size
         share = 0 if layout.offload_param == "cpu" else shared // layout.world_size
         share += shared // copies if copies > 1 else 0
@@ -278,17 +283,17 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
 
 
 def _host_peak(shape: ModelShape, settings: RunSettings, layout: Layout, device_peak: int) -> int:
-    """Host memory of one node; `device_peak` is a rank's where its device is the host itself.
+    """Peak host memory of one node; `device_peak` is a rank's peak on the CPU, 0 on GPUs.
 
     Weights are memory-mapped: they need host memory only while they are copied.
     """
     ranks = layout.ranks_per_node
     need = ranks * (device_peak or _PROCESS)
     base = base_bytes(shape, settings, layout.training_dtype)
-    if layout.offload_param == "cpu":  # a shard a rank, pinned
+    if layout.offload_param == "cpu":  # one pinned shard per rank
         need += ranks * base // layout.world_size
     if layout.loads_through_host:
         need += ranks * base
     elif layout.is_sharded and not settings.is_quantised and device_peak == 0:
-        need += base  # rank 0 reads it whole
+        need += base  # rank 0 reads the whole base
     return need + 16 * trainable_parameters(shape, settings)  # gathered and written by rank 0

@@ -1,9 +1,9 @@
-"""FLOPs and bytes of a token, a micro-batch and a step, before rates and layout.
+"""FLOPs, memory traffic and kernel launches of a model and its adapter, per token.
 
-N: weights of the blocks' linear layers, P: trainable parameters, D: hidden size, V: vocabulary,
-L: blocks, T: tokens of a sequence. A multiplication and its addition are 2 FLOPs. Kernels and
-passes are those of transformers 5.23 (models/llama/modeling_llama.py) and peft 0.21
-(tuners/lora/layer.py); tests/plan/cost/test_per_token.py counts them on models.
+They depend on neither hardware nor layout. A multiplication and its addition are 2 FLOPs. A "pass"
+reads or writes each value of a tensor once. Kernels and passes are those of transformers 5.23
+(models/llama/modeling_llama.py) and peft 0.21 (tuners/lora/layer.py);
+tests/plan/cost/test_per_token.py counts them on models.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,7 @@ from pipeline.plan.given.block import Block
 from pipeline.plan.given.layout import DTYPE_BYTES
 from pipeline.plan.given.shape import ModelShape
 
-# Values that a forward pass of a block reads or writes beside its matrix products, in the training
-# dtype.
+# Passes over a tensor in a block's forward pass, matrix products not included; training dtype.
 _NORM_PASSES = 18  # RMSNorm in fp32: cast, square, mean, two products, cast; a kernel each
 _RESIDUAL_PASSES = 3  # two read, one written, after attention and after the MLP
 _ROTARY_PASSES = 10  # halves rotated and concatenated, two products, one sum
@@ -25,8 +24,8 @@ _GATE_PASSES = 5  # activation: one read, one written; product: two read, one wr
 _LORA_IN_PASSES = 1  # A reads its input
 _DROPOUT_PASSES = 2  # and dropout reads and writes it first
 _LORA_OUT_PASSES = 6  # B writes; scaling reads and writes; the sum reads two and writes one
-# Experts (grouped_mm): routing, and for each expert of a token values of the hidden width (copied
-# in and out, weighted, summed) and of the inner width.
+# Experts (grouped_mm): routing, and for each expert that a token is routed to, passes over tensors
+# of the hidden width (copied in and out, weighted, summed) and of the inner width.
 _ROUTING_PASSES = 8
 _EXPERT_HIDDEN_PASSES = 12
 _EXPERT_INNER_PASSES = 8
@@ -38,22 +37,23 @@ _SCORE_PASSES = 22
 _BLOCK_KERNELS = 31
 _LORA_KERNELS = 4  # A, B, scaling, sum; dropout is one more
 _DEQUANTISE_KERNELS = 2  # the constants, then the weight
-_SCORES_KERNELS = 15  # of a document's attention with materialised scores; else one kernel
-_EXPERTS_KERNELS = 22  # routing, sorting, two grouped products, and back
+_SCORES_KERNELS = 15  # attention of one document with materialised scores; fused it is one kernel
+_EXPERTS_KERNELS = 22  # routing, sorting by expert, two grouped products, and the inverse sort
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostPerToken:
-    """Sums over a model and its adapter. `_flops` are of one token and one forward pass.
+    """Costs of a model and its adapter, all for a forward pass.
 
-    `score_flops`: for each token of the sequence. `token_values`: values that a token moves in a
-    forward pass through all blocks, without attention scores. `score_values`: those of materialised
-    scores, for each token of the sequence. `linear_values` and `expert_values`: weights of linear
-    layers and of all experts. `expert_share`: fraction of the experts that a token is routed to.
-    `packed_bytes`: the linear weights as stored where they are quantised, else 0.
-    `kernels`: of a micro-batch; `document_kernels`: more for each document of a pack.
-    `stored_bytes`: the base as ZeRO-3 shards it, without quantisation constants, which are whole on
-    every rank. `modules`: linear layers of the base.
+    Per token: `base_flops`, `adapter_flops`, `head_flops`, and `token_values`, the values read or
+    written in all blocks without attention scores. Per token and token of the sequence:
+    `score_flops`, and `score_values`, the values read or written if scores are materialised.
+    Per micro-batch: `kernels`, launches; `document_kernels`, additional ones per packed document.
+    Of the model: `trainable` parameters; `linear_values` and `expert_values`, weights of all linear
+    layers and experts; `expert_share`, fraction of the experts that a token is routed to;
+    `packed_bytes`, the linear weights if they are quantised, else 0; `stored_bytes`, the base as
+    ZeRO-3 shards it, without quantisation constants, which every rank has whole; `modules`, number
+    of linear layers.
     """
 
     trainable: int
@@ -74,16 +74,16 @@ class CostPerToken:
 
 
 def cost_per_token(shape: ModelShape, settings: RunSettings, training_dtype: str) -> CostPerToken:
-    """The sums for a model; cached, because a search asks for the same ones many times."""
+    """The costs of a model; cached, because the search for a layout needs them many times."""
     return _cached(_Identity(shape, settings), training_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceFlops:
-    """Model FLOPs of a sequence, forward and backward, by which sequences are assigned to ranks.
+    """Coefficients of a sequence's model FLOPs, forward and backward, for balancing the ranks.
 
-    For each token, for each squared document length (attention does not cross documents), and for
-    each supervised token, which has logits.
+    `per_token`: times its tokens. `per_square`: times the sum of its squared document lengths, as
+    attention does not cross documents. `per_logit`: times its supervised tokens, which have logits.
     """
 
     per_token: float
@@ -92,10 +92,10 @@ class SequenceFlops:
 
 
 def sequence_flops(cost: CostPerToken) -> SequenceFlops:
-    """Model FLOPs of a sequence, without recomputation.
+    """Coefficients of a sequence's model FLOPs, without recomputation.
 
-    The backward pass of a frozen weight costs as much as its forward pass, for the gradient of its
-    input alone; that of an adapter, and of attention's products of two inputs, twice as much.
+    The backward pass of a frozen weight costs as much as its forward pass, since only the input
+    needs a gradient. For adapters and attention products, both operands need one: twice as much.
     """
     return SequenceFlops(
         per_token=2 * cost.base_flops + 3 * cost.adapter_flops,
@@ -105,7 +105,10 @@ def sequence_flops(cost: CostPerToken) -> SequenceFlops:
 
 
 class _Identity:
-    """Cache key by identity of two frozen objects, which it keeps alive."""
+    """Cache key that compares shape and settings by identity.
+
+    Both are immutable, and the key keeps them alive so that their ids stay unique.
+    """
 
     def __init__(self, shape: ModelShape, settings: RunSettings) -> None:
         self.shape = shape
@@ -127,15 +130,15 @@ def _cached(key: _Identity, training_dtype: str) -> CostPerToken:
     trainable = trainable_parameters(shape, settings)
     counts = shape.counts()
     heads = sum(count * block.num_heads for block, count in counts)
-    # Causal kernels skip the half of the scores that causality hides (FlashAttention-2, arXiv
-    # 2307.08691 s.3.1), PyTorch's too: training passes no mask (model/loss.py). Soft-capped scores
-    # are materialised whole, unless FlashAttention caps them.
+    # Causal kernels skip the masked half of the scores (FlashAttention-2, arXiv 2307.08691 s.3.1).
+    # So does PyTorch's SDPA, as training passes no mask (model/loss.py). Soft-capped scores are
+    # materialised in full, unless FlashAttention caps them.
     is_materialised = has_scores(shape, settings)
     return CostPerToken(
         trainable=trainable,
         base_flops=2 * sum(count * block.active_weights for block, count in counts),
         adapter_flops=2 * trainable,
-        # Scores and their product with the values, 2 FLOPs each (PaLM, arXiv 2204.02311 app. B).
+        # Scores, and their product with V: 2 FLOPs each (PaLM, arXiv 2204.02311 app. B).
         score_flops=(4 if is_materialised else 2)
         * sum(count * block.query_width for block, count in counts),
         head_flops=2 * shape.vocab_size * shape.hidden_size,

@@ -1,7 +1,7 @@
-"""Rule: one known trap, with the condition under which it applies, its reason, remedy and source.
+"""Rule: one known problem, with the condition under which it applies, reason, remedy and source.
 
-A rule refuses (exit 2), warns or advises. Package versions come from package metadata: nothing is
-imported.
+A rule refuses the run (exit 2), warns or advises. Versions are read from package metadata without
+importing the packages.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +27,7 @@ _NEWEST = "9999"  # version assumed for a package that is not installed
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInput:
-    """Everything that is known before a layout is chosen."""
+    """Input of the plan, from which a layout is chosen."""
 
     settings: RunSettings
     shape: ModelShape
@@ -44,8 +44,8 @@ class PlanInput:
 class PlanContext(PlanInput):
     """The plan's input and the layout chosen for it.
 
-    `deepspeed` is the config that DeepSpeed gets, with a user's own JSON merged in. `data` is None
-    until the training data has been counted or estimated.
+    `deepspeed`: the config that DeepSpeed gets, merged with the user's own JSON. `data`: None until
+    the training data has been counted or its size estimated.
     """
 
     layout: Layout
@@ -58,12 +58,12 @@ class PlanContext(PlanInput):
         return self.block("zero_optimization")
 
     def block(self, path: str) -> Mapping[str, Any]:
-        """A block of the DeepSpeed config by its dotted path, empty where there is none."""
+        """A block of the DeepSpeed config by its dotted path; empty if the block is missing."""
         value = self.value(path)
         return value if isinstance(value, Mapping) else {}
 
     def value(self, path: str) -> Any:
-        """A value of the DeepSpeed config by its dotted path, None where there is none."""
+        """A value of the DeepSpeed config by its dotted path; None if the key is missing."""
         value: Any = self.deepspeed
         for key in path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
@@ -75,11 +75,12 @@ ContextT = TypeVar("ContextT", bound=PlanInput, contravariant=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(Generic[ContextT]):
-    """One known trap.
+    """One known problem.
 
-    `applies` gives whether the rule applies; a text also applies, and is appended to the reason.
-    `versions` is a requirement such as "deepspeed>=0.17.6,<0.18.3" to which the rule is limited; a
-    package that is not installed counts as newer than any. Empty: every supported version.
+    `applies`: returns whether the rule applies, or a text, which means that it applies and is
+    appended to the reason. `versions`: the rule applies only to these versions, such as
+    "deepspeed>=0.17.6,<0.18.3"; empty for all supported ones. A package that is not installed is
+    taken to be the newest.
     """
 
     id: str
@@ -96,7 +97,7 @@ class Rule(Generic[ContextT]):
         return f"{self.reason}; {self.remedy}"
 
     def check(self, context: ContextT) -> "Rule[ContextT] | None":
-        """The rule with its reason completed where it applies, else None."""
+        """The rule if it applies, with the text from `applies` in its reason; else None."""
         if self.versions:
             wanted = Requirement(self.versions)
             installed = context.packages.get(wanted.name) or _NEWEST
@@ -109,14 +110,14 @@ class Rule(Generic[ContextT]):
 
 
 def is_set(*paths: str) -> Callable[[PlanContext], bool]:
-    """Condition: one of these keys of the DeepSpeed config is set to anything but off or empty."""
+    """Condition: one of these keys of the DeepSpeed config has a value other than off or empty."""
     return lambda context: any(
         context.value(path) not in (None, False, 0, "", "none", {}, []) for path in paths
     )
 
 
 def is_present(*paths: str) -> Callable[[PlanContext], bool]:
-    """Condition: one of these keys of the DeepSpeed config has a value, be it false or empty."""
+    """Condition: one of these keys of the DeepSpeed config is set, even to false or empty."""
     return lambda context: any(context.value(path) is not None for path in paths)
 
 
@@ -126,13 +127,13 @@ def is_false(path: str) -> Callable[[PlanContext], bool]:
 
 
 def issue(repository: str, *numbers: int) -> str:
-    """Links to issues or pull requests; GitHub redirects from the one to the other."""
+    """Links to issues or pull requests; GitHub redirects an issue link to the pull request."""
     return ", ".join(f"https://github.com/{repository}/issues/{number}" for number in numbers)
 
 
 @cache  # reading the metadata takes longer than all rules together
 def installed_versions() -> Mapping[str, str | None]:
-    """Versions of the packages that rules depend on, None where one is not installed."""
+    """Versions of the packages that rules depend on; None for one that is not installed."""
     versions: dict[str, str | None] = {}
     for name in ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "flash-attn"):
         try:
@@ -149,6 +150,6 @@ def applicable_rules(rules: Iterable[Rule[ContextT]], context: ContextT) -> list
 
 
 def raise_refusals(rules: Iterable[Rule[ContextT]]) -> None:
-    """Raise UserError with every refusal among the rules that apply."""
+    """Raise UserError with the messages of all refusals among these rules."""
     if refused := [rule for rule in rules if rule.level == "refuse"]:
         raise UserError("\n".join(f"{rule.message} [rule {rule.id}]" for rule in refused))
