@@ -1,4 +1,4 @@
-"""A name in `train_data` or `eval_data` -> its files: no caches, no run folders, one split."""
+"""A name in `train_data` or `eval_data` -> its data files, without caches and other splits."""
 
 import difflib
 import glob
@@ -13,8 +13,8 @@ from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.rows.content import SUFFIXES, kind_by_name, open_data
 
-# Files that `datasets` writes beside the rows.
-_NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# Metadata files that `datasets` writes to a folder of data.
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -22,7 +22,7 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _NOT_LETTERS = re.compile(r"[\W\d_]+")
-_NO_WORDS = {
+_IGNORED_WORDS = {
     "",
     "of",
     "jsonl",
@@ -36,45 +36,45 @@ _NO_WORDS = {
     "xz",
     "zst",
 }
-# What prepare writes to `data/` of a run folder. A folder with rejects.jsonl alone is refused data.
+# Files that prepare writes to `data/` of a run folder; only rejects.jsonl if the data was refused.
 _SPLIT_FOLDER = re.compile(r"(train|eval)-[0-9a-f]{16}")
 _REJECTS, _SUMMARIES = "rejects.jsonl", {"index.json", "audit.json", "fingerprints.json"}
 _LEFT_OUT = "caches, files of runs and files that state.json does not name"
 
 
 class DataFiles(NamedTuple):
-    """Files in the order in which they are read; `notes`: what was left out, for the user."""
+    """Files in the order in which they are read; `notes`: messages about skipped files."""
 
     files: list[Path]
     notes: tuple[str, ...] = ()
 
 
 def find_files(name: str, key: str) -> DataFiles:
-    """Files of a path, folder or glob, in a fixed order, readable and not all of them empty.
+    """The data files of a path, folder or glob, in a fixed order.
 
-    A folder stands for every file beneath it with a known suffix, or for those that its
-    `state.json` names; where files are named after splits, `key` says which split is taken.
-    A file that links name more than once is one file. Raises UserError that names `key`.
+    For a folder these are all files below it with a known suffix, or those that its `state.json`
+    names. If files are named after splits, the setting `key` selects the split. A file that several
+    links name is read once. Raises UserError if a file cannot be read or all files are empty.
     """
     try:
-        found = _find(name, key)
+        data = _find(name, key)
     except OSError as error:  # a forbidden folder, a name that is too long
         raise UserError(f"{key}: {error.filename or name}: {error.strerror}") from None
-    check_files(found.files, name, key)
-    unique = {file.resolve(): file for file in reversed(found.files)}
-    return found._replace(files=list(unique.values())[::-1])
+    check_files(data.files, name, key)
+    unique = {file.resolve(): file for file in reversed(data.files)}
+    return data._replace(files=list(unique.values())[::-1])
 
 
 def check_files(files: Sequence[Path], name: str, key: str) -> None:
-    """Raise UserError unless every file can be read and one of them is not empty."""
+    """Raise UserError if a file cannot be read or all files are empty."""
     are_empty = [_is_empty(file, key) for file in files]  # a list: every file is opened
     if all(are_empty):
-        raise UserError(f"{key}: {name} is empty; expected rows, such as a JSON object on a line")
+        raise UserError(f"{key}: {name} is empty; expected rows, such as one JSON object per line")
 
 
 def has_known_suffix(file: Path) -> bool:
-    """Whether the name says that the file holds rows."""
-    return kind_by_name(file) is not None and file.name not in _NO_ROWS
+    """Whether the file has the suffix of a data file and is not metadata of `datasets`."""
+    return kind_by_name(file) is not None and file.name not in _METADATA
 
 
 def _find(name: str, key: str) -> DataFiles:
@@ -88,7 +88,7 @@ def _find(name: str, key: str) -> DataFiles:
         raise UserError(f"{key}: {name}: no such file{hint}")
     matches = sorted(Path(match) for match in glob.glob(name, recursive=True))  # noqa: PTH207
     matches = [match for match in matches if not match.is_dir()]
-    # Run folders at or beneath the folder that the glob starts from.
+    # Run folders at or below the folder that the glob starts from.
     root = _before_magic(path)
     folders = {folder for match in matches for folder in match.parents} - {*root.parents}
     run_folders = {folder for folder in folders if _is_run_folder(folder)}
@@ -119,7 +119,7 @@ def _in_folder(folder: Path, key: str) -> DataFiles:
 
 
 class _Walk:
-    """The data files beneath a folder, sorted by name; links may name a folder again."""
+    """The data files below a folder, sorted by name; a folder that links repeat is visited once."""
 
     def __init__(self) -> None:
         self.files: list[Path] = []
@@ -163,7 +163,7 @@ def _saved_files(folder: Path, key: str) -> list[str] | None:
 
 
 def _is_cache(file: Path) -> bool:
-    """Whether a file is a result that `datasets` keeps beside the rows that it was made from."""
+    """Whether a file is a cached result of `datasets` (map, filter)."""
     return file.name.startswith("cache-") and file.suffix == ".arrow"
 
 
@@ -177,7 +177,7 @@ def _is_run_folder(folder: Path) -> bool:
 
 
 def _is_of_prepare(file: Path) -> bool:
-    """Whether prepare wrote the file, as far as its name and its neighbours tell."""
+    """Whether prepare wrote the file, judged by its name and its folder."""
     return (
         file.name == _REJECTS
         or _SPLIT_FOLDER.fullmatch(file.parent.name) is not None
@@ -199,17 +199,17 @@ def _before_magic(pattern: Path) -> Path:
 
 
 def _of_split(files: Sequence[Path], folder: Path, key: str) -> tuple[list[Path], list[Path]]:
-    """The files of the split that the key asks for, and the others.
+    """The files of the split for the setting `key`, and the files of other splits.
 
     `train_data` takes all but validation and test; `eval_data` validation, else test, else all.
     """
     splits = {file: _split_of(file.relative_to(folder)) for file in files}
-    wanted: tuple[str | None, ...] = (None, "train")
+    allowed: tuple[str | None, ...] = (None, "train")
     if key == "eval_data":
         present = [name for name in ("validation", "test") if name in splits.values()]
-        wanted = (present[0],) if present else wanted
-    taken = [file for file in files if splits[file] in wanted]
-    others = [file for file in files if splits[file] not in wanted]
+        allowed = (present[0],) if present else allowed
+    taken = [file for file in files if splits[file] in allowed]
+    others = [file for file in files if splits[file] not in allowed]
     if not taken:
         raise UserError(
             f"{key}: {folder}: every file is named after another split "
@@ -219,9 +219,9 @@ def _of_split(files: Sequence[Path], folder: Path, key: str) -> tuple[list[Path]
 
 
 def _split_of(file: Path) -> str | None:
-    """The split that a file, or else a folder above it, is named after: its first or last word."""
+    """The split that the first or last word of the file's name names, else of a folder above it."""
     for name in reversed(file.parts):
-        words = [word for word in _NOT_LETTERS.split(name.lower()) if word not in _NO_WORDS]
+        words = [word for word in _NOT_LETTERS.split(name.lower()) if word not in _IGNORED_WORDS]
         for word in (*words[:1], *words[-1:]):
             if word in _SPLITS:
                 return _SPLITS[word]
@@ -230,11 +230,11 @@ def _split_of(file: Path) -> str | None:
 
 def _left_out(name: str, paths: Iterable[Path], root: Path, what: str) -> tuple[str, ...]:
     listed = sorted(paths)
-    return (f"{name}: {what} are left out: {_names(listed, root)}",) if listed else ()
+    return (f"{name}: {what} are skipped: {_names(listed, root)}",) if listed else ()
 
 
 def _names(paths: Sequence[Path], root: Path) -> str:
-    """The first of some paths beneath a folder: their files alone may all have one name."""
+    """The first of some paths, relative to `root`: file names alone may all be equal."""
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return ", ".join(str(path.relative_to(root)) for path in paths[:3]) + more
 

@@ -49,7 +49,7 @@ __all__ = [
 FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
 _LARGEST_ID = 2**31 - 1  # the prepared set holds int32; the model's vocabulary is checked there
 _IGNORED = -100  # PyTorch's label of a token that does not count in the loss
-# The columns that identify each format, and those that it reads beside them.
+# The columns that identify each format, and its optional columns.
 _REQUIRED: dict[DataFormat, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -72,7 +72,7 @@ _KNOWN = "; ".join(
     f"{name} ({', '.join(f'`{column}`' for column in columns)})"
     for name, columns in _REQUIRED.items()
 )
-# Columns that change what a row means, so that a row with a value there is not what its text says.
+# Columns with which the text of a row is not the whole example: the row is rejected.
 _MEDIA = re.compile(
     r"(image|img|picture|photo|audio|sound|speech|video)s?"
     r"(_(path|url|uri|file|bytes|base64|b64|data|list)s?)?"
@@ -87,7 +87,7 @@ _PREFERENCE = re.compile(
 
 
 class _Columns(NamedTuple):
-    """What the names of a row's columns say: formats that may apply, columns to check by value."""
+    """Candidate formats for the names of a row's columns, and columns whose values are checked."""
 
     formats: tuple[DataFormat, ...]
     media: tuple[str, ...]
@@ -100,7 +100,7 @@ def read_example(
     """The example of a row, and the names of the columns that were not read.
 
     `columns`: name of the format's column -> its name in the data. Raises RowError with the reason
-    where the row has no example.
+    if no example can be made of the row.
     """
     value, unread = _renamed(row.value, columns or {})
     _refuse_other_meanings(value, columns or {})
@@ -113,30 +113,30 @@ def read_example(
 
 
 def _detect_format(columns: Mapping[str, Any]) -> DataFormat:
-    """The one format whose columns are all there and not null. Raises RowError for none or several.
+    """The one format whose columns all exist and are not null. RowError for none or several.
 
-    Columns of no format do not count, nor does `text` beside another format: it is then usually
-    the other columns joined.
+    Other columns are ignored, and so is `text` in a row of another format: it is usually the
+    rendered conversation.
     """
-    found = list(_columns(tuple(columns)).formats)
-    if len(found) > 1:
+    formats = list(_columns(tuple(columns)).formats)
+    if len(formats) > 1:
         filled = [
-            name for name in found if all(columns[key] is not None for key in _REQUIRED[name])
+            name for name in formats if all(columns[key] is not None for key in _REQUIRED[name])
         ]
-        found = filled or found
-    if len(found) > 1 and found[-1] == "text":
-        found.pop()
+        formats = filled or formats
+    if len(formats) > 1 and formats[-1] == "text":
+        formats.pop()
     if columns.get("messages") is not None and columns.get("completion") is not None:
         raise RowError("both `messages` and `completion`: name one with data_format or columns")
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise RowError(f"the columns of {' and of '.join(found)}; name one with data_format")
+    if len(formats) == 1:
+        return formats[0]
+    if formats:
+        raise RowError(f"the columns of {' and of '.join(formats)}; name one with data_format")
     known = f"expected one of {_KNOWN}, or their names in `columns`"
     raise RowError(f"no known format: {_listed(columns)}; {known}")
 
 
-@lru_cache(maxsize=1024)  # rows have few sets of columns
+@lru_cache(maxsize=1024)  # a data set has few different sets of columns
 def _columns(names: tuple[str, ...]) -> _Columns:
     formats = (name for name, required in _REQUIRED.items() if set(required) <= set(names))
     return _Columns(
@@ -147,7 +147,7 @@ def _columns(names: tuple[str, ...]) -> _Columns:
 
 
 def _refuse_other_meanings(value: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-    """Raise RowError for media and for pairs of answers, unless the user names one answer."""
+    """Raise RowError for media and for preference pairs, unless `columns` names one answer."""
     _, media, preference = _columns(tuple(value))
     for column in media:
         if has_value(value[column]):
@@ -172,24 +172,24 @@ def _format_of(value: Mapping[str, Any], data_format: DataFormat | Auto) -> Data
 
 
 def _renamed(value: dict[str, Any], columns: Mapping[str, str]) -> tuple[dict[str, Any], set[str]]:
-    """The row with the format's names, and the names of columns whose place was taken.
+    """The row with the format's column names, and the names of columns that were replaced.
 
-    A row that has none of the named columns and a format by itself keeps its names: it is of
-    another source. That does not hold for `text`, which many rows have beside other columns.
+    A row without any column that `columns` names, but with all columns of a format, is not renamed:
+    it is from another source. `text` is no such format, as many rows have an additional `text`.
     """
     if not columns or (
         not _IDENTIFYING.isdisjoint(columns)
-        and not any(there in value for there in columns.values())
+        and not any(column in value for column in columns.values())
         and any(name != "text" for name in _columns(tuple(value)).formats)
     ):
         return value, set()
-    for name, there in columns.items():
-        if there not in value:
-            raise RowError(f"no column `{there}`, named for {name} in `columns`: {_listed(value)}")
+    for name, column in columns.items():
+        if column not in value:
+            raise RowError(f"no column `{column}`, named for {name} in `columns`: {_listed(value)}")
     taken = set(columns.values())
     kept = {name: item for name, item in value.items() if name not in taken}
     replaced = {name for name in columns if name in kept and has_value(kept[name])}
-    return kept | {name: value[there] for name, there in columns.items()}, replaced
+    return kept | {name: value[column] for name, column in columns.items()}, replaced
 
 
 def _listed(columns: Mapping[str, Any]) -> str:
@@ -216,37 +216,40 @@ def _text(value: Mapping[str, Any]) -> Text:
 
 
 def _tokens(value: Mapping[str, Any]) -> Tokens:
-    """Ids and labels of one length; what an attention mask hides at either end is cut off."""
+    """Ids and labels; tokens at either end that the attention mask hides are removed."""
     ids, labels = _whole_numbers(value, "input_ids"), _whole_numbers(value, "labels")
     if len(ids) != len(labels):
-        raise RowError("`input_ids` and `labels` are not of one length")
+        raise RowError("`input_ids` and `labels` differ in length")
     if (positions := value.get("position_ids")) is not None and positions != [*range(len(ids))]:
-        raise RowError("`position_ids` that do not count from 0: one row is one document")
+        raise RowError("`position_ids` are not 0, 1, 2, ...: each row must be one document")
     if value.get("attention_mask") is not None:
-        seen = _whole_numbers(value, "attention_mask")
-        shown = bytes(bit == 1 for bit in seen)
-        if len(seen) != len(ids) or not set(seen) <= {0, 1} or b"\0" in shown.strip(b"\0"):
-            raise RowError("`attention_mask` is not as long as `input_ids`, ones, padding 0")
-        if any(label != _IGNORED for label, bit in zip(labels, seen, strict=True) if not bit):
-            raise RowError("`labels` count tokens that `attention_mask` hides")
-        ids, labels = list(compress(ids, seen)), list(compress(labels, seen))
+        mask = _whole_numbers(value, "attention_mask")
+        is_one = bytes(bit == 1 for bit in mask)
+        if len(mask) != len(ids) or not set(mask) <= {0, 1} or b"\0" in is_one.strip(b"\0"):
+            raise RowError(
+                "`attention_mask` must be as long as `input_ids`: ones, with 0 for padding at the "
+                "ends"
+            )
+        if any(label != _IGNORED for label, bit in zip(labels, mask, strict=True) if not bit):
+            raise RowError("`labels` supervise tokens that `attention_mask` hides")
+        ids, labels = list(compress(ids, mask)), list(compress(labels, mask))
     if min(ids, default=0) < 0:
         raise RowError("`input_ids` has a negative number")
     if max(ids, default=0) > _LARGEST_ID:
-        raise RowError("`input_ids` has a number that is no token's")
+        raise RowError(f"`input_ids` has a number above {_LARGEST_ID}, which is no token id")
     if not ids:
         raise RowError("`input_ids` is empty")
     supervised = tuple(label != _IGNORED for label in labels)
     if any(label != token for token, label in compress(zip(ids, labels, strict=True), supervised)):
-        raise RowError(f"`labels` are neither {_IGNORED} nor the ids (not shifted by one)")
+        raise RowError(f"`labels` must be {_IGNORED} or equal to `input_ids` (not shifted by one)")
     return Tokens(tuple(ids), supervised)
 
 
 def _whole_numbers(value: Mapping[str, Any], column: str) -> list[int]:
-    found = value[column]
-    if not isinstance(found, list):
-        raise RowError(f"`{column}` is {json_name(found)}; expected a list of whole numbers")
-    for item in found:
-        if type(item) is not int:
-            raise RowError(f"`{column}` holds {json_name(item)}; expected whole numbers")
-    return found
+    numbers = value[column]
+    if not isinstance(numbers, list):
+        raise RowError(f"`{column}` is {json_name(numbers)}; expected a list of whole numbers")
+    for number in numbers:
+        if type(number) is not int:
+            raise RowError(f"`{column}` holds {json_name(number)}; expected whole numbers")
+    return numbers

@@ -1,8 +1,8 @@
-"""JSON files -> Lines, never more than one row and a buffer in memory: JSONL, a list, or values.
+"""JSON files -> Lines: JSONL, one list, or concatenated values; one row and a buffer in memory.
 
-A row of a list ends where the JSON decoder says so. After a row that is broken, where the next row
-begins is not certain; then reading goes on at the next line that opens an object and is indented
-no deeper than the row, and without such a line it ends with an error that names the row.
+The JSON decoder finds the end of a row. After a broken row, reading continues at the next line that
+opens an object and is indented no deeper than the row. If there is no such line, it is unknown
+where the next row begins, and UserError names the broken row.
 """
 
 import codecs
@@ -19,9 +19,10 @@ from pipeline.rows.lines import Line
 
 _CHUNK_BYTES, _MAX_INDENT = 2**20, 200
 _NUM_SNIFFED, _SNIFFED_BYTES = 10, 2**16
-# Errors this near to the end of the buffer may be due to the cut: no token but a text is longer.
-_MAX_TOKEN = 16
-_MAX_RESCANNED = 16  # times the longest row, scanned for broken rows: no JSON file needs more
+# An error this close to the end of the buffer may come from a token that the buffer cuts off.
+_MAX_TOKEN = 16  # characters; only strings can be longer
+# Limit on the text scanned again because of broken rows, as a multiple of the longest row.
+_MAX_RESCANNED = 16
 _BETWEEN = re.compile("[ \t\r\n,\ufeff]*")
 _INDENT = re.compile(r"[ \t\[]*")
 _OPENS_ROW = re.compile(r"\n([ \t]*)(?:\}[ \t]*,[ \t]*)?(\{)")
@@ -29,11 +30,12 @@ _NO_END = "not valid JSON: the file ends inside the row"
 _NO_LIST_END = "not valid JSON: the file ends before its list does"
 _TOO_DEEP = "not valid JSON: nested too deep"
 _DECODER = json.JSONDecoder()
-_ANY_NUMBER = json.JSONDecoder(parse_int=str)  # `int` refuses thousands of digits; parse() tells
+# `int` refuses thousands of digits, which parse() reports for the row.
+_ANY_NUMBER = json.JSONDecoder(parse_int=str)
 
 
 def line_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
-    """A row for each line that is not blank."""
+    """JSONL: a Line for each line of the file that is not blank."""
     number = offset = 0
     limit = rows.MAX_ROW_BYTES
     while line := stream.readline(limit + 1):
@@ -51,7 +53,7 @@ def line_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
 
 
 def is_line_by_line(stream: BinaryIO) -> bool:
-    """Whether the first lines that are not blank are whole objects."""
+    """Whether the file is JSONL: its first lines that are not blank are complete objects."""
     num_seen = 0
     while num_seen < _NUM_SNIFFED and (line := stream.readline(_SNIFFED_BYTES)):
         if not (line := without_marks(line).lstrip()):
@@ -69,15 +71,15 @@ def is_line_by_line(stream: BinaryIO) -> bool:
 
 
 def value_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
-    """The elements of a list, or JSON values one after another, over any number of lines.
+    """The elements of a JSON list, or concatenated JSON values, over any number of lines.
 
-    Raises UserError where a row is broken and where the next one begins is not certain.
+    Raises UserError after a broken row if the beginning of the next one cannot be found.
     """
     return _Values(file, stream).lines()
 
 
 class _BrokenError(Exception):
-    """The row at the position is no JSON; `position` in the buffer: where that shows."""
+    """The row is not valid JSON; `position`: of the error in the buffer."""
 
     def __init__(self, fault: str, position: int) -> None:
         super().__init__(fault)
@@ -89,7 +91,7 @@ class _Values:
 
     def __init__(self, file: Path, stream: BinaryIO) -> None:
         self._file, self._stream, self._has_ended = file, stream, False
-        # Bytes that are not UTF-8 become lone surrogates, and these bytes again in the content.
+        # Bytes that are not UTF-8 are decoded to lone surrogates, and encoded back in the content.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._text, self._position = "", 0
         self._offset, self._number = 0, 1  # byte of the file, and its line, at the position

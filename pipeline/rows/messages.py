@@ -1,7 +1,7 @@
-"""One message or ShareGPT turn of a row -> Messages, with its content parts and tool calls.
+"""A message or ShareGPT turn of a row -> Message objects, with content parts and tool calls.
 
-Every key that holds a value is read, counted as unread, or refused by name: a key that is dropped
-silently would change what is trained.
+Every key with a value is read, counted as unread, or refused by name: ignoring one silently would
+train on something else than the row says.
 """
 
 import json
@@ -46,11 +46,11 @@ _CALLS = ("tool_calls", "function_call")
 _OTHER_KEYS = ("weight", "name", "tool_call_id", *_CALLS, *_REASONING)
 _MESSAGE_KEYS, _TURN_KEYS = ("role", "content", *_OTHER_KEYS), ("from", "value", *_OTHER_KEYS)
 _PLAIN = {"role", "content"}
-# Keys that describe a message and are no part of the conversation: counted as unread.
+# Metadata of a message, not part of the conversation: counted as unread.
 _METADATA = ("id", "uuid", "timestamp", "created_at", "date", "model", "is_error")
 _ARGUMENTS = ("arguments", "args", "parameters", "input")
 _CALL_IDS = ("id", "call_id", "tool_call_id", "tool_use_id")
-_STRUCTURAL = ("type", "index", "cache_control")  # of a call or a part: nothing to train on
+_STRUCTURAL = ("type", "index", "cache_control")  # keys of a call or part that carry no text
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -59,16 +59,16 @@ _MEDIA_PARTS = re.compile(r"(input_)?(image|audio|video)(_url)?|input_file")
 
 
 def read_message(value: Any, unread: set[str]) -> list[Message]:
-    """The Messages of a message {role, content}; tool results among its parts are some of them.
+    """The Message of {role, content}; several if tool results are among its content parts.
 
-    Adds to `unread` the names of keys that hold a value and are not read.
+    Adds to `unread` the names of keys that have a value and are not read.
     """
     if not isinstance(value, dict):
         raise RowError(f"a message is {json_name(value)}; expected {{role, content}}")
     name, content = value.get("role"), value.get("content")
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is not None and value.keys() == _PLAIN and isinstance(content, str) and content.strip():
-        return [Message(role, text_of(content, _CONTENT[role]))]  # most messages: a fast path
+        return [Message(role, text_of(content, _CONTENT[role]))]  # fast path for most messages
     _check_keys(value, _MESSAGE_KEYS, "message", unread)
     if name in _CALL_ROLES:
         return _call_turn(content, value, unread)
@@ -80,7 +80,7 @@ def read_message(value: Any, unread: set[str]) -> list[Message]:
 
 
 def read_turn(value: Any, unread: set[str]) -> list[Message]:
-    """The Messages of a ShareGPT turn {from, value}, or of a message in its place."""
+    """The Messages of a ShareGPT turn {from, value}; {role, content} is read as well."""
     if not isinstance(value, dict):
         raise RowError(f"a turn of `conversations` is {json_name(value)}; expected {{from, value}}")
     if "from" not in value and "role" in value:
@@ -97,7 +97,7 @@ def read_turn(value: Any, unread: set[str]) -> list[Message]:
 
 
 def _check_keys(value: Mapping[str, Any], known: Sequence[str], of: str, unread: set[str]) -> None:
-    """Raise RowError for keys that hold a value and are neither known nor metadata."""
+    """Raise RowError for keys that have a value and are neither known nor metadata."""
     unknown = [key for key in value if key not in known and has_value(value[key])]
     refused = [key for key in unknown if key not in _METADATA]
     if refused:
@@ -110,7 +110,7 @@ def _call_turn(content: Any, value: Mapping[str, Any], unread: set[str]) -> list
     """The assistant message of a turn whose content is its tool calls, as JSON text or objects."""
     calls = json_of(content, "a tool call") if isinstance(content, str) else content
     if has_value(value.get("tool_calls")) or has_value(value.get("function_call")):
-        raise RowError("a turn of tool calls has more of them beside its content")
+        raise RowError("a turn of tool calls has calls in its content and under another key")
     calls = calls if isinstance(calls, list) else [calls]
     return _messages("assistant", None, {**value, "tool_calls": calls}, unread)
 
@@ -118,7 +118,7 @@ def _call_turn(content: Any, value: Mapping[str, Any], unread: set[str]) -> list
 def _messages(
     role: Role, content: Any, value: Mapping[str, Any], unread: set[str]
 ) -> list[Message]:
-    """The Messages of a message whose keys have been checked."""
+    """The Messages for a role and content; the keys of `value` have been checked."""
     others: dict[str, Any] = {
         key: text_of(value[key], f"{key} of a message")
         for key in ("name", "tool_call_id")
@@ -147,7 +147,7 @@ def _is_trained(role: Role, weight: Any) -> bool:
 
 
 def _parts(role: Role, content: Any, name: str) -> str | list[Mapping[str, Any]]:
-    """The content as text or as a list of typed parts; another tool result as JSON text."""
+    """The content as text or as a list of typed parts; other values of a tool as JSON text."""
     if isinstance(content, str):
         return text_of(content, name)
     if content is None and role == "assistant":
@@ -160,8 +160,8 @@ def _parts(role: Role, content: Any, name: str) -> str | list[Mapping[str, Any]]
         for part in items:
             kind = part.get("type") if isinstance(part, dict) else None
             if not isinstance(kind, str) or kind not in _PART_TYPES:
-                found = _shown(kind) if isinstance(kind, str) else json_name(part)
-                raise RowError(f"{name} has a part of type {found}; expected text parts only")
+                type_name = _shown(kind) if isinstance(kind, str) else json_name(part)
+                raise RowError(f"{name} has a part of type {type_name}; expected text parts only")
         return items
     return _json_text(content, name) if role == "tool" else text_of(content, name)
 
@@ -175,7 +175,7 @@ def _typed(part: Any) -> Any:
 
 
 def _are_parts(items: list[Any]) -> bool:
-    """Whether a tool's result is a list of content parts rather than a list of its own."""
+    """Whether a tool's result is a list of content parts, not a JSON list from the tool itself."""
     kinds = [item.get("type") if isinstance(item, dict) else None for item in items]
     return bool(kinds) and all(
         isinstance(kind, str) and (kind in _PART_TYPES or _MEDIA_PARTS.fullmatch(kind))
@@ -193,9 +193,9 @@ def _json_text(value: Any, name: str) -> str:
 def _assistant(
     parts: str | list[Mapping[str, Any]], value: Mapping[str, Any], unread: set[str]
 ) -> tuple[str, dict[str, Any]]:
-    """The content of an assistant message, and its reasoning and calls by their keys.
+    """The content of an assistant message, and a dict of its reasoning and tool calls.
 
-    Parts in another order than that of templates are refused: one would be moved or left out.
+    Parts must be in the order in which chat templates render them: reasoning, text, calls.
     """
     reasoning = _reasoning(value)
     texts = [parts] if isinstance(parts, str) else []
@@ -229,19 +229,19 @@ def _assistant(
 
 
 def _reasoning(value: Mapping[str, Any]) -> dict[str, str]:
-    """The reasoning under the key that the message has for it; two keys must agree."""
-    found = {
+    """The reasoning under the first of _REASONING that has a value; values must be equal."""
+    texts = {
         key: text_of(value[key], f"{key} of a message")
         for key in _REASONING
         if key in value and has_value(value[key])
     }
-    if len(set(found.values())) > 1:
-        raise RowError(f"an assistant message has different texts in {' and '.join(found)}")
-    return dict([*found.items()][:1])
+    if len(set(texts.values())) > 1:
+        raise RowError(f"an assistant message has different texts in {' and '.join(texts)}")
+    return dict([*texts.items()][:1])
 
 
 def _part_text(part: Mapping[str, Any], keys: Sequence[str], unread: set[str]) -> str:
-    """The text of a part, which stands under one of the keys, as text or as text parts."""
+    """The text of a part, under one of `keys`, given as text or as a list of text parts."""
     _check_keys(part, (*keys, *_STRUCTURAL, "signature"), "part", unread)
     filled = [key for key in keys if has_value(part.get(key))]
     if len(filled) > 1:
@@ -256,8 +256,8 @@ def _part_text(part: Mapping[str, Any], keys: Sequence[str], unread: set[str]) -
 def _split_at_results(
     parts: list[Mapping[str, Any]], message: Message, unread: set[str]
 ) -> list[Message]:
-    """The text of a message, with each tool result as a tool message of its own."""
-    found: list[Message] = []
+    """The text of a message, split where a tool result becomes a separate tool message."""
+    messages: list[Message] = []
     texts: list[str] = []
     for part in parts:
         kind = part["type"]
@@ -265,16 +265,16 @@ def _split_at_results(
             texts.append(_part_text(part, ("text",), unread))
         elif kind == "tool_result" and message.role == "user":
             if texts:
-                found.append(replace(message, content="".join(texts)))
+                messages.append(replace(message, content="".join(texts)))
                 texts = []
-            found.append(_tool_result(part, unread))
+            messages.append(_tool_result(part, unread))
         else:
             raise RowError(f"a message of the role {message.role} has a part of type {kind}")
-    if texts or not found:
-        found.append(replace(message, content="".join(texts)))
-    elif message.others and all(result.role == "tool" for result in found):
-        raise RowError(f"a message of tool results alone has {', '.join(message.others)}")
-    return found
+    if texts or not messages:
+        messages.append(replace(message, content="".join(texts)))
+    elif message.others and all(result.role == "tool" for result in messages):
+        raise RowError(f"a message with only tool results has {', '.join(message.others)}")
+    return messages
 
 
 def _tool_result(part: Mapping[str, Any], unread: set[str]) -> Message:
@@ -300,7 +300,7 @@ def _listed_calls(value: Mapping[str, Any], unread: set[str]) -> list[Mapping[st
 
 
 def _tool_call(call: Any, unread: set[str]) -> Mapping[str, Any]:
-    """A call as templates take it: {id, type, function: {name, arguments}}, arguments an object."""
+    """A tool call in the form of chat templates: {id, type, function: {name, arguments}}."""
     if isinstance(call, str):
         call = json_of(call, "a tool call")
     if not isinstance(call, dict):
@@ -322,17 +322,17 @@ def _tool_call(call: Any, unread: set[str]) -> Mapping[str, Any]:
         raise RowError("a tool call names no function")
     identity = _one_of(values, _CALL_IDS, "a tool call")
     arguments = _arguments(_one_of(values, _ARGUMENTS, "a tool call"))
-    made = {
+    tool_call = {
         **({} if identity is None else {"id": str(identity)}),
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
-    require_json(made, "a tool call")
-    return made
+    require_json(tool_call, "a tool call")
+    return tool_call
 
 
 def _one_of(values: Mapping[str, Any], keys: Sequence[str], of: str) -> Any:
-    """The value under the one of these keys that is not empty; None where all are."""
+    """The value of the first of these keys that is not empty; None if all are empty."""
     filled = {key: values[key] for key in keys if values.get(key) not in _EMPTY}
     first, *others = filled.values() or [None]
     if any(other != first for other in others):
@@ -341,7 +341,10 @@ def _one_of(values: Mapping[str, Any], keys: Sequence[str], of: str) -> Any:
 
 
 def _arguments(value: Any) -> dict[str, Any]:
-    """Arguments as an object; JSON text keeps its nulls, in an object they only fill a schema."""
+    """Arguments as an object. Nulls are kept in JSON text and removed from an object.
+
+    In an object of a table a null only means that other rows have this key.
+    """
     if isinstance(value, str):
         value = json_of(value, "arguments of a tool call") if value.strip() else None
     else:

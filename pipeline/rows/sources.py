@@ -180,21 +180,21 @@ def _resolved(source: DataSource, key: str) -> Source:
     name = source.path
     split = HubSplit.parse(name)
     if split is None:
-        found = find_files(name, key)
+        data = find_files(name, key)
     else:
         from pipeline.rows.fetch import split_files
 
-        found = DataFiles(split_files(split, key))
-        check_files(found.files, name, key)
+        data = DataFiles(split_files(split, key))
+        check_files(data.files, name, key)
         snapshot = split.snapshot()
         assert snapshot is not None
         name = f"{split.name}@{snapshot.name}:{split.split}"
     return Source(
         name=name,
-        files=tuple(found.files),
+        files=tuple(data.files),
         weight=source.weight,
         limit=source.limit,
-        notes=found.notes,
+        notes=data.notes,
     )
 
 

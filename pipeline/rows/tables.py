@@ -66,14 +66,14 @@ def num_rows(file: Path, kind: Literal["parquet", "arrow"]) -> int:
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The rows of a record batch, or why a row is bad."""
+    """The rows of a record batch; a text is the reason why a row is bad."""
     count, size = batch.num_rows, batch.nbytes
     if count > 1 and size > _BYTES_AT_ONCE:
         yield from _rows(batch.slice(0, count // 2))
         yield from _rows(batch.slice(count // 2))
         return
     try:
-        found = batch.to_pylist()
+        values = batch.to_pylist()
     except UnicodeDecodeError:
         if count == 1:
             yield "not valid UTF-8"
@@ -81,14 +81,14 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
         for i in range(count):
             yield from _rows(batch.slice(i, 1))
         return
-    for row in found:
-        # `size` counts a dictionary of values that rows share, so that it may be more than theirs.
+    for row in values:
+        # `size` includes dictionary values that rows share: it may exceed the size of the rows.
         is_long = size > rows.MAX_ROW_BYTES and rows.size_of(row) > rows.MAX_ROW_BYTES
         yield rows.too_long() if is_long else row
 
 
 def _converter(kind: Any) -> _Convert | None:
-    """The conversion of a type's Python values to what JSON would give; None where they are that.
+    """The conversion of a type's Python values to those of JSON; None if they need none.
 
     Text of the extension type `arrow.json`, as `datasets` writes it, is parsed at any depth; a map
     becomes an object.

@@ -1,4 +1,4 @@
-"""Values of a row: their type in messages, whether they are empty, and JSON text in their place."""
+"""Values of a row: their JSON type for messages, emptiness, and values given as JSON text."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ _JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or fa
 
 
 def json_name(value: object) -> str:
-    """The JSON type of a value, in the words of a message."""
+    """The JSON type of a value, as messages name it."""
     if value is None:
         return "null"
     if isinstance(value, int | float):
@@ -19,7 +19,7 @@ def json_name(value: object) -> str:
 
 
 def has_value(value: Any) -> bool:
-    """False for null, blank text, and lists and objects that hold nothing else."""
+    """False for null, blank text, and lists and objects that hold only such values."""
     if isinstance(value, str):
         return value != "" and not value.isspace()
     if isinstance(value, dict | list):
@@ -28,7 +28,7 @@ def has_value(value: Any) -> bool:
 
 
 def text_of(value: Any, name: str) -> str:
-    """The value, which must be text that UTF-8 can hold. Raises RowError that names it."""
+    """The value if it is text that UTF-8 can encode. Raises RowError with `name` if it is not."""
     if not isinstance(value, str):
         raise RowError(f"{name} is {json_name(value)}; expected text")
     if not value.isascii():
@@ -40,10 +40,11 @@ def text_of(value: Any, name: str) -> str:
 
 
 def list_of(value: Any, name: str, *, strips_nulls: bool = False) -> list[Any]:
-    """The items of a list, of JSON text of a list, or of a struct of lists as tables hold it.
+    """The items of a list, of a list as JSON text, or of a struct of lists as in tables.
 
-    Items that are JSON text of an object are parsed. `strips_nulls` leaves out keys that are null,
-    but not within JSON text, where no schema is filled. Raises RowError that names the value.
+    Items that are JSON text of an object are parsed. `strips_nulls` removes keys that are null, but
+    not within JSON text: there a null is no artefact of a table's schema. Raises RowError with
+    `name` for any other value.
     """
     items = json_of(value, name) if isinstance(value, str) else value
     if items is None and value is not None:  # the text "null"
@@ -52,19 +53,19 @@ def list_of(value: Any, name: str, *, strips_nulls: bool = False) -> list[Any]:
         items = [_item(items, i) for i in range(length)]
     if not isinstance(items, list):
         raise RowError(f"{name} is {json_name(items)}; expected a list")
-    found = []
+    result = []
     for item in items:
         if isinstance(item, str) and item.lstrip().startswith("{"):
-            found.append(json_of(item, name))
+            result.append(json_of(item, name))
         elif strips_nulls and not isinstance(value, str):
-            found.append(without_nulls(item))
+            result.append(without_nulls(item))
         else:
-            found.append(item)
-    return found
+            result.append(item)
+    return result
 
 
 def json_of(text: str, name: str) -> Any:
-    """The value of JSON text. Raises RowError that names it."""
+    """The parsed value of JSON text. Raises RowError with `name` if it is not valid."""
     try:
         return DECODER.decode(text)
     except DuplicateKeyError:
