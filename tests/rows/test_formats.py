@@ -245,7 +245,7 @@ def test_the_format_is_recognised_by_the_columns(row, expected):
         ({"messages": [USER, ANSWER], "chat_template_kwargs": {"a": 1}}, ["chat_template_kwargs"]),
         (
             {"messages": [{"role": "system", "content": "a"}, ANSWER], "system": "b"},
-            ["beside another system message"],
+            ["`system`", "first message", "system prompts"],
         ),
         ({"conversations": [HUMAN, {"from": "robot", "value": "a"}]}, ["from 'robot'", "human"]),
         ({"conversations": [HUMAN, {"from": "gpt", "value": ""}]}, ["message is empty"]),
@@ -259,23 +259,29 @@ def test_the_format_is_recognised_by_the_columns(row, expected):
         ({"prompt": "q", "completion": "  "}, ["`completion` is empty"]),
         ({"prompt": "q", "completion": "\ud800"}, ["surrogate"]),
         *(
-            ({"prompt": "q", "completion": "a", column: filled}, [f"`{column}` beside texts"])
+            (
+                {"prompt": "q", "completion": "a", column: filled},
+                [f"`{column}`", "`prompt`", "chat template"],
+            )
             for column, filled in (("system", "s"), ("tools", [CALL]), ("functions", "[{}]"))
         ),
         ({"prompt": [USER], "completion": "a"}, ["`prompt` is a list and `completion` text"]),
         ({"prompt": [ANSWER], "completion": [USER]}, ["`completion` has no assistant message"]),
         ({"text": ["t"]}, ["`text` is a list"]),
         ({"text": " "}, ["`text` is empty"]),
-        ({"input_ids": [1], "labels": [1, 2]}, ["not of one length"]),
-        ({"input_ids": [1, 2], "labels": [2, -100]}, ["neither -100 nor the ids"]),
+        ({"input_ids": [1], "labels": [1, 2]}, ["`input_ids`", "`labels`", "length"]),
+        ({"input_ids": [1, 2], "labels": [2, -100]}, ["`labels`", "-100", "`input_ids`"]),
         ({"input_ids": [1, True], "labels": [1, 1]}, ["holds true or false"]),
         ({"input_ids": [-1], "labels": [-1]}, ["negative"]),
-        ({"input_ids": [1, 2**70], "labels": [1, 2**70]}, ["no token's"]),
+        ({"input_ids": [1, 2**70], "labels": [1, 2**70]}, ["`input_ids`", "token id"]),
         ({"input_ids": [], "labels": []}, ["`input_ids` is empty"]),
         ({"input_ids": "1 2", "labels": [1, 2]}, ["`input_ids` is text"]),
         ({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [0, 1]}, ["hides"]),
         ({"input_ids": [1] * 3, "labels": [-100] * 3, "attention_mask": [1, 0, 1]}, ["padding"]),
-        ({"input_ids": [1, 1], "labels": [1, 1], "position_ids": [0, 0]}, ["one document"]),
+        (
+            {"input_ids": [1, 1], "labels": [1, 1], "position_ids": [0, 0]},
+            ["`position_ids`", "one document"],
+        ),
     ],
 )
 def test_a_row_that_cannot_be_trained_on_is_rejected_with_the_reason(row, facts):

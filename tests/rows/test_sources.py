@@ -58,7 +58,7 @@ def read(tmp_path, content: bytes, name="rows.jsonl"):
         (b"true", "found true or false"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"n": ' + b"1" * 5000 + b"}", "number too long"),
-        (b'{"a": {"role": "x", "role": "y"}}', "a key is there twice"),
+        (b'{"a": {"role": "x", "role": "y"}}', "duplicate key"),
     ],
 )
 def test_a_bad_line_is_one_bad_row(tmp_path, line, reason):
@@ -227,7 +227,7 @@ def test_text_with_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path, na
 @pytest.mark.parametrize("indent", [0, 2])
 def test_a_list_over_several_lines_is_refused_as_jsonl(tmp_path, indent):
     content = json.dumps([json.loads(GOOD)] * 3, indent=indent).encode()
-    with refused(tmp_path / "rows.jsonl", "a list", ".json"):
+    with refused(tmp_path / "rows.jsonl", "list", ".json"):
         read(tmp_path, content)
     assert len(read(tmp_path, content, "rows.json")) == 3
     bad, good = read(tmp_path, b"[\n" + GOOD)
