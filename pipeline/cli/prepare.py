@@ -13,12 +13,20 @@ from rich.console import Console
 from pipeline.cli.arguments import Parser
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
+from pipeline.config.settings import RunSettings
 from pipeline.data.chat.encoder import load_tokenizer
 from pipeline.data.dataset.reader import open_split
 from pipeline.data.prepare.audit_table import audit_table
 from pipeline.data.prepare.prepare import check_first_rows
 from pipeline.data.prepare.prepare import prepare as prepare_data
 from pipeline.data.prepare.show import number_of_documents, show_documents
+from pipeline.errors import UserError
+from pipeline.plan.given.class_proof import (
+    remembered_proof,
+    require_checked,
+    without_leaking_packs,
+)
+from pipeline.plan.given.shape import read_shape
 from pipeline.preflight.host import require_writable
 from pipeline.rows.fetch import fetch
 from pipeline.train.owner import Ownership
@@ -33,7 +41,7 @@ def prepare() -> None:
         "--show", type=number_of_documents, default=0, metavar="N", help="print N documents"
     )
     given, console = parser.parse_intermixed_args(), Console(markup=False, emoji=False)
-    settings = load_settings(given.run_file, given.overrides)
+    settings = _with_checked_class(load_settings(given.run_file, given.overrides))
     folder = Path(settings.output_dir)
     data_dir = folder / "data"
     require_own_folder(folder)
@@ -50,6 +58,16 @@ def prepare() -> None:
     audit = json.loads((data_dir / "audit.json").read_text(encoding="utf-8"))
     console.print(audit_table(audit))
     console.print(f"prepared in {data_dir}; rejected rows: {data_dir / 'rejects.jsonl'}")
+
+
+def _with_checked_class(settings: RunSettings) -> RunSettings:
+    """The settings, without packs where the model class is one that mixes documents."""
+    shape = read_shape(str(settings.model_folder))
+    require_checked(settings, shape)
+    proof = remembered_proof(shape, settings)
+    if proof is not None and proof.refusals:
+        raise UserError(f"model: {settings.model} cannot be trained correctly: {proof.refusals[0]}")
+    return without_leaking_packs(settings, proof)
 
 
 def main() -> None:

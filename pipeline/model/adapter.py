@@ -28,13 +28,14 @@ def _target_modules(settings: RunSettings) -> list[str]:
 
     Not every serving engine understands `all-linear` or a regular expression, and for either peft
     0.21.2 adds the fused experts and routers of a mixture of experts
-    (utils/transformers_weight_conversion.py).
+    (utils/transformers_weight_conversion.py). Ends of names are enough where the model has no
+    other layers of these names; a model with a vision tower may have, so there they are full.
     """
-    targets = settings.lora_target_modules
-    if not isinstance(targets, str):
+    targets, shape = settings.lora_target_modules, read_shape(str(settings.model_folder))
+    if not isinstance(targets, str) and not shape.has_other_towers:
         return sorted(set(targets))
-    names = [name for name, _ in read_shape(str(settings.model_folder)).targeted(targets)]
-    if targets == "all-linear":  # every layer, so the last parts of the names select the same
+    names = [name for name, _ in shape.targeted(targets)]
+    if targets in ("auto", "all-linear") and not shape.has_other_towers:
         names = [name.rsplit(".", 1)[-1] for name in names]
     return sorted(set(names))
 

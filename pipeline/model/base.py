@@ -4,6 +4,7 @@ The only user of bitsandbytes (through transformers). Collective under ZeRO-3: e
 """
 
 import gc
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +144,14 @@ def tile_error(settings: RunSettings, device: torch.device) -> float:
 
 def _quantization(plan: Plan) -> BitsAndBytesConfig:
     settings = plan.settings
+    # A pattern of transformers: all but the blocks of the text decoder, such as a vision tower.
+    outside = [rf"(?!{re.escape(plan.shape.layers_name)}\.).*"]
     if settings.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=outside)  # type: ignore[no-untyped-call]
     compute = settings.bnb_4bit_compute_dtype
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
+        llm_int8_skip_modules=outside,
         bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=DTYPES[plan.training_dtype if compute == "auto" else compute],

@@ -75,6 +75,7 @@ def class_shape(folder: Path) -> dict[str, Any]:
         "layers_name": names[layers[0]].rpartition(".")[0],
         "vocab_size": embeddings.weight.shape[0],
         "is_tied": head.weight is embeddings.weight,
+        "has_other_towers": _has_other_towers(model, decoder, head),
         "has_head_bias": getattr(head, "bias", None) is not None,
         "parameters": sum(p.numel() for p in model.parameters()),
         "blocks": [json.loads(kind) for kind in distinct],
@@ -101,6 +102,12 @@ def _decoder(model: Any) -> Any:
         return decoder
     embeddings = model.get_input_embeddings()
     return next(c for c in model.children() if any(m is embeddings for m in c.modules()))
+
+
+def _has_other_towers(model: Any, decoder: Any, head: Any) -> bool:
+    """Whether there are linear layers besides decoder and head, as of a vision tower."""
+    inside = {head, *decoder.modules()}
+    return any(type(m) is nn.Linear and m not in inside for m in model.modules())
 
 
 def _block(layer: nn.Module, config: Any) -> dict[str, Any]:

@@ -2,18 +2,20 @@
 
 On a small copy of the class and config (small_copy.py), fp32, CPU, each is compared with what
 transformers and peft compute themselves. Correct is below 1e-5; wrong was above 1e-3 on all of 84
-kinds. Results are remembered under the hash of config.json, the targets and the versions.
+kinds.
+
+    python -m pipeline.model.proof MODEL_FOLDER NAME ... [--trust-remote-code]
+
+makes the proof for adapters on linear layers of these names and remembers it;
+plan/given/class_proof.py runs this for a `model_type` that the table of families does not have.
 """
 
+import argparse
 import copy
-import hashlib
-import json
-import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +25,24 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import UserError
-from pipeline.files import dump_json, read_json, user_cache, write_text
 from pipeline.model.attention import WITHIN_DOCUMENTS, arguments_for, require_delivered
 from pipeline.model.base import auto_class
 from pipeline.model.loss import IGNORED, SummedLoss
 from pipeline.model.small_copy import random_model, small_copies
 from pipeline.model.structure import blocks, text_decoder
 from pipeline.model.tensor_files import read_header, weight_files
+from pipeline.plan.given.class_proof import (
+    Proof,
+    adapted_names,
+    proof_path,
+    read_proof,
+    write_proof,
+)
 from pipeline.plan.plan import Plan
 
-logger = logging.getLogger(__name__)
-
-VERSION = 1
 LIMIT = 1e-5
 _LENGTH = 24
 _DOCUMENTS = ((7, 12, 3), (20, 1, 2))  # tokens; the rest of each row is padding
-_PACKAGES = ("torch", "transformers", "peft")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Proof:
-    """Relative errors by check, and the reasons why packs or the whole model are refused."""
-
-    errors: Mapping[str, float] = field(default_factory=dict)
-    refusals: Sequence[str] = ()
-    without_packs: Sequence[str] = ()  # reasons; empty: documents may be packed
-    without_reentrant: Sequence[str] = ()  # reasons; empty: re-entrant checkpointing is right
-    without_merge: Sequence[str] = ()  # reasons; empty: the adapter's names are in the checkpoint
-
-    def require(self, model: str) -> None:
-        """Raise UserError for a class whose training would be wrong."""
-        if self.refusals:
-            raise UserError(f"model: {model} cannot be trained correctly: {self.refusals[0]}")
 
 
 def prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool = False) -> Proof:
@@ -62,40 +50,25 @@ def prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool = Fal
 
     Remembered; otherwise a few seconds of CPU.
     """
-    path = user_cache() / "proofs" / f"{_key(folder, targets)}.json"
-    with suppress(OSError, ValueError, TypeError):
-        return Proof(**read_json(path))
+    path = proof_path(folder, targets, trust_remote_code=trust_remote_code)
+    if (remembered := read_proof(path)) is not None:
+        return remembered
     proof = _prove(folder, targets, trust_remote_code=trust_remote_code)
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, dump_json(asdict(proof)))
+        write_proof(path, proof)
     return proof
 
 
-def require_proof(plan: Plan) -> None:
-    """Raise UserError where this run would train wrongly; before the base is loaded, on rank 0."""
-    settings, layout = plan.settings, plan.layout
-    adapted = plan.shape.targeted(settings.lora_target_modules)
-    targets = sorted({name.rsplit(".", 1)[-1] for name, _ in adapted})
-    proof = prove(settings.model_folder, targets, trust_remote_code=settings.trust_remote_code)
-    proof.require(settings.model)
-    if settings.packing and proof.without_packs:
-        raise UserError(f"packing: {proof.without_packs[0]}; set packing: false")
-    if layout.is_sharded and layout.checkpointed_layers and proof.without_reentrant:
-        raise UserError(
-            f"zero_stage: {proof.without_reentrant[0]}; set zero_stage: 2 or "
-            "gradient_checkpointing: false"
-        )
-    for reason in proof.without_merge:
-        logger.warning("model: %s", reason)
+def require_proof(plan: Plan) -> Proof:
+    """The proof of a plan's model class; on rank 0, before the base is loaded.
 
-
-def _key(folder: Path, targets: Sequence[str]) -> str:
-    parts = [(folder / "config.json").read_text(encoding="utf-8"), str(VERSION), *sorted(targets)]
-    parts += [version(package) for package in _PACKAGES]
-    parts += [path.name for path in weight_files(folder)]
-    parts += [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    Raises UserError where a rule refuses what the proof found: this run would train wrongly.
+    """
+    settings = plan.settings
+    names = adapted_names(plan.shape, settings)
+    proof = prove(settings.model_folder, names, trust_remote_code=settings.trust_remote_code)
+    plan.with_proof(proof)
+    return proof
 
 
 def _prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool) -> Proof:
@@ -341,3 +314,17 @@ def _spans() -> list[tuple[int, slice]]:
 
 def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def main() -> None:
+    """Prove the class of a model folder."""
+    parser = argparse.ArgumentParser(description="prove a model class on a small copy")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    given = parser.parse_args()
+    prove(given.folder, given.names, trust_remote_code=given.trust_remote_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ from pipeline.plan.cost.speed import Speed, step_seconds
 from pipeline.plan.deepspeed.config import deepspeed_config
 from pipeline.plan.deepspeed.overlay import overlay, with_json_constraints
 from pipeline.plan.given.adapter_counts import adapter_counts, trainable_parameters
+from pipeline.plan.given.class_proof import Proof, remembered_proof, without_leaking_packs
 from pipeline.plan.given.data_size import DataSize
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout, SequenceProfile
@@ -73,6 +74,7 @@ class Plan:
     data: DataSize | None = None
     schedule: Schedule | None = None
     fits: bool = True
+    proof: Proof | None = None  # of the model class; None where it is not known here
 
     @property
     def training_dtype(self) -> str:
@@ -140,10 +142,18 @@ class Plan:
             packs = math.ceil(data.tokens / settings.max_length)
             sequences = packs if settings.packing else data.documents
         per_epoch = math.ceil(sequences / self.layout.global_batch_size)
-        plan = replace(self, data=data, schedule=Schedule.of(settings, per_epoch))
-        applicable = applicable_rules(CONTEXT_RULES, plan.context)
+        return replace(self, data=data, schedule=Schedule.of(settings, per_epoch))._checked()
+
+    def with_proof(self, proof: Proof) -> "Plan":
+        """The plan with the proof of its model class. Raises UserError where a rule refuses it."""
+        return replace(self, proof=proof)._checked()
+
+    def _checked(self) -> "Plan":
+        """The plan with the rules that apply. Raises UserError where one refuses."""
+        raise_refusals(applicable_rules(INPUT_RULES, self.context))
+        applicable = applicable_rules(CONTEXT_RULES, self.context)
         raise_refusals(applicable)
-        return replace(plan, rules=tuple(applicable))
+        return replace(self, rules=tuple(applicable))
 
     @property
     def context(self) -> PlanContext:
@@ -153,6 +163,7 @@ class Plan:
             shape=self.shape,
             hardware=self.hardware,
             packages=installed_versions(),
+            proof=self.proof,
             layout=self.layout,
             deepspeed=self.deepspeed,
             data=self.data,
@@ -199,9 +210,14 @@ def rank_plans(
         targets = shape.default_targets
         settings = settings.model_copy(update={"lora_target_modules": targets})
         why["lora_target_modules"] = f"{', '.join(targets)}: the linear layers of the blocks"
+    proof = remembered_proof(shape, settings)
+    settings = without_leaking_packs(settings, proof)
+    if proof is not None and proof.without_packs and not settings.packing:
+        why["packing"] = f"false, because {proof.without_packs[0]}"
     plan_input = PlanInput(
-        settings=settings, shape=shape, hardware=hardware, packages=installed_versions()
-    )
+        settings=settings, shape=shape, hardware=hardware, packages=installed_versions(),
+        proof=proof,
+    )  # fmt: skip
     raise_refusals(applicable_rules(INPUT_RULES, plan_input))
     adapter_counts(shape, settings)  # raises where a target matches nothing
     cluster = Cluster(hardware=hardware, nodes=nodes, ranks_per_node=ranks_per_node)
@@ -245,6 +261,7 @@ def _plan(plan_input: PlanInput, chosen: Candidate, why: dict[str, str]) -> Plan
         rules=tuple(applicable_rules(CONTEXT_RULES, context)),
         deepspeed=dict(context.deepspeed),
         fits=chosen.refusal is None,
+        proof=plan_input.proof,
     )
 
 

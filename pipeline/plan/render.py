@@ -1,6 +1,7 @@
 """A plan as JSON values and as text for a terminal."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from pipeline.plan.choose import Candidate
@@ -39,6 +40,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "offload_param": layout.offload_param,
             "why": plan.why,
         },
+        "proof": None if plan.proof is None else asdict(plan.proof),
         "memory": {
             "per_rank": dict(memory.per_rank),
             "peak_bytes": memory.peak_bytes,
@@ -66,6 +68,7 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(
         [
             *_summary(plan),
+            *_proof(plan),
             *_steps(plan),
             *(f"  {key:<28} {text}" for key, text in plan.why.items()),
             *_memory(plan),
@@ -92,6 +95,17 @@ def _summary(plan: Plan) -> list[str]:
         f"run        ZeRO-{layout.zero_stage}, {layout.training_dtype}, global batch "
         f"{layout.global_batch_size}{unit} = {layout.micro_batch_size} x "
         f"{layout.accumulation_steps} x {layout.world_size} ranks, {', '.join(extras)}",
+    ]
+
+
+def _proof(plan: Plan) -> list[str]:
+    """The largest error of the checks of a class that is not a known family."""
+    if plan.proof is None or not plan.shape.is_from_class:
+        return []
+    name, error = max(plan.proof.errors.items(), key=lambda item: item[1], default=("none", 0.0))
+    return [
+        f"proof      {len(plan.proof.errors)} checks of the class of {plan.shape.model_type} on a "
+        f"small copy: largest error {error:.1e} ({name})"
     ]
 
 

@@ -1,7 +1,7 @@
 """Assemble a run: model, engine, checkpoints, and the state of the checkpoint that is resumed."""
 
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from pipeline.model.fingerprint import (
     require_base_of_run,
 )
 from pipeline.model.proof import require_proof
+from pipeline.plan.given.class_proof import Proof
 from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import Checkpoints, Identity, Progress
 from pipeline.train.context import RunContext
 from pipeline.train.display import ProgressDisplay
 from pipeline.train.engine import Engine
-from pipeline.train.folder import RunFolder, write_run
+from pipeline.train.folder import RunFolder, write_plan, write_run
 from pipeline.train.metrics import MetricsFile, PeakBytes
 from pipeline.train.start import Start, is_checkpoint_path, settings_hash
 from pipeline.train.state import TrainingState
@@ -44,7 +45,10 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
     checkpoint = None if resumed is None else Path(resumed)
     if session.is_rank_zero:
         record_base_of_run(folder.path, context.settings.model_folder)
-    session.rank_zero_first(lambda: require_proof(plan))
+    proof = Proof(**session.rank_zero_first(lambda: asdict(require_proof(plan))))
+    plan = context.plan = plan.with_proof(proof)
+    if session.is_rank_zero:
+        write_plan(folder.path, plan, is_debug=context.is_debug)
     peak = PeakBytes(session.device, is_watched=session.is_rank_zero)
     loading, creating, restoring = LOADING
     heartbeat.beat(loading)

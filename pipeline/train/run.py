@@ -15,6 +15,7 @@ from pipeline.cluster.stop import StopRequests
 from pipeline.cluster.watchdog import Watchdog
 from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import DataIndex
+from pipeline.plan.given.class_proof import require_checked
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
 from pipeline.preflight.context import RankContext
@@ -47,8 +48,10 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         missing = missing_gpus(placement, hardware)
         set_environment(placement, hardware)
 
+        shape = read_shape(str(settings.model_folder))
+        require_checked(settings, shape)
         plan = make_plan(
-            settings, read_shape(str(settings.model_folder)), hardware,
+            settings, shape, hardware,
             nodes=placement.nodes, ranks_per_node=placement.local_size,
         )  # fmt: skip
         session = stack.enter_context(Session(placement, hardware))

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json, write_text
 
 _PACKAGES = ("torch", "transformers", "peft")
-_FORMAT = 1  # of the remembered file
+_FORMAT = 2  # of the remembered file
 _TIMEOUT_S = 300
 _ERROR = re.compile(r"[\w.]*(Error|Exception)\b")  # line that names the exception of a traceback
 

@@ -63,6 +63,7 @@ class ModelShape:
     dropouts: tuple[str, ...] = ()  # `key: value` of those in config.json that are not 0
     has_router_loss: bool = False
     is_bidirectional: bool = False
+    has_other_towers: bool = False  # linear layers outside of decoder and head
     is_from_class: bool = False  # from the model's class (class_shape.py), not from families.py
     other_parameters: int = 0  # outside of blocks, embeddings, final norm and head
 
@@ -256,6 +257,7 @@ def _from_class(given: Mapping[str, Any], model: str) -> ModelShape:
         layer_kinds=tuple(counted["layer_kinds"]),
         layers_name=counted["layers_name"],
         has_head_bias=counted["has_head_bias"],
+        has_other_towers=counted["has_other_towers"],
         is_from_class=True,
         **_facts({**given.get("text_config", {}), **given}, model),
     )

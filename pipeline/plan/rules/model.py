@@ -1,12 +1,12 @@
 """Rules about the model, the adapter, precision and package versions."""
 
 import re
+from collections.abc import Sequence
 
 from pipeline.plan.cost.memory import checkpoint_bytes
 from pipeline.plan.cost.speed import step_seconds
 from pipeline.plan.cost.stopping import slow_stop_warning
 from pipeline.plan.given.adapter_counts import trainable_parameters
-from pipeline.plan.given.families import FAMILIES
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.rules.rule import PlanContext, PlanInput, Rule, issue
 
@@ -18,6 +18,17 @@ _EMBEDDINGS_AND_HEADS = (
     "lm_head", "embed_out", "output_layer", "model.embed_tokens", "gpt_neox.embed_in",
     "transformer.wte", "transformer.word_embeddings",
 )  # fmt: skip
+
+
+def _first(reasons: Sequence[str]) -> str:
+    return reasons[0] if reasons else ""
+
+
+def _recomputes_re_entrantly(s: PlanContext) -> str:
+    """Why it is wrong to recompute this class as at ZeRO-3 (model/base.py), where that is done."""
+    if s.proof is None or not s.layout.is_sharded or not s.layout.checkpointed_layers:
+        return ""
+    return _first(s.proof.without_reentrant)
 
 
 def _targets_embeddings_or_head(s: PlanInput) -> bool:
@@ -146,19 +157,22 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         source=issue("huggingface/transformers", 25241, 26024),
     ),
     Rule(
-        id="unverified-model-type",
+        id="class-refused",
         level="refuse",
-        applies=lambda s: (
-            s.shape.is_from_class
-            and (
-                f"{s.shape.model_type}, {s.shape.parameters:,} parameters in {s.shape.num_layers} "
-                "blocks"
-            )
-        ),
-        reason="this model_type has been counted, but loss, attention and packs of its class have "
-        "not been compared with those of this project",
-        remedy=f"use a model of a known type: {', '.join(sorted(FAMILIES))}",
-        source="pipeline/plan/given/families.py",
+        applies=lambda s: _first(s.proof.refusals) if s.proof else "",
+        reason="model: this model class cannot be trained correctly, measured on a small copy of "
+        "it",
+        remedy="other lora_target_modules may help where an adapter is named; otherwise use a "
+        "model of another type",
+        source="pipeline/model/proof.py",
+    ),
+    Rule(
+        id="class-packs",
+        level="refuse",
+        applies=lambda s: _first(s.proof.without_packs) if s.proof and s.settings.packing else "",
+        reason="packing: this model class mixes the documents of a packed sequence",
+        remedy="set packing: false, or leave it out",
+        source="pipeline/model/proof.py",
     ),
     Rule(
         id="prequantised-base",
@@ -208,6 +222,33 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
 )
 
 MODEL_RULES: tuple[Rule[PlanContext], ...] = (
+    Rule(
+        id="class-re-entrant",
+        level="refuse",
+        applies=_recomputes_re_entrantly,
+        reason="zero_stage: this model class has wrong gradients where its blocks are recomputed "
+        "at ZeRO-3",
+        remedy="set zero_stage: 2 or gradient_checkpointing: false",
+        source="pipeline/model/proof.py",
+    ),
+    Rule(
+        id="class-not-proven",
+        level="warn",
+        applies=lambda s: s.shape.is_from_class and s.proof is None and s.shape.model_type,
+        reason="this model_type is not in the table of known families, and its class is not yet "
+        "proven on this machine: loss, attention, packs and adapter may be refused",
+        remedy="`python launch/preflight.py RUN.yaml` proves it, in seconds of CPU; so does "
+        "training, before it loads the base",
+        source="pipeline/model/proof.py",
+    ),
+    Rule(
+        id="class-merge",
+        level="warn",
+        applies=lambda s: _first(s.proof.without_merge) if s.proof else "",
+        reason="the adapter of this model cannot be merged",
+        remedy="serve the adapter with its base",
+        source="pipeline/model/proof.py",
+    ),
     Rule(
         id="8bit-zero3",
         level="refuse",

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
+from pipeline.plan.given.class_proof import Proof
 from pipeline.plan.given.data_size import DataSize
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout
@@ -27,12 +28,16 @@ _NEWEST = "9999"  # version assumed for a package that is not installed
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInput:
-    """Input of the plan, from which a layout is chosen."""
+    """Input of the plan, from which a layout is chosen.
+
+    `proof` is None where the model class has not been checked on this machine.
+    """
 
     settings: RunSettings
     shape: ModelShape
     hardware: Hardware
     packages: Mapping[str, str | None]
+    proof: Proof | None = None
 
     @property
     def is_cuda(self) -> bool:
