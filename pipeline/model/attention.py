@@ -70,8 +70,8 @@ def require_delivered(documents: PackedDocuments, num_blocks: int, model_type: s
     """
     if documents.deliveries != num_blocks:
         raise UserError(
-            f"packing: {documents.deliveries} of {num_blocks} blocks of this {model_type} model "
-            "keep the documents of a packed sequence separate; set packing: false"
+            f"{documents.deliveries} of {num_blocks} blocks of this {model_type} model keep the "
+            "documents of a packed sequence separate; set packing: false"
         )
 
 

@@ -111,7 +111,7 @@ def prove_model(model: PreTrainedModel, targets: Sequence[str]) -> Proof:
         try:
             errors[name] = measure()
         except UserError as error:
-            reasons.append(str(error))
+            reasons.append(str(error).removesuffix("; set packing: false"))
         except Exception as error:  # noqa: BLE001 - whatever a class does
             reasons.append(f"{name}: {type(error).__name__}: {error}")
         else:
@@ -132,7 +132,7 @@ def prove_model(model: PreTrainedModel, targets: Sequence[str]) -> Proof:
     return Proof(
         errors=errors,
         refusals=refusals,
-        without_packs=without_packs,
+        without_packs=list(dict.fromkeys(without_packs)),
         without_reentrant=without_reentrant,
     )
 

@@ -4,10 +4,12 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from pipeline.model import attention, proof
-from pipeline.model.proof import LIMIT, prove, prove_model, small_model
+from pipeline.model.proof import LIMIT, prove, prove_model, require_proof, small_model
 from pipeline.model.structure import blocks
+from pipeline.plan.given.class_proof import Proof
 from tests.messages import assert_mentions, refused
 from tests.model.kinds import build
+from tests.tiny import make_plan
 
 pytestmark = pytest.mark.tensor
 
@@ -52,8 +54,6 @@ def test_an_attention_that_is_not_the_class_s_is_refused(llama, monkeypatch):
     )
     result = prove_model(llama, ATTENTION)
     assert_mentions(result.refusals[1], "attention", "1e-05")
-    with refused("org/name", "loss"):
-        result.require("org/name")
 
 
 def test_a_loss_that_is_not_the_class_s_is_refused(llama, monkeypatch):
@@ -102,6 +102,50 @@ def test_a_model_folder_is_proved_once(tiny_model, monkeypatch):
     assert prove(tiny_model, ["v_proj", "q_proj"]) == first
     with pytest.raises(ZeroDivisionError):
         prove(tiny_model, ["q_proj"])  # another adapter
+
+
+@pytest.mark.parametrize(
+    ("proof_of", "settings", "facts"),
+    [
+        ({"refusals": ["loss differs by 0.1"]}, {}, ("loss differs by 0.1", "class-refused")),
+        (
+            {"without_packs": ["1 of 4 blocks"]},
+            {"packing": True},
+            ("packing: false", "class-packs"),
+        ),
+        (
+            {"without_reentrant": ["gradients differ by 0.5"]},
+            {"zero_stage": 3, "gradient_checkpointing": True},
+            ("differ by 0.5", "zero_stage: 2", "class-re-entrant"),
+        ),
+    ],
+    ids=["class", "packs", "re-entrant"],
+)
+def test_a_run_that_the_proof_does_not_allow_is_refused_before_the_base_is_loaded(
+    tiny_model, monkeypatch, proof_of, settings, facts
+):
+    plan = make_plan(tiny_model, 2, **settings)
+    monkeypatch.setattr(proof, "_prove", lambda *_, **__: Proof(**proof_of))
+    with refused(*facts):
+        require_proof(plan)
+
+
+@pytest.mark.parametrize(
+    ("proof_of", "settings"),
+    [
+        ({}, {"packing": True, "zero_stage": 3, "gradient_checkpointing": True}),
+        ({"without_packs": ["1 of 4 blocks"]}, {"packing": False}),
+        (
+            {"without_reentrant": ["gradients differ by 0.5"]},
+            {"zero_stage": 2, "gradient_checkpointing": True},
+        ),
+    ],
+    ids=["nothing found", "without packs", "not re-entrant"],
+)
+def test_a_run_that_avoids_what_is_wrong_is_allowed(tiny_model, monkeypatch, proof_of, settings):
+    plan = make_plan(tiny_model, 2, **settings)
+    monkeypatch.setattr(proof, "_prove", lambda *_, **__: Proof(**proof_of))
+    assert require_proof(plan) == Proof(**proof_of)
 
 
 def test_names_that_the_checkpoint_does_not_have_exclude_a_merge(tmp_path):

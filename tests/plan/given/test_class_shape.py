@@ -11,7 +11,8 @@ from pipeline.plan.given import class_shape as remembering
 from pipeline.plan.given.families import FAMILIES
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import read_shape
-from tests.messages import refused
+from pipeline.plan.render import plan_json
+from tests.messages import assert_mentions, refused
 from tests.plan.given.test_shape import EXPERTS, SMALL, save_config
 from tests.tiny import make_plan
 
@@ -132,10 +133,13 @@ def test_every_parameter_of_an_unknown_class_is_counted(tmp_path, kind):
     assert all(block.other_parameters >= 0 and block.saved[0] > 0 for block in shape.blocks)
 
 
-def test_a_counted_model_is_refused_until_it_is_verified(tmp_path):
+def test_a_plan_says_that_a_class_is_not_yet_proven_and_which_command_proves_it(tmp_path):
     write(tmp_path, "olmo2", {})
-    with refused("olmo2", "rule unverified-model-type", "llama"):
-        make_plan(tmp_path)
+    plan = make_plan(tmp_path)
+    [rule] = [rule for rule in plan.rules if rule.id == "class-not-proven"]
+    assert_mentions(rule.message, "olmo2", "launch/preflight.py")
+    assert plan.proof is None
+    assert plan_json(plan)["proof"] is None
 
 
 def test_a_remembered_shape_needs_no_torch(tmp_path, monkeypatch):

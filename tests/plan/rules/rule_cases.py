@@ -4,6 +4,7 @@ A context is given by what differs from Llama 8B on 8 GPUs of 80 GiB at ZeRO-2 i
 """
 
 from pipeline.plan.deepspeed.keys import REMOVED, REMOVED_FROM_ZERO
+from pipeline.plan.given.class_proof import Proof
 from tests.planning import CPU, LLAMA_8B, SMOLLM2, gpu, sized
 
 Z1, Z2, Z3 = ({"zero_stage": stage} for stage in (1, 2, 3))
@@ -20,6 +21,9 @@ LONGROPE = LLAMA_8B | {
     "max_position_embeddings": 131072,
     "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 4096},
 }
+
+LEAKS = Proof(without_packs=["1 of 4 blocks"])
+SHARES_KEYS = Proof(without_reentrant=["gradients differ"])
 
 
 def zero(**keys):
@@ -49,7 +53,17 @@ CASES = {
         {"config": LLAMA_8B | {"use_bidirectional_attention": True}},
         {"config": LLAMA_8B | {"use_bidirectional_attention": False}},
     ),
-    "unverified-model-type": ({"shape": {"is_from_class": True}}, {}),
+    "class-refused": ({"proof": Proof(refusals=["loss"])}, {"proof": Proof()}),
+    "class-packs": ({"proof": LEAKS}, {"proof": LEAKS, "packing": False}),
+    "class-re-entrant": (
+        with_layout(Z3, CHECKPOINTED, proof=SHARES_KEYS),
+        with_layout(Z2, CHECKPOINTED, proof=SHARES_KEYS),
+    ),
+    "class-not-proven": (
+        {"shape": {"is_from_class": True}},
+        {"shape": {"is_from_class": True}, "proof": Proof()},
+    ),
+    "class-merge": ({"proof": Proof(without_merge=["names"])}, {"proof": Proof()}),
     "prequantised-base": ({"shape": {"quantization": "gptq"}}, {}),
     "packing-own-code": (
         {"trust_remote_code": True, "shape": {"has_own_code": True}},

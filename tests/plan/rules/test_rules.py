@@ -31,6 +31,7 @@ def context(tmp_path):
 
     def make(
         config=LLAMA_8B, hardware=None, layout=(), own=None, shape=(), packages=(), data=None,
+        proof=None,
         **settings,
     ) -> PlanContext:  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -49,7 +50,7 @@ def context(tmp_path):
             config = overlay(config, str(tmp_path / "ds.json"))
         return PlanContext(
             settings=run, shape=model, hardware=hardware, layout=chosen, deepspeed=config,
-            packages=dict(installed_versions()) | dict(packages), data=data,
+            packages=dict(installed_versions()) | dict(packages), data=data, proof=proof,
         )  # fmt: skip
 
     return make
