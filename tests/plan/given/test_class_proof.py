@@ -61,7 +61,7 @@ def test_packs_that_the_user_did_not_ask_for_are_left_out_where_the_class_mixes_
     plan = planned(settings)
     assert plan.settings.packing is False
     assert_mentions(plan.why["packing"], "1 of 4 blocks")
-    assert "packs" not in plan_text(plan)
+    assert "packs of" not in plan_text(plan)
 
 
 def test_packs_that_the_user_asked_for_are_refused_where_the_class_mixes_documents(model):
