@@ -210,16 +210,17 @@ def rank_plans(
         targets = shape.default_targets
         settings = settings.model_copy(update={"lora_target_modules": targets})
         why["lora_target_modules"] = f"{', '.join(targets)}: the linear layers of the blocks"
+    plan_input = PlanInput(
+        settings=settings, shape=shape, hardware=hardware, packages=installed_versions()
+    )
+    raise_refusals(applicable_rules(INPUT_RULES, plan_input))
+    adapter_counts(shape, settings)  # raises where a target matches nothing
     proof = remembered_proof(shape, settings)
     settings = without_leaking_packs(settings, proof)
     if proof is not None and proof.without_packs and not settings.packing:
         why["packing"] = f"false, because {proof.without_packs[0]}"
-    plan_input = PlanInput(
-        settings=settings, shape=shape, hardware=hardware, packages=installed_versions(),
-        proof=proof,
-    )  # fmt: skip
+    plan_input = replace(plan_input, settings=settings, proof=proof)
     raise_refusals(applicable_rules(INPUT_RULES, plan_input))
-    adapter_counts(shape, settings)  # raises where a target matches nothing
     cluster = Cluster(hardware=hardware, nodes=nodes, ranks_per_node=ranks_per_node)
     ranked = candidates(settings, shape, cluster)
     if all(candidate.refusal for candidate in ranked):

@@ -35,6 +35,7 @@ SHAPE = {
         "zero_stage", "micro_batch_size", "gradient_accumulation_steps", "global_batch_size",
         "checkpointed_layers", "hpz_partition_size", "offload_param", "why",
     },
+    "proof": None,
     "memory": {
         "per_rank", "peak_bytes", "load_peak_bytes", "host_peak_bytes", "device_bytes", "fits",
     },
