@@ -1,0 +1,51 @@
+"""The vision tower of a multimodal model is frozen, not adapted, not quantised and no block."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.model.adapter import attach_adapter, trainable
+from pipeline.model.base import load_base
+from pipeline.model.structure import blocks
+from tests.model.kinds import build
+from tests.tiny import make_plan, make_tokenizer
+
+pytestmark = pytest.mark.tensor
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_storage": "float32"}
+
+
+@pytest.fixture(scope="module")
+def wrapper(tmp_path_factory):
+    """A Gemma 3 with a vision tower of two layers."""
+    folder = tmp_path_factory.mktemp("gemma3") / "model"
+    build("gemma3").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def in_tower(name):
+    return "vision" in name or "projector" in name
+
+
+@pytest.mark.parametrize("quantised", [{}, NF4], ids=["lora", "nf4"])
+def test_the_vision_tower_stays_as_it_is(wrapper, quantised):
+    plan = make_plan(wrapper, zero_stage=2, gradient_checkpointing=True, **quantised)
+    model = attach_adapter(load_base(plan, torch.device("cpu")), plan)
+    assert not [name for name in trainable(model) if in_tower(name)]
+    assert len(trainable(model)) == 2 * 7 * 4
+    tower = [m for n, m in model.named_modules() if in_tower(n) and isinstance(m, nn.Linear)]
+    assert tower
+    assert {type(m) for m in tower} == {nn.Linear}
+    assert {m.weight.dtype for m in tower} == {torch.float32}
+    assert len(blocks(model.get_base_model())) == plan.shape.num_layers == 4
+    checkpointed = [n for n, m in model.named_modules() if getattr(m, "gradient_checkpointing", 0)]
+    assert not [name for name in checkpointed if in_tower(name)]
+
+
+def test_blocks_of_the_decoder_are_quantised(wrapper):
+    plan = make_plan(wrapper, zero_stage=2, **NF4)
+    kinds = {n: type(m).__name__ for n, m in load_base(plan, torch.device("cpu")).named_modules()}
+    quantised = [name for name, kind in kinds.items() if kind == "Linear4bit"]
+    assert len(quantised) == 7 * 4
+    assert kinds["lm_head"] == "Linear"
