@@ -108,8 +108,8 @@ class DataKeys(BaseModel):
     packing: bool = Field(
         default=True,
         description="Concatenate whole documents in sequences of `max_length` tokens; documents "
-        "do not attend to each other. `batch_size` and `global_batch_size` then count packs. Where it "
-        "is left out and the model class mixes packed documents, it is false, and the plan says why.",
+        "do not attend to each other. `batch_size` and `global_batch_size` then count packs. "
+        "Left out, it is false where the model class mixes packed documents; the plan says so.",
         json_schema_extra=traits(
             change="documents", peers="sample_packing neat_packing padding_free"
         ),
