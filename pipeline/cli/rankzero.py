@@ -10,7 +10,7 @@ VERBS = ("train", "plan", "prepare", "preflight", "merge", "score", "report")
 
 
 def main() -> None:
-    """Run the verb that the first argument names, and import no other verb's rooms."""
+    """Run the verb that the first argument names; only its module is imported."""
     verb, usage = " ".join(sys.argv[1:2]), f"rankzero {{{','.join(VERBS)}}} ..."
     if verb in ("-h", "--help"):
         print(f"usage: {usage}")

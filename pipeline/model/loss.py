@@ -1,4 +1,4 @@
-"""Summed cross-entropy over the supervised positions, with the logits of the model's own class.
+"""Summed cross-entropy over the supervised positions; logits come from the model class's forward.
 
 B: sequences, T: tokens, D: hidden size, V: vocabulary, S: supervised positions of the batch.
 """
@@ -26,8 +26,8 @@ IGNORED = -100
 class SummedLoss(nn.Module):
     """The module that DeepSpeed wraps: a batch in, the sum of its token losses out.
 
-    Logits are computed for supervised positions only. More than LOGITS_CHUNK_BYTES of them in fp32
-    are computed in chunks, and again in the backward pass, so that (B, T, V) never exists.
+    Logits are computed for supervised positions only, so no (B, T, V) tensor exists. If they exceed
+    LOGITS_CHUNK_BYTES in fp32, they are computed in chunks and recomputed in the backward pass.
 
     `num_chunks` fixes the number of chunks: at ZeRO-3 each chunk gathers the head, and every rank
     must gather equally often, however many of its tokens are supervised.
@@ -41,13 +41,12 @@ class SummedLoss(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, documents: Documents
     ) -> torch.Tensor:
-        """Sum over the S supervised positions, fp32; 0 with a gradient path where S is 0.
+        """Return the loss sum over the S supervised positions in fp32; S = 0 still has a graph.
 
-        `documents`: tokens of the documents of each row; the first token of a document is never
-        supervised. No attention mask is needed: documents are separate (model/attention.py), and
-        padding is on the right, which causal attention never reaches. With a mask, PyTorch leaves
-        its fused kernels, repeats keys and values for every head, and keeps a (B, 1, T, T) mask for
-        each layer.
+        `documents`: lengths of the packed documents of each row. The first token of a document is
+        never supervised. No padding mask is passed: padding is on the right, and causal attention
+        does not look ahead. With a mask, PyTorch would not use its fused kernels, would repeat keys
+        and values for every head, and would save a (B, 1, T, T) mask for each layer.
         """
         model = self.model
         causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -100,14 +99,14 @@ def class_logits(causal: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class _Body(nn.Module):
-    """Stands for a model's body and returns given hidden states (1, S, D)."""
+    """Replaces a model's body (all but the head): returns given hidden states (1, S, D)."""
 
     def __init__(self, body: nn.Module, hidden: torch.Tensor) -> None:
         super().__init__()
         self.__dict__["_body"], self.__dict__["_hidden"] = body, hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Hidden states for any arguments."""
+        """Return the given hidden states; ignore the arguments."""
         del args, kwargs
         return _BodyOutput(self._hidden)
 
@@ -129,7 +128,7 @@ class _BodyOutput:
 
 
 def chunks_for_any_batch(plan: Plan) -> int:
-    """Chunks that suffice for the largest micro-batch of a plan with every token supervised."""
+    """Number of chunks for the largest micro-batch of a plan if every token is supervised."""
     positions = plan.layout.micro_batch_size * plan.settings.max_length
     return _chunks(positions, plan.shape.vocab_size)
 

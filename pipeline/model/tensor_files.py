@@ -30,10 +30,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file without its tensors; entries are sorted by their offsets."""
+    """The header of a safetensors file; entries are sorted by their offsets."""
 
     path: Path
-    header: bytes  # with the eight bytes before it
+    header: bytes  # including the eight bytes that hold its length
     entries: Mapping[str, Entry]
 
 
@@ -42,7 +42,7 @@ def weight_files(folder: Path, setting: str = "model") -> list[Path]:
 
     Raises UserError, which names `setting`, for a folder without any or with files missing.
     """
-    if (folder / SINGLE).is_file():  # transformers prefers it to an index, too
+    if (folder / SINGLE).is_file():  # before the index, as in transformers
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         raise UserError(
@@ -62,7 +62,7 @@ def weight_files(folder: Path, setting: str = "model") -> list[Path]:
 
 
 def read_weight_map(folder: Path, setting: str = "model") -> dict[str, str]:
-    """Tensor -> file of an indexed model folder. Raises UserError for an unreadable index."""
+    """Map from tensor name to file name in an indexed model folder; UserError if unreadable."""
     path = folder / INDEX
     try:
         weight_map = read_json(path)["weight_map"]
@@ -72,7 +72,7 @@ def read_weight_map(folder: Path, setting: str = "model") -> dict[str, str]:
 
 
 def read_header(path: Path) -> TensorFile:
-    """Raises UserError for a file that is damaged or incomplete."""
+    """Read and check a safetensors header. Raises UserError for a damaged or incomplete file."""
     try:
         with path.open("rb") as file:
             prefix = file.read(8)

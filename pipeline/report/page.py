@@ -21,7 +21,7 @@ from pipeline.report.folder import RunRecords, mapping, number, read_run_folder
 from pipeline.report.headline import MODELS, method, model_name, tiles
 from pipeline.report.plots import NARROW, line_curve, loss_curve, smoothing_window
 
-_TOLERANCE = 0.10  # between predicted and measured memory
+_TOLERANCE = 0.10  # relative error of predicted memory above which the page marks it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +163,10 @@ def _rules(run: RunRecords) -> list[dict[str, str]]:
 
 
 def _memory(run: RunRecords) -> Mapping[str, Any] | None:
-    """Predicted memory by term, largest first, and its peak beside the measured one.
+    """Predicted memory by term, largest first, and the predicted and the measured peak.
 
-    The measured peak (of live tensors) is compared with the run's own prediction for the largest
-    micro-batch that was trained, not with the plan's for the largest that is possible.
+    The error compares the measured peak of live tensors with the prediction for the largest
+    micro-batch that was trained. The plan's peak is for the largest micro-batch that is possible.
     """
     memory = mapping(run.plan.get("memory"))
     terms = {k: size for k, v in mapping(memory.get("per_rank")).items() if (size := number(v))}

@@ -1,4 +1,4 @@
-"""TrainingState: a run that is ready to step; built by assemble.py, used by the loop."""
+"""TrainingState: all objects of a run; assemble.py builds it, the training loop uses it."""
 
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from pipeline.train.writer import CheckpointWriter
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """Everything the loop uses. `writer` and `metrics` are None on ranks other than 0."""
+    """The objects that the loop uses. `writer` and `metrics` are None on ranks other than 0."""
 
     context: RunContext
     folder: RunFolder
@@ -27,24 +27,24 @@ class TrainingState:
     eval_split: Split | None
     checkpoints: Checkpoints
     progress: Progress
-    saved: Progress | None  # of the newest checkpoint in the folder
+    saved: Progress | None  # progress at the newest checkpoint in the run folder
     display: ProgressDisplay
     peak: PeakBytes
     writer: CheckpointWriter | None
     metrics: MetricsFile | None
-    frozen_checksum: int | None  # with --debug, which compares it at the end
+    frozen_checksum: int | None  # set with --debug; compared with the checksum after training
     input_wait: InputWait = field(default_factory=InputWait)
     step_watch: Stopwatch = field(default_factory=Stopwatch)
     micro_batch_s: float = 0.0  # seconds of a micro-batch in the last step
 
     @property
     def plan(self) -> Plan:
-        """The plan, with the sizes of the prepared data."""
+        """The run's plan, updated with the sizes of the prepared data."""
         return self.context.plan
 
     @property
     def session(self) -> Session:
-        """The ranks of the run."""
+        """The session: placement of this rank, key-value store and process group."""
         return self.context.session
 
     @property

@@ -1,4 +1,4 @@
-"""Whether a rendering holds every leaf of its row (docs/masks.md has the classes of leaves)."""
+"""Check that a rendered row contains all of its leaves (docs/masks.md lists kinds of leaves)."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -12,26 +12,26 @@ from pipeline.data.chat.leaves import (
     Kind,
     Leaf,
     names,
-    thoughts_in,
-    with_fixed_texts,
+    placeholder_of_same_shape,
+    reasoning_blocks,
 )
 from pipeline.data.chat.template import ChatTemplate, Rendering, Span
 from pipeline.data.chat.traced import TracedSpan
 from pipeline.rows.formats import Conversation, RowError
 
-_MOST_SHAPES = 256  # remembered: the key of a long agent row is long
+_MAX_CACHED_SHAPES = 256  # bounds memory: the cache key of a long agent row is long
 
 
 @dataclass(frozen=True)
 class Omissions:
-    """Leaves that a rendering does not hold; `thoughts`: all of a leaf, and nothing else of it."""
+    """Leaves missing from a rendering: those of `thoughts` miss whole reasoning blocks only."""
 
     lost: list[Leaf] = field(default_factory=list)
     thoughts: list[tuple[Leaf, list[str]]] = field(default_factory=list)
 
 
 class Conservation:
-    """Finds what a chat template omits, and refuses what it omits against its own design."""
+    """Finds leaves that a chat template omits; only reasoning may be omitted, and by design."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
@@ -40,7 +40,7 @@ class Conservation:
     def omitted_thoughts(
         self, conversation: Conversation, rendering: Rendering
     ) -> dict[int, list[str]]:
-        """Thoughts that the template omits by design, by message; RowError for any other loss."""
+        """Reasoning that the template omits by design, by message; RowError for other omissions."""
         omissions = _omissions(conversation, rendering)
         lost, omitted = omissions.lost, dict[int, list[str]]()
         by_design = self._omits_by_design(conversation) if omissions.thoughts else frozenset()
@@ -56,10 +56,10 @@ class Conservation:
         return omitted
 
     def _omits_by_design(self, conversation: Conversation) -> frozenset[int]:
-        """Messages whose thoughts the template omits in every row of this shape."""
-        fixed, key = with_fixed_texts(conversation)
+        """Messages whose reasoning the template omits in every row of this shape."""
+        fixed, key = placeholder_of_same_shape(conversation)
         if key not in self._by_design:
-            if len(self._by_design) >= _MOST_SHAPES:
+            if len(self._by_design) >= _MAX_CACHED_SHAPES:
                 self._by_design.clear()
             try:
                 omitted = _omissions(fixed, self._template.render(fixed)).thoughts
@@ -114,30 +114,30 @@ def _unwritten(value: str, spans: Sequence[TracedSpan], text: str) -> Iterator[S
             continue
         missing = value[at : after[0]]
         is_edge = at == 0 or after[0] == len(value)
-        if not missing.isspace() or not (is_edge or _has_space(text, before[3], after[2])):
+        if not missing.isspace() or not (is_edge or _is_separated(text, before[3], after[2])):
             yield at, after[0]
 
 
-def _has_space(text: str, start: int, stop: int) -> bool:
-    """Whether other white space, or markup, stands between two parts that are written."""
+def _is_separated(text: str, start: int, stop: int) -> bool:
+    """Whether white space or markup separates two written parts."""
     return start < stop and not text[start:stop].isalnum()
 
 
 def _omitted_thoughts(
     leaf: Leaf, gaps: Sequence[Span], conversation: Conversation
 ) -> list[str] | None:
-    """The thoughts that are not written of a content; None where more or less is missing.
+    """The reasoning missing from a content; None if other text, or only a part of it, is missing.
 
-    None of them where only their tags are missing, which the template writes in its own way.
+    Empty if only the reasoning's tags are missing: the template writes its own tags.
     """
-    thoughts = list(thoughts_in(conversation.messages[leaf.message]))
+    thoughts = list(reasoning_blocks(conversation.messages[leaf.message]))
     if leaf.kind is not Kind.CONTENT or not _are_within(gaps, thoughts, leaf.value):
         return None
     omitted, kept = [], 0
     for _, (start, stop) in thoughts:
         inner = leaf.value[start:stop]
         missing = "".join(leaf.value[max(a, start) : min(b, stop)] for a, b in gaps if a < stop)
-        if _solid(missing) not in ("", _solid(inner)):
+        if _without_space(missing) not in ("", _without_space(inner)):
             return None
         if missing.strip():
             omitted.append(inner)
@@ -147,7 +147,7 @@ def _omitted_thoughts(
 
 
 def _are_within(gaps: Sequence[Span], thoughts: Sequence[tuple[Span, Span]], value: str) -> bool:
-    """Whether all that the gaps hold lies in one of the thoughts, or is white space around one."""
+    """Whether the gaps cover only reasoning blocks and white space around them."""
     for start, stop in gaps:
         inside = [False] * (stop - start)
         for (first, last), _ in thoughts:
@@ -159,22 +159,22 @@ def _are_within(gaps: Sequence[Span], thoughts: Sequence[tuple[Span, Span]], val
     return True
 
 
-def _solid(text: str) -> str:
+def _without_space(text: str) -> str:
     return "".join(text.split())
 
 
 class _Scalars:
-    """Numbers, true, false and null carry no spans: they must follow the leaf before them."""
+    """Finds scalars, which carry no spans: each must be written after the preceding leaf."""
 
     def __init__(self, rendering: Rendering) -> None:
         self._text, self._leaves = rendering.text, rendering.leaves
         self._starts = [span.start for span in rendering.spans]
         self._spans = rendering.spans
         self._tools: str | None = None
-        self.position = 0  # in the text, behind the leaf before
+        self.position = 0  # offset in the text after the preceding leaf
 
     def is_written(self, leaf: Leaf) -> bool:
-        """Whether the leaf is written behind the one before it, or among the tools."""
+        """Whether the leaf is written after the preceding one, or anywhere among the tools."""
         spelled = {dumps(leaf.value), str(leaf.value)}
         if leaf.message == TOOLS:
             return any(form in self._around_tools for form in spelled)
@@ -192,7 +192,7 @@ class _Scalars:
 
     @property
     def _around_tools(self) -> str:
-        """What the template writes between the texts of tools: templates reorder schemas."""
+        """The template's text between the strings of the tools: templates reorder schemas."""
         if self._tools is None:
             pieces = []
             bounds = [*self._starts[1:], len(self._text)]

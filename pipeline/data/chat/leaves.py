@@ -1,7 +1,7 @@
-"""Conversation -> what its chat template gets, and the leaves of the row in it.
+"""The input of a chat template: messages and tools whose strings are traced to leaves of the row.
 
-A leaf is a text, a key or a number in messages, calls, arguments, tools and reasoning. Texts and
-keys are traced strings whose source is the number of their leaf.
+A leaf is a string, a key or a number in messages, tool calls, arguments, tools and reasoning.
+Strings and keys are `Traced` (traced.py); their source is the index of their leaf.
 """
 
 import re
@@ -13,27 +13,27 @@ from typing import Any, NamedTuple
 from pipeline.data.chat.traced import Arguments, from_source, joined
 from pipeline.rows.formats import Conversation, Message
 
-TOOLS = -1  # the message of leaves of tools
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # one thing to transformers
-# Keywords of JSON Schema that templates write in a notation of their own, or need not write.
+TOOLS = -1  # message index of leaves that belong to tool definitions, not to a message
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # synonyms in transformers
+# JSON Schema keywords that a template may translate into its own notation, or leave out.
 STRUCTURE_OF_TOOLS = frozenset(
     ("type", "required", "additionalProperties", "strict", "$schema", "nullable")
 )
-_NAMES_OF_PARAMETERS = ("properties", "$defs", "definitions")  # their keys are the row's own names
+_PARAMETER_MAPS = ("properties", "$defs", "definitions")  # their keys are names, not keywords
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 
 
 class Kind(Enum):
-    """What a leaf is, which decides what happens when the template does not write it."""
+    """Kind of a leaf: decides whether a template may omit it (conservation.py)."""
 
-    STRUCTURAL = "structural"  # need not be written
+    STRUCTURAL = "structural"  # may be omitted, such as the id of a tool call
     CONTENT = "content"
     REASONING = "reasoning"
-    OTHER = "other"  # of a call, of tools: must be written
+    OTHER = "other"  # the rest of tool calls and tool definitions: must be written
 
 
 class Leaf(NamedTuple):
-    """A text or scalar of a row; `path`: the keys and indexes that lead to it."""
+    """A string or scalar of a row; `message`: index or TOOLS; `path`: keys and indexes to it."""
 
     message: int
     kind: Kind
@@ -42,17 +42,18 @@ class Leaf(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The path as a person writes it: messages[2].tool_calls[0].arguments.city."""
+        """The path as text: messages[2].tool_calls[0].arguments.city."""
         parts = (f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.path)
         return "".join(parts).removeprefix(".")
 
 
 @dataclass(frozen=True)
 class CallStyle:
-    """How a template takes calls: the content beside them, and their ids."""
+    """Form in which a template accepts tool calls: content of the message, and ids of calls."""
 
     empty_content: str | None = ""
-    ids: str = "given"  # or "short": nine letters and digits; or "named": functions.NAME:NUMBER
+    # given: as in the row; short: nine letters and digits; named: functions.NAME:NUMBER
+    ids: str = "given"
 
 
 @dataclass
@@ -65,7 +66,7 @@ class TracedConversation:
 
 
 def trace(conversation: Conversation, style: CallStyle) -> TracedConversation:
-    """The conversation as its template gets it."""
+    """Trace a conversation: the messages and tools to render, and their leaves."""
     return _Tracer(style).trace(conversation)
 
 
@@ -74,8 +75,8 @@ class _Tracer:
         self._style = style
         self._result = TracedConversation()
         self._message = TOOLS
-        self._new_ids: dict[str, str] = {}  # of calls whose id was replaced
-        self._unanswered: list[str] = []  # ids of calls without a result yet
+        self._new_ids: dict[str, str] = {}  # id of a call in the row -> id given to the template
+        self._unanswered: list[str] = []  # ids of calls without a tool result so far
         self._num_calls = 0
 
     def trace(self, conversation: Conversation) -> TracedConversation:
@@ -83,10 +84,10 @@ class _Tracer:
             self._result.tools.append(self._tool(tool, ("tools", number)))
         for number, message in enumerate(conversation.messages):
             self._message = number
-            self._result.messages.append(self._as_template_gets_it(message))
+            self._result.messages.append(self._template_message(message))
         return self._result
 
-    def _as_template_gets_it(self, message: Message) -> dict[str, Any]:
+    def _template_message(self, message: Message) -> dict[str, Any]:
         path: tuple[str | int, ...] = ("messages", self._message)
         others = message.others
         calls = others.get("tool_calls") or ()
@@ -100,7 +101,7 @@ class _Tracer:
                 result[key] = [self._call(c, (*calls_path, n)) for n, c in enumerate(calls)]
             elif key in REASONING_KEYS:
                 text = self._text(value, (*path, key), Kind.REASONING)
-                # As transformers does it: one value under the names that templates read.
+                # As in transformers: the same value under each name that templates read.
                 result = {"thinking": text, **result, "reasoning_content": text, key: text}
             else:
                 is_structural = message.role == "tool" and key in ("name", "tool_call_id")
@@ -132,7 +133,7 @@ class _Tracer:
         return result
 
     def _id(self, given: Any, name: str) -> str:
-        """The id of a call in the form that the template demands."""
+        """The id of a call in the form that the template accepts (CallStyle.ids)."""
         old = given if isinstance(given, str) else ""
         if self._style.ids == "short" and not _SHORT_ID.fullmatch(old):
             new = f"call{self._num_calls:05d}"
@@ -147,7 +148,7 @@ class _Tracer:
         return new
 
     def _answer(self, result: dict[str, Any], given: Any, path: tuple[str | int, ...]) -> None:
-        """Give a tool's result the id of its call; in their order where rows name none."""
+        """Give a tool result the id of its call: by id, or in order if the row has no ids."""
         call_id = self._new_ids.get(given, given) if isinstance(given, str) else None
         if call_id in self._unanswered:
             self._unanswered.remove(call_id)
@@ -157,7 +158,7 @@ class _Tracer:
             result["tool_call_id"] = self._structural(call_id, path)
 
     def _structural(self, text: str, path: tuple[str | int, ...]) -> str:
-        if type(text) is not str:  # made of other leaves
+        if type(text) is not str:  # already traced, such as functions.NAME:0
             return text
         return self._text(text, path, Kind.STRUCTURAL)
 
@@ -169,7 +170,7 @@ class _Tracer:
         return from_source(text, len(leaves) - 1)
 
     def _value(self, value: Any, path: tuple[str | int, ...], kind: Kind) -> Any:
-        """A value with its keys and texts traced."""
+        """A copy of a value with its keys and strings traced."""
         if isinstance(value, str):
             return self._text(value, path, kind)
         if isinstance(value, Mapping):
@@ -184,13 +185,13 @@ class _Tracer:
         return value
 
     def _tool(self, value: Any, path: tuple[str | int, ...]) -> Any:
-        """A part of a tool's schema: keywords of JSON Schema are not traced, all else is."""
+        """A copy of a part of a tool's schema; traces everything except JSON Schema keywords."""
         if isinstance(value, list | tuple):
             return [self._tool(item, (*path, n)) for n, item in enumerate(value)]
         if not isinstance(value, Mapping):
             return self._value(value, path, Kind.OTHER)
         result: dict[str, Any] = {}
-        are_names = path[-1] in _NAMES_OF_PARAMETERS
+        are_names = path[-1] in _PARAMETER_MAPS
         for key, item in value.items():
             inner = (*path, key)
             if are_names:
@@ -202,24 +203,27 @@ class _Tracer:
         return result
 
 
-THOUGHT = re.compile(
+_REASONING_BLOCK = re.compile(
     r"<(?P<tag>think|thinking|thought|reasoning|seed:think)>(?P<a>.*?)</(?P=tag)>"
     r"|\[THINK\](?P<b>.*?)\[/THINK\]|\A(?P<c>(?:(?!<think>).)*?)</think>",
     re.DOTALL,
 )
 
 
-def thoughts_in(message: Message) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """For each thought in a content: its characters with its tags, and without them."""
+def reasoning_blocks(message: Message) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Spans of each reasoning block in a message's content: with its tags, and without."""
     if message.role != "assistant" or ("</" not in message.content and "[/" not in message.content):
         return
-    for match in THOUGHT.finditer(message.content):
+    for match in _REASONING_BLOCK.finditer(message.content):
         inner = next(name for name in "abc" if match[name] is not None)
         yield match.span(), match.span(inner)
 
 
-def with_fixed_texts(conversation: Conversation) -> tuple[Conversation, tuple[Any, ...]]:
-    """The conversation of the same shape that all such rows share, and its key."""
+def placeholder_of_same_shape(conversation: Conversation) -> tuple[Conversation, tuple[Any, ...]]:
+    """A placeholder conversation with this one's roles, calls and reasoning, and its cache key.
+
+    Rows of the same shape have the same placeholder conversation and the same key.
+    """
     key: list[Any] = [bool(conversation.tools)]
     messages = []
     for number, message in enumerate(conversation.messages):
@@ -230,7 +234,7 @@ def with_fixed_texts(conversation: Conversation) -> tuple[Conversation, tuple[An
         if reasoning:
             others[reasoning[0]] = f"thought {number}"
         content = f"text {number}" if message.content.strip() else ""
-        has_thought = any(True for _ in thoughts_in(message))
+        has_thought = any(True for _ in reasoning_blocks(message))
         if has_thought:
             content = f"<think>\nthought {number}\n</think>\n\ntext {number}"
         messages.append(Message(message.role, content, True, others))
@@ -259,7 +263,7 @@ def example_call() -> Mapping[str, Any]:
 
 
 def example(*roles: str) -> Conversation:
-    """A conversation of fixed texts; `call` is an assistant's call of the example tool."""
+    """A placeholder conversation; the role `call` is an assistant's call of the example tool."""
     messages: list[Message] = []
     for number, role in enumerate(roles):
         if role == "call":
@@ -274,6 +278,6 @@ def example(*roles: str) -> Conversation:
 
 
 def names(leaves: Sequence[Leaf]) -> str:
-    """The names of a few leaves, for a message."""
-    found = list(dict.fromkeys(leaf.name for leaf in leaves))  # a key and its value have one name
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    """The names of the first three leaves, for an error message."""
+    unique = list(dict.fromkeys(leaf.name for leaf in leaves))  # a key has the name of its value
+    return ", ".join(unique[:3]) + (f" and {len(unique) - 3} more" if len(unique) > 3 else "")

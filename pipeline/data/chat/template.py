@@ -32,7 +32,7 @@ _CHATML = (
 
 @dataclass(frozen=True)
 class Rendering:
-    """A conversation as text; `spans` in the order of the text, `generated` by marked blocks."""
+    """A conversation as text; `spans`: in text order; `generated`: {% generation %} blocks."""
 
     text: str
     leaves: list[Leaf]
@@ -41,7 +41,7 @@ class Rendering:
 
 
 class ChatTemplate:
-    """A chat template; `variables`: what it is given beside messages and tools."""
+    """A chat template; `variables`: its variables in addition to messages and tools."""
 
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         from jinja2 import TemplateSyntaxError
@@ -56,25 +56,26 @@ class ChatTemplate:
         self.marks_turns = _GENERATION.search(source) is not None
 
     def reads(self, *keys: str) -> bool:
-        """Whether the template reads one of these keys of anything."""
+        """Whether the template reads one of these keys, of any object."""
         return not self._keys.isdisjoint(keys)
 
-    def render(self, conversation: Conversation, *, asks: bool = False) -> Rendering:
-        """The conversation; `asks`: up to where the model is to answer.
-
-        Raises RowError where the template refuses it.
-        """
+    def render(
+        self, conversation: Conversation, *, add_generation_prompt: bool = False
+    ) -> Rendering:
+        """Render a conversation. Raises RowError if the template refuses it."""
         has_calls = any(m.others.get("tool_calls") for m in conversation.messages)
-        return self._render(conversation, self.call_style if has_calls else CallStyle(), asks)
+        return self._render(
+            conversation, self.call_style if has_calls else CallStyle(), add_generation_prompt
+        )
 
     @cached_property
     def call_style(self) -> CallStyle:
-        """The first style of calls of which the template writes name and arguments."""
+        """The first style with which the template writes both a call's name and its arguments."""
         accepted = CallStyle()
         for style in reversed(_CALL_STYLES):
             for roles in (("user", "call", "tool", "assistant"), ("user", "call", "tool")):
                 try:
-                    rendering = self._render(example(*roles), style, asks=False)
+                    rendering = self._render(example(*roles), style, add_generation_prompt=False)
                 except RowError:
                     continue
                 written = {rendering.leaves[span.source].path for span in rendering.spans}
@@ -82,7 +83,9 @@ class ChatTemplate:
                     accepted = style
         return accepted
 
-    def _render(self, conversation: Conversation, style: CallStyle, asks: bool) -> Rendering:
+    def _render(
+        self, conversation: Conversation, style: CallStyle, add_generation_prompt: bool
+    ) -> Rendering:
         from jinja2 import TemplateError
 
         given = trace(conversation, style)
@@ -91,7 +94,7 @@ class ChatTemplate:
                 messages=given.messages,
                 tools=given.tools or None,
                 documents=None,
-                add_generation_prompt=asks,
+                add_generation_prompt=add_generation_prompt,
                 **self._variables,
             )
         except (TemplateError, *_ERRORS) as error:
@@ -118,7 +121,10 @@ def _keys_read(tree: "Template") -> set[str]:
 def load_template(
     tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any], *, has_tools: bool
 ) -> ChatTemplate:
-    """The tokenizer's template, that named tool_use for rows with tools; UserError for none."""
+    """The tokenizer's template; for rows with tools its `tool_use` template, if there is one.
+
+    Raises UserError if the tokenizer has no template.
+    """
     try:
         source = tokenizer.get_chat_template(tools=[] if has_tools else None)
     except ValueError:
@@ -146,14 +152,14 @@ def _refuse_unread(source: str, kwargs: Mapping[str, Any]) -> None:
     if unread := sorted({*kwargs} - known):
         raise UserError(
             f"chat_template_kwargs: the chat template does not read {', '.join(unread)}; it "
-            f"reads {', '.join(sorted(known)) or 'nothing beside messages and tools'}"
+            f"reads {', '.join(sorted(known)) or 'nothing except messages and tools'}"
         )
 
 
 def chatml(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """ChatML whose turns end with the end-of-sequence token, often <|im_end|>.
+    """A ChatML template that ends turns with the end-of-sequence token, often <|im_end|>.
 
-    That is the token at which serving engines stop. Raises UserError where there is none.
+    Serving engines stop at that token. Raises UserError if the tokenizer has none.
     """
     if tokenizer.eos_token is None:
         raise UserError(
@@ -164,7 +170,7 @@ def chatml(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def apply_chat_template_setting(tokenizer: "PreTrainedTokenizerBase", setting: str) -> None:
-    """Give the tokenizer the template of the run file; UserError where it must not be replaced."""
+    """Set the run file's template on the tokenizer; UserError if chatml would replace another."""
     if setting == "model":
         return
     if setting != "chatml":
@@ -180,7 +186,7 @@ def apply_chat_template_setting(tokenizer: "PreTrainedTokenizerBase", setting: s
 
 
 def read_template(path: str) -> str:
-    """The text of a template file; UserError where it cannot be read."""
+    """The text of a template file. Raises UserError if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,9 +1,9 @@
 """Strings that carry their origin through a chat template, and the Jinja environment for them.
 
-A `Traced` string is an ordinary string for the template: every method returns the same text as
-that of `str`. It also holds spans: which of its characters come from which text of the row.
-Whatever a method here does not trace is still the right text; its origin is then unknown, and
-the row is rejected rather than trained without knowing.
+A `Traced` string behaves like `str` in the template: every method returns the same text. It also
+holds spans, which map its characters to characters of the row's strings. A method that is not
+overridden here returns the correct text without spans; the row is then rejected, because the
+origin of that text is unknown.
 """
 
 import json
@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-GENERATED = -1  # the source of spans that a {% generation %} block wrote
+GENERATED = -1  # source of spans that mark the text of a {% generation %} block
 _JSON_OR_REPR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
 
 
 class TracedSpan(NamedTuple):
-    """Characters [start, stop) of a string were written from [first, last) of a source."""
+    """Characters [start, stop) of a string come from characters [first, last) of a source.
+
+    `source`: index of a leaf (leaves.py), or GENERATED.
+    """
 
     start: int
     stop: int
@@ -29,10 +32,10 @@ class TracedSpan(NamedTuple):
 
 
 class Traced(str):
-    """A string with the spans of its characters that have a known source."""
+    """A string with spans for the characters whose source is known."""
 
     __slots__ = ("_spans",)
-    _spans: tuple[TracedSpan, ...]  # the sandbox keeps templates from names with an underscore
+    _spans: tuple[TracedSpan, ...]  # Jinja's sandbox denies templates names that begin with _
 
     def __str__(self) -> str:
         return self
@@ -92,7 +95,7 @@ class Traced(str):
         return self._cut(0, middle), self._cut(middle, start), self._cut(start, len(self))
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
-        """What replaces characters of a source counts as written from them."""
+        """`str.replace`; the replacement has the source of the characters that it replaces."""
         if not old:
             return str.replace(self, old, new, count)
         pieces: list[str] = []
@@ -126,7 +129,7 @@ class Traced(str):
         return traced(text, [span for span in spans if span.start < span.stop])
 
     def _parts(self, parts: Sequence[str], sep: str | None = None) -> list[str]:
-        """The parts of this string, which stand in it in this order."""
+        """Substrings of this string with their spans; `parts`: their text, in order."""
         found, at = [], 0
         for part in parts:
             start = self.index(part, at)
@@ -137,7 +140,7 @@ class Traced(str):
 
 
 class Arguments(dict[str, Any]):
-    """Arguments of a call: an object, which is JSON text where a template joins it to text."""
+    """Arguments of a tool call: a dict that becomes JSON when a template concatenates it."""
 
     def __str__(self) -> str:
         return _trace_strings(json.dumps(self, ensure_ascii=False), self)
@@ -150,7 +153,7 @@ class Arguments(dict[str, Any]):
 
 
 def traced(text: str, spans: Iterable[TracedSpan]) -> str:
-    """The text with its spans; a plain string where there are none."""
+    """A `Traced` string with these spans; a plain `str` if there are no spans."""
     kept = tuple(spans)
     if not kept:
         return str.__str__(text)
@@ -160,7 +163,7 @@ def traced(text: str, spans: Iterable[TracedSpan]) -> str:
 
 
 def from_source(text: str, source: int) -> str:
-    """A text of which all comes from this source."""
+    """A string that comes entirely from this source."""
     return traced(text, (TracedSpan(0, len(text), source, 0, len(text)),) if text else ())
 
 
@@ -182,7 +185,7 @@ def joined(parts: Iterable[str]) -> str:
 
 
 def make_environment() -> "Environment":
-    """The environment of transformers for chat templates, which keeps spans."""
+    """The Jinja environment of transformers for chat templates, changed to preserve spans."""
     from jinja2.compiler import CodeGenerator, Frame
     from jinja2.ext import Extension
     from jinja2.nodes import CallBlock, Concat, Node
@@ -199,7 +202,7 @@ def make_environment() -> "Environment":
 
     class GenerationBlock(Extension):
         tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
-        priority = 1000  # later than that of transformers, so that this one counts
+        priority = 1000  # after the extension of transformers, so that this one replaces it
 
         def parse(self, parser: Parser) -> Node:
             line = next(parser.stream).lineno
@@ -225,7 +228,7 @@ def make_environment() -> "Environment":
         return _join(d, map(_as_text, parts))
 
     def traced_call(context: Any, function: Any, /, *arguments: Any, **named: Any) -> Any:
-        """`', '.join(...)`: the method of a plain string would lose the spans."""
+        """Replace `join` of a plain string, as in `', '.join(...)`, which would drop the spans."""
         text = getattr(function, "__self__", None)
         if type(text) is str and function.__name__ == "join":
             return _join(text, *arguments)
@@ -251,13 +254,13 @@ def _join(separator: str, parts: Iterable[str]) -> str:
 
 
 def _as_text(value: Any) -> str:
-    """A value as Jinja prints it."""
+    """The text that Jinja prints for a value, with spans."""
     text = str(value)
     return _trace_strings(text, value) if type(value) in (dict, list, tuple) else text
 
 
 def _trace_strings(text: str, value: Any, *, is_sorted: bool = False) -> str:
-    """JSON or Python's repr of a value, with the spans of the strings in the value."""
+    """Add spans to `text`, which is the JSON or the Python repr of a value with traced strings."""
     strings = list(_strings_in(value, is_sorted))
     found = list(_JSON_OR_REPR_STRING.finditer(text))
     if len(found) != len(strings):
@@ -274,7 +277,7 @@ def _trace_strings(text: str, value: Any, *, is_sorted: bool = False) -> str:
 
 
 def _strings_in(value: Any, is_sorted: bool) -> Iterator[str]:
-    """The strings of a value, in the order in which it is written."""
+    """The strings in a value, keys included, in the order in which JSON or repr write them."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -289,7 +292,7 @@ def _strings_in(value: Any, is_sorted: bool) -> Iterator[str]:
 def _escaped(
     source: str, spans: Sequence[TracedSpan], written: str, at: int
 ) -> Iterator[TracedSpan]:
-    """The spans of a string behind escapes; none where they cannot be told apart."""
+    """Spans of a string that is written with escapes; none if the escapes are not JSON's."""
     if len(spans) == 1 and spans[0].stop - spans[0].start == len(source):
         yield TracedSpan(at, at + len(written), *spans[0][2:])
         return
@@ -305,7 +308,7 @@ def _escaped(
 
 
 def _rewritten(text: str, new: str) -> str:
-    """A text that is written as another one, from the same sources."""
+    """`new` with the spans of `text`, which it replaces, such as its upper case."""
     spans = spans_of(text)
     if len(text) == len(new) or not new:
         return traced(new, spans if new else ())
@@ -316,9 +319,9 @@ def _rewritten(text: str, new: str) -> str:
 
 
 def _overlap(span: TracedSpan, start: int, stop: int) -> TracedSpan:
-    """The part of a span in [start, stop), counted from `start`."""
+    """The part of a span inside [start, stop), with offsets relative to `start`."""
     first, last = max(span.start, start), min(span.stop, stop)
-    if span.stop - span.start != span.last - span.first:  # escaped: not character by character
+    if span.stop - span.start != span.last - span.first:  # escaped: characters do not align
         return TracedSpan(first - start, last - start, *span[2:])
     return TracedSpan(
         first - start,

@@ -1,7 +1,7 @@
-"""Conversation -> its one rendering, and which characters of it each message owns.
+"""Render a conversation once and find the span of each message in the rendered text.
 
-An assistant turn owns what the model itself must write: all that follows the template's
-generation prompt, through the token that ends the turn.
+The span of an assistant turn is the text that the model has to generate: from the end of the
+template's generation prompt through the token that ends the turn.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.data.chat.conservation import Conservation
-from pipeline.data.chat.leaves import TOOLS, Kind, example, thoughts_in
+from pipeline.data.chat.leaves import TOOLS, Kind, example, reasoning_blocks
 from pipeline.data.chat.template import ChatTemplate, Rendering, Span
 from pipeline.errors import UserError
 from pipeline.rows.formats import Conversation, Message, RowError
@@ -28,7 +28,7 @@ _NO_END_MARKED = (
     "turn, so the model would never learn to stop; move {% endgeneration %} behind it"
 )
 _NO_MARK = "model: the chat template's {% generation %} marks no assistant turn"
-# An empty thought, whose opening tag the generation prompt may have written.
+# An empty reasoning block; its opening tag may be part of the generation prompt.
 _EMPTY_THOUGHT = re.compile(
     r"\s*(?:<([\w:]*think[\w:]*)>\s*</\1>|</[\w:]*think[\w:]*>|\[THINK\]\s*\[/THINK\])\s*"
 )
@@ -38,12 +38,12 @@ _CLOSING = re.compile(r"\s*(?:</[\w:]+>|\[/[A-Z_]+\])\s*")
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and which characters of it belong to which message.
+    """A conversation as text, with spans by message index.
 
-    `owned`: of each message that is written; of an assistant through its end-of-turn token.
-    `thoughts`: the reasoning of assistant turns, with the markup around it.
-    `special`: special tokens inside the row's own texts, where they are and in which leaf.
-    `omitted`: thoughts that the template omits by design, by message.
+    `owned`: spans of each message; an assistant's end after its end-of-turn token.
+    `thoughts`: spans of the reasoning in assistant turns, including its tags.
+    `special`: special tokens that occur inside the row's own strings: span and name of the leaf.
+    `omitted`: reasoning that the template omits by design.
     """
 
     text: str
@@ -55,29 +55,29 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Extent:
-    """Where the leaves of a message stand, from the first to the last, and what is around it."""
+    """Offsets of a message in the rendered text, and of the messages around it."""
 
-    first: int
-    last: int
-    before: int  # where the leaf before it ends
+    first: int  # start of its first leaf
+    last: int  # end of its last leaf
+    before: int  # end of the preceding message's last leaf
     role_before: str | None
-    role_unwritten: str | None  # of the message before, where no leaf of it is written
-    limit: int  # where a leaf of another message follows
+    role_unwritten: str | None  # role of the preceding message if none of its leaves is written
+    limit: int  # start of the next message's first leaf, or end of the text
 
 
 @dataclass
 class _Written:
-    """The leaves of a rendering by message."""
+    """Positions of the messages in a rendering, by message index."""
 
     extents: dict[int, _Extent] = field(default_factory=dict)
-    twice: set[int] = field(default_factory=set)  # messages with a text that is written twice
-    mixed: set[int] = field(default_factory=set)  # with another message's text inside
+    repeated: set[int] = field(default_factory=set)  # messages whose text is written twice
+    interleaved: set[int] = field(default_factory=set)  # messages that contain another's text
 
 
 class TurnFinder:
-    """A chat template, with what is known of how it writes turns.
+    """Finds the turns in a chat template's output; probes the template once when it is created.
 
-    `ends`: the special tokens that end texts or generation: eos_token, generation_config.json.
+    `ends`: end-of-sequence tokens from the tokenizer (eos_token) and generation_config.json.
     """
 
     def __init__(
@@ -92,13 +92,13 @@ class TurnFinder:
         self._openings: dict[str | None, list[str]] = {}
         self._start = self._first_roles()
         self._header = self._find_header()
-        # For an answer and for a call: what to add where a text ends without an end-of-turn token.
+        # End-of-turn token to append if the text ends without one; key: the turn has tool calls.
         self._added_end: dict[bool, str] = {}
         self._known_ends = set(ends)
         self.ends = frozenset(self._find_ends() | self._known_ends)
 
     def render(self, conversation: Conversation, trained: Collection[int]) -> Rendered:
-        """`trained`: the turns whose place has to be certain. RowError where it is not."""
+        """Render a conversation. Raises RowError if the span of a `trained` turn is ambiguous."""
         rendering = self._template.render(conversation)
         omitted = self._conservation.omitted_thoughts(conversation, rendering)
         written = _written(rendering, conversation)
@@ -112,7 +112,7 @@ class TurnFinder:
                 owned[i] = [(extent.first, extent.last)]
                 continue
             if message.content.strip() and not text[extent.first : extent.last].strip():
-                continue  # a thought was all of it
+                continue  # the message has only reasoning, which the template omitted
             if is_trained:
                 _require_certain(i, written)
             end = self._end_of_turn(special, extent)
@@ -127,10 +127,10 @@ class TurnFinder:
         thoughts = self._thoughts(conversation, rendering, {i: owned[i] for i in assistants})
         return Rendered(text, owned, thoughts, in_texts, omitted)
 
-    # What is known of the template, from conversations of fixed texts
+    # Probes of the template with placeholder conversations
 
     def _first_roles(self) -> tuple[str, ...]:
-        """What conversations must begin with: a system message, where the template demands it."""
+        """The roles with which a conversation must begin: `system` if the template requires it."""
         refused = None
         for start in ((), ("system",)):
             try:
@@ -143,22 +143,26 @@ class TurnFinder:
             return start
         raise UserError(f"model: a question and its answer cannot be written: {refused}")
 
-    def _probe(self, *roles: str, asks: bool = False) -> tuple[Rendering, _Written]:
+    def _probe(
+        self, *roles: str, add_generation_prompt: bool = False
+    ) -> tuple[Rendering, _Written]:
         conversation = example(*roles)
-        rendering = self._template.render(conversation, asks=asks)
+        rendering = self._template.render(conversation, add_generation_prompt=add_generation_prompt)
         return rendering, _written(rendering, conversation)
 
-    def _tail(self, *roles: str, asks: bool = False) -> str | None:
-        """What the template writes behind the last message; None where it refuses them."""
+    def _tail(self, *roles: str, add_generation_prompt: bool = False) -> str | None:
+        """The template's text after the last message; None if the template refuses the roles."""
         try:
-            rendering, written = self._probe(*self._start, *roles, asks=asks)
+            rendering, written = self._probe(
+                *self._start, *roles, add_generation_prompt=add_generation_prompt
+            )
         except RowError:
             return None
         last = written.extents.get(len(self._start) + len(roles) - 1)
         return rendering.text[last.last :] if last is not None else None
 
     def _gap(self, *roles: str, at: int) -> str | None:
-        """What the template writes between the message before `at` and that one."""
+        """The template's text between message `at` - 1 and message `at`; None if refused."""
         try:
             rendering, written = self._probe(*self._start, *roles)
         except RowError:
@@ -170,13 +174,13 @@ class TurnFinder:
         return rendering.text[extent.before : extent.first]
 
     def _openings_after(self, role: str | None) -> list[str]:
-        """What stands between a message of this role and what the model writes, longest first."""
+        """Candidates for the text between a message of this role and the model's, longest first."""
         if role not in self._openings:
             roles = {"user": ("user",), "tool": ("user", "call", "tool"), "system": ("system",)}
             before = roles.get(role or "", ("user", "assistant") if role else ())
             if role == "system" and self._start:
                 before = ()
-            asked = self._tail(*before, asks=True) if before else None
+            asked = self._tail(*before, add_generation_prompt=True) if before else None
             plain = [
                 self._gap(*before, "assistant", at=len(before)),
                 self._gap(*before, "assistant", "user", "assistant", at=len(before)),
@@ -193,10 +197,10 @@ class TurnFinder:
         return self._openings[role]
 
     def _shared(self, one: str, other: str) -> str:
-        """The common beginning of two texts, up to the end of a special token or of a line.
+        """The common prefix of two texts, cut after its last special token or line end.
 
-        Empty where they have no special token in common, or part in a word: they are different
-        headers, not the same one before other markup.
+        Empty if they share no special token, or if `one` continues with a word after the prefix:
+        then they are different turn headers, not one header with different markup after it.
         """
         common = one[: _common(one, other)]
         ends = [
@@ -208,7 +212,7 @@ class TurnFinder:
         return one[:cut] if one[cut:].lstrip()[:1] in ("", "<", "[") else ""
 
     def _find_header(self) -> list[str]:
-        """What opens an assistant turn, behind the end of the message before; longest first."""
+        """Texts that open an assistant turn, without the end of the turn before; longest first."""
         bare = self._tail("user") or ""
         headers = []
         for opening in self._openings_after("user"):
@@ -220,7 +224,7 @@ class TurnFinder:
         return [header for header in headers if self._special.search(header)]
 
     def _find_ends(self) -> set[str]:
-        """The tokens that end turns, by what stands behind answers and calls."""
+        """The end-of-turn tokens: those that the template writes after answers and tool calls."""
         found: set[str] = set()
         earlier = self._end_in(self._gap("user", "assistant", "user", at=2))
         if earlier is not None:
@@ -242,10 +246,10 @@ class TurnFinder:
         return found
 
     def _end_of_call(self, tail: str | None) -> str | None:
-        """What stands behind a call before its result, from the token that may end the turn.
+        """The template's text between a call and its result, from its end-of-turn token on.
 
-        Markup of the call may hold special tokens too: the last one that is also written where no
-        result follows, `tail`, ends the turn.
+        The markup of a call may contain other special tokens. The end-of-turn token is the last one
+        that is also in `tail`, the text after a call without a result.
         """
         gap = self._gap("user", "call", "tool", at=2)
         if gap is None or tail is None:
@@ -255,10 +259,10 @@ class TurnFinder:
         return gap[starts[-1] if starts else 0 :]
 
     def _end_in(self, gap: str | None, first: Collection[str] = ()) -> str | None:
-        """The end-of-turn token in what is written behind a turn.
+        """The end-of-turn token in `gap`, the template's text after a turn; None if it has none.
 
-        A known one, else the first special token that does not open assistant turns: a turn may
-        be ended by the token of the next role.
+        A known one; else the first special token, which may be the token of the next role, unless
+        it opens assistant turns.
         """
         tokens = [match[0] for match in self._special.finditer(gap or "")]
         for known in (first, self._known_ends):
@@ -276,12 +280,12 @@ class TurnFinder:
         if not any(match[0] in ends for match in self._special.finditer(marked)):
             raise UserError(_NO_END_MARKED)
 
-    # Where the turns of a row are
+    # Spans of the turns of a row
 
     def _special_tokens(
         self, rendering: Rendering
     ) -> tuple[list[tuple[Span, str]], list[tuple[Span, str]]]:
-        """Special tokens that the template wrote, with their texts; those in texts, with leaves."""
+        """Special tokens from the template (span, token), and from the row (span, leaf name)."""
         spans = rendering.spans
         starts = [span.start for span in spans]
         by_template: list[tuple[Span, str]] = []
@@ -295,7 +299,7 @@ class TurnFinder:
         return by_template, in_texts
 
     def _end_of_turn(self, special: Sequence[tuple[Span, str]], extent: _Extent) -> int | None:
-        """Where the token that ends a turn stops."""
+        """Offset after the turn's end-of-turn token; None if it has none."""
         at = bisect_left(special, ((extent.last, 0), ""))
         while at < len(special) and special[at][0][0] < extent.limit:
             if special[at][1] in self.ends:
@@ -304,7 +308,7 @@ class TurnFinder:
         return None
 
     def _with_end(self, text: str, message: Message, extent: _Extent) -> tuple[str, int]:
-        """The text with the end-of-turn token that the next message would have written."""
+        """Append the end-of-turn token that the template writes only before a next message."""
         added = self._added_end.get("tool_calls" in message.others)
         if added is None or extent.limit < len(text):
             raise RowError(
@@ -314,10 +318,10 @@ class TurnFinder:
         return text + added, len(text) + len(added)
 
     def _start_of(self, message: Message, extent: _Extent, text: str, is_trained: bool) -> int:
-        """Where the model starts to write a turn: behind the generation prompt."""
-        start = self._behind_opening(extent, text)
+        """Offset at which the model's part of a turn starts: the end of the generation prompt."""
+        start = self._after_opening(extent, text)
         headers = list(self._header)
-        if start is None:  # an empty message before: no leaf shows where its markup ends
+        if start is None:  # the preceding message is empty: no leaf marks its end
             headers += self._openings_after(extent.role_unwritten or extent.role_before)
         ends = [
             at + len(header)
@@ -331,12 +335,12 @@ class TurnFinder:
         if not message.others or not is_trained:
             return extent.first
         raise RowError(
-            "where the chat template begins an assistant turn with reasoning or tool calls is not "
-            "certain"
+            "the start of an assistant turn with reasoning or tool calls is ambiguous in the chat "
+            "template's output"
         )
 
-    def _behind_opening(self, extent: _Extent, text: str) -> int | None:
-        """Where a turn starts by what stands between it and the leaf before; None if unknown."""
+    def _after_opening(self, extent: _Extent, text: str) -> int | None:
+        """Offset at which a turn starts, if the text before it is a known opening; else None."""
         if extent.role_unwritten:
             return None
         openings = self._openings_after(extent.role_before)
@@ -352,13 +356,13 @@ class TurnFinder:
     def _thoughts(
         self, conversation: Conversation, rendering: Rendering, owned: Mapping[int, Sequence[Span]]
     ) -> dict[int, list[Span]]:
-        """The reasoning in each of these turns, with the markup that opens and closes it."""
+        """Spans of the reasoning in each of these turns, including its tags."""
         text, found = rendering.text, dict[int, list[Span]]()
         for i, spans in owned.items():
             match = _EMPTY_THOUGHT.match(text, spans[0][0]) if spans else None
             found[i] = [match.span()] if match else []
-        before = 0  # where the leaf before ends
-        inner = {i: list(thoughts_in(conversation.messages[i])) for i in owned}
+        before = 0  # end of the preceding leaf
+        inner = {i: list(reasoning_blocks(conversation.messages[i])) for i in owned}
         for span in rendering.spans:
             leaf = rendering.leaves[span.source]
             if leaf.message in found and owned[leaf.message]:
@@ -376,7 +380,7 @@ class TurnFinder:
         return found
 
     def _closed(self, text: str, stop: int, limit: int) -> int:
-        """Where the markup that closes a thought stops: before the end of the turn, `limit`."""
+        """Offset after the reasoning's closing tag at `stop`; it must end before `limit`."""
         match = _CLOSING.match(text, stop) or self._special.match(text, stop)
         if match is None or match.end() >= limit:
             match = _SPACE.match(text, stop)
@@ -384,7 +388,10 @@ class TurnFinder:
 
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Special tokens by text. Llama 3's <|eot_id|> is special in tokenizer.json only."""
+    """Ids of the special tokens, including those that only tokenizer.json marks as special.
+
+    Llama 3's <|eot_id|> is one of these.
+    """
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     ids = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     return added | dict(ids)
@@ -399,15 +406,15 @@ def _marked(marks: list[Span], end: int | None, is_trained: bool) -> list[Span]:
 
 
 def _written(rendering: Rendering, conversation: Conversation) -> _Written:
-    """Where each message stands. A text that was written before is an echo: not its place."""
+    """Find the offsets of each message. Only the first copy of a text counts as its position."""
     result = _Written()
-    seen: dict[int, int] = {}  # leaf -> up to where it is written
+    seen: dict[int, int] = {}  # leaf -> number of its characters that are written so far
     order: list[tuple[int, int, int]] = []  # message, start, stop
     for span in rendering.spans:
         leaf = rendering.leaves[span.source]
         if span.first < seen.get(span.source, 0):
             if leaf.kind in (Kind.CONTENT, Kind.REASONING):
-                result.twice.add(leaf.message)
+                result.repeated.add(leaf.message)
             continue
         seen[span.source] = span.last
         if order and order[-1][0] == leaf.message:
@@ -421,7 +428,7 @@ def _written(rendering: Rendering, conversation: Conversation) -> _Written:
         if message == TOOLS:
             continue
         if len(numbers) > 1:
-            result.mixed.add(message)
+            result.interleaved.add(message)
         first, last = numbers[0], numbers[-1]
         before = order[first - 1] if first else None
         role = conversation.messages[before[0]].role if before and before[0] != TOOLS else None
@@ -439,16 +446,17 @@ def _written(rendering: Rendering, conversation: Conversation) -> _Written:
 
 
 def _require_certain(message: int, written: _Written) -> None:
-    if message in written.twice:
+    if message in written.repeated:
         raise RowError("the chat template writes an assistant turn more than once")
-    if message in written.mixed:
+    if message in written.interleaved:
         raise RowError("the chat template mixes the texts of several messages")
 
 
 def _marks_by_message(rendering: Rendering, conversation: Conversation) -> dict[int, list[Span]]:
-    """The {% generation %} blocks of each assistant turn.
+    """Spans of the {% generation %} blocks, by assistant turn.
 
-    A block without a text of the row belongs to the assistant's text before it, else after it.
+    A block that contains no text of the row is assigned to the preceding assistant turn, or to the
+    following one if the preceding message is not an assistant's.
     """
     spans = [s for s in rendering.spans if rendering.leaves[s.source].message != TOOLS]
     starts = [span.start for span in spans]
@@ -467,6 +475,6 @@ def _marks_by_message(rendering: Rendering, conversation: Conversation) -> dict[
 
 
 def _common(one: str, other: str) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
