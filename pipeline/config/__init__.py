@@ -1,4 +1,4 @@
-"""What the user asked for. No torch, no other room of the project.
+"""Settings of a run: parses and validates the run file. No torch, no other room of the project.
 
 In: a run file (YAML), `key=value` overrides, and the names of presets. Out: a frozen RunSettings,
 or a UserError that names every wrong key with file and line. Start with `load.py`; the keys are in

@@ -26,7 +26,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class DataKeys(BaseModel):
-    """What is trained on, and how rows become documents."""
+    """Settings of the base model, of the training data, and of tokenisation."""
 
     model: Annotated[str, Field(min_length=1)] = Field(
         description="Base model: a folder (config.json, safetensors, tokenizer), or the name of "

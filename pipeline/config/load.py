@@ -134,7 +134,7 @@ def _expand(texts: dict[str, str], text: str) -> str:
 
 
 def _hint(key: str) -> str:
-    """What to write instead of an unknown key."""
+    """Advice for an unknown key: the equivalent or a similar setting."""
     if known := hint(key):
         return known
     near = difflib.get_close_matches(key, RunSettings.model_fields, n=1, cutoff=0.6)

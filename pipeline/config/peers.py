@@ -184,7 +184,7 @@ WITHOUT_A_SETTING: Mapping[str, str] = {
 
 
 def hint(key: str) -> str | None:
-    """What to write instead of a key that is no setting; None where no program has it."""
+    """Advice for a key from another training program; None if no known program has it."""
     name = key.strip().lstrip("-").replace("-", "_").lower()
     if setting := settings_by("peers").get(name):
         return f"here it is {setting}"

@@ -31,7 +31,7 @@ _REPLACES = {
 
 
 class RunSettings(RunKeys, DataKeys):
-    """What the user asked for, validated; frozen."""
+    """The validated settings of a run; frozen."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 

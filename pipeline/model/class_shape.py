@@ -135,7 +135,7 @@ def _block(layer: nn.Module, config: Any) -> dict[str, Any]:
 
 
 def _saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[str, int]]:
-    """What each block saves for backward, for each token and without adapters.
+    """Sizes of the activations that each block saves for backward, per token, without adapters.
 
     Counted in one forward pass in bf16: values in the training dtype, and bytes of all others, such
     as the fp32 copies of norms.

@@ -234,7 +234,7 @@ class _Memory:
 
 
 def _state(path: Path) -> dict[str, int]:
-    """What changes with the content. The ctime also sees a write whose mtime was set back."""
+    """File attributes that change with the content; ctime reveals a write with a reset mtime."""
     stat = path.stat()
     return {
         "size": stat.st_size,

@@ -300,7 +300,7 @@ def _key_in_checkpoint(folder: Path) -> str | None:
 
 
 def _changed_adam(folder: Path, plan: Plan) -> dict[str, str]:
-    """What a user's DeepSpeed JSON changed of the optimizer; no setting shows it."""
+    """Optimizer parameters in the user's DeepSpeed JSON that differ from the earlier run's."""
     try:
         config = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
         before, now = config["optimizer"]["params"], plan.deepspeed["optimizer"]["params"]
