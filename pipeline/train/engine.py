@@ -121,7 +121,7 @@ class Engine:
         return loss_sum
 
     def _note_size(self, batch: Batch) -> None:
-        """Remember the largest micro-batch, whose predicted memory is compared with the measured."""
+        """Remember the largest micro-batch: its predicted memory is compared with the peak."""
         if batch.input_ids.numel() > self._most_tokens:
             self._most_tokens = batch.input_ids.numel()
             share = float((batch.labels != IGNORED).double().mean())
