@@ -38,7 +38,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "checkpointed_layers": layout.checkpointed_layers,
             "hpz_partition_size": layout.hpz_partition_size,
             "offload_param": layout.offload_param,
-            "why": plan.why,
+            "why": plan.why | ({"proof": reason} if (reason := _proof_reason(plan)) else {}),
         },
         "proof": None if plan.proof is None else asdict(plan.proof),
         "memory": {
@@ -99,14 +99,20 @@ def _summary(plan: Plan) -> list[str]:
 
 
 def _proof(plan: Plan) -> list[str]:
-    """The largest error of the checks of a class that is not a known family."""
-    if plan.proof is None or not plan.shape.is_from_class:
-        return []
-    name, error = max(plan.proof.errors.items(), key=lambda item: item[1], default=("none", 0.0))
-    return [
-        f"proof      {len(plan.proof.errors)} checks of the class of {plan.shape.model_type} on a "
-        f"small copy: largest error {error:.1e} ({name})"
-    ]
+    """The proof of a class that is not a known family."""
+    reason = _proof_reason(plan) if plan.shape.is_from_class else ""
+    return [f"proof      {reason}"] if reason else []
+
+
+def _proof_reason(plan: Plan) -> str:
+    """The largest error of the checks of the model class; empty where there is no proof."""
+    if plan.proof is None or not plan.proof.errors:
+        return ""
+    name, error = max(plan.proof.errors.items(), key=lambda item: item[1])
+    return (
+        f"{len(plan.proof.errors)} checks of the class of {plan.shape.model_type} on a small copy: "
+        f"largest error {error:.1e} ({name})"
+    )
 
 
 def _steps(plan: Plan) -> list[str]:

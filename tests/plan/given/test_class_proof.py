@@ -89,7 +89,9 @@ def test_wrong_gradients_of_re_entrant_blocks_choose_another_stage(model):
 def test_the_errors_stand_in_the_plan(model):
     settings = settings_for(model)
     remember(settings, LEAKS)
-    assert plan_json(planned(settings))["proof"]["errors"] == {"loss": 2e-7}
+    values = plan_json(planned(settings))
+    assert values["proof"]["errors"] == {"loss": 2e-7}
+    assert_mentions(values["choice"]["why"]["proof"], "2.0e-07", "loss")
 
 
 @pytest.mark.parametrize(
