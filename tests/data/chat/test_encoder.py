@@ -194,7 +194,7 @@ class TestLoading:
         assert shown(chat("q", "yes"), tokenizer) == user("q") + "[[yes<|im_end|>]]\n"
 
     def test_what_cannot_be_loaded_names_the_folder(self, tmp_path):
-        with pytest.raises(UserError, match=r"absent is not a folder.*`hf download"):
+        with pytest.raises(UserError, match=r"absent.*`hf download"):
             load_tokenizer(tmp_path / "absent")
         with pytest.raises(UserError, match=str(tmp_path)):
             load_tokenizer(tmp_path)
