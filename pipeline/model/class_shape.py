@@ -29,6 +29,8 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _COUNTED = "rankzero_counted"  # as `attn_implementation`
+# Names of the number of experts that a token is sent to, in classes of transformers 5.23.
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "moe_top_k")
 _TOKENS = 64  # of the counted forward; saved bytes are proportional to it
 
 
@@ -63,10 +65,12 @@ def class_shape(folder: Path) -> dict[str, Any]:
     decoder = _decoder(model)
     names = {module: name for name, module in model.named_modules()}
     layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
-    text_config = model.config.get_text_config()
+    configs = model.config.get_text_config().per_layer_config
     described = [
-        _block(layer, text_config) | saved
-        for layer, saved in zip(layers, _saved(model, decoder, layers), strict=True)
+        _block(layer, configs[index]) | saved
+        for index, (layer, saved) in enumerate(
+            zip(layers, _saved(model, decoder, layers), strict=True)
+        )
     ]
     kinds = [json.dumps(block) for block in described]
     distinct = list(dict.fromkeys(kinds))
@@ -128,10 +132,17 @@ def _block(layer: nn.Module, config: Any) -> dict[str, Any]:
         ),
         "norm_kind": "layer" if any(type(m) is nn.LayerNorm for m in layer.modules()) else "rms",
         "num_experts": max((len(p) for p in experts.values()), default=0),
-        "experts_per_token": getattr(config, "num_experts_per_tok", None) or 1 if experts else 0,
+        "experts_per_token": _experts_per_token(config) if experts else 0,
         "expert_parameters": sum(p.numel() for p in experts.values()),
         "parameters": sum(p.numel() for p in layer.parameters()),
     }
+
+
+def _experts_per_token(config: Any) -> int:
+    for name in _EXPERTS_PER_TOKEN:
+        if count := getattr(config, name, None):
+            return max(count) if isinstance(count, list) else int(count)
+    raise ValueError(f"none of {', '.join(_EXPERTS_PER_TOKEN)} is in the config of a mixture")
 
 
 def _saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[str, int]]:

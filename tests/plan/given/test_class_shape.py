@@ -33,6 +33,12 @@ UNKNOWN = {
     "glm4": {},
     "gpt_oss": EXPERTS,
     "deepseek_v3": MLA,
+    "gemma4_text": EXPERTS | {  # heads of full attention have another width, experts another key
+        "num_experts": 4, "top_k_experts": 2, "num_experts_per_tok": None, "enable_moe_block": True,
+        "moe_intermediate_size": 64, "head_dim": 16, "global_head_dim": 32, "num_hidden_layers": 6,
+        "num_global_key_value_heads": 1, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+    },
     "qwen3_next": EXPERTS | {
         "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
         "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
@@ -129,8 +135,11 @@ def test_every_parameter_of_an_unknown_class_is_counted(tmp_path, kind):
     modules = dict(model.named_modules())
     for name, linear in shape.linears.items():
         assert tuple(modules[name].weight.shape) == (linear.d_out, linear.d_in)
-    assert len(shape.blocks) == {"deepseek_v3": 2, "qwen3_next": 2}.get(kind, 1)
-    assert all(block.other_parameters >= 0 and block.saved[0] > 0 for block in shape.blocks)
+    kinds = {"deepseek_v3": 2, "qwen3_next": 2, "gemma4_text": 2}
+    assert len(shape.blocks) == kinds.get(kind, 1)
+    # a router that is a linear layer is one of `linears` and has a field of its own
+    assert all(block.other_parameters >= -block.router_parameters for block in shape.blocks)
+    assert all(block.saved[0] > 0 for block in shape.blocks)
 
 
 def test_a_plan_says_that_a_class_is_not_yet_proven_and_which_command_proves_it(tmp_path):
@@ -189,3 +198,10 @@ def test_the_command_counts_in_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert remembering.class_shape(tmp_path) == here
+
+
+def test_the_experts_of_a_token_are_counted_under_the_name_that_the_class_has(tmp_path):
+    write(tmp_path, "gemma4_text", UNKNOWN["gemma4_text"])
+    shape = read_shape(str(tmp_path))
+    assert [block.experts_per_token for block in shape.blocks] == [2, 2]
+    assert [(block.num_kv_heads, block.head_dim) for block in shape.blocks] == [(2, 16), (1, 32)]
