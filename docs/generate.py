@@ -31,7 +31,7 @@ _CHANGES: dict[Change, str] = {
 }
 # Lines of a plan, by their first word, that the README shows.
 _PLAN_LINES = (
-    "run", "zero_stage", "checkpointed_layers", "hpz_partition_size", "memory", "speed",
+    "model", "run", "zero_stage", "checkpointed_layers", "memory", "steps", "speed",
 )  # fmt: skip
 _SOURCES = {
     "DeepSpeed": "https://github.com/deepspeedai/DeepSpeed/blob/v{}/deepspeed",
@@ -155,7 +155,8 @@ def readme(text: str) -> str:
     plan = subprocess.run(
         [sys.executable, *command[1].split()],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # a cached model of this name would be read instead of the sizes that ship
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(ROOT / "no-cache")},
         capture_output=True,
         text=True,
         check=False,

@@ -23,9 +23,14 @@ class Parser(argparse.ArgumentParser):
         """Raise UserError; argparse itself would print the usage on every rank."""
         raise UserError(f"{self.prog}: {message}; --help lists the arguments")
 
-    def add_run_file(self) -> None:
+    def add_run_file(self, *, is_required: bool = True) -> None:
         """Add RUN.yaml and `key=value` overrides; parse with `parse_intermixed_args`."""
-        self.add_argument("run_file", type=Path, help="run file (docs/configuration.md)")
+        self.add_argument(
+            "run_file",
+            type=Path,
+            nargs=None if is_required else "?",
+            help="run file (docs/configuration.md)",
+        )
         self.add_argument(
             "overrides",
             nargs="*",

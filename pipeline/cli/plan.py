@@ -1,8 +1,14 @@
-"""Print what a run file will do on this machine or another, without a GPU, weights or torch.
+"""Print what a run will do on this machine or another, without a GPU, weights or torch.
 
 python launch/plan.py RUN.yaml [key=value ...] [--gpu h100-80gb --nodes N --gpus-per-node N] ...
+python launch/plan.py --model Qwen/Qwen3-32B [key=value ...] [--gpu ...]   before any download
+python launch/plan.py --fits [key=value ...] [--gpu ...]                   which models fit here
+
+The sizes of about 60 models ship with the package; a model folder or a hub model in the local
+cache is read instead.
 """
 
+import argparse
 import math
 import shlex
 from collections.abc import Sequence
@@ -11,13 +17,19 @@ from pathlib import Path
 from pipeline.cli.arguments import Parser, count, positive
 from pipeline.cluster.devices import hardware_from_options
 from pipeline.cluster.exits import run_main
-from pipeline.config.load import load_settings
+from pipeline.config.load import load_settings, settings_without_file
+from pipeline.config.settings import RunSettings
 from pipeline.data.prepare.prepare import data_size
+from pipeline.errors import UserError
 from pipeline.files import dump_json
+from pipeline.plan.choose import Cluster
+from pipeline.plan.fits import fit_rows, fits_text
 from pipeline.plan.given.hardware import GIB
-from pipeline.plan.given.shape import read_shape
+from pipeline.plan.given.published import published_models, published_shape
+from pipeline.plan.given.shape import ModelShape, read_shape
 from pipeline.plan.plan import DoesNotFitError, Plan, rank_plans
 from pipeline.plan.render import candidates_text, plan_json, plan_text
+from pipeline.plan.rules.rule import raise_refusals, refusals_text
 
 # Host memory beyond the prediction: Python and CUDA while starting, files while they are read.
 _SPARE_MEMORY = 1.25
@@ -27,26 +39,64 @@ _CPUS_PER_GPU = 4  # one trains, others read and prepare its input
 def plan() -> None:
     """Parse the command line and print the plan."""
     given = _parser().parse_intermixed_args()
-    settings = load_settings(given.run_file, given.overrides)
+    settings = _settings(given)
     hardware = hardware_from_options(given.gpu, given.gpu_memory_gib, given.gpu_tflops)
     ranks = given.gpus_per_node or hardware.devices_per_node
+    if given.fits:
+        cluster = Cluster(hardware=hardware, nodes=given.nodes, ranks_per_node=ranks)
+        print(fits_text(fit_rows(published_models(), settings, cluster), settings, cluster))
+        return
     on = {"nodes": given.nodes, "ranks_per_node": ranks}
     try:
-        best, ranked = rank_plans(settings, read_shape(str(settings.model_folder)), hardware, **on)
+        best, ranked = rank_plans(settings, _shape(settings), hardware, **on)
     except DoesNotFitError as error:
         if given.json:
             print(dump_json(plan_json(error.nearest)), end="")
         elif given.all:
             print(candidates_text(error.ranked), end="\n\n")
+        if refused := refusals_text(error.nearest.rules):
+            raise UserError(f"{error}\n{refused}") from None
         raise
     if (size := data_size(best.settings)) is not None:
         best = best.with_data(size)
     if given.json:
         print(dump_json(plan_json(best)), end="")
-        return
-    print(plan_text(best), *start_commands(best, given.run_file, given.overrides), sep="\n")
-    if given.all:
-        print(f"\n{candidates_text(ranked)}")
+    else:
+        print(plan_text(best), *_next_steps(best, given), sep="\n")
+        if given.all:
+            print(f"\n{candidates_text(ranked)}")
+    raise_refusals(best.rules)  # of a model that is planned by its name
+
+
+def _settings(given: argparse.Namespace) -> RunSettings:
+    """The settings of the run file, or those of a run of `--model` without one."""
+    if given.run_file is not None and "=" in str(given.run_file):  # argparse fills it first
+        given.overrides.insert(0, str(given.run_file))
+        given.run_file = None
+    model = [] if given.model is None else [f"model={given.model}"]
+    if given.run_file is not None:
+        return load_settings(given.run_file, [*given.overrides, *model])
+    if given.model is None and not given.fits:
+        raise UserError("give RUN.yaml, --model NAME or --fits; --help explains them")
+    values = {"model": "MODEL", "train_data": "TRAIN_DATA", "output_dir": "OUTPUT_DIR"}
+    return settings_without_file(values, [*given.overrides, *model])
+
+
+def _shape(settings: RunSettings) -> ModelShape:
+    """The shape of the model's folder; else the one that ships under its name."""
+    folder = settings.model_folder
+    return read_shape(str(folder)) if folder.exists() else published_shape(settings.model)
+
+
+def _next_steps(plan: Plan, given: argparse.Namespace) -> list[str]:
+    if plan.shape.source is not None:
+        return [
+            f"sizes      {plan.shape.source}; the model itself has not been read",
+            f"download   hf download {plan.settings.model}",
+        ]
+    if given.run_file is None:
+        return ["start      needs a run file: model, train_data and output_dir (README.md)"]
+    return start_commands(plan, given.run_file, given.overrides)
 
 
 def start_commands(plan: Plan, run_file: Path, overrides: Sequence[str]) -> list[str]:
@@ -72,7 +122,13 @@ def start_commands(plan: Plan, run_file: Path, overrides: Sequence[str]) -> list
 
 def _parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_run_file()
+    parser.add_run_file(is_required=False)
+    parser.add_argument(
+        "--model", metavar="NAME", help="plan for this model, with or without a run file"
+    )
+    parser.add_argument(
+        "--fits", action="store_true", help="table of the models that fit, with length and speed"
+    )
     parser.add_argument("--nodes", type=count, default=1, metavar="N", help="machines (1)")
     parser.add_argument(
         "--gpus-per-node", type=count, metavar="N", help="ranks a machine (as many as it has)"

@@ -33,14 +33,26 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     Raises UserError that lists every wrong key with the place it was read from.
     """
     file = read_located(path, "YAML")
-    values, places = dict(file.values), {key: file.place(key) for key in file.values}
+    places = {key: file.place(key) for key in file.values}
+    return _with_overrides(dict(file.values), places, str(path), overrides)
+
+
+def settings_without_file(values: Mapping[str, Any], overrides: Sequence[str]) -> RunSettings:
+    """The settings of `values` and `key=value` overrides alone, for a plan without a run file."""
+    places = dict.fromkeys(values, "command line")
+    return _with_overrides(dict(values), places, "command line", overrides)
+
+
+def _with_overrides(
+    values: dict[str, Any], places: dict[str, str], source: str, overrides: Sequence[str]
+) -> RunSettings:
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise UserError(f"command line: {override!r}: expected key=value, e.g. lr=1e-4")
         values[key] = parse_value(text, f"command line: {override}")
         places[key] = "command line"
-    settings = _validated(values, places, str(path))
+    settings = _validated(values, places, source)
     data = {key: _pinned(getattr(settings, key)) for key in ("train_data", "eval_data")}
     settings = settings.model_copy(update=data)
     return _with_model_commit(settings, places)

@@ -150,10 +150,9 @@ class Plan:
 
     def _checked(self) -> "Plan":
         """The plan with the rules that apply. Raises UserError where one refuses."""
-        raise_refusals(applicable_rules(INPUT_RULES, self.context))
-        applicable = applicable_rules(CONTEXT_RULES, self.context)
-        raise_refusals(applicable)
-        return replace(self, rules=tuple(applicable))
+        _raise_input_refusals(self.context)
+        raise_refusals(applicable_rules(CONTEXT_RULES, self.context))
+        return replace(self, rules=_shown_rules(self.context))
 
     @property
     def context(self) -> PlanContext:
@@ -213,14 +212,14 @@ def rank_plans(
     plan_input = PlanInput(
         settings=settings, shape=shape, hardware=hardware, packages=installed_versions()
     )
-    raise_refusals(applicable_rules(INPUT_RULES, plan_input))
+    _raise_input_refusals(plan_input)
     adapter_counts(shape, settings)  # raises where a target matches nothing
     proof = remembered_proof(shape, settings)
     settings = without_leaking_packs(settings, proof)
     if proof is not None and proof.without_packs and not settings.packing:
         why["packing"] = f"false, because {proof.without_packs[0]}"
     plan_input = replace(plan_input, settings=settings, proof=proof)
-    raise_refusals(applicable_rules(INPUT_RULES, plan_input))
+    _raise_input_refusals(plan_input)
     cluster = Cluster(hardware=hardware, nodes=nodes, ranks_per_node=ranks_per_node)
     ranked = candidates(settings, shape, cluster)
     if all(candidate.refusal for candidate in ranked):
@@ -259,11 +258,25 @@ def _plan(plan_input: PlanInput, chosen: Candidate, why: dict[str, str]) -> Plan
         hardware=plan_input.hardware,
         layout=chosen.layout,
         why=why,
-        rules=tuple(applicable_rules(CONTEXT_RULES, context)),
+        rules=_shown_rules(context),
         deepspeed=dict(context.deepspeed),
         fits=chosen.refusal is None,
         proof=plan_input.proof,
     )
+
+
+def _raise_input_refusals(plan_input: PlanInput) -> None:
+    """Raise UserError where a rule refuses this input.
+
+    For a model that is known by its name alone the refusals are shown with the plan instead: there
+    is nothing that could be started.
+    """
+    if plan_input.shape.source is None:
+        raise_refusals(applicable_rules(INPUT_RULES, plan_input))
+
+
+def _shown_rules(context: PlanContext) -> tuple[Rule[PlanContext], ...]:
+    return tuple(applicable_rules((*INPUT_RULES, *CONTEXT_RULES), context))
 
 
 def _context(plan_input: PlanInput, layout: Layout) -> PlanContext:

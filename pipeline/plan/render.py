@@ -19,6 +19,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "parameters": shape.parameters,
             "trainable": plan.trainable,
             "folder": shape.folder,
+            "source": shape.source,
             "model_type": shape.model_type,
             "layers": shape.num_layers,
             "training_dtype": layout.training_dtype,

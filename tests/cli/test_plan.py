@@ -185,3 +185,83 @@ def test_what_cannot_be_planned_is_exit_2_with_one_message(call, arguments, fact
     code, out, err = call(*arguments)
     assert (code, out) == (2, "")
     assert_mentions(err, *facts)
+
+
+@pytest.fixture
+def by_name(tmp_path, monkeypatch):
+    """Call the script without a run file and with an empty hub cache."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        result = subprocess.run(
+            [sys.executable, "-c", SCRIPT, *arguments],
+            capture_output=True, text=True, cwd=ROOT, check=False,
+        )  # fmt: skip
+        assert "TORCH" not in result.stdout
+        assert "Traceback" not in result.stderr
+        return result.returncode, result.stdout, result.stderr
+
+    return run
+
+
+def test_a_model_is_planned_by_its_name_without_a_run_file(by_name):
+    code, out, _ = by_name("--model", "Qwen/Qwen3-32B", "--gpu", "h100-80gb", "lora_r=8")
+    assert code == 0
+    assert_mentions(
+        out,
+        "32,762.1 M",
+        "67.11 M trainable",
+        "unknown",
+        "hf download Qwen/Qwen3-32B",
+        "2026-11-29",
+    )
+
+
+def test_a_refused_model_is_planned_and_ends_with_the_rule(by_name):
+    code, out, err = by_name("--model", "openai/gpt-oss-120b", "--gpu", "h200-141gb", "--json",
+                             "--gpus-per-node", "8")  # fmt: skip
+    assert code == 2
+    assert json.loads(out)["speed"]["tokens_per_second"] > 0
+    assert_mentions(err, "prequantised-base")
+
+
+def test_a_refused_model_that_does_not_fit_says_both(by_name):
+    code, out, err = by_name(
+        "--model", "openai/gpt-oss-120b", "--gpu", "l4-24gb", "offload_param=none"
+    )
+    assert (code, out) == (2, "")
+    assert_mentions(err, "does not fit", "prequantised-base")
+
+
+def test_the_hub_cache_comes_before_what_ships(by_name, tmp_path):
+    cached = tmp_path / "hub/models--Qwen--Qwen3-32B"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("abc")
+    (cached / "snapshots/abc").mkdir(parents=True)
+    config = json.dumps(LLAMA_8B | {"num_hidden_layers": 3})
+    (cached / "snapshots/abc/config.json").write_text(config)
+    code, out, _ = by_name("--model", "Qwen/Qwen3-32B", "--gpu", "h100-80gb", "--json")
+    assert code == 0
+    model = json.loads(out)["model"]
+    assert (model["layers"], model["model_type"], model["source"]) == (3, "llama", None)
+
+
+def test_the_table_lists_what_fits(by_name):
+    code, out, _ = by_name("--fits", "--gpu", "l4-24gb", "lora_r=8")
+    assert code == 0
+    assert_mentions(out, "Qwen/Qwen3-8B", "QLoRA", "tokens/s", "lora_r 8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        (["--model", "Qwen/Qwen3-33B"], ["Qwen/Qwen3-33B", "Qwen/Qwen3-32B"]),
+        (["lora_r=8"], ["--model", "RUN.yaml"]),
+        ([], ["--fits"]),
+        (["--model", "Qwen/Qwen3-8B", "lora_rr=8"], ["lora_rr", "lora_r"]),
+    ],
+)
+def test_without_a_run_file_a_wrong_command_is_exit_2_with_one_message(by_name, arguments, facts):
+    code, out, err = by_name(*arguments)
+    assert (code, out) == (2, "")
+    assert_mentions(err, *facts)

@@ -66,6 +66,7 @@ class ModelShape:
     has_other_towers: bool = False  # linear layers outside of decoder and head
     is_from_class: bool = False  # from the model's class (class_shape.py), not from families.py
     other_parameters: int = 0  # outside of blocks, embeddings, final norm and head
+    source: str | None = None  # of sizes that ship with this package; None: a folder's config.json
 
     @property
     def num_layers(self) -> int:
@@ -218,16 +219,32 @@ def read_shape(model: str) -> ModelShape:
     except (ValueError, OSError) as error:
         raise UserError(f"model: {path}: not readable as a JSON object: {error}") from None
     try:
-        if config["model_type"] in FAMILIES:
-            return _from_config(config, model)
-        return _from_class(config, model)
+        return shape_of(config, model)
     except KeyError as error:
         raise UserError(f"model: {path}: the key {error} is missing") from None
     except (UserError, TypeError, ValueError, ArithmeticError) as error:  # a value of a wrong type
         raise UserError(f"model: {path}: {error}") from None
 
 
-def _from_config(given: Mapping[str, Any], model: str) -> ModelShape:
+def shape_of(
+    config: Config,
+    model: str,
+    *,
+    counted: Mapping[str, Any] | None = None,
+    source: str | None = None,
+) -> ModelShape:
+    """Shape of a config.json: `counted` on the class where families.py does not know the type.
+
+    Without `counted` the class is looked up or counted for the model in the folder `model`.
+    """
+    if config["model_type"] in FAMILIES:
+        shape = _from_config(config, model)
+    else:
+        shape = _from_class(config, model, counted or class_shape(Path(model)))
+    return replace(shape, source=source)
+
+
+def _from_config(given: Config, model: str) -> ModelShape:
     family = FAMILIES[given["model_type"]]
     config = {**family.defaults, **given}
     _require_window(config)
@@ -244,9 +261,8 @@ def _from_config(given: Mapping[str, Any], model: str) -> ModelShape:
     )
 
 
-def _from_class(given: Mapping[str, Any], model: str) -> ModelShape:
+def _from_class(given: Config, model: str, counted: Mapping[str, Any]) -> ModelShape:
     """The shape of the model's class; of the language model inside a multimodal class."""
-    counted = class_shape(Path(model))
     blocks = tuple(_counted_block(block) for block in counted["blocks"])
     if any(block.num_experts for block in blocks):
         blocks = tuple(_without_expert_names(block) for block in blocks)
@@ -314,7 +330,9 @@ def _facts(config: Config, model: str) -> dict[str, Any]:
         "rope_original_length": _rope_original_length(config),
         "dropouts": tuple(f"{key}: {config[key]}" for key in _DROPOUTS if config.get(key)),
         "has_router_loss": bool(config.get("output_router_logits")),
-        "is_bidirectional": bool(config.get("use_bidirectional_attention")),
+        # Gemma 4's "vision" is about the tokens of an image alone
+        "is_bidirectional": config.get("use_bidirectional_attention")
+        not in (None, False, "vision"),
     }
 
 

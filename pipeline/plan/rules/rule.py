@@ -156,5 +156,11 @@ def applicable_rules(rules: Iterable[Rule[ContextT]], context: ContextT) -> list
 
 def raise_refusals(rules: Iterable[Rule[ContextT]]) -> None:
     """Raise UserError with the messages of all refusals among these rules."""
-    if refused := [rule for rule in rules if rule.level == "refuse"]:
-        raise UserError("\n".join(f"{rule.message} [rule {rule.id}]" for rule in refused))
+    if text := refusals_text(rules):
+        raise UserError(text)
+
+
+def refusals_text(rules: Iterable[Rule[ContextT]]) -> str:
+    """A line for each refusal among the rules, empty where there is none."""
+    refused = [rule for rule in rules if rule.level == "refuse"]
+    return "\n".join(f"{rule.message} [rule {rule.id}]" for rule in refused)

@@ -1,0 +1,59 @@
+"""Count the shapes of the published models on their classes: what ships in published_shapes.json.
+
+python -m pipeline.cli.shapes [--check]
+
+Needs torch and transformers, one process and about a minute; no weights are read.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli.arguments import Parser
+from pipeline.cluster.exits import run_main
+from pipeline.errors import UserError
+from pipeline.files import read_json, write_text
+from pipeline.plan.given.published import SHAPES_FILE, PublishedModel, published_models
+
+
+def shapes() -> None:
+    """Write the file, or compare it with what the classes give."""
+    parser = Parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare; exit code 2 if stale")
+    given = parser.parse_args()
+    counted = {model.name: count(model) for model in published_models() if model.needs_class}
+    if not given.check:
+        write_text(SHAPES_FILE, text_of(counted))
+        print(f"{SHAPES_FILE}: {len(counted)} shapes")
+    elif read_json(SHAPES_FILE)["shapes"] != counted:
+        raise UserError(f"{SHAPES_FILE}: not what the classes give; run it without --check")
+
+
+def count(model: PublishedModel) -> dict[str, Any]:
+    """The sizes of a model, counted on its class."""
+    from pipeline.model.class_shape import class_shape  # imports torch and transformers
+
+    config = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    config["model_type"] = model.counted_as or config["model_type"]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return class_shape(Path(folder))
+
+
+def text_of(counted: dict[str, dict[str, Any]]) -> str:
+    """JSON with a line for each model, so that a change of one is a change of a line."""
+    from importlib.metadata import version
+
+    versions = json.dumps({name: version(name) for name in ("torch", "transformers")})
+    lines = [f"{json.dumps(name)}: {json.dumps(shape)}" for name, shape in counted.items()]
+    return f'{{"versions": {versions},\n"shapes": {{\n' + ",\n".join(lines) + "\n}}\n"
+
+
+def main() -> None:
+    """Run the command and leave the process with its exit code."""
+    run_main(shapes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Which of the published models fit on a machine with LoRA and QLoRA: length and speed."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.config.settings import RunSettings
+from pipeline.plan.choose import Candidate, Cluster, candidates
+from pipeline.plan.given.published import PublishedModel
+from pipeline.plan.given.shape import ModelShape
+from pipeline.plan.rules.model import INPUT_RULES
+from pipeline.plan.rules.rule import PlanInput, applicable_rules, installed_versions
+
+_SHORTEST, _LONGEST = 256, 131_072  # tokens of a sequence that are tried, in powers of two
+_WIDTH = 100  # columns of the table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """`length`: the longest sequence that fits. `tokens_per_second`: at `max_length` if it fits."""
+
+    length: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRow:
+    """A model; None where it does not fit. `rules`: those that refuse to train it today."""
+
+    name: str
+    parameters: int
+    lora: Fit | None
+    qlora: Fit | None
+    rules: tuple[str, ...]
+
+
+def fit_rows(
+    models: Sequence[PublishedModel], settings: RunSettings, cluster: Cluster
+) -> list[FitRow]:
+    """A row for each model, the smallest first."""
+    rows = [_row(model.shape(), settings, cluster) for model in models]
+    return sorted(rows, key=lambda row: (row.parameters, row.name))
+
+
+def _row(shape: ModelShape, settings: RunSettings, cluster: Cluster) -> FitRow:
+    # Offloaded, nearly everything fits, and the host memory of another machine is not known.
+    offload = "cpu" if settings.offload_param == "cpu" else "none"
+    settings = settings.model_copy(
+        update={"model": shape.folder, "load_in_8bit": False, "offload_param": offload}
+    )
+    lora, qlora = (
+        _fit(settings.model_copy(update={"load_in_4bit": in_4_bits}), shape, cluster)
+        for in_4_bits in (False, True)
+    )
+    plan_input = PlanInput(
+        settings=settings, shape=shape, hardware=cluster.hardware, packages=installed_versions()
+    )
+    rules = [rule for rule in applicable_rules(INPUT_RULES, plan_input) if rule.level == "refuse"]
+    return FitRow(
+        name=shape.folder,
+        parameters=shape.parameters,
+        lora=lora,
+        qlora=qlora,
+        rules=tuple(rule.id for rule in rules),
+    )
+
+
+def _fit(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Fit | None:
+    """The longest length that fits, by bisection: a longer sequence needs more memory."""
+    lengths = [_SHORTEST]
+    while lengths[-1] * 2 <= min(shape.max_positions or _LONGEST, _LONGEST):
+        lengths.append(lengths[-1] * 2)
+    low, high = 0, len(lengths)
+    while low < high:
+        middle = (low + high) // 2
+        if _best(settings, shape, cluster, lengths[middle]) is None:
+            high = middle
+        else:
+            low = middle + 1
+    if low == 0:
+        return None
+    length = lengths[low - 1]
+    best = _best(settings, shape, cluster, min(length, settings.max_length))
+    assert best is not None, "a shorter sequence needs less memory"
+    return Fit(length=length, tokens_per_second=best.speed.tokens_per_second)
+
+
+def _best(
+    settings: RunSettings, shape: ModelShape, cluster: Cluster, length: int
+) -> Candidate | None:
+    ranked = candidates(settings.model_copy(update={"max_length": length}), shape, cluster)
+    return ranked[0] if ranked[0].refusal is None else None
+
+
+def fits_text(rows: Sequence[FitRow], settings: RunSettings, cluster: Cluster) -> str:
+    """The table for a terminal, with the reasons of models that are refused below it."""
+    rules = list(dict.fromkeys(rule for row in rows for rule in row.rules))
+    marks = {rule: "abcdefgh"[index] for index, rule in enumerate(rules)}
+    nodes = f"{cluster.nodes} nodes of " if cluster.nodes > 1 else ""
+    lines = [
+        f"{nodes}{cluster.ranks_per_node} x {cluster.hardware.name}, lora_r {settings.lora_r}",
+        f"{'':58}{'LoRA, 16 bits':>19}  {'QLoRA, 4 bits':>19}",
+        f"{'model':<49}{'billions':>9}" + f"{'length':>8}{'tokens/s':>11}  " * 2,
+    ]
+    for row in rows:
+        marked = "".join(marks[rule] for rule in row.rules)
+        fits = "  ".join(map(_cells, (row.lora, row.qlora)))
+        lines.append(f"{row.name:<46}{marked:<3}{row.parameters / 1e9:>9.2f}{fits}")
+    notes = [
+        "length: the longest that fits, of powers of two up to the model's positions and "
+        f"{_LONGEST:,}; -: none. tokens/s: predicted, of all ranks together, with sequences of "
+        f"{settings.max_length:,} tokens (max_length), or of the length where that is shorter. "
+        "Nothing is offloaded unless offload_param=cpu is given.",
+        *(
+            f"{marks[rule]}: training is refused today [rule {rule}, docs/rules.md]"
+            for rule in rules
+        ),
+    ]
+    lines = [line.rstrip() for line in lines]
+    return "\n".join([*lines, "", *(textwrap.fill(note, _WIDTH) for note in notes)])
+
+
+def _cells(fit: Fit | None) -> str:
+    if fit is None:
+        return f"{'-':>8}{'-':>11}"
+    return f"{fit.length:>8,}{fit.tokens_per_second:>11,.0f}"

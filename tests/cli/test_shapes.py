@@ -1,0 +1,24 @@
+"""The command that counts the published models on their classes."""
+
+import pytest
+
+from pipeline.cli.shapes import count, text_of
+from pipeline.files import read_json
+from pipeline.plan.given.published import SHAPES_FILE, published_models
+
+pytestmark = pytest.mark.tensor
+
+# A dense model, one with heads of several widths, and one counted as another type.
+NAMES = ("ibm-granite/granite-3.1-2b-instruct", "google/gemma-4-31B", "moonshotai/Kimi-K2-Instruct")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_shape_that_ships_is_that_of_the_class(name):
+    model = next(model for model in published_models() if model.name == name)
+    assert count(model) == read_json(SHAPES_FILE)["shapes"][name]
+
+
+def test_the_file_is_written_as_the_command_writes_it():
+    text = SHAPES_FILE.read_text(encoding="utf-8")
+    shapes = read_json(SHAPES_FILE)["shapes"]
+    assert text.splitlines()[2:] == text_of(shapes).splitlines()[2:]

@@ -1,0 +1,80 @@
+"""Models that ship with their sizes: each has a source, the published size, and a plan."""
+
+from collections import Counter
+
+import pytest
+
+from pipeline.config.settings import RunSettings
+from pipeline.errors import UserError
+from pipeline.files import read_json
+from pipeline.plan.given.published import SHAPES_FILE, published_models, published_shape
+from pipeline.plan.plan import DoesNotFitError, rank_plans
+from tests.messages import refused
+from tests.planning import gpu
+
+pytestmark = pytest.mark.unit
+
+MODELS = published_models()
+UNKNOWN_TYPES = [model for model in MODELS if model.needs_class]
+
+
+def settings(model, **asked):
+    return RunSettings(model=model.name, train_data="train.jsonl", output_dir="run", **asked)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_counted_parameters_are_those_that_are_published(model):
+    total = model.shape().parameters / 1e9 + model.billions_not_loaded
+    assert total == pytest.approx(model.billions, rel=0.01)
+    assert model.source
+    assert model.date.startswith("20")
+
+
+def test_each_name_has_one_shape():
+    names = Counter(name for model in MODELS for name in (model.name, *model.also))
+    assert max(names.values()) == 1
+    assert len(MODELS) >= 40
+    assert published_shape("Qwen/Qwen3-8B-Base").folder == "Qwen/Qwen3-8B-Base"
+
+
+def test_exactly_the_types_without_a_family_have_a_counted_shape():
+    assert {model.name for model in UNKNOWN_TYPES} == read_json(SHAPES_FILE)["shapes"].keys()
+    assert all(model.shape().is_from_class for model in UNKNOWN_TYPES)
+
+
+@pytest.mark.parametrize("name", ["qwen/qwen3-32b", "Qwen3-32B", "Qwen/Qwen3-32"])
+def test_an_unknown_name_is_refused_with_the_nearest_ones(name):
+    with refused(name, "Qwen/Qwen3-32B", "hf download"):
+        published_shape(name)
+
+
+def test_a_name_like_no_other_gets_no_hint():
+    with pytest.raises(UserError) as error:
+        published_shape("somebody/entirely-different")
+    assert "did you mean" not in str(error.value)
+
+
+def plan_on(hardware, model, **asked):
+    return rank_plans(settings(model, **asked), model.shape(), hardware, nodes=1, ranks_per_node=1)[
+        0
+    ]
+
+
+@pytest.mark.parametrize("model", [m for m in MODELS if m.billions < 40], ids=lambda m: m.name)
+def test_a_model_below_40_billion_is_planned_on_one_gpu_of_80_gib(model):
+    plan = plan_on(gpu(80, 1), model, max_length=1024, offload_param="none")
+    assert plan.fits
+    assert plan.memory.device_need <= gpu(80, 1).usable_bytes(1)
+    assert plan.speed.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("model", [m for m in MODELS if m.billions > 40], ids=lambda m: m.name)
+def test_a_larger_model_is_refused_there_with_the_smallest_change(model):
+    with pytest.raises(DoesNotFitError, match="; (with|it fits on|no single change makes it fit)"):
+        plan_on(gpu(80, 1), model, max_length=1024, offload_param="none")
+
+
+def test_what_refuses_a_model_is_shown_with_its_plan():
+    model = next(model for model in MODELS if model.name == "openai/gpt-oss-20b")
+    plan = plan_on(gpu(), model)
+    assert "prequantised-base" in {rule.id for rule in plan.rules if rule.level == "refuse"}

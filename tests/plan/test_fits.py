@@ -1,0 +1,66 @@
+"""The table of models that fit on a machine."""
+
+import pytest
+
+from pipeline.config.settings import RunSettings
+from pipeline.plan.choose import Cluster
+from pipeline.plan.fits import fit_rows, fits_text
+from pipeline.plan.given.published import published_models
+from tests.planning import gpu
+
+pytestmark = pytest.mark.unit
+
+NAMES = ("meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-8B", "openai/gpt-oss-20b",
+         "Qwen/Qwen3-32B", "HuggingFaceTB/SmolLM2-135M")  # fmt: skip
+MODELS = [model for model in published_models() if model.name in NAMES]
+
+
+def settings(**asked):
+    return RunSettings(model="MODEL", train_data="train.jsonl", output_dir="run", **asked)
+
+
+SETTINGS = settings(max_length=1024)
+
+
+def cluster(gib, count=1):
+    return Cluster(hardware=gpu(gib, count), nodes=1, ranks_per_node=count)
+
+
+def rows(gib, count=1, asked=SETTINGS):
+    return {row.name: row for row in fit_rows(MODELS, asked, cluster(gib, count))}
+
+
+def test_rows_are_sorted_by_size_and_refusals_are_marked():
+    found = rows(80)
+    assert len(found) == len(NAMES)
+    sizes = [row.parameters for row in found.values()]
+    assert sizes == sorted(sizes)
+    assert "prequantised-base" in found["openai/gpt-oss-20b"].rules
+    assert found["Qwen/Qwen3-8B"].rules == ()
+
+
+def test_more_memory_and_fewer_bits_fit_longer_sequences():
+    small, large, many = rows(24), rows(80), rows(80, 8)
+
+    def lengths(found):
+        return [fit.length if fit else 0 for row in found.values() for fit in (row.lora, row.qlora)]
+
+    assert all(a <= b <= c for a, b, c in zip(*map(lengths, (small, large, many)), strict=True))
+    assert large["meta-llama/Llama-3.3-70B-Instruct"].lora is None
+    assert large["meta-llama/Llama-3.3-70B-Instruct"].qlora is not None
+    assert many["meta-llama/Llama-3.3-70B-Instruct"].lora is not None
+    assert large["Qwen/Qwen3-32B"].lora.length < large["Qwen/Qwen3-32B"].qlora.length
+
+
+def test_speed_is_that_of_max_length():
+    short, long = (rows(80, asked=settings(max_length=n))["Qwen/Qwen3-8B"] for n in (1024, 16384))
+    assert short.lora.length == long.lora.length
+    assert short.lora.tokens_per_second > long.lora.tokens_per_second
+
+
+def test_the_table_fits_100_columns_and_has_a_line_for_each_model():
+    found = fit_rows(published_models(), SETTINGS, cluster(80))
+    lines = fits_text(found, SETTINGS, cluster(80)).splitlines()
+    assert max(map(len, lines)) <= 100
+    first = [line.split()[0] for line in lines if line]
+    assert [name for name in first if "/" in name] == [row.name for row in found]
