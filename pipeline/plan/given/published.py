@@ -85,4 +85,5 @@ def _near(name: str, known: list[str]) -> str:
 
 @cache
 def _counted_shapes() -> Mapping[str, Any]:
-    return read_json(SHAPES_FILE)["shapes"]
+    shapes: Mapping[str, Any] = read_json(SHAPES_FILE)["shapes"]
+    return shapes

@@ -70,7 +70,7 @@ def test_a_model_below_40_billion_is_planned_on_one_gpu_of_80_gib(model):
 
 @pytest.mark.parametrize("model", [m for m in MODELS if m.billions > 40], ids=lambda m: m.name)
 def test_a_larger_model_is_refused_there_with_the_smallest_change(model):
-    with pytest.raises(DoesNotFitError, match="; (with|it fits on|no single change makes it fit)"):
+    with pytest.raises(DoesNotFitError, match=r"; (with|it fits on|no single change makes it fit)"):
         plan_on(gpu(80, 1), model, max_length=1024, offload_param="none")
 
 
