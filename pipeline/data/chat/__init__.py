@@ -1,5 +1,5 @@
-"""Example -> token ids and the loss mask, through the model's own chat template.
+"""Tokenisation of examples: token ids and the loss mask, with the model's own chat template.
 
-In: an Example and a tokenizer. Out: a document (ids, mask), or the reason it is refused.
+Input: an Example and a tokenizer. Output: a document (ids, mask), or the reason for its rejection.
 Open `encoder.py` first.
 """

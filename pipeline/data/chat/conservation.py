@@ -1,4 +1,4 @@
-"""Check that a rendered row contains all of its leaves (docs/masks.md lists kinds of leaves)."""
+"""Check that a rendered row contains all of its leaves (docs/masks.md lists their kinds)."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ _MAX_CACHED_SHAPES = 256  # bounds memory: the cache key of a long agent row is 
 
 @dataclass(frozen=True)
 class Omissions:
-    """Leaves missing from a rendering: those of `thoughts` miss whole reasoning blocks only."""
+    """Leaves missing from a rendering. `thoughts`: only whole reasoning blocks are missing."""
 
     lost: list[Leaf] = field(default_factory=list)
     thoughts: list[tuple[Leaf, list[str]]] = field(default_factory=list)
@@ -164,7 +164,7 @@ def _without_space(text: str) -> str:
 
 
 class _Scalars:
-    """Finds scalars, which carry no spans: each must be written after the preceding leaf."""
+    """Finds scalars, which have no spans: each must be written after the preceding leaf."""
 
     def __init__(self, rendering: Rendering) -> None:
         self._text, self._leaves = rendering.text, rendering.leaves

@@ -1,7 +1,8 @@
-"""Example -> token ids and which of them are supervised.
+"""Encoder: tokenises an example and computes its loss mask.
 
-A conversation is rendered once as a whole, by the model's own chat template, and tokenised once.
-An assistant turn owns what the model itself must write, through its end-of-turn token.
+The model's own chat template renders a conversation once, as a whole, and the text is tokenised
+once. The supervised span of an assistant turn is the text that the model has to generate, through
+its end-of-turn token.
 """
 
 import shlex
@@ -47,7 +48,7 @@ _NOTHING_LEFT = (
 
 @dataclass(frozen=True)
 class Document:
-    """T tokens, and for each whether it counts in the loss; the first never does."""
+    """Token ids and the loss mask of T tokens. The first token is never supervised."""
 
     ids: npt.NDArray[np.int32]  # (T,)
     supervised: npt.NDArray[np.bool_]  # (T,)
@@ -55,10 +56,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of an example: one, or one for each trained turn with split_turns.
+    """The documents of an example: one, or with split_turns one for each trained turn.
 
-    `token_counts` are for the audit: tokens of reasoning that the template omits by design
-    (`omitted_thoughts`), and special tokens inside texts (`special_tokens_in_text`).
+    `token_counts`: counts for the audit. `omitted_thoughts`: tokens of reasoning that the template
+    omits by design. `special_tokens_in_text`: special tokens inside texts of the row.
     """
 
     documents: list[Document]
@@ -67,10 +68,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A document before it is tokenised.
+    """A document before tokenisation.
 
-    `spans`: characters that count in the loss, or with `is_inverse` those that do not; `thoughts`
-    never count. Texts have one span, to their end. `as_text`: special tokens that stay text.
+    `spans`: supervised characters, or with `is_inverse` the unsupervised ones. A text without chat
+    template has one span, which reaches to its end. `thoughts`: reasoning, never supervised.
+    `as_text`: special tokens of the row that are tokenised as ordinary text.
     """
 
     text: str
@@ -82,28 +84,28 @@ class _Draft:
 
     @property
     def is_all_text(self) -> bool:
-        """Whether all of it counts, so that the offsets of its tokens are not needed."""
+        """Whether the whole text is supervised; then token offsets are not needed."""
         return not self.is_chat and self.spans[0][0] == 0
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Token ids, and the characters of each."""
+    """Token ids and the character offsets of each token."""
 
     ids: list[int]
     offsets: list[Span]
 
     def first_behind(self, start: int) -> int:
-        """The first token that ends behind a character."""
+        """Index of the first token that ends after a character."""
         return bisect_right(self.offsets, start, key=itemgetter(1))
 
     def num_before(self, stop: int) -> int:
-        """How many tokens start before a character."""
+        """Number of tokens that start before a character."""
         return bisect_left(self.offsets, stop, key=itemgetter(0))
 
 
 def require_tokenizer(folder: Path) -> None:
-    """Raise UserError for a model folder without any file of a tokenizer."""
+    """Raise UserError if a model folder has no tokenizer file."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(
             f"model: {folder} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); fetch its files "
@@ -113,7 +115,7 @@ def require_tokenizer(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model folder; fetches nothing. Raises UserError where there is none."""
+    """Load the tokenizer of a model folder, without network; UserError if it has none."""
     require_model_folder(folder)
     require_tokenizer(folder)
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -135,7 +137,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 
 
 def chat_template_of(settings: RunSettings) -> str | None:
-    """The chat template that the run file brings to the model; None for the model's own."""
+    """The chat template that the run file sets; None if the model's own is used."""
     if settings.chat_template == "model":
         return None
     if settings.chat_template != "chatml":
@@ -144,9 +146,9 @@ def chat_template_of(settings: RunSettings) -> str | None:
 
 
 class Encoder:
-    """Makes documents of examples, as the run file's settings say.
+    """Encodes examples as documents, according to the run file's settings.
 
-    `ends`: the tokens with which texts and turns end.
+    `ends`: ids of the end-of-sequence and end-of-turn tokens.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", settings: RunSettings) -> None:
@@ -159,13 +161,13 @@ class Encoder:
         self._special_ids = frozenset(self._special.values())
         self._bos: int | None = tokenizer.bos_token_id
         if self._backend.encode("").ids[:1] != [self._bos]:
-            self._bos = None  # it is there, but texts do not begin with it
-        # Kept: the tokenizer computes it at each access, which takes 10 us.
+            self._bos = None  # it exists, but the tokenizer does not prepend it to texts
+        # Cached: the tokenizer computes it at each access, which takes 10 us.
         self._eos: int | None = tokenizer.eos_token_id
         self._finders: dict[bool, TurnFinder] = {}
         ends = {self._eos} if self._eos is not None else set[int]()
         for has_tools in (False, True):
-            with suppress(UserError):  # of the template, which only conversations need
+            with suppress(UserError):  # the template is wrong; only conversations need it
                 ends |= {self._special[end] for end in self._turns(has_tools).ends}
         self.ends = frozenset(ends)
 
@@ -180,7 +182,7 @@ class Encoder:
         return encoded.documents
 
     def encode_many(self, examples: Sequence[Example]) -> list[Encoded | RowError]:
-        """Each example encoded, or the reason against it. UserError as in `encode`."""
+        """Encode each example, or return why it is rejected. UserError as in `encode`."""
         rows = [self._drafts_or_error(example) for example in examples]
         drafts = [draft for row in rows if not isinstance(row, RowError) for draft in row[0]]
         whole = [draft for draft in drafts if not draft.as_text]
@@ -207,13 +209,13 @@ class Encoder:
         return results
 
     def num_ends(self, supervised: npt.NDArray[np.int32]) -> int:
-        """How many of some supervised tokens end a text or a turn."""
+        """Number of end-of-sequence and end-of-turn tokens among these supervised tokens."""
         return sum(int(np.count_nonzero(supervised == end)) for end in self.ends)
 
     def last_answer(self, example: Example) -> tuple[str, str]:
-        """The text that the model is shown before the last answer, and the answer.
+        """The prompt of the last answer, and that answer.
 
-        Raises RowError where there is no question.
+        Raises RowError if the example has no prompt and answer.
         """
         if isinstance(example, Completion):
             bos = self._tokenizer.decode([self._bos]) if self._bos is not None else ""
@@ -235,7 +237,7 @@ class Encoder:
         return prompt, str(self._tokenizer.decode(answer, skip_special_tokens=True))
 
     def _turns(self, has_tools: bool) -> TurnFinder:
-        """The chat template; some models have another one for rows with tools."""
+        """The turn finder of the chat template; some models have another template for tools."""
         has_own = has_tools and isinstance(self._tokenizer.chat_template, dict)
         if has_own not in self._finders:
             template = load_template(
@@ -288,7 +290,7 @@ class Encoder:
         if omitted:
             encodings = self._backend.encode_batch_fast(omitted, add_special_tokens=False)
             token_counts["omitted_thoughts"] = sum(map(len, encodings))
-        if rendered.special:  # of all parts the last one holds the most
+        if rendered.special:  # the last document contains the texts of all others
             token_counts["special_tokens_in_text"] = len(rendered.special)
         return drafts
 
@@ -334,25 +336,25 @@ class Encoder:
         return document
 
     def _chat(self, draft: _Draft, tokens: _Tokens) -> Document:
-        # The template wrote a BOS if there is to be one: one of ours would double it.
+        # No BOS is added: the template writes it if the model uses one.
         supervised = np.full(len(tokens.ids), draft.is_inverse)
         for start, stop in draft.spans:
             first = self._first_token(tokens, start)
             supervised[first : tokens.num_before(stop)] = not draft.is_inverse
         for start, stop in draft.thoughts:
-            # A token that reaches beyond the thought belongs to the answer.
+            # A token that extends past the end of the reasoning belongs to the answer.
             supervised[self._first_token(tokens, start) : tokens.first_behind(stop)] = False
         return Document(np.array(tokens.ids, dtype=np.int32), supervised)
 
     def _plain(self, draft: _Draft, tokens: _Tokens) -> Document:
-        """A text with the tokens that begin and end texts; a border cuts, as in generation."""
+        """Add BOS and EOS to a text; split the token across the prompt's end, as in generation."""
         ((start, end),) = draft.spans
         ids, is_all_text = tokens.ids, draft.is_all_text
         first = 0 if is_all_text else self._first_token(tokens, start)
         if not is_all_text and start < end and tokens.offsets[first][0] < start:
             before, after = self._cut(draft.text, start, ids)
             ids, first = before + after, len(before)
-        assert self._eos is not None  # checked where the draft was made
+        assert self._eos is not None  # checked when the draft was created
         if self._bos is not None and ids[:1] != [self._bos]:
             ids, first = [self._bos, *ids], first + (start > 0)
         if ids[-1:] != [self._eos]:
@@ -362,9 +364,9 @@ class Encoder:
         return Document(np.array(ids, dtype=np.int32), supervised)
 
     def _pieces(self, draft: _Draft) -> _Tokens:
-        """The tokens of a text in which some special tokens stay text.
+        """Tokenise a text in which the special tokens `as_text` are ordinary text.
 
-        The other special tokens separate the pieces, as they do in every tokenizer.
+        The other special tokens split the text into segments, as in every tokenizer.
         """
         text, at, result = draft.text, 0, _Tokens([], [])
         hidden = [start for start, _ in draft.as_text]
@@ -380,11 +382,11 @@ class Encoder:
         return result
 
     def _add_as_text(self, text: str, span: Span, tokens: _Tokens) -> None:
-        """Add the tokens of a piece of a text, none of which is special."""
+        """Tokenise a segment of a text as ordinary text and add its tokens."""
         start, stop = span
         self._backend.encode_special_tokens = True
         try:
-            # Behind a line break, so that SentencePiece adds no space before the piece.
+            # After a line break, SentencePiece adds no space before the segment.
             led = self._backend.encode(f"\n{text[start:stop]}", add_special_tokens=False)
         finally:
             self._backend.encode_special_tokens = False
@@ -394,9 +396,9 @@ class Encoder:
                 tokens.offsets.append((start + max(first, 1) - 1, start + last - 1))
 
     def _cut(self, text: str, start: int, whole: list[int]) -> tuple[list[int], list[int]]:
-        """Tokens of a text up to a place and from there, where no token of `whole` begins there.
+        """Tokenise a text before and after `start` separately; no token of `whole` begins there.
 
-        SentencePiece begins every text with a space: behind a line break it has none to add.
+        SentencePiece adds a space at the beginning of a text, but not after a line break.
         """
         before, after = (
             self._backend.encode(part, add_special_tokens=False).ids
@@ -412,7 +414,7 @@ class Encoder:
         raise RowError("the tokenizer cannot cut the text between `prompt` and `completion`")
 
     def _first_token(self, tokens: _Tokens, start: int) -> int:
-        """The first token of a span: it may begin before it, with white space, but no special."""
+        """Index of a span's first token, which may begin before the span unless it is special."""
         first = tokens.first_behind(start)
         if first < len(tokens.ids) and tokens.offsets[first][0] < start:
             return first + (tokens.ids[first] in self._special_ids)
@@ -430,11 +432,11 @@ class Encoder:
 
 
 def _end_tokens(eos: int | None, folder: Path, special: Mapping[str, int]) -> list[str]:
-    """The special tokens at which generation stops: eos_token, and generation_config.json's."""
+    """Special tokens that stop generation: eos_token and those of generation_config.json."""
     try:
         named = read_json(folder / "generation_config.json").get("eos_token_id")
     except (OSError, ValueError):
-        named = None  # there need not be one
+        named = None  # the file is optional
     ids = {eos, *(named if isinstance(named, list) else [named])}
     return [text for text, number in special.items() if number in ids]
 
@@ -442,6 +444,6 @@ def _end_tokens(eos: int | None, folder: Path, special: Mapping[str, int]) -> li
 def _is_text(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # "\ud800" is valid JSON and no character
+    except UnicodeEncodeError:  # "\ud800" is valid JSON but not a character
         return False
     return True

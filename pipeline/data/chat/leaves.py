@@ -33,7 +33,7 @@ class Kind(Enum):
 
 
 class Leaf(NamedTuple):
-    """A string or scalar of a row; `message`: index or TOOLS; `path`: keys and indexes to it."""
+    """A string or scalar of a row. `message`: index or TOOLS. `path`: its keys and indexes."""
 
     message: int
     kind: Kind

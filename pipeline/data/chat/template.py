@@ -1,4 +1,4 @@
-"""A chat template: conversation -> text, with the origin of each of its characters."""
+"""ChatTemplate: renders a conversation as text and records the origin of each character."""
 
 import re
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ class Rendering:
 
 
 class ChatTemplate:
-    """A chat template; `variables`: its variables in addition to messages and tools."""
+    """A chat template in Jinja. `variables`: its variables besides messages and tools."""
 
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         from jinja2 import TemplateSyntaxError
@@ -109,7 +109,7 @@ class ChatTemplate:
 
 
 def _keys_read(tree: "Template") -> set[str]:
-    """The keys in expressions such as message.key, message['key'] and message.get('key')."""
+    """Keys read by expressions such as message.key, message['key'] and message.get('key')."""
     from jinja2.nodes import Call, Const, Getattr, Getitem
 
     keys = {node.attr for node in tree.find_all(Getattr)}
@@ -121,7 +121,7 @@ def _keys_read(tree: "Template") -> set[str]:
 def load_template(
     tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any], *, has_tools: bool
 ) -> ChatTemplate:
-    """The tokenizer's template; for rows with tools its `tool_use` template, if there is one.
+    """The tokenizer's chat template; for rows with tools its `tool_use` template, if it has one.
 
     Raises UserError if the tokenizer has no template.
     """

@@ -140,7 +140,7 @@ class Traced(str):
 
 
 class Arguments(dict[str, Any]):
-    """Arguments of a tool call: a dict that becomes JSON when a template concatenates it."""
+    """Arguments of a tool call: a dict that becomes JSON text when a template concatenates it."""
 
     def __str__(self) -> str:
         return _trace_strings(json.dumps(self, ensure_ascii=False), self)

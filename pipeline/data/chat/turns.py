@@ -406,7 +406,7 @@ def _marked(marks: list[Span], end: int | None, is_trained: bool) -> list[Span]:
 
 
 def _written(rendering: Rendering, conversation: Conversation) -> _Written:
-    """Find the offsets of each message. Only the first copy of a text counts as its position."""
+    """Find the offsets of each message. If a text is written twice, the first copy counts."""
     result = _Written()
     seen: dict[int, int] = {}  # leaf -> number of its characters that are written so far
     order: list[tuple[int, int, int]] = []  # message, start, stop
