@@ -1,4 +1,4 @@
-"""This process's rank among all of the run, from the environment alone. Pure, no torch."""
+"""Placement: rank and world size of this process, from the environment. Pure, no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ Launcher = Literal["one process", "deepspeed", "torchrun", "srun", "mpirun", "po
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """This process among all processes of the run.
+    """Rank, world size and rendezvous address of this process.
 
     Under mpirun the address and port are empty until the rendezvous (session.py). A non-empty
     `rendezvous_id` means that `master_port` was derived, not reserved: rank 0 may have to take
@@ -41,11 +41,11 @@ class Placement:
 
     @property
     def nodes(self) -> int:
-        """Nodes of the run; every node has the same number of ranks."""
+        """Number of nodes; every node has the same number of ranks."""
         return self.world_size // self.local_size
 
     def variables(self) -> dict[str, str]:
-        """The variables that DeepSpeed reads; complete, so that its MPI discovery never runs."""
+        """All environment variables that DeepSpeed reads, so that its MPI discovery never runs."""
         return {
             "RANK": str(self.rank),
             "LOCAL_RANK": str(self.local_rank),
@@ -59,10 +59,10 @@ class Placement:
 
 
 def from_environment(env: Mapping[str, str], *, may_be_alone: bool = False) -> Placement:
-    """The placement that a launcher's variables give, or one process without any.
+    """The placement from a launcher's variables; without a launcher, a single process.
 
-    `may_be_alone`: one process is right in a job of several nodes or tasks. Raises UserError where
-    the environment contradicts itself, and where each process would train alone.
+    `may_be_alone`: a single process is allowed in a job of several nodes or tasks. Raises UserError
+    if variables contradict each other, or if each process would train alone.
     """
     _require_nothing_of_accelerate(env)
     tasks = tasks_of(env)
@@ -82,10 +82,10 @@ def from_environment(env: Mapping[str, str], *, may_be_alone: bool = False) -> P
 
 
 def _agrees(env: Mapping[str, str], tasks: Tasks) -> bool:
-    """Whether RANK and the like repeat the task's own variables: then they are one launch.
+    """Whether RANK and similar variables only repeat those of the task: a single launcher.
 
-    Hooks of containers and people's scripts set them so. torchrun and DeepSpeed inside a task are
-    launchers of their own, also with one rank per task.
+    Container hooks and user scripts set them in this way. torchrun and DeepSpeed inside a task are
+    separate launchers, even with one rank per task.
     """
     if "TORCHELASTIC_RUN_ID" in env or "CROSS_RANK" in env:
         return False
@@ -107,7 +107,7 @@ def _from_rank_variables(env: Mapping[str, str]) -> Placement:
             f"environment: {', '.join(present)} set but not {', '.join(missing)}; start with "
             "`deepspeed launch/train.py RUN.yaml`, or unset them all for one process"
         )
-    # A user sets LOCAL_SIZE as well, to tell DeepSpeed how many ranks a CPU is to have.
+    # Users also set LOCAL_SIZE, to tell DeepSpeed the number of ranks on a CPU machine.
     sizes = ["LOCAL_WORLD_SIZE", "WORLD_SIZE"] if is_torchrun else _LOCAL_SIZES
     return Placement(
         launcher="torchrun" if is_torchrun else "pods" if is_pod else "deepspeed",
@@ -131,7 +131,7 @@ def _is_pod(env: Mapping[str, str]) -> bool:
 
 
 def _from_tasks(env: Mapping[str, str], tasks: Tasks) -> Placement:
-    """The tasks are the ranks. MASTER_ADDR and MASTER_PORT are taken where they are set."""
+    """The placement of a task as a rank; MASTER_ADDR and MASTER_PORT are used if set."""
     address, port, rendezvous_id = env.get("MASTER_ADDR", ""), 0, ""
     if tasks.launcher == "srun":
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
@@ -163,7 +163,7 @@ def _master_port(env: Mapping[str, str]) -> int:
 
 
 def _require_nothing_of_accelerate(env: Mapping[str, str]) -> None:
-    """`accelerate launch` may only start ranks; its other choices are not read, so refused."""
+    """Refuse options of `accelerate launch` other than starting ranks: they have no effect."""
     asked = [name for name in _ACCELERATE_NAMES if env.get(name, "").lower() == "true"]
     if asked:
         raise UserError(
@@ -177,7 +177,7 @@ def _require_nothing_of_accelerate(env: Mapping[str, str]) -> None:
             "environment: ACCELERATE_USE_CPU=True (`accelerate launch --cpu`) is not read; set "
             "DS_ACCELERATOR=cpu to train on the CPU"
         )
-    # It starts one process and leaves the others to the script (accelerate 1.15.0).
+    # Then accelerate starts one process and expects the script to start the others (1.15.0).
     if "ACCELERATE_USE_CPU" in env and "MASTER_ADDR" in env and "RANK" not in env:
         raise UserError(
             f"environment: MASTER_ADDR={env['MASTER_ADDR']} but no RANK: `accelerate launch` was "
@@ -187,7 +187,7 @@ def _require_nothing_of_accelerate(env: Mapping[str, str]) -> None:
 
 
 def _require_one_launcher(placement: Placement, tasks: Tasks | None) -> None:
-    """Inside srun or mpirun: one torchrun or deepspeed per node, or the same numbers."""
+    """Require one torchrun or deepspeed per node inside srun or mpirun, or equal ranks."""
     if tasks is None or tasks.size == 1:
         return
     task = (tasks.rank, tasks.size, tasks.local_rank, tasks.local_size)
@@ -237,7 +237,7 @@ def _require_all_started(env: Mapping[str, str], placement: Placement, tasks: Ta
 
 
 def _require_order(placement: Placement) -> None:
-    """Ranks below their sizes, the same number on every node, node after node."""
+    """Require ranks below their sizes, equally many per node, numbered node by node."""
     rank, world = placement.rank, placement.world_size
     local_rank, local_size = placement.local_rank, placement.local_size
     if not 0 <= rank < world or not 0 <= local_rank < local_size:
@@ -259,10 +259,10 @@ def _require_order(placement: Placement) -> None:
 
 
 def _require_devices(env: Mapping[str, str], placement: Placement) -> None:
-    """A GPU for each rank of this node, as far as the environment can tell.
+    """Require a GPU for each rank of this node, as far as the environment shows.
 
-    srun and mpirun may show each task one GPU of its own; then Slurm has granted as many, and
-    under mpirun preflight compares the devices themselves.
+    srun and mpirun may make only one GPU visible to each task. Then Slurm has allocated one per
+    task; under mpirun preflight checks that the devices differ.
     """
     visible = env.get("CUDA_VISIBLE_DEVICES", "")
     if not visible or visible.startswith("-") or env.get("DS_ACCELERATOR") == "cpu":

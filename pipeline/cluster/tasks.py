@@ -1,6 +1,6 @@
-"""A process among those that one srun or mpirun started, read from their variables. Pure.
+"""Tasks: rank and size of a process started by srun or mpirun, from their variables. Pure.
 
-Neither sets the variables that torch and DeepSpeed read.
+Neither launcher sets the variables that torch and DeepSpeed read.
 """
 
 import re
@@ -10,8 +10,8 @@ from typing import Literal
 
 from pipeline.errors import UserError
 
-# Rank, size, local rank and local size: Open MPI and Hydra (MPICH, Intel MPI) by their
-# documentation, and PMI as Cray's mpiexec sets it.
+# Rank, size, local rank and local size: Open MPI and Hydra (MPICH, Intel MPI) as documented, and
+# PMI as Cray's mpiexec sets it.
 _MPI = (
     (
         "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
@@ -21,17 +21,17 @@ _MPI = (
     ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
 )  # fmt: skip
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-# Step ids from here on are Slurm's own: the batch script, an interactive shell (slurm.h).
+# Slurm reserves the step ids from here on: batch script, interactive shell (slurm.h).
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
-# Above most services' ports, below those that systems give to outgoing connections (32768 on) and
-# Kubernetes to services (30000 on).
+# Above the ports of most services, below the ephemeral ports (from 32768) and the node ports of
+# Kubernetes (from 30000).
 _FIRST_PORT, _NUM_PORTS = 15000, 15000
 _PORTS_PER_JOB = 31  # the first steps of a job, and of the next job, have different ports
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """This process among the tasks of a launcher; `source` is the variable that has the size."""
+    """Rank and size of this task. `source`: the variable from which the size was read."""
 
     launcher: Literal["srun", "mpirun"]
     source: str
@@ -42,10 +42,10 @@ class Tasks:
 
 
 def tasks_of(env: Mapping[str, str]) -> Tasks | None:
-    """The task that this process is; None if neither srun nor mpirun started it.
+    """The task of this process; None if neither srun nor mpirun started it.
 
-    mpirun starts its own helpers with srun, one per node, so that inside a Slurm job its ranks have
-    variables of both, of which mpirun's are right.
+    Inside a Slurm job mpirun starts its helpers with srun, one per node. Its ranks then have the
+    variables of both launchers, and those of mpirun are used.
     """
     step = _slurm_task(env)
     task = _mpi_task(env if step is None else _without_pmi_of(step, env))
@@ -75,12 +75,12 @@ def port_of(job: int, step: int) -> int:
 
 
 def ports_after(port: int, count: int) -> list[int]:
-    """`port` and the next ones to try where it is taken, far from those of the next jobs."""
+    """`port`, then the ports to try if it is taken; far from the ports of the next jobs."""
     return [_FIRST_PORT + (port - _FIRST_PORT + 1871 * i) % _NUM_PORTS for i in range(count)]
 
 
 def whole_number(env: Mapping[str, str], name: str) -> int:
-    """The value of a variable that is set. Raises UserError unless it is a whole number."""
+    """Value of a variable, which must be set; UserError unless it is a whole number."""
     if not re.fullmatch("[0-9]{1,10}", env[name]):
         raise UserError(f"environment: {name}={env[name]!r} is not a whole number")
     return int(env[name])
@@ -121,7 +121,7 @@ def _without_pmi_of(step: Tasks, env: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """[4, 4, 3] of Slurm's 4(x2),3."""
+    """Parse Slurm's task counts: 4(x2),3 is [4, 4, 3]."""
     counts: list[int] = []
     for entry in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)

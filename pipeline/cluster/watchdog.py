@@ -1,8 +1,8 @@
-"""Watchdog: end all ranks within seconds when one is dead or hangs, and name that one.
+"""Watchdog: ends all ranks within seconds if one of them is dead or hangs, and names that rank.
 
-A dead rank leaves the others in a collective. NCCL ends it after minutes, a launcher by killing one
-rank after the other, 30 s each. Here each rank publishes its heartbeat in the key-value store from
-a thread, and the first rank to find a reason declares it to all.
+When a rank dies, the others wait in a collective. NCCL ends it after minutes; a launcher kills one
+rank after the other, 30 s each. Here a thread of each rank publishes a heartbeat in the key-value
+store, and the first rank that detects a failure declares it to all.
 """
 
 import json
@@ -28,21 +28,21 @@ from pipeline.cluster.stop import stopped_early
 from pipeline.errors import OfOneRank, RankZeroError, Stopped
 
 _POLL_S, _PUBLISH_S = 0.5, 2.0
-_LEAVING_S = 10.0  # for all ranks to leave once one of them does so in agreement
-_READING_S = 1.5  # for the other ranks to read the store, which ends with rank 0
-_FROZEN_S = 6.0  # a heartbeat that is not published for this long is of a stopped process
-_UNANSWERED_S = 15.0  # a call to the store has no time-out of its own
+_LEAVING_S = 10.0  # for all ranks to leave after one has left by agreement
+_READING_S = 1.5  # for the other ranks to read the store before it ends with rank 0
+_FROZEN_S = 6.0  # without a new heartbeat for this long a process counts as stopped
+_UNANSWERED_S = 15.0  # because calls to the store have no time-out
 _DIAGNOSIS_S = 30.0  # for the thread to name the dead rank and end this process
 _START_TIMEOUT = timedelta(minutes=30)  # ranks on slow shared disks import for minutes
 _END_REASON = "watchdog/end-reason"
 
 
 class Watchdog:
-    """The thread; a context around all work that ranks do together, entered by all of them.
+    """Watchdog thread, as a context manager that every rank enters around all collective work.
 
-    `reason_to_leave` is polled for a stop request before the loop; then all ranks leave. `on_end`
-    gets the reason and the exit code before the process ends: on rank 0 or, if it is dead, on the
-    rank that reports for it.
+    `reason_to_leave`: polled for a stop request before the training loop; on one, all ranks leave.
+    `on_end`: called with reason and exit code before the process ends, on rank 0 or, if rank 0 is
+    dead, on the rank that reports instead.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Watchdog:
         self._channel = session.open_channel()  # None for a single process
         self._reason_to_leave, self._on_end = reason_to_leave, on_end
         self._closed = threading.Event()
-        self._lost_connection: BaseException | None = None  # as the main thread met it
+        self._lost_connection: BaseException | None = None  # raised in the main thread
         self._main_thread = threading.get_ident()
         self._siblings: dict[int, psutil.Process] = {}
         self._first_host = ""
@@ -123,7 +123,7 @@ class Watchdog:
                 self._end_for_dead(0)
 
     def _watch_without_store(self) -> None:
-        """Where rank 0 is stopped, the store does not answer and the other thread waits for it."""
+        """Detect a stopped rank 0: its store does not answer, so the other thread is blocked."""
         while not self._closed.wait(_POLL_S):
             if self._is_hanging(_UNANSWERED_S):
                 text = (
@@ -152,7 +152,7 @@ class Watchdog:
             self._leave(end["text"], is_reporter=self._placement.rank == 0, code=end["code"])
 
     def _stop_all(self, text: str) -> None:
-        """Leave with all ranks: no step was made, and the main thread may be in a library."""
+        """End all ranks before the first step; the main thread may be in a library call."""
         code = Stopped.exit_code
         if self._channel is None or self._declare(text, code):
             _report(text)
@@ -160,18 +160,18 @@ class Watchdog:
         self._leave_if_declared()
 
     def _find_siblings(self) -> None:
-        """The ranks of this machine, whose processes are visible from here."""
+        """Find the other ranks of this machine whose processes are visible to this one."""
         self._first_host = json.loads(self._channel.get(_key("process", 0)))["host"]
         size = self._placement.local_size
         first = self._placement.rank // size * size
         for rank in range(first, first + size):
             process = json.loads(self._channel.get(_key("process", rank)))
             if rank != self._placement.rank and process["host"] == socket.gethostname():
-                with suppress(psutil.NoSuchProcess):  # in a container of its own
+                with suppress(psutil.NoSuchProcess):  # the rank is in another container
                     self._siblings[rank] = psutil.Process(process["pid"])
 
     def _is_leaving(self, rank: int) -> bool:
-        """Whether a rank that is gone left in agreement and this one still has time to follow."""
+        """Whether a rank that is gone left by agreement and this one still has time to follow."""
         since = self._gone_since.setdefault(rank, time.monotonic())
         patience = _LEAVING_S if self._channel.check([_key("left", rank)]) else _POLL_S
         return time.monotonic() - since < patience
@@ -190,7 +190,7 @@ class Watchdog:
         )
         try:
             is_first = self._declare(text)
-        except RuntimeError:  # the store went with rank 0
+        except RuntimeError:  # the store ended with rank 0
             is_first = self._is_lowest_alive()
         if is_first:
             _report(text)
@@ -218,7 +218,7 @@ class Watchdog:
         self._leave(text, is_reporter=self._placement.rank == 0)
 
     def _end_for_lost_connection(self, error: BaseException) -> None:
-        """End for a rank of another machine, which only its heartbeat shows to be alive."""
+        """End after a lost connection; a remote rank is dead if its heartbeat has stopped."""
         if self._channel is not None and (frozen := self._compare_heartbeats()[1]):
             self._end_for_dead(frozen[0])
         text = f"rank {self._placement.rank}: lost its connection to another rank: {error}"
@@ -227,7 +227,7 @@ class Watchdog:
         self._leave(text, is_reporter=self._placement.rank == 0)
 
     def _compare_heartbeats(self) -> tuple[dict[int, dict[str, Any]], list[int]]:
-        """Heartbeats of all ranks, and the ranks that publish no new one; takes `_FROZEN_S`."""
+        """Heartbeats of all ranks, and the ranks without a new one during `_FROZEN_S`; blocks."""
         before = self._read_heartbeats()
         for _ in range(int(_FROZEN_S)):
             time.sleep(1.0)
@@ -237,7 +237,7 @@ class Watchdog:
         return after, [rank for rank, value in after.items() if value == before.get(rank)]
 
     def _kill_frozen(self, ranks: list[int]) -> None:
-        """Kill stopped processes of this machine: they do not read the declared reason."""
+        """Kill stopped processes of this machine, which cannot read the declared reason."""
         for rank in ranks:
             if rank in self._siblings and not _is_gone(self._siblings[rank]):
                 self._siblings[rank].kill()
@@ -264,7 +264,7 @@ class Watchdog:
         }
 
     def _declare(self, text: str, code: int = 1) -> bool:
-        """Declare to all ranks why they end; True on the first rank that does."""
+        """Declare to all ranks why they end; True only on the rank whose reason is used."""
         mine = json.dumps({"text": text, "code": code, "by": self._placement.rank})
         declared = self._channel.compare_set(_END_REASON, "", mine)
         return bool(declared.decode() == mine)
@@ -273,7 +273,7 @@ class Watchdog:
         if self._placement.rank == 0 and self._channel is not None:
             time.sleep(_READING_S)
         if is_reporter:
-            self._on_end(text, code)  # last: the main thread runs until the process ends
+            self._on_end(text, code)  # last, because the main thread runs until the process ends
         end_process(code)
 
 

@@ -1,4 +1,4 @@
-"""Keys of a run file about the base and the data: type, default, description and traits."""
+"""DataKeys: the settings of base model and data, with type, default, description and traits."""
 
 from typing import Annotated, Any, Literal
 

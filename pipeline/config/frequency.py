@@ -1,4 +1,4 @@
-"""Frequency of evaluation and saving, from their strategy, steps and per-epoch settings."""
+"""Frequency of evaluations and checkpoints, from strategy, steps and per-epoch settings."""
 
 from dataclasses import dataclass
 from typing import Literal

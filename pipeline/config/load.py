@@ -1,4 +1,4 @@
-"""Run file + `key=value` overrides -> RunSettings, with messages that name file, line and key."""
+"""Load RunSettings from a run file and overrides; errors name the file, the line and the key."""
 
 import dataclasses
 import difflib
@@ -28,9 +28,9 @@ _SHORT.maxstring = _SHORT.maxother = 200
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     """Read a run file and apply presets and `key=value` overrides.
 
-    Precedence: defaults < presets < run file < overrides. A hub model or hub data set that is in
-    the local cache gets the commit that it is at there (`model_revision`, `NAME@COMMIT:SPLIT`).
-    Raises UserError that lists every wrong key with the place it was read from.
+    Precedence: defaults < presets < run file < overrides. A hub model or data set in the local
+    cache is pinned to its cached commit (`model_revision`, `NAME@COMMIT:SPLIT`). Raises UserError
+    that lists every wrong key with its file and line.
     """
     file = read_located(path, "YAML")
     places = {key: file.place(key) for key in file.values}
@@ -38,7 +38,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
 
 
 def settings_without_file(values: Mapping[str, Any], overrides: Sequence[str]) -> RunSettings:
-    """The settings of `values` and `key=value` overrides alone, for a plan without a run file."""
+    """Settings from `values` and `key=value` overrides, for a plan without a run file."""
     places = dict.fromkeys(values, "command line")
     return _with_overrides(dict(values), places, "command line", overrides)
 
@@ -59,7 +59,7 @@ def _with_overrides(
 
 
 def _with_model_commit(settings: RunSettings, places: Mapping[str, str]) -> RunSettings:
-    """The settings with the commit of the hub model's snapshot in the local cache, if any."""
+    """Pin a hub model to the commit of its snapshot in the local cache, if there is one."""
     if Path(settings.model).exists():
         if settings.model_revision is not None:
             raise UserError(
@@ -68,17 +68,17 @@ def _with_model_commit(settings: RunSettings, places: Mapping[str, str]) -> RunS
             )
         return settings
     if (snapshot := settings.model_folder) == Path(settings.model):
-        return settings  # not in the cache: reported by what needs the model
+        return settings  # not in the cache: reported when the model is needed
     return settings.model_copy(update={"model_revision": snapshot.name})
 
 
 def dump_settings(settings: RunSettings) -> str:
-    """Settings as the YAML text of a run file that means the same."""
+    """Settings as the YAML text of an equivalent run file."""
     return yaml.safe_dump(settings.as_written(), sort_keys=False, allow_unicode=True)
 
 
 def _pinned(names: DataNames | float | None) -> DataNames | float | None:
-    """The names, hub data sets in the local cache with the commit that they are at there."""
+    """Pin the hub data sets among the names to their commits in the local cache."""
     if isinstance(names, list):
         return [_pinned_one(name) for name in names]
     return _pinned_one(names) if isinstance(names, str | DataSource) else names
@@ -95,7 +95,7 @@ def _pinned_one(name: str | DataSource) -> str | DataSource:
 
 
 def _validated(values: Mapping[str, Any], places: Mapping[str, str], source: str) -> RunSettings:
-    """The settings of a file and its overrides. Raises UserError with a line for each problem."""
+    """Validate the values of a file and its overrides; UserError with a line per problem."""
     unknown = [key for key in values if key not in RunSettings.model_fields]
     problems = [f"{places[key]}: {key}: unknown setting; {_hint(key)}" for key in unknown]
     meant = {setting for key in unknown if (setting := settings_by("peers").get(key))}
@@ -105,7 +105,7 @@ def _validated(values: Mapping[str, Any], places: Mapping[str, str], source: str
         settings = RunSettings.model_validate({**_preset_values(known.get("preset")), **known})
     except ValidationError as error:
         by_key: dict[str, list[Any]] = {}
-        for detail in error.errors():  # a union gives one for each of its members
+        for detail in error.errors():  # pydantic gives one for each member of a union
             by_key.setdefault(str(detail["loc"][0]) if detail["loc"] else "", []).append(detail)
         for key, details in by_key.items():
             if not (key in meant | values.keys() and details[0]["type"] == "missing"):
@@ -118,9 +118,9 @@ def _validated(values: Mapping[str, Any], places: Mapping[str, str], source: str
 def _expanded(
     values: Mapping[str, Any], places: Mapping[str, str], problems: list[str]
 ) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
-    """The values with their paths expanded, and by key and expanded path the text of the file.
+    """Expand the paths in values; also return key -> expanded path -> text in the file.
 
-    A value that cannot be expanded is left out and added to `problems`.
+    A value that cannot be expanded is left out, and the reason is added to `problems`.
     """
     expanded, written = dict(values), {}
     for key in path_settings():
@@ -138,7 +138,7 @@ def _expanded(
 
 
 def _expand(texts: dict[str, str], text: str) -> str:
-    """The expanded path; where it differs from the text, `texts` remembers the text."""
+    """Expand a path; if the result differs from the text, store the text in `texts`."""
     path = expand(text)
     if path != text:
         texts[path] = text
@@ -154,7 +154,7 @@ def _hint(key: str) -> str:
 
 
 def _preset_values(names: Any) -> dict[str, Any]:
-    """The values of presets, of which later ones override; RunSettings refuses unknown names."""
+    """Merge presets; later ones override earlier ones. RunSettings refuses unknown names."""
     values: dict[str, Any] = {}
     for name in names if isinstance(names, list) else [names]:
         if isinstance(name, str):
@@ -165,11 +165,11 @@ def _preset_values(names: Any) -> dict[str, Any]:
 def _problem(
     key: str, details: Sequence[Mapping[str, Any]], places: Mapping[str, str], source: str
 ) -> str:
-    """One line: place, key, expected and given value. `details` are pydantic's for the key."""
+    """Error line: file and line, key, expected and given value. `details`: pydantic's errors."""
     if details[0]["type"] == "missing":
         return f"{source}: {key}: this setting is required and not there"
     expected = " or ".join(dict.fromkeys(_expectation(detail) for detail in details))
-    if not key:  # a rule over several keys names them itself
+    if not key:  # the text of a rule over several keys names them
         keys = [name for name in places if re.search(rf"\b{re.escape(name)}\b", expected)]
         where = ", ".join(dict.fromkeys(places[name] for name in keys)) or source
         return f"{where}: {expected}"

@@ -1,4 +1,4 @@
-"""Parse YAML and JSON files into values and the line number of each key, for error messages.
+"""Parser of YAML and JSON files that returns values and the line number of each key.
 
 PyYAML composes both formats into one tree of nodes, which gives line numbers, duplicate keys and
 size limits. Scalars follow YAML 1.2: `3e-4` is a number; `no` and `12:00:00` are strings.
@@ -19,7 +19,7 @@ KeyPath = tuple[str, ...]
 
 _MAX_BYTES = 2**20
 _MAX_DEPTH = 16
-_MAX_NODES = 20_000  # with every alias expanded
+_MAX_NODES = 20_000  # after all aliases are expanded
 _MAX_DIGITS = 18  # of an integer, so that it is below 2**63
 _TAG = "tag:yaml.org,2002:"
 
@@ -84,7 +84,7 @@ def _parse(text: str, name: str, kind: Literal["YAML", "JSON"]) -> tuple[yaml.No
 
 
 def _lines(node: yaml.Node, name: str) -> dict[KeyPath, int]:
-    """Line number of each key. Raises UserError for a duplicate key or one that is no string."""
+    """Line number of each key. Raises UserError for a duplicate key or one that is not text."""
     lines: dict[KeyPath, int] = {}
     for path, key in _keys(node, ()):
         line = key.start_mark.line + 1

@@ -1,11 +1,11 @@
-"""Expand `~` and environment variables in the paths of a run file."""
+"""Expansion of `~` and environment variables in the paths of a run file."""
 
 import os
 import re
 
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})?")
 _HOME = re.compile("~[^/]*")
-# Such variables are refused: paths appear in messages and files, where secrets must not.
+# Such variables are refused: paths appear in messages and files, secrets must not.
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _MAX_BYTES, _MAX_NAME_BYTES = 4000, 255  # Linux: PATH_MAX is 4096, NAME_MAX 255
 
@@ -13,8 +13,8 @@ _MAX_BYTES, _MAX_NAME_BYTES = 4000, 255  # Linux: PATH_MAX is 4096, NAME_MAX 255
 def expand(text: str) -> str:
     """Replace a leading `~` or `~user`, `$NAME` and `${NAME}`; `$$` becomes `$`.
 
-    Raises ValueError for a variable that is unset, empty, or a secret judging by its name, and for
-    a path that is too long for Linux.
+    Raises ValueError for a variable that is unset or empty, or whose name suggests a secret, and
+    for a path that is too long for Linux.
     """
     home = _HOME.match(text)
     start = os.path.expanduser(home[0]) if home else ""  # noqa: PTH111 - Path's raises

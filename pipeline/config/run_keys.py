@@ -1,4 +1,4 @@
-"""Keys of a run file about the run, its adapter and its steps."""
+"""RunKeys: the settings of a run, of its adapter and of its training steps."""
 
 from typing import Annotated, Any, Literal
 
@@ -17,12 +17,12 @@ SequenceCount = Annotated[int, Field(ge=1, le=MOST_SEQUENCES)]
 
 
 def whole_number(value: Any) -> Any:
-    """3.0 as 3; other values as they are."""
+    """Convert a float such as 3.0 to an int; return other values unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class RunKeys(BaseModel):
-    """How the adapter is made, trained, measured and saved."""
+    """Settings of the adapter, the training, the evaluation and the checkpoints."""
 
     # The run and its folder
     output_dir: Annotated[str, Field(min_length=1)] = Field(

@@ -1,7 +1,7 @@
-"""RunSettings: a run file, validated, with what its keys mean together.
+"""RunSettings: the validated settings of a run file, with the rules that combine several keys.
 
-No torch, no other room of the project: what a key means for a model or a machine is the plan's
-business. The keys themselves are in data_keys.py and run_keys.py.
+Imports neither torch nor another package of the project; pipeline/plan applies the settings to a
+model and a machine. The single keys are declared in data_keys.py and run_keys.py.
 """
 
 import re
@@ -22,7 +22,7 @@ from pipeline.config.run_keys import RunKeys
 from pipeline.config.traits import Change, traits
 
 _TIME = re.compile("[0-9]{1,6}:[0-9]{1,6}:[0-9]{1,6}")
-# A key that takes the place of another one.
+# Key -> the key that it replaces.
 _REPLACES = {
     "warmup_steps": "warmup_ratio",
     "evals_per_epoch": "eval_steps",
@@ -35,7 +35,7 @@ class RunSettings(RunKeys, DataKeys):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    # By setting and expanded path: the text of the run file, where the two differ.
+    # Setting -> expanded path -> text in the run file, if the two differ.
     _written_paths: dict[str, dict[str, str]] = PrivateAttr(default_factory=dict)
 
     @field_validator("preset")
@@ -106,12 +106,12 @@ class RunSettings(RunKeys, DataKeys):
         return self
 
     def with_written_paths(self, written: dict[str, dict[str, str]]) -> Self:
-        """These settings, with the text of the run file by setting and expanded path."""
+        """Add the paths as the run file has them: setting -> expanded path -> text."""
         self._written_paths.update(written)
         return self
 
     def as_written(self) -> dict[str, Any]:
-        """Values of every key as a run file has them: paths with their `~` and `$NAME`."""
+        """The value of every key, with paths as in the run file (`~` and `$NAME` unexpanded)."""
         values = self.model_dump(mode="json")
         for key, texts in self._written_paths.items():
             values[key] = map_paths(values[key], partial(_replaced, texts))
@@ -119,7 +119,7 @@ class RunSettings(RunKeys, DataKeys):
 
     @property
     def model_folder(self) -> Path:
-        """Folder of the base: `model`, or the snapshot of that hub model in the local cache."""
+        """Folder of the base model: `model`, or the hub model's snapshot in the local cache."""
         folder = Path(self.model)
         if folder.exists():
             return folder
@@ -132,12 +132,12 @@ class RunSettings(RunKeys, DataKeys):
 
     @property
     def eval_sources(self) -> list[DataSource]:
-        """`eval_data` as a list of sources; none where it is held out of the training data."""
+        """`eval_data` as a list of sources; empty if rows of the training data are held out."""
         return [] if isinstance(self.eval_data, int | float) else sources(self.eval_data)
 
     @property
     def held_out(self) -> float | int | None:
-        """Share (float) or number (int) of training rows to hold out; None where there are none."""
+        """Share (float) or number (int) of training rows to hold out; None if not set so."""
         return self.eval_data if isinstance(self.eval_data, int | float) else None
 
     @property
@@ -147,17 +147,17 @@ class RunSettings(RunKeys, DataKeys):
 
     @property
     def is_quantised(self) -> bool:
-        """Whether the base is held in 4 or 8 bits."""
+        """Whether the base model is quantised to 4 or 8 bits."""
         return self.load_in_4bit or self.load_in_8bit
 
     @property
     def evaluations(self) -> Frequency | None:
-        """How often the held-out loss is measured; None for never."""
+        """Frequency of evaluations on the held-out rows; None for never."""
         return frequency(self.evaluation_strategy, self.eval_steps, self.evals_per_epoch)
 
     @property
     def saves(self) -> Frequency | None:
-        """How often a checkpoint is written; None for never."""
+        """Frequency of checkpoints; None for never."""
         return frequency(self.save_strategy, self.save_steps, self.saves_per_epoch)
 
     @property
@@ -176,7 +176,7 @@ def _replaced(texts: dict[str, str], path: str) -> str:
 
 
 def map_paths(value: Any, change: Callable[[str], str]) -> Any:
-    """The value of a key that holds paths (a path, a source, a list of them), each changed."""
+    """Apply `change` to each path in a setting's value: a path, a source or a list of these."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
@@ -187,18 +187,18 @@ def map_paths(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def path_settings() -> list[str]:
-    """Names of the settings whose text may be a path."""
+    """Names of the settings whose value may be a path."""
     return [name for name in RunSettings.model_fields if _traits_of(name)["is_path"]]
 
 
 def settings_with(*changes: Change) -> frozenset[str]:
-    """Names of the settings whose change means one of these."""
+    """Names of the settings whose `change` trait is one of these."""
     names = RunSettings.model_fields
     return frozenset(name for name in names if _traits_of(name)["change"] in changes)
 
 
 def settings_by(trait: Literal["layout", "deepspeed", "peers"]) -> dict[str, str]:
-    """Names of the settings that have the trait, by each of its values."""
+    """Value of the trait -> name of the setting that has it."""
     by_value: dict[str, str] = {}
     for name in RunSettings.model_fields:
         values: Any = _traits_of(name)[trait] or []
