@@ -1,4 +1,4 @@
-"""Attach a LoRA adapter with peft, and list its trainable parameters by their file keys."""
+"""LoRA adapter: attached with peft; its trainable parameters by their keys in the file."""
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,7 +12,7 @@ from pipeline.plan.plan import Plan
 
 
 def lora_config(settings: RunSettings) -> LoraConfig:
-    """The adapter's configuration in peft."""
+    """The peft configuration of the adapter."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
@@ -24,12 +24,12 @@ def lora_config(settings: RunSettings) -> LoraConfig:
 
 
 def _target_modules(settings: RunSettings) -> list[str]:
-    """The layers that the plan counted, as a list of names.
+    """Names of the adapted layers, which are those that the plan counted.
 
-    Not every serving engine understands `all-linear` or a regular expression, and for either peft
-    0.21.2 adds the fused experts and routers of a mixture of experts
-    (utils/transformers_weight_conversion.py). Ends of names are enough where the model has no
-    other layers of these names; a model with a vision tower may have, so there they are full.
+    A list, because not every serving engine understands `all-linear` or a regular expression. With
+    either, peft 0.21.2 would also adapt the fused experts and routers of a mixture of experts
+    (utils/transformers_weight_conversion.py). The last parts of the names are enough, except in a
+    model with a vision tower, whose layers may have the same last parts: there names are full.
     """
     targets, shape = settings.lora_target_modules, read_shape(str(settings.model_folder))
     if not isinstance(targets, str) and not shape.has_other_towers:
@@ -58,7 +58,7 @@ def attach_adapter(base: PreTrainedModel, plan: Plan) -> PeftModel:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by their keys in peft's adapter file, sorted alike on all ranks."""
+    """Trainable parameters by their keys in peft's adapter file, in one order on all ranks."""
     return {
         file_key(name): parameter
         for name, parameter in sorted(model.named_parameters())

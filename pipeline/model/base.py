@@ -1,4 +1,4 @@
-"""Load the frozen base: 32-, 16-, 8- or 4-bit, whole or sharded while it is read.
+"""Loader of the frozen base in 32, 16, 8 or 4 bits, whole or sharded while it is read.
 
 The only user of bitsandbytes (through transformers). Collective under ZeRO-3: every rank.
 """
@@ -98,7 +98,7 @@ def load_plain(
     **options: Any,
 ) -> PreTrainedModel:
     """Load a language model from a folder, without network access."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # every rank would show one
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # each rank would show one
     try:
         model = auto_class(folder, trust_remote_code).from_pretrained(
             folder,
@@ -116,7 +116,7 @@ def load_plain(
 
 
 def auto_class(folder: Path, trust_remote_code: bool) -> Any:
-    """The causal class; for wrappers without one (Mistral 3, Qwen-VL), the image-text class."""
+    """Auto class of a model: causal LM, else image-text-to-text (Mistral 3, Qwen-VL)."""
     config = AutoConfig.from_pretrained(
         folder, trust_remote_code=trust_remote_code, local_files_only=True
     )
@@ -144,7 +144,7 @@ def tile_error(settings: RunSettings, device: torch.device) -> float:
 
 def _quantization(plan: Plan) -> BitsAndBytesConfig:
     settings = plan.settings
-    # A pattern of transformers: all but the blocks of the text decoder, such as a vision tower.
+    # Not quantised: all modules outside the text decoder's blocks, such as a vision tower.
     outside = [rf"(?!{re.escape(plan.shape.layers_name)}\.).*"]
     if settings.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=outside)  # type: ignore[no-untyped-call]

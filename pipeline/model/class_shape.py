@@ -1,4 +1,4 @@
-"""Sizes of a model from its own class, built on the meta device: no weights are read.
+"""Model shape from the model's own class, built on the meta device without reading weights.
 
     python -m pipeline.model.class_shape MODEL_FOLDER
 
@@ -29,13 +29,13 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _COUNTED = "rankzero_counted"  # as `attn_implementation`
-# Names of the number of experts that a token is sent to, in classes of transformers 5.23.
+# Config keys for the number of experts per token in transformers 5.23.
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "moe_top_k")
-_TOKENS = 64  # of the counted forward; saved bytes are proportional to it
+_TOKENS = 64  # sequence length of the counted forward pass; saved bytes are proportional to it
 
 
 class _Attention(torch.autograd.Function):
-    """Saves what a fused attention saves: q, k, v, the output and its normaliser."""
+    """Attention that saves the tensors of a fused kernel: q, k, v, output and log-sum-exp."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ AttentionMaskInterface.register(_COUNTED, lambda **others: None)
 
 
 def class_shape(folder: Path) -> dict[str, Any]:
-    """The sizes as plan/given/class_shape.py reads them."""
+    """The model shape in the form that plan/given/class_shape.py reads."""
     model = _build(AutoConfig.from_pretrained(folder, local_files_only=True))
     decoder = _decoder(model)
     names = {module: name for name, module in model.named_modules()}
@@ -88,7 +88,7 @@ def class_shape(folder: Path) -> dict[str, Any]:
 
 
 def _build(config: Any) -> Any:
-    """The model on the meta device, by the auto class that has its config."""
+    """Build the model on the meta device, with the auto class that supports its config."""
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in auto._model_mapping:
             with torch.device("meta"):
@@ -100,7 +100,7 @@ def _build(config: Any) -> Any:
 
 
 def _decoder(model: Any) -> Any:
-    """The text decoder; for Llama 4, whose get_decoder() is the model itself, its child."""
+    """The text decoder; for Llama 4, whose get_decoder() returns the model, its child."""
     decoder = model.get_decoder()
     if decoder is not model:
         return decoder
@@ -109,7 +109,7 @@ def _decoder(model: Any) -> Any:
 
 
 def _has_other_towers(model: Any, decoder: Any, head: Any) -> bool:
-    """Whether there are linear layers besides decoder and head, as of a vision tower."""
+    """Whether the model has linear layers outside decoder and head, such as a vision tower."""
     inside = {head, *decoder.modules()}
     return any(type(m) is nn.Linear and m not in inside for m in model.modules())
 
@@ -148,13 +148,13 @@ def _experts_per_token(config: Any) -> int:
 def _saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[str, int]]:
     """Sizes of the activations that each block saves for backward, per token, without adapters.
 
-    Counted in one forward pass in bf16: values in the training dtype, and bytes of all others, such
-    as the fp32 copies of norms.
+    Counted in one forward pass in bf16: the number of values in the training dtype, and the bytes
+    of all other dtypes, such as the fp32 copies in norms.
     """
     model.to(torch.bfloat16)
     weights = {id(parameter) for parameter in model.parameters()}
     current: list[int] = []
-    saved: dict[int, torch.Tensor] = {}  # by id; kept, so that no id is used twice
+    saved: dict[int, torch.Tensor] = {}  # by id; held, so that no id is reused
     savers: dict[int, set[int]] = defaultdict(set)  # the blocks that save a tensor
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -172,7 +172,7 @@ def _saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[s
     embedded = torch.empty(
         1, _TOKENS, width, dtype=torch.bfloat16, device="meta", requires_grad=True
     )
-    # while tracing, transformers does not look into masks and positions, which have no values here
+    # While tracing, transformers does not read masks and positions: they have no values on meta.
     with (
         patch.object(masking_utils, "is_tracing", lambda *_: True),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
@@ -181,7 +181,7 @@ def _saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[s
     for handle in handles:
         handle.remove()
     counts = []
-    for index in range(len(layers)):  # what several save, such as rotary angles, is no block's own
+    for index in range(len(layers)):  # count only tensors of one block, not rotary angles
         tensors = [saved[key] for key, blocks in savers.items() if blocks == {index}]
         values = sum(t.numel() for t in tensors if t.dtype == torch.bfloat16)
         others = sum(t.numel() * t.element_size() for t in tensors if t.dtype != torch.bfloat16)

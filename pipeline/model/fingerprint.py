@@ -29,7 +29,7 @@ RECORD = "base.json"  # in a run folder
 _CONFIG = "config.json"
 _BUFFER_BYTES = 2**22
 _MAX_THREADS = 16
-_NAMED = 3  # differing tensors that a message names
+_NAMED = 3  # number of differing tensors in a message
 
 # Version 1, up to and including release 0.1.0: samples of each file.
 _SAMPLES = 16
@@ -44,12 +44,12 @@ class Fingerprint:
 
     @cached_property
     def digest(self) -> str:
-        """One SHA-256 over all of them, with the version in front."""
+        """One SHA-256 over the version and all hashes."""
         text = json.dumps(sorted(self.tensors.items()))
         return f"{VERSION}:{hashlib.sha256(text.encode()).hexdigest()}"
 
     def as_json(self) -> dict[str, Any]:
-        """As trained_on.json and base.json store it."""
+        """The form in which trained_on.json and base.json store it."""
         return {"version": VERSION, "sha256": self.digest, "tensors": dict(self.tensors)}
 
     @classmethod
@@ -75,7 +75,7 @@ def base_fingerprint(folder: Path) -> Fingerprint:
     config = hashlib.sha256((folder / _CONFIG).read_bytes()).hexdigest()
     tensors, hashed = {_CONFIG: config}, 0
     for path in weight_files(folder):
-        state = _state(path)  # from before the file is read: it may be written to meanwhile
+        state = _state(path)  # before reading: the file may be written to during the read
         known = memory.recall(path.name, state)
         if known is None:
             known = _hash_file(path)
@@ -90,7 +90,7 @@ def base_fingerprint(folder: Path) -> Fingerprint:
 
 
 def require_recorded_base(recorded: Any, folder: Path, remedy: str) -> None:
-    """Raise UserError, naming tensors, unless a base is the recorded one, byte by byte.
+    """Raise UserError, naming tensors, unless a base equals the recorded one byte for byte.
 
     `recorded` is `Fingerprint.as_json()`, or the text of a fingerprint of version 1.
     """
@@ -123,11 +123,11 @@ def record_base_of_run(run_folder: Path, model_folder: Path) -> None:
 
 
 def base_of_run(run_folder: Path, model_folder: Path) -> Fingerprint:
-    """The base as it was when the run was started."""
+    """Fingerprint of the base as recorded when the run was started."""
     record = run_folder / RECORD
     if record.is_file():
         return Fingerprint.from_json(_read_record(record))
-    return base_fingerprint(model_folder)  # somebody has removed the run folder meanwhile
+    return base_fingerprint(model_folder)  # the run folder has been removed during the run
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def is_sampled(recorded: Any) -> bool:
-    """Whether a recorded fingerprint is of version 1, which saw samples of the files only."""
+    """Whether a recorded fingerprint has version 1, which hashed only samples of the files."""
     return isinstance(recorded, str) and re.fullmatch("[0-9a-f]{64}", recorded) is not None
 
 
@@ -156,7 +156,7 @@ def sampled_fingerprint(folder: Path) -> str:
 
 
 def is_same_by_samples(recorded: str, folder: Path) -> bool:
-    """Whether a base has a fingerprint of version 1; logs that only samples were compared."""
+    """Whether a base matches a version 1 fingerprint; logs that only samples were compared."""
     is_same = recorded == sampled_fingerprint(folder)
     if is_same:
         logger.warning(
@@ -168,7 +168,7 @@ def is_same_by_samples(recorded: str, folder: Path) -> bool:
 
 
 def _hash_file(path: Path) -> dict[str, str]:
-    """SHA-256 of every tensor of a file: of its dtype, shape and bytes."""
+    """SHA-256 of dtype, shape and bytes of every tensor in a file."""
     entries = read_header(path).entries
     threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     try:
@@ -195,9 +195,9 @@ def _hash_tensor(path: Path, entry: Entry) -> str:
 
 
 class _Memory:
-    """Hashes of earlier runs, valid for a file of the same size, times and inode.
+    """Cache of hashes, valid for a file of the same size, times and inode.
 
-    They are kept in this process too, for a user whose cache folder cannot be written.
+    Also held in this process, in case the user's cache folder is not writable.
     """
 
     _of_this_process: ClassVar[dict[Path, dict[str, Any]]] = {}
@@ -212,7 +212,7 @@ class _Memory:
                 self._files.update(stored["files"])
 
     def recall(self, name: str, state: Mapping[str, int]) -> dict[str, str] | None:
-        """The hashes of a file that is still in this state; None without any."""
+        """The cached hashes of a file in this state, or None."""
         stored = self._files.get(name)
         if not isinstance(stored, dict) or stored.get("state") != state:
             return None
@@ -224,7 +224,7 @@ class _Memory:
         self._files[name] = {"state": dict(state), "tensors": dict(tensors)}
 
     def save(self) -> None:
-        """Write the cache; without one, the next run hashes again."""
+        """Write the cache file. If that fails, the next run computes the hashes again."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             text = dump_json({"version": VERSION, "files": self._files})

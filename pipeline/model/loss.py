@@ -30,7 +30,7 @@ class SummedLoss(nn.Module):
     LOGITS_CHUNK_BYTES in fp32, they are computed in chunks and recomputed in the backward pass.
 
     `num_chunks` fixes the number of chunks: at ZeRO-3 each chunk gathers the head, and every rank
-    must gather equally often, however many of its tokens are supervised.
+    must gather the same number of times, independent of its number of supervised tokens.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, num_chunks: int | None = None) -> None:
@@ -45,7 +45,7 @@ class SummedLoss(nn.Module):
 
         `documents`: lengths of the packed documents of each row. The first token of a document is
         never supervised. No padding mask is passed: padding is on the right, and causal attention
-        does not look ahead. With a mask, PyTorch would not use its fused kernels, would repeat keys
+        does not reach it. With a mask, PyTorch would not use its fused kernels, would repeat keys
         and values for every head, and would save a (B, 1, T, T) mask for each layer.
         """
         model = self.model

@@ -1,12 +1,12 @@
-"""Proof of a model class, before a GPU-hour is paid: our loss, attention, packs and adapter.
+"""Proof of a model class before training: our loss, attention, packing and adapter are correct.
 
-On a small copy of the class and config (small_copy.py), fp32, CPU, each is compared with what
-transformers and peft compute themselves. Correct is below 1e-5; wrong was above 1e-3 on all of 84
-kinds.
+Each is compared with the result of transformers and peft on a small copy of the class and config
+(small_copy.py), in fp32 on the CPU. A correct class differs by less than 1e-5; on all of 84 kinds
+a wrong one differed by more than 1e-3.
 
     python -m pipeline.model.proof MODEL_FOLDER NAME ... [--trust-remote-code]
 
-makes the proof for adapters on linear layers of these names and remembers it;
+computes the proof for adapters on linear layers of these names and caches it;
 plan/given/class_proof.py runs this for a `model_type` that the table of families does not have.
 """
 
@@ -46,9 +46,9 @@ _DOCUMENTS = ((7, 12, 3), (20, 1, 2))  # tokens; the rest of each row is padding
 
 
 def prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool = False) -> Proof:
-    """The proof of a model folder for an adapter on these layers (last parts of their names).
+    """Proof of a model folder's class for an adapter on these layers (last parts of names).
 
-    Remembered; otherwise a few seconds of CPU.
+    Cached; computing it takes a few seconds on the CPU.
     """
     path = proof_path(folder, targets, trust_remote_code=trust_remote_code)
     if (remembered := read_proof(path)) is not None:
@@ -60,9 +60,9 @@ def prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool = Fal
 
 
 def require_proof(plan: Plan) -> Proof:
-    """The proof of a plan's model class; on rank 0, before the base is loaded.
+    """Proof of a plan's model class; on rank 0, before the base is loaded.
 
-    Raises UserError where a rule refuses what the proof found: this run would train wrongly.
+    Raises UserError if a rule refuses the run because of the proof: it would train wrongly.
     """
     settings = plan.settings
     names = adapted_names(plan.shape, settings)
@@ -93,7 +93,7 @@ def small_model(auto: Any, config: PreTrainedConfig, **options: Any) -> PreTrain
             model.set_attn_implementation("eager")
             with torch.no_grad():
                 model(input_ids=_ids(model), use_cache=False)
-        except Exception as error:  # noqa: BLE001 - whatever a class does with reduced sizes
+        except Exception as error:  # noqa: BLE001 - a class may raise anything at reduced sizes
             problem = error
         else:
             return model
@@ -101,7 +101,7 @@ def small_model(auto: Any, config: PreTrainedConfig, **options: Any) -> PreTrain
 
 
 def prove_model(model: PreTrainedModel, targets: Sequence[str]) -> Proof:
-    """The checks on a model in fp32 on the CPU, whose weights stay as they are."""
+    """Run all checks on a model in fp32 on the CPU, without changing its weights."""
     errors: dict[str, float] = {}
     refusals: list[str] = []
     without_packs: list[str] = []
@@ -112,7 +112,7 @@ def prove_model(model: PreTrainedModel, targets: Sequence[str]) -> Proof:
             errors[name] = measure()
         except UserError as error:
             reasons.append(str(error).removesuffix("; set packing: false"))
-        except Exception as error:  # noqa: BLE001 - whatever a class does
+        except Exception as error:  # noqa: BLE001 - a class may raise anything
             reasons.append(f"{name}: {type(error).__name__}: {error}")
         else:
             if not errors[name] <= LIMIT:
@@ -139,7 +139,7 @@ def prove_model(model: PreTrainedModel, targets: Sequence[str]) -> Proof:
 
 @torch.no_grad()
 def _loss_error(model: PreTrainedModel) -> float:
-    """Our loss in one and in three chunks against the class's own (a)."""
+    """Relative difference of our loss, in one and three chunks, from the class's loss."""
     ids, labels = _ids(model), _labels(model)
     model.set_attn_implementation("eager")
     theirs = float(model(input_ids=ids, labels=labels, use_cache=False).loss)
@@ -152,7 +152,7 @@ def _loss_error(model: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def _attention_error(model: PreTrainedModel) -> float:
-    """Logits with our attention against the class's eager one, beyond window and chunk (b)."""
+    """Difference between logits of our and of eager attention, beyond window and chunk."""
     model.set_attn_implementation("eager")
     theirs = model(input_ids=_ids(model), use_cache=False).logits
     model.set_attn_implementation(WITHIN_DOCUMENTS)
@@ -161,7 +161,7 @@ def _attention_error(model: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def _packs_error(model: PreTrainedModel) -> float:
-    """Hidden states of packed documents against each document alone (c)."""
+    """Difference between hidden states of documents in a pack and of each one alone."""
     ids, decoder = _ids(model), text_decoder(model)
     packed = _packed_states(model, ids)
     errors = []
@@ -173,7 +173,7 @@ def _packs_error(model: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def _leak(model: PreTrainedModel) -> float:
-    """Largest change of a document's states when another document of its pack changes (c)."""
+    """Largest change of a document's states when another document of its pack changes."""
     ids = _ids(model)
     before, worst = _packed_states(model, ids), 0.0
     for row, span in _spans():
@@ -196,7 +196,7 @@ def _packed_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _adapter_error(model: PreTrainedModel, targets: Sequence[str]) -> float:
-    """Logits of the adapter loaded by plain peft (g), if every matrix gets a gradient (d)."""
+    """Difference in logits once plain peft loads the adapter; all matrices need gradients."""
     base = copy.deepcopy(model)
     adapted = _adapted(model, targets)
     _backward(adapted)
@@ -224,7 +224,7 @@ def _adapter_error(model: PreTrainedModel, targets: Sequence[str]) -> float:
 def _checkpointing_error(
     model: PreTrainedModel, targets: Sequence[str], *, reentrant: bool
 ) -> float:
-    """Gradients with activation checkpointing against those without (e)."""
+    """Difference between gradients with and without activation checkpointing."""
     adapted = _adapted(model, targets)
     plain = _backward(adapted)
     inner: Any = adapted.get_base_model()
@@ -275,7 +275,7 @@ def target_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
 
 
 def _missing_names(folder: Path, model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
-    """A reason if the weights of the targets have other names in the checkpoint (f)."""
+    """Reasons against a merge: targets whose weights have other names in the checkpoint."""
     keys = {key for path in weight_files(folder) for key in read_header(path).entries}
     names = [f"{name}.weight" for name in target_names(model, targets)[:1]]
     return [
@@ -287,7 +287,7 @@ def _missing_names(folder: Path, model: PreTrainedModel, targets: Sequence[str])
 
 
 def _ids(model: Any, seed: int = 1) -> torch.Tensor:
-    """Random tokens, none of them a placeholder of an image or another special token."""
+    """Random token ids without special tokens, such as the placeholder of an image."""
     generator = torch.Generator().manual_seed(seed)
     values = model.config.to_dict()
     special = {value for key, value in values.items() if "token" in key and type(value) is int}

@@ -1,7 +1,7 @@
-"""A small random copy of a model's class and configuration: few blocks, one of each kind.
+"""Small random copies of a model's class and configuration: few blocks, one of each kind.
 
-For the proof (proof.py): what holds for the class on the copy holds on the model, since the code
-that runs is the same. Widths are reduced where the class still builds, else kept.
+Used by proof.py: a result on the copy applies to the model, because both run the same code. Widths
+are reduced if the class can still be built, and kept otherwise.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 _BLOCKS = 4
-_WINDOW = 5  # documents of the proof are longer, so windows and chunks show
-_SPREAD = 0.12  # of random matrices: scales, caps and attention show
+_WINDOW = 5  # shorter than the proof's documents, so windows and chunks have an effect
+_SPREAD = 0.12  # std of random matrices: large enough that scales, caps and attention matter
 # Sizes that a decoder's config may have, reduced together; ratios of heads are kept.
 _WIDTHS = {
     "hidden_size": 64, "intermediate_size": 128, "intermediate_size_mlp": 128, "head_dim": 16,
@@ -43,7 +43,7 @@ _MAX_PARAMETERS = 3e8  # several copies in fp32 are in host memory during the pr
 
 
 def small_copies(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Configs to try: all sizes reduced; then blocks, experts and vocabulary only."""
+    """Configs to try: first with all sizes reduced, then blocks, experts and vocabulary only."""
     text_config = config.get_text_config()
     name = next((key for key, value in vars(config).items() if value is text_config), None)
     for widths, vision in ((_WIDTHS, _VISION_WIDTHS), ({}, {})):
@@ -61,7 +61,7 @@ def small_copies(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def random_model(auto_class: Any, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    """A model in fp32 on the CPU, the same for the same config, in eval mode."""
+    """Build a model in fp32 on the CPU in eval mode; weights depend only on the config."""
     with torch.device("meta"):
         size = sum(p.numel() for p in auto_class.from_config(config, **options).parameters())
     if size > _MAX_PARAMETERS:
@@ -89,7 +89,7 @@ def _reduce(text: dict[str, Any], widths: Mapping[str, int]) -> None:
         if text.get("num_global_key_value_heads"):
             text["num_global_key_value_heads"] = 1
         _set_lower(text, widths)
-        for key in widths.keys() & text.keys():  # the exact size, where several must agree
+        for key in widths.keys() & text.keys():  # exact sizes, because several must agree
             if isinstance(text[key], int) and text[key] > 0:
                 text[key] = widths[key]
         if head_dim is not None and head_dim == rope_dim:  # DeepSeek: the width that rope rotates
@@ -103,7 +103,7 @@ def _reduce(text: dict[str, Any], widths: Mapping[str, int]) -> None:
 
 
 def _set_lower(values: dict[str, Any], limits: Mapping[str, int]) -> None:
-    """Lower the values above these limits; of a list, every entry."""
+    """Lower values above these limits, in lists each entry."""
     for key, limit in limits.items():
         present = values.get(key)
         if isinstance(present, list):
@@ -122,7 +122,7 @@ def _reduce_vocabulary(text: dict[str, Any]) -> None:
 
 
 def _choose_blocks(text: dict[str, Any]) -> None:
-    """Keep a block of each kind: cut the lists with an entry per block, and lists of indices."""
+    """Keep one block of each kind; shorten lists with an entry per block and of block indices."""
     total = text.get("num_hidden_layers") or len(text["layers_block_type"])
     if total <= _BLOCKS:
         return
@@ -136,7 +136,7 @@ def _choose_blocks(text: dict[str, Any]) -> None:
                 for i in range(total)]  # fmt: skip
     first = {kind: i for i, kind in reversed(list(enumerate(of_block)))}
     chosen = sorted(first.values())
-    if text.get("num_kv_shared_layers"):  # blocks of each kind that share follow those that do not
+    if text.get("num_kv_shared_layers"):  # sharing blocks of each kind come last
         chosen, text["num_kv_shared_layers"] = chosen * 2, len(chosen)
     else:
         spare = [i for i in range(total) if i not in chosen]
@@ -155,6 +155,6 @@ def _choose_blocks(text: dict[str, Any]) -> None:
 
 
 def _are_indices(value: Any, total: int) -> bool:
-    """Whether a value is a list of blocks: rising whole numbers below their number."""
+    """Whether a value is a list of block indices: ascending integers below `total`."""
     is_list = isinstance(value, list) and all(type(entry) is int for entry in value)
     return is_list and value == sorted(set(value)) and (not value or 0 <= value[-1] < total)

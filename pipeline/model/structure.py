@@ -1,7 +1,7 @@
 """Parts of any causal language model of transformers: body, text decoder, blocks.
 
 Body: the child of the model that holds the embeddings. Decoder: the text decoder, which is the
-body, or inside it where the model also has a vision tower. Block: one layer of the decoder.
+body, or a module inside it if the model has a vision tower. Block: one layer of the decoder.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""Safetensors files read by their headers: which tensors a model folder has, and where.
+"""Headers of safetensors files: the tensors of a model folder and their offsets. No torch.
 
-No torch. The format (8 bytes of header length, a JSON header, the tensors back to back) is that of
+The format (8 bytes of header length, a JSON header, the concatenated tensors) is specified in
 https://github.com/huggingface/safetensors#format.
 """
 
@@ -20,7 +20,7 @@ _MAX_HEADER_BYTES = 100_000_000  # as in the reference implementation
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file; `start` and `end` count bytes from the start of the file."""
+    """One tensor of a file. `start`, `end`: byte offsets in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ def weight_files(folder: Path, setting: str = "model") -> list[Path]:
 
     Raises UserError, which names `setting`, for a folder without any or with files missing.
     """
-    if (folder / SINGLE).is_file():  # before the index, as in transformers
+    if (folder / SINGLE).is_file():  # takes precedence over the index, as in transformers
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         raise UserError(

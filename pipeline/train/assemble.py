@@ -1,4 +1,4 @@
-"""Assemble a run: model, engine, checkpoints, and the state of the checkpoint that is resumed."""
+"""Assembly of a run: model, engine, checkpoints and the training state to resume from."""
 
 import logging
 from dataclasses import asdict, replace
@@ -131,7 +131,7 @@ def _checkpoints(context: RunContext, index: DataIndex) -> Checkpoints:
 
 
 def _about(plan: Plan) -> dict[str, Any]:
-    """Information for people in state.json; a resume does not read it."""
+    """Information for users in state.json; a resume does not read it."""
     settings = plan.settings
     return {
         "schedule": {
@@ -198,6 +198,6 @@ def _display(context: RunContext, step: int) -> ProgressDisplay:
 
 
 def _restore_folder(folder: RunFolder, context: RunContext) -> None:
-    """Write run.yaml and the plans again where the run folder was deleted during the run."""
+    """Write run.yaml and the plans again if the run folder was deleted during the run."""
     if not (folder.path / "run.yaml").is_file():
         write_run(folder.path, context.plan, is_debug=context.is_debug)

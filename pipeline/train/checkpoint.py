@@ -189,7 +189,7 @@ class Checkpoints:
         return progress
 
     def _is_foreign(self, path: Path) -> bool:
-        """Whether a checkpoint belongs to another run folder, as that of `resume: PATH` may."""
+        """Whether a checkpoint belongs to another run folder, as `resume: PATH` allows."""
         return path.resolve().parent != self.folder.resolve()
 
     def _require_same_run(self, path: Path, state: Mapping[str, Any]) -> None:

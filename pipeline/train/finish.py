@@ -1,4 +1,4 @@
-"""After the last step: gather, verify and publish the adapter, or report the stop."""
+"""End of a run: gather, verify and publish the adapter, or report the stop."""
 
 import logging
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def finish(run: TrainingState, stop_reason: str | None) -> None:
-    """Publish `adapter/`. Collective: every rank. Raises Stopped where the run was stopped."""
+    """Publish `adapter/`. Collective: every rank. Raises Stopped if the run was stopped."""
     progress, folder = run.progress, run.folder.path
     if run.metrics is not None:
         run.metrics.flush()
@@ -40,7 +40,7 @@ def finish(run: TrainingState, stop_reason: str | None) -> None:
 
 
 def _require_saved(run: TrainingState) -> None:
-    """Report, or with save_must_succeed raise, a last save that failed. On rank 0."""
+    """Log a failed last save, or raise it if save_must_succeed is set. On rank 0."""
     assert run.writer is not None
     if run.plan.settings.save_must_succeed:
         run.writer.require_written()
@@ -71,13 +71,13 @@ def _publish(run: TrainingState, weights: dict[str, torch.Tensor]) -> int:
         mark_outdated(run.folder.path)
     except RankZeroError as error:
         if error.__cause__ is None:
-            raise  # the adapter itself is wrong, and a new start would not change it
+            raise  # the adapter itself is wrong: a new start gives the same one
         raise RankZeroError(f"{error}; {_remaining_checkpoint(run)}") from error
     return step
 
 
 def _remaining_checkpoint(run: TrainingState) -> str:
-    """The checkpoint that a new start would resume from. On rank 0; waits for a write."""
+    """Message that names the checkpoint to resume from. On rank 0; waits for a write."""
     assert run.writer is not None
     if failure := run.writer.wait():
         return f"{failure}; what was written before is untouched: start again to resume"

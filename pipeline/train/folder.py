@@ -1,4 +1,4 @@
-"""RunFolder: a run's folder with its owner, its status and what a start made of it. No torch."""
+"""RunFolder: the folder of a run, with its owner, its status and its start. No torch."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ from pipeline.train.status import RunStatus, end_for_dead_owner, is_done, read_s
 
 logger = logging.getLogger(__name__)
 _DEBUG_ROWS = 64
-_PENDING_WRITE_S = 15.0  # for a checkpoint in flight when a rank has died or the run has failed
+_PENDING_WRITE_S = 15.0  # wait for a checkpoint write in flight after a failure
 
 
 class RunFolder:
@@ -49,16 +49,16 @@ class RunFolder:
             if start != "done":
                 check_first_rows(context.settings)
                 status.own()
-                # Another start may have been quicker.
+                # Decide again: another start may have used the folder in the meantime.
                 start = decide_start(self.path, context.plan, is_debug=context.is_debug)
         if start != "done":
             self._earlier = read_status(status.path) if start == "resume" else None
-            if not is_done(self.path):  # else it stays the status of what would be replaced
+            if not is_done(self.path):  # else keep the status of the run to be replaced
                 status.claim(self._earlier)
         return start
 
     def prepare(self) -> dict[str, Any]:
-        """Prepare the data and make the folder this run's; returns the data's index. On rank 0."""
+        """Prepare the data, write the run's files, return the index of the data. On rank 0."""
         context, status = self._context, self.status
         assert status is not None, "called on rank 0"
         limit = _DEBUG_ROWS if context.is_debug else None
@@ -69,7 +69,7 @@ class RunFolder:
         return index.as_json()
 
     def use_data(self, index: DataIndex) -> None:
-        """Complete the plan with the sizes of the prepared data, and show it. On every rank."""
+        """Complete the plan with the sizes of the prepared data, and log it. On every rank."""
         context = self._context
         context.plan = context.plan.with_data(index.train.size)
         logger.info(plan_text(context.plan))
@@ -80,7 +80,7 @@ class RunFolder:
 
     @contextmanager
     def outcome_recorded(self) -> Iterator[None]:
-        """Record in status.json how the body ends, once this start has claimed the folder."""
+        """Context that records its outcome in status.json, if this start owns the folder."""
         if self.status is None:
             yield
             return
@@ -120,7 +120,7 @@ class RunFolder:
 
 
 def open_run(folder: Path, plan: Plan, start: Start, *, is_debug: bool = False) -> None:
-    """Make the folder ready for a start; a new run leaves run.yaml, plans and prepared data."""
+    """Write run.yaml and the plans; a new run first removes the earlier one, except its data."""
     try:
         if start == "new":
             clear_run(folder)
@@ -133,7 +133,7 @@ def open_run(folder: Path, plan: Plan, start: Start, *, is_debug: bool = False) 
 
 
 def write_run(folder: Path, plan: Plan, *, is_debug: bool) -> None:
-    """Write what makes a folder a run folder: run.yaml and the plans."""
+    """Write run.yaml and the plans, by which a folder is recognised as a run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "run.yaml", dump_settings(resolved_settings(plan)))
     write_plan(folder, plan, is_debug=is_debug)
@@ -152,10 +152,11 @@ def write_plan(folder: Path, plan: Plan, *, is_debug: bool) -> None:
 
 
 def clear_run(folder: Path) -> None:
-    """Remove what a run left in a folder, and nothing else. Raises OSError if that is hindered.
+    """Remove the files that a run wrote, and no others. Raises OSError if that fails.
 
-    A link to another disk stays, and what the run wrote behind it is removed. Prepared data stays:
-    it is named by its content. A kill in between leaves a run folder, but not one that is done.
+    A link to another disk is kept; the files that the run wrote at its target are removed. Prepared
+    data is kept, because it is named by its content. After a kill in between, the folder is still a
+    run folder, but not that of a finished run.
     """
     if (status := read_status(folder / "status.json")) is not None:
         ended = {"state": "failed", "reason": "ended while this run was removed for a new one"}

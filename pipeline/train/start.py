@@ -1,4 +1,4 @@
-"""What a start in a run folder does: begin a new run, resume, nothing, or refuse. No torch."""
+"""Decision of a start in a run folder: new run, resume, nothing to do, or refusal. No torch."""
 
 import hashlib
 import json
@@ -21,14 +21,14 @@ from pipeline.train.owner import in_use
 from pipeline.train.status import is_alive, read_status
 
 Start = Literal["new", "resume", "done"]
-# What the folder holds. "no progress": a run without a checkpoint or an adapter.
+# Content of the folder. "no progress": a run without a checkpoint or an adapter.
 Found = Literal["no run", "no progress", "unfinished", "done", "done, adapter gone"]
-# How the settings and the data compare with those of the run in the folder.
+# Difference between the settings and data and those of the run in the folder.
 Change = Literal["none", "accepted", "other"]
 
 # The start for each case; None is a refusal. Two settings change an entry:
-# `overwrite: true` turns a refusal into "new"; `resume: never` turns "resume" into "new" where the
-# run is unfinished or `overwrite` is set, and into a refusal elsewhere.
+# `overwrite: true` turns a refusal into "new"; `resume: never` turns "resume" into "new" if the run
+# is unfinished or `overwrite` is set, and otherwise into a refusal.
 STARTS: Mapping[Found, Mapping[Change, Start | None]] = {
     "no run": {"none": "new", "accepted": "new", "other": "new"},
     "no progress": {"none": "new", "accepted": "new", "other": "new"},
@@ -43,14 +43,14 @@ _COVERED = {
     "data": settings_with("files", "documents"),
     "total_steps": settings_with("total_steps"),
 }
-# plan.json names the version since 0.2.0.
+# Assumed for a plan.json without a version, which it contains since 0.2.0.
 _FIRST_VERSION = "0.1.0"
 
 
 def decide_start(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
-    """The start for what the folder holds; changes nothing.
+    """Decide the start from the content of the folder; changes nothing.
 
-    Raises UserError where a result would be lost or two runs would share the folder.
+    Raises UserError if a result would be lost or two runs would share the folder.
     """
     settings = plan.settings
     _require_resume_exists(folder, settings)
@@ -80,7 +80,7 @@ def decide_start(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
 
 
 def _start_for(found: Found, change: Change, settings: RunSettings) -> Start | None:
-    """The entry of the table, with `overwrite` and `resume: never`."""
+    """The entry of STARTS, changed by `overwrite` and `resume: never`."""
     start = STARTS[found][change]
     if start == "resume" and settings.resume == "never":
         start = "new" if found == "unfinished" else None
@@ -90,17 +90,17 @@ def _start_for(found: Found, change: Change, settings: RunSettings) -> Start | N
 
 
 def settings_hash(plan: Plan) -> str:
-    """SHA-256 of the settings that decide the result, for state.json."""
+    """SHA-256 of the settings that affect the result, for state.json."""
     return hashlib.sha256(dump_json(_deciding(plan)).encode()).hexdigest()
 
 
 def resolved_settings(plan: Plan) -> RunSettings:
-    """The settings as run.yaml has them."""
+    """The settings that run.yaml records, with the planned global batch size."""
     return plan.settings.model_copy(update={"global_batch_size": plan.layout.global_batch_size})
 
 
 def is_checkpoint_path(resume: str) -> bool:
-    """Whether the setting `resume` names a checkpoint."""
+    """Whether the setting `resume` is the path of a checkpoint."""
     return resume not in ("auto", "must", "never")
 
 
@@ -109,11 +109,11 @@ def written_by(folder: Path) -> str:
     try:
         return str(read_json(folder / "plan.json").get("version", _FIRST_VERSION))
     except (OSError, ValueError):
-        return __version__  # lost or damaged: nothing to conclude
+        return __version__  # lost or damaged: assume the present version
 
 
 def require_own_folder(folder: Path) -> None:
-    """Raise UserError for a folder with files that are neither a run's nor allowed before one."""
+    """Raise UserError if a folder has files that no run wrote and that may not precede a run."""
     _found_in(folder, read_status(folder / "status.json"))
 
 
@@ -141,7 +141,7 @@ def _require_no_foreign_files(folder: Path) -> None:
         path.name
         for path in folder.glob("*")
         if path.name not in BEFORE_A_RUN
-        and not path.name.startswith(".")  # the owner's file, or a temporary one of a killed start
+        and not path.name.startswith(".")  # the owner file, or a temporary file of a killed start
     ]
     if foreign:
         raise UserError(
@@ -151,7 +151,7 @@ def _require_no_foreign_files(folder: Path) -> None:
 
 
 def _require_debug_run(folder: Path) -> None:
-    """--debug replaces only what --debug wrote."""
+    """Raise UserError unless --debug wrote this run: --debug replaces no other run."""
     try:
         is_debug = read_json(folder / "plan.json").get("is_debug") is True
     except (OSError, ValueError):
@@ -177,7 +177,7 @@ def _require_new_is_possible(folder: Path, settings: RunSettings) -> None:
 
 
 def _require_checkpoint(folder: Path, found: Found) -> None:
-    """Without a checkpoint the run would start at step 0 and replace its result."""
+    """Raise UserError without a checkpoint: a resume at step 0 would replace the result."""
     if _checkpoints(folder):
         return
     state = "finished" if found == "done" else "without its adapter" if "done" in found else "begun"
@@ -189,7 +189,7 @@ def _require_checkpoint(folder: Path, found: Found) -> None:
 
 
 def _require_its_documents(folder: Path, settings: RunSettings) -> None:
-    """The documents of the newest checkpoint, before anything in the folder is changed."""
+    """Require the documents of the newest checkpoint, before the folder is changed."""
     key = _key_in_checkpoint(folder)
     if key is None or "data" in settings.accept_changes:
         return
@@ -234,12 +234,12 @@ def _refusal(
 
 
 def _differences(folder: Path, plan: Plan, found: Found) -> dict[str, str]:
-    """`key: before -> now` by key, for everything that decides the result."""
+    """Differences from the earlier run that affect its result: key -> `key: before -> now`."""
     try:
         before: dict[str, Any] = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return {"run.yaml": "its run.yaml cannot be read"}
-    if "model_revision" not in before:  # it then has the snapshot of a hub name
+    if "model_revision" not in before:  # an older version: `model` is the snapshot's path
         before |= hub_model_of(str(before.get("model")))
     changed = {
         key: f"{key}: {_value(before, key)} -> {value}"
@@ -248,7 +248,7 @@ def _differences(folder: Path, plan: Plan, found: Found) -> dict[str, str]:
     }
     has_same = _has_same_documents(folder, plan.settings, found)
     if has_same:
-        changed.pop("train_data", None)  # the same rows by another path
+        changed.pop("train_data", None)  # the same rows at another path
     if has_same is False and "train_data" not in changed:
         version = written_by(folder)
         changed["train_data"] = (
@@ -260,14 +260,14 @@ def _differences(folder: Path, plan: Plan, found: Found) -> dict[str, str]:
 
 
 def _value(before: Mapping[str, Any], key: str) -> Any:
-    """A setting of the earlier run; one that its version did not have had today's default."""
+    """A setting of the earlier run; today's default if its version did not have the setting."""
     if key in before:
         return before[key]
     return RunSettings.model_fields[key].get_default(call_default_factory=True)
 
 
 def _deciding(plan: Plan) -> dict[str, Any]:
-    """The settings that decide the result, as JSON values."""
+    """The settings that affect the result, as JSON values."""
     settings = plan.settings
     selects = settings.keep_best or settings.early_stopping_patience is not None
     free = settings_with("run") if selects else settings_with("run", "selection")
@@ -276,7 +276,7 @@ def _deciding(plan: Plan) -> dict[str, Any]:
 
 
 def _has_same_documents(folder: Path, settings: RunSettings, found: Found) -> bool | None:
-    """Whether the training documents have the key that they had for the run; None if unknown."""
+    """Whether the key of the training documents is that of the earlier run; None if unknown."""
     if found != "unfinished" and written_by(folder) != __version__:
         return None  # another version may name the same documents by another key
     key = _key_in_checkpoint(folder) if found == "unfinished" else _key_in_index(folder)
@@ -287,11 +287,11 @@ def _key_in_index(folder: Path) -> str | None:
     try:
         return DataIndex.load(folder / "data").train.key
     except UserError:
-        return None  # moved away: the adapter stays what it is
+        return None  # data moved away; the adapter is still valid
 
 
 def _key_in_checkpoint(folder: Path) -> str | None:
-    """The key in the newest checkpoint; None where it is damaged, which `newest` handles."""
+    """The key in the newest checkpoint; None if it is damaged, which `newest` handles."""
     try:
         state = read_json(_checkpoints(folder)[-1] / "state.json")
         return str(state["identity"]["data"])
@@ -305,7 +305,7 @@ def _changed_adam(folder: Path, plan: Plan) -> dict[str, str]:
         config = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
         before, now = config["optimizer"]["params"], plan.deepspeed["optimizer"]["params"]
     except (OSError, ValueError, KeyError, TypeError):
-        return {}  # run.yaml has been compared
+        return {}  # lost or damaged; run.yaml has been compared
     return {
         f"deepspeed_json {key}": f"deepspeed_json: optimizer.params.{key}: {before.get(key)} -> "
         f"{now.get(key)}"
