@@ -179,7 +179,7 @@ def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
     layers = blocks(model)
     assert count <= len(layers), f"planned {count} checkpointed blocks of {len(layers)}"
     checkpointed = set(layers[:count])
-    for module in model.modules():  # not those of a vision tower either
+    for module in model.modules():  # off for all others, such as those of a vision tower
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = module in checkpointed
 
@@ -187,7 +187,7 @@ def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
 def remove_input_gradients(model: PreTrainedModel) -> None:
     """Remove the hooks by which transformers and peft make the embedding's output need gradients.
 
-    Call it before `deepspeed.initialize`, whose hooks must stay.
+    Call it before `deepspeed.initialize`, because it would remove the hooks of DeepSpeed too.
     """
     model.get_input_embeddings()._forward_hooks.clear()
 
