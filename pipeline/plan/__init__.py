@@ -1,6 +1,6 @@
 """The plan of a run: settings, model shape and hardware -> Plan. No torch, under a second.
 
-In: RunSettings, the model's config.json, a description of the machine, the size of the data. Out: a
-Plan with the chosen layout, the DeepSpeed config, predicted memory and time, and the rules that
-apply. Open `plan.py` first, then `choose.py`.
+In: RunSettings, the model's config.json, a description of the machine, and the size of the data.
+Out: a Plan with the chosen layout, the DeepSpeed config, predicted memory and time, and the rules
+that apply. Open `plan.py` first, then `choose.py`.
 """

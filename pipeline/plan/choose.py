@@ -1,11 +1,11 @@
-"""The search: every layout that the settings leave open, with its predicted memory and time.
+"""Search for the layout: all layouts that the settings allow, with predicted memory and time.
 
-Each key that the user set is a constraint, each `auto` is free. Layouts that fit are ordered by
-predicted seconds a step at the same global batch, in three classes: a base that fits on every
-device is replicated, one that does not is sharded (ZeRO-3), and only one that does not fit there
-either is offloaded to host memory. A later class may be predicted a little faster, because it
-checkpoints fewer blocks; but it depends on link rates, the least certain part of the prediction.
-Optimizer states are never offloaded: an adapter's are small.
+A key that the user set is a constraint; a key that is `auto` is free. Layouts that fit are sorted
+into three classes, and in each by predicted seconds per step. First come layouts that replicate the
+base on every device, then those that shard it (ZeRO-3), then those that offload it to host memory.
+A later class may be predicted to be a little faster, because it checkpoints fewer blocks. It is
+still not preferred: its time depends on link rates, the least certain part of the prediction.
+Optimizer states are never offloaded, because those of an adapter are small.
 """
 
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ from pipeline.plan.given.shape import ModelShape
 
 _DEFAULT_GLOBAL_BATCH = 16
 _LARGEST_MICRO_BATCH = 64
-_HOST_SHARE = 0.9  # of a node's memory; the rest is for the system and the page cache
+_HOST_SHARE = 0.9  # usable share of a node's memory; the system and page cache need the rest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A layout with its predicted cost; `refusal` says why it is not possible."""
+    """A layout with its predicted cost; `refusal` is the reason if it is not possible."""
 
     layout: Layout
     memory: Memory
@@ -38,7 +38,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The machines of a run."""
+    """The cluster of a run: equal nodes with equal devices."""
 
     hardware: Hardware
     nodes: int
@@ -46,7 +46,7 @@ class Cluster:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the run."""
+        """Number of ranks."""
         return self.nodes * self.ranks_per_node
 
     @property
@@ -56,12 +56,12 @@ class Cluster:
 
     @property
     def host_limit(self) -> int | None:
-        """Bytes that the ranks of a node may use of its memory; None where it is not known."""
+        """Bytes of a node's memory that its ranks may use together; None if it is not known."""
         return int(self.hardware.host_bytes * _HOST_SHARE) or None
 
 
 def training_dtype(settings: RunSettings, hardware: Hardware) -> tuple[str, str]:
-    """The training dtype, and why."""
+    """The training dtype and the reason for it."""
     if settings.bf16 is True:
         return "bfloat16", "bf16: true"
     if settings.fp16 is True:
@@ -79,9 +79,9 @@ def training_dtype(settings: RunSettings, hardware: Hardware) -> tuple[str, str]
 
 
 def micro_batches(settings: RunSettings, world_size: int) -> list[tuple[int, int]]:
-    """Every (micro-batch, accumulation) that the settings allow, the largest micro-batch first.
+    """Every (micro-batch size, accumulation steps) allowed, the largest micro-batch first.
 
-    Raises UserError where the batch keys contradict each other or the number of ranks.
+    Raises UserError if the batch keys contradict each other or the number of ranks.
     """
     each = _sequences_per_rank(settings, world_size)
     if settings.batch_size != "auto":
@@ -94,7 +94,7 @@ def micro_batches(settings: RunSettings, world_size: int) -> list[tuple[int, int
 
 
 def _sequences_per_rank(settings: RunSettings, world_size: int) -> int:
-    """Sequences of one step on one rank."""
+    """Sequences per step on each rank."""
     total = settings.global_batch_size
     micro, accumulation = settings.batch_size, settings.gradient_accumulation_steps
     factors = {"batch_size": micro, "gradient_accumulation_steps": accumulation}
@@ -118,9 +118,9 @@ def _sequences_per_rank(settings: RunSettings, world_size: int) -> int:
 
 
 def candidates(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> list[Candidate]:
-    """Every layout that the settings allow: those that fit by speed, then those that do not.
+    """A candidate for every layout that the settings allow, sorted by `order`.
 
-    Raises UserError where the batch keys contradict each other.
+    Raises UserError if the batch keys contradict each other.
     """
     return sorted(
         (
@@ -132,7 +132,7 @@ def candidates(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> li
 
 
 def order(candidate: Candidate) -> tuple[bool, bool, bool, float]:
-    """Key that sorts the best first, and last those that do not fit, the least need first."""
+    """Sort key: the best candidate first; refused ones last, by the memory they need."""
     layout = candidate.layout
     if candidate.refusal is not None:
         return True, False, False, candidate.memory.device_need
@@ -141,7 +141,7 @@ def order(candidate: Candidate) -> tuple[bool, bool, bool, float]:
 
 
 def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iterator[Layout]:
-    """Layouts without checkpointing, or with all blocks checkpointed where the settings ask."""
+    """Layouts without checkpointing, or with all blocks checkpointed if the settings say so."""
     dtype = training_dtype(settings, cluster.hardware)[0]
     batches = micro_batches(settings, cluster.world_size)
     all_blocks = shape.num_layers if settings.gradient_checkpointing is True else 0
@@ -199,7 +199,7 @@ def _with_fewest_checkpointed(
     first = predict(layout)
     if first.refusal is None or settings.gradient_checkpointing != "auto":
         return first
-    low, high = 1, shape.num_layers  # need falls with each, except for the last block's input
+    low, high = 1, shape.num_layers  # each more needs less memory; the last one may not
     while low < high:
         middle = (low + high) // 2
         if predict(replace(layout, checkpointed_layers=middle)).refusal is None:

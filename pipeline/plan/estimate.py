@@ -1,4 +1,4 @@
-"""Size of the training data before prepare has counted it, estimated from a sample."""
+"""Estimate of the size of the training data from a sample, before prepare has counted it."""
 
 import json
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from pipeline.rows.formats import Completion, Conversation, Example, RowError, T
 from pipeline.rows.sources import Row, parse, sample
 
 SAMPLE_BYTES = 1_000_000
-_MAX_FILES = 64  # of a source are read: the others are assumed to be like these
-# UTF-8 bytes of content for each token. The quickstart's rows, half of them JSON, have 3.2 with a
-# vocabulary of 49 152; plain English has more, code and most other languages less. An assumption.
+_MAX_FILES = 64  # read per source; the others are assumed to be like them
+# UTF-8 bytes of content per token, an assumption. The quickstart's rows, half of them JSON, have
+# 3.2 with a vocabulary of 49 152. Plain English has more, code and most other languages have less.
 BYTES_PER_TOKEN = 3.5
 # Tokens that a chat template adds to a message: role, markers, newline (5.3 in the quickstart).
 _TOKENS_PER_MESSAGE = 5
@@ -24,18 +24,18 @@ _TOKENS_PER_MESSAGE = 5
 
 @dataclass(frozen=True, kw_only=True)
 class _FileSample:
-    """Estimated tokens of the documents at the beginning of a file, and their share of it."""
+    """Sample from the beginning of a file: tokens of each document, and the fraction read."""
 
     tokens: list[int]
     share: float
 
 
 def estimate(settings: RunSettings) -> DataSize | None:
-    """Estimate the size from the beginnings of the training files, SAMPLE_BYTES in all.
+    """Estimate the size from the beginnings of the training files, SAMPLE_BYTES in total.
 
-    None where a file cannot be read, the sample has no row, or a source is on the hub. The rows of
-    files that are read whole are counted as prepare reads them; their tokens are estimates all the
-    same, and `split_turns` is not applied.
+    None if a file cannot be read, the sample has no row, or a source is on the hub. In files that
+    are read whole the rows are counted as prepare counts them. Tokens are always estimates, and
+    `split_turns` is not applied.
     """
     try:
         files = [find_files(source.path, "train_data").files for source in settings.train_sources]
@@ -60,7 +60,7 @@ def estimate(settings: RunSettings) -> DataSize | None:
 
 
 def _samples(files: list[list[Path]], settings: RunSettings) -> dict[Path, _FileSample]:
-    """A sample of each file: all of the small ones, an equal part of each of the others."""
+    """A sample of each file: small files whole, the same number of bytes of each larger one."""
     chosen = {file for each in files for file in each[:: 1 + (len(each) - 1) // _MAX_FILES]}
     left, samples = SAMPLE_BYTES, {}
     by_size = sorted(chosen, key=lambda file: (file.stat().st_size, file))
@@ -76,7 +76,7 @@ def _samples(files: list[list[Path]], settings: RunSettings) -> dict[Path, _File
 def _size_of_source(
     source: DataSource, files: list[Path], samples: dict[Path, _FileSample]
 ) -> tuple[float, float]:
-    """Documents of a source in an epoch, and their tokens."""
+    """Number of documents of a source in an epoch, and of their tokens."""
     sampled = [file for file in files if file in samples]
     scale = _num_bytes(files) / _num_bytes(sampled)
     found = [samples[file] for file in sampled if samples[file].tokens]
@@ -91,7 +91,7 @@ def _num_bytes(files: list[Path]) -> int:
 
 
 def _kept_share(settings: RunSettings, documents: float) -> float:
-    """Share of the documents that is not held out."""
+    """Fraction of the documents that is not held out for evaluation."""
     held_out = settings.held_out
     if held_out is None:
         return 1.0
@@ -99,7 +99,7 @@ def _kept_share(settings: RunSettings, documents: float) -> float:
 
 
 def _documents(row: Row, settings: RunSettings) -> list[int]:
-    """Estimated tokens of each document of a row, as `over_length` leaves it."""
+    """Estimated tokens of each document made from a row after `over_length` is applied."""
     try:
         count = _num_tokens(read_example(row, settings.data_format, settings.columns).example)
     except RowError:
@@ -114,7 +114,7 @@ def _documents(row: Row, settings: RunSettings) -> list[int]:
 
 
 def _num_tokens(example: Example) -> int:
-    """Tokens of an example by a rule of thumb; exact for one that is tokenised."""
+    """Estimated number of tokens of an example; exact if the row has token ids."""
     messages = 0
     if isinstance(example, Conversation):
         texts = [message.content for message in example.messages]

@@ -1,6 +1,6 @@
 """Plan: everything derived from settings, model shape, hardware and the size of the data. No torch.
 
-`Plan` is computed once and passed on; nothing else multiplies micro-batches by ranks.
+`Plan` is computed once and passed on; no other code multiplies micro-batches by ranks.
 """
 
 import math
@@ -37,7 +37,7 @@ from pipeline.plan.rules.table import CONTEXT_RULES
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Steps of the run; fixed once the data has been prepared."""
+    """Numbers of steps of a run; they do not change after the data has been prepared."""
 
     steps_per_epoch: int
     total_steps: int
@@ -45,9 +45,9 @@ class Schedule:
 
     @classmethod
     def of(cls, settings: RunSettings, steps_per_epoch: int) -> "Schedule":
-        """The schedule of a run whose epochs have so many steps."""
+        """The schedule of a run with `steps_per_epoch` steps in each epoch."""
         ends = [settings.max_steps] if settings.max_steps is not None else []
-        if settings.epochs != "auto":  # as decimal text: 30 x 8.3 is 249, and no more
+        if settings.epochs != "auto":  # exact: 30 x 8.3 is 249, with floats it is more
             ends.append(math.ceil(Fraction(str(settings.epochs)) * steps_per_epoch))
         total, warmup = min(ends), settings.warmup_steps
         if warmup is None or warmup < 1:
@@ -62,7 +62,11 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run does; where `fits` is false, the layout with the least need of memory."""
+    """The plan of a run: settings, layout, DeepSpeed config, rules, and the reason for each choice.
+
+    `fits`: False if no layout fits; then `layout` is the one that needs the least memory. `proof`:
+    result of the checks of the model class; None if this class has not been checked here.
+    """
 
     settings: RunSettings
     shape: ModelShape
@@ -74,7 +78,7 @@ class Plan:
     data: DataSize | None = None
     schedule: Schedule | None = None
     fits: bool = True
-    proof: Proof | None = None  # of the model class; None where it is not known here
+    proof: Proof | None = None
 
     @property
     def training_dtype(self) -> str:
@@ -83,25 +87,25 @@ class Plan:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the run."""
+        """Number of ranks."""
         return self.layout.world_size
 
     @property
     def trainable(self) -> int:
-        """Trainable parameters."""
+        """Number of trainable parameters."""
         return trainable_parameters(self.shape, self.settings)
 
     @property
     def steps(self) -> Schedule:
-        """The schedule of a plan that has been given its data."""
+        """The schedule; only for a plan returned by `with_data()`."""
         assert self.schedule is not None, "with_data() comes first"
         return self.schedule
 
     @property
     def memory(self) -> Memory:
-        """Memory for the longest sequence of the data, or for `max_length` before it is counted.
+        """Predicted memory for the longest sequence of the data.
 
-        A pack may fill up to `max_length`.
+        Sequences of `max_length` are assumed until the data has been counted.
         """
         sequences = SequenceProfile(tokens=self.settings.max_length)
         if self.data is not None and self.data.is_exact and self.data.longest is not None:
@@ -109,12 +113,12 @@ class Plan:
         return self._memory(sequences)
 
     def tensor_bytes(self, sequences: SequenceProfile) -> int:
-        """Predicted peak of live tensors for micro-batches like this, loading included."""
+        """Predicted peak bytes of live tensors, in loading or in a step with such sequences."""
         return self._memory(sequences).tensor_bytes
 
     @property
     def speed(self) -> Speed:
-        """Time of a step, for sequences of the data's mean length where that is known."""
+        """Predicted time of a step for the data's mean length; `max_length` if it is not known."""
         sequences = SequenceProfile(tokens=self.settings.max_length)
         if self.data is not None:
             sequences = self._profile(self.data, self.data.mean_tokens)
@@ -124,7 +128,7 @@ class Plan:
         return memory(self.shape, self.settings, self.layout, self.hardware, sequences)
 
     def _profile(self, data: DataSize, document_tokens: float) -> SequenceProfile:
-        """Sequences of documents of so many tokens, or packs of them."""
+        """The sequences of documents of `document_tokens` tokens: one document each, or packs."""
         document_tokens = min(self.settings.max_length, document_tokens)
         if not self.settings.packing:
             return SequenceProfile(tokens=document_tokens)
@@ -132,31 +136,31 @@ class Plan:
         return SequenceProfile(tokens=pack, attended=document_tokens)
 
     def with_data(self, data: DataSize) -> "Plan":
-        """The plan with its steps, for a training set of this size.
+        """The plan with the schedule for a training set of this size.
 
-        Raises UserError where a rule refuses this data.
+        Raises UserError if a rule refuses the data.
         """
         settings = self.settings
         sequences = data.sequences
-        if sequences is None:  # packs are about 99 % full
+        if sequences is None:  # not packed yet: packs will be about 99 % full
             packs = math.ceil(data.tokens / settings.max_length)
             sequences = packs if settings.packing else data.documents
         per_epoch = math.ceil(sequences / self.layout.global_batch_size)
         return replace(self, data=data, schedule=Schedule.of(settings, per_epoch))._checked()
 
     def with_proof(self, proof: Proof) -> "Plan":
-        """The plan with the proof of its model class. Raises UserError where a rule refuses it."""
+        """The plan with the proof of its model class. Raises UserError if a rule refuses it."""
         return replace(self, proof=proof)._checked()
 
     def _checked(self) -> "Plan":
-        """The plan with the rules that apply. Raises UserError where one refuses."""
+        """The plan with the rules that apply. Raises UserError if one of them refuses it."""
         _raise_input_refusals(self.context)
         raise_refusals(applicable_rules(CONTEXT_RULES, self.context))
         return replace(self, rules=_shown_rules(self.context))
 
     @property
     def context(self) -> PlanContext:
-        """What the rules are applied to."""
+        """The input of the rules' conditions."""
         return PlanContext(
             settings=self.settings,
             shape=self.shape,
@@ -169,7 +173,7 @@ class Plan:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of the step with this index (from 0); above 0 at the first one."""
+        """Learning rate of the step with this index, from 0. It is above 0 at the first step."""
         schedule, settings = self.steps, self.settings
         if step < schedule.warmup_steps:
             return settings.lr * (step + 1) / schedule.warmup_steps
@@ -182,7 +186,7 @@ class Plan:
 
 
 class DoesNotFitError(UserError):
-    """No candidate fits: `nearest` is the plan with the least need, `ranked` has the reasons."""
+    """No candidate fits. `nearest`: the plan with the least memory. `ranked`: all, with reasons."""
 
     def __init__(self, message: str, nearest: Plan, ranked: Sequence[Candidate]) -> None:
         super().__init__(message)
@@ -192,14 +196,17 @@ class DoesNotFitError(UserError):
 def make_plan(
     settings: RunSettings, shape: ModelShape, hardware: Hardware, *, nodes: int, ranks_per_node: int
 ) -> Plan:
-    """Derive the plan. Raises UserError where a rule refuses or nothing fits."""
+    """Derive the plan. Raises UserError if a rule refuses the run or no layout fits."""
     return rank_plans(settings, shape, hardware, nodes=nodes, ranks_per_node=ranks_per_node)[0]
 
 
 def rank_plans(
     settings: RunSettings, shape: ModelShape, hardware: Hardware, *, nodes: int, ranks_per_node: int
 ) -> tuple[Plan, list[Candidate]]:
-    """The plan, and every candidate, best first, refused ones with the reason."""
+    """The plan and every candidate, best first; refused candidates have a reason.
+
+    Raises UserError if a rule refuses the run or no layout fits.
+    """
     if nodes < 1 or ranks_per_node < 1:
         raise UserError(f"{nodes} nodes of {ranks_per_node} ranks: both must be 1 or more")
     if settings.deepspeed_json is not None:
@@ -213,7 +220,7 @@ def rank_plans(
         settings=settings, shape=shape, hardware=hardware, packages=installed_versions()
     )
     _raise_input_refusals(plan_input)
-    adapter_counts(shape, settings)  # raises where a target matches nothing
+    adapter_counts(shape, settings)  # raises UserError if a target matches no layer
     proof = remembered_proof(shape, settings)
     settings = without_leaking_packs(settings, proof)
     if proof is not None and proof.without_packs and not settings.packing:
@@ -231,9 +238,9 @@ def rank_plans(
 
 
 def _without_refused_by_rules(plan_input: PlanInput, ranked: list[Candidate]) -> list[Candidate]:
-    """The candidates with those last that a rule refuses.
+    """The candidates, sorted so that those refused by memory or a rule come last.
 
-    Raises UserError where rules refuse every candidate that fits.
+    Raises UserError if rules refuse every candidate that fits.
     """
     checked, first_refusals = [], None
     for candidate in ranked:
@@ -266,10 +273,10 @@ def _plan(plan_input: PlanInput, chosen: Candidate, why: dict[str, str]) -> Plan
 
 
 def _raise_input_refusals(plan_input: PlanInput) -> None:
-    """Raise UserError where a rule refuses this input.
+    """Raise UserError if a rule refuses this input.
 
-    For a model that is known by its name alone the refusals are shown with the plan instead: there
-    is nothing that could be started.
+    For a model known only by name (its folder is not here) refusals are shown with the plan
+    instead, because no run can be started from it.
     """
     if plan_input.shape.source is None:
         raise_refusals(applicable_rules(INPUT_RULES, plan_input))

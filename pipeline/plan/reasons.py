@@ -1,4 +1,4 @@
-"""Reasons: one line for each key that the plan chose, and a change that makes a run fit."""
+"""Reasons: why the plan chose each value, and which change would make a run fit."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import ModelShape
 
-# Field of Layout -> the setting that fixes it, in the order in which they are shown.
+# Field of Layout -> the setting that can fix it, in the order of display.
 _SETTING_OF = {
     key: name for key in Layout.__dataclass_fields__ if (name := settings_by("layout").get(key))
 }
@@ -25,7 +25,7 @@ def reasons(
     shape: ModelShape,
     cluster: Cluster,
 ) -> dict[str, str]:
-    """One line for each key that was free."""
+    """Field or setting -> a line that gives the reason, for each that was `auto`, and the dtype."""
     why: dict[str, str] = {}
     for key, setting in _SETTING_OF.items():
         if getattr(settings, setting) != "auto":
@@ -47,7 +47,7 @@ def reasons(
 
 
 def _alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> str:
-    """The chosen value against the best candidate that has another one."""
+    """Comparison of the chosen value with the best candidate that has another value."""
     mine = getattr(chosen.layout, key)
     others = [c for c in ranked if getattr(c.layout, key) != mine]
     if not others:
@@ -85,7 +85,7 @@ def _checkpointing(
 
 @dataclass(frozen=True)
 class _Change:
-    """A change of the run file, and its text."""
+    """A change of the run file: `text` for the message, `values` for the settings."""
 
     text: str
     values: dict[str, Any]
@@ -94,7 +94,10 @@ class _Change:
 def misfit_message(
     settings: RunSettings, shape: ModelShape, cluster: Cluster, ranked: Sequence[Candidate]
 ) -> str:
-    """The need, and the smallest change that makes the run fit: in the run file, else hardware."""
+    """Message for a run that does not fit: its need, and the first change with which it fits.
+
+    Changes of the run file are tried before more devices.
+    """
     least = min(ranked, key=lambda candidate: candidate.memory.device_need)
     need = (
         f"the run does not fit on {cluster.world_size} x {cluster.hardware.name}: with "
@@ -114,7 +117,7 @@ def misfit_message(
 
 
 def _changes(settings: RunSettings) -> Iterator[_Change]:
-    """Changes to try: first those that leave results the same, then those that change them."""
+    """Changes of the run file to try: first those that keep the results, then the others."""
     if settings.gradient_checkpointing is False:
         yield _Change("gradient_checkpointing: auto", {"gradient_checkpointing": "auto"})
     if settings.batch_size != "auto" and settings.batch_size > 1:
@@ -140,7 +143,7 @@ def _changes(settings: RunSettings) -> Iterator[_Change]:
 
 
 def _larger(cluster: Cluster) -> Iterator[Cluster]:
-    """Clusters of the same devices: first more in the node, up to eight, then more nodes."""
+    """Larger clusters of the same device: first up to eight per node, then more nodes."""
     if cluster.hardware.kind == "cpu":
         return  # ranks of a machine share its memory
     for ranks in (2, 4, 8):
@@ -154,7 +157,7 @@ def _larger(cluster: Cluster) -> Iterator[Cluster]:
 
 
 def _best(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Candidate | None:
-    """The best layout that fits, None where none does or the batch keys contradict each other."""
+    """The best layout that fits; None if there is none or the batch keys contradict each other."""
     try:
         ranked = candidates(settings, shape, cluster)
     except UserError:

@@ -11,7 +11,7 @@ from pipeline.plan.plan import Plan
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """What `launch/plan.py --json` prints; sizes in bytes, times in seconds."""
+    """The plan as the JSON object of `launch/plan.py --json`: sizes in bytes, times in seconds."""
     layout, memory, speed, shape = plan.layout, plan.memory, plan.speed, plan.shape
     return {
         "settings": plan.settings.model_dump(mode="json"),
@@ -65,7 +65,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def plan_text(plan: Plan) -> str:
-    """The plan for a terminal."""
+    """The plan as lines of text for a terminal."""
     return "\n".join(
         [
             *_summary(plan),
@@ -100,13 +100,13 @@ def _summary(plan: Plan) -> list[str]:
 
 
 def _proof(plan: Plan) -> list[str]:
-    """The proof of a class that is not a known family."""
+    """The line about the checks of a model class that is not in families.py."""
     reason = _proof_reason(plan) if plan.shape.is_from_class else ""
     return [f"proof      {reason}"] if reason else []
 
 
 def _proof_reason(plan: Plan) -> str:
-    """The largest error of the checks of the model class; empty where there is no proof."""
+    """The largest error among the checks of the model class; empty if there is no proof."""
     if plan.proof is None or not plan.proof.errors:
         return ""
     name, error = max(plan.proof.errors.items(), key=lambda item: item[1])
@@ -157,7 +157,7 @@ def _speed(plan: Plan) -> list[str]:
 
 
 def candidates_text(ranked: Sequence[Candidate]) -> str:
-    """Every candidate with its memory and speed, best first, or why it is not possible."""
+    """A table of all candidates, best first: layout, memory, speed, and the reason if refused."""
     head = "stage  micro  accum    ckpt  hpZ  offload     GiB  s/step"
     lines = [head]
     for candidate in ranked:

@@ -1,5 +1,5 @@
-"""The DeepSpeed config: generated from the plan, with a user's own JSON laid over it.
+"""The DeepSpeed config: generated from the plan, then overridden by the user's own JSON.
 
-In: settings, ModelShape, Layout. Out: the dict that `deepspeed.initialize` gets and ds_config.json
-holds. Open `config.py` first.
+In: settings, ModelShape, Layout. Out: the dict that is passed to `deepspeed.initialize` and written
+to ds_config.json. Open `config.py` first.
 """
