@@ -240,7 +240,7 @@ class _Layer:
         value: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """PyTorch's scaled dot product attention."""
+        """PyTorch's scaled dot product attention: (B, H, L, V)."""
         is_shared = query.shape[1] != key.shape[1]
         if is_shared and mask is not None:  # no fused kernel supports both a mask and enable_gqa
             key, value = _repeated(query, key, value)

@@ -75,8 +75,8 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
 def _shard_from_host(model: PreTrainedModel, plan: Plan, device: torch.device) -> None:
     """Shard a base that is whole in host memory, one tensor on the device at a time.
 
-    Collective: every rank. Buffers and 4-bit constants are moved here, because DeepSpeed moves
-    nothing of a model that is sharded already (0.19.8 runtime/engine.py:1859).
+    Collective: every rank. Buffers and 4-bit constants are moved here, because DeepSpeed does
+    not move a model that is already sharded (0.19.8 runtime/engine.py:1859).
     """
     import deepspeed
 

@@ -41,7 +41,7 @@ class Rendering:
 
 
 class ChatTemplate:
-    """A chat template in Jinja. `variables`: its variables besides messages and tools."""
+    """A chat template in Jinja. `variables`: variables in addition to messages and tools."""
 
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         from jinja2 import TemplateSyntaxError
