@@ -1,11 +1,11 @@
-"""Bytes of activations: saved by blocks for their backward pass, and its working set.
+"""Activation memory: tensors that blocks save for backward, and temporary tensors of backward.
 
-Counted from what autograd saves in transformers 5.23's blocks with peft 0.21's adapters on torch
-2.13, tensor by tensor; docs/memory.md compares the counts with measured peaks.
+The counts are those of the tensors that autograd saves in blocks of transformers 5.23 with adapters
+of peft 0.21 on torch 2.13; docs/memory.md compares them with measured peaks. A frozen linear layer
+does not need its input in the backward pass, so an input is saved only if an adapter reads it.
 
-b: bytes of a value in the training dtype, h: hidden size, i: inner size of the MLP, q and k: widths
-of all query and all key heads, r: lora_r, B: sequences of a micro-batch, T: tokens of a sequence.
-Frozen weights make the difference: a linear layer saves its input only where an adapter reads it.
+b: bytes per value in the training dtype, q and k: total width of the query heads and of the key
+heads.
 """
 
 from dataclasses import dataclass
@@ -22,26 +22,29 @@ LOGITS_CHUNK_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class BlockActivations:
-    """Bytes of one block of a kind."""
+    """Bytes of the activations of one block of a kind."""
 
-    saved: int  # for backward, where the block is not checkpointed
-    recomputed: int  # saved while a checkpointed block is recomputed, beside its input
-    working: int  # beside that, at the worst moment of its backward pass
+    saved: int  # for backward, if the block is not checkpointed
+    recomputed: int  # saved while a checkpointed block is recomputed, in addition to its input
+    working: int  # temporary tensors at the peak of its backward pass, in addition
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Bytes on one rank for one micro-batch; `blocks` in the order of `ModelShape.blocks`."""
+    """Bytes of activations on one rank for one micro-batch.
 
-    boundary: int  # input of a block, all that a checkpointed block saves
+    `blocks` has the order of `ModelShape.blocks`.
+    """
+
+    boundary: int  # input of a block, the only tensor that a checkpointed block saves
     blocks: tuple[BlockActivations, ...]
-    final_working: int  # in the backward pass of the last norm
-    logits: int  # at the worst moment of the loss
+    final_working: int  # temporary tensors in the backward pass of the last norm
+    logits: int  # at the peak of the loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """A kind of block with its adapters, in a run."""
+    """A kind of block with its adapters and the settings that change its activations."""
 
     block: Block
     count: int
@@ -49,8 +52,8 @@ class _Kind:
     shape: ModelShape
     settings: RunSettings
     b: int
-    reach: int  # tokens that a token's attention covers
-    mask_bytes: int  # of a value of a dropout mask
+    reach: int  # length of attention: of the sequence, or of a document in a pack
+    mask_bytes: int  # bytes per value of a dropout mask
 
     @property
     def has_scores(self) -> bool:
@@ -66,7 +69,7 @@ def activations(
     *,
     is_cuda: bool,
 ) -> Activations:
-    """Activations of micro-batches of such sequences."""
+    """Activation memory of one micro-batch of `sequences`."""
     b, h = layout.bytes_per_value, shape.hidden_size
     tokens = int(sequences.tokens)
     count = layout.micro_batch_size * tokens
@@ -88,7 +91,8 @@ def activations(
             mask_bytes=1 if is_cuda else b,
         )
         saved = count * _saved(kind)
-        # The first norm saves the block's input itself, except for RMSNorm's fp32 copy of 16 bits.
+        # The first norm saves the block's input itself, except for RMSNorm on 16-bit values, which
+        # saves an fp32 copy.
         shares_input = not (is_rms and b < 4)
         blocks.append(
             BlockActivations(
@@ -100,14 +104,14 @@ def activations(
     return Activations(
         boundary=boundary,
         blocks=tuple(blocks),
-        # RMSNorm in fp32 has five tensors of its width at once; LayerNorm is one kernel
+        # RMSNorm in fp32 has five tensors of the hidden width at once; LayerNorm is one kernel
         final_working=count * h * (b + (20 if is_rms else b)),
         logits=supervised * h * b + _logits(shape, supervised),
     )
 
 
 def has_scores(shape: ModelShape, settings: RunSettings) -> bool:
-    """Whether attention scores are materialised: only FlashAttention-2 fuses a soft-cap of them."""
+    """Whether attention scores are materialised: only FlashAttention-2 fuses their soft-cap."""
     return shape.score_softcap and settings.use_flash_attention is not True
 
 
@@ -120,7 +124,7 @@ def is_by_document(settings: RunSettings) -> bool:
 
 
 def _saved(kind: _Kind) -> int:
-    """Bytes a token that a block saves until its backward pass."""
+    """Bytes per token that a block saves for its backward pass."""
     block, adapter, settings, n, b = kind.block, kind.adapter, kind.settings, kind.count, kind.b
     if block.saved is None:
         saved = _norms(block, b) + _attention(kind) + _mlp(kind)
@@ -129,7 +133,7 @@ def _saved(kind: _Kind) -> int:
         saved = values * b + other_bytes
     if is_by_document(settings):
         saved += _concatenated(kind)
-    saved += adapter.layers * settings.lora_r * b // n  # A's output, which B reads
+    saved += adapter.layers * settings.lora_r * b // n  # the output of A, which B reads
     if settings.load_in_8bit:  # every layer saves its input (bitsandbytes 0.50.2 MatMul8bitLt)
         saved += (2 * block.hidden_size + block.intermediate_size) * b
     if settings.lora_dropout > 0:  # each adapter has its own dropped-out input, and a mask
@@ -138,22 +142,23 @@ def _saved(kind: _Kind) -> int:
         return saved  # adapters read the saved inputs
     saved += adapter.blocks_reading_attention_input * block.hidden_size * b // n
     saved += adapter.blocks_reading_mlp_input * block.hidden_size * b // n
-    # the output of attention is saved by attention itself
+    # adapters on the output projection read the attention output, which attention saves itself
     return saved + adapter.product_width * b // n
 
 
 def _norms(block: Block, b: int) -> int:
-    """RMSNorm saves its input in fp32 (transformers LlamaRMSNorm), LayerNorm as it is."""
+    """Bytes per token saved by norms: RMSNorm its input in fp32 (LlamaRMSNorm), LayerNorm as is."""
     each = 4 if block.norm_kind == "rms" else b
     heads = block.query_width + block.key_width if block.has_head_norms else 0
     return (block.num_norms * block.hidden_size + heads) * each
 
 
 def _concatenated(kind: _Kind) -> int:
-    """The concatenated outputs of a pack's documents, where the next layer saves them.
+    """Bytes per token of the concatenated outputs of a pack's documents, if a layer saves them.
 
-    Each attention call saves its own output (model/attention.py); with materialised scores none
-    does, and that of a fused layer is copied with or without packs.
+    With fused kernels each attention call saves its own output (model/attention.py), so the
+    concatenation is an additional tensor. With materialised scores no call saves its output; after
+    a fused q-k-v layer the output is copied with or without packing.
     """
     block, settings = kind.block, kind.settings
     if kind.has_scores or block.has_fused_attention:
@@ -167,13 +172,13 @@ def _concatenated(kind: _Kind) -> int:
 
 
 def _attention(kind: _Kind) -> int:
-    """Rotated q and k, v, the output and its normaliser.
+    """Bytes per token saved by attention: rotated q and k, v, the output and the log-sum-exp.
 
-    FlashAttention saves no scores (arXiv 2205.14135 s.3). Soft-capped without it, there are the
-    capped scores, their softmax in fp32 and in the training dtype, for `reach` keys each, and keys
-    and values repeated for every query head. Where one layer makes q, k and v (GPT-NeoX, Phi-3), v
-    is a view of its whole output, and the attention's output is laid out by heads and copied for
-    the next layer (measured).
+    FlashAttention saves no scores (arXiv 2205.14135 s.3). Without it, soft-capped attention saves
+    the capped scores and their softmax in fp32 and in the training dtype, for `reach` keys each,
+    and keys and values repeated for every query head. If one layer computes q, k and v (GPT-NeoX,
+    Phi-3), v is a view that keeps the layer's whole output, and the attention output is stored by
+    heads and copied for the next layer (measured).
     """
     block, b = kind.block, kind.b
     q, k = block.query_width, block.key_width
@@ -184,23 +189,26 @@ def _attention(kind: _Kind) -> int:
 
 
 def _mlp(kind: _Kind) -> int:
-    """Gate, up and the activated gate; without a gate the input of the activation."""
+    """Bytes per token saved by the MLP: gate, up projection and activated gate, and by experts.
+
+    An MLP without a gate saves the input of the activation.
+    """
     block, b = kind.block, kind.b
     tensors = 3 if block.is_gated else 1
-    if kind.shape.has_composed_activation:  # several operators, which save three more
+    if kind.shape.has_composed_activation:  # several operators save three more tensors
         tensors += 3
     dense = block.intermediate_size * b * tensors
     if not block.num_experts:
         return dense
-    each = 3 * block.expert_size + 2 * block.hidden_size  # a token's copy in, and its output
+    each = 3 * block.expert_size + 2 * block.hidden_size  # with a copy of the token, and its output
     return dense + block.experts_per_token * each * b + 4 * block.num_experts
 
 
 def _working(kind: _Kind, count: int, at_once: int) -> int:
-    """Bytes of a block's backward pass beside what it saved, for `count` tokens.
+    """Bytes of temporary tensors in a block's backward pass, for `count` tokens.
 
-    With materialised scores softmax's gradient is in fp32 at its input and output; for a pack one
-    document (`at_once` tokens) at a time.
+    With materialised scores the input and output gradients of softmax are in fp32, for `at_once`
+    tokens at a time: one document of a pack, or the whole micro-batch.
     """
     block, b = kind.block, kind.b
     inner = block.intermediate_size + block.experts_per_token * block.expert_size
@@ -209,6 +217,6 @@ def _working(kind: _Kind, count: int, at_once: int) -> int:
 
 
 def _logits(shape: ModelShape, positions: int) -> int:
-    """Log-probabilities and two gradients in fp32; one tensor more under a soft-cap."""
+    """Bytes of log-probabilities and two gradients in fp32; a soft-cap adds one tensor."""
     logits = positions * shape.vocab_size * 4
     return min(logits, LOGITS_CHUNK_BYTES) * (4 if shape.logit_softcap else 3)

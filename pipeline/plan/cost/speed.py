@@ -1,8 +1,7 @@
-"""Seconds of an optimizer step, term by term, from the cost per token and the rates of the machine.
+"""Predicted seconds of an optimizer step, from the cost per token and the rates of the machine.
 
-W: ranks, P: trainable parameters, b: bytes of a value in the training dtype. The terms add up: time
-that overlaps with another term is not in its own. The constants below are assumptions, not measured
-on a GPU; docs/speed.md has them in one table.
+The time of a step is the sum of the terms: time that overlaps with another term is counted once.
+The constants below are assumptions, not measured on a GPU; docs/speed.md lists them in one table.
 """
 
 from dataclasses import dataclass
@@ -15,27 +14,28 @@ from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import ModelShape
 
-# Fractions of the vendor's figure that large kernels and collectives reach.
+# Fractions of the vendor's figures that large kernels and collectives are assumed to reach.
 _MATRIX_SHARE = 0.7
 _BANDWIDTH_SHARE = 0.8
 _LINK_SHARE = 0.7
-# fp32 beside the 16-bit rate: 19.5 of 312 TFLOPS (A100 data sheet); a third on a CPU
+# fp32 rate relative to 16 bits: 19.5 of 312 TFLOPS (A100 data sheet); a third on a CPU
 # (docs/benchmarks.md: 89 against 267 tokens/s).
 _FLOAT32_SHARE = {"cuda": 1 / 16, "cpu": 1 / 3}
-# Attention's backward relative to its forward: five matrix products for two, because the scores are
-# recomputed (FlashAttention-2, arXiv 2307.08691 s.4.1).
+# Attention's backward relative to its forward: five matrix products instead of two, because the
+# scores are recomputed (FlashAttention-2, arXiv 2307.08691 s.4.1).
 _SCORES_BACKWARD = 2.5
-# The rest's backward relative to its forward, in bytes and kernels (test_per_token.py).
+# Backward relative to forward for everything else, in bytes and kernels (test_per_token.py).
 _TRAFFIC_BACKWARD = 1.7
 _KERNELS_BACKWARD = 1.6
 _KERNEL_S = 8e-6  # the host's time to launch one kernel from eager PyTorch
 _FETCH_S = 50e-6  # the host's time for ZeRO-3's hooks around one module of the base
 _HOP_S = 5e-6  # one hop of a ring
-_STEP_S = 0.01  # small all-reduces, the learning rate, the line in metrics.jsonl
-# Fraction of ZeRO-3's gathers that does not overlap: the first block of a pass, and what the copies
-# take from concurrent kernels.
+_STEP_S = 0.01  # small all-reduces, learning rate update, the line in metrics.jsonl
+# Fraction of ZeRO-3's gathers that never overlaps: the gather of the first block of a pass, and the
+# time by which copies slow down concurrent kernels.
 _EXPOSED_SHARE = 0.1
-# Adam reads gradient, master and two moments and writes all but the gradient, in fp32.
+# Bytes per parameter: Adam reads gradient, master weight and two moments, and writes all except the
+# gradient, in fp32.
 _ADAM_BYTES = 28
 # bf16 runs reduce fp32 gradients (plan/deepspeed/config.py); fp16 and fp32 runs their own dtype.
 _REDUCED_BYTES = {"bfloat16": 4, "float16": 2, "float32": 4}
@@ -43,7 +43,7 @@ _REDUCED_BYTES = {"bfloat16": 4, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Predicted time of one step: `terms` in seconds; `tokens` of all ranks, padding included."""
+    """Predicted time of a step. `terms`: seconds. `tokens`: of all ranks, padding included."""
 
     terms: dict[str, float]
     tokens: float
@@ -55,7 +55,7 @@ class Speed:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all ranks."""
+        """Tokens per second of all ranks together."""
         return self.tokens / self.seconds_per_step
 
     def three_largest(self) -> list[tuple[str, float]]:
@@ -65,10 +65,10 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Sustained rates of one rank: FLOP/s, and bytes/s each way.
+    """Sustained rates of one rank: FLOP/s, and bytes/s in each direction.
 
-    `ring` is the slowest link of a ring over all ranks, `base_ring` that of the ranks over which
-    the base is gathered.
+    `ring`: slowest link of a ring over all ranks. `base_ring`: slowest link of a ring over the
+    ranks that gather the base together. `host`: link to host memory.
     """
 
     flops: float
@@ -85,7 +85,7 @@ def step_seconds(
     hardware: Hardware,
     sequences: SequenceProfile,
 ) -> Speed:
-    """Predicted time of a step whose sequences are on average like this."""
+    """Predicted time of a step whose average sequence has this profile."""
     work = cost_per_token(shape, settings, layout.training_dtype)
     rates = reachable_rates(layout, hardware)
     tokens, attended = sequences.tokens, sequences.attended
@@ -104,7 +104,7 @@ def step_seconds(
     busy = sum(device.values())
     gathers = _exposed(_gathers(work, layout, rates), busy)
     host = _launches(work, layout, recomputed, documents)
-    if hardware.kind == "cuda":  # launches are asynchronous: they show where the device is faster
+    if hardware.kind == "cuda":  # asynchronous: only the excess over device time counts
         host = max(0.0, host - busy - gathers)
     per_micro_batch = device | {"launches": host, "base_gathers": gathers}
     steps = layout.accumulation_steps
@@ -133,11 +133,12 @@ def reachable_rates(layout: Layout, hardware: Hardware) -> Rates:
 
 
 def _arithmetic(work: CostPerToken, micro: float, reach: float, recomputed: float) -> float:
-    """FLOPs of a micro-batch in the blocks.
+    """FLOPs of the blocks for one micro-batch.
 
-    A frozen weight costs 2 FLOPs a token forward and 2 backward, for the gradient of its input
-    alone; an adapter's 2 and 4, for its own gradient too (arXiv 2001.08361 s.2.1 counts 2 and 4
-    where every weight is trained). Recomputation is one more forward.
+    A frozen weight costs 2 FLOPs per token forward and 2 backward, for the gradient of its input.
+    An adapter's weight costs 2 and 4, because it also has a gradient of its own (arXiv 2001.08361
+    s.2.1 counts 2 and 4 for models whose weights are all trained). Recomputation is one more
+    forward pass.
     """
     per_token = (
         (2 + recomputed) * work.base_flops
@@ -150,10 +151,11 @@ def _arithmetic(work: CostPerToken, micro: float, reach: float, recomputed: floa
 def _logits(
     shape: ModelShape, layout: Layout, rates: Rates, positions: float, max_length: int
 ) -> float:
-    """Seconds of head and loss for so many positions (model/loss.py).
+    """Seconds of head and loss for `positions` positions with logits (model/loss.py).
 
-    In more than one chunk their forward is recomputed in the backward pass. A logit is written in
-    the training dtype, cast, read and written by log-softmax, and all that in reverse.
+    If the logits need more than one chunk, their forward is recomputed in the backward pass. A
+    logit is written in the training dtype, cast to fp32, and read and written by log-softmax; the
+    backward pass does the same in reverse.
     """
     b, vocabulary = layout.bytes_per_value, shape.vocab_size
     planned = layout.micro_batch_size * max_length if layout.is_sharded else positions
@@ -168,12 +170,12 @@ def _logits(
 def _traffic(
     work: CostPerToken, layout: Layout, micro: float, reach: float, recomputed: float
 ) -> float:
-    """Bytes that a micro-batch moves between device and memory in the blocks.
+    """Bytes of memory traffic of the blocks for one micro-batch.
 
-    Each pass reads the weights, which is what makes small micro-batches slow: n tokens over a d x d
-    matrix reach n / (n + flops / bandwidth) of the rate (roofline, Williams et al. 2009, with both
-    parts added rather than the larger taken). Of the experts it reads those that tokens are routed
-    to, which with many tokens are all.
+    Each pass reads the weights, whatever the number of tokens, which makes small micro-batches
+    slow: with n tokens a d x d matrix product reaches n / (n + flops / bandwidth) of the matrix
+    rate (roofline model, Williams et al. 2009, but the sum of both parts instead of the larger
+    one). Only the experts that tokens are routed to are read; with many tokens these are all.
     """
     experts = min(1.0, micro * work.expert_share) * work.expert_values
     weights = (2 + recomputed) * (work.linear_values + experts)
@@ -185,11 +187,11 @@ def _traffic(
 def _dequantised(
     work: CostPerToken, settings: RunSettings, layout: Layout, recomputed: float
 ) -> float:
-    """Bytes of expanding quantised weights, once a pass (bitsandbytes 0.50 autograd).
+    """Bytes of memory traffic for dequantisation, once per pass (bitsandbytes 0.50 autograd).
 
-    MatMul4Bit expands in both directions, reading the packed weight and writing it whole; the
-    fused kernel that bitsandbytes has for few tokens is not modelled. MatMul8bitLt multiplies
-    int8 forward and expands backward, in a cast and a product that reads and writes again.
+    MatMul4Bit dequantises in forward and backward: it reads the packed weight and writes the
+    expanded one. The fused kernel of bitsandbytes for few tokens is not modelled. MatMul8bitLt
+    multiplies int8 values forward; backward it casts the weight, then reads and writes it again.
     """
     whole = layout.bytes_per_value * work.linear_values
     if settings.load_in_4bit:
@@ -198,7 +200,7 @@ def _dequantised(
 
 
 def _launches(work: CostPerToken, layout: Layout, recomputed: float, documents: float) -> float:
-    """Seconds that the host needs to launch a micro-batch of so many documents."""
+    """Seconds that the host needs to launch the kernels of a micro-batch of `documents`."""
     fetches = 2 * work.modules * _FETCH_S if layout.is_sharded else 0.0
     kernels = (1 + _KERNELS_BACKWARD + recomputed) * work.kernels
     kernels += (2 + recomputed) * work.document_kernels * documents  # as many backward as forward
@@ -208,15 +210,16 @@ def _launches(work: CostPerToken, layout: Layout, recomputed: float, documents: 
 def _gathers(work: CostPerToken, layout: Layout, rates: Rates) -> float:
     """Seconds of ZeRO-3's gathers of the base in a micro-batch, before any overlap.
 
-    Forward and backward (a recomputation shares the backward's: stage3_max_reuse_distance,
-    DeepSpeed 0.19.8 partitioned_param_coordinator.py), each a ring (p - 1)/p of the bytes (Thakur
-    et al. 2005). With hpZ the copy within the group serves every gather of a frozen base
-    (stage3.py, ZeRO++ arXiv 2306.10209 s.3.2). Offloaded shards cross from host memory each time.
+    There is one gather for forward and one for backward; recomputation uses that of backward
+    (stage3_max_reuse_distance, DeepSpeed 0.19.8 partitioned_param_coordinator.py). Each is a ring
+    that sends (p - 1)/p of the bytes over p ranks (Thakur et al. 2005). With hpZ every gather of a
+    frozen base reads the copy within the group (stage3.py, ZeRO++ arXiv 2306.10209 s.3.2). An
+    offloaded shard is copied from host memory for each gather.
     """
     if not layout.is_sharded:
         return 0.0
     group = layout.hpz_partition_size if layout.hpz_partition_size > 1 else layout.world_size
-    blocks = work.modules  # at most a collective for each linear layer
+    blocks = work.modules  # at most one collective per linear layer
     seconds = _ring(group, work.stored_bytes, rates.base_ring, rings=blocks)
     if layout.offload_param == "cpu":
         seconds += work.stored_bytes / group / rates.host
@@ -224,16 +227,20 @@ def _gathers(work: CostPerToken, layout: Layout, rates: Rates) -> float:
 
 
 def _exposed(gathers: float, busy: float) -> float:
-    """Gather time that computing does not hide (at ZeRO-3 overlap_comm is on)."""
+    """Seconds of gathers that do not overlap with `busy` seconds of computing.
+
+    At ZeRO-3 `overlap_comm` is on.
+    """
     return _EXPOSED_SHARE * gathers + max(0.0, (1 - _EXPOSED_SHARE) * gathers - busy)
 
 
 def _once_a_step(work: CostPerToken, layout: Layout, rates: Rates) -> dict[str, float]:
-    """Seconds of the adapter's own communication and update, which do not depend on the base.
+    """Seconds of the adapter's communication and update, which do not depend on the base.
 
-    ZeRO-1 all-reduces gradients once a step, ZeRO-2 after every micro-batch (DeepSpeed 0.19.8
-    stage_1_and_2.py), ZeRO-3 reduce-scatters them after every micro-batch, half an all-reduce.
-    Updated weights are gathered once (at ZeRO-3 as persistent parameters, stage3.py).
+    ZeRO-1 all-reduces gradients once per step, ZeRO-2 after every micro-batch (DeepSpeed 0.19.8
+    stage_1_and_2.py). ZeRO-3 reduce-scatters them after every micro-batch, which costs half an
+    all-reduce. Updated weights are gathered once per step (at ZeRO-3 as persistent parameters,
+    stage3.py).
     """
     world, b = layout.world_size, layout.bytes_per_value
     reductions = {1: 2, 2: 2 * layout.accumulation_steps, 3: layout.accumulation_steps}
@@ -248,5 +255,5 @@ def _once_a_step(work: CostPerToken, layout: Layout, rates: Rates) -> dict[str, 
 
 
 def _ring(ranks: int, num_bytes: float, rate: float, *, rings: int = 1) -> float:
-    """Seconds of gathering or reduce-scattering so many bytes over so many ranks, in `rings`."""
+    """Seconds of an all-gather or reduce-scatter of `num_bytes`, divided into `rings` rings."""
     return (ranks - 1) / ranks * num_bytes / rate + rings * (ranks - 1) * _HOP_S

@@ -1,4 +1,4 @@
-"""AdapterCounts: sizes of the LoRA adapter over the adapted linear layers of a model."""
+"""AdapterCounts: sizes of the LoRA adapter, summed over the adapted linear layers of a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _Named = Sequence[tuple[str, Linear]]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterCounts:
-    """Counts over all adapted linear layers: of the model, or of its blocks of one kind."""
+    """Sums over the adapted linear layers of a model, or of its blocks of one kind."""
 
     layers: int
     parameters: int
@@ -27,25 +27,25 @@ class AdapterCounts:
     blocks_reading_attention_input: int
     blocks_reading_attention_output: int
     blocks_reading_mlp_input: int
-    product_width: int  # sum of d_in of the layers that read the product of the MLP's activation
+    product_width: int  # sum of d_in of the other layers, such as the MLP's down projection
 
 
 def adapter_counts(shape: ModelShape, settings: RunSettings) -> AdapterCounts:
     """Counts for the layers that `lora_target_modules` selects in all blocks.
 
-    Raises UserError where an entry selects nothing. A is (r, d_in) and B is (d_out, r) for every
+    Raises UserError if an entry selects no layer. A is (r, d_in) and B is (d_out, r) for every
     layer (LoRA, arXiv 2106.09685 s.4).
     """
     return _counts(shape, _key(settings), settings.lora_r)[0]
 
 
 def adapter_counts_by_kind(shape: ModelShape, settings: RunSettings) -> tuple[AdapterCounts, ...]:
-    """The same for the blocks of each kind, in the order of `shape.blocks`."""
+    """Counts for the blocks of each kind, in the order of `shape.blocks`."""
     return _counts(shape, _key(settings), settings.lora_r)[1]
 
 
 def trainable_parameters(shape: ModelShape, settings: RunSettings) -> int:
-    """Parameters of the adapter."""
+    """Number of trainable parameters: those of the adapter."""
     return adapter_counts(shape, settings).parameters
 
 

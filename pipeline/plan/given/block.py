@@ -9,8 +9,8 @@ from pipeline.plan.given.families import Linear, NormKind
 class Block:
     """One kind of decoder block.
 
-    `intermediate_size`: inner width of the MLP made of linear layers, with experts that of the
-    shared one; 0 if there is none. `expert_size`: inner width of one expert.
+    `intermediate_size`: inner width of the MLP that consists of linear layers; in a block with
+    experts that of the shared expert, 0 if there is none. `expert_size`: inner width of one expert.
     """
 
     linears: tuple[Linear, ...]
@@ -20,16 +20,16 @@ class Block:
     num_kv_heads: int
     head_dim: int
     norm_kind: NormKind = "rms"
-    num_norms: int = 2  # of full width
-    has_head_norms: bool = False  # one for the queries of a head, one for its keys
+    num_norms: int = 2  # norms of the hidden width
+    has_head_norms: bool = False  # norms of each query head and each key head
     is_gated: bool = True
     has_fused_gate: bool = False  # gate and up projection are one linear layer
     num_experts: int = 0  # 0: no experts
     experts_per_token: int = 0
     expert_size: int = 0
-    other_parameters: int = 0  # of parts that the fields above do not describe
-    # For each token, counted on the class: values in the training dtype and bytes of other types
-    # that the block saves for backward without adapters. None: as activations.py has it.
+    other_parameters: int = 0  # parameters that the fields above do not include
+    # Saved for backward per token without adapters, counted on the model class: values in the
+    # training dtype, and bytes of other types. None: computed by activations.py.
     saved: tuple[int, int] | None = None
 
     @property
@@ -44,7 +44,7 @@ class Block:
 
     @property
     def has_fused_attention(self) -> bool:
-        """Whether one linear layer makes queries, keys and values."""
+        """Whether one linear layer computes queries, keys and values."""
         return any(x.name.endswith(("qkv_proj", "query_key_value")) for x in self.linears)
 
     @property
@@ -59,7 +59,7 @@ class Block:
 
     @property
     def expert_parameters(self) -> int:
-        """Gate, up and down projection of all experts."""
+        """Parameters of all experts: gate, up and down projections."""
         return self.num_experts * self._parameters_per_expert
 
     @property
@@ -71,7 +71,7 @@ class Block:
 
     @property
     def router_parameters(self) -> int:
-        """Parameters of the router, which is no linear layer."""
+        """Parameters of the router, which is not an nn.Linear."""
         return self.num_experts * self.hidden_size
 
     @property
@@ -82,7 +82,7 @@ class Block:
 
     @property
     def active_weights(self) -> int:
-        """Weights that one token is multiplied with, router and its experts included."""
+        """Weights that one token is multiplied by, including the router and the token's experts."""
         experts = self.experts_per_token * self._parameters_per_expert
         return self.linear_weights + self.router_parameters + experts
 

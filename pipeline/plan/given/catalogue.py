@@ -1,7 +1,7 @@
 """GPUs by name, with the rates of their data sheets, and estimated rates for other devices.
 
-A data sheet's figure is a ceiling; speed.py has the fraction that is assumed to be reached. Network
-rates are not a property of a GPU: they are assumptions.
+A data sheet's figure is an upper bound; speed.py has the fractions that are assumed to be reached.
+Network rates are not a property of a GPU: they are assumptions.
 """
 
 import difflib
@@ -19,13 +19,13 @@ _T = 1e12
 
 # PCI Express x16, each way: 16, 32 and 64 GB/s for generations 3, 4 and 5 (PCI-SIG).
 _PCIE3, _PCIE4, _PCIE5 = 16 * _GB, 32 * _GB, 64 * _GB
-# GeForce drivers allow no peer-to-peer access, so every transfer crosses host memory: half of
-# PCIe 4. An assumption.
+# GeForce drivers allow no peer-to-peer access, so every transfer goes through host memory, assumed
+# at half the rate of PCIe 4.
 _THROUGH_HOST = _PCIE4 / 2
 
 # Network bandwidth of one GPU to other nodes, bytes/s in each direction. All four are assumptions.
-_FABRIC_400 = 25 * _GB  # half of the 400 Gb/s a GPU of DGX H100, H200 and B200
-_FABRIC_200 = 12.5 * _GB  # half of the 200 Gb/s a GPU of DGX A100
+_FABRIC_400 = 25 * _GB  # half of the 400 Gb/s per GPU of DGX H100, H200 and B200
+_FABRIC_200 = 12.5 * _GB  # half of the 200 Gb/s per GPU of DGX A100
 _SERVER = 100 / 8 * _GB / 4  # one card of 100 Gb/s shared by four GPUs
 _OFFICE = 10 / 8 * _GB / 2  # 10 Gb/s Ethernet shared by two GPUs
 
@@ -33,11 +33,11 @@ _OFFICE = 10 / 8 * _GB / 2  # 10 Gb/s Ethernet shared by two GPUs
 _gpu = partial(Hardware, kind="cuda", devices_per_node=1, host_bytes=0)
 
 
-# Memory: MiB that `nvidia-smi` shows (recent drivers, default ECC), which is below the nominal size
-# on cards that store ECC bits in it. Rates: from the data sheet or architecture white paper named
-# above each row; bf16 or fp16 tensor cores with fp32 accumulation, dense (half of a figure "with
-# sparsity"); NVLink's total divided by two for each direction. A PCIe card's `node_link` is its
-# slot, since an NVLink bridge joins only two cards.
+# Memory: MiB that `nvidia-smi` shows (recent drivers, default ECC setting), less than the nominal
+# size on cards that store ECC bits in it. Rates: from the data sheet or architecture white paper
+# named above each row; bf16 or fp16 tensor cores with fp32 accumulation, dense (half of a figure
+# "with sparsity"); half of NVLink's total for each direction. A PCIe card's `node_link` is its slot,
+# since an NVLink bridge joins only two cards.
 # fmt: off
 GPUS: Mapping[str, Hardware] = {
     # DGX B200 data sheet, whose figures are for eight GPUs
@@ -128,7 +128,7 @@ _LOOPBACK = 1 * _GB
 
 
 def gpu_named(key: str) -> Hardware:
-    """The GPU with this key in GPUS. For an unknown key raises UserError with the closest ones."""
+    """The GPU with this key in GPUS. Raises UserError with similar keys if there is none."""
     if key in GPUS:
         return GPUS[key]
     near = difflib.get_close_matches(key.lower(), GPUS, n=3, cutoff=0.5)
@@ -171,9 +171,9 @@ def gpu_like(gib: float, tflops: float | None = None) -> Hardware:
 
 
 def rates_of(nvml_name: str, device_bytes: int) -> Hardware:
-    """Rates for a detected GPU: of the card with its NVML name, else of one of similar memory.
+    """Rates for a detected GPU: of the card with its NVML name, else of one with similar memory.
 
-    The caller replaces count, memory and name by the detected ones.
+    The caller replaces number, memory and name with the detected values.
     """
     for card in GPUS.values():
         is_same = _plain(card.name) == _plain(nvml_name)

@@ -1,7 +1,7 @@
-"""Proof: how far a model class is trained correctly, as the checks of model/proof.py found.
+"""Proof: results of the checks of model/proof.py that a model class is trained correctly.
 
-The checks run in a subprocess, where torch is, and their result is remembered in the user's cache,
-so that a plan reads it without torch.
+The checks run in a subprocess with torch. Their result is cached in the user's cache folder, so
+that a plan reads it without torch.
 """
 
 import fcntl
@@ -21,9 +21,9 @@ from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json, user_cache, write_text
 from pipeline.plan.given.shape import ModelShape
 
-_FORMAT = 2  # of the remembered file and of the checks
+_FORMAT = 2  # version of the cached file and of the checks
 _TIMEOUT_S = 600
-# Packages that define a class, or replace its kernels.
+# Packages that define a model class or replace its kernels.
 _PACKAGES = (
     "torch", "transformers", "peft", "causal-conv1d", "flash-linear-attention", "mamba-ssm",
     "kernels",
@@ -32,34 +32,34 @@ _PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """Relative errors by check, and the reasons why packs or the whole model are refused."""
+    """Relative errors by check, and the reasons for refusing the model or some uses of it."""
 
     errors: Mapping[str, float] = field(default_factory=dict)
     refusals: Sequence[str] = ()
     without_packs: Sequence[str] = ()  # reasons; empty: documents may be packed
-    without_reentrant: Sequence[str] = ()  # reasons; empty: re-entrant checkpointing is right
+    without_reentrant: Sequence[str] = ()  # reasons; empty: re-entrant checkpointing is correct
     without_merge: Sequence[str] = ()  # reasons; empty: the adapter's names are in the checkpoint
 
 
 def adapted_names(shape: ModelShape, settings: RunSettings) -> list[str]:
-    """Last parts of the names of the adapted linear layers."""
+    """Last parts of the names of the adapted linear layers, such as `q_proj`."""
     targeted = shape.targeted(settings.lora_target_modules)
     return sorted({name.rsplit(".", 1)[-1] for name, _ in targeted})
 
 
 def remembered_proof(shape: ModelShape, settings: RunSettings) -> Proof | None:
-    """The remembered proof for these adapted layers; None where there is none."""
+    """The cached proof for the adapted layers of this run; None if there is none."""
     names, trust = adapted_names(shape, settings), settings.trust_remote_code
     try:
         return read_proof(proof_path(Path(shape.folder), names, trust_remote_code=trust))
-    except OSError:  # such as a folder that is not there
+    except OSError:  # such as a missing folder
         return None
 
 
 def without_leaking_packs(settings: RunSettings, proof: Proof | None) -> RunSettings:
-    """The settings with `packing: false` where the class mixes documents and packs are a default.
+    """The settings with `packing: false` if the class leaks information between documents.
 
-    Packs that the user asked for are left to the rule that refuses them.
+    If the user set `packing`, it stays: a rule refuses the run.
     """
     if proof is None or not proof.without_packs or "packing" in settings.model_fields_set:
         return settings
@@ -67,10 +67,10 @@ def without_leaking_packs(settings: RunSettings, proof: Proof | None) -> RunSett
 
 
 def require_checked(settings: RunSettings, shape: ModelShape) -> None:
-    """Check a class that families.py does not have, unless its proof is remembered.
+    """Check the class of a model that is not in families.py, unless its proof is cached.
 
-    One process of a machine checks and the others wait for it. Raises UserError where the checks
-    do not run.
+    One process per machine runs the checks; the others wait for it. Raises UserError if the checks
+    cannot run.
     """
     if not shape.is_from_class or remembered_proof(shape, settings) is not None:
         return
@@ -90,7 +90,7 @@ def require_checked(settings: RunSettings, shape: ModelShape) -> None:
 
 
 def proof_path(folder: Path, names: Sequence[str], *, trust_remote_code: bool) -> Path:
-    """Where a proof is remembered: by config.json, own code, adapted layers and packages."""
+    """Cache file of a proof; its key is config.json, own code, adapted layers and versions."""
     index = folder / "model.safetensors.index.json"
     parts = [str(_FORMAT), *sorted(names), str(trust_remote_code)]
     parts += [f"{package} {_version(package)}" for package in _PACKAGES]
@@ -102,20 +102,20 @@ def proof_path(folder: Path, names: Sequence[str], *, trust_remote_code: bool) -
 
 
 def read_proof(path: Path) -> Proof | None:
-    """The proof in a file; None where there is none, or a damaged one."""
+    """The proof in a file; None if the file is missing or damaged."""
     with suppress(OSError, ValueError, TypeError):
         return Proof(**read_json(path))
     return None
 
 
 def write_proof(path: Path, proof: Proof) -> None:
-    """Remember a proof."""
+    """Write a proof to its cache file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, dump_json(asdict(proof)))
 
 
 def _check(folder: Path, names: Sequence[str], settings: RunSettings) -> None:
-    """Run the checks in a subprocess, which remembers their result."""
+    """Run the checks in a subprocess, which caches their result."""
     command = [sys.executable, "-m", "pipeline.model.proof", str(folder), *names]
     command += ["--trust-remote-code"] if settings.trust_remote_code else []
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}

@@ -1,7 +1,8 @@
 """Sizes counted on a model's class, for a `model_type` that families.py does not have.
 
-A subprocess builds the class on the meta device (model/class_shape.py), in seconds and without
-weights. The result is remembered in the user's cache, so that later plans need no torch.
+A subprocess instantiates the class on the meta device (model/class_shape.py), in seconds and
+without weights. The result is cached in the user's cache folder, so that later plans need no
+torch.
 """
 
 import hashlib
@@ -18,15 +19,15 @@ from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json, write_text
 
 _PACKAGES = ("torch", "transformers", "peft")
-_FORMAT = 2  # of the remembered file
+_FORMAT = 2  # of the cached file
 _TIMEOUT_S = 300
 _ERROR = re.compile(r"[\w.]*(Error|Exception)\b")  # line that names the exception of a traceback
 
 
 def class_shape(folder: Path) -> dict[str, Any]:
-    """The sizes for the model in a folder, remembered or counted now.
+    """The sizes of the model in a folder, from the cache or counted now.
 
-    Raises UserError where they cannot be counted, with the reason.
+    Raises UserError with the reason if they cannot be counted.
     """
     path = remembered_path(folder)
     try:
@@ -44,12 +45,12 @@ def class_shape(folder: Path) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, dump_json(counted))
     except OSError:
-        pass  # a cache that cannot be written costs the seconds again
+        pass  # without a cache the sizes are counted again next time
     return counted
 
 
 def remembered_path(folder: Path) -> Path:
-    """Where the sizes are remembered: by config.json and the packages that define the class."""
+    """Cache file of the sizes; its key is config.json and the versions that define the class."""
     versions = [f"{name} {_version(name)}" for name in _PACKAGES]
     text = "\n".join([f"format {_FORMAT}", *versions]).encode()
     key = hashlib.sha256(text + (folder / "config.json").read_bytes()).hexdigest()

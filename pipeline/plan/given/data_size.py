@@ -1,4 +1,4 @@
-"""DataSize: how many documents and tokens an epoch has, counted by prepare or estimated."""
+"""DataSize: numbers of documents and tokens of an epoch, counted by prepare or estimated."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 class DataSize:
     """Documents of an epoch and their tokens, truncated to `max_length`, without padding.
 
-    `longest`: tokens of the longest document, None where not all have been read. `is_exact`:
-    counted by prepare rather than estimated. `sequences`: of an epoch, None before prepare.
-    `count_longer` gives the number of documents with more than so many tokens.
+    `longest`: tokens of the longest document, None if not all have been read. `is_exact`: counted
+    by prepare, not estimated. `sequences`: number of sequences of an epoch, None before prepare.
+    `count_longer`: function from a number of tokens to the number of longer documents.
     """
 
     documents: int
@@ -22,9 +22,9 @@ class DataSize:
 
     @property
     def mean_tokens(self) -> float:
-        """Tokens of a document."""
+        """Mean tokens per document."""
         return self.tokens / self.documents
 
     def longer_than(self, tokens: int) -> int | None:
-        """Documents with more tokens than this; None where lengths have not been counted."""
+        """Number of documents with more tokens; None if lengths have not been counted."""
         return None if self.count_longer is None else self.count_longer(tokens)

@@ -1,8 +1,8 @@
 """Model families: names and sizes of the linear layers of a decoder block, by `model_type`.
 
-Source: transformers 5.23, models/*/modeling_*.py. The experts of a block are one fused tensor there
-and its router is not an nn.Linear either, so peft cannot adapt them by name and bitsandbytes leaves
-them in 16 bits.
+Source: transformers 5.23, models/*/modeling_*.py. There the experts of a block are fused tensors
+and the router is not an nn.Linear, so peft cannot adapt them by name and bitsandbytes leaves them
+in 16 bits.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ Config = Mapping[str, Any]
 class Linear:
     """One linear layer of a block: `weight` is (d_out, d_in).
 
-    `is_adaptable` is false where peft cannot adapt it by name.
+    `is_adaptable`: False if peft cannot adapt the layer by name.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Linear:
 
     @property
     def weights(self) -> int:
-        """Elements of the weight matrix, the part that quantisation applies to."""
+        """Elements of the weight matrix; only these are quantised."""
         return self.d_in * self.d_out
 
     @property
@@ -58,12 +58,12 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One `model_type`.
+    """Description of one `model_type`.
 
-    `defaults`: values of the config class for keys that config.json may omit. `layers`: module that
-    holds the blocks. `inner_key`: key of config.json for the inner width of the MLP, None if the
-    only MLPs are experts. For mixture-of-experts models, `has_experts` says whether the layer with
-    an index has experts, and `dense_linears` are the linear layers of those without.
+    `defaults`: values of the config class for keys that config.json may omit. `layers`: name of the
+    module list of the blocks. `inner_key`: key of config.json for the inner width of the MLP, None
+    if the only MLPs are experts. For mixture-of-experts models: `has_experts(config, layer)` tells
+    whether that layer has experts; `dense_linears` gives the linear layers of those without.
     """
 
     linears: Callable[[Config, Widths], tuple[Linear, ...]]
@@ -165,7 +165,7 @@ def _qwen2_moe_dense(config: Config, widths: Widths) -> tuple[Linear, ...]:
 def _attention(
     widths: Widths, has_qkv_bias: bool = False, has_o_bias: bool | None = None
 ) -> tuple[Linear, ...]:
-    """The four attention projections. `has_o_bias=None`: the output projection is as the others."""
+    """The four attention projections. `has_o_bias=None`: same as `has_qkv_bias`."""
     return (
         Linear("self_attn.q_proj", widths.hidden, widths.queries, has_qkv_bias),
         Linear("self_attn.k_proj", widths.hidden, widths.keys, has_qkv_bias),

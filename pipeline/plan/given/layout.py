@@ -9,12 +9,13 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Everything but model, adapter and machine that determines memory and speed of a run.
+    """Division of a run over ranks; with model, adapter and machine it determines memory and speed.
 
-    The first `checkpointed_layers` blocks are checkpointed: their backward pass comes last, when
-    the activations of the others have been freed. `hpz_partition_size`: ranks that share a second
-    copy of the base at ZeRO-3, 1 for no second copy. `loads_through_host`: a quantised base too
-    large for one device is loaded in host memory and sharded from there.
+    `checkpointed_layers`: number of checkpointed blocks, counted from the first, because the first
+    blocks' backward pass comes last, when the activations of the others have been freed.
+    `hpz_partition_size`: ranks that share a second copy of the base at ZeRO-3; 1: no second copy.
+    `loads_through_host`: a quantised base too large for one device is loaded into host memory and
+    sharded from there.
     """
 
     zero_stage: int
@@ -30,7 +31,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the run."""
+        """Number of ranks."""
         return self.nodes * self.ranks_per_node
 
     @property
@@ -40,7 +41,7 @@ class Layout:
 
     @property
     def bytes_per_value(self) -> int:
-        """Bytes of one number in the training dtype."""
+        """Bytes per value in the training dtype."""
         return DTYPE_BYTES[self.training_dtype]
 
     @property
@@ -51,11 +52,12 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceProfile:
-    """The sequences of a micro-batch, as memory and speed depend on them.
+    """Properties of the sequences of a micro-batch that memory and speed depend on.
 
     `tokens`: length of a sequence, padding included. `supervised_share`: fraction of tokens with
     labels, and so with logits. `attended`: for packed sequences the mean document length (attention
-    does not cross documents), None for one document a sequence. The defaults are upper bounds.
+    does not cross documents); None if each sequence is one document. The defaults give upper
+    bounds.
     """
 
     tokens: float

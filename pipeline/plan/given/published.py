@@ -1,8 +1,8 @@
-"""Models that can be planned by name, before any download: sizes that ship with the package.
+"""Published models: sizes that ship with the package, to plan by name before any download.
 
-published_models.json has what config.json says of the sizes of each model, with source and date.
-published_shapes.json has the sizes of the types that families.py does not know, counted on the
-class; `python -m pipeline.cli.shapes` writes it.
+published_models.json has the keys of each model's config.json that give its sizes, with source and
+date. published_shapes.json has the sizes of models whose type is not in families.py, counted on the
+model class; `python -m pipeline.cli.shapes` writes it.
 """
 
 import difflib
@@ -23,11 +23,11 @@ SHAPES_FILE = Path(__file__).with_name("published_shapes.json")
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedModel:
-    """A model of the hub: `also` are other models with the same sizes.
+    """A model on the hub. `also`: other models with the same sizes.
 
-    `billions`: its parameters as published. `billions_not_loaded`: those of them that the class
-    which trains on text does not have. `counted_as`: the `model_type` whose class has these sizes,
-    where transformers has none of this name.
+    `billions`: published number of parameters. `billions_not_loaded`: parameters included in it
+    that the text model's class does not have. `counted_as`: the `model_type` whose class is counted
+    instead if transformers has no class for the model's own type.
     """
 
     name: str
@@ -41,11 +41,11 @@ class PublishedModel:
 
     @property
     def needs_class(self) -> bool:
-        """Whether its sizes are counted on the class."""
+        """Whether the sizes were counted on the model class (its type is not in families.py)."""
         return self.config["model_type"] not in FAMILIES
 
     def shape(self, name: str | None = None) -> ModelShape:
-        """Its shape, named like one of the models that have it."""
+        """The shape of the model, under its own name or one of the names in `also`."""
         counted = _counted_shapes()[self.name] if self.needs_class else None
         source = f"{self.source}, {self.date}"
         return shape_of(self.config, name or self.name, counted=counted, source=source)
@@ -53,7 +53,7 @@ class PublishedModel:
 
 @cache
 def published_models() -> tuple[PublishedModel, ...]:
-    """All of them, as the file lists them."""
+    """All published models, in the order of the file."""
     entries = read_json(MODELS_FILE)["models"]
     return tuple(PublishedModel(**{**entry, "also": tuple(entry["also"])}) for entry in entries)
 
@@ -72,7 +72,7 @@ def published_shape(name: str) -> ModelShape:
 
 
 def _near(name: str, known: list[str]) -> str:
-    """A hint at known names like this one, with or without its owner and capitals."""
+    """A hint with known names similar to this one, compared with and without the owner."""
     keys: dict[str, str] = {}
     for each in known:
         keys.setdefault(each.casefold(), each)

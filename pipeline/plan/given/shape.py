@@ -1,10 +1,10 @@
 """ModelShape: sizes and module names of a model, from its config.json alone. No weights, no torch.
 
-The linear layers of a block have the names that peft sees, so that adapter parameters can be
-counted before a model is loaded. families.py lists the layers of known values of `model_type`; for
-any other type class_shape.py instantiates the model's class without weights, in another process.
-tests/plan/given/test_shape.py compares the counts with those of transformers and peft on the meta
-device.
+The linear layers of a block have the names they have in the loaded model, so that adapter
+parameters can be counted before it is loaded. families.py lists the layers of known values of
+`model_type`; for any other type class_shape.py instantiates the model's class without weights, in
+another process. tests/plan/given/test_shape.py compares the counts with those of transformers and
+peft on the meta device.
 """
 
 import re
@@ -56,21 +56,21 @@ class ModelShape:
     logit_softcap: bool = False
     score_softcap: bool = False  # of attention scores, which are then materialised
     quantization: str | None = None
-    has_own_code: bool = False  # config.json names a class of its own, for trust_remote_code
+    has_own_code: bool = False  # config.json names a class in the model's folder (remote code)
     num_tokens: int | None = None  # highest id of an added token of the tokenizer, plus one
     max_positions: int | None = None
     rope_original_length: int | None = None
-    dropouts: tuple[str, ...] = ()  # `key: value` of those in config.json that are not 0
+    dropouts: tuple[str, ...] = ()  # `key: value` of each dropout in config.json that is not 0
     has_router_loss: bool = False
     is_bidirectional: bool = False
     has_other_towers: bool = False  # linear layers outside of decoder and head
     is_from_class: bool = False  # from the model's class (class_shape.py), not from families.py
     other_parameters: int = 0  # outside of blocks, embeddings, final norm and head
-    source: str | None = None  # of sizes that ship with this package; None: a folder's config.json
+    source: str | None = None  # of sizes that ship with the package; None: from a model folder
 
     @property
     def num_layers(self) -> int:
-        """Blocks of the model."""
+        """Number of blocks."""
         return len(self.layer_kinds)
 
     @property
@@ -79,7 +79,7 @@ class ModelShape:
         return self.blocks[0].hidden_size
 
     def counts(self, first: int = 0) -> list[tuple[Block, int]]:
-        """Each kind of block with its number of layers, counted from layer `first` to the last."""
+        """Each kind of block with the number of its layers, from layer `first` to the last."""
         kinds = self.layer_kinds[first:]
         return [(block, kinds.count(kind)) for kind, block in enumerate(self.blocks)]
 
@@ -124,7 +124,7 @@ class ModelShape:
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
-        """All linear layers but the head, by their full names in `named_modules()`."""
+        """All linear layers except the head, by their full names in `named_modules()`."""
         return {
             f"{self.layers_name}.{layer}.{linear.name}": linear
             for layer, kind in enumerate(self.layer_kinds)
@@ -233,9 +233,9 @@ def shape_of(
     counted: Mapping[str, Any] | None = None,
     source: str | None = None,
 ) -> ModelShape:
-    """Shape of a config.json: `counted` on the class where families.py does not know the type.
+    """Shape of a config.json. `counted`: sizes for a type that is not in families.py.
 
-    Without `counted` the class is looked up or counted for the model in the folder `model`.
+    If `counted` is None, sizes for such a type come from class_shape.py for the folder `model`.
     """
     if config["model_type"] in FAMILIES:
         shape = _from_config(config, model)
@@ -262,7 +262,7 @@ def _from_config(given: Config, model: str) -> ModelShape:
 
 
 def _from_class(given: Config, model: str, counted: Mapping[str, Any]) -> ModelShape:
-    """The shape of the model's class; of the language model inside a multimodal class."""
+    """The shape counted on the model's class; of a multimodal class, its language model."""
     blocks = tuple(_counted_block(block) for block in counted["blocks"])
     if any(block.num_experts for block in blocks):
         blocks = tuple(_without_expert_names(block) for block in blocks)
@@ -281,7 +281,7 @@ def _from_class(given: Config, model: str, counted: Mapping[str, Any]) -> ModelS
 
 
 def _counted_block(counted: Mapping[str, Any]) -> Block:
-    """A Block from the counts of class_shape; `other_parameters` are those without a field."""
+    """A Block from the counts of class_shape; parameters without a field are `other_parameters`."""
     linears = tuple(Linear(*linear) for linear in counted["linears"])
     widths = {_end(linear.name): linear for linear in linears}
     output = widths.get("o_proj") or widths.get("dense") or widths.get("out_proj")
@@ -330,14 +330,14 @@ def _facts(config: Config, model: str) -> dict[str, Any]:
         "rope_original_length": _rope_original_length(config),
         "dropouts": tuple(f"{key}: {config[key]}" for key in _DROPOUTS if config.get(key)),
         "has_router_loss": bool(config.get("output_router_logits")),
-        # Gemma 4's "vision" is about the tokens of an image alone
+        # "vision" (Gemma 4) applies only to the tokens of images
         "is_bidirectional": config.get("use_bidirectional_attention")
         not in (None, False, "vision"),
     }
 
 
 def _blocks(family: Family, config: Config) -> tuple[tuple[Block, ...], tuple[int, ...]]:
-    """The kinds of block of a model, and the kind of each of its layers."""
+    """The kinds of blocks of a model, and for each layer the index of its kind."""
     num_layers = _count(config, "num_hidden_layers")
     experts = family.experts(config) if family.experts else None
     if experts is None or not family.has_experts:
@@ -378,7 +378,7 @@ def _block(family: Family, config: Config, experts: Experts | None) -> Block:
 
 
 def _require_window(config: Config) -> None:
-    """Raise UserError if a layer has sliding attention without a window: its forward would fail."""
+    """Raise UserError if a layer has sliding attention without a window: forward would fail."""
     has_window = config.get("sliding_window", True) and config.get("use_sliding_window", True)
     if "sliding_attention" in (config.get("layer_types") or ()) and not has_window:
         raise UserError(
@@ -402,7 +402,7 @@ def _rope_type(rope: Mapping[str, Any]) -> str:
 
 
 def _original_length(config: Config, rope: Mapping[str, Any]) -> int:
-    """Length before any rope scaling, 0 where it is not known."""
+    """Length before any rope scaling, 0 if it is not known."""
     key = "original_max_position_embeddings"
     original = rope.get(key) or config.get(key) or config.get("max_position_embeddings")
     return int(original or 0)
@@ -429,7 +429,7 @@ def _max_positions(config: Config) -> int | None:
 
 
 def _count(config: Config, key: str) -> int:
-    """A whole number above 0. Raises KeyError, or UserError for anything else."""
+    """The value of a key, an integer above 0. Raises KeyError, or UserError for other values."""
     value = config[key]
     if not isinstance(value, int) or value < 1:
         raise UserError(f"{key}: expected a whole number above 0, not {value!r}")

@@ -1,4 +1,4 @@
-"""Highest token id of a tokenizer, read without loading it."""
+"""Highest id of a tokenizer's added tokens, read from its files without loading it."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -7,14 +7,14 @@ from typing import Any
 
 from pipeline.files import read_json
 
-_HEAD_CHARACTERS = 2**20  # of tokenizer.json: added tokens come before the vocabulary
+_HEAD_CHARACTERS = 2**20  # read of tokenizer.json, whose added tokens precede the vocabulary
 
 
 def count_tokens(folder: Path) -> int | None:
-    """Highest id among the added tokens of a model folder, plus one; None where none is listed.
+    """Highest id among the added tokens of a model folder, plus one; None if none is listed.
 
-    Only added tokens can exceed a model's embeddings. The token of an image is not counted: text
-    models keep its id without an embedding (Gemma 3).
+    Only added tokens can exceed a model's embeddings. The image token is not counted: tokenizers of
+    text models keep its id although the model has no embedding for it (Gemma 3).
     """
     config = _read(folder / "tokenizer_config.json")
     named = config.get("extra_special_tokens")
@@ -24,7 +24,7 @@ def count_tokens(folder: Path) -> int | None:
 
 
 def _added(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-    """Id and text of each added token, from every file that versions of transformers use."""
+    """Id and text of each added token, from every file that a transformers version uses."""
     for number, token in dict(config.get("added_tokens_decoder") or {}).items():
         yield int(number), str(token.get("content"))
     for content, number in _read(folder / "added_tokens.json").items():
@@ -34,7 +34,7 @@ def _added(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[int, str]]
 
 
 def _head_of_tokenizer_json(path: Path) -> list[dict[str, Any]]:
-    """The list `added_tokens`, without reading the vocabulary behind it."""
+    """The list `added_tokens`, without reading the vocabulary after it."""
     try:
         with path.open(encoding="utf-8") as file:
             head = file.read(_HEAD_CHARACTERS)
@@ -51,7 +51,10 @@ def _head_of_tokenizer_json(path: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is none: a damaged tokenizer is reported when it is used."""
+    """The JSON object in a file; empty if it cannot be read.
+
+    A damaged tokenizer is reported when it is loaded.
+    """
     try:
         return read_json(path)
     except (OSError, ValueError):
