@@ -1,4 +1,4 @@
-"""How the ranks reach each other: nodes, port, interface, InfiniBand. No torch."""
+"""Checks of the network between ranks: placement, port, interface, InfiniBand. No torch."""
 
 import os
 import socket
@@ -15,11 +15,11 @@ from pipeline.preflight.context import RankContext
 
 _INTERFACE_NAMES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 _INFINIBAND = Path("/sys/class/infiniband")
-_SLOW_MBIT = 10_000  # below it even an adapter's gradients take notable time (docs/speed.md)
+_SLOW_MBIT = 10_000  # with less, even adapter gradients take noticeable time (docs/speed.md)
 
 
 def _probe_ranks(context: RankContext) -> dict[str, Any]:
-    """This rank's placement."""
+    """Launcher, node and local rank of this rank."""
     place = context.placement
     return {
         "launcher": place.launcher,
@@ -53,9 +53,9 @@ def _assess_ranks(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _probe_port(context: RankContext) -> str:
-    """State of the rendezvous port. Raises UserError where another process has it.
+    """State of the rendezvous port. Raises UserError if another process uses it.
 
-    On rank 0 before the rendezvous: afterwards this process listens there itself.
+    Runs on rank 0 before the rendezvous, because afterwards this process itself listens there.
     """
     port = context.placement.master_port
     if context.placement.world_size == 1:
@@ -81,9 +81,9 @@ def _assess_port(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _probe_network(context: RankContext) -> dict[str, Any]:
-    """The interface towards rank 0's node, missing interfaces, and InfiniBand.
+    """The interface used to reach rank 0's node, missing interfaces, and InfiniBand ports.
 
-    Raises UserError for a MASTER_ADDR that this node cannot resolve.
+    Raises UserError if this node cannot resolve MASTER_ADDR.
     """
     address = context.placement.master_addr
     try:
@@ -93,7 +93,7 @@ def _probe_network(context: RankContext) -> dict[str, Any]:
             f"MASTER_ADDR={address}: {error.strerror}; set it to a name or an address that "
             f"{socket.gethostname()} can reach"
         ) from None
-    # Under mpirun the address is known after the rendezvous.
+    # Under mpirun the address is not known before the rendezvous.
     name, stats = interface_towards(address) if address else None, psutil.net_if_stats()
     return {
         "master": address,
@@ -106,10 +106,10 @@ def _probe_network(context: RankContext) -> dict[str, Any]:
 
 
 def missing_interfaces(env: Mapping[str, str], existing: list[str]) -> dict[str, str]:
-    """Interfaces that the environment names and that do not exist.
+    """Environment variable -> value, for variables that name only interfaces that do not exist.
 
-    NCCL takes a list of prefixes, of exact names after `=`, of exclusions after `^` (NCCL,
-    environment variables); gloo takes exact names.
+    NCCL's value is a list of prefixes, or of exact names after `=`, or of exclusions after `^`
+    (NCCL documentation, environment variables); gloo's is a list of exact names.
     """
     missing = {}
     for key in _INTERFACE_NAMES:
@@ -124,7 +124,7 @@ def missing_interfaces(env: Mapping[str, str], existing: list[str]) -> dict[str,
 
 
 def infiniband_ports(folder: Path) -> dict[str, str]:
-    """State of each port of each adapter, as the kernel has it: `ACTIVE` or `DOWN`."""
+    """State of each port of each InfiniBand adapter as the kernel reports it, such as `ACTIVE`."""
     return {
         f"{path.parents[2].name}:{path.parent.name}": path.read_text().strip().partition(": ")[2]
         for path in sorted(folder.glob("*/ports/*/state"))
@@ -136,7 +136,7 @@ def _assess_network(results: ProbeResults) -> Iterable[Finding]:
     if findings:
         yield from findings
         return
-    # Rank 0's node reaches itself by the loopback; training uses the interface of the others.
+    # Rank 0's node reaches itself by the loopback; training uses the interface of the other nodes.
     remote = [result for result in results.by_rank.values() if result["interface"]]
     network = remote[0] if remote else results.first
     active = sum(state == "ACTIVE" for state in network["infiniband"].values())

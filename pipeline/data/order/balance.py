@@ -1,22 +1,23 @@
-"""Balanced number partitioning with equal cardinality: items of unequal cost over ranks. Pure."""
+"""Balanced number partitioning with equal cardinality: divide items by cost over ranks. Pure."""
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.int64]
 _MOST_SWAPS = 1000
-_UNITS = 2.0**32  # of the largest cost: integers, so that every CPU finds the same division
+_UNITS = 2.0**32  # the largest cost as an integer; integer sums are the same on every CPU
 
 
 def divide(costs: npt.NDArray[np.float64], ranks: int) -> list[Array]:
-    """Items of each rank, the costliest first; ranks get ceil(items / ranks) of them at most.
+    """Indices of the items of each rank, costliest first; at most ceil(items / ranks) per rank.
 
-    Largest first into the rank with the lowest sum that has room; then swaps of two items between
-    the ranks with the highest and the lowest sum, as long as one of them brings the two together.
+    Greedy: the costliest remaining item goes to the rank with the lowest sum that has room. Then
+    local search: swap two items between the ranks with the highest and the lowest sum, as long as a
+    swap reduces the difference of the two sums.
     """
     count = len(costs)
     each = -(-count // ranks)
-    units = np.zeros(each * ranks, np.int64)  # `count` and above stand for no item
+    units = np.zeros(each * ranks, np.int64)  # indices from `count` on are padding, not items
     units[:count] = np.rint(costs * (_UNITS / max(costs.max(initial=0.0), 1e-300)))
     items = np.empty((ranks, each), np.int64)
     sums, sizes = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)

@@ -1,9 +1,9 @@
-"""(seed, epoch) -> order of sequences; (step, rank) -> this rank's micro-batches. Pure.
+"""Data order: (seed, epoch) -> order of sequences; (step, rank) -> a rank's micro-batches. Pure.
 
-The k-th global batch holds the same sequences for every number of ranks, micro-batch size and
-accumulation whose product is the global batch. Every rank has the same number of micro-batches in
-every step: a short last step is filled with empty ones, so that DeepSpeed's accumulation always
-completes. S: sequences, G: sequences of a group.
+The k-th global batch contains the same sequences for all combinations of ranks, micro-batch size
+and accumulation steps whose product is the global batch size. Every rank has the same number of
+micro-batches in every step: the short last step of an epoch is filled with empty ones, so that
+DeepSpeed's accumulation always completes. Array shapes: N groups, G sequences per group.
 """
 
 from collections import defaultdict
@@ -20,15 +20,15 @@ from pipeline.data.dataset.sequences import Integers, Sequences, StepSize
 from pipeline.data.order.balance import divide
 from pipeline.plan.cost.per_token import SequenceFlops
 
-# Without packing, a micro-batch of up to _ALIKE_SIZE documents is drawn from documents whose
-# lengths differ by about _ALIKE_WIDTH.
+# Without packing, a group of up to _ALIKE_SIZE documents has lengths that differ by a factor of
+# about 1 + _ALIKE_WIDTH.
 _ALIKE_SIZE, _ALIKE_WIDTH = 256, 0.1
 _GOLDEN_RATIO = 0.6180339887498949
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLayout:
-    """How a global batch is divided: ranks x accumulation x micro-batch, balanced by `flops`."""
+    """Division of a global batch: ranks x accumulation x micro-batch, balanced by `flops`."""
 
     world_size: int
     accumulation_steps: int
@@ -37,13 +37,13 @@ class BatchLayout:
 
     @property
     def global_batch_size(self) -> int:
-        """Sequences of one step."""
+        """Sequences per step."""
         return self.world_size * self.accumulation_steps * self.micro_batch_size
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences of one forward on one rank, from offset `first` of the global batch on."""
+    """Sequences of one forward pass on one rank; `first`: their offset in the global batch."""
 
     sequences: tuple[int, ...]
     first: int
@@ -51,11 +51,11 @@ class MicroBatch:
 
 @lru_cache(maxsize=2)
 def epoch_order(sequences: Sequences, *, seed: int, epoch: int, global_batch_size: int) -> Integers:
-    """The sequences of an epoch in order, each as often as its segment says.
+    """Indices of the sequences of an epoch in order, each repeated as often as its segment says.
 
     Packs are shuffled. Without packing, documents of similar length form a global batch, and the
-    global batches are shuffled; the remaining documents of all sources are pooled, and the last
-    step of the epoch is short. Sources are interleaved.
+    global batches are shuffled. Documents that do not fill a global batch of their source are
+    pooled; those that remain form the short last step of the epoch. Sources are interleaved.
     """
     size = 1 if sequences.are_packs else global_batch_size
     streams: dict[int, list[Integers]] = defaultdict(list)
@@ -76,11 +76,11 @@ def epoch_order(sequences: Sequences, *, seed: int, epoch: int, global_batch_siz
 def _groups(
     shuffled: Integers, sequences: Sequences, size: int, words: Sequence[int]
 ) -> tuple[Integers, Integers]:
-    """Groups of `size` sequences, (N, G), length-grouped where size > 1; and the remaining few.
+    """Groups of `size` sequences, (N, G), length-grouped if size > 1; and the remaining sequences.
 
-    Noise is added to the lengths before sorting, so that every epoch has other groups. The noise
-    grows with groups larger than a micro-batch: sorted again inside, they still give micro-batches
-    of similar lengths, and a step has short and long documents.
+    Noise is added to the log lengths before sorting, so that the groups differ between epochs. The
+    noise is larger for groups of more than _ALIKE_SIZE sequences: a step then has short and long
+    documents, and sorting within the group still gives micro-batches of similar lengths.
     """
     if size == 1:
         return shuffled[:, None], shuffled[:0]
@@ -88,7 +88,7 @@ def _groups(
     chosen, rest = shuffled[:whole], shuffled[whole:]
     width = _ALIKE_WIDTH * max(1.0, size / _ALIKE_SIZE)
     noise = hashes_of(whole, *words, 1) / 2.0**64
-    # Rounded: the last bits of a logarithm differ from CPU to CPU, and ranks must not.
+    # Rounded: the last bits of a logarithm differ between CPUs, but all ranks need the same order.
     keys = np.round(np.log(sequences.tokens[chosen]), 6) + width * noise
     groups = chosen[np.argsort(keys, kind="stable")].reshape(-1, size)
     return groups[permutation(len(groups), *words, 2)], rest
@@ -97,10 +97,10 @@ def _groups(
 def interleave(streams: list[Integers], supervised: Integers) -> Integers:
     """Interleave streams of groups, each (N, G), so that all progress at the same rate.
 
-    A group is placed by the fraction of its stream's supervised tokens that are done at a point
-    within the group. That point differs from stream to stream (golden ratio), so that streams of
-    one group each are spread over the epoch. For up to a thousand streams, none is ever further
-    from its share than (streams + 2) / 2 of the largest group (docs/data.md).
+    Groups are sorted by the fraction of their stream's supervised tokens that is completed at a
+    point within the group. That point differs between streams (golden ratio), so that streams of
+    one group each are spread over the epoch. For up to a thousand streams, the deviation of a
+    stream from its share is at most (streams + 2) / 2 times the largest group (docs/data.md).
     """
     streams = [stream for stream in streams if len(stream)]
     if not streams:
@@ -115,7 +115,7 @@ def interleave(streams: list[Integers], supervised: Integers) -> Integers:
 
 
 def global_batch(step: int, sequences: Sequences, *, seed: int, global_batch_size: int) -> Integers:
-    """Sequences of the step with this index (from 0, over all epochs)."""
+    """Sequences of the step with index `step` (from 0, over all epochs)."""
     epoch, step_of_epoch = divmod(step, -(-sequences.per_epoch // global_batch_size))
     start = step_of_epoch * global_batch_size
     order = epoch_order(sequences, seed=seed, epoch=epoch, global_batch_size=global_batch_size)
@@ -123,11 +123,11 @@ def global_batch(step: int, sequences: Sequences, *, seed: int, global_batch_siz
 
 
 def partition(batch: Integers, sequences: Sequences, layout: BatchLayout) -> list[list[MicroBatch]]:
-    """The micro-batches of each rank for one global batch, the costliest first.
+    """The micro-batches of each rank for one global batch, costliest first.
 
-    Ranks get nearly equal costs. All start with their costliest micro-batch, so that micro-batches
-    that run at the same time cost about the same. Packs are assigned one by one, documents by the
-    micro-batch, so that documents of similar length share one.
+    The ranks' total costs are nearly equal. Every rank starts with its costliest micro-batch, so
+    that micro-batches that run at the same time have similar costs. Packs are assigned to ranks one
+    by one; documents are assigned as whole micro-batches, so that each has similar lengths.
     """
     groups = _rank_groups(batch, sequences, layout)
     return [_micro_batches(own, rank, sequences, layout) for rank, own in enumerate(groups)]
@@ -136,7 +136,7 @@ def partition(batch: Integers, sequences: Sequences, layout: BatchLayout) -> lis
 def _rank_groups(
     batch: Integers, sequences: Sequences, layout: BatchLayout
 ) -> list[list[Integers]]:
-    """Packs, or micro-batches of documents, of each rank."""
+    """The packs, or the micro-batches of documents, of each rank."""
     by_length = batch[np.lexsort((batch, -sequences.tokens[batch]))]
     size = 1 if sequences.are_packs else layout.micro_batch_size
     groups = [by_length[first : first + size] for first in range(0, len(batch), size)]
@@ -147,7 +147,7 @@ def _rank_groups(
 def _micro_batches(
     groups: list[Integers], rank: int, sequences: Sequences, layout: BatchLayout
 ) -> list[MicroBatch]:
-    """A rank's micro-batches; those of packs cost about the same. Empty ones fill the step."""
+    """A rank's micro-batches, filled up with empty ones; packs are divided into equal costs."""
     size = layout.micro_batch_size
     if sequences.are_packs and size > 1 and groups:
         packs = np.concatenate(groups)
@@ -165,7 +165,7 @@ def _micro_batches(
 def _costs(
     groups: list[Integers], sequences: Sequences, flops: SequenceFlops
 ) -> npt.NDArray[np.float64]:
-    """FLOPs of groups of sequences; documents are padded to the longest of their group."""
+    """FLOPs of each group of sequences; documents are padded to the longest of their group."""
     every, sizes = np.concatenate(groups), np.array([len(group) for group in groups])
     starts = np.cumsum(sizes) - sizes
     tokens, squares = sequences.tokens[every], sequences.squares[every]
@@ -182,7 +182,7 @@ def _costs(
 
 
 class HasSequences(Protocol):
-    """A split. A worker process maps its files; a copy of its sequences would take memory."""
+    """A split. Worker processes memory-map its files instead of copying its sequences."""
 
     sequences: Sequences
 
@@ -201,7 +201,7 @@ class RankWork(Sequence[MicroBatch]):
         return len(self._steps) * self._layout.accumulation_steps
 
     def __getitem__(self, index: Any) -> Any:
-        """The `index`-th micro-batch from the first step on."""
+        """The micro-batch with this index, counted from the first step of the range."""
         if not 0 <= index < len(self):
             raise IndexError(f"micro-batch {index} of {len(self)}")
         step = self.step_of(index)
@@ -212,7 +212,7 @@ class RankWork(Sequence[MicroBatch]):
         return self._cached[1][index % self._layout.accumulation_steps]
 
     def step_of(self, index: int) -> int:
-        """The step that the `index`-th micro-batch belongs to."""
+        """The step of the micro-batch with this index."""
         return self._steps[index // self._layout.accumulation_steps]
 
     def batch(self, step: int) -> Integers:
@@ -232,9 +232,10 @@ class RankWork(Sequence[MicroBatch]):
 def evaluation_work(
     sequences: Sequences, *, world_size: int, micro_batch_size: int
 ) -> list[list[MicroBatch]]:
-    """The micro-batches of each rank for one pass over the sequences, equally many on each.
+    """The micro-batches of each rank for one pass over the sequences, the same number on each.
 
-    Sequences of similar length share a micro-batch; ranks alternate at the longer one.
+    Micro-batches have sequences of similar length and are assigned to ranks longest first, in
+    alternating direction, which balances the ranks.
     """
     every = sequences.of_epoch()
     size = micro_batch_size
@@ -251,5 +252,5 @@ def evaluation_work(
 
 
 def forward_seed(seed: int, step: int, first: int) -> int:
-    """Seed of one forward's dropout; nothing has to be stored to resume it."""
+    """Seed of dropout for one forward pass: a function of its position, so resume needs no state."""
     return int(hash_of(seed, step, first) >> np.uint64(1))

@@ -1,4 +1,4 @@
-"""One reading of some sources -> the split that they become, or two if rows are held out."""
+"""Job: one pass over the sources of a setting, which gives one split, or two with held-out rows."""
 
 import logging
 from collections import Counter
@@ -33,9 +33,9 @@ _ROWS_PER_MESSAGE = 20_000
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Sources of a setting, and the keys of the splits that one reading of them gives.
+    """Sources of a setting, and the keys of the splits made from them in one pass.
 
-    With two keys rows are held out; their split comes second.
+    If there are two keys, rows are held out, and the second key is that of the held-out split.
     """
 
     setting: str
@@ -44,7 +44,7 @@ class Job:
 
 
 class JobRun:
-    """Reads the rows of a job, tokenises them and writes them to its splits."""
+    """Execution of a job: reads its rows, tokenises them and writes them to its splits."""
 
     def __init__(
         self,
@@ -54,14 +54,14 @@ class JobRun:
         limit: int | None,
     ) -> None:
         self._settings, self._job, self._limit = settings, job, limit
-        once = [replace(source, weight=1.0) for source in job.sources]  # held-out rows, unweighted
+        once = [replace(source, weight=1.0) for source in job.sources]  # held-out rows: no weights
         self._splits = {
             name: _SplitBuilder(writer, sources, settings)
             for (name, writer), sources in zip(writers.items(), (job.sources, once), strict=False)
         }
 
     def run(self, processes: int | None) -> None:
-        """Read, tokenise and write all rows, or those up to the limit."""
+        """Read, tokenise and write all rows, or as many as the limit allows."""
         settings = self._settings
         # With a limit, reading ends at the row that reaches it.
         rows = lines.CHUNK_ROWS if self._limit is None else 1
@@ -82,7 +82,7 @@ class JobRun:
                     return
 
     def require_usable(self, max_rejected: float | None) -> None:
-        """Raise UserError as audit.require_usable, over the rows of all splits."""
+        """Raise UserError if audit.require_usable refuses the rows of all splits together."""
         counts = [RowCounts() for _ in self._job.sources]
         for split in self._splits.values():
             for total, own in zip(counts, split.counts, strict=True):
@@ -91,7 +91,7 @@ class JobRun:
         require_usable(self._job.setting, list(zip(names, counts, strict=True)), max_rejected)
 
     def finish(self) -> dict[str, tuple[SplitIndex, dict[str, Any]]]:
-        """Complete the splits; returns the index and the audit of each."""
+        """Complete the splits. Returns the index and the audit of each."""
         sizes = [len(split.writer) for split in self._splits.values()]
         if len(sizes) == 2 and not all(sizes):
             raise UserError(
@@ -107,7 +107,7 @@ class JobRun:
         if isinstance(held_out, float):
             return threshold_of_share(held_out)
         if self._limit is not None:
-            return threshold_of_share(0.5)  # of a few rows to try with
+            return threshold_of_share(0.5)  # of the few rows of a trial
         chunks = lines.chunks(self._job.sources, lines.CHUNK_ROWS)
         results = in_order(chunks, partial(ChunkDigests, self._settings), processes=processes)
         with closing(results):
@@ -115,7 +115,7 @@ class JobRun:
         return threshold_of_rows(digests, held_out)
 
     def _add(self, chunk: TokenisedChunk) -> int:
-        """Add rows to the splits that are not full; returns how many rows were read."""
+        """Add a chunk's rows to the splits that are not full. Returns the number of rows read."""
         read = 0
         for split, rows in zip(self._splits.values(), chunk.splits, strict=False):
             if self._limit is not None and split.num_used >= self._limit:
@@ -135,7 +135,7 @@ class JobRun:
 
 
 class _SplitBuilder:
-    """A split that is being written, with the counts of each source."""
+    """Writer of one split, with the row counts of each source."""
 
     def __init__(self, writer: SplitWriter, sources: list[Source], settings: RunSettings) -> None:
         self.writer = writer
@@ -144,7 +144,7 @@ class _SplitBuilder:
 
     @property
     def num_used(self) -> int:
-        """Rows used."""
+        """Number of rows used."""
         return sum(counts.numbers["rows_used"] for counts in self.counts)
 
     def add(self, source: int, rows: TokenisedRows) -> None:
@@ -161,7 +161,7 @@ class _SplitBuilder:
         index = self.writer.close(
             sources, max_length=self._settings.max_length, packing=self._settings.packing
         )
-        for source, counts in zip(self._sources, self.counts, strict=True):  # also files without
+        for source, counts in zip(self._sources, self.counts, strict=True):  # even empty files
             counts.files = Counter({str(file): counts.files[str(file)] for file in source.files})
         audited = list(zip(sources, self.counts, strict=True))
         return index, make_audit(index, self.writer.folder, audited)

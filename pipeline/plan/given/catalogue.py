@@ -36,8 +36,8 @@ _gpu = partial(Hardware, kind="cuda", devices_per_node=1, host_bytes=0)
 # Memory: MiB that `nvidia-smi` shows (recent drivers, default ECC setting), less than the nominal
 # size on cards that store ECC bits in it. Rates: from the data sheet or architecture white paper
 # named above each row; bf16 or fp16 tensor cores with fp32 accumulation, dense (half of a figure
-# "with sparsity"); half of NVLink's total for each direction. A PCIe card's `node_link` is its slot,
-# since an NVLink bridge joins only two cards.
+# "with sparsity"); half of NVLink's total for each direction. A PCIe card's `node_link` is its
+# slot, since an NVLink bridge joins only two cards.
 # fmt: off
 GPUS: Mapping[str, Hardware] = {
     # DGX B200 data sheet, whose figures are for eight GPUs
