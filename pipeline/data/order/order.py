@@ -252,5 +252,5 @@ def evaluation_work(
 
 
 def forward_seed(seed: int, step: int, first: int) -> int:
-    """Seed of dropout for one forward pass: a function of its position, so resume needs no state."""
+    """Dropout seed of one forward pass: a function of its position, so resume needs no state."""
     return int(hash_of(seed, step, first) >> np.uint64(1))
