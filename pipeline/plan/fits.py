@@ -1,4 +1,4 @@
-"""Which of the published models fit on a machine with LoRA and QLoRA: length and speed."""
+"""Table of the published models that fit on a machine with LoRA and QLoRA: length and speed."""
 
 import textwrap
 from collections.abc import Sequence
@@ -17,7 +17,11 @@ _WIDTH = 100  # columns of the table
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """`length`: the longest sequence that fits. `tokens_per_second`: at `max_length` if it fits."""
+    """Result for a model that fits.
+
+    `length`: the longest sequence that fits. `tokens_per_second`: at `max_length`, or at `length`
+    if that is shorter.
+    """
 
     length: int
     tokens_per_second: float
@@ -25,7 +29,7 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class FitRow:
-    """A model; None where it does not fit. `rules`: those that refuse to train it today."""
+    """Row of a model. `lora`, `qlora`: None if it does not fit. `rules`: those that refuse it."""
 
     name: str
     parameters: int
@@ -37,13 +41,13 @@ class FitRow:
 def fit_rows(
     models: Sequence[PublishedModel], settings: RunSettings, cluster: Cluster
 ) -> list[FitRow]:
-    """A row for each model, the smallest first."""
+    """A row for each model, smallest first."""
     rows = [_row(model.shape(), settings, cluster) for model in models]
     return sorted(rows, key=lambda row: (row.parameters, row.name))
 
 
 def _row(shape: ModelShape, settings: RunSettings, cluster: Cluster) -> FitRow:
-    # Offloaded, nearly everything fits, and the host memory of another machine is not known.
+    # With offload nearly every model fits, and the host memory of another machine is not known.
     offload = "cpu" if settings.offload_param == "cpu" else "none"
     settings = settings.model_copy(
         update={"model": shape.folder, "load_in_8bit": False, "offload_param": offload}
@@ -93,7 +97,7 @@ def _best(
 
 
 def fits_text(rows: Sequence[FitRow], settings: RunSettings, cluster: Cluster) -> str:
-    """The table for a terminal, with the reasons of models that are refused below it."""
+    """The table as text for a terminal; below it the reasons why models are refused."""
     rules = list(dict.fromkeys(rule for row in rows for rule in row.rules))
     marks = {rule: "abcdefgh"[index] for index, rule in enumerate(rules)}
     nodes = f"{cluster.nodes} nodes of " if cluster.nodes > 1 else ""

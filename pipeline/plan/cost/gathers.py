@@ -11,7 +11,7 @@ its module runs and released after it, with three exceptions whose size the conf
 - *Prefetched.* At each module the next matrices of the recorded order are fetched while fewer than
   `stage3_max_live_parameters` elements are gathered. `stage3_prefetch_bucket_size` limits one
   module's prefetch, not the total. What a module needs is fetched whatever the limit.
-- *Reused soon.* A matrix is not released if it is used again within `stage3_max_reuse_distance`
+- *Reused.* A matrix is not released if it is used again within `stage3_max_reuse_distance`
   elements, persistent matrices included. The recomputed forward of a checkpointed block and its
   backward use each matrix of it within twice the block.
 - *4-bit without re-entrant checkpointing* keeps every matrix from its forward to its backward
@@ -49,7 +49,7 @@ class Gathers:
 
 
 def gathers(shape: ModelShape, settings: RunSettings) -> Gathers:
-    """Elements gathered of a base at ZeRO-3, from the sizes of its matrices."""
+    """Elements of the base that ZeRO-3 gathers, from the sizes of its matrices."""
     adapter = adapter_counts(shape, settings)
     block = persistent = largest = 0
     for kind, count in shape.counts():

@@ -1,8 +1,7 @@
-"""Predicted bytes, term by term: a rank's device in training and loading, a node's host, the disk.
+"""Predicted memory, term by term: a rank's device in training and loading, a node's host, the disk.
 
-P: trainable parameters, W: ranks, b: bytes of a value in the training dtype. The peak of a step is
-that of its worst moment, and the terms are the tensors allocated at that moment. docs/memory.md
-compares them with measured tensors.
+The terms of a step are the tensors allocated at its worst moment, the one with the highest sum.
+docs/memory.md compares them with measured tensors. b: bytes per value in the training dtype.
 """
 
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from pipeline.plan.given.shape import ModelShape
 
 # Elements of a reduce bucket: 64 MB of fp32, enough to fill a link, and copied twice while reduced.
 _MAX_BUCKET = 2**24
-# CUDA context of a process, kernels and NCCL's buffers; an assumption, not measured on a GPU.
+# CUDA context of a process with kernels and NCCL's buffers; an assumption, not measured on a GPU.
 _CUDA_CONTEXT = 700 * 2**20
 # Memory that the caching allocator holds beyond live tensors, as a fraction of them; an assumption.
 _ALLOCATOR_SLACK = 0.03
@@ -30,7 +29,7 @@ _NOT_TENSORS = ("cuda_context", "allocator_slack")
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes. `per_rank` has the terms of a rank's device at the worst moment of a step."""
+    """Predicted bytes. `per_rank`: terms of a rank's device at the worst moment of a step."""
 
     per_rank: Mapping[str, int]
     worst_moment: str

@@ -1,11 +1,11 @@
-"""Whether a run can save a checkpoint before its launcher kills it."""
+"""Time to stop a run: can it save a checkpoint before its launcher kills it?"""
 
-# DeepSpeed's launcher terminates rank 0, and kills it after so long (0.19.8 launcher/launch.py).
+# Seconds between SIGTERM and SIGKILL of DeepSpeed's launcher (0.19.8 launcher/launch.py).
 LAUNCHER_PATIENCE_S = 30.0
 
 
 def slow_stop_warning(save_s: float, micro_batch_s: float) -> str | None:
-    """A warning where one save and one micro-batch take longer than a launcher waits, else None."""
+    """A warning if one save and one micro-batch take longer than a launcher waits, else None."""
     if save_s + micro_batch_s <= LAUNCHER_PATIENCE_S:
         return None
     return (

@@ -108,6 +108,6 @@ def _sharded(
         # A second copy of the base over the ranks of a node: gathers stay inside the node.
         zero["zero_hpz_partition_size"] = layout.hpz_partition_size
     if layout.offload_param == "cpu":
-        # Shards of the base are in host memory, pinned where there is a GPU to copy to.
+        # Shards of the base are in host memory, pinned if there is a GPU to copy to.
         zero["offload_param"] = {"device": "cpu", "pin_memory": is_cuda}
     return zero

@@ -1,4 +1,4 @@
-"""A user's own DeepSpeed JSON: checked against the run file, then laid over the generated config.
+"""The user's own DeepSpeed JSON: checked against the run file, then merged into the config.
 
 DeepSpeed ignores unknown keys at the top level; here they are refused everywhere. The values of
 known keys are checked by the rules, which see the merged config.
@@ -24,8 +24,8 @@ _ZERO = "zero_optimization"
 def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
     """The settings with the values that the JSON fixes.
 
-    Called before anything is chosen, so that the choice is made for them. Raises UserError where
-    the run file has another value, and for keys that DeepSpeed does not read.
+    Called before the layout is chosen, so that they constrain it. Raises UserError if the run file
+    has another value, and for keys that DeepSpeed does not read.
     """
     own = _read(path)
     fixed: dict[str, Any] = {}
@@ -46,10 +46,10 @@ def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
 
 
 def overlay(generated: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The generated config with the JSON's keys laid over it, block by block.
+    """The generated config with the JSON's keys merged into it, block by block.
 
     Raises UserError for keys that DeepSpeed does not read, and for values of another type than the
-    ones they replace. Keys that DeepSpeed removed pass: each has its rule.
+    ones they replace. Keys that DeepSpeed removed are accepted here: each has a rule.
     """
     own = _read(path)
     return _merged(generated, own.values, own, ())
@@ -89,9 +89,9 @@ def _validate(settings: RunSettings, values: dict[str, Any], place: str) -> None
 
 
 def _read(path: str) -> Located:
-    """The file with ZeRO-3's keys under their full names, and without "auto" and null.
+    """The file with ZeRO-3's keys under their full names, and without values "auto" and null.
 
-    Both mean what the plan generates. Raises UserError for every unknown key, whatever its value.
+    Both stand for the generated value. Raises UserError for every unknown key, whatever its value.
     """
     own = read_located(Path(path), "JSON", label="deepspeed_json: ")
     _require_known(own)
@@ -125,7 +125,7 @@ def _require_known(own: Located) -> None:
 
 
 def _require_values(own: Located) -> None:
-    """Raise UserError for each value that DeepSpeed would refuse once the model is loaded."""
+    """Raise UserError for values that DeepSpeed would refuse only after the model is loaded."""
     problems = []
     for key in own.lines:
         value = _at(own, key)
@@ -136,7 +136,7 @@ def _require_values(own: Located) -> None:
 
 
 def _expected(key: KeyPath, value: Any) -> str | None:
-    """What the key takes, unless the value is such."""
+    """Description of the values that the key accepts; None if `value` is one of them."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if key in BLOCKS and not isinstance(value, Mapping):
         return "a block in braces"
@@ -165,7 +165,7 @@ def _without_auto(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _at(own: Located, key: KeyPath) -> Any:
-    """The value at a path, None where there is none."""
+    """The value at a path, None if there is none."""
     value: Any = own.values
     for part in key:
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -173,7 +173,7 @@ def _at(own: Located, key: KeyPath) -> Any:
 
 
 def _place(own: Located, key: KeyPath) -> str:
-    """File, line and key, by the name that the file has for it."""
+    """File, line and key, with the name of the key as in the file."""
     names = {full: short for short, full in SHORT_NAMES.items()}
     is_short = key[:1] == (_ZERO,) and len(key) == 2 and (_ZERO, names.get(key[1], "")) in own.lines
     shown = (_ZERO, names[key[1]]) if is_short else key

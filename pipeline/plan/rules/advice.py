@@ -1,6 +1,6 @@
 """Advice: rules of thumb for a run that is allowed; nothing is changed.
 
-Source: LoRA Basics, whose configurations are the presets; the section is named with each.
+Source: LoRA Basics, whose configurations are the presets; each rule names the section.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,10 @@ def _computes_in_another_type(s: PlanContext) -> bool:
 
 
 def _evaluates_at_other_steps(s: PlanContext) -> bool:
-    """Only where the run file gives both: the defaults differ, and nobody asked for them."""
+    """Whether evaluations and saves are at different steps, both set in the run file.
+
+    The defaults also differ, but then the user did not choose them.
+    """
     settings = s.settings
     is_asked = {"evaluation_strategy", "save_strategy"} <= settings.model_fields_set
     both = settings.evaluations, settings.saves
@@ -38,7 +41,7 @@ def _evaluates_at_other_steps(s: PlanContext) -> bool:
 
 
 def _has_unused_steps(s: PlanContext) -> bool:
-    """Whether a number of steps other than the default is given beside another strategy."""
+    """Whether eval_steps or save_steps is set, but its strategy is not `steps`."""
     settings, fields = s.settings, type(s.settings).model_fields
     pairs = ("evaluation_strategy", "eval_steps"), ("save_strategy", "save_steps")
     return any(

@@ -25,7 +25,7 @@ def _first(reasons: Sequence[str]) -> str:
 
 
 def _recomputes_re_entrantly(s: PlanContext) -> str:
-    """Why it is wrong to recompute this class as at ZeRO-3 (model/base.py), where that is done."""
+    """The reason against re-entrant checkpointing (used at ZeRO-3, model/base.py); else empty."""
     if s.proof is None or not s.layout.is_sharded or not s.layout.checkpointed_layers:
         return ""
     return _first(s.proof.without_reentrant)
@@ -81,7 +81,7 @@ def _mixes_documents_in_one_forward(s: PlanContext) -> bool:
 
 
 def _exceeds_original_length(s: PlanContext) -> str:
-    """The numbers, where counted documents exceed it and share a forward with shorter ones."""
+    """The lengths, if counted documents exceed it and share a forward pass with shorter ones."""
     limit, data = s.shape.rope_original_length, s.data
     if limit is None or data is None or not data.is_exact or data.longest is None:
         return ""
@@ -91,7 +91,7 @@ def _exceeds_original_length(s: PlanContext) -> str:
 
 
 def _may_exceed_original_length(s: PlanContext) -> str:
-    """The numbers, where documents that are not counted yet may exceed it."""
+    """The lengths, if documents that are not counted yet may exceed it."""
     limit = s.shape.rope_original_length
     is_counted = s.data is not None and s.data.longest is not None
     if limit is None or is_counted or s.settings.max_length <= limit:

@@ -30,7 +30,7 @@ _NEWEST = "9999"  # version assumed for a package that is not installed
 class PlanInput:
     """Input of the plan, from which a layout is chosen.
 
-    `proof` is None where the model class has not been checked on this machine.
+    `proof` is None if the model class has not been checked on this machine.
     """
 
     settings: RunSettings
@@ -161,6 +161,6 @@ def raise_refusals(rules: Iterable[Rule[ContextT]]) -> None:
 
 
 def refusals_text(rules: Iterable[Rule[ContextT]]) -> str:
-    """A line for each refusal among the rules, empty where there is none."""
+    """A line for each refusal among the rules; empty if there is none."""
     refused = [rule for rule in rules if rule.level == "refuse"]
     return "\n".join(f"{rule.message} [rule {rule.id}]" for rule in refused)

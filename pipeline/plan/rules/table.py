@@ -1,6 +1,6 @@
 """All rules, in the order of docs/rules.md.
 
-tests/plan/rules/test_rules.py has for each a context in which it applies and a near miss.
+tests/plan/rules/test_rules.py has for each rule a context in which it applies and a near miss.
 """
 
 from pipeline.plan.rules.advice import ADVICE
