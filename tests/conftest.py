@@ -17,6 +17,21 @@ os.environ["RANKZERO_CACHE"] = tempfile.mkdtemp(prefix="rankzero-tests-")  # sub
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
+_LAUNCHER = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR",
+    "MASTER_PORT",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher_variables():
+    """A run in this process sets them for torch; processes of later tests must not inherit them."""
+    for name in _LAUNCHER:
+        os.environ.pop(name, None)
+    yield
+    for name in _LAUNCHER:
+        os.environ.pop(name, None)
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -20,14 +20,11 @@ CONFIG = {
 }
 
 
-def make_model(folder: Path, *, tied: bool = True, dtype: str = "float32", shards: int = 1) -> Path:
-    """Save a tiny random Llama with its tokenizer as an ordinary model folder."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def tiny_config(tokenizer, *, tied: bool = True):
+    """The configuration of the tiny Llama."""
+    from transformers import LlamaConfig
 
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         tie_word_embeddings=tied,
         eos_token_id=tokenizer.eos_token_id,
@@ -36,7 +33,16 @@ def make_model(folder: Path, *, tied: bool = True, dtype: str = "float32", shard
         initializer_range=0.2,  # the usual 0.02 makes every answer the same at this size
         **CONFIG,
     )
-    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+
+
+def make_model(folder: Path, *, tied: bool = True, dtype: str = "float32", shards: int = 1) -> Path:
+    """Save a tiny random Llama with its tokenizer as an ordinary model folder."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config(tokenizer, tied=tied)).to(getattr(torch, dtype))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(folder, max_shard_size=max(size // shards, 1) if shards > 1 else "5GB")
     tokenizer.save_pretrained(folder)

@@ -41,13 +41,14 @@ def prepare() -> None:
         "--show", type=number_of_documents, default=0, metavar="N", help="print N documents"
     )
     given, console = parser.parse_intermixed_args(), Console(markup=False, emoji=False)
-    settings = _with_checked_class(load_settings(given.run_file, given.overrides))
+    settings = load_settings(given.run_file, given.overrides)
     folder = Path(settings.output_dir)
     data_dir = folder / "data"
     require_own_folder(folder)
     require_writable(folder)
     # A run may be reading data/, and prepare removes what is out of date.
     with Ownership(folder, "launch/prepare.py"):
+        settings = _with_checked_class(settings)
         fetch(settings.train_sources, "train_data")
         fetch(settings.eval_sources, "eval_data")
         check_first_rows(settings)

@@ -178,7 +178,7 @@ class RunKeys(BaseModel):
     )
 
     # Optimisation
-    lr: Annotated[float, Field(gt=0, le=1e6)] = Field(
+    lr: Annotated[float, Field(gt=0, le=1e30)] = Field(  # above, Adam overflows in fp32
         default=2e-4,
         description="Peak learning rate.",
         json_schema_extra=traits(deepspeed="optimizer.params.lr", peers="learning_rate"),

@@ -168,7 +168,7 @@ class _Preflight:
         """Why a stage is skipped, which the report shows; empty if it is not."""
         levels = {check.name: self._report.level_of(check.name) for check in stage.requires}
         failed = [name for name, level in levels.items() if level == "fail"]
-        reason = f"{', '.join(failed)} first" if failed else ""
+        reason = f"{' and '.join(failed)} failed" if failed else ""
         if stage.needs_several_ranks and self.context.placement.world_size == 1:
             reason = "one process; under `deepspeed`, torchrun or srun they are"
         if reason:

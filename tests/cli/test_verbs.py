@@ -42,7 +42,8 @@ def run_file(tmp_path):
 @pytest.mark.parametrize("verb", VERBS)
 def test_arguments_that_are_missing_or_unknown_are_named(refused_by, verb):
     missing = "run_folder" if verb in WITH_RUN_FOLDER else "run_file"
-    assert_mentions(refused_by(verb), verb, missing, "--help")
+    missing = "RUN.yaml" if verb == "plan" else missing  # which has other forms
+    assert_mentions(refused_by(verb), missing, "--help")
     assert "key=value" not in refused_by(verb)  # is not required
     assert_mentions(refused_by(verb, "x", "--nonsense"), "--nonsense")
 
