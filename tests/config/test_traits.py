@@ -21,7 +21,7 @@ def test_each_setting_means_one_change():
 
 
 def test_the_paths_of_a_run_are_not_what_it_is():
-    """What is compared is the content of the data and the weights, not where they lie."""
+    """Runs are compared by the content of data and weights, not by their paths."""
     assert settings_with("base") == {"model", "model_revision"}
     assert settings_with("files") == {"train_data", "eval_data"}
     assert "output_dir" in settings_with("run")

@@ -1,4 +1,4 @@
-"""RunFolder: status.json tells how a run ended, whoever ends it."""
+"""RunFolder: status.json tells how a run ended, whichever process ends it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a start in a folder does: the table of docs/reliability.md, row by row."""
+"""The start table of docs/reliability.md, row by row."""
 
 import errno
 import json
@@ -42,7 +42,7 @@ def begin(tmp_path, tiny_model):
 
 
 def leave(folder: Path, state: str, *, adapter: bool = True, checkpoint: bool = True) -> None:
-    """What an earlier start left, besides the files of open_run."""
+    """Files of an earlier start, in addition to those of open_run."""
     fields = {"state": state, "host": "elsewhere", "heartbeat": 0, "pids": [1]}
     (folder / "status.json").write_text(json.dumps(fields))
     if checkpoint:

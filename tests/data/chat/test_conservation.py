@@ -68,7 +68,7 @@ def notes_of(example, tokenizer, **values):
 
 
 class TestLost:
-    """What a template drops is named by its path."""
+    """A part of a row that a template drops is named by its path."""
 
     CALLS = (
         "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} "

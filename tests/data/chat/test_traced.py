@@ -50,7 +50,7 @@ def pieces(value):
 
 
 def assert_leads_back(text, sources):
-    """The characters of each span are those of its source, but for their case."""
+    """Each span has the characters of its source, apart from case."""
     for start, stop, source, first, last in spans_of(text):
         assert 0 <= start < stop <= len(text)
         origin = sources[source][first:last]

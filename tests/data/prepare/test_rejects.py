@@ -22,7 +22,7 @@ BAD = ["{", "[]", "[]", row(" "), row(" "), row(" "), '{"note": "t"}']
 
 
 def facts(run):
-    """What the message about 7 BAD rows of 31 must name."""
+    """Facts that the message about 7 bad rows of 31 must name."""
     places = [f"{run.train}:25", f"{run.train}:26", f"{run.train}:28"]
     return [*places, "train_data", "7 of 31 rows", "22.6 %", "max_rejected to 0.226"]
 
