@@ -22,8 +22,8 @@ from pipeline.data.prepare.prepare import prepare as prepare_data
 from pipeline.data.prepare.show import number_of_documents, show_documents
 from pipeline.errors import UserError
 from pipeline.plan.given.class_proof import (
-    remembered_proof,
-    require_checked,
+    cached_proof,
+    ensure_proof,
     without_leaking_packs,
 )
 from pipeline.plan.given.shape import read_shape
@@ -64,8 +64,8 @@ def prepare() -> None:
 def _with_checked_class(settings: RunSettings) -> RunSettings:
     """The settings, without packs where the model class is one that mixes documents."""
     shape = read_shape(str(settings.model_folder))
-    require_checked(settings, shape)
-    proof = remembered_proof(shape, settings)
+    ensure_proof(settings, shape)
+    proof = cached_proof(shape, settings)
     if proof is not None and proof.refusals:
         raise UserError(f"model: {settings.model} cannot be trained correctly: {proof.refusals[0]}")
     return without_leaking_packs(settings, proof)

@@ -34,7 +34,7 @@ from pipeline.model.tensor_files import read_header, weight_files
 from pipeline.plan.given.class_proof import (
     Proof,
     adapted_names,
-    proof_path,
+    proof_file,
     read_proof,
     write_proof,
 )
@@ -50,7 +50,7 @@ def prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool = Fal
 
     Cached; computing it takes a few seconds on the CPU.
     """
-    path = proof_path(folder, targets, trust_remote_code=trust_remote_code)
+    path = proof_file(folder, targets, trust_remote_code=trust_remote_code)
     if (remembered := read_proof(path)) is not None:
         return remembered
     proof = _prove(folder, targets, trust_remote_code=trust_remote_code)

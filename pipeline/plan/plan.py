@@ -17,7 +17,7 @@ from pipeline.plan.cost.speed import Speed, step_seconds
 from pipeline.plan.deepspeed.config import deepspeed_config
 from pipeline.plan.deepspeed.overlay import overlay, with_json_constraints
 from pipeline.plan.given.adapter_counts import adapter_counts, trainable_parameters
-from pipeline.plan.given.class_proof import Proof, remembered_proof, without_leaking_packs
+from pipeline.plan.given.class_proof import Proof, cached_proof, without_leaking_packs
 from pipeline.plan.given.data_size import DataSize
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout, SequenceProfile
@@ -221,7 +221,7 @@ def rank_plans(
     )
     _raise_input_refusals(plan_input)
     adapter_counts(shape, settings)  # raises UserError if a target matches no layer
-    proof = remembered_proof(shape, settings)
+    proof = cached_proof(shape, settings)
     settings = without_leaking_packs(settings, proof)
     if proof is not None and proof.without_packs and not settings.packing:
         why["packing"] = f"false, because {proof.without_packs[0]}"

@@ -10,7 +10,7 @@ from pipeline.cluster.session import Session
 from pipeline.config.load import load_settings
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.plan.given.class_proof import require_checked
+from pipeline.plan.given.class_proof import ensure_proof
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import Plan, make_plan
@@ -50,7 +50,7 @@ class RankContext:
             return replace(self, problems={"settings": str(error)})
         try:
             shape = read_shape(str(settings.model_folder))
-            require_checked(settings, shape)
+            ensure_proof(settings, shape)
             plan = make_plan(
                 settings, shape, self.hardware, nodes=self.placement.nodes, ranks_per_node=ranks
             )

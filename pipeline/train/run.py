@@ -15,7 +15,7 @@ from pipeline.cluster.stop import StopRequests
 from pipeline.cluster.watchdog import Watchdog
 from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import DataIndex
-from pipeline.plan.given.class_proof import require_checked
+from pipeline.plan.given.class_proof import ensure_proof
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
 from pipeline.preflight.context import RankContext
@@ -49,7 +49,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         set_environment(placement, hardware)
 
         shape = read_shape(str(settings.model_folder))
-        require_checked(settings, shape)
+        ensure_proof(settings, shape)
         plan = make_plan(
             settings, shape, hardware,
             nodes=placement.nodes, ranks_per_node=placement.local_size,

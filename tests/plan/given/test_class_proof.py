@@ -9,9 +9,9 @@ from pipeline.plan.given import class_proof
 from pipeline.plan.given.class_proof import (
     Proof,
     adapted_names,
-    proof_path,
-    remembered_proof,
-    require_checked,
+    cached_proof,
+    ensure_proof,
+    proof_file,
     write_proof,
 )
 from pipeline.plan.given.shape import read_shape
@@ -52,7 +52,7 @@ def planned(settings):
 def remember(settings, proof):
     shape = read_shape(str(settings.model_folder))
     names = adapted_names(shape, settings)
-    write_proof(proof_path(settings.model_folder, names, trust_remote_code=False), proof)
+    write_proof(proof_file(settings.model_folder, names, trust_remote_code=False), proof)
 
 
 def test_packs_that_the_user_did_not_ask_for_are_left_out_where_the_class_mixes_documents(model):
@@ -102,20 +102,20 @@ def test_a_proof_is_of_the_adapted_layers_and_of_the_code_that_runs(model, chang
     settings = settings_for(model)
     remember(settings, LEAKS)
     shape = read_shape(str(model))
-    assert remembered_proof(shape, settings).errors == LEAKS.errors
-    assert remembered_proof(shape, settings.model_copy(update=change)) is None
+    assert cached_proof(shape, settings).errors == LEAKS.errors
+    assert cached_proof(shape, settings.model_copy(update=change)) is None
 
 
 def test_a_proof_is_of_the_config(model):
     settings = settings_for(model)
     remember(settings, LEAKS)
     (model / "config.json").write_text(json.dumps(LLAMA_8B))
-    assert remembered_proof(read_shape(str(model)), settings) is None
+    assert cached_proof(read_shape(str(model)), settings) is None
 
 
 def test_a_known_family_is_not_checked_before_the_plan(model, monkeypatch):
     monkeypatch.setattr(class_proof, "_check", None)
-    require_checked(settings_for(model), read_shape(str(model)))
+    ensure_proof(settings_for(model), read_shape(str(model)))
 
 
 def test_a_cache_that_cannot_be_written_is_named(model, tmp_path, monkeypatch):
@@ -124,4 +124,4 @@ def test_a_cache_that_cannot_be_written_is_named(model, tmp_path, monkeypatch):
     shape = read_shape(str(model))
     object.__setattr__(shape, "is_from_class", True)
     with refused("RANKZERO_CACHE", str(tmp_path / "file")):
-        require_checked(settings_for(model), shape)
+        ensure_proof(settings_for(model), shape)

@@ -1,4 +1,4 @@
-"""Shapes counted on a model's class: equal to the table of families, remembered, never guessed."""
+"""Shapes counted on the class of a model: equal to the table of families, cached, never guessed."""
 
 import json
 
@@ -7,7 +7,8 @@ from transformers import AutoConfig
 
 from pipeline.model import class_shape as counting
 from pipeline.plan.cost import activations
-from pipeline.plan.given import class_shape as remembering
+from pipeline.plan.given import class_shape as caching
+from pipeline.plan.given import torch_process
 from pipeline.plan.given.families import FAMILIES
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import read_shape
@@ -58,8 +59,8 @@ def write(folder, kind, change):
 def cache(tmp_path_factory, monkeypatch):
     """An empty cache, and the class counted in this process."""
     folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    monkeypatch.setattr(remembering, "_count", counting.class_shape)
+    monkeypatch.setenv("RANKZERO_CACHE", str(folder))
+    monkeypatch.setattr(caching, "_count", counting.class_shape)
     return folder
 
 
@@ -151,42 +152,42 @@ def test_a_plan_says_that_a_class_is_not_yet_proven_and_which_command_proves_it(
     assert plan_json(plan)["proof"] is None
 
 
-def test_a_remembered_shape_needs_no_torch(tmp_path, monkeypatch):
+def test_a_cached_shape_needs_no_torch(tmp_path, monkeypatch):
     write(tmp_path, "olmo2", {})
     first = read_shape(str(tmp_path))
-    monkeypatch.setattr(remembering, "_count", None)
+    monkeypatch.setattr(caching, "_count", None)
     assert read_shape(str(tmp_path)) == first
-    path = remembering.remembered_path(tmp_path)
+    path = caching.shape_file(tmp_path)
     assert path.is_file()
     write(tmp_path, "olmo2", {"num_hidden_layers": 3})
-    assert remembering.remembered_path(tmp_path) != path
+    assert caching.shape_file(tmp_path) != path
     write(tmp_path, "olmo2", {})
-    assert remembering.remembered_path(tmp_path) == path
-    monkeypatch.setattr(remembering, "_version", lambda package: "9")
-    assert remembering.remembered_path(tmp_path) != path
+    assert caching.shape_file(tmp_path) == path
+    monkeypatch.setattr(torch_process, "package_version", lambda package: "9")
+    assert caching.shape_file(tmp_path) != path
 
 
-def test_a_damaged_memory_is_counted_again(tmp_path):
+def test_a_damaged_cache_file_is_counted_again(tmp_path):
     write(tmp_path, "olmo2", {})
     first = read_shape(str(tmp_path))
-    remembering.remembered_path(tmp_path).write_text("{")
+    caching.shape_file(tmp_path).write_text("{")
     assert read_shape(str(tmp_path)) == first
-    assert json.loads(remembering.remembered_path(tmp_path).read_text())
+    assert json.loads(caching.shape_file(tmp_path).read_text())
 
 
 def test_without_torch_the_message_has_the_command_and_the_file(tmp_path, monkeypatch):
     write(tmp_path, "olmo2", {})
     versions = {"torch": None}
-    monkeypatch.setattr(remembering, "_version", lambda package: versions.get(package, "1"))
+    monkeypatch.setattr(caching, "package_version", lambda package: versions.get(package, "1"))
     with refused(f"python -m pipeline.model.class_shape {tmp_path}",
-                 remembering.remembered_path(tmp_path)):  # fmt: skip
+                 caching.shape_file(tmp_path)):  # fmt: skip
         read_shape(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["no_such_model", "t5"])
 def test_a_class_that_cannot_be_counted_is_refused_with_the_reason(tmp_path, monkeypatch, kind):
     monkeypatch.undo()  # in a process of its own
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with refused("config.json", kind):
         read_shape(str(tmp_path))
@@ -196,8 +197,8 @@ def test_the_command_counts_in_a_process_of_its_own(tmp_path, monkeypatch):
     write(tmp_path, "olmo2", {})
     here = counting.class_shape(tmp_path)
     monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert remembering.class_shape(tmp_path) == here
+    monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
+    assert caching.class_shape(tmp_path) == here
 
 
 def test_the_experts_of_a_token_are_counted_under_the_name_that_the_class_has(tmp_path):
