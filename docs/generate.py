@@ -1,4 +1,4 @@
-"""Generate configuration.md, rules.md, the tables of scale.md and the README's plan from the code.
+"""Generate from the code: pages of docs/, the README's plan and the run files' JSON schema.
 
 `--check` only compares.
 """
@@ -10,11 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from run_files import planned_run_files, with_prediction
 from scale_tables import filled
 
 from pipeline.config.presets import PRESETS, RANGES
+from pipeline.config.schema import run_file_schema
 from pipeline.config.settings import RunSettings
 from pipeline.config.traits import Change
+from pipeline.files import dump_json
 from pipeline.plan.rules.table import RULES
 
 HERE = Path(__file__).parent
@@ -47,6 +50,9 @@ def configuration() -> str:
         "",
         "Generated from the code by `make docs`.",
         "A run file is flat YAML; any setting can also be `key=value` on the command line.",
+        "`launch/runs` has run files to start from, and their JSON schema, which "
+        "`launch/plan.py --schema` prints: with `# yaml-language-server: $schema=schema.json` as "
+        "first line, editors complete and check a run file.",
         "Precedence: defaults < presets < run file < command line.",
         "In paths a leading `~`, `$NAME` and `${NAME}` are expanded, and `$$` is a dollar; "
         "run.yaml keeps the text as written.",
@@ -171,7 +177,9 @@ def main() -> None:
     pages = {
         HERE / "configuration.md": configuration(),
         HERE / "rules.md": rules(),
+        ROOT / "launch/runs/schema.json": dump_json(run_file_schema()),
         HERE / "scale.md": filled((HERE / "scale.md").read_text(encoding="utf-8")),
+        **{path: with_prediction(path) for path in planned_run_files()},
         ROOT / "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8")),
     }
     stale = []

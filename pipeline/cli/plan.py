@@ -3,6 +3,7 @@
 python launch/plan.py RUN.yaml [key=value ...] [--gpu h100-80gb --nodes N --gpus-per-node N] ...
 python launch/plan.py --model Qwen/Qwen3-32B [key=value ...] [--gpu ...]   before any download
 python launch/plan.py --fits [key=value ...] [--gpu ...]                   which models fit here
+python launch/plan.py --schema                                             JSON schema of RUN.yaml
 
 The sizes of about 60 models ship with the package; a model folder or a hub model in the local
 cache is read instead.
@@ -18,6 +19,7 @@ from pipeline.cli.arguments import Parser, count, positive
 from pipeline.cluster.devices import hardware_from_options
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings, settings_without_file
+from pipeline.config.schema import run_file_schema
 from pipeline.config.settings import RunSettings
 from pipeline.data.prepare.prepare import data_size
 from pipeline.errors import UserError
@@ -39,6 +41,9 @@ _CPUS_PER_GPU = 4  # one trains, others read and prepare its input
 def plan() -> None:
     """Parse the command line and print the plan."""
     given = _parser().parse_intermixed_args()
+    if given.schema:
+        print(dump_json(run_file_schema()), end="")
+        return
     settings = _settings(given)
     hardware = hardware_from_options(given.gpu, given.gpu_memory_gib, given.gpu_tflops)
     ranks = given.gpus_per_node or hardware.devices_per_node
@@ -128,6 +133,9 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--fits", action="store_true", help="table of the models that fit, with length and speed"
+    )
+    parser.add_argument(
+        "--schema", action="store_true", help="print the JSON schema of run files, for editors"
     )
     parser.add_argument("--nodes", type=count, default=1, metavar="N", help="machines (1)")
     parser.add_argument(

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -17,7 +17,7 @@ from pipeline.config.hub import HubSplit
 from pipeline.config.located import parse_value, read_located
 from pipeline.config.paths import expand
 from pipeline.config.peers import hint
-from pipeline.config.presets import PRESETS
+from pipeline.config.presets import PRESETS, Preset
 from pipeline.config.settings import RunSettings, map_paths, path_settings, settings_by
 from pipeline.errors import UserError
 
@@ -157,8 +157,8 @@ def _preset_values(names: Any) -> dict[str, Any]:
     """Merge presets; later ones override earlier ones. RunSettings refuses unknown names."""
     values: dict[str, Any] = {}
     for name in names if isinstance(names, list) else [names]:
-        if isinstance(name, str):
-            values |= PRESETS.get(name, {})
+        if name in get_args(Preset):
+            values |= PRESETS[name]
     return values
 
 

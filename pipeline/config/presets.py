@@ -5,9 +5,14 @@ gives a range, the preset has the lower value and `RANGES` the range.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
+Preset = Literal[
+    "conservative", "balanced", "aggressive", "small", "medium", "large", "memory-constrained",
+    "speed-optimized",
+]  # fmt: skip
+
+PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     "conservative": {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.1},
     "balanced": {"lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.05},
     "aggressive": {"lora_r": 128, "lora_alpha": 256, "lora_dropout": 0.05},
@@ -29,7 +34,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-RANGES: Mapping[str, Mapping[str, tuple[int, int]]] = {
+RANGES: Mapping[Preset, Mapping[str, tuple[int, int]]] = {
     "small": {"epochs": (3, 5), "lora_r": (16, 32)},
     "medium": {"epochs": (2, 3)},
     "large": {"epochs": (1, 2), "lora_r": (64, 128)},
@@ -37,7 +42,7 @@ RANGES: Mapping[str, Mapping[str, tuple[int, int]]] = {
 }
 
 
-def preset_for(rows: int) -> str:
+def preset_for(rows: int) -> Preset:
     """Name of the preset for a training set with this number of rows."""
     if rows < 1_000:
         return "small"

@@ -11,6 +11,7 @@ from pydantic import (
 from pipeline.config.data_keys import Auto, Share
 from pipeline.config.data_names import MOST_PASSES, MOST_SEQUENCES, Positive
 from pipeline.config.frequency import Strategy
+from pipeline.config.presets import Preset
 from pipeline.config.traits import traits
 
 SequenceCount = Annotated[int, Field(ge=1, le=MOST_SEQUENCES)]
@@ -52,7 +53,7 @@ class RunKeys(BaseModel):
         "schedule).",
         json_schema_extra=traits(change="run"),
     )
-    preset: str | list[str] = Field(
+    preset: Preset | list[Preset] = Field(
         default_factory=list,
         description="A preset or a list of presets (below); later ones win, the run file wins "
         "over all.",

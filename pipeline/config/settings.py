@@ -17,7 +17,6 @@ from pipeline.config.data_keys import DataKeys
 from pipeline.config.data_names import DataSource, sources
 from pipeline.config.frequency import Frequency, frequency
 from pipeline.config.hub import snapshot_folder
-from pipeline.config.presets import PRESETS
 from pipeline.config.run_keys import RunKeys
 from pipeline.config.traits import Change, traits
 
@@ -37,14 +36,6 @@ class RunSettings(RunKeys, DataKeys):
 
     # Setting -> expanded path -> text in the run file, if the two differ.
     _written_paths: dict[str, dict[str, str]] = PrivateAttr(default_factory=dict)
-
-    @field_validator("preset")
-    @classmethod
-    def _known_presets(cls, value: str | list[str]) -> str | list[str]:
-        names = [value] if isinstance(value, str) else value
-        if not PRESETS.keys() >= set(names):
-            raise ValueError(f"unknown preset; known: {', '.join(PRESETS)}")
-        return value
 
     @field_validator("time_limit")
     @classmethod

@@ -63,8 +63,8 @@ def test_numbers_as_people_write_them(run_file, text, value):
         ("split_turns: true\ntrain_on: all", ["split_turns", "train_on: assistant"]),
         ("keep_best: true", ["keep_best", "eval_data"]),
         ("time_limit: 90", ["time_limit"]),
-        ("preset: 5", ["RUN.yaml:4", "preset", "string", "list"]),
-        ("preset: [[small]]", ["RUN.yaml:4", "preset", "string"]),
+        ("preset: 5", ["RUN.yaml:4", "preset", "small", "list"]),
+        ("preset: [[small]]", ["RUN.yaml:4", "preset", "small"]),
         ("lr: .inf", ["lr", "finite"]),
         ("lora_r: 010", ["lora_r"]),
         *(

@@ -5,7 +5,7 @@ Source: LoRA Basics, whose configurations are the presets; each rule names the s
 
 from collections.abc import Callable
 
-from pipeline.config.presets import PRESETS, RANGES, preset_for
+from pipeline.config.presets import PRESETS, RANGES, Preset, preset_for
 from pipeline.plan.cost.memory import memory
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.rules.rule import PlanContext, Rule
@@ -59,7 +59,7 @@ def _is_short_of_memory(s: PlanContext) -> bool:
     return need > _SHORT_OF_MEMORY * s.hardware.usable_bytes(s.layout.ranks_per_node)
 
 
-def _deviates_from(name: str) -> Callable[[PlanContext], bool]:
+def _deviates_from(name: Preset) -> Callable[[PlanContext], bool]:
     """Whether the data has the size of this preset, and epochs or dropout are outside its range."""
     low, high = RANGES[name]["epochs"]
     dropout = PRESETS[name]["lora_dropout"]
@@ -74,7 +74,7 @@ def _deviates_from(name: str) -> Callable[[PlanContext], bool]:
     return deviates
 
 
-def _for_size(name: str, documents: str) -> Rule[PlanContext]:
+def _for_size(name: Preset, documents: str) -> Rule[PlanContext]:
     low, high = RANGES[name]["epochs"]
     dropout = PRESETS[name]["lora_dropout"]
     return Rule(
