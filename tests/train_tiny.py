@@ -47,8 +47,7 @@ def train_tiny(session, folder: Path, settings: dict, steps: int = 5, documents:
         lr = plan.learning_rate(step)
         if step == 0:  # as in Engine.optimizer_step, with the gradients read before the last call
             engine.deepspeed.train()
-            for group in engine.deepspeed.optimizer.param_groups:
-                group["lr"] = lr
+            engine.set_learning_rate(lr)
             total = torch.zeros(())
             for i, seeded in enumerate(batches):
                 total = total + engine.accumulate(seeded, supervised).detach()

@@ -7,6 +7,7 @@ embeddings and metadata stay valid. torch is imported only after all inputs have
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -15,6 +16,7 @@ from pipeline.adapter.merge_inputs import (
     CHAT_TEMPLATE,
     Adapter,
     Base,
+    LayerUpdate,
     read_adapter,
     read_base,
     require_compatible,
@@ -100,31 +102,34 @@ def _merge_shard(shard: TensorFile, adapter: Adapter, target: Path) -> dict[str,
     changes: dict[str, float] = {}
     with (
         shard.path.open("rb") as source,
-        adapter.file.path.open("rb") as pairs,
+        adapter.file.path.open("rb") as lora,
         target.open("wb") as sink,
     ):
         sink.write(shard.header)
         for key, entry in shard.entries.items():
-            if key not in adapter.pairs:
+            if (update := adapter.updates.get(key)) is None:
                 _copy_range(source, sink, entry)
                 continue
-            a, b = (_read(pairs, side).float() for side in adapter.pairs[key])
-            weight = _read(source, entry)
-            merged, changes[key] = _add(weight, adapter.scaling * (b @ a), key)
+            parts = {name: _read(lora, part).float() for name, part in update.parts.items()}
+            merged, changes[key] = _merge_tensor(_read(source, entry), update, parts, key)
             sink.write(_bytes(merged))
     return changes
 
 
-def _add(weight: "torch.Tensor", update: "torch.Tensor", key: str) -> tuple["torch.Tensor", float]:
-    """Add in fp32 and round once to the dtype of the weight; returns the relative change too."""
-    total = weight.float()
-    norm = total.norm().item()
-    change = update.norm().item() / max(norm, 1e-30)
-    merged = total.add_(update).to(weight.dtype)
+def _merge_tensor(
+    weight: "torch.Tensor", update: LayerUpdate, parts: Mapping[str, "torch.Tensor"], key: str
+) -> tuple["torch.Tensor", float]:
+    """Merge in fp32 and round once to the dtype of the weight; returns the relative change too."""
+    from pipeline.adapter.merge_layer import merge_layer
+
+    before = weight.float()
+    after = merge_layer(before, update, parts)
+    change = (after - before).norm().item() / max(before.norm().item(), 1e-30)
+    merged = after.to(weight.dtype)
     if not merged.isfinite().all():
         reason = "the base or the adapter is damaged"
-        if weight.isfinite().all() and update.isfinite().all():
-            reason = f"the sum is too large for {weight.dtype}; merge into a bfloat16 base"
+        if after.isfinite().all():
+            reason = f"it is too large for {weight.dtype}; merge into a bfloat16 base"
         raise RankZeroError(f"{key}: the merged weight is not finite: {reason}")
     return merged, change
 

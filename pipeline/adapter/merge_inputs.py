@@ -1,10 +1,9 @@
-"""The inputs of a merge, read from headers only: base shards, LoRA pairs, and their compatibility.
+"""The inputs of a merge, read from headers only: base shards, layer updates, their compatibility.
 
 No torch: a wrong folder or another model's adapter is refused before torch is imported.
 """
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,12 @@ from pipeline.model.tensor_files import (
     read_weight_map,
     weight_files,
 )
+from pipeline.plan.given.adapter_counts import pattern_value
 
 CHAT_TEMPLATE = "chat_template.jinja"
 _PREFIX = "base_model.model."
-_SIDES = (".lora_A.weight", ".lora_B.weight")
+# Ends of peft's keys, and the part of a LoRA layer that each holds.
+_PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "magnitude"}
 _TIED_ENDS = ("lm_head", "embed_tokens")
 # Keys of adapter_config.json without influence on the merged weights; all others must be empty,
 # except those that `read_adapter` reads.
@@ -34,7 +35,10 @@ _WITHOUT_EFFECT = {
     "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform",
     "layers_pattern", "megatron_core", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
-_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights"}
+_READ = {
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
+    "bias", "init_lora_weights",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,27 @@ class Base:
         return sum(file.path.stat().st_size for file in self.files)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerUpdate:
+    """The LoRA layer of one base tensor: its parts in the adapter file, r and alpha."""
+
+    parts: Mapping[str, Entry]  # A, B, and DoRA's magnitude
+    r: int
+    alpha: float
+    use_rslora: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the base tensor."""
+        return self.parts["B"].shape[0], self.parts["A"].shape[1]
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter: it adds scaling x B A to each weight of `pairs`."""
+    """A LoRA adapter: a layer update for each adapted tensor of the base, by the tensor's key."""
 
     file: TensorFile
-    scaling: float
-    pairs: Mapping[str, tuple[Entry, Entry]]  # key of the base tensor -> A, B
+    updates: Mapping[str, LayerUpdate]
 
 
 def read_base(folder: Path) -> Base:
@@ -88,57 +106,77 @@ def read_base(folder: Path) -> Base:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Raises UserError unless the folder holds plain LoRA pairs of one r."""
+    """Raises UserError unless the folder holds LoRA layers that `merge_layer` can merge."""
     config = _read_json(folder / "adapter_config.json", "adapter")
-    _require_plain_lora(folder, config)
-    r, alpha = config["r"], config["lora_alpha"]
-    scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    _require_mergeable(folder, config)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise UserError(f"adapter: {folder} holds no {path.name}, the only format that is read")
     file = read_header(path)
-    pairs: dict[str, tuple[Entry, Entry]] = {}
-    for key in file.entries:
-        name = key.removesuffix(_SIDES[0]).removesuffix(_SIDES[1])
-        a, b = (file.entries.get(name + side) for side in _SIDES)
-        if not key.startswith(_PREFIX) or a is None or b is None:
-            raise UserError(f"adapter: {path}: {key} is not one of a lora_A, lora_B pair")
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != r or b.shape[1] != r:
+    layers: dict[str, dict[str, Entry]] = {}
+    for key, entry in file.entries.items():
+        end = next((end for end in _PARTS if key.endswith(end)), "")
+        if not end or not key.startswith(_PREFIX):
             raise UserError(
-                f"adapter: {path}: {name} has A {a.shape} and B {b.shape}, which is not r {r} as "
-                "adapter_config.json says"
+                f"adapter: {path}: {key} is not a part of a LoRA layer ({', '.join(_PARTS)})"
             )
-        if a.dtype not in VALUE_BYTES or b.dtype not in VALUE_BYTES:
+        if entry.dtype not in VALUE_BYTES:
             raise UserError(
-                f"adapter: {path}: {name} has dtypes {a.dtype} and {b.dtype}; expected "
-                f"{', '.join(VALUE_BYTES)}"
+                f"adapter: {path}: {key} has dtype {entry.dtype}; expected {', '.join(VALUE_BYTES)}"
             )
-        pairs[name.removeprefix(_PREFIX) + ".weight"] = a, b
-    if not pairs:
+        name = key.removeprefix(_PREFIX).removesuffix(end)
+        layers.setdefault(name, {})[_PARTS[end]] = entry
+    if not layers:
         raise UserError(f"adapter: {path} is empty")
-    return Adapter(file, scaling, pairs)
+    updates = {f"{name}.weight": _update(path, name, layers[name], config) for name in layers}
+    return Adapter(file, updates)
+
+
+def _update(
+    path: Path, name: str, parts: Mapping[str, Entry], config: Mapping[str, Any]
+) -> LayerUpdate:
+    """The update of one layer. Raises UserError unless its parts are complete and match r."""
+    wanted = {"A", "B", "magnitude"} if config.get("use_dora") else {"A", "B"}
+    if parts.keys() != wanted:
+        raise UserError(
+            f"adapter: {path}: {name} has {', '.join(sorted(parts))} instead of "
+            f"{', '.join(sorted(wanted))}"
+        )
+    r = int(pattern_value(config.get("rank_pattern"), name, config["r"]))
+    a, b = parts["A"], parts["B"]
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != r or b.shape[1] != r:
+        raise UserError(
+            f"adapter: {path}: {name} has A {a.shape} and B {b.shape}, which is not r {r} as "
+            "adapter_config.json says"
+        )
+    return LayerUpdate(
+        parts=parts,
+        r=r,
+        alpha=pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]),
+        use_rslora=bool(config.get("use_rslora")),
+    )
 
 
 def require_compatible(base: Base, adapter: Adapter) -> None:
-    """Raise UserError unless every LoRA pair has a mergeable weight of its shape in the base."""
+    """Raise UserError unless every layer update has a mergeable weight of its shape in the base."""
     entries = base.entries
     mismatch = f"adapter {adapter.file.path.parent} does not belong to base {base.folder}"
     # config.json omits the key where tying is the default of the model class.
     is_tied = base.config.get("tie_word_embeddings", "lm_head.weight" not in entries)
-    for key in adapter.pairs:
+    for key in adapter.updates:
         if is_tied and key.removesuffix(".weight").rsplit(".", 1)[-1] in _TIED_ENDS:
             raise UserError(
                 f"adapter: {adapter.file.path.parent} changes {key}, which the base ties to "
                 "another; one side of a pair would be lost when the merged model is loaded"
             )
-    if missing := [key for key in adapter.pairs if key not in entries]:
+    if missing := [key for key in adapter.updates if key not in entries]:
         near = difflib.get_close_matches(missing[0], entries, n=3) or list(entries)[:3]
         raise UserError(
-            f"{mismatch}: {len(missing)} of {len(adapter.pairs)} weights are not in the base, the "
-            f"first is {missing[0]}; the base has {', '.join(near)}"
+            f"{mismatch}: {len(missing)} of {len(adapter.updates)} weights are not in the base, "
+            f"the first is {missing[0]}; the base has {', '.join(near)}"
         )
-    for key, (a, b) in adapter.pairs.items():
-        entry, shape = entries[key], (b.shape[0], a.shape[1])
+    for key, update in adapter.updates.items():
+        entry, shape = entries[key], update.shape
         if entry.shape != shape:
             raise UserError(
                 f"{mismatch}: {key} has shape {entry.shape} in the base and {shape} in the adapter"
@@ -150,7 +188,7 @@ def require_compatible(base: Base, adapter: Adapter) -> None:
             )
 
 
-def _require_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
+def _require_mergeable(folder: Path, config: Mapping[str, Any]) -> None:
     where = f"adapter: {folder}"
     r, alpha = config.get("r"), config.get("lora_alpha")
     is_lora = config.get("peft_type") == "LORA" and isinstance(r, int) and r > 0

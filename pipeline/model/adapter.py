@@ -1,12 +1,12 @@
-"""LoRA adapter: attached with peft; its trainable parameters by their keys in the file."""
+"""LoRA adapter: attached with peft; its trainable parameters by their keys in peft's file."""
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from pipeline.config.settings import RunSettings
-from pipeline.model.base import DTYPES
+from pipeline.model.base import DTYPES, auto_class
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import Plan
 
@@ -57,29 +57,29 @@ def attach_adapter(base: PreTrainedModel, plan: Plan) -> PeftModel:
     return model
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by their keys in peft's adapter file, in one order on all ranks."""
-    return {
-        file_key(name): parameter
-        for name, parameter in sorted(model.named_parameters())
-        if parameter.requires_grad
-    }
+def trainable(model: PeftModel) -> dict[str, nn.Parameter]:
+    """Trainable parameters by their keys in peft's adapter file, in one order on all ranks.
 
-
-def file_key(name: str) -> str:
-    """Key of a parameter in adapter_model.safetensors: its name from `base_model.` on."""
-    return name[name.index("base_model.") :].replace(".default.", ".")
+    peft itself names them: the key of a LoRA matrix lacks the adapter's name, and other kinds of
+    parameters have other names in the file than in the module tree.
+    """
+    named = dict(sorted(model.named_parameters(remove_duplicate=False)))
+    in_file = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
+    keys = {id(parameter): key for key, parameter in in_file.items()}
+    parameters = {id(p): p for p in named.values() if p.requires_grad}
+    return {keys[i]: parameter for i, parameter in parameters.items()}
 
 
 def expected_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the adapter file, from the plan only: A is (r, d_in), B is (d_out, r)."""
-    settings, shape = plan.settings, plan.shape
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, linear in shape.targeted(settings.lora_target_modules):
-        prefix = f"base_model.model.{name}"
-        shapes[f"{prefix}.lora_A.weight"] = (settings.lora_r, linear.d_in)
-        shapes[f"{prefix}.lora_B.weight"] = (linear.d_out, settings.lora_r)
-    return shapes
+    """Keys and shapes of the adapter file, from the model's class without weights."""
+    settings = plan.settings
+    options = {"trust_remote_code": settings.trust_remote_code}
+    config = AutoConfig.from_pretrained(settings.model_folder, local_files_only=True, **options)
+    auto = auto_class(settings.model_folder, settings.trust_remote_code)
+    with torch.device("meta"):
+        model = get_peft_model(auto.from_config(config, **options), lora_config(settings))
+    assert isinstance(model, PeftModel)
+    return {key: tuple(parameter.shape) for key, parameter in trainable(model).items()}
 
 
 @torch.no_grad()

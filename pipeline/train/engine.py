@@ -61,6 +61,7 @@ class Engine:
             config=dict(plan.deepspeed),
             dist_init_required=False,
         )
+        self._lr_ratios = [group["lr"] / plan.settings.lr for group in self._parameter_groups]
         count_overflows_ourselves(self.deepspeed)
         self._persistent = self.deepspeed.optimizer.persistent_parameters if is_sharded else []
         if is_reentrant:
@@ -72,6 +73,16 @@ class Engine:
         device: torch.device = torch.device(self.deepspeed.device)
         return device
 
+    @property
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.deepspeed.optimizer.param_groups
+        return groups
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Scale each parameter group's own base rate as the schedule scales `lr`."""
+        for group, ratio in zip(self._parameter_groups, self._lr_ratios, strict=True):
+            group["lr"] = lr * ratio
+
     def optimizer_step(
         self, batches: Iterable[SeededBatch], supervised_tokens: int, lr: float
     ) -> StepResult:
@@ -81,8 +92,7 @@ class Engine:
         `batches` raises, the step is dropped and its gradients stay: the process must end.
         """
         self.deepspeed.train()
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+        self.set_learning_rate(lr)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         tokens, before = 0, self.deepspeed.global_steps
         is_scale_searched = not is_at_smallest_scale(self.deepspeed)

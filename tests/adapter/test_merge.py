@@ -62,6 +62,24 @@ def test_the_merge_equals_peft(made, case):
         assert torch.equal(tensor, base[key]) != is_adapted, key
 
 
+@pytest.mark.parametrize("options", [
+    {"use_rslora": True},
+    {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.\w+": 8}, "alpha_pattern": {"v_proj": 1.5}},
+    {"rank_pattern": {"o_proj": 2}, "use_rslora": True, "use_dora": True},
+    {"use_dora": True},
+])  # fmt: skip
+def test_the_merge_of_every_option_is_bitwise_that_of_peft(pair, options):
+    shutil.rmtree(pair / "adapter")
+    make_adapter(pair / "base", pair / "adapter", **options)
+    merge_adapter(pair / "base", pair / "adapter", pair / "merged")
+    model = AutoModelForCausalLM.from_pretrained(pair / "base")
+    oracle = PeftModel.from_pretrained(model, pair / "adapter").merge_and_unload().state_dict()
+    base = tensors(pair / "base")
+    for key, tensor in tensors(pair / "merged").items():
+        assert torch.equal(tensor, oracle[key]), key
+        assert torch.equal(tensor, base[key]) == (key.split(".")[-2] not in SEVEN_PROJECTIONS)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_plain_transformers_gives_the_logits_of_the_adapter(made, case):
     folder = made(case)

@@ -52,6 +52,16 @@ def foreign_key(pair):
     save_file(load_file(path) | {"base_model.model.lm_head.weight": torch.ones(4)}, path)
 
 
+def without_one_matrix(pair):
+    path = pair / "adapter" / "adapter_model.safetensors"
+    kept = {
+        k: t
+        for k, t in load_file(path).items()
+        if not k.endswith("1.self_attn.q_proj.lora_B.weight")
+    }
+    save_file(kept, path)
+
+
 def cut_adapter(pair):
     path = pair / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
@@ -100,6 +110,7 @@ REFUSED = {
     "shape": (foreign_shape, ["down_proj.weight", (32, 64), (32, 48)]),
     "r": (foreign_r, ["adapter_config.json", "r 8"]),
     "key": (foreign_key, ["lm_head.weight", "lora_A", "lora_B"]),
+    "half": (without_one_matrix, ["q_proj", "A, B"]),
     "cut": (cut_adapter, ["adapter_model.safetensors", "bytes long"]),
     "absent": (no_adapter, ["adapter_config.json"]),
     "quantised": (quantised, ["gptq", "--base"]),
@@ -107,10 +118,10 @@ REFUSED = {
     "shard": (missing_shard, ["model-00003-of-00004.safetensors"]),
     "outside": (outside_index, ["../outside.safetensors", "model.safetensors.index.json"]),
     "tied": (tied_head, ["lm_head.weight"]),
-    "dora": (option(use_dora=True), ["use_dora"]),
+    "dora": (option(use_dora=True), ["magnitude"]),
     "fan": (option(fan_in_fan_out=True), ["fan_in_fan_out"]),
-    "ranks": (option(rank_pattern={"q_proj": 8}), ["rank_pattern"]),
-    "alphas": (option(alpha_pattern={"q_proj": 8}), ["alpha_pattern"]),
+    "ranks": (option(rank_pattern={"q_proj": 8}), ["q_proj", "r 8"]),
+    "pattern": (option(alpha_pattern={"q_(proj": 8}), ["q_(proj"]),
     "pissa": (option(init_lora_weights="pissa"), ["init_lora_weights", "pissa"]),
     "bias": (option(bias="all"), ["bias", "all"]),
     "unknown": (option(new_option_of_peft=1), ["new_option_of_peft"]),

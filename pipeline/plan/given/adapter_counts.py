@@ -1,10 +1,12 @@
 """AdapterCounts: sizes of the LoRA adapter, summed over the adapted linear layers of a model."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from pipeline.config.settings import RunSettings
+from pipeline.errors import UserError
 from pipeline.plan.given.families import Linear
 from pipeline.plan.given.shape import ModelShape
 
@@ -47,6 +49,21 @@ def adapter_counts_by_kind(shape: ModelShape, settings: RunSettings) -> tuple[Ad
 def trainable_parameters(shape: ModelShape, settings: RunSettings) -> int:
     """Number of trainable parameters: those of the adapter."""
     return adapter_counts(shape, settings).parameters
+
+
+def pattern_value(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
+    """The value of the first key that matches the end of a layer's name, as in peft's patterns.
+
+    A key is a regular expression for the name or for its end after a dot (peft 0.21.2
+    utils/other.py get_pattern_key).
+    """
+    for key, value in (pattern or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        except re.error as error:
+            raise UserError(f"{key!r} is not a regular expression: {error}") from None
+    return default
 
 
 def _key(settings: RunSettings) -> str | tuple[str, ...]:

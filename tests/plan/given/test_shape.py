@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.model.adapter import expected_shapes, file_key, lora_config
+from pipeline.model.adapter import expected_shapes, lora_config, trainable
 from pipeline.model.base import load_base
 from pipeline.plan.given.families import FAMILIES
 from pipeline.plan.given.shape import read_shape
@@ -102,10 +102,12 @@ def test_counts_equal_the_real_model(tmp_path, kind, change):
         model = AutoModelForCausalLM.from_config(config)
         assert sum(p.numel() for p in model.parameters()) == plan.shape.parameters
         wrapped = get_peft_model(model, lora_config(plan.settings))
-    found = {
-        file_key(name): tuple(p.shape) for name, p in wrapped.named_parameters() if p.requires_grad
-    }
-    assert found == expected_shapes(plan)
+    planned = {}
+    for name, linear in plan.shape.targeted(plan.settings.lora_target_modules):
+        planned[f"base_model.model.{name}.lora_A.weight"] = (4, linear.d_in)
+        planned[f"base_model.model.{name}.lora_B.weight"] = (linear.d_out, 4)
+    assert {key: tuple(p.shape) for key, p in trainable(wrapped).items()} == planned
+    assert expected_shapes(plan) == planned
     assert sum(p.numel() for p in wrapped.parameters() if p.requires_grad) == plan.trainable
 
 

@@ -1,0 +1,33 @@
+"""Merge of one LoRA layer by peft's own class, for any option of the layer."""
+
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from torch import nn
+
+from pipeline.adapter.merge_inputs import LayerUpdate
+
+_NAME = "default"
+
+
+def merge_layer(
+    weight: torch.Tensor, update: LayerUpdate, parts: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """The merged weight of a linear layer; `weight` itself is not changed."""
+    d_out, d_in = update.shape
+    config = LoraConfig(
+        use_rslora=update.use_rslora, use_dora="magnitude" in parts, init_lora_weights=False
+    )
+    with torch.device("meta"):  # peft would initialise matrices that are replaced below
+        base = nn.Linear(d_in, d_out, bias=False)
+        layer = Linear(base, _NAME, config, r=update.r, lora_alpha=update.alpha)  # type: ignore[arg-type]
+    base.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    layer.lora_A[_NAME].weight = nn.Parameter(parts["A"])
+    layer.lora_B[_NAME].weight = nn.Parameter(parts["B"])
+    if "magnitude" in parts:
+        layer.lora_magnitude_vector[_NAME].weight = nn.Parameter(parts["magnitude"])
+    with torch.no_grad():
+        layer.merge()
+    return base.weight.data
