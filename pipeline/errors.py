@@ -1,31 +1,31 @@
-"""Every error that a user can meet.
+"""Exceptions with a message for the user, and the exit code of each.
 
-    RankZeroError      exit 1: the run failed
-    +-- UserError      exit 2: the input is wrong; one clear message, no traceback
-    +-- Stopped        exit 75: stopped with a checkpoint, to be started again
-    +-- OfOneRank      exit 1: on one rank alone, while the others go on
+    RankZeroError            exit 1: the run failed
+    +-- UserError            exit 2: the input is wrong; one clear message, no traceback
+    +-- Stopped              exit 75: the run stopped with a checkpoint; start it again to resume
+    +-- SingleRankError      exit 1: the run failed on one rank only
 
-A message says what was found, where (file, line, key) and what would work.
+Each message says what is wrong, where (file, line, key) and what would work.
 """
 
 
 class RankZeroError(Exception):
-    """A failure of the run that has been understood; its message is all that is shown."""
+    """A failure with a known cause; its message is shown without a traceback."""
 
     exit_code = 1
 
 
 class UserError(RankZeroError):
-    """The run file, the data, the model folder or the machine is not what it must be."""
+    """An error in the run file, the data, the model folder or the machine's set-up."""
 
     exit_code = 2
 
 
 class Stopped(RankZeroError):
-    """The run stopped as it was asked to, with a checkpoint; starting it again goes on."""
+    """The run stopped on request and wrote a checkpoint; the next start resumes from it."""
 
     exit_code = 75
 
 
-class OfOneRank(RankZeroError):
-    """A failure that one rank alone meets: the others do not know of it, and must be told."""
+class SingleRankError(RankZeroError):
+    """A failure on one rank only; unlike for other errors, this rank must inform the others."""

@@ -1,7 +1,8 @@
-"""Atomic writes and JSON: a reader sees the old file or folder or the new one, never a part of it.
+"""Atomic writes of files and folders, and JSON.
 
-Every writer of the project writes to a temporary sibling and renames it. A `durable` write also
-survives a power cut: its content is synced before the rename, and the name after it.
+A reader sees the complete old file or the complete new one, because every write goes to a
+temporary sibling that is then renamed. A `durable` write also survives a power cut: the content is
+synced to the disk before the rename, and the parent folder after it.
 """
 
 import json
@@ -20,12 +21,12 @@ _ABANDONED_AFTER_S = 24 * 3600
 
 
 def dump_json(data: Any) -> str:
-    """JSON as every file of a run folder has it: indented, readable in any script."""
+    """Indented JSON text, in which non-ASCII characters are not escaped."""
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises OSError, or ValueError for anything but an object."""
+    """Read a JSON file that holds an object. Raises OSError, or ValueError for other content."""
     value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
@@ -35,7 +36,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Replace a text file atomically.
 
-    A byte of a file's name that is not UTF-8 is escaped as JSON escapes it, `\\udcff` for 0xff.
+    The text may contain file names with bytes that are not UTF-8. Such a byte is written as a JSON
+    escape: `\\udcff` for 0xff.
     """
     with atomic_file(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -43,7 +45,10 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 @contextmanager
 def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling to write; it becomes `path` unless the body raises."""
+    """Yield a temporary sibling for the caller to write; rename it to `path` afterwards.
+
+    If the body raises, `path` is unchanged and the temporary file is removed.
+    """
     temporary = temporary_sibling(path)
     try:
         yield temporary
@@ -60,14 +65,15 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
-    """Yield an empty temporary sibling; synced and checked, it replaces `folder`. Durable.
+    """Yield an empty temporary folder for the caller to fill; it then replaces `folder`.
 
-    If the body or the check raises, `folder` is as it was. No portable call swaps two folders, so
-    a kill can fall between the two renames; `recover_folder` undoes that half, here or later.
+    Before that it is synced to the disk and passed to `check`. If the body or the check raises,
+    `folder` is unchanged. There is no portable atomic swap of two folders: a process that is
+    killed between the two renames leaves no `folder`, and `recover_folder` restores the old one.
     """
-    folder = folder.resolve()  # the temporary sibling must be on the disk that a link leads to
+    folder = folder.resolve()  # a rename needs both folders on one disk, also if this is a link
     recover_folder(folder)
-    new, old = _new(folder), _old(folder)
+    new, old = _new_sibling(folder), _old_sibling(folder)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
@@ -87,8 +93,8 @@ def atomic_folder(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]
 
 
 def recover_folder(folder: Path) -> None:
-    """Undo a replacement by `atomic_folder` that was killed between its two renames."""
-    old = _old(folder)
+    """Restore the old folder if `atomic_folder` was killed between its two renames."""
+    old = _old_sibling(folder)
     if not old.exists():
         return
     if folder.exists():
@@ -98,25 +104,29 @@ def recover_folder(folder: Path) -> None:
 
 
 def remove_unfinished_folders(parent: Path) -> None:
-    """Remove what killed `atomic_folder` calls left in `parent`; no writer may be active there."""
+    """Remove temporary folders that killed `atomic_folder` calls left in `parent`.
+
+    No such call may be active there.
+    """
     for path in parent.glob(".*.new"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def user_cache() -> Path:
-    """Folder for what later runs of this user may reuse: $RANKZERO_CACHE or ~/.cache/rankzero."""
+    """Cache folder shared by all runs of this user: $RANKZERO_CACHE or ~/.cache/rankzero."""
     return Path(os.environ.get("RANKZERO_CACHE") or Path.home() / ".cache" / "rankzero")
 
 
 def temporary_sibling(path: Path) -> Path:
-    """A hidden path in the same folder that no other process uses, on this machine or another."""
+    """Path of a hidden file in the same folder; unique to this process and machine."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether a `temporary_sibling` has no living writer, as far as this machine can tell.
+    """Whether the process that created a `temporary_sibling` has ended.
 
-    The writer on another machine counts as living if it wrote within the last day.
+    A process on another machine cannot be checked. It counts as ended if it has written nothing
+    for a day.
     """
     name = _TEMPORARY.fullmatch(path.name)
     if name is None:
@@ -124,15 +134,15 @@ def is_abandoned(path: Path) -> bool:
     if path.name.endswith(f".{socket.gethostname()}-{name['pid']}.tmp"):
         return not _is_running(int(name["pid"]))
     try:
-        inside = path.iterdir() if path.is_dir() else ()
-        newest = max(file.stat().st_mtime for file in (path, *inside))
+        children = path.iterdir() if path.is_dir() else ()
+        newest = max(file.stat().st_mtime for file in (path, *children))
     except OSError:
-        return False  # its writer is changing it
+        return False  # a file was removed meanwhile, so the process is active
     return bool(time.time() - newest > _ABANDONED_AFTER_S)
 
 
 def sync(path: Path) -> None:
-    """Force a file's content, or the names in a folder, to the disk."""
+    """Flush a file's content, or a folder's entries, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -140,11 +150,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _new(folder: Path) -> Path:
+def _new_sibling(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.new")
 
 
-def _old(folder: Path) -> Path:
+def _old_sibling(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 

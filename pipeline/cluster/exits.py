@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, NoReturn, TextIO
 
 from pipeline.cluster.logs import configure_logging, current_rank
-from pipeline.errors import OfOneRank, RankZeroError, Stopped
+from pipeline.errors import RankZeroError, SingleRankError, Stopped
 
 # DeepSpeed's node launcher polls once a second for a rank that ended and terminates the others.
 _GRACE_S = 10.0
@@ -35,7 +35,7 @@ def run_main(body: Callable[[], None], *, tracebacks: bool = False) -> NoReturn:
     configure_logging()
     try:
         body()
-    except OfOneRank as error:
+    except SingleRankError as error:
         _report(f"rank {current_rank()}: {error}", tracebacks=tracebacks)
         _flush_and_end(error.exit_code)
     except RankZeroError as error:

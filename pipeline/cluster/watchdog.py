@@ -25,7 +25,7 @@ from pipeline.cluster.exits import end_process, is_lost_connection
 from pipeline.cluster.heartbeat import Heartbeat, hang_message
 from pipeline.cluster.session import Session
 from pipeline.cluster.stop import stopped_early
-from pipeline.errors import OfOneRank, RankZeroError, Stopped
+from pipeline.errors import RankZeroError, SingleRankError, Stopped
 
 _POLL_S, _PUBLISH_S = 0.5, 2.0
 _LEAVING_S = 10.0  # for all ranks to leave after one has left by agreement
@@ -96,11 +96,11 @@ class Watchdog:
         if self._channel is None:
             return
         try:
-            is_common = isinstance(error, RankZeroError) and not isinstance(error, OfOneRank)
+            is_common = isinstance(error, RankZeroError) and not isinstance(error, SingleRankError)
             if error is None or is_common:  # all ranks leave together
                 self._channel.set(_key("left", self._placement.rank), "")
             else:
-                name = "" if isinstance(error, OfOneRank) else f"{type(error).__name__}: "
+                name = "" if isinstance(error, SingleRankError) else f"{type(error).__name__}: "
                 self._declare(f"rank {self._placement.rank}: {name}{error}")
                 time.sleep(_READING_S)
         except RuntimeError:

@@ -1,4 +1,4 @@
-"""DataKeys: the settings of base model and data, with type, default, description and traits."""
+"""DataKeys: the settings of the base model and the data, with type, default and description."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,11 +13,11 @@ from pipeline.config.data_names import (
     DataFormat,
     DataNames,
     Positive,
-    columns_of_a_format,
-    names_of_data,
-    names_or_amount,
-    template_name,
-    template_variables,
+    check_chat_template,
+    check_columns,
+    check_template_kwargs,
+    parse_eval_data,
+    parse_train_data,
 )
 from pipeline.config.traits import traits
 
@@ -26,11 +26,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class DataKeys(BaseModel):
-    """Settings of the base model, of the training data, and of tokenisation."""
+    """Settings of the base model, the data and the tokenisation."""
 
     model: Annotated[str, Field(min_length=1)] = Field(
-        description="Base model: a folder (config.json, safetensors, tokenizer), or the name of "
-        "a hub model in the local cache.",
+        description="Base model: a folder with config.json, safetensors and tokenizer, or the "
+        "name of a hub model in the local cache.",
         json_schema_extra=traits(
             change="base",
             is_path=True,
@@ -40,13 +40,15 @@ class DataKeys(BaseModel):
     )
     model_revision: str | None = Field(
         default=None,
-        description="Commit, branch or tag of a hub model (`main`); run.yaml records the commit.",
+        description="Commit, branch or tag of a hub model; default `main`. run.yaml records the "
+        "commit.",
         json_schema_extra=traits(change="base"),
     )
-    train_data: Annotated[DataNames, BeforeValidator(names_of_data)] = Field(
+    train_data: Annotated[DataNames, BeforeValidator(parse_train_data)] = Field(
         description="Training data: a file, a folder, a glob or a hub name (`org/name:split`), "
-        "or a list of them, each a name or `{path, weight, limit}`: `weight` is how often its "
-        "rows are seen in an epoch (1), `limit` takes its first rows.",
+        "or a list of them. An item of the list is a name or `{path, weight, limit}`: `weight` "
+        "(default 1) is the number of times that each row is seen in an epoch, `limit` the number "
+        "of rows to read.",
         json_schema_extra=traits(
             change="files",
             is_path=True,
@@ -56,11 +58,12 @@ class DataKeys(BaseModel):
     )
     eval_data: Annotated[
         DataNames | Annotated[float, Field(gt=0, lt=1)] | Positive | None,
-        BeforeValidator(names_or_amount),
+        BeforeValidator(parse_eval_data),
     ] = Field(
         default=None,
-        description="Held-out data, named as in `train_data`; or how much of the training data "
-        "to hold out, selected by content: a share (`0.05`) or a number of rows (`200`).",
+        description="Held-out data, named as in `train_data`; or the part of the training data "
+        "to hold out: a share (`0.05`) or a number of rows (`200`), selected by a hash of their "
+        "content.",
         json_schema_extra=traits(
             change="files",
             is_path=True,
@@ -72,25 +75,25 @@ class DataKeys(BaseModel):
         description="Format of the rows; `auto` detects it from the columns of each row.",
         json_schema_extra=traits(change="documents", peers="formatting data_type"),
     )
-    columns: Annotated[dict[str, str], AfterValidator(columns_of_a_format)] = Field(
+    columns: Annotated[dict[str, str], AfterValidator(check_columns)] = Field(
         default_factory=dict,
-        description="Names that the data has for the columns of its format, for example "
-        "`{prompt: question, completion: answer}`.",
+        description="For each column of the format, its name in the data if that differs, for "
+        "example `{prompt: question, completion: answer}`.",
         json_schema_extra=traits(change="documents", peers="column_mapping"),
     )
     on_bad_row: Literal["reject", "fail"] = Field(
         default="reject",
-        description="`reject` counts a bad row and leaves it out, `fail` ends at the first one.",
+        description="`reject` skips and counts bad rows; `fail` ends the run at the first one.",
         json_schema_extra=traits(change="run"),
     )
     max_rejected: Share = Field(
         default=0.01,
-        description="Largest share of bad rows that a source may have; more end the run.",
+        description="Largest allowed share of bad rows in a source; with more, the run ends.",
         json_schema_extra=traits(change="run"),
     )
     max_length: Positive = Field(
         default=1024,
-        description="Longest sequence in tokens; also the size of a pack.",
+        description="Maximum sequence length in tokens; also the size of a pack.",
         json_schema_extra=traits(
             change="documents",
             peers="sequence_len cutoff_len max_seq_length max_seq_len model_max_length block_size "
@@ -99,62 +102,64 @@ class DataKeys(BaseModel):
     )
     over_length: Literal["truncate", "drop", "split", "fail"] = Field(
         default="truncate",
-        description="A document of more than `max_length` tokens is truncated, dropped, split "
-        "into several, or ends the run.",
+        description="A document of more than `max_length` tokens is truncated, dropped, or split "
+        "into several documents; `fail` ends the run.",
         json_schema_extra=traits(
             change="documents", peers="truncation_strategy excess_length_strategy"
         ),
     )
     packing: bool = Field(
         default=True,
-        description="Concatenate whole documents in sequences of `max_length` tokens; documents "
-        "do not attend to each other. `batch_size` and `global_batch_size` then count packs. "
-        "Left out, it is false where the model class mixes packed documents; the plan says so.",
+        description="Concatenate whole documents to packs of at most `max_length` tokens, without "
+        "attention between documents. `batch_size` and `global_batch_size` then count packs. If "
+        "the key is not set and the model class cannot keep packed documents separate, it is "
+        "false; the plan reports this.",
         json_schema_extra=traits(
             change="documents", peers="sample_packing neat_packing padding_free"
         ),
     )
     train_on: Literal["assistant", "last-assistant", "all"] = Field(
         default="assistant",
-        description="Turns of a conversation that count in the loss; messages of `weight: 0` "
-        "never do.",
+        description="Turns of a conversation that count in the loss; messages with `weight: 0` "
+        "never count.",
         json_schema_extra=traits(change="documents"),
     )
     split_turns: bool = Field(
         default=False,
-        description="Make a document of each assistant turn with the turns before it, for "
-        "templates that rewrite earlier turns.",
+        description="Make one document of each assistant turn and the turns before it; needed if "
+        "the chat template changes earlier turns when one is added.",
         json_schema_extra=traits(change="documents"),
     )
     train_on_reasoning: bool = Field(
         default=True,
         description="Whether the reasoning in trained turns counts in the loss; if not, it is "
-        "only read.",
+        "only context.",
         json_schema_extra=traits(change="documents"),
     )
     special_tokens_in_text: Literal["keep", "reject", "as-text"] = Field(
         default="keep",
-        description="What happens to special tokens that stand in the texts of a conversation: "
-        "they are special tokens and the audit counts them, the row is rejected, or they are "
-        "tokenised as ordinary text.",
+        description="Treatment of special tokens in the texts of a conversation: `keep` makes "
+        "them special tokens, which the audit counts; `reject` rejects the row; `as-text` "
+        "tokenises them as ordinary text.",
         json_schema_extra=traits(change="documents"),
     )
-    chat_template: Annotated[str, AfterValidator(template_name)] = Field(
+    chat_template: Annotated[str, AfterValidator(check_chat_template)] = Field(
         default="model",
-        description="The model's own, a Jinja file (`FILE.jinja`), or `chatml` for a model without "
-        "a chat template; then turns end with its end-of-sequence token.",
+        description="Chat template: the `model`'s own, a Jinja file (`FILE.jinja`), or `chatml` "
+        "for a model without one. With `chatml`, turns end with the model's end-of-sequence "
+        "token.",
         json_schema_extra=traits(
             change="documents",
             is_path=True,
             peers="template chat_template_path chat_template_jinja",
         ),
     )
-    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(template_variables)] = Field(
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(check_template_kwargs)] = Field(
         default_factory=dict,
         description="Variables for the chat template, for example `{enable_thinking: false}`, "
         "`{reasoning_effort: high}` or `{date_string: 26 Jul 2024}`.",
         json_schema_extra=traits(change="documents"),
     )
     trust_remote_code: bool = Field(
-        default=False, description="Run Python code from the model folder."
+        default=False, description="Allow Python code from the model folder to run."
     )

@@ -1,4 +1,4 @@
-"""Values of `train_data`, `eval_data`, `columns` and the chat template: checks and types."""
+"""Types and validators of `train_data`, `eval_data`, `columns` and the chat template's settings."""
 
 import difflib
 import re
@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
-# Beyond these, lists of a step's or an epoch's sequences no longer fit in memory.
-MOST_SEQUENCES, MOST_PASSES = 10**6, 10**6
+# With more, the lists of the sequences of a step or an epoch do not fit in memory.
+MAX_SEQUENCES, MAX_PASSES = 10**6, 10**6
 DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "pre-tokenised"]
 
-# Columns that a format reads, which `columns` may give another name.
+# Columns of the formats; the setting `columns` may map each to another name in the data.
 COLUMNS = (
     "messages",
     "conversations",
@@ -37,20 +37,20 @@ class DataSource(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     path: Annotated[str, Field(min_length=1)]
-    weight: Annotated[float, Field(gt=0, le=MOST_PASSES)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=MAX_PASSES)] = 1.0
     limit: Positive | None = None
 
 
 DataNames = str | DataSource | list[str | DataSource]
 
 
-def names_of_data(value: Any) -> Any:
-    """The value of `train_data` with its objects as sources. Raises ValueError for other types."""
+def parse_train_data(value: Any) -> Any:
+    """Validate `train_data`; mappings become DataSource objects. Raises ValueError."""
     return _as_names(value, "expected a file, a folder, a glob, org/name:split, or a list")
 
 
-def names_or_amount(value: Any) -> Any:
-    """The value of `eval_data`: names, a share or a number of rows. Raises ValueError."""
+def parse_eval_data(value: Any) -> Any:
+    """Validate `eval_data`: names, a share, or a number of rows. Raises ValueError."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_share = isinstance(value, float) and 0 < value < 1
     is_percentage = isinstance(value, str) and re.fullmatch(r"[\d.]+ *%", value)
@@ -63,23 +63,23 @@ def names_or_amount(value: Any) -> Any:
     return _as_names(value, "expected names as in train_data, a share (0.05) or rows (200)")
 
 
-def columns_of_a_format(value: dict[str, str]) -> dict[str, str]:
-    """The value of `columns`. Raises ValueError for a column of no format or one named twice."""
+def check_columns(value: dict[str, str]) -> dict[str, str]:
+    """Validate `columns`. Raises ValueError for an unknown column or a name used twice."""
     if unknown := [name for name in value if name not in COLUMNS]:
-        raise ValueError(f"{unknown[0]} is no format's column; known: {', '.join(COLUMNS)}")
-    if twice := [name for name in value.values() if [*value.values()].count(name) > 1]:
-        raise ValueError(f"{twice[0]} is named for two columns")
+        raise ValueError(f"no format has a column {unknown[0]}; known: {', '.join(COLUMNS)}")
+    if duplicates := [name for name in value.values() if [*value.values()].count(name) > 1]:
+        raise ValueError(f"{duplicates[0]} is given for two columns")
     return value
 
 
 def sources(names: DataNames | None) -> list[DataSource]:
-    """Names as a list of sources."""
+    """Convert the value of a data setting to a list of DataSource objects."""
     listed = names if isinstance(names, list) else [] if names is None else [names]
     return [DataSource(path=name) if isinstance(name, str) else name for name in listed]
 
 
 def _as_names(value: Any, expected: str) -> Any:
-    """The value with its objects as sources. Raises ValueError of one sentence for other types."""
+    """Convert mappings to DataSource objects. Raises ValueError with a message of one line."""
     if isinstance(value, list):
         return [
             _as_name(name, "expected a list of names or {path, weight, limit}") for name in value
@@ -105,16 +105,16 @@ def _as_name(value: Any, expected: str) -> str | DataSource:
         raise ValueError(f"{problem['loc'][0]} of a source: {reason}") from None
 
 
-def template_name(value: str) -> str:
-    """The value of `chat_template`. Raises ValueError if it names no template."""
+def check_chat_template(value: str) -> str:
+    """Validate `chat_template`. Raises ValueError if it names no template."""
     if value in ("model", "chatml") or value.endswith((".jinja", ".jinja2", ".j2")):
         return value
-    raise ValueError(f"{value} is no template; give model, chatml or a Jinja file (FILE.jinja)")
+    raise ValueError(f"no template is named {value}; give model, chatml or a file (FILE.jinja)")
 
 
-def template_variables(value: dict[str, Any]) -> dict[str, Any]:
-    """The value of `chat_template_kwargs`. Raises ValueError for variables that each row sets."""
-    given = {"messages", "tools", "documents", "add_generation_prompt"}
-    if wrong := sorted(given & value.keys()):
-        raise ValueError(f"{wrong[0]} is set for each row, so it cannot be set here")
+def check_template_kwargs(value: dict[str, Any]) -> dict[str, Any]:
+    """Validate `chat_template_kwargs`. Raises ValueError for variables that depend on the row."""
+    set_per_row = {"messages", "tools", "documents", "add_generation_prompt"}
+    if wrong := sorted(set_per_row & value.keys()):
+        raise ValueError(f"{wrong[0]} is set from each row, so it cannot be set here")
     return value

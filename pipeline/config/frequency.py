@@ -1,4 +1,4 @@
-"""Frequency of evaluations and checkpoints, from strategy, steps and per-epoch settings."""
+"""How often a run evaluates or saves: a Frequency, and its construction from the settings."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ Strategy = Literal["steps", "epoch", "no"]
 
 @dataclass(frozen=True)
 class Frequency:
-    """`times` per `period`, evenly spaced. `period`: a number of steps; None is one epoch."""
+    """`times` evenly spaced events per period. `period`: a number of steps; None for an epoch."""
 
     times: int
     period: int | None = None
@@ -20,7 +20,7 @@ class Frequency:
 
 
 def frequency(strategy: Strategy, steps: int | None, per_epoch: int | None) -> Frequency | None:
-    """The frequency that the three settings define; None for never."""
+    """The Frequency for a strategy, its `*_steps` and its `*_per_epoch` setting; None for never."""
     if strategy == "steps":
         return Frequency(1, steps)
     return Frequency(per_epoch or 1) if strategy == "epoch" else None

@@ -1,6 +1,6 @@
-"""Names of models and data sets on the hub -> their snapshots in the local cache.
+"""Find the snapshot of a hub model or data set in the local cache; nothing is downloaded.
 
-Nothing is fetched. Layout of the cache: huggingface_hub, "Understand caching".
+Layout of the cache: documentation of huggingface_hub, "Understand caching".
 """
 
 import os
@@ -24,7 +24,7 @@ class HubSplit:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """`org/name:split` or `org/name@revision:split`; None for other text and existing files."""
+        """Parse `org/name:split` or `org/name@revision:split`; None for another text or a file."""
         match = _SPLIT.fullmatch(text)
         if match is None or os.path.exists(text):  # noqa: PTH110 - Path's raises for a long name
             return None
@@ -35,17 +35,17 @@ class HubSplit:
         return f"{self.name}@{self.revision}:{self.split}"
 
     def snapshot(self, environment: Mapping[str, str] = os.environ) -> Path | None:
-        """The snapshot folder in the local cache, named after the commit; None if there is none."""
+        """The snapshot folder in the local cache, named after the commit; None if not cached."""
         return snapshot_folder(self.name, environment, kind="datasets", revision=self.revision)
 
 
-def is_without_split(text: str) -> bool:
-    """Whether the text is `org/name` or `org/name@revision`, a data set name that lacks a split."""
+def lacks_split(text: str) -> bool:
+    """Whether the text is a hub name without the split: `org/name` or `org/name@revision`."""
     return _SPLIT.fullmatch(f"{text}:train") is not None
 
 
-def hub_model_of(snapshot: str) -> dict[str, str]:
-    """`model` and `model_revision` of a path into a cache of the hub; empty for other paths."""
+def settings_of_snapshot(snapshot: str) -> dict[str, str]:
+    """`model` and `model_revision` for a snapshot folder of a hub cache; empty for other paths."""
     match = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]+)/?$", snapshot)
     if match is None:
         return {}
@@ -60,7 +60,10 @@ def snapshot_folder(
     kind: Literal["models", "datasets"] = "models",
     revision: str = "main",
 ) -> Path | None:
-    """The folder of the snapshot that `revision` was last fetched as; None if there is none."""
+    """Folder of the cached snapshot for a commit, branch or tag; None if not cached.
+
+    A branch or tag resolves to the commit that was downloaded last.
+    """
     if not _NAME.fullmatch(name):
         return None
     home = Path(environment.get("HF_HOME") or Path.home() / ".cache/huggingface")

@@ -16,13 +16,13 @@ from pipeline.config.data_names import DataNames, DataSource
 from pipeline.config.hub import HubSplit
 from pipeline.config.located import parse_value, read_located
 from pipeline.config.paths import expand
-from pipeline.config.peers import hint
+from pipeline.config.peers import advice
 from pipeline.config.presets import PRESETS, Preset
 from pipeline.config.settings import RunSettings, map_paths, path_settings, settings_by
 from pipeline.errors import UserError
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 200
+_TRUNCATED = reprlib.Repr()
+_TRUNCATED.maxstring = _TRUNCATED.maxother = 200
 
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
@@ -33,38 +33,38 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     that lists every wrong key with its file and line.
     """
     file = read_located(path, "YAML")
-    places = {key: file.place(key) for key in file.values}
-    return _with_overrides(dict(file.values), places, str(path), overrides)
+    locations = {key: file.location(key) for key in file.values}
+    return _build_settings(dict(file.values), locations, str(path), overrides)
 
 
 def settings_without_file(values: Mapping[str, Any], overrides: Sequence[str]) -> RunSettings:
     """Settings from `values` and `key=value` overrides, for a plan without a run file."""
-    places = dict.fromkeys(values, "command line")
-    return _with_overrides(dict(values), places, "command line", overrides)
+    locations = dict.fromkeys(values, "command line")
+    return _build_settings(dict(values), locations, "command line", overrides)
 
 
-def _with_overrides(
-    values: dict[str, Any], places: dict[str, str], source: str, overrides: Sequence[str]
+def _build_settings(
+    values: dict[str, Any], locations: dict[str, str], source: str, overrides: Sequence[str]
 ) -> RunSettings:
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise UserError(f"command line: {override!r}: expected key=value, e.g. lr=1e-4")
         values[key] = parse_value(text, f"command line: {override}")
-        places[key] = "command line"
-    settings = _validated(values, places, source)
-    data = {key: _pinned(getattr(settings, key)) for key in ("train_data", "eval_data")}
+        locations[key] = "command line"
+    settings = _validate(values, locations, source)
+    data = {key: _pin_data(getattr(settings, key)) for key in ("train_data", "eval_data")}
     settings = settings.model_copy(update=data)
-    return _with_model_commit(settings, places)
+    return _pin_model(settings, locations)
 
 
-def _with_model_commit(settings: RunSettings, places: Mapping[str, str]) -> RunSettings:
+def _pin_model(settings: RunSettings, locations: Mapping[str, str]) -> RunSettings:
     """Pin a hub model to the commit of its snapshot in the local cache, if there is one."""
     if Path(settings.model).exists():
         if settings.model_revision is not None:
             raise UserError(
-                f"{places['model_revision']}: model_revision: {settings.model} is a folder, which "
-                "has no revisions; remove the key or give the name of a hub model"
+                f"{locations['model_revision']}: model_revision: the model {settings.model} is a "
+                "folder and has no revisions; remove the key, or give the name of a hub model"
             )
         return settings
     if (snapshot := settings.model_folder) == Path(settings.model):
@@ -74,17 +74,17 @@ def _with_model_commit(settings: RunSettings, places: Mapping[str, str]) -> RunS
 
 def dump_settings(settings: RunSettings) -> str:
     """Settings as the YAML text of an equivalent run file."""
-    return yaml.safe_dump(settings.as_written(), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(settings.dump_unexpanded(), sort_keys=False, allow_unicode=True)
 
 
-def _pinned(names: DataNames | float | None) -> DataNames | float | None:
+def _pin_data(names: DataNames | float | None) -> DataNames | float | None:
     """Pin the hub data sets among the names to their commits in the local cache."""
     if isinstance(names, list):
-        return [_pinned_one(name) for name in names]
-    return _pinned_one(names) if isinstance(names, str | DataSource) else names
+        return [_pin_name(name) for name in names]
+    return _pin_name(names) if isinstance(names, str | DataSource) else names
 
 
-def _pinned_one(name: str | DataSource) -> str | DataSource:
+def _pin_name(name: str | DataSource) -> str | DataSource:
     path = name if isinstance(name, str) else name.path
     split = HubSplit.parse(path)
     snapshot = split.snapshot() if split else None
@@ -94,35 +94,36 @@ def _pinned_one(name: str | DataSource) -> str | DataSource:
     return pinned if isinstance(name, str) else name.model_copy(update={"path": pinned})
 
 
-def _validated(values: Mapping[str, Any], places: Mapping[str, str], source: str) -> RunSettings:
-    """Validate the values of a file and its overrides; UserError with a line per problem."""
+def _validate(values: Mapping[str, Any], locations: Mapping[str, str], source: str) -> RunSettings:
+    """Validate all values. Raises UserError with one line for each wrong key."""
     unknown = [key for key in values if key not in RunSettings.model_fields]
-    problems = [f"{places[key]}: {key}: unknown setting; {_hint(key)}" for key in unknown]
-    meant = {setting for key in unknown if (setting := settings_by("peers").get(key))}
+    problems = [f"{locations[key]}: {key}: unknown setting; {_advice(key)}" for key in unknown]
+    # Settings that the file gives under another program's name are not also reported as missing.
+    intended = {setting for key in unknown if (setting := settings_by("peers").get(key))}
     known = {key: value for key, value in values.items() if key in RunSettings.model_fields}
-    known, written = _expanded(known, places, problems)
+    known, unexpanded = _expand_paths(known, locations, problems)
     try:
         settings = RunSettings.model_validate({**_preset_values(known.get("preset")), **known})
     except ValidationError as error:
         by_key: dict[str, list[Any]] = {}
-        for detail in error.errors():  # pydantic gives one for each member of a union
+        for detail in error.errors():  # pydantic reports one error for each member of a union
             by_key.setdefault(str(detail["loc"][0]) if detail["loc"] else "", []).append(detail)
         for key, details in by_key.items():
-            if not (key in meant | values.keys() and details[0]["type"] == "missing"):
-                problems.append(_problem(key, details, places, source))
+            if not (key in intended | values.keys() and details[0]["type"] == "missing"):
+                problems.append(_error_line(key, details, locations, source))
     if problems:
         raise UserError("\n".join(problems))
-    return settings.with_written_paths(written)
+    return settings.with_unexpanded_paths(unexpanded)
 
 
-def _expanded(
-    values: Mapping[str, Any], places: Mapping[str, str], problems: list[str]
+def _expand_paths(
+    values: Mapping[str, Any], locations: Mapping[str, str], problems: list[str]
 ) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
-    """Expand the paths in values; also return key -> expanded path -> text in the file.
+    """Expand `~` and `$NAME` in paths; also return key -> expanded path -> text in the file.
 
-    A value that cannot be expanded is left out, and the reason is added to `problems`.
+    A value that cannot be expanded is removed, and the reason is added to `problems`.
     """
-    expanded, written = dict(values), {}
+    expanded, unexpanded = dict(values), {}
     for key in path_settings():
         texts: dict[str, str] = {}
         if key not in values:
@@ -130,11 +131,13 @@ def _expanded(
         try:
             expanded[key] = map_paths(values[key], partial(_expand, texts))
         except ValueError as error:
-            problems.append(f"{places[key]}: {key}: {error}; found {_SHORT.repr(values[key])}")
+            problems.append(
+                f"{locations[key]}: {key}: {error}; found {_TRUNCATED.repr(values[key])}"
+            )
             del expanded[key]
         if texts:
-            written[key] = texts
-    return expanded, written
+            unexpanded[key] = texts
+    return expanded, unexpanded
 
 
 def _expand(texts: dict[str, str], text: str) -> str:
@@ -145,9 +148,9 @@ def _expand(texts: dict[str, str], text: str) -> str:
     return path
 
 
-def _hint(key: str) -> str:
-    """Advice for an unknown key: the equivalent or a similar setting."""
-    if known := hint(key):
+def _advice(key: str) -> str:
+    """Advice for an unknown key: its equivalent here, or the setting with the most similar name."""
+    if known := advice(key):
         return known
     near = difflib.get_close_matches(key, RunSettings.model_fields, n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else "all settings: docs/configuration.md"
@@ -162,20 +165,21 @@ def _preset_values(names: Any) -> dict[str, Any]:
     return values
 
 
-def _problem(
-    key: str, details: Sequence[Mapping[str, Any]], places: Mapping[str, str], source: str
+def _error_line(
+    key: str, details: Sequence[Mapping[str, Any]], locations: Mapping[str, str], source: str
 ) -> str:
     """Error line: file and line, key, expected and given value. `details`: pydantic's errors."""
     if details[0]["type"] == "missing":
-        return f"{source}: {key}: this setting is required and not there"
-    expected = " or ".join(dict.fromkeys(_expectation(detail) for detail in details))
-    if not key:  # the text of a rule over several keys names them
-        keys = [name for name in places if re.search(rf"\b{re.escape(name)}\b", expected)]
-        where = ", ".join(dict.fromkeys(places[name] for name in keys)) or source
-        return f"{where}: {expected}"
-    return f"{places.get(key, source)}: {key}: {expected}; found {_SHORT.repr(details[0]['input'])}"
+        return f"{source}: {key}: this setting is required and missing"
+    expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
+    if not key:  # an error about a combination of keys, which its message names
+        keys = [name for name in locations if re.search(rf"\b{re.escape(name)}\b", expected)]
+        places = ", ".join(dict.fromkeys(locations[name] for name in keys)) or source
+        return f"{places}: {expected}"
+    value = _TRUNCATED.repr(details[0]["input"])
+    return f"{locations.get(key, source)}: {key}: {expected}; found {value}"
 
 
-def _expectation(detail: Mapping[str, Any]) -> str:
+def _expected(detail: Mapping[str, Any]) -> str:
     message: str = detail["msg"]
     return message.removeprefix("Value error, ").replace("Input should be", "must be")

@@ -1,7 +1,8 @@
-"""Parser of YAML and JSON files that returns values and the line number of each key.
+"""Parse YAML and JSON files into values and the line number of each key.
 
-PyYAML composes both formats into one tree of nodes, which gives line numbers, duplicate keys and
-size limits. Scalars follow YAML 1.2: `3e-4` is a number; `no` and `12:00:00` are strings.
+PyYAML parses both formats into a tree of nodes. The tree has the line numbers, and shows duplicate
+keys and excessive sizes. Scalars follow YAML 1.2: `3e-4` is a number; `no` and `12:00:00` are
+strings.
 """
 
 import json
@@ -32,19 +33,19 @@ class Located:
     values: dict[str, Any]
     lines: Mapping[KeyPath, int]
 
-    def place(self, *key: str) -> str:
-        """`name:line` of a key; only the name for a key from a YAML merge (`<<`)."""
+    def location(self, *key: str) -> str:
+        """`name:line` of a key; only `name` if a YAML merge (`<<`) added the key."""
         return f"{self.name}:{self.lines[key]}" if key in self.lines else self.name
 
 
 def read_located(path: Path, kind: Literal["YAML", "JSON"], *, label: str = "") -> Located:
-    """Read a file that holds one mapping; `label` precedes its path in messages.
+    """Read a file that holds one mapping. Raises UserError that names file and line.
 
-    Raises UserError, naming file and line.
+    `label`: text before the path in messages.
     """
     name = f"{label}{path}"
     try:
-        with path.open("rb") as stream:  # limited read: a device or a pipe may never end
+        with path.open("rb") as stream:  # a device or a pipe may never end: limit the read
             content = stream.read(_MAX_BYTES + 1)
         text = content.decode("utf-8-sig")
     except OSError as error:
@@ -52,7 +53,7 @@ def read_located(path: Path, kind: Literal["YAML", "JSON"], *, label: str = "") 
     except ValueError as error:  # not UTF-8, or NUL in the path
         raise UserError(f"{name}: not a text file in UTF-8: {error}") from None
     if len(content) > _MAX_BYTES:
-        raise UserError(f"{name}: more than a megabyte; a file of settings is smaller")
+        raise UserError(f"{name}: larger than 1 MiB, so it is not a file of settings")
     node, values = _parse(text, name, kind)
     if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
         example = "`key: value`, such as `lora_r: 16`" if kind == "YAML" else "a block in braces"
@@ -61,7 +62,7 @@ def read_located(path: Path, kind: Literal["YAML", "JSON"], *, label: str = "") 
 
 
 def parse_value(text: str, name: str) -> Any:
-    """Parse text as one YAML value. Raises UserError whose message begins with `name`."""
+    """Parse text as one YAML value. Raises UserError; its message begins with `name`."""
     return _parse(text, name, "YAML")[1]
 
 
@@ -74,7 +75,8 @@ def _parse(text: str, name: str, kind: Literal["YAML", "JSON"]) -> tuple[yaml.No
             return node, json.loads(text)
         return node, None if node is None else loader.construct_document(node)
     except yaml.reader.ReaderError as error:
-        line, problem = text.count("\n", 0, error.position) + 1, f"{chr(error.character)!r} in it"
+        line = text.count("\n", 0, error.position) + 1
+        problem = f"the character {chr(error.character)!r}"
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, problem = mark.line + 1 if mark else 1, str(error.problem or error.context)
@@ -98,19 +100,19 @@ def _lines(node: yaml.Node, name: str) -> dict[KeyPath, int]:
 
 
 def _keys(node: yaml.Node, path: KeyPath) -> Iterator[tuple[KeyPath, yaml.Node]]:
-    """Every key below a node, with its path; the path has list indexes as strings."""
+    """Every key below a node, with its path; list indexes are strings in the path."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            below = (*path, str(key.value))
-            yield below, key
-            yield from _keys(value, below)
+            key_path = (*path, str(key.value))
+            yield key_path, key
+            yield from _keys(value, key_path)
     elif isinstance(node, yaml.SequenceNode):
-        for number, item in enumerate(node.value):
-            yield from _keys(item, (*path, str(number)))
+        for i, item in enumerate(node.value):
+            yield from _keys(item, (*path, str(i)))
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2, and limits on depth and number of nodes."""
+    """SafeLoader with YAML 1.2 scalars, and with limits on depth and number of nodes."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -118,44 +120,45 @@ class _Loader(yaml.SafeLoader):
         self._nodes: dict[int, int] = {}  # id of a composed node -> number of nodes in its subtree
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Compose one node; refuses tags, recursion and excessive size. Overrides Composer's."""
+        """Override of Composer.compose_node that refuses tags, recursion and excessive size."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None) is not None:
-            raise _refusal(f"the tag {event.tag} is not read", event)
+            raise _yaml_error(f"the tag {event.tag} is not supported", event)
         self._depth += 1
         if self._depth > _MAX_DEPTH:
-            raise _refusal(f"nested more than {_MAX_DEPTH} deep", event)
+            raise _yaml_error(f"nested more than {_MAX_DEPTH} deep", event)
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._nodes:
-                raise _refusal(f"*{event.anchor} contains itself", event)
+                raise _yaml_error(f"*{event.anchor} contains itself", event)
         elif isinstance(node, yaml.ScalarNode):
             self._nodes[id(node)] = 1
-            _require_plain(node, event)
+            _check_scalar(node, event)
         elif node is not None:
-            inside = [part for item in node.value for part in _parts(item)]
-            self._nodes[id(node)] = 1 + sum(self._nodes[id(part)] for part in inside)
+            children = [child for item in node.value for child in _child_nodes(item)]
+            self._nodes[id(node)] = 1 + sum(self._nodes[id(child)] for child in children)
             if self._nodes[id(node)] > _MAX_NODES:
-                raise _refusal(f"more than {_MAX_NODES:,} values", event)
+                raise _yaml_error(f"more than {_MAX_NODES:,} values", event)
         return node
 
 
-def _parts(item: Any) -> tuple[yaml.Node, ...]:
+def _child_nodes(item: Any) -> tuple[yaml.Node, ...]:
+    """The key and value node of a mapping's item, or the one node of a list's item."""
     return item if isinstance(item, tuple) else (item,)
 
 
-def _require_plain(node: yaml.ScalarNode, event: yaml.Event) -> None:
-    """Raise for an integer with too many digits, and for NUL or surrogate characters."""
+def _check_scalar(node: yaml.ScalarNode, event: yaml.Event) -> None:
+    """Raise YAMLError for an integer with too many digits, and for NUL or surrogate characters."""
     if node.tag == f"{_TAG}int" and len(node.value.lstrip("+-")) > _MAX_DIGITS:
-        raise _refusal(f"a whole number of {len(node.value)} digits", event)
+        raise _yaml_error(f"a whole number of {len(node.value)} digits", event)
     if "\0" in node.value or (
         not node.value.isascii() and re.search("[\ud800-\udfff]", node.value)
     ):
-        raise _refusal("text with a NUL or a surrogate character", event)
+        raise _yaml_error("text with a NUL or a surrogate character", event)
 
 
-def _refusal(problem: str, event: yaml.Event) -> yaml.MarkedYAMLError:
+def _yaml_error(problem: str, event: yaml.Event) -> yaml.MarkedYAMLError:
     mark: Any = event.start_mark
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
@@ -165,7 +168,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(_YAML_1_1)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-for _kind, _pattern, _first in (  # the first that matches wins: whole numbers before others
+for _kind, _pattern, _first in (  # the first match counts, so `int` precedes `float`
     ("int", r"^[-+]?(0|[1-9][0-9]*)$", "-+0123456789"),
     (
         "float",

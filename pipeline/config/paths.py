@@ -5,7 +5,7 @@ import re
 
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})?")
 _HOME = re.compile("~[^/]*")
-# Such variables are refused: paths appear in messages and files, secrets must not.
+# Variables that are refused: paths appear in messages and files, and secrets must not.
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _MAX_BYTES, _MAX_NAME_BYTES = 4000, 255  # Linux: PATH_MAX is 4096, NAME_MAX 255
 
@@ -13,17 +13,20 @@ _MAX_BYTES, _MAX_NAME_BYTES = 4000, 255  # Linux: PATH_MAX is 4096, NAME_MAX 255
 def expand(text: str) -> str:
     """Replace a leading `~` or `~user`, `$NAME` and `${NAME}`; `$$` becomes `$`.
 
-    Raises ValueError for a variable that is unset or empty, or whose name suggests a secret, and
-    for a path that is too long for Linux.
+    Raises ValueError for a variable that is unset or empty, for one whose name suggests a secret,
+    and for a path that is too long for Linux.
     """
     home = _HOME.match(text)
     start = os.path.expanduser(home[0]) if home else ""  # noqa: PTH111 - Path's raises
     if start.startswith("~"):
-        raise ValueError(f"{start}: there is no such home; ./~ is a file of that name")
+        raise ValueError(f"{start}: no such home folder; for a file of that name write ./{start}")
     path = start + _VARIABLE.sub(_value, text[home.end() if home else 0 :])
     size, longest = len(os.fsencode(path)), max(len(os.fsencode(n)) for n in path.split("/"))
     if size > _MAX_BYTES or longest > _MAX_NAME_BYTES:
-        raise ValueError(f"no path can have {size:,} bytes, or {longest:,} in one name")
+        raise ValueError(
+            f"the path has {size:,} bytes and its longest name {longest:,}; the limits are "
+            f"{_MAX_BYTES:,} and {_MAX_NAME_BYTES:,}"
+        )
     return path
 
 
@@ -33,9 +36,11 @@ def _value(match: re.Match[str]) -> str:
     if dollar:
         return "$"
     if not name:
-        raise ValueError("a $ without a name; write $NAME or ${NAME}, or $$ for a dollar")
+        raise ValueError("a $ without a name; write $NAME or ${NAME}, or $$ for a dollar sign")
     if _SECRET.search(name):
-        raise ValueError(f"${name}: by its name a secret, and paths are shown and kept in files")
+        raise ValueError(
+            f"${name}: the name suggests a secret, and paths appear in messages and files"
+        )
     if not os.environ.get(name):
-        raise ValueError(f"${name}: not set; export {name}=..., or write $$ for a dollar")
+        raise ValueError(f"${name}: not set; run export {name}=..., or write $$ for a dollar sign")
     return os.environ[name]

@@ -1,7 +1,8 @@
-"""Options of other training programs that are no setting here, and what does their work.
+"""Advice for options of other training programs that are unknown here.
 
-Names of a setting itself (`learning_rate` for `lr`) stand on its Field in settings.py. The options
-are those of axolotl, LLaMA-Factory, TRL and transformers, ms-swift, and torchtune.
+The options are those of axolotl, LLaMA-Factory, TRL and transformers, ms-swift, and torchtune. If
+an option is another name of a setting, such as `learning_rate` for `lr`, the name is in the trait
+`peers` of that setting.
 """
 
 from collections.abc import Mapping
@@ -9,24 +10,25 @@ from fnmatch import fnmatchcase
 
 from pipeline.config.settings import settings_by
 
-_NO_TRACKER = "no tracker is built in; metrics.jsonl has a line for each step, report.html shows it"
-_NO_HUB = "nothing is uploaded; OUTPUT_DIR/adapter is an ordinary PEFT folder to upload"
+_NO_TRACKER = "no tracker is supported; metrics.jsonl has the figures, report.html their curves"
+_NO_HUB = "nothing is uploaded; OUTPUT_DIR/adapter is a PEFT folder that you can upload"
 _ADAMW = (
     "AdamW in fp32 is the only optimizer: the states of an adapter are small, so 8-bit or paged "
     "ones would save little; remove it"
 )
-_BETAS = "give betas and eps as optimizer.params of a deepspeed_json; the defaults are AdamW's"
+_BETAS = "set betas and eps in optimizer.params of a deepspeed_json; the defaults are AdamW's"
 _NOT_BUILT = "not supported; plain LoRA is trained"
 _ONLY_LORA = "LoRA is always trained; QLoRA is load_in_4bit: true"
 _NO_FSDP = "sharding is DeepSpeed's ZeRO: zero_stage, chosen by the plan"
-_BY_ROW = "the format is detected from each row; data_format and columns change that"
+_BY_ROW = "the format of each row is detected; data_format and columns override that"
 _NO_EVAL_BATCH = "evaluation uses batch_size"
+_HOLD_OUT = "eval_data: 0.05 holds out 5 % of train_data, eval_data: 200 holds out 200 rows"
 _TEMPLATE = "the model's own chat template and end of turn are used; see chat_template"
 _NO_START = "a run cannot start from another adapter yet; resume: CHECKPOINT continues a run"
-_KERNELS = "fast kernels are chosen by what is installed; remove it"
+_KERNELS = "fast kernels are used if their package is installed; remove it"
 
-# Patterns of names -> what to do instead. The first match counts.
-WITHOUT_A_SETTING: Mapping[str, str] = {
+# Pattern of option names -> advice. The first match counts.
+ADVICE: Mapping[str, str] = {
     "adapter": _ONLY_LORA,
     "finetuning_type": _ONLY_LORA,
     "train_type": _ONLY_LORA,
@@ -37,7 +39,7 @@ WITHOUT_A_SETTING: Mapping[str, str] = {
     "rlhf_type": "supervised fine-tuning is the only stage",
     "rl": "supervised fine-tuning is the only stage",
     "do_train": "launch/train.py always trains; remove it",
-    "do_eval": "eval_data says whether the held-out loss is measured; remove it",
+    "do_eval": "the held-out loss is measured if eval_data is set; remove it",
     "do_predict": "launch/score.py generates answers after training; remove it",
     "quantization_bit": "load_in_4bit: true or load_in_8bit: true",
     "quant_bits": "load_in_4bit: true or load_in_8bit: true",
@@ -47,7 +49,7 @@ WITHOUT_A_SETTING: Mapping[str, str] = {
     "dtype": "bf16: true, fp16: true, or both false for fp32",
     "mixed_precision": "bf16: true, fp16: true, or both false for fp32",
     "pure_bf16": "bf16: true; the adapter keeps fp32 masters",
-    "tf32": "not needed: matrix products run in bf16, fp16 or fp32 as the run says; remove it",
+    "tf32": "not supported: matrix products run in the training data type; remove it",
     "attn_implementation": "use_flash_attention: true for FlashAttention-2, else PyTorch's own",
     "attn_impl": "use_flash_attention: true for FlashAttention-2, else PyTorch's own",
     "sdp_attention": "PyTorch's own attention is the default; remove it",
@@ -57,15 +59,15 @@ WITHOUT_A_SETTING: Mapping[str, str] = {
     "optim_*": _ADAMW,
     "adam_*": _BETAS,
     "adam?_*": _BETAS,
-    "lr_scheduler_kwargs": "min_lr_ratio is the last learning rate as a share of lr",
-    "min_lr": "min_lr_ratio: the last learning rate as a share of lr",
-    "group_by_length": "not needed: packing fills sequences, and without it documents of like "
-    "length share a step; remove it",
+    "lr_scheduler_kwargs": "min_lr_ratio is the final learning rate as a share of lr",
+    "min_lr": "min_lr_ratio: the final learning rate as a share of lr",
+    "group_by_length": "not needed: without packing, batches are always length-grouped; remove it",
     "length_column_name": "not needed: lengths are counted when the data is prepared; remove it",
     "device_map": "not needed: the plan places the base on each rank (zero_stage, offload_param)",
-    "max_memory": "not needed: the plan fits the run to each device; remove it",
+    "max_memory": "not needed: the plan keeps within the memory of each device; remove it",
     "low_cpu_mem_usage": "not needed: weights are loaded tensor by tensor; remove it",
-    "gpu_memory_limit": "the plan fits the run to each device; --gpu-memory-gib of launch/plan.py",
+    "gpu_memory_limit": "not needed: the plan keeps within the memory of each device, or within "
+    "--gpu-memory-gib of launch/plan.py; remove it",
     "fsdp*": _NO_FSDP,
     "tensor_parallel*": _NO_FSDP,
     "pipeline_parallel*": _NO_FSDP,
@@ -73,7 +75,7 @@ WITHOUT_A_SETTING: Mapping[str, str] = {
     "sequence_parallel*": _NO_FSDP,
     "local_rank": "the launcher sets it; remove it",
     "ddp_find_unused_parameters": "not needed: DeepSpeed reduces the gradients; remove it",
-    "ddp_timeout": "hang_timeout_s: seconds without progress before the run is ended",
+    "ddp_timeout": "hang_timeout_s: the run ends after this many seconds without progress",
     "report_to": _NO_TRACKER,
     "run_name": _NO_TRACKER,
     "use_wandb": _NO_TRACKER,
@@ -90,13 +92,13 @@ WITHOUT_A_SETTING: Mapping[str, str] = {
     "plot_loss": "launch/report.py draws the loss; remove it",
     "push_to_hub*": _NO_HUB,
     "hub_*": _NO_HUB,
-    "hf_use_auth_token": "nothing is fetched by training; `hf auth login` is for launch/prepare.py",
+    "hf_use_auth_token": "not needed: launch/prepare.py uses the token of `hf auth login`",
     "max_samples": "train_data: {path: ..., limit: N} takes the first N rows",
     "max_train_samples": "train_data: {path: ..., limit: N} takes the first N rows",
     "max_eval_samples": "eval_data: {path: ..., limit: N} takes the first N rows",
-    "val_size": "eval_data: 0.05 holds out a share of train_data, 200 that many rows",
-    "val_set_size": "eval_data: 0.05 holds out a share of train_data, 200 that many rows",
-    "split_dataset_ratio": "eval_data: 0.05 holds out a share of train_data, 200 that many rows",
+    "val_size": _HOLD_OUT,
+    "val_set_size": _HOLD_OUT,
+    "split_dataset_ratio": _HOLD_OUT,
     "dataset_test_split": "eval_data: org/name:test, a hub data set and its split",
     "dataset_train_split": "train_data: org/name:train, a hub data set and its split",
     "dataset_split": "train_data: org/name:train, a hub data set and its split",
@@ -112,7 +114,7 @@ WITHOUT_A_SETTING: Mapping[str, str] = {
     "dataset_num_proc": "not needed: rows are tokenised on every CPU; remove it",
     "dataset_processes": "not needed: rows are tokenised on every CPU; remove it",
     "dataset_type": _BY_ROW,
-    "remove_unused_columns": "columns that are not read are counted in data/audit.json; remove it",
+    "remove_unused_columns": "data/audit.json counts columns that are not read; remove it",
     "train_on_inputs": "train_on: assistant (false) or all (true)",
     "train_on_prompt": "train_on: assistant (false) or all (true)",
     "mask_history": "train_on: last-assistant",
@@ -120,7 +122,7 @@ WITHOUT_A_SETTING: Mapping[str, str] = {
     "completion_only_loss": "train_on: assistant",
     "loss_scale": "train_on: assistant, last-assistant or all; a message of weight: 0 never counts",
     "roles_to_train": "train_on: assistant; a message of weight: 0 never counts",
-    "train_on_eos": "the end of a trained turn is always trained; remove it",
+    "train_on_eos": "the end-of-turn token of a trained turn always counts; remove it",
     "enable_thinking": "chat_template_kwargs: {enable_thinking: true}",
     "reasoning_effort": "chat_template_kwargs: {reasoning_effort: high}",
     "adapter_name_or_path": _NO_START,
@@ -131,7 +133,7 @@ WITHOUT_A_SETTING: Mapping[str, str] = {
     "eos_token": _TEMPLATE,
     "pad_token": _TEMPLATE,
     "add_bos_token": _TEMPLATE,
-    "default_system": "put the system prompt into the rows, as a message of role system",
+    "default_system": "put the system prompt into each row, as a message with role system",
     "pad_to_sequence_len": "not needed: micro-batches are padded to their longest row; remove it",
     "pad_to_multiple_of": "not needed: micro-batches are padded to their longest row; remove it",
     "neftune_noise_alpha": _NOT_BUILT,
@@ -156,15 +158,15 @@ WITHOUT_A_SETTING: Mapping[str, str] = {
     "gradient_checkpointing_kwargs": "not needed: the plan chooses re-entrant or not; remove it",
     "*eval_batch_size": _NO_EVAL_BATCH,
     "eval_accumulation_steps": _NO_EVAL_BATCH,
-    "eval_delay": "evaluations are counted from the first step; remove it",
-    "eval_on_start": "launch/score.py compares with the base; remove it",
-    "metric_for_best_model": "keep_best goes by the held-out loss; remove it",
-    "greater_is_better": "keep_best goes by the held-out loss; remove it",
+    "eval_delay": "evaluations start with the first epoch; remove it",
+    "eval_on_start": "launch/score.py measures the base and the adapter; remove it",
+    "metric_for_best_model": "keep_best uses the held-out loss; remove it",
+    "greater_is_better": "keep_best uses the held-out loss; remove it",
     "compute_accuracy": "launch/score.py measures exact match after training; remove it",
     "predict_with_generate": "launch/score.py generates answers after training; remove it",
-    "save_only_model": "not needed: a checkpoint is 12 bytes a trainable parameter; remove it",
-    "save_safetensors": "always; remove it",
-    "save_first_step": "not needed: an adapter that does not learn ends the run after two steps",
+    "save_only_model": "not needed: a checkpoint has 12 bytes per trainable parameter; remove it",
+    "save_safetensors": "adapters and checkpoints are always safetensors; remove it",
+    "save_first_step": "not supported; save_steps sets the interval of checkpoints",
     "merge_*": "launch/merge.py merges the adapter after training",
     "use_liger_kernel": _KERNELS,
     "enable_liger_kernel": _KERNELS,
@@ -174,8 +176,8 @@ WITHOUT_A_SETTING: Mapping[str, str] = {
     "plugins": _KERNELS,
     "torch_compile*": _KERNELS,
     "compile": _KERNELS,
-    "is_*_derived_model": "the family is read from the model's config.json; remove it",
-    "model_type": "the family is read from the model's config.json; remove it",
+    "is_*_derived_model": "config.json of the model names its family; remove it",
+    "model_type": "config.json of the model names its family; remove it",
     "tokenizer_type": "the tokenizer is the model's own; remove it",
     "tokenizer_name*": "the tokenizer is the model's own; remove it",
     "tokenizer": "the tokenizer is the model's own; remove it",
@@ -183,10 +185,10 @@ WITHOUT_A_SETTING: Mapping[str, str] = {
 }
 
 
-def hint(key: str) -> str | None:
-    """Advice for a key from another training program; None if no known program has it."""
+def advice(key: str) -> str | None:
+    """Advice for a key of another training program; None if the key is not known."""
     name = key.strip().lstrip("-").replace("-", "_").lower()
     if setting := settings_by("peers").get(name):
         return f"here it is {setting}"
-    matches = (text for pattern, text in WITHOUT_A_SETTING.items() if fnmatchcase(name, pattern))
+    matches = (text for pattern, text in ADVICE.items() if fnmatchcase(name, pattern))
     return next(matches, None)

@@ -1,7 +1,7 @@
-"""Presets: named sets of values, from the guide "LoRA Basics".
+"""Presets: named sets of values for settings, taken from the guide "LoRA Basics".
 
-The first three are its "Common Configurations", the others its "Common Patterns". Where the guide
-gives a range, the preset has the lower value and `RANGES` the range.
+The first three are the guide's "Common Configurations", the others its "Common Patterns". If the
+guide gives a range, the preset has the lower value, and `RANGES` has the range.
 """
 
 from collections.abc import Mapping

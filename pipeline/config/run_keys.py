@@ -1,4 +1,4 @@
-"""RunKeys: the settings of a run, of its adapter and of its training steps."""
+"""RunKeys: the settings of the run, its adapter and its training steps."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,16 +9,16 @@ from pydantic import (
 )
 
 from pipeline.config.data_keys import Auto, Share
-from pipeline.config.data_names import MOST_PASSES, MOST_SEQUENCES, Positive
+from pipeline.config.data_names import MAX_PASSES, MAX_SEQUENCES, Positive
 from pipeline.config.frequency import Strategy
 from pipeline.config.presets import Preset
 from pipeline.config.traits import traits
 
-SequenceCount = Annotated[int, Field(ge=1, le=MOST_SEQUENCES)]
+SequenceCount = Annotated[int, Field(ge=1, le=MAX_SEQUENCES)]
 
 
-def whole_number(value: Any) -> Any:
-    """Convert a float such as 3.0 to an int; return other values unchanged."""
+def _float_to_int(value: Any) -> Any:
+    """Convert a float without a fraction, such as 3.0, to int; return other values unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -27,50 +27,50 @@ class RunKeys(BaseModel):
 
     # The run and its folder
     output_dir: Annotated[str, Field(min_length=1)] = Field(
-        description="The run folder: everything that a run writes.",
+        description="Run folder, which gets all files that the run writes.",
         json_schema_extra=traits(change="run", is_path=True, peers="output_path save_dir out_dir"),
     )
     overwrite: bool = Field(
         default=False,
-        description="Replace a run with other settings in `output_dir` instead of refusing to "
-        "start.",
+        description="If `output_dir` holds a run with other settings, replace that run instead of "
+        "refusing to start.",
         json_schema_extra=traits(change="run", peers="overwrite_output_dir"),
     )
     resume: Annotated[str, Field(min_length=1)] = Field(
         default="auto",
         description="`auto` resumes from the newest intact checkpoint if there is one, `must` "
-        "refuses to start without one, `never` starts at step 0. Anything else is the folder of "
-        "a checkpoint, of this run or another; started again, the run resumes from its own "
-        "newer checkpoints.",
+        "refuses to start without one, `never` starts at step 0. Any other value is the folder of "
+        "a checkpoint, of this run or another, to resume from; once the run has written newer "
+        "checkpoints itself, it resumes from those.",
         json_schema_extra=traits(
             change="run", is_path=True, peers="resume_from_checkpoint auto_resume_from_checkpoints"
         ),
     )
     accept_changes: list[Literal["base", "data", "total_steps"]] = Field(
         default_factory=list,
-        description="What may differ from the run that wrote the checkpoint: `base` (the "
-        "model's weights), `data` (the training documents), `total_steps` (the learning rate "
-        "schedule).",
+        description="Allowed differences from the run that wrote the checkpoint: `base` (the "
+        "model's weights), `data` (the training documents), `total_steps` (the length of the "
+        "learning rate schedule).",
         json_schema_extra=traits(change="run"),
     )
     preset: Preset | list[Preset] = Field(
         default_factory=list,
-        description="A preset or a list of presets (below); later ones win, the run file wins "
-        "over all.",
+        description="Name of a preset (see the table of presets), or a list of names. A later "
+        "preset overrides an earlier one, and the run file overrides all presets.",
         json_schema_extra=traits(change="run"),
     )
     seed: int = Field(
         default=42,
         ge=0,
         lt=2**63,
-        description="Seed of data order, adapter weights and dropout.",
+        description="Random seed of data order, initial adapter weights and dropout.",
         json_schema_extra=traits(peers="data_seed random_seed"),
     )
 
     # LoRA
     lora_r: Positive = Field(
         default=64,
-        description="Inner dimension of the adapter matrices.",
+        description="LoRA r: the inner dimension of the adapter matrices.",
         json_schema_extra=traits(peers="lora_rank r"),
     )
     lora_alpha: Annotated[float, Field(gt=0, le=1e6)] | Auto = Field(
@@ -86,14 +86,14 @@ class RunKeys(BaseModel):
     )
     lora_target_modules: str | list[str] = Field(
         default="auto",
-        description="Linear layers that get an adapter: a list of module names (the end of the "
-        "path is enough), `all-linear`, or one regular expression for the whole path; `auto`: all "
-        "of the blocks without routers and fused experts.",
+        description="Linear layers that get an adapter: a list of module names (full paths or "
+        "their last parts), `all-linear`, or one regular expression that matches full paths. "
+        "`auto`: all linear layers of the transformer blocks, except routers and fused experts.",
         json_schema_extra=traits(peers="target_modules lora_target lora_modules lora_attn_modules"),
     )
     modules_to_save: list[str] = Field(
         default_factory=list,
-        description="Modules to train in full beside the adapter. Not available yet.",
+        description="Modules to train in full, in addition to the adapter. Not available yet.",
         json_schema_extra=traits(
             peers="lora_modules_to_save additional_target additional_trainable_modules"
         ),
@@ -117,40 +117,41 @@ class RunKeys(BaseModel):
     )
     bnb_4bit_use_double_quant: bool = Field(
         default=True,
-        description="Quantise the quantisation constants too: 0.4 bits a weight less.",
+        description="Also quantise the quantisation constants, which saves 0.4 bits per weight.",
         json_schema_extra=traits(peers="double_quantization use_nested_quant"),
     )
     bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto",
-        description="Data type of matrix products with 4-bit weights; `auto` is the one the run "
-        "trains in.",
+        description="Data type of matrix products with 4-bit weights; `auto` is the training "
+        "data type.",
     )
     bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
         default="uint8",
-        description="Data type that packed 4-bit weights are stored as: `uint8`, or the one the "
-        "run trains in.",
+        description="Data type of the tensors that hold 4-bit weights: `uint8`, or the training "
+        "data type.",
         json_schema_extra=traits(change="run"),
     )
 
     # Steps and batches
     epochs: Annotated[
-        Positive | Annotated[float, Field(gt=0, le=MOST_PASSES)] | Auto,
-        BeforeValidator(whole_number),
+        Positive | Annotated[float, Field(gt=0, le=MAX_PASSES)] | Auto,
+        BeforeValidator(_float_to_int),
     ] = Field(
         default=1,
-        description="Passes over the training data, also 0.5 or 2.5; `auto`, the default with "
-        "`max_steps`: as many as those steps take.",
+        description="Passes over the training data; fractions such as 2.5 are allowed. `auto`, "
+        "the default if `max_steps` is set: as many as `max_steps` needs.",
         json_schema_extra=traits(change="total_steps", peers="num_epochs num_train_epochs"),
     )
     max_steps: Positive | None = Field(
         default=None,
-        description="Optimizer steps of the run; with `epochs` the smaller of the two.",
+        description="Number of optimizer steps; if `epochs` is a number too, the run ends at "
+        "whichever limit is reached first.",
         json_schema_extra=traits(change="total_steps", peers="max_train_steps max_steps_per_epoch"),
     )
     batch_size: SequenceCount | Auto = Field(
         default="auto",
-        description="Sequences of a micro-batch: one forward pass on one rank; `auto` is the "
-        "fastest that fits.",
+        description="Sequences in a micro-batch, which is one forward pass on one rank; `auto`: "
+        "the size with the shortest predicted step that fits in memory.",
         json_schema_extra=traits(
             change="run",
             layout="micro_batch_size",
@@ -160,8 +161,8 @@ class RunKeys(BaseModel):
     )
     gradient_accumulation_steps: SequenceCount | Auto = Field(
         default="auto",
-        description="Micro-batches of each rank in an optimizer step; `auto` follows from the "
-        "global batch.",
+        description="Micro-batches per rank in an optimizer step; `auto` follows from "
+        "`global_batch_size`.",
         json_schema_extra=traits(
             change="run",
             deepspeed="gradient_accumulation_steps",
@@ -170,32 +171,33 @@ class RunKeys(BaseModel):
     )
     global_batch_size: SequenceCount | Auto = Field(
         default="auto",
-        description="Sequences of an optimizer step over all ranks = `batch_size` x "
-        "`gradient_accumulation_steps` x ranks. Set it and leave one of the two `auto` for the "
-        "same run on any number of ranks; `auto` is 16.",
+        description="Sequences in an optimizer step over all ranks, equal to `batch_size` x "
+        "`gradient_accumulation_steps` x ranks; `auto` is 16. Set it, and leave one of the other "
+        "two `auto`, to train the same on any number of ranks.",
         json_schema_extra=traits(
             deepspeed="train_batch_size", peers="total_batch_size effective_batch_size"
         ),
     )
 
     # Optimisation
-    lr: Annotated[float, Field(gt=0, le=1e30)] = Field(  # above, Adam overflows in fp32
+    lr: Annotated[float, Field(gt=0, le=1e30)] = Field(  # larger values overflow fp32 in Adam
         default=2e-4,
         description="Peak learning rate.",
         json_schema_extra=traits(deepspeed="optimizer.params.lr", peers="learning_rate"),
     )
     min_lr_ratio: Share = Field(
         default=0.0,
-        description="Last learning rate as a share of `lr`.",
+        description="Learning rate of the last step as a share of `lr`.",
         json_schema_extra=traits(peers="cosine_min_lr_ratio"),
     )
     warmup_ratio: Share | None = Field(
-        default=0.03, description="Warm-up as a share of all steps; not with `warmup_steps`."
+        default=0.03,
+        description="Warm-up as a share of all steps; cannot be combined with `warmup_steps`.",
     )
     warmup_steps: Annotated[float, Field(ge=0)] | None = Field(
         default=None,
-        description="Warm-up in steps, or below 1 as a share of all steps; not with "
-        "`warmup_ratio`.",
+        description="Warm-up in steps; a value below 1 is a share of all steps. Cannot be combined "
+        "with `warmup_ratio`.",
         json_schema_extra=traits(peers="num_warmup_steps lr_warmup_steps"),
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
@@ -210,7 +212,7 @@ class RunKeys(BaseModel):
     )
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(
         default=1.0,
-        description="Clip the global gradient norm to this; 0 for no clipping.",
+        description="Gradients are clipped to this global norm; 0 disables clipping.",
         json_schema_extra=traits(
             deepspeed="gradient_clipping", peers="gradient_clipping clip_grad_norm"
         ),
@@ -219,27 +221,29 @@ class RunKeys(BaseModel):
     # Precision, memory, speed
     bf16: bool | Auto = Field(
         default="auto",
-        description="Train in bfloat16; `auto` where the device has it. With `bf16` and `fp16` "
-        "false: fp32.",
+        description="Train in bfloat16; `auto`: if the device supports it. If `bf16` and `fp16` "
+        "are both false, the run trains in fp32.",
         json_schema_extra=traits(deepspeed="bf16.enabled"),
     )
     fp16: bool | Auto = Field(
         default="auto",
-        description="Train in float16 with loss scaling; `auto` where the device has no bfloat16.",
+        description="Train in float16 with loss scaling; `auto`: if the device does not support "
+        "bfloat16.",
         json_schema_extra=traits(deepspeed="fp16.enabled"),
     )
     zero_stage: Annotated[int, Field(ge=1, le=3)] | Auto = Field(
         default="auto",
         description="ZeRO stage: 1 and 2 replicate the base, 3 shards it over the ranks; `auto` "
-        "shards only a base that does not fit otherwise.",
+        "uses 3 only if the base does not fit otherwise.",
         json_schema_extra=traits(
             change="run", layout="zero_stage", deepspeed="zero_optimization.stage"
         ),
     )
     hpz_partition_size: Positive | Auto = Field(
         default="auto",
-        description="ZeRO-3: ranks that share a second copy of the base, so that gathers stay "
-        "among them: the ranks of a node, or 1 for no second copy.",
+        description="ZeRO-3: number of ranks over which a second copy of the base is sharded, so "
+        "that gathers stay within a node. Either the number of ranks per node, or 1 for no second "
+        "copy.",
         json_schema_extra=traits(
             change="run",
             layout="hpz_partition_size",
@@ -248,22 +252,22 @@ class RunKeys(BaseModel):
     )
     offload_param: Literal["none", "cpu"] | Auto = Field(
         default="auto",
-        description="ZeRO-3: where the sharded base lies between uses; `auto` is `none` where "
-        "it fits.",
+        description="ZeRO-3: `cpu` offloads the sharded base to host memory, `none` keeps it on "
+        "the GPUs; `auto` is `none` if it fits there.",
         json_schema_extra=traits(
             change="run", layout="offload_param", deepspeed="zero_optimization.offload_param.device"
         ),
     )
     deepspeed_json: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
-        description="A DeepSpeed JSON whose keys replace generated ones; `auto` in it keeps the "
-        "generated value. Checked by the rules of docs/rules.md.",
+        description="DeepSpeed JSON file whose keys replace generated ones; the value `auto` keeps "
+        "the generated value. The result is checked by the rules in docs/rules.md.",
         json_schema_extra=traits(change="run", is_path=True, peers="deepspeed deepspeed_config"),
     )
     gradient_checkpointing: bool | Auto = Field(
         default="auto",
-        description="Recompute activations in the backward pass; `auto` does so for as few "
-        "layers as fit.",
+        description="Recompute activations in the backward pass; `auto`: in the smallest number of "
+        "layers with which the run fits in memory.",
         json_schema_extra=traits(
             change="run",
             layout="checkpointed_layers",
@@ -272,13 +276,13 @@ class RunKeys(BaseModel):
     )
     use_flash_attention: bool | Auto = Field(
         default="auto",
-        description="FlashAttention-2 (package flash-attn); `auto` is PyTorch's own attention.",
+        description="Use FlashAttention-2 (package flash-attn); `auto` is PyTorch's own attention.",
         json_schema_extra=traits(peers="flash_attention flash_attn use_flash_attn"),
     )
     dataloader_num_workers: Annotated[int, Field(ge=0, le=256)] = Field(
         default=0,
-        description="Processes a rank that build batches; 0, a thread, is enough because token "
-        "ids are memory-mapped.",
+        description="Worker processes per rank that build batches. 0 uses a thread, which is "
+        "enough because token ids are memory-mapped.",
         json_schema_extra=traits(change="run", peers="num_workers"),
     )
     dataloader_prefetch_factor: Annotated[int, Field(ge=1, le=1000)] = Field(
@@ -287,7 +291,7 @@ class RunKeys(BaseModel):
         json_schema_extra=traits(change="run"),
     )
 
-    # Watching, saving, stopping
+    # Monitoring, saving, stopping
     logging_steps: Positive = Field(
         default=10,
         description="Steps between progress lines in the terminal.",
@@ -296,7 +300,7 @@ class RunKeys(BaseModel):
     evaluation_strategy: Strategy = Field(
         default="epoch",
         description="When the held-out loss is measured, if there is `eval_data`: every "
-        "`eval_steps` steps, at the end of each epoch, or never. With `eval_steps` given the "
+        "`eval_steps` steps, at the end of each epoch, or never. If `eval_steps` is set, the "
         "default is `steps`.",
         json_schema_extra=traits(change="selection", peers="eval_strategy"),
     )
@@ -307,7 +311,8 @@ class RunKeys(BaseModel):
     )
     evals_per_epoch: Positive | None = Field(
         default=None,
-        description="Evaluations in each epoch, evenly spaced; not with `eval_steps`.",
+        description="Number of evenly spaced evaluations in each epoch; cannot be combined with "
+        "`eval_steps`.",
         json_schema_extra=traits(change="selection"),
     )
     save_strategy: Strategy = Field(
@@ -323,18 +328,19 @@ class RunKeys(BaseModel):
     )
     saves_per_epoch: Positive | None = Field(
         default=None,
-        description="Checkpoints in each epoch, evenly spaced; not with `save_steps`.",
+        description="Number of evenly spaced checkpoints in each epoch; cannot be combined with "
+        "`save_steps`.",
         json_schema_extra=traits(change="run"),
     )
     save_total_limit: Positive = Field(
         default=2,
-        description="Checkpoints to keep.",
+        description="Number of checkpoints to keep.",
         json_schema_extra=traits(change="run", peers="saves_total_limit"),
     )
     save_must_succeed: bool = Field(
         default=False,
-        description="End the run when a checkpoint cannot be written; otherwise warn, and try "
-        "again at the next save.",
+        description="End the run if a checkpoint cannot be written; if false, the run logs a "
+        "warning and tries again at the next save.",
         json_schema_extra=traits(change="run"),
     )
     keep_best: bool = Field(
@@ -343,17 +349,18 @@ class RunKeys(BaseModel):
         json_schema_extra=traits(peers="load_best_model_at_end"),
     )
     early_stopping_patience: Positive | None = Field(
-        default=None, description="End after this many evaluations without a lower held-out loss."
+        default=None,
+        description="End training after this many evaluations without a lower held-out loss.",
     )
     time_limit: str | None = Field(
         default=None,
-        description="Stop with a checkpoint after this time, `HH:MM:SS` in quotes; started "
-        "again, the run resumes.",
+        description="Stop with a checkpoint after this time, `HH:MM:SS` in quotes; the next start "
+        "resumes the run.",
         json_schema_extra=traits(change="run"),
     )
     hang_timeout_s: Positive = Field(
         default=900,
-        description="Seconds without a finished micro-batch on any rank, after which the run "
-        "ends and names the rank.",
+        description="If a rank finishes no micro-batch for this many seconds, end the run and name "
+        "the rank.",
         json_schema_extra=traits(change="run"),
     )

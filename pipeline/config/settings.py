@@ -1,7 +1,7 @@
-"""RunSettings: the validated settings of a run file, with the rules that combine several keys.
+"""RunSettings: the validated settings of a run file, and the checks of combinations of keys.
 
-Imports neither torch nor another package of the project; pipeline/plan applies the settings to a
-model and a machine. The single keys are declared in data_keys.py and run_keys.py.
+The keys are declared in data_keys.py and run_keys.py. pipeline/plan applies the settings to a
+model and a machine.
 """
 
 import re
@@ -21,7 +21,7 @@ from pipeline.config.run_keys import RunKeys
 from pipeline.config.traits import Change, traits
 
 _TIME = re.compile("[0-9]{1,6}:[0-9]{1,6}:[0-9]{1,6}")
-# Key -> the key that it replaces.
+# Key -> the key that becomes null if the first is given.
 _REPLACES = {
     "warmup_steps": "warmup_ratio",
     "evals_per_epoch": "eval_steps",
@@ -34,27 +34,27 @@ class RunSettings(RunKeys, DataKeys):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    # Setting -> expanded path -> text in the run file, if the two differ.
-    _written_paths: dict[str, dict[str, str]] = PrivateAttr(default_factory=dict)
+    # Setting -> expanded path -> text in the run file, for paths in which the two differ.
+    _unexpanded_paths: dict[str, dict[str, str]] = PrivateAttr(default_factory=dict)
 
     @field_validator("time_limit")
     @classmethod
-    def _hours_minutes_seconds(cls, value: str | None) -> str | None:
+    def _check_time_limit(cls, value: str | None) -> str | None:
         if value is not None and not (_TIME.fullmatch(value) and _seconds(value)):
             raise ValueError("expected HH:MM:SS above zero, for example '03:50:00'")
         return value
 
     @field_validator("warmup_steps")
     @classmethod
-    def _steps_or_share(cls, value: float | None) -> float | None:
+    def _check_warmup_steps(cls, value: float | None) -> float | None:
         if value is not None and value >= 1 and not value.is_integer():
             raise ValueError("expected a whole number of steps, or a share below 1")
         return value
 
     @model_validator(mode="before")
     @classmethod
-    def _keys_that_decide_others(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Set the keys that a given key decides; a key that it replaces becomes null."""
+    def _apply_dependent_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Set keys whose default depends on other given keys."""
         values = dict(values)
         given = {key for key, value in values.items() if value is not None}
         for key, other in _REPLACES.items():
@@ -67,7 +67,7 @@ class RunSettings(RunKeys, DataKeys):
             ("save_strategy", "save_steps", "saves_per_epoch"),
         ):
             if per_epoch in given and values.setdefault(strategy, "epoch") != "epoch":
-                raise ValueError(f"{per_epoch}: needs {strategy}: epoch; leave {strategy} out")
+                raise ValueError(f"{per_epoch}: needs {strategy}: epoch; remove {strategy}")
             if steps in given:
                 values.setdefault(strategy, "steps")
             elif steps in values and values.get(strategy) == "steps":
@@ -79,15 +79,15 @@ class RunSettings(RunKeys, DataKeys):
         return values
 
     @model_validator(mode="after")
-    def _keys_that_exclude_each_other(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.bf16 is True and self.fp16 is True:
             raise ValueError("bf16 and fp16: both are true; keep one of them")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit: both are true; keep one of them")
         if self.split_turns and self.train_on == "all":
             raise ValueError(
-                "split_turns: with train_on: all the turns before each would be trained again and "
-                "again; use train_on: assistant"
+                "split_turns: with train_on: all, each turn would be trained in every document "
+                "that contains it; use train_on: assistant"
             )
         needs_eval = [k for k in ("keep_best", "early_stopping_patience") if getattr(self, k)]
         if needs_eval and (self.eval_data is None or self.evaluation_strategy == "no"):
@@ -96,21 +96,24 @@ class RunSettings(RunKeys, DataKeys):
             )
         return self
 
-    def with_written_paths(self, written: dict[str, dict[str, str]]) -> Self:
-        """Add the paths as the run file has them: setting -> expanded path -> text."""
-        self._written_paths.update(written)
+    def with_unexpanded_paths(self, unexpanded: dict[str, dict[str, str]]) -> Self:
+        """Record the text of paths before expansion: setting -> expanded path -> text."""
+        self._unexpanded_paths.update(unexpanded)
         return self
 
-    def as_written(self) -> dict[str, Any]:
-        """The value of every key, with paths as in the run file (`~` and `$NAME` unexpanded)."""
+    def dump_unexpanded(self) -> dict[str, Any]:
+        """All values as JSON data, with paths as in the run file (`~` and `$NAME` unexpanded)."""
         values = self.model_dump(mode="json")
-        for key, texts in self._written_paths.items():
-            values[key] = map_paths(values[key], partial(_replaced, texts))
+        for key, texts in self._unexpanded_paths.items():
+            values[key] = map_paths(values[key], partial(_unexpanded, texts))
         return values
 
     @property
     def model_folder(self) -> Path:
-        """Folder of the base model: `model`, or the hub model's snapshot in the local cache."""
+        """Folder of the base model, for a hub model its snapshot in the local cache.
+
+        If neither exists, this is `model` as a path.
+        """
         folder = Path(self.model)
         if folder.exists():
             return folder
@@ -123,12 +126,12 @@ class RunSettings(RunKeys, DataKeys):
 
     @property
     def eval_sources(self) -> list[DataSource]:
-        """`eval_data` as a list of sources; empty if rows of the training data are held out."""
+        """`eval_data` as a list of sources; empty if it is a share or number of training rows."""
         return [] if isinstance(self.eval_data, int | float) else sources(self.eval_data)
 
     @property
     def held_out(self) -> float | int | None:
-        """Share (float) or number (int) of training rows to hold out; None if not set so."""
+        """Share (float) or number (int) of training rows to hold out; None for other eval_data."""
         return self.eval_data if isinstance(self.eval_data, int | float) else None
 
     @property
@@ -162,12 +165,12 @@ def _seconds(time: str) -> float:
     return 3600.0 * hours + 60 * minutes + seconds
 
 
-def _replaced(texts: dict[str, str], path: str) -> str:
+def _unexpanded(texts: dict[str, str], path: str) -> str:
     return texts.get(path, path)
 
 
 def map_paths(value: Any, change: Callable[[str], str]) -> Any:
-    """Apply `change` to each path in a setting's value: a path, a source or a list of these."""
+    """Apply `change` to each path in a setting's value: a path, a source, or a list of them."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
@@ -183,13 +186,13 @@ def path_settings() -> list[str]:
 
 
 def settings_with(*changes: Change) -> frozenset[str]:
-    """Names of the settings whose `change` trait is one of these."""
+    """Names of the settings whose trait `change` is one of `changes`."""
     names = RunSettings.model_fields
     return frozenset(name for name in names if _traits_of(name)["change"] in changes)
 
 
 def settings_by(trait: Literal["layout", "deepspeed", "peers"]) -> dict[str, str]:
-    """Value of the trait -> name of the setting that has it."""
+    """Mapping of each value of a trait to the name of the setting with that value."""
     by_value: dict[str, str] = {}
     for name in RunSettings.model_fields:
         values: Any = _traits_of(name)[trait] or []

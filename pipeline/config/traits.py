@@ -1,18 +1,18 @@
-"""Traits: facts about a setting that other rooms need; each stands on its Field in settings.py."""
+"""Traits: facts about a setting for use by other packages, stored on the setting's Field."""
 
 from typing import Literal
 
 from pydantic.config import JsonDict
 
-# What a changed value means for a run that is already in `output_dir`.
+# Effect of a changed value on the run in `output_dir`, when it is started again.
 Change = Literal[
-    "result",  # another adapter would come out: the run is not resumed
-    "selection",  # as "result" where the held-out loss selects the adapter or the end; else "run"
-    "run",  # only how it is run, watched or saved
-    "base",  # another base model, identified by its fingerprint; accept_changes: [base]
-    "files",  # other data, identified by its content; accept_changes: [data]
-    "documents",  # other documents of the same data, in its key; accept_changes: [data]
-    "total_steps",  # another length of the learning rate schedule; accept_changes: [total_steps]
+    "result",  # changes the trained adapter: the run is not resumed
+    "selection",  # "result" if the held-out loss selects the adapter or ends the run, else "run"
+    "run",  # changes only how the run is executed, monitored or saved: it is resumed
+    "base",  # another base model, detected by its fingerprint; accept_changes: [base] allows it
+    "files",  # other data, detected by its content; accept_changes: [data] allows it
+    "documents",  # the same data makes other documents; accept_changes: [data] allows it
+    "total_steps",  # the learning rate schedule ends elsewhere; accept_changes: [total_steps]
 ]
 
 
@@ -26,10 +26,10 @@ def traits(
 ) -> JsonDict:
     """`json_schema_extra` of a setting's Field.
 
-    `layout`: the field of the plan's Layout that the setting fixes. `deepspeed`: the key of a
-    DeepSpeed JSON with the same meaning, its blocks joined by dots. `peers`: names of the setting
-    in other training programs, divided by spaces, for the message about an unknown key.
-    `is_path`: the text may be a path, in which `~` and `$NAME` are expanded.
+    `layout`: field of the plan's Layout that the setting fixes. `deepspeed`: DeepSpeed config key
+    with the same meaning, in dotted form. `peers`: names of the setting in other training
+    programs, separated by spaces; an unknown key with such a name gets a hint. `is_path`: the
+    value may be a path, in which `~` and `$NAME` are expanded.
     """
     return {
         "change": change,

@@ -8,7 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.config.hub import is_without_split
+from pipeline.config.hub import lacks_split
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.rows.content import SUFFIXES, kind_by_name, open_data
@@ -252,7 +252,7 @@ def _is_empty(file: Path, key: str) -> bool:
 
 def _split_forgotten(name: str) -> str:
     path = Path(name)
-    if path.parent.is_dir() or kind_by_name(path) or not is_without_split(name):
+    if path.parent.is_dir() or kind_by_name(path) or not lacks_split(name):
         return ""
     return f"; a hub data set is named with its split: {name}:train"
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from pipeline import __version__
-from pipeline.config.hub import hub_model_of
+from pipeline.config.hub import settings_of_snapshot
 from pipeline.config.settings import RunSettings, settings_with
 from pipeline.data.dataset.reader import DataIndex
 from pipeline.data.prepare.prepare import train_key
@@ -240,7 +240,7 @@ def _differences(folder: Path, plan: Plan, found: Found) -> dict[str, str]:
     except (OSError, yaml.YAMLError):
         return {"run.yaml": "its run.yaml cannot be read"}
     if "model_revision" not in before:  # an older version: `model` is the snapshot's path
-        before |= hub_model_of(str(before.get("model")))
+        before |= settings_of_snapshot(str(before.get("model")))
     changed = {
         key: f"{key}: {_value(before, key)} -> {value}"
         for key, value in _deciding(plan).items()
@@ -271,7 +271,7 @@ def _deciding(plan: Plan) -> dict[str, Any]:
     settings = plan.settings
     selects = settings.keep_best or settings.early_stopping_patience is not None
     free = settings_with("run") if selects else settings_with("run", "selection")
-    values = resolved_settings(plan).as_written()
+    values = resolved_settings(plan).dump_unexpanded()
     return {key: value for key, value in values.items() if key not in free}
 
 

@@ -20,7 +20,7 @@ from datetime import timedelta
 from pipeline.cluster.exits import run_main
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
-from pipeline.errors import OfOneRank, Stopped
+from pipeline.errors import SingleRankError, Stopped
 from pipeline.cluster.heartbeat import Heartbeat
 from pipeline.cluster.watchdog import Watchdog
 from tests.plan.test_plan import CPU
@@ -161,7 +161,7 @@ def test_an_error_that_all_ranks_raise_is_not_declared(tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_an_error_of_one_rank_alone_ends_all(tmp_path, victim):
-    act = f"raise OfOneRank('its worker died') if rank == {victim} else {WAIT}"
+    act = f"raise SingleRankError('its worker died') if rank == {victim} else {WAIT}"
     codes, output = Ranks(act, tmp_path, 900).end()
     assert codes == [1, 1]
     assert last_line(output) == f"rank {victim}: its worker died"

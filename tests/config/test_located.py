@@ -54,7 +54,7 @@ def test_lines_of_json_keys_at_every_depth(read):
         ("zero", "0", "a"): 4,
         ("zero", "1", "a"): 6,
     }
-    assert located.place("bf16", "enabled").endswith("FILE:2")
+    assert located.location("bf16", "enabled").endswith("FILE:2")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.config.load import load_settings
-from pipeline.config.peers import WITHOUT_A_SETTING, hint
+from pipeline.config.peers import ADVICE, advice
 from pipeline.config.settings import RunSettings, settings_by
 from pipeline.errors import UserError
 from tests.messages import assert_mentions
@@ -59,12 +59,12 @@ def test_a_peers_run_file_gets_one_message_with_a_line_for_each_option(tmp_path)
 
 @pytest.mark.parametrize("name", settings_by("peers"))
 def test_a_peers_name_of_a_setting_names_the_setting(name):
-    assert_mentions(hint(name), settings_by("peers")[name])
+    assert_mentions(advice(name), settings_by("peers")[name])
 
 
 @pytest.mark.parametrize("key", ["--learning-rate", "Learning_Rate", "learning-rate"])
 def test_a_name_is_known_however_it_is_spelt(key):
-    assert_mentions(hint(key), "lr")
+    assert_mentions(advice(key), "lr")
 
 
 @pytest.mark.parametrize(
@@ -78,17 +78,17 @@ def test_a_name_is_known_however_it_is_spelt(key):
     ],
 )  # fmt: skip
 def test_an_option_without_a_setting_says_what_does_its_work(key, reason):
-    assert_mentions(hint(key), reason)
+    assert_mentions(advice(key), reason)
 
 
 def test_no_pattern_hides_a_setting_or_a_peers_name():
     for name in [*RunSettings.model_fields, *settings_by("peers")]:
-        assert name not in WITHOUT_A_SETTING
-    assert all("\n" not in text and len(text) < 130 for text in WITHOUT_A_SETTING.values())
+        assert name not in ADVICE
+    assert all("\n" not in text and len(text) < 130 for text in ADVICE.values())
 
 
 def test_a_name_of_nobody_is_near_to_a_setting_or_sent_to_the_page(tmp_path):
-    assert hint("lora_rnk") is None
+    assert advice("lora_rnk") is None
     path = tmp_path / "RUN.yaml"
     path.write_text("model: m\ntrain_data: t\noutput_dir: o\nlora_rnk: 8\nqqqq: 1\n")
     with pytest.raises(UserError) as error:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.order.order import MicroBatch
-from pipeline.errors import OfOneRank
+from pipeline.errors import SingleRankError
 
 if TYPE_CHECKING:
     from pipeline.data.dataset.reader import Split
@@ -141,7 +141,7 @@ def _one_ahead(batches: Iterator[_Item]) -> Iterator[_Item]:
 
 
 def _with_worker_deaths(batches: Iterator[_Item]) -> Iterator[_Item]:
-    """Raise OfOneRank if a worker was killed while it handed over a batch."""
+    """Raise SingleRankError if a worker was killed while it handed over a batch."""
     while True:
         try:
             batch = next(batches)
@@ -156,7 +156,10 @@ def _with_worker_deaths(batches: Iterator[_Item]) -> Iterator[_Item]:
 
 @contextmanager
 def worker_deaths_reported() -> Iterator[None]:
-    """Raise OfOneRank if a worker was killed: torch raises that from a signal handler, anywhere."""
+    """Raise SingleRankError if a worker was killed.
+
+    Torch raises RuntimeError from a signal handler then, at any point of the body.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -165,9 +168,9 @@ def worker_deaths_reported() -> Iterator[None]:
         raise _worker_died() from error
 
 
-def _worker_died() -> OfOneRank:
+def _worker_died() -> SingleRankError:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch's handler would raise once more
-    return OfOneRank(
+    return SingleRankError(
         "a DataLoader worker was killed from outside, most likely because memory ran out; "
         "dataloader_num_workers: 0 builds batches without worker processes"
     )

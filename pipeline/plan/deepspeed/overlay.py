@@ -36,10 +36,10 @@ def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
             continue
         if name in settings.model_fields_set and setting not in ("auto", value):
             raise UserError(
-                f"{_place(own, key)}: {_shown(value)}, but the run file or its preset has "
+                f"{_location(own, key)}: {_shown(value)}, but the run file or its preset has "
                 f"{name}: {_shown(setting)}; keep one of them"
             )
-        _validate(settings, {name: value}, f"{_place(own, key)}: {_shown(value)}")
+        _validate(settings, {name: value}, f"{_location(own, key)}: {_shown(value)}")
         fixed[name] = value
     _validate(settings, fixed, f"deepspeed_json: {path}: {_shown(fixed)}")
     return settings.model_copy(update=fixed)
@@ -63,7 +63,7 @@ def _merged(
         old = below.get(key)
         is_block = isinstance(value, Mapping)
         if old is not None and _type(value) != _type(old):
-            place = _place(own, (*path, key))
+            place = _location(own, (*path, key))
             raise UserError(f"{place}: {_shown(value)} is not {_type(old)}, as in {_shown(old)}")
         merged[key] = _merged(old or {}, value, own, (*path, key)) if is_block else value
     return merged
@@ -102,7 +102,7 @@ def _read(path: str) -> Located:
             continue
         if full in zero:
             raise UserError(
-                f"{_place(own, (_ZERO, short))}: the same key as {full} in line "
+                f"{_location(own, (_ZERO, short))}: the same key as {full} in line "
                 f"{lines[_ZERO, full]}; keep one of them"
             )
         zero[full] = zero.pop(short)
@@ -119,7 +119,7 @@ def _require_known(own: Located) -> None:
         if names is not None and key[-1] not in names:
             near = difflib.get_close_matches(key[-1], sorted(names), n=1, cutoff=0.6)
             hint = f"did you mean {near[0]!r}?" if near else "take it out"
-            problems.append(f"{_place(own, key)}: no key that DeepSpeed reads; {hint}")
+            problems.append(f"{_location(own, key)}: no key that DeepSpeed reads; {hint}")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -130,7 +130,7 @@ def _require_values(own: Located) -> None:
     for key in own.lines:
         value = _at(own, key)
         if value is not None and (expected := _expected(key, value)):
-            problems.append(f"{_place(own, key)}: {_shown(value)} is not {expected}")
+            problems.append(f"{_location(own, key)}: {_shown(value)} is not {expected}")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -172,12 +172,12 @@ def _at(own: Located, key: KeyPath) -> Any:
     return value
 
 
-def _place(own: Located, key: KeyPath) -> str:
+def _location(own: Located, key: KeyPath) -> str:
     """File, line and key, with the name of the key as in the file."""
     names = {full: short for short, full in SHORT_NAMES.items()}
     is_short = key[:1] == (_ZERO,) and len(key) == 2 and (_ZERO, names.get(key[1], "")) in own.lines
     shown = (_ZERO, names[key[1]]) if is_short else key
-    return f"{own.place(*key)}: {'.'.join(shown)}"
+    return f"{own.location(*key)}: {'.'.join(shown)}"
 
 
 def _shown(value: Any) -> str:

@@ -104,7 +104,7 @@ def run_as_a_rank(code: str, tmp_path) -> str:
 BEGINNING = """
 import os, signal, time
 from pipeline.data.order.batches import worker_deaths_reported
-from pipeline.errors import OfOneRank
+from pipeline.errors import SingleRankError
 from tests.data.order.test_batches import STEPS, batches_of, work_on, workers
 from tests.tiny import Documents
 split = Documents(40)
@@ -117,7 +117,7 @@ if __name__ == "__main__":
     try:
         with worker_deaths_reported():
             list(batches)
-    except OfOneRank as error:
+    except SingleRankError as error:
         for worker in workers():
             worker.kill()
         time.sleep(0.5)  # reported once, not again afterwards
