@@ -20,6 +20,7 @@ from pipeline.files import read_json
 from pipeline.plan.given.block import Block
 from pipeline.plan.given.class_shape import class_shape
 from pipeline.plan.given.families import FAMILIES, Config, Experts, Family, Linear, Widths
+from pipeline.plan.given.objective import bidirectional, other_head
 from pipeline.plan.given.tokens import count_tokens
 
 # Names of experts and their projections in older transformers, where they were linear layers.
@@ -62,7 +63,8 @@ class ModelShape:
     rope_original_length: int | None = None
     dropouts: tuple[str, ...] = ()  # `key: value` of each dropout in config.json that is not 0
     has_router_loss: bool = False
-    is_bidirectional: bool = False
+    bidirectional: str = ""  # entry of config.json by which tokens attend to later ones
+    other_head: str = ""  # class of a checkpoint that has no language-model head
     has_other_towers: bool = False  # linear layers outside of decoder and head
     is_from_class: bool = False  # from the model's class (class_shape.py), not from families.py
     other_parameters: int = 0  # outside of blocks, embeddings, final norm and head
@@ -241,7 +243,7 @@ def shape_of(
         shape = _from_config(config, model)
     else:
         shape = _from_class(config, model, counted or class_shape(Path(model)))
-    return replace(shape, source=source)
+    return replace(shape, source=source, other_head=other_head(config, is_tied=shape.is_tied))
 
 
 def _from_config(given: Config, model: str) -> ModelShape:
@@ -330,9 +332,7 @@ def _facts(config: Config, model: str) -> dict[str, Any]:
         "rope_original_length": _rope_original_length(config),
         "dropouts": tuple(f"{key}: {config[key]}" for key in _DROPOUTS if config.get(key)),
         "has_router_loss": bool(config.get("output_router_logits")),
-        # "vision" (Gemma 4) applies only to the tokens of images
-        "is_bidirectional": config.get("use_bidirectional_attention")
-        not in (None, False, "vision"),
+        "bidirectional": bidirectional(config),
     }
 
 

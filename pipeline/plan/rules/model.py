@@ -185,11 +185,20 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="bidirectional",
         level="refuse",
-        applies=lambda s: s.shape.is_bidirectional,
-        reason="the model attends to later tokens (use_bidirectional_attention in config.json): it "
-        "makes embeddings and cannot predict the next token",
+        applies=lambda s: s.shape.bidirectional,
+        reason="model: in this model tokens attend to later tokens, so it cannot learn to predict "
+        "the next one; config.json has",
         remedy="use a causal language model",
         source="transformers 5.23.0 models/gemma3/modeling_gemma3.py",
+    ),
+    Rule(
+        id="other-head",
+        level="refuse",
+        applies=lambda s: s.shape.other_head,
+        reason="model: the checkpoint has no language-model head, so the head would start from "
+        "random numbers; config.json has",
+        remedy="use the causal language model that it was made from",
+        source="transformers 5.23.0 modeling_utils.py",
     ),
     Rule(
         id="packing-own-code",

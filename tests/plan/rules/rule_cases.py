@@ -53,6 +53,10 @@ CASES = {
         {"config": LLAMA_8B | {"use_bidirectional_attention": True}},
         {"config": LLAMA_8B | {"use_bidirectional_attention": False}},
     ),
+    "other-head": (
+        {"config": LLAMA_8B | {"architectures": ["LlamaForSequenceClassification"]}},
+        {"config": LLAMA_8B | {"architectures": ["LlamaForCausalLM"]}},
+    ),
     "class-refused": ({"proof": Proof(refusals=["loss"])}, {"proof": Proof()}),
     "class-packs": ({"proof": LEAKS}, {"proof": LEAKS, "packing": False}),
     "class-re-entrant": (
