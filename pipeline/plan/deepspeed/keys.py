@@ -89,6 +89,10 @@ BLOCKS: Mapping[tuple[str, ...], Collection[str]] = {
         "contiguous_memory_optimization", "cpu_checkpointing", "number_checkpoints",
         "partition_activations", "profile", "synchronize_checkpoint_boundary",
     },
+    ("comet",): {
+        "api_key", "enabled", "experiment_key", "experiment_name", "mode", "online", "project",
+        "samples_log_interval", "workspace",
+    },
     ("comms_logger",): {"debug", "enabled", "prof_all", "prof_ops", "verbose"},
     ("csv_monitor",): {"enabled", "job_name", "output_path"},
     ("flops_profiler",): {
@@ -126,7 +130,19 @@ FLAGS = frozenset({
     *(("bf16", key) for key in BLOCKS["bf16",]),
     ("fp16", "auto_cast"), ("fp16", "consecutive_hysteresis"), ("fp16", "enabled"),
     ("fp16", "fp16_master_weights_and_grads"), ("zero_optimization", "offload_param", "pin_memory"),
+    ("comet", "online"), ("flops_profiler", "detailed"),
+    *((block, "enabled") for block in
+      ("comet", "comms_logger", "csv_monitor", "flops_profiler", "tensorboard", "wandb")),
+    *(("comms_logger", key) for key in ("debug", "prof_all", "verbose")),
+    *(("activation_checkpointing", key) for key in
+      BLOCKS["activation_checkpointing",] if key != "number_checkpoints"),
 })  # fmt: skip
+TEXTS = frozenset({
+    *((block, key) for block in ("csv_monitor", "tensorboard", "wandb", "comet")
+      for key in BLOCKS[block,] if key not in ("enabled", "online", "samples_log_interval")),
+    ("flops_profiler", "output_file"),
+})  # fmt: skip
+LISTS = frozenset({("comms_logger", "prof_ops")})
 # Whole numbers -> the smallest.
 WHOLE_NUMBERS: Mapping[tuple[str, ...], int] = {
     ("steps_per_print",): 1,
@@ -136,6 +152,11 @@ WHOLE_NUMBERS: Mapping[tuple[str, ...], int] = {
         ("zero_optimization", "offload_param", key): 0
         for key in ("buffer_count", "buffer_size", "max_in_cpu")
     },
+    ("activation_checkpointing", "number_checkpoints"): 1,
+    ("comet", "samples_log_interval"): 1,
+    ("flops_profiler", "module_depth"): -1,
+    ("flops_profiler", "profile_step"): 1,
+    ("flops_profiler", "top_modules"): 1,
     ("fp16", "hysteresis"): 0,
     ("fp16", "initial_scale_power"): 0,
     ("fp16", "loss_scale_window"): 0,

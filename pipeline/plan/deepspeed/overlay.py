@@ -16,7 +16,15 @@ from pydantic import ValidationError
 from pipeline.config.located import KeyPath, Located, read_located
 from pipeline.config.settings import RunSettings, settings_by
 from pipeline.errors import UserError
-from pipeline.plan.deepspeed.keys import BLOCKS, CHOICES, FLAGS, SHORT_NAMES, WHOLE_NUMBERS
+from pipeline.plan.deepspeed.keys import (
+    BLOCKS,
+    CHOICES,
+    FLAGS,
+    LISTS,
+    SHORT_NAMES,
+    TEXTS,
+    WHOLE_NUMBERS,
+)
 
 _ZERO = "zero_optimization"
 
@@ -142,6 +150,10 @@ def _expected(key: KeyPath, value: Any) -> str | None:
         return "a block in braces"
     if key in FLAGS and not isinstance(value, bool):
         return "true or false"
+    if key in TEXTS and not isinstance(value, str):
+        return "text"
+    if key in LISTS and not isinstance(value, list):
+        return "a list"
     if (least := WHOLE_NUMBERS.get(key)) is not None:
         is_right = is_number and least <= value < 2**63 and value == int(value)
         return None if is_right else f"a whole number from {least} on"

@@ -8,6 +8,7 @@ peft on the meta device.
 """
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +28,10 @@ from pipeline.plan.given.tokens import count_tokens
 _EXPERT_NAMES = ("experts", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 # Names of routers and of the gates of shared experts: they end in `gate`, not in `gate_proj`.
 _ROUTER = re.compile(r"(^|.*[._])(gate|router)$")
+# Largest plausible sizes by the end of their key, so that no count runs for minutes.
+_LARGEST = ((re.compile(r"layers?$"), 10_000), (re.compile(r"experts?$"), 100_000))
+_SIZE = re.compile(r"(layers?|experts?|heads?|size|dim|width|n_embd|n_inner|d_model|tok)$")
+_LARGEST_SIZE = 10**9  # of widths, heads and vocabularies
 # Keys of config.json for dropout and noise that are active in training.
 _DROPOUTS = (
     "attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "residual_dropout",
@@ -239,6 +244,7 @@ def shape_of(
 
     If `counted` is None, sizes for such a type come from class_shape.py for the folder `model`.
     """
+    _require_plausible(config)
     if config["model_type"] in FAMILIES:
         shape = _from_config(config, model)
     else:
@@ -375,6 +381,20 @@ def _block(family: Family, config: Config, experts: Experts | None) -> Block:
         experts_per_token=experts.per_token if experts else 0,
         expert_size=experts.size if experts else 0,
     )
+
+
+def _require_plausible(config: Config) -> None:
+    """Raise UserError for a size that no model has: counting it would not end."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _require_plausible(value)
+        if not isinstance(value, int | float) or not _SIZE.search(key):
+            continue
+        limit = next((most for name, most in _LARGEST if name.search(key)), _LARGEST_SIZE)
+        if value > limit:
+            raise UserError(
+                f"{key}: {reprlib.repr(value)} is more than any model has (at most {limit:,})"
+            )
 
 
 def _require_window(config: Config) -> None:

@@ -230,6 +230,15 @@ def test_keys_of_blocks_that_only_watch_are_checked_too(write, path):
         ("optimizer.params.betas", [0.9, 1], "two numbers"),
         ("optimizer.params.eps", 0, "above 0"),
         ("comms_logger", 3, "braces"),
+        ("comms_logger.prof_ops", "all_reduce", "a list"),
+        ("comms_logger.verbose", "yes", "true or false"),
+        ("wandb.enabled", "yes please", "true or false"),
+        ("wandb.project", 7, "text"),
+        ("tensorboard.output_path", ["runs"], "text"),
+        ("csv_monitor.job_name", {}, "text"),
+        ("flops_profiler.profile_step", "five", "whole number"),
+        ("comet.online", 1, "true or false"),
+        ("activation_checkpointing.profile", "on", "true or false"),
     ],
 )
 def test_a_value_that_deepspeed_would_refuse_is_refused_with_its_line(write, path, value, fact):
@@ -302,6 +311,7 @@ def test_rules_apply_to_known_keys(plan, content, rule):
 
 READ_BY_DEEPSPEED = """
 import json, os, sys
+from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.monitor import config as monitor
 from deepspeed.runtime import config
 from deepspeed.runtime import precision_config as precision
@@ -336,7 +346,8 @@ print(json.dumps([
         "zero_optimization.leaf_module": DeepSpeedZeroLeafModuleConfig,
         "bf16": precision.DeepSpeedBF16Config, "fp16": precision.DeepSpeedFP16Config,
         "tensorboard": monitor.TensorBoardConfig, "wandb": monitor.WandbConfig,
-        "csv_monitor": monitor.CSVConfig,
+        "csv_monitor": monitor.CSVConfig, "comet": monitor.CometConfig,
+        "comms_logger": CommsLoggerConfig,
     }.items()},
     [(f.alias or name, f.annotation.__name__) for name, f in fields if f.annotation in (bool, int)],
 ]))

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.model.adapter import expected_shapes, lora_config, trainable
 from pipeline.model.base import load_base
 from pipeline.plan.given.families import FAMILIES
-from pipeline.plan.given.shape import read_shape
+from pipeline.plan.given.shape import read_shape, shape_of
 from tests.messages import refused
-from tests.planning import SMOLLM2
+from tests.planning import LLAMA_8B, SMOLLM2
 from tests.tiny import make_plan
 
 pytestmark = pytest.mark.tensor
@@ -228,3 +228,23 @@ def test_rope_settings_that_are_no_object_are_refused(tmp_path, key):
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2 | {key: "dynamic"}))
     with refused("config.json", key, "'dynamic'"):
         read_shape(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 1e30),
+        ("hidden_size", 10**12),
+        ("num_key_value_heads", 10**10),
+        ("head_dim", 10**15),
+        ("n_layer", 10**8),
+        ("num_local_experts", 10**7),
+        ("vocab_size", int("9" * 400)),
+    ],
+)
+@pytest.mark.parametrize("model_type", ["llama", "not_in_the_table"])
+def test_a_size_that_no_model_has_is_refused_before_anything_is_counted(key, value, model_type):
+    for config in ({key: value}, {"text_config": {key: value}}):
+        with refused(key, "more than any model has"):
+            shape_of(LLAMA_8B | {"model_type": model_type} | config, "/no/folder")
