@@ -36,6 +36,8 @@ _IGNORED_WORDS = {
     "xz",
     "zst",
 }
+# A split's file as the hub and `datasets` name it: train_sft-00000-of-00003.parquet.
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-\w+)?\.\w+")
 # Files that prepare writes to `data/` of a run folder; only rejects.jsonl if the data was refused.
 _SPLIT_FOLDER = re.compile(r"(train|eval)-[0-9a-f]{16}")
 _REJECTS, _SUMMARIES = "rejects.jsonl", {"index.json", "audit.json", "fingerprints.json"}
@@ -215,7 +217,29 @@ def _of_split(files: Sequence[Path], folder: Path, key: str) -> tuple[list[Path]
             f"{key}: {folder}: every file is named after another split "
             f"({_names(others, folder)}); to train on one, name the file itself"
         )
+    _require_one_split(taken, folder, key)
     return taken, others
+
+
+def _require_one_split(files: Sequence[Path], folder: Path, key: str) -> None:
+    """Raise UserError for files of several splits of one data set, such as train_sft, train_gen."""
+    by_split: dict[str, Path] = {}
+    for file in files:
+        parent = file.parent
+        if (match := _SHARD.fullmatch(file.name)) and not (parent / "state.json").exists():
+            by_split.setdefault(match[1], parent / f"{match[1]}-*")
+        elif (parent.parent / "dataset_dict.json").exists():
+            by_split.setdefault(parent.name, parent)
+    named = {name: path for name, path in by_split.items() if _first_word(name) in _SPLITS}
+    if len(named) > 1:
+        raise UserError(
+            f"{key}: {folder} has several splits: {', '.join(sorted(named))}; name one, such as "
+            f"{min(named.values())}, or list several"
+        )
+
+
+def _first_word(name: str) -> str:
+    return _NOT_LETTERS.split(name.lower())[0]
 
 
 def _split_of(file: Path) -> str | None:

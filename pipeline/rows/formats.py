@@ -86,12 +86,17 @@ _PREFERENCE = re.compile(
 )
 
 
+# Columns that mark the answer of a row as desirable or not, as in data for KTO.
+_VERDICTS = re.compile(r"label|kto_tag|(is_)?(un)?desirable", re.IGNORECASE)
+
+
 class _Columns(NamedTuple):
     """Candidate formats for the names of a row's columns, and columns whose values are checked."""
 
     formats: tuple[DataFormat, ...]
     media: tuple[str, ...]
     preference: tuple[str, ...]
+    verdicts: tuple[str, ...]
 
 
 def read_example(
@@ -105,6 +110,8 @@ def read_example(
     value, unread = _renamed(row.value, columns or {})
     _refuse_other_meanings(value, columns or {})
     name = _format_of(value, data_format)
+    if name != "text":  # there, `label` is the class of a text
+        _refuse_undesirable(value)
     for column in value.keys() - _READ[name]:
         if has_value(value[column]):
             unread.add(columns.get(column, column) if columns else column)
@@ -143,12 +150,13 @@ def _columns(names: tuple[str, ...]) -> _Columns:
         tuple(formats),
         tuple(filter(_MEDIA.fullmatch, names)),
         tuple(filter(_PREFERENCE.fullmatch, names)),
+        tuple(filter(_VERDICTS.fullmatch, names)),
     )
 
 
 def _refuse_other_meanings(value: Mapping[str, Any], columns: Mapping[str, str]) -> None:
     """Raise RowError for media and for preference pairs, unless `columns` names one answer."""
-    _, media, preference = _columns(tuple(value))
+    _, media, preference, _ = _columns(tuple(value))
     for column in media:
         if has_value(value[column]):
             raise RowError(f"`{column}` has a value: only text is trained on")
@@ -159,6 +167,17 @@ def _refuse_other_meanings(value: Mapping[str, Any], columns: Mapping[str, str])
             raise RowError(
                 f"`{column}` has a value: pairs of answers are not trained on; name the column of "
                 "one answer in `columns`, such as {completion: chosen}"
+            )
+
+
+def _refuse_undesirable(value: Mapping[str, Any]) -> None:
+    """Raise RowError if a column says, by true or false, that the answer is undesirable."""
+    for column in _columns(tuple(value)).verdicts:
+        verdict = str(value[column]).strip().lower()  # a CSV file has text
+        if verdict == ("true" if "undesirable" in column.lower() else "false"):
+            raise RowError(
+                f"`{column}` is {verdict}: the answer is marked as undesirable, so it is not "
+                "trained on; remove the column if it means something else"
             )
 
 

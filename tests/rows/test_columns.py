@@ -38,10 +38,28 @@ def test_a_column_that_changes_what_a_row_means_goes_by_its_value(name, column):
 @pytest.mark.parametrize("name", FORMATS)
 def test_other_columns_with_a_value_are_named(name):
     row = FORMATS[name]
-    others = {"label": False, "score": 0, "meta": {"a": [None, "x"]}, "note": "n"}
+    others = {"label": True, "score": 0, "meta": {"a": [None, "x"]}, "note": "n"}
     found = read_example(row_of(row | others | dict.fromkeys("abc") | {"d": "", "e": [[]]}))
     assert found.unread == ("label", "meta", "note", "score")
     assert found.example == read_example(row_of(row)).example
+
+
+@pytest.mark.parametrize("name", ["messages", "sharegpt", "alpaca", "prompt-completion"])
+def test_an_answer_that_is_marked_as_undesirable_is_not_trained_on(name):
+    row = FORMATS[name]
+    for column, value in [
+        ("label", False), ("label", "False"), ("kto_tag", False), ("desirable", "false"),
+        ("undesirable", True), ("is_undesirable", "true"),
+    ]:  # fmt: skip
+        with refused(f"`{column}`", "undesirable", error=RowError):
+            read_example(row_of(row | {column: value}))
+    for column, value in [("label", True), ("label", 0), ("label", "no"), ("undesirable", False)]:
+        found = read_example(row_of(row | {column: value}))
+        assert found.unread == (column,)
+
+
+def test_the_label_of_a_text_is_its_class():
+    assert read_example(row_of({"text": "t", "label": False})).unread == ("label",)
 
 
 def test_pairs_of_answers_are_trained_on_where_the_user_names_one():

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.rows.files import find_files
 from pipeline.rows.sources import BadRow
 from tests.messages import assert_mentions, refused
 from tests.rows.reading import read_file, resolved
@@ -218,3 +219,30 @@ def test_files_of_one_name_that_are_left_out_are_told_apart(tmp_path):
         (tmp_path / split / "0.jsonl").write_text('{"text": "x"}\n')
     (source,) = resolved(tmp_path)
     assert_mentions(" ".join(source.notes), "test/0.jsonl", "validation/0.jsonl")
+
+
+@pytest.mark.parametrize(("key", "split"), [("train_data", "train"), ("eval_data", "test")])
+def test_several_splits_for_one_purpose_are_asked_about(tmp_path, key, split):
+    saved, hub = tmp_path / "saved", tmp_path / "hub"
+    for name in ("train_sft", "train_gen", "test_sft", "test_gen"):
+        (saved / name).mkdir(parents=True)
+        (saved / name / "data-00000-of-00001.arrow").write_bytes(b"x")
+        state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+        (saved / name / "state.json").write_text(json.dumps(state))
+        (hub / "data").mkdir(parents=True, exist_ok=True)
+        for shard in range(2):
+            (hub / "data" / f"{name}-0000{shard}-of-00002.parquet").write_bytes(b"x")
+    (saved / "dataset_dict.json").write_text("{}")
+    with refused(key, f"{split}_gen, {split}_sft", saved / f"{split}_gen"):
+        find_files(str(saved), key)
+    with refused(key, f"{split}_gen, {split}_sft", hub / "data" / f"{split}_gen-*"):
+        find_files(str(hub), key)
+    assert len(find_files(str(hub / "data" / f"{split}_sft-*"), key).files) == 2
+    assert len(find_files(str(saved / f"{split}_sft"), key).files) == 1
+
+
+def test_parts_of_the_training_data_are_read_together(tmp_path):
+    for name in ("train_math.jsonl", "train_code.jsonl", "a/train-00000-of-00001.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert len(find_files(str(tmp_path), "train_data").files) == 3

@@ -26,7 +26,7 @@ from pipeline.data.chat.template import (
     load_template,
     read_template,
 )
-from pipeline.data.chat.turns import Rendered, TurnFinder, special_ids
+from pipeline.data.chat.turns import Rendered, TurnFinder, special_ids, special_pattern
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.plan.given.shape import require_model_folder
@@ -159,6 +159,7 @@ class Encoder:
         self._backend.no_padding()
         self._special = special_ids(tokenizer)
         self._special_ids = frozenset(self._special.values())
+        self._special_pattern = special_pattern(self._special)
         self._bos: int | None = tokenizer.bos_token_id
         if self._backend.encode("").ids[:1] != [self._bos]:
             self._bos = None  # it exists, but the tokenizer does not prepend it to texts
@@ -266,10 +267,44 @@ class Encoder:
         if self._eos is None:
             raise UserError(_NO_END_OF_SEQUENCE)
         if isinstance(example, Text):
-            return [_Draft(example.text, [(0, len(example.text))])]
-        text = example.prompt + example.completion
-        start = 0 if self._settings.train_on == "all" else len(example.prompt)
-        return [_Draft(text, [(start, len(text))])]
+            text, border, names = example.text, 0, ("`text`", "`text`")
+        else:
+            text, border = example.prompt + example.completion, len(example.prompt)
+            names = ("`prompt`", "`completion`")
+        special = self._special_in(text)
+        named = [(span, names[span[0] >= border]) for span in special]
+        as_text = self._as_text(text, named, token_counts)
+        start = 0 if self._settings.train_on == "all" else border
+        return [_Draft(text, [(start, len(text))], as_text=as_text)]
+
+    def _special_in(self, text: str) -> list[Span]:
+        """Special tokens in a text without template, except the BOS and EOS that enclose it."""
+        ids = self._special
+        return [
+            match.span()
+            for match in self._special_pattern.finditer(text)
+            if not (match.start() == 0 and ids[match[0]] == self._bos)
+            and not (match.end() == len(text) and ids[match[0]] == self._eos)
+        ]
+
+    def _as_text(
+        self, text: str, special: Sequence[tuple[Span, str]], token_counts: Counter[str]
+    ) -> list[Span]:
+        """The special tokens in the row's own texts that are tokenised as text; all are counted.
+
+        `special`: the span of each token, and the name of the text that it is in.
+        """
+        if not special:
+            return []
+        (start, stop), name = special[0]
+        if self._settings.special_tokens_in_text == "reject":
+            raise RowError(
+                f"{name} holds the special token {text[start:stop]}, and special_tokens_in_text is "
+                "reject"
+            )
+        token_counts["special_tokens_in_text"] = len(special)
+        is_text = self._settings.special_tokens_in_text == "as-text"
+        return [span for span, _ in special] if is_text else []
 
     def _chat_drafts(self, conversation: Conversation, token_counts: Counter[str]) -> list[_Draft]:
         finder, trained = self._turns(bool(conversation.tools)), self._trained(conversation)
@@ -279,19 +314,17 @@ class Encoder:
             for i in trained:
                 part = replace(conversation, messages=conversation.messages[: i + 1])
                 rendered = finder.render(part, {i})
-                drafts.append(self._chat_draft(part, rendered, [i]))
+                drafts.append(self._chat_draft(part, rendered, [i], token_counts))
                 omitted += rendered.omitted.get(i, ())
             if not drafts:
                 raise RowError(_NOTHING)
         else:
             rendered = finder.render(conversation, set(trained))
-            drafts = [self._chat_draft(conversation, rendered, trained)]
+            drafts = [self._chat_draft(conversation, rendered, trained, token_counts)]
             omitted += (text for texts in rendered.omitted.values() for text in texts)
         if omitted:
             encodings = self._backend.encode_batch_fast(omitted, add_special_tokens=False)
             token_counts["omitted_thoughts"] = sum(map(len, encodings))
-        if rendered.special:  # the last document contains the texts of all others
-            token_counts["special_tokens_in_text"] = len(rendered.special)
         return drafts
 
     def _trained(self, conversation: Conversation) -> list[int]:
@@ -301,22 +334,21 @@ class Encoder:
         return [i for i in turns if conversation.messages[i].is_trained]
 
     def _chat_draft(
-        self, conversation: Conversation, rendered: Rendered, trained: Sequence[int]
+        self,
+        conversation: Conversation,
+        rendered: Rendered,
+        trained: Sequence[int],
+        token_counts: Counter[str],
     ) -> _Draft:
         settings = self._settings
         if any(i not in rendered.owned for i in trained):
             raise RowError(_NOTHING_LEFT)
-        if rendered.special and settings.special_tokens_in_text == "reject":
-            (start, stop), leaf = rendered.special[0]
-            raise RowError(
-                f"{leaf} holds the special token {rendered.text[start:stop]}, and "
-                "special_tokens_in_text is reject"
-            )
+        # With split_turns the last document contains the texts of all others: its count remains.
+        as_text = self._as_text(rendered.text, rendered.special, token_counts)
         is_inverse = settings.train_on == "all"
         chosen = trained
         if is_inverse:
             chosen = [i for i, m in enumerate(conversation.messages) if not m.is_trained]
-        is_text = settings.special_tokens_in_text == "as-text"
         return _Draft(
             rendered.text,
             [span for i in chosen for span in rendered.owned.get(i, ())],
@@ -325,7 +357,7 @@ class Encoder:
             thoughts=[span for i in trained for span in rendered.thoughts[i]]
             if not settings.train_on_reasoning
             else (),
-            as_text=[span for span, _ in rendered.special] if is_text else (),
+            as_text=as_text,
         )
 
     def _document(self, draft: _Draft, tokens: _Tokens) -> Document:
@@ -369,9 +401,13 @@ class Encoder:
         The other special tokens split the text into segments, as in every tokenizer.
         """
         text, at, result = draft.text, 0, _Tokens([], [])
+        border = None if draft.is_chat else draft.spans[0][0]  # no token may cross a prompt's end
         hidden = [start for start, _ in draft.as_text]
         encoding = self._backend.encode(text, add_special_tokens=False)
         for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if border is not None and start >= border > at:
+                self._add_as_text(text, (at, border), result)
+                at = border
             is_hidden = bisect_left(hidden, stop) > bisect_left(hidden, start)
             if token in self._special_ids and not is_hidden:
                 self._add_as_text(text, (at, start), result)

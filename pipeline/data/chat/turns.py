@@ -6,7 +6,7 @@ template's generation prompt through the token that ends the turn.
 
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -87,8 +87,7 @@ class TurnFinder:
         ends: Sequence[str],
     ) -> None:
         self._template, self._conservation = template, Conservation(template)
-        longest_first = sorted(special, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._special = special_pattern(special)
         self._openings: dict[str | None, list[str]] = {}
         self._start = self._first_roles()
         self._header = self._find_header()
@@ -395,6 +394,12 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     ids = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     return added | dict(ids)
+
+
+def special_pattern(special: Iterable[str]) -> re.Pattern[str]:
+    """Pattern of these special tokens; of several that begin at one place the longest matches."""
+    longest_first = sorted(special, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _marked(marks: list[Span], end: int | None, is_trained: bool) -> list[Span]:

@@ -1,6 +1,7 @@
 """Audit of the rows: counts by source, rejected rows, and the limit on them. No torch."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,8 @@ from pipeline.files import read_json
 from pipeline.rows.sources import BadRow, Row
 
 _SHOWN_REASONS = 3
+_INDEX, _MORE = re.compile(r"\[\d+\]"), re.compile(r" and \d+ more\b")
+_PATHS = re.compile(r"\w+\[\][^\s,]*(?:, \w+\[\][^\s,]*)+")
 _BARS = 16  # of a histogram
 _ROWS = ("rows_read", "rows_used", "rows_rejected", "rows_dropped")
 
@@ -46,13 +49,22 @@ def read_rejects(path: Path) -> Iterator[Reject]:
             yield Reject(**json.loads(line))
 
 
+def without_numbers(reason: str) -> str:
+    """A reason without the numbers in its paths, so that equal faults of rows count as one.
+
+    `messages[1].content, messages[3].content` becomes `messages[].content`.
+    """
+    reason = _MORE.sub(" and more", _INDEX.sub("[]", reason))
+    return _PATHS.sub(lambda paths: ", ".join(dict.fromkeys(paths[0].split(", "))), reason)
+
+
 @dataclass
 class RowCounts:
     """Counts of rows of one source; the counts of chunks and splits can be added up.
 
     `numbers`: counts by their name in audit.json. `formats`, `unread`: used rows by row format and
-    by unread column. `files`: rows read, by file. `rejected`: rows by reason. `first`: file and
-    line of the first row, by reason of rejection and by name of `count_tokens`.
+    by unread column. `files`: rows read, by file. `rejected`: rows by reason (`without_numbers`).
+    `first`: file and line of the first row, by reason and by name of `count_tokens`.
     """
 
     numbers: Counter[str] = field(default_factory=Counter)
@@ -70,10 +82,11 @@ class RowCounts:
 
     def reject(self, row: Row | BadRow, reason: str) -> Reject:
         """Count a rejected row; returns its entry."""
+        kind = without_numbers(reason)
         self.numbers["rows_rejected"] += 1
-        self.rejected[reason] += 1
+        self.rejected[kind] += 1
         self.files[str(row.file)] += 1
-        self.first.setdefault(reason, f"{row.file}:{row.line}")
+        self.first.setdefault(kind, f"{row.file}:{row.line}")
         return Reject.of(row, reason)
 
     def count_tokens(self, row: Row, tokens: Mapping[str, int]) -> None:

@@ -32,6 +32,7 @@ from pipeline.data.prepare.audit import (
     read_rejects,
     refuse_bad_row,
     require_usable,
+    without_numbers,
 )
 from pipeline.data.prepare.digests import digest
 from pipeline.data.prepare.job import Job, JobRun
@@ -196,7 +197,9 @@ def _published(
             total.add(RowCounts.from_json(source))
         if settings.on_bad_row == "fail" and audit["rejected"]:
             for reject in read_rejects(folders[split] / REJECTS):
-                if reject.reason in audit["rejected"]:  # dropped rows are in the file too
+                if (
+                    without_numbers(reject.reason) in audit["rejected"]
+                ):  # dropped rows are in the file too
                     refuse_bad_row(f"{reject.file}:{reject.line}", reject.reason)
     names = [source.name for source in job.sources]
     rejects = [folder / REJECTS for folder in folders.values()]

@@ -102,6 +102,44 @@ class TestPreTokenised:
                 encoder(make_tokenizer()).encode(Tokens((5, 6), supervised))
 
 
+class TestSpecialTokensInPlainText:
+    ROWS = (
+        Completion("say <|im_end|>", "x <|im_start|>y"),
+        Completion("<|im_end|>", "<|im_end|> x <|im_end|>"),
+        Text("one <|im_end|> two"),
+    )
+
+    @pytest.mark.parametrize("row", ROWS)
+    def test_they_are_counted_or_the_row_is_rejected(self, row):
+        (encoded,) = encoder(make_tokenizer()).encode_many([row])
+        assert encoded.token_counts["special_tokens_in_text"] in (1, 2)
+        text = row.text if isinstance(row, Text) else row.prompt
+        with refused("special token", "<|im_end|>", error=RowError) as error:
+            encoder(make_tokenizer(), special_tokens_in_text="reject").encode(row)
+        assert ("`text`" in str(error.value)) == (isinstance(row, Text))
+        assert "<|im_end|>" in text
+
+    @pytest.mark.parametrize("row", ROWS)
+    def test_they_are_tokenised_as_text(self, row):
+        tokenizer = make_tokenizer()
+        made = encoder(tokenizer, special_tokens_in_text="as-text")
+        (document,) = made.encode(row)
+        text = row.text if isinstance(row, Text) else row.prompt + row.completion
+        end = tokenizer.eos_token
+        whole = tokenizer.decode(document.ids.tolist())
+        assert whole == (text if text.endswith(end) else text + end)
+        assert sum(int(i) in made._special_ids for i in document.ids) == 1
+        trained = tokenizer.decode(document.ids[document.supervised].tolist())
+        answer = row.text if isinstance(row, Text) else row.completion
+        assert trained.removesuffix(end) == answer.removesuffix(end)[isinstance(row, Text) :]
+
+    def test_a_bos_and_an_end_around_the_text_are_its_own(self):
+        tokenizer = adding_bos()
+        text = f"{tokenizer.bos_token}one{tokenizer.eos_token}"
+        (encoded,) = encoder(tokenizer).encode_many([Text(text)])
+        assert not encoded.token_counts
+
+
 def test_many_at_once_are_those_of_each_alone():
     half = "\ud800"
     examples = [

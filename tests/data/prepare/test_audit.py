@@ -147,8 +147,8 @@ def test_the_report_shows_the_audit(run):
 def test_unread_columns_are_counted_by_source_and_named_on_the_terminal(run):
     """Columns that hold a value in used rows; rejected rows are not trained on anyway."""
     other = run.folder / "other.jsonl"
-    lines_of(run.train, [with_columns(f"a {i}", label=i % 2 == 0, note=None) for i in range(6)])
-    rows = [with_columns(f"b {i}", label=False, origin="web") for i in range(3)]
+    lines_of(run.train, [with_columns(f"a {i}", label=True, note=None) for i in range(6)])
+    rows = [with_columns(f"b {i}", label=True, origin="web") for i in range(3)]
     lines_of(other, [*rows, with_columns(" ", label=True)])
     run.prepare(train_data=[str(run.train), str(other)], max_rejected=0.5)
     audit = run.audit()
@@ -264,3 +264,32 @@ def test_special_tokens_inside_texts_are_counted_with_their_first_place(run):
     run.prepare(special_tokens_in_text="reject", max_rejected=0.7)
     assert run.audit()["special_tokens_in_text"]["rows"] == 0
     assert sum(run.audit()["rejected"].values()) == 2
+
+
+def test_special_tokens_in_texts_without_template_are_counted_too(run):
+    lines_of(
+        run.train,
+        [
+            json.dumps({"prompt": "q", "completion": "a"}),
+            json.dumps({"prompt": "say <|im_end|>", "completion": "x <|im_start|>"}),
+            json.dumps({"text": "one <|im_end|> two"}),
+        ],
+    )
+    run.prepare()
+    counted = run.audit()["special_tokens_in_text"]
+    assert counted == {"rows": 2, "tokens": 3, "first": f"{run.train}:2"}
+
+
+def test_a_fault_at_many_places_is_one_reason_with_its_first_row(run):
+    thoughts = [
+        {"messages": [{"role": "user", "content": "q"}] * number
+         + [{"role": "assistant", "content": "a", "name": "n"}]}
+        for number in (1, 2, 3)
+    ]  # fmt: skip
+    lines_of(run.train, [row(f"a{i}") for i in range(5)] + [json.dumps(t) for t in thoughts])
+    run.prepare(max_rejected=0.9)
+    (reason,) = run.audit()["rejected"]
+    assert "messages[].name" in reason
+    assert run.audit()["rejected"][reason] == 3
+    assert run.audit()["sources"][0]["first_rejected"] == {reason: f"{run.train}:6"}
+    assert [reject["reason"].count("messages[3].name") for reject in run.rejects()] == [0, 0, 1]

@@ -1,0 +1,121 @@
+"""JSON files that hold one table in one object: recognised, and refused with the command for JSONL.
+
+pandas, `datasets` and many APIs write them: the rows are below a key, or divided into columns.
+"""
+
+import re
+import shlex
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from pipeline.config.data_names import COLUMNS
+from pipeline.errors import UserError
+from pipeline.rows.content import without_marks
+from pipeline.rows.lines import MAX_ROW_BYTES
+
+_SNIFFED_BYTES, _CHUNK_BYTES = 2**16, 2**20
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# A colon, and the beginning of the value: its brackets and whether its first key is a number.
+_KEY = re.compile(r'\s*:\s*(\[\s*[\[{"]?|\{\s*(?:"(?:\d+"\s*:)?)?)?')
+_ROWS_KEYS = (
+    "data", "rows", "records", "examples", "samples", "instances", "items", "entries", "dataset",
+    "results", "train", "training", "test", "validation", "valid", "val", "dev", "eval",
+)  # fmt: skip
+_READ = "import json, sys; t = json.load(open(sys.argv[1], encoding='utf-8-sig'))"
+_PRINT = "[print(json.dumps(r)) for r in {rows}]"
+
+
+class _Layout(NamedTuple):
+    """A layout's description and the Python expression of its rows, with the file as `t`."""
+
+    description: str
+    rows: str
+
+
+def require_rows(file: Path, stream: BinaryIO) -> None:
+    """Raise UserError if a JSON file begins as one object that holds a whole table."""
+    beginning = stream.read(_SNIFFED_BYTES)
+    values = _first_object(without_marks(beginning).decode("utf-8", "replace"))
+    if (layout := _layout(values)) is None or _has_next_row(beginning, stream):
+        return
+    code = f"{_READ}; {_PRINT.format(rows=layout.rows)}"
+    source, target = (shlex.quote(f"{file}{suffix}") for suffix in ("", ".rows.jsonl"))
+    raise UserError(
+        f"{file}: {layout.description}, not one JSON object for each row; convert it: "
+        f'python -c "{code}" {source} > {target}'
+    )
+
+
+def _has_next_row(beginning: bytes, stream: BinaryIO) -> bool:
+    """Whether a later line begins with an object: then the first object is a long row."""
+    read = len(beginning)
+    while True:
+        if b"\n{" in beginning:
+            return True
+        more = stream.read(_CHUNK_BYTES)
+        read += len(more)
+        if not more or read > MAX_ROW_BYTES:
+            return False
+        beginning = beginning[-1:] + more
+
+
+def _layout(values: dict[str, str]) -> _Layout | None:
+    """The layout of an object, by the beginnings of its values; None if it may be a row."""
+    kinds = set(values.values())
+    if {"columns", "data"} <= values.keys() and values["data"] in ("[[", "["):
+        return _Layout(
+            "a table as pandas writes it with orient='split'",
+            "(dict(zip(t['columns'], v)) for v in t['data'])",
+        )
+    if values.keys().isdisjoint(COLUMNS):
+        for key in _ROWS_KEYS:
+            if values.get(key) == "[{":
+                return _Layout(f"a list of rows below the key {key!r}", _below(key))
+        if (
+            values
+            and kinds <= {'{"', '{"0":'}
+            and (len(values) > 1 or all(key.isdigit() for key in values))
+        ):
+            if kinds == {'{"0":'}:
+                return _by_column()
+            return _Layout("rows as the values of one object", "t.values()")
+        return None
+    if kinds == {'{"0":'}:
+        return _by_column()
+    if values and kinds <= {'["', "[["}:
+        return _Layout("one list for each column", "(dict(zip(t, v)) for v in zip(*t.values()))")
+    return None
+
+
+def _below(key: str) -> str:
+    # The hub's dataset viewer has {row_idx, row: {...}} for each row.
+    return f"(v.get('row', v) for v in t['{key}'])"
+
+
+def _by_column() -> _Layout:
+    return _Layout(
+        "a table as pandas writes it with orient='columns'",
+        "({k: v.get(i) for k, v in t.items()} for i in next(iter(t.values())))",
+    )
+
+
+def _first_object(text: str) -> dict[str, str]:
+    """Key -> first characters of its value, of the one object of a file, as far as it was read.
+
+    Empty if the file begins with something else, or if another value follows the object.
+    """
+    if not text.lstrip().startswith("{"):
+        return {}
+    values: dict[str, str] = {}
+    depth = 0
+    for token in _TOKEN.finditer(text):
+        if token[0] in "[{":
+            depth += 1
+        elif token[0] in "]}":
+            depth -= 1
+            if not depth:
+                return {} if text[token.end() :].strip() else values
+        elif depth == 1 and (after := _KEY.match(text, token.end())):
+            value = "".join((after[1] or "").split())
+            values[token[0][1:-1]] = re.sub(r'"\d+":', '"0":', value)
+    return values
