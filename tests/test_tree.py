@@ -69,7 +69,8 @@ def test_a_script_only_calls_its_verb(script):
 
 
 def test_every_verb_has_its_script():
-    assert sorted(f"{verb}.py" for verb in VERBS) == SCRIPTS
+    of_a_clone = set(VERBS) - {"slurm"}  # writes slurm/, which a clone has
+    assert sorted(f"{verb}.py" for verb in of_a_clone) == SCRIPTS
 
 
 @pytest.mark.parametrize("verb", VERBS)

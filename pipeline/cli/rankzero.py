@@ -1,12 +1,16 @@
 """`rankzero VERB ...`: the verbs of an installed package; `rankzero VERB --help` explains one.
 
-train and preflight on several ranks: `deepspeed --module pipeline.cli.train RUN.yaml`.
+On a machine with several GPUs, `rankzero train` and `rankzero preflight` start the `deepspeed`
+command themselves unless a launcher has started them.
 """
 
+import os
 import sys
 from importlib import import_module
 
-VERBS = ("train", "plan", "prepare", "preflight", "merge", "score", "report")
+VERBS = ("train", "plan", "prepare", "preflight", "merge", "score", "report", "slurm")
+_OF_ALL_GPUS = ("train", "preflight")
+_NO_RUN = {"-h", "--help", "--debug"}
 
 
 def main() -> None:
@@ -18,8 +22,32 @@ def main() -> None:
     if verb not in VERBS:
         print(f"rankzero: {verb!r} is not a verb; usage: {usage}", file=sys.stderr)
         sys.exit(2)
+    if verb in _OF_ALL_GPUS and not _NO_RUN & set(sys.argv[2:]) and _has_idle_gpus():
+        command = deepspeed_command(verb, sys.argv[2:])
+        print(f"rankzero: several GPUs; starting {' '.join(['deepspeed', *command[3:]])}")
+        sys.stdout.flush()
+        os.execv(command[0], command)
     sys.argv[:2] = [f"rankzero {verb}"]
     import_module(f"pipeline.cli.{verb}").main()
+
+
+def deepspeed_command(verb: str, arguments: list[str]) -> list[str]:
+    """The words that run a verb on every visible GPU with DeepSpeed's launcher."""
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return [*runner, "--module", f"pipeline.cli.{verb}", *arguments]
+
+
+def _has_idle_gpus() -> bool:
+    """Whether this process is the only one of its run on a machine with several GPUs."""
+    from pipeline.cluster.devices import detect_hardware
+    from pipeline.cluster.placement import from_environment
+    from pipeline.errors import UserError
+
+    try:
+        is_alone = from_environment(os.environ).launcher == "one process"
+        return is_alone and detect_hardware().devices_per_node > 1
+    except UserError:
+        return False  # the verb itself reports it
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ def expected(workspace) -> bytes:
     """The adapter of a run under DeepSpeed's launcher on one machine."""
     run_file = workspace.run_file("deepspeed")
     command = deepspeed("--num_accelerators", "2", *at_a_port())
-    finish(start(command, TRAIN, run_file, **workspace.without_mpi))
+    module = ("--module", "pipeline.cli.train")  # with launch/train.py: tests/cli/test_train.py
+    finish(start(command, *module, run_file, **workspace.without_mpi))
     return workspace.adapter("deepspeed")
 
 

@@ -42,7 +42,7 @@ def run_file(tmp_path):
 @pytest.mark.parametrize("verb", VERBS)
 def test_arguments_that_are_missing_or_unknown_are_named(refused_by, verb):
     missing = "run_folder" if verb in WITH_RUN_FOLDER else "run_file"
-    missing = "RUN.yaml" if verb == "plan" else missing  # which has other forms
+    missing = {"plan": "RUN.yaml", "slurm": "folder"}.get(verb, missing)
     assert_mentions(refused_by(verb), missing, "--help")
     assert "key=value" not in refused_by(verb)  # is not required
     assert_mentions(refused_by(verb, "x", "--nonsense"), "--nonsense")

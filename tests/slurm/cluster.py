@@ -155,7 +155,7 @@ class Job:
         """The ranks' processes, with the process ids of this machine."""
         found, mine = {}, self.show("JobId")
         for process in psutil.process_iter(["cmdline"]):
-            if not any(part.endswith("launch/train.py") for part in process.info["cmdline"] or []):
+            if "pipeline.cli.train" not in (process.info["cmdline"] or []):
                 continue
             try:
                 seen = process.environ()

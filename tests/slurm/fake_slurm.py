@@ -31,7 +31,7 @@ SRUN = """\
 printf '%s\\t' srun "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
 env >"$FAKE/environment"
 case "$*" in *mkdir*) [[ ! -e $FAKE/slow_disk ]] || { touch there; /bin/sleep 1; }; exit 0 ;; esac
-case "$*" in *" --container-image="*" python -P "*)
+case "$*" in *" --container-image="*" python -P -c "*)
     while [[ $1 != python ]]; do shift; done
     PATH=$FAKE/image:$PATH exec "$@"
 esac

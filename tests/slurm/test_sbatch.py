@@ -50,7 +50,7 @@ def test_one_task_a_gpu_is_started_from_any_folder(job):
     assert "done: run" in output
     srun = job.calls("srun")[-1]
     assert srun[srun.index("python") :] == [
-        "python", f"{job.submit}/../my checkout/launch/train.py", "my run.yaml", "lr=1e-4",
+        "python", "-P", "-m", "pipeline.cli.train", "my run.yaml", "lr=1e-4",
     ]  # fmt: skip
     for option in (
         "--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=8",
@@ -321,7 +321,7 @@ def test_ranks_and_the_run_files_check_run_in_the_container(job, script, words, 
     assert srun[start - len(call) : start] == call
     if script == "train.sbatch":
         program = "apptainer" if call[0] == "apptainer" else "srun"
-        assert sum("-P" in words for words in job.calls(program)) == 2  # RankZero, the run file
+        assert sum("-c" in words for words in job.calls(program)) == 2  # RankZero, the run file
 
 
 def test_a_wrong_run_file_is_named_by_the_containers_python(job):
@@ -471,7 +471,7 @@ def test_preflight_only_checks(job):
     say = 'echo "all well" >>"$LOGS/rank-0.log"'
     code, output = job.run("train.sbatch", "--preflight", "my run.yaml", do=ranks("", 0, say))
     assert (code, "all well" in output) == (0, True), output
-    assert job.calls("srun")[-1][-2].endswith("launch/preflight.py")
+    assert job.calls("srun")[-1][-2:] == ["pipeline.cli.preflight", "my run.yaml"]
     code, output = job.run("train.sbatch", "--preflight", "my run.yaml", "--json", "lr=1e-4")
     assert code == 0, output
     assert job.calls("srun")[-1][-3:] == ["my run.yaml", "lr=1e-4", "--json"]
@@ -492,8 +492,7 @@ def test_debug_is_one_process(job):
     srun = job.calls("srun")[-1]
     assert "--ntasks=1" in srun
     assert srun[srun.index("python") :] == [
-        "python", f"{job.submit}/../my checkout/launch/train.py", "my run.yaml", "lr=1e-4",
-        "--debug",
+        "python", "-P", "-m", "pipeline.cli.train", "my run.yaml", "lr=1e-4", "--debug",
     ]  # fmt: skip
 
 

@@ -1,0 +1,55 @@
+"""Write the batch scripts of slurm/ into a folder, for an installed package without a clone.
+
+    rankzero slurm FOLDER        then: sbatch FOLDER/slurm/train.sbatch RUN.yaml
+
+FOLDER/slurm/env.sh is the file to change for a cluster. A file that exists is never replaced.
+"""
+
+from pathlib import Path
+
+from pipeline.cli.arguments import Parser
+from pipeline.cluster.exits import run_main
+from pipeline.errors import UserError
+from pipeline.files import write_text
+
+_SCRIPTS = Path(__file__).parent / "slurm_scripts"
+_NAMES = ("train.sbatch", "debug.sbatch", "env.sh", "README.md")
+
+
+def slurm() -> None:
+    """Parse the command line, write the scripts and print the next step."""
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path, help="folder for slurm/; created if it is missing")
+    folder = parser.parse_args().folder / "slurm"
+    texts = {folder / name: (_SCRIPTS / name).read_text(encoding="utf-8") for name in _NAMES}
+    if existing := [path for path, text in texts.items() if _differs(path, text)]:
+        raise UserError(
+            f"{existing[0]}: exists and differs from the package's; move it away, or name another "
+            "folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, text in texts.items():
+            write_text(path, text)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    print(f"wrote {folder}; set it up for the cluster: {folder / 'env.sh'}")
+    print(f"submit  sbatch --nodes=1 --gpus-per-node=8 {folder / 'train.sbatch'} RUN.yaml")
+
+
+def _differs(path: Path, text: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") != text
+    except FileNotFoundError:
+        return False
+    except (OSError, UnicodeDecodeError):
+        return True
+
+
+def main() -> None:
+    """Run the verb and leave the process with its exit code."""
+    run_main(slurm)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""`rankzero`: deepspeed is started on several GPUs, and the batch scripts come with the package."""
+
+import os
+import sys
+
+import pytest
+
+from pipeline.cli import rankzero
+from pipeline.cli.slurm import slurm
+from tests import ROOT
+from tests.messages import refused
+from tests.nvml import gpus as gpus_of
+from tests.nvml import make_nvml
+
+pytestmark = pytest.mark.unit
+
+
+class Replaced(Exception):
+    """Another program has replaced this process."""
+
+
+@pytest.fixture
+def rankzero_on(monkeypatch):
+    """Calls `rankzero` on a machine with this many GPUs; returns the command that replaces it."""
+
+    def call(gpus: int, *words: str, **environment: str) -> list[str] | None:
+        devices = gpus_of(gpus)
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setitem(sys.modules, "pynvml", make_nvml(devices))
+        monkeypatch.setattr(sys, "argv", ["rankzero", *words])
+        replaced: list[list[str]] = []
+
+        def execv(_: str, command: list[str]) -> None:
+            replaced.append(command)
+            raise Replaced
+
+        monkeypatch.setattr(os, "execv", execv)
+        ran = []
+        verb = type("Verb", (), {"main": staticmethod(lambda: ran.append(list(sys.argv)))})
+        monkeypatch.setattr(rankzero, "import_module", lambda _: verb)
+        try:
+            rankzero.main()
+        except Replaced:
+            return replaced[0]
+        assert ran == [[f"rankzero {words[0]}", *words[1:]]]
+        return None
+
+    return call
+
+
+@pytest.mark.parametrize("verb", ["train", "preflight"])
+def test_several_gpus_without_a_launcher_are_all_used(rankzero_on, capsys, verb):
+    command = rankzero_on(8, verb, "RUN.yaml", "lr=1e-4")
+    assert command is not None
+    assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+    assert command[3:] == ["--module", f"pipeline.cli.{verb}", "RUN.yaml", "lr=1e-4"]
+    assert f"deepspeed --module pipeline.cli.{verb} RUN.yaml lr=1e-4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words", "environment"),
+    [
+        (1, ["train", "RUN.yaml"], {}),
+        (8, ["train", "RUN.yaml"], {"CUDA_VISIBLE_DEVICES": "3"}),
+        (8, ["train", "RUN.yaml"], {"DS_ACCELERATOR": "cpu"}),
+        (8, ["train", "RUN.yaml", "--debug"], {}),
+        (8, ["train", "--help"], {}),
+        (8, ["plan", "RUN.yaml"], {}),
+        (8, ["train", "RUN.yaml"], {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8",
+                                    "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_SIZE": "8"}),
+        (8, ["train", "RUN.yaml"], {"RANK": "0"}),  # incomplete: the verb refuses it
+    ],
+)  # fmt: skip
+def test_otherwise_the_verb_runs_in_this_process(rankzero_on, gpus, words, environment):
+    assert rankzero_on(gpus, *words, **environment) is None
+
+
+def write_scripts(monkeypatch, folder):
+    monkeypatch.setattr(sys, "argv", ["rankzero slurm", str(folder)])
+    slurm()
+
+
+def test_the_batch_scripts_are_those_of_the_clone(monkeypatch, tmp_path):
+    write_scripts(monkeypatch, tmp_path / "new" / "folder")
+    written = {path.name: path.read_bytes() for path in (tmp_path / "new/folder/slurm").iterdir()}
+    assert written == {path.name: path.read_bytes() for path in (ROOT / "slurm").iterdir()}
+    write_scripts(monkeypatch, tmp_path / "new" / "folder")  # again: nothing differs
+
+
+def test_a_script_that_was_changed_is_never_replaced(monkeypatch, tmp_path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/env.sh").write_text("module load cuda\n")
+    with refused("env.sh", "differs"):
+        write_scripts(monkeypatch, tmp_path)
+    assert [path.name for path in (tmp_path / "slurm").iterdir()] == ["env.sh"]
+    assert (tmp_path / "slurm/env.sh").read_text() == "module load cuda\n"
+
+
+def test_a_folder_that_cannot_be_made_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    with refused("file", "slurm"):
+        write_scripts(monkeypatch, tmp_path / "file")
