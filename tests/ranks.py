@@ -38,10 +38,18 @@ def run_ranks(
     were still running at the deadline; either way every worker is gone when it returns.
     """
     store = tmp_path / f"rendezvous-{time.monotonic_ns()}"
-    ends = [_CTX.Pipe(duplex=False) for _ in range(world_size)]
+    arguments = [(rank, world_size, store, body, args) for rank in range(world_size)]
+    return run_processes(_in_session, arguments, deadline_s)
+
+
+def run_processes(
+    body: Callable[..., Any], arguments: list[tuple[Any, ...]], deadline_s: float = 90.0
+) -> list[Any]:
+    """Call ``body(*its arguments)`` in one process each, at the same time; as `run_ranks`."""
+    ends = [_CTX.Pipe(duplex=False) for _ in arguments]
     workers = [
-        _CTX.Process(target=_rank_main, args=(rank, world_size, store, send, body, args))
-        for rank, (_, send) in enumerate(ends)
+        _CTX.Process(target=_report, args=(send, body, args))
+        for args, (_, send) in zip(arguments, ends, strict=True)
     ]
     for worker, (_, send) in zip(workers, ends, strict=True):
         worker.start()
@@ -76,31 +84,31 @@ def _collect(waiting: dict[Connection, int], deadline_s: float) -> list[Any]:
     return results
 
 
-def _rank_main(
-    rank: int,
-    world_size: int,
-    store: Path,
-    send: Connection,
-    body: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
+def _report(send: Connection, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
     import torch
+
+    torch.set_num_threads(1)
+    try:
+        send.send_bytes(pickle.dumps((True, body(*args))))  # by value: tensors too
+    except BaseException:  # reported to the test, which raises it
+        send.send_bytes(pickle.dumps((False, traceback.format_exc())))
+
+
+def _in_session(
+    rank: int, world_size: int, store: Path, body: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
     import torch.distributed as dist
 
     from pipeline.cluster.devices import detect_hardware
     from pipeline.cluster.placement import Placement
     from pipeline.cluster.session import Session
 
-    torch.set_num_threads(1)
     placement = Placement(rank=rank, local_rank=rank, world_size=world_size, local_size=world_size)
     os.environ.update(placement.variables())
-    try:
-        session = Session(placement, detect_hardware())
-        session._store = dist.FileStore(str(store), world_size)
-        session.start()
-        value = body(session, *args)
-        dist.barrier()
-        dist.destroy_process_group()
-        send.send_bytes(pickle.dumps((True, value)))  # by value: tensors too
-    except BaseException:  # reported to the test, which raises it
-        send.send_bytes(pickle.dumps((False, traceback.format_exc())))
+    session = Session(placement, detect_hardware())
+    session._store = dist.FileStore(str(store), world_size)
+    session.start()
+    value = body(session, *args)
+    dist.barrier()
+    dist.destroy_process_group()
+    return value

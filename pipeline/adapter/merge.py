@@ -20,6 +20,7 @@ from pipeline.adapter.merge_inputs import (
     read_adapter,
     read_base,
     require_compatible,
+    with_stored_names,
 )
 from pipeline.adapter.trained_on import adapter_sha256
 from pipeline.errors import RankZeroError, UserError
@@ -60,7 +61,8 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeReport:
     RankZeroError where a merged weight is not finite; an earlier `out` is then unchanged.
     """
     start = time.perf_counter()
-    model, lora = read_base(base), read_adapter(adapter)
+    model = read_base(base)
+    lora = with_stored_names(model, read_adapter(adapter))
     require_compatible(model, lora)
     _require_replaceable(out, base, adapter)
     others = _other_files(base)

@@ -5,7 +5,7 @@ No torch: a wrong folder or another model's adapter is refused before torch is i
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,25 @@ def _update(
         alpha=pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]),
         use_rslora=bool(config.get("use_rslora")),
     )
+
+
+def with_stored_names(base: Base, adapter: Adapter) -> Adapter:
+    """The adapter with its weights named as the base stores them.
+
+    transformers loads some models under other names than they are stored under. Imports torch only
+    if a weight is not in the base. An unknown class keeps its names, for `require_compatible`.
+    """
+    if adapter.updates.keys() <= base.entries.keys():
+        return adapter
+    from pipeline.model.checkpoint_names import model_on_meta, stored_names
+
+    try:
+        stored = stored_names(model_on_meta(base.folder), base.entries)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return adapter
+    names = {name: each.keys[0] for name, each in stored.items() if each.converter is None}
+    updates = {names.get(name, name): update for name, update in adapter.updates.items()}
+    return replace(adapter, updates=updates)
 
 
 def require_compatible(base: Base, adapter: Adapter) -> None:

@@ -27,6 +27,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from pipeline.errors import UserError
 from pipeline.model.attention import WITHIN_DOCUMENTS, arguments_for, require_delivered
 from pipeline.model.base import auto_class
+from pipeline.model.checkpoint_names import model_on_meta, stored_names
 from pipeline.model.loss import IGNORED, SummedLoss
 from pipeline.model.small_copy import random_model, small_copies
 from pipeline.model.structure import blocks, text_decoder
@@ -80,7 +81,7 @@ def _prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool) -> 
         model = small_model(auto, config, trust_remote_code=trust_remote_code)
     except UserError as error:
         return Proof(refusals=[str(error)])
-    missing = _missing_names(folder, model, targets)
+    missing = _missing_names(folder, targets, trust_remote_code=trust_remote_code)
     return replace(prove_model(model, targets), without_merge=missing)
 
 
@@ -274,15 +275,18 @@ def target_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
     return names
 
 
-def _missing_names(folder: Path, model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
-    """Reasons against a merge: targets whose weights have other names in the checkpoint."""
-    keys = {key for path in weight_files(folder) for key in read_header(path).entries}
-    names = [f"{name}.weight" for name in target_names(model, targets)[:1]]
+def _missing_names(folder: Path, targets: Sequence[str], *, trust_remote_code: bool) -> list[str]:
+    """Reasons against a merge: targets that the checkpoint does not store as one tensor."""
+    model = model_on_meta(folder, trust_remote_code=trust_remote_code)
+    keys = [key for path in weight_files(folder) for key in read_header(path).entries]
+    stored = stored_names(model, keys)
+    names = [f"{name}.weight" for name in target_names(model, targets)]
+    missing = [name for name in names if name not in stored or stored[name].converter is not None]
+    if not missing:
+        return []
     return [
-        f"{name} is not in the checkpoint, whose names differ from the model's: the adapter loads "
-        "in peft and cannot be merged"
-        for name in names
-        if name not in keys
+        f"{len(missing)} of {len(names)} adapted weights are not single tensors of the checkpoint, "
+        f"the first is {missing[0]}: the adapter loads in peft and cannot be merged"
     ]
 
 

@@ -483,7 +483,7 @@ KINDS = {
 }
 
 
-def build(name, dtype=None):
+def build(name, dtype=None, kinds=KINDS):
     """A random model of a kind; matrices have a spread at which scales and caps show."""
     import torch
     from transformers import (
@@ -492,11 +492,11 @@ def build(name, dtype=None):
         AutoModelForImageTextToText,
     )
 
-    kind, keys = KINDS[name]
+    kind, keys = kinds[name]
     config = AutoConfig.for_model(kind, **keys)
-    auto = AutoModelForCausalLM
+    auto = AutoModelForImageTextToText  # as checkpoints with a vision tower are stored
     if type(config) not in auto._model_mapping:
-        auto = AutoModelForImageTextToText
+        auto = AutoModelForCausalLM
     torch.manual_seed(0)
     model = auto.from_config(config).to(dtype or torch.float32)
     with torch.no_grad():

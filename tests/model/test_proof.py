@@ -1,6 +1,7 @@
 """The proof accepts classes that are trained correctly and names what is wrong with others."""
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from pipeline.model import attention, proof
@@ -148,11 +149,18 @@ def test_a_run_that_avoids_what_is_wrong_is_allowed(tiny_model, monkeypatch, pro
     assert require_proof(plan) == Proof(**proof_of)
 
 
-def test_names_that_the_checkpoint_does_not_have_exclude_a_merge(tmp_path):
+def test_a_checkpoint_with_other_names_than_the_model_s_can_be_merged_into(tmp_path):
     build("gemma3").save_pretrained(tmp_path)  # stored as language_model.model...
-    result = prove(tmp_path, ["q_proj"])
-    assert not result.refusals
-    assert_mentions(result.without_merge[0], "q_proj.weight", "cannot be merged")
+    assert not prove(tmp_path, ["q_proj", "down_proj"]).without_merge
+
+
+def test_a_weight_that_the_checkpoint_does_not_have_excludes_a_merge(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.2.self_attn.q_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    [reason] = prove(tmp_path, ["q_proj", "k_proj"]).without_merge
+    assert_mentions(reason, "1 of 8", "layers.2.self_attn.q_proj.weight", "cannot be merged")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pipeline.files import dump_json, read_json, write_text
 from pipeline.plan.given.shape import ModelShape
 from pipeline.plan.given.torch_process import cache_file, run_module
 
-_FORMAT = "2"  # version of the cached file and of the checks
+_FORMAT = "3"  # version of the cached file and of the checks
 _TIMEOUT_S = 600
 # Packages that define a model class or replace its kernels.
 _PACKAGES = (

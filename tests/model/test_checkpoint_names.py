@@ -1,0 +1,44 @@
+"""Weights are found in a checkpoint whose names are not those of the loaded model."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from pipeline.model.base import load_plain
+from pipeline.model.checkpoint_names import model_on_meta, stored_names
+from tests.model.kinds import build
+
+pytestmark = pytest.mark.tensor
+
+
+@pytest.mark.parametrize(
+    ("kind", "renamed"),
+    [
+        ("gemma3", 28),
+        ("nemotron_h", 10),
+        ("qwen3_5", 31),  # loaded as a text model
+        ("kimi_linear", 18),
+        ("llama", 0),
+    ],
+)
+def test_every_linear_layer_is_found_and_holds_the_stored_weight(tmp_path, kind, renamed):
+    build(kind).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    stored = stored_names(model_on_meta(tmp_path), tensors)
+    model = load_plain(tmp_path, dtype=torch.float32)
+    layers = {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and "vision" not in name and "lm_head" not in name
+    }
+    assert all(torch.equal(tensors[stored[n].keys[0]], weight) for n, weight in layers.items())
+    assert sum(stored[name].keys != (name,) for name in layers) == renamed
+
+
+def test_the_parts_of_fused_experts_are_named_with_their_converter(tmp_path):
+    build("qwen3_moe").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    fused = stored_names(model_on_meta(tmp_path), tensors)["model.layers.0.mlp.experts.down_proj"]
+    assert fused.converter is not None
+    assert [key.split(".")[5] for key in fused.keys] == ["0", "1", "2", "3"]

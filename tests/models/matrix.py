@@ -1,0 +1,118 @@
+"""Take every kind of model along the whole road, and keep what was measured in results.jsonl.
+
+    python -m tests.models.matrix [KIND ...]        (`make models`)
+
+One line for each model folder, written when it is done; a folder whose line was made by the same
+config, library versions and pipeline code is skipped, so that the command can be started again.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from tests import ROOT
+from tests.models.kinds import ALL
+from tests.models.road import MODES, examine, train, verify
+from tests.ranks import run_processes
+
+RESULTS = ROOT / "tests/models/results.jsonl"
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
+LOSS_LIMIT = 1e-4
+MERGE_LIMIT = 1e-6
+
+
+def main():
+    """Measure the kinds named on the command line, or all that have no current line."""
+    names = sys.argv[1:]
+    done = {} if names else {line["kind"]: line["key"] for line in read_results()}
+    for kind in names or ALL:
+        if done.get(kind) == key_of(kind):
+            continue
+        start = time.monotonic()
+        line = {"kind": kind, "key": key_of(kind), **measure(kind)}
+        line |= {"seconds": round(time.monotonic() - start, 1), "date": f"{datetime.now(UTC):%F}"}
+        write_result(line)
+        sys.stdout.write(f"{line['state']:8}{kind} {line['seconds']} s {line.get('reason', '')}\n")
+        sys.stdout.flush()
+
+
+def key_of(kind):
+    """Hash of the config, the versions and the code that a result depends on."""
+    parts = [json.dumps(ALL[kind]), *(f"{name} {version(name)}" for name in PACKAGES)]
+    parts += [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("pipeline/**/*.py"))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def read_results():
+    if not RESULTS.is_file():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def write_result(line):
+    """Replace the line of this kind; in the order of ALL."""
+    lines = {old["kind"]: old for old in read_results()} | {line["kind"]: line}
+    ordered = [json.dumps(lines[kind]) for kind in ALL if kind in lines]
+    RESULTS.write_text("\n".join(ordered) + "\n", encoding="utf-8")
+
+
+def measure(kind):
+    """Everything about one kind: pass, refused with its reason, or failed with its reason."""
+    work = Path(tempfile.mkdtemp(prefix="rankzero-models-"))
+    try:
+        return judged(*_measure(kind, work / "model"))
+    finally:
+        shutil.rmtree(work)
+
+
+def _measure(kind, folder):
+    found, problems = {}, []
+    try:
+        [found] = run_processes(examine, [(kind, ALL, folder)], 240)
+        if "refused" in found:
+            return found, problems
+        for mode in MODES:
+            try:
+                train(folder, mode)
+                [found[mode]] = run_processes(verify, [(folder, mode)], 240)
+            except AssertionError as error:
+                problems.append(f"{mode}: {error}")
+    except AssertionError as error:
+        problems.append(str(error))
+    return found, problems
+
+
+def judged(found, problems):
+    """What was found with its state and reason."""
+    if "refused" in found:
+        return {"state": "refused", "reason": found["refused"], **found}
+    for mode in MODES:
+        values = found.get(mode)
+        if values is None:
+            continue
+        if values["loss_error"] > LOSS_LIMIT:
+            problems.append(f"{mode}: held-out loss differs by {values['loss_error']:.1e}")
+        if values["zero_matrices"]:
+            problems.append(f"{mode}: {values['zero_matrices']} matrices of the adapter are zero")
+        merged = values.get("merged", 0.0)
+        if isinstance(merged, str) or merged > MERGE_LIMIT:
+            problems.append(f"{mode}: merge: {merged}")
+    if problems:
+        return {"state": "failed", "reason": "; ".join(_short(text) for text in problems), **found}
+    return {"state": "pass", **found}
+
+
+def _short(text):
+    """The first line and the last, which names the exception, of a traceback."""
+    lines = text.strip().splitlines()
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""One model folder on the whole road: class checks, training on 2 ranks, plain peft, merge.
+
+The functions are called in processes of tests/ranks.py, whose imports are already there.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import BitsAndBytesConfig
+
+from pipeline.adapter.merge import merge_adapter
+from pipeline.cluster.placement import Placement
+from pipeline.config.settings import RunSettings
+from pipeline.data.dataset.reader import DataIndex, open_split
+from pipeline.errors import UserError
+from pipeline.model.base import load_plain
+from pipeline.model.class_shape import class_shape
+from pipeline.model.proof import prove
+from pipeline.plan.given.catalogue import cpu_of
+from pipeline.plan.given.class_proof import adapted_names
+from pipeline.plan.given.class_shape import shape_file
+from pipeline.plan.given.families import FAMILIES
+from pipeline.plan.given.shape import read_shape
+from pipeline.plan.plan import make_plan
+from pipeline.train.run import run_training
+from tests.adapter.merging import tensors
+from tests.model.kinds import build
+from tests.ranks import run_processes
+from tests.tiny import make_tokenizer
+
+STEPS = 4
+MODES = {
+    "zero2": {"zero_stage": 2, "gradient_checkpointing": False},
+    "zero3": {"zero_stage": 3, "gradient_checkpointing": True},
+    "qlora": {"zero_stage": 2, "gradient_checkpointing": False, "load_in_4bit": True},
+}
+ROWS = [
+    {"messages": [{"role": "user", "content": f"{i} " + "ask " * (i % 4)},
+                  {"role": "assistant", "content": "yes " * (1 + i % 3) + str(i)}]}
+    for i in range(20)
+]  # fmt: skip
+
+
+def make_folder(kind, kinds, folder):
+    """Save a random model of the kind with a tokenizer, and the rows of its runs."""
+    build(kind, kinds=kinds).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    for name, rows in (("train", ROWS), ("eval", ROWS[:7])):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def run_settings(folder, mode):
+    """The settings of a run in this mode."""
+    return RunSettings(
+        model=str(folder),
+        train_data=str(folder / "train.jsonl"),
+        eval_data=str(folder / "eval.jsonl"),
+        output_dir=str(folder.parent / mode),
+        max_steps=STEPS,
+        lora_r=4,
+        lora_dropout=0.0,
+        lr=4e-3,
+        lr_scheduler_type="constant",
+        bf16=False,
+        fp16=False,
+        batch_size=2,
+        global_batch_size=4,
+        max_length=64,
+        evaluation_strategy="steps",
+        eval_steps=STEPS,
+        save_strategy="no",
+        **MODES[mode],
+    )
+
+
+def examine(kind, kinds, folder):
+    """Make the folder, and count and prove its class: the proof's results, or why it is refused."""
+    make_folder(kind, kinds, folder)
+    settings = run_settings(folder, "zero2")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        if config["model_type"] not in FAMILIES:
+            _cache_shape(folder)
+        shape = read_shape(str(folder))
+        names = adapted_names(shape, settings)
+        proof = prove(folder, names)
+        plan = make_plan(settings, shape, cpu_of(2, 2**34), nodes=1, ranks_per_node=2)
+    except (UserError, UnbuildableError) as error:
+        return {"refused": str(error).replace(str(folder), "MODEL")}
+    return {
+        "class": re.sub(r"^\d+_", "", config["architectures"][0]),
+        "errors": dict(proof.errors),
+        "without_packs": list(proof.without_packs),
+        "without_reentrant": list(proof.without_reentrant),
+        "without_merge": list(proof.without_merge),
+        "targets": names,
+        "trainable": plan.trainable,
+        **({"refused": proof.refusals[0]} if proof.refusals else {}),
+    }
+
+
+class UnbuildableError(Exception):
+    """The class of a model cannot be built and counted."""
+
+
+def _cache_shape(folder):
+    """As plan/given/class_shape.py does in a subprocess, whose imports take 3 s."""
+    try:
+        counted = class_shape(folder)
+    except Exception as error:
+        raise UnbuildableError(f"{type(error).__name__}: {error}") from error
+    path = shape_file(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(counted), encoding="utf-8")
+
+
+def train(folder, mode):
+    """Train on two ranks as `deepspeed launch/train.py` would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run_processes(_rank, [(rank, port, str(folder), mode) for rank in range(2)], 240)
+
+
+def _rank(rank, port, folder, mode):
+    placement = Placement(rank=rank, local_rank=rank, world_size=2, local_size=2, master_port=port)
+    variables = placement.variables()
+    del variables["CROSS_RANK"], variables["CROSS_SIZE"]  # no launcher to watch
+    os.environ.update(variables)
+    run_training(run_settings(Path(folder), mode))
+
+
+def verify(folder, mode):
+    """What plain transformers and peft make of a run's adapter, beside what the run says."""
+    run = folder.parent / mode
+    ours = _last_eval_loss(run)
+    model = load_plain(folder, dtype=torch.float32, attention="eager", **_quantised(mode))
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # its products would be rounded to bf16
+    plain = _held_out_loss(model, run)
+    model = PeftModel.from_pretrained(model, run / "adapter").eval()
+    theirs = _held_out_loss(model, run)
+    found = {
+        "loss": ours,
+        "loss_error": abs(ours - theirs) / abs(theirs),
+        "loss_of_base": plain,
+        "zero_matrices": sum(
+            not bool(p.any()) for n, p in model.named_parameters() if "lora_B" in n
+        ),
+    }
+    if mode != "qlora":
+        found["merged"] = _merged(folder, run, model)
+    return found
+
+
+def _quantised(mode):
+    if mode != "qlora":
+        return {}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=["lm_head"],
+        )
+    }
+
+
+def _last_eval_loss(run):
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["eval_loss"] for line in lines if "eval_loss" in line][-1]
+
+
+@torch.no_grad()
+def _held_out_loss(model, run):
+    """Mean over the supervised tokens of the held-out documents, each alone."""
+    split = open_split(DataIndex.load(run / "data").eval)
+    total, count = 0.0, 0
+    for number in range(len(split)):
+        ids, supervised = split.document(number)
+        ids = torch.tensor(ids, dtype=torch.long)[None]
+        labels = ids.masked_fill(~torch.tensor(supervised)[None], -100)
+        tokens = int((labels[:, 1:] != -100).sum())
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        total, count = total + float(loss) * tokens, count + tokens
+    return total / count
+
+
+def _merged(folder, run, model):
+    """Largest relative difference between our merged weights and those of peft."""
+    try:
+        merge_adapter(folder, run / "adapter", run / "merged")
+    except UserError as error:
+        return str(error).replace(str(folder.parent), "")
+    model.merge_and_unload().save_pretrained(run / "theirs")
+    ours, theirs = tensors(run / "merged"), tensors(run / "theirs")
+    if ours.keys() != theirs.keys():
+        return f"names differ: {sorted(ours.keys() ^ theirs.keys())[:4]}"
+    worst = max(
+        float((ours[key] - theirs[key]).norm() / theirs[key].norm().clamp_min(1e-30))
+        for key in theirs
+    )
+    shutil.rmtree(run / "theirs")
+    return worst
