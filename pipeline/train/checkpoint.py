@@ -2,7 +2,8 @@
 
 A checkpoint is a folder of safetensors and JSON, independent of ranks and ZeRO stages. It is
 written to a temporary sibling, synced and renamed, so one with its final name was complete; the
-manifest shows whether it still is. Written on rank 0; read on every rank.
+manifest shows whether it still is. Written on rank 0; read on every rank. torch is imported only to
+write and to read tensors, so a checkpoint of another run is refused before.
 """
 
 import hashlib
@@ -12,11 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import count
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
 from pipeline.errors import RankZeroError, UserError
@@ -28,7 +25,11 @@ from pipeline.files import (
     remove_unfinished_folders,
 )
 from pipeline.model.fingerprint import is_same_by_samples, is_sampled
+from pipeline.model.tensor_files import read_header
 from pipeline.train.names import checkpoints_in
+
+if TYPE_CHECKING:
+    import torch
 
 _ADAPTER, _OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 _STATE, _MANIFEST = "state.json", "manifest.json"
@@ -60,12 +61,12 @@ class Identity:
     """Properties that a checkpoint and the run that resumes it must share.
 
     `accept_changes` names those that may differ. `adapter` (its shape) may never differ, because
-    Adam's moments would not fit.
+    Adam's moments would not fit. `total_steps` is None until the data is prepared.
     """
 
     data: str
     base: str
-    total_steps: int
+    total_steps: int | None
     adapter: str
 
 
@@ -74,7 +75,7 @@ class Checkpoints:
     """The checkpoints of one run folder.
 
     `accepted`: fields of the identity that may differ. `origin`: the checkpoint of `resume: PATH`,
-    from which the run's own checkpoints descend. `shapes`: shape of each adapter tensor.
+    from which the run's own checkpoints descend. `shapes`: shape of each LoRA matrix by its key.
     `model_folder`: the base model; needed for checkpoints whose base fingerprint is a sample of the
     weights. `about`: information for people in state.json.
     """
@@ -93,8 +94,8 @@ class Checkpoints:
 
     def write(
         self,
-        weights: Mapping[str, torch.Tensor],
-        moments: Mapping[str, torch.Tensor],
+        weights: Mapping[str, "torch.Tensor"],
+        moments: Mapping[str, "torch.Tensor"],
         progress: Progress,
     ) -> Path:
         """Write a checkpoint, then remove the oldest ones beyond the limit.
@@ -108,7 +109,7 @@ class Checkpoints:
         self._prune(path, progress)
         return path
 
-    def write_best(self, weights: Mapping[str, torch.Tensor], progress: Progress) -> None:
+    def write_best(self, weights: Mapping[str, "torch.Tensor"], progress: Progress) -> None:
         """Write the weights of this step, whose held-out loss is the lowest so far.
 
         The best adapter to which the newest checkpoint refers is kept until the next checkpoint,
@@ -121,8 +122,10 @@ class Checkpoints:
         self._require_space(weights)
         self._write_folder(self._best(progress), weights, {}, progress)
 
-    def read_best(self, progress: Progress) -> dict[str, torch.Tensor]:
+    def read_best(self, progress: Progress) -> dict[str, "torch.Tensor"]:
         """The weights that `write_best` wrote. Raises RankZeroError if they are damaged."""
+        from safetensors.torch import load_file
+
         path = self._best(progress)
         try:
             damage = _damage(path)
@@ -146,6 +149,16 @@ class Checkpoints:
         """
         with self._read_errors_reported():
             return self._newest()
+
+    def intact_origin(self) -> Path | None:
+        """The checkpoint of `resume: PATH`; None without one. Raises UserError if it is damaged."""
+        if self.origin is None:
+            return None
+        with self._read_errors_reported():
+            damage = _damage(Path(self.origin))
+        if damage:
+            raise UserError(f"resume: {self.origin} is no intact checkpoint: {damage}")
+        return Path(self.origin)
 
     @contextmanager
     def _read_errors_reported(self) -> Iterator[None]:
@@ -171,19 +184,16 @@ class Checkpoints:
                 return path, skipped
             else:
                 skipped.append(f"{path} is skipped: it does not come from {self.origin}")
-        if self.origin is None:
-            return None, skipped
-        if damage := _damage(Path(self.origin)):
-            raise UserError(f"resume: {self.origin} is no intact checkpoint: {damage}")
-        return Path(self.origin), skipped
+        return self.intact_origin(), skipped
 
-    def read_progress(self, path: Path) -> Progress:
-        """The progress in a checkpoint. Raises UserError if this run cannot resume from it."""
-        state = _state(path)
-        self._require_same_run(path, state)
+    def require_resumable(self, path: Path) -> Progress:
+        """The progress in a checkpoint. Raises UserError if this run cannot resume from it.
+
+        No tensor is read.
+        """
+        self._require_same_run(path, _state(path))
         self._require_same_tensors(path)
-        known = {f.name for f in fields(Progress)}
-        progress = Progress(**{k: v for k, v in state["progress"].items() if k in known})
+        progress = read_progress(path)
         self._require_steps_left(path, progress)
         self._best_of_newest = progress.best_step
         return progress
@@ -197,24 +207,22 @@ class Checkpoints:
         # identity only the base may differ.
         accepted = {"base"} & {*self.accepted} if self._is_foreign(path) else self.accepted
         before, now = dict(state["identity"]), asdict(self.identity)
-        if (
-            self.model_folder is not None
-            and is_sampled(before["base"])
-            and is_same_by_samples(before["base"], self.model_folder)
-        ):
+        folder = self.model_folder
+        if folder and is_sampled(before["base"]) and is_same_by_samples(before["base"], folder):
             before["base"] = now["base"]
         differences = {
             name: f"{name}: {before.get(name)} -> {value}"
             for name, value in now.items()
-            if before.get(name) != value and name not in accepted
+            if value not in (None, before.get(name)) and name not in accepted
         }
         if not differences:
             return
         text = f"{path} is of another run: {'; '.join(differences.values())}"
         if self._is_foreign(path):
             raise UserError(f"resume: {text}; {_RESUME_IS_SAME_RUN}")
+        text = f"output_dir: {text}"
         version = state.get("versions", {}).get("rankzero", __version__)
-        remedy = "put back what changed, or set resume: never to start from step 0"
+        remedy = "put back what changed or give another output_dir"
         if version != __version__:
             remedy = f"finish it with RankZero {version}, which wrote it, {remedy}"
         if acceptable := [name for name in differences if name != "adapter"]:
@@ -228,8 +236,8 @@ class Checkpoints:
         """
         if self.shapes is None:
             return
-        with safe_open(path / _ADAPTER, framework="pt") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        entries = read_header(path / _ADAPTER).entries
+        found = {key: entry.shape for key, entry in entries.items() if _is_lora_matrix(key)}
         expected = {key: tuple(shape) for key, shape in self.shapes.items()}
         if found != expected:
             differing = sorted(found.items() ^ expected.items())
@@ -242,16 +250,14 @@ class Checkpoints:
 
     def _require_steps_left(self, path: Path, progress: Progress) -> None:
         total = self.identity.total_steps
+        if total is None:
+            return
         if progress.step > total or (progress.step == total and self._is_foreign(path)):
             raise UserError(
                 f"{path}: it is of step {progress.step}, and this run ends at step {total}, so "
                 "there is no step left; raise epochs or max_steps, or start a new run in another "
                 "output_dir"
             )
-
-    def read_tensors(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The adapter's weights and Adam's moments."""
-        return load_file(path / _ADAPTER), load_file(path / _OPTIMIZER)
 
     def _best(self, progress: Progress) -> Path:
         return self.folder / f"best-{progress.best_step:08d}"
@@ -277,7 +283,7 @@ class Checkpoints:
                 _rename_skipped(path)
         remove_unfinished_folders(self.folder)
 
-    def _require_space(self, *tensors: Mapping[str, torch.Tensor]) -> None:
+    def _require_space(self, *tensors: Mapping[str, "torch.Tensor"]) -> None:
         need = sum(t.numel() * t.element_size() for group in tensors for t in group.values())
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished_folders(self.folder)  # a killed write may hold the space
@@ -291,10 +297,12 @@ class Checkpoints:
     def _write_folder(
         self,
         path: Path,
-        weights: Mapping[str, torch.Tensor],
-        moments: Mapping[str, torch.Tensor],
+        weights: Mapping[str, "torch.Tensor"],
+        moments: Mapping[str, "torch.Tensor"],
         progress: Progress,
     ) -> None:
+        from safetensors.torch import save_file
+
         with atomic_folder(path, check=lambda fresh: None) as fresh:
             save_file(dict(weights), fresh / _ADAPTER, metadata={"format": "pt"})
             save_file(dict(moments), fresh / _OPTIMIZER, metadata={"format": "pt"})
@@ -307,6 +315,23 @@ class Checkpoints:
             (fresh / _STATE).write_text(dump_json(state), encoding="utf-8")
             files = {name: _description(fresh / name) for name in (_ADAPTER, _OPTIMIZER, _STATE)}
             (fresh / _MANIFEST).write_text(dump_json({"files": files}), encoding="utf-8")
+
+
+def read_progress(path: Path) -> Progress:
+    """The progress in an intact checkpoint."""
+    written, known = _state(path)["progress"], {field.name for field in fields(Progress)}
+    return Progress(**{name: value for name, value in written.items() if name in known})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, "torch.Tensor"]]:
+    """The adapter's weights and Adam's moments in an intact checkpoint."""
+    from safetensors.torch import load_file
+
+    return load_file(path / _ADAPTER), load_file(path / _OPTIMIZER)
+
+
+def _is_lora_matrix(key: str) -> bool:
+    return key.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
 def _rename_skipped(path: Path) -> None:

@@ -14,14 +14,17 @@ from pipeline.cluster.exits import is_lost_connection
 from pipeline.config.load import dump_settings
 from pipeline.data.dataset.reader import DataIndex
 from pipeline.data.prepare.audit import audit_summary
-from pipeline.data.prepare.prepare import check_first_rows, prepare
-from pipeline.errors import RankZeroError, Stopped
+from pipeline.data.prepare.prepare import check_first_rows, prepare, train_key
+from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.files import dump_json, write_text
+from pipeline.model.fingerprint import record_base_of_run
 from pipeline.plan.plan import Plan
 from pipeline.plan.render import plan_json, plan_text
+from pipeline.train.checkpoint import Checkpoints
 from pipeline.train.context import RunContext
 from pipeline.train.names import FILES, written_in
-from pipeline.train.start import Start, decide_start, resolved_settings
+from pipeline.train.resume import checkpoint_to_resume, checkpoints_of
+from pipeline.train.start import Start, decide_start, is_checkpoint_path, resolved_settings
 from pipeline.train.status import RunStatus, end_for_dead_owner, is_done, read_status
 
 logger = logging.getLogger(__name__)
@@ -30,18 +33,28 @@ _PENDING_WRITE_S = 15.0  # wait for a checkpoint write in flight after a failure
 
 
 class RunFolder:
-    """The folder of one run. Rank 0 writes it; `status` is None on the other ranks."""
+    """The folder of one run. Rank 0 writes it; `status` is None on the other ranks.
+
+    A start that is refused (UserError) leaves the folder as it was: nothing but prepared data is
+    written before `open`, which follows the last check.
+    """
 
     def __init__(self, context: RunContext) -> None:
         self._context, self.path = context, context.folder
         is_writer = context.session.is_rank_zero
         self.status = RunStatus(self.path / "status.json") if is_writer else None
         self.start: Start = "new"
+        self.checkpoints: Checkpoints | None = None  # on rank 0, of a start that trains
+        self.resumed: Path | None = None  # on rank 0: the checkpoint to resume from
         self._earlier: dict[str, Any] | None = None  # status of the run that is resumed
+        self._is_open = False
         self.wait_for_writes: Callable[[float], None] = lambda seconds: None
 
     def begin(self) -> Start:
-        """Decide the start and become the folder's owner. On rank 0, before anything is written."""
+        """Decide the start, become the folder's owner, select the checkpoint to resume from.
+
+        On rank 0, before torch is imported and data is prepared.
+        """
         context, status = self._context, self.status
         assert status is not None, "called on rank 0"
         with context.stops.interrupting():
@@ -51,21 +64,37 @@ class RunFolder:
                 status.own()
                 # Decide again: another start may have used the folder in the meantime.
                 start = decide_start(self.path, context.plan, is_debug=context.is_debug)
+            is_named = start == "new" and is_checkpoint_path(context.settings.resume)
+            if start == "resume" or is_named:
+                self._select_checkpoint(start)
         if start != "done":
             self._earlier = read_status(status.path) if start == "resume" else None
             if not is_done(self.path):  # else keep the status of the run to be replaced
                 status.claim(self._earlier)
         return start
 
+    def _select_checkpoint(self, start: Start) -> None:
+        """Select the checkpoint to resume from. Raises UserError if it is of another run."""
+        settings = self._context.settings
+        key = train_key(settings)
+        self.checkpoints = checkpoints_of(self.path, self._context.plan, start, key)
+        self.resumed, notes = checkpoint_to_resume(self.checkpoints, settings.resume, start)
+        for note in notes:
+            logger.info(note)
+
     def prepare(self) -> dict[str, Any]:
-        """Prepare the data, write the run's files, return the index of the data. On rank 0."""
-        context, status = self._context, self.status
-        assert status is not None, "called on rank 0"
+        """Prepare the data, and return its index. On rank 0.
+
+        The number of steps is known from here on; a checkpoint of a longer run is refused.
+        """
+        context = self._context
         limit = _DEBUG_ROWS if context.is_debug else None
         with context.stops.interrupting():  # it may take hours
             index = prepare(context.settings, self.path / "data", limit)
-        open_run(self.path, context.plan, self.start, is_debug=context.is_debug)
-        status.claim(self._earlier)
+            plan = context.plan.with_data(index.train.size)
+            self.checkpoints = checkpoints_of(self.path, plan, self.start, index.train.key)
+            if self.resumed is not None:
+                self.checkpoints.require_resumable(self.resumed)
         return index.as_json()
 
     def use_data(self, index: DataIndex) -> None:
@@ -75,8 +104,20 @@ class RunFolder:
         logger.info(plan_text(context.plan))
         if self.status is not None:
             logger.info(audit_summary(self.path / "data"))
-            write_plan(self.path, context.plan, is_debug=context.is_debug)
             self.status.update(total_steps=context.plan.steps.total_steps)
+
+    def open(self, step: int) -> None:
+        """Write the run's files; a new run first removes the earlier one, except its data.
+
+        `step`: the number of steps that are done. On rank 0, once nothing can be refused any more.
+        """
+        context, status = self._context, self.status
+        assert status is not None, "called on rank 0"
+        open_run(self.path, context.plan, self.start, is_debug=context.is_debug)
+        record_base_of_run(self.path, context.settings.model_folder)
+        status.claim(self._earlier)
+        status.update(step=step, total_steps=context.plan.steps.total_steps)
+        self._is_open = True
 
     @contextmanager
     def outcome_recorded(self) -> Iterator[None]:
@@ -90,6 +131,8 @@ class RunFolder:
             self.status.end("stopped", stop.exit_code, str(stop))
             raise
         except RankZeroError as error:
+            if isinstance(error, UserError) and not self._is_open:
+                self.status.restore_earlier()
             self.wait_for_writes(_PENDING_WRITE_S)
             self.status.end("failed", error.exit_code, str(error))
             raise

@@ -75,7 +75,6 @@ def decide_start(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
         _require_new_is_possible(folder, settings)
     if start == "resume" and (found != "unfinished" or change != "none"):
         _require_checkpoint(folder, found)
-        _require_its_documents(folder, settings)
     return start
 
 
@@ -186,19 +185,6 @@ def _require_checkpoint(folder: Path, found: Found) -> None:
         "it cannot be resumed; give another output_dir, or set overwrite: true to train again "
         "from step 0"
     )
-
-
-def _require_its_documents(folder: Path, settings: RunSettings) -> None:
-    """Require the documents of the newest checkpoint, before the folder is changed."""
-    key = _key_in_checkpoint(folder)
-    if key is None or "data" in settings.accept_changes:
-        return
-    if key != train_key(settings):
-        raise UserError(
-            f"output_dir: {folder}: its checkpoint was trained on other documents of train_data, "
-            f"as RankZero {written_by(folder)} prepared them; resume it with that version, or with "
-            "accept_changes: [data], or give another output_dir"
-        )
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from pipeline.cluster.session import Session
 from pipeline.cluster.stop import StopRequests
 from pipeline.data.dataset.reader import Split
 from pipeline.plan.plan import Plan
-from pipeline.train.checkpoint import Checkpoints, Progress
+from pipeline.train.checkpoint import Progress
 from pipeline.train.context import RunContext
 from pipeline.train.display import ProgressDisplay
 from pipeline.train.engine import Engine
@@ -25,7 +25,6 @@ class TrainingState:
     engine: Engine
     train_split: Split
     eval_split: Split | None
-    checkpoints: Checkpoints
     progress: Progress
     saved: Progress | None  # progress at the newest checkpoint in the run folder
     display: ProgressDisplay

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import dump_json, read_json, write_text
+from pipeline.files import atomic_file, dump_json, read_json, write_text
 from pipeline.train.owner import OWNER, TRAINING, Ownership, identity, is_living
 
 _ONE_HEARTBEAT_S = 12.0  # owner.py touches its file every 10 s
@@ -22,7 +22,8 @@ class RunStatus:
 
     def __post_init__(self) -> None:
         self._lock, self._is_final = threading.Lock(), False
-        self._ownership = Ownership(self.path.parent, TRAINING, self._on_heartbeat)
+        self._before: bytes | None = None  # the file as an earlier start left it
+        self._ownership = Ownership(self.path.parent, TRAINING, self.update)
 
     def own(self) -> None:
         """Become the folder's owner and start the heartbeat; status.json stays as it is.
@@ -34,6 +35,9 @@ class RunStatus:
     def claim(self, earlier: dict[str, Any] | None = None) -> None:
         """Make status.json that of this start; `earlier`: the status of the run it resumes."""
         assert self._ownership.is_held, "own() comes first"
+        if not self.fields:
+            with suppress(OSError):
+                self._before = self.path.read_bytes()
         kept = ("step", "total_steps", "saved_step")
         self.fields = {
             "state": "running",
@@ -49,31 +53,38 @@ class RunStatus:
         self.update()
 
     def update(self, **fields: Any) -> None:
-        """Change fields and write the file; a failed write is repaired by the next one."""
+        """Change fields and write the file, once this start has claimed it.
+
+        A failed write is repaired by the next one.
+        """
         with self._lock:
-            if self._is_final:
+            if self._is_final or not self.fields:
                 return
             self.fields |= fields | {"heartbeat": time.time()}
             with suppress(OSError):  # a full disk is reported by the checkpoint that fails
                 write_text(self.path, dump_json(self.fields))
 
+    def restore_earlier(self) -> None:
+        """Put the file back as an earlier start left it, if there was one; the status is final."""
+        with self._lock:
+            if self._before is None:
+                return
+            self._is_final = True
+            with suppress(OSError), atomic_file(self.path) as temporary:
+                temporary.write_bytes(self._before)
+
     def end(
         self, state: str, exit_code: int, reason: str | None, *, is_final: bool = False
     ) -> None:
-        """Record how this start ended, if it has claimed the folder, and release the folder.
+        """Record how this start ended, if it has claimed the file, and release the folder.
 
         `is_final`: no later call changes the status. The watchdog's is, because the main thread
         runs on until the process ends.
         """
-        if self.fields:
-            self.update(state=state, exit_code=exit_code, reason=reason, ended=time.time())
+        self.update(state=state, exit_code=exit_code, reason=reason, ended=time.time())
         with self._lock:
             self._is_final |= is_final
         self._ownership.release()
-
-    def _on_heartbeat(self) -> None:
-        if self.fields:
-            self.update()
 
 
 def end_for_dead_owner(path: Path, reason: str) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pipeline.errors import RankZeroError
-from pipeline.train.assemble import _checkpoint_to_resume
-from pipeline.train.checkpoint import Checkpoints, Identity, Progress
+from pipeline.train.checkpoint import Checkpoints, Identity, Progress, read_tensors
+from pipeline.train.resume import checkpoint_to_resume
 from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.tensor
@@ -34,8 +34,8 @@ def write(checkpoints, step: int):
 def test_what_is_read_is_what_was_written(checkpoints):
     path = write(checkpoints, 3)
     assert checkpoints.newest() == (path, [])
-    assert checkpoints.read_progress(path) == Progress(step=3, optimizer_step=2)
-    weights, moments = checkpoints.read_tensors(path)
+    assert checkpoints.require_resumable(path) == Progress(step=3, optimizer_step=2)
+    weights, moments = read_tensors(path)
     for found, written in ((weights, WEIGHTS), (moments, MOMENTS)):
         assert found.keys() == written.keys()
         assert all(torch.equal(found[key], written[key]) for key in written)
@@ -92,24 +92,24 @@ def test_a_damaged_checkpoint_is_named_and_skipped(checkpoints, damage):
 
 
 def test_without_an_intact_checkpoint_a_start_is_refused(checkpoints):
-    assert _checkpoint_to_resume(checkpoints, "auto", "resume") == (None, [])
+    assert checkpoint_to_resume(checkpoints, "auto", "resume") == (None, [])
     written = [write(checkpoints, step) for step in (3, 6)]
     for path in written:
         flip("state.json")(path)
     for resume in ("auto", "must"):
         with refused(f"resume: {resume}", *written, "resume: never"):
-            _checkpoint_to_resume(checkpoints, resume, "resume")
-    assert _checkpoint_to_resume(checkpoints, "never", "new") == (None, [])
+            checkpoint_to_resume(checkpoints, resume, "resume")
+    assert checkpoint_to_resume(checkpoints, "never", "new") == (None, [])
 
 
 def test_must_without_a_checkpoint_is_refused(checkpoints):
     with refused("resume: must", "resume: auto"):
-        _checkpoint_to_resume(checkpoints, "must", "resume")
+        checkpoint_to_resume(checkpoints, "must", "resume")
 
 
 def test_a_new_run_resumes_from_nothing_that_an_old_one_left(checkpoints):
     write(checkpoints, 3)
-    assert _checkpoint_to_resume(checkpoints, "auto", "new") == (None, [])
+    assert checkpoint_to_resume(checkpoints, "auto", "new") == (None, [])
 
 
 @pytest.mark.parametrize("broken", ["folder", "file"])
@@ -150,10 +150,10 @@ def test_another_run_is_refused_with_the_differences(checkpoints, tmp_path):
 
     facts = ("base: b -> other", "total_steps: 9 -> 10", "accept_changes: [base, total_steps]")
     with refused(path, *facts):
-        other().read_progress(path)
+        other().require_resumable(path)
     with refused("total_steps: 9 -> 10"):
-        other("base").read_progress(path)
-    assert other("base", "total_steps").read_progress(path).step == 3
+        other("base").require_resumable(path)
+    assert other("base", "total_steps").require_resumable(path).step == 3
 
 
 def test_a_users_own_copies_are_neither_pruned_nor_taken(checkpoints, tmp_path):
@@ -182,7 +182,7 @@ def test_another_adapter_is_refused_whatever_is_accepted(checkpoints, tmp_path):
         accepted=("base", "data", "total_steps"),
     )
     with refused("adapter: lora_r 4 -> lora_r 8") as caught:
-        other.read_progress(path)
+        other.require_resumable(path)
     assert "accept_changes" not in str(caught.value)
 
 
@@ -278,7 +278,7 @@ def test_never_more_on_the_disk_than_predicted(checkpoints, tmp_path, monkeypatc
             assert checkpoints.has_best(progress)
         named = step // 4 * 4
         if named:  # after a kill here the newest checkpoint finds its best adapter
-            resumed = checkpoints.read_progress(checkpoints.newest()[0])
+            resumed = checkpoints.require_resumable(checkpoints.newest()[0])
             assert resumed.step == named
             assert checkpoints.has_best(resumed)
     assert max(seen["step"]) == 2 + 2
@@ -304,7 +304,7 @@ def test_state_json_has_the_schedule_the_versions_and_the_progress(tmp_path):
     state = json.loads((path / "state.json").read_text())
     assert state["schedule"] == {"total_steps": 9}
     assert state["progress"]["documents"] == 12
-    assert checkpoints.read_progress(path) == progress
+    assert checkpoints.require_resumable(path) == progress
 
 
 def foreign(tmp_path, path, **fields) -> Checkpoints:
@@ -316,7 +316,7 @@ def foreign(tmp_path, path, **fields) -> Checkpoints:
 def test_a_checkpoint_of_another_folder_resumes_the_same_data_and_schedule(checkpoints, tmp_path):
     path = write(checkpoints, 3)
     assert foreign(tmp_path, path).newest() == (path, [])
-    assert foreign(tmp_path, path).read_progress(path).step == 3
+    assert foreign(tmp_path, path).require_resumable(path).step == 3
 
 
 @pytest.mark.parametrize("total_steps", [2, 3, 20])
@@ -327,14 +327,14 @@ def test_another_data_set_or_schedule_needs_a_new_run(checkpoints, tmp_path, dat
     identity = replace(IDENTITY, data=data, total_steps=total_steps)
     other = foreign(tmp_path, path, identity=identity, accepted=("data", "total_steps"))
     with refused("resume", path, "total_steps: 9 -> ", "new run", "output_dir"):
-        other.read_progress(path)
+        other.require_resumable(path)
 
 
 @pytest.mark.parametrize("step", [9, 10])
 def test_a_finished_run_of_another_folder_has_no_step_left(checkpoints, tmp_path, step):
     path = write(checkpoints, step)
     with refused(path, f"step {step}", "step 9", "max_steps"):
-        foreign(tmp_path, path).read_progress(path)
+        foreign(tmp_path, path).require_resumable(path)
 
 
 def test_a_run_cannot_be_shortened_below_its_checkpoint(checkpoints, tmp_path):
@@ -344,10 +344,10 @@ def test_a_run_cannot_be_shortened_below_its_checkpoint(checkpoints, tmp_path):
             path.parent, replace(IDENTITY, total_steps=total_steps), 2, accepted=("total_steps",)
         )
         if is_possible:
-            assert shorter.read_progress(path).step == 6
+            assert shorter.require_resumable(path).step == 6
         else:
             with refused(path, "step 6", "step 5", "max_steps"):
-                shorter.read_progress(path)
+                shorter.require_resumable(path)
 
 
 @pytest.mark.parametrize("change", ["name", "shape", "fewer", "more"])
@@ -355,7 +355,7 @@ def test_other_target_modules_are_refused_before_the_model_is_loaded(checkpoints
     path = write(checkpoints, 3)
     shapes = {key: tuple(tensor.shape) for key, tensor in WEIGHTS.items()}
     same = Checkpoints(path.parent, IDENTITY, 2, shapes=dict(shapes))
-    assert same.read_progress(path).step == 3
+    assert same.require_resumable(path).step == 3
     shape = shapes.pop("k.lora_A.weight")
     if change == "name":
         shapes["q.lora_A.weight"] = shape
@@ -364,7 +364,7 @@ def test_other_target_modules_are_refused_before_the_model_is_loaded(checkpoints
     elif change == "more":
         shapes |= {"k.lora_A.weight": shape, "q.lora_A.weight": shape}
     with refused(path, "lora_target_modules", "lora_A.weight"):
-        Checkpoints(path.parent, IDENTITY, 2, shapes=shapes).read_progress(path)
+        Checkpoints(path.parent, IDENTITY, 2, shapes=shapes).require_resumable(path)
 
 
 def test_a_run_of_another_version_names_the_version_that_can_finish_it(tmp_path):
@@ -372,4 +372,4 @@ def test_a_run_of_another_version_names_the_version_that_can_finish_it(tmp_path)
     path = write(Checkpoints(tmp_path / "checkpoints", IDENTITY, 2, about=old), 3)
     now = Checkpoints(tmp_path / "checkpoints", replace(IDENTITY, data="another key"), 2)
     with refused(path, "data: d -> another key", "0.0.9"):
-        now.read_progress(path)
+        now.require_resumable(path)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from pipeline.cluster.stop import StopRequests
-from pipeline.errors import RankZeroError, Stopped
+from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.train.context import RunContext
 from pipeline.train.folder import RunFolder
 from pipeline.train.owner import OWNER, identity
@@ -26,7 +26,7 @@ class Alone:
 @pytest.fixture
 def folder(tmp_path, tiny_model):
     """A folder that this process owns."""
-    plan = make_plan(tiny_model, output_dir=str(tmp_path))
+    plan = make_plan(tiny_model, documents=8, output_dir=str(tmp_path))
     stops = StopRequests(tmp_path, None, is_first=True)
     folder = RunFolder(RunContext(plan=plan, session=Alone(), stops=stops))
     folder.status.own()
@@ -53,6 +53,41 @@ def test_the_status_tells_the_error(folder, error, status):
     with pytest.raises(type(error)), folder.outcome_recorded():
         raise error
     assert final_status(folder) == status
+
+
+def test_a_start_that_is_refused_before_the_folder_is_open_leaves_the_earlier_status(folder):
+    earlier = b'{"state": "stopped", "step": 4}'
+    folder.status.path.write_bytes(earlier)
+    folder.status.claim()
+    folder.status.update(total_steps=9)
+    with pytest.raises(UserError), folder.outcome_recorded():
+        raise UserError("the model class cannot be trained")
+    assert folder.status.path.read_bytes() == earlier
+    assert not (folder.path / OWNER).exists()
+
+
+def test_a_first_start_that_is_refused_says_why(folder):
+    folder.status.claim()
+    with pytest.raises(UserError), folder.outcome_recorded():
+        raise UserError("the model class cannot be trained")
+    assert final_status(folder) == ("failed", 2, "the model class cannot be trained")
+
+
+def test_a_wrong_input_after_the_folder_is_open_is_a_failed_run(folder):
+    folder.status.path.write_text('{"state": "stopped", "step": 4}')
+    folder.start = "resume"
+    folder.open(step=4)
+    with pytest.raises(UserError), folder.outcome_recorded():
+        raise UserError("the base has changed")
+    assert final_status(folder) == ("failed", 2, "the base has changed")
+
+
+def test_a_run_to_be_replaced_stays_until_the_folder_is_open(folder):
+    (folder.path / "metrics.jsonl").touch()
+    folder.status.path.write_text('{"state": "done"}')
+    folder.open(step=0)
+    assert read_status(folder.status.path)["state"] == "running"
+    assert not (folder.path / "metrics.jsonl").exists()
 
 
 def test_a_run_without_an_error_is_done_and_its_folder_free(folder):

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.errors import RankZeroError
 from pipeline.plan.cost.stopping import slow_stop_warning
-from pipeline.train.checkpoint import Checkpoints, Identity, Progress
+from pipeline.train.checkpoint import Checkpoints, Identity, Progress, read_progress
 from pipeline.train.writer import CheckpointWriter
 from tests.messages import assert_mentions, refused
 
@@ -53,7 +53,7 @@ def test_training_does_not_wait_and_only_one_write_is_in_flight(writer, checkpoi
     assert writer.wait() is None
     assert written == [3, 4]
     assert checkpoints.newest()[0].name == "step-00000004"
-    assert checkpoints.read_progress(checkpoints.newest()[0].with_name("step-00000003")).step == 3
+    assert read_progress(checkpoints.newest()[0].with_name("step-00000003")).step == 3
 
 
 def test_a_failed_write_is_reported_once_and_repaired_by_the_next(writer, checkpoints, tmp_path):

@@ -1,0 +1,92 @@
+"""The checkpoint from which a start resumes, compared with this run before torch is imported."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline import __version__
+from pipeline.errors import UserError
+from pipeline.model.fingerprint import base_fingerprint, require_base_of_run
+from pipeline.plan.plan import Plan
+from pipeline.train.checkpoint import Checkpoints, Identity
+from pipeline.train.start import Start, is_checkpoint_path, settings_hash
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "safetensors")
+
+
+def checkpoints_of(folder: Path, plan: Plan, start: Start, data: str) -> Checkpoints:
+    """The checkpoints of a run folder, for a run with this plan; reads the whole base.
+
+    `data`: key of the training documents. Raises UserError if the run began with another base.
+    """
+    settings = plan.settings
+    if start == "resume" and "base" not in settings.accept_changes:
+        base = require_base_of_run(folder, settings.model_folder)
+    else:
+        base = base_fingerprint(settings.model_folder).digest
+    shapes = _lora_shapes(plan)
+    identity = Identity(
+        data=data,
+        base=base,
+        total_steps=None if plan.schedule is None else plan.schedule.total_steps,
+        adapter=f"lora_r {settings.lora_r}, lora_alpha {settings.alpha:g}, "
+        f"{len(shapes)} tensors of {plan.trainable} parameters",
+    )
+    is_named = is_checkpoint_path(settings.resume)
+    return Checkpoints(
+        folder / "checkpoints",
+        identity,
+        settings.save_total_limit,
+        accepted=settings.accept_changes,
+        origin=str(Path(settings.resume).resolve()) if is_named else None,
+        shapes=shapes,
+        model_folder=settings.model_folder,
+        about=_about(plan),
+    )
+
+
+def checkpoint_to_resume(
+    checkpoints: Checkpoints, resume: str, start: Start
+) -> tuple[Path | None, list[str]]:
+    """The newest intact checkpoint or None, and a log line for each damaged one.
+
+    A new run starts from the checkpoint of `resume: PATH`, never from those that it replaces.
+    Raises UserError if this run cannot resume from the checkpoint.
+    """
+    path, notes = checkpoints.newest() if start == "resume" else (checkpoints.intact_origin(), [])
+    if path is not None:
+        checkpoints.require_resumable(path)
+    elif resume == "must" and not notes:
+        raise UserError("resume: must, but there is no checkpoint; set resume: auto to start")
+    elif notes:
+        raise UserError(
+            f"resume: {resume}, but no checkpoint is intact: {'; '.join(notes)}; put one back, "
+            "or set resume: never to start from step 0"
+        )
+    return path, notes
+
+
+def _lora_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the LoRA matrices in the adapter file: A is (r, d_in), B is (d_out, r)."""
+    r, shapes = plan.settings.lora_r, dict[str, tuple[int, ...]]()
+    for name, linear in plan.shape.targeted(plan.settings.lora_target_modules):
+        shapes[f"base_model.model.{name}.lora_A.weight"] = (r, linear.d_in)
+        shapes[f"base_model.model.{name}.lora_B.weight"] = (linear.d_out, r)
+    return shapes
+
+
+def _about(plan: Plan) -> dict[str, Any]:
+    """Information for users in state.json; a resume does not read it."""
+    settings = plan.settings
+    schedule = {} if plan.schedule is None else vars(plan.schedule)
+    return {
+        "schedule": {
+            **schedule,
+            "lr": settings.lr,
+            "min_lr_ratio": settings.min_lr_ratio,
+            "lr_scheduler_type": settings.lr_scheduler_type,
+            "global_batch_size": plan.layout.global_batch_size,
+        },
+        "settings_sha256": settings_hash(plan),
+        "versions": {"rankzero": __version__} | {name: version(name) for name in _PACKAGES},
+    }

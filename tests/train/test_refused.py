@@ -1,0 +1,109 @@
+"""A start that is refused (exit code 2) leaves the run folder as it was, byte for byte."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests import ROOT
+from tests.cli.test_bad_input import SCRIPT
+from tests.messages import assert_mentions
+from tests.tiny import make_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def unfinished(tiny_model, tmp_path_factory) -> Path:
+    """A folder with the model, the rows, and a run with checkpoints of steps 2 and 4 of 6."""
+    workspace = tmp_path_factory.mktemp("refused")
+    shutil.copytree(tiny_model, workspace / "model")
+    make_rows(workspace / "train.jsonl")
+    code, output = train(workspace, save_steps=2)
+    assert code == 0, output
+    shutil.rmtree(workspace / "run/checkpoints/step-00000006")
+    shutil.rmtree(workspace / "run/adapter")
+    status = json.loads((workspace / "run/status.json").read_text())
+    (workspace / "run/status.json").write_text(json.dumps(status | {"state": "stopped", "step": 4}))
+    return workspace
+
+
+@pytest.fixture
+def case(unfinished, tmp_path) -> Path:
+    """A copy in which a test may change something."""
+    return Path(shutil.copytree(unfinished, tmp_path / "copy"))
+
+
+def train(workspace: Path, **change) -> tuple[int, str]:
+    settings = {
+        "model": "model", "train_data": "train.jsonl", "output_dir": "run", "max_steps": 6,
+        "global_batch_size": 4, "batch_size": 1, "max_length": 64, "lora_r": 4, "packing": False,
+        "bf16": False, "lr": 1e-3,
+    }  # fmt: skip
+    (workspace / "RUN.yaml").write_text(yaml.safe_dump(settings | change))
+    script = SCRIPT.replace("launch/train.py", str(ROOT / "launch/train.py"))
+    ended = subprocess.run(
+        [sys.executable, "-c", script, "RUN.yaml"], cwd=workspace, check=False, text=True,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return ended.returncode, ended.stdout
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def assert_refused(workspace: Path, *facts: object, **change) -> None:
+    before = content(workspace / "run")
+    code, output = train(workspace, **change)
+    assert code == 2, output
+    assert_mentions(output, *facts)
+    assert "Traceback" not in output
+    assert "NO-TORCH" in output
+    assert content(workspace / "run") == before
+
+
+def test_a_base_in_which_one_tensor_differs(case):
+    weights = load_file(case / "model/model.safetensors")
+    name = next(name for name in weights if "down_proj" in name)
+    weights[name][3, 5] += 0.25
+    save_file(weights, case / "model/model.safetensors", metadata={"format": "pt"})
+    assert_refused(case, "base", name, "accept_changes: [base]")
+
+
+def test_a_base_that_differs_from_the_checkpoint_alone(case):
+    """base.json is lost: the checkpoint's own identity is compared."""
+    (case / "run/base.json").unlink()
+    config = json.loads((case / "model/config.json").read_text())
+    (case / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    assert_refused(case, "step-00000004", "base:", "accept_changes: [base]")
+
+
+def test_a_checkpoint_of_more_steps_than_this_run_has(case):
+    change = {"max_steps": 3, "accept_changes": ["total_steps"]}
+    assert_refused(case, "step-00000004", "step 4", "step 3", "max_steps", **change)
+
+
+def test_a_checkpoint_of_another_run_with_other_targets(case):
+    change = {
+        "output_dir": "other", "resume": "run/checkpoints/step-00000004",
+        "lora_target_modules": ["k_proj", "q_proj"],
+    }  # fmt: skip
+    assert_refused(case, "resume", "step-00000004", **change)
+    assert not content(case / "other")
+
+
+def test_what_was_refused_resumes_once_the_cause_is_gone(case):
+    assert train(case, max_steps=3, accept_changes=["total_steps"])[0] == 2
+    code, output = train(case)
+    assert code == 0, output
+    assert_mentions(output, "resuming from step 4")
+    assert (case / "run/adapter").is_dir()
