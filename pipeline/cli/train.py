@@ -25,7 +25,7 @@ def train() -> None:
 
 def main() -> None:
     """Run the verb and leave the process with its exit code."""
-    run_main(train, tracebacks="--debug" in sys.argv)
+    run_main(train, tracebacks="--debug" in sys.argv, needs_output=False)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """How a process of a run ends: one message, the exit code of the error, no rank left hanging."""
 
+import errno
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from tempfile import gettempdir
 from typing import Any, NoReturn, TextIO
 
 from pipeline.cluster.logs import configure_logging, current_rank
@@ -25,13 +28,17 @@ _CONNECTION_ERRORS = (
 )  # fmt: skip
 
 
-def run_main(body: Callable[[], None], *, tracebacks: bool = False) -> NoReturn:
+def run_main(
+    body: Callable[[], None], *, tracebacks: bool = False, needs_output: bool = True
+) -> NoReturn:
     """Run a verb and end the process with the exit code of its outcome.
 
     All ranks raise the same RankZeroError, so local rank 0 prints its message and the other ranks
-    wait for their launcher to end them. Any other exception is a defect of the project or of a
-    library and is shown with its traceback.
+    wait for their launcher to end them. An error of the file system is a message that names the
+    file. Any other exception is a defect of the project or of a library and is shown with its
+    traceback. `needs_output`: lost output, as on a full disk, is exit code 1.
     """
+    out = _guard_output()
     configure_logging()
     try:
         body()
@@ -49,8 +56,14 @@ def run_main(body: Callable[[], None], *, tracebacks: bool = False) -> NoReturn:
         if is_lost_connection(error) and not tracebacks:
             time.sleep(_GRACE_S)  # the watchdog ends this process once it knows the dead rank
             _report(f"rank {current_rank()}: lost its connection to another rank: {error}")
+        elif (text := _file_error(error)) and not tracebacks:
+            _report(f"rank {current_rank()}: {text}")
         else:
             _report(f"rank {current_rank()}: unexpected error\n{traceback.format_exc()}")
+        _flush_and_end(1)
+    out.flush()
+    if out.lost is not None and needs_output:
+        _report(f"standard output: {out.lost.strerror}: a part of the output is lost")
         _flush_and_end(1)
     _flush_and_end(0)
 
@@ -63,28 +76,59 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-class _ForgivingStream:
-    """Drops output that a closed terminal or a full disk does not take."""
+class _GuardedStream:
+    """Drops output that a closed terminal, a closed pipe or a full disk does not take.
+
+    `lost`: the error by which output was lost although somebody may want it, as on a full disk.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
+        with self._losses_noted():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError):
+        with self._losses_noted():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
+    @contextmanager
+    def _losses_noted(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # the reader or the terminal is gone
+                self.lost = error
 
-def ignore_output_errors() -> None:
-    """From now on output that cannot be written does not end this process."""
-    sys.stdout, sys.stderr = _ForgivingStream(sys.stdout), _ForgivingStream(sys.stderr)
+
+def _guard_output() -> _GuardedStream:
+    """From now on output that cannot be written or encoded raises no error. Returns stdout's."""
+    guarded = []
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:  # closed by the caller: opened, so that no other file gets its number
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PLW2901, PTH123, SIM115
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+        guarded.append(_GuardedStream(stream))
+    sys.stdout, sys.stderr = guarded
+    return guarded[0]
+
+
+def _file_error(error: Exception) -> str | None:
+    """The message for an error of the file system; None for any other."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return None
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"a file could not be written: {error.strerror} (TMPDIR is {gettempdir()})"
+    return None
 
 
 def is_lost_connection(error: BaseException) -> bool:

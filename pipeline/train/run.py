@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.cluster.devices import detect_hardware, missing_gpus, set_environment
-from pipeline.cluster.exits import ignore_output_errors
 from pipeline.cluster.launcher import watch_launchers
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
@@ -36,7 +35,6 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     # Until all ranks have met, Ctrl-C just ends this process. Python would only note it while torch
     # waits for the others, and a shell's `&` has switched it off.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    ignore_output_errors()
     settings = requeued_settings(settings, os.environ)
     settings = debug_settings(settings) if is_debug else settings
     with ExitStack() as stack:

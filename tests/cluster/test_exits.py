@@ -1,5 +1,6 @@
 """How a process ends: exit codes, and one message however many ranks."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 import pytest
 
 from tests import ROOT
+from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
 
@@ -49,6 +51,51 @@ def test_a_defect_shows_its_traceback_and_rank():
     assert result.returncode == 1
     assert "rank 3: unexpected error" in result.stderr
     assert "ZeroDivisionError" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error", ["FileNotFoundError(2, 'No such file or directory', 'a/b')", "OSError(28, 'No space')"]
+)
+def test_an_error_of_the_file_system_is_one_message(error):
+    result = end(f"raise {error}")
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert ("a/b" if "a/b" in error else "No space") in result.stderr
+    assert "Traceback" in end(f"raise {error}", tracebacks=True).stderr
+
+
+PRINT = "[print('line', i) for i in range(100_000)]"
+
+
+def into(stdout, body: str = PRINT, closed: bool = False) -> tuple[int, str]:
+    result = subprocess.run(
+        [sys.executable, "-c", CODE.format(body=body, tracebacks=False)],
+        stdout=stdout, stderr=subprocess.PIPE, text=True, check=False,
+        preexec_fn=(lambda: os.close(1)) if closed else None,
+    )  # fmt: skip
+    return result.returncode, result.stderr
+
+
+@pytest.mark.parametrize(("body", "code"), [("", 0), ("; raise UserError('line 3: no')", 2)])
+def test_a_reader_that_ends_early_changes_neither_exit_code_nor_message(body, code):
+    readable, writable = os.pipe()
+    os.close(readable)
+    assert into(writable, PRINT + body) == (code, "line 3: no\n" if code else "")
+    os.close(writable)
+    assert into(None, PRINT + body, closed=True) == (code, "line 3: no\n" if code else "")
+
+
+def test_output_that_a_full_disk_does_not_take_is_an_error():
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        code, message = into(full)
+    assert code == 1
+    assert_mentions(message, "standard output", "No space left on device")
+    assert len(message.splitlines()) == 1
+
+
+def test_text_that_the_terminal_cannot_encode_is_escaped():
+    result = end(r"print('\u00e9\udcff')", PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stdout) == (0, "\\xe9\\udcff\n")
 
 
 def test_debug_shows_the_traceback_of_an_error():
