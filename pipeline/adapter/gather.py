@@ -1,8 +1,9 @@
-"""Gather adapter weights and Adam moments from a ZeRO engine to rank 0, and restore them.
+"""Gathering of adapter weights and Adam moments from a ZeRO engine to rank 0, and restoring them.
 
-All private access to DeepSpeed's ZeRO optimizers is in this file; tests/adapter/test_gather.py and
-tests/train/test_scaler.py pin it. Only trainable parameters are touched: at ZeRO-3 the base stays
-sharded. Facts are of DeepSpeed 0.19.8.
+Private attributes of DeepSpeed's ZeRO optimizers are used only in this file;
+tests/adapter/test_gather.py and tests/train/test_scaler.py detect when they change. Only trainable
+parameters are gathered, so at ZeRO-3 the base stays sharded. Facts about DeepSpeed hold for version
+0.19.8.
 """
 
 from collections.abc import Mapping
@@ -23,12 +24,12 @@ from torch import nn
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Tensors = dict[str, torch.Tensor]
 
-# State of DeepSpeed's DynamicLossScaler (runtime/fp16/loss_scaler.py).
+# Attributes with the state of DeepSpeed's DynamicLossScaler (runtime/fp16/loss_scaler.py).
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def gather_weights(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> Tensors:
-    """fp32 masters on the CPU if `keep` (rank 0), else nothing. Collective: every rank."""
+    """The fp32 master weights on the CPU; nothing on ranks without `keep`. Collective."""
     weights: Tensors = {}
     for key, parameter in parameters.items():
         full = safe_get_full_fp32_param(parameter)
@@ -38,9 +39,9 @@ def gather_weights(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> Ten
 
 
 def gather_moments(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> Tensors:
-    """Adam's moments under `KEY/exp_avg` and `KEY/exp_avg_sq`, after the first step.
+    """Adam's moments on the CPU, under `KEY/exp_avg` and `KEY/exp_avg_sq`. Collective.
 
-    Collective: every rank.
+    Nothing is returned on ranks without `keep`. Adam has moments only after its first step.
     """
     moments: Tensors = {}
     for key, parameter in parameters.items():
@@ -53,7 +54,7 @@ def gather_moments(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> Ten
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerState:
-    """Adam's moments, its number of steps, and the loss scaler's state (fp16)."""
+    """Adam's moments and number of steps, and the state of the loss scaler (fp16)."""
 
     moments: Mapping[str, torch.Tensor]
     step: int
@@ -66,9 +67,9 @@ def restore(
     weights: Mapping[str, torch.Tensor],
     state: OptimizerState,
 ) -> None:
-    """Load full tensors into a newly built engine of any stage and world size.
+    """Load full tensors into a new engine of any ZeRO stage and world size.
 
-    Collective: every rank, each with the full tensors.
+    Collective: every rank passes the full tensors.
     """
     zero = engine.optimizer
     is_sharded = engine.zero_optimization_stage() == 3
@@ -84,7 +85,7 @@ def restore(
         _set(parameter, weights[key], None, is_sharded=is_sharded)
         for moment in MOMENTS:
             _set(parameter, state.moments[f"{key}/{moment}"], moment, is_sharded=is_sharded)
-    # The low-precision copies that the next forward pass reads are still the initial ones.
+    # Update the weights in the training dtype, which still have their initial values.
     if is_sharded:
         for group in range(len(masters)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
@@ -115,8 +116,8 @@ def is_at_smallest_scale(engine: Any) -> bool:
     return not is_scaled(engine) or scaler.cur_scale <= scaler.min_scale
 
 
-def count_overflows_ourselves(engine: Any) -> None:
-    """Keep DeepSpeed from raising at the smallest scale: the loop ends after three bad steps."""
+def disable_scale_error(engine: Any) -> None:
+    """Stop DeepSpeed from raising at the smallest loss scale; the loop counts overflows itself."""
     if is_scaled(engine):
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
@@ -142,8 +143,8 @@ def _set(
         else:
             safe_set_full_optimizer_state(parameter, value, moment)
         return
-    # DeepSpeed's setter of full tensors fails where a shard is padded (stage3.py:3196), so it is
-    # sliced here.
+    # The tensor is sliced here, because DeepSpeed's setter for full tensors fails if a shard is
+    # padded (stage3.py:3196).
     size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
     rank = torch.distributed.get_rank()
     flat = value.flatten()

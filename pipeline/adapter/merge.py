@@ -1,7 +1,7 @@
-"""Merge an adapter into its base, one tensor in memory at a time.
+"""Merging of an adapter into its base, with one tensor at a time in memory.
 
-Header, tensor order, dtypes and all unadapted bytes of a shard are copied, so that index, tied
-embeddings and metadata stay valid. torch is imported only after all inputs have been checked.
+The header of each shard and all tensors without an adapter are copied byte by byte, so that index,
+tied embeddings and metadata stay valid. torch is imported only after all inputs have been checked.
 """
 
 import logging
@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MARKER = "rankzero_merge.json"  # what was merged; also marks the folder as replaceable
+# File with the record of a merge. A folder with this file may be replaced by another merge.
+MARKER = "rankzero_merge.json"
 _CHUNK_BYTES = 2**24
-# Weights in other formats, which would still be those of the base.
+# Suffixes of files with weights. Weights in other formats are not copied, because they are not
+# merged.
 _NOT_COPIED = {
     ".safetensors", ".bin", ".gguf", ".ggml", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx",
     ".onnx_data", ".tflite", ".npz",
@@ -44,7 +46,10 @@ _FOLDERS = ("additional_chat_templates",)
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """Result of a merge. The change of a weight is |W' - W| / |W|, in Frobenius norms."""
+    """Result of a merge.
+
+    `largest_change`: largest |W' - W| / |W| in Frobenius norms, of the weight `most_changed`.
+    """
 
     shards: int
     tensors_merged: int
@@ -55,10 +60,10 @@ class MergeReport:
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeReport:
-    """Write base + adapter as an ordinary model folder in the dtype of the base.
+    """Write the sum of base and adapter as a model folder, in the dtype of the base.
 
-    Raises UserError, before anything is written, where base and adapter are not compatible, and
-    RankZeroError where a merged weight is not finite; an earlier `out` is then unchanged.
+    Raises UserError if base and adapter are not compatible, before anything is written. Raises
+    RankZeroError if a merged weight is not finite; an earlier folder `out` then stays unchanged.
     """
     start = time.perf_counter()
     model = read_base(base)
@@ -74,15 +79,15 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeReport:
                 target = fresh / path.relative_to(base)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
-            if (adapter / CHAT_TEMPLATE).is_file():  # the one used in training
+            if (adapter / CHAT_TEMPLATE).is_file():  # the template used in training
                 shutil.copyfile(adapter / CHAT_TEMPLATE, fresh / CHAT_TEMPLATE)
-            most = max(changes, key=changes.__getitem__)
+            most_changed = max(changes, key=changes.__getitem__)
             report = MergeReport(
                 shards=len(model.files),
                 tensors_merged=len(changes),
                 num_bytes=model.num_bytes,
-                largest_change=changes[most],
-                most_changed=most,
+                largest_change=changes[most_changed],
+                most_changed=most_changed,
                 seconds=time.perf_counter() - start,
             )
             _write_marker(fresh, base, adapter, report)
@@ -100,28 +105,28 @@ def _merge_shards(base: Base, adapter: Adapter, folder: Path) -> dict[str, float
 
 
 def _merge_shard(shard: TensorFile, adapter: Adapter, target: Path) -> dict[str, float]:
-    """Copy a shard and add the adapter to its targets; returns the change of each."""
+    """Write a shard with the adapter added; returns the relative change of each adapted weight."""
     changes: dict[str, float] = {}
     with (
         shard.path.open("rb") as source,
-        adapter.file.path.open("rb") as lora,
-        target.open("wb") as sink,
+        adapter.file.path.open("rb") as adapter_file,
+        target.open("wb") as merged_file,
     ):
-        sink.write(shard.header)
+        merged_file.write(shard.header)
         for key, entry in shard.entries.items():
             if (update := adapter.updates.get(key)) is None:
-                _copy_range(source, sink, entry)
+                _copy_range(source, merged_file, entry)
                 continue
-            parts = {name: _read(lora, part).float() for name, part in update.parts.items()}
+            parts = {name: _read(adapter_file, part).float() for name, part in update.parts.items()}
             merged, changes[key] = _merge_tensor(_read(source, entry), update, parts, key)
-            sink.write(_bytes(merged))
+            merged_file.write(_bytes(merged))
     return changes
 
 
 def _merge_tensor(
     weight: "torch.Tensor", update: LayerUpdate, parts: Mapping[str, "torch.Tensor"], key: str
 ) -> tuple["torch.Tensor", float]:
-    """Merge in fp32 and round once to the dtype of the weight; returns the relative change too."""
+    """The merged weight, computed in fp32 and rounded once, and its relative change."""
     from pipeline.adapter.merge_layer import merge_layer
 
     before = weight.float()
@@ -152,37 +157,37 @@ def _bytes(tensor: "torch.Tensor") -> memoryview:
     return tensor.contiguous().view(torch.uint8).numpy().data
 
 
-def _copy_range(source: BinaryIO, sink: BinaryIO, entry: Entry) -> None:
+def _copy_range(source: BinaryIO, target: BinaryIO, entry: Entry) -> None:
     source.seek(entry.start)
     remaining = entry.end - entry.start
     while remaining:
         chunk = source.read(min(remaining, _CHUNK_BYTES))
         if not chunk:
-            raise RankZeroError(f"{source.name}: truncated while it was read")
-        sink.write(chunk)
+            raise RankZeroError(f"{source.name}: the file was truncated while it was read")
+        target.write(chunk)
         remaining -= len(chunk)
 
 
 def _check(base: Base, fresh: Path) -> None:
-    """Read every shard back: header, keys, dtypes and shapes must be those of the base."""
+    """Raise RankZeroError unless each written shard has the header and tensors of its source."""
     from safetensors import SafetensorError, safe_open
 
     for shard in base.files:
         path = fresh / shard.path.name
         try:
             if read_header(path).header != shard.header:
-                raise RankZeroError(f"{path}: the header is not that of {shard.path}")
+                raise RankZeroError(f"{path}: the header differs from that of {shard.path}")
             with safe_open(path, framework="pt") as file:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
                 kinds = {k: (s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
         except (OSError, SafetensorError, UserError) as error:
             raise RankZeroError(f"{path}: cannot be read back: {error}") from error
         if kinds != {key: (entry.dtype, entry.shape) for key, entry in shard.entries.items()}:
-            raise RankZeroError(f"{path}: keys, dtypes or shapes are not those of {shard.path}")
+            raise RankZeroError(f"{path}: keys, dtypes or shapes differ from {shard.path}")
 
 
 def _other_files(base: Path) -> list[Path]:
-    """Files of the base to copy: everything but weights and README."""
+    """Files of the base that a merge copies: all except weights, hidden files and README."""
     files = [path for path in sorted(base.iterdir()) if path.is_file() and _is_copied(path)]
     for name in _FOLDERS:
         files += [path for path in sorted((base / name).glob("*")) if path.is_file()]
@@ -214,21 +219,24 @@ def _files(folder: Path) -> list[str]:
 
 
 def _require_replaceable(out: Path, base: Path, adapter: Path) -> None:
-    """Raise UserError for a folder that was not written by a merge: it is never replaced."""
+    """Raise UserError if `out` has files that were not written by a merge; they are never replaced.
+
+    `out` may also not contain the base or the adapter.
+    """
     for folder in (base, adapter):
         if folder.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"{out}: writing there would replace {folder}; give another --out")
+            raise UserError(f"{out}: writing there would replace {folder}; set another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        ours = set(read_json(out / MARKER)["files"])
+        written = set(read_json(out / MARKER)["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{out} exists and was not written by a merge; remove it or give another --out"
+            f"{out} exists and was not written by a merge; remove it or set another --out"
         ) from None
-    if foreign := [name for name in _files(out) if name not in ours]:
+    if others := [name for name in _files(out) if name not in written]:
         raise UserError(
-            f"{out} holds {foreign[0]}, which no merge wrote; move it or give another --out"
+            f"{out} has a file that no merge wrote, {others[0]}; move it or set another --out"
         )
 
 
@@ -239,6 +247,6 @@ def _require_space(out: Path, need: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < need:
         raise UserError(
-            f"{parent}: the merged model needs {need / 2**30:.1f} GiB and {free / 2**30:.1f} "
-            "are free; free some space or give another --out"
+            f"{parent}: the merged model needs {need / 2**30:.1f} GiB, but only "
+            f"{free / 2**30:.1f} GiB are free; free some space or set another --out"
         )

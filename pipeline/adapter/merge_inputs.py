@@ -1,6 +1,7 @@
-"""The inputs of a merge, read from headers only: base shards, layer updates, their compatibility.
+"""Inputs of a merge: shards of the base, layer updates of the adapter, and their compatibility.
 
-No torch: a wrong folder or another model's adapter is refused before torch is imported.
+Only headers of files are read, without torch, so that a wrong folder or an adapter of another model
+is refused quickly.
 """
 
 import difflib
@@ -25,10 +26,10 @@ from pipeline.plan.given.adapter_counts import pattern_value
 
 CHAT_TEMPLATE = "chat_template.jinja"
 _PREFIX = "base_model.model."
-# Ends of peft's keys, and the part of a LoRA layer that each holds.
+# Suffixes of peft's keys -> the tensor of a LoRA layer that has this key.
 _PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "magnitude"}
-_TIED_ENDS = ("lm_head", "embed_tokens")
-# Keys of adapter_config.json without influence on the merged weights; all others must be empty,
+_TIED_NAMES = ("lm_head", "embed_tokens")
+# Keys of adapter_config.json without influence on the merged weights. All other keys must be empty,
 # except those that `read_adapter` reads.
 _WITHOUT_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
@@ -43,7 +44,7 @@ _READ = {
 
 @dataclass(frozen=True)
 class Base:
-    """A model folder; `files` are the shards that transformers loads."""
+    """A base to merge into. `files`: the shards that transformers loads."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -84,13 +85,16 @@ class Adapter:
 
 
 def read_base(folder: Path) -> Base:
-    """Raises UserError unless the folder holds a complete, unquantised safetensors model."""
+    """Read the headers of a base.
+
+    Raises UserError unless the folder has a complete, unquantised safetensors model.
+    """
     config = _read_json(folder / "config.json", "base")
     if method := config.get("quantization_config") or config.get("compression_config"):
         name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
         raise UserError(
             f"base: {folder} is already quantised ({name}), so an adapter cannot be added to it "
-            "exactly; give the 16-bit model with --base"
+            "exactly; name the 16-bit model with --base"
         )
     files = tuple(read_header(path) for path in weight_files(folder, "base"))
     if files[0].path.name == SINGLE:
@@ -106,12 +110,15 @@ def read_base(folder: Path) -> Base:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Raises UserError unless the folder holds LoRA layers that `merge_layer` can merge."""
+    """Read the headers of an adapter.
+
+    Raises UserError unless the folder has LoRA layers that `merge_layer` can merge.
+    """
     config = _read_json(folder / "adapter_config.json", "adapter")
     _require_mergeable(folder, config)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
-        raise UserError(f"adapter: {folder} holds no {path.name}, the only format that is read")
+        raise UserError(f"adapter: {folder} has no {path.name}, the only format that is supported")
     file = read_header(path)
     layers: dict[str, dict[str, Entry]] = {}
     for key, entry in file.entries.items():
@@ -180,19 +187,19 @@ def require_compatible(base: Base, adapter: Adapter) -> None:
     """Raise UserError unless every layer update has a mergeable weight of its shape in the base."""
     entries = base.entries
     mismatch = f"adapter {adapter.file.path.parent} does not belong to base {base.folder}"
-    # config.json omits the key where tying is the default of the model class.
+    # config.json omits this key if tying is the default of the model's class.
     is_tied = base.config.get("tie_word_embeddings", "lm_head.weight" not in entries)
     for key in adapter.updates:
-        if is_tied and key.removesuffix(".weight").rsplit(".", 1)[-1] in _TIED_ENDS:
+        if is_tied and key.removesuffix(".weight").rsplit(".", 1)[-1] in _TIED_NAMES:
             raise UserError(
                 f"adapter: {adapter.file.path.parent} changes {key}, which the base ties to "
-                "another; one side of a pair would be lost when the merged model is loaded"
+                "another tensor; one of the two would be lost when the merged model is loaded"
             )
     if missing := [key for key in adapter.updates if key not in entries]:
         near = difflib.get_close_matches(missing[0], entries, n=3) or list(entries)[:3]
         raise UserError(
             f"{mismatch}: {len(missing)} of {len(adapter.updates)} weights are not in the base, "
-            f"the first is {missing[0]}; the base has {', '.join(near)}"
+            f"the first is {missing[0]}; names of the base: {', '.join(near)}"
         )
     for key, update in adapter.updates.items():
         entry, shape = entries[key], update.shape
@@ -208,29 +215,30 @@ def require_compatible(base: Base, adapter: Adapter) -> None:
 
 
 def _require_mergeable(folder: Path, config: Mapping[str, Any]) -> None:
-    where = f"adapter: {folder}"
+    place = f"adapter: {folder}"
     r, alpha = config.get("r"), config.get("lora_alpha")
     is_lora = config.get("peft_type") == "LORA" and isinstance(r, int) and r > 0
     if not is_lora or not isinstance(alpha, int | float):
-        raise UserError(f"{where}: adapter_config.json does not describe a LoRA adapter")
+        raise UserError(f"{place}: adapter_config.json does not describe a LoRA adapter")
     if config.get("bias", "none") != "none":
-        raise UserError(f"{where}: bias is {config['bias']!r}; only weights can be merged")
+        raise UserError(f"{place}: bias is {config['bias']!r}, but only weights can be merged")
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
         raise UserError(
-            f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which changed the "
-            "base before the training; merge it with peft"
+            f"{place}: init_lora_weights is {config['init_lora_weights']!r}, which changed the "
+            "base before training; merge the adapter with peft"
         )
     for key in sorted(config.keys() - _WITHOUT_EFFECT - _READ):
         if config[key]:
             raise UserError(
-                f"{where}: {key} is {config[key]!r}, which is not merged here; merge it with peft"
+                f"{place}: merging does not support {key}: {config[key]!r}; merge the adapter with "
+                "peft"
             )
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any]:
+def _read_json(path: Path, setting: str) -> dict[str, Any]:
     try:
         return read_json(path)
     except FileNotFoundError:
-        raise UserError(f"{what}: {path.parent} holds no {path.name}") from None
+        raise UserError(f"{setting}: {path.parent} has no {path.name}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{what}: {path}: not readable as a JSON object: {error}") from None
+        raise UserError(f"{setting}: {path}: not readable as a JSON object: {error}") from None

@@ -1,6 +1,7 @@
-"""Products of a run's adapter: merged/, score.json and report.html. No torch.
+"""Products made from a run's adapter: merged/, score.json and report.html. No torch.
 
-After an extension of a run they are of the adapter before; they are marked, never removed.
+If a run is extended, its adapter changes and these products are outdated. They are marked as
+outdated, never removed.
 """
 
 import logging
@@ -14,18 +15,18 @@ from pipeline.files import dump_json, read_json, write_text
 logger = logging.getLogger(__name__)
 
 OUTDATED = "outdated"  # key in rankzero_merge.json and score.json
-_NOTE = "of an earlier adapter of this run; make it again"
+_NOTE = "made from an earlier adapter of this run; make it again"
 _BANNER = f'<body>\n<p class="off"><b>Outdated:</b> {_NOTE}.</p>\n'
 
 
 def mark_outdated(run_folder: Path) -> None:
-    """Mark products that were not made from the adapter that is in the run folder now."""
-    now = adapter_sha256(run_folder / "adapter")
+    """Mark the products that were not made from the present adapter of the run."""
+    sha256 = adapter_sha256(run_folder / "adapter")
     marked = []
     for name in (f"merged/{MARKER}", "score.json"):
         with suppress(OSError, ValueError):
             record = read_json(run_folder / name)
-            if record.get("adapter_sha256") != now:
+            if record.get("adapter_sha256") != sha256:
                 write_text(run_folder / name, dump_json(record | {OUTDATED: _NOTE}))
                 marked.append(name)
     report = run_folder / "report.html"
@@ -39,7 +40,7 @@ def mark_outdated(run_folder: Path) -> None:
 
 
 def is_merged_from(run_folder: Path) -> bool | None:
-    """Whether merged/ was made from the run's adapter; None where the merge recorded no hash."""
+    """Whether merged/ was made from the present adapter; None if the merge recorded no hash."""
     try:
         recorded = read_json(run_folder / "merged" / MARKER).get("adapter_sha256")
     except (OSError, ValueError):

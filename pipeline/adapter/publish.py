@@ -1,6 +1,7 @@
-"""Publish an adapter as a PEFT folder that loads anywhere: weights, config, tokenizer, card.
+"""Publishing of an adapter as a PEFT folder: weights, config, tokenizer, model card.
 
-It is written to a temporary sibling, read back and checked before it replaces an earlier one.
+The folder is written to a temporary sibling, read back and verified before it replaces an earlier
+one.
 """
 
 import json
@@ -52,9 +53,10 @@ def publish_adapter(
     step: int,
     base: Fingerprint,
 ) -> None:
-    """Write the adapter folder, on rank 0 only. Tensors are fp32, on the CPU, under peft's keys.
+    """Write the adapter folder, on rank 0 only.
 
-    Raises RankZeroError where a check fails; an earlier adapter is then still in place.
+    `tensors`: fp32 weights on the CPU, under the keys of peft's adapter file. Raises RankZeroError
+    if a check fails; an earlier adapter then remains unchanged.
     """
     settings, expected = plan.settings, expected_shapes(plan)
     config = adapter_config(settings)
@@ -64,7 +66,7 @@ def publish_adapter(
     def check(fresh: Path) -> None:
         verify_adapter_file(fresh / WEIGHTS, expected, trained=True)
         if read_json(fresh / _CONFIG) != config:
-            raise RankZeroError(f"{folder / _CONFIG}: reads back differently than it was written")
+            raise RankZeroError(f"{folder / _CONFIG}: has another content after it was written")
 
     try:
         with atomic_folder(folder, check) as fresh:
@@ -74,14 +76,14 @@ def publish_adapter(
             (fresh / _CARD).write_text(model_card(plan, step, base), encoding="utf-8")
             write_trained_on(fresh, settings, base)
             _copy_tokenizer(settings.model_folder, fresh)
-            if (template := chat_template_of(settings)) is not None:  # not the base's own
+            if (template := chat_template_of(settings)) is not None:  # replaces the base's template
                 (fresh / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise RankZeroError(f"{folder}: the adapter cannot be written: {error}") from error
 
 
 def adapter_config(settings: RunSettings) -> dict[str, Any]:
-    """Contents of adapter_config.json in peft's own format, sets as sorted lists."""
+    """Content of adapter_config.json in peft's format, with sorted lists instead of sets."""
     config = lora_config(settings)
     config.base_model_name_or_path = settings.model
     config.revision = settings.model_revision
@@ -90,17 +92,17 @@ def adapter_config(settings: RunSettings) -> dict[str, Any]:
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()  # type: ignore[no-untyped-call]
     }
-    alpha = settings.alpha  # an integer for serving engines
+    alpha = settings.alpha  # written as an integer if possible, as serving engines expect
     plain["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
     data: dict[str, Any] = json.loads(json.dumps(plain))
     return data
 
 
 def check_servable(tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[str, Any]) -> None:
-    """Raise RankZeroError for what a serving engine rejects or silently ignores.
+    """Raise RankZeroError if a serving engine would reject the adapter or ignore a part of it.
 
-    vLLM ignores keys with another prefix (vllm#34186, #39278) and rejects modules_to_save
-    (vllm#9280), biases and DoRA; it allocates `r` columns per matrix.
+    vLLM ignores keys with another prefix (vllm#34186, #39278), rejects modules_to_save (vllm#9280),
+    biases and DoRA, and allocates `r` columns for each matrix.
     """
     problems = [
         f"{key} is not a key that serving engines read"
@@ -109,12 +111,12 @@ def check_servable(tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[
     ]
     for key, tensor in tensors.items():
         if (rows := tensor.shape[0 if ".lora_A." in key else -1]) > (r := adapter_config["r"]):
-            problems.append(f"{key} has {rows} inner dimensions, adapter_config.json says {r}")
+            problems.append(f"{key} has rank {rows}, but r is {r} in adapter_config.json")
     if len(kinds := {tensor.dtype for tensor in tensors.values()}) > 1:
         problems.append(f"tensors have several dtypes: {', '.join(sorted(map(str, kinds)))}")
-    default = {"modules_to_save": None, "bias": "none", "use_dora": False, "lora_bias": False}
-    for key, plain in default.items():
-        if (adapter_config.get(key) or plain) != plain:
+    defaults = {"modules_to_save": None, "bias": "none", "use_dora": False, "lora_bias": False}
+    for key, default in defaults.items():
+        if (adapter_config.get(key) or default) != default:
             problems.append(f"adapter_config.json: {key} is {adapter_config[key]!r}")
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -122,7 +124,7 @@ def check_servable(tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[
 
 
 def model_card(plan: Plan, step: int, base: Fingerprint) -> str:
-    """README.md of the adapter folder, with front matter for the Hugging Face hub."""
+    """Text of the adapter folder's README.md, with front matter for the Hugging Face hub."""
     settings = plan.settings
     front = {
         "base_model": settings.model,
@@ -142,7 +144,7 @@ def model_card(plan: Plan, step: int, base: Fingerprint) -> str:
         "learning rate": f"{settings.lr:g}, {settings.lr_scheduler_type}",
         "LoRA": f"r {settings.lora_r}, alpha {settings.alpha:g}, dropout {settings.lora_dropout:g}",
         "base quantised in training": quantised,
-        "training dtype": f"{plan.training_dtype}; these weights are the fp32 masters",
+        "training dtype": f"{plan.training_dtype}; these files have the fp32 master weights",
         "seed": settings.seed,
         "made with": f"RankZero {version('rankzero')}, peft {version('peft')}, "
         f"transformers {version('transformers')}, torch {version('torch')}",

@@ -1,6 +1,7 @@
-"""trained_on.json of an adapter folder: the base it was trained on, by content. No torch.
+"""trained_on.json of an adapter folder: the fingerprint of the base it was trained on. No torch.
 
-Another fine-tune of the same model has the same names and shapes, and merges into nonsense.
+It prevents merging into the wrong base: another fine-tune of the same model has the same tensor
+names and shapes, so the merge would succeed and the merged model would be useless.
 """
 
 import hashlib
@@ -14,11 +15,11 @@ from pipeline.model.fingerprint import Fingerprint, require_recorded_base
 
 TRAINED_ON = "trained_on.json"
 WEIGHTS = "adapter_model.safetensors"
-_REMEDY = "bring that model back, or give this one with --base to merge it deliberately"
+_REMEDY = "restore the model of the training, or name this one with --base to merge it anyway"
 
 
 def write_trained_on(folder: Path, settings: RunSettings, base: Fingerprint) -> None:
-    """Record the base: hub name and revision, or the path that the run file has, and its hashes."""
+    """Write the record of the base: hub name and revision, or path, and its fingerprint."""
     record: dict[str, Any] = {
         "base": settings.model,
         "revision": settings.model_revision,
@@ -28,9 +29,9 @@ def write_trained_on(folder: Path, settings: RunSettings, base: Fingerprint) -> 
 
 
 def require_same_base(base: Path, adapter: Path) -> None:
-    """Raise UserError, naming tensors, unless the adapter was trained on this very base.
+    """Raise UserError, naming tensors that differ, if the adapter was trained on another base.
 
-    Adapters of other tools have no record; any base is accepted for them.
+    Adapters written by other tools have no record; for them any base is accepted.
     """
     path = adapter / TRAINED_ON
     if not path.is_file():
@@ -43,6 +44,6 @@ def require_same_base(base: Path, adapter: Path) -> None:
 
 
 def adapter_sha256(adapter: Path) -> str:
-    """SHA-256 of an adapter's weights file: what a merge or a score was made from."""
+    """SHA-256 of an adapter's weights file, which a merge or a score records."""
     with (adapter / WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

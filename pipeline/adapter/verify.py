@@ -1,7 +1,8 @@
-"""Verify an adapter, gathered or written: keys, shapes, finite values, trained lora_B.
+"""Verification of an adapter's tensors: keys, shapes, finite values, trained lora_B.
 
-Under ZeRO-3 peft itself writes empty tensors with only a warning (peft 0.21.2), and an adapter
-whose lora_B is still zero loads everywhere and has no effect. Keys are those of peft's file.
+It is needed because at ZeRO-3 peft writes empty tensors with only a warning (peft 0.21.2), and
+because an adapter whose lora_B matrices are still zero loads without an error but has no effect.
+Keys are the keys of peft's adapter file.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,21 +13,21 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import RankZeroError
 
-_NAMED = 3  # bad tensors that a message names
+_NAMED = 3  # largest number of tensors that a message names
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def verify_tensors(tensors: Mapping[str, torch.Tensor], expected: Shapes, *, trained: bool) -> None:
-    """Raise RankZeroError unless keys, shapes and values are right.
+    """Verify a gathered adapter. Raises RankZeroError for wrong keys, shapes or values.
 
-    `trained`: every lora_B, which is initialised with zeros, must have been updated.
+    `trained`: also require that no lora_B is zero, the value with which it is initialised.
     """
     _verify("the gathered adapter", tensors.keys(), tensors.__getitem__, expected, trained=trained)
 
 
 def verify_adapter_file(path: Path, expected: Shapes, *, trained: bool) -> None:
-    """Verify a written safetensors file, one tensor in memory at a time."""
+    """Verify a written adapter file; only one tensor at a time is in memory."""
     try:
         with safe_open(path, framework="pt") as file:
             _verify(str(path), file.keys(), file.get_tensor, expected, trained=trained)
@@ -35,7 +36,7 @@ def verify_adapter_file(path: Path, expected: Shapes, *, trained: bool) -> None:
 
 
 def _verify(
-    what: str,
+    name: str,
     keys: Iterable[str],
     read: Callable[[str], torch.Tensor],
     expected: Shapes,
@@ -56,13 +57,13 @@ def _verify(
             zeros.append(key)
     if damages:
         raise RankZeroError(
-            f"{what} is damaged, {len(damages)} tensors are wrong: {_some(damages)}"
+            f"{name} is damaged, {len(damages)} tensors are wrong: {_some(damages)}"
         )
     if zeros:
         matrices = sum(key.endswith(".lora_B.weight") for key in expected)
         raise RankZeroError(
-            f"{what}: {len(zeros)} of {matrices} lora_B matrices are zero, as initialised: no "
-            f"gradient reached {_some(zeros)}"
+            f"{name}: {len(zeros)} of {matrices} lora_B matrices are zero, their initial value: "
+            f"no gradient reached {_some(zeros)}"
         )
 
 

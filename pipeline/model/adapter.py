@@ -1,4 +1,4 @@
-"""LoRA adapter: attached with peft; its trainable parameters by their keys in peft's file."""
+"""LoRA adapter: its peft configuration, its attachment to the base, its trainable parameters."""
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -24,12 +24,13 @@ def lora_config(settings: RunSettings) -> LoraConfig:
 
 
 def _target_modules(settings: RunSettings) -> list[str]:
-    """Names of the adapted layers, which are those that the plan counted.
+    """Names of the adapted layers, the same layers that the plan counted.
 
-    A list, because not every serving engine understands `all-linear` or a regular expression. With
-    either, peft 0.21.2 would also adapt the fused experts and routers of a mixture of experts
-    (utils/transformers_weight_conversion.py). The last parts of the names are enough, except in a
-    model with a vision tower, whose layers may have the same last parts: there names are full.
+    They are always a list, because not every serving engine supports `all-linear` or a regular
+    expression, and because with these peft 0.21.2 would also adapt the fused experts and routers of
+    a mixture of experts (utils/transformers_weight_conversion.py). The list has the last parts of
+    the names. For a model with a vision tower it has full names, because layers of the tower may
+    have the same last parts.
     """
     targets, shape = settings.lora_target_modules, read_shape(str(settings.model_folder))
     if not isinstance(targets, str) and not shape.has_other_towers:
@@ -41,10 +42,10 @@ def _target_modules(settings: RunSettings) -> list[str]:
 
 
 def attach_adapter(base: PreTrainedModel, plan: Plan) -> PeftModel:
-    """Wrap the base with a new adapter in the training dtype, identical on every rank.
+    """Attach a new adapter in the training dtype to the base; it is identical on all ranks.
 
-    The dtype is set here because peft and DeepSpeed otherwise derive it from how the base was
-    loaded: fp32 at ZeRO-3, 16-bit elsewhere (DeepSpeed 0.19.8 runtime/engine.py:1859).
+    The dtype is set explicitly, because otherwise it would depend on how the base was loaded: fp32
+    at ZeRO-3, 16 bits at other stages (DeepSpeed 0.19.8 runtime/engine.py:1859).
     """
     torch.manual_seed(plan.settings.seed)
     model = get_peft_model(base, lora_config(plan.settings), autocast_adapter_dtype=False)
@@ -58,10 +59,10 @@ def attach_adapter(base: PreTrainedModel, plan: Plan) -> PeftModel:
 
 
 def trainable(model: PeftModel) -> dict[str, nn.Parameter]:
-    """Trainable parameters by their keys in peft's adapter file, in one order on all ranks.
+    """Key in peft's adapter file -> trainable parameter, in the same order on all ranks.
 
-    peft itself names them: the key of a LoRA matrix lacks the adapter's name, and other kinds of
-    parameters have other names in the file than in the module tree.
+    peft itself provides the keys: the key of a LoRA matrix does not contain the adapter's name, and
+    other kinds of parameters have other names in the file than in the module tree.
     """
     named = dict(sorted(model.named_parameters(remove_duplicate=False)))
     in_file = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
@@ -84,7 +85,7 @@ def expected_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def frozen_checksum(model: nn.Module) -> int:
-    """Sum over the bytes of this rank's frozen weights, to detect that none has changed."""
+    """Sum of the bytes of this rank's frozen weights, to detect changes."""
     total = 0
     for parameter in model.parameters():
         if not parameter.requires_grad:

@@ -1,9 +1,10 @@
 """Causal attention within each document of a packed sequence, registered with transformers.
 
-B: sequences, T: tokens of a sequence, H: query heads, K: key heads, L: tokens of a document,
-D: width of a query or key, V: width of a value. A packed sequence is documents, then padding. Each
-document is a separate attention, so there is no mask, no (T, T) tensor, and no attention from one
-document to another.
+A packed sequence consists of documents, followed by padding. The attention of each document is
+computed separately, so there is no mask, no (T, T) tensor, and no attention between documents.
+
+Letters in shapes: B sequences, T tokens of a sequence, H query heads, K key heads, L tokens of a
+document, D width of a query or key, V width of a value.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,10 +20,10 @@ from transformers.masking_utils import sdpa_mask
 
 from pipeline.errors import UserError
 
-WITHIN_DOCUMENTS = "rankzero_documents"  # as `attn_implementation`
+WITHIN_DOCUMENTS = "rankzero_documents"  # name of this attention for `attn_implementation`
 FLASH = "flash_attention_2"
-# Arguments of transformers 5.23 that do not change causal attention. Any other argument that is not
-# None raises an error, because it may select a variant that is not implemented here.
+# Arguments of transformers 5.23 that have no effect on causal attention. Any other argument that is
+# not None raises an error, because it may request a variant that is not implemented here.
 _WITHOUT_EFFECT = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
     "output_router_logits", "return_dict",
@@ -33,18 +34,22 @@ Documents = Sequence[Sequence[int]]  # for each row of the batch: lengths of its
 
 
 class PackedDocuments(tuple[Sequence[int], ...]):
-    """Documents of a packed batch; `deliveries` counts the attention calls that received them."""
+    """Document lengths of a packed batch.
 
-    deliveries: int = 0
+    `num_calls`: number of attention calls that received this object.
+    """
+
+    num_calls: int = 0
 
 
 def arguments_for(
     implementation: str, documents: Documents, input_ids: torch.Tensor
 ) -> dict[str, Any]:
-    """Additional arguments of the decoder that keep documents separate; `input_ids`: (B, T).
+    """Additional arguments for the decoder, which keep packed documents separate.
 
-    Empty if every row has at most one document: with causal attention, padding on the right has no
-    effect. Raises ValueError for an attention implementation that cannot keep documents separate.
+    `input_ids`: (B, T). There are no such arguments if every row has at most one document, because
+    padding on the right does not affect causal attention. Raises ValueError if the attention
+    implementation cannot keep documents separate.
     """
     if all(len(row) < 2 for row in documents):
         return {}
@@ -62,15 +67,17 @@ def arguments_for(
     return arguments | {f"max_length_{side}": max(lengths) for side in "qk"}
 
 
-def require_delivered(documents: PackedDocuments, num_blocks: int, model_type: str) -> None:
-    """Raise UserError unless every block passed the documents on to its attention.
+def require_all_blocks_separate(
+    documents: PackedDocuments, num_blocks: int, model_type: str
+) -> None:
+    """Raise UserError if a block did not pass the documents to its attention.
 
-    A block that drops the argument (StableLM) or has no attention (Mamba, convolutions) mixes
-    tokens of different documents.
+    Such a block drops the argument (StableLM) or has no attention (Mamba, convolutions), and mixes
+    the tokens of different documents.
     """
-    if documents.deliveries != num_blocks:
+    if documents.num_calls != num_blocks:
         raise UserError(
-            f"{documents.deliveries} of {num_blocks} blocks of this {model_type} model keep the "
+            f"{documents.num_calls} of {num_blocks} blocks of this {model_type} model keep the "
             "documents of a packed sequence separate; set packing: false"
         )
 
@@ -89,9 +96,10 @@ def _attend(
     attention_mask: torch.Tensor | None,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers calls; with a mask or cache, documents are ignored.
+    """The attention function that transformers calls.
 
-    query (B, H, T, D), key (B, K, T, D), value (B, K, T, V) -> (B, T, H, V).
+    query (B, H, T, D), key (B, K, T, D), value (B, K, T, V) -> (B, T, H, V). If there is a mask or
+    a key-value cache (generation), documents are ignored.
     """
     documents = arguments.pop("documents", None)
     is_causal = arguments.pop("is_causal", None) is not False and getattr(module, "is_causal", True)
@@ -100,11 +108,11 @@ def _attend(
         scaling=arguments.pop("scaling", None),
         softcap=arguments.pop("softcap", None),
         sinks=arguments.pop("s_aux", None),
-        # Qwen2-MoE stores the window and does not pass it on.
+        # Qwen2-MoE stores the window in the module and does not pass it to the attention.
         window=arguments.pop("sliding_window", getattr(module, "sliding_window", None)),
         chunk=_chunk_size(module),
     )
-    _require_known(module, arguments)
+    _refuse_unsupported(module, arguments)
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         if attention_mask is None and query.shape[2] > 1:
             raise UserError(
@@ -113,11 +121,14 @@ def _attend(
             )
         return _with_mask(layer, query, key, value, attention_mask), None
     if not is_causal:
-        raise UserError(f"model: {type(module).__name__} attends to later tokens as well")
+        raise UserError(
+            f"model: {type(module).__name__} also attends to later tokens; use a causal language "
+            "model"
+        )
     if documents is None:
         return layer(query, key, value).transpose(1, 2).contiguous(), None
     if isinstance(documents, PackedDocuments):
-        documents.deliveries += 1
+        documents.num_calls += 1
     return _by_document(documents, layer, query, key, value), None
 
 
@@ -134,19 +145,19 @@ def _with_mask(
     return layer.masked(query, key, value, mask).transpose(1, 2).contiguous()
 
 
-def _require_known(module: Any, arguments: dict[str, Any]) -> None:
-    given = {name for name, value in arguments.items() if value is not None}
-    if unknown := sorted(given - _WITHOUT_EFFECT):
+def _refuse_unsupported(module: Any, arguments: dict[str, Any]) -> None:
+    names = {name for name, value in arguments.items() if value is not None}
+    if unsupported := sorted(names - _WITHOUT_EFFECT):
         raise UserError(
-            f"model: {type(module).__name__} calls attention with {', '.join(unknown)}, which is "
-            "not implemented here; this kind of model cannot be trained"
+            f"model: {type(module).__name__} calls attention with {', '.join(unsupported)}, which "
+            "is not implemented here; this kind of model cannot be trained"
         )
 
 
 def _chunk_size(module: Any) -> int | None:
     """Chunk length in tokens if the layer has chunked attention (Llama 4), else None.
 
-    transformers passes it to the attention only as a mask, so it is read from the config.
+    It is read from the config, because transformers passes it to attention only as a mask.
     """
     config = getattr(module, "config", None)
     kinds = getattr(config, "layer_types", None)
@@ -159,28 +170,33 @@ def _chunk_size(module: Any) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """Causal attention within one document, with the options of the layer's model class."""
+    """Causal attention within one document, with the options of one layer.
+
+    `softcap`: tanh cap of the scores (Gemma 2). `sinks`: (H,), an additional score in the softmax
+    of each head (gpt-oss). `window`: number of tokens that a token attends to, itself included.
+    `chunk`: tokens of a chunk; there is no attention between chunks (Llama 4).
+    """
 
     dropout: float
     scaling: float | None
-    softcap: float | None  # tanh cap of the scores (Gemma 2)
-    sinks: torch.Tensor | None  # (H,), one more score in the softmax of each head (gpt-oss)
-    window: int | None  # tokens that a token attends to, itself included
-    chunk: int | None  # tokens of a chunk; attention stays inside a chunk (Llama 4)
+    softcap: float | None
+    sinks: torch.Tensor | None
+    window: int | None
+    chunk: int | None
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """(B, H, L, D), (B, K, L, D), (B, K, L, V) -> (B, H, L, V)."""
         if self.chunk is None:
             return self._in_window(query, key, value)
-        parts = (torch.split(tensor, self.chunk, dim=2) for tensor in (query, key, value))
-        return torch.cat([self._in_window(*part) for part in zip(*parts, strict=True)], dim=2)
+        split = (torch.split(tensor, self.chunk, dim=2) for tensor in (query, key, value))
+        return torch.cat([self._in_window(*chunk) for chunk in zip(*split, strict=True)], dim=2)
 
     def _in_window(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Sliding-window attention, in blocks of `window` queries.
+        """Sliding-window attention, computed for `window` queries at a time.
 
-        Each block attends to its own keys and those of the preceding block, so no mask is larger
+        These attend to their own keys and to the `window` keys before them, so no mask is larger
         than (window, 2 window).
         """
         window = self.window
@@ -192,8 +208,8 @@ class _Layer:
             rows = torch.arange(queries[i].shape[2], device=query.device)[:, None]
             columns = torch.arange(window + queries[i].shape[2], device=query.device)
             mask = (columns > rows) & (columns <= rows + window)
-            near_keys, near_values = (torch.cat((t[i - 1], t[i]), dim=2) for t in (keys, values))
-            outputs.append(self.masked(queries[i], near_keys, near_values, mask))
+            two_keys, two_values = (torch.cat((t[i - 1], t[i]), dim=2) for t in (keys, values))
+            outputs.append(self.masked(queries[i], two_keys, two_values, mask))
         return torch.cat(outputs, dim=2)
 
     def masked(
@@ -217,10 +233,11 @@ class _Layer:
         value: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Prepend one key per head with score `sinks` and value 0, so that fused kernels apply.
+        """Prepend a key with score `sinks` and value 0, so that fused kernels compute the sinks.
 
-        Additional columns produce the score: (sink / scaling, 0, ...) in each query, (1, 0, ...) in
-        the sink's key, 0 in other keys. A query is prepended too, so that `is_causal` still holds.
+        The score is produced by additional columns: (sink / scaling, 0, ...) in each query,
+        (1, 0, ...) in the sink's key, and zeros in the other keys. A query is prepended too, so
+        that `is_causal` stays correct.
         """
         assert self.sinks is not None
         assert self.scaling is not None
@@ -287,10 +304,10 @@ def _by_document(
     key: torch.Tensor,
     value: torch.Tensor,
 ) -> torch.Tensor:
-    """One attention per document: (B, T, H, V).
+    """Attention of each document, concatenated: (B, T, H, V).
 
-    Uses `split`: its backward pass is one concatenation, while the backward pass of each slice
-    would allocate a zero-filled (B, H, T, D).
+    Tensors are divided with `split`, because its backward pass is one concatenation. The backward
+    pass of a slice would allocate a zero-filled (B, H, T, D) tensor.
     """
     batch, heads, length, _ = query.shape
     width = value.shape[-1]
@@ -298,7 +315,7 @@ def _by_document(
     for row, tensors in zip(documents, _rows(query, key, value), strict=True):
         lengths = _with_padding(row, length)
         split = list(zip(*(torch.split(tensor, lengths, dim=2) for tensor in tensors), strict=True))
-        outputs += [layer(*part).transpose(1, 2) for part in split[: len(row)]]
+        outputs += [layer(*document).transpose(1, 2) for document in split[: len(row)]]
         outputs += [query.new_zeros(1, padding, heads, width) for padding in lengths[len(row) :]]
     return torch.cat(outputs, dim=1).view(batch, length, heads, width)
 
@@ -311,7 +328,7 @@ def _rows(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
 
 
 def _rectangular(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """The causal mask (queries, keys) if the queries are the last tokens of the sequence."""
+    """The causal mask (queries, keys) for queries that are the last tokens of a sequence."""
     shape = (query.shape[2], key.shape[2])
     return torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])
 

@@ -1,6 +1,6 @@
-"""Loader of the frozen base in 32, 16, 8 or 4 bits, whole or sharded while it is read.
+"""Loading of the frozen base in 32, 16, 8 or 4 bits, replicated or sharded.
 
-The only user of bitsandbytes (through transformers). Collective under ZeRO-3: every rank.
+Only this file uses bitsandbytes, through transformers. At ZeRO-3 loading is collective.
 """
 
 import gc
@@ -35,22 +35,20 @@ STORAGE = DTYPES | {"uint8": torch.uint8}
 def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     """Load the base on its device, frozen, with activation checkpointing as planned.
 
-    At ZeRO-3 an unquantised base is sharded while it is read. A quantised one is loaded whole on
-    every rank (transformers 5.23 does not shard it) and sharded by DeepSpeed; if the plan says so,
-    it is loaded in host memory and sharded from there.
+    At ZeRO-3 an unquantised base is sharded while it is read. A quantised base is loaded whole on
+    every rank (transformers 5.23 does not shard it), and DeepSpeed shards it later. If the plan has
+    `loads_through_host`, it is loaded into host memory and sharded from there.
     """
     settings, dtype = plan.settings, DTYPES[plan.training_dtype]
-    is_staged = plan.layout.loads_through_host
+    loads_through_host = plan.layout.loads_through_host
     options: dict[str, Any] = {}
     sharding = None
     if settings.is_quantised:
         options["quantization_config"] = _quantization(plan)
     if settings.is_quantised or plan.layout.zero_stage < 3:
-        options["device_map"] = {"": torch.device("cpu") if is_staged else device}
+        options["device_map"] = {"": torch.device("cpu") if loads_through_host else device}
     else:
-        sharding = _sharding(
-            plan
-        )  # transformers shards while loading only while this object exists
+        sharding = _sharding(plan)  # transformers shards a model only as long as this object exists
     model = load_plain(
         settings.model_folder,
         dtype=dtype,
@@ -66,17 +64,17 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
         # eval mode; ZeRO's shards need the original layout (bitsandbytes 0.50.2 nn/modules.py:613).
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - of a library's class
-    if is_staged:
+    if loads_through_host:
         _shard_from_host(model, plan, device)
     _checkpoint_activations(model, plan)
     return model
 
 
 def _shard_from_host(model: PreTrainedModel, plan: Plan, device: torch.device) -> None:
-    """Shard a base that is whole in host memory, one tensor on the device at a time.
+    """Shard a base from host memory; only one tensor at a time is on the device. Collective.
 
-    Collective: every rank. Buffers and 4-bit constants are moved here, because DeepSpeed does
-    not move a model that is already sharded (0.19.8 runtime/engine.py:1859).
+    Buffers and 4-bit constants are moved to the device here, because DeepSpeed does not move a
+    model that is already sharded (0.19.8 runtime/engine.py:1859).
     """
     import deepspeed
 
@@ -97,8 +95,8 @@ def load_plain(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """Load a language model from a folder, without network access."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # each rank would show one
+    """Load a language model from a folder, unquantised by default, without network access."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # each rank would show its own
     try:
         model = auto_class(folder, trust_remote_code).from_pretrained(
             folder,
@@ -116,7 +114,7 @@ def load_plain(
 
 
 def auto_class(folder: Path, trust_remote_code: bool) -> Any:
-    """Auto class of a model: causal LM, else image-text-to-text (Mistral 3, Qwen-VL)."""
+    """Auto class for a model folder: causal LM if possible, else image-text-to-text (Qwen-VL)."""
     config = AutoConfig.from_pretrained(
         folder, trust_remote_code=trust_remote_code, local_files_only=True
     )
@@ -127,9 +125,9 @@ def auto_class(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def tile_error(settings: RunSettings, device: torch.device) -> float:
-    """Mean error, in standard deviations, of normal numbers quantised to 4 bits on a device.
+    """Mean absolute error of standard normal numbers after 4-bit quantisation and dequantisation.
 
-    Raises the error of bitsandbytes if its library does not run there.
+    Raises the error of bitsandbytes if its library does not run on this device.
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -144,14 +142,14 @@ def tile_error(settings: RunSettings, device: torch.device) -> float:
 
 def _quantization(plan: Plan) -> BitsAndBytesConfig:
     settings = plan.settings
-    # Not quantised: all modules outside the text decoder's blocks, such as a vision tower.
-    outside = [rf"(?!{re.escape(plan.shape.layers_name)}\.).*"]
+    # Modules outside the text decoder's blocks, such as a vision tower, are not quantised.
+    not_quantised = [rf"(?!{re.escape(plan.shape.layers_name)}\.).*"]
     if settings.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=outside)  # type: ignore[no-untyped-call]
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=not_quantised)  # type: ignore[no-untyped-call]
     compute = settings.bnb_4bit_compute_dtype
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
-        llm_int8_skip_modules=outside,
+        llm_int8_skip_modules=not_quantised,
         bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=DTYPES[plan.training_dtype if compute == "auto" else compute],
@@ -169,34 +167,35 @@ def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
     count = plan.layout.checkpointed_layers
     if not count:
         return
-    # Re-entrant at ZeRO-3: the recomputed forward pass of a block and its backward pass then share
-    # one gather (otherwise DeepSpeed 0.19.8 releases the block after the first of its backward
-    # modules, partitioned_param_coordinator.py:473, and gathers it a third time), and 4-bit layers
-    # do not save the gathered base for backward (rule 4bit-zero3-unchecked). Otherwise the kind
-    # that PyTorch recommends.
+    # At ZeRO-3 checkpointing is re-entrant, for two reasons. The recomputed forward pass of a block
+    # and its backward pass share one gather; without it, DeepSpeed 0.19.8 releases the block after
+    # the first module of its backward pass (partitioned_param_coordinator.py:473) and gathers it a
+    # third time. And 4-bit layers do not save gathered weights for backward (rule
+    # 4bit-zero3-unchecked). At other stages the non-re-entrant kind is used, as PyTorch recommends.
     is_reentrant = plan.layout.is_sharded
     model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})  # type: ignore[no-untyped-call]
     layers = blocks(model)
     assert count <= len(layers), f"planned {count} checkpointed blocks of {len(layers)}"
     checkpointed = set(layers[:count])
-    for module in model.modules():  # off for all others, such as those of a vision tower
+    for module in model.modules():  # also turns it off for other blocks and for a vision tower
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = module in checkpointed
 
 
 def remove_input_gradients(model: PreTrainedModel) -> None:
-    """Remove the hooks by which transformers and peft make the embedding's output need gradients.
+    """Remove the hooks that set `requires_grad` on the output of the embedding.
 
-    Call it before `deepspeed.initialize`, because it would remove the hooks of DeepSpeed too.
+    transformers and peft register them. Call this function before `deepspeed.initialize`, because
+    it would also remove the hooks of DeepSpeed.
     """
     model.get_input_embeddings()._forward_hooks.clear()
 
 
 def require_input_gradients(model: PreTrainedModel) -> None:
-    """Make the embedding's output need gradients, without which re-entrant blocks compute none.
+    """Set `requires_grad` on the output of the embedding, as re-entrant checkpointing requires.
 
-    Call it after `deepspeed.initialize`: earlier, ZeRO-3 would gather the embedding once more for
-    a backward pass without work.
+    Call this function after `deepspeed.initialize`. A hook that is registered earlier makes ZeRO-3
+    gather the embedding a second time, for a backward pass that computes nothing.
     """
 
     def require(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:

@@ -1,11 +1,9 @@
-"""Model shape from the model's own class, built on the meta device without reading weights.
+"""Model shape, counted on the model's class: it is built on the meta device, without weights.
 
     python -m pipeline.model.class_shape MODEL_FOLDER
 
-prints them as JSON; plan/given/class_shape.py runs this for a `model_type` that the table of
-families does not have, and remembers the result.
-
-T: tokens of a sequence. A block is a layer of the text decoder.
+prints the shape as JSON. plan/given/class_shape.py runs this command for a `model_type` that
+families.py does not have, and caches the result. A block is a layer of the text decoder.
 """
 
 import json
@@ -28,14 +26,14 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-_COUNTED = "rankzero_counted"  # as `attn_implementation`
+_COUNTED = "rankzero_counted"  # name of the attention below for `attn_implementation`
 # Config keys for the number of experts per token in transformers 5.23.
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "moe_top_k")
 _TOKENS = 64  # sequence length of the counted forward pass; saved bytes are proportional to it
 
 
 class _Attention(torch.autograd.Function):
-    """Attention that saves the tensors of a fused kernel: q, k, v, output and log-sum-exp."""
+    """Attention that saves the same tensors as a fused kernel: q, k, v, output, log-sum-exp."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -66,13 +64,13 @@ def class_shape(folder: Path) -> dict[str, Any]:
     names = {module: name for name, module in model.named_modules()}
     layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
     configs = model.config.get_text_config().per_layer_config
-    described = [
+    sizes = [
         _block(layer, configs[index]) | saved
         for index, (layer, saved) in enumerate(
             zip(layers, _saved(model, decoder, layers), strict=True)
         )
     ]
-    kinds = [json.dumps(block) for block in described]
+    kinds = [json.dumps(block) for block in sizes]
     distinct = list(dict.fromkeys(kinds))
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     return {
@@ -100,7 +98,7 @@ def _build(config: Any) -> Any:
 
 
 def _decoder(model: Any) -> Any:
-    """The text decoder; for Llama 4, whose get_decoder() returns the model, its child."""
+    """The text decoder. For Llama 4, where get_decoder() returns the model, it is a child of it."""
     decoder = model.get_decoder()
     if decoder is not model:
         return decoder
@@ -115,7 +113,7 @@ def _has_other_towers(model: Any, decoder: Any, head: Any) -> bool:
 
 
 def _block(layer: nn.Module, config: Any) -> dict[str, Any]:
-    """Linear layers, heads, norms and experts of a block."""
+    """Sizes of the linear layers, heads, norms and experts of a block."""
     linears = {n: m for n, m in layer.named_modules() if type(m) is nn.Linear}
     experts = {n: p for n, p in layer.named_parameters() if "expert" in n and p.dim() == 3}
     return {
@@ -142,26 +140,26 @@ def _experts_per_token(config: Any) -> int:
     for name in _EXPERTS_PER_TOKEN:
         if count := getattr(config, name, None):
             return max(count) if isinstance(count, list) else int(count)
-    raise ValueError(f"none of {', '.join(_EXPERTS_PER_TOKEN)} is in the config of a mixture")
+    raise ValueError(f"the config has experts but none of {', '.join(_EXPERTS_PER_TOKEN)}")
 
 
 def _saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[str, int]]:
     """Sizes of the activations that each block saves for backward, per token, without adapters.
 
-    Counted in one forward pass in bf16: the number of values in the training dtype, and the bytes
-    of all other dtypes, such as the fp32 copies in norms.
+    They are counted in one forward pass in bf16. `saved_values`: number of values in the training
+    dtype. `saved_bytes`: bytes of all other dtypes, such as the fp32 copies in norms.
     """
     model.to(torch.bfloat16)
     weights = {id(parameter) for parameter in model.parameters()}
     current: list[int] = []
-    saved: dict[int, torch.Tensor] = {}  # by id; held, so that no id is reused
-    savers: dict[int, set[int]] = defaultdict(set)  # the blocks that save a tensor
+    saved: dict[int, torch.Tensor] = {}  # by id; the reference keeps the id from being reused
+    saving_blocks: dict[int, set[int]] = defaultdict(set)  # by id of the tensor
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         base = tensor if tensor._base is None else tensor._base
         if current and id(base) not in weights:
             saved[id(base)] = base
-            savers[id(base)].add(current[-1])
+            saving_blocks[id(base)].add(current[-1])
         return tensor
 
     handles = []
@@ -172,7 +170,8 @@ def _saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[s
     embedded = torch.empty(
         1, _TOKENS, width, dtype=torch.bfloat16, device="meta", requires_grad=True
     )
-    # While tracing, transformers does not read masks and positions: they have no values on meta.
+    # Tensors on the meta device have no values. If transformers believes that it is tracing, it
+    # does not read the values of masks and positions.
     with (
         patch.object(masking_utils, "is_tracing", lambda *_: True),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
@@ -181,8 +180,9 @@ def _saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[s
     for handle in handles:
         handle.remove()
     counts = []
-    for index in range(len(layers)):  # count only tensors of one block, not rotary angles
-        tensors = [saved[key] for key, blocks in savers.items() if blocks == {index}]
+    # Tensors that several blocks save, such as rotary angles, are not counted.
+    for index in range(len(layers)):
+        tensors = [saved[key] for key, blocks in saving_blocks.items() if blocks == {index}]
         values = sum(t.numel() for t in tensors if t.dtype == torch.bfloat16)
         others = sum(t.numel() * t.element_size() for t in tensors if t.dtype != torch.bfloat16)
         counts.append({"saved_values": values // _TOKENS, "saved_bytes": others // _TOKENS})

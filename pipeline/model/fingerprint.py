@@ -1,7 +1,7 @@
-"""Content hashes of a base model: SHA-256 of every tensor and of config.json. No torch.
+"""Fingerprint of a base model: the SHA-256 of every tensor and of config.json. No torch.
 
-Hashes are computed in parallel threads and remembered in the user's cache for as long as a file
-keeps its size, times and inode.
+Hashes are computed in parallel threads. They are cached in the user's cache folder and reused as
+long as a file's size, times and inode do not change.
 """
 
 import hashlib
@@ -25,20 +25,20 @@ from pipeline.model.tensor_files import Entry, read_header, weight_files
 logger = logging.getLogger(__name__)
 
 VERSION = 2
-RECORD = "base.json"  # in a run folder
+RECORD = "base.json"  # file of a run folder
 _CONFIG = "config.json"
 _BUFFER_BYTES = 2**22
 _MAX_THREADS = 16
-_NAMED = 3  # number of differing tensors in a message
+_NAMED = 3  # largest number of tensors that a message names
 
-# Version 1, up to and including release 0.1.0: samples of each file.
+# Version 1 of fingerprints, used up to release 0.1.0, hashed only samples of each file.
 _SAMPLES = 16
 _SAMPLE_BYTES = 65536
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """SHA-256 by tensor name; `config.json` is one of the names."""
+    """Tensor name -> SHA-256. The name `config.json` stands for that file."""
 
     tensors: Mapping[str, str]
 
@@ -49,12 +49,12 @@ class Fingerprint:
         return f"{VERSION}:{hashlib.sha256(text.encode()).hexdigest()}"
 
     def as_json(self) -> dict[str, Any]:
-        """The form in which trained_on.json and base.json store it."""
+        """The fingerprint as it is stored in trained_on.json and base.json."""
         return {"version": VERSION, "sha256": self.digest, "tensors": dict(self.tensors)}
 
     @classmethod
     def from_json(cls, record: Any) -> Self:
-        """The inverse of `as_json`. Raises UserError for anything else."""
+        """Read the result of `as_json`. Raises UserError if `record` has another form."""
         try:
             version = record["version"]
             tensors = {str(name): str(digest) for name, digest in record["tensors"].items()}
@@ -62,45 +62,45 @@ class Fingerprint:
             raise UserError("the recorded fingerprint of the base is damaged") from None
         if version != VERSION:
             raise UserError(
-                f"the fingerprint of the base is of version {version}, this version of RankZero "
-                f"reads version {VERSION}: use the version that wrote it"
+                f"the fingerprint of the base has version {version}, but this version of RankZero "
+                f"reads only version {VERSION}: use the version of RankZero that wrote it"
             )
         return cls(tensors)
 
 
 def base_fingerprint(folder: Path) -> Fingerprint:
-    """Hash all weights of a model folder. Raises UserError for files that cannot be read."""
+    """The fingerprint of a model folder. Raises UserError if a file cannot be read."""
     start = time.perf_counter()
-    memory = _Memory(folder)
+    cache = _HashCache(folder)
     config = hashlib.sha256((folder / _CONFIG).read_bytes()).hexdigest()
-    tensors, hashed = {_CONFIG: config}, 0
+    tensors, hashed_bytes = {_CONFIG: config}, 0
     for path in weight_files(folder):
-        state = _state(path)  # before reading: the file may be written to during the read
-        known = memory.recall(path.name, state)
-        if known is None:
-            known = _hash_file(path)
-            hashed += state["size"]
-            memory.remember(path.name, state, known)
-        tensors |= known
-    if hashed:
-        memory.save()
+        state = _state(path)  # taken first, because the file may change while it is read
+        hashes = cache.get(path.name, state)
+        if hashes is None:
+            hashes = _hash_file(path)
+            hashed_bytes += state["size"]
+            cache.put(path.name, state, hashes)
+        tensors |= hashes
+    if hashed_bytes:
+        cache.save()
         seconds = time.perf_counter() - start
-        logger.info("base: %.1f GB hashed in %.1f s", hashed / 1e9, seconds)
+        logger.info("base: %.1f GB hashed in %.1f s", hashed_bytes / 1e9, seconds)
     return Fingerprint(tensors)
 
 
 def require_recorded_base(recorded: Any, folder: Path, remedy: str) -> None:
-    """Raise UserError, naming tensors, unless a base equals the recorded one byte for byte.
+    """Raise UserError, naming tensors that differ, if a base is not the recorded one.
 
-    `recorded` is `Fingerprint.as_json()`, or the text of a fingerprint of version 1.
+    `recorded`: result of `Fingerprint.as_json()`, or a fingerprint of version 1, which is a text.
     """
     if is_sampled(recorded):
         if not is_same_by_samples(recorded, folder):
             raise UserError(f"base: {folder} is not the model that was trained on; {remedy}")
         return
-    then, now = Fingerprint.from_json(recorded).tensors, base_fingerprint(folder).tensors
-    names = sorted(then.keys() | now.keys())
-    if different := [name for name in names if then.get(name) != now.get(name)]:
+    old, new = Fingerprint.from_json(recorded).tensors, base_fingerprint(folder).tensors
+    names = sorted(old.keys() | new.keys())
+    if different := [name for name in names if old.get(name) != new.get(name)]:
         more = f" and {len(different) - _NAMED} more" if len(different) > _NAMED else ""
         raise UserError(
             f"base: {folder} is not the model that was trained on: {len(different)} of "
@@ -109,25 +109,28 @@ def require_recorded_base(recorded: Any, folder: Path, remedy: str) -> None:
 
 
 def require_base_of_run(run_folder: Path, model_folder: Path) -> str:
-    """Digest of the base, before it is loaded. Raises UserError if the run began with another."""
+    """Digest of the base of a run. Raises UserError if the run was started with another base."""
     record = run_folder / RECORD
     if record.is_file():
-        remedy = "put it back, or accept it with accept_changes: [base], or set resume: never"
+        remedy = (
+            "restore the base, or accept the new one with accept_changes: [base], or set resume: "
+            "never"
+        )
         require_recorded_base(_read_record(record), model_folder, remedy)
     return base_fingerprint(model_folder).digest
 
 
 def record_base_of_run(run_folder: Path, model_folder: Path) -> None:
-    """Write RUN/base.json, the base that this run trains on."""
+    """Write the fingerprint of the base of a run to base.json."""
     write_text(run_folder / RECORD, dump_json(base_fingerprint(model_folder).as_json()))
 
 
 def base_of_run(run_folder: Path, model_folder: Path) -> Fingerprint:
-    """Fingerprint of the base as recorded when the run was started."""
+    """Fingerprint of the base that was recorded at the start of the run."""
     record = run_folder / RECORD
     if record.is_file():
         return Fingerprint.from_json(_read_record(record))
-    return base_fingerprint(model_folder)  # the run folder has been removed during the run
+    return base_fingerprint(model_folder)  # the record was removed during the run
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -160,15 +163,15 @@ def is_same_by_samples(recorded: str, folder: Path) -> bool:
     is_same = recorded == sampled_fingerprint(folder)
     if is_same:
         logger.warning(
-            "base: %s was recorded by an earlier version of RankZero, as samples of its files: "
-            "those are unchanged, all other bytes were not compared",
+            "base: an earlier version of RankZero recorded only samples of the files of %s; these "
+            "are unchanged, but all other bytes could not be compared",
             folder,
         )
     return is_same
 
 
 def _hash_file(path: Path) -> dict[str, str]:
-    """SHA-256 of dtype, shape and bytes of every tensor in a file."""
+    """Tensor name -> SHA-256 of its dtype, shape and bytes, for all tensors of a file."""
     entries = read_header(path).entries
     threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     try:
@@ -194,10 +197,10 @@ def _hash_tensor(path: Path, entry: Entry) -> str:
     return digest.hexdigest()
 
 
-class _Memory:
-    """Cache of hashes, valid for a file of the same size, times and inode.
+class _HashCache:
+    """Cache of the hashes of a model folder's files, in the user's cache folder.
 
-    Also held in this process, in case the user's cache folder is not writable.
+    It is also kept in this process, in case the cache folder is not writable.
     """
 
     _of_this_process: ClassVar[dict[Path, dict[str, Any]]] = {}
@@ -211,30 +214,33 @@ class _Memory:
             if stored.get("version") == VERSION and isinstance(stored.get("files"), dict):
                 self._files.update(stored["files"])
 
-    def recall(self, name: str, state: Mapping[str, int]) -> dict[str, str] | None:
-        """The cached hashes of a file in this state, or None."""
+    def get(self, name: str, state: Mapping[str, int]) -> dict[str, str] | None:
+        """The cached hashes of a file in this state; None if there are none."""
         stored = self._files.get(name)
         if not isinstance(stored, dict) or stored.get("state") != state:
             return None
         tensors = stored.get("tensors")
         return dict(tensors) if isinstance(tensors, dict) else None
 
-    def remember(self, name: str, state: Mapping[str, int], tensors: Mapping[str, str]) -> None:
-        """Store the hashes of a file."""
+    def put(self, name: str, state: Mapping[str, int], tensors: Mapping[str, str]) -> None:
+        """Add the hashes of a file to the cache."""
         self._files[name] = {"state": dict(state), "tensors": dict(tensors)}
 
     def save(self) -> None:
-        """Write the cache file. If that fails, the next run computes the hashes again."""
+        """Write the cache file. If this fails, the next run computes the hashes again."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             text = dump_json({"version": VERSION, "files": self._files})
             write_text(self._path, text)
         except OSError as error:
-            logger.info("base: its hashes cannot be remembered: %s", error)
+            logger.info("base: its hashes cannot be cached: %s", error)
 
 
 def _state(path: Path) -> dict[str, int]:
-    """File attributes that change with the content; ctime reveals a write with a reset mtime."""
+    """File attributes that change with the content.
+
+    ctime also changes if a program writes the file and then resets mtime.
+    """
     stat = path.stat()
     return {
         "size": stat.st_size,

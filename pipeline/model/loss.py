@@ -1,6 +1,7 @@
-"""Summed cross-entropy over the supervised positions; logits come from the model class's forward.
+"""Cross-entropy, summed over the supervised positions of a batch.
 
-B: sequences, T: tokens, D: hidden size, V: vocabulary, S: supervised positions of the batch.
+The logits are computed by the forward method of the model's class. Letters in shapes: B sequences,
+T tokens of a sequence, D hidden size, V vocabulary size, S supervised positions of the batch.
 """
 
 import copy
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from pipeline.model.attention import Documents, arguments_for, require_delivered
+from pipeline.model.attention import Documents, arguments_for, require_all_blocks_separate
 from pipeline.model.structure import blocks, body_name, text_decoder
 from pipeline.plan.cost.activations import LOGITS_CHUNK_BYTES
 from pipeline.plan.plan import Plan
@@ -24,13 +25,14 @@ IGNORED = -100
 
 
 class SummedLoss(nn.Module):
-    """The module that DeepSpeed wraps: a batch in, the sum of its token losses out.
+    """The module that DeepSpeed wraps: it returns the sum of the token losses of a batch.
 
-    Logits are computed for supervised positions only, so no (B, T, V) tensor exists. If they exceed
-    LOGITS_CHUNK_BYTES in fp32, they are computed in chunks and recomputed in the backward pass.
+    Logits are computed for supervised positions only, so no (B, T, V) tensor exists. If the logits
+    exceed LOGITS_CHUNK_BYTES in fp32, they are computed in chunks and recomputed in the backward
+    pass.
 
-    `num_chunks` fixes the number of chunks: at ZeRO-3 each chunk gathers the head, and every rank
-    must gather the same number of times, independent of its number of supervised tokens.
+    `num_chunks` fixes the number of chunks for ZeRO-3. There each chunk gathers the head, and all
+    ranks must gather it equally often, even if their numbers of supervised tokens differ.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, num_chunks: int | None = None) -> None:
@@ -41,12 +43,14 @@ class SummedLoss(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, documents: Documents
     ) -> torch.Tensor:
-        """Return the loss sum over the S supervised positions in fp32; S = 0 still has a graph.
+        """Return the sum of the losses at the S supervised positions, in fp32.
 
-        `documents`: lengths of the packed documents of each row. The first token of a document is
-        never supervised. No padding mask is passed: padding is on the right, and causal attention
-        does not reach it. With a mask, PyTorch would not use its fused kernels, would repeat keys
-        and values for every head, and would save a (B, 1, T, T) mask for each layer.
+        If S is 0, the result is 0 and still has an autograd graph. `documents`: lengths of the
+        packed documents of each row. The first token of a document is never supervised.
+
+        The decoder gets no padding mask: padding is on the right, which causal attention does not
+        reach. With a mask, PyTorch would use no fused kernels, would repeat keys and values for
+        every head, and would save a (B, 1, T, T) mask for each layer.
         """
         model = self.model
         causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -55,12 +59,14 @@ class SummedLoss(nn.Module):
             input_ids=input_ids, use_cache=False, **packed
         ).last_hidden_state  # (B, T, D)
         if "documents" in packed:
-            require_delivered(packed["documents"], len(blocks(causal)), causal.config.model_type)
+            require_all_blocks_separate(
+                packed["documents"], len(blocks(causal)), causal.config.model_type
+            )
         targets = labels[:, 1:]
         is_supervised = targets != IGNORED
-        return self._summed(causal, hidden[:, :-1][is_supervised], targets[is_supervised])
+        return self._loss_sum(causal, hidden[:, :-1][is_supervised], targets[is_supervised])
 
-    def _summed(self, causal: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _loss_sum(self, causal: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits_of = class_logits(causal)
 
         def chunk_loss(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -79,11 +85,11 @@ class SummedLoss(nn.Module):
 
 
 def class_logits(causal: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Function from hidden states (S, D) to logits (S, V): the class's own forward after its body.
+    """Function from hidden states (S, D) to logits (S, V), computed by the model's own class.
 
-    The class is called on a shallow copy of the model whose body returns the given hidden states,
-    so head, bias, scale, soft cap and multiplier are those of the class. The head is called as a
-    module, so the hooks of ZeRO-3 run.
+    It calls the class's forward method on a shallow copy of the model. The body of the copy returns
+    the given hidden states, so that only the rest of the method computes: head, bias, scale, soft
+    cap. The head is called as a module, so that the hooks of ZeRO-3 run.
     """
     name = body_name(causal)
     shallow = copy.copy(causal)
@@ -91,31 +97,32 @@ def class_logits(causal: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     body = getattr(causal, name)
 
     def logits_of(hidden: torch.Tensor) -> torch.Tensor:
-        shallow._modules[name] = _Body(body, hidden[None])
+        shallow._modules[name] = _FixedBody(body, hidden[None])
         logits = type(causal).forward(shallow, inputs_embeds=hidden[None], use_cache=False).logits
         return logits[0]  # type: ignore[no-any-return]
 
     return logits_of
 
 
-class _Body(nn.Module):
-    """Replaces a model's body (all but the head): returns given hidden states (1, S, D)."""
+class _FixedBody(nn.Module):
+    """Replacement for a model's body that returns fixed hidden states (1, S, D)."""
 
     def __init__(self, body: nn.Module, hidden: torch.Tensor) -> None:
         super().__init__()
         self.__dict__["_body"], self.__dict__["_hidden"] = body, hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the given hidden states; ignore the arguments."""
+        """Return the fixed hidden states; the arguments are ignored."""
         del args, kwargs
         return _BodyOutput(self._hidden)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_body"], name)  # such as Falcon-H1's lm_head_multiplier
+        # Some classes read attributes of their body, such as Falcon-H1's lm_head_multiplier.
+        return getattr(self.__dict__["_body"], name)
 
 
 class _BodyOutput:
-    """The output of a body: hidden states; caches, attentions and router logits are None."""
+    """Output of a body: it has hidden states, and None for all other attributes."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.last_hidden_state = hidden
@@ -127,8 +134,8 @@ class _BodyOutput:
         return None
 
 
-def chunks_for_any_batch(plan: Plan) -> int:
-    """Number of chunks for the largest micro-batch of a plan if every token is supervised."""
+def max_chunks(plan: Plan) -> int:
+    """Number of chunks for the largest micro-batch of a plan, if every token is supervised."""
     positions = plan.layout.micro_batch_size * plan.settings.max_length
     return _chunks(positions, plan.shape.vocab_size)
 

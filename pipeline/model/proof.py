@@ -1,13 +1,13 @@
-"""Proof of a model class before training: our loss, attention, packing and adapter are correct.
+"""Checks that this package trains a model class correctly: loss, attention, packing and adapter.
 
-Each is compared with the result of transformers and peft on a small copy of the class and config
-(small_copy.py), in fp32 on the CPU. A correct class differs by less than 1e-5; on all of 84 kinds
-a wrong one differed by more than 1e-3.
+Results of this package are compared with results of transformers and peft, on a small copy of the
+model (small_copy.py), in fp32 on the CPU. If the class is trained correctly, they differ by less
+than 1e-5. For 84 kinds of models every incorrect result differed by more than 1e-3.
 
     python -m pipeline.model.proof MODEL_FOLDER NAME ... [--trust-remote-code]
 
-computes the proof for adapters on linear layers of these names and caches it;
-plan/given/class_proof.py runs this for a `model_type` that the table of families does not have.
+runs the checks for adapters on the linear layers with these names, and caches the results.
+plan/given/class_proof.py runs this command for a `model_type` that families.py does not have.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import UserError
-from pipeline.model.attention import WITHIN_DOCUMENTS, arguments_for, require_delivered
+from pipeline.model.attention import WITHIN_DOCUMENTS, arguments_for, require_all_blocks_separate
 from pipeline.model.base import auto_class
 from pipeline.model.checkpoint_names import model_on_meta, stored_names
 from pipeline.model.loss import IGNORED, SummedLoss
@@ -41,19 +41,20 @@ from pipeline.plan.given.class_proof import (
 )
 from pipeline.plan.plan import Plan
 
-LIMIT = 1e-5
-_LENGTH = 24
-_DOCUMENTS = ((7, 12, 3), (20, 1, 2))  # tokens; the rest of each row is padding
+LIMIT = 1e-5  # largest relative error that passes
+_LENGTH = 24  # tokens of a row
+# Lengths in tokens of the documents in each of the two rows; the rest of a row is padding.
+_DOCUMENTS = ((7, 12, 3), (20, 1, 2))
 
 
 def prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool = False) -> Proof:
-    """Proof of a model folder's class for an adapter on these layers (last parts of names).
+    """The proof of a model's class, from the cache if possible.
 
-    Cached; computing it takes a few seconds on the CPU.
+    `targets`: last parts of the names of the adapted layers. The checks take a few seconds.
     """
     path = proof_file(folder, targets, trust_remote_code=trust_remote_code)
-    if (remembered := read_proof(path)) is not None:
-        return remembered
+    if (cached := read_proof(path)) is not None:
+        return cached
     proof = _prove(folder, targets, trust_remote_code=trust_remote_code)
     with suppress(OSError):
         write_proof(path, proof)
@@ -61,9 +62,9 @@ def prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool = Fal
 
 
 def require_proof(plan: Plan) -> Proof:
-    """Proof of a plan's model class; on rank 0, before the base is loaded.
+    """The proof of a plan's model class, on rank 0, before the base is loaded.
 
-    Raises UserError if a rule refuses the run because of the proof: it would train wrongly.
+    Raises UserError if the proof shows that the run would train incorrectly.
     """
     settings = plan.settings
     names = adapted_names(plan.shape, settings)
@@ -86,7 +87,7 @@ def _prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool) -> 
 
 
 def small_model(auto: Any, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    """The first small copy that runs. Raises UserError if none does."""
+    """The first small copy whose forward pass runs. Raises UserError if none does."""
     problem: Exception | None = None
     for small in small_copies(config):
         try:
@@ -98,7 +99,7 @@ def small_model(auto: Any, config: PreTrainedConfig, **options: Any) -> PreTrain
             problem = error
         else:
             return model
-    raise UserError(f"no small copy of it runs: {type(problem).__name__}: {problem}")
+    raise UserError(f"no small copy of this class runs: {type(problem).__name__}: {problem}")
 
 
 def prove_model(model: PreTrainedModel, targets: Sequence[str]) -> Proof:
@@ -122,7 +123,7 @@ def prove_model(model: PreTrainedModel, targets: Sequence[str]) -> Proof:
     check("loss", refusals, lambda: _loss_error(model))
     check("attention", refusals, lambda: _attention_error(model))
     check("packs", without_packs, lambda: _packs_error(model))
-    check("other documents", without_packs, lambda: _leak(model))
+    check("other documents", without_packs, lambda: _leak_error(model))
     check("adapter", refusals, lambda: _adapter_error(model, targets))
     check("checkpointing", refusals, lambda: _checkpointing_error(model, targets, reentrant=False))
     check(
@@ -140,7 +141,7 @@ def prove_model(model: PreTrainedModel, targets: Sequence[str]) -> Proof:
 
 @torch.no_grad()
 def _loss_error(model: PreTrainedModel) -> float:
-    """Relative difference of our loss, in one and three chunks, from the class's loss."""
+    """Relative difference between SummedLoss, in one and in three chunks, and the class's loss."""
     ids, labels = _ids(model), _labels(model)
     model.set_attn_implementation("eager")
     theirs = float(model(input_ids=ids, labels=labels, use_cache=False).loss)
@@ -153,7 +154,10 @@ def _loss_error(model: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def _attention_error(model: PreTrainedModel) -> float:
-    """Difference between logits of our and of eager attention, beyond window and chunk."""
+    """Relative difference between the logits of WITHIN_DOCUMENTS and of eager attention.
+
+    The sequence is longer than the sliding window and the attention chunk of the small copy.
+    """
     model.set_attn_implementation("eager")
     theirs = model(input_ids=_ids(model), use_cache=False).logits
     model.set_attn_implementation(WITHIN_DOCUMENTS)
@@ -162,7 +166,7 @@ def _attention_error(model: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def _packs_error(model: PreTrainedModel) -> float:
-    """Difference between hidden states of documents in a pack and of each one alone."""
+    """Largest relative difference between a document's hidden states in a pack and alone."""
     ids, decoder = _ids(model), text_decoder(model)
     packed = _packed_states(model, ids)
     errors = []
@@ -173,8 +177,8 @@ def _packs_error(model: PreTrainedModel) -> float:
 
 
 @torch.no_grad()
-def _leak(model: PreTrainedModel) -> float:
-    """Largest change of a document's states when another document of its pack changes."""
+def _leak_error(model: PreTrainedModel) -> float:
+    """Largest change of a document's hidden states when another document of its pack changes."""
     ids = _ids(model)
     before, worst = _packed_states(model, ids), 0.0
     for row, span in _spans():
@@ -192,18 +196,21 @@ def _packed_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
     states: torch.Tensor = text_decoder(model)(
         input_ids=ids, use_cache=False, **arguments
     ).last_hidden_state
-    require_delivered(arguments["documents"], len(blocks(model)), model.config.model_type)
+    require_all_blocks_separate(arguments["documents"], len(blocks(model)), model.config.model_type)
     return states
 
 
 def _adapter_error(model: PreTrainedModel, targets: Sequence[str]) -> float:
-    """Difference in logits once plain peft loads the adapter; all matrices need gradients."""
+    """Relative difference of the logits after the adapter was saved and loaded with plain peft.
+
+    Raises UserError if a matrix of the adapter gets no gradient, or a frozen weight gets one.
+    """
     base = copy.deepcopy(model)
     adapted = _adapted(model, targets)
     _backward(adapted)
     named = dict(adapted.named_parameters())
-    if moved := [n for n, p in named.items() if "lora_" not in n and p.grad is not None]:
-        raise UserError(f"a frozen weight got a gradient: {moved[0]}")
+    if trained := [n for n, p in named.items() if "lora_" not in n and p.grad is not None]:
+        raise UserError(f"a frozen weight got a gradient: {trained[0]}")
     lora = {name: p for name, p in named.items() if "lora_" in name}
     expected = 2 * len(target_names(model, targets))
     if len(lora) != expected:
@@ -225,19 +232,19 @@ def _adapter_error(model: PreTrainedModel, targets: Sequence[str]) -> float:
 def _checkpointing_error(
     model: PreTrainedModel, targets: Sequence[str], *, reentrant: bool
 ) -> float:
-    """Difference between gradients with and without activation checkpointing."""
+    """Relative difference between the gradients with and without activation checkpointing."""
     adapted = _adapted(model, targets)
-    plain = _backward(adapted)
+    expected = _backward(adapted)
     inner: Any = adapted.get_base_model()
     inner.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: output.requires_grad_(True)
     )
     inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    return _relative(_backward(adapted), plain)
+    return _relative(_backward(adapted), expected)
 
 
 def _adapted(model: PreTrainedModel, targets: Sequence[str]) -> PeftModel:
-    """A copy with an adapter of random matrices, none of them zero."""
+    """A copy of the model with an adapter whose matrices are random, lora_B included."""
     names = target_names(model, targets)
     config = LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM")
     base = copy.deepcopy(model)
@@ -252,7 +259,7 @@ def _adapted(model: PreTrainedModel, targets: Sequence[str]) -> PeftModel:
 
 
 def _backward(adapted: PeftModel) -> torch.Tensor:
-    """All gradients of the adapter after one loss, as one vector."""
+    """The gradients of all adapter matrices after one backward pass, as one vector."""
     adapted.train().zero_grad()
     torch.manual_seed(0)
     SummedLoss(adapted, 1)(_ids(adapted), _labels(adapted), ((_LENGTH,), (_LENGTH,))).backward()
@@ -271,7 +278,7 @@ def target_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
         if type(module) is nn.Linear and module in inside and name.endswith(ends)
     ]
     if not names:
-        raise UserError(f"no linear layer of its text decoder is named {', '.join(targets)}")
+        raise UserError(f"no linear layer of the text decoder is named {', '.join(targets)}")
     return names
 
 
@@ -286,17 +293,17 @@ def _missing_names(folder: Path, targets: Sequence[str], *, trust_remote_code: b
         return []
     return [
         f"{len(missing)} of {len(names)} adapted weights are not single tensors of the checkpoint, "
-        f"the first is {missing[0]}: the adapter loads in peft and cannot be merged"
+        f"the first is {missing[0]}: the adapter loads with peft, but cannot be merged"
     ]
 
 
 def _ids(model: Any, seed: int = 1) -> torch.Tensor:
-    """Random token ids without special tokens, such as the placeholder of an image."""
+    """Random token ids, without the ids of special tokens such as an image placeholder."""
     generator = torch.Generator().manual_seed(seed)
     values = model.config.to_dict()
     special = {value for key, value in values.items() if "token" in key and type(value) is int}
-    plain = [i for i in range(model.config.get_text_config().vocab_size) if i not in special]
-    return torch.tensor(plain)[torch.randint(len(plain), (2, _LENGTH), generator=generator)]
+    usable = [i for i in range(model.config.get_text_config().vocab_size) if i not in special]
+    return torch.tensor(usable)[torch.randint(len(usable), (2, _LENGTH), generator=generator)]
 
 
 def _labels(model: Any) -> torch.Tensor:
@@ -306,7 +313,7 @@ def _labels(model: Any) -> torch.Tensor:
 
 
 def _spans() -> list[tuple[int, slice]]:
-    """Row and positions of every packed document."""
+    """Row and positions of every document in the packed rows."""
     spans = []
     for row, lengths in enumerate(_DOCUMENTS):
         start = 0
@@ -321,8 +328,8 @@ def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def main() -> None:
-    """Prove the class of a model folder."""
-    parser = argparse.ArgumentParser(description="prove a model class on a small copy")
+    """Check the class of the model in a folder."""
+    parser = argparse.ArgumentParser(description="check a model class on a small copy of the model")
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="+")
     parser.add_argument("--trust-remote-code", action="store_true")

@@ -1,7 +1,7 @@
-"""Small random copies of a model's class and configuration: few blocks, one of each kind.
+"""Small random copies of a model: the same class, with few blocks, at least one of each kind.
 
-Used by proof.py: a result on the copy applies to the model, because both run the same code. Widths
-are reduced if the class can still be built, and kept otherwise.
+proof.py checks a copy instead of the model, because both run the same code. The widths of a copy
+are reduced too, unless its class cannot be built with reduced widths.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 _BLOCKS = 4
-_WINDOW = 5  # shorter than the proof's documents, so windows and chunks have an effect
-_SPREAD = 0.12  # std of random matrices: large enough that scales, caps and attention matter
-# Sizes that a decoder's config may have, reduced together; ratios of heads are kept.
+_WINDOW = 5  # tokens; shorter than the documents of the checks, so that windows have an effect
+# Standard deviation of random matrices: large enough for scales, soft caps and attention to matter.
+_STD = 0.12
+# Keys that a decoder's config may have -> reduced sizes. The ratio of query to key heads is kept.
 _WIDTHS = {
     "hidden_size": 64, "intermediate_size": 128, "intermediate_size_mlp": 128, "head_dim": 16,
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "global_head_dim": 32,
@@ -37,13 +38,13 @@ _COUNTS = {
     "first_k_dense_replace": 1, "num_dense_layers": 1, "num_kv_shared_layers": 2,
     "num_nextn_predict_layers": 0, "max_position_embeddings": 256,
 }  # fmt: skip
-_REACHES = ("sliding_window", "attention_chunk_size")
+_WINDOW_KEYS = ("sliding_window", "attention_chunk_size")
 _VOCABULARY = 512
-_MAX_PARAMETERS = 3e8  # several copies in fp32 are in host memory during the proof
+_MAX_PARAMETERS = 3e8  # limits host memory: the checks hold several copies in fp32
 
 
 def small_copies(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Configs to try: first with all sizes reduced, then blocks, experts and vocabulary only."""
+    """Configs to try: first with all sizes reduced, then with blocks, experts and vocabulary."""
     text_config = config.get_text_config()
     name = next((key for key, value in vars(config).items() if value is text_config), None)
     for widths, vision in ((_WIDTHS, _VISION_WIDTHS), ({}, {})):
@@ -53,7 +54,7 @@ def small_copies(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
         for other in values.values():
             if isinstance(other, dict) and "model_type" in other and other is not text:
                 _set_lower(other, vision)
-        if widths and name is not None:  # sections of multimodal rope add up to half a head
+        if widths and name is not None:  # the sections of multimodal rope must sum to head_dim / 2
             text["rope_parameters"] = (text.get("rope_parameters") or {}) | {
                 "mrope_section": [4, 2, 2]
             }
@@ -61,7 +62,7 @@ def small_copies(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def random_model(auto_class: Any, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    """Build a model in fp32 on the CPU in eval mode; weights depend only on the config."""
+    """Build a model in fp32 on the CPU, in eval mode; its weights depend only on the config."""
     with torch.device("meta"):
         size = sum(p.numel() for p in auto_class.from_config(config, **options).parameters())
     if size > _MAX_PARAMETERS:
@@ -72,7 +73,7 @@ def random_model(auto_class: Any, config: PreTrainedConfig, **options: Any) -> P
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=_SPREAD, generator=generator)
+                parameter.normal_(std=_STD, generator=generator)
     model.train(False)
     return model
 
@@ -92,10 +93,10 @@ def _reduce(text: dict[str, Any], widths: Mapping[str, int]) -> None:
         for key in widths.keys() & text.keys():  # exact sizes, because several must agree
             if isinstance(text[key], int) and text[key] > 0:
                 text[key] = widths[key]
-        if head_dim is not None and head_dim == rope_dim:  # DeepSeek: the width that rope rotates
+        if head_dim is not None and head_dim == rope_dim:  # DeepSeek: both are the rotated width
             text["head_dim"] = text["qk_rope_head_dim"]
     _set_lower(text, _COUNTS)
-    for key in _REACHES:
+    for key in _WINDOW_KEYS:
         if text.get(key):
             text[key] = _WINDOW
     _reduce_vocabulary(text)
@@ -103,7 +104,7 @@ def _reduce(text: dict[str, Any], widths: Mapping[str, int]) -> None:
 
 
 def _set_lower(values: dict[str, Any], limits: Mapping[str, int]) -> None:
-    """Lower values above these limits, in lists each entry."""
+    """Lower the values of these keys to the limits; in a list, lower every entry."""
     for key, limit in limits.items():
         present = values.get(key)
         if isinstance(present, list):
@@ -122,7 +123,10 @@ def _reduce_vocabulary(text: dict[str, Any]) -> None:
 
 
 def _choose_blocks(text: dict[str, Any]) -> None:
-    """Keep one block of each kind; shorten lists with an entry per block and of block indices."""
+    """Keep one block of each kind, but at least _BLOCKS blocks.
+
+    Lists with one entry per block, and lists of block indices, are changed accordingly.
+    """
     total = text.get("num_hidden_layers") or len(text["layers_block_type"])
     if total <= _BLOCKS:
         return
@@ -136,22 +140,24 @@ def _choose_blocks(text: dict[str, Any]) -> None:
                 for i in range(total)]  # fmt: skip
     first = {kind: i for i, kind in reversed(list(enumerate(of_block)))}
     chosen = sorted(first.values())
-    if text.get("num_kv_shared_layers"):  # sharing blocks of each kind come last
+    if text.get("num_kv_shared_layers"):  # blocks that share keys and values must come last
         chosen, text["num_kv_shared_layers"] = chosen * 2, len(chosen)
     else:
-        spare = [i for i in range(total) if i not in chosen]
-        chosen = sorted(chosen + spare[: max(0, _BLOCKS - len(chosen))])
+        others = [i for i in range(total) if i not in chosen]
+        chosen = sorted(chosen + others[: max(0, _BLOCKS - len(chosen))])
     for key, value in kinds.items():
         text[key] = [value[i] for i in chosen]
     for key, value in indices.items():
         text[key] = [position for position, i in enumerate(chosen) if i in value]
     if "num_hidden_layers" in text:
         text["num_hidden_layers"] = len(chosen)
-    if of_layer := text.get("per_layer_config"):  # Gemma 4: other widths of some blocks
-        own = {int(i): dict(values) for i, values in of_layer.items()}
-        for values in own.values():
+    if overrides := text.get("per_layer_config"):  # Gemma 4: some blocks have other widths
+        by_block = {int(i): dict(values) for i, values in overrides.items()}
+        for values in by_block.values():
             _set_lower(values, {"head_dim": 2 * text["head_dim"], "num_key_value_heads": 1})
-        text["per_layer_config"] = {at: own[i] for at, i in enumerate(chosen) if i in own}
+        text["per_layer_config"] = {
+            position: by_block[i] for position, i in enumerate(chosen) if i in by_block
+        }
 
 
 def _are_indices(value: Any, total: int) -> bool:

@@ -1,7 +1,7 @@
-"""Headers of safetensors files: the tensors of a model folder and their offsets. No torch.
+"""Headers of safetensors files: names, dtypes, shapes and offsets of tensors. No torch.
 
-The format (8 bytes of header length, a JSON header, the concatenated tensors) is specified in
-https://github.com/huggingface/safetensors#format.
+A file consists of the header's length (8 bytes), a JSON header and the concatenated tensors:
+https://github.com/huggingface/safetensors#format
 """
 
 import json
@@ -20,7 +20,7 @@ _MAX_HEADER_BYTES = 100_000_000  # as in the reference implementation
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file. `start`, `end`: byte offsets in the file."""
+    """Header entry of one tensor. `start`, `end`: byte offsets in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -40,18 +40,20 @@ class TensorFile:
 def weight_files(folder: Path, setting: str = "model") -> list[Path]:
     """The safetensors files of a model folder that transformers loads.
 
-    Raises UserError, which names `setting`, for a folder without any or with files missing.
+    Raises UserError if there are none or some are missing; `setting` is the setting that the
+    message names.
     """
     if (folder / SINGLE).is_file():  # takes precedence over the index, as in transformers
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         raise UserError(
-            f"{setting}: {folder} holds neither {SINGLE} nor {INDEX}; download the model again"
+            f"{setting}: {folder} has neither {SINGLE} nor {INDEX}; download the model again"
         )
     names = sorted(set(read_weight_map(folder, setting).values()))
     if outside := [name for name in names if Path(name).name != name]:
         raise UserError(
-            f"{setting}: {folder / INDEX}: {outside[0]!r} is not the name of a file in it"
+            f"{setting}: {folder / INDEX} names {outside[0]!r}, which is outside the model folder; "
+            "download the model again"
         )
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(
@@ -62,13 +64,16 @@ def weight_files(folder: Path, setting: str = "model") -> list[Path]:
 
 
 def read_weight_map(folder: Path, setting: str = "model") -> dict[str, str]:
-    """Map from tensor name to file name in an indexed model folder; UserError if unreadable."""
+    """Tensor name -> file name, from the index of a model folder.
+
+    Raises UserError if the index cannot be read.
+    """
     path = folder / INDEX
     try:
         weight_map = read_json(path)["weight_map"]
         return {str(key): str(name) for key, name in weight_map.items()}
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{setting}: {path}: not a readable index: {error!r}") from None
+        raise UserError(f"{setting}: {path}: the index cannot be read: {error!r}") from None
 
 
 def read_header(path: Path) -> TensorFile:
@@ -92,11 +97,13 @@ def read_header(path: Path) -> TensorFile:
     end = first
     for key, entry in entries.items():
         if entry.start != end:
-            raise UserError(f"{path}: its tensors are not stored back to back")
+            raise UserError(f"{path}: there are gaps between its tensors; download it again")
         end = entry.end
         size = VALUE_BYTES.get(entry.dtype)
         if size and size * math.prod(entry.shape) != end - entry.start:
             raise UserError(f"{path}: the size of {key} does not match its dtype and shape")
     if (size := path.stat().st_size) != end:
-        raise UserError(f"{path}: {size} bytes long, its header says {end}")
+        raise UserError(
+            f"{path}: has {size} bytes, but {end} according to its header; download it again"
+        )
     return TensorFile(path, prefix + text, entries)

@@ -1,11 +1,12 @@
 """Search for the layout: all layouts that the settings allow, with predicted memory and time.
 
-A key that the user set is a constraint; a key that is `auto` is free. Layouts that fit are sorted
-into three classes, and in each by predicted seconds per step. First come layouts that replicate the
-base on every device, then those that shard it (ZeRO-3), then those that offload it to host memory.
-A later class may be predicted to be a little faster, because it checkpoints fewer blocks. It is
-still not preferred: its time depends on link rates, the least certain part of the prediction.
-Optimizer states are never offloaded, because those of an adapter are small.
+A key that the user set is a constraint; a key that is `auto` is free. Layouts that fit are ranked
+in three classes: layouts that replicate the base on every device, then layouts that shard it
+(ZeRO-3), then layouts that offload it to host memory. Within a class they are ranked by predicted
+seconds per step. A layout of a later class may be predicted to be a little faster, because it
+checkpoints fewer blocks. It is still not preferred: its time depends on link rates, the least
+certain part of the prediction. Optimizer states are never offloaded, because an adapter's are
+small.
 """
 
 from collections.abc import Iterator
@@ -23,12 +24,15 @@ from pipeline.plan.given.shape import ModelShape
 
 _DEFAULT_GLOBAL_BATCH = 16
 _LARGEST_MICRO_BATCH = 64
-_HOST_SHARE = 0.9  # usable share of a node's memory; the system and page cache need the rest
+_HOST_SHARE = 0.9  # usable fraction of a node's memory; system and page cache need the rest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A layout with its predicted cost; `refusal` is the reason if it is not possible."""
+    """A layout with its predicted memory and speed.
+
+    `refusal`: why the layout cannot be used; None if it can.
+    """
 
     layout: Layout
     memory: Memory
@@ -83,14 +87,14 @@ def micro_batches(settings: RunSettings, world_size: int) -> list[tuple[int, int
 
     Raises UserError if the batch keys contradict each other or the number of ranks.
     """
-    each = _sequences_per_rank(settings, world_size)
+    per_rank = _sequences_per_rank(settings, world_size)
     if settings.batch_size != "auto":
-        return [(settings.batch_size, each // settings.batch_size)]
+        return [(settings.batch_size, per_rank // settings.batch_size)]
     if settings.gradient_accumulation_steps != "auto":
         accumulation = settings.gradient_accumulation_steps
-        return [(each // accumulation, accumulation)]
-    largest = min(each, _LARGEST_MICRO_BATCH)
-    return [(micro, each // micro) for micro in range(largest, 0, -1) if each % micro == 0]
+        return [(per_rank // accumulation, accumulation)]
+    largest = min(per_rank, _LARGEST_MICRO_BATCH)
+    return [(micro, per_rank // micro) for micro in range(largest, 0, -1) if per_rank % micro == 0]
 
 
 def _sequences_per_rank(settings: RunSettings, world_size: int) -> int:
@@ -107,18 +111,18 @@ def _sequences_per_rank(settings: RunSettings, world_size: int) -> int:
     per_pass = world_size * per_rank
     is_complete = len(given) == len(factors)
     if total % per_pass or (is_complete and total != per_pass):
-        parts = [f"{world_size} ranks", *(f"{key} {value}" for key, value in given.items())]
+        product_of = [f"{world_size} ranks", *(f"{key} {value}" for key, value in given.items())]
         low = max(total // per_pass, 1) * per_pass
-        near = str(per_pass) if is_complete else f"{low} or {low + per_pass}"
+        possible = str(per_pass) if is_complete else f"{low} or {low + per_pass}"
         raise UserError(
-            f"global_batch_size: {total} is not {' x '.join(parts)}"
-            f"{'' if is_complete else ' x a whole number'}; {near} would work"
+            f"global_batch_size: {total} is not {' x '.join(product_of)}"
+            f"{'' if is_complete else ' x a whole number'}; {possible} would work"
         )
     return total // world_size
 
 
 def candidates(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> list[Candidate]:
-    """A candidate for every layout that the settings allow, sorted by `order`.
+    """A candidate for every layout that the settings allow, sorted by `preference`.
 
     Raises UserError if the batch keys contradict each other.
     """
@@ -127,12 +131,12 @@ def candidates(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> li
             _with_fewest_checkpointed(settings, shape, cluster, layout)
             for layout in _layouts(settings, shape, cluster)
         ),
-        key=order,
+        key=preference,
     )
 
 
-def order(candidate: Candidate) -> tuple[bool, bool, bool, float]:
-    """Sort key: the best candidate first; refused ones last, by the memory they need."""
+def preference(candidate: Candidate) -> tuple[bool, bool, bool, float]:
+    """Sort key that puts the best candidate first, and refused ones last, by device memory."""
     layout = candidate.layout
     if candidate.refusal is not None:
         return True, False, False, candidate.memory.device_need
@@ -141,15 +145,18 @@ def order(candidate: Candidate) -> tuple[bool, bool, bool, float]:
 
 
 def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iterator[Layout]:
-    """Layouts without checkpointing, or with all blocks checkpointed if the settings say so."""
+    """All layouts that the settings allow, without activation checkpointing.
+
+    With `gradient_checkpointing: true`, all blocks are checkpointed in each layout.
+    """
     dtype = training_dtype(settings, cluster.hardware)[0]
     batches = micro_batches(settings, cluster.world_size)
     all_blocks = shape.num_layers if settings.gradient_checkpointing is True else 0
     resident: list[Offload] = ["none"]
     for stage in _stages(settings, dtype, cluster):
-        copies = _hpz_sizes(settings, cluster) if stage == 3 else [1]
+        hpz_sizes = _hpz_sizes(settings, cluster) if stage == 3 else [1]
         offloads = _offloads(settings, cluster.hardware) if stage == 3 else resident
-        for (micro, accumulation), copy, offload in product(batches, copies, offloads):
+        for (micro, accumulation), hpz_size, offload in product(batches, hpz_sizes, offloads):
             yield Layout(
                 zero_stage=stage,
                 micro_batch_size=micro,
@@ -158,7 +165,7 @@ def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iter
                 nodes=cluster.nodes,
                 ranks_per_node=cluster.ranks_per_node,
                 training_dtype=dtype,
-                hpz_partition_size=copy,
+                hpz_partition_size=hpz_size,
                 offload_param=offload,
             )
 
@@ -166,11 +173,11 @@ def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iter
 def _stages(settings: RunSettings, dtype: str, cluster: Cluster) -> list[int]:
     if settings.zero_stage != "auto":
         return [settings.zero_stage]
-    # ZeRO-1 accumulates the gradients of micro-batches in the training dtype: exact in fp32 only
+    # ZeRO-1 accumulates gradients over micro-batches in the training dtype, which needs fp32.
     stages = [1, 2] if dtype == "float32" else [2]
     is_shardable = not settings.load_in_8bit  # rule 8bit-zero3
-    can_leave_device = cluster.hardware.kind == "cuda" and settings.offload_param != "none"
-    if is_shardable and (cluster.world_size > 1 or can_leave_device):
+    may_offload = cluster.hardware.kind == "cuda" and settings.offload_param != "none"
+    if is_shardable and (cluster.world_size > 1 or may_offload):
         stages.append(3)
     return stages
 
@@ -191,7 +198,7 @@ def _offloads(settings: RunSettings, hardware: Hardware) -> list[Offload]:
 def _with_fewest_checkpointed(
     settings: RunSettings, shape: ModelShape, cluster: Cluster, layout: Layout
 ) -> Candidate:
-    """The layout with the fewest checkpointed blocks that fit; with all of them if none does."""
+    """The candidate with the fewest checkpointed blocks that fits; all blocks if none fits."""
     predict = partial(_predicted, settings, shape, cluster)
     needs_all = layout.is_sharded and settings.load_in_4bit  # rule 4bit-zero3-unchecked
     if needs_all and settings.gradient_checkpointing is not False:
@@ -199,7 +206,7 @@ def _with_fewest_checkpointed(
     first = predict(layout)
     if first.refusal is None or settings.gradient_checkpointing != "auto":
         return first
-    low, high = 1, shape.num_layers  # each more needs less memory; the last one may not
+    low, high = 1, shape.num_layers  # more checkpointed blocks need less memory
     while low < high:
         middle = (low + high) // 2
         if predict(replace(layout, checkpointed_layers=middle)).refusal is None:
@@ -222,11 +229,11 @@ def _predicted(
         layout=layout,
         memory=need,
         speed=step_seconds(shape, settings, layout, hardware, sequences),
-        refusal=_too_large(need, limit, cluster.host_limit),
+        refusal=_memory_refusal(need, limit, cluster.host_limit),
     )
 
 
-def _too_large(need: Memory, limit: int, host_limit: int | None) -> str | None:
+def _memory_refusal(need: Memory, limit: int, host_limit: int | None) -> str | None:
     if need.device_need > limit:
         is_loading = need.load_peak_bytes > need.peak_bytes
         when = "while loading" if is_loading else f"at {need.worst_moment}"

@@ -14,9 +14,10 @@ from pipeline.rows.formats import Completion, Conversation, Example, RowError, T
 from pipeline.rows.sources import Row, parse, sample
 
 SAMPLE_BYTES = 1_000_000
-_MAX_FILES = 64  # read per source; the others are assumed to be like them
-# UTF-8 bytes of content per token, an assumption. The quickstart's rows, half of them JSON, have
-# 3.2 with a vocabulary of 49 152. Plain English has more, code and most other languages have less.
+_MAX_FILES = 64  # files sampled per source; the other files are assumed to be similar
+# UTF-8 bytes of content per token: an assumption. The rows of the quickstart, half of them JSON,
+# have 3.2 bytes per token with a vocabulary of 49 152 tokens. Plain English has more, code and most
+# other languages have less.
 BYTES_PER_TOKEN = 3.5
 # Tokens that a chat template adds to a message: role, markers, newline (5.3 in the quickstart).
 _TOKENS_PER_MESSAGE = 5
@@ -24,49 +25,52 @@ _TOKENS_PER_MESSAGE = 5
 
 @dataclass(frozen=True, kw_only=True)
 class _FileSample:
-    """Sample from the beginning of a file: tokens of each document, and the fraction read."""
+    """Sample from the beginning of a file.
+
+    `tokens`: tokens of each document. `share`: fraction of the file that was read.
+    """
 
     tokens: list[int]
     share: float
 
 
 def estimate(settings: RunSettings) -> DataSize | None:
-    """Estimate the size from the beginnings of the training files, SAMPLE_BYTES in total.
+    """Estimate the size from the beginnings of the training files, SAMPLE_BYTES bytes in total.
 
-    None if a file cannot be read, the sample has no row, or a source is on the hub. In files that
-    are read whole the rows are counted as prepare counts them. Tokens are always estimates, and
-    `split_turns` is not applied.
+    None if a file cannot be read, the sample has no row, or a source is on the hub. If a file is
+    read completely, its rows are counted exactly. Tokens are always estimated, and `split_turns` is
+    not applied.
     """
     try:
         files = [find_files(source.path, "train_data").files for source in settings.train_sources]
         samples = _samples(files, settings)
     except (OSError, EOFError, ValueError, UserError):  # ValueError: no file has such a name
         return None
-    parts = [
+    sizes = [
         _size_of_source(source, source_files, samples)
         for source, source_files in zip(settings.train_sources, files, strict=True)
     ]
-    documents = sum(part[0] for part in parts)
-    kept = _kept_share(settings, documents)
-    if round(documents * kept) < 1:
+    documents = sum(size[0] for size in sizes)
+    train_share = _train_share(settings, documents)
+    if round(documents * train_share) < 1:
         return None
     is_whole = all(file in samples and samples[file].share == 1 for each in files for file in each)
     return DataSize(
-        documents=round(documents * kept),
-        tokens=round(sum(part[1] for part in parts) * kept),
+        documents=round(documents * train_share),
+        tokens=round(sum(size[1] for size in sizes) * train_share),
         longest=max(chain(*(one.tokens for one in samples.values()))) if is_whole else None,
         is_exact=False,
     )
 
 
 def _samples(files: list[list[Path]], settings: RunSettings) -> dict[Path, _FileSample]:
-    """A sample of each file: small files whole, the same number of bytes of each larger one."""
+    """A sample of each file: small files completely, an equal number of bytes of the others."""
     chosen = {file for each in files for file in each[:: 1 + (len(each) - 1) // _MAX_FILES]}
-    left, samples = SAMPLE_BYTES, {}
+    budget, samples = SAMPLE_BYTES, {}
     by_size = sorted(chosen, key=lambda file: (file.stat().st_size, file))
     for index, file in enumerate(by_size):
-        lines, share, num_bytes = sample(file, left // (len(by_size) - index))
-        left -= num_bytes
+        lines, share, num_bytes = sample(file, budget // (len(by_size) - index))
+        budget -= num_bytes
         rows = (row for row in map(parse, lines) if isinstance(row, Row))
         tokens = [count for row in rows for count in _documents(row, settings)]
         samples[file] = _FileSample(tokens=tokens, share=share)
@@ -76,22 +80,22 @@ def _samples(files: list[list[Path]], settings: RunSettings) -> dict[Path, _File
 def _size_of_source(
     source: DataSource, files: list[Path], samples: dict[Path, _FileSample]
 ) -> tuple[float, float]:
-    """Number of documents of a source in an epoch, and of their tokens."""
+    """Number of documents and number of tokens of a source in an epoch."""
     sampled = [file for file in files if file in samples]
     scale = _num_bytes(files) / _num_bytes(sampled)
-    found = [samples[file] for file in sampled if samples[file].tokens]
-    documents = scale * sum(len(one.tokens) / one.share for one in found)
-    tokens = scale * sum(sum(one.tokens) / one.share for one in found)
-    taken = 1.0 if source.limit is None else min(1.0, source.limit / max(documents, 1))
-    return documents * taken * source.weight, tokens * taken * source.weight
+    not_empty = [samples[file] for file in sampled if samples[file].tokens]
+    documents = scale * sum(len(one.tokens) / one.share for one in not_empty)
+    tokens = scale * sum(sum(one.tokens) / one.share for one in not_empty)
+    used_share = 1.0 if source.limit is None else min(1.0, source.limit / max(documents, 1))
+    return documents * used_share * source.weight, tokens * used_share * source.weight
 
 
 def _num_bytes(files: list[Path]) -> int:
     return max(1, sum(file.stat().st_size for file in files))
 
 
-def _kept_share(settings: RunSettings, documents: float) -> float:
-    """Fraction of the documents that is not held out for evaluation."""
+def _train_share(settings: RunSettings, documents: float) -> float:
+    """Fraction of the documents that are not held out for evaluation."""
     held_out = settings.held_out
     if held_out is None:
         return 1.0
@@ -99,7 +103,7 @@ def _kept_share(settings: RunSettings, documents: float) -> float:
 
 
 def _documents(row: Row, settings: RunSettings) -> list[int]:
-    """Estimated tokens of each document made from a row after `over_length` is applied."""
+    """Estimated tokens of each document that a row becomes under the setting `over_length`."""
     try:
         count = _num_tokens(read_example(row, settings.data_format, settings.columns).example)
     except RowError:

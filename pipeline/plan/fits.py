@@ -11,16 +11,17 @@ from pipeline.plan.given.shape import ModelShape
 from pipeline.plan.rules.model import INPUT_RULES
 from pipeline.plan.rules.rule import PlanInput, applicable_rules, installed_versions
 
-_SHORTEST, _LONGEST = 256, 131_072  # tokens of a sequence that are tried, in powers of two
+# Range of sequence lengths in tokens; all powers of two in it are candidates.
+_SHORTEST, _LONGEST = 256, 131_072
 _WIDTH = 100  # columns of the table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """Result for a model that fits.
+    """Prediction for a model that fits.
 
-    `length`: the longest sequence that fits. `tokens_per_second`: at `max_length`, or at `length`
-    if that is shorter.
+    `length`: the longest sequence that fits. `tokens_per_second`: rate for sequences of
+    `max_length` tokens, or of `length` tokens if `length` is smaller.
     """
 
     length: int
@@ -29,7 +30,10 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class FitRow:
-    """Row of a model. `lora`, `qlora`: None if it does not fit. `rules`: those that refuse it."""
+    """A model's row of the table.
+
+    `lora` and `qlora`: None if the model does not fit. `rules`: ids of the rules that refuse it.
+    """
 
     name: str
     parameters: int
@@ -70,7 +74,7 @@ def _row(shape: ModelShape, settings: RunSettings, cluster: Cluster) -> FitRow:
 
 
 def _fit(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Fit | None:
-    """The longest length that fits, by bisection: a longer sequence needs more memory."""
+    """The longest sequence that fits, found by bisection as longer ones need more memory."""
     lengths = [_SHORTEST]
     while lengths[-1] * 2 <= min(shape.max_positions or _LONGEST, _LONGEST):
         lengths.append(lengths[-1] * 2)
@@ -97,7 +101,7 @@ def _best(
 
 
 def fits_text(rows: Sequence[FitRow], settings: RunSettings, cluster: Cluster) -> str:
-    """The table as text for a terminal; below it the reasons why models are refused."""
+    """The table as text for a terminal, followed by notes on columns and refused models."""
     rules = list(dict.fromkeys(rule for row in rows for rule in row.rules))
     marks = {rule: "abcdefgh"[index] for index, rule in enumerate(rules)}
     nodes = f"{cluster.nodes} nodes of " if cluster.nodes > 1 else ""
@@ -111,14 +115,12 @@ def fits_text(rows: Sequence[FitRow], settings: RunSettings, cluster: Cluster) -
         fits = "  ".join(map(_cells, (row.lora, row.qlora)))
         lines.append(f"{row.name:<46}{marked:<3}{row.parameters / 1e9:>9.2f}{fits}")
     notes = [
-        "length: the longest that fits, of powers of two up to the model's positions and "
-        f"{_LONGEST:,}; -: none. tokens/s: predicted, of all ranks together, with sequences of "
-        f"{settings.max_length:,} tokens (max_length), or of the length where that is shorter. "
-        "Nothing is offloaded unless offload_param=cpu is given.",
-        *(
-            f"{marks[rule]}: training is refused today [rule {rule}, docs/rules.md]"
-            for rule in rules
-        ),
+        "length: the longest sequence that fits, in tokens, of the powers of two up to "
+        f"{_LONGEST:,} and to the model's number of positions; -: none fits. tokens/s: predicted, "
+        f"of all ranks together, for sequences of {settings.max_length:,} tokens (max_length), or "
+        "of `length` tokens if that is less. Nothing is offloaded unless offload_param=cpu is "
+        "given.",
+        *(f"{marks[rule]}: training is refused [rule {rule}, docs/rules.md]" for rule in rules),
     ]
     lines = [line.rstrip() for line in lines]
     return "\n".join([*lines, "", *(textwrap.fill(note, _WIDTH) for note in notes)])

@@ -46,10 +46,10 @@ class Schedule:
     @classmethod
     def of(cls, settings: RunSettings, steps_per_epoch: int) -> "Schedule":
         """The schedule of a run with `steps_per_epoch` steps in each epoch."""
-        ends = [settings.max_steps] if settings.max_steps is not None else []
-        if settings.epochs != "auto":  # exact: 30 x 8.3 is 249, with floats it is more
-            ends.append(math.ceil(Fraction(str(settings.epochs)) * steps_per_epoch))
-        total, warmup = min(ends), settings.warmup_steps
+        limits = [settings.max_steps] if settings.max_steps is not None else []
+        if settings.epochs != "auto":  # fractions, because 30 x 8.3 exceeds 249 in floating point
+            limits.append(math.ceil(Fraction(str(settings.epochs)) * steps_per_epoch))
+        total, warmup = min(limits), settings.warmup_steps
         if warmup is None or warmup < 1:
             share = settings.warmup_ratio if warmup is None else warmup
             warmup = math.ceil((share or 0) * total)
@@ -64,8 +64,9 @@ class Schedule:
 class Plan:
     """The plan of a run: settings, layout, DeepSpeed config, rules, and the reason for each choice.
 
-    `fits`: False if no layout fits; then `layout` is the one that needs the least memory. `proof`:
-    result of the checks of the model class; None if this class has not been checked here.
+    `fits`: whether `layout` fits in memory; if no layout does, `layout` is the one that needs the
+    least memory. `proof`: results of the checks of the model's class; None if the class has not
+    been checked on this machine.
     """
 
     settings: RunSettings
@@ -97,15 +98,16 @@ class Plan:
 
     @property
     def steps(self) -> Schedule:
-        """The schedule; only for a plan returned by `with_data()`."""
-        assert self.schedule is not None, "with_data() comes first"
+        """The schedule of a plan returned by `with_data()`; other plans have none."""
+        assert self.schedule is not None, "call with_data() first"
         return self.schedule
 
     @property
     def memory(self) -> Memory:
         """Predicted memory for the longest sequence of the data.
 
-        Sequences of `max_length` are assumed until the data has been counted.
+        Until the data has been counted, its longest sequence is assumed to have `max_length`
+        tokens.
         """
         sequences = SequenceProfile(tokens=self.settings.max_length)
         if self.data is not None and self.data.is_exact and self.data.longest is not None:
@@ -113,12 +115,12 @@ class Plan:
         return self._memory(sequences)
 
     def tensor_bytes(self, sequences: SequenceProfile) -> int:
-        """Predicted peak bytes of live tensors, in loading or in a step with such sequences."""
+        """Predicted peak bytes of live tensors while loading or in a step of such sequences."""
         return self._memory(sequences).tensor_bytes
 
     @property
     def speed(self) -> Speed:
-        """Predicted time of a step for the data's mean length; `max_length` if it is not known."""
+        """Predicted time of a step for documents of mean length, or `max_length` if unknown."""
         sequences = SequenceProfile(tokens=self.settings.max_length)
         if self.data is not None:
             sequences = self._profile(self.data, self.data.mean_tokens)
@@ -128,7 +130,7 @@ class Plan:
         return memory(self.shape, self.settings, self.layout, self.hardware, sequences)
 
     def _profile(self, data: DataSize, document_tokens: float) -> SequenceProfile:
-        """The sequences of documents of `document_tokens` tokens: one document each, or packs."""
+        """Profile of the sequences, single documents or packs, if each document had this length."""
         document_tokens = min(self.settings.max_length, document_tokens)
         if not self.settings.packing:
             return SequenceProfile(tokens=document_tokens)
@@ -153,14 +155,14 @@ class Plan:
         return replace(self, proof=proof)._checked()
 
     def _checked(self) -> "Plan":
-        """The plan with the rules that apply. Raises UserError if one of them refuses it."""
+        """The plan with the rules that apply. Raises UserError if one of them refuses the run."""
         _raise_input_refusals(self.context)
         raise_refusals(applicable_rules(CONTEXT_RULES, self.context))
         return replace(self, rules=_shown_rules(self.context))
 
     @property
     def context(self) -> PlanContext:
-        """The input of the rules' conditions."""
+        """The input of the conditions of rules."""
         return PlanContext(
             settings=self.settings,
             shape=self.shape,
@@ -173,20 +175,25 @@ class Plan:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of the step with this index, from 0. It is above 0 at the first step."""
+        """Learning rate of the step with this index, counted from 0. The first rate is above 0."""
         schedule, settings = self.steps, self.settings
         if step < schedule.warmup_steps:
             return settings.lr * (step + 1) / schedule.warmup_steps
-        done = (step - schedule.warmup_steps) / max(1, schedule.total_steps - schedule.warmup_steps)
         if settings.lr_scheduler_type == "constant":
             return settings.lr
+        decay_steps = max(1, schedule.total_steps - schedule.warmup_steps)
+        progress = (step - schedule.warmup_steps) / decay_steps
         is_linear = settings.lr_scheduler_type == "linear"
-        course = 1 - done if is_linear else (1 + math.cos(math.pi * done)) / 2
-        return settings.lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * course)
+        factor = 1 - progress if is_linear else (1 + math.cos(math.pi * progress)) / 2
+        return settings.lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * factor)
 
 
 class DoesNotFitError(UserError):
-    """No candidate fits. `nearest`: the plan with the least memory. `ranked`: all, with reasons."""
+    """No layout fits in memory.
+
+    `nearest`: the plan of the layout that needs the least memory. `ranked`: all candidates, each
+    with its refusal.
+    """
 
     def __init__(self, message: str, nearest: Plan, ranked: Sequence[Candidate]) -> None:
         super().__init__(message)
@@ -196,14 +203,14 @@ class DoesNotFitError(UserError):
 def make_plan(
     settings: RunSettings, shape: ModelShape, hardware: Hardware, *, nodes: int, ranks_per_node: int
 ) -> Plan:
-    """Derive the plan. Raises UserError if a rule refuses the run or no layout fits."""
+    """The plan of a run. Raises UserError if a rule refuses the run or no layout fits."""
     return rank_plans(settings, shape, hardware, nodes=nodes, ranks_per_node=ranks_per_node)[0]
 
 
 def rank_plans(
     settings: RunSettings, shape: ModelShape, hardware: Hardware, *, nodes: int, ranks_per_node: int
 ) -> tuple[Plan, list[Candidate]]:
-    """The plan and every candidate, best first; refused candidates have a reason.
+    """The plan of a run, and all candidates for its layout, best first.
 
     Raises UserError if a rule refuses the run or no layout fits.
     """
@@ -275,8 +282,8 @@ def _plan(plan_input: PlanInput, chosen: Candidate, why: dict[str, str]) -> Plan
 def _raise_input_refusals(plan_input: PlanInput) -> None:
     """Raise UserError if a rule refuses this input.
 
-    For a model known only by name (its folder is not here) refusals are shown with the plan
-    instead, because no run can be started from it.
+    If the model is known only by its name and not available as a folder, no run can start. Then the
+    refusals are shown with the plan instead.
     """
     if plan_input.shape.source is None:
         raise_refusals(applicable_rules(INPUT_RULES, plan_input))

@@ -6,13 +6,13 @@ from typing import Any
 
 from pipeline.config.settings import RunSettings, settings_by
 from pipeline.errors import UserError
-from pipeline.plan.choose import Candidate, Cluster, candidates, order, training_dtype
+from pipeline.plan.choose import Candidate, Cluster, candidates, preference, training_dtype
 from pipeline.plan.cost.memory import memory
 from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import ModelShape
 
-# Field of Layout -> the setting that can fix it, in the order of display.
+# Field of Layout -> the setting that determines it unless it is `auto`, in the order of display.
 _SETTING_OF = {
     key: name for key in Layout.__dataclass_fields__ if (name := settings_by("layout").get(key))
 }
@@ -25,15 +25,18 @@ def reasons(
     shape: ModelShape,
     cluster: Cluster,
 ) -> dict[str, str]:
-    """Field or setting -> a line that gives the reason, for each that was `auto`, and the dtype."""
+    """The reason for each value that was `auto`, and for the training dtype.
+
+    Keys are names of settings or of fields of Layout.
+    """
     why: dict[str, str] = {}
     for key, setting in _SETTING_OF.items():
         if getattr(settings, setting) != "auto":
             continue
         if key in ("hpz_partition_size", "offload_param") and not chosen.layout.is_sharded:
-            continue  # the base is not sharded
+            continue  # these keys apply only to a sharded base
         if key == "hpz_partition_size" and cluster.nodes == 1:
-            why[key] = "one node: all gathers are inside it"
+            why[key] = "one node: gathers never use the network"
         elif key == "checkpointed_layers":
             why[key] = _checkpointing(chosen, settings, shape, cluster)
         else:
@@ -47,38 +50,40 @@ def reasons(
 
 
 def _alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> str:
-    """Comparison of the chosen value with the best candidate that has another value."""
-    mine = getattr(chosen.layout, key)
-    others = [c for c in ranked if getattr(c.layout, key) != mine]
+    """Comparison of the chosen candidate with the best one that has another value of this field."""
+    chosen_value = getattr(chosen.layout, key)
+    others = [c for c in ranked if getattr(c.layout, key) != chosen_value]
     if not others:
         return "fixed by the other settings"
-    best = min(others, key=order)
+    best = min(others, key=preference)
     name = f"{key} {getattr(best.layout, key)}"
     if best.refusal is not None:
         return f"no alternative: {name} {best.refusal}"
-    own, seconds = (_seconds(c.speed.seconds_per_step) for c in (chosen, best))
+    chosen_s, best_s = (_seconds(c.speed.seconds_per_step) for c in (chosen, best))
     if best.layout.is_sharded and not chosen.layout.is_sharded:
         return "the base fits on each rank: only adapter gradients are communicated"
     if best.layout.offload_param != chosen.layout.offload_param:
         return "the sharded base fits on the devices"
-    if own == seconds:
-        return f"none is faster: predicted {own}/step with full sequences, as for {name}"
-    return f"fastest that fits: predicted {own}/step with full sequences, {seconds}/step for {name}"
+    if chosen_s == best_s:
+        return f"none is faster: predicted {chosen_s}/step for full sequences, as for {name}"
+    return (
+        f"fastest that fits: predicted {chosen_s}/step for full sequences, {best_s}/step for {name}"
+    )
 
 
 def _checkpointing(
     chosen: Candidate, settings: RunSettings, shape: ModelShape, cluster: Cluster
 ) -> str:
-    count, of = chosen.layout.checkpointed_layers, shape.num_layers
+    count, total = chosen.layout.checkpointed_layers, shape.num_layers
     if not count:
-        return f"0 of {of} layers: all activations fit"
+        return f"0 of {total} layers: all activations fit"
     if chosen.layout.is_sharded and settings.load_in_4bit:
-        return f"all {of} layers: 4-bit layers at ZeRO-3 need it (rule 4bit-zero3-unchecked)"
+        return f"all {total} layers: 4-bit layers at ZeRO-3 need it (rule 4bit-zero3-unchecked)"
     fewer = replace(chosen.layout, checkpointed_layers=count - 1)
     sequences = SequenceProfile(tokens=settings.max_length)
     need = memory(shape, settings, fewer, cluster.hardware, sequences).device_need
     return (
-        f"{count} of {of} layers, the fewest that fit: with {count - 1} a rank needs "
+        f"{count} of {total} layers, the fewest that fit: with {count - 1} a rank needs "
         f"{need / GIB:.1f} of {cluster.device_limit / GIB:.1f} GiB"
     )
 
@@ -94,9 +99,9 @@ class _Change:
 def misfit_message(
     settings: RunSettings, shape: ModelShape, cluster: Cluster, ranked: Sequence[Candidate]
 ) -> str:
-    """Message for a run that does not fit: its need, and the first change with which it fits.
+    """Message for a run that does not fit: the memory it needs, and a change with which it fits.
 
-    Changes of the run file are tried before more devices.
+    Changes of the run file are tried first, then more devices.
     """
     least = min(ranked, key=lambda candidate: candidate.memory.device_need)
     need = (
@@ -109,15 +114,15 @@ def misfit_message(
         if best is not None:
             changed, limit = best.memory.device_need / GIB, cluster.device_limit / GIB
             return f"{need}; with {change.text} it needs {changed:.1f} of {limit:.1f} GiB"
-    for larger in _larger(cluster):
+    for larger in _larger_clusters(cluster):
         if _best(settings, shape, larger) is not None:
             nodes = f"{larger.nodes} nodes of " if larger.nodes > 1 else ""
-            return f"{need}; it fits on {nodes}{larger.ranks_per_node} of them"
+            return f"{need}; it fits on {nodes}{larger.ranks_per_node} such devices"
     return f"{need}; no single change makes it fit: use GPUs with more memory"
 
 
 def _changes(settings: RunSettings) -> Iterator[_Change]:
-    """Changes of the run file to try: first those that keep the results, then the others."""
+    """Changes of the run file to try, first the changes that keep the results of the run."""
     if settings.gradient_checkpointing is False:
         yield _Change("gradient_checkpointing: auto", {"gradient_checkpointing": "auto"})
     if settings.batch_size != "auto" and settings.batch_size > 1:
@@ -142,10 +147,10 @@ def _changes(settings: RunSettings) -> Iterator[_Change]:
         )
 
 
-def _larger(cluster: Cluster) -> Iterator[Cluster]:
-    """Larger clusters of the same device: first up to eight per node, then more nodes."""
+def _larger_clusters(cluster: Cluster) -> Iterator[Cluster]:
+    """Larger clusters of the same device: first up to eight devices per node, then more nodes."""
     if cluster.hardware.kind == "cpu":
-        return  # ranks of a machine share its memory
+        return  # more ranks do not help: all ranks of a machine share its memory
     for ranks in (2, 4, 8):
         if cluster.nodes == 1 and ranks > cluster.ranks_per_node:
             yield replace(cluster, ranks_per_node=ranks)

@@ -106,7 +106,7 @@ def _proof(plan: Plan) -> list[str]:
 
 
 def _proof_reason(plan: Plan) -> str:
-    """The largest error among the checks of the model class; empty if there is no proof."""
+    """Number of checks of the model's class and their largest error; empty without a proof."""
     if plan.proof is None or not plan.proof.errors:
         return ""
     name, error = max(plan.proof.errors.items(), key=lambda item: item[1])
@@ -157,7 +157,7 @@ def _speed(plan: Plan) -> list[str]:
 
 
 def candidates_text(ranked: Sequence[Candidate]) -> str:
-    """A table of all candidates, best first: layout, memory, speed, and the reason if refused."""
+    """A table of all candidates, best first: layout, memory, speed and refusal."""
     head = "stage  micro  accum    ckpt  hpZ  offload     GiB  s/step"
     lines = [head]
     for candidate in ranked:

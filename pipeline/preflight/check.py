@@ -1,4 +1,4 @@
-"""A check: what each rank probes, and how rank 0 assesses the results of all ranks. Pure."""
+"""Check: a probe that runs on ranks, and an assessment of its results on rank 0. Pure."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,16 @@ from pipeline.preflight.context import RankContext
 Level = Literal["ok", "warn", "fail"]
 LEVELS: tuple[Level, ...] = ("ok", "warn", "fail")
 UNKNOWN_HOST = "?"  # host name of a rank that has not reported
-_ABSENT = "(not there)"
+_ABSENT = "(missing)"
 _MAX_DIFFERENCES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of the report: a fact, its remedy, and the ranks it concerns (empty: all ranks)."""
+    """One line of the report.
+
+    `text`: the fact. `ranks`: the ranks that it concerns; empty if it concerns all ranks.
+    """
 
     level: Level
     text: str
@@ -27,7 +30,10 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResults:
-    """The results of one check's probe, by rank; `hosts` has the host name of every rank."""
+    """Results of the probe of one check.
+
+    `by_rank`: result of each rank that ran the probe. `hosts`: host name of every rank.
+    """
 
     by_rank: Mapping[int, Any]
     hosts: Sequence[str]
@@ -44,7 +50,7 @@ class ProbeResults:
         return len(set(self.hosts) - {UNKNOWN_HOST})
 
     def where(self, ranks: Iterable[int]) -> str:
-        """`ranks 0-3, 8 (node1, node2)`."""
+        """Text that locates ranks, such as `ranks 0-3, 8 (node1, node2)`."""
         listed = sorted(ranks)
         names = ", ".join(dict.fromkeys(self.hosts[rank] for rank in listed))
         return f"rank{'s' if len(listed) > 1 else ''} {spans(listed)} ({names})"
@@ -52,12 +58,13 @@ class ProbeResults:
 
 @dataclass(frozen=True)
 class Check:
-    """One check of the table in checks.py, which docs/preflight.md explains in the same order.
+    """One check. checks.py lists all checks; docs/preflight.md explains them in the same order.
 
-    `probe` runs on every rank, on local rank 0 of each node, or on rank 0, as `runs_on` says. It
-    returns JSON. It raises UserError for a failure that does not depend on the results of other
-    ranks; `remedy` is shown with that error if its message has none. `assess` is pure and runs on
-    rank 0.
+    `probe`: returns JSON values. It raises UserError for a failure that does not depend on the
+    results of other ranks. `runs_on`: where the probe runs: on every rank, on local rank 0 of each
+    node, or on rank 0. `assess`: returns the findings; it is pure and runs on rank 0. `remedy`:
+    shown with an error of the probe whose message has no remedy. `needs`: what must be available
+    for the probe.
     """
 
     name: str
@@ -71,8 +78,8 @@ class Check:
         """Whether this rank runs the probe."""
         place = context.placement
         runs_here = {"rank": True, "node": place.local_rank == 0, "rank 0": place.rank == 0}
-        has = {"nothing": True, "settings": context.settings, "plan": context.plan}
-        return runs_here[self.runs_on] and bool(has[self.needs])
+        available = {"nothing": True, "settings": context.settings, "plan": context.plan}
+        return runs_here[self.runs_on] and bool(available[self.needs])
 
 
 def ok(text: str) -> Finding:
@@ -81,17 +88,17 @@ def ok(text: str) -> Finding:
 
 
 def warn(text: str, remedy: str, ranks: Iterable[int] = ()) -> Finding:
-    """The run will work, but slower than it could or with little free memory."""
+    """A finding for a run that will work, but more slowly than possible or with little memory."""
     return Finding(level="warn", text=text, remedy=remedy, ranks=tuple(sorted(ranks)))
 
 
 def fail(text: str, remedy: str, ranks: Iterable[int] = ()) -> Finding:
-    """The run will fail or give wrong results."""
+    """A finding for a run that will fail or give wrong results."""
     return Finding(level="fail", text=text, remedy=remedy, ranks=tuple(sorted(ranks)))
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """Sorted numbers as ranges: `0-3, 8`."""
+    """Text for sorted numbers, with ranges: `0-3, 8`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -102,7 +109,7 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def in_units(num_bytes: float) -> str:
-    """Bytes in GiB, MiB or KiB."""
+    """Text for a number of bytes, in GiB, MiB or KiB."""
     for unit, size in (("GiB", GIB), ("MiB", 2**20)):
         if abs(num_bytes) >= size:
             return f"{num_bytes / size:,.1f} {unit}"
@@ -110,7 +117,7 @@ def in_units(num_bytes: float) -> str:
 
 
 def ranks_by_value(values: Mapping[int, str]) -> dict[str, list[int]]:
-    """The ranks that have each value, the most frequent value first."""
+    """Value -> the ranks that have it, the most frequent value first."""
     groups: dict[str, list[int]] = {}
     for rank in sorted(values):
         groups.setdefault(values[rank], []).append(rank)
@@ -128,9 +135,9 @@ def flat(values: Any, prefix: str = "") -> dict[str, str]:
 
 
 def compare(results: ProbeResults, text: str, remedy: str) -> Iterable[Finding]:
-    """`text` if all ranks have equal results, else a failure with a table of the differences.
+    """A finding with `text` if all ranks have equal results, else a table of the differences.
 
-    Each rank's result is a mapping that `flat` returned.
+    The result of each rank is a mapping returned by `flat`.
     """
     keys = list(dict.fromkeys(key for result in results.by_rank.values() for key in result))
     lines, minority, num_different = "", set[int](), 0
@@ -148,4 +155,4 @@ def compare(results: ProbeResults, text: str, remedy: str) -> Iterable[Finding]:
         return
     if num_different > _MAX_DIFFERENCES:
         lines += f"\nand {num_different - _MAX_DIFFERENCES} more"
-    yield fail(f"not the same on all ranks{lines}", remedy, minority)
+    yield fail(f"different on some ranks{lines}", remedy, minority)

@@ -23,7 +23,7 @@ from pipeline.preflight.software import LIBRARIES, PROCESS_GROUP, QUANTISATION, 
 class Stage:
     """Checks whose results are gathered together.
 
-    The stage is skipped where a check of `requires` has failed: it would fail too, or hang.
+    The stage is skipped if a check of `requires` has failed, because the stage would fail or hang.
     """
 
     checks: tuple[Check, ...]
@@ -31,7 +31,7 @@ class Stage:
     needs_several_ranks: bool = False
 
 
-# No torch and no communication: training runs this stage too.
+# Training runs this stage too. It needs neither torch nor communication between ranks.
 BEFORE_TORCH = Stage(
     (
         SETTINGS, RANKS, VERSIONS, PORT, NETWORK, GPUS, DRIVERS, PLAN, GPU_MEMORY, HOST_MEMORY,

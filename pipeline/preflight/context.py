@@ -1,4 +1,4 @@
-"""RankContext: the input of a probe, one rank's settings, plan, devices and session."""
+"""RankContext: the input of a probe, with the settings, plan, devices and session of one rank."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,11 +18,13 @@ from pipeline.plan.plan import Plan, make_plan
 
 @dataclass(frozen=True, kw_only=True)
 class RankContext:
-    """The run to check, as one rank sees it.
+    """The input of a probe: the run to check, as read by one rank.
 
-    `problems`: why settings or plan is None. `beat`: called with the name of the next phase, for
-    the watchdog. `missing_gpus`: see devices.py. `is_training`: the checks at the start of
-    training, where a single process probes only its first GPU; launch/preflight.py probes all GPUs.
+    `problems`: error messages that explain why `settings` or `plan` is None. `beat`: called with
+    the name of the next phase, for the watchdog. `missing_gpus`: message about GPUs that were
+    assigned to the node but not detected (devices.py). `is_training`: whether this is the check at
+    the start of training; then a single process probes only its first GPU, while
+    launch/preflight.py probes all GPUs.
     """
 
     placement: Placement
@@ -38,8 +40,8 @@ class RankContext:
     def with_run(self, run_file: Path, overrides: Sequence[str]) -> Self:
         """A copy with the settings and the plan of a run file.
 
-        An error in them is not raised but recorded in `problems`: ranks may read different files,
-        and ranks without an error would wait for this one. Without a launcher the plan is for all
+        An error is recorded in `problems` and not raised: ranks may read different files, and the
+        ranks without an error would wait for this one. Without a launcher, the plan is for all
         devices of this node, as if `deepspeed` had started the run.
         """
         is_single = self.placement.world_size == 1
@@ -60,21 +62,21 @@ class RankContext:
 
     @property
     def known_settings(self) -> RunSettings:
-        """The settings. Raises UserError with the reason if there are none."""
+        """The settings. Raises UserError with their problem if they could not be read."""
         if self.settings is None:
             raise UserError(self.problems["settings"])
         return self.settings
 
     @property
     def known_plan(self) -> Plan:
-        """The plan. Raises UserError with the reason if there is none."""
+        """The plan. Raises UserError with its problem if it could not be made."""
         if self.plan is None:
             raise UserError(self.problems["plan"])
         return self.plan
 
     @property
     def model_folder(self) -> Path:
-        """The base's folder."""
+        """The folder of the base."""
         return self.known_settings.model_folder
 
     @property

@@ -1,4 +1,4 @@
-"""Checks of the GPUs: one per rank, assigned by Slurm, equal, enough free memory. No torch."""
+"""Checks of GPUs: one per rank, allocated by Slurm, equal, with enough free memory. No torch."""
 
 import os
 import re
@@ -21,15 +21,20 @@ from pipeline.preflight.check import (
 )
 from pipeline.preflight.context import RankContext
 
-# GPUs of the Slurm step, else of the job (srun manual, output environment variables).
-_GRANTED = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
+# Variables with the GPUs that Slurm allocated to the step or, if the first is not set, to the job
+# (srun manual, output environment variables).
+_ALLOCATED = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
 _INDICES = re.compile(r"(?P<first>\d+)(-(?P<last>\d+))?")
-_REMEDY = "nvidia-smi shows what the driver sees"
+_REMEDY = "run nvidia-smi, which lists the GPUs that the driver detects"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU as NVML shows it. `cuda`: newest CUDA version of the driver (13000 is 13.0)."""
+    """One GPU as NVML describes it.
+
+    `cuda`: newest CUDA version that the driver supports (13000 means 13.0). `total` and `free`:
+    bytes of memory. `processes`: ids of the processes that use the GPU.
+    """
 
     uuid: str
     name: str
@@ -42,7 +47,7 @@ class Gpu:
 
 
 def _probe(context: RankContext) -> dict[str, Any]:
-    """This rank's GPU (without a launcher all GPUs), and whether Slurm assigned it to the job.
+    """The GPU of this rank (without a launcher: all GPUs), compared with Slurm's allocation.
 
     Raises UserError for a rank without a GPU.
     """
@@ -51,10 +56,10 @@ def _probe(context: RankContext) -> dict[str, Any]:
     if context.hardware.kind == "cpu":
         if context.missing_gpus is not None:
             raise UserError(
-                f"{context.missing_gpus}, and the NVIDIA driver shows none of them; run "
-                "nvidia-smi there, or set DS_ACCELERATOR=cpu to train on the CPU"
+                f"{context.missing_gpus}, but the NVIDIA driver detects none of them; run "
+                "nvidia-smi on this node, or set DS_ACCELERATOR=cpu to train on the CPU"
             )
-        return {"gpus": [], "visible": 0, "not_granted": None, "none_requested": False}
+        return {"gpus": [], "visible": 0, "unallocated_gpus": None, "requests_no_gpu": False}
     pynvml.nvmlInit()
     try:
         handles = visible_handles(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -64,8 +69,8 @@ def _probe(context: RankContext) -> dict[str, Any]:
         return {
             "gpus": [asdict(_read(pynvml, handles[i])) for i in own],
             "visible": len(handles),
-            "not_granted": not_granted(indices, count, os.environ),
-            "none_requested": none_requested(os.environ),
+            "unallocated_gpus": unallocated_gpus(indices, count, os.environ),
+            "requests_no_gpu": requests_no_gpu(os.environ),
         }
     finally:
         pynvml.nvmlShutdown()
@@ -76,38 +81,38 @@ def own_devices(context: RankContext, num_visible: int) -> list[int]:
     place = context.placement
     if place.world_size == 1 and not context.is_training:
         return list(range(num_visible))
-    # A scheduler may show each process only its own GPU, which is then index 0.
+    # A scheduler may make only one GPU visible to each process, which then has index 0.
     index = 0 if num_visible == 1 and place.local_size > 1 else place.local_rank
     if index >= num_visible:
         raise UserError(
-            f"this node shows {num_visible} GPUs and {place.local_size} ranks were started on "
-            "it; start one rank per GPU"
+            f"{place.local_size} ranks were started on this node, but only {num_visible} GPUs are "
+            "visible; start one rank per GPU"
         )
     return [index]
 
 
-def not_granted(
+def unallocated_gpus(
     indices: Iterable[int | None], count: int, env: Mapping[str, str]
 ) -> dict[str, str] | None:
-    """The GPUs in use and the GPUs that Slurm granted, if a GPU in use was not granted.
+    """The used and the allocated GPUs, if a GPU is used that Slurm did not allocate; else None.
 
-    `count`: GPUs that NVML shows. If Slurm hides the other GPUs with a control group, NVML numbers
-    the granted ones from 0, so that indices cannot be compared; `count` is then at most the number
-    granted.
+    `indices`: GPUs that are used. `count`: number of GPUs that NVML lists. If Slurm hides all other
+    GPUs with a control group, NVML numbers the allocated GPUs from 0, and indices cannot be
+    compared. In this case `count` is at most the number of allocated GPUs.
     """
-    name = next((name for name in _GRANTED if env.get(name)), None)
+    name = next((name for name in _ALLOCATED if env.get(name)), None)
     if name is None:
         return None
-    granted = indices_of(env[name])
+    allocated = indices_of(env[name])
     used = {index for index in indices if index is not None}
-    if granted is None or count <= len(granted) or used <= granted:
+    if allocated is None or count <= len(allocated) or used <= allocated:
         return None
-    return {"used": str(sorted(used)), "granted": f"{name}={env[name]}"}
+    return {"used": str(sorted(used)), "allocated": f"{name}={env[name]}"}
 
 
-def none_requested(env: Mapping[str, str]) -> bool:
-    """Whether this Slurm job requested no GPU; true too if the cluster allocates whole nodes."""
-    names = (*_GRANTED, "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "SLURM_GPUS_ON_NODE")
+def requests_no_gpu(env: Mapping[str, str]) -> bool:
+    """Whether this Slurm job requested no GPU, as is usual if the cluster allocates whole nodes."""
+    names = (*_ALLOCATED, "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "SLURM_GPUS_ON_NODE")
     return "SLURM_JOB_ID" in env and not any(env.get(name) for name in names)
 
 
@@ -127,20 +132,22 @@ def _assess_gpus(results: ProbeResults) -> Iterable[Finding]:
         yield ok("CPU ranks; no GPU is used")
         return
     findings = [
-        *_shared(results, gpus),
-        *_foreign(results),
-        *_unrequested(results),
-        *_idle(results, gpus),
-        *_mixed(results, gpus),
+        *_shared_gpus(results, gpus),
+        *_unallocated_gpus(results),
+        *_unrequested_gpus(results),
+        *_unused_gpus(results, gpus),
+        *_different_gpus(results, gpus),
     ]
     if findings:
         yield from findings
         return
     first, total = next(iter(gpus.values()))[0], sum(len(own) for own in gpus.values())
-    yield ok(f"{total} x {first['name']}, no two ranks use the same one")
+    yield ok(f"{total} x {first['name']}, each used by one rank")
 
 
-def _shared(results: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Finding]:
+def _shared_gpus(
+    results: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]
+) -> Iterable[Finding]:
     users: dict[str, list[int]] = {}
     for rank, own in gpus.items():
         for gpu in own:
@@ -148,36 +155,40 @@ def _shared(results: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]) -> 
     for uuid, ranks in users.items():
         if len(ranks) > 1:
             yield fail(
-                f"{results.where(ranks)} share one GPU ({uuid})",
-                "start one rank per GPU; check CUDA_VISIBLE_DEVICES and the launcher's count",
+                f"{results.where(ranks)} use the same GPU ({uuid})",
+                "start one rank per GPU; check CUDA_VISIBLE_DEVICES and the launcher's number of "
+                "processes",
                 ranks,
             )
 
 
-def _foreign(results: ProbeResults) -> Iterable[Finding]:
+def _unallocated_gpus(results: ProbeResults) -> Iterable[Finding]:
     for rank, result in results.by_rank.items():
-        if (gpus := result["not_granted"]) is not None:
+        if (gpus := result["unallocated_gpus"]) is not None:
             yield fail(
-                f"{results.where([rank])} uses GPU {gpus['used']}, Slurm granted {gpus['granted']}",
+                f"{results.where([rank])} uses GPU {gpus['used']}, but Slurm allocated "
+                f"{gpus['allocated']}",
                 "leave CUDA_VISIBLE_DEVICES as Slurm set it and start `deepspeed` without "
                 "--num_gpus and --include, which overwrite it",
                 [rank],
             )
 
 
-def _unrequested(results: ProbeResults) -> Iterable[Finding]:
-    if ranks := [rank for rank, result in results.by_rank.items() if result["none_requested"]]:
+def _unrequested_gpus(results: ProbeResults) -> Iterable[Finding]:
+    if ranks := [rank for rank, result in results.by_rank.items() if result["requests_no_gpu"]]:
         yield warn(
             f"{results.where(ranks)}: the Slurm job requested no GPU, so another job may use it",
-            "--gpus-per-node=N, unless this cluster allocates whole nodes",
+            "request GPUs with --gpus-per-node=N, unless this cluster allocates whole nodes",
             ranks,
         )
 
 
-def _idle(results: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Finding]:
-    """Nodes on which more GPUs are visible than the ranks use."""
+def _unused_gpus(
+    results: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]
+) -> Iterable[Finding]:
+    """A warning if more GPUs are visible on a node than its ranks use."""
     if len(results.hosts) == 1:
-        return  # a single process is meant to use one GPU
+        return  # a single process uses one GPU on purpose
     used = dict.fromkeys(results.hosts, 0)
     for rank, own in gpus.items():
         used[results.hosts[rank]] += len(own)
@@ -185,19 +196,24 @@ def _idle(results: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]) -> It
     if ranks:
         visible = results.by_rank[ranks[0]]["visible"]
         yield warn(
-            f"{results.where(ranks)}: {visible} GPUs are visible on a node and "
+            f"{results.where(ranks)}: {visible} GPUs are visible on a node, but only "
             f"{used[results.hosts[ranks[0]]]} are used",
             "start one rank per GPU (in a pod: `torchrun launch/train.py RUN.yaml`), or hide the "
-            "others with CUDA_VISIBLE_DEVICES",
+            "other GPUs with CUDA_VISIBLE_DEVICES",
             ranks,
         )
 
 
-def _mixed(results: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]) -> Iterable[Finding]:
+def _different_gpus(
+    results: ProbeResults, gpus: Mapping[int, list[dict[str, Any]]]
+) -> Iterable[Finding]:
     names = ranks_by_value({rank: gpu["name"] for rank, own in gpus.items() for gpu in own})
     if len(names) > 1:
         kinds = "; ".join(f"{name}: {results.where(ranks)}" for name, ranks in names.items())
-        yield warn(f"different GPUs: {kinds}", "the slowest sets the pace; request one kind")
+        yield warn(
+            f"different GPUs: {kinds}",
+            "request GPUs of one kind; otherwise all ranks wait for the slowest",
+        )
 
 
 def _assess_drivers(results: ProbeResults) -> Iterable[Finding]:
@@ -209,7 +225,10 @@ def _assess_drivers(results: ProbeResults) -> Iterable[Finding]:
     groups = ranks_by_value(drivers)
     if len(groups) > 1:
         text = "; ".join(f"{driver}: {results.where(ranks)}" for driver, ranks in groups.items())
-        yield warn(text, "NVIDIA does not test NCCL across drivers; request nodes of one kind")
+        yield warn(
+            text,
+            "request nodes with the same driver; NVIDIA does not test NCCL with different drivers",
+        )
     else:
         yield from (ok(text) for text in groups)
 
@@ -224,13 +243,13 @@ def _assess_memory(results: ProbeResults) -> Iterable[Finding]:
         pids = ", ".join(map(str, gpu["processes"])) or "not shown to this user"
         yield fail(
             f"{results.where([rank])}: {in_units(gpu['free'])} of {in_units(gpu['total'])} free, "
-            f"the plan needs {in_units(need)}; processes on it: {pids}",
-            "end the processes on it (nvidia-smi), or request GPUs for this job alone",
+            f"the plan needs {in_units(need)}; processes on this GPU: {pids}",
+            "end these processes (nvidia-smi), or request GPUs for this job alone",
             [rank],
         )
     if not short:
         least = min(gpu["free"] for own in gpus.values() for gpu in own)
-        yield ok(f"{in_units(least)} or more free, the plan needs {in_units(need)}")
+        yield ok(f"at least {in_units(least)} free, the plan needs {in_units(need)}")
 
 
 def _by_rank(results: ProbeResults) -> dict[int, list[dict[str, Any]]]:
@@ -240,7 +259,7 @@ def _by_rank(results: ProbeResults) -> dict[int, list[dict[str, Any]]]:
 def _read(pynvml: Any, handle: Any) -> Gpu:
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     processes = []
-    with suppress(pynvml.NVMLError):  # not shown in some containers, nor for a MIG instance
+    with suppress(pynvml.NVMLError):  # not available in some containers and for MIG instances
         processes = [int(p.pid) for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
     return Gpu(
         uuid=str(pynvml.nvmlDeviceGetUUID(handle)),

@@ -1,4 +1,4 @@
-"""A node: its memory, disk and clock, and the run folder that all nodes share. No torch."""
+"""Checks of a node: memory, disk, clock, and the run folder that all nodes share. No torch."""
 
 import os
 import shutil
@@ -17,22 +17,22 @@ from pipeline.preflight.check import Check, Finding, ProbeResults, fail, in_unit
 from pipeline.preflight.context import RankContext
 
 _MIB = 2**20
-_SHARED_MEMORY = Path("/dev/shm")  # NCCL and data workers communicate through it
+_SHARED_MEMORY = Path("/dev/shm")  # used by NCCL and by DataLoader workers
 _MIN_SHARED_BYTES = 2**30  # a container's default of 64 MiB is too small for both
-# A start takes the owner of a run folder on another node for dead when its heartbeat is 60 s old by
-# the clock of this node (train/owner.py).
+# Seconds between the clocks of two nodes. A start considers the owner of a run folder dead if its
+# heartbeat is older than 60 s by the clock of this node (train/owner.py).
 _MAX_SKEW_S, _NOTABLE_SKEW_S = 30.0, 2.0
-# A network file system may show another node's new file only after its attribute cache has expired
-# (nfs(5): acdirmax is 60 s, but names never requested before are looked up at once).
+# A network file system may cache the attributes of files for up to 60 s (nfs(5): acdirmax), but it
+# looks up names that were never requested before at once.
 _VISIBLE_WITHIN_S = 10.0
 
 
 def _probe_host_memory(context: RankContext) -> dict[str, Any]:
-    """Bytes of host memory that a node of the run needs, that are free, and in all."""
+    """Host memory of this node in bytes: predicted need, free and total."""
     memory = host_memory()
     total, limited_by = memory.total, memory.limited_by
-    if (granted := granted_by_slurm(os.environ)) is not None and granted < total:
-        total, limited_by = granted, "granted by Slurm (--mem)"
+    if (allocated := slurm_memory(os.environ)) is not None and allocated < total:
+        total, limited_by = allocated, "allocated by Slurm (--mem)"
     return {
         "need": context.known_plan.memory.host_peak_bytes,
         "free": min(memory.free, total),
@@ -41,24 +41,25 @@ def _probe_host_memory(context: RankContext) -> dict[str, Any]:
     }
 
 
-def granted_by_slurm(env: Mapping[str, str]) -> int | None:
-    """Bytes of this node that the job may use; None where Slurm sets no limit.
+def slurm_memory(env: Mapping[str, str]) -> int | None:
+    """Bytes of this node's memory that Slurm allocated to the job; None if there is no limit.
 
-    Slurm sets one of the three variables, in MiB (sbatch, output environment variables).
+    Slurm sets one of the three variables, in MiB (sbatch manual, output environment variables).
     """
     for name, count in (
         ("SLURM_MEM_PER_NODE", "1"),
         ("SLURM_MEM_PER_CPU", env.get("SLURM_CPUS_ON_NODE", "")),
         ("SLURM_MEM_PER_GPU", env.get("SLURM_GPUS_ON_NODE", "")),
     ):
-        each = env.get(name, "")
-        if each.isdigit() and count.isdigit() and int(each) > 0:  # 0: the whole node
-            return int(each) * int(count) * _MIB
+        mebibytes = env.get(name, "")
+        # 0 means all memory of the node
+        if mebibytes.isdigit() and count.isdigit() and int(mebibytes) > 0:
+            return int(mebibytes) * int(count) * _MIB
     return None
 
 
 def _assess_host_memory(results: ProbeResults) -> Iterable[Finding]:
-    """Part of the plan's number is assumed, so too little free memory is a warning."""
+    """Too little free memory is only a warning, because part of the plan's number is assumed."""
     is_enough = True
     for rank, memory in results.by_rank.items():
         need, free, total = (in_units(memory[name]) for name in ("need", "free", "total"))
@@ -73,7 +74,7 @@ def _assess_host_memory(results: ProbeResults) -> Iterable[Finding]:
     if is_enough:
         least = min(results.by_rank.values(), key=lambda memory: memory["free"])
         free, need = in_units(least["free"]), in_units(least["need"])
-        yield ok(f"{free} or more free, the plan needs {need}")
+        yield ok(f"at least {free} free, the plan needs {need}")
 
 
 def _probe_shared_memory(context: RankContext) -> int | None:
@@ -87,35 +88,35 @@ def _assess_shared_memory(results: ProbeResults) -> Iterable[Finding]:
     short = {rank: free for rank, free in known.items() if free < _MIN_SHARED_BYTES}
     for rank, free in short.items():
         yield warn(
-            f"{results.hosts[rank]}: /dev/shm has {in_units(free)} free; data workers or NCCL "
-            "may end with a bus error",
+            f"{results.hosts[rank]}: /dev/shm has {in_units(free)} free; DataLoader workers or "
+            "NCCL may end with a bus error",
             "start the container with --shm-size=1g or more (or --ipc=host)",
             [rank],
         )
     if known and not short:
-        yield ok(f"/dev/shm has {in_units(min(known.values()))} or more free")
+        yield ok(f"/dev/shm has at least {in_units(min(known.values()))} free")
 
 
 def _probe_disk(context: RankContext) -> dict[str, int]:
-    """Bytes free on the disk of the run folder and bytes that the run will write.
+    """Free bytes on the disk of the run folder, and the bytes that the run will write.
 
-    Raises UserError for a folder that is not writable or has no room for the checkpoints.
+    Raises UserError if the folder is not writable or the disk has too little free space.
     """
     plan, folder = context.known_plan, context.folder
     require_writable(folder)
-    parent = _nearest(folder)
+    parent = _closest_existing(folder)
     predicted = disk_bytes(plan.shape, plan.settings)
     need = predicted["checkpoints"] + predicted["adapter"]
-    # Checkpoints of an earlier start are counted as written; a user's own copies, which have other
-    # names, will stay.
+    # Checkpoints of an earlier start are part of the prediction and already on the disk. Copies
+    # that a user made have other names; the run does not replace them.
     for kind in ("step", "best"):
         files = (folder / "checkpoints").glob(f"{kind}-{8 * '[0-9]'}/*")
         need -= sum(path.stat().st_size for path in files)
     free = shutil.disk_usage(parent).free
     if free < need:
         raise UserError(
-            f"output_dir: {parent} has {free / _MIB:.0f} MiB free and the run needs "
-            f"{need / _MIB:.0f}; free some space or lower save_total_limit"
+            f"output_dir: {parent} has {free / _MIB:.0f} MiB free, but the run needs "
+            f"{need / _MIB:.0f} MiB; free some space or lower save_total_limit"
         )
     return {"free": free, "need": max(0, need), "merged": predicted["merged"]}
 
@@ -125,23 +126,24 @@ def _assess_disk(results: ProbeResults) -> Iterable[Finding]:
     free, need, merged = (in_units(disk[name]) for name in ("free", "need", "merged"))
     if disk["free"] < disk["need"] + disk["merged"]:
         yield warn(
-            f"{free} free: enough for the run ({need}), not for merging after it ({merged} more)",
-            "free some space before launch/merge.py, or merge on another disk",
+            f"{free} free: enough for the run ({need}), but not for merging afterwards ({merged} "
+            "more)",
+            "free some space before you run launch/merge.py, or merge on another disk",
         )
     else:
-        yield ok(f"{free} free; the run needs {need}, merging {merged} more")
+        yield ok(f"{free} free; the run needs {need}, and merging {merged} more")
 
 
 def require_writable(folder: Path) -> None:
     """Raise UserError unless the folder can be created and written to."""
-    parent = _nearest(folder)
+    parent = _closest_existing(folder)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         problem = "is not writable" if parent.is_dir() else "is a file"
-        raise UserError(f"output_dir: {folder}: {parent} {problem}; give another folder")
+        raise UserError(f"output_dir: {folder}: {parent} {problem}; set another folder")
 
 
-def _nearest(folder: Path) -> Path:
-    """The folder, or its closest parent that exists."""
+def _closest_existing(folder: Path) -> Path:
+    """The folder if it exists, else its closest parent that exists."""
     parent = folder.absolute()
     while not parent.exists():
         parent = parent.parent
@@ -149,9 +151,9 @@ def _nearest(folder: Path) -> Path:
 
 
 def _probe_clock(context: RankContext) -> float:
-    """Seconds by which this clock is ahead of rank 0's, plus the latency of one message."""
+    """Seconds by which this clock is ahead of the clock of rank 0, plus a message's latency."""
     session = context.session
-    session.gather_objects(None)  # a barrier: from here on all wait for the time
+    session.gather_objects(None)  # a barrier, so that all ranks wait when rank 0 reads its clock
     of_rank_0 = float(session.rank_zero_first(time.time))
     return 0.0 if session.is_rank_zero else time.time() - of_rank_0
 
@@ -163,25 +165,28 @@ def _assess_clock(results: ProbeResults) -> Iterable[Finding]:
         yield ok(f"less than {_NOTABLE_SKEW_S:.0f} s apart")
         return
     ranks = [rank for rank, skew in skews.items() if skew >= _NOTABLE_SKEW_S]
-    text = f"{results.where(ranks)}: up to {largest:.0f} s from rank 0's clock"
+    text = f"{results.where(ranks)}: clocks differ from that of rank 0 by up to {largest:.0f} s"
     remedy = "synchronise the clocks (chronyd, or the administrator)"
     if largest < _MAX_SKEW_S:
         yield warn(text, remedy, ranks)
     else:
-        yield fail(f"{text}; a living owner of a run folder would be taken for dead", remedy, ranks)
+        yield fail(
+            f"{text}; a start would consider a running owner of the run folder dead", remedy, ranks
+        )
 
 
 def _probe_run_folder(context: RankContext) -> dict[str, Any]:
-    """Whether this rank reads a file that rank 0 writes in the run folder or its nearest parent.
+    """Whether this rank can read a file that rank 0 writes into the run folder.
 
-    Raises UserError on all ranks where rank 0 cannot write.
+    If the run folder does not exist yet, the closest parent that exists is used. Raises UserError
+    on all ranks if rank 0 cannot write there.
     """
     session, token = context.session, uuid.uuid4().hex
     written = session.rank_zero_first(lambda: _write(context.folder, token))
     path = Path(written["path"])
     is_visible = _is_visible(path, written["token"])
     context.beat("run folder, after reading")
-    session.gather_objects(None)  # a barrier: all have read
+    session.gather_objects(None)  # a barrier, so that rank 0 removes the file after all have read
 
     def remove() -> None:
         with suppress(OSError):
@@ -192,14 +197,14 @@ def _probe_run_folder(context: RankContext) -> dict[str, Any]:
 
 
 def _assess_run_folder(results: ProbeResults) -> Iterable[Finding]:
-    blind = [rank for rank, result in results.by_rank.items() if not result["is_visible"]]
+    cannot_read = [rank for rank, result in results.by_rank.items() if not result["is_visible"]]
     folder = results.first["folder"]
-    if blind:
+    if cannot_read:
         yield fail(
-            f"{results.where(blind)}: a file that rank 0 wrote in {folder} is not visible after "
-            f"{_VISIBLE_WITHIN_S:.0f} s",
-            "put output_dir on a file system that every node shares",
-            blind,
+            f"{results.where(cannot_read)}: a file that rank 0 wrote in {folder} was not visible "
+            f"within {_VISIBLE_WITHIN_S:.0f} s",
+            "put output_dir on a file system that all nodes share",
+            cannot_read,
         )
     elif len(results.by_rank) == 1:
         yield ok(f"{folder} is writable")
@@ -208,14 +213,14 @@ def _assess_run_folder(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _write(folder: Path, token: str) -> dict[str, str]:
-    """Write a file as checkpoints are written: temporary sibling, sync, rename."""
+    """Write a file in the way of checkpoints: temporary sibling, sync, rename."""
     require_writable(folder)
-    path = _nearest(folder) / f".preflight-{token}"
+    path = _closest_existing(folder) / f".preflight-{token}"
     try:
         write_text(path, token, durable=True)
     except OSError as error:
         raise UserError(
-            f"output_dir: {path.parent}: {error.strerror}; free some space or give another folder"
+            f"output_dir: {path.parent}: {error.strerror}; free some space or set another folder"
         ) from None
     return {"path": str(path), "token": token}
 
@@ -233,13 +238,13 @@ def _is_visible(path: Path, token: str) -> bool:
 
 HOST_MEMORY = Check(
     "host memory", _probe_host_memory, _assess_host_memory,
-    "see /proc/meminfo and the control group", runs_on="node",
+    "check /proc/meminfo and the limit of the control group", runs_on="node",
 )  # fmt: skip
 SHARED_MEMORY = Check(
-    "shared memory", _probe_shared_memory, _assess_shared_memory, "see `df /dev/shm`",
+    "shared memory", _probe_shared_memory, _assess_shared_memory, "check `df /dev/shm`",
     runs_on="node",
 )  # fmt: skip
-DISK = Check("disk", _probe_disk, _assess_disk, "give another output_dir", runs_on="rank 0")
-# The probes of these two are collective: every rank calls them, in the order of the table.
+DISK = Check("disk", _probe_disk, _assess_disk, "set another output_dir", runs_on="rank 0")
+# The probes below are collective: every rank calls them, in the same order.
 CLOCK = Check("clock", _probe_clock, _assess_clock, "check the node's clock")
-RUN_FOLDER = Check("run folder", _probe_run_folder, _assess_run_folder, "give another output_dir")
+RUN_FOLDER = Check("run folder", _probe_run_folder, _assess_run_folder, "set another output_dir")

@@ -26,8 +26,8 @@ from pipeline.preflight.check import (
 from pipeline.preflight.context import RankContext
 
 _SAMPLE_DOCUMENTS = 32
-# A preflight must end within a minute. Parsing runs at tens of MB/s. To tokenise a sample, prepare
-# hashes all data files, at hundreds of MB/s.
+# Limits on the size of the training data, so that a preflight ends within a minute. Rows are parsed
+# at tens of MB/s. Before prepare tokenises a sample it hashes all data files, at hundreds of MB/s.
 _MAX_PARSED_BYTES = 100 * 10**6
 _MAX_HASHED_BYTES = 2 * 10**9
 
@@ -43,7 +43,7 @@ def _assess_settings(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _probe_plan(context: RankContext) -> dict[str, str]:
-    """The plan's layout and DeepSpeed config."""
+    """Layout and DeepSpeed config of the plan."""
     plan = context.known_plan
     return flat({"layout": vars(plan.layout), "deepspeed": dict(plan.deepspeed)})
 
@@ -58,12 +58,14 @@ def _assess_plan(results: ProbeResults) -> Iterable[Finding]:
         f"{layout.global_batch_size} on {layout.nodes} x {layout.ranks_per_node} x "
         f"{plan.hardware.name}: {need} of {limit} per rank"
     )
-    remedy = "use nodes with equal devices and memory, or set the differing values in the run file"
+    remedy = (
+        "use nodes with equal devices and memory, or set the values that differ in the run file"
+    )
     return compare(results, text, remedy)
 
 
 def _probe_model(context: RankContext) -> dict[str, Any]:
-    """Number and bytes of the weight files. Raises UserError for an incomplete model folder."""
+    """Number and bytes of the weight files. Raises UserError if the model folder is incomplete."""
     folder = context.model_folder
     files = _weight_files(folder)
     require_tokenizer(folder)
@@ -71,14 +73,16 @@ def _probe_model(context: RankContext) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The weight files. Raises UserError if one is missing or was downloaded only in part."""
+    """The weight files. Raises UserError if one is missing or incomplete."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"model: {index}: not a readable index: {error!r}") from None
-        files = [folder / name for name in sorted(named)]
+            raise UserError(
+                f"model: {index}: cannot be read: {error!r}; download the model again"
+            ) from None
+        files = [folder / name for name in sorted(names)]
         if missing := [path.name for path in files if not path.is_file()]:
             raise UserError(
                 f"model: {folder}: {len(missing)} of {len(files)} weight files are missing, "
@@ -102,17 +106,17 @@ def _assess_model(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _probe_base(context: RankContext) -> dict[str, str]:
-    """A fingerprint from samples of the weight files; training hashes all bytes."""
+    """Fingerprint of samples of the weight files. Training computes one from all bytes."""
     return {"base": sampled_fingerprint(context.model_folder)}
 
 
 def _assess_base(results: ProbeResults) -> Iterable[Finding]:
     text = f"{results.first['base'][:16]}, the same on all nodes"
-    return compare(results, text, "copy the model folder again to the nodes named")
+    return compare(results, text, "copy the model folder to these nodes again")
 
 
 def _probe_prepared_data(context: RankContext) -> dict[str, str]:
-    """The key of each prepared split that this rank reads; empty if no data is prepared yet."""
+    """Key of each prepared split in the run folder; empty if no data is prepared yet."""
     data = context.folder / "data"
     if not (data / INDEX).is_file():
         return {}
@@ -121,18 +125,19 @@ def _probe_prepared_data(context: RankContext) -> dict[str, str]:
 
 def _assess_prepared_data(results: ProbeResults) -> Iterable[Finding]:
     keys = ", ".join(f"{split} {key}" for split, key in results.first.items())
-    none = "not prepared yet; rank 0 prepares it at the start, or launch/prepare.py does beforehand"
-    return compare(results, keys or none, "put output_dir on a file system that every node shares")
+    not_prepared = "not prepared yet: rank 0 prepares it at the start, or launch/prepare.py earlier"
+    remedy = "put output_dir on a file system that all nodes share"
+    return compare(results, keys or not_prepared, remedy)
 
 
 def _probe_tokenizer(context: RankContext) -> dict[str, Any]:
-    """The loaded tokenizer's size. Raises UserError if it has more tokens than the base."""
+    """Size of the tokenizer. Raises UserError if it has more tokens than the base embeddings."""
     settings, shape = context.known_settings, context.known_plan.shape
     tokenizer = load_tokenizer(context.model_folder, settings.trust_remote_code)
     if len(tokenizer) > shape.vocab_size:
         raise UserError(
-            f"model: {context.model_folder}: the tokenizer has {len(tokenizer)} tokens, the model "
-            f"{shape.vocab_size} embeddings; use the tokenizer that belongs to the model"
+            f"model: {context.model_folder}: the tokenizer has {len(tokenizer)} tokens, but the "
+            f"model has only {shape.vocab_size} embeddings; use the model's original tokenizer"
         )
     return {"tokens": len(tokenizer), "has_template": tokenizer.chat_template is not None}
 
@@ -143,9 +148,9 @@ def _assess_tokenizer(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _probe_rows(context: RankContext) -> dict[str, Any]:
-    """Parse all rows if that takes seconds, and tokenise the first documents.
+    """Parse all rows if there are at most 100 MB of them, and tokenise the first documents.
 
-    Raises UserError for rows or a chat template that prepare would refuse.
+    Raises UserError if prepare would refuse the rows or the chat template.
     """
     settings = context.known_settings
     sizes = [_size_of(source.path) for source in settings.train_sources]
@@ -171,8 +176,8 @@ def _assess_rows(results: ProbeResults) -> Iterable[Finding]:
     else:
         tokenised = sample if rows["documents"] else "no document was tokenised"
         yield warn(
-            f"too many rows to read all of them here; {tokenised}",
-            "launch/prepare.py reads them all, before GPUs are allocated",
+            f"there are too many rows to read all of them in a preflight; {tokenised}",
+            "run launch/prepare.py before GPUs are allocated: it reads all rows",
         )
 
 
@@ -185,11 +190,15 @@ def _size_of(name: str) -> int | None:
 
 
 SETTINGS = Check(
-    "settings", _probe_settings, _assess_settings, "docs/configuration.md lists every setting",
+    "settings", _probe_settings, _assess_settings, "see docs/configuration.md for every setting",
     needs="nothing",
 )  # fmt: skip
 PLAN = Check(
-    "plan", _probe_plan, _assess_plan, "launch/plan.py shows what would fit", needs="settings"
+    "plan",
+    _probe_plan,
+    _assess_plan,
+    "run launch/plan.py, which shows what would fit",
+    needs="settings",
 )
 MODEL = Check("model", _probe_model, _assess_model, "download the model again", runs_on="node")
 BASE = Check("base", _probe_base, _assess_base, "download the model again", runs_on="node")
@@ -202,5 +211,9 @@ TOKENIZER = Check(
     runs_on="node",
 )  # fmt: skip
 ROWS = Check(
-    "rows", _probe_rows, _assess_rows, "launch/prepare.py shows the details", runs_on="rank 0"
+    "rows",
+    _probe_rows,
+    _assess_rows,
+    "run launch/prepare.py, which shows details",
+    runs_on="rank 0",
 )

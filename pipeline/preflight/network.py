@@ -1,4 +1,4 @@
-"""Checks of the network between ranks: placement, port, interface, InfiniBand. No torch."""
+"""Checks of the network: placement of ranks, rendezvous port, interface, InfiniBand. No torch."""
 
 import os
 import socket
@@ -15,7 +15,9 @@ from pipeline.preflight.context import RankContext
 
 _INTERFACE_NAMES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 _INFINIBAND = Path("/sys/class/infiniband")
-_SLOW_MBIT = 10_000  # with less, even adapter gradients take noticeable time (docs/speed.md)
+# Mb/s. On slower networks even the reduction of adapter gradients takes noticeable time
+# (docs/speed.md).
+_SLOW_MBIT = 10_000
 
 
 def _probe_ranks(context: RankContext) -> dict[str, Any]:
@@ -36,15 +38,16 @@ def _assess_ranks(results: ProbeResults) -> Iterable[Finding]:
     for node, names in hosts.items():
         if len(names) > 1:
             yield fail(
-                f"ranks of node {node} run on {', '.join(sorted(names))}",
+                f"the launcher assigned ranks of one node (number {node}) to several hosts: "
+                f"{', '.join(sorted(names))}",
                 "start the same number of ranks on every node",
             )
             return
     num_names = len({name for names in hosts.values() for name in names})
     if num_names < len(hosts):
         yield warn(
-            f"the plan is for {len(hosts)} nodes and their ranks run on {num_names}",
-            "check the hostfile or the node list; if it is intended, nothing is wrong",
+            f"the plan is for {len(hosts)} nodes, but the ranks run on {num_names} hosts",
+            "check the hostfile or the node list, unless you started several per host on purpose",
         )
         return
     count = len(results.hosts)
@@ -59,19 +62,20 @@ def _probe_port(context: RankContext) -> str:
     """
     port = context.placement.master_port
     if context.placement.world_size == 1:
-        return "one process: none is needed"
+        return "one process, which needs no port"
     if port == 0 or context.placement.rendezvous_id:
-        return "a free one is chosen at the rendezvous"
+        return "a free port is chosen at the rendezvous"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return f"{port}, held by torchrun"
+        return f"{port}, in use by torchrun"
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as error:
             raise UserError(
-                f"rendezvous port {port} of {socket.gethostname()}: {error.strerror}; give another "
-                "(deepspeed: --master_port, torchrun: --master-port, else MASTER_PORT)"
+                f"rendezvous port {port} of {socket.gethostname()}: {error.strerror}; choose "
+                "another port (deepspeed: --master_port, torchrun: --master-port, other launchers: "
+                "MASTER_PORT)"
             ) from None
     return f"{port} is free"
 
@@ -81,7 +85,7 @@ def _assess_port(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _probe_network(context: RankContext) -> dict[str, Any]:
-    """The interface used to reach rank 0's node, missing interfaces, and InfiniBand ports.
+    """The interface that leads to rank 0's node, missing interfaces, and InfiniBand ports.
 
     Raises UserError if this node cannot resolve MASTER_ADDR.
     """
@@ -106,10 +110,10 @@ def _probe_network(context: RankContext) -> dict[str, Any]:
 
 
 def missing_interfaces(env: Mapping[str, str], existing: list[str]) -> dict[str, str]:
-    """Environment variable -> value, for variables that name only interfaces that do not exist.
+    """The environment variables, with values, that name only interfaces that do not exist.
 
-    NCCL's value is a list of prefixes, or of exact names after `=`, or of exclusions after `^`
-    (NCCL documentation, environment variables); gloo's is a list of exact names.
+    NCCL's variable is a list of prefixes; after `=` it is a list of exact names, after `^` a list
+    of exclusions (NCCL documentation, environment variables). Gloo's is a list of exact names.
     """
     missing = {}
     for key in _INTERFACE_NAMES:
@@ -136,7 +140,7 @@ def _assess_network(results: ProbeResults) -> Iterable[Finding]:
     if findings:
         yield from findings
         return
-    # Rank 0's node reaches itself by the loopback; training uses the interface of the other nodes.
+    # Rank 0's node reaches itself through the loopback, so another node's interface is shown.
     remote = [result for result in results.by_rank.values() if result["interface"]]
     network = remote[0] if remote else results.first
     active = sum(state == "ACTIVE" for state in network["infiniband"].values())
@@ -146,23 +150,23 @@ def _assess_network(results: ProbeResults) -> Iterable[Finding]:
         return
     speed = f" ({network['mbit']:,} Mb/s)" if network["mbit"] > 0 else ""
     interface = network["interface"] or "the loopback"
-    yield ok(f"{network['master']} is reached by {interface}{speed}{fabric}")
+    yield ok(f"{network['master']} is reached through {interface}{speed}{fabric}")
 
 
 def _assess_node(results: ProbeResults, rank: int) -> Iterable[Finding]:
     host, network = results.hosts[rank], results.by_rank[rank]
     for key, value in network["missing"].items():
         yield fail(
-            f"{host}: {key}={value}, and there is no such interface",
-            "name one that `ip link` lists, or unset it",
+            f"{host}: {key}={value}, but this interface does not exist",
+            "name an interface that `ip link` lists, or unset the variable",
             [rank],
         )
     if results.num_nodes == 1:
         return
     address, ports = network["master"], network["infiniband"]
     is_loopback = address.startswith("127.") or address == "localhost"
-    is_elsewhere = address and host != results.hosts[0]
-    if is_loopback or (is_elsewhere and network["interface"] is None):
+    is_other_host = address and host != results.hosts[0]
+    if is_loopback or (is_other_host and network["interface"] is None):
         yield fail(
             f"{host}: MASTER_ADDR={address} is this node's own loopback",
             "set it to the name or address of the first node",
@@ -172,24 +176,25 @@ def _assess_node(results: ProbeResults, rank: int) -> Iterable[Finding]:
         yield warn(
             f"{host}: {network['interface']} has {network['mbit']:,} Mb/s and no InfiniBand port "
             "is active",
-            "name a faster interface in NCCL_SOCKET_IFNAME, or plan for it (docs/speed.md)",
+            "name a faster interface in NCCL_SOCKET_IFNAME, or plan for this rate (docs/speed.md)",
             [rank],
         )
     down = [port for port, state in ports.items() if state != "ACTIVE"]
     if down and len(down) < len(ports):
         yield warn(
             f"{host}: InfiniBand ports {', '.join(down)} are not active",
-            "exclude them with NCCL_IB_HCA=^..., or tell the administrator",
+            "exclude these ports with NCCL_IB_HCA=^..., or inform the administrator",
             [rank],
         )
 
 
 RANKS = Check(
-    "ranks", _probe_ranks, _assess_ranks, "start it with `deepspeed`, torchrun, srun or mpirun",
+    "ranks", _probe_ranks, _assess_ranks,
+    "start the ranks with `deepspeed`, torchrun, srun or mpirun",
     needs="nothing",
 )  # fmt: skip
 PORT = Check(
-    "port", _probe_port, _assess_port, "give the launcher another port", runs_on="rank 0",
+    "port", _probe_port, _assess_port, "choose another port for the launcher", runs_on="rank 0",
     needs="nothing",
 )  # fmt: skip
 NETWORK = Check(

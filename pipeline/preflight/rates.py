@@ -1,6 +1,6 @@
-"""Measured rates against the plan's: a matrix product on each device, sums over the links.
+"""Checks that compare measured rates of devices and links with each other and with the plan.
 
-The fractions below which a check warns are assumptions; none of this has been measured on a GPU.
+The thresholds below are assumptions: these checks have not been measured on a GPU.
 """
 
 import time
@@ -16,13 +16,16 @@ from pipeline.preflight.gpus import own_devices
 if TYPE_CHECKING:
     import torch
 
-# Of the plan's rate. A CPU's planned rate is rough, so CPU ranks are only compared to each other.
+# Warn below this fraction of the planned rate. Only for GPUs: the planned rate of a CPU is rough,
+# so CPU ranks are only compared with each other.
 _MIN_OF_PLAN = 0.5
-# Of the median: devices of one kind differ by a few percent, ranks on shared cores by more.
+# Warn below this fraction of the median over devices: GPUs of one kind differ by a few percent,
+# ranks that share CPU cores by more.
 _MIN_OF_MEDIAN = {"cuda": 0.85, "cpu": 0.4}
+# Warn below this fraction of the rate expected for a link.
 _MIN_OF_LINKS = 0.5
 _TERA, _GIGA = 1e12, 1e9
-# Matrix width and bytes sent: enough to saturate a device or a link, and soon done.
+# Matrix width and bytes sent: large enough to saturate a device or a link, small enough to be fast.
 _WIDTH = {"cuda": 8192, "cpu": 768}
 _SENT_BYTES = {"cuda": 2**26, "cpu": 2**22}
 _NUM_WARM_UPS, _NUM_REPEATS = 2, 5
@@ -61,20 +64,20 @@ def _assess_product(results: ProbeResults) -> Iterable[Finding]:
     if slow:
         worst = min(slowest.values())
         yield warn(
-            f"{results.where(slow)}: down to {worst / _TERA:.3g} TFLOPS where the median is "
-            f"{middle / _TERA:.3g}; every step waits for the slowest",
+            f"{results.where(slow)}: only {worst / _TERA:.3g} TFLOPS, but the median is "
+            f"{middle / _TERA:.3g} TFLOPS; every step waits for the slowest device",
             "check temperature, power limits and other processes (nvidia-smi -q -d PERFORMANCE; "
             "top)",
             slow,
         )
     if kind == "cuda" and middle < _MIN_OF_PLAN * planned:
-        yield warn(text, "expect slower steps than planned; check power limits (nvidia-smi -q)")
+        yield warn(text, "check power limits (nvidia-smi -q); steps will be slower than planned")
     elif not slow:
         yield ok(text)
 
 
 def _probe_all_reduce(context: RankContext) -> dict[str, Any]:
-    """Bytes/s of an all-reduce over all ranks, as a ring sends them. Collective."""
+    """Bytes/s over each link in an all-reduce over all ranks, if it is a ring. Collective."""
     import torch
 
     plan, kind, device = context.known_plan, context.hardware.kind, context.session.device
@@ -88,26 +91,29 @@ def _probe_all_reduce(context: RankContext) -> dict[str, Any]:
 
 
 def ring_rate(ranks: int, num_bytes: int, seconds: float) -> float:
-    """Bytes/s over each link of a ring all-reduce: 2 (W - 1) / W of the bytes cross each link."""
+    """Bytes/s over each link of a ring all-reduce.
+
+    With W ranks, each link carries 2 (W - 1) / W of the bytes.
+    """
     return 2 * (ranks - 1) / ranks * num_bytes / seconds
 
 
 def _assess_all_reduce(results: ProbeResults) -> Iterable[Finding]:
     planned = results.first["planned"]
     rate = min(result["rate"] for result in results.by_rank.values())
-    text = f"{rate / _GIGA:.3g} GB/s each way, planned {planned / _GIGA:.3g}"
+    text = f"{rate / _GIGA:.3g} GB/s in each direction, planned {planned / _GIGA:.3g}"
     if results.first["kind"] == "cuda" and rate < _MIN_OF_PLAN * planned:
         yield warn(
             text,
-            "NCCL_DEBUG=INFO shows the route; name a faster interface in NCCL_SOCKET_IFNAME, or "
-            "plan for it (docs/speed.md)",
+            "name a faster interface in NCCL_SOCKET_IFNAME (NCCL_DEBUG=INFO logs the one in use), "
+            "or plan for this rate (docs/speed.md)",
         )
     else:
         yield ok(text)
 
 
 def _probe_links(context: RankContext) -> dict[str, Any]:
-    """Bytes/s each way between this rank and its neighbours. Collective."""
+    """Bytes/s in each direction between this rank and each of its neighbours. Collective."""
     import torch
 
     place, kind, device = context.placement, context.hardware.kind, context.session.device
@@ -128,15 +134,16 @@ def _probe_links(context: RankContext) -> dict[str, Any]:
 
 
 def neighbours(rank: int, world_size: int, local_size: int) -> list[int]:
-    """The partners of a rank in four rounds, in order; all pairs of a round work at once.
+    """The ranks with which a rank exchanges data, in the order of the exchanges.
 
-    In a node 0-1, 2-3, ..., then 1-2, 3-4, ...; between nodes likewise, each rank with the same
-    local rank of the other node, so that all network cards are used.
+    All ranks exchange at the same time, in up to four passes. Within a node the pairs are 0-1, 2-3,
+    ..., then 1-2, 3-4, ... The nodes are paired in the same way, and each rank exchanges with the
+    same local rank of the other node, so that all network cards are used.
     """
     node, local = divmod(rank, local_size)
-    near = [node * local_size + other for other in _partners(local, local_size)]
-    far = [other * local_size + local for other in _partners(node, world_size // local_size)]
-    return near + far
+    in_node = [node * local_size + other for other in _partners(local, local_size)]
+    on_others = [other * local_size + local for other in _partners(node, world_size // local_size)]
+    return in_node + on_others
 
 
 def _partners(number: int, count: int) -> list[int]:
@@ -145,9 +152,9 @@ def _partners(number: int, count: int) -> list[int]:
 
 
 def _assess_links(results: ProbeResults) -> Iterable[Finding]:
-    """Compare each link to the median of its kind and to the plan.
+    """Compare each link with the median of its kind and with the plan.
 
-    A rank with two slow links is named alone: its neighbours are slow because of it.
+    If a rank has two slow links, the finding names only this rank: it is the likely cause.
     """
     links = {
         (rank, int(other)): link
@@ -156,7 +163,7 @@ def _assess_links(results: ProbeResults) -> Iterable[Finding]:
         if rank < int(other)
     }
     medians, slow = [], dict[tuple[int, int], str]()
-    for is_local, name in ((True, "in a node"), (False, "between nodes")):
+    for is_local, name in ((True, "within nodes"), (False, "between nodes")):
         of_kind = {pair: link for pair, link in links.items() if link["is_local"] is is_local}
         if not of_kind:
             continue
@@ -175,13 +182,13 @@ def _assess_links(results: ProbeResults) -> Iterable[Finding]:
     ranks = twice or sorted(set(ends))
     yield warn(
         f"{results.where(ranks)}: slow links {', '.join(slow.values())}",
-        "check that node's card, cable or slot (nvidia-smi topo -m, ibstat), or exclude it",
+        "check the card, cable and slot (nvidia-smi topo -m, ibstat), or exclude the node",
         ranks,
     )
 
 
 def devices_of(context: RankContext) -> "list[torch.device]":
-    """This rank's device; without a launcher every device of the node."""
+    """The device of this rank; without a launcher, all devices of the node."""
     import torch
 
     if context.hardware.kind == "cpu":
@@ -190,7 +197,7 @@ def devices_of(context: RankContext) -> "list[torch.device]":
 
 
 def _seconds(work: Callable[[], None], device: "torch.device") -> float:
-    """Median of the repeats after the warm-ups, each waited for."""
+    """Median time of several calls, each synchronised with the device, after warm-up calls."""
     seconds = []
     for _ in range(_NUM_WARM_UPS + _NUM_REPEATS):
         start = time.perf_counter()
@@ -203,10 +210,10 @@ def _seconds(work: Callable[[], None], device: "torch.device") -> float:
     return median(seconds[_NUM_WARM_UPS:])
 
 
-_REMEDY = "NCCL_DEBUG=INFO shows what NCCL tries"
+_REMEDY = "set NCCL_DEBUG=INFO, which logs what NCCL tries"
 MATRIX_PRODUCT = Check(
     "matrix product", _probe_product, _assess_product,
-    "nvidia-smi -q and dmesg show a broken device",
+    "check nvidia-smi -q and dmesg for a broken device",
 )  # fmt: skip
 ALL_REDUCE = Check("all-reduce", _probe_all_reduce, _assess_all_reduce, _REMEDY)
 LINKS = Check("links", _probe_links, _assess_links, _REMEDY)

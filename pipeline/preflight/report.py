@@ -15,14 +15,18 @@ from pipeline.preflight.check import (
     ranks_by_value,
 )
 
-# A probe that raised has the result {ERROR: message}; no other result has this as its only key.
+# The result of a probe that raised an exception is {ERROR: message}. No other result has ERROR as
+# its only key.
 ERROR = "error"
-_REQUIRED = ("settings", "plan")  # checks whose success most others need
+_REQUIRED = ("settings", "plan")  # checks on which most other checks depend
 
 
 @dataclass(kw_only=True)
 class Report:
-    """Findings by check name. `skipped`: reason why a check has none, by check name."""
+    """The report of a preflight.
+
+    `findings`: by name of the check. `skipped`: why a check has no findings, by its name.
+    """
 
     findings: dict[str, list[Finding]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -34,7 +38,7 @@ class Report:
         hosts: Sequence[str],
         plan: Plan | None,
     ) -> None:
-        """Assess the results of all ranks: `results[rank][check name]`."""
+        """Assess the results of all ranks, `results[rank][check name]`, and add the findings."""
         for check in checks:
             by_rank = {
                 r: named[check.name] for r, named in enumerate(results) if check.name in named
@@ -64,7 +68,7 @@ class Report:
         return max(map(self.level_of, self.findings), key=LEVELS.index, default="ok")
 
     def text(self) -> str:
-        """A line per finding with its remedy below, the skipped checks, and a summary."""
+        """The report as text: findings with remedies, skipped checks, and a summary."""
         lines = [line for name, values in self.findings.items() for line in _lines(name, values)]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
@@ -72,7 +76,7 @@ class Report:
         lines += [f"not checked  {', '.join(names)}: {why}" for why, names in reasons.items()]
         total = len(self.findings)
         if failed := self.failed():
-            lines.append(f"{len(failed)} of {total} checks fail: {', '.join(failed)}")
+            lines.append(f"{len(failed)} of {total} checks failed: {', '.join(failed)}")
         else:
             warned = [name for name in self.findings if self.level_of(name) == "warn"]
             rest = f", {len(warned)} with a warning: {', '.join(warned)}" if warned else ""
@@ -82,7 +86,7 @@ class Report:
     def as_json(self, hosts: Sequence[str]) -> dict[str, Any]:
         """The report as JSON; a finding without ranks concerns all ranks."""
         return {
-            "verdict": self.level,
+            "level": self.level,
             "hosts": list(hosts),
             "findings": [
                 {"check": name} | asdict(finding)
@@ -102,7 +106,7 @@ class Report:
 
 
 def _assess(check: Check, results: ProbeResults) -> list[Finding]:
-    """The findings of a check; if probes raised, one finding for each different error."""
+    """The findings of a check. If probes raised, there is one finding for each distinct error."""
     errors = {
         rank: result[ERROR]
         for rank, result in results.by_rank.items()
@@ -119,7 +123,7 @@ def _assess(check: Check, results: ProbeResults) -> list[Finding]:
 
 
 def _split_remedy(message: str) -> tuple[str, str]:
-    """The fact and the remedy in the message of a UserError; "" if it has no remedy."""
+    """Fact and remedy of a UserError's message; the remedy is empty if the message has none."""
     text, _, remedy = message.rpartition("; ")
     is_remedy = text and not remedy.startswith("found ") and "\n" not in message
     return (text, remedy) if is_remedy else (message, "")

@@ -1,6 +1,6 @@
-"""Packages, torch, NCCL and bitsandbytes: installed, alike, and working on the device.
+"""Checks of software: versions of packages, torch with CUDA and NCCL, bitsandbytes, process group.
 
-torch is imported by the probes after the rendezvous.
+Probes import torch only after the rendezvous.
 """
 
 import platform
@@ -18,14 +18,15 @@ from pipeline.preflight.gpus import own_devices
 from pipeline.preflight.rates import devices_of
 
 _INSTALL = "install the project again (make install)"
-# Mean absolute error in standard deviations of normal numbers in blocks of 64. Measured on a CPU,
-# 2026-11-25, bitsandbytes 0.50.2: 0.0728 and 0.0965, with double quantisation 0.0001 more.
+# Mean absolute error, in standard deviations, after normally distributed numbers are quantised in
+# blocks of 64 and dequantised. Measured on a CPU, 2026-11-25, bitsandbytes 0.50.2; double
+# quantisation adds 0.0001.
 _QUANTISATION_ERRORS = {"nf4": 0.0728, "fp4": 0.0965}
-_TOLERANCE = 0.2
+_TOLERANCE = 0.2  # relative
 
 
 def _probe_versions(context: RankContext) -> dict[str, str]:
-    """Python and the project's packages. Raises UserError for one that is too old or missing."""
+    """Versions of Python and packages. Raises UserError if a package is missing or too old."""
     del context
     versions = {"rankzero": __version__, "python": platform.python_version()}
     wrong = []
@@ -43,7 +44,9 @@ def _probe_versions(context: RankContext) -> dict[str, str]:
             wrong.append(f"{required.name} is not installed")
             continue
         if not required.specifier.contains(versions[required.name], prereleases=True):
-            wrong.append(f"{required.name} {versions[required.name]} is not {required.specifier}")
+            wrong.append(
+                f"{required.name} {versions[required.name]} does not satisfy {required.specifier}"
+            )
     if wrong:
         raise UserError(f"packages: {', '.join(wrong)}; {_INSTALL}")
     return versions
@@ -57,7 +60,10 @@ def _assess_versions(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _probe_libraries(context: RankContext) -> dict[str, str]:
-    """The CUDA and NCCL of torch. Raises UserError if it shows no GPU or the driver is too old."""
+    """Versions of torch, CUDA and NCCL.
+
+    Raises UserError if torch detects no GPU or the driver is too old for it.
+    """
     import torch
 
     if context.hardware.kind == "cpu":
@@ -65,14 +71,14 @@ def _probe_libraries(context: RankContext) -> dict[str, str]:
     built = torch.version.cuda
     if built is None:
         raise UserError(
-            f"torch {torch.__version__} is built without CUDA, and this node has GPUs; install "
-            "the wheel for its driver (pytorch.org)"
+            f"torch {torch.__version__} is built without CUDA, but this node has GPUs; install "
+            "the wheel of torch for its driver (pytorch.org)"
         )
     _require_driver(built)
     if not torch.cuda.is_available():
         raise UserError(
-            f"torch {torch.__version__} (CUDA {built}) shows no GPU where NVML does; "
-            "check CUDA_VISIBLE_DEVICES and the driver (nvidia-smi)"
+            f"torch {torch.__version__} (CUDA {built}) detects no GPU, but NVML does; check "
+            "CUDA_VISIBLE_DEVICES and the driver (nvidia-smi)"
         )
     own_devices(context, torch.cuda.device_count())
     nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
@@ -80,7 +86,10 @@ def _probe_libraries(context: RankContext) -> dict[str, str]:
 
 
 def _require_driver(built: str) -> None:
-    """A driver runs every CUDA of its major version (NVIDIA, CUDA compatibility)."""
+    """Raise UserError if the driver does not support the CUDA version that torch is built with.
+
+    A driver supports every CUDA version with its major version (NVIDIA, CUDA compatibility).
+    """
     import pynvml
 
     pynvml.nvmlInit()
@@ -91,8 +100,8 @@ def _require_driver(built: str) -> None:
         pynvml.nvmlShutdown()
     if int(built.split(".")[0]) > newest // 1000:
         raise UserError(
-            f"torch is built with CUDA {built}, driver {driver} runs CUDA up to "
-            f"{newest / 1000:.1f}; install a newer driver or torch for CUDA {newest // 1000}"
+            f"torch is built with CUDA {built}, but driver {driver} supports only CUDA up to "
+            f"{newest / 1000:.1f}; install a newer driver, or torch for CUDA {newest // 1000}"
         )
 
 
@@ -103,7 +112,7 @@ def _assess_libraries(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _probe_quantisation(context: RankContext) -> dict[str, Any]:
-    """Error of a tile in 4 bits on each device of this rank; none without `load_in_4bit`."""
+    """Quantisation error of a tile on each device of this rank; empty without `load_in_4bit`."""
     settings = context.known_settings
     if not settings.load_in_4bit:
         return {"errors": [], "kind": settings.bnb_4bit_quant_type}
@@ -114,7 +123,7 @@ def _probe_quantisation(context: RankContext) -> dict[str, Any]:
 
 
 def _assess_quantisation(results: ProbeResults) -> Iterable[Finding]:
-    """A known error shows that the kernels ran and are right."""
+    """Compare the errors with the known error of correct kernels."""
     if not results.first["errors"]:
         return
     kind = results.first["kind"]
@@ -127,18 +136,18 @@ def _assess_quantisation(results: ProbeResults) -> Iterable[Finding]:
     if wrong:
         errors = ", ".join(f"{e:.3g}" for rank in wrong for e in results.by_rank[rank]["errors"])
         yield fail(
-            f"{results.where(wrong)}: a tile in {kind} and back is off by {errors} standard "
-            f"deviations, expected {expected:.3g}",
+            f"{results.where(wrong)}: numbers quantised to {kind} and dequantised differ by "
+            f"{errors} standard deviations, expected {expected:.3g}",
             "install bitsandbytes for this CUDA (python -m bitsandbytes shows what it detects)",
             wrong,
         )
     else:
-        yield ok(f"{kind} and back: off by {results.first['errors'][0]:.3g} standard deviations, "
-                 "as expected")  # fmt: skip
+        error = results.first["errors"][0]
+        yield ok(f"{kind}: quantisation error {error:.3g} standard deviations, as expected")
 
 
 def _probe_process_group(context: RankContext) -> str:
-    """Initialise the process group as training does. Collective."""
+    """Initialise the process group in the same way as training. Collective."""
     context.session.start()
     return "nccl" if context.hardware.kind == "cuda" else "gloo"
 
@@ -151,9 +160,9 @@ VERSIONS = Check("versions", _probe_versions, _assess_versions, _INSTALL, needs=
 LIBRARIES = Check("libraries", _probe_libraries, _assess_libraries, _INSTALL)
 QUANTISATION = Check(
     "4 bits", _probe_quantisation, _assess_quantisation,
-    "python -m bitsandbytes shows what its library detects",
+    "run python -m bitsandbytes, which shows the CUDA version that it detects",
 )  # fmt: skip
 PROCESS_GROUP = Check(
     "process group", _probe_process_group, _assess_process_group,
-    "NCCL_DEBUG=INFO shows what NCCL tries",
+    "set NCCL_DEBUG=INFO, which logs what NCCL tries",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A preflight on every rank, stage by stage; and its first stage, which training runs too."""
+"""Execution of a preflight, stage by stage, and of its first stage at the start of training."""
 
 import logging
 import os
@@ -25,20 +25,21 @@ from pipeline.preflight.report import ERROR, Report
 
 logger = logging.getLogger(__name__)
 
-# A check takes seconds; a disk, a driver or a link that does not answer never does.
+# Longest time of a check. Checks take seconds, but a broken disk, driver or link may never answer.
 _LIMIT_S = 60.0
-# Until the rendezvous each rank imports torch, perhaps all of them from one slow shared disk.
+# Factor of the limit for the time before the rendezvous, when all ranks import torch, perhaps from
+# one slow shared disk.
 _START_FACTOR = 3
-_LATER_S = 15.0  # the other ranks end after rank 0, which has shown the report by then
+_LATER_S = 15.0  # the other ranks end this much later than rank 0, which shows the report first
 _RENDEZVOUS, _HOST = "rendezvous", "host"
 
 
 def preflight(
     run_file: Path, overrides: Sequence[str], *, as_json: bool = False, limit_s: float = _LIMIT_S
 ) -> None:
-    """Check a run on every rank that a launcher has started, or on this node alone.
+    """Check a run on all ranks that a launcher has started; without a launcher, on this node.
 
-    Rank 0 shows the report. Raises UserError on every rank where a check fails.
+    Rank 0 shows the report. Raises UserError on all ranks if a check fails.
     """
     stdout, hardware, heartbeat = sys.stdout, detect_hardware(), Heartbeat()
     placement = from_environment(os.environ, may_be_alone=True)
@@ -52,43 +53,44 @@ def preflight(
         )  # fmt: skip
         run = _Preflight(context, stdout, as_json=as_json)
         start_s = _START_FACTOR * limit_s + (0.0 if session.is_rank_zero else _LATER_S)
-        timer = threading.Timer(start_s, run.end_at_start, [heartbeat, start_s])
+        timer = threading.Timer(start_s, run.end_before_rendezvous, [heartbeat, start_s])
         timer.daemon = True
         timer.start()
         heartbeat.beat("settings")
         run.context = context.with_run(run_file, overrides)
-        run.meet()
+        run.run_first_stage()
         timer.cancel()
         with Watchdog(
             session, heartbeat, limit_s, reason_to_leave=lambda: None, on_end=run.end_by_watchdog
         ):
-            failed = run.finish()
+            failed = run.run_other_stages()
     run.show()
     if failed:
         raise UserError(f"preflight: {', '.join(failed)}: see the report")
 
 
 class _Preflight:
-    """One preflight on this rank; another thread ends it where a rank hangs or is dead."""
+    """The preflight of this rank. A timer or the watchdog ends it if a rank hangs or has died."""
 
     def __init__(self, context: RankContext, stdout: TextIO, *, as_json: bool) -> None:
         self.context, self._stdout, self._as_json = context, stdout, as_json
         self._report = Report()
         self._hosts = [UNKNOWN_HOST] * context.placement.world_size
-        self._checks: Sequence[Check] = ()  # of the stage in progress
-        self._results: dict[str, Any] = {}  # of this rank in that stage
+        # Checks of the stage in progress, and the results of this rank in it.
+        self._checks: Sequence[Check] = ()
+        self._results: dict[str, Any] = {}
 
-    def meet(self) -> None:
-        """Run the first stage; gathering its results is the rendezvous.
+    def run_first_stage(self) -> None:
+        """Run the first stage. Gathering its results is the rendezvous of the ranks.
 
-        Raises UserError where the rendezvous fails.
+        Raises UserError if the rendezvous fails.
         """
         try:
             self._run_stage(BEFORE_TORCH)
         except (RuntimeError, RankZeroError) as error:  # port taken, or host unreachable
             place = self.context.placement
             text = f"no rendezvous at {place.master_addr}:{place.master_port}"
-            remedy = "see the lines above, and check firewalls between the nodes"
+            remedy = "see the findings above, and check firewalls between the nodes"
             self._assess_so_far()
             self._report.findings[_RENDEZVOUS] = [fail(f"{text}: {_first_line(error)}", remedy)]
             self.show()
@@ -96,8 +98,11 @@ class _Preflight:
                 f"rank {place.rank} on {socket.gethostname()}: {text}; {remedy}"
             ) from None
 
-    def finish(self) -> list[str]:
-        """Run the other stages whose requirements hold; the failed checks, equal on all ranks."""
+    def run_other_stages(self) -> list[str]:
+        """Run the other stages unless they are skipped, and return the names of failed checks.
+
+        The names are the same on all ranks. Collective.
+        """
         session = self.context.session
         for stage in STAGES[1:]:
 
@@ -120,31 +125,31 @@ class _Preflight:
                 logger.info("%s", text)
 
     def end_by_watchdog(self, reason: str, exit_code: int) -> None:
-        """Show what is known before the watchdog ends this process."""
+        """Show the report so far on rank 0, before the watchdog ends this process."""
         del exit_code
         if self.context.session.is_rank_zero:
-            remedy = "check that node's disk, driver and links (NCCL_DEBUG=INFO; dmesg)"
+            remedy = "check the disk, driver and links of this node (NCCL_DEBUG=INFO; dmesg)"
             try:
                 self._assess_so_far()
             finally:
                 self._report.findings["watchdog"] = [fail(reason, remedy)]
                 self.show()
 
-    def end_at_start(self, heartbeat: Heartbeat, seconds: float) -> None:
-        """End this process, which has not reached the rendezvous with all ranks in time."""
+    def end_before_rendezvous(self, heartbeat: Heartbeat, seconds: float) -> None:
+        """End this process, because the rendezvous was not complete after `seconds` seconds."""
         place, phase, text = self.context.placement, heartbeat.phase, ""
         try:
             present = self._assess_so_far() if place.rank == 0 else []
             if phase == _RENDEZVOUS:
-                text = f"not all ranks have arrived within {seconds:.0f} s"
-                text += f"; results of ranks {spans(present)} are assessed" if present else ""
+                text = f"not all ranks arrived within {seconds:.0f} s"
+                text += f"; this report is about ranks {spans(present)}" if present else ""
                 remedy = (
-                    "check the output of each node: which has started no rank, or cannot reach "
-                    f"MASTER_ADDR={place.master_addr} (firewall, interface)"
+                    "find in the output of each node whether it started its ranks, and whether "
+                    f"they can reach MASTER_ADDR={place.master_addr} (firewall, interface)"
                 )
             else:
                 text = f"rank {place.rank} on {socket.gethostname()} hangs in {phase!r}"
-                remedy = "check that node's disk and driver (dmesg)"
+                remedy = "check the disk and driver of this node (dmesg)"
             self._report.findings[_RENDEZVOUS] = [fail(text, remedy, present[:0])]
             self.show()
             logger.warning("preflight: %s; %s", text, remedy)
@@ -152,7 +157,7 @@ class _Preflight:
             end_process(RankZeroError.exit_code)
 
     def _run_stage(self, stage: Stage) -> None:
-        """Probe, and gather the results of all ranks. Collective."""
+        """Run the probes of a stage, gather the results on rank 0 and assess them. Collective."""
         session, results = self.context.session, dict[str, Any]()
         self._checks, self._results = stage.checks, results
         probe_all(self.context, stage.checks, results)
@@ -165,20 +170,23 @@ class _Preflight:
             self._report.add(stage.checks, gathered, self._hosts, self.context.plan)
 
     def _reason_to_skip(self, stage: Stage) -> str:
-        """Why a stage is skipped, which the report shows; empty if it is not."""
+        """Why this stage is skipped, empty if it is not; the report shows the reason."""
         levels = {check.name: self._report.level_of(check.name) for check in stage.requires}
         failed = [name for name, level in levels.items() if level == "fail"]
         reason = f"{' and '.join(failed)} failed" if failed else ""
         if stage.needs_several_ranks and self.context.placement.world_size == 1:
-            reason = "one process; under `deepspeed`, torchrun or srun they are"
+            reason = "there is only one process; start it with `deepspeed`, torchrun or srun"
         if reason:
             self._report.skipped |= {check.name: reason for check in stage.checks}
         return reason
 
     def _assess_so_far(self) -> list[int]:
-        """Assess the stage in progress from the ranks that have results, and return these ranks."""
+        """Assess the stage in progress with the results that have arrived, and return their ranks.
+
+        If rank 0 has gathered nothing yet, its own results are used.
+        """
         gathered = self.context.session.gathered_so_far()
-        # A probe may gather as well, and then the value is None.
+        # If a probe was gathering, its values are None.
         by_rank = [gathered.get(rank) or {} for rank in range(self.context.placement.world_size)]
         by_rank[0] = by_rank[0] or self._results
         self._hosts = [
@@ -186,31 +194,35 @@ class _Preflight:
         ]
         for check in self._checks:
             if any(check.name in named for named in by_rank):
-                # An assessment may need a rank that is not there.
+                # An assessment may need the result of a missing rank.
                 with suppress(KeyError, TypeError, AttributeError, ValueError):
                     self._report.add([check], by_rank, self._hosts, self.context.plan)
         return [rank for rank, named in enumerate(by_rank) if named]
 
 
 def probe_all(context: RankContext, checks: Sequence[Check], results: dict[str, Any]) -> None:
-    """Add this rank's host name and its result of each check, or the error, to `results`."""
+    """Run the probes of this rank, and add its host name and their results to `results`.
+
+    The result of a probe that raised is {ERROR: message}.
+    """
     results[_HOST] = socket.gethostname()
     for check in checks:
-        context.beat(check.name)  # on every rank, so that the number of beats can be compared
+        # Also for checks that this rank skips, so that numbers of heartbeats can be compared.
+        context.beat(check.name)
         if not check.applies_to(context):
             continue
         try:
             results[check.name] = check.probe(context)
         except UserError as error:
             results[check.name] = {ERROR: str(error)}
-        except (RuntimeError, OSError, ImportError) as error:  # of a device, a disk, a library
+        except (RuntimeError, OSError, ImportError) as error:  # from a device, a disk or a library
             results[check.name] = {ERROR: f"{type(error).__name__}: {_first_line(error)}"}
 
 
-def probe_before_torch(context: RankContext) -> dict[str, Any]:
-    """This rank's results of the first stage, which training gathers after the rendezvous.
+def probe_first_stage(context: RankContext) -> dict[str, Any]:
+    """This rank's results of the first stage, for `assess_first_stage` after the rendezvous.
 
-    Raises UserError where there can be no rendezvous; other errors are reported by rank 0.
+    Raises UserError if the port prevents a rendezvous. Rank 0 reports other errors later.
     """
     results = dict[str, Any]()
     probe_all(context, BEFORE_TORCH.checks, results)
@@ -219,10 +231,10 @@ def probe_before_torch(context: RankContext) -> dict[str, Any]:
     return results
 
 
-def require_fit(context: RankContext, results: Mapping[str, Any]) -> list[str]:
-    """Assess the results of `probe_before_torch` of all ranks: the lines of warnings. Collective.
+def assess_first_stage(context: RankContext, results: Mapping[str, Any]) -> list[str]:
+    """Gather and assess the results of `probe_first_stage`; return lines of warnings. Collective.
 
-    Raises UserError on every rank where a check fails.
+    Raises UserError on all ranks if a check fails.
     """
     gathered = context.session.gather_objects(results)
 

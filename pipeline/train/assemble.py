@@ -1,4 +1,4 @@
-"""Assembly of a run: model, engine, checkpoints and the training state to resume from."""
+"""Assembly of the training state: model, engine, checkpoints, and the progress to resume from."""
 
 import logging
 from dataclasses import asdict, replace
@@ -74,8 +74,8 @@ def _restore(engine: Engine, checkpoint: Path, progress: Progress) -> None:
     weights, moments = read_tensors(checkpoint)
     if other := weights.keys() ^ engine.parameters.keys():
         raise UserError(
-            f"{checkpoint}: its adapter has other tensors than this run, such as {min(other)}; put "
-            "the settings of the adapter back, or give another output_dir"
+            f"{checkpoint}: its adapter has other tensors than this run, such as {min(other)}; "
+            "restore the settings of the adapter, or set another output_dir"
         )
     state = OptimizerState(
         moments=moments, step=progress.optimizer_step, loss_scaler=progress.loss_scaler
@@ -86,11 +86,11 @@ def _restore(engine: Engine, checkpoint: Path, progress: Progress) -> None:
 def _reset_unusable_best(
     context: RunContext, folder: RunFolder, progress: Progress, index: DataIndex
 ) -> None:
-    """Reset the lowest held-out loss if its adapter is missing or the held-out rows changed."""
+    """Forget the lowest held-out loss if its adapter is missing or the held-out rows changed."""
 
     def reason() -> str | None:
         if progress.eval_key not in (None, _eval_key(index)):
-            return "eval_data changed, so its losses cannot be compared with the earlier ones"
+            return "eval_data changed, so earlier losses cannot be compared with later ones"
         assert folder.checkpoints is not None, "on rank 0"
         if context.settings.keep_best and not folder.checkpoints.has_best(progress):
             return "the best adapter so far is missing"

@@ -1,9 +1,9 @@
-"""Portable checkpoints: the only writer of `checkpoints/`.
+"""Checkpoints of a run: folders of safetensors and JSON files, independent of ranks and stages.
 
-A checkpoint is a folder of safetensors and JSON, independent of ranks and ZeRO stages. It is
-written to a temporary sibling, synced and renamed, so one with its final name was complete; the
-manifest shows whether it still is. Written on rank 0; read on every rank. torch is imported only to
-write and to read tensors, so a checkpoint of another run is refused before.
+Only this file writes to `checkpoints/`. A checkpoint is written to a temporary sibling, synced and
+renamed, so it was complete when it got its final name; its manifest shows later damage. Rank 0
+writes checkpoints, every rank reads them. torch is imported only to write and read tensors, so that
+a checkpoint that cannot be used is refused before.
 """
 
 import hashlib
@@ -41,27 +41,36 @@ _RESUME_IS_SAME_RUN = (
 
 @dataclass(kw_only=True)
 class Progress:
-    """State of the training loop. A resume needs this, the adapter weights and Adam's moments."""
+    """State of the training loop. A resume needs it, the adapter weights and Adam's moments.
+
+    `step`: finished steps. `optimizer_step`: applied updates, without `skipped_steps`. `bad_steps`:
+    consecutive non-finite steps up to the present. `documents`: documents of the current epoch that
+    have been trained on. `loss_scaler`: state of the loss scaler, only in fp16. `best_loss`: lowest
+    held-out loss, measured at `best_step` on the held-out data with the key `eval_key`.
+    `is_evaluation_due`: whether the run was stopped before the evaluation of this step.
+    """
 
     step: int = 0
-    optimizer_step: int = 0  # applied updates: excludes skipped steps
+    optimizer_step: int = 0
     skipped_steps: int = 0
-    bad_steps: int = 0  # consecutive non-finite steps up to now
-    documents: int = 0  # documents of the current epoch that have been trained on
-    loss_scaler: dict[str, float] = field(default_factory=dict)  # fp16 only
+    bad_steps: int = 0
+    documents: int = 0
+    loss_scaler: dict[str, float] = field(default_factory=dict)
     best_loss: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
-    is_evaluation_due: bool = False  # the run stopped before this step's evaluation
-    eval_key: str | None = None  # key of the held-out data on which best_loss was measured
+    is_evaluation_due: bool = False
+    eval_key: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Properties that a checkpoint and the run that resumes it must share.
+    """Properties that must be equal in a checkpoint and in the run that resumes from it.
 
-    `accept_changes` names those that may differ. `adapter` (its shape) may never differ, because
-    Adam's moments would not fit. `total_steps` is None until the data is prepared.
+    `data`: key of the training documents. `base`: fingerprint. `total_steps`: None until the data
+    is prepared. `adapter`: description of its size. The setting `accept_changes` accepts
+    differences of the first three. `adapter` may never differ, because Adam's moments would have
+    other shapes.
     """
 
     data: str
@@ -74,10 +83,11 @@ class Identity:
 class Checkpoints:
     """The checkpoints of one run folder.
 
-    `accepted`: fields of the identity that may differ. `origin`: the checkpoint of `resume: PATH`,
-    from which the run's own checkpoints descend. `shapes`: shape of each LoRA matrix by its key.
-    `model_folder`: the base model; needed for checkpoints whose base fingerprint is a sample of the
-    weights. `about`: information for people in state.json.
+    `keep`: number of checkpoints to keep (save_total_limit). `accepted`: fields of the identity
+    that may differ. `origin`: the checkpoint of `resume: PATH`, if the run started from one; its
+    own checkpoints record it. `shapes`: shape of each LoRA matrix by its key. `model_folder`: the
+    base, needed for old checkpoints, whose fingerprint covers only samples of the weights. `about`:
+    further entries of state.json for users.
     """
 
     folder: Path
@@ -90,7 +100,8 @@ class Checkpoints:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._best_of_newest = 0  # step of the best adapter that the resumed checkpoint names
+        # Step of the best adapter to which the newest checkpoint refers.
+        self._best_of_newest = 0
 
     def write(
         self,
@@ -100,7 +111,8 @@ class Checkpoints:
     ) -> Path:
         """Write a checkpoint, then remove the oldest ones beyond the limit.
 
-        Raises OSError, SafetensorError or RankZeroError; then earlier checkpoints are unchanged.
+        Raises OSError, SafetensorError or RankZeroError if this fails; earlier checkpoints then
+        stay unchanged.
         """
         self._require_space(weights, moments)
         path = self.folder / f"step-{progress.step:08d}"
@@ -110,20 +122,20 @@ class Checkpoints:
         return path
 
     def write_best(self, weights: Mapping[str, "torch.Tensor"], progress: Progress) -> None:
-        """Write the weights of this step, whose held-out loss is the lowest so far.
+        """Write the best adapter: the weights of this step, whose held-out loss is the lowest.
 
         The best adapter to which the newest checkpoint refers is kept until the next checkpoint,
         because a resume needs it. Other best adapters are removed.
         """
-        named = self.folder / f"best-{self._best_of_newest:08d}"
+        needed = self.folder / f"best-{self._best_of_newest:08d}"
         for path in checkpoints_in(self.folder, "best"):
-            if path not in (named, self._best(progress)):
+            if path not in (needed, self._best(progress)):
                 shutil.rmtree(path, ignore_errors=True)
         self._require_space(weights)
         self._write_folder(self._best(progress), weights, {}, progress)
 
     def read_best(self, progress: Progress) -> dict[str, "torch.Tensor"]:
-        """The weights that `write_best` wrote. Raises RankZeroError if they are damaged."""
+        """The weights of the best adapter. Raises RankZeroError if they are damaged."""
         from safetensors.torch import load_file
 
         path = self._best(progress)
@@ -136,16 +148,16 @@ class Checkpoints:
         return load_file(path / _ADAPTER)
 
     def has_best(self, progress: Progress) -> bool:
-        """Whether the weights that `write_best` wrote are intact; UserError if unreadable."""
+        """Whether the best adapter is intact. Raises UserError if it cannot be read."""
         with self._read_errors_reported():
             return _damage(self._best(progress)) is None
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest intact checkpoint, and a log line for each newer one that is skipped.
 
-        With an `origin`: the newest checkpoint that descends from it, else the origin itself.
-        Raises UserError if the origin is damaged, or if a checkpoint cannot be read, because an
-        unreadable one may be intact.
+        If `origin` is set, checkpoints that do not record it are skipped too; if none is left, the
+        result is the origin itself. Raises UserError if the origin is damaged. Raises UserError
+        also if a checkpoint cannot be read, because it may be intact.
         """
         with self._read_errors_reported():
             return self._newest()
@@ -166,9 +178,9 @@ class Checkpoints:
             yield
         except OSError as error:
             raise UserError(
-                f"{error.filename or self.folder}: cannot be read ({error.strerror}), and it may "
-                "belong to the checkpoint to resume from; make it readable and start again, or "
-                "move the unreadable file away"
+                f"{error.filename or self.folder}: cannot be read ({error.strerror}), but may "
+                "belong to the checkpoint to resume from; make it readable or move it, and start "
+                "again"
             ) from None
 
     def _newest(self) -> tuple[Path | None, list[str]]:
@@ -183,7 +195,7 @@ class Checkpoints:
             elif self.origin is None or _state(path).get("origin") == self.origin:
                 return path, skipped
             else:
-                skipped.append(f"{path} is skipped: it does not come from {self.origin}")
+                skipped.append(f"{path} is skipped: its run did not start from {self.origin}")
         return self.intact_origin(), skipped
 
     def require_resumable(self, path: Path) -> Progress:
@@ -198,14 +210,14 @@ class Checkpoints:
         self._best_of_newest = progress.best_step
         return progress
 
-    def _is_foreign(self, path: Path) -> bool:
-        """Whether a checkpoint belongs to another run folder, as `resume: PATH` allows."""
+    def _is_of_other_run(self, path: Path) -> bool:
+        """Whether a checkpoint belongs to another run folder, which `resume: PATH` allows."""
         return path.resolve().parent != self.folder.resolve()
 
     def _require_same_run(self, path: Path, state: Mapping[str, Any]) -> None:
-        # Another run's checkpoint contains a position in that run's data and schedule, so of its
-        # identity only the base may differ.
-        accepted = {"base"} & {*self.accepted} if self._is_foreign(path) else self.accepted
+        # A checkpoint has a position in the data and the schedule of its run. If it belongs to
+        # another run, these must be equal, and only a change of the base can be accepted.
+        accepted = {"base"} & {*self.accepted} if self._is_of_other_run(path) else self.accepted
         before, now = dict(state["identity"]), asdict(self.identity)
         folder = self.model_folder
         if folder and is_sampled(before["base"]) and is_same_by_samples(before["base"], folder):
@@ -217,56 +229,58 @@ class Checkpoints:
         }
         if not differences:
             return
-        text = f"{path} is of another run: {'; '.join(differences.values())}"
-        if self._is_foreign(path):
+        text = f"{path} does not belong to this run: {'; '.join(differences.values())}"
+        if self._is_of_other_run(path):
             raise UserError(f"resume: {text}; {_RESUME_IS_SAME_RUN}")
         text = f"output_dir: {text}"
         version = state.get("versions", {}).get("rankzero", __version__)
-        remedy = "put back what changed or give another output_dir"
+        remedy = "undo the change or set another output_dir"
         if version != __version__:
             remedy = f"finish it with RankZero {version}, which wrote it, {remedy}"
         if acceptable := [name for name in differences if name != "adapter"]:
-            remedy += f", or accept it by name: accept_changes: [{', '.join(acceptable)}]"
+            remedy += f", or set accept_changes: [{', '.join(acceptable)}] to accept it"
         raise UserError(f"{text}; {remedy}")
 
     def _require_same_tensors(self, path: Path) -> None:
-        """Compare names and shapes of the adapter's tensors, before the model is loaded.
+        """Raise UserError if the adapter's tensors have other names or shapes than this run's.
 
-        Identity.adapter does not suffice: other target modules may have the same parameter count.
+        `Identity.adapter` is not enough, because other target modules may have the same number of
+        parameters.
         """
         if self.shapes is None:
             return
         entries = read_header(path / _ADAPTER).entries
-        found = {key: entry.shape for key, entry in entries.items() if _is_lora_matrix(key)}
+        saved = {key: entry.shape for key, entry in entries.items() if _is_lora_matrix(key)}
         expected = {key: tuple(shape) for key, shape in self.shapes.items()}
-        if found != expected:
-            differing = sorted(found.items() ^ expected.items())
-            key = differing[0][0]
+        if saved != expected:
+            key = min(saved.items() ^ expected.items())[0]
             raise UserError(
-                f"{path}: its adapter has other target modules than this run: {key} is "
-                f"{found.get(key, 'not there')} in it and {expected.get(key, 'not there')} here; "
-                f"put lora_target_modules back; {_RESUME_IS_SAME_RUN}"
+                f"{path}: its adapter has other target modules than this run: {key} has shape "
+                f"{saved.get(key, '(missing)')} in the checkpoint and "
+                f"{expected.get(key, '(missing)')} in this run; restore lora_target_modules; "
+                f"{_RESUME_IS_SAME_RUN}"
             )
 
     def _require_steps_left(self, path: Path, progress: Progress) -> None:
         total = self.identity.total_steps
         if total is None:
             return
-        if progress.step > total or (progress.step == total and self._is_foreign(path)):
+        if progress.step > total or (progress.step == total and self._is_of_other_run(path)):
             raise UserError(
-                f"{path}: it is of step {progress.step}, and this run ends at step {total}, so "
-                "there is no step left; raise epochs or max_steps, or start a new run in another "
-                "output_dir"
+                f"{path}: this checkpoint was written at step {progress.step}, but this run ends "
+                f"at step {total}, so no step is left; raise epochs or max_steps, or start a new "
+                "run in another output_dir"
             )
 
     def _best(self, progress: Progress) -> Path:
         return self.folder / f"best-{progress.best_step:08d}"
 
     def _prune(self, written: Path, progress: Progress) -> None:
-        """Remove checkpoints beyond the limit, except the one with the lowest held-out loss.
+        """Remove the oldest checkpoints beyond the limit, and best adapters that are outdated.
 
-        Checkpoints of later steps exist if the run was resumed from an earlier step; they are
-        renamed, so that no later resume takes them.
+        The checkpoint with the lowest held-out loss is never removed. Checkpoints of later steps
+        exist if the run was resumed from an earlier step; they are renamed, so that no later start
+        resumes from them.
         """
         best = self.folder / f"step-{progress.best_step:08d}"
         others = [path for path in checkpoints_in(self.folder) if path not in (written, best)]
@@ -277,7 +291,7 @@ class Checkpoints:
             path for path in checkpoints_in(self.folder, "best") if path != self._best(progress)
         ]
         for path in (*surplus, *bests):
-            shutil.rmtree(path, ignore_errors=True)  # tried again after the next checkpoint
+            shutil.rmtree(path, ignore_errors=True)  # the next checkpoint tries again
         for path in later:
             with suppress(OSError):
                 _rename_skipped(path)
@@ -286,11 +300,11 @@ class Checkpoints:
     def _require_space(self, *tensors: Mapping[str, "torch.Tensor"]) -> None:
         need = sum(t.numel() * t.element_size() for group in tensors for t in group.values())
         self.folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished_folders(self.folder)  # a killed write may hold the space
+        remove_unfinished_folders(self.folder)  # files of a killed write may take the space
         free = shutil.disk_usage(self.folder).free
         if free < 1.01 * need:
             raise RankZeroError(
-                f"{self.folder}: a checkpoint needs {need / 2**20:.1f} MiB and "
+                f"{self.folder}: a checkpoint needs {need / 2**20:.1f} MiB, but only "
                 f"{free / 2**20:.1f} MiB are free"
             )
 
@@ -336,9 +350,9 @@ def _is_lora_matrix(key: str) -> bool:
 
 def _rename_skipped(path: Path) -> None:
     for number in count(1):
-        aside = path.with_name(f"{path.name}-skipped-{number}")
-        if not aside.exists():
-            path.rename(aside)
+        new_path = path.with_name(f"{path.name}-skipped-{number}")
+        if not new_path.exists():
+            path.rename(new_path)
             return
 
 
@@ -355,9 +369,9 @@ def _description(path: Path) -> dict[str, Any]:
 
 
 def _damage(path: Path) -> str | None:
-    """The reason why a checkpoint is not intact, or None. Raises OSError if it is unreadable."""
+    """Why a checkpoint is not intact; None if it is. Raises OSError if it cannot be read."""
     if not path.is_dir():
-        return "there is no such folder"
+        return "the folder is missing"
     try:
         files = read_json(path / _MANIFEST)["files"]
         if missing := {_ADAPTER, _OPTIMIZER, _STATE} - files.keys():
@@ -367,8 +381,8 @@ def _damage(path: Path) -> str | None:
                 return f"{name} is missing"
             if _description(path / name) != written:
                 return f"{name} differs from its size or SHA-256 in the manifest"
-        if foreign := {file.name for file in path.iterdir()} - files.keys() - {_MANIFEST}:
-            return f"it holds a foreign file, {min(foreign)}"
+        if others := {file.name for file in path.iterdir()} - files.keys() - {_MANIFEST}:
+            return f"it has a file that is not in its manifest, {min(others)}"
     except FileNotFoundError:
         return f"{_MANIFEST} is missing"
     except (ValueError, KeyError, TypeError, AttributeError) as error:

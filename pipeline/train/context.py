@@ -1,4 +1,4 @@
-"""RunContext: what a rank knows of its run before torch is imported."""
+"""RunContext: the state of a run on one rank that needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ _DEBUG_STEPS = 4
 
 @dataclass(kw_only=True)
 class RunContext:
-    """One run on one rank. `plan` is an estimate until the data is prepared."""
+    """A run on one rank. Until the data is prepared, `plan` has no schedule."""
 
     plan: Plan
     session: Session
@@ -26,7 +26,7 @@ class RunContext:
 
     @property
     def settings(self) -> RunSettings:
-        """The settings, as the plan resolved them."""
+        """The settings, with the values that the plan chose."""
         return self.plan.settings
 
     @property
@@ -36,8 +36,8 @@ class RunContext:
 
 
 def debug_settings(settings: RunSettings) -> RunSettings:
-    """The settings of `--debug`: a few steps in a folder of their own, each of them logged."""
-    # One process makes up for the missing ranks.
+    """The settings for `--debug`: a few steps in a separate folder, with a log line for each."""
+    # If global_batch_size is set, more accumulation steps replace the missing ranks.
     is_global = settings.global_batch_size != "auto"
     accumulation = "auto" if is_global else settings.gradient_accumulation_steps
     return settings.model_copy(
@@ -52,7 +52,10 @@ def debug_settings(settings: RunSettings) -> RunSettings:
 
 
 def requeued_settings(settings: RunSettings, env: Mapping[str, str]) -> RunSettings:
-    """With `resume: auto` for `never` where a requeued Slurm job wrote the run folder itself."""
+    """The settings for a Slurm job that was requeued.
+
+    `resume: never` becomes `resume: auto` if this job itself wrote the run folder.
+    """
     if settings.resume != "never" or env.get("SLURM_RESTART_COUNT", "0") == "0":
         return settings
     try:

@@ -1,4 +1,4 @@
-"""Progress display of rank 0: a progress bar in a terminal, log lines otherwise."""
+"""Progress display of rank 0: a progress bar in a terminal, otherwise log lines."""
 
 import logging
 import sys
@@ -12,7 +12,11 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressDisplay:
-    """Shows finished steps. `is_shown`: True on rank 0 only; `every`: steps between log lines."""
+    """Display of finished steps.
+
+    `done`: steps finished before this start. `every`: steps between two log lines. `is_shown`: True
+    on rank 0 only.
+    """
 
     def __init__(self, total_steps: int, done: int, every: int, *, is_shown: bool) -> None:
         self._every, self._total, self._is_shown = every, total_steps, is_shown

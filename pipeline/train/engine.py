@@ -1,6 +1,6 @@
-"""The DeepSpeed engine: optimizer steps and evaluation forwards.
+"""The DeepSpeed engine: optimizer steps and forward passes for evaluation.
 
-Collective throughout: every rank calls every method, in the same order.
+All methods are collective: every rank calls them, in the same order.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,21 +12,23 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from peft import PeftModel
 
-from pipeline.adapter.gather import count_overflows_ourselves, is_at_smallest_scale
+from pipeline.adapter.gather import disable_scale_error, is_at_smallest_scale
 from pipeline.data.order.batches import IGNORED, Batch
 from pipeline.data.order.steps import SeededBatch
 from pipeline.model.adapter import trainable
 from pipeline.model.base import remove_input_gradients, require_input_gradients
-from pipeline.model.loss import SummedLoss, chunks_for_any_batch
+from pipeline.model.loss import SummedLoss, max_chunks
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """The result of a step on one rank; `loss_sum` is over this rank's tokens.
+    """Result of an optimizer step on one rank.
 
-    `is_scale_searched`: fp16's loss scale was above its minimum, so an overflow reduces it.
+    `loss_sum`, `tokens`: over the micro-batches of this rank. `grad_norm`: over all ranks.
+    `was_applied`: False if the update was skipped. `is_scale_searched`: whether the loss scale of
+    fp16 was above its minimum, so that an overflow only lowers it.
     """
 
     loss_sum: float
@@ -37,9 +39,9 @@ class StepResult:
 
 
 class Engine:
-    """A model under DeepSpeed, and its trainable parameters.
+    """A model in a DeepSpeed engine, and its trainable parameters.
 
-    `on_phase` is called with each phase of a step, for the watchdog.
+    `on_phase`: called with the name of each phase of a step, for the watchdog.
     """
 
     def __init__(
@@ -49,20 +51,20 @@ class Engine:
         self._on_phase = on_phase
         self._world_size = plan.world_size
         self.largest_batch = SequenceProfile(tokens=1)
-        self._most_tokens = 0
+        self._max_tokens = 0
         is_sharded = plan.layout.is_sharded
         causal: Any = model.get_base_model()
         is_reentrant = is_sharded and plan.layout.checkpointed_layers > 0
         if is_reentrant:
             remove_input_gradients(causal)
         self.deepspeed, *_ = deepspeed.initialize(
-            model=SummedLoss(model, chunks_for_any_batch(plan) if is_sharded else None),
+            model=SummedLoss(model, max_chunks(plan) if is_sharded else None),
             model_parameters=list(self.parameters.values()),
             config=dict(plan.deepspeed),
             dist_init_required=False,
         )
         self._lr_ratios = [group["lr"] / plan.settings.lr for group in self._parameter_groups]
-        count_overflows_ourselves(self.deepspeed)
+        disable_scale_error(self.deepspeed)
         self._persistent = self.deepspeed.optimizer.persistent_parameters if is_sharded else []
         if is_reentrant:
             require_input_gradients(causal)
@@ -86,22 +88,23 @@ class Engine:
     def optimizer_step(
         self, batches: Iterable[SeededBatch], supervised_tokens: int, lr: float
     ) -> StepResult:
-        """One step over this rank's micro-batches; `supervised_tokens` counts all ranks.
+        """One optimizer step over the micro-batches of this rank.
 
-        A loss or gradient that is not finite on any rank makes all of them skip the update. If
-        `batches` raises, the step is dropped and its gradients stay: the process must end.
+        `supervised_tokens`: number in the whole step, on all ranks. If a loss or gradient is not
+        finite on any rank, all ranks skip the update. If `batches` raises an exception, the step is
+        incomplete and its gradients remain, so the process must end.
         """
         self.deepspeed.train()
         self.set_learning_rate(lr)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        tokens, before = 0, self.deepspeed.global_steps
+        tokens, earlier_steps = 0, self.deepspeed.global_steps
         is_scale_searched = not is_at_smallest_scale(self.deepspeed)
         for seeded in batches:
             loss_sum += self.accumulate(seeded, supervised_tokens).detach().double()
             tokens += seeded.batch.tokens
             self._on_phase("the optimizer's step")
             self.deepspeed.step()
-        assert self.deepspeed.global_steps == before + 1, "not the micro-batches of one step"
+        assert self.deepspeed.global_steps == earlier_steps + 1, "wrong number of micro-batches"
         return StepResult(
             loss_sum=float(loss_sum),
             tokens=tokens,
@@ -111,14 +114,14 @@ class Engine:
         )
 
     def accumulate(self, seeded: SeededBatch, supervised_tokens: int) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its summed loss.
+        """Forward and backward pass of one micro-batch; returns its summed loss.
 
         DeepSpeed averages gradients over ranks and, by default, divides the loss by the number of
-        micro-batches. Both are undone here and nowhere else: the result is the gradient of the mean
-        loss over all supervised tokens of the step, however it is split.
+        micro-batches. Only this method undoes both, so that the gradient is that of the mean loss
+        over all supervised tokens of the step, for every division into micro-batches.
 
-        A loss that is not finite gets gradients that are not finite: DeepSpeed checks gradients
-        only, over all ranks, and skips the step on all of them (0.19.8, every stage and dtype).
+        If the loss is not finite, the gradients are set to NaN. DeepSpeed checks only gradients,
+        and then skips the step on all ranks (0.19.8, every stage and dtype).
         """
         torch.manual_seed(seeded.seed)
         self._note_size(seeded.batch)
@@ -131,9 +134,9 @@ class Engine:
         return loss_sum
 
     def _note_size(self, batch: Batch) -> None:
-        """Remember the largest micro-batch: its predicted memory is compared with the peak."""
-        if batch.input_ids.numel() > self._most_tokens:
-            self._most_tokens = batch.input_ids.numel()
+        """Record the largest micro-batch; its predicted memory is shown with the measured peak."""
+        if batch.input_ids.numel() > self._max_tokens:
+            self._max_tokens = batch.input_ids.numel()
             share = float((batch.labels != IGNORED).double().mean())
             tokens = batch.input_ids.shape[1]
             self.largest_batch = SequenceProfile(
@@ -143,17 +146,17 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> float:
         """Summed loss of one batch, without dropout."""
-        self._on_phase("an evaluation forward")
+        self._on_phase("a forward pass of the evaluation")
         self.deepspeed.eval()
         loss_sum = float(self._forward(batch))
         self._release_gathered()
         return loss_sum
 
     def _release_gathered(self) -> None:
-        """Partition again what ZeRO-3 gathered for a backward pass that does not come.
+        """Shard the parameters again that ZeRO-3 keeps gathered for a backward pass.
 
-        DeepSpeed 0.19.8 loses count of it in the next forward
-        (partitioned_param_coordinator.py:286) and would gather as much on top.
+        An evaluation has no backward pass. In the next forward pass DeepSpeed 0.19.8 does not count
+        these parameters (partitioned_param_coordinator.py:286) and would gather others in addition.
         """
         for parameter in self.deepspeed.module.parameters():
             status = getattr(parameter, "ds_status", None)
@@ -161,16 +164,16 @@ class Engine:
                 parameter.partition()
 
     def _gather_persistent(self) -> None:
-        """Gather ZeRO-3's persistent parameters, above all the adapters, where they are sharded.
+        """Gather those of ZeRO-3's persistent parameters that are sharded; most are adapters.
 
-        A fresh engine has them sharded, and while DeepSpeed 0.19.8 records the order of modules it
-        shards them again after each use (partitioned_param_coordinator.py:459). peft reads lora_A
-        before its module is reached; if it is sharded, DeepSpeed attributes it to a second module,
-        and an order recorded earlier then fails with a "tracing error".
+        They are sharded in a new engine. While DeepSpeed 0.19.8 records the order of modules, it
+        also shards them after each use (partitioned_param_coordinator.py:459). But peft reads
+        lora_A before the forward pass of its module. If lora_A is sharded then, DeepSpeed assigns
+        it to a second module, and later fails with a "tracing error" because the order differs.
         """
-        missing = [p for p in self._persistent if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
-        if missing:
-            missing[0].all_gather(missing)
+        sharded = [p for p in self._persistent if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        if sharded:
+            sharded[0].all_gather(sharded)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         self._gather_persistent()

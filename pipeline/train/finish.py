@@ -1,4 +1,4 @@
-"""End of a run: gather, verify and publish the adapter, or report the stop."""
+"""End of a run: gathers, verifies and publishes the adapter, or reports a stop."""
 
 import logging
 
@@ -16,16 +16,19 @@ logger = logging.getLogger(__name__)
 
 
 def finish(run: TrainingState, stop_reason: str | None) -> None:
-    """Publish `adapter/`. Collective: every rank. Raises Stopped if the run was stopped."""
+    """Publish the adapter. Collective. Raises Stopped if the run was stopped.
+
+    `stop_reason`: result of the training loop.
+    """
     progress, folder = run.progress, run.folder.path
     if run.metrics is not None:
         run.metrics.flush()
     if stop_reason is not None:
-        written = "a checkpoint is written" if progress.optimizer_step else "no update was made yet"
-        how = " with resume=auto" if run.plan.settings.resume == "never" else ""
+        saved = "a checkpoint was written" if progress.optimizer_step else "no update was made yet"
+        with_auto = " with resume=auto" if run.plan.settings.resume == "never" else ""
         raise Stopped(
             f"stopped at step {progress.step} of {run.plan.steps.total_steps} ({stop_reason}); "
-            f"{written}: start again{how} to resume"
+            f"{saved}: start again{with_auto} to resume"
         )
     run.heartbeat.beat("gathering the adapter")
     weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
@@ -40,7 +43,7 @@ def finish(run: TrainingState, stop_reason: str | None) -> None:
 
 
 def _require_saved(run: TrainingState) -> None:
-    """Log a failed last save, or raise it if save_must_succeed is set. On rank 0."""
+    """Log a failure of the last save, or raise it if `save_must_succeed` is set. On rank 0."""
     assert run.writer is not None
     if run.plan.settings.save_must_succeed:
         run.writer.require_written()
@@ -49,9 +52,9 @@ def _require_saved(run: TrainingState) -> None:
 
 
 def _require_frozen_base(run: TrainingState) -> None:
-    moved = frozen_checksum(run.engine.deepspeed.module) != run.frozen_checksum
-    if run.session.agree_any(moved):
-        raise RankZeroError("debug: a frozen weight of the base changed; that is a defect")
+    has_changed = frozen_checksum(run.engine.deepspeed.module) != run.frozen_checksum
+    if run.session.agree_any(has_changed):
+        raise RankZeroError("debug: a frozen weight of the base changed; this is a bug")
 
 
 def _publish(run: TrainingState, weights: dict[str, torch.Tensor]) -> int:
@@ -71,17 +74,17 @@ def _publish(run: TrainingState, weights: dict[str, torch.Tensor]) -> int:
         mark_outdated(run.folder.path)
     except RankZeroError as error:
         if error.__cause__ is None:
-            raise  # the adapter itself is wrong: a new start gives the same one
+            raise  # the adapter itself is wrong, and would be the same after a new start
         raise RankZeroError(f"{error}; {_remaining_checkpoint(run)}") from error
     return step
 
 
 def _remaining_checkpoint(run: TrainingState) -> str:
-    """Message that names the checkpoint to resume from. On rank 0; waits for a write."""
+    """Message about the checkpoint to resume from, after a write in flight. On rank 0."""
     assert run.writer is not None
     if failure := run.writer.wait():
-        return f"{failure}; what was written before is untouched: start again to resume"
+        return f"{failure}; earlier checkpoints are unchanged: start again to resume"
     step = run.writer.last_step or (run.saved.step if run.saved is not None else None)
     if step is None:
         return "there is no checkpoint: a new start begins at step 0"
-    return f"the checkpoint of step {step} is there: start again to resume"
+    return f"there is a checkpoint of step {step}: start again to resume"

@@ -1,4 +1,4 @@
-"""RunFolder: the folder of a run, with its owner, its status and its start. No torch."""
+"""RunFolder: the folder of a run, its owner, its status and its start. No torch."""
 
 import logging
 import os
@@ -28,15 +28,17 @@ from pipeline.train.start import Start, decide_start, is_checkpoint_path, resolv
 from pipeline.train.status import RunStatus, end_for_dead_owner, is_done, read_status
 
 logger = logging.getLogger(__name__)
-_DEBUG_ROWS = 64
-_PENDING_WRITE_S = 15.0  # wait for a checkpoint write in flight after a failure
+_DEBUG_ROWS = 64  # rows that `--debug` prepares
+_PENDING_WRITE_S = 15.0  # longest wait for a checkpoint write in flight after a failure
 
 
 class RunFolder:
-    """The folder of one run. Rank 0 writes it; `status` is None on the other ranks.
+    """The folder of one run. Only rank 0 writes to it; on other ranks `status` is None.
 
-    A start that is refused (UserError) leaves the folder as it was: nothing but prepared data is
-    written before `open`, which follows the last check.
+    A start that is refused (UserError) leaves the folder unchanged: before `open`, which follows
+    the last check, only prepared data is written. `start`: the decision of `begin`. On rank 0,
+    `checkpoints` is set by a start that trains, and `resumed` is the checkpoint to resume from.
+    `wait_for_writes`: waits for checkpoint writes in flight, at most the given number of seconds.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -44,14 +46,15 @@ class RunFolder:
         is_writer = context.session.is_rank_zero
         self.status = RunStatus(self.path / "status.json") if is_writer else None
         self.start: Start = "new"
-        self.checkpoints: Checkpoints | None = None  # on rank 0, of a start that trains
-        self.resumed: Path | None = None  # on rank 0: the checkpoint to resume from
-        self._earlier: dict[str, Any] | None = None  # status of the run that is resumed
+        self.checkpoints: Checkpoints | None = None
+        self.resumed: Path | None = None
+        # Status of the run that is resumed.
+        self._earlier: dict[str, Any] | None = None
         self._is_open = False
         self.wait_for_writes: Callable[[float], None] = lambda seconds: None
 
     def begin(self) -> Start:
-        """Decide the start, become the folder's owner, select the checkpoint to resume from.
+        """Decide the start, become the owner of the folder, select the checkpoint to resume from.
 
         On rank 0, before torch is imported and data is prepared.
         """
@@ -62,14 +65,15 @@ class RunFolder:
             if start != "done":
                 check_first_rows(context.settings)
                 status.own()
-                # Decide again: another start may have used the folder in the meantime.
+                # Decide again, because another start may have used the folder in the meantime.
                 start = decide_start(self.path, context.plan, is_debug=context.is_debug)
             is_named = start == "new" and is_checkpoint_path(context.settings.resume)
             if start == "resume" or is_named:
                 self._select_checkpoint(start)
         if start != "done":
             self._earlier = read_status(status.path) if start == "resume" else None
-            if not is_done(self.path):  # else keep the status of the run to be replaced
+            # The status of a finished run is kept until the run is replaced.
+            if not is_done(self.path):
                 status.claim(self._earlier)
         return start
 
@@ -85,7 +89,7 @@ class RunFolder:
     def prepare(self) -> dict[str, Any]:
         """Prepare the data, and return its index. On rank 0.
 
-        The number of steps is known from here on; a checkpoint of a longer run is refused.
+        Afterwards the number of steps is known, and a checkpoint of a longer run is refused.
         """
         context = self._context
         limit = _DEBUG_ROWS if context.is_debug else None
@@ -98,7 +102,7 @@ class RunFolder:
         return index.as_json()
 
     def use_data(self, index: DataIndex) -> None:
-        """Complete the plan with the sizes of the prepared data, and log it. On every rank."""
+        """Complete the plan with the schedule for the prepared data, and log it. On every rank."""
         context = self._context
         context.plan = context.plan.with_data(index.train.size)
         logger.info(plan_text(context.plan))
@@ -121,7 +125,7 @@ class RunFolder:
 
     @contextmanager
     def outcome_recorded(self) -> Iterator[None]:
-        """Context that records its outcome in status.json, if this start owns the folder."""
+        """Context manager that records how its body ended in status.json."""
         if self.status is None:
             yield
             return
@@ -137,14 +141,15 @@ class RunFolder:
             self.status.end("failed", error.exit_code, str(error))
             raise
         except BaseException as error:
-            if not is_lost_connection(error):  # the watchdog finds out which rank is dead
+            # If the connection was lost, the watchdog records which rank has died.
+            if not is_lost_connection(error):
                 self.wait_for_writes(_PENDING_WRITE_S)
                 self.status.end("failed", 1, f"{type(error).__name__}: {error}")
             raise
         self.status.end("done", 0, None)
 
     def end_by_watchdog(self, reason: str, exit_code: int) -> None:
-        """Write the final status from the watchdog's thread, which then ends the process."""
+        """Write the final status. Called by the watchdog's thread, which then ends the process."""
         self.wait_for_writes(_PENDING_WRITE_S)
         is_stop = exit_code == Stopped.exit_code
         if is_stop:
@@ -159,11 +164,11 @@ class RunFolder:
         """Write the final status at a second Ctrl-C, without waiting for a write in flight."""
         if self.status is not None:
             code = 128 + signal.SIGINT
-            self.status.end("failed", code, "a second Ctrl-C ended it at once", is_final=True)
+            self.status.end("failed", code, "ended at once by a second Ctrl-C", is_final=True)
 
 
 def open_run(folder: Path, plan: Plan, start: Start, *, is_debug: bool = False) -> None:
-    """Write run.yaml and the plans; a new run first removes the earlier one, except its data."""
+    """Write run.yaml and the plans. A new run first removes the earlier run, except its data."""
     try:
         if start == "new":
             clear_run(folder)
@@ -171,12 +176,12 @@ def open_run(folder: Path, plan: Plan, start: Start, *, is_debug: bool = False) 
             write_run(folder, plan, is_debug=is_debug)
     except OSError as error:
         raise RankZeroError(
-            f"output_dir: {folder}: {error.strerror} ({error.filename}); fix that and start again"
+            f"output_dir: {folder}: {error.strerror} ({error.filename}); fix this and start again"
         ) from None
 
 
 def write_run(folder: Path, plan: Plan, *, is_debug: bool) -> None:
-    """Write run.yaml and the plans, by which a folder is recognised as a run folder."""
+    """Write run.yaml and the plans. They mark a folder as a run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "run.yaml", dump_settings(resolved_settings(plan)))
     write_plan(folder, plan, is_debug=is_debug)
@@ -197,9 +202,9 @@ def write_plan(folder: Path, plan: Plan, *, is_debug: bool) -> None:
 def clear_run(folder: Path) -> None:
     """Remove the files that a run wrote, and no others. Raises OSError if that fails.
 
-    A link to another disk is kept; the files that the run wrote at its target are removed. Prepared
-    data is kept, because it is named by its content. After a kill in between, the folder is still a
-    run folder, but not that of a finished run.
+    A link to another disk is kept; the files that the run wrote to its target are removed. Prepared
+    data is kept, because it can be reused. If this function is killed, the folder stays a run
+    folder, but its run no longer counts as finished.
     """
     if (status := read_status(folder / "status.json")) is not None:
         ended = {"state": "failed", "reason": "ended while this run was removed for a new one"}

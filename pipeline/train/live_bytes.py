@@ -1,4 +1,4 @@
-"""Peak bytes in live tensors on a CPU, which PyTorch does not count."""
+"""Peak bytes of live tensors on a CPU, where PyTorch does not count them."""
 
 import weakref
 from typing import Any
@@ -9,10 +9,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the storages of all tensors that operators take or return, while they live.
+    """Counter of the bytes in the storages of all tensors that operators read or return.
 
-    Workspace that a kernel allocates and frees within one operator is not counted: on a CPU its
-    size differs from a GPU's. Memory-mapped tensors count as others do.
+    A storage counts from its first use by an operator until it is freed; memory-mapped tensors
+    count too. Workspace that a kernel allocates and frees within one operator does not count,
+    because on a CPU its size differs from a GPU's. `now`: bytes at present. `peak`: largest value.
     """
 
     def __init__(self) -> None:

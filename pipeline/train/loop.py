@@ -1,4 +1,4 @@
-"""The training loop: one page. Everything that it uses is built in assemble.py."""
+"""The training loop. assemble.py builds the objects that it uses."""
 
 import logging
 import math
@@ -20,14 +20,15 @@ from pipeline.train.snapshot import report_saves, save_before_stop, save_best, s
 from pipeline.train.state import TrainingState
 
 logger = logging.getLogger(__name__)
-# Consecutive steps with a loss or gradient that is not finite, after which a run fails.
-_MOST_BAD = 3
+# A run fails after this many consecutive steps with a loss or gradient that is not finite.
+_MAX_BAD_STEPS = 3
 
 
 def training_loop(run: TrainingState) -> str | None:
-    """Step until the end, or until all ranks agree to stop; returns the reason for a stop.
+    """Train until the last step, early stopping, or a stop request. Collective.
 
-    Collective: every rank. A stop leaves a checkpoint of the last complete step.
+    Returns the reason if the ranks agreed to stop; then there is a checkpoint of the last complete
+    step.
     """
     try:
         with worker_deaths_reported():
@@ -43,16 +44,17 @@ def training_loop(run: TrainingState) -> str | None:
                 _complete(run, step, result)
     except StopAgreed as stop:
         if run.session.is_rank_zero:
-            run.stops.remove_stop_file()  # before a save that may fail: the next start would stop
+            # Removed before the save, which may fail; with the file, the next start would stop too.
+            run.stops.remove_stop_file()
         save_before_stop(run)
         return str(stop)
     finally:
-        run.stops.is_in_loop = True  # also where no step was left
+        run.stops.is_in_loop = True  # for a run that had no step left, too
     return None
 
 
 def _remaining_steps(run: TrainingState) -> Iterator[TrainingStep]:
-    """The steps that are left, until the last one or early stopping."""
+    """The remaining steps, until the last one or early stopping."""
     if _is_patience_over(run):
         return
     rank, first = run.session.placement.rank, run.progress.step
@@ -65,7 +67,7 @@ def _remaining_steps(run: TrainingState) -> Iterator[TrainingStep]:
 
 
 def _until_stop(run: TrainingState, batches: Iterable[SeededBatch]) -> Iterator[SeededBatch]:
-    """The same batches; before each, the ranks agree whether to stop."""
+    """The batches of a step. Before each batch the ranks agree whether to stop."""
     iterator = iter(run.input_wait.over(batches))
     while True:
         run.heartbeat.beat("waiting for its batch", run.progress.step)
@@ -80,23 +82,23 @@ def _agree_on_stop(run: TrainingState) -> None:
     """Raise StopAgreed on every rank if one of them has a stop request. Collective."""
     run.heartbeat.beat("agreeing on stops", run.progress.step)
     reason = run.stops.reason()
-    is_over = run.session.agree_any(reason is not None)
+    is_requested = run.session.agree_any(reason is not None)
     run.stops.is_in_loop = True
-    if is_over:
-        raise StopAgreed(reason or "another rank was asked to")
+    if is_requested:
+        raise StopAgreed(reason or "another rank has a stop request")
 
 
 def _complete(run: TrainingState, step: TrainingStep, result: StepResult) -> None:
-    """Count and record a step, check its numbers, then evaluate and save where that is due."""
+    """Count and record a step, check its numbers, then evaluate and save if that is due."""
     progress, settings = run.progress, run.plan.settings
-    line, lost_saves = _measure(run, step, result)
+    line, failed_saves = _measure(run, step, result)
     _count(run, line["loss"], result, step.size.documents)
     _record(run, line)
     _require_finite(run, line["loss"])
-    if lost_saves and settings.save_must_succeed:
+    if failed_saves and settings.save_must_succeed:
         raise RankZeroError("save_must_succeed: a checkpoint could not be written, see above")
     if progress.optimizer_step == 2 and result.was_applied:
-        _require_moved(run)
+        _require_trained(run)
     is_last = progress.step == run.plan.steps.total_steps
     progress.is_evaluation_due = run.eval_split is not None and _is_due(
         run, settings.evaluations, is_last=is_last
@@ -113,11 +115,11 @@ def _measure(
 ) -> tuple[dict[str, Any], float]:
     """The step's line of metrics.jsonl, and the number of ranks with a failed save. Collective."""
     placement, supervised = run.session.placement, step.size.supervised_tokens
-    waits = [0.0] * placement.world_size  # each rank's own seconds of waiting in its place
+    waits = [0.0] * placement.world_size  # after the sum: seconds that each rank waited for data
     waits[placement.rank] = run.input_wait.lap()
-    lost_save = float(report_saves(run))
-    loss_sum, tokens, lost_saves, *waits = run.session.sum_over_ranks(
-        [result.loss_sum, result.tokens, lost_save, *waits]
+    failed_save = float(report_saves(run))
+    loss_sum, tokens, failed_saves, *waits = run.session.sum_over_ranks(
+        [result.loss_sum, result.tokens, failed_save, *waits]
     )
     seconds, peak = run.step_watch.lap(), run.peak.after_step()
     run.micro_batch_s = seconds / run.plan.layout.accumulation_steps
@@ -138,12 +140,12 @@ def _measure(
         "was_applied": result.was_applied,
         "waiting_share": max(waits) / seconds,
     }
-    return line, lost_saves
+    return line, failed_saves
 
 
 def _record(run: TrainingState, line: dict[str, Any]) -> None:
-    left = run.plan.steps.total_steps - line["step"]
-    run.display.show_step(line, left * line["step_seconds"])
+    remaining_steps = run.plan.steps.total_steps - line["step"]
+    run.display.show_step(line, remaining_steps * line["step_seconds"])
     if run.metrics is not None:
         run.metrics.write(line)
     if run.folder.status is not None:
@@ -152,32 +154,33 @@ def _record(run: TrainingState, line: dict[str, Any]) -> None:
 
 
 def _count(run: TrainingState, loss: float, result: StepResult, documents: int) -> None:
-    """Count a step; one without an update consumes its data and its learning rate all the same."""
+    """Count a step. A step without an update also consumes its data and its learning rate."""
     progress = run.progress
     is_first = progress.step % run.plan.steps.steps_per_epoch == 0
     progress.documents = documents + (0 if is_first else progress.documents)
     progress.step += 1
     progress.optimizer_step += int(result.was_applied)
     progress.skipped_steps += int(not result.was_applied)
-    # fp16 answers an overflow with a smaller loss scale: no sign of a bad run.
+    # In fp16 an overflow only leads to a smaller loss scale, so the step is not bad.
     is_bad = not math.isfinite(loss) or not (result.was_applied or result.is_scale_searched)
     progress.bad_steps = progress.bad_steps + 1 if is_bad else 0
 
 
 def _require_finite(run: TrainingState, loss: float) -> None:
-    """The numbers are the same on all ranks, so every rank raises or none does."""
-    progress, most = run.progress, 1 if run.context.is_debug else _MOST_BAD
-    if progress.bad_steps >= most:
+    """Raise RankZeroError after too many bad steps; their number is the same on all ranks."""
+    progress = run.progress
+    limit = 1 if run.context.is_debug else _MAX_BAD_STEPS
+    if progress.bad_steps >= limit:
         raise RankZeroError(
-            f"step {progress.step}: loss or gradient were not finite in {most} steps in a row "
-            f"(the loss is {loss}); a lower lr or bf16 may help; the last checkpoint is untouched"
+            f"step {progress.step}: loss or gradient were not finite in {limit} steps in a row "
+            f"(the loss is {loss}); try a lower lr or bf16; the last checkpoint is unchanged"
         )
 
 
-def _require_moved(run: TrainingState) -> None:
-    """Fail after two steps rather than after a day where no gradient reaches the adapter.
+def _require_trained(run: TrainingState) -> None:
+    """Raise RankZeroError if a lora_B is still zero after two steps: it gets no gradient.
 
-    A loss of exactly 0 alone is none: in fp32 a learnt short answer has it.
+    The loss is not checked: in fp32 a loss of exactly 0 is possible, for a short learnt answer.
     """
     weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
     run.session.rank_zero_first(
@@ -192,7 +195,7 @@ def _is_due(run: TrainingState, frequency: Frequency | None, *, is_last: bool) -
 
 
 def _evaluate(run: TrainingState) -> None:
-    """Measure the held-out loss, and keep the weights with the lowest."""
+    """Measure the held-out loss, and save the weights if it is the lowest so far."""
     assert run.eval_split is not None
     progress = run.progress
 

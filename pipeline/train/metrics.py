@@ -1,4 +1,4 @@
-"""metrics.jsonl, one line per step, and the measurements in it: seconds and peak memory."""
+"""metrics.jsonl, with one line per step, and the measurements in it: seconds and peak memory."""
 
 import json
 import os
@@ -18,7 +18,10 @@ _Item = TypeVar("_Item")
 
 
 class MetricsFile:
-    """Appends lines. Lines of an earlier start stay up to the step that is resumed from."""
+    """metrics.jsonl, to which lines are appended.
+
+    After a resume, lines of an earlier start are kept up to `resumed_step`, and later ones removed.
+    """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
@@ -28,23 +31,23 @@ class MetricsFile:
         self._unwritten: list[bytes] = []
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line and flush it, for readers that follow the file.
+        """Append one line and write it at once, so that other programs can follow the file.
 
-        Lines that a full disk does not take are kept in memory and written with a later line.
+        If the disk is full, the line is kept in memory and written together with a later line.
         """
         self._unwritten.append(f"{json.dumps(line)}\n".encode())
         self.flush()
 
     def flush(self) -> None:
-        """Write the lines that a full disk did not take; a deleted file is written again."""
+        """Write the lines that are kept in memory. If the file was deleted, create it again."""
         with suppress(OSError):
             self._restore_deleted()
             while self._unwritten:
-                _write_whole(self._file, self._unwritten[0])
+                _append_atomically(self._file, self._unwritten[0])
                 del self._unwritten[0]
 
     def _restore_deleted(self) -> None:
-        """Copy a deleted file, whose content stays readable while it is open, to a new one."""
+        """If the file was deleted, copy its content, which stays readable while it is open."""
         size = os.fstat(self._file.fileno()).st_size
         with suppress(FileNotFoundError):
             if os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
@@ -55,12 +58,12 @@ class MetricsFile:
         self._file = self._path.open("a+b", buffering=0)
 
 
-def _write_whole(file: FileIO, data: bytes) -> None:
-    """Write all of it or, with an OSError, nothing: the next line would be appended to a part."""
+def _append_atomically(file: FileIO, data: bytes) -> None:
+    """Append all bytes, or none if an OSError is raised, so that no line stays incomplete."""
     size = os.fstat(file.fileno()).st_size
     try:
         written = 0
-        while written < len(data):  # a disk that fills up takes a part first
+        while written < len(data):  # before a disk is full, a write may be incomplete
             written += file.write(data[written:])
     except OSError:
         file.truncate(size)
@@ -68,14 +71,14 @@ def _write_whole(file: FileIO, data: bytes) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The intact lines of a metrics file: a kill or a bad disk may have damaged others."""
+    """The intact lines of a metrics file. Lines damaged by a kill or a bad disk are skipped."""
     if not path.is_file():
         return []
     lines = []
     for text in path.read_bytes().split(b"\n"):
         try:
             line = json.loads(text)
-        except ValueError:  # also where the bytes are no UTF-8
+        except ValueError:  # raised for bytes that are not UTF-8, too
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
@@ -83,7 +86,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Stopwatch:
-    """Seconds between laps."""
+    """Stopwatch for the seconds between laps."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
@@ -96,13 +99,13 @@ class Stopwatch:
 
 
 class InputWait:
-    """Seconds that the consumer of an iterator waited for items."""
+    """Measurement of the seconds that a consumer of an iterator waits for items."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
 
     def over(self, source: Iterable[_Item]) -> Iterator[_Item]:
-        """The same items, with the wait for each of them counted."""
+        """Yield the items of `source`, and add up the seconds until each of them is available."""
         iterator = iter(source)
         while True:
             start = time.perf_counter()
@@ -115,16 +118,16 @@ class InputWait:
             yield item
 
     def lap(self) -> float:
-        """Seconds waited since the last lap."""
+        """Seconds of waiting since the last lap."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
 
 class PeakBytes:
-    """Peak bytes in live tensors; created before the model is loaded.
+    """Peak bytes of live tensors, measured from before the model is loaded.
 
-    CUDA counts them throughout the run. On a CPU every operator is intercepted, so only the first
-    steps of a start are measured, and only on rank 0.
+    PyTorch's CUDA allocator counts them throughout the run. On a CPU every operator must be
+    intercepted, which is slow, so only the first steps of a start are measured, on rank 0.
     """
 
     _WATCHED_STEPS = 2
@@ -137,7 +140,7 @@ class PeakBytes:
             self._live.__enter__()  # type: ignore[no-untyped-call]
 
     def after_step(self) -> int | None:
-        """The peak so far, in bytes; None on a CPU after the measured steps."""
+        """The peak so far, in bytes; None if it is not measured, on a CPU after the first steps."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         live = self._live

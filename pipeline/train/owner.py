@@ -1,7 +1,8 @@
-"""Ownership of a run folder: one process at a time, also of two that start in the same second.
+"""Ownership of a run folder: only one process at a time may change it.
 
-File system locks are not used, because shared disks may lack them. The process that creates
-`.owner` is the owner; its modification time is the heartbeat for other machines.
+The process that creates the file `.owner` is the owner. The modification time of this file is the
+heartbeat that other machines read. File system locks are not used, because shared disks may not
+support them.
 """
 
 import json
@@ -20,17 +21,17 @@ from pipeline.errors import UserError
 
 OWNER = ".owner"
 TRAINING = "a run"
-_HEARTBEAT_S = 10.0
-_LOCKED_S = 0.1  # while another process checks whether the owner lives
-# An owner on another machine counts as living while its heartbeat is younger than this.
+_HEARTBEAT_S = 10.0  # seconds between heartbeats
+_LOCKED_S = 0.1  # seconds to wait while another process checks whether the owner is alive
+# An owner on another machine counts as alive if its heartbeat is younger than this many seconds.
 _SILENCE_S = 60.0
 
 
 class Ownership:
-    """The right to change a run folder. Called on rank 0.
+    """The ownership of a run folder by this process, on rank 0.
 
-    `purpose` is shown to other processes. While the folder is owned, a thread calls `on_heartbeat`
-    every 10 s.
+    `purpose`: shown in messages to other processes. `on_heartbeat`: a thread calls it every 10 s
+    while the folder is owned.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class Ownership:
     def take(self) -> None:
         """Become the owner.
 
-        Raises UserError where a living process is the owner or the folder cannot be written to.
+        Raises UserError if another process that is alive is the owner, or if the folder cannot be
+        written to.
         """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,12 +62,12 @@ class Ownership:
         except OSError as error:
             raise UserError(
                 f"output_dir: {self._path.parent} cannot be written to ({error.strerror}); "
-                "make room, or give another folder"
+                "free some space, or set another output_dir"
             ) from None
         threading.Thread(target=self._keep_alive, name="heartbeat", daemon=True).start()
 
     def release(self) -> None:
-        """Let another process own the folder."""
+        """Give up the ownership."""
         self._released.set()
         if self.is_held and self._is_mine():
             with suppress(OSError):
@@ -73,7 +75,7 @@ class Ownership:
         self.is_held = False
 
     def _create(self) -> bool:
-        """Create the file with O_EXCL; True for exactly one of several concurrent starts."""
+        """Create the owner file with O_EXCL; True for exactly one of several concurrent starts."""
         self._text = json.dumps(identity() | {"doing": self._purpose, "started": time.time()})
         try:
             file = self._path.open("x", encoding="utf-8")
@@ -82,28 +84,29 @@ class Ownership:
         try:
             with file:
                 file.write(self._text)
-        except BaseException:  # a full disk or a stop: there is no owner
+        except BaseException:  # such as a full disk or a stop; then this process is not the owner
             self._path.unlink(missing_ok=True)
             raise
         self.is_held = True
         return True
 
     def _remove_dead(self) -> None:
-        """Remove the file of a dead owner, under a lock file that one process holds at a time."""
+        """Remove the file of a dead owner, while holding a lock file that only one process has."""
         lock = self._path.with_name(f"{OWNER}.lock")
         try:
             lock.open("x").close()
         except FileExistsError:
             with suppress(FileNotFoundError):
-                if time.time() - lock.stat().st_mtime > _SILENCE_S:  # its process was killed
+                # A lock file of this age belongs to a process that was killed.
+                if time.time() - lock.stat().st_mtime > _SILENCE_S:
                     lock.unlink()
             time.sleep(_LOCKED_S)
             return
         try:
-            now = lock.stat().st_mtime  # by the file server's clock, like the heartbeat
+            now = lock.stat().st_mtime  # time of the file server's clock, as in the heartbeat
             with suppress(FileNotFoundError):
                 owner = self._read()
-                if is_living(owner, now):
+                if is_running(owner, now):
                     raise UserError(in_use(self._path.parent, owner))
                 self._path.unlink()
         finally:
@@ -114,7 +117,7 @@ class Ownership:
         heartbeat = self._path.stat().st_mtime
         try:
             owner: dict[str, Any] = json.loads(text)
-        except ValueError:  # it is being written, or a power cut damaged it
+        except ValueError:  # the file is being written, or was damaged by a power cut
             owner = {"host": "another machine", "machine": "?", "pids": ["?"]}
         return owner | {"heartbeat": heartbeat}
 
@@ -126,7 +129,10 @@ class Ownership:
             self._on_heartbeat()
 
     def _is_mine(self) -> bool:
-        """Whether the file is this process's: after a long silence another may own the folder."""
+        """Whether the owner file was written by this process.
+
+        Another process may have become the owner if this one sent no heartbeat for long.
+        """
         try:
             return self._path.read_text(encoding="utf-8") == self._text
         except OSError:
@@ -134,19 +140,22 @@ class Ownership:
 
 
 def identity() -> dict[str, Any]:
-    """This process: `machine` tells apart hosts of the same name, and containers."""
+    """Identity of this process: host name, machine and process id.
+
+    `machine` differs between hosts with the same name and between containers.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         machine = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # hidden in a container
+    except OSError:  # these files may be hidden in a container
         machine = socket.gethostname()
     return {"host": socket.gethostname(), "machine": machine, "pids": [os.getpid()]}
 
 
-def is_living(owner: dict[str, Any], now: float | None = None) -> bool:
-    """Whether the process of `identity`, `started` and `heartbeat` still runs.
+def is_running(owner: dict[str, Any], now: float | None = None) -> bool:
+    """Whether the process described by an owner file or a status file still runs.
 
-    `now`: the current time by the clock that the heartbeat has, if it is not this machine's.
+    `now`: the current time of the clock that set the heartbeat; None for this machine's clock.
     """
     if owner.get("machine") != identity()["machine"]:
         now = time.time() if now is None else now
@@ -155,17 +164,17 @@ def is_living(owner: dict[str, Any], now: float | None = None) -> bool:
 
 
 def in_use(folder: Path, owner: dict[str, Any]) -> str:
-    """The message about a living owner."""
+    """Message about a folder whose owner is running."""
     purpose = owner.get("doing", TRAINING)
     stop = f", or stop it with `touch {folder / 'stop'}`" if purpose == TRAINING else ""
     return (
         f"output_dir: {folder} is in use by {purpose} (process {owner['pids'][0]} on "
-        f"{owner['host']}); wait for it{stop}"
+        f"{owner['host']}); wait until it has ended{stop}"
     )
 
 
 def _started_before(pid: int, owner: dict[str, Any]) -> bool:
-    """Whether the process exists and is not a later one with the same number."""
+    """Whether a process runs and was started before the owner's record, so that it is the owner."""
     try:
         process = psutil.Process(pid)
         is_gone = process.status() == psutil.STATUS_ZOMBIE or pid == os.getpid()

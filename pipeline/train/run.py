@@ -18,7 +18,7 @@ from pipeline.plan.given.class_proof import ensure_proof
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
 from pipeline.preflight.context import RankContext
-from pipeline.preflight.stages import probe_before_torch, require_fit
+from pipeline.preflight.stages import assess_first_stage, probe_first_stage
 from pipeline.train.context import RunContext, debug_settings, requeued_settings
 from pipeline.train.folder import RunFolder
 
@@ -26,14 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
-    """Place, plan, session, preflight, start, prepare, assemble, train, finish.
+    """Run the phases: place, plan, session, preflight, start, prepare, assemble, train, finish.
 
-    Collective: every rank of the launcher. Everything that can be known without torch is checked
-    before torch is imported. Raises UserError for wrong input, Stopped after an agreed stop and
-    RankZeroError for a failed run.
+    Collective. Everything that can be checked without torch is checked before torch is imported.
+    Raises UserError for wrong input, Stopped after an agreed stop, RankZeroError for a failed run.
     """
-    # Until all ranks have met, Ctrl-C just ends this process. Python would only note it while torch
-    # waits for the others, and a shell's `&` has switched it off.
+    # Until the rendezvous is complete, Ctrl-C ends this process at once. Python's own handler would
+    # not run while torch waits for other ranks. Shells ignore SIGINT in jobs started with `&`.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     settings = requeued_settings(settings, os.environ)
     settings = debug_settings(settings) if is_debug else settings
@@ -60,7 +59,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
             placement=placement, hardware=hardware, session=session, settings=settings, plan=plan,
             missing_gpus=missing, is_training=True,
         )  # fmt: skip
-        probes = probe_before_torch(rank)
+        probes = probe_first_stage(rank)
         stack.enter_context(
             Watchdog(
                 session, context.heartbeat, settings.hang_timeout_s,
@@ -68,7 +67,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
             )
         )  # fmt: skip
         stops.install_handlers(folder.end_by_second_interrupt)
-        for line in require_fit(rank, probes):
+        for line in assess_first_stage(rank, probes):
             logger.info(line)
 
         stack.enter_context(folder.outcome_recorded())
@@ -76,12 +75,12 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         if folder.start == "done":
             logger.info("%s is done with these settings; nothing to do", folder.path)
             return
-        # The index comes from rank 0: another machine may still see an earlier index.json.
+        # Rank 0 sends the index, because other machines may still read an earlier index.json.
         index = DataIndex.from_json(session.rank_zero_first(folder.prepare), folder.path / "data")
         folder.use_data(index)
 
         session.start()
-        from pipeline.train.assemble import assemble  # torch from here on
+        from pipeline.train.assemble import assemble  # imports torch
         from pipeline.train.finish import finish
         from pipeline.train.loop import training_loop
 

@@ -1,4 +1,7 @@
-"""Snapshots of a run: gathered from all ranks and written by rank 0. Collective: every rank."""
+"""Saving of checkpoints and best adapters: gathered from all ranks, written by rank 0.
+
+All functions except `report_saves` are collective.
+"""
 
 import logging
 from dataclasses import replace
@@ -13,7 +16,7 @@ logger = logging.getLogger(__name__)
 def save_checkpoint(run: TrainingState) -> None:
     """Gather a checkpoint of this step and start to write it.
 
-    Before the first applied update nothing is written: there is nothing to lose.
+    Nothing is written before the first applied update.
     """
     if run.progress.optimizer_step == 0:
         return
@@ -30,9 +33,9 @@ def save_checkpoint(run: TrainingState) -> None:
 
 
 def save_before_stop(run: TrainingState) -> None:
-    """Have a checkpoint of the last complete step on the disk before any rank leaves.
+    """Make sure that a checkpoint of the last complete step is on the disk.
 
-    Raises RankZeroError on all ranks where it cannot be written.
+    Raises RankZeroError on all ranks if it cannot be written.
     """
     run.heartbeat.beat("saving before a stop")
     writer = run.writer
@@ -43,9 +46,9 @@ def save_before_stop(run: TrainingState) -> None:
 
 
 def save_best(run: TrainingState) -> None:
-    """Gather the weights of this step, whose held-out loss is the lowest, and start to write them.
+    """Gather the best adapter, the weights of this step, and start to write it.
 
-    Not a checkpoint: without moments.
+    It has no moments, so no run can resume from it.
     """
     weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
     if run.writer is not None:
@@ -53,7 +56,7 @@ def save_best(run: TrainingState) -> None:
 
 
 def report_saves(run: TrainingState) -> bool:
-    """Report failed and slow writes since the last step; True if a write failed. Local."""
+    """Log failed and slow writes since the last step; returns whether a write failed."""
     if run.writer is None:
         return False
     has_failed = False

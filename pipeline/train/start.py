@@ -1,4 +1,4 @@
-"""Decision of a start in a run folder: new run, resume, nothing to do, or refusal. No torch."""
+"""The start of a run in its folder: new run, resume, nothing to do, or refusal. No torch."""
 
 import hashlib
 import json
@@ -21,15 +21,17 @@ from pipeline.train.owner import in_use
 from pipeline.train.status import is_alive, read_status
 
 Start = Literal["new", "resume", "done"]
-# Content of the folder. "no progress": a run without a checkpoint or an adapter.
-Found = Literal["no run", "no progress", "unfinished", "done", "done, adapter gone"]
-# Difference between the settings and data and those of the run in the folder.
+# State of the folder. "no progress": a run without a checkpoint or an adapter.
+FolderState = Literal["no run", "no progress", "unfinished", "done", "done, adapter gone"]
+# How settings and data differ from those of the run in the folder: not at all, only in what
+# `accept_changes` accepts, or in something else.
 Change = Literal["none", "accepted", "other"]
 
-# The start for each case; None is a refusal. Two settings change an entry:
-# `overwrite: true` turns a refusal into "new"; `resume: never` turns "resume" into "new" if the run
-# is unfinished or `overwrite` is set, and otherwise into a refusal.
-STARTS: Mapping[Found, Mapping[Change, Start | None]] = {
+# The start in each case; None is a refusal. Two settings change an entry:
+# - `overwrite: true` turns a refusal into "new".
+# - `resume: never` turns "resume" into "new" if the run is unfinished or `overwrite` is set, and
+#   otherwise into a refusal.
+STARTS: Mapping[FolderState, Mapping[Change, Start | None]] = {
     "no run": {"none": "new", "accepted": "new", "other": "new"},
     "no progress": {"none": "new", "accepted": "new", "other": "new"},
     "unfinished": {"none": "resume", "accepted": "resume", "other": None},
@@ -37,52 +39,52 @@ STARTS: Mapping[Found, Mapping[Change, Start | None]] = {
     "done, adapter gone": {"none": "resume", "accepted": "resume", "other": None},
 }
 
-# The settings that each word of `accept_changes` covers.
-_COVERED = {
+# Word of `accept_changes` -> the settings that it accepts.
+_ACCEPTED_BY = {
     "base": settings_with("base"),
     "data": settings_with("files", "documents"),
     "total_steps": settings_with("total_steps"),
 }
-# Assumed for a plan.json without a version, which it contains since 0.2.0.
+# Version assumed for a plan.json that names none; RankZero writes it since version 0.2.0.
 _FIRST_VERSION = "0.1.0"
 
 
 def decide_start(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
-    """Decide the start from the content of the folder; changes nothing.
+    """Decide the start from the content of the folder, without changing it.
 
-    Raises UserError if a result would be lost or two runs would share the folder.
+    Raises UserError if a result would be lost or two runs would use the folder at once.
     """
     settings = plan.settings
     _require_resume_exists(folder, settings)
     status = read_status(folder / "status.json")
     if status is not None and is_alive(status):
         raise UserError(in_use(folder, status))
-    found = _found_in(folder, status)
-    has_progress = found not in ("no run", "no progress")
+    state = _state_of(folder, status)
+    has_progress = state not in ("no run", "no progress")
     if is_debug:
         if has_progress:
             _require_debug_run(folder)
         return "new"
-    differences = _differences(folder, plan, found) if has_progress else {}
-    covered = frozenset[str]().union(*(_COVERED[word] for word in settings.accept_changes))
+    differences = _differences(folder, plan, state) if has_progress else {}
+    accepted = frozenset[str]().union(*(_ACCEPTED_BY[word] for word in settings.accept_changes))
     change: Change = "none"
     if differences:
-        change = "accepted" if differences.keys() <= covered else "other"
-    start = _start_for(found, change, settings)
+        change = "accepted" if differences.keys() <= accepted else "other"
+    start = _start_for(state, change, settings)
     if start is None:
-        raise UserError(_refusal(folder, found, differences, covered))
+        raise UserError(_refusal(folder, state, differences, accepted))
     if start == "new":
         _require_new_is_possible(folder, settings)
-    if start == "resume" and (found != "unfinished" or change != "none"):
-        _require_checkpoint(folder, found)
+    if start == "resume" and (state != "unfinished" or change != "none"):
+        _require_checkpoint(folder, state)
     return start
 
 
-def _start_for(found: Found, change: Change, settings: RunSettings) -> Start | None:
+def _start_for(state: FolderState, change: Change, settings: RunSettings) -> Start | None:
     """The entry of STARTS, changed by `overwrite` and `resume: never`."""
-    start = STARTS[found][change]
+    start = STARTS[state][change]
     if start == "resume" and settings.resume == "never":
-        start = "new" if found == "unfinished" else None
+        start = "new" if state == "unfinished" else None
     if settings.overwrite and (start is None or (start == "done" and settings.resume == "never")):
         start = "new"
     return start
@@ -90,11 +92,11 @@ def _start_for(found: Found, change: Change, settings: RunSettings) -> Start | N
 
 def settings_hash(plan: Plan) -> str:
     """SHA-256 of the settings that affect the result, for state.json."""
-    return hashlib.sha256(dump_json(_deciding(plan)).encode()).hexdigest()
+    return hashlib.sha256(dump_json(_result_settings(plan)).encode()).hexdigest()
 
 
 def resolved_settings(plan: Plan) -> RunSettings:
-    """The settings that run.yaml records, with the planned global batch size."""
+    """The settings for run.yaml, with the planned global batch size."""
     return plan.settings.model_copy(update={"global_batch_size": plan.layout.global_batch_size})
 
 
@@ -108,18 +110,21 @@ def written_by(folder: Path) -> str:
     try:
         return str(read_json(folder / "plan.json").get("version", _FIRST_VERSION))
     except (OSError, ValueError):
-        return __version__  # lost or damaged: assume the present version
+        return __version__  # plan.json is lost or damaged: assume the present version
 
 
 def require_own_folder(folder: Path) -> None:
-    """Raise UserError if a folder has files that no run wrote and that may not precede a run."""
-    _found_in(folder, read_status(folder / "status.json"))
+    """Raise UserError if a folder is not a run folder and not empty.
+
+    Files that are allowed before a run, such as prepared data, do not count.
+    """
+    _state_of(folder, read_status(folder / "status.json"))
 
 
-def _found_in(folder: Path, status: Mapping[str, Any] | None) -> Found:
+def _state_of(folder: Path, status: Mapping[str, Any] | None) -> FolderState:
     is_run = status is not None or (folder / "plan.json").is_file()  # status.json may be damaged
     if not is_run:
-        _require_no_foreign_files(folder)
+        _refuse_other_files(folder)
         return "no run"
     has_adapter = (folder / "adapter").exists()
     if status is not None and status.get("state") == "done":
@@ -130,60 +135,60 @@ def _found_in(folder: Path, status: Mapping[str, Any] | None) -> Found:
 def _require_resume_exists(folder: Path, settings: RunSettings) -> None:
     if is_checkpoint_path(settings.resume) and not Path(settings.resume).is_dir():
         raise UserError(
-            f"resume: {settings.resume} is not auto, must, never or the folder of a checkpoint "
-            f"such as {folder / 'checkpoints/step-00000100'}"
+            f"resume: {settings.resume} is neither auto, must or never, nor the folder of a "
+            f"checkpoint such as {folder / 'checkpoints/step-00000100'}"
         )
 
 
-def _require_no_foreign_files(folder: Path) -> None:
-    foreign = [
+def _refuse_other_files(folder: Path) -> None:
+    others = [
         path.name
         for path in folder.glob("*")
         if path.name not in BEFORE_A_RUN
         and not path.name.startswith(".")  # the owner file, or a temporary file of a killed start
     ]
-    if foreign:
+    if others:
         raise UserError(
-            f"output_dir: {folder} holds {min(foreign)} and is not a run folder; "
-            "give a new or an empty one"
+            f"output_dir: {folder} contains {min(others)} and is not a run folder; set another "
+            "output_dir, whose folder is new or empty"
         )
 
 
 def _require_debug_run(folder: Path) -> None:
-    """Raise UserError unless --debug wrote this run: --debug replaces no other run."""
+    """Raise UserError unless `--debug` wrote this run, because it may replace no other run."""
     try:
         is_debug = read_json(folder / "plan.json").get("is_debug") is True
     except (OSError, ValueError):
         is_debug = False
     if not is_debug:
         raise UserError(
-            f"output_dir: --debug writes to {folder}, which holds a run that --debug of this "
-            "version did not write; move it away, or give another output_dir"
+            f"output_dir: --debug writes to {folder}, but this folder has a run that was not "
+            "written by --debug of this version; move the folder, or set another output_dir"
         )
 
 
 def _require_new_is_possible(folder: Path, settings: RunSettings) -> None:
     if settings.resume == "must":
         raise UserError(
-            f"resume: must, but {folder} holds no run to resume; set resume: auto to start one"
+            f"resume: must, but {folder} has no run to resume; set resume: auto to start a new run"
         )
     own = (folder / "checkpoints").resolve()
     if is_checkpoint_path(settings.resume) and own in Path(settings.resume).resolve().parents:
         raise UserError(
-            f"resume: {settings.resume} is of the run that a new one here would replace; give "
+            f"resume: {settings.resume} belongs to the run that this new run would replace; set "
             "another output_dir"
         )
 
 
-def _require_checkpoint(folder: Path, found: Found) -> None:
-    """Raise UserError without a checkpoint: a resume at step 0 would replace the result."""
+def _require_checkpoint(folder: Path, state: FolderState) -> None:
+    """Raise UserError if there is no checkpoint: a run from step 0 would replace the result."""
     if _checkpoints(folder):
         return
-    state = "finished" if found == "done" else "without its adapter" if "done" in found else "begun"
+    kinds = {"done": "a finished run", "done, adapter gone": "a finished run without its adapter"}
     raise UserError(
-        f"output_dir: {folder} holds a run {state} that left no checkpoint (save_strategy: no), so "
-        "it cannot be resumed; give another output_dir, or set overwrite: true to train again "
-        "from step 0"
+        f"output_dir: {folder} has {kinds.get(state, 'an unfinished run')} and no checkpoint "
+        "(save_strategy: no), so the run cannot be resumed; set another output_dir, or set "
+        "overwrite: true to train again from step 0"
     )
 
 
@@ -192,34 +197,34 @@ def _checkpoints(folder: Path) -> list[Path]:
         return checkpoints_in(folder / "checkpoints")
     except OSError as error:
         raise UserError(
-            f"output_dir: {error.filename} cannot be read ({error.strerror}), so whether there is "
-            "a checkpoint to resume from is not known; fix that, or give another output_dir"
+            f"output_dir: {error.filename} cannot be read ({error.strerror}), but it may have a "
+            "checkpoint to resume from; make it readable, or set another output_dir"
         ) from None
 
 
 def _refusal(
-    folder: Path, found: Found, differences: Mapping[str, str], covered: frozenset[str]
+    folder: Path, state: FolderState, differences: Mapping[str, str], accepted: frozenset[str]
 ) -> str:
-    what = "begun" if found == "unfinished" else "finished"
+    run = "an unfinished run" if state == "unfinished" else "a finished run"
     if not differences:
         return (
-            f"output_dir: {folder} holds a run {what} that resume: never would replace; set "
-            "resume: auto, give another output_dir, or set overwrite: true to replace it"
+            f"output_dir: {folder} has {run}, which resume: never would replace; set resume: auto, "
+            "set another output_dir, or set overwrite: true to replace it"
         )
-    words = [word for word, keys in _COVERED.items() if keys & differences.keys()]
-    is_coverable = all(any(key in _COVERED[word] for word in words) for key in differences)
-    accept = f"resume it with accept_changes: [{', '.join(words)}], " if is_coverable else ""
-    shown = [text for key, text in differences.items() if key not in covered]
+    words = [word for word, keys in _ACCEPTED_BY.items() if keys & differences.keys()]
+    is_acceptable = all(any(key in _ACCEPTED_BY[word] for word in words) for key in differences)
+    accept = f"resume it with accept_changes: [{', '.join(words)}], " if is_acceptable else ""
+    shown = [text for key, text in differences.items() if key not in accepted]
     version = written_by(folder)
     other = "" if version == __version__ else f"finish it with RankZero {version}, which wrote it, "
     return (
-        f"output_dir: {folder} holds a run {what} with other settings: {'; '.join(shown)}; give "
-        f"another output_dir, put the old values back, {other if found == 'unfinished' else ''}"
-        f"{accept}or set overwrite: true to replace it"
+        f"output_dir: {folder} has {run} with other settings: {'; '.join(shown)}; set another "
+        f"output_dir, restore the old values, {other if state == 'unfinished' else ''}{accept}or "
+        "set overwrite: true to replace it"
     )
 
 
-def _differences(folder: Path, plan: Plan, found: Found) -> dict[str, str]:
+def _differences(folder: Path, plan: Plan, state: FolderState) -> dict[str, str]:
     """Differences from the earlier run that affect its result: key -> `key: before -> now`."""
     try:
         before: dict[str, Any] = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
@@ -229,12 +234,12 @@ def _differences(folder: Path, plan: Plan, found: Found) -> dict[str, str]:
         before |= settings_of_snapshot(str(before.get("model")))
     changed = {
         key: f"{key}: {_value(before, key)} -> {value}"
-        for key, value in _deciding(plan).items()
+        for key, value in _result_settings(plan).items()
         if _value(before, key) != value
     }
-    has_same = _has_same_documents(folder, plan.settings, found)
+    has_same = _has_same_documents(folder, plan.settings, state)
     if has_same:
-        changed.pop("train_data", None)  # the same rows at another path
+        changed.pop("train_data", None)  # only the path of the files differs
     if has_same is False and "train_data" not in changed:
         version = written_by(folder)
         changed["train_data"] = (
@@ -246,26 +251,26 @@ def _differences(folder: Path, plan: Plan, found: Found) -> dict[str, str]:
 
 
 def _value(before: Mapping[str, Any], key: str) -> Any:
-    """A setting of the earlier run; today's default if its version did not have the setting."""
+    """Value of a setting in the earlier run; the default if its version had no such setting."""
     if key in before:
         return before[key]
     return RunSettings.model_fields[key].get_default(call_default_factory=True)
 
 
-def _deciding(plan: Plan) -> dict[str, Any]:
-    """The settings that affect the result, as JSON values."""
+def _result_settings(plan: Plan) -> dict[str, Any]:
+    """The settings that affect the result of a run, as JSON values."""
     settings = plan.settings
     selects = settings.keep_best or settings.early_stopping_patience is not None
-    free = settings_with("run") if selects else settings_with("run", "selection")
+    without_effect = settings_with("run") if selects else settings_with("run", "selection")
     values = resolved_settings(plan).dump_unexpanded()
-    return {key: value for key, value in values.items() if key not in free}
+    return {key: value for key, value in values.items() if key not in without_effect}
 
 
-def _has_same_documents(folder: Path, settings: RunSettings, found: Found) -> bool | None:
-    """Whether the key of the training documents is that of the earlier run; None if unknown."""
-    if found != "unfinished" and written_by(folder) != __version__:
-        return None  # another version may name the same documents by another key
-    key = _key_in_checkpoint(folder) if found == "unfinished" else _key_in_index(folder)
+def _has_same_documents(folder: Path, settings: RunSettings, state: FolderState) -> bool | None:
+    """Whether the earlier run had the same training documents; None if this is not known."""
+    if state != "unfinished" and written_by(folder) != __version__:
+        return None  # another version may have another key for the same documents
+    key = _key_in_checkpoint(folder) if state == "unfinished" else _key_in_index(folder)
     return None if key is None else key == train_key(settings)
 
 
@@ -273,11 +278,14 @@ def _key_in_index(folder: Path) -> str | None:
     try:
         return DataIndex.load(folder / "data").train.key
     except UserError:
-        return None  # data moved away; the adapter is still valid
+        return None  # the data was removed, but the adapter is still valid
 
 
 def _key_in_checkpoint(folder: Path) -> str | None:
-    """The key in the newest checkpoint; None if it is damaged, which `newest` handles."""
+    """Key of the training documents in the newest checkpoint; None if it is missing or damaged.
+
+    `Checkpoints.newest` reports damaged checkpoints.
+    """
     try:
         state = read_json(_checkpoints(folder)[-1] / "state.json")
         return str(state["identity"]["data"])
@@ -286,12 +294,12 @@ def _key_in_checkpoint(folder: Path) -> str | None:
 
 
 def _changed_adam(folder: Path, plan: Plan) -> dict[str, str]:
-    """Optimizer parameters in the user's DeepSpeed JSON that differ from the earlier run's."""
+    """Differences of optimizer parameters that only the user's DeepSpeed JSON can set."""
     try:
         config = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
         before, now = config["optimizer"]["params"], plan.deepspeed["optimizer"]["params"]
     except (OSError, ValueError, KeyError, TypeError):
-        return {}  # lost or damaged; run.yaml has been compared
+        return {}  # ds_config.json is lost or damaged; run.yaml has been compared already
     return {
         f"deepspeed_json {key}": f"deepspeed_json: optimizer.params.{key}: {before.get(key)} -> "
         f"{now.get(key)}"

@@ -1,4 +1,4 @@
-"""TrainingState: all objects of a run; assemble.py builds it, the training loop uses it."""
+"""TrainingState: all objects that the training loop uses; assemble.py builds it."""
 
 from dataclasses import dataclass, field
 
@@ -18,7 +18,12 @@ from pipeline.train.writer import CheckpointWriter
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """The objects that the loop uses. `writer` and `metrics` are None on ranks other than 0."""
+    """The objects that the training loop uses.
+
+    `saved`: progress at the newest checkpoint in the run folder; None if there is none. `writer`
+    and `metrics`: None on ranks other than 0. `frozen_checksum`: checksum of the base before
+    training, only with `--debug`. `micro_batch_s`: seconds of a micro-batch in the last step.
+    """
 
     context: RunContext
     folder: RunFolder
@@ -26,19 +31,19 @@ class TrainingState:
     train_split: Split
     eval_split: Split | None
     progress: Progress
-    saved: Progress | None  # progress at the newest checkpoint in the run folder
+    saved: Progress | None
     display: ProgressDisplay
     peak: PeakBytes
     writer: CheckpointWriter | None
     metrics: MetricsFile | None
-    frozen_checksum: int | None  # set with --debug; compared with the checksum after training
+    frozen_checksum: int | None
     input_wait: InputWait = field(default_factory=InputWait)
     step_watch: Stopwatch = field(default_factory=Stopwatch)
-    micro_batch_s: float = 0.0  # seconds of a micro-batch in the last step
+    micro_batch_s: float = 0.0
 
     @property
     def plan(self) -> Plan:
-        """The run's plan, updated with the sizes of the prepared data."""
+        """The plan of the run, with the schedule for the prepared data."""
         return self.context.plan
 
     @property

@@ -1,4 +1,4 @@
-"""status.json: the state of a run, replaced atomically and kept fresh by a heartbeat thread."""
+"""status.json: the state of a run, replaced atomically, with a heartbeat from a thread."""
 
 import threading
 import time
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import atomic_file, dump_json, read_json, write_text
-from pipeline.train.owner import OWNER, TRAINING, Ownership, identity, is_living
+from pipeline.train.owner import OWNER, TRAINING, Ownership, identity, is_running
 
-_ONE_HEARTBEAT_S = 12.0  # owner.py touches its file every 10 s
+_ONE_HEARTBEAT_S = 12.0  # longer than the 10 s between two heartbeats (owner.py)
 
 
 @dataclass
 class RunStatus:
-    """The fields of status.json; on rank 0 only. Holds the ownership of the run folder."""
+    """The fields of status.json, and the ownership of the run folder; on rank 0 only."""
 
     path: Path
     fields: dict[str, Any] = field(default_factory=dict)
@@ -26,15 +26,15 @@ class RunStatus:
         self._ownership = Ownership(self.path.parent, TRAINING, self.update)
 
     def own(self) -> None:
-        """Become the folder's owner and start the heartbeat; status.json stays as it is.
+        """Become the owner of the folder and start the heartbeat, without changing status.json.
 
-        Raises UserError where another start is the owner.
+        Raises UserError if another start is the owner.
         """
         self._ownership.take()
 
     def claim(self, earlier: dict[str, Any] | None = None) -> None:
-        """Make status.json that of this start; `earlier`: the status of the run it resumes."""
-        assert self._ownership.is_held, "own() comes first"
+        """Write the status of this start. `earlier`: status of the run that it resumes."""
+        assert self._ownership.is_held, "call own() first"
         if not self.fields:
             with suppress(OSError):
                 self._before = self.path.read_bytes()
@@ -53,9 +53,9 @@ class RunStatus:
         self.update()
 
     def update(self, **fields: Any) -> None:
-        """Change fields and write the file, once this start has claimed it.
+        """Change fields and write the file, if this start has called `claim`.
 
-        A failed write is repaired by the next one.
+        If the write fails, the next update writes them.
         """
         with self._lock:
             if self._is_final or not self.fields:
@@ -76,10 +76,10 @@ class RunStatus:
     def end(
         self, state: str, exit_code: int, reason: str | None, *, is_final: bool = False
     ) -> None:
-        """Record how this start ended, if it has claimed the file, and release the folder.
+        """Record how this start ended, if it has called `claim`, and release the folder.
 
-        `is_final`: no later call changes the status. The watchdog's is, because the main thread
-        runs on until the process ends.
+        `is_final`: later calls do not change the status. The watchdog sets it, because the main
+        thread continues until the process ends.
         """
         self.update(state=state, exit_code=exit_code, reason=reason, ended=time.time())
         with self._lock:
@@ -88,9 +88,9 @@ class RunStatus:
 
 
 def end_for_dead_owner(path: Path, reason: str) -> None:
-    """Record the end of a run whose rank 0 is dead, from another rank.
+    """Record the end of a run whose rank 0 is dead, called on another rank.
 
-    If rank 0 ran on another machine, it counts as dead when its heartbeat does not come.
+    If rank 0 ran on another machine, it counts as dead if its next heartbeat does not come.
     """
     fields = read_status(path)
     if fields is None or fields.get("state") != "running":
@@ -104,11 +104,12 @@ def end_for_dead_owner(path: Path, reason: str) -> None:
         fields |= {"state": "failed", "exit_code": 1, "reason": reason, "ended": time.time()}
         with suppress(OSError):
             write_text(path, dump_json(fields))
-            (path.parent / OWNER).unlink(missing_ok=True)  # or other machines would wait for it
+            # With the owner file, other machines would wait until its heartbeat is too old.
+            (path.parent / OWNER).unlink(missing_ok=True)
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
-    """The fields of a status file; None where there is none or it is damaged."""
+    """The fields of a status file; None if the file is missing or damaged."""
     try:
         return read_json(path)
     except (OSError, ValueError):
@@ -116,10 +117,10 @@ def read_status(path: Path) -> dict[str, Any] | None:
 
 
 def is_done(folder: Path) -> bool:
-    """Whether the folder holds a finished run."""
+    """Whether the folder has a finished run."""
     return (read_status(folder / "status.json") or {}).get("state") == "done"
 
 
 def is_alive(status: dict[str, Any]) -> bool:
-    """Whether the process of a run still works."""
-    return status.get("state") == "running" and is_living(status)
+    """Whether a run is in progress and its process still runs."""
+    return status.get("state") == "running" and is_running(status)

@@ -1,4 +1,4 @@
-"""CheckpointWriter: rank 0 copies to host memory, and a thread writes while training continues."""
+"""CheckpointWriter: a thread of rank 0 that writes checkpoints while training continues."""
 
 import threading
 import time
@@ -16,53 +16,56 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class CheckpointWriter:
-    """At most one write in flight; the next one waits for it. Used by rank 0's main thread.
+    """Writer of checkpoints and best adapters, used by the main thread of rank 0.
 
-    A failed write is reported, and the next save writes again. `restore_folder` is called before a
-    write; it writes again what a run folder that was deleted during the run must hold.
+    Only one write is in flight; the next one waits for it. A failed write is reported, and the next
+    save tries again. `restore_folder`: called before each write; it restores the files of a run
+    folder that was deleted during the run.
     """
 
     def __init__(self, checkpoints: Checkpoints, restore_folder: Callable[[], None]) -> None:
         self._checkpoints, self._restore_folder = checkpoints, restore_folder
         self._thread: threading.Thread | None = None
-        self._failures: dict[str, str] = {}  # of a checkpoint or a best adapter not on the disk
+        # Kind of write ("checkpoint", "best") -> message, as long as its last write has failed.
+        self._failures: dict[str, str] = {}
         self._slowest_s = 0.0
         self._finished: SimpleQueue[tuple[str | None, float | None]] = SimpleQueue()
-        self._best: tuple[Tensors, Progress] | None = None  # not on the disk yet
+        # The best adapter as long as it is not on the disk.
+        self._best: tuple[Tensors, Progress] | None = None
         self.last_step: int | None = None
 
     def save(self, weights: Tensors, moments: Tensors, progress: Progress) -> None:
-        """Start to write a checkpoint; the tensors must not change any more."""
+        """Start to write a checkpoint. The tensors must not be changed afterwards."""
         progress = replace(progress)
         write = partial(self._write, weights, moments, progress)
         self._start(write, "checkpoint", f"step {progress.step}")
 
     def save_best(self, weights: Tensors, progress: Progress) -> None:
-        """Start to write the weights with the lowest held-out loss so far."""
+        """Start to write the best adapter: the weights with the lowest held-out loss."""
         self.wait()
         self._best = (weights, replace(progress))
         self._start(self._write_best, "best", f"the best adapter, of step {progress.step}")
 
     def best(self, progress: Progress) -> Tensors:
-        """The weights of `save_best`, from memory where the disk did not take them."""
+        """The weights of the best adapter, from the disk or, if a write failed, from memory."""
         self.wait()
         return self._checkpoints.read_best(progress) if self._best is None else self._best[0]
 
     def wait(self) -> str | None:
-        """Wait for the write in flight; why the latest checkpoint or best failed, or None."""
+        """Wait for the write in flight. Returns the message if the last write of a kind failed."""
         if self._thread is not None:
             self._thread.join()
         return next(iter(self._failures.values()), None)
 
     def wait_at_most(self, seconds: float) -> None:
-        """Wait for the write in flight in a process that must end. From any thread."""
+        """Wait for the write in flight, but at most this long. May be called from any thread."""
         if self._thread is not None:
             self._thread.join(seconds)
 
     def finished(self) -> Iterator[tuple[str | None, float | None]]:
-        """(error, seconds) of each write finished since the last call.
+        """Error message and seconds of each write that has finished since the last call.
 
-        `seconds` only where the write is the slowest so far.
+        `seconds` is None unless the write is the slowest so far.
         """
         while not self._finished.empty():
             yield self._finished.get()
@@ -70,9 +73,9 @@ class CheckpointWriter:
     def require_written(self) -> None:
         """Raise RankZeroError unless the latest checkpoint and best adapter are on the disk."""
         if failure := self.wait():
-            raise RankZeroError(f"{failure}; what was written before is untouched")
+            raise RankZeroError(f"{failure}; earlier checkpoints are unchanged")
 
-    def _start(self, write: Callable[[], None], kind: str, what: str) -> None:
+    def _start(self, write: Callable[[], None], kind: str, name: str) -> None:
         self.wait()
 
         def work() -> None:
@@ -80,9 +83,9 @@ class CheckpointWriter:
             try:
                 self._restore_folder()
                 write()
-            except Exception as error:  # noqa: BLE001 - training continues whatever it is
+            except Exception as error:  # noqa: BLE001 - training continues after any error
                 text = str(error) if isinstance(error, RankZeroError) else repr(error)
-                failure = self._failures[kind] = f"{what} is not saved: {text}"
+                failure = self._failures[kind] = f"{name} is not saved: {text}"
             else:
                 self._failures.pop(kind, None)
             seconds = time.perf_counter() - started

@@ -108,10 +108,10 @@ def full_disk(pair):
 REFUSED = {
     "module": (foreign_module, ["7 of 14", "model.layers.5", "model.layers.1"]),
     "shape": (foreign_shape, ["down_proj.weight", (32, 64), (32, 48)]),
-    "r": (foreign_r, ["adapter_config.json", "r 8"]),
+    "r": (foreign_r, ["adapter_config.json", "r", "8"]),
     "key": (foreign_key, ["lm_head.weight", "lora_A", "lora_B"]),
     "half": (without_one_matrix, ["q_proj", "A, B"]),
-    "cut": (cut_adapter, ["adapter_model.safetensors", "bytes long"]),
+    "cut": (cut_adapter, ["adapter_model.safetensors", "bytes", "header"]),
     "absent": (no_adapter, ["adapter_config.json"]),
     "quantised": (quantised, ["gptq", "--base"]),
     "pickle": (no_safetensors, ["model.safetensors", "model.safetensors.index.json"]),

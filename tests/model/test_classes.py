@@ -95,7 +95,7 @@ def test_a_packed_document_is_as_if_it_were_alone(kind):
     arguments = arguments_for(WITHIN_DOCUMENTS, DOCUMENTS, ids)
     decoder = text_decoder(model)
     packed = decoder(input_ids=ids, use_cache=False, **arguments).last_hidden_state
-    assert arguments["documents"].deliveries == len(blocks(model)) == 4
+    assert arguments["documents"].num_calls == len(blocks(model)) == 4
     for row, lengths in enumerate(DOCUMENTS):
         start = 0
         for length in lengths:
@@ -148,4 +148,4 @@ def test_deliveries_are_counted_once_a_call():
     documents = PackedDocuments(((2, 3),))
     for _ in range(3):
         attention._attend(torch.nn.Module(), query, query, query, None, documents=documents)
-    assert documents.deliveries == 3
+    assert documents.num_calls == 3

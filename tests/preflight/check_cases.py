@@ -10,9 +10,9 @@ _VERSIONS = {
     "python": "3.12.1", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0",
     "peft": "0.21.2", "bitsandbytes": "0.50.2",
 }  # fmt: skip
-_CPU_RANK = {"gpus": [], "visible": 0, "not_granted": None, "none_requested": False}
+_CPU_RANK = {"gpus": [], "visible": 0, "unallocated_gpus": None, "requests_no_gpu": False}
 _SEEN, _UNSEEN = ({"is_visible": value, "folder": "/r"} for value in (True, False))
-_FOREIGN = {"not_granted": {"used": "[5]", "granted": "X=0,1"}}
+_FOREIGN = {"unallocated_gpus": {"used": "[5]", "allocated": "X=0,1"}}
 _TORCH = {"torch": "2.13.0", "cuda": "13.0", "nccl": "2.28"}
 
 
@@ -23,7 +23,12 @@ def gpu(uuid: str, **changes) -> dict:
         "capability": [9, 0], "total": H100S.device_bytes, "free": H100S.device_bytes,
         "processes": [],
     }  # fmt: skip
-    return {"gpus": [card | changes], "visible": 1, "not_granted": None, "none_requested": False}
+    return {
+        "gpus": [card | changes],
+        "visible": 1,
+        "unallocated_gpus": None,
+        "requests_no_gpu": False,
+    }
 
 
 def interface(**changes) -> dict:
@@ -76,7 +81,7 @@ GOOD = [
     ("versions", {0: _VERSIONS, 1: _VERSIONS}, ["torch 2.13.0"]),
     ("port", {0: "29500 is free"}, ["29500"]),
     ("network", {0: interface(), 1: interface(mbit=0)}, ["node1", "eth0", "100,000 Mb/s"]),
-    ("network", {0: interface(interface=None, mbit=0), 1: interface()}, ["reached by eth0"]),
+    ("network", {0: interface(interface=None, mbit=0), 1: interface()}, ["eth0"]),
     ("network", {0: interface(master="", interface=None), 1: interface(master="", interface=None)},
         ["known after the rendezvous"]),
     ("network", {0: interface(mbit=1000, infiniband={"mlx5_0:1": "ACTIVE"})}, ["1 active"]),
@@ -84,8 +89,8 @@ GOOD = [
     ("gpus", {0: _CPU_RANK}, ["CPU"]),
     ("drivers", {0: gpu("GPU-a"), 1: gpu("GPU-b")}, ["driver 580.65", "CUDA up to 13.0", "9.0"]),
     ("plan", {0: {"a": "1"}, 1: {"a": "1"}}, ["ZeRO-2", "2 x NVIDIA H100"]),
-    ("gpu memory", {0: gpu("GPU-a"), 1: gpu("GPU-b")}, ["79.6 GiB or more free"]),
-    ("host memory", {0: memory(8, 100, 200)}, ["100.0 GiB or more free"]),
+    ("gpu memory", {0: gpu("GPU-a"), 1: gpu("GPU-b")}, ["79.6 GiB"]),
+    ("host memory", {0: memory(8, 100, 200)}, ["100.0 GiB"]),
     ("shared memory", {0: 64 * GIB}, ["64.0 GiB"]),
     ("shared memory", {0: None, 1: 64 * GIB}, ["64.0 GiB"]),
     ("model", {0: {"files": 4, "bytes": 16 * GIB}}, ["4 weight files, 16.0 GiB"]),
@@ -105,14 +110,14 @@ GOOD = [
     ("process group", {0: "nccl", 1: "nccl"}, ["2 ranks over nccl"]),
     ("all-reduce", {0: summed(280), 1: summed(290)}, ["280 GB/s"]),
     ("all-reduce", {0: summed(0.2, "cpu")}, ["0.2 GB/s"]),
-    ("links", links(), ["in a node 300 GB/s"]),
-    ("links", links(far=True), ["in a node 300 GB/s, between nodes 25 GB/s"]),
+    ("links", links(), ["300 GB/s"]),
+    ("links", links(far=True), ["300 GB/s", "25 GB/s"]),
 ]  # fmt: skip
 
 BAD = [
     ("settings", {0: {"lr": "0.1"}, 1: {"lr": "0.2"}}, "fail", ["lr", "0.2", "rank 1 (node2)"]),
-    ("settings", {0: {"lr": "0.1", "seed": "1"}, 1: {"lr": "0.1"}}, "fail", ["(not there)"]),
-    ("ranks", {0: ranked(0), 1: ranked(0)}, "fail", ["node 0", "node1, node2"]),
+    ("settings", {0: {"lr": "0.1", "seed": "1"}, 1: {"lr": "0.1"}}, "fail", ["seed", "node2"]),
+    ("ranks", {0: ranked(0), 1: ranked(0)}, "fail", ["0", "node1, node2"]),
     ("versions", {0: _VERSIONS, 1: _VERSIONS | {"torch": "2.14.0"}}, "fail", ["2.14.0", "node2"]),
     ("network", {0: interface(missing={"NCCL_SOCKET_IFNAME": "ib7"})}, "fail", ["ib7", "node1"]),
     ("network", {0: interface(master="127.0.0.1")}, "fail", ["MASTER_ADDR"]),
@@ -122,7 +127,7 @@ BAD = [
     ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-a")}, "fail", ["GPU-a", "ranks 0-1"]),
     ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b") | _FOREIGN}, "fail",
         ["rank 1 (node2) uses GPU [5]", "X=0,1"]),
-    ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b") | {"none_requested": True}}, "warn",
+    ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b") | {"requests_no_gpu": True}}, "warn",
         ["rank 1 (node2)", "requested no GPU"]),
     ("gpus", {0: gpu("GPU-a") | {"visible": 8}, 1: gpu("GPU-b") | {"visible": 8}}, "warn",
         ["ranks 0-1", "8 GPUs are visible", "torchrun launch/train.py"]),
@@ -136,11 +141,11 @@ BAD = [
     ("shared memory", {0: 64 * 2**20, 1: 64 * GIB}, "warn", ["node1", "64.0 MiB"]),
     ("base", {0: {"base": "a"}, 1: {"base": "b"}}, "fail", ["node2"]),
     ("disk", {0: {"free": 5 * GIB, "need": GIB, "merged": 16 * GIB}}, "warn", ["merging"]),
-    ("clock", {0: 0.0, 1: 7.0}, "warn", ["rank 1 (node2): up to 7 s"]),
-    ("clock", {0: 0.0, 1: -90.0}, "fail", ["rank 1 (node2): up to 90 s"]),
+    ("clock", {0: 0.0, 1: 7.0}, "warn", ["rank 1 (node2)", "7 s"]),
+    ("clock", {0: 0.0, 1: -90.0}, "fail", ["rank 1 (node2)", "90 s"]),
     ("run folder", {0: _SEEN, 1: _UNSEEN}, "fail", ["rank 1 (node2)", "/r"]),
     ("prepared data", {0: {"train": "ab"}, 1: {"train": "cd"}}, "fail", ["cd", "node2"]),
-    ("prepared data", {0: {"train": "ab"}, 1: {}}, "fail", ["(not there)", "node2"]),
+    ("prepared data", {0: {"train": "ab"}, 1: {}}, "fail", ["train", "node2"]),
     ("rows", {0: {"is_complete": False, "documents": 0, "supervised": 0}}, "warn",
         ["too many rows"]),
     ("libraries", {0: _TORCH, 1: _TORCH | {"nccl": "2.27"}}, "fail", ["2.27", "rank 1"]),

@@ -17,8 +17,8 @@ from pipeline.plan.plan import make_plan
 from pipeline.preflight.check import ProbeResults, compare, flat, ranks_by_value, spans
 from pipeline.preflight.checks import STAGES
 from pipeline.preflight.context import RankContext
-from pipeline.preflight.gpus import indices_of, none_requested, not_granted
-from pipeline.preflight.host import granted_by_slurm
+from pipeline.preflight.gpus import indices_of, requests_no_gpu, unallocated_gpus
+from pipeline.preflight.host import slurm_memory
 from pipeline.preflight.network import infiniband_ports, missing_interfaces
 from pipeline.preflight.rates import neighbours, ring_rate
 from pipeline.preflight.report import Report
@@ -156,7 +156,7 @@ def test_a_ring_of_two_sends_all_bytes_once():
     ],
 )
 def test_memory_granted_by_slurm(env, mib):
-    assert granted_by_slurm(env) == (None if mib is None else mib * 2**20)
+    assert slurm_memory(env) == (None if mib is None else mib * 2**20)
 
 
 @pytest.fixture
@@ -193,9 +193,9 @@ def test_gpus_that_slurm_did_not_grant_are_named(plan, nvml, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_GPUS", "2,3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # as DeepSpeed's --num_gpus leaves it
     result = probe("gpus", plan, hardware=H100S, placement=local(1, 2))
-    assert result["not_granted"] == {"used": "[1]", "granted": "SLURM_JOB_GPUS=2,3"}
+    assert result["unallocated_gpus"] == {"used": "[1]", "allocated": "SLURM_JOB_GPUS=2,3"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    assert probe("gpus", plan, hardware=H100S, placement=local(1, 2))["not_granted"] is None
+    assert probe("gpus", plan, hardware=H100S, placement=local(1, 2))["unallocated_gpus"] is None
 
 
 def test_granted_gpus_that_the_driver_does_not_show_are_refused(plan):
@@ -204,28 +204,30 @@ def test_granted_gpus_that_the_driver_does_not_show_are_refused(plan):
 
 
 def test_a_slurm_job_without_gpus_is_recognised():
-    assert none_requested({"SLURM_JOB_ID": "7"})
-    assert not none_requested({"SLURM_JOB_ID": "7", "SLURM_JOB_GPUS": "0"})
-    assert not none_requested({})
+    assert requests_no_gpu({"SLURM_JOB_ID": "7"})
+    assert not requests_no_gpu({"SLURM_JOB_ID": "7", "SLURM_JOB_GPUS": "0"})
+    assert not requests_no_gpu({})
 
 
 def test_granted_gpus_may_be_listed_as_ranges():
     assert indices_of("0-3") == {0, 1, 2, 3}
     assert indices_of("0,2-3, 7") == {0, 2, 3, 7}
     assert not any(map(indices_of, ("", "a,b", "0,?")))
-    assert not_granted([3], 8, {"SLURM_JOB_GPUS": "0-3"}) is None
-    assert not_granted([4], 8, {"SLURM_JOB_GPUS": "0-3"}) is not None
-    assert not_granted([4], 8, {"SLURM_JOB_GPUS": "gres:?"}) is None  # says nothing
+    assert unallocated_gpus([3], 8, {"SLURM_JOB_GPUS": "0-3"}) is None
+    assert unallocated_gpus([4], 8, {"SLURM_JOB_GPUS": "0-3"}) is not None
+    assert unallocated_gpus([4], 8, {"SLURM_JOB_GPUS": "gres:?"}) is None  # says nothing
 
 
 def test_a_control_group_that_hides_other_gpus_renumbers_them():
     env = {"SLURM_JOB_GPUS": "6,7"}
-    assert not_granted([0, 1], 2, env) is None
-    assert not_granted([0, 1], 8, env) is not None
-    assert not_granted([7], 8, env) is None
-    assert not_granted([None], 8, env) is None  # a MIG instance has no index
-    assert not_granted([0], 8, {}) is None
-    assert not_granted([6], 8, env | {"SLURM_STEP_GPUS": "7"}) is not None  # the step has fewer
+    assert unallocated_gpus([0, 1], 2, env) is None
+    assert unallocated_gpus([0, 1], 8, env) is not None
+    assert unallocated_gpus([7], 8, env) is None
+    assert unallocated_gpus([None], 8, env) is None  # a MIG instance has no index
+    assert unallocated_gpus([0], 8, {}) is None
+    assert (
+        unallocated_gpus([6], 8, env | {"SLURM_STEP_GPUS": "7"}) is not None
+    )  # the step has fewer
 
 
 def test_a_port_in_use_is_refused_and_a_free_one_is_not(plan):
@@ -304,7 +306,7 @@ def test_a_wrong_run_file_is_a_result_that_other_ranks_can_be_told(tmp_path):
 # The report
 
 
-CPU_RANK = {"gpus": [], "visible": 0, "not_granted": None, "none_requested": False}
+CPU_RANK = {"gpus": [], "visible": 0, "unallocated_gpus": None, "requests_no_gpu": False}
 
 
 def report(by_rank: list[dict]) -> Report:
@@ -347,7 +349,7 @@ def test_the_report_has_the_same_facts_as_text_and_as_json():
     assert made.level == "warn"
     assert_mentions(made.text().splitlines()[-1], "2 checks passed", "1 with a warning: disk")
     data = json.loads(json.dumps(made.as_json(HOSTS[:2])))
-    assert (data["verdict"], data["hosts"]) == ("warn", ["node1", "node2"])
+    assert (data["level"], data["hosts"]) == ("warn", ["node1", "node2"])
     clock, disk = data["findings"]
     assert (clock["check"], clock["level"]) == ("clock", "ok")
     assert disk == {"check": "disk", **asdict(made.findings["disk"][0]), "ranks": []}

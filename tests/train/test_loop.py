@@ -111,7 +111,7 @@ def two_steps(session, folder, lr):
         engine.optimizer_step(batches, supervised, lr)
     run = SimpleNamespace(engine=engine, session=session, plan=plan)
     try:
-        loop._require_moved(run)
+        loop._require_trained(run)
     except RankZeroError as error:
         return str(error)
     return "" if gather_weights(engine.parameters, keep=True) else "nothing gathered"

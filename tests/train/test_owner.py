@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.train.owner import OWNER, Ownership, identity, is_living
+from pipeline.train.owner import OWNER, Ownership, identity, is_running
 from pipeline.train.status import RunStatus, read_status
 from tests.messages import refused
 
@@ -128,6 +128,6 @@ def test_the_lock_of_a_killed_start_blocks_no_other(tmp_path):
 @pytest.mark.parametrize("machine", ["another boot", "another container"])
 def test_a_process_of_another_machine_lives_by_its_heartbeat(machine):
     there = identity() | {"machine": machine, "pids": [2**22 + 1], "started": time.time()}
-    assert is_living(there | {"heartbeat": time.time()})
-    assert not is_living(there | {"heartbeat": time.time() - 100})
-    assert not is_living(identity() | {"pids": [2**22 + 1], "heartbeat": time.time()})
+    assert is_running(there | {"heartbeat": time.time()})
+    assert not is_running(there | {"heartbeat": time.time() - 100})
+    assert not is_running(identity() | {"pids": [2**22 + 1], "heartbeat": time.time()})

@@ -1,5 +1,5 @@
 """Cost model of a layout: bytes on each device and host, seconds of an optimizer step.
 
-In: a ModelShape, settings, a Layout and the Hardware. Out: memory and time, term by term. The code
-gives the source of each formula. Open `memory.py` or `speed.py` first.
+In: ModelShape, settings, Layout, Hardware. Out: memory and time, as named terms. Comments give the
+source of each formula. Open `memory.py` or `speed.py` first.
 """

@@ -1,11 +1,11 @@
 """Activation memory: tensors that blocks save for backward, and temporary tensors of backward.
 
-The counts are those of the tensors that autograd saves in blocks of transformers 5.23 with adapters
-of peft 0.21 on torch 2.13; docs/memory.md compares them with measured peaks. A frozen linear layer
-does not need its input in the backward pass, so an input is saved only if an adapter reads it.
+The formulas count the tensors that autograd saves in blocks of transformers 5.23 with adapters of
+peft 0.21 on torch 2.13; docs/memory.md compares them with measured peaks. The backward pass of a
+frozen linear layer does not need its input, so an input is saved only if an adapter reads it.
 
-b: bytes per value in the training dtype, q and k: total width of the query heads and of the key
-heads.
+In the formulas b is the number of bytes per value in the training dtype; q and k are the total
+widths of the query heads and of the key heads.
 """
 
 from dataclasses import dataclass
@@ -22,38 +22,50 @@ LOGITS_CHUNK_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class BlockActivations:
-    """Bytes of the activations of one block of a kind."""
+    """Bytes of the activations of one block.
 
-    saved: int  # for backward, if the block is not checkpointed
-    recomputed: int  # saved while a checkpointed block is recomputed, in addition to its input
-    working: int  # temporary tensors at the peak of its backward pass, in addition
+    `saved`: saved for backward if the block is not checkpointed. `recomputed`: saved while the
+    checkpointed block is recomputed, in addition to its input. `working`: temporary tensors at the
+    peak of its backward pass, in addition to saved ones.
+    """
+
+    saved: int
+    recomputed: int
+    working: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
     """Bytes of activations on one rank for one micro-batch.
 
-    `blocks` has the order of `ModelShape.blocks`.
+    `boundary`: input of one block, the only tensor that a checkpointed block saves. `blocks`: one
+    entry for each kind of block, in the order of `ModelShape.blocks`. `final_working`: temporary
+    tensors in the backward pass of the last norm. `logits`: tensors at the peak of the loss.
     """
 
-    boundary: int  # input of a block, the only tensor that a checkpointed block saves
+    boundary: int
     blocks: tuple[BlockActivations, ...]
-    final_working: int  # temporary tensors in the backward pass of the last norm
-    logits: int  # at the peak of the loss
+    final_working: int
+    logits: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Kind:
-    """A kind of block with its adapters and the settings that change its activations."""
+class _BlockKind:
+    """A kind of block with its adapters and the settings that change its activations.
+
+    `count`: number of such blocks. `adapter`: sums over all of them. `reach`: tokens that a token
+    may attend to, the length of its sequence or of its document in a pack. `mask_bytes`: bytes per
+    value of a dropout mask.
+    """
 
     block: Block
     count: int
-    adapter: AdapterCounts  # of all `count` blocks
+    adapter: AdapterCounts
     shape: ModelShape
     settings: RunSettings
     b: int
-    reach: int  # length of attention: of the sequence, or of a document in a pack
-    mask_bytes: int  # bytes per value of a dropout mask
+    reach: int
+    mask_bytes: int
 
     @property
     def has_scores(self) -> bool:
@@ -80,7 +92,7 @@ def activations(
     blocks = []
     adapters = adapter_counts_by_kind(shape, settings)
     for (block, layers), adapter in zip(shape.counts(), adapters, strict=True):
-        kind = _Kind(
+        kind = _BlockKind(
             block=block,
             count=layers,
             adapter=adapter,
@@ -91,8 +103,8 @@ def activations(
             mask_bytes=1 if is_cuda else b,
         )
         saved = count * _saved(kind)
-        # The first norm saves the block's input itself, except for RMSNorm on 16-bit values, which
-        # saves an fp32 copy.
+        # The first norm of a block saves the block's input itself. Exception: RMSNorm on 16-bit
+        # values saves an fp32 copy.
         shares_input = not (is_rms and b < 4)
         blocks.append(
             BlockActivations(
@@ -111,11 +123,11 @@ def activations(
 
 
 def has_scores(shape: ModelShape, settings: RunSettings) -> bool:
-    """Whether attention scores are materialised: only FlashAttention-2 fuses their soft-cap."""
+    """Whether attention scores are materialised: soft-capped ones without FlashAttention-2."""
     return shape.score_softcap and settings.use_flash_attention is not True
 
 
-def is_by_document(settings: RunSettings) -> bool:
+def attends_by_document(settings: RunSettings) -> bool:
     """Whether each document of a pack is a separate attention call, with outputs concatenated.
 
     FlashAttention-2 takes all documents in one call.
@@ -123,7 +135,7 @@ def is_by_document(settings: RunSettings) -> bool:
     return settings.packing and settings.use_flash_attention is not True
 
 
-def _saved(kind: _Kind) -> int:
+def _saved(kind: _BlockKind) -> int:
     """Bytes per token that a block saves for its backward pass."""
     block, adapter, settings, n, b = kind.block, kind.adapter, kind.settings, kind.count, kind.b
     if block.saved is None:
@@ -131,34 +143,38 @@ def _saved(kind: _Kind) -> int:
     else:
         values, other_bytes = block.saved
         saved = values * b + other_bytes
-    if is_by_document(settings):
+    if attends_by_document(settings):
         saved += _concatenated(kind)
     saved += adapter.layers * settings.lora_r * b // n  # the output of A, which B reads
     if settings.load_in_8bit:  # every layer saves its input (bitsandbytes 0.50.2 MatMul8bitLt)
         saved += (2 * block.hidden_size + block.intermediate_size) * b
-    if settings.lora_dropout > 0:  # each adapter has its own dropped-out input, and a mask
+    if settings.lora_dropout > 0:  # each adapter saves its input after dropout, and the mask
         return saved + adapter.input_width * (b + kind.mask_bytes) // n
     if settings.load_in_8bit:
         return saved  # adapters read the saved inputs
     saved += adapter.blocks_reading_attention_input * block.hidden_size * b // n
     saved += adapter.blocks_reading_mlp_input * block.hidden_size * b // n
-    # adapters on the output projection read the attention output, which attention saves itself
-    return saved + adapter.product_width * b // n
+    # Adapters on the output projection read the attention output, which is already counted.
+    return saved + adapter.other_input_width * b // n
 
 
 def _norms(block: Block, b: int) -> int:
-    """Bytes per token saved by norms: RMSNorm its input in fp32 (LlamaRMSNorm), LayerNorm as is."""
+    """Bytes per token saved by norms.
+
+    RMSNorm saves its input in fp32 (LlamaRMSNorm), LayerNorm saves it in the training dtype.
+    """
     each = 4 if block.norm_kind == "rms" else b
     heads = block.query_width + block.key_width if block.has_head_norms else 0
     return (block.num_norms * block.hidden_size + heads) * each
 
 
-def _concatenated(kind: _Kind) -> int:
-    """Bytes per token of the concatenated outputs of a pack's documents, if a layer saves them.
+def _concatenated(kind: _BlockKind) -> int:
+    """Bytes per token of the concatenated attention outputs of a pack's documents, if saved.
 
-    With fused kernels each attention call saves its own output (model/attention.py), so the
-    concatenation is an additional tensor. With materialised scores no call saves its output; after
-    a fused q-k-v layer the output is copied with or without packing.
+    The output projection saves this tensor if an adapter reads it. With fused kernels it is an
+    additional tensor, because each attention call saves its own output too (model/attention.py).
+    With materialised scores no call saves its output. After a fused q-k-v layer the output is
+    copied with or without packing. In both cases `_attention` counts the tensor.
     """
     block, settings = kind.block, kind.settings
     if kind.has_scores or block.has_fused_attention:
@@ -171,14 +187,14 @@ def _concatenated(kind: _Kind) -> int:
     return blocks * block.query_width * kind.b // kind.count
 
 
-def _attention(kind: _Kind) -> int:
+def _attention(kind: _BlockKind) -> int:
     """Bytes per token saved by attention: rotated q and k, v, the output and the log-sum-exp.
 
     FlashAttention saves no scores (arXiv 2205.14135 s.3). Without it, soft-capped attention saves
-    the capped scores and their softmax in fp32 and in the training dtype, for `reach` keys each,
-    and keys and values repeated for every query head. If one layer computes q, k and v (GPT-NeoX,
-    Phi-3), v is a view that keeps the layer's whole output, and the attention output is stored by
-    heads and copied for the next layer (measured).
+    the capped scores, and their softmax in fp32 and in the training dtype, each with `reach` values
+    per token and head. It also saves keys and values repeated for every query head. If one layer
+    computes q, k and v (GPT-NeoX, Phi-3), v is a view that keeps the whole output of this layer,
+    and the attention output is stored by heads and copied for the next layer (measured).
     """
     block, b = kind.block, kind.b
     q, k = block.query_width, block.key_width
@@ -188,10 +204,11 @@ def _attention(kind: _Kind) -> int:
     return (2 * q + k + value) * b + 4 * block.num_heads
 
 
-def _mlp(kind: _Kind) -> int:
-    """Bytes per token saved by the MLP: gate, up projection and activated gate, and by experts.
+def _mlp(kind: _BlockKind) -> int:
+    """Bytes per token saved by the MLP and by experts.
 
-    An MLP without a gate saves the input of the activation.
+    A gated MLP saves the gate, the activated gate and the up projection; an MLP without a gate
+    saves the input of its activation.
     """
     block, b = kind.block, kind.b
     tensors = 3 if block.is_gated else 1
@@ -200,11 +217,12 @@ def _mlp(kind: _Kind) -> int:
     dense = block.intermediate_size * b * tensors
     if not block.num_experts:
         return dense
-    each = 3 * block.expert_size + 2 * block.hidden_size  # with a copy of the token, and its output
+    # an expert also saves a copy of its token's hidden state, and its own output
+    each = 3 * block.expert_size + 2 * block.hidden_size
     return dense + block.experts_per_token * each * b + 4 * block.num_experts
 
 
-def _working(kind: _Kind, count: int, at_once: int) -> int:
+def _working(kind: _BlockKind, count: int, at_once: int) -> int:
     """Bytes of temporary tensors in a block's backward pass, for `count` tokens.
 
     With materialised scores the input and output gradients of softmax are in fp32, for `at_once`
@@ -217,6 +235,6 @@ def _working(kind: _Kind, count: int, at_once: int) -> int:
 
 
 def _logits(shape: ModelShape, positions: int) -> int:
-    """Bytes of log-probabilities and two gradients in fp32; a soft-cap adds one tensor."""
+    """Bytes of log-probabilities and two gradients in fp32, and one more tensor for a soft-cap."""
     logits = positions * shape.vocab_size * 4
     return min(logits, LOGITS_CHUNK_BYTES) * (4 if shape.logit_softcap else 3)

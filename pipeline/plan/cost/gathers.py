@@ -1,21 +1,23 @@
-"""Elements of the frozen base that ZeRO-3 holds gathered, and the config limits that bound them.
+"""Gathers of ZeRO-3: how much of the frozen base a rank holds whole, and the config's limits on it.
 
-DeepSpeed counts elements as stored: a packed 4-bit weight is half as many uint8 elements. Facts are
-of DeepSpeed 0.19.8 runtime/zero/partitioned_param_coordinator.py and parameter_offload.py;
-tests/train/test_sharding.py measures them.
+Sizes are numbers of elements as DeepSpeed counts them: a packed 4-bit weight has half as many uint8
+elements as the matrix has. The facts below are from DeepSpeed 0.19.8
+(runtime/zero/partitioned_param_coordinator.py, parameter_offload.py); tests/train/test_sharding.py
+measures them.
 
-Matrices of at most `stage3_param_persistence_threshold` elements (adapters, norms, biases, small
-routers) are persistent: whole on every rank and never counted. Every other matrix is gathered when
-its module runs and released after it, with three exceptions whose size the config sets:
+Parameters of at most `stage3_param_persistence_threshold` elements (adapters, norms, biases, small
+routers) are persistent: replicated on every rank, and not counted in the limits below. Every other
+parameter is gathered when its module runs and released afterwards, with three exceptions:
 
-- *Prefetched.* At each module the next matrices of the recorded order are fetched while fewer than
-  `stage3_max_live_parameters` elements are gathered. `stage3_prefetch_bucket_size` limits one
-  module's prefetch, not the total. What a module needs is fetched whatever the limit.
-- *Reused.* A matrix is not released if it is used again within `stage3_max_reuse_distance`
-  elements, persistent matrices included. The recomputed forward of a checkpointed block and its
-  backward use each matrix of it within twice the block.
-- *4-bit without re-entrant checkpointing* keeps every matrix from its forward to its backward
-  (rule 4bit-zero3-unchecked).
+- *Prefetch.* At each module DeepSpeed also gathers the next parameters in the recorded order, as
+  long as fewer than `stage3_max_live_parameters` elements are gathered.
+  `stage3_prefetch_bucket_size` limits the prefetch of one module, not the total. The parameters of
+  the module itself are always gathered.
+- *Reuse.* A parameter is not released if it is used again within the next
+  `stage3_max_reuse_distance` elements, persistent parameters included. When a checkpointed block is
+  recomputed, its backward pass uses each parameter again within twice the size of the block.
+- *4-bit without re-entrant checkpointing.* Every parameter stays gathered from its forward to its
+  backward pass (rule 4bit-zero3-unchecked).
 
 With DeepSpeed's defaults (1e9) a base below a billion elements is never released between forward
 and backward, and a larger one holds two to four gigabytes more than one block needs.
@@ -31,10 +33,11 @@ from pipeline.plan.given.shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class Gathers:
-    """Elements of the base that are gathered and released.
+    """Numbers of elements of the frozen base, as DeepSpeed counts them.
 
-    `block`: of the largest block. `persistent`: elements of frozen parameters below the persistence
-    threshold, replicated on every rank, summed over all layers.
+    `block`: gathered parameters of the largest block. `head`: the output head. `persistent`: all
+    frozen parameters below the persistence threshold, replicated on every rank. `reuse_distance`:
+    elements that a rank uses between the two uses of a parameter of a recomputed block.
     """
 
     block: int
@@ -43,21 +46,24 @@ class Gathers:
     reuse_distance: int
 
     @property
-    def most(self) -> int:
-        """Elements gathered at the worst moment: a block prefetched, and a block or head in use."""
+    def peak(self) -> int:
+        """Elements gathered at the worst moment: a prefetched block, and a block or head in use."""
         return self.block + max(self.block, self.head)
 
 
 def gathers(shape: ModelShape, settings: RunSettings) -> Gathers:
-    """Elements of the base that ZeRO-3 gathers, from the sizes of its matrices."""
+    """Sizes of the gathers, computed from the sizes of the frozen parameters.
+
+    The persistence threshold is the size of the largest adapter matrix.
+    """
     adapter = adapter_counts(shape, settings)
     block = persistent = largest = 0
     for kind, count in shape.counts():
-        matrices = _frozen_parameters(kind, settings)
-        kept = sum(elements for elements in matrices if elements <= adapter.largest_matrix)
-        persistent += count * kept
-        largest = max(largest, sum(matrices))
-        block = max(block, sum(matrices) - kept)
+        sizes = _frozen_parameters(kind, settings)
+        persistent_in_block = sum(size for size in sizes if size <= adapter.largest_matrix)
+        persistent += count * persistent_in_block
+        largest = max(largest, sum(sizes))
+        block = max(block, sum(sizes) - persistent_in_block)
     adapter_of_a_block = -(-adapter.parameters // shape.num_layers)
     return Gathers(
         block=block,

@@ -1,7 +1,8 @@
-"""Predicted memory, term by term: a rank's device in training and loading, a node's host, the disk.
+"""Predicted memory of devices and hosts in a step and while loading, and predicted disk space.
 
-The terms of a step are the tensors allocated at its worst moment, the one with the highest sum.
-docs/memory.md compares them with measured tensors. b: bytes per value in the training dtype.
+Memory in a step is given as named terms, the sizes of the tensors at the step's worst moment: the
+moment with the largest sum. docs/memory.md compares them with measured tensors. In the formulas b
+is the number of bytes per value in the training dtype.
 """
 
 from collections.abc import Mapping
@@ -16,26 +17,32 @@ from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import DTYPE_BYTES, Layout, SequenceProfile
 from pipeline.plan.given.shape import ModelShape
 
-# Elements of a reduce bucket: 64 MB of fp32, enough to fill a link, and copied twice while reduced.
+# Largest number of elements of a reduce bucket, 64 MB in fp32: large enough to saturate a link.
+# Larger buckets would cost memory, since a bucket is copied twice while it is reduced.
 _MAX_BUCKET = 2**24
-# CUDA context of a process with kernels and NCCL's buffers; an assumption, not measured on a GPU.
+# Bytes of a process's CUDA context, kernels and NCCL buffers: an assumption, not measured on a GPU.
 _CUDA_CONTEXT = 700 * 2**20
-# Memory that the caching allocator holds beyond live tensors, as a fraction of them; an assumption.
+# Memory that the caching allocator holds beyond live tensors, as a fraction of them: an assumption.
 _ALLOCATOR_SLACK = 0.03
-# Host memory of a rank's process for libraries and the CUDA runtime; an assumption.
+# Bytes of host memory of a rank's process for libraries and the CUDA runtime: an assumption.
 _PROCESS = 4 * 2**30
 _NOT_TENSORS = ("cuda_context", "allocator_slack")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Predicted bytes. `per_rank`: terms of a rank's device at the worst moment of a step."""
+    """Predicted memory in bytes.
+
+    `per_rank`: terms on a rank's device at the worst moment of a step, `worst_moment`.
+    `load_peak_bytes`: peak on a rank's device while the base is loaded; `loading_tensors` is its
+    part in live tensors. `host_peak_bytes`: peak host memory of one node.
+    """
 
     per_rank: Mapping[str, int]
     worst_moment: str
     load_peak_bytes: int
-    loading_tensors: int  # the part of load_peak_bytes that is live tensors
-    host_peak_bytes: int  # of one node
+    loading_tensors: int
+    host_peak_bytes: int
 
     @property
     def peak_bytes(self) -> int:
@@ -44,7 +51,7 @@ class Memory:
 
     @property
     def tensor_bytes(self) -> int:
-        """Peak of live tensors in loading and training (torch.cuda.max_memory_allocated)."""
+        """Peak bytes of live tensors while loading and training (max_memory_allocated)."""
         in_step = sum(size for term, size in self.per_rank.items() if term not in _NOT_TENSORS)
         return max(in_step, self.loading_tensors)
 
@@ -61,13 +68,12 @@ def memory(
     hardware: Hardware,
     sequences: SequenceProfile,
 ) -> Memory:
-    """Predicted memory of a run with micro-batches of the longest `sequences`."""
+    """Predicted memory of a run; `sequences` is the profile of its longest sequences."""
     is_cuda = hardware.kind == "cuda"
     acts = activations(shape, settings, layout, sequences, is_cuda=is_cuda)
     moments = _moments(shape, settings, layout, acts, is_cuda=is_cuda)
-    always = _resident(shape, settings, layout)
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
-    terms = always | moments[worst]
+    terms = _resident(shape, settings, layout) | moments[worst]
     load = loading_tensors = _load_peak(shape, settings, layout, is_cuda=is_cuda)
     if is_cuda:
         terms["allocator_slack"] = int(_ALLOCATOR_SLACK * sum(terms.values()))
@@ -84,28 +90,31 @@ def memory(
 
 
 def bucket_elements(shape: ModelShape, settings: RunSettings) -> int:
-    """Elements of a ZeRO reduce bucket: all gradients at once if they are small enough."""
+    """Elements of a ZeRO reduce bucket: all gradients of the adapter, but at most _MAX_BUCKET.
+
+    A bucket is never smaller than the largest adapter matrix.
+    """
     adapter = adapter_counts(shape, settings)
     elements = max(min(adapter.parameters, _MAX_BUCKET), adapter.largest_matrix)
     return elements + elements % 2  # DeepSpeed asserts an even number
 
 
 def base_bytes(shape: ModelShape, settings: RunSettings, training_dtype: str) -> int:
-    """Bytes of the frozen base, quantised if the settings say so, before sharding."""
+    """Bytes of the frozen base before sharding, after quantisation if the base is quantised."""
     b = DTYPE_BYTES[training_dtype]
     n = shape.quantised_parameters
     if settings.is_quantised:
-        each = n // 2 if settings.load_in_4bit else n
-        return each + quantisation_constants(shape, settings) + (shape.parameters - n) * b
+        packed = n // 2 if settings.load_in_4bit else n
+        return packed + quantisation_constants(shape, settings) + (shape.parameters - n) * b
     return shape.parameters * b
 
 
 def quantisation_constants(shape: ModelShape, settings: RunSettings) -> int:
-    """Bytes of the quantisation constants of a 4-bit or 8-bit base; the weights are not included.
+    """Bytes of the quantisation constants of a 4-bit or 8-bit base, without the weights.
 
-    4 bits: an fp32 constant per 64 weights, or with double quantisation a byte per 64 weights and
-    an fp32 constant per 64 x 256 (QLoRA, arXiv 2305.14314 s.3). 8 bits: an fp32 scale per row
-    (arXiv 2208.07339 s.3).
+    4 bits: one fp32 constant for each 64 weights; with double quantisation one byte for each 64
+    weights, and one fp32 constant for each 64 x 256 (QLoRA, arXiv 2305.14314 s.3). 8 bits: one fp32
+    scale for each row (arXiv 2208.07339 s.3).
     """
     n = shape.quantised_parameters
     if settings.load_in_4bit:
@@ -116,17 +125,18 @@ def quantisation_constants(shape: ModelShape, settings: RunSettings) -> int:
 
 
 def checkpoint_bytes(trainable: int) -> int:
-    """Bytes of one checkpoint: fp32 weights, two Adam moments, plus 1 %."""
+    """Bytes of one checkpoint: fp32 weights and two Adam moments, plus 1 % for other files."""
     return int(12 * trainable * 1.01)
 
 
 def disk_bytes(shape: ModelShape, settings: RunSettings) -> dict[str, int]:
-    """Bytes that a run writes; `merged` is the merged model, in the dtype of the base."""
+    """Disk space in bytes of what a run writes; `merged` is the model in the dtype of the base."""
     trainable = trainable_parameters(shape, settings)
     is_evaluated = settings.eval_data is not None and settings.evaluation_strategy != "no"
-    # save_total_limit, the one with the lowest held-out loss, and one being written
+    # Checkpoints on disk: save_total_limit, the one with the lowest held-out loss, and one that is
+    # being written.
     checkpoints = checkpoint_bytes(trainable) * (settings.save_total_limit + is_evaluated + 1)
-    if settings.keep_best:  # fp32 weights: the best so far, and a better one being written
+    if settings.keep_best:  # fp32 weights of the best adapter, and of a better one being written
         checkpoints += 2 * checkpoint_bytes(trainable) // 3
     merged = shape.parameters * DTYPE_BYTES.get(shape.dtype, 4)
     return {"checkpoints": checkpoints, "adapter": 4 * trainable, "merged": merged}
@@ -147,14 +157,14 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
         "base_weights": base - constants,
     }
     if layout.is_sharded:
-        shared = terms["base_weights"]
+        sharded = terms["base_weights"]
         is_offloaded = layout.offload_param == "cpu"
-        terms["base_weights"] = 0 if is_offloaded else shared // world
-        stored = 1 if settings.load_in_4bit else b
-        terms["whole_on_every_rank"] = gathers(shape, settings).persistent * stored
+        terms["base_weights"] = 0 if is_offloaded else sharded // world
+        element_bytes = 1 if settings.load_in_4bit else b  # 4-bit weights are stored as uint8
+        terms["whole_on_every_rank"] = gathers(shape, settings).persistent * element_bytes
         if layout.hpz_partition_size > 1:
-            terms["hpz_copy"] = shared // layout.hpz_partition_size
-        terms["adapter_weights"] += b * trainable // world  # the shard and the gathered copy
+            terms["hpz_copy"] = sharded // layout.hpz_partition_size
+        terms["adapter_weights"] += b * trainable // world  # its shard, besides the gathered copy
         # DeepSpeed 0.19.8 stage3.py allocates fp32 gradients and one bucket persistently
         terms["adapter_gradients"] = 4 * trainable // world
         terms["zero_buckets"] = 4 * bucket_elements(shape, settings)
@@ -164,49 +174,50 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
 def _moments(
     shape: ModelShape, settings: RunSettings, layout: Layout, acts: Activations, *, is_cuda: bool
 ) -> dict[str, dict[str, int]]:
-    """Terms in addition to the resident ones, at each moment of a step that may be its peak."""
+    """Terms that are not resident, for each moment of a step that may be its peak."""
     k = layout.checkpointed_layers
     boundaries = k * acts.boundary
     not_checkpointed = [count for _, count in shape.counts(first=k)]
     others = sum(n * block.saved for n, block in zip(not_checkpointed, acts.blocks, strict=True))
     saved = boundaries + others
-    # saved within blocks: by those that are not checkpointed, or by one that is being recomputed
-    checkpointed = [
+    # Saved within blocks: by all blocks that are not checkpointed, or later by one that is being
+    # recomputed, when the activations of the others are freed.
+    recomputed = [
         block.recomputed
-        for (_, count), left, block in zip(
+        for (_, count), unchecked, block in zip(
             shape.counts(), not_checkpointed, acts.blocks, strict=True
         )
-        if count > left
+        if count > unchecked
     ]
-    in_block = max(others, *checkpointed) if checkpointed else others
-    waiting, reduction = _gradients(shape, settings, layout, is_cuda=is_cuda)
-    between = waiting if layout.accumulation_steps > 1 else {}
-    # DeepSpeed 0.19.8 stage_1_and_2.py:3256: each backward pass begins with an empty bucket
+    in_block = max(others, *recomputed) if recomputed else others
+    accumulated, reduction = _gradients(shape, settings, layout, is_cuda=is_cuda)
+    from_earlier = accumulated if layout.accumulation_steps > 1 else {}
+    # Each backward pass begins with an empty bucket (DeepSpeed 0.19.8 stage_1_and_2.py:3256).
     bucket = layout.bytes_per_value * bucket_elements(shape, settings)
     filling = {} if layout.is_sharded else {"zero_buckets": bucket}
     is_reduced_early = trainable_parameters(shape, settings) > bucket_elements(shape, settings)
     head, block, experts = _gathered(shape, settings, layout)
-    expanded = shape.largest_linear * layout.bytes_per_value
+    dequantised = shape.largest_linear * layout.bytes_per_value
     return {
-        "the loss": between
+        "the loss": from_earlier
         | {"activations": saved, "logits": acts.logits, "gathered_layers": head + block + experts},
-        "the last norm's backward pass": between
+        "the last norm's backward pass": from_earlier
         | filling
         | {
             "activations": saved,
             "working_set": acts.final_working,
             "gathered_layers": 2 * block + experts,
         },
-        "a block's backward pass": waiting
+        "a block's backward pass": accumulated
         | filling
         | (reduction if is_reduced_early else {})
         | {
             "activations": boundaries + in_block,
             "working_set": max(block.working for block in acts.blocks),
             "gathered_layers": 2 * block + experts,
-            "dequantised_weight": expanded if settings.is_quantised else 0,
+            "dequantised_weight": dequantised if settings.is_quantised else 0,
         },
-        # activations are freed by then except a block's input and its gradient (measured)
+        # The only activations left are the input of a block and its gradient (measured).
         "the reduction of gradients": {"activations": 2 * acts.boundary} | reduction,
     }
 
@@ -214,31 +225,32 @@ def _moments(
 def _gradients(
     shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Gradient terms between micro-batches, and gradient terms while a bucket is reduced.
+    """Gradient terms between two micro-batches, and gradient terms while a bucket is reduced.
 
-    DeepSpeed 0.19.8. Stage 2 (stage_1_and_2.py): a rank accumulates the gradients of its partition,
-    in fp32 if training is bf16 (grad_accum_dtype); a full bucket is flattened into a copy and, in
-    bf16, copied again to fp32. Stage 1: all gradients accumulate in the training dtype, and an
-    empty bucket stays allocated. Stage 3 (stage3.py): partition and bucket are persistent (see
-    `_resident`); a bucket is flattened and reduce-scattered in fp32 (gloo, the backend of CPU
-    ranks, makes another copy).
+    In DeepSpeed 0.19.8:
+    Stage 1 (stage_1_and_2.py): a rank accumulates all gradients in the training dtype, and an empty
+    bucket stays allocated.
+    Stage 2: a rank accumulates the gradients of its partition, in fp32 if training is bf16
+    (grad_accum_dtype). A full bucket is flattened into a copy, which bf16 runs copy again to fp32.
+    Stage 3 (stage3.py): partition and bucket are persistent and counted by `_resident`. A bucket is
+    flattened and reduce-scattered in fp32; gloo, the backend of CPU ranks, makes another copy.
     """
     trainable, b = trainable_parameters(shape, settings), layout.bytes_per_value
     bucket, is_bf16 = bucket_elements(shape, settings), layout.training_dtype == "bfloat16"
-    own = (4 if is_bf16 else b) * trainable // layout.world_size
+    partition = (4 if is_bf16 else b) * trainable // layout.world_size
     if layout.is_sharded:
         return {}, {"reduction": (4 if is_cuda else 8) * bucket}
     reduction = {"zero_buckets": b * bucket, "reduction": (b + (4 if is_bf16 else 0)) * bucket}
     if layout.zero_stage == 1:
         return {"adapter_gradients": b * trainable, "zero_buckets": b * bucket}, reduction
-    return {"adapter_gradients": own}, {"adapter_gradients": own} | reduction
+    return {"adapter_gradients": partition}, {"adapter_gradients": partition} | reduction
 
 
 def _gathered(shape: ModelShape, settings: RunSettings, layout: Layout) -> tuple[int, int, int]:
-    """Bytes gathered at ZeRO-3: the head, the largest block, and experts; 0 at other stages.
+    """Bytes gathered at ZeRO-3: of the head, the largest block, and experts; 0 at other stages.
 
-    Experts count for every block that is not checkpointed, which keeps them gathered until its
-    backward pass (measured: only linear layers gather their weights again there).
+    The experts of every block that is not checkpointed stay gathered until its backward pass
+    (measured: only linear layers release their weights and gather them again in the backward pass).
     """
     if not layout.is_sharded:
         return 0, 0, 0
@@ -258,33 +270,35 @@ def _block_bytes(block: Block, settings: RunSettings, b: int) -> int:
 
 
 def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool) -> int:
-    """Peak of a rank's device while the base is loaded.
+    """Peak bytes on a rank's device while the base is loaded.
 
-    With ZeRO-3, transformers 5.23 shards a 16-bit base while rank 0 reads it: a rank holds its
-    shard and the tensor being read. A quantised base is whole on every rank before DeepSpeed shards
-    it, unless it is loaded through the host (model/base.py). In addition there are the 16-bit
-    tensors that are not quantised yet: one on a CPU (measured), up to four on a GPU (assumed).
+    At ZeRO-3, transformers 5.23 shards a 16-bit base while rank 0 reads it: each rank holds its
+    shard and the tensor that is being read. A quantised base is whole on every rank before
+    DeepSpeed shards it, unless it is loaded through the host (model/base.py). A rank also holds
+    16-bit tensors that are not quantised yet: one on a CPU (measured), up to four on a GPU
+    (assumed).
     """
     b = layout.bytes_per_value
     base = base_bytes(shape, settings, layout.training_dtype)
     largest = shape.largest_linear * b
     constants = quantisation_constants(shape, settings)
     if layout.is_sharded and (not settings.is_quantised or layout.loads_through_host):
-        experts = b * max(block.expert_parameters for block in shape.blocks)  # one tensor
-        widest = max(largest, shape.vocab_size * shape.hidden_size * b, experts)
-        read = 0 if is_cuda else base  # rank 0 reads the whole base into the same memory
-        shared, copies = base - constants, layout.hpz_partition_size
-        share = 0 if layout.offload_param == "cpu" else shared // layout.world_size
-        share += shared // copies if copies > 1 else 0
-        return share + constants + widest + read
-    waiting = 4 if is_cuda else 1
-    return base + (waiting * largest if settings.is_quantised else 0)
+        experts = b * max(block.expert_parameters for block in shape.blocks)  # one fused tensor
+        being_read = max(largest, shape.vocab_size * shape.hidden_size * b, experts)
+        on_rank_0 = 0 if is_cuda else base  # a CPU rank 0 reads the whole base into device memory
+        sharded, hpz_size = base - constants, layout.hpz_partition_size
+        shard = 0 if layout.offload_param == "cpu" else sharded // layout.world_size
+        shard += sharded // hpz_size if hpz_size > 1 else 0
+        return shard + constants + being_read + on_rank_0
+    not_quantised_yet = 4 if is_cuda else 1
+    return base + (not_quantised_yet * largest if settings.is_quantised else 0)
 
 
 def _host_peak(shape: ModelShape, settings: RunSettings, layout: Layout, device_peak: int) -> int:
-    """Peak host memory of one node; `device_peak` is a rank's peak on the CPU, 0 on GPUs.
+    """Peak bytes of host memory of one node.
 
-    Weights are memory-mapped: they need host memory only while they are copied.
+    `device_peak`: peak of a rank that trains on the CPU; 0 on GPUs. Weights are read through a
+    memory map, so they need host memory only while they are copied.
     """
     ranks = layout.ranks_per_node
     need = ranks * (device_peak or _PROCESS)
@@ -295,4 +309,5 @@ def _host_peak(shape: ModelShape, settings: RunSettings, layout: Layout, device_
         need += ranks * base
     elif layout.is_sharded and not settings.is_quantised and device_peak == 0:
         need += base  # rank 0 reads the whole base
-    return need + 16 * trainable_parameters(shape, settings)  # gathered and written by rank 0
+    # Rank 0 gathers and writes the adapter and the optimizer states.
+    return need + 16 * trainable_parameters(shape, settings)

@@ -1,28 +1,28 @@
 """FLOPs, memory traffic and kernel launches of a model and its adapter, per token.
 
-They depend on neither hardware nor layout. A multiplication and its addition are 2 FLOPs. A "pass"
-reads or writes each value of a tensor once. Kernels and passes are those of transformers 5.23
-(models/llama/modeling_llama.py) and peft 0.21 (tuners/lora/layer.py);
-tests/plan/cost/test_per_token.py counts them on models.
+These costs do not depend on hardware or layout. A multiplication with its addition counts as 2
+FLOPs. A "pass" over a tensor reads or writes each of its values once. The numbers of kernels and
+passes are those of transformers 5.23 (models/llama/modeling_llama.py) and peft 0.21
+(tuners/lora/layer.py); tests/plan/cost/test_per_token.py counts them on models.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.cost.activations import has_scores, is_by_document
+from pipeline.plan.cost.activations import attends_by_document, has_scores
 from pipeline.plan.given.adapter_counts import trainable_parameters
 from pipeline.plan.given.block import Block
 from pipeline.plan.given.layout import DTYPE_BYTES
 from pipeline.plan.given.shape import ModelShape
 
-# Passes over a tensor in a block's forward pass, matrix products not included; training dtype.
+# Passes over a tensor of the training dtype in a block's forward pass, without matrix products.
 _NORM_PASSES = 18  # RMSNorm in fp32: cast, square, mean, two products, cast; a kernel each
 _RESIDUAL_PASSES = 3  # two read, one written, after attention and after the MLP
 _ROTARY_PASSES = 10  # halves rotated and concatenated, two products, one sum
 _GATE_PASSES = 5  # activation: one read, one written; product: two read, one written
 _LORA_IN_PASSES = 1  # A reads its input
-_DROPOUT_PASSES = 2  # and dropout reads and writes it first
+_DROPOUT_PASSES = 2  # dropout reads and writes the input of A
 _LORA_OUT_PASSES = 6  # B writes; scaling reads and writes; the sum reads two and writes one
 # Experts (grouped_mm): routing, and for each expert that a token is routed to, passes over tensors
 # of the hidden width (copied in and out, weighted, summed) and of the inner width.
@@ -43,17 +43,19 @@ _EXPERTS_KERNELS = 22  # routing, sorting by expert, two grouped products, and t
 
 @dataclass(frozen=True, kw_only=True)
 class CostPerToken:
-    """Costs of a model and its adapter, all for a forward pass.
+    """Costs of the forward pass of a model and its adapter.
 
-    Per token: `base_flops`, `adapter_flops`, `head_flops`, and `token_values`, the values read or
-    written in all blocks without attention scores. Per token and token of the sequence:
-    `score_flops`, and `score_values`, the values read or written if scores are materialised.
-    Per micro-batch: `kernels`, launches; `document_kernels`, additional ones per packed document.
-    Of the model: `trainable` parameters; `linear_values` and `expert_values`, weights of all linear
-    layers and experts; `expert_share`, fraction of the experts that a token is routed to;
-    `packed_bytes`, the linear weights if they are quantised, else 0; `stored_bytes`, the base as
-    ZeRO-3 shards it, without quantisation constants, which every rank has whole; `modules`, number
-    of linear layers.
+    Per token: `base_flops`, `adapter_flops`, `head_flops`; `token_values`, the values read or
+    written in all blocks, attention scores excluded.
+    Per token and attended token: `score_flops`; `score_values`, the values read or written if
+    attention scores are materialised.
+    Per micro-batch: `kernels`, kernel launches; `document_kernels`, further launches for each
+    packed document.
+    Constants of the model: `trainable`, parameters of the adapter; `linear_values` and
+    `expert_values`, weights of all linear layers and of all experts; `expert_share`, fraction of
+    the experts that one token is routed to; `packed_bytes`, bytes of the linear weights if they are
+    quantised, else 0; `stored_bytes`, bytes of the base that ZeRO-3 shards (quantisation constants
+    are replicated and not included); `modules`, number of linear layers.
     """
 
     trainable: int
@@ -74,16 +76,17 @@ class CostPerToken:
 
 
 def cost_per_token(shape: ModelShape, settings: RunSettings, training_dtype: str) -> CostPerToken:
-    """The costs of a model; cached, because the search for a layout needs them many times."""
+    """The costs of a model. They are cached, because the search for a layout needs them often."""
     return _cached(_Identity(shape, settings), training_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceFlops:
-    """Coefficients of a sequence's model FLOPs, forward and backward, for balancing the ranks.
+    """Coefficients of the model FLOPs of a sequence, forward and backward, for load balancing.
 
-    `per_token`: times its tokens. `per_square`: times the sum of its squared document lengths, as
-    attention does not cross documents. `per_logit`: times its supervised tokens, which have logits.
+    FLOPs = `per_token` x tokens + `per_square` x sum of the squared document lengths + `per_logit`
+    x supervised tokens. Document lengths are squared one by one because attention does not cross
+    documents; only supervised tokens have logits.
     """
 
     per_token: float
@@ -95,7 +98,8 @@ def sequence_flops(cost: CostPerToken) -> SequenceFlops:
     """Coefficients of a sequence's model FLOPs, without recomputation.
 
     The backward pass of a frozen weight costs as much as its forward pass, since only the input
-    needs a gradient. For adapters and attention products, both operands need one: twice as much.
+    needs a gradient. The backward pass of adapters and attention products costs twice as much as
+    their forward pass, since both operands need a gradient.
     """
     return SequenceFlops(
         per_token=2 * cost.base_flops + 3 * cost.adapter_flops,
@@ -107,7 +111,7 @@ def sequence_flops(cost: CostPerToken) -> SequenceFlops:
 class _Identity:
     """Cache key that compares shape and settings by identity.
 
-    Both are immutable, and the key keeps them alive so that their ids stay unique.
+    Both objects are immutable. The key keeps them alive, so that their ids stay unique.
     """
 
     def __init__(self, shape: ModelShape, settings: RunSettings) -> None:
@@ -130,9 +134,9 @@ def _cached(key: _Identity, training_dtype: str) -> CostPerToken:
     trainable = trainable_parameters(shape, settings)
     counts = shape.counts()
     heads = sum(count * block.num_heads for block, count in counts)
-    # Causal kernels skip the masked half of the scores (FlashAttention-2, arXiv 2307.08691 s.3.1).
-    # So does PyTorch's SDPA, as training passes no mask (model/loss.py). Soft-capped scores are
-    # materialised in full, unless FlashAttention caps them.
+    # Causal kernels skip the masked half of the scores (FlashAttention-2, arXiv 2307.08691 s.3.1),
+    # PyTorch's SDPA too, because training passes it no mask (model/loss.py). Soft-capped scores
+    # are materialised in full unless FlashAttention-2 computes them.
     is_materialised = has_scores(shape, settings)
     return CostPerToken(
         trainable=trainable,
@@ -178,7 +182,9 @@ def _block_values(block: Block, settings: RunSettings) -> int:
         + 2 * (queries + keys)  # attention reads q, k and v and writes its output
         + _GATE_PASSES * block.intermediate_size
         + sum(linear.d_in + linear.d_out for linear in block.linears)
-        + (2 * queries if is_by_document(settings) else 0)  # outputs of documents, concatenated
+        + (
+            2 * queries if attends_by_document(settings) else 0
+        )  # outputs of documents, concatenated
     )
     if block.num_experts:
         each = _EXPERT_HIDDEN_PASSES * block.hidden_size + _EXPERT_INNER_PASSES * block.expert_size
@@ -198,6 +204,6 @@ def _kernels(shape: ModelShape, settings: RunSettings) -> int:
 
 
 def _document_kernels(shape: ModelShape, settings: RunSettings) -> int:
-    if not is_by_document(settings):
+    if not attends_by_document(settings):
         return 0
     return shape.num_layers * (_SCORES_KERNELS if has_scores(shape, settings) else 1)

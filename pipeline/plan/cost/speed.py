@@ -1,7 +1,7 @@
 """Predicted seconds of an optimizer step, from the cost per token and the rates of the machine.
 
-The time of a step is the sum of the terms: time that overlaps with another term is counted once.
-The constants below are assumptions, not measured on a GPU; docs/speed.md lists them in one table.
+The prediction is a sum of terms. Each term counts only time that does not overlap with another
+term. The constants below are assumptions, not measured on a GPU; docs/speed.md lists them.
 """
 
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ _SCORES_BACKWARD = 2.5
 # Backward relative to forward for everything else, in bytes and kernels (test_per_token.py).
 _TRAFFIC_BACKWARD = 1.7
 _KERNELS_BACKWARD = 1.6
-_KERNEL_S = 8e-6  # the host's time to launch one kernel from eager PyTorch
-_FETCH_S = 50e-6  # the host's time for ZeRO-3's hooks around one module of the base
-_HOP_S = 5e-6  # one hop of a ring
-_STEP_S = 0.01  # small all-reduces, learning rate update, the line in metrics.jsonl
-# Fraction of ZeRO-3's gathers that never overlaps: the gather of the first block of a pass, and the
-# time by which copies slow down concurrent kernels.
+_KERNEL_S = 8e-6  # host time in seconds to launch one kernel from eager PyTorch
+_FETCH_S = 50e-6  # host time in seconds for ZeRO-3's hooks around one module of the base
+_HOP_S = 5e-6  # latency in seconds of one hop of a ring
+_STEP_S = 0.01  # seconds per step: small all-reduces, learning rate, a line of metrics.jsonl
+# Fraction of the time of ZeRO-3's gathers that does not overlap with computing: the gather of the
+# first block of a pass, and the time by which copies slow down concurrent kernels.
 _EXPOSED_SHARE = 0.1
 # Bytes per parameter: Adam reads gradient, master weight and two moments, and writes all except the
 # gradient, in fp32.
@@ -43,7 +43,10 @@ _REDUCED_BYTES = {"bfloat16": 4, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Predicted time of a step. `terms`: seconds. `tokens`: of all ranks, padding included."""
+    """Predicted time of a step.
+
+    `terms`: seconds of each term. `tokens`: tokens of a step on all ranks, padding included.
+    """
 
     terms: dict[str, float]
     tokens: float
@@ -65,10 +68,10 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Sustained rates of one rank: FLOP/s, and bytes/s in each direction.
+    """Sustained rates of one rank: `flops` in FLOP/s, the others in bytes/s in each direction.
 
-    `ring`: slowest link of a ring over all ranks. `base_ring`: slowest link of a ring over the
-    ranks that gather the base together. `host`: link to host memory.
+    `memory`: device memory. `ring`: slowest link of a ring over all ranks. `base_ring`: slowest
+    link of a ring over the ranks that gather the base together. `host`: link to host memory.
     """
 
     flops: float
@@ -85,7 +88,7 @@ def step_seconds(
     hardware: Hardware,
     sequences: SequenceProfile,
 ) -> Speed:
-    """Predicted time of a step whose average sequence has this profile."""
+    """Predicted time of a step whose sequences have this profile on average."""
     work = cost_per_token(shape, settings, layout.training_dtype)
     rates = reachable_rates(layout, hardware)
     tokens, attended = sequences.tokens, sequences.attended
@@ -172,10 +175,10 @@ def _traffic(
 ) -> float:
     """Bytes of memory traffic of the blocks for one micro-batch.
 
-    Each pass reads the weights, whatever the number of tokens, which makes small micro-batches
-    slow: with n tokens a d x d matrix product reaches n / (n + flops / bandwidth) of the matrix
-    rate (roofline model, Williams et al. 2009, but the sum of both parts instead of the larger
-    one). Only the experts that tokens are routed to are read; with many tokens these are all.
+    Each pass reads all weights once, however few tokens the micro-batch has, so small micro-batches
+    are slow. With n tokens a d x d matrix product reaches n / (n + flops / bandwidth) of the matrix
+    rate (roofline model, Williams et al. 2009, but with the sum of compute and memory time instead
+    of the larger of the two). Of the experts, only those selected by a token are read.
     """
     experts = min(1.0, micro * work.expert_share) * work.expert_values
     weights = (2 + recomputed) * (work.linear_values + experts)
@@ -187,20 +190,21 @@ def _traffic(
 def _dequantised(
     work: CostPerToken, settings: RunSettings, layout: Layout, recomputed: float
 ) -> float:
-    """Bytes of memory traffic for dequantisation, once per pass (bitsandbytes 0.50 autograd).
+    """Bytes of memory traffic for dequantising the weights (bitsandbytes 0.50 autograd).
 
-    MatMul4Bit dequantises in forward and backward: it reads the packed weight and writes the
-    expanded one. The fused kernel of bitsandbytes for few tokens is not modelled. MatMul8bitLt
-    multiplies int8 values forward; backward it casts the weight, then reads and writes it again.
+    MatMul4Bit dequantises in each forward and backward pass: it reads the packed weight and writes
+    the dequantised one. The fused kernel of bitsandbytes for few tokens is not modelled.
+    MatMul8bitLt multiplies int8 values in the forward pass; in the backward pass it casts the
+    weight, then reads and writes it again.
     """
-    whole = layout.bytes_per_value * work.linear_values
+    dequantised = layout.bytes_per_value * work.linear_values
     if settings.load_in_4bit:
-        return (2 + recomputed) * (work.packed_bytes + whole)
-    return work.packed_bytes + 3 * whole if settings.load_in_8bit else 0.0
+        return (2 + recomputed) * (work.packed_bytes + dequantised)
+    return work.packed_bytes + 3 * dequantised if settings.load_in_8bit else 0.0
 
 
 def _launches(work: CostPerToken, layout: Layout, recomputed: float, documents: float) -> float:
-    """Seconds that the host needs to launch the kernels of a micro-batch of `documents`."""
+    """Seconds that the host needs to launch the kernels of a micro-batch with these documents."""
     fetches = 2 * work.modules * _FETCH_S if layout.is_sharded else 0.0
     kernels = (1 + _KERNELS_BACKWARD + recomputed) * work.kernels
     kernels += (2 + recomputed) * work.document_kernels * documents  # as many backward as forward
@@ -208,13 +212,14 @@ def _launches(work: CostPerToken, layout: Layout, recomputed: float, documents: 
 
 
 def _gathers(work: CostPerToken, layout: Layout, rates: Rates) -> float:
-    """Seconds of ZeRO-3's gathers of the base in a micro-batch, before any overlap.
+    """Seconds of ZeRO-3's gathers of the base in a micro-batch, without overlap.
 
-    There is one gather for forward and one for backward; recomputation uses that of backward
-    (stage3_max_reuse_distance, DeepSpeed 0.19.8 partitioned_param_coordinator.py). Each is a ring
-    that sends (p - 1)/p of the bytes over p ranks (Thakur et al. 2005). With hpZ every gather of a
-    frozen base reads the copy within the group (stage3.py, ZeRO++ arXiv 2306.10209 s.3.2). An
-    offloaded shard is copied from host memory for each gather.
+    The base is gathered twice: for the forward pass, and for the backward pass with its
+    recomputation (stage3_max_reuse_distance, DeepSpeed 0.19.8 partitioned_param_coordinator.py).
+    Each gather is a ring that sends (p - 1)/p of the bytes over p ranks (Thakur et al. 2005). With
+    hpZ every gather of a frozen base reads the second copy (stage3.py, ZeRO++ arXiv 2306.10209
+    s.3.2), which the `hpz_partition_size` ranks of a group hold. An offloaded shard is copied from
+    host memory for each gather.
     """
     if not layout.is_sharded:
         return 0.0
@@ -227,9 +232,9 @@ def _gathers(work: CostPerToken, layout: Layout, rates: Rates) -> float:
 
 
 def _exposed(gathers: float, busy: float) -> float:
-    """Seconds of gathers that do not overlap with `busy` seconds of computing.
+    """Seconds of the gathers that do not overlap with `busy` seconds of computing.
 
-    At ZeRO-3 `overlap_comm` is on.
+    Gathers can overlap because the config sets `overlap_comm` at ZeRO-3.
     """
     return _EXPOSED_SHARE * gathers + max(0.0, (1 - _EXPOSED_SHARE) * gathers - busy)
 
@@ -255,5 +260,5 @@ def _once_a_step(work: CostPerToken, layout: Layout, rates: Rates) -> dict[str, 
 
 
 def _ring(ranks: int, num_bytes: float, rate: float, *, rings: int = 1) -> float:
-    """Seconds of an all-gather or reduce-scatter of `num_bytes`, divided into `rings` rings."""
+    """Seconds of an all-gather or reduce-scatter of `num_bytes` in `rings` consecutive rings."""
     return (ranks - 1) / ranks * num_bytes / rate + rings * (ranks - 1) * _HOP_S

@@ -1,6 +1,6 @@
-"""The DeepSpeed config of a plan; ds_config.json in the run folder is exactly this.
+"""The DeepSpeed config of a plan, which a run writes to ds_config.json.
 
-Each key has its reason in a comment; facts are of DeepSpeed 0.19.8.
+Comments give the reason for each key; facts about DeepSpeed hold for version 0.19.8.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from pipeline.plan.given.adapter_counts import adapter_counts
 from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.shape import ModelShape
 
-_EXPERTS = {
+_EXPERT_MODULES = {
     "mixtral": "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
     "qwen2_moe": "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
     "qwen3_moe": "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
@@ -26,23 +26,26 @@ def deepspeed_config(
     *,
     is_cuda: bool,
 ) -> dict[str, Any]:
-    """The config for `deepspeed.initialize`; `train_batch_size` follows from the world size."""
+    """The config for `deepspeed.initialize`.
+
+    `train_batch_size` is left out, because DeepSpeed computes it from the world size.
+    """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": layout.micro_batch_size,
         "gradient_accumulation_steps": layout.accumulation_steps,
-        "gradient_clipping": settings.max_grad_norm,  # the default is 1.0, so 0 must be written
-        "steps_per_print": None,  # progress is ours
+        "gradient_clipping": settings.max_grad_norm,  # written even if 0: the default is 1.0
+        "steps_per_print": None,  # this package shows the progress itself
         "optimizer": _optimizer(settings, is_cuda=is_cuda),
         "zero_optimization": _zero(shape, settings, layout, is_cuda=is_cuda),
     }
     if layout.training_dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
-        # The adapter is small: adding its gradients over ranks in fp32 costs next to nothing.
+        # The adapter is small, so reducing its gradients in fp32 costs next to nothing.
         config["communication_data_type"] = "fp32"
-        if layout.zero_stage > 1:  # at stage 1 this key switches to another optimizer class
+        if layout.zero_stage > 1:  # at stage 1 this key selects another optimizer class
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     if layout.training_dtype == "float16":
-        # hysteresis 1: the default of 2 ignores the first overflow, and that step is lost
+        # hysteresis 1: with the default of 2 the first overflow skips a step but keeps the scale
         config["fp16"] = {
             "enabled": True,
             "initial_scale_power": 16,
@@ -57,8 +60,8 @@ def _optimizer(settings: RunSettings, *, is_cuda: bool) -> dict[str, Any]:
         "lr": settings.lr,
         "betas": [0.9, 0.999],
         "eps": 1e-8,
-        "weight_decay": settings.weight_decay,  # DeepSpeed's and torch's defaults differ
-        "torch_adam": True,  # DeepSpeed's own Adam is compiled at start-up, even on a CPU
+        "weight_decay": settings.weight_decay,  # always written: DeepSpeed's default is not torch's
+        "torch_adam": True,  # DeepSpeed's own Adam would be compiled at start-up, even on a CPU
     }
     if is_cuda:
         params["fused"] = True
@@ -72,10 +75,10 @@ def _zero(
     zero: dict[str, Any] = {
         "stage": layout.zero_stage,
         "contiguous_gradients": True,
-        "reduce_bucket_size": bucket,  # allocated in full: the default of 5e8 is a gigabyte
+        "reduce_bucket_size": bucket,  # allocated in full: the default of 5e8 takes a gigabyte
         "allgather_bucket_size": bucket,
-        # At stages 1 and 2 it costs one more bucket, has given wrong gradients, and gains nothing
-        # for an adapter. At stage 3 it overlaps the gathers of the base.
+        # Overlap at stages 1 and 2 costs one more bucket, has given wrong gradients, and gains
+        # nothing for an adapter. At stage 3 the gathers of the base overlap with computing.
         "overlap_comm": layout.is_sharded,
     }
     if layout.is_sharded:
@@ -88,26 +91,27 @@ def _sharded(
 ) -> dict[str, Any]:
     gathered = gathers(shape, settings)
     zero: dict[str, Any] = {
-        # Adapters stay whole on every rank: no gathers of small matrices in every layer.
+        # Adapters are replicated, so that layers do not gather small matrices.
         "stage3_param_persistence_threshold": adapter_counts(shape, settings).largest_matrix,
-        # Gathered at most: the block in use, one prefetched, the head (plan/cost/gathers.py).
+        # These limits allow the block in use and one prefetched block (plan/cost/gathers.py).
         "stage3_max_live_parameters": gathered.block,
         "stage3_prefetch_bucket_size": gathered.block,
         "stage3_max_reuse_distance": gathered.reuse_distance,
-        # One collective a matrix, into its own memory. Otherwise prefetched matrices share a buffer
-        # that is copied from, and that stays allocated until the last copy is used.
+        # Gather each matrix with its own collective into its own memory. Otherwise prefetched
+        # matrices share a buffer, which stays allocated until the last of them has been used.
         "stage3_allgather_sequential": True,
-        # Never wanted: it gathers the whole base on rank 0.
+        # Off, because it would gather the whole base on rank 0.
         "stage3_gather_16bit_weights_on_model_save": False,
     }
-    if shape.model_type in _EXPERTS:
-        # Ranks route to different experts, so that the block is gathered as one, in the same order
-        # on all. DeepSpeed's default includes these; explicit, in case a later default does not.
-        zero["leaf_module"] = {"classes": [_EXPERTS[shape.model_type]]}
+    if shape.model_type in _EXPERT_MODULES:
+        # Ranks route tokens to different experts. A leaf module is gathered as a whole, so all
+        # ranks gather in the same order. DeepSpeed's default list has these classes; they are
+        # written here in case a later default does not.
+        zero["leaf_module"] = {"classes": [_EXPERT_MODULES[shape.model_type]]}
     if layout.hpz_partition_size > 1:
-        # A second copy of the base over the ranks of a node: gathers stay inside the node.
+        # A second copy of the base, sharded over the ranks of a node: gathers use only its links.
         zero["zero_hpz_partition_size"] = layout.hpz_partition_size
     if layout.offload_param == "cpu":
-        # Shards of the base are in host memory, pinned if there is a GPU to copy to.
+        # The base's shards are in host memory, pinned if there is a GPU to copy them to.
         zero["offload_param"] = {"device": "cpu", "pin_memory": is_cuda}
     return zero

@@ -1,4 +1,4 @@
-"""The keys that DeepSpeed 0.19.8 reads. It silently ignores others at the top level.
+"""The keys that DeepSpeed 0.19.8 reads. At the top level it silently ignores all others.
 
 tests/plan/deepspeed/test_overlay.py compares these lists with the installed DeepSpeed.
 """
@@ -37,14 +37,15 @@ ZERO_OPTIMIZATION = frozenset({
     "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights",
 })  # fmt: skip
 
-# ZeRO-3's keys without their prefix -> with it. DeepSpeed reads both (populate_by_name).
+# Short name of a ZeRO-3 key, without `stage3_` -> full name. DeepSpeed reads both
+# (populate_by_name).
 SHORT_NAMES: Mapping[str, str] = {
     key.removeprefix("stage3_"): key
     for key in sorted(ZERO_OPTIMIZATION)
     if key.startswith("stage3_") and key != "stage3_gather_fp16_weights_on_model_save"
 }
 
-# Keys that 0.19 removed and stops at, with the remedy of their rule.
+# Keys at which DeepSpeed 0.19 stops, because it removed them -> remedy of their rule.
 REMOVED = {
     "amp": "set bf16 or fp16 in the run file",
     "compression_training": "set load_in_4bit or load_in_8bit in the run file to save memory",
@@ -64,7 +65,7 @@ REMOVED_FROM_ZERO = {
     "zeropp_loco_param": "leave it out",
 }
 
-# Known keys of a block by its path; keys of other blocks are not checked.
+# Path of a block -> its known keys. The keys of other blocks are not checked.
 BLOCKS: Mapping[tuple[str, ...], Collection[str]] = {
     (): TOP_LEVEL | REMOVED.keys(),
     ("zero_optimization",): ZERO_OPTIMIZATION | SHORT_NAMES.keys() | REMOVED_FROM_ZERO.keys(),
@@ -102,15 +103,16 @@ BLOCKS: Mapping[tuple[str, ...], Collection[str]] = {
     ("tensorboard",): {"enabled", "job_name", "output_path"},
     ("wandb",): {"enabled", "group", "project", "team"},
     ("optimizer",): {"legacy_fusion", "params", "type"},
-    # of AdamW; rule optimizer-parameters refuses those that change a step or a checkpoint
+    # Keys of AdamW; the rule optimizer-parameters refuses the ones that change a step or checkpoint
     ("optimizer", "params"): {
         "adam_w_mode", "amsgrad", "betas", "bias_correction", "capturable", "differentiable", "eps",
         "foreach", "fp32_optimizer_states", "fused", "lr", "maximize", "torch_adam", "weight_decay",
     },
 }  # fmt: skip
 
-# Values that DeepSpeed accepts for keys that the generated config has not: a check here names the
-# line before a GPU is held, DeepSpeed stops when the model is loaded.
+# The tables below give the values that DeepSpeed accepts for keys that the generated config does
+# not set. DeepSpeed checks them only after the model is loaded; here they are checked before a GPU
+# is used, and the message names the line.
 _ZERO_NUMBERS = {
     "allgather_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
     "stage3_model_persistence_threshold", "stage3_module_granularity_threshold",
@@ -143,7 +145,7 @@ TEXTS = frozenset({
     ("flops_profiler", "output_file"),
 })  # fmt: skip
 LISTS = frozenset({("comms_logger", "prof_ops")})
-# Whole numbers -> the smallest.
+# Keys whose values are whole numbers -> the smallest value.
 WHOLE_NUMBERS: Mapping[tuple[str, ...], int] = {
     ("steps_per_print",): 1,
     ("zero_optimization", "reduce_bucket_size"): 1,

@@ -1,7 +1,7 @@
 """The user's own DeepSpeed JSON: checked against the run file, then merged into the config.
 
-DeepSpeed ignores unknown keys at the top level; here they are refused everywhere. The values of
-known keys are checked by the rules, which see the merged config.
+Unknown keys are refused, although DeepSpeed ignores them at the top level. The rules check the
+merged config.
 """
 
 import difflib
@@ -30,17 +30,17 @@ _ZERO = "zero_optimization"
 
 
 def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
-    """The settings with the values that the JSON fixes.
+    """The settings with the values that the JSON sets, which then constrain the layout.
 
-    Called before the layout is chosen, so that they constrain it. Raises UserError if the run file
-    has another value, and for keys that DeepSpeed does not read.
+    Raises UserError for a key to which the run file gives another value, and for a key that
+    DeepSpeed does not read.
     """
     own = _read(path)
     fixed: dict[str, Any] = {}
     for dotted, name in settings_by("deepspeed").items():
         key = tuple(dotted.split("."))
         value, setting = _at(own, key), getattr(settings, name)
-        if value is None or value == "nvme":  # nvme is refused by rule
+        if value is None or value == "nvme":  # the rule nvme-not-yet refuses nvme
             continue
         if name in settings.model_fields_set and setting not in ("auto", value):
             raise UserError(
@@ -56,19 +56,19 @@ def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
 def overlay(generated: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The generated config with the JSON's keys merged into it, block by block.
 
-    Raises UserError for keys that DeepSpeed does not read, and for values of another type than the
-    ones they replace. Keys that DeepSpeed removed are accepted here: each has a rule.
+    Raises UserError for a key that DeepSpeed does not read, and for a value whose type differs from
+    that of the value it replaces. Keys that DeepSpeed removed are accepted: each has a rule.
     """
     own = _read(path)
     return _merged(generated, own.values, own, ())
 
 
 def _merged(
-    below: Mapping[str, Any], above: Mapping[str, Any], own: Located, path: KeyPath
+    generated: Mapping[str, Any], block: Mapping[str, Any], own: Located, path: KeyPath
 ) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = below.get(key)
+    merged = dict(generated)
+    for key, value in block.items():
+        old = generated.get(key)
         is_block = isinstance(value, Mapping)
         if old is not None and _type(value) != _type(old):
             place = _location(own, (*path, key))
@@ -97,9 +97,10 @@ def _validate(settings: RunSettings, values: dict[str, Any], place: str) -> None
 
 
 def _read(path: str) -> Located:
-    """The file with ZeRO-3's keys under their full names, and without values "auto" and null.
+    """The JSON file, with ZeRO-3's keys under their full names, without values "auto" and null.
 
-    Both stand for the generated value. Raises UserError for every unknown key, whatever its value.
+    "auto" and null stand for the generated value. Raises UserError for every unknown key, even with
+    one of these values.
     """
     own = read_located(Path(path), "JSON", label="deepspeed_json: ")
     _require_known(own)
@@ -126,8 +127,8 @@ def _require_known(own: Located) -> None:
         names = BLOCKS.get(key[:-1])
         if names is not None and key[-1] not in names:
             near = difflib.get_close_matches(key[-1], sorted(names), n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}?" if near else "take it out"
-            problems.append(f"{_location(own, key)}: no key that DeepSpeed reads; {hint}")
+            hint = f"did you mean {near[0]!r}?" if near else "remove it"
+            problems.append(f"{_location(own, key)}: DeepSpeed does not read this key; {hint}")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -177,7 +178,7 @@ def _without_auto(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _at(own: Located, key: KeyPath) -> Any:
-    """The value at a path, None if there is none."""
+    """The value at a path; None if the key is missing."""
     value: Any = own.values
     for part in key:
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -185,7 +186,7 @@ def _at(own: Located, key: KeyPath) -> Any:
 
 
 def _location(own: Located, key: KeyPath) -> str:
-    """File, line and key, with the name of the key as in the file."""
+    """File, line and key, with the name of the key as it is in the file."""
     names = {full: short for short, full in SHORT_NAMES.items()}
     is_short = key[:1] == (_ZERO,) and len(key) == 2 and (_ZERO, names.get(key[1], "")) in own.lines
     shown = (_ZERO, names[key[1]]) if is_short else key

@@ -14,12 +14,12 @@ _ATTENTION_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"}
 _ATTENTION_OUTPUT = {"o_proj", "dense"}
 _MLP_INPUT = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"}
 
-_Named = Sequence[tuple[str, Linear]]
+_NamedLinears = Sequence[tuple[str, Linear]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterCounts:
-    """Sums over the adapted linear layers of a model, or of its blocks of one kind."""
+    """Sums over the adapted linear layers of a model, or of all its blocks of one kind."""
 
     layers: int
     parameters: int
@@ -29,7 +29,7 @@ class AdapterCounts:
     blocks_reading_attention_input: int
     blocks_reading_attention_output: int
     blocks_reading_mlp_input: int
-    product_width: int  # sum of d_in of the other layers, such as the MLP's down projection
+    other_input_width: int  # sum of d_in of layers that read another input (down projection)
 
 
 def adapter_counts(shape: ModelShape, settings: RunSettings) -> AdapterCounts:
@@ -47,7 +47,7 @@ def adapter_counts_by_kind(shape: ModelShape, settings: RunSettings) -> tuple[Ad
 
 
 def trainable_parameters(shape: ModelShape, settings: RunSettings) -> int:
-    """Number of trainable parameters: those of the adapter."""
+    """Number of trainable parameters: all parameters of the adapter."""
     return adapter_counts(shape, settings).parameters
 
 
@@ -82,7 +82,7 @@ def _counts(
     return _count(selected, r), tuple(_count(of_kind, r) for of_kind in by_kind)
 
 
-def _count(selected: _Named, r: int) -> AdapterCounts:
+def _count(selected: _NamedLinears, r: int) -> AdapterCounts:
     linears = [linear for _, linear in selected]
     return AdapterCounts(
         layers=len(linears),
@@ -93,17 +93,18 @@ def _count(selected: _Named, r: int) -> AdapterCounts:
         blocks_reading_attention_input=_blocks_with(selected, _ATTENTION_INPUT),
         blocks_reading_attention_output=_blocks_with(selected, _ATTENTION_OUTPUT),
         blocks_reading_mlp_input=_blocks_with(selected, _MLP_INPUT),
-        product_width=sum(linear.d_in for linear in linears if _reads_product(linear)),
+        other_input_width=sum(linear.d_in for linear in linears if _reads_other_input(linear)),
     )
 
 
-def _blocks_with(selected: _Named, names: set[str]) -> int:
-    return len({name.removesuffix(f".{x.name}") for name, x in selected if _end(x) in names})
+def _blocks_with(selected: _NamedLinears, names: set[str]) -> int:
+    """Number of blocks that have an adapted layer with one of these names."""
+    return len({name.removesuffix(f".{x.name}") for name, x in selected if _last_part(x) in names})
 
 
-def _reads_product(linear: Linear) -> bool:
-    return _end(linear) not in _ATTENTION_INPUT | _ATTENTION_OUTPUT | _MLP_INPUT
+def _reads_other_input(linear: Linear) -> bool:
+    return _last_part(linear) not in _ATTENTION_INPUT | _ATTENTION_OUTPUT | _MLP_INPUT
 
 
-def _end(linear: Linear) -> str:
+def _last_part(linear: Linear) -> str:
     return linear.name.rsplit(".", 1)[-1]

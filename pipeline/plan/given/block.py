@@ -9,8 +9,11 @@ from pipeline.plan.given.families import Linear, NormKind
 class Block:
     """One kind of decoder block.
 
-    `intermediate_size`: inner width of the MLP that consists of linear layers; in a block with
-    experts that of the shared expert, 0 if there is none. `expert_size`: inner width of one expert.
+    `intermediate_size`: inner width of the dense MLP, or of the shared expert in a block with
+    experts; 0 if there is neither. `expert_size`: inner width of one expert. `saved`: size per
+    token of the tensors saved for backward without adapters, counted on the model's class: the
+    number of values in the training dtype, and the bytes of other types; None if activations.py
+    computes them.
     """
 
     linears: tuple[Linear, ...]
@@ -20,16 +23,14 @@ class Block:
     num_kv_heads: int
     head_dim: int
     norm_kind: NormKind = "rms"
-    num_norms: int = 2  # norms of the hidden width
-    has_head_norms: bool = False  # norms of each query head and each key head
+    num_norms: int = 2  # of the hidden width
+    has_head_norms: bool = False  # each query head and each key head is normalised
     is_gated: bool = True
     has_fused_gate: bool = False  # gate and up projection are one linear layer
     num_experts: int = 0  # 0: no experts
     experts_per_token: int = 0
     expert_size: int = 0
     other_parameters: int = 0  # parameters that the fields above do not include
-    # Saved for backward per token without adapters, counted on the model class: values in the
-    # training dtype, and bytes of other types. None: computed by activations.py.
     saved: tuple[int, int] | None = None
 
     @property
@@ -82,7 +83,7 @@ class Block:
 
     @property
     def active_weights(self) -> int:
-        """Weights that one token is multiplied by, including the router and the token's experts."""
+        """Weights that one token is multiplied by, including router and selected experts."""
         experts = self.experts_per_token * self._parameters_per_expert
         return self.linear_weights + self.router_parameters + experts
 

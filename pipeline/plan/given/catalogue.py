@@ -1,6 +1,6 @@
-"""GPUs by name, with the rates of their data sheets, and estimated rates for other devices.
+"""Catalogue of GPUs with the rates of their data sheets, and estimated rates for other devices.
 
-A data sheet's figure is an upper bound; speed.py has the fractions that are assumed to be reached.
+The rates are upper bounds; speed.py has the fractions of them that a run is assumed to reach.
 Network rates are not a property of a GPU: they are assumptions.
 """
 
@@ -19,8 +19,8 @@ _T = 1e12
 
 # PCI Express x16, each way: 16, 32 and 64 GB/s for generations 3, 4 and 5 (PCI-SIG).
 _PCIE3, _PCIE4, _PCIE5 = 16 * _GB, 32 * _GB, 64 * _GB
-# GeForce drivers allow no peer-to-peer access, so every transfer goes through host memory, assumed
-# at half the rate of PCIe 4.
+# Rate between two GeForce GPUs: their drivers allow no peer-to-peer access, so transfers go through
+# host memory, assumed at half the rate of PCIe 4.
 _THROUGH_HOST = _PCIE4 / 2
 
 # Network bandwidth of one GPU to other nodes, bytes/s in each direction. All four are assumptions.
@@ -33,11 +33,12 @@ _OFFICE = 10 / 8 * _GB / 2  # 10 Gb/s Ethernet shared by two GPUs
 _gpu = partial(Hardware, kind="cuda", devices_per_node=1, host_bytes=0)
 
 
-# Memory: MiB that `nvidia-smi` shows (recent drivers, default ECC setting), less than the nominal
-# size on cards that store ECC bits in it. Rates: from the data sheet or architecture white paper
-# named above each row; bf16 or fp16 tensor cores with fp32 accumulation, dense (half of a figure
-# "with sparsity"); half of NVLink's total for each direction. A PCIe card's `node_link` is its
-# slot, since an NVLink bridge joins only two cards.
+# Memory: MiB that `nvidia-smi` shows with recent drivers and the default ECC setting. Cards that
+# store ECC bits in device memory show less than their nominal size.
+# Rates: from the data sheet or architecture white paper named above each row. `flops`: dense rate
+# of the bf16 or fp16 tensor cores with fp32 accumulation (half of a figure "with sparsity").
+# `node_link`: half of NVLink's total, for one direction; for PCIe cards the rate of the slot, since
+# an NVLink bridge joins only two cards.
 # fmt: off
 GPUS: Mapping[str, Hardware] = {
     # DGX B200 data sheet, whose figures are for eight GPUs
@@ -104,7 +105,7 @@ GPUS: Mapping[str, Hardware] = {
     "v100-32gb": _gpu(name="Tesla V100-SXM2-32GB", device_bytes=32768 * _MIB,
         compute_capability=(7, 0), flops=125 * _T, memory_bandwidth=900 * _GB,
         node_link=150 * _GB, host_link=_PCIE3, network=_SERVER),
-    # as above; the memory is nominal
+    # V100 data sheet, NVLink; the memory is the nominal size
     "v100-16gb": _gpu(name="Tesla V100-SXM2-16GB", device_bytes=16384 * _MIB,
         compute_capability=(7, 0), flops=125 * _T, memory_bandwidth=900 * _GB,
         node_link=150 * _GB, host_link=_PCIE3, network=_SERVER),
@@ -115,12 +116,13 @@ GPUS: Mapping[str, Hardware] = {
 }
 # fmt: on
 
-# Memory sizes within this ratio count as equal: drivers differ by less, MIG slices by more.
+# Memory sizes whose ratio is below this count as equal: the sizes that different drivers report
+# for a card differ by less, MIG slices by more.
 _SAME_MEMORY = 1.1
 
 # One core of a server CPU: 16-bit matmul FLOP/s (with AVX512-BF16 or AMX; without them bf16 is far
-# slower) and memory bandwidth per core. Fitted so that speed.py matches the two measurements on two
-# cores in docs/benchmarks.md; another CPU may be several times faster or slower.
+# slower) and memory bandwidth in bytes/s. Fitted so that speed.py matches the two measurements on
+# two cores in docs/benchmarks.md; another CPU may be several times faster or slower.
 _CORE_FLOPS = 1.5e11
 _CORE_BANDWIDTH = 8 * _GB
 # Bytes/s between ranks on one CPU, which communicate by gloo over the loopback; an assumption.
@@ -132,19 +134,20 @@ def gpu_named(key: str) -> Hardware:
     if key in GPUS:
         return GPUS[key]
     near = difflib.get_close_matches(key.lower(), GPUS, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(GPUS)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known GPUs: {', '.join(GPUS)}."
     raise UserError(
-        f"unknown GPU {key!r}; {hint} Describe any other by its memory and its 16-bit rate "
+        f"unknown GPU {key!r}; {hint} Describe any other GPU by its memory and its 16-bit rate "
         "(--gpu-memory-gib, --gpu-tflops)"
     )
 
 
 def gpu_like(gib: float, tflops: float | None = None) -> Hardware:
-    """A GPU described by its memory and, if given, its dense 16-bit rate; supports bfloat16.
+    """A GPU described by its memory and, if known, its dense 16-bit rate.
 
-    Its other rates come from a card of the catalogue. Without `tflops` that is the slowest card of
-    about the same memory. With `tflops` it is the card closest in memory and rate, and its memory
-    bandwidth is scaled by the ratio of the rates. Raises UserError for a value that is not above 0.
+    It is assumed to support bfloat16. Its other rates come from a card of the catalogue: without
+    `tflops` the slowest card of about the same memory, with `tflops` the card closest in memory and
+    rate, whose memory bandwidth is scaled by the ratio of the rates. Raises UserError for a value
+    that is not above 0.
     """
     size = int(gib * GIB)
     if size < 1 or (tflops is not None and tflops <= 0):
@@ -153,8 +156,8 @@ def gpu_like(gib: float, tflops: float | None = None) -> Hardware:
     cards = GPUS.values()
     if tflops is None:
         nearest = min(_ratio(card.device_bytes, size) for card in cards)
-        alike = [c for c in cards if _ratio(c.device_bytes, size) <= nearest * _SAME_MEMORY]
-        card = min(alike, key=lambda card: (card.flops, card.memory_bandwidth))
+        similar = [c for c in cards if _ratio(c.device_bytes, size) <= nearest * _SAME_MEMORY]
+        card = min(similar, key=lambda card: (card.flops, card.memory_bandwidth))
         factor = 1.0
     else:
         rate_wanted = tflops * _T
@@ -171,19 +174,21 @@ def gpu_like(gib: float, tflops: float | None = None) -> Hardware:
 
 
 def rates_of(nvml_name: str, device_bytes: int) -> Hardware:
-    """Rates for a detected GPU: of the card with its NVML name, else of one with similar memory.
+    """The catalogue's rates for a detected GPU.
 
-    The caller replaces number, memory and name with the detected values.
+    They are those of the card with this NVML name and about this memory; if the catalogue has none,
+    those that `gpu_like` estimates from the memory. The caller replaces number of devices, memory
+    and name by the detected values.
     """
     for card in GPUS.values():
-        is_same = _plain(card.name) == _plain(nvml_name)
+        is_same = _product_name(card.name) == _product_name(nvml_name)
         if is_same and _ratio(card.device_bytes, device_bytes) <= _SAME_MEMORY:
             return card
     return gpu_like(device_bytes / GIB)
 
 
 def cpu_of(num_cores: int, memory_bytes: int) -> Hardware:
-    """A CPU as one device. Its rates are rough estimates, its network is an assumption."""
+    """All cores of a CPU as one device, with estimated rates and an assumed network."""
     return Hardware(
         kind="cpu",
         name="CPU",
@@ -198,11 +203,11 @@ def cpu_of(num_cores: int, memory_bytes: int) -> Hardware:
     )
 
 
-def _plain(name: str) -> str:
-    """The product name without vendor and product family, which drivers write inconsistently."""
+def _product_name(name: str) -> str:
+    """The name without vendor and product family: drivers do not always include these."""
     return re.sub(r"\b(NVIDIA|Tesla|GeForce)\b|\s+", "", name).lower()
 
 
 def _ratio(one: float, other: float) -> float:
-    """Larger over smaller: 1 for equal values."""
+    """The larger value divided by the smaller one."""
     return max(one, other) / min(one, other)

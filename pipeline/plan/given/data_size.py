@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class DataSize:
-    """Documents of an epoch and their tokens, truncated to `max_length`, without padding.
+    """Numbers of an epoch: documents, and their tokens after truncation to `max_length`.
 
-    `longest`: tokens of the longest document, None if not all have been read. `is_exact`: counted
-    by prepare, not estimated. `sequences`: number of sequences of an epoch, None before prepare.
-    `count_longer`: function from a number of tokens to the number of longer documents.
+    Padding is not counted. `longest`: tokens of the longest document; None if some documents have
+    not been read. `is_exact`: counted by prepare, not estimated. `sequences`: number of sequences;
+    None before prepare. `count_longer`: function from a number of tokens to the number of documents
+    with more tokens.
     """
 
     documents: int

@@ -1,8 +1,8 @@
 """Model families: names and sizes of the linear layers of a decoder block, by `model_type`.
 
-Source: transformers 5.23, models/*/modeling_*.py. There the experts of a block are fused tensors
-and the router is not an nn.Linear, so peft cannot adapt them by name and bitsandbytes leaves them
-in 16 bits.
+Source: transformers 5.23, models/*/modeling_*.py. In this version the experts of a block are fused
+tensors, and the router is not an nn.Linear. So peft cannot adapt experts and routers by name, and
+bitsandbytes does not quantise them.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,7 +39,7 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """Widths of the hidden state, the MLP's inner layer, all query heads, and all key heads."""
+    """Widths of the hidden state, the inner layer of the MLP, all query heads and all key heads."""
 
     hidden: int
     inner: int
@@ -49,7 +49,7 @@ class Widths:
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """The experts of each block, each a gated MLP of inner width `size`."""
+    """The experts of a block. Each is a gated MLP of inner width `size`."""
 
     count: int
     per_token: int
@@ -60,10 +60,13 @@ class Experts:
 class Family:
     """Description of one `model_type`.
 
-    `defaults`: values of the config class for keys that config.json may omit. `layers`: name of the
-    module list of the blocks. `inner_key`: key of config.json for the inner width of the MLP, None
-    if the only MLPs are experts. For mixture-of-experts models: `has_experts(config, layer)` tells
-    whether that layer has experts; `dense_linears` gives the linear layers of those without.
+    `linears`: function that returns the linear layers of a block. `defaults`: values of the config
+    class for keys that config.json may omit. `layers`: name of the ModuleList of blocks.
+    `inner_key`: key of config.json for the inner width of the MLP; None if the only MLPs are
+    experts. `head_norms`: function that returns whether query and key heads are normalised.
+
+    For mixture-of-experts models `has_experts(config, layer)` returns whether a layer has experts,
+    and `dense_linears` returns the linear layers of a block without experts.
     """
 
     linears: Callable[[Config, Widths], tuple[Linear, ...]]
@@ -144,8 +147,8 @@ def _qwen3_moe(config: Config, widths: Widths) -> tuple[Linear, ...]:
 
 
 def _qwen3_moe_dense(config: Config, widths: Widths) -> tuple[Linear, ...]:
-    # peft 0.21 applies the names of this MLP to the fused experts of the other blocks instead
-    # (utils/transformers_weight_conversion.py).
+    # Not adaptable: peft 0.21 applies the names of these layers to the fused experts of the other
+    # blocks (utils/transformers_weight_conversion.py).
     mlp = [replace(linear, is_adaptable=False) for linear in _gated_mlp(widths)]
     return (*_qwen3_moe(config, widths), *mlp)
 
@@ -187,8 +190,8 @@ def _gated_mlp(widths: Widths, name: str = "mlp", *, has_bias: bool = False) -> 
     )
 
 
-# The number of experts has two names in config.json. If both are set, the config class uses the one
-# that is read first here (attribute_map in transformers 5.23, models/*/configuration_*.py).
+# The number of experts has two names in config.json. If both are set, these functions use the same
+# one as the config class (attribute_map in transformers 5.23, models/*/configuration_*.py).
 def _mixtral_experts(config: Config) -> Experts:
     return Experts(
         count=int(config.get("num_experts") or config["num_local_experts"]),

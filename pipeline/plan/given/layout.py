@@ -9,13 +9,13 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Division of a run over ranks; with model, adapter and machine it determines memory and speed.
+    """Division of a run over ranks, ZeRO stages and micro-batches.
 
-    `checkpointed_layers`: number of checkpointed blocks, counted from the first, because the first
-    blocks' backward pass comes last, when the activations of the others have been freed.
-    `hpz_partition_size`: ranks that share a second copy of the base at ZeRO-3; 1: no second copy.
-    `loads_through_host`: a quantised base too large for one device is loaded into host memory and
-    sharded from there.
+    `checkpointed_layers`: number of blocks with activation checkpointing. These are the first
+    blocks, because their backward pass runs last, when the activations of the others are freed.
+    `hpz_partition_size`: number of ranks that shard a second copy of the base (hpZ) at ZeRO-3; 1 if
+    there is no second copy. `loads_through_host`: a quantised base that is too large for one device
+    is loaded into host memory and sharded from there.
     """
 
     zero_stage: int
@@ -54,10 +54,10 @@ class Layout:
 class SequenceProfile:
     """Properties of the sequences of a micro-batch that memory and speed depend on.
 
-    `tokens`: length of a sequence, padding included. `supervised_share`: fraction of tokens with
-    labels, and so with logits. `attended`: for packed sequences the mean document length (attention
-    does not cross documents); None if each sequence is one document. The defaults give upper
-    bounds.
+    `tokens`: length of a sequence, padding included. `supervised_share`: fraction of the tokens
+    that have labels; logits are computed only for these. `attended`: mean document length of packed
+    sequences, because attention does not cross documents; None if each sequence is one document.
+    The defaults give upper bounds of memory and time.
     """
 
     tokens: float

@@ -1,8 +1,8 @@
-"""Published models: sizes that ship with the package, to plan by name before any download.
+"""Published models: sizes that ship with this package, so that planning needs no download.
 
-published_models.json has the keys of each model's config.json that give its sizes, with source and
-date. published_shapes.json has the sizes of models whose type is not in families.py, counted on the
-model class; `python -m pipeline.cli.shapes` writes it.
+published_models.json has, for each model, the keys of config.json that determine its sizes, with
+source and date. published_shapes.json has the sizes of models whose type is not in families.py,
+counted on the model's class; `python -m pipeline.cli.shapes` writes this file.
 """
 
 import difflib
@@ -23,11 +23,12 @@ SHAPES_FILE = Path(__file__).with_name("published_shapes.json")
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedModel:
-    """A model on the hub. `also`: other models with the same sizes.
+    """A model on the hub.
 
-    `billions`: published number of parameters. `billions_not_loaded`: parameters included in it
-    that the text model's class does not have. `counted_as`: the `model_type` whose class is counted
-    instead if transformers has no class for the model's own type.
+    `also`: names of other models with the same sizes. `billions`: published number of parameters.
+    `billions_not_loaded`: the part of `billions` that the class of the text model does not have.
+    `counted_as`: if transformers has no class for this model's type, the `model_type` whose class
+    is counted instead.
     """
 
     name: str
@@ -41,14 +42,14 @@ class PublishedModel:
 
     @property
     def needs_class(self) -> bool:
-        """Whether the sizes were counted on the model class (its type is not in families.py)."""
+        """Whether the sizes were counted on the model's class, as families.py lacks its type."""
         return self.config["model_type"] not in FAMILIES
 
     def shape(self, name: str | None = None) -> ModelShape:
         """The shape of the model, under its own name or one of the names in `also`."""
-        counted = _counted_shapes()[self.name] if self.needs_class else None
+        class_sizes = _shapes_by_name()[self.name] if self.needs_class else None
         source = f"{self.source}, {self.date}"
-        return shape_of(self.config, name or self.name, counted=counted, source=source)
+        return shape_of(self.config, name or self.name, class_sizes=class_sizes, source=source)
 
 
 @cache
@@ -65,14 +66,15 @@ def published_shape(name: str) -> ModelShape:
         return by_name[name].shape(name)
     raise UserError(
         f"model: {name} is not a folder, nor a hub model in the local cache, nor a model whose "
-        f"sizes ship with this package{_near(name, list(by_name))}; bring one with `hf download "
-        "NAME`, or `hf download NAME --local-dir FOLDER` and give that folder (config.json alone "
-        "is enough for a plan); `launch/plan.py --fits` lists the models that ship"
+        f"sizes ship with this package{_similar_names(name, list(by_name))}; download a model with "
+        "`hf download NAME`, or with `hf download NAME --local-dir FOLDER` and name that folder "
+        "(config.json alone is enough for a plan); `launch/plan.py --fits` lists the models whose "
+        "sizes ship"
     )
 
 
-def _near(name: str, known: list[str]) -> str:
-    """A hint with known names similar to this one, compared with and without the owner."""
+def _similar_names(name: str, known: list[str]) -> str:
+    """A hint with up to three similar names; owners (`OWNER/MODEL`) may differ."""
     keys: dict[str, str] = {}
     for each in known:
         keys.setdefault(each.casefold(), each)
@@ -84,6 +86,6 @@ def _near(name: str, known: list[str]) -> str:
 
 
 @cache
-def _counted_shapes() -> Mapping[str, Any]:
+def _shapes_by_name() -> Mapping[str, Any]:
     shapes: Mapping[str, Any] = read_json(SHAPES_FILE)["shapes"]
     return shapes

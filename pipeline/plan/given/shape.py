@@ -1,10 +1,10 @@
 """ModelShape: sizes and module names of a model, from its config.json alone. No weights, no torch.
 
 The linear layers of a block have the names they have in the loaded model, so that adapter
-parameters can be counted before it is loaded. families.py lists the layers of known values of
-`model_type`; for any other type class_shape.py instantiates the model's class without weights, in
-another process. tests/plan/given/test_shape.py compares the counts with those of transformers and
-peft on the meta device.
+parameters can be counted before the model is loaded. families.py lists the layers of known values
+of `model_type`; for any other value class_shape.py builds the model's class without weights, in a
+subprocess. tests/plan/given/test_shape.py compares the counts with those of transformers and peft
+on the meta device.
 """
 
 import re
@@ -22,17 +22,18 @@ from pipeline.plan.given.block import Block
 from pipeline.plan.given.class_shape import class_shape
 from pipeline.plan.given.families import FAMILIES, Config, Experts, Family, Linear, Widths
 from pipeline.plan.given.objective import bidirectional, other_head
-from pipeline.plan.given.tokens import count_tokens
+from pipeline.plan.given.tokens import required_vocab_size
 
-# Names of experts and their projections in older transformers, where they were linear layers.
+# Names of the experts and of their projections. In older transformers these were linear layers.
 _EXPERT_NAMES = ("experts", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-# Names of routers and of the gates of shared experts: they end in `gate`, not in `gate_proj`.
+# Matches the names of routers and of the gates of shared experts, such as `mlp.gate`, but not
+# `mlp.gate_proj`.
 _ROUTER = re.compile(r"(^|.*[._])(gate|router)$")
-# Largest plausible sizes by the end of their key, so that no count runs for minutes.
+# Largest plausible sizes, by the end of their key: a larger number would be counted for minutes.
 _LARGEST = ((re.compile(r"layers?$"), 10_000), (re.compile(r"experts?$"), 100_000))
 _SIZE = re.compile(r"(layers?|experts?|heads?|size|dim|width|n_embd|n_inner|d_model|tok)$")
 _LARGEST_SIZE = 10**9  # of widths, heads and vocabularies
-# Keys of config.json for dropout and noise that are active in training.
+# Keys of config.json that set dropout or noise in training.
 _DROPOUTS = (
     "attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "residual_dropout",
     "router_jitter_noise",
@@ -43,10 +44,12 @@ _DROPOUTS = (
 class ModelShape:
     """A decoder: embeddings, blocks of one or more kinds, and a head.
 
-    `blocks`: one Block for each kind (dense, with experts). `layer_kinds`: for each layer the index
-    of its kind in `blocks`. `rope_original_length`: length beyond which longrope and dynamic rope
-    change their factors, None for other rope types. `max_positions`: longest document that the
-    position encoding supports.
+    `blocks`: one Block for each kind, such as dense and mixture of experts. `layer_kinds`: for each
+    layer, the index of its kind in `blocks`. `required_vocab_size`: highest id of the tokenizer's
+    added tokens, plus one. `rope_original_length`: length in tokens beyond which longrope and
+    dynamic rope change their factors; None for other rope types. `max_positions`: longest document
+    in tokens that the position encoding supports. `source`: publication of sizes that ship with
+    this package; None if they were read from a model folder.
     """
 
     folder: str
@@ -58,22 +61,22 @@ class ModelShape:
     layer_kinds: tuple[int, ...]
     layers_name: str = "model.layers"
     has_head_bias: bool = False
-    has_composed_activation: bool = False  # several PyTorch operators, not one kernel
+    has_composed_activation: bool = False  # computed by several PyTorch operators, not one kernel
     logit_softcap: bool = False
-    score_softcap: bool = False  # of attention scores, which are then materialised
+    score_softcap: bool = False  # soft-capped attention scores, which must be materialised
     quantization: str | None = None
     has_own_code: bool = False  # config.json names a class in the model's folder (remote code)
-    num_tokens: int | None = None  # highest id of an added token of the tokenizer, plus one
+    required_vocab_size: int | None = None
     max_positions: int | None = None
     rope_original_length: int | None = None
     dropouts: tuple[str, ...] = ()  # `key: value` of each dropout in config.json that is not 0
     has_router_loss: bool = False
-    bidirectional: str = ""  # entry of config.json by which tokens attend to later ones
+    bidirectional: str = ""  # entry of config.json because of which tokens attend to later ones
     other_head: str = ""  # class of a checkpoint that has no language-model head
-    has_other_towers: bool = False  # linear layers outside of decoder and head
-    is_from_class: bool = False  # from the model's class (class_shape.py), not from families.py
-    other_parameters: int = 0  # outside of blocks, embeddings, final norm and head
-    source: str | None = None  # of sizes that ship with the package; None: from a model folder
+    has_other_towers: bool = False  # has linear layers outside decoder and head (vision tower)
+    is_from_class: bool = False  # counted on the model's class, not computed by families.py
+    other_parameters: int = 0  # outside blocks, embeddings, final norm and head
+    source: str | None = None
 
     @property
     def num_layers(self) -> int:
@@ -147,13 +150,13 @@ class ModelShape:
         """
         linears = chain.from_iterable(block.linears for block in self.blocks)
         names = [x.name for x in linears if x.is_adaptable and not _ROUTER.match(x.name)]
-        return list(dict.fromkeys(map(_end, names)))
+        return list(dict.fromkeys(map(_last_part, names)))
 
     def targeted(self, targets: str | Sequence[str]) -> list[tuple[str, Linear]]:
         """The linear layers that get an adapter, with their full names.
 
-        `targets` is `auto` or what peft's `target_modules` takes: ends of dotted names,
-        `all-linear`, or a regular expression for the full name. Raises UserError if an entry
+        `targets` is `auto` or a value of peft's `target_modules`: a list of last parts of dotted
+        names, `all-linear`, or a regular expression for full names. Raises UserError if an entry
         matches no layer.
         """
         if targets == "auto":
@@ -162,16 +165,17 @@ class ModelShape:
             return [(name, linear) for name, linear in self.linears.items() if linear.is_adaptable]
         if isinstance(targets, str):
             selected = [name for name in self.linears if self._fullmatch(targets, name)]
-            self._require(selected, targets)
+            self._require_match(selected, targets)
         else:
             for target in targets:
-                self._require([name for name in self.linears if _matches(name, target)], target)
-            self._require(targets, "[]")
+                matches = [name for name in self.linears if _matches(name, target)]
+                self._require_match(matches, target)
+            self._require_match(targets, "[]")
             selected = [n for n in self.linears if any(_matches(n, t) for t in targets)]
-        if fixed := [name for name in selected if not self.linears[name].is_adaptable]:
+        if unadaptable := [name for name in selected if not self.linears[name].is_adaptable]:
             raise UserError(
-                f"lora_target_modules: {targets!r} matches {fixed[0]}, but peft would adapt the "
-                "fused experts of other blocks instead of it; these can be adapted: "
+                f"lora_target_modules: {targets!r} matches {unadaptable[0]}, but peft would adapt "
+                "the fused experts of other blocks instead of it; these can be adapted: "
                 f"[{', '.join(self.default_targets)}]"
             )
         return [(name, self.linears[name]) for name in selected]
@@ -188,19 +192,19 @@ class ModelShape:
                 f"lora_target_modules: {pattern!r} is not a regular expression: {error}"
             ) from None
 
-    def _require(self, matches: Sequence[str], target: str) -> None:
+    def _require_match(self, matches: Sequence[str], target: str) -> None:
         if matches:
             return
-        names = ", ".join(dict.fromkeys(map(_end, self.linears)))
+        names = ", ".join(dict.fromkeys(map(_last_part, self.linears)))
         if self.num_experts and target.endswith(_EXPERT_NAMES):
             raise UserError(
-                f"lora_target_modules: {target!r} of {self.folder}: the experts of a block are "
-                f"fused into one tensor, which cannot be adapted by name; leave it out to adapt "
-                f"the linear layers [{names}]"
+                f"lora_target_modules: {target!r} cannot be adapted by name in {self.folder}: the "
+                f"experts of a block are fused into one tensor; leave {target!r} out to adapt the "
+                f"linear layers [{names}]"
             )
         raise UserError(
             f"lora_target_modules: {target!r} matches no linear layer of {self.folder}, whose "
-            f"blocks have {names}; leave it out to adapt them all"
+            f"blocks have {names}; leave lora_target_modules out to adapt them all"
         )
 
 
@@ -237,24 +241,25 @@ def shape_of(
     config: Config,
     model: str,
     *,
-    counted: Mapping[str, Any] | None = None,
+    class_sizes: Mapping[str, Any] | None = None,
     source: str | None = None,
 ) -> ModelShape:
-    """Shape of a config.json. `counted`: sizes for a type that is not in families.py.
+    """Shape of the model with this config.json.
 
-    If `counted` is None, sizes for such a type come from class_shape.py for the folder `model`.
+    `class_sizes`: result of class_shape.py, used if families.py lacks the `model_type`; None: the
+    class of the model in the folder `model` is counted.
     """
     _require_plausible(config)
     if config["model_type"] in FAMILIES:
-        shape = _from_config(config, model)
+        shape = _from_family(config, model)
     else:
-        shape = _from_class(config, model, counted or class_shape(Path(model)))
+        shape = _from_class(config, model, class_sizes or class_shape(Path(model)))
     return replace(shape, source=source, other_head=other_head(config, is_tied=shape.is_tied))
 
 
-def _from_config(given: Config, model: str) -> ModelShape:
-    family = FAMILIES[given["model_type"]]
-    config = {**family.defaults, **given}
+def _from_family(config: Config, model: str) -> ModelShape:
+    family = FAMILIES[config["model_type"]]
+    config = {**family.defaults, **config}
     _require_window(config)
     blocks, layer_kinds = _blocks(family, config)
     return ModelShape(
@@ -265,65 +270,72 @@ def _from_config(given: Config, model: str) -> ModelShape:
         layers_name=family.layers,
         has_head_bias=family.has_head_bias,
         has_composed_activation=config.get("hidden_act") == "gelu_new",
-        **_facts(config, model),
+        **_common_fields(config, model),
     )
 
 
-def _from_class(given: Config, model: str, counted: Mapping[str, Any]) -> ModelShape:
-    """The shape counted on the model's class; of a multimodal class, its language model."""
-    blocks = tuple(_counted_block(block) for block in counted["blocks"])
+def _from_class(config: Config, model: str, sizes: Mapping[str, Any]) -> ModelShape:
+    """The shape from the sizes of class_shape.py; for a multimodal class, its language model."""
+    blocks = tuple(_block_from_class(block) for block in sizes["blocks"])
     if any(block.num_experts for block in blocks):
         blocks = tuple(_without_expert_names(block) for block in blocks)
     shape = ModelShape(
-        vocab_size=counted["vocab_size"],
-        is_tied=counted["is_tied"],
+        vocab_size=sizes["vocab_size"],
+        is_tied=sizes["is_tied"],
         blocks=blocks,
-        layer_kinds=tuple(counted["layer_kinds"]),
-        layers_name=counted["layers_name"],
-        has_head_bias=counted["has_head_bias"],
-        has_other_towers=counted["has_other_towers"],
+        layer_kinds=tuple(sizes["layer_kinds"]),
+        layers_name=sizes["layers_name"],
+        has_head_bias=sizes["has_head_bias"],
+        has_other_towers=sizes["has_other_towers"],
         is_from_class=True,
-        **_facts({**given.get("text_config", {}), **given}, model),
+        **_common_fields({**config.get("text_config", {}), **config}, model),
     )
-    return replace(shape, other_parameters=counted["parameters"] - shape.parameters)
+    return replace(shape, other_parameters=sizes["parameters"] - shape.parameters)
 
 
-def _counted_block(counted: Mapping[str, Any]) -> Block:
-    """A Block from the counts of class_shape; parameters without a field are `other_parameters`."""
-    linears = tuple(Linear(*linear) for linear in counted["linears"])
-    widths = {_end(linear.name): linear for linear in linears}
-    output = widths.get("o_proj") or widths.get("dense") or widths.get("out_proj")
-    mlp = widths.get("down_proj") or widths.get("fc2")
-    heads, experts = counted["num_heads"], counted["num_experts"]
-    hidden = counted["hidden_size"]
+def _block_from_class(sizes: Mapping[str, Any]) -> Block:
+    """A Block from the sizes of class_shape.py.
+
+    Parameters for which Block has no field are counted in `other_parameters`.
+    """
+    linears = tuple(Linear(*linear) for linear in sizes["linears"])
+    by_name = {_last_part(linear.name): linear for linear in linears}
+    output = by_name.get("o_proj") or by_name.get("dense") or by_name.get("out_proj")
+    mlp = by_name.get("down_proj") or by_name.get("fc2")
+    heads, experts = sizes["num_heads"], sizes["num_experts"]
+    hidden = sizes["hidden_size"]
     block = Block(
         linears=linears,
         hidden_size=hidden,
         intermediate_size=mlp.d_in if mlp else 0,
         num_heads=heads,
-        num_kv_heads=counted["num_kv_heads"],
+        num_kv_heads=sizes["num_kv_heads"],
         head_dim=output.d_in // heads if output else 0,
-        norm_kind=counted["norm_kind"],
-        num_norms=counted["num_norms"],
+        norm_kind=sizes["norm_kind"],
+        num_norms=sizes["num_norms"],
         num_experts=experts,
-        experts_per_token=counted["experts_per_token"],
-        expert_size=counted["expert_parameters"] // (3 * hidden * experts) if experts else 0,
-        saved=(counted["saved_values"], counted["saved_bytes"]),
+        experts_per_token=sizes["experts_per_token"],
+        expert_size=sizes["expert_parameters"] // (3 * hidden * experts) if experts else 0,
+        saved=(sizes["saved_values"], sizes["saved_bytes"]),
     )
-    return replace(block, other_parameters=counted["parameters"] - block.parameters)
+    return replace(block, other_parameters=sizes["parameters"] - block.parameters)
 
 
 def _without_expert_names(block: Block) -> Block:
-    """The block with the MLP layers of a mixture-of-experts model marked as not adaptable.
+    """A block of a mixture-of-experts model, with its MLP layers marked as not adaptable.
 
-    peft 0.21 applies their names to the fused experts (utils/transformers_weight_conversion.py).
+    peft 0.21 applies the names of these layers to the fused experts
+    (utils/transformers_weight_conversion.py).
     """
-    linears = (replace(x, is_adaptable=_end(x.name) not in _EXPERT_NAMES) for x in block.linears)
+    linears = (
+        replace(linear, is_adaptable=_last_part(linear.name) not in _EXPERT_NAMES)
+        for linear in block.linears
+    )
     return replace(block, linears=tuple(linears))
 
 
-def _facts(config: Config, model: str) -> dict[str, Any]:
-    """The fields of ModelShape that do not depend on the family."""
+def _common_fields(config: Config, model: str) -> dict[str, Any]:
+    """The fields of ModelShape that are read from config.json in the same way for every type."""
     quantization = config.get("quantization_config") or {}
     return {
         "folder": model,
@@ -333,7 +345,7 @@ def _facts(config: Config, model: str) -> dict[str, Any]:
         "score_softcap": config.get("attn_logit_softcapping") is not None,
         "quantization": quantization.get("quant_method"),
         "has_own_code": "AutoModelForCausalLM" in (config.get("auto_map") or {}),
-        "num_tokens": count_tokens(Path(model)),
+        "required_vocab_size": required_vocab_size(Path(model)),
         "max_positions": _max_positions(config),
         "rope_original_length": _rope_original_length(config),
         "dropouts": tuple(f"{key}: {config[key]}" for key in _DROPOUTS if config.get(key)),
@@ -398,7 +410,7 @@ def _require_plausible(config: Config) -> None:
 
 
 def _require_window(config: Config) -> None:
-    """Raise UserError if a layer has sliding attention without a window: forward would fail."""
+    """Raise UserError if a layer has sliding attention and no window: its forward pass fails."""
     has_window = config.get("sliding_window", True) and config.get("use_sliding_window", True)
     if "sliding_attention" in (config.get("layer_types") or ()) and not has_window:
         raise UserError(
@@ -408,8 +420,8 @@ def _require_window(config: Config) -> None:
         )
 
 
-def _ropes(config: Config) -> list[Mapping[str, Any]]:
-    """The rope settings: one mapping, or one per layer type (Gemma 3 in transformers 5)."""
+def _rope_settings(config: Config) -> list[Mapping[str, Any]]:
+    """The settings of rotary embeddings: one mapping, or one for each layer type (Gemma 3)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise UserError(f"rope_parameters or rope_scaling: expected an object, not {rope!r}")
@@ -422,7 +434,7 @@ def _rope_type(rope: Mapping[str, Any]) -> str:
 
 
 def _original_length(config: Config, rope: Mapping[str, Any]) -> int:
-    """Length before any rope scaling, 0 if it is not known."""
+    """Length in tokens before any rope scaling; 0 if it is not known."""
     key = "original_max_position_embeddings"
     original = rope.get(key) or config.get(key) or config.get("max_position_embeddings")
     return int(original or 0)
@@ -431,18 +443,18 @@ def _original_length(config: Config, rope: Mapping[str, Any]) -> int:
 def _rope_original_length(config: Config) -> int | None:
     lengths = [
         _original_length(config, rope)
-        for rope in _ropes(config)
+        for rope in _rope_settings(config)
         if _rope_type(rope) in ("dynamic", "longrope", "su")
     ]
     return min(lengths, default=0) or None
 
 
 def _max_positions(config: Config) -> int | None:
-    """Longest document that the position encoding supports, rope scaling included."""
+    """Longest document in tokens that the position encoding supports, rope scaling included."""
     if not config.get("max_position_embeddings"):
         return None
     lengths = [int(config["max_position_embeddings"])]
-    for rope in _ropes(config):
+    for rope in _rope_settings(config):
         factor = rope.get("factor") if _rope_type(rope) != "default" else None
         lengths.append(int(_original_length(config, rope) * float(factor or 1)))
     return max(lengths)
@@ -456,7 +468,7 @@ def _count(config: Config, key: str) -> int:
     return value
 
 
-def _end(name: str) -> str:
+def _last_part(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 

@@ -1,4 +1,4 @@
-"""Highest id of a tokenizer's added tokens, read from its files without loading it."""
+"""Highest id of a tokenizer's added tokens, read from its files without loading the tokenizer."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -7,34 +7,35 @@ from typing import Any
 
 from pipeline.files import read_json
 
-_HEAD_CHARACTERS = 2**20  # read of tokenizer.json, whose added tokens precede the vocabulary
+# Characters read from the start of tokenizer.json: its added tokens precede its vocabulary.
+_HEAD_CHARACTERS = 2**20
 
 
-def count_tokens(folder: Path) -> int | None:
+def required_vocab_size(folder: Path) -> int | None:
     """Highest id among the added tokens of a model folder, plus one; None if none is listed.
 
-    Only added tokens can exceed a model's embeddings. The image token is not counted: tokenizers of
-    text models keep its id although the model has no embedding for it (Gemma 3).
+    Only the ids of added tokens can exceed the model's embeddings. The image token is not counted:
+    tokenizers of text models keep its id although the model has no embedding for it (Gemma 3).
     """
-    config = _read(folder / "tokenizer_config.json")
-    named = config.get("extra_special_tokens")
-    images = [source.get("image_token") for source in (config, named) if isinstance(source, dict)]
-    ids = [number for number, content in _added(folder, config) if content not in images]
+    config = _read_or_empty(folder / "tokenizer_config.json")
+    special = config.get("extra_special_tokens")
+    images = [source.get("image_token") for source in (config, special) if isinstance(source, dict)]
+    ids = [token_id for token_id, text in _added_tokens(folder, config) if text not in images]
     return max(ids) + 1 if ids else None
 
 
-def _added(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-    """Id and text of each added token, from every file that a transformers version uses."""
-    for number, token in dict(config.get("added_tokens_decoder") or {}).items():
-        yield int(number), str(token.get("content"))
-    for content, number in _read(folder / "added_tokens.json").items():
-        yield int(number), content
-    for token in _head_of_tokenizer_json(folder / "tokenizer.json"):
+def _added_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    """Id and text of each added token; versions of transformers store them in different files."""
+    for token_id, token in dict(config.get("added_tokens_decoder") or {}).items():
+        yield int(token_id), str(token.get("content"))
+    for text, token_id in _read_or_empty(folder / "added_tokens.json").items():
+        yield int(token_id), text
+    for token in _from_tokenizer_json(folder / "tokenizer.json"):
         yield int(token["id"]), str(token["content"])
 
 
-def _head_of_tokenizer_json(path: Path) -> list[dict[str, Any]]:
-    """The list `added_tokens`, without reading the vocabulary after it."""
+def _from_tokenizer_json(path: Path) -> list[dict[str, Any]]:
+    """The list `added_tokens` of tokenizer.json, read without the vocabulary that follows it."""
     try:
         with path.open(encoding="utf-8") as file:
             head = file.read(_HEAD_CHARACTERS)
@@ -50,10 +51,10 @@ def _head_of_tokenizer_json(path: Path) -> list[dict[str, Any]]:
     return tokens
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if it cannot be read.
+def _read_or_empty(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if the file cannot be read.
 
-    A damaged tokenizer is reported when it is loaded.
+    A damaged tokenizer is reported later, by the code that loads it.
     """
     try:
         return read_json(path)

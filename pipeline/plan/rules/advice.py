@@ -1,6 +1,6 @@
-"""Advice: rules of thumb for a run that is allowed; nothing is changed.
+"""Advice: rules of thumb for the settings of a run. A rule of this file never stops a run.
 
-Source: LoRA Basics, whose configurations are the presets; each rule names the section.
+Source: the guide LoRA Basics, from which the presets are taken; each rule names the section.
 """
 
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from pipeline.plan.cost.memory import memory
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.rules.rule import PlanContext, Rule
 
-_RATES = (1e-5, 2e-4)
-# The rule of thumb is for large models. The 135 M parameters of launch/runs/quickstart.yaml train
-# well at 2e-3, so that rate is accepted below a billion parameters.
+_LEARNING_RATES = (1e-5, 2e-4)  # the usual range
+# The range above is for large models. The model of launch/runs/quickstart.yaml (135 M parameters)
+# trains well at 2e-3, so this rate is accepted for models below a billion parameters.
 _SMALL_MODEL, _SMALL_MODEL_RATE = 10**9, 2e-3
-_SHORT_OF_MEMORY = 0.9  # fraction of a device
+_SHORT_OF_MEMORY = 0.9  # fraction of the usable device memory
 
 
 def _has_unusual_rate(s: PlanContext) -> bool:
-    low, high = _RATES
+    low, high = _LEARNING_RATES
     if s.shape.parameters < _SMALL_MODEL:
         high = _SMALL_MODEL_RATE
     return not low <= s.settings.lr <= high
@@ -30,14 +30,14 @@ def _computes_in_another_type(s: PlanContext) -> bool:
 
 
 def _evaluates_at_other_steps(s: PlanContext) -> bool:
-    """Whether evaluations and saves are at different steps, both set in the run file.
+    """Whether the run file sets evaluations and saves at different steps.
 
-    The defaults also differ, but then the user did not choose them.
+    The defaults differ too, but the user did not choose them.
     """
     settings = s.settings
-    is_asked = {"evaluation_strategy", "save_strategy"} <= settings.model_fields_set
+    is_chosen = {"evaluation_strategy", "save_strategy"} <= settings.model_fields_set
     both = settings.evaluations, settings.saves
-    return settings.eval_data is not None and is_asked and None not in both and both[0] != both[1]
+    return settings.eval_data is not None and is_chosen and None not in both and both[0] != both[1]
 
 
 def _has_unused_steps(s: PlanContext) -> bool:
@@ -60,7 +60,7 @@ def _is_short_of_memory(s: PlanContext) -> bool:
 
 
 def _deviates_from(name: Preset) -> Callable[[PlanContext], bool]:
-    """Whether the data has the size of this preset, and epochs or dropout are outside its range."""
+    """Condition: this preset is for data of this size, but epochs or dropout are out of range."""
     low, high = RANGES[name]["epochs"]
     dropout = PRESETS[name]["lora_dropout"]
 
@@ -95,22 +95,24 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         level="advise",
         applies=lambda s: s.settings.alpha not in (s.settings.lora_r, 2 * s.settings.lora_r),
         reason="lora_alpha is neither r nor 2 x r (rule of thumb)",
-        remedy="leave lora_alpha out for 2 x r",
+        remedy="leave lora_alpha out; the default is 2 x r",
         source="LoRA Basics, LoRA Parameters",
     ),
     Rule(
         id="lora-r",
         level="advise",
         applies=lambda s: not 8 <= s.settings.lora_r <= 128,
-        reason="lora_r is outside 8 to 128 (rule of thumb)",
-        remedy="8 to 16 suits a change of style, 32 to 64 a new domain, 64 to 128 new capabilities",
+        reason="lora_r is outside the usual range of 8 to 128 (rule of thumb)",
+        remedy="use 8 to 16 for a change of style, 32 to 64 for a new domain, 64 to 128 for new "
+        "capabilities",
         source="LoRA Basics, Choosing Rank",
     ),
     Rule(
         id="learning-rate",
         level="advise",
         applies=_has_unusual_rate,
-        reason="lr is outside 1e-5 to 2e-4, or to 2e-3 below a billion parameters (rule of thumb)",
+        reason="lr is outside the usual range of 1e-5 to 2e-4, or 2e-3 for models below a billion "
+        "parameters (rule of thumb)",
         remedy="compare with a short run at 2e-4",
         source="LoRA Basics, Training Parameters",
     ),
@@ -129,7 +131,7 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         id="double-quantisation",
         level="advise",
         applies=lambda s: s.settings.load_in_4bit and not s.settings.bnb_4bit_use_double_quant,
-        reason="bnb_4bit_use_double_quant: false costs about 0.4 bits a parameter",
+        reason="bnb_4bit_use_double_quant: false costs about 0.4 bits of memory per parameter",
         source="LoRA Basics, QLoRA-Specific",
     ),
     Rule(
@@ -137,7 +139,7 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         level="advise",
         applies=lambda s: s.settings.load_in_4bit and s.settings.bnb_4bit_quant_type == "fp4",
         reason="bnb_4bit_quant_type: fp4 is usually less exact than nf4",
-        remedy="leave it out for nf4",
+        remedy="leave it out; the default is nf4",
         source="LoRA Basics, QLoRA-Specific",
     ),
     Rule(
@@ -146,24 +148,24 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         applies=_evaluates_at_other_steps,
         reason="evaluation_strategy and save_strategy, or eval_steps and save_steps, differ, so "
         "the checkpoints are not the states that were evaluated",
-        remedy="give both the same",
+        remedy="set both to the same value",
         source="LoRA Basics, Logging & Saving",
     ),
     Rule(
         id="unused-steps",
         level="warn",
         applies=_has_unused_steps,
-        reason="eval_steps or save_steps is given beside a strategy other than steps, and not used",
-        remedy="leave evaluation_strategy or save_strategy out, or set it to steps",
+        reason="eval_steps or save_steps is not used, because its strategy is not steps",
+        remedy="set evaluation_strategy or save_strategy to steps, or leave it out",
         source="config/frequency.py",
     ),
     Rule(
         id="checkpointing",
         level="advise",
         applies=_is_short_of_memory,
-        reason="gradient_checkpointing: false, and the run is predicted to fill more than 90 % of "
-        "a device",
-        remedy="set gradient_checkpointing: auto; it costs about 30 % of the time",
+        reason="gradient_checkpointing: false, and the run is predicted to need more than 90 % of "
+        "the usable device memory",
+        remedy="set gradient_checkpointing: auto; checkpointing costs about 30 % of the time",
         source="LoRA Basics, Precision & Memory",
     ),
 )

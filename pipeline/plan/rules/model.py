@@ -1,4 +1,4 @@
-"""Rules about the model, the adapter, precision and package versions."""
+"""Rules about the model, the adapter, the precision and the versions of packages."""
 
 import re
 from collections.abc import Sequence
@@ -8,12 +8,11 @@ from pipeline.plan.cost.speed import step_seconds
 from pipeline.plan.cost.stopping import slow_stop_warning
 from pipeline.plan.given.adapter_counts import trainable_parameters
 from pipeline.plan.given.layout import SequenceProfile
-from pipeline.plan.rules.rule import PlanContext, PlanInput, Rule, issue
+from pipeline.plan.rules.rule import DEEPSPEED, PlanContext, PlanInput, Rule, issue
 
-_DEEPSPEED = "deepspeedai/DeepSpeed"
-_WRITE_RATE = 500e6  # bytes/s of a disk, hashing included; an assumption
+_WRITE_RATE = 500e6  # bytes/s of a checkpoint to disk, hashing included: an assumption
 
-# Names of embeddings and output heads in transformers' models, with their usual path.
+# Module names of embeddings and output heads in transformers' models.
 _EMBEDDINGS_AND_HEADS = (
     "lm_head", "embed_out", "output_layer", "model.embed_tokens", "gpt_neox.embed_in",
     "transformer.wte", "transformer.word_embeddings",
@@ -24,8 +23,8 @@ def _first(reasons: Sequence[str]) -> str:
     return reasons[0] if reasons else ""
 
 
-def _recomputes_re_entrantly(s: PlanContext) -> str:
-    """The reason against re-entrant checkpointing (used at ZeRO-3, model/base.py); else empty."""
+def _reentrant_refusal(s: PlanContext) -> str:
+    """Reason against re-entrant checkpointing, if the run uses it (ZeRO-3, model/base.py)."""
     if s.proof is None or not s.layout.is_sharded or not s.layout.checkpointed_layers:
         return ""
     return _first(s.proof.without_reentrant)
@@ -34,7 +33,7 @@ def _recomputes_re_entrantly(s: PlanContext) -> str:
 def _targets_embeddings_or_head(s: PlanInput) -> bool:
     targets = s.settings.lora_target_modules
     if isinstance(targets, str):
-        if targets in ("auto", "all-linear"):  # neither includes the head
+        if targets in ("auto", "all-linear"):  # these exclude embeddings and head
             return False
         try:
             return any(re.fullmatch(targets, name) for name in _EMBEDDINGS_AND_HEADS)
@@ -81,17 +80,17 @@ def _mixes_documents_in_one_forward(s: PlanContext) -> bool:
 
 
 def _exceeds_original_length(s: PlanContext) -> str:
-    """The lengths, if counted documents exceed it and share a forward pass with shorter ones."""
+    """Longest document and rope's original length, if it is exceeded in a shared forward pass."""
     limit, data = s.shape.rope_original_length, s.data
     if limit is None or data is None or not data.is_exact or data.longest is None:
         return ""
     if data.longest <= limit or not _mixes_documents_in_one_forward(s):
         return ""
-    return f"the longest document has {data.longest} tokens, the original length is {limit}"
+    return f"the longest document has {data.longest} tokens, the original length is {limit} tokens"
 
 
 def _may_exceed_original_length(s: PlanContext) -> str:
-    """The lengths, if documents that are not counted yet may exceed it."""
+    """`max_length` and rope's original length, if documents not counted yet may exceed it."""
     limit = s.shape.rope_original_length
     is_counted = s.data is not None and s.data.longest is not None
     if limit is None or is_counted or s.settings.max_length <= limit:
@@ -102,7 +101,7 @@ def _may_exceed_original_length(s: PlanContext) -> str:
 
 
 def _exceeds_positions(s: PlanContext) -> str:
-    """The number of documents that are longer than the model's positions."""
+    """Lengths of documents that exceed the positions of the model; empty if there are none."""
     limit, data = s.shape.max_positions, s.data
     if limit is None or s.settings.max_length <= limit:
         return ""
@@ -116,61 +115,62 @@ def _exceeds_positions(s: PlanContext) -> str:
 
 
 INPUT_RULES: tuple[Rule[PlanInput], ...] = (
-    # Applied before anything is chosen, so that "it does not fit" never hides them.
+    # Checked before a layout is chosen, so that "does not fit" never hides their messages.
     Rule(
         id="modules-to-save-not-yet",
         level="refuse",
         applies=lambda s: bool(s.settings.modules_to_save),
-        reason="modules_to_save: full training of modules beside the adapter is not implemented; "
-        "peft's copies of sharded modules are empty after loading, and on a quantised base updates "
-        "go to the original",
-        remedy="leave it out; lora_target_modules adapts them by LoRA where they are linear layers "
-        "of the blocks",
+        reason="modules_to_save: full training of modules in addition to the adapter is not "
+        "implemented; peft's copies of sharded modules are empty after loading, and on a quantised "
+        "base updates go to the original module instead of its copy",
+        remedy="leave it out; linear layers of the blocks can be named in lora_target_modules",
         source=issue("huggingface/peft", 1450, 2450, 2453, 602, 2603, 2946),
     ),
     Rule(
         id="tied-pair",
         level="refuse",
         applies=lambda s: s.shape.is_tied and _targets_embeddings_or_head(s),
-        reason="lora_target_modules names the head or the embeddings of a model that ties them: "
-        "when the model is loaded again, an update of one is lost or changes both",
-        remedy="name linear layers of the blocks, or leave it out for all of them",
+        reason="lora_target_modules names the head or the embeddings of a model that ties their "
+        "weights: when the model is loaded again, the update of one is lost or changes both",
+        remedy="name linear layers of the blocks, or leave it out to adapt all of them",
         source=issue("huggingface/peft", 2018) + ", " + issue("huggingface/transformers", 45127),
     ),
     Rule(
         id="embeddings-or-head-not-yet",
         level="refuse",
         applies=lambda s: not s.shape.is_tied and _targets_embeddings_or_head(s),
-        reason="lora_target_modules names the head or the embeddings, which cannot be adapted",
-        remedy="name linear layers of the blocks, or leave it out for all of them",
+        reason="lora_target_modules names the head or the embeddings; adapters on these are not "
+        "implemented",
+        remedy="name linear layers of the blocks, or leave it out to adapt all of them",
         source="pipeline/plan/given/shape.py",
     ),
     Rule(
         id="tokens-without-embeddings",
         level="refuse",
         applies=lambda s: (
-            s.shape.num_tokens is not None and s.shape.num_tokens > s.shape.vocab_size
+            s.shape.required_vocab_size is not None
+            and s.shape.required_vocab_size > s.shape.vocab_size
         ),
-        reason="the tokenizer has tokens without an embedding in the model; added embeddings would "
-        "have to be trained in full",
-        remedy="use the tokenizer of the model, and write new markers with its existing tokens",
+        reason="the tokenizer has tokens without an embedding in the model; training added "
+        "embeddings is not implemented",
+        remedy="use the model's original tokenizer, and write markers as text of existing tokens",
         source=issue("huggingface/transformers", 25241, 26024),
     ),
     Rule(
         id="class-refused",
         level="refuse",
         applies=lambda s: _first(s.proof.refusals) if s.proof else "",
-        reason="model: this model class cannot be trained correctly, measured on a small copy of "
-        "it",
-        remedy="other lora_target_modules may help where an adapter is named; otherwise use a "
-        "model of another type",
+        reason="model: this model class cannot be trained correctly, as checks on a small copy of "
+        "it showed",
+        remedy="if the reason names an adapter, try other lora_target_modules; else use a model of "
+        "another type",
         source="pipeline/model/proof.py",
     ),
     Rule(
         id="class-packs",
         level="refuse",
         applies=lambda s: _first(s.proof.without_packs) if s.proof and s.settings.packing else "",
-        reason="packing: this model class mixes the documents of a packed sequence",
+        reason="packing: this model class does not keep the documents of a pack separate",
         remedy="set packing: false, or leave it out",
         source="pipeline/model/proof.py",
     ),
@@ -180,14 +180,14 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         applies=lambda s: s.shape.quantization is not None,
         reason="the base is already quantised, so an adapter cannot be merged into it exactly",
         remedy="use the 16-bit model and load_in_4bit: true",
-        source=issue(_DEEPSPEED, 7096),
+        source=issue(DEEPSPEED, 7096),
     ),
     Rule(
         id="bidirectional",
         level="refuse",
         applies=lambda s: s.shape.bidirectional,
-        reason="model: in this model tokens attend to later tokens, so it cannot learn to predict "
-        "the next one; config.json has",
+        reason="model: tokens of this model attend to later tokens, so it cannot learn to predict "
+        "the next token; config.json has",
         remedy="use a causal language model",
         source="transformers 5.23.0 models/gemma3/modeling_gemma3.py",
     ),
@@ -216,15 +216,16 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         id="flash-attention-missing",
         level="refuse",
         applies=_lacks_flash_attention,
-        reason="use_flash_attention: true, but there is no GPU or no package flash-attn here",
-        remedy="set use_flash_attention: auto, which uses PyTorch's own attention",
+        reason="use_flash_attention: true needs a GPU and the package flash-attn, and one of them "
+        "is missing on this machine",
+        remedy="set use_flash_attention: auto, which uses PyTorch's own attention kernels",
         source="transformers 5.23.0 modeling_utils.py",
     ),
     Rule(
         id="fp16-cpu",
         level="refuse",
         applies=lambda s: s.settings.fp16 is True and not s.is_cuda,
-        reason="fp16: true on a CPU",
+        reason="fp16: true needs a GPU, but the ranks of this run train on a CPU",
         remedy="set bf16: true, or both to false for fp32",
         source="DeepSpeed 0.19.8 accelerator/cpu_accelerator.py",
     ),
@@ -234,9 +235,9 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="class-re-entrant",
         level="refuse",
-        applies=_recomputes_re_entrantly,
-        reason="zero_stage: this model class has wrong gradients where its blocks are recomputed "
-        "at ZeRO-3",
+        applies=_reentrant_refusal,
+        reason="zero_stage: this model class has wrong gradients with the re-entrant checkpointing "
+        "that ZeRO-3 uses",
         remedy="set zero_stage: 2 or gradient_checkpointing: false",
         source="pipeline/model/proof.py",
     ),
@@ -244,17 +245,17 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="class-not-proven",
         level="warn",
         applies=lambda s: s.shape.is_from_class and s.proof is None and s.shape.model_type,
-        reason="this model_type is not in the table of known families, and its class is not yet "
-        "proven on this machine: loss, attention, packs and adapter may be refused",
-        remedy="`python launch/preflight.py RUN.yaml` proves it, in seconds of CPU; so does "
-        "training, before it loads the base",
+        reason="this model_type is not in the table of known families, and its class has not been "
+        "checked on this machine: the checks of loss, attention, packing and adapter may refuse it",
+        remedy="`python launch/preflight.py RUN.yaml` runs the checks within seconds on the CPU; "
+        "training runs them too, before it loads the base",
         source="pipeline/model/proof.py",
     ),
     Rule(
         id="class-merge",
         level="warn",
         applies=lambda s: _first(s.proof.without_merge) if s.proof else "",
-        reason="the adapter of this model cannot be merged",
+        reason="the adapter of this model cannot be merged into the base",
         remedy="serve the adapter with its base",
         source="pipeline/model/proof.py",
     ),
@@ -262,8 +263,8 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="8bit-zero3",
         level="refuse",
         applies=lambda s: s.settings.load_in_8bit and s.layout.zero_stage == 3,
-        reason="load_in_8bit with ZeRO-3: every rank keeps the whole int8 base, and losses have "
-        "been silently wrong",
+        reason="load_in_8bit at ZeRO-3: every rank keeps the whole int8 base, and losses were "
+        "wrong without an error",
         remedy="set zero_stage: 2, or load_in_4bit: true",
         source=issue("bitsandbytes-foundation/bitsandbytes", 1451)
         + "; bitsandbytes 0.50.2 nn/modules.py:1159",
@@ -274,8 +275,8 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         applies=lambda s: (
             s.settings.load_in_4bit and s.layout.is_sharded and not _checkpoints_all_layers(s)
         ),
-        reason="4 bits at ZeRO-3 without gradient_checkpointing: each layer keeps its gathered "
-        "weight until the backward pass, so every rank ends up holding the whole base",
+        reason="load_in_4bit at ZeRO-3 without gradient_checkpointing: each layer keeps its "
+        "gathered weight until its backward pass, so every rank holds the whole base",
         remedy="set gradient_checkpointing: auto, or zero_stage: 2",
         source="bitsandbytes 0.50.2 autograd/_functions.py:357",
     ),
@@ -284,7 +285,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         level="refuse",
         applies=_stores_4_bits_in_another_type,
         reason="bnb_4bit_quant_storage is neither uint8 nor the training dtype: DeepSpeed casts "
-        "it, which turns the packed bits into other numbers",
+        "such weights to the training dtype, which corrupts the packed bits",
         remedy="leave it out, or set it to the training dtype",
         source="DeepSpeed 0.19.8 runtime/engine.py:1851",
     ),
@@ -292,16 +293,16 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="4bit-moe",
         level="warn",
         applies=lambda s: s.settings.load_in_4bit and s.shape.num_experts > 0,
-        reason="load_in_4bit with a mixture of experts: the experts are fused parameters, which "
-        "bitsandbytes leaves in 16 bits, so little memory is saved",
-        remedy="plan with the 16-bit base as well and compare",
+        reason="load_in_4bit with a mixture of experts saves little memory: the experts are fused "
+        "parameters, which bitsandbytes does not quantise",
+        remedy="compare with a plan for load_in_4bit: false",
         source="transformers 5.23.0 integrations/bitsandbytes.py:184",
     ),
     Rule(
         id="bf16-old-gpu",
         level="refuse",
         applies=_is_too_old_for_bf16,
-        reason="bf16 on a GPU older than compute capability 8.0 is emulated",
+        reason="bf16: a GPU with a compute capability below 8.0 only emulates bfloat16",
         remedy="set fp16: true",
         source=issue("deepspeedai/DeepSpeedExamples", 418),
     ),
@@ -309,7 +310,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="fp16-for-bf16-model",
         level="warn",
         applies=lambda s: s.layout.training_dtype == "float16" and s.shape.dtype == "bfloat16",
-        reason="fp16 for a model trained in bfloat16 often overflows",
+        reason="fp16 often overflows with a model that was trained in bfloat16",
         remedy="set bf16: true if the GPU supports it",
         source=issue("deepspeedai/DeepSpeedExamples", 418)
         + ", "
@@ -319,8 +320,8 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="rope-original-length",
         level="refuse",
         applies=_exceeds_original_length,
-        reason="rope_type longrope or dynamic chooses its factors from the longest document of a "
-        "forward, so that shorter documents in the same pack or micro-batch get wrong positions",
+        reason="rope_type longrope or dynamic chooses its factors by the longest document in a "
+        "forward pass, so shorter documents in the same pack or micro-batch get wrong positions",
         remedy="set max_length to the original length, or packing: false and batch_size: 1",
         source="transformers 5.23.0 modeling_rope_utils.py:38",
     ),
@@ -328,8 +329,8 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="rope-original-length-uncounted",
         level="warn",
         applies=_may_exceed_original_length,
-        reason="rope_type longrope or dynamic: the run is refused if a document exceeds the "
-        "model's original length and shares a pack or micro-batch with others",
+        reason="rope_type longrope or dynamic: the run will be refused if the data has a document "
+        "that exceeds the model's original length and shares a pack or micro-batch with others",
         remedy="set max_length to the original length, or packing: false and batch_size: 1",
         source="transformers 5.23.0 modeling_rope_utils.py:38",
     ),
@@ -337,17 +338,17 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="beyond-positions",
         level="warn",
         applies=_exceeds_positions,
-        reason="documents longer than the positions that the model was trained with: attention is "
-        "unreliable beyond them, and no rope setting in config.json extends them",
-        remedy="set max_length to the model's positions, with over_length: split to keep the text",
+        reason="documents are longer than the number of positions that the model was trained with: "
+        "attention is unreliable beyond it, and no rope setting in config.json extends it",
+        remedy="set max_length to the number of positions, and over_length: split to keep the text",
         source="max_position_embeddings and rope_parameters in config.json",
     ),
     Rule(
         id="router-loss",
         level="warn",
         applies=lambda s: s.shape.has_router_loss,
-        reason="output_router_logits: true in config.json adds a load-balancing loss to the "
-        "model's own loss; it is not part of the loss trained here, since routers are frozen",
+        reason="output_router_logits: true in config.json adds a load-balancing loss in other "
+        "trainers; this run trains without it, because routers are frozen",
         remedy="nothing to do",
         source="transformers 5.23.0 models/mixtral/modeling_mixtral.py",
     ),
@@ -355,9 +356,9 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="base-dropout",
         level="warn",
         applies=lambda s: ", ".join(s.shape.dropouts),
-        reason="dropout or noise of the base, set in its config.json, is active in training beside "
-        "lora_dropout, and its masks are not in the predicted memory",
-        remedy="set it to 0 in a copy of the model folder to train without it",
+        reason="dropout or noise that the base's config.json sets is active in training, in "
+        "addition to lora_dropout; the predicted memory does not include its masks",
+        remedy="to train without it, set it to 0 in a copy of the model folder",
         source="transformers 5.23.0 models/phi/modeling_phi.py",
     ),
     Rule(
@@ -369,8 +370,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
             and s.layout.accumulation_steps > 1
         ),
         reason="ZeRO-1 in bf16 accumulates the gradients of micro-batches in bf16",
-        remedy="set zero_stage: 2, which accumulates them in fp32 for the same memory within a few "
-        "MB",
+        remedy="set zero_stage: 2, which accumulates them in fp32 and needs at most a few MB more",
         source="DeepSpeed 0.19.8 runtime/engine.py:2305",
     ),
     Rule(
@@ -386,46 +386,47 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="deepspeed-zero3-frozen",
         level="refuse",
         applies=lambda s: s.layout.zero_stage == 3,
-        reason="this DeepSpeed fails at ZeRO-3 with frozen weights and checkpointing",
+        reason="this version of DeepSpeed fails at ZeRO-3 with frozen weights and activation "
+        "checkpointing",
         remedy="install deepspeed>=0.19.6",
-        source=issue(_DEEPSPEED, 8148) + ", " + issue("huggingface/transformers", 47254),
+        source=issue(DEEPSPEED, 8148) + ", " + issue("huggingface/transformers", 47254),
         versions="deepspeed<0.19.3",
     ),
     Rule(
         id="deepspeed-wrong-gradients",
         level="refuse",
         applies=lambda s: s.layout.zero_stage == 2,
-        reason="this DeepSpeed computes wrong gradients at ZeRO-2",
+        reason="this version of DeepSpeed computes wrong gradients at ZeRO-2",
         remedy="install deepspeed>=0.19.6",
-        source=issue(_DEEPSPEED, 7718, 7697),
+        source=issue(DEEPSPEED, 7718, 7697),
         versions="deepspeed>=0.17.6,<0.18.3",
     ),
     Rule(
         id="deepspeed-zero1-last-micro-batch",
         level="refuse",
         applies=lambda s: s.layout.zero_stage == 1 and s.layout.training_dtype == "bfloat16",
-        reason="this DeepSpeed omits the last micro-batch from the reduction over ranks at ZeRO-1 "
-        "in bf16",
+        reason="this version of DeepSpeed omits the last micro-batch from the reduction over ranks "
+        "at ZeRO-1 in bf16",
         remedy="install deepspeed>=0.19.6",
-        source=issue(_DEEPSPEED, 7985),
+        source=issue(DEEPSPEED, 7985),
         versions="deepspeed>=0.18.6,<=0.18.10",
     ),
     Rule(
         id="deepspeed-shared-parameter",
         level="warn",
         applies=lambda s: s.layout.zero_stage == 2 and s.layout.training_dtype == "bfloat16",
-        reason="this DeepSpeed drops part of the gradient of a parameter that is used twice in "
-        "one backward pass at ZeRO-2 in bf16",
+        reason="this version of DeepSpeed loses part of the gradient of a parameter that is used "
+        "twice in one backward pass at ZeRO-2 in bf16",
         remedy="install deepspeed>=0.19.6",
-        source=issue(_DEEPSPEED, 8224),
+        source=issue(DEEPSPEED, 8224),
         versions="deepspeed>=0.18.3,<=0.19.3",
     ),
     Rule(
         id="transformers-zero3-rotary",
         level="refuse",
         applies=_loads_sharded_in_16_bits,
-        reason="this transformers rounds the rotary frequencies to 16 bits when it loads a model "
-        "sharded, so positions are silently wrong",
+        reason="this version of transformers rounds the rotary frequencies to 16 bits when it "
+        "loads a model at ZeRO-3, so positions are wrong without an error",
         remedy="install transformers>=5.23, or set zero_stage: 2",
         source="measured 2026-11-24 with 5.17 to 5.22; tests/adapter/test_published.py",
         versions="transformers<5.23",

@@ -1,6 +1,6 @@
-"""Rule: one known problem, with the condition under which it applies, reason, remedy and source.
+"""Rule: one known problem, with its condition, reason, remedy and source.
 
-A rule refuses the run (exit 2), warns or advises. Versions are read from package metadata without
+A rule refuses the run (exit 2), warns or advises. Package versions are read from metadata, without
 importing the packages.
 """
 
@@ -25,12 +25,18 @@ LEVELS: tuple[Level, ...] = ("refuse", "warn", "advise")
 LEAVE_OUT = "leave it out"
 _NEWEST = "9999"  # version assumed for a package that is not installed
 
+# Used in the sources of rules.
+DEEPSPEED = "deepspeedai/DeepSpeed"
+ENGINE_SOURCE = "DeepSpeed 0.19.8 runtime/engine.py"
+ZERO_SOURCE = "DeepSpeed 0.19.8 runtime/zero"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInput:
     """Input of the plan, from which a layout is chosen.
 
-    `proof` is None if the model class has not been checked on this machine.
+    `packages`: version of each package that rules depend on; None if it is not installed. `proof`:
+    None if the model's class has not been checked on this machine.
     """
 
     settings: RunSettings
@@ -47,10 +53,10 @@ class PlanInput:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanContext(PlanInput):
-    """The plan's input and the layout chosen for it.
+    """Input of a rule's condition: the plan's input, and the layout chosen for it.
 
-    `deepspeed`: the config that DeepSpeed gets, merged with the user's own JSON. `data`: None until
-    the training data has been counted or its size estimated.
+    `deepspeed`: the config for DeepSpeed, already merged with the user's own JSON. `data`: size of
+    the training data; None until it has been counted or estimated.
     """
 
     layout: Layout
@@ -61,6 +67,11 @@ class PlanContext(PlanInput):
     def zero(self) -> Mapping[str, Any]:
         """The block `zero_optimization` of the DeepSpeed config."""
         return self.block("zero_optimization")
+
+    @property
+    def offload_device(self) -> str:
+        """Where the DeepSpeed config puts the base's shards: `none` (the GPU), `cpu` or `nvme`."""
+        return str(self.value("zero_optimization.offload_param.device") or "none")
 
     def block(self, path: str) -> Mapping[str, Any]:
         """A block of the DeepSpeed config by its dotted path; empty if the block is missing."""
@@ -82,10 +93,10 @@ ContextT = TypeVar("ContextT", bound=PlanInput, contravariant=True)
 class Rule(Generic[ContextT]):
     """One known problem.
 
-    `applies`: returns whether the rule applies, or a text, which means that it applies and is
-    appended to the reason. `versions`: the rule applies only to these versions, such as
-    "deepspeed>=0.17.6,<0.18.3"; empty for all supported ones. A package that is not installed is
-    taken to be the newest.
+    `applies`: the condition. It returns whether the rule applies; a returned text also means that
+    the rule applies, and is appended to the reason. `versions`: package versions with the problem,
+    such as "deepspeed>=0.17.6,<0.18.3"; empty if all supported versions have it. For a package that
+    is not installed, the newest version is assumed.
     """
 
     id: str
@@ -102,7 +113,7 @@ class Rule(Generic[ContextT]):
         return f"{self.reason}; {self.remedy}"
 
     def check(self, context: ContextT) -> "Rule[ContextT] | None":
-        """The rule if it applies, with the text from `applies` in its reason; else None."""
+        """The rule if it applies, with the text of `applies` appended to its reason; else None."""
         if self.versions:
             wanted = Requirement(self.versions)
             installed = context.packages.get(wanted.name) or _NEWEST
@@ -115,7 +126,7 @@ class Rule(Generic[ContextT]):
 
 
 def is_set(*paths: str) -> Callable[[PlanContext], bool]:
-    """Condition: one of these keys of the DeepSpeed config has a value other than off or empty."""
+    """Condition: one of these keys of the DeepSpeed config is set, and not to off or empty."""
     return lambda context: any(
         context.value(path) not in (None, False, 0, "", "none", {}, []) for path in paths
     )
@@ -136,7 +147,7 @@ def issue(repository: str, *numbers: int) -> str:
     return ", ".join(f"https://github.com/{repository}/issues/{number}" for number in numbers)
 
 
-@cache  # reading the metadata takes longer than all rules together
+@cache  # reading the metadata takes longer than checking all rules
 def installed_versions() -> Mapping[str, str | None]:
     """Versions of the packages that rules depend on; None for one that is not installed."""
     versions: dict[str, str | None] = {}

@@ -83,7 +83,8 @@ def test_the_class_gives_the_counts_of_the_table(tmp_path, as_unknown, kind):
     counted = read_shape(str(tmp_path))
     assert counted.is_from_class
     for name in ("parameters", "layers_name", "layer_kinds", "vocab_size", "is_tied",
-                 "has_head_bias", "num_tokens", "quantised_parameters", "num_experts"):  # fmt: skip
+                 "has_head_bias", "required_vocab_size", "quantised_parameters",
+                 "num_experts"):  # fmt: skip
         assert getattr(counted, name) == getattr(table, name), name
     assert {n: (x.d_in, x.d_out, x.has_bias) for n, x in counted.linears.items()} == {
         n: (x.d_in, x.d_out, x.has_bias) for n, x in table.linears.items()

@@ -46,8 +46,8 @@ CASES = {
         {"lora_target_modules": r".*(q_proj|o_proj)"},
     ),
     "tokens-without-embeddings": (
-        {"shape": {"num_tokens": 128257}},
-        {"shape": {"num_tokens": 128256}},
+        {"shape": {"required_vocab_size": 128257}},
+        {"shape": {"required_vocab_size": 128256}},
     ),
     "bidirectional": (
         {"config": LLAMA_8B | {"use_bidirectional_attention": True}},
