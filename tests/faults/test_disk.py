@@ -113,7 +113,7 @@ def test_a_stop_on_a_full_disk_fails_and_names_the_checkpoint(run_file, workspac
         run.wait_until(lambda: "is not saved" in run.output, "a failed save")
         (folder / "stop").touch()
         assert run.end() == 1, run.output
-        assert "what was written before is untouched" in run.output
+        assert "earlier checkpoints are unchanged" in run.output
         assert not (folder / "stop").exists()  # or the next start would stop at once
         (folder / "ballast").unlink()
         finish(path)

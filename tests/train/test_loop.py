@@ -48,7 +48,7 @@ def test_three_bad_steps_in_a_row_end_the_run():
     assert (run.progress.step, run.progress.optimizer_step, run.progress.skipped_steps) == (3, 1, 2)
     advance(run, 1.0, result(False))
     advance(run, float("inf"), result(False))
-    with pytest.raises(RankZeroError, match=r"step 6: .* not finite in 3 steps .* untouched"):
+    with pytest.raises(RankZeroError, match=r"step 6: .* not finite in 3 steps .* unchanged"):
         advance(run, 1.0, result(False))
     with pytest.raises(RankZeroError, match="1 steps"):
         advance(run_of(debug=True), 1.0, result(False))

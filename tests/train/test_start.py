@@ -249,7 +249,7 @@ def test_a_checkpoint_of_the_run_that_would_be_replaced_cannot_be_resumed(begin,
 
 def test_resume_names_an_existing_checkpoint(begin, tmp_path):
     folder, start = begin
-    with refused("resume", "alwyas", "auto, must, never", folder / "checkpoints/step-00000100"):
+    with refused("resume", "alwyas", "auto", "must", "never", folder / "checkpoints/step-00000100"):
         start(resume="alwyas")
     (tmp_path / "other/checkpoints/step-00000004").mkdir(parents=True)
     assert start(resume=str(tmp_path / "other/checkpoints/step-00000004")) == "new"

@@ -112,4 +112,4 @@ def test_a_best_adapter_that_could_not_be_written_is_not_lost(writer, checkpoint
 
 def test_a_stop_longer_than_a_launcher_waits_is_warned_of():
     assert slow_stop_warning(20.0, 9.0) is None
-    assert_mentions(slow_stop_warning(20.0, 11.0), "20 + 11 s", "stop", "save_steps")
+    assert_mentions(slow_stop_warning(20.0, 11.0), "20 s", "11 s", "stop", "save_steps")
