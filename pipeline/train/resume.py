@@ -1,4 +1,4 @@
-"""The checkpoint from which a start resumes, compared with this run before torch is imported."""
+"""Selection of the checkpoint from which a start resumes, before torch is imported."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +15,10 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "safe
 
 
 def checkpoints_of(folder: Path, plan: Plan, start: Start, data: str) -> Checkpoints:
-    """The checkpoints of a run folder, for a run with this plan; reads the whole base.
+    """The checkpoints of a run folder, for a run with this plan. Reads the whole base to hash it.
 
-    `data`: key of the training documents. Raises UserError if the run began with another base.
+    `data`: key of the training documents. Raises UserError if the run was started with another
+    base.
     """
     settings = plan.settings
     if start == "resume" and "base" not in settings.accept_changes:
@@ -41,27 +42,29 @@ def checkpoints_of(folder: Path, plan: Plan, start: Start, data: str) -> Checkpo
         origin=str(Path(settings.resume).resolve()) if is_named else None,
         shapes=shapes,
         model_folder=settings.model_folder,
-        about=_about(plan),
+        about=_information(plan),
     )
 
 
 def checkpoint_to_resume(
     checkpoints: Checkpoints, resume: str, start: Start
 ) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint or None, and a log line for each damaged one.
+    """The newest intact checkpoint or None, and a log line for each skipped one.
 
-    A new run starts from the checkpoint of `resume: PATH`, never from those that it replaces.
-    Raises UserError if this run cannot resume from the checkpoint.
+    A new run starts from the checkpoint of `resume: PATH` if there is one, never from a checkpoint
+    that it replaces. Raises UserError if this run cannot resume from the checkpoint.
     """
     path, notes = checkpoints.newest() if start == "resume" else (checkpoints.intact_origin(), [])
     if path is not None:
         checkpoints.require_resumable(path)
     elif resume == "must" and not notes:
-        raise UserError("resume: must, but there is no checkpoint; set resume: auto to start")
+        raise UserError(
+            "resume: must, but there is no checkpoint; set resume: auto to start from step 0"
+        )
     elif notes:
         raise UserError(
-            f"resume: {resume}, but no checkpoint is intact: {'; '.join(notes)}; put one back, "
-            "or set resume: never to start from step 0"
+            f"resume: {resume}, but no checkpoint is intact: {'; '.join(notes)}; restore one from "
+            "a backup, or set resume: never to start from step 0"
         )
     return path, notes
 
@@ -75,8 +78,8 @@ def _lora_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _about(plan: Plan) -> dict[str, Any]:
-    """Information for users in state.json; a resume does not read it."""
+def _information(plan: Plan) -> dict[str, Any]:
+    """Entries of state.json for users; a resume does not read them."""
     settings = plan.settings
     schedule = {} if plan.schedule is None else vars(plan.schedule)
     return {

@@ -51,7 +51,7 @@ def test_requeued_and_warned_from_outside(cluster, train, straight):
     held.send_signal(signal.SIGCONT)
     job.end("COMPLETED")
     assert job.restarts == 2
-    assert job.output.count("a checkpoint is written") == 2
+    assert job.output.count("a checkpoint was written") == 2
     assert same_adapter(run, straight), job.tell()
 
 
