@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -26,7 +27,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.model.attention import WITHIN_DOCUMENTS, arguments_for, require_all_blocks_separate
-from pipeline.model.base import auto_class
+from pipeline.model.base import auto_class, load_plain
 from pipeline.model.checkpoint_names import model_on_meta, stored_names
 from pipeline.model.loss import IGNORED, SummedLoss
 from pipeline.model.small_copy import random_model, small_copies
@@ -42,6 +43,7 @@ from pipeline.plan.given.class_proof import (
 from pipeline.plan.plan import Plan
 
 LIMIT = 1e-5  # largest relative error that passes
+_COPIES = 3  # of the model that are in memory at once: itself, with an adapter, and loaded again
 _LENGTH = 24  # tokens of a row
 # Lengths in tokens of the documents in each of the two rows; the rest of a row is padding.
 _DOCUMENTS = ((7, 12, 3), (20, 1, 2))
@@ -74,16 +76,30 @@ def require_proof(plan: Plan) -> Proof:
 
 
 def _prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool) -> Proof:
+    try:
+        model = _model_to_check(folder, trust_remote_code=trust_remote_code)
+    except UserError as error:
+        return Proof(refusals=[str(error)])
+    missing = _missing_names(folder, targets, trust_remote_code=trust_remote_code)
+    return replace(prove_model(model, targets), without_merge=missing)
+
+
+def _model_to_check(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
+    """A small copy of the model, else the model itself. Raises UserError if neither runs here."""
     config = AutoConfig.from_pretrained(
         folder, trust_remote_code=trust_remote_code, local_files_only=True
     )
     auto = auto_class(folder, trust_remote_code)
     try:
-        model = small_model(auto, config, trust_remote_code=trust_remote_code)
+        return small_model(auto, config, trust_remote_code=trust_remote_code)
     except UserError as error:
-        return Proof(refusals=[str(error)])
-    missing = _missing_names(folder, targets, trust_remote_code=trust_remote_code)
-    return replace(prove_model(model, targets), without_merge=missing)
+        weights = sum(path.stat().st_size for path in weight_files(folder))
+        needed = _COPIES * 2 * weights  # of a 16-bit checkpoint, in fp32
+        if needed > psutil.virtual_memory().available:
+            raise UserError(
+                f"{error}; checks of the model itself need {needed / 2**30:.0f} GiB of host memory"
+            ) from None
+        return load_plain(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
 
 def small_model(auto: Any, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:

@@ -35,6 +35,7 @@ _VISION_WIDTHS = {
 _COUNTS = {
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "num_experts_per_token": 2, "top_k_experts": 2, "n_group": 1, "topk_group": 1,
+    "num_expert_group": 1,
     "first_k_dense_replace": 1, "num_dense_layers": 1, "num_kv_shared_layers": 2,
     "num_nextn_predict_layers": 0, "max_position_embeddings": 256,
 }  # fmt: skip
@@ -50,7 +51,7 @@ def small_copies(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     for widths, vision in ((_WIDTHS, _VISION_WIDTHS), ({}, {})):
         values = config.to_dict()
         text = values if name is None else values[name]
-        _reduce(text, widths)
+        _reduce(text, widths, text_config.attribute_map)
         for other in values.values():
             if isinstance(other, dict) and "model_type" in other and other is not text:
                 _set_lower(other, vision)
@@ -72,35 +73,59 @@ def random_model(auto_class: Any, config: PreTrainedConfig, **options: Any) -> P
     assert isinstance(model, PreTrainedModel)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=_STD, generator=generator)
+            noise = torch.empty_like(parameter).normal_(std=_STD, generator=generator)
+            # Vectors keep their initial values as a mean: norms, biases, decays. Zeros among them
+            # (Gemma 3n's scales) would stop gradients that a trained model has.
+            parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
     model.train(False)
     return model
 
 
-def _reduce(text: dict[str, Any], widths: Mapping[str, int]) -> None:
-    """Reduce the sizes of a decoder's config in place."""
-    if widths:
-        heads, head_dim = text["num_attention_heads"], text.get("head_dim")
-        keys = text.get("num_key_value_heads") or heads
-        rope_dim = text.get("qk_rope_head_dim")
-        text["num_attention_heads"] = 4
-        if text.get("num_key_value_heads") is not None:
-            text["num_key_value_heads"] = max(1, 4 * keys // heads)
-        if text.get("num_global_key_value_heads"):
-            text["num_global_key_value_heads"] = 1
-        _set_lower(text, widths)
-        for key in widths.keys() & text.keys():  # exact sizes, because several must agree
-            if isinstance(text[key], int) and text[key] > 0:
-                text[key] = widths[key]
-        if head_dim is not None and head_dim == rope_dim:  # DeepSeek: both are the rotated width
-            text["head_dim"] = text["qk_rope_head_dim"]
+def _reduce(text: dict[str, Any], widths: Mapping[str, int], own_names: Mapping[str, str]) -> None:
+    """Reduce the sizes of a decoder's config in place; `own_names`: config's attribute_map."""
+    for name, own in own_names.items():
+        if own in text:
+            text[name] = text.pop(own)
+    if widths and text.get("num_attention_heads"):
+        _reduce_heads(text, widths)
     _set_lower(text, _COUNTS)
     for key in _WINDOW_KEYS:
         if text.get(key):
             text[key] = _WINDOW
     _reduce_vocabulary(text)
     _choose_blocks(text)
+    for name, own in own_names.items():
+        if name in text:
+            text[own] = text.pop(name)
+
+
+def _reduce_heads(text: dict[str, Any], widths: Mapping[str, int]) -> None:
+    heads, head_dim = text["num_attention_heads"], text.get("head_dim")
+    keys = text.get("num_key_value_heads") or heads
+    rope_dim = text.get("qk_rope_head_dim")
+    text["num_attention_heads"] = 4
+    if text.get("num_key_value_heads") is not None:
+        text["num_key_value_heads"] = max(1, 4 * keys // heads)
+    if text.get("num_global_key_value_heads"):
+        text["num_global_key_value_heads"] = 1
+    _set_lower(text, widths)
+    for key in widths.keys() & text.keys():  # exact sizes, because several must agree
+        if isinstance(text[key], int) and text[key] > 0:
+            text[key] = widths[key]
+    if head_dim is not None and head_dim == rope_dim:  # DeepSeek: both are the rotated width
+        text["head_dim"] = text["qk_rope_head_dim"]
+    _shorten_rope_factors(text)
+
+
+def _shorten_rope_factors(text: dict[str, Any]) -> None:
+    """Shorten the lists of longrope, which have a factor for each rotated pair of a head."""
+    rope = text.get("rope_parameters") or {}
+    head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    share = rope.get("partial_rotary_factor") or text.get("partial_rotary_factor") or 1
+    rotated = text.get("qk_rope_head_dim") or int(head_dim * share)
+    for key in ("short_factor", "long_factor"):
+        if isinstance(rope.get(key), list):
+            rope[key] = rope[key][: rotated // 2]
 
 
 def _set_lower(values: dict[str, Any], limits: Mapping[str, int]) -> None:
@@ -127,7 +152,7 @@ def _choose_blocks(text: dict[str, Any]) -> None:
 
     Lists with one entry per block, and lists of block indices, are changed accordingly.
     """
-    total = text.get("num_hidden_layers") or len(text["layers_block_type"])
+    total = text.get("num_hidden_layers") or len(text.get("layers_block_type", ()))
     if total <= _BLOCKS:
         return
     indices = {key: value for key, value in text.items() if _are_indices(value, total)}

@@ -501,6 +501,6 @@ def build(name, dtype=None, kinds=KINDS):
     model = auto.from_config(config).to(dtype or torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.12)
+            noise = torch.empty_like(parameter).normal_(std=0.12)
+            parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
     return model.eval()

@@ -149,6 +149,35 @@ def test_a_run_that_avoids_what_is_wrong_is_allowed(tiny_model, monkeypatch, pro
     assert require_proof(plan) == Proof(**proof_of)
 
 
+def test_a_model_of_which_no_small_copy_runs_is_checked_itself(tmp_path, monkeypatch):
+    build("granite").save_pretrained(tmp_path)
+    monkeypatch.setattr(proof, "small_copies", lambda config: iter(()))
+    result = prove(tmp_path, ["q_proj"])
+    assert not result.refusals
+    assert max(result.errors.values()) < LIMIT
+    monkeypatch.setattr(proof, "_COPIES", 10**9)
+    assert_mentions(prove(tmp_path, ["k_proj"]).refusals[0], "no small copy", "GiB")
+
+
+def test_the_small_copy_of_longrope_has_a_factor_for_each_pair_of_its_head():
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 4096,
+        "short_factor": [1.0 + i / 50 for i in range(48)], "long_factor": [2.0] * 48,
+    }  # fmt: skip
+    config = AutoConfig.for_model(
+        "phi3", rope_parameters=rope, partial_rotary_factor=0.75, hidden_size=3072,
+        num_attention_heads=24, max_position_embeddings=131072, pad_token_id=0,
+    )  # fmt: skip
+    model = small_model(AutoModelForCausalLM, config)
+    assert len(model.config.rope_parameters["short_factor"]) == 0.75 * 16 / 2
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "mamba"])  # num_layers, no heads
+def test_sizes_with_other_names_are_reduced_too(kind):
+    model = small_model(AutoModelForCausalLM, AutoConfig.for_model(kind))
+    assert model.config.num_hidden_layers == 4
+
+
 def test_a_checkpoint_with_other_names_than_the_model_s_can_be_merged_into(tmp_path):
     build("gemma3").save_pretrained(tmp_path)  # stored as language_model.model...
     assert not prove(tmp_path, ["q_proj", "down_proj"]).without_merge
