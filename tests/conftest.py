@@ -13,6 +13,8 @@ import pytest
 
 from tests.tiny import make_model
 
+# Two workers, each with a thread for every core, would wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RANKZERO_CACHE"] = tempfile.mkdtemp(prefix="rankzero-tests-")  # subprocesses too
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")

@@ -22,7 +22,14 @@ import transformers.integrations
 import transformers.models.llama.modeling_llama
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-import pipeline.train.run
+import pipeline.cli.merge
+import pipeline.cli.preflight
+import pipeline.cli.report
+import pipeline.cli.score
+import pipeline.cli.train
+import pipeline.train.assemble
+import pipeline.train.finish
+import pipeline.train.loop
 import tests.train_tiny
 
 get_checkpoint_conversion_mapping("llama")  # compiles 900 patterns, once for all model types

@@ -21,8 +21,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-_CTX = mp.get_context("forkserver")
-_CTX.set_forkserver_preload(["tests.preload"])
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
 def run_ranks(
@@ -46,9 +46,9 @@ def run_processes(
     body: Callable[..., Any], arguments: list[tuple[Any, ...]], deadline_s: float = 90.0
 ) -> list[Any]:
     """Call ``body(*its arguments)`` in one process each, at the same time; as `run_ranks`."""
-    ends = [_CTX.Pipe(duplex=False) for _ in arguments]
+    ends = [CONTEXT.Pipe(duplex=False) for _ in arguments]
     workers = [
-        _CTX.Process(target=_report, args=(send, body, args))
+        CONTEXT.Process(target=_report, args=(send, body, args))
         for args, (_, send) in zip(arguments, ends, strict=True)
     ]
     for worker, (_, send) in zip(workers, ends, strict=True):

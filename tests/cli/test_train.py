@@ -1,8 +1,8 @@
-"""The documented commands, started as a user starts them, on two CPU ranks."""
+"""The documented commands on two CPU ranks: once as a user starts them, else as forks."""
 
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from pipeline.train.metrics import read_metrics
 from tests import ROOT
+from tests.commands import Command, free_port, run
 from tests.messages import assert_mentions
 from tests.tiny import make_rows
 
@@ -57,43 +58,28 @@ def run_file(workspace, tiny_model):
 @pytest.fixture(scope="module")
 def straight(run_file, workspace) -> Path:
     """The folder of a run that nothing interrupts."""
-    code, output = deepspeed(run_file("straight"))
+    code, output = train(run_file("straight"))
     assert code == 0, output
     return workspace / "straight"
 
 
-def start(*command: str | Path, **environment: str) -> subprocess.Popen[str]:
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env=clean | {"DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def launched(run_file: Path) -> tuple[int, str]:
+    """Exit code and output under DeepSpeed's launcher."""
+    ended = subprocess.run(
+        [BIN / "deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()),
+         "launch/train.py", run_file],
+        cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"}, text=True, check=False, timeout=240,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return ended.returncode, ended.stdout
 
 
-def run(*command: str | Path) -> tuple[int, str]:
-    process = start(*command)
-    output, _ = process.communicate(timeout=240)
-    return process.returncode, output
+def two_ranks(run_file: Path, *more: str) -> Command:
+    return Command("launch/train.py", run_file, *more, ranks=2)
 
 
-def launcher() -> tuple[str | Path, ...]:
-    """DeepSpeed's command for two ranks, at a port that no other run has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    return (BIN / "deepspeed", "--num_accelerators", "2", "--master_port", port)
-
-
-def deepspeed(run_file: Path, *more: str) -> tuple[int, str]:
-    return run(*launcher(), "launch/train.py", run_file, *more)
-
-
-def python(script: str, *more: str | Path) -> tuple[int, str]:
-    return run(sys.executable, f"launch/{script}.py", *more)
+def train(run_file: Path, *more: str) -> tuple[int, str]:
+    return run("launch/train.py", run_file, *more, ranks=2)
 
 
 def status(folder: Path) -> dict:
@@ -103,7 +89,7 @@ def status(folder: Path) -> dict:
 def test_the_whole_road(run_file, workspace):
     """Train on two ranks at ZeRO-3, merge, score, report; then start again."""
     path, folder = run_file("road", zero_stage=3, preset="conservative"), workspace / "road"
-    code, output = deepspeed(path)
+    code, output = launched(path)
     assert code == 0, output
     assert status(folder)["state"] == "done"
     lines = read_metrics(folder / "metrics.jsonl")
@@ -124,7 +110,7 @@ def test_the_whole_road(run_file, workspace):
     assert zero["stage"] == 3
 
     for script in ("merge", "score", "report"):
-        code, output = python(script, folder)
+        code, output = run(f"launch/{script}.py", folder)
         assert code == 0, output
     scored = json.loads((folder / "score.json").read_text())
     assert scored["models"].keys() == {"base", "adapter", "merged"}
@@ -138,9 +124,9 @@ def test_the_whole_road(run_file, workspace):
     assert (folder / "report.html").stat().st_size > 10_000
 
     before = (folder / "adapter/adapter_model.safetensors").read_bytes()
-    code, output = python("train", path)
+    code, output = run("launch/train.py", path)
     assert (code, "nothing to do" in output) == (0, True), output
-    code, output = python("train", path, "lr=1e-4")
+    code, output = run("launch/train.py", path, "lr=1e-4")
     assert code == 2, output
     assert "lr: 0.005 -> 0.0001" in output
     assert "Traceback" not in output
@@ -151,7 +137,7 @@ def test_packs_bring_every_token_once(run_file, workspace):
     """At ZeRO-3 with recomputed blocks; what is measured on packs is what is published."""
     keys = {"packing": True, "max_length": 256, "global_batch_size": 2, "epochs": 1}
     path, folder = run_file("packed", zero_stage=3, **keys), workspace / "packed"
-    code, output = deepspeed(path, "gradient_checkpointing=true")
+    code, output = train(path, "gradient_checkpointing=true")
     assert code == 0, output
     lines = read_metrics(folder / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
@@ -163,33 +149,45 @@ def test_packs_bring_every_token_once(run_file, workspace):
         assert line["predicted_bytes"] == pytest.approx(line["peak_bytes"], rel=0.1)
     # Well under 1 % where nothing else is at work; a busy machine may take the CPU away in between.
     assert 0 < median(line["waiting_share"] for line in steps) < 0.05
-    code, output = python("score", folder)
+    code, output = run("launch/score.py", folder)
     assert code == 0, output
     scored = json.loads((folder / "score.json").read_text())["models"]["adapter"]["loss"]
     assert scored == pytest.approx(lines[-1]["eval_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("how", ["stop file", "SIGTERM to every rank"])
-def test_stopped_and_started_again_is_bitwise_the_same(run_file, workspace, straight, how):
-    name = how.split()[0]
-    workers = 1 if how == "stop file" else 0  # who builds the batches changes nothing
-    broken, folder = run_file(name, dataloader_num_workers=workers), workspace / name
-    process = start(*launcher(), "launch/train.py", broken)
-    wait_for_step(folder, 4, process)
-    if how == "stop file":
+def test_stopped_by_its_file_and_resumed_is_bitwise_the_same(run_file, workspace, straight):
+    path, folder = run_file("touched", dataloader_num_workers=1), workspace / "touched"
+    with two_ranks(path) as command:
+        wait_for_step(folder, 4, command)
         (folder / "stop").touch()
-    else:
-        for pid in ranks_of(broken):
-            os.kill(pid, 15)
-    output, _ = process.communicate(timeout=120)
-    said = status(folder)
-    assert (said["state"], said["exit_code"]) == ("stopped", 75), output
-    assert process.returncode == 75, output
-    assert 4 <= said["step"] < 12
+        require_stopped(folder, *command.end())
+    # Whether a worker builds the batches or the rank itself changes nothing.
+    require_resumed_as(straight, path, folder, "dataloader_num_workers=0")
+
+
+def test_stopped_by_a_signal_and_resumed_is_bitwise_the_same(run_file, workspace, straight):
+    path, folder = run_file("signalled"), workspace / "signalled"
+    with two_ranks(path) as command:
+        wait_for_step(folder, 4, command)
+        for pid in command.pids:
+            os.kill(pid, signal.SIGTERM)
+        require_stopped(folder, *command.end())
+    require_resumed_as(straight, path, folder)
+
+
+def require_stopped(folder: Path, code: int, output: str) -> None:
+    reported = status(folder)
+    assert (reported["state"], reported["exit_code"]) == ("stopped", 75), output
+    assert code == 75, output
+    assert 4 <= reported["step"] < 12
     assert not (folder / "adapter").exists()
-    code, output = deepspeed(broken)
+
+
+def require_resumed_as(straight: Path, run_file: Path, folder: Path, *changes: str) -> None:
+    step = status(folder)["step"]
+    code, output = train(run_file, *changes)
     assert code == 0, output
-    assert f"resuming from step {said['step']}" in output
+    assert f"resuming from step {step}" in output
     assert same_adapter(folder, straight)
     losses = [
         [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
@@ -202,16 +200,14 @@ def test_killed_in_the_middle_goes_on_from_the_newest_intact_checkpoint(
     run_file, workspace, straight
 ):
     path, folder = run_file("killed"), workspace / "killed"
-    process = start(*launcher(), "launch/train.py", path)
-    wait_for_step(folder, 8, process)  # after the checkpoints of steps 3 and 6
-    for pid in ranks_of(path):
-        os.kill(pid, 9)
-    process.communicate(timeout=120)
+    with two_ranks(path) as command:
+        wait_for_step(folder, 8, command)  # after the checkpoints of steps 3 and 6
+        command.kill()
     assert status(folder)["state"] == "running"  # nobody was left to say otherwise
     newest = max((folder / "checkpoints").glob("step-*"))
     weights = newest / "adapter.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])  # and the newest checkpoint is damaged
-    code, output = deepspeed(path)
+    code, output = train(path)
     assert code == 0, output
     assert f"{newest} is skipped: adapter.safetensors" in output
     assert "resuming from step" in output
@@ -221,7 +217,7 @@ def test_killed_in_the_middle_goes_on_from_the_newest_intact_checkpoint(
 def test_another_run_starts_from_a_named_checkpoint(run_file, workspace, straight):
     named = straight / "checkpoints/step-00000009"
     path, folder = run_file("descendant", resume=str(named)), workspace / "descendant"
-    code, output = deepspeed(path)
+    code, output = train(path)
     assert code == 0, output
     assert f"resuming from step 9 ({named})" in output
     assert same_adapter(folder, straight)
@@ -242,7 +238,7 @@ def test_the_best_adapter_is_exported_and_patience_ends_the_run(run_file, worksp
         early_stopping_patience=2,
         epochs=4,
     )
-    code, output = python("train", path)
+    code, output = run("launch/train.py", path)
     assert code == 0, output
     folder = workspace / "best"
     losses = [m["eval_loss"] for m in read_metrics(folder / "metrics.jsonl") if "eval_loss" in m]
@@ -250,7 +246,7 @@ def test_the_best_adapter_is_exported_and_patience_ends_the_run(run_file, worksp
     assert len(losses) == best + 2 < 24  # two evaluations later it ended
     assert f"early stop: no lower held-out loss since step {best}" in output
     assert f"adapter of step {best}:" in output
-    code, output = python("score", folder)
+    code, output = run("launch/score.py", folder)
     assert code == 0, output
     scored = json.loads((folder / "score.json").read_text())["models"]
     assert scored["adapter"]["loss"] == pytest.approx(min(losses), rel=1e-5)
@@ -266,7 +262,14 @@ def test_the_best_adapter_is_exported_and_patience_ends_the_run(run_file, worksp
     ],
 )
 def test_wrong_input_is_said_once_by_two_ranks(run_file, workspace, change, part):
-    code, output = deepspeed(run_file("wrong", **change))
+    require_refused(workspace, part, *train(run_file("wrong", **change)))
+
+
+def test_wrong_input_is_said_once_under_the_launcher(run_file, workspace):
+    require_refused(workspace, "lora_rnk: ", *launched(run_file("wrong", lora_rnk=8)))
+
+
+def require_refused(workspace: Path, part: str, code: int, output: str) -> None:
     assert code == 2, output
     assert output.count(part) == 1, output
     assert "Traceback" not in output
@@ -275,35 +278,20 @@ def test_wrong_input_is_said_once_by_two_ranks(run_file, workspace, change, part
 
 def test_debug_needs_no_launcher_and_is_beside_the_run(run_file, workspace):
     path = run_file("quick", load_in_4bit=True)
-    code, output = python("train", path, "--debug")
+    code, output = run("launch/train.py", path, "--debug")
     assert code == 0, output
     assert_mentions(output, "debug", "frozen weight")
     assert status(workspace / "quick-debug")["state"] == "done"
     assert not (workspace / "quick").exists()
-    assert python("train", path, "--debug")[0] == 0  # replaced, not refused
+    assert run("launch/train.py", path, "--debug")[0] == 0  # replaced, not refused
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(folder: Path, step: int, command: Command) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if len(read_metrics(folder / "metrics.jsonl")) >= step:
-            return
-        assert process.poll() is None, process.communicate()[0]
+    while len(read_metrics(folder / "metrics.jsonl")) < step:
+        assert command.is_running(), command.output
+        assert time.monotonic() < deadline, f"{folder}: no step {step}"
         time.sleep(0.005)
-    raise AssertionError(f"{folder}: no step {step}")
-
-
-def ranks_of(run_file: Path) -> list[int]:
-    """The ranks' own processes: those that DeepSpeed's node launcher started."""
-    import psutil
-
-    return [
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if str(run_file) in (line := process.info["cmdline"] or [])
-        and any(part.startswith("--local_rank=") for part in line)
-        and "deepspeed.launcher.launch" not in line
-    ]
 
 
 def same_adapter(one: Path, other: Path) -> bool:
@@ -314,7 +302,7 @@ def same_adapter(one: Path, other: Path) -> bool:
 def test_a_run_that_diverges_ends_with_its_checkpoints_untouched(run_file, workspace):
     """Not a number in three steps in a row, of which none came into the adapter."""
     path, folder = run_file("diverged", lr=1e30, save_steps=1), workspace / "diverged"
-    code, output = deepspeed(path)
+    code, output = train(path)
     assert code == 1, output
     said = status(folder)
     assert (said["state"], said["exit_code"]) == ("failed", 1)
@@ -325,6 +313,6 @@ def test_a_run_that_diverges_ends_with_its_checkpoints_untouched(run_file, works
     newest = max((folder / "checkpoints").glob("step-*"))
     saved = load_file(newest / "adapter.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())
-    code, output = deepspeed(path)
+    code, output = train(path)
     assert f"resuming from step {int(newest.name[5:])} ({newest})" in output
     assert code == 1, output

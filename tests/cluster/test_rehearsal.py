@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.cluster.placement import Placement, from_environment
 from pipeline.config.settings import RunSettings
-from tests.ranks import _CTX
+from tests.ranks import CONTEXT
 from tests.tiny import Documents, make_plan
 
 pytestmark = pytest.mark.group
@@ -188,8 +188,8 @@ def one_step(rank: int, folder: Path, settings: dict) -> dict:
 )
 def test_deepspeed_accepts_the_config_and_shards_by_64(tiny_model, settings):
     for rank in (0, WORLD - 1):
-        receive, send = _CTX.Pipe(duplex=False)
-        process = _CTX.Process(
+        receive, send = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(
             target=fake_rank, args=(rank, tiny_model, settings | {"global_batch_size": 128}, send)
         )
         process.start()
