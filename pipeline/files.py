@@ -27,7 +27,10 @@ def dump_json(data: Any) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object. Raises OSError, or ValueError for other content."""
-    value = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
     return value

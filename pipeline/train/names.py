@@ -1,7 +1,10 @@
 """Names of the files and folders that a run writes into its run folder. No torch."""
 
+import os
 import re
 from pathlib import Path
+
+from pipeline.errors import UserError
 
 # Everything that a run may write; nothing else is ever removed from a run folder. The last two
 # files are removed last, because they mark the folder as a run folder.
@@ -12,8 +15,37 @@ FILES = (
 FOLDERS = ("data", "checkpoints", "adapter", "merged")
 # Allowed in a folder before its first run: prepared data, Slurm's logs, a stop request.
 BEFORE_A_RUN = ("data", "logs", "stop")
+_IN_DATA = ("index.json", "audit.json", "rejects.jsonl", "fingerprints.json")
 # Names in checkpoints/: complete checkpoints, damaged ones that were skipped, unfinished writes.
 _WRITTEN = re.compile(r"(step|best)-\d{8}(-skipped-\d+|-passed-over-\d+)?|\.(step|best)-\d{8}\..*")
+
+
+def require_usable(folder: Path, *, is_written: bool) -> None:
+    """Raise UserError if an entry of a run folder is not what a run writes under its name.
+
+    That is a folder in the place of a file, a file in the place of a folder, a link to a missing
+    target, or an entry that cannot be read or, if `is_written`, be written. Called at the start:
+    otherwise a save fails hours later.
+    """
+    access, denied = os.R_OK | os.X_OK, "cannot be read"
+    if is_written:
+        access, denied = access | os.W_OK, "cannot be read and written"
+    files = [folder / name for name in (*FILES, "stop", *(f"data/{name}" for name in _IN_DATA))]
+    folders = [folder / name for name in (*FOLDERS, "logs")]
+    for paths, is_kind, kind, mode in (
+        ([folder, *folders], Path.is_dir, "a folder", access),
+        (files, Path.is_file, "a file", os.R_OK),  # a file is replaced, not opened for writing
+    ):
+        for path in paths:
+            if path.is_symlink() and not path.exists():
+                problem = f"is a link to {path.readlink()}, which is not there"
+            elif path.exists() and not is_kind(path):
+                problem = f"is not {kind}"
+            elif path.exists() and not os.access(path, mode):
+                problem = "cannot be read" if kind == "a file" else denied
+            else:
+                continue
+            raise UserError(f"output_dir: {path} {problem}; restore it or move it away")
 
 
 def checkpoints_in(folder: Path, kind: str = "step") -> list[Path]:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pipeline.config.settings import RunSettings, settings_with
 from pipeline.data.prepare.prepare import train_key
 from pipeline.train.context import requeued_settings
 from pipeline.train.folder import open_run
+from pipeline.train.names import FILES, FOLDERS
 from pipeline.train.owner import identity
 from pipeline.train.start import STARTS, decide_start
 from pipeline.train.status import is_alive, read_status
@@ -345,11 +347,38 @@ def test_a_living_owner_is_left_alone(begin):
     assert start() == "new"  # it had no progress
 
 
+WRONG = {
+    "a folder": lambda path: path.mkdir(),
+    "a file": lambda path: path.touch(),
+    "a link to a missing target": lambda path: path.symlink_to("/no/such/target"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS, "stop", "data/audit.json"])
+def test_an_entry_that_no_run_writes_under_this_name_is_refused(begin, name, wrong):
+    if wrong == ("a folder" if name in FOLDERS else "a file"):
+        return
+    folder, start = begin
+    start()
+    leave(folder, "stopped")
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    WRONG[wrong](path)
+    with refused("output_dir", path):
+        start(**OTHER, overwrite=True)
+    assert os.path.lexists(path)
+
+
 @pytest.mark.parametrize("name", ["stop", "data", "logs"])
 def test_files_that_may_be_there_before_a_run(begin, name):
     folder, start = begin
     folder.mkdir()
-    (folder / name).touch()
+    (folder / name).touch() if name == "stop" else (folder / name).mkdir()
     assert start() == "new"
     assert (folder / name).exists()
 
