@@ -8,11 +8,20 @@
 Each message says what is wrong, where (file, line, key) and what would work.
 """
 
+_MAX_LINES, _MAX_LINE = 200, 1200
+_HEAD, _TAIL = 700, 400  # characters of a longer line that are kept: the place and the remedy
+
 
 class RankZeroError(Exception):
-    """A failure with a known cause; its message is shown without a traceback."""
+    """A failure with a known cause; its message is shown without a traceback.
+
+    Messages contain values of the user, which may be long: the middle of a long line is left out.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(bounded(message))
 
 
 class UserError(RankZeroError):
@@ -29,3 +38,15 @@ class Stopped(RankZeroError):
 
 class SingleRankError(RankZeroError):
     """A failure on one rank only; unlike for other errors, this rank must inform the others."""
+
+
+def bounded(message: str) -> str:
+    """The message with the middle of long lines, and the last of very many lines, left out."""
+    lines = message.split("\n")
+    for i, line in enumerate(lines[:_MAX_LINES]):
+        if len(line) > _MAX_LINE:
+            omitted = len(line) - _HEAD - _TAIL
+            lines[i] = f"{line[:_HEAD]} [{omitted:,} characters left out] {line[-_TAIL:]}"
+    if len(lines) > _MAX_LINES:
+        lines[_MAX_LINES:] = [f"and {len(lines) - _MAX_LINES:,} more lines"]
+    return "\n".join(lines)

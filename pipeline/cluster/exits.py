@@ -13,7 +13,7 @@ from tempfile import gettempdir
 from typing import Any, NoReturn, TextIO
 
 from pipeline.cluster.logs import configure_logging, current_rank
-from pipeline.errors import RankZeroError, SingleRankError, Stopped
+from pipeline.errors import RankZeroError, SingleRankError, Stopped, bounded
 
 # DeepSpeed's node launcher polls once a second for a rank that ended and terminates the others.
 _GRACE_S = 10.0
@@ -125,7 +125,7 @@ def _file_error(error: Exception) -> str | None:
     if not isinstance(error, OSError) or error.strerror is None:
         return None
     if error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+        return bounded(f"{os.fsdecode(error.filename)}: {error.strerror}")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"a file could not be written: {error.strerror} (TMPDIR is {gettempdir()})"
     return None

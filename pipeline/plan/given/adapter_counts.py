@@ -1,13 +1,12 @@
 """AdapterCounts: sizes of the LoRA adapter, summed over the adapted linear layers of a model."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from pipeline.config.settings import RunSettings
-from pipeline.errors import UserError
 from pipeline.plan.given.families import Linear
+from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.given.shape import ModelShape
 
 _ATTENTION_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"}
@@ -58,11 +57,8 @@ def pattern_value(pattern: Mapping[str, float] | None, name: str, default: float
     utils/other.py get_pattern_key).
     """
     for key, value in (pattern or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        except re.error as error:
-            raise UserError(f"{key!r} is not a regular expression: {error}") from None
+        if full_matches(rf"(.*\.)?({key})", [name], "rank_pattern"):
+            return value
     return default
 
 

@@ -22,6 +22,7 @@ from pipeline.plan.given.block import Block
 from pipeline.plan.given.class_shape import class_shape
 from pipeline.plan.given.families import FAMILIES, Config, Experts, Family, Linear, Widths
 from pipeline.plan.given.objective import bidirectional, other_head
+from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.given.tokens import required_vocab_size
 
 # Names of the experts and of their projections. In older transformers these were linear layers.
@@ -164,7 +165,7 @@ class ModelShape:
         if targets == "all-linear":
             return [(name, linear) for name, linear in self.linears.items() if linear.is_adaptable]
         if isinstance(targets, str):
-            selected = [name for name in self.linears if self._fullmatch(targets, name)]
+            selected = full_matches(targets, self.linears, "lora_target_modules")
             self._require_match(selected, targets)
         else:
             for target in targets:
@@ -183,14 +184,6 @@ class ModelShape:
     def kind_of(self, linear_name: str) -> int:
         """Index in `blocks` for the block of the linear layer with this full name."""
         return self.layer_kinds[int(linear_name[len(self.layers_name) + 1 :].split(".", 1)[0])]
-
-    def _fullmatch(self, pattern: str, name: str) -> bool:
-        try:
-            return re.fullmatch(pattern, name) is not None
-        except re.error as error:
-            raise UserError(
-                f"lora_target_modules: {pattern!r} is not a regular expression: {error}"
-            ) from None
 
     def _require_match(self, matches: Sequence[str], target: str) -> None:
         if matches:

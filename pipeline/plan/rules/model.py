@@ -1,6 +1,5 @@
 """Rules about the model, the adapter, the precision and the versions of packages."""
 
-import re
 from collections.abc import Sequence
 
 from pipeline.plan.cost.memory import checkpoint_bytes
@@ -8,6 +7,7 @@ from pipeline.plan.cost.speed import step_seconds
 from pipeline.plan.cost.stopping import slow_stop_warning
 from pipeline.plan.given.adapter_counts import trainable_parameters
 from pipeline.plan.given.layout import SequenceProfile
+from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.rules.rule import DEEPSPEED, PlanContext, PlanInput, Rule, issue
 
 _WRITE_RATE = 500e6  # bytes/s of a checkpoint to disk, hashing included: an assumption
@@ -35,10 +35,7 @@ def _targets_embeddings_or_head(s: PlanInput) -> bool:
     if isinstance(targets, str):
         if targets in ("auto", "all-linear"):  # these exclude embeddings and head
             return False
-        try:
-            return any(re.fullmatch(targets, name) for name in _EMBEDDINGS_AND_HEADS)
-        except re.error:
-            return False
+        return bool(full_matches(targets, _EMBEDDINGS_AND_HEADS, "lora_target_modules"))
     ends = {name.rsplit(".", 1)[-1] for name in _EMBEDDINGS_AND_HEADS}
     return any(target.rsplit(".", 1)[-1] in ends for target in targets)
 

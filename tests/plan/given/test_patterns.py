@@ -1,0 +1,45 @@
+"""Regular expressions of a run file: bounded in time, and refused with the setting."""
+
+import signal
+import threading
+import time
+
+import pytest
+
+from pipeline.plan.given.patterns import full_matches
+from tests.messages import refused
+
+pytestmark = pytest.mark.unit
+
+NAMES = [f"model.layers.{i}.self_attn.{kind}_proj" for i in range(3) for kind in "qkvo"]
+
+
+def test_a_pattern_matches_whole_names():
+    assert full_matches(r".*\.[qv]_proj", NAMES, "s") == [n for n in NAMES if n[-6] in "qv"]
+    assert full_matches("q_proj", NAMES, "s") == []
+
+
+@pytest.mark.parametrize("pattern", ["(", "a{99999999999}", "(" * 5000 + ")" * 5000])
+def test_what_is_no_regular_expression_is_refused(pattern):
+    with refused("lora_target_modules", "regular expression") as caught:
+        full_matches(pattern, NAMES, "lora_target_modules")
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.timeout(60)
+def test_a_pattern_of_exponential_time_is_refused():
+    handler, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    start = time.monotonic()
+    with refused("lora_target_modules", "(a+)+b"):
+        full_matches("(a+)+b", ["a" * 60], "lora_target_modules")
+    assert time.monotonic() - start < 30
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (timer[0] > 0)
+
+
+def test_another_thread_matches_too():
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(full_matches(".*", NAMES, "s")))
+    thread.start()
+    thread.join()
+    assert found == NAMES
