@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.plan.given.data_size import DataSize
 from pipeline.rows.files import find_files
 from pipeline.rows.formats import Completion, Conversation, Example, RowError, Text, read_example
-from pipeline.rows.sources import Row, parse, sample
+from pipeline.rows.sources import Row, parse_line, sample_file
 
 SAMPLE_BYTES = 1_000_000
 _MAX_FILES = 64  # files sampled per source; the other files are assumed to be similar
@@ -69,9 +69,9 @@ def _samples(files: list[list[Path]], settings: RunSettings) -> dict[Path, _File
     budget, samples = SAMPLE_BYTES, {}
     by_size = sorted(chosen, key=lambda file: (file.stat().st_size, file))
     for index, file in enumerate(by_size):
-        lines, share, num_bytes = sample(file, budget // (len(by_size) - index))
+        lines, share, num_bytes = sample_file(file, budget // (len(by_size) - index))
         budget -= num_bytes
-        rows = (row for row in map(parse, lines) if isinstance(row, Row))
+        rows = (row for row in map(parse_line, lines) if isinstance(row, Row))
         tokens = [count for row in rows for count in _documents(row, settings)]
         samples[file] = _FileSample(tokens=tokens, share=share)
     return samples

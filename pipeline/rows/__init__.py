@@ -1,9 +1,9 @@
-"""Data files -> rows -> examples, without torch and without a plan.
+"""Readers of data files: files -> rows -> examples, without torch.
 
-In: the names in `train_data` and `eval_data`. Out: for each row an Example (conversation, prompt
-and completion, text or tokens) and the columns that were not read; or, for a bad row, its file, its
-line and the reason. The plan's size estimate and prepare use the same readers.
-Open `sources.py` first: names -> `files.py` -> `content.py` (bytes) -> `json_rows.py`,
-`csv_rows.py` or `tables.py` (Line objects) -> `formats.py`, `conversations.py`, `messages.py`
-(examples).
+In: the values of `train_data` and `eval_data`. Out: for each row an Example (conversation, prompt
+and completion, text or tokens) and the names of the columns that were not read; for a bad row its
+file, its line and the reason. The plan's size estimate and prepare use the same readers.
+Open `sources.py` first. `files.py` finds the files, `content.py` decompresses them,
+`json_rows.py`, `csv_rows.py` and `tables.py` split them into Lines, and `formats.py`,
+`conversations.py` and `messages.py` build the examples.
 """

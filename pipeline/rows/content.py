@@ -1,4 +1,4 @@
-"""The bytes of a data file: its compression, its kind and its encoding, told by the first bytes."""
+"""Compression, file format and text encoding of a data file, detected from its first bytes."""
 
 import bz2
 import gzip
@@ -31,27 +31,27 @@ SUFFIXES = f"{', '.join(_KINDS)}, each also with {', '.join(_COMPRESSED)}"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def kind_of(file: Path) -> Kind:
-    """The kind of a file by its first bytes, else by its name; "json" where neither tells."""
+def detect_kind(file: Path) -> Kind:
+    """File format by the first bytes, else by the file's name; "json" if both are unknown."""
     with open_data(file) as stream:
         first = stream.read(6)
     if first[:4] == b"PAR1":
         return "parquet"
     if first == b"ARROW1":
         return "arrow"
-    return kind_by_name(file) or "json"
+    return kind_from_name(file) or "json"
 
 
-def kind_by_name(file: Path) -> Kind | None:
-    """The kind of a file by its suffix, before one of a compression; None for an unknown one."""
+def kind_from_name(file: Path) -> Kind | None:
+    """File format by the suffix, ignoring a compression suffix; None if unknown."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
     return _KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def compression_of(file: Path) -> Compression | None:
-    """The compression of a file by its first bytes: a server may have unpacked what it is named."""
+def detect_compression(file: Path) -> Compression | None:
+    """Compression by the first bytes: a download may be decompressed and still be named *.gz."""
     with file.open("rb") as stream:
         first = stream.read(10)
     if first[:3] == b"\x1f\x8b\x08":
@@ -64,18 +64,18 @@ def compression_of(file: Path) -> Compression | None:
 
 
 def open_data(file: Path) -> BinaryIO:
-    """The file's bytes, decompressed.
+    """Open a file and decompress it while it is read.
 
-    Reading raises OSError or EOFError where the compressed bytes are damaged or cut off.
+    Reading raises OSError or EOFError if the compressed bytes are damaged or truncated.
     """
-    raw, compression = file.open("rb"), compression_of(file)
+    raw, compression = file.open("rb"), detect_compression(file)
     if compression is None:
         return raw
     return io.BufferedReader(_Decompressed(raw, compression), _BUFFER_BYTES)
 
 
 class _Decompressed(io.RawIOBase):
-    """A decompressed file, with OSError or EOFError for damage whatever the compression."""
+    """Stream of a decompressed file; damage raises OSError or EOFError for every compression."""
 
     def __init__(self, raw: BinaryIO, compression: Compression) -> None:
         self.file, self._stream = raw, _decompressor(raw, compression)
@@ -98,8 +98,8 @@ class _Decompressed(io.RawIOBase):
         super().close()
 
 
-def ratio_of(stream: BinaryIO) -> float:
-    """Decompressed bytes of a file that is open for each of its bytes, by what was read so far."""
+def compression_ratio(stream: BinaryIO) -> float:
+    """Decompressed bytes per compressed byte, measured on the part of the stream read so far."""
     raw = getattr(stream, "raw", None)
     return raw.num_bytes / max(raw.file.tell(), 1) if isinstance(raw, _Decompressed) else 1.0
 
@@ -111,25 +111,28 @@ def _decompressor(raw: BinaryIO, compression: Compression) -> Any:
         return bz2.BZ2File(raw)
     if compression == "xz":
         return lzma.LZMAFile(raw)
-    import pyarrow  # only here: it takes a while
+    import pyarrow  # slow to import, and only needed for zst
 
     return pyarrow.CompressedInputStream(raw, "zstd")
 
 
-def without_marks(line: bytes) -> bytes:
-    """The line without byte order marks: files that are joined have them in the middle."""
+def strip_byte_order_marks(line: bytes) -> bytes:
+    """Remove byte order marks at the start of a line.
+
+    After files were concatenated they also occur within the file.
+    """
     while line.startswith(_BYTE_ORDER_MARK):
         line = line.removeprefix(_BYTE_ORDER_MARK)
     return line
 
 
 def require_utf8(file: Path) -> None:
-    """Raise UserError for text in UTF-16 or UTF-32, with the command that converts it."""
+    """Raise UserError for text in UTF-16 or UTF-32; the message has the command to convert it."""
     with open_data(file) as stream:
         first = stream.read(4)
-    if (encoding := _other_encoding(first)) is None:
+    if (encoding := _detect_utf16_or_32(first)) is None:
         return
-    unpack = "unpack it, then " if compression_of(file) else ""
+    unpack = "decompress it, then " if detect_compression(file) else ""
     old, new = (shlex.quote(f"{file}{suffix}") for suffix in ("", ".utf8"))
     raise UserError(
         f"{file}: {encoding} text (Windows PowerShell's > writes it), expected UTF-8; "
@@ -137,8 +140,8 @@ def require_utf8(file: Path) -> None:
     )
 
 
-def _other_encoding(first: bytes) -> str | None:
-    """The encoding by a byte order mark, else by the zeros of ASCII text; None for neither."""
+def _detect_utf16_or_32(first: bytes) -> str | None:
+    """Encoding by a byte order mark, or by the zero bytes of ASCII text; None if it has neither."""
     if first in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
         return "UTF-32"
     if first[:2] in (b"\xff\xfe", b"\xfe\xff"):

@@ -1,4 +1,4 @@
-"""Rows -> Conversation: messages, ShareGPT, Alpaca, and prompt and completion as message lists."""
+"""Rows -> Conversation, for the formats messages, sharegpt, alpaca and prompt-completion."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -6,10 +6,10 @@ from typing import Any
 
 from pipeline.rows.examples import Completion, Conversation, Message, RowError
 from pipeline.rows.messages import read_message, read_turn
-from pipeline.rows.values import has_value, json_name, list_of, require_json, text_of
+from pipeline.rows.values import has_value, json_type, parse_list, require_json, require_text
 
 _SYSTEM = ("system", "system_prompt", "system_message")
-# Further columns of a conversation, in any format.
+# Optional columns of a conversation, the same in every format.
 CONTEXT_COLUMNS = (*_SYSTEM, "tools", "functions", "chat_template_kwargs")
 
 
@@ -20,29 +20,36 @@ def messages(row: Mapping[str, Any], unread: set[str]) -> Conversation:
 
 def sharegpt(row: Mapping[str, Any], unread: set[str]) -> Conversation:
     """The conversation in the column `conversations`: a list of {from, value}."""
-    turns = list_of(row["conversations"], "`conversations`")
+    turns = parse_list(row["conversations"], "`conversations`")
     read = [message for turn in turns for message in read_turn(turn, unread)]
     return _conversation(row, read, unread)
 
 
 def alpaca(row: Mapping[str, Any], unread: set[str]) -> Conversation:
-    """One user message, `instruction` and `input` with a blank line between; then `output`."""
+    """The conversation of an Alpaca row, which has two messages.
+
+    The user's message is `instruction` and `input`, separated by a blank line. The assistant's
+    message is `output`.
+    """
     if has_value(row.get("history")):
         raise RowError("both `history` and `instruction`; expected all turns as `messages`")
-    parts = [text_of(row["instruction"], "`instruction`")]
+    parts = [require_text(row["instruction"], "`instruction`")]
     if row.get("input") is not None:
-        parts.append(text_of(row["input"], "`input`"))
+        parts.append(require_text(row["input"], "`input`"))
     user = "\n\n".join(part for part in parts if part.strip())
     if not user:
         raise RowError("`instruction` is empty")
-    output = text_of(row["output"], "`output`")
+    output = require_text(row["output"], "`output`")
     if not output.strip():
         raise RowError("`output` is empty")
     return _conversation(row, [Message("user", user), Message("assistant", output)], unread)
 
 
 def prompt_and_completion(row: Mapping[str, Any], unread: set[str]) -> Completion | Conversation:
-    """Two texts, or two lists of messages; assistant messages in the prompt are not trained on."""
+    """The example of the columns `prompt` and `completion`: two texts, or two lists of messages.
+
+    Assistant messages in the prompt are not trained on.
+    """
     prompt, completion = row["prompt"], row["completion"]
     are_lists = [not isinstance(value, str) for value in (prompt, completion)]
     if not any(isinstance(value, list | dict) for value in (prompt, completion)):
@@ -51,12 +58,12 @@ def prompt_and_completion(row: Mapping[str, Any], unread: set[str]) -> Completio
                 f"`{unused[0]}` needs a chat template, which is not applied if `prompt` and "
                 "`completion` are texts; expected two lists of messages, or the column empty"
             )
-        before, after = text_of(prompt, "`prompt`"), text_of(completion, "`completion`")
+        before, after = require_text(prompt, "`prompt`"), require_text(completion, "`completion`")
         if not after.strip():
             raise RowError("`completion` is empty")
         return Completion(before, after)
     if not all(are_lists):
-        kinds = f"`prompt` is {json_name(prompt)} and `completion` {json_name(completion)}"
+        kinds = f"`prompt` is {json_type(prompt)} and `completion` {json_type(completion)}"
         raise RowError(f"{kinds}; expected two texts or two lists of messages")
     context = [
         replace(message, is_trained=False) if message.role == "assistant" else message
@@ -69,11 +76,11 @@ def prompt_and_completion(row: Mapping[str, Any], unread: set[str]) -> Completio
 
 
 def _read_messages(value: Any, column: str, unread: set[str]) -> Iterator[Message]:
-    return (m for item in list_of(value, column) for m in read_message(item, unread))
+    return (m for item in parse_list(value, column) for m in read_message(item, unread))
 
 
 def _conversation(row: Mapping[str, Any], turns: list[Message], unread: set[str]) -> Conversation:
-    """The turns, with the system prompt and the tools from other columns of the row."""
+    """A conversation of these turns, with system prompt and tools from other columns of the row."""
     if not any(turn.role == "assistant" for turn in turns):
         raise RowError("the conversation has no assistant message, so nothing to train on")
     if has_value(row.get("chat_template_kwargs")):
@@ -87,7 +94,7 @@ def _conversation(row: Mapping[str, Any], turns: list[Message], unread: set[str]
             (message,) = read_message({"role": "system", "content": row[column]}, unread)
             system = message.content
         else:
-            system = text_of(row[column], f"`{column}`")
+            system = require_text(row[column], f"`{column}`")
         if turns[0].role != "system":
             turns = [Message("system", system), *turns]
         elif turns[0].content != system:
@@ -96,23 +103,23 @@ def _conversation(row: Mapping[str, Any], turns: list[Message], unread: set[str]
 
 
 def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """The row's tools, each as {type, function}."""
+    """The tools of a row, each in the form {type, function}."""
     named = [column for column in ("tools", "functions") if has_value(row.get(column))]
     if len(named) > 1:
         raise RowError("both `tools` and `functions`")
     if not named:
         return ()
-    tools = list_of(row[named[0]], "`tools`", strips_nulls=True)
+    tools = parse_list(row[named[0]], "`tools`", strips_nulls=True)
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowError("`tools` is not a list of objects")
     require_json(tools, "`tools`")
-    return tuple(tool if "function" in tool else _wrapped(tool) for tool in tools)
+    return tuple(tool if "function" in tool else _as_function_tool(tool) for tool in tools)
 
 
-def _wrapped(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A tool {name, description, parameters} as {type, function}, whatever API it was written for.
+def _as_function_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Convert a tool {name, description, parameters} to the form {type, function}.
 
-    The Responses API has `type` beside the name; Anthropic's has `input_schema` for `parameters`.
+    OpenAI's Responses API adds the key `type`; Anthropic's API names the parameters `input_schema`.
     """
     names = {} if "parameters" in tool else {"input_schema": "parameters"}
     function = {

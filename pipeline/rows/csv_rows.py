@@ -1,7 +1,8 @@
-"""CSV files -> Lines: every column is text, and a row that does not fit is one bad row.
+"""Reader of CSV files: every column is text, and a malformed row is one bad row.
 
-`datasets` and pyarrow do not read these: one row of too many fields, or one byte that is not UTF-8,
-fails the whole file, an open quote swallows the rest of it, and an answer `NA` becomes missing.
+`datasets` and pyarrow are not used. With them a row with too many fields, or a byte that is not
+UTF-8, fails the whole file, an unclosed quote consumes the rest of it, and the text `NA` becomes a
+missing value.
 """
 
 import csv
@@ -11,13 +12,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from pipeline.errors import UserError
-from pipeline.rows import lines as rows
-from pipeline.rows.content import without_marks
+from pipeline.rows import lines as row_limits
+from pipeline.rows.content import strip_byte_order_marks
 from pipeline.rows.lines import Line
 
 _CONTENT = re.compile(rb'[^",;\t\r\n]+')
 _DELIMITERS = (",", ";", "\t")
-_NAMED_DELIMITER = re.compile(rb'"?sep=(.)"?\s*')  # Excel reads and writes such a first line
+_DELIMITER_LINE = re.compile(rb'"?sep=(.)"?\s*')  # first line of a file from Excel, such as sep=;
 
 
 class _Record(NamedTuple):
@@ -28,60 +29,63 @@ class _Record(NamedTuple):
 
 
 def csv_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
-    """The rows below the header, separated by commas, semicolons or tabs as the header is.
+    """The rows after the header, whose delimiter (comma, semicolon or tab) applies to all rows.
 
-    Raises UserError for a header that names no columns, or one twice, and for quotes that do not
-    match: the rows behind them cannot be told from text.
+    Raises UserError for a missing header and for a duplicate column name. Unmatched quotes raise it
+    too, because it is then unknown where the following rows begin.
     """
     records = _records(file, stream)
     header = next(records, None)
     if header is None or header.fault:
-        found = header.fault if header else "no row"
-        raise UserError(f"{file}:1: expected the names of the columns; found {found}")
+        reason = header.fault if header else "no row"
+        raise UserError(f"{file}:1: expected the names of the columns; found {reason}")
     names = header.fields
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{file}:1: the header names {', '.join(twice[:5])} twice")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{file}:1: the header names {', '.join(duplicates[:5])} twice")
     for record in records:
         fault = record.fault
         if not fault and len(record.fields) != len(names):
             amount = "fewer" if len(record.fields) < len(names) else "more"
             fault = f"a row with {amount} fields than the header has ({len(names)})"
         elif not fault and record.fields == names:
-            fault = "the header again, as where files were joined"
+            fault = "a second header, as in concatenated files"
         columns = {} if fault else dict(zip(names, record.fields, strict=True))
         yield Line(file, record.number, record.offset, columns, fault)
 
 
 def _records(file: Path, stream: BinaryIO) -> Iterator[_Record]:
-    csv.field_size_limit(rows.MAX_ROW_BYTES)
+    csv.field_size_limit(row_limits.MAX_ROW_BYTES)
     lines = _Lines(stream)
     reader = csv.reader(lines, strict=True, delimiter=lines.delimiter())
     while True:
-        lines.begin()
+        lines.start_record()
         fields = []
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            # The lines that follow may be the rest of a quoted text.
+            # The next lines may belong to a quoted text that began in this row.
             if lines.has_quotes:
-                raise _lost(file, lines, error) from None
+                raise _unmatched_quotes(file, lines, error) from None
             lines.fault = "not valid CSV: a carriage return inside a row"
         if fields or lines.fault:
             yield _Record(lines.number, lines.offset, fields, lines.fault)
 
 
-def _lost(file: Path, lines: "_Lines", error: csv.Error) -> UserError:
+def _unmatched_quotes(file: Path, lines: "_Lines", error: csv.Error) -> UserError:
     return UserError(
         f"{file}:{lines.number}: quotes do not match in the row that begins here (read to line "
-        f"{lines.number + lines.count - 1}: {error}), and where the next row begins is not "
-        'certain; write a quote inside a quoted text twice (""), or the rows as JSONL'
+        f"{lines.number + lines.count - 1}: {error}), so the start of the next row is unknown; "
+        'write a quote within a quoted text twice (""), or convert the file to JSONL'
     )
 
 
 class _Lines:
-    """The file's lines as text, with the place and the fault of the current record."""
+    """Iterator over the file's lines, which tracks position and fault of the current record.
+
+    `number`, `offset`: line and byte at which the record begins. `count`: lines read of it.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         self.number, self.offset = 1, 0
@@ -90,18 +94,18 @@ class _Lines:
         self._ahead: list[bytes] = []
 
     def delimiter(self) -> str:
-        """The delimiter of the header, which is the first line that is not blank."""
+        """Detect the delimiter from the header, the first line that is not blank."""
         while not self._ahead or self._ahead[-1].isspace():
-            self._ahead.append(self._stream.readline(rows.MAX_ROW_BYTES + 1))
-        if named := _NAMED_DELIMITER.fullmatch(without_marks(self._ahead[-1])):
+            self._ahead.append(self._stream.readline(row_limits.MAX_ROW_BYTES + 1))
+        if named := _DELIMITER_LINE.fullmatch(strip_byte_order_marks(self._ahead[-1])):
             self.count, self._size = len(self._ahead), sum(map(len, self._ahead))
             self._ahead.clear()
             return named[1].decode(errors="replace")
         header = self._ahead[-1].decode(errors="replace")
         return next((delimiter for delimiter in _DELIMITERS if delimiter in header), ",")
 
-    def begin(self) -> None:
-        """A record begins with the next line."""
+    def start_record(self) -> None:
+        """Start a new record at the next line."""
         self.number += self.count
         self.offset += self._size
         self.count = self._size = 0
@@ -114,34 +118,35 @@ class _Lines:
         if self._ahead:
             line = self._ahead.pop(0)
         else:
-            line = self._stream.readline(rows.MAX_ROW_BYTES + 1)
+            line = self._stream.readline(row_limits.MAX_ROW_BYTES + 1)
         if not line:
             raise StopIteration
         self.count += 1
         self._size += len(line)
-        if self._size > rows.MAX_ROW_BYTES:
-            self.fault = rows.too_long()
-            line = self._squeezed(line)
+        if self._size > row_limits.MAX_ROW_BYTES:
+            self.fault = row_limits.too_long()
+            line = self._drop_content(line)
         self.has_quotes = self.has_quotes or self.count > 1 or b'"' in line
         if self.count == 1:
-            line = without_marks(line)
+            line = strip_byte_order_marks(line)
         try:
             return line.decode()
         except UnicodeDecodeError:
-            self.fault = self.fault or rows.NOT_UTF8
+            self.fault = self.fault or row_limits.NOT_UTF8
             return line.decode(errors="replace")
 
-    def _squeezed(self, line: bytes) -> bytes:
-        """The quotes and delimiters of a line whose row is bad: a long one needs no memory."""
-        parts = [_bare(line)]
+    def _drop_content(self, line: bytes) -> bytes:
+        """Reduce a line to its quotes and delimiters, so that a long bad row needs no memory."""
+        parts = [_quotes_and_delimiters(line)]
         while line and not line.endswith(b"\n"):
-            line = self._stream.readline(rows.MAX_ROW_BYTES)
+            line = self._stream.readline(row_limits.MAX_ROW_BYTES)
             self._size += len(line)
-            parts.append(_bare(line))
+            parts.append(_quotes_and_delimiters(line))
         bare = b"".join(parts)
-        return bare if self.count == 1 or b'"' in bare else b""  # from line 2 on within quotes
+        # Every line of a record after its first is inside quotes, where delimiters do not count.
+        return bare if self.count == 1 or b'"' in bare else b""
 
 
-def _bare(part: bytes) -> bytes:
-    without_escaped = part.replace(b'""', b"")  # a quote that is written twice ends nothing
+def _quotes_and_delimiters(part: bytes) -> bytes:
+    without_escaped = part.replace(b'""', b"")  # a doubled quote does not end the quoted text
     return _CONTENT.sub(b"x", without_escaped)

@@ -1,4 +1,4 @@
-"""Examples: the content of a row to train on, whatever its format was."""
+"""Examples: the training content of a row, in classes that do not depend on the row's format."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,9 +11,10 @@ ROLES: tuple[str, ...] = get_args(Role)
 
 
 class RowError(Exception):
-    """A row that cannot be trained on; its text is the reason, which the audit counts.
+    """Raised for a row that cannot be trained on; its message is the reason, counted in the audit.
 
-    The reason names columns, keys and roles, never contents, so that equal reasons count as one.
+    The reason names columns, keys and roles but not their contents, so that the same fault in
+    several rows has the same reason.
     """
 
     def __init__(self, reason: str) -> None:
@@ -21,7 +22,7 @@ class RowError(Exception):
 
 
 def printable(text: str) -> str:
-    """The text with escapes for control characters and half surrogate pairs, as names may hold."""
+    """Escape control characters and lone surrogates, which names of columns may contain."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -31,9 +32,9 @@ def printable(text: str) -> str:
 class Message:
     """One turn of a conversation.
 
-    `others`: further keys for the template: name, tool_calls (a list of {id, type, function: {name,
-    arguments}}, the arguments an object), tool_call_id, and an assistant's reasoning under one of
-    the keys reasoning_content, reasoning and thinking.
+    `others`: optional keys for the chat template. These are `name`, `tool_call_id`, `tool_calls` (a
+    list of {id, type, function: {name, arguments}}, where `arguments` is an object), and the
+    assistant's reasoning under `reasoning_content`, `reasoning` or `thinking`.
     """
 
     role: Role
@@ -52,7 +53,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and the completion that is trained on, both without a chat template."""
+    """A prompt and its completion, used without a chat template; only the completion is trained."""
 
     prompt: str
     completion: str
@@ -60,14 +61,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Text:
-    """Text that is trained on as a whole."""
+    """A text without a prompt; all of it is trained on."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids made elsewhere; `supervised`: which of them count in the loss."""
+    """Token ids of a pre-tokenised row; `supervised`: whether each of them counts in the loss."""
 
     ids: tuple[int, ...]
     supervised: tuple[bool, ...]
@@ -78,10 +79,10 @@ Example = Conversation | Completion | Text | Tokens
 
 @dataclass(frozen=True)
 class ReadExample:
-    """The example of a row, the format that the row was read as, and what of it was not read.
+    """The example of a row, with the row's format and the names of its unread columns.
 
-    `unread`: names of columns, and of keys as `message.timestamp`, that hold a value and are not
-    part of the example, sorted.
+    `unread`: sorted names of columns, and of keys such as `message.timestamp`. They have a value
+    that is not part of the example.
     """
 
     example: Example

@@ -1,4 +1,4 @@
-"""Splits of hub data sets: the files of a split in the local cache, and the download of a set."""
+"""Hub data sets: find the files of a split in the local cache, and download a data set."""
 
 import logging
 from collections.abc import Iterable
@@ -13,10 +13,10 @@ from pipeline.rows.files import has_known_suffix
 
 
 def split_files(split: HubSplit, key: str) -> list[Path]:
-    """The files of a split as the data set's description lists them; downloads nothing.
+    """The files of a split in the local cache; nothing is downloaded.
 
-    Raises UserError that names `key` if the local cache has no snapshot, only a part of one, or no
-    such split.
+    Raises UserError that names the setting `key` if the snapshot is missing or incomplete, or if
+    the data set has no such split.
     """
     snapshot = split.snapshot()
     if snapshot is None:
@@ -24,40 +24,41 @@ def split_files(split: HubSplit, key: str) -> list[Path]:
             f"{key}: {split}: no such file, and no hub data set of this revision in the local "
             "cache; fetch it with: python launch/prepare.py RUN.yaml"
         )
-    if not _is_whole(split, snapshot):
+    if not _is_complete(split, snapshot):
         raise UserError(
-            f"{key}: {split}: files of it are missing in the local cache, as after an interrupted "
+            f"{key}: {split}: the local cache lacks some of its files, as after an interrupted "
             "download; fetch them with: python launch/prepare.py RUN.yaml"
         )
     import datasets
 
-    for library in ("datasets", "huggingface_hub"):  # they log what a description lacks
+    for library in ("datasets", "huggingface_hub"):  # they warn about gaps in the data set card
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         with TemporaryDirectory(prefix="rankzero-") as cache:
             builder = datasets.load_dataset_builder(str(snapshot), cache_dir=cache)
     except Exception as error:  # noqa: BLE001 - several configurations, a script, no data file ...
         reason = " ".join(str(error).split())
-        raise UserError(f"{key}: {split}: {reason}; or name the files beneath {snapshot}") from None
+        raise UserError(f"{key}: {split}: {reason}; or name the files in {snapshot}") from None
     by_split = {str(name): files for name, files in (builder.config.data_files or {}).items()}
     if split.split not in by_split:
-        raise UserError(f"{key}: {split}: its splits are {', '.join(by_split) or 'none'}")
+        splits = ", ".join(by_split) or "none"
+        raise UserError(f"{key}: {split}: no such split; the data set has {splits}")
     files = [Path(file) for file in by_split[split.split]]
     if unknown := [file for file in files if not has_known_suffix(file)]:
-        raise UserError(f"{key}: {split}: {unknown[0]} is not one of {SUFFIXES}")
+        raise UserError(f"{key}: {split}: {unknown[0]} has none of the suffixes {SUFFIXES}")
     return files
 
 
 def fetch(sources: Iterable[DataSource], key: str) -> None:
-    """Download the hub data sets of a setting that are not whole in the local cache.
+    """Download the hub data sets among `sources` that the local cache has not completely.
 
-    Raises UserError that names `key`.
+    Raises UserError that names the setting `key`.
     """
     missing = [
         split
         for source in sources
         if (split := HubSplit.parse(source.path)) is not None
-        and ((snapshot := split.snapshot()) is None or not _is_whole(split, snapshot))
+        and ((snapshot := split.snapshot()) is None or not _is_complete(split, snapshot))
     ]
     for split in missing:
         from huggingface_hub import snapshot_download
@@ -68,12 +69,12 @@ def fetch(sources: Iterable[DataSource], key: str) -> None:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"{key}: {split}: cannot be fetched from the hub: {reason}; check the name and the "
-                "network (a private data set needs `hf auth login`), or name files that are here"
+                "network (a private data set needs `hf auth login`), or name local files"
             ) from None
 
 
-def _is_whole(split: HubSplit, snapshot: Path) -> bool:
-    """Whether a snapshot has all files that the hub listed for it, as far as the cache knows."""
+def _is_complete(split: HubSplit, snapshot: Path) -> bool:
+    """Whether a snapshot has all files that the hub listed, as recorded in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
@@ -87,6 +88,6 @@ def _is_whole(split: HubSplit, snapshot: Path) -> bool:
         )
     except IncompleteSnapshotError:
         return False
-    except LocalEntryNotFoundError:  # a shortened commit hash: the cache cannot tell
+    except LocalEntryNotFoundError:  # the cache has no record of a shortened commit hash
         return True
     return True

@@ -1,4 +1,7 @@
-"""A name in `train_data` or `eval_data` -> its data files, without caches and other splits."""
+"""Find the data files for a name in `train_data` or `eval_data`.
+
+Caches, run folders and the files of other splits are skipped.
+"""
 
 import difflib
 import glob
@@ -11,7 +14,7 @@ from typing import NamedTuple
 from pipeline.config.hub import lacks_split
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.rows.content import SUFFIXES, kind_by_name, open_data
+from pipeline.rows.content import SUFFIXES, kind_from_name, open_data
 
 # Metadata files that `datasets` writes to a folder of data.
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -36,16 +39,17 @@ _IGNORED_WORDS = {
     "xz",
     "zst",
 }
-# A split's file as the hub and `datasets` name it: train_sft-00000-of-00003.parquet.
+# File of a split as the hub and `datasets` name it: train_sft-00000-of-00003.parquet.
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-\w+)?\.\w+")
-# Files that prepare writes to `data/` of a run folder; only rejects.jsonl if the data was refused.
+# Names that prepare writes to `data/` of a run folder. If it refused the data, that folder has only
+# rejects.jsonl.
 _SPLIT_FOLDER = re.compile(r"(train|eval)-[0-9a-f]{16}")
 _REJECTS, _SUMMARIES = "rejects.jsonl", {"index.json", "audit.json", "fingerprints.json"}
-_LEFT_OUT = "caches, files of runs and files that state.json does not name"
+_SKIPPED = "caches, run folders and files that state.json does not name"
 
 
 class DataFiles(NamedTuple):
-    """Files in the order in which they are read; `notes`: messages about skipped files."""
+    """Data files in reading order. `notes`: messages about skipped files."""
 
     files: list[Path]
     notes: tuple[str, ...] = ()
@@ -54,12 +58,12 @@ class DataFiles(NamedTuple):
 def find_files(name: str, key: str) -> DataFiles:
     """The data files of a path, folder or glob, in a fixed order.
 
-    For a folder these are all files below it with a known suffix, or those that its `state.json`
-    names. If files are named after splits, the setting `key` selects the split. A file that several
-    links name is read once. Raises UserError if a file cannot be read or all files are empty.
+    For a folder these are the files that its `state.json` names, or else all files below it with a
+    known suffix. If files are named after splits, the setting `key` selects the split. A file with
+    several links is read once. Raises UserError if a file cannot be read or all files are empty.
     """
     try:
-        data = _find(name, key)
+        data = _find_files(name, key)
     except OSError as error:  # a forbidden folder, a name that is too long
         raise UserError(f"{key}: {error.filename or name}: {error.strerror}") from None
     check_files(data.files, name, key)
@@ -69,63 +73,63 @@ def find_files(name: str, key: str) -> DataFiles:
 
 def check_files(files: Sequence[Path], name: str, key: str) -> None:
     """Raise UserError if a file cannot be read or all files are empty."""
-    are_empty = [_is_empty(file, key) for file in files]  # a list: every file is opened
+    are_empty = [_is_empty(file, key) for file in files]  # a list, so that every file is opened
     if all(are_empty):
         raise UserError(f"{key}: {name} is empty; expected rows, such as one JSON object per line")
 
 
 def has_known_suffix(file: Path) -> bool:
-    """Whether the file has the suffix of a data file and is not metadata of `datasets`."""
-    return kind_by_name(file) is not None and file.name not in _METADATA
+    """Whether the file is named like a data file and is not a metadata file of `datasets`."""
+    return kind_from_name(file) is not None and file.name not in _METADATA
 
 
-def _find(name: str, key: str) -> DataFiles:
+def _find_files(name: str, key: str) -> DataFiles:
     path = Path(name)
     if path.is_dir():
-        return _in_folder(path, key)
+        return _find_in_folder(path, key)
     if path.exists():
         return DataFiles([path])
     if not glob.has_magic(name):
-        hint = _split_forgotten(name) or _similar_names(path)
+        hint = _missing_split_hint(name) or _similar_names_hint(path)
         raise UserError(f"{key}: {name}: no such file{hint}")
     matches = sorted(Path(match) for match in glob.glob(name, recursive=True))  # noqa: PTH207
     matches = [match for match in matches if not match.is_dir()]
-    # Run folders at or below the folder that the glob starts from.
-    root = _before_magic(path)
+    # Run folders at or below the root of the glob.
+    root = _glob_root(path)
     folders = {folder for match in matches for folder in match.parents} - {*root.parents}
     run_folders = {folder for folder in folders if _is_run_folder(folder)}
     files = [
         match
         for match in matches
-        if not (_is_cache(match) or _is_of_prepare(match) or run_folders & {*match.parents})
+        if not (_is_cache(match) or _is_written_by_prepare(match) or run_folders & {*match.parents})
     ]
     if not files:
-        left_out = " outside of run folders and caches" if matches else ""
-        raise UserError(f"{key}: no file{left_out} matches {name}")
-    return DataFiles(files, _left_out(name, set(matches) - set(files), root, _LEFT_OUT))
+        outside = " outside run folders and caches" if matches else ""
+        raise UserError(f"{key}: no file{outside} matches {name}")
+    return DataFiles(files, _skip_note(name, set(matches) - set(files), root, _SKIPPED))
 
 
-def _in_folder(folder: Path, key: str) -> DataFiles:
+def _find_in_folder(folder: Path, key: str) -> DataFiles:
     if _is_run_folder(folder):
-        raise UserError(f"{key}: {folder} is a run folder, not data; name files or another folder")
+        raise UserError(f"{key}: {folder} is a run folder; name a folder with data, or files")
     walk = _Walk()
     walk.visit(folder, key)
     if not walk.files:
-        raise UserError(f"{key}: {folder} is a folder without data files ({SUFFIXES})")
-    files, others = _of_split(walk.files, folder, key)
+        raise UserError(f"{key}: {folder} has no data files; known suffixes are {SUFFIXES}")
+    files, others = _select_split(walk.files, folder, key)
     notes = (
-        *_left_out(str(folder), walk.left_out, folder, _LEFT_OUT),
-        *_left_out(str(folder), others, folder, "files of other splits by their names"),
+        *_skip_note(str(folder), walk.skipped, folder, _SKIPPED),
+        *_skip_note(str(folder), others, folder, "files that are named after other splits"),
     )
     return DataFiles(files, notes)
 
 
 class _Walk:
-    """The data files below a folder, sorted by name; a folder that links repeat is visited once."""
+    """Recursive search for the data files below a folder, by name; each folder is visited once."""
 
     def __init__(self) -> None:
         self.files: list[Path] = []
-        self.left_out: list[Path] = []
+        self.skipped: list[Path] = []
         self._visited: set[Path] = set()
 
     def visit(self, folder: Path, key: str) -> None:
@@ -138,39 +142,39 @@ class _Walk:
                 continue
             if path.is_dir():
                 if _is_run_folder(path) or _SPLIT_FOLDER.fullmatch(path.name):
-                    self.left_out.append(path)
+                    self.skipped.append(path)
                 else:
                     self.visit(path, key)
             elif has_known_suffix(path):
                 is_data = not _is_cache(path) if saved is None else path.name in saved
-                is_data = is_data and not _is_of_prepare(path)
-                (self.files if is_data else self.left_out).append(path)
+                is_data = is_data and not _is_written_by_prepare(path)
+                (self.files if is_data else self.skipped).append(path)
 
 
 def _saved_files(folder: Path, key: str) -> list[str] | None:
-    """Names of the data files of a folder that `save_to_disk` wrote; None for another folder."""
+    """Names of the data files in a folder from `Dataset.save_to_disk`; None for other folders."""
     try:
         state = read_json(folder / "state.json")
         names = [entry["filename"] for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise UserError(f"{key}: {folder}: {missing[0]} is missing, which state.json names")
+        raise UserError(f"{key}: {folder}: state.json names {missing[0]}, which does not exist")
     if state.get("_indices_data_files"):
         raise UserError(
-            f"{key}: {folder}: saved with a selection of rows by an old version of `datasets`; "
-            "load it, call flatten_indices() and save it again"
+            f"{key}: {folder}: an old version of `datasets` saved this data set with a selection "
+            "of rows; load it, call flatten_indices() and save it again"
         )
     return names
 
 
 def _is_cache(file: Path) -> bool:
-    """Whether a file is a cached result of `datasets` (map, filter)."""
+    """Whether a file is a cache of `datasets` for the result of map or filter."""
     return file.name.startswith("cache-") and file.suffix == ".arrow"
 
 
 def _is_run_folder(folder: Path) -> bool:
-    """Whether a run or prepare has written to the folder."""
+    """Whether a folder is a run folder, as written by train or prepare."""
     return (
         (folder / ".owner").exists()
         or ((folder / "run.yaml").exists() and (folder / "status.json").exists())
@@ -178,8 +182,8 @@ def _is_run_folder(folder: Path) -> bool:
     )
 
 
-def _is_of_prepare(file: Path) -> bool:
-    """Whether prepare wrote the file, judged by its name and its folder."""
+def _is_written_by_prepare(file: Path) -> bool:
+    """Whether the file's name and folder show that prepare wrote it."""
     return (
         file.name == _REJECTS
         or _SPLIT_FOLDER.fullmatch(file.parent.name) is not None
@@ -188,24 +192,25 @@ def _is_of_prepare(file: Path) -> bool:
 
 
 def _is_prepared(folder: Path) -> bool:
-    """Whether prepare has written to the folder: it is `data/` of a run folder."""
+    """Whether a folder is `data/` of a run folder, with files that prepare wrote."""
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
     return {"index.json", "audit.json"} <= names or any(map(_SPLIT_FOLDER.fullmatch, names))
 
 
-def _before_magic(pattern: Path) -> Path:
-    """The folder that a glob starts from."""
+def _glob_root(pattern: Path) -> Path:
+    """The folder before the first wildcard of a glob."""
     return Path(*takewhile(lambda part: not glob.has_magic(part), pattern.parts))
 
 
-def _of_split(files: Sequence[Path], folder: Path, key: str) -> tuple[list[Path], list[Path]]:
-    """The files of the split for the setting `key`, and the files of other splits.
+def _select_split(files: Sequence[Path], folder: Path, key: str) -> tuple[list[Path], list[Path]]:
+    """Divide files into those of the split for the setting `key` and those of other splits.
 
-    `train_data` takes all but validation and test; `eval_data` validation, else test, else all.
+    `train_data` takes all files except those of validation and test. `eval_data` takes validation,
+    or else test, or else the files that `train_data` would take.
     """
-    splits = {file: _split_of(file.relative_to(folder)) for file in files}
+    splits = {file: _split_from_name(file.relative_to(folder)) for file in files}
     allowed: tuple[str | None, ...] = (None, "train")
     if key == "eval_data":
         present = [name for name in ("validation", "test") if name in splits.values()]
@@ -242,8 +247,8 @@ def _first_word(name: str) -> str:
     return _NOT_LETTERS.split(name.lower())[0]
 
 
-def _split_of(file: Path) -> str | None:
-    """The split that the first or last word of the file's name names, else of a folder above it."""
+def _split_from_name(file: Path) -> str | None:
+    """The split in the first or last word of the file's name, or else of a parent folder's name."""
     for name in reversed(file.parts):
         words = [word for word in _NOT_LETTERS.split(name.lower()) if word not in _IGNORED_WORDS]
         for word in (*words[:1], *words[-1:]):
@@ -252,20 +257,20 @@ def _split_of(file: Path) -> str | None:
     return None
 
 
-def _left_out(name: str, paths: Iterable[Path], root: Path, what: str) -> tuple[str, ...]:
+def _skip_note(name: str, paths: Iterable[Path], root: Path, what: str) -> tuple[str, ...]:
     listed = sorted(paths)
     return (f"{name}: {what} are skipped: {_names(listed, root)}",) if listed else ()
 
 
 def _names(paths: Sequence[Path], root: Path) -> str:
-    """The first of some paths, relative to `root`: file names alone may all be equal."""
+    """The first three paths, relative to `root` because file names alone may be equal."""
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return ", ".join(str(path.relative_to(root)) for path in paths[:3]) + more
 
 
 def _is_empty(file: Path, key: str) -> bool:
     if not file.is_file():
-        raise UserError(f"{key}: {file} is not a file that can be read twice (a pipe, a device)")
+        raise UserError(f"{key}: {file} is not a regular file, so it cannot be read twice")
     try:
         with open_data(file) as stream:
             return not stream.read(1)
@@ -274,17 +279,17 @@ def _is_empty(file: Path, key: str) -> bool:
         raise UserError(f"{key}: {file}: cannot be read: {reason}") from None
 
 
-def _split_forgotten(name: str) -> str:
+def _missing_split_hint(name: str) -> str:
     path = Path(name)
-    if path.parent.is_dir() or kind_by_name(path) or not lacks_split(name):
+    if path.parent.is_dir() or kind_from_name(path) or not lacks_split(name):
         return ""
-    return f"; a hub data set is named with its split: {name}:train"
+    return f"; a hub data set needs a split: {name}:train"
 
 
-def _similar_names(file: Path) -> str:
+def _similar_names_hint(file: Path) -> str:
     if not file.parent.is_dir():
         return f"; there is no folder {file.parent} either"
     names = [path.name for path in file.parent.iterdir() if path.is_file()]
     near = difflib.get_close_matches(file.name, names, n=3)
-    near = near or sorted(name for name in names if kind_by_name(Path(name)))[:3]
+    near = near or sorted(name for name in names if kind_from_name(Path(name)))[:3]
     return f"; there is {', '.join(near)}" if near else ""

@@ -1,8 +1,8 @@
-"""JSON files -> Lines: JSONL, one list, or concatenated values; one row and a buffer in memory.
+"""Reader of JSON files: JSONL, one JSON list, or concatenated JSON values.
 
-The JSON decoder finds the end of a row. After a broken row, reading continues at the next line that
-opens an object and is indented no deeper than the row. If there is no such line, it is unknown
-where the next row begins, and UserError names the broken row.
+One row and a buffer are in memory. The JSON decoder finds the end of each row. After a broken row,
+reading continues at the next line that opens an object and is indented no deeper than that row. If
+there is no such line, the start of the next row is unknown, and UserError names the broken row.
 """
 
 import codecs
@@ -13,31 +13,32 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import UserError
-from pipeline.rows import lines as rows
-from pipeline.rows.content import without_marks
+from pipeline.rows import lines as row_limits
+from pipeline.rows.content import strip_byte_order_marks
 from pipeline.rows.lines import Line
 
 _CHUNK_BYTES, _MAX_INDENT = 2**20, 200
 _NUM_SNIFFED, _SNIFFED_BYTES = 10, 2**16
-# An error this close to the end of the buffer may come from a token that the buffer cuts off.
+# An error this close to the end of the buffer may come from a token of which the rest is not read.
 _MAX_TOKEN = 16  # characters; only strings can be longer
-# Limit on the text scanned again because of broken rows, as a multiple of the longest row.
+# Limit on the text that is scanned twice because of broken rows, as a multiple of MAX_ROW_BYTES.
 _MAX_RESCANNED = 16
-_BETWEEN = re.compile("[ \t\r\n,\ufeff]*")
+_SEPARATORS = re.compile("[ \t\r\n,\ufeff]*")
 _INDENT = re.compile(r"[ \t\[]*")
 _OPENS_ROW = re.compile(r"\n([ \t]*)(?:\}[ \t]*,[ \t]*)?(\{)")
 _NO_END = "not valid JSON: the file ends inside the row"
 _NO_LIST_END = "not valid JSON: the file ends before its list does"
 _TOO_DEEP = "not valid JSON: nested too deep"
 _DECODER = json.JSONDecoder()
-# `int` refuses thousands of digits, which parse() reports for the row.
-_ANY_NUMBER = json.JSONDecoder(parse_int=str)
+# `int` raises ValueError for thousands of digits. Here the end of the number is enough; parse_line
+# rejects the row later.
+_DECODER_OF_LONG_NUMBERS = json.JSONDecoder(parse_int=str)
 
 
-def line_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
-    """JSONL: a Line for each line of the file that is not blank."""
+def jsonl_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
+    """The rows of a JSONL file: a Line for each line that is not blank."""
     number = offset = 0
-    limit = rows.MAX_ROW_BYTES
+    limit = row_limits.MAX_ROW_BYTES
     while line := stream.readline(limit + 1):
         number += 1
         start, offset = offset, offset + len(line)
@@ -45,57 +46,57 @@ def line_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(limit)
                 offset += len(line)
-            yield Line(file, number, start, b"", rows.too_long())
+            yield Line(file, number, start, b"", row_limits.too_long())
             continue
-        line = without_marks(line)
+        line = strip_byte_order_marks(line)
         if line and not line.isspace():
             yield Line(file, number, start, line)
 
 
-def is_line_by_line(stream: BinaryIO) -> bool:
-    """Whether the file is JSONL: its first lines that are not blank are complete objects."""
-    num_seen = 0
-    while num_seen < _NUM_SNIFFED and (line := stream.readline(_SNIFFED_BYTES)):
-        if not (line := without_marks(line).lstrip()):
+def is_jsonl(stream: BinaryIO) -> bool:
+    """Whether the file is JSONL: each of its first nonblank lines is a complete JSON object."""
+    num_objects = 0
+    while num_objects < _NUM_SNIFFED and (line := stream.readline(_SNIFFED_BYTES)):
+        if not (line := strip_byte_order_marks(line).lstrip()):
             continue
-        if not line.startswith(b"{"):  # a list may be one line of gigabytes
+        if not line.startswith(b"{"):  # do not read on: a list may be one line of gigabytes
             return False
         if not line.endswith(b"\n"):
-            line += stream.readline(rows.MAX_ROW_BYTES)
-        num_seen += 1
+            line += stream.readline(row_limits.MAX_ROW_BYTES)
+        num_objects += 1
         try:
             json.loads(line)
         except (ValueError, RecursionError):
             return False
-    return num_seen > 0
+    return num_objects > 0
 
 
-def value_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
-    """The elements of a JSON list, or concatenated JSON values, over any number of lines.
+def json_value_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
+    """The rows of a JSON list, or of concatenated JSON values, each on any number of lines.
 
-    Raises UserError after a broken row if the beginning of the next one cannot be found.
+    Raises UserError if the start of the row after a broken one cannot be found.
     """
-    return _Values(file, stream).lines()
+    return _ValueScanner(file, stream).lines()
 
 
 class _BrokenError(Exception):
-    """The row is not valid JSON; `position`: of the error in the buffer."""
+    """Raised for a row that is not valid JSON; `position`: offset of the error in the buffer."""
 
     def __init__(self, fault: str, position: int) -> None:
         super().__init__(fault)
         self.fault, self.position = fault, position
 
 
-class _Values:
-    """The scan of one file: a buffer of decoded text, and the position up to which it is read."""
+class _ValueScanner:
+    """Scanner of one file, with a buffer of decoded text and the current position in it."""
 
     def __init__(self, file: Path, stream: BinaryIO) -> None:
         self._file, self._stream, self._has_ended = file, stream, False
-        # Bytes that are not UTF-8 are decoded to lone surrogates, and encoded back in the content.
+        # Invalid UTF-8 is decoded to lone surrogates, and encoded back to the same bytes.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._text, self._position = "", 0
-        self._offset, self._number = 0, 1  # byte of the file, and its line, at the position
-        self._line_start = ""  # the first characters of that line up to the position
+        self._offset, self._number = 0, 1  # byte and line of the file at the current position
+        self._line_start = ""  # start of the current line, up to the position
         self._rescanned = 0
 
     def lines(self) -> Iterator[Line]:
@@ -103,36 +104,38 @@ class _Values:
         while self._skip_separators():
             if self._text[self._position] == ("]" if is_in_list else "["):
                 is_in_list = not is_in_list
-                self._take(self._position + 1)
+                self._advance(self._position + 1)
                 continue
             here = Line(self._file, self._number, self._offset, b"")
             try:
-                content = self._take(self._value_end())
+                content = self._advance(self._value_end())
             except _BrokenError as error:
                 yield here._replace(fault=error.fault)
-                self._resume(here, error, is_in_list=is_in_list)
+                self._skip_broken_row(here, error, is_in_list=is_in_list)
                 continue
-            is_long = len(content) > rows.MAX_ROW_BYTES
+            is_long = len(content) > row_limits.MAX_ROW_BYTES
             yield (
-                here._replace(fault=rows.too_long()) if is_long else here._replace(content=content)
+                here._replace(fault=row_limits.too_long())
+                if is_long
+                else here._replace(content=content)
             )
         if is_in_list:
             yield Line(self._file, self._number, self._offset, b"", _NO_LIST_END)
 
     def _skip_separators(self) -> bool:
-        """Move on to the next value or bracket; False at the end of the file."""
+        """Advance to the next value or bracket; False at the end of the file."""
         while True:
-            between = _BETWEEN.match(self._text, self._position)
-            assert between is not None
-            if between.end() > self._position:
-                self._take(between.end())
+            separators = _SEPARATORS.match(self._text, self._position)
+            assert separators is not None
+            if separators.end() > self._position:
+                self._advance(separators.end())
             if self._position < len(self._text):
                 return True
-            if not self._fill():
+            if not self._read_more():
                 return False
 
     def _value_end(self) -> int:
-        """The end of the value at the position; reads on while the buffer cuts it off."""
+        """Find the end of the value at the current position, reading more of the file if needed."""
         decoder = _DECODER
         while True:
             try:
@@ -141,73 +144,79 @@ class _Values:
                 position, is_in_string = error.pos, error.msg.startswith("Unterminated string")
                 reason = error.msg.removesuffix(" at").removesuffix(" starting")
             except ValueError:
-                decoder = _ANY_NUMBER
+                decoder = _DECODER_OF_LONG_NUMBERS
                 continue
             except RecursionError:
                 raise _BrokenError(_TOO_DEEP, self._position) from None
             else:
                 is_whole = isinstance(value, dict | list | str) or end < len(self._text)
-                if is_whole or not self._fill():
+                if is_whole or not self._read_more():
                     return end
                 continue
             if not is_in_string and position < len(self._text) - _MAX_TOKEN:
                 raise _BrokenError(f"not valid JSON: {reason}", position)
-            if len(self._text) - self._position > rows.MAX_ROW_BYTES:
-                raise _BrokenError(rows.too_long(), len(self._text))
-            if not self._fill():
+            if len(self._text) - self._position > row_limits.MAX_ROW_BYTES:
+                raise _BrokenError(row_limits.too_long(), len(self._text))
+            if not self._read_more():
                 is_at_end = position >= len(self._text.rstrip()) and reason.startswith("Expecting")
                 is_ended = is_in_string or is_at_end
                 fault = _NO_END if is_ended else f"not valid JSON: {reason}"
                 raise _BrokenError(fault, position)
 
-    def _resume(self, here: Line, error: _BrokenError, *, is_in_list: bool) -> None:
-        """Move to the next row, or to the end where certainly none follows; else UserError."""
+    def _skip_broken_row(self, here: Line, error: _BrokenError, *, is_in_list: bool) -> None:
+        """Advance to the row after a broken one, or to the end of the file if none can follow.
+
+        Raises UserError if rows may follow and the start of the next one cannot be found.
+        """
         self._rescanned += error.position - self._position
-        if self._rescanned > _MAX_RESCANNED * rows.MAX_ROW_BYTES:
+        if self._rescanned > _MAX_RESCANNED * row_limits.MAX_ROW_BYTES:
             raise UserError(
                 f"{self._file}:{here.number}: brackets or quotes do not match, here and in many "
                 "rows before; is the file JSON?"
             )
-        # Where the file ends within the row, its last bracket was meant for the list of rows.
+        # If the file ends within the row, its last bracket closes the list of rows, not this row.
         rest = self._text.rstrip()
         is_open = error.fault == _NO_END and error.position >= len(rest)
         has_swallowed = is_in_list and is_open and rest.endswith("]")
         may_be_lost = has_swallowed or self._text.find("{", error.position) >= 0
         indent = _INDENT.match(self._line_start)
         assert indent is not None
-        while not self._to_line_that_opens_a_row(indent.end()):
-            self._drop_lines()
+        while not self._move_to_next_row(indent.end()):
+            self._drop_searched_lines()
             num_known = len(self._text) - self._position
-            if not self._fill():
+            if not self._read_more():
                 break
             may_be_lost |= self._text.find("{", num_known) >= 0
         else:
             return
         if may_be_lost:
             raise UserError(
-                f"{self._file}:{here.number}: (byte {here.offset}) {error.fault}, and where the "
-                "next row begins is not certain; fix the row, or write one row a line"
+                f"{self._file}:{here.number}: (byte {here.offset}) {error.fault}, and the start of "
+                "the next row cannot be found; fix the row, or write one row per line (JSONL)"
             )
         rest = self._text.rstrip()
-        self._take(max(len(rest) - (is_in_list and rest.endswith("]")), self._position))
+        self._advance(max(len(rest) - (is_in_list and rest.endswith("]")), self._position))
 
-    def _to_line_that_opens_a_row(self, indent: int) -> bool:
-        """Move to the first such line in the buffer that is indented no deeper."""
-        found = _OPENS_ROW.search(self._text, self._position)
-        while found is not None and len(found[1]) > indent:
-            found = _OPENS_ROW.search(self._text, found.end())
-        if found is not None:
-            self._take(found.start(2))
-        return found is not None
+    def _move_to_next_row(self, indent: int) -> bool:
+        """Advance to the next line that opens an object and is indented at most `indent` deep.
 
-    def _drop_lines(self) -> None:
-        """Take all but the last bracket, and a line that may be cut off before its own."""
+        Returns whether the buffer has such a line.
+        """
+        match = _OPENS_ROW.search(self._text, self._position)
+        while match is not None and len(match[1]) > indent:
+            match = _OPENS_ROW.search(self._text, match.end())
+        if match is not None:
+            self._advance(match.start(2))
+        return match is not None
+
+    def _drop_searched_lines(self) -> None:
+        """Advance over the searched text, except a last bracket and an incomplete last line."""
         last = len(self._text.rstrip()) - 1
         line = self._text.rfind("\n", max(len(self._text) - _MAX_INDENT, 0))
-        self._take(max(last if line < 0 else min(last, line), self._position))
+        self._advance(max(last if line < 0 else min(last, line), self._position))
 
-    def _take(self, end: int) -> bytes:
-        """Move the position to `end`; the bytes before it."""
+    def _advance(self, end: int) -> bytes:
+        """Move the position to `end` and return the bytes between the two positions."""
         text = self._text[self._position : end]
         content = text.encode("utf-8", "surrogateescape")
         self._position = end
@@ -219,12 +228,12 @@ class _Values:
             self._line_start = text[last + 1 :][:_MAX_INDENT]
         return content
 
-    def _fill(self) -> bool:
-        """Read on, twice as much each time within a row; False at the end of the file."""
+    def _read_more(self) -> bool:
+        """Read more text into the buffer, doubling its size within a row; False at the end."""
         if self._has_ended:
             return False
         rest = self._text[self._position :]
-        read = self._stream.read(min(max(_CHUNK_BYTES, len(rest)), rows.MAX_ROW_BYTES))
+        read = self._stream.read(min(max(_CHUNK_BYTES, len(rest)), row_limits.MAX_ROW_BYTES))
         self._has_ended = not read
         self._text = rest + self._decoder.decode(read, final=self._has_ended)
         self._position = 0

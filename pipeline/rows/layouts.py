@@ -1,6 +1,7 @@
-"""JSON files that hold one table in one object: recognised, and refused with the command for JSONL.
+"""Detect JSON files in which one object holds a whole table, and refuse them.
 
-pandas, `datasets` and many APIs write them: the rows are below a key, or divided into columns.
+pandas, `datasets` and many APIs write such files: the rows are under a key, or the table is divided
+into columns. The message has a command that converts the file to JSONL.
 """
 
 import re
@@ -10,12 +11,12 @@ from typing import BinaryIO, NamedTuple
 
 from pipeline.config.data_names import COLUMNS
 from pipeline.errors import UserError
-from pipeline.rows.content import without_marks
+from pipeline.rows.content import strip_byte_order_marks
 from pipeline.rows.lines import MAX_ROW_BYTES
 
 _SNIFFED_BYTES, _CHUNK_BYTES = 2**16, 2**20
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
-# A colon, and the beginning of the value: its brackets and whether its first key is a number.
+# A colon and the start of a value: its opening brackets, and whether its first key is a number.
 _KEY = re.compile(r'\s*:\s*(\[\s*[\[{"]?|\{\s*(?:"(?:\d+"\s*:)?)?)?')
 _ROWS_KEYS = (
     "data", "rows", "records", "examples", "samples", "instances", "items", "entries", "dataset",
@@ -26,16 +27,16 @@ _PRINT = "[print(json.dumps(r)) for r in {rows}]"
 
 
 class _Layout(NamedTuple):
-    """A layout's description and the Python expression of its rows, with the file as `t`."""
+    """A description of the layout, and a Python expression for its rows; `t` is the parsed file."""
 
     description: str
     rows: str
 
 
 def require_rows(file: Path, stream: BinaryIO) -> None:
-    """Raise UserError if a JSON file begins as one object that holds a whole table."""
+    """Raise UserError if a JSON file is one object that holds a whole table."""
     beginning = stream.read(_SNIFFED_BYTES)
-    values = _first_object(without_marks(beginning).decode("utf-8", "replace"))
+    values = _first_object(strip_byte_order_marks(beginning).decode("utf-8", "replace"))
     if (layout := _layout(values)) is None or _has_next_row(beginning, stream):
         return
     code = f"{_READ}; {_PRINT.format(rows=layout.rows)}"
@@ -47,7 +48,7 @@ def require_rows(file: Path, stream: BinaryIO) -> None:
 
 
 def _has_next_row(beginning: bytes, stream: BinaryIO) -> bool:
-    """Whether a later line begins with an object: then the first object is a long row."""
+    """Whether a later line begins with an object, so that the first object is only a long row."""
     read = len(beginning)
     while True:
         if b"\n{" in beginning:
@@ -60,7 +61,7 @@ def _has_next_row(beginning: bytes, stream: BinaryIO) -> bool:
 
 
 def _layout(values: dict[str, str]) -> _Layout | None:
-    """The layout of an object, by the beginnings of its values; None if it may be a row."""
+    """The layout of an object, from the starts of its values; None if it may be a row."""
     kinds = set(values.values())
     if {"columns", "data"} <= values.keys() and values["data"] in ("[[", "["):
         return _Layout(
@@ -70,7 +71,7 @@ def _layout(values: dict[str, str]) -> _Layout | None:
     if values.keys().isdisjoint(COLUMNS):
         for key in _ROWS_KEYS:
             if values.get(key) == "[{":
-                return _Layout(f"a list of rows below the key {key!r}", _below(key))
+                return _Layout(f"a list of rows under the key {key!r}", _rows_under_key(key))
         if (
             values
             and kinds <= {'{"', '{"0":'}
@@ -87,8 +88,8 @@ def _layout(values: dict[str, str]) -> _Layout | None:
     return None
 
 
-def _below(key: str) -> str:
-    # The hub's dataset viewer has {row_idx, row: {...}} for each row.
+def _rows_under_key(key: str) -> str:
+    # The API of the hub's dataset viewer returns {row_idx, row: {...}} for each row.
     return f"(v.get('row', v) for v in t['{key}'])"
 
 
@@ -100,9 +101,10 @@ def _by_column() -> _Layout:
 
 
 def _first_object(text: str) -> dict[str, str]:
-    """Key -> first characters of its value, of the one object of a file, as far as it was read.
+    """The keys of a file's only object, each with the first characters of its value.
 
-    Empty if the file begins with something else, or if another value follows the object.
+    `text` is the start of the file. The result is empty if the file does not begin with an object,
+    or if another value follows that object.
     """
     if not text.lstrip().startswith("{"):
         return {}

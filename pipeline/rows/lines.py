@@ -1,10 +1,10 @@
-"""Line: the place and unparsed content of a row in a file; Row and BadRow: its parsed result."""
+"""Line, a row of a file before it is parsed; Row and BadRow, the result of parsing it."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MAX_ROW_BYTES = 16 * 2**20  # about 4 million tokens: a file that is not JSONL
+MAX_ROW_BYTES = 16 * 2**20  # about 4 million tokens; a longer row is a sign of another format
 _NUMBER_BYTES = 8
 NOT_UTF8 = (
     "not valid UTF-8; if the file is Windows-1252, as Excel writes CSV, convert it: "
@@ -13,11 +13,11 @@ NOT_UTF8 = (
 
 
 class Line(NamedTuple):
-    """A row's place and unparsed content (JSON in bytes, or columns), cheap to send to a process.
+    """A row before it is parsed, which is cheap to send to a worker process.
 
-    `number`: line of the file where the row begins, from 1; in a table (Parquet, Arrow) the row.
-    `offset`: its first byte in the decompressed file, None in a table. `fault`: the reason why
-    there is no content.
+    `number`: line of the file at which the row begins, from 1; in a table (Parquet, Arrow) the row
+    number. `offset`: first byte of the row in the decompressed file; None in a table. `content`:
+    JSON text as bytes, or the columns. `fault`: the reason if the content could not be read.
     """
 
     file: Path
@@ -39,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be parsed; `reason` quotes nothing of it, so that equal reasons count."""
+    """A row that cannot be parsed. `reason` does not quote the row: equal reasons are counted."""
 
     file: Path
     line: int
@@ -48,12 +48,12 @@ class BadRow:
 
 
 def too_long() -> str:
-    """The reason for a row above MAX_ROW_BYTES."""
+    """The reason for rejecting a row of more than MAX_ROW_BYTES."""
     return f"the row is longer than {MAX_ROW_BYTES // 2**20} MiB"
 
 
 def size_of(value: Any) -> int:
-    """Approximate bytes of a table's value, texts in UTF-8."""
+    """Approximate size of a value in a table in bytes, with texts in UTF-8."""
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
     if isinstance(value, dict):

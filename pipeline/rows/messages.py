@@ -1,7 +1,7 @@
-"""A message or ShareGPT turn of a row -> Message objects, with content parts and tool calls.
+"""Convert the messages or ShareGPT turns of a row to Message objects.
 
-Every key with a value is read, counted as unread, or refused by name: ignoring one silently would
-train on something else than the row says.
+Each key that has a value is read, counted as unread, or refused by name. If a key were ignored
+silently, the training data could differ from the row's meaning.
 """
 
 import json
@@ -12,13 +12,13 @@ from typing import Any
 
 from pipeline.rows.examples import ROLES, Message, Role, RowError
 from pipeline.rows.values import (
+    drop_nulls,
     has_value,
-    json_name,
-    json_of,
-    list_of,
+    json_type,
+    parse_json,
+    parse_list,
     require_json,
-    text_of,
-    without_nulls,
+    require_text,
 )
 
 _ROLES: dict[str, Role] = {
@@ -40,49 +40,54 @@ _SHAREGPT_ROLES: dict[str, Role] = _ROLES | {
     "function_response": "tool",
 }
 _CONTENT = {role: f"content of a message ({role})" for role in ROLES}
-_CALL_ROLES = ("function_call", "tool_call")  # an assistant's turn whose content is its calls
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-_CALLS = ("tool_calls", "function_call")
-_OTHER_KEYS = ("weight", "name", "tool_call_id", *_CALLS, *_REASONING)
-_MESSAGE_KEYS, _TURN_KEYS = ("role", "content", *_OTHER_KEYS), ("from", "value", *_OTHER_KEYS)
-_PLAIN = {"role", "content"}
-# Metadata of a message, not part of the conversation: counted as unread.
-_METADATA = ("id", "uuid", "timestamp", "created_at", "date", "model", "is_error")
-_ARGUMENTS = ("arguments", "args", "parameters", "input")
-_CALL_IDS = ("id", "call_id", "tool_call_id", "tool_use_id")
-_STRUCTURAL = ("type", "index", "cache_control")  # keys of a call or part that carry no text
+_CALL_ROLES = ("function_call", "tool_call")  # turns of the assistant whose content is tool calls
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_CALL_KEYS = ("tool_calls", "function_call")
+_COMMON_KEYS = ("weight", "name", "tool_call_id", *_CALL_KEYS, *_REASONING_KEYS)
+_MESSAGE_KEYS, _TURN_KEYS = ("role", "content", *_COMMON_KEYS), ("from", "value", *_COMMON_KEYS)
+_PLAIN_KEYS = {"role", "content"}
+# Keys that are not part of the conversation; they are counted as unread.
+_METADATA_KEYS = ("id", "uuid", "timestamp", "created_at", "date", "model", "is_error")
+_ARGUMENT_KEYS = ("arguments", "args", "parameters", "input")
+_CALL_ID_KEYS = ("id", "call_id", "tool_call_id", "tool_use_id")
+_STRUCTURAL_KEYS = ("type", "index", "cache_control")  # keys of a call or part without text
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
-_EMPTY: tuple[Any, ...] = (None, "", [], {})
+_EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})
 _PART_TYPES = {*_TEXT_PARTS, *_REASONING_PARTS, "tool_use", "tool_result"}
 _MEDIA_PARTS = re.compile(r"(input_)?(image|audio|video)(_url)?|input_file")
 
 
 def read_message(value: Any, unread: set[str]) -> list[Message]:
-    """The Message of {role, content}; several if tool results are among its content parts.
+    """Convert {role, content}; several Messages if tool results are among the content parts.
 
     Adds to `unread` the names of keys that have a value and are not read.
     """
     if not isinstance(value, dict):
-        raise RowError(f"a message is {json_name(value)}; expected {{role, content}}")
+        raise RowError(f"a message is {json_type(value)}; expected {{role, content}}")
     name, content = value.get("role"), value.get("content")
     role = _ROLES.get(name) if isinstance(name, str) else None
-    if role is not None and value.keys() == _PLAIN and isinstance(content, str) and content.strip():
-        return [Message(role, text_of(content, _CONTENT[role]))]  # fast path for most messages
+    if (
+        role is not None
+        and value.keys() == _PLAIN_KEYS
+        and isinstance(content, str)
+        and content.strip()
+    ):
+        return [Message(role, require_text(content, _CONTENT[role]))]  # fast path for most messages
     _check_keys(value, _MESSAGE_KEYS, "message", unread)
     if name in _CALL_ROLES:
         return _call_turn(content, value, unread)
     if role is None:
         raise RowError(
-            f"a message has the role {_shown(name)}; expected one of {', '.join(_ROLES)}"
+            f"a message has the role {_quoted(name)}; expected one of {', '.join(_ROLES)}"
         )
-    return _messages(role, content, value, unread)
+    return _build_messages(role, content, value, unread)
 
 
 def read_turn(value: Any, unread: set[str]) -> list[Message]:
-    """The Messages of a ShareGPT turn {from, value}; {role, content} is read as well."""
+    """Convert a ShareGPT turn {from, value}; {role, content} is accepted too."""
     if not isinstance(value, dict):
-        raise RowError(f"a turn of `conversations` is {json_name(value)}; expected {{from, value}}")
+        raise RowError(f"a turn of `conversations` is {json_type(value)}; expected {{from, value}}")
     if "from" not in value and "role" in value:
         return read_message(value, unread)
     name, content = value.get("from"), value.get("value")
@@ -92,44 +97,49 @@ def read_turn(value: Any, unread: set[str]) -> list[Message]:
     role = _SHAREGPT_ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         expected = ", ".join((*_SHAREGPT_ROLES, *_CALL_ROLES))
-        raise RowError(f"a turn is from {_shown(name)}; expected one of {expected}")
-    return _messages(role, content, value, unread)
+        raise RowError(f"a turn is from {_quoted(name)}; expected one of {expected}")
+    return _build_messages(role, content, value, unread)
 
 
-def _check_keys(value: Mapping[str, Any], known: Sequence[str], of: str, unread: set[str]) -> None:
-    """Raise RowError for keys that have a value and are neither known nor metadata."""
+def _check_keys(
+    value: Mapping[str, Any], known: Sequence[str], owner: str, unread: set[str]
+) -> None:
+    """Raise RowError for unknown keys that have a value; add metadata keys to `unread`.
+
+    `owner`: the kind of object that has the keys, for names and messages.
+    """
     unknown = [key for key in value if key not in known and has_value(value[key])]
-    refused = [key for key in unknown if key not in _METADATA]
+    refused = [key for key in unknown if key not in _METADATA_KEYS]
     if refused:
         names = ", ".join(f"`{key}`" for key in sorted(refused)[:5])
-        raise RowError(f"a {of} has {names}, which is not read; known: {', '.join(known)}")
-    unread.update(f"{of}.{key}" for key in unknown if value[key] is not False)
+        raise RowError(f"a {owner} has unknown keys: {names}; known: {', '.join(known)}")
+    unread.update(f"{owner}.{key}" for key in unknown if value[key] is not False)
 
 
 def _call_turn(content: Any, value: Mapping[str, Any], unread: set[str]) -> list[Message]:
-    """The assistant message of a turn whose content is its tool calls, as JSON text or objects."""
-    calls = json_of(content, "a tool call") if isinstance(content, str) else content
+    """The assistant message for a turn whose content is tool calls, as JSON text or objects."""
+    calls = parse_json(content, "a tool call") if isinstance(content, str) else content
     if has_value(value.get("tool_calls")) or has_value(value.get("function_call")):
-        raise RowError("a turn of tool calls has calls in its content and under another key")
+        raise RowError("a turn has tool calls in its content and under another key")
     calls = calls if isinstance(calls, list) else [calls]
-    return _messages("assistant", None, {**value, "tool_calls": calls}, unread)
+    return _build_messages("assistant", None, {**value, "tool_calls": calls}, unread)
 
 
-def _messages(
+def _build_messages(
     role: Role, content: Any, value: Mapping[str, Any], unread: set[str]
 ) -> list[Message]:
-    """The Messages for a role and content; the keys of `value` have been checked."""
+    """Build the Messages for a role, a content and the other keys of `value`."""
     others: dict[str, Any] = {
-        key: text_of(value[key], f"{key} of a message")
+        key: require_text(value[key], f"{key} of a message")
         for key in ("name", "tool_call_id")
         if has_value(value.get(key))
     }
     is_trained = _is_trained(role, value.get("weight"))
     parts = _parts(role, content, _CONTENT[role])
     if role == "assistant":
-        content, more = _assistant(parts, value, unread)
+        content, more = _assistant_content(parts, value, unread)
         return [Message(role, content, is_trained, others | more)]
-    if wrong := [key for key in (*_CALLS, *_REASONING) if has_value(value.get(key))]:
+    if wrong := [key for key in (*_CALL_KEYS, *_REASONING_KEYS) if has_value(value.get(key))]:
         raise RowError(f"a message of the role {role} has {wrong[0]}; expected an assistant's")
     if isinstance(parts, str):
         return [Message(role, parts, is_trained, others)]
@@ -147,27 +157,27 @@ def _is_trained(role: Role, weight: Any) -> bool:
 
 
 def _parts(role: Role, content: Any, name: str) -> str | list[Mapping[str, Any]]:
-    """The content as text or as a list of typed parts; other values of a tool as JSON text."""
+    """The content as text or as a list of typed parts; a tool's other values become JSON text."""
     if isinstance(content, str):
-        return text_of(content, name)
+        return require_text(content, name)
     if content is None and role == "assistant":
         return ""
     items = content
     if isinstance(content, dict) and isinstance(content.get("type"), list):
-        items = list_of(content, name)  # parts as a struct of lists
+        items = parse_list(content, name)  # parts as a struct of lists
     if isinstance(items, list) and (role != "tool" or _are_parts(items)):
-        items = [_typed(part) for part in items]
+        items = [_with_text_type(part) for part in items]
         for part in items:
             kind = part.get("type") if isinstance(part, dict) else None
             if not isinstance(kind, str) or kind not in _PART_TYPES:
-                type_name = _shown(kind) if isinstance(kind, str) else json_name(part)
+                type_name = _quoted(kind) if isinstance(kind, str) else json_type(part)
                 raise RowError(f"{name} has a part of type {type_name}; expected text parts only")
         return items
-    return _json_text(content, name) if role == "tool" else text_of(content, name)
+    return _json_text(content, name) if role == "tool" else require_text(content, name)
 
 
-def _typed(part: Any) -> Any:
-    """A part; one with a text and nothing else needs no type."""
+def _with_text_type(part: Any) -> Any:
+    """Add the type `text` to a part that has a text, no type and no other value."""
     if not isinstance(part, dict) or has_value(part.get("type")) or "text" not in part:
         return part
     is_text = not any(has_value(value) for key, value in part.items() if key != "text")
@@ -175,7 +185,7 @@ def _typed(part: Any) -> Any:
 
 
 def _are_parts(items: list[Any]) -> bool:
-    """Whether a tool's result is a list of content parts, not a JSON list from the tool itself."""
+    """Whether a tool result is a list of content parts rather than the tool's own JSON list."""
     kinds = [item.get("type") if isinstance(item, dict) else None for item in items]
     return bool(kinds) and all(
         isinstance(kind, str) and (kind in _PART_TYPES or _MEDIA_PARTS.fullmatch(kind))
@@ -190,21 +200,22 @@ def _json_text(value: Any, name: str) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _assistant(
+def _assistant_content(
     parts: str | list[Mapping[str, Any]], value: Mapping[str, Any], unread: set[str]
 ) -> tuple[str, dict[str, Any]]:
-    """The content of an assistant message, and a dict of its reasoning and tool calls.
+    """The text of an assistant message, and a dict with its reasoning and tool calls.
 
-    Parts must be in the order in which chat templates render them: reasoning, text, calls.
+    Raises RowError unless the parts are in the order in which chat templates render them:
+    reasoning, text, calls.
     """
-    reasoning = _reasoning(value)
+    reasoning = _read_reasoning(value)
     texts = [parts] if isinstance(parts, str) else []
-    thoughts: list[str] = []
+    reasoning_texts: list[str] = []
     calls: list[Mapping[str, Any]] = []
     for part in parts if isinstance(parts, list) else []:
         kind = part["type"]
         if kind in _REASONING_PARTS and not texts and not calls:
-            thoughts.append(_part_text(part, (*_REASONING_PARTS, "text"), unread))
+            reasoning_texts.append(_part_text(part, (*_REASONING_PARTS, "text"), unread))
         elif kind in _TEXT_PARTS and not calls:
             texts.append(_part_text(part, ("text",), unread))
         elif kind == "tool_use":
@@ -214,10 +225,10 @@ def _assistant(
                 f"an assistant message has a {kind} part after {'a call' if calls else 'text'}; "
                 "expected reasoning, then text, then tool calls"
             )
-    if thoughts and reasoning:
+    if reasoning_texts and reasoning:
         raise RowError(f"an assistant message has a thinking part and {next(iter(reasoning))}")
-    if thoughts:
-        reasoning = {"reasoning_content": "\n\n".join(thoughts)}
+    if reasoning_texts:
+        reasoning = {"reasoning_content": "\n\n".join(reasoning_texts)}
     listed = _listed_calls(value, unread)
     if listed and calls:
         raise RowError("an assistant message has tool_use parts and tool_calls")
@@ -228,11 +239,11 @@ def _assistant(
     return text, {**reasoning, **({"tool_calls": calls} if calls else {})}
 
 
-def _reasoning(value: Mapping[str, Any]) -> dict[str, str]:
-    """The reasoning under the first of _REASONING that has a value; values must be equal."""
+def _read_reasoning(value: Mapping[str, Any]) -> dict[str, str]:
+    """The reasoning under the first of _REASONING_KEYS with a value; RowError if they differ."""
     texts = {
-        key: text_of(value[key], f"{key} of a message")
-        for key in _REASONING
+        key: require_text(value[key], f"{key} of a message")
+        for key in _REASONING_KEYS
         if key in value and has_value(value[key])
     }
     if len(set(texts.values())) > 1:
@@ -241,8 +252,8 @@ def _reasoning(value: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _part_text(part: Mapping[str, Any], keys: Sequence[str], unread: set[str]) -> str:
-    """The text of a part, under one of `keys`, given as text or as a list of text parts."""
-    _check_keys(part, (*keys, *_STRUCTURAL, "signature"), "part", unread)
+    """The text of a part: the value of one of `keys`, which is text or a list of text parts."""
+    _check_keys(part, (*keys, *_STRUCTURAL_KEYS, "signature"), "part", unread)
     filled = [key for key in keys if has_value(part.get(key))]
     if len(filled) > 1:
         raise RowError(f"a part has both {filled[0]} and {filled[1]}")
@@ -250,13 +261,13 @@ def _part_text(part: Mapping[str, Any], keys: Sequence[str], unread: set[str]) -
     value = part.get(key, "" if key in part else None)
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return "".join(_part_text(item, ("text",), unread) for item in value)
-    return text_of(value, f"{key} of a part")
+    return require_text(value, f"{key} of a part")
 
 
 def _split_at_results(
     parts: list[Mapping[str, Any]], message: Message, unread: set[str]
 ) -> list[Message]:
-    """The text of a message, split where a tool result becomes a separate tool message."""
+    """Split a message at its tool results, which become separate tool messages."""
     messages: list[Message] = []
     texts: list[str] = []
     for part in parts:
@@ -278,17 +289,17 @@ def _split_at_results(
 
 
 def _tool_result(part: Mapping[str, Any], unread: set[str]) -> Message:
-    """A tool_result part {tool_use_id, content} as a tool message."""
+    """Convert a tool_result part {tool_use_id, content} to a tool message."""
     ids = ("tool_use_id", "tool_call_id")
-    _check_keys(part, ("content", "name", *ids, *_STRUCTURAL), "tool_result", unread)
+    _check_keys(part, ("content", "name", *ids, *_STRUCTURAL_KEYS), "tool_result", unread)
     content = part.get("content")
-    value = {"name": part.get("name"), "tool_call_id": _one_of(part, ids, "a tool_result")}
-    (message,) = _messages("tool", "" if content is None else content, value, unread)
+    value = {"name": part.get("name"), "tool_call_id": _first_value(part, ids, "a tool_result")}
+    (message,) = _build_messages("tool", "" if content is None else content, value, unread)
     return message
 
 
 def _listed_calls(value: Mapping[str, Any], unread: set[str]) -> list[Mapping[str, Any]]:
-    """The calls under `tool_calls`, or the one under the older `function_call`."""
+    """The calls under the key `tool_calls`, or the one call under the older `function_call`."""
     several, single = value.get("tool_calls"), value.get("function_call")
     if has_value(several) and has_value(single):
         raise RowError("a message has both tool_calls and function_call")
@@ -296,34 +307,36 @@ def _listed_calls(value: Mapping[str, Any], unread: set[str]) -> list[Mapping[st
         return [_tool_call(single, unread)]
     if not has_value(several):
         return []
-    return [_tool_call(call, unread) for call in list_of(several, "tool_calls of a message")]
+    return [_tool_call(call, unread) for call in parse_list(several, "tool_calls of a message")]
 
 
 def _tool_call(call: Any, unread: set[str]) -> Mapping[str, Any]:
-    """A tool call in the form of chat templates: {id, type, function: {name, arguments}}."""
+    """Convert a tool call to the form {id, type, function: {name, arguments}} of templates."""
     if isinstance(call, str):
-        call = json_of(call, "a tool call")
+        call = parse_json(call, "a tool call")
     if not isinstance(call, dict):
-        raise RowError(f"a tool call is {json_name(call)}; expected {{name, arguments}}")
+        raise RowError(f"a tool call is {json_type(call)}; expected {{name, arguments}}")
     inner = call.get("function")
     if inner is not None and not isinstance(inner, dict):
         raise RowError(
-            f"function of a tool call is {json_name(inner)}; expected {{name, arguments}}"
+            f"function of a tool call is {json_type(inner)}; expected {{name, arguments}}"
         )
     values = {key: item for key, item in call.items() if key != "function"}
     for key, item in (inner or {}).items():
         differs = has_value(values.get(key)) and has_value(item) and values[key] != item
-        if differs and key not in _STRUCTURAL:
+        if differs and key not in _STRUCTURAL_KEYS:
             raise RowError(f"a tool call has {key} twice, with different values")
         values[key] = item if has_value(item) else values.get(key, item)
-    _check_keys(values, ("name", *_ARGUMENTS, *_CALL_IDS, *_STRUCTURAL), "tool call", unread)
+    _check_keys(
+        values, ("name", *_ARGUMENT_KEYS, *_CALL_ID_KEYS, *_STRUCTURAL_KEYS), "tool call", unread
+    )
     name = values.get("name")
     if not isinstance(name, str):
         raise RowError("a tool call names no function")
-    identity = _one_of(values, _CALL_IDS, "a tool call")
-    arguments = _arguments(_one_of(values, _ARGUMENTS, "a tool call"))
+    call_id = _first_value(values, _CALL_ID_KEYS, "a tool call")
+    arguments = _arguments(_first_value(values, _ARGUMENT_KEYS, "a tool call"))
     tool_call = {
-        **({} if identity is None else {"id": str(identity)}),
+        **({} if call_id is None else {"id": str(call_id)}),
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
@@ -331,28 +344,29 @@ def _tool_call(call: Any, unread: set[str]) -> Mapping[str, Any]:
     return tool_call
 
 
-def _one_of(values: Mapping[str, Any], keys: Sequence[str], of: str) -> Any:
-    """The value of the first of these keys that is not empty; None if all are empty."""
-    filled = {key: values[key] for key in keys if values.get(key) not in _EMPTY}
+def _first_value(values: Mapping[str, Any], keys: Sequence[str], owner: str) -> Any:
+    """The first nonempty value among these synonymous keys; RowError if two values differ."""
+    filled = {key: values[key] for key in keys if values.get(key) not in _EMPTY_VALUES}
     first, *others = filled.values() or [None]
     if any(other != first for other in others):
-        raise RowError(f"{of} has different values in {' and '.join(filled)}")
+        raise RowError(f"{owner} has different values in {' and '.join(filled)}")
     return first
 
 
 def _arguments(value: Any) -> dict[str, Any]:
-    """Arguments as an object. Nulls are kept in JSON text and removed from an object.
+    """The arguments of a call as an object.
 
-    In an object of a table a null only means that other rows have this key.
+    Nulls are kept in JSON text. They are removed from an object, because in a table a null only
+    means that other rows have this key.
     """
     if isinstance(value, str):
-        value = json_of(value, "arguments of a tool call") if value.strip() else None
+        value = parse_json(value, "arguments of a tool call") if value.strip() else None
     else:
-        value = without_nulls(value)
+        value = drop_nulls(value)
     if not isinstance(value, dict | None):
-        raise RowError(f"arguments of a tool call: {json_name(value)}; expected an object")
+        raise RowError(f"arguments of a tool call: {json_type(value)}; expected an object")
     return value or {}
 
 
-def _shown(name: Any) -> str:
-    return repr(name)[:40] if isinstance(name, str) else json_name(name)
+def _quoted(name: Any) -> str:
+    return repr(name)[:40] if isinstance(name, str) else json_type(name)

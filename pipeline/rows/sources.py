@@ -1,8 +1,8 @@
 """Sources of the run file -> their files -> Lines -> rows.
 
-`lines` only splits files into Lines, so that one process can read for many processes that `parse`.
-A row that cannot be parsed becomes a BadRow. If the rest of a file cannot be read, UserError is
-raised.
+`read_lines` splits files into Lines, and `parse_line` parses one. One process can therefore read
+the files while worker processes parse. A row that cannot be parsed becomes a BadRow. UserError is
+raised if the rest of a file cannot be read.
 """
 
 import json
@@ -17,22 +17,22 @@ from pipeline.config.hub import HubSplit
 from pipeline.errors import UserError
 from pipeline.rows.content import (
     SUFFIXES,
-    compression_of,
-    kind_of,
+    compression_ratio,
+    detect_compression,
+    detect_kind,
     open_data,
-    ratio_of,
     require_utf8,
-    without_marks,
+    strip_byte_order_marks,
 )
 from pipeline.rows.csv_rows import csv_rows
 from pipeline.rows.files import DataFiles, check_files, find_files, has_known_suffix
-from pipeline.rows.json_rows import is_line_by_line, line_rows, value_rows
+from pipeline.rows.json_rows import is_jsonl, json_value_rows, jsonl_rows
 from pipeline.rows.layouts import require_rows
 from pipeline.rows.lines import NOT_UTF8, BadRow, Line, Row, size_of
-from pipeline.rows.values import DECODER, DuplicateKeyError, json_name
+from pipeline.rows.values import DECODER, DuplicateKeyError, json_type
 
 _FIRST_BYTES = 1000
-# A compression ratio is measured on this many times the sample, as compressed blocks are large.
+# The compression ratio is measured on this many times the sample, because blocks are large.
 _RATIO_SAMPLES = 4
 
 __all__ = [
@@ -41,22 +41,22 @@ __all__ = [
     "Row",
     "Sample",
     "Source",
-    "kind_of",
-    "lines",
-    "parse",
+    "detect_kind",
+    "parse_line",
+    "read_lines",
     "read_rows",
     "require_disjoint",
-    "resolve",
-    "sample",
+    "resolve_sources",
+    "sample_file",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A source of the run file and its files, in the order in which they are read.
+    """A source of the run file with its files in reading order.
 
-    `name`: as in the run file; for a hub data set, its commit is inserted. `notes`: messages about
-    files that match the name but are not read.
+    `name`: as in the run file, with the commit added for a hub data set. `notes`: messages about
+    skipped files.
     """
 
     name: str
@@ -67,28 +67,28 @@ class Source:
 
 
 class Sample(NamedTuple):
-    """The first Lines of a file, their share of the file, and their bytes."""
+    """The first Lines of a file, their share of the whole file, and their size in bytes."""
 
     lines: list[Line]
     share: float
     num_bytes: int
 
 
-def resolve(sources: Sequence[DataSource], key: str) -> list[Source]:
-    """The sources of the setting `key` with their files. Nothing is downloaded.
+def resolve_sources(sources: Sequence[DataSource], key: str) -> list[Source]:
+    """Find the files of each source of the setting `key`. Nothing is downloaded.
 
-    Raises UserError for a file that cannot be read or is in two sources.
+    Raises UserError if a file cannot be read or is in two sources.
     """
     if not sources:
         raise UserError(f"{key}: names no data; give a file, a folder, a glob or a list of them")
-    resolved = [_resolved(source, key) for source in sources]
+    resolved = [_resolve_source(source, key) for source in sources]
     first: dict[Path, Source] = {}
     for source in resolved:
         for file in source.files:
             if (other := first.setdefault(file.resolve(), source)) is not source:
                 raise UserError(
                     f"{key}: {file} is in two sources, {other.name} and {source.name}; name each "
-                    "file once, with a weight to have its rows more often"
+                    "file once, with a weight above 1 if its rows shall be seen more often"
                 )
     return resolved
 
@@ -105,28 +105,26 @@ def require_disjoint(train: Sequence[Source], held_out: Sequence[Source]) -> Non
                 )
 
 
-def lines(source: Source) -> Iterator[Line]:
-    """The source's Lines in order, up to its limit; blank lines are skipped.
+def read_lines(source: Source) -> Iterator[Line]:
+    """The Lines of a source in order, up to its limit; blank lines are skipped.
 
-    Raises UserError for a damaged file and for a source without rows.
+    Raises UserError if a file is damaged or the source has no row.
     """
-    every = (line for file in source.files for line in _lines_of(file))
+    every = (line for file in source.files for line in _lines_of_file(file))
     is_empty = True
     for line in islice(every, source.limit):
         is_empty = False
         yield line
     if is_empty:
-        raise UserError(
-            f"{source.name}: no row; only blank lines, an empty list, or columns without rows"
-        )
+        raise UserError(f"{source.name}: has no row, only blank lines, an empty list or a header")
 
 
-def parse(line: Line) -> Row | BadRow:
-    """The row of a Line, or a BadRow with the reason why it cannot be parsed."""
+def parse_line(line: Line) -> Row | BadRow:
+    """Parse a Line; a BadRow has the reason why that is impossible."""
     file, number, offset, content, fault = line
     if fault:
         return BadRow(file, number, fault, offset)
-    value = content if isinstance(content, dict) else _parsed(content)
+    value = content if isinstance(content, dict) else _parse_object(content)
     if isinstance(value, str):
         return BadRow(file, number, value, offset)
     return Row(file, number, value, offset)
@@ -134,50 +132,50 @@ def parse(line: Line) -> Row | BadRow:
 
 def read_rows(sources: Iterable[Source]) -> Iterator[Row | BadRow]:
     """Every row of the sources in order, parsed in this process."""
-    return (parse(line) for source in sources for line in lines(source))
+    return (parse_line(line) for source in sources for line in read_lines(source))
 
 
-def sample(file: Path, num_bytes: int) -> Sample:
-    """The rows that begin within the first `num_bytes` of a file, but at least one row.
+def sample_file(file: Path, num_bytes: int) -> Sample:
+    """The rows that begin within the first `num_bytes` of a file, and at least one.
 
-    Raises UserError, OSError, EOFError or ValueError if these rows cannot be read, and ValueError
-    for a compressed table, which would have to be decompressed as a whole.
+    Raises UserError, OSError, EOFError or ValueError if these rows cannot be read. A compressed
+    table raises ValueError, because it would have to be decompressed completely.
     """
-    kind = kind_of(file)
+    kind = detect_kind(file)
     if kind == "parquet" or kind == "arrow":
         return _sample_of_table(file, kind, num_bytes)
-    taken: list[Line] = []
+    lines: list[Line] = []
     with open_data(file) as stream:
         for line in _text_lines(file, stream):
             assert line.offset is not None
-            if line.offset >= num_bytes and taken:
+            if line.offset >= num_bytes and lines:
                 share = min(line.offset / _decompressed_size(file, stream, line.offset), 1.0)
-                return Sample(taken, share, line.offset)
-            taken.append(line)
-    return Sample(taken, 1.0, min(num_bytes, file.stat().st_size))
+                return Sample(lines, share, line.offset)
+            lines.append(line)
+    return Sample(lines, 1.0, min(num_bytes, file.stat().st_size))
 
 
 def _sample_of_table(file: Path, kind: Literal["parquet", "arrow"], num_bytes: int) -> Sample:
     from pipeline.rows.tables import num_rows, table_rows
 
-    total, taken, size = num_rows(file, kind), list[Line](), 0
+    total, lines, size = num_rows(file, kind), list[Line](), 0
     for line in table_rows(file, kind):
-        taken.append(line)
+        lines.append(line)
         size += size_of(line.content)
         if size >= num_bytes:
             break
-    return Sample(taken, len(taken) / max(total, 1), min(size, num_bytes))
+    return Sample(lines, len(lines) / max(total, 1), min(size, num_bytes))
 
 
 def _decompressed_size(file: Path, stream: BinaryIO, num_read: int) -> float:
-    """Bytes of the file after decompression, estimated from the ratio of its beginning."""
-    num_more = 0 if compression_of(file) is None else _RATIO_SAMPLES * num_read
+    """Estimated size of the decompressed file, from the compression ratio at its beginning."""
+    num_more = 0 if detect_compression(file) is None else _RATIO_SAMPLES * num_read
     while num_more > 0 and (more := stream.read(min(num_more, 2**16))):
         num_more -= len(more)
-    return file.stat().st_size * ratio_of(stream)
+    return file.stat().st_size * compression_ratio(stream)
 
 
-def _resolved(source: DataSource, key: str) -> Source:
+def _resolve_source(source: DataSource, key: str) -> Source:
     name = source.path
     split = HubSplit.parse(name)
     if split is None:
@@ -199,10 +197,10 @@ def _resolved(source: DataSource, key: str) -> Source:
     )
 
 
-def _lines_of(file: Path) -> Iterator[Line]:
+def _lines_of_file(file: Path) -> Iterator[Line]:
     number = 0
     try:
-        kind = kind_of(file)
+        kind = detect_kind(file)
         if kind == "parquet" or kind == "arrow":
             from pipeline.rows.tables import table_rows
 
@@ -218,9 +216,9 @@ def _lines_of(file: Path) -> Iterator[Line]:
 
 
 def _text_lines(file: Path, stream: BinaryIO) -> Iterator[Line]:
-    """The Lines of a JSON or CSV file, by the reader for its kind and layout."""
+    """The Lines of a JSON or CSV file; the layout of JSON (JSONL or not) is detected."""
     require_utf8(file)
-    kind = kind_of(file)
+    kind = detect_kind(file)
     if kind == "csv":
         return csv_rows(file, stream)
     with open_data(file) as beginning:
@@ -228,33 +226,33 @@ def _text_lines(file: Path, stream: BinaryIO) -> Iterator[Line]:
     with open_data(file) as beginning:
         if kind == "jsonl":
             _require_lines(file, beginning.read(_FIRST_BYTES))
-            return line_rows(file, stream)
+            return jsonl_rows(file, stream)
         if not has_known_suffix(file):
             _require_json(file, beginning.read(_FIRST_BYTES))
     with open_data(file) as beginning:
-        read = line_rows if is_line_by_line(beginning) else value_rows
+        read = jsonl_rows if is_jsonl(beginning) else json_value_rows
     return read(file, stream)
 
 
 def _require_json(file: Path, beginning: bytes) -> None:
-    """Raise UserError unless a file with an unknown suffix begins like JSON."""
-    if without_marks(beginning).lstrip()[:1] not in (b"{", b"[", b""):
+    """Raise UserError unless the file, whose suffix is unknown, begins like JSON."""
+    if strip_byte_order_marks(beginning).lstrip()[:1] not in (b"{", b"[", b""):
         raise UserError(
-            f"{file}: unknown format: the name has no known suffix, and the content does not begin "
-            f"with {{ or [ as JSON does; give it one of the suffixes {SUFFIXES}"
+            f"{file}: unknown format: the name has no known suffix, and the content is not JSON, "
+            f"which begins with {{ or [; give it one of the suffixes {SUFFIXES}"
         )
 
 
 def _require_lines(file: Path, beginning: bytes) -> None:
-    """Raise UserError for a JSONL file that holds one JSON list over several lines."""
+    """Raise UserError for a file named *.jsonl that holds a JSON list over several lines."""
     begin = [line for line in beginning.split(b"\n") if line.strip()]
-    first = without_marks(b"".join(begin[:1])).strip()
-    if first in (b"[", b"[{") and not any(isinstance(_parsed(line), dict) for line in begin):
-        raise UserError(f"{file}: a JSON list over several lines, not JSONL; name it .json")
+    first = strip_byte_order_marks(b"".join(begin[:1])).strip()
+    if first in (b"[", b"[{") and not any(isinstance(_parse_object(line), dict) for line in begin):
+        raise UserError(f"{file}: a JSON list over several lines, not JSONL; rename it to .json")
 
 
-def _parsed(content: bytes) -> dict[str, Any] | str:
-    """The parsed JSON object, or the reason why the content is not one."""
+def _parse_object(content: bytes) -> dict[str, Any] | str:
+    """Parse a JSON object; a string is the reason why the content is not one."""
     try:
         value = DECODER.decode(content.decode("utf-8"))
     except UnicodeDecodeError:
@@ -265,4 +263,4 @@ def _parsed(content: bytes) -> dict[str, Any] | str:
         return "not valid JSON: duplicate key"
     except (ValueError, RecursionError):  # thousands of digits or of nested lists
         return "not valid JSON: nested too deeply or a number too long"
-    return value if isinstance(value, dict) else f"expected a JSON object, found {json_name(value)}"
+    return value if isinstance(value, dict) else f"expected a JSON object, found {json_type(value)}"

@@ -1,7 +1,7 @@
-"""Parquet and Arrow files -> Lines, a thousand rows or some megabytes in memory at a time.
+"""Reader of Parquet and Arrow files, with at most 1000 rows or some megabytes in memory.
 
-`datasets` does not read these: through it a Parquet file of one row group, as pyarrow writes it
-by default, is in memory as a whole (docs/formats.md has the figures).
+`datasets` is not used, because it loads whole row groups, and by default pyarrow writes a Parquet
+file as one row group (figures in docs/formats.md).
 """
 
 import errno
@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Literal, NamedTuple
 
 from pipeline.errors import RankZeroError, UserError
-from pipeline.rows import lines as rows
-from pipeline.rows.content import compression_of, open_data
+from pipeline.rows import lines as row_limits
+from pipeline.rows.content import detect_compression, open_data
 from pipeline.rows.lines import Line
 from pipeline.rows.values import DECODER
 
@@ -29,18 +29,18 @@ class _Table(NamedTuple):
 
 
 def table_rows(file: Path, kind: Literal["parquet", "arrow"]) -> Iterator[Line]:
-    """The table's rows; one that is too long or not UTF-8 is one bad row.
+    """The rows of a table; a row that is too long or not UTF-8 is one bad row.
 
-    Raises UserError where the file is damaged, so that what follows cannot be read.
+    Raises UserError if the rest of the file cannot be read.
     """
     import pyarrow
 
     number = 0
     try:
-        with _seekable(file) as path, _open(path, kind) as table:
+        with _decompressed(file) as path, _open(path, kind) as table:
             convert = _converter(pyarrow.struct(table.schema))
             for batch in table.batches:
-                for row in _rows(batch):
+                for row in _batch_rows(batch):
                     number += 1
                     columns, fault = ({}, row) if isinstance(row, str) else (row, "")
                     columns = columns if convert is None else convert(columns)
@@ -48,29 +48,29 @@ def table_rows(file: Path, kind: Literal["parquet", "arrow"]) -> Iterator[Line]:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise RankZeroError(
-                f"{gettempdir()}: no room to unpack {file}; set TMPDIR to a larger disk, or "
-                "unpack it"
+                f"{gettempdir()}: no space to decompress {file}; set TMPDIR to a larger disk, or "
+                "decompress the file yourself"
             ) from None
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         name = kind.capitalize()
-        raise UserError(f"{file}: not readable as {name} behind row {number}: {reason}") from None
+        raise UserError(f"{file}: not readable as {name} after row {number}: {reason}") from None
 
 
 def num_rows(file: Path, kind: Literal["parquet", "arrow"]) -> int:
-    """Rows of a table that is not compressed as a whole, from its metadata.
+    """Number of rows in the metadata of a table. The file must not be compressed (such as *.gz).
 
-    Raises OSError or ValueError where it is damaged.
+    Raises OSError or ValueError if the file is damaged.
     """
     with _open(file, kind) as table:
         return table.num_rows
 
 
-def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The rows of a record batch; a text is the reason why a row is bad."""
+def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """The rows of a record batch; a string in place of a row is the reason why it is bad."""
     count, size = batch.num_rows, batch.nbytes
     if count > 1 and size > _BYTES_AT_ONCE:
-        yield from _rows(batch.slice(0, count // 2))
-        yield from _rows(batch.slice(count // 2))
+        yield from _batch_rows(batch.slice(0, count // 2))
+        yield from _batch_rows(batch.slice(count // 2))
         return
     try:
         values = batch.to_pylist()
@@ -79,54 +79,60 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
             yield "not valid UTF-8"
             return
         for i in range(count):
-            yield from _rows(batch.slice(i, 1))
+            yield from _batch_rows(batch.slice(i, 1))
         return
     for row in values:
-        # `size` includes dictionary values that rows share: it may exceed the size of the rows.
-        is_long = size > rows.MAX_ROW_BYTES and rows.size_of(row) > rows.MAX_ROW_BYTES
-        yield rows.too_long() if is_long else row
+        # `size` includes dictionary values that rows share, so it may exceed the rows' own size.
+        is_long = (
+            size > row_limits.MAX_ROW_BYTES and row_limits.size_of(row) > row_limits.MAX_ROW_BYTES
+        )
+        yield row_limits.too_long() if is_long else row
 
 
 def _converter(kind: Any) -> _Convert | None:
-    """The conversion of a type's Python values to those of JSON; None if they need none.
+    """Function that converts Python values of an Arrow type to JSON values; None if not needed.
 
-    Text of the extension type `arrow.json`, as `datasets` writes it, is parsed at any depth; a map
-    becomes an object.
+    Text of the extension type `arrow.json`, which `datasets` writes, is parsed. A map becomes an
+    object. Both may be nested in other types.
     """
     import pyarrow
     from pyarrow import types
 
     if isinstance(kind, pyarrow.BaseExtensionType):
         is_json = kind.extension_name == "arrow.json"
-        return _optional(_parsed_text) if is_json else _converter(kind.storage_type)
+        return _null_safe(_parse_json_text) if is_json else _converter(kind.storage_type)
     if types.is_struct(kind):
         fields = {field.name: _converter(field.type) for field in kind}
         changed = {name: convert for name, convert in fields.items() if convert is not None}
-        return _optional(lambda value: _with_converted(value, changed)) if changed else None
+        return _null_safe(lambda value: _convert_fields(value, changed)) if changed else None
     if types.is_map(kind):
-        item = _converter(kind.item_type) or _unchanged
-        return _optional(lambda pairs: {key: item(value) for key, value in pairs})
+        item = _converter(kind.item_type) or _identity
+        return _null_safe(lambda pairs: {key: item(value) for key, value in pairs})
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return _converter(kind.value_type)
     if types.is_nested(kind) and hasattr(kind, "value_type"):  # the kinds of list
-        item_of = _converter(kind.value_type)
-        return None if item_of is None else _optional(lambda items: [item_of(i) for i in items])
+        convert_item = _converter(kind.value_type)
+        return (
+            None
+            if convert_item is None
+            else _null_safe(lambda items: [convert_item(i) for i in items])
+        )
     return None
 
 
-def _optional(convert: _Convert) -> _Convert:
+def _null_safe(convert: _Convert) -> _Convert:
     return lambda value: None if value is None else convert(value)
 
 
-def _unchanged(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
 
 
-def _with_converted(value: dict[str, Any], changed: dict[str, _Convert]) -> dict[str, Any]:
-    return {key: changed.get(key, _unchanged)(item) for key, item in value.items()}
+def _convert_fields(value: dict[str, Any], changed: dict[str, _Convert]) -> dict[str, Any]:
+    return {key: changed.get(key, _identity)(item) for key, item in value.items()}
 
 
-def _parsed_text(text: Any) -> Any:
+def _parse_json_text(text: Any) -> Any:
     try:
         return DECODER.decode(text)
     except (ValueError, RecursionError):
@@ -140,7 +146,7 @@ def _open(path: Path, kind: Literal["parquet", "arrow"]) -> Iterator[_Table]:
     if kind == "parquet":
         from pyarrow.parquet import ParquetFile
 
-        # Buffered: without that, each column of a row group is read as a whole first.
+        # With a buffer, columns are read in parts rather than a whole row group at a time.
         with ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
             meta = table.metadata
             groups = [meta.row_group(i) for i in range(table.num_row_groups)]
@@ -148,11 +154,11 @@ def _open(path: Path, kind: Literal["parquet", "arrow"]) -> Iterator[_Table]:
             at_once = min(max(_BYTES_AT_ONCE // max(row_bytes, 1), 1), _ROWS_AT_ONCE)
             yield _Table(meta.num_rows, table.schema_arrow, table.iter_batches(at_once))
         return
-    with pyarrow.memory_map(str(path)) as source:  # mapped, so that a list of batches is not read
+    with pyarrow.memory_map(str(path)) as source:  # so the list of batches needs no memory
         try:
             reader = pyarrow.ipc.open_stream(source)
             batches = list(reader)
-        except pyarrow.ArrowInvalid:  # the file format rather than the stream format
+        except pyarrow.ArrowInvalid:  # Arrow's file format instead of its stream format
             reader = pyarrow.ipc.open_file(source)
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         slices = (
@@ -164,9 +170,9 @@ def _open(path: Path, kind: Literal["parquet", "arrow"]) -> Iterator[_Table]:
 
 
 @contextmanager
-def _seekable(file: Path) -> Iterator[Path]:
-    """The file; where it is compressed as a whole, an unpacked copy that is removed afterwards."""
-    if compression_of(file) is None:
+def _decompressed(file: Path) -> Iterator[Path]:
+    """Yield a path to the file or, if it is compressed, to a temporary decompressed copy."""
+    if detect_compression(file) is None:
         yield file
         return
     with TemporaryDirectory(prefix="rankzero-") as folder:

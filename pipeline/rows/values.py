@@ -1,4 +1,4 @@
-"""Values of a row: their JSON type for messages, emptiness, and values given as JSON text."""
+"""Checks and conversions of the values in a row, including values given as JSON text."""
 
 import json
 from collections.abc import Mapping
@@ -6,20 +6,20 @@ from typing import Any
 
 from pipeline.rows.examples import RowError
 
-_JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+_JSON_TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
 
 
-def json_name(value: object) -> str:
-    """The JSON type of a value, as messages name it."""
+def json_type(value: object) -> str:
+    """Name of a value's JSON type, for messages."""
     if value is None:
         return "null"
     if isinstance(value, int | float):
-        return _JSON_NAMES.get(type(value), "a number")
-    return _JSON_NAMES.get(type(value), f"of type {type(value).__name__}")
+        return _JSON_TYPES.get(type(value), "a number")
+    return _JSON_TYPES.get(type(value), f"of type {type(value).__name__}")
 
 
 def has_value(value: Any) -> bool:
-    """False for null, blank text, and lists and objects that hold only such values."""
+    """False for null and blank text, and for lists and objects that contain nothing else."""
     if isinstance(value, str):
         return value != "" and not value.isspace()
     if isinstance(value, dict | list):
@@ -27,45 +27,45 @@ def has_value(value: Any) -> bool:
     return value is not None
 
 
-def text_of(value: Any, name: str) -> str:
-    """The value if it is text that UTF-8 can encode. Raises RowError with `name` if it is not."""
+def require_text(value: Any, name: str) -> str:
+    """Return the value if it is text that UTF-8 can encode; else RowError, which names `name`."""
     if not isinstance(value, str):
-        raise RowError(f"{name} is {json_name(value)}; expected text")
+        raise RowError(f"{name} is {json_type(value)}; expected text")
     if not value.isascii():
         try:
             value.encode("utf-8")
-        except UnicodeEncodeError:  # "\ud800" is valid JSON and no character
-            raise RowError(f"{name} holds half a surrogate pair, which is no character") from None
+        except UnicodeEncodeError:  # "\ud800" is valid JSON but not a character
+            raise RowError(f"{name} has a lone surrogate, which is not a character") from None
     return value
 
 
-def list_of(value: Any, name: str, *, strips_nulls: bool = False) -> list[Any]:
-    """The items of a list, of a list as JSON text, or of a struct of lists as in tables.
+def parse_list(value: Any, name: str, *, strips_nulls: bool = False) -> list[Any]:
+    """The items of a list, of a list as JSON text, or of a table's struct of lists.
 
-    Items that are JSON text of an object are parsed. `strips_nulls` removes keys that are null, but
-    not within JSON text: there a null is no artefact of a table's schema. Raises RowError with
-    `name` for any other value.
+    Items that are JSON text of an object are parsed. `strips_nulls` removes keys that are null,
+    because a table's schema adds them to every row; those within JSON text are kept. Raises
+    RowError, which names `name`, for any other value.
     """
-    items = json_of(value, name) if isinstance(value, str) else value
+    items = parse_json(value, name) if isinstance(value, str) else value
     if items is None and value is not None:  # the text "null"
         return []
     if isinstance(items, dict) and (length := _common_length(items)) is not None:
-        items = [_item(items, i) for i in range(length)]
+        items = [_struct_item(items, i) for i in range(length)]
     if not isinstance(items, list):
-        raise RowError(f"{name} is {json_name(items)}; expected a list")
+        raise RowError(f"{name} is {json_type(items)}; expected a list")
     result = []
     for item in items:
         if isinstance(item, str) and item.lstrip().startswith("{"):
-            result.append(json_of(item, name))
+            result.append(parse_json(item, name))
         elif strips_nulls and not isinstance(value, str):
-            result.append(without_nulls(item))
+            result.append(drop_nulls(item))
         else:
             result.append(item)
     return result
 
 
-def json_of(text: str, name: str) -> Any:
-    """The parsed value of JSON text. Raises RowError with `name` if it is not valid."""
+def parse_json(text: str, name: str) -> Any:
+    """Parse JSON text. Raises RowError, which names `name`, if it is not valid."""
     try:
         return DECODER.decode(text)
     except DuplicateKeyError:
@@ -74,41 +74,41 @@ def json_of(text: str, name: str) -> Any:
         raise RowError(f"{name} is text, and not valid JSON; expected JSON") from None
 
 
-def without_nulls(value: Any) -> Any:
-    """The value without keys that are null: tables and their exports fill a schema with them."""
+def drop_nulls(value: Any) -> Any:
+    """Remove keys that are null: in tables, and exports of them, every row has all keys."""
     if isinstance(value, dict):
         return {
-            key: item if isinstance(item, str) else without_nulls(item)
+            key: item if isinstance(item, str) else drop_nulls(item)
             for key, item in value.items()
             if item is not None
         }
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+    return [drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def require_json(value: Any, name: str) -> None:
-    """Raise RowError unless a template can write the value as JSON in UTF-8."""
+    """Raise RowError unless the value can be serialised as JSON in UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError):  # a date, 1e999, half a surrogate pair
-        raise RowError(f"{name} holds a value that JSON cannot hold") from None
+    except (TypeError, ValueError, RecursionError):  # a date, 1e999, a lone surrogate
+        raise RowError(f"{name} contains a value that JSON cannot represent") from None
 
 
 class DuplicateKeyError(ValueError):
-    """An object names a key twice; `json` alone would keep the last value and drop the others."""
+    """Raised for an object with a duplicate key, of which `json` would keep the last value."""
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         raise DuplicateKeyError
     return value
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+DECODER = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys)
 
 
 def _common_length(struct: Mapping[str, Any]) -> int | None:
-    """The length that all lists of a struct of lists have; None where it is not one."""
+    """The common length of all lists in a struct of lists; None for any other object."""
     lengths: set[int | None] = set()
     for item in struct.values():
         if isinstance(item, list):
@@ -118,9 +118,13 @@ def _common_length(struct: Mapping[str, Any]) -> int | None:
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def _item(struct: Mapping[str, Any], i: int) -> dict[str, Any]:
+def _struct_item(struct: Mapping[str, Any], i: int) -> dict[str, Any]:
     """Item `i` of a struct of lists."""
     return {
-        key: value[i] if isinstance(value, list) else None if value is None else _item(value, i)
+        key: value[i]
+        if isinstance(value, list)
+        else None
+        if value is None
+        else _struct_item(value, i)
         for key, value in struct.items()
     }

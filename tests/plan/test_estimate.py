@@ -86,11 +86,11 @@ def test_no_more_than_the_sample_is_parsed(tmp_path, monkeypatch):
         file.write_text((i + 1) * 20_000 * (json.dumps(chat("x" * 35)) + "\n"))
     sizes = []
 
-    def recorded(line, parse=data_size.parse):
+    def recorded(line, parse=data_size.parse_line):
         sizes.append(len(line.content))
         return parse(line)
 
-    monkeypatch.setattr(data_size, "parse", recorded)
+    monkeypatch.setattr(data_size, "parse_line", recorded)
     assert estimate(settings_of(*files)).documents == pytest.approx(120_000, rel=0.001)
     assert SAMPLE_BYTES / 2 < sum(sizes) <= SAMPLE_BYTES + 3 * max(sizes)
 

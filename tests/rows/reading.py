@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline.config.data_names import DataSource
 from pipeline.rows.formats import read_example
-from pipeline.rows.sources import Row, read_rows, resolve
+from pipeline.rows.sources import Row, read_rows, resolve_sources
 
 
 def row_of(value):
@@ -14,7 +14,7 @@ def row_of(value):
 
 def resolved(*paths, key="train_data", **values):
     """The sources of a setting that names these paths."""
-    return resolve([DataSource(path=str(path), **values) for path in paths], key)
+    return resolve_sources([DataSource(path=str(path), **values) for path in paths], key)
 
 
 def read_file(path):

@@ -15,7 +15,7 @@ import pytest
 from pipeline.config.data_names import DataSource
 from pipeline.config.load import load_settings
 from pipeline.rows.fetch import fetch
-from pipeline.rows.sources import read_rows, resolve
+from pipeline.rows.sources import read_rows, resolve_sources
 from tests import ROOT
 from tests.messages import refused
 
@@ -42,21 +42,21 @@ def hub(tmp_path, monkeypatch):
 
 def test_a_split_of_a_hub_data_set_in_the_local_cache(hub):
     for name in ("org/name:train", "org/name@abc123:train", "org/name@main:train"):
-        (source,) = resolve([DataSource(path=name, weight=2.0, limit=2)], "train_data")
+        (source,) = resolve_sources([DataSource(path=name, weight=2.0, limit=2)], "train_data")
         assert (source.name, source.weight) == ("org/name@abc123:train", 2.0)
         assert len(list(read_rows([source]))) == 2
     with refused("eval_data", "org/name@main:dev", "train, test"):
-        resolve([DataSource(path="org/name:dev")], "eval_data")
+        resolve_sources([DataSource(path="org/name:dev")], "eval_data")
     for missing in ("org/other@main:train", "org/name@fff:train"):
         with refused("train_data", missing, "launch/prepare.py RUN.yaml"):
-            resolve([DataSource(path=missing.replace("@main", ""))], "train_data")
+            resolve_sources([DataSource(path=missing.replace("@main", ""))], "train_data")
 
 
 def test_json_of_a_hub_data_set_is_read_by_our_own_reader(hub):
     for path in (hub / "snapshots/abc123/data").iterdir():
         path.unlink()
     (hub / "snapshots/abc123/data/train.jsonl").write_bytes(ROWS)
-    (source,) = resolve([DataSource(path="org/name:train")], "train_data")
+    (source,) = resolve_sources([DataSource(path="org/name:train")], "train_data")
     assert [hasattr(row, "reason") for row in read_rows([source])] == [False, True, False]
 
 
@@ -66,7 +66,7 @@ def test_several_configurations_are_named(hub):
     )
     (hub / "snapshots/abc123/README.md").write_text(f"---\n{card}---\n")
     with refused("train_data", "one", "two", hub / "snapshots/abc123"):
-        resolve([DataSource(path="org/name:train")], "train_data")
+        resolve_sources([DataSource(path="org/name:train")], "train_data")
 
 
 def test_settings_record_the_commit(hub, tmp_path):
@@ -92,7 +92,7 @@ def test_an_interrupted_download_is_refused_and_completed_by_fetch(hub, monkeypa
     (hub / "trees").mkdir()
     (hub / "trees/abc123.json").write_text(json.dumps({"format_version": 1, "files": files}))
     with refused("train_data", "org/name@main:train", "launch/prepare.py RUN.yaml"):
-        resolve([DataSource(path="org/name:train")], "train_data")
+        resolve_sources([DataSource(path="org/name:train")], "train_data")
     asked, download = [], huggingface_hub.snapshot_download
 
     def ask(*args, **kwargs):
@@ -158,11 +158,11 @@ def test_a_fetched_data_set_is_read_without_a_request(tmp_path):
     code = (
         "from pipeline.config.data_names import DataSource\n"
         "from pipeline.rows.fetch import fetch\n"
-        "from pipeline.rows.sources import read_rows, resolve\n"
+        "from pipeline.rows.sources import read_rows, resolve_sources\n"
         "sources = [DataSource(path='org/other:train')]\n"
         "if fetches:\n"
         "    fetch(sources, 'train_data')\n"
-        "(source,) = resolve(sources, 'train_data')\n"
+        "(source,) = resolve_sources(sources, 'train_data')\n"
         "print(source.name, len(list(read_rows([source]))))\n"
     )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:

@@ -82,7 +82,7 @@ def test_one_bad_row_does_not_cost_another(tmp_path, bad, before):
     parts.insert(2, bad)
     text = b"[" + before + (b"," + before).join(parts) + before + b"]"
     if before == b" " and bad not in CERTAIN:  # all on one line
-        with refused("rows.json:1", f"byte {text.index(bad)}", "not certain"):
+        with refused("rows.json:1", f"byte {text.index(bad)}", "next row"):
             read(tmp_path, text, "rows.json")
         return
     found = read(tmp_path, text, "rows.json")
@@ -105,7 +105,7 @@ def test_the_last_row_may_be_broken(tmp_path, monkeypatch, bad, separator, chunk
 
 def test_a_broken_row_that_holds_the_next_ones_is_named(tmp_path):
     """Its list lacks an end, takes the rows behind it, and the list's own end for its end."""
-    with refused("rows.json:1", "byte 11", "not certain"):
+    with refused("rows.json:1", "byte 11", "next row"):
         read(tmp_path, b'[{"n": 1}, {"m": [{"x": 1}, {"n": 2}, {"n": 3}]', "rows.json")
 
 
@@ -151,14 +151,14 @@ def with_long_row(long, layout, monkeypatch):
 def test_a_long_row_is_skipped_without_being_held(tmp_path, monkeypatch, long):
     text, offset = with_long_row(long, "a row a line", monkeypatch)
     sizes = []
-    fill = json_rows._Values._fill
+    fill = json_rows._ValueScanner._read_more
 
     def recorded(self):
         result = fill(self)
         sizes.append(len(self._text))
         return result
 
-    monkeypatch.setattr(json_rows._Values, "_fill", recorded)
+    monkeypatch.setattr(json_rows._ValueScanner, "_read_more", recorded)
     first, bad, last = read(tmp_path, text, "rows.json")
     assert (first.value, last.value) == ({"n": 0}, {"n": 2})
     assert bad.reason.startswith("the row is longer")

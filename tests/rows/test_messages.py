@@ -64,7 +64,7 @@ def test_ids_of_calls_and_results_are_kept():
 @pytest.mark.parametrize(
     ("call", "facts"),
     [
-        (CALL | {"output": "rain"}, ["tool call", "output", "not read"]),
+        (CALL | {"output": "rain"}, ["tool call", "output", "unknown"]),
         ({"name": "f", "arguments": {"a": 1}, "args": {"b": 1}}, ["arguments", "args"]),
         ({"name": "f", "function": {"name": "g"}}, ["name", "different values"]),
         ({"name": "f", "arguments": [1]}, ["arguments", "a list"]),
@@ -222,7 +222,7 @@ def test_metadata_of_messages_is_counted_as_unread_and_other_keys_refuse_the_row
     found = read(USER | {"timestamp": "10:00", "id": 3}, ANSWER | {"model": "", "refusal": None})
     assert found.unread == ("message.id", "message.timestamp")
     for key, value in (("refusal", "no"), ("audio", {"id": "x"}), ("train", False)):
-        with refused(key, "not read", error=RowError):
+        with refused(key, "unknown", error=RowError):
             read(USER, ANSWER | {key: value})
 
 

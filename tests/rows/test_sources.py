@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 from pipeline.config.data_names import DataSource
 from pipeline.errors import UserError
 from pipeline.rows import lines as limits
-from pipeline.rows.sources import BadRow, Row, lines, parse, read_rows, require_disjoint, resolve
+from pipeline.rows.sources import (
+    BadRow,
+    Row,
+    parse_line,
+    read_lines,
+    read_rows,
+    require_disjoint,
+    resolve_sources,
+)
 from tests.messages import refused
 
 pytestmark = pytest.mark.unit
@@ -38,7 +46,7 @@ MAGIC = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PAR1", b"A
 
 
 def resolved(*paths, key="train_data", **values):
-    return resolve([DataSource(path=str(path), **values) for path in paths], key)
+    return resolve_sources([DataSource(path=str(path), **values) for path in paths], key)
 
 
 def read(tmp_path, content: bytes, name="rows.jsonl"):
@@ -172,7 +180,7 @@ def test_a_folder_is_its_data_files_by_name_and_a_glob_its_matches(tmp_path):
     assert names(f"{tmp_path}/b/[x].jsonl") == ["b/[x].jsonl"]  # a file rather than a glob
     for wrong, fact in (
         (f"{tmp_path}/*.parquet", "no file matches"),
-        (tmp_path / "e", "e is a folder without"),
+        (tmp_path / "e", "e has no data files"),
     ):
         (tmp_path / "e").mkdir(exist_ok=True)
         with refused("train_data", wrong, fact):
@@ -184,7 +192,7 @@ def test_a_limit_takes_the_first_rows_of_a_source(tmp_path):
         (tmp_path / f"{name}.jsonl").write_bytes(b"\n".join([GOOD, b"bad", GOOD]))
     (source,) = resolved(tmp_path, limit=5, weight=0.5)
     assert source.weight == 0.5
-    assert [(line.file.name, line.number) for line in lines(source)] == [
+    assert [(line.file.name, line.number) for line in read_lines(source)] == [
         ("a.jsonl", 1),
         ("a.jsonl", 2),
         ("a.jsonl", 3),
@@ -253,10 +261,10 @@ def test_an_empty_file_a_pipe_and_no_file_are_refused(tmp_path):
     (tmp_path / "more.jsonl").write_bytes(GOOD)
     assert len(list(read_rows(resolved(tmp_path)))) == 1  # one part of many may be
     os.mkfifo(tmp_path / "pipe")
-    with refused("train_data", tmp_path / "pipe", "not a file"):
+    with refused("train_data", tmp_path / "pipe", "regular file"):
         resolved(tmp_path / "pipe")
     with refused("train_data", "no data"):
-        resolve([], "train_data")
+        resolve_sources([], "train_data")
 
 
 def test_a_file_that_several_links_name_is_read_once(tmp_path):
@@ -381,8 +389,8 @@ def test_lines_can_be_pickled_and_parsed_elsewhere(tmp_path):
 
     (tmp_path / "rows.jsonl").write_bytes(GOOD + b"\nbad")
     (source,) = resolved(tmp_path / "rows.jsonl")
-    sent = pickle.loads(pickle.dumps(list(lines(source))))
-    assert [type(parse(line)) for line in sent] == [Row, BadRow]
+    sent = pickle.loads(pickle.dumps(list(read_lines(source))))
+    assert [type(parse_line(line)) for line in sent] == [Row, BadRow]
 
 
 def test_rows_are_checked_without_torch():

@@ -14,7 +14,7 @@ from pipeline.config.data_names import DataSource
 from pipeline.data.prepare.lines import chunks
 from pipeline.rows import lines as limits
 from pipeline.rows import tables
-from pipeline.rows.sources import BadRow, lines, read_rows, resolve
+from pipeline.rows.sources import BadRow, read_lines, read_rows, resolve_sources
 from tests import ROOT
 from tests.messages import refused
 from tests.rows.reading import examples_of
@@ -52,7 +52,7 @@ def write(path, rows):
 
 
 def read(path):
-    return list(read_rows(resolve([DataSource(path=str(path))], "train_data")))
+    return list(read_rows(resolve_sources([DataSource(path=str(path))], "train_data")))
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "stream.arrow", "file.arrow", "[x]*.parquet"])
@@ -109,7 +109,7 @@ def test_long_rows_go_to_processes_in_small_pieces(tmp_path):
     )
     (tmp_path / "t.csv").write_text("m\n" + "\n".join(texts))
     for name in ("t.parquet", "t.csv"):
-        sources = resolve([DataSource(path=str(tmp_path / name))], "train_data")
+        sources = resolve_sources([DataSource(path=str(tmp_path / name))], "train_data")
         sizes = [len(chunk.lines) for chunk in chunks(sources, 1000)]
         assert sum(sizes) == 40
         assert max(sizes) == 3  # of 90 kB each: the first that goes over 256 KiB is the last
@@ -124,7 +124,7 @@ def test_a_row_group_is_not_in_memory_as_a_whole(tmp_path):
     del table
     held = max(
         pyarrow.total_allocated_bytes()
-        for line in lines(resolve([DataSource(path=str(path))], "train_data")[0])
+        for line in read_lines(resolve_sources([DataSource(path=str(path))], "train_data")[0])
         if line.number % 100 == 0
     )
     assert held < path.stat().st_size / 4
@@ -136,8 +136,9 @@ def test_reading_a_table_leaves_no_files(tmp_path):
     (tmp_path / "temporary").mkdir()
     code = (
         "from pipeline.config.data_names import DataSource\n"
-        "from pipeline.rows.sources import BadRow, lines, read_rows, resolve\n"
-        f"sources = resolve([DataSource(path={str(tmp_path / 't.parquet')!r})], 'train_data')\n"
+        "from pipeline.rows.sources import BadRow, read_lines, read_rows, resolve_sources\n"
+        f"data = [DataSource(path={str(tmp_path / 't.parquet')!r})]\n"
+        "sources = resolve_sources(data, 'train_data')\n"
         "assert len(list(read_rows(sources))) == 5\n"
     )
     environment = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary")}

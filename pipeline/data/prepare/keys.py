@@ -11,7 +11,7 @@ from pipeline.config.settings import RunSettings, settings_with
 from pipeline.data.chat.template import read_template
 from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json, write_text
-from pipeline.rows.content import kind_of
+from pipeline.rows.content import detect_kind
 from pipeline.rows.sources import Source
 
 FINGERPRINTS = "fingerprints.json"
@@ -117,7 +117,7 @@ def split_keys(
 
 
 def _source(source: Source, fingerprints: Fingerprints) -> dict[str, Any]:
-    files = [[kind_of(path), fingerprints.sha256(path)] for path in source.files]
+    files = [[detect_kind(path), fingerprints.sha256(path)] for path in source.files]
     return {"files": files, "weight": source.weight, "limit": source.limit}
 
 

@@ -7,7 +7,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.rows.examples import ReadExample, RowError
 from pipeline.rows.formats import read_example
 from pipeline.rows.lines import size_of
-from pipeline.rows.sources import BadRow, Line, Row, Source, lines, parse
+from pipeline.rows.sources import BadRow, Line, Row, Source, parse_line, read_lines
 
 CHUNK_ROWS = 1000
 _CHUNK_BYTES = 2**18
@@ -26,7 +26,7 @@ def chunks(sources: Sequence[Source], rows: int) -> Iterator[Chunk]:
     for number, source in enumerate(sources):
         chunk: list[Line] = []
         size = 0
-        for line in lines(source):
+        for line in read_lines(source):
             chunk.append(line)
             content = line.content
             size += len(content) if isinstance(content, bytes) else size_of(content)
@@ -39,7 +39,7 @@ def chunks(sources: Sequence[Source], rows: int) -> Iterator[Chunk]:
 
 def read_line(line: Line, settings: RunSettings) -> tuple[Row | BadRow, ReadExample | str]:
     """The row of a line and its example, or the reason why it has none."""
-    row = parse(line)
+    row = parse_line(line)
     if isinstance(row, BadRow):
         return row, row.reason
     try:

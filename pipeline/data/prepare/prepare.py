@@ -43,7 +43,7 @@ from pipeline.files import dump_json, is_abandoned, read_json, write_text
 from pipeline.plan.estimate import estimate
 from pipeline.plan.given.data_size import DataSize
 from pipeline.rows.examples import Example
-from pipeline.rows.sources import Source, lines, require_disjoint, resolve
+from pipeline.rows.sources import Source, read_lines, require_disjoint, resolve_sources
 
 logger = logging.getLogger(__name__)
 _FIRST_ROWS = 2000  # of each source: checked before anything is loaded
@@ -159,8 +159,8 @@ def eval_examples(settings: RunSettings, split: SplitIndex) -> Iterator[Example]
     if settings.held_out is not None:
         held_out = set(read_column(split.folder, "digests").tolist())
     sources = settings.eval_sources if held_out is None else settings.train_sources
-    for source in resolve(sources, "eval_data" if held_out is None else "train_data"):
-        for line in lines(source):
+    for source in resolve_sources(sources, "eval_data" if held_out is None else "train_data"):
+        for line in read_lines(source):
             _, read = read_line(line, settings)
             if isinstance(read, str):
                 continue
@@ -249,9 +249,9 @@ def _create(data_dir: Path) -> None:
 
 def _sources(settings: RunSettings) -> dict[str, list[Source]]:
     """Resolved sources by the name of their setting."""
-    sources = {"train_data": resolve(settings.train_sources, "train_data")}
+    sources = {"train_data": resolve_sources(settings.train_sources, "train_data")}
     if settings.eval_sources:
-        sources["eval_data"] = resolve(settings.eval_sources, "eval_data")
+        sources["eval_data"] = resolve_sources(settings.eval_sources, "eval_data")
         require_disjoint(sources["train_data"], sources["eval_data"])
     return sources
 
@@ -273,7 +273,7 @@ def _parse_rows(
 ) -> RowCounts | None:
     """Counts of all rows of a source; None if only its first rows were read and they pass."""
     start, counts = rejects.tell(), RowCounts()
-    remaining = lines(source)
+    remaining = read_lines(source)
     for line in islice(remaining, first):
         row, read = read_line(line, settings)
         if isinstance(read, str):

@@ -15,7 +15,7 @@ from pipeline.data.prepare import job, lines
 from pipeline.data.prepare.prepare import prepare
 from pipeline.errors import RankZeroError
 from pipeline.rows.formats import read_example
-from pipeline.rows.sources import read_rows, resolve
+from pipeline.rows.sources import read_rows, resolve_sources
 from tests.data.prepare.preparation import content, row
 from tests.messages import assert_mentions, refused
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.tensor
 def test_documents_are_those_of_the_encoder(run):
     split = open_split(run.prepare(max_length=100).train)
     encoder = Encoder(load_tokenizer(run.folder / "model"), run.settings())
-    rows = list(read_rows(resolve(run.settings().train_sources, "train_data")))
+    rows = list(read_rows(resolve_sources(run.settings().train_sources, "train_data")))
     assert len(split) == len(rows) == 24
     for i, source in enumerate(rows):
         (expected,) = encoder.encode(read_example(source).example)
