@@ -1,4 +1,4 @@
-"""Merge of one LoRA layer by peft's own class, for any option of the layer."""
+"""Merging of one LoRA layer with peft's own class, which supports all options of a layer."""
 
 from collections.abc import Mapping
 
@@ -20,7 +20,7 @@ def merge_layer(
     config = LoraConfig(
         use_rslora=update.use_rslora, use_dora="magnitude" in parts, init_lora_weights=False
     )
-    with torch.device("meta"):  # peft would initialise matrices that are replaced below
+    with torch.device("meta"):  # saves the initialisation of matrices that are replaced below
         base = nn.Linear(d_in, d_out, bias=False)
         layer = Linear(base, _NAME, config, r=update.r, lora_alpha=update.alpha)  # type: ignore[arg-type]
     base.weight = nn.Parameter(weight.clone(), requires_grad=False)

@@ -1,4 +1,4 @@
-"""Arguments that several verbs share, and the parser that turns a bad one into a UserError."""
+"""Argument parser of all commands: shared arguments, and errors as UserError."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors, so that one rank prints them once."""
+    """Argument parser that raises UserError, so that only one rank prints an error."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(
@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError; argparse itself would print the usage on every rank."""
+        """Raise UserError instead of printing the usage on every rank, as argparse does."""
         raise UserError(f"{self.prog}: {message}; --help lists the arguments")
 
     def add_run_file(self, *, is_required: bool = True) -> None:
@@ -44,27 +44,27 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("run_folder", type=Path, help="output_dir of a run")
 
     def add_local_rank(self) -> None:
-        """Accept --local_rank, which DeepSpeed's launcher passes; the environment says it too."""
+        """Accept --local_rank, which DeepSpeed's launcher passes; its value is not used."""
         self.add_argument("--local_rank", help=argparse.SUPPRESS)
 
 
 def run_settings(run_folder: Path) -> RunSettings:
-    """The settings in the run.yaml of a run folder. Raises UserError where there is none."""
+    """The settings in the run.yaml of a run folder. Raises UserError if the file is missing."""
     path = run_folder / "run.yaml"
     if not path.is_file():
-        raise UserError(f"{run_folder}: no run.yaml in it; give the output_dir of a run")
+        raise UserError(f"{run_folder} has no run.yaml; name the output_dir of a run")
     return load_settings(path)
 
 
 def count(text: str) -> int:
-    """An argument that is a whole number of at least 1."""
+    """Value of an argument that must be a whole number of at least 1."""
     if not (text.isascii() and text.isdigit()) or not 0 < len(text) < 10 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999999")
     return int(text)
 
 
 def positive(text: str) -> float:
-    """An argument that is a finite number above 0."""
+    """Value of an argument that must be a finite number above 0."""
     try:
         value = float(text)
     except ValueError:

@@ -1,8 +1,8 @@
-"""Merge a run's adapter into its base: an ordinary model folder that needs no peft.
+"""Merge the adapter of a run into its base. The merged model loads without peft.
 
     python launch/merge.py RUN_FOLDER [--out DIR] [--base DIR]
 
-Writes RUN_FOLDER/merged. A base that was held in 4 or 8 bits is merged in its original type.
+Writes RUN_FOLDER/merged. A base that was quantised for training is merged in its original dtype.
 """
 
 from pathlib import Path
@@ -27,10 +27,10 @@ def merge() -> None:
     out = given.out or run_folder / "merged"
     settings = run_settings(run_folder)
     if not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"{run_folder} holds no adapter; train it first, to its end")
+        raise UserError(f"{run_folder} has no adapter; finish the training of this run first")
     base = given.base or settings.model_folder
     if not base.is_dir():
-        raise UserError(f"base: {base} is not a folder; give the base model with --base")
+        raise UserError(f"base: {base} is not a folder; name the folder of the base with --base")
     if given.base is None:
         require_same_base(base, adapter)
     report = merge_adapter(base, adapter, out)

@@ -1,12 +1,12 @@
-"""Print what a run will do on this machine or another, without a GPU, weights or torch.
+"""Print the plan of a run for this machine or another. Needs no GPU, weights or torch.
 
 python launch/plan.py RUN.yaml [key=value ...] [--gpu h100-80gb --nodes N --gpus-per-node N] ...
 python launch/plan.py --model Qwen/Qwen3-32B [key=value ...] [--gpu ...]   before any download
 python launch/plan.py --fits [key=value ...] [--gpu ...]                   which models fit here
 python launch/plan.py --schema                                             JSON schema of RUN.yaml
 
-The sizes of about 60 models ship with the package; a model folder or a hub model in the local
-cache is read instead.
+The sizes of about 60 models ship with the package. If the model is a folder or a hub model in the
+local cache, its own config.json is used.
 """
 
 import argparse
@@ -33,9 +33,10 @@ from pipeline.plan.plan import DoesNotFitError, Plan, rank_plans
 from pipeline.plan.render import candidates_text, plan_json, plan_text
 from pipeline.plan.rules.rule import raise_refusals, refusals_text
 
-# Host memory beyond the prediction: Python and CUDA while starting, files while they are read.
+# Factor on the predicted host memory: Python and CUDA need more at the start, and so does reading
+# files.
 _SPARE_MEMORY = 1.25
-_CPUS_PER_GPU = 4  # one trains, others read and prepare its input
+_CPUS_PER_GPU = 4  # one for the training process, three for reading and preparing its input
 
 
 def plan() -> None:
@@ -74,21 +75,22 @@ def plan() -> None:
 
 
 def _settings(given: argparse.Namespace) -> RunSettings:
-    """The settings of the run file, or those of a run of `--model` without one."""
-    if given.run_file is not None and "=" in str(given.run_file):  # argparse fills it first
+    """The settings of the run file or, without a run file, of a run with the model of `--model`."""
+    # Without a run file, argparse takes the first key=value for it.
+    if given.run_file is not None and "=" in str(given.run_file):
         given.overrides.insert(0, str(given.run_file))
         given.run_file = None
     model = [] if given.model is None else [f"model={given.model}"]
     if given.run_file is not None:
         return load_settings(given.run_file, [*given.overrides, *model])
     if given.model is None and not given.fits:
-        raise UserError("give RUN.yaml, --model NAME or --fits; --help explains them")
+        raise UserError("expected RUN.yaml, --model NAME or --fits; --help explains them")
     values = {"model": "MODEL", "train_data": "TRAIN_DATA", "output_dir": "OUTPUT_DIR"}
     return settings_without_file(values, [*given.overrides, *model])
 
 
 def _shape(settings: RunSettings) -> ModelShape:
-    """The shape of the model's folder; else the one that ships under its name."""
+    """The shape of the model, from its folder or, if it has none, from the published models."""
     folder = settings.model_folder
     return read_shape(str(folder)) if folder.exists() else published_shape(settings.model)
 
@@ -105,14 +107,14 @@ def _next_steps(plan: Plan, given: argparse.Namespace) -> list[str]:
 
 
 def start_commands(plan: Plan, run_file: Path, overrides: Sequence[str]) -> list[str]:
-    """The command that starts the planned run here; with GPUs also the one for sbatch."""
+    """Command line that starts the planned run; for GPUs also a command line for sbatch."""
     words = shlex.join([str(run_file), *overrides])
     ranks, nodes = plan.layout.ranks_per_node, plan.layout.nodes
     if plan.hardware.kind == "cpu":
         here = f"deepspeed --num_accelerators {ranks} launch/train.py {words}"
         return [f"start      {here if ranks > 1 else f'python launch/train.py {words}'}"]
-    # --num_gpus only where fewer than the visible GPUs are meant: with it DeepSpeed's launcher
-    # ignores CUDA_VISIBLE_DEVICES (0.19.8 launcher/runner.py), and so what a scheduler has granted.
+    # --num_gpus only if the run uses fewer GPUs than are visible: with this option DeepSpeed's
+    # launcher ignores CUDA_VISIBLE_DEVICES (0.19.8 launcher/runner.py), which a scheduler may set.
     fewer = f"--num_gpus {ranks} " if ranks < plan.hardware.devices_per_node else ""
     hosts = f"--hostfile HOSTS --num_nodes {nodes} " if nodes > 1 else ""
     here = f"deepspeed {hosts}{fewer}launch/train.py {words}"
@@ -139,19 +141,19 @@ def _parser() -> Parser:
     )
     parser.add_argument("--nodes", type=count, default=1, metavar="N", help="machines (1)")
     parser.add_argument(
-        "--gpus-per-node", type=count, metavar="N", help="ranks a machine (as many as it has)"
+        "--gpus-per-node", type=count, metavar="N", help="ranks per machine (one per GPU)"
     )
     parser.add_argument(
         "--gpu", metavar="NAME", help="plan for this GPU (docs/speed.md lists them)"
     )
     parser.add_argument(
-        "--gpu-memory-gib", type=positive, metavar="GIB", help="plan for a GPU of this size"
+        "--gpu-memory-gib", type=positive, metavar="GIB", help="plan for a GPU with this memory"
     )
     parser.add_argument(
-        "--gpu-tflops", type=positive, metavar="TFLOPS", help="its dense 16-bit rate"
+        "--gpu-tflops", type=positive, metavar="TFLOPS", help="dense 16-bit rate of this GPU"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.add_argument("--all", action="store_true", help="list every candidate, best first")
+    parser.add_argument("--all", action="store_true", help="list all candidates, best first")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Check a run before it is paid for: on this machine, or on every rank that a launcher starts.
+"""Check a run before it uses GPU hours: on this machine, or on all ranks that a launcher starts.
 
 python launch/preflight.py RUN.yaml [key=value ...] [--json]
 deepspeed launch/preflight.py RUN.yaml [key=value ...]    (torchrun, srun and mpirun likewise)
@@ -10,7 +10,7 @@ from pipeline.preflight.stages import preflight as check
 
 
 def preflight() -> None:
-    """Parse the command line and check; collective over the ranks of a launcher."""
+    """Parse the command line and run the checks. Collective."""
     parser = Parser(__doc__)
     parser.add_run_file()
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -1,8 +1,8 @@
-"""Tokenise the data of a run file once, and show what happened to every row.
+"""Tokenise the data of a run file, and show what happened to its rows.
 
     python launch/prepare.py RUN.yaml [key=value ...] [--show N]
 
-Training does the same where it finds no prepared data.
+Training does the same if the data has not been prepared yet.
 """
 
 import json
@@ -46,7 +46,7 @@ def prepare() -> None:
     data_dir = folder / "data"
     require_own_folder(folder)
     require_writable(folder)
-    # A run may be reading data/, and prepare removes what is out of date.
+    # Ownership, because a run may be reading data/, and prepare removes outdated data.
     with Ownership(folder, "launch/prepare.py"):
         settings = _with_checked_class(settings)
         fetch(settings.train_sources, "train_data")
@@ -62,7 +62,10 @@ def prepare() -> None:
 
 
 def _with_checked_class(settings: RunSettings) -> RunSettings:
-    """The settings, without packs where the model class is one that mixes documents."""
+    """The settings, with `packing: false` if the model's class mixes packed documents.
+
+    Raises UserError if the class cannot be trained correctly.
+    """
     shape = read_shape(str(settings.model_folder))
     ensure_proof(settings, shape)
     proof = cached_proof(shape, settings)

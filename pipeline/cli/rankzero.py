@@ -1,7 +1,7 @@
-"""`rankzero VERB ...`: the verbs of an installed package; `rankzero VERB --help` explains one.
+"""`rankzero VERB ...`: the commands of an installed package; see `rankzero VERB --help`.
 
 On a machine with several GPUs, `rankzero train` and `rankzero preflight` start the `deepspeed`
-command themselves unless a launcher has started them.
+command, unless a launcher has started them.
 """
 
 import os
@@ -9,8 +9,8 @@ import sys
 from importlib import import_module
 
 VERBS = ("train", "plan", "prepare", "preflight", "merge", "score", "report", "slurm")
-_OF_ALL_GPUS = ("train", "preflight")
-_NO_RUN = {"-h", "--help", "--debug"}
+_VERBS_ON_ALL_GPUS = ("train", "preflight")
+_SINGLE_PROCESS_OPTIONS = {"-h", "--help", "--debug"}
 
 
 def main() -> None:
@@ -22,7 +22,8 @@ def main() -> None:
     if verb not in VERBS:
         print(f"rankzero: {verb!r} is not a verb; usage: {usage}", file=sys.stderr)
         sys.exit(2)
-    if verb in _OF_ALL_GPUS and not _NO_RUN & set(sys.argv[2:]) and _has_idle_gpus():
+    is_single = bool(_SINGLE_PROCESS_OPTIONS & set(sys.argv[2:]))
+    if verb in _VERBS_ON_ALL_GPUS and not is_single and _has_idle_gpus():
         command = deepspeed_command(verb, sys.argv[2:])
         print(f"rankzero: several GPUs; starting {' '.join(['deepspeed', *command[3:]])}")
         sys.stdout.flush()
@@ -32,7 +33,7 @@ def main() -> None:
 
 
 def deepspeed_command(verb: str, arguments: list[str]) -> list[str]:
-    """The words that run a verb on every visible GPU with DeepSpeed's launcher."""
+    """Command line that runs a verb on all visible GPUs with DeepSpeed's launcher."""
     runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
     return [*runner, "--module", f"pipeline.cli.{verb}", *arguments]
 

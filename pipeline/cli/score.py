@@ -1,4 +1,4 @@
-"""Compare base, adapter and merged model on the held-out rows of a run.
+"""Compare the base, the adapter and the merged model on the held-out rows of a run.
 
     python launch/score.py RUN_FOLDER [--rows N]
 

@@ -1,8 +1,8 @@
-"""Count the shapes of the published models on their classes: what ships in published_shapes.json.
+"""Write published_shapes.json: the shapes of published models, counted on their classes.
 
 python -m pipeline.cli.shapes [--check]
 
-Needs torch and transformers, one process and about a minute; no weights are read.
+Needs torch and transformers and takes about a minute; no weights are read.
 """
 
 import json
@@ -18,7 +18,7 @@ from pipeline.plan.given.published import SHAPES_FILE, PublishedModel, published
 
 
 def shapes() -> None:
-    """Write the file, or compare it with what the classes give."""
+    """Write the file, or with `--check` compare it with the classes."""
     parser = Parser(__doc__)
     parser.add_argument("--check", action="store_true", help="only compare; exit code 2 if stale")
     given = parser.parse_args()
@@ -27,11 +27,13 @@ def shapes() -> None:
         write_text(SHAPES_FILE, text_of(counted))
         print(f"{SHAPES_FILE}: {len(counted)} shapes")
     elif read_json(SHAPES_FILE)["shapes"] != counted:
-        raise UserError(f"{SHAPES_FILE}: not what the classes give; run it without --check")
+        raise UserError(
+            f"{SHAPES_FILE}: differs from the shapes of the classes; run without --check"
+        )
 
 
 def count(model: PublishedModel) -> dict[str, Any]:
-    """The sizes of a model, counted on its class."""
+    """The shape of a model, counted on its class."""
     from pipeline.model.class_shape import class_shape  # imports torch and transformers
 
     config = {key: value for key, value in model.config.items() if key != "quantization_config"}
@@ -42,7 +44,7 @@ def count(model: PublishedModel) -> dict[str, Any]:
 
 
 def text_of(counted: dict[str, dict[str, Any]]) -> str:
-    """JSON with a line for each model, so that a change of one is a change of a line."""
+    """JSON text with one line for each model, so that a diff shows which model changed."""
     from importlib.metadata import version
 
     versions = json.dumps({name: version(name) for name in ("torch", "transformers")})

@@ -2,7 +2,7 @@
 
     rankzero slurm FOLDER        then: sbatch FOLDER/slurm/train.sbatch RUN.yaml
 
-FOLDER/slurm/env.sh is the file to change for a cluster. A file that exists is never replaced.
+Change FOLDER/slurm/env.sh for your cluster. An existing file is never replaced.
 """
 
 from pathlib import Path
@@ -24,8 +24,8 @@ def slurm() -> None:
     texts = {folder / name: (_SCRIPTS / name).read_text(encoding="utf-8") for name in _NAMES}
     if existing := [path for path, text in texts.items() if _differs(path, text)]:
         raise UserError(
-            f"{existing[0]}: exists and differs from the package's; move it away, or name another "
-            "folder"
+            f"{existing[0]} exists and differs from the file of this package; move it, or name "
+            "another folder"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Train an adapter as a run file says.
+"""Train an adapter with the settings of a run file.
 
 deepspeed launch/train.py RUN.yaml [key=value ...]        every GPU of this machine
 python launch/train.py RUN.yaml [key=value ...]           one process
@@ -14,7 +14,7 @@ from pipeline.train.run import run_training
 
 
 def train() -> None:
-    """Parse the command line and train; collective over the ranks of a launcher."""
+    """Parse the command line and train. Collective."""
     parser = Parser(__doc__)
     parser.add_run_file()
     parser.add_argument("--debug", action="store_true", help="few rows and steps, tracebacks shown")

@@ -1,4 +1,4 @@
-"""Detect this node's accelerators and set the environment variables of libraries. No torch."""
+"""Detection of this node's accelerators, and environment variables for libraries. No torch."""
 
 import ctypes
 import logging
@@ -24,11 +24,11 @@ _VIRTUAL_MEMORY = 102
 
 @dataclass(frozen=True)
 class _Unsupported:
-    """An accelerator on which the project cannot train, and how to detect it without torch.
+    """An accelerator that is not supported, and how it is detected without torch.
 
-    `files`: glob patterns below the root folder. `torch_label`: part of the local label of torch's
-    version, such as rocm in 2.9.0+rocm6.4. `package`: its plugin for torch. `variables`: its
-    environment variables.
+    `files`: glob patterns of device files, relative to the root folder. `torch_label`: part of the
+    local label of torch's version, such as rocm in 2.9.0+rocm6.4. `package`: its plugin for torch.
+    `variables`: its environment variables.
     """
 
     name: str
@@ -52,7 +52,7 @@ _UNSUPPORTED = (
         "Huawei Ascend", ("dev/davinci[0-9]*",), package="torch-npu",
         variables=("ASCEND_RT_VISIBLE_DEVICES", "ASCEND_VISIBLE_DEVICES"),
     ),
-    # Graphics integrated in a CPU are on PCI bus 00 and are ignored.
+    # GPUs integrated in a CPU are ignored; they are on PCI bus 00.
     _Unsupported(
         "Intel GPUs (XPU)",
         tuple(
@@ -74,9 +74,10 @@ _UNSUPPORTED = (
 
 
 def detect_hardware() -> Hardware:
-    """This node's visible NVIDIA GPUs (NVML, CUDA_VISIBLE_DEVICES), or its CPU.
+    """The NVIDIA GPUs of this node that CUDA_VISIBLE_DEVICES makes visible, else its CPU.
 
-    Raises UserError if it has accelerators of another vendor, unless DS_ACCELERATOR=cpu is set.
+    Raises UserError if the node has accelerators of another vendor and DS_ACCELERATOR=cpu is not
+    set.
     """
     chosen = os.environ.get("DS_ACCELERATOR", "")
     if chosen != "cpu":
@@ -85,14 +86,15 @@ def detect_hardware() -> Hardware:
         other = f"DS_ACCELERATOR={chosen}" if chosen else unsupported(os.environ, Path("/"))
         if other is not None:
             raise UserError(
-                f"accelerator: {other}, and the NVIDIA driver shows no GPU; training needs NVIDIA "
-                "GPUs or CPU: use a node with NVIDIA GPUs, or set DS_ACCELERATOR=cpu"
+                f"accelerator: {other}, but the NVIDIA driver detects no GPU, and only NVIDIA GPUs "
+                "and CPUs are supported; use a node with NVIDIA GPUs, or set DS_ACCELERATOR=cpu to "
+                "train on the CPU"
             )
     return cpu_of(len(os.sched_getaffinity(0)), host_memory().total)
 
 
 def unsupported(env: Mapping[str, str], root: Path) -> str | None:
-    """An accelerator of another vendor and how it was detected; None if there is none."""
+    """Name of an accelerator of another vendor, and how it was detected; None if there is none."""
     for kind in _UNSUPPORTED:
         signs = [str(path) for pattern in kind.files for path in root.glob(pattern)]
         if kind.torch_label and kind.torch_label in _version("torch").partition("+")[2]:
@@ -113,12 +115,12 @@ def _version(package: str) -> str:
 
 
 def hardware_from_options(gpu: str | None, gib: float | None, tflops: float | None) -> Hardware:
-    """Hardware from the options --gpu, --gpu-memory-gib and --gpu-tflops; else this node's.
+    """Hardware described by --gpu, --gpu-memory-gib and --gpu-tflops, else that of this node.
 
     Raises UserError for a name that is not in the catalogue and for contradictory options.
     """
     if gpu is not None and (gib is not None or tflops is not None):
-        raise UserError("--gpu names the GPU; leave --gpu-memory-gib and --gpu-tflops out")
+        raise UserError("--gpu already names a GPU; leave --gpu-memory-gib and --gpu-tflops out")
     if tflops is not None and gib is None:
         raise UserError("--gpu-tflops also needs --gpu-memory-gib")
     if any(value is not None and not 0 < value < math.inf for value in (gib, tflops)):
@@ -129,7 +131,7 @@ def hardware_from_options(gpu: str | None, gib: float | None, tflops: float | No
 
 
 def set_environment(placement: Placement, hardware: Hardware) -> None:
-    """Set the variables that torch and DeepSpeed read when they are imported; call before that."""
+    """Set the environment variables that torch and DeepSpeed read when they are imported."""
     os.environ.update(placement.variables())
     os.environ.setdefault("OMP_NUM_THREADS", str(_num_threads(placement)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -144,9 +146,9 @@ def set_environment(placement: Placement, hardware: Hardware) -> None:
 
 
 def has_virtual_memory() -> bool:
-    """Whether every visible GPU has CUDA's virtual memory management, which some vGPUs lack.
+    """Whether every visible GPU supports CUDA's virtual memory management; some vGPUs do not.
 
-    Expandable segments need it. The driver is queried without creating a CUDA context.
+    Expandable segments need it. The driver is asked without creating a CUDA context.
     """
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
@@ -163,25 +165,25 @@ def has_virtual_memory() -> bool:
 
 
 def missing_gpus(placement: Placement, hardware: Hardware) -> str | None:
-    """The variable that assigns GPUs to this process although the driver shows none; else None.
+    """The variable that assigns GPUs to this process, if the driver detects none; else None.
 
-    Call before `set_environment`, which also sets DS_ACCELERATOR=cpu: only the user's own value
-    means that the CPU is wanted.
+    Call this function before `set_environment`, which sets DS_ACCELERATOR=cpu: only a value set by
+    the user means that training on the CPU is intended.
     """
     if hardware.kind == "cuda" or os.environ.get("DS_ACCELERATOR") == "cpu":
         return None
     names = ["SLURM_STEP_GPUS", "SLURM_JOB_GPUS"]
-    if placement.launcher != "deepspeed":  # it numbers CPU ranks in CUDA_VISIBLE_DEVICES too
+    if placement.launcher != "deepspeed":  # DeepSpeed sets this variable for CPU ranks too
         names.append("CUDA_VISIBLE_DEVICES")
     for name in names:
-        granted = os.environ.get(name, "")
-        if granted[:1].isdigit() or granted.startswith(("GPU-", "MIG-")):
-            return f"{name}={granted}"
+        assigned = os.environ.get(name, "")
+        if assigned[:1].isdigit() or assigned.startswith(("GPU-", "MIG-")):
+            return f"{name}={assigned}"
     return None
 
 
 def _num_threads(placement: Placement) -> int:
-    """This rank's share of the node's cores, or srun's number of CPUs per task."""
+    """Number of threads of this rank: srun's CPUs per task, or an equal share of the cores."""
     cores, per_task = len(os.sched_getaffinity(0)), os.environ.get("SLURM_CPUS_PER_TASK", "")
     if placement.launcher == "srun" and per_task.isdigit():
         return max(1, min(cores, int(per_task)))
@@ -189,7 +191,7 @@ def _num_threads(placement: Placement) -> int:
 
 
 def _silence_library_warnings() -> None:
-    """Hide the libraries' deprecation warnings, which every rank would print."""
+    """Hide warnings of libraries, which every rank would print."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     libraries = r"(torch|transformers|peft|deepspeed|bitsandbytes)\b"
@@ -223,20 +225,20 @@ def _nvidia_gpus() -> Hardware | None:
 
 
 def compute_capability(pynvml: Any, handle: Any) -> tuple[int, int]:
-    """The compute capability of a GPU; for a MIG instance, that of its GPU."""
-    with suppress(pynvml.NVMLError):  # not a MIG instance
+    """Compute capability of a GPU, or of the GPU of a MIG instance."""
+    with suppress(pynvml.NVMLError):  # raised if the handle is not a MIG instance
         handle = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
     return int(major), int(minor)
 
 
 def visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
-    """NVML handles of the devices that CUDA_VISIBLE_DEVICES=`visible` makes visible to CUDA.
+    """NVML handles of the devices that are visible to CUDA.
 
-    An entry is an index, or a unique prefix of the UUID of a GPU or MIG instance. As in CUDA, the
-    first invalid entry and all after it are ignored, a GPU with MIG means its first instance, and a
-    process sees at most one instance (CUDA Programming Guide, environment variables; NVIDIA MIG
-    User Guide, device enumeration).
+    `visible`: value of CUDA_VISIBLE_DEVICES. An entry is an index, or a unique prefix of the UUID
+    of a GPU or MIG instance. As in CUDA, the first invalid entry and all later ones are ignored, a
+    GPU with MIG stands for its first instance, and a process sees at most one instance (CUDA
+    Programming Guide, environment variables; NVIDIA MIG User Guide, device enumeration).
     """
     gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     entries = map(str, range(len(gpus))) if visible is None else map(str.strip, visible.split(","))
@@ -246,10 +248,10 @@ def visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
             gpu = gpus[int(entry)]
             instances = _mig_instances(pynvml, gpu)
             handle = instances[0] if instances else gpu
-        elif not (instances := _named(pynvml, gpus, entry)):
+        elif (named := _device_named(pynvml, gpus, entry)) is None:
             break
         else:
-            handle = instances[0]
+            handle = named
         if handle not in gpus:
             return handles or [handle]
         handles.append(handle)
@@ -262,15 +264,15 @@ def _mig_instances(pynvml: Any, gpu: Any) -> list[Any]:
     with suppress(pynvml.NVMLError):
         if pynvml.nvmlDeviceGetMigMode(gpu)[0]:
             for i in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
-                with suppress(pynvml.NVMLError):  # no instance at this index
+                with suppress(pynvml.NVMLError):  # raised if there is no instance at this index
                     instances.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, i))
     return instances
 
 
-def _named(pynvml: Any, gpus: list[Any], entry: str) -> list[Any]:
-    """The device whose UUID begins with `entry`; an empty list if there is none or several.
+def _device_named(pynvml: Any, gpus: list[Any], entry: str) -> Any | None:
+    """The device whose UUID begins with `entry`; None if there is none or more than one.
 
-    Also accepts the MIG names of old drivers: MIG-GPU-<UUID>/<GPU instance>/<compute instance>.
+    MIG names of old drivers are accepted too: MIG-GPU-<UUID>/<GPU instance>/<compute instance>.
     """
     gpu_uuid, *ids = entry.removeprefix("MIG-").split("/")
     matches = []
@@ -284,4 +286,4 @@ def _named(pynvml: Any, gpus: list[Any], entry: str) -> list[Any]:
                 ]
             if is_match:
                 matches.append(handle)
-    return matches if len(matches) == 1 else []
+    return matches[0] if len(matches) == 1 else None

@@ -1,4 +1,4 @@
-"""How a process of a run ends: one message, the exit code of the error, no rank left hanging."""
+"""End of a process: its message, its exit code, and output that cannot be written."""
 
 import errno
 import os
@@ -15,13 +15,14 @@ from typing import Any, NoReturn, TextIO
 from pipeline.cluster.logs import configure_logging, current_rank
 from pipeline.errors import RankZeroError, SingleRankError, Stopped, bounded
 
-# DeepSpeed's node launcher polls once a second for a rank that ended and terminates the others.
+# Time for a launcher to end this rank: DeepSpeed's node launcher checks once a second whether a
+# rank has ended, and then terminates the others.
 _GRACE_S = 10.0
 _LOCAL_RANKS = (
     "LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID",
     "PMI_LOCAL_RANK",
 )  # fmt: skip
-# Messages of gloo, NCCL and the key-value store about a peer that is gone.
+# Texts in errors of gloo, NCCL and the key-value store about a peer that has ended.
 _CONNECTION_ERRORS = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe",
     "remote process exited", "communicator was aborted",
@@ -31,12 +32,13 @@ _CONNECTION_ERRORS = (
 def run_main(
     body: Callable[[], None], *, tracebacks: bool = False, needs_output: bool = True
 ) -> NoReturn:
-    """Run a verb and end the process with the exit code of its outcome.
+    """Run a command and end the process with the exit code of its outcome.
 
-    All ranks raise the same RankZeroError, so local rank 0 prints its message and the other ranks
-    wait for their launcher to end them. An error of the file system is a message that names the
-    file. Any other exception is a defect of the project or of a library and is shown with its
-    traceback. `needs_output`: lost output, as on a full disk, is exit code 1.
+    A RankZeroError is raised on all ranks, so only local rank 0 prints its message, and the other
+    ranks wait until their launcher ends them. An error of the file system becomes a message that
+    names the file. Any other exception is a bug of this project or of a library, and is shown with
+    its traceback. `needs_output`: if output is lost, for example on a full disk, the exit code is
+    1.
     """
     out = _guard_output()
     configure_logging()
@@ -47,14 +49,14 @@ def run_main(
         _flush_and_end(error.exit_code)
     except RankZeroError as error:
         if not isinstance(error, Stopped) or _local_rank() == 0:
-            is_failure = error.exit_code == 1  # not a mistake in the run file, nor a stop
+            is_failure = error.exit_code == 1  # neither wrong input nor a stop
             _report(str(error), tracebacks=tracebacks and is_failure, is_common=True)
         _flush_and_end(error.exit_code)
     except KeyboardInterrupt:
         _flush_and_end(128 + signal.SIGINT)
     except Exception as error:  # noqa: BLE001 - the outermost handler of a process
         if is_lost_connection(error) and not tracebacks:
-            time.sleep(_GRACE_S)  # the watchdog ends this process once it knows the dead rank
+            time.sleep(_GRACE_S)  # the watchdog ends this process when it knows the dead rank
             _report(f"rank {current_rank()}: lost its connection to another rank: {error}")
         elif (text := _file_error(error)) and not tracebacks:
             _report(f"rank {current_rank()}: {text}")
@@ -69,17 +71,19 @@ def run_main(
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process at once, from any thread: the only `os._exit` of the project.
+    """End this process at once, from any thread. Only this function calls `os._exit`.
 
-    No exit handler runs and no thread is joined: those of a broken process group may never end.
+    No exit handler runs and no thread is joined, because threads of a broken process group may
+    never end.
     """
     os._exit(code)
 
 
 class _GuardedStream:
-    """Drops output that a closed terminal, a closed pipe or a full disk does not take.
+    """Output stream that ignores errors of a closed terminal, a closed pipe or a full disk.
 
-    `lost`: the error by which output was lost although somebody may want it, as on a full disk.
+    `lost`: the error because of which output was lost. It is not set if the reader has closed the
+    pipe or the terminal.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -103,15 +107,19 @@ class _GuardedStream:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # the reader or the terminal is gone
+            # EPIPE and EIO: the reader or the terminal has closed.
+            if error.errno not in (errno.EPIPE, errno.EIO):
                 self.lost = error
 
 
 def _guard_output() -> _GuardedStream:
-    """From now on output that cannot be written or encoded raises no error. Returns stdout's."""
+    """Replace stdout and stderr, so that output that cannot be written or encoded raises no error.
+
+    Returns the new stdout.
+    """
     guarded = []
     for stream in (sys.stdout, sys.stderr):
-        if stream is None:  # closed by the caller: opened, so that no other file gets its number
+        if stream is None:  # closed by the caller; opened so that no file gets its descriptor
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PLW2901, PTH123, SIM115
         elif isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -121,7 +129,7 @@ def _guard_output() -> _GuardedStream:
 
 
 def _file_error(error: Exception) -> str | None:
-    """The message for an error of the file system; None for any other."""
+    """Message for an error of the file system; None for any other error."""
     if not isinstance(error, OSError) or error.strerror is None:
         return None
     if error.filename is not None:
@@ -132,8 +140,8 @@ def _file_error(error: Exception) -> str | None:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error of gloo, NCCL or the store means that another rank is gone."""
-    if isinstance(error, OSError):  # Python's own: a terminal or a file
+    """Whether an error of gloo, NCCL or the store means that another rank has ended."""
+    if isinstance(error, OSError):  # raised by Python for a terminal or a file
         return False
     names = {kind.__name__ for kind in type(error).__mro__}
     return "DistNetworkError" in names or any(text in str(error) for text in _CONNECTION_ERRORS)
@@ -141,7 +149,7 @@ def is_lost_connection(error: BaseException) -> bool:
 
 def _report(message: str, *, tracebacks: bool = False, is_common: bool = False) -> None:
     if is_common and _local_rank() > 0:
-        # Ending first would make the launcher kill local rank 0 before it has printed the message.
+        # If this rank ended first, the launcher would kill local rank 0 before it prints.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_GRACE_S)
     if tracebacks:
@@ -157,6 +165,6 @@ def _flush_and_end(code: int) -> NoReturn:
 
 
 def _local_rank() -> int:
-    """The launcher's local rank, also before the placement is known; 0 without a launcher."""
+    """The local rank, from the launcher's variables; 0 without a launcher."""
     values = (os.environ.get(name, "") for name in _LOCAL_RANKS)
     return next((int(value) for value in values if value.isdigit()), 0)

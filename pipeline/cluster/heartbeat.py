@@ -1,20 +1,25 @@
-"""Heartbeat of a rank's main thread, and the message that names the ranks which hang."""
+"""Heartbeat of a rank's main thread, and the message that names hanging ranks."""
 
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 LOADING = ("loading the base", "creating the engine", "restoring the checkpoint")
-# Phases without a time limit: rank 0 may prepare data for a day while the others wait, and the time
-# to load a base is unknown. The other phases of LOADING have one (LOADING_S), because ranks that
-# are ready wait in a collective, which times out after 30 minutes without naming the slow rank.
+# Phases without a time limit. During start-up the other ranks may wait for a day until rank 0 has
+# prepared the data, and the time to load a base is not known.
 UNWATCHED = ("start-up", LOADING[0], "publishing")
+# Time limit of the other phases in LOADING. Ranks that have finished loading wait in a collective,
+# which times out after 30 minutes without naming the slow rank.
 LOADING_S = 25 * 60.0
 
 
 @dataclass
 class Heartbeat:
-    """The phase of this rank's main thread. `beats` counts phases: a slow rank has fewer."""
+    """The present phase of this rank's main thread.
+
+    `step`: finished steps. `beats`: number of phases so far; slow ranks have fewer. `since`: start
+    of the phase (time.monotonic).
+    """
 
     step: int = 0
     phase: str = "start-up"
@@ -22,21 +27,24 @@ class Heartbeat:
     since: float = field(default_factory=time.monotonic)
 
     def beat(self, phase: str, step: int | None = None) -> None:
-        """The main thread enters a phase."""
+        """Enter a phase. Called by the main thread."""
         self.phase, self.since = phase, time.monotonic()
         self.step = self.step if step is None else step
         self.beats += 1
 
 
 def hang_message(heartbeats: dict[int, dict[str, Any]], frozen: list[int], timeout_s: float) -> str:
-    """Name the ranks that block the others: frozen ones, else those with the fewest beats."""
+    """Message that names the ranks which block the others.
+
+    These are the frozen ranks; if there are none, the ranks with the fewest heartbeats.
+    """
     fewest = min(heartbeat["beats"] for heartbeat in heartbeats.values())
-    behind = frozen or [r for r, heartbeat in heartbeats.items() if heartbeat["beats"] == fewest]
-    scope = "all ranks hang" if len(behind) == len(heartbeats) > 1 else "the others wait"
+    blocking = frozen or [r for r, heartbeat in heartbeats.items() if heartbeat["beats"] == fewest]
+    scope = "all ranks hang" if len(blocking) == len(heartbeats) > 1 else "the others wait"
     names = "; ".join(
         f"rank {rank} on {heartbeats[rank]['host']} hangs at step {heartbeats[rank]['step']} in "
         f"{heartbeats[rank]['phase']} ({heartbeats[rank]['where']}"
-        f"{', stopped or cut off' if rank in frozen else ''})"
-        for rank in behind
+        f"{', stopped or disconnected' if rank in frozen else ''})"
+        for rank in blocking
     )
-    return f"no progress for {timeout_s:.0f} s ({scope}): {names}; the last checkpoint is untouched"
+    return f"no progress for {timeout_s:.0f} s ({scope}): {names}; the last checkpoint is unchanged"

@@ -1,19 +1,23 @@
-"""Host memory that this process may use: the node's RAM, or the limit of a control group."""
+"""Host memory that this process may use: the RAM of the node, or the limit of a control group."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-# Folder, file with the limit, file with the usage, and the entry of memory.stat for page cache that
-# the kernel can reclaim: cgroup version 2 and 1 (Linux, admin-guide/cgroup-v2, cgroup-v1/memory).
+# For control groups of version 2 and 1: folder, file with the limit, file with the usage, and the
+# entry of memory.stat for page cache that the kernel can reclaim (Linux, admin-guide/cgroup-v2,
+# cgroup-v1/memory).
 _V2 = ("", "memory.max", "memory.current", "inactive_file")
 _V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostMemory:
-    """Bytes. `limited_by` is the control group whose limit is below the node's memory."""
+    """Host memory in bytes.
+
+    `limited_by`: the control group that limits it; empty if the node's memory is the limit.
+    """
 
     total: int
     free: int
@@ -21,10 +25,10 @@ class HostMemory:
 
 
 def host_memory(root: Path = Path("/")) -> HostMemory:
-    """The node's memory, or the tightest limit of the control groups of this process.
+    """The memory of the node, or the smallest limit of a control group of this process.
 
-    Every group from that of this process up to the mounted root is read: the limit of a Slurm job
-    is on a group below the root, the limit of a container on the root itself.
+    All groups are read, from the group of this process up to the mounted root: the limit of a Slurm
+    job is set on a group below the root, the limit of a container on the root.
     """
     node = psutil.virtual_memory()
     total, free, limited_by = int(node.total), int(node.available), ""
@@ -39,7 +43,7 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
 
 
 def _groups(root: Path) -> list[tuple[Path, tuple[str, str, str, str]]]:
-    """Folder and version of each group of this process, from its own up to the root."""
+    """Folder and file names of each control group of this process, up to the root."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,20 +1,20 @@
-"""Console logging of the command line: plain lines on standard output.
+"""Logging of the commands to the console.
 
-Modules log to `logging.getLogger(__name__)`. INFO is shown by rank 0 only, WARNING by every rank.
-If the calling program has configured logging, its handlers are used instead.
+Modules log to `logging.getLogger(__name__)`. Rank 0 shows messages from level INFO, other ranks
+from WARNING. If the calling program has configured logging, its handlers are used instead.
 """
 
 import logging
 import os
 
 _PROJECT = "pipeline"
-# The launchers' rank variables, in order of precedence. Read directly, because messages are logged
-# before `Placement` exists.
+# The launchers' variables with the rank, in order of precedence. They are read here because
+# messages are logged before there is a `Placement`.
 _RANK_NAMES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 def configure_logging() -> None:
-    """Install the console handler, unless this process has configured logging already."""
+    """Install the console handler, unless logging has been configured already."""
     logger = logging.getLogger(_PROJECT)
     if not logger.hasHandlers():
         logger.addHandler(_Console())
@@ -22,16 +22,16 @@ def configure_logging() -> None:
 
 
 def current_rank() -> int:
-    """This process's rank as the launcher gave it; 0 without a launcher."""
+    """The rank of this process, from the launcher's variables; 0 without a launcher."""
     values = (os.environ.get(name, "") for name in _RANK_NAMES)
     return next((int(value) for value in values if value.isdigit()), 0)
 
 
 class _Console(logging.Handler):
-    """Writes to the current `sys.stdout`, which a progress bar or a caller may have replaced."""
+    """Handler that writes to the present `sys.stdout`, which may change during a run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a record. Ranks other than 0 print only warnings and errors, prefixed by rank."""
+        """Print a record. Other ranks than 0 print only warnings and errors, with their rank."""
         rank = current_rank()
         if rank == 0:
             print(self.format(record), flush=True)  # noqa: T201 - the terminal of the run

@@ -1,4 +1,4 @@
-"""Rendezvous: all ranks connect to rank 0's key-value store, before there is a process group."""
+"""Rendezvous: all ranks connect to the key-value store of rank 0, before the process group."""
 
 import socket
 import threading
@@ -13,17 +13,17 @@ from pipeline.cluster.placement import Placement
 from pipeline.cluster.tasks import ports_after
 from pipeline.errors import RankZeroError, UserError
 
-# Nodes of a job start at different times, and ranks on slow shared disks import for minutes.
+# Nodes of a job start at different times, and imports from slow shared disks take minutes.
 _TIMEOUT = timedelta(minutes=30)
 _PORTS_TO_TRY = 8
 _PROBE_S = 1.0
-_MAX_ANSWER = 200  # characters to read from a port that another process may hold
+_MAX_ANSWER = 200  # characters to read from a port, on which another program may be listening
 
 
 def open_store(placement: Placement) -> tuple[Any, int]:
-    """Connect to the key-value store on rank 0; returns it and its port.
+    """Connect to the key-value store of rank 0, and return the store and its port.
 
-    Raises UserError if the port is taken or this node cannot resolve the first node's name.
+    Raises UserError if the port is in use or this node cannot resolve the name of rank 0's node.
     """
     _require_resolvable(placement.master_addr)
     if placement.rendezvous_id:
@@ -32,11 +32,11 @@ def open_store(placement: Placement) -> tuple[Any, int]:
 
 
 def interface_between(store: Any, placement: Placement) -> str | None:
-    """The network interface between this node and the others, if known. Every rank calls it.
+    """The network interface that leads from this node to the others; None if unknown. Collective.
 
-    By default gloo resolves this node's own host name, which may give the loopback address. On the
-    first node MASTER_ADDR may resolve to it too (127.0.1.1 on Debian), so there the result is the
-    interface with the address that the other nodes use.
+    It is needed because gloo resolves the host name of this node, which may be the loopback
+    address. On the first node MASTER_ADDR may be the loopback address too (127.0.1.1 on Debian). So
+    another node sends its address of the first node, whose interface is the result there.
     """
     key = "address-of-the-first-node"
     if placement.rank >= placement.local_size:
@@ -49,17 +49,17 @@ def interface_between(store: Any, placement: Placement) -> str | None:
 def interface_towards(address: str) -> str | None:
     """The network interface through which this node reaches an address; None for the loopback."""
     try:
-        family, where = _resolved(address)
+        family, socket_address = _resolved(address)
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(where)  # sends nothing
+            probe.connect(socket_address)  # for a datagram socket this sends nothing
             return _interface_with(probe.getsockname()[0])
     except OSError:
         return None
 
 
 def _resolved(address: str) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
-    family, *_, where = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
-    return family, where
+    family, *_, socket_address = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+    return family, socket_address
 
 
 def _interface_with(address: str) -> str | None:
@@ -70,27 +70,28 @@ def _interface_with(address: str) -> str | None:
 
 
 def _store_at_port(placement: Placement) -> Any:
-    """The store at MASTER_ADDR and MASTER_PORT; torchrun's agent may already serve it."""
+    """The store at MASTER_ADDR and MASTER_PORT, which torchrun's agent may serve already."""
     import torch.distributed as dist
 
     try:
-        where = dist.rendezvous(  # type: ignore[attr-defined]
+        rendezvous = dist.rendezvous(  # type: ignore[attr-defined]
             "env://", placement.rank, placement.world_size, timeout=_TIMEOUT
         )
-        return next(iter(where))[0]
+        return next(iter(rendezvous))[0]
     except dist.DistNetworkError as error:
-        if not _is_taken(error):
+        if not _is_in_use(error):
             raise
         raise UserError(
-            f"MASTER_PORT={placement.master_port} on this node is taken, perhaps by another "
-            "run; give the launcher another one (--master_port)"
+            f"MASTER_PORT={placement.master_port} is in use on this node, perhaps by another run; "
+            "choose another port for the launcher (--master_port)"
         ) from None
 
 
 def _store_at_derived_port(placement: Placement) -> tuple[Any, int]:
-    """Rank 0 serves the store at a free port, which its listener at a derived port announces.
+    """The store of rank 0 at any free port.
 
-    Raises RankZeroError on a rank that gets no answer from rank 0 in time.
+    The other ranks learn this port from a listener of rank 0, whose port every rank derives from
+    the job. Raises RankZeroError on a rank that gets no answer from rank 0 in time.
     """
     import torch.distributed as dist
 
@@ -114,7 +115,7 @@ def _store_at_derived_port(placement: Placement) -> tuple[Any, int]:
 
 
 def _listener(placement: Placement) -> socket.socket:
-    """Rank 0's listener at the first free one of the ports that every rank tries."""
+    """The listener of rank 0, at the first free port of those that every rank tries."""
     ports = ports_after(placement.master_port, _PORTS_TO_TRY)
     is_both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_both else socket.AF_INET
@@ -126,13 +127,13 @@ def _listener(placement: Placement) -> socket.socket:
         except OSError:
             continue
     raise UserError(
-        f"ports {', '.join(map(str, ports))} of {socket.gethostname()} are all taken; set "
-        "MASTER_PORT to a free one"
+        f"ports {', '.join(map(str, ports))} of {socket.gethostname()} are all in use; set "
+        "MASTER_PORT to a free port"
     )
 
 
 def _answer_all(listener: socket.socket, answer: bytes) -> None:
-    """Answer every connection as long as this process lives: ranks may come late."""
+    """Answer every connection until this process ends, because ranks may connect late."""
     while True:
         connection, _ = listener.accept()
         with connection, suppress(OSError):
@@ -140,12 +141,12 @@ def _answer_all(listener: socket.socket, answer: bytes) -> None:
 
 
 def _ask_for_port(placement: Placement) -> int:
-    """Try the ports in turn until one answers with this rendezvous id."""
+    """The store's port, from the first listener that answers with this rendezvous id."""
     ports = ports_after(placement.master_port, _PORTS_TO_TRY)
     deadline = time.monotonic() + _TIMEOUT.total_seconds()
     while time.monotonic() < deadline:
         for port in ports:
-            with suppress(OSError, ValueError):  # no listener yet, or another process's
+            with suppress(OSError, ValueError):  # no listener yet, or one of another program
                 address = (placement.master_addr, port)
                 with socket.create_connection(address, timeout=_PROBE_S) as connection:
                     answer = connection.makefile(encoding="utf-8").read(_MAX_ANSWER)
@@ -154,13 +155,13 @@ def _ask_for_port(placement: Placement) -> int:
                         return int(store_port)
         time.sleep(_PROBE_S)
     raise RankZeroError(
-        f"rank {placement.rank} on {socket.gethostname()} has had no answer from rank 0 on "
-        f"{placement.master_addr}, port {ports[0]}, in {_TIMEOUT}; check that rank 0 has started "
-        "and that no firewall separates these nodes"
+        f"rank {placement.rank} on {socket.gethostname()} got no answer from rank 0 on "
+        f"{placement.master_addr}, port {ports[0]}, within {_TIMEOUT}; check that rank 0 has "
+        "started and that no firewall separates these nodes"
     )
 
 
-def _is_taken(error: BaseException) -> bool:
+def _is_in_use(error: BaseException) -> bool:
     return "EADDRINUSE" in str(error)
 
 
@@ -169,15 +170,15 @@ def _require_resolvable(address: str) -> None:
         socket.getaddrinfo(address, None)
     except OSError as error:
         raise UserError(
-            f"MASTER_ADDR={address}: {socket.gethostname()} does not know this name ({error}); set "
-            "MASTER_ADDR to the address of the first node"
+            f"MASTER_ADDR={address}: {socket.gethostname()} cannot resolve this name ({error}); "
+            "set MASTER_ADDR to the address of the first node"
         ) from None
 
 
 def address_by_mpi(placement: Placement) -> tuple[str, int]:
-    """Broadcast the name of rank 0's node and a port that is free there. Every rank calls it.
+    """Name of rank 0's node and a free port of it, broadcast through MPI. Collective.
 
-    MPI is finalised right after, else mpirun would report an exit without MPI_Finalize as a crash.
+    MPI is finalised afterwards, because mpirun reports an exit without MPI_Finalize as a crash.
     """
     try:
         import mpi4py
@@ -186,16 +187,17 @@ def address_by_mpi(placement: Placement) -> tuple[str, int]:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"started by mpirun, but mpi4py does not load: {str(error).splitlines()[0]}; "
-            "`pip install 'rankzero[mpi]'` and use the mpirun it installs, or load the module of "
-            "the mpirun that started this"
+            f"started by mpirun, but mpi4py cannot be loaded: {str(error).splitlines()[0]}; run "
+            "`pip install 'rankzero[mpi]'` and use the mpirun that it installs, or load the module "
+            "of the mpirun that started this process"
         ) from None
     world = MPI.COMM_WORLD
     if (world.rank, world.size) != (placement.rank, placement.world_size):
         raise UserError(
             f"mpirun: rank {placement.rank} of {placement.world_size}, mpi4py: rank "
-            f"{world.rank} of {world.size}: mpi4py has loaded a different MPI library than mpirun "
-            f"uses ({MPI.Get_library_version().splitlines()[0]}); load the module of this mpirun"
+            f"{world.rank} of {world.size}: mpi4py loaded another MPI library "
+            f"({MPI.Get_library_version().splitlines()[0]}) than mpirun; load the module of this "
+            "mpirun"
         )
     own = None
     if placement.rank == 0:

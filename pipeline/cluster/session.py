@@ -1,6 +1,6 @@
 """Communication between the ranks of a run, through a key-value store and a process group.
 
-torch is imported only when several ranks communicate; a single process runs `rank_zero_first`
+torch is imported only if several ranks communicate; in a single process `rank_zero_first` works
 without it.
 """
 
@@ -20,29 +20,30 @@ from pipeline.plan.given.hardware import Hardware
 if TYPE_CHECKING:
     import torch
 
-# Ranks load the model at different speeds; a collective that waits longer than this is a hang.
+# Time limit of a collective; long, because ranks load the model at different speeds.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-# Tokenising may take days, so ranks wait for it on the store, not in a collective, and repeat the
-# wait after each time-out. If rank 0, which hosts the store, ends, the wait fails at once.
+# Time limit of one wait on the store, which is repeated. Ranks wait on the store and not in a
+# collective while rank 0 tokenises, which may take days. If rank 0 ends, the wait fails at once.
 _ONE_WAIT = timedelta(hours=24)
 _READING_TIMEOUT = timedelta(seconds=15)
 _CHANNEL_TIMEOUT = timedelta(seconds=10)
-_GATHER_TIMEOUT = timedelta(hours=24)  # a caller that must fail sooner runs a watchdog
+_GATHER_TIMEOUT = timedelta(hours=24)  # the watchdog ends a run in which a rank does not arrive
 
 
 class Session:
-    """Collectives of one run: all ranks must call the public methods, in the same order.
+    """Communication between the ranks of one run.
 
-    Methods that are not collective say so.
+    Methods are collective unless their docstring says otherwise: all ranks must call them, in the
+    same order.
     """
 
     def __init__(self, placement: Placement, hardware: Hardware) -> None:
         self.placement = placement
         self._is_cuda = hardware.kind == "cuda"
         self._store: Any = None
-        self._host_group: Any = None  # None: the default group
+        self._host_group: Any = None  # process group for host tensors; None: the default group
         self._num_waits = 0
-        self._gathering: str | None = None  # the key of the gather in progress
+        self._gathering: str | None = None  # key of the gather in progress
 
     def __enter__(self) -> Self:
         return self
@@ -53,7 +54,7 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # After an error the other ranks may be in another collective: a barrier would hang.
+        # Not after an error: other ranks may be in another collective, and a barrier would hang.
         if kind is None and self._store is not None:
             import torch.distributed as dist
 
@@ -63,31 +64,31 @@ class Session:
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this process writes the run's files."""
+        """Whether this is rank 0, which writes the files of the run. Not a collective."""
         return self.placement.rank == 0
 
     @property
     def device(self) -> "torch.device":
-        """The device of this rank."""
+        """The device of this rank. Not a collective."""
         import torch
 
         if not self._is_cuda:
             return torch.device("cpu")
         count = torch.cuda.device_count()
-        # A scheduler may show each process only its own GPU, which is then number 0.
+        # A scheduler may make only one GPU visible to each process, which then has index 0.
         index = 0 if count == 1 and self.placement.local_size > 1 else self.placement.local_rank
         if index >= count:
             raise UserError(
-                f"this node shows {count} GPUs and {self.placement.local_size} ranks were "
-                "started on it; start one rank per GPU"
+                f"{self.placement.local_size} ranks were started on this node, but only {count} "
+                "GPUs are visible; start one rank per GPU"
             )
         return torch.device("cuda", index)
 
     def rank_zero_first(self, work: Callable[[], Any]) -> Any:
-        """Call `work` on rank 0 while the others wait; return its JSON-able result on all ranks.
+        """Call `work` on rank 0 while the others wait, and return its result on all ranks.
 
-        The ranks wait on the store, not in a collective of the process group, so there is no
-        time-out. A RankZeroError of rank 0 is raised on every rank.
+        The result must be JSON values. The ranks wait on the store, without a time-out. A
+        RankZeroError of rank 0 is raised on all ranks.
         """
         if self.placement.world_size == 1:
             return work()
@@ -131,20 +132,20 @@ class Session:
             device_id=self.device if self._is_cuda else None,
         )
         if self._is_cuda and self.placement.world_size > 1:
-            # For sums of host numbers before each micro-batch: gloo does not synchronise the
-            # device, so its queue of kernels stays full.
+            # Host numbers are summed before each micro-batch. gloo does this without synchronising
+            # the device, whose queue of kernels therefore stays full.
             self._host_group = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
         import deepspeed
 
-        # An inference-only op that DeepSpeed 0.19 compiles with g++ on every fresh CPU machine
-        # (comm/torch.py:47); nothing here needs it.
+        # Disables an op for inference that DeepSpeed 0.19 would compile with g++ on every new CPU
+        # machine (comm/torch.py:47).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
     def open_channel(self) -> Any:
         """A connection to the key-value store for another thread; None for a single process.
 
-        Not a collective. Its methods raise RuntimeError once rank 0, which serves it, has exited.
+        Not a collective. Its methods raise RuntimeError after rank 0, which serves it, has ended.
         """
         if self.placement.world_size == 1:
             return None
@@ -153,11 +154,11 @@ class Session:
         return channel
 
     def agree_any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; the same answer on every rank."""
+        """Whether the flag is set on any rank. All ranks get the same result."""
         return self.sum_over_ranks([float(flag)])[0] > 0
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sums over ranks of numbers on the host, in fp64; equal on every rank."""
+        """Element-wise sums of host numbers over all ranks, in fp64; equal on all ranks."""
         if self.placement.world_size == 1:
             return [float(value) for value in values]
         import torch
@@ -168,9 +169,9 @@ class Session:
         return [float(value) for value in tensor.tolist()]
 
     def gather_objects(self, value: Any) -> list[Any] | None:
-        """Gather JSON-able values on rank 0, in rank order; other ranks get None and do not wait.
+        """Gather JSON values on rank 0, in the order of ranks, through the store.
 
-        Uses the store, so no process group is needed.
+        Other ranks get None and do not wait. No process group is needed.
         """
         if self.placement.world_size == 1:
             return [json.loads(json.dumps(value))]
@@ -187,9 +188,10 @@ class Session:
         return [json.loads(store.get(key)) for key in keys]
 
     def gathered_so_far(self) -> dict[int, Any]:
-        """Values that have arrived so far, by rank: of the gather in progress, else of the next.
+        """Rank -> value, for the values of a gather that have arrived so far.
 
-        Not a collective: for another thread of rank 0.
+        It is the gather in progress or, if there is none, the next one. Not a collective; for other
+        threads of rank 0.
         """
         if self._store is None or self.placement.world_size == 1:
             return {}
@@ -199,15 +201,16 @@ class Session:
         return {rank: json.loads(channel.get(f"{key}/{rank}")) for rank in arrived}
 
     def add_over_ranks(self, tensor: "torch.Tensor") -> None:
-        """All-reduce a tensor in place, on the ranks' devices (NCCL, or gloo on CPU)."""
+        """All-reduce a device tensor in place (NCCL, or gloo on CPUs)."""
         import torch.distributed as dist
 
         dist.all_reduce(tensor)
 
     def swap_with(self, other: int, sent: "torch.Tensor", received: "torch.Tensor") -> None:
-        """Exchange tensors with another rank. Not a collective: only these two ranks call it.
+        """Exchange tensors with another rank. Not a collective: only the two ranks call it.
 
-        Call it only after an all-reduce: the first communication of an NCCL group needs all ranks.
+        There must have been an all-reduce before, because all ranks must take part in the first
+        communication of an NCCL group.
         """
         import torch.distributed as dist
 
@@ -216,14 +219,14 @@ class Session:
             work.wait()
 
     def _await_readers(self, store: Any, key: str) -> None:
-        """Wait until every rank has read the key: the store ends with rank 0."""
+        """Wait until every rank has read the key, because the store ends together with rank 0."""
         import torch.distributed as dist
 
         readers = [f"{key}/read-by-{rank}" for rank in range(1, self.placement.world_size)]
         try:
             store.wait(readers, _READING_TIMEOUT)
         except (dist.DistError, RuntimeError):
-            return  # a rank has exited
+            return  # a rank has ended
 
     def _open_store(self) -> Any:
         if self._store is None:
@@ -239,7 +242,7 @@ class Session:
         return self._store
 
     def _set_address(self, address: str, port: int) -> None:
-        """Set the actual address of the store, also in the environment for DeepSpeed."""
+        """Set the address of the store, in the environment too, where DeepSpeed reads it."""
         self.placement = replace(self.placement, master_addr=address, master_port=port)
         os.environ.update(self.placement.variables())
 
@@ -251,7 +254,7 @@ def _wait_for(store: Any, key: str) -> None:
     while True:
         try:
             store.wait([key], _ONE_WAIT)
-        except dist.DistStoreError:  # a timeout; without a store, check() raises
+        except dist.DistStoreError:  # a time-out; if the store has ended, check() raises
             if not store.check([key]):
                 continue
         return

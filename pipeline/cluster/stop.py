@@ -1,7 +1,7 @@
-"""Stop requests: signals, the stop file, the time limit, a dead launcher.
+"""Stop requests: signals, the stop file, the time limit, a launcher that has ended.
 
-A rank only records a request. In the training loop all ranks compare their requests before each
-micro-batch, so that all of them stop before the same one.
+A rank only records a request. In the training loop the ranks compare their requests before each
+micro-batch, so that all ranks stop before the same micro-batch.
 """
 
 import os
@@ -24,35 +24,36 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopAgreed(Exception):
-    """All ranks have agreed to stop here; the message is this rank's reason."""
+    """Raised on all ranks when they have agreed to stop. The message is this rank's reason."""
 
 
 class _StopRequested(BaseException):
-    """Raised in the main thread to interrupt it. Not an Exception: `except Exception` passes it."""
+    """Raised to interrupt the main thread. A BaseException, which `except Exception` ignores."""
 
 
 class StopRequests:
-    """The stop requests that this rank received. A second Ctrl-C ends the process at once.
+    """The stop requests of this rank. A second Ctrl-C ends the process at once.
 
-    `is_first` marks the one rank of the run that checks the stop file.
+    `is_first`: whether this is the rank that checks the stop file. `is_in_loop`: set when the
+    training loop has started, in which the ranks agree on stops before each micro-batch.
     """
 
     def __init__(self, run_folder: Path, time_limit_s: float | None, *, is_first: bool) -> None:
         self._file, self._is_first = run_folder / "stop", is_first
-        started = psutil.Process().create_time()  # the scheduler's time limit counts from here
+        started = psutil.Process().create_time()  # the time limit counts from the process's start
         self._deadline = None if time_limit_s is None else started + time_limit_s
         self._request: str | None = None
         self._num_interrupts = 0
         self._on_second_interrupt: Callable[[], None] = lambda: None
         self._is_interrupting = False
-        self.is_in_loop = False  # from here on the ranks agree on stops before each micro-batch
+        self.is_in_loop = False
 
     def install_handlers(self, on_second_interrupt: Callable[[], None]) -> None:
         """Handle STOP_SIGNALS in the main thread and in a helper thread.
 
-        Python runs no signal handler while the main thread is inside a library call, which may last
-        minutes; the helper thread reads the signal numbers from a pipe at once. After a second
-        Ctrl-C it calls `on_second_interrupt` and ends the process within a second.
+        Python runs no signal handler while the main thread is in a library call, which may take
+        minutes. The helper thread reads the signal numbers from a pipe without delay. After a
+        second Ctrl-C it calls `on_second_interrupt` and ends the process within a second.
         """
         self._on_second_interrupt = on_second_interrupt
         readable, writable = os.pipe()
@@ -67,10 +68,10 @@ class StopRequests:
     def request(self, reason: str) -> None:
         """Request a stop of this rank, from any thread."""
         self._request = self._request or reason
-        os.kill(os.getpid(), signal.SIGTERM)  # also interrupts a main thread that waits
+        os.kill(os.getpid(), signal.SIGTERM)  # interrupts the main thread if it is waiting
 
     def reason(self) -> str | None:
-        """Why this rank should stop, or None."""
+        """Why this rank should stop; None if there is no request."""
         if self._request is not None:
             return self._request
         if self._is_first and self._file.exists():
@@ -80,17 +81,17 @@ class StopRequests:
         return None
 
     def reason_to_leave(self) -> str | None:
-        """Why all ranks should exit before the training loop starts, or None.
+        """Why all ranks should end before the training loop starts; None if they should not.
 
-        Nothing has been trained by then, so no checkpoint is needed.
+        Before the loop nothing has been trained, so no checkpoint is needed.
         """
         return None if self.is_in_loop or self._is_interrupting else self.reason()
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Raise Stopped in the `with` block as soon as a stop is requested.
+        """Context manager that raises Stopped in its body as soon as a stop is requested.
 
-        Only for work that one rank does alone: the other ranks are not asked.
+        Only for work that a single rank does, because the requests of other ranks are not read.
         """
         is_over = threading.Event()
         try:
@@ -101,7 +102,7 @@ class StopRequests:
                     target=self._poll, args=(is_over,), name="stops", daemon=True
                 ).start()
                 yield
-            finally:  # a signal may arrive here as well
+            finally:  # a signal may still arrive here and raise
                 self._is_interrupting = False
                 is_over.set()
         except _StopRequested as requested:
@@ -114,7 +115,7 @@ class StopRequests:
             self._file.unlink(missing_ok=True)
 
     def _poll(self, is_over: threading.Event) -> None:
-        """Check the stop file and the time limit, which otherwise the training loop checks."""
+        """Check the stop file and the time limit, as the training loop does later."""
         while not is_over.wait(_POLL_S):
             if self._request is None and (reason := self.reason()) is not None:
                 self.request(reason)
@@ -142,7 +143,7 @@ class StopRequests:
 
     def _end_at_once(self) -> NoReturn:
         code = 128 + signal.SIGINT
-        # The status is written to a disk that may hang.
+        # The timer ends the process if writing the final status hangs.
         threading.Timer(_FINAL_STATUS_S, end_process, (code,)).start()
         self._on_second_interrupt()
         end_process(code)
@@ -152,11 +153,11 @@ class StopRequests:
             return
         self._request = f"signal {signal.Signals(number).name}"
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            how = b" with a checkpoint" if self.is_in_loop else b""
-            with suppress(OSError):  # the terminal or the pipe may be gone
-                os.write(2, b"\nstopping" + how + b" ...\n")  # safe in a signal handler
+            with_checkpoint = b" with a checkpoint" if self.is_in_loop else b""
+            with suppress(OSError):  # the terminal or the pipe may be closed
+                os.write(2, b"\nstopping" + with_checkpoint + b" ...\n")  # allowed in a handler
 
 
 def stopped_early(reason: str) -> str:
-    """The message of a stop before the first step."""
+    """Message of a stop before the first step."""
     return f"stopped before the first step ({reason}); start again to resume"

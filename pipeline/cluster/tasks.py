@@ -1,6 +1,6 @@
-"""Tasks: rank and size of a process started by srun or mpirun, from their variables. Pure.
+"""Tasks: rank and size of a process that srun or mpirun started, from their variables. Pure.
 
-Neither launcher sets the variables that torch and DeepSpeed read.
+These two launchers do not set the variables that torch and DeepSpeed read.
 """
 
 import re
@@ -10,8 +10,8 @@ from typing import Literal
 
 from pipeline.errors import UserError
 
-# Rank, size, local rank and local size: Open MPI and Hydra (MPICH, Intel MPI) as documented, and
-# PMI as Cray's mpiexec sets it.
+# Names of the variables for rank, size, local rank and local size, of Open MPI, Hydra (MPICH, Intel
+# MPI) and Cray's mpiexec.
 _MPI = (
     (
         "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
@@ -21,17 +21,17 @@ _MPI = (
     ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
 )  # fmt: skip
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-# Slurm reserves the step ids from here on: batch script, interactive shell (slurm.h).
+# First of the step ids that Slurm reserves for batch scripts and interactive shells (slurm.h).
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
-# Above the ports of most services, below the ephemeral ports (from 32768) and the node ports of
-# Kubernetes (from 30000).
+# Range of rendezvous ports: above the ports of most services, below the node ports of Kubernetes
+# (from 30000) and the ephemeral ports (from 32768).
 _FIRST_PORT, _NUM_PORTS = 15000, 15000
-_PORTS_PER_JOB = 31  # the first steps of a job, and of the next job, have different ports
+_PORTS_PER_JOB = 31  # offset between the ports of consecutive steps of a job
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """Rank and size of this task. `source`: the variable from which the size was read."""
+    """Rank and size of this task. `source`: variable and value that gave the size."""
 
     launcher: Literal["srun", "mpirun"]
     source: str
@@ -44,8 +44,8 @@ class Tasks:
 def tasks_of(env: Mapping[str, str]) -> Tasks | None:
     """The task of this process; None if neither srun nor mpirun started it.
 
-    Inside a Slurm job mpirun starts its helpers with srun, one per node. Its ranks then have the
-    variables of both launchers, and those of mpirun are used.
+    In a Slurm job mpirun may start one helper per node with srun. Its ranks then have the variables
+    of both launchers; the variables of mpirun are used.
     """
     step = _slurm_task(env)
     task = _mpi_task(env if step is None else _without_pmi_of(step, env))
@@ -53,34 +53,34 @@ def tasks_of(env: Mapping[str, str]) -> Tasks | None:
         return step or task
     if step.local_size > 1:
         raise UserError(
-            f"environment: two launchers at once: srun started {step.size} tasks "
-            f"({step.source}), {step.local_size} of them on this node, and mpirun "
-            f"{task.size} ({task.source}); use one of them"
+            f"environment: two launchers at once: srun started {step.size} tasks ({step.source}), "
+            f"{step.local_size} of them on this node, and mpirun started {task.size} "
+            f"({task.source}); use one of them"
         )
     return task
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a Slurm node list: n01 of n[01-03,07] or of n01,m[1-2], a1b3 of a[1-2]b3.
+    """The first host of a Slurm node list: `n01` for `n[01-03,07]`, `a1b3` for `a[1-2]b3`.
 
-    `scontrol show hostnames` prints it first; this needs no Slurm.
+    It is the first line that `scontrol show hostnames` would print.
     """
     first = re.split(r",(?![^\[]*\])", nodes.strip())[0]
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
 
 
 def port_of(job: int, step: int) -> int:
-    """The rendezvous port of a job's step, the same on all of its tasks."""
+    """The rendezvous port of a step of a Slurm job, which all of its tasks compute."""
     return _FIRST_PORT + (job + _PORTS_PER_JOB * step) % _NUM_PORTS
 
 
 def ports_after(port: int, count: int) -> list[int]:
-    """`port`, then the ports to try if it is taken; far from the ports of the next jobs."""
+    """`port`, followed by ports to try if it is in use, which differ from those of other jobs."""
     return [_FIRST_PORT + (port - _FIRST_PORT + 1871 * i) % _NUM_PORTS for i in range(count)]
 
 
 def whole_number(env: Mapping[str, str], name: str) -> int:
-    """Value of a variable, which must be set; UserError unless it is a whole number."""
+    """Value of a variable. Raises UserError if it is not a whole number; it must be set."""
     if not re.fullmatch("[0-9]{1,10}", env[name]):
         raise UserError(f"environment: {name}={env[name]!r} is not a whole number")
     return int(env[name])
@@ -92,8 +92,8 @@ def _slurm_task(env: Mapping[str, str]) -> Tasks | None:
         return None
     if (components := env.get("SLURM_HET_SIZE", "1")) not in ("", "1"):
         raise UserError(
-            f"environment: SLURM_HET_SIZE={components}: a heterogeneous job, whose components "
-            "number their tasks apart; submit a job of equal nodes"
+            f"environment: SLURM_HET_SIZE={components}: this is a heterogeneous job, in which each "
+            "component numbers its tasks from 0; submit a job of equal nodes"
         )
     _require_all(env, _SLURM)
     rank, size, local_rank = (whole_number(env, name) for name in _SLURM[:3])
@@ -105,7 +105,7 @@ def _slurm_task(env: Mapping[str, str]) -> Tasks | None:
     if len(set(per_node)) > 1:
         raise UserError(
             f"environment: {_SLURM[3]}={env[_SLURM[3]]}: every node must start the same number "
-            "of ranks; give srun --ntasks-per-node"
+            "of ranks; set srun's option --ntasks-per-node"
         )
     return Tasks(
         launcher="srun", source=f"{_SLURM[1]}={size}", rank=rank, size=size,
@@ -114,14 +114,14 @@ def _slurm_task(env: Mapping[str, str]) -> Tasks | None:
 
 
 def _without_pmi_of(step: Tasks, env: Mapping[str, str]) -> Mapping[str, str]:
-    """The environment without srun's own PMI variables (--mpi=pmi2)."""
+    """The environment without the PMI variables that srun itself sets (--mpi=pmi2)."""
     if (env.get("PMI_RANK"), env.get("PMI_SIZE")) != (str(step.rank), str(step.size)):
         return env
     return {name: value for name, value in env.items() if name not in ("PMI_RANK", "PMI_SIZE")}
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """Parse Slurm's task counts: 4(x2),3 is [4, 4, 3]."""
+    """Parse Slurm's numbers of tasks per node: `4(x2),3` is [4, 4, 3]."""
     counts: list[int] = []
     for entry in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)
@@ -141,7 +141,7 @@ def _mpi_task(env: Mapping[str, str]) -> Tasks | None:
     others = {whole_number(env, other[1]) for other in present if other[1] in env} - {size}
     if others:
         raise UserError(
-            f"environment: two launchers at once: {names[1]}={size}, and another has "
+            f"environment: two launchers at once: {names[1]}={size}, but another size variable is "
             f"{others.pop()}; start the ranks with one mpirun"
         )
     return Tasks(
@@ -154,6 +154,6 @@ def _require_all(env: Mapping[str, str], names: tuple[str, ...]) -> None:
     if missing := [name for name in names if name not in env]:
         present = [name for name in names if name in env] or ["SLURM_STEP_ID"]
         raise UserError(
-            f"environment: {', '.join(present)} set but not {', '.join(missing)}, so this rank's "
-            "placement is not known; pass all of them on"
+            f"environment: {', '.join(present)} set, but not {', '.join(missing)}, so the "
+            "placement of this rank is not known; pass all of these variables to the task"
         )

@@ -1,8 +1,8 @@
-"""Watchdog: ends all ranks within seconds if one of them is dead or hangs, and names that rank.
+"""Watchdog: ends all ranks within seconds if one of them has died or hangs, and names that rank.
 
-When a rank dies, the others wait in a collective. NCCL ends it after minutes; a launcher kills one
-rank after the other, 30 s each. Here a thread of each rank publishes a heartbeat in the key-value
-store, and the first rank that detects a failure declares it to all.
+Without it the other ranks would wait in a collective, which NCCL ends after minutes, or until a
+launcher has killed one rank after the other, 30 s each. A thread of each rank publishes a heartbeat
+in the key-value store. The first rank that detects a failure announces it to all ranks.
 """
 
 import json
@@ -28,21 +28,21 @@ from pipeline.cluster.stop import stopped_early
 from pipeline.errors import RankZeroError, SingleRankError, Stopped
 
 _POLL_S, _PUBLISH_S = 0.5, 2.0
-_LEAVING_S = 10.0  # for all ranks to leave after one has left by agreement
-_READING_S = 1.5  # for the other ranks to read the store before it ends with rank 0
-_FROZEN_S = 6.0  # without a new heartbeat for this long a process counts as stopped
-_UNANSWERED_S = 15.0  # because calls to the store have no time-out
-_DIAGNOSIS_S = 30.0  # for the thread to name the dead rank and end this process
-_START_TIMEOUT = timedelta(minutes=30)  # ranks on slow shared disks import for minutes
+_LEAVING_S = 10.0  # a rank that left by agreement counts as dead if this one stays longer
+_READING_S = 1.5  # time for the other ranks to read the store, which ends with rank 0
+_FROZEN_S = 6.0  # a process without a new heartbeat for this long counts as stopped
+_UNANSWERED_S = 15.0  # a call to the store that takes longer counts as unanswered
+_DIAGNOSIS_S = 30.0  # time for the thread to name the dead rank and end this process
+_START_TIMEOUT = timedelta(minutes=30)  # imports from slow shared disks take minutes
 _END_REASON = "watchdog/end-reason"
 
 
 class Watchdog:
-    """Watchdog thread, as a context manager that every rank enters around all collective work.
+    """Watchdog thread, as a context manager for all collective work; every rank enters it.
 
-    `reason_to_leave`: polled for a stop request before the training loop; on one, all ranks leave.
-    `on_end`: called with reason and exit code before the process ends, on rank 0 or, if rank 0 is
-    dead, on the rank that reports instead.
+    `timeout_s`: longest time of a phase. `reason_to_leave`: returns a stop request that arrived
+    before the training loop; then all ranks end. `on_end`: called with the reason and the exit code
+    before the process ends, on rank 0 or, if rank 0 is dead, on the rank that reports for it.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Watchdog:
     ) -> None:
         if error is not None and is_lost_connection(error):
             self._lost_connection = error
-            self._thread.join(_DIAGNOSIS_S)  # it names the dead rank and ends this process
+            self._thread.join(_DIAGNOSIS_S)  # the thread names the dead rank and ends this process
             return
         self._closed.set()
         self._thread.join(_UNANSWERED_S)
@@ -104,7 +104,7 @@ class Watchdog:
                 self._declare(f"rank {self._placement.rank}: {name}{error}")
                 time.sleep(_READING_S)
         except RuntimeError:
-            return  # the store is gone, and rank 0 with it
+            return  # the store and rank 0 have ended
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL_S):
@@ -117,20 +117,20 @@ class Watchdog:
                     self._stop_all(stopped_early(reason))
                 if self._is_hanging():
                     self._end_for_hang()
-            except RuntimeError:  # the store is gone, and rank 0 that held it
+            except RuntimeError:  # the store has ended, and so has rank 0, which serves it
                 if self._closed.wait(_POLL_S + 2.0):
                     return
                 self._end_for_dead(0)
 
     def _watch_without_store(self) -> None:
-        """Detect a stopped rank 0: its store does not answer, so the other thread is blocked."""
+        """Detect a stopped rank 0. Its store does not answer, so the other thread is blocked."""
         while not self._closed.wait(_POLL_S):
             if self._is_hanging(_UNANSWERED_S):
                 text = (
                     f"no progress for {self._patience_s():.0f} s: rank 0 on {self._first_host} "
                     f"does not answer, rank {self._placement.rank} is at step "
                     f"{self._heartbeat.step} in {self._heartbeat.phase}; the last checkpoint is "
-                    "untouched"
+                    "unchanged"
                 )
                 is_reporter = self._is_lowest_alive(without=[0])
                 if is_reporter:
@@ -152,7 +152,7 @@ class Watchdog:
             self._leave(end["text"], is_reporter=self._placement.rank == 0, code=end["code"])
 
     def _stop_all(self, text: str) -> None:
-        """End all ranks before the first step; the main thread may be in a library call."""
+        """End all ranks before the first step, even if the main thread is in a library call."""
         code = Stopped.exit_code
         if self._channel is None or self._declare(text, code):
             _report(text)
@@ -160,7 +160,7 @@ class Watchdog:
         self._leave_if_declared()
 
     def _find_siblings(self) -> None:
-        """Find the other ranks of this machine whose processes are visible to this one."""
+        """Find the processes of other ranks on this machine that are visible to this process."""
         self._first_host = json.loads(self._channel.get(_key("process", 0)))["host"]
         size = self._placement.local_size
         first = self._placement.rank // size * size
@@ -171,21 +171,21 @@ class Watchdog:
                     self._siblings[rank] = psutil.Process(process["pid"])
 
     def _is_leaving(self, rank: int) -> bool:
-        """Whether a rank that is gone left by agreement and this one still has time to follow."""
+        """Whether a rank that has ended did so by agreement, and this rank will end soon, too."""
         since = self._gone_since.setdefault(rank, time.monotonic())
         patience = _LEAVING_S if self._channel.check([_key("left", rank)]) else _POLL_S
         return time.monotonic() - since < patience
 
     def _is_lowest_alive(self, without: Collection[int] = ()) -> bool:
-        """Whether this rank has the lowest number of the living ranks of its machine."""
+        """Whether this rank has the lowest number of the ranks that are alive on its machine."""
         others = [r for r, p in self._siblings.items() if r not in without and not _is_gone(p)]
         return self._placement.rank < min(others, default=self._placement.rank + 1)
 
     def _end_for_dead(self, rank: int) -> None:
-        """End because a rank died without a message; one of the living ranks reports it."""
+        """End because a rank died without a message; only one of the other ranks reports it."""
         text = (
-            f"rank {rank} ended without a message, as after a kill or when memory runs out, while "
-            f"rank {self._placement.rank} was at step {self._heartbeat.step} in "
+            f"rank {rank} ended without a message, as after a kill or if memory is exhausted, "
+            f"while rank {self._placement.rank} was at step {self._heartbeat.step} in "
             f"{self._heartbeat.phase}"
         )
         try:
@@ -199,7 +199,7 @@ class Watchdog:
     def _is_hanging(self, more_s: float = 0.0) -> bool:
         if self._heartbeat.phase in phases.UNWATCHED:
             return False
-        more_s += 5.0 if self._placement.rank else 0.0  # rank 0 declares first, if it can
+        more_s += 5.0 if self._placement.rank else 0.0  # rank 0 announces first, if it can
         return time.monotonic() - self._heartbeat.since > self._patience_s() + more_s
 
     def _patience_s(self) -> float:
@@ -218,7 +218,7 @@ class Watchdog:
         self._leave(text, is_reporter=self._placement.rank == 0)
 
     def _end_for_lost_connection(self, error: BaseException) -> None:
-        """End after a lost connection; a remote rank is dead if its heartbeat has stopped."""
+        """End after a lost connection. A remote rank without new heartbeats counts as dead."""
         if self._channel is not None and (frozen := self._compare_heartbeats()[1]):
             self._end_for_dead(frozen[0])
         text = f"rank {self._placement.rank}: lost its connection to another rank: {error}"
@@ -227,7 +227,7 @@ class Watchdog:
         self._leave(text, is_reporter=self._placement.rank == 0)
 
     def _compare_heartbeats(self) -> tuple[dict[int, dict[str, Any]], list[int]]:
-        """Heartbeats of all ranks, and the ranks without a new one during `_FROZEN_S`; blocks."""
+        """Heartbeats of all ranks, and the ranks without a new one. Blocks for 6 s."""
         before = self._read_heartbeats()
         for _ in range(int(_FROZEN_S)):
             time.sleep(1.0)
@@ -237,7 +237,7 @@ class Watchdog:
         return after, [rank for rank, value in after.items() if value == before.get(rank)]
 
     def _kill_frozen(self, ranks: list[int]) -> None:
-        """Kill stopped processes of this machine, which cannot read the declared reason."""
+        """Kill stopped processes of this machine, which cannot read the announced reason."""
         for rank in ranks:
             if rank in self._siblings and not _is_gone(self._siblings[rank]):
                 self._siblings[rank].kill()
@@ -249,8 +249,8 @@ class Watchdog:
 
     def _read_heartbeats(self) -> dict[int, dict[str, Any]]:
         keys = {rank: _key("heartbeat", rank) for rank in range(self._placement.world_size)}
-        there = {rank: key for rank, key in keys.items() if self._channel.check([key])}
-        return {rank: json.loads(self._channel.get(key)) for rank, key in there.items()}
+        published = {rank: key for rank, key in keys.items() if self._channel.check([key])}
+        return {rank: json.loads(self._channel.get(key)) for rank, key in published.items()}
 
     def _as_json(self) -> dict[str, Any]:
         frame = traceback.extract_stack(sys._current_frames()[self._main_thread])[-1]
@@ -264,16 +264,17 @@ class Watchdog:
         }
 
     def _declare(self, text: str, code: int = 1) -> bool:
-        """Declare to all ranks why they end; True only on the rank whose reason is used."""
-        mine = json.dumps({"text": text, "code": code, "by": self._placement.rank})
-        declared = self._channel.compare_set(_END_REASON, "", mine)
-        return bool(declared.decode() == mine)
+        """Announce to all ranks why they end. True only on the rank that announced first."""
+        own = json.dumps({"text": text, "code": code, "by": self._placement.rank})
+        announced = self._channel.compare_set(_END_REASON, "", own)
+        return bool(announced.decode() == own)
 
     def _leave(self, text: str, *, is_reporter: bool, code: int = 1) -> NoReturn:
         if self._placement.rank == 0 and self._channel is not None:
             time.sleep(_READING_S)
         if is_reporter:
-            self._on_end(text, code)  # last, because the main thread runs until the process ends
+            # Called last, because the main thread continues until the process ends.
+            self._on_end(text, code)
         end_process(code)
 
 
@@ -281,8 +282,8 @@ def _report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one message of the job
 
 
-def _key(what: str, rank: int) -> str:
-    return f"watchdog/{what}/{rank}"
+def _key(name: str, rank: int) -> str:
+    return f"watchdog/{name}/{rank}"
 
 
 def _is_gone(process: psutil.Process) -> bool:

@@ -1,8 +1,8 @@
-"""Names under which a model's weights are stored, where the model's own names for them differ.
+"""Names of a model's parameters in its checkpoint, which may differ from their names in memory.
 
-transformers renames weights while it loads a checkpoint (Gemma 3, Mistral 3, Nemotron-H) and makes
-some parameters of several stored tensors (fused experts). Here its own conversion table is applied
-to the names only; the model is built on the meta device.
+transformers renames tensors while it loads a checkpoint (Gemma 3, Mistral 3, Nemotron-H), and
+builds some parameters from several tensors (fused experts). This module applies its conversion
+table to the names only, with the model on the meta device.
 """
 
 from collections.abc import Iterable
@@ -20,9 +20,9 @@ from pipeline.model.base import auto_class
 
 @dataclass(frozen=True)
 class StoredAs:
-    """The tensors of a checkpoint that one parameter is made of, in the order of the files.
+    """The checkpoint's tensors from which a parameter is built, in the order of the files.
 
-    `converter`: None if it is one tensor that is used as it is.
+    `converter`: None if the parameter is one tensor, unchanged.
     """
 
     keys: tuple[str, ...]
@@ -38,9 +38,10 @@ def model_on_meta(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def stored_names(model: Any, keys: Iterable[str]) -> dict[str, StoredAs]:
-    """For each parameter of a model, those of a checkpoint's keys that it is made of.
+    """Name of a parameter -> the checkpoint's tensors from which it is built.
 
-    The order of the steps is that of transformers 5.23, core_model_loading.py.
+    `keys`: names of the tensors in the checkpoint. The steps follow transformers 5.23,
+    core_model_loading.py.
     """
     table = get_model_conversion_mapping(model)
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
@@ -55,7 +56,7 @@ def stored_names(model: Any, keys: Iterable[str]) -> dict[str, StoredAs]:
         if name not in parameters and key in parameters:
             name, pattern = key, None
         if name not in parameters:
-            continue  # such as a vision tower that a text model's class does not have
-        before = stored[name].keys if name in stored else ()
-        stored[name] = StoredAs((*before, key), by_pattern[pattern] if pattern else None)
+            continue  # the class lacks this parameter, such as a text model without vision tower
+        earlier = stored[name].keys if name in stored else ()
+        stored[name] = StoredAs((*earlier, key), by_pattern[pattern] if pattern else None)
     return stored

@@ -89,8 +89,8 @@ def test_the_stop_file_and_the_time_limit_interrupt_it_too(tmp_path, limit_s):
 
 
 def test_another_thread_may_request_a_stop(stops):
-    stops.request("its launcher is gone")
-    assert stops.reason() == "its launcher is gone"
+    stops.request("its launcher has ended")
+    assert stops.reason() == "its launcher has ended"
 
 
 def test_a_rank_without_its_launcher_gets_a_stop_request():
@@ -98,7 +98,7 @@ def test_a_rank_without_its_launcher_gets_a_stop_request():
     watch_launchers({"RANK": "0"}, requests.put)  # started by something else, or by hand
     assert requests.empty()
     watch_launchers({"CROSS_RANK": "0"}, requests.put)  # no launcher of DeepSpeed's is above pytest
-    assert requests.get(timeout=30) == "its launcher is gone"
+    assert requests.get(timeout=30) == "its launcher has ended"
 
 
 CODE = """

@@ -89,7 +89,7 @@ def limited(train):
     job.limit(60 * hours + minutes + 2)
 
     def let_go() -> None:
-        wait_until(lambda: "asked to stop" in job.output, "warning", job.tell)
+        wait_until(lambda: "stop requested" in job.output, "warning", job.tell)
         held.send_signal(signal.SIGCONT)
 
     threading.Thread(target=let_go, daemon=True).start()

@@ -154,11 +154,11 @@ RAN_BEFORE = status("stopped", started=1.5)
         (ranks(status("failed", exit_code=2, reason="data"), 143), 2, False, "at step 4: data"),
         (ranks(code=137, more='echo "srun: error: n: task 1: Exited with exit code 2" >&2'),
          2, False, "task 1: Exited with exit code 2"),
-        (ranks(code=1), 1, False, "nothing is requeued"),
-        (ranks(code=0), 1, False, "nothing is requeued"),
+        (ranks(code=1), 1, False, "not requeued"),
+        (ranks(code=0), 1, False, "not requeued"),
         # What an earlier start left says nothing about this one.
-        (ranks(RAN_BEFORE, 1), 1, False, "nothing is requeued"),
-        (ranks(status("done", started=1.5), 2), 2, False, "nothing is requeued"),
+        (ranks(RAN_BEFORE, 1), 1, False, "not requeued"),
+        (ranks(status("done", started=1.5), 2), 2, False, "not requeued"),
         (ranks(status("done", started=1.5), 0), 0, False, ""),
     ],
 )  # fmt: skip
@@ -188,7 +188,7 @@ def test_without_a_new_status_the_last_line_is_rank_zeros(job):
     say += 'echo "cannot write" >>"$LOGS/rank-0.log"'
     _, output = job.train(ranks("", 1, say))
     assert output.index("srun: it broke") < output.index("rank 3 fell")
-    assert output.splitlines()[-1].endswith("rank 0's last line: cannot write")
+    assert output.splitlines()[-1].endswith("rank 0: cannot write")
 
 
 @pytest.mark.parametrize(
@@ -214,13 +214,13 @@ def test_the_stop_file_stops_the_job_for_good(job):
     reason = f"stopped at step 4 of 9 ({asked}); start again to go on"
     code, output = job.train(ranks(status("stopped", reason=reason), 75))
     assert (code, job.requeued()) == (75, []), output
-    assert "as run/stop asked, so it is not requeued" in output
+    assert_mentions(output, "run/stop", "not requeued")
 
 
 def test_where_slurm_refuses_the_checkpoint_is_kept_and_that_is_status(job):
     (job.folder / "fake/no_requeue").touch()
     code, output = job.train(ranks(status("stopped"), 75))
-    assert (code, "sbatch it again" in output) == (75, True), output
+    assert (code, "not requeued" in output) == (75, True), output
 
 
 @pytest.mark.parametrize("asked", ["show", "requeue"])
@@ -245,7 +245,7 @@ def test_without_slurmctld_the_job_ends_and_says_so(job):
 def test_requeues_without_progress_come_to_an_end(job):
     stands = [job.train(ranks(status("stopped", started=n), 75))[1] for n in range(2, 6)]
     assert len(job.requeued()) == 3
-    assert "no step since 3 requeues, still at 4" in stands[-1]
+    assert_mentions(stands[-1], "3 requeues", "step 4")
     job.train(ranks(status("stopped", started=6.0, step=5), 75))  # progress: the count starts at 0
     assert len(job.requeued()) == 4
 
@@ -255,7 +255,7 @@ def test_a_stop_while_loading_is_no_progress(job):
     for n, step in enumerate([4, 0, 4, 0]):
         _, output = job.train(ranks(status("stopped", started=n + 2.5, step=step), 75))
     assert len(job.requeued()) == 3
-    assert "no step since 3 requeues" in output
+    assert_mentions(output, "not requeued", "3 requeues")
 
 
 @pytest.mark.parametrize("step", ["null", '"x[$(touch injected)]"', "4.5", "-1", "9" * 40])
@@ -376,7 +376,7 @@ def test_a_warning_reaches_the_ranks_and_their_checkpoint_is_waited_for(job, num
 def test_a_warning_just_as_the_ranks_are_started_reaches_them(job):
     """Between the check whether to start them and their start."""
     script = job.folder / "my checkout/slurm/train.sbatch"
-    question = "if [[ ! $asked ]]; then\n"
+    question = "if [[ ! $stop_requested ]]; then\n"
     text = script.read_text()
     assert text.count(question) == 1
     script.write_text(text.replace(question, f"{question}kill -s USR1 $$\n"))
@@ -484,7 +484,7 @@ def test_preflight_only_checks(job):
 def test_a_copy_elsewhere_names_where_it_must_be(job, script):
     (job.folder / "my checkout/slurm/env.sh").rename(job.folder / "env.sh")
     code, output = job.run(script, "my run.yaml", do=ranks(status("done")))
-    assert (code, f"give sbatch the project's own slurm/{script}" in output) == (2, True), output
+    assert (code, f"slurm/{script}" in output) == (2, True), output
 
 
 def test_debug_is_one_process(job):

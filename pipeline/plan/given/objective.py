@@ -1,24 +1,24 @@
-"""The training objective of a checkpoint, as config.json states it: causal, and with which head."""
+"""Training objective of a checkpoint, from config.json: causal attention and a language head."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-# Keys of config.json that decide whether a token attends to later ones, and the value for causal.
+# Keys of config.json that decide whether tokens attend to later tokens -> values for causal models.
 _CAUSAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "is_causal": (None, True),
-    # "vision" (Gemma 4) applies only to the tokens of images
+    # "vision" (Gemma 4): bidirectional only within the tokens of an image
     "use_bidirectional_attention": (None, False, "vision"),
     "is_encoder_decoder": (None, False),
 }
 _BIDIRECTIONAL = re.compile(r"bidirec|bimodel|ForMaskedLM$", re.IGNORECASE)
 _LANGUAGE_HEAD = re.compile(r"CausalLM|LMHead|ConditionalGeneration$")
-# Backbone without any head: its weights are those of the language model except `lm_head`.
+# A backbone without any head; it has the weights of the language model except `lm_head`.
 _BACKBONE = re.compile(r"Model$")
 
 
 def bidirectional(config: Mapping[str, Any]) -> str:
-    """The entry of config.json by which tokens attend to later tokens; empty if it is causal."""
+    """The entry of config.json that makes attention bidirectional; empty if it is causal."""
     for key, causal in _CAUSAL_VALUES.items():
         if config.get(key) not in causal:
             return f"{key}: {config[key]}"
@@ -26,10 +26,10 @@ def bidirectional(config: Mapping[str, Any]) -> str:
 
 
 def other_head(config: Mapping[str, Any], *, is_tied: bool) -> str:
-    """The class of a checkpoint that has no language-model head; empty if it has one.
+    """The class in config.json if it has no language-model head; empty if it has one.
 
-    A backbone with tied embeddings has one: the head is the embedding matrix. A class of the
-    model's own code is not assessed by its name.
+    A backbone with tied embeddings has a head, the embedding matrix. A class in the model's own
+    code is not judged by its name, and the result is empty.
     """
     classes = _classes(config)
     if not classes or "AutoModelForCausalLM" in (config.get("auto_map") or {}):
