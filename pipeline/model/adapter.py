@@ -2,23 +2,30 @@
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from pipeline.config.settings import RunSettings
 from pipeline.model.base import DTYPES, auto_class
-from pipeline.plan.given.shape import read_shape
+from pipeline.plan.given.shape import EXPERTS, read_shape
 from pipeline.plan.plan import Plan
 
 
 def lora_config(settings: RunSettings) -> LoraConfig:
-    """The peft configuration of the adapter."""
+    """The peft configuration of the adapter.
+
+    With fused experts among the targets its dropout is 0: peft allows no other for them, and a
+    configuration has one for all layers. `attach_adapter` sets that of the linear layers.
+    """
+    experts = _target_parameters(settings)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it; a float is right
-        lora_dropout=settings.lora_dropout,
+        lora_dropout=0.0 if experts else settings.lora_dropout,
         target_modules=_target_modules(settings),
+        target_parameters=experts or None,
         bias="none",
     )
 
@@ -32,13 +39,21 @@ def _target_modules(settings: RunSettings) -> list[str]:
     the names. For a model with a vision tower it has full names, because layers of the tower may
     have the same last parts.
     """
-    targets, shape = settings.lora_target_modules, read_shape(str(settings.model_folder))
+    shape = read_shape(str(settings.model_folder))
+    targets = shape.without_auto(settings.lora_target_modules)
     if not isinstance(targets, str) and not shape.has_other_towers:
-        return sorted(set(targets))
+        return sorted({target for target in targets if target != EXPERTS})
     names = [name for name, _ in shape.targeted(targets)]
     if targets in ("auto", "all-linear") and not shape.has_other_towers:
         names = [name.rsplit(".", 1)[-1] for name in names]
     return sorted(set(names))
+
+
+def _target_parameters(settings: RunSettings) -> list[str]:
+    """Names of the adapted fused tensors, without the path of the block; full beside a tower."""
+    shape = read_shape(str(settings.model_folder))
+    experts = shape.targeted_experts(settings.lora_target_modules)
+    return sorted({name if shape.has_other_towers else tensor.name for name, tensor in experts})
 
 
 def attach_adapter(base: PreTrainedModel, plan: Plan) -> PeftModel:
@@ -50,6 +65,10 @@ def attach_adapter(base: PreTrainedModel, plan: Plan) -> PeftModel:
     torch.manual_seed(plan.settings.seed)
     model = get_peft_model(base, lora_config(plan.settings), autocast_adapter_dtype=False)
     assert isinstance(model, PeftModel)
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            if (p := plan.settings.lora_dropout) > 0:
+                module.lora_dropout["default"] = nn.Dropout(p)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[plan.training_dtype])

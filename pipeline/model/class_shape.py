@@ -15,6 +15,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -25,6 +27,8 @@ from transformers import (
     masking_utils,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from pipeline.model.structure import expert_tensors, lora_sizes
 
 _COUNTED = "rankzero_counted"  # name of the attention below for `attn_implementation`
 # Config keys for the number of experts per token in transformers 5.23.
@@ -64,11 +68,10 @@ def class_shape(folder: Path) -> dict[str, Any]:
     names = {module: name for name, module in model.named_modules()}
     layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
     configs = model.config.get_text_config().per_layer_config
+    counts = _saved(model, decoder, layers)
     sizes = [
         _block(layer, configs[index]) | saved
-        for index, (layer, saved) in enumerate(
-            zip(layers, _saved(model, decoder, layers), strict=True)
-        )
+        for index, (layer, saved) in enumerate(zip(layers, counts, strict=True))
     ]
     kinds = [json.dumps(block) for block in sizes]
     distinct = list(dict.fromkeys(kinds))
@@ -80,6 +83,7 @@ def class_shape(folder: Path) -> dict[str, Any]:
         "has_other_towers": _has_other_towers(model, decoder, head),
         "has_head_bias": getattr(head, "bias", None) is not None,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "rewritten_by_peft": _rewritten_by_peft(model, decoder),
         "blocks": [json.loads(kind) for kind in distinct],
         "layer_kinds": [distinct.index(kind) for kind in kinds],
     }
@@ -115,7 +119,7 @@ def _has_other_towers(model: Any, decoder: Any, head: Any) -> bool:
 def _block(layer: nn.Module, config: Any) -> dict[str, Any]:
     """Sizes of the linear layers, heads, norms and experts of a block."""
     linears = {n: m for n, m in layer.named_modules() if type(m) is nn.Linear}
-    experts = {n: p for n, p in layer.named_parameters() if "expert" in n and p.dim() == 3}
+    experts = expert_tensors(layer)
     return {
         "linears": [
             [name, x.in_features, x.out_features, x.bias is not None] for name, x in linears.items()
@@ -129,11 +133,28 @@ def _block(layer: nn.Module, config: Any) -> dict[str, Any]:
             if "norm" in n and isinstance(getattr(m, "weight", None), nn.Parameter)
         ),
         "norm_kind": "layer" if any(type(m) is nn.LayerNorm for m in layer.modules()) else "rms",
-        "num_experts": max((len(p) for p in experts.values()), default=0),
+        "experts": [[name, *lora_sizes(*tensor)] for name, tensor in experts.items()],
         "experts_per_token": _experts_per_token(config) if experts else 0,
-        "expert_parameters": sum(p.numel() for p in experts.values()),
         "parameters": sum(p.numel() for p in layer.parameters()),
     }
+
+
+def _rewritten_by_peft(model: nn.Module, decoder: nn.Module) -> list[str]:
+    """Last parts of linear layers' names that peft replaces by fused experts as targets.
+
+    It does so when it attaches an adapter and when it loads one (peft 0.21.2).
+    """
+    linears = [name for name, m in decoder.named_modules() if type(m) is nn.Linear]
+    rewritten = []
+    for end in dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears):
+        config = LoraConfig(target_modules=[end])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # gate_proj without up_proj
+            rewritten.append(end)
+        else:
+            rewritten += [] if list(config.target_modules or ()) == [end] else [end]
+    return rewritten
 
 
 def _experts_per_token(config: Any) -> int:
@@ -146,8 +167,27 @@ def _experts_per_token(config: Any) -> int:
 def _saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[str, int]]:
     """Sizes of the activations that each block saves for backward, per token, without adapters.
 
-    They are counted in one forward pass in bf16. `saved_values`: number of values in the training
-    dtype. `saved_bytes`: bytes of all other dtypes, such as the fp32 copies in norms.
+    `saved_for_expert_adapters`: values that are saved in addition for an adapter on the experts,
+    without the adapted weights themselves. The gradient of such a weight is computed like that of
+    the weight alone.
+    """
+    counts = _count_saved(model, decoder, layers)
+    with_experts = counts
+    if experts := expert_tensors(decoder):
+        for _, parameter in experts.values():
+            parameter.requires_grad_(True)
+        with_experts = _count_saved(model, decoder, layers)
+        model.requires_grad_(False)
+    for count, more in zip(counts, with_experts, strict=True):
+        count["saved_for_expert_adapters"] = more["saved_values"] - count["saved_values"]
+    return counts
+
+
+def _count_saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[str, int]]:
+    """Saved activations of each block, per token, in one forward pass in bf16.
+
+    `saved_values`: number of values in the training dtype. `saved_bytes`: bytes of all other
+    dtypes, such as the fp32 copies in norms.
     """
     model.to(torch.bfloat16)
     weights = {id(parameter) for parameter in model.parameters()}

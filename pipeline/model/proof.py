@@ -31,7 +31,7 @@ from pipeline.model.base import auto_class, load_plain
 from pipeline.model.checkpoint_names import model_on_meta, stored_names
 from pipeline.model.loss import IGNORED, SummedLoss
 from pipeline.model.small_copy import random_model, small_copies
-from pipeline.model.structure import blocks, text_decoder
+from pipeline.model.structure import blocks, expert_tensors, text_decoder
 from pipeline.model.tensor_files import read_header, weight_files
 from pipeline.plan.given.class_proof import (
     Proof,
@@ -40,6 +40,7 @@ from pipeline.plan.given.class_proof import (
     read_proof,
     write_proof,
 )
+from pipeline.plan.given.shape import EXPERTS
 from pipeline.plan.plan import Plan
 
 LIMIT = 1e-5  # largest relative error that passes
@@ -228,7 +229,7 @@ def _adapter_error(model: PreTrainedModel, targets: Sequence[str]) -> float:
     if trained := [n for n, p in named.items() if "lora_" not in n and p.grad is not None]:
         raise UserError(f"a frozen weight got a gradient: {trained[0]}")
     lora = {name: p for name, p in named.items() if "lora_" in name}
-    expected = 2 * len(target_names(model, targets))
+    expected = 2 * (len(target_names(model, targets)) + len(target_experts(model, targets)))
     if len(lora) != expected:
         raise UserError(f"peft adapted {len(lora)} matrices instead of {expected}")
     if unreached := [n for n, p in lora.items() if p.grad is None or not p.grad.any()]:
@@ -261,8 +262,12 @@ def _checkpointing_error(
 
 def _adapted(model: PreTrainedModel, targets: Sequence[str]) -> PeftModel:
     """A copy of the model with an adapter whose matrices are random, lora_B included."""
-    names = target_names(model, targets)
-    config = LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4,
+        target_modules=target_names(model, targets),
+        target_parameters=target_experts(model, targets) or None,
+        task_type="CAUSAL_LM",
+    )
     base = copy.deepcopy(model)
     base.set_attn_implementation(WITHIN_DOCUMENTS)
     adapted = get_peft_model(base, config)
@@ -287,15 +292,24 @@ def _backward(adapted: PeftModel) -> torch.Tensor:
 def target_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
     """Full names of the linear layers of the text decoder that end with one of the targets."""
     inside = set(text_decoder(model).modules())
-    ends = tuple(f".{target}" for target in targets)
+    ends = tuple(f".{target}" for target in targets if target != EXPERTS)
     names = [
         name
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module in inside and name.endswith(ends)
     ]
-    if not names:
+    if ends and not names:
         raise UserError(f"no linear layer of the text decoder is named {', '.join(targets)}")
     return names
+
+
+def target_experts(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """Full names of the fused expert tensors of the text decoder, if `experts` is a target."""
+    if EXPERTS not in targets:
+        return []
+    decoder = text_decoder(model)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    return [f"{prefix}.{name}" for name in expert_tensors(decoder)]
 
 
 def _missing_names(folder: Path, targets: Sequence[str], *, trust_remote_code: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""Parts of any causal language model of transformers: body, text decoder, blocks.
+"""Parts of any causal language model of transformers: body, text decoder, blocks, experts.
 
 The body is the child module that contains the embeddings. The text decoder is the body, or a module
 inside the body if the model has a vision tower. A block is one layer of the text decoder.
@@ -7,6 +7,7 @@ inside the body if the model has a vision tower. A block is one layer of the tex
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -31,3 +32,29 @@ def blocks(causal: Any) -> list[nn.Module]:
     """The layers of the text decoder, without the layers of a vision tower."""
     modules = text_decoder(causal).modules()
     return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+
+
+def expert_tensors(module: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
+    """Fused expert tensors inside a module, by name, each with the module that holds it.
+
+    A fused tensor has the weights of all experts of a block and three dimensions, the first of
+    which is the expert. Weights of convolutions also have three.
+    """
+    return {
+        f"{name}.{key}": (child, parameter)
+        for name, child in module.named_modules()
+        for key, parameter in child.named_parameters(recurse=False)
+        if parameter.dim() == 3 and not isinstance(child, _ConvNd)
+    }
+
+
+def lora_sizes(module: nn.Module, parameter: nn.Parameter) -> tuple[int, int, int]:
+    """Number of experts in a fused tensor, and d_in and d_out of one expert, as peft reads them.
+
+    LoRA's A is (r x experts, d_in) and B is (d_out, r x experts) (peft 0.21.2 tuners/lora/layer.py
+    ParamWrapper.update_layer).
+    """
+    count, rows, columns = parameter.shape
+    if getattr(module, "is_transposed", False):
+        return count, rows, columns
+    return count, columns, rows

@@ -21,7 +21,7 @@ from pipeline.plan.given.class_proof import Proof, cached_proof, without_leaking
 from pipeline.plan.given.data_size import DataSize
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout, SequenceProfile
-from pipeline.plan.given.shape import ModelShape
+from pipeline.plan.given.shape import EXPERTS, ModelShape
 from pipeline.plan.reasons import misfit_message, reasons
 from pipeline.plan.rules.model import INPUT_RULES
 from pipeline.plan.rules.rule import (
@@ -219,10 +219,17 @@ def rank_plans(
     if settings.deepspeed_json is not None:
         settings = with_json_constraints(settings.deepspeed_json, settings)
     why = {}
-    if settings.lora_target_modules == "auto":
-        targets = shape.default_targets
+    targets = shape.without_auto(settings.lora_target_modules)
+    if targets != settings.lora_target_modules:
         settings = settings.model_copy(update={"lora_target_modules": targets})
-        why["lora_target_modules"] = f"{', '.join(targets)}: the linear layers of the blocks"
+        names = ", ".join(target for target in targets if target != EXPERTS)
+        experts = f", and {EXPERTS}: all fused experts" if EXPERTS in targets else ""
+        why["lora_target_modules"] = f"{names}: the linear layers of the blocks{experts}"
+    if EXPERTS in targets and settings.lora_dropout > 0:
+        why["lora_dropout"] = (
+            f"{settings.lora_dropout:g} on the input of linear layers, 0 for experts, where peft "
+            "allows no other; adapter_config.json has 0"
+        )
     plan_input = PlanInput(
         settings=settings, shape=shape, hardware=hardware, packages=installed_versions()
     )

@@ -102,7 +102,7 @@ def activations(
             reach=tokens if attended is None else attended,
             mask_bytes=1 if is_cuda else b,
         )
-        saved = count * _saved(kind)
+        saved = count * _saved(kind) + _adapted_experts(kind)
         # The first norm of a block saves the block's input itself. Exception: RMSNorm on 16-bit
         # values saves an fp32 copy.
         shares_input = not (is_rms and b < 4)
@@ -146,6 +146,8 @@ def _saved(kind: _BlockKind) -> int:
     if attends_by_document(settings):
         saved += _concatenated(kind)
     saved += adapter.layers * settings.lora_r * b // n  # the output of A, which B reads
+    if adapter.adapted_experts:  # the gradient of an expert's weight needs the expert's input
+        saved += _expert_inputs(block) * b
     if settings.load_in_8bit:  # every layer saves its input (bitsandbytes 0.50.2 MatMul8bitLt)
         saved += (2 * block.hidden_size + block.intermediate_size) * b
     if settings.lora_dropout > 0:  # each adapter saves its input after dropout, and the mask
@@ -156,6 +158,22 @@ def _saved(kind: _BlockKind) -> int:
     saved += adapter.blocks_reading_mlp_input * block.hidden_size * b // n
     # Adapters on the output projection read the attention output, which is already counted.
     return saved + adapter.other_input_width * b // n
+
+
+def _expert_inputs(block: Block) -> int:
+    """Values per token that the projections of experts read; counted, or of a gated MLP."""
+    if block.saved_for_expert_adapters is not None:
+        return block.saved_for_expert_adapters
+    return block.experts_per_token * sum(tensor.d_in for tensor in block.experts)
+
+
+def _adapted_experts(kind: _BlockKind) -> int:
+    """Bytes of a block's expert weights with the adapter added, which autograd saves.
+
+    peft 0.21.2 adds the adapter to each fused tensor in every forward pass (tuners/lora/layer.py
+    _LoraFactorsProxy), and the products with its experts save the sum.
+    """
+    return kind.adapter.adapted_experts * kind.b // max(1, kind.count)
 
 
 def _norms(block: Block, b: int) -> int:
@@ -231,7 +249,8 @@ def _working(kind: _BlockKind, count: int, at_once: int) -> int:
     block, b = kind.block, kind.b
     inner = block.intermediate_size + block.experts_per_token * block.expert_size
     scores = block.num_heads * kind.reach * (8 - b) if kind.has_scores else 0
-    return max(count * (2 * inner + 2 * block.hidden_size) * b, at_once * scores)
+    gradient = kind.adapter.largest_expert_tensor * b  # of the experts with the adapter added
+    return max(count * (2 * inner + 2 * block.hidden_size) * b + gradient, at_once * scores)
 
 
 def _logits(shape: ModelShape, positions: int) -> int:

@@ -5,9 +5,11 @@ elements as the matrix has. The facts below are from DeepSpeed 0.19.8
 (runtime/zero/partitioned_param_coordinator.py, parameter_offload.py); tests/train/test_sharding.py
 measures them.
 
-Parameters of at most `stage3_param_persistence_threshold` elements (adapters, norms, biases, small
-routers) are persistent: replicated on every rank, and not counted in the limits below. Every other
-parameter is gathered when its module runs and released afterwards, with three exceptions:
+Parameters of at most `stage3_param_persistence_threshold` elements (adapters of linear layers,
+norms, biases, small routers) are persistent: replicated on every rank, and not counted in the
+limits below. Adapters of experts are not: they are larger than many base matrices, and gathered
+with the experts. Every other parameter is gathered when its module runs and released afterwards,
+with three exceptions:
 
 - *Prefetch.* At each module DeepSpeed also gathers the next parameters in the recorded order, as
   long as fewer than `stage3_max_live_parameters` elements are gathered.
@@ -26,7 +28,7 @@ and backward, and a larger one holds two to four gigabytes more than one block n
 from dataclasses import dataclass
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.given.adapter_counts import adapter_counts
+from pipeline.plan.given.adapter_counts import adapter_counts, adapter_counts_by_kind
 from pipeline.plan.given.block import Block
 from pipeline.plan.given.shape import ModelShape
 
@@ -51,19 +53,31 @@ class Gathers:
         return self.block + max(self.block, self.head)
 
 
-def gathers(shape: ModelShape, settings: RunSettings) -> Gathers:
-    """Sizes of the gathers, computed from the sizes of the frozen parameters.
+def persistence_threshold(shape: ModelShape, settings: RunSettings) -> int:
+    """Elements up to which a parameter is whole on every rank: the largest adapter matrix.
 
-    The persistence threshold is the size of the largest adapter matrix.
+    Matrices of experts' adapters do not count; if only experts are adapted, it is the size that a
+    linear layer of the hidden width would have.
     """
     adapter = adapter_counts(shape, settings)
+    return adapter.largest_linear_matrix or settings.lora_r * shape.hidden_size
+
+
+def gathers(shape: ModelShape, settings: RunSettings) -> Gathers:
+    """Elements of the base that ZeRO-3 gathers, from the sizes of its matrices.
+
+    `block` includes the adapter of the block's experts.
+    """
+    adapter, threshold = adapter_counts(shape, settings), persistence_threshold(shape, settings)
     block = persistent = largest = 0
-    for kind, count in shape.counts():
+    kinds = zip(shape.counts(), adapter_counts_by_kind(shape, settings), strict=True)
+    for (kind, count), adapters in kinds:
         sizes = _frozen_parameters(kind, settings)
-        persistent_in_block = sum(size for size in sizes if size <= adapter.largest_matrix)
+        persistent_in_block = sum(size for size in sizes if size <= threshold)
         persistent += count * persistent_in_block
         largest = max(largest, sum(sizes))
-        block = max(block, sum(sizes) - persistent_in_block)
+        of_experts = adapters.expert_parameters // max(1, count)
+        block = max(block, sum(sizes) - persistent_in_block + of_experts)
     adapter_of_a_block = -(-adapter.parameters // shape.num_layers)
     return Gathers(
         block=block,
@@ -79,7 +93,6 @@ def _frozen_parameters(block: Block, settings: RunSettings) -> list[int]:
     for linear in block.linears:
         sizes.append(-(-linear.weights // 2) if settings.load_in_4bit else linear.weights)
         sizes.append(linear.parameters - linear.weights)
-    if block.num_experts:  # two fused parameters and the router, never quantised
-        expert = block.num_experts * block.hidden_size * block.expert_size
-        sizes += [2 * expert, expert, block.router_parameters]
+    if block.experts:  # fused tensors and the router, never quantised
+        sizes += [*(tensor.parameters for tensor in block.experts), block.router_parameters]
     return [*sizes, block.norm_parameters]

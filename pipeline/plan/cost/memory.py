@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import Activations, activations
 from pipeline.plan.cost.gathers import gathers
-from pipeline.plan.given.adapter_counts import adapter_counts, trainable_parameters
+from pipeline.plan.given.adapter_counts import (
+    adapter_counts,
+    adapter_counts_by_kind,
+    trainable_parameters,
+)
 from pipeline.plan.given.block import Block
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import DTYPE_BYTES, Layout, SequenceProfile
@@ -164,7 +168,9 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
         terms["whole_on_every_rank"] = gathers(shape, settings).persistent * element_bytes
         if layout.hpz_partition_size > 1:
             terms["hpz_copy"] = sharded // layout.hpz_partition_size
-        terms["adapter_weights"] += b * trainable // world  # its shard, besides the gathered copy
+        # the shard, and copies on every rank except those of experts' adapters
+        of_experts = adapter_counts(shape, settings).expert_parameters
+        terms["adapter_weights"] = b * (trainable - of_experts) + b * trainable // world
         # DeepSpeed 0.19.8 stage3.py allocates fp32 gradients and one bucket persistently
         terms["adapter_gradients"] = 4 * trainable // world
         terms["zero_buckets"] = 4 * bucket_elements(shape, settings)
@@ -251,14 +257,23 @@ def _gathered(shape: ModelShape, settings: RunSettings, layout: Layout) -> tuple
 
     The experts of every block that is not checkpointed stay gathered until its backward pass
     (measured: only linear layers release their weights and gather them again in the backward pass).
+    If experts have an adapter, it stays gathered instead: the experts' weights are then saved with
+    the adapter added (activations.py).
     """
     if not layout.is_sharded:
         return 0, 0, 0
     b = layout.bytes_per_value
     head = shape.vocab_size * shape.hidden_size * b
-    not_checkpointed = shape.counts(first=layout.checkpointed_layers)
-    experts = b * sum(count * block.expert_parameters for block, count in not_checkpointed)
-    return head, max(_block_bytes(block, settings, b) for block in shape.blocks), experts
+    experts, largest = 0, 0
+    not_checkpointed = [n for _, n in shape.counts(first=layout.checkpointed_layers)]
+    adapters = adapter_counts_by_kind(shape, settings)
+    for (block, count), left, adapter in zip(
+        shape.counts(), not_checkpointed, adapters, strict=True
+    ):
+        of_adapter = b * adapter.expert_parameters // max(1, count)
+        experts += left * (of_adapter or b * block.expert_parameters)
+        largest = max(largest, _block_bytes(block, settings, b) + of_adapter)
+    return head, largest, experts
 
 
 def _block_bytes(block: Block, settings: RunSettings, b: int) -> int:
@@ -283,7 +298,8 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
     largest = shape.largest_linear * b
     constants = quantisation_constants(shape, settings)
     if layout.is_sharded and (not settings.is_quantised or layout.loads_through_host):
-        experts = b * max(block.expert_parameters for block in shape.blocks)  # one fused tensor
+        tensors = [tensor for block in shape.blocks for tensor in block.experts]
+        experts = b * max((tensor.parameters for tensor in tensors), default=0)
         being_read = max(largest, shape.vocab_size * shape.hidden_size * b, experts)
         on_rank_0 = 0 if is_cuda else base  # a CPU rank 0 reads the whole base into device memory
         sharded, hpz_size = base - constants, layout.hpz_partition_size

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import attends_by_document, has_scores
-from pipeline.plan.given.adapter_counts import trainable_parameters
+from pipeline.plan.given.adapter_counts import adapter_counts
 from pipeline.plan.given.block import Block
 from pipeline.plan.given.layout import DTYPE_BYTES
 from pipeline.plan.given.shape import ModelShape
@@ -29,6 +29,7 @@ _LORA_OUT_PASSES = 6  # B writes; scaling reads and writes; the sum reads two an
 _ROUTING_PASSES = 8
 _EXPERT_HIDDEN_PASSES = 12
 _EXPERT_INNER_PASSES = 8
+_FOLD_PASSES = 2  # an adapter of experts is added to their weights: one read, one written
 # Materialised scores: scaled, capped in three kernels, masked, softmax in fp32, cast.
 _SCORE_PASSES = 22
 
@@ -38,6 +39,7 @@ _BLOCK_KERNELS = 31
 _LORA_KERNELS = 4  # A, B, scaling, sum; dropout is one more
 _DEQUANTISE_KERNELS = 2  # the constants, then the weight
 _SCORES_KERNELS = 15  # attention of one document with materialised scores; fused it is one kernel
+_FOLD_KERNELS = 4  # the adapter is added to two fused tensors, each twice (see speed.py)
 _EXPERTS_KERNELS = 22  # routing, sorting by expert, two grouped products, and the inverse sort
 
 
@@ -51,6 +53,9 @@ class CostPerToken:
     attention scores are materialised.
     Per micro-batch: `kernels`, kernel launches; `document_kernels`, further launches for each
     packed document.
+    With an adapter on the experts: `expert_gradient_flops`, per token, for the gradients of the
+    experts' weights; `fold_flops` and `fold_values`, for adding the adapter once to all fused
+    tensors.
     Constants of the model: `trainable`, parameters of the adapter; `linear_values` and
     `expert_values`, weights of all linear layers and of all experts; `expert_share`, fraction of
     the experts that one token is routed to; `packed_bytes`, bytes of the linear weights if they are
@@ -73,6 +78,9 @@ class CostPerToken:
     kernels: int
     document_kernels: int
     modules: int
+    expert_gradient_flops: float = 0.0
+    fold_flops: float = 0.0
+    fold_values: float = 0.0
 
 
 def cost_per_token(shape: ModelShape, settings: RunSettings, training_dtype: str) -> CostPerToken:
@@ -102,7 +110,7 @@ def sequence_flops(cost: CostPerToken) -> SequenceFlops:
     their forward pass, since both operands need a gradient.
     """
     return SequenceFlops(
-        per_token=2 * cost.base_flops + 3 * cost.adapter_flops,
+        per_token=2 * cost.base_flops + 3 * cost.adapter_flops + cost.expert_gradient_flops,
         per_square=3 * cost.score_flops,
         per_logit=2 * cost.head_flops,
     )
@@ -131,17 +139,17 @@ def _cached(key: _Identity, training_dtype: str) -> CostPerToken:
     shape, settings = key.shape, key.settings
     n, b = shape.linear_parameters, DTYPE_BYTES[training_dtype]
     packed = (0.5 if settings.load_in_4bit else 1.0) * n if settings.is_quantised else 0.0
-    trainable = trainable_parameters(shape, settings)
-    counts = shape.counts()
+    adapter, counts = adapter_counts(shape, settings), shape.counts()
+    adapted = adapter.adapted_experts
     heads = sum(count * block.num_heads for block, count in counts)
     # Causal kernels skip the masked half of the scores (FlashAttention-2, arXiv 2307.08691 s.3.1),
     # PyTorch's SDPA too, because training passes it no mask (model/loss.py). Soft-capped scores
     # are materialised in full unless FlashAttention-2 computes them.
     is_materialised = has_scores(shape, settings)
     return CostPerToken(
-        trainable=trainable,
+        trainable=adapter.parameters,
         base_flops=2 * sum(count * block.active_weights for block, count in counts),
-        adapter_flops=2 * trainable,
+        adapter_flops=2 * (adapter.parameters - adapter.expert_parameters),
         # Scores, and their product with V: 2 FLOPs each (PaLM, arXiv 2204.02311 app. B).
         score_flops=(4 if is_materialised else 2)
         * sum(count * block.query_width for block, count in counts),
@@ -156,6 +164,11 @@ def _cached(key: _Identity, training_dtype: str) -> CostPerToken:
         kernels=_kernels(shape, settings),
         document_kernels=_document_kernels(shape, settings),
         modules=_linear_count(shape),
+        expert_gradient_flops=sum(
+            2 * count * block.active_expert_weights for block, count in counts if adapted
+        ),
+        fold_flops=2 * settings.lora_r * adapted,
+        fold_values=_FOLD_PASSES * adapted,
     )
 
 
@@ -196,8 +209,11 @@ def _kernels(shape: ModelShape, settings: RunSettings) -> int:
     per_linear = 1 + (_DEQUANTISE_KERNELS if settings.is_quantised else 0)
     per_adapter = _LORA_KERNELS + (1 if settings.lora_dropout > 0 else 0)
     adapters = len(shape.targeted(settings.lora_target_modules))
+    of_experts = _EXPERTS_KERNELS
+    if adapter_counts(shape, settings).adapted_experts:
+        of_experts += _FOLD_KERNELS
     blocks = sum(
-        count * (_BLOCK_KERNELS + (_EXPERTS_KERNELS if block.num_experts else 0))
+        count * (_BLOCK_KERNELS + (of_experts if block.num_experts else 0))
         for block, count in shape.counts()
     )
     return blocks + per_linear * _linear_count(shape) + per_adapter * adapters

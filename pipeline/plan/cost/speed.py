@@ -27,6 +27,7 @@ _SCORES_BACKWARD = 2.5
 # Backward relative to forward for everything else, in bytes and kernels (test_per_token.py).
 _TRAFFIC_BACKWARD = 1.7
 _KERNELS_BACKWARD = 1.6
+_FOLD_BACKWARD = 1.5  # passes for an adapter added to experts, relative to forward: 3 to 2
 _KERNEL_S = 8e-6  # host time in seconds to launch one kernel from eager PyTorch
 _FETCH_S = 50e-6  # host time in seconds for ZeRO-3's hooks around one module of the base
 _HOP_S = 5e-6  # latency in seconds of one hop of a ring
@@ -142,13 +143,19 @@ def _arithmetic(work: CostPerToken, micro: float, reach: float, recomputed: floa
     An adapter's weight costs 2 and 4, because it also has a gradient of its own (arXiv 2001.08361
     s.2.1 counts 2 and 4 for models whose weights are all trained). Recomputation is one more
     forward pass.
+
+    An adapter of experts is added to their weights instead, twice in each forward pass: torch 2.13
+    nn/utils/parametrize.py also computes the sum to check its shape. The backward pass computes the
+    gradient of the sum, which costs 2 per active weight, and from it those of A and B.
     """
+    fold = (2 + 2 + 2 * recomputed) * work.fold_flops
     per_token = (
         (2 + recomputed) * work.base_flops
         + (3 + recomputed) * work.adapter_flops
         + (1 + _SCORES_BACKWARD + recomputed) * work.score_flops * reach
+        + work.expert_gradient_flops
     )
-    return micro * per_token
+    return micro * per_token + fold
 
 
 def _logits(
@@ -184,7 +191,9 @@ def _traffic(
     weights = (2 + recomputed) * (work.linear_values + experts)
     values = work.token_values + work.score_values * reach
     activations = micro * (1 + _TRAFFIC_BACKWARD + recomputed) * values
-    return layout.bytes_per_value * (weights + activations)
+    # adapted experts: added twice in each forward pass; the gradient is written and read twice
+    folds = (2 + _FOLD_BACKWARD + 2 * recomputed) * work.fold_values
+    return layout.bytes_per_value * (weights + activations + folds)
 
 
 def _dequantised(

@@ -6,7 +6,7 @@ Comments give the reason for each key; facts about DeepSpeed hold for version 0.
 from typing import Any
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.cost.gathers import gathers
+from pipeline.plan.cost.gathers import gathers, persistence_threshold
 from pipeline.plan.cost.memory import bucket_elements
 from pipeline.plan.given.adapter_counts import adapter_counts
 from pipeline.plan.given.layout import Layout
@@ -17,6 +17,7 @@ _EXPERT_MODULES = {
     "qwen2_moe": "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
     "qwen3_moe": "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
 }
+_ADAPTED_EXPERTS = "peft.tuners.lora.layer.ParamWrapper"
 
 
 def deepspeed_config(
@@ -91,8 +92,8 @@ def _sharded(
 ) -> dict[str, Any]:
     gathered = gathers(shape, settings)
     zero: dict[str, Any] = {
-        # Adapters are replicated, so that layers do not gather small matrices.
-        "stage3_param_persistence_threshold": adapter_counts(shape, settings).largest_matrix,
+        # Adapters of linear layers are replicated, so that layers do not gather small matrices.
+        "stage3_param_persistence_threshold": persistence_threshold(shape, settings),
         # These limits allow the block in use and one prefetched block (plan/cost/gathers.py).
         "stage3_max_live_parameters": gathered.block,
         "stage3_prefetch_bucket_size": gathered.block,
@@ -103,11 +104,15 @@ def _sharded(
         # Off, because it would gather the whole base on rank 0.
         "stage3_gather_16bit_weights_on_model_save": False,
     }
-    if shape.model_type in _EXPERT_MODULES:
-        # Ranks route tokens to different experts. A leaf module is gathered as a whole, so all
-        # ranks gather in the same order. DeepSpeed's default list has these classes; they are
-        # written here in case a later default does not.
-        zero["leaf_module"] = {"classes": [_EXPERT_MODULES[shape.model_type]]}
+    # Ranks route tokens to different experts. A leaf module is gathered as a whole, so all ranks
+    # gather in the same order. DeepSpeed's default list has the classes of _EXPERT_MODULES, which are
+    # written here in case a later default does not.
+    leaves = [_EXPERT_MODULES[shape.model_type]] if shape.model_type in _EXPERT_MODULES else []
+    if adapter_counts(shape, settings).adapted_experts:
+        # peft reads experts and adapter before it calls the module that holds the experts.
+        leaves.append(_ADAPTED_EXPERTS)
+    if leaves:
+        zero["leaf_module"] = {"classes": leaves}
     if layout.hpz_partition_size > 1:
         # A second copy of the base, sharded over the ranks of a node: gathers use only its links.
         zero["zero_hpz_partition_size"] = layout.hpz_partition_size

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.given.families import Linear
+from pipeline.plan.given.families import ExpertTensor, Linear
 from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.given.shape import ModelShape
 
@@ -18,24 +18,34 @@ _NamedLinears = Sequence[tuple[str, Linear]]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterCounts:
-    """Sums over the adapted linear layers of a model, or of all its blocks of one kind."""
+    """Sums over the adapted linear layers of a model, or of all its blocks of one kind.
+
+    `parameters` and `largest_matrix` include the adapter of fused experts. `expert_parameters`:
+    parameters of that adapter. `adapted_experts`: elements of the fused tensors that it adapts.
+    `largest_expert_tensor`: elements of the largest of them.
+    """
 
     layers: int
     parameters: int
     largest_matrix: int  # elements of the largest A or B
+    largest_linear_matrix: int  # elements of the largest A or B of a linear layer
     input_width: int  # sum of d_in
     output_width: int  # sum of d_out
     blocks_reading_attention_input: int
     blocks_reading_attention_output: int
     blocks_reading_mlp_input: int
     other_input_width: int  # sum of d_in of layers that read another input (down projection)
+    expert_parameters: int
+    adapted_experts: int
+    largest_expert_tensor: int
 
 
 def adapter_counts(shape: ModelShape, settings: RunSettings) -> AdapterCounts:
     """Counts for the layers that `lora_target_modules` selects in all blocks.
 
     Raises UserError if an entry selects no layer. A is (r, d_in) and B is (d_out, r) for every
-    layer (LoRA, arXiv 2106.09685 s.4).
+    layer (LoRA, arXiv 2106.09685 s.4). For a fused tensor of n experts A is (n r, d_in) and B is
+    (d_out, n r): r for each expert (peft 0.21.2 tuners/lora/layer.py ParamWrapper.update_layer).
     """
     return _counts(shape, _key(settings), settings.lora_r)[0]
 
@@ -71,19 +81,31 @@ def _key(settings: RunSettings) -> str | tuple[str, ...]:
 def _counts(
     shape: ModelShape, targets: str | tuple[str, ...], r: int
 ) -> tuple[AdapterCounts, tuple[AdapterCounts, ...]]:
-    selected = shape.targeted(targets)
-    by_kind: list[list[tuple[str, Linear]]] = [[] for _ in shape.blocks]
-    for name, linear in selected:
-        by_kind[shape.kind_of(name)].append((name, linear))
-    return _count(selected, r), tuple(_count(of_kind, r) for of_kind in by_kind)
+    selected, experts = shape.targeted(targets), shape.targeted_experts(targets)
+    by_kind = [
+        _count(
+            [(name, linear) for name, linear in selected if shape.kind_of(name) == kind],
+            [tensor for name, tensor in experts if shape.kind_of(name) == kind],
+            r,
+        )
+        for kind in range(len(shape.blocks))
+    ]
+    return _count(selected, [tensor for _, tensor in experts], r), tuple(by_kind)
 
 
-def _count(selected: _NamedLinears, r: int) -> AdapterCounts:
+def _count(selected: _NamedLinears, experts: Sequence[ExpertTensor], r: int) -> AdapterCounts:
     linears = [linear for _, linear in selected]
+    of_linears = r * max((max(x.d_in, x.d_out) for x in linears), default=0)
+    of_experts = r * max((x.count * max(x.d_in, x.d_out) for x in experts), default=0)
+    expert_parameters = sum(r * x.count * (x.d_in + x.d_out) for x in experts)
     return AdapterCounts(
         layers=len(linears),
-        parameters=sum(r * (linear.d_in + linear.d_out) for linear in linears),
-        largest_matrix=r * max((max(x.d_in, x.d_out) for x in linears), default=0),
+        parameters=sum(r * (x.d_in + x.d_out) for x in linears) + expert_parameters,
+        largest_matrix=max(of_linears, of_experts),
+        largest_linear_matrix=of_linears,
+        expert_parameters=expert_parameters,
+        adapted_experts=sum(tensor.parameters for tensor in experts),
+        largest_expert_tensor=max((tensor.parameters for tensor in experts), default=0),
         input_width=sum(linear.d_in for linear in linears),
         output_width=sum(linear.d_out for linear in linears),
         blocks_reading_attention_input=_blocks_with(selected, _ATTENTION_INPUT),

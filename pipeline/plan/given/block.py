@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.plan.given.families import Linear, NormKind
+from pipeline.plan.given.families import ExpertTensor, Linear, NormKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,10 +10,11 @@ class Block:
     """One kind of decoder block.
 
     `intermediate_size`: inner width of the dense MLP, or of the shared expert in a block with
-    experts; 0 if there is neither. `expert_size`: inner width of one expert. `saved`: size per
-    token of the tensors saved for backward without adapters, counted on the model's class: the
-    number of values in the training dtype, and the bytes of other types; None if activations.py
-    computes them.
+    experts; 0 if there is neither. `experts`: fused tensors in the order in which the class defines
+    them. `saved`: size per token of the tensors saved for backward without adapters, counted on the
+    model's class: the number of values in the training dtype, and the bytes of other types; None if
+    activations.py computes them. `saved_for_expert_adapters`: number of values per token that are
+    saved in addition if the experts have an adapter.
     """
 
     linears: tuple[Linear, ...]
@@ -27,11 +28,21 @@ class Block:
     has_head_norms: bool = False  # each query head and each key head is normalised
     is_gated: bool = True
     has_fused_gate: bool = False  # gate and up projection are one linear layer
-    num_experts: int = 0  # 0: no experts
+    experts: tuple[ExpertTensor, ...] = ()
     experts_per_token: int = 0
-    expert_size: int = 0
     other_parameters: int = 0  # parameters that the fields above do not include
     saved: tuple[int, int] | None = None
+    saved_for_expert_adapters: int | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts; 0 for a dense block."""
+        return self.experts[0].count if self.experts else 0
+
+    @property
+    def expert_size(self) -> int:
+        """Inner width of one expert, if its gate, up and down projections are equally wide."""
+        return self._parameters_per_expert // (3 * self.hidden_size)
 
     @property
     def query_width(self) -> int:
@@ -61,7 +72,7 @@ class Block:
     @property
     def expert_parameters(self) -> int:
         """Parameters of all experts: gate, up and down projections."""
-        return self.num_experts * self._parameters_per_expert
+        return sum(tensor.parameters for tensor in self.experts)
 
     @property
     def norm_parameters(self) -> int:
@@ -84,9 +95,13 @@ class Block:
     @property
     def active_weights(self) -> int:
         """Weights that one token is multiplied by, including router and selected experts."""
-        experts = self.experts_per_token * self._parameters_per_expert
-        return self.linear_weights + self.router_parameters + experts
+        return self.linear_weights + self.router_parameters + self.active_expert_weights
+
+    @property
+    def active_expert_weights(self) -> int:
+        """Weights of the experts that one token is routed to."""
+        return self.experts_per_token * self._parameters_per_expert
 
     @property
     def _parameters_per_expert(self) -> int:
-        return 3 * self.hidden_size * self.expert_size
+        return sum(tensor.d_in * tensor.d_out for tensor in self.experts)

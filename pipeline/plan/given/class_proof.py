@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json, write_text
-from pipeline.plan.given.shape import ModelShape
+from pipeline.plan.given.shape import EXPERTS, ModelShape
 from pipeline.plan.given.torch_process import cache_file, run_module
 
 _FORMAT = "3"  # version of the cached file and of the checks
@@ -43,9 +43,10 @@ class Proof:
 
 
 def adapted_names(shape: ModelShape, settings: RunSettings) -> list[str]:
-    """Last parts of the names of the adapted linear layers, such as `q_proj`."""
-    targeted = shape.targeted(settings.lora_target_modules)
-    return sorted({name.rsplit(".", 1)[-1] for name, _ in targeted})
+    """Last parts of the names of the adapted linear layers, such as `q_proj`, and `experts`."""
+    targets = settings.lora_target_modules
+    names = {name.rsplit(".", 1)[-1] for name, _ in shape.targeted(targets)}
+    return sorted(names | ({EXPERTS} if shape.targeted_experts(targets) else set()))
 
 
 def cached_proof(shape: ModelShape, settings: RunSettings) -> Proof | None:

@@ -13,7 +13,7 @@ from pipeline.files import dump_json, read_json, write_text
 from pipeline.plan.given.torch_process import cache_file, package_version, run_module
 
 _PACKAGES = ("torch", "transformers", "peft")  # their versions determine the shape of a class
-_FORMAT = "2"  # of the cached file
+_FORMAT = "3"  # of the cached file
 _TIMEOUT_S = 300
 
 

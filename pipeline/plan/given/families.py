@@ -37,6 +37,24 @@ class Linear:
         return self.weights + (self.d_out if self.has_bias else 0)
 
 
+@dataclass(frozen=True)
+class ExpertTensor:
+    """One tensor with the weights of all experts of a block, such as `mlp.experts.down_proj`.
+
+    `d_in` and `d_out` are the sizes of one expert's matrix as peft names them.
+    """
+
+    name: str
+    count: int
+    d_in: int
+    d_out: int
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the tensor."""
+        return self.count * self.d_in * self.d_out
+
+
 @dataclass(frozen=True, kw_only=True)
 class Widths:
     """Widths of the hidden state, the inner layer of the MLP, all query heads and all key heads."""
@@ -54,6 +72,13 @@ class Experts:
     count: int
     per_token: int
     size: int
+
+    def tensors(self, hidden: int) -> tuple[ExpertTensor, ...]:
+        """The fused tensors, in the order in which the class defines them."""
+        return (
+            ExpertTensor("mlp.experts.gate_up_proj", self.count, hidden, 2 * self.size),
+            ExpertTensor("mlp.experts.down_proj", self.count, self.size, hidden),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,16 +20,26 @@ from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.plan.given.block import Block
 from pipeline.plan.given.class_shape import class_shape
-from pipeline.plan.given.families import FAMILIES, Config, Experts, Family, Linear, Widths
+from pipeline.plan.given.families import (
+    FAMILIES,
+    Config,
+    Experts,
+    ExpertTensor,
+    Family,
+    Linear,
+    Widths,
+)
 from pipeline.plan.given.objective import bidirectional, other_head
 from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.given.tokens import required_vocab_size
 
+# As an entry of lora_target_modules: the fused experts of all blocks.
+EXPERTS = "experts"
 # Names of the experts and of their projections. In older transformers these were linear layers.
 _EXPERT_NAMES = ("experts", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-# Matches the names of routers and of the gates of shared experts, such as `mlp.gate`, but not
-# `mlp.gate_proj`.
-_ROUTER = re.compile(r"(^|.*[._])(gate|router)$")
+# Matches the names of routers and of the gates of shared experts, such as `mlp.gate` and
+# `router.proj`, but not `mlp.gate_proj`.
+_ROUTER = re.compile(r"(^|.*[._])(gate|router)($|\.)")
 # Largest plausible sizes, by the end of their key: a larger number would be counted for minutes.
 _LARGEST = ((re.compile(r"layers?$"), 10_000), (re.compile(r"experts?$"), 100_000))
 _SIZE = re.compile(r"(layers?|experts?|heads?|size|dim|width|n_embd|n_inner|d_model|tok)$")
@@ -147,7 +157,8 @@ class ModelShape:
         """The targets of `lora_target_modules: auto`: all linear layers of blocks except routers.
 
         Each is the last part of a module's name (`q_proj`), the form that serving engines
-        understand. Fused experts are not linear layers.
+        understand. Fused experts are not linear layers: they are adapted only if the user names
+        them.
         """
         linears = chain.from_iterable(block.linears for block in self.blocks)
         names = [x.name for x in linears if x.is_adaptable and not _ROUTER.match(x.name)]
@@ -157,43 +168,76 @@ class ModelShape:
         """The linear layers that get an adapter, with their full names.
 
         `targets` is `auto` or a value of peft's `target_modules`: a list of last parts of dotted
-        names, `all-linear`, or a regular expression for full names. Raises UserError if an entry
-        matches no layer.
+        names, `all-linear`, or a regular expression for full names. `experts` is skipped, see
+        `targeted_experts`. Raises UserError if an entry matches no layer.
         """
-        if targets == "auto":
-            targets = self.default_targets
+        targets = self.without_auto(targets)
         if targets == "all-linear":
             return [(name, linear) for name, linear in self.linears.items() if linear.is_adaptable]
         if isinstance(targets, str):
             selected = full_matches(targets, self.linears, "lora_target_modules")
             self._require_match(selected, targets)
         else:
+            self._require_match(targets, "[]")
+            targets = [target for target in targets if target != EXPERTS]
             for target in targets:
                 matches = [name for name in self.linears if _matches(name, target)]
                 self._require_match(matches, target)
-            self._require_match(targets, "[]")
             selected = [n for n in self.linears if any(_matches(n, t) for t in targets)]
         if unadaptable := [name for name in selected if not self.linears[name].is_adaptable]:
             raise UserError(
                 f"lora_target_modules: {targets!r} matches {unadaptable[0]}, but peft would adapt "
-                "the fused experts of other blocks instead of it; these can be adapted: "
-                f"[{', '.join(self.default_targets)}]"
+                "fused experts instead of it, both when it attaches the adapter and when it loads one; "
+                f"these can be adapted: [{', '.join([*self.default_targets, EXPERTS])}]"
             )
         return [(name, self.linears[name]) for name in selected]
 
-    def kind_of(self, linear_name: str) -> int:
-        """Index in `blocks` for the block of the linear layer with this full name."""
-        return self.layer_kinds[int(linear_name[len(self.layers_name) + 1 :].split(".", 1)[0])]
+    def targeted_experts(self, targets: str | Sequence[str]) -> list[tuple[str, ExpertTensor]]:
+        """The fused expert tensors that get an adapter, with their full names.
+
+        All of them if `experts` is one of the targets, else none. Raises UserError if `experts` is
+        a target and the model has no fused experts.
+        """
+        if EXPERTS not in ([targets] if isinstance(targets, str) else targets):
+            return []
+        tensors = [
+            (f"{self.layers_name}.{layer}.{tensor.name}", tensor)
+            for layer, kind in enumerate(self.layer_kinds)
+            for tensor in self.blocks[kind].experts
+        ]
+        if not tensors:
+            raise UserError(
+                f"lora_target_modules: {EXPERTS} stands for fused experts, of which {self.folder} "
+                f"has none; its blocks have the linear layers {', '.join(self._linear_names)}"
+            )
+        return tensors
+
+    def without_auto(self, targets: str | Sequence[str]) -> str | list[str]:
+        """The targets with `auto` replaced by the names it stands for, also within a list."""
+        if targets in ("auto", EXPERTS):
+            targets = [str(targets)]
+        if isinstance(targets, str):
+            return targets
+        expanded = [self.default_targets if target == "auto" else [target] for target in targets]
+        return list(dict.fromkeys(chain.from_iterable(expanded)))
+
+    def kind_of(self, name: str) -> int:
+        """Index in `blocks` for the block of the layer or tensor with this full name."""
+        return self.layer_kinds[int(name[len(self.layers_name) + 1 :].split(".", 1)[0])]
+
+    @property
+    def _linear_names(self) -> list[str]:
+        return list(dict.fromkeys(map(_last_part, self.linears)))
 
     def _require_match(self, matches: Sequence[str], target: str) -> None:
         if matches:
             return
-        names = ", ".join(dict.fromkeys(map(_last_part, self.linears)))
+        names = ", ".join(self._linear_names)
         if self.num_experts and target.endswith(_EXPERT_NAMES):
             raise UserError(
-                f"lora_target_modules: {target!r} cannot be adapted by name in {self.folder}: the "
-                f"experts of a block are fused into one tensor; leave {target!r} out to adapt the "
-                f"linear layers [{names}]"
+                f"lora_target_modules: {target!r} of {self.folder}: the experts of a block are "
+                f"fused into a few tensors, which have no names of single projections; name "
+                f"{EXPERTS} to adapt all of them, or linear layers: [{names}]"
             )
         raise UserError(
             f"lora_target_modules: {target!r} matches no linear layer of {self.folder}, whose "
@@ -270,8 +314,7 @@ def _from_family(config: Config, model: str) -> ModelShape:
 def _from_class(config: Config, model: str, sizes: Mapping[str, Any]) -> ModelShape:
     """The shape from the sizes of class_shape.py; for a multimodal class, its language model."""
     blocks = tuple(_block_from_class(block) for block in sizes["blocks"])
-    if any(block.num_experts for block in blocks):
-        blocks = tuple(_without_expert_names(block) for block in blocks)
+    blocks = tuple(_without_rewritten(block, sizes["rewritten_by_peft"]) for block in blocks)
     shape = ModelShape(
         vocab_size=sizes["vocab_size"],
         is_tied=sizes["is_tied"],
@@ -295,8 +338,7 @@ def _block_from_class(sizes: Mapping[str, Any]) -> Block:
     by_name = {_last_part(linear.name): linear for linear in linears}
     output = by_name.get("o_proj") or by_name.get("dense") or by_name.get("out_proj")
     mlp = by_name.get("down_proj") or by_name.get("fc2")
-    heads, experts = sizes["num_heads"], sizes["num_experts"]
-    hidden = sizes["hidden_size"]
+    heads, hidden = sizes["num_heads"], sizes["hidden_size"]
     block = Block(
         linears=linears,
         hidden_size=hidden,
@@ -306,24 +348,21 @@ def _block_from_class(sizes: Mapping[str, Any]) -> Block:
         head_dim=output.d_in // heads if output else 0,
         norm_kind=sizes["norm_kind"],
         num_norms=sizes["num_norms"],
-        num_experts=experts,
+        experts=tuple(ExpertTensor(*tensor) for tensor in sizes["experts"]),
         experts_per_token=sizes["experts_per_token"],
-        expert_size=sizes["expert_parameters"] // (3 * hidden * experts) if experts else 0,
         saved=(sizes["saved_values"], sizes["saved_bytes"]),
+        saved_for_expert_adapters=sizes["saved_for_expert_adapters"],
     )
     return replace(block, other_parameters=sizes["parameters"] - block.parameters)
 
 
-def _without_expert_names(block: Block) -> Block:
-    """A block of a mixture-of-experts model, with its MLP layers marked as not adaptable.
+def _without_rewritten(block: Block, names: Sequence[str]) -> Block:
+    """The block with the layers of these names marked as not adaptable.
 
-    peft 0.21 applies the names of these layers to the fused experts
-    (utils/transformers_weight_conversion.py).
+    peft 0.21 adapts the fused experts if such a name is a target, for the model types listed in its
+    utils/transformers_weight_conversion.py.
     """
-    linears = (
-        replace(linear, is_adaptable=_last_part(linear.name) not in _EXPERT_NAMES)
-        for linear in block.linears
-    )
+    linears = (replace(x, is_adaptable=_last_part(x.name) not in names) for x in block.linears)
     return replace(block, linears=tuple(linears))
 
 
@@ -382,9 +421,8 @@ def _block(family: Family, config: Config, experts: Experts | None) -> Block:
         has_head_norms=family.head_norms(config),
         is_gated=family.is_gated,
         has_fused_gate=family.has_fused_gate,
-        num_experts=experts.count if experts else 0,
+        experts=experts.tensors(hidden) if experts and experts.count else (),
         experts_per_token=experts.per_token if experts else 0,
-        expert_size=experts.size if experts else 0,
     )
 
 

@@ -1,8 +1,7 @@
 """Rules about the block `zero_optimization` of the DeepSpeed config."""
 
-from pipeline.plan.cost.gathers import gathers
+from pipeline.plan.cost.gathers import gathers, persistence_threshold
 from pipeline.plan.cost.memory import bucket_elements
-from pipeline.plan.given.adapter_counts import adapter_counts
 from pipeline.plan.rules.rule import (
     DEEPSPEED,
     ENGINE_SOURCE,
@@ -30,7 +29,7 @@ def _hpz_ranks(s: PlanContext) -> int:
 
 def _gathers_adapters(s: PlanContext) -> bool:
     threshold = int(s.zero.get("stage3_param_persistence_threshold", 100_000))
-    return s.layout.is_sharded and threshold < adapter_counts(s.shape, s.settings).largest_matrix
+    return s.layout.is_sharded and threshold < persistence_threshold(s.shape, s.settings)
 
 
 def _has_large_bucket(s: PlanContext) -> bool:

@@ -12,7 +12,7 @@ from pipeline.plan.cost.per_token import cost_per_token
 from pipeline.plan.cost.speed import step_seconds
 from pipeline.plan.given.block import Block
 from pipeline.plan.given.catalogue import GPUS, cpu_of
-from pipeline.plan.given.families import Linear
+from pipeline.plan.given.families import Experts, Linear
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import ModelShape
 from tests import ROOT
@@ -104,11 +104,11 @@ def test_half_of_the_scores_are_skipped_unless_they_are_soft_capped_and_made():
 
 
 def test_a_micro_batch_reads_the_experts_that_its_tokens_meet():
-    experts = {"num_experts": 128, "experts_per_token": 8, "expert_size": 768}
-    mixture = with_blocks(LLAMA_8B, **experts)
+    tensors = {n: Experts(count=n, per_token=8, size=768).tensors(4096) for n in (8, 128)}
+    mixture = with_blocks(LLAMA_8B, experts=tensors[128], experts_per_token=8)
     few, some, many, more = (
         speed(mixture, tokens=tokens).terms["memory_traffic"]
-        - speed(with_blocks(mixture, num_experts=8), tokens=tokens).terms["memory_traffic"]
+        - speed(with_blocks(mixture, experts=tensors[8]), tokens=tokens).terms["memory_traffic"]
         for tokens in (1.0, 8.0, 16.0, 1024.0)
     )
     whole = 2 * 2 * 120 * 32 * 3 * 4096 * 768 / (0.8 * H100.memory_bandwidth)

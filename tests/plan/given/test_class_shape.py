@@ -92,8 +92,10 @@ def test_the_class_gives_the_counts_of_the_table(tmp_path, as_unknown, kind):
     assert counted.other_parameters == 0
     ours, theirs = counted.blocks[0], table.blocks[0]
     for name in ("num_heads", "num_kv_heads", "head_dim", "norm_kind", "num_norms",
-                 "expert_size", "experts_per_token"):  # fmt: skip
+                 "experts", "experts_per_token"):  # fmt: skip
         assert getattr(ours, name) == getattr(theirs, name), name
+    in_dense = [(x.name, x.is_adaptable) for block in counted.blocks for x in block.linears]
+    assert in_dense == [(x.name, x.is_adaptable) for block in table.blocks for x in block.linears]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

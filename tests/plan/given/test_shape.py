@@ -25,6 +25,7 @@ SMALL = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+WITH_EXPERTS = {"lora_target_modules": ["auto", "experts"]}
 QWEN_EXPERTS = EXPERTS | {"num_experts": 4, "moe_intermediate_size": 40}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TIED, ALL = {"tie_word_embeddings": True}, {"lora_target_modules": "all-linear"}
@@ -47,6 +48,10 @@ CASES = [
     ("gpt_neox", TIED | {"attention_bias": False, "lora_target_modules": ["query_key_value"]}),
     ("mixtral", ALL | EXPERTS),
     ("mixtral", TIED | EXPERTS | {"lora_target_modules": r".*layers\.1\..*\.[qv]_proj"}),
+    ("mixtral", EXPERTS | {"lora_target_modules": ["q_proj", "experts"]}),
+    ("mixtral", EXPERTS | {"lora_target_modules": "experts"}),
+    ("qwen3_moe", QWEN_EXPERTS | WITH_EXPERTS | {"mlp_only_layers": [1]}),
+    ("qwen2_moe", QWEN_EXPERTS | WITH_EXPERTS),
     ("qwen3_moe", ALL | QWEN_EXPERTS),
     ("qwen3_moe", QWEN_EXPERTS | {"attention_bias": True, "lora_target_modules": ATTENTION}),
     ("qwen2_moe", ALL | QWEN_EXPERTS | {"shared_expert_intermediate_size": 56}),
