@@ -109,7 +109,11 @@ def check_servable(tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[
         for key in tensors
         if not key.startswith(_PREFIX) or not key.endswith((".lora_A.weight", ".lora_B.weight"))
     ]
+    # Modules whose fused experts are adapted: their matrices have r columns for each expert.
+    fused = tuple(name.rpartition(".")[0] for name in adapter_config.get("target_parameters") or ())
     for key, tensor in tensors.items():
+        if key.partition(".lora_")[0].replace(".base_layer", "").endswith(fused):
+            continue
         if (rows := tensor.shape[0 if ".lora_A." in key else -1]) > (r := adapter_config["r"]):
             problems.append(f"{key} has rank {rows}, but r is {r} in adapter_config.json")
     if len(kinds := {tensor.dtype for tensor in tensors.values()}) > 1:

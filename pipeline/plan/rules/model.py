@@ -50,6 +50,14 @@ def _is_too_old_for_bf16(s: PlanContext) -> bool:
     return s.layout.training_dtype == "bfloat16" and capability is not None and capability < (8, 0)
 
 
+def _has_unquantised_experts(s: PlanContext) -> str:
+    """The share of the parameters that stay in 16 bits, if a mixture of experts is quantised."""
+    experts = s.shape.expert_parameters
+    if not s.settings.is_quantised or not experts:
+        return ""
+    return f"{experts / 1e9:,.2f} of {s.shape.parameters / 1e9:,.2f} B parameters"
+
+
 def _stops_slowly(s: PlanContext) -> bool:
     sequences = SequenceProfile(tokens=s.settings.max_length)
     step = step_seconds(s.shape, s.settings, s.layout, s.hardware, sequences)
@@ -289,11 +297,21 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="4bit-moe",
         level="warn",
-        applies=lambda s: s.settings.load_in_4bit and s.shape.num_experts > 0,
-        reason="load_in_4bit with a mixture of experts saves little memory: the experts are fused "
-        "parameters, which bitsandbytes does not quantise",
-        remedy="compare with a plan for load_in_4bit: false",
+        applies=_has_unquantised_experts,
+        reason="load_in_4bit or load_in_8bit with a mixture of experts saves little memory: the "
+        "experts are fused parameters, which bitsandbytes does not quantise",
+        remedy="compare with a plan for the 16-bit base",
         source="transformers 5.23.0 integrations/bitsandbytes.py:184",
+    ),
+    Rule(
+        id="experts-serving",
+        level="warn",
+        applies=lambda s: bool(s.shape.targeted_experts(s.settings.lora_target_modules)),
+        reason="adapters of fused experts load in peft, but vLLM and SGLang have silently ignored "
+        "or rejected them",
+        remedy="serve the merged model (`launch/merge.py`), or compare the server's answers with "
+        "those of peft",
+        source=issue("vllm-project/vllm", 41384, 52198) + ", " + issue("sgl-project/sglang", 27381),
     ),
     Rule(
         id="bf16-old-gpu",

@@ -5,11 +5,12 @@ A context is given by what differs from Llama 8B on 8 GPUs of 80 GiB at ZeRO-2 i
 
 from pipeline.plan.deepspeed.keys import REMOVED, REMOVED_FROM_ZERO
 from pipeline.plan.given.class_proof import Proof
+from pipeline.plan.given.families import Experts
 from tests.planning import CPU, LLAMA_8B, SMOLLM2, gpu, sized
 
 Z1, Z2, Z3 = ({"zero_stage": stage} for stage in (1, 2, 3))
 FP16, FP32 = {"training_dtype": "float16"}, {"training_dtype": "float32"}
-MOE = {"num_experts": 8}
+MOE = {"experts": Experts(count=8, per_token=2, size=64).tensors(4096)}
 NF4 = {"load_in_4bit": True}
 CHECKPOINTED = {"checkpointed_layers": 32}
 SHORT = LLAMA_8B | {"max_position_embeddings": 4096}
@@ -86,6 +87,10 @@ CASES = {
         {"bnb_4bit_quant_storage": "bfloat16", **NF4},
     ),
     "4bit-moe": ({"shape": MOE, **NF4}, {"shape": MOE}),
+    "experts-serving": (
+        {"shape": MOE, "lora_target_modules": ["q_proj", "experts"]},
+        {"shape": MOE, "lora_target_modules": ["q_proj"]},
+    ),
     "fp16-cpu": ({"fp16": True, "hardware": CPU}, {"fp16": True}),
     "bf16-old-gpu": ({"hardware": gpu(capability=(7, 5))}, {"hardware": gpu(capability=(8, 0))}),
     "fp16-for-bf16-model": (

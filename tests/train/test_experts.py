@@ -1,0 +1,96 @@
+"""Adapters of fused experts train, load in plain peft, resume and merge as those of linear layers."""
+
+import pytest
+import torch
+from peft import PeftModel
+
+from pipeline.adapter.gather import OptimizerState, gather_moments, gather_weights, restore
+from pipeline.adapter.publish import publish_adapter
+from pipeline.model.base import load_plain
+from pipeline.model.fingerprint import base_fingerprint
+from tests.model.kinds import build
+from tests.ranks import run_ranks
+from tests.tiny import Documents, make_plan, make_tokenizer
+from tests.train_tiny import build_engine, distance, train_tiny, work
+
+pytestmark = pytest.mark.engine
+
+# Known family; transposed with biases; dense first block and MLA; every expert on every token;
+# hybrid.
+KINDS = ["qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "qwen3_next"]
+EXPERTS = {"lora_target_modules": ["auto", "experts"], "batch_size": 2}
+IDS = torch.arange(3, 35).reshape(2, 16)
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """The model folder of a kind, made once."""
+    folders = {}
+
+    def make(kind):
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp(kind) / "model"
+            build(kind).save_pretrained(folders[kind])
+            make_tokenizer().save_pretrained(folders[kind])
+        return folders[kind]
+
+    return make
+
+
+def train_and_gather(session, folder, settings, saved=None):
+    """Adapter, moments and logits after STEPS steps, from a saved state if there is one."""
+    plan, engine = build_engine(session, folder, settings)
+    first = 0
+    if saved is not None:
+        first = STEPS
+        state = OptimizerState(moments=saved["moments"], step=STEPS)
+        restore(engine.deepspeed, engine.parameters, saved["weights"], state)
+    losses = []
+    for step in range(first, first + STEPS):
+        batches, supervised = work(plan, Documents(), step, session.placement.rank)
+        losses.append(engine.optimizer_step(batches, supervised, 4e-3).loss_sum)
+    engine.deepspeed.eval()
+    with torch.no_grad():  # every rank: at ZeRO-3 a forward gathers
+        logits = engine.deepspeed.module.model(input_ids=IDS, use_cache=False).logits
+    return {
+        "weights": gather_weights(engine.parameters, keep=True),
+        "moments": gather_moments(engine.parameters, keep=True),
+        "logits": logits,
+        "losses": losses,
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "settings",
+    [{"zero_stage": 2}, {"zero_stage": 3}, {"zero_stage": 3, "gradient_checkpointing": True}],
+)
+def test_first_gradients_of_two_ranks_are_those_of_one(folder_of, tmp_path, kind, settings):
+    one, two = (
+        run_ranks(
+            train_tiny, folder_of(kind), EXPERTS | keys, 1, tmp_path=tmp_path, world_size=ranks
+        )[0]
+        for keys, ranks in (({"zero_stage": 2}, 1), (settings, 2))
+    )
+    reached = [key for key, gradient in one["gradients"].items() if gradient.any()]
+    assert [key for key in reached if ".experts.base_layer.lora_B" in key]
+    assert [key for key in reached if ".experts.lora_B" in key]
+    assert distance(two["gradients"], one["gradients"]) < 1e-6
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_published_adapter_is_that_of_plain_peft(folder_of, tmp_path, kind, stage):
+    folder = folder_of(kind)
+    settings = EXPERTS | {"zero_stage": stage, "lora_dropout": 0.1}
+    result = run_ranks(train_and_gather, folder, settings, tmp_path=tmp_path)[0]
+    plan = make_plan(folder, 2, 40, **settings)
+    publish_adapter(
+        plan, result["weights"], tmp_path / "adapter", step=STEPS, base=base_fingerprint(folder)
+    )
+    plain = load_plain(folder, dtype=torch.float32, attention="eager")
+    model = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        logits = model(input_ids=IDS, use_cache=False).logits
+    assert float((logits - result["logits"]).norm() / logits.norm()) < 1e-5
