@@ -66,10 +66,10 @@ def attach_adapter(base: PreTrainedModel, plan: Plan) -> PeftModel:
     model = get_peft_model(base, lora_config(plan.settings), autocast_adapter_dtype=False)
     assert isinstance(model, PeftModel)
     dropout = plan.settings.lora_dropout
-    for module in model.modules():
-        is_linear = isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
-        if is_linear and dropout > 0:  # see lora_config
-            module.lora_dropout["default"] = nn.Dropout(dropout)
+    if dropout > 0 and _target_parameters(plan.settings):  # see lora_config
+        for module in model.modules():
+            if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+                module.lora_dropout["default"] = nn.Dropout(dropout)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[plan.training_dtype])
