@@ -88,7 +88,8 @@ class RunKeys(BaseModel):
         default="auto",
         description="Linear layers that get an adapter: a list of module names (full paths or "
         "their last parts), `all-linear`, or one regular expression that matches full paths. "
-        "`auto`: all linear layers of the transformer blocks, except routers and fused experts.",
+        "`auto`: all linear layers of the transformer blocks, except routers and fused experts. In "
+        "a list, `experts` adds the fused experts of a mixture to `auto` or to names.",
         json_schema_extra=traits(peers="target_modules lora_target lora_modules lora_attn_modules"),
     )
     modules_to_save: list[str] = Field(

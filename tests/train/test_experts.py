@@ -1,4 +1,4 @@
-"""Adapters of fused experts train, load in plain peft, resume and merge as those of linear layers."""
+"""Adapters of fused experts train, load in plain peft, resume and merge."""
 
 import pytest
 import torch

@@ -105,8 +105,8 @@ def _sharded(
         "stage3_gather_16bit_weights_on_model_save": False,
     }
     # Ranks route tokens to different experts. A leaf module is gathered as a whole, so all ranks
-    # gather in the same order. DeepSpeed's default list has the classes of _EXPERT_MODULES, which are
-    # written here in case a later default does not.
+    # gather in the same order. DeepSpeed's default list has these classes; they are written here in
+    # case a later default does not.
     leaves = [_EXPERT_MODULES[shape.model_type]] if shape.model_type in _EXPERT_MODULES else []
     if adapter_counts(shape, settings).adapted_experts:
         # peft reads experts and adapter before it calls the module that holds the experts.

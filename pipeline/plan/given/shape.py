@@ -187,7 +187,7 @@ class ModelShape:
         if unadaptable := [name for name in selected if not self.linears[name].is_adaptable]:
             raise UserError(
                 f"lora_target_modules: {targets!r} matches {unadaptable[0]}, but peft would adapt "
-                "fused experts instead of it, both when it attaches the adapter and when it loads one; "
+                "fused experts instead of it, when it attaches and when it loads an adapter; "
                 f"these can be adapted: [{', '.join([*self.default_targets, EXPERTS])}]"
             )
         return [(name, self.linears[name]) for name in selected]
