@@ -57,6 +57,10 @@ def configuration() -> str:
         "In paths a leading `~`, `$NAME` and `${NAME}` are expanded, and `$$` is a dollar; "
         "run.yaml keeps the text as written.",
         "",
+        "The environment variable `RANKZERO_CACHE` names the folder for results that later runs of "
+        "the same user reuse (default `~/.cache/rankzero`): hashes of base models, and shapes and "
+        "checks of model classes.",
+        "",
         "The column `change` says what another value means for a run that is already in "
         "`output_dir`:",
         "",

@@ -115,7 +115,7 @@ def _store_at_derived_port(placement: Placement) -> tuple[Any, int]:
 
 
 def _listener(placement: Placement) -> socket.socket:
-    """The listener of rank 0, at the first free port of those that every rank tries."""
+    """The listener of rank 0, at the first free port in the list that every rank tries."""
     ports = ports_after(placement.master_port, _PORTS_TO_TRY)
     is_both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_both else socket.AF_INET

@@ -75,7 +75,7 @@ def port_of(job: int, step: int) -> int:
 
 
 def ports_after(port: int, count: int) -> list[int]:
-    """`port`, followed by ports to try if it is in use, which differ from those of other jobs."""
+    """`port` and further ports to try if it is in use, far from the ports of the next jobs."""
     return [_FIRST_PORT + (port - _FIRST_PORT + 1871 * i) % _NUM_PORTS for i in range(count)]
 
 

@@ -28,7 +28,8 @@ from pipeline.cluster.stop import stopped_early
 from pipeline.errors import RankZeroError, SingleRankError, Stopped
 
 _POLL_S, _PUBLISH_S = 0.5, 2.0
-_LEAVING_S = 10.0  # a rank that left by agreement counts as dead if this one stays longer
+# If a rank left by agreement and this rank still runs after this time, that rank counts as dead.
+_LEAVING_S = 10.0
 _READING_S = 1.5  # time for the other ranks to read the store, which ends with rank 0
 _FROZEN_S = 6.0  # a process without a new heartbeat for this long counts as stopped
 _UNANSWERED_S = 15.0  # a call to the store that takes longer counts as unanswered
@@ -62,7 +63,7 @@ class Watchdog:
         self._main_thread = threading.get_ident()
         self._siblings: dict[int, psutil.Process] = {}
         self._first_host = ""
-        self._gone_since: dict[int, float] = {}
+        self._ended_since: dict[int, float] = {}
         self._published = 0.0
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._fallback = threading.Thread(
@@ -101,7 +102,7 @@ class Watchdog:
                 self._channel.set(_key("left", self._placement.rank), "")
             else:
                 name = "" if isinstance(error, SingleRankError) else f"{type(error).__name__}: "
-                self._declare(f"rank {self._placement.rank}: {name}{error}")
+                self._announce(f"rank {self._placement.rank}: {name}{error}")
                 time.sleep(_READING_S)
         except RuntimeError:
             return  # the store and rank 0 have ended
@@ -127,7 +128,7 @@ class Watchdog:
         while not self._closed.wait(_POLL_S):
             if self._is_hanging(_UNANSWERED_S):
                 text = (
-                    f"no progress for {self._patience_s():.0f} s: rank 0 on {self._first_host} "
+                    f"no progress for {self._limit_s():.0f} s: rank 0 on {self._first_host} "
                     f"does not answer, rank {self._placement.rank} is at step "
                     f"{self._heartbeat.step} in {self._heartbeat.phase}; the last checkpoint is "
                     "unchanged"
@@ -139,14 +140,14 @@ class Watchdog:
                 self._leave(text, is_reporter=is_reporter)
 
     def _check_ranks(self) -> None:
-        self._leave_if_declared()
+        self._leave_if_announced()
         if time.monotonic() - self._published > _PUBLISH_S:
             self._publish()
         for rank, process in self._siblings.items():
-            if _is_gone(process) and not self._is_leaving(rank):
+            if _has_ended(process) and not self._is_leaving(rank):
                 self._end_for_dead(rank)
 
-    def _leave_if_declared(self) -> None:
+    def _leave_if_announced(self) -> None:
         if self._channel.check([_END_REASON]):
             end = json.loads(self._channel.get(_END_REASON))
             self._leave(end["text"], is_reporter=self._placement.rank == 0, code=end["code"])
@@ -154,10 +155,10 @@ class Watchdog:
     def _stop_all(self, text: str) -> None:
         """End all ranks before the first step, even if the main thread is in a library call."""
         code = Stopped.exit_code
-        if self._channel is None or self._declare(text, code):
+        if self._channel is None or self._announce(text, code):
             _report(text)
             self._leave(text, is_reporter=self._placement.rank == 0, code=code)
-        self._leave_if_declared()
+        self._leave_if_announced()
 
     def _find_siblings(self) -> None:
         """Find the processes of other ranks on this machine that are visible to this process."""
@@ -172,13 +173,13 @@ class Watchdog:
 
     def _is_leaving(self, rank: int) -> bool:
         """Whether a rank that has ended did so by agreement, and this rank will end soon, too."""
-        since = self._gone_since.setdefault(rank, time.monotonic())
+        since = self._ended_since.setdefault(rank, time.monotonic())
         patience = _LEAVING_S if self._channel.check([_key("left", rank)]) else _POLL_S
         return time.monotonic() - since < patience
 
     def _is_lowest_alive(self, without: Collection[int] = ()) -> bool:
         """Whether this rank has the lowest number of the ranks that are alive on its machine."""
-        others = [r for r, p in self._siblings.items() if r not in without and not _is_gone(p)]
+        others = [r for r, p in self._siblings.items() if r not in without and not _has_ended(p)]
         return self._placement.rank < min(others, default=self._placement.rank + 1)
 
     def _end_for_dead(self, rank: int) -> None:
@@ -189,7 +190,7 @@ class Watchdog:
             f"{self._heartbeat.phase}"
         )
         try:
-            is_first = self._declare(text)
+            is_first = self._announce(text)
         except RuntimeError:  # the store ended with rank 0
             is_first = self._is_lowest_alive()
         if is_first:
@@ -200,9 +201,9 @@ class Watchdog:
         if self._heartbeat.phase in phases.UNWATCHED:
             return False
         more_s += 5.0 if self._placement.rank else 0.0  # rank 0 announces first, if it can
-        return time.monotonic() - self._heartbeat.since > self._patience_s() + more_s
+        return time.monotonic() - self._heartbeat.since > self._limit_s() + more_s
 
-    def _patience_s(self) -> float:
+    def _limit_s(self) -> float:
         is_loading = self._heartbeat.phase in phases.LOADING
         return max(self._timeout_s, phases.LOADING_S) if is_loading else self._timeout_s
 
@@ -211,8 +212,8 @@ class Watchdog:
         frozen: list[int] = []
         if self._channel is not None:
             heartbeats, frozen = self._compare_heartbeats()
-        text = hang_message(heartbeats, frozen, self._patience_s())
-        if self._channel is None or self._declare(text):
+        text = hang_message(heartbeats, frozen, self._limit_s())
+        if self._channel is None or self._announce(text):
             _report(text)
             self._kill_frozen(frozen)
         self._leave(text, is_reporter=self._placement.rank == 0)
@@ -222,7 +223,7 @@ class Watchdog:
         if self._channel is not None and (frozen := self._compare_heartbeats()[1]):
             self._end_for_dead(frozen[0])
         text = f"rank {self._placement.rank}: lost its connection to another rank: {error}"
-        if self._channel is None or self._declare(text):
+        if self._channel is None or self._announce(text):
             _report(text)
         self._leave(text, is_reporter=self._placement.rank == 0)
 
@@ -231,7 +232,7 @@ class Watchdog:
         before = self._read_heartbeats()
         for _ in range(int(_FROZEN_S)):
             time.sleep(1.0)
-            self._leave_if_declared()
+            self._leave_if_announced()
             self._publish()
         after = self._read_heartbeats()
         return after, [rank for rank, value in after.items() if value == before.get(rank)]
@@ -239,7 +240,7 @@ class Watchdog:
     def _kill_frozen(self, ranks: list[int]) -> None:
         """Kill stopped processes of this machine, which cannot read the announced reason."""
         for rank in ranks:
-            if rank in self._siblings and not _is_gone(self._siblings[rank]):
+            if rank in self._siblings and not _has_ended(self._siblings[rank]):
                 self._siblings[rank].kill()
                 psutil.wait_procs([self._siblings[rank]], timeout=2.0)
 
@@ -263,7 +264,7 @@ class Watchdog:
             "published": time.monotonic(),
         }
 
-    def _declare(self, text: str, code: int = 1) -> bool:
+    def _announce(self, text: str, code: int = 1) -> bool:
         """Announce to all ranks why they end. True only on the rank that announced first."""
         own = json.dumps({"text": text, "code": code, "by": self._placement.rank})
         announced = self._channel.compare_set(_END_REASON, "", own)
@@ -286,7 +287,7 @@ def _key(name: str, rank: int) -> str:
     return f"watchdog/{name}/{rank}"
 
 
-def _is_gone(process: psutil.Process) -> bool:
+def _has_ended(process: psutil.Process) -> bool:
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.Error:

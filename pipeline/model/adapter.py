@@ -22,7 +22,7 @@ def lora_config(settings: RunSettings) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it; a float is right
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft only divides it by r
         lora_dropout=0.0 if experts else settings.lora_dropout,
         target_modules=_target_modules(settings),
         target_parameters=experts or None,
@@ -33,11 +33,11 @@ def lora_config(settings: RunSettings) -> LoraConfig:
 def _target_modules(settings: RunSettings) -> list[str]:
     """Names of the adapted layers, the same layers that the plan counted.
 
-    They are always a list, because not every serving engine supports `all-linear` or a regular
-    expression, and because with these peft 0.21.2 would also adapt the fused experts and routers of
-    a mixture of experts (utils/transformers_weight_conversion.py). The list has the last parts of
-    the names. For a model with a vision tower it has full names, because layers of the tower may
-    have the same last parts.
+    The result is always a list of names. Not every serving engine supports `all-linear` or a
+    regular expression, and with these peft 0.21.2 would also adapt the fused experts and routers of
+    a mixture of experts (utils/transformers_weight_conversion.py). A name is the last part of the
+    full name. For a model with a vision tower it is the full name, because layers of the tower may
+    have the same last part.
     """
     shape = read_shape(str(settings.model_folder))
     targets = shape.without_auto(settings.lora_target_modules)
@@ -92,7 +92,7 @@ def trainable(model: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def expected_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the adapter file, from the model's class without weights."""
+    """Keys and shapes of the adapter file, from the model's class on the meta device."""
     settings = plan.settings
     options = {"trust_remote_code": settings.trust_remote_code}
     config = AutoConfig.from_pretrained(settings.model_folder, local_files_only=True, **options)

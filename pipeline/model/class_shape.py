@@ -102,7 +102,7 @@ def _build(config: Any) -> Any:
 
 
 def _decoder(model: Any) -> Any:
-    """The text decoder. For Llama 4, where get_decoder() returns the model, it is a child of it."""
+    """The text decoder. get_decoder() of Llama 4 returns the whole model; then it is a child."""
     decoder = model.get_decoder()
     if decoder is not model:
         return decoder

@@ -117,8 +117,8 @@ def _assess(check: Check, results: ProbeResults) -> list[Finding]:
     findings = []
     for message, ranks in ranks_by_value(errors).items():
         text, remedy = _split_remedy(message)
-        where = "" if len(ranks) == len(results.hosts) else f"{results.where(ranks)}: "
-        findings.append(fail(f"{where}{text}", remedy or check.remedy, ranks))
+        location = "" if len(ranks) == len(results.hosts) else f"{results.where(ranks)}: "
+        findings.append(fail(f"{location}{text}", remedy or check.remedy, ranks))
     return findings
 
 

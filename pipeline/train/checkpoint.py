@@ -163,13 +163,13 @@ class Checkpoints:
             return self._newest()
 
     def intact_origin(self) -> Path | None:
-        """The checkpoint of `resume: PATH`; None without one. Raises UserError if it is damaged."""
+        """The checkpoint of `resume: PATH`, or None. Raises UserError if it is damaged."""
         if self.origin is None:
             return None
         with self._read_errors_reported():
             damage = _damage(Path(self.origin))
         if damage:
-            raise UserError(f"resume: {self.origin} is no intact checkpoint: {damage}")
+            raise UserError(f"resume: {self.origin} is not an intact checkpoint: {damage}")
         return Path(self.origin)
 
     @contextmanager
@@ -199,9 +199,9 @@ class Checkpoints:
         return self.intact_origin(), skipped
 
     def require_resumable(self, path: Path) -> Progress:
-        """The progress in a checkpoint. Raises UserError if this run cannot resume from it.
+        """The progress in a checkpoint, if this run can resume from it, else UserError.
 
-        No tensor is read.
+        Only headers of tensor files are read.
         """
         self._require_same_run(path, _state(path))
         self._require_same_tensors(path)

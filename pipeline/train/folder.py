@@ -78,7 +78,7 @@ class RunFolder:
         return start
 
     def _select_checkpoint(self, start: Start) -> None:
-        """Select the checkpoint to resume from. Raises UserError if it is of another run."""
+        """Select the checkpoint to resume from. Raises UserError if it cannot be used."""
         settings = self._context.settings
         key = train_key(settings)
         self.checkpoints = checkpoints_of(self.path, self._context.plan, start, key)
@@ -111,9 +111,9 @@ class RunFolder:
             self.status.update(total_steps=context.plan.steps.total_steps)
 
     def open(self, step: int) -> None:
-        """Write the run's files; a new run first removes the earlier one, except its data.
+        """Write run.yaml, the plans and the record of the base; see `open_run`.
 
-        `step`: the number of steps that are done. On rank 0, once nothing can be refused any more.
+        `step`: number of finished steps. Called on rank 0, after all checks that may refuse a run.
         """
         context, status = self._context, self.status
         assert status is not None, "called on rank 0"

@@ -22,7 +22,7 @@ from pipeline.train.status import is_alive, read_status
 
 Start = Literal["new", "resume", "done"]
 # State of the folder. "no progress": a run without a checkpoint or an adapter.
-FolderState = Literal["no run", "no progress", "unfinished", "done", "done, adapter gone"]
+FolderState = Literal["no run", "no progress", "unfinished", "done", "done, adapter missing"]
 # How settings and data differ from those of the run in the folder: not at all, only in what
 # `accept_changes` accepts, or in something else.
 Change = Literal["none", "accepted", "other"]
@@ -36,7 +36,7 @@ STARTS: Mapping[FolderState, Mapping[Change, Start | None]] = {
     "no progress": {"none": "new", "accepted": "new", "other": "new"},
     "unfinished": {"none": "resume", "accepted": "resume", "other": None},
     "done": {"none": "done", "accepted": "resume", "other": None},
-    "done, adapter gone": {"none": "resume", "accepted": "resume", "other": None},
+    "done, adapter missing": {"none": "resume", "accepted": "resume", "other": None},
 }
 
 # Word of `accept_changes` -> the settings that it accepts.
@@ -132,7 +132,7 @@ def _state_of(folder: Path, status: Mapping[str, Any] | None) -> FolderState:
         return "no run"
     has_adapter = (folder / "adapter").exists()
     if status is not None and status.get("state") == "done":
-        return "done" if has_adapter else "done, adapter gone"
+        return "done" if has_adapter else "done, adapter missing"
     return "unfinished" if has_adapter or _checkpoints(folder) else "no progress"
 
 
@@ -188,7 +188,10 @@ def _require_checkpoint(folder: Path, state: FolderState) -> None:
     """Raise UserError if there is no checkpoint: a run from step 0 would replace the result."""
     if _checkpoints(folder):
         return
-    kinds = {"done": "a finished run", "done, adapter gone": "a finished run without its adapter"}
+    kinds = {
+        "done": "a finished run",
+        "done, adapter missing": "a finished run without its adapter",
+    }
     raise UserError(
         f"output_dir: {folder} has {kinds.get(state, 'an unfinished run')} and no checkpoint "
         "(save_strategy: no), so the run cannot be resumed; set another output_dir, or set "

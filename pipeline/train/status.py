@@ -22,7 +22,7 @@ class RunStatus:
 
     def __post_init__(self) -> None:
         self._lock, self._is_final = threading.Lock(), False
-        self._before: bytes | None = None  # the file as an earlier start left it
+        self._earlier_content: bytes | None = None  # content of the file before this start
         self._ownership = Ownership(self.path.parent, TRAINING, self.update)
 
     def own(self) -> None:
@@ -37,7 +37,7 @@ class RunStatus:
         assert self._ownership.is_held, "call own() first"
         if not self.fields:
             with suppress(OSError):
-                self._before = self.path.read_bytes()
+                self._earlier_content = self.path.read_bytes()
         kept = ("step", "total_steps", "saved_step")
         self.fields = {
             "state": "running",
@@ -65,13 +65,13 @@ class RunStatus:
                 write_text(self.path, dump_json(self.fields))
 
     def restore_earlier(self) -> None:
-        """Put the file back as an earlier start left it, if there was one; the status is final."""
+        """Restore the file of an earlier start, if there was one, and ignore later updates."""
         with self._lock:
-            if self._before is None:
+            if self._earlier_content is None:
                 return
             self._is_final = True
             with suppress(OSError), atomic_file(self.path) as temporary:
-                temporary.write_bytes(self._before)
+                temporary.write_bytes(self._earlier_content)
 
     def end(
         self, state: str, exit_code: int, reason: str | None, *, is_final: bool = False

@@ -66,7 +66,7 @@ FOUND = {
     ),
     "unfinished": lambda folder, start: (start(), leave(folder, "stopped", adapter=False)),
     "done": lambda folder, start: (start(), leave(folder, "done")),
-    "done, adapter gone": lambda folder, start: (start(), leave(folder, "done", adapter=False)),
+    "done, adapter missing": lambda folder, start: (start(), leave(folder, "done", adapter=False)),
 }
 OVERWRITE, NEVER = {"overwrite": True}, {"resume": "never"}
 ROWS = [
@@ -89,12 +89,12 @@ ROWS = [
     ("done", ACCEPTED | NEVER, REFUSED),
     ("done", OTHER | NEVER, REFUSED),
     ("done", NEVER | OVERWRITE, "new"),
-    ("done, adapter gone", {}, "resume"),
-    ("done, adapter gone", ACCEPTED, "resume"),
-    ("done, adapter gone", OTHER, REFUSED),
-    ("done, adapter gone", OTHER | OVERWRITE, "new"),
-    ("done, adapter gone", NEVER, REFUSED),
-    ("done, adapter gone", NEVER | OVERWRITE, "new"),
+    ("done, adapter missing", {}, "resume"),
+    ("done, adapter missing", ACCEPTED, "resume"),
+    ("done, adapter missing", OTHER, REFUSED),
+    ("done, adapter missing", OTHER | OVERWRITE, "new"),
+    ("done, adapter missing", NEVER, REFUSED),
+    ("done, adapter missing", NEVER | OVERWRITE, "new"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Gathers of ZeRO-3: how much of the frozen base a rank holds whole, and the config's limits on it.
+"""Gathers of ZeRO-3: how much of the frozen base a rank has gathered, and the limits in the config.
 
 Sizes are numbers of elements as DeepSpeed counts them: a packed 4-bit weight has half as many uint8
 elements as the matrix has. The facts below are from DeepSpeed 0.19.8

@@ -39,22 +39,22 @@ def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
     fixed: dict[str, Any] = {}
     for dotted, name in settings_by("deepspeed").items():
         key = tuple(dotted.split("."))
-        value, setting = _at(own, key), getattr(settings, name)
+        value, setting = _value_at(own, key), getattr(settings, name)
         if value is None or value == "nvme":  # the rule nvme-not-yet refuses nvme
             continue
         if name in settings.model_fields_set and setting not in ("auto", value):
             raise UserError(
-                f"{_location(own, key)}: {_shown(value)}, but the run file or its preset has "
-                f"{name}: {_shown(setting)}; keep one of them"
+                f"{_location(own, key)}: {_as_json(value)}, but the run file or its preset has "
+                f"{name}: {_as_json(setting)}; keep one of them"
             )
-        _validate(settings, {name: value}, f"{_location(own, key)}: {_shown(value)}")
+        _validate(settings, {name: value}, f"{_location(own, key)}: {_as_json(value)}")
         fixed[name] = value
-    _validate(settings, fixed, f"deepspeed_json: {path}: {_shown(fixed)}")
+    _validate(settings, fixed, f"deepspeed_json: {path}: {_as_json(fixed)}")
     return settings.model_copy(update=fixed)
 
 
 def overlay(generated: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The generated config with the JSON's keys merged into it, block by block.
+    """The generated config, with the keys of the user's JSON merged into it; blocks are merged too.
 
     Raises UserError for a key that DeepSpeed does not read, and for a value whose type differs from
     that of the value it replaces. Keys that DeepSpeed removed are accepted: each has a rule.
@@ -71,8 +71,11 @@ def _merged(
         old = generated.get(key)
         is_block = isinstance(value, Mapping)
         if old is not None and _type(value) != _type(old):
-            place = _location(own, (*path, key))
-            raise UserError(f"{place}: {_shown(value)} is not {_type(old)}, as in {_shown(old)}")
+            location = _location(own, (*path, key))
+            raise UserError(
+                f"{location}: {_as_json(value)} is not {_type(old)}; the generated config has "
+                f"{_as_json(old)}"
+            )
         merged[key] = _merged(old or {}, value, own, (*path, key)) if is_block else value
     return merged
 
@@ -87,13 +90,13 @@ def _type(value: Any) -> str:
     return "a list" if isinstance(value, list) else "a block in braces"
 
 
-def _validate(settings: RunSettings, values: dict[str, Any], place: str) -> None:
+def _validate(settings: RunSettings, values: dict[str, Any], location: str) -> None:
     try:
         RunSettings.model_validate(settings.model_dump() | values)
     except ValidationError as error:
         messages = " or ".join(dict.fromkeys(problem["msg"] for problem in error.errors()))
         shown = messages.removeprefix("Value error, ").replace("Input should be", "must be")
-        raise UserError(f"{place}: {shown}") from None
+        raise UserError(f"{location}: {shown}") from None
 
 
 def _read(path: str) -> Located:
@@ -137,9 +140,9 @@ def _require_values(own: Located) -> None:
     """Raise UserError for values that DeepSpeed would refuse only after the model is loaded."""
     problems = []
     for key in own.lines:
-        value = _at(own, key)
+        value = _value_at(own, key)
         if value is not None and (expected := _expected(key, value)):
-            problems.append(f"{_location(own, key)}: {_shown(value)} is not {expected}")
+            problems.append(f"{_location(own, key)}: {_as_json(value)} is not {expected}")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -157,7 +160,7 @@ def _expected(key: KeyPath, value: Any) -> str | None:
         return "a list"
     if (least := WHOLE_NUMBERS.get(key)) is not None:
         is_right = is_number and least <= value < 2**63 and value == int(value)
-        return None if is_right else f"a whole number from {least} on"
+        return None if is_right else f"a whole number of at least {least}"
     if key in CHOICES and value not in CHOICES[key]:
         return " or ".join(CHOICES[key])
     if key == ("optimizer", "params", "betas"):
@@ -177,7 +180,7 @@ def _without_auto(block: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _at(own: Located, key: KeyPath) -> Any:
+def _value_at(own: Located, key: KeyPath) -> Any:
     """The value at a path; None if the key is missing."""
     value: Any = own.values
     for part in key:
@@ -193,5 +196,5 @@ def _location(own: Located, key: KeyPath) -> str:
     return f"{own.location(*key)}: {'.'.join(shown)}"
 
 
-def _shown(value: Any) -> str:
+def _as_json(value: Any) -> str:
     return json.dumps(value)

@@ -176,9 +176,9 @@ def gpu_like(gib: float, tflops: float | None = None) -> Hardware:
 def rates_of(nvml_name: str, device_bytes: int) -> Hardware:
     """The catalogue's rates for a detected GPU.
 
-    They are those of the card with this NVML name and about this memory; if the catalogue has none,
-    those that `gpu_like` estimates from the memory. The caller replaces number of devices, memory
-    and name by the detected values.
+    If the catalogue has no card with this NVML name and about this memory, `gpu_like` estimates the
+    rates from the memory. The caller replaces number of devices, memory and name by the detected
+    values.
     """
     for card in GPUS.values():
         is_same = _product_name(card.name) == _product_name(nvml_name)

@@ -1,4 +1,4 @@
-"""Regular expressions that a user wrote, matched within a time limit."""
+"""Matching of regular expressions from settings, with a time limit."""
 
 import re
 import signal
@@ -17,10 +17,11 @@ class _TooSlowError(Exception):
 
 
 def full_matches(pattern: str, names: Iterable[str], setting: str) -> list[str]:
-    """The names that a regular expression matches as a whole.
+    """The names that a regular expression matches completely.
 
-    Raises UserError, naming the setting, for an invalid pattern and for one such as `(a+)+b`, whose
-    time grows exponentially with the length of a name.
+    `setting`: the setting that error messages name. Raises UserError for an invalid pattern, and
+    for a pattern such as `(a+)+b`, for which the time grows exponentially with the length of a
+    name.
     """
     try:
         with _time_limit():
@@ -37,9 +38,9 @@ def full_matches(pattern: str, names: Iterable[str], setting: str) -> list[str]:
 
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    """Raise _TooSlowError in the body after the limit; `re` checks for signals while it matches.
+    """Raise _TooSlowError in the body after the limit, from a signal, for which `re` checks.
 
-    Without a limit in other threads, which cannot handle signals.
+    In threads other than the main thread there is no limit, because they cannot handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -40,7 +40,7 @@ _EXPERT_NAMES = ("experts", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3
 # Matches the names of routers and of the gates of shared experts, such as `mlp.gate` and
 # `router.proj`, but not `mlp.gate_proj`.
 _ROUTER = re.compile(r"(^|.*[._])(gate|router)($|\.)")
-# Largest plausible sizes, by the end of their key: a larger number would be counted for minutes.
+# Largest accepted numbers of layers and experts: to count a model with more would take minutes.
 _LARGEST = ((re.compile(r"layers?$"), 10_000), (re.compile(r"experts?$"), 100_000))
 _SIZE = re.compile(r"(layers?|experts?|heads?|size|dim|width|n_embd|n_inner|d_model|tok)$")
 _LARGEST_SIZE = 10**9  # of widths, heads and vocabularies

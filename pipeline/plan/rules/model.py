@@ -221,8 +221,8 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         id="flash-attention-missing",
         level="refuse",
         applies=_lacks_flash_attention,
-        reason="use_flash_attention: true needs a GPU and the package flash-attn, and one of them "
-        "is missing on this machine",
+        reason="use_flash_attention: true needs a GPU and the package flash-attn; at least one of "
+        "the two is missing on this machine",
         remedy="set use_flash_attention: auto, which uses PyTorch's own attention kernels",
         source="transformers 5.23.0 modeling_utils.py",
     ),
