@@ -15,8 +15,9 @@ from pipeline.plan.plan import Plan
 def lora_config(settings: RunSettings) -> LoraConfig:
     """The peft configuration of the adapter.
 
-    With fused experts among the targets its dropout is 0: peft allows no other for them, and a
-    configuration has one for all layers. `attach_adapter` sets that of the linear layers.
+    If fused experts are among the targets, its dropout is 0. peft does not support dropout for
+    them, and a configuration has one dropout for all layers. `attach_adapter` then sets the dropout
+    of the linear layers.
     """
     experts = _target_parameters(settings)
     return LoraConfig(
@@ -50,7 +51,10 @@ def _target_modules(settings: RunSettings) -> list[str]:
 
 
 def _target_parameters(settings: RunSettings) -> list[str]:
-    """Names of the adapted fused tensors, without the path of the block; full beside a tower."""
+    """Names of the adapted fused tensors, relative to their block.
+
+    For a model with a vision tower they are full names.
+    """
     shape = read_shape(str(settings.model_folder))
     experts = shape.targeted_experts(settings.lora_target_modules)
     return sorted({name if shape.has_other_towers else tensor.name for name, tensor in experts})

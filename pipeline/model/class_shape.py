@@ -140,9 +140,9 @@ def _block(layer: nn.Module, config: Any) -> dict[str, Any]:
 
 
 def _rewritten_by_peft(model: nn.Module, decoder: nn.Module) -> list[str]:
-    """Last parts of linear layers' names that peft replaces by fused experts as targets.
+    """Last parts of names of linear layers for which peft 0.21.2 adapts fused experts instead.
 
-    It does so when it attaches an adapter and when it loads one (peft 0.21.2).
+    peft rewrites such targets when it attaches and when it loads an adapter.
     """
     linears = [name for name, m in decoder.named_modules() if type(m) is nn.Linear]
     rewritten = []

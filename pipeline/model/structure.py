@@ -35,10 +35,10 @@ def blocks(causal: Any) -> list[nn.Module]:
 
 
 def expert_tensors(module: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """Fused expert tensors inside a module, by name, each with the module that holds it.
+    """Name -> fused expert tensor and its module, for all fused tensors inside a module.
 
-    A fused tensor has the weights of all experts of a block and three dimensions, the first of
-    which is the expert. Weights of convolutions also have three.
+    A fused tensor has the weights of all experts of a block. It has three dimensions, and the first
+    is the expert. Weights of convolutions also have three dimensions, but are not included.
     """
     return {
         f"{name}.{key}": (child, parameter)
@@ -49,7 +49,7 @@ def expert_tensors(module: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter
 
 
 def lora_sizes(module: nn.Module, parameter: nn.Parameter) -> tuple[int, int, int]:
-    """Number of experts in a fused tensor, and d_in and d_out of one expert, as peft reads them.
+    """Number of experts in a fused tensor, and d_in and d_out of one expert, as peft counts them.
 
     LoRA's A is (r x experts, d_in) and B is (d_out, r x experts) (peft 0.21.2 tuners/lora/layer.py
     ParamWrapper.update_layer).

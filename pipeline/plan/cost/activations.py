@@ -161,7 +161,10 @@ def _saved(kind: _BlockKind) -> int:
 
 
 def _expert_inputs(block: Block) -> int:
-    """Values per token that the projections of experts read; counted, or of a gated MLP."""
+    """Values per token that the projections of experts read.
+
+    They were counted on the model's class, or are those of a gated MLP.
+    """
     if block.saved_for_expert_adapters is not None:
         return block.saved_for_expert_adapters
     return block.experts_per_token * sum(tensor.d_in for tensor in block.experts)

@@ -54,10 +54,10 @@ class Gathers:
 
 
 def persistence_threshold(shape: ModelShape, settings: RunSettings) -> int:
-    """Elements up to which a parameter is whole on every rank: the largest adapter matrix.
+    """The persistence threshold in elements: the size of the largest adapter matrix.
 
-    Matrices of experts' adapters do not count; if only experts are adapted, it is the size that a
-    linear layer of the hidden width would have.
+    Matrices that adapt experts are not considered. If only experts are adapted, the threshold is
+    the size of a matrix for a linear layer of the hidden width.
     """
     adapter = adapter_counts(shape, settings)
     return adapter.largest_linear_matrix or settings.lora_r * shape.hidden_size

@@ -29,7 +29,7 @@ _LORA_OUT_PASSES = 6  # B writes; scaling reads and writes; the sum reads two an
 _ROUTING_PASSES = 8
 _EXPERT_HIDDEN_PASSES = 12
 _EXPERT_INNER_PASSES = 8
-_FOLD_PASSES = 2  # an adapter of experts is added to their weights: one read, one written
+_FOLD_PASSES = 2  # adding ("folding") an adapter of experts to their weights: one read, one written
 # Materialised scores: scaled, capped in three kernels, masked, softmax in fp32, cast.
 _SCORE_PASSES = 22
 

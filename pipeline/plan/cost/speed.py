@@ -191,7 +191,8 @@ def _traffic(
     weights = (2 + recomputed) * (work.linear_values + experts)
     values = work.token_values + work.score_values * reach
     activations = micro * (1 + _TRAFFIC_BACKWARD + recomputed) * values
-    # adapted experts: added twice in each forward pass; the gradient is written and read twice
+    # An adapter of experts is added to their weights twice in each forward pass; the gradient of
+    # the sum is written and read twice.
     folds = (2 + _FOLD_BACKWARD + 2 * recomputed) * work.fold_values
     return layout.bytes_per_value * (weights + activations + folds)
 
