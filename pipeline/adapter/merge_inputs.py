@@ -63,22 +63,25 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerUpdate:
-    """The LoRA layer of one base tensor: its parts in the adapter file, r and alpha."""
+    """The LoRA layer that changes one tensor of the base.
 
-    parts: Mapping[str, Entry]  # A, B, and DoRA's magnitude
+    `parts`: header entries of A, B and, for DoRA, the magnitude, by these names.
+    """
+
+    parts: Mapping[str, Entry]
     r: int
     alpha: float
     use_rslora: bool
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of the base tensor."""
+        """Shape of the tensor of the base."""
         return self.parts["B"].shape[0], self.parts["A"].shape[1]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter: a layer update for each adapted tensor of the base, by the tensor's key."""
+    """A LoRA adapter. `updates`: name of an adapted tensor of the base -> its LoRA layer."""
 
     file: TensorFile
     updates: Mapping[str, LayerUpdate]
@@ -122,8 +125,8 @@ def read_adapter(folder: Path) -> Adapter:
     file = read_header(path)
     layers: dict[str, dict[str, Entry]] = {}
     for key, entry in file.entries.items():
-        end = next((end for end in _PARTS if key.endswith(end)), "")
-        if not end or not key.startswith(_PREFIX):
+        suffix = next((suffix for suffix in _PARTS if key.endswith(suffix)), "")
+        if not suffix or not key.startswith(_PREFIX):
             raise UserError(
                 f"adapter: {path}: {key} is not a part of a LoRA layer ({', '.join(_PARTS)})"
             )
@@ -131,8 +134,8 @@ def read_adapter(folder: Path) -> Adapter:
             raise UserError(
                 f"adapter: {path}: {key} has dtype {entry.dtype}; expected {', '.join(VALUE_BYTES)}"
             )
-        name = key.removeprefix(_PREFIX).removesuffix(end)
-        layers.setdefault(name, {})[_PARTS[end]] = entry
+        name = key.removeprefix(_PREFIX).removesuffix(suffix)
+        layers.setdefault(name, {})[_PARTS[suffix]] = entry
     if not layers:
         raise UserError(f"adapter: {path} is empty")
     updates = {f"{name}.weight": _update(path, name, layers[name], config) for name in layers}
@@ -142,7 +145,7 @@ def read_adapter(folder: Path) -> Adapter:
 def _update(
     path: Path, name: str, parts: Mapping[str, Entry], config: Mapping[str, Any]
 ) -> LayerUpdate:
-    """The update of one layer. Raises UserError unless its parts are complete and match r."""
+    """The LoRA layer of this name. Raises UserError if a tensor is missing or does not match r."""
     wanted = {"A", "B", "magnitude"} if config.get("use_dora") else {"A", "B"}
     if parts.keys() != wanted:
         raise UserError(
@@ -153,8 +156,8 @@ def _update(
     a, b = parts["A"], parts["B"]
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != r or b.shape[1] != r:
         raise UserError(
-            f"adapter: {path}: {name} has A {a.shape} and B {b.shape}, which is not r {r} as "
-            "adapter_config.json says"
+            f"adapter: {path}: {name} has A {a.shape} and B {b.shape}, but r is {r} in "
+            "adapter_config.json"
         )
     return LayerUpdate(
         parts=parts,
@@ -165,10 +168,11 @@ def _update(
 
 
 def with_stored_names(base: Base, adapter: Adapter) -> Adapter:
-    """The adapter with its weights named as the base stores them.
+    """The adapter with the names that its weights have in the files of the base.
 
-    transformers loads some models under other names than they are stored under. Imports torch only
-    if a weight is not in the base. An unknown class keeps its names, for `require_compatible`.
+    transformers renames the tensors of some models when it loads them. torch is imported only if a
+    name is not in the base. If the class of the base cannot be built, the names are not changed,
+    and `require_compatible` reports them.
     """
     if adapter.updates.keys() <= base.entries.keys():
         return adapter
@@ -184,7 +188,7 @@ def with_stored_names(base: Base, adapter: Adapter) -> Adapter:
 
 
 def require_compatible(base: Base, adapter: Adapter) -> None:
-    """Raise UserError unless every layer update has a mergeable weight of its shape in the base."""
+    """Raise UserError unless the base has a mergeable weight of the same shape for every update."""
     entries = base.entries
     mismatch = f"adapter {adapter.file.path.parent} does not belong to base {base.folder}"
     # config.json omits this key if tying is the default of the model's class.

@@ -60,10 +60,10 @@ class Placement:
 
 
 def from_environment(env: Mapping[str, str], *, may_be_alone: bool = False) -> Placement:
-    """The placement from a launcher's variables; without a launcher, a single process.
+    """The placement from the variables of a launcher; without a launcher, a single process.
 
-    `may_be_alone`: a single process is allowed in a job of several nodes or tasks. Raises UserError
-    if variables contradict each other, or if each process would train alone.
+    `may_be_alone`: whether a single process is allowed in a job of several nodes or tasks. Raises
+    UserError if variables contradict each other, or if each process would train on its own.
     """
     _refuse_accelerate_options(env)
     tasks = tasks_of(env)

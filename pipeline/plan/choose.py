@@ -173,7 +173,7 @@ def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iter
 def _stages(settings: RunSettings, dtype: str, cluster: Cluster) -> list[int]:
     if settings.zero_stage != "auto":
         return [settings.zero_stage]
-    # ZeRO-1 accumulates gradients over micro-batches in the training dtype, which needs fp32.
+    # ZeRO-1 accumulates gradients over micro-batches in the training dtype: exact only in fp32.
     stages = [1, 2] if dtype == "float32" else [2]
     is_shardable = not settings.load_in_8bit  # rule 8bit-zero3
     may_offload = cluster.hardware.kind == "cuda" and settings.offload_param != "none"

@@ -151,7 +151,7 @@ class Plan:
         return replace(self, data=data, schedule=Schedule.of(settings, per_epoch))._checked()
 
     def with_proof(self, proof: Proof) -> "Plan":
-        """The plan with the proof of its model class. Raises UserError if a rule refuses it."""
+        """The plan with the proof of its model class. Raises UserError if a rule then refuses."""
         return replace(self, proof=proof)._checked()
 
     def _checked(self) -> "Plan":

@@ -169,17 +169,17 @@ def _assess_links(results: ProbeResults) -> Iterable[Finding]:
             continue
         middle = median(link["rate"] for link in of_kind.values())
         medians.append(f"{name} {middle / _GIGA:.3g} GB/s")
-        for (one, other), link in of_kind.items():
+        for (rank, other), link in of_kind.items():
             rate, expected = link["rate"], max(middle, link["planned"] or 0.0)
             if rate < _MIN_OF_LINKS * expected:
-                text = f"{one}-{other} {rate / _GIGA:.3g} of {expected / _GIGA:.3g} GB/s"
-                slow[one, other] = text
+                text = f"{rank}-{other} {rate / _GIGA:.3g} of {expected / _GIGA:.3g} GB/s"
+                slow[rank, other] = text
     if not slow:
         yield ok(", ".join(medians))
         return
     ends = [rank for pair in slow for rank in pair]
-    twice = sorted({rank for rank in ends if ends.count(rank) > 1})
-    ranks = twice or sorted(set(ends))
+    with_two_slow_links = sorted({rank for rank in ends if ends.count(rank) > 1})
+    ranks = with_two_slow_links or sorted(set(ends))
     yield warn(
         f"{results.where(ranks)}: slow links {', '.join(slow.values())}",
         "check the card, cable and slot (nvidia-smi topo -m, ibstat), or exclude the node",
