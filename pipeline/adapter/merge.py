@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 # File with the record of a merge. A folder with this file may be replaced by another merge.
 MARKER = "rankzero_merge.json"
 _CHUNK_BYTES = 2**24
+_CACHED_PARTS = 4  # A and B of two fused tensors, whose experts are stored one after another
 # Suffixes of files with weights. Weights in other formats are not copied, because they are not
 # merged.
 _NOT_COPIED = {
@@ -112,12 +114,13 @@ def _merge_shard(shard: TensorFile, adapter: Adapter, target: Path) -> dict[str,
         adapter.file.path.open("rb") as adapter_file,
         target.open("wb") as merged_file,
     ):
+        read = lru_cache(_CACHED_PARTS)(lambda part: _read(adapter_file, part).float())
         merged_file.write(shard.header)
         for key, entry in shard.entries.items():
             if (update := adapter.updates.get(key)) is None:
                 _copy_range(source, merged_file, entry)
                 continue
-            parts = {name: _read(adapter_file, part).float() for name, part in update.parts.items()}
+            parts = {name: read(part) for name, part in update.parts.items()}
             merged, changes[key] = _merge_tensor(_read(source, entry), update, parts, key)
             merged_file.write(_bytes(merged))
     return changes

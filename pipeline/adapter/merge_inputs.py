@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.files import read_json
@@ -24,6 +24,9 @@ from pipeline.model.tensor_files import (
 )
 from pipeline.plan.given.adapter_counts import pattern_value
 
+if TYPE_CHECKING:
+    from pipeline.model.expert_slices import ExpertSlice
+
 CHAT_TEMPLATE = "chat_template.jinja"
 _PREFIX = "base_model.model."
 # Suffixes of peft's keys -> the tensor of a LoRA layer that has this key.
@@ -38,7 +41,7 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 _READ = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
-    "bias", "init_lora_weights",
+    "bias", "init_lora_weights", "target_parameters",
 }  # fmt: skip
 
 
@@ -72,19 +75,27 @@ class LayerUpdate:
     r: int
     alpha: float
     use_rslora: bool
+    experts: "ExpertSlice | None" = None  # of a fused tensor, which the base tensor is a part of
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Shape of the tensor of the base."""
-        return self.parts["B"].shape[0], self.parts["A"].shape[1]
+        whole = self.parts["B"].shape[0], self.parts["A"].shape[1]
+        return whole if self.experts is None else self.experts.stored_shape(whole)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter. `updates`: name of an adapted tensor of the base -> its LoRA layer."""
+    """A LoRA adapter. `updates`: name of an adapted tensor of the base -> its LoRA layer.
+
+    `fused`: name of peft's LoRA layer of fused experts -> its tensors; `with_stored_names` adds an
+    update for each tensor of the base that holds a part of them.
+    """
 
     file: TensorFile
+    config: Mapping[str, Any]
     updates: Mapping[str, LayerUpdate]
+    fused: Mapping[str, Mapping[str, Entry]]
 
 
 def read_base(folder: Path) -> Base:
@@ -138,26 +149,44 @@ def read_adapter(folder: Path) -> Adapter:
         layers.setdefault(name, {})[_PARTS[suffix]] = entry
     if not layers:
         raise UserError(f"adapter: {path} is empty")
-    updates = {f"{name}.weight": _update(path, name, layers[name], config) for name in layers}
-    return Adapter(file, updates)
+    fused = {}
+    if config.get("target_parameters"):  # of n experts A has n times r rows
+        fused = {n: parts for n, parts in layers.items() if _rows(parts) != _r(n, config)}
+        layers = {name: parts for name, parts in layers.items() if name not in fused}
+    updates = {
+        f"{name}.weight": _update(path, name, parts, config) for name, parts in layers.items()
+    }
+    return Adapter(file, config, updates, fused)
+
+
+def _rows(parts: Mapping[str, Entry]) -> int:
+    return parts["A"].shape[0] if "A" in parts else 0
+
+
+def _r(name: str, config: Mapping[str, Any]) -> int:
+    return int(pattern_value(config.get("rank_pattern"), name, config["r"]))
 
 
 def _update(
-    path: Path, name: str, parts: Mapping[str, Entry], config: Mapping[str, Any]
+    path: Path, name: str, parts: Mapping[str, Entry], config: Mapping[str, Any], experts: int = 1
 ) -> LayerUpdate:
-    """The LoRA layer of this name. Raises UserError if a tensor is missing or does not match r."""
+    """The LoRA layer of this name. Raises UserError if a tensor is missing or does not match r.
+
+    `experts`: number of experts of a fused tensor, each of which has r columns of its own.
+    """
     wanted = {"A", "B", "magnitude"} if config.get("use_dora") else {"A", "B"}
     if parts.keys() != wanted:
         raise UserError(
             f"adapter: {path}: {name} has {', '.join(sorted(parts))} instead of "
             f"{', '.join(sorted(wanted))}"
         )
-    r = int(pattern_value(config.get("rank_pattern"), name, config["r"]))
+    r = _r(name, config)
     a, b = parts["A"], parts["B"]
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != r or b.shape[1] != r:
+    width = r * experts
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != width or b.shape[1] != width:
         raise UserError(
             f"adapter: {path}: {name} has A {a.shape} and B {b.shape}, but r is {r} in "
-            "adapter_config.json"
+            f"adapter_config.json{f', for each of {experts} experts' if experts > 1 else ''}"
         )
     return LayerUpdate(
         parts=parts,
@@ -174,17 +203,44 @@ def with_stored_names(base: Base, adapter: Adapter) -> Adapter:
     name is not in the base. If the class of the base cannot be built, the names are not changed,
     and `require_compatible` reports them.
     """
-    if adapter.updates.keys() <= base.entries.keys():
+    if adapter.updates.keys() <= base.entries.keys() and not adapter.fused:
         return adapter
     from pipeline.model.checkpoint_names import model_on_meta, stored_names
 
     try:
-        stored = stored_names(model_on_meta(base.folder), base.entries)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        model = model_on_meta(base.folder)
+        stored = stored_names(model, base.entries)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if adapter.fused:
+            raise UserError(
+                f"base: the class of {base.folder} cannot be built ({error}), so its fused experts "
+                "cannot be merged here; merge the adapter with peft"
+            ) from error
         return adapter
     names = {name: each.keys[0] for name, each in stored.items() if each.converter is None}
     updates = {names.get(name, name): update for name, update in adapter.updates.items()}
-    return replace(adapter, updates=updates)
+    for name in adapter.fused:
+        updates |= _expert_updates(name, adapter, model, stored)
+    return replace(adapter, updates=updates, fused={})
+
+
+def _expert_updates(
+    name: str, adapter: Adapter, model: Any, stored: Mapping[str, Any]
+) -> dict[str, LayerUpdate]:
+    """A layer update for each tensor of the base that holds a part of one fused tensor."""
+    from pipeline.model.expert_slices import adapted_tensor, expert_slices
+
+    mismatch = f"adapter {adapter.file.path.parent} does not belong to the base"
+    try:
+        parameter = adapted_tensor(model, name, adapter.config["target_parameters"])
+        tensor = model.get_parameter(parameter)
+        slices = expert_slices(model, parameter, stored[parameter])
+    except (AttributeError, KeyError, IndexError) as error:
+        raise UserError(f"{mismatch}: it has no fused experts {name} ({error})") from error
+    whole = _update(
+        adapter.file.path, parameter, adapter.fused[name], adapter.config, tensor.shape[0]
+    )
+    return {key: replace(whole, experts=each) for key, each in slices.items()}
 
 
 def require_compatible(base: Base, adapter: Adapter) -> None:

@@ -1,5 +1,6 @@
 """Merging of one LoRA layer with peft's own class, which supports all options of a layer."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -15,8 +16,13 @@ _NAME = "default"
 def merge_layer(
     weight: torch.Tensor, update: LayerUpdate, parts: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """The merged weight of a linear layer; `weight` itself is not changed."""
-    d_out, d_in = update.shape
+    """The merged weight of a linear layer or of experts; `weight` itself is not changed."""
+    if update.experts is not None:
+        merged = weight.clone()
+        scaling = update.alpha / (math.sqrt(update.r) if update.use_rslora else update.r)
+        update.experts.add(merged, scaling * parts["A"], parts["B"])
+        return merged
+    d_out, d_in = weight.shape
     config = LoraConfig(
         use_rslora=update.use_rslora, use_dora="magnitude" in parts, init_lora_weights=False
     )

@@ -22,11 +22,13 @@ from pipeline.model.base import auto_class
 class StoredAs:
     """The checkpoint's tensors from which a parameter is built, in the order of the files.
 
-    `converter`: None if the parameter is one tensor, unchanged.
+    `converter`: None if the parameter is one tensor, unchanged. `patterns`: for each key, the
+    converter's pattern that matches it.
     """
 
     keys: tuple[str, ...]
     converter: WeightConverter | None = None
+    patterns: tuple[str, ...] = ()
 
 
 def model_on_meta(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -57,6 +59,10 @@ def stored_names(model: Any, keys: Iterable[str]) -> dict[str, StoredAs]:
             name, pattern = key, None
         if name not in parameters:
             continue  # the class lacks this parameter, such as a text model without vision tower
-        earlier = stored[name].keys if name in stored else ()
-        stored[name] = StoredAs((*earlier, key), by_pattern[pattern] if pattern else None)
+        earlier = stored.get(name, StoredAs(()))
+        stored[name] = StoredAs(
+            (*earlier.keys, key),
+            by_pattern[pattern] if pattern else None,
+            (*earlier.patterns, pattern or ""),
+        )
     return stored

@@ -29,6 +29,7 @@ from pipeline.errors import UserError
 from pipeline.model.attention import WITHIN_DOCUMENTS, arguments_for, require_all_blocks_separate
 from pipeline.model.base import auto_class, load_plain
 from pipeline.model.checkpoint_names import model_on_meta, stored_names
+from pipeline.model.expert_slices import expert_slices
 from pipeline.model.loss import IGNORED, SummedLoss
 from pipeline.model.small_copy import random_model, small_copies
 from pipeline.model.structure import blocks, expert_tensors, text_decoder
@@ -319,10 +320,15 @@ def _missing_names(folder: Path, targets: Sequence[str], *, trust_remote_code: b
     stored = stored_names(model, keys)
     names = [f"{name}.weight" for name in target_names(model, targets)]
     missing = [name for name in names if name not in stored or stored[name].converter is not None]
+    for name in target_experts(model, targets):
+        try:
+            expert_slices(model, name, stored[name])
+        except (KeyError, UserError):
+            missing.append(name)
     if not missing:
         return []
     return [
-        f"{len(missing)} of {len(names)} adapted weights are not single tensors of the checkpoint, "
+        f"{len(missing)} adapted weights are neither tensors of the checkpoint nor slices of them, "
         f"the first is {missing[0]}: the adapter loads with peft, but cannot be merged"
     ]
 

@@ -1,0 +1,166 @@
+"""Slices of fused expert tensors: which part of a fused tensor each tensor of a checkpoint is.
+
+A checkpoint may store a tensor for each expert and projection, which transformers stacks and
+concatenates, or the fused tensor itself. The slices are found by running transformers' own
+conversion on small tensors of element numbers, so that no kind of conversion is assumed.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pipeline.errors import UserError
+from pipeline.model.checkpoint_names import StoredAs
+from pipeline.model.structure import expert_tensors
+
+_ROWS, _COLUMNS = 4, 6  # of the small tensors: even, for conversions that interleave halves
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How an axis of a stored tensor lies on an axis of the fused tensor.
+
+    The fused axis is `parts` times as long. Element i is at i + `index` x the stored length, or, if
+    `is_interleaved`, at i x `parts` + `index`.
+    """
+
+    parts: int = 1
+    index: int = 0
+    is_interleaved: bool = False
+
+    def positions(self, length: int) -> torch.Tensor:
+        """Positions on the fused axis of a stored axis with this length."""
+        steps = torch.arange(length)
+        if self.is_interleaved:
+            return steps * self.parts + self.index
+        return steps + self.index * length
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSlice:
+    """Part of a fused tensor of `count` experts (expert, row, column) that one stored tensor holds.
+
+    `expert`: None if the stored tensor has all experts. `is_flipped`: its last two axes are those
+    of the fused tensor in reverse order. `is_transposed`: rows of the fused tensor are inputs.
+    """
+
+    count: int
+    is_transposed: bool
+    expert: int | None = None
+    rows: Axis = Axis()
+    columns: Axis = Axis()
+    is_flipped: bool = False
+
+    def stored_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of the stored tensor; `shape`: d_out and d_in of one expert."""
+        rows, columns = reversed(shape) if self.is_transposed else shape
+        stored = rows // self.rows.parts, columns // self.columns.parts
+        stored = stored[::-1] if self.is_flipped else stored
+        return stored if self.expert is not None else (self.count, *stored)
+
+    def add(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add the products B A of the experts in this slice to a stored tensor, in place.
+
+        `a` is (count x r, d_in) and `b` is (d_out, r x count), as peft stores them.
+        """
+        a, b = a.reshape(self.count, -1, a.shape[1]), b.reshape(len(b), -1, self.count)
+        for expert in range(self.count) if self.expert is None else [self.expert]:
+            target = weight[expert] if self.expert is None else weight
+            target = target.mT if self.is_flipped else target
+            left, right = b[:, :, expert], a[expert]
+            if self.is_transposed:
+                left, right = right.mT, left.mT
+            rows, columns = map(Axis.positions, (self.rows, self.columns), target.shape)
+            target += left[rows] @ right[:, columns]
+
+
+def adapted_tensor(model: Any, layer: str, targets: Iterable[str]) -> str:
+    """Name of the fused tensor that a LoRA layer of peft adapts.
+
+    peft wraps the module that holds the tensors once for each of `targets`, in the order in which
+    the class has them: the last wrapper is the outermost, each `.base_layer` is one further in.
+    """
+    holder, ends = layer.replace(".base_layer", ""), {name.rpartition(".")[2] for name in targets}
+    names = [name.strip(".") for name in expert_tensors(model.get_submodule(holder))]
+    wrapped = [name for name in names if name in ends]
+    return f"{holder}.{wrapped[-1 - layer.count('.base_layer')]}"
+
+
+def expert_slices(model: Any, name: str, stored: StoredAs) -> dict[str, ExpertSlice]:
+    """The slice of the fused tensor `name` that each stored tensor holds, by its key.
+
+    Raises UserError if a stored tensor is not such a slice.
+    """
+    count = model.get_parameter(name).shape[0]
+    holder = model.get_submodule(name.rpartition(".")[0])
+    whole = ExpertSlice(count=count, is_transposed=getattr(holder, "is_transposed", False))
+    if stored.converter is None:
+        return {stored.keys[0]: whole}
+    shape = (_ROWS, _COLUMNS) if len(stored.keys) > 1 else (count, _ROWS, _COLUMNS)
+    size = torch.Size(shape).numel()
+    numbers = {
+        key: torch.arange(size).reshape(shape) + i * size for i, key in enumerate(stored.keys)
+    }
+    fused = _converted(model, name, stored, numbers)
+    found = {key: _slice(whole, fused, tensor) for key, tensor in numbers.items()}
+    if wrong := [key for key, part in found.items() if part is None]:
+        raise UserError(f"{wrong[0]} of the checkpoint is not a slice of {name}")
+    return {key: part for key, part in found.items() if part is not None}
+
+
+def _converted(
+    model: Any, name: str, stored: StoredAs, tensors: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """The fused tensor that transformers builds from stored tensors."""
+    converter = copy.deepcopy(stored.converter)
+    assert converter is not None
+    for key, pattern in zip(stored.keys, stored.patterns, strict=True):
+        converter.add_tensor(name, key, pattern, tensors[key])  # type: ignore[arg-type]
+    built: Any = converter.convert(name, model=model, config=model.config)[name]
+    fused: torch.Tensor = built[0] if isinstance(built, list) else built
+    return fused
+
+
+def _slice(whole: ExpertSlice, fused: torch.Tensor, numbers: torch.Tensor) -> ExpertSlice | None:
+    """The slice of `fused` whose elements are `numbers`; None if they are not one."""
+    experts, rows, columns = (fused == numbers.flatten()[0]).nonzero()[0].tolist()
+    one_expert = numbers.dim() < fused.dim()
+    target = fused[experts] if one_expert else fused
+    for is_flipped in (False, True):
+        stored = numbers.mT if is_flipped else numbers
+        axes = [
+            _axis(length, part, first)
+            for length, part, first in zip(
+                target.shape[-2:], stored.shape[-2:], (rows, columns), strict=True
+            )
+        ]
+        if None in axes:
+            continue
+        for row_axis, column_axis in _candidates(axes):
+            at = row_axis.positions(stored.shape[-2]), column_axis.positions(stored.shape[-1])
+            if torch.equal(target[..., at[0][:, None], at[1]], stored):
+                return replace(
+                    whole,
+                    expert=experts if one_expert else None,
+                    rows=row_axis,
+                    columns=column_axis,
+                    is_flipped=is_flipped,
+                )
+    return None
+
+
+def _axis(whole: int, part: int, first: int) -> list[Axis] | None:
+    """The ways in which a stored axis can begin at position `first` of a longer fused axis."""
+    parts, rest = divmod(whole, part)
+    if rest:
+        return None
+    ways = [Axis(parts, first // part)] if first % part == 0 else []
+    return ways + ([Axis(parts, first, True)] if parts > 1 and first < parts else [])
+
+
+def _candidates(axes: list[list[Axis] | None]) -> Iterable[tuple[Axis, Axis]]:
+    rows, columns = (axis or [] for axis in axes)
+    return [(row, column) for row in rows for column in columns]

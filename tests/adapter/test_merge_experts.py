@@ -1,0 +1,110 @@
+"""Adapters of fused experts are merged into a checkpoint as peft merges them in memory."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from pipeline.adapter.merge import merge_adapter
+from pipeline.adapter.merge_inputs import read_adapter, read_base, with_stored_names
+from pipeline.model.base import load_plain
+from pipeline.model.checkpoint_names import model_on_meta, stored_names
+from pipeline.model.expert_slices import expert_slices
+from pipeline.model.structure import expert_tensors
+from tests.adapter.merging import tensors
+from tests.messages import refused
+from tests.model.kinds import build
+
+pytestmark = pytest.mark.tensor
+
+# Stored by expert, fused and transposed, fused under another name, without a gate, with MLA.
+KINDS = ["qwen3_moe", "gpt_oss", "granitemoe", "nemotron_h", "deepseek_v3", "llama4_text"]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Make a model folder and one of a random adapter of its experts and query projections."""
+
+    def make(kind, **options):
+        build(kind).save_pretrained(tmp_path / "base")
+        model = load_plain(tmp_path / "base", dtype=torch.float32)
+        names = sorted({name.rsplit(".", 1)[-1] for name in expert_tensors(model)})
+        config = LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=["q_proj"] if kind != "deepseek_v3" else ["q_b_proj"],
+            target_parameters=names,
+            **options,
+        )
+        adapted = get_peft_model(model, config)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=0.2)
+        adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+        return tmp_path / "base", tmp_path / "adapter"
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_merged_model_is_that_of_peft(folders, tmp_path, kind):
+    base, adapter = folders(kind, use_rslora=kind == "qwen3_moe")
+    merge_adapter(base, adapter, tmp_path / "merged")
+    model = PeftModel.from_pretrained(load_plain(base, dtype=torch.float32), adapter)
+    model.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    before, ours, theirs = (tensors(x) for x in (base, tmp_path / "merged", tmp_path / "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in ours)
+    changed = {key for key in ours if not torch.equal(ours[key], before[key])}
+    assert len(changed) == len(read(base, adapter).updates)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_stored_tensor_is_found_as_the_slice_that_transformers_loads(tmp_path, kind):
+    build(kind).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    meta, model = model_on_meta(tmp_path), load_plain(tmp_path, dtype=torch.float32)
+    names = stored_names(meta, stored)
+    fused = [name.strip(".") for name in expert_tensors(model)]
+    assert fused
+    for name in fused:
+        for key, part in expert_slices(meta, name, names[name]).items():
+            whole = model.get_parameter(name)
+            whole = whole if part.expert is None else whole[part.expert]
+            weight = stored[key].mT if part.is_flipped else stored[key]
+            rows, columns = (
+                axis.positions(n)
+                for axis, n in zip((part.rows, part.columns), weight.shape[-2:], strict=True)
+            )
+            assert torch.equal(whole[..., rows[:, None], columns], weight)
+
+
+def test_an_adapter_of_another_number_of_experts_is_refused(folders):
+    base, adapter = folders("qwen3_moe")
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({k: w[:8] if "experts.lora_A" in k else w for k, w in weights.items()}, path)
+    with refused("experts", "4 experts", "r is 4"):
+        read(base, adapter)
+
+
+def test_experts_for_a_base_without_experts_are_refused(folders, tmp_path):
+    _, adapter = folders("qwen3_moe")
+    build("llama").save_pretrained(tmp_path / "dense")
+    with refused("does not belong", "experts"):
+        read(tmp_path / "dense", adapter)
+
+
+def test_a_class_that_cannot_be_built_is_refused(folders):
+    base, adapter = folders("qwen3_moe")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    with refused("cannot be built", "merge the adapter with peft"):
+        read(base, adapter)
+
+
+def read(base, adapter):
+    return with_stored_names(read_base(base), read_adapter(adapter))
