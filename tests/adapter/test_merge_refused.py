@@ -120,7 +120,7 @@ REFUSED = {
     "tied": (tied_head, ["lm_head.weight"]),
     "dora": (option(use_dora=True), ["magnitude"]),
     "fan": (option(fan_in_fan_out=True), ["fan_in_fan_out"]),
-    "ranks": (option(rank_pattern={"q_proj": 8}), ["q_proj", "r 8"]),
+    "ranks": (option(rank_pattern={"q_proj": 8}), ["q_proj", "r is 8"]),
     "pattern": (option(alpha_pattern={"q_(proj": 8}), ["q_(proj"]),
     "pissa": (option(init_lora_weights="pissa"), ["init_lora_weights", "pissa"]),
     "bias": (option(bias="all"), ["bias", "all"]),
