@@ -17,11 +17,12 @@ LOADING_S = 25 * 60.0
 class Heartbeat:
     """The present phase of this rank's main thread.
 
-    `step`: finished steps. `beats`: number of phases so far; slow ranks have fewer. `since`: start
-    of the phase (time.monotonic).
+    `step`: finished steps; None before the training loop, and in a process that does not train.
+    `beats`: number of phases so far; slow ranks have fewer. `since`: start of the phase
+    (time.monotonic).
     """
 
-    step: int = 0
+    step: int | None = None
     phase: str = "start-up"
     beats: int = 0
     since: float = field(default_factory=time.monotonic)
@@ -31,6 +32,21 @@ class Heartbeat:
         self.phase, self.since = phase, time.monotonic()
         self.step = self.step if step is None else step
         self.beats += 1
+
+    @property
+    def position(self) -> str:
+        """The phase and, in the training loop, the step."""
+        return position(self.step, self.phase)
+
+
+def position(step: int | None, phase: str) -> str:
+    """Text for a step and a phase: `at step 3 in the forward pass`."""
+    return f"in {phase}" if step is None else f"at step {step} in {phase}"
+
+
+def checkpoint_note(step: int | None) -> str:
+    """The end of a message about a hang: in the training loop no save was in progress."""
+    return "" if step is None else "; the last checkpoint is unchanged"
 
 
 def hang_message(heartbeats: dict[int, dict[str, Any]], frozen: list[int], timeout_s: float) -> str:
@@ -42,9 +58,11 @@ def hang_message(heartbeats: dict[int, dict[str, Any]], frozen: list[int], timeo
     blocking = frozen or [r for r, heartbeat in heartbeats.items() if heartbeat["beats"] == fewest]
     scope = "all ranks hang" if len(blocking) == len(heartbeats) > 1 else "the others wait"
     names = "; ".join(
-        f"rank {rank} on {heartbeats[rank]['host']} hangs at step {heartbeats[rank]['step']} in "
-        f"{heartbeats[rank]['phase']} ({heartbeats[rank]['where']}"
+        f"rank {rank} on {heartbeats[rank]['host']} hangs "
+        f"{position(heartbeats[rank]['step'], heartbeats[rank]['phase'])} "
+        f"({heartbeats[rank]['where']}"
         f"{', stopped or disconnected' if rank in frozen else ''})"
         for rank in blocking
     )
-    return f"no progress for {timeout_s:.0f} s ({scope}): {names}; the last checkpoint is unchanged"
+    note = checkpoint_note(heartbeats[blocking[0]]["step"])
+    return f"no progress for {timeout_s:.0f} s ({scope}): {names}{note}"

@@ -129,9 +129,8 @@ class Watchdog:
             if self._is_hanging(_UNANSWERED_S):
                 text = (
                     f"no progress for {self._limit_s():.0f} s: rank 0 on {self._first_host} "
-                    f"does not answer, rank {self._placement.rank} is at step "
-                    f"{self._heartbeat.step} in {self._heartbeat.phase}; the last checkpoint is "
-                    "unchanged"
+                    f"does not answer, rank {self._placement.rank} is {self._heartbeat.position}"
+                    f"{phases.checkpoint_note(self._heartbeat.step)}"
                 )
                 is_reporter = self._is_lowest_alive(without=[0])
                 if is_reporter:
@@ -186,8 +185,7 @@ class Watchdog:
         """End because a rank died without a message; only one of the other ranks reports it."""
         text = (
             f"rank {rank} ended without a message, as after a kill or if memory is exhausted, "
-            f"while rank {self._placement.rank} was at step {self._heartbeat.step} in "
-            f"{self._heartbeat.phase}"
+            f"while rank {self._placement.rank} was {self._heartbeat.position}"
         )
         try:
             is_first = self._announce(text)

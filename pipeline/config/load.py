@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -17,7 +17,7 @@ from pipeline.config.hub import HubSplit
 from pipeline.config.located import parse_value, read_located
 from pipeline.config.paths import expand
 from pipeline.config.peers import advice
-from pipeline.config.presets import PRESETS, Preset
+from pipeline.config.presets import preset_values
 from pipeline.config.settings import RunSettings, map_paths, path_settings, settings_by
 from pipeline.errors import UserError
 
@@ -103,7 +103,8 @@ def _validate(values: Mapping[str, Any], locations: Mapping[str, str], source: s
     known = {key: value for key, value in values.items() if key in RunSettings.model_fields}
     known, unexpanded = _expand_paths(known, locations, problems)
     try:
-        settings = RunSettings.model_validate({**_preset_values(known.get("preset")), **known})
+        presets = preset_values(known.get("preset"), known)
+        settings = RunSettings.model_validate({**presets, **known})
     except ValidationError as error:
         by_key: dict[str, list[Any]] = {}
         for detail in error.errors():  # pydantic reports one error for each member of a union
@@ -154,15 +155,6 @@ def _advice(key: str) -> str:
         return known
     near = difflib.get_close_matches(key, RunSettings.model_fields, n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else "all settings: docs/configuration.md"
-
-
-def _preset_values(names: Any) -> dict[str, Any]:
-    """Merge presets; later ones override earlier ones. RunSettings refuses unknown names."""
-    values: dict[str, Any] = {}
-    for name in names if isinstance(names, list) else [names]:
-        if name in get_args(Preset):
-            values |= PRESETS[name]
-    return values
 
 
 def _error_line(

@@ -5,7 +5,7 @@ guide gives a range, the preset has the lower value, and `RANGES` has the range.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Preset = Literal[
     "conservative", "balanced", "aggressive", "small", "medium", "large", "memory-constrained",
@@ -40,6 +40,43 @@ RANGES: Mapping[Preset, Mapping[str, tuple[int, int]]] = {
     "large": {"epochs": (1, 2), "lora_r": (64, 128)},
     "speed-optimized": {"batch_size": (4, 8)},
 }
+
+# Key of a preset -> key of the run file that replaces it, because the two exclude each other or
+# would give two values for one number.
+_REPLACED_BY = {
+    "epochs": "max_steps",
+    "gradient_accumulation_steps": "global_batch_size",
+    "load_in_4bit": "load_in_8bit",
+    "bf16": "fp16",
+}
+
+
+def preset_values(names: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of presets, merged; later ones override earlier ones.
+
+    `given`: the user's own values; keys that these replace are left out. Unknown names are left
+    out too; RunSettings refuses them.
+    """
+    values: dict[str, Any] = {}
+    for name in names if isinstance(names, list) else [names]:
+        if name in get_args(Preset):
+            values |= PRESETS[name]
+    replaced = {key for key, other in _REPLACED_BY.items() if _is_set(other, given)}
+    return {key: value for key, value in values.items() if key not in replaced}
+
+
+def replaced_preset_values(names: Any, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Key of a preset -> reason why a run does not have the preset's value."""
+    values = preset_values(names, {})
+    return {
+        key: f"{other} is set, which replaces the preset's {key}: {values[key]}"
+        for key, other in _REPLACED_BY.items()
+        if key in values and settings[key] != values[key] and _is_set(other, settings)
+    }
+
+
+def _is_set(key: str, values: Mapping[str, Any]) -> bool:
+    return values.get(key) not in (None, False, "auto")
 
 
 def preset_for(rows: int) -> Preset:

@@ -56,7 +56,8 @@ class RunKeys(BaseModel):
     preset: Preset | list[Preset] = Field(
         default_factory=list,
         description="Name of a preset (see the table of presets), or a list of names. A later "
-        "preset overrides an earlier one, and the run file overrides all presets.",
+        "preset overrides an earlier one, and the run file overrides all presets: max_steps also "
+        "replaces a preset's epochs, global_batch_size its gradient_accumulation_steps.",
         json_schema_extra=traits(change="run"),
     )
     seed: int = Field(

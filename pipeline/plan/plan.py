@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from pipeline.config.presets import replaced_preset_values
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.plan.choose import Candidate, Cluster, candidates
@@ -218,7 +219,7 @@ def rank_plans(
         raise UserError(f"{nodes} nodes of {ranks_per_node} ranks: both must be 1 or more")
     if settings.deepspeed_json is not None:
         settings = with_json_constraints(settings.deepspeed_json, settings)
-    why = {}
+    why = replaced_preset_values(settings.preset, vars(settings))
     targets = shape.without_auto(settings.lora_target_modules)
     if targets != settings.lora_target_modules:
         settings = settings.model_copy(update={"lora_target_modules": targets})

@@ -14,6 +14,7 @@ from pipeline.cluster.heartbeat import hang_message
 from pipeline.cluster.launcher import watch_launchers
 from pipeline.cluster.stop import STOP_SIGNALS, StopRequests
 from pipeline.errors import Stopped, UserError
+from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
 
@@ -143,6 +144,7 @@ import os, signal, threading, time
 from pathlib import Path
 from hashlib import pbkdf2_hmac
 from pipeline.cluster.stop import StopRequests
+from tests.messages import assert_mentions
 stops = StopRequests(Path("nowhere"), None, is_first=True)
 stops.install_handlers(lambda: None)
 def send():
@@ -189,6 +191,15 @@ def test_a_stopped_process_is_named_whatever_its_last_heartbeat():
     assert "rank 1 on a hangs" in message
     assert "stopped" in message
     assert "rank 0 on" not in message
+
+
+def test_outside_of_a_training_loop_neither_step_nor_checkpoint_is_mentioned():
+    """As in a preflight, or while the base is loaded."""
+    message = hang_message({0: heartbeat(step=None), 1: heartbeat(step=None, beats=8)}, [], 60)
+    assert_mentions(message, "rank 1 on a", "in the forward pass")
+    assert "step" not in message
+    assert "checkpoint" not in message
+    assert "checkpoint" in hang_message({0: heartbeat()}, [], 60)
 
 
 def test_where_no_rank_is_behind_all_are_named():

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.load import dump_settings, load_settings
-from pipeline.config.presets import PRESETS
+from pipeline.config.presets import PRESETS, replaced_preset_values
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from tests.messages import refused
+from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.unit
 
@@ -38,6 +38,32 @@ def test_precedence_is_preset_run_file_command_line(run_file):
     assert settings.batch_size == 2  # the run file over the preset
     assert settings.lr == 5e-5  # the command line over the run file
     assert settings.lora_target_modules == ["q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "key", "value"),
+    [
+        ("small", "max_steps: 500", "epochs", "auto"),
+        ("memory-constrained", "global_batch_size: 12", "gradient_accumulation_steps", "auto"),
+        ("memory-constrained", "load_in_8bit: true", "load_in_4bit", False),
+        ("speed-optimized", "fp16: true", "bf16", "auto"),
+    ],
+)
+def test_what_the_user_wrote_replaces_what_a_preset_has(run_file, preset, given, key, value):
+    """Also where the preset has it under another key, and the plan says so."""
+    settings = load_settings(run_file(f"preset: {preset}\n{given}\n"))
+    assert getattr(settings, key) == value
+    reasons = replaced_preset_values(settings.preset, vars(settings))
+    assert reasons.keys() == {key}
+    assert_mentions(reasons[key], given.split(":")[0], f"{key}: {PRESETS[preset][key]}")
+    both = load_settings(run_file(f"preset: {preset}\n"))
+    assert getattr(both, key) == PRESETS[preset][key]
+    assert not replaced_preset_values(both.preset, vars(both))
+
+
+def test_both_keys_are_used_where_the_user_wrote_both(run_file):
+    settings = load_settings(run_file("preset: small\nmax_steps: 500\nepochs: 2\n"))
+    assert (settings.max_steps, settings.epochs) == (500, 2)
 
 
 @pytest.mark.parametrize(
