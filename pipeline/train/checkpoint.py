@@ -7,6 +7,7 @@ a checkpoint that cannot be used is refused before.
 """
 
 import hashlib
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _ADAPTER, _OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 _STATE, _MANIFEST = "state.json", "manifest.json"
+_LORA_MATRIX = re.compile(r"(?<!\.experts)(?<!\.experts\.base_layer)\.lora_[AB]\.weight$")
 _RESUME_IS_SAME_RUN = (
     "`resume` continues a run with its data and its learning rate schedule; for other data, "
     "steps or target modules start a new run without it, in another output_dir"
@@ -85,7 +87,7 @@ class Checkpoints:
 
     `keep`: number of checkpoints to keep (save_total_limit). `accepted`: fields of the identity
     that may differ. `origin`: the checkpoint of `resume: PATH`, if the run started from one; its
-    own checkpoints record it. `shapes`: shape of each LoRA matrix by its key. `model_folder`: the
+    own checkpoints record it. `shapes`: shape of each linear layer's A and B. `model_folder`: the
     base, needed for old checkpoints, whose fingerprint covers only samples of the weights. `about`:
     further entries of state.json for users.
     """
@@ -250,7 +252,7 @@ class Checkpoints:
         if self.shapes is None:
             return
         entries = read_header(path / _ADAPTER).entries
-        saved = {key: entry.shape for key, entry in entries.items() if _is_lora_matrix(key)}
+        saved = {key: entry.shape for key, entry in entries.items() if _is_of_linear_layer(key)}
         expected = {key: tuple(shape) for key, shape in self.shapes.items()}
         if saved != expected:
             key = min(saved.items() ^ expected.items())[0]
@@ -344,8 +346,9 @@ def read_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, "torc
     return load_file(path / _ADAPTER), load_file(path / _OPTIMIZER)
 
 
-def _is_lora_matrix(key: str) -> bool:
-    return key.endswith((".lora_A.weight", ".lora_B.weight"))
+def _is_of_linear_layer(key: str) -> bool:
+    """Whether a tensor is A or B of a linear layer, and not of the fused experts of a block."""
+    return _LORA_MATRIX.search(key) is not None
 
 
 def _rename_skipped(path: Path) -> None:

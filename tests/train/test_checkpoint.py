@@ -367,6 +367,17 @@ def test_other_target_modules_are_refused_before_the_model_is_loaded(checkpoints
         Checkpoints(path.parent, IDENTITY, 2, shapes=shapes).require_resumable(path)
 
 
+def test_tensors_of_fused_experts_do_not_count_as_target_modules(checkpoints):
+    """They are compared when the model is built, as other kinds of tensors are."""
+    experts = {
+        "l.experts.lora_A.weight": torch.zeros(2, 3),
+        "l.experts.base_layer.lora_B.weight": torch.zeros(3, 2),
+    }
+    path = checkpoints.write(WEIGHTS | experts, MOMENTS, Progress(step=3))
+    shapes = {key: tuple(tensor.shape) for key, tensor in WEIGHTS.items()}
+    assert Checkpoints(path.parent, IDENTITY, 2, shapes=shapes).require_resumable(path).step == 3
+
+
 def test_a_run_of_another_version_names_the_version_that_can_finish_it(tmp_path):
     old = {"versions": {"rankzero": "0.0.9"}}
     path = write(Checkpoints(tmp_path / "checkpoints", IDENTITY, 2, about=old), 3)
