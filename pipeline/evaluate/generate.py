@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from pipeline.data.chat.encoder import Encoder
 from pipeline.rows.formats import Conversation, Example
 
-_BATCH_SIZE = 64  # prompts that are answered at a time
+_BATCH_SIZE = 64  # prompts
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Question:
     """A held-out prompt and its expected answer."""
 
     prompt: str  # rendered with the chat template
-    shown: str  # the text of the last user message, for reports
+    last_user_message: str  # shown in reports instead of the whole prompt
     expected: str
 
 
 def question(example: Example, encoder: Encoder) -> Question:
-    """The last answer of an example as the expected one, everything before it as the prompt."""
+    """Split an example into a prompt and its last answer, which is the expected one."""
     prompt, expected = encoder.last_answer(example)
     if not isinstance(example, Conversation):
         return Question(prompt, prompt, expected)
@@ -40,17 +40,17 @@ def greedy_answers(
     max_new_tokens: int,
     ends: Collection[int],
 ) -> list[str]:
-    """One answer per prompt, in the order of the prompts, which are batched by length.
+    """Generate one answer per prompt, in the order of the prompts.
 
-    `ends`: tokens that end an answer, besides those of the model's generation config.
+    `ends`: tokens that end an answer, in addition to those of the model's generation config.
     """
-    tokenizer.padding_side = "left"  # so that answers start at the same position
+    tokenizer.padding_side = "left"  # so that all answers of a batch start at the same position
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted({*ends, *_ends(model)}),
+        eos_token_id=sorted({*ends, *_eos_token_ids(model)}),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
@@ -80,6 +80,6 @@ def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
     return sum(answer.strip() == text.strip() for answer, text in pairs) / len(pairs)
 
 
-def _ends(model: Any) -> list[int]:
+def _eos_token_ids(model: Any) -> list[int]:
     ids = model.generation_config.eos_token_id
     return ids if isinstance(ids, list) else [] if ids is None else [ids]

@@ -1,4 +1,4 @@
-"""Held-out loss: the mean over all supervised tokens, with the sequences partitioned over ranks."""
+"""Held-out loss: the mean over supervised tokens; each rank computes a part of the sequences."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from pipeline.data.order.order import evaluation_work
 def held_out_loss(
     summed_loss: Callable[[Batch], float], split: Split, session: Session, micro_batch_size: int
 ) -> float:
-    """Mean loss over a split. Collective: every rank runs the same number of forward passes."""
+    """Mean loss over the supervised tokens of a split. Collective: all ranks must call it."""
     work = evaluation_work(
         split.sequences,
         world_size=session.placement.world_size,

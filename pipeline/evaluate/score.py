@@ -1,4 +1,4 @@
-"""Compare base, adapter and merged model on the held-out rows of a run, for score.json."""
+"""Compare base, adapter and merged model on the held-out rows of a run (score.json)."""
 
 import dataclasses
 import gc
@@ -34,23 +34,24 @@ from pipeline.rows.formats import RowError
 logger = logging.getLogger(__name__)
 
 _SEQUENCES = 8  # per forward pass of the held-out loss
-_EXTRA_TOKENS = 8  # beyond the longest expected answer, to see that a longer answer is wrong
+# Tokens generated beyond the longest expected answer, so that an answer that is too long differs.
+_EXTRA_TOKENS = 8
 
 
 def score_run(run_folder: Path, settings: RunSettings, rows: int) -> dict[str, Any]:
     """Held-out loss and exact match of base, adapter and merged model on at most `rows` rows.
 
-    Base and adapter are loaded as in training (4-bit if it was), the merged model in 16 bits. A
-    merged model of another adapter is not scored. Raises UserError where the run has no adapter or
-    no held-out rows, or where the base is not the one that it was trained on.
+    Base and adapter are loaded as in training (quantised if the run was), the merged model in the
+    training data type. A merged model of another adapter is not scored. Raises UserError if the run
+    has no adapter or no held-out rows, or if the adapter was trained on another base.
     """
     adapter = run_folder / "adapter"
     if not adapter.is_dir():
-        raise UserError(f"{run_folder} holds no adapter; train it first")
+        raise UserError(f"{run_folder} has no adapter; train first")
     if settings.eval_data is None:
         raise UserError(f"{run_folder}: the run has no eval_data, so there is nothing to score on")
     require_same_base(settings.model_folder, adapter)
-    plan = _one_process(settings)
+    plan = _single_process_plan(settings)
     scoring = _Scoring.of(run_folder, settings, Session(Placement(), plan.hardware), rows)
     device = scoring.session.device
     with_adapter: Any = PeftModel.from_pretrained(
@@ -73,7 +74,7 @@ def score_run(run_folder: Path, settings: RunSettings, rows: int) -> dict[str, A
         "adapter_sha256": adapter_sha256(adapter),
         "models": {name: numbers for name, (numbers, _) in scores.items()},
         "answers": [
-            {"prompt": q.shown, "expected": q.expected}
+            {"prompt": q.last_user_message, "expected": q.expected}
             | {name: answers[i] for name, (_, answers) in scores.items()}
             for i, q in enumerate(scoring.questions)
         ],
@@ -82,7 +83,7 @@ def score_run(run_folder: Path, settings: RunSettings, rows: int) -> dict[str, A
 
 @dataclass(frozen=True, kw_only=True)
 class _Scoring:
-    """The held-out data of a run, and how a model is measured on it."""
+    """The held-out data of a run, with the measurement of a model on it."""
 
     session: Session
     tokenizer: Any
@@ -93,7 +94,7 @@ class _Scoring:
 
     @classmethod
     def of(cls, run_folder: Path, settings: RunSettings, session: Session, rows: int) -> Self:
-        """Read the held-out split and its first `rows` questions."""
+        """Open the held-out split and read its first `rows` questions."""
         tokenizer = load_tokenizer(settings.model_folder, settings.trust_remote_code)
         index = DataIndex.load(run_folder / "data").eval
         assert index is not None
@@ -110,7 +111,7 @@ class _Scoring:
         )
 
     def measure(self, model: Any) -> tuple[dict[str, float], list[str]]:
-        """Scores of one model, and its answers."""
+        """Scores of a model (loss, exact match, seconds), and its answers."""
         start = time.perf_counter()
         loss = _loss(model, self.split, self.session)
         answers = greedy_answers(
@@ -129,22 +130,22 @@ def _is_scorable(run_folder: Path) -> bool:
     is_same = is_merged_from(run_folder)
     if is_same is None:
         logger.warning(
-            "%s: an earlier version of RankZero merged it and did not record of which adapter; it "
-            "is scored all the same",
+            "%s: the adapter that was merged is unknown, because an earlier version of RankZero "
+            "did not record it; the merged model is scored",
             run_folder / "merged",
         )
     elif not is_same:
         logger.warning(
-            "%s: merged from another adapter than %s, so it is not scored; merge again",
+            "%s: not scored, because it was merged from an adapter other than %s; merge again",
             run_folder / "merged",
             run_folder / "adapter",
         )
     return is_same is not False
 
 
-def _one_process(settings: RunSettings) -> Plan:
+def _single_process_plan(settings: RunSettings) -> Plan:
     """A plan for the same model on one device, without sharding and activation checkpointing."""
-    alone = settings.model_copy(
+    unsharded = settings.model_copy(
         update={
             "zero_stage": "auto",
             "gradient_checkpointing": "auto",
@@ -156,10 +157,10 @@ def _one_process(settings: RunSettings) -> Plan:
             "deepspeed_json": None,
         }
     )
-    # Nothing is trained, so the plan must not be refused for the memory that training needs.
+    # Nothing is trained: the memory that training would need must not refuse the plan.
     unlimited = dataclasses.replace(detect_hardware(), device_bytes=2**50)
     shape = read_shape(str(settings.model_folder))
-    return make_plan(alone, shape, unlimited, nodes=1, ranks_per_node=1)
+    return make_plan(unsharded, shape, unlimited, nodes=1, ranks_per_node=1)
 
 
 def _questions(
@@ -172,7 +173,7 @@ def _questions(
         try:
             questions.append(question(example, encoder))
         except RowError:
-            continue  # rejected and counted when the data was prepared
+            continue  # prepare rejected and counted this row
     if not questions:
         raise UserError("eval_data: no usable row")
     return questions

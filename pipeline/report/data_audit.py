@@ -10,7 +10,7 @@ from pipeline.report import text
 from pipeline.report.folder import Record, RunRecords, mapping, number
 
 _SHOWN_REJECTS = 20
-# Entries of a split's audit that are shown in separate tables.
+# Entries of a split's audit that have a table of their own.
 _SEPARATE = ("sources", "rejected")
 _SOURCE_COLUMNS = (
     "weight",
@@ -29,27 +29,26 @@ class SplitAudit:
     """The tables of one split: length histogram, sources and reasons for rejection."""
 
     name: str
-    lengths: list[
-        tuple[str, float, float]
-    ]  # range of tokens, documents, percent of the longest bar
+    # Of each bin: the range of lengths as text, its documents, and the bar's width in percent.
+    lengths: list[tuple[str, float, float]]
     sources: list[list[Any]]
     reasons: list[tuple[str, Any]]
 
 
 def numbers(audit: Record) -> Mapping[str, Any] | None:
-    """The counts as a table: one column per split, or one column if the audit has no splits."""
+    """Table of the audit's counts: one column per split, or a single one if there are no splits."""
     if not audit:
         return None
     is_split = all(isinstance(values, dict) for values in audit.values())
     columns = audit if is_split else {"": audit}
-    flat = {name: dict(text.flat(_plain(values))) for name, values in columns.items()}
-    keys = dict.fromkeys(key for values in flat.values() for key in values)
-    rows = [(key, [values.get(key, "") for values in flat.values()]) for key in keys]
-    return {"columns": list(flat), "rows": rows}
+    counts = {name: dict(text.flatten(_without_tables(v))) for name, v in columns.items()}
+    keys = dict.fromkeys(key for values in counts.values() for key in values)
+    rows = [(key, [values.get(key, "") for values in counts.values()]) for key in keys]
+    return {"columns": list(counts), "rows": rows}
 
 
 def split_audits(audit: Record) -> list[SplitAudit]:
-    """The tables of every split that has any."""
+    """The tables of each split that has tables."""
     splits = [
         SplitAudit(
             name=name,
@@ -65,7 +64,7 @@ def split_audits(audit: Record) -> list[SplitAudit]:
 
 
 def source_columns() -> tuple[str, ...]:
-    """Column headings of `SplitAudit.sources` after the name."""
+    """Headings of the columns of `SplitAudit.sources`, except the first one, the name."""
     return (*_SOURCE_COLUMNS, "formats")
 
 
@@ -81,14 +80,15 @@ def first_rejects(run: RunRecords) -> list[dict[str, Any]]:
     return rejects
 
 
-def _plain(values: Record) -> Record:
-    plain = {key: value for key, value in values.items() if key not in _SEPARATE}
-    if isinstance(length := plain.get("length"), dict):
-        plain["length"] = {key: value for key, value in length.items() if key != "histogram"}
+def _without_tables(values: Record) -> Record:
+    """A split's audit without the entries that have separate tables."""
+    counts = {key: value for key, value in values.items() if key not in _SEPARATE}
+    if isinstance(length := counts.get("length"), dict):
+        counts["length"] = {key: value for key, value in length.items() if key != "histogram"}
     rejected = values.get("rejected")
     if isinstance(rejected, dict):
-        plain["rows_rejected"] = sum(number(count) or 0 for count in rejected.values())
-    return plain
+        counts["rows_rejected"] = sum(number(count) or 0 for count in rejected.values())
+    return counts
 
 
 def _lengths(histogram: Record) -> Iterator[tuple[str, float, float]]:

@@ -1,4 +1,4 @@
-"""Read a run folder, complete or not: a report is needed most for a run that failed.
+"""Read a run folder, which is incomplete if the run failed or is running.
 
 A missing or unreadable file becomes an entry of `problems`, never an exception.
 """
@@ -20,7 +20,10 @@ _FIRST_LINES = 100
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecords:
-    """Contents of a run folder; a missing file is empty. `steps` and `evals` are sorted by step."""
+    """Contents of a run folder; those of a missing file are empty.
+
+    `steps`, `evals`: records of metrics.jsonl, sorted by step.
+    """
 
     name: str
     settings: Record
@@ -34,7 +37,7 @@ class RunRecords:
     problems: Mapping[str, str]
 
     def measured(self, key: str) -> list[tuple[float, float]]:
-        """(step, value) of every step whose record has this number."""
+        """(step, value) for each step whose record has a number under `key`."""
         return _numbers(self.steps, key)
 
     def held_out(self) -> list[tuple[float, float]]:
@@ -46,7 +49,7 @@ def read_run_folder(folder: Path) -> RunRecords:
     """Read a run folder. Raises UserError if the folder is not one."""
     if not (folder / "status.json").is_file() and not (folder / "metrics.jsonl").is_file():
         raise UserError(
-            f"{folder}: not a run folder: neither status.json nor metrics.jsonl is there; "
+            f"{folder}: not a run folder, because it has neither status.json nor metrics.jsonl; "
             "give the output_dir of a run"
         )
     problems: dict[str, str] = {}
@@ -87,7 +90,7 @@ def _read(folder: Path, file: str, problems: dict[str, str]) -> Record:
         problems[file] = f"{file} cannot be read: {error}"
         return {}
     if not isinstance(content, dict):
-        problems[file] = f"{file} cannot be read: it does not hold a mapping."
+        problems[file] = f"{file} cannot be read: it is not a mapping."
         return {}
     return content
 
@@ -116,7 +119,7 @@ def _read_metrics(folder: Path, problems: dict[str, str]) -> tuple[list[Record],
         if "eval_loss" in record:
             evals[step] = record
             continue
-        if step <= latest:  # resumed from an earlier checkpoint: later records are obsolete
+        if step <= latest:  # the run resumed from an earlier step: later records are obsolete
             for records in (steps, evals):
                 for obsolete in [other for other in records if other > step]:
                     del records[obsolete]
@@ -126,7 +129,7 @@ def _read_metrics(folder: Path, problems: dict[str, str]) -> tuple[list[Record],
 
 
 def _records(text: str) -> Iterator[tuple[float, Record]]:
-    """Step and record of every complete line; a killed or running process leaves a partial one."""
+    """Step and record of each complete line; a killed process may leave an incomplete one."""
     for line in text.splitlines():
         try:
             record = mapping(json.loads(line))

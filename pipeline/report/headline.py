@@ -1,4 +1,4 @@
-"""The top of a report: model, training method and key figures."""
+"""Top section of a report: model, training method and key figures."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ MODELS = ("base", "adapter", "merged")
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One key figure; `before` is its value before training."""
+    """A key figure with its label; `before`: its value before training."""
 
     label: str
     value: str
@@ -28,7 +28,7 @@ def model_name(run: RunRecords) -> str:
 
 
 def method(run: RunRecords) -> list[str]:
-    """The training method: LoRA kind, trainable parameters, ZeRO stage, dtype and hardware."""
+    """Phrases about the training method: LoRA or QLoRA, parameters, ZeRO stage, dtype, hardware."""
     settings, model = run.settings, mapping(run.plan.get("model"))
     choice, hardware = mapping(run.plan.get("choice")), mapping(run.plan.get("hardware"))
     words = []
@@ -52,7 +52,7 @@ def method(run: RunRecords) -> list[str]:
 
 
 def tiles(run: RunRecords) -> list[Tile]:
-    """The key figures that the run folder has data for."""
+    """Key figures, as far as the run folder has the data."""
     return [*_quality(run), *_progress(run)]
 
 
@@ -113,7 +113,7 @@ def _progress(run: RunRecords) -> Iterator[Tile]:
     in_steps = sum(value for _, value in run.measured("step_seconds"))
     end = status.get("ended") or status.get("heartbeat")
     wall = text.seconds_between(status.get("started"), end)
-    if wall is not None and wall >= in_steps:  # otherwise the run was stopped and resumed
+    if wall is not None and wall >= in_steps:  # smaller if the run was stopped and resumed
         note = f"{text.duration(in_steps)} of it in steps" if in_steps else ""
         yield Tile(label="Wall time", value=text.duration(wall), note=note)
     elif in_steps:

@@ -1,6 +1,6 @@
-"""Write RUN/report.html, one self-contained page about a run, finished or not.
+"""Write report.html, a self-contained page about a run, to the run folder.
 
-Jinja2 escapes every value; only the SVG plots, which plots.py draws, are marked as safe.
+Jinja2 escapes every value except the SVG plots of plots.py.
 """
 
 import re
@@ -21,7 +21,7 @@ from pipeline.report.folder import RunRecords, mapping, number, read_run_folder
 from pipeline.report.headline import MODELS, method, model_name, tiles
 from pipeline.report.plots import NARROW, line_curve, loss_curve, smoothing_window
 
-_TOLERANCE = 0.10  # relative error of predicted memory above which the page marks it
+_TOLERANCE = 0.10  # relative error of the predicted memory; the page marks larger errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def _curves(run: RunRecords) -> list[Curve]:
         ("lr", "Learning rate", "", text.scientific),
         ("tokens_per_second", "Throughput", "tokens/s", text.amount),
         ("grad_norm", "Gradient norm", "", "{:g}".format),
-        ("peak_bytes", "Peak memory", "GiB a rank", "{:g}".format),
+        ("peak_bytes", "Peak memory", "GiB per rank", "{:g}".format),
     ):
         if points := run.measured(key):
             steps, values = _columns(points)
@@ -114,7 +114,7 @@ def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float
 
 
 def _scores(run: RunRecords) -> list[tuple[str, str, str, str]]:
-    """Exact match, held-out loss and time of each scored model."""
+    """Name, exact match, held-out loss and time of each scored model."""
     scored = mapping(run.score.get("models"))
     rows = []
     for name in [name for name in MODELS if name in scored]:
@@ -142,7 +142,7 @@ def _answers(run: RunRecords) -> Iterator[Mapping[str, Any]]:
 
 
 def _choices(run: RunRecords) -> list[tuple[str, Any, str]]:
-    """Key, value and reason of each choice of the plan; reasons without a key come last."""
+    """Key, value and reason of each choice of the plan; reasons for other keys come last."""
     choice = dict(mapping(run.plan.get("choice")))
     why = dict(mapping(choice.pop("why", {})))
     setting_of = settings_by("layout")
@@ -163,10 +163,11 @@ def _rules(run: RunRecords) -> list[dict[str, str]]:
 
 
 def _memory(run: RunRecords) -> Mapping[str, Any] | None:
-    """Predicted memory by term, largest first, and the predicted and the measured peak.
+    """Terms of the predicted memory, largest first, with the predicted and the measured peak.
 
     The error compares the measured peak of live tensors with the prediction for the largest
-    micro-batch that was trained. The plan's peak is for the largest micro-batch that is possible.
+    micro-batch that was trained. It does not use the plan's peak, which is for the largest possible
+    micro-batch.
     """
     memory = mapping(run.plan.get("memory"))
     terms = {k: size for k, v in mapping(memory.get("per_rank")).items() if (size := number(v))}

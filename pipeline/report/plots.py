@@ -1,7 +1,8 @@
-"""Line plots as inline SVG, drawn without a display.
+"""Line plots as inline SVG for an HTML page.
 
-Several plots share one HTML page: ids start with the plot's name, text uses the page's font, and
-colours are CSS variables (`--curve`, `--second`, `--text`, `--line`) with a light fallback.
+The ids in a plot start with its name, because several plots share the page. Text uses the page's
+font. Colours are CSS variables (`--curve`, `--second`, `--text`, `--line`); the fallback values are
+for a light background.
 """
 
 import io
@@ -30,7 +31,7 @@ _TICK_STEPS = [1, 2, 2.5, 5, 10]
 
 
 def loss_curve(name: str, training: Points, held_out: Points, *, size: Size = WIDE) -> str:
-    """Plot the training loss of every step (thin), its mean (thick) and the held-out loss."""
+    """Plot the training loss (thin), its moving average (thick) and the held-out loss (dots)."""
     figure, axes = _axes(size)
     steps, losses = _finite(training)
     axes.plot(*_thinned(steps, losses), color=_CURVE, linewidth=0.8, alpha=0.4)
@@ -61,7 +62,7 @@ def line_curve(
     tick: Callable[[float], str] = "{:g}".format,
     size: Size = SMALL,
 ) -> str:
-    """Plot one value against the step, axis from 0; `tick` formats its labels."""
+    """Plot a value against the step. The y axis starts at 0, and `tick` formats its labels."""
     figure, axes = _axes(size)
     axes.plot(*_thinned(*_finite(points)), color=_CURVE, linewidth=1.3)
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=_TICK_STEPS))
@@ -71,7 +72,7 @@ def line_curve(
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Mean over a centred window of `smoothing_window` values, narrower at both ends."""
+    """Moving average over a centred window of `smoothing_window` values, shorter at both ends."""
     half = smoothing_window(len(values)) // 2
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=float))])
     index = np.arange(len(values))
@@ -80,7 +81,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def smoothing_window(num_values: int) -> int:
-    """An odd number of steps, about a fifteenth of the run."""
+    """Width of the moving average: an odd number of steps, about a fifteenth of the run."""
     return 2 * (num_values // 30) + 1
 
 
@@ -90,7 +91,7 @@ def _finite(points: Points) -> tuple[list[float], list[float]]:
 
 
 def _thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most about `_MAX_POINTS` points: the minimum and maximum of each bin."""
+    """Reduce a curve to about `_MAX_POINTS` points: the minimum and maximum of each bin."""
     width = math.ceil(2 * len(xs) / _MAX_POINTS)
     if width < 3:
         return list(xs), list(ys)
@@ -104,7 +105,7 @@ def _thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], lis
 
 def _axes(size: Size) -> tuple[Figure, Axes]:
     width, height = size
-    figure = Figure(figsize=(width / 72, height / 72), dpi=72)  # one unit of the viewBox a point
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)  # one viewBox unit is a point
     figure.patch.set_visible(False)
     axes = figure.add_axes((46 / width, 24 / height, 1 - 56 / width, 1 - 38 / height))
     axes.patch.set_visible(False)
@@ -126,7 +127,7 @@ def _svg(figure: Figure, name: str, label: str) -> str:
     width, height = (round(72 * inches) for inches in figure.get_size_inches())
     text = buffer.getvalue()
     text = re.sub(r"(?s)^.*?<svg[^>]*>|<style.*?</style>|<!--.*?-->", "", text)
-    text = re.sub(r' d="([^"]*)"', lambda match: f' d="{_short(match[1])}"', text)
+    text = re.sub(r' d="([^"]*)"', lambda match: f' d="{_round_coordinates(match[1])}"', text)
     text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", text)
     text = re.sub(r" ?font-family: [^;\"]+;?", "", text)
     text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)
@@ -144,5 +145,6 @@ def _svg(figure: Figure, name: str, label: str) -> str:
     )
 
 
-def _short(path: str) -> str:
+def _round_coordinates(path: str) -> str:
+    """Cut the coordinates of an SVG path to two decimals, to shorten the page."""
     return re.sub(r"(\.\d\d)\d+", r"\1", " ".join(path.split()))

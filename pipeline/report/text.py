@@ -1,4 +1,4 @@
-"""Format numbers and values for display."""
+"""Format numbers and other values for the report."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -40,13 +40,13 @@ def scientific(value: float) -> str:
 
 
 def gib(largest: float) -> Callable[[float], str]:
-    """Formatter of bytes as GiB; the largest value of a column sets the number of decimals."""
+    """Formatter of bytes as GiB. `largest`: largest value of the column; it sets the decimals."""
     decimals = 2 if largest >= 10 * GIB else 3
     return lambda size: f"{size / GIB:,.{decimals}f}"
 
 
 def duration(seconds: float) -> str:
-    """The two largest units: 1 h 23 min, 4 min 05 s, 12.3 s."""
+    """A duration in its two largest units: 1 h 23 min, 4 min 05 s, 12.3 s."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -91,12 +91,12 @@ def pretty(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
-def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Flatten nested mappings; keys are joined by " · "."""
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Items of nested mappings, with their keys joined by " · "."""
     for key, value in values.items():
-        path = f"{above}{key}"
+        path = f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from flat(value, f"{path} · ")
+            yield from flatten(value, f"{path} · ")
         else:
             yield path, value
 
