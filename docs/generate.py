@@ -1,6 +1,6 @@
-"""Generate from the code: pages of docs/, the README's plan and the run files' JSON schema.
+"""Generate pages of docs/, the plan in the README and the JSON schema of run files.
 
-`--check` only compares.
+With `--check`, only compare the files with the generated texts.
 """
 
 import json
@@ -23,14 +23,15 @@ from pipeline.plan.rules.table import RULES
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 _CHANGES: dict[Change, str] = {
-    "result": "another adapter would come out; the start is refused unless `overwrite: true`",
-    "documents": "the same with other documents; `accept_changes: [data]` resumes all the same",
-    "files": "compared by the content of the training files, not by their names; else like "
-    "`documents`",
-    "base": "another base model; `accept_changes: [base]` resumes all the same",
-    "total_steps": "another schedule; `accept_changes: [total_steps]` resumes all the same",
+    "result": "changes the trained adapter; the start is refused unless `overwrite: true`",
+    "documents": "changes the training documents; the start is refused unless "
+    "`accept_changes: [data]`",
+    "files": "like `documents`, but the content of the files is compared, not their names",
+    "base": "changes the base model; the start is refused unless `accept_changes: [base]`",
+    "total_steps": "changes the learning rate schedule; the start is refused unless "
+    "`accept_changes: [total_steps]`",
     "selection": "like `result` with `keep_best` or `early_stopping_patience`, else like `run`",
-    "run": "how the run is run, watched or saved; the run resumes",
+    "run": "changes only how the run is executed, monitored or saved; the run resumes",
 }
 # Lines of a plan, by their first word, that the README shows.
 _PLAN_LINES = (
@@ -50,9 +51,9 @@ def configuration() -> str:
         "",
         "Generated from the code by `make docs`.",
         "A run file is flat YAML; any setting can also be `key=value` on the command line.",
-        "`launch/runs` has run files to start from, and their JSON schema, which "
-        "`launch/plan.py --schema` prints: with `# yaml-language-server: $schema=schema.json` as "
-        "first line, editors complete and check a run file.",
+        "`launch/runs` has example run files and their JSON schema, which `launch/plan.py "
+        "--schema` prints. If the first line of a run file is `# yaml-language-server: "
+        "$schema=schema.json`, editors complete and check its keys.",
         "Precedence: defaults < presets < run file < command line.",
         "In paths a leading `~`, `$NAME` and `${NAME}` are expanded, and `$$` is a dollar; "
         "run.yaml keeps the text as written.",
@@ -61,8 +62,8 @@ def configuration() -> str:
         "the same user reuse (default `~/.cache/rankzero`): hashes of base models, and shapes and "
         "checks of model classes.",
         "",
-        "The column `change` says what another value means for a run that is already in "
-        "`output_dir`:",
+        "The column `change` has the effect of a changed value on an existing run in "
+        "`output_dir`, when it is started again:",
         "",
         *(f"- `{change}`: {meaning}" for change, meaning in _CHANGES.items()),
         "",

@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 
 
 def plan_of(case: dict[str, Any]) -> Plan:
+    """The plan for a case of cases.yaml."""
     model = str(HERE / "models" / case["model"])
     run = {"model": model, "train_data": "train.jsonl", "output_dir": "run"}
     settings = RunSettings.model_validate(run | case["settings"])
@@ -27,22 +28,23 @@ def plan_of(case: dict[str, Any]) -> Plan:
 
 
 def goldens() -> dict[str, str]:
-    """File name -> text."""
+    """Text of each golden file, by its name."""
     cases = yaml.safe_load((HERE / "cases.yaml").read_text(encoding="utf-8"))
     return {f"{name}.json": dump_json(plan_of(case).deepspeed) for name, case in cases.items()}
 
 
 def main() -> None:
-    wanted = goldens()
-    found = {path.name: path.read_text(encoding="utf-8") for path in HERE.glob("*.json")}
-    stale = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+    expected = goldens()
+    existing = {path.name: path.read_text(encoding="utf-8") for path in HERE.glob("*.json")}
+    names = expected | existing
+    stale = sorted(name for name in names if expected.get(name) != existing.get(name))
     if "--check" in sys.argv:
         if stale:
-            sys.exit(f"ds_configs/: {', '.join(stale)}: not what the code says; run `make goldens`")
+            sys.exit(f"ds_configs/: {', '.join(stale)}: outdated; run `make goldens`")
         return
     for name in stale:
-        if name in wanted:
-            (HERE / name).write_text(wanted[name], encoding="utf-8")
+        if name in expected:
+            (HERE / name).write_text(expected[name], encoding="utf-8")
         else:
             (HERE / name).unlink()
 

@@ -1,4 +1,4 @@
-"""The merge verb as a script; its arguments and wiring are in pipeline/cli/merge.py."""
+"""Script for `rankzero merge`; the arguments are in pipeline/cli/merge.py."""
 
 from pipeline.cli.merge import main
 

@@ -1,4 +1,4 @@
-"""The plan verb as a script; its arguments and wiring are in pipeline/cli/plan.py."""
+"""Script for `rankzero plan`; the arguments are in pipeline/cli/plan.py."""
 
 from pipeline.cli.plan import main
 

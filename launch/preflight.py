@@ -1,4 +1,4 @@
-"""The preflight verb as a script; its arguments and wiring are in pipeline/cli/preflight.py."""
+"""Script for `rankzero preflight`; the arguments are in pipeline/cli/preflight.py."""
 
 from pipeline.cli.preflight import main
 

@@ -1,4 +1,4 @@
-"""The prepare verb as a script; its arguments and wiring are in pipeline/cli/prepare.py."""
+"""Script for `rankzero prepare`; the arguments are in pipeline/cli/prepare.py."""
 
 from pipeline.cli.prepare import main
 

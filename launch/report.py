@@ -1,4 +1,4 @@
-"""The report verb as a script; its arguments and wiring are in pipeline/cli/report.py."""
+"""Script for `rankzero report`; the arguments are in pipeline/cli/report.py."""
 
 from pipeline.cli.report import main
 

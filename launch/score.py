@@ -1,4 +1,4 @@
-"""The score verb as a script; its arguments and wiring are in pipeline/cli/score.py."""
+"""Script for `rankzero score`; the arguments are in pipeline/cli/score.py."""
 
 from pipeline.cli.score import main
 

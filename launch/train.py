@@ -1,4 +1,4 @@
-"""The train verb as a script; its arguments and wiring are in pipeline/cli/train.py."""
+"""Script for `rankzero train`; the arguments are in pipeline/cli/train.py."""
 
 from pipeline.cli.train import main
 
