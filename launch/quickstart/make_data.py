@@ -1,4 +1,4 @@
-"""Generate the demonstration's data: customers' messages to a bakery -> JSON for its till."""
+"""Generate the data of the quickstart: messages to a bakery, and the order in each as JSON."""
 
 import json
 import random
@@ -22,9 +22,9 @@ def make_data(folder: Path) -> None:
     train = list(islice(orders(bank, rng := random.Random(SEED)), NUM_TRAIN))
     seen = {(facts["item"], facts["quantity"]) for _, facts in train}
     bank["frame"] += 6 * bank["held_out_frame"]  # about half of the held-out rows have these
-    fresh = (row for row in orders(bank, rng) if (row[1]["item"], row[1]["quantity"]) not in seen)
+    unseen = (row for row in orders(bank, rng) if (row[1]["item"], row[1]["quantity"]) not in seen)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in {"train": train, "heldout": islice(fresh, NUM_HELDOUT)}.items():
+    for name, rows in {"train": train, "heldout": islice(unseen, NUM_HELDOUT)}.items():
         path, lines = folder / f"{name}.jsonl", ""
         for text, facts in rows:
             contents = ("Order to JSON", text, json.dumps(facts, separators=(",", ":")))
@@ -36,7 +36,7 @@ def make_data(folder: Path) -> None:
 
 
 def orders(bank: dict[str, Any], rng: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield messages with their facts, without end; each slot draws its phrases independently."""
+    """Yield an endless series of messages and their facts; slots draw phrases independently."""
     choices = bank | {key: [(k, p) for k in bank[key] for p in bank[key][k]] for key in FACTS}
     choices |= {slot: bank[slot] + 3 * len(bank[slot]) * [""] for slot in ("hello", "bye")}
     draws = {slot: shuffled(values, rng) for slot, values in choices.items()}
@@ -59,6 +59,9 @@ def orders(bank: dict[str, Any], rng: random.Random) -> Iterator[tuple[str, dict
 
 
 def shuffled(values: list[Any], rng: random.Random) -> Iterator[Any]:
-    """Yield the values in a new order again and again; random() is the same in every version."""
+    """Yield the values in one random order after another, endlessly.
+
+    Only random() is used, because its results are the same in every version of Python.
+    """
     while True:
         yield from sorted(values, key=lambda _: rng.random())
