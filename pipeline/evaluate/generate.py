@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline.data.chat.encoder import Encoder
-from pipeline.rows.formats import Conversation, Example
+from pipeline.rows.examples import Conversation, Example
 
 _BATCH_SIZE = 64  # prompts
 

@@ -29,7 +29,7 @@ from pipeline.model.base import DTYPES, load_base, load_plain
 from pipeline.model.loss import SummedLoss
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import Plan, make_plan
-from pipeline.rows.formats import RowError
+from pipeline.rows.examples import RowError
 
 logger = logging.getLogger(__name__)
 

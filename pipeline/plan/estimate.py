@@ -9,8 +9,9 @@ from pipeline.config.data_names import DataSource
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.plan.given.data_size import DataSize
+from pipeline.rows.examples import Completion, Conversation, Example, RowError, Text
 from pipeline.rows.files import find_files
-from pipeline.rows.formats import Completion, Conversation, Example, RowError, Text, read_example
+from pipeline.rows.formats import read_example
 from pipeline.rows.sources import Row, parse_line, sample_file
 
 SAMPLE_BYTES = 1_000_000

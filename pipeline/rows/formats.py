@@ -16,13 +16,8 @@ from pipeline.rows.conversations import (
     sharegpt,
 )
 from pipeline.rows.examples import (
-    ROLES,
-    Completion,
-    Conversation,
     Example,
-    Message,
     ReadExample,
-    Role,
     RowError,
     Text,
     Tokens,
@@ -30,21 +25,6 @@ from pipeline.rows.examples import (
 )
 from pipeline.rows.lines import Row
 from pipeline.rows.values import has_value, json_type, require_text
-
-__all__ = [
-    "FORMATS",
-    "ROLES",
-    "Completion",
-    "Conversation",
-    "Example",
-    "Message",
-    "ReadExample",
-    "Role",
-    "RowError",
-    "Text",
-    "Tokens",
-    "read_example",
-]
 
 FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
 _MAX_TOKEN_ID = 2**31 - 1  # the prepared set holds int32; the model's vocabulary is checked there

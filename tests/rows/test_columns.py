@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipeline.rows.formats import Message, RowError, read_example
+from pipeline.rows.examples import Message, RowError
+from pipeline.rows.formats import read_example
 from tests.messages import refused
 from tests.rows.reading import row_of
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from pipeline.rows.formats import Completion, Conversation, RowError, Text, read_example
+from pipeline.rows.examples import Completion, Conversation, RowError, Text
+from pipeline.rows.formats import read_example
 from tests.rows.reading import row_of
 
 pytestmark = pytest.mark.unit

@@ -11,16 +11,8 @@ from pydantic import ValidationError
 from pipeline.config.data_names import COLUMNS
 from pipeline.config.settings import RunSettings
 from pipeline.rows import formats
-from pipeline.rows.formats import (
-    FORMATS,
-    Completion,
-    Conversation,
-    Message,
-    RowError,
-    Text,
-    Tokens,
-    read_example,
-)
+from pipeline.rows.examples import Completion, Conversation, Message, RowError, Text, Tokens
+from pipeline.rows.formats import FORMATS, read_example
 from tests.messages import refused
 from tests.rows.reading import row_of
 

@@ -17,7 +17,7 @@ from pipeline.data.chat.leaves import (
 )
 from pipeline.data.chat.template import ChatTemplate, Rendering, Span
 from pipeline.data.chat.traced import TracedSpan
-from pipeline.rows.formats import Conversation, RowError
+from pipeline.rows.examples import Conversation, RowError
 
 _MAX_CACHED_SHAPES = 256  # bounds memory: the cache key of a long agent row is long
 

@@ -30,7 +30,7 @@ from pipeline.data.chat.turns import Rendered, TurnFinder, special_ids, special_
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.plan.given.shape import require_model_folder
-from pipeline.rows.formats import Completion, Conversation, Example, RowError, Text, Tokens
+from pipeline.rows.examples import Completion, Conversation, Example, RowError, Text, Tokens
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and checking rows needs none of it
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from pipeline.data.chat.traced import Arguments, from_source, joined
-from pipeline.rows.formats import Conversation, Message
+from pipeline.rows.examples import Conversation, Message
 
 TOOLS = -1  # message index of leaves that belong to tool definitions, not to a message
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # synonyms in transformers

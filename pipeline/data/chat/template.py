@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data.chat.leaves import CallStyle, Leaf, example, trace
 from pipeline.data.chat.traced import GENERATED, TracedSpan, make_environment, spans_of
 from pipeline.errors import UserError
-from pipeline.rows.formats import Conversation, RowError
+from pipeline.rows.examples import Conversation, RowError
 
 if TYPE_CHECKING:
     from jinja2.nodes import Template

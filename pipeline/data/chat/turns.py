@@ -14,7 +14,7 @@ from pipeline.data.chat.conservation import Conservation
 from pipeline.data.chat.leaves import TOOLS, Kind, example, reasoning_blocks
 from pipeline.data.chat.template import ChatTemplate, Rendering, Span
 from pipeline.errors import UserError
-from pipeline.rows.formats import Conversation, Message, RowError
+from pipeline.rows.examples import Conversation, Message, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

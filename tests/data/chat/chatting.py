@@ -6,7 +6,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.chat.encoder import Encoder
 from pipeline.data.chat.template import ChatTemplate
 from pipeline.data.prepare.show import supervised_runs
-from pipeline.rows.formats import Conversation, Message
+from pipeline.rows.examples import Conversation, Message
 from tests import ROOT
 from tests.tiny import CHATML, make_tokenizer
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.rows.formats import Conversation, Message, RowError
+from pipeline.rows.examples import Conversation, Message, RowError
 from tests.data.chat.chatting import (
     all_shown,
     chat,

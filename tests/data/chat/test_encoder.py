@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.data.chat.encoder import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.rows.formats import Completion, RowError, Text, Tokens
+from pipeline.rows.examples import Completion, RowError, Text, Tokens
 from tests.data.chat.chatting import (
     adding_bos,
     chat,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.rows.formats import Conversation, Message, RowError
+from pipeline.rows.examples import Conversation, Message, RowError
 from tests.data.chat.chatting import chat, encoder
 from tests.data.chat.matrix import FAMILIES, TEMPLATES, table, tokenizer, written_table
 

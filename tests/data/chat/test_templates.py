@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.rows.formats import Conversation, Message, RowError
+from pipeline.rows.examples import Conversation, Message, RowError
 from tests.data.chat.chatting import (
     SPECIAL,
     all_shown,

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.data.prepare.digests import digest, is_held_out, threshold_of_rows, threshold_of_share
 from pipeline.data.prepare.prepare import eval_examples
-from pipeline.rows.formats import Completion, Conversation, Message, Text, Tokens
+from pipeline.rows.examples import Completion, Conversation, Message, Text, Tokens
 from tests.data.prepare.preparation import documents_of, lines_of, row
 from tests.messages import refused
 
