@@ -48,8 +48,19 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--local_rank", help=argparse.SUPPRESS)
 
 
+def require_folder(run_folder: Path) -> None:
+    """Raise UserError unless an argument is an existing folder."""
+    try:
+        is_folder = run_folder.is_dir()
+    except (OSError, ValueError):  # a name that is too long, or with a NUL
+        is_folder = False
+    if not is_folder:
+        raise UserError(f"{run_folder} is not a folder; give the output_dir of a run")
+
+
 def run_settings(run_folder: Path) -> RunSettings:
     """The settings in the run.yaml of a run folder. Raises UserError if the file is missing."""
+    require_folder(run_folder)
     path = run_folder / "run.yaml"
     if not path.is_file():
         raise UserError(f"{run_folder} has no run.yaml; name the output_dir of a run")

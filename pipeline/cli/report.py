@@ -1,6 +1,6 @@
 """Write a run's report.html and print its path: python launch/report.py RUN_FOLDER."""
 
-from pipeline.cli.arguments import Parser
+from pipeline.cli.arguments import Parser, require_folder
 from pipeline.cluster.exits import run_main
 from pipeline.report.page import write_report
 
@@ -9,7 +9,9 @@ def report() -> None:
     """Parse the command line, write the report and print its path."""
     parser = Parser(__doc__)
     parser.add_run_folder()
-    print(write_report(parser.parse_args().run_folder))
+    run_folder = parser.parse_args().run_folder
+    require_folder(run_folder)
+    print(write_report(run_folder))
 
 
 def main() -> None:

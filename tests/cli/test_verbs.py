@@ -61,7 +61,7 @@ def test_what_is_no_override_is_named(refused_by, run_file, verb, override):
 
 
 @pytest.mark.parametrize("verb", WITH_RUN_FOLDER)
-@pytest.mark.parametrize("name", ["nothing", ".", "/dev/null", "RUN.yaml"])
+@pytest.mark.parametrize("name", ["nothing", ".", "/dev/null", "RUN.yaml", "n" * 300])
 def test_what_is_no_run_folder_is_named(refused_by, run_file, verb, name):
     assert_mentions(refused_by(verb, name), name, "output_dir")
 
