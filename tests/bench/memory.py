@@ -52,6 +52,7 @@ GRID = {
 ZERO2, ZERO3 = BF16 | OFF | {"zero_stage": 2}, BF16 | OFF | {"zero_stage": 3}
 HEADS, HPZ, OFFLOAD = {"head_dim": 32}, {"hpz_partition_size": 2}, {"offload_param": "cpu"}
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+ADAPTED = {"lora_target_modules": ["auto", "experts"], "lora_r": 8}
 MIXED = {  # blocks with and without experts
     "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 256, "mlp_only_layers": [0, 1, 2], "head_dim": 32,
@@ -79,6 +80,14 @@ OTHERS = {
         settings=ZERO2 | ALL | ON, model=MIXED, layout={"checkpointed_layers": 3}
     ),
     "qwen3_moe mixed zero3": Case(settings=ZERO3 | ALL, model=MIXED),
+    "experts zero2": Case(settings=ZERO2 | ADAPTED, model=EXPERTS),
+    "experts zero2 fp32": Case(settings=OFF | ADAPTED | {"zero_stage": 2}, model=EXPERTS),
+    "experts zero2 ckpt-on": Case(settings=ZERO2 | ADAPTED | ON, model=EXPERTS),
+    "experts zero3": Case(settings=ZERO3 | ADAPTED, model=EXPERTS),
+    "experts zero3 ckpt-on": Case(settings=ZERO3 | ADAPTED | ON, model=EXPERTS),
+    "experts mixed ckpt-3-of-8": Case(
+        settings=ZERO2 | ADAPTED | ON, model=MIXED, layout={"checkpointed_layers": 3}
+    ),
     "zero2 ckpt-3-of-8": Case(settings=ZERO2 | ON, layout={"checkpointed_layers": 3}),
     "zero3 ckpt-5-of-8": Case(settings=ZERO3 | ON, layout={"checkpointed_layers": 5}),
     "hpz 2 on 4 ranks": Case(settings=ZERO3, layout=HPZ, ranks=4),
