@@ -21,6 +21,8 @@ CASES = [
     "gemma2",
     "gpt_neox",
     "mixtral zero3",
+    "experts zero3",
+    "experts mixed ckpt-3-of-8",
     "zero2 ckpt-3-of-8",
     "qwen3_moe mixed ckpt-3-of-8",
     "packed bf16 zero2 ckpt-off",
