@@ -73,12 +73,8 @@ def restore(
     """
     zero = engine.optimizer
     is_sharded = engine.zero_optimization_stage() == 3
-    masters = (
-        zero.fp32_partitioned_groups_flat if is_sharded else zero.single_partition_of_fp32_groups
-    )
-    _create_adam_state(zero.optimizer, masters, state.step)
-    if not is_sharded:
-        zero._lazy_init_hp_params_optimizer_state()
+    masters = _masters(engine)
+    _create_optimizer_state(engine, state.step)
     if is_sharded and zero.persistent_parameters:
         zero.persistent_parameters[0].partition(zero.persistent_parameters)
     for key, parameter in parameters.items():
@@ -120,6 +116,34 @@ def disable_scale_error(engine: Any) -> None:
     """Stop DeepSpeed from raising at the smallest loss scale; the loop counts overflows itself."""
     if is_scaled(engine):
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+
+
+def create_state_of_groups(engine: Any) -> None:
+    """Create Adam's state before the first step if there are several parameter groups.
+
+    At ZeRO-1 and 2 DeepSpeed 0.19.8 links the state of all groups to their parameters after the
+    step of the first group (stage_1_and_2.py:2987), when the later ones have none yet.
+    """
+    if len(engine.optimizer.param_groups) > 1:
+        _create_optimizer_state(engine, step=0)
+
+
+def _masters(engine: Any) -> list[torch.Tensor]:
+    """This rank's fp32 masters, a flat tensor for each group."""
+    zero = engine.optimizer
+    is_sharded = engine.zero_optimization_stage() == 3
+    masters: list[torch.Tensor] = (
+        zero.fp32_partitioned_groups_flat if is_sharded else zero.single_partition_of_fp32_groups
+    )
+    return masters
+
+
+def _create_optimizer_state(engine: Any, step: int) -> None:
+    zero = engine.optimizer
+    _create_adam_state(zero.optimizer, _masters(engine), step)
+    if engine.zero_optimization_stage() < 3:
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _create_adam_state(adam: torch.optim.Optimizer, masters: list[torch.Tensor], step: int) -> None:

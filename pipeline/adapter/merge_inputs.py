@@ -22,7 +22,7 @@ from pipeline.model.tensor_files import (
     read_weight_map,
     weight_files,
 )
-from pipeline.plan.given.adapter_counts import pattern_value
+from pipeline.plan.given.adapter_counts import lora_scaling, pattern_value
 
 if TYPE_CHECKING:
     from pipeline.model.expert_slices import ExpertSlice
@@ -76,6 +76,11 @@ class LayerUpdate:
     alpha: float
     use_rslora: bool
     experts: "ExpertSlice | None" = None  # of a fused tensor, which the base tensor is a part of
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the product of B and A."""
+        return lora_scaling(self.r, self.alpha, use_rslora=self.use_rslora)
 
     @property
     def shape(self) -> tuple[int, ...]:

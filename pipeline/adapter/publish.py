@@ -6,7 +6,7 @@ one.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from pipeline.adapter.initial import chain, initial_adapter_of
 from pipeline.adapter.merge_inputs import CHAT_TEMPLATE
 from pipeline.adapter.trained_on import WEIGHTS, write_trained_on
 from pipeline.adapter.verify import verify_adapter_file, verify_tensors
@@ -59,7 +60,9 @@ def publish_adapter(
     if a check fails; an earlier adapter then remains unchanged.
     """
     settings, expected = plan.settings, expected_shapes(plan)
+    started_from = initial_adapter_of(folder.parent, settings)
     config = adapter_config(settings)
+    card = model_card(plan, step, base, chain(started_from))
     verify_tensors(tensors, expected, trained=True)
     check_servable(tensors, config)
 
@@ -73,8 +76,8 @@ def publish_adapter(
             weights = {key: tensor.contiguous() for key, tensor in tensors.items()}
             save_file(weights, fresh / WEIGHTS, metadata={"format": "pt"})
             (fresh / _CONFIG).write_text(dump_json(config), encoding="utf-8")
-            (fresh / _CARD).write_text(model_card(plan, step, base), encoding="utf-8")
-            write_trained_on(fresh, settings, base)
+            (fresh / _CARD).write_text(card, encoding="utf-8")
+            write_trained_on(fresh, settings, base, started_from)
             _copy_tokenizer(settings.model_folder, fresh)
             if (template := chat_template_of(settings)) is not None:  # replaces the base's template
                 (fresh / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
@@ -99,36 +102,38 @@ def adapter_config(settings: RunSettings) -> dict[str, Any]:
 
 
 def check_servable(tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[str, Any]) -> None:
-    """Raise RankZeroError if a serving engine would reject the adapter or ignore a part of it.
+    """Raise RankZeroError if a serving engine would ignore a part of the adapter.
 
-    vLLM ignores keys with another prefix (vllm#34186, #39278), rejects modules_to_save (vllm#9280),
-    biases and DoRA, and allocates `r` columns for each matrix.
+    vLLM ignores keys with another prefix (vllm#34186, #39278) and allocates `r` columns for each
+    matrix. The plan's rules name the options that a serving engine rejects.
     """
     problems = [
         f"{key} is not a key that serving engines read"
         for key in tensors
-        if not key.startswith(_PREFIX) or not key.endswith((".lora_A.weight", ".lora_B.weight"))
+        if not key.startswith(_PREFIX) or ".lora_" not in key
     ]
+    ranks = [adapter_config["r"], *(adapter_config.get("rank_pattern") or {}).values()]
     # Modules whose fused experts are adapted: their matrices have r columns for each expert.
     fused = tuple(name.rpartition(".")[0] for name in adapter_config.get("target_parameters") or ())
     for key, tensor in tensors.items():
         if key.partition(".lora_")[0].replace(".base_layer", "").endswith(fused):
             continue
-        if (rows := tensor.shape[0 if ".lora_A." in key else -1]) > (r := adapter_config["r"]):
-            problems.append(f"{key} has rank {rows}, but r is {r} in adapter_config.json")
+        is_matrix = ".lora_A." in key or ".lora_B." in key
+        rows = tensor.shape[0 if ".lora_A." in key else -1] if is_matrix else 0
+        if rows > max(ranks):
+            problems.append(f"{key} has rank {rows}, but r is {ranks} in adapter_config.json")
     if len(kinds := {tensor.dtype for tensor in tensors.values()}) > 1:
         problems.append(f"tensors have several dtypes: {', '.join(sorted(map(str, kinds)))}")
-    defaults = {"modules_to_save": None, "bias": "none", "use_dora": False, "lora_bias": False}
-    for key, default in defaults.items():
-        if (adapter_config.get(key) or default) != default:
-            problems.append(f"adapter_config.json: {key} is {adapter_config[key]!r}")
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise RankZeroError(f"serving engines cannot load the adapter: {problems[0]}{more}")
 
 
-def model_card(plan: Plan, step: int, base: Fingerprint) -> str:
-    """Text of the adapter folder's README.md, with front matter for the Hugging Face hub."""
+def model_card(plan: Plan, step: int, base: Fingerprint, started_from: Sequence[str] = ()) -> str:
+    """Text of the adapter folder's README.md, with front matter for the Hugging Face hub.
+
+    `started_from`: the adapter that the run started from, the one that it started from, ...
+    """
     settings = plan.settings
     front = {
         "base_model": settings.model,
@@ -141,12 +146,14 @@ def model_card(plan: Plan, step: int, base: Fingerprint) -> str:
         "base model": f"`{settings.model}`"
         + (f", revision `{settings.model_revision}`" if settings.model_revision else ""),
         "fingerprint of the base": f"`{base.digest}`",
+        **({"started from": ", which started from ".join(started_from)} if started_from else {}),
         "training data": ", ".join(f"`{source.path}`" for source in settings.train_sources),
         "steps": step,
         "global batch": f"{plan.layout.global_batch_size} sequences of at most "
         f"{settings.max_length} tokens",
         "learning rate": f"{settings.lr:g}, {settings.lr_scheduler_type}",
         "LoRA": f"r {settings.lora_r}, alpha {settings.alpha:g}, dropout {settings.lora_dropout:g}",
+        **{f"`{name}`": f"`{value}`" for name, value in settings.adapter_options.items()},
         "base quantised in training": quantised,
         "training dtype": f"{plan.training_dtype}; these files have the fp32 master weights",
         "seed": settings.seed,

@@ -5,6 +5,7 @@ names and shapes, so the merge would succeed and the merged model would be usele
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,27 @@ from pipeline.model.fingerprint import Fingerprint, require_recorded_base
 
 TRAINED_ON = "trained_on.json"
 WEIGHTS = "adapter_model.safetensors"
-_REMEDY = "restore the model of the training, or name this one with --base to merge it anyway"
+_TO_MERGE = "restore the model of the training, or name this one with --base to merge it anyway"
 
 
-def write_trained_on(folder: Path, settings: RunSettings, base: Fingerprint) -> None:
-    """Write the record of the base: hub name and revision, or path, and its fingerprint."""
+def write_trained_on(
+    folder: Path, settings: RunSettings, base: Fingerprint, started_from: Mapping[str, Any] | None
+) -> None:
+    """Write the record of the base: hub name and revision, or path, and its fingerprint.
+
+    `started_from`: the record of the run's initial adapter.
+    """
     record: dict[str, Any] = {
         "base": settings.model,
         "revision": settings.model_revision,
         "fingerprint": base.as_json(),
     }
+    if started_from is not None:
+        record["started_from"] = started_from
     (folder / TRAINED_ON).write_text(dump_json(record), encoding="utf-8")
 
 
-def require_same_base(base: Path, adapter: Path) -> None:
+def require_same_base(base: Path, adapter: Path, remedy: str = _TO_MERGE) -> None:
     """Raise UserError, naming tensors that differ, if the adapter was trained on another base.
 
     Adapters written by other tools have no record; for them any base is accepted.
@@ -40,7 +48,7 @@ def require_same_base(base: Path, adapter: Path) -> None:
         recorded = read_json(path).get("fingerprint")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as a JSON object: {error}") from None
-    require_recorded_base(recorded, base, _REMEDY)
+    require_recorded_base(recorded, base, remedy)
 
 
 def adapter_sha256(adapter: Path) -> str:

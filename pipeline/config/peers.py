@@ -24,7 +24,6 @@ _BY_ROW = "the format of each row is detected; data_format and columns override 
 _NO_EVAL_BATCH = "evaluation uses batch_size"
 _HOLD_OUT = "eval_data: 0.05 holds out 5 % of train_data, eval_data: 200 holds out 200 rows"
 _TEMPLATE = "the model's own chat template and end of turn are used; see chat_template"
-_NO_START = "a run cannot start from another adapter yet; resume: CHECKPOINT continues a run"
 _KERNELS = "fast kernels are used if their package is installed; remove it"
 
 # Pattern of option names -> advice. The first match counts.
@@ -125,10 +124,6 @@ ADVICE: Mapping[str, str] = {
     "train_on_eos": "the end-of-turn token of a trained turn always counts; remove it",
     "enable_thinking": "chat_template_kwargs: {enable_thinking: true}",
     "reasoning_effort": "chat_template_kwargs: {reasoning_effort: high}",
-    "adapter_name_or_path": _NO_START,
-    "lora_model_dir": _NO_START,
-    "adapters": _NO_START,
-    "resume_from_adapter": _NO_START,
     "special_tokens": _TEMPLATE,
     "eos_token": _TEMPLATE,
     "pad_token": _TEMPLATE,
@@ -136,15 +131,7 @@ ADVICE: Mapping[str, str] = {
     "default_system": "put the system prompt into each row, as a message with role system",
     "pad_to_sequence_len": "not needed: micro-batches are padded to their longest row; remove it",
     "pad_to_multiple_of": "not needed: micro-batches are padded to their longest row; remove it",
-    "neftune_noise_alpha": _NOT_BUILT,
-    "noisy_embedding_alpha": _NOT_BUILT,
-    "use_rslora": _NOT_BUILT,
-    "use_dora": _NOT_BUILT,
-    "peft_use_rslora": _NOT_BUILT,
-    "peft_use_dora": _NOT_BUILT,
     "pissa_*": _NOT_BUILT,
-    "init_lora_weights": _NOT_BUILT,
-    "peft_init_lora_weights": _NOT_BUILT,
     "loraplus_*": _NOT_BUILT,
     "lorap_*": _NOT_BUILT,
     "loftq_config": _NOT_BUILT,

@@ -77,7 +77,7 @@ class RunKeys(BaseModel):
     lora_alpha: Annotated[float, Field(gt=0, le=1e6)] | Auto = Field(
         default="auto",
         description="The adapter's output is scaled by `lora_alpha` / `lora_r`; `auto` is 2 x "
-        "`lora_r`.",
+        "`lora_r`, or with `use_rslora` the alpha that scales by 2 as well.",
         json_schema_extra=traits(peers="alpha"),
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -99,6 +99,23 @@ class RunKeys(BaseModel):
         json_schema_extra=traits(
             peers="lora_modules_to_save additional_target additional_trainable_modules"
         ),
+    )
+
+    init_adapter: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="A PEFT LoRA folder, or a hub name in the local cache, whose weights the run "
+        "starts from, with an optimizer and a schedule of its own. Base, layers, r and scaling "
+        "must be those of this run.",
+        json_schema_extra=traits(
+            is_path=True,
+            peers="adapter_name_or_path lora_model_dir adapters resume_from_adapter "
+            "lora_weights_path",
+        ),
+    )
+    init_adapter_resize: bool = Field(
+        default=False,
+        description="Let `init_adapter` have a smaller r or another scaling: B is rescaled and "
+        "padded with zeros, so that the run starts from the same outputs.",
     )
 
     # Quantised base

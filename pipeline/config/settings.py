@@ -1,9 +1,10 @@
 """RunSettings: the validated settings of a run file, and the checks of combinations of keys.
 
-The keys are declared in data_keys.py and run_keys.py. pipeline/plan applies the settings to a
-model and a machine.
+The keys are declared in data_keys.py, run_keys.py and adapter_keys.py. pipeline/plan applies the
+settings to a model and a machine.
 """
 
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, PrivateAttr, field_validator, model_validator
 from pydantic.config import JsonDict
 
+from pipeline.config.adapter_keys import AdapterKeys
 from pipeline.config.data_keys import DataKeys
 from pipeline.config.data_names import DataSource, sources
 from pipeline.config.frequency import Frequency, frequency
@@ -29,7 +31,7 @@ _REPLACES = {
 }
 
 
-class RunSettings(RunKeys, DataKeys):
+class RunSettings(AdapterKeys, RunKeys, DataKeys):
     """The validated settings of a run; frozen."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -89,6 +91,13 @@ class RunSettings(RunKeys, DataKeys):
                 "split_turns: with train_on: all, each turn would be trained in every document "
                 "that contains it; use train_on: assistant"
             )
+        if self.init_adapter_resize and self.init_adapter is None:
+            raise ValueError("init_adapter_resize: needs init_adapter")
+        if self.init_adapter is not None and self.resume not in ("auto", "must", "never"):
+            raise ValueError(
+                "init_adapter and resume: a run starts from an adapter or from a checkpoint; "
+                "remove one of them"
+            )
         needs_eval = [k for k in ("keep_best", "early_stopping_patience") if getattr(self, k)]
         if needs_eval and (self.eval_data is None or self.evaluation_strategy == "no"):
             raise ValueError(
@@ -120,6 +129,14 @@ class RunSettings(RunKeys, DataKeys):
         return snapshot_folder(self.model, revision=self.model_revision or "main") or folder
 
     @property
+    def init_adapter_folder(self) -> Path | None:
+        """Folder of `init_adapter`: the path, or the hub adapter's snapshot in the local cache."""
+        if self.init_adapter is None:
+            return None
+        folder = Path(self.init_adapter)
+        return folder if folder.exists() else snapshot_folder(self.init_adapter) or folder
+
+    @property
     def train_sources(self) -> list[DataSource]:
         """`train_data` as a list of sources."""
         return sources(self.train_data)
@@ -136,8 +153,19 @@ class RunSettings(RunKeys, DataKeys):
 
     @property
     def alpha(self) -> float:
-        """`lora_alpha` as a number."""
-        return 2.0 * self.lora_r if self.lora_alpha == "auto" else self.lora_alpha
+        """`lora_alpha` as a number; `auto` gives a scaling of 2."""
+        if self.lora_alpha != "auto":
+            return self.lora_alpha
+        return 2.0 * (math.sqrt(self.lora_r) if self.use_rslora else self.lora_r)
+
+    @property
+    def adapter_options(self) -> dict[str, Any]:
+        """The options of the adapter that plain LoRA lacks and that this run sets."""
+        return {
+            name: getattr(self, name)
+            for name, field in AdapterKeys.model_fields.items()
+            if getattr(self, name) != field.get_default(call_default_factory=True)
+        }
 
     @property
     def is_quantised(self) -> bool:

@@ -4,10 +4,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.config.settings import RunSettings
-from pipeline.model.base import DTYPES, auto_class
+from pipeline.model.base import DTYPES
+from pipeline.model.checkpoint_names import model_on_meta
+from pipeline.plan.given.adapter_counts import adapted_layers
 from pipeline.plan.given.shape import EXPERTS, read_shape
 from pipeline.plan.plan import Plan
 
@@ -27,6 +29,11 @@ def lora_config(settings: RunSettings) -> LoraConfig:
         lora_dropout=0.0 if experts else settings.lora_dropout,
         target_modules=_target_modules(settings),
         target_parameters=experts or None,
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern),
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=settings.init_lora_weights,
         bias="none",
     )
 
@@ -37,15 +44,18 @@ def _target_modules(settings: RunSettings) -> list[str]:
     The result is always a list of names. Not every serving engine supports `all-linear` or a
     regular expression, and with these peft 0.21.2 would also adapt the fused experts and routers of
     a mixture of experts (utils/transformers_weight_conversion.py). A name is the last part of the
-    full name. For a model with a vision tower it is the full name, because layers of the tower may
-    have the same last part.
+    full name. It is the full name where other layers have the same last part: in a model with a
+    vision tower, and where the settings exclude some layers.
     """
     shape = read_shape(str(settings.model_folder))
     targets = shape.without_auto(settings.lora_target_modules)
-    if not isinstance(targets, str) and not shape.has_other_towers:
+    needs_full_names = (
+        shape.has_other_towers or settings.layers_to_transform or settings.exclude_modules
+    )
+    if not isinstance(targets, str) and not needs_full_names:
         return sorted({target for target in targets if target != EXPERTS})
-    names = [name for name, _ in shape.targeted(targets)]
-    if targets in ("auto", "all-linear") and not shape.has_other_towers:
+    names = [layer.name for layer in adapted_layers(shape, settings)]
+    if targets in ("auto", "all-linear") and not needs_full_names:
         names = [name.rsplit(".", 1)[-1] for name in names]
     return sorted(set(names))
 
@@ -98,11 +108,9 @@ def trainable(model: PeftModel) -> dict[str, nn.Parameter]:
 def expected_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of the adapter file, from the model's class on the meta device."""
     settings = plan.settings
-    options = {"trust_remote_code": settings.trust_remote_code}
-    config = AutoConfig.from_pretrained(settings.model_folder, local_files_only=True, **options)
-    auto = auto_class(settings.model_folder, settings.trust_remote_code)
+    base = model_on_meta(settings.model_folder, trust_remote_code=settings.trust_remote_code)
     with torch.device("meta"):
-        model = get_peft_model(auto.from_config(config, **options), lora_config(settings))
+        model = get_peft_model(base, lora_config(settings))
     assert isinstance(model, PeftModel)
     return {key: tuple(parameter.shape) for key, parameter in trainable(model).items()}
 

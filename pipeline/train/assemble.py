@@ -4,7 +4,11 @@ import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pipeline.adapter.gather import OptimizerState, restore
+import torch
+
+from pipeline.adapter.gather import MOMENTS, OptimizerState, gather_weights, restore
+from pipeline.adapter.initial import read_initial_adapter
+from pipeline.adapter.initial_weights import initial_weights
 from pipeline.cluster.heartbeat import LOADING
 from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.errors import UserError
@@ -12,6 +16,7 @@ from pipeline.model.adapter import attach_adapter, frozen_checksum
 from pipeline.model.base import load_base
 from pipeline.model.proof import require_proof
 from pipeline.plan.given.class_proof import Proof
+from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import Progress, read_progress, read_tensors
 from pipeline.train.context import RunContext
 from pipeline.train.display import ProgressDisplay
@@ -46,6 +51,10 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
         _restore(engine, Path(resumed), progress)
         logger.info("resuming from step %d (%s)", progress.step, resumed)
         _reset_unusable_best(context, folder, progress, index)
+    elif context.settings.init_adapter is not None:
+        heartbeat.beat(restoring)
+        load_initial_adapter(engine, plan)
+        logger.info("starting from the adapter %s", context.settings.init_adapter_folder)
     progress.eval_key = _eval_key(index)
     session.rank_zero_first(lambda: folder.open(progress.step))
     is_own = resumed is not None and Path(resumed).parent == folder.path / "checkpoints"
@@ -68,6 +77,17 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
         metrics=metrics,
         frozen_checksum=frozen_checksum(engine.deepspeed.module) if context.is_debug else None,
     )
+
+
+def load_initial_adapter(engine: Engine, plan: Plan) -> None:
+    """Set the weights of a new engine to those of `init_adapter`. Collective: every rank."""
+    fresh = gather_weights(engine.parameters, keep=True)
+    weights = initial_weights(read_initial_adapter(plan), plan, fresh)
+    zeros = {
+        f"{key}/{moment}": torch.zeros_like(t) for key, t in weights.items() for moment in MOMENTS
+    }
+    state = OptimizerState(moments=zeros, step=0)
+    restore(engine.deepspeed, engine.parameters, weights, state)
 
 
 def _restore(engine: Engine, checkpoint: Path, progress: Progress) -> None:

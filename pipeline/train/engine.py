@@ -3,7 +3,7 @@
 All methods are collective: every rank calls them, in the same order.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,24 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from peft import PeftModel
+from torch import nn
 
-from pipeline.adapter.gather import disable_scale_error, is_at_smallest_scale
+from pipeline.adapter.gather import (
+    create_state_of_groups,
+    disable_scale_error,
+    is_at_smallest_scale,
+)
+from pipeline.config.settings import RunSettings
 from pipeline.data.order.batches import IGNORED, Batch
 from pipeline.data.order.steps import SeededBatch
 from pipeline.model.adapter import trainable
 from pipeline.model.base import remove_input_gradients, require_input_gradients
 from pipeline.model.loss import SummedLoss, max_chunks
+from pipeline.model.neftune import EmbeddingNoise
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.plan import Plan
+
+_RATE_NAMES = ("lr", "lr_lora_b")  # of the parameter groups, in their order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +68,18 @@ class Engine:
             remove_input_gradients(causal)
         self.deepspeed, *_ = deepspeed.initialize(
             model=SummedLoss(model, max_chunks(plan) if is_sharded else None),
-            model_parameters=list(self.parameters.values()),
+            model_parameters=_parameter_groups(self.parameters, plan.settings),
             config=dict(plan.deepspeed),
             dist_init_required=False,
         )
         self._lr_ratios = [group["lr"] / plan.settings.lr for group in self._parameter_groups]
+        create_state_of_groups(self.deepspeed)
         disable_scale_error(self.deepspeed)
         self._persistent = self.deepspeed.optimizer.persistent_parameters if is_sharded else []
         if is_reentrant:
             require_input_gradients(causal)
+        alpha = plan.settings.neftune_noise_alpha
+        self._noise = EmbeddingNoise(causal.get_input_embeddings(), alpha) if alpha else None
 
     @property
     def device(self) -> torch.device:
@@ -84,6 +96,11 @@ class Engine:
         """Scale each parameter group's own base rate as the schedule scales `lr`."""
         for group, ratio in zip(self._parameter_groups, self._lr_ratios, strict=True):
             group["lr"] = lr * ratio
+
+    def learning_rates(self) -> dict[str, float]:
+        """The rate of each parameter group, by its name in metrics.jsonl."""
+        rates = (group["lr"] for group in self._parameter_groups)
+        return dict(zip(_RATE_NAMES, rates, strict=False))
 
     def optimizer_step(
         self, batches: Iterable[SeededBatch], supervised_tokens: int, lr: float
@@ -177,9 +194,27 @@ class Engine:
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         self._gather_persistent()
+        if self._noise is not None:
+            self._noise.documents = batch.documents
         moved = batch.to(self.device)
         loss: torch.Tensor = self.deepspeed(moved.input_ids, moved.labels, moved.documents)
         return loss
+
+
+def _parameter_groups(
+    parameters: Mapping[str, nn.Parameter], settings: RunSettings
+) -> list[dict[str, Any]]:
+    """All parameters in one group, or with LoRA+ two: `lr`, and the higher rate of B.
+
+    As in peft, DoRA's magnitudes have the rate of B (peft 0.21.2 optimizers/loraplus.py).
+    """
+    if settings.lora_plus_ratio == 1:
+        return [{"params": list(parameters.values()), "lr": settings.lr}]
+    is_b = {key: ".lora_B." in key or p.dim() == 1 for key, p in parameters.items()}
+    return [
+        {"params": [p for key, p in parameters.items() if is_b[key] is high], "lr": rate}
+        for high, rate in ((False, settings.lr), (True, settings.lr * settings.lora_plus_ratio))
+    ]
 
 
 def _as_float(value: Any) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
+from pipeline.adapter.initial import record_initial_adapter, require_startable
 from pipeline.cluster.exits import is_lost_connection
 from pipeline.config.load import dump_settings
 from pipeline.data.dataset.reader import DataIndex
@@ -62,6 +63,8 @@ class RunFolder:
         assert status is not None, "called on rank 0"
         with context.stops.interrupting():
             start = decide_start(self.path, context.plan, is_debug=context.is_debug)
+            if start == "new":
+                require_startable(context.plan)
             if start != "done":
                 check_first_rows(context.settings)
                 status.own()
@@ -119,6 +122,8 @@ class RunFolder:
         assert status is not None, "called on rank 0"
         open_run(self.path, context.plan, self.start, is_debug=context.is_debug)
         record_base_of_run(self.path, context.settings.model_folder)
+        if self.resumed is None:
+            record_initial_adapter(self.path, context.settings)
         status.claim(self._earlier)
         status.update(step=step, total_steps=context.plan.steps.total_steps)
         self._is_open = True

@@ -127,7 +127,7 @@ def _measure(
         "step": step.index + 1,
         "epoch": round((step.index + 1) / run.plan.steps.steps_per_epoch, 4),
         "loss": loss_sum / supervised,
-        "lr": run.plan.learning_rate(step.index),
+        **run.engine.learning_rates(),
         "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
         "tokens": int(tokens),
         "supervised_tokens": supervised,

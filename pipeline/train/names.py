@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 # files are removed last, because they mark the folder as a run folder.
 FILES = (
     "run.yaml", "ds_config.json", "metrics.jsonl", "score.json", "report.html", "base.json",
-    "plan.json", "status.json",
+    "init_adapter.json",    "plan.json", "status.json",
 )  # fmt: skip
 FOLDERS = ("data", "checkpoints", "adapter", "merged")
 # Allowed in a folder before its first run: prepared data, Slurm's logs, a stop request.

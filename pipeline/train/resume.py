@@ -7,6 +7,7 @@ from typing import Any
 from pipeline import __version__
 from pipeline.errors import UserError
 from pipeline.model.fingerprint import base_fingerprint, require_base_of_run
+from pipeline.plan.given.adapter_counts import lora_shapes
 from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import Checkpoints, Identity
 from pipeline.train.start import Start, is_checkpoint_path, settings_hash
@@ -25,13 +26,14 @@ def checkpoints_of(folder: Path, plan: Plan, start: Start, data: str) -> Checkpo
         base = require_base_of_run(folder, settings.model_folder)
     else:
         base = base_fingerprint(settings.model_folder).digest
-    shapes = _lora_shapes(plan)
+    shapes = lora_shapes(plan.shape, settings)
     identity = Identity(
         data=data,
         base=base,
         total_steps=None if plan.schedule is None else plan.schedule.total_steps,
         adapter=f"lora_r {settings.lora_r}, lora_alpha {settings.alpha:g}, "
-        f"{len(shapes)} tensors of {plan.trainable} parameters",
+        f"{len(shapes)} tensors of {plan.trainable} parameters"
+        + "".join(f", {name} {value}" for name, value in settings.adapter_options.items()),
     )
     is_named = is_checkpoint_path(settings.resume)
     return Checkpoints(
@@ -67,15 +69,6 @@ def checkpoint_to_resume(
             "a backup, or set resume: never to start from step 0"
         )
     return path, notes
-
-
-def _lora_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the LoRA matrices in the adapter file: A is (r, d_in), B is (d_out, r)."""
-    r, shapes = plan.settings.lora_r, dict[str, tuple[int, ...]]()
-    for name, linear in plan.shape.targeted(plan.settings.lora_target_modules):
-        shapes[f"base_model.model.{name}.lora_A.weight"] = (r, linear.d_in)
-        shapes[f"base_model.model.{name}.lora_B.weight"] = (linear.d_out, r)
-    return shapes
 
 
 def _information(plan: Plan) -> dict[str, Any]:

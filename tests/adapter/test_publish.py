@@ -206,9 +206,6 @@ UNSERVABLE = {
     "kind": (lambda t: t | {HEAD: torch.ones(1, 1)}, {}, [HEAD]),
     "r": (lambda t: t, {"r": 2}, [4, 2, "adapter_config.json"]),
     "types": (lambda t: t | {min(t): t[min(t)].bfloat16()}, {}, ["bfloat16", "float32"]),
-    "modules": (lambda t: t, {"modules_to_save": ["lm_head"]}, ["modules_to_save", "lm_head"]),
-    "bias": (lambda t: t, {"bias": "all"}, ["bias", "all"]),
-    "dora": (lambda t: t, {"use_dora": True}, ["use_dora"]),
 }
 
 

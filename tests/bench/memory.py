@@ -50,6 +50,7 @@ GRID = {
     if not (kind == "nf4" and stage == 3 and on == "off")  # refused: rule 4bit-zero3-unchecked
 }
 ZERO2, ZERO3 = BF16 | OFF | {"zero_stage": 2}, BF16 | OFF | {"zero_stage": 3}
+DORA = {"use_dora": True}
 HEADS, HPZ, OFFLOAD = {"head_dim": 32}, {"hpz_partition_size": 2}, {"offload_param": "cpu"}
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 ADAPTED = {"lora_target_modules": ["auto", "experts"], "lora_r": 8}
@@ -60,6 +61,11 @@ MIXED = {  # blocks with and without experts
 OTHERS = {
     "int8": Case(settings=ZERO2 | {"load_in_8bit": True}),
     "dropout": Case(settings=ZERO2 | {"lora_dropout": 0.1}),
+    "dora": Case(settings=ZERO2 | DORA),
+    "dora short": Case(settings=ZERO2 | DORA | {"max_length": 64, "batch_size": 1}),
+    "dora dropout": Case(settings=ZERO2 | DORA | {"lora_dropout": 0.1}),
+    "dora nf4 ckpt-on": Case(settings=ZERO2 | ON | NF4 | DORA),
+    "dora nf4 dropout": Case(settings=ZERO2 | NF4 | DORA | {"lora_dropout": 0.1}),
     "attention alone": Case(settings=ZERO2 | {"lora_target_modules": ["q_proj", "v_proj"]}),
     "large vocabulary": Case(settings=ZERO2 | ON, model={"vocab_size": 16384}),
     "qwen3": Case(settings=ZERO2, model={"model_type": "qwen3"} | HEADS),

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.adapter.trained_on import adapter_sha256
+from pipeline.files import read_json
 from pipeline.train.metrics import read_metrics
 from tests import ROOT
 from tests.messages import assert_mentions
@@ -112,3 +114,36 @@ def test_a_checkpoint_of_another_run_with_more_steps_needs_a_new_run(workspace, 
     assert code == 2, output
     assert_mentions(output, "resume", checkpoint, "total_steps: 4 -> 8", "new run")
     assert "Traceback" not in output
+
+
+def test_a_new_run_starts_from_the_adapter_of_another_and_records_it(workspace, tmp_path):
+    make_rows(tmp_path / "other.jsonl", 9)
+    run, origin = tmp_path / "second", workspace / "done" / "adapter"
+    changes = [f"train_data={tmp_path / 'other.jsonl'}", f"init_adapter={origin}", "eval_data=null"]
+    changes += ["keep_best=false", "lora_plus_ratio=4"]
+    code, output = start(workspace, run, *changes, "lora_r=2")
+    assert code == 2, output
+    assert_mentions(output, "init_adapter", "r 4", "r 2")
+    assert not (run / "run.yaml").exists()
+    code, output = start(workspace, run, *changes, "lora_r=8", "init_adapter_resize=true")
+    assert code == 0, output
+    assert_mentions(output, f"starting from the adapter {origin}")
+    record = read_json(run / "adapter" / "trained_on.json")["started_from"]
+    assert record == read_json(run / "init_adapter.json")
+    assert record["sha256"] == adapter_sha256(origin)
+    assert_mentions((run / "adapter" / "README.md").read_text(), "started from", origin)
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+    assert [line["lr_lora_b"] / line["lr"] for line in lines] == [4.0] * 4
+    first = read_metrics(workspace / "done" / "metrics.jsonl")[0]["loss"]
+    assert lines[0]["loss"] < first  # it knows the first run's rows, which are of the same kind
+
+
+def test_a_checkpoint_of_another_run_with_other_data_points_to_init_adapter(workspace, tmp_path):
+    make_rows(tmp_path / "other.jsonl", 9)
+    checkpoint = workspace / "done" / "checkpoints" / "step-00000004"
+    code, output = start(
+        workspace, tmp_path / "run", f"train_data={tmp_path / 'other.jsonl'}",
+        f"resume={checkpoint}", "eval_data=null", "keep_best=false",
+    )  # fmt: skip
+    assert code == 2, output
+    assert_mentions(output, "init_adapter", "data")

@@ -102,7 +102,7 @@ def activations(
             reach=tokens if attended is None else attended,
             mask_bytes=1 if is_cuda else b,
         )
-        saved = count * _saved(kind) + _adapted_experts(kind)
+        saved = count * _saved(kind) + _adapted_experts(kind) + _saved_weights(kind)
         # The first norm of a block saves the block's input itself. Exception: RMSNorm on 16-bit
         # values saves an fp32 copy.
         shares_input = not (is_rms and b < 4)
@@ -145,7 +145,9 @@ def _saved(kind: _BlockKind) -> int:
         saved = values * b + other_bytes
     if attends_by_document(settings):
         saved += _concatenated(kind)
-    saved += adapter.layers * settings.lora_r * b // n  # the output of A, which B reads
+    saved += adapter.inner_width * b // n  # the output of A, which B reads
+    if settings.use_dora:  # the outputs of the base and of B, which the magnitude scales
+        saved += 2 * adapter.output_width * b // n
     if adapter.adapted_experts:  # the gradient of an expert's weight needs the expert's input
         saved += _expert_inputs(block) * b
     if settings.load_in_8bit:  # every layer saves its input (bitsandbytes 0.50.2 MatMul8bitLt)
@@ -177,6 +179,18 @@ def _adapted_experts(kind: _BlockKind) -> int:
     _LoraFactorsProxy), and the products with its experts save the sum.
     """
     return kind.adapter.adapted_experts * kind.b // max(1, kind.count)
+
+
+def _saved_weights(kind: _BlockKind) -> int:
+    """Bytes of dequantised weights that a block saves, whatever the number of tokens.
+
+    With dropout DoRA multiplies its own input with the base weight, and autograd keeps the copy
+    that was dequantised for it (measured).
+    """
+    settings = kind.settings
+    if not (settings.use_dora and settings.is_quantised and settings.lora_dropout > 0):
+        return 0
+    return kind.adapter.base_weights * kind.b // kind.count
 
 
 def _norms(block: Block, b: int) -> int:

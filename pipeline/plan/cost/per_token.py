@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import attends_by_document, has_scores
-from pipeline.plan.given.adapter_counts import adapter_counts
+from pipeline.plan.given.adapter_counts import adapted_layers, adapter_counts
 from pipeline.plan.given.block import Block
 from pipeline.plan.given.layout import DTYPE_BYTES
 from pipeline.plan.given.shape import ModelShape
@@ -23,6 +23,7 @@ _ROTARY_PASSES = 10  # halves rotated and concatenated, two products, one sum
 _GATE_PASSES = 5  # activation: one read, one written; product: two read, one written
 _LORA_IN_PASSES = 1  # A reads its input
 _DROPOUT_PASSES = 2  # dropout reads and writes the input of A
+_WEIGHT_NORM_PASSES = 7  # DoRA: B A written and scaled, added to the weight, and the norm reads it
 _LORA_OUT_PASSES = 6  # B writes; scaling reads and writes; the sum reads two and writes one
 # Experts (grouped_mm): routing, and for each expert that a token is routed to, passes over tensors
 # of the hidden width (copied in and out, weighted, summed) and of the inner width.
@@ -52,7 +53,7 @@ class CostPerToken:
     Per token and attended token: `score_flops`; `score_values`, the values read or written if
     attention scores are materialised.
     Per micro-batch: `kernels`, kernel launches; `document_kernels`, further launches for each
-    packed document.
+    packed document; `norm_flops` and `norm_values`, for the norms of DoRA's merged weights.
     With an adapter on the experts: `expert_gradient_flops`, per token, for the gradients of the
     experts' weights; `fold_flops` and `fold_values`, for adding the adapter once to all fused
     tensors.
@@ -78,6 +79,8 @@ class CostPerToken:
     kernels: int
     document_kernels: int
     modules: int
+    norm_flops: float
+    norm_values: float
     expert_gradient_flops: float = 0.0
     fold_flops: float = 0.0
     fold_values: float = 0.0
@@ -164,11 +167,27 @@ def _cached(key: _Identity, training_dtype: str) -> CostPerToken:
         kernels=_kernels(shape, settings),
         document_kernels=_document_kernels(shape, settings),
         modules=_linear_count(shape),
+        norm_flops=_norm_flops(shape, settings),
+        norm_values=_norm_values(shape, settings),
         expert_gradient_flops=sum(
             2 * count * block.active_expert_weights for block, count in counts if adapted
         ),
         fold_flops=2 * settings.lora_r * adapted,
         fold_values=_FOLD_PASSES * adapted,
+    )
+
+
+def _norm_flops(shape: ModelShape, settings: RunSettings) -> float:
+    """FLOPs of DoRA's weight norms: B A is the output of A and B for an identity matrix."""
+    layers = adapted_layers(shape, settings) if settings.use_dora else ()
+    return sum(2 * x.r * x.linear.d_in * (x.linear.d_in + x.linear.d_out) for x in layers)
+
+
+def _norm_values(shape: ModelShape, settings: RunSettings) -> float:
+    """Values read or written for DoRA's weight norms, an identity matrix included."""
+    layers = adapted_layers(shape, settings) if settings.use_dora else ()
+    return sum(
+        2 * x.linear.d_in**2 + _WEIGHT_NORM_PASSES * x.linear.d_in * x.linear.d_out for x in layers
     )
 
 
@@ -179,8 +198,8 @@ def _linear_count(shape: ModelShape) -> int:
 def _token_values(shape: ModelShape, settings: RunSettings) -> float:
     on_input = _LORA_IN_PASSES + (_DROPOUT_PASSES if settings.lora_dropout > 0 else 0)
     adapters = sum(
-        on_input * linear.d_in + _LORA_OUT_PASSES * linear.d_out
-        for _, linear in shape.targeted(settings.lora_target_modules)
+        on_input * layer.linear.d_in + _LORA_OUT_PASSES * layer.linear.d_out
+        for layer in adapted_layers(shape, settings)
     )
     blocks = sum(count * _block_values(block, settings) for block, count in shape.counts())
     return blocks + adapters
@@ -208,7 +227,7 @@ def _block_values(block: Block, settings: RunSettings) -> int:
 def _kernels(shape: ModelShape, settings: RunSettings) -> int:
     per_linear = 1 + (_DEQUANTISE_KERNELS if settings.is_quantised else 0)
     per_adapter = _LORA_KERNELS + (1 if settings.lora_dropout > 0 else 0)
-    adapters = len(shape.targeted(settings.lora_target_modules))
+    adapters = len(adapted_layers(shape, settings))
     of_experts = _EXPERTS_KERNELS
     if adapter_counts(shape, settings).adapted_experts:
         of_experts += _FOLD_KERNELS

@@ -155,7 +155,7 @@ def _arithmetic(work: CostPerToken, micro: float, reach: float, recomputed: floa
         + (1 + _SCORES_BACKWARD + recomputed) * work.score_flops * reach
         + work.expert_gradient_flops
     )
-    return micro * per_token + fold
+    return micro * per_token + fold + (1 + recomputed) * work.norm_flops
 
 
 def _logits(
@@ -194,7 +194,8 @@ def _traffic(
     # An adapter of experts is added to their weights twice in each forward pass; the gradient of
     # the sum is written and read twice.
     folds = (2 + _FOLD_BACKWARD + 2 * recomputed) * work.fold_values
-    return layout.bytes_per_value * (weights + activations + folds)
+    norms = (1 + recomputed) * work.norm_values
+    return layout.bytes_per_value * (weights + activations + folds + norms)
 
 
 def _dequantised(

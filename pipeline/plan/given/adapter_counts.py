@@ -1,10 +1,12 @@
-"""AdapterCounts: sizes of the LoRA adapter, summed over the adapted linear layers of a model."""
+"""The adapted linear layers of a model, and AdapterCounts: sizes summed over them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from pipeline.config.settings import RunSettings
+from pipeline.errors import UserError
 from pipeline.plan.given.families import ExpertTensor, Linear
 from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.given.shape import ModelShape
@@ -13,7 +15,22 @@ _ATTENTION_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"}
 _ATTENTION_OUTPUT = {"o_proj", "dense"}
 _MLP_INPUT = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"}
 
-_NamedLinears = Sequence[tuple[str, Linear]]
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedLayer:
+    """A linear layer that gets an adapter: full name, sizes, r of its matrices, and scaling."""
+
+    name: str
+    linear: Linear
+    r: int
+    scaling: float  # of the product of B and A
+    has_magnitude: bool  # DoRA
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters: A is (r, d_in), B is (d_out, r), a magnitude has d_out values."""
+        d_in, d_out = self.linear.d_in, self.linear.d_out
+        return self.r * (d_in + d_out) + (d_out if self.has_magnitude else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +44,10 @@ class AdapterCounts:
 
     layers: int
     parameters: int
+    inner_width: int  # sum of r
     largest_matrix: int  # elements of the largest A or B
     largest_linear_matrix: int  # elements of the largest A or B of a linear layer
+    base_weights: int  # sum of d_in x d_out
     input_width: int  # sum of d_in
     output_width: int  # sum of d_out
     blocks_reading_attention_input: int
@@ -41,18 +60,23 @@ class AdapterCounts:
 
 
 def adapter_counts(shape: ModelShape, settings: RunSettings) -> AdapterCounts:
-    """Counts for the layers that `lora_target_modules` selects in all blocks.
+    """Counts for all adapted layers. Raises UserError like `adapted_layers`.
 
-    Raises UserError if an entry selects no layer. A is (r, d_in) and B is (d_out, r) for every
-    layer (LoRA, arXiv 2106.09685 s.4). For a fused tensor of n experts A is (n r, d_in) and B is
-    (d_out, n r): r for each expert (peft 0.21.2 tuners/lora/layer.py ParamWrapper.update_layer).
+    A is (r, d_in) and B is (d_out, r) for every layer (LoRA, arXiv 2106.09685 s.4). For a fused
+    tensor of n experts A is (n r, d_in) and B is (d_out, n r): r for each expert (peft 0.21.2
+    tuners/lora/layer.py ParamWrapper.update_layer).
     """
-    return _counts(shape, _key(settings), settings.lora_r)[0]
+    return _counts(shape, _Selection.of(settings))[0]
 
 
 def adapter_counts_by_kind(shape: ModelShape, settings: RunSettings) -> tuple[AdapterCounts, ...]:
     """Counts for the blocks of each kind, in the order of `shape.blocks`."""
-    return _counts(shape, _key(settings), settings.lora_r)[1]
+    return _counts(shape, _Selection.of(settings))[1]
+
+
+def lora_scaling(r: int, alpha: float, *, use_rslora: bool) -> float:
+    """The factor of the product of B and A in a LoRA layer's output."""
+    return alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def trainable_parameters(shape: ModelShape, settings: RunSettings) -> int:
@@ -67,24 +91,125 @@ def pattern_value(pattern: Mapping[str, float] | None, name: str, default: float
     utils/other.py get_pattern_key).
     """
     for key, value in (pattern or {}).items():
-        if full_matches(rf"(.*\.)?({key})", [name], "rank_pattern"):
+        if full_matches(rf"(.*\.)?({key})", [name], "rank_pattern or alpha_pattern"):
             return value
     return default
 
 
-def _key(settings: RunSettings) -> str | tuple[str, ...]:
-    targets = settings.lora_target_modules
-    return targets if isinstance(targets, str) else tuple(targets)
+def adapted_layers(shape: ModelShape, settings: RunSettings) -> tuple[AdaptedLayer, ...]:
+    """The layers that get an adapter. Raises UserError if a setting selects or matches no layer."""
+    return _selected(shape, _Selection.of(settings))
+
+
+def lora_shapes(shape: ModelShape, settings: RunSettings) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the layers' tensors in the adapter file, as peft names them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in adapted_layers(shape, settings):
+        prefix = f"base_model.model.{layer.name}"
+        shapes[f"{prefix}.lora_A.weight"] = (layer.r, layer.linear.d_in)
+        shapes[f"{prefix}.lora_B.weight"] = (layer.linear.d_out, layer.r)
+        if layer.has_magnitude:
+            shapes[f"{prefix}.lora_magnitude_vector"] = (layer.linear.d_out,)
+    return shapes
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """The settings that select the adapted layers and the r of each; hashable."""
+
+    targets: str | tuple[str, ...]
+    layers: tuple[int, ...]
+    excluded: str | tuple[str, ...]
+    r: int
+    ranks: tuple[tuple[str, int], ...]
+    alpha: float
+    alphas: tuple[tuple[str, float], ...]
+    use_rslora: bool
+    use_dora: bool
+
+    @classmethod
+    def of(cls, settings: RunSettings) -> "_Selection":
+        targets, excluded = settings.lora_target_modules, settings.exclude_modules
+        return cls(
+            targets if isinstance(targets, str) else tuple(targets),
+            tuple(settings.layers_to_transform),
+            excluded if isinstance(excluded, str) else tuple(excluded),
+            settings.lora_r,
+            tuple(settings.rank_pattern.items()),
+            settings.alpha,
+            tuple(settings.alpha_pattern.items()),
+            settings.use_rslora,
+            settings.use_dora,
+        )
+
+
+@lru_cache(maxsize=16)
+def _selected(shape: ModelShape, selection: _Selection) -> tuple[AdaptedLayer, ...]:
+    linears = dict(shape.targeted(selection.targets))
+    names = _in_layers(shape, selection.layers, list(linears))
+    names = _not_excluded(shape, selection.excluded, names)
+    if not names and not shape.targeted_experts(selection.targets):
+        raise UserError(
+            "lora_target_modules, layers_to_transform and exclude_modules together select no layer"
+        )
+    ranks, alphas = dict(selection.ranks), dict(selection.alphas)
+    _require_matches("rank_pattern", ranks, names)
+    _require_matches("alpha_pattern", alphas, names)
+    layers = []
+    for name in names:
+        r = int(pattern_value(ranks, name, selection.r))
+        alpha = pattern_value(alphas, name, selection.alpha)
+        scaling = lora_scaling(r, alpha, use_rslora=selection.use_rslora)
+        layers.append(
+            AdaptedLayer(
+                name=name,
+                linear=linears[name],
+                r=r,
+                scaling=scaling,
+                has_magnitude=selection.use_dora,
+            )
+        )
+    return tuple(layers)
+
+
+def _require_matches(setting: str, pattern: Mapping[str, float], names: Sequence[str]) -> None:
+    for key in pattern:
+        if not any(pattern_value({key: 1}, name, 0) for name in names):
+            raise UserError(f"{setting}: {key!r} matches no adapted layer, such as {names[0]}")
+
+
+def _in_layers(shape: ModelShape, layers: Sequence[int], names: list[str]) -> list[str]:
+    """The names in the blocks with these indices; all of them if `layers` is empty."""
+    for layer in layers:
+        if not 0 <= layer < shape.num_layers:
+            raise UserError(
+                f"layers_to_transform: {layer} is not a block of {shape.folder}, whose blocks are "
+                f"0 to {shape.num_layers - 1}"
+            )
+    return [name for name in names if not layers or shape.layer_of(name) in layers]
+
+
+def _not_excluded(shape: ModelShape, excluded: str | Sequence[str], names: list[str]) -> list[str]:
+    left = names
+    for entry in [excluded] if isinstance(excluded, str) else excluded:
+        matches = set(
+            shape.matching(entry, "exclude_modules", is_pattern=isinstance(excluded, str))
+        )
+        if not matches & set(names):
+            raise UserError(f"exclude_modules: {entry!r} matches none of the layers to adapt")
+        left = [name for name in left if name not in matches]
+    return left
 
 
 @lru_cache(maxsize=16)
 def _counts(
-    shape: ModelShape, targets: str | tuple[str, ...], r: int
+    shape: ModelShape, selection: _Selection
 ) -> tuple[AdapterCounts, tuple[AdapterCounts, ...]]:
-    selected, experts = shape.targeted(targets), shape.targeted_experts(targets)
+    selected, r = _selected(shape, selection), selection.r
+    experts = shape.targeted_experts(selection.targets)
     by_kind = [
         _count(
-            [(name, linear) for name, linear in selected if shape.kind_of(name) == kind],
+            [layer for layer in selected if shape.kind_of(layer.name) == kind],
             [tensor for name, tensor in experts if shape.kind_of(name) == kind],
             r,
         )
@@ -93,19 +218,23 @@ def _counts(
     return _count(selected, [tensor for _, tensor in experts], r), tuple(by_kind)
 
 
-def _count(selected: _NamedLinears, experts: Sequence[ExpertTensor], r: int) -> AdapterCounts:
-    linears = [linear for _, linear in selected]
-    of_linears = r * max((max(x.d_in, x.d_out) for x in linears), default=0)
+def _count(
+    selected: Sequence[AdaptedLayer], experts: Sequence[ExpertTensor], r: int
+) -> AdapterCounts:
+    linears = [layer.linear for layer in selected]
+    of_linears = max((x.r * max(x.linear.d_in, x.linear.d_out) for x in selected), default=0)
     of_experts = r * max((x.count * max(x.d_in, x.d_out) for x in experts), default=0)
     expert_parameters = sum(r * x.count * (x.d_in + x.d_out) for x in experts)
     return AdapterCounts(
         layers=len(linears),
-        parameters=sum(r * (x.d_in + x.d_out) for x in linears) + expert_parameters,
+        parameters=sum(layer.parameters for layer in selected) + expert_parameters,
+        inner_width=sum(layer.r for layer in selected),
         largest_matrix=max(of_linears, of_experts),
         largest_linear_matrix=of_linears,
         expert_parameters=expert_parameters,
         adapted_experts=sum(tensor.parameters for tensor in experts),
         largest_expert_tensor=max((tensor.parameters for tensor in experts), default=0),
+        base_weights=sum(linear.d_in * linear.d_out for linear in linears),
         input_width=sum(linear.d_in for linear in linears),
         output_width=sum(linear.d_out for linear in linears),
         blocks_reading_attention_input=_blocks_with(selected, _ATTENTION_INPUT),
@@ -115,9 +244,10 @@ def _count(selected: _NamedLinears, experts: Sequence[ExpertTensor], r: int) -> 
     )
 
 
-def _blocks_with(selected: _NamedLinears, names: set[str]) -> int:
+def _blocks_with(selected: Sequence[AdaptedLayer], names: set[str]) -> int:
     """Number of blocks that have an adapted layer with one of these names."""
-    return len({name.removesuffix(f".{x.name}") for name, x in selected if _last_part(x) in names})
+    matching = [x for x in selected if _last_part(x.linear) in names]
+    return len({x.name.removesuffix(f".{x.linear.name}") for x in matching})
 
 
 def _reads_other_input(linear: Linear) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json, write_text
+from pipeline.plan.given.adapter_counts import adapted_layers
 from pipeline.plan.given.shape import EXPERTS, ModelShape
 from pipeline.plan.given.torch_process import cache_file, run_module
 
@@ -44,9 +45,9 @@ class Proof:
 
 def adapted_names(shape: ModelShape, settings: RunSettings) -> list[str]:
     """Last parts of the names of the adapted linear layers, such as `q_proj`, and `experts`."""
-    targets = settings.lora_target_modules
-    names = {name.rsplit(".", 1)[-1] for name, _ in shape.targeted(targets)}
-    return sorted(names | ({EXPERTS} if shape.targeted_experts(targets) else set()))
+    names = {layer.name.rsplit(".", 1)[-1] for layer in adapted_layers(shape, settings)}
+    has_experts = shape.targeted_experts(settings.lora_target_modules)
+    return sorted(names | ({EXPERTS} if has_experts else set()))
 
 
 def cached_proof(shape: ModelShape, settings: RunSettings) -> Proof | None:

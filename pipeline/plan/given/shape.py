@@ -175,14 +175,13 @@ class ModelShape:
         if targets == "all-linear":
             return [(name, linear) for name, linear in self.linears.items() if linear.is_adaptable]
         if isinstance(targets, str):
-            selected = full_matches(targets, self.linears, "lora_target_modules")
+            selected = self.matching(targets, "lora_target_modules", is_pattern=True)
             self._require_match(selected, targets)
         else:
             self._require_match(targets, "[]")
             targets = [target for target in targets if target != EXPERTS]
             for target in targets:
-                matches = [name for name in self.linears if _matches(name, target)]
-                self._require_match(matches, target)
+                self._require_match(self.matching(target, "lora_target_modules"), target)
             selected = [n for n in self.linears if any(_matches(n, t) for t in targets)]
         if unadaptable := [name for name in selected if not self.linears[name].is_adaptable]:
             raise UserError(
@@ -223,7 +222,17 @@ class ModelShape:
 
     def kind_of(self, name: str) -> int:
         """Index in `blocks` for the block of the layer or tensor with this full name."""
-        return self.layer_kinds[int(name[len(self.layers_name) + 1 :].split(".", 1)[0])]
+        return self.layer_kinds[self.layer_of(name)]
+
+    def layer_of(self, name: str) -> int:
+        """Index of the block of the layer or tensor with this full name."""
+        return int(name[len(self.layers_name) + 1 :].split(".", 1)[0])
+
+    def matching(self, entry: str, setting: str, *, is_pattern: bool = False) -> list[str]:
+        """Full names of the linear layers that end with `entry`, or match it as a pattern."""
+        if is_pattern:
+            return full_matches(entry, self.linears, setting)
+        return [name for name in self.linears if _matches(name, entry)]
 
     @property
     def _linear_names(self) -> list[str]:

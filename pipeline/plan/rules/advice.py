@@ -93,7 +93,10 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="alpha",
         level="advise",
-        applies=lambda s: s.settings.alpha not in (s.settings.lora_r, 2 * s.settings.lora_r),
+        applies=lambda s: (
+            not s.settings.use_rslora
+            and s.settings.alpha not in (s.settings.lora_r, 2 * s.settings.lora_r)
+        ),
         reason="lora_alpha is neither r nor 2 x r (rule of thumb)",
         remedy="leave lora_alpha out; the default is 2 x r",
         source="LoRA Basics, LoRA Parameters",

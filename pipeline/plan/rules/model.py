@@ -40,6 +40,17 @@ def _targets_embeddings_or_head(s: PlanInput) -> bool:
     return any(target.rsplit(".", 1)[-1] in ends for target in targets)
 
 
+def _is_no_option_of_experts(s: PlanInput) -> str:
+    """The options that are set and that an adapter on fused experts lacks; empty without one."""
+    if not s.shape.targeted_experts(s.settings.lora_target_modules):
+        return ""
+    names = (
+        "layers_to_transform", "exclude_modules", "rank_pattern", "alpha_pattern", "use_dora",
+        "init_adapter",
+    )  # fmt: skip
+    return ", ".join(name for name in names if getattr(s.settings, name))
+
+
 def _lacks_flash_attention(s: PlanInput) -> bool:
     is_available = s.is_cuda and s.packages.get("flash-attn") is not None
     return s.settings.use_flash_attention is True and not is_available
@@ -130,6 +141,14 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         "base updates go to the original module instead of its copy",
         remedy="leave it out; linear layers of the blocks can be named in lora_target_modules",
         source=issue("huggingface/peft", 1450, 2450, 2453, 602, 2603, 2946),
+    ),
+    Rule(
+        id="experts-plain",
+        level="refuse",
+        applies=_is_no_option_of_experts,
+        reason="lora_target_modules: an adapter on fused experts does not have these options",
+        remedy="leave it out, or leave experts out of lora_target_modules",
+        source="peft 0.21.2 tuners/lora/layer.py, ParamWrapper",
     ),
     Rule(
         id="tied-pair",
@@ -237,6 +256,41 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
 )
 
 MODEL_RULES: tuple[Rule[PlanContext], ...] = (
+    Rule(
+        id="dora-zero3",
+        level="refuse",
+        applies=lambda s: s.settings.use_dora and s.layout.is_sharded,
+        reason="use_dora at ZeRO-3: peft reads a layer's base weight for its norms after DeepSpeed "
+        "has released it",
+        remedy="set zero_stage: 2, with load_in_4bit: true where the base does not fit, or leave "
+        "use_dora out",
+        source="peft 0.21.2 tuners/lora/dora.py, forward",
+    ),
+    Rule(
+        id="dora-8bit",
+        level="refuse",
+        applies=lambda s: s.settings.use_dora and s.settings.load_in_8bit,
+        reason="use_dora with load_in_8bit: peft does not copy an 8-bit layer for its norms",
+        remedy="set load_in_4bit: true instead, or leave use_dora out",
+        source="peft 0.21.2 tuners/lora/dora.py, update_layer",
+    ),
+    Rule(
+        id="dora-when-served",
+        level="warn",
+        applies=lambda s: s.settings.use_dora,
+        reason="use_dora: vLLM rejects a DoRA adapter",
+        remedy="serve the merged model",
+        source="vLLM lora/peft_helper.py, _validate_features",
+    ),
+    Rule(
+        id="one-scaling-when-served",
+        level="warn",
+        applies=lambda s: bool(s.settings.rank_pattern or s.settings.alpha_pattern),
+        reason="rank_pattern or alpha_pattern: vLLM reads one r and one alpha of an adapter, so "
+        "that it would scale these layers wrongly without a message",
+        remedy="serve the merged model, or leave it out",
+        source="vLLM lora/peft_helper.py and lora/lora_weights.py, from_config",
+    ),
     Rule(
         id="class-re-entrant",
         level="refuse",

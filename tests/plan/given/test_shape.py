@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.model.adapter import expected_shapes, lora_config, trainable
 from pipeline.model.base import load_base
+from pipeline.plan.given.adapter_counts import lora_shapes
 from pipeline.plan.given.families import FAMILIES
 from pipeline.plan.given.shape import read_shape, shape_of
 from tests.messages import refused
@@ -107,10 +108,7 @@ def test_counts_equal_the_real_model(tmp_path, kind, change):
         model = AutoModelForCausalLM.from_config(config)
         assert sum(p.numel() for p in model.parameters()) == plan.shape.parameters
         wrapped = get_peft_model(model, lora_config(plan.settings))
-    planned = {}
-    for name, linear in plan.shape.targeted(plan.settings.lora_target_modules):
-        planned[f"base_model.model.{name}.lora_A.weight"] = (4, linear.d_in)
-        planned[f"base_model.model.{name}.lora_B.weight"] = (linear.d_out, 4)
+    planned = lora_shapes(plan.shape, plan.settings)
     assert {key: tuple(p.shape) for key, p in trainable(wrapped).items()} == planned
     assert expected_shapes(plan) == planned
     assert sum(p.numel() for p in wrapped.parameters() if p.requires_grad) == plan.trainable

@@ -78,6 +78,16 @@ CASES = {
         {"use_flash_attention": True, "packages": {"flash-attn": None}},
         {"use_flash_attention": True, "packages": {"flash-attn": "2.8"}},
     ),
+    "dora-zero3": (with_layout(Z3, use_dora=True), with_layout(Z2, use_dora=True)),
+    "dora-8bit": (
+        {"use_dora": True, "load_in_8bit": True},
+        {"use_dora": True, "load_in_4bit": True},
+    ),
+    "dora-when-served": ({"use_dora": True}, {"use_rslora": True}),
+    "one-scaling-when-served": (
+        {"alpha_pattern": {"q_proj": 8.0}},
+        {"layers_to_transform": [0]},
+    ),
     "8bit-zero3": (
         with_layout(Z3, load_in_8bit=True),
         with_layout(Z2, load_in_8bit=True),
@@ -87,6 +97,10 @@ CASES = {
         {"bnb_4bit_quant_storage": "bfloat16", **NF4},
     ),
     "4bit-moe": ({"shape": MOE, **NF4}, {"shape": MOE}),
+    "experts-plain": (
+        {"shape": MOE, "lora_target_modules": ["q_proj", "experts"], "use_dora": True},
+        {"shape": MOE, "lora_target_modules": ["q_proj", "experts"], "use_rslora": True},
+    ),
     "experts-serving": (
         {"shape": MOE, "lora_target_modules": ["q_proj", "experts"]},
         {"shape": MOE, "lora_target_modules": ["q_proj"]},

@@ -1,0 +1,30 @@
+"""Weights of an initial adapter in the shapes of a run, with the same outputs."""
+
+from collections.abc import Mapping
+
+import torch
+from safetensors.torch import load_file
+
+from pipeline.adapter.merge_inputs import Adapter
+from pipeline.plan.given.adapter_counts import adapted_layers
+from pipeline.plan.plan import Plan
+
+
+def initial_weights(
+    adapter: Adapter, plan: Plan, fresh: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """fp32 weights by their keys; `fresh`: the weights that a run without the adapter starts from.
+
+    Where r grows, the new rows of A are fresh and the new columns of B are zero. Where the scaling
+    differs, B is rescaled.
+    """
+    loaded = load_file(adapter.file.path)
+    weights: dict[str, torch.Tensor] = {}
+    for layer in adapted_layers(plan.shape, plan.settings):
+        update, prefix = adapter.updates[f"{layer.name}.weight"], f"base_model.model.{layer.name}"
+        key_a, key_b = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+        a, b = fresh[key_a].float().clone(), torch.zeros_like(fresh[key_b], dtype=torch.float32)
+        a[: update.r] = loaded[key_a]
+        b[:, : update.r] = loaded[key_b].float() * (update.scaling / layer.scaling)
+        weights |= {key_a: a, key_b: b}
+    return weights

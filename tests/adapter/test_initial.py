@@ -1,0 +1,173 @@
+"""A run starts from an adapter with equal outputs, or is refused before torch with what differs."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from pipeline.adapter.initial import (
+    RECORD,
+    initial_adapter_of,
+    record_initial_adapter,
+    require_startable,
+)
+from pipeline.adapter.initial_weights import initial_weights
+from pipeline.adapter.merge_inputs import read_adapter
+from pipeline.adapter.publish import publish_adapter
+from pipeline.adapter.trained_on import TRAINED_ON, adapter_sha256
+from pipeline.files import read_json
+from pipeline.model.adapter import attach_adapter, expected_shapes, trainable
+from pipeline.model.fingerprint import base_fingerprint
+from tests.adapter.merging import edit
+from tests.messages import assert_mentions, refused
+from tests.tiny import make_model, make_plan
+
+pytestmark = pytest.mark.tensor
+
+IDS = torch.arange(3, 43).reshape(2, 20)
+
+
+def publish(plan, folder):
+    """An adapter of this plan as a run publishes it, with random matrices."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        key: 0.1 * torch.randn(shape, generator=generator)
+        for key, shape in expected_shapes(plan).items()
+    }
+    publish_adapter(
+        plan, tensors, folder, step=7, base=base_fingerprint(plan.settings.model_folder)
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(tiny_model, tmp_path_factory):
+    """The adapter of a first run: r 4, alpha 8."""
+    return publish(make_plan(tiny_model), tmp_path_factory.mktemp("first") / "adapter")
+
+
+@pytest.fixture
+def copied(first, tmp_path):
+    return shutil.copytree(first, tmp_path / "adapter")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("settings", [
+    {},
+    {"lora_r": 8, "init_adapter_resize": True},
+    {"lora_r": 6, "lora_alpha": 3.0, "use_rslora": True, "init_adapter_resize": True},
+    {"rank_pattern": {"q_proj": 9}, "alpha_pattern": {"v_proj": 3.0}, "init_adapter_resize": True},
+])  # fmt: skip
+def test_outputs_at_step_0_are_those_of_the_adapter(tiny_model, first, settings):
+    plan = make_plan(tiny_model, init_adapter=str(first), **settings)
+    require_startable(plan)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    wanted = logits(PeftModel.from_pretrained(base, first))
+    model = attach_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), plan)
+    plain = logits(model)
+    parameters = trainable(model)
+    fresh = {key: p.detach().clone() for key, p in parameters.items()}
+    weights = initial_weights(read_adapter(first), plan, fresh)
+    assert weights.keys() == parameters.keys()
+    for key, parameter in parameters.items():
+        parameter.data = weights[key]
+    assert (logits(model) - wanted).norm() < 1e-6 * wanted.norm()
+    assert (plain - wanted).norm() > 0.1 * wanted.norm()
+    grown = [key for key, t in weights.items() if t.shape[0] > 4 and key.endswith("A.weight")]
+    assert all(torch.equal(weights[key][4:], fresh[key][4:]) for key in grown)
+
+
+REFUSED = {
+    "r": ({"lora_r": 8}, ["r 4", "r 8", "init_adapter_resize"]),
+    "smaller": ({"lora_r": 2, "init_adapter_resize": True}, ["r 4", "r 2", "lora_r: 4"]),
+    "alpha": ({"lora_alpha": 4.0}, ["scaled by 2", "by 1", "lora_alpha: 8"]),
+    "rslora": ({"use_rslora": True, "lora_alpha": 8.0}, ["scaled by 2", "by 4"]),
+    "fewer": ({"lora_target_modules": ["q_proj"]}, ["12 only in it", "lora_target_modules"]),
+    "more": ({"layers_to_transform": [0]}, ["7 only in it", "layers.1"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_differs_from_the_run_file_is_refused(tiny_model, first, name):
+    settings, facts = REFUSED[name]
+    with refused("init_adapter", *facts):
+        require_startable(make_plan(tiny_model, init_adapter=str(first), **settings))
+
+
+def other_sizes(folder):
+    (folder / TRAINED_ON).unlink()
+    header = folder / "adapter_model.safetensors"
+    data = header.read_bytes().replace(b'"shape":[4,64]', b'"shape":[8,32]')
+    header.write_bytes(data)
+    return ["down_proj", "r 4"]
+
+
+def dora(folder):
+    edit(folder / "adapter_config.json", use_dora=True)
+    return ["magnitude"]
+
+
+def gone(folder):
+    shutil.rmtree(folder)
+    return ["neither a folder nor a hub adapter"]
+
+
+def no_config(folder):
+    (folder / "adapter_config.json").unlink()
+    return ["adapter_config.json"]
+
+
+@pytest.mark.parametrize("damage", [other_sizes, dora, gone, no_config])
+def test_a_folder_that_is_no_such_adapter_is_refused(tiny_model, copied, damage):
+    facts = damage(copied)
+    with refused("init_adapter", *facts):
+        require_startable(make_plan(tiny_model, init_adapter=str(copied)))
+
+
+def test_another_base_is_refused_by_its_content_unless_it_is_accepted(first, tmp_path):
+    other = make_model(tmp_path / "other", dtype="bfloat16")
+    with refused("init_adapter", "tensors differ", "accept_changes"):
+        require_startable(make_plan(other, init_adapter=str(first)))
+    require_startable(make_plan(other, init_adapter=str(first), accept_changes=["base"]))
+
+
+def test_a_hub_name_in_the_cache_is_a_folder(tiny_model, first, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    plan = make_plan(tiny_model, init_adapter="org/adapter")
+    with refused("init_adapter", "hf download org/adapter"):
+        require_startable(plan)
+    repository = tmp_path / "hub" / "models--org--adapter"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123")
+    shutil.copytree(first, repository / "snapshots" / "0123")
+    require_startable(plan)
+
+
+def test_the_chain_of_adapters_is_in_the_record_and_on_the_card(tiny_model, first, tmp_path):
+    second_run, third_run = tmp_path / "second", tmp_path / "third"
+    for run, start in ((second_run, first), (third_run, second_run / "adapter")):
+        run.mkdir()
+        plan = make_plan(tiny_model, init_adapter=str(start))
+        record_initial_adapter(run, plan.settings)
+        publish(plan, run / "adapter")
+    record = read_json(third_run / "adapter" / TRAINED_ON)["started_from"]
+    assert record["adapter"] == str(second_run / "adapter")
+    assert record["sha256"] == adapter_sha256(second_run / "adapter")
+    assert record["started_from"]["adapter"] == str(first)
+    assert "started_from" not in record["started_from"]
+    assert record["base"] == str(tiny_model)
+    card = (third_run / "adapter" / "README.md").read_text()
+    assert_mentions(card, second_run / "adapter", first, "started from")
+    # The record of the start counts, also where the folder has changed or gone since.
+    shutil.rmtree(second_run)
+    assert initial_adapter_of(third_run, plan.settings) == json.loads(
+        (third_run / RECORD).read_text()
+    )

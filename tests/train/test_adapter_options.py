@@ -1,0 +1,188 @@
+"""Every option of the adapter is trained alike at each stage, resumed, published and merged."""
+
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pipeline.adapter.gather import OptimizerState, gather_moments, gather_weights, restore
+from pipeline.adapter.merge import merge_adapter
+from pipeline.adapter.publish import publish_adapter
+from pipeline.model.adapter import expected_shapes
+from pipeline.model.fingerprint import base_fingerprint
+from pipeline.plan.given.adapter_counts import lora_shapes
+from pipeline.train.assemble import load_initial_adapter
+from tests.ranks import run_ranks
+from tests.tiny import Documents, make_plan
+from tests.train_tiny import build_engine, distance, work
+
+pytestmark = pytest.mark.engine
+
+STEPS, MORE = 2, 2
+IDS = torch.arange(3, 35).reshape(2, 16)
+OPTIONS = {
+    "all but dora": {
+        "layers_to_transform": [1],
+        "exclude_modules": ["k_proj"],
+        "rank_pattern": {"q_proj": 2, r"mlp\.\w+": 6},
+        "alpha_pattern": {"v_proj": 1.5},
+        "use_rslora": True,
+        "init_lora_weights": "gaussian",
+        "lora_plus_ratio": 16.0,
+        "neftune_noise_alpha": 5.0,
+    },
+    "dora": {"use_dora": True, "rank_pattern": {"q_proj": 2}},
+}  # fmt: skip
+# Run -> its settings, and the run from whose state it resumes.
+RUNS = {
+    "zero1": ({"zero_stage": 1}, None),
+    "zero2": ({"zero_stage": 2}, None),
+    "zero2 resumed": ({"zero_stage": 2}, "zero2"),
+    "zero1 resumed": ({"zero_stage": 1}, "zero2"),
+    "nf4 zero2": ({"zero_stage": 2, "load_in_4bit": True}, None),
+    "zero3": ({"zero_stage": 3}, None),
+    "zero3 resumed": ({"zero_stage": 3}, "zero2"),
+    "nf4 zero3": ({"zero_stage": 3, "load_in_4bit": True}, None),
+}
+
+
+def train_everywhere(session, folder, options):
+    """Runs at each stage, and resumes from the state of ZeRO-2 at ZeRO-2 and at ZeRO-3."""
+    runs = {}
+    for name, (settings, origin) in RUNS.items():
+        if options.get("use_dora") and "zero3" in name:  # refused: rule dora-zero3
+            continue
+        plan, engine = build_engine(session, folder, settings | options | {"lr": 1e-2})
+        if origin is None:
+            losses = steps(session, plan, engine, 0, STEPS)
+            keep = {"weights": gather_weights(engine.parameters, keep=True)}
+            keep["moments"] = gather_moments(engine.parameters, keep=True)
+        else:
+            keep = runs[origin]
+            state = OptimizerState(moments=keep["moments"], step=STEPS)
+            restore(engine.deepspeed, engine.parameters, keep["weights"], state)
+            losses = keep["losses"][:STEPS]
+        losses = losses + steps(session, plan, engine, STEPS, MORE)
+        final = gather_weights(engine.parameters, keep=True)
+        runs[name] = keep | {"losses": losses, "final": final}
+        runs[name]["rates"] = engine.learning_rates()
+        if name == "zero2":
+            engine.deepspeed.eval()
+            with torch.no_grad():
+                runs["logits"] = engine.deepspeed.module.model(input_ids=IDS).logits
+    return runs
+
+
+def steps(session, plan, engine, first, count):
+    losses = []
+    for step in range(first, first + count):
+        batches, supervised = work(plan, Documents(), step, session.placement.rank)
+        result = engine.optimizer_step(batches, supervised, plan.learning_rate(step))
+        losses.append(session.sum_over_ranks([result.loss_sum])[0] / supervised)
+    return losses
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def option(request, tiny_model, tmp_path_factory):
+    """The option, its runs on two ranks, and the folders of base, adapter and merged model."""
+    options, folder = OPTIONS[request.param], tmp_path_factory.mktemp(request.param)
+    runs = run_ranks(train_everywhere, tiny_model, options, tmp_path=folder)[0]
+    plan = make_plan(tiny_model, 2, 40, zero_stage=2, lr=1e-2, **options)
+    adapter = folder / "adapter"
+    publish_adapter(
+        plan, runs["zero2"]["final"], adapter, step=4, base=base_fingerprint(tiny_model)
+    )
+    merge_adapter(tiny_model, adapter, folder / "merged")
+    return plan, runs, tiny_model, folder
+
+
+def test_every_stage_trains_alike(option):
+    _, runs, *_ = option
+    for name in runs.keys() & {"zero1", "zero3"}:
+        assert runs[name]["losses"] == pytest.approx(runs["zero2"]["losses"], rel=1e-6)
+        assert distance(runs[name]["final"], runs["zero2"]["final"]) < 1e-5
+    quantised = [run["losses"] for name, run in runs.items() if name.startswith("nf4")]
+    assert quantised[-1] == pytest.approx(quantised[0], rel=1e-6)
+    assert distance(runs["zero2"]["final"], runs["zero2"]["weights"]) > 1e-3
+
+
+def test_a_resume_is_bitwise_at_the_same_stage_and_equal_at_another(option):
+    _, runs, *_ = option
+    assert runs["zero2 resumed"]["losses"] == runs["zero2"]["losses"]
+    final = runs["zero2"]["final"]
+    assert all(torch.equal(t, final[key]) for key, t in runs["zero2 resumed"]["final"].items())
+    for name in runs.keys() & {"zero1 resumed", "zero3 resumed"}:
+        assert runs[name]["losses"] == pytest.approx(runs["zero2"]["losses"], rel=1e-6)
+
+
+def test_every_group_keeps_its_own_rate_after_a_resume_at_any_stage(option):
+    plan, runs, *_ = option
+    lr = plan.learning_rate(STEPS + MORE - 1)
+    rates = {"lr": lr}
+    if plan.settings.lora_plus_ratio != 1:
+        rates["lr_lora_b"] = 16 * lr
+    assert all(run["rates"] == rates for name, run in runs.items() if name != "logits")
+    assert "zero1 resumed" in runs
+
+
+def test_the_plan_counts_what_is_trained(option):
+    plan, runs, *_ = option
+    trained = {key: tuple(tensor.shape) for key, tensor in runs["zero2"]["final"].items()}
+    assert trained == lora_shapes(plan.shape, plan.settings)
+    assert sum(math.prod(shape) for shape in trained.values()) == plan.trainable
+
+
+def test_plain_peft_gives_the_logits_of_the_engine_and_merges_to_the_same_weights(option):
+    _, runs, base, folder = option
+    model = AutoModelForCausalLM.from_pretrained(base)
+    loaded = PeftModel.from_pretrained(model, folder / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=IDS).logits, runs["logits"])
+    oracle = loaded.merge_and_unload().state_dict()
+    merged = load_file(folder / "merged" / "model.safetensors")
+    assert all(torch.equal(tensor, oracle[key]) for key, tensor in merged.items())
+
+
+def start_everywhere(session, folder, settings):
+    """Logits at step 0 and losses of runs that start from an adapter, at each stage."""
+    runs = {}
+    for name, change in (
+        ("zero1", {"zero_stage": 1}),
+        ("zero2", {"zero_stage": 2}),
+        ("zero3", {"zero_stage": 3}),
+        ("bf16", {"zero_stage": 3, "bf16": True}),
+    ):
+        plan, engine = build_engine(session, folder, settings | change)
+        load_initial_adapter(engine, plan)
+        engine.deepspeed.eval()
+        with torch.no_grad():
+            logits = engine.deepspeed.module.model(input_ids=IDS).logits
+        masters = gather_weights(engine.parameters, keep=True)
+        losses = steps(session, plan, engine, 0, 2)
+        runs[name] = {"logits": logits, "losses": losses, "masters": masters}
+    return runs
+
+
+def test_a_run_starts_from_a_smaller_adapter_with_its_outputs_at_every_stage(tiny_model, tmp_path):
+    plan = make_plan(tiny_model)
+    torch.manual_seed(1)
+    tensors = {key: 0.1 * torch.randn(shape) for key, shape in expected_shapes(plan).items()}
+    adapter = tmp_path / "adapter"
+    publish_adapter(plan, tensors, adapter, step=4, base=base_fingerprint(tiny_model))
+    settings = {
+        "lora_r": 6, "lora_alpha": 3.0, "init_adapter": str(adapter), "init_adapter_resize": True,
+    }  # fmt: skip
+    runs = run_ranks(start_everywhere, tiny_model, settings, tmp_path=tmp_path)[0]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        wanted = PeftModel.from_pretrained(base, adapter).eval()(input_ids=IDS).logits
+    for stage in ("zero1", "zero2", "zero3"):
+        assert (runs[stage]["logits"] - wanted).norm() < 1e-6 * wanted.norm()
+        assert runs[stage]["losses"] == pytest.approx(runs["zero2"]["losses"], rel=1e-6)
+    assert (runs["bf16"]["logits"].float() - wanted).norm() < 0.02 * wanted.norm()
+    for key, tensor in tensors.items():  # fp32 masters: bf16 does not round the adapter
+        if "lora_A" in key:
+            assert torch.equal(runs["bf16"]["masters"][key][:4], tensor)
