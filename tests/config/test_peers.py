@@ -74,7 +74,7 @@ def test_a_name_is_known_however_it_is_spelt(key):
         ("device_map", "zero_stage"), ("report_to", "metrics.jsonl"), ("fsdp_config", "ZeRO"),
         ("per_device_eval_batch_size", "batch_size"), ("max_samples", "limit"),
         ("adam_beta2", "deepspeed_json"), ("adam_epsilon", "deepspeed_json"),
-        ("use_dora", "LoRA"), ("quantization_bit", "load_in_4bit: true"),
+        ("lora_bias", "LoRA"), ("quantization_bit", "load_in_4bit: true"),
     ],
 )  # fmt: skip
 def test_an_option_without_a_setting_says_what_does_its_work(key, reason):
