@@ -106,7 +106,7 @@ def other_sizes(folder):
     header = folder / "adapter_model.safetensors"
     data = header.read_bytes().replace(b'"shape":[4,64]', b'"shape":[8,32]')
     header.write_bytes(data)
-    return ["down_proj", "r 4"]
+    return ["down_proj", "(8, 32)"]
 
 
 def dora(folder):
