@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 _ADAPTER, _OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 _STATE, _MANIFEST = "state.json", "manifest.json"
-_LORA_MATRIX = re.compile(r"(?<!\.experts)(?<!\.experts\.base_layer)\.lora_([AB]\.weight|magnitude_vector)$")
+_LORA_MATRIX = re.compile(
+    r"(?<!\.experts)(?<!\.experts\.base_layer)\.lora_([AB]\.weight|magnitude_vector)$"
+)
 _RESUME_IS_SAME_RUN = (
     "`resume` continues a run with its data and its learning rate schedule; for other data, "
     "steps or target modules start a new run in another output_dir, without `resume` and with "
@@ -348,7 +350,7 @@ def read_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, "torc
 
 
 def _is_of_linear_layer(key: str) -> bool:
-    """Whether a tensor belongs to the adapter of a linear layer, and not of the fused experts of a block."""
+    """Whether a tensor is of the adapter of a linear layer, and not of the fused experts."""
     return _LORA_MATRIX.search(key) is not None
 
 
