@@ -92,7 +92,9 @@ def _settings(given: argparse.Namespace) -> RunSettings:
 def _shape(settings: RunSettings) -> ModelShape:
     """The shape of the model, from its folder or, if it has none, from the published models."""
     folder = settings.model_folder
-    return read_shape(str(folder)) if folder.exists() else published_shape(settings.model)
+    if not folder.exists():
+        return published_shape(settings.model)
+    return read_shape(str(folder), trust_remote_code=settings.trust_remote_code)
 
 
 def _next_steps(plan: Plan, given: argparse.Namespace) -> list[str]:

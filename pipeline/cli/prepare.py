@@ -66,7 +66,7 @@ def _with_checked_class(settings: RunSettings) -> RunSettings:
 
     Raises UserError if the class cannot be trained correctly.
     """
-    shape = read_shape(str(settings.model_folder))
+    shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     ensure_proof(settings, shape)
     proof = cached_proof(shape, settings)
     if proof is not None and proof.refusals:

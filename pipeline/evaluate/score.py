@@ -159,7 +159,7 @@ def _single_process_plan(settings: RunSettings) -> Plan:
     )
     # Nothing is trained: the memory that training would need must not refuse the plan.
     unlimited = dataclasses.replace(detect_hardware(), device_bytes=2**50)
-    shape = read_shape(str(settings.model_folder))
+    shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     return make_plan(unsharded, shape, unlimited, nodes=1, ranks_per_node=1)
 
 

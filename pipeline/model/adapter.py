@@ -47,7 +47,7 @@ def _target_modules(settings: RunSettings) -> list[str]:
     full name. It is the full name where other layers have the same last part: in a model with a
     vision tower, and where the settings exclude some layers.
     """
-    shape = read_shape(str(settings.model_folder))
+    shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     targets = shape.without_auto(settings.lora_target_modules)
     needs_full_names = (
         shape.has_other_towers or settings.layers_to_transform or settings.exclude_modules

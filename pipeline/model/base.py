@@ -142,8 +142,10 @@ def tile_error(settings: RunSettings, device: torch.device) -> float:
 
 def _quantization(plan: Plan) -> BitsAndBytesConfig:
     settings = plan.settings
-    # Modules outside the text decoder's blocks, such as a vision tower, are not quantised.
+    # Modules outside the text decoder's blocks, such as a vision tower, are not quantised, nor are
+    # layers whose weight is read without calling them.
     not_quantised = [rf"(?!{re.escape(plan.shape.layers_name)}\.).*"]
+    not_quantised += [re.escape(name) for name, x in plan.shape.linears.items() if not x.is_called]
     if settings.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=not_quantised)  # type: ignore[no-untyped-call]
     compute = settings.bnb_4bit_compute_dtype

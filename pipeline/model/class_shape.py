@@ -1,12 +1,13 @@
 """Model shape, counted on the model's class: it is built on the meta device, without weights.
 
-    python -m pipeline.model.class_shape MODEL_FOLDER
+    python -m pipeline.model.class_shape MODEL_FOLDER [--trust-remote-code]
 
 prints the shape as JSON. plan/given/class_shape.py runs this command for a `model_type` that
 families.py does not have, and caches the result. A block is a layer of the text decoder.
 """
 
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,13 +27,14 @@ from transformers import (
     AutoModelForImageTextToText,
     masking_utils,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from pipeline.model.structure import expert_tensors, lora_sizes
+from pipeline.model.structure import blocks, expert_tensors, lora_sizes, text_decoder
 
 _COUNTED = "rankzero_counted"  # name of the attention below for `attn_implementation`
 # Config keys for the number of experts per token in transformers 5.23.
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "moe_top_k")
+# Names of classes of modules by which a token attends to chosen or compressed keys.
+_SELECTS_KEYS = re.compile(r"(Indexer|Compressor)$")
 _TOKENS = 64  # sequence length of the counted forward pass; saved bytes are proportional to it
 
 
@@ -61,16 +63,23 @@ AttentionInterface.register(_COUNTED, _attend)
 AttentionMaskInterface.register(_COUNTED, lambda **others: None)
 
 
-def class_shape(folder: Path) -> dict[str, Any]:
-    """The model shape in the form that plan/given/class_shape.py reads."""
-    model = _build(AutoConfig.from_pretrained(folder, local_files_only=True))
-    decoder = _decoder(model)
+def class_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The model shape in the form that plan/given/class_shape.py reads.
+
+    Raises ValueError for a class of which it is known that it cannot be trained here.
+    """
+    model = _build(folder, trust_remote_code=trust_remote_code)
+    decoder = text_decoder(model)
     names = {module: name for name, module in model.named_modules()}
-    layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = blocks(model)
+    _require_trainable(decoder, layers)
     configs = model.config.get_text_config().per_layer_config
+    called: set[nn.Module] = set()
+    for module in decoder.modules():
+        module.register_forward_hook(lambda module, *_: called.add(module))
     counts = _saved(model, decoder, layers)
     sizes = [
-        _block(layer, configs[index]) | saved
+        _block(layer, configs[index], called) | saved
         for index, (layer, saved) in enumerate(zip(layers, counts, strict=True))
     ]
     kinds = [json.dumps(block) for block in sizes]
@@ -89,25 +98,44 @@ def class_shape(folder: Path) -> dict[str, Any]:
     }
 
 
-def _build(config: Any) -> Any:
+def _build(folder: Path, *, trust_remote_code: bool) -> Any:
     """Build the model on the meta device, with the auto class that supports its config."""
+    options = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    has_own_code = trust_remote_code and "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    )
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(config) in auto._model_mapping:
+        if has_own_code or type(config) in auto._model_mapping:
             with torch.device("meta"):
-                model = auto.from_config(  # type: ignore[no-untyped-call]
-                    config, attn_implementation=_COUNTED
-                )
+                try:
+                    model = auto.from_config(  # type: ignore[no-untyped-call]
+                        config, attn_implementation=_COUNTED, **options
+                    )
+                except KeyError as error:
+                    if error.args != (_COUNTED,):
+                        raise
+                    raise ValueError(
+                        f"{config.model_type} has attention classes of its own and takes no "
+                        "attention function of others"
+                    ) from None
             return model.requires_grad_(False)
     raise ValueError(f"{config.model_type} is no causal language model of transformers")
 
 
-def _decoder(model: Any) -> Any:
-    """The text decoder. get_decoder() of Llama 4 returns the whole model; then it is a child."""
-    decoder = model.get_decoder()
-    if decoder is not model:
-        return decoder
-    embeddings = model.get_input_embeddings()
-    return next(c for c in model.children() if any(m is embeddings for m in c.modules()))
+def _require_trainable(decoder: Any, layers: Sequence[nn.Module]) -> None:
+    """Raise ValueError with the reason for blocks that cannot be trained here."""
+    names = sorted({type(module).__name__ for module in decoder.modules()})
+    if selecting := [name for name in names if _SELECTS_KEYS.search(name)]:
+        raise ValueError(
+            f"its attention chooses or compresses keys ({selecting[0]}); only full, sliding and "
+            "chunked attention is implemented here"
+        )
+    if not layers:
+        raise ValueError("its blocks are no GradientCheckpointingLayer, by which they are found")
+    if not any(type(module) is nn.Linear for layer in layers for module in layer.modules()):
+        others = sorted({type(m).__name__ for m in layers[0].modules() if hasattr(m, "weight")})
+        raise ValueError(f"its blocks have no nn.Linear to adapt, but {', '.join(others)}")
 
 
 def _has_other_towers(model: Any, decoder: Any, head: Any) -> bool:
@@ -116,17 +144,25 @@ def _has_other_towers(model: Any, decoder: Any, head: Any) -> bool:
     return any(type(m) is nn.Linear and m not in inside for m in model.modules())
 
 
-def _block(layer: nn.Module, config: Any) -> dict[str, Any]:
+def _block(layer: nn.Module, config: Any, called: set[nn.Module]) -> dict[str, Any]:
     """Sizes of the linear layers, heads, norms and experts of a block."""
     linears = {n: m for n, m in layer.named_modules() if type(m) is nn.Linear}
     experts = expert_tensors(layer)
+    heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none
     return {
         "linears": [
-            [name, x.in_features, x.out_features, x.bias is not None] for name, x in linears.items()
+            [
+                name,
+                x.in_features,
+                x.out_features,
+                x.bias is not None,
+                x in called and not _is_read_by_kernels(layer, name),
+            ]
+            for name, x in linears.items()
         ],
         "hidden_size": config.hidden_size,
-        "num_heads": config.num_attention_heads,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "num_heads": heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
         "num_norms": sum(
             m.weight.numel() == config.hidden_size
             for n, m in layer.named_modules()
@@ -155,6 +191,17 @@ def _rewritten_by_peft(model: nn.Module, decoder: nn.Module) -> list[str]:
         else:
             rewritten += [] if list(config.target_modules or ()) == [end] else [end]
     return rewritten
+
+
+def _is_read_by_kernels(layer: nn.Module, name: str) -> bool:
+    """Whether kernels read the weight of a linear layer, although PyTorch's version calls it.
+
+    The fused kernels of a Mamba mixer do so with its output projection (transformers 5.23,
+    models/bamba/modeling_bamba.py); mixers are found by their parameters.
+    """
+    parent, _, end = name.rpartition(".")
+    own = dict(layer.get_submodule(parent).named_parameters(recurse=False))
+    return end == "out_proj" and {"A_log", "D"} <= own.keys()
 
 
 def _experts_per_token(config: Any) -> int:
@@ -206,17 +253,19 @@ def _count_saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[
     for index, layer in enumerate(layers):
         handles.append(layer.register_forward_pre_hook(lambda *_, i=index: current.append(i)))
         handles.append(layer.register_forward_hook(lambda *_: (current.pop(), None)[1]))
-    width = model.config.get_text_config().hidden_size
-    embedded = torch.empty(
-        1, _TOKENS, width, dtype=torch.bfloat16, device="meta", requires_grad=True
+    handles.append(
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, inputs, output: output.requires_grad_(True)
+        )
     )
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     # Tensors on the meta device have no values. If transformers believes that it is tracing, it
     # does not read the values of masks and positions.
     with (
         patch.object(masking_utils, "is_tracing", lambda *_: True),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        decoder(inputs_embeds=embedded, use_cache=False)
+        decoder(input_ids=ids, use_cache=False)
     for handle in handles:
         handle.remove()
     counts = []
@@ -230,4 +279,5 @@ def _count_saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(class_shape(Path(sys.argv[1]))) + "\n")
+    trust = "--trust-remote-code" in sys.argv
+    sys.stdout.write(json.dumps(class_shape(Path(sys.argv[1]), trust_remote_code=trust)) + "\n")

@@ -29,9 +29,17 @@ def text_decoder(causal: Any) -> Any:
 
 
 def blocks(causal: Any) -> list[nn.Module]:
-    """The layers of the text decoder, without the layers of a vision tower."""
-    modules = text_decoder(causal).modules()
-    return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+    """The layers of the text decoder, without those of a vision tower.
+
+    A layer may hold others (Zamba 2): only the outer one is a block.
+    """
+    outer: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in text_decoder(causal).modules():  # an outer layer comes before those inside it
+        if isinstance(module, GradientCheckpointingLayer) and module not in inside:
+            outer.append(module)
+            inside.update(module.modules())
+    return outer
 
 
 def expert_tensors(module: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:

@@ -51,7 +51,9 @@ class RankContext:
         except UserError as error:
             return replace(self, problems={"settings": str(error)})
         try:
-            shape = read_shape(str(settings.model_folder))
+            shape = read_shape(
+                str(settings.model_folder), trust_remote_code=settings.trust_remote_code
+            )
             ensure_proof(settings, shape)
             plan = make_plan(
                 settings, shape, self.hardware, nodes=self.placement.nodes, ranks_per_node=ranks

@@ -45,7 +45,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         missing = missing_gpus(placement, hardware)
         set_environment(placement, hardware)
 
-        shape = read_shape(str(settings.model_folder))
+        shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
         ensure_proof(settings, shape)
         plan = make_plan(
             settings, shape, hardware,

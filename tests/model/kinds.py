@@ -504,3 +504,41 @@ def build(name, dtype=None, kinds=KINDS):
             noise = torch.empty_like(parameter).normal_(std=0.12)
             parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
     return model.eval()
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *args, labels=None, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 0.5
+        if labels is not None:
+            output.loss = self.loss_function(output.logits, labels, self.config.vocab_size)
+        return output
+"""
+
+
+def make_own_code(folder):
+    """A model folder whose class is in a file of the folder, as `trust_remote_code` loads it."""
+    import json
+
+    build("llama").save_pretrained(folder)
+    (folder / "own_code.py").write_text(OWN_CODE, encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {
+        "model_type": "own_llama",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnForCausalLM",
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder

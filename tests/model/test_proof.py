@@ -9,7 +9,7 @@ from pipeline.model.proof import LIMIT, prove, prove_model, require_proof, small
 from pipeline.model.structure import blocks
 from pipeline.plan.given.class_proof import Proof
 from tests.messages import assert_mentions, refused
-from tests.model.kinds import build
+from tests.model.kinds import build, make_own_code
 from tests.tiny import make_plan
 
 pytestmark = pytest.mark.tensor
@@ -176,6 +176,16 @@ def test_the_small_copy_of_longrope_has_a_factor_for_each_pair_of_its_head():
 def test_sizes_with_other_names_are_reduced_too(kind):
     model = small_model(AutoModelForCausalLM, AutoConfig.for_model(kind))
     assert model.config.num_hidden_layers == 4
+
+
+def test_a_model_with_its_own_code_is_proved_by_its_own_code(tmp_path):
+    folder = make_own_code(tmp_path / "model")
+    result = prove(folder, ["q_proj"], trust_remote_code=True)
+    assert not result.refusals
+    code = (folder / "own_code.py").read_text()
+    (folder / "own_code.py").write_text(code.replace("output.loss = ", "output.loss = 1.01 * "))
+    result = prove(folder, ["q_proj"], trust_remote_code=True)
+    assert_mentions(result.refusals[0], "loss", "9.9e-03")
 
 
 def test_a_checkpoint_with_other_names_than_the_model_s_can_be_merged_into(tmp_path):

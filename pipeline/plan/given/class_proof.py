@@ -17,7 +17,7 @@ from pipeline.plan.given.adapter_counts import adapted_layers
 from pipeline.plan.given.shape import EXPERTS, ModelShape
 from pipeline.plan.given.torch_process import cache_file, run_module
 
-_FORMAT = "3"  # version of the cached file and of the checks
+_FORMAT = "4"  # version of the cached file and of the checks
 _TIMEOUT_S = 600
 # Packages that define a model class or replace its kernels.
 _PACKAGES = (

@@ -13,16 +13,16 @@ from pipeline.files import dump_json, read_json, write_text
 from pipeline.plan.given.torch_process import cache_file, package_version, run_module
 
 _PACKAGES = ("torch", "transformers", "peft")  # their versions determine the shape of a class
-_FORMAT = "3"  # of the cached file
+_FORMAT = "4"  # of the cached file
 _TIMEOUT_S = 300
 
 
-def class_shape(folder: Path) -> dict[str, Any]:
+def class_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Shape of the model in a folder, from the cache if possible.
 
     Raises UserError if the class cannot be built.
     """
-    path = shape_file(folder)
+    path = shape_file(folder, trust_remote_code=trust_remote_code)
     try:
         return read_json(path)
     except (OSError, ValueError):
@@ -34,7 +34,7 @@ def class_shape(folder: Path) -> dict[str, Any]:
             "machine that has the same versions of torch, transformers and peft, and write its "
             f"output to {path}"
         )
-    counted = _count(folder)
+    counted = _count(folder, trust_remote_code=trust_remote_code)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, dump_json(counted))
@@ -43,15 +43,20 @@ def class_shape(folder: Path) -> dict[str, Any]:
     return counted
 
 
-def shape_file(folder: Path) -> Path:
-    """Cache file of the shape; its key is config.json and the versions of the packages."""
-    config = (folder / "config.json").read_text(encoding="utf-8", errors="replace")
-    return cache_file("shapes", [_FORMAT, config], _PACKAGES)
+def shape_file(folder: Path, *, trust_remote_code: bool = False) -> Path:
+    """Cache file of the shape.
+
+    Its key is config.json, the model's own code if it is used, and the versions of the packages.
+    """
+    files = [folder / "config.json", *(sorted(folder.glob("*.py")) if trust_remote_code else [])]
+    contents = [path.read_text(encoding="utf-8", errors="replace") for path in files]
+    return cache_file("shapes", [_FORMAT, *contents], _PACKAGES)
 
 
-def _count(folder: Path) -> dict[str, Any]:
+def _count(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
+    trust = ["--trust-remote-code"] if trust_remote_code else []
     try:
-        output = run_module("pipeline.model.class_shape", str(folder), timeout_s=_TIMEOUT_S)
+        output = run_module("pipeline.model.class_shape", str(folder), *trust, timeout_s=_TIMEOUT_S)
     except UserError as error:
         raise UserError(f"the class of this model cannot be built and counted: {error}") from None
     counted: dict[str, Any] = json.loads(output.splitlines()[-1])

@@ -17,7 +17,9 @@ Config = Mapping[str, Any]
 class Linear:
     """One linear layer of a block: `weight` is (d_out, d_in).
 
-    `is_adaptable`: False if peft cannot adapt the layer by name.
+    `is_adaptable`: False if peft cannot adapt the layer by name. `is_called`: False if the model
+    class, or a kernel that it uses, reads the weight instead of calling the layer; an adapter on it
+    would have no effect, and its weight must not be quantised.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Linear:
     d_out: int
     has_bias: bool = False
     is_adaptable: bool = True
+    is_called: bool = True
 
     @property
     def weights(self) -> int:

@@ -117,7 +117,7 @@ class ModelShape:
         (transformers 5.23 integrations/bitsandbytes.py: only nn.Linear; quantizers/base.py: not the
         head).
         """
-        return sum(count * block.linear_weights for block, count in self.counts())
+        return sum(linear.weights for linear in self.linears.values() if linear.is_called)
 
     @cached_property
     def expert_parameters(self) -> int:
@@ -161,7 +161,9 @@ class ModelShape:
         them.
         """
         linears = chain.from_iterable(block.linears for block in self.blocks)
-        names = [x.name for x in linears if x.is_adaptable and not _ROUTER.match(x.name)]
+        names = [
+            x.name for x in linears if x.is_adaptable and x.is_called and not _ROUTER.match(x.name)
+        ]
         return list(dict.fromkeys(map(_last_part, names)))
 
     def targeted(self, targets: str | Sequence[str]) -> list[tuple[str, Linear]]:
@@ -173,7 +175,7 @@ class ModelShape:
         """
         targets = self.without_auto(targets)
         if targets == "all-linear":
-            return [(name, linear) for name, linear in self.linears.items() if linear.is_adaptable]
+            return [(n, x) for n, x in self.linears.items() if x.is_adaptable and x.is_called]
         if isinstance(targets, str):
             selected = self.matching(targets, "lora_target_modules", is_pattern=True)
             self._require_match(selected, targets)
@@ -188,6 +190,12 @@ class ModelShape:
                 f"lora_target_modules: {targets!r} matches {unadaptable[0]}, but peft would adapt "
                 "fused experts instead of it, when it attaches and when it loads an adapter; "
                 f"these can be adapted: [{', '.join([*self.default_targets, EXPERTS])}]"
+            )
+        if uncalled := [name for name in selected if not self.linears[name].is_called]:
+            raise UserError(
+                f"lora_target_modules: {targets!r} matches {uncalled[0]}, whose weight is read "
+                "without calling the layer, so an adapter would have no effect; these can be "
+                f"adapted: [{', '.join(self.default_targets)}]"
             )
         return [(name, self.linears[name]) for name in selected]
 
@@ -264,8 +272,11 @@ def require_model_folder(model: Path) -> None:
         )
 
 
-def read_shape(model: str) -> ModelShape:
-    """The shape of the model in a folder. Raises UserError if config.json cannot be used."""
+def read_shape(model: str, *, trust_remote_code: bool = False) -> ModelShape:
+    """The shape of the model in a folder. Raises UserError if config.json cannot be used.
+
+    `trust_remote_code`: the model's own code is run, where config.json names a class in it.
+    """
     folder = Path(model)
     path = folder / "config.json"
     require_model_folder(folder)
@@ -276,6 +287,9 @@ def read_shape(model: str) -> ModelShape:
     except (ValueError, OSError) as error:
         raise UserError(f"model: {path}: not readable as a JSON object: {error}") from None
     try:
+        if trust_remote_code and _has_own_code(config):
+            sizes = class_shape(folder, trust_remote_code=True)
+            return _from_class(config, model, sizes)
         return shape_of(config, model)
     except KeyError as error:
         raise UserError(f"model: {path}: the key {error} is missing") from None
@@ -343,7 +357,10 @@ def _block_from_class(sizes: Mapping[str, Any]) -> Block:
 
     Parameters for which Block has no field are counted in `other_parameters`.
     """
-    linears = tuple(Linear(*linear) for linear in sizes["linears"])
+    linears = tuple(
+        Linear(name, d_in, d_out, has_bias, is_called=is_called)
+        for name, d_in, d_out, has_bias, is_called in sizes["linears"]
+    )
     by_name = {_last_part(linear.name): linear for linear in linears}
     output = by_name.get("o_proj") or by_name.get("dense") or by_name.get("out_proj")
     mlp = by_name.get("down_proj") or by_name.get("fc2")
@@ -363,6 +380,10 @@ def _block_from_class(sizes: Mapping[str, Any]) -> Block:
         saved_for_expert_adapters=sizes["saved_for_expert_adapters"],
     )
     return replace(block, other_parameters=sizes["parameters"] - block.parameters)
+
+
+def _has_own_code(config: Config) -> bool:
+    return "AutoModelForCausalLM" in (config.get("auto_map") or {})
 
 
 def _without_rewritten(block: Block, names: Sequence[str]) -> Block:
@@ -385,7 +406,7 @@ def _common_fields(config: Config, model: str) -> dict[str, Any]:
         "logit_softcap": config.get("final_logit_softcapping") is not None,
         "score_softcap": config.get("attn_logit_softcapping") is not None,
         "quantization": quantization.get("quant_method"),
-        "has_own_code": "AutoModelForCausalLM" in (config.get("auto_map") or {}),
+        "has_own_code": _has_own_code(config),
         "required_vocab_size": required_vocab_size(Path(model)),
         "max_positions": _max_positions(config),
         "rope_original_length": _rope_original_length(config),

@@ -225,18 +225,6 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         source="transformers 5.23.0 modeling_utils.py",
     ),
     Rule(
-        id="packing-own-code",
-        level="refuse",
-        applies=lambda s: (
-            s.settings.packing and s.settings.trust_remote_code and s.shape.has_own_code
-        ),
-        reason="packing with a model that brings its own code (trust_remote_code, auto_map): its "
-        "attention may ignore document boundaries, so that documents of a pack attend to each "
-        "other",
-        remedy="set packing: false, or trust_remote_code: false to use transformers' own class",
-        source="transformers 5.23.0 modeling_utils.py",
-    ),
-    Rule(
         id="flash-attention-missing",
         level="refuse",
         applies=_lacks_flash_attention,

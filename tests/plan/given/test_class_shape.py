@@ -14,6 +14,7 @@ from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.render import plan_json
 from tests.messages import assert_mentions, refused
+from tests.model.kinds import KINDS, make_own_code
 from tests.plan.given.test_shape import EXPERTS, SMALL, save_config
 from tests.tiny import make_plan
 
@@ -134,7 +135,7 @@ def test_saved_bytes_counted_on_the_class_are_those_of_the_formulas(
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_every_parameter_of_an_unknown_class_is_counted(tmp_path, kind):
     write(tmp_path, kind, UNKNOWN[kind])
-    shape, model = read_shape(str(tmp_path)), counting._build(AutoConfig.from_pretrained(tmp_path))
+    shape, model = read_shape(str(tmp_path)), counting._build(tmp_path, trust_remote_code=False)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     modules = dict(model.named_modules())
     for name, linear in shape.linears.items():
@@ -144,6 +145,64 @@ def test_every_parameter_of_an_unknown_class_is_counted(tmp_path, kind):
     # a router that is a linear layer is one of `linears` and has a field of its own
     assert all(block.other_parameters >= -block.router_parameters for block in shape.blocks)
     assert all(block.saved[0] > 0 for block in shape.blocks)
+
+
+def shape_of_kind(folder, kind):
+    model_type, keys = KINDS[kind]
+    AutoConfig.for_model(model_type, **keys).save_pretrained(folder)
+    return read_shape(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "uncalled"),
+    [
+        ("gemma3n_text", {"correction_coefs"}),
+        ("jamba", {"dt_proj", "out_proj"}),
+        ("nemotron_h", {"out_proj"}),
+        ("lfm2", set()),  # its out_proj is called
+    ],
+)
+def test_layers_whose_weight_is_read_directly_are_neither_adapted_nor_quantised(
+    tmp_path, kind, uncalled
+):
+    shape = shape_of_kind(tmp_path, kind)
+    left_out = [x for x in shape.linears.values() if not x.is_called]
+    assert {x.name.rsplit(".", 1)[-1] for x in left_out} == uncalled
+    assert not uncalled & set(shape.default_targets)
+    total = sum(x.weights for x in shape.linears.values())
+    assert shape.quantised_parameters == total - sum(x.weights for x in left_out)
+    for name in uncalled:
+        with refused(name, "lora_target_modules", *shape.default_targets):
+            shape.targeted([name])
+
+
+def test_a_class_that_reads_the_token_ids_in_every_block_is_counted(tmp_path):
+    shape = shape_of_kind(tmp_path, "gemma4_text/ple+shared")
+    assert all(block.saved[0] > 0 for block in shape.blocks)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("deepseek_v32", "DeepseekV32Indexer"),
+        ("glm_moe_dsa", "GlmMoeDsaIndexer"),
+        ("deepseek_v4", "DeepseekV4CSACompressor"),
+        ("gpt2", "Conv1D"),
+        ("falcon", "attention"),
+    ],
+)
+def test_a_class_that_cannot_be_trained_is_refused_with_the_reason(tmp_path, kind, reason):
+    with refused(reason, "config.json"):
+        shape_of_kind(tmp_path, kind)
+
+
+def test_a_model_with_its_own_code_is_counted_only_if_its_code_is_trusted(tmp_path):
+    folder = make_own_code(tmp_path / "model")
+    shape = read_shape(str(folder), trust_remote_code=True)
+    assert shape.is_from_class
+    assert (shape.num_layers, len(shape.linears)) == (4, 28)
+    with pytest.raises(ValueError, match=r"own_code|trust_remote_code"):
+        counting.class_shape(folder)
 
 
 def test_a_plan_says_that_a_class_is_not_yet_proven_and_which_command_proves_it(tmp_path):

@@ -70,10 +70,6 @@ CASES = {
     ),
     "class-merge": ({"proof": Proof(without_merge=["names"])}, {"proof": Proof()}),
     "prequantised-base": ({"shape": {"quantization": "gptq"}}, {}),
-    "packing-own-code": (
-        {"trust_remote_code": True, "shape": {"has_own_code": True}},
-        {"trust_remote_code": True, "packing": False, "shape": {"has_own_code": True}},
-    ),
     "flash-attention-missing": (
         {"use_flash_attention": True, "packages": {"flash-attn": None}},
         {"use_flash_attention": True, "packages": {"flash-attn": "2.8"}},
