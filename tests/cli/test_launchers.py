@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import stat
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import yaml
 from pipeline.train.metrics import read_metrics
 from pipeline.train.status import read_status
 from tests import ROOT
+from tests.commands import Command, free_port
 from tests.hosts import TwoHosts, why_not
 from tests.messages import assert_mentions
 from tests.tiny import make_rows
@@ -93,14 +93,8 @@ def deepspeed(*options: str) -> list[str]:
     return [str(BIN / "deepspeed"), *options]
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return str(probe.getsockname()[1])
-
-
 def at_a_port() -> list[str]:
-    return ["--master_addr", "127.0.0.1", "--master_port", free_port()]
+    return ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
 
 
 def start(
@@ -182,24 +176,21 @@ def test_torchrun(workspace, expected):
 def test_accelerate(workspace, expected):
     command = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
     config = {"HF_HOME": str(workspace.folder / "no_accelerate_config")}
-    finish(start([*command, "--main_process_port", free_port()], TRAIN,
+    finish(start([*command, "--main_process_port", str(free_port())], TRAIN,
                  workspace.run_file("accelerate"), **config))  # fmt: skip
     assert workspace.adapter("accelerate") == expected
 
 
 def test_pods_of_a_pytorchjob(workspace, expected):
     """With the variables of its operator, one process per pod."""
-    run_file, port = workspace.run_file("pods"), free_port()
-    finish(
-        *(
-            start(
-                [sys.executable], TRAIN, run_file, RANK=pod, WORLD_SIZE="2", MASTER_PORT=port,
-                MASTER_ADDR="127.0.0.1", KUBERNETES_SERVICE_HOST="10.0.0.1", PET_NNODES="2",
-                PET_NODE_RANK=pod, PET_NPROC_PER_NODE="auto",
-            )
-            for pod in ("0", "1")
-        )
-    )  # fmt: skip
+    common = {
+        "WORLD_SIZE": "2", "MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1",
+        "KUBERNETES_SERVICE_HOST": "10.0.0.1", "PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto",
+    }  # fmt: skip
+    pods = [common | {"RANK": pod, "PET_NODE_RANK": pod} for pod in ("0", "1")]
+    with Command(TRAIN, workspace.run_file("pods"), variables=pods) as command:
+        code, output = command.end()
+    assert code == 0, output
     assert workspace.adapter("pods") == expected
 
 

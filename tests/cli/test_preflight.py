@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests import ROOT
+from tests.commands import Command, free_port, variables_of_ranks
 from tests.hosts import TwoHosts, why_not
 from tests.messages import assert_mentions
 from tests.tiny import make_rows
@@ -47,27 +48,44 @@ def run_file(tmp_path, tiny_model) -> Path:
 
 
 class Ranks:
-    """Processes with the variables of ranks; with `hosts` each is on a host of its own."""
+    """Two ranks of one machine, which may have different arguments."""
 
-    def __init__(self, hosts: TwoHosts | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        self._hosts = hosts
+    def __init__(self) -> None:
+        self._variables = variables_of_ranks(2)
+        self._commands: list[Command] = []
+
+    def start(self, *command: str | Path) -> None:
+        """Start the next rank."""
+        own = self._variables[len(self._commands)]
+        self._commands.append(Command(*command, variables=[own]))
+
+    def end(self) -> list[tuple[int, str, str]]:
+        """Exit code, output and errors of each."""
+        try:
+            return [(c.end(within_s=200)[0], *c.outputs[0]) for c in self._commands]
+        finally:
+            for command in self._commands:
+                command.kill()
+
+
+class RanksOnHosts:
+    """Processes with the variables of ranks, each on a host of its own."""
+
+    def __init__(self, hosts: TwoHosts) -> None:
+        self._hosts, self._port = hosts, free_port()
         self._processes: list[subprocess.Popen[str]] = []
 
     def start(self, *command: str | Path, through: Sequence[str] = ()) -> None:
-        """Start the next of two ranks; `through`: a command that starts the rank's command."""
-        rank, local_size = len(self._processes), 2 if self._hosts is None else 1
+        """Start the next rank; `through`: a command that starts the rank's command."""
+        rank = len(self._processes)
         place = {
-            "RANK": rank, "LOCAL_RANK": rank % local_size, "WORLD_SIZE": 2,
-            "LOCAL_SIZE": local_size, "MASTER_PORT": self._port, "DS_ACCELERATOR": "cpu",
-            "MASTER_ADDR": "127.0.0.1" if self._hosts is None else self._hosts.addresses[0],
-            "OMP_NUM_THREADS": 1,
+            "RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_SIZE": 1,
+            "MASTER_ADDR": self._hosts.addresses[0], "MASTER_PORT": self._port,
+            "DS_ACCELERATOR": "cpu",
         }  # fmt: skip
         whole = [*through, sys.executable, *map(str, command)]
         process = subprocess.Popen(
-            whole if self._hosts is None else self._hosts.command(rank, *whole),
+            self._hosts.command(rank, *whole),
             cwd=ROOT, env=os.environ | {key: str(value) for key, value in place.items()},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
@@ -144,7 +162,7 @@ def test_two_hosts_of_which_one_has_another_disk(run_file, tmp_path):
     shared.mkdir()
     own_disk = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', shared]
     with TwoHosts() as hosts:
-        ranks = Ranks(hosts)
+        ranks = RanksOnHosts(hosts)
         ranks.start("launch/preflight.py", run_file, "--json")
         ranks.start("launch/preflight.py", run_file, through=[str(part) for part in own_disk])
         (code, out, errors), (code_1, *_) = ranks.end()

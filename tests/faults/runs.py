@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import yaml
 
 from pipeline.train.metrics import read_metrics
 from tests import ROOT
+from tests.commands import free_port, run
 
 BIN = Path(sys.executable).parent
 IS_FULL = os.environ.get("FAULTS") == "full"  # `make faults`; else a short form of each
@@ -170,13 +170,20 @@ def start(
     return Started(run_file, process, log)
 
 
-def finish(run_file: Path, *overrides: str) -> str:
-    """Start, and wait for the end of the run; returns the output."""
-    run = start(run_file, *overrides)
-    code = run.end()
-    assert code == 0, run.output
-    assert status(run.folder)["state"] == "done", run.output
-    return run.output
+def finish(run_file: Path) -> str:
+    """Start, and wait for the end of the run; returns the output.
+
+    In the short form as forks: what is done to a run concerns its launcher, its end does not.
+    """
+    if IS_FULL:
+        started = start(run_file)
+        code, output = started.end(), started.output
+    else:
+        code, output = run("launch/train.py", run_file, ranks=2)
+    assert code == 0, output
+    folder = Path(yaml.safe_load(run_file.read_text())["output_dir"])
+    assert status(folder)["state"] == "done", output
+    return output
 
 
 def resumed_step(output: str) -> int:
@@ -216,9 +223,3 @@ def _line(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -12,6 +12,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
+from tests.commands import free_port
 from tests.faults.runs import (
     EVAL_STEPS,
     IN_PACKS,
@@ -22,7 +23,6 @@ from tests.faults.runs import (
     Started,
     adapter,
     finish,
-    free_port,
     losses,
     send,
     start,

@@ -5,15 +5,12 @@ run was stopped by its stop file at step 5 of 240.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import ROOT
+from tests.commands import run
 from tests.messages import assert_mentions
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -27,12 +24,7 @@ def workspace(tmp_path_factory) -> Path:
 
 
 def verb(name: str, *arguments: str, cwd: Path) -> tuple[int, str]:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"pipeline.cli.{name}", *arguments]
-    ended = subprocess.run(
-        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-    )
-    return ended.returncode, ended.stdout.decode()
+    return run("-m", f"pipeline.cli.{name}", *arguments, cwd=cwd)
 
 
 def content(folder: Path) -> dict[str, bytes]:

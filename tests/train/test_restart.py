@@ -1,9 +1,6 @@
-"""Starts in the folder of a finished run, as real runs of one process."""
+"""Starts in the folder of a finished run, as runs of one process."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,7 @@ import yaml
 from pipeline.adapter.trained_on import adapter_sha256
 from pipeline.files import read_json
 from pipeline.train.metrics import read_metrics
-from tests import ROOT
+from tests.commands import run
 from tests.messages import assert_mentions
 from tests.tiny import make_rows
 
@@ -45,18 +42,7 @@ def done(workspace, tmp_path) -> Path:
 
 
 def start(workspace: Path, run_folder: Path, *overrides: str) -> tuple[int, str]:
-    command = [
-        sys.executable,
-        "launch/train.py",
-        workspace / "run.yaml",
-        f"output_dir={run_folder}",
-    ]
-    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [*command, *overrides], cwd=ROOT, env=env, text=True, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    return ended.returncode, ended.stdout
+    return run("launch/train.py", workspace / "run.yaml", f"output_dir={run_folder}", *overrides)
 
 
 def steps(folder: Path) -> list[int]:
