@@ -5,12 +5,14 @@ it; `pytest --hypothesis-profile=default` draws others.
 """
 
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+from pipeline.plan.given import torch_process
 from tests.tiny import make_model
 
 # Two workers, each with a thread for every core, would wait for each other most of the time.
@@ -33,6 +35,28 @@ def _no_launcher_variables():
     yield
     for name in _LAUNCHER:
         os.environ.pop(name, None)
+
+
+class _Forks:
+    """Stands in for the module `subprocess` where a plan runs a module with torch."""
+
+    TimeoutExpired = subprocess.TimeoutExpired
+
+    @staticmethod
+    def run(command, *, timeout, env, **_):
+        from tests.commands import Command
+
+        with Command(*command[1:], variables=[env]) as forked:
+            code, _ = forked.end(timeout)
+            return subprocess.CompletedProcess(command, code, *forked.outputs[0])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _classes_are_built_in_forks():
+    """Counting or checking a model class takes its imports from the forkserver, not 5 s each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_process, "subprocess", _Forks)
+        yield
 
 
 @pytest.fixture(scope="session")

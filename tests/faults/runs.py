@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -56,7 +57,7 @@ class Started:
     began: float = field(default_factory=time.monotonic)
     began_at: float = field(default_factory=time.time)
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         return Path(yaml.safe_load(self.run_file.read_text())["output_dir"])
 
@@ -88,14 +89,14 @@ class Started:
         (found,) = [p for p in self.processes() if "deepspeed.launcher.launch" in _line(p)]
         return found
 
-    def wait_until(self, claim: Callable[[], object], what: str) -> None:
+    def wait_until(self, claim: Callable[[], object], what: str, *, every_s: float = 0.005) -> None:
         """Wait for a condition while the run is at work."""
         while not claim():
             if self.process.poll() is not None and not self.processes():
                 raise AssertionError(f"ended before {what}:\n{self.output}")
             if time.monotonic() - self.began > DEADLINE_S:
                 raise AssertionError(f"no {what} in {DEADLINE_S} s:\n{self.output}")
-            time.sleep(0.004)
+            time.sleep(every_s)
 
     def is_over(self) -> bool:
         """Whether the run has ended; a signal now would come too late."""
@@ -113,7 +114,11 @@ class Started:
 
     def wait_for_ranks(self) -> None:
         """Wait until both ranks are processes; they import for seconds from here on."""
-        self.wait_until(lambda: self.is_over() or len(self.ranks()) == 2, "two ranks")
+        self.wait_until(
+            lambda: self.is_over() or len(self.ranks()) == 2,
+            "two ranks",
+            every_s=0.1,  # it searches all processes
+        )
 
     def resumed_step(self) -> int:
         """The step that this start resumed from."""

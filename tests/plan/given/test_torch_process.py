@@ -1,0 +1,39 @@
+"""A module that needs torch runs in a process of its own."""
+
+import subprocess
+
+import pytest
+
+from pipeline.plan.given import torch_process
+from tests.messages import refused
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path, monkeypatch):
+    """A module on this process's path, run in a real process, to be filled by the test."""
+    monkeypatch.setattr(torch_process, "subprocess", subprocess)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / "counted.py"
+
+
+def test_the_output_of_the_module_is_returned_and_it_sees_no_gpu_and_no_hub(module):
+    module.write_text(
+        "import os, sys\n"
+        "print(sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES'] == '', os.environ['HF_HUB_OFFLINE'])"
+    )
+    output = torch_process.run_module("counted", "folder", timeout_s=60)
+    assert output.split() == ["folder", "True", "1"]
+
+
+def test_the_exception_of_the_module_is_the_message(module):
+    module.write_text("import sys\nsys.stderr.write('a warning\\n')\nraise ValueError('no heads')")
+    with refused("ValueError", "no heads"):
+        torch_process.run_module("counted", timeout_s=60)
+
+
+def test_a_module_that_does_not_end_is_refused_with_the_limit(module):
+    module.write_text("import time\ntime.sleep(60)")
+    with refused("1 s"):
+        torch_process.run_module("counted", timeout_s=1)
