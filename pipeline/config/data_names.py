@@ -31,6 +31,21 @@ COLUMNS = (
 )
 
 
+_DETECTED = "remove it, the format of each row is detected (data_format, columns)"
+_SPLIT = "name the split in the path: ORG/NAME:train"
+# Keys that other programs have for a source -> what to write here.
+_PEERS_OF_A_SOURCE = {
+    "type": _DETECTED, "ds_type": _DETECTED, "format": _DETECTED, "formatting": _DETECTED,
+    "conversation": _DETECTED, "roles": _DETECTED, "chat_template": "set it for the whole run",
+    "split": _SPLIT, "train_on_split": _SPLIT, "name": "name the files of the configuration",
+    "subset": "name the files of the configuration", "data_files": "name the files in path",
+    "revision": "name it in the path: ORG/NAME@REVISION:train", "shards": "limit takes first rows",
+    "field_messages": "columns: {messages: NAME}", "num_samples": "limit takes first rows",
+    "message_property_mappings": _DETECTED, "columns": "columns is set for the whole run",
+    "dataset_path": "path", "dataset": "path",
+}  # fmt: skip
+
+
 class DataSource(BaseModel):
     """One source of rows: a file, folder, glob or hub split, its weight and its row limit."""
 
@@ -93,7 +108,12 @@ def _as_name(value: Any, expected: str) -> str | DataSource:
     if not isinstance(value, dict):
         raise ValueError(expected)
     known = list(DataSource.model_fields)
-    if unknown := [str(key) for key in value if key not in known]:
+    unknown = [str(key) for key in value if key not in known]
+    if told := [
+        f"{key}: {_PEERS_OF_A_SOURCE[key]}" for key in unknown if key in _PEERS_OF_A_SOURCE
+    ]:
+        raise ValueError(f"of a source, {'; '.join(told)}")
+    if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"a source has {', '.join(known)}"
         raise ValueError(f"{unknown[0]}: unknown key of a source; {hint}")

@@ -16,7 +16,7 @@ from pipeline.config.data_names import DataNames, DataSource
 from pipeline.config.hub import HubSplit
 from pipeline.config.located import parse_value, read_located
 from pipeline.config.paths import expand
-from pipeline.config.peers import advice
+from pipeline.config.peers import advice, normalised, value_advice
 from pipeline.config.presets import preset_values
 from pipeline.config.settings import RunSettings, map_paths, path_settings, settings_by
 from pipeline.errors import UserError
@@ -97,10 +97,15 @@ def _pin_name(name: str | DataSource) -> str | DataSource:
 def _validate(values: Mapping[str, Any], locations: Mapping[str, str], source: str) -> RunSettings:
     """Validate all values. Raises UserError with one line for each wrong key."""
     unknown = [key for key in values if key not in RunSettings.model_fields]
-    problems = [f"{locations[key]}: {key}: unknown setting; {_advice(key)}" for key in unknown]
+    problems = [
+        f"{locations[key]}: {key}: unknown setting; {_advice(key, values[key])}" for key in unknown
+    ]
     # Settings that the file gives under another program's name are not also reported as missing.
     intended = {setting for key in unknown if (setting := settings_by("peers").get(key))}
     known = {key: value for key, value in values.items() if key in RunSettings.model_fields}
+    for key, value in known.items():
+        if told := value_advice(key, value, is_valid=True):
+            problems.append(f"{locations[key]}: {key}: {_TRUNCATED.repr(value)}: {told}")
     known, unexpanded = _expand_paths(known, locations, problems)
     try:
         presets = preset_values(known.get("preset"), known)
@@ -110,7 +115,9 @@ def _validate(values: Mapping[str, Any], locations: Mapping[str, str], source: s
         for detail in error.errors():  # pydantic reports one error for each member of a union
             by_key.setdefault(str(detail["loc"][0]) if detail["loc"] else "", []).append(detail)
         for key, details in by_key.items():
-            if not (key in intended | values.keys() and details[0]["type"] == "missing"):
+            is_told = bool(value_advice(key, known.get(key), is_valid=True))
+            is_missing = key in intended | values.keys() and details[0]["type"] == "missing"
+            if not (is_missing or is_told):
                 problems.append(_error_line(key, details, locations, source))
     if problems:
         raise UserError("\n".join(problems))
@@ -149,12 +156,29 @@ def _expand(texts: dict[str, str], text: str) -> str:
     return path
 
 
-def _advice(key: str) -> str:
-    """Advice for an unknown key: its equivalent here, or the setting with the most similar name."""
+def _advice(key: str, value: Any) -> str:
+    """Advice for an unknown key: its equivalent here, or the setting with the most similar name.
+
+    If the setting does not take the value either, the advice says what it takes.
+    """
     if known := advice(key):
-        return known
+        setting = settings_by("peers").get(normalised(key))
+        return known + (_value_problem(setting, value) if setting else "")
     near = difflib.get_close_matches(key, RunSettings.model_fields, n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else "all settings: docs/configuration.md"
+
+
+def _value_problem(setting: str, value: Any) -> str:
+    """`; expected ...` if a setting does not take the value of another program; else empty."""
+    required = {"model": "m", "train_data": "t", "output_dir": "o"}
+    try:
+        RunSettings.model_validate(required | {setting: value})
+    except ValidationError as error:
+        own = [detail for detail in error.errors() if detail["loc"][:1] == (setting,)]
+        expected = value_advice(setting, value) or " or ".join(dict.fromkeys(map(_expected, own)))
+        return f"; {expected}" if expected else ""
+    told = value_advice(setting, value, is_valid=True)
+    return f"; {told}" if told else ""
 
 
 def _error_line(
@@ -168,7 +192,12 @@ def _error_line(
         keys = [name for name in locations if re.search(rf"\b{re.escape(name)}\b", expected)]
         places = ", ".join(dict.fromkeys(locations[name] for name in keys)) or source
         return f"{places}: {expected}"
-    value = _TRUNCATED.repr(details[0]["input"])
+    given = details[0]["input"]
+    if told := value_advice(key, given):
+        expected = told
+    elif given is None:
+        expected += ", or leave it out for the default"
+    value = _TRUNCATED.repr(given)
     return f"{locations.get(key, source)}: {key}: {expected}; found {value}"
 
 

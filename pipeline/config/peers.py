@@ -7,6 +7,7 @@ an option is another name of a setting, such as `learning_rate` for `lr`, the na
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 from pipeline.config.settings import settings_by
 
@@ -172,9 +173,81 @@ ADVICE: Mapping[str, str] = {
 }
 
 
+_SCHEDULES = "linear, cosine and constant are the schedules, each after the warm-up"
+_LEAVE_OUT = "leave it out for the default"
+# Setting -> patterns of values that other programs have for it -> what to write here.
+VALUES: Mapping[str, Mapping[str, str]] = {
+    "lr_scheduler_type": {
+        "constant_with_warmup": "constant: every schedule comes after the warm-up",
+        "cosine_with_min_lr": "cosine, with min_lr_ratio for the last learning rate",
+        "cosine_warmup_with_min_lr": "cosine, with min_lr_ratio for the last learning rate",
+        "*": _SCHEDULES,
+    },
+    "bf16": {"full": "true: the frozen base is in bf16, the adapter keeps fp32 masters"},
+    "gradient_checkpointing": {
+        "unsloth": "true, or auto for as few layers as fit",
+        "offload*": "true, or auto for as few layers as fit",
+        "selective": "auto: as few layers as fit",
+    },
+    "lora_target_modules": {
+        "all": "all-linear, or auto, which leaves out routers",
+        "all_linear": "all-linear, or auto, which leaves out routers",
+    },
+    "evaluation_strategy": {"false": '"no"', "none": '"no"', "true": "steps or epoch"},
+    "save_strategy": {
+        "false": '"no"', "none": '"no"', "true": "steps or epoch",
+        "best": "steps or epoch, with keep_best: true",
+    },
+    "eval_steps": {"0.*": "a share of the run: evals_per_epoch is a number of evaluations"},
+    "save_steps": {"0.*": "a share of the run: saves_per_epoch is a number of checkpoints"},
+    "max_steps": {"-1": f"no limit; {_LEAVE_OUT}", "0": f"no limit; {_LEAVE_OUT}"},
+    "save_total_limit": {"-1": "every checkpoint: a large number", "0": "at least 1"},
+    "resume": {"true": "auto", "false": "never", "last": "auto", "latest": "auto"},
+    "zero_stage": {
+        "0": "1: the adapter's optimizer state is sharded", "*zero*1*": "1", "*zero*2*": "2",
+        "*zero*3*": "3", "ds1": "1", "ds2": "2", "ds3": "3",
+    },
+    "use_flash_attention": {
+        "fa2": "true", "flash_attention_*": "true", "sdpa": "auto", "eager": "auto",
+        "disabled": "false",
+    },
+    "packing": {"auto": "true, or leave it out: false where the model class mixes documents"},
+    "train_on": {
+        "input*": "all", "all_assistant": "assistant", "last": "last-assistant",
+        "last_turn": "last-assistant", "completion": "assistant", "turn": "assistant",
+    },
+    "over_length": {"left": "truncate", "right": "truncate", "delete": "drop", "raise": "fail"},
+    "chat_template": {
+        "tokenizer_default*": "model", "default": "model", "auto": "model", "jinja": "FILE.jinja",
+        "*/*": "a file in UTF-8 whose name ends in .jinja",
+        "*": "model, the model's own template, knows the family; or FILE.jinja",
+    },
+}  # fmt: skip
+
+
+def value_advice(setting: str, value: Any, *, is_valid: bool = False) -> str | None:
+    """Advice for a value that other programs have for this setting; None if it is not known.
+
+    A valid value gets advice only if the table has it literally: `all` of lora_target_modules is a
+    valid regular expression.
+    """
+    if not isinstance(value, str | int | float):
+        return None
+    text = str(value).strip().lower()
+    for pattern, told in VALUES.get(setting, {}).items():
+        if text == pattern or (not is_valid and fnmatchcase(text, pattern)):
+            return told
+    return None
+
+
+def normalised(key: str) -> str:
+    """The key as the tables have it: `--learning-rate` becomes `learning_rate`."""
+    return key.strip().lstrip("-").replace("-", "_").lower()
+
+
 def advice(key: str) -> str | None:
     """Advice for a key of another training program; None if the key is not known."""
-    name = key.strip().lstrip("-").replace("-", "_").lower()
+    name = normalised(key)
     if setting := settings_by("peers").get(name):
         return f"here it is {setting}"
     matches = (text for pattern, text in ADVICE.items() if fnmatchcase(name, pattern))

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.config.load import load_settings
-from pipeline.config.peers import ADVICE, advice
+from pipeline.config.peers import ADVICE, VALUES, advice, value_advice
 from pipeline.config.settings import RunSettings, settings_by
 from pipeline.errors import UserError
 from tests.messages import assert_mentions
@@ -96,3 +96,63 @@ def test_a_name_of_nobody_is_near_to_a_setting_or_sent_to_the_page(tmp_path):
     first, second = str(error.value).splitlines()
     assert_mentions(first, "RUN.yaml:4", "lora_rnk", "lora_r")
     assert_mentions(second, "RUN.yaml:5", "qqqq", "docs/configuration.md")
+
+
+BASE = "model: m\ntrain_data: t.jsonl\noutput_dir: o\n"
+VALUES_OF_PEERS = {
+    "lr_scheduler_type: constant_with_warmup": ["constant"],
+    "lr_scheduler: cosine_with_restarts": ["lr_scheduler_type", "linear, cosine and constant"],
+    "lr_scheduler_type: polynomial": ["linear, cosine and constant"],
+    "lr_scheduler: cosine_with_min_lr": ["lr_scheduler_type", "min_lr_ratio"],
+    "optim: adamw_bnb_8bit": ["AdamW"],
+    "bf16: full": ["true", "fp32 masters"],
+    "gradient_checkpointing: unsloth": ["true"],
+    "lora_target: all": ["lora_target_modules", "all-linear"],
+    "lora_target_modules: all": ["all-linear"],
+    "lora_target_linear: true": ["lora_target_modules: all-linear"],
+    "eval_steps: 0.05": ["evals_per_epoch"],
+    "save_steps: 0.25": ["saves_per_epoch"],
+    "max_steps: -1": ["leave it out"],
+    "save_strategy: best": ["keep_best"],
+    "eval_strategy: false": ["evaluation_strategy", '"no"'],
+    "evaluation_strategy: false": ['"no"'],
+    "val_set_size: 0.05": ["eval_data: 0.05"],
+    "sample_packing: auto": ["packing", "true"],
+    "resume_from_checkpoint: true": ["resume", "auto"],
+    "resume: true": ["auto"],
+    "zero_stage: 0": ["1"],
+    "flash_attn: fa2": ["use_flash_attention", "true"],
+    "chat_template: tokenizer_default": ["model"],
+    "template: llama3": ["chat_template", "model"],
+    "fp16:": ["leave it out"],
+    "datasets: [{path: org/data, type: chat_template, split: train}]":
+        ["train_data", "type", "format", "split", "ORG/NAME:train"],
+    "truncation_strategy: delete": ["over_length", "drop"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", VALUES_OF_PEERS)
+def test_a_peers_value_gets_what_to_write_here(tmp_path, line):
+    path = tmp_path / "RUN.yaml"
+    path.write_text(BASE + line + "\n")
+    with pytest.raises(UserError) as error:
+        load_settings(path)
+    (told,) = str(error.value).splitlines()
+    assert_mentions(told, "RUN.yaml:4", line.split(":")[0], *VALUES_OF_PEERS[line])
+
+
+def test_all_of_them_are_in_one_message(tmp_path):
+    lines = {line.split(":")[0]: line for line in VALUES_OF_PEERS}
+    path = tmp_path / "RUN.yaml"
+    path.write_text(BASE + "\n".join(lines.values()) + "\n")
+    with pytest.raises(UserError) as error:
+        load_settings(path)
+    told = str(error.value).splitlines()
+    assert sorted(line.split(": ")[1] for line in told) == sorted(lines)
+
+
+def test_no_advice_is_for_a_value_that_the_setting_takes():
+    settings = RunSettings.model_validate({"model": "m", "train_data": "t", "output_dir": "o"})
+    for setting in VALUES:
+        assert value_advice(setting, getattr(settings, setting), is_valid=True) is None
+    assert value_advice("eval_steps", 50) is None

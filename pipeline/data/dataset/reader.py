@@ -13,7 +13,7 @@ A split is a folder `<split>-<key>`. N: documents, T: tokens of one document, S:
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -44,7 +44,8 @@ class SourceIndex:
 class SplitIndex:
     """Key, folder and sizes of a prepared split, known without opening it.
 
-    `sources` have the order of the numbers in sources.npy.
+    `sources` have the order of the numbers in sources.npy. `made_with`: versions of the packages
+    that tokenised it; empty for a split of an earlier version.
     """
 
     key: str
@@ -57,6 +58,7 @@ class SplitIndex:
     epoch_documents: int
     epoch_tokens: int
     sources: tuple[SourceIndex, ...] = ()
+    made_with: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size(self) -> DataSize:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -139,6 +140,7 @@ class SplitWriter:
             epoch_documents=epoch.documents,
             epoch_tokens=epoch.tokens,
             sources=tuple(sources),
+            made_with=tokenising_versions(),
         )
         return self.index
 
@@ -163,6 +165,11 @@ class SplitWriter:
                 sync(self._published.parent)
                 return
         raise RankZeroError(f"{self._published}: cannot be replaced; remove it and start again")
+
+
+def tokenising_versions() -> dict[str, str]:
+    """Installed versions of the packages that render and tokenise rows."""
+    return {name: version(name) for name in ("transformers", "tokenizers", "jinja2")}
 
 
 class _Column:

@@ -26,7 +26,7 @@ from pipeline.data.dataset.reader import (
     read_column,
     read_published,
 )
-from pipeline.data.dataset.writer import SplitWriter, join_files
+from pipeline.data.dataset.writer import SplitWriter, join_files, tokenising_versions
 from pipeline.data.prepare.audit import (
     RowCounts,
     read_rejects,
@@ -127,6 +127,7 @@ def prepare(
             # eval_data first: it is small, so that bad rows in it are reported early.
             for job in reversed(jobs):
                 if (published := _published(settings, job, data_dir, limit)) is not None:
+                    _log_other_versions([index for index, _ in published.values()])
                     splits |= published
                     continue
                 writers = {
@@ -207,6 +208,23 @@ def _published(
         named = list(zip(names, counts, strict=True))
         require_usable(job.setting, named, _max_rejected(settings, limit))
     return splits
+
+
+def _log_other_versions(indexes: Sequence[SplitIndex]) -> None:
+    """Log splits that other versions of the tokenising packages made.
+
+    Versions are not in the key: a run that is resumed after an update of the environment keeps the
+    documents that it was trained on.
+    """
+    here = tokenising_versions()
+    for index in indexes:
+        if other := [name for name, made in index.made_with.items() if here.get(name) != made]:
+            versions = ", ".join(f"{name} {index.made_with[name]}" for name in other)
+            logger.info(
+                "%s: reused; it was prepared with %s, here is %s; remove the folder to prepare it "
+                "with these",
+                index.folder, versions, ", ".join(f"{name} {here[name]}" for name in other),
+            )  # fmt: skip
 
 
 @contextmanager

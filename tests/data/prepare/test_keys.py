@@ -2,18 +2,21 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from pipeline.config.settings import settings_with
+from pipeline.data.dataset import writer
 from pipeline.data.dataset.reader import DataIndex
 from pipeline.data.prepare import job, keys
 from pipeline.data.prepare.prepare import train_key
 from tests.data.prepare.preparation import lines_of, row
-from tests.messages import refused
+from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.tensor
 
@@ -167,3 +170,19 @@ def test_large_files_are_hashed_once_until_they_change(run, monkeypatch):
     run.train.write_text(text)
     assert run.prepare().train.key == first.train.key
     assert hashed.count(run.train) == 4
+
+
+def test_data_of_other_tokeniser_versions_is_reused_and_named(run, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "tokenising_versions", lambda: {"tokenizers": "0.1.2"})
+        first = run.prepare()
+    caplog.clear()
+    assert run.prepare() == first
+    assert_mentions(caplog.text, first.train.folder, "tokenizers 0.1.2", version("tokenizers"))
+    for split in first.splits.values():
+        shutil.rmtree(split.folder)
+    caplog.clear()
+    assert run.prepare().train.made_with["jinja2"] == version("jinja2")
+    assert run.prepare().train.key == first.train.key
+    assert "0.1.2" not in caplog.text
