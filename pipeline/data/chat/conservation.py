@@ -50,10 +50,19 @@ class Conservation:
             else:
                 lost.append(leaf)
         if lost:
-            is_reasoning = lost[0].kind is Kind.REASONING
-            remedy = "; put it into the content as <think>...</think>" if is_reasoning else ""
-            raise RowError(f"the chat template does not write {names(lost)}{remedy}")
+            raise RowError(self._loss(lost))
         return omitted
+
+    def _loss(self, lost: Sequence[Leaf]) -> str:
+        """The reason to reject a row of which the template does not write these leaves."""
+        if lost[0].message == TOOLS and not self._template.reads_tools:
+            return (
+                "the row has tools, and the chat template does not write any: describe them in the "
+                "system message, or set chat_template to a template that writes tools"
+            )
+        is_reasoning = lost[0].kind is Kind.REASONING
+        remedy = "; put it into the content as <think>...</think>" if is_reasoning else ""
+        return f"the chat template does not write {names(lost)}{remedy}"
 
     def _omits_by_design(self, conversation: Conversation) -> frozenset[int]:
         """Messages whose reasoning the template omits in every row of this shape."""

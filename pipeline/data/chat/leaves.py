@@ -48,12 +48,17 @@ class Leaf(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CallStyle:
-    """Form in which a template accepts tool calls: content of the message, and ids of calls."""
+class Style:
+    """Form in which a template accepts tool calls and reasoning.
+
+    `empty_content`: content of a message with calls only. `ids`: of calls: given (as in the row),
+    short (nine letters and digits) or named (functions.NAME:NUMBER). `has_reasoning_parts`:
+    reasoning is a part of the content, of the type "thinking".
+    """
 
     empty_content: str | None = ""
-    # given: as in the row; short: nine letters and digits; named: functions.NAME:NUMBER
     ids: str = "given"
+    has_reasoning_parts: bool = False
 
 
 @dataclass
@@ -64,14 +69,29 @@ class TracedConversation:
     tools: list[dict[str, Any]] = field(default_factory=list)
     leaves: list[Leaf] = field(default_factory=list)
 
+    def path_of(self, value: object) -> str:
+        """The path of an object that the template was given, such as tools[0].function."""
+        roots = (("messages", self.messages), ("tools", self.tools))
+        return next((path for name, root in roots for path in _paths(root, value, name)), "")
 
-def trace(conversation: Conversation, style: CallStyle) -> TracedConversation:
+
+def _paths(root: Any, value: object, path: str) -> Iterator[str]:
+    if root is value:
+        yield path
+    items = root.items() if isinstance(root, Mapping) else ()
+    for key, item in items:
+        yield from _paths(item, value, f"{path}.{key}")
+    for number, item in enumerate(root if isinstance(root, list) else ()):
+        yield from _paths(item, value, f"{path}[{number}]")
+
+
+def trace(conversation: Conversation, style: Style) -> TracedConversation:
     """Trace a conversation: the messages and tools to render, and their leaves."""
     return _Tracer(style).trace(conversation)
 
 
 class _Tracer:
-    def __init__(self, style: CallStyle) -> None:
+    def __init__(self, style: Style) -> None:
         self._style = style
         self._result = TracedConversation()
         self._message = TOOLS
@@ -101,6 +121,11 @@ class _Tracer:
                 result[key] = [self._call(c, (*calls_path, n)) for n, c in enumerate(calls)]
             elif key in REASONING_KEYS:
                 text = self._text(value, (*path, key), Kind.REASONING)
+                if self._style.has_reasoning_parts:
+                    parts = [{"type": "thinking", "thinking": text}]
+                    parts += [{"type": "text", "text": content}] if content else []
+                    result["content"] = parts
+                    continue
                 # As in transformers: the same value under each name that templates read.
                 result = {"thinking": text, **result, "reasoning_content": text, key: text}
             else:
@@ -133,7 +158,7 @@ class _Tracer:
         return result
 
     def _id(self, given: Any, name: str) -> str:
-        """The id of a call in the form that the template accepts (CallStyle.ids)."""
+        """The id of a call in the form that the template accepts (Style.ids)."""
         old = given if isinstance(given, str) else ""
         if self._style.ids == "short" and not _SHORT_ID.fullmatch(old):
             new = f"call{self._num_calls:05d}"

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.chat.leaves import CallStyle, Leaf, example, trace
+from pipeline.data.chat.leaves import REASONING_KEYS, Kind, Leaf, Style, example, trace
 from pipeline.data.chat.traced import GENERATED, TracedSpan, make_environment, spans_of
 from pipeline.errors import UserError
 from pipeline.rows.examples import Conversation, RowError
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]  # characters [start, stop)
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_PLACEHOLDER = "placeholder"
 _ERRORS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 _OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
 _CALL_STYLES = [
-    CallStyle(content, ids) for ids in ("given", "short", "named") for content in ("", None)
+    Style(content, ids) for ids in ("given", "short", "named") for content in ("", None)
 ]
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
@@ -50,28 +51,69 @@ class ChatTemplate:
         environment = make_environment()
         try:
             self._template = environment.from_string(source)
-            self._keys = _keys_read(environment.parse(source))
+            self._tree = environment.parse(source)
         except TemplateSyntaxError as error:
             raise UserError(f"model: the chat template is not valid Jinja: {error}") from None
+        self._undefined: Any = environment.undefined
+        self._keys = _keys_read(self._tree)
         self.marks_turns = _GENERATION.search(source) is not None
 
     def reads(self, *keys: str) -> bool:
         """Whether the template reads one of these keys, of any object."""
         return not self._keys.isdisjoint(keys)
 
+    @cached_property
+    def reads_tools(self) -> bool:
+        """Whether the template reads the variable `tools`."""
+        from jinja2.meta import find_undeclared_variables
+
+        return "tools" in find_undeclared_variables(self._tree)
+
     def render(
         self, conversation: Conversation, *, add_generation_prompt: bool = False
     ) -> Rendering:
         """Render a conversation. Raises RowError if the template refuses it."""
-        has_calls = any(m.others.get("tool_calls") for m in conversation.messages)
-        return self._render(
-            conversation, self.call_style if has_calls else CallStyle(), add_generation_prompt
+        others = [message.others for message in conversation.messages]
+        style = self.call_style if any(x.get("tool_calls") for x in others) else Style()
+        if any(x.get(key) for x in others for key in REASONING_KEYS):
+            style = replace(style, has_reasoning_parts=self._has_reasoning_parts)
+        return self._render(conversation, style, add_generation_prompt)
+
+    def with_blank_spans(self, conversation: Conversation, rendering: Rendering) -> Rendering:
+        """The rendering with an empty span for each blank text, which has no characters to trace.
+
+        The spans are found in a rendering with placeholders for blank texts. If it differs in
+        anything else, the rendering is returned unchanged.
+        """
+        messages = conversation.messages
+        blank = {i for i, m in enumerate(messages) if m.role != "assistant" and not m.content}
+        if not blank:
+            return rendering
+        filled = tuple(
+            replace(m, content=_PLACEHOLDER) if i in blank else m for i, m in enumerate(messages)
         )
+        try:
+            other = self.render(replace(conversation, messages=filled))
+        except RowError:
+            return rendering
+        spans, pieces, removed, at = list[TracedSpan](), list[str](), 0, 0
+        for span in other.spans:
+            leaf = other.leaves[span.source]
+            size = span.stop - span.start
+            is_placeholder = leaf.message in blank and leaf.kind is Kind.CONTENT
+            start = span.start - removed
+            if is_placeholder:
+                pieces.append(other.text[at : span.start])
+                at, removed, size = span.stop, removed + size, 0
+            spans.append(span._replace(start=start, stop=start + size))
+        if "".join((*pieces, other.text[at:])) != rendering.text:
+            return rendering
+        return replace(rendering, leaves=other.leaves, spans=spans)
 
     @cached_property
-    def call_style(self) -> CallStyle:
+    def call_style(self) -> Style:
         """The first style with which the template writes both a call's name and its arguments."""
-        accepted = CallStyle()
+        accepted = Style()
         for style in reversed(_CALL_STYLES):
             for roles in (("user", "call", "tool", "assistant"), ("user", "call", "tool")):
                 try:
@@ -83,12 +125,36 @@ class ChatTemplate:
                     accepted = style
         return accepted
 
+    @cached_property
+    def _has_reasoning_parts(self) -> bool:
+        """Whether the template writes reasoning only if it is a part of the content."""
+        asked, answer = example("user", "assistant").messages
+        thinking = replace(answer, others={"reasoning_content": "thought"})
+        try:
+            plain = self._render(Conversation((asked, answer)), Style(), False).text
+        except RowError:
+            return False
+        written = []
+        for is_part in (False, True):
+            style = Style(has_reasoning_parts=is_part)
+            try:
+                rendering = self._render(Conversation((asked, thinking)), style, False)
+            except RowError:
+                written.append(False)
+                continue
+            kinds = {rendering.leaves[span.source].kind for span in rendering.spans}
+            # A template that does not know such parts may write them as JSON or repr.
+            is_dumped = rendering.text.count("type") > plain.count("type")
+            written.append({Kind.CONTENT, Kind.REASONING} <= kinds and not is_dumped)
+        return written == [False, True]
+
     def _render(
-        self, conversation: Conversation, style: CallStyle, add_generation_prompt: bool
+        self, conversation: Conversation, style: Style, add_generation_prompt: bool
     ) -> Rendering:
         from jinja2 import TemplateError
 
         given = trace(conversation, style)
+        self._undefined.path_of = staticmethod(given.path_of)
         try:
             text = self._template.render(
                 messages=given.messages,

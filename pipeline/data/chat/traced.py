@@ -213,12 +213,17 @@ def make_environment() -> "Environment":
             text = caller()
             return traced(text, (*spans_of(text), TracedSpan(0, len(text), GENERATED, 0, 0)))
 
-    environment: Any = _compile_jinja_template("{# ours #}").environment.overlay(
-        extensions=[GenerationBlock], finalize=_as_text
+    plain: Any = _compile_jinja_template("{# ours #}").environment
+
+    missing = _missing_class(plain.undefined)
+    environment: Any = plain.overlay(
+        extensions=[GenerationBlock], finalize=_as_text, undefined=missing
     )
     to_json, call = environment.filters["tojson"], environment.call
 
     def traced_json(value: Any, *arguments: Any, **named: Any) -> str:
+        if isinstance(value, missing):
+            value._fail_with_undefined_error()
         text: str = to_json(value, *arguments, **named)
         is_sorted = named.get("sort_keys", len(arguments) > 3 and arguments[3])
         return _trace_strings(text, value, is_sorted=bool(is_sorted))
@@ -244,6 +249,22 @@ def make_environment() -> "Environment":
         "string": _as_text,
     }
     return environment  # type: ignore[no-any-return]
+
+
+def _missing_class(base: Any) -> Any:
+    """The class of values that a template reads and a row does not have, for one environment."""
+
+    class Missing(base):  # type: ignore[misc]
+        """A key that a template reads and a row does not have; its error names the path."""
+
+        path_of: Callable[[object], str] = staticmethod(lambda value: "")  # of the last rendering
+
+        @property
+        def _undefined_message(self) -> str:
+            path = type(self).path_of(self._undefined_obj)
+            return f"{path} has no {self._undefined_name}" if path else super()._undefined_message
+
+    return Missing
 
 
 def _join(separator: str, parts: Iterable[str]) -> str:

@@ -61,7 +61,6 @@ class _Extent:
     last: int  # end of its last leaf
     before: int  # end of the preceding message's last leaf
     role_before: str | None
-    role_unwritten: str | None  # role of the preceding message if none of its leaves is written
     limit: int  # start of the next message's first leaf, or end of the text
 
 
@@ -100,7 +99,7 @@ class TurnFinder:
         """Render a conversation. Raises RowError if the span of a `trained` turn is ambiguous."""
         rendering = self._template.render(conversation)
         omitted = self._conservation.omitted_thoughts(conversation, rendering)
-        written = _written(rendering, conversation)
+        written = _written(self._template.with_blank_spans(conversation, rendering), conversation)
         special, in_texts = self._special_tokens(rendering)
         owned: dict[int, list[Span]] = {}
         text = rendering.text
@@ -319,12 +318,9 @@ class TurnFinder:
     def _start_of(self, message: Message, extent: _Extent, text: str, is_trained: bool) -> int:
         """Offset at which the model's part of a turn starts: the end of the generation prompt."""
         start = self._after_opening(extent, text)
-        headers = list(self._header)
-        if start is None:  # the preceding message is empty: no leaf marks its end
-            headers += self._openings_after(extent.role_unwritten or extent.role_before)
         ends = [
             at + len(header)
-            for header in headers
+            for header in self._header
             if header and (at := text.rfind(header, start or extent.before, extent.first)) >= 0
         ]
         if ends:
@@ -340,8 +336,6 @@ class TurnFinder:
 
     def _after_opening(self, extent: _Extent, text: str) -> int | None:
         """Offset at which a turn starts, if the text before it is a known opening; else None."""
-        if extent.role_unwritten:
-            return None
         openings = self._openings_after(extent.role_before)
         for opening in openings:
             is_whole = bool(opening) or extent.before == extent.first
@@ -442,9 +436,6 @@ def _written(rendering: Rendering, conversation: Conversation) -> _Written:
             last=order[last][2],
             before=before[2] if before else 0,
             role_before=role,
-            role_unwritten=conversation.messages[message - 1].role
-            if message and message - 1 not in places
-            else None,
             limit=order[last + 1][1] if last + 1 < len(order) else len(rendering.text),
         )
     return result
