@@ -9,6 +9,7 @@ from pipeline.rows.messages import read_message, read_turn
 from pipeline.rows.values import has_value, json_type, parse_list, require_json, require_text
 
 _SYSTEM = ("system", "system_prompt", "system_message")
+_SCHEMAS = ("input_schema", "inputSchema", "parametersJsonSchema")  # Anthropic, MCP, Gemini
 # Optional columns of a conversation, the same in every format.
 CONTEXT_COLUMNS = (*_SYSTEM, "tools", "functions", "chat_template_kwargs")
 
@@ -113,15 +114,20 @@ def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowError("`tools` is not a list of objects")
     require_json(tools, "`tools`")
-    return tuple(tool if "function" in tool else _as_function_tool(tool) for tool in tools)
+    wrapped = tuple(tool if "function" in tool else _as_function_tool(tool) for tool in tools)
+    for tool in wrapped:
+        function = tool["function"]
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError("a tool names no function; expected {name, description, parameters}")
+    return wrapped
 
 
 def _as_function_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     """Convert a tool {name, description, parameters} to the form {type, function}.
 
-    OpenAI's Responses API adds the key `type`; Anthropic's API names the parameters `input_schema`.
+    OpenAI's Responses API adds the key `type`; others have other names for `parameters`.
     """
-    names = {} if "parameters" in tool else {"input_schema": "parameters"}
+    names = {} if "parameters" in tool else dict.fromkeys(_SCHEMAS, "parameters")
     function = {
         names.get(key, key): value
         for key, value in tool.items()

@@ -55,6 +55,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
 _EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})
 _PART_TYPES = {*_TEXT_PARTS, *_REASONING_PARTS, "tool_use", "tool_result"}
+_REASONING_BLOCK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _MEDIA_PARTS = re.compile(r"(input_)?(image|audio|video)(_url)?|input_file")
 
 
@@ -236,6 +237,7 @@ def _assistant_content(
     text = "".join(texts)
     if not text.strip() and not calls:
         raise RowError("an assistant message is empty")
+    text = _without_repeated_reasoning(text, reasoning)
     return text, {**reasoning, **({"tool_calls": calls} if calls else {})}
 
 
@@ -249,6 +251,17 @@ def _read_reasoning(value: Mapping[str, Any]) -> dict[str, str]:
     if len(set(texts.values())) > 1:
         raise RowError(f"an assistant message has different texts in {' and '.join(texts)}")
     return dict([*texts.items()][:1])
+
+
+def _without_repeated_reasoning(text: str, reasoning: Mapping[str, str]) -> str:
+    """The content without a <think> block that repeats the reasoning of the message."""
+    block = _REASONING_BLOCK.match(text) if reasoning else None
+    if block is None:
+        return text
+    key, thought = next(iter(reasoning.items()))
+    if block[1].strip() != thought.strip():
+        raise RowError(f"an assistant message has reasoning in its content and in {key}")
+    return text[block.end() :]
 
 
 def _part_text(part: Mapping[str, Any], keys: Sequence[str], unread: set[str]) -> str:

@@ -12,9 +12,10 @@ from pipeline import __version__
 from pipeline.config.hub import settings_of_snapshot
 from pipeline.config.settings import RunSettings, settings_with
 from pipeline.data.dataset.reader import DataIndex
-from pipeline.data.prepare.prepare import train_key
+from pipeline.data.prepare.prepare import data_keys, train_key
 from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json
+from pipeline.model.fingerprint import RECORD, require_base_of_run
 from pipeline.plan.plan import Plan
 from pipeline.train.names import BEFORE_A_RUN, checkpoints_in, require_usable
 from pipeline.train.owner import in_use
@@ -245,8 +246,14 @@ def _differences(folder: Path, plan: Plan, state: FolderState) -> dict[str, str]
         if _value(before, key) != value
     }
     has_same = _has_same_documents(folder, plan.settings, state)
-    if has_same:
-        changed.pop("train_data", None)  # only the path of the files differs
+    if has_same:  # only the paths of the files differ: their content is in the key
+        changed.pop("train_data", None)
+        if not {_value(before, "chat_template"), plan.settings.chat_template} & {"model", "chatml"}:
+            changed.pop("chat_template", None)
+    if "eval_data" in changed and _has_same_held_out_rows(folder, plan.settings):
+        del changed["eval_data"]
+    if "model" in changed and _has_same_base(folder, plan.settings):
+        changed = {key: text for key, text in changed.items() if key not in settings_with("base")}
     if has_same is False and "train_data" not in changed:
         version = written_by(folder)
         changed["train_data"] = (
@@ -279,6 +286,26 @@ def _has_same_documents(folder: Path, settings: RunSettings, state: FolderState)
         return None  # another version may have another key for the same documents
     key = _key_in_checkpoint(folder) if state == "unfinished" else _key_in_index(folder)
     return None if key is None else key == train_key(settings)
+
+
+def _has_same_held_out_rows(folder: Path, settings: RunSettings) -> bool:
+    """Whether the earlier run measured its loss on the same documents."""
+    try:
+        before = DataIndex.load(folder / "data").eval
+    except UserError:
+        return False
+    return before is not None and before.key == data_keys(settings).get("eval")
+
+
+def _has_same_base(folder: Path, settings: RunSettings) -> bool:
+    """Whether the base at its new path has the content that the run recorded; reads it whole."""
+    if not (folder / RECORD).is_file():
+        return False
+    try:
+        require_base_of_run(folder, settings.model_folder)
+    except UserError:
+        return False
+    return True
 
 
 def _key_in_index(folder: Path) -> str | None:

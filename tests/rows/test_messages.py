@@ -307,3 +307,36 @@ def test_tools_of_other_apis_are_the_same_tools():
         (found,) = read(*turns, tools=[tool]).example.tools
         assert found == {"type": "function", "function": function}
         assert list(found["function"]) == list(function)
+
+
+def test_reasoning_that_is_given_twice_is_read_once():
+    answer = {"role": "assistant", "content": "<think>\nhm\n</think>\n\na"}
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        (_, message) = messages_of(USER, answer | {key: "hm"})
+        assert message == Message("assistant", "a", others={key: "hm"})
+        with refused("reasoning", "content", key, error=RowError):
+            messages_of(USER, answer | {key: "another"})
+
+
+@pytest.mark.parametrize("schema", ["input_schema", "inputSchema", "parametersJsonSchema"])
+def test_the_schema_of_a_tool_has_many_names(schema):
+    tool = {"name": "f", "description": "d", schema: {"type": "object", "properties": {}}}
+    expected = {"name": "f", "description": "d", "parameters": tool[schema]}
+    found = read(USER, ANSWER, tools=[tool])
+    assert found.example.tools == ({"type": "function", "function": expected},)
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"functionDeclarations": [{"name": "f"}]},
+        {"toolSpec": {"name": "f"}},
+        {"type": "function", "function": {"description": "d"}},
+        {"type": "function", "function": "f"},
+        {"type": "function", "function": None},
+        {"x": 1},
+    ],
+)
+def test_a_tool_without_a_name_refuses_the_row(tool):
+    with refused("tool", "names no function", error=RowError):
+        read(USER, ANSWER, tools=[tool])

@@ -1,5 +1,6 @@
 """Starts in the folder of a finished run, as runs of one process."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -133,3 +134,32 @@ def test_a_checkpoint_of_another_run_with_other_data_points_to_init_adapter(work
     )  # fmt: skip
     assert code == 2, output
     assert_mentions(output, "init_adapter", "data")
+
+
+def test_a_run_folder_that_moved_to_another_machine_is_the_same_run(
+    workspace, tiny_model, tmp_path
+):
+    """Another $SCRATCH with the same model, data and run folder: resumed without accept_changes."""
+    settings = yaml.safe_load((workspace / "run.yaml").read_text())
+    settings |= {
+        "model": "$SCRATCH/model", "train_data": "$SCRATCH/train.jsonl",
+        "eval_data": "$SCRATCH/heldout.jsonl", "output_dir": "$SCRATCH/run",
+    }  # fmt: skip
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(tiny_model, first / "model")
+    for name in ("train.jsonl", "heldout.jsonl"):
+        shutil.copy(workspace / name, first)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    code, output = run("launch/train.py", tmp_path / "run.yaml", SCRATCH=str(first))
+    assert code == 0, output
+    first.rename(second)
+    # as after a stop at step 2
+    shutil.rmtree(second / "run/checkpoints/step-00000004")
+    shutil.rmtree(second / "run/adapter")
+    status = json.loads((second / "run/status.json").read_text())
+    (second / "run/status.json").write_text(json.dumps(status | {"state": "stopped"}))
+    code, output = run("launch/train.py", tmp_path / "run.yaml", SCRATCH=str(second))
+    assert code == 0, output
+    assert_mentions(output, "resuming from step 2")
+    assert steps(second / "run") == [1, 2, 3, 4]
+    assert adapter(second / "run") == adapter(workspace / "done")

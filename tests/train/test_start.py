@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.settings import RunSettings, settings_with
-from pipeline.data.prepare.prepare import train_key
+from pipeline.data.prepare.prepare import prepare, train_key
+from pipeline.model.fingerprint import record_base_of_run
 from pipeline.train.context import requeued_settings
 from pipeline.train.folder import open_run
 from pipeline.train.names import FILES, FOLDERS
@@ -20,7 +21,7 @@ from pipeline.train.owner import identity
 from pipeline.train.start import STARTS, decide_start
 from pipeline.train.status import is_alive, read_status
 from tests.messages import refused
-from tests.tiny import make_plan
+from tests.tiny import CHATML, make_plan
 
 pytestmark = pytest.mark.unit
 
@@ -516,3 +517,41 @@ def test_the_same_rows_by_another_path_are_the_same_run(begin, tmp_path, tiny_mo
     assert start(train_data=names[1]) == "resume"
     with refused("train_data", "accept_changes: [data]"):
         start(train_data=names[2])
+
+
+def test_held_out_rows_and_a_template_by_another_path_are_no_change(begin, tmp_path, tiny_model):
+    folder, start = begin
+    rows = {name: tmp_path / f"{name}.jsonl" for name in ("train", "a", "b", "other")}
+    for name, path in rows.items():
+        path.write_text(f'{{"text": "{"a" if name == "b" else name}"}}\n')
+    for name in ("x.jinja", "y.jinja"):
+        (tmp_path / name).write_text(CHATML)
+    same = {"train_data": str(rows["train"]), "chat_template": str(tmp_path / "x.jinja")}
+    start(eval_data=str(rows["a"]), **same)
+    leave(folder, "done")
+    settings = make_plan(tiny_model, eval_data=str(rows["a"]), **same).settings
+    prepare(settings, folder / "data")
+    assert start(eval_data=str(rows["b"]), **same) == "done"
+    with refused("eval_data", rows["other"]):
+        start(eval_data=str(rows["other"]), **same)
+    moved = same | {"chat_template": str(tmp_path / "y.jinja")}
+    assert start(eval_data=str(rows["b"]), **moved) == "done"
+    (tmp_path / "y.jinja").write_text(CHATML + " ")
+    with refused("chat_template"):
+        start(eval_data=str(rows["b"]), **moved)
+
+
+def test_the_same_base_by_another_path_is_no_change(tmp_path, tiny_model):
+    folder, copy = tmp_path / "run", tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    plan = make_plan(tiny_model)
+    open_run(folder, plan, decide_start(folder, plan, is_debug=False), is_debug=False)
+    record_base_of_run(folder, tiny_model)
+    leave(folder, "done")
+    assert decide_start(folder, make_plan(copy), is_debug=False) == "done"
+    (weights,) = copy.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with refused("model", copy, "accept_changes: [base]"):
+        decide_start(folder, make_plan(copy), is_debug=False)

@@ -318,10 +318,12 @@ class TurnFinder:
     def _start_of(self, message: Message, extent: _Extent, text: str, is_trained: bool) -> int:
         """Offset at which the model's part of a turn starts: the end of the generation prompt."""
         start = self._after_opening(extent, text)
+        # The opening of the first message may end in markup that the model writes: a header counts.
+        first = extent.before if start is None or extent.role_before is None else start
         ends = [
             at + len(header)
             for header in self._header
-            if header and (at := text.rfind(header, start or extent.before, extent.first)) >= 0
+            if header and (at := text.rfind(header, first, extent.first)) >= 0
         ]
         if ends:
             return max(ends)

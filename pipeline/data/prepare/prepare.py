@@ -80,8 +80,15 @@ def check_first_rows(settings: RunSettings) -> None:
 
 def train_key(settings: RunSettings) -> str:
     """Key of the prepared training data for these settings, prepared or not."""
+    return data_keys(settings)["train"]
+
+
+def data_keys(settings: RunSettings) -> dict[str, str]:
+    """Keys of the prepared splits for these settings, prepared or not: train, and eval if any."""
     fingerprints = Fingerprints(Path(settings.output_dir) / "data")
-    return _jobs(settings, fingerprints, None)[0].keys["train"]
+    return {
+        split: key for job in _jobs(settings, fingerprints, None) for split, key in job.keys.items()
+    }
 
 
 def data_size(settings: RunSettings) -> DataSize | None:
