@@ -12,6 +12,7 @@ import torch
 from pipeline.adapter.products import is_merged_from, mark_outdated
 from pipeline.adapter.publish import publish_adapter
 from pipeline.adapter.trained_on import TRAINED_ON, adapter_sha256, require_same_base
+from pipeline.evaluate import score
 from pipeline.files import read_json
 from pipeline.model.adapter import expected_shapes
 from pipeline.model.fingerprint import base_fingerprint, sampled_fingerprint
@@ -96,6 +97,20 @@ def test_a_base_with_one_other_byte_is_refused_by_its_tensor(base, tmp_path):
     shard.write_bytes(content)
     with refused(base, "1 of", "model.", "--base"):
         require_same_base(base, tmp_path)
+
+
+def test_score_refuses_a_base_with_one_other_byte_before_it_loads_one(base, tmp_path, monkeypatch):
+    (tmp_path / "run/adapter").mkdir(parents=True)
+    record = {"base": "org/name", "fingerprint": base_fingerprint(base).as_json()}
+    (tmp_path / "run/adapter" / TRAINED_ON).write_text(json.dumps(record))
+    settings = make_plan(base, eval_data=0.5).settings
+    shard = min(base.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    monkeypatch.setattr(score, "load_base", None)
+    with refused(base, "1 of", "model."):
+        score.score_run(tmp_path / "run", settings, 1)
 
 
 def test_an_adapter_of_the_first_release_is_compared_by_samples(base, tmp_path, caplog):

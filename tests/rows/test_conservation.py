@@ -23,6 +23,9 @@ PART_TYPES = ["text", "thinking", "tool_use", "tool_result", "image", "reasoning
 ROLES = ["system", "developer", "user", "assistant", "tool", "function_call", "human", "gpt"]
 
 
+FORMS = ["messages", "conversations", "prompt_and_completion", "texts", "alpaca"]
+
+
 class Rows:
     """Rows of random keys around conversations; every leaf text occurs once."""
 
@@ -84,15 +87,34 @@ class Rows:
         return message
 
     def row(self):
-        column = self.draw(st.sampled_from(["messages", "conversations"]))
-        turns = [self.message(column) for _ in range(self.draw(st.integers(1, 3)))]
-        answer = {"role": "assistant", "content": self.leaf(column, "content")}
-        row = {column: [*turns, answer]}
+        form = self.draw(st.sampled_from(FORMS))
+        row = getattr(self, form)()
         for extra in self.some(ROW_KEYS):
             row[extra] = self.leaf(extra)
         if self.draw(st.booleans()):
             row["tools"] = [{"name": self.leaf("tools"), "parameters": {"x": self.leaf("tools")}}]
         return row
+
+    def turns(self, column):
+        answer = {"role": "assistant", "content": self.leaf(column, "content")}
+        return [*(self.message(column) for _ in range(self.draw(st.integers(1, 3)))), answer]
+
+    def messages(self):
+        return {"messages": self.turns("messages")}
+
+    def conversations(self):
+        return {"conversations": self.turns("conversations")}
+
+    def prompt_and_completion(self):
+        prompt = [self.message("prompt") for _ in range(self.draw(st.integers(1, 2)))]
+        return {"prompt": prompt, "completion": self.turns("completion")}
+
+    def texts(self):
+        return {"prompt": self.leaf("prompt"), "completion": self.leaf("completion")}
+
+    def alpaca(self):
+        keys = ("instruction", "input", "output")
+        return {key: self.leaf(key) for key in keys}
 
 
 def written(example):
@@ -106,7 +128,7 @@ def written(example):
     return example.text
 
 
-@settings(max_examples=400)
+@settings(max_examples=600)
 @given(st.data())
 def test_every_leaf_is_in_the_example_or_unread_or_the_row_is_rejected(data):
     rows = Rows(data.draw)

@@ -417,10 +417,10 @@ def must_be_written(row):
     return [text for text in written if text not in ("name", "arguments")], thoughts
 
 
-# Templates for which ids of calls are made, arguments are joined or ends are added.
+# Templates for which ids are made, arguments are joined, ends added, or reasoning is a part.
 ADDED_TO = {
     "named-ids", "joined", "next-role", "mistral-nemo", "mistral-v3", "mistral-small-3.2",
-    "deepseek-r1-distill", "deepseek-v3",
+    "deepseek-r1-distill", "deepseek-v3", "ministral-3",
 }  # fmt: skip
 PYTHON_SPELLING = {"true": "True", "false": "False", "null": "None"}
 
