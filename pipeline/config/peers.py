@@ -18,7 +18,7 @@ _ADAMW = (
     "ones would save little; remove it"
 )
 _BETAS = "set betas and eps in optimizer.params of a deepspeed_json; the defaults are AdamW's"
-_NOT_BUILT = "not supported; plain LoRA is trained"
+_NOT_BUILT = "not supported; docs/adapters.md has the options of the LoRA adapter"
 _ONLY_LORA = "LoRA is always trained; QLoRA is load_in_4bit: true"
 _NO_FSDP = "sharding is DeepSpeed's ZeRO: zero_stage, chosen by the plan"
 _BY_ROW = "the format of each row is detected; data_format and columns override that"
@@ -142,6 +142,9 @@ ADVICE: Mapping[str, str] = {
     "resize_token_embeddings*": _NOT_BUILT,
     "tokens": _NOT_BUILT,
     "added_tokens*": _NOT_BUILT,
+    "new_tokens": _NOT_BUILT,
+    "trainable_token*": _NOT_BUILT,
+    "ensure_weight_tying": _NOT_BUILT,
     "lora_target_linear": "lora_target_modules: all-linear",
     "gradient_checkpointing_kwargs": "not needed: the plan chooses re-entrant or not; remove it",
     "*eval_batch_size": _NO_EVAL_BATCH,

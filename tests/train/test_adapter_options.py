@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 from pipeline.adapter.gather import OptimizerState, gather_moments, gather_weights, restore
 from pipeline.adapter.merge import merge_adapter
 from pipeline.adapter.publish import publish_adapter
+from pipeline.config.adapter_keys import AdapterKeys
 from pipeline.model.adapter import expected_shapes
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.plan.given.adapter_counts import lora_shapes
 from pipeline.train.assemble import load_initial_adapter
+from pipeline.train.resume import checkpoints_of
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_plan
 from tests.train_tiny import build_engine, distance, work
@@ -186,3 +188,27 @@ def test_a_run_starts_from_a_smaller_adapter_with_its_outputs_at_every_stage(tin
     for key, tensor in tensors.items():  # fp32 masters: bf16 does not round the adapter
         if "lora_A" in key:
             assert torch.equal(runs["bf16"]["masters"][key][:4], tensor)
+
+
+OTHER_VALUES = {
+    "use_rslora": True,
+    "use_dora": True,
+    "rank_pattern": {"q_proj": 4},
+    "alpha_pattern": {"q_proj": 3.0},
+    "layers_to_transform": [0, 1],
+    "exclude_modules": ["k_proj"],
+    "init_lora_weights": "gaussian",
+    "lora_plus_ratio": 2.0,
+    "neftune_noise_alpha": 5.0,
+}
+
+
+def test_every_option_is_in_the_identity_of_a_checkpoint(tiny_model, tmp_path):
+    def identity(**settings):
+        plan = make_plan(tiny_model, zero_stage=2, **settings)
+        return checkpoints_of(tmp_path, plan, "new", "data").identity
+
+    assert OTHER_VALUES.keys() == AdapterKeys.model_fields.keys()
+    plain = identity()
+    same = [name for name, value in OTHER_VALUES.items() if identity(**{name: value}) == plain]
+    assert not same
