@@ -1,0 +1,65 @@
+"""Adapters of fused experts are found, proven and read back by peft, for any class."""
+
+import json
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.model.class_shape import class_shape
+from pipeline.model.proof import LIMIT, prove, prove_model, small_model
+from pipeline.plan.given.shape import shape_of
+from tests.messages import refused
+from tests.model.kinds import KINDS, build
+
+pytestmark = pytest.mark.tensor
+
+
+@pytest.fixture
+def shape(tmp_path):
+    """The shape of a kind's class, whatever families.py knows."""
+
+    def make(kind):
+        name, keys = KINDS[kind]
+        AutoConfig.for_model(name, **keys).save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        return shape_of(config, str(tmp_path), class_sizes=class_shape(tmp_path))
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "deepseek_v3", "gemma4_text/moe"])
+def test_a_mixture_passes_with_an_adapter_on_its_experts(kind, shape):
+    result = prove_model(build(kind), [*shape(kind).default_targets, "experts"])
+    assert not [*result.refusals, *result.without_packs, *result.without_reentrant]
+    assert max(result.errors.values()) < LIMIT
+
+
+@pytest.mark.parametrize("kind", ["ernie4_5_moe", "aria_text"])
+def test_a_mixture_that_no_test_model_has_passes_with_its_experts_alone(kind):
+    model = small_model(AutoModelForCausalLM, AutoConfig.for_model(kind))
+    result = prove_model(model, ["experts"])
+    assert not result.refusals
+    assert result.errors["adapter"] < LIMIT
+
+
+def test_experts_that_a_checkpoint_stores_one_by_one_can_be_merged(tmp_path):
+    build("olmoe").save_pretrained(tmp_path)
+    assert not prove(tmp_path, ["q_proj", "experts"]).without_merge
+
+
+@pytest.mark.parametrize(("kind", "is_rewritten"), [("glm4_moe", True), ("llama4_text", False)])
+def test_auto_takes_the_dense_layers_that_peft_does_not_rewrite(shape, kind, is_rewritten):
+    """peft would adapt the experts of GLM-4.x instead of its dense and shared layers."""
+    found = shape(kind)
+    assert ("gate_proj" in found.default_targets) != is_rewritten
+    if is_rewritten:
+        with refused("gate_proj", "peft", "experts"):
+            found.targeted(["q_proj", "gate_proj", "up_proj", "down_proj"])
+    assert len(found.targeted_experts(["experts"])) == 2 * sum(
+        bool(found.blocks[kind].experts) for kind in found.layer_kinds
+    )
+
+
+def test_experts_of_a_dense_model_are_refused_with_its_layers(shape):
+    with refused("experts", "has none", "q_proj"):
+        shape("olmo2").targeted_experts(["q_proj", "experts"])
