@@ -18,6 +18,7 @@ CASES = [
     "nf4 zero3 ckpt-on 64",
     "int8",
     "dropout",
+    "dora nf4 dropout",
     "gemma2",
     "gpt_neox",
     "mixtral zero3",
