@@ -4,6 +4,7 @@
 # make faults       kills, damage, full disks and signals at length (one to two hours)
 # make test-slurm   jobs on a real Slurm of two emulated nodes (about 6 minutes; root, Debian)
 # make test-gpu     predicted against measured memory, on the GPUs of this machine
+# make models      every kind of model through a whole run (about an hour on 2 CPU cores; resumable)
 # make templates    chat templates at length: random conversations, the table of docs/masks.md (15 minutes)
 # make check        ruff, mypy --strict, import-linter, generated docs
 # On a machine without a GPU, TORCH_INDEX=<PyTorch's CPU index> saves gigabytes of CUDA libraries.
@@ -14,7 +15,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart install test templates test-slurm test-gpu faults check fix docs goldens test-floors clean
+.PHONY: quickstart install test models templates test-slurm test-gpu faults check fix docs goldens test-floors clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart/quickstart.py
@@ -39,6 +40,10 @@ faults: $(VENV)/.installed
 # Installs Debian's packages of Slurm where they are missing; skips where Slurm cannot run.
 test-slurm: $(VENV)/.installed
 	SLURM_TESTS=1 $(BIN)/python -m pytest tests/slurm
+
+# One line a model folder in tests/models/results.jsonl; `make docs` makes docs/models.md of them.
+models: $(VENV)/.installed
+	$(BIN)/python -m tests.models.matrix
 
 templates: $(VENV)/.installed
 	TEMPLATES=full $(BIN)/python -m pytest --numprocesses 2 tests/data/chat --timeout 1200

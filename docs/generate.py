@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from model_tables import models
 from run_files import planned_run_files, with_prediction
 from scale_tables import filled
 
@@ -182,6 +183,7 @@ def main() -> None:
     pages = {
         HERE / "configuration.md": configuration(),
         HERE / "rules.md": rules(),
+        HERE / "models.md": models(),
         ROOT / "launch/runs/schema.json": dump_json(run_file_schema()),
         HERE / "scale.md": filled((HERE / "scale.md").read_text(encoding="utf-8")),
         **{path: with_prediction(path) for path in planned_run_files()},

@@ -1,4 +1,4 @@
-"""Take every kind of model along the whole road, and keep what was measured in results.jsonl.
+"""Take every kind of model through a whole run, and keep what was measured in results.jsonl.
 
     python -m tests.models.matrix [KIND ...]        (`make models`)
 
@@ -36,6 +36,7 @@ def main():
             continue
         start = time.monotonic()
         line = {"kind": kind, "key": key_of(kind), **measure(kind)}
+        line["versions"] = [f"{name} {version(name)}" for name in PACKAGES]
         line |= {"seconds": round(time.monotonic() - start, 1), "date": f"{datetime.now(UTC):%F}"}
         write_result(line)
         sys.stdout.write(f"{line['state']:8}{kind} {line['seconds']} s {line.get('reason', '')}\n")

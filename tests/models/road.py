@@ -1,4 +1,4 @@
-"""One model folder on the whole road: class checks, training on 2 ranks, plain peft, merge.
+"""One model folder through a whole run: class checks, training on 2 ranks, plain peft, merge.
 
 The functions are called in processes of tests/ranks.py, whose imports are already there.
 """
@@ -87,7 +87,10 @@ def examine(kind, kinds, folder):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
         if config["model_type"] not in FAMILIES:
-            _cache_shape(folder)
+            try:
+                cache_shape(folder)
+            except Exception as error:
+                raise UnbuildableError(f"{type(error).__name__}: {error}") from error
         shape = read_shape(str(folder))
         names = adapted_names(shape, settings)
         proof = prove(folder, names)
@@ -100,7 +103,6 @@ def examine(kind, kinds, folder):
         "without_packs": list(proof.without_packs),
         "without_reentrant": list(proof.without_reentrant),
         "without_merge": list(proof.without_merge),
-        "targets": names,
         "trainable": plan.trainable,
         **({"refused": proof.refusals[0]} if proof.refusals else {}),
     }
@@ -110,15 +112,11 @@ class UnbuildableError(Exception):
     """The class of a model cannot be built and counted."""
 
 
-def _cache_shape(folder):
+def cache_shape(folder):
     """As plan/given/class_shape.py does in a subprocess, whose imports take 3 s."""
-    try:
-        counted = class_shape(folder)
-    except Exception as error:
-        raise UnbuildableError(f"{type(error).__name__}: {error}") from error
     path = shape_file(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(counted), encoding="utf-8")
+    path.write_text(json.dumps(class_shape(folder)), encoding="utf-8")
 
 
 def train(folder, mode):
@@ -141,7 +139,7 @@ def verify(folder, mode):
     """What plain transformers and peft make of a run's adapter, beside what the run says."""
     run = folder.parent / mode
     ours = _last_eval_loss(run)
-    model = load_plain(folder, dtype=torch.float32, attention="eager", **_quantised(mode))
+    model = load_plain(folder, dtype=torch.float32, attention="eager", **_quantised(mode, folder))
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # its products would be rounded to bf16
@@ -161,16 +159,17 @@ def verify(folder, mode):
     return found
 
 
-def _quantised(mode):
+def _quantised(mode, folder):
     if mode != "qlora":
         return {}
+    not_called = [name for name, x in read_shape(str(folder)).linears.items() if not x.is_called]
     return {
         "quantization_config": BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=["lm_head"],
+            llm_int8_skip_modules=["lm_head", *not_called],
         )
     }
 
