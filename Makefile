@@ -29,9 +29,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --constraint constraints.txt --editable '.[quickstart,dev]'
 	@touch $@
 
-# Two files of tests at a time: real launches mostly wait.
+# Two files of tests at a time, the slow tiers first (tests/conftest.py).
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Every fault of tests/faults; FAULTS_SEED=N draws others. `make test` runs a few.
 faults: $(VENV)/.installed

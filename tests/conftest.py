@@ -37,6 +37,12 @@ def _no_launcher_variables():
         os.environ.pop(name, None)
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tiers first: short files at the end keep both workers busy."""
+    tiers = ("e2e", "engine", "group", "tensor")
+    items.sort(key=lambda item: [item.get_closest_marker(tier) is None for tier in tiers])
+
+
 class _Forks:
     """Stands in for the module `subprocess` where a plan runs a module with torch."""
 

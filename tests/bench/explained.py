@@ -6,27 +6,40 @@ from pipeline.train.live_bytes import LiveBytes
 
 
 class Explained(LiveBytes):
-    """Remembers every change, to say what was alive at the peak."""
+    """Remembers which storages were alive at the peak, and the operator that each came from."""
 
     def __init__(self):
         super().__init__()
-        self._events = []
+        self._operator = "before the first operator"
+        self._events = []  # (storage, operator and size, or None where it is freed)
         self._at_peak = 0
 
-    def _count(self, size, source, key):
-        before = self.peak
-        super()._count(size, source, key)
-        self._events.append((size, source, key))
-        if self.peak > before:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._operator = func
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def count(self, tensor):
+        before = self.now
+        super().count(tensor)
+        if self.now != before:
+            storage = tensor.untyped_storage()
+            self._note(storage._cdata, (storage.nbytes(), str(self._operator)))
+
+    def _forget(self, key):
+        super()._forget(key)
+        self._note(key, None)
+
+    def _note(self, key, change):
+        self._events.append((key, change))
+        if self.now == self.peak:
             self._at_peak = len(self._events)
 
     def alive(self):
-        """How many storages of which size were alive at the peak, by what made them."""
+        """How many storages of which size were alive at the peak, by the operator of each."""
         found = {}
-        for size, source, key in self._events[: self._at_peak]:
-            if source:
-                before, maker = found.get(key, (0, source))
-                found[key] = before + size, maker
+        for key, change in self._events[: self._at_peak]:
+            if change is None:
+                found.pop(key, None)  # of 0 bytes, so never noted
             else:
-                del found[key]
+                found[key] = change
         return Counter(found.values())

@@ -231,11 +231,10 @@ def measure(session, folder, case):
     }
 
 
-def run(name, folder):
+def run(case, folder):
     """What the rank with the highest peak found; models are kept in the folder."""
     from tests.ranks import run_ranks
 
-    case = CASES[name]
     values = case.model | {"dtype": "bfloat16" if "bf16" in case.settings else "float32"}
     model = folder / "-".join(map(str, values.values()))
     if not model.exists():
@@ -290,7 +289,7 @@ def main():
     errors = []
     with tempfile.TemporaryDirectory() as tmp:
         for name in chosen:
-            found = run(name, Path(tmp))
+            found = run(CASES[name], Path(tmp))
             errors.append(abs(error_of(found)))
             print(row(name, found) if given.markdown else line(name, found), flush=True)
             if given.explain:
