@@ -6,6 +6,7 @@
 # make test-gpu     predicted against measured memory, on the GPUs of this machine
 # make models      every kind of model through a whole run (about an hour on 2 CPU cores; resumable)
 # make templates    chat templates at length: random conversations, the table of docs/masks.md (15 minutes)
+# make test-trackers  wandb, mlflow and trackio on local files (installs them; 2 minutes)
 # make check        ruff, mypy --strict, import-linter, generated docs
 # On a machine without a GPU, TORCH_INDEX=<PyTorch's CPU index> saves gigabytes of CUDA libraries.
 
@@ -15,7 +16,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart install test models templates test-slurm test-gpu faults check fix docs goldens test-floors clean
+.PHONY: quickstart install test models templates test-slurm test-gpu test-trackers faults check fix docs goldens test-floors clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart/quickstart.py
@@ -49,6 +50,13 @@ templates: $(VENV)/.installed
 	TEMPLATES=full $(BIN)/python -m pytest --numprocesses 2 tests/data/chat --timeout 1200
 	$(BIN)/python -m tests.data.chat.matrix
 
+# Every tracker through its own library, in an environment of its own (about 1 GB).
+test-trackers:
+	test -x .venv-trackers/bin/python || $(PYTHON) -m venv .venv-trackers
+	.venv-trackers/bin/python -m pip install --quiet pydantic pyyaml packaging psutil rich \
+		hypothesis pytest pytest-timeout wandb mlflow trackio pandas
+	.venv-trackers/bin/python -m pytest tests/track
+
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -s tests/gpu -m gpu
 
@@ -77,4 +85,4 @@ test-floors:
 	.venv-floors/bin/python -m pytest
 
 clean:
-	rm -rf $(VENV) .venv-floors .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-floors .venv-trackers .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

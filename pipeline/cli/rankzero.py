@@ -8,7 +8,9 @@ import os
 import sys
 from importlib import import_module
 
-VERBS = ("train", "plan", "prepare", "preflight", "merge", "score", "report", "slurm")
+VERBS = (
+    "train", "plan", "prepare", "preflight", "merge", "score", "report", "track", "slurm",
+)  # fmt: skip
 _VERBS_ON_ALL_GPUS = ("train", "preflight")
 _SINGLE_PROCESS_OPTIONS = {"-h", "--help", "--debug"}
 

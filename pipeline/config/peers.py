@@ -11,7 +11,9 @@ from typing import Any
 
 from pipeline.config.settings import settings_by
 
-_NO_TRACKER = "no tracker is supported; metrics.jsonl has the figures, report.html their curves"
+_TRACKER = "trackers: [wandb, tensorboard, mlflow, trackio], as many as wanted"
+_VARIABLES = "trackers: [wandb], and WANDB_* variables for what is no setting here"
+_OTHER_TRACKER = "not supported; trackers: [wandb, tensorboard, mlflow, trackio]"
 _NO_HUB = "nothing is uploaded; OUTPUT_DIR/adapter is a PEFT folder that you can upload"
 _ADAMW = (
     "AdamW in fp32 is the only optimizer: the states of an adapter are small, so 8-bit or paged "
@@ -76,19 +78,16 @@ ADVICE: Mapping[str, str] = {
     "local_rank": "the launcher sets it; remove it",
     "ddp_find_unused_parameters": "not needed: DeepSpeed reduces the gradients; remove it",
     "ddp_timeout": "hang_timeout_s: the run ends after this many seconds without progress",
-    "report_to": _NO_TRACKER,
-    "run_name": _NO_TRACKER,
-    "use_wandb": _NO_TRACKER,
-    "wandb*": _NO_TRACKER,
-    "mlflow*": _NO_TRACKER,
-    "comet*": _NO_TRACKER,
-    "swanlab*": _NO_TRACKER,
-    "use_swanlab": _NO_TRACKER,
-    "trackio*": _NO_TRACKER,
-    "use_tensorboard": _NO_TRACKER,
-    "tensorboard*": _NO_TRACKER,
-    "logging_dir": _NO_TRACKER,
-    "metric_logger": _NO_TRACKER,
+    "use_wandb": "trackers: [wandb]",
+    "wandb*": _VARIABLES,
+    "mlflow*": _TRACKER,
+    "comet*": _OTHER_TRACKER,
+    "swanlab*": _OTHER_TRACKER,
+    "use_swanlab": _OTHER_TRACKER,
+    "trackio*": _TRACKER,
+    "use_tensorboard": _TRACKER,
+    "tensorboard*": _TRACKER,
+    "logging_dir": _TRACKER,
     "plot_loss": "launch/report.py draws the loss; remove it",
     "push_to_hub*": _NO_HUB,
     "hub_*": _NO_HUB,

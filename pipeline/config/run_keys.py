@@ -371,6 +371,35 @@ class RunKeys(BaseModel):
         default=None,
         description="End training after this many evaluations without a lower held-out loss.",
     )
+    trackers: list[Literal["wandb", "tensorboard", "mlflow", "trackio"]] = Field(
+        default_factory=list,
+        description="Experiment trackers that follow the run, each in a process of its own: "
+        "docs/trackers.md.",
+        json_schema_extra=traits(change="run", peers="report_to metric_logger"),
+    )
+    tracker_project: Annotated[str, Field(min_length=1, max_length=100)] = Field(
+        default="rankzero",
+        description="Project or experiment of the run in its trackers.",
+        json_schema_extra=traits(
+            change="run", peers="wandb_project trackio_project mlflow_experiment_name"
+        ),
+    )
+    run_name: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
+        default=None,
+        description="Name of the run in its trackers; without it the name of `output_dir`.",
+        json_schema_extra=traits(change="run", peers="wandb_name wandb_run_name wandb_run_id"),
+    )
+    run_group: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
+        default=None,
+        description="Group of the run in its trackers, for example the name of a sweep.",
+        json_schema_extra=traits(change="run", peers="wandb_group"),
+    )
+    tracker_uploads: list[Literal["adapter", "answers"]] = Field(
+        default_factory=list,
+        description="What the trackers get besides figures: the `adapter`'s files, and the "
+        "`answers` to held-out rows that launch/score.py generated.",
+        json_schema_extra=traits(change="run"),
+    )
     time_limit: str | None = Field(
         default=None,
         description="Stop with a checkpoint after this time, `HH:MM:SS` in quotes; the next start "

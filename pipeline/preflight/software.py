@@ -17,7 +17,7 @@ from pipeline.preflight.context import RankContext
 from pipeline.preflight.gpus import own_devices
 from pipeline.preflight.rates import devices_of
 
-_INSTALL = "install the project again (make install)"
+_INSTALL = "install the project again (make install; a tracker: pip install -e '.[NAME]')"
 # Mean absolute error, in standard deviations, after normally distributed numbers are quantised in
 # blocks of 64 and dequantised. Measured on a CPU, 2026-11-25, bitsandbytes 0.50.2; double
 # quantisation adds 0.0001.
@@ -26,8 +26,11 @@ _TOLERANCE = 0.2  # relative
 
 
 def _probe_versions(context: RankContext) -> dict[str, str]:
-    """Versions of Python and packages. Raises UserError if a package is missing or too old."""
-    del context
+    """Versions of Python, of the project's packages and of those of the run's trackers.
+
+    Raises UserError if a package is missing or too old.
+    """
+    trackers = context.settings.trackers if context.settings is not None else []
     versions = {"rankzero": __version__, "python": platform.python_version()}
     wrong = []
     try:
@@ -36,7 +39,8 @@ def _probe_versions(context: RankContext) -> dict[str, str]:
         raise UserError("packages: the project is not installed; run make install") from None
     for line in requirements:
         required = Requirement(line)
-        if required.marker is not None and not required.marker.evaluate({"extra": ""}):
+        extras = ["", *trackers]  # a tracker's packages are the extra of its name
+        if (marker := required.marker) and not any(marker.evaluate({"extra": e}) for e in extras):
             continue
         try:
             versions[required.name] = version(required.name)

@@ -215,7 +215,7 @@ def clear_run(folder: Path) -> None:
         ended = {"state": "failed", "reason": "ended while this run was removed for a new one"}
         write_text(folder / "status.json", dump_json(status | ended))
     checkpoints = folder / "checkpoints"
-    results = [(folder / name).resolve() for name in ("adapter", "merged")]
+    results = [(folder / name).resolve() for name in ("adapter", "merged", "tracking")]
     for path in (*written_in(checkpoints), *results):
         _remove(path)
     if checkpoints.is_dir() and not checkpoints.is_symlink() and not any(checkpoints.iterdir()):

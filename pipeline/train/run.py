@@ -19,6 +19,7 @@ from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
 from pipeline.preflight.context import RankContext
 from pipeline.preflight.stages import assess_first_stage, probe_first_stage
+from pipeline.track.process import TrackerProcesses
 from pipeline.train.context import RunContext, debug_settings, requeued_settings
 from pipeline.train.folder import RunFolder
 
@@ -60,6 +61,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
             missing_gpus=missing, is_training=True,
         )  # fmt: skip
         probes = probe_first_stage(rank)
+        trackers = stack.enter_context(TrackerProcesses())
         stack.enter_context(
             Watchdog(
                 session, context.heartbeat, settings.hang_timeout_s,
@@ -78,6 +80,8 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         # Rank 0 sends the index, because other machines may still read an earlier index.json.
         index = DataIndex.from_json(session.rank_zero_first(folder.prepare), folder.path / "data")
         folder.use_data(index)
+        if session.is_rank_zero:
+            trackers.start(folder.path, settings.trackers)
 
         session.start()
         from pipeline.train.assemble import assemble  # imports torch

@@ -88,7 +88,8 @@ def status(folder: Path) -> dict:
 
 def test_the_whole_road(run_file, workspace):
     """Train on two ranks at ZeRO-3, merge, score, report; then start again."""
-    path, folder = run_file("road", zero_stage=3, preset="conservative"), workspace / "road"
+    path = run_file("road", zero_stage=3, preset="conservative", trackers=["tensorboard"])
+    folder = workspace / "road"
     code, output = launched(path)
     assert code == 0, output
     assert status(folder)["state"] == "done"
@@ -101,6 +102,8 @@ def test_the_whole_road(run_file, workspace):
     assert [line["step"] for line in lines if "eval_loss" in line] == [6, 12]
     assert "step 12/12" in output
     assert output.count("step 12/12") == 1  # rank 0 alone speaks
+    tracked = json.loads((folder / "tracking/tensorboard.json").read_text())["steps"]
+    assert tracked == {"train": 12, "eval": 12}
     weights = load_file(folder / "adapter/adapter_model.safetensors")
     assert len(weights) == 2 * 2 * 7
     assert all(w.any() for w in weights.values())

@@ -12,7 +12,7 @@ from tests.messages import assert_mentions
 pytestmark = pytest.mark.unit
 
 WITH_RUN_FILE = ("train", "plan", "prepare")  # preflight reports all that it finds
-WITH_RUN_FOLDER = ("merge", "score", "report")
+WITH_RUN_FOLDER = ("merge", "score", "report", "track")
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ MEANT = {
     "adapter": "load_in_4bit: true", "sequence_len": "max_length", "sample_packing": "packing",
     "lora_target_linear": "lora_target_modules: all-linear", "micro_batch_size": "batch_size",
     "num_epochs": "epochs", "optimizer": "AdamW", "lr_scheduler": "lr_scheduler_type",
-    "learning_rate": "lr", "wandb_project": "metrics.jsonl",
+    "learning_rate": "lr", "wandb_project": "tracker_project",
     "flash_attention": "use_flash_attention", "special_tokens": "chat_template",
 }  # fmt: skip
 
@@ -71,7 +71,7 @@ def test_a_name_is_known_however_it_is_spelt(key):
     ("key", "reason"),
     [
         ("optim", "AdamW"), ("optimizer", "AdamW"), ("group_by_length", "packing"),
-        ("device_map", "zero_stage"), ("report_to", "metrics.jsonl"), ("fsdp_config", "ZeRO"),
+        ("device_map", "zero_stage"), ("use_wandb", "trackers"), ("comet_ml_project", "trackers"), ("fsdp_config", "ZeRO"),
         ("per_device_eval_batch_size", "batch_size"), ("max_samples", "limit"),
         ("adam_beta2", "deepspeed_json"), ("adam_epsilon", "deepspeed_json"),
         ("lora_bias", "LoRA"), ("quantization_bit", "load_in_4bit: true"),

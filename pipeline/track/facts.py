@@ -1,0 +1,77 @@
+"""RunFacts: what a tracker is told about a run besides its metrics. Neither secrets nor paths."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.load import load_settings
+from pipeline.config.settings import RunSettings, path_settings
+from pipeline.files import read_json
+
+# Settings with free text of the user's, which no chart needs.
+_FREE_TEXT = ("chat_template_kwargs", "columns", "tracker_project", "run_name", "run_group")
+_SECRETS = re.compile(
+    r"hf_\w{20,}|sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w+|xox[abp]-[\w-]+|AKIA\w{12,}"
+    r"|eyJ[\w-]+\.[\w-]+\.[\w-]+|\b[0-9a-f]{40}\b|(?<=://)[^/@\s]+@"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """Name, group, project and configuration of a run, and where its tracker keeps local files."""
+
+    folder: Path
+    project: str
+    name: str
+    group: str | None
+    uploads: frozenset[str]
+    config: dict[str, str | float | bool]
+
+    @classmethod
+    def of(cls, folder: Path) -> "RunFacts":
+        """Read run.yaml and plan.json. Raises UserError or OSError if they cannot be read."""
+        settings = load_settings(folder / "run.yaml")
+        return cls(
+            folder=folder,
+            project=settings.tracker_project,
+            name=settings.run_name or folder.resolve().name,
+            group=settings.run_group,
+            uploads=frozenset(settings.tracker_uploads),
+            config=_config(settings, read_json(folder / "plan.json")),
+        )
+
+    @property
+    def local(self) -> Path:
+        """Folder of the files that a tracker keeps on this machine."""
+        return self.folder / "tracking"
+
+
+def _config(settings: RunSettings, plan: dict[str, Any]) -> dict[str, str | float | bool]:
+    """The settings and the plan's choices as flat values."""
+    paths = path_settings()
+    values: dict[str, Any] = {}
+    for name, value in settings.model_dump(mode="json").items():
+        if name not in _FREE_TEXT and value not in (None, []):
+            values[name] = _last_part(value) if name in paths else value
+    for block in ("choice", "model", "hardware"):
+        values |= {f"plan.{name}": value for name, value in plan[block].items()}
+    values["plan.peak_bytes"] = plan["memory"]["peak_bytes"]
+    values["plan.seconds_per_step"] = plan["speed"]["seconds_per_step"]
+    for name in ("plan.why", "plan.folder", "plan.source"):
+        values.pop(name, None)
+    return {name: _plain(value) for name, value in values.items() if value is not None}
+
+
+def _plain(value: Any) -> str | float | bool:
+    return value if isinstance(value, bool | int | float) else _SECRETS.sub("***", str(value))
+
+
+def _last_part(value: Any) -> Any:
+    """A path without its folders; a hub name such as org/name stays."""
+    if isinstance(value, list):
+        return [_last_part(item) for item in value]
+    if isinstance(value, dict):
+        return value | {"path": _last_part(value["path"])}
+    is_path = isinstance(value, str) and (value.count("/") > 1 or value[:1] in "/.~$")
+    return value.rstrip("/").rpartition("/")[2] if is_path else value

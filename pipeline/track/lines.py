@@ -1,0 +1,46 @@
+"""The lines of a metrics.jsonl that is still being written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class LineReader:
+    """Returns complete lines once each; a replaced or shortened file is read from its start."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._inode, self._offset = path, 0, 0
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """The lines since the last call; damaged ones are left out."""
+        try:
+            with self._path.open("rb") as file:
+                status = self._path.stat()
+                if status.st_ino != self._inode or status.st_size < self._offset:
+                    self._inode, self._offset = status.st_ino, 0
+                file.seek(self._offset)
+                data = file.read()
+        except OSError:
+            return []
+        complete = data[: data.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        lines = []
+        for text in complete.splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+        return lines
+
+
+def metrics_of(line: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """The kind of a line, `train` or `eval`, and its numbers as `train/loss` or `eval/loss`."""
+    kind = "eval" if "eval_loss" in line else "train"
+    numbers = {
+        f"{kind}/{name.removeprefix('eval_')}": float(value)
+        for name, value in line.items()
+        if name != "step" and isinstance(value, bool | int | float)
+    }
+    return kind, numbers

@@ -1,0 +1,98 @@
+"""TrackerProcesses: a process for each tracker of a run, which training never waits for."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pipeline.track.follow import Sent, sent_path
+from pipeline.track.lines import LineReader, metrics_of
+
+logger = logging.getLogger(__name__)
+LAST_WAIT_S = 30.0  # for what is left to send when a run has ended
+# Nothing else of the environment reaches a tracker; the prefixes are those of its own settings.
+_VARIABLES = {
+    "PATH", "HOME", "USER", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR",
+    "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
+    "http_proxy", "https_proxy", "no_proxy", "all_proxy", "PYTHONPATH", "VIRTUAL_ENV",
+    "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "NETRC", "HF_HUB_CACHE",
+}  # fmt: skip
+_PREFIXES = {
+    "wandb": ("WANDB_",),
+    "tensorboard": (),
+    "mlflow": ("MLFLOW_", "AWS_", "AZURE_", "GOOGLE_"),
+    "trackio": ("TRACKIO_", "HF_"),
+}
+
+
+class TrackerProcesses:
+    """The tracker processes of a run; used on rank 0. Leaving the context waits at most 30 s."""
+
+    def __init__(self) -> None:
+        self._folder = Path()
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def start(self, folder: Path, trackers: Sequence[str]) -> None:
+        """Start one process for each tracker of the run in this folder."""
+        self._folder = folder
+        for name in trackers:
+            command = [sys.executable, "-P", "-m", "pipeline.cli.track", str(folder)]
+            self._processes[name] = subprocess.Popen(
+                [*command, "--tracker", name, "--follow"],
+                stdin=subprocess.PIPE,  # its end tells the process that the run has ended
+                env=tracker_environment(name, os.environ),
+                start_new_session=True,  # a Ctrl-C is for training
+            )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        deadline = time.monotonic() + LAST_WAIT_S
+        for process in self._processes.values():
+            assert process.stdin is not None
+            with suppress(OSError):
+                process.stdin.close()
+        for name, process in self._processes.items():
+            try:
+                code = process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                code = -signal.SIGKILL
+            if code:
+                logger.warning(self._unsent(name))
+
+    def _unsent(self, name: str) -> str:
+        """Message that names what a tracker has not received, and how to send it."""
+        sent, last = Sent.load(sent_path(self._folder, name)), {"train": 0, "eval": 0}
+        for line in LineReader(self._folder / "metrics.jsonl").new_lines():
+            last[metrics_of(line)[0]] = line["step"]
+        received = ", ".join(
+            f"{kind} up to step {sent.steps.get(kind, 0)} of {step}" for kind, step in last.items()
+        )
+        return (
+            f"tracker {name} did not take everything ({received}); the run itself is not affected; "
+            f"`rankzero track {self._folder}` sends the rest"
+        )
+
+
+def tracker_environment(name: str, env: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a tracker's process: those it needs, and no secret of anything else."""
+    prefixes = ("LC_", *_PREFIXES[name])
+    return {
+        key: value for key, value in env.items() if key in _VARIABLES or key.startswith(prefixes)
+    }

@@ -1,0 +1,228 @@
+"""The trackers, each through its own library, which is imported when its tracker is made."""
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.track.facts import RunFacts
+
+Metrics = Mapping[str, float]
+Table = Sequence[Mapping[str, str]]
+AXIS = "train/step"  # W&B's own step drops points below the last one, as after a resume
+
+
+class Tracker(ABC):
+    """A run in one tracker. `run_id` is what an earlier start of this run returned as its id."""
+
+    @abstractmethod
+    def __init__(self, facts: RunFacts, run_id: str | None) -> None:
+        """Open the run, or go on with it."""
+
+    @property
+    @abstractmethod
+    def run_id(self) -> str:
+        """The id by which a later start goes on with this run."""
+
+    @abstractmethod
+    def log(self, metrics: Metrics, step: int) -> None:
+        """Send the metrics of one step."""
+
+    @abstractmethod
+    def table(self, name: str, rows: Table) -> None:
+        """Send a table; the rows have the same keys."""
+
+    @abstractmethod
+    def artifact(self, name: str, folder: Path) -> None:
+        """Send the files of a folder."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait until everything is sent, and close the run."""
+
+
+class Wandb(Tracker):
+    """Weights & Biases, online or with WANDB_MODE=offline."""
+
+    def __init__(self, facts: RunFacts, run_id: str | None) -> None:
+        import wandb
+
+        self._wandb = wandb
+        facts.local.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=facts.project,
+            name=facts.name,
+            group=facts.group,
+            id=run_id,
+            resume="allow" if run_id else None,
+            config=dict(facts.config),
+            dir=str(facts.local),
+            settings=wandb.Settings(
+                console="off", silent=True, save_code=False, disable_code=True, disable_git=True,
+                disable_job_creation=True, x_disable_meta=True, x_disable_stats=True,
+                x_disable_machine_info=True, x_save_requirements=False, program="rankzero",
+                program_relpath="rankzero", program_abspath="rankzero", host="-", username="-",
+                email="-", x_executable="-",
+            ),
+        )  # fmt: skip
+        self._run.define_metric(AXIS)
+        self._run.define_metric("*", step_metric=AXIS)
+
+    @property
+    def run_id(self) -> str:
+        return str(self._run.id)
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        self._run.log({**metrics, AXIS: step})
+
+    def table(self, name: str, rows: Table) -> None:
+        columns = list(rows[0])
+        data = [[row[column] for column in columns] for row in rows]
+        self._run.log({name: self._wandb.Table(columns=columns, data=data)})
+
+    def artifact(self, name: str, folder: Path) -> None:
+        artifact = self._wandb.Artifact(f"{name}-{self._run.id}", type="model")
+        artifact.add_dir(str(folder))
+        self._run.log_artifact(artifact)
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+class TensorBoard(Tracker):
+    """TensorBoard's event files in RUN/tracking/tensorboard."""
+
+    def __init__(self, facts: RunFacts, run_id: str | None) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        folder = facts.local / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer: Any = EventFileWriter(str(folder))
+        if run_id is None:
+            rows = [{"setting": name, "value": str(value)} for name, value in facts.config.items()]
+            self.table("settings", rows)
+
+    @property
+    def run_id(self) -> str:
+        return "tensorboard"
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._add(Summary(value=values), step)
+
+    def table(self, name: str, rows: Table) -> None:
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        columns = list(rows[0])
+        lines = [columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)]
+        cells = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
+        self._add(text_pb(name, "\n".join(f"| {line} |" for line in cells)), 0)
+
+    def _add(self, summary: Any, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._writer.add_event(Event(summary=summary, step=step, wall_time=time.time()))
+
+    def artifact(self, name: str, folder: Path) -> None:
+        """Nothing: event files hold no files, and the folder is beside them."""
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+class Mlflow(Tracker):
+    """MLflow at MLFLOW_TRACKING_URI, else a SQLite file in RUN/tracking."""
+
+    def __init__(self, facts: RunFacts, run_id: str | None) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.tracking import MlflowClient
+
+        facts.local.mkdir(parents=True, exist_ok=True)
+        local = facts.local.resolve()
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local / 'mlflow.db'}"
+        self._client, self._metric = MlflowClient(uri), Metric
+        if run_id is not None:
+            self._client.update_run(run_id, status="RUNNING")
+            self._id = run_id
+            return
+        experiment = self._client.get_experiment_by_name(facts.project)
+        place = None if uri.startswith("http") else (local / "mlflow-artifacts").as_uri()
+        experiment_id = (
+            self._client.create_experiment(facts.project, place)
+            if experiment is None
+            else experiment.experiment_id
+        )
+        tags = [RunTag("group", facts.group)] if facts.group else []
+        run = self._client.create_run(experiment_id, run_name=facts.name)
+        self._id = run.info.run_id
+        most = 6000  # characters of a parameter's value
+        params = [Param(name, str(value)[:most]) for name, value in facts.config.items()]
+        self._client.log_batch(self._id, params=params[:100], tags=tags)
+
+    @property
+    def run_id(self) -> str:
+        return str(self._id)
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        now = int(time.time() * 1000)
+        values = [self._metric(name, value, now, step) for name, value in metrics.items()]
+        self._client.log_batch(self._id, metrics=values)
+
+    def table(self, name: str, rows: Table) -> None:
+        self._client.log_table(self._id, {c: [r[c] for r in rows] for c in rows[0]}, f"{name}.json")
+
+    def artifact(self, name: str, folder: Path) -> None:
+        self._client.log_artifacts(self._id, str(folder), name)
+
+    def finish(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+class Trackio(Tracker):
+    """Trackio's local database (TRACKIO_DIR, else RUN/tracking/trackio), or its Space."""
+
+    def __init__(self, facts: RunFacts, run_id: str | None) -> None:
+        os.environ.setdefault("TRACKIO_DIR", str(facts.local / "trackio"))
+        import trackio
+
+        self._trackio = trackio
+        self._run = trackio.init(
+            facts.project,
+            name=facts.name,
+            group=facts.group,
+            config=dict(facts.config),
+            resume="allow" if run_id else "never",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    @property
+    def run_id(self) -> str:
+        return str(self._run.name)
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def table(self, name: str, rows: Table) -> None:
+        import pandas
+
+        self._run.log({name: self._trackio.Table(dataframe=pandas.DataFrame(list(rows)))})
+
+    def artifact(self, name: str, folder: Path) -> None:
+        self._trackio.log_artifact(str(folder), name=name, type="model")
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: Mapping[str, type[Tracker]] = {
+    "wandb": Wandb,
+    "tensorboard": TensorBoard,
+    "mlflow": Mlflow,
+    "trackio": Trackio,
+}

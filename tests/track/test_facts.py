@@ -1,0 +1,53 @@
+"""What a tracker is told of a run, and the variables that its process gets."""
+
+import json
+
+import pytest
+
+from pipeline.track.facts import _last_part
+from pipeline.track.lines import LineReader, metrics_of
+from pipeline.track.process import tracker_environment
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/anna/models/tiny", "tiny"), ("~/tiny/", "tiny"), ("$SCRATCH/run", "run"),
+        ("./data/t.jsonl", "t.jsonl"), ("org/name", "org/name"), ("org/name@main:train",) * 2,
+        (["/a/b/c", {"path": "/x/y/z", "weight": 2.0}], ["c", {"path": "z", "weight": 2.0}]),
+        (0.05, 0.05),
+    ],
+)  # fmt: skip
+def test_paths_lose_their_folders_and_hub_names_stay(value, shown):
+    assert _last_part(value) == shown
+
+
+def test_only_the_variables_of_the_tracker_reach_its_process():
+    env = {"PATH": "/bin", "WANDB_API_KEY": "w", "MLFLOW_TRACKING_URI": "m", "HF_TOKEN": "h",
+           "AWS_SECRET_ACCESS_KEY": "a", "LC_ALL": "C", "MY_TOKEN": "t"}  # fmt: skip
+    assert tracker_environment("wandb", env).keys() == {"PATH", "LC_ALL", "WANDB_API_KEY"}
+    assert tracker_environment("tensorboard", env).keys() == {"PATH", "LC_ALL"}
+
+
+def test_lines_are_read_once_whole_and_again_from_a_replaced_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    reader = LineReader(path)
+    assert reader.new_lines() == []
+    path.write_text('{"step": 1}\n{"step"')
+    assert [line["step"] for line in reader.new_lines()] == [1]
+    with path.open("a") as file:
+        file.write(': 2}\nnot json\n{"step": 3}\n')
+    assert [line["step"] for line in reader.new_lines()] == [2, 3]
+    assert reader.new_lines() == []
+    other = tmp_path / "other"
+    other.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(9)))
+    other.replace(path)  # as a resumed run does
+    assert [line["step"] for line in reader.new_lines()] == list(range(9))
+
+
+def test_metrics_are_named_by_their_kind_and_lack_what_is_null():
+    line = {"step": 3, "loss": 1.0, "grad_norm": None, "was_applied": True}
+    assert metrics_of(line) == ("train", {"train/loss": 1.0, "train/was_applied": 1.0})
+    assert metrics_of({"step": 3, "eval_loss": 2.0}) == ("eval", {"eval/loss": 2.0})

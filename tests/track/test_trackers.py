@@ -1,0 +1,261 @@
+"""A run in each tracker, through the real library on local files; `make test-trackers` runs all."""
+
+import importlib.util
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.settings import RunSettings
+from pipeline.track.follow import Sent, follow, sent_path
+from pipeline.track.process import TrackerProcesses, tracker_environment
+from tests import ROOT
+from tests.messages import assert_mentions
+
+pytestmark = pytest.mark.tensor
+SECRETS = {
+    "argv": "argv-4e1f", "environment": "env-77aa", "comment": "comment-91b3", "row": "row-c0de",
+    "path": "home-of-anna", "value": "hf_abcdefghijklmnopqrstuvwxyz",
+}  # fmt: skip
+
+
+def needs(library: str) -> pytest.MarkDecorator:
+    is_there = importlib.util.find_spec(library) is not None
+    return pytest.mark.skipif(not is_there, reason=f"no {library} here: make test-trackers")
+
+
+each_tracker = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=needs(name))
+        for name in ("wandb", "tensorboard", "mlflow", "trackio")
+    ],
+)
+
+
+def train_line(step: int) -> dict:
+    return {"step": step, "epoch": step / 10, "loss": 2.0 / step, "lr": 1e-4, "grad_norm": None,
+            "was_applied": True}  # fmt: skip
+
+
+def write_lines(folder: Path, lines: list[dict]) -> None:
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run folder of four steps and an evaluation, with secrets where trackers must not look."""
+    for name in ("WANDB_MODE", "WANDB_SILENT", "MLFLOW_TRACKING_URI", "TRACKIO_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MY_API_TOKEN", SECRETS["environment"])
+    folder = tmp_path / SECRETS["path"] / "bakery"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter/adapter_model.safetensors").write_bytes(b"weights")
+    values = {
+        "model": f"/models/{SECRETS['path']}/tiny", "train_data": f"/d/{SECRETS['path']}/t.jsonl",
+        "output_dir": str(folder), "run_group": "sweep-1", "tracker_uploads": ["adapter"],
+        "chat_template_kwargs": {"key": SECRETS["comment"]},
+        "lora_target_modules": SECRETS["value"], "trackers": [],
+    }  # fmt: skip
+    settings = RunSettings.model_validate(values)
+    text = json.dumps(settings.model_dump(mode="json"))
+    (folder / "run.yaml").write_text(f"# {SECRETS['comment']}\n{text}\n")
+    plan = {
+        "choice": {"zero_stage": 2, "why": {"a": "b"}}, "hardware": {"name": "CPU", "ranks": 2},
+        "model": {"parameters": 100, "folder": f"/models/{SECRETS['path']}"},
+        "memory": {"peak_bytes": 5}, "speed": {"seconds_per_step": 0.5},
+    }  # fmt: skip
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "data").mkdir()
+    (folder / "data/rows.jsonl").write_text(SECRETS["row"])
+    answers = [{"prompt": SECRETS["row"], "expected": "x", "base": "y", "adapter": "x"}]
+    scores = {"models": {"base": {"loss": 2.5, "exact_match": 0.0}}, "answers": answers}
+    (folder / "score.json").write_text(json.dumps(scores))
+    write_lines(folder, [*map(train_line, (1, 2)), {"step": 2, "eval_loss": 1.5, "eval_tokens": 9},
+                         *map(train_line, (3, 4))])  # fmt: skip
+    return folder
+
+
+def track(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """`rankzero track` with a secret among the words of its command."""
+    code = f"from pipeline.cli.track import main; main()  # {SECRETS['argv']}"
+    command = [sys.executable, "-c", code, str(folder), "--tracker", name, *words]
+    environment = tracker_environment(name, os.environ) | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=110
+    )
+
+
+@each_tracker
+def test_a_run_is_sent_once_and_a_resumed_run_continues(run, name):
+    first = track(run, name)
+    assert first.returncode == 0, first.stderr
+    assert points(run, name, "train/loss") == [(s, pytest.approx(2.0 / s)) for s in range(1, 5)]
+    assert points(run, name, "eval/loss") == [(2, 1.5)]
+    assert points(run, name, "score/base/loss") == [(4, 2.5)]
+    run_id = Sent.load(sent_path(run, name)).run_id
+    # Resumed from step 2: steps 3 and 4 are trained again, to the same numbers.
+    write_lines(run, [train_line(step) for step in range(1, 7)])
+    again = track(run, name)
+    assert again.returncode == 0, again.stderr
+    assert points(run, name, "train/loss") == [(s, pytest.approx(2.0 / s)) for s in range(1, 7)]
+    assert Sent.load(sent_path(run, name)).run_id == run_id
+
+
+@each_tracker
+def test_no_secret_no_path_and_no_row_reaches_a_tracker(run, name):
+    assert track(run, name).returncode == 0
+    files = [path for path in (run / "tracking").rglob("*") if path.is_file()]
+    of_this_machine = {"debug.log", "debug-internal.log"}  # W&B's own, never sent
+    sent = [path for path in files if path.name not in of_this_machine]
+    assert sent
+    for path in sent:
+        # MLflow's experiment has the folder of its artifacts, which is local here.
+        kinds = SECRETS.keys() - ({"path"} if path.name.startswith("mlflow.db") else set())
+        data = path.read_bytes()
+        assert not [kind for kind in kinds if SECRETS[kind].encode() in data], path
+
+
+@each_tracker
+def test_answers_are_sent_when_asked_for(run, name):
+    settings = json.loads((run / "run.yaml").read_text().split("\n")[1])
+    settings["tracker_uploads"] = ["adapter", "answers"]
+    (run / "run.yaml").write_text(json.dumps(settings))
+    assert track(run, name).returncode == 0
+    files = [path for path in (run / "tracking").rglob("*") if path.is_file()]
+    assert any(SECRETS["row"].encode() in path.read_bytes() for path in files)
+
+
+def points(folder: Path, name: str, metric: str) -> list[tuple[int, float]]:
+    """Steps and values of a metric as the tracker has them."""
+    local = folder / "tracking"
+    if name == "mlflow":
+        query = "select step, value from metrics where key = ? order by step"
+        with sqlite3.connect(local / "mlflow.db") as base:
+            return base.execute(query, [metric]).fetchall()
+    if name == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(local / "tensorboard")).Reload()
+        if metric not in events.Tags()["scalars"]:
+            return []
+        return [(e.step, e.value) for e in events.Scalars(metric)]
+    if name == "trackio":
+        (path,) = (local / "trackio").glob("*.db")
+        with sqlite3.connect(path) as base:
+            rows = base.execute("select step, metrics from metrics").fetchall()
+        logged = [(step, json.loads(text)) for step, text in rows]
+        return [(step, values[metric]) for step, values in logged if metric in values]
+    return wandb_points(local, metric)
+
+
+def wandb_points(local: Path, metric: str) -> list[tuple[int, float]]:
+    from wandb.proto import wandb_internal_pb2
+
+    found = []
+    for path in sorted(local.glob("wandb/offline-run-*/*.wandb")):
+        for data in leveldb_records(path.read_bytes()[7:]):  # after ":W&B", a number, a version
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            items = {
+                (item.key or "/".join(item.nested_key)): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            if metric in items:
+                found.append((items["train/step"], items[metric]))
+    return found
+
+
+def leveldb_records(data: bytes) -> Iterator[bytes]:
+    """Records of LevelDB's log format: blocks of 32 KiB, of fragments with a head of 7 bytes."""
+    position, block, parts = 0, 32 * 1024, b""
+    while position + 7 <= len(data):
+        if (left := block - (position + 7) % block) < 7:  # offsets count from the file's start
+            position += left
+            continue
+        length, kind = (
+            int.from_bytes(data[position + 4 : position + 6], "little"),
+            data[position + 6],
+        )
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or its last fragment
+            yield parts
+            parts = b""
+
+
+@needs("tensorboard")
+def test_training_is_followed_while_it_runs_and_its_end_ends_the_process(run, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with TrackerProcesses() as trackers:
+        trackers.start(run, ["tensorboard"])
+        wait_for(lambda: Sent.load(sent_path(run, "tensorboard")).steps.get("train") == 4)
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(train_line(5)) + "\n")
+    assert (5, pytest.approx(0.4)) in points(run, "tensorboard", "train/loss")
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_tracker_that_hangs_is_ended_and_what_it_lacks_is_named(run, monkeypatch, caplog):
+    program = run.parent / "python"
+    program.write_text("#!/bin/bash\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr("pipeline.track.process.LAST_WAIT_S", 0.2)
+    start = time.monotonic()
+    with caplog.at_level("WARNING"), TrackerProcesses() as trackers:
+        trackers.start(run, ["mlflow"])
+    assert time.monotonic() - start < 10
+    assert_mentions(caplog.text, "mlflow", "step 0 of 4", "rankzero track", "not affected")
+
+
+def test_a_tracker_that_fails_says_so_once_and_ends(run, monkeypatch, capfd, caplog):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (run / "plan.json").write_text("{")
+    with caplog.at_level("WARNING"), TrackerProcesses() as trackers:
+        trackers.start(run, ["mlflow"])
+    messages = [line for line in capfd.readouterr().err.splitlines() if "mlflow" in line]
+    assert len(messages) == 1, messages
+    assert_mentions(messages[0], "training goes on")
+    assert_mentions(caplog.text, "mlflow", "rankzero track")
+
+
+def test_a_failed_upload_leaves_what_was_sent_for_the_next_call(run, monkeypatch):
+    sent: list[int] = []
+
+    class Fragile:
+        run_id = "7"
+
+        def __init__(self, facts, run_id):
+            self.limit = 2 if run_id is None else 100
+
+        def log(self, metrics, step):
+            if step > self.limit:
+                raise OSError("no route to host")
+            sent.append(step)
+
+        def artifact(self, name, folder):
+            sent.append(-1)
+
+        def finish(self):
+            pass
+
+    monkeypatch.setattr("pipeline.track.follow.TRACKERS", {"mlflow": Fragile})
+    with pytest.raises(OSError, match="no route"):
+        follow(run, "mlflow", lambda _: True)
+    follow(run, "mlflow", lambda _: True)
+    assert [step for step in sent if step > 0] == [1, 2, 2, 3, 4, 4]  # and the scores at step 4
