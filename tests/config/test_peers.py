@@ -71,7 +71,8 @@ def test_a_name_is_known_however_it_is_spelt(key):
     ("key", "reason"),
     [
         ("optim", "AdamW"), ("optimizer", "AdamW"), ("group_by_length", "packing"),
-        ("device_map", "zero_stage"), ("use_wandb", "trackers"), ("comet_ml_project", "trackers"), ("fsdp_config", "ZeRO"),
+        ("device_map", "zero_stage"), ("fsdp_config", "ZeRO"),
+        ("use_wandb", "trackers"), ("comet_ml_project", "trackers"),
         ("per_device_eval_batch_size", "batch_size"), ("max_samples", "limit"),
         ("adam_beta2", "deepspeed_json"), ("adam_epsilon", "deepspeed_json"),
         ("lora_bias", "LoRA"), ("quantization_bit", "load_in_4bit: true"),
