@@ -80,8 +80,6 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         # Rank 0 sends the index, because other machines may still read an earlier index.json.
         index = DataIndex.from_json(session.rank_zero_first(folder.prepare), folder.path / "data")
         folder.use_data(index)
-        if session.is_rank_zero:
-            trackers.start(folder.path, settings.trackers)
 
         session.start()
         from pipeline.train.assemble import assemble  # imports torch
@@ -89,5 +87,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         from pipeline.train.loop import training_loop
 
         state = assemble(context, folder, index)
+        if session.is_rank_zero:
+            trackers.start(folder.path, settings.trackers)
         stack.enter_context(state.display)
         finish(state, training_loop(state))
