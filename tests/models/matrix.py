@@ -78,9 +78,11 @@ def _measure(kind, folder):
         [found] = run_processes(examine, [(kind, ALL, folder)], 240)
         if "refused" in found:
             return found, problems
+        is_recomputable = not found["without_reentrant"]
         for mode in MODES:
+            changes = {} if is_recomputable else {"gradient_checkpointing": False}
             try:
-                train(folder, mode)
+                train(folder, mode, changes)
                 [found[mode]] = run_processes(verify, [(folder, mode)], 240)
             except AssertionError as error:
                 problems.append(f"{mode}: {error}")

@@ -20,6 +20,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.errors import UserError
 from pipeline.model.base import load_plain
+from pipeline.model.checkpoint_names import model_on_meta, stored_names
 from pipeline.model.class_shape import class_shape
 from pipeline.model.proof import prove
 from pipeline.plan.given.catalogue import cpu_of
@@ -56,7 +57,7 @@ def make_folder(kind, kinds, folder):
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
-def run_settings(folder, mode):
+def run_settings(folder, mode, changes=()):
     """The settings of a run in this mode."""
     return RunSettings(
         model=str(folder),
@@ -76,7 +77,7 @@ def run_settings(folder, mode):
         evaluation_strategy="steps",
         eval_steps=STEPS,
         save_strategy="no",
-        **MODES[mode],
+        **(MODES[mode] | dict(changes)),
     )
 
 
@@ -119,20 +120,20 @@ def cache_shape(folder):
     path.write_text(json.dumps(class_shape(folder)), encoding="utf-8")
 
 
-def train(folder, mode):
+def train(folder, mode, changes=()):
     """Train on two ranks as `deepspeed launch/train.py` would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    run_processes(_rank, [(rank, port, str(folder), mode) for rank in range(2)], 240)
+    run_processes(_rank, [(rank, port, str(folder), mode, changes) for rank in range(2)], 240)
 
 
-def _rank(rank, port, folder, mode):
+def _rank(rank, port, folder, mode, changes):
     placement = Placement(rank=rank, local_rank=rank, world_size=2, local_size=2, master_port=port)
     variables = placement.variables()
     del variables["CROSS_RANK"], variables["CROSS_SIZE"]  # no launcher to watch
     os.environ.update(variables)
-    run_training(run_settings(Path(folder), mode))
+    run_training(run_settings(Path(folder), mode, changes))
 
 
 def verify(folder, mode):
@@ -162,14 +163,16 @@ def verify(folder, mode):
 def _quantised(mode, folder):
     if mode != "qlora":
         return {}
-    not_called = [name for name, x in read_shape(str(folder)).linears.items() if not x.is_called]
+    shape = read_shape(str(folder))
+    outside = rf"(?!{re.escape(shape.layers_name)}\.).*"
+    not_called = [name for name, x in shape.linears.items() if not x.is_called]
     return {
         "quantization_config": BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=["lm_head", *not_called],
+            llm_int8_skip_modules=[outside, *not_called],
         )
     }
 
@@ -202,8 +205,11 @@ def _merged(folder, run, model):
         return str(error).replace(str(folder.parent), "")
     model.merge_and_unload().save_pretrained(run / "theirs")
     ours, theirs = tensors(run / "merged"), tensors(run / "theirs")
-    if ours.keys() != theirs.keys():
-        return f"names differ: {sorted(ours.keys() ^ theirs.keys())[:4]}"
+    stored = stored_names(model_on_meta(folder), ours)  # a text model may be read from a wrapper
+    names = {name: each.keys[0] for name, each in stored.items() if each.converter is None}
+    if unknown := {names.get(key, key) for key in theirs} - ours.keys():
+        return f"names differ: {sorted(unknown)[:4]}"
+    ours = {key: ours[names.get(key, key)] for key in theirs}
     worst = max(
         float((ours[key] - theirs[key]).norm() / theirs[key].norm().clamp_min(1e-30))
         for key in theirs
