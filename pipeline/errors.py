@@ -8,14 +8,15 @@
 Each message says what is wrong, where (file, line, key) and what would work.
 """
 
-_MAX_LINES, _MAX_LINE = 200, 1200
-_HEAD, _TAIL = 700, 400  # characters of a longer line that are kept: the place and the remedy
+_MAX_LINES, _MAX_LINE_LENGTH = 200, 1200
+# Characters kept of a longer line: its start has the place, its end the remedy.
+_HEAD, _TAIL = 700, 400
 
 
 class RankZeroError(Exception):
     """A failure with a known cause; its message is shown without a traceback.
 
-    Messages contain values of the user, which may be long: the middle of a long line is left out.
+    Messages quote values from the user's files, which may be long, so they are shortened.
     """
 
     exit_code = 1
@@ -37,14 +38,17 @@ class Stopped(RankZeroError):
 
 
 class SingleRankError(RankZeroError):
-    """A failure on one rank only; unlike for other errors, this rank must inform the others."""
+    """A failure on one rank only, so this rank must inform the others.
+
+    Every other RankZeroError is raised on all ranks.
+    """
 
 
 def bounded(message: str) -> str:
-    """The message with the middle of long lines, and the last of very many lines, left out."""
+    """Shorten a message: leave out the middle of long lines, and lines beyond _MAX_LINES."""
     lines = message.split("\n")
     for i, line in enumerate(lines[:_MAX_LINES]):
-        if len(line) > _MAX_LINE:
+        if len(line) > _MAX_LINE_LENGTH:
             omitted = len(line) - _HEAD - _TAIL
             lines[i] = f"{line[:_HEAD]} [{omitted:,} characters left out] {line[-_TAIL:]}"
     if len(lines) > _MAX_LINES:

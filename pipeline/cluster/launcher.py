@@ -15,7 +15,7 @@ import psutil
 
 _POLL_S = 0.5
 _NODE_LAUNCHER = "deepspeed.launcher.launch"
-_BY_COMMAND = "--log_level="  # argument with which the deepspeed command starts a node launcher
+_SET_BY_COMMAND = "--log_level="  # argument of node launchers that the deepspeed command started
 _LEVELS = 4  # number of ancestors to search: shell scripts may be between a launcher and its ranks
 
 
@@ -42,16 +42,19 @@ def _watch(launchers: list[psutil.Process], request_stop: Callable[[str], None])
 
 
 def _launchers(*, is_one_machine: bool) -> list[psutil.Process]:
-    """The node launcher and, if it is its parent, the deepspeed command; empty if one has ended.
+    """The node launcher, and the deepspeed command if it is the parent of the node launcher.
 
-    On a single machine the parent is the command. With several machines it may be a remote shell.
+    Empty if either has ended. On a single machine the parent of the node launcher is the command;
+    with several machines it may be a remote shell.
     """
     ancestors = psutil.Process(os.getpid()).parents()[:_LEVELS]
     for i, process in enumerate(ancestors):
         if _NODE_LAUNCHER in _command_line(process):
             parent = [p for p in ancestors[i + 1 : i + 2] if "deepspeed" in _command_line(p)]
-            has_ended = is_one_machine and not parent and _BY_COMMAND in _command_line(process)
-            return [] if has_ended else [process, *parent]
+            command_has_ended = (
+                is_one_machine and not parent and _SET_BY_COMMAND in _command_line(process)
+            )
+            return [] if command_has_ended else [process, *parent]
     return []
 
 

@@ -1,4 +1,4 @@
-"""AdapterKeys: the options of the adapter that plain LoRA lacks.
+"""AdapterKeys: adapter settings for variants and extensions of plain LoRA.
 
 They are part of a checkpoint's identity, and the card of an adapter names those that are set.
 """
@@ -12,7 +12,7 @@ from pipeline.config.traits import traits
 
 
 class AdapterKeys(BaseModel):
-    """The options of the adapter beside r, alpha, dropout and target modules."""
+    """Adapter settings other than r, alpha, dropout and target modules."""
 
     use_rslora: bool = Field(
         default=False,

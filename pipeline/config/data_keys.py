@@ -77,8 +77,8 @@ class DataKeys(BaseModel):
     )
     columns: Annotated[dict[str, str], AfterValidator(check_columns)] = Field(
         default_factory=dict,
-        description="For each column of the format, its name in the data if that differs, for "
-        "example `{prompt: question, completion: answer}`.",
+        description="Columns that have other names in the data than in the format: name in the "
+        "format -> name in the data, for example `{prompt: question, completion: answer}`.",
         json_schema_extra=traits(change="documents", peers="column_mapping"),
     )
     on_bad_row: Literal["reject", "fail"] = Field(
@@ -110,10 +110,10 @@ class DataKeys(BaseModel):
     )
     packing: bool = Field(
         default=True,
-        description="Concatenate whole documents to packs of at most `max_length` tokens, without "
-        "attention between documents. `batch_size` and `global_batch_size` then count packs. If "
-        "the key is not set and the model class cannot keep packed documents separate, it is "
-        "false; the plan reports this.",
+        description="Concatenate whole documents into packs of at most `max_length` tokens, "
+        "without attention between documents. `batch_size` and `global_batch_size` then count "
+        "packs. If the model class cannot keep packed documents separate, the default is false; "
+        "the plan reports this.",
         json_schema_extra=traits(
             change="documents", peers="sample_packing neat_packing padding_free"
         ),
@@ -126,8 +126,9 @@ class DataKeys(BaseModel):
     )
     split_turns: bool = Field(
         default=False,
-        description="Make one document of each assistant turn and the turns before it; needed if "
-        "the chat template changes earlier turns when one is added.",
+        description="Make a separate document for each trained turn, which ends with that turn and "
+        "contains all messages before it. Needed if the chat template renders a turn differently "
+        "once another follows.",
         json_schema_extra=traits(change="documents"),
     )
     train_on_reasoning: bool = Field(
@@ -138,16 +139,16 @@ class DataKeys(BaseModel):
     )
     special_tokens_in_text: Literal["keep", "reject", "as-text"] = Field(
         default="keep",
-        description="Treatment of special tokens in the texts of a conversation: `keep` makes "
-        "them special tokens, which the audit counts; `reject` rejects the row; `as-text` "
-        "tokenises them as ordinary text.",
+        description="Treatment of special tokens that are written in a message, such as "
+        "`</s>`: `keep` tokenises each as the special token, and the audit counts them; "
+        "`reject` rejects the row; `as-text` tokenises them as ordinary text.",
         json_schema_extra=traits(change="documents"),
     )
     chat_template: Annotated[str, AfterValidator(check_chat_template)] = Field(
         default="model",
-        description="Chat template: the `model`'s own, a Jinja file (`FILE.jinja`), or `chatml` "
-        "for a model without one. With `chatml`, turns end with the model's end-of-sequence "
-        "token.",
+        description="Chat template: `model` for the template of the model, the path of a Jinja "
+        "file (`FILE.jinja`), or `chatml` for a model without one. With `chatml`, turns end with "
+        "the model's end-of-sequence token.",
         json_schema_extra=traits(
             change="documents",
             is_path=True,

@@ -24,9 +24,12 @@ class HubSplit:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Parse `org/name:split` or `org/name@revision:split`; None for another text or a file."""
+        """Parse `org/name:split` or `org/name@revision:split`.
+
+        None if the text has another form or is the path of an existing file or folder.
+        """
         match = _SPLIT.fullmatch(text)
-        if match is None or os.path.exists(text):  # noqa: PTH110 - Path's raises for a long name
+        if match is None or os.path.exists(text):  # noqa: PTH110 - Path.exists raises for a long name
             return None
         name, revision, split = match.groups()
         return cls(name=name, split=split, revision=revision or "main")

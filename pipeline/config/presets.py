@@ -42,7 +42,7 @@ RANGES: Mapping[Preset, Mapping[str, tuple[int, int]]] = {
 }
 
 # Key of a preset -> key of the run file that replaces it, because the two exclude each other or
-# would give two values for one number.
+# both determine the same quantity, such as the length of the run.
 _REPLACED_BY = {
     "epochs": "max_steps",
     "gradient_accumulation_steps": "global_batch_size",
@@ -54,8 +54,8 @@ _REPLACED_BY = {
 def preset_values(names: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of presets, merged; later ones override earlier ones.
 
-    `given`: the user's own values; keys that these replace are left out. Unknown names are left
-    out too; RunSettings refuses them.
+    `given`: the user's own values. A key of a preset is left out if the user has set the key that
+    replaces it (_REPLACED_BY). Unknown names are ignored here; RunSettings refuses them.
     """
     values: dict[str, Any] = {}
     for name in names if isinstance(names, list) else [names]:

@@ -36,7 +36,7 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    # Setting -> expanded path -> text in the run file, for paths in which the two differ.
+    # Setting -> expanded path -> its text in the run file, for each path that expansion changed.
     _unexpanded_paths: dict[str, dict[str, str]] = PrivateAttr(default_factory=dict)
 
     @field_validator("time_limit")
@@ -77,7 +77,7 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
         if "max_steps" in given:
             values.setdefault("epochs", "auto")
         elif values.get("epochs") == "auto":
-            raise ValueError("epochs: auto needs max_steps; give either as a number")
+            raise ValueError("epochs: auto needs max_steps; give one of the two as a number")
         return values
 
     @model_validator(mode="after")
@@ -160,7 +160,7 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
 
     @property
     def adapter_options(self) -> dict[str, Any]:
-        """The options of the adapter that plain LoRA lacks and that this run sets."""
+        """The settings in AdapterKeys whose value is not the default."""
         return {
             name: getattr(self, name)
             for name, field in AdapterKeys.model_fields.items()

@@ -141,7 +141,7 @@ def _with_mask(
 ) -> torch.Tensor:
     """Attention for generation, with a padding mask or a key-value cache: (B, T, H, V)."""
     if mask is None:
-        mask = _rectangular(query, key)
+        mask = _causal_mask(query, key)
     return layer.masked(query, key, value, mask).transpose(1, 2).contiguous()
 
 
@@ -196,8 +196,8 @@ class _Layer:
     ) -> torch.Tensor:
         """Sliding-window attention, computed for `window` queries at a time.
 
-        These attend to their own keys and to the `window` keys before them, so no mask is larger
-        than (window, 2 window).
+        The sequence is split into pieces of `window` tokens. The queries of a piece need only the
+        keys of that piece and of the one before it, so no mask is larger than (window, 2 window).
         """
         window = self.window
         if window is None or query.shape[2] <= window:
@@ -258,10 +258,10 @@ class _Layer:
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """PyTorch's scaled dot product attention: (B, H, L, V)."""
-        is_shared = query.shape[1] != key.shape[1]
-        if is_shared and mask is not None:  # no fused kernel supports both a mask and enable_gqa
-            key, value = _repeated(query, key, value)
-            is_shared = False
+        is_grouped = query.shape[1] != key.shape[1]
+        if is_grouped and mask is not None:  # no fused kernel supports both a mask and enable_gqa
+            key, value = _repeat_heads(query, key, value)
+            is_grouped = False
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -270,7 +270,7 @@ class _Layer:
             dropout_p=self.dropout,
             is_causal=mask is None,
             scale=self.scaling,
-            enable_gqa=is_shared,
+            enable_gqa=is_grouped,
         )
 
     def _capped(
@@ -286,11 +286,11 @@ class _Layer:
         """
         assert self.scaling is not None
         assert self.softcap is not None
-        key, value = _repeated(query, key, value)
+        key, value = _repeat_heads(query, key, value)
         scores = torch.tanh(query @ key.transpose(2, 3) * self.scaling / self.softcap)
         scores = scores * self.softcap
         if mask is None and query.shape[2] > 1:
-            mask = _rectangular(query, key)
+            mask = _causal_mask(query, key)
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -327,13 +327,13 @@ def _rows(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
     return zip(*(torch.split(tensor, 1) for tensor in tensors), strict=True)
 
 
-def _rectangular(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """The causal mask (queries, keys) for queries that are the last tokens of a sequence."""
+def _causal_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Boolean causal mask (queries, keys), if the queries are the last tokens of the sequence."""
     shape = (query.shape[2], key.shape[2])
     return torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])
 
 
-def _repeated(
+def _repeat_heads(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     times = query.shape[1] // key.shape[1]

@@ -20,10 +20,11 @@ from pipeline.model.base import auto_class
 
 @dataclass(frozen=True)
 class StoredAs:
-    """The checkpoint's tensors from which a parameter is built, in the order of the files.
+    """The checkpoint's tensors from which a parameter is built.
 
-    `converter`: None if the parameter is one tensor, unchanged. `patterns`: for each key, the
-    converter's pattern that matches it.
+    `keys`: their names, in the order in which the checkpoint's files hold them. `converter`: None
+    if the parameter is one tensor, unchanged. `patterns`: for each key, the converter's pattern
+    that matches it.
     """
 
     keys: tuple[str, ...]
@@ -58,7 +59,7 @@ def stored_names(model: Any, keys: Iterable[str]) -> dict[str, StoredAs]:
         if name not in parameters and key in parameters:
             name, pattern = key, None
         if name not in parameters:
-            continue  # the class lacks this parameter, such as a text model without vision tower
+            continue  # not in this class; for example, a text model does not load the vision tower
         earlier = stored.get(name, StoredAs(()))
         stored[name] = StoredAs(
             (*earlier.keys, key),

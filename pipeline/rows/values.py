@@ -28,7 +28,10 @@ def has_value(value: Any) -> bool:
 
 
 def require_text(value: Any, name: str) -> str:
-    """Return the value if it is text that UTF-8 can encode; else RowError, which names `name`."""
+    """Return the value if it is text that UTF-8 can encode.
+
+    Raises RowError, whose message starts with `name`, for any other value.
+    """
     if not isinstance(value, str):
         raise RowError(f"{name} is {json_type(value)}; expected text")
     if not value.isascii():
@@ -40,11 +43,12 @@ def require_text(value: Any, name: str) -> str:
 
 
 def parse_list(value: Any, name: str, *, strips_nulls: bool = False) -> list[Any]:
-    """The items of a list, of a list as JSON text, or of a table's struct of lists.
+    """The items of a list, which may be given as JSON text or as a table's struct of lists.
 
-    Items that are JSON text of an object are parsed. `strips_nulls` removes keys that are null,
+    A struct of lists, `{role: [user, ...], content: [Hi, ...]}`, becomes a list of objects. Items
+    that are JSON text of an object are parsed. `strips_nulls` removes keys whose value is null,
     because a table's schema adds them to every row; those within JSON text are kept. Raises
-    RowError, which names `name`, for any other value.
+    RowError, whose message starts with `name`, for any other value.
     """
     items = parse_json(value, name) if isinstance(value, str) else value
     if items is None and value is not None:  # the text "null"
@@ -65,7 +69,7 @@ def parse_list(value: Any, name: str, *, strips_nulls: bool = False) -> list[Any
 
 
 def parse_json(text: str, name: str) -> Any:
-    """Parse JSON text. Raises RowError, which names `name`, if it is not valid."""
+    """Parse JSON text. Raises RowError, whose message starts with `name`, if it is not valid."""
     try:
         return DECODER.decode(text)
     except DuplicateKeyError:
@@ -75,7 +79,7 @@ def parse_json(text: str, name: str) -> Any:
 
 
 def drop_nulls(value: Any) -> Any:
-    """Remove keys that are null: in tables, and exports of them, every row has all keys."""
+    """Remove keys whose value is null: rows of tables, and of exports of tables, have every key."""
     if isinstance(value, dict):
         return {
             key: item if isinstance(item, str) else drop_nulls(item)
@@ -94,7 +98,7 @@ def require_json(value: Any, name: str) -> None:
 
 
 class DuplicateKeyError(ValueError):
-    """Raised for an object with a duplicate key, of which `json` would keep the last value."""
+    """Raised for an object in which a key occurs twice; `json` alone would keep the last value."""
 
 
 def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
