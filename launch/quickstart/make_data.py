@@ -36,7 +36,7 @@ def make_data(folder: Path) -> None:
 
 
 def orders(bank: dict[str, Any], rng: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield an endless series of messages and their facts; slots draw phrases independently."""
+    """Yield messages and their facts, endlessly; each slot of a message gets a random phrase."""
     choices = bank | {key: [(k, p) for k in bank[key] for p in bank[key][k]] for key in FACTS}
     choices |= {slot: bank[slot] + 3 * len(bank[slot]) * [""] for slot in ("hello", "bye")}
     draws = {slot: shuffled(values, rng) for slot, values in choices.items()}

@@ -21,7 +21,7 @@ CASES = {
 
 
 def make_adapter(base, folder, targets=SEVEN_PROJECTIONS, **options):
-    """An adapter as peft writes it, no matrix of it zero."""
+    """Save an adapter with peft; all of its matrices are random, B too."""
     options = {"r": 4, "lora_alpha": 12} | options
     config = LoraConfig(target_modules=list(targets), task_type="CAUSAL_LM", **options)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
@@ -35,7 +35,7 @@ def make_adapter(base, folder, targets=SEVEN_PROJECTIONS, **options):
 
 
 def make_pair(folder, case):
-    """A base and an adapter for it, in folders of these names."""
+    """Make a base model in folder/base and an adapter for it in folder/adapter."""
     make_adapter(make_model(folder / "base", **CASES[case]), folder / "adapter")
     return folder
 

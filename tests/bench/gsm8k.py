@@ -1,12 +1,13 @@
-"""How many conversations of the GSM8K training set have how many tokens.
+"""Lengths in tokens of the conversations of the GSM8K training set.
 
-A turn of the question and one of the answer, in the chat template and the tokenizer of
-SmolLM2-135M-Instruct (GSM8K: Cobbe et al. 2021, arXiv 2110.14168).
+A conversation is a user turn with the question and an assistant turn with the answer, rendered by
+the chat template and tokenised by the tokenizer of SmolLM2-135M-Instruct (GSM8K: Cobbe et al. 2021,
+arXiv 2110.14168).
 """
 
 import numpy as np
 
-COUNTS = {
+CONVERSATIONS_BY_LENGTH = {  # tokens -> number of conversations of that length
     97: 1, 98: 2, 102: 2, 103: 3, 104: 5, 105: 1, 106: 3, 107: 4, 108: 2, 109: 7, 110: 10, 111:
     7, 112: 8, 113: 7, 114: 10, 115: 17, 116: 10, 117: 12, 118: 20, 119: 24, 120: 15, 121: 17,
     122: 19, 123: 21, 124: 20, 125: 28, 126: 24, 127: 31, 128: 26, 129: 25, 130: 34, 131: 23,
@@ -44,4 +45,4 @@ COUNTS = {
     1, 487: 1, 488: 1, 489: 1, 491: 1, 492: 1, 494: 1, 501: 1, 504: 1, 507: 1, 508: 1, 524: 1,
     532: 1, 541: 1, 543: 1, 544: 1, 550: 1, 570: 1,
 }  # fmt: skip
-LENGTHS = np.repeat(list(COUNTS), list(COUNTS.values()))
+LENGTHS = np.repeat(list(CONVERSATIONS_BY_LENGTH), list(CONVERSATIONS_BY_LENGTH.values()))

@@ -26,8 +26,8 @@ os._exit = report_and_leave
 sys.argv = ["plan.py", *sys.argv[1:]]
 runpy.run_path("launch/plan.py", run_name="__main__")
 """
-# As the tool promises: exactly these keys, and what may stand beside them in two of the blocks.
-SHAPE = {
+# Top-level keys of the JSON output, in order, and the keys of a block; None: not checked.
+JSON_KEYS = {
     "settings": None,
     "model": None,
     "hardware": None,
@@ -72,8 +72,8 @@ def test_json_has_exactly_the_promised_keys(call):
     code, out, _ = call("--gpu", "h100-80gb", "--gpus-per-node", "8", "--json")
     assert code == 0
     found = json.loads(out)
-    assert list(found) == list(SHAPE)
-    for block, keys in SHAPE.items():
+    assert list(found) == list(JSON_KEYS)
+    for block, keys in JSON_KEYS.items():
         assert keys is None or found[block].keys() == keys, block
     assert {"parameters", "trainable"} <= found["model"].keys()
     assert found["memory"]["peak_bytes"] == sum(found["memory"]["per_rank"].values())
@@ -121,7 +121,7 @@ def test_the_prepared_index_fixes_the_steps(call):
     assert "estimated" not in out
 
 
-def test_an_index_of_other_settings_does_not_count(call):
+def test_an_index_of_other_settings_is_not_used(call):
     (call.folder / "train.jsonl").write_text('{"text": "a b c"}\n' * 40)
     path = call.folder / "run/data/index.json"
     path.parent.mkdir(parents=True)
@@ -136,19 +136,19 @@ def test_an_index_of_other_settings_does_not_count(call):
     assert_mentions(out, "10 an epoch", "estimated")
 
 
-def test_where_nothing_fits_all_shows_why_for_each(call):
+def test_option_all_shows_why_each_candidate_does_not_fit(call):
     code, out, err = call("--gpu-memory-gib", "16", "zero_stage=2", "global_batch_size=4", "--all")
     assert code == 2
     assert out.count("GiB a rank (") == 3  # micro-batches of 4, 2 and 1
     assert "does not fit" in err
 
 
-def test_json_of_what_does_not_fit_says_so_and_what_comes_nearest(call):
+def test_if_nothing_fits_json_has_the_plan_that_comes_nearest(call):
     (call.folder / "model/config.json").write_text(json.dumps(LLAMA_70B))
     code, out, err = call("--gpu-memory-gib", "16", "zero_stage=2", "--json")
     assert code == 2
     found = json.loads(out)
-    assert list(found) == list(SHAPE)
+    assert list(found) == list(JSON_KEYS)
     memory = found["memory"]
     assert not memory["fits"]
     needs = (memory["peak_bytes"], memory["load_peak_bytes"])
@@ -156,7 +156,7 @@ def test_json_of_what_does_not_fit_says_so_and_what_comes_nearest(call):
     assert "does not fit" in err
 
 
-def test_several_nodes_and_a_gpu_by_its_numbers(call):
+def test_several_nodes_and_a_gpu_given_by_memory_and_tflops(call):
     (call.folder / "model/config.json").write_text(json.dumps(LLAMA_70B))
     code, out, _ = call(
         "--gpu-memory-gib", "80", "--gpu-tflops", "900", "--nodes", "16", "--gpus-per-node", "8"
@@ -181,14 +181,14 @@ def test_several_nodes_and_a_gpu_by_its_numbers(call):
         (["load_in_8bit=true", "zero_stage=3", "--gpu", "h100-80gb"], ["8bit-zero3"]),
     ],
 )
-def test_what_cannot_be_planned_is_exit_2_with_one_message(call, arguments, facts):
+def test_an_impossible_plan_is_exit_2_with_one_message(call, arguments, facts):
     code, out, err = call(*arguments)
     assert (code, out) == (2, "")
     assert_mentions(err, *facts)
 
 
 @pytest.fixture
-def by_name(tmp_path, monkeypatch):
+def plan_without_file(tmp_path, monkeypatch):
     """Call the script without a run file and with an empty hub cache."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
@@ -204,8 +204,8 @@ def by_name(tmp_path, monkeypatch):
     return run
 
 
-def test_a_model_is_planned_by_its_name_without_a_run_file(by_name):
-    code, out, _ = by_name("--model", "Qwen/Qwen3-32B", "--gpu", "h100-80gb", "lora_r=8")
+def test_a_model_is_planned_by_its_name_without_a_run_file(plan_without_file):
+    code, out, _ = plan_without_file("--model", "Qwen/Qwen3-32B", "--gpu", "h100-80gb", "lora_r=8")
     assert code == 0
     assert_mentions(
         out,
@@ -217,37 +217,37 @@ def test_a_model_is_planned_by_its_name_without_a_run_file(by_name):
     )
 
 
-def test_a_refused_model_is_planned_and_ends_with_the_rule(by_name):
-    code, out, err = by_name("--model", "openai/gpt-oss-120b", "--gpu", "h200-141gb", "--json",
-                             "--gpus-per-node", "8")  # fmt: skip
+def test_a_refused_model_is_planned_and_ends_with_the_rule(plan_without_file):
+    arguments = ("--model", "openai/gpt-oss-120b", "--gpu", "h200-141gb", "--gpus-per-node", "8")
+    code, out, err = plan_without_file(*arguments, "--json")
     assert code == 2
     assert json.loads(out)["speed"]["tokens_per_second"] > 0
     assert_mentions(err, "prequantised-base")
 
 
-def test_a_refused_model_that_does_not_fit_says_both(by_name):
-    code, out, err = by_name(
+def test_a_refused_model_that_does_not_fit_says_both(plan_without_file):
+    code, out, err = plan_without_file(
         "--model", "openai/gpt-oss-120b", "--gpu", "l4-24gb", "offload_param=none"
     )
     assert (code, out) == (2, "")
     assert_mentions(err, "does not fit", "prequantised-base")
 
 
-def test_the_hub_cache_comes_before_what_ships(by_name, tmp_path):
+def test_the_hub_cache_takes_precedence_over_the_built_in_models(plan_without_file, tmp_path):
     cached = tmp_path / "hub/models--Qwen--Qwen3-32B"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs/main").write_text("abc")
     (cached / "snapshots/abc").mkdir(parents=True)
     config = json.dumps(LLAMA_8B | {"num_hidden_layers": 3})
     (cached / "snapshots/abc/config.json").write_text(config)
-    code, out, _ = by_name("--model", "Qwen/Qwen3-32B", "--gpu", "h100-80gb", "--json")
+    code, out, _ = plan_without_file("--model", "Qwen/Qwen3-32B", "--gpu", "h100-80gb", "--json")
     assert code == 0
     model = json.loads(out)["model"]
     assert (model["layers"], model["model_type"], model["source"]) == (3, "llama", None)
 
 
-def test_the_table_lists_what_fits(by_name):
-    code, out, _ = by_name("--fits", "--gpu", "l4-24gb", "lora_r=8")
+def test_the_table_lists_what_fits(plan_without_file):
+    code, out, _ = plan_without_file("--fits", "--gpu", "l4-24gb", "lora_r=8")
     assert code == 0
     assert_mentions(out, "Qwen/Qwen3-8B", "QLoRA", "tokens/s", "lora_r 8")
 
@@ -261,7 +261,9 @@ def test_the_table_lists_what_fits(by_name):
         (["--model", "Qwen/Qwen3-8B", "lora_rr=8"], ["lora_rr", "lora_r"]),
     ],
 )
-def test_without_a_run_file_a_wrong_command_is_exit_2_with_one_message(by_name, arguments, facts):
-    code, out, err = by_name(*arguments)
+def test_a_wrong_command_without_a_run_file_is_exit_2_with_one_message(
+    plan_without_file, arguments, facts
+):
+    code, out, err = plan_without_file(*arguments)
     assert (code, out) == (2, "")
     assert_mentions(err, *facts)

@@ -19,7 +19,7 @@ from tests.messages import assert_mentions
 from tests.tiny import make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
-# What a rank does in place of a matrix product.
+# Runs the preflight of one rank; an argument replaces its matrix products by a hang or a kill.
 FAULTY = """
 import os, signal, sys, time
 from pathlib import Path

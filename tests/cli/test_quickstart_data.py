@@ -41,7 +41,7 @@ def rows(folder):
     return {name: read(f"{name}.jsonl") for name in ("train", "heldout")}
 
 
-def test_same_bytes_again_and_nothing_rewritten(folder, tmp_path):
+def test_data_is_reproducible_and_an_unchanged_file_is_not_rewritten(folder, tmp_path):
     load_script().make_data(tmp_path)
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["heldout.jsonl", "train.jsonl"]
@@ -51,7 +51,7 @@ def test_same_bytes_again_and_nothing_rewritten(folder, tmp_path):
     assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in names}
 
 
-def test_enough_rows_and_none_in_both(rows):
+def test_enough_rows_and_no_message_twice(rows):
     (train, num_train), (heldout, num_heldout) = rows["train"], rows["heldout"]
     assert (len(train), len(heldout)) == (num_train, num_heldout)  # no message twice
     assert num_train >= 400
@@ -59,14 +59,14 @@ def test_enough_rows_and_none_in_both(rows):
     assert not train.keys() & heldout.keys()
 
 
-def test_held_out_orders_ask_for_what_train_does_not_have(rows):
+def test_no_held_out_pair_of_item_and_quantity_is_in_train(rows):
     asked = [
         {(facts["item"], facts["quantity"]) for facts in part.values()} for part, _ in rows.values()
     ]
     assert not asked[0] & asked[1]
 
 
-def test_every_answer_has_the_same_keys_and_values_that_a_till_can_take(rows):
+def test_every_answer_has_the_same_keys_and_values_of_the_right_types(rows):
     for part, _ in rows.values():
         for text, facts in part.items():
             assert list(facts) == KEYS, text

@@ -18,7 +18,7 @@ TORCHRUN = {
     "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
     "TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "node1", "MASTER_PORT": "29500",
 }  # fmt: skip
-# What a real srun of two nodes with four tasks each gives to its sixth task, as far as it is read.
+# Environment of the sixth task of a real srun (2 nodes, 4 tasks each): the variables that are read.
 SRUN = {
     "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_STEPID": "0", "SLURM_NTASKS": "8",
     "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "8",

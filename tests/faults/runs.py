@@ -178,7 +178,8 @@ def start(
 def finish(run_file: Path) -> str:
     """Start, and wait for the end of the run; returns the output.
 
-    In the short form as forks: what is done to a run concerns its launcher, its end does not.
+    In the short form the ranks are forked without DeepSpeed's launcher, which matters only for runs
+    that are disturbed.
     """
     if IS_FULL:
         started = start(run_file)

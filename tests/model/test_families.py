@@ -88,7 +88,7 @@ def load(folder, adapter=None):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Like every rank: with more threads the sums of experts are in another order."""
+    """Use one thread, as every rank does: more threads would add the experts in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

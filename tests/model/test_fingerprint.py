@@ -30,7 +30,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def forget(monkeypatch):
-    """As in a new process."""
+    """Clear the cache of this process, as if it were new."""
     monkeypatch.setattr(fingerprint._HashCache, "_of_this_process", {})
 
 

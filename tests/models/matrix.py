@@ -1,4 +1,4 @@
-"""Take every kind of model through a whole run, and keep what was measured in results.jsonl.
+"""Test every kind of model in a whole run, and write the measured results to results.jsonl.
 
     python -m tests.models.matrix [KIND ...]        (`make models`)
 

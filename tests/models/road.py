@@ -1,6 +1,6 @@
-"""One model folder through a whole run: class checks, training on 2 ranks, plain peft, merge.
+"""Steps of a whole run of one model: class checks, training on 2 ranks, plain peft, merge.
 
-The functions are called in processes of tests/ranks.py, whose imports are already there.
+matrix.py calls these functions in processes forked after the slow imports (tests/ranks.py).
 """
 
 import json
@@ -49,7 +49,7 @@ ROWS = [
 
 
 def make_folder(kind, kinds, folder):
-    """Save a random model of the kind with a tokenizer, and the rows of its runs."""
+    """Save a model of this kind with random weights, a tokenizer, and training and eval rows."""
     build(kind, kinds=kinds).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     for name, rows in (("train", ROWS), ("eval", ROWS[:7])):
@@ -82,7 +82,10 @@ def run_settings(folder, mode, changes=()):
 
 
 def examine(kind, kinds, folder):
-    """Make the folder, and count and prove its class: the proof's results, or why it is refused."""
+    """Make the folder, then compute the shape of its class and check the class.
+
+    Returns the results of the checks, or the reason why the model is refused.
+    """
     make_folder(kind, kinds, folder)
     settings = run_settings(folder, "zero2")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -110,11 +113,14 @@ def examine(kind, kinds, folder):
 
 
 class UnbuildableError(Exception):
-    """The class of a model cannot be built and counted."""
+    """The shape cannot be computed because the model class cannot be built."""
 
 
 def cache_shape(folder):
-    """As plan/given/class_shape.py does in a subprocess, whose imports take 3 s."""
+    """Write the shape to the cache of plan/given/class_shape.py.
+
+    That module would start a subprocess, which needs 3 s for its imports.
+    """
     path = shape_file(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(class_shape(folder)), encoding="utf-8")
@@ -137,7 +143,7 @@ def _rank(rank, port, folder, mode, changes):
 
 
 def verify(folder, mode):
-    """What plain transformers and peft make of a run's adapter, beside what the run says."""
+    """Compare a run with plain peft: the eval loss of its adapter, and its merged weights."""
     run = folder.parent / mode
     ours = _last_eval_loss(run)
     model = load_plain(folder, dtype=torch.float32, attention="eager", **_quantised(mode, folder))
@@ -184,7 +190,7 @@ def _last_eval_loss(run):
 
 @torch.no_grad()
 def _held_out_loss(model, run):
-    """Mean over the supervised tokens of the held-out documents, each alone."""
+    """Mean loss over the supervised tokens of the held-out documents, one per forward pass."""
     split = open_split(DataIndex.load(run / "data").eval)
     total, count = 0.0, 0
     for number in range(len(split)):
@@ -205,7 +211,8 @@ def _merged(folder, run, model):
         return str(error).replace(str(folder.parent), "")
     model.merge_and_unload().save_pretrained(run / "theirs")
     ours, theirs = tensors(run / "merged"), tensors(run / "theirs")
-    stored = stored_names(model_on_meta(folder), ours)  # a text model may be read from a wrapper
+    # The names differ where a text model is loaded from the checkpoint of a multimodal model.
+    stored = stored_names(model_on_meta(folder), ours)
     names = {name: each.keys[0] for name, each in stored.items() if each.converter is None}
     if unknown := {names.get(key, key) for key in theirs} - ours.keys():
         return f"names differ: {sorted(unknown)[:4]}"

@@ -156,7 +156,7 @@ RAN_BEFORE = status("stopped", started=1.5)
          2, False, "task 1: Exited with exit code 2"),
         (ranks(code=1), 1, False, "not requeued"),
         (ranks(code=0), 1, False, "not requeued"),
-        # What an earlier start left says nothing about this one.
+        # The status file of an earlier start says nothing about this start.
         (ranks(RAN_BEFORE, 1), 1, False, "not requeued"),
         (ranks(status("done", started=1.5), 2), 2, False, "not requeued"),
         (ranks(status("done", started=1.5), 0), 0, False, ""),
@@ -279,7 +279,7 @@ def test_a_tally_that_is_no_number_is_not_read(job):
 
 @pytest.mark.parametrize("script", ["train.sbatch", "debug.sbatch"])
 def test_a_node_without_scontrol_is_named_at_once(job, script):
-    """As in a container: nothing is retried."""
+    """For example in a container; nothing is retried."""
     (job.folder / "fake/bin/scontrol").unlink()
     system = job.folder / "system"  # this machine may have Slurm
     system.mkdir()

@@ -116,7 +116,7 @@ def test_a_new_run_resumes_from_nothing_that_an_old_one_left(checkpoints):
 def test_an_unreadable_checkpoint_counts_as_neither_damaged_nor_missing(
     checkpoints, monkeypatch, broken
 ):
-    """As on a network disk that does not answer for a moment, or of another user."""
+    """For example files of another user, or a network disk that does not answer for a moment."""
     write(checkpoints, 3)
     write(checkpoints, 6)
 

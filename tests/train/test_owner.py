@@ -93,7 +93,7 @@ def test_the_stop_file_is_advised_only_for_a_run(tmp_path):
 
 
 def test_an_earlier_owner_releases_nothing_of_the_next(tmp_path):
-    """As when its machine was suspended for minutes."""
+    """For example after the machine of the first owner was suspended for minutes."""
     first = Ownership(tmp_path, "a run")
     first.take()
     (tmp_path / OWNER).unlink()

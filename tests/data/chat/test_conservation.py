@@ -391,7 +391,7 @@ def texts_of(value):
 
 
 def is_in(text, document):
-    """As it is, stripped, or behind the escapes of JSON, with or without those of Unicode."""
+    """Whether the stripped text is in the document, plain or with escape sequences."""
     text = text.strip()
     forms = [text, repr(text)[1:-1], repr(f"'{text}")[2:-1]]
     forms += [json.dumps(text, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True)]
