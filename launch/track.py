@@ -1,4 +1,4 @@
-"""The track verb as a script; its arguments and wiring are in pipeline/cli/track.py."""
+"""Script for `rankzero track`; the arguments are in pipeline/cli/track.py."""
 
 from pipeline.cli.track import main
 

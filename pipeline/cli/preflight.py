@@ -6,7 +6,7 @@ deepspeed launch/preflight.py RUN.yaml [key=value ...]    (torchrun, srun and mp
 
 from pipeline.cli.arguments import Parser
 from pipeline.cluster.exits import run_main
-from pipeline.preflight.stages import preflight as check
+from pipeline.preflight.stages import check_run
 
 
 def preflight() -> None:
@@ -16,7 +16,7 @@ def preflight() -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_local_rank()
     given = parser.parse_intermixed_args()
-    check(given.run_file, given.overrides, as_json=given.json)
+    check_run(given.run_file, given.overrides, as_json=given.json)
 
 
 def main() -> None:

@@ -17,8 +17,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.chat.encoder import load_tokenizer
 from pipeline.data.dataset.reader import open_split
 from pipeline.data.prepare.audit_table import audit_table
-from pipeline.data.prepare.prepare import check_first_rows
-from pipeline.data.prepare.prepare import prepare as prepare_data
+from pipeline.data.prepare.prepare import check_first_rows, prepare
 from pipeline.data.prepare.show import number_of_documents, show_documents
 from pipeline.errors import UserError
 from pipeline.plan.given.class_proof import (
@@ -33,7 +32,7 @@ from pipeline.train.owner import Ownership
 from pipeline.train.start import require_own_folder
 
 
-def prepare() -> None:
+def prepare_and_show() -> None:
     """Parse the command line, fetch and tokenise the data, and print the audit."""
     parser = Parser(__doc__)
     parser.add_run_file()
@@ -52,7 +51,7 @@ def prepare() -> None:
         fetch(settings.train_sources, "train_data")
         fetch(settings.eval_sources, "eval_data")
         check_first_rows(settings)
-        index = prepare_data(settings, data_dir)
+        index = prepare(settings, data_dir)
     if given.show:
         tokenizer = load_tokenizer(settings.model_folder, settings.trust_remote_code)
         show_documents(console, open_split(index.train), tokenizer, given.show)
@@ -76,7 +75,7 @@ def _with_checked_class(settings: RunSettings) -> RunSettings:
 
 def main() -> None:
     """Run the verb and leave the process with its exit code."""
-    run_main(prepare)
+    run_main(prepare_and_show)
 
 
 if __name__ == "__main__":

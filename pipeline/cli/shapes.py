@@ -22,7 +22,9 @@ def shapes() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--check", action="store_true", help="only compare; exit code 2 if stale")
     given = parser.parse_args()
-    counted = {model.name: count(model) for model in published_models() if model.needs_class}
+    counted = {
+        model.name: shape_by_class(model) for model in published_models() if model.needs_class
+    }
     if not given.check:
         write_text(SHAPES_FILE, text_of(counted))
         print(f"{SHAPES_FILE}: {len(counted)} shapes")
@@ -32,15 +34,15 @@ def shapes() -> None:
         )
 
 
-def count(model: PublishedModel) -> dict[str, Any]:
+def shape_by_class(model: PublishedModel) -> dict[str, Any]:
     """The shape of a model, counted on its class."""
-    from pipeline.model.class_shape import class_shape  # imports torch and transformers
+    from pipeline.model.class_shape import count_shape  # imports torch and transformers
 
     config = {key: value for key, value in model.config.items() if key != "quantization_config"}
     config["model_type"] = model.counted_as or config["model_type"]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return class_shape(Path(folder))
+        return count_shape(Path(folder))
 
 
 def text_of(counted: dict[str, dict[str, Any]]) -> str:

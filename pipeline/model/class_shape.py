@@ -63,7 +63,7 @@ AttentionInterface.register(_COUNTED, _attend)
 AttentionMaskInterface.register(_COUNTED, lambda **others: None)
 
 
-def class_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """The model shape in the form that plan/given/class_shape.py reads.
 
     Raises ValueError for a class of which it is known that it cannot be trained here.
@@ -280,4 +280,4 @@ def _count_saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[
 
 if __name__ == "__main__":
     trust = "--trust-remote-code" in sys.argv
-    sys.stdout.write(json.dumps(class_shape(Path(sys.argv[1]), trust_remote_code=trust)) + "\n")
+    sys.stdout.write(json.dumps(count_shape(Path(sys.argv[1]), trust_remote_code=trust)) + "\n")

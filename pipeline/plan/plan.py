@@ -18,11 +18,16 @@ from pipeline.plan.cost.speed import Speed, step_seconds
 from pipeline.plan.deepspeed.config import deepspeed_config
 from pipeline.plan.deepspeed.overlay import overlay, with_json_constraints
 from pipeline.plan.given.adapter_counts import adapter_counts, trainable_parameters
-from pipeline.plan.given.class_proof import Proof, cached_proof, without_leaking_packs
+from pipeline.plan.given.class_proof import (
+    Proof,
+    cached_proof,
+    ensure_proof,
+    without_leaking_packs,
+)
 from pipeline.plan.given.data_size import DataSize
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout, SequenceProfile
-from pipeline.plan.given.shape import EXPERTS, ModelShape
+from pipeline.plan.given.shape import EXPERTS, ModelShape, read_shape
 from pipeline.plan.reasons import misfit_message, reasons
 from pipeline.plan.rules.model import INPUT_RULES
 from pipeline.plan.rules.rule import (
@@ -199,6 +204,13 @@ class DoesNotFitError(UserError):
     def __init__(self, message: str, nearest: Plan, ranked: Sequence[Candidate]) -> None:
         super().__init__(message)
         self.nearest, self.ranked = nearest, ranked
+
+
+def plan_run(settings: RunSettings, hardware: Hardware, *, nodes: int, ranks_per_node: int) -> Plan:
+    """Read the model's shape, check its class unless it is known, and make the plan of a run."""
+    shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
+    ensure_proof(settings, shape)
+    return make_plan(settings, shape, hardware, nodes=nodes, ranks_per_node=ranks_per_node)
 
 
 def make_plan(

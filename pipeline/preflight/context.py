@@ -10,10 +10,8 @@ from pipeline.cluster.session import Session
 from pipeline.config.load import load_settings
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.plan.given.class_proof import ensure_proof
 from pipeline.plan.given.hardware import Hardware
-from pipeline.plan.given.shape import read_shape
-from pipeline.plan.plan import Plan, make_plan
+from pipeline.plan.plan import Plan, plan_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +49,8 @@ class RankContext:
         except UserError as error:
             return replace(self, problems={"settings": str(error)})
         try:
-            shape = read_shape(
-                str(settings.model_folder), trust_remote_code=settings.trust_remote_code
-            )
-            ensure_proof(settings, shape)
-            plan = make_plan(
-                settings, shape, self.hardware, nodes=self.placement.nodes, ranks_per_node=ranks
+            plan = plan_run(
+                settings, self.hardware, nodes=self.placement.nodes, ranks_per_node=ranks
             )
         except UserError as error:
             return replace(self, settings=settings, problems={"plan": str(error)})

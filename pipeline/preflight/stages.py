@@ -34,7 +34,7 @@ _LATER_S = 15.0  # the other ranks end this much later than rank 0, which shows 
 _RENDEZVOUS, _HOST = "rendezvous", "host"
 
 
-def preflight(
+def check_run(
     run_file: Path, overrides: Sequence[str], *, as_json: bool = False, limit_s: float = _LIMIT_S
 ) -> None:
     """Check a run on all ranks that a launcher has started; without a launcher, on this node.

@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 # files are removed last, because they mark the folder as a run folder.
 FILES = (
     "run.yaml", "ds_config.json", "metrics.jsonl", "score.json", "report.html", "base.json",
-    "init_adapter.json",    "plan.json", "status.json",
+    "init_adapter.json", "plan.json", "status.json",
 )  # fmt: skip
 FOLDERS = ("data", "checkpoints", "adapter", "merged", "tracking")
 # Allowed in a folder before its first run: prepared data, Slurm's logs, a stop request.
@@ -20,7 +20,7 @@ _IN_DATA = ("index.json", "audit.json", "rejects.jsonl", "fingerprints.json")
 _WRITTEN = re.compile(r"(step|best)-\d{8}(-skipped-\d+|-passed-over-\d+)?|\.(step|best)-\d{8}\..*")
 
 
-def require_usable(folder: Path, *, is_written: bool) -> None:
+def require_usable_entries(folder: Path, *, is_written: bool) -> None:
     """Raise UserError if an entry of a run folder is not what a run writes under its name.
 
     That is a folder in the place of a file, a file in the place of a folder, a link to a missing

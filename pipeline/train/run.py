@@ -14,9 +14,7 @@ from pipeline.cluster.stop import StopRequests
 from pipeline.cluster.watchdog import Watchdog
 from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import DataIndex
-from pipeline.plan.given.class_proof import ensure_proof
-from pipeline.plan.given.shape import read_shape
-from pipeline.plan.plan import make_plan
+from pipeline.plan.plan import plan_run
 from pipeline.preflight.context import RankContext
 from pipeline.preflight.stages import assess_first_stage, probe_first_stage
 from pipeline.track.process import TrackerProcesses
@@ -46,12 +44,9 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         missing = missing_gpus(placement, hardware)
         set_environment(placement, hardware)
 
-        shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
-        ensure_proof(settings, shape)
-        plan = make_plan(
-            settings, shape, hardware,
-            nodes=placement.nodes, ranks_per_node=placement.local_size,
-        )  # fmt: skip
+        plan = plan_run(
+            settings, hardware, nodes=placement.nodes, ranks_per_node=placement.local_size
+        )
         session = stack.enter_context(Session(placement, hardware))
         context = RunContext(plan=plan, session=session, stops=stops, is_debug=is_debug)
         folder = RunFolder(context)

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json
 from pipeline.model.fingerprint import RECORD, require_base_of_run
 from pipeline.plan.plan import Plan
-from pipeline.train.names import BEFORE_A_RUN, checkpoints_in, require_usable
+from pipeline.train.names import BEFORE_A_RUN, checkpoints_in, require_usable_entries
 from pipeline.train.owner import in_use
 from pipeline.train.status import is_alive, read_status
 
@@ -56,7 +56,7 @@ def decide_start(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
     Raises UserError if a result would be lost or two runs would use the folder at once.
     """
     settings = plan.settings
-    require_usable(folder, is_written=False)
+    require_usable_entries(folder, is_written=False)
     _require_resume_exists(folder, settings)
     status = read_status(folder / "status.json")
     if status is not None and is_alive(status):
@@ -80,7 +80,7 @@ def decide_start(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
     if start == "resume" and (state != "unfinished" or change != "none"):
         _require_checkpoint(folder, state)
     if start != "done":
-        require_usable(folder, is_written=True)
+        require_usable_entries(folder, is_written=True)
     return start
 
 
@@ -122,7 +122,7 @@ def require_own_folder(folder: Path) -> None:
 
     Files that are allowed before a run, such as prepared data, do not count.
     """
-    require_usable(folder, is_written=True)
+    require_usable_entries(folder, is_written=True)
     _state_of(folder, read_status(folder / "status.json"))
 
 

@@ -29,7 +29,7 @@ if sys.argv[3] == "hang":
     rates._seconds = lambda work, device: time.sleep(600)
 if sys.argv[3] == "die":
     rates._seconds = lambda work, device: os.kill(os.getpid(), signal.SIGKILL)
-run_main(lambda: stages.preflight(Path(sys.argv[1]), [], limit_s=float(sys.argv[2])))
+run_main(lambda: stages.check_run(Path(sys.argv[1]), [], limit_s=float(sys.argv[2])))
 """
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.cli.shapes import count, text_of
+from pipeline.cli.shapes import shape_by_class, text_of
 from pipeline.files import read_json
 from pipeline.plan.given.published import SHAPES_FILE, published_models
 
@@ -15,7 +15,7 @@ NAMES = ("ibm-granite/granite-3.1-2b-instruct", "google/gemma-4-31B", "moonshota
 @pytest.mark.parametrize("name", NAMES)
 def test_the_shape_that_ships_is_that_of_the_class(name):
     model = next(model for model in published_models() if model.name == name)
-    assert count(model) == read_json(SHAPES_FILE)["shapes"][name]
+    assert shape_by_class(model) == read_json(SHAPES_FILE)["shapes"][name]
 
 
 def test_the_file_is_written_as_the_command_writes_it():

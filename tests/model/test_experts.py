@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.model.class_shape import class_shape
+from pipeline.model.class_shape import count_shape
 from pipeline.model.proof import LIMIT, prove, prove_model, small_model
 from pipeline.plan.given.shape import shape_of
 from tests.messages import refused
@@ -22,7 +22,7 @@ def shape(tmp_path):
         name, keys = KINDS[kind]
         AutoConfig.for_model(name, **keys).save_pretrained(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
-        return shape_of(config, str(tmp_path), class_sizes=class_shape(tmp_path))
+        return shape_of(config, str(tmp_path), class_sizes=count_shape(tmp_path))
 
     return make
 

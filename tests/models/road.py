@@ -21,7 +21,7 @@ from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.errors import UserError
 from pipeline.model.base import load_plain
 from pipeline.model.checkpoint_names import model_on_meta, stored_names
-from pipeline.model.class_shape import class_shape
+from pipeline.model.class_shape import count_shape
 from pipeline.model.proof import prove
 from pipeline.plan.given.catalogue import cpu_of
 from pipeline.plan.given.class_proof import adapted_names
@@ -123,7 +123,7 @@ def cache_shape(folder):
     """
     path = shape_file(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(class_shape(folder)), encoding="utf-8")
+    path.write_text(json.dumps(count_shape(folder)), encoding="utf-8")
 
 
 def train(folder, mode, changes=()):

@@ -31,6 +31,7 @@ from pipeline.plan.given.families import (
 )
 from pipeline.plan.given.objective import bidirectional, other_head
 from pipeline.plan.given.patterns import full_matches
+from pipeline.plan.given.positions import max_positions, require_window, rope_original_length
 from pipeline.plan.given.tokens import required_vocab_size
 
 # As an entry of lora_target_modules: the fused experts of all blocks.
@@ -320,7 +321,7 @@ def shape_of(
 def _from_family(config: Config, model: str) -> ModelShape:
     family = FAMILIES[config["model_type"]]
     config = {**family.defaults, **config}
-    _require_window(config)
+    require_window(config)
     blocks, layer_kinds = _blocks(family, config)
     return ModelShape(
         vocab_size=_count(config, "vocab_size"),
@@ -408,8 +409,8 @@ def _common_fields(config: Config, model: str) -> dict[str, Any]:
         "quantization": quantization.get("quant_method"),
         "has_own_code": _has_own_code(config),
         "required_vocab_size": required_vocab_size(Path(model)),
-        "max_positions": _max_positions(config),
-        "rope_original_length": _rope_original_length(config),
+        "max_positions": max_positions(config),
+        "rope_original_length": rope_original_length(config),
         "dropouts": tuple(f"{key}: {config[key]}" for key in _DROPOUTS if config.get(key)),
         "has_router_loss": bool(config.get("output_router_logits")),
         "bidirectional": bidirectional(config),
@@ -468,57 +469,6 @@ def _require_plausible(config: Config) -> None:
             raise UserError(
                 f"{key}: {reprlib.repr(value)} is more than any model has (at most {limit:,})"
             )
-
-
-def _require_window(config: Config) -> None:
-    """Raise UserError if a layer has sliding attention and no window: its forward pass fails."""
-    has_window = config.get("sliding_window", True) and config.get("use_sliding_window", True)
-    if "sliding_attention" in (config.get("layer_types") or ()) and not has_window:
-        raise UserError(
-            "layer_types has sliding_attention, but sliding_window is not set or "
-            "use_sliding_window is false, so the model cannot run; set both, or layer_types to "
-            "full_attention"
-        )
-
-
-def _rope_settings(config: Config) -> list[Mapping[str, Any]]:
-    """The settings of rotary embeddings: one mapping, or one for each layer type (Gemma 3)."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise UserError(f"rope_parameters or rope_scaling: expected an object, not {rope!r}")
-    nested = [value for value in rope.values() if isinstance(value, Mapping)]
-    return nested or [rope]
-
-
-def _rope_type(rope: Mapping[str, Any]) -> str:
-    return str(rope.get("rope_type") or rope.get("type") or "default")
-
-
-def _original_length(config: Config, rope: Mapping[str, Any]) -> int:
-    """Length in tokens before any rope scaling; 0 if it is not known."""
-    key = "original_max_position_embeddings"
-    original = rope.get(key) or config.get(key) or config.get("max_position_embeddings")
-    return int(original or 0)
-
-
-def _rope_original_length(config: Config) -> int | None:
-    lengths = [
-        _original_length(config, rope)
-        for rope in _rope_settings(config)
-        if _rope_type(rope) in ("dynamic", "longrope", "su")
-    ]
-    return min(lengths, default=0) or None
-
-
-def _max_positions(config: Config) -> int | None:
-    """Longest document in tokens that the position encoding supports, rope scaling included."""
-    if not config.get("max_position_embeddings"):
-        return None
-    lengths = [int(config["max_position_embeddings"])]
-    for rope in _rope_settings(config):
-        factor = rope.get("factor") if _rope_type(rope) != "default" else None
-        lengths.append(int(_original_length(config, rope) * float(factor or 1)))
-    return max(lengths)
 
 
 def _count(config: Config, key: str) -> int:

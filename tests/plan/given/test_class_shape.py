@@ -61,7 +61,7 @@ def cache(tmp_path_factory, monkeypatch):
     """An empty cache, and the class counted in this process."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("RANKZERO_CACHE", str(folder))
-    monkeypatch.setattr(caching, "_count", counting.class_shape)
+    monkeypatch.setattr(caching, "_count", counting.count_shape)
     return folder
 
 
@@ -202,7 +202,7 @@ def test_a_model_with_its_own_code_is_counted_only_if_its_code_is_trusted(tmp_pa
     assert shape.is_from_class
     assert (shape.num_layers, len(shape.linears)) == (4, 28)
     with pytest.raises(ValueError, match=r"own_code|trust_remote_code"):
-        counting.class_shape(folder)
+        counting.count_shape(folder)
 
 
 def test_a_plan_says_that_a_class_is_not_yet_proven_and_which_command_proves_it(tmp_path):
@@ -257,7 +257,7 @@ def test_a_class_that_cannot_be_counted_is_refused_with_the_reason(tmp_path, mon
 
 def test_the_command_counts_in_a_process_of_its_own(tmp_path, monkeypatch):
     write(tmp_path, "olmo2", {})
-    here = counting.class_shape(tmp_path)
+    here = counting.count_shape(tmp_path)
     monkeypatch.undo()
     monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
     assert caching.class_shape(tmp_path) == here
