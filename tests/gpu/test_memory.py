@@ -119,6 +119,7 @@ def test_the_peak_is_predicted(tmp_path):
     assert max(errors) < 0.10
 
 
+@pytest.mark.engine
 @pytest.mark.timeout(300)  # another start of Python, torch and DeepSpeed for each rank
 def test_the_same_processes_measure_on_a_cpu(tmp_path):
     settings = BF16 | ON | {"zero_stage": 3}

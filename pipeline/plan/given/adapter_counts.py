@@ -102,7 +102,10 @@ def adapted_layers(shape: ModelShape, settings: RunSettings) -> tuple[AdaptedLay
 
 
 def lora_shapes(shape: ModelShape, settings: RunSettings) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the layers' tensors in the adapter file, as peft names them."""
+    """Keys and shapes of the linear layers' tensors in the adapter file, as peft names them.
+
+    Fused experts are not among them: their keys depend on how peft wraps them.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in adapted_layers(shape, settings):
         prefix = f"base_model.model.{layer.name}"
