@@ -17,7 +17,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.chat.encoder import load_tokenizer
 from pipeline.data.dataset.reader import open_split
 from pipeline.data.prepare.audit_table import audit_table
-from pipeline.data.prepare.prepare import check_first_rows, prepare
+from pipeline.data.prepare.prepare import check_first_rows, prepare_data
 from pipeline.data.prepare.show import number_of_documents, show_documents
 from pipeline.errors import UserError
 from pipeline.plan.given.class_proof import (
@@ -51,7 +51,7 @@ def prepare_and_show() -> None:
         fetch(settings.train_sources, "train_data")
         fetch(settings.eval_sources, "eval_data")
         check_first_rows(settings)
-        index = prepare(settings, data_dir)
+        index = prepare_data(settings, data_dir)
     if given.show:
         tokenizer = load_tokenizer(settings.model_folder, settings.trust_remote_code)
         show_documents(console, open_split(index.train), tokenizer, given.show)

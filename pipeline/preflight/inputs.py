@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.data.chat.encoder import load_tokenizer, require_tokenizer
 from pipeline.data.dataset.reader import INDEX, DataIndex
-from pipeline.data.prepare.prepare import check_rows, prepare
+from pipeline.data.prepare.prepare import check_rows, prepare_data
 from pipeline.errors import UserError
 from pipeline.model.fingerprint import sampled_fingerprint
 from pipeline.model.tensor_files import read_header
@@ -161,7 +161,7 @@ def _probe_rows(context: RankContext) -> dict[str, Any]:
     documents = tokens = 0
     if total is None or total <= _MAX_HASHED_BYTES:
         with tempfile.TemporaryDirectory(prefix="preflight-") as folder:
-            index = prepare(settings, Path(folder), _SAMPLE_DOCUMENTS).train
+            index = prepare_data(settings, Path(folder), _SAMPLE_DOCUMENTS).train
             documents, tokens = index.documents, index.supervised_tokens
     return {"is_complete": is_complete, "documents": documents, "supervised": tokens}
 

@@ -15,7 +15,7 @@ from pipeline.cluster.exits import is_lost_connection
 from pipeline.config.load import dump_settings
 from pipeline.data.dataset.reader import DataIndex
 from pipeline.data.prepare.audit import audit_summary
-from pipeline.data.prepare.prepare import check_first_rows, prepare, train_key
+from pipeline.data.prepare.prepare import check_first_rows, prepare_data, train_key
 from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.files import dump_json, write_text
 from pipeline.model.fingerprint import record_base_of_run
@@ -97,7 +97,7 @@ class RunFolder:
         context = self._context
         limit = _DEBUG_ROWS if context.is_debug else None
         with context.stops.interrupting():  # it may take hours
-            index = prepare(context.settings, self.path / "data", limit)
+            index = prepare_data(context.settings, self.path / "data", limit)
             plan = context.plan.with_data(index.train.size)
             self.checkpoints = checkpoints_of(self.path, plan, self.start, index.train.key)
             if self.resumed is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.settings import RunSettings
-from pipeline.data.prepare.prepare import prepare
+from pipeline.data.prepare.prepare import prepare_data
 from tests import ROOT
 
 TURNS, LONG_ROWS, SHORT_ROWS = 1000, 8, 4000
@@ -55,7 +55,7 @@ def _speed(model: Path, data: Path, run: Path) -> float:
         model=str(model), train_data=str(data), output_dir=str(run), max_length=2**20, packing=False
     )
     start = time.perf_counter()
-    index = prepare(settings, run / "data", processes=1).train
+    index = prepare_data(settings, run / "data", processes=1).train
     return index.tokens / (time.perf_counter() - start)
 
 

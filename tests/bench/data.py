@@ -29,8 +29,8 @@ import psutil
 from pipeline.config.settings import RunSettings
 from pipeline.data.chat.encoder import load_tokenizer
 from pipeline.data.dataset.packing import best_fit_decreasing, fill_gaps, make_packs
-from pipeline.data.prepare.parallel import in_order, usable_cpus
-from pipeline.data.prepare.prepare import prepare
+from pipeline.data.prepare.parallel import parallel_map, usable_cpus
+from pipeline.data.prepare.prepare import prepare_data
 from tests.bench import waiting
 from tests.bench.agents import agents
 from tests.bench.gsm8k import LENGTHS
@@ -120,7 +120,7 @@ def speed(arguments: argparse.Namespace, folder: Path) -> None:
 
 def _run_bare(model: Path, call: str, texts: list[str]) -> None:
     chunks = (texts[i : i + _CHUNK_ROWS] for i in range(0, len(texts), _CHUNK_ROWS))
-    for _ in in_order(chunks, partial(Bare, model, call), processes=PROCESSES):
+    for _ in parallel_map(chunks, partial(Bare, model, call), processes=PROCESSES):
         pass
 
 
@@ -147,7 +147,7 @@ def _value(kind: str, question: str, answer: str) -> dict[str, Any]:
 
 
 def _run_prepare(settings: RunSettings) -> None:
-    prepare(settings, Path(settings.output_dir) / "data", processes=PROCESSES)
+    prepare_data(settings, Path(settings.output_dir) / "data", processes=PROCESSES)
 
 
 def _cost(work: Callable[..., Any], *given: Any) -> tuple[float, float]:

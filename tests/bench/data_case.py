@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.data.prepare.prepare import check_first_rows, prepare
+from pipeline.data.prepare.prepare import check_first_rows, prepare_data
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     model, data, run, what = sys.argv[1:]
     settings = settings_of(Path(model), Path(data), Path(run))
     if what == "prepare":
-        prepare(settings, Path(run) / "data")
+        prepare_data(settings, Path(run) / "data")
         return
     from pipeline.data.dataset.reader import open_split
     from pipeline.data.order.batches import build_batch
@@ -28,7 +28,7 @@ def main() -> None:
     flops = sequence_flops(cost_per_token(read_shape(model), settings, "bfloat16"))
     begun = time.perf_counter()
     check_first_rows(settings)
-    split = open_split(prepare(settings, Path(run) / "data").train)
+    split = open_split(prepare_data(settings, Path(run) / "data").train)
     shape = BatchLayout(world_size=1, accumulation_steps=4, micro_batch_size=4, flops=flops)
     work = RankWork(split, shape, seed=42, rank=0, steps=range(10))
     build_batch(split, work[0].sequences)

@@ -1,5 +1,5 @@
 """Tokenisation of examples: token ids and the loss mask, with the model's own chat template.
 
-Input: an Example and a tokenizer. Output: a document (ids, mask), or the reason for its rejection.
+In: an Example and a tokenizer. Out: its documents (ids, mask), or the reason for its rejection.
 Open `encoder.py` first.
 """

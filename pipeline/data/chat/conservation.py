@@ -1,4 +1,4 @@
-"""Check that a rendered row contains all of its leaves (docs/masks.md lists their kinds)."""
+"""Check that the rendered text of a row contains all of its leaves (docs/masks.md)."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from pipeline.data.chat.leaves import (
     TOOLS,
     Kind,
     Leaf,
-    names,
+    leaf_names,
     placeholder_of_same_shape,
     reasoning_blocks,
 )
@@ -19,32 +19,42 @@ from pipeline.data.chat.template import ChatTemplate, Rendering, Span
 from pipeline.data.chat.traced import TracedSpan
 from pipeline.rows.examples import Conversation, RowError
 
-_MAX_CACHED_SHAPES = 256  # bounds memory: the cache key of a long agent row is long
+_MAX_CACHED_SHAPES = 256  # limits the memory of the keys, which are long for agent rows
 
 
 @dataclass(frozen=True)
 class Omissions:
-    """Leaves missing from a rendering. `thoughts`: only whole reasoning blocks are missing."""
+    """Leaves missing from a rendering.
+
+    `lost`: leaves of which other text than reasoning is missing, or only a part of the reasoning.
+    `blocks`: leaves of which complete reasoning blocks are missing, with the texts of the blocks.
+    """
 
     lost: list[Leaf] = field(default_factory=list)
-    thoughts: list[tuple[Leaf, list[str]]] = field(default_factory=list)
+    reasoning: list[tuple[Leaf, list[str]]] = field(default_factory=list)
 
 
 class Conservation:
-    """Finds leaves that a chat template omits; only reasoning may be omitted, and by design."""
+    """Finds leaves that a chat template omits, and raises RowError for them.
+
+    The exception is reasoning that the template omits by design, in every row of the same shape.
+    """
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
         self._by_design: dict[tuple[object, ...], frozenset[int]] = {}
 
-    def omitted_thoughts(
+    def omitted_reasoning(
         self, conversation: Conversation, rendering: Rendering
     ) -> dict[int, list[str]]:
-        """Reasoning that the template omits by design, by message; RowError for other omissions."""
+        """Texts of the reasoning that the template omits by design, by message index.
+
+        Raises RowError for any other omission.
+        """
         omissions = _omissions(conversation, rendering)
         lost, omitted = omissions.lost, dict[int, list[str]]()
-        by_design = self._omits_by_design(conversation) if omissions.thoughts else frozenset()
-        for leaf, texts in omissions.thoughts:
+        by_design = self._omits_by_design(conversation) if omissions.reasoning else frozenset()
+        for leaf, texts in omissions.reasoning:
             if leaf.message in by_design:
                 omitted.setdefault(leaf.message, []).extend(texts)
             else:
@@ -62,16 +72,16 @@ class Conservation:
             )
         is_reasoning = lost[0].kind is Kind.REASONING
         remedy = "; put it into the content as <think>...</think>" if is_reasoning else ""
-        return f"the chat template does not write {names(lost)}{remedy}"
+        return f"the chat template does not write {leaf_names(lost)}{remedy}"
 
     def _omits_by_design(self, conversation: Conversation) -> frozenset[int]:
-        """Messages whose reasoning the template omits in every row of this shape."""
+        """Indexes of the messages whose reasoning the template omits in every row of this shape."""
         fixed, key = placeholder_of_same_shape(conversation)
         if key not in self._by_design:
             if len(self._by_design) >= _MAX_CACHED_SHAPES:
                 self._by_design.clear()
             try:
-                omitted = _omissions(fixed, self._template.render(fixed)).thoughts
+                omitted = _omissions(fixed, self._template.render(fixed)).reasoning
             except RowError:
                 omitted = []
             knows_key = self._template.reads(*REASONING_KEYS)
@@ -90,30 +100,30 @@ def _omissions(conversation: Conversation, rendering: Rendering) -> Omissions:
     for leaf, spans in zip(rendering.leaves, written, strict=True):
         if spans:
             scalars.position = spans[0].stop
-        if leaf.kind is Kind.STRUCTURAL or _is_whole(leaf, spans):
+        if leaf.kind is Kind.STRUCTURAL or _is_complete(leaf, spans):
             continue
         if not isinstance(leaf.value, str):
             is_written = scalars.is_written(leaf)
         elif leaf.kind is Kind.REASONING and not spans and leaf.value.strip():
-            result.thoughts.append((leaf, [leaf.value]))
+            result.reasoning.append((leaf, [leaf.value]))
             continue
         else:
-            gaps = list(_unwritten(leaf.value, spans, rendering.text))
-            thoughts = _omitted_thoughts(leaf, gaps, conversation)
-            if thoughts:
-                result.thoughts.append((leaf, thoughts))
-            is_written = not gaps or thoughts is not None
+            gaps = list(_missing_parts(leaf.value, spans, rendering.text))
+            blocks = _omitted_reasoning(leaf, gaps, conversation)
+            if blocks:
+                result.reasoning.append((leaf, blocks))
+            is_written = not gaps or blocks is not None
         if not is_written:
             result.lost.append(leaf)
     return result
 
 
-def _is_whole(leaf: Leaf, spans: Sequence[TracedSpan]) -> bool:
+def _is_complete(leaf: Leaf, spans: Sequence[TracedSpan]) -> bool:
     return bool(spans) and spans[0].first == 0 and spans[0].last == len(leaf.value)
 
 
-def _unwritten(value: str, spans: Sequence[TracedSpan], text: str) -> Iterator[Span]:
-    """Parts of a text that the template omits, except white space that is cut or replaced."""
+def _missing_parts(value: str, spans: Sequence[TracedSpan], text: str) -> Iterator[Span]:
+    """Spans of a text that the template omits, except white space that it strips or replaces."""
     covered = sorted((span.first, span.last, span.start, span.stop) for span in spans)
     at = 0
     edges = [(0, 0, 0, 0), *covered, (len(value), len(value), len(text), len(text))]
@@ -128,25 +138,26 @@ def _unwritten(value: str, spans: Sequence[TracedSpan], text: str) -> Iterator[S
 
 
 def _is_separated(text: str, start: int, stop: int) -> bool:
-    """Whether white space or markup separates two written parts."""
+    """Whether the template writes white space or markup between two parts of a text."""
     return start < stop and not text[start:stop].isalnum()
 
 
-def _omitted_thoughts(
+def _omitted_reasoning(
     leaf: Leaf, gaps: Sequence[Span], conversation: Conversation
 ) -> list[str] | None:
-    """The reasoning missing from a content; None if other text, or only a part of it, is missing.
+    """Texts of the reasoning blocks that are missing from a content.
 
-    Empty if only the reasoning's tags are missing: the template writes its own tags.
+    None if other text is missing, or only a part of a block. Empty if only the tags of blocks are
+    missing, because the template writes its own tags.
     """
-    thoughts = list(reasoning_blocks(conversation.messages[leaf.message]))
-    if leaf.kind is not Kind.CONTENT or not _are_within(gaps, thoughts, leaf.value):
+    blocks = list(reasoning_blocks(conversation.messages[leaf.message]))
+    if leaf.kind is not Kind.CONTENT or not _are_within(gaps, blocks, leaf.value):
         return None
     omitted, kept = [], 0
-    for _, (start, stop) in thoughts:
+    for _, (start, stop) in blocks:
         inner = leaf.value[start:stop]
         missing = "".join(leaf.value[max(a, start) : min(b, stop)] for a, b in gaps if a < stop)
-        if _without_space(missing) not in ("", _without_space(inner)):
+        if _strip_all_space(missing) not in ("", _strip_all_space(inner)):
             return None
         if missing.strip():
             omitted.append(inner)
@@ -155,11 +166,11 @@ def _omitted_thoughts(
     return None if omitted and kept else omitted
 
 
-def _are_within(gaps: Sequence[Span], thoughts: Sequence[tuple[Span, Span]], value: str) -> bool:
-    """Whether the gaps cover only reasoning blocks and white space around them."""
+def _are_within(gaps: Sequence[Span], blocks: Sequence[tuple[Span, Span]], value: str) -> bool:
+    """Whether all gaps are in reasoning blocks and in the white space around them."""
     for start, stop in gaps:
         inside = [False] * (stop - start)
-        for (first, last), _ in thoughts:
+        for (first, last), _ in blocks:
             for i in range(max(first, start), min(last, stop)):
                 inside[i - start] = True
         outside = [value[start + i] for i, is_inside in enumerate(inside) if not is_inside]
@@ -168,22 +179,22 @@ def _are_within(gaps: Sequence[Span], thoughts: Sequence[tuple[Span, Span]], val
     return True
 
 
-def _without_space(text: str) -> str:
+def _strip_all_space(text: str) -> str:
     return "".join(text.split())
 
 
 class _Scalars:
-    """Finds scalars, which have no spans: each must be written after the preceding leaf."""
+    """Searches for scalars, which have no spans, in the text after the preceding leaf."""
 
     def __init__(self, rendering: Rendering) -> None:
         self._text, self._leaves = rendering.text, rendering.leaves
         self._starts = [span.start for span in rendering.spans]
         self._spans = rendering.spans
         self._tools: str | None = None
-        self.position = 0  # offset in the text after the preceding leaf
+        self.position = 0  # offset in the text at which the preceding leaf ends
 
     def is_written(self, leaf: Leaf) -> bool:
-        """Whether the leaf is written after the preceding one, or anywhere among the tools."""
+        """Whether the leaf is written before the next string; for tools, anywhere among them."""
         spelled = {dumps(leaf.value), str(leaf.value)}
         if leaf.message == TOOLS:
             return any(form in self._around_tools for form in spelled)
@@ -201,12 +212,12 @@ class _Scalars:
 
     @property
     def _around_tools(self) -> str:
-        """The template's text between the strings of the tools: templates reorder schemas."""
+        """Text between the strings of the tools, in which the order of scalars may differ."""
         if self._tools is None:
-            pieces = []
+            texts = []
             bounds = [*self._starts[1:], len(self._text)]
             for span, following in zip(self._spans, bounds, strict=True):
                 if self._leaves[span.source].message == TOOLS:
-                    pieces.append(self._text[span.stop : following])
-            self._tools = "\n".join(pieces)
+                    texts.append(self._text[span.stop : following])
+            self._tools = "\n".join(texts)
         return self._tools

@@ -1,8 +1,8 @@
 """Encoder: tokenises an example and computes its loss mask.
 
-The model's own chat template renders a conversation once, as a whole, and the text is tokenised
-once. The supervised span of an assistant turn is the text that the model has to generate, through
-its end-of-turn token.
+The chat template renders a conversation as a whole, and the text is tokenised once. The supervised
+span of an assistant turn is the text that the model has to generate, including its end-of-turn
+token.
 """
 
 import shlex
@@ -40,15 +40,15 @@ _NO_END_OF_SEQUENCE = (
     "model: the tokenizer has no end-of-sequence token, so the model would never learn to "
     "stop; set eos_token in tokenizer_config.json"
 )
-_NOTHING = "no supervised token"
-_NOTHING_LEFT = (
+_NO_SUPERVISED_TOKEN = "no supervised token"
+_ANSWER_OMITTED = (
     "the chat template leaves nothing of an answer, so the model would learn to say nothing"
 )
 
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids and the loss mask of T tokens. The first token is never supervised."""
+    """Token ids and loss mask of T tokens. The first token is never supervised."""
 
     ids: npt.NDArray[np.int32]  # (T,)
     supervised: npt.NDArray[np.bool_]  # (T,)
@@ -58,8 +58,8 @@ class Document:
 class Encoded:
     """The documents of an example: one, or with split_turns one for each trained turn.
 
-    `token_counts`: counts for the audit. `omitted_thoughts`: tokens of reasoning that the template
-    omits by design. `special_tokens_in_text`: special tokens inside texts of the row.
+    `token_counts`: numbers of tokens for the audit. Its key `omitted_reasoning` counts reasoning
+    that the template omits by design, `special_tokens_in_text` special tokens in texts of the row.
     """
 
     documents: list[Document]
@@ -70,21 +70,21 @@ class Encoded:
 class _Draft:
     """A document before tokenisation.
 
-    `spans`: supervised characters, or with `is_inverse` the unsupervised ones. A text without chat
-    template has one span, which reaches to its end. `thoughts`: reasoning, never supervised.
-    `as_text`: special tokens of the row that are tokenised as ordinary text.
+    `spans`: supervised characters, or unsupervised ones if `spans_are_unsupervised`. A text without
+    chat template has one span, which ends with the text. `reasoning`: unsupervised reasoning.
+    `ordinary_text`: special tokens of the row to tokenise as ordinary text.
     """
 
     text: str
     spans: Sequence[Span]
     is_chat: bool = False
-    is_inverse: bool = False
-    thoughts: Sequence[Span] = ()
-    as_text: Sequence[Span] = ()
+    spans_are_unsupervised: bool = False
+    reasoning: Sequence[Span] = ()
+    ordinary_text: Sequence[Span] = ()
 
     @property
-    def is_all_text(self) -> bool:
-        """Whether the whole text is supervised; then token offsets are not needed."""
+    def is_fully_supervised(self) -> bool:
+        """Whether the whole text is supervised, so that token offsets are not needed."""
         return not self.is_chat and self.spans[0][0] == 0
 
 
@@ -95,12 +95,12 @@ class _Tokens:
     ids: list[int]
     offsets: list[Span]
 
-    def first_behind(self, start: int) -> int:
-        """Index of the first token that ends after a character."""
+    def first_token_after(self, start: int) -> int:
+        """Index of the first token that ends after this character offset."""
         return bisect_right(self.offsets, start, key=itemgetter(1))
 
     def num_before(self, stop: int) -> int:
-        """Number of tokens that start before a character."""
+        """Number of tokens that start before this character offset."""
         return bisect_left(self.offsets, stop, key=itemgetter(0))
 
 
@@ -130,8 +130,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if not tokenizer.is_fast or not len(tokenizer):
         raise UserError(
-            f"model: {folder}: no fast tokenizer, which alone knows the text of each token; "
-            "save it with a tokenizer.json"
+            f"model: {folder}: no fast tokenizer, which is needed for the text offsets of tokens; "
+            "save the tokenizer with a tokenizer.json"
         )
     return tokenizer
 
@@ -183,12 +183,15 @@ class Encoder:
         return encoded.documents
 
     def encode_many(self, examples: Sequence[Example]) -> list[Encoded | RowError]:
-        """Encode each example, or return why it is rejected. UserError as in `encode`."""
+        """Encode each example; a RowError in place of the result says why it is rejected.
+
+        Raises UserError for the tokenizer or its chat template.
+        """
         rows = [self._drafts_or_error(example) for example in examples]
         drafts = [draft for row in rows if not isinstance(row, RowError) for draft in row[0]]
-        whole = [draft for draft in drafts if not draft.as_text]
-        # Computing offsets costs a tenth of the time (2026-11-25).
-        is_fast = all(draft.is_all_text for draft in whole)
+        whole = [draft for draft in drafts if not draft.ordinary_text]
+        # Offsets take 10 % of the tokenisation time (2026-11-25).
+        is_fast = all(draft.is_fully_supervised for draft in whole)
         encode = self._backend.encode_batch_fast if is_fast else self._backend.encode_batch
         encodings = encode([draft.text for draft in whole], add_special_tokens=False)
         tokens = (_Tokens(e.ids, [] if is_fast else e.offsets) for e in encodings)
@@ -197,12 +200,16 @@ class Encoder:
             if isinstance(row, RowError):
                 results.append(row)
                 continue
-            mine = [(d, self._pieces(d) if d.as_text else next(tokens)) for d in row[0]]
+            mine = [
+                (d, self._tokenise_as_text(d) if d.ordinary_text else next(tokens)) for d in row[0]
+            ]
             try:
                 if isinstance(example, Tokens):
-                    documents = [self._checked(example)]
+                    documents = [self._pretokenised_document(example)]
                 else:
-                    documents = [self._document(draft, its_tokens) for draft, its_tokens in mine]
+                    documents = [
+                        self._document(draft, tokens_of_draft) for draft, tokens_of_draft in mine
+                    ]
             except RowError as error:
                 results.append(error)
             else:
@@ -210,11 +217,11 @@ class Encoder:
         return results
 
     def num_ends(self, supervised: npt.NDArray[np.int32]) -> int:
-        """Number of end-of-sequence and end-of-turn tokens among these supervised tokens."""
+        """Number of end-of-sequence and end-of-turn tokens in an array of token ids."""
         return sum(int(np.count_nonzero(supervised == end)) for end in self.ends)
 
     def last_answer(self, example: Example) -> tuple[str, str]:
-        """The prompt of the last answer, and that answer.
+        """The prompt of an example's last answer, and that answer.
 
         Raises RowError if the example has no prompt and answer.
         """
@@ -227,9 +234,9 @@ class Encoder:
         last = max(i for i, message in enumerate(example.messages) if message.role == "assistant")
         asked = replace(example, messages=example.messages[: last + 1])
         rendered = self._turns(bool(asked.tools)).render(asked, {last})
-        if last not in rendered.owned:
-            raise RowError(_NOTHING_LEFT)
-        start, stop = rendered.owned[last][0][0], rendered.owned[last][-1][1]
+        if last not in rendered.turn_spans:
+            raise RowError(_ANSWER_OMITTED)
+        start, stop = rendered.turn_spans[last][0][0], rendered.turn_spans[last][-1][1]
         encoding = self._backend.encode(rendered.text, add_special_tokens=False)
         tokens = _Tokens(encoding.ids, encoding.offsets)
         first = self._first_token(tokens, start)
@@ -238,7 +245,7 @@ class Encoder:
         return prompt, str(self._tokenizer.decode(answer, skip_special_tokens=True))
 
     def _turns(self, has_tools: bool) -> TurnFinder:
-        """The turn finder of the chat template; some models have another template for tools."""
+        """The turn finder of the chat template; some models have a separate template for tools."""
         has_own = has_tools and isinstance(self._tokenizer.chat_template, dict)
         if has_own not in self._finders:
             template = load_template(
@@ -273,9 +280,9 @@ class Encoder:
             names = ("`prompt`", "`completion`")
         special = self._special_in(text)
         named = [(span, names[span[0] >= border]) for span in special]
-        as_text = self._as_text(text, named, token_counts)
+        ordinary_text = self._as_text(text, named, token_counts)
         start = 0 if self._settings.train_on == "all" else border
-        return [_Draft(text, [(start, len(text))], as_text=as_text)]
+        return [_Draft(text, [(start, len(text))], ordinary_text=ordinary_text)]
 
     def _special_in(self, text: str) -> list[Span]:
         """Special tokens in a text without template, except the BOS and EOS that enclose it."""
@@ -307,7 +314,7 @@ class Encoder:
         return [span for span, _ in special] if is_text else []
 
     def _chat_drafts(self, conversation: Conversation, token_counts: Counter[str]) -> list[_Draft]:
-        finder, trained = self._turns(bool(conversation.tools)), self._trained(conversation)
+        finder, trained = self._turns(bool(conversation.tools)), self._trained_turns(conversation)
         omitted: list[str] = []
         if self._settings.split_turns:
             drafts = []
@@ -317,17 +324,17 @@ class Encoder:
                 drafts.append(self._chat_draft(part, rendered, [i], token_counts))
                 omitted += rendered.omitted.get(i, ())
             if not drafts:
-                raise RowError(_NOTHING)
+                raise RowError(_NO_SUPERVISED_TOKEN)
         else:
             rendered = finder.render(conversation, set(trained))
             drafts = [self._chat_draft(conversation, rendered, trained, token_counts)]
             omitted += (text for texts in rendered.omitted.values() for text in texts)
         if omitted:
             encodings = self._backend.encode_batch_fast(omitted, add_special_tokens=False)
-            token_counts["omitted_thoughts"] = sum(map(len, encodings))
+            token_counts["omitted_reasoning"] = sum(map(len, encodings))
         return drafts
 
-    def _trained(self, conversation: Conversation) -> list[int]:
+    def _trained_turns(self, conversation: Conversation) -> list[int]:
         turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
         if self._settings.train_on == "last-assistant":
             turns = turns[-1:]
@@ -341,50 +348,58 @@ class Encoder:
         token_counts: Counter[str],
     ) -> _Draft:
         settings = self._settings
-        if any(i not in rendered.owned for i in trained):
-            raise RowError(_NOTHING_LEFT)
+        if any(i not in rendered.turn_spans for i in trained):
+            raise RowError(_ANSWER_OMITTED)
         # With split_turns the last document contains the texts of all others: its count remains.
-        as_text = self._as_text(rendered.text, rendered.special, token_counts)
-        is_inverse = settings.train_on == "all"
+        ordinary_text = self._as_text(rendered.text, rendered.special, token_counts)
+        spans_are_unsupervised = settings.train_on == "all"
         chosen = trained
-        if is_inverse:
+        if spans_are_unsupervised:
             chosen = [i for i, m in enumerate(conversation.messages) if not m.is_trained]
         return _Draft(
             rendered.text,
-            [span for i in chosen for span in rendered.owned.get(i, ())],
+            [span for i in chosen for span in rendered.turn_spans.get(i, ())],
             is_chat=True,
-            is_inverse=is_inverse,
-            thoughts=[span for i in trained for span in rendered.thoughts[i]]
+            spans_are_unsupervised=spans_are_unsupervised,
+            reasoning=[span for i in trained for span in rendered.reasoning[i]]
             if not settings.train_on_reasoning
             else (),
-            as_text=as_text,
+            ordinary_text=ordinary_text,
         )
 
     def _document(self, draft: _Draft, tokens: _Tokens) -> Document:
-        document = self._chat(draft, tokens) if draft.is_chat else self._plain(draft, tokens)
+        document = (
+            self._chat_document(draft, tokens)
+            if draft.is_chat
+            else self._text_document(draft, tokens)
+        )
         document.supervised[:1] = False  # nothing predicts it
         if not document.supervised.any():
-            raise RowError(_NOTHING)
+            raise RowError(_NO_SUPERVISED_TOKEN)
         return document
 
-    def _chat(self, draft: _Draft, tokens: _Tokens) -> Document:
+    def _chat_document(self, draft: _Draft, tokens: _Tokens) -> Document:
         # No BOS is added: the template writes it if the model uses one.
-        supervised = np.full(len(tokens.ids), draft.is_inverse)
+        supervised = np.full(len(tokens.ids), draft.spans_are_unsupervised)
         for start, stop in draft.spans:
             first = self._first_token(tokens, start)
-            supervised[first : tokens.num_before(stop)] = not draft.is_inverse
-        for start, stop in draft.thoughts:
+            supervised[first : tokens.num_before(stop)] = not draft.spans_are_unsupervised
+        for start, stop in draft.reasoning:
             # A token that extends past the end of the reasoning belongs to the answer.
-            supervised[self._first_token(tokens, start) : tokens.first_behind(stop)] = False
+            supervised[self._first_token(tokens, start) : tokens.first_token_after(stop)] = False
         return Document(np.array(tokens.ids, dtype=np.int32), supervised)
 
-    def _plain(self, draft: _Draft, tokens: _Tokens) -> Document:
-        """Add BOS and EOS to a text; split the token across the prompt's end, as in generation."""
+    def _text_document(self, draft: _Draft, tokens: _Tokens) -> Document:
+        """The document of a text without chat template, with BOS and EOS.
+
+        A token that spans the end of the prompt is split, because the prompt is tokenised alone in
+        generation.
+        """
         ((start, end),) = draft.spans
-        ids, is_all_text = tokens.ids, draft.is_all_text
-        first = 0 if is_all_text else self._first_token(tokens, start)
-        if not is_all_text and start < end and tokens.offsets[first][0] < start:
-            before, after = self._cut(draft.text, start, ids)
+        ids, is_fully_supervised = tokens.ids, draft.is_fully_supervised
+        first = 0 if is_fully_supervised else self._first_token(tokens, start)
+        if not is_fully_supervised and start < end and tokens.offsets[first][0] < start:
+            before, after = self._tokenise_split(draft.text, start, ids)
             ids, first = before + after, len(before)
         assert self._eos is not None  # checked when the draft was created
         if self._bos is not None and ids[:1] != [self._bos]:
@@ -395,14 +410,14 @@ class Encoder:
         supervised[:first] = False
         return Document(np.array(ids, dtype=np.int32), supervised)
 
-    def _pieces(self, draft: _Draft) -> _Tokens:
-        """Tokenise a text in which the special tokens `as_text` are ordinary text.
+    def _tokenise_as_text(self, draft: _Draft) -> _Tokens:
+        """Tokenise a draft whose special tokens in `ordinary_text` are ordinary text.
 
-        The other special tokens split the text into segments, as in every tokenizer.
+        All other special tokens divide the text into segments that are tokenised separately.
         """
         text, at, result = draft.text, 0, _Tokens([], [])
         border = None if draft.is_chat else draft.spans[0][0]  # no token may cross a prompt's end
-        hidden = [start for start, _ in draft.as_text]
+        hidden = [start for start, _ in draft.ordinary_text]
         encoding = self._backend.encode(text, add_special_tokens=False)
         for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if border is not None and start >= border > at:
@@ -418,23 +433,27 @@ class Encoder:
         return result
 
     def _add_as_text(self, text: str, span: Span, tokens: _Tokens) -> None:
-        """Tokenise a segment of a text as ordinary text and add its tokens."""
+        """Tokenise a segment as ordinary text and append its tokens to `tokens`."""
         start, stop = span
         self._backend.encode_special_tokens = True
         try:
             # After a line break, SentencePiece adds no space before the segment.
-            led = self._backend.encode(f"\n{text[start:stop]}", add_special_tokens=False)
+            encoding = self._backend.encode(f"\n{text[start:stop]}", add_special_tokens=False)
         finally:
             self._backend.encode_special_tokens = False
-        for token, (first, last) in zip(led.ids, led.offsets, strict=True):
+        for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
             if last > 1:
                 tokens.ids.append(token)
                 tokens.offsets.append((start + max(first, 1) - 1, start + last - 1))
 
-    def _cut(self, text: str, start: int, whole: list[int]) -> tuple[list[int], list[int]]:
-        """Tokenise a text before and after `start` separately; no token of `whole` begins there.
+    def _tokenise_split(
+        self, text: str, start: int, whole: list[int]
+    ) -> tuple[list[int], list[int]]:
+        """Tokenise the text before and after `start` separately.
 
-        SentencePiece adds a space at the beginning of a text, but not after a line break.
+        `whole`: ids of the whole text, to which the result must be equivalent. The part after
+        `start` may need a line break before it, as SentencePiece adds a space at the start of a
+        text, but not after a line break.
         """
         before, after = (
             self._backend.encode(part, add_special_tokens=False).ids
@@ -443,32 +462,35 @@ class Encoder:
         wanted = self._backend.decode(whole, skip_special_tokens=False)
         if self._backend.decode(before + after, skip_special_tokens=False) == wanted:
             return before, after
-        led = self._backend.encode(f"\n{text[start:]}", add_special_tokens=False)
-        after = [token for token, (at, _) in zip(led.ids, led.offsets, strict=True) if at]
+        encoding = self._backend.encode(f"\n{text[start:]}", add_special_tokens=False)
+        after = [token for token, (at, _) in zip(encoding.ids, encoding.offsets, strict=True) if at]
         if self._backend.decode(before + after, skip_special_tokens=False) == wanted:
             return before, after
-        raise RowError("the tokenizer cannot cut the text between `prompt` and `completion`")
+        raise RowError("the tokenizer cannot split the text between `prompt` and `completion`")
 
     def _first_token(self, tokens: _Tokens, start: int) -> int:
-        """Index of a span's first token, which may begin before the span unless it is special."""
-        first = tokens.first_behind(start)
+        """Index of the first token of a span.
+
+        The token may begin before the span, unless it is a special token.
+        """
+        first = tokens.first_token_after(start)
         if first < len(tokens.ids) and tokens.offsets[first][0] < start:
             return first + (tokens.ids[first] in self._special_ids)
         return first
 
-    def _checked(self, tokens: Tokens) -> Document:
+    def _pretokenised_document(self, tokens: Tokens) -> Document:
         ids, size = np.array(tokens.ids, dtype=np.int64), len(self._tokenizer)
         if ids.size and (ids.min() < 0 or ids.max() >= size):
             raise RowError(f"`input_ids` has an id outside of the model's {size} tokens")
         supervised = np.array(tokens.supervised, dtype=np.bool_)
         supervised[:1] = False
         if not supervised.any():
-            raise RowError(_NOTHING)
+            raise RowError(_NO_SUPERVISED_TOKEN)
         return Document(ids.astype(np.int32), supervised)
 
 
 def _end_tokens(eos: int | None, folder: Path, special: Mapping[str, int]) -> list[str]:
-    """Special tokens that stop generation: eos_token and those of generation_config.json."""
+    """Special tokens that stop generation, from the tokenizer and generation_config.json."""
     try:
         named = read_json(folder / "generation_config.json").get("eos_token_id")
     except (OSError, ValueError):

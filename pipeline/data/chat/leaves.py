@@ -1,7 +1,7 @@
-"""The input of a chat template: messages and tools whose strings are traced to leaves of the row.
+"""Messages and tools for a chat template, in which every string is traced to a leaf of the row.
 
-A leaf is a string, a key or a number in messages, tool calls, arguments, tools and reasoning.
-Strings and keys are `Traced` (traced.py); their source is the index of their leaf.
+A leaf is a string, a key or a scalar in messages, tool calls, arguments, tools and reasoning.
+Strings and keys are `Traced` objects (traced.py) whose source is the index of their leaf.
 """
 
 import re
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
-from pipeline.data.chat.traced import Arguments, from_source, joined
+from pipeline.data.chat.traced import Arguments, join_traced, traced_from
 from pipeline.rows.examples import Conversation, Message
 
-TOOLS = -1  # message index of leaves that belong to tool definitions, not to a message
+TOOLS = -1  # message index of leaves in tool definitions
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # synonyms in transformers
-# JSON Schema keywords that a template may translate into its own notation, or leave out.
+# JSON Schema keywords that a template may omit or translate into its own notation.
 STRUCTURE_OF_TOOLS = frozenset(
     ("type", "required", "additionalProperties", "strict", "$schema", "nullable")
 )
@@ -24,16 +24,16 @@ _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 
 
 class Kind(Enum):
-    """Kind of a leaf: decides whether a template may omit it (conservation.py)."""
+    """Kind of a leaf, which determines whether a template may omit it (conservation.py)."""
 
-    STRUCTURAL = "structural"  # may be omitted, such as the id of a tool call
-    CONTENT = "content"
-    REASONING = "reasoning"
-    OTHER = "other"  # the rest of tool calls and tool definitions: must be written
+    STRUCTURAL = "structural"  # such as the id of a tool call: may be omitted
+    CONTENT = "content"  # must be written, except reasoning blocks within it
+    REASONING = "reasoning"  # may be omitted if the template does so by design
+    REQUIRED = "required"  # other parts of tool calls and tool definitions: must be written
 
 
 class Leaf(NamedTuple):
-    """A string or scalar of a row. `message`: index or TOOLS. `path`: its keys and indexes."""
+    """A string or scalar of a row. `message`: message index or TOOLS. `path`: keys and indexes."""
 
     message: int
     kind: Kind
@@ -51,9 +51,9 @@ class Leaf(NamedTuple):
 class Style:
     """Form in which a template accepts tool calls and reasoning.
 
-    `empty_content`: content of a message with calls only. `ids`: of calls: given (as in the row),
-    short (nine letters and digits) or named (functions.NAME:NUMBER). `has_reasoning_parts`:
-    reasoning is a part of the content, of the type "thinking".
+    `empty_content`: content of a message that has only calls. `ids`: ids of calls, which are
+    `given` (as in the row), `short` (nine letters and digits) or `named` (functions.NAME:NUMBER).
+    `has_reasoning_parts`: reasoning is a part of the content, of the type "thinking".
     """
 
     empty_content: str | None = ""
@@ -63,7 +63,7 @@ class Style:
 
 @dataclass
 class TracedConversation:
-    """Messages and tools for the template, and the leaves in them."""
+    """Messages and tools for the template, with the leaves that they consist of."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     tools: list[dict[str, Any]] = field(default_factory=list)
@@ -86,7 +86,7 @@ def _paths(root: Any, value: object, path: str) -> Iterator[str]:
 
 
 def trace(conversation: Conversation, style: Style) -> TracedConversation:
-    """Trace a conversation: the messages and tools to render, and their leaves."""
+    """Convert a conversation to traced messages and tools."""
     return _Tracer(style).trace(conversation)
 
 
@@ -130,11 +130,11 @@ class _Tracer:
                 result = {"thinking": text, **result, "reasoning_content": text, key: text}
             else:
                 is_structural = message.role == "tool" and key in ("name", "tool_call_id")
-                kind = Kind.STRUCTURAL if is_structural else Kind.OTHER
+                kind = Kind.STRUCTURAL if is_structural else Kind.REQUIRED
                 if key != "tool_call_id":
                     result[key] = self._value(value, (*path, key), kind)
         if message.role == "tool":
-            self._answer(result, others.get("tool_call_id"), (*path, "tool_call_id"))
+            self._add_result_id(result, others.get("tool_call_id"), (*path, "tool_call_id"))
         return result
 
     def _call(self, call: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
@@ -142,13 +142,13 @@ class _Tracer:
         function: dict[str, Any] = {}
         for key, value in given.items():
             if key == "arguments" and isinstance(value, Mapping):
-                function[key] = Arguments(self._value(value, (*path, key), Kind.OTHER))
+                function[key] = Arguments(self._value(value, (*path, key), Kind.REQUIRED))
             else:
-                function[key] = self._value(value, (*path, key), Kind.OTHER)
+                function[key] = self._value(value, (*path, key), Kind.REQUIRED)
         result: dict[str, Any] = {"type": "function", "function": function}
         for key, value in call.items():
             if key not in ("function", "type", "id"):
-                kind = Kind.STRUCTURAL if key == "index" else Kind.OTHER
+                kind = Kind.STRUCTURAL if key == "index" else Kind.REQUIRED
                 result[key] = self._value(value, (*path, key), kind)
         call_id = self._id(call.get("id"), function["name"])
         if call_id:
@@ -165,14 +165,16 @@ class _Tracer:
         elif self._style.ids == "named":
             before, found, after = old.rpartition(name)
             parts = (before, name, after) if found else ("functions.", name, f":{self._num_calls}")
-            new = joined(parts)
+            new = join_traced(parts)
         else:
             return old
         if old:
             self._new_ids[old] = str.__str__(new)
         return new
 
-    def _answer(self, result: dict[str, Any], given: Any, path: tuple[str | int, ...]) -> None:
+    def _add_result_id(
+        self, result: dict[str, Any], given: Any, path: tuple[str | int, ...]
+    ) -> None:
         """Give a tool result the id of its call: by id, or in order if the row has no ids."""
         call_id = self._new_ids.get(given, given) if isinstance(given, str) else None
         if call_id in self._unanswered:
@@ -192,7 +194,7 @@ class _Tracer:
             return text
         leaves = self._result.leaves
         leaves.append(Leaf(self._message, kind, path, text))
-        return from_source(text, len(leaves) - 1)
+        return traced_from(text, len(leaves) - 1)
 
     def _value(self, value: Any, path: tuple[str | int, ...], kind: Kind) -> Any:
         """A copy of a value with its keys and strings traced."""
@@ -205,22 +207,22 @@ class _Tracer:
             }
         if isinstance(value, list | tuple):
             return [self._value(item, (*path, n), kind) for n, item in enumerate(value)]
-        if value is not None or kind is Kind.OTHER:
+        if value is not None or kind is Kind.REQUIRED:
             self._result.leaves.append(Leaf(self._message, kind, path, value))
         return value
 
     def _tool(self, value: Any, path: tuple[str | int, ...]) -> Any:
-        """A copy of a part of a tool's schema; traces everything except JSON Schema keywords."""
+        """Copy a part of a tool's schema, with everything traced except JSON Schema keywords."""
         if isinstance(value, list | tuple):
             return [self._tool(item, (*path, n)) for n, item in enumerate(value)]
         if not isinstance(value, Mapping):
-            return self._value(value, path, Kind.OTHER)
+            return self._value(value, path, Kind.REQUIRED)
         result: dict[str, Any] = {}
         are_names = path[-1] in _PARAMETER_MAPS
         for key, item in value.items():
             inner = (*path, key)
             if are_names:
-                result[self._text(key, inner, Kind.OTHER)] = self._tool(item, inner)
+                result[self._text(key, inner, Kind.REQUIRED)] = self._tool(item, inner)
             elif key in STRUCTURE_OF_TOOLS:
                 result[key] = item
             else:
@@ -236,7 +238,7 @@ _REASONING_BLOCK = re.compile(
 
 
 def reasoning_blocks(message: Message) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Spans of each reasoning block in a message's content: with its tags, and without."""
+    """Yield two spans for each reasoning block in a message's content: with and without tags."""
     if message.role != "assistant" or ("</" not in message.content and "[/" not in message.content):
         return
     for match in _REASONING_BLOCK.finditer(message.content):
@@ -245,29 +247,31 @@ def reasoning_blocks(message: Message) -> Iterator[tuple[tuple[int, int], tuple[
 
 
 def placeholder_of_same_shape(conversation: Conversation) -> tuple[Conversation, tuple[Any, ...]]:
-    """A placeholder conversation with this one's roles, calls and reasoning, and its cache key.
+    """A placeholder conversation of the same shape as this one, and a hashable key of the shape.
 
-    Rows of the same shape have the same placeholder conversation and the same key.
+    The shape is the sequence of roles, and which messages have content, calls and reasoning.
     """
     key: list[Any] = [bool(conversation.tools)]
     messages = []
     for number, message in enumerate(conversation.messages):
         others: dict[str, Any] = {}
         if message.others.get("tool_calls"):
-            others["tool_calls"] = [example_call()]
+            others["tool_calls"] = [placeholder_call()]
         reasoning = [k for k in REASONING_KEYS if message.others.get(k)]
         if reasoning:
-            others[reasoning[0]] = f"thought {number}"
+            others[reasoning[0]] = f"reasoning {number}"
         content = f"text {number}" if message.content.strip() else ""
-        has_thought = any(True for _ in reasoning_blocks(message))
-        if has_thought:
-            content = f"<think>\nthought {number}\n</think>\n\ntext {number}"
+        has_reasoning_block = any(True for _ in reasoning_blocks(message))
+        if has_reasoning_block:
+            content = f"<think>\nreasoning {number}\n</think>\n\ntext {number}"
         messages.append(Message(message.role, content, True, others))
-        key.append((message.role, bool(content), has_thought, *others))
-    return Conversation(tuple(messages), (EXAMPLE_TOOL,) if conversation.tools else ()), tuple(key)
+        key.append((message.role, bool(content), has_reasoning_block, *others))
+    return Conversation(tuple(messages), (PLACEHOLDER_TOOL,) if conversation.tools else ()), tuple(
+        key
+    )
 
 
-EXAMPLE_TOOL: Mapping[str, Any] = {
+PLACEHOLDER_TOOL: Mapping[str, Any] = {
     "type": "function",
     "function": {
         "name": "lookup",
@@ -281,28 +285,28 @@ EXAMPLE_TOOL: Mapping[str, Any] = {
 }
 
 
-def example_call() -> Mapping[str, Any]:
-    """A call of the example tool."""
+def placeholder_call() -> Mapping[str, Any]:
+    """A call of the placeholder tool."""
     function = {"name": "lookup", "arguments": {"word": "tree"}}
     return {"type": "function", "id": "call_lookup", "function": function}
 
 
-def example(*roles: str) -> Conversation:
-    """A placeholder conversation; the role `call` is an assistant's call of the example tool."""
+def placeholder(*roles: str) -> Conversation:
+    """A placeholder conversation of these roles; `call` is a tool call of the assistant."""
     messages: list[Message] = []
     for number, role in enumerate(roles):
         if role == "call":
-            others: Mapping[str, Any] = {"tool_calls": [example_call()]}
+            others: Mapping[str, Any] = {"tool_calls": [placeholder_call()]}
             messages.append(Message("assistant", "", True, others))
         elif role == "tool":
             messages.append(Message("tool", "a result", True, {"tool_call_id": "call_lookup"}))
         else:
             messages.append(Message(role, f"{role} says {number}", True))  # type: ignore[arg-type]
     has_calls = "call" in roles
-    return Conversation(tuple(messages), (EXAMPLE_TOOL,) if has_calls else ())
+    return Conversation(tuple(messages), (PLACEHOLDER_TOOL,) if has_calls else ())
 
 
-def names(leaves: Sequence[Leaf]) -> str:
+def leaf_names(leaves: Sequence[Leaf]) -> str:
     """The names of the first three leaves, for an error message."""
     unique = list(dict.fromkeys(leaf.name for leaf in leaves))  # a key has the name of its value
     return ", ".join(unique[:3]) + (f" and {len(unique) - 3} more" if len(unique) > 3 else "")

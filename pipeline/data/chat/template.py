@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.chat.leaves import REASONING_KEYS, Kind, Leaf, Style, example, trace
+from pipeline.data.chat.leaves import REASONING_KEYS, Kind, Leaf, Style, placeholder, trace
 from pipeline.data.chat.traced import GENERATED, TracedSpan, make_environment, spans_of
 from pipeline.errors import UserError
 from pipeline.rows.examples import Conversation, RowError
@@ -33,7 +33,10 @@ _CHATML = (
 
 @dataclass(frozen=True)
 class Rendering:
-    """A conversation as text; `spans`: in text order; `generated`: {% generation %} blocks."""
+    """A conversation as text, with its leaves and their spans.
+
+    `spans`: sorted by position in the text. `generated`: spans of the {% generation %} blocks.
+    """
 
     text: str
     leaves: list[Leaf]
@@ -42,7 +45,10 @@ class Rendering:
 
 
 class ChatTemplate:
-    """A chat template in Jinja. `variables`: variables in addition to messages and tools."""
+    """A chat template in Jinja.
+
+    `variables`: values for the template's variables other than messages and tools.
+    """
 
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         from jinja2 import TemplateSyntaxError
@@ -59,7 +65,7 @@ class ChatTemplate:
         self.marks_turns = _GENERATION.search(source) is not None
 
     def reads(self, *keys: str) -> bool:
-        """Whether the template reads one of these keys, of any object."""
+        """Whether the template reads one of these keys from any object."""
         return not self._keys.isdisjoint(keys)
 
     @cached_property
@@ -112,12 +118,14 @@ class ChatTemplate:
 
     @cached_property
     def call_style(self) -> Style:
-        """The first style with which the template writes both a call's name and its arguments."""
+        """The first style for which the template writes the name and the arguments of a call."""
         accepted = Style()
         for style in reversed(_CALL_STYLES):
             for roles in (("user", "call", "tool", "assistant"), ("user", "call", "tool")):
                 try:
-                    rendering = self._render(example(*roles), style, add_generation_prompt=False)
+                    rendering = self._render(
+                        placeholder(*roles), style, add_generation_prompt=False
+                    )
                 except RowError:
                     continue
                 written = {rendering.leaves[span.source].path for span in rendering.spans}
@@ -128,7 +136,7 @@ class ChatTemplate:
     @cached_property
     def _has_reasoning_parts(self) -> bool:
         """Whether the template writes reasoning only if it is a part of the content."""
-        asked, answer = example("user", "assistant").messages
+        asked, answer = placeholder("user", "assistant").messages
         thinking = replace(answer, others={"reasoning_content": "thought"})
         try:
             plain = self._render(Conversation((asked, answer)), Style(), False).text
@@ -175,7 +183,7 @@ class ChatTemplate:
 
 
 def _keys_read(tree: "Template") -> set[str]:
-    """Keys read by expressions such as message.key, message['key'] and message.get('key')."""
+    """Keys in expressions such as message.key, message['key'] and message.get('key')."""
     from jinja2.nodes import Call, Const, Getattr, Getitem
 
     keys = {node.attr for node in tree.find_all(Getattr)}
@@ -223,9 +231,10 @@ def _refuse_unread(source: str, kwargs: Mapping[str, Any]) -> None:
 
 
 def chatml(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A ChatML template that ends turns with the end-of-sequence token, often <|im_end|>.
+    """A ChatML template whose turns end with the tokenizer's end-of-sequence token.
 
-    Serving engines stop at that token. Raises UserError if the tokenizer has none.
+    Inference servers stop at that token, which is often <|im_end|>. Raises UserError if the
+    tokenizer has none.
     """
     if tokenizer.eos_token is None:
         raise UserError(
@@ -236,7 +245,10 @@ def chatml(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def apply_chat_template_setting(tokenizer: "PreTrainedTokenizerBase", setting: str) -> None:
-    """Set the run file's template on the tokenizer; UserError if chatml would replace another."""
+    """Set the chat template of the run file on the tokenizer.
+
+    Raises UserError if `chatml` would replace a template of the model.
+    """
     if setting == "model":
         return
     if setting != "chatml":

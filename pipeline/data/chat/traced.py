@@ -1,9 +1,8 @@
-"""Strings that carry their origin through a chat template, and the Jinja environment for them.
+"""Traced: strings that record their origin in the row, and the Jinja environment for them.
 
-A `Traced` string behaves like `str` in the template: every method returns the same text. It also
-holds spans, which map its characters to characters of the row's strings. A method that is not
-overridden here returns the correct text without spans; the row is then rejected, because the
-origin of that text is unknown.
+A `Traced` string has the same methods and results as `str`. It also has spans, which map its
+characters to characters in strings of the row. A method of `str` that is not overridden here
+returns the text without spans. The row is then rejected, because the origin of the text is unknown.
 """
 
 import json
@@ -19,7 +18,7 @@ _JSON_OR_REPR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
 
 
 class TracedSpan(NamedTuple):
-    """Characters [start, stop) of a string come from characters [first, last) of a source.
+    """Characters [start, stop) of a string, which come from characters [first, last) of a source.
 
     `source`: index of a leaf (leaves.py), or GENERATED.
     """
@@ -41,119 +40,119 @@ class Traced(str):
         return self
 
     def __add__(self, other: str) -> str:
-        return joined((self, other)) if isinstance(other, str) else NotImplemented
+        return join_traced((self, other)) if isinstance(other, str) else NotImplemented
 
     def __radd__(self, other: str) -> str:
-        return joined((other, self)) if isinstance(other, str) else NotImplemented
+        return join_traced((other, self)) if isinstance(other, str) else NotImplemented
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
         text = str.__getitem__(self, key)
         if not isinstance(key, slice):
             start = key.__index__()
             start += len(self) if start < 0 else 0
-            return self._cut(start, start + 1)
+            return self._slice(start, start + 1)
         start, stop, step = key.indices(len(self))
-        return self._cut(start, max(start, stop)) if step == 1 else text
+        return self._slice(start, max(start, stop)) if step == 1 else text
 
     def __iter__(self) -> Iterator[str]:
-        return (self._cut(i, i + 1) for i in range(len(self)))
+        return (self._slice(i, i + 1) for i in range(len(self)))
 
     def strip(self, chars: str | None = None, /) -> str:
         start = len(self) - len(str.lstrip(self, chars))
-        return self._cut(start, start + len(str.strip(self, chars)))
+        return self._slice(start, start + len(str.strip(self, chars)))
 
     def lstrip(self, chars: str | None = None, /) -> str:
-        return self._cut(len(self) - len(str.lstrip(self, chars)), len(self))
+        return self._slice(len(self) - len(str.lstrip(self, chars)), len(self))
 
     def rstrip(self, chars: str | None = None, /) -> str:
-        return self._cut(0, len(str.rstrip(self, chars)))
+        return self._slice(0, len(str.rstrip(self, chars)))
 
     def removeprefix(self, prefix: str, /) -> str:
-        return self._cut(len(self) - len(str.removeprefix(self, prefix)), len(self))
+        return self._slice(len(self) - len(str.removeprefix(self, prefix)), len(self))
 
     def removesuffix(self, suffix: str, /) -> str:
-        return self._cut(0, len(str.removesuffix(self, suffix)))
+        return self._slice(0, len(str.removesuffix(self, suffix)))
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        return self._parts(str.split(self, sep, maxsplit), sep)
+        return self._locate(str.split(self, sep, maxsplit), sep)
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        return self._parts(str.rsplit(self, sep, maxsplit), sep)
+        return self._locate(str.rsplit(self, sep, maxsplit), sep)
 
     def splitlines(self, keepends: bool = False) -> list[str]:
-        lines = self._parts(str.splitlines(self, keepends=True))
+        lines = self._locate(str.splitlines(self, keepends=True))
         plain = str.splitlines(self)
         return lines if keepends else [x[: len(y)] for x, y in zip(lines, plain, strict=True)]
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
-        before, found, after = self._parts(str.partition(self, sep))
+        before, found, after = self._locate(str.partition(self, sep))
         return before, found, after
 
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         start = len(self) - len(str.rpartition(self, sep)[2])
         middle = start - len(sep) if sep in self else 0
-        return self._cut(0, middle), self._cut(middle, start), self._cut(start, len(self))
+        return self._slice(0, middle), self._slice(middle, start), self._slice(start, len(self))
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
-        """`str.replace`; the replacement has the source of the characters that it replaces."""
+        """`str.replace`; a replacement gets the source of the characters that it replaces."""
         if not old:
             return str.replace(self, old, new, count)
         pieces: list[str] = []
         at, left = 0, count.__index__()
         while left and (found := self.find(old, at)) >= 0:
             stop = found + len(old)
-            pieces += [self._cut(at, found), _rewritten(self._cut(found, stop), new)]
+            pieces += [self._slice(at, found), _with_spans_of(self._slice(found, stop), new)]
             at, left = stop, left - 1
-        return joined((*pieces, self._cut(at, len(self))))
+        return join_traced((*pieces, self._slice(at, len(self))))
 
     def join(self, parts: Iterable[str], /) -> str:
         return _join(self, parts)
 
     def upper(self) -> str:
-        return _rewritten(self, str.upper(self))
+        return _with_spans_of(self, str.upper(self))
 
     def lower(self) -> str:
-        return _rewritten(self, str.lower(self))
+        return _with_spans_of(self, str.lower(self))
 
     def title(self) -> str:
-        return _rewritten(self, str.title(self))
+        return _with_spans_of(self, str.title(self))
 
     def capitalize(self) -> str:
-        return _rewritten(self, str.capitalize(self))
+        return _with_spans_of(self, str.capitalize(self))
 
-    def _cut(self, start: int, stop: int) -> str:
+    def _slice(self, start: int, stop: int) -> str:
         text = str.__getitem__(self, slice(start, stop))
         if start <= 0 and stop >= len(self):
             return self
         spans = [_overlap(span, start, stop) for span in self._spans]
-        return traced(text, [span for span in spans if span.start < span.stop])
+        return with_spans(text, [span for span in spans if span.start < span.stop])
 
-    def _parts(self, parts: Sequence[str], sep: str | None = None) -> list[str]:
-        """Substrings of this string with their spans; `parts`: their text, in order."""
+    def _locate(self, parts: Sequence[str], sep: str | None = None) -> list[str]:
+        """Add spans to the substrings `parts` of this string, which are in the string's order."""
         found, at = [], 0
         for part in parts:
             start = self.index(part, at)
             at = start + len(part)
-            found.append(self._cut(start, at))
+            found.append(self._slice(start, at))
             at += len(sep or "")
         return found
 
 
 class Arguments(dict[str, Any]):
-    """Arguments of a tool call: a dict that becomes JSON text when a template concatenates it."""
+    """Arguments of a tool call: a dict that becomes JSON text if a template concatenates it."""
 
     def __str__(self) -> str:
         return _trace_strings(json.dumps(self, ensure_ascii=False), self)
 
     def __add__(self, other: str) -> str:
-        return joined((str(self), other)) if isinstance(other, str) else NotImplemented
+        return join_traced((str(self), other)) if isinstance(other, str) else NotImplemented
 
     def __radd__(self, other: str) -> str:
-        return joined((other, str(self))) if isinstance(other, str) else NotImplemented
+        return join_traced((other, str(self))) if isinstance(other, str) else NotImplemented
 
 
-def traced(text: str, spans: Iterable[TracedSpan]) -> str:
-    """A `Traced` string with these spans; a plain `str` if there are no spans."""
+def with_spans(text: str, spans: Iterable[TracedSpan]) -> str:
+    """A `Traced` string with these spans, or a `str` if there are none."""
     kept = tuple(spans)
     if not kept:
         return str.__str__(text)
@@ -162,30 +161,30 @@ def traced(text: str, spans: Iterable[TracedSpan]) -> str:
     return result
 
 
-def from_source(text: str, source: int) -> str:
-    """A string that comes entirely from this source."""
-    return traced(text, (TracedSpan(0, len(text), source, 0, len(text)),) if text else ())
+def traced_from(text: str, source: int) -> str:
+    """A `Traced` string that comes entirely from one source."""
+    return with_spans(text, (TracedSpan(0, len(text), source, 0, len(text)),) if text else ())
 
 
 def spans_of(text: str) -> tuple[TracedSpan, ...]:
-    """The spans of a string, in the order in which its parts were joined."""
+    """The spans of a string; none for a `str`."""
     return text._spans if isinstance(text, Traced) else ()
 
 
-def joined(parts: Iterable[str]) -> str:
+def join_traced(parts: Iterable[str]) -> str:
     """`"".join` that keeps the spans."""
     pieces = list(parts)
     spans: list[TracedSpan] = []
     at = 0
     for piece in pieces:
         if type(piece) is Traced:
-            spans += _shifted(piece._spans, at) if at else piece._spans
+            spans += _shift(piece._spans, at) if at else piece._spans
         at += len(piece)
-    return traced("".join(pieces), spans)
+    return with_spans("".join(pieces), spans)
 
 
 def make_environment() -> "Environment":
-    """The Jinja environment of transformers for chat templates, changed to preserve spans."""
+    """The Jinja environment of transformers for chat templates, modified to preserve spans."""
     from jinja2.compiler import CodeGenerator, Frame
     from jinja2.ext import Extension
     from jinja2.nodes import CallBlock, Concat, Node
@@ -211,7 +210,7 @@ def make_environment() -> "Environment":
 
         def _mark(self, caller: Callable[[], str]) -> str:
             text = caller()
-            return traced(text, (*spans_of(text), TracedSpan(0, len(text), GENERATED, 0, 0)))
+            return with_spans(text, (*spans_of(text), TracedSpan(0, len(text), GENERATED, 0, 0)))
 
     plain: Any = _compile_jinja_template("{# ours #}").environment
 
@@ -233,14 +232,14 @@ def make_environment() -> "Environment":
         return _join(d, map(_as_text, parts))
 
     def traced_call(context: Any, function: Any, /, *arguments: Any, **named: Any) -> Any:
-        """Replace `join` of a plain string, as in `', '.join(...)`, which would drop the spans."""
+        """Call a function, but with a `str.join` that preserves spans, as in `', '.join(...)`."""
         text = getattr(function, "__self__", None)
         if type(text) is str and function.__name__ == "join":
             return _join(text, *arguments)
         return call(context, function, *arguments, **named)
 
     environment.code_generator_class = TracingCodeGenerator
-    environment.concat = joined
+    environment.concat = join_traced
     environment.call = traced_call
     environment.filters = {
         **environment.filters,
@@ -271,17 +270,17 @@ def _join(separator: str, parts: Iterable[str]) -> str:
     pieces: list[str] = []
     for part in parts:
         pieces += [separator, part] if pieces else [part]
-    return joined(pieces)
+    return join_traced(pieces)
 
 
 def _as_text(value: Any) -> str:
-    """The text that Jinja prints for a value, with spans."""
+    """The text that Jinja writes for a value, with spans."""
     text = str(value)
     return _trace_strings(text, value) if type(value) in (dict, list, tuple) else text
 
 
 def _trace_strings(text: str, value: Any, *, is_sorted: bool = False) -> str:
-    """Add spans to `text`, which is the JSON or the Python repr of a value with traced strings."""
+    """Add spans to `text`, the JSON or Python repr of a value that contains traced strings."""
     strings = list(_strings_in(value, is_sorted))
     found = list(_JSON_OR_REPR_STRING.finditer(text))
     if len(found) != len(strings):
@@ -291,14 +290,14 @@ def _trace_strings(text: str, value: Any, *, is_sorted: bool = False) -> str:
         if source_spans := spans_of(source):
             start, stop = match.start() + 1, match.end() - 1
             if stop - start == len(source):  # nothing is escaped
-                spans += _shifted(source_spans, start)
+                spans += _shift(source_spans, start)
             else:
-                spans += _escaped(source, source_spans, text[start:stop], start)
-    return traced(text, spans)
+                spans += _escaped_spans(source, source_spans, text[start:stop], start)
+    return with_spans(text, spans)
 
 
 def _strings_in(value: Any, is_sorted: bool) -> Iterator[str]:
-    """The strings in a value, keys included, in the order in which JSON or repr write them."""
+    """The strings and keys in a value, in the order in which JSON and repr write them."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -310,10 +309,10 @@ def _strings_in(value: Any, is_sorted: bool) -> Iterator[str]:
             yield from _strings_in(item, is_sorted)
 
 
-def _escaped(
+def _escaped_spans(
     source: str, spans: Sequence[TracedSpan], written: str, at: int
 ) -> Iterator[TracedSpan]:
-    """Spans of a string that is written with escapes; none if the escapes are not JSON's."""
+    """Spans of `written`, a string with JSON escapes; none if it has other escapes."""
     if len(spans) == 1 and spans[0].stop - spans[0].start == len(source):
         yield TracedSpan(at, at + len(written), *spans[0][2:])
         return
@@ -328,15 +327,15 @@ def _escaped(
             return
 
 
-def _rewritten(text: str, new: str) -> str:
-    """`new` with the spans of `text`, which it replaces, such as its upper case."""
+def _with_spans_of(text: str, new: str) -> str:
+    """Give `new`, a changed form of `text` such as its upper case, the spans of `text`."""
     spans = spans_of(text)
     if len(text) == len(new) or not new:
-        return traced(new, spans if new else ())
+        return with_spans(new, spans if new else ())
     if not spans:
         return new
     whole = spans[0]
-    return traced(new, (TracedSpan(0, len(new), whole.source, whole.first, spans[-1].last),))
+    return with_spans(new, (TracedSpan(0, len(new), whole.source, whole.first, spans[-1].last),))
 
 
 def _overlap(span: TracedSpan, start: int, stop: int) -> TracedSpan:
@@ -353,5 +352,5 @@ def _overlap(span: TracedSpan, start: int, stop: int) -> TracedSpan:
     )
 
 
-def _shifted(spans: Iterable[TracedSpan], by: int) -> list[TracedSpan]:
+def _shift(spans: Iterable[TracedSpan], by: int) -> list[TracedSpan]:
     return [TracedSpan(s.start + by, s.stop + by, *s[2:]) for s in spans]

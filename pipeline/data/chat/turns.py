@@ -1,7 +1,7 @@
-"""Render a conversation once and find the span of each message in the rendered text.
+"""Render a conversation and find the span of each message in the rendered text.
 
-The span of an assistant turn is the text that the model has to generate: from the end of the
-template's generation prompt through the token that ends the turn.
+The span of an assistant turn is the text that the model has to generate. It starts after the
+generation prompt and ends with the end-of-turn token.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.data.chat.conservation import Conservation
-from pipeline.data.chat.leaves import TOOLS, Kind, example, reasoning_blocks
+from pipeline.data.chat.leaves import TOOLS, Kind, placeholder, reasoning_blocks
 from pipeline.data.chat.template import ChatTemplate, Rendering, Span
 from pipeline.errors import UserError
 from pipeline.rows.examples import Conversation, Message, RowError
@@ -24,12 +24,12 @@ _NO_END = (
     "never learn to stop; use a template that ends them with one, such as ChatML's <|im_end|>"
 )
 _NO_END_MARKED = (
-    "model: the chat template's {% generation %} block leaves out the special token that ends the "
-    "turn, so the model would never learn to stop; move {% endgeneration %} behind it"
+    "model: the chat template's {% generation %} block does not contain the special token that "
+    "ends the turn, so the model would never learn to stop; move {% endgeneration %} after it"
 )
-_NO_MARK = "model: the chat template's {% generation %} marks no assistant turn"
-# An empty reasoning block; its opening tag may be part of the generation prompt.
-_EMPTY_THOUGHT = re.compile(
+_NO_MARK = "model: the chat template's {% generation %} blocks contain no assistant turn"
+# An empty reasoning block, possibly without its opening tag, which the generation prompt may have.
+_EMPTY_REASONING = re.compile(
     r"\s*(?:<([\w:]*think[\w:]*)>\s*</\1>|</[\w:]*think[\w:]*>|\[THINK\]\s*\[/THINK\])\s*"
 )
 _SPACE = re.compile(r"\s*")
@@ -38,35 +38,35 @@ _CLOSING = re.compile(r"\s*(?:</[\w:]+>|\[/[A-Z_]+\])\s*")
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, with spans by message index.
+    """A conversation as text, with the spans of its parts. Mappings are by message index.
 
-    `owned`: spans of each message; an assistant's end after its end-of-turn token.
-    `thoughts`: spans of the reasoning in assistant turns, including its tags.
-    `special`: special tokens that occur inside the row's own strings: span and name of the leaf.
-    `omitted`: reasoning that the template omits by design.
+    `turn_spans`: spans of each message; those of an assistant include the end-of-turn token.
+    `reasoning`: spans of the reasoning in assistant turns, including its tags.
+    `special`: special tokens inside strings of the row, each with its span and the leaf's name.
+    `omitted`: texts of the reasoning that the template omits by design.
     """
 
     text: str
-    owned: Mapping[int, Sequence[Span]]
-    thoughts: Mapping[int, Sequence[Span]]
+    turn_spans: Mapping[int, Sequence[Span]]
+    reasoning: Mapping[int, Sequence[Span]]
     special: Sequence[tuple[Span, str]]
     omitted: Mapping[int, Sequence[str]]
 
 
 @dataclass(frozen=True)
 class _Extent:
-    """Offsets of a message in the rendered text, and of the messages around it."""
+    """Offsets in the rendered text of a message and its neighbours."""
 
     first: int  # start of its first leaf
     last: int  # end of its last leaf
     before: int  # end of the preceding message's last leaf
-    role_before: str | None
+    role_before: str | None  # role of the preceding message that is written
     limit: int  # start of the next message's first leaf, or end of the text
 
 
 @dataclass
-class _Written:
-    """Positions of the messages in a rendering, by message index."""
+class _MessageExtents:
+    """Extents of the messages in a rendering, by message index."""
 
     extents: dict[int, _Extent] = field(default_factory=dict)
     repeated: set[int] = field(default_factory=set)  # messages whose text is written twice
@@ -74,9 +74,10 @@ class _Written:
 
 
 class TurnFinder:
-    """Finds the turns in a chat template's output; probes the template once when it is created.
+    """Finds the turns in the output of a chat template.
 
-    `ends`: end-of-sequence tokens from the tokenizer (eos_token) and generation_config.json.
+    The constructor probes the template with placeholder conversations. `ends`: end-of-sequence
+    tokens from the tokenizer (eos_token) and generation_config.json.
     """
 
     def __init__(
@@ -88,9 +89,9 @@ class TurnFinder:
         self._template, self._conservation = template, Conservation(template)
         self._special = special_pattern(special)
         self._openings: dict[str | None, list[str]] = {}
-        self._start = self._first_roles()
+        self._start = self._find_leading_roles()
         self._header = self._find_header()
-        # End-of-turn token to append if the text ends without one; key: the turn has tool calls.
+        # Whether a turn has tool calls -> end-of-turn token to append if the text ends without one.
         self._added_end: dict[bool, str] = {}
         self._known_ends = set(ends)
         self.ends = frozenset(self._find_ends() | self._known_ends)
@@ -98,37 +99,41 @@ class TurnFinder:
     def render(self, conversation: Conversation, trained: Collection[int]) -> Rendered:
         """Render a conversation. Raises RowError if the span of a `trained` turn is ambiguous."""
         rendering = self._template.render(conversation)
-        omitted = self._conservation.omitted_thoughts(conversation, rendering)
-        written = _written(self._template.with_blank_spans(conversation, rendering), conversation)
+        omitted = self._conservation.omitted_reasoning(conversation, rendering)
+        written = _locate_messages(
+            self._template.with_blank_spans(conversation, rendering), conversation
+        )
         special, in_texts = self._special_tokens(rendering)
-        owned: dict[int, list[Span]] = {}
+        turn_spans: dict[int, list[Span]] = {}
         text = rendering.text
-        marks = _marks_by_message(rendering, conversation) if self._template.marks_turns else {}
+        marks = _generation_blocks(rendering, conversation) if self._template.marks_turns else {}
         for i, extent in written.extents.items():
             message, is_trained = conversation.messages[i], i in trained
             if message.role != "assistant":
-                owned[i] = [(extent.first, extent.last)]
+                turn_spans[i] = [(extent.first, extent.last)]
                 continue
             if message.content.strip() and not text[extent.first : extent.last].strip():
                 continue  # the message has only reasoning, which the template omitted
             if is_trained:
-                _require_certain(i, written)
+                _require_unambiguous(i, written)
             end = self._end_of_turn(special, extent)
             if end is None and is_trained:
                 text, end = self._with_end(text, message, extent)
             if self._template.marks_turns:
-                owned[i] = _marked(marks.get(i, []), end, is_trained)
+                turn_spans[i] = _marked_spans(marks.get(i, []), end, is_trained)
             else:
                 start = self._start_of(message, extent, text, is_trained)
-                owned[i] = [(start, end or extent.last)]
-        assistants = [i for i in owned if conversation.messages[i].role == "assistant"]
-        thoughts = self._thoughts(conversation, rendering, {i: owned[i] for i in assistants})
-        return Rendered(text, owned, thoughts, in_texts, omitted)
+                turn_spans[i] = [(start, end or extent.last)]
+        assistants = [i for i in turn_spans if conversation.messages[i].role == "assistant"]
+        reasoning = self._reasoning_spans(
+            conversation, rendering, {i: turn_spans[i] for i in assistants}
+        )
+        return Rendered(text, turn_spans, reasoning, in_texts, omitted)
 
     # Probes of the template with placeholder conversations
 
-    def _first_roles(self) -> tuple[str, ...]:
-        """The roles with which a conversation must begin: `system` if the template requires it."""
+    def _find_leading_roles(self) -> tuple[str, ...]:
+        """Roles with which a conversation must begin: `system` if the template requires it."""
         refused = None
         for start in ((), ("system",)):
             try:
@@ -137,19 +142,19 @@ class TurnFinder:
                 refused = refused or error
                 continue
             if len(start) + 1 not in written[1].extents:
-                raise UserError("model: the chat template does not write what the assistant says")
+                raise UserError("model: the chat template does not write assistant messages")
             return start
-        raise UserError(f"model: a question and its answer cannot be written: {refused}")
+        raise UserError(f"model: the chat template refuses a question and its answer: {refused}")
 
     def _probe(
         self, *roles: str, add_generation_prompt: bool = False
-    ) -> tuple[Rendering, _Written]:
-        conversation = example(*roles)
+    ) -> tuple[Rendering, _MessageExtents]:
+        conversation = placeholder(*roles)
         rendering = self._template.render(conversation, add_generation_prompt=add_generation_prompt)
-        return rendering, _written(rendering, conversation)
+        return rendering, _locate_messages(rendering, conversation)
 
-    def _tail(self, *roles: str, add_generation_prompt: bool = False) -> str | None:
-        """The template's text after the last message; None if the template refuses the roles."""
+    def _text_after(self, *roles: str, add_generation_prompt: bool = False) -> str | None:
+        """Text that the template writes after the last message; None if it refuses the roles."""
         try:
             rendering, written = self._probe(
                 *self._start, *roles, add_generation_prompt=add_generation_prompt
@@ -159,8 +164,8 @@ class TurnFinder:
         last = written.extents.get(len(self._start) + len(roles) - 1)
         return rendering.text[last.last :] if last is not None else None
 
-    def _gap(self, *roles: str, at: int) -> str | None:
-        """The template's text between message `at` - 1 and message `at`; None if refused."""
+    def _text_between(self, *roles: str, at: int) -> str | None:
+        """Text that the template writes between messages `at` - 1 and `at`; None if it refuses."""
         try:
             rendering, written = self._probe(*self._start, *roles)
         except RowError:
@@ -172,35 +177,35 @@ class TurnFinder:
         return rendering.text[extent.before : extent.first]
 
     def _openings_after(self, role: str | None) -> list[str]:
-        """Candidates for the text between a message of this role and the model's, longest first."""
+        """Candidates for the text that opens an assistant turn after this role, longest first."""
         if role not in self._openings:
             roles = {"user": ("user",), "tool": ("user", "call", "tool"), "system": ("system",)}
             before = roles.get(role or "", ("user", "assistant") if role else ())
             if role == "system" and self._start:
                 before = ()
-            asked = self._tail(*before, add_generation_prompt=True) if before else None
+            asked = self._text_after(*before, add_generation_prompt=True) if before else None
             plain = [
-                self._gap(*before, "assistant", at=len(before)),
-                self._gap(*before, "assistant", "user", "assistant", at=len(before)),
+                self._text_between(*before, "assistant", at=len(before)),
+                self._text_between(*before, "assistant", "user", "assistant", at=len(before)),
             ]
             answered = sorted({gap for gap in plain if gap is not None}, key=len)
             found = answered[:1]
             if asked is not None and answered:
-                shared = self._shared(asked, answered[0])
-                if asked != self._tail(*before):  # the template reads add_generation_prompt
+                shared = self._shared_header(asked, answered[0])
+                if asked != self._text_after(*before):  # the template reads add_generation_prompt
                     found = [asked, shared, *(gap for gap in answered if asked.startswith(gap))]
                 elif shared and not answered[0].startswith(asked):  # or always writes the prompt
                     found = [shared]
             self._openings[role] = sorted(set(found), key=len, reverse=True)
         return self._openings[role]
 
-    def _shared(self, one: str, other: str) -> str:
-        """The common prefix of two texts, cut after its last special token or line end.
+    def _shared_header(self, one: str, other: str) -> str:
+        """The common prefix of two texts, up to its last special token or line end.
 
-        Empty if they share no special token, or if `one` continues with a word after the prefix:
-        then they are different turn headers, not one header with different markup after it.
+        Empty if they share no special token. Also empty if `one` continues with a word after the
+        prefix, because the texts are then different headers, not one header with other markup.
         """
-        common = one[: _common(one, other)]
+        common = one[: _common_prefix_length(one, other)]
         ends = [
             match.end()
             for match in self._special.finditer(one)
@@ -210,11 +215,11 @@ class TurnFinder:
         return one[:cut] if one[cut:].lstrip()[:1] in ("", "<", "[") else ""
 
     def _find_header(self) -> list[str]:
-        """Texts that open an assistant turn, without the end of the turn before; longest first."""
-        bare = self._tail("user") or ""
+        """Texts that open an assistant turn, without the end of the preceding turn."""
+        bare = self._text_after("user") or ""
         headers = []
         for opening in self._openings_after("user"):
-            cut = _common(opening, bare)
+            cut = _common_prefix_length(opening, bare)
             for match in self._special.finditer(opening):
                 if match.start() < cut < match.end():
                     cut = match.start()
@@ -222,12 +227,12 @@ class TurnFinder:
         return [header for header in headers if self._special.search(header)]
 
     def _find_ends(self) -> set[str]:
-        """The end-of-turn tokens: those that the template writes after answers and tool calls."""
+        """End-of-turn tokens, which the template writes after answers and tool calls."""
         found: set[str] = set()
-        earlier = self._end_in(self._gap("user", "assistant", "user", at=2))
+        earlier = self._end_in(self._text_between("user", "assistant", "user", at=2))
         if earlier is not None:
             found.add(earlier)
-        last = self._end_in(self._tail("user", "assistant"), first=found)
+        last = self._end_in(self._text_after("user", "assistant"), first=found)
         found |= {last} if last is not None else set()
         if not found:
             raise UserError(_NO_END)
@@ -235,7 +240,7 @@ class TurnFinder:
             self._added_end[False] = earlier
         if self._template.marks_turns:
             self._require_marked_end(found | self._known_ends)
-        tail = self._tail("user", "call")
+        tail = self._text_after("user", "call")
         call = self._end_in(self._end_of_call(tail), first=found)
         if call is not None:
             found.add(call)
@@ -244,23 +249,23 @@ class TurnFinder:
         return found
 
     def _end_of_call(self, tail: str | None) -> str | None:
-        """The template's text between a call and its result, from its end-of-turn token on.
+        """The text between a tool call and its result, from the end-of-turn token onwards.
 
-        The markup of a call may contain other special tokens. The end-of-turn token is the last one
-        that is also in `tail`, the text after a call without a result.
+        The markup of a call may contain other special tokens before that token. The end-of-turn
+        token is the last one that is also in `tail`, the text after a call without a result.
         """
-        gap = self._gap("user", "call", "tool", at=2)
+        gap = self._text_between("user", "call", "tool", at=2)
         if gap is None or tail is None:
             return gap
-        shared = gap[: _common(gap, tail)]
+        shared = gap[: _common_prefix_length(gap, tail)]
         starts = [match.start() for match in self._special.finditer(shared)]
         return gap[starts[-1] if starts else 0 :]
 
     def _end_in(self, gap: str | None, first: Collection[str] = ()) -> str | None:
-        """The end-of-turn token in `gap`, the template's text after a turn; None if it has none.
+        """The end-of-turn token in `gap`, the text after a turn; None if it has none.
 
-        A known one; else the first special token, which may be the token of the next role, unless
-        it opens assistant turns.
+        This is a known end-of-turn token, or else the first special token in `gap`. The latter may
+        open the next turn; it does not count if it opens assistant turns.
         """
         tokens = [match[0] for match in self._special.finditer(gap or "")]
         for known in (first, self._known_ends):
@@ -283,7 +288,7 @@ class TurnFinder:
     def _special_tokens(
         self, rendering: Rendering
     ) -> tuple[list[tuple[Span, str]], list[tuple[Span, str]]]:
-        """Special tokens from the template (span, token), and from the row (span, leaf name)."""
+        """Special tokens from the template (span, token), and those from the row (span, leaf)."""
         spans = rendering.spans
         starts = [span.start for span in spans]
         by_template: list[tuple[Span, str]] = []
@@ -306,7 +311,7 @@ class TurnFinder:
         return None
 
     def _with_end(self, text: str, message: Message, extent: _Extent) -> tuple[str, int]:
-        """Append the end-of-turn token that the template writes only before a next message."""
+        """Append the end-of-turn token, if the template writes it only before another message."""
         added = self._added_end.get("tool_calls" in message.others)
         if added is None or extent.limit < len(text):
             raise RowError(
@@ -316,7 +321,7 @@ class TurnFinder:
         return text + added, len(text) + len(added)
 
     def _start_of(self, message: Message, extent: _Extent, text: str, is_trained: bool) -> int:
-        """Offset at which the model's part of a turn starts: the end of the generation prompt."""
+        """Offset at which the span of an assistant turn starts: after its generation prompt."""
         start = self._after_opening(extent, text)
         # The opening of the first message may end in markup that the model writes: a header counts.
         first = extent.before if start is None or extent.role_before is None else start
@@ -337,45 +342,52 @@ class TurnFinder:
         )
 
     def _after_opening(self, extent: _Extent, text: str) -> int | None:
-        """Offset at which a turn starts, if the text before it is a known opening; else None."""
+        """Offset at which a turn starts, if a known opening precedes it; else None."""
         openings = self._openings_after(extent.role_before)
         for opening in openings:
             is_whole = bool(opening) or extent.before == extent.first
             if is_whole and text.startswith(opening, extent.before):
                 return min(extent.before + len(opening), extent.last)
         for opening in openings:
-            if shared := self._shared(opening, text[extent.before : extent.first]):
+            if shared := self._shared_header(opening, text[extent.before : extent.first]):
                 return extent.before + len(shared)
         return None
 
-    def _thoughts(
-        self, conversation: Conversation, rendering: Rendering, owned: Mapping[int, Sequence[Span]]
+    def _reasoning_spans(
+        self,
+        conversation: Conversation,
+        rendering: Rendering,
+        turn_spans: Mapping[int, Sequence[Span]],
     ) -> dict[int, list[Span]]:
-        """Spans of the reasoning in each of these turns, including its tags."""
+        """Spans of the reasoning in each turn of `turn_spans`, including its tags."""
         text, found = rendering.text, dict[int, list[Span]]()
-        for i, spans in owned.items():
-            match = _EMPTY_THOUGHT.match(text, spans[0][0]) if spans else None
+        for i, spans in turn_spans.items():
+            match = _EMPTY_REASONING.match(text, spans[0][0]) if spans else None
             found[i] = [match.span()] if match else []
         before = 0  # end of the preceding leaf
-        inner = {i: list(reasoning_blocks(conversation.messages[i])) for i in owned}
+        inner = {i: list(reasoning_blocks(conversation.messages[i])) for i in turn_spans}
         for span in rendering.spans:
             leaf = rendering.leaves[span.source]
-            if leaf.message in found and owned[leaf.message]:
-                first_owned, limit = owned[leaf.message][0][0], owned[leaf.message][-1][1]
-                opened = max(before, min(first_owned, span.start))
+            if leaf.message in found and turn_spans[leaf.message]:
+                turn_start, limit = turn_spans[leaf.message][0][0], turn_spans[leaf.message][-1][1]
+                opened = max(before, min(turn_start, span.start))
                 if leaf.kind is Kind.REASONING:
-                    found[leaf.message].append((opened, self._closed(text, span.stop, limit)))
+                    found[leaf.message].append(
+                        (opened, self._after_closing_tag(text, span.stop, limit))
+                    )
                 for (first, last), _ in inner[leaf.message] if leaf.kind is Kind.CONTENT else ():
                     if first < span.last and last > span.first:
                         inside = span.start + first - span.first
                         stop = span.stop - max(0, span.last - last)
                         start = opened if first <= span.first else inside
-                        found[leaf.message].append((start, self._closed(text, stop, limit)))
+                        found[leaf.message].append(
+                            (start, self._after_closing_tag(text, stop, limit))
+                        )
             before = span.stop
         return found
 
-    def _closed(self, text: str, stop: int, limit: int) -> int:
-        """Offset after the reasoning's closing tag at `stop`; it must end before `limit`."""
+    def _after_closing_tag(self, text: str, stop: int, limit: int) -> int:
+        """Offset after the closing tag of reasoning that ends at `stop`; it is below `limit`."""
         match = _CLOSING.match(text, stop) or self._special.match(text, stop)
         if match is None or match.end() >= limit:
             match = _SPACE.match(text, stop)
@@ -383,9 +395,9 @@ class TurnFinder:
 
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Ids of the special tokens, including those that only tokenizer.json marks as special.
+    """Ids of all special tokens, by text.
 
-    Llama 3's <|eot_id|> is one of these.
+    Some tokens, such as Llama 3's <|eot_id|>, are marked as special only in tokenizer.json.
     """
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     ids = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
@@ -398,17 +410,18 @@ def special_pattern(special: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
-def _marked(marks: list[Span], end: int | None, is_trained: bool) -> list[Span]:
+def _marked_spans(marks: list[Span], end: int | None, is_trained: bool) -> list[Span]:
     if is_trained and not any(start < (end or 0) <= stop for start, stop in marks):
         raise RowError(
-            "the chat template's {% generation %} block leaves out the end of an assistant turn"
+            "the chat template's {% generation %} block does not contain the end of an assistant "
+            "turn"
         )
     return [(start, stop if end is None else min(stop, end)) for start, stop in marks]
 
 
-def _written(rendering: Rendering, conversation: Conversation) -> _Written:
-    """Find the offsets of each message. If a text is written twice, the first copy counts."""
-    result = _Written()
+def _locate_messages(rendering: Rendering, conversation: Conversation) -> _MessageExtents:
+    """Find the extent of each message. If a text is written twice, the first copy counts."""
+    result = _MessageExtents()
     seen: dict[int, int] = {}  # leaf -> number of its characters that are written so far
     order: list[tuple[int, int, int]] = []  # message, start, stop
     for span in rendering.spans:
@@ -443,18 +456,18 @@ def _written(rendering: Rendering, conversation: Conversation) -> _Written:
     return result
 
 
-def _require_certain(message: int, written: _Written) -> None:
+def _require_unambiguous(message: int, written: _MessageExtents) -> None:
     if message in written.repeated:
         raise RowError("the chat template writes an assistant turn more than once")
     if message in written.interleaved:
         raise RowError("the chat template mixes the texts of several messages")
 
 
-def _marks_by_message(rendering: Rendering, conversation: Conversation) -> dict[int, list[Span]]:
-    """Spans of the {% generation %} blocks, by assistant turn.
+def _generation_blocks(rendering: Rendering, conversation: Conversation) -> dict[int, list[Span]]:
+    """Spans of the {% generation %} blocks, by index of the assistant message.
 
-    A block that contains no text of the row is assigned to the preceding assistant turn, or to the
-    following one if the preceding message is not an assistant's.
+    A block without text of the row belongs to the preceding assistant message, or to the following
+    one if the preceding message is not an assistant's.
     """
     spans = [s for s in rendering.spans if rendering.leaves[s.source].message != TOOLS]
     starts = [span.start for span in spans]
@@ -472,7 +485,7 @@ def _marks_by_message(rendering: Rendering, conversation: Conversation) -> dict[
     return found
 
 
-def _common(one: str, other: str) -> int:
+def _common_prefix_length(one: str, other: str) -> int:
     """Length of the common prefix."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -4,9 +4,9 @@ Documents of one length are interchangeable, so both algorithms work on the numb
 each length and return patterns: the lengths of a pack, and how many packs have them.
 
 - *Gap filling* completes one pack after the other, longest document first, and searches for
-  lengths that fill it exactly. Better where many short documents fit in a pack.
+  lengths that fill it exactly. It is better if many short documents fit in a pack.
 - *Best-fit decreasing* (Johnson, 1973) puts the longest remaining document into the pack in which
-  it leaves the smallest gap. Better where documents are few, or nearly as long as packs.
+  it leaves the smallest gap. It is better if documents are few, or nearly as long as packs.
 
 `make_packs` runs both and keeps the one with fewer packs.
 """
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-Pattern = tuple[Counter[int], int]  # documents of each length in a pack; packs
+Pattern = tuple[Counter[int], int]  # number of documents of each length in a pack; number of packs
 # Candidate lengths for the last but two documents of a pack. 16 instead of 64 leaves 0.1 % more of
 # the GSM8K training set's packs empty.
 _CANDIDATES = 64
@@ -28,7 +28,7 @@ _SEARCHED_DOCUMENTS = 3  # of a pack: the last ones, whose lengths are searched 
 
 
 def make_packs(lengths: Array, max_length: int) -> tuple[Array, Array]:
-    """Documents in the order of their packs, and the packs' offsets (packs + 1), both int64.
+    """Indices of the documents, pack by pack, and the offsets of the packs (packs + 1), as int64.
 
     `lengths`: tokens of each document, 1 to `max_length`.
     """
@@ -59,7 +59,7 @@ def make_packs(lengths: Array, max_length: int) -> tuple[Array, Array]:
 
 
 class _OpenPack(NamedTuple):
-    """Contents of a pack: `number` documents of `length` tokens, and what was there before."""
+    """Contents of a pack as a linked list: `number` documents of `length` tokens, and `before`."""
 
     length: int
     number: int
@@ -69,8 +69,8 @@ class _OpenPack(NamedTuple):
 def best_fit_decreasing(counts: Array, max_length: int) -> Iterator[Pattern]:
     """Patterns of best-fit decreasing for the documents of each length in `counts`.
 
-    Packs with equal gaps are interchangeable: each bucket of a gap holds contents and how many
-    packs have them, so that the cost grows with the number of distinct lengths.
+    Packs with equal gaps are interchangeable. For each gap there is a bucket of (contents, number
+    of packs), so that the cost grows with the number of distinct lengths.
     """
     buckets: dict[int, list[tuple[_OpenPack | None, int]]] = defaultdict(list)
     gaps: list[int] = []  # of the buckets, ascending
@@ -109,10 +109,10 @@ def _pattern(pack: _OpenPack | None) -> Counter[int]:
 
 
 def fill_gaps(counts: Array, max_length: int) -> Iterator[Pattern]:
-    """Patterns of gap filling for the documents of each length in `counts`, which go to 0.
+    """Patterns of gap filling for the documents of each length in `counts`, which become 0.
 
-    Each pattern is repeated as often as the counts allow and so uses up a length: there are hardly
-    more patterns than lengths.
+    Each pattern is repeated until the documents of one of its lengths are used up. Therefore there
+    are hardly more patterns than lengths.
     """
     present = np.flatnonzero(counts).tolist()
     while present:
@@ -126,9 +126,9 @@ def fill_gaps(counts: Array, max_length: int) -> Iterator[Pattern]:
 
 
 def _pack(counts: Array, present: list[int], max_length: int) -> list[int]:
-    """Lengths of one pack: the longest first, then a search for what fills the gap.
+    """Lengths of one pack: the longest ones first, then those that fill the remaining gap.
 
-    Leaves `counts` unchanged, as the functions below do.
+    `counts` is changed temporarily and then restored, as in the functions below.
     """
     taken = Counter({present[-1]: 1})
     counts[present[-1]] -= 1
@@ -151,7 +151,7 @@ def _longest(counts: Array, present: list[int], gap: int) -> int:
 
 
 def _fill(counts: Array, present: list[int], gap: int, candidates: int) -> list[int]:
-    """Lengths that fill a gap: exactly if one, two, or one of the longest and a pair can."""
+    """Lengths that fill a gap: exactly if one or two lengths, or a long one and a pair, can."""
     smallest = present[0]
     if gap < smallest:
         return []
@@ -174,7 +174,7 @@ def _fill(counts: Array, present: list[int], gap: int, candidates: int) -> list[
 
 
 def _pair(counts: Array, gap: int, smallest: int) -> list[int]:
-    """Two lengths that fill a gap exactly, the pair of which most remain; [] without one."""
+    """The pair of lengths that fills a gap exactly and occurs most often; [] if there is none."""
     half = gap // 2
     both = np.minimum(counts[smallest : half + 1], counts[gap - smallest : gap - half - 1 : -1])
     if len(both) and gap % 2 == 0:

@@ -1,4 +1,4 @@
-"""The prepared data set on disk: opened in constant time, memory-mapped; writer.py writes it.
+"""Reader of the prepared data set, which it opens in constant time and memory-maps.
 
 A split is a folder `<split>-<key>`. N: documents, T: tokens of one document, S: sequences.
 
@@ -42,9 +42,9 @@ class SourceIndex:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitIndex:
-    """Key, folder and sizes of a prepared split, known without opening it.
+    """Key, folder and sizes of a prepared split, stored in index.json.
 
-    `sources` have the order of the numbers in sources.npy. `made_with`: versions of the packages
+    `sources` are in the order of the indexes in sources.npy. `made_with`: versions of the packages
     that tokenised it; empty for a split of an earlier version.
     """
 
@@ -54,7 +54,7 @@ class SplitIndex:
     tokens: int
     supervised_tokens: int
     longest: int
-    sequences: int  # of an epoch, as are the next two
+    sequences: int  # of an epoch, like the next two fields
     epoch_documents: int
     epoch_tokens: int
     sources: tuple[SourceIndex, ...] = ()
@@ -77,7 +77,7 @@ class SplitIndex:
         return int((np.diff(read_column(self.folder, "offsets")) > tokens).sum())
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values; the folder only by its name, so that a run folder can be moved."""
+        """JSON values, with the name of the folder, not its path, so a run folder can be moved."""
         return {
             **asdict(self),
             "folder": self.folder.name,
@@ -115,7 +115,7 @@ class DataIndex:
 
     @classmethod
     def load(cls, data_dir: Path) -> Self:
-        """The index of a folder, in constant time. Raises UserError without one."""
+        """Read the index of a folder. Raises UserError if it has none."""
         path = data_dir / INDEX
         try:
             return cls.from_json(read_json(path), data_dir)
@@ -130,18 +130,18 @@ class Split:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._ids = _mapped(folder, "ids")
-        self._supervised = _mapped(folder, "supervised")
-        self._offsets = _mapped(folder, "offsets")
-        self.supervised_counts: Array = _mapped(folder, "counts")  # (N,) int64
-        self._sequence_documents = _mapped(folder, "sequence_documents")
+        self._ids = _memory_map(folder, "ids")
+        self._supervised = _memory_map(folder, "supervised")
+        self._offsets = _memory_map(folder, "offsets")
+        self.supervised_counts: Array = _memory_map(folder, "counts")  # (N,) int64
+        self._sequence_documents = _memory_map(folder, "sequence_documents")
         epoch = read_json(folder / SEQUENCES)
         self.sequences = Sequences(
             segments=tuple(Segment(**values) for values in epoch["rounds"]),
-            offsets=_mapped(folder, "sequence_offsets"),
-            tokens=_mapped(folder, "sequence_tokens"),
-            squares=_mapped(folder, "sequence_squares"),
-            supervised=_mapped(folder, "sequence_counts"),
+            offsets=_memory_map(folder, "sequence_offsets"),
+            tokens=_memory_map(folder, "sequence_tokens"),
+            squares=_memory_map(folder, "sequence_squares"),
+            supervised=_memory_map(folder, "sequence_counts"),
             are_packs=epoch["packing"],
         )
 
@@ -171,7 +171,7 @@ class Split:
         return [self.document(j) for j in self._sequence_documents[offsets[i] : offsets[i + 1]]]
 
     def has_complete_sequences(self, per_epoch: int) -> bool:
-        """Whether the sequence columns have the lengths that the segments demand."""
+        """Whether the lengths of the sequence columns match the segments."""
         sequences = self.sequences
         count = max((segment.end for segment in sequences.segments), default=0)
         columns = (sequences.tokens, sequences.squares, sequences.supervised)
@@ -184,7 +184,7 @@ class Split:
 
 
 def open_split(index: SplitIndex) -> Split:
-    """Open a prepared split. Raises UserError where its files do not match the index."""
+    """Open a prepared split. Raises UserError if its files do not match the index."""
     try:
         split = Split(index.folder)
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
@@ -197,7 +197,7 @@ def open_split(index: SplitIndex) -> Split:
 
 
 def read_published(folder: Path) -> tuple[SplitIndex, dict[str, Any]] | None:
-    """Index and audit of a complete split, else None."""
+    """Index and audit of a split; None if the split is missing or incomplete."""
     try:
         values = read_json(folder / INDEX)
         index = SplitIndex.from_json(values["split"], folder.parent)
@@ -213,9 +213,9 @@ def read_published(folder: Path) -> tuple[SplitIndex, dict[str, Any]] | None:
 
 def read_column(folder: Path, name: str) -> Array:
     """A per-document column of a split, memory-mapped."""
-    return _mapped(folder, name)
+    return _memory_map(folder, name)
 
 
-def _mapped(folder: Path, name: str) -> Array:
+def _memory_map(folder: Path, name: str) -> Array:
     column: Array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
     return column.view(np.ndarray)  # slices of np.memmap itself are slow to make

@@ -1,8 +1,8 @@
-"""Writes the splits that reader.py reads, chunk by chunk, atomically.
+"""Writer of the splits that reader.py reads.
 
 Several processes, also on several machines, may write the same split at once. Each writes to a
-temporary sibling folder; the first to finish renames it, and the others find a split of the same
-content and keep it. The file system needs nothing but an atomic rename of a folder.
+temporary sibling folder. The first to finish renames its folder; the others find a split with the
+same content and discard theirs. The file system only needs an atomic rename of folders.
 """
 
 import shutil
@@ -39,14 +39,14 @@ _COLUMNS: Mapping[str, str] = {
     "digests": "<u8",
     "sources": "<i4",
 }
-_RENAMES = 10  # attempts at a name that other processes want too
-# Of the hash that chooses the fraction of a weight: holding rows out must not choose it too.
+_RENAMES = 10  # attempts, because other processes may rename to the same path
+# Salt of the hash that selects the fraction of a weight, so that it is independent of hold-out.
 _SALT = int.from_bytes(b"weights")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Documents, concatenated; D: how many."""
+    """Concatenated documents; D: their number."""
 
     ids: Array  # (tokens,) int32
     supervised: Array  # (tokens,) bool
@@ -57,7 +57,7 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochSize:
-    """Size of an epoch, after weights have repeated documents or left them out."""
+    """Size of an epoch, in which weights repeat documents or omit them."""
 
     sequences: int
     documents: int
@@ -67,7 +67,7 @@ class EpochSize:
 class SplitWriter:
     """Writes a split to a temporary sibling folder, chunk by chunk; `publish` renames it.
 
-    A context manager: without `publish` nothing stays.
+    As a context manager it removes the temporary folder, unless `publish` has renamed it.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -115,7 +115,7 @@ class SplitWriter:
         self._longest = max(self._longest, int(documents.lengths.max()))
 
     def flushed_rejects(self) -> Path:
-        """The file of the rejected rows so far, readable by others."""
+        """Flush the file of rejected rows and return its path."""
         self.rejects.flush()
         return self.folder / REJECTS
 
@@ -145,9 +145,9 @@ class SplitWriter:
         return self.index
 
     def publish(self, audit: Mapping[str, Any]) -> None:
-        """Write the index and rename the folder; from here on the split exists.
+        """Write the index and rename the folder, so that readers find the split.
 
-        Where another process was faster, its split of the same content stays.
+        If another process was faster, its split of the same content is kept.
         """
         assert self.index is not None, "close first"
         index = {"split": self.index.as_json(), "audit": audit}
@@ -160,7 +160,7 @@ class SplitWriter:
                     raise
                 if read_published(self._published) is not None:
                     return
-                _remove(self._published)  # damaged: no reader takes it
+                _remove(self._published)  # damaged, so no reader uses it
             else:
                 sync(self._published.parent)
                 return
@@ -173,7 +173,7 @@ def tokenising_versions() -> dict[str, str]:
 
 
 class _Column:
-    """A one-dimensional .npy file that grows; numpy pads its header for that."""
+    """A one-dimensional .npy file to append to; numpy's padded header has space for the length."""
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.stream = path.open("wb")
@@ -246,7 +246,7 @@ def write_sequences(
 
 
 def _repeated(own: Array, digests: Array, weight: float) -> Iterator[tuple[Array, int]]:
-    """Documents of a source, and how often an epoch has them.
+    """Groups of a source's documents, each with its number of repeats in an epoch.
 
     A weight of 2.3 repeats every document twice and a fixed, hash-selected 30 % of them a third
     time. A weight below 1 takes at least one document.
@@ -279,9 +279,9 @@ def join_files(path: Path, parts: Sequence[Path]) -> None:
 
 def _remove(folder: Path) -> None:
     """Rename a folder out of the way, then delete it; another process may do the same."""
-    aside = temporary_sibling(folder.with_name(f"{folder.name}.damaged"))
+    renamed = temporary_sibling(folder.with_name(f"{folder.name}.damaged"))
     try:
-        folder.rename(aside)
+        folder.rename(renamed)
     except FileNotFoundError:
         return
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(renamed, ignore_errors=True)

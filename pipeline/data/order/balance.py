@@ -4,16 +4,16 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.int64]
-_MOST_SWAPS = 1000
+_MAX_SWAPS = 1000
 _UNITS = 2.0**32  # the largest cost as an integer; integer sums are the same on every CPU
 
 
 def divide(costs: npt.NDArray[np.float64], ranks: int) -> list[Array]:
     """Indices of the items of each rank, costliest first; at most ceil(items / ranks) per rank.
 
-    Greedy: the costliest remaining item goes to the rank with the lowest sum that has room. Then
-    local search: swap two items between the ranks with the highest and the lowest sum, as long as a
-    swap reduces the difference of the two sums.
+    The greedy phase assigns the costliest remaining item to the rank with the lowest sum, among the
+    ranks that are not full. The local search then swaps two items between the ranks with the
+    highest and the lowest sum, as long as a swap reduces the difference of the two sums.
     """
     count = len(costs)
     each = -(-count // ranks)
@@ -26,7 +26,7 @@ def divide(costs: npt.NDArray[np.float64], ranks: int) -> list[Array]:
         items[rank, sizes[rank]] = item
         sums[rank] += units[item]
         sizes[rank] += 1
-    for _ in range(_MOST_SWAPS):
+    for _ in range(_MAX_SWAPS):
         high, low = sums.argmax(), sums.argmin()
         apart = sums[high] - sums[low]
         after = np.abs(apart - 2 * (units[items[high]][:, None] - units[items[low]]))

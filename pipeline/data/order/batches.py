@@ -1,6 +1,6 @@
-"""Micro-batches of sequences -> tensors, built ahead by a thread or by worker processes.
+"""Micro-batches -> tensors, which a thread or worker processes prefetch.
 
-B: sequences, T: tokens of the longest one. A sequence is a document or, packed, several.
+B: sequences, T: tokens of the longest one. A sequence is a document or a pack of documents.
 """
 
 import signal
@@ -32,8 +32,8 @@ _PADDING = 0  # any id would do: padding is on the right, where causal attention
 class Batch:
     """Input of the model.
 
-    Padding is excluded by its position and its label, never by its token id: no token before it
-    attends to it, and it has no label. The first token of a document never has a label.
+    Padding is at the end, so causal attention hides it from all other tokens, and it has no label.
+    Its token id is irrelevant. The first token of a document has no label.
     """
 
     input_ids: torch.Tensor  # (B, T) int64
@@ -60,7 +60,7 @@ class Batch:
 
 
 def build_batch(split: "Split", sequences: Sequence[int]) -> Batch:
-    """Tensors of these sequences; without any, one padding token that has no label."""
+    """Build the tensors of these sequences; for no sequences, one padding token without label."""
     rows = [split.sequence(i) for i in sequences]
     documents = tuple(tuple(len(ids) for ids, _ in row) for row in rows) or ((1,),)
     shape = (len(documents), max(sum(row) for row in documents))
@@ -125,13 +125,13 @@ def batches_of(
         batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return _with_worker_deaths(batches) if num_workers else _one_ahead(batches)
+    return _report_worker_death(batches) if num_workers else _prefetch_in_thread(batches)
 
 
 _Item = TypeVar("_Item")
 
 
-def _one_ahead(batches: Iterator[_Item]) -> Iterator[_Item]:
+def _prefetch_in_thread(batches: Iterator[_Item]) -> Iterator[_Item]:
     """Build the next batch in a thread while the caller uses the current one."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
         following = thread.submit(next, batches, None)
@@ -140,7 +140,7 @@ def _one_ahead(batches: Iterator[_Item]) -> Iterator[_Item]:
             yield batch
 
 
-def _with_worker_deaths(batches: Iterator[_Item]) -> Iterator[_Item]:
+def _report_worker_death(batches: Iterator[_Item]) -> Iterator[_Item]:
     """Raise SingleRankError if a worker was killed while it handed over a batch."""
     while True:
         try:
@@ -150,7 +150,7 @@ def _with_worker_deaths(batches: Iterator[_Item]) -> Iterator[_Item]:
         except (OSError, EOFError) as error:
             if _RAISED_IN_WORKER in str(error):
                 raise
-            raise _worker_died() from error
+            raise _worker_death() from error
         yield batch
 
 
@@ -165,10 +165,10 @@ def worker_deaths_reported() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error) or _RAISED_IN_WORKER in str(error):
             raise
-        raise _worker_died() from error
+        raise _worker_death() from error
 
 
-def _worker_died() -> SingleRankError:
+def _worker_death() -> SingleRankError:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch's handler would raise once more
     return SingleRankError(
         "a DataLoader worker was killed from outside, most likely because memory ran out; "

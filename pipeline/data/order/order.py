@@ -20,15 +20,15 @@ from pipeline.data.dataset.sequences import Integers, Sequences, StepSize
 from pipeline.data.order.balance import divide
 from pipeline.plan.cost.per_token import SequenceFlops
 
-# Without packing, a group of up to _ALIKE_SIZE documents has lengths that differ by a factor of
-# about 1 + _ALIKE_WIDTH.
-_ALIKE_SIZE, _ALIKE_WIDTH = 256, 0.1
+# Without packing, the lengths in a group of up to _LENGTH_GROUP_SIZE documents differ by a factor
+# of about 1 + _LENGTH_GROUP_WIDTH.
+_LENGTH_GROUP_SIZE, _LENGTH_GROUP_WIDTH = 256, 0.1
 _GOLDEN_RATIO = 0.6180339887498949
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLayout:
-    """Division of a global batch: ranks x accumulation x micro-batch, balanced by `flops`."""
+    """Division of a global batch over ranks and micro-batches, balanced by `flops`."""
 
     world_size: int
     accumulation_steps: int
@@ -43,7 +43,7 @@ class BatchLayout:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences of one forward pass on one rank; `first`: their offset in the global batch."""
+    """Sequences of one forward pass on one rank. `first`: their offset in the global batch."""
 
     sequences: tuple[int, ...]
     first: int
@@ -79,14 +79,14 @@ def _groups(
     """Groups of `size` sequences, (N, G), length-grouped if size > 1; and the remaining sequences.
 
     Noise is added to the log lengths before sorting, so that the groups differ between epochs. The
-    noise is larger for groups of more than _ALIKE_SIZE sequences: a step then has short and long
-    documents, and sorting within the group still gives micro-batches of similar lengths.
+    noise is larger for groups of more than _LENGTH_GROUP_SIZE sequences, so that a step has short
+    and long documents. Sorting within the group still gives micro-batches of similar lengths.
     """
     if size == 1:
         return shuffled[:, None], shuffled[:0]
     whole = len(shuffled) - len(shuffled) % size
     chosen, rest = shuffled[:whole], shuffled[whole:]
-    width = _ALIKE_WIDTH * max(1.0, size / _ALIKE_SIZE)
+    width = _LENGTH_GROUP_WIDTH * max(1.0, size / _LENGTH_GROUP_SIZE)
     noise = hashes_of(whole, *words, 1) / 2.0**64
     # Rounded: the last bits of a logarithm differ between CPUs, but all ranks need the same order.
     keys = np.round(np.log(sequences.tokens[chosen]), 6) + width * noise

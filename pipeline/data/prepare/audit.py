@@ -33,7 +33,7 @@ class Reject:
     offset: int | None = None
 
     @classmethod
-    def of(cls, row: Row | BadRow, reason: str) -> Self:
+    def from_row(cls, row: Row | BadRow, reason: str) -> Self:
         """The entry of a row that is not used for this reason."""
         return cls(str(row.file), row.line, reason, row.offset)
 
@@ -87,10 +87,10 @@ class RowCounts:
         self.rejected[kind] += 1
         self.files[str(row.file)] += 1
         self.first.setdefault(kind, f"{row.file}:{row.line}")
-        return Reject.of(row, reason)
+        return Reject.from_row(row, reason)
 
     def count_tokens(self, row: Row, tokens: Mapping[str, int]) -> None:
-        """Add tokens of a used row to the counts with these names (omitted_thoughts, ...)."""
+        """Add tokens of a used row to the counts with these names (omitted_reasoning, ...)."""
         for name, number in tokens.items():
             self.numbers.update({f"{name}_rows": 1, f"{name}_tokens": number})
             self.first.setdefault(name, f"{row.file}:{row.line}")
@@ -200,7 +200,7 @@ def make_audit(
         "truncated_rows": numbers["truncated_rows"],
         "split_rows": numbers["split_rows"],
         "tokens_lost": numbers["tokens_lost"],
-        "omitted_thoughts": total.token_count("omitted_thoughts"),
+        "omitted_reasoning": total.token_count("omitted_reasoning"),
         "special_tokens_in_text": total.token_count("special_tokens_in_text"),
         "length": _lengths(lengths),
         "sources": _sources(sources, folder, lengths),
@@ -256,10 +256,11 @@ def audit_summary(data_dir: Path) -> str:
     if unread := train["unread_columns"]:
         columns = ", ".join(f"{name} ({rows:,} rows)" for name, rows in unread.items())
         lines.append(f"not read   {columns}")
-    if (thoughts := train["omitted_thoughts"])["rows"]:
+    # Data prepared before 0.2 has the count under another name.
+    if (omitted := train.get("omitted_reasoning") or train["omitted_thoughts"])["rows"]:
         lines.append(
-            f"thoughts   the chat template omits {thoughts['tokens']:,} tokens of reasoning in "
-            f"{thoughts['rows']:,} rows (first: {thoughts['first']}); split_turns: true trains "
+            f"reasoning  the chat template omits {omitted['tokens']:,} tokens of reasoning in "
+            f"{omitted['rows']:,} rows (first: {omitted['first']}); split_turns: true trains "
             "each turn as the last one, with its reasoning"
         )
     if (special := train["special_tokens_in_text"])["rows"]:

@@ -1,4 +1,4 @@
-"""audit.json on the terminal: numbers, lengths, sources and files of each split."""
+"""Terminal tables of audit.json: counts, lengths, sources and files of each split."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 _BAR = 40  # characters of the longest bar
-_APART = ("length", "sources")  # parts with a table of their own
-_MOST_FILES = 20  # shown of one source; audit.json has all
+_SEPARATE = ("length", "sources")  # parts with a table of their own
+_MAX_FILES = 20  # shown of one source; audit.json has all
 
 
 def audit_table(audit: Mapping[str, Mapping[str, Any]]) -> Group:
@@ -38,7 +38,7 @@ def _numbers(audit: Mapping[str, Mapping[str, Any]]) -> Table:
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, float | str]]:
     for key, value in values.items():
         name = key.replace("_", " ")
-        if key in _APART:
+        if key in _SEPARATE:
             continue
         if isinstance(value, Mapping):
             yield from ((f"{name}: {inner}", number) for inner, number in value.items())
@@ -83,8 +83,8 @@ def _sources(split: str, sources: list[Mapping[str, Any]]) -> Group:
         table.add_row(str(i), f"{source['weight']:g}", *numbers, formats)
         names.append(f"{i}  {source['name']}\n")
         files = list(source["files"].items())
-        for file, rows in files[:_MOST_FILES] if len(files) > 1 else []:
+        for file, rows in files[:_MAX_FILES] if len(files) > 1 else []:
             names.append(f"   {file}: {rows:,} rows\n")
-        if len(files) > _MOST_FILES:
-            names.append(f"   and {len(files) - _MOST_FILES} more files\n")
+        if len(files) > _MAX_FILES:
+            names.append(f"   and {len(files) - _MAX_FILES} more files\n")
     return Group(table, names)

@@ -1,7 +1,8 @@
-"""Content digests of rows, and the rows that they hold out.
+"""Content digests of rows, and the selection of held-out rows by them.
 
-A digest is a hash of what a row says, without the spelling of its JSON and with every run of white
-space as one space: rows that differ in nothing else are duplicates and lie in the same split.
+A digest is a hash of a row's example. It does not depend on the formatting of the row's JSON, and
+each run of white space counts as one space. Rows with equal digests are duplicates and are in the
+same split.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ _SPREAD = 0x9E3779B97F4A7C15  # odd, so that it maps digests one to one; 2**64 /
 
 
 def digest(example: Example, *, keeps_space: bool = False) -> int:
-    """64 bits of an example's content; `keeps_space`: the digest of data prepared before 0.2."""
+    """64-bit hash of an example. `keeps_space`: the digest of data that version 0.1 prepared."""
     parts = [type(example).__name__]
     if isinstance(example, Conversation):
         for message in example.messages:
@@ -46,29 +47,30 @@ def _sorted_json(value: Mapping[str, Any]) -> str:
 
 
 def threshold_of_share(share: float) -> int:
-    """`is_held_out`'s threshold for a share of all rows."""
+    """Threshold for `is_held_out` that holds out this share of the rows."""
     return int(share * _ALL)
 
 
 def threshold_of_rows(digests: Array, rows: int) -> int:
-    """`is_held_out`'s threshold for this many of the rows with these digests, (N,) uint64.
+    """Threshold for `is_held_out` that holds out this number of the rows with these digests.
 
-    Duplicates stay together: where the last row has some, more rows are held out.
+    `digests`: (N,) uint64. If the last held-out row has duplicates, they are held out too.
     """
     spread = np.sort(digests * np.uint64(_SPREAD))
     return int(spread[min(rows, len(spread)) - 1]) + 1 if len(spread) else NOTHING_HELD_OUT
 
 
 def is_held_out(digest: int, threshold: int) -> bool:
-    """Whether a row belongs to the held-out split; a function of its content alone.
+    """Whether the row with this digest belongs to the held-out split.
 
-    The digest is hashed once more: a source's weight selects by the digest, independently of this.
+    The digest is hashed again, because the weight of a source selects rows by the digest too, and
+    the two selections must be independent.
     """
     return (digest * _SPREAD) % _ALL < threshold
 
 
 class ChunkDigests:
-    """Chunk -> digests of the rows that have an example, (N,) uint64. Needs no tokenizer."""
+    """Computes the digests of a chunk's usable rows, (N,) uint64, without a tokenizer."""
 
     def __init__(self, settings: RunSettings) -> None:
         self._settings = settings

@@ -1,4 +1,4 @@
-"""Job: one pass over the sources of a setting, which gives one split, or two with held-out rows."""
+"""Job: one pass over the sources of a setting, which writes one split, or two with hold-out."""
 
 import logging
 from collections import Counter
@@ -21,7 +21,7 @@ from pipeline.data.prepare.digests import (
     threshold_of_rows,
     threshold_of_share,
 )
-from pipeline.data.prepare.parallel import in_order
+from pipeline.data.prepare.parallel import parallel_map
 from pipeline.data.prepare.tokenised import ChunkTokeniser, TokenisedChunk, TokenisedRows
 from pipeline.errors import UserError
 from pipeline.rows.sources import Source
@@ -54,7 +54,7 @@ class JobRun:
         limit: int | None,
     ) -> None:
         self._settings, self._job, self._limit = settings, job, limit
-        once = [replace(source, weight=1.0) for source in job.sources]  # held-out rows: no weights
+        once = [replace(source, weight=1.0) for source in job.sources]  # weights: only training
         self._splits = {
             name: _SplitBuilder(writer, sources, settings)
             for (name, writer), sources in zip(writers.items(), (job.sources, once), strict=False)
@@ -65,7 +65,7 @@ class JobRun:
         settings = self._settings
         # With a limit, reading ends at the row that reaches it.
         rows = lines.CHUNK_ROWS if self._limit is None else 1
-        results = in_order(
+        results = parallel_map(
             lines.chunks(self._job.sources, rows),
             partial(ChunkTokeniser, settings, self._threshold(processes)),
             processes=processes if self._limit is None else 1,
@@ -82,7 +82,7 @@ class JobRun:
                     return
 
     def require_usable(self, max_rejected: float | None) -> None:
-        """Raise UserError if audit.require_usable refuses the rows of all splits together."""
+        """Call audit.require_usable with the rows of all splits together. Raises UserError."""
         counts = [RowCounts() for _ in self._job.sources]
         for split in self._splits.values():
             for total, own in zip(counts, split.counts, strict=True):
@@ -107,9 +107,9 @@ class JobRun:
         if isinstance(held_out, float):
             return threshold_of_share(held_out)
         if self._limit is not None:
-            return threshold_of_share(0.5)  # of the few rows of a trial
+            return threshold_of_share(0.5)  # a trial on a few rows
         chunks = lines.chunks(self._job.sources, lines.CHUNK_ROWS)
-        results = in_order(chunks, partial(ChunkDigests, self._settings), processes=processes)
+        results = parallel_map(chunks, partial(ChunkDigests, self._settings), processes=processes)
         with closing(results):
             digests = np.concatenate([np.zeros(0, np.uint64), *results])
         return threshold_of_rows(digests, held_out)

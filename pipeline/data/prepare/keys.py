@@ -1,4 +1,4 @@
-"""Keys of prepared splits: hashes of everything that documents depend on."""
+"""Keys of prepared splits: hashes of all inputs on which the documents depend."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from pipeline.rows.content import detect_kind
 from pipeline.rows.sources import Source
 
 FINGERPRINTS = "fingerprints.json"
-_FORMAT = 7  # of documents, their files and their order: raise it when one of them changes
+_FORMAT = 7  # version; raise it when the documents, their files or their order change
 _TOKENIZER_FILES = (
     "tokenizer*",
     "*chat_template*",
@@ -28,7 +28,7 @@ _TOKENIZER_FILES = (
     "*.tiktoken",
     "generation_config.json",
 )
-_REMEMBERED_BYTES = 2**20  # smaller files are hashed faster than looked up
+_MIN_CACHED_BYTES = 2**20  # smaller files are hashed faster than looked up
 # A file that is written twice within one tick of the file system's clock keeps its times. A hash is
 # remembered only of a file that was older than this.
 _SETTLED_AFTER_S = 2.0
@@ -50,7 +50,7 @@ class Fingerprints:
 
     def sha256(self, path: Path) -> str:
         """SHA-256 of a file's content, in hex digits."""
-        name, stamp, now = str(path.resolve()), _stamp(path), time.time()
+        name, stamp, now = str(path.resolve()), _file_stamp(path), time.time()
         self._stamps[path] = stamp
         known = self._known.get(name)
         if isinstance(known, dict) and known.get("stamp") == stamp:
@@ -60,7 +60,7 @@ class Fingerprints:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         size, *times = stamp[:3]
         is_settled = now - max(times) / 1e9 > _SETTLED_AFTER_S
-        if size >= _REMEMBERED_BYTES and is_settled and stamp == _stamp(path):
+        if size >= _MIN_CACHED_BYTES and is_settled and stamp == _file_stamp(path):
             self._used[name] = {"stamp": stamp, "sha256": digest}
         return digest
 
@@ -68,7 +68,7 @@ class Fingerprints:
         """Raise UserError if a file was changed since it was hashed."""
         for path, stamp in self._stamps.items():
             try:
-                is_same = _without_change_time(_stamp(path)) == _without_change_time(stamp)
+                is_same = _without_change_time(_file_stamp(path)) == _without_change_time(stamp)
             except OSError:
                 is_same = False
             if not is_same:
@@ -98,7 +98,7 @@ def split_keys(
     if settings.chat_template not in ("model", "chatml"):  # a file: its content, not its path
         read_template(settings.chat_template)  # UserError where it cannot be read
         values["chat_template"] = fingerprints.sha256(Path(settings.chat_template))
-    made_from = {
+    inputs = {
         "format": _FORMAT,
         "data": [_source(source, fingerprints) for source in sources],
         "tokenizer": {
@@ -110,7 +110,7 @@ def split_keys(
     }
     return {
         split: hashlib.sha256(
-            json.dumps({**made_from, "split": split}, sort_keys=True).encode()
+            json.dumps({**inputs, "split": split}, sort_keys=True).encode()
         ).hexdigest()[:16]
         for split in ("rest", "held_out")
     }
@@ -121,7 +121,7 @@ def _source(source: Source, fingerprints: Fingerprints) -> dict[str, Any]:
     return {"files": files, "weight": source.weight, "limit": source.limit}
 
 
-def _stamp(path: Path) -> list[int]:
+def _file_stamp(path: Path) -> list[int]:
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 

@@ -1,4 +1,4 @@
-"""Lines of the sources in chunks for worker processes, and the example of a line."""
+"""Group the Lines of sources into chunks for worker processes, and read the example of a Line."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ _CHUNK_BYTES = 2**18
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Lines of the source with this number."""
+    """Lines of one source. `source`: its index."""
 
     source: int
     lines: list[Line]
 
 
 def chunks(sources: Sequence[Source], rows: int) -> Iterator[Chunk]:
-    """All lines in chunks of one source, each of `rows` rows or 256 KiB at most."""
+    """Group all Lines into chunks. A chunk has Lines of one source, at most `rows` or 256 KiB."""
     for number, source in enumerate(sources):
         chunk: list[Line] = []
         size = 0
@@ -38,7 +38,7 @@ def chunks(sources: Sequence[Source], rows: int) -> Iterator[Chunk]:
 
 
 def read_line(line: Line, settings: RunSettings) -> tuple[Row | BadRow, ReadExample | str]:
-    """The row of a line and its example, or the reason why it has none."""
+    """The row of a Line, and its example or the reason why it has none."""
     row = parse_line(line)
     if isinstance(row, BadRow):
         return row, row.reason

@@ -22,24 +22,24 @@ Result = TypeVar("Result")
 
 # For fewer chunks, starting processes (a second each) costs more than it saves.
 _FEW_CHUNKS = 32
-_AHEAD = 3  # chunks per process that wait or are done: bounds the memory
+_CHUNKS_IN_FLIGHT = 3  # per process: chunks that are queued, or whose result waits
 
-_make_work: Callable[[], Callable[[Any], Any]] | None = None  # of a worker process
-_work: Callable[[Any], Any] | None = None  # of a worker process, created with its first chunk
+_make_function: Callable[[], Callable[[Any], Any]] | None = None  # of a worker process
+_function: Callable[[Any], Any] | None = None  # of a worker process, created with its first chunk
 
 
-def in_order(
+def parallel_map(
     chunks: Iterable[Chunk],
-    make_work: Callable[[], Callable[[Chunk], Result]],
+    make_function: Callable[[], Callable[[Chunk], Result]],
     *,
     processes: int | None = None,
     needs_torch: bool = False,
 ) -> Generator[Result, None, None]:
-    """The result of each chunk, in order, for any number of processes.
+    """Apply a function to each chunk and yield the results in order.
 
-    `make_work` is pickled and called once in each process. By default there are as many processes
-    as usable CPUs, and for a few chunks only this one. The caller must close the generator.
-    Exceptions of the work are raised here.
+    `make_function` is pickled and called once in each process; it returns the function. By default
+    there is a process for each usable CPU, or only this process for a few chunks. The caller must
+    close the generator. Exceptions of the function are raised here.
     """
     remaining = iter(chunks)
     first = list(islice(remaining, _FEW_CHUNKS)) if processes is None else []
@@ -47,19 +47,19 @@ def in_order(
         processes = 1 if len(first) < _FEW_CHUNKS else usable_cpus()
     everything = chain(first, remaining)
     if processes == 1:
-        work = make_work()
+        function = make_function()
         for chunk in everything:
-            yield work(chunk)
+            yield function(chunk)
         return
     # Forking would copy locks that threads of torch and of the tokenizer hold.
     pool = ProcessPoolExecutor(
-        processes, get_context("spawn"), _begin, initargs=(make_work, needs_torch)
+        processes, get_context("spawn"), _init_worker, initargs=(make_function, needs_torch)
     )
     waiting: deque[Future[Any]] = deque()
     try:
         for chunk in everything:
-            waiting.append(pool.submit(_do, chunk))
-            if len(waiting) > _AHEAD * processes:
+            waiting.append(pool.submit(_process_chunk, chunk))
+            if len(waiting) > _CHUNKS_IN_FLIGHT * processes:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -86,7 +86,7 @@ def usable_cpus() -> int:
     return bound
 
 
-def _begin(make_work: Callable[[], Callable[[Any], Any]], needs_torch: bool) -> None:
+def _init_worker(make_function: Callable[[], Callable[[Any], Any]], needs_torch: bool) -> None:
     """Initialise a worker process: it ends with its parent, and ignores signals."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # a launcher signals a rank's children, too
@@ -97,18 +97,18 @@ def _begin(make_work: Callable[[], Callable[[Any], Any]], needs_torch: bool) -> 
         # instead of 90 MB and 3 s instead of 1 for each process (2026-11-25).
         sys.modules["torch"] = None  # type: ignore[assignment]
         os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it would warn that torch is missing
-    global _make_work  # noqa: PLW0603 - one process, one work
-    _make_work = make_work
+    global _make_function  # noqa: PLW0603 - one process, one work
+    _make_function = make_function
 
 
-def _do(chunk: Any) -> Any:
-    """Work on a chunk; the first one creates the work, so that its errors reach the caller."""
-    global _work  # noqa: PLW0603 - one process, one work
-    if _work is None:
-        assert _make_work is not None
-        _work = _make_work()
+def _process_chunk(chunk: Any) -> Any:
+    """Apply the function; it is created with the first chunk, so that errors reach the caller."""
+    global _function  # noqa: PLW0603 - one process, one work
+    if _function is None:
+        assert _make_function is not None
+        _function = _make_function()
         gc.freeze()  # a tenth of the time went into collecting its garbage (2026-11-25)
-    return _work(chunk)
+    return _function(chunk)
 
 
 def _end_with_parent() -> None:

@@ -1,7 +1,7 @@
-"""Rows of the run file -> the prepared data set in the run folder, with its audit.
+"""Prepare the data of a run file: rows -> the prepared data set in the run folder, with its audit.
 
-Only one process at a time may run `prepare`; any number may read the splits. `check_rows` imports
-neither transformers nor torch.
+Only one process at a time may run `prepare_data`; any number may read the splits. `check_rows`
+imports neither transformers nor torch.
 """
 
 import errno
@@ -47,7 +47,7 @@ from pipeline.rows.sources import Source, read_lines, require_disjoint, resolve_
 
 logger = logging.getLogger(__name__)
 _FIRST_ROWS = 2000  # of each source: checked before anything is loaded
-_Published = tuple[SplitIndex, dict[str, Any]]  # a split's index and audit
+_SplitWithAudit = tuple[SplitIndex, dict[str, Any]]  # a split's index and audit
 _SPLIT_FOLDER = re.compile(r"(train|eval)-[0-9a-f]{16}")
 
 
@@ -107,7 +107,7 @@ def data_size(settings: RunSettings) -> DataSize | None:
     return index.train.size if is_current else estimate(settings)
 
 
-def prepare(
+def prepare_data(
     settings: RunSettings,
     data_dir: Path,
     limit: int | None = None,
@@ -122,18 +122,18 @@ def prepare(
     disk is full. After an error `data_dir` is as before, except that rejects.jsonl has the rejected
     rows of refused data.
     """
-    with _full_disk_reported(data_dir):
+    with _report_full_disk(data_dir):
         fingerprints = Fingerprints(data_dir)
         jobs = _jobs(settings, fingerprints, limit)
         for note in [note for job in jobs for source in job.sources for note in source.notes]:
             logger.info("%s", note)
-        _create(data_dir)
-        splits: dict[str, _Published] = {}
+        _create_folder(data_dir)
+        splits: dict[str, _SplitWithAudit] = {}
         written: dict[str, SplitWriter] = {}
         with ExitStack() as stack:
             # eval_data first: it is small, so that bad rows in it are reported early.
             for job in reversed(jobs):
-                if (published := _published(settings, job, data_dir, limit)) is not None:
+                if (published := _reusable_splits(settings, job, data_dir, limit)) is not None:
                     _log_other_versions([index for index, _ in published.values()])
                     splits |= published
                     continue
@@ -157,7 +157,7 @@ def prepare(
         if written or not _is_current(data_dir, index):
             _write_summary(data_dir, index, {split: audit for split, (_, audit) in splits.items()})
         fingerprints.save()
-        _remove_others(data_dir, index)
+        _remove_outdated(data_dir, index)
         return index
 
 
@@ -186,15 +186,15 @@ def _max_rejected(settings: RunSettings, limit: int | None) -> float | None:
     return settings.max_rejected if limit is None else None
 
 
-def _published(
+def _reusable_splits(
     settings: RunSettings, job: Job, data_dir: Path, limit: int | None
-) -> dict[str, _Published] | None:
+) -> dict[str, _SplitWithAudit] | None:
     """The splits of a job if all of them exist.
 
     Raises UserError if the current settings do not allow their rejected rows.
     """
     folders = {split: data_dir / f"{split}-{key}" for split, key in job.keys.items()}
-    splits: dict[str, _Published] = {}
+    splits: dict[str, _SplitWithAudit] = {}
     for split, folder in folders.items():
         if (published := read_published(folder)) is None:
             return None
@@ -242,7 +242,7 @@ def _save_rejects_on_refusal(rejects: Sequence[Path], data_dir: Path | None) -> 
     except UserError as error:
         if data_dir is None or not any(path.stat().st_size for path in rejects):
             raise
-        _create(data_dir)
+        _create_folder(data_dir)
         try:
             join_files(data_dir / REJECTS, rejects)
         except OSError:  # a full disk: the original error is raised
@@ -251,7 +251,7 @@ def _save_rejects_on_refusal(rejects: Sequence[Path], data_dir: Path | None) -> 
 
 
 @contextmanager
-def _full_disk_reported(data_dir: Path) -> Iterator[None]:
+def _report_full_disk(data_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -263,7 +263,7 @@ def _full_disk_reported(data_dir: Path) -> Iterator[None]:
         ) from None
 
 
-def _create(data_dir: Path) -> None:
+def _create_folder(data_dir: Path) -> None:
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -356,7 +356,7 @@ def _write_summary(data_dir: Path, index: DataIndex, audits: dict[str, dict[str,
     write_text(data_dir / INDEX, dump_json(index.as_json()), durable=True)
 
 
-def _remove_others(data_dir: Path, index: DataIndex) -> None:
+def _remove_outdated(data_dir: Path, index: DataIndex) -> None:
     """Remove splits with other keys, and temporary files of killed processes."""
     current = {split.folder.name for split in index.splits.values()}
     for path in list(data_dir.iterdir()):

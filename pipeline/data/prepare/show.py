@@ -1,4 +1,4 @@
-"""Documents on the terminal: supervised text in colour, or in [[brackets]] without colour."""
+"""Print documents with the supervised text in colour, or in [[brackets]] without colour."""
 
 import unicodedata
 from argparse import ArgumentTypeError

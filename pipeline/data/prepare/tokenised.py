@@ -1,7 +1,6 @@
-"""Chunk of lines -> the documents that its rows become: the work of the worker processes.
+"""ChunkTokeniser: tokenises a chunk of lines in a worker process.
 
-The result of a line depends on nothing but the line, so that it is the same however lines are
-divided into chunks and chunks among processes.
+The result for a line depends only on that line, not on the division into chunks and processes.
 """
 
 from collections.abc import Sequence
@@ -23,24 +22,24 @@ from pipeline.rows.sources import BadRow, Row
 
 @dataclass(kw_only=True)
 class TokenisedRows:
-    """Documents of rows of one split, their counts, and the rows that are left out."""
+    """Documents from the rows of one split, the counts of these rows, and the unused rows."""
 
     columns: Columns
     counts: RowCounts
     rejects: list[Reject]  # bad rows
-    dropped: list[Reject]  # rows that over_length: drop leaves out
+    dropped: list[Reject]  # rows that are too long, with over_length: drop
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenisedChunk:
-    """The rows of a chunk of the source with this number, by split."""
+    """The rows of a chunk, by split. `source`: index of the source."""
 
     source: int
-    splits: tuple[TokenisedRows, TokenisedRows]  # for training, held out
+    splits: tuple[TokenisedRows, TokenisedRows]  # training rows, held-out rows
 
 
 class ChunkTokeniser:
-    """Tokenises chunks in a worker process; `threshold` says which rows are held out."""
+    """Tokenises chunks in a worker process. `threshold`: see `is_held_out`."""
 
     def __init__(self, settings: RunSettings, threshold: int) -> None:
         self._settings, self._threshold = settings, threshold
@@ -75,7 +74,7 @@ class ChunkTokeniser:
         documents: Sequence[Document],
         number: int,
     ) -> bool:
-        """Whether the row is used."""
+        """Add the documents of a row to a split; returns whether the row is used."""
         length, over_length = self._settings.max_length, self._settings.over_length
         used: list[Window] = []
         dropped, is_ended = 0, True
@@ -116,7 +115,7 @@ class ChunkTokeniser:
 
 
 class _SplitRows:
-    """Rows of one split, before they are columns."""
+    """Collects the rows of one split."""
 
     def __init__(self) -> None:
         self.counts = RowCounts()
@@ -129,7 +128,7 @@ class _SplitRows:
         self._rejects.append(self.counts.reject(row, reason))
 
     def drop(self, row: Row, reason: str) -> None:
-        self._dropped.append(Reject.of(row, reason))
+        self._dropped.append(Reject.from_row(row, reason))
         self.counts.numbers["rows_dropped"] += 1
         self.counts.files[str(row.file)] += 1
 

@@ -1,4 +1,4 @@
-"""Documents longer than max_length, as `over_length` says. Pure."""
+"""Truncate, drop or split documents longer than max_length (setting `over_length`). Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pipeline.data.dataset.reader import Array
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens of a document from `start` on, and which of them are supervised."""
+    """A part of a document, from token `start` on, with its loss mask."""
 
     start: int
     ids: Array  # (T,) int32
@@ -18,10 +18,10 @@ class Window:
 
 
 def windows(ids: Array, supervised: Array, max_length: int, over_length: str) -> list[Window]:
-    """The parts of a document that are used: at most `max_length` tokens, one of them supervised.
+    """The parts of a document to train on: at most `max_length` tokens, with a supervised one.
 
-    Windows of a split document overlap by one token: the last token of a window predicts the first
-    new one of the next window, so that every supervised token is trained once.
+    The windows of a split document overlap by one token, which predicts the second token of the
+    later window. Every supervised token is therefore trained exactly once.
     """
     if len(ids) <= max_length:
         parts = [Window(0, ids, supervised)]
@@ -36,7 +36,7 @@ def windows(ids: Array, supervised: Array, max_length: int, over_length: str) ->
 
 
 def num_dropped(windows: Sequence[Window], length: int) -> int:
-    """Tokens of a document of this length that are in none of its windows."""
+    """Number of tokens of a document of this length that are in none of its windows."""
     end = covered = 0
     for window in windows:
         start = max(window.start, end)

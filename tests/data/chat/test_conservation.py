@@ -153,14 +153,14 @@ class TestThoughts:
         row = Conversation((asked, turn("a", "12345"), asked, turn("b", "678")))
         for name in ("channels", "qwen3"):
             tokenizer = kind(name) if name in KINDS else published(name)
-            assert notes_of(row, tokenizer) == {"omitted_thoughts": 5}  # bytes
+            assert notes_of(row, tokenizer) == {"omitted_reasoning": 5}  # bytes
             assert notes_of(row, tokenizer, split_turns=True) == {}
         for text in all_shown(row, published("qwen3"), split_turns=True):
             assert text.count("[[<think>") == 1
 
     def test_thoughts_that_are_always_stripped_are_counted(self):
         row = chat("q", "<think>123</think>a", "r", "<think>45</think>b")
-        assert notes_of(row, published("deepseek-r1-distill")) == {"omitted_thoughts": 5}
+        assert notes_of(row, published("deepseek-r1-distill")) == {"omitted_reasoning": 5}
 
     def test_a_thought_that_is_dropped_in_some_rows_only_is_named(self):
         moody = CHATML.replace(
@@ -440,7 +440,7 @@ def test_what_a_row_holds_is_written_omitted_by_design_or_named(name, rows):
         written, thoughts = must_be_written(row)
         for leaf in written:
             assert is_in(leaf, text) or is_in(PYTHON_SPELLING.get(leaf, leaf), text), leaf
-        if not result.token_counts["omitted_thoughts"]:
+        if not result.token_counts["omitted_reasoning"]:
             assert all(is_in(thought, text) for thought in thoughts)
         trained = tokenizer.decode(document.ids[document.supervised].tolist())
         for message in row.messages:

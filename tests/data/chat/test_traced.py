@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from pipeline.data.chat.traced import (
     Arguments,
-    from_source,
-    joined,
+    join_traced,
     make_environment,
     spans_of,
+    traced_from,
 )
 
 pytestmark = pytest.mark.unit
@@ -61,7 +61,7 @@ def assert_leads_back(text, sources):
 @given(one=texts, two=texts)
 def test_methods_return_what_str_returns(call, one, two):
     name, *arguments = call
-    text = joined((from_source(one, 0), "-", from_source(two, 1)))
+    text = join_traced((traced_from(one, 0), "-", traced_from(two, 1)))
     expected = getattr(str.__str__(text), name)(*arguments)
     found = getattr(text, name)(*arguments)
     assert found == expected
@@ -71,7 +71,7 @@ def test_methods_return_what_str_returns(call, one, two):
 
 @given(one=texts.filter(bool), cut=st.tuples(st.integers(-14, 14), st.integers(-14, 14)))
 def test_slices_keep_their_place_in_the_source(one, cut):
-    text = from_source(one, 3)
+    text = traced_from(one, 3)
     part = text[slice(*cut)]
     assert part == one[slice(*cut)]
     for start, stop, source, first, last in spans_of(part):
@@ -103,7 +103,7 @@ WRITTEN = {
 
 @pytest.mark.parametrize("template", WRITTEN)
 def test_what_jinja_writes_keeps_its_source(template):
-    text = render(template, a=from_source("one", 0), b=from_source("two", 1))
+    text = render(template, a=traced_from("one", 0), b=traced_from("two", 1))
     assert text == WRITTEN[template]
     by_source = {span.source: text[span.start : span.stop] for span in spans_of(text)}
     assert by_source[0] == "one"
@@ -113,7 +113,7 @@ def test_what_jinja_writes_keeps_its_source(template):
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.booleans())
 def test_json_escapes_are_traced(text, is_ascii):
     template = f"{{{{ value | tojson(ensure_ascii={is_ascii}) }}}}"
-    found = render(template, value={"k": [1, from_source(text, 0)], from_source("n", 1): None})
+    found = render(template, value={"k": [1, traced_from(text, 0)], traced_from("n", 1): None})
     assert json.loads(found) == {"k": [1, text], "n": None}
     (span,) = (span for span in spans_of(found) if span.source == 0)
     assert json.loads(f'"{found[span.start : span.stop]}"') == text
@@ -121,7 +121,7 @@ def test_json_escapes_are_traced(text, is_ascii):
 
 
 def test_arguments_are_an_object_and_json_text_where_they_are_joined():
-    given = Arguments({"city": from_source("Oslo", 0), "n": 1})
+    given = Arguments({"city": traced_from("Oslo", 0), "n": 1})
     text = '{"city": "Oslo", "n": 1}'
     for template in ("{{ '<' + a + '>' }}", "{{ '<' ~ a ~ '>' }}", "<{{ a }}>", "<{{ a|tojson }}>"):
         found = render(template, a=given)
@@ -134,6 +134,6 @@ def test_arguments_are_an_object_and_json_text_where_they_are_joined():
 def test_a_template_cannot_reach_the_spans():
     from jinja2.exceptions import SecurityError
 
-    for template in ("{{ a._spans.x }}", "{{ a.__class__.x }}", "{{ a._cut(0, 1) }}"):
+    for template in ("{{ a._spans.x }}", "{{ a.__class__.x }}", "{{ a._slice(0, 1) }}"):
         with pytest.raises(SecurityError):
-            render(template, a=from_source("one", 0))
+            render(template, a=traced_from("one", 0))

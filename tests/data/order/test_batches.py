@@ -15,7 +15,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import open_split
 from pipeline.data.order.batches import batches_of
 from pipeline.data.order.order import BatchLayout, RankWork
-from pipeline.data.prepare.prepare import prepare
+from pipeline.data.prepare.prepare import prepare_data
 from pipeline.plan.cost.per_token import SequenceFlops
 from tests import ROOT
 from tests.messages import assert_mentions
@@ -152,7 +152,7 @@ def test_a_worker_maps_the_files_of_a_split_instead_of_a_copy(tmp_path):
     make_rows(tmp_path / "train.jsonl", 2000)
     values = {"model": "model", "train_data": "train.jsonl", "output_dir": "run"}
     settings = RunSettings(**{key: str(tmp_path / value) for key, value in values.items()})
-    split = open_split(prepare(settings, tmp_path / "data").train)
+    split = open_split(prepare_data(settings, tmp_path / "data").train)
     assert len(pickle.dumps((split, work_on(split)))) < 2000
 
 

@@ -4,7 +4,7 @@ import json
 
 from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import open_split
-from pipeline.data.prepare.prepare import prepare
+from pipeline.data.prepare.prepare import prepare_data
 
 
 class Run:
@@ -23,7 +23,7 @@ class Run:
 
     def prepare(self, limit=None, **values):
         """Prepare with these settings in place of the usual ones."""
-        return prepare(self.settings(**values), self.data, limit)
+        return prepare_data(self.settings(**values), self.data, limit)
 
     def audit(self, split="train"):
         return json.loads((self.data / "audit.json").read_text())[split]

@@ -240,7 +240,7 @@ def test_omitted_reasoning_is_counted_with_its_remedy(run):
     template = str(ROOT / "tests" / "templates" / "qwen3.jinja")
     lines_of(run.train, [row("plain"), agent_row("left out"), agent_row("left out too")])
     run.prepare(chat_template=template)
-    omitted = run.audit()["omitted_thoughts"]
+    omitted = run.audit()["omitted_reasoning"]
     tokenizer = load_tokenizer(run.folder / "model")
     texts = ("left out", "left out too")
     expected = sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
@@ -249,7 +249,7 @@ def test_omitted_reasoning_is_counted_with_its_remedy(run):
     assert omitted["first"] == f"{run.train}:2"
     assert_mentions(audit_summary(run.data), f"{run.train}:2", "split_turns: true")
     index = run.prepare(chat_template=template, split_turns=True)
-    assert run.audit()["omitted_thoughts"]["rows"] == 0
+    assert run.audit()["omitted_reasoning"]["rows"] == 0
     split = open_split(index.train)
     text = "".join(tokenizer.decode(split.document(i)[0]) for i in range(len(split)))
     assert all(part in text for part in texts)

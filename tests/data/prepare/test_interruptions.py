@@ -11,7 +11,7 @@ import pytest
 from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.data.dataset.writer import SplitWriter
 from pipeline.data.prepare import prepare as module
-from pipeline.data.prepare.prepare import prepare
+from pipeline.data.prepare.prepare import prepare_data
 from tests import ROOT
 from tests.data.prepare.preparation import row
 
@@ -34,7 +34,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_read(run):
         "    os._exit(9)\n"
         "SplitWriter.add = add_and_die\n"
         "settings = RunSettings.model_validate_json(sys.argv[1])\n"
-        "prepare.prepare(settings, Path(sys.argv[2]))\n"
+        "prepare.prepare_data(settings, Path(sys.argv[2]))\n"
     )
     killed = subprocess.run(
         [sys.executable, "-c", code, run.settings().model_dump_json(), str(run.data)],
@@ -78,7 +78,7 @@ def test_the_second_of_two_writers_keeps_the_split_of_the_first(run, monkeypatch
         if not quicker:
             quicker.append(True)
             there = run.folder / "elsewhere"
-            prepare(run.settings(), there)
+            prepare_data(run.settings(), there)
             for split in there.glob("*-*"):
                 shutil.copytree(split, run.data / split.name)
                 if damaged:
@@ -108,9 +108,9 @@ AT_ONCE = """
 import sys
 from pathlib import Path
 from pipeline.config.settings import RunSettings
-from pipeline.data.prepare.prepare import prepare
+from pipeline.data.prepare.prepare import prepare_data
 from pipeline.data.dataset.reader import open_split
-index = prepare(RunSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
+index = prepare_data(RunSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
 print(len(open_split(index.train)), len(open_split(index.eval)))
 """
 

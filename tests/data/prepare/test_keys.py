@@ -156,7 +156,7 @@ def test_large_files_are_hashed_once_until_they_change(run, monkeypatch):
         return digest(stream, name)
 
     monkeypatch.setattr(hashlib, "file_digest", counting)
-    monkeypatch.setattr(keys, "_REMEMBERED_BYTES", 1)
+    monkeypatch.setattr(keys, "_MIN_CACHED_BYTES", 1)
     run.prepare()  # just written: within a tick of the clock it could change unseen
     monkeypatch.setattr(keys, "_SETTLED_AFTER_S", 0.0)
     first = run.prepare()

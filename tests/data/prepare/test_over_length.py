@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.dataset.reader import open_split
-from pipeline.data.prepare.prepare import prepare
+from pipeline.data.prepare.prepare import prepare_data
 from tests.data.prepare.preparation import lines_of, long_rows, row
 from tests.messages import refused
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.tensor
 def over_length(run, how, **values):
     lines_of(run.train, long_rows())
     index = run.prepare(max_length=100, over_length=how, max_rejected=0.9, **values)
-    whole = prepare(run.settings(max_length=10_000, max_rejected=0.9), run.folder / "whole")
+    whole = prepare_data(run.settings(max_length=10_000, max_rejected=0.9), run.folder / "whole")
     return open_split(index.train), open_split(whole.train)
 
 

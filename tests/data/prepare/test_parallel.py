@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from pipeline.data.prepare import job, lines
-from pipeline.data.prepare.parallel import in_order
-from pipeline.data.prepare.prepare import prepare
+from pipeline.data.prepare.parallel import parallel_map
+from pipeline.data.prepare.prepare import prepare_data
 from pipeline.errors import RankZeroError, UserError
 from tests import ROOT
 from tests.data.prepare.preparation import content, lines_of, long_rows
@@ -32,7 +32,7 @@ def square(fails_at, number):
 
 @pytest.mark.parametrize("processes", [1, 3])
 def test_results_come_in_order_and_from_all_processes(processes):
-    results = list(in_order(range(60), partial(make_squares, None), processes=processes))
+    results = list(parallel_map(range(60), partial(make_squares, None), processes=processes))
     assert [number for number, _ in results] == [number * number for number in range(60)]
     here = os.getpid()
     assert {pid == here for _, pid in results} == {processes == 1}
@@ -40,14 +40,14 @@ def test_results_come_in_order_and_from_all_processes(processes):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_error_is_raised_after_the_results_before_it(processes):
-    results = in_order(range(60), partial(make_squares, 5), processes=processes)
+    results = parallel_map(range(60), partial(make_squares, 5), processes=processes)
     assert [next(results)[0] for _ in range(5)] == [0, 1, 4, 9, 16]
     with refused("5 is wrong"):
         next(results)
 
 
 def test_few_chunks_start_no_process():
-    results = list(in_order(range(5), partial(make_squares, None)))
+    results = list(parallel_map(range(5), partial(make_squares, None)))
     assert {pid for _, pid in results} == {os.getpid()}
 
 
@@ -59,7 +59,7 @@ def test_chunks_are_read_only_a_little_ahead():
             read.append(number)
             yield number
 
-    results = in_order(chunks(), partial(make_squares, None), processes=2)
+    results = parallel_map(chunks(), partial(make_squares, None), processes=2)
     next(results)
     results.close()
     assert len(read) < 20
@@ -74,8 +74,8 @@ def test_the_number_of_processes_does_not_change_the_result(
     values = {"max_length": 128, "over_length": over_length, "max_rejected": 0.9}
     settings = run.settings(eval_data=0.1, **values)
     alone, together = run.folder / "alone", run.folder / "together"
-    prepare(settings, alone, processes=1)
-    prepare(settings, together, processes=processes)
+    prepare_data(settings, alone, processes=1)
+    prepare_data(settings, together, processes=processes)
     assert content(alone) == content(together)
     assert any(name.startswith("eval-") for name in content(alone))
 
@@ -84,14 +84,14 @@ def test_a_user_error_of_a_worker_reaches_the_caller(run):
     template = run.folder / "model" / "chat_template.jinja"
     template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
     with refused("chat template"):
-        prepare(run.settings(), run.data, processes=2)
+        prepare_data(run.settings(), run.data, processes=2)
     assert not list(run.data.iterdir())
 
 
 def test_a_killed_worker_is_reported(run, monkeypatch):
     monkeypatch.setattr(job, "ChunkTokeniser", Killed)
     with refused("memory", error=RankZeroError):
-        prepare(run.settings(), run.data, processes=2)
+        prepare_data(run.settings(), run.data, processes=2)
     assert not list(run.data.iterdir())
 
 
@@ -119,7 +119,7 @@ def test_workers_end_with_their_killed_parent(run):
         "SplitWriter.add = add_and_die\n"
         "settings = RunSettings.model_validate_json(sys.argv[1])\n"
         "if __name__ == '__main__':\n"
-        "    prepare.prepare(settings, Path(sys.argv[2]), processes=2)\n"
+        "    prepare.prepare_data(settings, Path(sys.argv[2]), processes=2)\n"
     )
     command = [sys.executable, "-c", code, run.settings().model_dump_json(), str(run.data)]
     killed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)

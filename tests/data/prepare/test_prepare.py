@@ -12,7 +12,7 @@ import pytest
 from pipeline.data.chat.encoder import Encoder, load_tokenizer
 from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.data.prepare import job, lines
-from pipeline.data.prepare.prepare import prepare
+from pipeline.data.prepare.prepare import prepare_data
 from pipeline.errors import RankZeroError
 from pipeline.rows.formats import read_example
 from pipeline.rows.sources import read_rows, resolve_sources
@@ -65,7 +65,7 @@ def test_the_index_matches_the_files_and_survives_a_move(run):
         assert split_index.tokens == split.lengths.sum()
         assert split_index.supervised_tokens == split.supervised_counts.sum()
         assert split_index.longest == split.lengths.max()
-    without = prepare(run.settings(eval_data=None), moved)
+    without = prepare_data(run.settings(eval_data=None), moved)
     assert without.eval is None
     assert DataIndex.load(moved) == without
     assert not list(moved.glob("eval-*"))

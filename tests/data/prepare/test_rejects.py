@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.data.dataset.reader import DataIndex
 from pipeline.data.prepare import prepare as module
-from pipeline.data.prepare.prepare import check_first_rows, check_rows, eval_examples, prepare
+from pipeline.data.prepare.prepare import check_first_rows, check_rows, eval_examples, prepare_data
 from tests import ROOT
 from tests.data.prepare.preparation import content, lines_of, row
 from tests.messages import assert_mentions, refused
@@ -108,7 +108,7 @@ def test_a_source_without_a_used_row_is_refused_however_small(run, monkeypatch, 
     sources = [str(run.train), {"path": str(other), "weight": 0.1}]
     values = {"train_data": sources, "max_rejected": 1.0, "over_length": "drop", "max_length": 200}
     do = {"check": check_rows, "beginning": check_first_rows}.get(how)
-    do = do or (lambda settings: prepare(settings, run.data))
+    do = do or (lambda settings: prepare_data(settings, run.data))
     with refused("train_data", other, "max_length" if how == "dropped" else f"{other}:1"):
         do(run.settings(**values))
     lines_of(other, [*other.read_text().splitlines(), row("good")])
@@ -156,7 +156,7 @@ def test_on_bad_row_fail_ends_at_the_first_bad_row(run, how):
     run.append("{", "[]")
     settings = run.settings(on_bad_row="fail", max_rejected=1.0)
     with refused(f"{run.train}:25", "on_bad_row"):
-        check_rows(settings) if how == "check" else prepare(settings, run.data)
+        check_rows(settings) if how == "check" else prepare_data(settings, run.data)
 
 
 @pytest.mark.parametrize("eval_data", [None, 0.3])
@@ -221,7 +221,7 @@ def test_rows_held_out_of_a_folder_are_rows_of_its_training_files(run):
     for name in ("train.jsonl", "test.jsonl"):
         lines_of(folder / name, [row(f"{name} {i}") for i in range(40)])
     settings = run.settings(train_data=str(folder), eval_data=0.25)
-    index = prepare(settings, run.data)
+    index = prepare_data(settings, run.data)
     examples = list(eval_examples(settings, index.eval))
     assert len(examples) == index.eval.documents > 0
     assert all(example.messages[1].content.startswith("train") for example in examples)
