@@ -89,10 +89,10 @@ class TurnFinder:
         self._template, self._conservation = template, Conservation(template)
         self._special = special_pattern(special)
         self._openings: dict[str | None, list[str]] = {}
-        self._start = self._find_leading_roles()
-        self._header = self._find_header()
+        self._leading_roles = self._find_leading_roles()
+        self._headers = self._find_headers()
         # Whether a turn has tool calls -> end-of-turn token to append if the text ends without one.
-        self._added_end: dict[bool, str] = {}
+        self._appended_end: dict[bool, str] = {}
         self._known_ends = set(ends)
         self.ends = frozenset(self._find_ends() | self._known_ends)
 
@@ -157,20 +157,20 @@ class TurnFinder:
         """Text that the template writes after the last message; None if it refuses the roles."""
         try:
             rendering, written = self._probe(
-                *self._start, *roles, add_generation_prompt=add_generation_prompt
+                *self._leading_roles, *roles, add_generation_prompt=add_generation_prompt
             )
         except RowError:
             return None
-        last = written.extents.get(len(self._start) + len(roles) - 1)
+        last = written.extents.get(len(self._leading_roles) + len(roles) - 1)
         return rendering.text[last.last :] if last is not None else None
 
     def _text_between(self, *roles: str, at: int) -> str | None:
         """Text that the template writes between messages `at` - 1 and `at`; None if it refuses."""
         try:
-            rendering, written = self._probe(*self._start, *roles)
+            rendering, written = self._probe(*self._leading_roles, *roles)
         except RowError:
             return None
-        at += len(self._start)
+        at += len(self._leading_roles)
         extent = written.extents.get(at)
         if extent is None or (at and at - 1 not in written.extents):
             return None
@@ -181,22 +181,22 @@ class TurnFinder:
         if role not in self._openings:
             roles = {"user": ("user",), "tool": ("user", "call", "tool"), "system": ("system",)}
             before = roles.get(role or "", ("user", "assistant") if role else ())
-            if role == "system" and self._start:
+            if role == "system" and self._leading_roles:
                 before = ()
-            asked = self._text_after(*before, add_generation_prompt=True) if before else None
-            plain = [
+            prompt = self._text_after(*before, add_generation_prompt=True) if before else None
+            between = [
                 self._text_between(*before, "assistant", at=len(before)),
                 self._text_between(*before, "assistant", "user", "assistant", at=len(before)),
             ]
-            answered = sorted({gap for gap in plain if gap is not None}, key=len)
-            found = answered[:1]
-            if asked is not None and answered:
-                shared = self._shared_header(asked, answered[0])
-                if asked != self._text_after(*before):  # the template reads add_generation_prompt
-                    found = [asked, shared, *(gap for gap in answered if asked.startswith(gap))]
-                elif shared and not answered[0].startswith(asked):  # or always writes the prompt
-                    found = [shared]
-            self._openings[role] = sorted(set(found), key=len, reverse=True)
+            gaps = sorted({gap for gap in between if gap is not None}, key=len)
+            openings = gaps[:1]
+            if prompt is not None and gaps:
+                shared = self._shared_header(prompt, gaps[0])
+                if prompt != self._text_after(*before):  # the template reads add_generation_prompt
+                    openings = [prompt, shared, *(gap for gap in gaps if prompt.startswith(gap))]
+                elif shared and not gaps[0].startswith(prompt):  # or always writes the prompt
+                    openings = [shared]
+            self._openings[role] = sorted(set(openings), key=len, reverse=True)
         return self._openings[role]
 
     def _shared_header(self, one: str, other: str) -> str:
@@ -214,7 +214,7 @@ class TurnFinder:
         cut = max(ends[-1], common.rfind("\n") + 1) if ends else 0
         return one[:cut] if one[cut:].lstrip()[:1] in ("", "<", "[") else ""
 
-    def _find_header(self) -> list[str]:
+    def _find_headers(self) -> list[str]:
         """Texts that open an assistant turn, without the end of the preceding turn."""
         bare = self._text_after("user") or ""
         headers = []
@@ -228,25 +228,25 @@ class TurnFinder:
 
     def _find_ends(self) -> set[str]:
         """End-of-turn tokens, which the template writes after answers and tool calls."""
-        found: set[str] = set()
-        earlier = self._end_in(self._text_between("user", "assistant", "user", at=2))
-        if earlier is not None:
-            found.add(earlier)
-        last = self._end_in(self._text_after("user", "assistant"), first=found)
-        found |= {last} if last is not None else set()
-        if not found:
+        ends: set[str] = set()
+        end_within_text = self._end_in(self._text_between("user", "assistant", "user", at=2))
+        if end_within_text is not None:
+            ends.add(end_within_text)
+        end_at_text_end = self._end_in(self._text_after("user", "assistant"), first=ends)
+        ends |= {end_at_text_end} if end_at_text_end is not None else set()
+        if not ends:
             raise UserError(_NO_END)
-        if last is None and earlier is not None:
-            self._added_end[False] = earlier
+        if end_at_text_end is None and end_within_text is not None:
+            self._appended_end[False] = end_within_text
         if self._template.marks_turns:
-            self._require_marked_end(found | self._known_ends)
+            self._require_marked_end(ends | self._known_ends)
         tail = self._text_after("user", "call")
-        call = self._end_in(self._end_of_call(tail), first=found)
-        if call is not None:
-            found.add(call)
-            if tail is not None and self._end_in(tail, first=found) is None:
-                self._added_end[True] = call
-        return found
+        call_end = self._end_in(self._end_of_call(tail), first=ends)
+        if call_end is not None:
+            ends.add(call_end)
+            if tail is not None and self._end_in(tail, first=ends) is None:
+                self._appended_end[True] = call_end
+        return ends
 
     def _end_of_call(self, tail: str | None) -> str | None:
         """The text between a tool call and its result, from the end-of-turn token onwards.
@@ -272,11 +272,11 @@ class TurnFinder:
             for token in tokens:
                 if token in known:
                     return token
-        opening = {match[0] for header in self._header for match in self._special.finditer(header)}
+        opening = {match[0] for header in self._headers for match in self._special.finditer(header)}
         return tokens[0] if tokens and tokens[0] not in opening else None
 
     def _require_marked_end(self, ends: set[str]) -> None:
-        rendering, _ = self._probe(*self._start, "user", "assistant")
+        rendering, _ = self._probe(*self._leading_roles, "user", "assistant")
         if not rendering.generated:
             raise UserError(_NO_MARK)
         marked = "".join(rendering.text[start:stop] for start, stop in rendering.generated)
@@ -312,7 +312,7 @@ class TurnFinder:
 
     def _with_end(self, text: str, message: Message, extent: _Extent) -> tuple[str, int]:
         """Append the end-of-turn token, if the template writes it only before another message."""
-        added = self._added_end.get("tool_calls" in message.others)
+        added = self._appended_end.get("tool_calls" in message.others)
         if added is None or extent.limit < len(text):
             raise RowError(
                 f"the chat template does not end every assistant turn with one of "
@@ -327,7 +327,7 @@ class TurnFinder:
         first = extent.before if start is None or extent.role_before is None else start
         ends = [
             at + len(header)
-            for header in self._header
+            for header in self._headers
             if header and (at := text.rfind(header, first, extent.first)) >= 0
         ]
         if ends:

@@ -25,7 +25,7 @@ _ROWS = ("rows_read", "rows_used", "rows_rejected", "rows_dropped")
 
 @dataclass(frozen=True)
 class Reject:
-    """A row that is not used, and why. `offset`: its first byte, set if rows share a line."""
+    """A row that is not used, with the reason. `offset`: its first byte; None for tables."""
 
     file: str
     line: int
@@ -50,7 +50,7 @@ def read_rejects(path: Path) -> Iterator[Reject]:
 
 
 def without_numbers(reason: str) -> str:
-    """A reason without the numbers in its paths, so that equal faults of rows count as one.
+    """Remove the numbers from the paths in a reason, so that the same fault has one count.
 
     `messages[1].content, messages[3].content` becomes `messages[].content`.
     """
@@ -81,7 +81,7 @@ class RowCounts:
         return {"rows_read": sum(parts.values()), **parts}
 
     def reject(self, row: Row | BadRow, reason: str) -> Reject:
-        """Count a rejected row; returns its entry."""
+        """Count a rejected row and return its entry for rejects.jsonl."""
         kind = without_numbers(reason)
         self.numbers["rows_rejected"] += 1
         self.rejected[kind] += 1
@@ -96,12 +96,12 @@ class RowCounts:
             self.first.setdefault(name, f"{row.file}:{row.line}")
 
     def token_count(self, name: str) -> dict[str, Any]:
-        """The count of tokens with this name, its rows, and file and line of the first of them."""
+        """The number of tokens under this name, the rows with such tokens, and the first row."""
         rows, tokens = self.numbers[f"{name}_rows"], self.numbers[f"{name}_tokens"]
         return {"rows": rows, "tokens": tokens, "first": self.first.get(name, "")}
 
     def add(self, other: "RowCounts") -> None:
-        """Add the counts of rows that follow these."""
+        """Add the counts of rows that come later in the data."""
         self.numbers.update(other.numbers)
         self.formats.update(other.formats)
         self.files.update(other.files)
@@ -110,7 +110,7 @@ class RowCounts:
         self.first = other.first | self.first
 
     def as_json(self) -> dict[str, Any]:
-        """The counts of a source as audit.json has them."""
+        """The counts of a source in the form of audit.json."""
         return {
             **self.rows,
             "formats": dict(self.formats),
@@ -150,7 +150,7 @@ def require_usable(
 
 
 def _fault(source: str, counts: RowCounts, max_rejected: float | None) -> str:
-    """The message: up to three reasons with their first row, then the share and a remedy."""
+    """Error message for a source: the most common reasons, the share of bad rows, a remedy."""
     rows, common = counts.rows, counts.rejected.most_common(_SHOWN_REASONS)
     read, rejected = rows["rows_read"], rows["rows_rejected"]
     if not rejected:
@@ -168,10 +168,10 @@ def _fault(source: str, counts: RowCounts, max_rejected: float | None) -> str:
     return "\n".join(lines)
 
 
-def refuse_bad_row(place: str, reason: str) -> None:
+def refuse_bad_row(location: str, reason: str) -> None:
     """Raise UserError for a bad row under `on_bad_row: fail`."""
     raise UserError(
-        f"{place}: {reason}; on_bad_row is fail: fix the row, or set on_bad_row to reject"
+        f"{location}: {reason}; on_bad_row is fail: fix the row, or set on_bad_row to reject"
     )
 
 

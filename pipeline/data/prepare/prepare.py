@@ -74,17 +74,17 @@ def check_rows(
 
 
 def check_first_rows(settings: RunSettings) -> None:
-    """`check_rows` on the first rows of each source, in a fraction of a second."""
+    """Call `check_rows` for the first rows of each source, which takes a fraction of a second."""
     check_rows(settings, _FIRST_ROWS, data_dir=Path(settings.output_dir) / "data")
 
 
 def train_key(settings: RunSettings) -> str:
-    """Key of the prepared training data for these settings, prepared or not."""
+    """Key of the prepared training data for these settings; the data need not be prepared."""
     return data_keys(settings)["train"]
 
 
 def data_keys(settings: RunSettings) -> dict[str, str]:
-    """Keys of the prepared splits for these settings, prepared or not: train, and eval if any."""
+    """Keys of the splits for these settings, train and eval if any; they need not be prepared."""
     fingerprints = Fingerprints(Path(settings.output_dir) / "data")
     return {
         split: key for job in _jobs(settings, fingerprints, None) for split, key in job.keys.items()
@@ -92,9 +92,10 @@ def data_keys(settings: RunSettings) -> dict[str, str]:
 
 
 def data_size(settings: RunSettings) -> DataSize | None:
-    """Size of the training set: as prepare counted it for these settings, else from a sample.
+    """Size of the training set: the count of prepare, or else an estimate from a sample.
 
-    An index of other data or other settings does not count; one whose data is elsewhere does.
+    The count is used if it is for these settings and this data. It is also used if the data files
+    cannot be read on this machine, so that this cannot be checked.
     """
     try:
         index = DataIndex.load(Path(settings.output_dir) / "data")
