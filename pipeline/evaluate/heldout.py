@@ -17,6 +17,6 @@ def held_out_loss(
         world_size=session.placement.world_size,
         micro_batch_size=micro_batch_size,
     )
-    mine = work[session.placement.rank]
-    total = sum(summed_loss(batch) for batch, _ in batches_of(split, mine))
+    micro_batches = work[session.placement.rank]
+    total = sum(summed_loss(batch) for batch, _ in batches_of(split, micro_batches))
     return session.sum_over_ranks([total])[0] / split.sequences.supervised_tokens

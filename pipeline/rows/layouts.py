@@ -33,7 +33,7 @@ class _Layout(NamedTuple):
     rows: str
 
 
-def require_rows(file: Path, stream: BinaryIO) -> None:
+def refuse_whole_table(file: Path, stream: BinaryIO) -> None:
     """Raise UserError if a JSON file is one object that holds a whole table."""
     beginning = stream.read(_SNIFFED_BYTES)
     values = _first_object(strip_byte_order_marks(beginning).decode("utf-8", "replace"))

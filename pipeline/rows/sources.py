@@ -27,7 +27,7 @@ from pipeline.rows.content import (
 from pipeline.rows.csv_rows import csv_rows
 from pipeline.rows.files import DataFiles, check_files, find_files, has_known_suffix
 from pipeline.rows.json_rows import is_jsonl, json_value_rows, jsonl_rows
-from pipeline.rows.layouts import require_rows
+from pipeline.rows.layouts import refuse_whole_table
 from pipeline.rows.lines import NOT_UTF8, BadRow, Line, Row, size_of
 from pipeline.rows.values import DECODER, DuplicateKeyError, json_type
 
@@ -222,7 +222,7 @@ def _text_lines(file: Path, stream: BinaryIO) -> Iterator[Line]:
     if kind == "csv":
         return csv_rows(file, stream)
     with open_data(file) as beginning:
-        require_rows(file, beginning)
+        refuse_whole_table(file, beginning)
     with open_data(file) as beginning:
         if kind == "jsonl":
             _require_lines(file, beginning.read(_FIRST_BYTES))

@@ -13,7 +13,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Sequences `start` to `end`, all of one source, which an epoch has `repeats` times."""
+    """Sequences `start` to `end` - 1 of one source; an epoch has each of them `repeats` times."""
 
     source: int
     start: int
@@ -23,7 +23,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class StepSize:
-    """Sums over a global batch, known to every rank."""
+    """Sums over a global batch (over all ranks)."""
 
     documents: int
     supervised_tokens: int
@@ -33,8 +33,8 @@ class StepSize:
 class Sequences:
     """The segments of an epoch, and statistics of each sequence, (S,) int64.
 
-    `squares`: sum of the squared lengths of its documents. `supervised`: tokens with a label.
-    `offsets` into the documents, (S + 1,).
+    `squares`: sum of the squared lengths of the sequence's documents. `supervised`: number of
+    tokens with a label. `offsets`: index of the sequence's first document, (S + 1,).
     """
 
     segments: tuple[Segment, ...]
@@ -46,22 +46,22 @@ class Sequences:
 
     @property
     def per_epoch(self) -> int:
-        """Sequences of an epoch; a weight can repeat a sequence or leave it out."""
+        """Number of sequences in an epoch; a weight may repeat sequences or omit them."""
         return sum(s.repeats * (s.end - s.start) for s in self.segments)
 
     @property
     def supervised_tokens(self) -> int:
-        """Supervised tokens of an epoch."""
+        """Number of supervised tokens in an epoch."""
         return sum(s.repeats * int(self.supervised[s.start : s.end].sum()) for s in self.segments)
 
     def size_of(self, batch: Integers) -> StepSize:
-        """Documents and supervised tokens of a global batch."""
+        """Number of documents and supervised tokens in a global batch."""
         return StepSize(
             documents=int((self.offsets[batch + 1] - self.offsets[batch]).sum()),
             supervised_tokens=int(self.supervised[batch].sum()),
         )
 
     def of_epoch(self) -> Integers:
-        """The sequences of an epoch, source by source."""
+        """Indexes of the sequences of an epoch, source by source."""
         repeated = [np.tile(np.arange(s.start, s.end), s.repeats) for s in self.segments]
         return np.concatenate([np.zeros(0, np.int64), *repeated])

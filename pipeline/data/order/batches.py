@@ -22,10 +22,10 @@ from pipeline.errors import SingleRankError
 if TYPE_CHECKING:
     from pipeline.data.dataset.reader import Split
 
-IGNORED = -100  # a label that does not count
+IGNORED = -100  # label that PyTorch's cross entropy ignores
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-_RAISED_IN_WORKER = "Caught "  # how torch begins the message of a worker's own exception
-_PADDING = 0  # any id would do: padding is on the right, where causal attention never reaches
+_RAISED_IN_WORKER = "Caught "  # torch's message for an exception in a worker begins with this
+_PADDING = 0  # any token id is possible (see Batch)
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Batch:
     """
 
     input_ids: torch.Tensor  # (B, T) int64
-    labels: torch.Tensor  # (B, T) int64: the token where it is supervised, else IGNORED
-    documents: tuple[tuple[int, ...], ...]  # tokens of the documents of each row, in their order
-    tokens: int  # useful tokens: not padding
+    labels: torch.Tensor  # (B, T) int64: the token id if the token is supervised, else IGNORED
+    documents: tuple[tuple[int, ...], ...]  # for each row the lengths of its documents, in order
+    tokens: int  # number of tokens without padding
 
     @property
     def attended(self) -> int | None:
-        """Mean length of the document that a token attends within; None without packs."""
+        """Mean over tokens of the length of the token's document; None without packs."""
         if all(len(row) < 2 for row in self.documents):
             return None
         squares = sum(tokens**2 for row in self.documents for tokens in row)

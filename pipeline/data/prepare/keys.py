@@ -28,16 +28,16 @@ _TOKENIZER_FILES = (
     "*.tiktoken",
     "generation_config.json",
 )
-_MIN_CACHED_BYTES = 2**20  # smaller files are hashed faster than looked up
-# A file that is written twice within one tick of the file system's clock keeps its times. A hash is
-# remembered only of a file that was older than this.
+_MIN_CACHED_BYTES = 2**20  # hashing a smaller file is faster than a look-up
+# Two writes within one tick of the file system's clock leave the same times. Therefore a hash is
+# cached only if the file has not changed for this many seconds.
 _SETTLED_AFTER_S = 2.0
 
 
 class Fingerprints:
-    """SHA-256 of files; those of large files are remembered by size, times and inode.
+    """SHA-256 of files, cached for large files by size, times and inode.
 
-    A start on prepared data then takes no longer for a gigabyte than for a kilobyte.
+    With the cache, the time of a start on prepared data does not depend on the size of the data.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -73,11 +73,11 @@ class Fingerprints:
                 is_same = False
             if not is_same:
                 raise UserError(
-                    f"{path}: changed while it was read; start again when nothing writes to it"
+                    f"{path}: changed while it was read; start again when it no longer changes"
                 )
 
     def save(self) -> None:
-        """Remember the hashes that were used, and forget the others."""
+        """Write the hashes that were used to the cache file, and drop the others."""
         if self._used != self._known:
             write_text(self._path, dump_json(self._used), durable=True)
 

@@ -14,14 +14,14 @@ from pipeline.data.dataset.reader import Split
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# More than the tokens of one character.
+# More than the largest number of tokens of one character.
 CONTEXT_TOKENS = 8
 
 
 def show_documents(
     console: Console, split: Split, tokenizer: "PreTrainedTokenizerBase", count: int
 ) -> None:
-    """Print the first documents of a split with their supervised text marked."""
+    """Print the first `count` documents of a split, with the supervised text marked."""
     has_colour = console.is_terminal and console.color_system is not None  # not with TERM=dumb
     for i in range(min(count, len(split))):
         ids, supervised = (column.tolist() for column in split.document(i))
@@ -37,14 +37,14 @@ def show_documents(
 
 
 def number_of_documents(text: str) -> int:
-    """The value of `--show`."""
+    """Parse the value of `--show`. Raises ArgumentTypeError."""
     if not text.isdecimal():
         raise ArgumentTypeError(f"{text!r} is not a number of documents, such as 3")
     return int(text)
 
 
 def _without_controls(text: str) -> str:
-    """The text with escapes in place of control characters, which a terminal would obey."""
+    """Escape control characters, which a terminal would execute."""
     return "".join(
         f"\\x{ord(character):02x}"
         if unicodedata.category(character) == "Cc" and character not in "\n\t"
@@ -56,11 +56,11 @@ def _without_controls(text: str) -> str:
 def supervised_runs(
     ids: Sequence[int], supervised: Sequence[bool], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[str, bool]]:
-    """Text of a document, cut where supervision begins and ends."""
+    """Divide the text of a document into supervised and unsupervised runs."""
     starts = deque([0])
 
     def decode(end: int) -> str:
-        """Decode from the start of a run before: a run alone may lose its leading space."""
+        """Decode with some preceding tokens, because a run alone may lose its leading space."""
         context = list(ids[starts[0] : end])
         return str(tokenizer.decode(context, clean_up_tokenization_spaces=False))
 
