@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.settings import RunSettings, settings_with
-from pipeline.data.prepare.prepare import prepare, train_key
+from pipeline.data.prepare.prepare import prepare_data, train_key
 from pipeline.model.fingerprint import record_base_of_run
 from pipeline.train.context import requeued_settings
 from pipeline.train.folder import open_run
@@ -530,7 +530,7 @@ def test_held_out_rows_and_a_template_by_another_path_are_no_change(begin, tmp_p
     start(eval_data=str(rows["a"]), **same)
     leave(folder, "done")
     settings = make_plan(tiny_model, eval_data=str(rows["a"]), **same).settings
-    prepare(settings, folder / "data")
+    prepare_data(settings, folder / "data")
     assert start(eval_data=str(rows["b"]), **same) == "done"
     with refused("eval_data", rows["other"]):
         start(eval_data=str(rows["other"]), **same)

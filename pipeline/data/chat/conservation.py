@@ -27,7 +27,7 @@ class Omissions:
     """Leaves missing from a rendering.
 
     `lost`: leaves of which other text than reasoning is missing, or only a part of the reasoning.
-    `blocks`: leaves of which complete reasoning blocks are missing, with the texts of the blocks.
+    `reasoning`: leaves of which complete reasoning blocks are missing, with their texts.
     """
 
     lost: list[Leaf] = field(default_factory=list)
