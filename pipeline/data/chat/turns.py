@@ -144,7 +144,7 @@ class TurnFinder:
             if len(start) + 1 not in written[1].extents:
                 raise UserError("model: the chat template does not write assistant messages")
             return start
-        raise UserError(f"model: the chat template refuses a question and its answer: {refused}")
+        raise UserError(f"model: a question and its answer cannot be written: {refused}")
 
     def _probe(
         self, *roles: str, add_generation_prompt: bool = False

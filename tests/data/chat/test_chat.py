@@ -224,7 +224,7 @@ def test_a_mark_that_leaves_out_the_end_of_turn_is_refused():
     end = "<|im_end|>\n{% endgeneration %}"
     template = MARKED.replace(end, "{% endgeneration %}<|im_end|>\n")
     for said in ("a", "a<|im_end|>"):
-        with pytest.raises(UserError, match="leaves out"):
+        with pytest.raises(UserError, match="does not contain the special token"):
             shown(chat("q", said), tokenizer_with(template))
 
 
