@@ -542,3 +542,18 @@ def make_own_code(folder):
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
+
+
+def cache_shape(folder):
+    """Write the shape to the cache of plan/given/class_shape.py.
+
+    That module would start a subprocess, which needs 3 s for its imports.
+    """
+    import json
+
+    from pipeline.model.class_shape import count_shape
+    from pipeline.plan.given.class_shape import shape_file
+
+    path = shape_file(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(count_shape(folder)), encoding="utf-8")

@@ -21,17 +21,15 @@ from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.errors import UserError
 from pipeline.model.base import load_plain
 from pipeline.model.checkpoint_names import model_on_meta, stored_names
-from pipeline.model.class_shape import count_shape
 from pipeline.model.proof import prove
 from pipeline.plan.given.catalogue import cpu_of
 from pipeline.plan.given.class_proof import adapted_names
-from pipeline.plan.given.class_shape import shape_file
 from pipeline.plan.given.families import FAMILIES
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
 from pipeline.train.run import run_training
 from tests.adapter.merging import tensors
-from tests.model.kinds import build
+from tests.model.kinds import build, cache_shape
 from tests.ranks import run_processes
 from tests.tiny import make_tokenizer
 
@@ -114,16 +112,6 @@ def examine(kind, kinds, folder):
 
 class UnbuildableError(Exception):
     """The shape cannot be computed because the model class cannot be built."""
-
-
-def cache_shape(folder):
-    """Write the shape to the cache of plan/given/class_shape.py.
-
-    That module would start a subprocess, which needs 3 s for its imports.
-    """
-    path = shape_file(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(count_shape(folder)), encoding="utf-8")
 
 
 def train(folder, mode, changes=()):

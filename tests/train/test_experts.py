@@ -8,7 +8,7 @@ from pipeline.adapter.gather import OptimizerState, gather_moments, gather_weigh
 from pipeline.adapter.publish import publish_adapter
 from pipeline.model.base import load_plain
 from pipeline.model.fingerprint import base_fingerprint
-from tests.model.kinds import build
+from tests.model.kinds import build, cache_shape
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_plan, make_tokenizer
 from tests.train_tiny import build_engine, distance, train_tiny, work
@@ -33,6 +33,7 @@ def folder_of(tmp_path_factory):
             folders[kind] = tmp_path_factory.mktemp(kind) / "model"
             build(kind).save_pretrained(folders[kind])
             make_tokenizer().save_pretrained(folders[kind])
+            cache_shape(folders[kind])
         return folders[kind]
 
     return make

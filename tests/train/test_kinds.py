@@ -11,7 +11,7 @@ from pipeline.data.order.batches import build_batch
 from pipeline.model.base import load_plain
 from pipeline.model.fingerprint import base_fingerprint
 from tests.adapter.merging import tensors
-from tests.model.kinds import build
+from tests.model.kinds import build, cache_shape
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_plan, make_tokenizer
 from tests.train_tiny import build_engine, distance, train_tiny, work
@@ -34,6 +34,7 @@ def folder_of(tmp_path_factory):
             folders[kind] = tmp_path_factory.mktemp(kind.replace("/", "-")) / "model"
             build(kind).save_pretrained(folders[kind])
             make_tokenizer().save_pretrained(folders[kind])
+            cache_shape(folders[kind])
         return folders[kind]
 
     return make
