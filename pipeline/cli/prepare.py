@@ -32,7 +32,7 @@ from pipeline.train.owner import Ownership
 from pipeline.train.start import require_own_folder
 
 
-def prepare_and_show() -> None:
+def prepare() -> None:
     """Parse the command line, fetch and tokenise the data, and print the audit."""
     parser = Parser(__doc__)
     parser.add_run_file()
@@ -75,7 +75,7 @@ def _with_checked_class(settings: RunSettings) -> RunSettings:
 
 def main() -> None:
     """Run the verb and leave the process with its exit code."""
-    run_main(prepare_and_show)
+    run_main(prepare)
 
 
 if __name__ == "__main__":
