@@ -249,7 +249,7 @@ def test_a_cut_cable_between_two_hosts(workspace, expected):
         hosts.cut()
         (code_a, output_a), (code_b, output_b) = ends(*running, within_s=HANG_S + REPORT_S)
         assert (code_a, code_b) == (1, 1), output_a + output_b  # torchrun's
-        assert_mentions(output_a, f"{HANG_S} s", "rank 1 on host-b hangs", "cut off")
+        assert_mentions(output_a, f"{HANG_S} s", "rank 1 on host-b hangs", "disconnected")
         assert_mentions(output_b, f"{HANG_S} s", "rank 0 on host-a does not answer", "rank 1")
         assert read_status(folder / "status.json")["state"] == "failed"
         assert not (folder / ADAPTER).exists()
