@@ -115,12 +115,20 @@ def _build(folder: Path, *, trust_remote_code: bool) -> Any:
                 except KeyError as error:
                     if error.args != (_COUNTED,):
                         raise
-                    raise ValueError(
-                        f"{config.model_type} has attention classes of its own and takes no "
-                        "attention function of others"
-                    ) from None
+                    raise ValueError(_own_attention(config)) from None
+            # Such a class takes the mask of the attention function but computes attention itself.
+            # Bloom gets no mask from it, so its tokens would attend to later ones.
+            if not model._can_set_attn_implementation():
+                raise ValueError(_own_attention(config))
             return model.requires_grad_(False)
     raise ValueError(f"{config.model_type} is no causal language model of transformers")
+
+
+def _own_attention(config: Any) -> str:
+    return (
+        f"{config.model_type} has attention classes of its own and takes no attention function of "
+        "others"
+    )
 
 
 def _require_trainable(decoder: Any, layers: Sequence[nn.Module]) -> None:

@@ -110,7 +110,7 @@ def small_model(auto: Any, config: PreTrainedConfig, **options: Any) -> PreTrain
     for small in small_copies(config):
         try:
             model = random_model(auto, small, **options)
-            model.set_attn_implementation("eager")
+            _set_attention(model, "eager")
             with torch.no_grad():
                 model(input_ids=_ids(model), use_cache=False)
         except Exception as error:  # noqa: BLE001 - a class may raise anything at reduced sizes
@@ -161,13 +161,20 @@ def prove_model(model: PreTrainedModel, targets: Sequence[str]) -> Proof:
 def _loss_error(model: PreTrainedModel) -> float:
     """Relative difference between SummedLoss, in one and in three chunks, and the class's loss."""
     ids, labels = _ids(model), _labels(model)
-    model.set_attn_implementation("eager")
+    _set_attention(model, "eager")
     theirs = float(model(input_ids=ids, labels=labels, use_cache=False).loss)
-    model.set_attn_implementation(WITHIN_DOCUMENTS)
+    _set_attention(model, WITHIN_DOCUMENTS)
     count = int((labels[:, 1:] != IGNORED).sum())
     whole = ((_LENGTH,), (_LENGTH,))
     ours = [float(SummedLoss(model, chunks)(ids, labels, whole)) / count for chunks in (1, 3)]
     return max(abs(loss - theirs) / abs(theirs) for loss in ours)
+
+
+def _set_attention(model: Any, name: str) -> None:
+    """Switch the attention function. Raises ValueError if the class ignores it silently."""
+    model.set_attn_implementation(name)
+    if model.config.get_text_config(decoder=True)._attn_implementation != name:
+        raise ValueError(f"{type(model).__name__} does not take the attention function {name}")
 
 
 @torch.no_grad()
@@ -176,9 +183,9 @@ def _attention_error(model: PreTrainedModel) -> float:
 
     The sequence is longer than the sliding window and the attention chunk of the small copy.
     """
-    model.set_attn_implementation("eager")
+    _set_attention(model, "eager")
     theirs = model(input_ids=_ids(model), use_cache=False).logits
-    model.set_attn_implementation(WITHIN_DOCUMENTS)
+    _set_attention(model, WITHIN_DOCUMENTS)
     return _relative(model(input_ids=_ids(model), use_cache=False).logits, theirs)
 
 
@@ -209,7 +216,7 @@ def _leak_error(model: PreTrainedModel) -> float:
 
 
 def _packed_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    model.set_attn_implementation(WITHIN_DOCUMENTS)
+    _set_attention(model, WITHIN_DOCUMENTS)
     arguments = arguments_for(WITHIN_DOCUMENTS, _DOCUMENTS, ids)
     states: torch.Tensor = text_decoder(model)(
         input_ids=ids, use_cache=False, **arguments

@@ -467,6 +467,7 @@ KINDS = {
         ),
     ),
     "glm": ("glm", small(head_dim=16)),
+    "bloom": ("bloom", {"vocab_size": 128, "hidden_size": 64, "n_layer": 4, "n_head": 4}),
     "falcon": (
         "falcon",
         dict(

@@ -57,6 +57,12 @@ def test_an_attention_that_is_not_the_class_s_is_refused(llama, monkeypatch):
     assert_mentions(result.refusals[1], "attention", "1e-05")
 
 
+def test_a_class_that_ignores_the_attention_function_is_refused(llama, monkeypatch):
+    monkeypatch.setattr(llama, "set_attn_implementation", lambda name: None)
+    result = prove_model(llama, ATTENTION)
+    assert_mentions(" ".join(result.refusals), "LlamaForCausalLM", "attention function")
+
+
 def test_a_loss_that_is_not_the_class_s_is_refused(llama, monkeypatch):
     forward = LlamaForCausalLM.forward
 

@@ -193,6 +193,7 @@ def test_a_class_that_reads_the_token_ids_in_every_block_is_counted(tmp_path):
         ("deepseek_v4", "DeepseekV4CSACompressor"),
         ("gpt2", "Conv1D"),
         ("falcon", "attention"),
+        ("bloom", "attention"),
     ],
 )
 def test_a_class_that_cannot_be_trained_is_refused_with_the_reason(tmp_path, kind, reason):
