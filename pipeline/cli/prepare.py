@@ -14,7 +14,7 @@ from pipeline.cli.arguments import Parser
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
 from pipeline.config.settings import RunSettings
-from pipeline.data.chat.encoder import load_tokenizer
+from pipeline.data.chat.tokenizer import load_tokenizer
 from pipeline.data.dataset.reader import open_split
 from pipeline.data.prepare.audit_table import audit_table
 from pipeline.data.prepare.prepare import check_first_rows, prepare_data

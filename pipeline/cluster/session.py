@@ -261,7 +261,7 @@ def _import_without_compiler() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
         for module in ("bitsandbytes", "deepspeed.runtime.zero.muon.original_muon"):
-            with suppress(ImportError):  # whoever needs it imports it again and reports the error
+            with suppress(ImportError):  # a later import of the same module reports the error
                 import_module(module)
     finally:
         if before is None:

@@ -164,8 +164,9 @@ def _advice(key: str, value: Any) -> str:
     if known := advice(key):
         setting = settings_by("peers").get(normalised(key))
         return known + (_value_problem(setting, value) if setting else "")
-    near = difflib.get_close_matches(key, RunSettings.model_fields, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else "all settings: docs/configuration.md"
+    names = {name: name for name in RunSettings.model_fields} | settings_by("peers")
+    near = difflib.get_close_matches(normalised(key), names, n=1, cutoff=0.6)
+    return f"did you mean {names[near[0]]!r}?" if near else "all settings: docs/configuration.md"
 
 
 def _value_problem(setting: str, value: Any) -> str:

@@ -18,7 +18,8 @@ from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
-from pipeline.data.chat.encoder import Encoder, load_tokenizer
+from pipeline.data.chat.encoder import Encoder
+from pipeline.data.chat.tokenizer import load_tokenizer
 from pipeline.data.dataset.reader import DataIndex, Split, SplitIndex, open_split
 from pipeline.data.order.batches import Batch
 from pipeline.data.prepare.prepare import eval_examples

@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.chat.encoder import load_tokenizer, require_tokenizer
+from pipeline.data.chat.tokenizer import load_tokenizer, require_tokenizer
 from pipeline.data.dataset.reader import INDEX, DataIndex
 from pipeline.data.prepare.prepare import check_rows, prepare_data
 from pipeline.errors import UserError

@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 
 from pipeline.config.settings import RunSettings
-from pipeline.data.chat.encoder import load_tokenizer
+from pipeline.data.chat.tokenizer import load_tokenizer
 from pipeline.data.dataset.packing import best_fit_decreasing, fill_gaps, make_packs
 from pipeline.data.prepare.parallel import parallel_map, usable_cpus
 from pipeline.data.prepare.prepare import prepare_data

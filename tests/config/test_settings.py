@@ -77,6 +77,7 @@ def test_numbers_as_people_write_them(run_file, text, value):
     ("text", "parts"),
     [
         ("lora_rnk: 8", ["RUN.yaml:4", "lora_rnk", "lora_r"]),
+        ("lerning_rate: 8", ["RUN.yaml:4", "lerning_rate", "did you mean 'lr'"]),
         ("learning_rate: 1", ["RUN.yaml:4", "learning_rate", "lr"]),
         ("lora_r: no", ["RUN.yaml:4", "lora_r", "integer", "'no'"]),
         ("lora_r: true", ["lora_r", "integer"]),

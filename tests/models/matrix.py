@@ -92,7 +92,7 @@ def _measure(kind, folder):
 
 
 def judged(found, problems):
-    """What was found with its state and reason."""
+    """The results of a folder, with `state` (pass, refused or failed) and its reason."""
     if "refused" in found:
         return {"state": "refused", "reason": found["refused"], **found}
     for mode in MODES:

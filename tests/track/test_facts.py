@@ -1,4 +1,4 @@
-"""What a tracker is told of a run, and the variables that its process gets."""
+"""The facts of a run that a tracker receives, and the environment of its process."""
 
 import json
 

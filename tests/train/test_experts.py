@@ -8,9 +8,8 @@ from pipeline.adapter.gather import OptimizerState, gather_moments, gather_weigh
 from pipeline.adapter.publish import publish_adapter
 from pipeline.model.base import load_plain
 from pipeline.model.fingerprint import base_fingerprint
-from tests.model.kinds import build, cache_shape
 from tests.ranks import run_ranks
-from tests.tiny import Documents, make_plan, make_tokenizer
+from tests.tiny import Documents, make_plan
 from tests.train_tiny import build_engine, distance, train_tiny, work
 
 pytestmark = pytest.mark.engine
@@ -21,22 +20,6 @@ KINDS = ["qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "qwen3_next"]
 EXPERTS = {"lora_target_modules": ["auto", "experts"], "batch_size": 2}
 IDS = torch.arange(3, 35).reshape(2, 16)
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory):
-    """The model folder of a kind, made once."""
-    folders = {}
-
-    def make(kind):
-        if kind not in folders:
-            folders[kind] = tmp_path_factory.mktemp(kind) / "model"
-            build(kind).save_pretrained(folders[kind])
-            make_tokenizer().save_pretrained(folders[kind])
-            cache_shape(folders[kind])
-        return folders[kind]
-
-    return make
 
 
 def train_and_gather(session, folder, settings, saved=None):

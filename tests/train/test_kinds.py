@@ -11,9 +11,8 @@ from pipeline.data.order.batches import build_batch
 from pipeline.model.base import load_plain
 from pipeline.model.fingerprint import base_fingerprint
 from tests.adapter.merging import tensors
-from tests.model.kinds import build, cache_shape
 from tests.ranks import run_ranks
-from tests.tiny import Documents, make_plan, make_tokenizer
+from tests.tiny import Documents, make_plan
 from tests.train_tiny import build_engine, distance, train_tiny, work
 
 pytestmark = pytest.mark.engine
@@ -22,22 +21,6 @@ pytestmark = pytest.mark.engine
 KINDS = ["olmo2", "granite", "cohere", "glm4", "gpt_oss", "deepseek_v3", "qwen3_next", "gemma3"]
 IDS = torch.arange(3, 35).reshape(2, 16)
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory):
-    """The model folder of a kind, made once."""
-    folders = {}
-
-    def make(kind):
-        if kind not in folders:
-            folders[kind] = tmp_path_factory.mktemp(kind.replace("/", "-")) / "model"
-            build(kind).save_pretrained(folders[kind])
-            make_tokenizer().save_pretrained(folders[kind])
-            cache_shape(folders[kind])
-        return folders[kind]
-
-    return make
 
 
 def train_and_gather(session, folder, settings):

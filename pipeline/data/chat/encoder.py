@@ -5,14 +5,12 @@ span of an assistant turn is the text that the model has to generate, including 
 token.
 """
 
-import shlex
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,16 +24,14 @@ from pipeline.data.chat.template import (
     load_template,
     read_template,
 )
+from pipeline.data.chat.tokenizer import end_tokens, load_tokenizer
 from pipeline.data.chat.turns import Rendered, TurnFinder, special_ids, special_pattern
 from pipeline.errors import UserError
-from pipeline.files import read_json
-from pipeline.plan.given.shape import require_model_folder
 from pipeline.rows.examples import Completion, Conversation, Example, RowError, Text, Tokens
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and checking rows needs none of it
     from transformers import PreTrainedTokenizerBase
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _NO_END_OF_SEQUENCE = (
     "model: the tokenizer has no end-of-sequence token, so the model would never learn to "
     "stop; set eos_token in tokenizer_config.json"
@@ -102,38 +98,6 @@ class _Tokens:
     def num_before(self, stop: int) -> int:
         """Number of tokens that start before this character offset."""
         return bisect_left(self.offsets, stop, key=itemgetter(0))
-
-
-def require_tokenizer(folder: Path) -> None:
-    """Raise UserError if a model folder has no tokenizer file."""
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise UserError(
-            f"model: {folder} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); fetch its files "
-            "from the model on the hub: hf download ORG/NAME --include '*token*' 'vocab*' "
-            f"'merges*' 'chat_template*' --local-dir {shlex.quote(str(folder))}"
-        )
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a model folder, without network; UserError if it has none."""
-    require_model_folder(folder)
-    require_tokenizer(folder)
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # noqa: BLE001 - a damaged tokenizer.json raises Exception itself
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model: {folder}: the tokenizer cannot be loaded: {reason}") from None
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    if not tokenizer.is_fast or not len(tokenizer):
-        raise UserError(
-            f"model: {folder}: no fast tokenizer, which is needed for the text offsets of tokens; "
-            "save the tokenizer with a tokenizer.json"
-        )
-    return tokenizer
 
 
 def chat_template_of(settings: RunSettings) -> str | None:
@@ -251,7 +215,7 @@ class Encoder:
             template = load_template(
                 self._tokenizer, self._settings.chat_template_kwargs, has_tools=has_own
             )
-            ends = _end_tokens(self._eos, self._settings.model_folder, self._special)
+            ends = end_tokens(self._eos, self._settings.model_folder, self._special)
             self._finders[has_own] = TurnFinder(template, self._special, ends)
         return self._finders[has_own]
 
@@ -487,16 +451,6 @@ class Encoder:
         if not supervised.any():
             raise RowError(_NO_SUPERVISED_TOKEN)
         return Document(ids.astype(np.int32), supervised)
-
-
-def _end_tokens(eos: int | None, folder: Path, special: Mapping[str, int]) -> list[str]:
-    """Special tokens that stop generation, from the tokenizer and generation_config.json."""
-    try:
-        named = read_json(folder / "generation_config.json").get("eos_token_id")
-    except (OSError, ValueError):
-        named = None  # the file is optional
-    ids = {eos, *(named if isinstance(named, list) else [named])}
-    return [text for text, number in special.items() if number in ids]
 
 
 def _is_text(text: str) -> bool:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.config.settings import RunSettings
-from pipeline.data.chat.encoder import Document, Encoder, load_tokenizer
+from pipeline.data.chat.encoder import Document, Encoder
+from pipeline.data.chat.tokenizer import load_tokenizer
 from pipeline.data.dataset.writer import Columns
 from pipeline.data.prepare.audit import Reject, RowCounts
 from pipeline.data.prepare.digests import digest, is_held_out

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.data.chat.encoder import load_tokenizer
+from pipeline.data.chat.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.rows.examples import Completion, RowError, Text, Tokens
 from tests.data.chat.chatting import (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pipeline.data.chat.encoder import load_tokenizer
+from pipeline.data.chat.tokenizer import load_tokenizer
 from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.data.prepare.audit import audit_summary
 from pipeline.data.prepare.audit_table import audit_table

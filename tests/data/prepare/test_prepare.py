@@ -9,7 +9,8 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline.data.chat.encoder import Encoder, load_tokenizer
+from pipeline.data.chat.encoder import Encoder
+from pipeline.data.chat.tokenizer import load_tokenizer
 from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.data.prepare import job, lines
 from pipeline.data.prepare.prepare import prepare_data

@@ -1,0 +1,57 @@
+"""The tokenizer of a model folder: its files, loading, and the tokens that stop generation."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import UserError
+from pipeline.files import read_json
+from pipeline.plan.given.shape import require_model_folder
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and checking rows needs none of it
+    from transformers import PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a model folder, without network; UserError if it has none."""
+    require_model_folder(folder)
+    require_tokenizer(folder)
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # noqa: BLE001 - a damaged tokenizer.json raises Exception itself
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model: {folder}: the tokenizer cannot be loaded: {reason}") from None
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if not tokenizer.is_fast or not len(tokenizer):
+        raise UserError(
+            f"model: {folder}: no fast tokenizer, which is needed for the text offsets of tokens; "
+            "save the tokenizer with a tokenizer.json"
+        )
+    return tokenizer
+
+
+def require_tokenizer(folder: Path) -> None:
+    """Raise UserError if a model folder has no tokenizer file."""
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"model: {folder} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); fetch its files "
+            "from the model on the hub: hf download ORG/NAME --include '*token*' 'vocab*' "
+            f"'merges*' 'chat_template*' --local-dir {shlex.quote(str(folder))}"
+        )
+
+
+def end_tokens(eos: int | None, folder: Path, special: Mapping[str, int]) -> list[str]:
+    """Special tokens that stop generation, from the tokenizer and generation_config.json."""
+    try:
+        named = read_json(folder / "generation_config.json").get("eos_token_id")
+    except (OSError, ValueError):
+        named = None  # the file is optional
+    ids = {eos, *(named if isinstance(named, list) else [named])}
+    return [text for text, number in special.items() if number in ids]
