@@ -1,6 +1,7 @@
-"""AdapterKeys: adapter settings for variants and extensions of plain LoRA.
+"""AdapterKeys: settings of LoRA variants, such as rsLoRA and DoRA, and of single layers.
 
-They are part of a checkpoint's identity, and the card of an adapter names those that are set.
+A run resumes only from a checkpoint with the same values of these settings. The adapter's README.md
+lists the settings that differ from their defaults.
 """
 
 from typing import Annotated, Literal
@@ -16,53 +17,59 @@ class AdapterKeys(BaseModel):
 
     use_rslora: bool = Field(
         default=False,
-        description="Rank-stabilised LoRA: scale the adapter's output by `lora_alpha` / the square "
-        "root of `lora_r`.",
+        description="Rank-stabilised LoRA: scale the adapter's output by `lora_alpha` / "
+        "sqrt(`lora_r`) instead of `lora_alpha` / `lora_r`.",
         json_schema_extra=traits(peers="peft_use_rslora rslora"),
     )
     use_dora: bool = Field(
         default=False,
-        description="DoRA: train the magnitude of each row of an adapted weight too. Slower, "
-        "because each forward pass computes the norms of the whole weight; not at ZeRO-3.",
+        description="DoRA: also train the magnitude of each row of an adapted weight. Training is "
+        "slower, because each forward pass computes the norms of the whole weight. Not available "
+        "at ZeRO-3.",
         json_schema_extra=traits(peers="peft_use_dora lora_use_dora"),
     )
     rank_pattern: dict[str, Positive] = Field(
         default_factory=dict,
-        description="Another `lora_r` for some layers, for example `{q_proj: 16}`: a key is a "
-        "regular expression for the end of a layer's name, and the first match counts.",
+        description="A different `lora_r` for some layers, for example `{q_proj: 16}`. A key is a "
+        "regular expression that matches the end of a layer's name. If several keys match, the "
+        "first one applies.",
         json_schema_extra=traits(peers="lora_rank_pattern"),
     )
     alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
         default_factory=dict,
-        description="Another `lora_alpha` for some layers, with keys as in `rank_pattern`.",
+        description="A different `lora_alpha` for some layers, with keys as in `rank_pattern`.",
         json_schema_extra=traits(peers="lora_alpha_pattern"),
     )
     layers_to_transform: list[int] = Field(
         default_factory=list,
-        description="Indices of the blocks whose layers get an adapter, from 0; empty for all.",
+        description="Indices of the transformer blocks whose layers get an adapter, counted from "
+        "0. An empty list means all blocks.",
         json_schema_extra=traits(peers="lora_layers_to_transform peft_layers_to_transform"),
     )
     exclude_modules: str | list[str] = Field(
         default_factory=list,
         description="Layers of `lora_target_modules` that get no adapter: a list of module names "
-        "(the end of the path is enough), or one regular expression for the whole path.",
+        "(full paths or their last parts), or one regular expression that matches full paths.",
         json_schema_extra=traits(peers="lora_exclude_modules"),
     )
     init_lora_weights: Literal[True, "gaussian"] = Field(
         default=True,
-        description="Initial values of A; B is zero: `true` as in the LoRA paper's code "
-        "(Kaiming-uniform), `gaussian` normal with standard deviation 1 / r.",
+        description="Initial values of the A matrices; B matrices start at zero. `true`: "
+        "Kaiming-uniform, as in the LoRA paper's code. `gaussian`: normal, with standard deviation "
+        "1 / r.",
         json_schema_extra=traits(peers="peft_init_lora_weights"),
     )
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1e6)] = Field(
         default=1.0,
-        description="LoRA+: the learning rate of the B matrices as a multiple of `lr`, such as 16; "
-        "1 for one rate. metrics.jsonl then has both, as `lr` and `lr_lora_b`.",
+        description="LoRA+: the learning rate of the B matrices divided by `lr`, for example 16. "
+        "With 1, all matrices have the same learning rate. With another value, metrics.jsonl has "
+        "both rates: `lr` and `lr_lora_b`.",
         json_schema_extra=traits(peers="loraplus_lr_ratio lorap_lr_ratio"),
     )
     neftune_noise_alpha: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=0.0,
-        description="NEFTune: noise on the embeddings in training, uniform within this / "
-        "sqrt(tokens of the document x hidden size), such as 5; 0 for none.",
+        description="NEFTune: add uniform noise to the token embeddings in training. The largest "
+        "noise is this value, for example 5, divided by sqrt(tokens of the document x hidden "
+        "size). 0 adds none.",
         json_schema_extra=traits(peers="noisy_embedding_alpha neftune_alpha"),
     )

@@ -1,4 +1,7 @@
-"""DataKeys: the settings of the base model and the data, with type, default and description."""
+"""DataKeys: settings of the base model, the data and the tokenisation.
+
+Each Field has the type, the default and the description of one setting.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -26,11 +29,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class DataKeys(BaseModel):
-    """Settings of the base model, the data and the tokenisation."""
+    """Settings that determine the base model and the training documents."""
 
     model: Annotated[str, Field(min_length=1)] = Field(
-        description="Base model: a folder with config.json, safetensors and tokenizer, or the "
-        "name of a hub model in the local cache.",
+        description="Base model: a folder with config.json, safetensors files and a tokenizer, or "
+        "the name of a hub model in the local cache.",
         json_schema_extra=traits(
             change="base",
             is_path=True,
@@ -40,15 +43,14 @@ class DataKeys(BaseModel):
     )
     model_revision: str | None = Field(
         default=None,
-        description="Commit, branch or tag of a hub model; default `main`. run.yaml records the "
-        "commit.",
+        description="Commit, branch or tag of a hub model; without it `main`. The run folder's "
+        "run.yaml records the commit.",
         json_schema_extra=traits(change="base"),
     )
     train_data: Annotated[DataNames, BeforeValidator(parse_train_data)] = Field(
-        description="Training data: a file, a folder, a glob or a hub name (`org/name:split`), "
-        "or a list of them. An item of the list is a name or `{path, weight, limit}`: `weight` "
-        "(default 1) is the number of times that each row is seen in an epoch, `limit` the number "
-        "of rows to read.",
+        description="Training data: a file, a folder, a glob or a hub name (`org/name:split`), or "
+        "a list of these. `{path: ..., weight: W, limit: N}` in place of a name reads only the "
+        "first N rows and uses each row W times per epoch (default 1; fractions are allowed).",
         json_schema_extra=traits(
             change="files",
             is_path=True,
@@ -61,9 +63,9 @@ class DataKeys(BaseModel):
         BeforeValidator(parse_eval_data),
     ] = Field(
         default=None,
-        description="Held-out data, named as in `train_data`; or the part of the training data "
-        "to hold out: a share (`0.05`) or a number of rows (`200`), selected by a hash of their "
-        "content.",
+        description="Held-out data: files or data sets, named as in `train_data`; or a share "
+        "(`0.05`) or a number (`200`) of the training rows. A hash of each row's content decides "
+        "whether the row is held out.",
         json_schema_extra=traits(
             change="files",
             is_path=True,
@@ -77,18 +79,21 @@ class DataKeys(BaseModel):
     )
     columns: Annotated[dict[str, str], AfterValidator(check_columns)] = Field(
         default_factory=dict,
-        description="Columns that have other names in the data than in the format: name in the "
-        "format -> name in the data, for example `{prompt: question, completion: answer}`.",
+        description="Names of the format's columns in your data, if they differ: `{prompt: "
+        "question, completion: answer}` reads the column `question` as `prompt` and `answer` as "
+        "`completion`.",
         json_schema_extra=traits(change="documents", peers="column_mapping"),
     )
     on_bad_row: Literal["reject", "fail"] = Field(
         default="reject",
-        description="`reject` skips and counts bad rows; `fail` ends the run at the first one.",
+        description="`reject` skips bad rows, and the audit counts them; `fail` ends the run at "
+        "the first bad row.",
         json_schema_extra=traits(change="run"),
     )
     max_rejected: Share = Field(
         default=0.01,
-        description="Largest allowed share of bad rows in a source; with more, the run ends.",
+        description="Largest allowed share of bad rows in a source. If it is exceeded, the run "
+        "ends.",
         json_schema_extra=traits(change="run"),
     )
     max_length: Positive = Field(
@@ -112,42 +117,42 @@ class DataKeys(BaseModel):
         default=True,
         description="Concatenate whole documents into packs of at most `max_length` tokens, "
         "without attention between documents. `batch_size` and `global_batch_size` then count "
-        "packs. If the model class cannot keep packed documents separate, the default is false; "
-        "the plan reports this.",
+        "packs. For a model class that cannot keep packed documents separate, the default is "
+        "false, and the plan says so.",
         json_schema_extra=traits(
             change="documents", peers="sample_packing neat_packing padding_free"
         ),
     )
     train_on: Literal["assistant", "last-assistant", "all"] = Field(
         default="assistant",
-        description="Turns of a conversation that count in the loss; messages with `weight: 0` "
-        "never count.",
+        description="Tokens that count in the loss: those of all assistant turns, of the last "
+        "assistant turn, or of the whole document. Messages with `weight: 0` never count.",
         json_schema_extra=traits(change="documents"),
     )
     split_turns: bool = Field(
         default=False,
-        description="Make a separate document for each trained turn, which ends with that turn and "
-        "contains all messages before it. Needed if the chat template renders a turn differently "
-        "once another follows.",
+        description="Make one document for each trained turn: the turn and all messages before it. "
+        "Needed if the chat template renders the last turn of a conversation differently from "
+        "earlier ones.",
         json_schema_extra=traits(change="documents"),
     )
     train_on_reasoning: bool = Field(
         default=True,
-        description="Whether the reasoning in trained turns counts in the loss; if not, it is "
-        "only context.",
+        description="Whether the reasoning in trained turns counts in the loss. If false, it stays "
+        "in the document as context.",
         json_schema_extra=traits(change="documents"),
     )
     special_tokens_in_text: Literal["keep", "reject", "as-text"] = Field(
         default="keep",
-        description="Treatment of special tokens that are written in a message, such as "
-        "`</s>`: `keep` tokenises each as the special token, and the audit counts them; "
-        "`reject` rejects the row; `as-text` tokenises them as ordinary text.",
+        description="How to treat a special token, such as `</s>`, in the text of a row. `keep` "
+        "tokenises it as the special token, and the audit counts it; `reject` rejects the row; "
+        "`as-text` tokenises its characters as ordinary text.",
         json_schema_extra=traits(change="documents"),
     )
     chat_template: Annotated[str, AfterValidator(check_chat_template)] = Field(
         default="model",
-        description="Chat template: `model` for the template of the model, the path of a Jinja "
-        "file (`FILE.jinja`), or `chatml` for a model without one. With `chatml`, turns end with "
+        description="Chat template: `model` (the model's own), the path of a Jinja file "
+        "(`FILE.jinja`), or `chatml` for a model without a template. With `chatml`, turns end with "
         "the model's end-of-sequence token.",
         json_schema_extra=traits(
             change="documents",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
-# With more, the lists of the sequences of a step or an epoch do not fit in memory.
+# With larger values, the list of all sequences of a step or an epoch does not fit in memory.
 MAX_SEQUENCES, MAX_PASSES = 10**6, 10**6
 DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "pre-tokenised"]
 
@@ -31,23 +31,24 @@ COLUMNS = (
 )
 
 
-_DETECTED = "remove it, the format of each row is detected (data_format, columns)"
+_DETECTED = "remove it; the format of each row is detected"
 _SPLIT = "name the split in the path: ORG/NAME:train"
-# Keys that other programs have for a source -> what to write here.
-_PEERS_OF_A_SOURCE = {
+# Key of a source in other programs -> advice for RankZero.
+_SOURCE_KEY_ADVICE = {
     "type": _DETECTED, "ds_type": _DETECTED, "format": _DETECTED, "formatting": _DETECTED,
     "conversation": _DETECTED, "roles": _DETECTED, "chat_template": "set it for the whole run",
-    "split": _SPLIT, "train_on_split": _SPLIT, "name": "name the files of the configuration",
-    "subset": "name the files of the configuration", "data_files": "name the files in path",
-    "revision": "name it in the path: ORG/NAME@REVISION:train", "shards": "limit takes first rows",
-    "field_messages": "columns: {messages: NAME}", "num_samples": "limit takes first rows",
-    "message_property_mappings": _DETECTED, "columns": "columns is set for the whole run",
-    "dataset_path": "path", "dataset": "path",
+    "split": _SPLIT, "train_on_split": _SPLIT, "name": "give the configuration's files as path",
+    "subset": "give the configuration's files as path", "data_files": "give the files as path",
+    "revision": "name it in the path: ORG/NAME@REVISION:train",
+    "shards": "limit: N reads the first N rows", "num_samples": "limit: N reads the first N rows",
+    "field_messages": "set columns: {messages: NAME} for the whole run",
+    "message_property_mappings": _DETECTED, "columns": "set it for the whole run",
+    "dataset_path": "here it is path", "dataset": "here it is path",
 }  # fmt: skip
 
 
 class DataSource(BaseModel):
-    """One source of rows: a file, folder, glob or hub split, its weight and its row limit."""
+    """One source of rows: a file, folder, glob or hub split, with its weight and row limit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -61,7 +62,7 @@ DataNames = str | DataSource | list[str | DataSource]
 
 def parse_train_data(value: Any) -> Any:
     """Validate `train_data`; mappings become DataSource objects. Raises ValueError."""
-    return _as_names(value, "expected a file, a folder, a glob, org/name:split, or a list")
+    return _parse_sources(value, "expected a file, a folder, a glob, org/name:split, or a list")
 
 
 def parse_eval_data(value: Any) -> Any:
@@ -75,13 +76,13 @@ def parse_eval_data(value: Any) -> Any:
         raise ValueError("a number of rows is at least 1; a share is written as 0.05")
     if value is None or is_number:
         return value
-    return _as_names(value, "expected names as in train_data, a share (0.05) or rows (200)")
+    return _parse_sources(value, "expected names as in train_data, a share (0.05) or rows (200)")
 
 
 def check_columns(value: dict[str, str]) -> dict[str, str]:
     """Validate `columns`. Raises ValueError for an unknown column or a name used twice."""
     if unknown := [name for name in value if name not in COLUMNS]:
-        raise ValueError(f"no format has a column {unknown[0]}; known: {', '.join(COLUMNS)}")
+        raise ValueError(f"no format has a column {unknown[0]}; columns: {', '.join(COLUMNS)}")
     if duplicates := [name for name in value.values() if [*value.values()].count(name) > 1]:
         raise ValueError(f"{duplicates[0]} is given for two columns")
     return value
@@ -93,26 +94,27 @@ def sources(names: DataNames | None) -> list[DataSource]:
     return [DataSource(path=name) if isinstance(name, str) else name for name in listed]
 
 
-def _as_names(value: Any, expected: str) -> Any:
+def _parse_sources(value: Any, expected: str) -> Any:
     """Convert mappings to DataSource objects. Raises ValueError with a message of one line."""
     if isinstance(value, list):
         return [
-            _as_name(name, "expected a list of names or {path, weight, limit}") for name in value
+            _parse_source(name, "expected a list of names or {path, weight, limit}")
+            for name in value
         ]
-    return _as_name(value, expected)
+    return _parse_source(value, expected)
 
 
-def _as_name(value: Any, expected: str) -> str | DataSource:
+def _parse_source(value: Any, expected: str) -> str | DataSource:
     if isinstance(value, str | DataSource) and value != "":
         return value
     if not isinstance(value, dict):
         raise ValueError(expected)
     known = list(DataSource.model_fields)
     unknown = [str(key) for key in value if key not in known]
-    if told := [
-        f"{key}: {_PEERS_OF_A_SOURCE[key]}" for key in unknown if key in _PEERS_OF_A_SOURCE
+    if advice := [
+        f"{key} ({_SOURCE_KEY_ADVICE[key]})" for key in unknown if key in _SOURCE_KEY_ADVICE
     ]:
-        raise ValueError(f"of a source, {'; '.join(told)}")
+        raise ValueError(f"unknown keys of a source: {', '.join(advice)}")
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"a source has {', '.join(known)}"
@@ -136,5 +138,5 @@ def check_template_kwargs(value: dict[str, Any]) -> dict[str, Any]:
     """Validate `chat_template_kwargs`. Raises ValueError for variables that depend on the row."""
     set_per_row = {"messages", "tools", "documents", "add_generation_prompt"}
     if wrong := sorted(set_per_row & value.keys()):
-        raise ValueError(f"{wrong[0]} is set from each row, so it cannot be set here")
+        raise ValueError(f"{wrong[0]} comes from each row, so it cannot be set here")
     return value

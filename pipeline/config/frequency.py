@@ -1,4 +1,4 @@
-"""How often a run evaluates or saves: a Frequency, and its construction from the settings."""
+"""Frequency: how often a run evaluates or saves, from the settings of either."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ Strategy = Literal["steps", "epoch", "no"]
 
 @dataclass(frozen=True)
 class Frequency:
-    """`times` evenly spaced events per period. `period`: a number of steps; None for an epoch."""
+    """`times` evenly spaced events per `period`, a number of steps; None means one epoch."""
 
     times: int
     period: int | None = None
@@ -20,7 +20,7 @@ class Frequency:
 
 
 def frequency(strategy: Strategy, steps: int | None, per_epoch: int | None) -> Frequency | None:
-    """The Frequency for a strategy, its `*_steps` and its `*_per_epoch` setting; None for never."""
+    """The Frequency for a strategy and the settings `*_steps` and `*_per_epoch`; None for `no`."""
     if strategy == "steps":
         return Frequency(1, steps)
     return Frequency(per_epoch or 1) if strategy == "epoch" else None

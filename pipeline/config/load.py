@@ -29,7 +29,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     """Read a run file and apply presets and `key=value` overrides.
 
     Precedence: defaults < presets < run file < overrides. A hub model or data set in the local
-    cache is pinned to its cached commit (`model_revision`, `NAME@COMMIT:SPLIT`). Raises UserError
+    cache is pinned to its cached commit (`model_revision`, `NAME@COMMIT:SPLIT`). Raises a UserError
     that lists every wrong key with its file and line.
     """
     file = read_located(path, "YAML")
@@ -78,13 +78,13 @@ def dump_settings(settings: RunSettings) -> str:
 
 
 def _pin_data(names: DataNames | float | None) -> DataNames | float | None:
-    """Pin the hub data sets among the names to their commits in the local cache."""
+    """Pin the hub data sets of a data setting to their commits in the local cache."""
     if isinstance(names, list):
-        return [_pin_name(name) for name in names]
-    return _pin_name(names) if isinstance(names, str | DataSource) else names
+        return [_pin_source(name) for name in names]
+    return _pin_source(names) if isinstance(names, str | DataSource) else names
 
 
-def _pin_name(name: str | DataSource) -> str | DataSource:
+def _pin_source(name: str | DataSource) -> str | DataSource:
     path = name if isinstance(name, str) else name.path
     split = HubSplit.parse(path)
     snapshot = split.snapshot() if split else None
@@ -95,17 +95,18 @@ def _pin_name(name: str | DataSource) -> str | DataSource:
 
 
 def _validate(values: Mapping[str, Any], locations: Mapping[str, str], source: str) -> RunSettings:
-    """Validate all values. Raises UserError with one line for each wrong key."""
+    """Validate all values. Raises a UserError with one line for each wrong key."""
     unknown = [key for key in values if key not in RunSettings.model_fields]
     problems = [
-        f"{locations[key]}: {key}: unknown setting; {_advice(key, values[key])}" for key in unknown
+        f"{locations[key]}: {key}: unknown setting; {_key_advice(key, values[key])}"
+        for key in unknown
     ]
-    # Settings that the file gives under another program's name are not also reported as missing.
+    # A required setting given under another program's name is not also reported as missing.
     intended = {setting for key in unknown if (setting := settings_by("peers").get(key))}
     known = {key: value for key, value in values.items() if key in RunSettings.model_fields}
     for key, value in known.items():
-        if told := value_advice(key, value, is_valid=True):
-            problems.append(f"{locations[key]}: {key}: {_TRUNCATED.repr(value)}: {told}")
+        if hint := value_advice(key, value, is_valid=True):
+            problems.append(f"{locations[key]}: {key}: {_TRUNCATED.repr(value)}: {hint}")
     known, unexpanded = _expand_paths(known, locations, problems)
     try:
         presets = preset_values(known.get("preset"), known)
@@ -115,9 +116,9 @@ def _validate(values: Mapping[str, Any], locations: Mapping[str, str], source: s
         for detail in error.errors():  # pydantic reports one error for each member of a union
             by_key.setdefault(str(detail["loc"][0]) if detail["loc"] else "", []).append(detail)
         for key, details in by_key.items():
-            is_told = bool(value_advice(key, known.get(key), is_valid=True))
-            is_missing = key in intended | values.keys() and details[0]["type"] == "missing"
-            if not (is_missing or is_told):
+            is_reported = bool(value_advice(key, known.get(key), is_valid=True))
+            is_renamed = key in intended | values.keys() and details[0]["type"] == "missing"
+            if not (is_renamed or is_reported):
                 problems.append(_error_line(key, details, locations, source))
     if problems:
         raise UserError("\n".join(problems))
@@ -127,9 +128,10 @@ def _validate(values: Mapping[str, Any], locations: Mapping[str, str], source: s
 def _expand_paths(
     values: Mapping[str, Any], locations: Mapping[str, str], problems: list[str]
 ) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
-    """Expand `~` and `$NAME` in paths; also return key -> expanded path -> text in the file.
+    """Expand `~` and `$NAME` in paths.
 
-    A value that cannot be expanded is removed, and the reason is added to `problems`.
+    Returns the values, and for each setting a mapping from expanded paths to their text in the run
+    file. A value that cannot be expanded is removed, and the reason is added to `problems`.
     """
     expanded, unexpanded = dict(values), {}
     for key in path_settings():
@@ -137,7 +139,7 @@ def _expand_paths(
         if key not in values:
             continue
         try:
-            expanded[key] = map_paths(values[key], partial(_expand, texts))
+            expanded[key] = map_paths(values[key], partial(_expand_path, texts))
         except ValueError as error:
             problems.append(
                 f"{locations[key]}: {key}: {error}; found {_TRUNCATED.repr(values[key])}"
@@ -148,7 +150,7 @@ def _expand_paths(
     return expanded, unexpanded
 
 
-def _expand(texts: dict[str, str], text: str) -> str:
+def _expand_path(texts: dict[str, str], text: str) -> str:
     """Expand a path; if the result differs from the text, store the text in `texts`."""
     path = expand(text)
     if path != text:
@@ -156,21 +158,21 @@ def _expand(texts: dict[str, str], text: str) -> str:
     return path
 
 
-def _advice(key: str, value: Any) -> str:
-    """Advice for an unknown key: its equivalent here, or the setting with the most similar name.
+def _key_advice(key: str, value: Any) -> str:
+    """Advice for an unknown key: the equivalent setting, or the one with the most similar name.
 
-    If the setting does not take the value either, the advice says what it takes.
+    If that setting would refuse the value, the advice also says which values it takes.
     """
-    if known := advice(key):
+    if text := advice(key):
         setting = settings_by("peers").get(normalised(key))
-        return known + (_value_problem(setting, value) if setting else "")
+        return text + (_value_problem(setting, value) if setting else "")
     names = {name: name for name in RunSettings.model_fields} | settings_by("peers")
     near = difflib.get_close_matches(normalised(key), names, n=1, cutoff=0.6)
     return f"did you mean {names[near[0]]!r}?" if near else "all settings: docs/configuration.md"
 
 
 def _value_problem(setting: str, value: Any) -> str:
-    """`; expected ...` if a setting does not take the value of another program; else empty."""
+    """`; ` and the values that a setting takes, if it refuses this value; else empty."""
     required = {"model": "m", "train_data": "t", "output_dir": "o"}
     try:
         RunSettings.model_validate(required | {setting: value})
@@ -178,14 +180,14 @@ def _value_problem(setting: str, value: Any) -> str:
         own = [detail for detail in error.errors() if detail["loc"][:1] == (setting,)]
         expected = value_advice(setting, value) or " or ".join(dict.fromkeys(map(_expected, own)))
         return f"; {expected}" if expected else ""
-    told = value_advice(setting, value, is_valid=True)
-    return f"; {told}" if told else ""
+    hint = value_advice(setting, value, is_valid=True)
+    return f"; {hint}" if hint else ""
 
 
 def _error_line(
     key: str, details: Sequence[Mapping[str, Any]], locations: Mapping[str, str], source: str
 ) -> str:
-    """Error line: file and line, key, expected and given value. `details`: pydantic's errors."""
+    """Error line: location, key, expected value, given value. `details`: pydantic's errors."""
     if details[0]["type"] == "missing":
         return f"{source}: {key}: this setting is required and missing"
     expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
@@ -194,8 +196,8 @@ def _error_line(
         places = ", ".join(dict.fromkeys(locations[name] for name in keys)) or source
         return f"{places}: {expected}"
     given = details[0]["input"]
-    if told := value_advice(key, given):
-        expected = told
+    if hint := value_advice(key, given):
+        expected = hint
     elif given is None:
         expected += ", or leave it out for the default"
     value = _TRUNCATED.repr(given)
@@ -203,5 +205,6 @@ def _error_line(
 
 
 def _expected(detail: Mapping[str, Any]) -> str:
+    """The message of a pydantic error, without its prefix."""
     message: str = detail["msg"]
     return message.removeprefix("Value error, ").replace("Input should be", "must be")

@@ -1,7 +1,7 @@
 """Parse YAML and JSON files into values and the line number of each key.
 
-PyYAML parses both formats into a tree of nodes. The tree has the line numbers, and shows duplicate
-keys and excessive sizes. Scalars follow YAML 1.2: `3e-4` is a number; `no` and `12:00:00` are
+PyYAML parses both formats into a tree of nodes with line numbers, in which duplicate keys and
+excessive sizes are detected. Scalars follow YAML 1.2: `3e-4` is a number; `no` and `12:00:00` are
 strings.
 """
 
@@ -39,7 +39,7 @@ class Located:
 
 
 def read_located(path: Path, kind: Literal["YAML", "JSON"], *, label: str = "") -> Located:
-    """Read a file that holds one mapping. Raises UserError that names file and line.
+    """Read a file that holds one mapping. Raises a UserError that names file and line.
 
     `label`: text before the path in messages.
     """
@@ -53,20 +53,21 @@ def read_located(path: Path, kind: Literal["YAML", "JSON"], *, label: str = "") 
     except ValueError as error:  # not UTF-8, or NUL in the path
         raise UserError(f"{name}: not a text file in UTF-8: {error}") from None
     if len(content) > _MAX_BYTES:
-        raise UserError(f"{name}: larger than 1 MiB, so it is not a file of settings")
+        raise UserError(f"{name}: larger than 1 MiB; a file of settings is smaller")
     node, values = _parse(text, name, kind)
     if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
         example = "`key: value`, such as `lora_r: 16`" if kind == "YAML" else "a block in braces"
         raise UserError(f"{name}: expected {example}")
-    return Located(name, values, _lines(node, name))
+    return Located(name, values, _line_numbers(node, name))
 
 
 def parse_value(text: str, name: str) -> Any:
-    """Parse text as one YAML value. Raises UserError; its message begins with `name`."""
+    """Parse text as one YAML value. Raises a UserError whose message begins with `name`."""
     return _parse(text, name, "YAML")[1]
 
 
 def _parse(text: str, name: str, kind: Literal["YAML", "JSON"]) -> tuple[yaml.Node | None, Any]:
+    """The root node of the text, which has the line numbers, and the parsed value."""
     try:
         # JSON allows tabs as indentation, which YAML refuses; JSON strings contain no raw tabs.
         loader = _Loader(text if kind == "YAML" else text.replace("\t", " "))
@@ -85,7 +86,7 @@ def _parse(text: str, name: str, kind: Literal["YAML", "JSON"]) -> tuple[yaml.No
     raise UserError(f"{name}:{line}: not valid {kind}: {problem}")
 
 
-def _lines(node: yaml.Node, name: str) -> dict[KeyPath, int]:
+def _line_numbers(node: yaml.Node, name: str) -> dict[KeyPath, int]:
     """Line number of each key. Raises UserError for a duplicate key or one that is not text."""
     lines: dict[KeyPath, int] = {}
     for path, key in _keys(node, ()):
@@ -100,7 +101,7 @@ def _lines(node: yaml.Node, name: str) -> dict[KeyPath, int]:
 
 
 def _keys(node: yaml.Node, path: KeyPath) -> Iterator[tuple[KeyPath, yaml.Node]]:
-    """Every key below a node, with its path; list indexes are strings in the path."""
+    """The path and the node of every key below a node; list indices are strings in the path."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             key_path = (*path, str(key.value))
@@ -120,7 +121,7 @@ class _Loader(yaml.SafeLoader):
         self._nodes: dict[int, int] = {}  # id of a composed node -> number of nodes in its subtree
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Override of Composer.compose_node that refuses tags, recursion and excessive size."""
+        """Compose a node as PyYAML does, but refuse tags, recursion and excessive size."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None) is not None:
             raise _yaml_error(f"the tag {event.tag} is not supported", event)
@@ -168,7 +169,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(_YAML_1_1)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-for _kind, _pattern, _first in (  # the first match counts, so `int` precedes `float`
+for _kind, _pattern, _first in (  # the first matching type applies, so `int` precedes `float`
     ("int", r"^[-+]?(0|[1-9][0-9]*)$", "-+0123456789"),
     (
         "float",

@@ -5,7 +5,7 @@ import re
 
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})?")
 _HOME = re.compile("~[^/]*")
-# Variables that are refused: paths appear in messages and files, and secrets must not.
+# Variables with such names are refused: paths appear in messages and files, secrets must not.
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _MAX_BYTES, _MAX_NAME_BYTES = 4000, 255  # Linux: PATH_MAX is 4096, NAME_MAX 255
 
@@ -20,7 +20,7 @@ def expand(text: str) -> str:
     start = os.path.expanduser(home[0]) if home else ""  # noqa: PTH111 - Path's raises
     if start.startswith("~"):
         raise ValueError(f"{start}: no such home folder; for a file of that name write ./{start}")
-    path = start + _VARIABLE.sub(_value, text[home.end() if home else 0 :])
+    path = start + _VARIABLE.sub(_variable_value, text[home.end() if home else 0 :])
     size, longest = len(os.fsencode(path)), max(len(os.fsencode(n)) for n in path.split("/"))
     if size > _MAX_BYTES or longest > _MAX_NAME_BYTES:
         raise ValueError(
@@ -30,7 +30,8 @@ def expand(text: str) -> str:
     return path
 
 
-def _value(match: re.Match[str]) -> str:
+def _variable_value(match: re.Match[str]) -> str:
+    """Value of the environment variable in a match of _VARIABLE; `$` for `$$`."""
     dollar, bare, braced = match.groups()
     name = bare or braced
     if dollar:

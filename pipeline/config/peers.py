@@ -1,8 +1,8 @@
-"""Advice for options of other training programs that are unknown here.
+"""Advice for options of other training programs that RankZero does not have.
 
-The options are those of axolotl, LLaMA-Factory, TRL and transformers, ms-swift, and torchtune. If
-an option is another name of a setting, such as `learning_rate` for `lr`, the name is in the trait
-`peers` of that setting.
+The options are those of axolotl, LLaMA-Factory, TRL and transformers, ms-swift, and torchtune.
+Options that have the meaning of a setting, such as `learning_rate` for `lr`, are in the trait
+`peers` of that setting instead.
 """
 
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from typing import Any
 
 from pipeline.config.settings import settings_by
 
-_TRACKER = "trackers: [wandb, tensorboard, mlflow, trackio], as many as wanted"
-_VARIABLES = "trackers: [wandb], and WANDB_* variables for what is no setting here"
-_OTHER_TRACKER = "not supported; trackers: [wandb, tensorboard, mlflow, trackio]"
+_TRACKER = "trackers: a list of wandb, tensorboard, mlflow or trackio"
+_VARIABLES = "trackers: [wandb]; WANDB_* environment variables set its other options"
+_OTHER_TRACKER = "not supported; trackers: a list of wandb, tensorboard, mlflow or trackio"
 _NO_HUB = "nothing is uploaded; OUTPUT_DIR/adapter is a PEFT folder that you can upload"
 _ADAMW = (
-    "AdamW in fp32 is the only optimizer: the states of an adapter are small, so 8-bit or paged "
-    "ones would save little; remove it"
+    "AdamW in fp32 is the only optimizer: an adapter's optimizer states are small, so 8-bit or "
+    "paged ones would save little; remove it"
 )
 _BETAS = "set betas and eps in optimizer.params of a deepspeed_json; the defaults are AdamW's"
 _NOT_BUILT = "not supported; docs/adapters.md has the options of the LoRA adapter"
@@ -29,7 +29,7 @@ _HOLD_OUT = "eval_data: 0.05 holds out 5 % of train_data, eval_data: 200 holds o
 _TEMPLATE = "the model's own chat template and end of turn are used; see chat_template"
 _KERNELS = "fast kernels are used if their package is installed; remove it"
 
-# Pattern of option names -> advice. The first match counts.
+# Pattern of option names -> advice. The first matching pattern applies.
 ADVICE: Mapping[str, str] = {
     "adapter": _ONLY_LORA,
     "finetuning_type": _ONLY_LORA,
@@ -119,8 +119,8 @@ ADVICE: Mapping[str, str] = {
     "mask_history": "train_on: last-assistant",
     "assistant_only_loss": "train_on: assistant",
     "completion_only_loss": "train_on: assistant",
-    "loss_scale": "train_on: assistant, last-assistant or all; a message of weight: 0 never counts",
-    "roles_to_train": "train_on: assistant; a message of weight: 0 never counts",
+    "loss_scale": "train_on: assistant, last-assistant or all; messages with weight: 0 never count",
+    "roles_to_train": "train_on: assistant; messages with weight: 0 never count",
     "train_on_eos": "the end-of-turn token of a trained turn always counts; remove it",
     "enable_thinking": "chat_template_kwargs: {enable_thinking: true}",
     "reasoning_effort": "chat_template_kwargs: {reasoning_effort: high}",
@@ -148,7 +148,7 @@ ADVICE: Mapping[str, str] = {
     "gradient_checkpointing_kwargs": "not needed: the plan chooses re-entrant or not; remove it",
     "*eval_batch_size": _NO_EVAL_BATCH,
     "eval_accumulation_steps": _NO_EVAL_BATCH,
-    "eval_delay": "evaluations start with the first epoch; remove it",
+    "eval_delay": "not supported: evaluations start in the first epoch; remove it",
     "eval_on_start": "launch/score.py measures the base and the adapter; remove it",
     "metric_for_best_model": "keep_best uses the held-out loss; remove it",
     "greater_is_better": "keep_best uses the held-out loss; remove it",
@@ -171,13 +171,13 @@ ADVICE: Mapping[str, str] = {
     "tokenizer_type": "the tokenizer is the model's own; remove it",
     "tokenizer_name*": "the tokenizer is the model's own; remove it",
     "tokenizer": "the tokenizer is the model's own; remove it",
-    "strict": "always: an unknown key is an error; remove it",
+    "strict": "not needed: an unknown key is always an error; remove it",
 }
 
 
 _SCHEDULES = "linear, cosine and constant are the schedules, each after the warm-up"
 _LEAVE_OUT = "leave it out for the default"
-# Setting -> patterns of values that other programs have for it -> what to write here.
+# Setting -> pattern of its values in other programs -> advice.
 VALUES: Mapping[str, Mapping[str, str]] = {
     "lr_scheduler_type": {
         "constant_with_warmup": "constant: every schedule comes after the warm-up",
@@ -187,9 +187,9 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     },
     "bf16": {"full": "true: the frozen base is in bf16, the adapter keeps fp32 masters"},
     "gradient_checkpointing": {
-        "unsloth": "true, or auto for as few layers as fit",
-        "offload*": "true, or auto for as few layers as fit",
-        "selective": "auto: as few layers as fit",
+        "unsloth": "true, or auto for as few layers as memory needs",
+        "offload*": "true, or auto for as few layers as memory needs",
+        "selective": "auto: as few layers as memory needs",
     },
     "lora_target_modules": {
         "all": "all-linear, or auto, which leaves out routers",
@@ -213,7 +213,7 @@ VALUES: Mapping[str, Mapping[str, str]] = {
         "fa2": "true", "flash_attention_*": "true", "sdpa": "auto", "eager": "auto",
         "disabled": "false",
     },
-    "packing": {"auto": "true, or leave it out: false where the model class mixes documents"},
+    "packing": {"auto": "true, or leave it out: false if the model class mixes documents"},
     "train_on": {
         "input*": "all", "all_assistant": "assistant", "last": "last-assistant",
         "last_turn": "last-assistant", "completion": "assistant", "turn": "assistant",
@@ -222,33 +222,33 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     "chat_template": {
         "tokenizer_default*": "model", "default": "model", "auto": "model", "jinja": "FILE.jinja",
         "*/*": "a file in UTF-8 whose name ends in .jinja",
-        "*": "model, the model's own template, knows the family; or FILE.jinja",
+        "*": "model for the model's own template, or FILE.jinja",
     },
 }  # fmt: skip
 
 
 def value_advice(setting: str, value: Any, *, is_valid: bool = False) -> str | None:
-    """Advice for a value that other programs have for this setting; None if it is not known.
+    """Advice for a value that other programs use for this setting; None if there is none.
 
-    A valid value gets advice only if the table has it literally: `all` of lora_target_modules is a
-    valid regular expression.
+    `is_valid`: the setting accepts the value, so that only a literal entry of the table applies, no
+    pattern. For example, `all` is a valid regular expression for `lora_target_modules`.
     """
     if not isinstance(value, str | int | float):
         return None
     text = str(value).strip().lower()
-    for pattern, told in VALUES.get(setting, {}).items():
+    for pattern, hint in VALUES.get(setting, {}).items():
         if text == pattern or (not is_valid and fnmatchcase(text, pattern)):
-            return told
+            return hint
     return None
 
 
 def normalised(key: str) -> str:
-    """The key as the tables have it: `--learning-rate` becomes `learning_rate`."""
+    """The key in the spelling of the tables: `--learning-rate` becomes `learning_rate`."""
     return key.strip().lstrip("-").replace("-", "_").lower()
 
 
 def advice(key: str) -> str | None:
-    """Advice for a key of another training program; None if the key is not known."""
+    """Advice for a key of another training program; None for a key in none of the tables."""
     name = normalised(key)
     if setting := settings_by("peers").get(name):
         return f"here it is {setting}"

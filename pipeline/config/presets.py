@@ -41,8 +41,8 @@ RANGES: Mapping[Preset, Mapping[str, tuple[int, int]]] = {
     "speed-optimized": {"batch_size": (4, 8)},
 }
 
-# Key of a preset -> key of the run file that replaces it, because the two exclude each other or
-# both determine the same quantity, such as the length of the run.
+# Key of a preset -> key of the run file that replaces it. The two exclude each other, or they
+# determine the same quantity, such as the length of the run.
 _REPLACED_BY = {
     "epochs": "max_steps",
     "gradient_accumulation_steps": "global_batch_size",
@@ -52,7 +52,7 @@ _REPLACED_BY = {
 
 
 def preset_values(names: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of presets, merged; later ones override earlier ones.
+    """The merged values of presets; later presets override earlier ones.
 
     `given`: the user's own values. A key of a preset is left out if the user has set the key that
     replaces it (_REPLACED_BY). Unknown names are ignored here; RunSettings refuses them.
@@ -66,7 +66,7 @@ def preset_values(names: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def replaced_preset_values(names: Any, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Key of a preset -> reason why a run does not have the preset's value."""
+    """Mapping from each key whose preset value a run does not have to the reason."""
     values = preset_values(names, {})
     return {
         key: f"{other} is set, which replaces the preset's {key}: {values[key]}"
@@ -80,7 +80,7 @@ def _is_set(key: str, values: Mapping[str, Any]) -> bool:
 
 
 def preset_for(rows: int) -> Preset:
-    """Name of the preset for a training set with this number of rows."""
+    """The preset that the guide recommends for a training set with this number of rows."""
     if rows < 1_000:
         return "small"
     return "medium" if rows <= 10_000 else "large"

@@ -1,4 +1,4 @@
-"""RunKeys: the settings of the run, its adapter and its training steps."""
+"""RunKeys: settings of the run folder, LoRA, the training, the evaluation and the checkpoints."""
 
 from typing import Annotated, Any, Literal
 
@@ -23,7 +23,7 @@ def _float_to_int(value: Any) -> Any:
 
 
 class RunKeys(BaseModel):
-    """Settings of the adapter, the training, the evaluation and the checkpoints."""
+    """Settings of the run folder, LoRA, the training, the evaluation and the checkpoints."""
 
     # The run and its folder
     output_dir: Annotated[str, Field(min_length=1)] = Field(
@@ -103,9 +103,9 @@ class RunKeys(BaseModel):
 
     init_adapter: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
-        description="A PEFT LoRA folder, or a hub name in the local cache, whose weights the run "
-        "starts from, with an optimizer and a schedule of its own. Base, layers, r and scaling "
-        "must be those of this run.",
+        description="Adapter to start from: a PEFT LoRA folder, or the name of a hub adapter in "
+        "the local cache. Its optimizer state and schedule are not continued. Its base, layers, r "
+        "and scaling must be those of this run.",
         json_schema_extra=traits(
             is_path=True,
             peers="adapter_name_or_path lora_model_dir adapters resume_from_adapter "
@@ -114,8 +114,8 @@ class RunKeys(BaseModel):
     )
     init_adapter_resize: bool = Field(
         default=False,
-        description="Let `init_adapter` have a smaller r or another scaling: B is rescaled and "
-        "padded with zeros, so that the run starts from the same outputs.",
+        description="Allow an `init_adapter` with a smaller r or another scaling. B is rescaled "
+        "and padded with zeros, so that the run starts with the same outputs as that adapter.",
     )
 
     # Quantised base
@@ -141,8 +141,8 @@ class RunKeys(BaseModel):
     )
     bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto",
-        description="Data type of matrix products with 4-bit weights; `auto` is the training "
-        "data type.",
+        description="Data type of matrix products with 4-bit weights; `auto` is the training data "
+        "type.",
     )
     bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
         default="uint8",
@@ -157,8 +157,8 @@ class RunKeys(BaseModel):
         BeforeValidator(_float_to_int),
     ] = Field(
         default=1,
-        description="Passes over the training data; fractions such as 2.5 are allowed. `auto`, "
-        "the default if `max_steps` is set: as many as `max_steps` needs.",
+        description="Passes over the training data; fractions such as 2.5 are allowed. `auto` is "
+        "as many as `max_steps` needs, and the default if `max_steps` is set.",
         json_schema_extra=traits(change="total_steps", peers="num_epochs num_train_epochs"),
     )
     max_steps: Positive | None = Field(
@@ -240,14 +240,14 @@ class RunKeys(BaseModel):
     # Precision, memory, speed
     bf16: bool | Auto = Field(
         default="auto",
-        description="Train in bfloat16; `auto`: if the device supports it. If `bf16` and `fp16` "
-        "are both false, the run trains in fp32.",
+        description="Train in bfloat16; `auto` is true if the device supports it. If `bf16` and "
+        "`fp16` are both false, the run trains in fp32.",
         json_schema_extra=traits(deepspeed="bf16.enabled"),
     )
     fp16: bool | Auto = Field(
         default="auto",
-        description="Train in float16 with loss scaling; `auto`: if the device does not support "
-        "bfloat16.",
+        description="Train in float16 with loss scaling; `auto` is true if the device does not "
+        "support bfloat16.",
         json_schema_extra=traits(deepspeed="fp16.enabled"),
     )
     zero_stage: Annotated[int, Field(ge=1, le=3)] | Auto = Field(
@@ -285,8 +285,8 @@ class RunKeys(BaseModel):
     )
     gradient_checkpointing: bool | Auto = Field(
         default="auto",
-        description="Recompute activations in the backward pass; `auto`: in the smallest number of "
-        "layers with which the run fits in memory.",
+        description="Recompute activations in the backward pass. `auto` does this in as few layers "
+        "as are needed for the run to fit in memory.",
         json_schema_extra=traits(
             change="run",
             layout="checkpointed_layers",
@@ -300,8 +300,8 @@ class RunKeys(BaseModel):
     )
     dataloader_num_workers: Annotated[int, Field(ge=0, le=256)] = Field(
         default=0,
-        description="Worker processes per rank that build batches. 0 uses a thread, which is "
-        "enough because token ids are memory-mapped.",
+        description="Worker processes per rank that build batches. 0 uses a thread; that is "
+        "usually fast enough, because the token ids are memory-mapped.",
         json_schema_extra=traits(change="run", peers="num_workers"),
     )
     dataloader_prefetch_factor: Annotated[int, Field(ge=1, le=1000)] = Field(

@@ -11,7 +11,7 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"  # pydantic generates 
 def run_file_schema() -> dict[str, Any]:
     """The JSON schema of a run file: type, bounds, default and description of every setting.
 
-    It describes single settings; rules over several keys are checked when the file is loaded.
+    It covers each setting by itself; combinations of settings are checked when the file is loaded.
     """
     schema = RunSettings.model_json_schema()
     internal = {"title", *traits()}

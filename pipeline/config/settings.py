@@ -23,7 +23,7 @@ from pipeline.config.run_keys import RunKeys
 from pipeline.config.traits import Change, traits
 
 _TIME = re.compile("[0-9]{1,6}:[0-9]{1,6}:[0-9]{1,6}")
-# Key -> the key that becomes null if the first is given.
+# Key -> the key that is set to null if the run file has the first one.
 _REPLACES = {
     "warmup_steps": "warmup_ratio",
     "evals_per_epoch": "eval_steps",
@@ -32,7 +32,7 @@ _REPLACES = {
 
 
 class RunSettings(AdapterKeys, RunKeys, DataKeys):
-    """The validated settings of a run; frozen."""
+    """The validated settings of a run, as a frozen pydantic model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -56,7 +56,7 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
     @model_validator(mode="before")
     @classmethod
     def _apply_dependent_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Set keys whose default depends on other given keys."""
+        """Set the defaults that depend on other keys of the run file."""
         values = dict(values)
         given = {key for key, value in values.items() if value is not None}
         for key, other in _REPLACES.items():
@@ -114,14 +114,14 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
         """All values as JSON data, with paths as in the run file (`~` and `$NAME` unexpanded)."""
         values = self.model_dump(mode="json")
         for key, texts in self._unexpanded_paths.items():
-            values[key] = map_paths(values[key], partial(_unexpanded, texts))
+            values[key] = map_paths(values[key], partial(_unexpanded_path, texts))
         return values
 
     @property
     def model_folder(self) -> Path:
-        """Folder of the base model, for a hub model its snapshot in the local cache.
+        """Folder of the base model; for a hub model, its snapshot in the local cache.
 
-        If neither exists, this is `model` as a path.
+        If neither exists, the value is `model` as a path.
         """
         folder = Path(self.model)
         if folder.exists():
@@ -130,7 +130,7 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
 
     @property
     def init_adapter_folder(self) -> Path | None:
-        """Folder of `init_adapter`: the path, or the hub adapter's snapshot in the local cache."""
+        """Folder of `init_adapter`; for a hub adapter, its snapshot in the local cache."""
         if self.init_adapter is None:
             return None
         folder = Path(self.init_adapter)
@@ -143,24 +143,24 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
 
     @property
     def eval_sources(self) -> list[DataSource]:
-        """`eval_data` as a list of sources; empty if it is a share or number of training rows."""
+        """`eval_data` as a list of sources; empty for a share or a number of training rows."""
         return [] if isinstance(self.eval_data, int | float) else sources(self.eval_data)
 
     @property
     def held_out(self) -> float | int | None:
-        """Share (float) or number (int) of training rows to hold out; None for other eval_data."""
+        """Share (float) or number (int) of training rows to hold out; None for held-out files."""
         return self.eval_data if isinstance(self.eval_data, int | float) else None
 
     @property
     def alpha(self) -> float:
-        """`lora_alpha` as a number; `auto` gives a scaling of 2."""
+        """`lora_alpha` as a number; for `auto`, the alpha with which the scaling is 2."""
         if self.lora_alpha != "auto":
             return self.lora_alpha
         return 2.0 * (math.sqrt(self.lora_r) if self.use_rslora else self.lora_r)
 
     @property
     def adapter_options(self) -> dict[str, Any]:
-        """The settings in AdapterKeys whose value is not the default."""
+        """The settings of AdapterKeys that differ from their defaults."""
         return {
             name: getattr(self, name)
             for name, field in AdapterKeys.model_fields.items()
@@ -189,16 +189,17 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
 
 
 def _seconds(time: str) -> float:
+    """Number of seconds in `HH:MM:SS`."""
     hours, minutes, seconds = (int(part) for part in time.split(":"))
     return 3600.0 * hours + 60 * minutes + seconds
 
 
-def _unexpanded(texts: dict[str, str], path: str) -> str:
+def _unexpanded_path(texts: dict[str, str], path: str) -> str:
     return texts.get(path, path)
 
 
 def map_paths(value: Any, change: Callable[[str], str]) -> Any:
-    """Apply `change` to each path in a setting's value: a path, a source, or a list of them."""
+    """Apply `change` to each path in a setting's value: text, {path: ...}, or a list of them."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
@@ -220,7 +221,7 @@ def settings_with(*changes: Change) -> frozenset[str]:
 
 
 def settings_by(trait: Literal["layout", "deepspeed", "peers"]) -> dict[str, str]:
-    """Mapping of each value of a trait to the name of the setting with that value."""
+    """Mapping from each value of a trait to the name of the setting that has it."""
     by_value: dict[str, str] = {}
     for name in RunSettings.model_fields:
         values: Any = _traits_of(name)[trait] or []
