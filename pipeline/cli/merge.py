@@ -22,16 +22,16 @@ def merge() -> None:
         "--out", type=Path, metavar="DIR", help="folder to write (RUN_FOLDER/merged)"
     )
     parser.add_argument("--base", type=Path, metavar="DIR", help="base model (the run's own)")
-    given = parser.parse_args()
-    run_folder, adapter = given.run_folder, given.run_folder / "adapter"
-    out = given.out or run_folder / "merged"
+    args = parser.parse_args()
+    run_folder, adapter = args.run_folder, args.run_folder / "adapter"
+    out = args.out or run_folder / "merged"
     settings = run_settings(run_folder)
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{run_folder} has no adapter; finish the training of this run first")
-    base = given.base or settings.model_folder
+    base = args.base or settings.model_folder
     if not base.is_dir():
         raise UserError(f"base: {base} is not a folder; name the folder of the base with --base")
-    if given.base is None:
+    if args.base is None:
         require_same_base(base, adapter)
     report = merge_adapter(base, adapter, out)
     print(
@@ -42,7 +42,7 @@ def merge() -> None:
 
 
 def main() -> None:
-    """Run the verb and leave the process with its exit code."""
+    """Run the verb and end the process with its exit code."""
     run_main(merge)
 
 

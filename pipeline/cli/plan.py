@@ -41,52 +41,52 @@ _CPUS_PER_GPU = 4  # one for the training process, three for reading and prepari
 
 def plan() -> None:
     """Parse the command line and print the plan."""
-    given = _parser().parse_intermixed_args()
-    if given.schema:
+    args = _parser().parse_intermixed_args()
+    if args.schema:
         print(dump_json(run_file_schema()), end="")
         return
-    settings = _settings(given)
-    hardware = hardware_from_options(given.gpu, given.gpu_memory_gib, given.gpu_tflops)
-    ranks = given.gpus_per_node or hardware.devices_per_node
-    if given.fits:
-        cluster = Cluster(hardware=hardware, nodes=given.nodes, ranks_per_node=ranks)
+    settings = _settings(args)
+    hardware = hardware_from_options(args.gpu, args.gpu_memory_gib, args.gpu_tflops)
+    ranks = args.gpus_per_node or hardware.devices_per_node
+    if args.fits:
+        cluster = Cluster(hardware=hardware, nodes=args.nodes, ranks_per_node=ranks)
         print(fits_text(fit_rows(published_models(), settings, cluster), settings, cluster))
         return
-    on = {"nodes": given.nodes, "ranks_per_node": ranks}
+    counts = {"nodes": args.nodes, "ranks_per_node": ranks}
     try:
-        best, ranked = rank_plans(settings, _shape(settings), hardware, **on)
+        best, ranked = rank_plans(settings, _shape(settings), hardware, **counts)
     except DoesNotFitError as error:
-        if given.json:
+        if args.json:
             print(dump_json(plan_json(error.nearest)), end="")
-        elif given.all:
+        elif args.all:
             print(candidates_text(error.ranked), end="\n\n")
         if refused := refusals_text(error.nearest.rules):
             raise UserError(f"{error}\n{refused}") from None
         raise
     if (size := data_size(best.settings)) is not None:
         best = best.with_data(size)
-    if given.json:
+    if args.json:
         print(dump_json(plan_json(best)), end="")
     else:
-        print(plan_text(best), *_next_steps(best, given), sep="\n")
-        if given.all:
+        print(plan_text(best), *_next_steps(best, args), sep="\n")
+        if args.all:
             print(f"\n{candidates_text(ranked)}")
-    raise_refusals(best.rules)  # of a model that is planned by its name
+    raise_refusals(best.rules)  # remain if the model was planned by its name
 
 
-def _settings(given: argparse.Namespace) -> RunSettings:
+def _settings(args: argparse.Namespace) -> RunSettings:
     """The settings of the run file or, without a run file, of a run with the model of `--model`."""
-    # Without a run file, argparse takes the first key=value for it.
-    if given.run_file is not None and "=" in str(given.run_file):
-        given.overrides.insert(0, str(given.run_file))
-        given.run_file = None
-    model = [] if given.model is None else [f"model={given.model}"]
-    if given.run_file is not None:
-        return load_settings(given.run_file, [*given.overrides, *model])
-    if given.model is None and not given.fits:
+    # If there is no run file, argparse parses the first key=value as the run file.
+    if args.run_file is not None and "=" in str(args.run_file):
+        args.overrides.insert(0, str(args.run_file))
+        args.run_file = None
+    model = [] if args.model is None else [f"model={args.model}"]
+    if args.run_file is not None:
+        return load_settings(args.run_file, [*args.overrides, *model])
+    if args.model is None and not args.fits:
         raise UserError("expected RUN.yaml, --model NAME or --fits; --help explains them")
     values = {"model": "MODEL", "train_data": "TRAIN_DATA", "output_dir": "OUTPUT_DIR"}
-    return settings_without_file(values, [*given.overrides, *model])
+    return settings_without_file(values, [*args.overrides, *model])
 
 
 def _shape(settings: RunSettings) -> ModelShape:
@@ -97,15 +97,16 @@ def _shape(settings: RunSettings) -> ModelShape:
     return read_shape(str(folder), trust_remote_code=settings.trust_remote_code)
 
 
-def _next_steps(plan: Plan, given: argparse.Namespace) -> list[str]:
+def _next_steps(plan: Plan, args: argparse.Namespace) -> list[str]:
+    """Lines with the commands that download the model or start the run."""
     if plan.shape.source is not None:
         return [
             f"sizes      {plan.shape.source}; the model itself has not been read",
             f"download   hf download {plan.settings.model}",
         ]
-    if given.run_file is None:
+    if args.run_file is None:
         return ["start      needs a run file: model, train_data and output_dir (README.md)"]
-    return start_commands(plan, given.run_file, given.overrides)
+    return start_commands(plan, args.run_file, args.overrides)
 
 
 def start_commands(plan: Plan, run_file: Path, overrides: Sequence[str]) -> list[str]:
@@ -113,20 +114,20 @@ def start_commands(plan: Plan, run_file: Path, overrides: Sequence[str]) -> list
     words = shlex.join([str(run_file), *overrides])
     ranks, nodes = plan.layout.ranks_per_node, plan.layout.nodes
     if plan.hardware.kind == "cpu":
-        here = f"deepspeed --num_accelerators {ranks} launch/train.py {words}"
-        return [f"start      {here if ranks > 1 else f'python launch/train.py {words}'}"]
+        command = f"deepspeed --num_accelerators {ranks} launch/train.py {words}"
+        return [f"start      {command if ranks > 1 else f'python launch/train.py {words}'}"]
     # --num_gpus only if the run uses fewer GPUs than are visible: with this option DeepSpeed's
     # launcher ignores CUDA_VISIBLE_DEVICES (0.19.8 launcher/runner.py), which a scheduler may set.
     fewer = f"--num_gpus {ranks} " if ranks < plan.hardware.devices_per_node else ""
     hosts = f"--hostfile HOSTS --num_nodes {nodes} " if nodes > 1 else ""
-    here = f"deepspeed {hosts}{fewer}launch/train.py {words}"
+    command = f"deepspeed {hosts}{fewer}launch/train.py {words}"
     if nodes == ranks == 1:
-        here = f"python launch/train.py {words}"
+        command = f"python launch/train.py {words}"
     memory = math.ceil(plan.memory.host_peak_bytes * _SPARE_MEMORY / GIB)
     options = (
         f"--nodes={nodes} --gpus-per-node={ranks} --cpus-per-gpu={_CPUS_PER_GPU} --mem={memory}G"
     )
-    return [f"start      {here}", f"sbatch     sbatch {options} slurm/train.sbatch {words}"]
+    return [f"start      {command}", f"sbatch     sbatch {options} slurm/train.sbatch {words}"]
 
 
 def _parser() -> Parser:
@@ -160,7 +161,7 @@ def _parser() -> Parser:
 
 
 def main() -> None:
-    """Run the verb and leave the process with its exit code."""
+    """Run the verb and end the process with its exit code."""
     run_main(plan)
 
 

@@ -15,12 +15,12 @@ def preflight() -> None:
     parser.add_run_file()
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_local_rank()
-    given = parser.parse_intermixed_args()
-    check_run(given.run_file, given.overrides, as_json=given.json)
+    args = parser.parse_intermixed_args()
+    check_run(args.run_file, args.overrides, as_json=args.json)
 
 
 def main() -> None:
-    """Run the verb and leave the process with its exit code."""
+    """Run the verb and end the process with its exit code."""
     run_main(preflight)
 
 

@@ -39,22 +39,22 @@ def prepare() -> None:
     parser.add_argument(
         "--show", type=number_of_documents, default=0, metavar="N", help="print N documents"
     )
-    given, console = parser.parse_intermixed_args(), Console(markup=False, emoji=False)
-    settings = load_settings(given.run_file, given.overrides)
+    args, console = parser.parse_intermixed_args(), Console(markup=False, emoji=False)
+    settings = load_settings(args.run_file, args.overrides)
     folder = Path(settings.output_dir)
     data_dir = folder / "data"
     require_own_folder(folder)
     require_writable(folder)
-    # Ownership, because a run may be reading data/, and prepare removes outdated data.
+    # Prepare removes outdated data, so no run may read data/ at the same time.
     with Ownership(folder, "launch/prepare.py"):
         settings = _with_checked_class(settings)
         fetch(settings.train_sources, "train_data")
         fetch(settings.eval_sources, "eval_data")
         check_first_rows(settings)
         index = prepare_data(settings, data_dir)
-    if given.show:
+    if args.show:
         tokenizer = load_tokenizer(settings.model_folder, settings.trust_remote_code)
-        show_documents(console, open_split(index.train), tokenizer, given.show)
+        show_documents(console, open_split(index.train), tokenizer, args.show)
     audit = json.loads((data_dir / "audit.json").read_text(encoding="utf-8"))
     console.print(audit_table(audit))
     console.print(f"prepared in {data_dir}; rejected rows: {data_dir / 'rejects.jsonl'}")
@@ -74,7 +74,7 @@ def _with_checked_class(settings: RunSettings) -> RunSettings:
 
 
 def main() -> None:
-    """Run the verb and leave the process with its exit code."""
+    """Run the verb and end the process with its exit code."""
     run_main(prepare)
 
 

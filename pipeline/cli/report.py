@@ -15,7 +15,7 @@ def report() -> None:
 
 
 def main() -> None:
-    """Run the verb and leave the process with its exit code."""
+    """Run the verb and end the process with its exit code."""
     run_main(report)
 
 

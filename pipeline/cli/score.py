@@ -22,14 +22,14 @@ def score() -> None:
     parser = Parser(__doc__)
     parser.add_run_folder()
     parser.add_argument("--rows", type=count, default=200, metavar="N", help="at most N rows (200)")
-    given = parser.parse_args()
-    settings = run_settings(given.run_folder)
+    args = parser.parse_args()
+    settings = run_settings(args.run_folder)
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     set_environment(Placement(), detect_hardware())
     from pipeline.evaluate.score import score_run  # imports torch
 
-    scores = score_run(given.run_folder, settings, given.rows)
-    write_text(given.run_folder / "score.json", dump_json(scores))
+    scores = score_run(args.run_folder, settings, args.rows)
+    write_text(args.run_folder / "score.json", dump_json(scores))
     table = Table(title=f"{scores['rows']} held-out rows")
     for column in ("", "held-out loss", "exact match", "seconds"):
         table.add_column(column, justify="right" if column else "left")
@@ -40,7 +40,7 @@ def score() -> None:
 
 
 def main() -> None:
-    """Run the verb and leave the process with its exit code."""
+    """Run the verb and end the process with its exit code."""
     run_main(score)
 
 

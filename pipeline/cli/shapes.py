@@ -21,11 +21,11 @@ def shapes() -> None:
     """Write the file, or with `--check` compare it with the classes."""
     parser = Parser(__doc__)
     parser.add_argument("--check", action="store_true", help="only compare; exit code 2 if stale")
-    given = parser.parse_args()
+    args = parser.parse_args()
     counted = {
         model.name: shape_by_class(model) for model in published_models() if model.needs_class
     }
-    if not given.check:
+    if not args.check:
         write_text(SHAPES_FILE, text_of(counted))
         print(f"{SHAPES_FILE}: {len(counted)} shapes")
     elif read_json(SHAPES_FILE)["shapes"] != counted:
@@ -55,7 +55,7 @@ def text_of(counted: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run the command and leave the process with its exit code."""
+    """Run the command and end the process with its exit code."""
     run_main(shapes)
 
 

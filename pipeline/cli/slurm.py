@@ -47,7 +47,7 @@ def _differs(path: Path, text: str) -> bool:
 
 
 def main() -> None:
-    """Run the verb and leave the process with its exit code."""
+    """Run the verb and end the process with its exit code."""
     run_main(slurm)
 
 

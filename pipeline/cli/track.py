@@ -1,10 +1,10 @@
-"""Send a run to its experiment trackers: what they have not received yet.
+"""Send the data of a run that its experiment trackers have not received yet.
 
     python launch/track.py RUN_FOLDER [--tracker NAME]
 
-Training does so itself while it runs. This sends what was left when a tracker could not be reached,
-and scores that were made afterwards. The settings `trackers`, `tracker_project`, `run_name`,
-`run_group` and `tracker_uploads` of the run file apply.
+Training sends its metrics itself. This command sends the rest: metrics of steps at which a tracker
+could not be reached, and scores that were computed after training. The settings `trackers`,
+`tracker_project`, `run_name`, `run_group` and `tracker_uploads` of the run file apply.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline.cli.arguments import Parser, run_settings
 from pipeline.cluster.exits import end_process, run_main
 from pipeline.errors import RankZeroError, UserError
-from pipeline.track.follow import end_within, follow
+from pipeline.track.follow import call_later, follow
 from pipeline.track.process import LAST_WAIT_S
 from pipeline.track.trackers import TRACKERS
 
@@ -30,34 +30,34 @@ def track() -> None:
     parser.add_run_folder()
     parser.add_argument("--tracker", choices=TRACKERS, help="only this one; default: trackers")
     parser.add_argument("--follow", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    settings = run_settings(given.run_folder)
-    names = [given.tracker] if given.tracker else settings.trackers
+    args = parser.parse_args()
+    settings = run_settings(args.run_folder)
+    names = [args.tracker] if args.tracker else settings.trackers
     if not names:
         raise UserError(
-            f"{given.run_folder}: the run has no trackers; name one with --tracker: "
+            f"{args.run_folder}: the run has no trackers; name one with --tracker: "
             f"{', '.join(TRACKERS)}"
         )
-    if given.follow:
-        _follow_training(given.run_folder, names[0])
+    if args.follow:
+        _follow_training(args.run_folder, names[0])
         return
     for name in names:
-        _sent_once(given.run_folder, name)
+        _send_once(args.run_folder, name)
 
 
-def _sent_once(folder: Path, name: str) -> None:
+def _send_once(folder: Path, name: str) -> None:
     try:
         follow(folder, name, lambda _: True)
     except Exception as error:
         install = f"; pip install -e '.[{name}]'" if isinstance(error, ImportError) else ""
         raise RankZeroError(f"tracker {name}: {type(error).__name__}: {error}{install}") from error
-    print(f"{name}: everything is sent; {folder / 'tracking'}")
+    print(f"{name}: all data is sent; {folder / 'tracking'}")
 
 
 def _follow_training(folder: Path, name: str) -> None:
-    """Follow a run until standard input ends, which training holds open. Says a failure once."""
+    """Follow a run until training closes standard input. A failure is printed once."""
     terminal = os.fdopen(os.dup(2), "w", buffering=1)
-    log = folder / "tracking" / f"{name}.log"  # for everything that the library prints
+    log = folder / "tracking" / f"{name}.log"  # all output of the library
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         for stream in (1, 2):
@@ -66,7 +66,7 @@ def _follow_training(folder: Path, name: str) -> None:
     def wait(seconds: float) -> bool:
         has_ended = bool(select.select([sys.stdin], [], [], seconds)[0])
         if has_ended:
-            end_within(LAST_WAIT_S, lambda: end_process(1))
+            call_later(LAST_WAIT_S, lambda: end_process(1))
         return has_ended
 
     try:
@@ -75,7 +75,7 @@ def _follow_training(folder: Path, name: str) -> None:
         logger.exception("tracker %s", name)
         text = " ".join(str(error).split())[:300]
         print(
-            f"tracker {name} failed and gets no more metrics; training goes on. "
+            f"tracker {name} failed and gets no more metrics; training continues. "
             f"{type(error).__name__}: {text} ({log})",
             file=terminal,
         )
@@ -84,7 +84,7 @@ def _follow_training(folder: Path, name: str) -> None:
 
 
 def main() -> None:
-    """Run the verb and leave the process with its exit code."""
+    """Run the verb and end the process with its exit code."""
     run_main(track)
 
 

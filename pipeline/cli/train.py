@@ -19,12 +19,12 @@ def train() -> None:
     parser.add_run_file()
     parser.add_argument("--debug", action="store_true", help="few rows and steps, tracebacks shown")
     parser.add_local_rank()
-    given = parser.parse_intermixed_args()
-    run_training(load_settings(given.run_file, given.overrides), is_debug=given.debug)
+    args = parser.parse_intermixed_args()
+    run_training(load_settings(args.run_file, args.overrides), is_debug=args.debug)
 
 
 def main() -> None:
-    """Run the verb and leave the process with its exit code."""
+    """Run the verb and end the process with its exit code."""
     run_main(train, tracebacks="--debug" in sys.argv, needs_output=False)
 
 

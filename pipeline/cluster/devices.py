@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.host_memory import host_memory
-from pipeline.cluster.placement import Placement
+from pipeline.cluster.placement import Placement, from_environment
 from pipeline.errors import UserError
 from pipeline.plan.given.catalogue import cpu_of, gpu_like, gpu_named, rates_of
 from pipeline.plan.given.hardware import Hardware
@@ -130,6 +130,19 @@ def hardware_from_options(gpu: str | None, gib: float | None, tflops: float | No
     return detect_hardware() if gib is None else gpu_like(gib, tflops)
 
 
+def place_rank(
+    env: Mapping[str, str], *, may_be_alone: bool = False
+) -> tuple[Placement, Hardware, str | None]:
+    """Detect placement, hardware and `missing_gpus` of this rank, then call `set_environment`.
+
+    `may_be_alone`: see `from_environment`. Call this function before torch is imported.
+    """
+    placement, hardware = from_environment(env, may_be_alone=may_be_alone), detect_hardware()
+    missing = missing_gpus(placement, hardware)
+    set_environment(placement, hardware)
+    return placement, hardware, missing
+
+
 def set_environment(placement: Placement, hardware: Hardware) -> None:
     """Set the environment variables that torch and DeepSpeed read when they are imported."""
     os.environ.update(placement.variables())
@@ -167,8 +180,8 @@ def has_virtual_memory() -> bool:
 def missing_gpus(placement: Placement, hardware: Hardware) -> str | None:
     """The variable that assigns GPUs to this process, if the driver detects none; else None.
 
-    Call this function before `set_environment`, which sets DS_ACCELERATOR=cpu: only a value set by
-    the user means that training on the CPU is intended.
+    Call this function before `set_environment`, which may set DS_ACCELERATOR=cpu itself. Only the
+    user's own value means that training on the CPU is intended.
     """
     if hardware.kind == "cuda" or os.environ.get("DS_ACCELERATOR") == "cpu":
         return None
@@ -236,9 +249,9 @@ def visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
     """NVML handles of the devices that are visible to CUDA.
 
     `visible`: value of CUDA_VISIBLE_DEVICES. An entry is an index, or a unique prefix of the UUID
-    of a GPU or MIG instance. As in CUDA, the first invalid entry and all later ones are ignored, a
-    GPU with MIG stands for its first instance, and a process sees at most one instance (CUDA
-    Programming Guide, environment variables; NVIDIA MIG User Guide, device enumeration).
+    of a GPU or MIG instance. As in CUDA, the first invalid entry and all later ones are ignored,
+    the index of a GPU with MIG selects its first instance, and a process sees at most one instance
+    (CUDA Programming Guide, environment variables; NVIDIA MIG User Guide, device enumeration).
     """
     gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     entries = map(str, range(len(gpus))) if visible is None else map(str.strip, visible.split(","))

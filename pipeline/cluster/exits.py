@@ -82,8 +82,8 @@ def end_process(code: int) -> NoReturn:
 class _GuardedStream:
     """Output stream that ignores errors of a closed terminal, a closed pipe or a full disk.
 
-    `lost`: the error because of which output was lost. It is not set if the reader has closed the
-    pipe or the terminal.
+    `lost`: the error that lost output. It stays None if the reader has closed the pipe or the
+    terminal.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -91,19 +91,19 @@ class _GuardedStream:
         self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
-        with self._losses_noted():
+        with self._lost_output_recorded():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._losses_noted():
+        with self._lost_output_recorded():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     @contextmanager
-    def _losses_noted(self) -> Iterator[None]:
+    def _lost_output_recorded(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -119,7 +119,7 @@ def _guard_output() -> _GuardedStream:
     """
     guarded = []
     for stream in (sys.stdout, sys.stderr):
-        if stream is None:  # closed by the caller; opened so that no file gets its descriptor
+        if stream is None:  # closed by the caller; opened so that no other file gets its descriptor
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PLW2901, PTH123, SIM115
         elif isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

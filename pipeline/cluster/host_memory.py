@@ -5,8 +5,8 @@ from pathlib import Path
 
 import psutil
 
-# For control groups of version 2 and 1: folder, file with the limit, file with the usage, and the
-# entry of memory.stat for page cache that the kernel can reclaim (Linux, admin-guide/cgroup-v2,
+# Control groups of version 2 and 1: folder, file with the limit, file with the usage, and the entry
+# of memory.stat for page cache that the kernel can reclaim (Linux, admin-guide/cgroup-v2 and
 # cgroup-v1/memory).
 _V2 = ("", "memory.max", "memory.current", "inactive_file")
 _V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -65,15 +65,17 @@ def _groups(root: Path) -> list[tuple[Path, tuple[str, str, str, str]]]:
 
 def _limit_and_use(folder: Path, kind: tuple[str, str, str, str]) -> tuple[int | None, int]:
     _, limit_file, use_file, reclaimed = kind
-    limit = _read(folder / limit_file).strip()
+    limit = _content_or_empty(folder / limit_file).strip()
     if not limit.isdigit():  # "max", or the file does not exist
         return None, 0
-    used = _read(folder / use_file).strip()
-    statistics = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+    used = _content_or_empty(folder / use_file).strip()
+    statistics = dict(
+        line.split() for line in _content_or_empty(folder / "memory.stat").splitlines()
+    )
     return int(limit), max(0, int(used or 0) - int(statistics.get(reclaimed, 0)))
 
 
-def _read(path: Path) -> str:
+def _content_or_empty(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError:

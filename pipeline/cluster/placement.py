@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 # DeepSpeed falls back to MPI discovery (DeepSpeed 0.19.8, comm/comm.py:844).
 _RANK_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _MASTER_NAMES = ("MASTER_ADDR", "MASTER_PORT")
+# Variables with the number of ranks on this node, in order of precedence.
 _LOCAL_SIZES = ["LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE"]
 # Variables that `accelerate launch` sets for its own configuration (accelerate 1.15.0,
 # utils/launch.py).
@@ -74,7 +75,7 @@ def from_environment(env: Mapping[str, str], *, may_be_alone: bool = False) -> P
     elif tasks is None or tasks.size == 1:
         placement = Placement()
     else:
-        placement = _from_tasks(env, tasks)
+        placement = _from_task(env, tasks)
     if not (may_be_alone and placement.world_size == 1):
         _require_all_started(env, placement, tasks)
     _require_order(placement)
@@ -83,10 +84,10 @@ def from_environment(env: Mapping[str, str], *, may_be_alone: bool = False) -> P
 
 
 def _agrees(env: Mapping[str, str], tasks: Tasks) -> bool:
-    """Whether RANK and similar variables have the values of the task, so there is one launcher.
+    """Whether RANK and similar variables equal the task's values and come from no second launcher.
 
-    Container hooks and user scripts set them in this way. torchrun and DeepSpeed inside a task are
-    a second launcher, even with one rank per task.
+    Container hooks and user scripts set such variables. torchrun and DeepSpeed inside a task are a
+    second launcher, even with one rank per task.
     """
     if "TORCHELASTIC_RUN_ID" in env or "CROSS_RANK" in env:
         return False
@@ -132,7 +133,7 @@ def _is_pod(env: Mapping[str, str]) -> bool:
     return in_kubernetes and "LOCAL_RANK" not in env and {"RANK", "WORLD_SIZE"} <= env.keys()
 
 
-def _from_tasks(env: Mapping[str, str], tasks: Tasks) -> Placement:
+def _from_task(env: Mapping[str, str], tasks: Tasks) -> Placement:
     """The placement of a rank that is a task of srun or mpirun.
 
     MASTER_ADDR and MASTER_PORT are used if they are set.

@@ -34,9 +34,10 @@ def open_store(placement: Placement) -> tuple[Any, int]:
 def interface_between(store: Any, placement: Placement) -> str | None:
     """The network interface that leads from this node to the others; None if unknown. Collective.
 
-    It is needed because gloo resolves the host name of this node, which may be the loopback
-    address. On the first node MASTER_ADDR may be the loopback address too (127.0.1.1 on Debian). So
-    another node sends its address of the first node, whose interface is the result there.
+    By default gloo resolves the host name of this node, which may give the loopback address. On the
+    first node MASTER_ADDR may also be the loopback address (127.0.1.1 on Debian). So another node
+    sends the address at which it reaches the first node, and the first node uses the interface
+    that has this address.
     """
     key = "address-of-the-first-node"
     if placement.rank >= placement.local_size:

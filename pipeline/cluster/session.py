@@ -191,10 +191,10 @@ class Session:
         return [json.loads(store.get(key)) for key in keys]
 
     def gathered_so_far(self) -> dict[int, Any]:
-        """Rank -> value, for the values of a gather that have arrived so far.
+        """The values of a gather that have arrived so far, as rank -> value.
 
-        It is the gather in progress or, if there is none, the next one. Not a collective; for other
-        threads of rank 0.
+        The gather is the one in progress or, if there is none, the next one. Not a collective; for
+        other threads of rank 0.
         """
         if self._store is None or self.placement.world_size == 1:
             return {}
@@ -251,11 +251,12 @@ class Session:
 
 
 def _import_without_compiler() -> None:
-    """Import what calls torch.compile when it is imported, with torch.compile switched off.
+    """Import the modules that call torch.compile at import, with torch.compile disabled.
 
-    It would import inductor: 1.1 of the 4.6 CPU seconds of all imports of a rank (bitsandbytes
-    0.50.2, deepspeed 0.19.8, torch 2.13.0; 2026-11-29). The functions are fallbacks for other
-    devices than NVIDIA's and an optimizer that no run uses; they work without the compiler too.
+    torch.compile would import inductor, which takes 1.1 of the 4.6 CPU seconds of all imports of a
+    rank (bitsandbytes 0.50.2, deepspeed 0.19.8, torch 2.13.0; 2026-11-29). No run needs the
+    compiled functions: they are fallbacks for devices of other vendors, and an optimizer that is
+    not used. They also work uncompiled.
     """
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"

@@ -23,19 +23,28 @@ _POLL_S, _FINAL_STATUS_S = 0.5, 1.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
+def end_at_interrupt() -> None:
+    """Let Ctrl-C end this process at once, until `StopRequests.install_handlers` is called.
+
+    Python's own handler would not run while torch waits for other ranks at the rendezvous, and
+    shells ignore SIGINT in jobs started with `&`.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class StopAgreed(Exception):
     """Raised on all ranks when they have agreed to stop. The message is this rank's reason."""
 
 
 class _StopRequested(BaseException):
-    """Raised to interrupt the main thread. A BaseException, which `except Exception` ignores."""
+    """Raised to interrupt the main thread. `except Exception` does not catch a BaseException."""
 
 
 class StopRequests:
     """The stop requests of this rank. A second Ctrl-C ends the process at once.
 
     `is_first`: whether this is the rank that checks the stop file. `is_in_loop`: set when the
-    training loop has started, in which the ranks agree on stops before each micro-batch.
+    training loop has started; from then on the ranks agree on stops before each micro-batch.
     """
 
     def __init__(self, run_folder: Path, time_limit_s: float | None, *, is_first: bool) -> None:

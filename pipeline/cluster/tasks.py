@@ -26,7 +26,7 @@ _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 # Range of rendezvous ports: above the ports of most services, below the node ports of Kubernetes
 # (from 30000) and the ephemeral ports (from 32768).
 _FIRST_PORT, _NUM_PORTS = 15000, 15000
-_PORTS_PER_JOB = 31  # offset between the ports of consecutive steps of a job
+_PORT_OFFSET = 31  # offset between the ports of consecutive steps of a job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def first_host(nodes: str) -> str:
 
 def port_of(job: int, step: int) -> int:
     """The rendezvous port of a step of a Slurm job, which all of its tasks compute."""
-    return _FIRST_PORT + (job + _PORTS_PER_JOB * step) % _NUM_PORTS
+    return _FIRST_PORT + (job + _PORT_OFFSET * step) % _NUM_PORTS
 
 
 def ports_after(port: int, count: int) -> list[int]:
@@ -80,7 +80,7 @@ def ports_after(port: int, count: int) -> list[int]:
 
 
 def whole_number(env: Mapping[str, str], name: str) -> int:
-    """Value of a variable. Raises UserError if it is not a whole number; it must be set."""
+    """Value of a variable that is set. Raises UserError if it is not a whole number."""
     if not re.fullmatch("[0-9]{1,10}", env[name]):
         raise UserError(f"environment: {name}={env[name]!r} is not a whole number")
     return int(env[name])
@@ -95,12 +95,13 @@ def _slurm_task(env: Mapping[str, str]) -> Tasks | None:
             f"environment: SLURM_HET_SIZE={components}: this is a heterogeneous job, in which each "
             "component numbers its tasks from 0; submit a job of equal nodes"
         )
-    _require_all(env, _SLURM)
+    _require_variables(env, _SLURM)
     rank, size, local_rank = (whole_number(env, name) for name in _SLURM[:3])
     per_node = _tasks_per_node(env[_SLURM[3]])
     if sum(per_node) != size:
         raise UserError(
-            f"environment: {_SLURM[1]}={size} but {_SLURM[3]}={env[_SLURM[3]]} is {sum(per_node)}"
+            f"environment: {_SLURM[1]}={size}, but the sum of {_SLURM[3]}={env[_SLURM[3]]} is "
+            f"{sum(per_node)}"
         )
     if len(set(per_node)) > 1:
         raise UserError(
@@ -136,7 +137,7 @@ def _mpi_task(env: Mapping[str, str]) -> Tasks | None:
     if not present:
         return None
     names = max(present, key=lambda names: sum(name in env for name in names))
-    _require_all(env, names)
+    _require_variables(env, names)
     rank, size, local_rank, local_size = (whole_number(env, name) for name in names)
     others = {whole_number(env, other[1]) for other in present if other[1] in env} - {size}
     if others:
@@ -150,7 +151,7 @@ def _mpi_task(env: Mapping[str, str]) -> Tasks | None:
     )  # fmt: skip
 
 
-def _require_all(env: Mapping[str, str], names: tuple[str, ...]) -> None:
+def _require_variables(env: Mapping[str, str], names: tuple[str, ...]) -> None:
     if missing := [name for name in names if name not in env]:
         present = [name for name in names if name in env] or ["SLURM_STEP_ID"]
         raise UserError(

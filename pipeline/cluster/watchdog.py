@@ -134,9 +134,9 @@ class Watchdog:
                 )
                 is_reporter = self._is_lowest_alive(without=[0])
                 if is_reporter:
-                    _report(text)
+                    _print_message(text)
                     self._kill_frozen([0])
-                self._leave(text, is_reporter=is_reporter)
+                self._end_this_rank(text, is_reporter=is_reporter)
 
     def _check_ranks(self) -> None:
         self._leave_if_announced()
@@ -149,14 +149,16 @@ class Watchdog:
     def _leave_if_announced(self) -> None:
         if self._channel.check([_END_REASON]):
             end = json.loads(self._channel.get(_END_REASON))
-            self._leave(end["text"], is_reporter=self._placement.rank == 0, code=end["code"])
+            self._end_this_rank(
+                end["text"], is_reporter=self._placement.rank == 0, code=end["code"]
+            )
 
     def _stop_all(self, text: str) -> None:
         """End all ranks before the first step, even if the main thread is in a library call."""
         code = Stopped.exit_code
         if self._channel is None or self._announce(text, code):
-            _report(text)
-            self._leave(text, is_reporter=self._placement.rank == 0, code=code)
+            _print_message(text)
+            self._end_this_rank(text, is_reporter=self._placement.rank == 0, code=code)
         self._leave_if_announced()
 
     def _find_siblings(self) -> None:
@@ -171,7 +173,10 @@ class Watchdog:
                     self._siblings[rank] = psutil.Process(process["pid"])
 
     def _is_leaving(self, rank: int) -> bool:
-        """Whether a rank that has ended did so by agreement, and this rank will end soon, too."""
+        """Whether to keep waiting after another rank has ended, as this rank may end soon too.
+
+        The wait is longer if the other rank left by agreement, because then all ranks end.
+        """
         since = self._ended_since.setdefault(rank, time.monotonic())
         patience = _LEAVING_S if self._channel.check([_key("left", rank)]) else _POLL_S
         return time.monotonic() - since < patience
@@ -192,8 +197,8 @@ class Watchdog:
         except RuntimeError:  # the store ended with rank 0
             is_first = self._is_lowest_alive()
         if is_first:
-            _report(text)
-        self._leave(text, is_reporter=self._placement.rank == 0 or (rank == 0 and is_first))
+            _print_message(text)
+        self._end_this_rank(text, is_reporter=self._placement.rank == 0 or (rank == 0 and is_first))
 
     def _is_hanging(self, more_s: float = 0.0) -> bool:
         if self._heartbeat.phase in phases.UNWATCHED:
@@ -206,15 +211,15 @@ class Watchdog:
         return max(self._timeout_s, phases.LOADING_S) if is_loading else self._timeout_s
 
     def _end_for_hang(self) -> None:
-        heartbeats: dict[int, dict[str, Any]] = {0: self._as_json()}
+        heartbeats: dict[int, dict[str, Any]] = {0: self._heartbeat_json()}
         frozen: list[int] = []
         if self._channel is not None:
             heartbeats, frozen = self._compare_heartbeats()
         text = hang_message(heartbeats, frozen, self._limit_s())
         if self._channel is None or self._announce(text):
-            _report(text)
+            _print_message(text)
             self._kill_frozen(frozen)
-        self._leave(text, is_reporter=self._placement.rank == 0)
+        self._end_this_rank(text, is_reporter=self._placement.rank == 0)
 
     def _end_for_lost_connection(self, error: BaseException) -> None:
         """End after a lost connection. A remote rank without new heartbeats counts as dead."""
@@ -222,8 +227,8 @@ class Watchdog:
             self._end_for_dead(frozen[0])
         text = f"rank {self._placement.rank}: lost its connection to another rank: {error}"
         if self._channel is None or self._announce(text):
-            _report(text)
-        self._leave(text, is_reporter=self._placement.rank == 0)
+            _print_message(text)
+        self._end_this_rank(text, is_reporter=self._placement.rank == 0)
 
     def _compare_heartbeats(self) -> tuple[dict[int, dict[str, Any]], list[int]]:
         """Heartbeats of all ranks, and the ranks without a new one. Blocks for 6 s."""
@@ -244,14 +249,16 @@ class Watchdog:
 
     def _publish(self) -> None:
         self._published = time.monotonic()
-        self._channel.set(_key("heartbeat", self._placement.rank), json.dumps(self._as_json()))
+        self._channel.set(
+            _key("heartbeat", self._placement.rank), json.dumps(self._heartbeat_json())
+        )
 
     def _read_heartbeats(self) -> dict[int, dict[str, Any]]:
         keys = {rank: _key("heartbeat", rank) for rank in range(self._placement.world_size)}
         published = {rank: key for rank, key in keys.items() if self._channel.check([key])}
         return {rank: json.loads(self._channel.get(key)) for rank, key in published.items()}
 
-    def _as_json(self) -> dict[str, Any]:
+    def _heartbeat_json(self) -> dict[str, Any]:
         frame = traceback.extract_stack(sys._current_frames()[self._main_thread])[-1]
         return {
             "host": socket.gethostname(),
@@ -268,7 +275,7 @@ class Watchdog:
         announced = self._channel.compare_set(_END_REASON, "", own)
         return bool(announced.decode() == own)
 
-    def _leave(self, text: str, *, is_reporter: bool, code: int = 1) -> NoReturn:
+    def _end_this_rank(self, text: str, *, is_reporter: bool, code: int = 1) -> NoReturn:
         if self._placement.rank == 0 and self._channel is not None:
             time.sleep(_READING_S)
         if is_reporter:
@@ -277,7 +284,7 @@ class Watchdog:
         end_process(code)
 
 
-def _report(text: str) -> None:
+def _print_message(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one message of the job
 
 

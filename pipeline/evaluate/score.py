@@ -35,7 +35,7 @@ from pipeline.rows.examples import RowError
 logger = logging.getLogger(__name__)
 
 _SEQUENCES = 8  # per forward pass of the held-out loss
-# Tokens generated beyond the longest expected answer, so that an answer that is too long differs.
+# Tokens generated beyond the longest expected answer, so that a longer answer does not match it.
 _EXTRA_TOKENS = 8
 
 
@@ -128,6 +128,7 @@ class _Scoring:
 
 
 def _is_scorable(run_folder: Path) -> bool:
+    """Whether to score the merged model. Logs a warning unless it has the run's adapter."""
     is_same = is_merged_from(run_folder)
     if is_same is None:
         logger.warning(
@@ -158,7 +159,7 @@ def _single_process_plan(settings: RunSettings) -> Plan:
             "deepspeed_json": None,
         }
     )
-    # Nothing is trained: the memory that training would need must not refuse the plan.
+    # Nothing is trained, so the memory that training would need is no reason to refuse the plan.
     unlimited = dataclasses.replace(detect_hardware(), device_bytes=2**50)
     shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     return make_plan(unsharded, shape, unlimited, nodes=1, ranks_per_node=1)

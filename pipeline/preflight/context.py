@@ -19,10 +19,10 @@ class RankContext:
     """The input of a probe: the run to check, as read by one rank.
 
     `problems`: error messages that explain why `settings` or `plan` is None. `beat`: called with
-    the name of the next phase, for the watchdog. `missing_gpus`: message about GPUs that were
-    assigned to the node but not detected (devices.py). `is_training`: whether this is the check at
-    the start of training; then a single process probes only its first GPU, while
-    launch/preflight.py probes all GPUs.
+    the name of the next phase, for the watchdog. `missing_gpus`: variable that assigns GPUs to this
+    process although the driver detects none (devices.py). `is_training`: whether this is the check
+    at the start of training. Then a single process probes only its first GPU; launch/preflight.py
+    probes all GPUs.
     """
 
     placement: Placement
@@ -58,14 +58,14 @@ class RankContext:
 
     @property
     def known_settings(self) -> RunSettings:
-        """The settings. Raises UserError with their problem if they could not be read."""
+        """The settings. Raises UserError with the recorded message if they could not be read."""
         if self.settings is None:
             raise UserError(self.problems["settings"])
         return self.settings
 
     @property
     def known_plan(self) -> Plan:
-        """The plan. Raises UserError with its problem if it could not be made."""
+        """The plan. Raises UserError with the recorded message if it could not be computed."""
         if self.plan is None:
             raise UserError(self.problems["plan"])
         return self.plan

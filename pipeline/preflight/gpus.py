@@ -46,7 +46,7 @@ class Gpu:
     processes: tuple[int, ...]
 
 
-def _probe(context: RankContext) -> dict[str, Any]:
+def _probe_gpus(context: RankContext) -> dict[str, Any]:
     """The GPU of this rank (without a launcher: all GPUs), compared with Slurm's allocation.
 
     Raises UserError for a rank without a GPU.
@@ -64,10 +64,10 @@ def _probe(context: RankContext) -> dict[str, Any]:
     try:
         handles = visible_handles(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
         own = own_devices(context, len(handles))
-        indices = [_index(pynvml, handles[i]) for i in own]
+        indices = [_index_of(pynvml, handles[i]) for i in own]
         count = int(pynvml.nvmlDeviceGetCount())
         return {
-            "gpus": [asdict(_read(pynvml, handles[i])) for i in own],
+            "gpus": [asdict(_gpu_of(pynvml, handles[i])) for i in own],
             "visible": len(handles),
             "unallocated_gpus": unallocated_gpus(indices, count, os.environ),
             "requests_no_gpu": requests_no_gpu(os.environ),
@@ -96,9 +96,9 @@ def unallocated_gpus(
 ) -> dict[str, str] | None:
     """The used and the allocated GPUs, if a GPU is used that Slurm did not allocate; else None.
 
-    `indices`: GPUs that are used. `count`: number of GPUs that NVML lists. If Slurm hides all other
-    GPUs with a control group, NVML numbers the allocated GPUs from 0, and indices cannot be
-    compared. In this case `count` is at most the number of allocated GPUs.
+    `indices`: GPUs that are used. `count`: number of GPUs that NVML lists. It is at most the number
+    of allocated GPUs if Slurm hides all others with a control group. Then NVML numbers the
+    allocated GPUs from 0, so their indices cannot be compared with Slurm's.
     """
     name = next((name for name in _ALLOCATED if env.get(name)), None)
     if name is None:
@@ -128,7 +128,7 @@ def indices_of(text: str) -> set[int] | None:
 
 
 def _assess_gpus(results: ProbeResults) -> Iterable[Finding]:
-    if not (gpus := _by_rank(results)):
+    if not (gpus := _gpus_by_rank(results)):
         yield ok("CPU ranks; no GPU is used")
         return
     findings = [
@@ -220,7 +220,7 @@ def _assess_drivers(results: ProbeResults) -> Iterable[Finding]:
     drivers = {
         rank: f"driver {own[0]['driver']}, CUDA up to {own[0]['cuda'] / 1000:.1f}, "
         f"compute capability {'.'.join(map(str, own[0]['capability']))}"
-        for rank, own in _by_rank(results).items()
+        for rank, own in _gpus_by_rank(results).items()
     }
     groups = ranks_by_value(drivers)
     if len(groups) > 1:
@@ -234,7 +234,7 @@ def _assess_drivers(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _assess_memory(results: ProbeResults) -> Iterable[Finding]:
-    gpus = _by_rank(results)
+    gpus = _gpus_by_rank(results)
     if not gpus or results.plan is None:
         return
     need = results.plan.memory.device_need
@@ -252,11 +252,11 @@ def _assess_memory(results: ProbeResults) -> Iterable[Finding]:
         yield ok(f"at least {in_units(least)} free, the plan needs {in_units(need)}")
 
 
-def _by_rank(results: ProbeResults) -> dict[int, list[dict[str, Any]]]:
+def _gpus_by_rank(results: ProbeResults) -> dict[int, list[dict[str, Any]]]:
     return {rank: result["gpus"] for rank, result in results.by_rank.items() if result["gpus"]}
 
 
-def _read(pynvml: Any, handle: Any) -> Gpu:
+def _gpu_of(pynvml: Any, handle: Any) -> Gpu:
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     processes = []
     with suppress(pynvml.NVMLError):  # not available in some containers and for MIG instances
@@ -273,12 +273,12 @@ def _read(pynvml: Any, handle: Any) -> Gpu:
     )
 
 
-def _index(pynvml: Any, handle: Any) -> int | None:
+def _index_of(pynvml: Any, handle: Any) -> int | None:
     with suppress(pynvml.NVMLError):  # a MIG instance has no index
         return int(pynvml.nvmlDeviceGetIndex(handle))
     return None
 
 
-GPUS = Check("gpus", _probe, _assess_gpus, _REMEDY, needs="nothing")
-DRIVERS = Check("drivers", _probe, _assess_drivers, _REMEDY, needs="nothing")
-GPU_MEMORY = Check("gpu memory", _probe, _assess_memory, _REMEDY)
+GPUS = Check("gpus", _probe_gpus, _assess_gpus, _REMEDY, needs="nothing")
+DRIVERS = Check("drivers", _probe_gpus, _assess_drivers, _REMEDY, needs="nothing")
+GPU_MEMORY = Check("gpu memory", _probe_gpus, _assess_memory, _REMEDY)

@@ -22,8 +22,8 @@ _MIN_SHARED_BYTES = 2**30  # a container's default of 64 MiB is too small for bo
 # Seconds between the clocks of two nodes. A start considers the owner of a run folder dead if its
 # heartbeat is older than 60 s by the clock of this node (train/owner.py).
 _MAX_SKEW_S, _NOTABLE_SKEW_S = 30.0, 2.0
-# A network file system may cache the attributes of files for up to 60 s (nfs(5): acdirmax), but it
-# looks up names that were never requested before at once.
+# A network file system may cache the attributes of files for up to 60 s (nfs(5): acdirmax). But it
+# asks the server immediately for a name that was never requested before.
 _VISIBLE_WITHIN_S = 10.0
 
 
@@ -182,7 +182,7 @@ def _probe_run_folder(context: RankContext) -> dict[str, Any]:
     on all ranks if rank 0 cannot write there.
     """
     session, token = context.session, uuid.uuid4().hex
-    written = session.rank_zero_first(lambda: _write(context.folder, token))
+    written = session.rank_zero_first(lambda: _write_probe_file(context.folder, token))
     path = Path(written["path"])
     is_visible = _is_visible(path, written["token"])
     context.beat("run folder, after reading")
@@ -212,8 +212,8 @@ def _assess_run_folder(results: ProbeResults) -> Iterable[Finding]:
         yield ok(f"{folder}: written by rank 0, read by all ranks")
 
 
-def _write(folder: Path, token: str) -> dict[str, str]:
-    """Write a file in the way of checkpoints: temporary sibling, sync, rename."""
+def _write_probe_file(folder: Path, token: str) -> dict[str, str]:
+    """Write a file like a checkpoint: to a temporary sibling that is synced and renamed."""
     require_writable(folder)
     path = _closest_existing(folder) / f".preflight-{token}"
     try:

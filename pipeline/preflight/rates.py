@@ -48,7 +48,7 @@ def _probe_product(context: RankContext) -> dict[str, Any]:
         ) -> None:
             torch.mm(left, right, out=product)
 
-        rates.append(2 * width**3 / _seconds(multiply, device))
+        rates.append(2 * width**3 / _median_seconds(multiply, device))
         if not bool(torch.isfinite(product).all()):
             raise RuntimeError(f"a product of finite numbers is not finite on {device}")
     planned = reachable_rates(plan.layout, plan.hardware).flops
@@ -82,7 +82,7 @@ def _probe_all_reduce(context: RankContext) -> dict[str, Any]:
 
     plan, kind, device = context.known_plan, context.hardware.kind, context.session.device
     values = torch.zeros(_SENT_BYTES[kind] // 4, device=device)
-    seconds = _seconds(lambda: context.session.add_over_ranks(values), device)
+    seconds = _median_seconds(lambda: context.session.add_over_ranks(values), device)
     return {
         "kind": kind,
         "rate": ring_rate(context.placement.world_size, _SENT_BYTES[kind], seconds),
@@ -126,7 +126,7 @@ def _probe_links(context: RankContext) -> dict[str, Any]:
         def swap(other: int = other) -> None:
             context.session.swap_with(other, sent, received)
 
-        rate = _SENT_BYTES[kind] / _seconds(swap, device)
+        rate = _SENT_BYTES[kind] / _median_seconds(swap, device)
         is_local = other // place.local_size == place.rank // place.local_size
         planned = None if is_local or kind == "cpu" else ring
         links[str(other)] = {"rate": rate, "is_local": is_local, "planned": planned}
@@ -164,12 +164,12 @@ def _assess_links(results: ProbeResults) -> Iterable[Finding]:
     }
     medians, slow = [], dict[tuple[int, int], str]()
     for is_local, name in ((True, "within nodes"), (False, "between nodes")):
-        of_kind = {pair: link for pair, link in links.items() if link["is_local"] is is_local}
-        if not of_kind:
+        same_kind = {pair: link for pair, link in links.items() if link["is_local"] is is_local}
+        if not same_kind:
             continue
-        middle = median(link["rate"] for link in of_kind.values())
+        middle = median(link["rate"] for link in same_kind.values())
         medians.append(f"{name} {middle / _GIGA:.3g} GB/s")
-        for (rank, other), link in of_kind.items():
+        for (rank, other), link in same_kind.items():
             rate, expected = link["rate"], max(middle, link["planned"] or 0.0)
             if rate < _MIN_OF_LINKS * expected:
                 text = f"{rank}-{other} {rate / _GIGA:.3g} of {expected / _GIGA:.3g} GB/s"
@@ -196,7 +196,7 @@ def devices_of(context: RankContext) -> "list[torch.device]":
     return [torch.device("cuda", i) for i in own_devices(context, torch.cuda.device_count())]
 
 
-def _seconds(work: Callable[[], None], device: "torch.device") -> float:
+def _median_seconds(work: Callable[[], None], device: "torch.device") -> float:
     """Median time of several calls, each synchronised with the device, after warm-up calls."""
     seconds = []
     for _ in range(_NUM_WARM_UPS + _NUM_REPEATS):

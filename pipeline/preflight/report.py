@@ -47,7 +47,7 @@ class Report:
                 failed = [name for name in _REQUIRED if self.level_of(name) == "fail"]
                 self.skipped[check.name] = f"{' and '.join(failed)} failed"
                 continue
-            findings = _assess(check, ProbeResults(by_rank=by_rank, hosts=hosts, plan=plan))
+            findings = _findings_of(check, ProbeResults(by_rank=by_rank, hosts=hosts, plan=plan))
             if findings:
                 self.findings[check.name] = findings
             else:
@@ -105,7 +105,7 @@ class Report:
         ]
 
 
-def _assess(check: Check, results: ProbeResults) -> list[Finding]:
+def _findings_of(check: Check, results: ProbeResults) -> list[Finding]:
     """The findings of a check. If probes raised, there is one finding for each distinct error."""
     errors = {
         rank: result[ERROR]

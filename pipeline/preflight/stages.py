@@ -10,10 +10,9 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.cluster.devices import detect_hardware, missing_gpus, set_environment
+from pipeline.cluster.devices import place_rank
 from pipeline.cluster.exits import end_process
 from pipeline.cluster.heartbeat import Heartbeat
-from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
 from pipeline.cluster.watchdog import Watchdog
 from pipeline.errors import RankZeroError, UserError
@@ -41,10 +40,8 @@ def check_run(
 
     Rank 0 shows the report. Raises UserError on all ranks if a check fails.
     """
-    stdout, hardware, heartbeat = sys.stdout, detect_hardware(), Heartbeat()
-    placement = from_environment(os.environ, may_be_alone=True)
-    missing = missing_gpus(placement, hardware)
-    set_environment(placement, hardware)
+    stdout, heartbeat = sys.stdout, Heartbeat()
+    placement, hardware, missing = place_rank(os.environ, may_be_alone=True)
     # Libraries print to standard output, which is for the report.
     with redirect_stdout(sys.stderr), Session(placement, hardware) as session:
         context = RankContext(
@@ -142,15 +139,15 @@ class _Preflight:
             present = self._assess_so_far() if place.rank == 0 else []
             if phase == _RENDEZVOUS:
                 text = f"not all ranks arrived within {seconds:.0f} s"
-                text += f"; this report is about ranks {spans(present)}" if present else ""
+                text += f"; this report covers ranks {spans(present)}" if present else ""
                 remedy = (
-                    "find in the output of each node whether it started its ranks, and whether "
-                    f"they can reach MASTER_ADDR={place.master_addr} (firewall, interface)"
+                    "check the output of each node: did it start its ranks, and can they reach "
+                    f"MASTER_ADDR={place.master_addr} (firewall, interface)?"
                 )
             else:
                 text = f"rank {place.rank} on {socket.gethostname()} hangs in {phase!r}"
                 remedy = "check the disk and driver of this node (dmesg)"
-            self._report.findings[_RENDEZVOUS] = [fail(text, remedy, present[:0])]
+            self._report.findings[_RENDEZVOUS] = [fail(text, remedy)]
             self.show()
             logger.warning("preflight: %s; %s", text, remedy)
         finally:
@@ -207,7 +204,7 @@ def probe_all(context: RankContext, checks: Sequence[Check], results: dict[str, 
     """
     results[_HOST] = socket.gethostname()
     for check in checks:
-        # Also for checks that this rank skips, so that numbers of heartbeats can be compared.
+        # Skipped checks count too, so that all ranks in the same phase have as many heartbeats.
         context.beat(check.name)
         if not check.applies_to(context):
             continue
@@ -231,8 +228,8 @@ def probe_first_stage(context: RankContext) -> dict[str, Any]:
     return results
 
 
-def assess_first_stage(context: RankContext, results: Mapping[str, Any]) -> list[str]:
-    """Gather and assess the results of `probe_first_stage`; return lines of warnings. Collective.
+def assess_first_stage(context: RankContext, results: Mapping[str, Any]) -> None:
+    """Gather and assess the results of `probe_first_stage`, and log warnings. Collective.
 
     Raises UserError on all ranks if a check fails.
     """
@@ -247,8 +244,8 @@ def assess_first_stage(context: RankContext, results: Mapping[str, Any]) -> list
             raise UserError(f"{lines}\npreflight: {', '.join(failed)}")
         return report.warnings()
 
-    lines: list[str] = context.session.rank_zero_first(assess)
-    return lines
+    for line in context.session.rank_zero_first(assess):
+        logger.info(line)
 
 
 def _first_line(error: BaseException) -> str:

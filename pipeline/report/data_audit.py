@@ -29,13 +29,13 @@ class SplitAudit:
     """The tables of one split: length histogram, sources and reasons for rejection."""
 
     name: str
-    # Of each bin: the range of lengths as text, its documents, and the bar's width in percent.
+    # For each bin: range of lengths as text, number of documents, width of the bar in percent.
     lengths: list[tuple[str, float, float]]
     sources: list[list[Any]]
     reasons: list[tuple[str, Any]]
 
 
-def numbers(audit: Record) -> Mapping[str, Any] | None:
+def count_table(audit: Record) -> Mapping[str, Any] | None:
     """Table of the audit's counts: one column per split, or a single one if there are no splits."""
     if not audit:
         return None
@@ -53,9 +53,9 @@ def split_audits(audit: Record) -> list[SplitAudit]:
         SplitAudit(
             name=name,
             lengths=list(
-                _lengths(mapping(mapping(mapping(values).get("length")).get("histogram")))
+                _length_bins(mapping(mapping(mapping(values).get("length")).get("histogram")))
             ),
-            sources=_sources(mapping(values).get("sources")),
+            sources=_source_rows(mapping(values).get("sources")),
             reasons=list(mapping(mapping(values).get("rejected")).items()),
         )
         for name, values in audit.items()
@@ -91,7 +91,7 @@ def _without_tables(values: Record) -> Record:
     return counts
 
 
-def _lengths(histogram: Record) -> Iterator[tuple[str, float, float]]:
+def _length_bins(histogram: Record) -> Iterator[tuple[str, float, float]]:
     width, documents = number(histogram.get("width")), histogram.get("documents")
     if not width or not isinstance(documents, list):
         return
@@ -104,7 +104,7 @@ def _lengths(histogram: Record) -> Iterator[tuple[str, float, float]]:
         yield span, count, 100 * count / most
 
 
-def _sources(sources: Any) -> list[list[Any]]:
+def _source_rows(sources: Any) -> list[list[Any]]:
     rows = []
     for source in sources if isinstance(sources, list) else []:
         entry = mapping(source)

@@ -1,4 +1,4 @@
-"""Read a run folder, which is incomplete if the run failed or is running.
+"""Reader of a run folder. The folder may be incomplete, because the run failed or is running.
 
 A missing or unreadable file becomes an entry of `problems`, never an exception.
 """
@@ -20,7 +20,7 @@ _FIRST_LINES = 100
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecords:
-    """Contents of a run folder; those of a missing file are empty.
+    """Contents of a run folder. The contents of a missing file are empty.
 
     `steps`, `evals`: records of metrics.jsonl, sorted by step.
     """
@@ -38,11 +38,11 @@ class RunRecords:
 
     def measured(self, key: str) -> list[tuple[float, float]]:
         """(step, value) for each step whose record has a number under `key`."""
-        return _numbers(self.steps, key)
+        return _points(self.steps, key)
 
     def held_out(self) -> list[tuple[float, float]]:
         """(step, held-out loss) of every evaluation."""
-        return _numbers(self.evals, "eval_loss")
+        return _points(self.evals, "eval_loss")
 
 
 def read_run_folder(folder: Path) -> RunRecords:
@@ -56,11 +56,11 @@ def read_run_folder(folder: Path) -> RunRecords:
     steps, evals = _read_metrics(folder, problems)
     return RunRecords(
         name=folder.resolve().name,
-        settings=_read(folder, "run.yaml", problems),
-        status=_read(folder, "status.json", problems),
-        plan=_read(folder, "plan.json", problems),
-        score=_read(folder, "score.json", problems),
-        audit=_read(folder, "data/audit.json", problems),
+        settings=_read_mapping(folder, "run.yaml", problems),
+        status=_read_mapping(folder, "status.json", problems),
+        plan=_read_mapping(folder, "plan.json", problems),
+        score=_read_mapping(folder, "score.json", problems),
+        audit=_read_mapping(folder, "data/audit.json", problems),
         rejects=_first_lines(folder / "data/rejects.jsonl"),
         steps=steps,
         evals=evals,
@@ -69,7 +69,7 @@ def read_run_folder(folder: Path) -> RunRecords:
 
 
 def number(value: Any) -> float | None:
-    """The value if it is a number."""
+    """The value if it is a number, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number else None
 
@@ -79,7 +79,7 @@ def mapping(value: Any) -> Record:
     return value if isinstance(value, dict) else {}
 
 
-def _read(folder: Path, file: str, problems: dict[str, str]) -> Record:
+def _read_mapping(folder: Path, file: str, problems: dict[str, str]) -> Record:
     try:
         text = (folder / file).read_text(encoding="utf-8")
         content = yaml.safe_load(text) if file.endswith(".yaml") else json.loads(text)
@@ -140,6 +140,6 @@ def _records(text: str) -> Iterator[tuple[float, Record]]:
             yield step, record
 
 
-def _numbers(records: list[Record], key: str) -> list[tuple[float, float]]:
+def _points(records: list[Record], key: str) -> list[tuple[float, float]]:
     points = ((record["step"], number(record.get(key))) for record in records)
     return [(step, value) for step, value in points if value is not None]

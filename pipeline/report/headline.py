@@ -57,7 +57,7 @@ def tiles(run: RunRecords) -> list[Tile]:
 
 
 def _quality(run: RunRecords) -> Iterator[Tile]:
-    """Exact match and held-out loss, before and after training."""
+    """Tiles for exact match and held-out loss, before and after training."""
     scored = {name: mapping(mapping(run.score.get("models")).get(name)) for name in MODELS}
     match = {name: number(score.get("exact_match")) for name, score in scored.items()}
     loss = {name: number(score.get("loss")) for name, score in scored.items()}
@@ -91,7 +91,7 @@ def _quality(run: RunRecords) -> Iterator[Tile]:
 
 
 def _progress(run: RunRecords) -> Iterator[Tile]:
-    """Training loss, steps, throughput and time."""
+    """Tiles for training loss, steps, throughput and time."""
     losses, status = run.measured("loss"), run.status
     if losses:
         first, last = losses[0][1], losses[-1][1]
@@ -106,21 +106,22 @@ def _progress(run: RunRecords) -> Iterator[Tile]:
         step = losses[-1][0]
     if step is not None:
         value = f"{step:,.0f}" + ("" if total is None else f" of {total:,.0f}")
-        yield Tile(label="Steps", value=value, note=_tokens(run))
+        yield Tile(label="Steps", value=value, note=_token_text(run))
     speed = [value for _, value in run.measured("tokens_per_second")]
     if speed:
         yield Tile(label="Throughput", value=f"{median(speed):,.0f} tokens/s", note="median step")
     in_steps = sum(value for _, value in run.measured("step_seconds"))
     end = status.get("ended") or status.get("heartbeat")
     wall = text.seconds_between(status.get("started"), end)
-    if wall is not None and wall >= in_steps:  # smaller if the run was stopped and resumed
+    # After a resume the wall time is only that of the last start.
+    if wall is not None and wall >= in_steps:
         note = f"{text.duration(in_steps)} of it in steps" if in_steps else ""
         yield Tile(label="Wall time", value=text.duration(wall), note=note)
     elif in_steps:
         yield Tile(label="Time in steps", value=text.duration(in_steps))
 
 
-def _tokens(run: RunRecords) -> str:
+def _token_text(run: RunRecords) -> str:
     tokens, supervised = (
         sum(value for _, value in run.measured(key)) for key in ("tokens", "supervised_tokens")
     )

@@ -66,7 +66,7 @@ def _render(run: RunRecords) -> str:
         choices=_choices(run),
         memory=_memory(run),
         rules=_rules(run),
-        audit=data_audit.numbers(run.audit),
+        audit=data_audit.count_table(run.audit),
         split_audits=data_audit.split_audits(run.audit),
         source_columns=data_audit.source_columns(),
         rejects=data_audit.first_rejects(run),
@@ -178,20 +178,20 @@ def _memory(run: RunRecords) -> Mapping[str, Any] | None:
     expected = max((value for _, value in run.measured("predicted_bytes")), default=None)
     device = number(memory.get("device_bytes"))
     error = None if not measured or not expected else expected / measured - 1
-    show = text.gib(max(peak, measured or 0))
+    in_gib = text.gib(max(peak, measured or 0))
     return {
         "terms": [
-            (key, show(size), 100 * size / max(terms.values()))
+            (key, in_gib(size), 100 * size / max(terms.values()))
             for key, size in sorted(terms.items(), key=lambda item: -item[1])
         ],
-        "peak": show(peak),
-        "expected": show(expected) if expected else None,
-        "measured": show(measured) if measured else None,
+        "peak": in_gib(peak),
+        "expected": in_gib(expected) if expected else None,
+        "measured": in_gib(measured) if measured else None,
         "error": None
         if error is None
         else f"{text.share(abs(error))} {'below' if error < 0 else 'above'}",
         "is_off": error is not None and abs(error) > _TOLERANCE,
-        "device": None if device is None else show(device),
+        "device": None if device is None else in_gib(device),
         "share": None if not device else text.share(peak / device),
         "fits": memory.get("fits"),
     }

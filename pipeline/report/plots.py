@@ -37,11 +37,11 @@ def loss_curve(name: str, training: Points, held_out: Points, *, size: Size = WI
     axes.plot(*_thinned(steps, losses), color=_CURVE, linewidth=0.8, alpha=0.4)
     smooth_steps, smooth = _thinned(steps, smoothed(losses))
     axes.plot(smooth_steps, smooth, color=_CURVE, linewidth=1.8)
-    at, values = _finite(held_out)
-    axes.plot(at, values, color=_SECOND, linewidth=1, linestyle=(0, (1, 2)))
-    axes.plot(at, values, color=_SECOND, linestyle="none", marker="o", markersize=5.5)
-    if len(at) <= _MAX_LABELS:
-        for x, y in zip(at, values, strict=True):
+    eval_steps, values = _finite(held_out)
+    axes.plot(eval_steps, values, color=_SECOND, linewidth=1, linestyle=(0, (1, 2)))
+    axes.plot(eval_steps, values, color=_SECOND, linestyle="none", marker="o", markersize=5.5)
+    if len(eval_steps) <= _MAX_LABELS:
+        for x, y in zip(eval_steps, values, strict=True):
             axes.annotate(
                 f"{y:.3g}",
                 (x, y),

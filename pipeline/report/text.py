@@ -57,13 +57,13 @@ def duration(seconds: float) -> str:
 
 def seconds_between(start: Any, end: Any) -> float | None:
     """Seconds between two timestamps of a status file: ISO 8601 or seconds since 1970."""
-    first, last = _seconds(start), _seconds(end)
+    first, last = _timestamp_seconds(start), _timestamp_seconds(end)
     return None if first is None or last is None or last < first else last - first
 
 
 def moment(value: Any) -> str:
     """A timestamp of a status file, in UTC."""
-    seconds = _seconds(value)
+    seconds = _timestamp_seconds(value)
     return (
         cell(value)
         if seconds is None
@@ -101,7 +101,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield path, value
 
 
-def _seconds(value: Any) -> float | None:
+def _timestamp_seconds(value: Any) -> float | None:
     if (seconds := number(value)) is not None:
         return seconds
     try:

@@ -1,6 +1,6 @@
 """Experiment trackers: a run's metrics in W&B, TensorBoard, MLflow or Trackio.
 
-In: a run folder, whose metrics.jsonl is the only source. Out: the tracker's own records, and
-RUN/tracking/NAME.json with what has been sent. Each tracker is a process of its own (follow.py),
-which training starts (process.py) and never waits for before its end. Begin with follow.py.
+In: a run folder, of which metrics.jsonl has the metrics. Out: the tracker's own records, and
+RUN/tracking/NAME.json, which records the data that was sent. Training starts a process for each
+tracker (process.py) and waits for it only at the end of the run. Open follow.py first.
 """

@@ -1,4 +1,4 @@
-"""RunFacts: what a tracker is told about a run besides its metrics. Neither secrets nor paths."""
+"""RunFacts: the data about a run that a tracker gets besides metrics, without secrets and paths."""
 
 import re
 from dataclasses import dataclass
@@ -9,8 +9,10 @@ from pipeline.config.load import load_settings
 from pipeline.config.settings import RunSettings, path_settings
 from pipeline.files import read_json
 
-# Settings with free text of the user's, which no chart needs.
+# Settings with the user's free text, which is not sent.
 _FREE_TEXT = ("chat_template_kwargs", "columns", "tracker_project", "run_name", "run_group")
+# Tokens of Hugging Face, OpenAI, GitHub, Slack and AWS, JSON web tokens, keys of 40 hexadecimal
+# digits, and user names with passwords in URLs.
 _SECRETS = re.compile(
     r"hf_\w{20,}|sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w+|xox[abp]-[\w-]+|AKIA\w{12,}"
     r"|eyJ[\w-]+\.[\w-]+\.[\w-]+|\b[0-9a-f]{40}\b|(?<=://)[^/@\s]+@"
@@ -19,7 +21,7 @@ _SECRETS = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """Name, group, project and configuration of a run, and where its tracker keeps local files."""
+    """Name, group, project and configuration of a run, and the folder of local tracker files."""
 
     folder: Path
     project: str
@@ -43,7 +45,7 @@ class RunFacts:
 
     @property
     def local(self) -> Path:
-        """Folder of the files that a tracker keeps on this machine."""
+        """Folder of the files that trackers keep on this machine."""
         return self.folder / "tracking"
 
 
@@ -60,10 +62,11 @@ def _config(settings: RunSettings, plan: dict[str, Any]) -> dict[str, str | floa
     values["plan.seconds_per_step"] = plan["speed"]["seconds_per_step"]
     for name in ("plan.why", "plan.folder", "plan.source"):
         values.pop(name, None)
-    return {name: _plain(value) for name, value in values.items() if value is not None}
+    return {name: _redacted(value) for name, value in values.items() if value is not None}
 
 
-def _plain(value: Any) -> str | float | bool:
+def _redacted(value: Any) -> str | float | bool:
+    """The value as a number or as text, in which secrets are replaced by `***`."""
     return value if isinstance(value, bool | int | float) else _SECRETS.sub("***", str(value))
 
 

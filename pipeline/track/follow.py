@@ -19,8 +19,8 @@ _POLL_S = 1.0
 
 
 @dataclass
-class Sent:
-    """RUN/tracking/NAME.json: the run's id in the tracker, and what has been sent to it."""
+class SentRecord:
+    """RUN/tracking/NAME.json: the run's id in the tracker, and the data that was sent to it."""
 
     path: Path
     run_id: str | None = None
@@ -28,7 +28,7 @@ class Sent:
     digests: dict[str, str] = field(default_factory=dict)  # score.json and adapter -> SHA-256
 
     @classmethod
-    def load(cls, path: Path) -> "Sent":
+    def load(cls, path: Path) -> "SentRecord":
         """Read the file; empty if there is none, or if it is damaged."""
         try:
             values = read_json(path)
@@ -44,7 +44,7 @@ class Sent:
 
 
 def sent_path(folder: Path, tracker: str) -> Path:
-    """The file that says what has been sent of a run to a tracker."""
+    """The file that records which data of a run a tracker has received."""
     return folder / "tracking" / f"{tracker}.json"
 
 
@@ -52,13 +52,13 @@ def follow(folder: Path, name: str, wait: Callable[[float], bool]) -> None:
     """Send a run's metrics to a tracker until `wait` returns True, and then its results.
 
     `wait`: waits for at most this many seconds, and returns whether the run has ended. Lines that
-    an earlier call has sent are not sent again. Raises what the tracker's library raises.
+    an earlier call has sent are not sent again. Raises the exceptions of the tracker's library.
     """
-    sent, reader = Sent.load(sent_path(folder, name)), LineReader(folder / "metrics.jsonl")
+    sent, reader = SentRecord.load(sent_path(folder, name)), LineReader(folder / "metrics.jsonl")
     facts = RunFacts.of(folder)
     is_segment = name == "wandb" and sent.run_id and os.environ.get("WANDB_MODE") == "offline"
     if is_segment:
-        logger.info("wandb: offline, so this start is another segment with id %s", sent.run_id)
+        logger.info("wandb: offline, so this start adds a segment to the run %s", sent.run_id)
     tracker = TRACKERS[name](facts, sent.run_id)
     sent.run_id = tracker.run_id
     sent.save()
@@ -76,15 +76,15 @@ def follow(folder: Path, name: str, wait: Callable[[float], bool]) -> None:
     sent.save()
 
 
-def _send_line(tracker: Tracker, line: dict[str, Any], sent: Sent) -> None:
+def _send_line(tracker: Tracker, line: dict[str, Any], sent: SentRecord) -> None:
     kind, metrics = metrics_of(line)
     if line["step"] > sent.steps.get(kind, 0):
         tracker.log(metrics, line["step"])
         sent.steps[kind] = line["step"]
 
 
-def _send_results(tracker: Tracker, facts: RunFacts, sent: Sent) -> None:
-    """Send score.json and the adapter, each if it is there and not the one sent before."""
+def _send_results(tracker: Tracker, facts: RunFacts, sent: SentRecord) -> None:
+    """Send score.json and the adapter, each if it exists and has changed since it was sent."""
     path = facts.folder / "score.json"
     if path.is_file() and _is_new(sent, "score", path):
         scores = read_json(path)
@@ -102,15 +102,16 @@ def _send_results(tracker: Tracker, facts: RunFacts, sent: Sent) -> None:
         tracker.artifact("adapter", weights.parent)
 
 
-def _is_new(sent: Sent, name: str, path: Path) -> bool:
+def _is_new(sent: SentRecord, name: str, path: Path) -> bool:
+    """Whether a file differs from the one that was sent last. Records its digest as sent."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     is_new, sent.digests[name] = sent.digests.get(name) != digest, digest
     return is_new
 
 
-def end_within(seconds: float, end: Callable[[], None]) -> None:
-    """Call `end` after these seconds, from a thread that does not keep the process alive."""
-    timer = threading.Timer(seconds, end)
+def call_later(seconds: float, function: Callable[[], None]) -> None:
+    """Call a function after these seconds, from a thread that does not keep the process alive."""
+    timer = threading.Timer(seconds, function)
     timer.daemon = True
     timer.start()

@@ -1,4 +1,4 @@
-"""The lines of a metrics.jsonl that is still being written."""
+"""Reader of a metrics.jsonl that is still being written."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,13 @@ from typing import Any
 
 
 class LineReader:
-    """Returns complete lines once each; a replaced or shortened file is read from its start."""
+    """Returns each complete line once. A replaced or shortened file is read from its start."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._inode, self._offset = path, 0, 0
 
     def new_lines(self) -> list[dict[str, Any]]:
-        """The lines since the last call; damaged ones are left out."""
+        """The lines since the last call. Damaged lines are skipped."""
         try:
             with self._path.open("rb") as file:
                 status = self._path.stat()
@@ -36,7 +36,7 @@ class LineReader:
 
 
 def metrics_of(line: dict[str, Any]) -> tuple[str, dict[str, float]]:
-    """The kind of a line, `train` or `eval`, and its numbers as `train/loss` or `eval/loss`."""
+    """The kind of a line, `train` or `eval`, and its numbers with names such as `train/loss`."""
     kind = "eval" if "eval_loss" in line else "train"
     numbers = {
         f"{kind}/{name.removeprefix('eval_')}": float(value)

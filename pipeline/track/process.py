@@ -1,4 +1,4 @@
-"""TrackerProcesses: a process for each tracker of a run, which training never waits for."""
+"""TrackerProcesses: one process for each tracker of a run, so that training never waits for it."""
 
 import logging
 import os
@@ -12,12 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pipeline.track.follow import Sent, sent_path
+from pipeline.track.follow import SentRecord, sent_path
 from pipeline.track.lines import LineReader, metrics_of
 
 logger = logging.getLogger(__name__)
-LAST_WAIT_S = 30.0  # for what is left to send when a run has ended
-# Nothing else of the environment reaches a tracker; the prefixes are those of its own settings.
+LAST_WAIT_S = 30.0  # at the end of a run, the longest time to send the remaining data
+# A tracker process gets only these variables and those with a prefix of its own settings.
 _VARIABLES = {
     "PATH", "HOME", "USER", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR",
     "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
@@ -49,9 +49,9 @@ class TrackerProcesses:
             command = [sys.executable, "-P", "-m", "pipeline.cli.track", str(folder)]
             self._processes[name] = subprocess.Popen(
                 [*command, "--tracker", name, "--follow"],
-                stdin=subprocess.PIPE,  # its end tells the process that the run has ended
+                stdin=subprocess.PIPE,  # closed at the end of the run, for which the process waits
                 env=tracker_environment(name, os.environ),
-                start_new_session=True,  # a Ctrl-C is for training
+                start_new_session=True,  # so that Ctrl-C reaches only training
             )
 
     def __exit__(
@@ -74,24 +74,24 @@ class TrackerProcesses:
                 process.wait()
                 code = -signal.SIGKILL
             if code:
-                logger.warning(self._unsent(name))
+                logger.warning(self._unsent_message(name))
 
-    def _unsent(self, name: str) -> str:
-        """Message that names what a tracker has not received, and how to send it."""
-        sent, last = Sent.load(sent_path(self._folder, name)), {"train": 0, "eval": 0}
+    def _unsent_message(self, name: str) -> str:
+        """Message about the steps that a tracker has not received, and how to send them."""
+        sent, last = SentRecord.load(sent_path(self._folder, name)), {"train": 0, "eval": 0}
         for line in LineReader(self._folder / "metrics.jsonl").new_lines():
             last[metrics_of(line)[0]] = line["step"]
         received = ", ".join(
             f"{kind} up to step {sent.steps.get(kind, 0)} of {step}" for kind, step in last.items()
         )
         return (
-            f"tracker {name} did not take everything ({received}); the run itself is not affected; "
+            f"tracker {name} has not received all data ({received}); the run is not affected; "
             f"`rankzero track {self._folder}` sends the rest"
         )
 
 
 def tracker_environment(name: str, env: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a tracker's process: those it needs, and no secret of anything else."""
+    """Environment of a tracker process: the variables it needs, without other programs' secrets."""
     prefixes = ("LC_", *_PREFIXES[name])
     return {
         key: value for key, value in env.items() if key in _VARIABLES or key.startswith(prefixes)

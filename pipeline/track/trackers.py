@@ -1,4 +1,4 @@
-"""The trackers, each through its own library, which is imported when its tracker is made."""
+"""The trackers. Each uses its own library, which is imported when the tracker is created."""
 
 import os
 import time
@@ -11,20 +11,21 @@ from pipeline.track.facts import RunFacts
 
 Metrics = Mapping[str, float]
 Table = Sequence[Mapping[str, str]]
-AXIS = "train/step"  # W&B's own step drops points below the last one, as after a resume
+# The x axis of charts in W&B, whose own step drops points below the last one, as after a resume.
+AXIS = "train/step"
 
 
 class Tracker(ABC):
-    """A run in one tracker. `run_id` is what an earlier start of this run returned as its id."""
+    """A run in one tracker. `run_id`: the id from an earlier start; None if there was none."""
 
     @abstractmethod
     def __init__(self, facts: RunFacts, run_id: str | None) -> None:
-        """Open the run, or go on with it."""
+        """Create the run, or continue it."""
 
     @property
     @abstractmethod
     def run_id(self) -> str:
-        """The id by which a later start goes on with this run."""
+        """The id with which a later start continues this run."""
 
     @abstractmethod
     def log(self, metrics: Metrics, step: int) -> None:
@@ -32,7 +33,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def table(self, name: str, rows: Table) -> None:
-        """Send a table; the rows have the same keys."""
+        """Send a table, whose rows have equal keys."""
 
     @abstractmethod
     def artifact(self, name: str, folder: Path) -> None:
@@ -40,7 +41,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Wait until everything is sent, and close the run."""
+        """Wait until all data is sent, and close the run."""
 
 
 class Wandb(Tracker):
@@ -128,7 +129,7 @@ class TensorBoard(Tracker):
         self._writer.add_event(Event(summary=summary, step=step, wall_time=time.time()))
 
     def artifact(self, name: str, folder: Path) -> None:
-        """Nothing: event files hold no files, and the folder is beside them."""
+        """Does nothing: event files cannot contain files, and the folder is on the same machine."""
 
     def finish(self) -> None:
         self._writer.close()
@@ -150,17 +151,17 @@ class Mlflow(Tracker):
             self._id = run_id
             return
         experiment = self._client.get_experiment_by_name(facts.project)
-        place = None if uri.startswith("http") else (local / "mlflow-artifacts").as_uri()
+        artifacts_uri = None if uri.startswith("http") else (local / "mlflow-artifacts").as_uri()
         experiment_id = (
-            self._client.create_experiment(facts.project, place)
+            self._client.create_experiment(facts.project, artifacts_uri)
             if experiment is None
             else experiment.experiment_id
         )
         tags = [RunTag("group", facts.group)] if facts.group else []
         run = self._client.create_run(experiment_id, run_name=facts.name)
         self._id = run.info.run_id
-        most = 6000  # characters of a parameter's value
-        params = [Param(name, str(value)[:most]) for name, value in facts.config.items()]
+        max_length = 6000  # characters of a parameter's value
+        params = [Param(name, str(value)[:max_length]) for name, value in facts.config.items()]
         self._client.log_batch(self._id, params=params[:100], tags=tags)
 
     @property
@@ -183,7 +184,7 @@ class Mlflow(Tracker):
 
 
 class Trackio(Tracker):
-    """Trackio's local database (TRACKIO_DIR, else RUN/tracking/trackio), or its Space."""
+    """Trackio's local database (TRACKIO_DIR, else RUN/tracking/trackio), or a Space on the hub."""
 
     def __init__(self, facts: RunFacts, run_id: str | None) -> None:
         os.environ.setdefault("TRACKIO_DIR", str(facts.local / "trackio"))

@@ -2,8 +2,8 @@
 
 Only this file writes to `checkpoints/`. A checkpoint is written to a temporary sibling, synced and
 renamed, so it was complete when it got its final name; its manifest shows later damage. Rank 0
-writes checkpoints, every rank reads them. torch is imported only to write and read tensors, so that
-a checkpoint that cannot be used is refused before.
+writes checkpoints, every rank reads them. Only functions that write or read tensors import torch,
+so that a checkpoint that cannot be used is refused before this slow import.
 """
 
 import hashlib
@@ -38,21 +38,22 @@ _LORA_MATRIX = re.compile(
     r"(?<!\.experts)(?<!\.experts\.base_layer)\.lora_([AB]\.weight|magnitude_vector)$"
 )
 _RESUME_IS_SAME_RUN = (
-    "`resume` continues a run with its data and its learning rate schedule; for other data, "
-    "steps or target modules start a new run in another output_dir, without `resume` and with "
-    "init_adapter: the `adapter` folder of that run, to start from its weights"
+    "`resume` continues a run with its own data and learning rate schedule; for other data, steps "
+    "or target modules start a new run in another output_dir without `resume`; to start from the "
+    "trained weights, set its init_adapter to the `adapter` folder of that run"
 )
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """State of the training loop. A resume needs it, the adapter weights and Adam's moments.
+    """State of the training loop. A resume needs this state, the weights and Adam's moments.
 
-    `step`: finished steps. `optimizer_step`: applied updates, without `skipped_steps`. `bad_steps`:
-    consecutive non-finite steps up to the present. `documents`: documents of the current epoch that
-    have been trained on. `loss_scaler`: state of the loss scaler, only in fp16. `best_loss`: lowest
-    held-out loss, measured at `best_step` on the held-out data with the key `eval_key`.
-    `is_evaluation_due`: whether the run was stopped before the evaluation of this step.
+    `step`: finished steps. `optimizer_step`: applied updates. `skipped_steps`: steps without an
+    update. `bad_steps`: number of non-finite steps since the last finite one. `documents`:
+    documents of the current epoch that have been trained on. `loss_scaler`: state of the loss
+    scaler, only in fp16. `best_loss`: lowest held-out loss, measured at `best_step` on the held-out
+    data with the key `eval_key`. `is_evaluation_due`: whether the run was stopped before the
+    evaluation of this step.
     """
 
     step: int = 0
@@ -89,10 +90,10 @@ class Checkpoints:
     """The checkpoints of one run folder.
 
     `keep`: number of checkpoints to keep (save_total_limit). `accepted`: fields of the identity
-    that may differ. `origin`: the checkpoint of `resume: PATH`, if the run started from one; its
-    own checkpoints record it. `shapes`: shape of each linear layer's A and B. `model_folder`: the
-    base, needed for old checkpoints, whose fingerprint covers only samples of the weights. `about`:
-    further entries of state.json for users.
+    that may differ. `origin`: the checkpoint of `resume: PATH`, if the run started from one; the
+    checkpoints of the run record this path. `shapes`: shape of each linear layer's A and B.
+    `model_folder`: the base. It is needed for old checkpoints, whose fingerprint covers only
+    samples of the weights. `about`: further entries of state.json for users.
     """
 
     folder: Path
@@ -134,16 +135,16 @@ class Checkpoints:
         """
         needed = self.folder / f"best-{self._best_of_newest:08d}"
         for path in checkpoints_in(self.folder, "best"):
-            if path not in (needed, self._best(progress)):
+            if path not in (needed, self._best_path(progress)):
                 shutil.rmtree(path, ignore_errors=True)
         self._require_space(weights)
-        self._write_folder(self._best(progress), weights, {}, progress)
+        self._write_folder(self._best_path(progress), weights, {}, progress)
 
     def read_best(self, progress: Progress) -> dict[str, "torch.Tensor"]:
         """The weights of the best adapter. Raises RankZeroError if they are damaged."""
         from safetensors.torch import load_file
 
-        path = self._best(progress)
+        path = self._best_path(progress)
         try:
             damage = _damage(path)
         except OSError as error:
@@ -155,7 +156,7 @@ class Checkpoints:
     def has_best(self, progress: Progress) -> bool:
         """Whether the best adapter is intact. Raises UserError if it cannot be read."""
         with self._read_errors_reported():
-            return _damage(self._best(progress)) is None
+            return _damage(self._best_path(progress)) is None
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest intact checkpoint, and a log line for each newer one that is skipped.
@@ -197,7 +198,7 @@ class Checkpoints:
                 break
             if damage := _damage(path):
                 skipped.append(f"{path} is skipped: {damage}")
-            elif self.origin is None or _state(path).get("origin") == self.origin:
+            elif self.origin is None or _read_state(path).get("origin") == self.origin:
                 return path, skipped
             else:
                 skipped.append(f"{path} is skipped: its run did not start from {self.origin}")
@@ -208,7 +209,7 @@ class Checkpoints:
 
         Only headers of tensor files are read.
         """
-        self._require_same_run(path, _state(path))
+        self._require_same_run(path, _read_state(path))
         self._require_same_tensors(path)
         progress = read_progress(path)
         self._require_steps_left(path, progress)
@@ -220,8 +221,8 @@ class Checkpoints:
         return path.resolve().parent != self.folder.resolve()
 
     def _require_same_run(self, path: Path, state: Mapping[str, Any]) -> None:
-        # A checkpoint has a position in the data and the schedule of its run. If it belongs to
-        # another run, these must be equal, and only a change of the base can be accepted.
+        # A checkpoint has a position in the data and in the schedule of its run. For a checkpoint
+        # of another run both must be equal, so only a change of the base can be accepted.
         accepted = {"base"} & {*self.accepted} if self._is_of_other_run(path) else self.accepted
         before, now = dict(state["identity"]), asdict(self.identity)
         folder = self.model_folder
@@ -277,7 +278,7 @@ class Checkpoints:
                 "run in another output_dir"
             )
 
-    def _best(self, progress: Progress) -> Path:
+    def _best_path(self, progress: Progress) -> Path:
         return self.folder / f"best-{progress.best_step:08d}"
 
     def _prune(self, written: Path, progress: Progress) -> None:
@@ -293,7 +294,9 @@ class Checkpoints:
         surplus = older[: max(0, len(older) - (self.keep - 1))]
         later = [path for path in others if path > written]
         bests = [
-            path for path in checkpoints_in(self.folder, "best") if path != self._best(progress)
+            path
+            for path in checkpoints_in(self.folder, "best")
+            if path != self._best_path(progress)
         ]
         for path in (*surplus, *bests):
             shutil.rmtree(path, ignore_errors=True)  # the next checkpoint tries again
@@ -332,13 +335,15 @@ class Checkpoints:
                 **self.about,
             }
             (fresh / _STATE).write_text(dump_json(state), encoding="utf-8")
-            files = {name: _description(fresh / name) for name in (_ADAPTER, _OPTIMIZER, _STATE)}
+            files = {
+                name: _size_and_digest(fresh / name) for name in (_ADAPTER, _OPTIMIZER, _STATE)
+            }
             (fresh / _MANIFEST).write_text(dump_json({"files": files}), encoding="utf-8")
 
 
 def read_progress(path: Path) -> Progress:
     """The progress in an intact checkpoint."""
-    written, known = _state(path)["progress"], {field.name for field in fields(Progress)}
+    written, known = _read_state(path)["progress"], {field.name for field in fields(Progress)}
     return Progress(**{name: value for name, value in written.items() if name in known})
 
 
@@ -350,7 +355,7 @@ def read_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, "torc
 
 
 def _is_of_linear_layer(key: str) -> bool:
-    """Whether a tensor is of the adapter of a linear layer, and not of the fused experts."""
+    """Whether a tensor belongs to the adapter of a linear layer, not of fused experts."""
     return _LORA_MATRIX.search(key) is not None
 
 
@@ -362,11 +367,11 @@ def _rename_skipped(path: Path) -> None:
             return
 
 
-def _state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path) -> dict[str, Any]:
     return read_json(path / _STATE)
 
 
-def _description(path: Path) -> dict[str, Any]:
+def _size_and_digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {
             "size": path.stat().st_size,
@@ -385,7 +390,7 @@ def _damage(path: Path) -> str | None:
         for name, written in files.items():
             if not (path / name).is_file():
                 return f"{name} is missing"
-            if _description(path / name) != written:
+            if _size_and_digest(path / name) != written:
                 return f"{name} differs from its size or SHA-256 in the manifest"
         if others := {file.name for file in path.iterdir()} - files.keys() - {_MANIFEST}:
             return f"it has a file that is not in its manifest, {min(others)}"

@@ -56,10 +56,10 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.update(self._task, completed=line["step"], numbers=numbers)
         elif line["step"] % self._every == 0 or line["step"] in (1, self._total):
-            left = _clock(seconds_left)
+            left = _duration_text(seconds_left)
             logger.info("step %d/%d  %s  %s left", line["step"], self._total, numbers, left)
 
 
-def _clock(seconds: float) -> str:
+def _duration_text(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -93,7 +93,7 @@ class Engine:
         return groups
 
     def set_learning_rate(self, lr: float) -> None:
-        """Scale each parameter group's own base rate as the schedule scales `lr`."""
+        """Set each parameter group's rate to `lr` times its ratio to the setting `lr`."""
         for group, ratio in zip(self._parameter_groups, self._lr_ratios, strict=True):
             group["lr"] = lr * ratio
 
@@ -170,7 +170,7 @@ class Engine:
         return loss_sum
 
     def _release_gathered(self) -> None:
-        """Shard the parameters again that ZeRO-3 keeps gathered for a backward pass.
+        """Shard again the parameters that ZeRO-3 keeps gathered for a backward pass.
 
         An evaluation has no backward pass. In the next forward pass DeepSpeed 0.19.8 does not count
         these parameters (partitioned_param_coordinator.py:286) and would gather others in addition.
@@ -181,9 +181,9 @@ class Engine:
                 parameter.partition()
 
     def _gather_persistent(self) -> None:
-        """Gather those of ZeRO-3's persistent parameters that are sharded; most are adapters.
+        """Gather the persistent parameters of ZeRO-3 that are sharded; most are adapter weights.
 
-        They are sharded in a new engine. While DeepSpeed 0.19.8 records the order of modules, it
+        All are sharded in a new engine. While DeepSpeed 0.19.8 records the order of modules, it
         also shards them after each use (partitioned_param_coordinator.py:459). But peft reads
         lora_A before the forward pass of its module. If lora_A is sharded then, DeepSpeed assigns
         it to a second module, and later fails with a "tracing error" because the order differs.

@@ -74,12 +74,12 @@ def _publish(run: TrainingState, weights: dict[str, torch.Tensor]) -> int:
         mark_outdated(run.folder.path)
     except RankZeroError as error:
         if error.__cause__ is None:
-            raise  # the adapter itself is wrong, and would be the same after a new start
-        raise RankZeroError(f"{error}; {_remaining_checkpoint(run)}") from error
+            raise  # the adapter itself is wrong; after a resume it would be the same
+        raise RankZeroError(f"{error}; {_checkpoint_message(run)}") from error
     return step
 
 
-def _remaining_checkpoint(run: TrainingState) -> str:
+def _checkpoint_message(run: TrainingState) -> str:
     """Message about the checkpoint to resume from, after a write in flight. On rank 0."""
     assert run.writer is not None
     if failure := run.writer.wait():

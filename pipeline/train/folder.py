@@ -30,16 +30,16 @@ from pipeline.train.status import RunStatus, end_for_dead_owner, is_done, read_s
 
 logger = logging.getLogger(__name__)
 _DEBUG_ROWS = 64  # rows that `--debug` prepares
-_PENDING_WRITE_S = 15.0  # longest wait for a checkpoint write in flight after a failure
+_PENDING_WRITE_S = 15.0  # after a failure, the longest wait for a checkpoint write in flight
 
 
 class RunFolder:
     """The folder of one run. Only rank 0 writes to it; on other ranks `status` is None.
 
-    A start that is refused (UserError) leaves the folder unchanged: before `open`, which follows
-    the last check, only prepared data is written. `start`: the decision of `begin`. On rank 0,
-    `checkpoints` is set by a start that trains, and `resumed` is the checkpoint to resume from.
-    `wait_for_writes`: waits for checkpoint writes in flight, at most the given number of seconds.
+    Before the last check only prepared data is written. Then `open` writes the other files. So a
+    start that is refused (UserError) changes nothing else. `start`: the decision of `begin`.
+    `checkpoints`: set on rank 0 if the run trains. `resumed`: on rank 0, the checkpoint to resume
+    from. `wait_for_writes`: waits for checkpoint writes in flight, at most the given seconds.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -70,8 +70,8 @@ class RunFolder:
                 status.own()
                 # Decide again, because another start may have used the folder in the meantime.
                 start = decide_start(self.path, context.plan, is_debug=context.is_debug)
-            is_named = start == "new" and is_checkpoint_path(context.settings.resume)
-            if start == "resume" or is_named:
+            is_from_path = start == "new" and is_checkpoint_path(context.settings.resume)
+            if start == "resume" or is_from_path:
                 self._select_checkpoint(start)
         if start != "done":
             self._earlier = read_status(status.path) if start == "resume" else None
@@ -81,7 +81,7 @@ class RunFolder:
         return start
 
     def _select_checkpoint(self, start: Start) -> None:
-        """Select the checkpoint to resume from. Raises UserError if it cannot be used."""
+        """Set `checkpoints` and `resumed`. Raises UserError if the checkpoint cannot be used."""
         settings = self._context.settings
         key = train_key(settings)
         self.checkpoints = checkpoints_of(self.path, self._context.plan, start, key)
@@ -194,25 +194,25 @@ def write_run(folder: Path, plan: Plan, *, is_debug: bool) -> None:
 
 def write_plan(folder: Path, plan: Plan, *, is_debug: bool) -> None:
     """Write plan.json and ds_config.json."""
-    of_run = {
+    entries_of_run = {
         "steps": None if plan.schedule is None else dict(vars(plan.schedule)),
         "job": os.environ.get("SLURM_JOB_ID"),
         "version": __version__,
         "is_debug": is_debug,
     }
-    write_text(folder / "plan.json", dump_json(plan_json(plan) | of_run))
+    write_text(folder / "plan.json", dump_json(plan_json(plan) | entries_of_run))
     write_text(folder / "ds_config.json", dump_json(plan.deepspeed))
 
 
 def clear_run(folder: Path) -> None:
     """Remove the files that a run wrote, and no others. Raises OSError if that fails.
 
-    A link to another disk is kept; the files that the run wrote to its target are removed. Prepared
-    data is kept, because it can be reused. If this function is killed, the folder stays a run
-    folder, but its run no longer counts as finished.
+    Links to another disk are kept, but the files that the run wrote there are removed. Prepared
+    data is kept, because it can be reused. If the process is killed meanwhile, the folder is still
+    a run folder, but its run no longer counts as finished.
     """
     if (status := read_status(folder / "status.json")) is not None:
-        ended = {"state": "failed", "reason": "ended while this run was removed for a new one"}
+        ended = {"state": "failed", "reason": "a new run was removing this run and was killed"}
         write_text(folder / "status.json", dump_json(status | ended))
     checkpoints = folder / "checkpoints"
     results = [(folder / name).resolve() for name in ("adapter", "merged", "tracking")]

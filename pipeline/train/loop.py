@@ -44,12 +44,12 @@ def training_loop(run: TrainingState) -> str | None:
                 _complete(run, step, result)
     except StopAgreed as stop:
         if run.session.is_rank_zero:
-            # Removed before the save, which may fail; with the file, the next start would stop too.
+            # Before the save, which may fail: if the file stayed, the next start would stop too.
             run.stops.remove_stop_file()
         save_before_stop(run)
         return str(stop)
     finally:
-        run.stops.is_in_loop = True  # for a run that had no step left, too
+        run.stops.is_in_loop = True  # also if no step was left
     return None
 
 

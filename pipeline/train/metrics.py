@@ -78,7 +78,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for text in path.read_bytes().split(b"\n"):
         try:
             line = json.loads(text)
-        except ValueError:  # raised for bytes that are not UTF-8, too
+        except ValueError:  # also raised for bytes that are not UTF-8
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
@@ -99,7 +99,7 @@ class Stopwatch:
 
 
 class InputWait:
-    """Measurement of the seconds that a consumer of an iterator waits for items."""
+    """Stopwatch for the time that a consumer of an iterator waits for items."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -124,7 +124,7 @@ class InputWait:
 
 
 class PeakBytes:
-    """Peak bytes of live tensors, measured from before the model is loaded.
+    """Peak bytes of live tensors since before the model was loaded.
 
     PyTorch's CUDA allocator counts them throughout the run. On a CPU every operator must be
     intercepted, which is slow, so only the first steps of a start are measured, on rank 0.

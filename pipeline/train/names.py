@@ -16,16 +16,16 @@ FOLDERS = ("data", "checkpoints", "adapter", "merged", "tracking")
 # Allowed in a folder before its first run: prepared data, Slurm's logs, a stop request.
 BEFORE_A_RUN = ("data", "logs", "stop")
 _IN_DATA = ("index.json", "audit.json", "rejects.jsonl", "fingerprints.json")
-# Names in checkpoints/: complete checkpoints, damaged ones that were skipped, unfinished writes.
+# Names in checkpoints/: complete checkpoints, skipped ones ("-passed-over-" in earlier versions)
+# and unfinished writes.
 _WRITTEN = re.compile(r"(step|best)-\d{8}(-skipped-\d+|-passed-over-\d+)?|\.(step|best)-\d{8}\..*")
 
 
 def require_usable_entries(folder: Path, *, is_written: bool) -> None:
-    """Raise UserError if an entry of a run folder is not what a run writes under its name.
+    """Raise UserError if a run could not use an entry of its folder; else a save fails hours later.
 
-    That is a folder in the place of a file, a file in the place of a folder, a link to a missing
-    target, or an entry that cannot be read or, if `is_written`, be written. Called at the start:
-    otherwise a save fails hours later.
+    Refused are a folder in the place of a file, a file in the place of a folder, a link to a
+    missing target, an unreadable entry and, if `is_written`, an entry that cannot be written.
     """
     access, denied = os.R_OK | os.X_OK, "cannot be read"
     if is_written:
@@ -38,7 +38,7 @@ def require_usable_entries(folder: Path, *, is_written: bool) -> None:
     ):
         for path in paths:
             if path.is_symlink() and not path.exists():
-                problem = f"is a link to {path.readlink()}, which is not there"
+                problem = f"is a link to {path.readlink()}, which is missing"
             elif path.exists() and not is_kind(path):
                 problem = f"is not {kind}"
             elif path.exists() and not os.access(path, mode):

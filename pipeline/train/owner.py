@@ -103,16 +103,16 @@ class Ownership:
             time.sleep(_LOCKED_S)
             return
         try:
-            now = lock.stat().st_mtime  # time of the file server's clock, as in the heartbeat
+            now = lock.stat().st_mtime  # by the file server's clock, which the heartbeat also uses
             with suppress(FileNotFoundError):
-                owner = self._read()
+                owner = self._read_owner()
                 if is_running(owner, now):
-                    raise UserError(in_use(self._path.parent, owner))
+                    raise UserError(in_use_message(self._path.parent, owner))
                 self._path.unlink()
         finally:
             lock.unlink(missing_ok=True)
 
-    def _read(self) -> dict[str, Any]:
+    def _read_owner(self) -> dict[str, Any]:
         text = self._path.read_text(encoding="utf-8")
         heartbeat = self._path.stat().st_mtime
         try:
@@ -131,7 +131,7 @@ class Ownership:
     def _is_mine(self) -> bool:
         """Whether the owner file was written by this process.
 
-        Another process may have become the owner if this one sent no heartbeat for long.
+        If this process has sent no heartbeat for long, another one may have become the owner.
         """
         try:
             return self._path.read_text(encoding="utf-8") == self._text
@@ -163,7 +163,7 @@ def is_running(owner: dict[str, Any], now: float | None = None) -> bool:
     return any(_started_before(pid, owner) for pid in owner.get("pids") or [])
 
 
-def in_use(folder: Path, owner: dict[str, Any]) -> str:
+def in_use_message(folder: Path, owner: dict[str, Any]) -> str:
     """Message about a folder whose owner is running."""
     purpose = owner.get("doing", TRAINING)
     stop = f", or stop it with `touch {folder / 'stop'}`" if purpose == TRAINING else ""
@@ -174,7 +174,7 @@ def in_use(folder: Path, owner: dict[str, Any]) -> str:
 
 
 def _started_before(pid: int, owner: dict[str, Any]) -> bool:
-    """Whether a process runs and was started before the owner's record, so that it is the owner."""
+    """Whether the process is the owner. One that started after the record only reuses the id."""
     try:
         process = psutil.Process(pid)
         is_gone = process.status() == psutil.STATUS_ZOMBIE or pid == os.getpid()

@@ -35,16 +35,16 @@ def checkpoints_of(folder: Path, plan: Plan, start: Start, data: str) -> Checkpo
         f"{len(shapes)} tensors of {plan.trainable} parameters"
         + "".join(f", {name} {value}" for name, value in settings.adapter_options.items()),
     )
-    is_named = is_checkpoint_path(settings.resume)
+    is_path = is_checkpoint_path(settings.resume)
     return Checkpoints(
         folder / "checkpoints",
         identity,
         settings.save_total_limit,
         accepted=settings.accept_changes,
-        origin=str(Path(settings.resume).resolve()) if is_named else None,
+        origin=str(Path(settings.resume).resolve()) if is_path else None,
         shapes=shapes,
         model_folder=settings.model_folder,
-        about=_information(plan),
+        about=_entries_for_users(plan),
     )
 
 
@@ -71,7 +71,7 @@ def checkpoint_to_resume(
     return path, notes
 
 
-def _information(plan: Plan) -> dict[str, Any]:
+def _entries_for_users(plan: Plan) -> dict[str, Any]:
     """Entries of state.json for users; a resume does not read them."""
     settings = plan.settings
     schedule = {} if plan.schedule is None else vars(plan.schedule)

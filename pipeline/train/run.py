@@ -2,15 +2,13 @@
 
 import logging
 import os
-import signal
 from contextlib import ExitStack
 from pathlib import Path
 
-from pipeline.cluster.devices import detect_hardware, missing_gpus, set_environment
+from pipeline.cluster.devices import place_rank
 from pipeline.cluster.launcher import watch_launchers
-from pipeline.cluster.placement import from_environment
 from pipeline.cluster.session import Session
-from pipeline.cluster.stop import StopRequests
+from pipeline.cluster.stop import StopRequests, end_at_interrupt
 from pipeline.cluster.watchdog import Watchdog
 from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import DataIndex
@@ -30,23 +28,18 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     Collective. Everything that can be checked without torch is checked before torch is imported.
     Raises UserError for wrong input, Stopped after an agreed stop, RankZeroError for a failed run.
     """
-    # Until the rendezvous is complete, Ctrl-C ends this process at once. Python's own handler would
-    # not run while torch waits for other ranks. Shells ignore SIGINT in jobs started with `&`.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_interrupt()  # until `stops` handles signals
     settings = requeued_settings(settings, os.environ)
     settings = debug_settings(settings) if is_debug else settings
     with ExitStack() as stack:
-        placement, hardware = from_environment(os.environ), detect_hardware()
+        placement, hardware, missing = place_rank(os.environ)
         stops = StopRequests(
             Path(settings.output_dir), settings.time_limit_s, is_first=placement.rank == 0
         )
         watch_launchers(os.environ, stops.request)
-        missing = missing_gpus(placement, hardware)
-        set_environment(placement, hardware)
 
-        plan = plan_run(
-            settings, hardware, nodes=placement.nodes, ranks_per_node=placement.local_size
-        )
+        nodes, ranks = placement.nodes, placement.local_size
+        plan = plan_run(settings, hardware, nodes=nodes, ranks_per_node=ranks)
         session = stack.enter_context(Session(placement, hardware))
         context = RunContext(plan=plan, session=session, stops=stops, is_debug=is_debug)
         folder = RunFolder(context)
@@ -57,15 +50,13 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         )  # fmt: skip
         probes = probe_first_stage(rank)
         trackers = stack.enter_context(TrackerProcesses())
-        stack.enter_context(
-            Watchdog(
-                session, context.heartbeat, settings.hang_timeout_s,
-                reason_to_leave=stops.reason_to_leave, on_end=folder.end_by_watchdog,
-            )
+        watchdog = Watchdog(
+            session, context.heartbeat, settings.hang_timeout_s,
+            reason_to_leave=stops.reason_to_leave, on_end=folder.end_by_watchdog,
         )  # fmt: skip
+        stack.enter_context(watchdog)
         stops.install_handlers(folder.end_by_second_interrupt)
-        for line in assess_first_stage(rank, probes):
-            logger.info(line)
+        assess_first_stage(rank, probes)
 
         stack.enter_context(folder.outcome_recorded())
         folder.start = session.rank_zero_first(folder.begin)

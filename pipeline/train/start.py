@@ -18,11 +18,11 @@ from pipeline.files import dump_json, read_json
 from pipeline.model.fingerprint import RECORD, require_base_of_run
 from pipeline.plan.plan import Plan
 from pipeline.train.names import BEFORE_A_RUN, checkpoints_in, require_usable_entries
-from pipeline.train.owner import in_use
+from pipeline.train.owner import in_use_message
 from pipeline.train.status import is_alive, read_status
 
 Start = Literal["new", "resume", "done"]
-# State of the folder. "no progress": a run without a checkpoint or an adapter.
+# State of the folder. "no progress": a run that has neither a checkpoint nor an adapter.
 FolderState = Literal["no run", "no progress", "unfinished", "done", "done, adapter missing"]
 # How settings and data differ from those of the run in the folder: not at all, only in what
 # `accept_changes` accepts, or in something else.
@@ -46,7 +46,7 @@ _ACCEPTED_BY = {
     "data": settings_with("files", "documents"),
     "total_steps": settings_with("total_steps"),
 }
-# Version assumed for a plan.json that names none; RankZero writes it since version 0.2.0.
+# Version of a run whose plan.json has no version; RankZero has written one since version 0.2.0.
 _FIRST_VERSION = "0.1.0"
 
 
@@ -60,7 +60,7 @@ def decide_start(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
     _require_resume_exists(folder, settings)
     status = read_status(folder / "status.json")
     if status is not None and is_alive(status):
-        raise UserError(in_use(folder, status))
+        raise UserError(in_use_message(folder, status))
     state = _state_of(folder, status)
     has_progress = state not in ("no run", "no progress")
     if is_debug:
@@ -74,7 +74,7 @@ def decide_start(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
         change = "accepted" if differences.keys() <= accepted else "other"
     start = _start_for(state, change, settings)
     if start is None:
-        raise UserError(_refusal(folder, state, differences, accepted))
+        raise UserError(_refusal_message(folder, state, differences, accepted))
     if start == "new":
         _require_new_is_possible(folder, settings)
     if start == "resume" and (state != "unfinished" or change != "none"):
@@ -118,15 +118,16 @@ def written_by(folder: Path) -> str:
 
 
 def require_own_folder(folder: Path) -> None:
-    """Raise UserError if a folder is not a run folder and not empty.
+    """Raise UserError if a folder has files of its own and is not a run folder.
 
     Files that are allowed before a run, such as prepared data, do not count.
     """
     require_usable_entries(folder, is_written=True)
-    _state_of(folder, read_status(folder / "status.json"))
+    _state_of(folder, read_status(folder / "status.json"))  # raises the error
 
 
 def _state_of(folder: Path, status: Mapping[str, Any] | None) -> FolderState:
+    """The state of a folder. Raises UserError if it has files and is not a run folder."""
     is_run = status is not None or (folder / "plan.json").is_file()  # status.json may be damaged
     if not is_run:
         _refuse_other_files(folder)
@@ -186,7 +187,7 @@ def _require_new_is_possible(folder: Path, settings: RunSettings) -> None:
 
 
 def _require_checkpoint(folder: Path, state: FolderState) -> None:
-    """Raise UserError if there is no checkpoint: a run from step 0 would replace the result."""
+    """Raise UserError without a checkpoint, because a run from step 0 would replace the result."""
     if _checkpoints(folder):
         return
     kinds = {
@@ -210,7 +211,7 @@ def _checkpoints(folder: Path) -> list[Path]:
         ) from None
 
 
-def _refusal(
+def _refusal_message(
     folder: Path, state: FolderState, differences: Mapping[str, str], accepted: frozenset[str]
 ) -> str:
     run = "an unfinished run" if state == "unfinished" else "a finished run"
@@ -241,14 +242,17 @@ def _differences(folder: Path, plan: Plan, state: FolderState) -> dict[str, str]
     if "model_revision" not in before:  # an older version: `model` is the snapshot's path
         before |= settings_of_snapshot(str(before.get("model")))
     changed = {
-        key: f"{key}: {_value(before, key)} -> {value}"
+        key: f"{key}: {_earlier_value(before, key)} -> {value}"
         for key, value in _result_settings(plan).items()
-        if _value(before, key) != value
+        if _earlier_value(before, key) != value
     }
     has_same = _has_same_documents(folder, plan.settings, state)
-    if has_same:  # only the paths of the files differ: their content is in the key
+    if has_same:  # the files have other paths, but the key covers their content
         changed.pop("train_data", None)
-        if not {_value(before, "chat_template"), plan.settings.chat_template} & {"model", "chatml"}:
+        if not {_earlier_value(before, "chat_template"), plan.settings.chat_template} & {
+            "model",
+            "chatml",
+        }:
             changed.pop("chat_template", None)
     if "eval_data" in changed and _has_same_held_out_rows(folder, plan.settings):
         del changed["eval_data"]
@@ -264,7 +268,7 @@ def _differences(folder: Path, plan: Plan, state: FolderState) -> dict[str, str]
     return changed | _changed_adam(folder, plan)
 
 
-def _value(before: Mapping[str, Any], key: str) -> Any:
+def _earlier_value(before: Mapping[str, Any], key: str) -> Any:
     """Value of a setting in the earlier run; the default if its version had no such setting."""
     if key in before:
         return before[key]
@@ -274,8 +278,9 @@ def _value(before: Mapping[str, Any], key: str) -> Any:
 def _result_settings(plan: Plan) -> dict[str, Any]:
     """The settings that affect the result of a run, as JSON values."""
     settings = plan.settings
-    selects = settings.keep_best or settings.early_stopping_patience is not None
-    without_effect = settings_with("run") if selects else settings_with("run", "selection")
+    uses_held_out_loss = settings.keep_best or settings.early_stopping_patience is not None
+    kinds = ("run",) if uses_held_out_loss else ("run", "selection")
+    without_effect = settings_with(*kinds)
     values = resolved_settings(plan).dump_unexpanded()
     return {key: value for key, value in values.items() if key not in without_effect}
 
@@ -289,7 +294,7 @@ def _has_same_documents(folder: Path, settings: RunSettings, state: FolderState)
 
 
 def _has_same_held_out_rows(folder: Path, settings: RunSettings) -> bool:
-    """Whether the earlier run measured its loss on the same documents."""
+    """Whether the earlier run measured its held-out loss on the same documents."""
     try:
         before = DataIndex.load(folder / "data").eval
     except UserError:
@@ -298,7 +303,7 @@ def _has_same_held_out_rows(folder: Path, settings: RunSettings) -> bool:
 
 
 def _has_same_base(folder: Path, settings: RunSettings) -> bool:
-    """Whether the base at its new path has the content that the run recorded; reads it whole."""
+    """Whether the base at its new path has the content that the run recorded. Reads all files."""
     if not (folder / RECORD).is_file():
         return False
     try:
@@ -328,7 +333,7 @@ def _key_in_checkpoint(folder: Path) -> str | None:
 
 
 def _changed_adam(folder: Path, plan: Plan) -> dict[str, str]:
-    """Differences of optimizer parameters that only the user's DeepSpeed JSON can set."""
+    """Differences in the optimizer parameters that only the user's DeepSpeed JSON can set."""
     try:
         config = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
         before, now = config["optimizer"]["params"], plan.deepspeed["optimizer"]["params"]

@@ -55,7 +55,7 @@ class RunStatus:
     def update(self, **fields: Any) -> None:
         """Change fields and write the file, if this start has called `claim`.
 
-        If the write fails, the next update writes them.
+        If the write fails, the next update writes the fields.
         """
         with self._lock:
             if self._is_final or not self.fields:
@@ -104,7 +104,7 @@ def end_for_dead_owner(path: Path, reason: str) -> None:
         fields |= {"state": "failed", "exit_code": 1, "reason": reason, "ended": time.time()}
         with suppress(OSError):
             write_text(path, dump_json(fields))
-            # With the owner file, other machines would wait until its heartbeat is too old.
+            # While the owner file exists, other machines wait until its heartbeat is too old.
             (path.parent / OWNER).unlink(missing_ok=True)
 
 

@@ -26,18 +26,18 @@ class CheckpointWriter:
     def __init__(self, checkpoints: Checkpoints, restore_folder: Callable[[], None]) -> None:
         self._checkpoints, self._restore_folder = checkpoints, restore_folder
         self._thread: threading.Thread | None = None
-        # Kind of write ("checkpoint", "best") -> message, as long as its last write has failed.
+        # Kind of write ("checkpoint", "best") -> message, if the last write of the kind failed.
         self._failures: dict[str, str] = {}
         self._slowest_s = 0.0
         self._finished: SimpleQueue[tuple[str | None, float | None]] = SimpleQueue()
-        # The best adapter as long as it is not on the disk.
+        # The best adapter until it is on the disk.
         self._best: tuple[Tensors, Progress] | None = None
         self.last_step: int | None = None
 
     def save(self, weights: Tensors, moments: Tensors, progress: Progress) -> None:
         """Start to write a checkpoint. The tensors must not be changed afterwards."""
         progress = replace(progress)
-        write = partial(self._write, weights, moments, progress)
+        write = partial(self._write_checkpoint, weights, moments, progress)
         self._start(write, "checkpoint", f"step {progress.step}")
 
     def save_best(self, weights: Tensors, progress: Progress) -> None:
@@ -95,7 +95,7 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=work, name="checkpoint")
         self._thread.start()
 
-    def _write(self, weights: Tensors, moments: Tensors, progress: Progress) -> None:
+    def _write_checkpoint(self, weights: Tensors, moments: Tensors, progress: Progress) -> None:
         if self._best is not None:
             self._write_best()
         self._checkpoints.write(weights, moments, progress)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.settings import RunSettings
-from pipeline.track.follow import Sent, follow, sent_path
+from pipeline.track.follow import SentRecord, follow, sent_path
 from pipeline.track.process import TrackerProcesses, tracker_environment
 from tests import ROOT
 from tests.messages import assert_mentions
@@ -101,13 +101,13 @@ def test_a_run_is_sent_once_and_a_resumed_run_continues(run, name):
     assert points(run, name, "train/loss") == [(s, pytest.approx(2.0 / s)) for s in range(1, 5)]
     assert points(run, name, "eval/loss") == [(2, 1.5)]
     assert points(run, name, "score/base/loss") == [(4, 2.5)]
-    run_id = Sent.load(sent_path(run, name)).run_id
+    run_id = SentRecord.load(sent_path(run, name)).run_id
     # Resumed from step 2: steps 3 and 4 are trained again, to the same numbers.
     write_lines(run, [train_line(step) for step in range(1, 7)])
     again = track(run, name)
     assert again.returncode == 0, again.stderr
     assert points(run, name, "train/loss") == [(s, pytest.approx(2.0 / s)) for s in range(1, 7)]
-    assert Sent.load(sent_path(run, name)).run_id == run_id
+    assert SentRecord.load(sent_path(run, name)).run_id == run_id
 
 
 @each_tracker
@@ -197,7 +197,7 @@ def test_training_is_followed_while_it_runs_and_its_end_ends_the_process(run, mo
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     with TrackerProcesses() as trackers:
         trackers.start(run, ["tensorboard"])
-        wait_for(lambda: Sent.load(sent_path(run, "tensorboard")).steps.get("train") == 4)
+        wait_for(lambda: SentRecord.load(sent_path(run, "tensorboard")).steps.get("train") == 4)
         with (run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(train_line(5)) + "\n")
     assert (5, pytest.approx(0.4)) in points(run, "tensorboard", "train/loss")
@@ -230,7 +230,7 @@ def test_a_tracker_that_fails_says_so_once_and_ends(run, monkeypatch, capfd, cap
         trackers.start(run, ["mlflow"])
     messages = [line for line in capfd.readouterr().err.splitlines() if "mlflow" in line]
     assert len(messages) == 1, messages
-    assert_mentions(messages[0], "training goes on")
+    assert_mentions(messages[0], "training continues")
     assert_mentions(caplog.text, "mlflow", "rankzero track")
 
 
