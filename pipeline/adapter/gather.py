@@ -25,11 +25,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 Tensors = dict[str, torch.Tensor]
 
 # Attributes with the state of DeepSpeed's DynamicLossScaler (runtime/fp16/loss_scaler.py).
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def gather_weights(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> Tensors:
-    """The fp32 master weights on the CPU; nothing on ranks without `keep`. Collective."""
+    """The fp32 master weights on the CPU; empty on ranks without `keep`. Collective."""
     weights: Tensors = {}
     for key, parameter in parameters.items():
         full = safe_get_full_fp32_param(parameter)
@@ -41,7 +41,7 @@ def gather_weights(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> Ten
 def gather_moments(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> Tensors:
     """Adam's moments on the CPU, under `KEY/exp_avg` and `KEY/exp_avg_sq`. Collective.
 
-    Nothing is returned on ranks without `keep`. Adam has moments only after its first step.
+    Empty on ranks without `keep`. Adam has moments only after its first step.
     """
     moments: Tensors = {}
     for key, parameter in parameters.items():
@@ -78,9 +78,9 @@ def restore(
     if is_sharded and zero.persistent_parameters:
         zero.persistent_parameters[0].partition(zero.persistent_parameters)
     for key, parameter in parameters.items():
-        _set(parameter, weights[key], None, is_sharded=is_sharded)
+        _set_full(parameter, weights[key], None, is_sharded=is_sharded)
         for moment in MOMENTS:
-            _set(parameter, state.moments[f"{key}/{moment}"], moment, is_sharded=is_sharded)
+            _set_full(parameter, state.moments[f"{key}/{moment}"], moment, is_sharded=is_sharded)
     # Update the weights in the training dtype, which still have their initial values.
     if is_sharded:
         for group in range(len(masters)):
@@ -103,7 +103,7 @@ def loss_scaler_state(engine: Any) -> dict[str, float]:
     """The loss scale and its counters; empty without loss scaling."""
     if not is_scaled(engine):
         return {}
-    return {name: getattr(engine.optimizer.loss_scaler, name) for name in _SCALER}
+    return {name: getattr(engine.optimizer.loss_scaler, name) for name in _SCALER_STATE}
 
 
 def is_at_smallest_scale(engine: Any) -> bool:
@@ -122,14 +122,14 @@ def create_state_of_groups(engine: Any) -> None:
     """Create Adam's state before the first step if there are several parameter groups.
 
     At ZeRO-1 and 2 DeepSpeed 0.19.8 links the state of all groups to their parameters after the
-    step of the first group (stage_1_and_2.py:2987), when the later ones have none yet.
+    step of the first group (stage_1_and_2.py:2987), when the later groups have no state yet.
     """
     if len(engine.optimizer.param_groups) > 1:
         _create_optimizer_state(engine, step=0)
 
 
 def _masters(engine: Any) -> list[torch.Tensor]:
-    """This rank's fp32 masters, a flat tensor for each group."""
+    """This rank's fp32 master weights, one flat tensor for each parameter group."""
     zero = engine.optimizer
     is_sharded = engine.zero_optimization_stage() == 3
     masters: list[torch.Tensor] = (
@@ -157,9 +157,10 @@ def _create_adam_state(adam: torch.optim.Optimizer, masters: list[torch.Tensor],
         }
 
 
-def _set(
+def _set_full(
     parameter: nn.Parameter, value: torch.Tensor, moment: str | None, *, is_sharded: bool
 ) -> None:
+    """Set a moment of a parameter, or without `moment` its fp32 master, from the full tensor."""
     value = value.to(parameter.device)
     if not is_sharded:
         if moment is None:

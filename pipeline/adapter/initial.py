@@ -68,7 +68,7 @@ def _require_same_layers(
     differences = [
         f"{len(keys)} {where}, such as {min(keys).removesuffix('.weight')}"
         for where, keys in (
-            ("only in it", adapter.updates.keys() - layers.keys()),
+            ("only in the adapter", adapter.updates.keys() - layers.keys()),
             ("only in this run", layers.keys() - adapter.updates.keys()),
         )
         if keys
@@ -77,8 +77,8 @@ def _require_same_layers(
         ends = sorted({key.split(".")[-2] for key in adapter.updates})
         raise UserError(
             f"init_adapter: {folder} adapts other layers than this run: {'; '.join(differences)}; "
-            f"it has {', '.join(ends)}: set lora_target_modules, layers_to_transform and "
-            "exclude_modules to select its layers, or model to its base"
+            f"the adapter has {', '.join(ends)}: set lora_target_modules, layers_to_transform and "
+            "exclude_modules to select its layers, or set model to its base"
         )
 
 
@@ -95,42 +95,42 @@ def _require_same_sizes(
         raise UserError(f"{where}: a DoRA adapter, which a run cannot start from")
     if update.r > layer.r:
         raise UserError(
-            f"{where} has r {update.r} in it and r {layer.r} in this run, and an adapter cannot be "
-            f"made smaller; set lora_r: {update.r} or more"
+            f"{where} has r {update.r} in the adapter and r {layer.r} in this run, and r cannot be "
+            f"reduced; set lora_r: {update.r} or more"
         )
     if settings.init_adapter_resize:
         return
     if update.r != layer.r:
         raise UserError(
-            f"{where} has r {update.r} in it and r {layer.r} in this run; set lora_r: {update.r}, "
-            f"{_RESIZE}"
+            f"{where} has r {update.r} in the adapter and r {layer.r} in this run; set "
+            f"lora_r: {update.r}, {_RESIZE}"
         )
     if update.scaling != layer.scaling:
         raise UserError(
-            f"{where} is scaled by {update.scaling:g} in it and by {layer.scaling:g} in this run; "
-            f"set lora_alpha: {update.alpha:g} and use_rslora: {str(update.use_rslora).lower()}, "
-            f"{_RESIZE}"
+            f"{where} is scaled by {update.scaling:g} in the adapter and by {layer.scaling:g} in "
+            f"this run; set lora_alpha: {update.alpha:g} and use_rslora: "
+            f"{str(update.use_rslora).lower()}, {_RESIZE}"
         )
 
 
 def record_initial_adapter(run_folder: Path, settings: RunSettings) -> None:
-    """Write RUN/init_adapter.json: the adapter that this run starts from, if it does."""
-    record = _record(settings)
+    """Write RUN/init_adapter.json, the record of the initial adapter, if `init_adapter` is set."""
+    record = _initial_record(settings)
     if record is not None:
         write_text(run_folder / RECORD, dump_json(record))
 
 
 def initial_adapter_of(run_folder: Path, settings: RunSettings) -> dict[str, Any] | None:
-    """The record of the adapter that the run started from, and of those that it started from."""
+    """The record of the run's initial adapter, which contains the records of its predecessors."""
     if settings.init_adapter is None:
         return None
     with suppress(OSError, ValueError):
         return read_json(run_folder / RECORD)
-    return _record(settings)  # the run folder has been removed during the run
+    return _initial_record(settings)  # the run folder has been removed during the run
 
 
-def _record(settings: RunSettings) -> dict[str, Any] | None:
-    """Path, weights and base of the initial adapter, with its own `started_from` if it has one."""
+def _initial_record(settings: RunSettings) -> dict[str, Any] | None:
+    """Path, SHA-256 and base of the initial adapter, and its own `started_from` if it has one."""
     folder = settings.init_adapter_folder
     if folder is None:
         return None
@@ -146,7 +146,7 @@ def _record(settings: RunSettings) -> dict[str, Any] | None:
 
 
 def chain(record: Mapping[str, Any] | None) -> list[str]:
-    """The adapters of a record as text, the latest first."""
+    """Texts for the adapter of a record and its predecessors, the latest first."""
     texts = []
     while record is not None:
         digest = f" (SHA-256 `{record['sha256'][:12]}`)" if record.get("sha256") else ""

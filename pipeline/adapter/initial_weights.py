@@ -1,4 +1,4 @@
-"""Weights of an initial adapter in the shapes of a run, with the same outputs."""
+"""Weights of an initial adapter, resized to the r and scaling of a run without changing outputs."""
 
 from collections.abc import Mapping
 
@@ -13,10 +13,10 @@ from pipeline.plan.plan import Plan
 def initial_weights(
     adapter: Adapter, plan: Plan, fresh: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """fp32 weights by their keys; `fresh`: the weights that a run without the adapter starts from.
+    """The fp32 weights for a run that starts from an adapter, by key.
 
-    Where r grows, the new rows of A are fresh and the new columns of B are zero. Where the scaling
-    differs, B is rescaled.
+    `fresh`: initial weights of a run without it. If r is larger in the run, the additional rows of
+    A are fresh and the additional columns of B are zero. If the scaling differs, B is rescaled.
     """
     loaded = load_file(adapter.file.path)
     weights: dict[str, torch.Tensor] = {}

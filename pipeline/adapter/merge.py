@@ -75,7 +75,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeReport:
     others = _other_files(base)
     _require_space(out, model.num_bytes + sum(path.stat().st_size for path in others))
     try:
-        with atomic_folder(out, lambda fresh: _check(model, fresh)) as fresh:
+        with atomic_folder(out, lambda fresh: _require_same_layout(model, fresh)) as fresh:
             changes = _merge_shards(model, lora, fresh)
             for path in others:
                 target = fresh / path.relative_to(base)
@@ -114,15 +114,15 @@ def _merge_shard(shard: TensorFile, adapter: Adapter, target: Path) -> dict[str,
         adapter.file.path.open("rb") as adapter_file,
         target.open("wb") as merged_file,
     ):
-        read = lru_cache(_CACHED_PARTS)(lambda part: _read(adapter_file, part).float())
+        read = lru_cache(_CACHED_PARTS)(lambda part: _read_tensor(adapter_file, part).float())
         merged_file.write(shard.header)
         for key, entry in shard.entries.items():
             if (update := adapter.updates.get(key)) is None:
                 _copy_range(source, merged_file, entry)
                 continue
             parts = {name: read(part) for name, part in update.parts.items()}
-            merged, changes[key] = _merge_tensor(_read(source, entry), update, parts, key)
-            merged_file.write(_bytes(merged))
+            merged, changes[key] = _merge_tensor(_read_tensor(source, entry), update, parts, key)
+            merged_file.write(_bytes_of(merged))
     return changes
 
 
@@ -144,7 +144,7 @@ def _merge_tensor(
     return merged, change
 
 
-def _read(file: BinaryIO, entry: Entry) -> "torch.Tensor":
+def _read_tensor(file: BinaryIO, entry: Entry) -> "torch.Tensor":
     import torch
 
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[entry.dtype]
@@ -154,7 +154,7 @@ def _read(file: BinaryIO, entry: Entry) -> "torch.Tensor":
     return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
 
 
-def _bytes(tensor: "torch.Tensor") -> memoryview:
+def _bytes_of(tensor: "torch.Tensor") -> memoryview:
     import torch
 
     return tensor.contiguous().view(torch.uint8).numpy().data
@@ -171,7 +171,7 @@ def _copy_range(source: BinaryIO, target: BinaryIO, entry: Entry) -> None:
         remaining -= len(chunk)
 
 
-def _check(base: Base, fresh: Path) -> None:
+def _require_same_layout(base: Base, fresh: Path) -> None:
     """Raise RankZeroError unless each written shard has the header and tensors of its source."""
     from safetensors import SafetensorError, safe_open
 
@@ -211,20 +211,20 @@ def _write_marker(fresh: Path, base: Path, adapter: Path, report: MergeReport) -
         "adapter": str(adapter),
         "adapter_sha256": adapter_sha256(adapter),
         **vars(report),
-        "files": [*_files(fresh), MARKER],
+        "files": [*_files_in(fresh), MARKER],
     }
     (fresh / MARKER).write_text(dump_json(marker), encoding="utf-8")
 
 
-def _files(folder: Path) -> list[str]:
+def _files_in(folder: Path) -> list[str]:
     paths = sorted(folder.rglob("*"))
     return [path.relative_to(folder).as_posix() for path in paths if not path.is_dir()]
 
 
 def _require_replaceable(out: Path, base: Path, adapter: Path) -> None:
-    """Raise UserError if `out` has files that were not written by a merge; they are never replaced.
+    """Raise UserError if writing to `out` would replace a file that no merge wrote.
 
-    `out` may also not contain the base or the adapter.
+    An `out` that contains the base or the adapter is refused too.
     """
     for folder in (base, adapter):
         if folder.resolve().is_relative_to(out.resolve()):
@@ -237,7 +237,7 @@ def _require_replaceable(out: Path, base: Path, adapter: Path) -> None:
         raise UserError(
             f"{out} exists and was not written by a merge; remove it or set another --out"
         ) from None
-    if others := [name for name in _files(out) if name not in written]:
+    if others := [name for name in _files_in(out) if name not in written]:
         raise UserError(
             f"{out} has a file that no merge wrote, {others[0]}; move it or set another --out"
         )

@@ -32,14 +32,14 @@ _PREFIX = "base_model.model."
 # Suffixes of peft's keys -> the tensor of a LoRA layer that has this key.
 _PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "magnitude"}
 _TIED_NAMES = ("lm_head", "embed_tokens")
-# Keys of adapter_config.json without influence on the merged weights. All other keys must be empty,
-# except those that `read_adapter` reads.
+# Keys of adapter_config.json without effect on the merged weights. All other keys must be empty,
+# except _READ_KEYS, which this file reads.
 _WITHOUT_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform",
     "layers_pattern", "megatron_core", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
-_READ = {
+_READ_KEYS = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
     "bias", "init_lora_weights", "target_parameters",
 }  # fmt: skip
@@ -75,7 +75,7 @@ class LayerUpdate:
     r: int
     alpha: float
     use_rslora: bool
-    experts: "ExpertSlice | None" = None  # of a fused tensor, which the base tensor is a part of
+    experts: "ExpertSlice | None" = None  # if the base tensor holds a part of fused experts
 
     @property
     def scaling(self) -> float:
@@ -93,8 +93,8 @@ class LayerUpdate:
 class Adapter:
     """A LoRA adapter. `updates`: name of an adapted tensor of the base -> its LoRA layer.
 
-    `fused`: name of peft's LoRA layer of fused experts -> its tensors; `with_stored_names` adds an
-    update for each tensor of the base that holds a part of them.
+    `fused`: name of peft's LoRA layer of fused experts -> its tensors. `with_stored_names` replaces
+    them by an update for each tensor of the base that holds a part of the experts.
     """
 
     file: TensorFile
@@ -108,7 +108,7 @@ def read_base(folder: Path) -> Base:
 
     Raises UserError unless the folder has a complete, unquantised safetensors model.
     """
-    config = _read_json(folder / "config.json", "base")
+    config = _read_object(folder / "config.json", "base")
     if method := config.get("quantization_config") or config.get("compression_config"):
         name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
         raise UserError(
@@ -133,7 +133,7 @@ def read_adapter(folder: Path) -> Adapter:
 
     Raises UserError unless the folder has LoRA layers that `merge_layer` can merge.
     """
-    config = _read_json(folder / "adapter_config.json", "adapter")
+    config = _read_object(folder / "adapter_config.json", "adapter")
     _require_mergeable(folder, config)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
@@ -155,37 +155,37 @@ def read_adapter(folder: Path) -> Adapter:
     if not layers:
         raise UserError(f"adapter: {path} is empty")
     fused = {}
-    if config.get("target_parameters"):  # of n experts A has n times r rows
-        fused = {n: parts for n, parts in layers.items() if _rows(parts) != _r(n, config)}
+    if config.get("target_parameters"):  # A of n fused experts has n * r rows
+        fused = {n: parts for n, parts in layers.items() if _num_rows(parts) != _r_of(n, config)}
         layers = {name: parts for name, parts in layers.items() if name not in fused}
     updates = {
-        f"{name}.weight": _update(path, name, parts, config) for name, parts in layers.items()
+        f"{name}.weight": _layer_update(path, name, parts, config) for name, parts in layers.items()
     }
     return Adapter(file, config, updates, fused)
 
 
-def _rows(parts: Mapping[str, Entry]) -> int:
+def _num_rows(parts: Mapping[str, Entry]) -> int:
     return parts["A"].shape[0] if "A" in parts else 0
 
 
-def _r(name: str, config: Mapping[str, Any]) -> int:
+def _r_of(name: str, config: Mapping[str, Any]) -> int:
     return int(pattern_value(config.get("rank_pattern"), name, config["r"]))
 
 
-def _update(
+def _layer_update(
     path: Path, name: str, parts: Mapping[str, Entry], config: Mapping[str, Any], experts: int = 1
 ) -> LayerUpdate:
     """The LoRA layer of this name. Raises UserError if a tensor is missing or does not match r.
 
-    `experts`: number of experts of a fused tensor, each of which has r columns of its own.
+    `experts`: number of experts in a fused tensor; each has r rows of A and r columns of B.
     """
-    wanted = {"A", "B", "magnitude"} if config.get("use_dora") else {"A", "B"}
-    if parts.keys() != wanted:
+    expected = {"A", "B", "magnitude"} if config.get("use_dora") else {"A", "B"}
+    if parts.keys() != expected:
         raise UserError(
             f"adapter: {path}: {name} has {', '.join(sorted(parts))} instead of "
-            f"{', '.join(sorted(wanted))}"
+            f"{', '.join(sorted(expected))}"
         )
-    r = _r(name, config)
+    r = _r_of(name, config)
     a, b = parts["A"], parts["B"]
     width = r * experts
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != width or b.shape[1] != width:
@@ -242,7 +242,7 @@ def _expert_updates(
         slices = expert_slices(model, parameter, stored[parameter])
     except (AttributeError, KeyError, IndexError) as error:
         raise UserError(f"{mismatch}: it has no fused experts {name} ({error})") from error
-    whole = _update(
+    whole = _layer_update(
         adapter.file.path, parameter, adapter.fused[name], adapter.config, tensor.shape[0]
     )
     return {key: replace(whole, experts=each) for key, each in slices.items()}
@@ -292,7 +292,7 @@ def _require_mergeable(folder: Path, config: Mapping[str, Any]) -> None:
             f"{place}: init_lora_weights is {config['init_lora_weights']!r}, which changed the "
             "base before training; merge the adapter with peft"
         )
-    for key in sorted(config.keys() - _WITHOUT_EFFECT - _READ):
+    for key in sorted(config.keys() - _WITHOUT_EFFECT - _READ_KEYS):
         if config[key]:
             raise UserError(
                 f"{place}: merging does not support {key}: {config[key]!r}; merge the adapter with "
@@ -300,7 +300,7 @@ def _require_mergeable(folder: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _read_json(path: Path, setting: str) -> dict[str, Any]:
+def _read_object(path: Path, setting: str) -> dict[str, Any]:
     try:
         return read_json(path)
     except FileNotFoundError:

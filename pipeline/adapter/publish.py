@@ -132,7 +132,7 @@ def check_servable(tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[
 def model_card(plan: Plan, step: int, base: Fingerprint, started_from: Sequence[str] = ()) -> str:
     """Text of the adapter folder's README.md, with front matter for the Hugging Face hub.
 
-    `started_from`: the adapter that the run started from, the one that it started from, ...
+    `started_from`: the initial adapter of the run and its predecessors, from `chain`.
     """
     settings = plan.settings
     front = {

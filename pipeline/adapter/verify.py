@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import RankZeroError
 
-_NAMED = 3  # largest number of tensors that a message names
+_MAX_NAMED = 3  # largest number of tensors that a message names
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -21,7 +21,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def verify_tensors(tensors: Mapping[str, torch.Tensor], expected: Shapes, *, trained: bool) -> None:
     """Verify a gathered adapter. Raises RankZeroError for wrong keys, shapes or values.
 
-    `trained`: also require that no lora_B is zero, the value with which it is initialised.
+    `trained`: also require that no lora_B is zero, which is its initial value.
     """
     _verify("the gathered adapter", tensors.keys(), tensors.__getitem__, expected, trained=trained)
 
@@ -57,13 +57,13 @@ def _verify(
             zeros.append(key)
     if damages:
         raise RankZeroError(
-            f"{name} is damaged, {len(damages)} tensors are wrong: {_some(damages)}"
+            f"{name} is damaged, {len(damages)} tensors are wrong: {_first_of(damages)}"
         )
     if zeros:
         matrices = sum(key.endswith(".lora_B.weight") for key in expected)
         raise RankZeroError(
             f"{name}: {len(zeros)} of {matrices} lora_B matrices are zero, their initial value: "
-            f"no gradient reached {_some(zeros)}"
+            f"no gradient reached {_first_of(zeros)}"
         )
 
 
@@ -77,6 +77,6 @@ def _damage(tensor: torch.Tensor, shape: tuple[int, ...]) -> str | None:
     return f"has {bad} of {tensor.numel()} values that are not finite" if bad else None
 
 
-def _some(items: list[str]) -> str:
-    more = f"; and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
-    return "; ".join(items[:_NAMED]) + more
+def _first_of(items: list[str]) -> str:
+    more = f"; and {len(items) - _MAX_NAMED} more" if len(items) > _MAX_NAMED else ""
+    return "; ".join(items[:_MAX_NAMED]) + more

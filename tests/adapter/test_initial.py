@@ -89,8 +89,11 @@ REFUSED = {
     "smaller": ({"lora_r": 2, "init_adapter_resize": True}, ["r 4", "r 2", "lora_r: 4"]),
     "alpha": ({"lora_alpha": 4.0}, ["scaled by 2", "by 1", "lora_alpha: 8"]),
     "rslora": ({"use_rslora": True, "lora_alpha": 8.0}, ["scaled by 2", "by 4"]),
-    "fewer": ({"lora_target_modules": ["q_proj"]}, ["12 only in it", "lora_target_modules"]),
-    "more": ({"layers_to_transform": [0]}, ["7 only in it", "layers.1"]),
+    "fewer": (
+        {"lora_target_modules": ["q_proj"]},
+        ["12 only in the adapter", "lora_target_modules"],
+    ),
+    "more": ({"layers_to_transform": [0]}, ["7 only in the adapter", "layers.1"]),
 }
 
 

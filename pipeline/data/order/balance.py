@@ -16,22 +16,22 @@ def divide(costs: npt.NDArray[np.float64], ranks: int) -> list[Array]:
     highest and the lowest sum, as long as a swap reduces the difference of the two sums.
     """
     count = len(costs)
-    each = -(-count // ranks)
-    units = np.zeros(each * ranks, np.int64)  # indices from `count` on are padding, not items
+    per_rank = -(-count // ranks)
+    units = np.zeros(per_rank * ranks, np.int64)  # indices from `count` on are padding, not items
     units[:count] = np.rint(costs * (_UNITS / max(costs.max(initial=0.0), 1e-300)))
-    items = np.empty((ranks, each), np.int64)
+    items = np.empty((ranks, per_rank), np.int64)
     sums, sizes = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
     for item in np.argsort(-units, kind="stable"):
-        rank = np.where(sizes < each, sums, np.iinfo(np.int64).max).argmin()
+        rank = np.where(sizes < per_rank, sums, np.iinfo(np.int64).max).argmin()
         items[rank, sizes[rank]] = item
         sums[rank] += units[item]
         sizes[rank] += 1
     for _ in range(_MAX_SWAPS):
         high, low = sums.argmax(), sums.argmin()
-        apart = sums[high] - sums[low]
-        after = np.abs(apart - 2 * (units[items[high]][:, None] - units[items[low]]))
+        difference = sums[high] - sums[low]
+        after = np.abs(difference - 2 * (units[items[high]][:, None] - units[items[low]]))
         one, other = np.unravel_index(after.argmin(), after.shape)
-        if after[one, other] >= apart:
+        if after[one, other] >= difference:
             break
         items[high, one], items[low, other] = items[low, other], items[high, one]
         sums[high] = units[items[high]].sum()

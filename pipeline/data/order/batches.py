@@ -79,6 +79,8 @@ def build_batch(split: "Split", sequences: Sequence[int]) -> Batch:
 
 
 class _RankBatches(Dataset[tuple[Batch, int]]):
+    """Map-style dataset: index of a rank's micro-batch -> its batch and offset."""
+
     def __init__(self, split: "Split", work: Sequence[MicroBatch]) -> None:
         self._split, self._work = split, work
 
@@ -91,7 +93,7 @@ class _RankBatches(Dataset[tuple[Batch, int]]):
 
 
 def _ignore_signals(worker: int) -> None:
-    """A launcher signals a rank's children too, but a rank that stops still needs its workers."""
+    """Ignore signals that a launcher also sends to workers, which a stopping rank still needs."""
     del worker
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -106,7 +108,7 @@ def batches_of(
 ) -> Iterator[tuple[Batch, int]]:
     """The batches of one rank's work in order, each with its offset in the global batch.
 
-    They are built ahead, by a thread or by workers. Iterate inside `worker_deaths_reported`.
+    A thread or worker processes prefetch them. Iterate inside `worker_deaths_reported`.
     """
     loader: DataLoader[tuple[Batch, int]] = DataLoader(
         _RankBatches(split, work),
@@ -118,7 +120,7 @@ def batches_of(
         # Forking would copy the locks of DeepSpeed's, CUDA's and our own threads.
         multiprocessing_context="spawn" if num_workers else None,
     )
-    resource_tracker.ensure_running()  # its start would unblock the signals again
+    resource_tracker.ensure_running()  # now, because its start unblocks the signals
     # Workers inherit the mask, so that no signal ends them before they ignore it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -150,7 +152,7 @@ def _report_worker_death(batches: Iterator[_Item]) -> Iterator[_Item]:
         except (OSError, EOFError) as error:
             if _RAISED_IN_WORKER in str(error):
                 raise
-            raise _worker_death() from error
+            raise _worker_death_error() from error
         yield batch
 
 
@@ -158,18 +160,18 @@ def _report_worker_death(batches: Iterator[_Item]) -> Iterator[_Item]:
 def worker_deaths_reported() -> Iterator[None]:
     """Raise SingleRankError if a worker was killed.
 
-    Torch raises RuntimeError from a signal handler then, at any point of the body.
+    torch then raises RuntimeError in a signal handler, at any point of the body.
     """
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error) or _RAISED_IN_WORKER in str(error):
             raise
-        raise _worker_death() from error
+        raise _worker_death_error() from error
 
 
-def _worker_death() -> SingleRankError:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch's handler would raise once more
+def _worker_death_error() -> SingleRankError:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch's handler would raise again
     return SingleRankError(
         "a DataLoader worker was killed from outside, most likely because memory ran out; "
         "dataloader_num_workers: 0 builds batches without worker processes"

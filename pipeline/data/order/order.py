@@ -62,19 +62,21 @@ def epoch_order(sequences: Sequences, *, seed: int, epoch: int, global_batch_siz
     remaining = [np.zeros(0, np.int64)]
     for segment in sequences.segments:
         for repeat in range(segment.repeats):
-            words = (seed, epoch, segment.start, repeat)
-            shuffled = segment.start + permutation(segment.end - segment.start, *words)
-            groups, rest = _groups(shuffled, sequences, size, words)
+            hash_inputs = (seed, epoch, segment.start, repeat)
+            shuffled = segment.start + permutation(segment.end - segment.start, *hash_inputs)
+            groups, rest = _groups(shuffled, sequences, size, hash_inputs)
             streams[segment.source].append(groups)
             remaining.append(rest)
-    pooled, words = np.concatenate(remaining), (seed, epoch, len(sequences.tokens), 0)
-    mixed, rest = _groups(pooled[permutation(len(pooled), *words)], sequences, size, words)
+    pooled, hash_inputs = np.concatenate(remaining), (seed, epoch, len(sequences.tokens), 0)
+    mixed, rest = _groups(
+        pooled[permutation(len(pooled), *hash_inputs)], sequences, size, hash_inputs
+    )
     groups_of_sources = [np.concatenate(groups) for groups in streams.values()]
     return np.append(interleave([*groups_of_sources, mixed], sequences.supervised), rest)
 
 
 def _groups(
-    shuffled: Integers, sequences: Sequences, size: int, words: Sequence[int]
+    shuffled: Integers, sequences: Sequences, size: int, hash_inputs: Sequence[int]
 ) -> tuple[Integers, Integers]:
     """Groups of `size` sequences, (N, G), length-grouped if size > 1; and the remaining sequences.
 
@@ -87,11 +89,11 @@ def _groups(
     whole = len(shuffled) - len(shuffled) % size
     chosen, rest = shuffled[:whole], shuffled[whole:]
     width = _LENGTH_GROUP_WIDTH * max(1.0, size / _LENGTH_GROUP_SIZE)
-    noise = hashes_of(whole, *words, 1) / 2.0**64
+    noise = hashes_of(whole, *hash_inputs, 1) / 2.0**64
     # Rounded: the last bits of a logarithm differ between CPUs, but all ranks need the same order.
     keys = np.round(np.log(sequences.tokens[chosen]), 6) + width * noise
     groups = chosen[np.argsort(keys, kind="stable")].reshape(-1, size)
-    return groups[permutation(len(groups), *words, 2)], rest
+    return groups[permutation(len(groups), *hash_inputs, 2)], rest
 
 
 def interleave(streams: list[Integers], supervised: Integers) -> Integers:
@@ -166,23 +168,23 @@ def _costs(
     groups: list[Integers], sequences: Sequences, flops: SequenceFlops
 ) -> npt.NDArray[np.float64]:
     """FLOPs of each group of sequences; documents are padded to the longest of their group."""
-    every, sizes = np.concatenate(groups), np.array([len(group) for group in groups])
+    indices, sizes = np.concatenate(groups), np.array([len(group) for group in groups])
     starts = np.cumsum(sizes) - sizes
-    tokens, squares = sequences.tokens[every], sequences.squares[every]
+    tokens, squares = sequences.tokens[indices], sequences.squares[indices]
     if not sequences.are_packs:
         tokens = np.repeat(np.maximum.reduceat(tokens, starts), sizes)
         squares = tokens**2
     costs = (
         flops.per_token * tokens
         + flops.per_square * squares
-        + flops.per_logit * sequences.supervised[every]
+        + flops.per_logit * sequences.supervised[indices]
     )
     summed: npt.NDArray[np.float64] = np.add.reduceat(costs, starts)
     return summed
 
 
 class HasSequences(Protocol):
-    """A split. Worker processes memory-map its files instead of copying its sequences."""
+    """An object with sequences: a split. Worker processes memory-map its files, not copy them."""
 
     sequences: Sequences
 
@@ -232,21 +234,21 @@ class RankWork(Sequence[MicroBatch]):
 def evaluation_work(
     sequences: Sequences, *, world_size: int, micro_batch_size: int
 ) -> list[list[MicroBatch]]:
-    """The micro-batches of each rank for one pass over the sequences, the same number on each.
+    """The micro-batches of each rank for one pass over the sequences; each rank has equally many.
 
     Micro-batches have sequences of similar length and are assigned to ranks longest first, in
     alternating direction, which balances the ranks.
     """
-    every = sequences.of_epoch()
+    indices = sequences.of_epoch()
     size = micro_batch_size
-    by_length = every[np.argsort(-sequences.tokens[every], kind="stable")]
-    groups = [by_length[first : first + size] for first in range(0, len(every), size)]
+    by_length = indices[np.argsort(-sequences.tokens[indices], kind="stable")]
+    groups = [by_length[first : first + size] for first in range(0, len(indices), size)]
     work: list[list[MicroBatch]] = [[] for _ in range(world_size)]
     for row in range(-(-len(groups) // world_size)):
-        for place in range(world_size):
-            index = row * world_size + place
+        for column in range(world_size):
+            index = row * world_size + column
             chosen = tuple(groups[index].tolist()) if index < len(groups) else ()
-            rank = place if row % 2 == 0 else world_size - 1 - place
+            rank = column if row % 2 == 0 else world_size - 1 - column
             work[rank].append(MicroBatch(chosen, index * size))
     return work
 
