@@ -1,9 +1,10 @@
-"""The project's commands in forks of a preloaded interpreter, for tests that are not about starts.
+"""Run the project's commands in forks of a preloaded interpreter.
 
-A `python launch/train.py RUN.yaml` of its own spends 5 CPU seconds on imports, and each rank as
-many. A fork has them from the forkserver of tests/ranks.py, and calls the same script with its own
-arguments, variables, working directory and output. What depends on a launcher, on PYTHONPATH or
-on a fresh interpreter is tested with real processes (tests/cli/test_launchers.py, tests/faults).
+Each rank of `python launch/train.py RUN.yaml` spends 5 CPU seconds on imports. A fork of the
+forkserver (tests/ranks.py) inherits the imported modules and runs the same script with its own
+arguments, environment variables, working directory and output files. Tests that depend on a
+launcher, PYTHONPATH or a fresh interpreter start real processes (tests/cli/test_launchers.py,
+tests/faults).
 """
 
 import os
@@ -20,11 +21,11 @@ from typing import Self
 from tests import ROOT
 from tests.ranks import CONTEXT
 
-_GRACE_S = 30.0  # from a launcher's SIGTERM to its SIGKILL, as with DeepSpeed
+_GRACE_S = 30.0  # between a launcher's SIGTERM and SIGKILL; DeepSpeed's value
 
 
 class Command:
-    """A started command: one process, or several with the variables of ranks."""
+    """A started command: one process, or one process per rank."""
 
     def __init__(
         self,
@@ -33,23 +34,23 @@ class Command:
         variables: Sequence[dict[str, str]] = ({},),
         cwd: Path = ROOT,
     ) -> None:
-        """Fork `python *arguments` once for each of `variables`, or for each rank."""
+        """Fork `python *arguments` for each dict of environment variables, or for each rank."""
         if ranks is not None:
             variables = variables_of_ranks(ranks)
         self._folder = tempfile.TemporaryDirectory(prefix="rankzero-command-")
         folder = Path(self._folder.name)
         self._files = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(len(variables))]
         self._processes = []
-        for own, files in zip(variables, self._files, strict=True):
-            environment = dict(os.environ) | {"DS_ACCELERATOR": "cpu"} | own
+        for added, files in zip(variables, self._files, strict=True):
+            environment = dict(os.environ) | {"DS_ACCELERATOR": "cpu"} | added
             line = [str(argument) for argument in arguments]
-            process = CONTEXT.Process(target=_call, args=(line, environment, cwd, files))
+            process = CONTEXT.Process(target=_run_python, args=(line, environment, cwd, files))
             process.start()
             self._processes.append(process)
 
     @property
     def pids(self) -> list[int]:
-        """The processes, by rank."""
+        """Process ids by rank."""
         return [process.pid for process in self._processes]
 
     def is_running(self) -> bool:
@@ -58,20 +59,20 @@ class Command:
 
     @property
     def output(self) -> str:
-        """Output and errors of all processes so far."""
+        """Standard output and standard error of all processes so far."""
         return "".join(out + err for out, err in self.outputs)
 
     @property
     def outputs(self) -> list[tuple[str, str]]:
-        """Output and errors by rank."""
-        return [(_read(out), _read(err)) for out, err in self._files]
+        """Standard output and standard error so far, by rank."""
+        return [(_text_of(out), _text_of(err)) for out, err in self._files]
 
     def end(self, within_s: float = 240.0) -> tuple[int, str]:
-        """Wait like a launcher, which ends all ranks once one has failed.
+        """Wait for all ranks; when one fails, terminate the others, as a launcher does.
 
-        Returns the code of the first rank that failed, and the output.
+        Returns the exit code of the first rank that failed, or 0, and the output.
         """
-        deadline, first = time.monotonic() + within_s, 0
+        deadline, exit_code = time.monotonic() + within_s, 0
         waiting = {process.sentinel: process for process in self._processes}
         try:
             while waiting:
@@ -80,17 +81,17 @@ class Command:
                 for sentinel in ready:
                     process = waiting.pop(sentinel)
                     process.join()
-                    if process.exitcode and not first:
-                        first = process.exitcode
+                    if process.exitcode and not exit_code:
+                        exit_code = process.exitcode
                         deadline = min(deadline, time.monotonic() + _GRACE_S)
                         for other in waiting.values():
                             other.terminate()
         finally:
             self.kill()
-        return first, self.output
+        return exit_code, self.output
 
     def kill(self) -> None:
-        """SIGKILL to whatever is left."""
+        """Send SIGKILL to all processes that still run."""
         for process in self._processes:
             process.kill()
             process.join()
@@ -113,7 +114,7 @@ def run(
 
 
 def variables_of_ranks(world_size: int) -> list[dict[str, str]]:
-    """The variables by which the ranks of one machine find each other."""
+    """Environment variables of torch's rendezvous for the ranks of one machine."""
     common = {
         "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
@@ -122,16 +123,16 @@ def variables_of_ranks(world_size: int) -> list[dict[str, str]]:
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
+    """A TCP port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def _call(
+def _run_python(
     arguments: list[str], environment: dict[str, str], cwd: Path, files: tuple[Path, Path]
 ) -> None:
-    """In the fork: become `python *arguments`."""
+    """Run `python *arguments` in the forked process."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
@@ -139,20 +140,20 @@ def _call(
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, number)
         os.close(opened)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - of the process
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - open until exit
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    how, *rest = arguments
-    if how == "-c":
+    first, *rest = arguments
+    if first == "-c":
         sys.argv = ["-c", *rest[1:]]
         exec(compile(rest[0], "<command>", "exec"), {"__name__": "__main__"})
-    elif how == "-m":
+    elif first == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv = arguments
-        sys.path.insert(0, str((cwd / how).parent))
-        runpy.run_path(how, run_name="__main__")
+        sys.path.insert(0, str((cwd / first).parent))
+        runpy.run_path(first, run_name="__main__")
 
 
-def _read(path: Path) -> str:
+def _text_of(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""

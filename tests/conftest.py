@@ -1,7 +1,7 @@
-"""What many tests share: models, made once a session, and how examples are drawn.
+"""Fixtures of all tests: the tiny model, environment variables, Hypothesis profile, test order.
 
-`make test` draws the same examples each time, so that a rare one fails on the change that brings
-it; `pytest --hypothesis-profile=default` draws others.
+Hypothesis generates the same examples in every run of the suite, so that a rare failure appears
+with the change that causes it. `pytest --hypothesis-profile=default` generates random examples.
 """
 
 import os
@@ -15,13 +15,13 @@ import pytest
 from pipeline.plan.given import torch_process
 from tests.tiny import make_model
 
-# Two workers, each with a thread for every core, would wait for each other most of the time.
+# Two xdist workers with a thread for every core would compete for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RANKZERO_CACHE"] = tempfile.mkdtemp(prefix="rankzero-tests-")  # subprocesses too
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
-_LAUNCHER = (
+_LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR",
     "MASTER_PORT",
 )  # fmt: skip
@@ -29,22 +29,22 @@ _LAUNCHER = (
 
 @pytest.fixture(autouse=True)
 def _no_launcher_variables():
-    """A run in this process sets them for torch; processes of later tests must not inherit them."""
-    for name in _LAUNCHER:
+    """Unset variables that a training run in this process sets: child processes inherit them."""
+    for name in _LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     yield
-    for name in _LAUNCHER:
+    for name in _LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
 
 
 def pytest_collection_modifyitems(items):
-    """Slow tiers first: short files at the end keep both workers busy."""
+    """Run slow tiers first: with short files at the end both workers end at about the same time."""
     tiers = ("e2e", "engine", "group", "tensor")
     items.sort(key=lambda item: [item.get_closest_marker(tier) is None for tier in tiers])
 
 
-class _Forks:
-    """Stands in for the module `subprocess` where a plan runs a module with torch."""
+class _SubprocessByFork:
+    """Replaces the module `subprocess` in torch_process.py: runs the command in a fork."""
 
     TimeoutExpired = subprocess.TimeoutExpired
 
@@ -58,14 +58,14 @@ class _Forks:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _classes_are_built_in_forks():
-    """Counting or checking a model class takes its imports from the forkserver, not 5 s each."""
+def _torch_processes_are_forked():
+    """A process that builds a model class inherits imported modules: saves 5 s each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_process, "subprocess", _Forks)
+        patch.setattr(torch_process, "subprocess", _SubprocessByFork)
         yield
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny fp32 Llama with tied embeddings and a tokenizer; nobody may change it."""
+    """Model folder of a tiny fp32 Llama with tied embeddings, and a tokenizer: read only."""
     return make_model(tmp_path_factory.mktemp("model") / "tiny")

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with a host name, an address and a cable."""
+"""Two emulated hosts on this machine: network namespaces, each with host name and address."""
 
 import os
 import shutil
@@ -9,13 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-_ADDRESSES = ("198.51.100.1", "198.51.100.2")  # RFC 5737: for documentation, routed nowhere
-_HOSTS = Path("/etc/netns")  # `ip netns exec` mounts a namespace's files over those of /etc
-_NAME_AND_RUN = 'hostname "$0" && exec "$@"'
+_ADDRESSES = ("198.51.100.1", "198.51.100.2")  # RFC 5737: for documentation, never routed
+_NETNS_ETC = Path("/etc/netns")  # `ip netns exec` mounts a namespace's files from here over /etc
+_SET_NAME_AND_RUN = 'hostname "$0" && exec "$@"'
 
 
-def why_not() -> str | None:
-    """Why hosts cannot be created here; None if they can."""
+def reason_unavailable() -> str | None:
+    """Reason why hosts cannot be emulated on this machine; None if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     for tool in ("ip", "unshare", "hostname"):
@@ -35,9 +35,9 @@ def why_not() -> str | None:
 
 
 class TwoHosts:
-    """A context with hosts `host-a` and `host-b`; its exit kills every process on them.
+    """Context manager: hosts `host-a` and `host-b`; its exit kills every process on them.
 
-    Each resolves its own name to 127.0.1.1, as on Debian, and the other's to its address.
+    Each host resolves its own name to 127.0.1.1, as on Debian, and the other's name to its address.
     """
 
     names = ("host-a", "host-b")
@@ -49,17 +49,17 @@ class TwoHosts:
         for space in self._spaces:
             _ip("netns", "add", space)
             _ip("-n", space, "link", "set", "lo", "up")
-            known = "127.0.0.1 localhost\n"
+            hosts = "127.0.0.1 localhost\n"
             for host, name in enumerate(self.names):
                 own = space == self._spaces[host]
-                known += f"{'127.0.1.1' if own else self.addresses[host]} {name}\n"
-            (_HOSTS / space).mkdir(parents=True)
-            (_HOSTS / space / "hosts").write_text(known)
-        one, other = self._spaces
-        _ip("-n", one, "link", "add", "cable", "type", "veth", "peer", "cable", "netns", other)
+                hosts += f"{'127.0.1.1' if own else self.addresses[host]} {name}\n"
+            (_NETNS_ETC / space).mkdir(parents=True)
+            (_NETNS_ETC / space / "hosts").write_text(hosts)
+        first, second = self._spaces
+        _ip("-n", first, "link", "add", "cable", "type", "veth", "peer", "cable", "netns", second)
         for space, address in zip(self._spaces, _ADDRESSES, strict=True):
             _ip("-n", space, "address", "add", f"{address}/24", "dev", "cable")
-        self.plug_in()
+        self.connect()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,20 +71,20 @@ class TwoHosts:
                 with suppress(ProcessLookupError):
                     os.kill(int(process), signal.SIGKILL)
             _ip("netns", "del", space)
-            shutil.rmtree(_HOSTS / space)
+            shutil.rmtree(_NETNS_ETC / space)
 
     def command(self, host: int, *command: str) -> list[str]:
         """The command line that runs a command on a host."""
-        inside = ["unshare", "--uts", "sh", "-c", _NAME_AND_RUN, self.names[host]]
+        inside = ["unshare", "--uts", "sh", "-c", _SET_NAME_AND_RUN, self.names[host]]
         return ["ip", "netns", "exec", self._spaces[host], *inside, *command]
 
-    def cut(self) -> None:
-        """Unplug the cable from both hosts: packets are lost, and no connection is reset."""
+    def disconnect(self) -> None:
+        """Take the link down on both hosts: packets are dropped, and no connection is reset."""
         for space in self._spaces:
             _ip("-n", space, "link", "set", "cable", "down")
 
-    def plug_in(self) -> None:
-        """Plug the cable in again."""
+    def connect(self) -> None:
+        """Bring the link up on both hosts."""
         for space in self._spaces:
             _ip("-n", space, "link", "set", "cable", "up")
 

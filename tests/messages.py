@@ -1,4 +1,4 @@
-"""Assertions about messages: the facts that a user needs, not the wording.
+"""Assertions about the facts in a message, independent of its wording.
 
 A fact is a key, a path, a line number, a value or a remedy such as `resume: auto`. Rewording a
 message therefore changes no test; dropping a fact from it fails one.
@@ -14,9 +14,9 @@ from pipeline.errors import RankZeroError, UserError
 
 
 def assert_mentions(message: object, *facts: object) -> None:
-    """Every fact stands in the message as a whole word, whatever the case and line breaks."""
+    """Assert that the message has every fact as a whole word; case and line breaks are ignored."""
     text = re.sub(r"\s+", " ", str(message))
-    missing = [fact for fact in map(str, facts) if not _has(text, fact)]
+    missing = [fact for fact in map(str, facts) if not _has_fact(text, fact)]
     assert not missing, f"missing {missing} in: {text}"
 
 
@@ -24,13 +24,13 @@ def assert_mentions(message: object, *facts: object) -> None:
 def refused(
     *facts: object, error: type[RankZeroError] = UserError
 ) -> Iterator[pytest.ExceptionInfo[RankZeroError]]:
-    """The body raises `error` (exit 2 by default) with a message that has these facts."""
+    """Assert that the body raises `error` (default: UserError) with these facts in its message."""
     with pytest.raises(error) as caught:
         yield caught
     assert_mentions(caught.value, *facts)
 
 
-def _has(text: str, fact: str) -> bool:
+def _has_fact(text: str, fact: str) -> bool:
     pattern = re.sub(r"\\?\s+", r"\\s+", re.escape(fact.strip()))
     start = r"(?<!\w)" if fact[:1].isalnum() else ""
     end = r"(?!\w)" if fact[-1:].isalnum() else ""

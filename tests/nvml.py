@@ -1,4 +1,4 @@
-"""A stand-in for NVML: GPUs and their MIG instances, as pynvml's functions show them."""
+"""A fake pynvml: its functions return the GPUs and MIG instances of a list."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ from pipeline.plan.given.hardware import GIB
 
 @dataclass(eq=False)
 class Device:
-    """A GPU, or one of its MIG instances with the ids of its GPU and compute instance."""
+    """A GPU, or a MIG instance with its ids of the GPU instance and the compute instance."""
 
     uuid: str
     gib: float = 80
@@ -22,13 +22,13 @@ def gpus(count: int) -> list[Device]:
 
 
 def make_nvml(devices: list[Device]) -> SimpleNamespace:
-    """The functions of pynvml that the project calls; its error is OSError here."""
+    """The functions of pynvml that the project calls; NVMLError is OSError."""
 
     def parent(handle: Device) -> Device:
-        found = [device for device in devices if handle in device.mig]
-        if not found:
+        parents = [device for device in devices if handle in device.mig]
+        if not parents:
             raise OSError("Invalid Argument")
-        return found[0]
+        return parents[0]
 
     def capability(handle: Device) -> tuple[int, int]:
         if handle.ids is not None:

@@ -1,4 +1,4 @@
-"""Models and machines for plans in tests, without weights or devices."""
+"""Model configs, hardware and data sizes for plans in tests: no weights, no devices."""
 
 from dataclasses import replace
 
@@ -27,27 +27,27 @@ H100S = replace(gpu_named("h100-80gb"), devices_per_node=8, host_bytes=1024 * GI
 
 
 def gpu(gib: float = 80, count: int = 8, capability=(9, 0)) -> Hardware:
-    """A node of GPUs described by their memory."""
+    """A node with `count` GPUs of `gib` GiB each."""
     return replace(
         gpu_like(gib), devices_per_node=count, host_bytes=1024 * GIB, compute_capability=capability
     )
 
 
 def sized(documents: int, mean: int = 200, longest: int | None = None) -> DataSize:
-    """A training set as prepare has counted it."""
+    """The size of a prepared training set: exact counts."""
     return DataSize(documents=documents, tokens=documents * mean, longest=longest, is_exact=True)
 
 
 def with_layout(plan, **changes):
-    """The plan with another layout and the DeepSpeed config for it."""
+    """The plan with a changed layout, and the DeepSpeed config for that layout."""
     layout, is_cuda = replace(plan.layout, **changes), plan.hardware.kind == "cuda"
     config = deepspeed_config(plan.shape, plan.settings, layout, is_cuda=is_cuda)
     return replace(plan, layout=layout, deepspeed=config)
 
 
 def with_blocks(shape, **changes):
-    """The shape with these values, in every block where they are a block's."""
-    own = Block.__dataclass_fields__.keys() & changes.keys()
-    in_blocks = {key: changes.pop(key) for key in own}
+    """The model shape with these values; fields of a block are changed in every block."""
+    block_fields = Block.__dataclass_fields__.keys() & changes.keys()
+    in_blocks = {key: changes.pop(key) for key in block_fields}
     blocks = tuple(replace(block, **in_blocks) for block in shape.blocks)
     return replace(shape, blocks=blocks, **changes)

@@ -1,6 +1,6 @@
-"""The imports of the forkserver of tests/ranks.py: every rank of every test is forked from it."""
+"""Imports of the forkserver of tests/ranks.py, from which every rank of every test is forked."""
 
-# ruff: noqa: E402, F401 - torch's threads are set before DeepSpeed is imported
+# ruff: noqa: E402, F401 - the number of torch's threads is set before DeepSpeed is imported
 import gc
 
 import torch
@@ -33,5 +33,5 @@ import pipeline.train.loop
 import tests.train_tiny
 
 get_checkpoint_conversion_mapping("llama")  # compiles 900 patterns, once for all model types
-# A collection in a rank would otherwise visit, and so copy, the objects of all these modules.
+# Garbage collection in a fork would otherwise write to, and so copy, the pages of all modules.
 gc.freeze()

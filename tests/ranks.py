@@ -1,7 +1,8 @@
-"""Run one function on N gloo ranks, fast and with a deadline.
+"""Run one function on N gloo ranks with a deadline.
 
-A forkserver that has the slow imports already makes a 2-rank ZeRO test take about a second. Bodies
-are module-level functions (pickled by name). No ports: the ranks meet in a file.
+The ranks are forked from a forkserver that has already imported torch and DeepSpeed, so that a
+2-rank ZeRO test takes about a second. Bodies are module-level functions (pickled by name). The
+rendezvous is a file (FileStore) and needs no port.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def run_ranks(
 ) -> list[Any]:
     """Call ``body(session, *args)`` on every rank and return the results by rank.
 
-    Raises AssertionError with the traceback of each rank that failed, or naming the ranks that
-    were still running at the deadline; either way every worker is gone when it returns.
+    Raises AssertionError with the traceback of the first rank that failed, or with the ranks that
+    were still running at the deadline. No process survives the call.
     """
     store = tmp_path / f"rendezvous-{time.monotonic_ns()}"
     arguments = [(rank, world_size, store, body, args) for rank in range(world_size)]
@@ -45,10 +46,10 @@ def run_ranks(
 def run_processes(
     body: Callable[..., Any], arguments: list[tuple[Any, ...]], deadline_s: float = 90.0
 ) -> list[Any]:
-    """Call ``body(*its arguments)`` in one process each, at the same time; as `run_ranks`."""
+    """Call ``body(*args)`` concurrently, in a process for each tuple; errors as in `run_ranks`."""
     ends = [CONTEXT.Pipe(duplex=False) for _ in arguments]
     workers = [
-        CONTEXT.Process(target=_report, args=(send, body, args))
+        CONTEXT.Process(target=_send_result, args=(send, body, args))
         for args, (_, send) in zip(arguments, ends, strict=True)
     ]
     for worker, (_, send) in zip(workers, ends, strict=True):
@@ -77,20 +78,22 @@ def _collect(waiting: dict[Connection, int], deadline_s: float) -> list[Any]:
             try:
                 ok, value = pickle.loads(recv.recv_bytes())
             except EOFError:
-                ok, value = False, "the process died without a report"
+                ok, value = False, "the process died without a result"
             if not ok:
                 raise AssertionError(f"rank {rank}:\n{value}")
             results[rank] = value
     return results
 
 
-def _report(send: Connection, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _send_result(send: Connection, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
     import torch
 
     torch.set_num_threads(1)
     try:
-        send.send_bytes(pickle.dumps((True, body(*args))))  # by value: tensors too
-    except BaseException:  # reported to the test, which raises it
+        send.send_bytes(
+            pickle.dumps((True, body(*args)))
+        )  # copies tensors, where torch's pickler would share them
+    except BaseException:  # the test's process raises it
         send.send_bytes(pickle.dumps((False, traceback.format_exc())))
 
 

@@ -1,4 +1,4 @@
-"""Promises about the tree itself: no torch where there must be none, docs as generated."""
+"""Invariants of the source tree: packages without torch, scripts of launch/, generated docs."""
 
 import importlib.util
 import re
@@ -17,24 +17,24 @@ pytestmark = pytest.mark.unit
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.py"))
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
     )
 
 
-@pytest.mark.parametrize("room", ["config.load", "plan.plan", "cluster.exits", "train.run"])
-def test_no_torch_until_it_is_needed(room):
+@pytest.mark.parametrize("module", ["config.load", "plan.plan", "cluster.exits", "train.run"])
+def test_an_import_of_this_module_loads_no_torch(module):
     code = (
-        f"import sys, pipeline.{room}; "
+        f"import sys, pipeline.{module}; "
         "print(sorted({'torch', 'transformers', 'peft', 'deepspeed'} & set(sys.modules)))"
     )
-    result = python("-c", code)
+    result = run_python("-c", code)
     assert result.stdout.strip() == "[]", result.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_needs_no_torch(script):
+def test_help_loads_no_torch(script):
     code = (
         "import runpy, sys\n"
         f"sys.argv = [{script!r}, '--help']\n"
@@ -44,18 +44,18 @@ def test_help_needs_no_torch(script):
         "    assert not end.code, end.code\n"
         "print('torch' in sys.modules)\n"
     )
-    result = python("-c", code)
+    result = run_python("-c", code)
     assert "RUN" in result.stdout, result.stderr
     assert "torch" not in result.stdout or result.stdout.strip().endswith("False")
     assert not result.stdout.strip().endswith("True")
 
 
-def test_no_script_shadows_a_module():
+def test_no_script_has_the_name_of_an_importable_module():
     scripts = [*(ROOT / "launch").glob("*.py"), *(ROOT / "launch/quickstart").glob("*.py")]
     assert scripts
     for script in scripts:
         spec = importlib.util.find_spec(script.stem)
-        is_folder = spec is not None and spec.origin is None  # a mere folder of that name
+        is_folder = spec is not None and spec.origin is None  # a namespace package
         assert spec is None or is_folder or Path(spec.origin).parent == script.parent, script
 
 
@@ -69,26 +69,26 @@ def test_a_script_only_calls_its_verb(script):
 
 
 def test_every_verb_has_its_script():
-    of_a_clone = set(VERBS) - {"slurm"}  # writes slurm/, which a clone has
-    assert sorted(f"{verb}.py" for verb in of_a_clone) == SCRIPTS
+    with_script = set(VERBS) - {"slurm"}  # `rankzero slurm` writes slurm/, which a clone has
+    assert sorted(f"{verb}.py" for verb in with_script) == SCRIPTS
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_wrong_argument_is_one_message_and_exit_2(verb):
-    result = python("-m", "pipeline.cli.rankzero", verb, "--nonsense")
+    result = run_python("-m", "pipeline.cli.rankzero", verb, "--nonsense")
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert_mentions(result.stderr, f"rankzero {verb}", "--help")
 
 
-def test_an_unknown_verb_names_those_there_are():
-    result = python("-m", "pipeline.cli.rankzero", "trian")
+def test_an_unknown_verb_is_answered_with_all_verbs():
+    result = run_python("-m", "pipeline.cli.rankzero", "trian")
     assert result.returncode == 2
     assert_mentions(result.stderr, "trian", *VERBS)
 
 
 def test_generated_docs_are_up_to_date():
-    result = python("docs/generate.py", "--check")
+    result = run_python("docs/generate.py", "--check")
     assert result.returncode == 0, result.stderr
 
 
@@ -96,7 +96,7 @@ PAGES = sorted([*ROOT.glob("*.md"), ROOT / "slurm/README.md", *(ROOT / "docs").g
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_tests_that_a_page_names_are_there(page):
+def test_linked_files_and_named_tests_of_a_page_exist(page):
     text = page.read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)#\s]+)", text) if page.name != "CHANGELOG.md" else []
     for target in targets:
@@ -108,5 +108,5 @@ def test_links_and_tests_that_a_page_names_are_there(page):
 
 def test_the_plan_of_the_readme_runs_as_printed():
     (command,) = re.findall(r"^\$ python (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    result = python(*command.split())
+    result = run_python(*command.split())
     assert result.returncode == 0, result.stderr

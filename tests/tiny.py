@@ -1,4 +1,4 @@
-"""A tiny Llama and a byte-level tokenizer, made in code: what every test trains on."""
+"""The tiny Llama, byte-level tokenizer, chat rows, plan and in-memory split of the tests."""
 
 import json
 from pathlib import Path
@@ -30,13 +30,13 @@ def tiny_config(tokenizer, *, tied: bool = True):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
-        initializer_range=0.2,  # the usual 0.02 makes every answer the same at this size
+        initializer_range=0.2,  # with the usual 0.02 all answers are equal at this size
         **CONFIG,
     )
 
 
 def make_model(folder: Path, *, tied: bool = True, dtype: str = "float32", shards: int = 1) -> Path:
-    """Save a tiny random Llama with its tokenizer as an ordinary model folder."""
+    """Save a tiny Llama with random weights, and its tokenizer, as a model folder."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -69,7 +69,7 @@ def make_tokenizer():
 
 
 def make_rows(path: Path, count: int = 24) -> Path:
-    """Write chat rows of unequal lengths and unequal supervised shares."""
+    """Write chat rows that differ in length and in their fraction of supervised tokens."""
     rows = []
     for i in range(count):
         question = f"{i} " + "ask " * (1 + i % 5)
@@ -83,10 +83,7 @@ def make_rows(path: Path, count: int = 24) -> Path:
 def make_plan(
     folder: Path, world_size: int = 1, documents: int | None = None, *, hardware=None, **settings
 ):
-    """The plan of a run on the tiny model; fp32, no dropout, no packs unless the settings say so.
-
-    `hardware` is a CPU unless said.
-    """
+    """The plan of a run on a model folder; defaults: fp32, no dropout, no packing, CPU ranks."""
     from pipeline.config.settings import RunSettings
     from pipeline.plan.given.catalogue import cpu_of
     from pipeline.plan.given.data_size import DataSize
@@ -117,7 +114,7 @@ def make_plan(
 
 
 def sequences_of(lengths, supervised, sources=None, *, are_packs: bool = False):
-    """Sequences of one document each; `sources`: number of sequences and repeats of each."""
+    """Sequences of one document each; `sources`: a pair for each, of its sequences and repeats."""
     from pipeline.data.dataset.sequences import Segment, Sequences
 
     segments, start = [], 0
@@ -136,7 +133,7 @@ def sequences_of(lengths, supervised, sources=None, *, are_packs: bool = False):
 
 
 class Documents:
-    """A split in memory: random documents of unequal lengths and unequal label masks."""
+    """A split in memory: random documents that differ in length and label mask."""
 
     def __init__(self, count: int = 40, vocab_size: int = 259, longest: int = 24, seed: int = 0):
         random = np.random.default_rng(seed)
@@ -155,9 +152,9 @@ class Documents:
         return len(self.lengths)
 
     def document(self, i: int):
-        """Ids and mask of a document."""
+        """Token ids and label mask of a document."""
         return self._ids[i], self._masks[i]
 
     def sequence(self, i: int):
-        """A document is a sequence of its own."""
+        """The documents of a sequence: one, as without packing."""
         return [self.document(i)]

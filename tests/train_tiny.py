@@ -1,4 +1,4 @@
-"""A few training steps on the tiny model, called on every rank: the body of the engine tests."""
+"""A few training steps on the tiny model, called on every rank by the engine tests."""
 
 from pathlib import Path
 
@@ -29,15 +29,16 @@ def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
         micro_batch_size=plan.layout.micro_batch_size,
         flops=sequence_flops(cost_per_token(plan.shape, plan.settings, plan.training_dtype)),
     )
-    mine = RankWork(split, layout, seed=0, rank=rank, steps=range(step, step + 1))
+    work_of_rank = RankWork(split, layout, seed=0, rank=rank, steps=range(step, step + 1))
     batches = [
-        SeededBatch(build_batch(split, m.sequences), forward_seed(0, step, m.first)) for m in mine
+        SeededBatch(build_batch(split, m.sequences), forward_seed(0, step, m.first))
+        for m in work_of_rank
     ]
-    return batches, mine.size_of(step).supervised_tokens
+    return batches, work_of_rank.size_of(step).supervised_tokens
 
 
 def train_tiny(session, folder: Path, settings: dict, steps: int = 5, documents: int = 40) -> dict:
-    """First gradients, losses (mean over all supervised tokens) and final fp32 weights."""
+    """Losses (mean over supervised tokens), gradient norms, first gradients, final fp32 weights."""
     plan, engine = build_engine(session, folder, settings, documents)
     split = Documents(documents)
     rank = session.placement.rank
@@ -73,7 +74,7 @@ def shape_of(parameter) -> torch.Size:
 
 
 def distance(a: dict, b: dict) -> float:
-    """Norm of the difference of all tensors, as a share of the norm of `b`."""
+    """Norm of the difference of all tensors, relative to the norm of `b`."""
     assert a.keys() == b.keys()
     difference = sum(float((a[k].double() - b[k].double()).pow(2).sum()) for k in b) ** 0.5
     return difference / sum(float(b[k].double().pow(2).sum()) for k in b) ** 0.5

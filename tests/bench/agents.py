@@ -1,9 +1,9 @@
-"""Tokens per second of long agent rows beside those of short rows.
+"""Speed of prepare on long agent conversations, compared with short conversations.
 
     python -m tests.bench.data MODEL GSM8K agents
 
-The texts are GSM8K's in both. A short row is a question and its answer; a long row is one task
-followed by 1,000 turns: reasoning and calls of the assistant, and the tools' results.
+Both have texts of GSM8K. A short row is a question and its answer. A long row is one task and 1,000
+turns, alternately an assistant turn with reasoning and a tool call, and the tool's result.
 """
 
 import json
@@ -31,7 +31,7 @@ TOOL = {
 
 
 def agents(model: Path, gsm8k: Path, folder: Path) -> None:
-    """Print the speed of both kinds of rows, one process, the better of two runs."""
+    """Print tokens per second for short and long rows: one process, the better of two runs."""
     tokenizer = folder / "tokenizer"
     shutil.copytree(model, tokenizer, ignore=shutil.ignore_patterns("*.safetensors"))
     (tokenizer / "chat_template.jinja").write_text(TEMPLATE.read_text(encoding="utf-8"))
@@ -60,14 +60,14 @@ def _speed(model: Path, data: Path, run: Path) -> float:
 
 
 def short_rows(rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """A question and its answer each."""
+    """Rows of two turns: a question and its answer."""
     for row in islice(cycle(rows), SHORT_ROWS):
         turns = (("user", row["question"]), ("assistant", row["answer"]))
         yield {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def long_rows(rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """One task each, then TURNS turns with reasoning and a call in every other one."""
+    """Rows of one task and TURNS turns: assistant turns with reasoning and a call, and results."""
     texts = cycle(rows)
     for number in range(LONG_ROWS):
         messages: list[dict[str, Any]] = [{"role": "user", "content": f"Task {number}."}]

@@ -1,12 +1,16 @@
-"""Speed and memory of prepare, and the cost of a start on prepared data: prints, asserts nothing.
+"""Benchmarks of data preparation and loading: prints figures, asserts nothing.
 
     python -m tests.bench.data MODEL GSM8K [PART ...] [--rows N] [--megabytes M]
 
-MODEL: a folder with a tokenizer and a chat template; GSM8K: its train.jsonl (question, answer).
-Parts: speed (against the bare tokenizer), agents (long agent rows against short rows), memory (of
-all processes, on N synthetic rows of 1 kB), start (on prepared data, N rows against a thousand),
-packing (of GSM8K and of other lengths, by each algorithm), waiting (of a step for its next
-micro-batch).
+MODEL is a folder with a tokenizer and a chat template. GSM8K is the data set's train.jsonl
+(question, answer). Parts, by default all:
+
+    speed    prepare, compared with the tokenizer alone, on M megabytes of text
+    agents   prepare on long agent rows, compared with short rows
+    memory   peak of all processes of prepare, on N synthetic rows of 1 kB
+    start    time to the first micro-batch on prepared data, of N rows and of 1,000
+    packing  fill rate of each packing algorithm on GSM8K and other lengths
+    waiting  time that a rank waits for its next micro-batch
 """
 
 import argparse
@@ -36,13 +40,13 @@ from tests.bench.agents import agents
 from tests.bench.gsm8k import LENGTHS
 
 PROCESSES = usable_cpus()
-_CHUNK_ROWS = 250  # of the bare tokenizer: 1/4 MB, as in prepare
+_CHUNK_ROWS = 250  # for the tokenizer alone: 1/4 MB, as in prepare
 _SENTENCES_A_ROW = 10
 _MANY_LENGTHS = 10_000_000
 
 
 def main() -> None:
-    """Run the parts that are named, or all."""
+    """Run the chosen parts."""
     parts = {
         "speed": speed,
         "agents": lambda arguments, folder: agents(arguments.model, arguments.gsm8k, folder),
@@ -64,16 +68,16 @@ def main() -> None:
 
 
 def settings_of(model: Path, data: Path, folder: Path, **values: Any) -> RunSettings:
-    """A run file's settings for these rows."""
-    given = {"model": str(model), "train_data": str(data), "output_dir": str(folder)}
-    return RunSettings.model_validate(given | values)
+    """Settings of a run on these rows."""
+    keys = {"model": str(model), "train_data": str(data), "output_dir": str(folder)}
+    return RunSettings.model_validate(keys | values)
 
 
 # Speed
 
 
-class Bare:
-    """The tokenizer alone: texts -> the number of their tokens."""
+class TokenCounter:
+    """Worker that only tokenises: texts -> number of tokens."""
 
     def __init__(self, model: Path, call: str) -> None:
         self._encode: Any = getattr(load_tokenizer(model).backend_tokenizer, call)
@@ -83,10 +87,10 @@ class Bare:
 
 
 def speed(arguments: argparse.Namespace, folder: Path) -> None:
-    """Prepare against the bare tokenizer: the same text and processes, the best of two runs.
+    """Compare prepare with the tokenizer alone: same text and processes, the best of two runs.
 
-    All costs count: starting processes, and for prepare also reading, packing and writing. The bare
-    tokenizer is called with offsets, its default, and without.
+    The figures include process starts, and for prepare also reading, packing and writing. The
+    tokenizer alone is measured with offsets (encode_batch) and without (encode_batch_fast).
     """
     calls = ("encode_batch", "encode_batch_fast")
     rows = list(_gsm8k_rows(arguments.gsm8k, arguments.megabytes * 10**6))
@@ -102,30 +106,30 @@ def speed(arguments: argparse.Namespace, folder: Path) -> None:
             texts = [str(t) for t in tokenizer.apply_chat_template(chats, tokenize=False)]
         size = sum(map(len, texts))
         costs: dict[str, list[tuple[float, float]]] = {name: [] for name in (*calls, "prepare")}
-        for turn in range(2):
-            settings = settings_of(arguments.model, data, folder / f"{kind}-{turn}")
+        for repeat in range(2):
+            settings = settings_of(arguments.model, data, folder / f"{kind}-{repeat}")
             for call in calls:
-                costs[call].append(_cost(_run_bare, arguments.model, call, texts))
+                costs[call].append(_cost(_run_tokenizer, arguments.model, call, texts))
             costs["prepare"].append(_cost(_run_prepare, settings))
         print(f"speed     {kind}: {len(rows):,} rows, {size / 1e6:.0f} MB, {PROCESSES} processes")
-        for i, what in enumerate(("seconds", "CPU seconds of all processes")):
-            best = {name: min(turn[i] for turn in turns) for name, turns in costs.items()}
+        for i, unit in enumerate(("seconds", "CPU seconds of all processes")):
+            best = {name: min(run[i] for run in runs) for name, runs in costs.items()}
             ours = best["prepare"]
             shares = " and ".join(f"{100 * best[call] / ours:.0f} % of {call}" for call in calls)
             each = ", ".join(
                 f"{name} {cost:.1f} ({size / cost / 1e6:.2f} MB/s)" for name, cost in best.items()
             )
-            print(f"          {what}: {each}: {shares}", flush=True)
+            print(f"          {unit}: {each}: {shares}", flush=True)
 
 
-def _run_bare(model: Path, call: str, texts: list[str]) -> None:
+def _run_tokenizer(model: Path, call: str, texts: list[str]) -> None:
     chunks = (texts[i : i + _CHUNK_ROWS] for i in range(0, len(texts), _CHUNK_ROWS))
-    for _ in parallel_map(chunks, partial(Bare, model, call), processes=PROCESSES):
+    for _ in parallel_map(chunks, partial(TokenCounter, model, call), processes=PROCESSES):
         pass
 
 
 def _gsm8k_rows(path: Path, num_bytes: int) -> Iterator[tuple[str, str]]:
-    """Questions and answers, repeated with other numbers."""
+    """Questions and answers, repeated up to `num_bytes`; repetitions differ by a number."""
     with path.open(encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
     done = turn = 0
@@ -150,14 +154,14 @@ def _run_prepare(settings: RunSettings) -> None:
     prepare_data(settings, Path(settings.output_dir) / "data", processes=PROCESSES)
 
 
-def _cost(work: Callable[..., Any], *given: Any) -> tuple[float, float]:
-    """Seconds of wall time, and CPU seconds of this process and its ended children.
+def _cost(work: Callable[..., Any], *args: Any) -> tuple[float, float]:
+    """Wall-clock seconds of a call, and CPU seconds of this process and its ended children.
 
-    CPU seconds are the better measure on a busy machine.
+    CPU seconds depend less on other load of the machine.
     """
-    begun, before = time.perf_counter(), _cpu_seconds()
-    work(*given)
-    return time.perf_counter() - begun, _cpu_seconds() - before
+    start_time, before = time.perf_counter(), _cpu_seconds()
+    work(*args)
+    return time.perf_counter() - start_time, _cpu_seconds() - before
 
 
 def _cpu_seconds() -> float:
@@ -169,20 +173,20 @@ def _cpu_seconds() -> float:
 
 
 def memory(arguments: argparse.Namespace, folder: Path) -> None:
-    """Peak memory of all processes together while synthetic rows are prepared."""
+    """Peak memory of all processes of prepare together, on synthetic rows."""
     data, run = (
         synthetic_rows(arguments.gsm8k, folder, arguments.rows),
         folder / f"run-{arguments.rows}",
     )
     shutil.rmtree(run, ignore_errors=True)
     command = [*_command(arguments.model, data, run), "prepare"]
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     with subprocess.Popen(command) as process:
-        most = _watched(process)
+        peak = _peak_memory(process)
     assert process.returncode == 0
     size = data.stat().st_size
-    seconds = time.perf_counter() - begun
-    peaks = ", ".join(f"{name} {value / 2**20:,.0f} MiB" for name, value in most.items())
+    seconds = time.perf_counter() - start_time
+    peaks = ", ".join(f"{name} {value / 2**20:,.0f} MiB" for name, value in peak.items())
     print(
         f"memory    {arguments.rows:,} rows, {size / 1e9:.2f} GB: {seconds:.0f} s "
         f"({size / seconds / 1e6:.1f} MB/s); all processes together at most: {peaks}",
@@ -191,12 +195,12 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def start(arguments: argparse.Namespace, folder: Path) -> None:
-    """Seconds from the settings to the first micro-batch on prepared data."""
+    """Seconds from loading the settings to the first micro-batch on prepared data."""
     seconds = {}
     for rows in (1000, arguments.rows):
         data, run = synthetic_rows(arguments.gsm8k, folder, rows), folder / f"run-{rows}"
-        time.sleep(3)  # a file that has just been written is hashed each time
-        for _ in range(2):  # the first prepares, or at least remembers the hash of the data
+        time.sleep(3)  # the hash of a file that was just written is not cached
+        for _ in range(2):  # the first prepares the data, or caches its hash
             subprocess.run([*_command(arguments.model, data, run), "prepare"], check=True)
         measured = [
             json.loads(subprocess.check_output([*_command(arguments.model, data, run), "start"]))
@@ -212,7 +216,7 @@ def start(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def synthetic_rows(gsm8k: Path, folder: Path, rows: int) -> Path:
-    """Chat rows of about 1 kB: a number, and sentences of GSM8K drawn at random."""
+    """Write chat rows of about 1 kB: a number, and random sentences of GSM8K."""
     path = folder / f"synthetic-{rows}.jsonl"
     if path.exists():
         return path
@@ -231,22 +235,22 @@ def _command(model: Path, data: Path, run: Path) -> list[str]:
     return [sys.executable, "-m", "tests.bench.data_case", str(model), str(data), str(run)]
 
 
-def _watched(process: "subprocess.Popen[bytes]") -> dict[str, int]:
-    """Peak memory of a process tree: shared pages counted once (PSS), and in each (RSS)."""
-    most = {"PSS": 0, "RSS": 0}
+def _peak_memory(process: "subprocess.Popen[bytes]") -> dict[str, int]:
+    """Peak memory of a process tree; PSS counts a shared page once, RSS in each process."""
+    peak = {"PSS": 0, "RSS": 0}
     done = threading.Event()
 
     def sample() -> None:
         while not done.wait(0.5):
             for name, value in _tree_memory(process.pid).items():
-                most[name] = max(most[name], value)
+                peak[name] = max(peak[name], value)
 
     watcher = threading.Thread(target=sample)
     watcher.start()
     process.wait()
     done.set()
     watcher.join()
-    return most
+    return peak
 
 
 def _tree_memory(pid: int) -> dict[str, int]:
@@ -270,25 +274,25 @@ def _tree_memory(pid: int) -> dict[str, int]:
 
 
 def packing(arguments: argparse.Namespace, folder: Path) -> None:
-    """How full the packs of either algorithm are, and what 10 million lengths cost."""
+    """Fill rate of the packs of each algorithm, and time and memory for 10 million lengths."""
     random = np.random.default_rng(0)
     cases = [("GSM8K", LENGTHS[size >= LENGTHS], size) for size in (512, 640, 768, 1024, 2048)]
     cases += [(f"{n:,} of 50 to 900", random.integers(50, 901, n), 1024) for n in (300, 3000)]
-    # Lognormal, as the lengths of chat rows are: median 250 tokens.
+    # Lognormal, like the lengths of chat rows, with a median of 250 tokens.
     drawn = random.lognormal(np.log(250), 0.6, _MANY_LENGTHS)
     cases.append((f"{_MANY_LENGTHS:,}", np.clip(drawn, 8, 1024).astype(np.int64), 1024))
     for name, lengths, size in cases:
         counts = np.bincount(lengths, minlength=size + 1)
-        full = {}
+        fill_rates = {}
         for algorithm in (fill_gaps, best_fit_decreasing):
             packs = sum(times for _, times in algorithm(counts.copy(), size))
-            full[algorithm.__name__] = (
+            fill_rates[algorithm.__name__] = (
                 f"{packs:,} packs, {100 * lengths.sum() / packs / size:.2f} %"
             )
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         make_packs(lengths, size)
-        seconds = time.perf_counter() - begun
-        each = "; ".join(f"{name} {value}" for name, value in full.items())
+        seconds = time.perf_counter() - start_time
+        each = "; ".join(f"{name} {value}" for name, value in fill_rates.items())
         print(f"packing   {name} documents, packs of {size}: {each}; both {seconds:.2f} s")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(f"          process at most {peak:,.0f} MiB", flush=True)

@@ -11,12 +11,12 @@ from pipeline.data.prepare.prepare import check_first_rows, prepare_data
 
 
 def main() -> None:
-    """Prepare, or load prepared data up to the first micro-batch and print the seconds."""
+    """Prepare the data, or print the seconds to the first micro-batch on prepared data."""
     from tests.bench.data import settings_of
 
-    model, data, run, what = sys.argv[1:]
+    model, data, run, action = sys.argv[1:]
     settings = settings_of(Path(model), Path(data), Path(run))
-    if what == "prepare":
+    if action == "prepare":
         prepare_data(settings, Path(run) / "data")
         return
     from pipeline.data.dataset.reader import open_split
@@ -26,13 +26,13 @@ def main() -> None:
     from pipeline.plan.given.shape import read_shape
 
     flops = sequence_flops(cost_per_token(read_shape(model), settings, "bfloat16"))
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     check_first_rows(settings)
     split = open_split(prepare_data(settings, Path(run) / "data").train)
-    shape = BatchLayout(world_size=1, accumulation_steps=4, micro_batch_size=4, flops=flops)
-    work = RankWork(split, shape, seed=42, rank=0, steps=range(10))
+    layout = BatchLayout(world_size=1, accumulation_steps=4, micro_batch_size=4, flops=flops)
+    work = RankWork(split, layout, seed=42, rank=0, steps=range(10))
     build_batch(split, work[0].sequences)
-    print(time.perf_counter() - begun)
+    print(time.perf_counter() - start_time)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""What was alive when live tensors had the most bytes: for `tests.bench.memory --explain`."""
+"""List of the tensor storages at the memory peak: `tests.bench.memory --explain`."""
 
 from collections import Counter
 
 from pipeline.train.live_bytes import LiveBytes
 
 
-class Explained(LiveBytes):
-    """Remembers which storages were alive at the peak, and the operator that each came from."""
+class ExplainedLiveBytes(LiveBytes):
+    """LiveBytes that records the storages alive at the peak, and the operator that made each."""
 
     def __init__(self):
         super().__init__()
         self._operator = "before the first operator"
-        self._events = []  # (storage, operator and size, or None where it is freed)
+        self._events = []  # (storage, (size, operator)); (storage, None) when it is freed
         self._at_peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -35,11 +35,11 @@ class Explained(LiveBytes):
             self._at_peak = len(self._events)
 
     def alive(self):
-        """How many storages of which size were alive at the peak, by the operator of each."""
-        found = {}
+        """Number of storages alive at the peak, by size and operator."""
+        storages = {}
         for key, change in self._events[: self._at_peak]:
             if change is None:
-                found.pop(key, None)  # of 0 bytes, so never noted
+                storages.pop(key, None)  # a storage of 0 bytes has no first event
             else:
-                found[key] = change
-        return Counter(found.values())
+                storages[key] = change
+        return Counter(storages.values())

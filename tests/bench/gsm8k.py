@@ -1,4 +1,4 @@
-"""Lengths in tokens of the conversations of the GSM8K training set.
+"""Lengths of the conversations of the GSM8K training set, in tokens.
 
 A conversation is a user turn with the question and an assistant turn with the answer, rendered by
 the chat template and tokenised by the tokenizer of SmolLM2-135M-Instruct (GSM8K: Cobbe et al. 2021,

@@ -1,9 +1,10 @@
-"""Predicted against measured bytes of live tensors, over a grid of CPU runs.
+"""Compare predicted and measured bytes of live tensors over a grid of CPU runs.
 
     python -m tests.bench.memory [WORD ...] [--explain | --markdown]
 
-Measured: the most bytes in live tensor storages from before the model is loaded to the end of the
-second step, the workspace of kernels aside. Every rank is a process of its own; the largest counts.
+Measured is the peak of bytes in live tensor storages, from before the model is loaded to the end of
+the second step, without the workspace of kernels. Each rank is a separate process; the result is
+the rank with the highest peak.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.bench.explained import Explained
+from tests.bench.explained import ExplainedLiveBytes
 
 BASE = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8,
@@ -27,9 +28,9 @@ NF4, ALL = BF16 | {"load_in_4bit": True}, {"lora_target_modules": "all-linear"}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model, the settings of its run, and what `auto` might have chosen of its layout.
+    """A run: model config, settings, changes of the planned layout, and number of ranks.
 
-    `documents`: in each sequence, of about one length.
+    `documents`: number of documents in each sequence, of about equal length.
     """
 
     settings: dict
@@ -140,7 +141,7 @@ TABLE = (
 
 
 class FullSequences:
-    """A split of sequences of one length, each of some documents, every token supervised."""
+    """A split of sequences of equal length and number of documents, with every token supervised."""
 
     def __init__(self, count, length, vocab_size, documents=1):
         import numpy as np
@@ -164,7 +165,7 @@ class FullSequences:
 
 
 def make_folder(folder, model, device="cpu"):
-    """Random weights of a model, on the device that is to make them, as a model folder."""
+    """Save a model with random weights, drawn on `device`, as a model folder."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -178,7 +179,7 @@ def make_folder(folder, model, device="cpu"):
 
 
 def plan_case(folder, case, hardware=None):
-    """The plan of a case, for a CPU unless `hardware` says otherwise."""
+    """The plan of a case; the default hardware is a CPU."""
     from tests.planning import with_layout
     from tests.tiny import make_plan
 
@@ -187,9 +188,9 @@ def plan_case(folder, case, hardware=None):
 
 
 def two_steps(session, plan, base, documents=1):
-    """What a run does with a base that is loaded: its adapter, its engine, and two steps.
+    """Attach an adapter to the loaded base, build the engine, and train two steps.
 
-    Gives the largest batch that it has done.
+    Returns the largest batch of these steps.
     """
     from pipeline.model.adapter import attach_adapter
     from pipeline.train.engine import Engine
@@ -204,7 +205,7 @@ def two_steps(session, plan, base, documents=1):
 
 
 def measure(session, folder, case):
-    """Peak of live bytes of this rank over two steps, and what it was made of."""
+    """Measured and predicted peak of live bytes of this rank over two steps, with their terms."""
     from pipeline.model.base import load_base
     from pipeline.plan.cost.memory import base_bytes
     from pipeline.plan.cost.memory import memory as memory_of
@@ -212,9 +213,9 @@ def measure(session, folder, case):
 
     plan = plan_case(folder, case)
     host = 0
-    if plan.layout.offload_param == "cpu":  # the host's share lies on the same device here
+    if plan.layout.offload_param == "cpu":  # on a CPU, offloaded parameters count as live tensors
         host = base_bytes(plan.shape, plan.settings, plan.training_dtype) // plan.world_size
-    with Explained() as live:
+    with ExplainedLiveBytes() as live:
         base = load_base(plan, session.device)
         loading = live.peak
         largest = two_steps(session, plan, base, case.documents)
@@ -232,7 +233,7 @@ def measure(session, folder, case):
 
 
 def run(case, folder):
-    """What the rank with the highest peak found; models are kept in the folder."""
+    """The result of the rank with the highest peak; model folders are reused."""
     from tests.ranks import run_ranks
 
     values = case.model | {"dtype": "bfloat16" if "bf16" in case.settings else "float32"}
@@ -240,60 +241,61 @@ def run(case, folder):
     if not model.exists():
         make_folder(model, values)
     ranks = run_ranks(measure, model, case, tmp_path=folder, world_size=case.ranks)
-    return max(ranks, key=lambda found: found["measured"])
+    return max(ranks, key=lambda result: result["measured"])
 
 
-def error_of(found):
-    return found["predicted"] / found["measured"] - 1  # 0.05 is five percent too much
+def error_of(result):
+    return result["predicted"] / result["measured"] - 1  # 0.05: predicted 5 % too much
 
 
 def mib(size):
     return f"{size / 2**20:.2f}"
 
 
-def line(name, found):
+def line(name, result):
+    measured, predicted = mib(result["measured"]), mib(result["predicted"])
     return (
-        f"{name:24} measured {mib(found['measured']):>7} predicted {mib(found['predicted']):>7} MiB"
-        f" {error_of(found):+6.1%} at {found['moment']}; loading {mib(found['loading'])}, "
-        f"predicted {mib(found['predicted_loading'])}"
+        f"{name:24} measured {measured:>7} predicted {predicted:>7} MiB"
+        f" {error_of(result):+6.1%} at {result['moment']}; loading {mib(result['loading'])}, "
+        f"predicted {mib(result['predicted_loading'])}"
     )
 
 
-def row(name, found):
-    cells = mib(found["measured"]), mib(found["predicted"]), f"{error_of(found):+.1%}"
-    return f"| {' | '.join((name, *cells, found['moment']))} |"
+def row(name, result):
+    cells = mib(result["measured"]), mib(result["predicted"]), f"{error_of(result):+.1%}"
+    return f"| {' | '.join((name, *cells, result['moment']))} |"
 
 
 def summary(errors):
-    middle = statistics.median(errors)
-    return f"{len(errors)} cases, worst {max(errors):.1%}, median {middle:.1%}"
+    median = statistics.median(errors)
+    return f"{len(errors)} cases, worst {max(errors):.1%}, median {median:.1%}"
 
 
-def explanation(found):
-    yield from (f"    {mib(size):>8} {term}" for term, size in found["terms"].items())
+def explanation(result):
+    yield from (f"    {mib(size):>8} {term}" for term, size in result["terms"].items())
     yield "  alive at the peak:"
-    largest = sorted(found["alive"].items(), key=lambda item: -item[0][0] * item[1])
+    largest = sorted(result["alive"].items(), key=lambda item: -item[0][0] * item[1])
     for (size, source), count in largest[:40]:
         yield f"    {mib(size * count):>8} = {count:3d} x {size:9d} {source}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--explain", action="store_true", help="what was alive at the peak")
-    parser.add_argument("--markdown", action="store_true", help="the table of docs/memory.md")
-    parser.add_argument("words", nargs="*", help="words that the name of a case must hold")
-    given = parser.parse_args()
-    chosen = [name for name in CASES if all(word in name for word in given.words)]
-    if given.markdown:
+    parser.add_argument("--explain", action="store_true", help="list the tensors at the peak")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/memory.md")
+    parser.add_argument("words", nargs="*", help="run the cases whose names contain these words")
+    arguments = parser.parse_args()
+    chosen = [name for name in CASES if all(word in name for word in arguments.words)]
+    if arguments.markdown:
         print(TABLE)
     errors = []
     with tempfile.TemporaryDirectory() as tmp:
         for name in chosen:
-            found = run(CASES[name], Path(tmp))
-            errors.append(abs(error_of(found)))
-            print(row(name, found) if given.markdown else line(name, found), flush=True)
-            if given.explain:
-                print(*explanation(found), sep="\n")
+            result = run(CASES[name], Path(tmp))
+            errors.append(abs(error_of(result)))
+            print(row(name, result) if arguments.markdown else line(name, result), flush=True)
+            if arguments.explain:
+                print(*explanation(result), sep="\n")
     print(f"\n{summary(errors)}")
 
 

@@ -1,9 +1,9 @@
-"""Seconds that a rank waits for its next micro-batch, by the number of worker processes.
+"""Time that a rank waits for its next micro-batch, for 0, 1 and 2 worker processes.
 
     python -m tests.bench.waiting
 
-Packs of 1024 tokens, memory-mapped, divided over eight ranks as in training: the time that
-`dataloader_num_workers` can save.
+Shows the time that `dataloader_num_workers` can save. The data are memory-mapped packs of 1024
+tokens, partitioned over eight ranks as in training.
 """
 
 import tempfile
@@ -17,12 +17,12 @@ from pipeline.data.order.order import BatchLayout, RankWork
 from pipeline.plan.cost.per_token import SequenceFlops
 from tests.tiny import sequences_of
 
-PACKS, TOKENS, DOCUMENTS, MICRO, BATCHES, WARM = 200_000, 1024, 10, 4, 400, 50
-STEP = 2  # micro-batches a rank
+PACKS, TOKENS, DOCUMENTS, MICRO, BATCHES, WARMUP = 200_000, 1024, 10, 4, 400, 50
+ACCUMULATION = 2  # micro-batches of a rank in a step
 
 
 class MappedPacks:
-    """Packs of equal documents in a memory-mapped file of 800 MB."""
+    """Packs of documents of equal length in a memory-mapped file of 800 MB."""
 
     def __init__(self, path):
         self._ids = np.lib.format.open_memmap(path, mode="r")
@@ -37,22 +37,22 @@ class MappedPacks:
         ]
 
 
-def seconds_a_batch(split, workers, busy_s=0.0):
-    """Mean wait for a batch; `busy_s`: seconds that the caller computes between two batches."""
+def mean_wait_s(split, workers, busy_s=0.0):
+    """Mean wait for a micro-batch; `busy_s`: seconds of computation between two micro-batches."""
     layout = BatchLayout(
         world_size=8,
-        accumulation_steps=STEP,
+        accumulation_steps=ACCUMULATION,
         micro_batch_size=MICRO,
         flops=SequenceFlops(per_token=1.0, per_square=1e-3, per_logit=1.0),
     )
-    work = RankWork(split, layout, seed=0, rank=3, steps=range(BATCHES // STEP))
-    waited, start = [], time.perf_counter()
+    work = RankWork(split, layout, seed=0, rank=3, steps=range(BATCHES // ACCUMULATION))
+    waits, start = [], time.perf_counter()
     for _ in batches_of(split, work, num_workers=workers):
-        waited.append(time.perf_counter() - start)
+        waits.append(time.perf_counter() - start)
         if busy_s:
             time.sleep(busy_s)
         start = time.perf_counter()
-    return sum(waited[WARM:]) / len(waited[WARM:])
+    return sum(waits[WARMUP:]) / len(waits[WARMUP:])
 
 
 def main():
@@ -63,7 +63,7 @@ def main():
         split = MappedPacks(path)
         print(f"a micro-batch is {MICRO} packs of {TOKENS} tokens, {DOCUMENTS} documents each")
         for workers in (0, 1, 2):
-            waits = [1e3 * seconds_a_batch(split, workers, busy_s) for busy_s in (0.0, 0.02)]
+            waits = [1e3 * mean_wait_s(split, workers, busy_s) for busy_s in (0.0, 0.02)]
             print(
                 f"{workers} workers: {waits[0]:.3f} ms per micro-batch back to back, "
                 f"{waits[1]:.3f} ms with 20 ms of computation between them"

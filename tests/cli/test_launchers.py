@@ -16,7 +16,7 @@ from pipeline.train.metrics import read_metrics
 from pipeline.train.status import read_status
 from tests import ROOT
 from tests.commands import Command, free_port
-from tests.hosts import TwoHosts, why_not
+from tests.hosts import TwoHosts, reason_unavailable
 from tests.messages import assert_mentions
 from tests.tiny import make_rows
 
@@ -229,7 +229,7 @@ def test_mpirun(workspace, expected):
 
 
 @pytest.mark.skipif(
-    (reason := why_not()) is not None, reason=f"two hosts cannot be made here: {reason}"
+    (reason := reason_unavailable()) is not None, reason=f"two hosts cannot be made here: {reason}"
 )
 def test_a_cut_cable_between_two_hosts(workspace, expected):
     run_file = workspace.run_file("cable", hang_timeout_s=HANG_S)
@@ -246,14 +246,14 @@ def test_a_cut_cable_between_two_hosts(workspace, expected):
 
         running = start_both()
         wait_for_step(folder, 5, running)
-        hosts.cut()
+        hosts.disconnect()
         (code_a, output_a), (code_b, output_b) = ends(*running, within_s=HANG_S + REPORT_S)
         assert (code_a, code_b) == (1, 1), output_a + output_b  # torchrun's
         assert_mentions(output_a, f"{HANG_S} s", "rank 1 on host-b hangs", "disconnected")
         assert_mentions(output_b, f"{HANG_S} s", "rank 0 on host-a does not answer", "rank 1")
         assert read_status(folder / "status.json")["state"] == "failed"
         assert not (folder / ADAPTER).exists()
-        hosts.plug_in()
+        hosts.connect()
         output = finish(*start_both())
     assert_mentions(output, "resuming from step")
     assert workspace.adapter("cable") == expected

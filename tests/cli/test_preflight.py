@@ -14,7 +14,7 @@ import yaml
 
 from tests import ROOT
 from tests.commands import Command, free_port, variables_of_ranks
-from tests.hosts import TwoHosts, why_not
+from tests.hosts import TwoHosts, reason_unavailable
 from tests.messages import assert_mentions
 from tests.tiny import make_rows
 
@@ -156,7 +156,7 @@ def test_a_rank_that_never_comes_is_missed_at_the_rendezvous(run_file):
 
 
 def test_two_hosts_of_which_one_has_another_disk(run_file, tmp_path):
-    if (reason := why_not()) is not None:
+    if (reason := reason_unavailable()) is not None:
         pytest.skip(reason)
     shared = tmp_path / "runs"
     shared.mkdir()

@@ -1,10 +1,9 @@
-"""One rank of one case of tests/gpu/test_memory.py, in a process of its own:
+"""Measure one case of tests/gpu/test_memory.py; torchrun starts it once for each rank:
 
-    torchrun --standalone -m tests.gpu.memory_case FOLDER CASE FOUND
+    torchrun --standalone -m tests.gpu.memory_case FOLDER CASE RESULTS
 
-Makes the model of the case in the folder, if it is not there, and writes the peak of a run of two
-steps beside the plan's to FOUND/RANK.json. On a machine without CUDA live tensors are counted
-instead.
+Creates the model folder of the case if it is missing, trains two steps, and writes the measured and
+the predicted peak to RESULTS/RANK.json. Without CUDA it counts the bytes of live tensors instead.
 """
 
 import gc
@@ -23,14 +22,14 @@ from pipeline.train.live_bytes import LiveBytes
 from tests.bench.memory import Case, make_folder, plan_case, two_steps
 
 
-def make_once(folder, model, device):
+def make_missing_folder(folder, model, device):
     if not folder.exists():
         make_folder(folder, model, device)
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def peak_of(session, plan, documents):
+def peak_of_two_steps(session, plan, documents):
     if session.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         two_steps(session, plan, load_base(plan, session.device), documents)
@@ -45,16 +44,16 @@ def main():
     hardware = detect_hardware()
     with Session(from_environment(os.environ), hardware) as session:
         session.start()
-        session.rank_zero_first(lambda: make_once(folder, case.model, session.device))
+        session.rank_zero_first(lambda: make_missing_folder(folder, case.model, session.device))
         plan = plan_case(folder, case, hardware)
-        peak = peak_of(session, plan, case.documents)
-    found = {
+        peak = peak_of_two_steps(session, plan, case.documents)
+    result = {
         "measured": peak,
         "predicted": plan.memory.tensor_bytes,
         "moment": plan.memory.worst_moment,
     }
-    # A file for each rank: what two ranks print into one pipe may share a line.
-    Path(sys.argv[3], f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    # A file for each rank: lines that two ranks print into one pipe may be mixed.
+    Path(sys.argv[3], f"{os.environ['RANK']}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""On a GPU too documents of a pack never see each other, on every attention offered there."""
+"""No attention implementation attends across the documents of a pack on a GPU."""
 
 from importlib.util import find_spec
 
@@ -17,13 +17,13 @@ from tests.model.test_attention import (
     make,
 )
 
-ON_THEIR_OWN = [("llama", {"head_dim": 32}), ("gemma2", {"head_dim": 32} | WINDOW)]
+FLASH_FAMILIES = [("llama", {"head_dim": 32}), ("gemma2", {"head_dim": 32} | WINDOW)]
 
 
 @needs_gpu
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "change"), [family for family in FAMILIES if is_dense(family)])
-def test_nothing_leaks(tmp_path, kind, change):
+def test_no_document_of_a_pack_affects_another(tmp_path, kind, change):
     folder = make(tmp_path, kind, change, "bfloat16")
     assert_nothing_leaks(load(folder, dtype="bfloat16").cuda())
 
@@ -31,7 +31,7 @@ def test_nothing_leaks(tmp_path, kind, change):
 @needs_gpu
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "change"), FAMILIES)
-def test_a_document_is_as_if_it_were_alone(tmp_path, kind, change):
+def test_a_document_of_a_pack_has_the_logits_that_it_has_alone(tmp_path, kind, change):
     folder = make(tmp_path, kind, change)
     assert_alone(load(folder).cuda(), load(folder, "eager").cuda(), 1e-3)
 
@@ -39,8 +39,8 @@ def test_a_document_is_as_if_it_were_alone(tmp_path, kind, change):
 @needs_gpu
 @pytest.mark.skipif(find_spec("flash_attn") is None, reason="needs the package flash-attn")
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "change"), ON_THEIR_OWN)
-def test_flash_attention(tmp_path, kind, change):
+@pytest.mark.parametrize(("kind", "change"), FLASH_FAMILIES)
+def test_flash_attention_does_not_attend_across_documents(tmp_path, kind, change):
     folder = make(tmp_path, kind, change, "bfloat16")
     flash, ours = (load(folder, name, "bfloat16").cuda() for name in (FLASH, WITHIN_DOCUMENTS))
     assert_nothing_leaks(flash)

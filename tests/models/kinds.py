@@ -1,10 +1,10 @@
-"""Small configs of more kinds of model than tests/model/kinds.py has: all that the matrix takes.
+"""ALL: small configs of all model kinds of matrix.py: those of tests/model/kinds.py, and others.
 
-Together at least one of every row of the ranked table in matrix.py, and variants of a config that
-change the mathematics (rope types, shared keys, tied heads, a bidirectional mask).
+They have at least one kind for each row of RANKED in docs/model_tables.py, and variants of a config
+that change the computation (rope types, shared keys, tied embeddings, a bidirectional mask).
 """
 
-# ruff: noqa: C408, E501 - the keys of a config read like its own arguments, one kind a line
+# ruff: noqa: C408, E501 - configs as keyword arguments, one kind a line
 # fmt: off
 from tests.model.kinds import (
     EXPERTS,

@@ -1,9 +1,10 @@
-"""Test every kind of model in a whole run, and write the measured results to results.jsonl.
+"""Measure every model kind in an end-to-end run, and write the results to results.jsonl.
 
     python -m tests.models.matrix [KIND ...]        (`make models`)
 
-One line for each model folder, written when it is done; a folder whose line was made by the same
-config, library versions and pipeline code is skipped, so that the command can be started again.
+The file gets one line for each kind as soon as it is measured. Without arguments, a kind is skipped
+if its line was made from the same config, library versions and pipeline code: an interrupted run of
+the command resumes.
 """
 
 import hashlib
@@ -17,8 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests import ROOT
+from tests.models.end_to_end import MODES, check_class, train, verify
 from tests.models.kinds import ALL
-from tests.models.road import MODES, examine, train, verify
 from tests.ranks import run_processes
 
 RESULTS = ROOT / "tests/models/results.jsonl"
@@ -28,7 +29,7 @@ MERGE_LIMIT = 1e-6
 
 
 def main():
-    """Measure the kinds named on the command line, or all that have no current line."""
+    """Measure the kinds of the command line, or all whose line is missing or outdated."""
     names = sys.argv[1:]
     done = {} if names else {line["kind"]: line["key"] for line in read_results()}
     for kind in names or ALL:
@@ -44,7 +45,7 @@ def main():
 
 
 def key_of(kind):
-    """Hash of the config, the versions and the code that a result depends on."""
+    """Hash of the inputs of a result: config, library versions and pipeline code."""
     parts = [json.dumps(ALL[kind]), *(f"{name} {version(name)}" for name in PACKAGES)]
     parts += [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("pipeline/**/*.py"))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -57,46 +58,46 @@ def read_results():
 
 
 def write_result(line):
-    """Replace the line of this kind; in the order of ALL."""
+    """Add or replace the line of a kind; lines are in the order of ALL."""
     lines = {old["kind"]: old for old in read_results()} | {line["kind"]: line}
     ordered = [json.dumps(lines[kind]) for kind in ALL if kind in lines]
     RESULTS.write_text("\n".join(ordered) + "\n", encoding="utf-8")
 
 
 def measure(kind):
-    """Everything about one kind: pass, refused with its reason, or failed with its reason."""
+    """The line of a kind: its results, with `state` (pass, refused or failed) and its reason."""
     work = Path(tempfile.mkdtemp(prefix="rankzero-models-"))
     try:
-        return judged(*_measure(kind, work / "model"))
+        return with_state(*_measure(kind, work / "model"))
     finally:
         shutil.rmtree(work)
 
 
 def _measure(kind, folder):
-    found, problems = {}, []
+    result, problems = {}, []
     try:
-        [found] = run_processes(examine, [(kind, ALL, folder)], 240)
-        if "refused" in found:
-            return found, problems
-        is_recomputable = not found["without_reentrant"]
+        [result] = run_processes(check_class, [(kind, ALL, folder)], 240)
+        if "refused" in result:
+            return result, problems
+        is_recomputable = not result["without_reentrant"]
         for mode in MODES:
             changes = {} if is_recomputable else {"gradient_checkpointing": False}
             try:
                 train(folder, mode, changes)
-                [found[mode]] = run_processes(verify, [(folder, mode)], 240)
+                [result[mode]] = run_processes(verify, [(folder, mode)], 240)
             except AssertionError as error:
                 problems.append(f"{mode}: {error}")
     except AssertionError as error:
         problems.append(str(error))
-    return found, problems
+    return result, problems
 
 
-def judged(found, problems):
-    """The results of a folder, with `state` (pass, refused or failed) and its reason."""
-    if "refused" in found:
-        return {"state": "refused", "reason": found["refused"], **found}
+def with_state(result, problems):
+    """The results of a kind, with `state` (pass, refused or failed) and its reason."""
+    if "refused" in result:
+        return {"state": "refused", "reason": result["refused"], **result}
     for mode in MODES:
-        values = found.get(mode)
+        values = result.get(mode)
         if values is None:
             continue
         if values["loss_error"] > LOSS_LIMIT:
@@ -107,12 +108,12 @@ def judged(found, problems):
         if isinstance(merged, str) or merged > MERGE_LIMIT:
             problems.append(f"{mode}: merge: {merged}")
     if problems:
-        return {"state": "failed", "reason": "; ".join(_short(text) for text in problems), **found}
-    return {"state": "pass", **found}
+        return {"state": "failed", "reason": "; ".join(_short(text) for text in problems), **result}
+    return {"state": "pass", **result}
 
 
 def _short(text):
-    """The first line and the last, which names the exception, of a traceback."""
+    """The first line of a traceback and its last, which names the exception."""
     lines = text.strip().splitlines()
     return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
 

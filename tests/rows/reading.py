@@ -1,4 +1,4 @@
-"""Rows for tests of the readers."""
+"""Read rows and examples in tests of the readers."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def row_of(value):
 
 
 def resolved(*paths, key="train_data", **values):
-    """The sources of a setting that names these paths."""
+    """The resolved sources of these paths."""
     return resolve_sources([DataSource(path=str(path), **values) for path in paths], key)
 
 
@@ -23,5 +23,5 @@ def read_file(path):
 
 
 def examples_of(path):
-    """The examples of a file or folder, all of whose rows have one."""
+    """The examples of a file or folder without bad rows."""
     return [read_example(row).example for row in read_file(path)]

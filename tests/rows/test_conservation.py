@@ -1,4 +1,4 @@
-"""Every leaf of a row is in its example, under an unread name, or the row is rejected."""
+"""Each text of a row is in its example or under an unread key, or the row is rejected."""
 
 import itertools
 import json
@@ -23,11 +23,11 @@ PART_TYPES = ["text", "thinking", "tool_use", "tool_result", "image", "reasoning
 ROLES = ["system", "developer", "user", "assistant", "tool", "function_call", "human", "gpt"]
 
 
-FORMS = ["messages", "conversations", "prompt_and_completion", "texts", "alpaca"]
+LAYOUTS = ["messages", "conversations", "prompt_and_completion", "texts", "alpaca"]
 
 
 class Rows:
-    """Rows of random keys around conversations; every leaf text occurs once."""
+    """Random rows with a conversation and other keys; each leaf (a text value) occurs once."""
 
     def __init__(self, draw):
         self.draw, self.numbers, self.leaves = draw, itertools.count(), {}
@@ -38,7 +38,7 @@ class Rows:
         return text
 
     def some(self, keys):
-        """At most one of the keys, mostly none: a row of many odd ones is always rejected."""
+        """None of the keys, seldom one: with many unusual keys every row would be rejected."""
         key = self.draw(st.sampled_from([None] * 6 * len(keys) + keys))
         return [] if key is None else [key]
 
@@ -87,8 +87,8 @@ class Rows:
         return message
 
     def row(self):
-        form = self.draw(st.sampled_from(FORMS))
-        row = getattr(self, form)()
+        layout = self.draw(st.sampled_from(LAYOUTS))
+        row = getattr(self, layout)()
         for extra in self.some(ROW_KEYS):
             row[extra] = self.leaf(extra)
         if self.draw(st.booleans()):
@@ -117,8 +117,8 @@ class Rows:
         return {key: self.leaf(key) for key in keys}
 
 
-def written(example):
-    """All that an example holds, as text."""
+def texts_of(example):
+    """All texts of an example, concatenated."""
     if isinstance(example, Conversation):
         messages = [[message.content, message.others] for message in example.messages]
         return json.dumps([messages, example.tools])
@@ -130,18 +130,18 @@ def written(example):
 
 @settings(max_examples=600)
 @given(st.data())
-def test_every_leaf_is_in_the_example_or_unread_or_the_row_is_rejected(data):
+def test_each_leaf_is_in_the_example_or_unread_or_the_row_is_rejected(data):
     rows = Rows(data.draw)
     row = rows.row()
-    # Every leaf that the row still holds: keys that were drawn twice replaced some.
+    # A key that was drawn twice has replaced the leaf of the first draw.
     leaves = [leaf for leaf in rows.leaves if leaf in json.dumps(row)]
     try:
-        found = read_example(row_of(row))
+        result = read_example(row_of(row))
     except RowError:
         event("rejected")
         return
     event("read")
-    text = written(found.example)
-    keys = {name.rpartition(".")[2] for name in found.unread}
+    text = texts_of(result.example)
+    keys = {name.rpartition(".")[2] for name in result.unread}
     for leaf in leaves:
-        assert leaf in text or not keys.isdisjoint(rows.leaves[leaf]), (leaf, row, found)
+        assert leaf in text or not keys.isdisjoint(rows.leaves[leaf]), (leaf, row, result)

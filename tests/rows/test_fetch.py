@@ -1,4 +1,4 @@
-"""Hub data sets: the local cache is read, and only `fetch` downloads."""
+"""Hub data sets are read from the local cache; only `fetch` downloads."""
 
 import http.server
 import json
@@ -26,7 +26,7 @@ COMMIT, ROWS = "0" * 39 + "1", b'{"text": "t"}\n{"bad\n{"text": "t"}'
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A cache with the data set org/name, as the hub's library lays it out."""
+    """The cache folder of the data set org/name, in the layout of huggingface_hub."""
     folder = tmp_path / "hub" / "datasets--org--name"
     for path in ("refs", "blobs", "snapshots/abc123/data"):
         (folder / path).mkdir(parents=True)
@@ -40,7 +40,7 @@ def hub(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_split_of_a_hub_data_set_in_the_local_cache(hub):
+def test_a_split_of_a_cached_data_set_is_resolved_and_a_missing_one_refused(hub):
     for name in ("org/name:train", "org/name@abc123:train", "org/name@main:train"):
         (source,) = resolve_sources([DataSource(path=name, weight=2.0, limit=2)], "train_data")
         assert (source.name, source.weight) == ("org/name@abc123:train", 2.0)
@@ -52,7 +52,7 @@ def test_a_split_of_a_hub_data_set_in_the_local_cache(hub):
             resolve_sources([DataSource(path=missing.replace("@main", ""))], "train_data")
 
 
-def test_json_of_a_hub_data_set_is_read_by_our_own_reader(hub):
+def test_json_files_of_a_hub_data_set_give_bad_rows_for_bad_lines(hub):
     for path in (hub / "snapshots/abc123/data").iterdir():
         path.unlink()
     (hub / "snapshots/abc123/data/train.jsonl").write_bytes(ROWS)
@@ -60,7 +60,7 @@ def test_json_of_a_hub_data_set_is_read_by_our_own_reader(hub):
     assert [hasattr(row, "reason") for row in read_rows([source])] == [False, True, False]
 
 
-def test_several_configurations_are_named(hub):
+def test_a_data_set_with_several_configurations_is_refused_with_their_names(hub):
     card = "configs:\n" + "".join(
         f"- config_name: {name}\n  data_files: data/*.parquet\n" for name in ("one", "two")
     )
@@ -69,7 +69,7 @@ def test_several_configurations_are_named(hub):
         resolve_sources([DataSource(path="org/name:train")], "train_data")
 
 
-def test_settings_record_the_commit(hub, tmp_path):
+def test_settings_record_the_commit_of_a_cached_data_set(hub, tmp_path):
     run_file = tmp_path / "run.yaml"
     run_file.write_text(
         "model: m\noutput_dir: o\neval_data: org/name@abc123:test\n"
@@ -86,58 +86,58 @@ def test_settings_record_the_commit(hub, tmp_path):
 
 
 def test_an_interrupted_download_is_refused_and_completed_by_fetch(hub, monkeypatch):
-    """Else the shards that are there would be trained on as if they were all."""
-    there = [f"data/{split}-00000-of-00001.parquet" for split in ("train", "test")]
-    files = {name: {"size": 1, "blob_id": "e"} for name in (*there, "data/train-1.parquet")}
+    """Otherwise a run would train on the present shards as if the data set were complete."""
+    present = [f"data/{split}-00000-of-00001.parquet" for split in ("train", "test")]
+    files = {name: {"size": 1, "blob_id": "e"} for name in (*present, "data/train-1.parquet")}
     (hub / "trees").mkdir()
     (hub / "trees/abc123.json").write_text(json.dumps({"format_version": 1, "files": files}))
     with refused("train_data", "org/name@main:train", "launch/prepare.py RUN.yaml"):
         resolve_sources([DataSource(path="org/name:train")], "train_data")
-    asked, download = [], huggingface_hub.snapshot_download
+    requested, download = [], huggingface_hub.snapshot_download
 
-    def ask(*args, **kwargs):
-        return download(*args, **kwargs) if "local_files_only" in kwargs else asked.append(args)
+    def request_snapshot(*args, **kwargs):
+        return download(*args, **kwargs) if "local_files_only" in kwargs else requested.append(args)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", request_snapshot)
     fetch([DataSource(path="org/name:train")], "train_data")
-    assert asked == [("org/name",)]
+    assert requested == [("org/name",)]
 
 
-def test_only_what_is_missing_is_fetched(hub, monkeypatch):
-    asked, download = [], huggingface_hub.snapshot_download
+def test_only_data_sets_missing_in_the_cache_are_fetched(hub, monkeypatch):
+    requested, download = [], huggingface_hub.snapshot_download
 
-    def ask(*args, **kwargs):
+    def request_snapshot(*args, **kwargs):
         if "local_files_only" in kwargs:
             return download(*args, **kwargs)
-        return asked.append((args, kwargs))
+        return requested.append((args, kwargs))
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", request_snapshot)
     names = ("org/name:train", "org/other@v1:train", __file__)
     fetch([DataSource(path=name) for name in names], "train_data")
-    assert asked == [(("org/other",), {"repo_type": "dataset", "revision": "v1"})]
+    assert requested == [(("org/other",), {"repo_type": "dataset", "revision": "v1"})]
 
-    def fail(*args, **kwargs):
+    def lose_connection(*args, **kwargs):
         raise OSError("no route\n to host")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lose_connection)
     with refused("eval_data", "org/other@main:train", "no route to host"):
         fetch([DataSource(path="org/other:train")], "eval_data")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The hub, with the data set org/other."""
+    """A fake hub that has the data set org/other."""
 
-    asked: list[str] = []  # noqa: RUF012
+    requested: list[str] = []  # noqa: RUF012
 
     def do_GET(self):
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         headers = {"Content-Type": "application/json"}
         if "/tree/" in self.path:
             entry = {"type": "file", "path": "train.jsonl", "size": len(ROWS), "oid": "e"}
             body = json.dumps([entry]).encode()
         elif "/revision/" in self.path:
-            found = {"id": "org/other", "sha": COMMIT, "siblings": [{"rfilename": "train.jsonl"}]}
-            body = json.dumps(found).encode()
+            info = {"id": "org/other", "sha": COMMIT, "siblings": [{"rfilename": "train.jsonl"}]}
+            body = json.dumps(info).encode()
         else:
             body, headers = ROWS, {"ETag": '"e"', "X-Repo-Commit": COMMIT}
         self.send_response(200)
@@ -184,10 +184,10 @@ def test_a_fetched_data_set_is_read_without_a_request(tmp_path):
             return result.stdout.strip() or result.stderr
 
         assert "fetch it with" in run(fetches=False)
-        assert not Hub.asked
+        assert not Hub.requested
         assert run(fetches=True) == f"org/other@{COMMIT}:train 3"
-        assert any("train.jsonl" in path for path in Hub.asked)
-        Hub.asked.clear()
-        assert run(fetches=True) == f"org/other@{COMMIT}:train 3"  # it is there
-        assert not Hub.asked
+        assert any("train.jsonl" in path for path in Hub.requested)
+        Hub.requested.clear()
+        assert run(fetches=True) == f"org/other@{COMMIT}:train 3"  # cached
+        assert not Hub.requested
         server.shutdown()

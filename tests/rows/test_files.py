@@ -1,4 +1,4 @@
-"""Names -> files: caches, run folders and other splits are left out of the data and logged."""
+"""Names are resolved to files; caches, run folders and other splits are left out and logged."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def names_of(path, key="train_data"):
     "name",
     ["{}.jsonl", "{}/0.jsonl", "{}-00000-of-00002.jsonl", "data_{}.jsonl", "{}.en.jsonl.gz"],
 )
-def test_a_folder_for_training_leaves_out_files_of_other_splits_and_says_so(
+def test_files_of_other_splits_in_a_training_folder_are_left_out_with_a_note(
     tmp_path, held_out, name
 ):
     train, other = name.format("train"), name.format(held_out)
@@ -40,17 +40,17 @@ def test_a_folder_for_training_leaves_out_files_of_other_splits_and_says_so(
     files, (note,) = names_of(tmp_path)
     assert files == sorted([train, "more.jsonl"])
     assert_mentions(note, tmp_path, other.rpartition("/")[2])
-    assert resolved(tmp_path / other)[0].files == (tmp_path / other,)  # named itself it is read
+    assert resolved(tmp_path / other)[0].files == (tmp_path / other,)  # read: the user named it
 
 
-def test_words_within_a_name_are_no_splits(tmp_path):
+def test_a_split_name_inside_a_word_does_not_leave_a_file_out(tmp_path):
     write(tmp_path, "latest.jsonl", "my-test-cases.jsonl", "contest/0.jsonl", "devices.jsonl")
     files, notes = names_of(tmp_path)
     assert len(files) == 4
     assert not notes
 
 
-def test_held_out_data_is_validation_else_test_else_all(tmp_path):
+def test_eval_data_is_the_validation_split_else_test_else_all_files(tmp_path):
     write(tmp_path, "train.jsonl", "test.jsonl")
     assert names_of(tmp_path, "eval_data")[0] == ["test.jsonl"]
     write(tmp_path, "dev.jsonl")
@@ -59,7 +59,7 @@ def test_held_out_data_is_validation_else_test_else_all(tmp_path):
     assert names_of(tmp_path / "plain", "eval_data")[0] == ["a.jsonl"]
 
 
-def test_a_folder_of_other_splits_alone_is_refused(tmp_path):
+def test_a_training_folder_with_only_other_splits_is_refused(tmp_path):
     write(tmp_path / "data", "test.jsonl", "dev.jsonl")
     with refused("train_data", tmp_path / "data", "test.jsonl", "name the file itself"):
         resolved(tmp_path / "data")
@@ -71,7 +71,7 @@ def save(folder, *names, **state):
     (folder / "state.json").write_text(json.dumps({"_data_files": files, **state}))
 
 
-def test_a_saved_data_set_is_the_files_that_its_state_names(tmp_path):
+def test_only_files_in_the_state_of_a_saved_data_set_are_read(tmp_path):
     save(tmp_path, "data-0.arrow", "cache-1.arrow")
     write(tmp_path, "stray.jsonl")
     files, (note,) = names_of(tmp_path)
@@ -79,14 +79,14 @@ def test_a_saved_data_set_is_the_files_that_its_state_names(tmp_path):
     assert_mentions(note, "cache-1.arrow", "stray.jsonl")
 
 
-def test_the_splits_of_a_saved_data_set_are_told_apart(tmp_path):
+def test_only_the_train_split_of_a_saved_data_set_is_trained_on(tmp_path):
     for split in ("train", "test"):
         save(tmp_path / split, "data-0.arrow")
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     assert names_of(tmp_path)[0] == ["train/data-0.arrow"]
 
 
-def test_a_saved_data_set_that_is_not_whole_is_refused(tmp_path):
+def test_an_incomplete_saved_data_set_is_refused(tmp_path):
     save(tmp_path, "data-0.arrow", "data-1.arrow")
     (tmp_path / "data-1.arrow").unlink()
     with refused("train_data", tmp_path, "data-1.arrow", "state.json"):
@@ -113,7 +113,7 @@ RUN_FOLDERS = {
 
 
 @pytest.mark.parametrize("kind", RUN_FOLDERS)
-def test_run_folders_are_no_data(tmp_path, kind):
+def test_files_in_run_folders_are_not_data(tmp_path, kind):
     write(tmp_path, "rows.jsonl")
     write(tmp_path / "runs/x", *RUN_FOLDERS[kind])
     files, (note,) = names_of(tmp_path)
@@ -127,8 +127,8 @@ def test_run_folders_are_no_data(tmp_path, kind):
         resolved(tmp_path / "runs/x/**/*.jsonl")
 
 
-def test_data_beside_prepared_data_is_told_from_it(tmp_path):
-    """The output folder of a run may be the one whose data/ holds the rows."""
+def test_rows_in_the_folder_of_prepared_data_are_read_without_its_own_files(tmp_path):
+    """The rows may lie in data/ of the output folder itself."""
     ours = ["index.json", "audit.json", "fingerprints.json", "rejects.jsonl"]
     write(tmp_path / "data", "rows.jsonl", *ours, "train-0123456789abcdef/rejects.jsonl")
     files, (note,) = names_of(tmp_path / "data")
@@ -140,7 +140,7 @@ def test_data_beside_prepared_data_is_told_from_it(tmp_path):
         resolved(tmp_path)
 
 
-def test_rejected_rows_of_refused_data_are_no_data(tmp_path):
+def test_the_rejects_file_of_refused_data_is_not_data(tmp_path):
     write(tmp_path, "rows.jsonl", "runs/x/data/rejects.jsonl")
     files, (note,) = names_of(tmp_path)
     assert files == ["rows.jsonl"]
@@ -155,47 +155,51 @@ def test_other_encodings_are_refused_with_the_command_that_converts_them(tmp_pat
     (tmp_path / name).write_bytes(ROW.encode(encoding))
     with pytest.raises(UserError) as caught:
         read_file(tmp_path / name)
-    facts = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE"}.get(encoding, encoding)
-    assert_mentions(caught.value, tmp_path / name, facts)
+    iconv_name = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE"}.get(encoding, encoding)
+    assert_mentions(caught.value, tmp_path / name, iconv_name)
     command = str(caught.value).partition("convert it: ")[2]
     subprocess.run(command, shell=True, check=True)
     assert [row.value for row in read_file(tmp_path / name)] == [json.loads(ROW)]
 
 
-MARK = "\ufeff"
+BOM = "\ufeff"
+WITH_BOMS = {
+    "rows.jsonl": f"{BOM}{BOM}{ROW}{BOM}{ROW}",
+    "rows.json": f"{BOM}{BOM}{ROW}{BOM}{ROW}",
+    "rows": f"{BOM}{BOM}{ROW}{BOM}{ROW}",
+    "list.json": f"{BOM}{BOM}[{ROW},{BOM}{ROW}]",
+    "rows.csv": f"{BOM}{BOM}prompt,completion\n{BOM}a,b\n{BOM}a,b\n",
+}
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "list.json", "rows.csv", "rows"])
-def test_byte_order_marks_at_the_start_of_any_line_are_no_content(tmp_path, name):
-    lines = ["prompt,completion\n", "a,b\n", "a,b\n"] if name == "rows.csv" else [ROW, ROW]
-    text = f"{MARK}{MARK}" + MARK.join(lines)
-    text = f"{MARK}{MARK}[{ROW},{MARK}{ROW}]" if name == "list.json" else text
-    (tmp_path / name).write_text(text, encoding="utf-8")
+def test_byte_order_marks_at_the_start_of_lines_are_ignored(tmp_path, name):
+    (tmp_path / name).write_text(WITH_BOMS[name], encoding="utf-8")
     assert [row.value for row in read_file(tmp_path / name)] == [json.loads(ROW)] * 2
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_csv_is_separated_as_its_header_is(tmp_path, delimiter):
+def test_the_delimiter_of_a_csv_file_is_that_of_its_header(tmp_path, delimiter):
     rows = [["prompt", "completion"], ['a;b,c\td"\n', "1,5;"], ["q", "a"]]
     text = "\n\n" + "".join(
         delimiter.join('"' + field.replace('"', '""') + '"' for field in row) + "\r\n"
         for row in rows[1:]
     )
     (tmp_path / "rows.csv").write_text(delimiter.join(rows[0]) + text, encoding="utf-8")
-    found = [row.value for row in read_file(tmp_path / "rows.csv")]
-    assert found == [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    rows_read = [row.value for row in read_file(tmp_path / "rows.csv")]
+    assert rows_read == [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
 
 
-def test_a_header_within_a_csv_file_is_a_bad_row(tmp_path):
+def test_a_repeated_header_in_a_csv_file_is_a_bad_row(tmp_path):
     text = "prompt,completion\na,b\n"
-    (tmp_path / "rows.csv").write_text(text + MARK + text, encoding="utf-8")
+    (tmp_path / "rows.csv").write_text(text + BOM + text, encoding="utf-8")
     rows = read_file(tmp_path / "rows.csv")
     assert [isinstance(row, BadRow) for row in rows] == [False, True, False]
     assert_mentions(rows[1].reason, "header")
 
 
 @pytest.mark.parametrize("delimiter", [";", ",", "|"])
-def test_the_line_with_which_excel_names_the_delimiter_is_no_header(tmp_path, delimiter):
+def test_the_sep_line_of_excel_sets_the_delimiter_and_is_not_the_header(tmp_path, delimiter):
     lines = [f"sep={delimiter}", delimiter.join(("prompt", "completion")), f"q{delimiter}a", "bad"]
     path = tmp_path / "rows.csv"
     path.write_bytes(b"\xef\xbb\xbf" + "".join(f"{line}\r\n" for line in lines).encode())
@@ -213,7 +217,7 @@ def test_text_in_windows_1252_is_refused_with_the_command_that_converts_it(tmp_p
     assert_mentions(bad.reason, "UTF-8", "iconv", "WINDOWS-1252")
 
 
-def test_files_of_one_name_that_are_left_out_are_told_apart(tmp_path):
+def test_notes_name_left_out_files_of_equal_name_by_their_folders(tmp_path):
     for split in ("train", "test", "validation"):
         (tmp_path / split).mkdir()
         (tmp_path / split / "0.jsonl").write_text('{"text": "x"}\n')
@@ -222,7 +226,7 @@ def test_files_of_one_name_that_are_left_out_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "split"), [("train_data", "train"), ("eval_data", "test")])
-def test_several_splits_for_one_purpose_are_asked_about(tmp_path, key, split):
+def test_several_splits_for_one_purpose_are_refused_with_their_names(tmp_path, key, split):
     saved, hub = tmp_path / "saved", tmp_path / "hub"
     for name in ("train_sft", "train_gen", "test_sft", "test_gen"):
         (saved / name).mkdir(parents=True)
@@ -241,7 +245,7 @@ def test_several_splits_for_one_purpose_are_asked_about(tmp_path, key, split):
     assert len(find_files(str(saved / f"{split}_sft"), key).files) == 1
 
 
-def test_parts_of_the_training_data_are_read_together(tmp_path):
+def test_several_files_of_the_training_split_are_all_read(tmp_path):
     for name in ("train_math.jsonl", "train_code.jsonl", "a/train-00000-of-00001.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")

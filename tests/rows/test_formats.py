@@ -1,4 +1,4 @@
-"""Rows of each format -> examples, or the reason why a row has none."""
+"""Each format is read into examples; a row without an example is rejected with the reason."""
 
 import json
 from pathlib import Path
@@ -30,13 +30,13 @@ def example(value, *args):
     return read_example(row_of(value), *args).example
 
 
-def test_messages():
+def test_messages_become_a_conversation():
     system = {"role": "system", "content": "s"}
     row = {"messages": [system, USER, ANSWER], "id": 7, "source": None}
     assert example(row) == Conversation((Message("system", "s"), *TURNS))
 
 
-def test_weight_0_keeps_a_message_out_of_the_loss():
+def test_only_messages_of_weight_0_are_excluded_from_the_loss():
     for weight, is_trained in ((0, False), (1, True), (0.0, False), (1.0, True), (None, True)):
         (_, answer) = example({"messages": [USER, ANSWER | {"weight": weight}]}).messages
         assert answer.is_trained is is_trained
@@ -44,7 +44,7 @@ def test_weight_0_keeps_a_message_out_of_the_loss():
     assert turn.is_trained is False
 
 
-def test_reasoning_reaches_the_template():
+def test_reasoning_is_kept_under_its_key():
     for key in ("reasoning_content", "reasoning", "thinking"):
         (_, answer) = example({"messages": [USER, ANSWER | {key: "r", "refusal": None}]}).messages
         assert answer.others == {key: "r"}
@@ -57,28 +57,28 @@ def test_text_parts_are_joined():
 
 
 @pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}'])
-def test_tool_calls_reach_the_template_as_objects(arguments):
+def test_arguments_of_tool_calls_become_objects(arguments):
     given_call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
     tool = {"name": "f", "parameters": {"type": "object"}}
     row = {"messages": [USER, CALLED | {"tool_calls": [given_call]}, RESULT, ANSWER]}
     wrapped = {"type": "function", "function": tool}
     for tools in ({"tools": [wrapped]}, {"tools": json.dumps([wrapped])}, {"functions": [tool]}):
-        found = example(row | tools)
-        assert found.tools == (wrapped,)
-        _, call, result, _ = found.messages
+        result = example(row | tools)
+        assert result.tools == (wrapped,)
+        _, call, result, _ = result.messages
         assert call == Message("assistant", "", others={"tool_calls": [CALL | {"id": "1"}]})
         assert result == Message("tool", "r", others={"name": "f", "tool_call_id": "1"})
     assert example(row | {"tools": None}).tools == ()
 
 
-def test_the_older_function_call_is_a_tool_call():
+def test_a_function_call_of_the_older_api_becomes_a_tool_call():
     once = {"role": "assistant", "content": None, "function_call": CALL["function"]}
-    found = example({"messages": [USER, once, {"role": "function", "name": "f", "content": "r"}]})
-    assert found.messages[1].others == {"tool_calls": [CALL]}
-    assert found.messages[2] == Message("tool", "r", others={"name": "f"})
+    result = example({"messages": [USER, once, {"role": "function", "name": "f", "content": "r"}]})
+    assert result.messages[1].others == {"tool_calls": [CALL]}
+    assert result.messages[2] == Message("tool", "r", others={"name": "f"})
 
 
-def test_sharegpt():
+def test_sharegpt_turns_become_messages():
     turns = [
         {"from": "system", "value": "s"},
         HUMAN,
@@ -86,21 +86,21 @@ def test_sharegpt():
         {"from": "observation", "value": "r"},
         GPT | {"weight": 0},
     ]
-    found = example({"conversations": turns, "tools": json.dumps([{"name": "f"}])})
-    assert [message.role for message in found.messages] == [
+    result = example({"conversations": turns, "tools": json.dumps([{"name": "f"}])})
+    assert [message.role for message in result.messages] == [
         "system",
         "user",
         "assistant",
         "tool",
         "assistant",
     ]
-    assert found.messages[2] == Message("assistant", "", others={"tool_calls": [CALL]})
-    assert found.messages[4] == Message("assistant", "a", is_trained=False)
-    assert found.tools == ({"type": "function", "function": {"name": "f"}},)
+    assert result.messages[2] == Message("assistant", "", others={"tool_calls": [CALL]})
+    assert result.messages[4] == Message("assistant", "a", is_trained=False)
+    assert result.tools == ({"type": "function", "function": {"name": "f"}},)
     assert example({"conversations": [HUMAN, GPT], "system": "s"}).messages[0].role == "system"
 
 
-def test_alpaca():
+def test_an_alpaca_row_becomes_a_user_and_an_assistant_message():
     row = {"instruction": "do", "input": "this", "output": "done"}
     assert example(row).messages == (Message("user", "do\n\nthis"), Message("assistant", "done"))
     assert example(row | {"input": ""}).messages[0].content == "do"
@@ -108,21 +108,21 @@ def test_alpaca():
     assert example(row | {"text": "Below is an instruction"}) == example(row)
 
 
-def test_prompt_and_completion():
-    found = example({"prompt": "", "completion": " a", "id": 1, "system": "", "tools": None})
-    assert found == Completion("", " a")
+def test_prompt_and_completion_texts_are_kept_verbatim():
+    result = example({"prompt": "", "completion": " a", "id": 1, "system": "", "tools": None})
+    assert result == Completion("", " a")
 
 
-def test_prompt_and_completion_of_messages_train_on_the_completion():
-    found = example({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
-    assert [message.is_trained for message in found.messages] == [True, False, True, True]
+def test_assistant_messages_of_a_prompt_are_not_trained_on():
+    result = example({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
+    assert [message.is_trained for message in result.messages] == [True, False, True, True]
 
 
-def test_text():
+def test_text_is_kept_verbatim():
     assert example({"text": " t", "meta": {}}) == Text(" t")
 
 
-def test_pre_tokenised():
+def test_pre_tokenised_rows_are_read_without_their_padding():
     row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
     expected = Tokens((5, 6, 7), (False, True, True))
     assert example(row) == expected
@@ -131,7 +131,7 @@ def test_pre_tokenised():
     assert example(padded | {"attention_mask": [0, 1, 1, 1, 0]}) == expected
 
 
-def test_columns_of_other_names():
+def test_mapped_columns_take_precedence():
     row = {"question": "q", "answer": "a", "prompt": "not this"}
     columns = {"prompt": "question", "completion": "answer"}
     assert example(row, "auto", columns) == Completion("q", "a")
@@ -142,13 +142,17 @@ def test_columns_of_other_names():
         example({"question": "q"}, "auto", columns)
 
 
-def test_a_source_with_a_format_of_its_own_needs_none_of_the_named_columns():
+def test_rows_without_the_mapped_columns_are_detected_by_their_own():
     columns = {"prompt": "question", "completion": "answer"}
     assert example({"messages": [USER, ANSWER]}, "auto", columns) == Conversation(TURNS)
     assert example({"prompt": "q", "completion": "a"}, "auto", columns) == Completion("q", "a")
     turns = {"conversations": [HUMAN, GPT]}
     assert read_example(row_of(turns), "auto", columns).data_format == "sharegpt"
-    for column in ("system", "tools", "input"):  # a name that is wrong, not another format
+    for column in (
+        "system",
+        "tools",
+        "input",
+    ):  # misspelt: the row has no column x
         with refused("`x`", column, "`columns`", error=RowError):
             example({"messages": [USER, ANSWER]}, "auto", {column: "x"})
     for row in ({"text": "t"}, {"messages": [USER, ANSWER], "question": "q"}, {"prompt": "q"}):
@@ -156,12 +160,12 @@ def test_a_source_with_a_format_of_its_own_needs_none_of_the_named_columns():
             example(row, "auto", columns)
 
 
-def test_columns_are_known_when_the_run_file_is_read():
+def test_an_unknown_or_ambiguous_column_mapping_is_refused_by_the_settings():
     def settings(columns):
         return RunSettings(model="m", train_data="t", output_dir="o", columns=columns)
 
-    for signs in formats._REQUIRED.values():
-        assert set(signs) <= set(COLUMNS)
+    for required in formats._REQUIRED.values():
+        assert set(required) <= set(COLUMNS)
     with refused("promt", "messages", error=ValidationError):
         settings({"promt": "question"})
     with refused("q", "two columns", error=ValidationError):
@@ -179,7 +183,7 @@ def test_columns_are_known_when_the_run_file_is_read():
         ({"input_ids": [], "labels": [], "text": ""}, "pre-tokenised"),
     ],
 )
-def test_the_format_is_recognised_by_the_columns(row, expected):
+def test_the_format_is_detected_by_the_columns(row, expected):
     assert formats._detect_format(row) == expected
     assert set(formats._REQUIRED) == set(FORMATS)
 
@@ -252,10 +256,10 @@ def test_the_format_is_recognised_by_the_columns(row, expected):
         ({"prompt": "q", "completion": "\ud800"}, ["surrogate"]),
         *(
             (
-                {"prompt": "q", "completion": "a", column: filled},
+                {"prompt": "q", "completion": "a", column: value},
                 [f"`{column}`", "`prompt`", "chat template"],
             )
-            for column, filled in (("system", "s"), ("tools", [CALL]), ("functions", "[{}]"))
+            for column, value in (("system", "s"), ("tools", [CALL]), ("functions", "[{}]"))
         ),
         ({"prompt": [USER], "completion": "a"}, ["`prompt` is a list and `completion` text"]),
         ({"prompt": [ANSWER], "completion": [USER]}, ["`completion` has no assistant message"]),
@@ -308,16 +312,16 @@ MESSAGES = st.lists(
     st.dictionaries(st.sampled_from(COLUMNS), VALUES | MESSAGES, max_size=4),
     st.sampled_from(["auto", *FORMATS]),
 )
-def test_any_row_is_an_example_or_a_reason(row, data_format):
+def test_any_row_is_an_example_or_is_rejected(row, data_format):
     try:
-        found = example(row, data_format)
+        result = example(row, data_format)
     except RowError:
         return
-    if isinstance(found, Completion):
-        assert found.completion.strip()
-    elif isinstance(found, Conversation):
-        answers = [m for m in found.messages if m.role == "assistant"]
+    if isinstance(result, Completion):
+        assert result.completion.strip()
+    elif isinstance(result, Conversation):
+        answers = [m for m in result.messages if m.role == "assistant"]
         assert answers
         assert all(answer.content.strip() or answer.others["tool_calls"] for answer in answers)
     else:
-        assert found.text.strip() if isinstance(found, Text) else found.ids
+        assert result.text.strip() if isinstance(result, Text) else result.ids

@@ -1,6 +1,7 @@
-"""JSON over several lines: rows of a list or one after another, some of them broken."""
+"""JSON values over several lines: lists of rows, consecutive rows, and invalid rows."""
 
 import contextlib
+import itertools
 import json
 
 import pytest
@@ -23,14 +24,14 @@ VALUES = st.recursive(
 ROWS = st.lists(st.dictionaries(TEXT, VALUES, max_size=3), min_size=1, max_size=5)
 
 
-def as_list(indent):
+def list_with(indent):
     return lambda rows: json.dumps(rows, indent=indent)
 
 
 LAYOUTS = {
-    "minified": as_list(None),
-    "pretty": as_list(2),
-    "flat": as_list(0),
+    "minified": list_with(None),
+    "pretty": list_with(2),
+    "flat": list_with(0),
     "a row a line": lambda rows: "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n",
     "after the bracket": lambda rows: "[" + ",\n ".join(map(json.dumps, rows)) + "]",
     "joined": lambda rows: "[" + ", ".join(json.dumps(row, indent=4) for row in rows) + "]",
@@ -46,13 +47,13 @@ LAYOUTS = {
     layout=st.sampled_from(sorted(LAYOUTS)),
     chunk=st.sampled_from([1, 2, 7, 2**20]),
 )
-def test_rows_are_found_however_they_are_laid_out(tmp_path_factory, rows, layout, chunk):
+def test_every_layout_gives_the_same_rows_with_their_places(tmp_path_factory, rows, layout, chunk):
     text = LAYOUTS[layout](rows).encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_rows, "_CHUNK_BYTES", chunk)
-        found = read(tmp_path_factory.mktemp("json"), text, "rows.json")
-    assert [row.value for row in found] == rows
-    for row in found:
+        result = read(tmp_path_factory.mktemp("json"), text, "rows.json")
+    assert [row.value for row in result] == rows
+    for row in result:
         assert text[row.offset : row.offset + 1] == b"{"
         assert row.line == 1 + text[: row.offset].count(b"\n")
 
@@ -71,24 +72,39 @@ BAD = [
     b"[1, 2]",
     b"[1, {",
 ]
-CERTAIN = [b'{"a": "\xff"}', b"7", b'"text"', b"[1, 2]"]  # the decoder knows where they end
+KNOWN_END = [b'{"a": "\xff"}', b"7", b'"text"', b"[1, 2]"]  # the decoder knows where they end
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("before", [b"\n", b"\n  ", b" "])
-def test_one_bad_row_does_not_cost_another(tmp_path, bad, before):
-    rows = [{"n": n, "m": [{"x": "},{"}, {"y": '"'}]} for n in range(4)]
-    parts = [json.dumps(row).encode() for row in rows]
-    parts.insert(2, bad)
-    text = b"[" + before + (b"," + before).join(parts) + before + b"]"
-    if before == b" " and bad not in CERTAIN:  # all on one line
-        with refused("rows.json:1", f"byte {text.index(bad)}", "next row"):
-            read(tmp_path, text, "rows.json")
-        return
-    found = read(tmp_path, text, "rows.json")
-    assert [row.value for row in found if hasattr(row, "value")] == rows
-    assert len(found) == 5
-    assert found[2].offset == text.index(bad)
+GOOD_ROWS = [{"n": n, "m": [{"x": "},{"}, {"y": '"'}]} for n in range(4)]
+
+
+def list_with_bad_row(bad, before):
+    """A JSON list of GOOD_ROWS with a bad third row; `before`: white space before each row."""
+    rows = [json.dumps(row).encode() for row in GOOD_ROWS]
+    rows.insert(2, bad)
+    return b"[" + before + (b"," + before).join(rows) + before + b"]"
+
+
+@pytest.mark.parametrize(
+    ("bad", "before"),
+    [
+        *itertools.product(BAD, [b"\n", b"\n  "]),
+        *((bad, b" ") for bad in KNOWN_END),
+    ],
+)
+def test_a_bad_row_that_ends_at_a_known_place_leaves_the_others_readable(tmp_path, bad, before):
+    text = list_with_bad_row(bad, before)
+    result = read(tmp_path, text, "rows.json")
+    assert [row.value for row in result if hasattr(row, "value")] == GOOD_ROWS
+    assert len(result) == 5
+    assert result[2].offset == text.index(bad)
+
+
+@pytest.mark.parametrize("bad", [bad for bad in BAD if bad not in KNOWN_END])
+def test_a_bad_row_on_one_line_with_others_is_refused_with_its_offset(tmp_path, bad):
+    text = list_with_bad_row(bad, b" ")
+    with refused("rows.json:1", f"byte {text.index(bad)}", "next row"):
+        read(tmp_path, text, "rows.json")
 
 
 @pytest.mark.parametrize(
@@ -96,44 +112,46 @@ def test_one_bad_row_does_not_cost_another(tmp_path, bad, before):
 )
 @pytest.mark.parametrize("separator", [b",\n", b", "])
 @pytest.mark.parametrize("chunk", [1, 3, 2**20])
-def test_the_last_row_may_be_broken(tmp_path, monkeypatch, bad, separator, chunk):
+def test_an_invalid_last_row_leaves_others_readable(tmp_path, monkeypatch, bad, separator, chunk):
     monkeypatch.setattr(json_rows, "_CHUNK_BYTES", chunk)
     rows = [json.dumps({"n": n}).encode() for n in range(3)]
-    found = read(tmp_path, b"[" + separator.join([*rows, bad]) + b"]\n", "rows.json")
-    assert [hasattr(row, "value") for row in found] == [True, True, True, False]
+    result = read(tmp_path, b"[" + separator.join([*rows, bad]) + b"]\n", "rows.json")
+    assert [hasattr(row, "value") for row in result] == [True, True, True, False]
 
 
-def test_a_broken_row_that_holds_the_next_ones_is_named(tmp_path):
-    """Its list lacks an end, takes the rows behind it, and the list's own end for its end."""
+def test_an_unclosed_row_that_swallows_the_next_is_refused_with_its_offset(tmp_path):
+    """The inner list has no end: it takes the following rows and the end of the outer list."""
     with refused("rows.json:1", "byte 11", "next row"):
         read(tmp_path, b'[{"n": 1}, {"m": [{"x": 1}, {"n": 2}, {"n": 3}]', "rows.json")
 
 
-@pytest.mark.parametrize("layout", ["minified", "a row a line", "concatenated"])
-def test_numbers_that_json_or_python_does_not_hold_cost_no_other_row(tmp_path, layout):
+@pytest.mark.parametrize(
+    ("start", "separator", "end"),
+    [("[", ",", "]"), ("[", ",\n", "]"), ("", "", "")],
+    ids=["minified", "a row a line", "concatenated"],
+)
+def test_numbers_outside_json_or_python_leave_other_rows_readable(tmp_path, start, separator, end):
     numbers = ["NaN", "-Infinity", str(2**80), "1e999", "7" * 5000]
     rows = [f'{{"n": {number}, "m": {i}}}' for i, number in enumerate(numbers)]
-    separator = {"minified": ",", "a row a line": ",\n", "concatenated": ""}[layout]
-    text = separator.join(rows)
-    text = text if layout == "concatenated" else f"[{text}]"
-    *found, bad = read(tmp_path, text.encode(), "rows.json")
-    assert [row.value["m"] for row in found] == [0, 1, 2, 3]
-    assert found[2].value["n"] == 2**80
+    text = start + separator.join(rows) + end
+    *good, bad = read(tmp_path, text.encode(), "rows.json")
+    assert [row.value["m"] for row in good] == [0, 1, 2, 3]
+    assert good[2].value["n"] == 2**80
     assert "number too long" in bad.reason
 
 
-def test_a_list_that_is_cut_off_ends_with_a_bad_row(tmp_path):
+def test_a_truncated_list_ends_with_a_bad_row(tmp_path):
     text = json.dumps([{"n": n} for n in range(5)]).encode()
     for end in range(1, len(text)):
         *_, last = read(tmp_path, text[:end], "rows.json")
         assert "the file ends" in last.reason
 
 
-def test_pretty_rows_with_a_bracket_missing_are_found_again(tmp_path):
+def test_rows_after_an_unclosed_pretty_printed_row_are_read(tmp_path):
     rows = [{"n": n, "m": [{"role": "user"}, {"role": "b"}]} for n in range(4)]
     text = json.dumps(rows, indent=2).replace("      }\n    ]\n  },\n", "      }\n    ]\n", 1)
-    found = read(tmp_path, text.encode(), "rows.json")
-    assert [getattr(row, "value", None) for row in found] == [None, *rows[1:]]
+    result = read(tmp_path, text.encode(), "rows.json")
+    assert [getattr(row, "value", None) for row in result] == [None, *rows[1:]]
 
 
 LONG = ['{"t": "%s"}', '{"t": [["%s"]]}', '"%s"']
@@ -148,17 +166,17 @@ def with_long_row(long, layout, monkeypatch):
 
 
 @pytest.mark.parametrize("long", LONG)
-def test_a_long_row_is_skipped_without_being_held(tmp_path, monkeypatch, long):
+def test_a_long_row_is_skipped_without_keeping_it_in_memory(tmp_path, monkeypatch, long):
     text, offset = with_long_row(long, "a row a line", monkeypatch)
     sizes = []
-    fill = json_rows._ValueScanner._read_more
+    read_more = json_rows._ValueScanner._read_more
 
-    def recorded(self):
-        result = fill(self)
+    def recording(self):
+        result = read_more(self)
         sizes.append(len(self._text))
         return result
 
-    monkeypatch.setattr(json_rows._ValueScanner, "_read_more", recorded)
+    monkeypatch.setattr(json_rows._ValueScanner, "_read_more", recording)
     first, bad, last = read(tmp_path, text, "rows.json")
     assert (first.value, last.value) == ({"n": 0}, {"n": 2})
     assert bad.reason.startswith("the row is longer")
@@ -167,19 +185,19 @@ def test_a_long_row_is_skipped_without_being_held(tmp_path, monkeypatch, long):
 
 
 @pytest.mark.parametrize("long", LONG)
-def test_a_long_row_with_others_on_its_line_is_named(tmp_path, monkeypatch, long):
+def test_a_long_row_on_one_line_with_others_is_refused_with_its_offset(tmp_path, monkeypatch, long):
     text, offset = with_long_row(long, "minified", monkeypatch)
     with refused("rows.json:1", f"byte {offset}", "longer than"):
         read(tmp_path, text, "rows.json")
 
 
-def test_a_file_with_many_open_rows_is_refused_in_linear_time(tmp_path, monkeypatch):
+def test_a_file_of_many_unclosed_rows_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "MAX_ROW_BYTES", 1000)
     with refused("is the file JSON"):
         read(tmp_path, b"[\n" + b'{"a": [1,\n' * 10_000, "rows.json")
 
 
 @given(st.lists(st.sampled_from([*b'[]{}",:\\\n 7a', *"é".encode()]), max_size=40).map(bytes))
-def test_any_bytes_come_to_an_end(tmp_path_factory, content):
+def test_reading_any_bytes_terminates(tmp_path_factory, content):
     with contextlib.suppress(UserError):
         read(tmp_path_factory.mktemp("any"), content, "rows.json")

@@ -1,4 +1,4 @@
-"""Tables in one JSON object are refused with a command, whose output is the rows."""
+"""A table in one JSON object is refused with a command that converts it to rows."""
 
 import json
 import re
@@ -21,15 +21,15 @@ ROWS = [
 TEXTS = [{"prompt": f"q {i}", "completion": f"a é {i}"} for i in range(3)]
 
 
-def exported(orient):
+def pandas_export(orient):
     return lambda rows: json.loads(pandas.DataFrame(rows).to_json(orient=orient))
 
 
 LAYOUTS = {
-    "split": exported("split"),
-    "index": exported("index"),
-    "columns": exported("columns"),
-    "table": exported("table"),
+    "split": pandas_export("split"),
+    "index": pandas_export("index"),
+    "columns": pandas_export("columns"),
+    "table": pandas_export("table"),
     "list": lambda rows: {key: [row[key] for row in rows] for key in rows[0]},
     "data": lambda rows: {"data": rows},
     "version": lambda rows: {"version": "1.0", "meta": {"n": [1]}, "data": rows},
@@ -43,7 +43,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", ["export.json", "export.jsonl", "export with space.json"])
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_table_in_one_object_is_refused_with_the_command_for_its_rows(
+def test_a_table_in_one_object_is_refused_with_a_command_that_writes_its_rows(
     tmp_path, layout, indent, name
 ):
     rows = ROWS if layout != "list" else TEXTS
@@ -53,8 +53,8 @@ def test_a_table_in_one_object_is_refused_with_the_command_for_its_rows(
         read_file(path)
     (command,) = re.findall(r"python -c .*", str(caught.value))
     subprocess.run(command, shell=True, check=True)
-    found = read_file(tmp_path / f"{name}.rows.jsonl")
-    assert [{key: f.value[key] for key in row} for f, row in zip(found, rows, strict=True)] == rows
+    result = read_file(tmp_path / f"{name}.rows.jsonl")
+    assert [{key: r.value[key] for key in row} for r, row in zip(result, rows, strict=True)] == rows
 
 
 @pytest.mark.parametrize("size", [10, 200_000])
@@ -69,17 +69,17 @@ def test_a_table_in_one_object_is_refused_with_the_command_for_its_rows(
         {"text": "a { b [ c"},
     ],
 )
-def test_objects_that_others_follow_are_rows(tmp_path, row, size):
+def test_several_objects_are_rows_even_if_they_resemble_tables(tmp_path, row, size):
     row = {**row, "messages" if "0" in row else "padding": {"x": "y" * size}}
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for _ in range(2)))
-    assert [type(found) for found in read_file(path)] == [Row, Row]
-    assert [found.value for found in read_file(path)] == [row, row]
+    assert [type(result) for result in read_file(path)] == [Row, Row]
+    assert [result.value for result in read_file(path)] == [row, row]
 
 
 @pytest.mark.parametrize("row", [ROWS[0], TEXTS[0], {"text": "t"}, {"a": 1}, {"q": {"x": 1}}, {}])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_one_row_is_a_row(tmp_path, row, indent):
+def test_a_file_of_one_row_is_not_taken_for_a_table(tmp_path, row, indent):
     path = tmp_path / "one.json"
     path.write_text(json.dumps(row, indent=indent))
-    assert [found.value for found in read_file(path)] == [row]
+    assert [result.value for result in read_file(path)] == [row]

@@ -1,4 +1,4 @@
-"""Messages, turns, parts and tool calls as people write them: the same Messages, or a reason."""
+"""All usual forms of messages, content parts and tool calls give equal Messages or a reason."""
 
 import json
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.unit
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 ARGUMENTS = {"city": "Bergen", "days": [1, 2]}
 RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "rain"}
-THOUGHT = {"type": "thinking", "thinking": "let me see"}
+REASONING = {"type": "thinking", "thinking": "let me see"}
 CALL = {"type": "function", "function": {"name": "forecast", "arguments": ARGUMENTS}}
 
 
@@ -26,28 +26,28 @@ def messages_of(*messages):
     return read(*messages).example.messages
 
 
-def calling(call, key="tool_calls"):
+def message_with(call, key="tool_calls"):
     return {"role": "assistant", "content": None, key: call}
 
 
 @pytest.mark.parametrize("key", ["arguments", "args", "parameters", "input"])
-@pytest.mark.parametrize("as_written", [dict, json.dumps])
+@pytest.mark.parametrize("encode", [dict, json.dumps])
 @pytest.mark.parametrize("layout", ["openai", "flat", "beside", "langchain", "once", "text"])
-def test_a_call_is_the_same_whatever_its_keys_are(key, as_written, layout):
-    named = {"name": "forecast", key: as_written(ARGUMENTS)}
+def test_every_form_of_a_tool_call_gives_the_same_message(key, encode, layout):
+    named = {"name": "forecast", key: encode(ARGUMENTS)}
     message = {
-        "openai": calling([{"type": "function", "function": named}]),
-        "flat": calling([named]),
-        "beside": calling([{"function": {"name": "forecast"}, key: as_written(ARGUMENTS)}]),
-        "langchain": calling([named | {"type": "tool_call"}]),
-        "once": calling(named, "function_call"),
-        "text": calling(json.dumps([named])),
+        "openai": message_with([{"type": "function", "function": named}]),
+        "flat": message_with([named]),
+        "beside": message_with([{"function": {"name": "forecast"}, key: encode(ARGUMENTS)}]),
+        "langchain": message_with([named | {"type": "tool_call"}]),
+        "once": message_with(named, "function_call"),
+        "text": message_with(json.dumps([named])),
     }[layout]
-    found = read(USER, message)
-    assert found.example.messages[1] == Message("assistant", "", others={"tool_calls": [CALL]})
-    assert not found.unread
+    result = read(USER, message)
+    assert result.example.messages[1] == Message("assistant", "", others={"tool_calls": [CALL]})
+    assert not result.unread
     turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": named}]
-    expected = found.example
+    expected = result.example
     for value in (named, json.dumps(named), [named]):
         turns[1]["value"] = value
         assert read_example(row_of({"conversations": turns})).example == expected
@@ -56,7 +56,7 @@ def test_a_call_is_the_same_whatever_its_keys_are(key, as_written, layout):
 def test_ids_of_calls_and_results_are_kept():
     part = {"type": "tool_use", "id": "toolu_1", "name": "forecast", "input": ARGUMENTS}
     for call in (CALL | {"id": "toolu_1"}, part, CALL | {"call_id": "toolu_1", "index": 0}):
-        (message,) = messages_of(calling([call]))
+        (message,) = messages_of(message_with([call]))
         assert message.others["tool_calls"] == [CALL | {"id": "toolu_1"}]
     result = {"role": "tool", "content": "rain", "tool_call_id": "toolu_1"}
     assert messages_of(result, ANSWER)[0].others == {"tool_call_id": "toolu_1"}
@@ -76,22 +76,22 @@ def test_ids_of_calls_and_results_are_kept():
         (7, ["a tool call is a number"]),
     ],
 )
-def test_a_call_that_is_not_wholly_read_refuses_the_row(call, facts):
+def test_a_tool_call_with_unreadable_values_refuses_the_row(call, facts):
     with refused(*facts, error=RowError):
-        read(USER, calling([call]))
+        read(USER, message_with([call]))
 
 
-def test_nulls_and_empty_values_in_calls_are_absent_but_not_in_json_text():
+def test_nulls_in_arguments_are_dropped_from_objects_and_kept_in_json_text():
     filled = {"city": "Bergen", "days": [1, 2], "unit": None, "in": {"a": None}}
     call = {"id": None, "function": {"name": "forecast", "arguments": filled, "args": None}}
-    (message,) = messages_of(calling([call]))
+    (message,) = messages_of(message_with([call]))
     expected = CALL["function"] | {"arguments": ARGUMENTS | {"in": {}}}
     assert message.others["tool_calls"] == [CALL | {"function": expected}]
-    (message,) = messages_of(calling([{"name": "f", "arguments": json.dumps(filled)}]))
+    (message,) = messages_of(message_with([{"name": "f", "arguments": json.dumps(filled)}]))
     assert message.others["tool_calls"][0]["function"]["arguments"] == filled
 
 
-def test_anthropic_parts_are_reasoning_text_calls_and_results():
+def test_anthropic_content_parts_become_reasoning_text_calls_and_results():
     asked = {
         "role": "assistant",
         "content": [
@@ -114,9 +114,9 @@ def test_anthropic_parts_are_reasoning_text_calls_and_results():
             {"type": "text", "text": "Well?"},
         ],
     }
-    found = read(USER, asked, answered, ANSWER)
+    result = read(USER, asked, answered, ANSWER)
     now = {"id": "t2", "type": "function", "function": {"name": "now", "arguments": {}}}
-    assert found.example.messages[1:5] == (
+    assert result.example.messages[1:5] == (
         Message(
             "assistant",
             "I ask.",
@@ -129,7 +129,7 @@ def test_anthropic_parts_are_reasoning_text_calls_and_results():
         Message("tool", "noon", others={"tool_call_id": "t2"}),
         Message("user", "Well?"),
     )
-    assert found.unread == ("tool_result.is_error",)
+    assert result.unread == ("tool_result.is_error",)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_anthropic_parts_are_reasoning_text_calls_and_results():
         (["tool_result"], ["tool_result"]),
     ],
 )
-def test_parts_in_an_order_that_no_template_writes_refuse_the_row(content, facts):
+def test_content_parts_in_an_order_that_no_template_renders_refuse_the_row(content, facts):
     value = {"text": "a", "thinking": "t", "name": "f"}
     keys = {"text": ["text"], "thinking": ["thinking"], "tool_use": ["name"]}
     parts = [{"type": kind} | {key: value[key] for key in keys.get(kind, [])} for kind in content]
@@ -160,19 +160,19 @@ def test_parts_in_an_order_that_no_template_writes_refuse_the_row(content, facts
         ({"role": "system", "content": [RESULT]}, ["system", "tool_result"]),
         ({"role": "user", "content": [{"type": ["text"], "text": "q"}]}, ["part", "an object"]),
         ({"role": "user", "content": [{"type": "text", "text": "q", "x": 1}]}, ["part", "x"]),
-        ({"role": "user", "content": [THOUGHT]}, ["user", "thinking"]),
-        ({"role": "assistant", "content": [THOUGHT]}, ["assistant", "empty"]),
+        ({"role": "user", "content": [REASONING]}, ["user", "thinking"]),
+        ({"role": "assistant", "content": [REASONING]}, ["assistant", "empty"]),
     ],
 )
-def test_parts_that_a_role_does_not_have_refuse_the_row(message, facts):
+def test_content_parts_that_do_not_belong_to_the_role_refuse_the_row(message, facts):
     with refused(*facts, error=RowError):
         read(message, ANSWER)
 
 
-def test_a_thought_may_be_a_list_of_text_parts():
+def test_reasoning_in_text_parts_is_joined():
     answer = {"type": "text", "text": "a"}
-    for thought in ("let me", [{"type": "text", "text": "let "}, {"type": "text", "text": "me"}]):
-        parts = [{"type": "thinking", "thinking": thought}, answer]
+    for reasoning in ("let me", [{"type": "text", "text": "let "}, {"type": "text", "text": "me"}]):
+        parts = [{"type": "thinking", "thinking": reasoning}, answer]
         (_, message) = messages_of(USER, {"role": "assistant", "content": parts})
         assert message == Message("assistant", "a", others={"reasoning_content": "let me"})
     with refused("part", "x", error=RowError):
@@ -180,36 +180,36 @@ def test_a_thought_may_be_a_list_of_text_parts():
         read(USER, {"role": "assistant", "content": parts})
 
 
-def test_tool_results_that_are_json_values_are_written_as_json():
+def test_tool_results_of_json_values_become_json_text():
     for result in ({"temp": 20, "wind": "süd"}, [1, {"type": "row"}], 7, True, [], ["a"]):
-        found, _ = messages_of({"role": "tool", "content": result}, ANSWER)
-        assert json.loads(found.content) == result
+        message, _ = messages_of({"role": "tool", "content": result}, ANSWER)
+        assert json.loads(message.content) == result
     assert "süd" in messages_of({"role": "tool", "content": {"w": "süd"}}, ANSWER)[0].content
     with refused("'image_url'", error=RowError):
         read({"role": "tool", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER)
 
 
-def test_roles_of_other_formats_are_known():
-    found = messages_of(
+def test_roles_of_other_formats_become_roles_of_messages():
+    result = messages_of(
         {"role": "developer", "content": "be brief"},
         USER,
         {"role": "tool_call", "content": json.dumps(CALL["function"])},
         {"role": "tool_response", "content": "rain"},
         ANSWER,
     )
-    assert [message.role for message in found] == [
+    assert [message.role for message in result] == [
         "system",
         "user",
         "assistant",
         "tool",
         "assistant",
     ]
-    assert found[2].others == {"tool_calls": [CALL]}
+    assert result[2].others == {"tool_calls": [CALL]}
 
 
-def test_turns_of_role_and_content_are_read_under_conversations():
-    found = read_example(row_of({"conversations": [USER, ANSWER]})).example
-    assert found.messages == messages_of(USER, ANSWER)
+def test_conversations_may_have_role_and_content_keys():
+    result = read_example(row_of({"conversations": [USER, ANSWER]})).example
+    assert result.messages == messages_of(USER, ANSWER)
 
 
 def test_reasoning_under_two_keys_must_agree():
@@ -220,14 +220,14 @@ def test_reasoning_under_two_keys_must_agree():
 
 
 def test_metadata_of_messages_is_counted_as_unread_and_other_keys_refuse_the_row():
-    found = read(USER | {"timestamp": "10:00", "id": 3}, ANSWER | {"model": "", "refusal": None})
-    assert found.unread == ("message.id", "message.timestamp")
+    result = read(USER | {"timestamp": "10:00", "id": 3}, ANSWER | {"model": "", "refusal": None})
+    assert result.unread == ("message.id", "message.timestamp")
     for key, value in (("refusal", "no"), ("audio", {"id": "x"}), ("train", False)):
         with refused(key, "unknown", error=RowError):
             read(USER, ANSWER | {key: value})
 
 
-LISTED = [USER, calling([CALL | {"id": "1"}]), {"role": "tool", "content": "rain"}, ANSWER]
+LISTED = [USER, message_with([CALL | {"id": "1"}]), {"role": "tool", "content": "rain"}, ANSWER]
 TOOL = {"name": "forecast", "parameters": {"type": "object", "properties": {}}}
 STRUCT = {
     "role": ["user", "assistant", "tool", "assistant"],
@@ -253,47 +253,47 @@ STRUCT = {
     ],
 )
 def test_messages_and_tools_are_read_as_lists_json_text_and_structs_of_lists(messages, tools):
-    found = read_example(row_of({"messages": messages, "tools": tools})).example
-    assert found == read_example(row_of({"messages": LISTED, "tools": [TOOL]})).example
-    assert found.tools == ({"type": "function", "function": TOOL},)
+    result = read_example(row_of({"messages": messages, "tools": tools})).example
+    assert result == read_example(row_of({"messages": LISTED, "tools": [TOOL]})).example
+    assert result.tools == ({"type": "function", "function": TOOL},)
 
 
 @pytest.mark.parametrize("empty", [None, "", "null", "[]", [], {}])
-def test_no_tools_and_no_calls_in_any_form_are_none(empty):
-    found = read(USER, ANSWER | {"tool_calls": empty}, tools=empty)
-    assert found == read(USER, ANSWER)
+def test_empty_tools_and_calls_in_any_form_are_absent(empty):
+    result = read(USER, ANSWER | {"tool_calls": empty}, tools=empty)
+    assert result == read(USER, ANSWER)
 
 
 @pytest.mark.parametrize("empty", [None, "", " ", "null", "{}", {}])
-def test_no_arguments_in_any_form_are_an_empty_object(empty):
-    (message,) = messages_of(calling([{"name": "f", "arguments": empty}]))
+def test_empty_arguments_in_any_form_become_an_empty_object(empty):
+    (message,) = messages_of(message_with([{"name": "f", "arguments": empty}]))
     assert message.others["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
 
 
-def test_a_null_in_tools_is_absent_but_not_in_json_text():
+def test_nulls_in_tools_are_dropped_from_objects_and_kept_in_json_text():
     tool = TOOL | {"strict": None}
     assert read(USER, ANSWER, tools=[tool]).example.tools[0]["function"] == TOOL
     assert read(USER, ANSWER, tools=json.dumps([tool])).example.tools[0]["function"] == tool
 
 
 @pytest.mark.parametrize("number", ["1e999", "NaN", "-Infinity"])
-def test_a_number_that_json_does_not_have_refuses_the_row(number):
+def test_arguments_with_a_number_that_is_not_json_refuse_the_row(number):
     call = {"name": "f", "arguments": f'{{"n": {number}}}'}
     with refused("tool call", error=RowError):
-        read(calling([call]))
+        read(message_with([call]))
 
 
-def test_a_part_with_a_text_alone_needs_no_type():
-    """As Qwen-Agent writes contents; a table fills the other keys of its schema with null."""
+def test_a_content_part_with_only_text_needs_no_type():
+    """Qwen-Agent writes such parts; in a table the other keys of the schema are null."""
     parts = [{"text": "a", "image": None}, {"type": "text", "text": "b"}]
     question = {"role": "user", "content": "q"}
-    found = messages_of(question, {"role": "assistant", "content": parts})
-    assert found[1].content == "ab"
+    result = messages_of(question, {"role": "assistant", "content": parts})
+    assert result[1].content == "ab"
     with refused("part", error=RowError):
         read(question, {"role": "assistant", "content": [{"text": "a", "image": "b.png"}]})
 
 
-def test_tools_of_other_apis_are_the_same_tools():
+def test_tools_of_every_api_become_the_same_tools():
     schema = {"type": "object", "properties": {"city": {"type": "string"}}}
     function = {"name": "f", "description": "d", "parameters": schema}
     anthropic = {"name": "f", "description": "d", "input_schema": schema}
@@ -304,12 +304,12 @@ def test_tools_of_other_apis_are_the_same_tools():
         anthropic,
         {"type": "custom", **anthropic},
     ):
-        (found,) = read(*turns, tools=[tool]).example.tools
-        assert found == {"type": "function", "function": function}
-        assert list(found["function"]) == list(function)
+        (result,) = read(*turns, tools=[tool]).example.tools
+        assert result == {"type": "function", "function": function}
+        assert list(result["function"]) == list(function)
 
 
-def test_reasoning_that_is_given_twice_is_read_once():
+def test_reasoning_given_both_in_a_key_and_in_the_content_is_read_once():
     answer = {"role": "assistant", "content": "<think>\nhm\n</think>\n\na"}
     for key in ("reasoning_content", "reasoning", "thinking"):
         (_, message) = messages_of(USER, answer | {key: "hm"})
@@ -319,11 +319,11 @@ def test_reasoning_that_is_given_twice_is_read_once():
 
 
 @pytest.mark.parametrize("schema", ["input_schema", "inputSchema", "parametersJsonSchema"])
-def test_the_schema_of_a_tool_has_many_names(schema):
+def test_every_key_of_a_tool_schema_becomes_parameters(schema):
     tool = {"name": "f", "description": "d", schema: {"type": "object", "properties": {}}}
     expected = {"name": "f", "description": "d", "parameters": tool[schema]}
-    found = read(USER, ANSWER, tools=[tool])
-    assert found.example.tools == ({"type": "function", "function": expected},)
+    result = read(USER, ANSWER, tools=[tool])
+    assert result.example.tools == ({"type": "function", "function": expected},)
 
 
 @pytest.mark.parametrize(

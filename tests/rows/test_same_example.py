@@ -1,4 +1,4 @@
-"""The same conversation gives the same example, whatever file and form it is stored in."""
+"""A conversation gives the same example from every file format and layout."""
 
 import json
 import subprocess
@@ -41,8 +41,8 @@ def conversations(draw):
     return {"messages": messages, "tools": [{"name": "f", "parameters": schema}]}
 
 
-# Makes every key known to a table's schema, so that the other rows are filled with nulls.
-FULL = {
+# A row with every key: in a table, the other rows get nulls for the keys that they lack.
+ROW_WITH_ALL_KEYS = {
     "messages": [
         {"role": "user", "content": "q"},
         {
@@ -102,9 +102,9 @@ def with_json_type(rows):
     return pyarrow.table(columns)
 
 
-def filled(rows):
-    """The rows of a table's schema with its nulls, as `Dataset.to_json` exports them."""
-    return pyarrow.Table.from_pylist([*rows, FULL]).to_pylist()[:-1]
+def with_nulls(rows):
+    """The rows with nulls for missing keys, as `Dataset.to_json` exports them."""
+    return pyarrow.Table.from_pylist([*rows, ROW_WITH_ALL_KEYS]).to_pylist()[:-1]
 
 
 def write_lines(path, rows):
@@ -112,7 +112,7 @@ def write_lines(path, rows):
 
 
 def write_saved(folder, table):
-    """The layout of `save_to_disk`, with a cache that is not to be read."""
+    """Write the layout of `save_to_disk`, with a cache file that must not be read."""
     folder.mkdir()
     for name in ("data-00000-of-00001.arrow", "cache-1.arrow"):
         with pyarrow.ipc.new_stream(folder / name, table.schema) as stream:
@@ -126,13 +126,13 @@ def write_arrow(path, table):
         file.write_table(table)
 
 
-def write_forms(folder, rows):
-    """Files by name, each with the same rows."""
-    table = pyarrow.Table.from_pylist([*rows, FULL]).slice(0, len(rows))
+def write_all_formats(folder, rows):
+    """Write the same rows in every file format and layout."""
+    table = pyarrow.Table.from_pylist([*rows, ROW_WITH_ALL_KEYS]).slice(0, len(rows))
     write_lines(folder / "plain.jsonl", rows)
-    write_lines(folder / "exported.jsonl", filled(rows))
+    write_lines(folder / "exported.jsonl", with_nulls(rows))
     (folder / "list.json").write_text(json.dumps(rows, indent=1))
-    (folder / "exported.json").write_text(json.dumps(filled(rows)))
+    (folder / "exported.json").write_text(json.dumps(with_nulls(rows)))
     pyarrow.parquet.write_table(table, folder / "table.parquet")
     write_arrow(folder / "table.arrow", table)
     write_saved(folder / "saved", table)
@@ -146,18 +146,18 @@ def write_forms(folder, rows):
 
 
 @given(st.lists(conversations(), min_size=1, max_size=3))
-def test_every_form_of_the_same_rows_gives_the_same_examples(rows):
+def test_every_format_of_the_same_rows_gives_the_same_examples(rows):
     with TemporaryDirectory() as name:
         folder = Path(name)
-        write_forms(folder, rows)
+        write_all_formats(folder, rows)
         expected = examples_of(folder / "plain.jsonl")
         assert len(expected) == len(rows)
         for path in sorted(folder.iterdir()):
             assert examples_of(path) == expected, path.name
 
 
-def test_what_datasets_writes_gives_the_examples_of_its_source(tmp_path):
-    """With a default of two types, for which `datasets` uses its Json type deep in the schema."""
+def test_files_written_by_datasets_give_the_examples_of_their_source(tmp_path):
+    """The rows have a key of two types: `datasets` stores it as its Json type."""
     kinds = {"text": {"default": "home"}, "whole": {"default": 2}, "object": {"default": {"a": 1}}}
     rows = [
         {
@@ -189,7 +189,7 @@ def test_what_datasets_writes_gives_the_examples_of_its_source(tmp_path):
     assert "arrow.json" in str(schema.field("tools").type)
 
 
-def test_text_of_the_json_type_is_decoded_in_structs_and_maps(tmp_path):
+def test_values_of_the_json_type_are_decoded_in_structs_and_maps(tmp_path):
     kind = pyarrow.json_(pyarrow.string())
     texts = pyarrow.array(['{"a": [1]}', "7", None, '"x"'], pyarrow.string())
     values = pyarrow.ExtensionArray.from_storage(kind, texts)
@@ -203,6 +203,6 @@ def test_text_of_the_json_type_is_decoded_in_structs_and_maps(tmp_path):
         }
     )
     write_arrow(tmp_path / "t.arrow", table)
-    found = [row.value for row in read_file(tmp_path / "t.arrow")]
-    for row, expected in zip(found, [{"a": [1]}, 7, None, "x"], strict=True):
+    rows_read = [row.value for row in read_file(tmp_path / "t.arrow")]
+    for row, expected in zip(rows_read, [{"a": [1]}, 7, None, "x"], strict=True):
         assert row == {"plain": expected, "struct": {"inner": expected}, "map": {"k": expected}}

@@ -1,4 +1,4 @@
-"""Names -> files -> Lines -> rows: every row of a file is a Row or a BadRow, or the run ends."""
+"""Each row of a source's files becomes a Row or a BadRow, or the source is refused."""
 
 import bz2
 import errno
@@ -40,8 +40,6 @@ COMPRESSED = {
     "xz": lzma.compress,
     "zst": partial(pyarrow.compress, codec="zstd", asbytes=True),
 }
-
-
 MAGIC = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1")
 
 
@@ -79,7 +77,7 @@ def test_a_bad_line_is_one_bad_row(tmp_path, line, reason):
     assert (after.line, after.offset) == (3, len(GOOD) + len(line) + 2)
 
 
-def test_reasons_do_not_depend_on_the_place_so_that_they_count(tmp_path):
+def test_equal_errors_at_different_places_have_equal_reasons(tmp_path):
     rows = read(tmp_path, b'{"a": "x\n{"a": 1, "bcd": "xyz\n')
     assert len({row.reason for row in rows}) == 1
 
@@ -94,7 +92,7 @@ def test_a_long_line_is_one_bad_row(tmp_path, monkeypatch):
     assert "longer than" in rows[1].reason
 
 
-def test_blank_lines_count_as_lines_and_are_no_rows(tmp_path):
+def test_blank_lines_are_counted_as_lines_but_are_not_rows(tmp_path):
     rows = read(tmp_path, b"\n  \r\n" + GOOD + b"\r\n\n" + GOOD)
     assert [row.line for row in rows] == [3, 5]
 
@@ -106,30 +104,30 @@ def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
 
 
 @given(st.lists(st.one_of(st.binary(max_size=30), st.just(GOOD)), max_size=8))
-def test_any_bytes_give_one_row_or_bad_row_a_line(tmp_path_factory, chunks):
+def test_each_line_of_any_bytes_is_one_row_or_bad_row(tmp_path_factory, chunks):
     content = b"\n".join(chunks)
     assume(content.replace(b"\xef\xbb\xbf", b"").strip())
     assume(b"\0" not in content[:4] and not content.startswith((b"\xff\xfe", b"\xfe\xff")))
     assume(not any(line.endswith((b"[", b"[{")) for line in map(bytes.strip, chunks)))
     assume(not content.startswith(MAGIC))
-    lines_there = content.split(b"\n")
+    lines = content.split(b"\n")
     rows = read(tmp_path_factory.mktemp("any"), content)
     expected = [
         number
-        for number, line in enumerate(lines_there, start=1)
+        for number, line in enumerate(lines, start=1)
         if re.sub(rb"\A(\xef\xbb\xbf)+", b"", line).strip()
     ]
     assert [row.line for row in rows] == expected
-    good = [number for number, line in enumerate(lines_there, start=1) if line == GOOD]
+    good = [number for number, line in enumerate(lines, start=1) if line == GOOD]
     assert set(good) <= {row.line for row in rows if isinstance(row, Row)}
 
 
-@pytest.mark.parametrize("packed", COMPRESSED)
+@pytest.mark.parametrize("suffix", COMPRESSED)
 @pytest.mark.parametrize("name", ["rows.jsonl.{}", "rows.jsonl", "rows"])
-def test_compression_is_recognised_by_the_first_bytes(tmp_path, packed, name):
-    pack = COMPRESSED[packed]
-    content = pack(GOOD + b"\n") + pack(GOOD)  # members or frames one after another
-    rows = read(tmp_path, content, name.format(packed))
+def test_compression_is_detected_by_the_first_bytes(tmp_path, suffix, name):
+    compress = COMPRESSED[suffix]
+    content = compress(GOOD + b"\n") + compress(GOOD)  # two members or frames
+    rows = read(tmp_path, content, name.format(suffix))
     assert [(row.line, row.offset) for row in rows] == [(1, 0), (2, len(GOOD) + 1)]
 
 
@@ -138,20 +136,18 @@ def test_an_uncompressed_file_with_the_suffix_of_a_compression_is_read(tmp_path)
     assert isinstance(row, Row)
 
 
-@pytest.mark.parametrize(
-    ("packed", "damage"),
-    # pyarrow's zstd writes no checksum, so that not every changed byte shows.
-    [
-        *((packed, "cut") for packed in COMPRESSED),
-        *((packed, "changed") for packed in COMPRESSED if packed != "zst"),
-    ],
-)
-def test_a_damaged_compressed_file_ends_the_run(tmp_path, packed, damage):
-    content = bytearray(COMPRESSED[packed](os.urandom(300_000).hex().encode()))
-    if damage == "cut":
-        del content[-len(content) // 3 :]
-    else:
-        content[len(content) // 2] ^= 0xFF
+@pytest.mark.parametrize("suffix", COMPRESSED)
+def test_a_truncated_compressed_file_is_refused(tmp_path, suffix):
+    content = COMPRESSED[suffix](os.urandom(300_000).hex().encode())
+    with refused("rows.jsonl"):
+        read(tmp_path, content[: 2 * len(content) // 3], "rows.jsonl")
+
+
+# zst is left out: pyarrow writes no checksum, so that a changed byte may go undetected.
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
+def test_a_compressed_file_with_a_changed_byte_is_refused(tmp_path, suffix):
+    content = bytearray(COMPRESSED[suffix](os.urandom(300_000).hex().encode()))
+    content[len(content) // 2] ^= 0xFF
     with refused("rows.jsonl"):
         read(tmp_path, bytes(content), "rows.jsonl")
 
@@ -163,7 +159,7 @@ def test_files_are_read_in_the_order_of_the_setting(tmp_path):
     assert [row.file.name for row in read_rows(sources)] == ["b", "a"]
 
 
-def test_a_folder_is_its_data_files_by_name_and_a_glob_its_matches(tmp_path):
+def test_a_folder_is_resolved_to_its_data_files_and_a_glob_to_its_matches(tmp_path):
     for name in ("b/1.jsonl", "b/0.json", "a.csv", "_tmp/x.jsonl", "b/.x.jsonl", "README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"prompt,completion\na,b\n" if "csv" in name else GOOD)
@@ -177,7 +173,7 @@ def test_a_folder_is_its_data_files_by_name_and_a_glob_its_matches(tmp_path):
     assert names(f"{tmp_path}/b/*.jsonl") == ["b/1.jsonl"]
     assert names(f"{tmp_path}/**/[01].*") == ["b/0.json", "b/1.jsonl"]
     (tmp_path / "b/[x].jsonl").write_bytes(GOOD)
-    assert names(f"{tmp_path}/b/[x].jsonl") == ["b/[x].jsonl"]  # a file rather than a glob
+    assert names(f"{tmp_path}/b/[x].jsonl") == ["b/[x].jsonl"]  # a file, not a glob
     for wrong, fact in (
         (f"{tmp_path}/*.parquet", "no file matches"),
         (tmp_path / "e", "e has no data files"),
@@ -210,7 +206,7 @@ def test_a_missing_file_is_refused_with_similar_names(tmp_path):
         resolved(tmp_path / "nowhere" / "x.jsonl", key="eval_data")
 
 
-def test_a_hub_name_without_a_split_is_refused_with_one(tmp_path, monkeypatch):
+def test_a_hub_name_without_a_split_is_refused_with_a_complete_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("org/name", "org/name-1.5", "org/name@v1.0"):
         with refused("train_data", f"{name}:train"):
@@ -229,11 +225,11 @@ def test_text_with_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path, na
     with refused(tmp_path / name, ".jsonl", ".csv"):
         read(tmp_path, content, name)
     assert len(read(tmp_path, b"\xef\xbb\xbf\n " + GOOD, name)) == 1
-    assert len(read(tmp_path, content, "rows.json")) > 0  # bad rows, as its name says JSON
+    assert len(read(tmp_path, content, "rows.json")) > 0  # bad rows: read as JSON
 
 
 @pytest.mark.parametrize("indent", [0, 2])
-def test_a_list_over_several_lines_is_refused_as_jsonl(tmp_path, indent):
+def test_a_json_list_over_several_lines_is_refused_in_a_jsonl_file(tmp_path, indent):
     content = json.dumps([json.loads(GOOD)] * 3, indent=indent).encode()
     with refused(tmp_path / "rows.jsonl", "list", ".json"):
         read(tmp_path, content)
@@ -247,19 +243,19 @@ def test_a_list_over_several_lines_is_refused_as_jsonl(tmp_path, indent):
     ("name", "content"),
     [("e.json", b"[]"), ("e.csv", b"prompt,completion\n"), ("e.jsonl", b"\n \n")],
 )
-def test_a_source_without_a_row_is_named(tmp_path, name, content):
+def test_a_source_without_rows_is_refused(tmp_path, name, content):
     with refused(tmp_path / name, "no row"):
         read(tmp_path, content, name)
     (tmp_path / "more.jsonl").write_bytes(GOOD)
-    assert len(list(read_rows(resolved(tmp_path)))) == 1  # one part of many may have none
+    assert len(list(read_rows(resolved(tmp_path)))) == 1  # one of several files may have no rows
 
 
-def test_an_empty_file_a_pipe_and_no_file_are_refused(tmp_path):
+def test_an_empty_file_a_pipe_and_an_empty_list_are_refused(tmp_path):
     (tmp_path / "rows.jsonl").touch()
     with refused("train_data", tmp_path / "rows.jsonl", "empty"):
         resolved(tmp_path / "rows.jsonl")
     (tmp_path / "more.jsonl").write_bytes(GOOD)
-    assert len(list(read_rows(resolved(tmp_path)))) == 1  # one part of many may be
+    assert len(list(read_rows(resolved(tmp_path)))) == 1  # one of several files may be empty
     os.mkfifo(tmp_path / "pipe")
     with refused("train_data", tmp_path / "pipe", "regular file"):
         resolved(tmp_path / "pipe")
@@ -267,7 +263,7 @@ def test_an_empty_file_a_pipe_and_no_file_are_refused(tmp_path):
         resolve_sources([], "train_data")
 
 
-def test_a_file_that_several_links_name_is_read_once(tmp_path):
+def test_a_file_with_several_links_is_read_once(tmp_path):
     (tmp_path / "v3").mkdir()
     (tmp_path / "v3/rows.jsonl").write_bytes(GOOD)
     (tmp_path / "latest").symlink_to("v3")
@@ -280,7 +276,7 @@ def test_a_file_that_several_links_name_is_read_once(tmp_path):
 
 
 def test_a_file_in_two_sources_is_refused(tmp_path):
-    """Rows that come twice are asked for with a weight."""
+    """Repetition of rows is set with a weight."""
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_bytes(GOOD)
     resolved(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
@@ -289,7 +285,7 @@ def test_a_file_in_two_sources_is_refused(tmp_path):
             resolved(tmp_path / one, tmp_path / other)
 
 
-def test_a_folder_that_may_not_be_read_and_a_name_that_is_too_long(tmp_path, monkeypatch):
+def test_an_unreadable_folder_and_a_too_long_name_are_refused(tmp_path, monkeypatch):
     with refused("train_data", "File name too long"):
         resolved("/" + "x" * 300)
     with refused("train_data", "no such file", "no hub data set"):
@@ -303,7 +299,7 @@ def test_a_folder_that_may_not_be_read_and_a_name_that_is_too_long(tmp_path, mon
         resolved(tmp_path)
 
 
-def test_a_file_is_not_both_trained_on_and_held_out(tmp_path):
+def test_a_file_in_both_training_and_held_out_data_is_refused(tmp_path):
     for name in ("train.jsonl", "heldout.jsonl"):
         (tmp_path / name).write_bytes(GOOD)
     (tmp_path / "link.jsonl").symlink_to("heldout.jsonl")
@@ -329,12 +325,12 @@ CSV = [
 
 
 @given(st.lists(st.sampled_from(CSV), min_size=1, max_size=8))
-def test_csv_columns_are_text_and_a_row_that_does_not_fit_is_one_bad_row(tmp_path_factory, rows):
+def test_csv_values_are_text_and_each_invalid_row_is_one_bad_row(tmp_path_factory, rows):
     content = b"\xef\xbb\xbfprompt,completion\n\n" + b"".join(row for row, _ in rows)
-    found = read(tmp_path_factory.mktemp("csv"), content, "rows.csv")
-    assert len(found) == len(rows)
+    result = read(tmp_path_factory.mktemp("csv"), content, "rows.csv")
+    assert len(result) == len(rows)
     offset, line = content.index(b"\n\n") + 2, 3
-    for (text, expected), row in zip(rows, found, strict=True):
+    for (text, expected), row in zip(rows, result, strict=True):
         assert (row.offset, row.line) == (offset, line)
         if isinstance(expected, dict):
             assert row.value == expected
@@ -355,36 +351,36 @@ def test_csv_columns_are_text_and_a_row_that_does_not_fit_is_one_bad_row(tmp_pat
     ],
 )
 @pytest.mark.parametrize("after", [b"", b"c,d\n", b'"c",d\n'])
-def test_nothing_behind_unmatched_quotes_is_read_as_a_row(tmp_path, row, after):
+def test_nothing_after_unmatched_quotes_is_read_as_a_row(tmp_path, row, after):
     path = tmp_path / "rows.csv"
     path.write_bytes(b"prompt,completion\na,b\n" + row + after)
-    found: list[Row | BadRow] = []
+    result: list[Row | BadRow] = []
     with refused(tmp_path / "rows.csv:3", "quotes"):
-        found.extend(row for row in read_rows(resolved(path)))
-    assert [row.value for row in found] == [{"prompt": "a", "completion": "b"}]
+        result.extend(row for row in read_rows(resolved(path)))
+    assert [row.value for row in result] == [{"prompt": "a", "completion": "b"}]
 
 
-def test_a_csv_header_must_name_columns_once(tmp_path):
+def test_a_csv_header_without_columns_or_with_duplicates_is_refused(tmp_path):
     with refused(tmp_path / "rows.csv:1", "header", "a", "twice"):
         read(tmp_path, b"a,b,a\n1,2,3\n", "rows.csv")
     with refused(tmp_path / "rows.csv:1", "columns", "no row"):
         read(tmp_path, b"\n\n", "rows.csv")
 
 
-def test_a_long_row_of_csv_is_one_bad_row(tmp_path, monkeypatch):
+def test_a_long_csv_row_is_one_bad_row(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "MAX_ROW_BYTES", 64)
     quoted = b'c,"' + b'd ""d"", \n' * 100 + b'"\n'
     for long in (b"a," + b"x" * 200 + b"\n", b'a,"' + b'xxx""' * 50 + b'"\n', quoted):
-        found = read(tmp_path, b"prompt,completion\na,b\n" + long + b"e,f\n" * 40, "rows.csv")
-        assert [isinstance(row, Row) for row in found] == [True, False, *[True] * 40]
-        assert "longer than" in found[1].reason
-        assert found[2].line == 3 + long.count(b"\n")
-        assert found[2].offset == 22 + len(long)
+        result = read(tmp_path, b"prompt,completion\na,b\n" + long + b"e,f\n" * 40, "rows.csv")
+        assert [isinstance(row, Row) for row in result] == [True, False, *[True] * 40]
+        assert "longer than" in result[1].reason
+        assert result[2].line == 3 + long.count(b"\n")
+        assert result[2].offset == 22 + len(long)
     with refused(tmp_path / "rows.csv:3", "quotes"):
         read(tmp_path, b'prompt,completion\na,b\nc,"d\n' + b"e,f\n" * 400, "rows.csv")
 
 
-def test_lines_can_be_pickled_and_parsed_elsewhere(tmp_path):
+def test_pickled_lines_can_be_parsed(tmp_path):
     import pickle
 
     (tmp_path / "rows.jsonl").write_bytes(GOOD + b"\nbad")
@@ -393,7 +389,7 @@ def test_lines_can_be_pickled_and_parsed_elsewhere(tmp_path):
     assert [type(parse_line(line)) for line in sent] == [Row, BadRow]
 
 
-def test_rows_are_checked_without_torch():
+def test_reading_rows_imports_neither_torch_nor_pyarrow():
     code = (
         "import sys, pipeline.data.prepare.prepare, pipeline.rows.formats\n"
         "print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"

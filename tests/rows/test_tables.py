@@ -1,4 +1,4 @@
-"""Parquet and Arrow: the rows of the same JSON, in bounded memory, without leftover files."""
+"""Parquet and Arrow files give the rows of the same JSON, in bounded memory, and leave no files."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ OTHER = {"type": "function", "function": {"name": "g", "arguments": {"y": "NA"}}
 
 
 def rows_of(n):
-    """Rows whose structures differ, so that a table has nulls where a key is not there."""
+    """Rows of different structure: in a table, missing keys are null."""
     return [
         {
             "messages": [
@@ -42,67 +42,76 @@ def rows_of(n):
 
 
 def write(path, rows):
-    table = pyarrow.Table.from_pylist(rows)
+    write_table(path, pyarrow.Table.from_pylist(rows))
+
+
+def write_table(path, table):
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(table, path)
         return
-    new = pyarrow.ipc.new_stream if "stream" in path.name else pyarrow.ipc.new_file
-    with new(path, table.schema) as into:
-        into.write_table(table, max_chunksize=2)
+    open_writer = pyarrow.ipc.new_stream if "stream" in path.name else pyarrow.ipc.new_file
+    with open_writer(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
 
 
 def read(path):
     return list(read_rows(resolve_sources([DataSource(path=str(path))], "train_data")))
 
 
-@pytest.mark.parametrize("name", ["t.parquet", "stream.arrow", "file.arrow", "[x]*.parquet"])
-@pytest.mark.parametrize("is_packed", [False, True])
-def test_a_table_gives_the_rows_that_json_gives(tmp_path, name, is_packed, monkeypatch):
+NAMES = ["t.parquet", "stream.arrow", "file.arrow", "[x]*.parquet"]
+
+
+def assert_same_rows_as_json(path, rows):
+    json_lines = path.with_name("rows.jsonl")
+    json_lines.write_text("\n".join(map(json.dumps, rows)))
+    assert [(row.line, row.offset) for row in read(path)] == [(n, None) for n in range(1, 6)]
+    assert examples_of(path) == examples_of(json_lines)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_gives_the_rows_of_the_same_json(tmp_path, name, monkeypatch):
     monkeypatch.setattr(tables, "_ROWS_AT_ONCE", 2)
     rows = rows_of(5)
-    path = tmp_path / name
-    write(path, rows)
-    if is_packed:
-        (packed := tmp_path / f"{name}.gz").write_bytes(gzip.compress(path.read_bytes()))
-        path = packed
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = read(path)
-    assert [(row.line, row.offset) for row in found] == [(n, None) for n in range(1, 6)]
-    assert examples_of(path) == examples_of(tmp_path / "rows.jsonl")
+    write(tmp_path / name, rows)
+    assert_same_rows_as_json(tmp_path / name, rows)
 
 
-def test_a_damaged_table_ends_the_run_and_names_the_file(tmp_path):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compressed_table_gives_the_rows_of_the_same_json(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(tables, "_ROWS_AT_ONCE", 2)
+    rows = rows_of(5)
+    write(tmp_path / name, rows)
+    compressed = tmp_path / f"{name}.gz"
+    compressed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    assert_same_rows_as_json(compressed, rows)
+
+
+def test_a_damaged_table_is_refused_with_its_name(tmp_path):
     write(tmp_path / "t.parquet", rows_of(5))
     content = (tmp_path / "t.parquet").read_bytes()
-    (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
+    (tmp_path / "truncated.parquet").write_bytes(content[: len(content) // 2])
     (tmp_path / "no.arrow").write_bytes(b'{"text": "t"}')
-    for name, kind in (("cut.parquet", "Parquet"), ("no.arrow", "Arrow")):
+    for name, kind in (("truncated.parquet", "Parquet"), ("no.arrow", "Arrow")):
         with refused(tmp_path / name, kind, "row 0"):
             read(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "stream.arrow"])
-@pytest.mark.parametrize("is_shared", [False, True])
-def test_a_long_row_and_one_bad_byte_are_bad_rows(tmp_path, name, is_shared, monkeypatch):
+@pytest.mark.parametrize("encode", [lambda column: column, pyarrow.Array.dictionary_encode])
+def test_long_rows_and_rows_with_invalid_utf8_are_bad_rows(tmp_path, name, encode, monkeypatch):
     monkeypatch.setattr(limits, "MAX_ROW_BYTES", 1000)
     monkeypatch.setattr(tables, "_BYTES_AT_ONCE", 500)
     texts = [b"a", b"x" * 2000, "ä".encode() * 400, "ä".encode() * 600, b"\xff", b"b", b"x" * 700]
-    column = pyarrow.array(texts).view(pyarrow.string())
-    column = column.dictionary_encode() if is_shared else column
-    table = pyarrow.table({"text": column, "n": range(7)})
-    if name == "t.parquet":
-        pyarrow.parquet.write_table(table, tmp_path / name)
-    else:
-        with pyarrow.ipc.new_stream(tmp_path / name, table.schema) as into:
-            into.write_table(table)
-    found = read(tmp_path / name)
-    assert [row.line for row in found] == [*range(1, 8)]
-    reasons = [row.reason if isinstance(row, BadRow) else "" for row in found]
+    column = encode(pyarrow.array(texts).view(pyarrow.string()))
+    write_table(tmp_path / name, pyarrow.table({"text": column, "n": range(7)}))
+    result = read(tmp_path / name)
+    assert [row.line for row in result] == [*range(1, 8)]
+    reasons = [row.reason if isinstance(row, BadRow) else "" for row in result]
     assert [reason[:7] for reason in reasons] == ["", "the row", "", "the row", "not val", "", ""]
-    assert found[6].value == {"text": "x" * 700, "n": 6}
+    assert result[6].value == {"text": "x" * 700, "n": 6}
 
 
-def test_long_rows_go_to_processes_in_small_pieces(tmp_path):
+def test_long_rows_are_sent_to_worker_processes_in_small_chunks(tmp_path):
     texts = [f"{i:09}" * 10_000 for i in range(40)]
     pyarrow.parquet.write_table(
         pyarrow.table({"m": [[{"content": text}] for text in texts]}), tmp_path / "t.parquet"
@@ -112,22 +121,22 @@ def test_long_rows_go_to_processes_in_small_pieces(tmp_path):
         sources = resolve_sources([DataSource(path=str(tmp_path / name))], "train_data")
         sizes = [len(chunk.lines) for chunk in chunks(sources, 1000)]
         assert sum(sizes) == 40
-        assert max(sizes) == 3  # of 90 kB each: the first that goes over 256 KiB is the last
+        assert max(sizes) == 3  # a row has 90 kB; a chunk ends with the row that exceeds 256 KiB
 
 
-def test_a_row_group_is_not_in_memory_as_a_whole(tmp_path):
+def test_a_row_group_is_never_in_memory_as_a_whole(tmp_path):
     texts = [os.urandom(400).hex() for _ in range(30_000)]
     table = pyarrow.table({"prompt": texts, "completion": texts})
     path = tmp_path / "t.parquet"
     pyarrow.parquet.write_table(table, path, use_dictionary=False)
     assert pyarrow.parquet.ParquetFile(path).num_row_groups == 1
     del table
-    held = max(
+    allocated = max(
         pyarrow.total_allocated_bytes()
         for line in read_lines(resolve_sources([DataSource(path=str(path))], "train_data")[0])
         if line.number % 100 == 0
     )
-    assert held < path.stat().st_size / 4
+    assert allocated < path.stat().st_size / 4
 
 
 def test_reading_a_table_leaves_no_files(tmp_path):
@@ -136,7 +145,7 @@ def test_reading_a_table_leaves_no_files(tmp_path):
     (tmp_path / "temporary").mkdir()
     code = (
         "from pipeline.config.data_names import DataSource\n"
-        "from pipeline.rows.sources import BadRow, read_lines, read_rows, resolve_sources\n"
+        "from pipeline.rows.sources import read_rows, resolve_sources\n"
         f"data = [DataSource(path={str(tmp_path / 't.parquet')!r})]\n"
         "sources = resolve_sources(data, 'train_data')\n"
         "assert len(list(read_rows(sources))) == 5\n"

@@ -23,7 +23,7 @@ PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
 DEADLINE_S = 420.0
 
 
-def why_not() -> str | None:
+def reason_unavailable() -> str | None:
     """Why Slurm cannot run here, or None; installs Debian's packages where they are missing.
 
     A policy-rc.d keeps apt from starting the packages' own services.

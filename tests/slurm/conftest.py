@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.slurm.cluster import ROOT, Cluster, wait_until, why_not
+from tests.slurm.cluster import ROOT, Cluster, reason_unavailable, wait_until
 from tests.tiny import make_rows
 
 # 3 epochs of 6 steps, a sequence on each of 4 ranks.
@@ -30,7 +30,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     """Two nodes, node1 and node2, of eight made-up GPUs each."""
     if "SLURM_TESTS" not in os.environ:
         pytest.skip("minutes on a Slurm of its own: `make test-slurm` runs it")
-    if (reason := why_not()) is not None:
+    if (reason := reason_unavailable()) is not None:
         pytest.skip(f"a Slurm here {reason}")
     made = Cluster(tmp_path_factory.mktemp("slurm"))
     try:

@@ -1,7 +1,9 @@
-"""Compare the templates of this folder with published copies, rendering by rendering.
+"""Compare the output of the chat templates in this folder with that of their published copies.
 
-python -m tests.templates.compare FOLDER...: folders with the published files that the first line of
-each template names, for example `models/templates` of llama.cpp and `trl/chat_templates` of TRL.
+    python -m tests.templates.compare FOLDER ...
+
+The first line of a template names its published copy. A FOLDER has such files, for example
+`models/templates` of llama.cpp or `trl/chat_templates` of TRL.
 """
 
 import itertools
@@ -13,8 +15,8 @@ from pathlib import Path
 from transformers.utils.chat_template_utils import render_jinja_template
 
 HERE = Path(__file__).parent
-# Where the text before the first user turn is shortened here, this marks that turn.
-_USER = {
+# The copy here shortens the text before the first user turn; the comparison starts at this marker.
+_FIRST_USER_TURN = {
     "mistral-small-3.2": "[INST]",
     "ministral-3": "[INST]",
     "smollm3": "<|im_start|>user",
@@ -93,27 +95,27 @@ CONVERSATIONS = [
 ]  # fmt: skip
 
 
-def _rendered(template, messages, **options):
+def _render(template, messages, **options):
     try:
         texts, _ = render_jinja_template(
             [messages], chat_template=template, bos_token="<BOS>", eos_token="<EOS>", **options
         )
-    except Exception as error:  # whatever a template raises, both must raise it
+    except Exception as error:  # both templates must raise the same type
         return type(error).__name__
     return texts[0]
 
 
-def _messages(messages, *, is_text):
-    """A copy; DeepSeek V3 takes the arguments of calls as JSON text."""
+def _copy(messages, *, arguments_as_text):
+    """Copy the messages; DeepSeek V3 expects the arguments of calls as JSON text."""
     copied = json.loads(json.dumps(messages))
     for call in itertools.chain(*(message.get("tool_calls", ()) for message in copied)):
-        if is_text:
+        if arguments_as_text:
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
     return copied
 
 
 def compare(path, published):
-    """Renderings that are equal, and how many there are."""
+    """Number of equal renderings, and number of renderings."""
     ours, theirs = path.read_text("utf-8"), published.read_text("utf-8")
     thinking = ({}, {"enable_thinking": False}, {"enable_thinking": True})
     equal = total = 0
@@ -121,9 +123,9 @@ def compare(path, published):
         CONVERSATIONS, (None, [_TOOL]), (False, True), thinking
     ):
         options = mode | {"tools": tools, "add_generation_prompt": prompt}
-        given = _messages(messages, is_text=path.stem == "deepseek-v3")
-        texts = [_rendered(template, given, **options) for template in (ours, theirs)]
-        if marker := _USER.get(path.stem):
+        copied = _copy(messages, arguments_as_text=path.stem == "deepseek-v3")
+        texts = [_render(template, copied, **options) for template in (ours, theirs)]
+        if marker := _FIRST_USER_TURN.get(path.stem):
             texts = [text[text.find(marker) :] for text in texts]
         equal, total = equal + (texts[0] == texts[1]), total + 1
     return equal, total

@@ -1,6 +1,6 @@
-"""Steps of a whole run of one model: class checks, training on 2 ranks, plain peft, merge.
+"""End-to-end check of one model class: class checks, training on 2 ranks, plain peft, merge.
 
-matrix.py calls these functions in processes forked after the slow imports (tests/ranks.py).
+matrix.py calls these functions in forks of an interpreter with the slow imports (tests/ranks.py).
 """
 
 import json
@@ -47,7 +47,7 @@ ROWS = [
 
 
 def make_folder(kind, kinds, folder):
-    """Save a model of this kind with random weights, a tokenizer, and training and eval rows."""
+    """Save random weights of a kind, a tokenizer, and rows for training and evaluation."""
     build(kind, kinds=kinds).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     for name, rows in (("train", ROWS), ("eval", ROWS[:7])):
@@ -56,7 +56,7 @@ def make_folder(kind, kinds, folder):
 
 
 def run_settings(folder, mode, changes=()):
-    """The settings of a run in this mode."""
+    """Settings of a run in one of MODES."""
     return RunSettings(
         model=str(folder),
         train_data=str(folder / "train.jsonl"),
@@ -79,10 +79,10 @@ def run_settings(folder, mode, changes=()):
     )
 
 
-def examine(kind, kinds, folder):
-    """Make the folder, then compute the shape of its class and check the class.
+def check_class(kind, kinds, folder):
+    """Write the model folder, compute its shape, and run the class checks of the plan on it.
 
-    Returns the results of the checks, or the reason why the model is refused.
+    Returns the results of the checks; with "refused", the reason, if the model is refused.
     """
     make_folder(kind, kinds, folder)
     settings = run_settings(folder, "zero2")
@@ -111,18 +111,19 @@ def examine(kind, kinds, folder):
 
 
 class UnbuildableError(Exception):
-    """The shape cannot be computed because the model class cannot be built."""
+    """The model class cannot be built, so its shape cannot be computed."""
 
 
 def train(folder, mode, changes=()):
-    """Train on two ranks as `deepspeed launch/train.py` would."""
+    """Train on two ranks, like `deepspeed launch/train.py`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    run_processes(_rank, [(rank, port, str(folder), mode, changes) for rank in range(2)], 240)
+    ranks = [(rank, port, str(folder), mode, changes) for rank in range(2)]
+    run_processes(_train_on_rank, ranks, 240)
 
 
-def _rank(rank, port, folder, mode, changes):
+def _train_on_rank(rank, port, folder, mode, changes):
     placement = Placement(rank=rank, local_rank=rank, world_size=2, local_size=2, master_port=port)
     variables = placement.variables()
     del variables["CROSS_RANK"], variables["CROSS_SIZE"]  # no launcher to watch
@@ -131,30 +132,31 @@ def _rank(rank, port, folder, mode, changes):
 
 
 def verify(folder, mode):
-    """Compare a run with plain peft: the eval loss of its adapter, and its merged weights."""
+    """Compare a run with plain peft: the held-out loss of its adapter, and its merged weights."""
     run = folder.parent / mode
     ours = _last_eval_loss(run)
-    model = load_plain(folder, dtype=torch.float32, attention="eager", **_quantised(mode, folder))
+    options = {"dtype": torch.float32, "attention": "eager"} | _quantisation(mode, folder)
+    model = load_plain(folder, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # its products would be rounded to bf16
-    plain = _held_out_loss(model, run)
+            module.support_avx512bf16_for_cpu = False  # else its products are rounded to bf16
+    loss_of_base = _held_out_loss(model, run)
     model = PeftModel.from_pretrained(model, run / "adapter").eval()
     theirs = _held_out_loss(model, run)
-    found = {
+    result = {
         "loss": ours,
         "loss_error": abs(ours - theirs) / abs(theirs),
-        "loss_of_base": plain,
+        "loss_of_base": loss_of_base,
         "zero_matrices": sum(
             not bool(p.any()) for n, p in model.named_parameters() if "lora_B" in n
         ),
     }
     if mode != "qlora":
-        found["merged"] = _merged(folder, run, model)
-    return found
+        result["merged"] = _merge_error(folder, run, model)
+    return result
 
 
-def _quantised(mode, folder):
+def _quantisation(mode, folder):
     if mode != "qlora":
         return {}
     shape = read_shape(str(folder))
@@ -191,15 +193,15 @@ def _held_out_loss(model, run):
     return total / count
 
 
-def _merged(folder, run, model):
-    """Largest relative difference between our merged weights and those of peft."""
+def _merge_error(folder, run, model):
+    """Largest relative difference between our merged weights and peft's, or why there is none."""
     try:
         merge_adapter(folder, run / "adapter", run / "merged")
     except UserError as error:
         return str(error).replace(str(folder.parent), "")
     model.merge_and_unload().save_pretrained(run / "theirs")
     ours, theirs = tensors(run / "merged"), tensors(run / "theirs")
-    # The names differ where a text model is loaded from the checkpoint of a multimodal model.
+    # peft's names differ from ours if a text model is loaded from a multimodal checkpoint.
     stored = stored_names(model_on_meta(folder), ours)
     names = {name: each.keys[0] for name, each in stored.items() if each.converter is None}
     if unknown := {names.get(key, key) for key in theirs} - ours.keys():
