@@ -217,9 +217,13 @@ class TurnFinder:
     def _find_headers(self) -> list[str]:
         """Texts that open an assistant turn, without the end of the preceding turn."""
         bare = self._text_after("user") or ""
+        before_user = self._text_between("user", "user", at=1) or ""
         headers = []
         for opening in self._openings_after("user"):
-            cut = _common_prefix_length(opening, bare)
+            # A template that always writes the generation prompt (Command R) is compared with the
+            # text before another role.
+            other = before_user if bare.startswith(opening) else bare
+            cut = _common_prefix_length(opening, other)
             for match in self._special.finditer(opening):
                 if match.start() < cut < match.end():
                     cut = match.start()

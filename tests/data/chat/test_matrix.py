@@ -90,9 +90,8 @@ def test_tools_are_refused_as_one_where_the_template_writes_none(family):
         encoder(tokenizer(family)).encode(with_tool(parameters=SCHEMA, description="d"))
 
 
-# Command R writes the generation prompt always, so that it cannot be told from an answer's markup;
 # phi-4-first has no header here, and nothing predicts the first token of a document.
-@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"command-r7b", "phi-4-first"}))
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"phi-4-first"}))
 def test_a_conversation_that_the_assistant_opens_trains_the_same_markup(family):
     """All that the model writes itself: channel headers, empty reasoning, markers of answers."""
     opened = supervised(chat("hello", "q", "one", "r", "two", first="assistant"), family)
