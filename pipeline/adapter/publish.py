@@ -22,6 +22,7 @@ from pipeline.adapter.trained_on import WEIGHTS, write_trained_on
 from pipeline.adapter.verify import verify_adapter_file, verify_tensors
 from pipeline.config.settings import RunSettings
 from pipeline.data.chat.encoder import chat_template_of
+from pipeline.data.prepare.audit import ends_without_stop
 from pipeline.errors import RankZeroError
 from pipeline.files import atomic_folder, dump_json, read_json
 from pipeline.model.adapter import expected_shapes, lora_config
@@ -62,7 +63,8 @@ def publish_adapter(
     settings, expected = plan.settings, expected_shapes(plan)
     started_from = initial_adapter_of(folder.parent, settings)
     config = adapter_config(settings)
-    card = model_card(plan, step, base, chain(started_from))
+    notes = ends_without_stop(folder.parent / "data")
+    card = model_card(plan, step, base, chain(started_from), notes)
     verify_tensors(tensors, expected, trained=True)
     check_servable(tensors, config)
 
@@ -129,10 +131,17 @@ def check_servable(tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[
         raise RankZeroError(f"serving engines cannot load the adapter: {problems[0]}{more}")
 
 
-def model_card(plan: Plan, step: int, base: Fingerprint, started_from: Sequence[str] = ()) -> str:
+def model_card(
+    plan: Plan,
+    step: int,
+    base: Fingerprint,
+    started_from: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> str:
     """Text of the adapter folder's README.md, with front matter for the Hugging Face hub.
 
     `started_from`: the initial adapter of the run and its predecessors, from `chain`.
+    `notes`: texts below the table.
     """
     settings = plan.settings
     front = {
@@ -165,7 +174,7 @@ def model_card(plan: Plan, step: int, base: Fingerprint, started_from: Sequence[
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         base=json.dumps(settings.model, ensure_ascii=False),
         revision=f'revision="{settings.model_revision}", ' if settings.model_revision else "",
-        table=table,
+        table="\n".join([table, *(f"\n{note}" for note in notes)]),
     )
 
 

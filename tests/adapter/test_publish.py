@@ -15,7 +15,7 @@ from pipeline.data.chat.encoder import chat_template_of
 from pipeline.errors import RankZeroError
 from pipeline.model.adapter import attach_adapter, expected_shapes, trainable
 from pipeline.model.fingerprint import base_fingerprint
-from tests.messages import refused
+from tests.messages import assert_mentions, refused
 from tests.tiny import make_plan
 
 pytestmark = pytest.mark.tensor
@@ -109,6 +109,16 @@ def test_the_folder_has_config_tokenizer_and_card(tiny_model, published, plan):
     assert "| steps | 7 |" in card
     assert "train.jsonl" in card
     assert not {"config.json", "model.safetensors"} & contents(published).keys()
+
+
+def test_the_card_names_ends_of_turns_at_which_generation_does_not_stop(plan, trained, tmp_path):
+    count = {"rows": 3, "tokens": 4, "first": "train.jsonl:2", "is_last": True}
+    (tmp_path / "data").mkdir()
+    audit = {"train": {"ends_without_stop": {"<|eot|> (9)": count}}}
+    (tmp_path / "data" / "audit.json").write_text(json.dumps(audit))
+    write(plan, trained[0], tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert_mentions(card, "<|eot|> (9)", "3 rows", "eos_token_id", "generation_config.json")
 
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*layers\.1\..*\.(q|v)_proj"])

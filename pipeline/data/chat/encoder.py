@@ -36,6 +36,7 @@ _NO_END_OF_SEQUENCE = (
     "model: the tokenizer has no end-of-sequence token, so the model would never learn to "
     "stop; set eos_token in tokenizer_config.json"
 )
+END_WITHOUT_STOP, LAST_END_WITHOUT_STOP = "end_without_stop ", "last_end_without_stop"
 _NO_SUPERVISED_TOKEN = "no supervised token"
 _ANSWER_OMITTED = (
     "the chat template leaves nothing of an answer, so the model would learn to say nothing"
@@ -56,6 +57,8 @@ class Encoded:
 
     `token_counts`: numbers of tokens for the audit. Its key `omitted_reasoning` counts reasoning
     that the template omits by design, `special_tokens_in_text` special tokens in texts of the row.
+    Keys that begin with END_WITHOUT_STOP count the ends of trained turns at which generation does
+    not stop, by token; LAST_END_WITHOUT_STOP counts those at the end of a conversation.
     """
 
     documents: list[Document]
@@ -130,11 +133,13 @@ class Encoder:
         # Cached: the tokenizer computes it at each access, which takes 10 us.
         self._eos: int | None = tokenizer.eos_token_id
         self._finders: dict[bool, TurnFinder] = {}
-        ends = {self._eos} if self._eos is not None else set[int]()
+        self._stops = end_tokens(self._eos, settings.model_folder, self._special)
+        ends = set(self._stops)
         for has_tools in (False, True):
             with suppress(UserError):  # the template is wrong; only conversations need it
-                ends |= {self._special[end] for end in self._turns(has_tools).ends}
-        self.ends = frozenset(ends)
+                ends |= self._turns(has_tools).ends
+        self.ends = frozenset(self._special[end] for end in ends)
+        self._ends_without_stop = ends - set(self._stops)
 
     def encode(self, example: Example) -> list[Document]:
         """The documents of an example.
@@ -215,8 +220,7 @@ class Encoder:
             template = load_template(
                 self._tokenizer, self._settings.chat_template_kwargs, has_tools=has_own
             )
-            ends = end_tokens(self._eos, self._settings.model_folder, self._special)
-            self._finders[has_own] = TurnFinder(template, self._special, ends)
+            self._finders[has_own] = TurnFinder(template, self._special, self._stops)
         return self._finders[has_own]
 
     def _drafts_or_error(self, example: Example) -> tuple[list[_Draft], Counter[str]] | RowError:
@@ -314,6 +318,7 @@ class Encoder:
         settings = self._settings
         if any(i not in rendered.turn_spans for i in trained):
             raise RowError(_ANSWER_OMITTED)
+        self._count_ends_without_stop(conversation, rendered, trained, token_counts)
         # With split_turns the last document contains the texts of all others: its count remains.
         ordinary_text = self._as_text(rendered.text, rendered.special, token_counts)
         spans_are_unsupervised = settings.train_on == "all"
@@ -330,6 +335,19 @@ class Encoder:
             else (),
             ordinary_text=ordinary_text,
         )
+
+    def _count_ends_without_stop(
+        self,
+        conversation: Conversation,
+        rendered: Rendered,
+        trained: Sequence[int],
+        token_counts: Counter[str],
+    ) -> None:
+        for token in self._ends_without_stop:
+            for i in trained:
+                if rendered.text.endswith(token, 0, rendered.turn_spans[i][-1][1]):
+                    token_counts[f"{END_WITHOUT_STOP}{token} ({self._special[token]})"] += 1
+                    token_counts[LAST_END_WITHOUT_STOP] += i + 1 == len(conversation.messages)
 
     def _document(self, draft: _Draft, tokens: _Tokens) -> Document:
         document = (

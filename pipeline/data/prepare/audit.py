@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from pipeline.data.chat.encoder import END_WITHOUT_STOP, LAST_END_WITHOUT_STOP
 from pipeline.data.dataset.reader import Array, SourceIndex, SplitIndex, read_column
 from pipeline.errors import UserError
 from pipeline.files import read_json
@@ -99,6 +100,18 @@ class RowCounts:
         """The number of tokens under this name, the rows with such tokens, and the first row."""
         rows, tokens = self.numbers[f"{name}_rows"], self.numbers[f"{name}_tokens"]
         return {"rows": rows, "tokens": tokens, "first": self.first.get(name, "")}
+
+    def ends_without_stop(self) -> dict[str, dict[str, Any]]:
+        """Counts of the ends of trained turns at which generation does not stop, by token.
+
+        `is_last`: whether conversations end with such a token, too.
+        """
+        is_last = self.numbers[f"{LAST_END_WITHOUT_STOP}_tokens"] > 0
+        return {
+            name.removeprefix(END_WITHOUT_STOP): {**self.token_count(name), "is_last": is_last}
+            for name in self.first
+            if name.startswith(END_WITHOUT_STOP)
+        }
 
     def add(self, other: "RowCounts") -> None:
         """Add the counts of rows that come later in the data."""
@@ -202,6 +215,7 @@ def make_audit(
         "tokens_lost": numbers["tokens_lost"],
         "omitted_reasoning": total.token_count("omitted_reasoning"),
         "special_tokens_in_text": total.token_count("special_tokens_in_text"),
+        "ends_without_stop": total.ends_without_stop(),
         "length": _lengths(lengths),
         "sources": _sources(sources, folder, lengths),
     }
@@ -242,6 +256,31 @@ def _sources(
     ]
 
 
+def ends_without_stop(data_dir: Path) -> list[str]:
+    """A text for each token that ends trained turns while generation does not stop at it.
+
+    Empty if there is no audit, or if an older version wrote it.
+    """
+    try:
+        train = read_json(data_dir / "audit.json")["train"]
+    except OSError:
+        return []
+    texts = []
+    for token, count in train.get("ends_without_stop", {}).items():
+        remedy = (
+            "add its id to eos_token_id in generation_config.json of the model, for training and "
+            "for serving"
+            if count["is_last"]
+            else "split_turns: true ends each turn with the token of the last turn"
+        )
+        texts.append(
+            f"{token} ends turns of {count['rows']:,} rows (first: {count['first']}), but it is "
+            "neither eos_token nor in generation_config.json, so generation would not stop there; "
+            f"{remedy}"
+        )
+    return texts
+
+
 def audit_summary(data_dir: Path) -> str:
     """The summary of audit.json that a run logs at its start."""
     audit = read_json(data_dir / "audit.json")
@@ -269,6 +308,7 @@ def audit_summary(data_dir: Path) -> str:
             f"rows (first: {special['first']}); special_tokens_in_text sets whether they act as "
             "special tokens"
         )
+    lines += [f"turn ends  {text}" for text in ends_without_stop(data_dir)]
     if shared := audit.get("eval", {}).get("rows_also_in_train"):
         lines.append(f"eval set   {shared:,} documents are also in the training set")
     return "\n".join(lines)

@@ -35,20 +35,19 @@ def _numbers(audit: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, float | str]]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
+    """The numbers of the audit, also nested ones, without the parts with tables of their own."""
     for key, value in values.items():
-        name = key.replace("_", " ")
-        if key in _SEPARATE:
-            continue
-        if isinstance(value, Mapping):
-            yield from ((f"{name}: {inner}", number) for inner, number in value.items())
-        else:
+        name = f"{prefix}: {key}" if prefix else key.replace("_", " ")
+        if isinstance(value, Mapping) and key not in _SEPARATE:
+            yield from _flat(value, name)
+        elif key not in _SEPARATE:
             yield name, value
 
 
 def _cell(name: str, value: float | str) -> str:
-    if isinstance(value, str):
-        return value
+    if isinstance(value, str | bool):
+        return str(value)
     return f"{100 * value:.4g} %" if name.endswith("share") else f"{value:,}"
 
 

@@ -62,9 +62,10 @@ def agent(*calls, content="", result="rain", **others):
 
 
 def notes_of(example, tokenizer, **values):
+    """Token counts of a row, without those of ends at which generation does not stop."""
     (row,) = encoder(tokenizer, **values).encode_many([example])
     assert not isinstance(row, RowError), row
-    return row.token_counts
+    return {name: n for name, n in row.token_counts.items() if "without_stop" not in name}
 
 
 class TestLost:

@@ -18,7 +18,7 @@ from tests import ROOT
 from tests.data.prepare.preparation import lines_of, row
 from tests.messages import assert_mentions
 from tests.report.test_page import read_page
-from tests.tiny import make_rows
+from tests.tiny import CHATML, make_rows
 
 pytestmark = pytest.mark.tensor
 
@@ -278,6 +278,52 @@ def test_special_tokens_in_texts_without_template_are_counted_too(run):
     run.prepare()
     counted = run.audit()["special_tokens_in_text"]
     assert counted == {"rows": 2, "tokens": 3, "first": f"{run.train}:2"}
+
+
+class TestEndsWithoutStop:
+    """A token that ends trained turns, while generation does not stop at it."""
+
+    def use(self, run, **values):
+        tokenizer = load_tokenizer(run.folder / "model")
+        for name, value in values.items():
+            setattr(tokenizer, name, value)
+        tokenizer.save_pretrained(run.folder / "model")
+        return tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    def test_the_token_is_named_with_its_rows_and_remedy(self, run):
+        """A base model with ChatML: its eos_token is <|endoftext|>."""
+        number = self.use(run, eos_token="<|endoftext|>")
+        lines_of(run.train, [row("plain"), json.dumps({"text": "t"}), row("two")])
+        run.prepare()
+        (entry,) = run.audit()["ends_without_stop"].values()
+        assert (entry["rows"], entry["first"]) == (2, f"{run.train}:1")
+        assert_mentions(
+            audit_summary(run.data), "<|im_end|>", str(number), "2 rows", "eos_token_id",
+            "generation_config.json",
+        )  # fmt: skip
+        assert_mentions(printed(run), f"<|im_end|> ({number}): rows")
+
+    def test_a_token_at_which_generation_stops_is_not_named(self, run):
+        run.prepare()
+        assert run.audit()["ends_without_stop"] == {}
+        number = self.use(run, eos_token="<|endoftext|>")
+        config = run.folder / "model" / "generation_config.json"
+        config.write_text(json.dumps({"eos_token_id": [0, number]}))
+        run.prepare()
+        assert run.audit()["ends_without_stop"] == {}
+
+    def test_where_the_last_turn_ends_with_a_stop_the_remedy_makes_each_turn_the_last(self, run):
+        last = "{{ eos_token if loop.last and m.role == 'assistant' else '<|im_end|>' }}"
+        template = CHATML.replace("<|im_end|>", last)
+        self.use(run, eos_token="<|endoftext|>", chat_template=template)
+        turns = json.loads(row("yes"))["messages"]
+        lines_of(run.train, [json.dumps({"messages": turns * 2}), row("one turn")])
+        run.prepare()
+        (entry,) = run.audit()["ends_without_stop"].values()
+        assert entry["rows"] == 1
+        assert_mentions(audit_summary(run.data), "<|im_end|>", "split_turns: true")
+        run.prepare(split_turns=True)
+        assert run.audit()["ends_without_stop"] == {}
 
 
 def test_a_fault_at_many_places_is_one_reason_with_its_first_row(run):
