@@ -44,8 +44,8 @@ def _target_modules(settings: RunSettings) -> list[str]:
     The result is always a list of names. Not every serving engine supports `all-linear` or a
     regular expression, and with these peft 0.21.2 would also adapt the fused experts and routers of
     a mixture of experts (utils/transformers_weight_conversion.py). A name is the last part of the
-    full name. It is the full name where other layers have the same last part: in a model with a
-    vision tower, and where the settings exclude some layers.
+    full name. It is the full name if other layers have the same last part, as in a model with a
+    vision tower, or if the settings exclude some layers.
     """
     shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     targets = shape.without_auto(settings.lora_target_modules)
@@ -63,7 +63,7 @@ def _target_modules(settings: RunSettings) -> list[str]:
 def _target_parameters(settings: RunSettings) -> list[str]:
     """Names of the adapted fused tensors, relative to their block.
 
-    For a model with a vision tower they are full names.
+    In a model with a vision tower the names are full names.
     """
     shape = read_shape(str(settings.model_folder))
     experts = shape.targeted_experts(settings.lora_target_modules)

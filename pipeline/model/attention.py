@@ -103,7 +103,7 @@ def _attend(
     """
     documents = arguments.pop("documents", None)
     is_causal = arguments.pop("is_causal", None) is not False and getattr(module, "is_causal", True)
-    layer = _Layer(
+    layer = _LayerAttention(
         dropout=arguments.pop("dropout", 0.0),
         scaling=arguments.pop("scaling", None),
         softcap=arguments.pop("softcap", None),
@@ -133,7 +133,7 @@ def _attend(
 
 
 def _with_mask(
-    layer: "_Layer",
+    layer: "_LayerAttention",
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -169,7 +169,7 @@ def _chunk_size(module: Any) -> int | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layer:
+class _LayerAttention:
     """Causal attention within one document, with the options of one layer.
 
     `softcap`: tanh cap of the scores (Gemma 2). `sinks`: (H,), an additional score in the softmax
@@ -233,7 +233,7 @@ class _Layer:
         value: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Prepend a key with score `sinks` and value 0, so that fused kernels compute the sinks.
+        """Prepend a key with score `sinks` and value 0, so that fused kernels can be used.
 
         The score is produced by additional columns: (sink / scaling, 0, ...) in each query,
         (1, 0, ...) in the sink's key, and zeros in the other keys. A query is prepended too, so
@@ -299,7 +299,7 @@ class _Layer:
 
 def _by_document(
     documents: Documents,
-    layer: _Layer,
+    layer: _LayerAttention,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -321,7 +321,7 @@ def _by_document(
 
 
 def _rows(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
-    """Split the tensors into rows. A single row is not split: the backward pass would copy it."""
+    """Split the tensors into rows. A single row stays whole, or the backward pass would copy it."""
     if len(tensors[0]) == 1:
         return [tensors]
     return zip(*(torch.split(tensor, 1) for tensor in tensors), strict=True)

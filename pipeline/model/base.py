@@ -142,8 +142,8 @@ def tile_error(settings: RunSettings, device: torch.device) -> float:
 
 def _quantization(plan: Plan) -> BitsAndBytesConfig:
     settings = plan.settings
-    # Modules outside the text decoder's blocks, such as a vision tower, are not quantised, nor are
-    # layers whose weight is read without calling them.
+    # Not quantised are modules outside the text decoder's blocks, such as a vision tower, and
+    # layers whose weight is read without a call of the layer.
     not_quantised = [rf"(?!{re.escape(plan.shape.layers_name)}\.).*"]
     not_quantised += [re.escape(name) for name, x in plan.shape.linears.items() if not x.is_called]
     if settings.load_in_8bit:
@@ -160,12 +160,14 @@ def _quantization(plan: Plan) -> BitsAndBytesConfig:
 
 
 def _sharding(plan: Plan) -> Any:
+    """The config object because of which transformers shards a model while it loads it."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(dict(plan.deepspeed))  # type: ignore[no-untyped-call]
 
 
 def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
+    """Enable activation checkpointing in as many blocks as the plan has `checkpointed_layers`."""
     count = plan.layout.checkpointed_layers
     if not count:
         return
@@ -179,7 +181,7 @@ def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
     layers = blocks(model)
     assert count <= len(layers), f"planned {count} checkpointed blocks of {len(layers)}"
     checkpointed = set(layers[:count])
-    for module in model.modules():  # also turns it off for other blocks and for a vision tower
+    for module in model.modules():  # also disables it in other blocks and in a vision tower
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = module in checkpointed
 

@@ -1,4 +1,4 @@
-"""Model shape, counted on the model's class: it is built on the meta device, without weights.
+"""Model shape, counted on the model's class, which is built on the meta device without weights.
 
     python -m pipeline.model.class_shape MODEL_FOLDER [--trust-remote-code]
 
@@ -33,7 +33,7 @@ from pipeline.model.structure import blocks, expert_tensors, lora_sizes, text_de
 _COUNTED = "rankzero_counted"  # name of the attention below for `attn_implementation`
 # Config keys for the number of experts per token in transformers 5.23.
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "moe_top_k")
-# Names of classes of modules by which a token attends to chosen or compressed keys.
+# Class names of modules with which a token attends only to selected or compressed keys.
 _SELECTS_KEYS = re.compile(r"(Indexer|Compressor)$")
 _TOKENS = 64  # sequence length of the counted forward pass; saved bytes are proportional to it
 
@@ -66,7 +66,7 @@ AttentionMaskInterface.register(_COUNTED, lambda **others: None)
 def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """The model shape in the form that plan/given/class_shape.py reads.
 
-    Raises ValueError for a class of which it is known that it cannot be trained here.
+    Raises ValueError for a class that is known not to be trainable here.
     """
     model = _build(folder, trust_remote_code=trust_remote_code)
     decoder = text_decoder(model)
@@ -77,9 +77,9 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
     called: set[nn.Module] = set()
     for module in decoder.modules():
         module.register_forward_hook(lambda module, *_: called.add(module))
-    counts = _saved(model, decoder, layers)
+    counts = _saved_per_block(model, decoder, layers)
     sizes = [
-        _block(layer, configs[index], called) | saved
+        _block_sizes(layer, configs[index], called) | saved
         for index, (layer, saved) in enumerate(zip(layers, counts, strict=True))
     ]
     kinds = [json.dumps(block) for block in sizes]
@@ -115,19 +115,19 @@ def _build(folder: Path, *, trust_remote_code: bool) -> Any:
                 except KeyError as error:
                     if error.args != (_COUNTED,):
                         raise
-                    raise ValueError(_own_attention(config)) from None
+                    raise ValueError(_own_attention_message(config)) from None
             # Such a class takes the mask of the attention function but computes attention itself.
             # Bloom gets no mask from it, so its tokens would attend to later ones.
             if not model._can_set_attn_implementation():
-                raise ValueError(_own_attention(config))
+                raise ValueError(_own_attention_message(config))
             return model.requires_grad_(False)
     raise ValueError(f"{config.model_type} is no causal language model of transformers")
 
 
-def _own_attention(config: Any) -> str:
+def _own_attention_message(config: Any) -> str:
     return (
-        f"{config.model_type} has attention classes of its own and takes no attention function of "
-        "others"
+        f"{config.model_type} has attention classes of its own, which take no attention function "
+        "from the config"
     )
 
 
@@ -140,7 +140,7 @@ def _require_trainable(decoder: Any, layers: Sequence[nn.Module]) -> None:
             "chunked attention is implemented here"
         )
     if not layers:
-        raise ValueError("its blocks are no GradientCheckpointingLayer, by which they are found")
+        raise ValueError("its blocks are not of class GradientCheckpointingLayer")
     if not any(type(module) is nn.Linear for layer in layers for module in layer.modules()):
         others = sorted({type(m).__name__ for m in layers[0].modules() if hasattr(m, "weight")})
         raise ValueError(f"its blocks have no nn.Linear to adapt, but {', '.join(others)}")
@@ -152,7 +152,7 @@ def _has_other_towers(model: Any, decoder: Any, head: Any) -> bool:
     return any(type(m) is nn.Linear and m not in inside for m in model.modules())
 
 
-def _block(layer: nn.Module, config: Any, called: set[nn.Module]) -> dict[str, Any]:
+def _block_sizes(layer: nn.Module, config: Any, called: set[nn.Module]) -> dict[str, Any]:
     """Sizes of the linear layers, heads, norms and experts of a block."""
     linears = {n: m for n, m in layer.named_modules() if type(m) is nn.Linear}
     experts = expert_tensors(layer)
@@ -202,10 +202,11 @@ def _rewritten_by_peft(model: nn.Module, decoder: nn.Module) -> list[str]:
 
 
 def _is_read_by_kernels(layer: nn.Module, name: str) -> bool:
-    """Whether kernels read the weight of a linear layer, although PyTorch's version calls it.
+    """Whether fused kernels read the weight of a linear layer without calling the layer.
 
-    The fused kernels of a Mamba mixer do so with its output projection (transformers 5.23,
-    models/bamba/modeling_bamba.py); mixers are found by their parameters.
+    The kernels of a Mamba mixer read its output projection in this way, although the PyTorch
+    fallback calls it (transformers 5.23, models/bamba/modeling_bamba.py). A mixer is recognised by
+    its parameters.
     """
     parent, _, end = name.rpartition(".")
     own = dict(layer.get_submodule(parent).named_parameters(recurse=False))
@@ -219,12 +220,12 @@ def _experts_per_token(config: Any) -> int:
     raise ValueError(f"the config has experts but none of {', '.join(_EXPERTS_PER_TOKEN)}")
 
 
-def _saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[str, int]]:
+def _saved_per_block(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[str, int]]:
     """Sizes of the activations that each block saves for backward, per token, without adapters.
 
-    `saved_for_expert_adapters`: values that are saved in addition for an adapter on the experts,
-    without the adapted weights themselves. The gradient of such a weight is computed like that of
-    the weight alone.
+    `saved_for_expert_adapters`: values that are saved in addition if the experts have an adapter,
+    without the adapted weights themselves. They are counted with trainable expert weights, whose
+    gradients need the same values.
     """
     counts = _count_saved(model, decoder, layers)
     with_experts = counts

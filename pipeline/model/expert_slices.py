@@ -1,4 +1,4 @@
-"""Slices of fused expert tensors: which part of a fused tensor each tensor of a checkpoint is.
+"""Slices of fused expert tensors: the part of a fused tensor that each checkpoint tensor holds.
 
 A checkpoint may store a tensor for each expert and projection, which transformers stacks and
 concatenates, or the fused tensor itself. The slices are found by running transformers' own
@@ -21,10 +21,10 @@ _ROWS, _COLUMNS = 4, 6  # of the small tensors: even, for conversions that inter
 
 @dataclass(frozen=True)
 class Axis:
-    """How an axis of a stored tensor lies on an axis of the fused tensor.
+    """Position of a stored tensor's axis on the same axis of the fused tensor.
 
-    The fused axis is `parts` times as long. Element i is at i + `index` x the stored length, or, if
-    `is_interleaved`, at i x `parts` + `index`.
+    The fused axis is `parts` times as long. The position of element i is i + `index` x the stored
+    length or, if `is_interleaved`, i x `parts` + `index`.
     """
 
     parts: int = 1
@@ -80,8 +80,9 @@ class ExpertSlice:
 def adapted_tensor(model: Any, layer: str, targets: Iterable[str]) -> str:
     """Name of the fused tensor that a LoRA layer of peft adapts.
 
-    peft wraps the module that holds the tensors once for each of `targets`, in the order in which
-    the class has them: the last wrapper is the outermost, each `.base_layer` is one further in.
+    peft wraps the module that holds the tensors once for each of `targets`, in the order of the
+    module's parameters. The last wrapper is the outermost, and each `.base_layer` in the name leads
+    one wrapper further inside.
     """
     holder, ends = layer.replace(".base_layer", ""), {name.rpartition(".")[2] for name in targets}
     names = [name.strip(".") for name in expert_tensors(model.get_submodule(holder))]
@@ -105,10 +106,10 @@ def expert_slices(model: Any, name: str, stored: StoredAs) -> dict[str, ExpertSl
         key: torch.arange(size).reshape(shape) + i * size for i, key in enumerate(stored.keys)
     }
     fused = _converted(model, name, stored, numbers)
-    found = {key: _slice(whole, fused, tensor) for key, tensor in numbers.items()}
-    if wrong := [key for key, part in found.items() if part is None]:
+    slices = {key: _slice_of(whole, fused, tensor) for key, tensor in numbers.items()}
+    if wrong := [key for key, part in slices.items() if part is None]:
         raise UserError(f"{wrong[0]} of the checkpoint is not a slice of {name}")
-    return {key: part for key, part in found.items() if part is not None}
+    return {key: part for key, part in slices.items() if part is not None}
 
 
 def _converted(
@@ -124,7 +125,7 @@ def _converted(
     return fused
 
 
-def _slice(whole: ExpertSlice, fused: torch.Tensor, numbers: torch.Tensor) -> ExpertSlice | None:
+def _slice_of(whole: ExpertSlice, fused: torch.Tensor, numbers: torch.Tensor) -> ExpertSlice | None:
     """The slice of `fused` whose elements are `numbers`; None if they are not one."""
     experts, rows, columns = (fused == numbers.flatten()[0]).nonzero()[0].tolist()
     one_expert = numbers.dim() < fused.dim()
@@ -132,16 +133,19 @@ def _slice(whole: ExpertSlice, fused: torch.Tensor, numbers: torch.Tensor) -> Ex
     for is_flipped in (False, True):
         stored = numbers.mT if is_flipped else numbers
         axes = [
-            _axis(length, part, first)
+            _possible_axes(length, part, first)
             for length, part, first in zip(
                 target.shape[-2:], stored.shape[-2:], (rows, columns), strict=True
             )
         ]
         if None in axes:
             continue
-        for row_axis, column_axis in _candidates(axes):
-            at = row_axis.positions(stored.shape[-2]), column_axis.positions(stored.shape[-1])
-            if torch.equal(target[..., at[0][:, None], at[1]], stored):
+        for row_axis, column_axis in _axis_pairs(axes):
+            positions = (
+                row_axis.positions(stored.shape[-2]),
+                column_axis.positions(stored.shape[-1]),
+            )
+            if torch.equal(target[..., positions[0][:, None], positions[1]], stored):
                 return replace(
                     whole,
                     expert=experts if one_expert else None,
@@ -152,8 +156,8 @@ def _slice(whole: ExpertSlice, fused: torch.Tensor, numbers: torch.Tensor) -> Ex
     return None
 
 
-def _axis(whole: int, part: int, first: int) -> list[Axis] | None:
-    """The ways in which a stored axis can begin at position `first` of a longer fused axis."""
+def _possible_axes(whole: int, part: int, first: int) -> list[Axis] | None:
+    """The axes of length `part` that begin at index `first` of a fused axis of length `whole`."""
     parts, rest = divmod(whole, part)
     if rest:
         return None
@@ -161,6 +165,6 @@ def _axis(whole: int, part: int, first: int) -> list[Axis] | None:
     return ways + ([Axis(parts, first, True)] if parts > 1 and first < parts else [])
 
 
-def _candidates(axes: list[list[Axis] | None]) -> Iterable[tuple[Axis, Axis]]:
+def _axis_pairs(axes: list[list[Axis] | None]) -> Iterable[tuple[Axis, Axis]]:
     rows, columns = (axis or [] for axis in axes)
     return [(row, column) for row in rows for column in columns]

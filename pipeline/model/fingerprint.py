@@ -29,7 +29,7 @@ RECORD = "base.json"  # file of a run folder
 _CONFIG = "config.json"
 _BUFFER_BYTES = 2**22
 _MAX_THREADS = 16
-_NAMED = 3  # largest number of tensors that a message names
+_MAX_NAMED = 3  # largest number of tensors that a message names
 
 # Version 1 of fingerprints, used up to release 0.1.0, hashed only samples of each file.
 _SAMPLES = 16
@@ -101,10 +101,10 @@ def require_recorded_base(recorded: Any, folder: Path, remedy: str) -> None:
     old, new = Fingerprint.from_json(recorded).tensors, base_fingerprint(folder).tensors
     names = sorted(old.keys() | new.keys())
     if different := [name for name in names if old.get(name) != new.get(name)]:
-        more = f" and {len(different) - _NAMED} more" if len(different) > _NAMED else ""
+        more = f" and {len(different) - _MAX_NAMED} more" if len(different) > _MAX_NAMED else ""
         raise UserError(
             f"base: {folder} is not the model that was trained on: {len(different)} of "
-            f"{len(names)} tensors differ: {', '.join(different[:_NAMED])}{more}; {remedy}"
+            f"{len(names)} tensors differ: {', '.join(different[:_MAX_NAMED])}{more}; {remedy}"
         )
 
 

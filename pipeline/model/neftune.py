@@ -22,17 +22,17 @@ class EmbeddingNoise:
     def __init__(self, embeddings: nn.Module, alpha: float) -> None:
         self.documents: Documents = ()
         self._alpha = alpha
-        embeddings.register_forward_hook(self._add)
+        embeddings.register_forward_hook(self._add_noise)
 
-    def _add(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def _add_noise(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         del inputs
         if not module.training:
             return output
         rows, length, hidden_size = output.shape
         scale = torch.zeros(rows, length)
         for row, lengths in enumerate(self.documents):
-            each = [self._alpha / math.sqrt(tokens * hidden_size) for tokens in lengths]
+            scales = [self._alpha / math.sqrt(tokens * hidden_size) for tokens in lengths]
             counts = torch.tensor(lengths)
-            scale[row, : sum(lengths)] = torch.tensor(each).repeat_interleave(counts)
+            scale[row, : sum(lengths)] = torch.tensor(scales).repeat_interleave(counts)
         noise = torch.empty_like(output).uniform_(-1, 1)
         return output + noise * scale[..., None].to(output)

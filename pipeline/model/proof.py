@@ -45,7 +45,7 @@ from pipeline.plan.given.shape import EXPERTS
 from pipeline.plan.plan import Plan
 
 LIMIT = 1e-5  # largest relative error that passes
-_COPIES = 3  # of the model that are in memory at once: itself, with an adapter, and loaded again
+_COPIES = 3  # in memory at once: the model, a copy with an adapter, a copy loaded from files
 _LENGTH = 24  # tokens of a row
 # Lengths in tokens of the documents in each of the two rows; the rest of a row is padding.
 _DOCUMENTS = ((7, 12, 3), (20, 1, 2))
@@ -59,7 +59,7 @@ def prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool = Fal
     path = proof_file(folder, targets, trust_remote_code=trust_remote_code)
     if (cached := read_proof(path)) is not None:
         return cached
-    proof = _prove(folder, targets, trust_remote_code=trust_remote_code)
+    proof = _proof_of(folder, targets, trust_remote_code=trust_remote_code)
     with suppress(OSError):
         write_proof(path, proof)
     return proof
@@ -77,7 +77,7 @@ def require_proof(plan: Plan) -> Proof:
     return proof
 
 
-def _prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool) -> Proof:
+def _proof_of(folder: Path, targets: Sequence[str], *, trust_remote_code: bool) -> Proof:
     try:
         model = _model_to_check(folder, trust_remote_code=trust_remote_code)
     except UserError as error:
@@ -96,7 +96,7 @@ def _model_to_check(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel
         return small_model(auto, config, trust_remote_code=trust_remote_code)
     except UserError as error:
         weights = sum(path.stat().st_size for path in weight_files(folder))
-        needed = _COPIES * 2 * weights  # of a 16-bit checkpoint, in fp32
+        needed = _COPIES * 2 * weights  # fp32 takes twice the bytes of a 16-bit checkpoint
         if needed > psutil.virtual_memory().available:
             raise UserError(
                 f"{error}; checks of the model itself need {needed / 2**30:.0f} GiB of host memory"
@@ -186,7 +186,7 @@ def _attention_error(model: PreTrainedModel) -> float:
     _set_attention(model, "eager")
     theirs = model(input_ids=_ids(model), use_cache=False).logits
     _set_attention(model, WITHIN_DOCUMENTS)
-    return _relative(model(input_ids=_ids(model), use_cache=False).logits, theirs)
+    return _relative_error(model(input_ids=_ids(model), use_cache=False).logits, theirs)
 
 
 @torch.no_grad()
@@ -197,7 +197,7 @@ def _packs_error(model: PreTrainedModel) -> float:
     errors = []
     for row, span in _spans():
         alone = decoder(input_ids=ids[row : row + 1, span], use_cache=False).last_hidden_state[0]
-        errors.append(_relative(packed[row, span], alone))
+        errors.append(_relative_error(packed[row, span], alone))
     return max(errors)
 
 
@@ -251,7 +251,7 @@ def _adapter_error(model: PreTrainedModel, targets: Sequence[str]) -> float:
         adapted.save_pretrained(folder, save_embedding_layers=False)
         base.set_attn_implementation(WITHIN_DOCUMENTS)
         loaded = PeftModel.from_pretrained(base, folder).eval()
-        return _relative(loaded(input_ids=_ids(model), use_cache=False).logits, ours)
+        return _relative_error(loaded(input_ids=_ids(model), use_cache=False).logits, ours)
 
 
 def _checkpointing_error(
@@ -265,7 +265,7 @@ def _checkpointing_error(
         lambda module, inputs, output: output.requires_grad_(True)
     )
     inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    return _relative(_backward(adapted), expected)
+    return _relative_error(_backward(adapted), expected)
 
 
 def _adapted(model: PreTrainedModel, targets: Sequence[str]) -> PeftModel:
@@ -366,7 +366,7 @@ def _spans() -> list[tuple[int, slice]]:
     return spans
 
 
-def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
@@ -376,8 +376,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="+")
     parser.add_argument("--trust-remote-code", action="store_true")
-    given = parser.parse_args()
-    prove(given.folder, given.names, trust_remote_code=given.trust_remote_code)
+    args = parser.parse_args()
+    prove(args.folder, args.names, trust_remote_code=args.trust_remote_code)
 
 
 if __name__ == "__main__":

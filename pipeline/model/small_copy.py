@@ -54,7 +54,7 @@ def small_copies(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
         _reduce(text, widths, text_config.attribute_map)
         for other in values.values():
             if isinstance(other, dict) and "model_type" in other and other is not text:
-                _set_lower(other, vision)
+                _lower_to(other, vision)
         if widths and name is not None:  # the sections of multimodal rope must sum to head_dim / 2
             text["rope_parameters"] = (text.get("rope_parameters") or {}) | {
                 "mrope_section": [4, 2, 2]
@@ -88,7 +88,7 @@ def _reduce(text: dict[str, Any], widths: Mapping[str, int], own_names: Mapping[
             text[name] = text.pop(own)
     if widths and text.get("num_attention_heads"):
         _reduce_heads(text, widths)
-    _set_lower(text, _COUNTS)
+    _lower_to(text, _COUNTS)
     for key in _WINDOW_KEYS:
         if text.get(key):
             text[key] = _WINDOW
@@ -108,7 +108,7 @@ def _reduce_heads(text: dict[str, Any], widths: Mapping[str, int]) -> None:
         text["num_key_value_heads"] = max(1, 4 * keys // heads)
     if text.get("num_global_key_value_heads"):
         text["num_global_key_value_heads"] = 1
-    _set_lower(text, widths)
+    _lower_to(text, widths)
     for key in widths.keys() & text.keys():  # exact sizes, because several must agree
         if isinstance(text[key], int) and text[key] > 0:
             text[key] = widths[key]
@@ -128,7 +128,7 @@ def _shorten_rope_factors(text: dict[str, Any]) -> None:
             rope[key] = rope[key][: rotated // 2]
 
 
-def _set_lower(values: dict[str, Any], limits: Mapping[str, int]) -> None:
+def _lower_to(values: dict[str, Any], limits: Mapping[str, int]) -> None:
     """Lower the values of these keys to the limits; in a list, lower every entry."""
     for key, limit in limits.items():
         present = values.get(key)
@@ -161,9 +161,9 @@ def _choose_blocks(text: dict[str, Any]) -> None:
         for key, value in text.items()
         if isinstance(value, list) and len(value) == total and key not in indices
     }
-    of_block = [str([v[i] for v in kinds.values()] + [i in v for v in indices.values()])
+    kind_of_block = [str([v[i] for v in kinds.values()] + [i in v for v in indices.values()])
                 for i in range(total)]  # fmt: skip
-    first = {kind: i for i, kind in reversed(list(enumerate(of_block)))}
+    first = {kind: i for i, kind in reversed(list(enumerate(kind_of_block)))}
     chosen = sorted(first.values())
     if text.get("num_kv_shared_layers"):  # blocks that share keys and values must come last
         chosen, text["num_kv_shared_layers"] = chosen * 2, len(chosen)
@@ -179,7 +179,7 @@ def _choose_blocks(text: dict[str, Any]) -> None:
     if overrides := text.get("per_layer_config"):  # Gemma 4: some blocks have other widths
         by_block = {int(i): dict(values) for i, values in overrides.items()}
         for values in by_block.values():
-            _set_lower(values, {"head_dim": 2 * text["head_dim"], "num_key_value_heads": 1})
+            _lower_to(values, {"head_dim": 2 * text["head_dim"], "num_key_value_heads": 1})
         text["per_layer_config"] = {
             position: by_block[i] for position, i in enumerate(chosen) if i in by_block
         }

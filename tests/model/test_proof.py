@@ -49,9 +49,11 @@ def test_shared_keys_and_values_exclude_re_entrant_checkpointing():
 
 
 def test_an_attention_that_is_not_the_class_s_is_refused(llama, monkeypatch):
-    right = attention._Layer._fused
+    right = attention._LayerAttention._fused
     monkeypatch.setattr(
-        attention._Layer, "_fused", lambda self, q, k, v, mask: right(self, 1.01 * q, k, v, mask)
+        attention._LayerAttention,
+        "_fused",
+        lambda self, q, k, v, mask: right(self, 1.01 * q, k, v, mask),
     )
     result = prove_model(llama, ATTENTION)
     assert_mentions(result.refusals[1], "attention", "1e-05")
@@ -132,7 +134,7 @@ def test_a_run_that_the_proof_does_not_allow_is_refused_before_the_base_is_loade
     tiny_model, monkeypatch, proof_of, settings, facts
 ):
     plan = make_plan(tiny_model, 2, **settings)
-    monkeypatch.setattr(proof, "_prove", lambda *_, **__: Proof(**proof_of))
+    monkeypatch.setattr(proof, "_proof_of", lambda *_, **__: Proof(**proof_of))
     with refused(*facts):
         require_proof(plan)
 
@@ -151,7 +153,7 @@ def test_a_run_that_the_proof_does_not_allow_is_refused_before_the_base_is_loade
 )
 def test_a_run_that_avoids_what_is_wrong_is_allowed(tiny_model, monkeypatch, proof_of, settings):
     plan = make_plan(tiny_model, 2, **settings)
-    monkeypatch.setattr(proof, "_prove", lambda *_, **__: Proof(**proof_of))
+    monkeypatch.setattr(proof, "_proof_of", lambda *_, **__: Proof(**proof_of))
     assert require_proof(plan) == Proof(**proof_of)
 
 
