@@ -21,7 +21,7 @@ from pipeline.adapter.trained_on import TRAINED_ON, adapter_sha256
 from pipeline.files import read_json
 from pipeline.model.adapter import attach_adapter, expected_shapes, trainable
 from pipeline.model.fingerprint import base_fingerprint
-from tests.adapter.merging import edit
+from tests.adapter.merged import edit
 from tests.messages import assert_mentions, refused
 from tests.tiny import make_model, make_plan
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapter import merge
 from pipeline.adapter.merge import MARKER, merge_adapter
-from tests.adapter.merging import (
+from tests.adapter.merged import (
     CASES,
     SEVEN_PROJECTIONS,
     contents,

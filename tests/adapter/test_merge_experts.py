@@ -13,7 +13,7 @@ from pipeline.model.base import load_plain
 from pipeline.model.checkpoint_names import model_on_meta, stored_names
 from pipeline.model.expert_slices import expert_slices
 from pipeline.model.structure import expert_tensors
-from tests.adapter.merging import tensors
+from tests.adapter.merged import tensors
 from tests.messages import refused
 from tests.model.kinds import build
 

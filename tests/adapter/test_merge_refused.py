@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.adapter import merge
 from pipeline.adapter.merge import merge_adapter
 from pipeline.errors import RankZeroError
-from tests.adapter.merging import contents, edit, make_adapter, make_pair, tensors
+from tests.adapter.merged import contents, edit, make_adapter, make_pair, tensors
 from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.tensor

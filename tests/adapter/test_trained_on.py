@@ -16,7 +16,7 @@ from pipeline.evaluate import score
 from pipeline.files import read_json
 from pipeline.model.adapter import expected_shapes
 from pipeline.model.fingerprint import base_fingerprint, sampled_fingerprint
-from tests.adapter.merging import make_adapter, make_pair
+from tests.adapter.merged import make_adapter, make_pair
 from tests.messages import assert_mentions, refused
 from tests.tiny import make_model, make_plan
 

@@ -35,7 +35,7 @@ from pipeline.data.chat.tokenizer import load_tokenizer
 from pipeline.data.dataset.packing import best_fit_decreasing, fill_gaps, make_packs
 from pipeline.data.prepare.parallel import parallel_map, usable_cpus
 from pipeline.data.prepare.prepare import prepare_data
-from tests.bench import waiting
+from tests.bench import batch_wait
 from tests.bench.agents import agents
 from tests.bench.gsm8k import LENGTHS
 
@@ -53,7 +53,7 @@ def main() -> None:
         "memory": memory,
         "start": start,
         "packing": packing,
-        "waiting": lambda arguments, folder: waiting.main(),
+        "waiting": lambda arguments, folder: batch_wait.main(),
     }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)

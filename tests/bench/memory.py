@@ -180,7 +180,7 @@ def make_folder(folder, model, device="cpu"):
 
 def plan_case(folder, case, hardware=None):
     """The plan of a case; the default hardware is a CPU."""
-    from tests.planning import with_layout
+    from tests.plans import with_layout
     from tests.tiny import make_plan
 
     keys = COMMON | case.settings | {"packing": case.documents > 1}

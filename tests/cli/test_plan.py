@@ -11,7 +11,7 @@ import yaml
 from pipeline.data.dataset.reader import DataIndex, SplitIndex
 from tests import ROOT
 from tests.messages import assert_mentions
-from tests.planning import LLAMA_8B, LLAMA_70B
+from tests.plans import LLAMA_8B, LLAMA_70B
 
 pytestmark = pytest.mark.unit
 

@@ -23,7 +23,7 @@ from pipeline.cluster.placement import Placement
 from pipeline.plan.given.catalogue import GPUS, cpu_of
 from tests.messages import refused
 from tests.nvml import Device, gpus, make_nvml
-from tests.planning import CPU, H100S
+from tests.plans import CPU, H100S
 
 pytestmark = pytest.mark.unit
 

@@ -83,7 +83,7 @@ def test_every_rank_has_the_same_plan_and_one_writes(tmp_path):
     from pipeline.plan.given.shape import read_shape
     from pipeline.plan.plan import make_plan
     from pipeline.plan.render import plan_json
-    from tests.planning import H100S, LLAMA_8B
+    from tests.plans import H100S, LLAMA_8B
 
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     settings = RunSettings(model=str(tmp_path), train_data="t.jsonl", output_dir="run")
@@ -149,7 +149,7 @@ def one_step(rank: int, folder: Path, settings: dict) -> dict:
 
     from pipeline.adapter.gather import gather_weights
     from pipeline.cluster.session import Session
-    from tests.planning import CPU
+    from tests.plans import CPU
     from tests.train_tiny import build_engine, work
 
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from pipeline.model.adapter import attach_adapter
 from pipeline.model.base import load_base
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.train.engine import Engine
-from tests.adapter.merging import tensors
+from tests.adapter.merged import tensors
 from tests.ranks import run_ranks
 from tests.tiny import CONFIG, Documents, make_plan, make_tokenizer
 from tests.train_tiny import distance, work

@@ -17,7 +17,7 @@ from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan, rank_plans
 from tests.messages import assert_mentions, refused
-from tests.planning import CPU, LLAMA_8B, LLAMA_70B, SMOLLM2, gpu
+from tests.plans import CPU, LLAMA_8B, LLAMA_70B, SMOLLM2, gpu
 
 pytestmark = pytest.mark.unit
 

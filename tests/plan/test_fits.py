@@ -6,7 +6,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.plan.choose import Cluster
 from pipeline.plan.fits import fit_rows, fits_text
 from pipeline.plan.given.published import published_models
-from tests.planning import gpu
+from tests.plans import gpu
 
 pytestmark = pytest.mark.unit
 

@@ -18,7 +18,7 @@ from pipeline.plan.plan import make_plan
 from pipeline.plan.render import plan_json, plan_text
 from tests import ROOT
 from tests.messages import assert_mentions, refused
-from tests.planning import CPU, LLAMA_8B, SMOLLM2, gpu, sized
+from tests.plans import CPU, LLAMA_8B, SMOLLM2, gpu, sized
 
 pytestmark = pytest.mark.unit
 

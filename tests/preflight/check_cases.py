@@ -4,7 +4,7 @@ Each case: name of the check, results by rank, level, and facts that its line mu
 """
 
 from pipeline.plan.given.hardware import GIB
-from tests.planning import H100S
+from tests.plans import H100S
 
 _VERSIONS = {
     "python": "3.12.1", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0",

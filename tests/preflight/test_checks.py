@@ -25,7 +25,7 @@ from pipeline.preflight.report import Report
 from tests import ROOT
 from tests.messages import assert_mentions, refused
 from tests.nvml import gpus, make_nvml
-from tests.planning import CPU, H100S, LLAMA_8B
+from tests.plans import CPU, H100S, LLAMA_8B
 from tests.preflight.check_cases import BAD, GOOD, PROBES_ALONE
 
 pytestmark = pytest.mark.unit

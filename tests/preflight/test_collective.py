@@ -7,7 +7,7 @@ import pytest
 from pipeline.preflight import host
 from pipeline.preflight.context import RankContext
 from pipeline.preflight.rates import ALL_REDUCE, LINKS
-from tests.planning import CPU
+from tests.plans import CPU
 from tests.ranks import run_ranks
 from tests.tiny import make_plan
 

@@ -9,7 +9,7 @@ from pipeline.cluster.session import Session
 from pipeline.preflight import inputs
 from pipeline.preflight.context import RankContext
 from tests.messages import refused
-from tests.planning import CPU
+from tests.plans import CPU
 from tests.tiny import make_plan, make_rows
 
 pytestmark = pytest.mark.tensor

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.rows.examples import Completion, Conversation, RowError, Text
 from pipeline.rows.formats import read_example
-from tests.rows.reading import row_of
+from tests.rows.read import row_of
 
 pytestmark = pytest.mark.unit
 

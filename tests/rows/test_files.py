@@ -9,7 +9,7 @@ from pipeline.errors import UserError
 from pipeline.rows.files import find_files
 from pipeline.rows.sources import BadRow
 from tests.messages import assert_mentions, refused
-from tests.rows.reading import read_file, resolved
+from tests.rows.read import read_file, resolved
 
 pytestmark = pytest.mark.unit
 

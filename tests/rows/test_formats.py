@@ -14,7 +14,7 @@ from pipeline.rows import formats
 from pipeline.rows.examples import Completion, Conversation, Message, RowError, Text, Tokens
 from pipeline.rows.formats import FORMATS, read_example
 from tests.messages import refused
-from tests.rows.reading import row_of
+from tests.rows.read import row_of
 
 pytestmark = pytest.mark.unit
 

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.rows.sources import Row
 from tests.messages import refused
-from tests.rows.reading import read_file
+from tests.rows.read import read_file
 
 pytestmark = pytest.mark.unit
 

@@ -7,7 +7,7 @@ import pytest
 from pipeline.rows.examples import Message, RowError
 from pipeline.rows.formats import read_example
 from tests.messages import refused
-from tests.rows.reading import row_of
+from tests.rows.read import row_of
 
 pytestmark = pytest.mark.unit
 

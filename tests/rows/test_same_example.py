@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.rows.reading import examples_of, read_file
+from tests.rows.read import examples_of, read_file
 
 pytestmark = pytest.mark.unit
 

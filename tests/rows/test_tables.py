@@ -17,7 +17,7 @@ from pipeline.rows import tables
 from pipeline.rows.sources import BadRow, read_lines, read_rows, resolve_sources
 from tests import ROOT
 from tests.messages import refused
-from tests.rows.reading import examples_of
+from tests.rows.read import examples_of
 
 pytestmark = pytest.mark.unit
 

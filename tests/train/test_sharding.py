@@ -12,7 +12,7 @@ from pipeline.plan.cost.gathers import gathers
 from pipeline.train.engine import Engine
 from tests import train_tiny as tiny
 from tests.adapter.test_gather import MORE, STEPS, step_on
-from tests.planning import with_layout
+from tests.plans import with_layout
 from tests.ranks import run_ranks
 from tests.tiny import CONFIG, Documents, make_model, make_plan
 from tests.train.test_equality import NF4, assert_same, reference

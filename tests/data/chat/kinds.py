@@ -1,7 +1,7 @@
 """Small chat templates that behave as kinds of published ones do, each in one way."""
 
 # ruff: noqa: E501 - a template breaks where it may
-from tests.data.chat.chatting import tokenizer_with
+from tests.data.chat.documents import tokenizer_with
 
 # Channels in the header; turns end with <|end|>, the last one with <|return|>, calls with <|call|>.
 # Thoughts are written in the last turn only. A result repeats the name of its call.

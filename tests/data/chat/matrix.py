@@ -10,7 +10,7 @@ from functools import cache
 
 from pipeline.rows.examples import Conversation, Message, RowError
 from tests import ROOT
-from tests.data.chat.chatting import SPECIAL, encoder, published, tokenizer_with
+from tests.data.chat.documents import SPECIAL, encoder, published, tokenizer_with
 
 TEMPLATES = ROOT / "tests/templates"
 _WIDE = "\uff5c"

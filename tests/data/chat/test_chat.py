@@ -5,7 +5,7 @@ import pytest
 from pipeline.data.chat.encoder import chat_template_of
 from pipeline.errors import UserError
 from pipeline.rows.examples import Completion, Conversation, Message, RowError
-from tests.data.chat.chatting import (
+from tests.data.chat.documents import (
     adding_bos,
     all_shown,
     chat,

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.rows.examples import Conversation, Message, RowError
-from tests.data.chat.chatting import (
+from tests.data.chat.documents import (
     all_shown,
     chat,
     encoder,

@@ -8,7 +8,7 @@ import pytest
 from pipeline.data.chat.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.rows.examples import Completion, RowError, Text, Tokens
-from tests.data.chat.chatting import (
+from tests.data.chat.documents import (
     adding_bos,
     chat,
     encoder,

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.rows.examples import Conversation, Message, RowError
-from tests.data.chat.chatting import chat, encoder
+from tests.data.chat.documents import chat, encoder
 from tests.data.chat.matrix import FAMILIES, TEMPLATES, table, tokenizer, written_table
 from tests.messages import refused
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.rows.examples import Conversation, Message, RowError
-from tests.data.chat.chatting import (
+from tests.data.chat.documents import (
     SPECIAL,
     all_shown,
     chat,

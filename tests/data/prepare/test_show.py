@@ -8,7 +8,7 @@ from rich.console import Console
 
 from pipeline.data.prepare.audit_table import audit_table
 from pipeline.data.prepare.show import number_of_documents, show_documents, supervised_runs
-from tests.data.chat.chatting import chat, encoder, sentence_piece
+from tests.data.chat.documents import chat, encoder, sentence_piece
 from tests.tiny import make_tokenizer
 
 pytestmark = pytest.mark.tensor

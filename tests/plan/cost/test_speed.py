@@ -16,7 +16,7 @@ from pipeline.plan.given.families import Experts, Linear
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import ModelShape
 from tests import ROOT
-from tests.planning import with_blocks
+from tests.plans import with_blocks
 
 pytestmark = pytest.mark.unit
 

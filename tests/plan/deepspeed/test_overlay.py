@@ -23,7 +23,7 @@ from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
 from tests import ROOT
 from tests.messages import refused
-from tests.planning import SMOLLM2, gpu, sized
+from tests.plans import SMOLLM2, gpu, sized
 
 pytestmark = pytest.mark.unit
 

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.plan.given.objective import bidirectional, other_head
 from pipeline.plan.given.shape import shape_of
-from tests.planning import LLAMA_8B
+from tests.plans import LLAMA_8B
 
 pytestmark = pytest.mark.unit
 

@@ -10,7 +10,7 @@ from pipeline.files import read_json
 from pipeline.plan.given.published import SHAPES_FILE, published_models, published_shape
 from pipeline.plan.plan import DoesNotFitError, rank_plans
 from tests.messages import refused
-from tests.planning import gpu
+from tests.plans import gpu
 
 pytestmark = pytest.mark.unit
 

@@ -15,7 +15,7 @@ from pipeline.plan.given.adapter_counts import lora_shapes
 from pipeline.plan.given.families import FAMILIES
 from pipeline.plan.given.shape import read_shape, shape_of
 from tests.messages import refused
-from tests.planning import LLAMA_8B, SMOLLM2
+from tests.plans import LLAMA_8B, SMOLLM2
 from tests.tiny import make_plan
 
 pytestmark = pytest.mark.tensor

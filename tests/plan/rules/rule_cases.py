@@ -6,7 +6,7 @@ A context is given by what differs from Llama 8B on 8 GPUs of 80 GiB at ZeRO-2 i
 from pipeline.plan.deepspeed.keys import REMOVED, REMOVED_FROM_ZERO
 from pipeline.plan.given.class_proof import Proof
 from pipeline.plan.given.families import Experts
-from tests.planning import CPU, LLAMA_8B, SMOLLM2, gpu, sized
+from tests.plans import CPU, LLAMA_8B, SMOLLM2, gpu, sized
 
 Z1, Z2, Z3 = ({"zero_stage": stage} for stage in (1, 2, 3))
 FP16, FP32 = {"training_dtype": "float16"}, {"training_dtype": "float32"}

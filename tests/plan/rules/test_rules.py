@@ -17,7 +17,7 @@ from pipeline.plan.rules.rule import PlanContext, installed_versions
 from pipeline.plan.rules.table import RULES
 from tests.messages import assert_mentions, refused
 from tests.plan.rules.rule_cases import CASES, LONGROPE, MORE, SHORT
-from tests.planning import CPU, LLAMA_8B, SMOLLM2, gpu, sized, with_blocks
+from tests.plans import CPU, LLAMA_8B, SMOLLM2, gpu, sized, with_blocks
 
 pytestmark = pytest.mark.unit
 

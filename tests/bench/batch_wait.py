@@ -1,6 +1,6 @@
 """Time that a rank waits for its next micro-batch, for 0, 1 and 2 worker processes.
 
-    python -m tests.bench.waiting
+    python -m tests.bench.batch_wait
 
 Shows the time that `dataloader_num_workers` can save. The data are memory-mapped packs of 1024
 tokens, partitioned over eight ranks as in training.
