@@ -36,7 +36,7 @@ _NO_END_OF_SEQUENCE = (
     "model: the tokenizer has no end-of-sequence token, so the model would never learn to "
     "stop; set eos_token in tokenizer_config.json"
 )
-END_WITHOUT_STOP, LAST_END_WITHOUT_STOP = "end_without_stop ", "last_end_without_stop"
+END_WITHOUT_STOP, INNER_END_WITHOUT_STOP = "end_without_stop ", "inner_end_without_stop "
 _NO_SUPERVISED_TOKEN = "no supervised token"
 _ANSWER_OMITTED = (
     "the chat template leaves nothing of an answer, so the model would learn to say nothing"
@@ -58,7 +58,7 @@ class Encoded:
     `token_counts`: numbers of tokens for the audit. Its key `omitted_reasoning` counts reasoning
     that the template omits by design, `special_tokens_in_text` special tokens in texts of the row.
     Keys that begin with END_WITHOUT_STOP count the ends of trained turns at which generation does
-    not stop, by token; LAST_END_WITHOUT_STOP counts those at the end of a conversation.
+    not stop, by token. It is INNER_END_WITHOUT_STOP if the last turn ends with another token.
     """
 
     documents: list[Document]
@@ -134,12 +134,15 @@ class Encoder:
         self._eos: int | None = tokenizer.eos_token_id
         self._finders: dict[bool, TurnFinder] = {}
         self._stops = end_tokens(self._eos, settings.model_folder, self._special)
-        ends = set(self._stops)
+        ends = dict.fromkeys(self._stops, "")
         for has_tools in (False, True):
             with suppress(UserError):  # the template is wrong; only conversations need it
-                ends |= self._turns(has_tools).ends
+                finder = self._turns(has_tools)
+                ends = dict.fromkeys(finder.ends, END_WITHOUT_STOP) | ends
+                ends |= dict.fromkeys(finder.inner_ends - {*self._stops}, INNER_END_WITHOUT_STOP)
         self.ends = frozenset(self._special[end] for end in ends)
-        self._ends_without_stop = ends - set(self._stops)
+        # Tokens that end trained turns and do not stop generation -> prefix of their counts.
+        self._ends_without_stop = {end: prefix for end, prefix in ends.items() if prefix}
 
     def encode(self, example: Example) -> list[Document]:
         """The documents of an example.
@@ -318,7 +321,7 @@ class Encoder:
         settings = self._settings
         if any(i not in rendered.turn_spans for i in trained):
             raise RowError(_ANSWER_OMITTED)
-        self._count_ends_without_stop(conversation, rendered, trained, token_counts)
+        self._count_ends_without_stop(rendered, trained, token_counts)
         # With split_turns the last document contains the texts of all others: its count remains.
         ordinary_text = self._as_text(rendered.text, rendered.special, token_counts)
         spans_are_unsupervised = settings.train_on == "all"
@@ -337,17 +340,12 @@ class Encoder:
         )
 
     def _count_ends_without_stop(
-        self,
-        conversation: Conversation,
-        rendered: Rendered,
-        trained: Sequence[int],
-        token_counts: Counter[str],
+        self, rendered: Rendered, trained: Sequence[int], token_counts: Counter[str]
     ) -> None:
-        for token in self._ends_without_stop:
-            for i in trained:
-                if rendered.text.endswith(token, 0, rendered.turn_spans[i][-1][1]):
-                    token_counts[f"{END_WITHOUT_STOP}{token} ({self._special[token]})"] += 1
-                    token_counts[LAST_END_WITHOUT_STOP] += i + 1 == len(conversation.messages)
+        ends = [rendered.turn_spans[i][-1][1] for i in trained]
+        for token, prefix in self._ends_without_stop.items():
+            if count := sum(rendered.text.endswith(token, 0, end) for end in ends):
+                token_counts[f"{prefix}{token} ({self._special[token]})"] += count
 
     def _document(self, draft: _Draft, tokens: _Tokens) -> Document:
         document = (

@@ -94,6 +94,7 @@ class TurnFinder:
         # Whether a turn has tool calls -> end-of-turn token to append if the text ends without one.
         self._appended_end: dict[bool, str] = {}
         self._known_ends = set(ends)
+        self.inner_ends = frozenset[str]()  # ends of all turns before the last one, if it differs
         self.ends = frozenset(self._find_ends() | self._known_ends)
 
     def render(self, conversation: Conversation, trained: Collection[int]) -> Rendered:
@@ -242,6 +243,8 @@ class TurnFinder:
             raise UserError(_NO_END)
         if end_at_text_end is None and end_within_text is not None:
             self._appended_end[False] = end_within_text
+        if end_at_text_end is not None and end_within_text is not None:
+            self.inner_ends = frozenset({end_within_text} - {end_at_text_end})
         if self._template.marks_turns:
             self._require_marked_end(ends | self._known_ends)
         tail = self._text_after("user", "call")

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from pipeline.data.chat.encoder import END_WITHOUT_STOP, LAST_END_WITHOUT_STOP
+from pipeline.data.chat.encoder import END_WITHOUT_STOP, INNER_END_WITHOUT_STOP
 from pipeline.data.dataset.reader import Array, SourceIndex, SplitIndex, read_column
 from pipeline.errors import UserError
 from pipeline.files import read_json
@@ -104,13 +104,16 @@ class RowCounts:
     def ends_without_stop(self) -> dict[str, dict[str, Any]]:
         """Counts of the ends of trained turns at which generation does not stop, by token.
 
-        `is_last`: whether conversations end with such a token, too.
+        `is_last`: whether the token ends the last turn of a conversation, too.
         """
-        is_last = self.numbers[f"{LAST_END_WITHOUT_STOP}_tokens"] > 0
         return {
-            name.removeprefix(END_WITHOUT_STOP): {**self.token_count(name), "is_last": is_last}
+            name.removeprefix(prefix): {
+                **self.token_count(name),
+                "is_last": prefix == END_WITHOUT_STOP,
+            }
             for name in self.first
-            if name.startswith(END_WITHOUT_STOP)
+            for prefix in (END_WITHOUT_STOP, INNER_END_WITHOUT_STOP)
+            if name.startswith(prefix)
         }
 
     def add(self, other: "RowCounts") -> None:
