@@ -32,7 +32,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def detect_kind(file: Path) -> Kind:
-    """File format by the first bytes, else by the file's name; "json" if both are unknown."""
+    """The file format, from the first bytes or else the file's name; "json" if both are unknown."""
     with open_data(file) as stream:
         first = stream.read(6)
     if first[:4] == b"PAR1":
@@ -43,7 +43,7 @@ def detect_kind(file: Path) -> Kind:
 
 
 def kind_from_name(file: Path) -> Kind | None:
-    """File format by the suffix, ignoring a compression suffix; None if unknown."""
+    """The file format, from the suffix before any compression suffix; None if unknown."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
@@ -51,7 +51,10 @@ def kind_from_name(file: Path) -> Kind | None:
 
 
 def detect_compression(file: Path) -> Compression | None:
-    """Compression by the first bytes: a download may be decompressed and still be named *.gz."""
+    """The compression of a file, from its first bytes; None for none.
+
+    The name is not used, because some download tools decompress a file but keep the name *.gz.
+    """
     with file.open("rb") as stream:
         first = stream.read(10)
     if first[:3] == b"\x1f\x8b\x08":
@@ -64,7 +67,7 @@ def detect_compression(file: Path) -> Compression | None:
 
 
 def open_data(file: Path) -> BinaryIO:
-    """Open a file and decompress it while it is read.
+    """Open a file for reading; a compressed file is decompressed on the fly.
 
     Reading raises OSError or EOFError if the compressed bytes are damaged or truncated.
     """
@@ -75,7 +78,7 @@ def open_data(file: Path) -> BinaryIO:
 
 
 class _Decompressed(io.RawIOBase):
-    """Stream of a decompressed file; damage raises OSError or EOFError for every compression."""
+    """Stream of a decompressed file; damaged data raises OSError or EOFError in every format."""
 
     def __init__(self, raw: BinaryIO, compression: Compression) -> None:
         self.file, self._stream = raw, _decompressor(raw, compression)
@@ -99,7 +102,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def compression_ratio(stream: BinaryIO) -> float:
-    """Decompressed bytes per compressed byte, measured on the part of the stream read so far."""
+    """Decompressed bytes per compressed byte, in the part of the stream that was read so far."""
     raw = getattr(stream, "raw", None)
     return raw.num_bytes / max(raw.file.tell(), 1) if isinstance(raw, _Decompressed) else 1.0
 
@@ -119,7 +122,7 @@ def _decompressor(raw: BinaryIO, compression: Compression) -> Any:
 def strip_byte_order_marks(line: bytes) -> bytes:
     """Remove byte order marks at the start of a line.
 
-    After files were concatenated they also occur within the file.
+    A file concatenated from several files has one at the start of each part.
     """
     while line.startswith(_BYTE_ORDER_MARK):
         line = line.removeprefix(_BYTE_ORDER_MARK)
@@ -127,7 +130,7 @@ def strip_byte_order_marks(line: bytes) -> bytes:
 
 
 def require_utf8(file: Path) -> None:
-    """Raise UserError for text in UTF-16 or UTF-32; the message has the command to convert it."""
+    """Raise a UserError with a conversion command if the file is text in UTF-16 or UTF-32."""
     with open_data(file) as stream:
         first = stream.read(4)
     if (encoding := _detect_utf16_or_32(first)) is None:
@@ -141,7 +144,7 @@ def require_utf8(file: Path) -> None:
 
 
 def _detect_utf16_or_32(first: bytes) -> str | None:
-    """Encoding by a byte order mark, or by the zero bytes of ASCII text; None if it has neither."""
+    """The encoding, from a byte order mark or the zero bytes of ASCII text; None for neither."""
     if first in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
         return "UTF-32"
     if first[:2] in (b"\xff\xfe", b"\xfe\xff"):

@@ -1,4 +1,7 @@
-"""Rows -> Conversation, for the formats messages, sharegpt, alpaca and prompt-completion."""
+"""Build the examples of rows in the formats messages, sharegpt, alpaca and prompt-completion.
+
+Every function adds the names of unread keys to the set `unread`.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -9,28 +12,31 @@ from pipeline.rows.messages import read_message, read_turn
 from pipeline.rows.values import has_value, json_type, parse_list, require_json, require_text
 
 _SYSTEM = ("system", "system_prompt", "system_message")
-_SCHEMAS = ("input_schema", "inputSchema", "parametersJsonSchema")  # Anthropic, MCP, Gemini
+# Names of a tool's `parameters` in the APIs of Anthropic, MCP and Gemini.
+_SCHEMAS = ("input_schema", "inputSchema", "parametersJsonSchema")
 # Optional columns of a conversation, the same in every format.
 CONTEXT_COLUMNS = (*_SYSTEM, "tools", "functions", "chat_template_kwargs")
 
 
-def messages(row: Mapping[str, Any], unread: set[str]) -> Conversation:
-    """The conversation in the column `messages`: a list of {role, content}."""
-    return _conversation(row, list(_read_messages(row["messages"], "`messages`", unread)), unread)
+def messages_example(row: Mapping[str, Any], unread: set[str]) -> Conversation:
+    """The conversation in the column `messages`, a list of {role, content}."""
+    return _build_conversation(
+        row, list(_read_messages(row["messages"], "`messages`", unread)), unread
+    )
 
 
-def sharegpt(row: Mapping[str, Any], unread: set[str]) -> Conversation:
-    """The conversation in the column `conversations`: a list of {from, value}."""
+def sharegpt_example(row: Mapping[str, Any], unread: set[str]) -> Conversation:
+    """The conversation in the column `conversations`, a list of {from, value}."""
     turns = parse_list(row["conversations"], "`conversations`")
-    read = [message for turn in turns for message in read_turn(turn, unread)]
-    return _conversation(row, read, unread)
+    converted = [message for turn in turns for message in read_turn(turn, unread)]
+    return _build_conversation(row, converted, unread)
 
 
-def alpaca(row: Mapping[str, Any], unread: set[str]) -> Conversation:
-    """The conversation of an Alpaca row, which has two messages.
+def alpaca_example(row: Mapping[str, Any], unread: set[str]) -> Conversation:
+    """The conversation of an Alpaca row: one user message and one assistant message.
 
-    The user's message is `instruction` and `input`, separated by a blank line. The assistant's
-    message is `output`.
+    The user message is `instruction` and `input`, separated by a blank line. The assistant message
+    is `output`.
     """
     if has_value(row.get("history")):
         raise RowError("both `history` and `instruction`; expected all turns as `messages`")
@@ -43,21 +49,22 @@ def alpaca(row: Mapping[str, Any], unread: set[str]) -> Conversation:
     output = require_text(row["output"], "`output`")
     if not output.strip():
         raise RowError("`output` is empty")
-    return _conversation(row, [Message("user", user), Message("assistant", output)], unread)
+    return _build_conversation(row, [Message("user", user), Message("assistant", output)], unread)
 
 
-def prompt_and_completion(row: Mapping[str, Any], unread: set[str]) -> Completion | Conversation:
-    """The example of the columns `prompt` and `completion`: two texts, or two lists of messages.
+def completion_example(row: Mapping[str, Any], unread: set[str]) -> Completion | Conversation:
+    """The example in the columns `prompt` and `completion`.
 
-    Assistant messages in the prompt are not trained on.
+    Two texts become a Completion. Two lists of messages become a Conversation, in which assistant
+    messages of the prompt are not trained on.
     """
     prompt, completion = row["prompt"], row["completion"]
     are_lists = [not isinstance(value, str) for value in (prompt, completion)]
     if not any(isinstance(value, list | dict) for value in (prompt, completion)):
         if unused := [column for column in CONTEXT_COLUMNS if has_value(row.get(column))]:
             raise RowError(
-                f"`{unused[0]}` needs a chat template, which is not applied if `prompt` and "
-                "`completion` are texts; expected two lists of messages, or the column empty"
+                f"`{unused[0]}` needs a chat template, and none is applied if `prompt` and "
+                "`completion` are texts; give two lists of messages, or leave the column empty"
             )
         before, after = require_text(prompt, "`prompt`"), require_text(completion, "`completion`")
         if not after.strip():
@@ -73,20 +80,23 @@ def prompt_and_completion(row: Mapping[str, Any], unread: set[str]) -> Completio
     answer = list(_read_messages(completion, "`completion`", unread))
     if not any(message.role == "assistant" for message in answer):
         raise RowError("`completion` has no assistant message, so nothing to train on")
-    return _conversation(row, [*context, *answer], unread)
+    return _build_conversation(row, [*context, *answer], unread)
 
 
 def _read_messages(value: Any, column: str, unread: set[str]) -> Iterator[Message]:
+    """The messages of a column whose value is a list of {role, content}."""
     return (m for item in parse_list(value, column) for m in read_message(item, unread))
 
 
-def _conversation(row: Mapping[str, Any], turns: list[Message], unread: set[str]) -> Conversation:
-    """A conversation of these turns, with system prompt and tools from other columns of the row."""
+def _build_conversation(
+    row: Mapping[str, Any], turns: list[Message], unread: set[str]
+) -> Conversation:
+    """The conversation of these turns and of the row's columns for system prompt and tools."""
     if not any(turn.role == "assistant" for turn in turns):
         raise RowError("the conversation has no assistant message, so nothing to train on")
     if has_value(row.get("chat_template_kwargs")):
         raise RowError(
-            "`chat_template_kwargs` in a row is not supported: set it in the run file, for all rows"
+            "`chat_template_kwargs` in a row is not supported; set it for all rows in the run file"
         )
     for column in _SYSTEM:
         if not has_value(row.get(column)):
@@ -100,10 +110,10 @@ def _conversation(row: Mapping[str, Any], turns: list[Message], unread: set[str]
             turns = [Message("system", system), *turns]
         elif turns[0].content != system:
             raise RowError(f"`{column}` and the first message are different system prompts")
-    return Conversation(tuple(turns), _tools(row))
+    return Conversation(tuple(turns), _read_tools(row))
 
 
-def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+def _read_tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """The tools of a row, each in the form {type, function}."""
     named = [column for column in ("tools", "functions") if has_value(row.get(column))]
     if len(named) > 1:
@@ -125,11 +135,12 @@ def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 def _as_function_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     """Convert a tool {name, description, parameters} to the form {type, function}.
 
-    OpenAI's Responses API adds the key `type`; others have other names for `parameters`.
+    In OpenAI's Responses API such a tool also has the key `type`. Other APIs name `parameters`
+    differently (_SCHEMAS).
     """
-    names = {} if "parameters" in tool else dict.fromkeys(_SCHEMAS, "parameters")
+    renamed = {} if "parameters" in tool else dict.fromkeys(_SCHEMAS, "parameters")
     function = {
-        names.get(key, key): value
+        renamed.get(key, key): value
         for key, value in tool.items()
         if key != "type" or value not in ("function", "custom")
     }

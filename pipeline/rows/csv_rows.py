@@ -1,7 +1,7 @@
-"""Reader of CSV files: every column is text, and a malformed row is one bad row.
+"""Reader of CSV files: every value is text, and a malformed row is one bad row.
 
-`datasets` and pyarrow are not used. With them a row with too many fields, or a byte that is not
-UTF-8, fails the whole file, an unclosed quote consumes the rest of it, and the text `NA` becomes a
+`datasets` and pyarrow are not used. With them, a row with too many fields or with invalid UTF-8
+fails the whole file. An unclosed quote consumes the rest of the file, and the text `NA` becomes a
 missing value.
 """
 
@@ -22,6 +22,8 @@ _DELIMITER_LINE = re.compile(rb'"?sep=(.)"?\s*')  # first line of a file from Ex
 
 
 class _Record(NamedTuple):
+    """A CSV record. `number`, `offset`: line and byte of its start. `fault`: why it is bad."""
+
     number: int
     offset: int
     fields: list[str]
@@ -29,16 +31,19 @@ class _Record(NamedTuple):
 
 
 def csv_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
-    """The rows after the header, whose delimiter (comma, semicolon or tab) applies to all rows.
+    """The rows of a CSV file after its header.
 
-    Raises UserError for a missing header and for a duplicate column name. Unmatched quotes raise it
-    too, because it is then unknown where the following rows begin.
+    The delimiter of the header applies to all rows. Raises UserError for a missing header and for a
+    duplicate column name. It is also raised for unmatched quotes, because the start of the next row
+    is then unknown.
     """
     records = _records(file, stream)
     header = next(records, None)
     if header is None or header.fault:
         reason = header.fault if header else "no row"
-        raise UserError(f"{file}:1: expected the names of the columns; found {reason}")
+        raise UserError(
+            f"{file}:1: expected a header with the names of the columns; found {reason}"
+        )
     names = header.fields
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{file}:1: the header names {', '.join(duplicates[:5])} twice")
@@ -55,7 +60,7 @@ def csv_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
 
 def _records(file: Path, stream: BinaryIO) -> Iterator[_Record]:
     csv.field_size_limit(row_limits.MAX_ROW_BYTES)
-    lines = _Lines(stream)
+    lines = _LineReader(stream)
     reader = csv.reader(lines, strict=True, delimiter=lines.delimiter())
     while True:
         lines.start_record()
@@ -65,26 +70,27 @@ def _records(file: Path, stream: BinaryIO) -> Iterator[_Record]:
         except StopIteration:
             return
         except csv.Error as error:
-            # The next lines may belong to a quoted text that began in this row.
+            # With a quote in the row, the next lines may be the rest of a quoted text.
             if lines.has_quotes:
                 raise _unmatched_quotes(file, lines, error) from None
-            lines.fault = "not valid CSV: a carriage return inside a row"
+            lines.fault = "not valid CSV: a carriage return in the middle of a row"
         if fields or lines.fault:
             yield _Record(lines.number, lines.offset, fields, lines.fault)
 
 
-def _unmatched_quotes(file: Path, lines: "_Lines", error: csv.Error) -> UserError:
+def _unmatched_quotes(file: Path, lines: "_LineReader", error: csv.Error) -> UserError:
     return UserError(
-        f"{file}:{lines.number}: quotes do not match in the row that begins here (read to line "
+        f"{file}:{lines.number}: the row that begins here has unmatched quotes (read up to line "
         f"{lines.number + lines.count - 1}: {error}), so the start of the next row is unknown; "
-        'write a quote within a quoted text twice (""), or convert the file to JSONL'
+        'write each quote within a quoted text as "", or convert the file to JSONL'
     )
 
 
-class _Lines:
-    """Iterator over the file's lines, which tracks position and fault of the current record.
+class _LineReader:
+    """Iterator over the lines of a file, for `csv.reader`, with the state of the current record.
 
-    `number`, `offset`: line and byte at which the record begins. `count`: lines read of it.
+    `number`, `offset`: line and byte at which the record begins. `count`: its lines read so far.
+    `fault`: why the record is bad. `has_quotes`: whether it contains a quote.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -94,7 +100,7 @@ class _Lines:
         self._ahead: list[bytes] = []
 
     def delimiter(self) -> str:
-        """Detect the delimiter from the header, the first line that is not blank."""
+        """The delimiter, detected from the first line that is not blank (`sep=;` or the header)."""
         while not self._ahead or self._ahead[-1].isspace():
             self._ahead.append(self._stream.readline(row_limits.MAX_ROW_BYTES + 1))
         if named := _DELIMITER_LINE.fullmatch(strip_byte_order_marks(self._ahead[-1])):
@@ -136,17 +142,18 @@ class _Lines:
             return line.decode(errors="replace")
 
     def _drop_content(self, line: bytes) -> bytes:
-        """Reduce a line to its quotes and delimiters, so that a long bad row needs no memory."""
+        """The line reduced to its quotes and delimiters, so that a long bad row needs no memory."""
         parts = [_quotes_and_delimiters(line)]
         while line and not line.endswith(b"\n"):
             line = self._stream.readline(row_limits.MAX_ROW_BYTES)
             self._size += len(line)
             parts.append(_quotes_and_delimiters(line))
         bare = b"".join(parts)
-        # Every line of a record after its first is inside quotes, where delimiters do not count.
+        # A later line of a record begins inside a quoted text. Without a quote it is text only.
         return bare if self.count == 1 or b'"' in bare else b""
 
 
 def _quotes_and_delimiters(part: bytes) -> bytes:
+    """The part with each run of other characters replaced by one `x`."""
     without_escaped = part.replace(b'""', b"")  # a doubled quote does not end the quoted text
     return _CONTENT.sub(b"x", without_escaped)

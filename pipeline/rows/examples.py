@@ -11,10 +11,10 @@ ROLES: tuple[str, ...] = get_args(Role)
 
 
 class RowError(Exception):
-    """Raised for a row that cannot be trained on; its message is the reason, counted in the audit.
+    """Raised for a row that cannot be trained on. Its message is the reason.
 
-    The reason names columns, keys and roles but not their contents, so that the same fault in
-    several rows has the same reason.
+    The audit counts rows by reason. A reason therefore names columns, keys and roles but never
+    quotes their contents, so that equal faults have equal reasons.
     """
 
     def __init__(self, reason: str) -> None:
@@ -22,7 +22,7 @@ class RowError(Exception):
 
 
 def printable(text: str) -> str:
-    """Escape control characters and lone surrogates, which names of columns may contain."""
+    """The text with control characters and lone surrogates escaped; column names may have them."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -32,9 +32,9 @@ def printable(text: str) -> str:
 class Message:
     """One turn of a conversation.
 
-    `others`: optional keys for the chat template. These are `name`, `tool_call_id`, `tool_calls` (a
-    list of {id, type, function: {name, arguments}}, where `arguments` is an object), and the
-    assistant's reasoning under `reasoning_content`, `reasoning` or `thinking`.
+    `others`: optional keys for the chat template: `name`, `tool_call_id`, `tool_calls`, and the
+    assistant's reasoning under `reasoning_content`, `reasoning` or `thinking`. `tool_calls` is a
+    list of {id, type, function: {name, arguments}}, in which `arguments` is an object.
     """
 
     role: Role
@@ -53,7 +53,10 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and its completion, used without a chat template; only the completion is trained."""
+    """A prompt and its completion, used without a chat template.
+
+    Only the completion is trained on, unless `train_on` is `all`.
+    """
 
     prompt: str
     completion: str
@@ -68,7 +71,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of a pre-tokenised row; `supervised`: whether each of them counts in the loss."""
+    """Token ids of a pre-tokenised row, and for each of them whether it counts in the loss."""
 
     ids: tuple[int, ...]
     supervised: tuple[bool, ...]
@@ -79,10 +82,10 @@ Example = Conversation | Completion | Text | Tokens
 
 @dataclass(frozen=True)
 class ReadExample:
-    """The example of a row, with the row's format and the names of its unread columns.
+    """The example of a row, the row's format, and the names of its unread columns and keys.
 
-    `unread`: sorted names of columns, and of keys such as `message.timestamp`. They have a value
-    that is not part of the example.
+    `unread`: sorted names, such as `score` or `message.timestamp`. Each has a value that is not
+    part of the example.
     """
 
     example: Example

@@ -1,4 +1,4 @@
-"""Hub data sets: find the files of a split in the local cache, and download a data set."""
+"""Hub data sets: their download, and the files of a split in the local cache."""
 
 import logging
 from collections.abc import Iterable
@@ -15,19 +15,19 @@ from pipeline.rows.files import has_known_suffix
 def split_files(split: HubSplit, key: str) -> list[Path]:
     """The files of a split in the local cache; nothing is downloaded.
 
-    Raises UserError that names the setting `key` if the snapshot is missing or incomplete, or if
+    Raises a UserError that names the setting `key` if the snapshot is missing or incomplete, or if
     the data set has no such split.
     """
     snapshot = split.snapshot()
     if snapshot is None:
         raise UserError(
-            f"{key}: {split}: no such file, and no hub data set of this revision in the local "
-            "cache; fetch it with: python launch/prepare.py RUN.yaml"
+            f"{key}: {split}: no such file, and no hub data set of this name and revision in the "
+            "local cache; download it: python launch/prepare.py RUN.yaml"
         )
     if not _is_complete(split, snapshot):
         raise UserError(
             f"{key}: {split}: the local cache lacks some of its files, as after an interrupted "
-            "download; fetch them with: python launch/prepare.py RUN.yaml"
+            "download; download the rest: python launch/prepare.py RUN.yaml"
         )
     import datasets
 
@@ -36,7 +36,7 @@ def split_files(split: HubSplit, key: str) -> list[Path]:
     try:
         with TemporaryDirectory(prefix="rankzero-") as cache:
             builder = datasets.load_dataset_builder(str(snapshot), cache_dir=cache)
-    except Exception as error:  # noqa: BLE001 - several configurations, a script, no data file ...
+    except Exception as error:  # noqa: BLE001 - several configurations, a loading script, no data ...
         reason = " ".join(str(error).split())
         raise UserError(f"{key}: {split}: {reason}; or name the files in {snapshot}") from None
     by_split = {str(name): files for name, files in (builder.config.data_files or {}).items()}
@@ -50,9 +50,9 @@ def split_files(split: HubSplit, key: str) -> list[Path]:
 
 
 def fetch(sources: Iterable[DataSource], key: str) -> None:
-    """Download the hub data sets among `sources` that the local cache has not completely.
+    """Download the hub data sets among `sources` that are missing or incomplete in the local cache.
 
-    Raises UserError that names the setting `key`.
+    Raises a UserError that names the setting `key` if a download fails.
     """
     missing = [
         split
@@ -65,16 +65,16 @@ def fetch(sources: Iterable[DataSource], key: str) -> None:
 
         try:
             snapshot_download(split.name, repo_type="dataset", revision=split.revision)
-        except Exception as error:  # noqa: BLE001 - no network, no such data set, a token, a disk
+        except Exception as error:  # noqa: BLE001 - network, name, access or disk
             reason = " ".join(str(error).split())
             raise UserError(
-                f"{key}: {split}: cannot be fetched from the hub: {reason}; check the name and the "
-                "network (a private data set needs `hf auth login`), or name local files"
+                f"{key}: {split}: cannot be downloaded from the hub: {reason}; check the name and "
+                "the network (a private data set needs `hf auth login`), or name local files"
             ) from None
 
 
 def _is_complete(split: HubSplit, snapshot: Path) -> bool:
-    """Whether a snapshot has all files that the hub listed, as recorded in the cache."""
+    """Whether a snapshot has all files of the hub's list, which the cache recorded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 

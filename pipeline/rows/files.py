@@ -1,6 +1,6 @@
-"""Find the data files for a name in `train_data` or `eval_data`.
+"""Find the data files of a path, folder or glob in `train_data` or `eval_data`.
 
-Caches, run folders and the files of other splits are skipped.
+Caches of `datasets`, run folders and the files of other splits are skipped.
 """
 
 import difflib
@@ -16,8 +16,9 @@ from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.rows.content import SUFFIXES, kind_from_name, open_data
 
-# Metadata files that `datasets` writes to a folder of data.
+# Metadata files that `datasets` writes into a folder of data.
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# Word in the name of a file or folder -> split.
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -39,13 +40,13 @@ _IGNORED_WORDS = {
     "xz",
     "zst",
 }
-# File of a split as the hub and `datasets` name it: train_sft-00000-of-00003.parquet.
+# Name of a file of a split on the hub, such as train_sft-00000-of-00003.parquet.
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-\w+)?\.\w+")
-# Names that prepare writes to `data/` of a run folder. If it refused the data, that folder has only
+# Folders and files that prepare writes to `data/` of a run folder. After refused data there is only
 # rejects.jsonl.
 _SPLIT_FOLDER = re.compile(r"(train|eval)-[0-9a-f]{16}")
 _REJECTS, _SUMMARIES = "rejects.jsonl", {"index.json", "audit.json", "fingerprints.json"}
-_SKIPPED = "caches, run folders and files that state.json does not name"
+_SKIPPED = "caches, run folders and files not listed in state.json"
 
 
 class DataFiles(NamedTuple):
@@ -58,9 +59,9 @@ class DataFiles(NamedTuple):
 def find_files(name: str, key: str) -> DataFiles:
     """The data files of a path, folder or glob, in a fixed order.
 
-    For a folder these are the files that its `state.json` names, or else all files below it with a
-    known suffix. If files are named after splits, the setting `key` selects the split. A file with
-    several links is read once. Raises UserError if a file cannot be read or all files are empty.
+    In a folder these are the files that its `state.json` lists, or else all files below it with a
+    known suffix. If the files are named after splits, the setting `key` selects the split. A file
+    with several links is returned once. Raises UserError if a file cannot be read or all are empty.
     """
     try:
         data = _find_files(name, key)
@@ -73,7 +74,7 @@ def find_files(name: str, key: str) -> DataFiles:
 
 def check_files(files: Sequence[Path], name: str, key: str) -> None:
     """Raise UserError if a file cannot be read or all files are empty."""
-    are_empty = [_is_empty(file, key) for file in files]  # a list, so that every file is opened
+    are_empty = [_is_empty(file, key) for file in files]  # a list: every file must be opened
     if all(are_empty):
         raise UserError(f"{key}: {name} is empty; expected rows, such as one JSON object per line")
 
@@ -94,7 +95,7 @@ def _find_files(name: str, key: str) -> DataFiles:
         raise UserError(f"{key}: {name}: no such file{hint}")
     matches = sorted(Path(match) for match in glob.glob(name, recursive=True))  # noqa: PTH207
     matches = [match for match in matches if not match.is_dir()]
-    # Run folders at or below the root of the glob.
+    # Only folders below the root of the glob, or the root itself, can be skipped as run folders.
     root = _glob_root(path)
     folders = {folder for match in matches for folder in match.parents} - {*root.parents}
     run_folders = {folder for folder in folders if _is_run_folder(folder)}
@@ -104,28 +105,28 @@ def _find_files(name: str, key: str) -> DataFiles:
         if not (_is_cache(match) or _is_written_by_prepare(match) or run_folders & {*match.parents})
     ]
     if not files:
-        outside = " outside run folders and caches" if matches else ""
-        raise UserError(f"{key}: no file{outside} matches {name}")
+        skipped = "; files in run folders and caches are skipped" if matches else ""
+        raise UserError(f"{key}: no file matches {name}{skipped}")
     return DataFiles(files, _skip_note(name, set(matches) - set(files), root, _SKIPPED))
 
 
 def _find_in_folder(folder: Path, key: str) -> DataFiles:
     if _is_run_folder(folder):
         raise UserError(f"{key}: {folder} is a run folder; name a folder with data, or files")
-    walk = _Walk()
-    walk.visit(folder, key)
-    if not walk.files:
+    search = _FolderSearch()
+    search.visit(folder, key)
+    if not search.files:
         raise UserError(f"{key}: {folder} has no data files; known suffixes are {SUFFIXES}")
-    files, others = _select_split(walk.files, folder, key)
+    files, others = _select_split(search.files, folder, key)
     notes = (
-        *_skip_note(str(folder), walk.skipped, folder, _SKIPPED),
+        *_skip_note(str(folder), search.skipped, folder, _SKIPPED),
         *_skip_note(str(folder), others, folder, "files that are named after other splits"),
     )
     return DataFiles(files, notes)
 
 
-class _Walk:
-    """Recursive search for the data files below a folder, by name; each folder is visited once."""
+class _FolderSearch:
+    """Recursive search for the data files below a folder; a folder with links is visited once."""
 
     def __init__(self) -> None:
         self.files: list[Path] = []
@@ -136,7 +137,7 @@ class _Walk:
         if (real := folder.resolve()) in self._visited:
             return
         self._visited.add(real)
-        saved = _saved_files(folder, key)
+        listed = _files_in_state_json(folder, key)
         for path in sorted(folder.iterdir(), key=lambda path: path.name):
             if path.name.startswith((".", "_")):
                 continue
@@ -146,20 +147,20 @@ class _Walk:
                 else:
                     self.visit(path, key)
             elif has_known_suffix(path):
-                is_data = not _is_cache(path) if saved is None else path.name in saved
+                is_data = not _is_cache(path) if listed is None else path.name in listed
                 is_data = is_data and not _is_written_by_prepare(path)
                 (self.files if is_data else self.skipped).append(path)
 
 
-def _saved_files(folder: Path, key: str) -> list[str] | None:
-    """Names of the data files in a folder from `Dataset.save_to_disk`; None for other folders."""
+def _files_in_state_json(folder: Path, key: str) -> list[str] | None:
+    """The file names in the state.json of `Dataset.save_to_disk`; None for other folders."""
     try:
         state = read_json(folder / "state.json")
         names = [entry["filename"] for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise UserError(f"{key}: {folder}: state.json names {missing[0]}, which does not exist")
+        raise UserError(f"{key}: {folder}: state.json lists {missing[0]}, which does not exist")
     if state.get("_indices_data_files"):
         raise UserError(
             f"{key}: {folder}: an old version of `datasets` saved this data set with a selection "
@@ -169,12 +170,12 @@ def _saved_files(folder: Path, key: str) -> list[str] | None:
 
 
 def _is_cache(file: Path) -> bool:
-    """Whether a file is a cache of `datasets` for the result of map or filter."""
+    """Whether a file is the cached result of a `map` or `filter` of `datasets`."""
     return file.name.startswith("cache-") and file.suffix == ".arrow"
 
 
 def _is_run_folder(folder: Path) -> bool:
-    """Whether a folder is a run folder, as written by train or prepare."""
+    """Whether train or prepare wrote the folder as a run folder."""
     return (
         (folder / ".owner").exists()
         or ((folder / "run.yaml").exists() and (folder / "status.json").exists())
@@ -192,7 +193,7 @@ def _is_written_by_prepare(file: Path) -> bool:
 
 
 def _is_prepared(folder: Path) -> bool:
-    """Whether a folder is `data/` of a run folder, with files that prepare wrote."""
+    """Whether a folder is the `data/` of a run folder, with files that prepare wrote."""
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
@@ -205,10 +206,10 @@ def _glob_root(pattern: Path) -> Path:
 
 
 def _select_split(files: Sequence[Path], folder: Path, key: str) -> tuple[list[Path], list[Path]]:
-    """Divide files into those of the split for the setting `key` and those of other splits.
+    """Divide files into those of the split for the setting `key`, and those of other splits.
 
-    `train_data` takes all files except those of validation and test. `eval_data` takes validation,
-    or else test, or else the files that `train_data` would take.
+    `train_data` takes all files except those of validation and test. `eval_data` takes the files of
+    validation if there are any, else those of test, else the same files as `train_data`.
     """
     splits = {file: _split_from_name(file.relative_to(folder)) for file in files}
     allowed: tuple[str | None, ...] = (None, "train")
@@ -220,14 +221,14 @@ def _select_split(files: Sequence[Path], folder: Path, key: str) -> tuple[list[P
     if not taken:
         raise UserError(
             f"{key}: {folder}: every file is named after another split "
-            f"({_names(others, folder)}); to train on one, name the file itself"
+            f"({_listed(others, folder)}); to train on one, name the file itself"
         )
     _require_one_split(taken, folder, key)
     return taken, others
 
 
 def _require_one_split(files: Sequence[Path], folder: Path, key: str) -> None:
-    """Raise UserError for files of several splits of one data set, such as train_sft, train_gen."""
+    """Raise UserError if files belong to several splits, such as train_sft and train_gen."""
     by_split: dict[str, Path] = {}
     for file in files:
         parent = file.parent
@@ -244,11 +245,12 @@ def _require_one_split(files: Sequence[Path], folder: Path, key: str) -> None:
 
 
 def _first_word(name: str) -> str:
+    """The letters before the first digit or separator of a name, in lower case."""
     return _NOT_LETTERS.split(name.lower())[0]
 
 
 def _split_from_name(file: Path) -> str | None:
-    """The split in the first or last word of the file's name, or else of a parent folder's name."""
+    """The split named by the first or last word of the file's name, or else of a folder's name."""
     for name in reversed(file.parts):
         words = [word for word in _NOT_LETTERS.split(name.lower()) if word not in _IGNORED_WORDS]
         for word in (*words[:1], *words[-1:]):
@@ -258,19 +260,21 @@ def _split_from_name(file: Path) -> str | None:
 
 
 def _skip_note(name: str, paths: Iterable[Path], root: Path, what: str) -> tuple[str, ...]:
-    listed = sorted(paths)
-    return (f"{name}: {what} are skipped: {_names(listed, root)}",) if listed else ()
+    """The message that names the skipped `paths`; empty if there are none."""
+    skipped = sorted(paths)
+    return (f"{name}: {what} are skipped: {_listed(skipped, root)}",) if skipped else ()
 
 
-def _names(paths: Sequence[Path], root: Path) -> str:
-    """The first three paths, relative to `root` because file names alone may be equal."""
+def _listed(paths: Sequence[Path], root: Path) -> str:
+    """The first three paths as text, relative to `root`, and the number of the others."""
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return ", ".join(str(path.relative_to(root)) for path in paths[:3]) + more
 
 
 def _is_empty(file: Path, key: str) -> bool:
+    """Whether a file is empty after decompression. Raises UserError if it cannot be read."""
     if not file.is_file():
-        raise UserError(f"{key}: {file} is not a regular file, so it cannot be read twice")
+        raise UserError(f"{key}: {file} is not a regular file; a pipe or device is read only once")
     try:
         with open_data(file) as stream:
             return not stream.read(1)
@@ -280,6 +284,7 @@ def _is_empty(file: Path, key: str) -> bool:
 
 
 def _missing_split_hint(name: str) -> str:
+    """Hint for a name that may be a hub data set without its split; else empty."""
     path = Path(name)
     if path.parent.is_dir() or kind_from_name(path) or not lacks_split(name):
         return ""
@@ -287,6 +292,7 @@ def _missing_split_hint(name: str) -> str:
 
 
 def _similar_names_hint(file: Path) -> str:
+    """Hint with files of similar names, or else other data files, in the same folder."""
     if not file.parent.is_dir():
         return f"; there is no folder {file.parent} either"
     names = [path.name for path in file.parent.iterdir() if path.is_file()]

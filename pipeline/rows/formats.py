@@ -1,4 +1,4 @@
-"""Detect the format of a row and build its example, with the names of unread columns."""
+"""Detect the format of a row and build its example; the names of unread columns are returned."""
 
 import re
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from pipeline.config.data_keys import Auto
 from pipeline.config.data_names import DataFormat
 from pipeline.rows.conversations import (
     CONTEXT_COLUMNS,
-    alpaca,
-    messages,
-    prompt_and_completion,
-    sharegpt,
+    alpaca_example,
+    completion_example,
+    messages_example,
+    sharegpt_example,
 )
 from pipeline.rows.examples import (
     Example,
@@ -27,9 +27,9 @@ from pipeline.rows.lines import Row
 from pipeline.rows.values import has_value, json_type, require_text
 
 FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
-_MAX_TOKEN_ID = 2**31 - 1  # the prepared set holds int32; the model's vocabulary is checked there
+_MAX_TOKEN_ID = 2**31 - 1  # prepared token ids are int32; prepare checks the model's vocabulary
 _IGNORED_LABEL = -100  # PyTorch's label of a token that does not count in the loss
-# The columns that identify each format, and its optional columns.
+# Format -> the columns that identify it, and format -> its optional columns.
 _REQUIRED: dict[DataFormat, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -52,7 +52,8 @@ _FORMATS_TEXT = "; ".join(
     f"{name} ({', '.join(f'`{column}`' for column in columns)})"
     for name, columns in _REQUIRED.items()
 )
-# A row with a value in such a column is rejected, because its text is not the whole example.
+# Columns of media and preference pairs. A row with a value in one is rejected, because its text is
+# not the whole example.
 _MEDIA = re.compile(
     r"(image|img|picture|photo|audio|sound|speech|video)s?"
     r"(_(path|url|uri|file|bytes|base64|b64|data|list)s?)?"
@@ -64,14 +65,12 @@ _PREFERENCE = re.compile(
     r"|(response|message|answer|completion|conversation|output|text)s?_(chosen|rejected)",
     re.IGNORECASE,
 )
-
-
 # Columns that mark the answer of a row as desirable or undesirable, as in data for KTO.
 _DESIRABILITY = re.compile(r"label|kto_tag|(is_)?(un)?desirable", re.IGNORECASE)
 
 
 class _ColumnSet(NamedTuple):
-    """Facts about a set of column names: the formats that they allow, and columns to refuse."""
+    """The formats that a set of column names allows, and the columns of each refused kind."""
 
     formats: tuple[DataFormat, ...]
     media: tuple[str, ...]
@@ -82,27 +81,28 @@ class _ColumnSet(NamedTuple):
 def read_example(
     row: Row, data_format: DataFormat | Auto = "auto", columns: Mapping[str, str] | None = None
 ) -> ReadExample:
-    """Build the example of a row. Raises RowError with the reason if that is impossible.
+    """Build the example of a row. Raises a RowError with the reason if that is impossible.
 
-    `columns`: maps a column of the format to its name in the data.
+    `columns`: mapping from a column of the format to its name in the data.
     """
     value, unread = _rename_columns(row.value, columns or {})
     _refuse_media_and_preferences(value, columns or {})
-    name = _format_of(value, data_format)
-    if name != "text":  # a row of `text` may have a class in `label`
+    name = _select_format(value, data_format)
+    if name != "text":  # in a row of `text`, `label` may be the class of the text
         _refuse_undesirable(value)
     for column in value.keys() - _KNOWN_COLUMNS[name]:
         if has_value(value[column]):
             unread.add(columns.get(column, column) if columns else column)
-    example = _example(name, value, unread)
+    example = _build_example(name, value, unread)
     return ReadExample(example, name, tuple(sorted(map(printable, unread))))
 
 
 def _detect_format(columns: Mapping[str, Any]) -> DataFormat:
-    """Detect the format whose required columns all exist and are not null.
+    """The format whose identifying columns the row has.
 
-    Raises RowError if there is none, or more than one. `text` is ignored in a row of another
-    format, because it is usually the rendered conversation.
+    If the row has those of several formats, the columns with null are ignored. Then `text` is
+    ignored too, because beside another format it is usually the rendered conversation. Raises
+    RowError if no format or several formats remain.
     """
     formats = list(_inspect_columns(tuple(columns)).formats)
     if len(formats) > 1:
@@ -113,17 +113,18 @@ def _detect_format(columns: Mapping[str, Any]) -> DataFormat:
     if len(formats) > 1 and formats[-1] == "text":
         formats.pop()
     if columns.get("messages") is not None and columns.get("completion") is not None:
-        raise RowError("both `messages` and `completion`: name one with data_format or columns")
+        raise RowError("both `messages` and `completion`; choose one with data_format or columns")
     if len(formats) == 1:
         return formats[0]
     if formats:
-        raise RowError(f"the columns of {' and of '.join(formats)}; name one with data_format")
-    known = f"expected one of {_FORMATS_TEXT}, or their names in `columns`"
+        raise RowError(f"the columns of {' and of '.join(formats)}; choose one with data_format")
+    known = f"expected one of {_FORMATS_TEXT}; if columns have other names, set `columns`"
     raise RowError(f"no known format: {_found_columns(columns)}; {known}")
 
 
 @lru_cache(maxsize=1024)  # most rows of a data set have the same columns
 def _inspect_columns(names: tuple[str, ...]) -> _ColumnSet:
+    """The formats that these columns allow, and those of media, preferences and desirability."""
     formats = (name for name, required in _REQUIRED.items() if set(required) <= set(names))
     return _ColumnSet(
         tuple(formats),
@@ -134,25 +135,25 @@ def _inspect_columns(names: tuple[str, ...]) -> _ColumnSet:
 
 
 def _refuse_media_and_preferences(value: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-    """Raise RowError for media, and for a preference pair unless `columns` selects an answer."""
+    """Raise RowError for media and for preference pairs, unless `columns` selects one answer."""
     _, media, preference, _ = _inspect_columns(tuple(value))
     for column in media:
         if has_value(value[column]):
-            raise RowError(f"`{column}` has a value: only text is trained on")
+            raise RowError(f"`{column}` has a value, but only text can be trained on")
     if not preference or any(map(_PREFERENCE.fullmatch, columns.values())):
         return
     for column in preference:
         if has_value(value[column]):
             raise RowError(
-                f"`{column}` has a value: preference pairs are not supported; to train on one of "
-                "the answers, set its column, such as `columns: {completion: chosen}`"
+                f"`{column}` has a value, but preference pairs are not supported; to train on one "
+                "of the answers, select it, for example with `columns: {completion: chosen}`"
             )
 
 
 def _refuse_undesirable(value: Mapping[str, Any]) -> None:
     """Raise RowError if a boolean column marks the answer as undesirable."""
     for column in _inspect_columns(tuple(value)).desirability:
-        flag = str(value[column]).strip().lower()  # a CSV file has text
+        flag = str(value[column]).strip().lower()  # in a CSV file booleans are text
         if flag == ("true" if "undesirable" in column.lower() else "false"):
             raise RowError(
                 f"`{column}` is {flag}: the answer is marked as undesirable, so it is not "
@@ -160,7 +161,7 @@ def _refuse_undesirable(value: Mapping[str, Any]) -> None:
             )
 
 
-def _format_of(value: Mapping[str, Any], data_format: DataFormat | Auto) -> DataFormat:
+def _select_format(value: Mapping[str, Any], data_format: DataFormat | Auto) -> DataFormat:
     if data_format == "auto":
         return _detect_format(value)
     if missing := [column for column in _REQUIRED[data_format] if column not in value]:
@@ -174,11 +175,12 @@ def _format_of(value: Mapping[str, Any], data_format: DataFormat | Auto) -> Data
 def _rename_columns(
     value: dict[str, Any], columns: Mapping[str, str]
 ) -> tuple[dict[str, Any], set[str]]:
-    """Rename columns to those of the format; also return the names of columns that were replaced.
+    """Rename columns of the data to the format's names, and return the names that were replaced.
 
-    A row is not renamed if it has none of the columns that `columns` names but all columns of a
-    format: it comes from another source. The format `text` does not count there, because rows of
-    other formats often have a column `text` too.
+    `columns`: mapping from the format's names to those in the data. It does not apply to a row that
+    has none of the data's names but all columns of a format, because that row comes from another
+    source. The format `text` is not considered here: rows of other formats often have a column
+    `text` too.
     """
     if not columns or (
         not _IDENTIFYING.isdisjoint(columns)
@@ -189,39 +191,40 @@ def _rename_columns(
     for name, column in columns.items():
         if column not in value:
             raise RowError(
-                f"no column `{column}`, named for {name} in `columns`: {_found_columns(value)}"
+                f"no column `{column}`, which `columns` names for {name}: {_found_columns(value)}"
             )
-    taken = set(columns.values())
-    kept = {name: item for name, item in value.items() if name not in taken}
-    replaced = {name for name in columns if name in kept and has_value(kept[name])}
-    return kept | {name: value[column] for name, column in columns.items()}, replaced
+    renamed = set(columns.values())
+    others = {name: item for name, item in value.items() if name not in renamed}
+    replaced = {name for name in columns if name in others and has_value(others[name])}
+    return others | {name: value[column] for name, column in columns.items()}, replaced
 
 
 def _found_columns(columns: Mapping[str, Any]) -> str:
+    """Text with the first column names of a row, for messages."""
     return f"found the columns {', '.join(f'`{name}`' for name in sorted(columns)[:8]) or 'none'}"
 
 
-def _example(name: DataFormat, value: dict[str, Any], unread: set[str]) -> Example:
+def _build_example(name: DataFormat, value: dict[str, Any], unread: set[str]) -> Example:
     if name == "messages":
-        return messages(value, unread)
+        return messages_example(value, unread)
     if name == "sharegpt":
-        return sharegpt(value, unread)
+        return sharegpt_example(value, unread)
     if name == "alpaca":
-        return alpaca(value, unread)
+        return alpaca_example(value, unread)
     if name == "prompt-completion":
-        return prompt_and_completion(value, unread)
-    return _text(value) if name == "text" else _tokens(value)
+        return completion_example(value, unread)
+    return _text_example(value) if name == "text" else _tokens_example(value)
 
 
-def _text(value: Mapping[str, Any]) -> Text:
+def _text_example(value: Mapping[str, Any]) -> Text:
     text = require_text(value["text"], "`text`")
     if not text.strip():
         raise RowError("`text` is empty")
     return Text(text)
 
 
-def _tokens(value: Mapping[str, Any]) -> Tokens:
-    """The example of a pre-tokenised row, without the padding that the attention mask marks."""
+def _tokens_example(value: Mapping[str, Any]) -> Tokens:
+    """The example of a pre-tokenised row, without padding (tokens with attention_mask 0)."""
     ids, labels = _integers(value, "input_ids"), _integers(value, "labels")
     if len(ids) != len(labels):
         raise RowError("`input_ids` and `labels` differ in length")
@@ -236,23 +239,25 @@ def _tokens(value: Mapping[str, Any]) -> Tokens:
                 "padding before or after them"
             )
         if any(label != _IGNORED_LABEL for label, bit in zip(labels, mask, strict=True) if not bit):
-            raise RowError("`labels` has labels for tokens whose `attention_mask` is 0")
+            raise RowError("`labels` is not -100 for a token whose `attention_mask` is 0")
         ids, labels = list(compress(ids, mask)), list(compress(labels, mask))
     if min(ids, default=0) < 0:
         raise RowError("`input_ids` has a negative number")
     if max(ids, default=0) > _MAX_TOKEN_ID:
-        raise RowError(f"`input_ids` has a number above {_MAX_TOKEN_ID}, which is no token id")
+        raise RowError(f"`input_ids` has a number above {_MAX_TOKEN_ID}, so it is not a token id")
     if not ids:
         raise RowError("`input_ids` is empty")
     supervised = tuple(label != _IGNORED_LABEL for label in labels)
     if any(label != token for token, label in compress(zip(ids, labels, strict=True), supervised)):
         raise RowError(
-            f"`labels` must be {_IGNORED_LABEL} or equal to `input_ids` (not shifted by one)"
+            f"each of `labels` must be {_IGNORED_LABEL} or equal to the token at the same position "
+            "in `input_ids` (labels are not shifted)"
         )
     return Tokens(tuple(ids), supervised)
 
 
 def _integers(value: Mapping[str, Any], column: str) -> list[int]:
+    """The value of a column if it is a list of whole numbers. Raises RowError for other values."""
     numbers = value[column]
     if not isinstance(numbers, list):
         raise RowError(f"`{column}` is {json_type(numbers)}; expected a list of whole numbers")

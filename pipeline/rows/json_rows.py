@@ -1,8 +1,9 @@
 """Reader of JSON files: JSONL, one JSON list, or concatenated JSON values.
 
-One row and a buffer are in memory. The JSON decoder finds the end of each row. After a broken row,
-reading continues at the next line that opens an object and is indented no deeper than that row. If
-there is no such line, the start of the next row is unknown, and UserError names the broken row.
+At any time one row and a buffer are in memory. Python's JSON decoder finds the end of each row.
+After a broken row, reading continues at the next line that opens an object and is indented no
+deeper than that row. If there is no such line, the start of the next row is unknown, and a
+UserError names the broken row.
 """
 
 import codecs
@@ -19,9 +20,10 @@ from pipeline.rows.lines import Line
 
 _CHUNK_BYTES, _MAX_INDENT = 2**20, 200
 _NUM_SNIFFED, _SNIFFED_BYTES = 10, 2**16
-# An error this close to the end of the buffer may come from a token of which the rest is not read.
-_MAX_TOKEN = 16  # characters; only strings can be longer
-# Limit on the text that is scanned twice because of broken rows, as a multiple of MAX_ROW_BYTES.
+# An error within this many characters of the buffer's end may only mean that the rest of a token is
+# not read yet. Longer tokens are strings, whose errors are told apart by their message.
+_MAX_TOKEN = 16
+# Limit on the text that is scanned again after broken rows, as a multiple of MAX_ROW_BYTES.
 _MAX_RESCANNED = 16
 _SEPARATORS = re.compile("[ \t\r\n,\ufeff]*")
 _INDENT = re.compile(r"[ \t\[]*")
@@ -30,13 +32,13 @@ _NO_END = "not valid JSON: the file ends inside the row"
 _NO_LIST_END = "not valid JSON: the file ends before its list does"
 _TOO_DEEP = "not valid JSON: nested too deep"
 _DECODER = json.JSONDecoder()
-# `int` raises ValueError for thousands of digits. Here the end of the number is enough; parse_line
-# rejects the row later.
+# `int` raises ValueError for a number with thousands of digits. This decoder finds the end of that
+# number; parse_line rejects the row later.
 _DECODER_OF_LONG_NUMBERS = json.JSONDecoder(parse_int=str)
 
 
 def jsonl_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
-    """The rows of a JSONL file: a Line for each line that is not blank."""
+    """The rows of a JSONL file, one for each line that is not blank."""
     number = offset = 0
     limit = row_limits.MAX_ROW_BYTES
     while line := stream.readline(limit + 1):
@@ -59,7 +61,7 @@ def is_jsonl(stream: BinaryIO) -> bool:
     while num_objects < _NUM_SNIFFED and (line := stream.readline(_SNIFFED_BYTES)):
         if not (line := strip_byte_order_marks(line).lstrip()):
             continue
-        if not line.startswith(b"{"):  # do not read on: a list may be one line of gigabytes
+        if not line.startswith(b"{"):  # stop reading: a list may be one line of gigabytes
             return False
         if not line.endswith(b"\n"):
             line += stream.readline(row_limits.MAX_ROW_BYTES)
@@ -72,15 +74,18 @@ def is_jsonl(stream: BinaryIO) -> bool:
 
 
 def json_value_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
-    """The rows of a JSON list, or of concatenated JSON values, each on any number of lines.
+    """The rows of a JSON list or of concatenated JSON values; a row may span several lines.
 
-    Raises UserError if the start of the row after a broken one cannot be found.
+    Raises UserError if the start of the row after a broken row cannot be found.
     """
     return _ValueScanner(file, stream).lines()
 
 
 class _BrokenError(Exception):
-    """Raised for a row that is not valid JSON; `position`: offset of the error in the buffer."""
+    """Raised for a row that is not valid JSON.
+
+    `fault`: the reason, for the BadRow. `position`: index of the error in the buffer.
+    """
 
     def __init__(self, fault: str, position: int) -> None:
         super().__init__(fault)
@@ -88,36 +93,37 @@ class _BrokenError(Exception):
 
 
 class _ValueScanner:
-    """Scanner of one file, with a buffer of decoded text and the current position in it."""
+    """Scanner for the rows of one file, with a buffer of decoded text and a position in it."""
 
     def __init__(self, file: Path, stream: BinaryIO) -> None:
         self._file, self._stream, self._has_ended = file, stream, False
-        # Invalid UTF-8 is decoded to lone surrogates, and encoded back to the same bytes.
+        # Invalid UTF-8 is decoded to lone surrogates, which are encoded back to the same bytes.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._text, self._position = "", 0
-        self._offset, self._number = 0, 1  # byte and line of the file at the current position
-        self._line_start = ""  # start of the current line, up to the position
-        self._rescanned = 0
+        self._offset, self._number = 0, 1  # byte and line number in the file at the position
+        self._line_start = ""  # the current line up to the position, at most _MAX_INDENT characters
+        self._num_rescanned = 0  # characters that are scanned again because of broken rows
 
     def lines(self) -> Iterator[Line]:
+        """The rows of the file; a broken row is a Line with a fault."""
         is_in_list = False
         while self._skip_separators():
             if self._text[self._position] == ("]" if is_in_list else "["):
                 is_in_list = not is_in_list
                 self._advance(self._position + 1)
                 continue
-            here = Line(self._file, self._number, self._offset, b"")
+            row = Line(self._file, self._number, self._offset, b"")
             try:
                 content = self._advance(self._value_end())
             except _BrokenError as error:
-                yield here._replace(fault=error.fault)
-                self._skip_broken_row(here, error, is_in_list=is_in_list)
+                yield row._replace(fault=error.fault)
+                self._skip_broken_row(row, error, is_in_list=is_in_list)
                 continue
             is_long = len(content) > row_limits.MAX_ROW_BYTES
             yield (
-                here._replace(fault=row_limits.too_long())
+                row._replace(fault=row_limits.too_long())
                 if is_long
-                else here._replace(content=content)
+                else row._replace(content=content)
             )
         if is_in_list:
             yield Line(self._file, self._number, self._offset, b"", _NO_LIST_END)
@@ -135,7 +141,10 @@ class _ValueScanner:
                 return False
 
     def _value_end(self) -> int:
-        """Find the end of the value at the current position, reading more of the file if needed."""
+        """The end of the value at the current position; more of the file is read if needed.
+
+        Raises _BrokenError if the value is not valid JSON.
+        """
         decoder = _DECODER
         while True:
             try:
@@ -149,8 +158,9 @@ class _ValueScanner:
             except RecursionError:
                 raise _BrokenError(_TOO_DEEP, self._position) from None
             else:
-                is_whole = isinstance(value, dict | list | str) or end < len(self._text)
-                if is_whole or not self._read_more():
+                # A number at the end of the buffer may have more digits.
+                is_complete = isinstance(value, dict | list | str) or end < len(self._text)
+                if is_complete or not self._read_more():
                     return end
                 continue
             if not is_in_string and position < len(self._text) - _MAX_TOKEN:
@@ -159,48 +169,49 @@ class _ValueScanner:
                 raise _BrokenError(row_limits.too_long(), len(self._text))
             if not self._read_more():
                 is_at_end = position >= len(self._text.rstrip()) and reason.startswith("Expecting")
-                is_ended = is_in_string or is_at_end
-                fault = _NO_END if is_ended else f"not valid JSON: {reason}"
+                is_cut = is_in_string or is_at_end
+                fault = _NO_END if is_cut else f"not valid JSON: {reason}"
                 raise _BrokenError(fault, position)
 
-    def _skip_broken_row(self, here: Line, error: _BrokenError, *, is_in_list: bool) -> None:
-        """Advance to the row after a broken one, or to the end of the file if none can follow.
+    def _skip_broken_row(self, row: Line, error: _BrokenError, *, is_in_list: bool) -> None:
+        """Advance to the row after a broken row, or to the end of the file if no row can follow.
 
-        Raises UserError if rows may follow and the start of the next one cannot be found.
+        Raises UserError if a row may follow and its start cannot be found.
         """
-        self._rescanned += error.position - self._position
-        if self._rescanned > _MAX_RESCANNED * row_limits.MAX_ROW_BYTES:
+        self._num_rescanned += error.position - self._position
+        if self._num_rescanned > _MAX_RESCANNED * row_limits.MAX_ROW_BYTES:
             raise UserError(
-                f"{self._file}:{here.number}: brackets or quotes do not match, here and in many "
-                "rows before; is the file JSON?"
+                f"{self._file}:{row.number}: brackets or quotes do not match, in this row and in "
+                "many rows before it; is the file JSON?"
             )
-        # If the file ends within the row, its last bracket closes the list of rows, not this row.
         rest = self._text.rstrip()
+        # If the file ends inside the row and its last character is `]`, that bracket closes the
+        # list of rows. The decoder has then read all later rows as parts of this one.
         is_open = error.fault == _NO_END and error.position >= len(rest)
-        has_swallowed = is_in_list and is_open and rest.endswith("]")
-        may_be_lost = has_swallowed or self._text.find("{", error.position) >= 0
+        includes_later_rows = is_in_list and is_open and rest.endswith("]")
+        rows_may_follow = includes_later_rows or self._text.find("{", error.position) >= 0
         indent = _INDENT.match(self._line_start)
         assert indent is not None
         while not self._move_to_next_row(indent.end()):
             self._drop_searched_lines()
-            num_known = len(self._text) - self._position
+            num_searched = len(self._text) - self._position
             if not self._read_more():
                 break
-            may_be_lost |= self._text.find("{", num_known) >= 0
+            rows_may_follow |= self._text.find("{", num_searched) >= 0
         else:
             return
-        if may_be_lost:
+        if rows_may_follow:
             raise UserError(
-                f"{self._file}:{here.number}: (byte {here.offset}) {error.fault}, and the start of "
+                f"{self._file}:{row.number}: (byte {row.offset}) {error.fault}, and the start of "
                 "the next row cannot be found; fix the row, or write one row per line (JSONL)"
             )
         rest = self._text.rstrip()
         self._advance(max(len(rest) - (is_in_list and rest.endswith("]")), self._position))
 
     def _move_to_next_row(self, indent: int) -> bool:
-        """Advance to the next line that opens an object and is indented at most `indent` deep.
+        """Advance to the next line that opens an object with at most this indentation.
 
-        Returns whether the buffer has such a line.
+        False if the buffer has no such line.
         """
         match = _OPENS_ROW.search(self._text, self._position)
         while match is not None and len(match[1]) > indent:
@@ -210,7 +221,7 @@ class _ValueScanner:
         return match is not None
 
     def _drop_searched_lines(self) -> None:
-        """Advance over the searched text, except a last bracket and an incomplete last line."""
+        """Advance over the searched text, up to its last bracket or its incomplete last line."""
         last = len(self._text.rstrip()) - 1
         line = self._text.rfind("\n", max(len(self._text) - _MAX_INDENT, 0))
         self._advance(max(last if line < 0 else min(last, line), self._position))
@@ -229,7 +240,7 @@ class _ValueScanner:
         return content
 
     def _read_more(self) -> bool:
-        """Read more text into the buffer, doubling its size within a row; False at the end."""
+        """Read more text into the buffer, as much as the current row has; False at the end."""
         if self._has_ended:
             return False
         rest = self._text[self._position :]

@@ -1,7 +1,7 @@
-"""Detect JSON files in which one object holds a whole table, and refuse them.
+"""Refuse JSON files in which one object holds a whole table.
 
-pandas, `datasets` and many APIs write such files: the rows are under a key, or the table is divided
-into columns. The message has a command that converts the file to JSONL.
+pandas, `datasets` and many APIs write such files. Their rows are under one key, or the table is
+stored column by column. The error message has a command that converts the file to JSONL.
 """
 
 import re
@@ -16,8 +16,10 @@ from pipeline.rows.lines import MAX_ROW_BYTES
 
 _SNIFFED_BYTES, _CHUNK_BYTES = 2**16, 2**20
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
-# A colon and the start of a value: its opening brackets, and whether its first key is a number.
+# A colon and the start of a value, up to its second bracket or first quote, or up to a first key
+# that is a number.
 _KEY = re.compile(r'\s*:\s*(\[\s*[\[{"]?|\{\s*(?:"(?:\d+"\s*:)?)?)?')
+# Keys under which files have their list of rows.
 _ROWS_KEYS = (
     "data", "rows", "records", "examples", "samples", "instances", "items", "entries", "dataset",
     "results", "train", "training", "test", "validation", "valid", "val", "dev", "eval",
@@ -27,7 +29,10 @@ _PRINT = "[print(json.dumps(r)) for r in {rows}]"
 
 
 class _Layout(NamedTuple):
-    """A description of the layout, and a Python expression for its rows; `t` is the parsed file."""
+    """A layout of a table: its description, and a Python expression for its rows.
+
+    In the expression, `t` is the parsed file.
+    """
 
     description: str
     rows: str
@@ -37,7 +42,7 @@ def refuse_whole_table(file: Path, stream: BinaryIO) -> None:
     """Raise UserError if a JSON file is one object that holds a whole table."""
     beginning = stream.read(_SNIFFED_BYTES)
     values = _first_object(strip_byte_order_marks(beginning).decode("utf-8", "replace"))
-    if (layout := _layout(values)) is None or _has_next_row(beginning, stream):
+    if (layout := _detect_layout(values)) is None or _has_next_row(beginning, stream):
         return
     code = f"{_READ}; {_PRINT.format(rows=layout.rows)}"
     source, target = (shlex.quote(f"{file}{suffix}") for suffix in ("", ".rows.jsonl"))
@@ -48,7 +53,7 @@ def refuse_whole_table(file: Path, stream: BinaryIO) -> None:
 
 
 def _has_next_row(beginning: bytes, stream: BinaryIO) -> bool:
-    """Whether a later line begins with an object, so that the first object is only a long row."""
+    """Whether a later line begins with an object. Then the first object is one row of several."""
     read = len(beginning)
     while True:
         if b"\n{" in beginning:
@@ -60,8 +65,8 @@ def _has_next_row(beginning: bytes, stream: BinaryIO) -> bool:
         beginning = beginning[-1:] + more
 
 
-def _layout(values: dict[str, str]) -> _Layout | None:
-    """The layout of an object, from the starts of its values; None if it may be a row."""
+def _detect_layout(values: dict[str, str]) -> _Layout | None:
+    """The layout of an object, from the first characters of its values; None if it may be a row."""
     kinds = set(values.values())
     if {"columns", "data"} <= values.keys() and values["data"] in ("[[", "["):
         return _Layout(
@@ -78,11 +83,11 @@ def _layout(values: dict[str, str]) -> _Layout | None:
             and (len(values) > 1 or all(key.isdigit() for key in values))
         ):
             if kinds == {'{"0":'}:
-                return _by_column()
+                return _layout_by_column()
             return _Layout("rows as the values of one object", "t.values()")
         return None
     if kinds == {'{"0":'}:
-        return _by_column()
+        return _layout_by_column()
     if values and kinds <= {'["', "[["}:
         return _Layout("one list for each column", "(dict(zip(t, v)) for v in zip(*t.values()))")
     return None
@@ -93,7 +98,7 @@ def _rows_under_key(key: str) -> str:
     return f"(v.get('row', v) for v in t['{key}'])"
 
 
-def _by_column() -> _Layout:
+def _layout_by_column() -> _Layout:
     return _Layout(
         "a table as pandas writes it with orient='columns'",
         "({k: v.get(i) for k, v in t.items()} for i in next(iter(t.values())))",
@@ -101,10 +106,10 @@ def _by_column() -> _Layout:
 
 
 def _first_object(text: str) -> dict[str, str]:
-    """The keys of a file's only object, each with the first characters of its value.
+    """Mapping from each key of a file's first object to the first characters of its value.
 
-    `text` is the start of the file. The result is empty if the file does not begin with an object,
-    or if another value follows that object.
+    `text`: the start of the file. Empty if the file does not begin with an object, or if another
+    value follows that object.
     """
     if not text.lstrip().startswith("{"):
         return {}

@@ -1,11 +1,11 @@
-"""Line, a row of a file before it is parsed; Row and BadRow, the result of parsing it."""
+"""Line, a row of a file before it is parsed, and Row and BadRow, the results of parsing it."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MAX_ROW_BYTES = 16 * 2**20  # about 4 million tokens; a longer row is a sign of another format
-_NUMBER_BYTES = 8
+MAX_ROW_BYTES = 16 * 2**20  # about 4 million tokens; a longer row suggests another file format
+_NUMBER_BYTES = 8  # assumed for every value that is neither text nor bytes
 NOT_UTF8 = (
     "not valid UTF-8; if the file is Windows-1252, as Excel writes CSV, convert it: "
     "iconv -f WINDOWS-1252 -t UTF-8"
@@ -13,11 +13,12 @@ NOT_UTF8 = (
 
 
 class Line(NamedTuple):
-    """A row before it is parsed, which is cheap to send to a worker process.
+    """A row before it is parsed. It is cheap to send to a worker process.
 
-    `number`: line of the file at which the row begins, from 1; in a table (Parquet, Arrow) the row
-    number. `offset`: first byte of the row in the decompressed file; None in a table. `content`:
-    JSON text as bytes, or the columns. `fault`: the reason if the content could not be read.
+    `number`: line of the file at which the row begins, counted from 1; in a table (Parquet, Arrow)
+    the number of the row. `offset`: first byte of the row in the decompressed file; None in a
+    table. `content`: the row as JSON text in bytes, or as a dict of columns. `fault`: why the
+    content could not be read; empty if it could.
     """
 
     file: Path
@@ -39,7 +40,10 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be parsed. `reason` does not quote the row: equal reasons are counted."""
+    """A row that cannot be parsed.
+
+    The audit counts rows by `reason`; the reason therefore never quotes the row.
+    """
 
     file: Path
     line: int
@@ -53,15 +57,12 @@ def too_long() -> str:
 
 
 def size_of(value: Any) -> int:
-    """Approximate size of a value in a table in bytes, with texts in UTF-8."""
+    """Approximate size in bytes of a value of a table; text counts as UTF-8."""
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
     if isinstance(value, dict):
         return sum(map(size_of, value.values()))
     if isinstance(value, list):
-        are_numbers = bool(value) and type(value[0]) in (
-            int,
-            float,
-        )  # token ids
+        are_numbers = bool(value) and type(value[0]) in (int, float)  # fast path for token ids
         return _NUMBER_BYTES * len(value) if are_numbers else sum(map(size_of, value))
     return len(value) if isinstance(value, bytes) else _NUMBER_BYTES

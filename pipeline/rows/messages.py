@@ -1,7 +1,7 @@
 """Convert the messages or ShareGPT turns of a row to Message objects.
 
-Each key that has a value is read, counted as unread, or refused by name. If a key were ignored
-silently, the training data could differ from the row's meaning.
+Each key with a value is read, or its name is added to `unread`, or the row is rejected. If a key
+were ignored silently, the training data could differ from the meaning of the row.
 """
 
 import json
@@ -40,17 +40,17 @@ _SHAREGPT_ROLES: dict[str, Role] = _ROLES | {
     "function_response": "tool",
 }
 _CONTENT = {role: f"content of a message ({role})" for role in ROLES}
-_CALL_ROLES = ("function_call", "tool_call")  # turns of the assistant whose content is tool calls
+_CALL_ROLES = ("function_call", "tool_call")  # roles of assistant turns that consist of tool calls
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _CALL_KEYS = ("tool_calls", "function_call")
 _COMMON_KEYS = ("weight", "name", "tool_call_id", *_CALL_KEYS, *_REASONING_KEYS)
 _MESSAGE_KEYS, _TURN_KEYS = ("role", "content", *_COMMON_KEYS), ("from", "value", *_COMMON_KEYS)
 _PLAIN_KEYS = {"role", "content"}
-# Keys that are not part of the conversation; they are counted as unread.
+# Keys that are not part of the conversation; the audit counts them as unread.
 _METADATA_KEYS = ("id", "uuid", "timestamp", "created_at", "date", "model", "is_error")
 _ARGUMENT_KEYS = ("arguments", "args", "parameters", "input")
 _CALL_ID_KEYS = ("id", "call_id", "tool_call_id", "tool_use_id")
-_STRUCTURAL_KEYS = ("type", "index", "cache_control")  # keys of a call or part without text
+_STRUCTURAL_KEYS = ("type", "index", "cache_control")  # keys of a call or a part that hold no text
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
 _EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})
@@ -60,9 +60,10 @@ _MEDIA_PARTS = re.compile(r"(input_)?(image|audio|video)(_url)?|input_file")
 
 
 def read_message(value: Any, unread: set[str]) -> list[Message]:
-    """Convert {role, content}; several Messages if tool results are among the content parts.
+    """Convert a message {role, content}.
 
-    Adds to `unread` the names of keys that have a value and are not read.
+    The result is several Messages if the content has parts with tool results. The names of keys
+    that have a value and are not read are added to `unread`.
     """
     if not isinstance(value, dict):
         raise RowError(f"a message is {json_type(value)}; expected {{role, content}}")
@@ -80,13 +81,13 @@ def read_message(value: Any, unread: set[str]) -> list[Message]:
         return _call_turn(content, value, unread)
     if role is None:
         raise RowError(
-            f"a message has the role {_quoted(name)}; expected one of {', '.join(_ROLES)}"
+            f"a message has the role {_for_message(name)}; expected one of {', '.join(_ROLES)}"
         )
     return _build_messages(role, content, value, unread)
 
 
 def read_turn(value: Any, unread: set[str]) -> list[Message]:
-    """Convert a ShareGPT turn {from, value}; {role, content} is accepted too."""
+    """Convert a ShareGPT turn {from, value}, or a message {role, content}."""
     if not isinstance(value, dict):
         raise RowError(f"a turn of `conversations` is {json_type(value)}; expected {{from, value}}")
     if "from" not in value and "role" in value:
@@ -98,16 +99,16 @@ def read_turn(value: Any, unread: set[str]) -> list[Message]:
     role = _SHAREGPT_ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         expected = ", ".join((*_SHAREGPT_ROLES, *_CALL_ROLES))
-        raise RowError(f"a turn is from {_quoted(name)}; expected one of {expected}")
+        raise RowError(f"a turn is from {_for_message(name)}; expected one of {expected}")
     return _build_messages(role, content, value, unread)
 
 
 def _check_keys(
     value: Mapping[str, Any], known: Sequence[str], owner: str, unread: set[str]
 ) -> None:
-    """Raise RowError for unknown keys that have a value; add metadata keys to `unread`.
+    """Raise RowError for unknown keys that have a value, and add metadata keys to `unread`.
 
-    `owner`: the kind of object that has the keys, for names and messages.
+    `owner`: kind of the object that has the keys, such as `message`, for messages and for `unread`.
     """
     unknown = [key for key in value if key not in known and has_value(value[key])]
     refused = [key for key in unknown if key not in _METADATA_KEYS]
@@ -118,10 +119,10 @@ def _check_keys(
 
 
 def _call_turn(content: Any, value: Mapping[str, Any], unread: set[str]) -> list[Message]:
-    """The assistant message for a turn whose content is tool calls, as JSON text or objects."""
+    """The assistant message for a turn whose content consists of tool calls (objects or JSON)."""
     calls = parse_json(content, "a tool call") if isinstance(content, str) else content
     if has_value(value.get("tool_calls")) or has_value(value.get("function_call")):
-        raise RowError("a turn has tool calls in its content and under another key")
+        raise RowError("a turn has tool calls both in its content and under another key")
     calls = calls if isinstance(calls, list) else [calls]
     return _build_messages("assistant", None, {**value, "tool_calls": calls}, unread)
 
@@ -129,7 +130,7 @@ def _call_turn(content: Any, value: Mapping[str, Any], unread: set[str]) -> list
 def _build_messages(
     role: Role, content: Any, value: Mapping[str, Any], unread: set[str]
 ) -> list[Message]:
-    """Build the Messages for a role, a content and the other keys of `value`."""
+    """The Messages for a role, a content, and the other keys of the message `value`."""
     others: dict[str, Any] = {
         key: require_text(value[key], f"{key} of a message")
         for key in ("name", "tool_call_id")
@@ -138,47 +139,55 @@ def _build_messages(
     is_trained = _is_trained(role, value.get("weight"))
     parts = _parts(role, content, _CONTENT[role])
     if role == "assistant":
-        content, more = _assistant_content(parts, value, unread)
-        return [Message(role, content, is_trained, others | more)]
+        content, optional = _assistant_content(parts, value, unread)
+        return [Message(role, content, is_trained, others | optional)]
     if wrong := [key for key in (*_CALL_KEYS, *_REASONING_KEYS) if has_value(value.get(key))]:
-        raise RowError(f"a message of the role {role} has {wrong[0]}; expected an assistant's")
+        raise RowError(
+            f"a message of the role {role} has {wrong[0]}; only the role assistant can have it"
+        )
     if isinstance(parts, str):
         return [Message(role, parts, is_trained, others)]
     return _split_at_results(parts, Message(role, "", is_trained, others), unread)
 
 
 def _is_trained(role: Role, weight: Any) -> bool:
+    """Whether a message counts in the loss. Raises RowError if the weight is invalid."""
     if weight is None:
         return True
     if weight not in (0, 1):
         raise RowError("the weight of a message is neither 0 nor 1")
     if weight == 1 and role != "assistant":
-        raise RowError(f"a message of the role {role} has weight 1; expected an assistant's")
+        raise RowError(
+            f"a message of the role {role} has weight 1; only the role assistant can be trained on"
+        )
     return bool(weight == 1)
 
 
 def _parts(role: Role, content: Any, name: str) -> str | list[Mapping[str, Any]]:
-    """The content as text or as a list of typed parts; a tool's other values become JSON text."""
+    """The content as text or as a list of typed parts.
+
+    For the role tool, any other value becomes JSON text. For other roles it raises RowError.
+    """
     if isinstance(content, str):
         return require_text(content, name)
     if content is None and role == "assistant":
         return ""
     items = content
     if isinstance(content, dict) and isinstance(content.get("type"), list):
-        items = parse_list(content, name)  # parts as a struct of lists
+        items = parse_list(content, name)  # the parts are given as a struct of lists
     if isinstance(items, list) and (role != "tool" or _are_parts(items)):
         items = [_with_text_type(part) for part in items]
         for part in items:
             kind = part.get("type") if isinstance(part, dict) else None
             if not isinstance(kind, str) or kind not in _PART_TYPES:
-                type_name = _quoted(kind) if isinstance(kind, str) else json_type(part)
+                type_name = _for_message(kind) if isinstance(kind, str) else json_type(part)
                 raise RowError(f"{name} has a part of type {type_name}; expected text parts only")
         return items
     return _json_text(content, name) if role == "tool" else require_text(content, name)
 
 
 def _with_text_type(part: Any) -> Any:
-    """Add the type `text` to a part that has a text, no type and no other value."""
+    """The part, with the type `text` added if it has a text, no type and no other value."""
     if not isinstance(part, dict) or has_value(part.get("type")) or "text" not in part:
         return part
     is_text = not any(has_value(value) for key, value in part.items() if key != "text")
@@ -195,6 +204,7 @@ def _are_parts(items: list[Any]) -> bool:
 
 
 def _json_text(value: Any, name: str) -> str:
+    """The value as JSON text. Raises RowError if it is null or not serialisable."""
     if value is None:
         raise RowError(f"{name} is null; expected text or a JSON value")
     require_json(value, name)
@@ -206,8 +216,8 @@ def _assistant_content(
 ) -> tuple[str, dict[str, Any]]:
     """The text of an assistant message, and a dict with its reasoning and tool calls.
 
-    Raises RowError unless the parts are in the order in which chat templates render them:
-    reasoning, text, calls.
+    Raises RowError for parts in another order than the one in which chat templates render them:
+    reasoning, text, tool calls.
     """
     reasoning = _read_reasoning(value)
     texts = [parts] if isinstance(parts, str) else []
@@ -223,16 +233,16 @@ def _assistant_content(
             calls.append(_tool_call(part, unread))
         else:
             raise RowError(
-                f"an assistant message has a {kind} part after {'a call' if calls else 'text'}; "
-                "expected reasoning, then text, then tool calls"
+                f"an assistant message has a {kind} part after {'a tool call' if calls else 'text'}"
+                "; expected reasoning, then text, then tool calls"
             )
     if reasoning_texts and reasoning:
-        raise RowError(f"an assistant message has a thinking part and {next(iter(reasoning))}")
+        raise RowError(f"an assistant message has both a thinking part and {next(iter(reasoning))}")
     if reasoning_texts:
         reasoning = {"reasoning_content": "\n\n".join(reasoning_texts)}
     listed = _listed_calls(value, unread)
     if listed and calls:
-        raise RowError("an assistant message has tool_use parts and tool_calls")
+        raise RowError("an assistant message has both tool_use parts and tool_calls")
     calls = listed or calls
     text = "".join(texts)
     if not text.strip() and not calls:
@@ -242,7 +252,10 @@ def _assistant_content(
 
 
 def _read_reasoning(value: Mapping[str, Any]) -> dict[str, str]:
-    """The reasoning under the first of _REASONING_KEYS with a value; RowError if they differ."""
+    """The reasoning under the first of _REASONING_KEYS that has a value, or an empty dict.
+
+    Raises RowError if the texts under several of the keys differ.
+    """
     texts = {
         key: require_text(value[key], f"{key} of a message")
         for key in _REASONING_KEYS
@@ -254,18 +267,21 @@ def _read_reasoning(value: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _without_repeated_reasoning(text: str, reasoning: Mapping[str, str]) -> str:
-    """The content without a <think> block that repeats the reasoning of the message."""
+    """The text without a <think> block that repeats the reasoning of the message.
+
+    Raises RowError if the block differs from the reasoning.
+    """
     block = _REASONING_BLOCK.match(text) if reasoning else None
     if block is None:
         return text
-    key, thought = next(iter(reasoning.items()))
-    if block[1].strip() != thought.strip():
-        raise RowError(f"an assistant message has reasoning in its content and in {key}")
+    key, reasoning_text = next(iter(reasoning.items()))
+    if block[1].strip() != reasoning_text.strip():
+        raise RowError(f"an assistant message has different reasoning in its content and in {key}")
     return text[block.end() :]
 
 
 def _part_text(part: Mapping[str, Any], keys: Sequence[str], unread: set[str]) -> str:
-    """The text of a part: the value of one of `keys`, which is text or a list of text parts."""
+    """The text of a part, from the one of `keys` with a value: text, or a list of text parts."""
     _check_keys(part, (*keys, *_STRUCTURAL_KEYS, "signature"), "part", unread)
     filled = [key for key in keys if has_value(part.get(key))]
     if len(filled) > 1:
@@ -280,7 +296,7 @@ def _part_text(part: Mapping[str, Any], keys: Sequence[str], unread: set[str]) -
 def _split_at_results(
     parts: list[Mapping[str, Any]], message: Message, unread: set[str]
 ) -> list[Message]:
-    """Split a message at its tool results, which become separate tool messages."""
+    """Split a message into the Messages before, of and after its tool results."""
     messages: list[Message] = []
     texts: list[str] = []
     for part in parts:
@@ -297,7 +313,9 @@ def _split_at_results(
     if texts or not messages:
         messages.append(replace(message, content="".join(texts)))
     elif message.others and all(result.role == "tool" for result in messages):
-        raise RowError(f"a message with only tool results has {', '.join(message.others)}")
+        raise RowError(
+            f"a message that consists of tool results has the keys {', '.join(message.others)}"
+        )
     return messages
 
 
@@ -312,7 +330,7 @@ def _tool_result(part: Mapping[str, Any], unread: set[str]) -> Message:
 
 
 def _listed_calls(value: Mapping[str, Any], unread: set[str]) -> list[Mapping[str, Any]]:
-    """The calls under the key `tool_calls`, or the one call under the older `function_call`."""
+    """The calls under the key `tool_calls`, or the single call under the older `function_call`."""
     several, single = value.get("tool_calls"), value.get("function_call")
     if has_value(several) and has_value(single):
         raise RowError("a message has both tool_calls and function_call")
@@ -324,7 +342,7 @@ def _listed_calls(value: Mapping[str, Any], unread: set[str]) -> list[Mapping[st
 
 
 def _tool_call(call: Any, unread: set[str]) -> Mapping[str, Any]:
-    """Convert a tool call to the form {id, type, function: {name, arguments}} of templates."""
+    """Convert a tool call to {id, type, function: {name, arguments}}, as chat templates read it."""
     if isinstance(call, str):
         call = parse_json(call, "a tool call")
     if not isinstance(call, dict):
@@ -358,7 +376,7 @@ def _tool_call(call: Any, unread: set[str]) -> Mapping[str, Any]:
 
 
 def _first_value(values: Mapping[str, Any], keys: Sequence[str], owner: str) -> Any:
-    """The first nonempty value among these synonymous keys; RowError if two values differ."""
+    """The first value that is not empty among synonymous keys; RowError if two values differ."""
     filled = {key: values[key] for key in keys if values.get(key) not in _EMPTY_VALUES}
     first, *others = filled.values() or [None]
     if any(other != first for other in others):
@@ -369,8 +387,8 @@ def _first_value(values: Mapping[str, Any], keys: Sequence[str], owner: str) -> 
 def _arguments(value: Any) -> dict[str, Any]:
     """The arguments of a call as an object.
 
-    Nulls are kept in JSON text. They are removed from an object, because in a table a null only
-    means that other rows have this key.
+    Arguments given as JSON text keep their nulls. From an object nulls are removed, because in a
+    table they only mean that other rows have the key.
     """
     if isinstance(value, str):
         value = parse_json(value, "arguments of a tool call") if value.strip() else None
@@ -381,5 +399,6 @@ def _arguments(value: Any) -> dict[str, Any]:
     return value or {}
 
 
-def _quoted(name: Any) -> str:
+def _for_message(name: Any) -> str:
+    """A text in quotes and truncated, or the JSON type of another value."""
     return repr(name)[:40] if isinstance(name, str) else json_type(name)

@@ -1,8 +1,8 @@
-"""Sources of the run file -> their files -> Lines -> rows.
+"""Read the sources of the run file: find their files, split them into Lines, parse the Lines.
 
-`read_lines` splits files into Lines, and `parse_line` parses one. One process can therefore read
-the files while worker processes parse. A row that cannot be parsed becomes a BadRow. UserError is
-raised if the rest of a file cannot be read.
+`read_lines` splits files into Lines, which are unparsed rows, and `parse_line` parses one. The two
+are separate so that one process can read files while worker processes parse. A row that cannot be
+parsed becomes a BadRow. If the rest of a file cannot be read, UserError is raised.
 """
 
 import json
@@ -32,7 +32,8 @@ from pipeline.rows.lines import NOT_UTF8, BadRow, Line, Row, size_of
 from pipeline.rows.values import DECODER, DuplicateKeyError, json_type
 
 _FIRST_BYTES = 1000
-# The compression ratio is measured on this many times the sample, because blocks are large.
+# The compression ratio is measured on this multiple of the sample, because compressed blocks are
+# large.
 _RATIO_SAMPLES = 4
 
 __all__ = [
@@ -53,9 +54,9 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A source of the run file with its files in reading order.
+    """A source of the run file, with its files in reading order.
 
-    `name`: as in the run file, with the commit added for a hub data set. `notes`: messages about
+    `name`: the name in the run file; for a hub data set, with the commit. `notes`: messages about
     skipped files.
     """
 
@@ -67,7 +68,7 @@ class Source:
 
 
 class Sample(NamedTuple):
-    """The first Lines of a file, their share of the whole file, and their size in bytes."""
+    """The first Lines of a file, their share (0 to 1) of the whole file, and their bytes."""
 
     lines: list[Line]
     share: float
@@ -75,12 +76,12 @@ class Sample(NamedTuple):
 
 
 def resolve_sources(sources: Sequence[DataSource], key: str) -> list[Source]:
-    """Find the files of each source of the setting `key`. Nothing is downloaded.
+    """Find the files of each source in the setting `key`, without a download.
 
-    Raises UserError if a file cannot be read or is in two sources.
+    Raises UserError if a file cannot be read, or if it is in two sources.
     """
     if not sources:
-        raise UserError(f"{key}: names no data; give a file, a folder, a glob or a list of them")
+        raise UserError(f"{key}: names no data; give a file, a folder, a glob, or a list of these")
     resolved = [_resolve_source(source, key) for source in sources]
     first: dict[Path, Source] = {}
     for source in resolved:
@@ -88,20 +89,20 @@ def resolve_sources(sources: Sequence[DataSource], key: str) -> list[Source]:
             if (other := first.setdefault(file.resolve(), source)) is not source:
                 raise UserError(
                     f"{key}: {file} is in two sources, {other.name} and {source.name}; name each "
-                    "file once, with a weight above 1 if its rows shall be seen more often"
+                    "file once; a weight above 1 uses its rows more often"
                 )
     return resolved
 
 
 def require_disjoint(train: Sequence[Source], held_out: Sequence[Source]) -> None:
-    """Raise UserError for a file that is in both the training and the held-out data."""
+    """Raise UserError if a file is in both the training and the held-out data."""
     trained = {file.resolve(): source.name for source in train for file in source.files}
     for source in held_out:
         for file in source.files:
             if (name := trained.get(file.resolve())) is not None:
                 raise UserError(
                     f"eval_data: {file} is also in train_data ({name}); name different files, or "
-                    "hold out a share of the rows, such as eval_data: 0.05"
+                    "hold out a share of the training rows, such as eval_data: 0.05"
                 )
 
 
@@ -110,36 +111,38 @@ def read_lines(source: Source) -> Iterator[Line]:
 
     Raises UserError if a file is damaged or the source has no row.
     """
-    every = (line for file in source.files for line in _lines_of_file(file))
+    all_lines = (line for file in source.files for line in _lines_of_file(file))
     is_empty = True
-    for line in islice(every, source.limit):
+    for line in islice(all_lines, source.limit):
         is_empty = False
         yield line
     if is_empty:
-        raise UserError(f"{source.name}: has no row, only blank lines, an empty list or a header")
+        raise UserError(
+            f"{source.name}: has no row; it has only blank lines, an empty list or a header"
+        )
 
 
 def parse_line(line: Line) -> Row | BadRow:
-    """Parse a Line; a BadRow has the reason why that is impossible."""
+    """Parse a Line into a Row, or into a BadRow with the reason why that is impossible."""
     file, number, offset, content, fault = line
     if fault:
         return BadRow(file, number, fault, offset)
-    value = content if isinstance(content, dict) else _parse_object(content)
+    value = content if isinstance(content, dict) else _object_or_fault(content)
     if isinstance(value, str):
         return BadRow(file, number, value, offset)
     return Row(file, number, value, offset)
 
 
 def read_rows(sources: Iterable[Source]) -> Iterator[Row | BadRow]:
-    """Every row of the sources in order, parsed in this process."""
+    """All rows of the sources in order, parsed in this process."""
     return (parse_line(line) for source in sources for line in read_lines(source))
 
 
 def sample_file(file: Path, num_bytes: int) -> Sample:
-    """The rows that begin within the first `num_bytes` of a file, and at least one.
+    """A Sample of the rows that begin within the first `num_bytes` of a file, at least one.
 
-    Raises UserError, OSError, EOFError or ValueError if these rows cannot be read. A compressed
-    table raises ValueError, because it would have to be decompressed completely.
+    Raises UserError, OSError, EOFError or ValueError if these rows cannot be read. ValueError is
+    also raised for a compressed table, because it would have to be decompressed completely.
     """
     kind = detect_kind(file)
     if kind == "parquet" or kind == "arrow":
@@ -168,7 +171,10 @@ def _sample_of_table(file: Path, kind: Literal["parquet", "arrow"], num_bytes: i
 
 
 def _decompressed_size(file: Path, stream: BinaryIO, num_read: int) -> float:
-    """Estimated size of the decompressed file, from the compression ratio at its beginning."""
+    """Estimated size of the decompressed file, from the compression ratio of its beginning.
+
+    `num_read`: bytes already read from the stream.
+    """
     num_more = 0 if detect_compression(file) is None else _RATIO_SAMPLES * num_read
     while num_more > 0 and (more := stream.read(min(num_more, 2**16))):
         num_more -= len(more)
@@ -198,6 +204,7 @@ def _resolve_source(source: DataSource, key: str) -> Source:
 
 
 def _lines_of_file(file: Path) -> Iterator[Line]:
+    """The Lines of a file. Raises UserError if the file is damaged."""
     number = 0
     try:
         kind = detect_kind(file)
@@ -216,7 +223,7 @@ def _lines_of_file(file: Path) -> Iterator[Line]:
 
 
 def _text_lines(file: Path, stream: BinaryIO) -> Iterator[Line]:
-    """The Lines of a JSON or CSV file; the layout of JSON (JSONL or not) is detected."""
+    """The Lines of a JSON or CSV file. Whether JSON is JSONL is detected from its first lines."""
     require_utf8(file)
     kind = detect_kind(file)
     if kind == "csv":
@@ -235,24 +242,24 @@ def _text_lines(file: Path, stream: BinaryIO) -> Iterator[Line]:
 
 
 def _require_json(file: Path, beginning: bytes) -> None:
-    """Raise UserError unless the file, whose suffix is unknown, begins like JSON."""
+    """Raise UserError if a file with an unknown suffix does not begin like JSON."""
     if strip_byte_order_marks(beginning).lstrip()[:1] not in (b"{", b"[", b""):
         raise UserError(
-            f"{file}: unknown format: the name has no known suffix, and the content is not JSON, "
-            f"which begins with {{ or [; give it one of the suffixes {SUFFIXES}"
+            f"{file}: unknown format: the name has no known suffix, and the content does not begin "
+            f"with {{ or [, as JSON does; rename the file to one of the suffixes {SUFFIXES}"
         )
 
 
 def _require_lines(file: Path, beginning: bytes) -> None:
-    """Raise UserError for a file named *.jsonl that holds a JSON list over several lines."""
-    begin = [line for line in beginning.split(b"\n") if line.strip()]
-    first = strip_byte_order_marks(b"".join(begin[:1])).strip()
-    if first in (b"[", b"[{") and not any(isinstance(_parse_object(line), dict) for line in begin):
-        raise UserError(f"{file}: a JSON list over several lines, not JSONL; rename it to .json")
+    """Raise UserError if a file named *.jsonl holds a JSON list on several lines."""
+    lines = [line for line in beginning.split(b"\n") if line.strip()]
+    first = strip_byte_order_marks(b"".join(lines[:1])).strip()
+    if first in (b"[", b"[{") and not any(isinstance(_object_or_fault(x), dict) for x in lines):
+        raise UserError(f"{file}: a JSON list on several lines, not JSONL; rename it to .json")
 
 
-def _parse_object(content: bytes) -> dict[str, Any] | str:
-    """Parse a JSON object; a string is the reason why the content is not one."""
+def _object_or_fault(content: bytes) -> dict[str, Any] | str:
+    """Parse a JSON object; if the content is not one, the result is the reason as a string."""
     try:
         value = DECODER.decode(content.decode("utf-8"))
     except UnicodeDecodeError:
@@ -261,6 +268,6 @@ def _parse_object(content: bytes) -> dict[str, Any] | str:
         return f"not valid JSON: {error.msg.removesuffix(' at').removesuffix(' starting')}"
     except DuplicateKeyError:
         return "not valid JSON: duplicate key"
-    except (ValueError, RecursionError):  # thousands of digits or of nested lists
+    except (ValueError, RecursionError):  # a number of thousands of digits, or deep nesting
         return "not valid JSON: nested too deeply or a number too long"
     return value if isinstance(value, dict) else f"expected a JSON object, found {json_type(value)}"

@@ -1,7 +1,7 @@
-"""Reader of Parquet and Arrow files, with at most 1000 rows or some megabytes in memory.
+"""Reader of Parquet and Arrow files that holds at most 1000 rows, or about 4 MiB, in memory.
 
-`datasets` is not used, because it loads whole row groups, and by default pyarrow writes a Parquet
-file as one row group (figures in docs/formats.md).
+`datasets` is not used, because it loads whole row groups, and a Parquet file is often one row
+group. docs/formats.md compares the memory of both.
 """
 
 import errno
@@ -23,13 +23,15 @@ _Convert = Callable[[Any], Any]
 
 
 class _Table(NamedTuple):
+    """An open table. `batches`: pyarrow record batches of limited size."""
+
     num_rows: int
     schema: Any
     batches: Iterator[Any]
 
 
 def table_rows(file: Path, kind: Literal["parquet", "arrow"]) -> Iterator[Line]:
-    """The rows of a table; a row that is too long or not UTF-8 is one bad row.
+    """The rows of a table. A row that is too long or has invalid UTF-8 is a Line with a fault.
 
     Raises UserError if the rest of the file cannot be read.
     """
@@ -37,7 +39,7 @@ def table_rows(file: Path, kind: Literal["parquet", "arrow"]) -> Iterator[Line]:
 
     number = 0
     try:
-        with _decompressed(file) as path, _open(path, kind) as table:
+        with _decompressed(file) as path, _open_table(path, kind) as table:
             convert = _converter(pyarrow.struct(table.schema))
             for batch in table.batches:
                 for row in _batch_rows(batch):
@@ -48,25 +50,26 @@ def table_rows(file: Path, kind: Literal["parquet", "arrow"]) -> Iterator[Line]:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise RankZeroError(
-                f"{gettempdir()}: no space to decompress {file}; set TMPDIR to a larger disk, or "
-                "decompress the file yourself"
+                f"{gettempdir()}: no space to decompress {file}; set TMPDIR to a folder with more "
+                "space, or decompress the file yourself"
             ) from None
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        name = kind.capitalize()
-        raise UserError(f"{file}: not readable as {name} after row {number}: {reason}") from None
+        raise UserError(
+            f"{file}: cannot be read as {kind.capitalize()} after row {number}: {reason}"
+        ) from None
 
 
 def num_rows(file: Path, kind: Literal["parquet", "arrow"]) -> int:
-    """Number of rows in the metadata of a table. The file must not be compressed (such as *.gz).
+    """Number of rows of a table, from its metadata.
 
-    Raises OSError or ValueError if the file is damaged.
+    Raises OSError or ValueError if the file is damaged or compressed (such as *.parquet.gz).
     """
-    with _open(file, kind) as table:
+    with _open_table(file, kind) as table:
         return table.num_rows
 
 
 def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The rows of a record batch; a string in place of a row is the reason why it is bad."""
+    """The rows of a record batch; for a bad row, the reason as a string."""
     count, size = batch.num_rows, batch.nbytes
     if count > 1 and size > _BYTES_AT_ONCE:
         yield from _batch_rows(batch.slice(0, count // 2))
@@ -90,10 +93,10 @@ def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
 
 
 def _converter(kind: Any) -> _Convert | None:
-    """Function that converts Python values of an Arrow type to JSON values; None if not needed.
+    """A function that converts Python values of an Arrow type to JSON values; None if not needed.
 
-    Text of the extension type `arrow.json`, which `datasets` writes, is parsed. A map becomes an
-    object. Both may be nested in other types.
+    It parses text of the extension type `arrow.json`, which `datasets` writes, and converts a map
+    to an object, also where these are nested in other types.
     """
     import pyarrow
     from pyarrow import types
@@ -103,14 +106,14 @@ def _converter(kind: Any) -> _Convert | None:
         return _null_safe(_parse_json_text) if is_json else _converter(kind.storage_type)
     if types.is_struct(kind):
         fields = {field.name: _converter(field.type) for field in kind}
-        changed = {name: convert for name, convert in fields.items() if convert is not None}
-        return _null_safe(lambda value: _convert_fields(value, changed)) if changed else None
+        converters = {name: convert for name, convert in fields.items() if convert is not None}
+        return _null_safe(lambda value: _convert_fields(value, converters)) if converters else None
     if types.is_map(kind):
         item = _converter(kind.item_type) or _identity
         return _null_safe(lambda pairs: {key: item(value) for key, value in pairs})
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return _converter(kind.value_type)
-    if types.is_nested(kind) and hasattr(kind, "value_type"):  # the kinds of list
+    if types.is_nested(kind) and hasattr(kind, "value_type"):  # all kinds of lists
         convert_item = _converter(kind.value_type)
         return (
             None
@@ -121,6 +124,7 @@ def _converter(kind: Any) -> _Convert | None:
 
 
 def _null_safe(convert: _Convert) -> _Convert:
+    """The function `convert`, except that it returns None for None."""
     return lambda value: None if value is None else convert(value)
 
 
@@ -128,11 +132,13 @@ def _identity(value: Any) -> Any:
     return value
 
 
-def _convert_fields(value: dict[str, Any], changed: dict[str, _Convert]) -> dict[str, Any]:
-    return {key: changed.get(key, _identity)(item) for key, item in value.items()}
+def _convert_fields(value: dict[str, Any], converters: dict[str, _Convert]) -> dict[str, Any]:
+    """The value with the fields converted that have a function in `converters`."""
+    return {key: converters.get(key, _identity)(item) for key, item in value.items()}
 
 
 def _parse_json_text(text: Any) -> Any:
+    """The value of JSON text; the text itself if it is not valid JSON."""
     try:
         return DECODER.decode(text)
     except (ValueError, RecursionError):
@@ -140,13 +146,13 @@ def _parse_json_text(text: Any) -> Any:
 
 
 @contextmanager
-def _open(path: Path, kind: Literal["parquet", "arrow"]) -> Iterator[_Table]:
+def _open_table(path: Path, kind: Literal["parquet", "arrow"]) -> Iterator[_Table]:
     import pyarrow
 
     if kind == "parquet":
         from pyarrow.parquet import ParquetFile
 
-        # With a buffer, columns are read in parts rather than a whole row group at a time.
+        # With `buffer_size`, columns are read in parts instead of a whole row group at a time.
         with ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
             meta = table.metadata
             groups = [meta.row_group(i) for i in range(table.num_row_groups)]
@@ -154,11 +160,11 @@ def _open(path: Path, kind: Literal["parquet", "arrow"]) -> Iterator[_Table]:
             at_once = min(max(_BYTES_AT_ONCE // max(row_bytes, 1), 1), _ROWS_AT_ONCE)
             yield _Table(meta.num_rows, table.schema_arrow, table.iter_batches(at_once))
         return
-    with pyarrow.memory_map(str(path)) as source:  # so the list of batches needs no memory
+    with pyarrow.memory_map(str(path)) as source:  # the batches refer to the mapped file
         try:
             reader = pyarrow.ipc.open_stream(source)
             batches = list(reader)
-        except pyarrow.ArrowInvalid:  # Arrow's file format instead of its stream format
+        except pyarrow.ArrowInvalid:  # the file has Arrow's file format, not its stream format
             reader = pyarrow.ipc.open_file(source)
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         slices = (

@@ -1,4 +1,8 @@
-"""Checks and conversions of the values in a row, including values given as JSON text."""
+"""Checks and conversions of values in a row.
+
+A list or object of a row may also be given as JSON text, or as a struct of lists, which is the form
+that a column of objects has in some tables: `{role: [user, assistant], content: [Hi, Hello]}`.
+"""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +14,7 @@ _JSON_TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or fa
 
 
 def json_type(value: object) -> str:
-    """Name of a value's JSON type, for messages."""
+    """The JSON type of a value, in words for messages, such as "a list"."""
     if value is None:
         return "null"
     if isinstance(value, int | float):
@@ -19,7 +23,10 @@ def json_type(value: object) -> str:
 
 
 def has_value(value: Any) -> bool:
-    """False for null and blank text, and for lists and objects that contain nothing else."""
+    """Whether a value has content.
+
+    False for null, for blank text, and for a list or object whose items all have no content.
+    """
     if isinstance(value, str):
         return value != "" and not value.isspace()
     if isinstance(value, dict | list):
@@ -30,31 +37,31 @@ def has_value(value: Any) -> bool:
 def require_text(value: Any, name: str) -> str:
     """Return the value if it is text that UTF-8 can encode.
 
-    Raises RowError, whose message starts with `name`, for any other value.
+    For other values, raises a RowError whose message starts with `name`.
     """
     if not isinstance(value, str):
         raise RowError(f"{name} is {json_type(value)}; expected text")
     if not value.isascii():
         try:
             value.encode("utf-8")
-        except UnicodeEncodeError:  # "\ud800" is valid JSON but not a character
+        except UnicodeEncodeError:  # "\ud800" is valid in JSON text, but not a character
             raise RowError(f"{name} has a lone surrogate, which is not a character") from None
     return value
 
 
 def parse_list(value: Any, name: str, *, strips_nulls: bool = False) -> list[Any]:
-    """The items of a list, which may be given as JSON text or as a table's struct of lists.
+    """The items of a list, of JSON text of a list, or of a struct of lists.
 
-    A struct of lists, `{role: [user, ...], content: [Hi, ...]}`, becomes a list of objects. Items
-    that are JSON text of an object are parsed. `strips_nulls` removes keys whose value is null,
-    because a table's schema adds them to every row; those within JSON text are kept. Raises
-    RowError, whose message starts with `name`, for any other value.
+    A struct of lists becomes a list of objects. An item that is JSON text of an object is parsed.
+    `strips_nulls` removes keys whose value is null from the items: the schema of a table adds every
+    key to every row. Nulls within JSON text are kept. For other values, raises a RowError whose
+    message starts with `name`.
     """
     items = parse_json(value, name) if isinstance(value, str) else value
-    if items is None and value is not None:  # the text "null"
+    if items is None and value is not None:  # the value is the text "null"
         return []
-    if isinstance(items, dict) and (length := _common_length(items)) is not None:
-        items = [_struct_item(items, i) for i in range(length)]
+    if isinstance(items, dict) and (length := _length_of_lists(items)) is not None:
+        items = [_object_at(items, i) for i in range(length)]
     if not isinstance(items, list):
         raise RowError(f"{name} is {json_type(items)}; expected a list")
     result = []
@@ -69,17 +76,20 @@ def parse_list(value: Any, name: str, *, strips_nulls: bool = False) -> list[Any
 
 
 def parse_json(text: str, name: str) -> Any:
-    """Parse JSON text. Raises RowError, whose message starts with `name`, if it is not valid."""
+    """Parse JSON text. If it is not valid, raises a RowError whose message starts with `name`."""
     try:
         return DECODER.decode(text)
     except DuplicateKeyError:
         raise RowError(f"{name} is JSON text in which a key occurs twice") from None
     except (ValueError, RecursionError):
-        raise RowError(f"{name} is text, and not valid JSON; expected JSON") from None
+        raise RowError(f"{name} is text that is not valid JSON") from None
 
 
 def drop_nulls(value: Any) -> Any:
-    """Remove keys whose value is null: rows of tables, and of exports of tables, have every key."""
+    """The value without keys whose value is null, at any depth.
+
+    In a table, and in a file exported from a table, every row has every key.
+    """
     if isinstance(value, dict):
         return {
             key: item if isinstance(item, str) else drop_nulls(item)
@@ -90,45 +100,47 @@ def drop_nulls(value: Any) -> Any:
 
 
 def require_json(value: Any, name: str) -> None:
-    """Raise RowError unless the value can be serialised as JSON in UTF-8."""
+    """Raise a RowError that starts with `name` if JSON in UTF-8 cannot represent the value."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError):  # a date, 1e999, a lone surrogate
+    except (TypeError, ValueError, RecursionError):  # such as a date, 1e999 or a lone surrogate
         raise RowError(f"{name} contains a value that JSON cannot represent") from None
 
 
 class DuplicateKeyError(ValueError):
-    """Raised for an object in which a key occurs twice; `json` alone would keep the last value."""
+    """Raised for a JSON object in which a key occurs twice. `json` by itself keeps the last one."""
 
 
-def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         raise DuplicateKeyError
     return value
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys)
+DECODER = json.JSONDecoder(object_pairs_hook=_object_without_duplicates)
 
 
-def _common_length(struct: Mapping[str, Any]) -> int | None:
-    """The common length of all lists in a struct of lists; None for any other object."""
+def _length_of_lists(struct: Mapping[str, Any]) -> int | None:
+    """The length of every list in a struct of lists; None if the object is not one.
+
+    The struct may contain structs of lists of the same length.
+    """
     lengths: set[int | None] = set()
     for item in struct.values():
         if isinstance(item, list):
             lengths.add(len(item))
         elif item is not None:
-            lengths.add(_common_length(item) if isinstance(item, dict) else None)
+            lengths.add(_length_of_lists(item) if isinstance(item, dict) else None)
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def _struct_item(struct: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """Item `i` of a struct of lists."""
-    return {
-        key: value[i]
-        if isinstance(value, list)
-        else None
-        if value is None
-        else _struct_item(value, i)
-        for key, value in struct.items()
-    }
+def _object_at(struct: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """The object with the `i`-th value of each list in a struct of lists."""
+    values: dict[str, Any] = {}
+    for key, value in struct.items():
+        if isinstance(value, list):
+            values[key] = value[i]
+        else:
+            values[key] = None if value is None else _object_at(value, i)
+    return values

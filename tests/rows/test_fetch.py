@@ -183,7 +183,7 @@ def test_a_fetched_data_set_is_read_without_a_request(tmp_path):
             )
             return result.stdout.strip() or result.stderr
 
-        assert "fetch it with" in run(fetches=False)
+        assert "launch/prepare.py" in run(fetches=False)
         assert not Hub.requested
         assert run(fetches=True) == f"org/other@{COMMIT}:train 3"
         assert any("train.jsonl" in path for path in Hub.requested)
