@@ -9,7 +9,8 @@ import sys
 from importlib import import_module
 
 VERBS = (
-    "train", "plan", "prepare", "preflight", "merge", "score", "report", "track", "slurm",
+    "train", "plan", "prepare", "preflight", "merge", "score", "report", "track", "convert",
+    "slurm",
 )  # fmt: skip
 _VERBS_ON_ALL_GPUS = ("train", "preflight")
 _SINGLE_PROCESS_OPTIONS = {"-h", "--help", "--debug"}

@@ -165,23 +165,22 @@ def _key_advice(key: str, value: Any) -> str:
     """
     if text := advice(key):
         setting = settings_by("peers").get(normalised(key))
-        return text + (_value_problem(setting, value) if setting else "")
+        problem = value_problem(setting, value) if setting else ""
+        return f"{text}; {problem}" if problem else text
     names = {name: name for name in RunSettings.model_fields} | settings_by("peers")
     near = difflib.get_close_matches(normalised(key), names, n=1, cutoff=0.6)
     return f"did you mean {names[near[0]]!r}?" if near else "all settings: docs/configuration.md"
 
 
-def _value_problem(setting: str, value: Any) -> str:
-    """`; ` and the values that a setting takes, if it refuses this value; else empty."""
+def value_problem(setting: str, value: Any) -> str:
+    """The values that a setting takes, if it refuses this value; else empty."""
     required = {"model": "m", "train_data": "t", "output_dir": "o"}
     try:
         RunSettings.model_validate(required | {setting: value})
     except ValidationError as error:
         own = [detail for detail in error.errors() if detail["loc"][:1] == (setting,)]
-        expected = value_advice(setting, value) or " or ".join(dict.fromkeys(map(_expected, own)))
-        return f"; {expected}" if expected else ""
-    hint = value_advice(setting, value, is_valid=True)
-    return f"; {hint}" if hint else ""
+        return value_advice(setting, value) or " or ".join(dict.fromkeys(map(_expected, own)))
+    return value_advice(setting, value, is_valid=True) or ""
 
 
 def _error_line(

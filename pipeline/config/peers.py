@@ -171,11 +171,28 @@ ADVICE: Mapping[str, str] = {
     "tokenizer_type": "the tokenizer is the model's own; remove it",
     "tokenizer_name*": "the tokenizer is the model's own; remove it",
     "tokenizer": "the tokenizer is the model's own; remove it",
+    "device": "not needed: every visible GPU is used; remove it",
+    "low_cpu_ram": "not needed: weights are loaded tensor by tensor; remove it",
+    "num_processes": "not needed: the launcher sets the number of ranks; remove it",
+    "*activation_offloading": "not supported; the plan recomputes layers to save memory",
+    "log_peak_memory_stats": "not needed: metrics.jsonl has the memory of each step; remove it",
+    "save_adapter_weights_only": "only the adapter is saved; launch/merge.py merges it",
+    "eval_sample_packing": "held-out documents are packed as the training documents are; remove it",
+    "processor_type": "not needed: rows with pictures are refused; remove it",
+    "skip_prepare_dataset": "rows are always prepared; launch/prepare.py does it in advance",
+    "eot_tokens": _TEMPLATE,
+    "quantize_moe_experts": "not supported: fused experts stay in 16 bits; remove it",
+    "lora_target_parameters": "lora_target_modules: [auto, experts] adapts fused experts",
+    "lora_fan_in_fan_out": "not needed: the layer's class decides it; remove it",
+    "lora_*_kernel": _KERNELS,
+    "cut_cross_entropy*": _KERNELS,
+    "use_kernels": _KERNELS,
+    "flash_attn_*": _KERNELS,
     "strict": "not needed: an unknown key is always an error; remove it",
 }
 
 
-_SCHEDULES = "linear, cosine and constant are the schedules, each after the warm-up"
+_SCHEDULES = "the schedules are linear, cosine and constant, each after the warm-up"
 _LEAVE_OUT = "leave it out for the default"
 # Setting -> pattern of its values in other programs -> advice.
 VALUES: Mapping[str, Mapping[str, str]] = {
@@ -183,6 +200,8 @@ VALUES: Mapping[str, Mapping[str, str]] = {
         "constant_with_warmup": "constant: every schedule comes after the warm-up",
         "cosine_with_min_lr": "cosine, with min_lr_ratio for the last learning rate",
         "cosine_warmup_with_min_lr": "cosine, with min_lr_ratio for the last learning rate",
+        "get_cosine_schedule_with_warmup": "cosine: every schedule comes after the warm-up",
+        "get_linear_schedule_with_warmup": "linear: every schedule comes after the warm-up",
         "*": _SCHEDULES,
     },
     "bf16": {"full": "true: the frozen base is in bf16, the adapter keeps fp32 masters"},

@@ -1,0 +1,169 @@
+"""Read the configuration of another training program as one flat mapping of options.
+
+Supported are YAML and JSON files, and shell scripts whose longest command has the options.
+"""
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.config.located import parse_value, read_located
+from pipeline.config.peers import normalised
+from pipeline.errors import UserError
+
+Program = Literal["axolotl", "LLaMA-Factory", "ms-swift", "torchtune", "TRL"]
+
+# Options that only one program has. TRL has those of transformers, which others have as well.
+_TYPICAL_OPTIONS: Mapping[Program, frozenset[str]] = {
+    "axolotl": frozenset({"base_model", "sequence_len", "micro_batch_size", "val_set_size"}),
+    "LLaMA-Factory": frozenset({"finetuning_type", "cutoff_len", "dataset_dir", "stage"}),
+    "ms-swift": frozenset({"train_type", "tuner_type", "split_dataset_ratio", "model_id_or_path"}),
+}
+# Nested option of torchtune -> flat option with the same meaning.
+_TORCHTUNE_OPTIONS = {
+    "checkpointer.checkpoint_dir": "model_name_or_path",
+    "checkpointer.output_dir": "output_dir",
+    "tokenizer.max_seq_len": "max_seq_len",
+    "model.lora_rank": "lora_rank",
+    "model.lora_alpha": "lora_alpha",
+    "model.lora_dropout": "lora_dropout",
+    "model.lora_attn_modules": "lora_attn_modules",
+    "model.apply_lora_to_mlp": "apply_lora_to_mlp",
+    "model.apply_lora_to_output": "apply_lora_to_output",
+    "model.use_dora": "use_dora",
+    "model.quantize_base": "load_in_4bit",
+    "optimizer.lr": "lr",
+    "optimizer.weight_decay": "weight_decay",
+    "optimizer._component_": "optimizer",
+    "lr_scheduler.num_warmup_steps": "warmup_steps",
+    "lr_scheduler._component_": "lr_scheduler",
+    "dataset.packed": "packing",
+    "dataset.train_on_input": "train_on_inputs",
+    "metric_logger._component_": "metric_logger",
+    "metric_logger.project": "wandb_project",
+}
+_TORCHTUNE_DATA_SETS = {  # defaults of torchtune 0.6.1
+    "alpaca_dataset": "tatsu-lab/alpaca",
+    "alpaca_cleaned_dataset": "yahma/alpaca-cleaned",
+    "grammar_dataset": "liweili/c4_200m",
+    "samsum_dataset": "Samsung/samsum",
+    "slimorca_dataset": "Open-Orca/SlimOrca-Dedup",
+}
+_ASSIGNMENT = re.compile(r"(?:export )?([A-Za-z_]\w*)=(.*)")
+_VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
+_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}")  # torchtune: ${output_dir}
+
+
+@dataclass(frozen=True)
+class PeerConfig:
+    """The options of another program's configuration, with names such as `learning_rate`."""
+
+    path: Path
+    program: Program
+    options: Mapping[str, Any]
+
+
+def read_peer_config(path: Path) -> PeerConfig:
+    """Read a configuration and detect its program. Raises UserError if it has no options."""
+    if path.suffix in (".sh", ".bash", ".sbatch", ".slurm"):
+        command = _longest_command(path)
+        options = _command_options(command, path)
+        is_swift = any(Path(word).name in ("swift", "sft.py") for word in command[:2])
+        is_swift = is_swift and "swift" in " ".join(command[:2])
+    else:
+        kind: Literal["YAML", "JSON"] = "JSON" if path.suffix == ".json" else "YAML"
+        options, is_swift = read_located(path, kind).values, False
+    if any(isinstance(value, dict) and "_component_" in value for value in options.values()):
+        return PeerConfig(path, "torchtune", _flat_torchtune_options(options))
+    options = {normalised(name): value for name, value in options.items()}
+    if is_swift:
+        return PeerConfig(path, "ms-swift", options)
+    matches = {name: len(typical & options.keys()) for name, typical in _TYPICAL_OPTIONS.items()}
+    best = max(matches, key=lambda name: matches[name])
+    return PeerConfig(path, best if matches[best] else "TRL", options)
+
+
+def _flat_torchtune_options(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a torchtune file under flat names; options without one keep a dotted name."""
+    options: dict[str, Any] = {}
+    for name, value in nested.items():
+        if name in ("dataset", "datasets"):
+            options["dataset"] = _torchtune_sources(value)
+        for key, item in value.items() if isinstance(value, dict) else [("", value)]:
+            dotted = f"{name}.{key}" if key else name
+            text = item if isinstance(item, str) else ""
+            reference = _REFERENCE.match(text)
+            start = nested.get(reference[1], "") if reference else ""
+            resolved = f"{start}{text[reference.end() :]}" if reference else item
+            if dotted == "model._component_" and "qlora" in text:
+                options["load_in_4bit"] = True
+            elif (flat := _TORCHTUNE_OPTIONS.get(dotted)) and flat not in options:
+                options[flat] = text.rpartition(".")[2] if key == "_component_" else resolved
+            elif (not key and name != "datasets") or (
+                name == "dataset" and key not in ("_component_", "source", "split")
+            ):
+                options[dotted] = resolved
+    return options
+
+
+def _torchtune_sources(value: Any) -> list[dict[str, Any]]:
+    """The data sets of a torchtune file in the form of axolotl's `datasets`."""
+    sources = []
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, dict):
+            continue
+        builder = str(item.get("_component_", "")).rpartition(".")[2]
+        path = item.get("source") or _TORCHTUNE_DATA_SETS.get(builder, builder)
+        kept = {key: item[key] for key in ("data_files", "split") if item.get(key)}
+        sources.append({"path": path, **kept})
+    return sources
+
+
+def _longest_command(path: Path) -> list[str]:
+    """The words of the command of a shell script that has the most options."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as text: {error}") from None
+    commands: list[list[str]] = []
+    variables: dict[str, str] = {}
+    for line in re.sub(r"\\\r?\n", " ", text).splitlines():
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # an open quote: not the command that is looked for
+            continue
+        words = [_VARIABLE.sub(lambda match: variables.get(match[1], match[0]), w) for w in words]
+        if len(words) == 1 and (assignment := _ASSIGNMENT.match(words[0])):
+            variables[assignment[1]] = assignment[2]
+        commands.append(words)
+    command = max(commands, key=_option_count, default=[])
+    if not _option_count(command):
+        raise UserError(f"{path}: no command with options such as --learning_rate 1e-4")
+    return [word for word in command if not _ASSIGNMENT.match(word)]
+
+
+def _option_count(command: list[str]) -> int:
+    return sum(word.startswith("--") for word in command)
+
+
+def _command_options(command: list[str], path: Path) -> dict[str, Any]:
+    """Options of a command; one that is followed by several words has a list as its value."""
+    words: dict[str, list[str]] = {}
+    name = ""
+    for word in command:
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+            words[name] = [value] if value else []
+        elif name:
+            words[name].append(word)
+    values = {
+        option: [parse_value(text, f"{path}: {option}") for text in texts]
+        for option, texts in words.items()
+    }
+    return {
+        option: True if not items else items[0] if len(items) == 1 else items
+        for option, items in values.items()
+    }

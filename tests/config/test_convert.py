@@ -1,0 +1,228 @@
+"""Configurations of other training programs become run files with the same training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config.convert import run_file_text
+from pipeline.config.load import load_settings
+from pipeline.config.peer_files import PeerConfig, read_peer_config
+from pipeline.config.peers import ADVICE
+from pipeline.config.settings import RunSettings, settings_by
+from tests.messages import refused
+
+pytestmark = pytest.mark.unit
+
+AXOLOTL = """
+base_model: org/base-8b
+load_in_4bit: true
+adapter: qlora
+datasets:
+  - path: org/chats
+    type: chat_template
+    split: train_sft
+  - path: json
+    data_files: rows/own.jsonl
+    field_messages: dialogue
+val_set_size: 0.02
+sequence_len: 4096
+sample_packing: true
+lora_r: 32
+lora_alpha: 16
+lora_target_linear: true
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 3
+optimizer: paged_adamw_8bit
+lr_scheduler: cosine
+learning_rate: 2e-4
+warmup_steps: 10
+evals_per_epoch: 2
+wandb_project: bakery
+flux_capacitor: 88
+output_dir: ./out
+"""
+LLAMA_FACTORY = """
+model_name_or_path: org/base-4b
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 16
+lora_target: q_proj,v_proj
+dataset: identity,chats
+dataset_dir: registry
+template: chatml
+cutoff_len: 512
+max_samples: 100
+mask_history: true
+output_dir: saves/first
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+max_steps: 50
+num_train_epochs: 3.0
+lr_scheduler_type: constant_with_warmup
+bf16: true
+quantization_bit: 4
+report_to: none
+"""
+SWIFT = r"""#!/bin/bash
+MODEL=org/base-7b
+CUDA_VISIBLE_DEVICES=0,1 swift sft \
+    --model $MODEL \
+    --tuner_type lora \
+    --dataset 'org/alpaca#500' rows/own.jsonl \
+    --torch_dtype bfloat16 \
+    --target_modules all-linear \
+    --split_dataset_ratio 0.01 \
+    --max_length=2048 \
+    --output_dir output
+"""
+TORCHTUNE = """
+output_dir: out/lora
+tokenizer:
+  _component_: torchtune.models.llama3.llama3_tokenizer
+  path: base/tokenizer.model
+  max_seq_len: 1024
+model:
+  _component_: torchtune.models.llama3_1.qlora_llama3_1_8b
+  lora_attn_modules: [q_proj, v_proj, output_proj]
+  apply_lora_to_mlp: true
+  lora_rank: 8
+  lora_alpha: 16
+checkpointer:
+  _component_: torchtune.training.FullModelHFCheckpointer
+  checkpoint_dir: base
+  output_dir: ${output_dir}
+dataset:
+  _component_: torchtune.datasets.alpaca_cleaned_dataset
+  packed: true
+optimizer:
+  _component_: torch.optim.AdamW
+  lr: 3e-4
+lr_scheduler:
+  _component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup
+  num_warmup_steps: 100
+batch_size: 2
+gradient_accumulation_steps: 8
+epochs: 1
+"""
+TRL = """
+model_name_or_path: org/base-1b
+dataset_name: org/chats
+use_peft: true
+per_device_train_batch_size: 4
+output_dir: out
+"""
+
+
+def converted(folder: Path, text: str, *, name: str = "config.yaml", gpus: int = 1) -> RunSettings:
+    return load_settings(write_run_file(folder, text, name=name, gpus=gpus))
+
+
+def write_run_file(folder: Path, text: str, *, name: str = "config.yaml", gpus: int = 1) -> Path:
+    (folder / name).write_text(text)
+    run_file = folder / "RUN.yaml"
+    run_file.write_text(run_file_text(read_peer_config(folder / name), gpus))
+    return run_file
+
+
+def assert_settings(settings: RunSettings, **expected: Any) -> None:
+    assert settings.model_dump(include=set(expected)) == expected
+
+
+def test_axolotl(tmp_path: Path) -> None:
+    settings = converted(tmp_path, AXOLOTL, gpus=2)
+    assert_settings(
+        settings, model="org/base-8b", load_in_4bit=True, eval_data=0.02, max_length=4096,
+        train_data=["org/chats:train_sft", "rows/own.jsonl"], columns={"messages": "dialogue"},
+        packing=True, lora_r=32, lora_alpha=16, lora_dropout=0.0,
+        lora_target_modules="all-linear", global_batch_size=16, epochs=3, lr=2e-4, warmup_steps=10,
+        warmup_ratio=None, lr_scheduler_type="cosine", weight_decay=0.0, evals_per_epoch=2,
+        trackers=["wandb"], tracker_project="bakery", output_dir="./out",
+    )  # fmt: skip
+
+
+def test_llama_factory_with_its_registry_of_data_sets(tmp_path: Path) -> None:
+    (tmp_path / "registry").mkdir()
+    (tmp_path / "registry/dataset_info.json").write_text(
+        '{"identity": {"file_name": "identity.json"}, "chats": {"hf_hub_url": "org/chats",'
+        ' "formatting": "sharegpt", "columns": {"messages": "dialogue"}}}'
+    )
+    limited = {"weight": 1.0, "limit": 100}
+    assert_settings(
+        converted(tmp_path, LLAMA_FACTORY), model="org/base-4b", lora_r=16, lora_dropout=0.0,
+        lora_target_modules=["q_proj", "v_proj"], columns={"conversations": "dialogue"},
+        train_data=[
+            {"path": "registry/identity.json", **limited}, {"path": "org/chats:train", **limited}
+        ],
+        max_length=512, train_on="last-assistant", global_batch_size=8, lr=1e-4, max_steps=50,
+        epochs="auto", lr_scheduler_type="constant", warmup_ratio=0, weight_decay=0.0, bf16=True,
+        load_in_4bit=True, packing=False, trackers=[],
+    )  # fmt: skip
+
+
+def test_a_script_of_ms_swift(tmp_path: Path) -> None:
+    assert_settings(
+        converted(tmp_path, SWIFT, name="train.sh", gpus=2), model="org/base-7b", bf16=True,
+        train_data=[{"path": "org/alpaca:train", "weight": 1.0, "limit": 500}, "rows/own.jsonl"],
+        lora_target_modules="auto", eval_data=0.01, max_length=2048, output_dir="output", lr=1e-4,
+        lora_r=8, lora_alpha=32, weight_decay=0.1, global_batch_size=16, epochs=3, packing=False,
+    )  # fmt: skip
+
+
+def test_torchtune(tmp_path: Path) -> None:
+    modules = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert_settings(
+        converted(tmp_path, TORCHTUNE), model="base", output_dir="out/lora", load_in_4bit=True,
+        train_data="yahma/alpaca-cleaned:train", max_length=1024, lora_target_modules=modules,
+        lora_r=8, lora_alpha=16, packing=True, lr=3e-4, warmup_steps=100,
+        lr_scheduler_type="cosine", global_batch_size=16, epochs=1,
+    )  # fmt: skip
+
+
+def test_trl_gets_the_defaults_of_trl(tmp_path: Path) -> None:
+    assert_settings(
+        converted(tmp_path, TRL, gpus=2), train_data="org/chats:train", lr=2e-5, epochs=3,
+        lora_r=16, lora_alpha=32, lr_scheduler_type="linear", warmup_ratio=0, weight_decay=0.0,
+        global_batch_size=8, packing=False,
+    )  # fmt: skip
+
+
+OPTIONS = sorted(
+    {*settings_by("peers"), *RunSettings.model_fields, "unheard_of"}
+    | {name.replace("*", "x").replace("?", "x") for name in ADVICE}
+)
+VALUES = st.one_of(
+    st.booleans(), st.integers(-1, 99), st.floats(0, 2), st.sampled_from(["cosine", "all", "x y"]),
+    st.lists(st.sampled_from(["a", "b"]), max_size=2), st.just({"a": 1}),
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(OPTIONS), VALUES, max_size=8))
+def test_any_options_give_a_run_file_that_names_them_all(options: dict[str, Any]) -> None:
+    kinds = ("adapter", "finetuning_type", "train_type", "tuner_type", "stage", "rl", "rlhf_type")
+    options = {name: value for name, value in options.items() if name not in kinds}
+    options |= {"model": "org/base", "lora_r": 8}
+    text = run_file_text(PeerConfig(Path("c.yaml"), "TRL", options), 1)
+    assert isinstance(yaml.safe_load(text), dict)
+    sizes = ("batch_size", "gradient_accumulation_steps")  # they are in global_batch_size
+    for option, value in options.items():
+        is_size = settings_by("peers").get(option, option) in sizes
+        assert is_size or value in ("", [], {}) or option in text
+
+
+@pytest.mark.parametrize("line", ["rl: dpo", "adapter: vera", "stage: rm"])
+def test_another_kind_of_training_is_refused(tmp_path: Path, line: str) -> None:
+    config = "base_model: a\n" + line
+    with refused(line.split()[1]):
+        write_run_file(tmp_path, config)
+
+
+def test_a_file_without_options_of_training_is_refused(tmp_path: Path) -> None:
+    with refused(tmp_path / "config.yaml", "learning_rate"):
+        write_run_file(tmp_path, "mixed_precision: bf16\nnum_machines: 2\n")
