@@ -172,15 +172,14 @@ def _render(draft: _Draft, config: PeerConfig) -> str:
             lines.append(f"# {setting} is left at RankZero's default. {remark}.")
     if problem := _combination_problem(draft.values):
         lines.append(f"# To be changed: {problem}")
-    for title, is_listed in (
-        ("Without a counterpart in RankZero:", lambda reason: reason == _NO_COUNTERPART),
-        ("Not taken over:", lambda reason: reason != _NO_COUNTERPART),
+    for title, has_reason in (
+        ("Without a counterpart in RankZero:", False),
+        ("Not taken over:", True),
     ):
-        entries = [entry for entry in draft.left_out if is_listed(entry[2])]
+        entries = [e for e in draft.left_out if (e[2] != _NO_COUNTERPART) == has_reason]
         lines += ["", f"# {title}"] if entries else []
         for option, value, reason in entries:
-            is_known = reason != _NO_COUNTERPART
-            suffix = f"  ({reason.removesuffix('; remove it')})" if is_known else ""
+            suffix = f"  ({reason.removesuffix('; remove it')})" if has_reason else ""
             lines.append(f"#   {_short(option, value)}{suffix}")
     return "\n".join(lines) + "\n"
 
@@ -199,7 +198,7 @@ def _setting_lines(setting: str, value: Any, comment: str) -> list[str]:
 def _combination_problem(values: Mapping[str, Any]) -> str:
     """The first combination of settings that is refused; empty if there is none."""
     try:
-        RunSettings.model_validate(dict.fromkeys(_REQUIRED, "unknown") | values)
+        RunSettings.model_validate({**dict.fromkeys(_REQUIRED, "unknown"), **values})
     except ValidationError as error:
         message: str = error.errors()[0]["msg"]
         return " ".join(message.removeprefix("Value error, ").split())

@@ -231,7 +231,7 @@ def _is_hub_name(path: str) -> bool:
 
 def _columns_of(entry: Mapping[str, Any]) -> dict[str, str]:
     """The setting `columns` from the description of a data set."""
-    columns = {}
+    columns: dict[str, str] = {}
     if isinstance(field_name := entry.get("field_messages"), str):
         is_sharegpt = field_name == "conversations"
         columns |= {} if is_sharegpt else {"messages": field_name}
