@@ -67,21 +67,29 @@ def run_processes(
 
 def _collect(waiting: dict[Connection, int], deadline_s: float) -> list[Any]:
     results: list[Any] = [None] * len(waiting)
+    died: list[int] = []  # often because another rank failed, whose report is awaited
     end = time.monotonic() + deadline_s
     while waiting:
+        if died:
+            end = min(end, time.monotonic() + 10.0)
         ready = wait(list(waiting), timeout=max(0.0, end - time.monotonic()))
-        if not ready:
+        if not ready and not died:
             late = sorted(waiting.values())
             raise AssertionError(f"ranks {late} still running after {deadline_s:g} s")
+        if not ready:
+            break
         for recv in ready:
             rank = waiting.pop(recv)
             try:
                 ok, value = pickle.loads(recv.recv_bytes())
             except EOFError:
-                ok, value = False, "the process died without a result"
+                died.append(rank)
+                continue
             if not ok:
                 raise AssertionError(f"rank {rank}:\n{value}")
             results[rank] = value
+    if died:
+        raise AssertionError(f"rank {died[0]}:\nthe process died without a result")
     return results
 
 

@@ -44,13 +44,17 @@ def _target_modules(settings: RunSettings) -> list[str]:
     The result is always a list of names. Not every serving engine supports `all-linear` or a
     regular expression, and with these peft 0.21.2 would also adapt the fused experts and routers of
     a mixture of experts (utils/transformers_weight_conversion.py). A name is the last part of the
-    full name. It is the full name if other layers have the same last part, as in a model with a
-    vision tower, or if the settings exclude some layers.
+    full name. It is the full name if other modules have the same last part, as in a model with a
+    vision tower, or if the last part is an index (`0` would also match the block `model.layers.0`),
+    or if the settings exclude some layers.
     """
     shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     targets = shape.without_auto(settings.lora_target_modules)
     needs_full_names = (
-        shape.has_other_towers or settings.layers_to_transform or settings.exclude_modules
+        shape.has_other_towers
+        or settings.layers_to_transform
+        or settings.exclude_modules
+        or any(name.rsplit(".", 1)[-1].isdigit() for name in shape.linears)
     )
     if not isinstance(targets, str) and not needs_full_names:
         return sorted({target for target in targets if target != EXPERTS})

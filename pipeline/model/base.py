@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.model.attention import FLASH, WITHIN_DOCUMENTS
+from pipeline.model.load_fixes import corrected_loading
 from pipeline.model.structure import blocks
 from pipeline.plan.plan import Plan
 
@@ -98,14 +99,15 @@ def load_plain(
     """Load a language model from a folder, unquantised by default, without network access."""
     disable_progress_bar()  # type: ignore[no-untyped-call]  # each rank would show its own
     try:
-        model = auto_class(folder, trust_remote_code).from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            **options,
-        )
+        with corrected_loading():
+            model = auto_class(folder, trust_remote_code).from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                **options,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model: {folder} cannot be loaded: {error}") from error
     assert isinstance(model, PreTrainedModel)

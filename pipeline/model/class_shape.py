@@ -2,15 +2,20 @@
 
     python -m pipeline.model.class_shape MODEL_FOLDER [--trust-remote-code]
 
-prints the shape as JSON. plan/given/class_shape.py runs this command for a `model_type` that
-families.py does not have, and caches the result. A block is a layer of the text decoder.
+prints the shape as JSON, or the reason why the class is refused. plan/given/class_shape.py runs
+this command for a `model_type` that families.py does not have, and caches the result. A block is a
+layer of the text decoder.
 """
 
+import inspect
 import json
 import re
 import sys
+import traceback
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -74,10 +79,9 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
     layers = blocks(model)
     _require_trainable(decoder, layers)
     configs = model.config.get_text_config().per_layer_config
-    called: set[nn.Module] = set()
-    for module in decoder.modules():
-        module.register_forward_hook(lambda module, *_: called.add(module))
-    counts = _saved_per_block(model, decoder, layers)
+    with _observed_linears() as observed:
+        counts = _saved_per_block(model, decoder, layers)
+    called = observed.called - observed.read
     sizes = [
         _block_sizes(layer, configs[index], called) | saved
         for index, (layer, saved) in enumerate(zip(layers, counts, strict=True))
@@ -115,19 +119,21 @@ def _build(folder: Path, *, trust_remote_code: bool) -> Any:
                 except KeyError as error:
                     if error.args != (_COUNTED,):
                         raise
-                    raise ValueError(_own_attention_message(config)) from None
+                    raise ValueError(_own_attention(config.model_type)) from None
             # Such a class takes the mask of the attention function but computes attention itself.
             # Bloom gets no mask from it, so its tokens would attend to later ones.
             if not model._can_set_attn_implementation():
-                raise ValueError(_own_attention_message(config))
+                names = sorted({type(m).__name__ for m in model.modules()})
+                own = [name for name in names if name.endswith("Attention")]
+                raise ValueError(_own_attention(", ".join(own) or config.model_type))
             return model.requires_grad_(False)
     raise ValueError(f"{config.model_type} is no causal language model of transformers")
 
 
-def _own_attention_message(config: Any) -> str:
+def _own_attention(name: str) -> str:
     return (
-        f"{config.model_type} has attention classes of its own, which take no attention function "
-        "from the config"
+        f"{name} computes attention without transformers' attention interface, so attention within "
+        "documents cannot replace it"
     )
 
 
@@ -140,7 +146,10 @@ def _require_trainable(decoder: Any, layers: Sequence[nn.Module]) -> None:
             "chunked attention is implemented here"
         )
     if not layers:
-        raise ValueError("its blocks are not of class GradientCheckpointingLayer")
+        raise ValueError(
+            "the layers of its decoder are not of transformers' class GradientCheckpointingLayer, "
+            "so they cannot be recognised as blocks and checkpointed"
+        )
     if not any(type(module) is nn.Linear for layer in layers for module in layer.modules()):
         others = sorted({type(m).__name__ for m in layers[0].modules() if hasattr(m, "weight")})
         raise ValueError(f"its blocks have no nn.Linear to adapt, but {', '.join(others)}")
@@ -199,6 +208,44 @@ def _rewritten_by_peft(model: nn.Module, decoder: nn.Module) -> list[str]:
         else:
             rewritten += [] if list(config.target_modules or ()) == [end] else [end]
     return rewritten
+
+
+@dataclass
+class _Observed:
+    """Linear layers that were called, and those whose weight was read outside their own call."""
+
+    called: set[nn.Module] = field(default_factory=set)
+    read: set[nn.Module] = field(default_factory=set)
+
+
+@contextmanager
+def _observed_linears() -> Iterator[_Observed]:
+    """Observe all linear layers while this context is active.
+
+    A class may read a weight without calling its layer: Gemma 3n clamps one in place. An adapter
+    has no effect on such a read, and a 4-bit weight has another type and shape.
+    """
+    observed, running = _Observed(), set[nn.Module]()
+    forward, read_attribute = nn.Linear.forward, nn.Module.__getattr__
+
+    def observed_forward(linear: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+        observed.called.add(linear)
+        running.add(linear)
+        try:
+            return forward(linear, inputs)
+        finally:
+            running.discard(linear)
+
+    def observed_read(linear: nn.Linear, name: str) -> Any:
+        if name == "weight" and linear not in running:
+            observed.read.add(linear)
+        return read_attribute(linear, name)
+
+    with (
+        patch.object(nn.Linear, "forward", observed_forward),
+        patch.object(nn.Linear, "__getattr__", observed_read, create=True),
+    ):
+        yield observed
 
 
 def _is_read_by_kernels(layer: nn.Module, name: str) -> bool:
@@ -274,7 +321,10 @@ def _count_saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[
         patch.object(masking_utils, "is_tracing", lambda *_: True),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        decoder(input_ids=ids, use_cache=False)
+        try:
+            decoder(input_ids=ids, use_cache=False)
+        except (NotImplementedError, RuntimeError) as error:
+            raise _needs_values(model, error) from None
     for handle in handles:
         handle.remove()
     counts = []
@@ -287,6 +337,23 @@ def _count_saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[
     return counts
 
 
+def _needs_values(model: Any, error: Exception) -> Exception:
+    """An error that names the line of the class that needs the values of a tensor, if it does."""
+    if "meta tensor" not in str(error).lower():
+        return error
+    frames = traceback.extract_tb(error.__traceback__)
+    own = inspect.getsourcefile(type(model))
+    place = next(frame for frame in reversed(frames) if frame.filename == own)
+    return ValueError(
+        f"its forward pass reads values of tensors ({Path(place.filename).name}:{place.lineno}, "
+        f"`{place.line}`), so the memory of its activations cannot be counted without weights"
+    )
+
+
 if __name__ == "__main__":
     trust = "--trust-remote-code" in sys.argv
-    sys.stdout.write(json.dumps(count_shape(Path(sys.argv[1]), trust_remote_code=trust)) + "\n")
+    try:
+        result = count_shape(Path(sys.argv[1]), trust_remote_code=trust)
+    except ValueError as error:
+        result = {"refused": str(error)}
+    sys.stdout.write(json.dumps(result) + "\n")

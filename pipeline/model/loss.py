@@ -94,10 +94,10 @@ def class_logits(causal: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     name = body_name(causal)
     shallow = copy.copy(causal)
     shallow.__dict__["_modules"] = dict(causal._modules)
-    body = getattr(causal, name)
+    body, decoder = getattr(causal, name), text_decoder(causal)
 
     def logits_of(hidden: torch.Tensor) -> torch.Tensor:
-        shallow._modules[name] = _FixedBody(body, hidden[None])
+        shallow._modules[name] = _FixedBody(body, decoder, hidden[None])
         logits = type(causal).forward(shallow, inputs_embeds=hidden[None], use_cache=False).logits
         return logits[0]  # type: ignore[no-any-return]
 
@@ -105,11 +105,14 @@ def class_logits(causal: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class _FixedBody(nn.Module):
-    """Replacement for a model's body that returns fixed hidden states (1, S, D)."""
+    """Replacement for a model's body that returns fixed hidden states (1, S, D).
 
-    def __init__(self, body: nn.Module, hidden: torch.Tensor) -> None:
+    So does each module of the body that contains the decoder, and the decoder.
+    """
+
+    def __init__(self, body: nn.Module, decoder: nn.Module, hidden: torch.Tensor) -> None:
         super().__init__()
-        self.__dict__["_body"], self.__dict__["_hidden"] = body, hidden
+        self.__dict__.update(_body=body, _decoder=decoder, _hidden=hidden)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the fixed hidden states; the arguments are ignored."""
@@ -117,8 +120,13 @@ class _FixedBody(nn.Module):
         return _BodyOutput(self._hidden)
 
     def __getattr__(self, name: str) -> Any:
-        # Some classes read attributes of their body, such as Falcon-H1's lm_head_multiplier.
-        return getattr(self.__dict__["_body"], name)
+        # Some classes read attributes of their body, such as Falcon-H1's lm_head_multiplier, and
+        # some call the decoder inside it (OPT).
+        value = getattr(self.__dict__["_body"], name)
+        decoder = self.__dict__["_decoder"]
+        if isinstance(value, nn.Module) and any(module is decoder for module in value.modules()):
+            return _FixedBody(value, decoder, self.__dict__["_hidden"])
+        return value
 
 
 class _BodyOutput:

@@ -7,7 +7,6 @@ inside the body if the model has a vision tower. A block is one layer of the tex
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -45,14 +44,15 @@ def blocks(causal: Any) -> list[nn.Module]:
 def expert_tensors(module: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
     """Name -> fused expert tensor and its module, for all fused tensors inside a module.
 
-    A fused tensor has the weights of all experts of a block. It has three dimensions, and the first
-    is the expert. Weights of convolutions also have three dimensions, but are not included.
+    A fused tensor has the weights of all experts of a block. It has three dimensions, the first is
+    the expert, and the module's name or class says `expert`. Other tensors may have three
+    dimensions too, such as the gates of RecurrentGemma.
     """
     return {
         f"{name}.{key}": (child, parameter)
         for name, child in module.named_modules()
         for key, parameter in child.named_parameters(recurse=False)
-        if parameter.dim() == 3 and not isinstance(child, _ConvNd)
+        if parameter.dim() == 3 and "expert" in f"{name} {type(child).__name__}".lower()
     }
 
 

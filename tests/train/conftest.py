@@ -3,6 +3,7 @@
 import pytest
 
 from tests.model.kinds import build, cache_shape
+from tests.models.kinds import ALL
 from tests.tiny import make_tokenizer
 
 
@@ -14,7 +15,7 @@ def folder_of(tmp_path_factory):
     def make(kind):
         if kind not in folders:
             folders[kind] = tmp_path_factory.mktemp(kind) / "model"
-            build(kind).save_pretrained(folders[kind])
+            build(kind, kinds=ALL).save_pretrained(folders[kind])
             make_tokenizer().save_pretrained(folders[kind])
             cache_shape(folders[kind])
         return folders[kind]

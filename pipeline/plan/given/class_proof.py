@@ -4,7 +4,6 @@ model/proof.py runs the checks in a subprocess with torch. Their results are cac
 plans need no torch.
 """
 
-import fcntl
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json, write_text
 from pipeline.plan.given.adapter_counts import adapted_layers
 from pipeline.plan.given.shape import EXPERTS, ModelShape
-from pipeline.plan.given.torch_process import cache_file, run_module
+from pipeline.plan.given.torch_process import cache_file, one_process_at_a_time, run_module
 
 _FORMAT = "4"  # version of the cached file and of the checks
 _TIMEOUT_S = 600
@@ -80,9 +79,7 @@ def ensure_proof(settings: RunSettings, shape: ModelShape) -> None:
     folder, names = Path(shape.folder), adapted_names(shape, settings)
     path = proof_file(folder, names, trust_remote_code=settings.trust_remote_code)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with one_process_at_a_time(path):
             if read_proof(path) is None:
                 _check(folder, names, settings)
     except OSError as error:

@@ -1,7 +1,8 @@
 """Model shape counted on the model's class, for a `model_type` that families.py does not have.
 
 A subprocess builds the model on the meta device (model/class_shape.py), which takes seconds and
-reads no weights. The shape is cached, so that later plans need no torch.
+reads no weights. The shape, or the reason why the class is refused, is cached, so that later plans
+need no torch.
 """
 
 import json
@@ -10,23 +11,33 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json, write_text
-from pipeline.plan.given.torch_process import cache_file, package_version, run_module
+from pipeline.plan.given.torch_process import (
+    cache_file,
+    one_process_at_a_time,
+    package_version,
+    run_module,
+)
 
 _PACKAGES = ("torch", "transformers", "peft")  # their versions determine the shape of a class
-_FORMAT = "4"  # of the cached file
+_FORMAT = "5"  # of the cached file
 _TIMEOUT_S = 300
 
 
 def class_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Shape of the model in a folder, from the cache if possible.
 
-    Raises UserError if the class cannot be built.
+    Raises UserError if the class cannot be built, or is known not to be trained correctly.
     """
+    sizes = _cached_or_counted(folder, trust_remote_code=trust_remote_code)
+    if (reason := sizes.get("refused")) is not None:
+        raise UserError(f"the class of this model cannot be trained here: {reason}")
+    return sizes
+
+
+def _cached_or_counted(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
     path = shape_file(folder, trust_remote_code=trust_remote_code)
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        pass
+    if (cached := _read_shape(path)) is not None:
+        return cached
     if package_version("torch") is None:
         raise UserError(
             "this model_type is not in the table of known families, and without torch its class "
@@ -34,13 +45,23 @@ def class_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
             "machine that has the same versions of torch, transformers and peft, and write its "
             f"output to {path}"
         )
-    counted = _count(folder, trust_remote_code=trust_remote_code)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, dump_json(counted))
-    except OSError:
-        pass  # without a cache the next plan counts the class again
-    return counted
+        with one_process_at_a_time(path):  # the ranks of a machine start at the same time
+            if (cached := _read_shape(path)) is not None:
+                return cached
+            counted = _count(folder, trust_remote_code=trust_remote_code)
+            write_text(path, dump_json(counted))
+            return counted
+    except OSError:  # without a cache every plan counts the class
+        return _count(folder, trust_remote_code=trust_remote_code)
+
+
+def _read_shape(path: Path) -> dict[str, Any] | None:
+    """The shape in a cache file; None if the file is missing or damaged."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
 
 
 def shape_file(folder: Path, *, trust_remote_code: bool = False) -> Path:

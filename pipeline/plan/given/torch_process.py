@@ -4,13 +4,15 @@ The plan's own process never imports torch. The cache folder is $RANKZERO_CACHE,
 ~/.cache/rankzero if it is not set.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -29,6 +31,18 @@ def cache_file(kind: str, key: Sequence[str], packages: Sequence[str]) -> Path:
     versions = [f"{package} {package_version(package)}" for package in packages]
     digest = hashlib.sha256(json.dumps([*key, *versions]).encode()).hexdigest()
     return user_cache() / kind / f"{digest}.json"
+
+
+@contextmanager
+def one_process_at_a_time(path: Path) -> Iterator[None]:
+    """Let one process per machine compute the cached result `path`; the others wait for it.
+
+    Raises OSError if the cache folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def run_module(module: str, *arguments: str, timeout_s: int) -> str:

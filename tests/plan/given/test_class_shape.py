@@ -1,6 +1,8 @@
 """Shapes counted on the class of a model: equal to the table of families, cached, never guessed."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from transformers import AutoConfig
@@ -14,7 +16,8 @@ from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.render import plan_json
 from tests.messages import assert_mentions, refused
-from tests.model.kinds import KINDS, make_own_code
+from tests.model.kinds import make_own_code
+from tests.models.kinds import ALL
 from tests.plan.given.test_shape import EXPERTS, SMALL, save_config
 from tests.tiny import make_plan
 
@@ -152,7 +155,7 @@ def test_every_parameter_of_an_unknown_class_is_counted(tmp_path, kind):
 
 
 def shape_of_kind(folder, kind):
-    model_type, keys = KINDS[kind]
+    model_type, keys = ALL[kind]
     AutoConfig.for_model(model_type, **keys).save_pretrained(folder)
     return read_shape(str(folder))
 
@@ -160,7 +163,8 @@ def shape_of_kind(folder, kind):
 @pytest.mark.parametrize(
     ("kind", "uncalled"),
     [
-        ("gemma3n_text", {"correction_coefs"}),
+        ("gemma3n_text", {"correction_coefs", "prediction_coefs"}),  # one is clamped in place
+        ("mamba", {"x_proj", "dt_proj", "out_proj"}),
         ("jamba", {"dt_proj", "out_proj"}),
         ("nemotron_h", {"out_proj"}),
         ("lfm2", set()),  # its out_proj is called
@@ -180,6 +184,11 @@ def test_layers_whose_weight_is_read_directly_are_neither_adapted_nor_quantised(
             shape.targeted([name])
 
 
+def test_a_tensor_of_three_dimensions_is_no_expert_unless_its_name_or_class_says_so(tmp_path):
+    shape = shape_of_kind(tmp_path, "recurrent_gemma")  # gates of (heads, width, width)
+    assert (shape.num_experts, shape.expert_parameters) == (0, 0)
+
+
 def test_a_class_that_reads_the_token_ids_in_every_block_is_counted(tmp_path):
     shape = shape_of_kind(tmp_path, "gemma4_text/ple+shared")
     assert all(block.saved[0] > 0 for block in shape.blocks)
@@ -193,7 +202,10 @@ def test_a_class_that_reads_the_token_ids_in_every_block_is_counted(tmp_path):
         ("deepseek_v4", "DeepseekV4CSACompressor"),
         ("gpt2", "Conv1D"),
         ("falcon", "attention"),
-        ("bloom", "attention"),
+        ("bloom", "BloomAttention"),
+        ("rwkv", "RwkvSelfAttention"),
+        ("jetmoe", "expert_size.tolist()"),
+        ("modernbert-decoder", "GradientCheckpointingLayer"),
     ],
 )
 def test_a_class_that_cannot_be_trained_is_refused_with_the_reason(tmp_path, kind, reason):
@@ -240,6 +252,39 @@ def test_a_damaged_cache_file_is_counted_again(tmp_path):
     caching.shape_file(tmp_path).write_text("{")
     assert read_shape(str(tmp_path)) == first
     assert json.loads(caching.shape_file(tmp_path).read_text())
+
+
+def test_processes_that_start_together_count_once(tmp_path, monkeypatch):
+    write(tmp_path, "olmo2", {})
+    counts = []
+
+    def count(folder, **options):
+        counts.append(folder)
+        time.sleep(0.2)  # the others ask in the meantime
+        return {"layers_name": "model.layers"}
+
+    monkeypatch.setattr(caching, "_count", count)
+    with ThreadPoolExecutor(4) as ranks:
+        shapes = list(ranks.map(caching.class_shape, [tmp_path] * 4))
+    assert len(counts) == 1
+    assert shapes == [{"layers_name": "model.layers"}] * 4
+
+
+def test_without_a_cache_that_can_be_written_every_process_counts(tmp_path, monkeypatch):
+    write(tmp_path, "olmo2", {})
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "file"))
+    assert read_shape(str(tmp_path)).num_layers == SMALL["num_hidden_layers"]
+
+
+def test_the_reason_of_a_refused_class_is_cached(tmp_path, monkeypatch):
+    monkeypatch.undo()  # in a process of its own
+    monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
+    with refused("GlmMoeDsaIndexer"):
+        shape_of_kind(tmp_path, "glm_moe_dsa")
+    monkeypatch.setattr(caching, "_count", None)
+    with refused("GlmMoeDsaIndexer", "config.json"):
+        read_shape(str(tmp_path))
 
 
 def test_without_torch_the_message_has_the_command_and_the_file(tmp_path, monkeypatch):
