@@ -42,14 +42,16 @@ def _initialize_missing_weights(
         _initialize_weights(model, module, is_custom_code)
 
 
-def _convert_with_full_shapes(converter: Any, *arguments: Any, model: Any, **options: Any) -> Any:
+def _convert_with_full_shapes(
+    converter: WeightConverter, layer_name: str, model: Any = None, **options: Any
+) -> Any:
     """Convert tensors of a checkpoint for a model whose parameters ZeRO-3 may have sharded.
 
     Some conversions compare a tensor with the parameter's shape, which is (0,) while sharded:
     Qwen3-VL's experts were transposed wrongly (core_model_loading.py, Transpose).
     """
-    sharded = _FullShapes(model) if is_deepspeed_zero3_enabled() else model
-    return _convert(converter, *arguments, model=sharded, **options)
+    is_sharded: bool = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
+    return _convert(converter, layer_name, _FullShapes(model) if is_sharded else model, **options)  # type: ignore[arg-type]
 
 
 class _FullShapes:
