@@ -51,7 +51,7 @@ def _convert_with_full_shapes(
     Qwen3-VL's experts were transposed wrongly (core_model_loading.py, Transpose).
     """
     is_sharded: bool = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
-    return _convert(converter, layer_name, _FullShapes(model) if is_sharded else model, **options)  # type: ignore[arg-type]
+    return _convert(converter, layer_name, _FullShapes(model) if is_sharded else model, **options)
 
 
 class _FullShapes:
