@@ -9,13 +9,18 @@ from typing import Any
 
 from pipeline.rows.examples import Completion, Conversation, Message, RowError
 from pipeline.rows.messages import read_message, read_turn
+from pipeline.rows.other_apis import list_tools
 from pipeline.rows.values import has_value, json_type, parse_list, require_json, require_text
 
-_SYSTEM = ("system", "system_prompt", "system_message")
+_SYSTEM = (
+    *("system", "system_prompt", "system_message"),
+    *("systemInstruction", "system_instruction"),
+)
+_TOOLS = ("tools", "functions", "toolConfig", "tool_config")
 # Names of a tool's `parameters` in the APIs of Anthropic, MCP and Gemini.
 _SCHEMAS = ("input_schema", "inputSchema", "parametersJsonSchema")
 # Optional columns of a conversation, the same in every format.
-CONTEXT_COLUMNS = (*_SYSTEM, "tools", "functions", "chat_template_kwargs")
+CONTEXT_COLUMNS = (*_SYSTEM, *_TOOLS, "chat_template_kwargs")
 
 
 def messages_example(row: Mapping[str, Any], unread: set[str]) -> Conversation:
@@ -101,8 +106,9 @@ def _build_conversation(
     for column in _SYSTEM:
         if not has_value(row.get(column)):
             continue
-        if isinstance(row[column], list):  # content parts
-            (message,) = read_message({"role": "system", "content": row[column]}, unread)
+        if not isinstance(row[column], str):  # content parts
+            value = row[column] if isinstance(row[column], dict) else {"content": row[column]}
+            (message,) = read_message({**value, "role": "system"}, unread)
             system = message.content
         else:
             system = require_text(row[column], f"`{column}`")
@@ -115,15 +121,19 @@ def _build_conversation(
 
 def _read_tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """The tools of a row, each in the form {type, function}."""
-    named = [column for column in ("tools", "functions") if has_value(row.get(column))]
+    named = [column for column in _TOOLS if has_value(row.get(column))]
     if len(named) > 1:
-        raise RowError("both `tools` and `functions`")
+        raise RowError(f"both `{named[0]}` and `{named[1]}`")
     if not named:
         return ()
-    tools = parse_list(row[named[0]], "`tools`", strips_nulls=True)
+    value = row[named[0]]
+    if isinstance(value, dict) and value.keys() <= {"tools", "toolChoice"}:  # Bedrock's toolConfig
+        value = value.get("tools")
+    tools = parse_list(value, "`tools`", strips_nulls=True)
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowError("`tools` is not a list of objects")
     require_json(tools, "`tools`")
+    tools = list(list_tools(tools))
     wrapped = tuple(tool if "function" in tool else _as_function_tool(tool) for tool in tools)
     for tool in wrapped:
         function = tool["function"]
@@ -144,4 +154,7 @@ def _as_function_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
         for key, value in tool.items()
         if key != "type" or value not in ("function", "custom")
     }
+    schema = function.get("parameters")
+    if "inputSchema" in tool and isinstance(schema, dict) and schema.keys() == {"json"}:
+        function["parameters"] = schema["json"]  # Bedrock
     return {"type": "function", "function": function}

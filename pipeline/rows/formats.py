@@ -24,6 +24,7 @@ from pipeline.rows.examples import (
     printable,
 )
 from pipeline.rows.lines import Row
+from pipeline.rows.other_apis import with_messages
 from pipeline.rows.values import has_value, json_type, require_text
 
 FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
@@ -85,7 +86,7 @@ def read_example(
 
     `columns`: mapping from a column of the format to its name in the data.
     """
-    value, unread = _rename_columns(row.value, columns or {})
+    value, unread = _rename_columns(with_messages(row.value), columns or {})
     _refuse_media_and_preferences(value, columns or {})
     name = _select_format(value, data_format)
     if name != "text":  # in a row of `text`, `label` may be the class of the text

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.rows.examples import ROLES, Message, Role, RowError
+from pipeline.rows.other_apis import RESPONSES_ITEMS, typed_part
 from pipeline.rows.values import (
     drop_nulls,
     has_value,
@@ -25,32 +26,37 @@ _ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
     "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "tool_response": "tool",
-}
-_SHAREGPT_ROLES: dict[str, Role] = _ROLES | {
     "human": "user",
+    "assistant": "assistant",
+    "model": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
-    "model": "assistant",
-    "observation": "tool",
+    "ai": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "tool_response": "tool",
     "function_response": "tool",
+    "observation": "tool",
 }
 _CONTENT = {role: f"content of a message ({role})" for role in ROLES}
 _CALL_ROLES = ("function_call", "tool_call")  # roles of assistant turns that consist of tool calls
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _CALL_KEYS = ("tool_calls", "function_call")
 _COMMON_KEYS = ("weight", "name", "tool_call_id", *_CALL_KEYS, *_REASONING_KEYS)
-_MESSAGE_KEYS, _TURN_KEYS = ("role", "content", *_COMMON_KEYS), ("from", "value", *_COMMON_KEYS)
+_MESSAGE_KEYS = ("role", "content", "parts", *_COMMON_KEYS)
+_TURN_KEYS = ("from", "value", *_COMMON_KEYS)
 _PLAIN_KEYS = {"role", "content"}
 # Keys that are not part of the conversation; the audit counts them as unread.
-_METADATA_KEYS = ("id", "uuid", "timestamp", "created_at", "date", "model", "is_error")
+_METADATA_KEYS = ("id", "uuid", "timestamp", "created_at", "date", "model", "is_error", "status")
 _ARGUMENT_KEYS = ("arguments", "args", "parameters", "input")
 _CALL_ID_KEYS = ("id", "call_id", "tool_call_id", "tool_use_id")
-_STRUCTURAL_KEYS = ("type", "index", "cache_control")  # keys of a call or a part that hold no text
+_STRUCTURAL_KEYS = (
+    "type",
+    "index",
+    "cache_control",
+    "thoughtSignature",
+)  # keys of a call or a part that hold no text
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
 _EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})
@@ -68,7 +74,11 @@ def read_message(value: Any, unread: set[str]) -> list[Message]:
     if not isinstance(value, dict):
         raise RowError(f"a message is {json_type(value)}; expected {{role, content}}")
     name, content = value.get("role"), value.get("content")
+    if content is None:
+        content = value.get("parts")
     role = _ROLES.get(name) if isinstance(name, str) else None
+    if role == "tool" and has_value(value.get("parts")):
+        role = "user"  # Gemini's `function`, whose parts are results of tools
     if (
         role is not None
         and value.keys() == _PLAIN_KEYS
@@ -76,7 +86,13 @@ def read_message(value: Any, unread: set[str]) -> list[Message]:
         and content.strip()
     ):
         return [Message(role, require_text(content, _CONTENT[role]))]  # fast path for most messages
-    _check_keys(value, _MESSAGE_KEYS, "message", unread)
+    if name is None and value.get("type") in RESPONSES_ITEMS:
+        raise RowError(
+            f"an item of type {value['type']}, as in OpenAI's Responses API, is not read; expected "
+            "messages with reasoning_content and tool_calls"
+        )
+    known = (*_MESSAGE_KEYS, "type") if value.get("type") == "message" else _MESSAGE_KEYS
+    _check_keys(value, known, "message", unread)
     if name in _CALL_ROLES:
         return _call_turn(content, value, unread)
     if role is None:
@@ -96,9 +112,9 @@ def read_turn(value: Any, unread: set[str]) -> list[Message]:
     _check_keys(value, _TURN_KEYS, "turn", unread)
     if name in _CALL_ROLES:
         return _call_turn(content, value, unread)
-    role = _SHAREGPT_ROLES.get(name) if isinstance(name, str) else None
+    role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        expected = ", ".join((*_SHAREGPT_ROLES, *_CALL_ROLES))
+        expected = ", ".join((*_ROLES, *_CALL_ROLES))
         raise RowError(f"a turn is from {_for_message(name)}; expected one of {expected}")
     return _build_messages(role, content, value, unread)
 
@@ -175,23 +191,27 @@ def _parts(role: Role, content: Any, name: str) -> str | list[Mapping[str, Any]]
     items = content
     if isinstance(content, dict) and isinstance(content.get("type"), list):
         items = parse_list(content, name)  # the parts are given as a struct of lists
+    if isinstance(items, list):
+        items = [typed_part(part, has_text=role != "tool") for part in items]
     if isinstance(items, list) and (role != "tool" or _are_parts(items)):
-        items = [_with_text_type(part) for part in items]
         for part in items:
             kind = part.get("type") if isinstance(part, dict) else None
             if not isinstance(kind, str) or kind not in _PART_TYPES:
-                type_name = _for_message(kind) if isinstance(kind, str) else json_type(part)
-                raise RowError(f"{name} has a part of type {type_name}; expected text parts only")
+                raise RowError(
+                    f"{name} has a part {_part_description(part)}; expected text parts only"
+                )
         return items
     return _json_text(content, name) if role == "tool" else require_text(content, name)
 
 
-def _with_text_type(part: Any) -> Any:
-    """The part, with the type `text` added if it has a text, no type and no other value."""
-    if not isinstance(part, dict) or has_value(part.get("type")) or "text" not in part:
-        return part
-    is_text = not any(has_value(value) for key, value in part.items() if key != "text")
-    return {**part, "type": "text"} if is_text else part
+def _part_description(part: Any) -> str:
+    """The type or the keys of a part, for a message."""
+    if not isinstance(part, dict):
+        return f"that is {json_type(part)}"
+    if has_value(kind := part.get("type")):
+        return f"of type {_for_message(kind)}"
+    keys = sorted(key for key in part if has_value(part[key]))
+    return f"with the keys {', '.join(keys[:5])}" if keys else "without a value"
 
 
 def _are_parts(items: list[Any]) -> bool:
@@ -208,7 +228,7 @@ def _json_text(value: Any, name: str) -> str:
     if value is None:
         raise RowError(f"{name} is null; expected text or a JSON value")
     require_json(value, name)
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(drop_nulls(value), ensure_ascii=False)
 
 
 def _assistant_content(

@@ -19,7 +19,9 @@ MESSAGE_KEYS = ["name", "tool_call_id", "reasoning", "reasoning_content", "think
 MESSAGE_KEYS += ["timestamp", "refusal", "tool_calls", "function_call", "content", "value", "role"]
 CALL_KEYS = ["name", "arguments", "args", "parameters", "input", "id", "call_id", "x", "function"]
 PART_KEYS = ["text", "thinking", "content", "name", "input", "tool_use_id", "is_error", "x"]
+PART_KEYS += ["thought", "toolUseId", "status"]
 PART_TYPES = ["text", "thinking", "tool_use", "tool_result", "image", "reasoning"]
+WRAPPERS = ["functionCall", "toolUse", "functionResponse", "toolResult", "reasoningContent"]
 ROLES = ["system", "developer", "user", "assistant", "tool", "function_call", "human", "gpt"]
 
 
@@ -55,12 +57,32 @@ class Rows:
 
     def part(self, *path):
         kind = self.draw(st.sampled_from(PART_TYPES))
+        if self.draw(st.integers(0, 4)) == 0:
+            return self.wrapped_part(*path)
         part = {"type": kind}
         if kind == "tool_use":
             part |= {"name": self.leaf(*path, "name"), "input": self.arguments(*path, "input")}
         else:
             key = "content" if kind == "tool_result" else kind
             part[key] = self.leaf(*path, key)
+        for extra in self.some(PART_KEYS):
+            part[extra] = self.leaf(*path, extra)
+        return part
+
+    def wrapped_part(self, *path):
+        """A part as in the APIs of Gemini and Bedrock."""
+        kind = self.draw(st.sampled_from(WRAPPERS))
+        inner = {"name": self.leaf(*path, "name")}
+        if kind in ("functionCall", "toolUse"):
+            inner["args"] = self.arguments(*path, "args")
+        elif kind == "toolResult":
+            inner["content"] = [{"json": {"a": self.leaf(*path, "json")}}]
+        else:
+            key = "response" if kind == "functionResponse" else "text"
+            inner[key] = self.leaf(*path, key)
+        for extra in self.some(PART_KEYS):
+            inner[extra] = self.leaf(*path, extra)
+        part = {kind: inner}
         for extra in self.some(PART_KEYS):
             part[extra] = self.leaf(*path, extra)
         return part
@@ -101,6 +123,14 @@ class Rows:
 
     def messages(self):
         return {"messages": self.turns("messages")}
+
+    def contents(self):
+        """Turns as in the API of Gemini."""
+        turns = []
+        for role in ("user", self.draw(st.sampled_from(ROLES)), "model"):
+            parts = [self.part("contents") for _ in range(self.draw(st.integers(0, 2)))]
+            turns.append({"role": role, "parts": [*parts, {"text": self.leaf("contents")}]})
+        return {"contents": turns, "systemInstruction": {"parts": [{"text": self.leaf("system")}]}}
 
     def conversations(self):
         return {"conversations": self.turns("conversations")}

@@ -200,11 +200,11 @@ def test_the_format_is_detected_by_the_columns(row, expected):
         ({"messages": []}, ["no assistant message"]),
         ({"messages": [USER]}, ["no assistant message"]),
         ({"messages": ["hello"]}, ["a message is text"]),
-        ({"messages": [{"role": "bot", "content": "a"}]}, ["'bot'", "user", "assistant"]),
+        ({"messages": [{"role": "robot", "content": "a"}]}, ["'robot'", "user", "assistant"]),
         ({"messages": [{"content": "a"}]}, ["role null"]),
         ({"messages": [{"role": ["user"], "content": "a"}]}, ["role a list"]),
         ({"messages": [{"role": "user"}, ANSWER]}, ["content of a message (user) is null"]),
-        ({"messages": [{"role": "user", "content": [{}]}, ANSWER]}, ["part of type an object"]),
+        ({"messages": [{"role": "user", "content": [{}]}, ANSWER]}, ["part without a value"]),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]},
             ["'image_url'", "text parts only"],

@@ -158,7 +158,7 @@ def test_content_parts_in_an_order_that_no_template_renders_refuse_the_row(conte
         ({"role": "user", "content": [RESULT | {"content": [RESULT]}]}, ["tool", "tool_result"]),
         ({"role": "user", "content": [RESULT], "name": "Ida"}, ["tool results", "name"]),
         ({"role": "system", "content": [RESULT]}, ["system", "tool_result"]),
-        ({"role": "user", "content": [{"type": ["text"], "text": "q"}]}, ["part", "an object"]),
+        ({"role": "user", "content": [{"type": ["text"], "text": "q"}]}, ["part", "a list"]),
         ({"role": "user", "content": [{"type": "text", "text": "q", "x": 1}]}, ["part", "x"]),
         ({"role": "user", "content": [REASONING]}, ["user", "thinking"]),
         ({"role": "assistant", "content": [REASONING]}, ["assistant", "empty"]),
@@ -329,8 +329,8 @@ def test_every_key_of_a_tool_schema_becomes_parameters(schema):
 @pytest.mark.parametrize(
     "tool",
     [
-        {"functionDeclarations": [{"name": "f"}]},
-        {"toolSpec": {"name": "f"}},
+        {"functionDeclarations": [{"description": "d"}]},
+        {"toolSpec": {"description": "d"}},
         {"type": "function", "function": {"description": "d"}},
         {"type": "function", "function": "f"},
         {"type": "function", "function": None},

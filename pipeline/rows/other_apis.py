@@ -1,0 +1,81 @@
+"""Convert content parts and tools from the form of the Gemini and Bedrock APIs.
+
+These APIs have an object with one key, which names the kind of the part: {functionCall: {...}}.
+Their parts become those of the Anthropic API, {type: tool_use, ...}, which messages.py reads.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pipeline.rows.values import has_value
+
+# Key of a part -> the type of the converted part.
+_PARTS = {
+    "functionCall": "tool_use",
+    "function_call": "tool_use",
+    "toolUse": "tool_use",
+    "functionResponse": "tool_result",
+    "function_response": "tool_result",
+    "toolResult": "tool_result",
+    "reasoningContent": "reasoning",
+}
+# Keys within a part -> their names in the converted part.
+_KEYS = {"toolUseId": "tool_use_id", "response": "content"}
+_TOOL_LISTS = ("functionDeclarations", "function_declarations", "toolSpec")
+# Types of items of OpenAI's Responses API that are not messages.
+RESPONSES_ITEMS = ("function_call", "function_call_output", "reasoning")
+
+
+def with_messages(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, with Gemini's column `contents` as `messages` if it is a list of {role, parts}."""
+    contents = row.get("contents")
+    if row.get("messages") is not None or not isinstance(contents, list) or not contents:
+        return row
+    if not all(isinstance(item, dict) and "parts" in item for item in contents):
+        return row
+    return {**{k: v for k, v in row.items() if k != "contents"}, "messages": contents}
+
+
+def typed_part(part: Any, *, has_text: bool) -> Any:
+    """The part as {type: ..., ...}; unchanged if it has a type or an unknown form.
+
+    `has_text`: whether {text: ...} is a part; the result of a tool may be such an object.
+    """
+    if not isinstance(part, dict) or has_value(part.get("type")):
+        return part
+    filled = {key: value for key, value in part.items() if has_value(value)}
+    is_thought = filled.pop("thought") if isinstance(filled.get("thought"), bool) else False
+    if has_text and "text" in part and not filled.keys() - {"text", "thoughtSignature"}:
+        return {**part, "type": "thinking" if is_thought else "text", "thought": None}
+    kind, value = next(iter(filled.items()), ("", None))
+    if len(filled) != 1 or kind not in _PARTS or not isinstance(value, dict):
+        return part
+    if kind == "reasoningContent" and isinstance(value.get("reasoningText"), dict):
+        value = value["reasoningText"]
+    ids = {"id": "tool_use_id"} if _PARTS[kind] == "tool_result" else {}
+    names = _KEYS | ids
+    converted = {names.get(key, key): item for key, item in value.items()}
+    if kind == "toolResult" and isinstance(converted.get("content"), list):
+        converted["content"] = [_result_part(item) for item in converted["content"]]
+    return {**converted, "type": _PARTS[kind]}
+
+
+def _result_part(part: Any) -> Any:
+    """A text part for {text} and {json} of a tool result."""
+    filled = [key for key in part if has_value(part[key])] if isinstance(part, dict) else []
+    if filled == ["json"]:
+        return {"type": "text", "text": json.dumps(part["json"], ensure_ascii=False)}
+    return {"type": "text", "text": part["text"]} if filled == ["text"] else part
+
+
+def list_tools(tools: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The tools, without the objects {functionDeclarations: [...]} and {toolSpec: {...}}."""
+    for tool in tools:
+        key = next(iter(tool), "")
+        if len(tool) != 1 or key not in _TOOL_LISTS:
+            yield tool
+        elif isinstance(tool[key], list):
+            yield from tool[key]
+        else:
+            yield tool[key]

@@ -1,0 +1,182 @@
+"""Rows in the form of other APIs give the example of the same row in OpenAI's form."""
+
+import json
+
+import pytest
+
+from pipeline.rows.examples import RowError
+from pipeline.rows.formats import read_example
+from tests.messages import refused
+from tests.rows.read import row_of
+
+pytestmark = pytest.mark.unit
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+EXPECTED = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Weather in Bergen?"},
+        {
+            "role": "assistant",
+            "content": "Let me look.",
+            "reasoning_content": "I need the forecast.",
+            "tool_calls": [
+                {
+                    "id": "t1",
+                    "type": "function",
+                    "function": {"name": "forecast", "arguments": {"city": "Bergen"}},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "t1", "content": '{"sky": "rain"}'},
+        {"role": "assistant", "content": "It rains."},
+    ],
+    "tools": [
+        {
+            "type": "function",
+            "function": {"name": "forecast", "description": "d", "parameters": SCHEMA},
+        }
+    ],
+}
+GEMINI = {
+    "systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}]},
+    "contents": [
+        {"role": "user", "parts": [{"text": "Weather in Bergen?"}]},
+        {
+            "role": "model",
+            "parts": [
+                {"text": "I need the forecast.", "thought": True},
+                {"text": "Let me look.", "thought": False},
+                {"functionCall": {"id": "t1", "name": "forecast", "args": {"city": "Bergen"}}},
+            ],
+        },
+        {
+            "role": "user",
+            "parts": [{"functionResponse": {"id": "t1", "response": {"sky": "rain"}}}],
+        },
+        {"role": "model", "parts": [{"text": "It rains."}]},
+    ],
+    "tools": [
+        {"functionDeclarations": [{"name": "forecast", "description": "d", "parameters": SCHEMA}]}
+    ],
+}
+BEDROCK = {
+    "system": [{"text": "Be brief."}],
+    "messages": [
+        {"role": "user", "content": [{"text": "Weather in Bergen?"}]},
+        {
+            "role": "assistant",
+            "content": [
+                {"reasoningContent": {"reasoningText": {"text": "I need the forecast."}}},
+                {"text": "Let me look."},
+                {"toolUse": {"toolUseId": "t1", "name": "forecast", "input": {"city": "Bergen"}}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"toolResult": {"toolUseId": "t1", "content": [{"json": {"sky": "rain"}}]}}
+            ],
+        },
+        {"role": "assistant", "content": [{"text": "It rains."}]},
+    ],
+    "toolConfig": {
+        "tools": [
+            {"toolSpec": {"name": "forecast", "description": "d", "inputSchema": {"json": SCHEMA}}}
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("row", [GEMINI, BEDROCK], ids=["gemini", "bedrock"])
+def test_the_row_gives_the_example_of_openai_s_form(row):
+    expected = read_example(row_of(EXPECTED))
+    assert read_example(row_of(row)) == expected
+
+
+def test_names_in_snake_case_are_read_too():
+    text = json.dumps(GEMINI)
+    for old, new in [
+        ("systemInstruction", "system_instruction"),
+        ("functionCall", "function_call"),
+        ("functionResponse", "function_response"),
+        ("functionDeclarations", "function_declarations"),
+    ]:
+        assert old in text
+        text = text.replace(old, new)
+    assert read_example(row_of(json.loads(text))) == read_example(row_of(EXPECTED))
+
+
+def test_a_table_s_nulls_in_parts_change_nothing():
+    """A table has every key in every part."""
+    keys = ("text", "thought", "functionCall", "functionResponse")
+    contents = [
+        {**turn, "parts": [dict.fromkeys(keys) | part for part in turn["parts"]]}
+        for turn in GEMINI["contents"]
+    ]
+    row = GEMINI | {"contents": contents}
+    assert read_example(row_of(row)) == read_example(row_of(EXPECTED))
+
+
+def test_results_in_messages_of_the_role_function_are_tool_messages():
+    contents = [
+        turn | {"role": "function"} if "functionResponse" in turn["parts"][0] else turn
+        for turn in GEMINI["contents"]
+    ]
+    row = GEMINI | {"contents": contents}
+    assert read_example(row_of(row)) == read_example(row_of(EXPECTED))
+
+
+@pytest.mark.parametrize("role", ["model", "gpt", "bot", "chatgpt", "ai", "assistant"])
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_every_name_of_a_role_is_known_in_both_forms_of_a_message(role, column):
+    asked = {"role": "human", "content": "q"}
+    expected = read_example(row_of({column: [asked, {"role": "assistant", "content": "a"}]}))
+    assert read_example(row_of({column: [asked, {"role": role, "content": "a"}]})) == expected
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"inlineData": {"mimeType": "image/png", "data": "aGk="}},
+        {"fileData": {"fileUri": "gs://b/o"}},
+        {"image": {"format": "png"}},
+        {"executableCode": {"code": "1"}},
+        {"text": "a", "functionCall": {"name": "f"}},
+        {"text": "a", "thought": "hm"},
+    ],
+)
+def test_other_parts_refuse_the_row_by_name(part):
+    row = {
+        "contents": [{"role": "user", "parts": [part]}, {"role": "model", "parts": [{"text": "a"}]}]
+    }
+    with refused("part", next(iter(part)), error=RowError):
+        read_example(row_of(row))
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "rain"},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]},
+    ],
+)
+def test_an_item_of_the_responses_api_is_refused_by_its_type(item):
+    row = {
+        "messages": [{"role": "user", "content": "q"}, item, {"role": "assistant", "content": "a"}]
+    }
+    with refused(item["type"], "tool_calls", error=RowError):
+        read_example(row_of(row))
+
+
+def test_a_message_of_the_responses_api_is_read():
+    answer = {
+        "type": "message",
+        "role": "assistant",
+        "status": "completed",
+        "content": [{"type": "output_text", "text": "a", "annotations": []}],
+    }
+    result = read_example(row_of({"messages": [{"role": "user", "content": "q"}, answer]}))
+    assert result.example.messages[1].content == "a"
+    assert result.unread == ("message.status",)
