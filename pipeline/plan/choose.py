@@ -98,7 +98,7 @@ def micro_batches(settings: RunSettings, world_size: int) -> list[tuple[int, int
 
 
 def _sequences_per_rank(settings: RunSettings, world_size: int) -> int:
-    """Sequences per step on each rank."""
+    """Sequences of a step on each rank, from the batch keys."""
     total = settings.global_batch_size
     micro, accumulation = settings.batch_size, settings.gradient_accumulation_steps
     factors = {"batch_size": micro, "gradient_accumulation_steps": accumulation}
@@ -108,14 +108,14 @@ def _sequences_per_rank(settings: RunSettings, world_size: int) -> int:
         per_rank *= value
     if total == "auto":
         return per_rank if given else max(1, _DEFAULT_GLOBAL_BATCH // world_size)
-    per_pass = world_size * per_rank
+    all_ranks = world_size * per_rank
     is_complete = len(given) == len(factors)
-    if total % per_pass or (is_complete and total != per_pass):
-        product_of = [f"{world_size} ranks", *(f"{key} {value}" for key, value in given.items())]
-        low = max(total // per_pass, 1) * per_pass
-        possible = str(per_pass) if is_complete else f"{low} or {low + per_pass}"
+    if total % all_ranks or (is_complete and total != all_ranks):
+        terms = [f"{world_size} ranks", *(f"{key} {value}" for key, value in given.items())]
+        low = max(total // all_ranks, 1) * all_ranks
+        possible = str(all_ranks) if is_complete else f"{low} or {low + all_ranks}"
         raise UserError(
-            f"global_batch_size: {total} is not {' x '.join(product_of)}"
+            f"global_batch_size: {total} is not {' x '.join(terms)}"
             f"{'' if is_complete else ' x a whole number'}; {possible} would work"
         )
     return total // world_size
@@ -136,7 +136,10 @@ def candidates(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> li
 
 
 def preference(candidate: Candidate) -> tuple[bool, bool, bool, float]:
-    """Sort key that puts the best candidate first, and refused ones last, by device memory."""
+    """Sort key that puts the best candidate first.
+
+    Refused candidates come last, sorted by the device memory that they need.
+    """
     layout = candidate.layout
     if candidate.refusal is not None:
         return True, False, False, candidate.memory.device_need
@@ -145,17 +148,17 @@ def preference(candidate: Candidate) -> tuple[bool, bool, bool, float]:
 
 
 def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iterator[Layout]:
-    """All layouts that the settings allow, without activation checkpointing.
+    """All layouts that the settings allow.
 
-    With `gradient_checkpointing: true`, all blocks are checkpointed in each layout.
+    No block is checkpointed in these layouts, or every block with `gradient_checkpointing: true`.
     """
     dtype = training_dtype(settings, cluster.hardware)[0]
     batches = micro_batches(settings, cluster.world_size)
     all_blocks = shape.num_layers if settings.gradient_checkpointing is True else 0
     resident: list[Offload] = ["none"]
-    for stage in _stages(settings, dtype, cluster):
-        hpz_sizes = _hpz_sizes(settings, cluster) if stage == 3 else [1]
-        offloads = _offloads(settings, cluster.hardware) if stage == 3 else resident
+    for stage in _allowed_stages(settings, dtype, cluster):
+        hpz_sizes = _allowed_hpz_sizes(settings, cluster) if stage == 3 else [1]
+        offloads = _allowed_offloads(settings, cluster.hardware) if stage == 3 else resident
         for (micro, accumulation), hpz_size, offload in product(batches, hpz_sizes, offloads):
             yield Layout(
                 zero_stage=stage,
@@ -170,10 +173,10 @@ def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iter
             )
 
 
-def _stages(settings: RunSettings, dtype: str, cluster: Cluster) -> list[int]:
+def _allowed_stages(settings: RunSettings, dtype: str, cluster: Cluster) -> list[int]:
     if settings.zero_stage != "auto":
         return [settings.zero_stage]
-    # ZeRO-1 accumulates gradients over micro-batches in the training dtype: exact only in fp32.
+    # ZeRO-1 accumulates gradients in the training dtype. That is exact enough only in fp32.
     stages = [1, 2] if dtype == "float32" else [2]
     is_shardable = not settings.load_in_8bit  # rule 8bit-zero3
     may_offload = cluster.hardware.kind == "cuda" and settings.offload_param != "none"
@@ -182,14 +185,14 @@ def _stages(settings: RunSettings, dtype: str, cluster: Cluster) -> list[int]:
     return stages
 
 
-def _hpz_sizes(settings: RunSettings, cluster: Cluster) -> list[int]:
+def _allowed_hpz_sizes(settings: RunSettings, cluster: Cluster) -> list[int]:
     if settings.hpz_partition_size != "auto":
         return [settings.hpz_partition_size]
     is_useful = cluster.nodes > 1 and cluster.ranks_per_node > 1
     return [1, cluster.ranks_per_node] if is_useful else [1]
 
 
-def _offloads(settings: RunSettings, hardware: Hardware) -> list[Offload]:
+def _allowed_offloads(settings: RunSettings, hardware: Hardware) -> list[Offload]:
     if settings.offload_param != "auto":
         return [settings.offload_param]
     return ["none", "cpu"] if hardware.kind == "cuda" else ["none"]
@@ -198,15 +201,18 @@ def _offloads(settings: RunSettings, hardware: Hardware) -> list[Offload]:
 def _with_fewest_checkpointed(
     settings: RunSettings, shape: ModelShape, cluster: Cluster, layout: Layout
 ) -> Candidate:
-    """The candidate with the fewest checkpointed blocks that fits; all blocks if none fits."""
-    predict = partial(_predicted, settings, shape, cluster)
+    """The candidate with the fewest checkpointed blocks that fits.
+
+    If none fits, the candidate in which all blocks are checkpointed.
+    """
+    predict = partial(_predict_candidate, settings, shape, cluster)
     needs_all = layout.is_sharded and settings.load_in_4bit  # rule 4bit-zero3-unchecked
     if needs_all and settings.gradient_checkpointing is not False:
         return predict(replace(layout, checkpointed_layers=shape.num_layers))
     first = predict(layout)
     if first.refusal is None or settings.gradient_checkpointing != "auto":
         return first
-    low, high = 1, shape.num_layers  # more checkpointed blocks need less memory
+    low, high = 1, shape.num_layers  # bisection: more checkpointed blocks need less memory
     while low < high:
         middle = (low + high) // 2
         if predict(replace(layout, checkpointed_layers=middle)).refusal is None:
@@ -216,7 +222,7 @@ def _with_fewest_checkpointed(
     return predict(replace(layout, checkpointed_layers=low))
 
 
-def _predicted(
+def _predict_candidate(
     settings: RunSettings, shape: ModelShape, cluster: Cluster, layout: Layout
 ) -> Candidate:
     hardware, sequences = cluster.hardware, SequenceProfile(tokens=settings.max_length)
@@ -234,6 +240,7 @@ def _predicted(
 
 
 def _memory_refusal(need: Memory, limit: int, host_limit: int | None) -> str | None:
+    """Which limit of memory the need exceeds, as text; None if it exceeds none."""
     if need.device_need > limit:
         is_loading = need.load_peak_bytes > need.peak_bytes
         when = "while loading" if is_loading else f"at {need.worst_moment}"

@@ -16,9 +16,9 @@ from pipeline.rows.sources import Row, parse_line, sample_file
 
 SAMPLE_BYTES = 1_000_000
 _MAX_FILES = 64  # files sampled per source; the other files are assumed to be similar
-# UTF-8 bytes of content per token: an assumption. The rows of the quickstart, half of them JSON,
-# have 3.2 bytes per token with a vocabulary of 49 152 tokens. Plain English has more, code and most
-# other languages have less.
+# UTF-8 bytes of content per token: an assumption. The quickstart's rows, of which half are JSON,
+# have 3.2 with a vocabulary of 49 152 tokens. Plain English has more; code and most other languages
+# have less.
 BYTES_PER_TOKEN = 3.5
 # Tokens that a chat template adds to a message: role, markers, newline (5.3 in the quickstart).
 _TOKENS_PER_MESSAGE = 5
@@ -26,9 +26,9 @@ _TOKENS_PER_MESSAGE = 5
 
 @dataclass(frozen=True, kw_only=True)
 class _FileSample:
-    """Sample from the beginning of a file.
+    """A sample from the beginning of a file.
 
-    `tokens`: tokens of each document. `share`: fraction of the file that was read.
+    `tokens`: number of tokens of each document. `share`: fraction of the file that was read.
     """
 
     tokens: list[int]
@@ -36,16 +36,16 @@ class _FileSample:
 
 
 def estimate(settings: RunSettings) -> DataSize | None:
-    """Estimate the size from the beginnings of the training files, SAMPLE_BYTES bytes in total.
+    """The estimated size of the training data, from the beginnings of its files.
 
-    None if a file cannot be read, the sample has no row, or a source is on the hub. If a file is
-    read completely, its rows are counted exactly. Tokens are always estimated, and `split_turns` is
-    not applied.
+    At most SAMPLE_BYTES are read. The result is None if a file cannot be read, if the sample has no
+    row, or if a source is on the hub. The rows of a file that is read completely are counted
+    exactly; tokens are always estimated. `split_turns` is not applied.
     """
     try:
         files = [find_files(source.path, "train_data").files for source in settings.train_sources]
         samples = _samples(files, settings)
-    except (OSError, EOFError, ValueError, UserError):  # ValueError: no file has such a name
+    except (OSError, EOFError, ValueError, UserError):  # ValueError: an impossible file name
         return None
     sizes = [
         _size_of_source(source, source_files, samples)
@@ -65,7 +65,7 @@ def estimate(settings: RunSettings) -> DataSize | None:
 
 
 def _samples(files: list[list[Path]], settings: RunSettings) -> dict[Path, _FileSample]:
-    """A sample of each file: small files completely, an equal number of bytes of the others."""
+    """A sample of each file. Small files are read completely; the rest of the budget is shared."""
     chosen = {file for each in files for file in each[:: 1 + (len(each) - 1) // _MAX_FILES]}
     budget, samples = SAMPLE_BYTES, {}
     by_size = sorted(chosen, key=lambda file: (file.stat().st_size, file))
@@ -73,7 +73,7 @@ def _samples(files: list[list[Path]], settings: RunSettings) -> dict[Path, _File
         lines, share, num_bytes = sample_file(file, budget // (len(by_size) - index))
         budget -= num_bytes
         rows = (row for row in map(parse_line, lines) if isinstance(row, Row))
-        tokens = [count for row in rows for count in _documents(row, settings)]
+        tokens = [count for row in rows for count in _document_tokens(row, settings)]
         samples[file] = _FileSample(tokens=tokens, share=share)
     return samples
 
@@ -81,7 +81,7 @@ def _samples(files: list[list[Path]], settings: RunSettings) -> dict[Path, _File
 def _size_of_source(
     source: DataSource, files: list[Path], samples: dict[Path, _FileSample]
 ) -> tuple[float, float]:
-    """Number of documents and number of tokens of a source in an epoch."""
+    """Number of documents and number of tokens that a source has in an epoch."""
     sampled = [file for file in files if file in samples]
     scale = _num_bytes(files) / _num_bytes(sampled)
     not_empty = [samples[file] for file in sampled if samples[file].tokens]
@@ -92,6 +92,7 @@ def _size_of_source(
 
 
 def _num_bytes(files: list[Path]) -> int:
+    """Total size of files in bytes, at least 1."""
     return max(1, sum(file.stat().st_size for file in files))
 
 
@@ -103,8 +104,8 @@ def _train_share(settings: RunSettings, documents: float) -> float:
     return 1 - (held_out if isinstance(held_out, float) else min(1.0, held_out / max(documents, 1)))
 
 
-def _documents(row: Row, settings: RunSettings) -> list[int]:
-    """Estimated tokens of each document that a row becomes under the setting `over_length`."""
+def _document_tokens(row: Row, settings: RunSettings) -> list[int]:
+    """Estimated tokens of each document made from a row, with `over_length` applied."""
     try:
         count = _num_tokens(read_example(row, settings.data_format, settings.columns).example)
     except RowError:

@@ -1,4 +1,7 @@
-"""Table of the published models that fit on a machine with LoRA and QLoRA: length and speed."""
+"""Table of the published models that fit on a machine, with LoRA and with QLoRA.
+
+For each model it has the longest sequence that fits and the predicted speed.
+"""
 
 import textwrap
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ from pipeline.plan.given.shape import ModelShape
 from pipeline.plan.rules.model import INPUT_RULES
 from pipeline.plan.rules.rule import PlanInput, applicable_rules, installed_versions
 
-# Range of sequence lengths in tokens; all powers of two in it are candidates.
+# Range of sequence lengths in tokens; the powers of two in it are tried.
 _SHORTEST, _LONGEST = 256, 131_072
 _WIDTH = 100  # columns of the table
 
@@ -46,18 +49,19 @@ def fit_rows(
     models: Sequence[PublishedModel], settings: RunSettings, cluster: Cluster
 ) -> list[FitRow]:
     """A row for each model, smallest first."""
-    rows = [_row(model.shape(), settings, cluster) for model in models]
+    rows = [_fit_row(model.shape(), settings, cluster) for model in models]
     return sorted(rows, key=lambda row: (row.parameters, row.name))
 
 
-def _row(shape: ModelShape, settings: RunSettings, cluster: Cluster) -> FitRow:
-    # With offload nearly every model fits, and the host memory of another machine is not known.
+def _fit_row(shape: ModelShape, settings: RunSettings, cluster: Cluster) -> FitRow:
+    # Offload is not tried, because with it nearly every model fits, and the host memory of another
+    # machine is not known.
     offload = "cpu" if settings.offload_param == "cpu" else "none"
     settings = settings.model_copy(
         update={"model": shape.folder, "load_in_8bit": False, "offload_param": offload}
     )
     lora, qlora = (
-        _fit(settings.model_copy(update={"load_in_4bit": in_4_bits}), shape, cluster)
+        _longest_fit(settings.model_copy(update={"load_in_4bit": in_4_bits}), shape, cluster)
         for in_4_bits in (False, True)
     )
     plan_input = PlanInput(
@@ -73,27 +77,27 @@ def _row(shape: ModelShape, settings: RunSettings, cluster: Cluster) -> FitRow:
     )
 
 
-def _fit(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Fit | None:
-    """The longest sequence that fits, found by bisection as longer ones need more memory."""
+def _longest_fit(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Fit | None:
+    """The longest sequence that fits, by bisection; None if none fits."""
     lengths = [_SHORTEST]
     while lengths[-1] * 2 <= min(shape.max_positions or _LONGEST, _LONGEST):
         lengths.append(lengths[-1] * 2)
     low, high = 0, len(lengths)
     while low < high:
         middle = (low + high) // 2
-        if _best(settings, shape, cluster, lengths[middle]) is None:
+        if _best_candidate(settings, shape, cluster, lengths[middle]) is None:
             high = middle
         else:
             low = middle + 1
     if low == 0:
         return None
     length = lengths[low - 1]
-    best = _best(settings, shape, cluster, min(length, settings.max_length))
+    best = _best_candidate(settings, shape, cluster, min(length, settings.max_length))
     assert best is not None, "a shorter sequence needs less memory"
     return Fit(length=length, tokens_per_second=best.speed.tokens_per_second)
 
 
-def _best(
+def _best_candidate(
     settings: RunSettings, shape: ModelShape, cluster: Cluster, length: int
 ) -> Candidate | None:
     ranked = candidates(settings.model_copy(update={"max_length": length}), shape, cluster)
@@ -115,7 +119,7 @@ def fits_text(rows: Sequence[FitRow], settings: RunSettings, cluster: Cluster) -
         fits = "  ".join(map(_cells, (row.lora, row.qlora)))
         lines.append(f"{row.name:<46}{marked:<3}{row.parameters / 1e9:>9.2f}{fits}")
     notes = [
-        "length: the longest sequence that fits, in tokens, of the powers of two up to "
+        "length: the longest sequence that fits, in tokens. Powers of two are tried, up to "
         f"{_LONGEST:,} and to the model's number of positions; -: none fits. tokens/s: predicted, "
         f"of all ranks together, for sequences of {settings.max_length:,} tokens (max_length), or "
         "of `length` tokens if that is less. Nothing is offloaded unless offload_param=cpu is "
@@ -127,6 +131,7 @@ def fits_text(rows: Sequence[FitRow], settings: RunSettings, cluster: Cluster) -
 
 
 def _cells(fit: Fit | None) -> str:
+    """The two cells of a fit in a table row."""
     if fit is None:
         return f"{'-':>8}{'-':>11}"
     return f"{fit.length:>8,}{fit.tokens_per_second:>11,.0f}"

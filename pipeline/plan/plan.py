@@ -1,6 +1,6 @@
 """Plan: everything derived from settings, model shape, hardware and the size of the data. No torch.
 
-`Plan` is computed once and passed on; no other code multiplies micro-batches by ranks.
+A Plan is computed once and passed on. No other code multiplies micro-batches by ranks.
 """
 
 import math
@@ -43,7 +43,7 @@ from pipeline.plan.rules.table import CONTEXT_RULES
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Numbers of steps of a run; they do not change after the data has been prepared."""
+    """Numbers of steps of a run. They are final once the data has been prepared."""
 
     steps_per_epoch: int
     total_steps: int
@@ -53,7 +53,7 @@ class Schedule:
     def of(cls, settings: RunSettings, steps_per_epoch: int) -> "Schedule":
         """The schedule of a run with `steps_per_epoch` steps in each epoch."""
         limits = [settings.max_steps] if settings.max_steps is not None else []
-        if settings.epochs != "auto":  # fractions, because 30 x 8.3 exceeds 249 in floating point
+        if settings.epochs != "auto":  # Fraction, because 30 x 8.3 exceeds 249 in floating point
             limits.append(math.ceil(Fraction(str(settings.epochs)) * steps_per_epoch))
         total, warmup = min(limits), settings.warmup_steps
         if warmup is None or warmup < 1:
@@ -121,7 +121,7 @@ class Plan:
         return self._memory(sequences)
 
     def tensor_bytes(self, sequences: SequenceProfile) -> int:
-        """Predicted peak bytes of live tensors while loading or in a step of such sequences."""
+        """Predicted peak bytes of live tensors, while loading or in a step with these sequences."""
         return self._memory(sequences).tensor_bytes
 
     @property
@@ -136,7 +136,7 @@ class Plan:
         return memory(self.shape, self.settings, self.layout, self.hardware, sequences)
 
     def _profile(self, data: DataSize, document_tokens: float) -> SequenceProfile:
-        """Profile of the sequences, single documents or packs, if each document had this length."""
+        """Profile of sequences whose documents all have this length, packed if settings say so."""
         document_tokens = min(self.settings.max_length, document_tokens)
         if not self.settings.packing:
             return SequenceProfile(tokens=document_tokens)
@@ -154,21 +154,21 @@ class Plan:
             packs = math.ceil(data.tokens / settings.max_length)
             sequences = packs if settings.packing else data.documents
         per_epoch = math.ceil(sequences / self.layout.global_batch_size)
-        return replace(self, data=data, schedule=Schedule.of(settings, per_epoch))._checked()
+        return replace(self, data=data, schedule=Schedule.of(settings, per_epoch))._check_rules()
 
     def with_proof(self, proof: Proof) -> "Plan":
-        """The plan with the proof of its model class. Raises UserError if a rule then refuses."""
-        return replace(self, proof=proof)._checked()
+        """The plan with the proof of its model class. Raises UserError if a rule refuses it."""
+        return replace(self, proof=proof)._check_rules()
 
-    def _checked(self) -> "Plan":
+    def _check_rules(self) -> "Plan":
         """The plan with the rules that apply. Raises UserError if one of them refuses the run."""
         _raise_input_refusals(self.context)
         raise_refusals(applicable_rules(CONTEXT_RULES, self.context))
-        return replace(self, rules=_shown_rules(self.context))
+        return replace(self, rules=_applicable(self.context))
 
     @property
     def context(self) -> PlanContext:
-        """The input of the conditions of rules."""
+        """The input for the conditions of the rules."""
         return PlanContext(
             settings=self.settings,
             shape=self.shape,
@@ -207,7 +207,7 @@ class DoesNotFitError(UserError):
 
 
 def plan_run(settings: RunSettings, hardware: Hardware, *, nodes: int, ranks_per_node: int) -> Plan:
-    """Read the model's shape, check its class unless it is known, and make the plan of a run."""
+    """The plan of a run, after reading the model's shape and checking an unknown model class."""
     shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     ensure_proof(settings, shape)
     return make_plan(settings, shape, hardware, nodes=nodes, ranks_per_node=ranks_per_node)
@@ -240,8 +240,8 @@ def rank_plans(
         why["lora_target_modules"] = f"{names}: the linear layers of the blocks{experts}"
     if EXPERTS in targets and settings.lora_dropout > 0:
         why["lora_dropout"] = (
-            f"{settings.lora_dropout:g} on the input of linear layers, 0 for experts, where peft "
-            "allows no other; adapter_config.json has 0"
+            f"{settings.lora_dropout:g} on the input of linear layers; 0 for experts, because peft "
+            "supports no dropout there, and adapter_config.json has 0"
         )
     plan_input = PlanInput(
         settings=settings, shape=shape, hardware=hardware, packages=installed_versions()
@@ -258,21 +258,21 @@ def rank_plans(
     ranked = candidates(settings, shape, cluster)
     if all(candidate.refusal for candidate in ranked):
         message = misfit_message(settings, shape, cluster, ranked)
-        raise DoesNotFitError(message, _plan(plan_input, ranked[0], why), ranked)
+        raise DoesNotFitError(message, _build_plan(plan_input, ranked[0], why), ranked)
     ranked = _without_refused_by_rules(plan_input, ranked)
     why |= reasons(ranked[0], ranked, settings, shape, cluster)
-    return _plan(plan_input, ranked[0], why), ranked
+    return _build_plan(plan_input, ranked[0], why), ranked
 
 
 def _without_refused_by_rules(plan_input: PlanInput, ranked: list[Candidate]) -> list[Candidate]:
-    """The candidates, sorted so that those refused by memory or a rule come last.
+    """The candidates in the same order, except that those refused by a rule are moved to the end.
 
     Raises UserError if rules refuse every candidate that fits.
     """
     checked, first_refusals = [], None
     for candidate in ranked:
         if candidate.refusal is None:
-            rules = applicable_rules(CONTEXT_RULES, _context(plan_input, candidate.layout))
+            rules = applicable_rules(CONTEXT_RULES, _build_context(plan_input, candidate.layout))
             if refused := [rule for rule in rules if rule.level == "refuse"]:
                 first_refusals = first_refusals or refused
                 text = f"is refused: {refused[0].reason} [rule {refused[0].id}]"
@@ -284,15 +284,15 @@ def _without_refused_by_rules(plan_input: PlanInput, ranked: list[Candidate]) ->
     return checked
 
 
-def _plan(plan_input: PlanInput, chosen: Candidate, why: dict[str, str]) -> Plan:
-    context = _context(plan_input, chosen.layout)
+def _build_plan(plan_input: PlanInput, chosen: Candidate, why: dict[str, str]) -> Plan:
+    context = _build_context(plan_input, chosen.layout)
     return Plan(
         settings=plan_input.settings,
         shape=plan_input.shape,
         hardware=plan_input.hardware,
         layout=chosen.layout,
         why=why,
-        rules=_shown_rules(context),
+        rules=_applicable(context),
         deepspeed=dict(context.deepspeed),
         fits=chosen.refusal is None,
         proof=plan_input.proof,
@@ -302,18 +302,19 @@ def _plan(plan_input: PlanInput, chosen: Candidate, why: dict[str, str]) -> Plan
 def _raise_input_refusals(plan_input: PlanInput) -> None:
     """Raise UserError if a rule refuses this input.
 
-    If the model is known only by its name and not available as a folder, no run can start. Then the
-    refusals are shown with the plan instead.
+    If the model is only a name, without a folder, no run can start, and the refusals are shown with
+    the plan instead.
     """
     if plan_input.shape.source is None:
         raise_refusals(applicable_rules(INPUT_RULES, plan_input))
 
 
-def _shown_rules(context: PlanContext) -> tuple[Rule[PlanContext], ...]:
+def _applicable(context: PlanContext) -> tuple[Rule[PlanContext], ...]:
     return tuple(applicable_rules((*INPUT_RULES, *CONTEXT_RULES), context))
 
 
-def _context(plan_input: PlanInput, layout: Layout) -> PlanContext:
+def _build_context(plan_input: PlanInput, layout: Layout) -> PlanContext:
+    """The context of rules for a layout, with the DeepSpeed config of that layout."""
     settings = plan_input.settings
     config = deepspeed_config(plan_input.shape, settings, layout, is_cuda=plan_input.is_cuda)
     if settings.deepspeed_json is not None:

@@ -1,4 +1,4 @@
-"""Reasons: why the plan chose each value, and which change would make a run fit."""
+"""Reasons: why the plan chose each value, and which change makes a run fit that does not."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import ModelShape
 
-# Field of Layout -> the setting that determines it unless it is `auto`, in the order of display.
+# Field of Layout -> the setting that fixes it if that setting is not `auto`, in order of display.
 _SETTING_OF = {
     key: name for key in Layout.__dataclass_fields__ if (name := settings_by("layout").get(key))
 }
@@ -38,9 +38,9 @@ def reasons(
         if key == "hpz_partition_size" and cluster.nodes == 1:
             why[key] = "one node: gathers never use the network"
         elif key == "checkpointed_layers":
-            why[key] = _checkpointing(chosen, settings, shape, cluster)
+            why[key] = _checkpointing_reason(chosen, settings, shape, cluster)
         else:
-            why[key] = _alternative(key, chosen, ranked)
+            why[key] = _compare_with_alternative(key, chosen, ranked)
     if settings.gradient_accumulation_steps == "auto":
         why["gradient_accumulation_steps"] = "global batch / (micro-batch x ranks)"
     if settings.global_batch_size == "auto":
@@ -49,8 +49,8 @@ def reasons(
     return why
 
 
-def _alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> str:
-    """Comparison of the chosen candidate with the best one that has another value of this field."""
+def _compare_with_alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> str:
+    """The chosen candidate compared with the best one in which this field differs, as text."""
     chosen_value = getattr(chosen.layout, key)
     others = [c for c in ranked if getattr(c.layout, key) != chosen_value]
     if not others:
@@ -59,19 +59,20 @@ def _alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> st
     name = f"{key} {getattr(best.layout, key)}"
     if best.refusal is not None:
         return f"no alternative: {name} {best.refusal}"
-    chosen_s, best_s = (_seconds(c.speed.seconds_per_step) for c in (chosen, best))
+    chosen_time, best_time = (_seconds_text(c.speed.seconds_per_step) for c in (chosen, best))
     if best.layout.is_sharded and not chosen.layout.is_sharded:
         return "the base fits on each rank: only adapter gradients are communicated"
     if best.layout.offload_param != chosen.layout.offload_param:
         return "the sharded base fits on the devices"
-    if chosen_s == best_s:
-        return f"none is faster: predicted {chosen_s}/step for full sequences, as for {name}"
+    if chosen_time == best_time:
+        return f"none is faster: predicted {chosen_time}/step for full sequences, as for {name}"
     return (
-        f"fastest that fits: predicted {chosen_s}/step for full sequences, {best_s}/step for {name}"
+        f"fastest that fits: predicted {chosen_time}/step for full sequences, "
+        f"{best_time}/step for {name}"
     )
 
 
-def _checkpointing(
+def _checkpointing_reason(
     chosen: Candidate, settings: RunSettings, shape: ModelShape, cluster: Cluster
 ) -> str:
     count, total = chosen.layout.checkpointed_layers, shape.num_layers
@@ -99,7 +100,7 @@ class _Change:
 def misfit_message(
     settings: RunSettings, shape: ModelShape, cluster: Cluster, ranked: Sequence[Candidate]
 ) -> str:
-    """Message for a run that does not fit: the memory it needs, and a change with which it fits.
+    """Message for a run that does not fit: the memory it needs, and a change that makes it fit.
 
     Changes of the run file are tried first, then more devices.
     """
@@ -110,19 +111,19 @@ def misfit_message(
         f"{least.refusal}"
     )
     for change in _changes(settings):
-        best = _best(settings.model_copy(update=change.values), shape, cluster)
+        best = _best_that_fits(settings.model_copy(update=change.values), shape, cluster)
         if best is not None:
             changed, limit = best.memory.device_need / GIB, cluster.device_limit / GIB
             return f"{need}; with {change.text} it needs {changed:.1f} of {limit:.1f} GiB"
     for larger in _larger_clusters(cluster):
-        if _best(settings, shape, larger) is not None:
+        if _best_that_fits(settings, shape, larger) is not None:
             nodes = f"{larger.nodes} nodes of " if larger.nodes > 1 else ""
             return f"{need}; it fits on {nodes}{larger.ranks_per_node} such devices"
     return f"{need}; no single change makes it fit: use GPUs with more memory"
 
 
 def _changes(settings: RunSettings) -> Iterator[_Change]:
-    """Changes of the run file to try, first the changes that keep the results of the run."""
+    """Changes of the run file to try. Those that keep the results of the run come first."""
     if settings.gradient_checkpointing is False:
         yield _Change("gradient_checkpointing: auto", {"gradient_checkpointing": "auto"})
     if settings.batch_size != "auto" and settings.batch_size > 1:
@@ -161,8 +162,8 @@ def _larger_clusters(cluster: Cluster) -> Iterator[Cluster]:
             yield replace(cluster, nodes=nodes, ranks_per_node=8)
 
 
-def _best(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Candidate | None:
-    """The best layout that fits; None if there is none or the batch keys contradict each other."""
+def _best_that_fits(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Candidate | None:
+    """The best candidate that fits; None if none fits or the batch keys contradict each other."""
     try:
         ranked = candidates(settings, shape, cluster)
     except UserError:
@@ -170,5 +171,5 @@ def _best(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Candida
     return next((candidate for candidate in ranked if candidate.refusal is None), None)
 
 
-def _seconds(seconds: float) -> str:
+def _seconds_text(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds < 100 else f"{seconds:.0f} s"

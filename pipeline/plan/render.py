@@ -68,18 +68,18 @@ def plan_text(plan: Plan) -> str:
     """The plan as lines of text for a terminal."""
     return "\n".join(
         [
-            *_summary(plan),
-            *_proof(plan),
-            *_steps(plan),
+            *_summary_lines(plan),
+            *_proof_lines(plan),
+            *_step_lines(plan),
             *(f"  {key:<28} {text}" for key, text in plan.why.items()),
-            *_memory(plan),
-            *_speed(plan),
+            *_memory_lines(plan),
+            *_speed_lines(plan),
             *(f"{rule.level:<10} {rule.message} [{rule.id}]" for rule in plan.rules),
         ]
     )
 
 
-def _summary(plan: Plan) -> list[str]:
+def _summary_lines(plan: Plan) -> list[str]:
     layout, shape = plan.layout, plan.shape
     share = 100 * plan.trainable / shape.parameters
     nodes = f"{layout.nodes} nodes of " if layout.nodes > 1 else ""
@@ -99,14 +99,14 @@ def _summary(plan: Plan) -> list[str]:
     ]
 
 
-def _proof(plan: Plan) -> list[str]:
-    """The line about the checks of a model class that is not in families.py."""
+def _proof_lines(plan: Plan) -> list[str]:
+    """The line about the checks of the model's class; none for a class in families.py."""
     reason = _proof_reason(plan) if plan.shape.is_from_class else ""
     return [f"proof      {reason}"] if reason else []
 
 
 def _proof_reason(plan: Plan) -> str:
-    """Number of checks of the model's class and their largest error; empty without a proof."""
+    """Number of checks of the model's class and their largest error; empty if none has run."""
     if plan.proof is None or not plan.proof.errors:
         return ""
     name, error = max(plan.proof.errors.items(), key=lambda item: item[1])
@@ -116,38 +116,39 @@ def _proof_reason(plan: Plan) -> str:
     )
 
 
-def _steps(plan: Plan) -> list[str]:
+def _step_lines(plan: Plan) -> list[str]:
     if plan.schedule is None or plan.data is None:
         return ["steps      unknown: the training data cannot be read here"]
     schedule, data = plan.schedule, plan.data
     hours = schedule.total_steps * plan.speed.seconds_per_step / 3600
     mark = "" if data.is_exact else "about "
-    end = "" if data.is_exact else " (estimated from a sample: launch/prepare.py counts)"
+    end = "" if data.is_exact else " (estimated from a sample; launch/prepare.py counts exactly)"
     return [
         f"steps      {mark}{schedule.total_steps} ({schedule.steps_per_epoch} an epoch), "
-        f"{schedule.warmup_steps} of warm-up, {mark}{_hours(hours)}{end}"
+        f"{schedule.warmup_steps} of warm-up, {mark}{_duration_text(hours)}{end}"
     ]
 
 
-def _memory(plan: Plan) -> list[str]:
+def _memory_lines(plan: Plan) -> list[str]:
     memory, hardware = plan.memory, plan.hardware
     limit = hardware.usable_bytes(plan.layout.ranks_per_node)
     lines = [
-        f"memory     {_size(memory.peak_bytes)} of {_size(limit)} a rank, at {memory.worst_moment}"
+        f"memory     {_size_text(memory.peak_bytes)} of {_size_text(limit)} a rank, "
+        f"at {memory.worst_moment}"
     ]
     for term, size in sorted(memory.per_rank.items(), key=lambda item: -item[1]):
-        lines.append(f"  {term:<28} {_size(size):>10}")
+        lines.append(f"  {term:<28} {_size_text(size):>10}")
     disk = disk_bytes(plan.shape, plan.settings)
     return [
         *lines,
-        f"  {'while loading':<28} {_size(memory.load_peak_bytes):>10}",
-        f"  {'host memory of a node':<28} {_size(memory.host_peak_bytes):>10}"
+        f"  {'while loading':<28} {_size_text(memory.load_peak_bytes):>10}",
+        f"  {'host memory of a node':<28} {_size_text(memory.host_peak_bytes):>10}"
         + ("" if hardware.host_bytes else "  (not checked: the node's memory is unknown here)"),
-        *(f"  {f'disk: {term}':<28} {_size(size):>10}" for term, size in disk.items()),
+        *(f"  {f'disk: {term}':<28} {_size_text(size):>10}" for term, size in disk.items()),
     ]
 
 
-def _speed(plan: Plan) -> list[str]:
+def _speed_lines(plan: Plan) -> list[str]:
     speed = plan.speed
     largest = ", ".join(f"{term} {seconds:.3g} s" for term, seconds in speed.three_largest())
     return [
@@ -171,13 +172,13 @@ def candidates_text(ranked: Sequence[Candidate]) -> str:
     return "\n".join(lines)
 
 
-def _size(num_bytes: int) -> str:
+def _size_text(num_bytes: int) -> str:
     if num_bytes < GIB:
         return f"{num_bytes / 2**20:.1f} MiB"
     return f"{num_bytes / GIB:.2f} GiB"
 
 
-def _hours(hours: float) -> str:
+def _duration_text(hours: float) -> str:
     if hours < 1 / 60:
         return f"{hours * 3600:.0f} s"
     if hours < 1:

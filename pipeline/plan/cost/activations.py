@@ -53,9 +53,9 @@ class Activations:
 class _BlockKind:
     """A kind of block with its adapters and the settings that change its activations.
 
-    `count`: number of such blocks. `adapter`: sums over all of them. `reach`: tokens that a token
-    may attend to, the length of its sequence or of its document in a pack. `mask_bytes`: bytes per
-    value of a dropout mask.
+    `count`: number of such blocks. `adapter`: sums over all of them. `reach`: number of tokens to
+    which a token may attend, which is the length of its sequence, or of its document in a pack.
+    `mask_bytes`: bytes per value of a dropout mask.
     """
 
     block: Block
@@ -102,15 +102,17 @@ def activations(
             reach=tokens if attended is None else attended,
             mask_bytes=1 if is_cuda else b,
         )
-        saved = count * _saved(kind) + _adapted_experts(kind) + _saved_weights(kind)
-        # The first norm of a block saves the block's input itself. Exception: RMSNorm on 16-bit
+        saved = (
+            count * _saved_per_token(kind) + _adapted_expert_bytes(kind) + _saved_weight_bytes(kind)
+        )
+        # The first norm of a block saves the block's input itself, except that RMSNorm on 16-bit
         # values saves an fp32 copy.
         shares_input = not (is_rms and b < 4)
         blocks.append(
             BlockActivations(
                 saved=saved,
                 recomputed=saved - (boundary if shares_input else 0),
-                working=_working(kind, count, count if attended is None else attended),
+                working=_working_bytes(kind, count, count if attended is None else attended),
             )
         )
     return Activations(
@@ -118,7 +120,7 @@ def activations(
         blocks=tuple(blocks),
         # RMSNorm in fp32 has five tensors of the hidden width at once; LayerNorm is one kernel
         final_working=count * h * (b + (20 if is_rms else b)),
-        logits=supervised * h * b + _logits(shape, supervised),
+        logits=supervised * h * b + _logit_bytes(shape, supervised),
     )
 
 
@@ -135,16 +137,16 @@ def attends_by_document(settings: RunSettings) -> bool:
     return settings.packing and settings.use_flash_attention is not True
 
 
-def _saved(kind: _BlockKind) -> int:
+def _saved_per_token(kind: _BlockKind) -> int:
     """Bytes per token that a block saves for its backward pass."""
     block, adapter, settings, n, b = kind.block, kind.adapter, kind.settings, kind.count, kind.b
     if block.saved is None:
-        saved = _norms(block, b) + _attention(kind) + _mlp(kind)
+        saved = _norm_bytes(block, b) + _attention_bytes(kind) + _mlp_bytes(kind)
     else:
         values, other_bytes = block.saved
         saved = values * b + other_bytes
     if attends_by_document(settings):
-        saved += _concatenated(kind)
+        saved += _concatenated_bytes(kind)
     saved += adapter.inner_width * b // n  # the output of A, which B reads
     if settings.use_dora:  # the outputs of the base and of B, which the magnitude scales
         saved += 2 * adapter.output_width * b // n
@@ -165,27 +167,27 @@ def _saved(kind: _BlockKind) -> int:
 def _expert_inputs(block: Block) -> int:
     """Values per token that the projections of experts read.
 
-    They were counted on the model's class, or are those of a gated MLP.
+    The number was counted on the model's class; if not, the experts are taken to be gated MLPs.
     """
     if block.saved_for_expert_adapters is not None:
         return block.saved_for_expert_adapters
     return block.experts_per_token * sum(tensor.d_in for tensor in block.experts)
 
 
-def _adapted_experts(kind: _BlockKind) -> int:
-    """Bytes of a block's expert weights with the adapter added, which autograd saves.
+def _adapted_expert_bytes(kind: _BlockKind) -> int:
+    """Bytes of the sums of expert weights and adapter that autograd saves in a block.
 
     peft 0.21.2 adds the adapter to each fused tensor in every forward pass (tuners/lora/layer.py
-    _LoraFactorsProxy), and the products with its experts save the sum.
+    _LoraFactorsProxy), and the matrix products of the experts save the sum.
     """
     return kind.adapter.adapted_experts * kind.b // max(1, kind.count)
 
 
-def _saved_weights(kind: _BlockKind) -> int:
-    """Bytes of dequantised weights that a block saves, whatever the number of tokens.
+def _saved_weight_bytes(kind: _BlockKind) -> int:
+    """Bytes of dequantised weights that a block saves; they do not depend on the tokens.
 
-    With dropout DoRA multiplies its own input with the base weight, and autograd keeps the copy
-    that was dequantised for it (measured).
+    With dropout, DoRA multiplies its own input by the base weight, and autograd keeps the copy of
+    the weight that was dequantised for this product (measured).
     """
     settings = kind.settings
     if not (settings.use_dora and settings.is_quantised and settings.lora_dropout > 0):
@@ -193,23 +195,23 @@ def _saved_weights(kind: _BlockKind) -> int:
     return kind.adapter.base_weights * kind.b // kind.count
 
 
-def _norms(block: Block, b: int) -> int:
+def _norm_bytes(block: Block, b: int) -> int:
     """Bytes per token saved by norms.
 
     RMSNorm saves its input in fp32 (LlamaRMSNorm), LayerNorm saves it in the training dtype.
     """
-    each = 4 if block.norm_kind == "rms" else b
+    value_bytes = 4 if block.norm_kind == "rms" else b
     heads = block.query_width + block.key_width if block.has_head_norms else 0
-    return (block.num_norms * block.hidden_size + heads) * each
+    return (block.num_norms * block.hidden_size + heads) * value_bytes
 
 
-def _concatenated(kind: _BlockKind) -> int:
+def _concatenated_bytes(kind: _BlockKind) -> int:
     """Bytes per token of the concatenated attention outputs of a pack's documents, if saved.
 
     The output projection saves this tensor if an adapter reads it. With fused kernels it is an
     additional tensor, because each attention call saves its own output too (model/attention.py).
     With materialised scores no call saves its output. After a fused q-k-v layer the output is
-    copied with or without packing. In both cases `_attention` counts the tensor.
+    copied with or without packing. In both cases `_attention_bytes` counts the tensor.
     """
     block, settings = kind.block, kind.settings
     if kind.has_scores or block.has_fused_attention:
@@ -222,7 +224,7 @@ def _concatenated(kind: _BlockKind) -> int:
     return blocks * block.query_width * kind.b // kind.count
 
 
-def _attention(kind: _BlockKind) -> int:
+def _attention_bytes(kind: _BlockKind) -> int:
     """Bytes per token saved by attention: rotated q and k, v, the output and the log-sum-exp.
 
     FlashAttention saves no scores (arXiv 2205.14135 s.3). Without it, soft-capped attention saves
@@ -239,7 +241,7 @@ def _attention(kind: _BlockKind) -> int:
     return (2 * q + k + value) * b + 4 * block.num_heads
 
 
-def _mlp(kind: _BlockKind) -> int:
+def _mlp_bytes(kind: _BlockKind) -> int:
     """Bytes per token saved by the MLP and by experts.
 
     A gated MLP saves the gate, the activated gate and the up projection; an MLP without a gate
@@ -257,11 +259,11 @@ def _mlp(kind: _BlockKind) -> int:
     return dense + block.experts_per_token * each * b + 4 * block.num_experts
 
 
-def _working(kind: _BlockKind, count: int, at_once: int) -> int:
+def _working_bytes(kind: _BlockKind, count: int, at_once: int) -> int:
     """Bytes of temporary tensors in a block's backward pass, for `count` tokens.
 
-    With materialised scores the input and output gradients of softmax are in fp32, for `at_once`
-    tokens at a time: one document of a pack, or the whole micro-batch.
+    With materialised scores, the gradients of softmax's input and output are in fp32. They exist
+    for `at_once` tokens at a time: one document of a pack, or the whole micro-batch.
     """
     block, b = kind.block, kind.b
     inner = block.intermediate_size + block.experts_per_token * block.expert_size
@@ -270,7 +272,7 @@ def _working(kind: _BlockKind, count: int, at_once: int) -> int:
     return max(count * (2 * inner + 2 * block.hidden_size) * b + gradient, at_once * scores)
 
 
-def _logits(shape: ModelShape, positions: int) -> int:
-    """Bytes of log-probabilities and two gradients in fp32, and one more tensor for a soft-cap."""
+def _logit_bytes(shape: ModelShape, positions: int) -> int:
+    """Bytes of log-probabilities and two gradients in fp32; a soft-cap needs one more tensor."""
     logits = positions * shape.vocab_size * 4
     return min(logits, LOGITS_CHUNK_BYTES) * (4 if shape.logit_softcap else 3)

@@ -1,4 +1,4 @@
-"""Gathers of ZeRO-3: how much of the frozen base a rank has gathered, and the limits in the config.
+"""Gathers of ZeRO-3: how much of the frozen base a rank holds gathered, and the config's limits.
 
 Sizes are numbers of elements as DeepSpeed counts them: a packed 4-bit weight has half as many uint8
 elements as the matrix has. The facts below are from DeepSpeed 0.19.8
@@ -7,9 +7,9 @@ measures them.
 
 Parameters of at most `stage3_param_persistence_threshold` elements (adapters of linear layers,
 norms, biases, small routers) are persistent: replicated on every rank, and not counted in the
-limits below. Adapters of experts are not: they are larger than many base matrices, and gathered
-with the experts. Every other parameter is gathered when its module runs and released afterwards,
-with three exceptions:
+limits below. Adapters of experts are not persistent: they are larger than many base matrices, and
+are gathered with the experts. Every other parameter is gathered when its module runs and released
+afterwards, with three exceptions:
 
 - *Prefetch.* At each module DeepSpeed also gathers the next parameters in the recorded order, as
   long as fewer than `stage3_max_live_parameters` elements are gathered.
@@ -39,7 +39,7 @@ class Gathers:
 
     `block`: gathered parameters of the largest block. `head`: the output head. `persistent`: all
     frozen parameters below the persistence threshold, replicated on every rank. `reuse_distance`:
-    elements that a rank uses between the two uses of a parameter of a recomputed block.
+    elements that a rank uses between the recomputation and the backward pass of a parameter.
     """
 
     block: int
@@ -49,15 +49,15 @@ class Gathers:
 
     @property
     def peak(self) -> int:
-        """Elements gathered at the worst moment: a prefetched block, and a block or head in use."""
+        """Elements gathered at the peak: a prefetched block, and the block or head in use."""
         return self.block + max(self.block, self.head)
 
 
 def persistence_threshold(shape: ModelShape, settings: RunSettings) -> int:
     """The persistence threshold in elements: the size of the largest adapter matrix.
 
-    Matrices that adapt experts are not considered. If only experts are adapted, the threshold is
-    the size of a matrix for a linear layer of the hidden width.
+    Matrices of adapters on experts are ignored. If only experts are adapted, the threshold is the
+    size of an adapter matrix for a linear layer of the hidden width.
     """
     adapter = adapter_counts(shape, settings)
     return adapter.largest_linear_matrix or settings.lora_r * shape.hidden_size
@@ -66,7 +66,7 @@ def persistence_threshold(shape: ModelShape, settings: RunSettings) -> int:
 def gathers(shape: ModelShape, settings: RunSettings) -> Gathers:
     """Elements of the base that ZeRO-3 gathers, from the sizes of its matrices.
 
-    `block` includes the adapter of the block's experts.
+    The field `block` also includes the adapter on the block's experts.
     """
     adapter, threshold = adapter_counts(shape, settings), persistence_threshold(shape, settings)
     block = persistent = largest = 0
@@ -76,8 +76,8 @@ def gathers(shape: ModelShape, settings: RunSettings) -> Gathers:
         persistent_in_block = sum(size for size in sizes if size <= threshold)
         persistent += count * persistent_in_block
         largest = max(largest, sum(sizes))
-        of_experts = adapters.expert_parameters // max(1, count)
-        block = max(block, sum(sizes) - persistent_in_block + of_experts)
+        expert_adapter = adapters.expert_parameters // max(1, count)
+        block = max(block, sum(sizes) - persistent_in_block + expert_adapter)
     adapter_of_a_block = -(-adapter.parameters // shape.num_layers)
     return Gathers(
         block=block,

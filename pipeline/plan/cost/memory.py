@@ -1,8 +1,8 @@
 """Predicted memory of devices and hosts in a step and while loading, and predicted disk space.
 
-Memory in a step is given as named terms, the sizes of the tensors at the step's worst moment: the
-moment with the largest sum. docs/memory.md compares them with measured tensors. In the formulas b
-is the number of bytes per value in the training dtype.
+Memory in a step is a sum of named terms, each the size of some tensors at the worst moment of the
+step, at which the sum is largest. docs/memory.md compares the terms with measured tensors. In the
+formulas b is the number of bytes per value in the training dtype.
 """
 
 from collections.abc import Mapping
@@ -37,9 +37,9 @@ _NOT_TENSORS = ("cuda_context", "allocator_slack")
 class Memory:
     """Predicted memory in bytes.
 
-    `per_rank`: terms on a rank's device at the worst moment of a step, `worst_moment`.
-    `load_peak_bytes`: peak on a rank's device while the base is loaded; `loading_tensors` is its
-    part in live tensors. `host_peak_bytes`: peak host memory of one node.
+    `per_rank`: terms on a rank's device at the worst moment of a step. `worst_moment`: name of that
+    moment. `load_peak_bytes`: peak on a rank's device while the base is loaded. `loading_tensors`:
+    the part of that peak that is live tensors. `host_peak_bytes`: peak host memory of one node.
     """
 
     per_rank: Mapping[str, int]
@@ -96,7 +96,7 @@ def memory(
 def bucket_elements(shape: ModelShape, settings: RunSettings) -> int:
     """Elements of a ZeRO reduce bucket: all gradients of the adapter, but at most _MAX_BUCKET.
 
-    A bucket is never smaller than the largest adapter matrix.
+    It is at least as large as the largest adapter matrix.
     """
     adapter = adapter_counts(shape, settings)
     elements = max(min(adapter.parameters, _MAX_BUCKET), adapter.largest_matrix)
@@ -180,14 +180,16 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
 def _moments(
     shape: ModelShape, settings: RunSettings, layout: Layout, acts: Activations, *, is_cuda: bool
 ) -> dict[str, dict[str, int]]:
-    """Terms that are not resident, for each moment of a step that may be its peak."""
+    """The temporary terms, for each moment of a step that may be its peak."""
     k = layout.checkpointed_layers
     boundaries = k * acts.boundary
     not_checkpointed = [count for _, count in shape.counts(first=k)]
-    others = sum(n * block.saved for n, block in zip(not_checkpointed, acts.blocks, strict=True))
-    saved = boundaries + others
-    # Saved within blocks: by all blocks that are not checkpointed, or later by one that is being
-    # recomputed, when the activations of the others are freed.
+    in_unchecked = sum(
+        n * block.saved for n, block in zip(not_checkpointed, acts.blocks, strict=True)
+    )
+    saved = boundaries + in_unchecked
+    # The peak within blocks is reached either when all blocks that are not checkpointed hold their
+    # activations, or later, when those are freed and one checkpointed block is being recomputed.
     recomputed = [
         block.recomputed
         for (_, count), unchecked, block in zip(
@@ -195,7 +197,7 @@ def _moments(
         )
         if count > unchecked
     ]
-    in_block = max(others, *recomputed) if recomputed else others
+    in_block = max(in_unchecked, *recomputed) if recomputed else in_unchecked
     accumulated, reduction = _gradients(shape, settings, layout, is_cuda=is_cuda)
     from_earlier = accumulated if layout.accumulation_steps > 1 else {}
     # Each backward pass begins with an empty bucket (DeepSpeed 0.19.8 stage_1_and_2.py:3256).
@@ -223,7 +225,7 @@ def _moments(
             "gathered_layers": 2 * block + experts,
             "dequantised_weight": dequantised if settings.is_quantised else 0,
         },
-        # The only activations left are the input of a block and its gradient (measured).
+        # The only remaining activations are the input of a block and its gradient (measured).
         "the reduction of gradients": {"activations": 2 * acts.boundary} | reduction,
     }
 
@@ -233,7 +235,7 @@ def _gradients(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Gradient terms between two micro-batches, and gradient terms while a bucket is reduced.
 
-    In DeepSpeed 0.19.8:
+    These are the facts of DeepSpeed 0.19.8.
     Stage 1 (stage_1_and_2.py): a rank accumulates all gradients in the training dtype, and an empty
     bucket stays allocated.
     Stage 2: a rank accumulates the gradients of its partition, in fp32 if training is bf16
@@ -253,12 +255,12 @@ def _gradients(
 
 
 def _gathered(shape: ModelShape, settings: RunSettings, layout: Layout) -> tuple[int, int, int]:
-    """Bytes gathered at ZeRO-3: of the head, the largest block, and experts; 0 at other stages.
+    """Bytes gathered at ZeRO-3 of the head, of the largest block, and of experts; else zeros.
 
     The experts of every block that is not checkpointed stay gathered until its backward pass
     (measured: only linear layers release their weights and gather them again in the backward pass).
-    If experts have an adapter, it stays gathered instead: the experts' weights are then saved with
-    the adapter added (activations.py).
+    If experts have an adapter, only the adapter stays gathered, because autograd then saves the sum
+    of the experts' weights and the adapter (activations.py).
     """
     if not layout.is_sharded:
         return 0, 0, 0
@@ -267,11 +269,11 @@ def _gathered(shape: ModelShape, settings: RunSettings, layout: Layout) -> tuple
     experts, largest = 0, 0
     not_checkpointed = [n for _, n in shape.counts(first=layout.checkpointed_layers)]
     adapters = adapter_counts_by_kind(shape, settings)
-    for (block, count), left, adapter in zip(
+    for (block, count), num_unchecked, adapter in zip(
         shape.counts(), not_checkpointed, adapters, strict=True
     ):
         of_adapter = b * adapter.expert_parameters // max(1, count)
-        experts += left * (of_adapter or b * block.expert_parameters)
+        experts += num_unchecked * (of_adapter or b * block.expert_parameters)
         largest = max(largest, _block_bytes(block, settings, b) + of_adapter)
     return head, largest, experts
 
@@ -306,8 +308,8 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
         shard = 0 if layout.offload_param == "cpu" else sharded // layout.world_size
         shard += sharded // hpz_size if hpz_size > 1 else 0
         return shard + constants + being_read + on_rank_0
-    not_quantised_yet = 4 if is_cuda else 1
-    return base + (not_quantised_yet * largest if settings.is_quantised else 0)
+    num_unquantised = 4 if is_cuda else 1
+    return base + (num_unquantised * largest if settings.is_quantised else 0)
 
 
 def _host_peak(shape: ModelShape, settings: RunSettings, layout: Layout, device_peak: int) -> int:

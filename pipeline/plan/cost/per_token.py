@@ -16,7 +16,7 @@ from pipeline.plan.given.block import Block
 from pipeline.plan.given.layout import DTYPE_BYTES
 from pipeline.plan.given.shape import ModelShape
 
-# Passes over a tensor of the training dtype in a block's forward pass, without matrix products.
+# Passes over a tensor of the training dtype in a block's forward pass, except in matrix products.
 _NORM_PASSES = 18  # RMSNorm in fp32: cast, square, mean, two products, cast; a kernel each
 _RESIDUAL_PASSES = 3  # two read, one written, after attention and after the MLP
 _ROTARY_PASSES = 10  # halves rotated and concatenated, two products, one sum
@@ -87,8 +87,8 @@ class CostPerToken:
 
 
 def cost_per_token(shape: ModelShape, settings: RunSettings, training_dtype: str) -> CostPerToken:
-    """The costs of a model. They are cached, because the search for a layout needs them often."""
-    return _cached(_Identity(shape, settings), training_dtype)
+    """The costs of a model, cached because the search for a layout needs them often."""
+    return _compute_cost(_Identity(shape, settings), training_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class _Identity:
 
 
 @lru_cache(maxsize=16)
-def _cached(key: _Identity, training_dtype: str) -> CostPerToken:
+def _compute_cost(key: _Identity, training_dtype: str) -> CostPerToken:
     shape, settings = key.shape, key.settings
     n, b = shape.linear_parameters, DTYPE_BYTES[training_dtype]
     packed = (0.5 if settings.load_in_4bit else 1.0) * n if settings.is_quantised else 0.0
@@ -164,9 +164,9 @@ def _cached(key: _Identity, training_dtype: str) -> CostPerToken:
         expert_share=max(x.experts_per_token for x in shape.blocks) / max(1, shape.num_experts),
         packed_bytes=packed,
         stored_bytes=(packed or n * b) + (shape.parameters - n) * b,
-        kernels=_kernels(shape, settings),
-        document_kernels=_document_kernels(shape, settings),
-        modules=_linear_count(shape),
+        kernels=_num_kernels(shape, settings),
+        document_kernels=_num_document_kernels(shape, settings),
+        modules=_num_linears(shape),
         norm_flops=_norm_flops(shape, settings),
         norm_values=_norm_values(shape, settings),
         expert_gradient_flops=sum(
@@ -191,11 +191,12 @@ def _norm_values(shape: ModelShape, settings: RunSettings) -> float:
     )
 
 
-def _linear_count(shape: ModelShape) -> int:
+def _num_linears(shape: ModelShape) -> int:
     return sum(count * len(block.linears) for block, count in shape.counts())
 
 
 def _token_values(shape: ModelShape, settings: RunSettings) -> float:
+    """Values read or written per token in all blocks and adapters, attention scores excluded."""
     on_input = _LORA_IN_PASSES + (_DROPOUT_PASSES if settings.lora_dropout > 0 else 0)
     adapters = sum(
         on_input * layer.linear.d_in + _LORA_OUT_PASSES * layer.linear.d_out
@@ -206,6 +207,7 @@ def _token_values(shape: ModelShape, settings: RunSettings) -> float:
 
 
 def _block_values(block: Block, settings: RunSettings) -> int:
+    """Values read or written per token in one block, without its adapters."""
     queries, keys = block.query_width, block.key_width
     values = (
         _NORM_PASSES * block.norm_parameters
@@ -214,31 +216,32 @@ def _block_values(block: Block, settings: RunSettings) -> int:
         + 2 * (queries + keys)  # attention reads q, k and v and writes its output
         + _GATE_PASSES * block.intermediate_size
         + sum(linear.d_in + linear.d_out for linear in block.linears)
-        + (
-            2 * queries if attends_by_document(settings) else 0
-        )  # outputs of documents, concatenated
+        # the attention outputs of documents are concatenated
+        + (2 * queries if attends_by_document(settings) else 0)
     )
     if block.num_experts:
-        each = _EXPERT_HIDDEN_PASSES * block.hidden_size + _EXPERT_INNER_PASSES * block.expert_size
-        values += _ROUTING_PASSES * block.hidden_size + block.experts_per_token * each
+        per_expert = (
+            _EXPERT_HIDDEN_PASSES * block.hidden_size + _EXPERT_INNER_PASSES * block.expert_size
+        )
+        values += _ROUTING_PASSES * block.hidden_size + block.experts_per_token * per_expert
     return values
 
 
-def _kernels(shape: ModelShape, settings: RunSettings) -> int:
+def _num_kernels(shape: ModelShape, settings: RunSettings) -> int:
     per_linear = 1 + (_DEQUANTISE_KERNELS if settings.is_quantised else 0)
     per_adapter = _LORA_KERNELS + (1 if settings.lora_dropout > 0 else 0)
     adapters = len(adapted_layers(shape, settings))
-    of_experts = _EXPERTS_KERNELS
+    expert_kernels = _EXPERTS_KERNELS
     if adapter_counts(shape, settings).adapted_experts:
-        of_experts += _FOLD_KERNELS
+        expert_kernels += _FOLD_KERNELS
     blocks = sum(
-        count * (_BLOCK_KERNELS + (of_experts if block.num_experts else 0))
+        count * (_BLOCK_KERNELS + (expert_kernels if block.num_experts else 0))
         for block, count in shape.counts()
     )
-    return blocks + per_linear * _linear_count(shape) + per_adapter * adapters
+    return blocks + per_linear * _num_linears(shape) + per_adapter * adapters
 
 
-def _document_kernels(shape: ModelShape, settings: RunSettings) -> int:
+def _num_document_kernels(shape: ModelShape, settings: RunSettings) -> int:
     if not attends_by_document(settings):
         return 0
     return shape.num_layers * (_SCORES_KERNELS if has_scores(shape, settings) else 1)

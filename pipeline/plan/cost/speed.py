@@ -27,13 +27,13 @@ _SCORES_BACKWARD = 2.5
 # Backward relative to forward for everything else, in bytes and kernels (test_per_token.py).
 _TRAFFIC_BACKWARD = 1.7
 _KERNELS_BACKWARD = 1.6
-_FOLD_BACKWARD = 1.5  # passes for an adapter added to experts, relative to forward: 3 to 2
+_FOLD_BACKWARD = 1.5  # passes over experts with an adapter added, backward to forward: 3 to 2
 _KERNEL_S = 8e-6  # host time in seconds to launch one kernel from eager PyTorch
 _FETCH_S = 50e-6  # host time in seconds for ZeRO-3's hooks around one module of the base
 _HOP_S = 5e-6  # latency in seconds of one hop of a ring
 _STEP_S = 0.01  # seconds per step: small all-reduces, learning rate, a line of metrics.jsonl
-# Fraction of the time of ZeRO-3's gathers that does not overlap with computing: the gather of the
-# first block of a pass, and the time by which copies slow down concurrent kernels.
+# Fraction of the time of ZeRO-3's gathers that never overlaps with computing: the first block of a
+# pass is gathered before it can run, and copies slow down concurrent kernels.
 _EXPOSED_SHARE = 0.1
 # Bytes per parameter: Adam reads gradient, master weight and two moments, and writes all except the
 # gradient, in fp32.
@@ -89,8 +89,8 @@ def step_seconds(
     hardware: Hardware,
     sequences: SequenceProfile,
 ) -> Speed:
-    """Predicted time of a step whose sequences have this profile on average."""
-    work = cost_per_token(shape, settings, layout.training_dtype)
+    """Predicted time of a step; `sequences` is the average profile of its sequences."""
+    cost = cost_per_token(shape, settings, layout.training_dtype)
     rates = reachable_rates(layout, hardware)
     tokens, attended = sequences.tokens, sequences.attended
     micro = layout.micro_batch_size * tokens
@@ -98,23 +98,23 @@ def step_seconds(
     documents = layout.micro_batch_size if attended is None else micro / attended
     recomputed = layout.checkpointed_layers / shape.num_layers
     device = {
-        "arithmetic": _arithmetic(work, micro, reach, recomputed) / rates.flops,
-        "logits": _logits(
+        "arithmetic": _block_flops(cost, micro, reach, recomputed) / rates.flops,
+        "logits": _logits_seconds(
             shape, layout, rates, micro * sequences.supervised_share, settings.max_length
         ),
-        "memory_traffic": _traffic(work, layout, micro, reach, recomputed) / rates.memory,
-        "dequantisation": _dequantised(work, settings, layout, recomputed) / rates.memory,
+        "memory_traffic": _traffic_bytes(cost, layout, micro, reach, recomputed) / rates.memory,
+        "dequantisation": _dequantisation_bytes(cost, settings, layout, recomputed) / rates.memory,
     }
     busy = sum(device.values())
-    gathers = _exposed(_gathers(work, layout, rates), busy)
-    host = _launches(work, layout, recomputed, documents)
+    gathers = _exposed_seconds(_gather_seconds(cost, layout, rates), busy)
+    host = _launch_seconds(cost, layout, recomputed, documents)
     if hardware.kind == "cuda":  # asynchronous: only the excess over device time counts
         host = max(0.0, host - busy - gathers)
     per_micro_batch = device | {"launches": host, "base_gathers": gathers}
     steps = layout.accumulation_steps
     terms = {term: steps * seconds for term, seconds in per_micro_batch.items()}
     return Speed(
-        terms=terms | _once_a_step(work, layout, rates),
+        terms=terms | _seconds_per_step(cost, layout, rates),
         tokens=layout.global_batch_size * tokens,
     )
 
@@ -136,7 +136,7 @@ def reachable_rates(layout: Layout, hardware: Hardware) -> Rates:
     )
 
 
-def _arithmetic(work: CostPerToken, micro: float, reach: float, recomputed: float) -> float:
+def _block_flops(cost: CostPerToken, micro: float, reach: float, recomputed: float) -> float:
     """FLOPs of the blocks for one micro-batch.
 
     A frozen weight costs 2 FLOPs per token forward and 2 backward, for the gradient of its input.
@@ -148,17 +148,17 @@ def _arithmetic(work: CostPerToken, micro: float, reach: float, recomputed: floa
     nn/utils/parametrize.py also computes the sum to check its shape. The backward pass computes the
     gradient of the sum, which costs 2 per active weight, and from it those of A and B.
     """
-    fold = (2 + 2 + 2 * recomputed) * work.fold_flops
+    fold = (2 + 2 + 2 * recomputed) * cost.fold_flops
     per_token = (
-        (2 + recomputed) * work.base_flops
-        + (3 + recomputed) * work.adapter_flops
-        + (1 + _SCORES_BACKWARD + recomputed) * work.score_flops * reach
-        + work.expert_gradient_flops
+        (2 + recomputed) * cost.base_flops
+        + (3 + recomputed) * cost.adapter_flops
+        + (1 + _SCORES_BACKWARD + recomputed) * cost.score_flops * reach
+        + cost.expert_gradient_flops
     )
-    return micro * per_token + fold + (1 + recomputed) * work.norm_flops
+    return micro * per_token + fold + (1 + recomputed) * cost.norm_flops
 
 
-def _logits(
+def _logits_seconds(
     shape: ModelShape, layout: Layout, rates: Rates, positions: float, max_length: int
 ) -> float:
     """Seconds of head and loss for `positions` positions with logits (model/loss.py).
@@ -170,36 +170,36 @@ def _logits(
     b, vocabulary = layout.bytes_per_value, shape.vocab_size
     planned = layout.micro_batch_size * max_length if layout.is_sharded else positions
     chunks = max(1, ceil(planned * vocabulary * 4 / LOGITS_CHUNK_BYTES))
-    again = 0 if chunks == 1 else 1
-    traffic = positions * vocabulary * (4 * b + 24 + again * (2 * b + 12))
-    traffic += (2 + again) * chunks * vocabulary * shape.hidden_size * b  # the head itself
-    flops = (2 + again) * 2 * vocabulary * shape.hidden_size * positions
+    recomputed = 0 if chunks == 1 else 1
+    traffic = positions * vocabulary * (4 * b + 24 + recomputed * (2 * b + 12))
+    traffic += (2 + recomputed) * chunks * vocabulary * shape.hidden_size * b  # the head itself
+    flops = (2 + recomputed) * 2 * vocabulary * shape.hidden_size * positions
     return flops / rates.flops + traffic / rates.memory
 
 
-def _traffic(
-    work: CostPerToken, layout: Layout, micro: float, reach: float, recomputed: float
+def _traffic_bytes(
+    cost: CostPerToken, layout: Layout, micro: float, reach: float, recomputed: float
 ) -> float:
     """Bytes of memory traffic of the blocks for one micro-batch.
 
-    Each pass reads all weights once, however few tokens the micro-batch has, so small micro-batches
-    are slow. With n tokens a d x d matrix product reaches n / (n + flops / bandwidth) of the matrix
-    rate (roofline model, Williams et al. 2009, but with the sum of compute and memory time instead
-    of the larger of the two). Of the experts, only those selected by a token are read.
+    Each pass reads all weights once, even for few tokens, so small micro-batches are slow. With n
+    tokens a d x d matrix product reaches n / (n + flops / bandwidth) of the matrix rate (roofline
+    model, Williams et al. 2009, but with the sum of compute and memory time instead of the larger
+    of the two). Of the experts, only those selected by a token are read.
     """
-    experts = min(1.0, micro * work.expert_share) * work.expert_values
-    weights = (2 + recomputed) * (work.linear_values + experts)
-    values = work.token_values + work.score_values * reach
+    experts = min(1.0, micro * cost.expert_share) * cost.expert_values
+    weights = (2 + recomputed) * (cost.linear_values + experts)
+    values = cost.token_values + cost.score_values * reach
     activations = micro * (1 + _TRAFFIC_BACKWARD + recomputed) * values
     # An adapter of experts is added to their weights twice in each forward pass; the gradient of
     # the sum is written and read twice.
-    folds = (2 + _FOLD_BACKWARD + 2 * recomputed) * work.fold_values
-    norms = (1 + recomputed) * work.norm_values
+    folds = (2 + _FOLD_BACKWARD + 2 * recomputed) * cost.fold_values
+    norms = (1 + recomputed) * cost.norm_values
     return layout.bytes_per_value * (weights + activations + folds + norms)
 
 
-def _dequantised(
-    work: CostPerToken, settings: RunSettings, layout: Layout, recomputed: float
+def _dequantisation_bytes(
+    cost: CostPerToken, settings: RunSettings, layout: Layout, recomputed: float
 ) -> float:
     """Bytes of memory traffic for dequantising the weights (bitsandbytes 0.50 autograd).
 
@@ -208,22 +208,24 @@ def _dequantised(
     MatMul8bitLt multiplies int8 values in the forward pass; in the backward pass it casts the
     weight, then reads and writes it again.
     """
-    dequantised = layout.bytes_per_value * work.linear_values
+    dequantised = layout.bytes_per_value * cost.linear_values
     if settings.load_in_4bit:
-        return (2 + recomputed) * (work.packed_bytes + dequantised)
-    return work.packed_bytes + 3 * dequantised if settings.load_in_8bit else 0.0
+        return (2 + recomputed) * (cost.packed_bytes + dequantised)
+    return cost.packed_bytes + 3 * dequantised if settings.load_in_8bit else 0.0
 
 
-def _launches(work: CostPerToken, layout: Layout, recomputed: float, documents: float) -> float:
-    """Seconds that the host needs to launch the kernels of a micro-batch with these documents."""
-    fetches = 2 * work.modules * _FETCH_S if layout.is_sharded else 0.0
-    kernels = (1 + _KERNELS_BACKWARD + recomputed) * work.kernels
-    kernels += (2 + recomputed) * work.document_kernels * documents  # as many backward as forward
+def _launch_seconds(
+    cost: CostPerToken, layout: Layout, recomputed: float, documents: float
+) -> float:
+    """Seconds that the host needs to launch the kernels of a micro-batch."""
+    fetches = 2 * cost.modules * _FETCH_S if layout.is_sharded else 0.0
+    kernels = (1 + _KERNELS_BACKWARD + recomputed) * cost.kernels
+    kernels += (2 + recomputed) * cost.document_kernels * documents  # as many backward as forward
     return kernels * _KERNEL_S + fetches
 
 
-def _gathers(work: CostPerToken, layout: Layout, rates: Rates) -> float:
-    """Seconds of ZeRO-3's gathers of the base in a micro-batch, without overlap.
+def _gather_seconds(cost: CostPerToken, layout: Layout, rates: Rates) -> float:
+    """Seconds of ZeRO-3's gathers of the base in a micro-batch, before overlap is considered.
 
     The base is gathered twice: for the forward pass, and for the backward pass with its
     recomputation (stage3_max_reuse_distance, DeepSpeed 0.19.8 partitioned_param_coordinator.py).
@@ -235,14 +237,14 @@ def _gathers(work: CostPerToken, layout: Layout, rates: Rates) -> float:
     if not layout.is_sharded:
         return 0.0
     group = layout.hpz_partition_size if layout.hpz_partition_size > 1 else layout.world_size
-    blocks = work.modules  # at most one collective per linear layer
-    seconds = _ring(group, work.stored_bytes, rates.base_ring, rings=blocks)
+    blocks = cost.modules  # at most one collective per linear layer
+    seconds = _ring_seconds(group, cost.stored_bytes, rates.base_ring, rings=blocks)
     if layout.offload_param == "cpu":
-        seconds += work.stored_bytes / group / rates.host
+        seconds += cost.stored_bytes / group / rates.host
     return 2 * seconds
 
 
-def _exposed(gathers: float, busy: float) -> float:
+def _exposed_seconds(gathers: float, busy: float) -> float:
     """Seconds of the gathers that do not overlap with `busy` seconds of computing.
 
     Gathers can overlap because the config sets `overlap_comm` at ZeRO-3.
@@ -250,8 +252,8 @@ def _exposed(gathers: float, busy: float) -> float:
     return _EXPOSED_SHARE * gathers + max(0.0, (1 - _EXPOSED_SHARE) * gathers - busy)
 
 
-def _once_a_step(work: CostPerToken, layout: Layout, rates: Rates) -> dict[str, float]:
-    """Seconds of the adapter's communication and update, which do not depend on the base.
+def _seconds_per_step(cost: CostPerToken, layout: Layout, rates: Rates) -> dict[str, float]:
+    """Seconds of the terms that a step has once: the adapter's communication and its update.
 
     ZeRO-1 all-reduces gradients once per step, ZeRO-2 after every micro-batch (DeepSpeed 0.19.8
     stage_1_and_2.py). ZeRO-3 reduce-scatters them after every micro-batch, which costs half an
@@ -260,16 +262,17 @@ def _once_a_step(work: CostPerToken, layout: Layout, rates: Rates) -> dict[str, 
     """
     world, b = layout.world_size, layout.bytes_per_value
     reductions = {1: 2, 2: 2 * layout.accumulation_steps, 3: layout.accumulation_steps}
-    gradients = work.trainable * _REDUCED_BYTES[layout.training_dtype]
-    own = work.trainable / world
+    gradients = cost.trainable * _REDUCED_BYTES[layout.training_dtype]
+    partition = cost.trainable / world
     return {
-        "gradient_reduction": reductions[layout.zero_stage] * _ring(world, gradients, rates.ring),
-        "adapter_gather": _ring(world, work.trainable * b, rates.ring),
-        "optimizer": own * (_ADAM_BYTES + b) / rates.memory,
+        "gradient_reduction": reductions[layout.zero_stage]
+        * _ring_seconds(world, gradients, rates.ring),
+        "adapter_gather": _ring_seconds(world, cost.trainable * b, rates.ring),
+        "optimizer": partition * (_ADAM_BYTES + b) / rates.memory,
         "fixed": _STEP_S,
     }
 
 
-def _ring(ranks: int, num_bytes: float, rate: float, *, rings: int = 1) -> float:
+def _ring_seconds(ranks: int, num_bytes: float, rate: float, *, rings: int = 1) -> float:
     """Seconds of an all-gather or reduce-scatter of `num_bytes` in `rings` consecutive rings."""
     return (ranks - 1) / ranks * num_bytes / rate + rings * (ranks - 1) * _HOP_S

@@ -35,18 +35,18 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": layout.micro_batch_size,
         "gradient_accumulation_steps": layout.accumulation_steps,
         "gradient_clipping": settings.max_grad_norm,  # written even if 0: the default is 1.0
-        "steps_per_print": None,  # this package shows the progress itself
+        "steps_per_print": None,  # this package logs the progress itself
         "optimizer": _optimizer(settings, is_cuda=is_cuda),
         "zero_optimization": _zero(shape, settings, layout, is_cuda=is_cuda),
     }
     if layout.training_dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
-        # The adapter is small, so reducing its gradients in fp32 costs next to nothing.
+        # The adapter is small, so reducing its gradients in fp32 costs little.
         config["communication_data_type"] = "fp32"
         if layout.zero_stage > 1:  # at stage 1 this key selects another optimizer class
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     if layout.training_dtype == "float16":
-        # hysteresis 1: with the default of 2 the first overflow skips a step but keeps the scale
+        # hysteresis 1: with the default 2, the first overflow does not lower the scale
         config["fp16"] = {
             "enabled": True,
             "initial_scale_power": 16,
@@ -92,7 +92,7 @@ def _sharded(
 ) -> dict[str, Any]:
     gathered = gathers(shape, settings)
     zero: dict[str, Any] = {
-        # Adapters of linear layers are replicated, so that layers do not gather small matrices.
+        # Adapters of linear layers are replicated, so that no layer gathers its small matrices.
         "stage3_param_persistence_threshold": persistence_threshold(shape, settings),
         # These limits allow the block in use and one prefetched block (plan/cost/gathers.py).
         "stage3_max_live_parameters": gathered.block,
@@ -101,7 +101,7 @@ def _sharded(
         # Gather each matrix with its own collective into its own memory. Otherwise prefetched
         # matrices share a buffer, which stays allocated until the last of them has been used.
         "stage3_allgather_sequential": True,
-        # Off, because it would gather the whole base on rank 0.
+        # False, because it would gather the whole base on rank 0.
         "stage3_gather_16bit_weights_on_model_save": False,
     }
     # Ranks route tokens to different experts. A leaf module is gathered as a whole, so all ranks
@@ -117,6 +117,6 @@ def _sharded(
         # A second copy of the base, sharded over the ranks of a node: gathers use only its links.
         zero["zero_hpz_partition_size"] = layout.hpz_partition_size
     if layout.offload_param == "cpu":
-        # The base's shards are in host memory, pinned if there is a GPU to copy them to.
+        # The base's shards stay in host memory; pinned memory makes copies to a GPU faster.
         zero["offload_param"] = {"device": "cpu", "pin_memory": is_cuda}
     return zero

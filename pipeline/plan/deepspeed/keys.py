@@ -37,15 +37,14 @@ ZERO_OPTIMIZATION = frozenset({
     "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights",
 })  # fmt: skip
 
-# Short name of a ZeRO-3 key, without `stage3_` -> full name. DeepSpeed reads both
-# (populate_by_name).
+# Name of a ZeRO-3 key without `stage3_` -> its full name. DeepSpeed reads both (populate_by_name).
 SHORT_NAMES: Mapping[str, str] = {
     key.removeprefix("stage3_"): key
     for key in sorted(ZERO_OPTIMIZATION)
     if key.startswith("stage3_") and key != "stage3_gather_fp16_weights_on_model_save"
 }
 
-# Keys at which DeepSpeed 0.19 stops, because it removed them -> remedy of their rule.
+# Keys that DeepSpeed 0.19 removed and refuses with an error -> remedy of their rule.
 REMOVED = {
     "amp": "set bf16 or fp16 in the run file",
     "compression_training": "set load_in_4bit or load_in_8bit in the run file to save memory",
@@ -110,9 +109,9 @@ BLOCKS: Mapping[tuple[str, ...], Collection[str]] = {
     },
 }  # fmt: skip
 
-# The tables below give the values that DeepSpeed accepts for keys that the generated config does
-# not set. DeepSpeed checks them only after the model is loaded; here they are checked before a GPU
-# is used, and the message names the line.
+# The tables below have the values that DeepSpeed accepts for keys that the generated config does
+# not set. DeepSpeed would check them only after the model is loaded. Here they are checked before a
+# GPU is used, and the message names the line.
 _ZERO_NUMBERS = {
     "allgather_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
     "stage3_model_persistence_threshold", "stage3_module_granularity_threshold",

@@ -1,7 +1,7 @@
-"""The user's own DeepSpeed JSON: checked against the run file, then merged into the config.
+"""The user's own DeepSpeed JSON: compared with the run file, then merged into the generated config.
 
-Unknown keys are refused, although DeepSpeed ignores them at the top level. The rules check the
-merged config.
+Unknown keys are refused; DeepSpeed would ignore them at the top level. The rules check the merged
+config.
 """
 
 import difflib
@@ -30,12 +30,12 @@ _ZERO = "zero_optimization"
 
 
 def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
-    """The settings with the values that the JSON sets, which then constrain the layout.
+    """The settings with the values of the JSON, so that these constrain the layout.
 
-    Raises UserError for a key to which the run file gives another value, and for a key that
-    DeepSpeed does not read.
+    Raises UserError for a key that has another value in the run file, and for a key that DeepSpeed
+    does not read.
     """
-    own = _read(path)
+    own = _read_json_config(path)
     fixed: dict[str, Any] = {}
     for dotted, name in settings_by("deepspeed").items():
         key = tuple(dotted.split("."))
@@ -44,43 +44,45 @@ def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
             continue
         if name in settings.model_fields_set and setting not in ("auto", value):
             raise UserError(
-                f"{_location(own, key)}: {_as_json(value)}, but the run file or its preset has "
+                f"{_location_of(own, key)}: {_as_json(value)}, but the run file or its preset has "
                 f"{name}: {_as_json(setting)}; keep one of them"
             )
-        _validate(settings, {name: value}, f"{_location(own, key)}: {_as_json(value)}")
+        _validate(settings, {name: value}, f"{_location_of(own, key)}: {_as_json(value)}")
         fixed[name] = value
     _validate(settings, fixed, f"deepspeed_json: {path}: {_as_json(fixed)}")
     return settings.model_copy(update=fixed)
 
 
 def overlay(generated: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The generated config, with the keys of the user's JSON merged into it; blocks are merged too.
+    """The generated config with the user's JSON merged into it, key by key also within blocks.
 
-    Raises UserError for a key that DeepSpeed does not read, and for a value whose type differs from
-    that of the value it replaces. Keys that DeepSpeed removed are accepted: each has a rule.
+    Raises UserError for a key that DeepSpeed does not read, and for a value of another type than
+    the value that it replaces. Keys that DeepSpeed removed are accepted here, because each of them
+    has a rule.
     """
-    own = _read(path)
-    return _merged(generated, own.values, own, ())
+    own = _read_json_config(path)
+    return _merge(generated, own.values, own, ())
 
 
-def _merged(
+def _merge(
     generated: Mapping[str, Any], block: Mapping[str, Any], own: Located, path: KeyPath
 ) -> dict[str, Any]:
     merged = dict(generated)
     for key, value in block.items():
         old = generated.get(key)
         is_block = isinstance(value, Mapping)
-        if old is not None and _type(value) != _type(old):
-            location = _location(own, (*path, key))
+        if old is not None and _type_name(value) != _type_name(old):
+            location = _location_of(own, (*path, key))
             raise UserError(
-                f"{location}: {_as_json(value)} is not {_type(old)}; the generated config has "
+                f"{location}: {_as_json(value)} is not {_type_name(old)}; the generated config has "
                 f"{_as_json(old)}"
             )
-        merged[key] = _merged(old or {}, value, own, (*path, key)) if is_block else value
+        merged[key] = _merge(old or {}, value, own, (*path, key)) if is_block else value
     return merged
 
 
-def _type(value: Any) -> str:
+def _type_name(value: Any) -> str:
+    """The JSON type of a value, in words for messages."""
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, int | float):
@@ -99,11 +101,11 @@ def _validate(settings: RunSettings, values: dict[str, Any], location: str) -> N
         raise UserError(f"{location}: {shown}") from None
 
 
-def _read(path: str) -> Located:
-    """The JSON file, with ZeRO-3's keys under their full names, without values "auto" and null.
+def _read_json_config(path: str) -> Located:
+    """The JSON file, without the values "auto" and null, and with full names of ZeRO-3's keys.
 
-    "auto" and null stand for the generated value. Raises UserError for every unknown key, even with
-    one of these values.
+    "auto" and null mean the generated value. Raises UserError for every unknown key, even with one
+    of these values.
     """
     own = read_located(Path(path), "JSON", label="deepspeed_json: ")
     _require_known(own)
@@ -114,7 +116,7 @@ def _read(path: str) -> Located:
             continue
         if full in zero:
             raise UserError(
-                f"{_location(own, (_ZERO, short))}: the same key as {full} in line "
+                f"{_location_of(own, (_ZERO, short))}: another name of {full} in line "
                 f"{lines[_ZERO, full]}; keep one of them"
             )
         zero[full] = zero.pop(short)
@@ -125,13 +127,14 @@ def _read(path: str) -> Located:
 
 
 def _require_known(own: Located) -> None:
+    """Raise UserError for keys that DeepSpeed does not read."""
     problems = []
     for key in own.lines:
         names = BLOCKS.get(key[:-1])
         if names is not None and key[-1] not in names:
             near = difflib.get_close_matches(key[-1], sorted(names), n=1, cutoff=0.6)
             hint = f"did you mean {near[0]!r}?" if near else "remove it"
-            problems.append(f"{_location(own, key)}: DeepSpeed does not read this key; {hint}")
+            problems.append(f"{_location_of(own, key)}: DeepSpeed does not read this key; {hint}")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -141,13 +144,13 @@ def _require_values(own: Located) -> None:
     problems = []
     for key in own.lines:
         value = _value_at(own, key)
-        if value is not None and (expected := _expected(key, value)):
-            problems.append(f"{_location(own, key)}: {_as_json(value)} is not {expected}")
+        if value is not None and (expected := _expected_values(key, value)):
+            problems.append(f"{_location_of(own, key)}: {_as_json(value)} is not {expected}")
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _expected(key: KeyPath, value: Any) -> str | None:
+def _expected_values(key: KeyPath, value: Any) -> str | None:
     """Description of the values that the key accepts; None if `value` is one of them."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if key in BLOCKS and not isinstance(value, Mapping):
@@ -173,6 +176,7 @@ def _expected(key: KeyPath, value: Any) -> str | None:
 
 
 def _without_auto(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The block without "auto" and null, also in blocks within it."""
     return {
         key: _without_auto(value) if isinstance(value, Mapping) else value
         for key, value in block.items()
@@ -188,8 +192,8 @@ def _value_at(own: Located, key: KeyPath) -> Any:
     return value
 
 
-def _location(own: Located, key: KeyPath) -> str:
-    """File, line and key, with the name of the key as it is in the file."""
+def _location_of(own: Located, key: KeyPath) -> str:
+    """File, line and key; the key has the name that the file uses."""
     names = {full: short for short, full in SHORT_NAMES.items()}
     is_short = key[:1] == (_ZERO,) and len(key) == 2 and (_ZERO, names.get(key[1], "")) in own.lines
     shown = (_ZERO, names[key[1]]) if is_short else key
