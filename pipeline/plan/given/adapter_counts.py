@@ -18,7 +18,7 @@ _MLP_INPUT = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"}
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedLayer:
-    """A linear layer that gets an adapter: full name, sizes, r of its matrices, and scaling."""
+    """A linear layer that gets an adapter. `r`: the r of this layer's adapter."""
 
     name: str
     linear: Linear
@@ -39,7 +39,7 @@ class AdapterCounts:
 
     `parameters` and `largest_matrix` include the adapter of fused experts. `expert_parameters`:
     parameters of that adapter. `adapted_experts`: elements of the fused tensors that it adapts.
-    `largest_expert_tensor`: elements of the largest of them.
+    `largest_expert_tensor`: elements of the largest such tensor.
     """
 
     layers: int
@@ -62,16 +62,16 @@ class AdapterCounts:
 def adapter_counts(shape: ModelShape, settings: RunSettings) -> AdapterCounts:
     """Counts for all adapted layers. Raises UserError like `adapted_layers`.
 
-    A is (r, d_in) and B is (d_out, r) for every layer (LoRA, arXiv 2106.09685 s.4). For a fused
-    tensor of n experts A is (n r, d_in) and B is (d_out, n r): r for each expert (peft 0.21.2
-    tuners/lora/layer.py ParamWrapper.update_layer).
+    The shape of A is (r, d_in) and that of B is (d_out, r) (LoRA, arXiv 2106.09685 s.4). For a
+    fused tensor of n experts they are (n r, d_in) and (d_out, n r), which is r for each expert
+    (peft 0.21.2 tuners/lora/layer.py ParamWrapper.update_layer).
     """
-    return _counts(shape, _Selection.of(settings))[0]
+    return _cached_counts(shape, _Selection.of(settings))[0]
 
 
 def adapter_counts_by_kind(shape: ModelShape, settings: RunSettings) -> tuple[AdapterCounts, ...]:
     """Counts for the blocks of each kind, in the order of `shape.blocks`."""
-    return _counts(shape, _Selection.of(settings))[1]
+    return _cached_counts(shape, _Selection.of(settings))[1]
 
 
 def lora_scaling(r: int, alpha: float, *, use_rslora: bool) -> float:
@@ -85,10 +85,10 @@ def trainable_parameters(shape: ModelShape, settings: RunSettings) -> int:
 
 
 def pattern_value(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
-    """The value of the first key that matches the end of a layer's name, as in peft's patterns.
+    """The value of the first key that matches a layer's name, or `default` if none does.
 
-    A key is a regular expression for the name or for its end after a dot (peft 0.21.2
-    utils/other.py get_pattern_key).
+    As in peft, a key is a regular expression for the whole name, or for its end after a dot (peft
+    0.21.2 utils/other.py get_pattern_key).
     """
     for key, value in (pattern or {}).items():
         if full_matches(rf"(.*\.)?({key})", [name], "rank_pattern or alpha_pattern"):
@@ -98,13 +98,13 @@ def pattern_value(pattern: Mapping[str, float] | None, name: str, default: float
 
 def adapted_layers(shape: ModelShape, settings: RunSettings) -> tuple[AdaptedLayer, ...]:
     """The layers that get an adapter. Raises UserError if a setting selects or matches no layer."""
-    return _selected(shape, _Selection.of(settings))
+    return _select_layers(shape, _Selection.of(settings))
 
 
 def lora_shapes(shape: ModelShape, settings: RunSettings) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of the linear layers' tensors in the adapter file, as peft names them.
 
-    Fused experts are not among them: their keys depend on how peft wraps them.
+    The tensors of fused experts are not included, because their keys depend on how peft wraps them.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in adapted_layers(shape, settings):
@@ -118,7 +118,7 @@ def lora_shapes(shape: ModelShape, settings: RunSettings) -> dict[str, tuple[int
 
 @dataclass(frozen=True)
 class _Selection:
-    """The settings that select the adapted layers and the r of each; hashable."""
+    """The settings that select the adapted layers, their r and their scaling; a cache key."""
 
     targets: str | tuple[str, ...]
     layers: tuple[int, ...]
@@ -147,9 +147,9 @@ class _Selection:
 
 
 @lru_cache(maxsize=16)
-def _selected(shape: ModelShape, selection: _Selection) -> tuple[AdaptedLayer, ...]:
+def _select_layers(shape: ModelShape, selection: _Selection) -> tuple[AdaptedLayer, ...]:
     linears = dict(shape.targeted(selection.targets))
-    names = _in_layers(shape, selection.layers, list(linears))
+    names = _names_in_blocks(shape, selection.layers, list(linears))
     names = _not_excluded(shape, selection.excluded, names)
     if not names and not shape.targeted_experts(selection.targets):
         raise UserError(
@@ -176,12 +176,13 @@ def _selected(shape: ModelShape, selection: _Selection) -> tuple[AdaptedLayer, .
 
 
 def _require_matches(setting: str, pattern: Mapping[str, float], names: Sequence[str]) -> None:
+    """Raise UserError for a key of rank_pattern or alpha_pattern that matches no layer."""
     for key in pattern:
         if not any(pattern_value({key: 1}, name, 0) for name in names):
             raise UserError(f"{setting}: {key!r} matches no adapted layer, such as {names[0]}")
 
 
-def _in_layers(shape: ModelShape, layers: Sequence[int], names: list[str]) -> list[str]:
+def _names_in_blocks(shape: ModelShape, layers: Sequence[int], names: list[str]) -> list[str]:
     """The names in the blocks with these indices; all of them if `layers` is empty."""
     for layer in layers:
         if not 0 <= layer < shape.num_layers:
@@ -193,47 +194,49 @@ def _in_layers(shape: ModelShape, layers: Sequence[int], names: list[str]) -> li
 
 
 def _not_excluded(shape: ModelShape, excluded: str | Sequence[str], names: list[str]) -> list[str]:
-    left = names
+    remaining = names
     for entry in [excluded] if isinstance(excluded, str) else excluded:
         matches = set(
             shape.matching(entry, "exclude_modules", is_pattern=isinstance(excluded, str))
         )
         if not matches & set(names):
             raise UserError(f"exclude_modules: {entry!r} matches none of the layers to adapt")
-        left = [name for name in left if name not in matches]
-    return left
+        remaining = [name for name in remaining if name not in matches]
+    return remaining
 
 
 @lru_cache(maxsize=16)
-def _counts(
+def _cached_counts(
     shape: ModelShape, selection: _Selection
 ) -> tuple[AdapterCounts, tuple[AdapterCounts, ...]]:
-    selected, r = _selected(shape, selection), selection.r
+    selected, r = _select_layers(shape, selection), selection.r
     experts = shape.targeted_experts(selection.targets)
     by_kind = [
-        _count(
+        _sum_counts(
             [layer for layer in selected if shape.kind_of(layer.name) == kind],
             [tensor for name, tensor in experts if shape.kind_of(name) == kind],
             r,
         )
         for kind in range(len(shape.blocks))
     ]
-    return _count(selected, [tensor for _, tensor in experts], r), tuple(by_kind)
+    return _sum_counts(selected, [tensor for _, tensor in experts], r), tuple(by_kind)
 
 
-def _count(
+def _sum_counts(
     selected: Sequence[AdaptedLayer], experts: Sequence[ExpertTensor], r: int
 ) -> AdapterCounts:
     linears = [layer.linear for layer in selected]
-    of_linears = max((x.r * max(x.linear.d_in, x.linear.d_out) for x in selected), default=0)
-    of_experts = r * max((x.count * max(x.d_in, x.d_out) for x in experts), default=0)
+    largest_of_linears = max(
+        (x.r * max(x.linear.d_in, x.linear.d_out) for x in selected), default=0
+    )
+    largest_of_experts = r * max((x.count * max(x.d_in, x.d_out) for x in experts), default=0)
     expert_parameters = sum(r * x.count * (x.d_in + x.d_out) for x in experts)
     return AdapterCounts(
         layers=len(linears),
         parameters=sum(layer.parameters for layer in selected) + expert_parameters,
         inner_width=sum(layer.r for layer in selected),
-        largest_matrix=max(of_linears, of_experts),
-        largest_linear_matrix=of_linears,
+        largest_matrix=max(largest_of_linears, largest_of_experts),
+        largest_linear_matrix=largest_of_linears,
         expert_parameters=expert_parameters,
         adapted_experts=sum(tensor.parameters for tensor in experts),
         largest_expert_tensor=max((tensor.parameters for tensor in experts), default=0),

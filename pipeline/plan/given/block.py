@@ -11,10 +11,10 @@ class Block:
 
     `intermediate_size`: inner width of the dense MLP, or of the shared expert in a block with
     experts; 0 if there is neither. `experts`: fused tensors in the order in which the class defines
-    them. `saved`: size per token of the tensors saved for backward without adapters, counted on the
-    model's class: the number of values in the training dtype, and the bytes of other types; None if
-    activations.py computes them. `saved_for_expert_adapters`: number of values per token that are
-    saved in addition if the experts have an adapter.
+    them. `saved`: what the block saves for backward per token, adapters excluded: the number of
+    values in the training dtype, and the number of bytes in other dtypes. It is counted on the
+    model's class; None if activations.py computes it. `saved_for_expert_adapters`: number of values
+    per token that are also saved if the experts have an adapter.
     """
 
     linears: tuple[Linear, ...]
@@ -83,7 +83,7 @@ class Block:
 
     @property
     def router_parameters(self) -> int:
-        """Parameters of the router, which is not an nn.Linear."""
+        """Parameters of the router, which is not an nn.Linear and not in `linears`."""
         return self.num_experts * self.hidden_size
 
     @property
@@ -94,7 +94,7 @@ class Block:
 
     @property
     def active_weights(self) -> int:
-        """Weights that one token is multiplied by, including router and selected experts."""
+        """Weights that one token is multiplied by: linear layers, router and selected experts."""
         return self.linear_weights + self.router_parameters + self.active_expert_weights
 
     @property

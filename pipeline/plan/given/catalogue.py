@@ -1,7 +1,7 @@
 """Catalogue of GPUs with the rates of their data sheets, and estimated rates for other devices.
 
-The rates are upper bounds; speed.py has the fractions of them that a run is assumed to reach.
-Network rates are not a property of a GPU: they are assumptions.
+The rates are upper bounds; speed.py has the fraction of each that a run is assumed to reach.
+Network rates are not a property of a GPU, so they are assumptions.
 """
 
 import difflib
@@ -116,8 +116,8 @@ GPUS: Mapping[str, Hardware] = {
 }
 # fmt: on
 
-# Memory sizes whose ratio is below this count as equal: the sizes that different drivers report
-# for a card differ by less, MIG slices by more.
+# Two memory sizes count as equal if their ratio is below this. The sizes that different drivers
+# report for one card differ by less; a card and its MIG slices differ by more.
 _SAME_MEMORY = 1.1
 
 # One core of a server CPU: 16-bit matmul FLOP/s (with AVX512-BF16 or AMX; without them bf16 is far
@@ -144,10 +144,10 @@ def gpu_named(key: str) -> Hardware:
 def gpu_like(gib: float, tflops: float | None = None) -> Hardware:
     """A GPU described by its memory and, if known, its dense 16-bit rate.
 
-    It is assumed to support bfloat16. Its other rates come from a card of the catalogue: without
-    `tflops` the slowest card of about the same memory, with `tflops` the card closest in memory and
-    rate, whose memory bandwidth is scaled by the ratio of the rates. Raises UserError for a value
-    that is not above 0.
+    It is assumed to support bfloat16. Its other rates come from a card of the catalogue. Without
+    `tflops` this is the slowest card with about the same memory. With `tflops` it is the card
+    closest in memory and rate, and its memory bandwidth is scaled by the ratio of the rates. Raises
+    UserError for a value that is not above 0.
     """
     size = int(gib * GIB)
     if size < 1 or (tflops is not None and tflops <= 0):
@@ -177,7 +177,7 @@ def rates_of(nvml_name: str, device_bytes: int) -> Hardware:
     """The catalogue's rates for a detected GPU.
 
     If the catalogue has no card with this NVML name and about this memory, `gpu_like` estimates the
-    rates from the memory. The caller replaces number of devices, memory and name by the detected
+    rates from the memory. The caller replaces name, memory and number of devices with the detected
     values.
     """
     for card in GPUS.values():
@@ -204,7 +204,7 @@ def cpu_of(num_cores: int, memory_bytes: int) -> Hardware:
 
 
 def _product_name(name: str) -> str:
-    """The name without vendor and product family: drivers do not always include these."""
+    """The name without vendor and product family, which drivers do not always include."""
     return re.sub(r"\b(NVIDIA|Tesla|GeForce)\b|\s+", "", name).lower()
 
 

@@ -1,6 +1,6 @@
-"""Proof: the results of the checks that this package trains a model class correctly.
+"""Proof: results of the checks whether this package trains a model class correctly.
 
-model/proof.py runs the checks in a subprocess with torch. Their results are cached, so that later
+model/proof.py runs the checks in a subprocess with torch. The results are cached, so that later
 plans need no torch.
 """
 
@@ -27,10 +27,10 @@ _PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """Result of all checks of a class.
+    """Results of all checks of a class.
 
-    `errors`: relative error of each check, by its name. The other fields are lists of reasons, each
-    empty if there is nothing against the use: `refusals` against training the model at all,
+    `errors`: relative error of each check, by its name. Each other field lists the reasons against
+    one use, and is empty if nothing is against it: `refusals` against training the model at all,
     `without_packs` against packing documents, `without_reentrant` against re-entrant checkpointing,
     `without_merge` against merging the adapter into the base.
     """
@@ -59,9 +59,9 @@ def cached_proof(shape: ModelShape, settings: RunSettings) -> Proof | None:
 
 
 def without_leaking_packs(settings: RunSettings, proof: Proof | None) -> RunSettings:
-    """The settings, with `packing: false` if the class leaks information between documents.
+    """The settings, with `packing: false` if the class mixes the documents of a pack.
 
-    A `packing` that the user set stays as it is: the rule `class-packs` then refuses the run.
+    If the user set `packing: true`, it stays, and the rule `class-packs` refuses the run.
     """
     if proof is None or not proof.without_packs or "packing" in settings.model_fields_set:
         return settings
@@ -81,20 +81,20 @@ def ensure_proof(settings: RunSettings, shape: ModelShape) -> None:
     try:
         with one_process_at_a_time(path):
             if read_proof(path) is None:
-                _check(folder, names, settings)
+                _run_checks(folder, names, settings)
     except OSError as error:
         raise UserError(
-            "model: its class is checked once and the result is cached, but the cache folder "
-            f"{path.parent} cannot be written ({error.strerror}); set RANKZERO_CACHE to a folder "
-            "that can"
+            "model: the result of the checks of its class cannot be cached: the folder "
+            f"{path.parent} is not writable ({error.strerror}); set RANKZERO_CACHE to a folder "
+            "that is"
         ) from None
 
 
 def proof_file(folder: Path, names: Sequence[str], *, trust_remote_code: bool) -> Path:
     """Cache file of a proof.
 
-    Its key is config.json, the model's own code, the names of the adapted layers and of the tensors
-    in the checkpoint, and the versions of the packages.
+    Its key consists of config.json, the model's own code, the names of the adapted layers and of
+    the tensors in the checkpoint, and the versions of the packages.
     """
     index = folder / "model.safetensors.index.json"
     files = [folder / "config.json", *([index] if index.is_file() else [])]
@@ -117,7 +117,7 @@ def write_proof(path: Path, proof: Proof) -> None:
     write_text(path, dump_json(asdict(proof)))
 
 
-def _check(folder: Path, names: Sequence[str], settings: RunSettings) -> None:
+def _run_checks(folder: Path, names: Sequence[str], settings: RunSettings) -> None:
     """Run the checks in a subprocess, which writes their results to the cache."""
     trust = ["--trust-remote-code"] if settings.trust_remote_code else []
     try:

@@ -24,7 +24,7 @@ _TIMEOUT_S = 300
 
 
 def class_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Shape of the model in a folder, from the cache if possible.
+    """Sizes of the model in a folder, from the cache if possible.
 
     Raises UserError if the class cannot be built, or is known not to be trained correctly.
     """
@@ -40,20 +40,20 @@ def _cached_or_counted(folder: Path, *, trust_remote_code: bool) -> dict[str, An
         return cached
     if package_version("torch") is None:
         raise UserError(
-            "this model_type is not in the table of known families, and without torch its class "
-            f"cannot be counted here; run `python -m pipeline.model.class_shape {folder}` on a "
-            "machine that has the same versions of torch, transformers and peft, and write its "
-            f"output to {path}"
+            "this model_type is not in the table of known families, and without torch the sizes of "
+            "its class cannot be counted here; run `python -m pipeline.model.class_shape "
+            f"{folder}` on a machine with the same versions of torch, transformers and peft, and "
+            f"write its output to {path}"
         )
     try:
         with one_process_at_a_time(path):  # the ranks of a machine start at the same time
             if (cached := _read_shape(path)) is not None:
                 return cached
-            counted = _count(folder, trust_remote_code=trust_remote_code)
+            counted = _count_in_subprocess(folder, trust_remote_code=trust_remote_code)
             write_text(path, dump_json(counted))
             return counted
     except OSError:  # without a cache every plan counts the class
-        return _count(folder, trust_remote_code=trust_remote_code)
+        return _count_in_subprocess(folder, trust_remote_code=trust_remote_code)
 
 
 def _read_shape(path: Path) -> dict[str, Any] | None:
@@ -67,14 +67,15 @@ def _read_shape(path: Path) -> dict[str, Any] | None:
 def shape_file(folder: Path, *, trust_remote_code: bool = False) -> Path:
     """Cache file of the shape.
 
-    Its key is config.json, the model's own code if it is used, and the versions of the packages.
+    Its key consists of config.json, the model's own code if it is used, and the versions of the
+    packages.
     """
     files = [folder / "config.json", *(sorted(folder.glob("*.py")) if trust_remote_code else [])]
     contents = [path.read_text(encoding="utf-8", errors="replace") for path in files]
     return cache_file("shapes", [_FORMAT, *contents], _PACKAGES)
 
 
-def _count(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
+def _count_in_subprocess(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
     trust = ["--trust-remote-code"] if trust_remote_code else []
     try:
         output = run_module("pipeline.model.class_shape", str(folder), *trust, timeout_s=_TIMEOUT_S)

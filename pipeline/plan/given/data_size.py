@@ -9,9 +9,10 @@ class DataSize:
     """Numbers of an epoch: documents, and their tokens after truncation to `max_length`.
 
     Padding is not counted. `longest`: tokens of the longest document; None if some documents have
-    not been read. `is_exact`: counted by prepare, not estimated. `sequences`: number of sequences;
-    None before prepare. `count_longer`: function from a number of tokens to the number of documents
-    with more tokens.
+    not been read. `is_exact`: True if prepare counted the numbers, False if they are estimated.
+    `sequences`: number of packs, or of documents without packing; None before prepare.
+    `count_longer`: function that returns the number of documents with more tokens than its
+    argument.
     """
 
     documents: int

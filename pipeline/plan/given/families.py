@@ -1,8 +1,8 @@
 """Model families: names and sizes of the linear layers of a decoder block, by `model_type`.
 
 Source: transformers 5.23, models/*/modeling_*.py. In this version the experts of a block are fused
-tensors, and the router is not an nn.Linear. So peft cannot adapt experts and routers by name, and
-bitsandbytes does not quantise them.
+tensors, and the router is not an nn.Linear. Therefore peft cannot adapt experts and routers by
+name, and bitsandbytes does not quantise them.
 """
 
 from collections.abc import Callable, Mapping

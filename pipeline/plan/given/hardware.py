@@ -6,8 +6,8 @@ from typing import Literal
 GIB = 2**30
 
 # Fraction of a GPU's memory, as NVML reports it, that a plan may use: an assumption, not measured
-# on a GPU. The remaining 5 % are a margin for memory that the prediction does not include, such as
-# kernel workspaces. It does include the CUDA context and allocator slack (memory.py).
+# on a GPU. The remaining 5 % are a margin for memory that the prediction leaves out, such as kernel
+# workspaces. The prediction includes the CUDA context and allocator slack (memory.py).
 _USABLE_GPU = 0.95
 # The same for ranks on a CPU, which share host memory with the system and the page cache.
 _USABLE_HOST = 0.8
@@ -24,7 +24,7 @@ class Hardware:
     Bytes/s of one device in each direction: `node_link` to another device of its node, `network` to
     other nodes (its share of the node's network cards), `host_link` to host memory.
 
-    All CPU cores of a node are one device; its ranks share its memory and rates.
+    All CPU cores of a node together are one device, whose memory and rates the node's ranks share.
     """
 
     kind: Literal["cuda", "cpu"]

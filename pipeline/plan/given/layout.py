@@ -54,7 +54,7 @@ class Layout:
 class SequenceProfile:
     """Properties of the sequences of a micro-batch that memory and speed depend on.
 
-    `tokens`: length of a sequence, padding included. `supervised_share`: fraction of the tokens
+    `tokens`: length of a sequence, including padding. `supervised_share`: fraction of the tokens
     that have labels; logits are computed only for these. `attended`: mean document length of packed
     sequences, because attention does not cross documents; None if each sequence is one document.
     The defaults give upper bounds of memory and time.

@@ -28,8 +28,8 @@ def bidirectional(config: Mapping[str, Any]) -> str:
 def other_head(config: Mapping[str, Any], *, is_tied: bool) -> str:
     """The class in config.json if it has no language-model head; empty if it has one.
 
-    A backbone with tied embeddings has a head, the embedding matrix. A class in the model's own
-    code is not judged by its name, and the result is empty.
+    A backbone with tied embeddings has a head: the embedding matrix. A class in the model's own
+    code may have any name, so the result for it is empty.
     """
     classes = _classes(config)
     if not classes or "AutoModelForCausalLM" in (config.get("auto_map") or {}):
@@ -42,5 +42,6 @@ def other_head(config: Mapping[str, Any], *, is_tied: bool) -> str:
 
 
 def _classes(config: Mapping[str, Any]) -> list[str]:
+    """The names of classes in config.json."""
     names = config.get("architectures")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

@@ -13,7 +13,7 @@ _LIMIT_S = 2.0
 
 
 class _TooSlowError(Exception):
-    """The time limit has passed."""
+    """Raised when the time limit has passed."""
 
 
 def full_matches(pattern: str, names: Iterable[str], setting: str) -> list[str]:
@@ -38,9 +38,10 @@ def full_matches(pattern: str, names: Iterable[str], setting: str) -> list[str]:
 
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    """Raise _TooSlowError in the body after the limit, from a signal, for which `re` checks.
+    """Raise _TooSlowError in the body once the time limit has passed.
 
-    In threads other than the main thread there is no limit, because they cannot handle signals.
+    A signal handler raises it, because `re` checks for signals while it matches. Threads other than
+    the main thread have no limit, because they cannot handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -8,7 +8,7 @@ from pipeline.plan.given.families import Config
 
 
 def require_window(config: Config) -> None:
-    """Raise UserError if a layer has sliding attention and no window: its forward pass fails."""
+    """Raise UserError if a layer has sliding attention but no window; such a model cannot run."""
     has_window = config.get("sliding_window", True) and config.get("use_sliding_window", True)
     if "sliding_attention" in (config.get("layer_types") or ()) and not has_window:
         raise UserError(
@@ -30,7 +30,7 @@ def max_positions(config: Config) -> int | None:
 
 
 def rope_original_length(config: Config) -> int | None:
-    """Shortest length in tokens before rope scaling that depends on the length; None without it."""
+    """Length in tokens beyond which length-dependent rope scaling begins; None without it."""
     lengths = [
         _original_length(config, rope)
         for rope in _rope_settings(config)

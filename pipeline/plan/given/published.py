@@ -1,4 +1,4 @@
-"""Published models: sizes that ship with this package, so that planning needs no download.
+"""Published models: their sizes ship with this package, so that planning needs no download.
 
 published_models.json has, for each model, the keys of config.json that determine its sizes, with
 source and date. published_shapes.json has the sizes of models whose type is not in families.py,
@@ -42,7 +42,7 @@ class PublishedModel:
 
     @property
     def needs_class(self) -> bool:
-        """Whether the sizes were counted on the model's class, as families.py lacks its type."""
+        """Whether families.py lacks the model's type, so that its class was counted."""
         return self.config["model_type"] not in FAMILIES
 
     def shape(self, name: str | None = None) -> ModelShape:
@@ -65,11 +65,11 @@ def published_shape(name: str) -> ModelShape:
     if name in by_name:
         return by_name[name].shape(name)
     raise UserError(
-        f"model: {name} is not a folder, nor a hub model in the local cache, nor a model whose "
-        f"sizes ship with this package{_similar_names(name, list(by_name))}; download a model with "
-        "`hf download NAME`, or with `hf download NAME --local-dir FOLDER` and name that folder "
-        "(config.json alone is enough for a plan); `launch/plan.py --fits` lists the models whose "
-        "sizes ship"
+        f"model: {name} is neither a folder, nor a hub model in the local cache, nor a model whose "
+        f"sizes ship with this package{_similar_names(name, list(by_name))}; download it with "
+        "`hf download NAME`, or with `hf download NAME --local-dir FOLDER` and set model to FOLDER "
+        "(for a plan, config.json is enough); `launch/plan.py --fits` lists the models whose sizes "
+        "ship with this package"
     )
 
 

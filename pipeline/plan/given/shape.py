@@ -1,8 +1,8 @@
 """ModelShape: sizes and module names of a model, from its config.json alone. No weights, no torch.
 
-The linear layers of a block have the names they have in the loaded model, so that adapter
-parameters can be counted before the model is loaded. families.py lists the layers of known values
-of `model_type`; for any other value class_shape.py builds the model's class without weights, in a
+The linear layers of a block have the same names as in the loaded model, so that adapter parameters
+can be counted before the model is loaded. families.py has the layers for known values of
+`model_type`. For any other value, class_shape.py builds the model's class without weights, in a
 subprocess. tests/plan/given/test_shape.py compares the counts with those of transformers and peft
 on the meta device.
 """
@@ -34,14 +34,14 @@ from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.given.positions import max_positions, require_window, rope_original_length
 from pipeline.plan.given.tokens import required_vocab_size
 
-# As an entry of lora_target_modules: the fused experts of all blocks.
+# Entry of lora_target_modules that means the fused experts of all blocks.
 EXPERTS = "experts"
 # Names of the experts and of their projections. In older transformers these were linear layers.
 _EXPERT_NAMES = ("experts", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 # Matches the names of routers and of the gates of shared experts, such as `mlp.gate` and
 # `router.proj`, but not `mlp.gate_proj`.
 _ROUTER = re.compile(r"(^|.*[._])(gate|router)($|\.)")
-# Largest accepted numbers of layers and experts: to count a model with more would take minutes.
+# Largest accepted numbers of layers and experts. Counting a model with more would take minutes.
 _LARGEST = ((re.compile(r"layers?$"), 10_000), (re.compile(r"experts?$"), 100_000))
 _SIZE = re.compile(r"(layers?|experts?|heads?|size|dim|width|n_embd|n_inner|d_model|tok)$")
 _LARGEST_SIZE = 10**9  # of widths, heads and vocabularies
@@ -54,7 +54,7 @@ _DROPOUTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A decoder: embeddings, blocks of one or more kinds, and a head.
+    """Shape of a decoder: embeddings, blocks of one or more kinds, and a head.
 
     `blocks`: one Block for each kind, such as dense and mixture of experts. `layer_kinds`: for each
     layer, the index of its kind in `blocks`. `required_vocab_size`: highest id of the tokenizer's
@@ -83,7 +83,7 @@ class ModelShape:
     rope_original_length: int | None = None
     dropouts: tuple[str, ...] = ()  # `key: value` of each dropout in config.json that is not 0
     has_router_loss: bool = False
-    bidirectional: str = ""  # entry of config.json because of which tokens attend to later ones
+    bidirectional: str = ""  # entry of config.json that lets tokens attend to later tokens
     other_head: str = ""  # class of a checkpoint that has no language-model head
     has_other_towers: bool = False  # has linear layers outside decoder and head (vision tower)
     is_from_class: bool = False  # counted on the model's class, not computed by families.py
@@ -157,9 +157,8 @@ class ModelShape:
     def default_targets(self) -> list[str]:
         """The targets of `lora_target_modules: auto`: all linear layers of blocks except routers.
 
-        Each is the last part of a module's name (`q_proj`), the form that serving engines
-        understand. Fused experts are not linear layers: they are adapted only if the user names
-        them.
+        Each is the last part of a module's name (`q_proj`), which is the form that serving engines
+        read. Fused experts are not linear layers, and are adapted only if the user names them.
         """
         linears = chain.from_iterable(block.linears for block in self.blocks)
         names = [
@@ -171,8 +170,8 @@ class ModelShape:
         """The linear layers that get an adapter, with their full names.
 
         `targets` is `auto` or a value of peft's `target_modules`: a list of last parts of dotted
-        names, `all-linear`, or a regular expression for full names. `experts` is skipped, see
-        `targeted_experts`. Raises UserError if an entry matches no layer.
+        names, `all-linear`, or a regular expression for full names. The entry `experts` is skipped
+        here (see `targeted_experts`). Raises UserError if an entry matches no layer.
         """
         targets = self.without_auto(targets)
         if targets == "all-linear":
@@ -189,8 +188,8 @@ class ModelShape:
         if unadaptable := [name for name in selected if not self.linears[name].is_adaptable]:
             raise UserError(
                 f"lora_target_modules: {targets!r} matches {unadaptable[0]}, but peft would adapt "
-                "fused experts instead of it, when it attaches and when it loads an adapter; "
-                f"these can be adapted: [{', '.join([*self.default_targets, EXPERTS])}]"
+                "fused experts instead of this layer, in training and after loading; these can be "
+                f"adapted: [{', '.join([*self.default_targets, EXPERTS])}]"
             )
         if uncalled := [name for name in selected if not self.linears[name].is_called]:
             raise UserError(
@@ -203,8 +202,8 @@ class ModelShape:
     def targeted_experts(self, targets: str | Sequence[str]) -> list[tuple[str, ExpertTensor]]:
         """The fused expert tensors that get an adapter, with their full names.
 
-        All of them if `experts` is one of the targets, else none. Raises UserError if `experts` is
-        a target and the model has no fused experts.
+        These are all of them if `experts` is one of the targets, else none. Raises UserError if
+        `experts` is a target and the model has no fused experts.
         """
         if EXPERTS not in ([targets] if isinstance(targets, str) else targets):
             return []
@@ -215,8 +214,8 @@ class ModelShape:
         ]
         if not tensors:
             raise UserError(
-                f"lora_target_modules: {EXPERTS} stands for fused experts, of which {self.folder} "
-                f"has none; its blocks have the linear layers {', '.join(self._linear_names)}"
+                f"lora_target_modules: {EXPERTS} means fused experts, and {self.folder} has none; "
+                f"its blocks have the linear layers {', '.join(self._linear_names)}"
             )
         return tensors
 
@@ -254,8 +253,8 @@ class ModelShape:
         if self.num_experts and target.endswith(_EXPERT_NAMES):
             raise UserError(
                 f"lora_target_modules: {target!r} of {self.folder}: the experts of a block are "
-                f"fused into a few tensors, which have no names of single projections; name "
-                f"{EXPERTS} to adapt all of them, or linear layers: [{names}]"
+                f"fused into a few tensors, so their projections have no names; name {EXPERTS} to "
+                f"adapt all of them, or linear layers: [{names}]"
             )
         raise UserError(
             f"lora_target_modules: {target!r} matches no linear layer of {self.folder}, whose "
@@ -276,7 +275,7 @@ def require_model_folder(model: Path) -> None:
 def read_shape(model: str, *, trust_remote_code: bool = False) -> ModelShape:
     """The shape of the model in a folder. Raises UserError if config.json cannot be used.
 
-    `trust_remote_code`: the model's own code is run, where config.json names a class in it.
+    `trust_remote_code`: run the model's own code if config.json names a class in it.
     """
     folder = Path(model)
     path = folder / "config.json"
@@ -286,7 +285,7 @@ def read_shape(model: str, *, trust_remote_code: bool = False) -> ModelShape:
     try:
         config = read_json(path)
     except (ValueError, OSError) as error:
-        raise UserError(f"model: {path}: not readable as a JSON object: {error}") from None
+        raise UserError(f"model: {path}: cannot be read as a JSON object: {error}") from None
     try:
         if trust_remote_code and _has_own_code(config):
             sizes = class_shape(folder, trust_remote_code=True)
@@ -294,7 +293,12 @@ def read_shape(model: str, *, trust_remote_code: bool = False) -> ModelShape:
         return shape_of(config, model)
     except KeyError as error:
         raise UserError(f"model: {path}: the key {error} is missing") from None
-    except (UserError, TypeError, ValueError, ArithmeticError) as error:  # a value of a wrong type
+    except (
+        UserError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+    ) as error:  # such as a value of a wrong type
         raise UserError(f"model: {path}: {error}") from None
 
 
@@ -307,8 +311,8 @@ def shape_of(
 ) -> ModelShape:
     """Shape of the model with this config.json.
 
-    `class_sizes`: result of class_shape.py, used if families.py lacks the `model_type`; None: the
-    class of the model in the folder `model` is counted.
+    `class_sizes`: result of class_shape.py, which is used if families.py lacks the `model_type`. If
+    it is None, the class of the model in the folder `model` is counted.
     """
     _require_plausible(config)
     if config["model_type"] in FAMILIES:
@@ -336,7 +340,7 @@ def _from_family(config: Config, model: str) -> ModelShape:
 
 
 def _from_class(config: Config, model: str, sizes: Mapping[str, Any]) -> ModelShape:
-    """The shape from the sizes of class_shape.py; for a multimodal class, its language model."""
+    """The shape from sizes of class_shape.py; of a multimodal model, only its language model."""
     blocks = tuple(_block_from_class(block) for block in sizes["blocks"])
     blocks = tuple(_without_rewritten(block, sizes["rewritten_by_peft"]) for block in blocks)
     shape = ModelShape(
@@ -422,16 +426,16 @@ def _blocks(family: Family, config: Config) -> tuple[tuple[Block, ...], tuple[in
     num_layers = _count(config, "num_hidden_layers")
     experts = family.experts(config) if family.experts else None
     if experts is None or not family.has_experts:
-        return (_block(family, config, experts),), (0,) * num_layers
+        return (_build_block(family, config, experts),), (0,) * num_layers
     has_experts = [
         experts.count > 0 and family.has_experts(config, layer) for layer in range(num_layers)
     ]
     kinds = list(dict.fromkeys(has_experts))
-    blocks = tuple(_block(family, config, experts if sparse else None) for sparse in kinds)
+    blocks = tuple(_build_block(family, config, experts if sparse else None) for sparse in kinds)
     return blocks, tuple(kinds.index(sparse) for sparse in has_experts)
 
 
-def _block(family: Family, config: Config, experts: Experts | None) -> Block:
+def _build_block(family: Family, config: Config, experts: Experts | None) -> Block:
     heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
     head_dim = int(config.get("head_dim") or hidden // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)
@@ -458,7 +462,7 @@ def _block(family: Family, config: Config, experts: Experts | None) -> Block:
 
 
 def _require_plausible(config: Config) -> None:
-    """Raise UserError for a size that no model has: counting it would not end."""
+    """Raise UserError for a size that no model has, because counting it would take too long."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             _require_plausible(value)

@@ -12,10 +12,11 @@ _HEAD_CHARACTERS = 2**20
 
 
 def required_vocab_size(folder: Path) -> int | None:
-    """Highest id among the added tokens of a model folder, plus one; None if none is listed.
+    """Number of embeddings that a tokenizer's added tokens need: their highest id plus one.
 
-    Only the ids of added tokens can exceed the model's embeddings. The image token is not counted:
-    tokenizers of text models keep its id although the model has no embedding for it (Gemma 3).
+    None if the model folder lists no added token. Only ids of added tokens can exceed the model's
+    embeddings. The image token is not counted: tokenizers of text models keep its id although the
+    model has no embedding for it (Gemma 3).
     """
     config = _read_or_empty(folder / "tokenizer_config.json")
     special = config.get("extra_special_tokens")
@@ -25,7 +26,7 @@ def required_vocab_size(folder: Path) -> int | None:
 
 
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-    """Id and text of each added token; versions of transformers store them in different files."""
+    """Id and text of each added token, from all files in which transformers has stored them."""
     for token_id, token in dict(config.get("added_tokens_decoder") or {}).items():
         yield int(token_id), str(token.get("content"))
     for text, token_id in _read_or_empty(folder / "added_tokens.json").items():

@@ -1,7 +1,7 @@
-"""Results that need torch: a subprocess computes them, and a cache keeps them for later plans.
+"""Subprocesses that compute results with torch, and the cache of these results.
 
 The plan's own process never imports torch. The cache folder is $RANKZERO_CACHE, or
-~/.cache/rankzero if it is not set.
+~/.cache/rankzero if that is not set.
 """
 
 import fcntl
@@ -19,7 +19,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.files import user_cache
 
-# The line of a traceback that names the exception.
+# Matches the line of a traceback that names the exception.
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception)\b")
 
 
@@ -50,7 +50,7 @@ def run_module(module: str, *arguments: str, timeout_s: int) -> str:
 
     Raises UserError with the exception of the subprocess if it fails.
     """
-    # One thread: the tensors are tiny, and threads that wait took ten times as long on a busy host.
+    # One thread: the tensors are tiny, and on a busy host waiting threads took ten times as long.
     only_cpu = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment = os.environ | only_cpu
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
