@@ -1,6 +1,6 @@
-"""Advice: rules of thumb for the settings of a run. A rule of this file never stops a run.
+"""Advice: rules of thumb for the settings of a run. No rule in this file stops a run.
 
-Source: the guide LoRA Basics, from which the presets are taken; each rule names the section.
+The source is the guide LoRA Basics, from which the presets are taken. Each rule names its section.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.rules.rule import PlanContext, Rule
 
 _LEARNING_RATES = (1e-5, 2e-4)  # the usual range
-# The range above is for large models. The model of launch/runs/quickstart.yaml (135 M parameters)
-# trains well at 2e-3, so this rate is accepted for models below a billion parameters.
+# That range is for large models. The model of launch/runs/quickstart.yaml (135 M parameters) trains
+# well at 2e-3, so rates up to 2e-3 are accepted for models below a billion parameters.
 _SMALL_MODEL, _SMALL_MODEL_RATE = 10**9, 2e-3
 _SHORT_OF_MEMORY = 0.9  # fraction of the usable device memory
 
@@ -30,9 +30,9 @@ def _computes_in_another_type(s: PlanContext) -> bool:
 
 
 def _evaluates_at_other_steps(s: PlanContext) -> bool:
-    """Whether the run file sets evaluations and saves at different steps.
+    """Whether the run file sets both strategies, and evaluations and saves are at different steps.
 
-    The defaults differ too, but the user did not choose them.
+    The defaults differ too, but a user who did not choose them needs no advice.
     """
     settings = s.settings
     is_chosen = {"evaluation_strategy", "save_strategy"} <= settings.model_fields_set
@@ -60,7 +60,7 @@ def _is_short_of_memory(s: PlanContext) -> bool:
 
 
 def _deviates_from(name: Preset) -> Callable[[PlanContext], bool]:
-    """Condition: this preset is for data of this size, but epochs or dropout are out of range."""
+    """Condition: the data has the size that the preset is for, but epochs or dropout deviate."""
     low, high = RANGES[name]["epochs"]
     dropout = PRESETS[name]["lora_dropout"]
 
@@ -68,13 +68,14 @@ def _deviates_from(name: Preset) -> Callable[[PlanContext], bool]:
         if s.data is None or preset_for(s.data.documents) != name:
             return False
         epochs, max_steps = s.settings.epochs, s.settings.max_steps
-        is_other_length = max_steps is None and epochs != "auto" and not low <= epochs <= high
-        return is_other_length or s.settings.lora_dropout < dropout
+        has_other_epochs = max_steps is None and epochs != "auto" and not low <= epochs <= high
+        return has_other_epochs or s.settings.lora_dropout < dropout
 
     return deviates
 
 
-def _for_size(name: Preset, documents: str) -> Rule[PlanContext]:
+def _rule_for_size(name: Preset, documents: str) -> Rule[PlanContext]:
+    """The rule that recommends a preset; `documents`: the number of documents that it is for."""
     low, high = RANGES[name]["epochs"]
     dropout = PRESETS[name]["lora_dropout"]
     return Rule(
@@ -83,7 +84,7 @@ def _for_size(name: Preset, documents: str) -> Rule[PlanContext]:
         applies=_deviates_from(name),
         reason=f"rule of thumb for {documents} training documents: {low} to {high} epochs and "
         f"lora_dropout {dropout:g} or more",
-        remedy=f"`preset: {name}` sets them, with r {PRESETS[name]['lora_r']} and lr "
+        remedy=f"`preset: {name}` sets both, with r {PRESETS[name]['lora_r']} and lr "
         f"{PRESETS[name]['lr']:g}",
         source="LoRA Basics, Common Patterns",
     )
@@ -119,9 +120,9 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         remedy="compare with a short run at 2e-4",
         source="LoRA Basics, Training Parameters",
     ),
-    _for_size("small", "fewer than 1,000"),
-    _for_size("medium", "1,000 to 10,000"),
-    _for_size("large", "more than 10,000"),
+    _rule_for_size("small", "fewer than 1,000"),
+    _rule_for_size("medium", "1,000 to 10,000"),
+    _rule_for_size("large", "more than 10,000"),
     Rule(
         id="compute-dtype",
         level="advise",
@@ -141,7 +142,7 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         id="nf4",
         level="advise",
         applies=lambda s: s.settings.load_in_4bit and s.settings.bnb_4bit_quant_type == "fp4",
-        reason="bnb_4bit_quant_type: fp4 is usually less exact than nf4",
+        reason="bnb_4bit_quant_type: fp4 is usually less accurate than nf4",
         remedy="leave it out; the default is nf4",
         source="LoRA Basics, QLoRA-Specific",
     ),
@@ -149,9 +150,10 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         id="evaluation-matches-saving",
         level="advise",
         applies=_evaluates_at_other_steps,
-        reason="evaluation_strategy and save_strategy, or eval_steps and save_steps, differ, so "
-        "the checkpoints are not the states that were evaluated",
-        remedy="set both to the same value",
+        reason="evaluations and saves are at different steps, so the checkpoints are not the "
+        "states that were evaluated",
+        remedy="give evaluation_strategy and save_strategy, and eval_steps and save_steps, the "
+        "same value",
         source="LoRA Basics, Logging & Saving",
     ),
     Rule(

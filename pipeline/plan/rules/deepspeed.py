@@ -27,13 +27,14 @@ _WITHOUT_EFFECT = (
 )
 
 
-def _removed(key: str, remedy: str, block: str = "") -> Rule[PlanContext]:
+def _rule_for_removed(key: str, remedy: str, block: str = "") -> Rule[PlanContext]:
+    """The rule for a key that DeepSpeed removed, at the top level or in a block."""
     path = f"{block}.{key}" if block else key
     return Rule(
         id=f"removed-{key.replace('_', '-')}",
         level="refuse",
         applies=lambda s: key in (s.block(block) if block else s.deepspeed),
-        reason=f"{path}: DeepSpeed 0.19 removed this key and stops at it",
+        reason=f"{path}: DeepSpeed 0.19 removed this key and refuses a config that has it",
         remedy=remedy,
         source=issue(DEEPSPEED, 8489),
         versions="deepspeed>=0.19",
@@ -167,8 +168,7 @@ _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
         level="refuse",
         applies=_changes_gradient_averaging,
         reason="prescale_gradients, gradient_predivide_factor and gradient_allreduce_op change how "
-        "gradients are averaged, but the loss is scaled for DeepSpeed's default; at ZeRO-2 and 3 "
-        "DeepSpeed refuses the first two",
+        "gradients are averaged, but the loss is scaled for DeepSpeed's default average",
         source=f"{ZERO_SOURCE}/stage_1_and_2.py:350, stage3.py:395",
     ),
     Rule(
@@ -239,8 +239,8 @@ _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
             is_set("autotuning.enabled", "hybrid_engine.enabled", "data_efficiency.enabled")(s)
             or "weight_quantization" in s.deepspeed
         ),
-        reason="autotuning, hybrid_engine, data_efficiency and weight_quantization choose batches, "
-        "data or weights themselves and do not support frozen weights",
+        reason="autotuning, hybrid_engine, data_efficiency and weight_quantization change batches, "
+        "data or weights by themselves, and do not support frozen weights",
         remedy="leave them out; launch/plan.py chooses the layout",
         source="DeepSpeed 0.19.8 autotuning/autotuner.py:279",
     ),
@@ -257,8 +257,8 @@ _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
         id="json-no-effect",
         level="warn",
         applies=lambda s: ", ".join(path for path in _WITHOUT_EFFECT if is_set(path)(s)),
-        reason="these keys have no effect: transformers does the activation checkpointing, AdamW "
-        "is a tested optimizer, and a run saves only the adapter, in its own checkpoints",
+        reason="these keys have no effect, because transformers does the activation checkpointing, "
+        "the optimizer is AdamW, and a run saves only the adapter, in its own checkpoints",
         remedy="leave them out",
         source=f"pipeline/adapter/gather.py; {ZERO_SOURCE}/utils.py:45",
     ),
@@ -272,8 +272,11 @@ _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
 )
 
 DEEPSPEED_RULES: tuple[Rule[PlanContext], ...] = (
-    *(_removed(key, remedy) for key, remedy in REMOVED.items()),
-    *(_removed(key, remedy, "zero_optimization") for key, remedy in REMOVED_FROM_ZERO.items()),
+    *(_rule_for_removed(key, remedy) for key, remedy in REMOVED.items()),
+    *(
+        _rule_for_removed(key, remedy, "zero_optimization")
+        for key, remedy in REMOVED_FROM_ZERO.items()
+    ),
     *ZERO_RULES,
     *_OTHER_RULES,
 )

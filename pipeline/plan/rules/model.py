@@ -19,15 +19,16 @@ _EMBEDDINGS_AND_HEADS = (
 )  # fmt: skip
 
 
-def _first(reasons: Sequence[str]) -> str:
+def _first_reason(reasons: Sequence[str]) -> str:
+    """The first of some reasons; empty if there are none."""
     return reasons[0] if reasons else ""
 
 
 def _reentrant_refusal(s: PlanContext) -> str:
-    """Reason against re-entrant checkpointing, if the run uses it (ZeRO-3, model/base.py)."""
+    """The reason against re-entrant checkpointing, if the run uses it (only ZeRO-3 does)."""
     if s.proof is None or not s.layout.is_sharded or not s.layout.checkpointed_layers:
         return ""
-    return _first(s.proof.without_reentrant)
+    return _first_reason(s.proof.without_reentrant)
 
 
 def _targets_embeddings_or_head(s: PlanInput) -> bool:
@@ -40,8 +41,8 @@ def _targets_embeddings_or_head(s: PlanInput) -> bool:
     return any(target.rsplit(".", 1)[-1] in ends for target in targets)
 
 
-def _is_no_option_of_experts(s: PlanInput) -> str:
-    """The options that are set and that an adapter on fused experts lacks; empty without one."""
+def _options_unsupported_by_experts(s: PlanInput) -> str:
+    """The options that are set and that adapters on experts do not support, as text; or empty."""
     if not s.shape.targeted_experts(s.settings.lora_target_modules):
         return ""
     names = (
@@ -62,7 +63,7 @@ def _is_too_old_for_bf16(s: PlanContext) -> bool:
 
 
 def _has_unquantised_experts(s: PlanContext) -> str:
-    """The share of the parameters that stay in 16 bits, if a mixture of experts is quantised."""
+    """The parameters that stay in 16 bits when a mixture of experts is quantised; else empty."""
     experts = s.shape.expert_parameters
     if not s.settings.is_quantised or not experts:
         return ""
@@ -96,7 +97,7 @@ def _mixes_documents_in_one_forward(s: PlanContext) -> bool:
 
 
 def _exceeds_original_length(s: PlanContext) -> str:
-    """Longest document and rope's original length, if it is exceeded in a shared forward pass."""
+    """The longest document, if it shares a forward pass and exceeds rope's original length."""
     limit, data = s.shape.rope_original_length, s.data
     if limit is None or data is None or not data.is_exact or data.longest is None:
         return ""
@@ -106,7 +107,7 @@ def _exceeds_original_length(s: PlanContext) -> str:
 
 
 def _may_exceed_original_length(s: PlanContext) -> str:
-    """`max_length` and rope's original length, if documents not counted yet may exceed it."""
+    """`max_length`, if it exceeds rope's original length and documents are not counted yet."""
     limit = s.shape.rope_original_length
     is_counted = s.data is not None and s.data.longest is not None
     if limit is None or is_counted or s.settings.max_length <= limit:
@@ -117,7 +118,7 @@ def _may_exceed_original_length(s: PlanContext) -> str:
 
 
 def _exceeds_positions(s: PlanContext) -> str:
-    """Lengths of documents that exceed the positions of the model; empty if there are none."""
+    """The number and length of documents that exceed the model's positions; empty if none do."""
     limit, data = s.shape.max_positions, s.data
     if limit is None or s.settings.max_length <= limit:
         return ""
@@ -145,17 +146,17 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="experts-plain",
         level="refuse",
-        applies=_is_no_option_of_experts,
-        reason="lora_target_modules: an adapter on fused experts does not have these options",
-        remedy="leave it out, or leave experts out of lora_target_modules",
+        applies=_options_unsupported_by_experts,
+        reason="lora_target_modules: an adapter on fused experts does not support these options",
+        remedy="leave them out, or leave experts out of lora_target_modules",
         source="peft 0.21.2 tuners/lora/layer.py, ParamWrapper",
     ),
     Rule(
         id="tied-pair",
         level="refuse",
         applies=lambda s: s.shape.is_tied and _targets_embeddings_or_head(s),
-        reason="lora_target_modules names the head or the embeddings of a model that ties their "
-        "weights: when the model is loaded again, the update of one is lost or changes both",
+        reason="lora_target_modules names the head or the embeddings of a model in which these "
+        "share their weight: when the adapter is loaded, its update is lost or changes both",
         remedy="name linear layers of the blocks, or leave it out to adapt all of them",
         source=issue("huggingface/peft", 2018) + ", " + issue("huggingface/transformers", 45127),
     ),
@@ -175,17 +176,17 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
             s.shape.required_vocab_size is not None
             and s.shape.required_vocab_size > s.shape.vocab_size
         ),
-        reason="the tokenizer has tokens without an embedding in the model; training added "
+        reason="the tokenizer has tokens for which the model has no embedding; training added "
         "embeddings is not implemented",
-        remedy="use the model's original tokenizer, and write markers as text of existing tokens",
+        remedy="use the model's original tokenizer, and write markers with existing tokens",
         source=issue("huggingface/transformers", 25241, 26024),
     ),
     Rule(
         id="class-refused",
         level="refuse",
-        applies=lambda s: _first(s.proof.refusals) if s.proof else "",
-        reason="model: this model class cannot be trained correctly, as checks on a small copy of "
-        "it showed",
+        applies=lambda s: _first_reason(s.proof.refusals) if s.proof else "",
+        reason="model: checks on a small copy showed that this model class cannot be trained "
+        "correctly",
         remedy="if the reason names an adapter, try other lora_target_modules; else use a model of "
         "another type",
         source="pipeline/model/proof.py",
@@ -193,7 +194,9 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="class-packs",
         level="refuse",
-        applies=lambda s: _first(s.proof.without_packs) if s.proof and s.settings.packing else "",
+        applies=lambda s: (
+            _first_reason(s.proof.without_packs) if s.proof and s.settings.packing else ""
+        ),
         reason="packing: this model class does not keep the documents of a pack separate",
         remedy="set packing: false, or leave it out",
         source="pipeline/model/proof.py",
@@ -221,15 +224,15 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         applies=lambda s: s.shape.other_head,
         reason="model: the checkpoint has no language-model head, so the head would start from "
         "random numbers; config.json has",
-        remedy="use the causal language model that it was made from",
+        remedy="use the causal language model that this checkpoint was trained from",
         source="transformers 5.23.0 modeling_utils.py",
     ),
     Rule(
         id="flash-attention-missing",
         level="refuse",
         applies=_lacks_flash_attention,
-        reason="use_flash_attention: true needs a GPU and the package flash-attn; at least one of "
-        "the two is missing on this machine",
+        reason="use_flash_attention: true needs a GPU and the package flash-attn, and this machine "
+        "lacks one of them",
         remedy="set use_flash_attention: auto, which uses PyTorch's own attention kernels",
         source="transformers 5.23.0 modeling_utils.py",
     ),
@@ -250,15 +253,16 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         applies=lambda s: s.settings.use_dora and s.layout.is_sharded,
         reason="use_dora at ZeRO-3: peft reads a layer's base weight for its norms after DeepSpeed "
         "has released it",
-        remedy="set zero_stage: 2, with load_in_4bit: true where the base does not fit, or leave "
-        "use_dora out",
+        remedy="set zero_stage: 2 (with load_in_4bit: true if the base does not fit otherwise), or "
+        "leave use_dora out",
         source="peft 0.21.2 tuners/lora/dora.py, forward",
     ),
     Rule(
         id="dora-8bit",
         level="refuse",
         applies=lambda s: s.settings.use_dora and s.settings.load_in_8bit,
-        reason="use_dora with load_in_8bit: peft does not copy an 8-bit layer for its norms",
+        reason="use_dora with load_in_8bit: peft does not copy an 8-bit layer before it computes "
+        "the norms of its weight",
         remedy="set load_in_4bit: true instead, or leave use_dora out",
         source="peft 0.21.2 tuners/lora/dora.py, update_layer",
     ),
@@ -274,8 +278,8 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="one-scaling-when-served",
         level="warn",
         applies=lambda s: bool(s.settings.rank_pattern or s.settings.alpha_pattern),
-        reason="rank_pattern or alpha_pattern: vLLM reads one r and one alpha of an adapter, so "
-        "that it would scale these layers wrongly without a message",
+        reason="rank_pattern or alpha_pattern: vLLM reads only one r and one alpha of an adapter, "
+        "so it scales the layers of the patterns wrongly, without a message",
         remedy="serve the merged model, or leave it out",
         source="vLLM lora/peft_helper.py and lora/lora_weights.py, from_config",
     ),
@@ -283,8 +287,8 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="class-re-entrant",
         level="refuse",
         applies=_reentrant_refusal,
-        reason="zero_stage: this model class has wrong gradients with the re-entrant checkpointing "
-        "that ZeRO-3 uses",
+        reason="zero_stage: ZeRO-3 uses re-entrant checkpointing, with which this model class has "
+        "wrong gradients",
         remedy="set zero_stage: 2 or gradient_checkpointing: false",
         source="pipeline/model/proof.py",
     ),
@@ -301,7 +305,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="class-merge",
         level="warn",
-        applies=lambda s: _first(s.proof.without_merge) if s.proof else "",
+        applies=lambda s: _first_reason(s.proof.without_merge) if s.proof else "",
         reason="the adapter of this model cannot be merged into the base",
         remedy="serve the adapter with its base",
         source="pipeline/model/proof.py",
@@ -377,8 +381,8 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="rope-original-length",
         level="refuse",
         applies=_exceeds_original_length,
-        reason="rope_type longrope or dynamic chooses its factors by the longest document in a "
-        "forward pass, so shorter documents in the same pack or micro-batch get wrong positions",
+        reason="rope_type longrope or dynamic depends on the longest document in a forward pass, "
+        "so shorter documents in the same pack or micro-batch get wrong positions",
         remedy="set max_length to the original length, or packing: false and batch_size: 1",
         source="transformers 5.23.0 modeling_rope_utils.py:38",
     ),
@@ -386,8 +390,8 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="rope-original-length-uncounted",
         level="warn",
         applies=_may_exceed_original_length,
-        reason="rope_type longrope or dynamic: the run will be refused if the data has a document "
-        "that exceeds the model's original length and shares a pack or micro-batch with others",
+        reason="rope_type longrope or dynamic: the run is refused once the data is counted, if a "
+        "document exceeds the model's original length and shares a pack or micro-batch with others",
         remedy="set max_length to the original length, or packing: false and batch_size: 1",
         source="transformers 5.23.0 modeling_rope_utils.py:38",
     ),
@@ -395,7 +399,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="beyond-positions",
         level="warn",
         applies=_exceeds_positions,
-        reason="documents are longer than the number of positions that the model was trained with: "
+        reason="documents exceed the number of positions that the model was trained with: "
         "attention is unreliable beyond it, and no rope setting in config.json extends it",
         remedy="set max_length to the number of positions, and over_length: split to keep the text",
         source="max_position_embeddings and rope_parameters in config.json",
@@ -404,8 +408,8 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="router-loss",
         level="warn",
         applies=lambda s: s.shape.has_router_loss,
-        reason="output_router_logits: true in config.json adds a load-balancing loss in other "
-        "trainers; this run trains without it, because routers are frozen",
+        reason="output_router_logits: true in config.json makes other trainers add a "
+        "load-balancing loss; this run trains without it, because routers are frozen",
         remedy="nothing to do",
         source="transformers 5.23.0 models/mixtral/modeling_mixtral.py",
     ),
@@ -413,8 +417,8 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         id="base-dropout",
         level="warn",
         applies=lambda s: ", ".join(s.shape.dropouts),
-        reason="dropout or noise that the base's config.json sets is active in training, in "
-        "addition to lora_dropout; the predicted memory does not include its masks",
+        reason="the base's config.json sets dropout or noise, which is active in training in "
+        "addition to lora_dropout; the predicted memory does not include the masks",
         remedy="to train without it, set it to 0 in a copy of the model folder",
         source="transformers 5.23.0 models/phi/modeling_phi.py",
     ),
@@ -427,7 +431,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
             and s.layout.accumulation_steps > 1
         ),
         reason="ZeRO-1 in bf16 accumulates the gradients of micro-batches in bf16",
-        remedy="set zero_stage: 2, which accumulates them in fp32 and needs at most a few MB more",
+        remedy="set zero_stage: 2, which accumulates in fp32 and needs at most a few MB more",
         source="DeepSpeed 0.19.8 runtime/engine.py:2305",
     ),
     Rule(

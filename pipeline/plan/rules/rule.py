@@ -25,7 +25,7 @@ LEVELS: tuple[Level, ...] = ("refuse", "warn", "advise")
 LEAVE_OUT = "leave it out"
 _NEWEST = "9999"  # version assumed for a package that is not installed
 
-# Used in the sources of rules.
+# Parts of the sources of rules.
 DEEPSPEED = "deepspeedai/DeepSpeed"
 ENGINE_SOURCE = "DeepSpeed 0.19.8 runtime/engine.py"
 ZERO_SOURCE = "DeepSpeed 0.19.8 runtime/zero"
@@ -33,7 +33,7 @@ ZERO_SOURCE = "DeepSpeed 0.19.8 runtime/zero"
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInput:
-    """Input of the plan, from which a layout is chosen.
+    """The input from which a plan is made.
 
     `packages`: version of each package that rules depend on; None if it is not installed. `proof`:
     None if the model's class has not been checked on this machine.
@@ -53,10 +53,10 @@ class PlanInput:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanContext(PlanInput):
-    """Input of a rule's condition: the plan's input, and the layout chosen for it.
+    """The input of a rule's condition: the plan's input, and the layout chosen for it.
 
-    `deepspeed`: the config for DeepSpeed, already merged with the user's own JSON. `data`: size of
-    the training data; None until it has been counted or estimated.
+    `deepspeed`: the DeepSpeed config, merged with the user's own JSON. `data`: size of the training
+    data; None until it has been counted or estimated.
     """
 
     layout: Layout
@@ -70,7 +70,7 @@ class PlanContext(PlanInput):
 
     @property
     def offload_device(self) -> str:
-        """Where the DeepSpeed config puts the base's shards: `none` (the GPU), `cpu` or `nvme`."""
+        """Device of the base shards in the DeepSpeed config: `cpu`, `nvme`, or `none` for GPUs."""
         return str(self.value("zero_optimization.offload_param.device") or "none")
 
     def block(self, path: str) -> Mapping[str, Any]:
@@ -93,10 +93,10 @@ ContextT = TypeVar("ContextT", bound=PlanInput, contravariant=True)
 class Rule(Generic[ContextT]):
     """One known problem.
 
-    `applies`: the condition. It returns whether the rule applies; a returned text also means that
-    the rule applies, and is appended to the reason. `versions`: package versions with the problem,
-    such as "deepspeed>=0.17.6,<0.18.3"; empty if all supported versions have it. For a package that
-    is not installed, the newest version is assumed.
+    `applies`: the condition. It returns whether the rule applies. A returned text that is not empty
+    also means that the rule applies, and is appended to the reason. `versions`: package versions
+    with the problem, such as "deepspeed>=0.17.6,<0.18.3"; empty if all supported versions have it.
+    For a package that is not installed, the newest version is assumed.
     """
 
     id: str
@@ -115,9 +115,9 @@ class Rule(Generic[ContextT]):
     def check(self, context: ContextT) -> "Rule[ContextT] | None":
         """The rule if it applies, with the text of `applies` appended to its reason; else None."""
         if self.versions:
-            wanted = Requirement(self.versions)
-            installed = context.packages.get(wanted.name) or _NEWEST
-            if not wanted.specifier.contains(installed, prereleases=True):
+            affected = Requirement(self.versions)
+            installed = context.packages.get(affected.name) or _NEWEST
+            if not affected.specifier.contains(installed, prereleases=True):
                 return None
         result = self.applies(context)
         if not result:
@@ -126,19 +126,19 @@ class Rule(Generic[ContextT]):
 
 
 def is_set(*paths: str) -> Callable[[PlanContext], bool]:
-    """Condition: one of these keys of the DeepSpeed config is set, and not to off or empty."""
+    """Condition: one of these keys of the DeepSpeed config is neither missing, off nor empty."""
     return lambda context: any(
         context.value(path) not in (None, False, 0, "", "none", {}, []) for path in paths
     )
 
 
 def is_present(*paths: str) -> Callable[[PlanContext], bool]:
-    """Condition: one of these keys of the DeepSpeed config is set, even to false or empty."""
+    """Condition: one of these keys of the DeepSpeed config is present, even if false or empty."""
     return lambda context: any(context.value(path) is not None for path in paths)
 
 
 def is_false(path: str) -> Callable[[PlanContext], bool]:
-    """Condition: this key of the DeepSpeed config is false, not merely missing."""
+    """Condition: this key of the DeepSpeed config is present and false."""
     return lambda context: context.value(path) is False
 
 

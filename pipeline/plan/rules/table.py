@@ -1,7 +1,7 @@
 """All rules, in the order of docs/rules.md.
 
-tests/plan/rules/rule_cases.py has two contexts for each rule: one in which it applies, and a
-similar one in which it does not.
+tests/plan/rules/rule_cases.py has two contexts for each rule: one to which it applies, and a
+similar one to which it does not.
 """
 
 from pipeline.plan.rules.advice import ADVICE

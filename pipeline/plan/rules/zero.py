@@ -18,6 +18,7 @@ _AUTO = 'leave it out or set "auto"'
 
 
 def _in_zero(*keys: str) -> tuple[str, ...]:
+    """Dotted paths of keys in the block zero_optimization."""
     return tuple(f"zero_optimization.{key}" for key in keys)
 
 
@@ -98,8 +99,8 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
         id="hpz-without-zero3",
         level="refuse",
         applies=lambda s: _hpz_ranks(s) > 1 and not s.layout.is_sharded,
-        reason="hpz_partition_size sets how a second copy of the base is sharded, but only ZeRO-3 "
-        "shards the base",
+        reason="hpz_partition_size: only ZeRO-3 shards the base and can have a second, sharded "
+        "copy",
         remedy="set zero_stage: 3, or leave hpz_partition_size out",
         source="https://www.deepspeed.ai/tutorials/zeropp/",
     ),
@@ -115,8 +116,9 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
         id="old-stage-1",
         level="refuse",
         applies=is_set(*_in_zero("legacy_stage1", "elastic_checkpoint")),
-        reason="zero_optimization.legacy_stage1 and elastic_checkpoint: DeepSpeed refuses the "
-        "first, and the second is for DeepSpeed's checkpoints, which a run does not write",
+        reason="zero_optimization.legacy_stage1 and elastic_checkpoint: DeepSpeed refuses "
+        "legacy_stage1, and elastic_checkpoint is for DeepSpeed's checkpoints, which a run does "
+        "not write",
         source=f"{ENGINE_SOURCE}:2650",
     ),
     Rule(
@@ -124,7 +126,7 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
         level="refuse",
         applies=lambda s: s.settings.load_in_4bit and bool(s.zero.get("zero_quantized_weights")),
         reason="zero_optimization.zero_quantized_weights with load_in_4bit quantises the packed "
-        "bytes a second time without an error; 4-bit weights are communicated in 4 bits anyway",
+        "4-bit weights a second time, without an error; they are communicated in 4 bits anyway",
         source=f"{ZERO_SOURCE}/partition_parameters.py:1504",
     ),
     Rule(
@@ -199,7 +201,7 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
         level="warn",
         applies=lambda s: s.layout.is_sharded and s.zero.get("memory_efficient_linear") is False,
         reason="zero_optimization.memory_efficient_linear: with false, every gathered weight stays "
-        "until its backward pass, which the predicted memory does not include",
+        "in memory until its backward pass, which the predicted memory does not include",
         source=f"{ZERO_SOURCE}/linear.py:99",
     ),
     Rule(
@@ -214,9 +216,9 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
         id="nvme-not-yet",
         level="refuse",
         applies=lambda s: s.offload_device == "nvme",
-        reason="zero_optimization.offload_param.device: nvme is not supported; the plan does not "
-        "predict its memory and speed, and its buffers have the training dtype, but packed 4-bit "
-        "weights do not",
+        reason="zero_optimization.offload_param.device: nvme is not supported: the plan does not "
+        "predict its memory and speed, and its buffers have the training dtype, so they cannot "
+        "hold packed 4-bit weights",
         remedy='set "cpu", or leave it out',
         source=f"{ZERO_SOURCE}/partition_parameters.py:1820",
     ),
@@ -225,7 +227,7 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
         level="refuse",
         applies=is_set(*_in_zero("cpu_offload_param", "cpu_offload_use_pin_memory")),
         reason="zero_optimization.cpu_offload_param and cpu_offload_use_pin_memory are deprecated "
-        "names that the plan does not read",
+        "names, and the plan does not read them",
         remedy="set offload_param: cpu in the run file",
         source=f"{ZERO_SOURCE}/config.py:189",
     ),
@@ -233,9 +235,9 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
         id="offload-optimizer",
         level="refuse",
         applies=is_set(*_in_zero("offload_optimizer.device", "cpu_offload")),
-        reason="zero_optimization.offload_optimizer saves little: the optimizer states of an "
-        "adapter are 12 bytes per trainable parameter, divided over the ranks; offloading them "
-        "slows every step and compiles an optimizer at start-up",
+        reason="zero_optimization.offload_optimizer saves little memory (an adapter's optimizer "
+        "states are 12 bytes per trainable parameter, divided over the ranks), slows every step, "
+        "and compiles an optimizer at start-up",
         source=issue(DEEPSPEED, 6550, 5241) + f"; {ENGINE_SOURCE}:2342",
     ),
     Rule(
