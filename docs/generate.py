@@ -27,7 +27,7 @@ _CHANGES: dict[Change, str] = {
     "result": "changes the trained adapter; the start is refused unless `overwrite: true`",
     "documents": "changes the training documents; the start is refused unless "
     "`accept_changes: [data]`",
-    "files": "like `documents`, but the content of the files is compared, not their names",
+    "files": "like `documents`, if the content of the files differs; their names do not matter",
     "base": "changes the base model; the start is refused unless `accept_changes: [base]`",
     "total_steps": "changes the learning rate schedule; the start is refused unless "
     "`accept_changes: [total_steps]`",
@@ -50,21 +50,24 @@ def configuration() -> str:
     lines = [
         "# Settings of a run file",
         "",
-        "Generated from the code by `make docs`.",
-        "A run file is flat YAML; any setting can also be `key=value` on the command line.",
+        "This page lists every setting of a run file, with its values, default and effect. `make "
+        "docs` generates it from the code.",
+        "",
+        "A run file is a flat YAML mapping. Any setting can also be given as `key=value` on the "
+        "command line.",
+        "Precedence: defaults < presets < run file < command line.",
         "`launch/runs` has example run files and their JSON schema, which `launch/plan.py "
         "--schema` prints. If the first line of a run file is `# yaml-language-server: "
         "$schema=schema.json`, editors complete and check its keys.",
-        "Precedence: defaults < presets < run file < command line.",
-        "In paths a leading `~`, `$NAME` and `${NAME}` are expanded, and `$$` is a dollar; "
-        "run.yaml keeps the text as written.",
+        "In a path, a leading `~`, `$NAME` and `${NAME}` are expanded, and `$$` stands for a "
+        "dollar sign. The run folder's run.yaml keeps the text as written.",
         "",
-        "The environment variable `RANKZERO_CACHE` names the folder for results that later runs of "
-        "the same user reuse (default `~/.cache/rankzero`): hashes of base models, and shapes and "
-        "checks of model classes.",
+        "The environment variable `RANKZERO_CACHE` names the cache folder (default "
+        "`~/.cache/rankzero`). Later runs of the same user reuse its content: hashes of base "
+        "models, and shapes and checks of model classes.",
         "",
-        "The column `change` has the effect of a changed value on an existing run in "
-        "`output_dir`, when it is started again:",
+        "The column `change` says what a changed value does when the run in `output_dir` is "
+        "started again:",
         "",
         *(f"- `{change}`: {meaning}" for change, meaning in _CHANGES.items()),
         "",
@@ -95,12 +98,14 @@ def rules() -> str:
     lines = [
         "# Rules",
         "",
-        "Generated from the code by `make docs`.",
-        "`refuse` ends with exit code 2 before anything is loaded; "
-        "the others are shown with the plan.",
+        "This page lists the known problems that every plan and every start of a run checks. Look "
+        "up a rule here by the id in its message. `make docs` generates the page from the code.",
         "",
-        "A user's own DeepSpeed JSON (`deepspeed_json`) is checked by the same rules after it "
-        "has been merged; keys that DeepSpeed does not know are refused before that.",
+        "A rule of level `refuse` ends the run with exit code 2 before anything is loaded. Rules "
+        "of level `warn` and `advise` are shown with the plan.",
+        "A user's own DeepSpeed JSON (`deepspeed_json`) is first merged into the generated config; "
+        "then the same rules check the result. Keys that DeepSpeed does not read are refused "
+        "before the merge.",
         "A rule without versions holds for every version that the project supports.",
         "",
         "| rule | level | why | what to do | versions | source |",

@@ -48,12 +48,15 @@ def convert(gguf: Path, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.model_max_length = 8192
-    # `tokenizer.ggml.pre: smollm` splits digits one by one; transformers 5.23 ignores it.
+    # The GGUF key `tokenizer.ggml.pre: smollm` means that each digit is a token of its own, but
+    # transformers 5.23 ignores it.
     digits, letters = Digits(individual_digits=True), ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([digits, letters])
     tokenizer.save_pretrained(folder)
-    whole = GgufConfig(dequantize=True)  # transformers 5.23 cannot save quantised GGUF blocks
-    bf16 = {"quantization_config": whole, "dtype": torch.bfloat16}
-    AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **bf16).save_pretrained(
-        folder
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),  # 5.23 cannot save quantised GGUF blocks
+        dtype=torch.bfloat16,
     )
+    model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Generate the data of the quickstart: messages to a bakery, and the order in each as JSON."""
+"""Generate the data of the quickstart: messages to a bakery, each with its order as JSON."""
 
 import json
 import random
@@ -17,11 +17,11 @@ FACTS = ("item", "quantity", "size", "day", "time", "delivery")  # the answer's 
 
 
 def make_data(folder: Path) -> None:
-    """Write train.jsonl and heldout.jsonl; they share no pair of item and quantity."""
+    """Write train.jsonl and heldout.jsonl, which have no pair of item and quantity in common."""
     bank = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text("utf-8"))
     train = list(islice(orders(bank, rng := random.Random(SEED)), NUM_TRAIN))
     seen = {(facts["item"], facts["quantity"]) for _, facts in train}
-    bank["frame"] += 6 * bank["held_out_frame"]  # about half of the held-out rows have these
+    bank["frame"] += 6 * bank["held_out_frame"]  # for about half of the held-out rows
     unseen = (row for row in orders(bank, rng) if (row[1]["item"], row[1]["quantity"]) not in seen)
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in {"train": train, "heldout": islice(unseen, NUM_HELDOUT)}.items():
@@ -36,7 +36,7 @@ def make_data(folder: Path) -> None:
 
 
 def orders(bank: dict[str, Any], rng: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield messages and their facts, endlessly; each slot of a message gets a random phrase."""
+    """Yield messages with their facts, endlessly. Each slot of a message gets a random phrase."""
     choices = bank | {key: [(k, p) for k in bank[key] for p in bank[key][k]] for key in FACTS}
     choices |= {slot: bank[slot] + 3 * len(bank[slot]) * [""] for slot in ("hello", "bye")}
     draws = {slot: shuffled(values, rng) for slot, values in choices.items()}
@@ -59,9 +59,9 @@ def orders(bank: dict[str, Any], rng: random.Random) -> Iterator[tuple[str, dict
 
 
 def shuffled(values: list[Any], rng: random.Random) -> Iterator[Any]:
-    """Yield the values in one random order after another, endlessly.
+    """Yield all values in random order, then again in another random order, endlessly.
 
-    Only random() is used, because its results are the same in every version of Python.
+    Of `rng` only random() is used, because its results are the same in every version of Python.
     """
     while True:
         yield from sorted(values, key=lambda _: rng.random())

@@ -1,6 +1,7 @@
 """`make quickstart`: download the model, generate the data, then run the documented commands.
 
-A command is skipped while its output is newer than its input, so a second run repeats nothing.
+A command is skipped if its output is newer than its input, so a second `make quickstart` repeats
+nothing.
 """
 
 import json
