@@ -105,6 +105,7 @@ def _parse_sources(value: Any, expected: str) -> Any:
 
 
 def _parse_source(value: Any, expected: str) -> str | DataSource:
+    """One item of a data setting as a name or DataSource. Raises ValueError for other values."""
     if isinstance(value, str | DataSource) and value != "":
         return value
     if not isinstance(value, dict):

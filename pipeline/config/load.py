@@ -46,6 +46,7 @@ def settings_without_file(values: Mapping[str, Any], overrides: Sequence[str]) -
 def _build_settings(
     values: dict[str, Any], locations: dict[str, str], source: str, overrides: Sequence[str]
 ) -> RunSettings:
+    """Settings from the values of a run file and overrides; hub names are pinned to commits."""
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -85,6 +86,7 @@ def _pin_data(names: DataNames | float | None) -> DataNames | float | None:
 
 
 def _pin_source(name: str | DataSource) -> str | DataSource:
+    """The source, pinned to its commit if it is a hub data set in the local cache."""
     path = name if isinstance(name, str) else name.path
     split = HubSplit.parse(path)
     snapshot = split.snapshot() if split else None

@@ -174,6 +174,7 @@ def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iter
 
 
 def _allowed_stages(settings: RunSettings, dtype: str, cluster: Cluster) -> list[int]:
+    """ZeRO stages that the settings allow and that can be useful."""
     if settings.zero_stage != "auto":
         return [settings.zero_stage]
     # ZeRO-1 accumulates gradients in the training dtype. That is exact enough only in fp32.
@@ -186,6 +187,7 @@ def _allowed_stages(settings: RunSettings, dtype: str, cluster: Cluster) -> list
 
 
 def _allowed_hpz_sizes(settings: RunSettings, cluster: Cluster) -> list[int]:
+    """Values of hpz_partition_size to try."""
     if settings.hpz_partition_size != "auto":
         return [settings.hpz_partition_size]
     is_useful = cluster.nodes > 1 and cluster.ranks_per_node > 1
@@ -193,6 +195,7 @@ def _allowed_hpz_sizes(settings: RunSettings, cluster: Cluster) -> list[int]:
 
 
 def _allowed_offloads(settings: RunSettings, hardware: Hardware) -> list[Offload]:
+    """Values of offload_param to try."""
     if settings.offload_param != "auto":
         return [settings.offload_param]
     return ["none", "cpu"] if hardware.kind == "cuda" else ["none"]
@@ -225,6 +228,7 @@ def _with_fewest_checkpointed(
 def _predict_candidate(
     settings: RunSettings, shape: ModelShape, cluster: Cluster, layout: Layout
 ) -> Candidate:
+    """The candidate for a layout, with its predicted memory and speed."""
     hardware, sequences = cluster.hardware, SequenceProfile(tokens=settings.max_length)
     need = memory(shape, settings, layout, hardware, sequences)
     limit = cluster.device_limit

@@ -54,6 +54,7 @@ def fit_rows(
 
 
 def _fit_row(shape: ModelShape, settings: RunSettings, cluster: Cluster) -> FitRow:
+    """The row of one model: LoRA and QLoRA, and the rules that refuse it."""
     # Offload is not tried, because with it nearly every model fits, and the host memory of another
     # machine is not known.
     offload = "cpu" if settings.offload_param == "cpu" else "none"
@@ -100,6 +101,7 @@ def _longest_fit(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> 
 def _best_candidate(
     settings: RunSettings, shape: ModelShape, cluster: Cluster, length: int
 ) -> Candidate | None:
+    """The best candidate for sequences of this length; None if none fits."""
     ranked = candidates(settings.model_copy(update={"max_length": length}), shape, cluster)
     return ranked[0] if ranked[0].refusal is None else None
 

@@ -164,7 +164,7 @@ class Plan:
         """The plan with the rules that apply. Raises UserError if one of them refuses the run."""
         _raise_input_refusals(self.context)
         raise_refusals(applicable_rules(CONTEXT_RULES, self.context))
-        return replace(self, rules=_applicable(self.context))
+        return replace(self, rules=_all_applicable_rules(self.context))
 
     @property
     def context(self) -> PlanContext:
@@ -285,6 +285,7 @@ def _without_refused_by_rules(plan_input: PlanInput, ranked: list[Candidate]) ->
 
 
 def _build_plan(plan_input: PlanInput, chosen: Candidate, why: dict[str, str]) -> Plan:
+    """The plan with the layout of the chosen candidate."""
     context = _build_context(plan_input, chosen.layout)
     return Plan(
         settings=plan_input.settings,
@@ -292,7 +293,7 @@ def _build_plan(plan_input: PlanInput, chosen: Candidate, why: dict[str, str]) -
         hardware=plan_input.hardware,
         layout=chosen.layout,
         why=why,
-        rules=_applicable(context),
+        rules=_all_applicable_rules(context),
         deepspeed=dict(context.deepspeed),
         fits=chosen.refusal is None,
         proof=plan_input.proof,
@@ -309,7 +310,8 @@ def _raise_input_refusals(plan_input: PlanInput) -> None:
         raise_refusals(applicable_rules(INPUT_RULES, plan_input))
 
 
-def _applicable(context: PlanContext) -> tuple[Rule[PlanContext], ...]:
+def _all_applicable_rules(context: PlanContext) -> tuple[Rule[PlanContext], ...]:
+    """All rules that apply."""
     return tuple(applicable_rules((*INPUT_RULES, *CONTEXT_RULES), context))
 
 

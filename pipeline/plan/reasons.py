@@ -75,6 +75,7 @@ def _compare_with_alternative(key: str, chosen: Candidate, ranked: Sequence[Cand
 def _checkpointing_reason(
     chosen: Candidate, settings: RunSettings, shape: ModelShape, cluster: Cluster
 ) -> str:
+    """Why this number of layers is checkpointed."""
     count, total = chosen.layout.checkpointed_layers, shape.num_layers
     if not count:
         return f"0 of {total} layers: all activations fit"

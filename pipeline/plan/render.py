@@ -80,6 +80,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def _summary_lines(plan: Plan) -> list[str]:
+    """The lines about model, hardware and layout."""
     layout, shape = plan.layout, plan.shape
     share = 100 * plan.trainable / shape.parameters
     nodes = f"{layout.nodes} nodes of " if layout.nodes > 1 else ""
@@ -117,6 +118,7 @@ def _proof_reason(plan: Plan) -> str:
 
 
 def _step_lines(plan: Plan) -> list[str]:
+    """The line about the number of steps and the time of the run."""
     if plan.schedule is None or plan.data is None:
         return ["steps      unknown: the training data cannot be read here"]
     schedule, data = plan.schedule, plan.data
@@ -130,6 +132,7 @@ def _step_lines(plan: Plan) -> list[str]:
 
 
 def _memory_lines(plan: Plan) -> list[str]:
+    """The lines about memory and disk space."""
     memory, hardware = plan.memory, plan.hardware
     limit = hardware.usable_bytes(plan.layout.ranks_per_node)
     lines = [
@@ -149,6 +152,7 @@ def _memory_lines(plan: Plan) -> list[str]:
 
 
 def _speed_lines(plan: Plan) -> list[str]:
+    """The line about the predicted speed."""
     speed = plan.speed
     largest = ", ".join(f"{term} {seconds:.3g} s" for term, seconds in speed.three_largest())
     return [

@@ -59,6 +59,7 @@ def csv_rows(file: Path, stream: BinaryIO) -> Iterator[Line]:
 
 
 def _records(file: Path, stream: BinaryIO) -> Iterator[_Record]:
+    """The records of a CSV file, the header included."""
     csv.field_size_limit(row_limits.MAX_ROW_BYTES)
     lines = _LineReader(stream)
     reader = csv.reader(lines, strict=True, delimiter=lines.delimiter())
@@ -79,6 +80,7 @@ def _records(file: Path, stream: BinaryIO) -> Iterator[_Record]:
 
 
 def _unmatched_quotes(file: Path, lines: "_LineReader", error: csv.Error) -> UserError:
+    """The error for a record whose end is unknown."""
     return UserError(
         f"{file}:{lines.number}: the row that begins here has unmatched quotes (read up to line "
         f"{lines.number + lines.count - 1}: {error}), so the start of the next row is unknown; "

@@ -85,6 +85,7 @@ def has_known_suffix(file: Path) -> bool:
 
 
 def _find_files(name: str, key: str) -> DataFiles:
+    """The data files of a path, folder or glob, before they are checked."""
     path = Path(name)
     if path.is_dir():
         return _find_in_folder(path, key)
@@ -111,6 +112,7 @@ def _find_files(name: str, key: str) -> DataFiles:
 
 
 def _find_in_folder(folder: Path, key: str) -> DataFiles:
+    """The data files of a folder, for the split that `key` stands for."""
     if _is_run_folder(folder):
         raise UserError(f"{key}: {folder} is a run folder; name a folder with data, or files")
     search = _FolderSearch()
@@ -134,6 +136,7 @@ class _FolderSearch:
         self._visited: set[Path] = set()
 
     def visit(self, folder: Path, key: str) -> None:
+        """Collect the data files of a folder and of the folders below it."""
         if (real := folder.resolve()) in self._visited:
             return
         self._visited.add(real)

@@ -163,6 +163,7 @@ def _refuse_undesirable(value: Mapping[str, Any]) -> None:
 
 
 def _select_format(value: Mapping[str, Any], data_format: DataFormat | Auto) -> DataFormat:
+    """The format of a row: `data_format`, or else detected. Raises RowError if the row lacks it."""
     if data_format == "auto":
         return _detect_format(value)
     if missing := [column for column in _REQUIRED[data_format] if column not in value]:
@@ -206,6 +207,7 @@ def _found_columns(columns: Mapping[str, Any]) -> str:
 
 
 def _build_example(name: DataFormat, value: dict[str, Any], unread: set[str]) -> Example:
+    """The example of a row in this format. Raises RowError if that is impossible."""
     if name == "messages":
         return messages_example(value, unread)
     if name == "sharegpt":

@@ -99,6 +99,7 @@ def _rows_under_key(key: str) -> str:
 
 
 def _layout_by_column() -> _Layout:
+    """The layout in which each column maps row labels to values."""
     return _Layout(
         "a table as pandas writes it with orient='columns'",
         "({k: v.get(i) for k, v in t.items()} for i in next(iter(t.values())))",

@@ -159,6 +159,7 @@ def sample_file(file: Path, num_bytes: int) -> Sample:
 
 
 def _sample_of_table(file: Path, kind: Literal["parquet", "arrow"], num_bytes: int) -> Sample:
+    """A Sample of the first rows of a table, of about `num_bytes`."""
     from pipeline.rows.tables import num_rows, table_rows
 
     total, lines, size = num_rows(file, kind), list[Line](), 0
@@ -182,6 +183,7 @@ def _decompressed_size(file: Path, stream: BinaryIO, num_read: int) -> float:
 
 
 def _resolve_source(source: DataSource, key: str) -> Source:
+    """The Source of an item of `train_data` or `eval_data`, with its files."""
     name = source.path
     split = HubSplit.parse(name)
     if split is None:

@@ -147,6 +147,7 @@ def _parse_json_text(text: Any) -> Any:
 
 @contextmanager
 def _open_table(path: Path, kind: Literal["parquet", "arrow"]) -> Iterator[_Table]:
+    """Open a table for reading in batches of limited size."""
     import pyarrow
 
     if kind == "parquet":

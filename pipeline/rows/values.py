@@ -112,6 +112,7 @@ class DuplicateKeyError(ValueError):
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values. Raises DuplicateKeyError if a key occurs twice."""
     value = dict(pairs)
     if len(value) < len(pairs):
         raise DuplicateKeyError

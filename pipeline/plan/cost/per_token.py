@@ -192,6 +192,7 @@ def _norm_values(shape: ModelShape, settings: RunSettings) -> float:
 
 
 def _num_linears(shape: ModelShape) -> int:
+    """Number of linear layers in all blocks."""
     return sum(count * len(block.linears) for block, count in shape.counts())
 
 
@@ -228,6 +229,7 @@ def _block_values(block: Block, settings: RunSettings) -> int:
 
 
 def _num_kernels(shape: ModelShape, settings: RunSettings) -> int:
+    """Kernel launches in a forward pass, except those for each document of a pack."""
     per_linear = 1 + (_DEQUANTISE_KERNELS if settings.is_quantised else 0)
     per_adapter = _LORA_KERNELS + (1 if settings.lora_dropout > 0 else 0)
     adapters = len(adapted_layers(shape, settings))
@@ -242,6 +244,7 @@ def _num_kernels(shape: ModelShape, settings: RunSettings) -> int:
 
 
 def _num_document_kernels(shape: ModelShape, settings: RunSettings) -> int:
+    """Kernel launches in a forward pass for each document of a pack."""
     if not attends_by_document(settings):
         return 0
     return shape.num_layers * (_SCORES_KERNELS if has_scores(shape, settings) else 1)

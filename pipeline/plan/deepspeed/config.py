@@ -36,8 +36,8 @@ def deepspeed_config(
         "gradient_accumulation_steps": layout.accumulation_steps,
         "gradient_clipping": settings.max_grad_norm,  # written even if 0: the default is 1.0
         "steps_per_print": None,  # this package logs the progress itself
-        "optimizer": _optimizer(settings, is_cuda=is_cuda),
-        "zero_optimization": _zero(shape, settings, layout, is_cuda=is_cuda),
+        "optimizer": _optimizer_block(settings, is_cuda=is_cuda),
+        "zero_optimization": _zero_block(shape, settings, layout, is_cuda=is_cuda),
     }
     if layout.training_dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
@@ -56,7 +56,8 @@ def deepspeed_config(
     return config
 
 
-def _optimizer(settings: RunSettings, *, is_cuda: bool) -> dict[str, Any]:
+def _optimizer_block(settings: RunSettings, *, is_cuda: bool) -> dict[str, Any]:
+    """The block `optimizer`."""
     params: dict[str, Any] = {
         "lr": settings.lr,
         "betas": [0.9, 0.999],
@@ -69,9 +70,10 @@ def _optimizer(settings: RunSettings, *, is_cuda: bool) -> dict[str, Any]:
     return {"type": "AdamW", "params": params}
 
 
-def _zero(
+def _zero_block(
     shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool
 ) -> dict[str, Any]:
+    """The block `zero_optimization`."""
     bucket = bucket_elements(shape, settings)
     zero: dict[str, Any] = {
         "stage": layout.zero_stage,
@@ -83,13 +85,14 @@ def _zero(
         "overlap_comm": layout.is_sharded,
     }
     if layout.is_sharded:
-        zero |= _sharded(shape, settings, layout, is_cuda=is_cuda)
+        zero |= _zero3_keys(shape, settings, layout, is_cuda=is_cuda)
     return zero
 
 
-def _sharded(
+def _zero3_keys(
     shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool
 ) -> dict[str, Any]:
+    """The keys of `zero_optimization` that only ZeRO-3 has."""
     gathered = gathers(shape, settings)
     zero: dict[str, Any] = {
         # Adapters of linear layers are replicated, so that no layer gathers its small matrices.

@@ -67,6 +67,7 @@ def overlay(generated: Mapping[str, Any], path: str) -> dict[str, Any]:
 def _merge(
     generated: Mapping[str, Any], block: Mapping[str, Any], own: Located, path: KeyPath
 ) -> dict[str, Any]:
+    """A generated block with the user's block merged into it; `path`: key path of the block."""
     merged = dict(generated)
     for key, value in block.items():
         old = generated.get(key)
@@ -93,6 +94,7 @@ def _type_name(value: Any) -> str:
 
 
 def _validate(settings: RunSettings, values: dict[str, Any], location: str) -> None:
+    """Raise UserError if the settings with these values are not valid."""
     try:
         RunSettings.model_validate(settings.model_dump() | values)
     except ValidationError as error:

@@ -148,6 +148,7 @@ class _Selection:
 
 @lru_cache(maxsize=16)
 def _select_layers(shape: ModelShape, selection: _Selection) -> tuple[AdaptedLayer, ...]:
+    """The adapted layers of a selection. Raises UserError if a setting matches no layer."""
     linears = dict(shape.targeted(selection.targets))
     names = _names_in_blocks(shape, selection.layers, list(linears))
     names = _not_excluded(shape, selection.excluded, names)
@@ -194,6 +195,7 @@ def _names_in_blocks(shape: ModelShape, layers: Sequence[int], names: list[str])
 
 
 def _not_excluded(shape: ModelShape, excluded: str | Sequence[str], names: list[str]) -> list[str]:
+    """The names that no entry of exclude_modules matches."""
     remaining = names
     for entry in [excluded] if isinstance(excluded, str) else excluded:
         matches = set(
@@ -209,6 +211,7 @@ def _not_excluded(shape: ModelShape, excluded: str | Sequence[str], names: list[
 def _cached_counts(
     shape: ModelShape, selection: _Selection
 ) -> tuple[AdapterCounts, tuple[AdapterCounts, ...]]:
+    """Counts for all adapted layers, and for those in the blocks of each kind."""
     selected, r = _select_layers(shape, selection), selection.r
     experts = shape.targeted_experts(selection.targets)
     by_kind = [
@@ -225,6 +228,7 @@ def _cached_counts(
 def _sum_counts(
     selected: Sequence[AdaptedLayer], experts: Sequence[ExpertTensor], r: int
 ) -> AdapterCounts:
+    """Sums over these adapted layers and fused expert tensors."""
     linears = [layer.linear for layer in selected]
     largest_of_linears = max(
         (x.r * max(x.linear.d_in, x.linear.d_out) for x in selected), default=0

@@ -76,6 +76,7 @@ def shape_file(folder: Path, *, trust_remote_code: bool = False) -> Path:
 
 
 def _count_in_subprocess(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
+    """The sizes of the model's class, counted by a subprocess with torch."""
     trust = ["--trust-remote-code"] if trust_remote_code else []
     try:
         output = run_module("pipeline.model.class_shape", str(folder), *trust, timeout_s=_TIMEOUT_S)

@@ -184,7 +184,7 @@ class ModelShape:
             targets = [target for target in targets if target != EXPERTS]
             for target in targets:
                 self._require_match(self.matching(target, "lora_target_modules"), target)
-            selected = [n for n in self.linears if any(_matches(n, t) for t in targets)]
+            selected = [n for n in self.linears if any(_is_or_ends_with(n, t) for t in targets)]
         if unadaptable := [name for name in selected if not self.linears[name].is_adaptable]:
             raise UserError(
                 f"lora_target_modules: {targets!r} matches {unadaptable[0]}, but peft would adapt "
@@ -240,13 +240,14 @@ class ModelShape:
         """Full names of the linear layers that end with `entry`, or match it as a pattern."""
         if is_pattern:
             return full_matches(entry, self.linears, setting)
-        return [name for name in self.linears if _matches(name, entry)]
+        return [name for name in self.linears if _is_or_ends_with(name, entry)]
 
     @property
     def _linear_names(self) -> list[str]:
         return list(dict.fromkeys(map(_last_part, self.linears)))
 
     def _require_match(self, matches: Sequence[str], target: str) -> None:
+        """Raise UserError if a target matches nothing."""
         if matches:
             return
         names = ", ".join(self._linear_names)
@@ -323,6 +324,7 @@ def shape_of(
 
 
 def _from_family(config: Config, model: str) -> ModelShape:
+    """The shape of a model whose type is in families.py."""
     family = FAMILIES[config["model_type"]]
     config = {**family.defaults, **config}
     require_window(config)
@@ -436,6 +438,7 @@ def _blocks(family: Family, config: Config) -> tuple[tuple[Block, ...], tuple[in
 
 
 def _build_block(family: Family, config: Config, experts: Experts | None) -> Block:
+    """A kind of block of a model in families.py; `experts`: None for a block without experts."""
     heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
     head_dim = int(config.get("head_dim") or hidden // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)
@@ -487,5 +490,5 @@ def _last_part(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _matches(name: str, target: str) -> bool:
+def _is_or_ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")

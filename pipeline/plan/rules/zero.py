@@ -23,6 +23,7 @@ def _in_zero(*keys: str) -> tuple[str, ...]:
 
 
 def _hpz_ranks(s: PlanContext) -> int:
+    """The larger hpz_partition_size of the run file and the DeepSpeed config; 1 for none."""
     setting = s.settings.hpz_partition_size
     in_json = s.zero.get("zero_hpz_partition_size") or 1
     return max(int(in_json), 1 if setting == "auto" else setting)
