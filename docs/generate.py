@@ -133,7 +133,7 @@ def _value(option: dict) -> str:
         return "`{path, weight, limit}`"
     kind = {
         "integer": "whole number", "number": "number", "string": "text", "boolean": "true, false",
-        "array": "list", "null": "nothing",
+        "array": "list", "null": "`null`",
         "object": "mapping",
     }[option["type"]]  # fmt: skip
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

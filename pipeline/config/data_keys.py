@@ -125,8 +125,9 @@ class DataKeys(BaseModel):
     )
     train_on: Literal["assistant", "last-assistant", "all"] = Field(
         default="assistant",
-        description="Tokens that count in the loss: those of all assistant turns, of the last "
-        "assistant turn, or of the whole document. Messages with `weight: 0` never count.",
+        description="Tokens that count in the loss: all assistant turns (`assistant`), only the "
+        "last assistant turn (`last-assistant`), or the whole document (`all`). Messages with "
+        "`weight: 0` never count.",
         json_schema_extra=traits(change="documents"),
     )
     split_turns: bool = Field(

@@ -38,10 +38,10 @@ class RunKeys(BaseModel):
     )
     resume: Annotated[str, Field(min_length=1)] = Field(
         default="auto",
-        description="`auto` resumes from the newest intact checkpoint if there is one, `must` "
-        "refuses to start without one, `never` starts at step 0. Any other value is the folder of "
-        "a checkpoint, of this run or another, to resume from; once the run has written newer "
-        "checkpoints itself, it resumes from those.",
+        description="`auto` resumes from the newest intact checkpoint if there is one; `must` "
+        "refuses to start without one; `never` starts at step 0. Any other value is the folder of "
+        "a checkpoint, of this run or of another, from which the run starts. Once the run has "
+        "newer checkpoints of its own, it resumes from these.",
         json_schema_extra=traits(
             change="run", is_path=True, peers="resume_from_checkpoint auto_resume_from_checkpoints"
         ),
@@ -56,8 +56,9 @@ class RunKeys(BaseModel):
     preset: Preset | list[Preset] = Field(
         default_factory=list,
         description="Name of a preset (see the table of presets), or a list of names. A later "
-        "preset overrides an earlier one, and the run file overrides all presets: max_steps also "
-        "replaces a preset's epochs, global_batch_size its gradient_accumulation_steps.",
+        "preset overrides an earlier one, and the run file overrides all presets. In the run file, "
+        "`max_steps` also replaces a preset's `epochs`, and `global_batch_size` its "
+        "`gradient_accumulation_steps`.",
         json_schema_extra=traits(change="run"),
     )
     seed: int = Field(
@@ -76,8 +77,8 @@ class RunKeys(BaseModel):
     )
     lora_alpha: Annotated[float, Field(gt=0, le=1e6)] | Auto = Field(
         default="auto",
-        description="The adapter's output is scaled by `lora_alpha` / `lora_r`; `auto` is 2 x "
-        "`lora_r`, or with `use_rslora` the alpha that scales by 2 as well.",
+        description="The adapter's output is scaled by `lora_alpha` / `lora_r`. `auto` is the "
+        "alpha that scales by 2: 2 x `lora_r`, or 2 x sqrt(`lora_r`) with `use_rslora`.",
         json_schema_extra=traits(peers="alpha"),
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -90,7 +91,8 @@ class RunKeys(BaseModel):
         description="Linear layers that get an adapter: a list of module names (full paths or "
         "their last parts), `all-linear`, or one regular expression that matches full paths. "
         "`auto`: all linear layers of the transformer blocks, except routers and fused experts. In "
-        "a list, `experts` adds the fused experts of a mixture to `auto` or to names.",
+        "a list, `experts` means the fused experts of a mixture-of-experts model: `[auto, "
+        "experts]`.",
         json_schema_extra=traits(peers="target_modules lora_target lora_modules lora_attn_modules"),
     )
     modules_to_save: list[str] = Field(
