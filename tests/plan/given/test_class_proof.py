@@ -114,7 +114,7 @@ def test_a_proof_is_of_the_config(model):
 
 
 def test_a_known_family_is_not_checked_before_the_plan(model, monkeypatch):
-    monkeypatch.setattr(class_proof, "_check", None)
+    monkeypatch.setattr(class_proof, "_run_checks", None)
     ensure_proof(settings_for(model), read_shape(str(model)))
 
 
