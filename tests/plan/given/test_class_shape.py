@@ -64,7 +64,7 @@ def cache(tmp_path_factory, monkeypatch):
     """An empty cache, and the class counted in this process."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("RANKZERO_CACHE", str(folder))
-    monkeypatch.setattr(caching, "_count", counting.count_shape)
+    monkeypatch.setattr(caching, "_count_in_subprocess", counting.count_shape)
     return folder
 
 
@@ -234,7 +234,7 @@ def test_a_plan_says_that_a_class_is_not_yet_proven_and_which_command_proves_it(
 def test_a_cached_shape_needs_no_torch(tmp_path, monkeypatch):
     write(tmp_path, "olmo2", {})
     first = read_shape(str(tmp_path))
-    monkeypatch.setattr(caching, "_count", None)
+    monkeypatch.setattr(caching, "_count_in_subprocess", None)
     assert read_shape(str(tmp_path)) == first
     path = caching.shape_file(tmp_path)
     assert path.is_file()
