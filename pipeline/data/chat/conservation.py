@@ -26,8 +26,8 @@ _MAX_CACHED_SHAPES = 256  # limits the memory of the keys, which are long for ag
 class Omissions:
     """Leaves missing from a rendering.
 
-    `lost`: leaves of which other text than reasoning is missing, or only a part of the reasoning.
-    `reasoning`: leaves of which complete reasoning blocks are missing, with their texts.
+    `lost`: leaves with missing text that is not a whole reasoning block. `reasoning`: leaves from
+    which only whole reasoning blocks are missing, with the texts of these blocks.
     """
 
     lost: list[Leaf] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Conservation:
 
         Raises RowError for any other omission.
         """
-        omissions = _omissions(conversation, rendering)
+        omissions = _find_omissions(conversation, rendering)
         lost, omitted = omissions.lost, dict[int, list[str]]()
         by_design = self._omits_by_design(conversation) if omissions.reasoning else frozenset()
         for leaf, texts in omissions.reasoning:
@@ -60,11 +60,11 @@ class Conservation:
             else:
                 lost.append(leaf)
         if lost:
-            raise RowError(self._loss(lost))
+            raise RowError(self._loss_message(lost))
         return omitted
 
-    def _loss(self, lost: Sequence[Leaf]) -> str:
-        """The reason to reject a row of which the template does not write these leaves."""
+    def _loss_message(self, lost: Sequence[Leaf]) -> str:
+        """The reason to reject a row because the template does not write these leaves."""
         if lost[0].message == TOOLS and not self._template.reads_tools:
             return (
                 "the row has tools, and the chat template does not write any: describe them in the "
@@ -81,7 +81,7 @@ class Conservation:
             if len(self._by_design) >= _MAX_CACHED_SHAPES:
                 self._by_design.clear()
             try:
-                omitted = _omissions(fixed, self._template.render(fixed)).reasoning
+                omitted = _find_omissions(fixed, self._template.render(fixed)).reasoning
             except RowError:
                 omitted = []
             knows_key = self._template.reads(*REASONING_KEYS)
@@ -91,7 +91,8 @@ class Conservation:
         return self._by_design[key]
 
 
-def _omissions(conversation: Conversation, rendering: Rendering) -> Omissions:
+def _find_omissions(conversation: Conversation, rendering: Rendering) -> Omissions:
+    """Compare the leaves of a conversation with the spans of its rendering."""
     result = Omissions()
     written: list[list[TracedSpan]] = [[] for _ in rendering.leaves]
     for span in rendering.spans:
@@ -109,7 +110,7 @@ def _omissions(conversation: Conversation, rendering: Rendering) -> Omissions:
             continue
         else:
             gaps = list(_missing_parts(leaf.value, spans, rendering.text))
-            blocks = _omitted_reasoning(leaf, gaps, conversation)
+            blocks = _omitted_blocks(leaf, gaps, conversation)
             if blocks:
                 result.reasoning.append((leaf, blocks))
             is_written = not gaps or blocks is not None
@@ -123,7 +124,7 @@ def _is_complete(leaf: Leaf, spans: Sequence[TracedSpan]) -> bool:
 
 
 def _missing_parts(value: str, spans: Sequence[TracedSpan], text: str) -> Iterator[Span]:
-    """Spans of a text that the template omits, except white space that it strips or replaces."""
+    """Spans of a leaf that the template omits, except white space that it strips or replaces."""
     covered = sorted((span.first, span.last, span.start, span.stop) for span in spans)
     at = 0
     edges = [(0, 0, 0, 0), *covered, (len(value), len(value), len(text), len(text))]
@@ -142,12 +143,12 @@ def _is_separated(text: str, start: int, stop: int) -> bool:
     return start < stop and not text[start:stop].isalnum()
 
 
-def _omitted_reasoning(
+def _omitted_blocks(
     leaf: Leaf, gaps: Sequence[Span], conversation: Conversation
 ) -> list[str] | None:
-    """Texts of the reasoning blocks that are missing from a content.
+    """Texts of the reasoning blocks that are missing from a message's content.
 
-    None if other text is missing, or only a part of a block. Empty if only the tags of blocks are
+    None if other text or a part of a block is missing. Empty if only the tags of blocks are
     missing, because the template writes its own tags.
     """
     blocks = list(reasoning_blocks(conversation.messages[leaf.message]))
@@ -194,7 +195,7 @@ class _Scalars:
         self.position = 0  # offset in the text at which the preceding leaf ends
 
     def is_written(self, leaf: Leaf) -> bool:
-        """Whether the leaf is written before the next string; for tools, anywhere among them."""
+        """Whether the scalar is written before the next string, or anywhere among the tools."""
         spelled = {dumps(leaf.value), str(leaf.value)}
         if leaf.message == TOOLS:
             return any(form in self._around_tools for form in spelled)

@@ -39,7 +39,7 @@ _NO_END_OF_SEQUENCE = (
 END_WITHOUT_STOP, INNER_END_WITHOUT_STOP = "end_without_stop ", "inner_end_without_stop "
 _NO_SUPERVISED_TOKEN = "no supervised token"
 _ANSWER_OMITTED = (
-    "the chat template leaves nothing of an answer, so the model would learn to say nothing"
+    "the chat template omits the whole answer, so the model would learn to answer nothing"
 )
 
 
@@ -55,10 +55,11 @@ class Document:
 class Encoded:
     """The documents of an example: one, or with split_turns one for each trained turn.
 
-    `token_counts`: numbers of tokens for the audit. Its key `omitted_reasoning` counts reasoning
-    that the template omits by design, `special_tokens_in_text` special tokens in texts of the row.
+    `token_counts`: numbers of tokens for the audit: `omitted_reasoning` in reasoning that the
+    template omits by design, and `special_tokens_in_text` in the row's own texts.
     Keys that begin with END_WITHOUT_STOP count the ends of trained turns at which generation does
-    not stop, by token. It is INNER_END_WITHOUT_STOP if the last turn ends with another token.
+    not stop, by token. The prefix is INNER_END_WITHOUT_STOP if the last turn of a conversation
+    ends with another token.
     """
 
     documents: list[Document]
@@ -137,7 +138,7 @@ class Encoder:
         ends = dict.fromkeys(self._stops, "")
         for has_tools in (False, True):
             with suppress(UserError):  # the template is wrong; only conversations need it
-                finder = self._turns(has_tools)
+                finder = self._finder_for(has_tools)
                 ends = dict.fromkeys(finder.ends, END_WITHOUT_STOP) | ends
                 ends |= dict.fromkeys(finder.inner_ends - {*self._stops}, INNER_END_WITHOUT_STOP)
         self.ends = frozenset(self._special[end] for end in ends)
@@ -155,7 +156,7 @@ class Encoder:
         return encoded.documents
 
     def encode_many(self, examples: Sequence[Example]) -> list[Encoded | RowError]:
-        """Encode each example; a RowError in place of the result says why it is rejected.
+        """Encode each example. The result of a rejected example is a RowError with the reason.
 
         Raises UserError for the tokenizer or its chat template.
         """
@@ -172,7 +173,7 @@ class Encoder:
             if isinstance(row, RowError):
                 results.append(row)
                 continue
-            mine = [
+            pairs = [
                 (d, self._tokenise_as_text(d) if d.ordinary_text else next(tokens)) for d in row[0]
             ]
             try:
@@ -180,7 +181,7 @@ class Encoder:
                     documents = [self._pretokenised_document(example)]
                 else:
                     documents = [
-                        self._document(draft, tokens_of_draft) for draft, tokens_of_draft in mine
+                        self._document(draft, tokens_of_draft) for draft, tokens_of_draft in pairs
                     ]
             except RowError as error:
                 results.append(error)
@@ -204,8 +205,8 @@ class Encoder:
         if not isinstance(example, Conversation):
             raise RowError("no question with an answer")
         last = max(i for i, message in enumerate(example.messages) if message.role == "assistant")
-        asked = replace(example, messages=example.messages[: last + 1])
-        rendered = self._turns(bool(asked.tools)).render(asked, {last})
+        until_answer = replace(example, messages=example.messages[: last + 1])
+        rendered = self._finder_for(bool(until_answer.tools)).render(until_answer, {last})
         if last not in rendered.turn_spans:
             raise RowError(_ANSWER_OMITTED)
         start, stop = rendered.turn_spans[last][0][0], rendered.turn_spans[last][-1][1]
@@ -216,7 +217,7 @@ class Encoder:
         prompt = rendered.text[: tokens.offsets[first][0]]
         return prompt, str(self._tokenizer.decode(answer, skip_special_tokens=True))
 
-    def _turns(self, has_tools: bool) -> TurnFinder:
+    def _finder_for(self, has_tools: bool) -> TurnFinder:
         """The turn finder of the chat template; some models have a separate template for tools."""
         has_own = has_tools and isinstance(self._tokenizer.chat_template, dict)
         if has_own not in self._finders:
@@ -251,7 +252,7 @@ class Encoder:
             names = ("`prompt`", "`completion`")
         special = self._special_in(text)
         named = [(span, names[span[0] >= border]) for span in special]
-        ordinary_text = self._as_text(text, named, token_counts)
+        ordinary_text = self._ordinary_spans(text, named, token_counts)
         start = 0 if self._settings.train_on == "all" else border
         return [_Draft(text, [(start, len(text))], ordinary_text=ordinary_text)]
 
@@ -265,12 +266,12 @@ class Encoder:
             and not (match.end() == len(text) and ids[match[0]] == self._eos)
         ]
 
-    def _as_text(
+    def _ordinary_spans(
         self, text: str, special: Sequence[tuple[Span, str]], token_counts: Counter[str]
     ) -> list[Span]:
-        """The special tokens in the row's own texts that are tokenised as text; all are counted.
+        """Spans of the row's special tokens that are tokenised as ordinary text; counts them all.
 
-        `special`: the span of each token, and the name of the text that it is in.
+        `special`: the span of each special token, and the name of the text that contains it.
         """
         if not special:
             return []
@@ -285,7 +286,10 @@ class Encoder:
         return [span for span, _ in special] if is_text else []
 
     def _chat_drafts(self, conversation: Conversation, token_counts: Counter[str]) -> list[_Draft]:
-        finder, trained = self._turns(bool(conversation.tools)), self._trained_turns(conversation)
+        finder, trained = (
+            self._finder_for(bool(conversation.tools)),
+            self._trained_turns(conversation),
+        )
         omitted: list[str] = []
         if self._settings.split_turns:
             drafts = []
@@ -323,7 +327,7 @@ class Encoder:
             raise RowError(_ANSWER_OMITTED)
         self._count_ends_without_stop(rendered, trained, token_counts)
         # With split_turns the last document contains the texts of all others: its count remains.
-        ordinary_text = self._as_text(rendered.text, rendered.special, token_counts)
+        ordinary_text = self._ordinary_spans(rendered.text, rendered.special, token_counts)
         spans_are_unsupervised = settings.train_on == "all"
         chosen = trained
         if spans_are_unsupervised:
@@ -353,7 +357,7 @@ class Encoder:
             if draft.is_chat
             else self._text_document(draft, tokens)
         )
-        document.supervised[:1] = False  # nothing predicts it
+        document.supervised[:1] = False  # no token precedes the first one and predicts it
         if not document.supervised.any():
             raise RowError(_NO_SUPERVISED_TOKEN)
         return document
@@ -397,14 +401,14 @@ class Encoder:
         """
         text, at, result = draft.text, 0, _Tokens([], [])
         border = None if draft.is_chat else draft.spans[0][0]  # no token may cross a prompt's end
-        hidden = [start for start, _ in draft.ordinary_text]
+        ordinary_starts = [start for start, _ in draft.ordinary_text]
         encoding = self._backend.encode(text, add_special_tokens=False)
         for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if border is not None and start >= border > at:
                 self._add_as_text(text, (at, border), result)
                 at = border
-            is_hidden = bisect_left(hidden, stop) > bisect_left(hidden, start)
-            if token in self._special_ids and not is_hidden:
+            is_ordinary = bisect_left(ordinary_starts, stop) > bisect_left(ordinary_starts, start)
+            if token in self._special_ids and not is_ordinary:
                 self._add_as_text(text, (at, start), result)
                 result.ids.append(token)
                 result.offsets.append((start, stop))
@@ -439,12 +443,12 @@ class Encoder:
             self._backend.encode(part, add_special_tokens=False).ids
             for part in (text[:start], text[start:])
         )
-        wanted = self._backend.decode(whole, skip_special_tokens=False)
-        if self._backend.decode(before + after, skip_special_tokens=False) == wanted:
+        expected = self._backend.decode(whole, skip_special_tokens=False)
+        if self._backend.decode(before + after, skip_special_tokens=False) == expected:
             return before, after
         encoding = self._backend.encode(f"\n{text[start:]}", add_special_tokens=False)
         after = [token for token, (at, _) in zip(encoding.ids, encoding.offsets, strict=True) if at]
-        if self._backend.decode(before + after, skip_special_tokens=False) == wanted:
+        if self._backend.decode(before + after, skip_special_tokens=False) == expected:
             return before, after
         raise RowError("the tokenizer cannot split the text between `prompt` and `completion`")
 

@@ -70,7 +70,7 @@ class TracedConversation:
     leaves: list[Leaf] = field(default_factory=list)
 
     def path_of(self, value: object) -> str:
-        """The path of an object that the template was given, such as tools[0].function."""
+        """The path of an object that the template received, such as tools[0].function."""
         roots = (("messages", self.messages), ("tools", self.tools))
         return next((path for name, root in roots for path in _paths(root, value, name)), "")
 
@@ -91,6 +91,8 @@ def trace(conversation: Conversation, style: Style) -> TracedConversation:
 
 
 class _Tracer:
+    """Builds the traced messages and tools of one conversation."""
+
     def __init__(self, style: Style) -> None:
         self._style = style
         self._result = TracedConversation()
@@ -138,9 +140,8 @@ class _Tracer:
         return result
 
     def _call(self, call: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
-        given = call["function"]
         function: dict[str, Any] = {}
-        for key, value in given.items():
+        for key, value in call["function"].items():
             if key == "arguments" and isinstance(value, Mapping):
                 function[key] = Arguments(self._value(value, (*path, key), Kind.REQUIRED))
             else:
@@ -163,8 +164,11 @@ class _Tracer:
         if self._style.ids == "short" and not _SHORT_ID.fullmatch(old):
             new = f"call{self._num_calls:05d}"
         elif self._style.ids == "named":
-            before, found, after = old.rpartition(name)
-            parts = (before, name, after) if found else ("functions.", name, f":{self._num_calls}")
+            before, separator, after = old.rpartition(name)
+            is_named = bool(separator)
+            parts = (
+                (before, name, after) if is_named else ("functions.", name, f":{self._num_calls}")
+            )
             new = join_traced(parts)
         else:
             return old
@@ -190,6 +194,7 @@ class _Tracer:
         return self._text(text, path, Kind.STRUCTURAL)
 
     def _text(self, text: str, path: tuple[str | int, ...], kind: Kind) -> str:
+        """A traced string, for which a leaf is added."""
         if not text:
             return text
         leaves = self._result.leaves

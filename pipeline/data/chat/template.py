@@ -88,8 +88,8 @@ class ChatTemplate:
     def with_blank_spans(self, conversation: Conversation, rendering: Rendering) -> Rendering:
         """The rendering with an empty span for each blank text, which has no characters to trace.
 
-        The spans are found in a rendering with placeholders for blank texts. If it differs in
-        anything else, the rendering is returned unchanged.
+        The spans are found in another rendering, which has placeholders for blank texts. If the two
+        renderings differ in anything else, the first one is returned unchanged.
         """
         messages = conversation.messages
         blank = {i for i, m in enumerate(messages) if m.role != "assistant" and not m.content}
@@ -136,17 +136,17 @@ class ChatTemplate:
     @cached_property
     def _has_reasoning_parts(self) -> bool:
         """Whether the template writes reasoning only if it is a part of the content."""
-        asked, answer = placeholder("user", "assistant").messages
+        question, answer = placeholder("user", "assistant").messages
         thinking = replace(answer, others={"reasoning_content": "thought"})
         try:
-            plain = self._render(Conversation((asked, answer)), Style(), False).text
+            plain = self._render(Conversation((question, answer)), Style(), False).text
         except RowError:
             return False
         written = []
         for is_part in (False, True):
             style = Style(has_reasoning_parts=is_part)
             try:
-                rendering = self._render(Conversation((asked, thinking)), style, False)
+                rendering = self._render(Conversation((question, thinking)), style, False)
             except RowError:
                 written.append(False)
                 continue
@@ -161,12 +161,12 @@ class ChatTemplate:
     ) -> Rendering:
         from jinja2 import TemplateError
 
-        given = trace(conversation, style)
-        self._undefined.path_of = staticmethod(given.path_of)
+        traced = trace(conversation, style)
+        self._undefined.path_of = staticmethod(traced.path_of)
         try:
             text = self._template.render(
-                messages=given.messages,
-                tools=given.tools or None,
+                messages=traced.messages,
+                tools=traced.tools or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
@@ -176,7 +176,7 @@ class ChatTemplate:
         spans = sorted(span for span in spans_of(text) if span.start < span.stop)
         return Rendering(
             text=str.__str__(text),
-            leaves=given.leaves,
+            leaves=traced.leaves,
             spans=[span for span in spans if span.source != GENERATED],
             generated=[span[:2] for span in spans if span.source == GENERATED],
         )
@@ -254,13 +254,13 @@ def apply_chat_template_setting(tokenizer: "PreTrainedTokenizerBase", setting: s
     if setting != "chatml":
         tokenizer.chat_template = read_template(setting)
         return
-    wanted = chatml(tokenizer)
-    if tokenizer.chat_template not in (None, wanted):
+    template = chatml(tokenizer)
+    if tokenizer.chat_template not in (None, template):
         raise UserError(
             "chat_template: chatml: the model has a chat template of its own, which it was "
             "trained with; leave chat_template out, or name a file"
         )
-    tokenizer.chat_template = wanted
+    tokenizer.chat_template = template
 
 
 def read_template(path: str) -> str:

@@ -85,8 +85,8 @@ class Traced(str):
         return lines if keepends else [x[: len(y)] for x, y in zip(lines, plain, strict=True)]
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
-        before, found, after = self._locate(str.partition(self, sep))
-        return before, found, after
+        before, separator, after = self._locate(str.partition(self, sep))
+        return before, separator, after
 
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         start = len(self) - len(str.rpartition(self, sep)[2])
@@ -99,9 +99,9 @@ class Traced(str):
             return str.replace(self, old, new, count)
         pieces: list[str] = []
         at, left = 0, count.__index__()
-        while left and (found := self.find(old, at)) >= 0:
-            stop = found + len(old)
-            pieces += [self._slice(at, found), _with_spans_of(self._slice(found, stop), new)]
+        while left and (start := self.find(old, at)) >= 0:
+            stop = start + len(old)
+            pieces += [self._slice(at, start), _with_spans_of(self._slice(start, stop), new)]
             at, left = stop, left - 1
         return join_traced((*pieces, self._slice(at, len(self))))
 
@@ -129,13 +129,13 @@ class Traced(str):
 
     def _locate(self, parts: Sequence[str], sep: str | None = None) -> list[str]:
         """Add spans to the substrings `parts` of this string, which are in the string's order."""
-        found, at = [], 0
+        substrings, at = [], 0
         for part in parts:
             start = self.index(part, at)
             at = start + len(part)
-            found.append(self._slice(start, at))
+            substrings.append(self._slice(start, at))
             at += len(sep or "")
-        return found
+        return substrings
 
 
 class Arguments(dict[str, Any]):
@@ -251,10 +251,10 @@ def make_environment() -> "Environment":
 
 
 def _missing_class(base: Any) -> Any:
-    """The class of values that a template reads and a row does not have, for one environment."""
+    """Jinja's class of undefined values for one environment; its errors name the missing key."""
 
     class Missing(base):  # type: ignore[misc]
-        """A key that a template reads and a row does not have; its error names the path."""
+        """A key that a template reads and a row does not have. The error names its path."""
 
         path_of: Callable[[object], str] = staticmethod(lambda value: "")  # of the last rendering
 
@@ -282,11 +282,11 @@ def _as_text(value: Any) -> str:
 def _trace_strings(text: str, value: Any, *, is_sorted: bool = False) -> str:
     """Add spans to `text`, the JSON or Python repr of a value that contains traced strings."""
     strings = list(_strings_in(value, is_sorted))
-    found = list(_JSON_OR_REPR_STRING.finditer(text))
-    if len(found) != len(strings):
+    matches = list(_JSON_OR_REPR_STRING.finditer(text))
+    if len(matches) != len(strings):
         return text
     spans: list[TracedSpan] = []
-    for match, source in zip(found, strings, strict=True):
+    for match, source in zip(matches, strings, strict=True):
         if source_spans := spans_of(source):
             start, stop = match.start() + 1, match.end() - 1
             if stop - start == len(source):  # nothing is escaped

@@ -38,7 +38,7 @@ _CLOSING = re.compile(r"\s*(?:</[\w:]+>|\[/[A-Z_]+\])\s*")
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, with the spans of its parts. Mappings are by message index.
+    """A conversation as text, with the spans of its parts. Mapping keys are message indexes.
 
     `turn_spans`: spans of each message; those of an assistant include the end-of-turn token.
     `reasoning`: spans of the reasoning in assistant turns, including its tags.
@@ -135,17 +135,19 @@ class TurnFinder:
 
     def _find_leading_roles(self) -> tuple[str, ...]:
         """Roles with which a conversation must begin: `system` if the template requires it."""
-        refused = None
+        first_error = None
         for start in ((), ("system",)):
             try:
                 written = self._probe(*start, "user", "assistant")
             except RowError as error:
-                refused = refused or error
+                first_error = first_error or error
                 continue
             if len(start) + 1 not in written[1].extents:
                 raise UserError("model: the chat template does not write assistant messages")
             return start
-        raise UserError(f"model: a question and its answer cannot be written: {refused}")
+        raise UserError(
+            f"model: the chat template cannot write a question and its answer: {first_error}"
+        )
 
     def _probe(
         self, *roles: str, add_generation_prompt: bool = False
@@ -195,7 +197,9 @@ class TurnFinder:
                 shared = self._shared_header(prompt, gaps[0])
                 if prompt != self._text_after(*before):  # the template reads add_generation_prompt
                     openings = [prompt, shared, *(gap for gap in gaps if prompt.startswith(gap))]
-                elif shared and not gaps[0].startswith(prompt):  # or always writes the prompt
+                elif shared and not gaps[0].startswith(
+                    prompt
+                ):  # the template always writes the prompt
                     openings = [shared]
             self._openings[role] = sorted(set(openings), key=len, reverse=True)
         return self._openings[role]
@@ -330,7 +334,8 @@ class TurnFinder:
     def _start_of(self, message: Message, extent: _Extent, text: str, is_trained: bool) -> int:
         """Offset at which the span of an assistant turn starts: after its generation prompt."""
         start = self._after_opening(extent, text)
-        # The opening of the first message may end in markup that the model writes: a header counts.
+        # The opening of the first message may end in markup that the model has to write, so that
+        # only a header counts.
         first = extent.before if start is None or extent.role_before is None else start
         ends = [
             at + len(header)
@@ -367,19 +372,19 @@ class TurnFinder:
         turn_spans: Mapping[int, Sequence[Span]],
     ) -> dict[int, list[Span]]:
         """Spans of the reasoning in each turn of `turn_spans`, including its tags."""
-        text, found = rendering.text, dict[int, list[Span]]()
+        text, spans_by_message = rendering.text, dict[int, list[Span]]()
         for i, spans in turn_spans.items():
             match = _EMPTY_REASONING.match(text, spans[0][0]) if spans else None
-            found[i] = [match.span()] if match else []
+            spans_by_message[i] = [match.span()] if match else []
         before = 0  # end of the preceding leaf
         inner = {i: list(reasoning_blocks(conversation.messages[i])) for i in turn_spans}
         for span in rendering.spans:
             leaf = rendering.leaves[span.source]
-            if leaf.message in found and turn_spans[leaf.message]:
+            if leaf.message in spans_by_message and turn_spans[leaf.message]:
                 turn_start, limit = turn_spans[leaf.message][0][0], turn_spans[leaf.message][-1][1]
                 opened = max(before, min(turn_start, span.start))
                 if leaf.kind is Kind.REASONING:
-                    found[leaf.message].append(
+                    spans_by_message[leaf.message].append(
                         (opened, self._after_closing_tag(text, span.stop, limit))
                     )
                 for (first, last), _ in inner[leaf.message] if leaf.kind is Kind.CONTENT else ():
@@ -387,11 +392,11 @@ class TurnFinder:
                         inside = span.start + first - span.first
                         stop = span.stop - max(0, span.last - last)
                         start = opened if first <= span.first else inside
-                        found[leaf.message].append(
+                        spans_by_message[leaf.message].append(
                             (start, self._after_closing_tag(text, stop, limit))
                         )
             before = span.stop
-        return found
+        return spans_by_message
 
     def _after_closing_tag(self, text: str, stop: int, limit: int) -> int:
         """Offset after the closing tag of reasoning that ends at `stop`; it is below `limit`."""
@@ -442,10 +447,10 @@ def _locate_messages(rendering: Rendering, conversation: Conversation) -> _Messa
             order[-1] = (leaf.message, order[-1][1], span.stop)
         else:
             order.append((leaf.message, span.start, span.stop))
-    places: dict[int, list[int]] = {}
+    runs: dict[int, list[int]] = {}
     for number, (message, _, _) in enumerate(order):
-        places.setdefault(message, []).append(number)
-    for message, numbers in places.items():
+        runs.setdefault(message, []).append(number)
+    for message, numbers in runs.items():
         if message == TOOLS:
             continue
         if len(numbers) > 1:
@@ -478,7 +483,7 @@ def _generation_blocks(rendering: Rendering, conversation: Conversation) -> dict
     """
     spans = [s for s in rendering.spans if rendering.leaves[s.source].message != TOOLS]
     starts = [span.start for span in spans]
-    found: dict[int, list[Span]] = {}
+    spans_by_message: dict[int, list[Span]] = {}
     for start, stop in rendering.generated:
         following = bisect_left(starts, start)
         candidates = [n for n in (following, following - 1) if 0 <= n < len(spans)]
@@ -487,9 +492,9 @@ def _generation_blocks(rendering: Rendering, conversation: Conversation) -> dict
         for n in candidates:
             message = rendering.leaves[spans[n].source].message
             if conversation.messages[message].role == "assistant":
-                found.setdefault(message, []).append((start, stop))
+                spans_by_message.setdefault(message, []).append((start, stop))
                 break
-    return found
+    return spans_by_message
 
 
 def _common_prefix_length(one: str, other: str) -> int:

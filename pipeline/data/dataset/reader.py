@@ -86,7 +86,7 @@ class SplitIndex:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], data_dir: Path) -> Self:
-        """The index of a split in `data_dir` from what `as_json` returned."""
+        """The index of a split in `data_dir`, from the result of `as_json`."""
         sources = tuple(SourceIndex(**source) for source in values["sources"])
         return cls(**{**values, "folder": data_dir / values["folder"], "sources": sources})
 
@@ -109,7 +109,7 @@ class DataIndex:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], data_dir: Path) -> Self:
-        """The index of `data_dir` from what `as_json` returned."""
+        """The index of `data_dir`, from the result of `as_json`."""
         splits = {name: SplitIndex.from_json(split, data_dir) for name, split in values.items()}
         return cls(train=splits["train"], eval=splits.get("eval"))
 
@@ -203,9 +203,9 @@ def read_published(folder: Path) -> tuple[SplitIndex, dict[str, Any]] | None:
         index = SplitIndex.from_json(values["split"], folder.parent)
         open_split(index)
         audit: dict[str, Any] = values["audit"]
-        left_out = sum(audit["rejected"].values()) + audit["rows_dropped"]
+        num_unused = sum(audit["rejected"].values()) + audit["rows_dropped"]
         rejects = (folder / REJECTS).read_bytes()
-        is_complete = rejects.count(b"\n") == left_out and rejects[-1:] in (b"", b"\n")
+        is_complete = rejects.count(b"\n") == num_unused and rejects[-1:] in (b"", b"\n")
         return (index, audit) if is_complete else None
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
@@ -218,4 +218,4 @@ def read_column(folder: Path, name: str) -> Array:
 
 def _memory_map(folder: Path, name: str) -> Array:
     column: Array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-    return column.view(np.ndarray)  # slices of np.memmap itself are slow to make
+    return column.view(np.ndarray)  # slices of an np.memmap are slow to create

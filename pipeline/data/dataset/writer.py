@@ -94,7 +94,7 @@ class SplitWriter:
 
     def __exit__(self, *_: object) -> None:
         for stream in (self.rejects, *(column.stream for column in self._columns.values())):
-            with suppress(OSError):  # a full disk fails once more
+            with suppress(OSError):  # on a full disk closing fails too
                 stream.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -160,7 +160,7 @@ class SplitWriter:
                     raise
                 if read_published(self._published) is not None:
                     return
-                _remove(self._published)  # damaged, so no reader uses it
+                _remove_damaged(self._published)  # damaged, so no reader uses it
             else:
                 sync(self._published.parent)
                 return
@@ -202,7 +202,7 @@ def write_sequences(
     """Write the sequences of a split whose columns are complete: packs, or single documents.
 
     The sequences of a source are contiguous: first those of all its documents, then those of the
-    documents that the fraction of its weight repeats. `weights`: of each source, in their order.
+    documents that the fraction of its weight repeats. `weights`: one for each source.
     """
     sources, digests = read_column(folder, "sources"), read_column(folder, "digests")
     lengths = np.diff(read_column(folder, "offsets"))
@@ -212,7 +212,7 @@ def write_sequences(
     start = 0
     for source, weight in enumerate(weights):
         own = np.flatnonzero(sources == source)
-        for documents, repeats in _repeated(own, digests, weight):
+        for documents, repeats in _repeated_groups(own, digests, weight):
             if packing:
                 order, bounds = make_packs(lengths[documents], max_length)
                 ordered.append(documents[order])
@@ -245,7 +245,7 @@ def write_sequences(
     )
 
 
-def _repeated(own: Array, digests: Array, weight: float) -> Iterator[tuple[Array, int]]:
+def _repeated_groups(own: Array, digests: Array, weight: float) -> Iterator[tuple[Array, int]]:
     """Groups of a source's documents, each with its number of repeats in an epoch.
 
     A weight of 2.3 repeats every document twice and a fixed, hash-selected 30 % of them a third
@@ -277,7 +277,7 @@ def join_files(path: Path, parts: Sequence[Path]) -> None:
                 shutil.copyfileobj(source, stream)
 
 
-def _remove(folder: Path) -> None:
+def _remove_damaged(folder: Path) -> None:
     """Rename a folder out of the way, then delete it; another process may do the same."""
     renamed = temporary_sibling(folder.with_name(f"{folder.name}.damaged"))
     try:

@@ -104,7 +104,7 @@ class RowCounts:
     def ends_without_stop(self) -> dict[str, dict[str, Any]]:
         """Counts of the ends of trained turns at which generation does not stop, by token.
 
-        `is_last`: whether the token ends the last turn of a conversation, too.
+        `is_last`: whether the token also ends the last turn of a conversation.
         """
         return {
             name.removeprefix(prefix): {
@@ -159,13 +159,13 @@ def require_usable(
             rows["rows_rejected"] > max_rejected * rows["rows_read"]
         )
         if rows["rows_read"] and (is_over or not rows["rows_used"]):
-            faults.append(_fault(f"{key}: {name}", counts, max_rejected))
+            faults.append(_fault_message(f"{key}: {name}", counts, max_rejected))
     is_any_used = any(counts.numbers["rows_used"] for _, counts in sources)
     if faults and not (max_rejected is None and is_any_used):
         raise UserError("\n".join(faults))
 
 
-def _fault(source: str, counts: RowCounts, max_rejected: float | None) -> str:
+def _fault_message(source: str, counts: RowCounts, max_rejected: float | None) -> str:
     """Error message for a source: the most common reasons, the share of bad rows, a remedy."""
     rows, common = counts.rows, counts.rejected.most_common(_SHOWN_REASONS)
     read, rejected = rows["rows_read"], rows["rows_rejected"]
@@ -219,12 +219,12 @@ def make_audit(
         "omitted_reasoning": total.token_count("omitted_reasoning"),
         "special_tokens_in_text": total.token_count("special_tokens_in_text"),
         "ends_without_stop": total.ends_without_stop(),
-        "length": _lengths(lengths),
-        "sources": _sources(sources, folder, lengths),
+        "length": _length_statistics(lengths),
+        "sources": _source_audits(sources, folder, lengths),
     }
 
 
-def _lengths(lengths: Array) -> dict[str, Any]:
+def _length_statistics(lengths: Array) -> dict[str, Any]:
     first = int(lengths.min())
     width = ceil((int(lengths.max()) - first + 1) / _BARS)
     counts = np.bincount((lengths - first) // width)
@@ -238,7 +238,7 @@ def _lengths(lengths: Array) -> dict[str, Any]:
     }
 
 
-def _sources(
+def _source_audits(
     sources: Sequence[tuple[SourceIndex, RowCounts]], folder: Path, lengths: Array
 ) -> list[dict[str, Any]]:
     of_source, size = read_column(folder, "sources"), len(sources)
@@ -260,7 +260,7 @@ def _sources(
 
 
 def ends_without_stop(data_dir: Path) -> list[str]:
-    """A text for each token that ends trained turns while generation does not stop at it.
+    """A message for each token that ends trained turns although generation does not stop at it.
 
     Empty if there is no audit, or if an older version wrote it.
     """

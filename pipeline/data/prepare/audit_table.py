@@ -15,14 +15,14 @@ _MAX_FILES = 20  # shown of one source; audit.json has all
 
 def audit_table(audit: Mapping[str, Mapping[str, Any]]) -> Group:
     """Tables of all numbers in the audit."""
-    parts: list[RenderableType] = [_numbers(audit)]
+    parts: list[RenderableType] = [_count_table(audit)]
     for split, values in audit.items():
-        parts.append(_lengths(split, values["length"]))
-        parts.append(_sources(split, values["sources"]))
+        parts.append(_length_table(split, values["length"]))
+        parts.append(_source_tables(split, values["sources"]))
     return Group(*parts)
 
 
-def _numbers(audit: Mapping[str, Mapping[str, Any]]) -> Table:
+def _count_table(audit: Mapping[str, Mapping[str, Any]]) -> Table:
     """A column for each split, a row for each number."""
     table = Table(title="audit")
     table.add_column("")
@@ -36,7 +36,7 @@ def _numbers(audit: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
-    """The numbers of the audit, also nested ones, without the parts with tables of their own."""
+    """The numbers of the audit, including nested ones, without the parts that have own tables."""
     for key, value in values.items():
         name = f"{prefix}: {key}" if prefix else key.replace("_", " ")
         if isinstance(value, Mapping) and key not in _SEPARATE:
@@ -51,7 +51,7 @@ def _cell(name: str, value: float | str) -> str:
     return f"{100 * value:.4g} %" if name.endswith("share") else f"{value:,}"
 
 
-def _lengths(split: str, length: Mapping[str, Any]) -> Table:
+def _length_table(split: str, length: Mapping[str, Any]) -> Table:
     summary = ", ".join(
         f"{key} {length[key]:,.10g}" for key in ("min", "median", "mean", "p95", "max")
     )
@@ -68,8 +68,8 @@ def _lengths(split: str, length: Mapping[str, Any]) -> Table:
     return table
 
 
-def _sources(split: str, sources: list[Mapping[str, Any]]) -> Group:
-    """Numbered rows, with names and files beneath: a narrow column would break paths."""
+def _source_tables(split: str, sources: list[Mapping[str, Any]]) -> Group:
+    """A table of numbered sources, then their names and files, whose paths columns would break."""
     table = Table(title=f"sources: {split}", box=box.SIMPLE)
     heads = ("", "weight", "read", "used", "rejected", "dropped", "tokens", "format")
     for head in heads:

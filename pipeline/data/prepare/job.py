@@ -54,7 +54,7 @@ class JobRun:
         limit: int | None,
     ) -> None:
         self._settings, self._job, self._limit = settings, job, limit
-        once = [replace(source, weight=1.0) for source in job.sources]  # weights: only training
+        once = [replace(source, weight=1.0) for source in job.sources]  # only training has weights
         self._splits = {
             name: _SplitBuilder(writer, sources, settings)
             for (name, writer), sources in zip(writers.items(), (job.sources, once), strict=False)
@@ -161,7 +161,9 @@ class _SplitBuilder:
         index = self.writer.close(
             sources, max_length=self._settings.max_length, packing=self._settings.packing
         )
-        for source, counts in zip(self._sources, self.counts, strict=True):  # even empty files
+        for source, counts in zip(
+            self._sources, self.counts, strict=True
+        ):  # also files without rows
             counts.files = Counter({str(file): counts.files[str(file)] for file in source.files})
         audited = list(zip(sources, self.counts, strict=True))
         return index, make_audit(index, self.writer.folder, audited)

@@ -96,11 +96,11 @@ def split_keys(
     tokenizer = {path for pattern in patterns for path in model.glob(pattern) if path.is_file()}
     values = settings.model_dump(mode="json", include=set(settings_with("documents")))
     if settings.chat_template not in ("model", "chatml"):  # a file: its content, not its path
-        read_template(settings.chat_template)  # UserError where it cannot be read
+        read_template(settings.chat_template)  # raises UserError if it cannot be read
         values["chat_template"] = fingerprints.sha256(Path(settings.chat_template))
     inputs = {
         "format": _FORMAT,
-        "data": [_source(source, fingerprints) for source in sources],
+        "data": [_source_inputs(source, fingerprints) for source in sources],
         "tokenizer": {
             str(path.relative_to(model)): fingerprints.sha256(path) for path in sorted(tokenizer)
         },
@@ -116,7 +116,7 @@ def split_keys(
     }
 
 
-def _source(source: Source, fingerprints: Fingerprints) -> dict[str, Any]:
+def _source_inputs(source: Source, fingerprints: Fingerprints) -> dict[str, Any]:
     files = [[detect_kind(path), fingerprints.sha256(path)] for path in source.files]
     return {"files": files, "weight": source.weight, "limit": source.limit}
 
@@ -127,6 +127,6 @@ def _file_stamp(path: Path) -> list[int]:
 
 
 def _without_change_time(stamp: list[int]) -> list[int]:
-    """The stamp without the change time, which a new mode or a new link changes too."""
+    """The stamp without the change time, which also changes with the file's mode and links."""
     size, modified, _, inode = stamp
     return [size, modified, inode]

@@ -60,7 +60,7 @@ def check_rows(
     the whole source before it is refused. `data_dir`: folder in which rejects.jsonl gets the bad
     rows if the data is refused; nothing else is written.
     """
-    for key, sources in _sources(settings).items():
+    for key, sources in _resolved_sources(settings).items():
         with TemporaryDirectory(prefix="rankzero-") as folder:
             rejects = Path(folder) / REJECTS
             parsed = []
@@ -219,19 +219,19 @@ def _reusable_splits(
 
 
 def _log_other_versions(indexes: Sequence[SplitIndex]) -> None:
-    """Log splits that other versions of the tokenising packages made.
+    """Log the splits that were written with other versions of the tokenising packages.
 
     Versions are not in the key: a run that is resumed after an update of the environment keeps the
     documents that it was trained on.
     """
-    here = tokenising_versions()
+    installed = tokenising_versions()
     for index in indexes:
-        if other := [name for name, made in index.made_with.items() if here.get(name) != made]:
+        if other := [name for name, made in index.made_with.items() if installed.get(name) != made]:
             versions = ", ".join(f"{name} {index.made_with[name]}" for name in other)
             logger.info(
-                "%s: reused; it was prepared with %s, here is %s; remove the folder to prepare it "
-                "with these",
-                index.folder, versions, ", ".join(f"{name} {here[name]}" for name in other),
+                "%s: reused; it was prepared with %s, but %s is installed; remove the folder to "
+                "prepare it again",
+                index.folder, versions, ", ".join(f"{name} {installed[name]}" for name in other),
             )  # fmt: skip
 
 
@@ -273,7 +273,7 @@ def _create_folder(data_dir: Path) -> None:
         ) from None
 
 
-def _sources(settings: RunSettings) -> dict[str, list[Source]]:
+def _resolved_sources(settings: RunSettings) -> dict[str, list[Source]]:
     """Resolved sources by the name of their setting."""
     sources = {"train_data": resolve_sources(settings.train_sources, "train_data")}
     if settings.eval_sources:
@@ -284,7 +284,7 @@ def _sources(settings: RunSettings) -> dict[str, list[Source]]:
 
 def _jobs(settings: RunSettings, fingerprints: Fingerprints, limit: int | None) -> list[Job]:
     jobs = []
-    for setting, sources in _sources(settings).items():
+    for setting, sources in _resolved_sources(settings).items():
         held_out = settings.held_out if setting == "train_data" else None
         by_part = split_keys(settings, sources, fingerprints, held_out=held_out, limit=limit)
         keys = {setting.removesuffix("_data"): by_part["rest"]}
@@ -327,14 +327,14 @@ def _is_current(data_dir: Path, index: DataIndex) -> bool:
     if published != index.as_json() or not (data_dir / "audit.json").is_file():
         return False
     # The rejects of refused data may have replaced those of the splits.
-    return _content([data_dir / REJECTS]) == _content(_rejects(index))
+    return _joined_content([data_dir / REJECTS]) == _joined_content(_reject_files(index))
 
 
-def _rejects(index: DataIndex) -> list[Path]:
+def _reject_files(index: DataIndex) -> list[Path]:
     return [split.folder / REJECTS for split in index.splits.values()]
 
 
-def _content(paths: Sequence[Path]) -> bytes | None:
+def _joined_content(paths: Sequence[Path]) -> bytes | None:
     """Concatenated content of files; None if one is missing."""
     try:
         return b"".join(path.read_bytes() for path in paths)
@@ -351,7 +351,7 @@ def _write_summary(data_dir: Path, index: DataIndex, audits: dict[str, dict[str,
         audits["eval"] = {**audits["eval"], "rows_also_in_train": shared}
     # The index is removed first, so that after a kill in between all three are written again.
     (data_dir / INDEX).unlink(missing_ok=True)
-    join_files(data_dir / REJECTS, _rejects(index))
+    join_files(data_dir / REJECTS, _reject_files(index))
     audit = {split: audits[split] for split in index.splits}
     write_text(data_dir / "audit.json", dump_json(audit), durable=True)
     write_text(data_dir / INDEX, dump_json(index.as_json()), durable=True)

@@ -48,7 +48,7 @@ class ChunkTokeniser:
         self._encoder = Encoder(tokenizer, settings)
 
     def __call__(self, chunk: Chunk) -> TokenisedChunk:
-        """Raises UserError for an unusable chat template, and for `over_length: fail`."""
+        """Tokenise a chunk. Raises UserError for the chat template and for `over_length: fail`."""
         rows = [read_line(line, self._settings) for line in chunk.lines]
         examples = [read.example for _, read in rows if not isinstance(read, str)]
         encoded = iter(self._encoder.encode_many(examples))
@@ -57,13 +57,13 @@ class ChunkTokeniser:
             if isinstance(read, str):
                 train.reject(row, read)
                 continue
-            result, number = next(encoded), digest(read.example)
-            split = held_out if is_held_out(number, self._threshold) else train
+            result, row_digest = next(encoded), digest(read.example)
+            split = held_out if is_held_out(row_digest, self._threshold) else train
             if isinstance(result, RowError):
                 split.reject(row, str(result))
             else:
                 assert isinstance(row, Row)
-                if self._add(split, row, read, result.documents, number):
+                if self._add(split, row, read, result.documents, row_digest):
                     split.counts.count_tokens(row, result.token_counts)
         return TokenisedChunk(source=chunk.source, splits=(train.result(), held_out.result()))
 
@@ -73,7 +73,7 @@ class ChunkTokeniser:
         row: Row,
         read: ReadExample,
         documents: Sequence[Document],
-        number: int,
+        row_digest: int,
     ) -> bool:
         """Add the documents of a row to a split; returns whether the row is used."""
         length, over_length = self._settings.max_length, self._settings.over_length
@@ -108,7 +108,7 @@ class ChunkTokeniser:
             split_rows=int(is_split),
             ended_rows=int(is_ended),
         )
-        split.use(row, read, used, number)
+        split.use(row, read, used, row_digest)
         return True
 
     def _num_ends(self, tokens: Document | Window) -> int:
@@ -133,12 +133,12 @@ class _SplitRows:
         self.counts.numbers["rows_dropped"] += 1
         self.counts.files[str(row.file)] += 1
 
-    def use(self, row: Row, read: ReadExample, windows: Sequence[Window], number: int) -> None:
+    def use(self, row: Row, read: ReadExample, windows: Sequence[Window], row_digest: int) -> None:
         self.counts.files[str(row.file)] += 1
         self.counts.formats[read.data_format] += 1
         self.counts.unread.update(read.unread)
         self._windows += windows
-        self._digests += [number] * len(windows)
+        self._digests += [row_digest] * len(windows)
 
     def result(self) -> TokenisedRows:
         rows = self._windows

@@ -47,5 +47,5 @@ def num_dropped(windows: Sequence[Window], length: int) -> int:
 
 def _window(ids: Array, supervised: Array, start: int, max_length: int) -> Window:
     mask = np.array(supervised[start : start + max_length])
-    mask[0] = False  # nothing in the window predicts it
+    mask[0] = False  # the window has no token that predicts it
     return Window(start, ids[start : start + max_length], mask)

@@ -246,7 +246,7 @@ def test_a_block_in_a_macro_marks_what_it_wrote():
 def test_a_template_that_is_not_valid_is_refused():
     with pytest.raises(UserError, match="not valid Jinja"):
         shown(chat("q", "a"), tokenizer_with("{% for %}"))
-    with pytest.raises(UserError, match=r"cannot be written: .* no such thing"):
+    with pytest.raises(UserError, match="no such thing"):
         shown(chat("q", "a"), tokenizer_with("{{ raise_exception('no such thing') }}"))
 
 

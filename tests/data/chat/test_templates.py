@@ -171,7 +171,7 @@ class TestThoughts:
     def test_an_answer_of_which_nothing_is_left_is_not_trained_as_silence(self, name, train_on):
         thought = THOUGHT.removesuffix("two")
         found = chat("q", thought, "r", "two")  # Qwen3 keeps the thought of a last turn
-        with pytest.raises(RowError, match="leaves nothing of an answer"):
+        with pytest.raises(RowError, match="omits the whole answer"):
             shown(found, published(name), train_on=train_on)
         assert "two" in shown(found, published(name), train_on="last-assistant")
         unsaid = replace(found.messages[1], is_trained=False)
