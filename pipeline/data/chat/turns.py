@@ -94,7 +94,7 @@ class TurnFinder:
         # Whether a turn has tool calls -> end-of-turn token to append if the text ends without one.
         self._appended_end: dict[bool, str] = {}
         self._known_ends = set(ends)
-        self.inner_ends = frozenset[str]()  # ends of all turns before the last one, if it differs
+        self.inner_ends = frozenset[str]()  # ends of earlier turns, if the last one has another
         self.ends = frozenset(self._find_ends() | self._known_ends)
 
     def render(self, conversation: Conversation, trained: Collection[int]) -> Rendered:

@@ -208,9 +208,9 @@ CASES = {
         ),
         "weather Graz1 Linz2 answer1",
     ),
-    "thought": _case(_THINKS, "thought1 answer1 thought2 answer2",
+    "reasoning": _case(_THINKS, "thought1 answer1 thought2 answer2",
                      may_leave_out="thought1 thought2"),
-    "thought, calls": _case(
+    "reasoning, calls": _case(
         _talk(
             _user(1), _assistant("", "thought1", [_call("Graz1", 1)]), _result("sunny1", 1),
             _assistant("answer1", "thought2"), tools=[TOOL],
