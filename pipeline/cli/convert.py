@@ -5,8 +5,8 @@ options of a command in a shell script:
 
     python launch/convert.py CONFIG.yaml --gpus 8 > RUN.yaml
 
-Comments in the run file name the option that each setting comes from, and the options that are not
-taken over with the reason.
+Comments in the run file name the option from which each setting comes. They also name the options
+that are not converted, with the reason.
 """
 
 import sys

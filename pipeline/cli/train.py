@@ -2,7 +2,7 @@
 
 deepspeed launch/train.py RUN.yaml [key=value ...]        every GPU of this machine
 python launch/train.py RUN.yaml [key=value ...]           one process
-python launch/train.py RUN.yaml --debug                   a short run with every check on
+python launch/train.py RUN.yaml --debug                   a short run with all checks
 """
 
 import sys

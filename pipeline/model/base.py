@@ -162,7 +162,7 @@ def _quantization(plan: Plan) -> BitsAndBytesConfig:
 
 
 def _sharding(plan: Plan) -> Any:
-    """The config object because of which transformers shards a model while it loads it."""
+    """An object that makes transformers shard every model that it loads while the object exists."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(dict(plan.deepspeed))  # type: ignore[no-untyped-call]
@@ -174,7 +174,7 @@ def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
     if not count:
         return
     # At ZeRO-3 checkpointing is re-entrant, for two reasons. The recomputed forward pass of a block
-    # and its backward pass share one gather; without it, DeepSpeed 0.19.8 releases the block after
+    # and its backward pass share one gather; otherwise DeepSpeed 0.19.8 releases the block after
     # the first module of its backward pass (partitioned_param_coordinator.py:473) and gathers it a
     # third time. And 4-bit layers do not save gathered weights for backward (rule
     # 4bit-zero3-unchecked). At other stages the non-re-entrant kind is used, as PyTorch recommends.

@@ -151,7 +151,7 @@ def _closest_existing(folder: Path) -> Path:
 
 
 def _probe_clock(context: RankContext) -> float:
-    """Seconds by which this clock is ahead of the clock of rank 0, plus a message's latency."""
+    """Seconds by which this clock is ahead of that of rank 0, plus the latency of a message."""
     session = context.session
     session.gather_objects(None)  # a barrier, so that all ranks wait when rank 0 reads its clock
     of_rank_0 = float(session.rank_zero_first(time.time))

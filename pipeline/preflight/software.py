@@ -39,7 +39,7 @@ def _probe_versions(context: RankContext) -> dict[str, str]:
         raise UserError("packages: the project is not installed; run make install") from None
     for line in requirements:
         required = Requirement(line)
-        extras = ["", *trackers]  # a tracker's packages are the extra of its name
+        extras = ["", *trackers]  # an extra has the name of its tracker
         if (marker := required.marker) and not any(marker.evaluate({"extra": e}) for e in extras):
             continue
         try:
@@ -92,7 +92,8 @@ def _probe_libraries(context: RankContext) -> dict[str, str]:
 def _require_driver(built: str) -> None:
     """Raise UserError if the driver does not support the CUDA version that torch is built with.
 
-    A driver supports every CUDA version with its major version (NVIDIA, CUDA compatibility).
+    A driver supports all CUDA versions that have the major version of its newest one (NVIDIA, CUDA
+    compatibility).
     """
     import pynvml
 

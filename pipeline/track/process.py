@@ -49,7 +49,7 @@ class TrackerProcesses:
             command = [sys.executable, "-P", "-m", "pipeline.cli.track", str(folder)]
             self._processes[name] = subprocess.Popen(
                 [*command, "--tracker", name, "--follow"],
-                stdin=subprocess.PIPE,  # closed at the end of the run, for which the process waits
+                stdin=subprocess.PIPE,  # the process ends after training has closed it
                 env=tracker_environment(name, os.environ),
                 start_new_session=True,  # so that Ctrl-C reaches only training
             )

@@ -28,14 +28,14 @@ from pipeline.model.neftune import EmbeddingNoise
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.plan import Plan
 
-_RATE_NAMES = ("lr", "lr_lora_b")  # of the parameter groups, in their order
+_RATE_NAMES = ("lr", "lr_lora_b")  # names in metrics.jsonl, in the order of the parameter groups
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """Result of an optimizer step on one rank.
 
-    `loss_sum`, `tokens`: over the micro-batches of this rank. `grad_norm`: over all ranks.
+    `loss_sum`, `tokens`: sums over the micro-batches of this rank. `grad_norm`: over all ranks.
     `was_applied`: False if the update was skipped. `is_scale_searched`: whether the loss scale of
     fp16 was above its minimum, so that an overflow only lowers it.
     """
@@ -204,7 +204,7 @@ class Engine:
 def _parameter_groups(
     parameters: Mapping[str, nn.Parameter], settings: RunSettings
 ) -> list[dict[str, Any]]:
-    """All parameters in one group, or with LoRA+ two: `lr`, and the higher rate of B.
+    """One parameter group with the rate `lr`, or two with LoRA+, in which B has a higher rate.
 
     As in peft, DoRA's magnitudes have the rate of B (peft 0.21.2 optimizers/loraplus.py).
     """

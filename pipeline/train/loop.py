@@ -154,7 +154,7 @@ def _record(run: TrainingState, line: dict[str, Any]) -> None:
 
 
 def _count(run: TrainingState, loss: float, result: StepResult, documents: int) -> None:
-    """Count a step. A step without an update also consumes its data and its learning rate."""
+    """Count a step. Data and learning rate schedule also advance in a step without an update."""
     progress = run.progress
     is_first = progress.step % run.plan.steps.steps_per_epoch == 0
     progress.documents = documents + (0 if is_first else progress.documents)
@@ -180,7 +180,7 @@ def _require_finite(run: TrainingState, loss: float) -> None:
 def _require_trained(run: TrainingState) -> None:
     """Raise RankZeroError if a lora_B is still zero after two steps: it gets no gradient.
 
-    The loss is not checked: in fp32 a loss of exactly 0 is possible, for a short learnt answer.
+    The loss is not checked: in fp32 it can be exactly 0 if the model has learnt a short answer.
     """
     weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
     run.session.rank_zero_first(

@@ -29,14 +29,15 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     Raises UserError for wrong input, Stopped after an agreed stop, RankZeroError for a failed run.
     """
     end_at_interrupt()  # until `stops` handles signals
-    settings = requeued_settings(settings, os.environ)
+    env = dict(os.environ)  # a copy, because `place_rank` adds variables of DeepSpeed's launcher
+    settings = requeued_settings(settings, env)
     settings = debug_settings(settings) if is_debug else settings
     with ExitStack() as stack:
-        placement, hardware, missing = place_rank(os.environ)
+        placement, hardware, missing = place_rank(env)
         stops = StopRequests(
             Path(settings.output_dir), settings.time_limit_s, is_first=placement.rank == 0
         )
-        watch_launchers(os.environ, stops.request)
+        watch_launchers(env, stops.request)
 
         nodes, ranks = placement.nodes, placement.local_size
         plan = plan_run(settings, hardware, nodes=nodes, ranks_per_node=ranks)

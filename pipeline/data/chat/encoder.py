@@ -55,11 +55,10 @@ class Document:
 class Encoded:
     """The documents of an example: one, or with split_turns one for each trained turn.
 
-    `token_counts`: numbers of tokens for the audit: `omitted_reasoning` in reasoning that the
-    template omits by design, and `special_tokens_in_text` in the row's own texts.
-    Keys that begin with END_WITHOUT_STOP count the ends of trained turns at which generation does
-    not stop, by token. The prefix is INNER_END_WITHOUT_STOP if the last turn of a conversation
-    ends with another token.
+    `token_counts`: counts for the audit. `omitted_reasoning`: tokens of reasoning that the template
+    omits by design. `special_tokens_in_text`: special tokens in the row's own texts. Keys that
+    begin with END_WITHOUT_STOP: ends of trained turns at which generation does not stop, by token;
+    the prefix is INNER_END_WITHOUT_STOP if the last turn of a conversation ends with another token.
     """
 
     documents: list[Document]
@@ -326,7 +325,7 @@ class Encoder:
         if any(i not in rendered.turn_spans for i in trained):
             raise RowError(_ANSWER_OMITTED)
         self._count_ends_without_stop(rendered, trained, token_counts)
-        # With split_turns the last document contains the texts of all others: its count remains.
+        # With split_turns the last document contains all texts, and its count is the one kept.
         ordinary_text = self._ordinary_spans(rendered.text, rendered.special, token_counts)
         spans_are_unsupervised = settings.train_on == "all"
         chosen = trained
@@ -436,8 +435,8 @@ class Encoder:
         """Tokenise the text before and after `start` separately.
 
         `whole`: ids of the whole text, to which the result must be equivalent. The part after
-        `start` may need a line break before it, as SentencePiece adds a space at the start of a
-        text, but not after a line break.
+        `start` may need a line break before it, because SentencePiece adds a space at the start of
+        a text, but not after a line break.
         """
         before, after = (
             self._backend.encode(part, add_special_tokens=False).ids

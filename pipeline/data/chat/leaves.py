@@ -254,7 +254,8 @@ def reasoning_blocks(message: Message) -> Iterator[tuple[tuple[int, int], tuple[
 def placeholder_of_same_shape(conversation: Conversation) -> tuple[Conversation, tuple[Any, ...]]:
     """A placeholder conversation of the same shape as this one, and a hashable key of the shape.
 
-    The shape is the sequence of roles, and which messages have content, calls and reasoning.
+    The shape is the sequence of roles, with the presence of content, calls and reasoning in each
+    message.
     """
     key: list[Any] = [bool(conversation.tools)]
     messages = []

@@ -254,7 +254,7 @@ def _missing_class(base: Any) -> Any:
     """Jinja's class of undefined values for one environment; its errors name the missing key."""
 
     class Missing(base):  # type: ignore[misc]
-        """A key that a template reads and a row does not have. The error names its path."""
+        """A key that a template reads but a row does not have. The error names its path."""
 
         path_of: Callable[[object], str] = staticmethod(lambda value: "")  # of the last rendering
 
@@ -328,7 +328,7 @@ def _escaped_spans(
 
 
 def _with_spans_of(text: str, new: str) -> str:
-    """Give `new`, a changed form of `text` such as its upper case, the spans of `text`."""
+    """`new` with the spans of `text`, from which it was made, for example by `upper`."""
     spans = spans_of(text)
     if len(text) == len(new) or not new:
         return with_spans(new, spans if new else ())

@@ -184,7 +184,7 @@ def _costs(
 
 
 class HasSequences(Protocol):
-    """An object with sequences: a split. Worker processes memory-map its files, not copy them."""
+    """A split. Worker processes memory-map its files instead of receiving a copy of them."""
 
     sequences: Sequences
 

@@ -36,7 +36,7 @@ def _count_table(audit: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
-    """The numbers of the audit, including nested ones, without the parts that have own tables."""
+    """The numbers of the audit, including nested ones, without the parts with separate tables."""
     for key, value in values.items():
         name = f"{prefix}: {key}" if prefix else key.replace("_", " ")
         if isinstance(value, Mapping) and key not in _SEPARATE:
@@ -69,7 +69,7 @@ def _length_table(split: str, length: Mapping[str, Any]) -> Table:
 
 
 def _source_tables(split: str, sources: list[Mapping[str, Any]]) -> Group:
-    """A table of numbered sources, then their names and files, whose paths columns would break."""
+    """A table of numbered sources. Their names and files follow, as columns would break paths."""
     table = Table(title=f"sources: {split}", box=box.SIMPLE)
     heads = ("", "weight", "read", "used", "rejected", "dropped", "tokens", "format")
     for head in heads:

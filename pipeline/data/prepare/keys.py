@@ -90,7 +90,7 @@ def split_keys(
     held_out: float | int | None,
     limit: int | None,
 ) -> dict[str, str]:
-    """Keys, of 16 hex digits, of the splits of these sources: `rest`, and the `held_out` rows."""
+    """Keys (16 hex digits) of two splits of these sources: `held_out`, and `rest` for the rest."""
     model = settings.model_folder
     patterns = (*_TOKENIZER_FILES, *(["*.py"] if settings.trust_remote_code else []))
     tokenizer = {path for pattern in patterns for path in model.glob(pattern) if path.is_file()}

@@ -84,7 +84,7 @@ def train_key(settings: RunSettings) -> str:
 
 
 def data_keys(settings: RunSettings) -> dict[str, str]:
-    """Keys of the splits for these settings, train and eval if any; they need not be prepared."""
+    """Keys of `train` and, if there is one, `eval`; the splits need not be prepared."""
     fingerprints = Fingerprints(Path(settings.output_dir) / "data")
     return {
         split: key for job in _jobs(settings, fingerprints, None) for split, key in job.keys.items()
@@ -92,7 +92,7 @@ def data_keys(settings: RunSettings) -> dict[str, str]:
 
 
 def data_size(settings: RunSettings) -> DataSize | None:
-    """Size of the training set: the count of prepare, or else an estimate from a sample.
+    """Size of the training set: as counted by prepare, or else estimated from a sample.
 
     The count is used if it is for these settings and this data. It is also used if the data files
     cannot be read on this machine, so that this cannot be checked.
