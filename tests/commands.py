@@ -33,13 +33,20 @@ class Command:
         ranks: int | None = None,
         variables: Sequence[dict[str, str]] = ({},),
         cwd: Path = ROOT,
+        log: Path | None = None,
     ) -> None:
-        """Fork `python *arguments` for each dict of environment variables, or for each rank."""
+        """Fork `python *arguments` for each dict of environment variables, or for each rank.
+
+        All processes append their output to `log`; without it, each has files of its own.
+        """
         if ranks is not None:
             variables = variables_of_ranks(ranks)
         self._folder = tempfile.TemporaryDirectory(prefix="rankzero-command-")
         folder = Path(self._folder.name)
-        self._files = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(len(variables))]
+        self._files = [
+            (log, log) if log else (folder / f"{i}.out", folder / f"{i}.err")
+            for i in range(len(variables))
+        ]
         self._processes = []
         for added, files in zip(variables, self._files, strict=True):
             environment = dict(os.environ) | {"DS_ACCELERATOR": "cpu"} | added
@@ -89,6 +96,16 @@ class Command:
         finally:
             self.kill()
         return exit_code, self.output
+
+    def exit_codes(self, within_s: float) -> list[int]:
+        """Exit codes by rank, after every process has ended by itself."""
+        deadline = time.monotonic() + within_s
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self._processes]
+        self.kill()
+        assert None not in codes, f"still running after {within_s:g} s: {codes}"
+        return codes
 
     def kill(self) -> None:
         """Send SIGKILL to all processes that still run."""

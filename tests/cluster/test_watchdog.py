@@ -2,14 +2,12 @@
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 
+from tests.commands import Command, free_port
 from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.group
@@ -47,42 +45,35 @@ WAIT = "session._open_store().wait(['never'], timedelta(hours=1))"
 
 
 class Ranks:
+    """Two ranks that write to one log, in forks of the preloaded interpreter."""
+
     def __init__(self, act: str, tmp_path, hang_s: float, local_size: int = 2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.final_status = tmp_path / "final_status"
         self.log = tmp_path / "log"
-        self.out = self.log.open("w")
-        self.ranks = [
-            subprocess.Popen(
-                [sys.executable, "-c", CODE.replace("{act}", act)],
-                stdout=self.out, stderr=subprocess.STDOUT,
-                env=os.environ | {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank % local_size), "WORLD_SIZE": "2",
-                    "LOCAL_SIZE": str(local_size), "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port), "HANG_S": str(hang_s),
-                    "FINAL_STATUS": str(self.final_status),
-                },
-            )
-            for rank in range(2)
-        ]  # fmt: skip
+        common = {
+            "WORLD_SIZE": "2", "LOCAL_SIZE": str(local_size), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()), "HANG_S": str(hang_s),
+            "FINAL_STATUS": str(tmp_path / "final_status"),
+        }  # fmt: skip
+        self.command = Command(
+            "-c", CODE.replace("{act}", act), log=self.log,
+            variables=[
+                common | {"RANK": str(rank), "LOCAL_RANK": str(rank % local_size)}
+                for rank in range(2)
+            ],
+        )  # fmt: skip
 
     def wait_for_work(self):
         end = time.monotonic() + 60
-        while self.log.read_text().count("at work") < len(self.ranks):
+        while not self.log.exists() or self.log.read_text().count("at work") < 2:
             assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.05)
 
+    def send(self, rank: int, number: signal.Signals) -> None:
+        os.kill(self.command.pids[rank], number)
+
     def end(self, within_s: float = 40) -> tuple[list[int], str]:
-        deadline = time.monotonic() + within_s
-        try:
-            codes = [r.wait(max(0.1, deadline - time.monotonic())) for r in self.ranks]
-        finally:
-            for rank in self.ranks:
-                if rank.poll() is None:
-                    rank.kill()
-            self.out.close()
+        with self.command:
+            codes = self.command.exit_codes(within_s)
         return codes, self.log.read_text().replace("at work\n", "")
 
 
@@ -113,7 +104,7 @@ def test_an_error_of_rank_0_is_the_last_message_too(tmp_path):
 def test_a_killed_rank_is_named_by_another(tmp_path, victim):
     ranks = Ranks(WAIT, tmp_path, 900)
     ranks.wait_for_work()
-    ranks.ranks[victim].kill()
+    ranks.send(victim, signal.SIGKILL)
     codes, output = ranks.end()
     assert codes == [-9 if rank == victim else 1 for rank in range(2)]
     message = f"rank {victim} ended without a message"
@@ -133,7 +124,7 @@ def test_a_killed_rank_of_another_machine_is_named(tmp_path, victim):
     )
     ranks.wait_for_work()
     time.sleep(3)  # it has published its heartbeat
-    ranks.ranks[victim].kill()
+    ranks.send(victim, signal.SIGKILL)
     codes, output = ranks.end()
     assert codes == [-9 if rank == victim else 1 for rank in range(2)]
     message = f"rank {victim} ended without a message"
@@ -185,7 +176,7 @@ def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path):
     codes, output = Ranks(act, tmp_path, 2).end()
     assert codes == [1, 1]
     assert "rank 1 on " in last_line(output)
-    assert "hangs at step 8 in reading rows (<string>:" in last_line(output)
+    assert "hangs at step 8 in reading rows (<command>:" in last_line(output)
     assert "rank 0 on" not in output
 
 
@@ -206,11 +197,11 @@ def test_a_stopped_process_is_named_and_ended(tmp_path, victim):
     ranks = Ranks(WAIT, tmp_path, 4)
     ranks.wait_for_work()
     time.sleep(1)  # it has published its heartbeat
-    ranks.ranks[victim].send_signal(signal.SIGSTOP)
+    ranks.send(victim, signal.SIGSTOP)
     codes, output = ranks.end(90)
     assert codes[1 - victim] == 1
     assert codes[victim] in (1, -9)
-    assert not psutil.pid_exists(ranks.ranks[victim].pid)
+    assert not psutil.pid_exists(ranks.command.pids[victim])
     messages = [line for line in output.splitlines() if line.startswith("no progress for 4 s")]
     assert len(messages) == 1
     assert ("rank 1 on " if victim else "does not answer") in messages[0]
