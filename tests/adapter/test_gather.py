@@ -10,7 +10,7 @@ from tests.train_tiny import build_engine, distance, work
 
 pytestmark = pytest.mark.engine
 
-STEPS, MORE = 3, 5  # with 5 steps an epoch: from the middle of the first into the second
+STEPS, MORE = 3, 3  # with 5 steps an epoch: from the middle of the first into the second
 
 
 def train_and_gather(session, folder, settings):
@@ -60,7 +60,7 @@ def test_a_restore_is_exact_at_any_stage_and_world_size(
     tiny_model, tmp_path, saved, stage, world_size
 ):
     # 3 ranks shard most matrices unevenly, so the last shard is padded.
-    settings = {"zero_stage": stage, "batch_size": 1, "global_batch_size": 8}
+    settings = {"zero_stage": stage, "batch_size": 4, "global_batch_size": 8}
     if world_size == 3:
         settings |= {"global_batch_size": "auto", "gradient_accumulation_steps": 1}
     restored = run_ranks(
@@ -77,9 +77,8 @@ def test_a_restore_is_exact_at_any_stage_and_world_size(
 @pytest.mark.parametrize("settings", [
     {"zero_stage": 1, "bf16": True},
     {"zero_stage": 2, "bf16": True},
-    {"zero_stage": 3, "bf16": True},
     {"zero_stage": 3, "bf16": True, "gradient_checkpointing": True},
-    {"zero_stage": 3, "load_in_4bit": True},
+    {"zero_stage": 3, "load_in_4bit": True},  # without checkpointing
 ])  # fmt: skip
 def test_a_restored_run_with_the_same_split_is_bitwise_equal(tiny_model, tmp_path, settings):
     settings = settings | {"batch_size": 2, "lora_dropout": 0.1}
@@ -89,9 +88,8 @@ def test_a_restored_run_with_the_same_split_is_bitwise_equal(tiny_model, tmp_pat
 
 
 def test_gathered_weights_are_the_fp32_masters_not_the_bf16_copies(tiny_model, tmp_path):
-    found = run_ranks(
-        train_and_gather, tiny_model, {"zero_stage": 3, "bf16": True}, tmp_path=tmp_path
-    )[0]
+    settings = {"zero_stage": 3, "bf16": True, "batch_size": 4}
+    found = run_ranks(train_and_gather, tiny_model, settings, tmp_path=tmp_path)[0]
     weights = found["weights"]
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     rounded = {key: tensor.bfloat16().float() for key, tensor in weights.items()}
