@@ -37,7 +37,7 @@ _DEFAULTS: Mapping[Program, Mapping[str, Any]] = {
     "torchtune": {"packing": False},
     "TRL": _TRANSFORMERS | {"lr": 2e-5, "lora_r": 16, "lora_alpha": 32, "packing": False},
 }  # fmt: skip
-# What to know about a setting that the configuration leaves to its program.
+# Remarks on settings for which a configuration relies on the default of its program.
 _REMARKS: Mapping[Program, Mapping[str, str]] = {
     "ms-swift": {"max_length": "ms-swift's default is the longest sequence that the model takes"},
     "torchtune": {"max_length": "torchtune's default is the longest document"},
@@ -84,7 +84,9 @@ class _Draft:
 
 
 def run_file_text(config: PeerConfig, gpus: int) -> str:
-    """The text of a run file with the same training. `gpus`: those of the configuration's runs.
+    """The text of a run file for the same training.
+
+    `gpus`: number of GPUs on which the configuration was used.
 
     Raises UserError if the configuration is not of a supervised fine-tuning run.
     """
@@ -141,7 +143,7 @@ def _set_batches(draft: _Draft, config: PeerConfig, gpus: int) -> None:
 
 
 def _resolve_limits(draft: _Draft) -> None:
-    """Keep one of two options that exclude each other here, as transformers does."""
+    """Of two options that exclude each other here, keep the one that transformers would use."""
     if draft.values.get("warmup_steps") == 0:
         draft.drop("warmup_steps", "no warm-up, or warmup_ratio")
         draft.values.setdefault("warmup_ratio", 0)
@@ -161,7 +163,7 @@ def _resolve_limits(draft: _Draft) -> None:
 
 
 def _render(draft: _Draft, config: PeerConfig) -> str:
-    """The run file: settings in the order of docs/configuration.md, then what was left out."""
+    """The run file: settings in the order of docs/configuration.md, then the options left out."""
     lines = [f"# Converted from {config.path.name} ({config.program}) by launch/convert.py."]
     values = dict.fromkeys(_REQUIRED) | draft.values
     for setting in RunSettings.model_fields:

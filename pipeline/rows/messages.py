@@ -51,12 +51,8 @@ _PLAIN_KEYS = {"role", "content"}
 _METADATA_KEYS = ("id", "uuid", "timestamp", "created_at", "date", "model", "is_error", "status")
 _ARGUMENT_KEYS = ("arguments", "args", "parameters", "input")
 _CALL_ID_KEYS = ("id", "call_id", "tool_call_id", "tool_use_id")
-_STRUCTURAL_KEYS = (
-    "type",
-    "index",
-    "cache_control",
-    "thoughtSignature",
-)  # keys of a call or a part that hold no text
+# Keys of a call or a part that hold no text.
+_STRUCTURAL_KEYS = ("type", "index", "cache_control", "thoughtSignature")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
 _EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})
@@ -205,7 +201,7 @@ def _parts(role: Role, content: Any, name: str) -> str | list[Mapping[str, Any]]
 
 
 def _part_description(part: Any) -> str:
-    """The type or the keys of a part, for a message."""
+    """The type of a part, or its keys if it has no type, for error messages."""
     if not isinstance(part, dict):
         return f"that is {json_type(part)}"
     if has_value(kind := part.get("type")):

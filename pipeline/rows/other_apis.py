@@ -1,7 +1,7 @@
 """Convert content parts and tools from the form of the Gemini and Bedrock APIs.
 
-These APIs have an object with one key, which names the kind of the part: {functionCall: {...}}.
-Their parts become those of the Anthropic API, {type: tool_use, ...}, which messages.py reads.
+In these APIs a part is an object whose only key names its kind: {functionCall: {...}}. It is
+converted to the form of the Anthropic API, {type: tool_use, ...}, which messages.py reads.
 """
 
 import json
@@ -28,7 +28,7 @@ RESPONSES_ITEMS = ("function_call", "function_call_output", "reasoning")
 
 
 def with_messages(row: dict[str, Any]) -> dict[str, Any]:
-    """The row, with Gemini's column `contents` as `messages` if it is a list of {role, parts}."""
+    """The row, with Gemini's column `contents` renamed to `messages` if it holds {role, parts}."""
     contents = row.get("contents")
     if row.get("messages") is not None or not isinstance(contents, list) or not contents:
         return row
@@ -38,9 +38,9 @@ def with_messages(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def typed_part(part: Any, *, has_text: bool) -> Any:
-    """The part as {type: ..., ...}; unchanged if it has a type or an unknown form.
+    """The part in the form {type: ..., ...}; unchanged if it has a type or an unknown form.
 
-    `has_text`: whether {text: ...} is a part; the result of a tool may be such an object.
+    `has_text`: whether {text: ...} is a text part. In a tool's result it may be an ordinary object.
     """
     if not isinstance(part, dict) or has_value(part.get("type")):
         return part
@@ -62,7 +62,7 @@ def typed_part(part: Any, *, has_text: bool) -> Any:
 
 
 def _result_part(part: Any) -> Any:
-    """A text part for {text} and {json} of a tool result."""
+    """The text part for a part {text} or {json} of a tool result; other parts are unchanged."""
     filled = [key for key in part if has_value(part[key])] if isinstance(part, dict) else []
     if filled == ["json"]:
         return {"type": "text", "text": json.dumps(part["json"], ensure_ascii=False)}
@@ -70,7 +70,7 @@ def _result_part(part: Any) -> Any:
 
 
 def list_tools(tools: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The tools, without the objects {functionDeclarations: [...]} and {toolSpec: {...}}."""
+    """The tools, taken out of objects {functionDeclarations: [...]} and {toolSpec: {...}}."""
     for tool in tools:
         key = next(iter(tool), "")
         if len(tool) != 1 or key not in _TOOL_LISTS:

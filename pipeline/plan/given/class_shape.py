@@ -35,6 +35,7 @@ def class_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
 
 
 def _cached_or_counted(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
+    """The sizes from the cache, or else counted on the class and written to the cache."""
     path = shape_file(folder, trust_remote_code=trust_remote_code)
     if (cached := _read_shape(path)) is not None:
         return cached
@@ -52,7 +53,7 @@ def _cached_or_counted(folder: Path, *, trust_remote_code: bool) -> dict[str, An
             counted = _count_in_subprocess(folder, trust_remote_code=trust_remote_code)
             write_text(path, dump_json(counted))
             return counted
-    except OSError:  # without a cache every plan counts the class
+    except OSError:  # the cache cannot be written, so every plan counts the class
         return _count_in_subprocess(folder, trust_remote_code=trust_remote_code)
 
 
