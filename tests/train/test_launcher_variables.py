@@ -1,0 +1,38 @@
+"""The environment in which a run looks for DeepSpeed's launchers."""
+
+import os
+import signal
+
+import pytest
+
+from pipeline.config.settings import RunSettings
+from pipeline.errors import UserError
+from pipeline.train import run
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def interrupt_handler():
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interrupt_handler")
+def test_the_variables_that_a_run_sets_itself_name_no_launcher(monkeypatch, tmp_path):
+    """CROSS_RANK means that DeepSpeed's launcher started the rank; placement sets it for all."""
+
+    def watch(env, request_stop):
+        del request_stop
+        assert "CROSS_RANK" in os.environ
+        assert "CROSS_RANK" not in env
+        raise UserError("the check is complete")
+
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    monkeypatch.setattr(os, "environ", environment | {"DS_ACCELERATOR": "cpu"})
+    monkeypatch.setattr(run, "watch_launchers", watch)
+    settings = RunSettings(model="m", train_data="d", output_dir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="the check is complete"):
+        run.run_training(settings)
