@@ -49,7 +49,7 @@ def main() -> None:
     make_data(FOLDER)
     ranks = "--num_accelerators 2 " if detect_hardware().kind == "cpu" else ""
     trained, merged = RUN / "adapter/README.md", RUN / "merged/config.json"
-    run(f"deepspeed {ranks}launch/train.py {RUN_FILE}", FOLDER / "train.jsonl", trained)
+    run(f"deepspeed --quiet {ranks}launch/train.py {RUN_FILE}", FOLDER / "train.jsonl", trained)
     run(f"python launch/merge.py {RUN}", trained, merged)
     run(f"python launch/score.py {RUN}", merged, RUN / "score.json")
     run(f"python launch/report.py {RUN}", RUN / "score.json", RUN / "report.html")

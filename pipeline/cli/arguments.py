@@ -43,6 +43,12 @@ class Parser(argparse.ArgumentParser):
         """Add RUN_FOLDER."""
         self.add_argument("run_folder", type=Path, help="output_dir of a run")
 
+    def add_verbose(self) -> None:
+        """Add --verbose."""
+        self.add_argument(
+            "--verbose", action="store_true", help="show the whole plan and its reasons"
+        )
+
     def add_local_rank(self) -> None:
         """Accept --local_rank, which DeepSpeed's launcher passes; its value is not used."""
         self.add_argument("--local_rank", help=argparse.SUPPRESS)

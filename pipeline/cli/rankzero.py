@@ -38,7 +38,8 @@ def main() -> None:
 def deepspeed_command(verb: str, arguments: list[str]) -> list[str]:
     """Command line that runs a verb on all visible GPUs with DeepSpeed's launcher."""
     runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    return [*runner, "--module", f"pipeline.cli.{verb}", *arguments]
+    quiet = [] if "--verbose" in arguments else ["--quiet"]
+    return [*runner, *quiet, "--module", f"pipeline.cli.{verb}", *arguments]
 
 
 def _has_idle_gpus() -> bool:

@@ -24,6 +24,8 @@ def score() -> None:
     parser.add_argument("--rows", type=count, default=200, metavar="N", help="at most N rows (200)")
     args = parser.parse_args()
     settings = run_settings(args.run_folder)
+    # A thread that waits must not spin: if other programs use the cores, it would hold up the rest.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     set_environment(Placement(), detect_hardware())
     from pipeline.evaluate.score import score_run  # imports torch

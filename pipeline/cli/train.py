@@ -9,6 +9,7 @@ import sys
 
 from pipeline.cli.arguments import Parser
 from pipeline.cluster.exits import run_main
+from pipeline.cluster.logs import show_details
 from pipeline.config.load import load_settings
 from pipeline.train.run import run_training
 
@@ -18,8 +19,11 @@ def train() -> None:
     parser = Parser(__doc__)
     parser.add_run_file()
     parser.add_argument("--debug", action="store_true", help="few rows and steps, tracebacks shown")
+    parser.add_verbose()
     parser.add_local_rank()
     args = parser.parse_intermixed_args()
+    if args.verbose:
+        show_details()
     run_training(load_settings(args.run_file, args.overrides), is_debug=args.debug)
 
 

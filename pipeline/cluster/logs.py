@@ -21,6 +21,11 @@ def configure_logging() -> None:
         logger.setLevel(logging.INFO)
 
 
+def show_details() -> None:
+    """Show messages of level DEBUG as well, for `--verbose`."""
+    logging.getLogger(_PROJECT).setLevel(logging.DEBUG)
+
+
 def current_rank() -> int:
     """The rank of this process, from the launcher's variables; 0 without a launcher."""
     values = (os.environ.get(name, "") for name in _RANK_NAMES)

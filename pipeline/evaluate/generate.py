@@ -5,8 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
+from pipeline.cluster.progress import Work, show_progress
 from pipeline.data.chat.encoder import Encoder
 from pipeline.rows.examples import Conversation, Example
 
@@ -57,21 +63,41 @@ def greedy_answers(
     model.eval()
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), _BATCH_SIZE):
-        chosen = order[start : start + _BATCH_SIZE]
-        inputs = tokenizer(
-            [prompts[i] for i in chosen],
-            return_tensors="pt",
-            padding=True,
-            add_special_tokens=False,
-        ).to(model.device)
-        ids = model.generate(**inputs, generation_config=config)
-        texts = tokenizer.batch_decode(
-            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text
+    batches = [order[i : i + _BATCH_SIZE] for i in range(0, len(order), _BATCH_SIZE)]
+    text = f"generating {len(prompts)} answers"
+    with show_progress(text, total=len(batches) * max_new_tokens) as work:
+        counter = _TokenCounter(work)
+        for number, chosen in enumerate(batches, 1):
+            inputs = tokenizer(
+                [prompts[i] for i in chosen],
+                return_tensors="pt",
+                padding=True,
+                add_special_tokens=False,
+            ).to(model.device)
+            ids = model.generate(
+                **inputs,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([counter]),
+            )
+            work.advance(number * max_new_tokens - work.done)
+            texts = tokenizer.batch_decode(
+                ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            for i, answer in zip(chosen, texts, strict=True):
+                answers[i] = answer
     return answers
+
+
+class _TokenCounter(StoppingCriteria):  # type: ignore[misc, unused-ignore]
+    """Stops nothing; reports each generated token as progress."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        del scores, kwargs
+        self._work.advance()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:

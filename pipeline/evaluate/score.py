@@ -16,6 +16,7 @@ from pipeline.adapter.products import is_merged_from
 from pipeline.adapter.trained_on import adapter_sha256, require_same_base
 from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.placement import Placement
+from pipeline.cluster.progress import show_progress
 from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
 from pipeline.data.chat.encoder import Encoder
@@ -55,12 +56,15 @@ def score_run(run_folder: Path, settings: RunSettings, rows: int) -> dict[str, A
     plan = _single_process_plan(settings)
     scoring = _Scoring.of(run_folder, settings, Session(Placement(), plan.hardware), rows)
     device = scoring.session.device
-    with_adapter: Any = PeftModel.from_pretrained(
-        load_base(plan, device), adapter, autocast_adapter_dtype=False
-    )
+    with show_progress("loading the model"):
+        with_adapter: Any = PeftModel.from_pretrained(
+            load_base(plan, device), adapter, autocast_adapter_dtype=False
+        )
     scores: dict[str, tuple[dict[str, float], list[str]]] = {}
+    logger.info("base")
     with with_adapter.disable_adapter():
         scores["base"] = scoring.measure(with_adapter)
+    logger.info("adapter")
     scores["adapter"] = scoring.measure(with_adapter)
     del with_adapter
     gc.collect()
@@ -68,6 +72,7 @@ def score_run(run_folder: Path, settings: RunSettings, rows: int) -> dict[str, A
         torch.cuda.empty_cache()  # make room for the merged model
     if (run_folder / "merged").is_dir() and _is_scorable(run_folder):
         merged = load_plain(run_folder / "merged", dtype=DTYPES[plan.training_dtype])
+        logger.info("merged model")
         scores["merged"] = scoring.measure(merged.to(device))  # type: ignore[arg-type]
     return {
         "rows": len(scoring.questions),
@@ -190,4 +195,5 @@ def _loss(model: Any, split: Split, session: Session) -> float:
         moved = batch.to(session.device)
         return float(summed(moved.input_ids, moved.labels, moved.documents))
 
-    return held_out_loss(loss_of, split, session, _SEQUENCES)
+    with show_progress("measuring the held-out loss"):
+        return held_out_loss(loss_of, split, session, _SEQUENCES)

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from pipeline.cluster.progress import show_progress
 from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json, user_cache, write_text
 from pipeline.model.tensor_files import Entry, read_header, weight_files
@@ -74,18 +75,22 @@ def base_fingerprint(folder: Path) -> Fingerprint:
     cache = _HashCache(folder)
     config = hashlib.sha256((folder / _CONFIG).read_bytes()).hexdigest()
     tensors, hashed_bytes = {_CONFIG: config}, 0
-    for path in weight_files(folder):
-        state = _state(path)  # taken first, because the file may change while it is read
-        hashes = cache.get(path.name, state)
-        if hashes is None:
-            hashes = _hash_file(path)
-            hashed_bytes += state["size"]
-            cache.put(path.name, state, hashes)
-        tensors |= hashes
+    files = weight_files(folder)
+    total = sum(path.stat().st_size for path in files)
+    with show_progress(f"hashing {folder}", total=total) as work:
+        for path in files:
+            state = _state(path)  # taken first, because the file may change while it is read
+            hashes = cache.get(path.name, state)
+            if hashes is None:
+                hashes = _hash_file(path)
+                hashed_bytes += state["size"]
+                cache.put(path.name, state, hashes)
+            work.advance(state["size"])
+            tensors |= hashes
     if hashed_bytes:
         cache.save()
         seconds = time.perf_counter() - start
-        logger.info("base: %.1f GB hashed in %.1f s", hashed_bytes / 1e9, seconds)
+        logger.debug("base: %.1f GB hashed in %.1f s", hashed_bytes / 1e9, seconds)
     return Fingerprint(tensors)
 
 

@@ -8,6 +8,7 @@ from pipeline.plan.choose import Candidate
 from pipeline.plan.cost.memory import disk_bytes
 from pipeline.plan.given.hardware import GIB
 from pipeline.plan.plan import Plan
+from pipeline.plan.rules.rule import PlanContext, Rule
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -73,10 +74,22 @@ def plan_text(plan: Plan) -> str:
             *_step_lines(plan),
             *(f"  {key:<28} {text}" for key, text in plan.why.items()),
             *_memory_lines(plan),
+            *_memory_terms(plan),
             *_speed_lines(plan),
-            *(f"{rule.level:<10} {rule.message} [{rule.id}]" for rule in plan.rules),
+            *(_rule_line(rule) for rule in plan.rules),
         ]
     )
+
+
+def plan_overview(plan: Plan) -> str:
+    """What a run prints at its start: model, hardware, layout, steps, memory, and warnings."""
+    warnings = (rule for rule in plan.rules if rule.level == "warn")
+    lines = [*_summary_lines(plan), *_step_lines(plan), *_memory_lines(plan)]
+    return "\n".join([*lines, *map(_rule_line, warnings)])
+
+
+def _rule_line(rule: Rule[PlanContext]) -> str:
+    return f"{rule.level:<10} {rule.message} [{rule.id}]"
 
 
 def _summary_lines(plan: Plan) -> list[str]:
@@ -132,13 +145,19 @@ def _step_lines(plan: Plan) -> list[str]:
 
 
 def _memory_lines(plan: Plan) -> list[str]:
-    """The lines about memory and disk space."""
+    """The line about memory."""
     memory, hardware = plan.memory, plan.hardware
     limit = hardware.usable_bytes(plan.layout.ranks_per_node)
-    lines = [
+    return [
         f"memory     {_size_text(memory.peak_bytes)} of {_size_text(limit)} a rank, "
         f"at {memory.worst_moment}"
     ]
+
+
+def _memory_terms(plan: Plan) -> list[str]:
+    """The terms of the memory, largest first, and the disk space."""
+    memory, hardware = plan.memory, plan.hardware
+    lines = []
     for term, size in sorted(memory.per_rank.items(), key=lambda item: -item[1]):
         lines.append(f"  {term:<28} {_size_text(size):>10}")
     disk = disk_bytes(plan.shape, plan.settings)

@@ -10,6 +10,7 @@ from pipeline.adapter.gather import MOMENTS, OptimizerState, gather_weights, res
 from pipeline.adapter.initial import read_initial_adapter
 from pipeline.adapter.initial_weights import initial_weights
 from pipeline.cluster.heartbeat import LOADING
+from pipeline.cluster.progress import show_progress
 from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.errors import UserError
 from pipeline.model.adapter import attach_adapter, frozen_checksum
@@ -41,9 +42,10 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
     peak = PeakBytes(session.device, is_watched=session.is_rank_zero)
     loading, creating, restoring = LOADING
     heartbeat.beat(loading)
-    model = attach_adapter(load_base(plan, session.device), plan)
-    heartbeat.beat(creating)
-    engine = Engine(model, plan, heartbeat.beat)
+    with show_progress("loading the model"):
+        model = attach_adapter(load_base(plan, session.device), plan)
+        heartbeat.beat(creating)
+        engine = Engine(model, plan, heartbeat.beat)
     progress = Progress()
     if resumed is not None:
         heartbeat.beat(restoring)
@@ -71,7 +73,7 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
         eval_split=None if index.eval is None else open_split(index.eval),
         progress=progress,
         saved=replace(progress) if is_own else None,
-        display=_display(context, progress.step),
+        display=ProgressDisplay(plan, progress.step, is_shown=session.is_rank_zero),
         peak=peak,
         writer=writer,
         metrics=metrics,
@@ -123,15 +125,6 @@ def _reset_unusable_best(
 
 def _eval_key(index: DataIndex) -> str | None:
     return None if index.eval is None else index.eval.key
-
-
-def _display(context: RunContext, step: int) -> ProgressDisplay:
-    return ProgressDisplay(
-        context.plan.steps.total_steps,
-        step,
-        context.settings.logging_steps,
-        is_shown=context.session.is_rank_zero,
-    )
 
 
 def _restore_folder(folder: RunFolder, context: RunContext) -> None:

@@ -1,41 +1,47 @@
-"""Progress display of rank 0: a progress bar in a terminal, otherwise log lines."""
+"""Display of the training steps on rank 0: a live view in a terminal, otherwise log lines."""
 
 import logging
-import sys
+import time
+from datetime import datetime, timedelta
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.cluster.progress import duration, terminal
+from pipeline.plan.given.hardware import GIB
+from pipeline.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
 
+_CURVE = "▁▂▃▄▅▆▇█"
+_CURVE_WIDTH = 24  # characters
+
 
 class ProgressDisplay:
-    """Display of finished steps.
+    """Display of finished steps, held-out losses and checkpoints.
 
-    `done`: steps finished before this start. `every`: steps between two log lines. `is_shown`: True
-    on rank 0 only.
+    `done`: steps finished before this start. `is_shown`: True on rank 0 only.
     """
 
-    def __init__(self, total_steps: int, done: int, every: int, *, is_shown: bool) -> None:
-        self._every, self._total, self._is_shown = every, total_steps, is_shown
-        console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
+    def __init__(self, plan: Plan, done: int, *, is_shown: bool) -> None:
+        self._total, self._every = plan.steps.total_steps, plan.settings.logging_steps
+        self._view = TrainingView(self._total, done, plan.speed.tokens_per_second)
+        self._is_shown = is_shown
+        console = terminal()
+        self._live: Live | None = None
         if is_shown and console.is_terminal and logger.isEnabledFor(logging.INFO):
-            self._bar = Progress(  # rich prints log lines above the bar
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
-                console=console,
-            )
-            self._task = self._bar.add_task("", total=total_steps, completed=done, numbers="")
+            # rich prints log lines above the view.
+            self._live = Live(self._view, console=console, refresh_per_second=2)
 
     def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(
@@ -44,22 +50,107 @@ class ProgressDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
-    def show_step(self, line: dict[str, Any], seconds_left: float) -> None:
-        """Show a finished step, given as its line of metrics.jsonl."""
-        if not self._is_shown:
-            return
-        speed = f"{line['tokens_per_second']:,.0f} tokens/s"
-        numbers = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {speed}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=line["step"], numbers=numbers)
-        elif line["step"] % self._every == 0 or line["step"] in (1, self._total):
-            left = _duration_text(seconds_left)
-            logger.info("step %d/%d  %s  %s left", line["step"], self._total, numbers, left)
+    def show_step(self, line: dict[str, Any], saved_step: int | None) -> None:
+        """Show a step. `line`: its line of metrics.jsonl; `saved_step`: the last checkpoint."""
+        self._view.add_step(line, saved_step)
+        is_due = line["step"] % self._every == 0 or line["step"] in (1, self._total)
+        if self._is_shown and self._live is None and is_due:
+            logger.info("%s", self._view.as_line())
+
+    def show_evaluation(self, step: int, loss: float, seconds: float) -> None:
+        """Show a held-out loss."""
+        self._view.held_out = (step, loss)
+        logger.info("step %d  held-out loss %.4f  (%.1f s)", step, loss, seconds)
 
 
-def _duration_text(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+class TrainingView:
+    """The state of the training as a few lines for a terminal.
+
+    `done`: steps finished before this start. `predicted_speed`: tokens per second of the plan.
+    """
+
+    def __init__(self, total_steps: int, done: int, predicted_speed: float) -> None:
+        self.held_out: tuple[int, float] | None = None  # step and loss
+        self._total = total_steps
+        self._predicted_speed = predicted_speed
+        self._first, self._start = done, time.monotonic()
+        self._losses: list[float] = []
+        self._line: dict[str, Any] = {"step": done}
+        self._peak: tuple[int, int] | None = None  # measured and predicted bytes
+        self._saved_step: int | None = None
+
+    def add_step(self, line: dict[str, Any], saved_step: int | None) -> None:
+        """Take over a line of metrics.jsonl and the step of the last checkpoint."""
+        self._line, self._saved_step = line, saved_step
+        self._losses.append(line["loss"])
+        if line["peak_bytes"] is not None:
+            self._peak = (line["peak_bytes"], line["predicted_bytes"])
+
+    def as_line(self) -> str:
+        """One log line: step, loss, learning rate, speed, elapsed and remaining time."""
+        line = self._line
+        return (
+            f"step {line['step']}/{self._total}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  "
+            f"{line['tokens_per_second']:,.0f} tokens/s  {duration(self._elapsed())} elapsed, "
+            f"{duration(self._seconds_left())} left"
+        )
+
+    def __rich_console__(self, console: Console, _options: Any) -> Any:
+        yield self._render(console.width)
+
+    def _render(self, width: int) -> RenderableType:
+        step = self._line["step"]
+        if not self._losses:
+            return Text(f"step {step}/{self._total}  waiting for the first step")
+        left = self._seconds_left()
+        end = (datetime.now() + timedelta(seconds=left)).strftime("%H:%M")  # noqa: DTZ005 - local time
+        head = Table.grid(padding=(0, 1), expand=False)
+        head.add_row(
+            f"step {step}/{self._total}",
+            ProgressBar(total=self._total, completed=step, width=max(10, min(40, width - 50))),
+            f"{100 * step / self._total:.0f} %",
+            f"{duration(left)} left, ends {end}",
+        )
+        rows = Table.grid(padding=(0, 2))
+        for name, text in self._rows():
+            rows.add_row(Text(name, style="dim"), Text(text))
+        return Group(head, rows)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        line = self._line
+        speed = line["tokens_per_second"]
+        share = f", {100 * speed / self._predicted_speed:.0f} % of the plan's prediction"
+        rows = [
+            ("loss", f"{line['loss']:.4f}  {curve(self._losses)}  lr {line['lr']:.2e}"),
+            ("speed", f"{speed:,.0f} tokens/s{share}"),
+        ]
+        if self._peak is not None:
+            measured, predicted = (size / GIB for size in self._peak)
+            rows.append(("memory", f"{measured:.2f} GiB of tensors, predicted {predicted:.2f}"))
+        saved = "none yet" if self._saved_step is None else f"step {self._saved_step}"
+        rows.append(("checkpoint", saved))
+        if self.held_out is not None:
+            rows.append(("held-out", f"loss {self.held_out[1]:.4f} at step {self.held_out[0]}"))
+        return rows
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._start
+
+    def _seconds_left(self) -> float:
+        """Remaining time, from the mean duration of the steps of this start."""
+        step: int = self._line["step"]
+        return self._elapsed() / max(1, step - self._first) * (self._total - step)
+
+
+def curve(values: list[float]) -> str:
+    """Values as a line of block characters; with many values each character is a mean."""
+    count = min(len(values), _CURVE_WIDTH)
+    edges = [i * len(values) // count for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    finite = [mean for mean in means if mean == mean and abs(mean) != float("inf")]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
+    scale = (len(_CURVE) - 1) / (high - low) if high > low else 0.0
+    return "".join(_CURVE[round((mean - low) * scale)] if mean in finite else "?" for mean in means)

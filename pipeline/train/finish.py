@@ -40,6 +40,24 @@ def finish(run: TrainingState, stop_reason: str | None) -> None:
     if run.frozen_checksum is not None:
         _require_frozen_base(run)
         logger.info("debug: losses finite, every lora_B changed, no frozen weight changed")
+    logger.info("%s", _next_commands(run))
+
+
+def _next_commands(run: TrainingState) -> str:
+    """The commands that a user runs next, with what each does."""
+    commands = {"merge": "merge the adapter into the base"}
+    if run.eval_split is not None:
+        commands["score"] = "compare base, adapter and merged model on the held-out rows"
+    commands["report"] = "write report.html"
+    lines = [
+        (f"python launch/{verb}.py {run.folder.path}", purpose)
+        for verb, purpose in commands.items()
+    ]
+    width = max(len(command) for command, _ in lines)
+    return "\n".join(
+        f"{'next' if i == 0 else '':<11}{command:<{width}}  # {purpose}"
+        for i, (command, purpose) in enumerate(lines)
+    )
 
 
 def _require_saved(run: TrainingState) -> None:

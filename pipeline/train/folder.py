@@ -20,7 +20,7 @@ from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.files import dump_json, write_text
 from pipeline.model.fingerprint import record_base_of_run
 from pipeline.plan.plan import Plan
-from pipeline.plan.render import plan_json, plan_text
+from pipeline.plan.render import plan_json, plan_overview, plan_text
 from pipeline.train.checkpoint import Checkpoints
 from pipeline.train.context import RunContext
 from pipeline.train.names import FILES, written_in
@@ -108,7 +108,8 @@ class RunFolder:
         """Complete the plan with the schedule for the prepared data, and log it. On every rank."""
         context = self._context
         context.plan = context.plan.with_data(index.train.size)
-        logger.info(plan_text(context.plan))
+        logger.info(plan_overview(context.plan))
+        logger.debug(plan_text(context.plan))
         if self.status is not None:
             logger.info(audit_summary(self.path / "data"))
             self.status.update(total_steps=context.plan.steps.total_steps)

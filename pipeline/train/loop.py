@@ -144,12 +144,11 @@ def _measure(
 
 
 def _record(run: TrainingState, line: dict[str, Any]) -> None:
-    remaining_steps = run.plan.steps.total_steps - line["step"]
-    run.display.show_step(line, remaining_steps * line["step_seconds"])
+    saved = None if run.writer is None else run.writer.last_step
+    run.display.show_step(line, saved)
     if run.metrics is not None:
         run.metrics.write(line)
     if run.folder.status is not None:
-        saved = None if run.writer is None else run.writer.last_step
         run.folder.status.update(step=line["step"], saved_step=saved)
 
 
@@ -206,7 +205,7 @@ def _evaluate(run: TrainingState) -> None:
     watch, micro_batch_size = Stopwatch(), run.plan.layout.micro_batch_size
     loss = held_out_loss(summed_loss, run.eval_split, run.session, micro_batch_size)
     progress.is_evaluation_due = False
-    logger.info("step %d  held-out loss %.4f  (%.1f s)", progress.step, loss, watch.lap())
+    run.display.show_evaluation(progress.step, loss, watch.lap())
     if run.metrics is not None:
         tokens = run.eval_split.sequences.supervised_tokens
         run.metrics.write({"step": progress.step, "eval_loss": loss, "eval_tokens": tokens})

@@ -76,5 +76,6 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         state = assemble(context, folder, index)
         if session.is_rank_zero:
             trackers.start(folder.path, settings.trackers)
-        stack.enter_context(state.display)
-        finish(state, training_loop(state))
+        with state.display:
+            stop_reason = training_loop(state)
+        finish(state, stop_reason)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.cluster.progress import show_progress
 from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import SourceIndex, SplitIndex
 from pipeline.data.dataset.writer import SplitWriter
@@ -27,8 +28,6 @@ from pipeline.errors import UserError
 from pipeline.rows.sources import Source
 
 logger = logging.getLogger(__name__)
-
-_ROWS_PER_MESSAGE = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +71,11 @@ class JobRun:
             needs_torch=settings.trust_remote_code,
         )
         read = 0
-        with closing(results):
+        with closing(results), show_progress(f"{self._job.setting}: tokenising rows") as work:
             for chunk in results:
-                before, read = read, read + self._add(chunk)
-                if read // _ROWS_PER_MESSAGE > before // _ROWS_PER_MESSAGE:
-                    source = self._job.sources[chunk.source].name
-                    logger.info("%s: %s rows tokenised", source, f"{read:,}")
+                added = self._add(chunk)
+                read += added
+                work.advance(added)
                 if self._is_full():
                     return
 

@@ -1,0 +1,122 @@
+"""Progress of work that takes longer than a few seconds, shown by rank 0.
+
+In a terminal it is a bar (or a spinner, if the amount of work is unknown) that disappears when the
+work is done. Elsewhere it is log lines: one when the work has lasted two seconds, and then one at
+most every ten seconds.
+"""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from pipeline.cluster.logs import current_rank
+
+logger = logging.getLogger(__name__)
+
+_QUIET_S = 2.0  # shorter work is not reported
+_LINE_INTERVAL_S = 10.0
+
+
+class Work:
+    """A piece of work in progress. `advance` may be called from the thread that does the work."""
+
+    def __init__(self, text: str, total: int | None) -> None:
+        self.done = 0
+        self._text, self._total = text, total
+        self._start = self._last_line = time.monotonic()
+
+    def advance(self, amount: int = 1) -> None:
+        """Count finished work, in the units of `total`."""
+        self.done += amount
+        now = time.monotonic()
+        if self._is_logged and now - self._last_line >= _LINE_INTERVAL_S:
+            self._last_line = now
+            logger.info("%s", self._line(now))
+
+    _is_logged = False
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the work while the body runs."""
+        timer = threading.Timer(_QUIET_S, self._log_start)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _log_start(self) -> None:
+        self._is_logged = True
+        logger.info("%s ...", self._text)
+
+    def _line(self, now: float) -> str:
+        if not self._total or not self.done:
+            return f"{self._text}: {self.done:,}"
+        left = (now - self._start) * (self._total - self.done) / self.done
+        return f"{self._text}: {100 * self.done / self._total:.0f} %, {duration(left)} left"
+
+
+class _TerminalWork(Work):
+    """Work with a bar in the terminal instead of log lines."""
+
+    def __init__(self, text: str, total: int | None, console: Console) -> None:
+        super().__init__(text, total)
+        description = TextColumn("{task.description}")
+        columns: tuple[ProgressColumn, ...] = (SpinnerColumn(), description, TimeElapsedColumn())
+        if total:
+            share = TextColumn("{task.percentage:.0f} %")
+            columns = (description, BarColumn(), share, TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True)
+        self._task = self._bar.add_task(text, total=total)
+
+    def advance(self, amount: int = 1) -> None:
+        self.done += amount
+        self._bar.update(self._task, completed=self.done)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        with self._bar:
+            yield
+
+
+@contextmanager
+def show_progress(text: str, total: int | None = None) -> Iterator[Work]:
+    """Show on rank 0 that the body is at work, and how far it is.
+
+    `text`: the work, such as "loading the model". `total`: its amount in any unit, for `advance`.
+    """
+    work = Work(text, total)
+    if current_rank() != 0 or not logger.isEnabledFor(logging.INFO):
+        yield work
+        return
+    console = terminal()
+    if console.is_terminal:
+        work = _TerminalWork(text, total, console)
+    with work.shown():
+        yield work
+
+
+def terminal() -> Console:
+    """A console for the present standard output."""
+    return Console(file=sys.stdout, highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `H:MM:SS`."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

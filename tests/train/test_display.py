@@ -1,0 +1,61 @@
+"""The view of the training shows every figure, at any width and for any loss."""
+
+import io
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from pipeline.train.display import TrainingView, curve
+from tests.messages import assert_mentions
+
+pytestmark = pytest.mark.unit
+
+
+def line(step: int, loss: float, *, peak: int | None = 2**30) -> dict[str, Any]:
+    return {
+        "step": step, "loss": loss, "lr": 1e-4, "tokens_per_second": 1234.5, "peak_bytes": peak,
+        "predicted_bytes": 2**31,
+    }  # fmt: skip
+
+
+def shown(view: TrainingView, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    console.print(view)
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_every_figure_is_shown_within_the_width(width: int) -> None:
+    view = TrainingView(200, 100, 2000.0)
+    view.held_out = (110, 0.25)
+    for step in range(101, 121):
+        view.add_step(line(step, 2.0 / step), saved_step=115)
+    text = shown(view, width)
+    assert_mentions(
+        text, "120/200", "60 %", "left", 0.0167, "1.00e-04", "1,234 tokens/s", "62 %",
+        "1.00 GiB", "2.00", "step 115", "0.2500", "step 110",
+    )  # fmt: skip
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_a_view_without_a_step_or_memory_is_shown() -> None:
+    view = TrainingView(5, 0, 10.0)
+    assert_mentions(shown(view, 80), "0/5")
+    view.add_step(line(1, math.nan, peak=None), saved_step=None)
+    assert_mentions(shown(view, 80), "1/5", "nan", "none yet")
+
+
+def test_the_curve_rises_and_falls_with_the_values() -> None:
+    assert curve([3.0, 2.0, 1.0, 0.0]) == "█▆▃▁"
+    assert curve([1.0, math.nan]) == "▁?"
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=1, max_size=200))
+def test_the_curve_of_any_values_has_limited_width(values: list[float]) -> None:
+    assert len(curve(values)) == min(len(values), 24)
