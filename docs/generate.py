@@ -85,7 +85,7 @@ def configuration() -> str:
         change = described.get("change", "result")
         cells = [f"`{name}`", _values(described), default, change, described["description"]]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## Presets", "", "| preset | sets | the guide's range |", "|---|---|---|"]
+    lines += ["", "## Presets", "", "| preset | sets | usual range |", "|---|---|---|"]
     for name, values in PRESETS.items():
         sets = ", ".join(f"`{key}: {_json(value)}`" for key, value in values.items())
         spans = RANGES.get(name, {}).items()

@@ -1,7 +1,6 @@
-"""Presets: named sets of values for settings, taken from the guide "LoRA Basics".
+"""Presets: named sets of values for settings, from the rules of thumb in docs/lora.md.
 
-The first three are the guide's "Common Configurations", the others its "Common Patterns". If the
-guide gives a range, the preset has the lower value, and `RANGES` has the range.
+If a rule of thumb is a range, the preset has the lower value, and `RANGES` has the range.
 """
 
 from collections.abc import Mapping
@@ -80,7 +79,7 @@ def _is_set(key: str, values: Mapping[str, Any]) -> bool:
 
 
 def preset_for(rows: int) -> Preset:
-    """The preset that the guide recommends for a training set with this number of rows."""
+    """The preset for a training set with this number of rows."""
     if rows < 1_000:
         return "small"
     return "medium" if rows <= 10_000 else "large"

@@ -1,6 +1,6 @@
 """Advice: rules of thumb for the settings of a run. No rule in this file stops a run.
 
-The source is the guide LoRA Basics, from which the presets are taken. Each rule names its section.
+docs/lora.md explains the rules of thumb.
 """
 
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def _rule_for_size(name: Preset, documents: str) -> Rule[PlanContext]:
         f"lora_dropout {dropout:g} or more",
         remedy=f"`preset: {name}` sets both, with r {PRESETS[name]['lora_r']} and lr "
         f"{PRESETS[name]['lr']:g}",
-        source="LoRA Basics, Common Patterns",
+        source="docs/lora.md",
     )
 
 
@@ -100,7 +100,7 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         ),
         reason="lora_alpha is neither r nor 2 x r (rule of thumb)",
         remedy="leave lora_alpha out; the default is 2 x r",
-        source="LoRA Basics, LoRA Parameters",
+        source="docs/lora.md",
     ),
     Rule(
         id="lora-r",
@@ -109,7 +109,7 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         reason="lora_r is outside the usual range of 8 to 128 (rule of thumb)",
         remedy="use 8 to 16 for a change of style, 32 to 64 for a new domain, 64 to 128 for new "
         "capabilities",
-        source="LoRA Basics, Choosing Rank",
+        source="docs/lora.md",
     ),
     Rule(
         id="learning-rate",
@@ -118,7 +118,7 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         reason="lr is outside the usual range of 1e-5 to 2e-4, or 2e-3 for models below a billion "
         "parameters (rule of thumb)",
         remedy="compare with a short run at 2e-4",
-        source="LoRA Basics, Training Parameters",
+        source="docs/lora.md",
     ),
     _rule_for_size("small", "fewer than 1,000"),
     _rule_for_size("medium", "1,000 to 10,000"),
@@ -129,14 +129,14 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         applies=_computes_in_another_type,
         reason="bnb_4bit_compute_dtype is not the training dtype",
         remedy="leave it out, or set it to the training dtype",
-        source="LoRA Basics, QLoRA-Specific",
+        source="docs/lora.md",
     ),
     Rule(
         id="double-quantisation",
         level="advise",
         applies=lambda s: s.settings.load_in_4bit and not s.settings.bnb_4bit_use_double_quant,
         reason="bnb_4bit_use_double_quant: false costs about 0.4 bits of memory per parameter",
-        source="LoRA Basics, QLoRA-Specific",
+        source="docs/lora.md",
     ),
     Rule(
         id="nf4",
@@ -144,7 +144,7 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         applies=lambda s: s.settings.load_in_4bit and s.settings.bnb_4bit_quant_type == "fp4",
         reason="bnb_4bit_quant_type: fp4 is usually less accurate than nf4",
         remedy="leave it out; the default is nf4",
-        source="LoRA Basics, QLoRA-Specific",
+        source="docs/lora.md",
     ),
     Rule(
         id="evaluation-matches-saving",
@@ -154,7 +154,7 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         "states that were evaluated",
         remedy="give evaluation_strategy and save_strategy, and eval_steps and save_steps, the "
         "same value",
-        source="LoRA Basics, Logging & Saving",
+        source="docs/lora.md",
     ),
     Rule(
         id="unused-steps",
@@ -171,6 +171,6 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         reason="gradient_checkpointing: false, and the run is predicted to need more than 90 % of "
         "the usable device memory",
         remedy="set gradient_checkpointing: auto; checkpointing costs about 30 % of the time",
-        source="LoRA Basics, Precision & Memory",
+        source="docs/lora.md",
     ),
 )
