@@ -57,7 +57,9 @@ def train_everywhere(session, folder, options):
     for name, (settings, origin) in RUNS.items():
         if options.get("use_dora") and "zero3" in name:  # refused: rule dora-zero3
             continue
-        plan, engine = build_engine(session, folder, settings | options | {"lr": 1e-2})
+        plan, engine = build_engine(
+            session, folder, settings | options | {"lr": 1e-2, "batch_size": 2}
+        )
         if origin is None:
             losses = steps(session, plan, engine, 0, STEPS)
             keep = {"weights": gather_weights(engine.parameters, keep=True)}
@@ -176,6 +178,7 @@ def test_a_run_starts_from_a_smaller_adapter_with_its_outputs_at_every_stage(tin
     publish_adapter(plan, tensors, adapter, step=4, base=base_fingerprint(tiny_model))
     settings = {
         "lora_r": 6, "lora_alpha": 3.0, "init_adapter": str(adapter), "init_adapter_resize": True,
+        "batch_size": 2,
     }  # fmt: skip
     runs = run_ranks(start_everywhere, tiny_model, settings, tmp_path=tmp_path)[0]
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
