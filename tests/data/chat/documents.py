@@ -1,4 +1,4 @@
-"""Chat templates as published, tokenizers with their special tokens, and documents read back."""
+"""Tokenizers with published chat templates, and encoded documents shown as text."""
 
 import numpy as np
 
@@ -11,8 +11,8 @@ from tests import ROOT
 from tests.tiny import CHATML, make_tokenizer
 
 TEMPLATES = ROOT / "tests/templates"
-_BAR = "\uff5c"  # wide, as DeepSeek writes it
-# Of each template: the special tokens of its tokenizer beside <|im_start|> and <|im_end|>.
+_BAR = "\uff5c"  # DeepSeek's special tokens have a full-width vertical bar
+# Special tokens of each template's tokenizer, in addition to <|im_start|> and <|im_end|>.
 SPECIAL = {
     "smollm2": {},
     "qwen2.5": {},
@@ -50,14 +50,14 @@ SPECIAL["gemma-3"] = SPECIAL["gemma-2"]
 
 
 def published(name):
-    """The tokenizer of a published template."""
+    """A tokenizer with a published chat template and its special tokens."""
     named = dict(SPECIAL[name])
     others = named.pop("others", [])
     return tokenizer_with((TEMPLATES / f"{name}.jinja").read_text("utf-8"), others, **named)
 
 
 def tokenizer_with(template, others=(), **named):
-    """Byte by byte; `others` are special in tokenizer.json only, like Llama 3's <|eot_id|>."""
+    """A byte-level tokenizer; `others` are special tokens without a name, like <|eot_id|>."""
     tokenizer = make_tokenizer()
     if named:
         tokenizer.add_special_tokens(named)
@@ -67,12 +67,12 @@ def tokenizer_with(template, others=(), **named):
 
 
 def encoder(tokenizer, **settings):
-    needed = {"model": "m", "train_data": "t.jsonl", "output_dir": "o"}
-    return Encoder(tokenizer, RunSettings.model_validate(needed | settings))
+    required = {"model": "m", "train_data": "t.jsonl", "output_dir": "o"}
+    return Encoder(tokenizer, RunSettings.model_validate(required | settings))
 
 
 def chat(*contents, first="user", system=None):
-    """A conversation of user and assistant in turns."""
+    """A conversation in which user and assistant alternate."""
     roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
     messages = [Message(roles[i % 2], content) for i, content in enumerate(contents)]
     if system is not None:
@@ -84,26 +84,26 @@ def user(text):
     return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def all_shown(example, tokenizer, **settings):
-    """Each document of an example, with what is supervised in [[brackets]]."""
-    found = []
+def marked_texts(example, tokenizer, **settings):
+    """The text of each document of an example, with supervised spans in [[brackets]]."""
+    texts = []
     for document in encoder(tokenizer, **settings).encode(example):
         assert document.ids.dtype == np.int32
         assert document.supervised.dtype == np.bool_
         assert len(document.ids) == len(document.supervised)
         assert not document.supervised[0]
         runs = supervised_runs(document.ids.tolist(), document.supervised.tolist(), tokenizer)
-        found.append("".join(f"[[{text}]]" if marked else text for text, marked in runs))
-    return found
+        texts.append("".join(f"[[{text}]]" if marked else text for text, marked in runs))
+    return texts
 
 
-def shown(example, tokenizer, **settings):
-    """The one document of an example."""
-    (text,) = all_shown(example, tokenizer, **settings)
+def marked_text(example, tokenizer, **settings):
+    """The text of the only document of an example, with supervised spans in [[brackets]]."""
+    (text,) = marked_texts(example, tokenizer, **settings)
     return text
 
 
-def adding_bos():
+def bos_tokenizer():
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tokenizer_with(CHATML, bos_token="<s>")
@@ -114,7 +114,7 @@ def adding_bos():
     return tokenizer
 
 
-def without_im_end():
+def tokenizer_without_im_end():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -127,7 +127,7 @@ def without_im_end():
 
 
 def sentence_piece():
-    """Words with their spaces, and bytes, as Llama 2 and Mistral have them."""
+    """A SentencePiece-like tokenizer with byte fallback: tokens begin with a space (Llama 2)."""
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
@@ -152,13 +152,13 @@ def sentence_piece():
     )
 
 
-def renderings(monkeypatch) -> list:
-    """Fills with what a chat template is given from here on, each time that it renders."""
+def record_renderings(monkeypatch) -> list:
+    """A list that gets the arguments of every rendering of a chat template from now on."""
     rendered, render = [], ChatTemplate._render
 
-    def count(self, *arguments, **named):
+    def record(self, *arguments, **named):
         rendered.append(arguments)
         return render(self, *arguments, **named)
 
-    monkeypatch.setattr(ChatTemplate, "_render", count)
+    monkeypatch.setattr(ChatTemplate, "_render", record)
     return rendered

@@ -1,10 +1,10 @@
-"""Small chat templates that behave as kinds of published ones do, each in one way."""
+"""Small chat templates, each with one peculiarity of published templates."""
 
-# ruff: noqa: E501 - a template breaks where it may
+# ruff: noqa: E501 - a line break would change a template
 from tests.data.chat.documents import tokenizer_with
 
 # Channels in the header; turns end with <|end|>, the last one with <|return|>, calls with <|call|>.
-# Thoughts are written in the last turn only. A result repeats the name of its call.
+# Reasoning is written in the last turn only. A result repeats the name of its call.
 CHANNELS = """
 {%- if tools %}<|start|>developer<|message|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|end|>{% endif %}
 {%- set ns = namespace(name='') %}
@@ -23,7 +23,7 @@ CHANNELS = """
 {%- endfor %}
 {%- if add_generation_prompt %}<|start|>assistant{% endif %}
 """
-# A turn is ended by the token of the next role; arguments are written one by one.
+# The token of the next role ends a turn. Each argument of a call is written separately.
 NEXT_ROLE = """<sop>
 {%- if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% endif %}
 {%- for m in messages %}
@@ -41,7 +41,7 @@ NEXT_ROLE = """<sop>
 {%- endfor %}
 {%- if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}
 """
-# Arguments are joined to text; calls are written only where the content is none.
+# Arguments are concatenated with text (`+`). Calls are written only if the content is none.
 JOINED = """{{ bos_token }}
 {%- for m in messages %}
 {%- if m.role == 'user' or m.role == 'system' %}<|User|>{{ m.content }}
@@ -66,7 +66,7 @@ NAMED_IDS = """
 {%- endfor %}
 {%- if add_generation_prompt %}<|im_assistant|>{% endif %}
 """
-# Two {% generation %} blocks a turn.
+# Each turn has two {% generation %} blocks.
 TWO_BLOCKS = """{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant
 {% generation %}{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>{% endgeneration %}{{ '\n' }}{% else %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
@@ -98,7 +98,7 @@ _TOKENS = {
 KINDS = sorted(_TOKENS)
 
 
-def kind(name):
-    """A tokenizer with the template of this kind."""
+def kind_tokenizer(name):
+    """A tokenizer with the template of a kind."""
     template, others, named = _TOKENS[name]
     return tokenizer_with(template, others, **named)

@@ -1,7 +1,10 @@
-"""Every template of tests/templates with every kind of conversation: trained right, or refused.
+"""The matrix of all templates of tests/templates and all kinds of conversation.
 
-The result is not a snapshot: each text of a conversation is a word of its own, so a document shows
-by itself which texts are in it and which of them count in the loss.
+    python -m tests.data.chat.matrix        (`make templates`) writes the table of docs/masks.md
+
+A cell says that the conversation is trained on correctly, or why it is refused. Each text of a
+conversation is a unique word. The words of a document therefore show which texts it has, and which
+of them count in the loss; no stored output is compared.
 """
 
 import re
@@ -29,7 +32,7 @@ _DEEPSEEK = [
         "tool▁output▁begin", "tool▁output▁end",
     )
 ]  # fmt: skip
-# Special tokens of the tokenizers beside <|im_start|> and <|im_end|>; `ends`: what ends a turn.
+# Special tokens besides <|im_start|> and <|im_end|>; `ends`: tokens that end a turn.
 FAMILIES = {
     **SPECIAL,
     "llama-3.1": {**SPECIAL["llama-3"], "ends": ["<|eot_id|>"]},
@@ -151,17 +154,17 @@ def _call(city, number):
     return {"id": f"abcdefgh{number}", "type": "function", "function": function}
 
 
-def _assistant(text, thought=None, calls=(), **named):
+def _assistant(text, reasoning=None, calls=(), **fields):
     others = {"tool_calls": list(calls)} if calls else {}
-    others |= {"reasoning_content": thought} if thought else {}
-    return Message("assistant", text, others=others, **named)
+    others |= {"reasoning_content": reasoning} if reasoning else {}
+    return Message("assistant", text, others=others, **fields)
 
 
 def _result(text, number):
     return Message("tool", text, others={"tool_call_id": f"abcdefgh{number}", "name": "weather"})
 
 
-def _talk(*messages, tools=()):
+def _conversation(*messages, tools=()):
     return Conversation(messages, tuple(tools))
 
 
@@ -169,8 +172,8 @@ def _talk(*messages, tools=()):
 class Case:
     """A conversation, the settings of the run, and the words that must count in the loss.
 
-    `documents`: the words of each document's supervised part; a thought in `may_leave_out` may be
-    missing from the whole document where the template writes none there.
+    `documents`: the supervised words of each document. `may_leave_out`: words of reasoning that the
+    template may omit from the document.
     """
 
     conversation: Conversation
@@ -184,23 +187,23 @@ def _case(conversation, *documents, may_leave_out="", **settings):
     return Case(conversation, words, settings, frozenset(may_leave_out.split()))
 
 
-_TWO = _talk(_user(1), _assistant("answer1"), _user(2), _assistant("answer2"))
+_TWO = _conversation(_user(1), _assistant("answer1"), _user(2), _assistant("answer2"))
 _TOOLS = (
     _user(1),
     _assistant("", calls=[_call("Graz1", 1)]),
     _result("sunny1", 1),
     _assistant("answer1"),
 )
-_THINKS = _talk(
+_WITH_REASONING = _conversation(
     _user(1), _assistant("answer1", "thought1"), _user(2), _assistant("answer2", "thought2")
 )
 CASES = {
     "two turns": _case(_TWO, "answer1 answer2"),
     "system": _case(replace(_TWO, messages=(Message("system", "rules"), *_TWO.messages)),
                     "answer1 answer2"),
-    "tools": _case(_talk(*_TOOLS, tools=[TOOL]), "weather Graz1 answer1"),
+    "tools": _case(_conversation(*_TOOLS, tools=[TOOL]), "weather Graz1 answer1"),
     "parallel calls": _case(
-        _talk(
+        _conversation(
             _user(1),
             _assistant("", calls=[_call("Graz1", 1), _call("Linz2", 2)]),
             _result("sunny1", 1), _result("rainy2", 2), _assistant("answer1"),
@@ -208,22 +211,22 @@ CASES = {
         ),
         "weather Graz1 Linz2 answer1",
     ),
-    "reasoning": _case(_THINKS, "thought1 answer1 thought2 answer2",
+    "reasoning": _case(_WITH_REASONING, "thought1 answer1 thought2 answer2",
                      may_leave_out="thought1 thought2"),
     "reasoning, calls": _case(
-        _talk(
+        _conversation(
             _user(1), _assistant("", "thought1", [_call("Graz1", 1)]), _result("sunny1", 1),
             _assistant("answer1", "thought2"), tools=[TOOL],
         ),
         "thought1 weather Graz1 thought2 answer1", may_leave_out="thought1 thought2",
     ),
     "weight 0": _case(
-        _talk(_user(1), replace(_assistant("answer1"), is_trained=False), _user(2),
+        _conversation(_user(1), replace(_assistant("answer1"), is_trained=False), _user(2),
               _assistant("answer2")),
         "answer2",
     ),
     "last-assistant": _case(_TWO, "answer2", train_on="last-assistant"),
-    "split_turns": _case(_THINKS, "thought1 answer1", "thought2 answer2",
+    "split_turns": _case(_WITH_REASONING, "thought1 answer1", "thought2 answer2",
                          may_leave_out="thought1 thought2", split_turns=True),
 }  # fmt: skip
 _WORDS = re.compile(r"(?:question|answer|thought|sunny|rainy|Graz|Linz)\d|rules|weather")
@@ -240,31 +243,38 @@ def tokenizer(family):
 
 
 def outcome(family, name):
-    """`trained`, or the reason against the row. AssertionError where it is trained wrongly."""
-    case, made = CASES[name], tokenizer(family)
+    """`trained`, or the reason of a refusal; AssertionError if the mask is wrong."""
+    case, family_tokenizer = CASES[name], tokenizer(family)
     try:
-        documents = encoder(made, **case.settings).encode(case.conversation)
+        documents = encoder(family_tokenizer, **case.settings).encode(case.conversation)
     except RowError as error:
         return str(error)
     assert len(documents) == len(case.documents)
     for document, expected in zip(documents, case.documents, strict=True):
-        _require_right(document, expected, case, made, FAMILIES[family].get("ends"))
+        _assert_mask(document, expected, case, family_tokenizer)
+        _assert_end(document, family_tokenizer, FAMILIES[family].get("ends", ()))
     return "trained"
 
 
-def _require_right(document, expected, case, made, ends):
-    text = made.decode(document.ids.tolist())
-    trained = made.decode(document.ids[document.supervised].tolist())
+def _assert_mask(document, expected, case, tokenizer):
+    text = tokenizer.decode(document.ids.tolist())
+    trained = tokenizer.decode(document.ids[document.supervised].tolist())
     words, whole = set(_WORDS.findall(trained)), set(_WORDS.findall(text))
-    lost = expected - whole - case.may_leave_out
-    assert not lost, f"{lost} are not in the document: {text}"
+    missing = expected - whole - case.may_leave_out
+    assert not missing, f"{missing} are not in the document: {text}"
     assert words == expected & whole, f"trains on {words} instead of {expected & whole}: {text}"
-    if ends is not None and text.rstrip().endswith(tuple(ends)):
+
+
+def _assert_end(document, tokenizer, ends):
+    """The end token of a last turn is trained."""
+    text = tokenizer.decode(document.ids.tolist())
+    trained = tokenizer.decode(document.ids[document.supervised].tolist())
+    if text.rstrip().endswith(tuple(ends)):
         assert trained.rstrip().endswith(tuple(ends)), f"the last turn has no end: {trained}"
 
 
 def table():
-    """The matrix in Markdown: T is trained, a number names a reason below."""
+    """The matrix in Markdown: T for trained, or the number of a reason in the list below."""
     reasons, lines = {}, [f"| template | {' | '.join(CASES)} |", f"|---|{'---|' * len(CASES)}"]
     for family in sorted(FAMILIES):
         cells = []
@@ -282,7 +292,7 @@ _START, _END = "<!-- matrix: make templates -->\n", "\n<!-- end of the matrix --
 
 
 def written_table():
-    """The matrix that docs/masks.md has."""
+    """The matrix in docs/masks.md."""
     return PAGE.read_text("utf-8").partition(_START)[2].partition(_END)[0]
 
 

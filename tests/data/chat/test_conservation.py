@@ -1,4 +1,4 @@
-"""Every leaf of a row is written, structural, a thought omitted by design, or named."""
+"""Each text of a row is in the document, omitted reasoning that is counted, or refused by path."""
 
 import json
 import os
@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 
 from pipeline.rows.examples import Conversation, Message, RowError
 from tests.data.chat.documents import (
-    all_shown,
     chat,
     encoder,
+    marked_text,
+    marked_texts,
     published,
-    shown,
     tokenizer_with,
     user,
 )
-from tests.data.chat.kinds import KINDS, kind
+from tests.data.chat.kinds import KINDS, kind_tokenizer
 from tests.data.chat.matrix import FAMILIES
-from tests.data.chat.matrix import tokenizer as family
+from tests.data.chat.matrix import tokenizer as family_tokenizer
 from tests.messages import refused
 from tests.tiny import CHATML
 
@@ -61,15 +61,15 @@ def agent(*calls, content="", result="rain", **others):
     return Conversation(messages, (TOOL,))
 
 
-def notes_of(example, tokenizer, **values):
+def token_counts_of(example, tokenizer, **values):
     """Token counts of a row, without those of ends at which generation does not stop."""
     (row,) = encoder(tokenizer, **values).encode_many([example])
     assert not isinstance(row, RowError), row
     return {name: n for name, n in row.token_counts.items() if "without_stop" not in name}
 
 
-class TestLost:
-    """A part of a row that a template drops is named by its path."""
+class TestOmittedTexts:
+    """A text that a template omits is refused with its path."""
 
     CALLS = (
         "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} "
@@ -80,14 +80,14 @@ class TestLost:
         + CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}" + CALLS)
     )  # fmt: skip
 
-    def lossy(self, old, new):
+    def omitting(self, old, new):
         assert old in self.TEMPLATE
         return tokenizer_with(self.TEMPLATE.replace(old, new))
 
-    def test_a_template_that_writes_all_of_it_loses_nothing(self):
-        given = call(city="Oslo", days=3, deep={"flags": [True, None, 1.5, "x"]})
-        found = shown(agent(given), tokenizer_with(self.TEMPLATE))
-        assert '[[<call>forecast {"city": "Oslo", "days": 3, "deep": {"flags": [true' in found
+    def test_a_template_that_writes_all_texts_is_accepted(self):
+        deep_call = call(city="Oslo", days=3, deep={"flags": [True, None, 1.5, "x"]})
+        text = marked_text(agent(deep_call), tokenizer_with(self.TEMPLATE))
+        assert '[[<call>forecast {"city": "Oslo", "days": 3, "deep": {"flags": [true' in text
 
     @pytest.mark.parametrize(
         ("old", "new", "leaf"),
@@ -114,89 +114,94 @@ class TestLost:
             ("{{ m['content'] }}", "{{ m['content'] | replace('e', '') }}", "messages[0].content"),
         ],
     )  # fmt: skip
-    def test_a_leaf_that_is_not_written_is_named(self, old, new, leaf):
+    def test_a_text_that_is_not_written_is_refused_with_its_path(self, old, new, leaf):
         row = agent(call(city="Oslo", days=3), call(city="Bergen"))
         with refused(leaf, error=RowError):
-            shown(row, self.lossy(old, new))
+            marked_text(row, self.omitting(old, new))
 
-    def test_a_name_of_a_user_is_named_and_that_of_a_result_is_structural(self):
+    def test_an_omitted_name_is_refused_for_a_user_but_not_for_a_tool_result(self):
         asked, answer = chat("q", "a").messages
         with refused("messages[0].name", error=RowError):
-            shown(
+            marked_text(
                 Conversation((replace(asked, others={"name": "Ann"}), answer)), published("qwen3")
             )
         row = agent(call(city="Oslo"))
         result = replace(row.messages[2], others={"name": "forecast", "tool_call_id": "c1"})
         row = replace(row, messages=(*row.messages[:2], result, row.messages[3]))
-        assert "rain 0" in shown(row, published("qwen3"))
+        assert "rain 0" in marked_text(row, published("qwen3"))
 
     def test_white_space_around_a_text_may_be_stripped_but_not_inside(self):
-        assert "[[a  b<|eot_id|>]]" in shown(chat("q", " a  b\n"), published("llama-3"))
-        inside = self.lossy("{{ m['content'] }}", "{{ m['content'] | replace(' ', '') }}")
+        assert "[[a  b<|eot_id|>]]" in marked_text(chat("q", " a  b\n"), published("llama-3"))
+        inside = self.omitting("{{ m['content'] }}", "{{ m['content'] | replace(' ', '') }}")
         with refused("messages[1].content", error=RowError):
-            shown(chat("q", "a b"), inside)
+            marked_text(chat("q", "a b"), inside)
 
 
-class TestThoughts:
-    def test_text_before_and_between_thoughts_is_not_dropped(self):
-        for said in ("Before.<think>a</think>b", "<think>a</think>b<think>c</think>d"):
+class TestReasoning:
+    def test_text_before_or_between_reasoning_is_not_dropped_silently(self):
+        for answer in ("Before.<think>a</think>b", "<think>a</think>b<think>c</think>d"):
             with refused("messages[1].content", error=RowError):
-                shown(chat("q", said), published("qwen3"))
-            found = shown(chat("q", said), published("qwen2.5"))
-            assert found.endswith(f"assistant\n[[{said}<|im_end|>]]\n")
+                marked_text(chat("q", answer), published("qwen3"))
+            text = marked_text(chat("q", answer), published("qwen2.5"))
+            assert text.endswith(f"assistant\n[[{answer}<|im_end|>]]\n")
 
     @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-    def test_thoughts_of_earlier_turns_are_counted(self, key):
-        def turn(text, thought):
-            return Message("assistant", text, True, {key: thought})
+    def test_omitted_reasoning_of_earlier_turns_is_counted(self, key):
+        def turn(text, reasoning):
+            return Message("assistant", text, True, {key: reasoning})
 
         asked = Message("user", "q")
         row = Conversation((asked, turn("a", "12345"), asked, turn("b", "678")))
         for name in ("channels", "qwen3"):
-            tokenizer = kind(name) if name in KINDS else published(name)
-            assert notes_of(row, tokenizer) == {"omitted_reasoning": 5}  # bytes
-            assert notes_of(row, tokenizer, split_turns=True) == {}
-        for text in all_shown(row, published("qwen3"), split_turns=True):
+            tokenizer = tokenizer_of(name)
+            assert token_counts_of(row, tokenizer) == {"omitted_reasoning": 5}  # bytes
+            assert token_counts_of(row, tokenizer, split_turns=True) == {}
+        for text in marked_texts(row, published("qwen3"), split_turns=True):
             assert text.count("[[<think>") == 1
 
-    def test_thoughts_that_are_always_stripped_are_counted(self):
+    def test_reasoning_that_is_always_stripped_is_counted(self):
         row = chat("q", "<think>123</think>a", "r", "<think>45</think>b")
-        assert notes_of(row, published("deepseek-r1-distill")) == {"omitted_reasoning": 5}
+        assert token_counts_of(row, published("deepseek-r1-distill")) == {"omitted_reasoning": 5}
 
-    def test_a_thought_that_is_dropped_in_some_rows_only_is_named(self):
-        moody = CHATML.replace(
+    def test_reasoning_that_is_dropped_in_some_rows_only_is_refused(self):
+        drops_b = CHATML.replace(
             "{{ m['content'] }}",
             "{{ m.reasoning_content if 'b' not in (m.reasoning_content or '') }}{{ m['content'] }}",
         )
-        for thought in ("a", "b"):
-            said = Message("assistant", "x", True, {"reasoning_content": thought})
-            row = Conversation((Message("user", "q"), said))
-            if thought == "a":
-                assert "[[ax<|im_end|>]]" in shown(row, tokenizer_with(moody))
-            else:
-                with refused("messages[1].reasoning_content", error=RowError):
-                    shown(row, tokenizer_with(moody))
+        kept, dropped = (
+            Message("assistant", "x", True, {"reasoning_content": text}) for text in ("a", "b")
+        )
+        question = Message("user", "q")
+        assert "[[ax<|im_end|>]]" in marked_text(
+            Conversation((question, kept)), tokenizer_with(drops_b)
+        )
+        with refused("messages[1].reasoning_content", error=RowError):
+            marked_text(Conversation((question, dropped)), tokenizer_with(drops_b))
 
-    def test_an_empty_thought_is_treated_alike_before_answers_and_calls(self):
+    def test_empty_reasoning_is_masked_alike_before_answers_and_calls(self):
         empty = "<think>\n\n</think>\n\n"
         rows = [chat("q", "a"), replace(agent(call(city="Oslo")), tools=())]
         rows[1] = replace(rows[1], messages=rows[1].messages[:2])
         for row in rows:
             header = "<|im_start|>assistant\n"
-            assert f"{header}[[{empty}" in shown(row, published("qwen3"))
+            assert f"{header}[[{empty}" in marked_text(row, published("qwen3"))
             for values in (
                 {"train_on_reasoning": False},
                 {"chat_template_kwargs": {"enable_thinking": False}},
             ):
-                assert f"{header}{empty}[[" in shown(row, published("qwen3"), **values)
+                assert f"{header}{empty}[[" in marked_text(row, published("qwen3"), **values)
 
     @pytest.mark.parametrize("name", ["channels", "next-role", "qwen3"])
-    def test_reasoning_that_is_not_trained_is_read(self, name):
-        tokenizer = kind(name) if name in KINDS else published(name)
+    def test_reasoning_that_is_not_supervised_stays_in_the_document(self, name):
+        tokenizer = tokenizer_of(name)
         row = agent(call(city="Oslo"), reasoning_content="I must look")
-        kept, read = shown(row, tokenizer), shown(row, tokenizer, train_on_reasoning=False)
-        assert kept.replace("[[", "").replace("]]", "") == read.replace("[[", "").replace("]]", "")
-        trained = "".join(part.partition("]]")[0] for part in read.split("[[")[1:])
+        kept, masked = (
+            marked_text(row, tokenizer),
+            marked_text(row, tokenizer, train_on_reasoning=False),
+        )
+        plain = [text.replace("[[", "").replace("]]", "") for text in (kept, masked)]
+        assert plain[0] == plain[1]
+        trained = "".join(part.partition("]]")[0] for part in masked.split("[[")[1:])
         assert "I must look" in kept
         assert "I must look" not in trained
         assert "think>" not in trained
@@ -205,42 +210,46 @@ class TestThoughts:
 
 
 class TestKinds:
-    def test_channel_headers_are_trained_and_every_end_is_known(self):
-        found = shown(agent(call(city="Oslo")), kind("channels"))
+    def test_channel_headers_and_every_end_of_turn_are_supervised(self):
+        text = marked_text(agent(call(city="Oslo")), kind_tokenizer("channels"))
         opened = "<|start|>assistant[[<|channel|>"
         call_text = 'commentary to=functions.forecast<|message|>{"city": "Oslo"}<|call|>]]'
-        assert opened + call_text in found
-        assert found.endswith(f"{opened}final<|message|>It rains.<|return|>]]")
-        found = shown(chat("q", "one", "r", "two"), kind("channels"))
-        assert f"{opened}final<|message|>one<|end|>]]<|start|>user" in found
+        assert opened + call_text in text
+        assert text.endswith(f"{opened}final<|message|>It rains.<|return|>]]")
+        text = marked_text(chat("q", "one", "r", "two"), kind_tokenizer("channels"))
+        assert f"{opened}final<|message|>one<|end|>]]<|start|>user" in text
 
-    def test_the_token_of_the_next_role_ends_turns_and_the_last_one(self):
-        found = shown(chat("q", "one", "r", "two"), kind("next-role"))
-        assert found.endswith(
+    def test_the_token_of_the_next_role_ends_every_turn(self):
+        text = marked_text(chat("q", "one", "r", "two"), kind_tokenizer("next-role"))
+        assert text.endswith(
             "<|user|>q<|assistant|>[[<think></think>one<|user|>]]"
             "r<|assistant|>[[<think></think>two<|user|>]]"
         )
         row = agent(call(city="Oslo"))
-        found = shown(replace(row, messages=row.messages[:2]), kind("next-role"))
-        assert found.endswith("</tool_call><|observation|>]]")
+        text = marked_text(replace(row, messages=row.messages[:2]), kind_tokenizer("next-role"))
+        assert text.endswith("</tool_call><|observation|>]]")
 
-    def test_arguments_are_text_where_a_template_joins_them(self):
-        found = shown(replace(agent(call(city="Oslo", days=2)), tools=()), kind("joined"))
-        assert '[[<call>function<sep>forecast\n{"city": "Oslo", "days": 2}</call></s>]]' in found
+    def test_arguments_are_json_text_if_a_template_concatenates_them(self):
+        text = marked_text(
+            replace(agent(call(city="Oslo", days=2)), tools=()), kind_tokenizer("joined")
+        )
+        assert '[[<call>function<sep>forecast\n{"city": "Oslo", "days": 2}</call></s>]]' in text
 
-    def test_two_blocks_are_one_turn(self):
-        found = shown(chat("q", "one", "r", "two"), kind("two-blocks"))
-        assert found.count("[[") == found.count("<|im_end|>]]") == 2
+    def test_two_generation_blocks_are_one_span(self):
+        text = marked_text(chat("q", "one", "r", "two"), kind_tokenizer("two-blocks"))
+        assert text.count("[[") == text.count("<|im_end|>]]") == 2
 
-    def test_ids_are_made_where_a_template_demands_them(self):
+    def test_missing_call_ids_are_generated_if_a_template_requires_them(self):
         row = replace(agent(call(city="Oslo"), call(city="Bergen")), tools=())
-        found = shown(row, published("mistral-nemo"))
+        text = marked_text(row, published("mistral-nemo"))
         for number in (0, 1):
-            assert f'"id": "call0000{number}"' in found
-            assert f'"call_id": "call0000{number}"' in found
-        assert "[[<|call|>functions.forecast:0<|argument|>" in shown(row, kind("named-ids"))
+            assert f'"id": "call0000{number}"' in text
+            assert f'"call_id": "call0000{number}"' in text
+        assert "[[<|call|>functions.forecast:0<|argument|>" in marked_text(
+            row, kind_tokenizer("named-ids")
+        )
 
-    def test_ids_of_the_row_are_kept_where_they_will_do_and_results_follow_them(self):
+    def test_valid_call_ids_are_kept_and_results_refer_to_them(self):
         calls = [{**call(city=city), "id": new} for city, new in (("O", "toolong_1"), ("B", "b2"))]
         row = agent(*calls)
         answers = [
@@ -250,10 +259,10 @@ class TestKinds:
         calls[0]["id"] = "abc123DEF"
         answers[1] = replace(answers[1], others={"tool_call_id": "abc123DEF"})
         row = Conversation((*row.messages[:2], *answers, row.messages[4]))
-        found = shown(row, published("mistral-nemo"))
-        assert found.index('"id": "abc123DEF"') < found.index('"id": "call00001"')
-        assert '{"content": rain 0, "call_id": "call00001"}' in found
-        assert '{"content": rain 1, "call_id": "abc123DEF"}' in found
+        text = marked_text(row, published("mistral-nemo"))
+        assert text.index('"id": "abc123DEF"') < text.index('"id": "call00001"')
+        assert '{"content": rain 0, "call_id": "call00001"}' in text
+        assert '{"content": rain 1, "call_id": "abc123DEF"}' in text
 
     def test_a_thousand_turns_and_calls_are_one_document(self):
         messages = [Message("user", "go")]
@@ -261,33 +270,35 @@ class TestKinds:
             others = {"tool_calls": [call(city=f"c{i}")], "reasoning_content": f"thought {i}"}
             messages += [Message("assistant", f"step {i}", True, others), Message("tool", f"r{i}")]
         messages.append(Message("assistant", "done"))
-        found = shown(Conversation(tuple(messages), (TOOL,)), published("qwen3"))
-        assert found.count("[[") == 1001
+        text = marked_text(Conversation(tuple(messages), (TOOL,)), published("qwen3"))
+        assert text.count("[[") == 1001
 
-    def test_a_template_for_tools_is_used_for_rows_with_tools(self):
+    def test_the_tool_use_template_is_used_for_rows_with_tools(self):
         tokenizer = published("qwen2.5")
         tools = tokenizer.chat_template.replace("<|im_start|>system", "TOOLS<|im_start|>system")
         tokenizer.chat_template = {"default": CHATML, "tool_use": tools}
-        assert shown(chat("q", "a"), tokenizer).startswith("<|im_start|>user")
-        assert shown(agent(call(city="Oslo")), tokenizer).startswith("TOOLS")
+        assert marked_text(chat("q", "a"), tokenizer).startswith("<|im_start|>user")
+        assert marked_text(agent(call(city="Oslo")), tokenizer).startswith("TOOLS")
 
     def test_a_template_file_replaces_the_model_s(self, tmp_path):
         path = tmp_path / "mine.jinja"
         path.write_text(CHATML.replace("<|im_start|>", "<|im_start|>my "))
-        found = shown(chat("q", "a"), published("qwen3"), chat_template=str(path))
+        text = marked_text(chat("q", "a"), published("qwen3"), chat_template=str(path))
         expected = (user("q") + "[[a<|im_end|>]]\n").replace("start|>", "start|>my ")
-        assert found == expected
+        assert text == expected
         with refused("chat_template", tmp_path / "none.jinja"):
-            shown(chat("q", "a"), published("qwen3"), chat_template=str(tmp_path / "none.jinja"))
+            marked_text(
+                chat("q", "a"), published("qwen3"), chat_template=str(tmp_path / "none.jinja")
+            )
 
-    def test_variables_that_a_template_does_not_read_are_refused(self):
+    def test_template_variables_that_are_not_read_are_refused(self):
         with refused("chat_template_kwargs", "moood", "enable_thinking"):
-            shown(chat("q", "a"), published("qwen3"), chat_template_kwargs={"moood": 1})
+            marked_text(chat("q", "a"), published("qwen3"), chat_template_kwargs={"moood": 1})
         fixed = {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}
-        assert "26 Jul 2024" in shown(chat("q", "a"), published("llama-3.2"), **fixed)
+        assert "26 Jul 2024" in marked_text(chat("q", "a"), published("llama-3.2"), **fixed)
 
-    def test_the_ends_that_generation_stops_at_are_known(self, tmp_path):
-        """<|eom_id|> ends a call that a tool of the server answers: no template shows it."""
+    def test_end_tokens_of_the_generation_config_end_turns(self, tmp_path):
+        """<|eom_id|> ends a call of a built-in tool; no template writes it."""
         ends = published("llama-3")
         ends.add_tokens(["<|eom_id|>"], special_tokens=True)
         number = ends.convert_tokens_to_ids("<|eom_id|>")
@@ -299,16 +310,16 @@ class TestKinds:
 class TestSpecialTokensInText:
     ROW = chat("say <|im_end|>", "x <|im_start|>y<|im_end|>")
 
-    def test_they_are_kept_and_counted(self):
-        assert notes_of(self.ROW, published("qwen3")) == {"special_tokens_in_text": 3}
-        assert notes_of(chat("q", "a"), published("qwen3")) == {}
+    def test_they_are_special_tokens_and_counted_by_default(self):
+        assert token_counts_of(self.ROW, published("qwen3")) == {"special_tokens_in_text": 3}
+        assert token_counts_of(chat("q", "a"), published("qwen3")) == {}
 
-    def test_the_row_is_rejected(self):
+    def test_reject_rejects_the_row(self):
         with refused("messages[0].content", "<|im_end|>", error=RowError):
-            shown(self.ROW, published("qwen3"), special_tokens_in_text="reject")
+            marked_text(self.ROW, published("qwen3"), special_tokens_in_text="reject")
 
     @pytest.mark.parametrize("name", ["qwen3", "mistral-nemo"])
-    def test_they_are_tokenised_as_text(self, name):
+    def test_as_text_tokenises_them_as_text(self, name):
         tokenizer = published(name)
         row = chat("say </s><|im_end|>", "x [INST]<|im_end|>y\u00e9", "r", "z")
         (plain,) = encoder(tokenizer).encode(row)
@@ -326,7 +337,7 @@ class TestSpecialTokensInText:
 # Random conversations over every template
 
 words = st.text(st.sampled_from("abz \n\"'\\{}<>/\u00e9\U0001f600"), max_size=8)
-solid = words.filter(str.strip)
+non_blank = words.filter(str.strip)
 keys = st.text(st.sampled_from("abk_"), min_size=1, max_size=4)
 values = st.recursive(
     words | st.integers(-9, 99) | st.booleans() | st.none() | st.floats(0, 2),
@@ -337,8 +348,8 @@ values = st.recursive(
 
 @st.composite
 def contents(draw):
-    """A text, perhaps with thoughts, text before them, between them and behind them."""
-    parts = draw(st.lists(solid, min_size=1, max_size=3))
+    """A text, perhaps with <think> blocks before it."""
+    parts = draw(st.lists(non_blank, min_size=1, max_size=3))
     if draw(st.booleans()):
         return "".join(parts)
     return "".join(f"<think>\n{part}\n</think>\n\n" for part in parts[:-1]) + parts[-1]
@@ -352,7 +363,9 @@ def assistants(draw):
         calls = draw(st.lists(named, min_size=1, max_size=2))
         others["tool_calls"] = [call(f"f{n}", **arguments) for n, arguments in enumerate(calls)]
     if draw(st.integers(0, 2)) == 0:
-        others[draw(st.sampled_from(["reasoning_content", "thinking", "reasoning"]))] = draw(solid)
+        others[draw(st.sampled_from(["reasoning_content", "thinking", "reasoning"]))] = draw(
+            non_blank
+        )
     text = draw(contents()) if "tool_calls" not in others or draw(st.booleans()) else ""
     return Message("assistant", text, draw(st.integers(0, 4)) > 0, others)
 
@@ -361,23 +374,23 @@ def assistants(draw):
 def conversations(draw):
     messages = []
     if draw(st.booleans()):
-        messages.append(Message("system", draw(solid)))
+        messages.append(Message("system", draw(non_blank)))
     for _ in range(draw(st.integers(1, 3))):
-        name = {"name": draw(solid)} if draw(st.integers(0, 9)) == 0 else {}
-        messages.append(Message("user", draw(solid), True, name))
-        said = draw(assistants())
-        messages.append(said)
-        for number, _ in enumerate(said.others.get("tool_calls", [])):
+        name = {"name": draw(non_blank)} if draw(st.integers(0, 9)) == 0 else {}
+        messages.append(Message("user", draw(non_blank), True, name))
+        answer = draw(assistants())
+        messages.append(answer)
+        for number, _ in enumerate(answer.others.get("tool_calls", [])):
             result = {"tool_call_id": f"c{number}"} if draw(st.booleans()) else {}
-            messages.append(Message("tool", draw(solid), True, result))
-        if "tool_calls" in said.others:
+            messages.append(Message("tool", draw(non_blank), True, result))
+        if "tool_calls" in answer.others:
             messages.append(Message("assistant", draw(contents())))
     tools = (TOOL,) if draw(st.booleans()) else ()
     return Conversation(tuple(messages), tools)
 
 
 def texts_of(value):
-    """Keys and texts of a value that a template must write; numbers as JSON."""
+    """Keys and texts of a value; numbers as JSON."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -399,68 +412,82 @@ def is_in(text, document):
     return any(form in document for form in forms)
 
 
-def must_be_written(row):
-    """The texts that a document must hold; and those that it may omit as thoughts."""
-    written, thoughts = [], []
+def required_texts(row):
+    """The texts that a document must have, and reasoning that it may omit."""
+    required, reasoning = [], []
     for message in row.messages:
         pieces = message.content.replace("</think>", "<think>").split("<think>")
-        written += pieces[::2]
-        thoughts += pieces[1::2]
+        required += pieces[::2]
+        reasoning += pieces[1::2]
         for key, value in message.others.items():
             if key == "tool_calls":
-                written += texts_of([each["function"] for each in value])
+                required += texts_of([each["function"] for each in value])
             elif key == "name":
-                written.append(value)
+                required.append(value)
             elif key != "tool_call_id":
-                thoughts.append(value)
+                reasoning.append(value)
     if row.tools:
-        written += ["forecast", "The weather of a day", "Where", "celsius", "kelvin"]
-    return [text for text in written if text not in ("name", "arguments")], thoughts
+        required += ["forecast", "The weather of a day", "Where", "celsius", "kelvin"]
+    return [text for text in required if text not in ("name", "arguments")], reasoning
 
 
-# Templates for which ids are made, arguments are joined, ends added, or reasoning is a part.
-ADDED_TO = {
+# Templates whose input we change: generated ids, arguments as text, added ends, reasoning parts.
+CHANGED_INPUT = [
     "named-ids", "joined", "next-role", "mistral-nemo", "mistral-v3", "mistral-small-3.2",
     "deepseek-r1-distill", "deepseek-v3", "ministral-3",
-}  # fmt: skip
+]  # fmt: skip
+ALL = [*KINDS, *sorted(FAMILIES)]
 PYTHON_SPELLING = {"true": "True", "false": "False", "null": "None"}
 
 
-@pytest.mark.parametrize("name", [*KINDS, *sorted(FAMILIES)])
+def tokenizer_of(name):
+    return kind_tokenizer(name) if name in KINDS else family_tokenizer(name)
+
+
+@pytest.mark.parametrize("name", ALL)
 @settings(max_examples=300 if IS_FULL else 10, **RELAXED)
 @given(rows=st.lists(conversations(), min_size=1, max_size=4))
-def test_what_a_row_holds_is_written_omitted_by_design_or_named(name, rows):
-    tokenizer = kind(name) if name in KINDS else family(name)
-    made = encoder(tokenizer)
-    for row, result in zip(rows, made.encode_many(rows), strict=True):
+def test_each_text_of_a_row_is_written_or_omitted_reasoning_or_the_row_is_refused(name, rows):
+    tokenizer = tokenizer_of(name)
+    row_encoder = encoder(tokenizer)
+    for row, result in zip(rows, row_encoder.encode_many(rows), strict=True):
         if isinstance(result, RowError):
             assert str(result)
             continue
         (document,) = result.documents
         text = tokenizer.decode(document.ids.tolist())
-        written, thoughts = must_be_written(row)
-        for leaf in written:
+        required, reasoning = required_texts(row)
+        for leaf in required:
             assert is_in(leaf, text) or is_in(PYTHON_SPELLING.get(leaf, leaf), text), leaf
         if not result.token_counts["omitted_reasoning"]:
-            assert all(is_in(thought, text) for thought in thoughts)
+            assert all(is_in(each, text) for each in reasoning)
         trained = tokenizer.decode(document.ids[document.supervised].tolist())
         for message in row.messages:
             answer = message.content.split("</think>")[-1]
             if message.role == "assistant" and message.is_trained:
                 assert is_in(answer, trained)
         assert tokenizer.decode([document.ids[document.supervised][-1]]) in tokenizer.decode(
-            sorted(made.ends)
+            sorted(row_encoder.ends)
         )
 
 
-@pytest.mark.parametrize("name", [*KINDS, *sorted(FAMILIES)])
+@pytest.mark.parametrize("name", [name for name in ALL if name not in CHANGED_INPUT])
 @settings(max_examples=300 if IS_FULL else 5, **RELAXED)
 @given(row=conversations())
-def test_the_text_is_that_of_transformers(name, row):
-    """Where nothing had to be added: ids, arguments as text, an end behind the last turn."""
-    if name in ADDED_TO:
-        row = replace(row, messages=(*chat("q", row.messages[-1].content, "r").messages,))
-    tokenizer = kind(name) if name in KINDS else family(name)
+def test_the_rendered_text_is_that_of_transformers(name, row):
+    assert_rendered_like_transformers(tokenizer_of(name), row)
+
+
+@pytest.mark.parametrize("name", CHANGED_INPUT)
+@settings(max_examples=300 if IS_FULL else 5, **RELAXED)
+@given(row=conversations())
+def test_the_rendered_text_of_plain_turns_is_that_of_transformers(name, row):
+    """Plain turns are rendered without a change of the template's input."""
+    row = replace(row, messages=(*chat("q", row.messages[-1].content, "r").messages,))
+    assert_rendered_like_transformers(tokenizer_of(name), row)
+
+
+def assert_rendered_like_transformers(tokenizer, row):
     messages = [{"role": m.role, "content": m.content, **m.others} for m in row.messages]
     finder = encoder(tokenizer)._turns(bool(row.tools))
     try:

@@ -1,4 +1,4 @@
-"""No template trains any kind of conversation wrongly, and docs/masks.md says which it refuses."""
+"""Each template masks each kind of conversation correctly or refuses it, as in docs/masks.md."""
 
 import pytest
 
@@ -14,27 +14,27 @@ def test_every_template_is_in_the_matrix():
     assert {path.stem for path in TEMPLATES.glob("*.jinja")} == set(FAMILIES)
 
 
-def test_every_cell_is_trained_right_or_refused_as_the_docs_say():
+def test_every_cell_of_the_matrix_is_as_documented():
     assert table() == written_table(), "run `make templates`"
 
 
 def supervised(conversation, family):
-    """The text that counts in the loss; None where the template refuses the conversation."""
-    made = tokenizer(family)
+    """The supervised text; None if the template refuses the conversation."""
+    family_tokenizer = tokenizer(family)
     try:
-        (document,) = encoder(made).encode(conversation)
+        (document,) = encoder(family_tokenizer).encode(conversation)
     except RowError:
         return None
-    return made.decode(document.ids[document.supervised])
+    return family_tokenizer.decode(document.ids[document.supervised])
 
 
 def calls_with_results(result):
     def call(number):
         function = {"name": "look", "arguments": {"at": f"sky{number}"}}
-        given = {"id": f"abcdefgh{number}", "type": "function", "function": function}
+        tool_call = {"id": f"abcdefgh{number}", "type": "function", "function": function}
         others = {"tool_call_id": f"abcdefgh{number}"}
         return (
-            Message("assistant", "", True, {"tool_calls": [given]}),
+            Message("assistant", "", True, {"tool_calls": [tool_call]}),
             Message("tool", result, True, others),
         )
 
@@ -43,7 +43,7 @@ def calls_with_results(result):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_empty_question_or_result_changes_nothing_of_what_is_trained(family):
+def test_the_supervised_text_does_not_depend_on_empty_questions_or_results(family):
     asked = supervised(chat("q", "one", "r", "two"), family)
     assert asked is not None
     assert supervised(chat("", "one", "", "two"), family) == asked
@@ -51,15 +51,15 @@ def test_an_empty_question_or_result_changes_nothing_of_what_is_trained(family):
     assert supervised(calls_with_results(""), family) == with_results
 
 
-@pytest.mark.parametrize("thought", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_is_a_part_of_the_content_where_the_template_has_such_parts(thought):
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_becomes_a_content_part_if_the_template_expects_parts(key):
     asked = Message("user", "q")
-    answer = Message("assistant", "blue", others={thought: "hm"})
+    answer = Message("assistant", "blue", others={key: "hm"})
     (document,) = encoder(tokenizer("ministral-3")).encode(Conversation((asked, answer)))
     decode = tokenizer("ministral-3").decode
     assert decode(document.ids[document.supervised]) == "[THINK]hm[/THINK]blue</s>"
-    made = encoder(tokenizer("ministral-3"), train_on_reasoning=False)
-    (document,) = made.encode(Conversation((asked, answer)))
+    without_reasoning = encoder(tokenizer("ministral-3"), train_on_reasoning=False)
+    (document,) = without_reasoning.encode(Conversation((asked, answer)))
     assert decode(document.ids[document.supervised]) == "blue</s>"
     assert "[THINK]hm[/THINK]" in decode(document.ids)
 
@@ -73,27 +73,27 @@ SCHEMA = {"type": "object", "properties": {"at": {"type": "string", "description
 
 
 @pytest.mark.parametrize("family", ["command-r7b", "gemma-4", "gpt-oss"])
-def test_a_key_that_a_template_reads_and_a_tool_lacks_is_named(family):
+def test_a_tool_without_a_key_that_the_template_reads_is_refused(family):
     with refused("tools[0].function", "no description", error=RowError):
         encoder(tokenizer(family)).encode(with_tool(parameters=SCHEMA))
     encoder(tokenizer(family)).encode(with_tool(parameters=SCHEMA, description="d"))
 
 
-def test_a_key_that_is_missing_in_json_is_named():
+def test_a_tool_without_a_key_that_is_written_as_json_is_refused():
     with refused("tools[0].function", "no parameters", error=RowError):
         encoder(tokenizer("command-r7b")).encode(with_tool(description="d"))
 
 
 @pytest.mark.parametrize("family", ["deepseek-v3", "llama-3", "smollm2"])
-def test_tools_are_refused_as_one_where_the_template_writes_none(family):
+def test_all_tools_are_refused_together_if_the_template_writes_none(family):
     with refused("has tools", "system message", "chat_template", error=RowError):
         encoder(tokenizer(family)).encode(with_tool(parameters=SCHEMA, description="d"))
 
 
 # phi-4-first has no header here, and nothing predicts the first token of a document.
 @pytest.mark.parametrize("family", sorted({*FAMILIES} - {"phi-4-first"}))
-def test_a_conversation_that_the_assistant_opens_trains_the_same_markup(family):
-    """All that the model writes itself: channel headers, empty reasoning, markers of answers."""
+def test_the_markup_of_answers_is_supervised_also_if_the_assistant_begins(family):
+    """The markup that the model generates: channel headers, empty reasoning, answer markers."""
     opened = supervised(chat("hello", "q", "one", "r", "two", first="assistant"), family)
     asked = supervised(chat("s", "hello", "q", "one", "r", "two"), family)
     assert opened in (None, asked)

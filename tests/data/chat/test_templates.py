@@ -1,4 +1,4 @@
-"""Published chat templates: which tokens each trains, and that it is rendered once a row."""
+"""Published chat templates: exact loss masks, and one rendering for each row."""
 
 from dataclasses import replace
 
@@ -9,24 +9,24 @@ from hypothesis import strategies as st
 from pipeline.rows.examples import Conversation, Message, RowError
 from tests.data.chat.documents import (
     SPECIAL,
-    all_shown,
     chat,
     encoder,
+    marked_text,
+    marked_texts,
     published,
-    renderings,
-    shown,
+    record_renderings,
     tokenizer_with,
 )
 from tests.messages import refused
 
 pytestmark = pytest.mark.tensor
 
-THOUGHT = "<think>\nhm\n</think>\n\ntwo"
+REASONED = "<think>\nhm\n</think>\n\ntwo"
 NO_SYSTEM = {"mistral-7b-v0.1", "mistral-nemo", "gemma-2"}
 
 
 def bar(text):
-    return text.replace("|", "\uff5c")  # as DeepSeek writes it
+    return text.replace("|", "\uff5c")  # DeepSeek's full-width vertical bar
 
 
 EXPECTED = {
@@ -37,7 +37,7 @@ EXPECTED = {
     "qwen2.5": "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
     "assistant.<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[one<|im_end|>]]\n"
     "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n[[two<|im_end|>]]\n",
-    # The generation prompt has no thought, so the model must write the empty one itself.
+    # The generation prompt has no empty reasoning, so the model must generate it.
     "qwen3": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[one<|im_end|>]]\n<|im_start|>"
     "user\nr<|im_end|>\n<|im_start|>assistant\n[[<think>\n\n</think>\n\ntwo<|im_end|>]]\n",
     "phi-4": "<|im_start|>user<|im_sep|>q<|im_end|><|im_start|>assistant<|im_sep|>[[one<|im_end|>]]"
@@ -60,6 +60,7 @@ EXPECTED = {
 }
 EXPECTED["gemma-3"] = EXPECTED["gemma-2"]
 EXPECTED["phi-4-first"] = EXPECTED["phi-4"]  # its user turns write the assistant's header
+EXPECTED["llama-3.2"] = EXPECTED["llama-3"]
 
 
 END = dict.fromkeys(SPECIAL, "<|im_end|>")
@@ -70,20 +71,20 @@ END["deepseek-r1-distill"] = bar("<|end▁of▁sentence|>")
 
 
 def without_date(text):
-    """Llama 3.2 writes the day on which it is rendered."""
+    """The text without the system message, in which Llama 3.2 writes the current date."""
     start, _, rest = text.partition("<|start_header_id|>system")
     return start + rest.partition("<|eot_id|>")[2] if rest else text
 
 
 @pytest.mark.parametrize("name", SPECIAL)
-def test_two_turns(name):
-    found = shown(chat("q", "one", "r", "two"), published(name))
-    assert without_date(found) == EXPECTED["llama-3" if name == "llama-3.2" else name]
+def test_two_turns_are_masked_as_expected(name):
+    text = marked_text(chat("q", "one", "r", "two"), published(name))
+    assert without_date(text) == EXPECTED[name]
 
 
 @pytest.mark.parametrize("name", sorted(SPECIAL))
-def test_documents_are_those_of_transformers(name):
-    """Token by token, so with one BOS where the template writes it and none where it does not."""
+def test_token_ids_are_those_of_transformers(name):
+    """This includes one BOS if the template writes it, and none if it does not."""
     example = chat(
         "q", "one\n\nmore", " r ", "two", system=None if name in NO_SYSTEM else "be brief"
     )
@@ -95,9 +96,9 @@ def test_documents_are_those_of_transformers(name):
 
 
 @pytest.mark.parametrize("name", sorted(NO_SYSTEM))
-def test_a_system_message_that_would_be_lost_is_refused(name):
+def test_a_system_message_that_a_template_omits_is_refused(name):
     with pytest.raises(RowError, match=r"refuses the conversation|messages\[0\].content"):
-        shown(chat("q", "one", system="be brief"), published(name))
+        marked_text(chat("q", "one", system="be brief"), published(name))
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
@@ -106,11 +107,10 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str
 @pytest.mark.parametrize("name", sorted(SPECIAL))
 @settings(max_examples=25, deadline=None)
 @given(contents=st.lists(texts, min_size=2, max_size=6))
-def test_whatever_is_said_each_turn_is_trained_through_its_end(name, contents):
+def test_any_answer_is_supervised_through_its_end_of_turn(name, contents):
     contents = contents[: len(contents) // 2 * 2]
     tokenizer = published(name)
-    made = encoder(tokenizer)
-    (document,) = made.encode(chat(*contents))
+    (document,) = encoder(tokenizer).encode(chat(*contents))
     trained = tokenizer.decode(document.ids[document.supervised].tolist())
     is_trimmed = name.startswith(("llama", "gemma"))
     answers = [text.strip() if is_trimmed else text for text in contents[1::2]]
@@ -120,76 +120,78 @@ def test_whatever_is_said_each_turn_is_trained_through_its_end(name, contents):
 
 
 @pytest.mark.parametrize("name", sorted(SPECIAL))
-def test_a_row_is_rendered_once_when_its_shape_is_known(name, monkeypatch):
-    """Only thoughts that are omitted need more: one rendering of their shape."""
-    made = encoder(published(name))
-    made.encode(chat("q", THOUGHT, "r", THOUGHT))
-    rendered = renderings(monkeypatch)
-    made.encode_many([chat(f"q{i}", THOUGHT, "r", f"{THOUGHT} {i}") for i in range(5)])
+def test_a_row_is_rendered_once_after_the_first_of_its_structure(name, monkeypatch):
+    """Omitted reasoning needs one more rendering for each new structure of a row."""
+    template_encoder = encoder(published(name))
+    template_encoder.encode(chat("q", REASONED, "r", REASONED))
+    rendered = record_renderings(monkeypatch)
+    template_encoder.encode_many(
+        [chat(f"q{i}", REASONED, "r", f"{REASONED} {i}") for i in range(5)]
+    )
     assert len(rendered) == 5
 
 
-class TestThoughts:
-    def test_qwen3_keeps_them_in_the_last_turn_only(self):
-        found = shown(chat("q", "<think>a</think>one", "r", THOUGHT), published("qwen3"))
-        assert found == (
+class TestReasoning:
+    def test_qwen3_writes_it_in_the_last_turn_only(self):
+        text = marked_text(chat("q", "<think>a</think>one", "r", REASONED), published("qwen3"))
+        assert text == (
             "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[one<|im_end|>]]\n"
-            f"<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n[[{THOUGHT}<|im_end|>]]\n"
+            f"<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n[[{REASONED}<|im_end|>]]\n"
         )
 
     @pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "deepseek-r1-distill", "gemma-3"])
-    def test_as_many_turns_as_there_are(self, name):
-        """Answers that are as they were said are not searched for, however many alike there are."""
-        found = shown(chat(*("same", THOUGHT) * 30), published(name))
-        assert found.count("[[") == found.count(f"two{END[name]}]]") == 30
+    def test_every_one_of_thirty_equal_answers_is_supervised(self, name):
+        """Answers are located by tracing, not by searching, so equal answers are not confused."""
+        text = marked_text(chat(*("same", REASONED) * 30), published(name))
+        assert text.count("[[") == text.count(f"two{END[name]}]]") == 30
 
-    def test_a_document_of_each_turn_keeps_them_all(self):
-        example = chat("q", THOUGHT.replace("two", "one"), "r", THOUGHT)
-        first, second = all_shown(example, published("qwen3"), split_turns=True)
+    def test_split_turns_keeps_it_in_every_document(self):
+        example = chat("q", REASONED.replace("two", "one"), "r", REASONED)
+        first, second = marked_texts(example, published("qwen3"), split_turns=True)
         assert first.endswith("assistant\n[[<think>\nhm\n</think>\n\none<|im_end|>]]\n")
-        assert second == shown(example, published("qwen3"), train_on="last-assistant")
+        assert second == marked_text(example, published("qwen3"), train_on="last-assistant")
         assert "one<|im_end|>\n" in second
-        assert second.endswith(f"assistant\n[[{THOUGHT}<|im_end|>]]\n")
+        assert second.endswith(f"assistant\n[[{REASONED}<|im_end|>]]\n")
 
-    def test_reasoning_in_a_key_of_its_own(self):
-        said = Message("assistant", "two", others={"reasoning_content": "hm"})
-        asked = Message("user", "q")
-        found = shown(Conversation((asked, said)), published("qwen3"))
-        assert found.endswith(f"assistant\n[[{THOUGHT}<|im_end|>]]\n")
-        earlier = shown(Conversation((asked, said, asked, said)), published("qwen3"))
+    def test_it_may_be_given_in_a_separate_key(self):
+        answer = Message("assistant", "two", others={"reasoning_content": "hm"})
+        question = Message("user", "q")
+        text = marked_text(Conversation((question, answer)), published("qwen3"))
+        assert text.endswith(f"assistant\n[[{REASONED}<|im_end|>]]\n")
+        earlier = marked_text(Conversation((question, answer) * 2), published("qwen3"))
         assert earlier.count("hm") == 1
         with refused("messages[1].reasoning_content", "<think>", error=RowError):
-            shown(Conversation((asked, said)), published("qwen2.5"))
+            marked_text(Conversation((question, answer)), published("qwen2.5"))
 
-    def test_deepseek_strips_them_and_asks_for_them(self):
-        """Its generation prompt is not how it begins turns, and is not needed."""
-        found = shown(chat("q", THOUGHT), published("deepseek-r1-distill"))
-        assert found.endswith(bar("<|Assistant|>[[\n\ntwo<|end▁of▁sentence|>]]"))
+    def test_deepseek_omits_it_although_its_generation_prompt_asks_for_it(self):
+        """Its turns do not begin with its generation prompt."""
+        text = marked_text(chat("q", REASONED), published("deepseek-r1-distill"))
+        assert text.endswith(bar("<|Assistant|>[[\n\ntwo<|end▁of▁sentence|>]]"))
 
     @pytest.mark.parametrize("name", ["deepseek-r1-distill", "qwen3"])
     @pytest.mark.parametrize("train_on", ["assistant", "all"])
-    def test_an_answer_of_which_nothing_is_left_is_not_trained_as_silence(self, name, train_on):
-        thought = THOUGHT.removesuffix("two")
-        found = chat("q", thought, "r", "two")  # Qwen3 keeps the thought of a last turn
-        with pytest.raises(RowError, match="omits the whole answer"):
-            shown(found, published(name), train_on=train_on)
-        assert "two" in shown(found, published(name), train_on="last-assistant")
-        unsaid = replace(found.messages[1], is_trained=False)
-        found = replace(found, messages=(found.messages[0], unsaid, *found.messages[2:]))
-        assert "two" in shown(found, published(name), train_on=train_on)
+    def test_an_answer_without_any_remaining_text_is_refused(self, name, train_on):
+        only_reasoning = REASONED.removesuffix("two")
+        row = chat("q", only_reasoning, "r", "two")  # Qwen3 keeps the reasoning of a last turn
+        with refused("chat template", "whole answer", error=RowError):
+            marked_text(row, published(name), train_on=train_on)
+        assert "two" in marked_text(row, published(name), train_on="last-assistant")
+        not_trained = replace(row.messages[1], is_trained=False)
+        row = replace(row, messages=(row.messages[0], not_trained, *row.messages[2:]))
+        assert "two" in marked_text(row, published(name), train_on=train_on)
 
-    def test_the_question_is_what_was_trained(self):
-        made = encoder(published("qwen3"))
-        prompt, answer = made.last_answer(chat("q", "one"))
+    def test_the_prompt_of_the_last_answer_is_that_of_training(self):
+        template_encoder = encoder(published("qwen3"))
+        prompt, answer = template_encoder.last_answer(chat("q", "one"))
         assert prompt.endswith("<|im_start|>assistant\n")
         assert answer == "<think>\n\n</think>\n\none"
-        silent = encoder(published("qwen3"), chat_template_kwargs={"enable_thinking": False})
-        prompt, answer = silent.last_answer(chat("q", "one"))
+        without = encoder(published("qwen3"), chat_template_kwargs={"enable_thinking": False})
+        prompt, answer = without.last_answer(chat("q", "one"))
         assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
         assert answer == "one"
-        prompt, answer = made.last_answer(chat("q", THOUGHT))
+        prompt, answer = template_encoder.last_answer(chat("q", REASONED))
         assert prompt.endswith("<|im_start|>assistant\n")
-        assert answer == THOUGHT
+        assert answer == REASONED
 
 
 def tool(name, **properties):
@@ -197,22 +199,22 @@ def tool(name, **properties):
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-def calls(*arguments):
+def calls_of(*arguments):
     return [
-        {"type": "function", "id": f"call0000{i}", "function": {"name": "add", "arguments": given}}
-        for i, given in enumerate(arguments)
+        {"type": "function", "id": f"call0000{i}", "function": {"name": "add", "arguments": value}}
+        for i, value in enumerate(arguments)
     ]
 
 
 def with_tools(*arguments, tools=None, result="3"):
-    """A question, a call of a tool for each of the arguments, their results, and the answer."""
+    """A question, an assistant turn with a call for each argument, the results, and the answer."""
     answers = [
         Message("tool", result, others={"tool_call_id": f"call0000{i}"})
         for i in range(len(arguments))
     ]
     messages = (
         Message("user", "add"),
-        Message("assistant", "", others={"tool_calls": calls(*arguments)}),
+        Message("assistant", "", others={"tool_calls": calls_of(*arguments)}),
         *answers,
         Message("assistant", "it is 3"),
     )
@@ -230,59 +232,61 @@ TRAINED = {
 
 class TestTools:
     @pytest.mark.parametrize("name", sorted(TRAINED))
-    def test_a_call_is_trained_and_its_result_is_not(self, name):
+    def test_a_call_is_supervised_and_its_result_is_not(self, name):
         for result in ("3", '3\n"4"', " "):
-            found = shown(with_tools({"a": 1}, result=result), published(name))
-            assert TRAINED[name] in found
-            assert f"it is 3{END[name]}]]" in found
-            assert found.count("]]") == 2
+            text = marked_text(with_tools({"a": 1}, result=result), published(name))
+            assert TRAINED[name] in text
+            assert f"it is 3{END[name]}]]" in text
+            assert text.count("]]") == 2
 
-    def test_text_before_a_call_is_trained_with_it(self):
-        asked, said, *rest = with_tools({"a": 1}).messages
-        said = Message("assistant", "I add", others=said.others)
-        found = shown(Conversation((asked, said, *rest)), published("qwen2.5"))
-        assert "assistant\n[[I add\n<tool_call>\n" in found
+    def test_text_before_a_call_is_supervised_with_it(self):
+        question, call, *rest = with_tools({"a": 1}).messages
+        call = Message("assistant", "I add", others=call.others)
+        text = marked_text(Conversation((question, call, *rest)), published("qwen2.5"))
+        assert "assistant\n[[I add\n<tool_call>\n" in text
         with refused("messages[1].content", error=RowError):
-            shown(Conversation((asked, said, *rest)), published("llama-3.2"))
+            marked_text(Conversation((question, call, *rest)), published("llama-3.2"))
 
-    def test_several_calls_in_a_turn(self):
-        found = shown(with_tools({"a": 1}, {"a": 2}), published("qwen2.5"))
+    def test_several_calls_of_a_turn_are_one_span(self):
+        text = marked_text(with_tools({"a": 1}, {"a": 2}), published("qwen2.5"))
         one, two = (f'<tool_call>\n{{"name": "add", "arguments": {{"a": {i}}}}}\n' for i in (1, 2))
-        assert f"assistant\n[[{one}</tool_call>\n{two}</tool_call><|im_end|>]]\n" in found
-        with pytest.raises(RowError, match="single tool-calls"):
-            shown(with_tools({"a": 1}, {"a": 2}), published("llama-3.2"))
+        assert f"assistant\n[[{one}</tool_call>\n{two}</tool_call><|im_end|>]]\n" in text
+        with refused("chat template", "single tool-calls", error=RowError):
+            marked_text(with_tools({"a": 1}, {"a": 2}), published("llama-3.2"))
 
-    def test_tools_that_stand_before_the_last_question(self):
-        """Mistral Nemo's call is not behind what it would be asked with."""
+    def test_tools_may_be_written_before_the_last_question(self):
+        """Mistral Nemo's call does not follow the text of its generation prompt."""
         example = with_tools({"a": 1})
         later = Conversation((*example.messages, *chat("r", "bye").messages), example.tools)
-        found = shown(later, published("mistral-nemo"))
-        assert found.startswith(f"<s>[INST]add[/INST]{TRAINED['mistral-nemo']}[TOOL_RESULTS]")
-        assert found.endswith("[/AVAILABLE_TOOLS][INST]r[/INST][[bye</s>]]")
+        text = marked_text(later, published("mistral-nemo"))
+        assert text.startswith(f"<s>[INST]add[/INST]{TRAINED['mistral-nemo']}[TOOL_RESULTS]")
+        assert text.endswith("[/AVAILABLE_TOOLS][INST]r[/INST][[bye</s>]]")
 
     @pytest.mark.parametrize("name", ["smollm2", "llama-3", "deepseek-r1-distill"])
     def test_a_template_without_tools_is_refused_for_rows_with_them(self, name):
         example = with_tools({"a": 1})
         with refused("chat template", error=RowError):
-            shown(example, published(name))
+            marked_text(example, published(name))
         with refused("chat template", error=RowError):
-            shown(Conversation(example.messages), published(name))
+            marked_text(Conversation(example.messages), published(name))
 
     @pytest.mark.parametrize("name", sorted(TRAINED))
-    def test_rows_with_tools_are_rendered_once_too(self, name, monkeypatch):
-        made = encoder(published(name))
-        made.encode(with_tools({"a": 1}))
-        rendered = renderings(monkeypatch)
+    def test_rows_with_tools_are_rendered_once(self, name, monkeypatch):
+        template_encoder = encoder(published(name))
+        template_encoder.encode(with_tools({"a": 1}))
+        rendered = record_renderings(monkeypatch)
         others = [tool("add"), tool("sub", b={"type": "string", "enum": ["x"]})]
-        (found,) = made.encode_many([with_tools({"b": {"c": ["x"]}, "d": None}, tools=others)])
-        assert len(found.documents) == len(rendered) == 1
+        (text,) = template_encoder.encode_many(
+            [with_tools({"b": {"c": ["x"]}, "d": None}, tools=others)]
+        )
+        assert len(text.documents) == len(rendered) == 1
 
 
 def supervised_in(text):
     return [part.partition("]]")[0] for part in text.split("[[")[1:]]
 
 
-def test_the_header_of_a_second_answer_in_a_row_is_not_trained():
+def test_the_header_of_a_second_consecutive_answer_is_not_supervised():
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{{ '<|im_end|>' if loop.last and m.role == 'assistant' else '<|im_end|>\n' }}{% endfor %}"
@@ -290,12 +294,12 @@ def test_the_header_of_a_second_answer_in_a_row_is_not_trained():
     )
     first, second = Message("assistant", "one"), Message("assistant", "two")
     row = Conversation((Message("user", "q"), first, second))
-    found = supervised_in(shown(row, tokenizer_with(template)))
-    assert found == ["one<|im_end|>", "two<|im_end|>"]
+    text = supervised_in(marked_text(row, tokenizer_with(template)))
+    assert text == ["one<|im_end|>", "two<|im_end|>"]
 
 
 def test_a_special_token_that_quotes_an_argument_does_not_end_the_turn():
-    """Gemma 4 quotes texts in calls with a special token, and goes on with the results."""
+    """Gemma 4 quotes texts in calls with a special token; results follow in the same turn."""
     template = (
         "{% for m in messages %}{% if m.role == 'tool' %}<result>{{ m.content }}</result>"
         "{% else %}{% if not (m.role == 'assistant' and loop.previtem.role == 'tool') %}<turn>"
@@ -310,5 +314,5 @@ def test_a_special_token_that_quotes_an_argument_does_not_end_the_turn():
     row = Conversation(
         (Message("user", "q"), calls, Message("tool", "light"), Message("assistant", "blue"))
     )
-    found = supervised_in(shown(row, tokenizer_with(template, special)))
-    assert found == ["<call>look at=<q>sky<q></call>", "blue</turn>"]
+    text = supervised_in(marked_text(row, tokenizer_with(template, special)))
+    assert text == ["<call>look at=<q>sky<q></call>", "blue</turn>"]

@@ -1,4 +1,4 @@
-"""Traced strings: the text of `str`, and spans that lead back to the source."""
+"""Traced strings behave like `str`, and map their characters to the source texts."""
 
 import json
 from collections import defaultdict
@@ -49,8 +49,8 @@ def pieces(value):
     return [value] if isinstance(value, str) else list(value)
 
 
-def assert_leads_back(text, sources):
-    """Each span has the characters of its source, apart from case."""
+def assert_spans_match(text, sources):
+    """Each span has the characters of its source, ignoring case."""
     for start, stop, source, first, last in spans_of(text):
         assert 0 <= start < stop <= len(text)
         origin = sources[source][first:last]
@@ -59,18 +59,18 @@ def assert_leads_back(text, sources):
 
 @pytest.mark.parametrize("call", METHODS, ids=str)
 @given(one=texts, two=texts)
-def test_methods_return_what_str_returns(call, one, two):
+def test_methods_return_the_results_of_str(call, one, two):
     name, *arguments = call
     text = join_traced((traced_from(one, 0), "-", traced_from(two, 1)))
     expected = getattr(str.__str__(text), name)(*arguments)
-    found = getattr(text, name)(*arguments)
-    assert found == expected
-    for piece in pieces(found):
-        assert_leads_back(piece, {0: one, 1: two})
+    result = getattr(text, name)(*arguments)
+    assert result == expected
+    for piece in pieces(result):
+        assert_spans_match(piece, {0: one, 1: two})
 
 
 @given(one=texts.filter(bool), cut=st.tuples(st.integers(-14, 14), st.integers(-14, 14)))
-def test_slices_keep_their_place_in_the_source(one, cut):
+def test_slices_keep_their_position_in_the_source(one, cut):
     text = traced_from(one, 3)
     part = text[slice(*cut)]
     assert part == one[slice(*cut)]
@@ -102,7 +102,7 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("template", WRITTEN)
-def test_what_jinja_writes_keeps_its_source(template):
+def test_texts_rendered_by_jinja_keep_their_source(template):
     text = render(template, a=traced_from("one", 0), b=traced_from("two", 1))
     assert text == WRITTEN[template]
     by_source = {span.source: text[span.start : span.stop] for span in spans_of(text)}
@@ -113,22 +113,22 @@ def test_what_jinja_writes_keeps_its_source(template):
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.booleans())
 def test_json_escapes_are_traced(text, is_ascii):
     template = f"{{{{ value | tojson(ensure_ascii={is_ascii}) }}}}"
-    found = render(template, value={"k": [1, traced_from(text, 0)], traced_from("n", 1): None})
-    assert json.loads(found) == {"k": [1, text], "n": None}
-    (span,) = (span for span in spans_of(found) if span.source == 0)
-    assert json.loads(f'"{found[span.start : span.stop]}"') == text
+    result = render(template, value={"k": [1, traced_from(text, 0)], traced_from("n", 1): None})
+    assert json.loads(result) == {"k": [1, text], "n": None}
+    (span,) = (span for span in spans_of(result) if span.source == 0)
+    assert json.loads(f'"{result[span.start : span.stop]}"') == text
     assert (span.first, span.last) == (0, len(text))
 
 
-def test_arguments_are_an_object_and_json_text_where_they_are_joined():
-    given = Arguments({"city": traced_from("Oslo", 0), "n": 1})
+def test_arguments_are_a_mapping_and_become_json_text_when_concatenated():
+    arguments = Arguments({"city": traced_from("Oslo", 0), "n": 1})
     text = '{"city": "Oslo", "n": 1}'
     for template in ("{{ '<' + a + '>' }}", "{{ '<' ~ a ~ '>' }}", "<{{ a }}>", "<{{ a|tojson }}>"):
-        found = render(template, a=given)
-        assert found == f"<{text}>"
-        (span,) = spans_of(found)
-        assert found[span.start : span.stop] == "Oslo"
-    assert render("{{ a.city }}{{ a is mapping }}{{ a is string }}", a=given) == "OsloTrueFalse"
+        result = render(template, a=arguments)
+        assert result == f"<{text}>"
+        (span,) = spans_of(result)
+        assert result[span.start : span.stop] == "Oslo"
+    assert render("{{ a.city }}{{ a is mapping }}{{ a is string }}", a=arguments) == "OsloTrueFalse"
 
 
 def test_a_template_cannot_reach_the_spans():

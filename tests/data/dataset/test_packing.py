@@ -1,4 +1,4 @@
-"""Packing: every document in one pack, no pack too long, hardly anything empty."""
+"""Packing: each document is in one pack, no pack is too long, and packs are nearly full."""
 
 from bisect import bisect_left, insort
 
@@ -13,8 +13,8 @@ from tests.bench.gsm8k import LENGTHS
 pytestmark = pytest.mark.tensor
 
 
-def packed(lengths, max_length):
-    """The tokens of each pack, once every document has been found in exactly one."""
+def pack_tokens(lengths, max_length):
+    """The tokens of each pack, after checking that each document is in exactly one."""
     lengths = np.asarray(lengths, np.int64)
     documents, offsets = make_packs(lengths, max_length)
     assert documents.dtype == offsets.dtype == np.int64
@@ -36,14 +36,14 @@ def documents(draw):
 @given(documents())
 @settings(max_examples=200, deadline=None)
 def test_each_document_is_in_one_pack_and_no_pack_is_too_long(case):
-    packed(*case)
+    pack_tokens(*case)
 
 
 def test_gsm8k_is_packed_nearly_full():
     assert len(LENGTHS) == 7473
-    for max_length, least in ((1024, 0.985), (1024, 0.998), (2048, 0.998), (768, 0.998)):
-        tokens = packed(LENGTHS, max_length)
-        assert LENGTHS.sum() / (len(tokens) * max_length) > least
+    for max_length, min_fill in ((1024, 0.985), (1024, 0.998), (2048, 0.998), (768, 0.998)):
+        tokens = pack_tokens(LENGTHS, max_length)
+        assert LENGTHS.sum() / (len(tokens) * max_length) > min_fill
 
 
 @pytest.mark.parametrize(
@@ -58,11 +58,11 @@ def test_gsm8k_is_packed_nearly_full():
 )
 def test_other_lengths_are_packed_nearly_full(lengths, max_length):
     lengths = np.clip(lengths.astype(int), 1, max_length)
-    tokens = packed(lengths, max_length)
+    tokens = pack_tokens(lengths, max_length)
     assert lengths.sum() / (len(tokens) * max_length) > 0.997
 
 
-def test_packs_are_the_same_every_time_and_depend_on_lengths_alone():
+def test_packs_depend_on_lengths_only():
     first, second = make_packs(LENGTHS, 1024), make_packs(LENGTHS.astype(np.int32), 1024)
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -73,7 +73,7 @@ def test_a_document_longer_than_a_pack_is_an_error():
 
 
 def num_packs(algorithm, lengths, max_length):
-    """Packs of an algorithm, once all documents have been found in them."""
+    """Number of packs of an algorithm, after checking that they have all documents."""
     counts = np.bincount(lengths, minlength=max_length + 1)
     packed = np.zeros_like(counts)
     packs = 0
@@ -87,7 +87,7 @@ def num_packs(algorithm, lengths, max_length):
 
 
 def best_fit_one_by_one(lengths, max_length):
-    """Packs of best-fit decreasing as the textbook has it, document by document."""
+    """Number of packs of textbook best-fit decreasing, one document after another."""
     gaps, packs = [], 0
     for length in sorted(lengths, reverse=True):
         place = bisect_left(gaps, length)
@@ -98,19 +98,21 @@ def best_fit_one_by_one(lengths, max_length):
 
 @given(documents())
 @settings(max_examples=200, deadline=None)
-def test_best_fit_by_length_is_best_fit_by_document_and_the_fewer_packs_are_kept(case):
+def test_best_fit_by_length_equals_textbook_best_fit_and_the_fewer_packs_are_kept(case):
     lengths, max_length = np.array(case[0], np.int64), case[1]
     best_fit = num_packs(best_fit_decreasing, lengths, max_length)
     assert best_fit == best_fit_one_by_one(lengths, max_length)
     filled = num_packs(fill_gaps, lengths, max_length)
-    assert len(packed(lengths, max_length)) == min(best_fit, filled)
+    assert len(pack_tokens(lengths, max_length)) == min(best_fit, filled)
 
 
-@pytest.mark.parametrize(("max_length", "better"), [(512, "best fit"), (1024, "gap filling")])
-def test_neither_algorithm_is_always_better(max_length, better):
-    """GSM8K: of packs hardly longer than a document, and of packs of five documents."""
-    lengths = LENGTHS[max_length >= LENGTHS]
-    best_fit = num_packs(best_fit_decreasing, lengths, max_length)
-    filled = num_packs(fill_gaps, lengths, max_length)
-    assert (best_fit < filled) == (better == "best fit")
-    assert len(packed(lengths, max_length)) == min(best_fit, filled)
+def test_best_fit_is_better_for_packs_hardly_longer_than_a_document():
+    lengths = LENGTHS[LENGTHS <= 512]
+    best_fit = num_packs(best_fit_decreasing, lengths, 512)
+    assert len(pack_tokens(lengths, 512)) == best_fit < num_packs(fill_gaps, lengths, 512)
+
+
+def test_gap_filling_is_better_for_packs_of_five_documents():
+    filled = num_packs(fill_gaps, LENGTHS, 1024)
+    best_fit = num_packs(best_fit_decreasing, LENGTHS, 1024)
+    assert len(pack_tokens(LENGTHS, 1024)) == filled <= best_fit

@@ -1,4 +1,4 @@
-"""Sequences on disk: weights, columns, packs of one source."""
+"""Sequences on disk: weights of sources, columns of statistics, and packs of one source."""
 
 from collections import Counter
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.tensor
 
 
 class Written:
-    """A split on disk of documents of random lengths, as `SplitWriter.close` leaves it."""
+    """A split on disk with documents of random length, in the layout of `SplitWriter.close`."""
 
     def __init__(self, folder, counts, weights, *, packing, max_length=64, seed=0):
         random = np.random.default_rng(seed)
@@ -50,7 +50,7 @@ class Written:
         )
 
     def seen(self):
-        """How often an epoch has each document."""
+        """Number of occurrences of each document in an epoch."""
         seen = Counter()
         for i in self.split.sequences.of_epoch():
             seen.update(int(ids[0]) for ids, _ in self.split.sequence(i))
@@ -59,7 +59,7 @@ class Written:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_weight_repeats_documents_and_a_fixed_share_of_them(packing, tmp_path):
+def test_a_weight_repeats_all_documents_and_a_fixed_fraction_of_them_once_more(packing, tmp_path):
     weights = [1.0, 0.25, 2.5, 0.001, 3.0, 1.1]
     counts = [40, 80, 60, 20, 10, 50]
     written = Written(tmp_path, counts, weights, packing=packing)
@@ -75,7 +75,7 @@ def test_a_weight_repeats_documents_and_a_fixed_share_of_them(packing, tmp_path)
 
 
 def test_the_fraction_of_a_weight_is_chosen_by_content(tmp_path):
-    """The same rows in another order, and more of them: what was left out is mostly still so."""
+    """The selected documents do not depend on the order of rows."""
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         folder.mkdir()
@@ -89,8 +89,8 @@ def test_the_fraction_of_a_weight_is_chosen_by_content(tmp_path):
     assert set(first.digests[order][documents]) == taken
 
 
-def test_holding_out_by_digest_does_not_choose_the_fraction(tmp_path):
-    """With all low digests gone, as holding out takes them, a half is still a half of the rest."""
+def test_the_fraction_of_a_weight_is_independent_of_holding_out(tmp_path):
+    """Holding out selects low digests; half of the remaining documents are still selected."""
     written = Written(tmp_path, [2000], [0.5], packing=False)
     high = written.digests > np.median(written.digests)
     assert 400 < written.seen()[high].sum() < 600
@@ -99,15 +99,15 @@ def test_holding_out_by_digest_does_not_choose_the_fraction(tmp_path):
 @pytest.mark.parametrize("packing", [True, False])
 def test_sequence_columns_are_sums_over_their_documents(packing, tmp_path):
     split = Written(tmp_path, [100, 50], [1.0, 2.0], packing=packing).split
-    known = split.sequences
-    for i in range(len(known.tokens)):
+    sequences = split.sequences
+    for i in range(len(sequences.tokens)):
         lengths = [len(ids) for ids, _ in split.sequence(i)]
-        assert sum(lengths) == known.tokens[i] <= 64
-        assert sum(n * n for n in lengths) == known.squares[i]
-        assert sum(int(mask.sum()) for _, mask in split.sequence(i)) == known.supervised[i]
+        assert sum(lengths) == sequences.tokens[i] <= 64
+        assert sum(n * n for n in lengths) == sequences.squares[i]
+        assert sum(int(mask.sum()) for _, mask in split.sequence(i)) == sequences.supervised[i]
         assert packing or len(lengths) == 1
     with pytest.raises(IndexError):
-        split.sequence(len(known.tokens))
+        split.sequence(len(sequences.tokens))
     with pytest.raises(IndexError):
         split.sequence(-1)
 
@@ -115,8 +115,8 @@ def test_sequence_columns_are_sums_over_their_documents(packing, tmp_path):
 def test_packs_hold_documents_of_one_source(tmp_path):
     written = Written(tmp_path, [100, 50, 30], [1.0, 2.0, 0.5], packing=True)
     starts = np.append(0, np.cumsum(written.lengths))
-    for part in written.split.sequences.segments:
-        for i in range(part.start, part.end):
+    for segment in written.split.sequences.segments:
+        for i in range(segment.start, segment.end):
             firsts = [int(ids[0]) for ids, _ in written.split.sequence(i)]
             sources = written.sources[np.searchsorted(starts, firsts)]
-            assert set(sources) == {part.source}
+            assert set(sources) == {segment.source}

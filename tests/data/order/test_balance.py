@@ -1,4 +1,4 @@
-"""Balance of a step: every item assigned once, as many for each rank, nearly equal sums."""
+"""Partition of a step: each item is assigned once, with equal counts and nearly equal costs."""
 
 import numpy as np
 import pytest
@@ -21,12 +21,12 @@ def costs_of(sequences, flops):
 
 
 def spread(costs):
-    """Highest less lowest cost of a rank, (..., ranks), as a share of the mean."""
+    """Difference of the highest and the lowest cost of a rank (last axis), relative to the mean."""
     return (costs.max(axis=-1) - costs.min(axis=-1)) / costs.mean(axis=-1)
 
 
 def waiting_share(costs):
-    """Share of time that ranks wait for the costliest micro-batch of a turn, (rank, turn)."""
+    """Fraction of time that ranks wait for the costliest micro-batch of each turn (rank, turn)."""
     return 1 - costs.mean(axis=-2).sum(axis=-1) / costs.max(axis=-2).sum(axis=-1)
 
 
@@ -35,13 +35,13 @@ def waiting_share(costs):
     ("ranks", "turns", "micro"),
     [(2, 4, 1), (2, 2, 2), (3, 4, 1), (4, 4, 1), (4, 2, 4), (8, 4, 1), (8, 8, 2), (64, 4, 1)],
 )
-def test_ranks_get_nearly_equal_costs_at_the_same_time(ranks, turns, micro, flops):
+def test_costs_of_ranks_are_more_equal_than_those_of_random_partitions(ranks, turns, micro, flops):
     sequences, random = gsm8k(packing=True), np.random.default_rng(0)
     shape = BatchLayout(
         world_size=ranks, accumulation_steps=turns, micro_batch_size=micro, flops=flops
     )
     size, costs = shape.global_batch_size, costs_of(sequences, flops)
-    spreads, spreads_drawn, waits, waits_drawn = [], [], [], []
+    spreads, random_spreads, waits, random_waits = [], [], [], []
     for step in range(min(20, sequences.per_epoch // size)):
         batch = global_batch(step, sequences, seed=0, global_batch_size=size)
         divided = [[list(m.sequences) for m in r] for r in partition(batch, sequences, shape)]
@@ -49,11 +49,11 @@ def test_ranks_get_nearly_equal_costs_at_the_same_time(ranks, turns, micro, flop
         order = random.random((1000, size)).argsort(axis=1)
         drawn = costs[batch][order].reshape(1000, ranks, turns, micro).sum(axis=3)
         spreads.append(spread(each.sum(axis=1)))
-        spreads_drawn.append(np.median(spread(drawn.sum(axis=2))))
+        random_spreads.append(np.median(spread(drawn.sum(axis=2))))
         waits.append(waiting_share(each))
-        waits_drawn.append(np.median(waiting_share(drawn)))
-    assert np.median(spreads) < 0.25 * np.median(spreads_drawn)
-    assert np.mean(waits) < 0.7 * np.mean(waits_drawn)
+        random_waits.append(np.median(waiting_share(drawn)))
+    assert np.median(spreads) < 0.25 * np.median(random_spreads)
+    assert np.mean(waits) < 0.7 * np.mean(random_waits)
 
 
 @given(
@@ -64,7 +64,7 @@ def test_ranks_get_nearly_equal_costs_at_the_same_time(ranks, turns, micro, flop
 )
 @settings(max_examples=80, deadline=None)
 def test_no_swap_between_the_extreme_ranks_would_help(ranks, each, seed, kind):
-    """So their sums differ by at most the costliest item less the cheapest."""
+    """It follows that their sums differ by at most the range of the items' costs."""
     random = np.random.default_rng(seed)
     count = ranks * each
     costs = {
@@ -78,15 +78,15 @@ def test_no_swap_between_the_extreme_ranks_would_help(ranks, each, seed, kind):
     assert all((np.diff(costs[part]) <= 0).all() for part in parts)
     sums = np.array([costs[part].sum() for part in parts])
     high, low = (costs[parts[rank]] for rank in (sums.argmax(), sums.argmin()))
-    apart = sums.max() - sums.min()
-    assert apart <= costs.max() - costs.min() + 1e-6
-    swapped = np.abs(apart - 2 * (high[:, None] - low))
-    assert swapped.min() >= apart * (1 - 1e-6)
+    difference = sums.max() - sums.min()
+    assert difference <= costs.max() - costs.min() + 1e-6
+    swapped = np.abs(difference - 2 * (high[:, None] - low))
+    assert swapped.min() >= difference * (1 - 1e-6)
 
 
 @given(st.integers(1, 40), st.integers(1, 16))
 @settings(max_examples=60, deadline=None)
-def test_items_that_ranks_do_not_divide_are_all_assigned(count, ranks):
+def test_a_count_that_the_ranks_do_not_divide_is_assigned_completely(count, ranks):
     costs = np.random.default_rng(count).random(count)
     parts = divide(costs, ranks)
     assert len(parts) == ranks

@@ -1,4 +1,4 @@
-"""Batches built by worker processes: the same as without, and a killed worker is reported."""
+"""Worker processes build the same batches as the rank itself; a killed worker is reported."""
 
 import os
 import pickle
@@ -32,7 +32,7 @@ def split():
 
 
 def work_on(split) -> RankWork:
-    """Of the second of two ranks, from step 3 on."""
+    """Work of the second of two ranks from step 3 on."""
     flops = SequenceFlops(per_token=1.0, per_square=1.0, per_logit=1.0)
     layout = BatchLayout(world_size=2, accumulation_steps=2, micro_batch_size=2, flops=flops)
     return RankWork(split, layout, seed=0, rank=1, steps=range(3, 3 + STEPS))
@@ -46,7 +46,7 @@ def workers() -> list[psutil.Process]:
     ]
 
 
-def test_workers_build_the_batches_that_the_rank_would(split):
+def test_workers_build_the_same_batches_as_the_rank(split):
     work = work_on(split)
     alone = list(batches_of(split, work))
     ahead = list(batches_of(split, work, num_workers=2))
@@ -59,8 +59,8 @@ def test_workers_build_the_batches_that_the_rank_would(split):
     assert [first for _, first in alone] == [work[i].first for i in range(2 * STEPS)]
 
 
-class Recorded(Documents):
-    """Documents that leave a file in a folder when one of them is read."""
+class RecordingDocuments(Documents):
+    """Documents that create a file in a folder when one of them is read."""
 
     def __init__(self, count: int, folder: Path) -> None:
         super().__init__(count)
@@ -72,26 +72,26 @@ class Recorded(Documents):
 
 
 def test_prefetch_factor_bounds_the_batches_that_wait(tmp_path):
-    split = Recorded(40, tmp_path)
+    split = RecordingDocuments(40, tmp_path)
     work = work_on(split)
     batches = batches_of(split, work, num_workers=1, prefetch_factor=3)
     next(batches)
-    wanted = {
+    expected = {
         str(i) for micro_batch in map(work.__getitem__, range(4)) for i in micro_batch.sequences
     }
     deadline = time.monotonic() + 60
-    while (touched := {path.name for path in tmp_path.iterdir()}) != wanted:
-        assert touched < wanted
+    while (touched := {path.name for path in tmp_path.iterdir()}) != expected:
+        assert touched < expected
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.3)
-    assert {path.name for path in tmp_path.iterdir()} == wanted
+    assert {path.name for path in tmp_path.iterdir()} == expected
     assert len(list(batches)) == 2 * STEPS - 1
 
 
 def run_as_a_rank(code: str, tmp_path) -> str:
-    """Run a script with a split and its work, in a process that has spawned nothing before."""
-    (tmp_path / "rank.py").write_text(BEGINNING + code)
+    """Run a script with a split and its work in a new process."""
+    (tmp_path / "rank.py").write_text(IMPORTS + code)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, tmp_path / "rank.py"],
@@ -101,7 +101,7 @@ def run_as_a_rank(code: str, tmp_path) -> str:
     return done.stdout
 
 
-BEGINNING = """
+IMPORTS = """
 import os, signal, time
 from pipeline.data.order.batches import worker_deaths_reported
 from pipeline.errors import SingleRankError
@@ -120,9 +120,9 @@ if __name__ == "__main__":
     except SingleRankError as error:
         for worker in workers():
             worker.kill()
-        time.sleep(0.5)  # reported once, not again afterwards
+        time.sleep(0.5)  # the death must be reported once only
         print(error, flush=True)
-        os._exit(0)  # as a rank leaves
+        os._exit(0)  # a rank ends so
 """
 
 
@@ -136,14 +136,14 @@ if __name__ == "__main__":
     batches = batches_of(split, work_on(split), num_workers=1)
     (worker,) = workers()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        worker.send_signal(number)  # while it still imports
+        worker.send_signal(number)  # the worker is still importing
     next(batches)
     worker.send_signal(signal.SIGTERM)
     assert len(list(batches)) == 2 * STEPS - 1
 """
 
 
-def test_signals_end_no_worker(tmp_path):
+def test_signals_to_a_rank_do_not_end_its_workers(tmp_path):
     run_as_a_rank(SIGNALLED, tmp_path)
 
 
@@ -156,17 +156,17 @@ def test_a_worker_maps_the_files_of_a_split_instead_of_a_copy(tmp_path):
     assert len(pickle.dumps((split, work_on(split)))) < 2000
 
 
-class Broken(Documents):
-    """Its rows cannot be read."""
+class UnreadableDocuments(Documents):
+    """Documents that cannot be read."""
 
     def sequence(self, i):
         raise RuntimeError(f"no sequence {i}")
 
 
-BROKEN = """
-from tests.data.order.test_batches import Broken
+UNREADABLE = """
+from tests.data.order.test_batches import UnreadableDocuments
 if __name__ == "__main__":
-    split = Broken(40)
+    split = UnreadableDocuments(40)
     try:
         with worker_deaths_reported():
             list(batches_of(split, work_on(split), num_workers=1))
@@ -177,4 +177,4 @@ if __name__ == "__main__":
 
 
 def test_an_exception_of_a_worker_keeps_its_message(tmp_path):
-    assert "no sequence" in run_as_a_rank(BROKEN, tmp_path)
+    assert "no sequence" in run_as_a_rank(UNREADABLE, tmp_path)

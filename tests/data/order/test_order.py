@@ -1,4 +1,4 @@
-"""Order of training, over any sizes: every sequence as often as it should be, on any layout."""
+"""Each sequence is trained as often as its weight says, for every size and layout."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -25,8 +25,7 @@ from tests.tiny import sequences_of
 
 pytestmark = pytest.mark.tensor
 
-# SmolLM2-135M's shares of linear layers, attention and head in what a token costs; and a model
-# whose attention is most of it.
+# FLOPs per token of SmolLM2-135M, and of a model in which attention dominates.
 SMALL = SequenceFlops(per_token=4.7e8, per_square=1.0e5, per_logit=1.1e8)
 ATTENTIVE = SequenceFlops(per_token=1.0, per_square=1.0, per_logit=0.0)
 SHAPES = st.builds(
@@ -40,7 +39,7 @@ SHAPES = st.builds(
 
 @st.composite
 def any_sequences(draw):
-    """Sequences of one to four sources, one to three times in an epoch."""
+    """Sequences of one to four sources with one to three repeats in an epoch."""
     sources = draw(
         st.lists(st.tuples(st.integers(1, 150), st.integers(1, 3)), min_size=1, max_size=4)
     )
@@ -51,7 +50,7 @@ def any_sequences(draw):
 
 
 def gsm8k(*, packing: bool) -> Sequences:
-    """The GSM8K training set with max_length 1024; 58 % of the tokens are supervised, as there."""
+    """The GSM8K training set with max_length 1024; 58 % of its tokens are supervised."""
     supervised = (0.58 * LENGTHS).astype(int)
     if not packing:
         return sequences_of(LENGTHS, supervised)
@@ -85,9 +84,9 @@ def work_of(sequences, shape, rank, *, seed=0, epochs=1):
 def test_each_sequence_is_seen_as_often_as_its_segment_repeats_with_equal_forwards(
     sequences, shape, seed, epochs
 ):
-    """Each rank computes its work by itself; the tail is neither dropped nor repeated."""
+    """The last, shorter step is neither dropped nor filled with repeated sequences."""
     steps, turns = steps_of(sequences, shape) * epochs, shape.accumulation_steps
-    assume(steps * shape.world_size < 130)  # each rank computes its work by itself
+    assume(steps * shape.world_size < 130)  # the work of every rank is computed here
     ranks = range(shape.world_size)
     work = [work_of(sequences, shape, rank, seed=seed, epochs=epochs) for rank in ranks]
     assert {len(mine) for mine in work} == {steps * turns}
@@ -96,8 +95,8 @@ def test_each_sequence_is_seen_as_often_as_its_segment_repeats_with_equal_forwar
         micro = [mine[step * turns + turn] for mine in work for turn in range(turns)]
         of_step = Counter(i for batch in micro for i in batch.sequences)
         assert all(len(batch.sequences) <= shape.micro_batch_size for batch in micro)
-        assert len({batch.first for batch in micro}) == len(micro)  # seeds of dropout
-        # Every rank's denominator of the loss is the sum over all ranks.
+        assert len({batch.first for batch in micro}) == len(micro)  # it seeds dropout
+        # The denominator of the loss is the same on every rank: the sum over all ranks.
         sizes = {mine.size_of(step) for mine in work}
         assert len(sizes) == 1
         supervised = sum(int(sequences.supervised[i]) * n for i, n in of_step.items())
@@ -109,8 +108,8 @@ def test_each_sequence_is_seen_as_often_as_its_segment_repeats_with_equal_forwar
 
 @given(any_sequences(), SHAPES, st.integers(1, 60), st.floats(0, 1))
 @settings(max_examples=60, deadline=None)
-def test_a_run_may_end_within_an_epoch_and_resume_there(sequences, shape, total, share):
-    """`epochs: 2.5`, or `max_steps` beyond the data: no sequence is an epoch ahead of another."""
+def test_a_run_can_end_within_an_epoch_and_resume_there(sequences, shape, total, share):
+    """With `epochs: 2.5` or a large `max_steps`, sequences differ by at most one epoch."""
     assume(total * shape.world_size < 130)
     split = SimpleNamespace(sequences=sequences)
     first = int(share * total)
@@ -119,8 +118,8 @@ def test_a_run_may_end_within_an_epoch_and_resume_there(sequences, shape, total,
         [RankWork(split, shape, seed=7, rank=rank, steps=range(start, total)) for rank in ranks]
         for start in (0, first)
     )
-    for straight, later in zip(whole, resumed, strict=True):
-        assert list(straight)[first * shape.accumulation_steps :] == list(later)
+    for uninterrupted, later in zip(whole, resumed, strict=True):
+        assert list(uninterrupted)[first * shape.accumulation_steps :] == list(later)
     epochs, steps = divmod(total, steps_of(sequences, shape))
     seen = Counter(i for work in whole for micro in work for i in micro.sequences)
     for i, repeats in Counter(sequences.of_epoch().tolist()).items():
@@ -150,10 +149,10 @@ def test_a_global_batch_is_the_same_set_for_every_split(sequences, seed, size):
                 assert chosen == sorted(batch.tolist())
 
 
-def off_their_share(sources, size, seed, *, are_packs):
-    """Largest distance of a source from its share of the progress, over all steps.
+def max_deviation(sources, size, seed, *, are_packs):
+    """Largest deviation of a source from its share of the progress, over all steps.
 
-    Returns it in supervised tokens, and those of the largest global batch and largest sequence.
+    Returns the deviation, the largest global batch and the largest sequence, in supervised tokens.
     """
     random = np.random.default_rng(seed)
     shortest = random.integers(1, 1000, len(sources))
@@ -162,52 +161,54 @@ def off_their_share(sources, size, seed, *, are_packs):
     )
     supervised = np.ceil(lengths * random.uniform(0.3, 0.9, len(lengths))).astype(int)
     sequences = sequences_of(lengths, supervised, sources, are_packs=are_packs)
-    of = np.repeat(np.arange(len(sources)), [count for count, _ in sources])
+    source_of = np.repeat(np.arange(len(sources)), [count for count, _ in sources])
     order = epoch_order(sequences, seed=seed, epoch=0, global_batch_size=size)
     assert np.array_equal(np.sort(order), np.sort(sequences.of_epoch()))
     steps = [order[first : first + size] for first in range(0, len(order), size)]
-    done = np.cumsum([np.bincount(of[step], supervised[step], len(sources)) for step in steps], 0)
+    done = np.cumsum(
+        [np.bincount(source_of[step], supervised[step], len(sources)) for step in steps], 0
+    )
     total = done.sum(axis=1)
-    off = np.abs(done - total[:, None] * (done[-1] / total[-1])).max()
-    return off, max(int(supervised[step].sum()) for step in steps), supervised.max()
+    deviation = np.abs(done - total[:, None] * (done[-1] / total[-1])).max()
+    return deviation, max(int(supervised[step].sum()) for step in steps), supervised.max()
 
 
 MIXTURES = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 3)), min_size=2, max_size=5)
 # One large source and many small ones.
-LOPSIDED = st.builds(
+ONE_LARGE = st.builds(
     lambda large, *small: [large, *small[0]],
     st.tuples(st.integers(500, 3000), st.integers(1, 2)),
     st.lists(st.tuples(st.integers(1, 60), st.integers(1, 4)), min_size=10, max_size=60),
 )
 
 
-# docs/data.md has the proof: half a group for each source, and one group.
-@given(MIXTURES | LOPSIDED, st.sampled_from([1, 2, 8, 16, 64]), st.integers(0, 2**31))
+# docs/data.md proves the bound: half a group for each source, and one group.
+@given(MIXTURES | ONE_LARGE, st.sampled_from([1, 2, 8, 16, 64]), st.integers(0, 2**31))
 @settings(max_examples=100, deadline=None)
 def test_every_source_of_packs_stays_near_its_share(sources, size, seed):
-    off, _, largest_pack = off_their_share(sources, size, seed, are_packs=True)
-    assert off <= (len(sources) + 2) / 2 * largest_pack
+    deviation, _, largest_pack = max_deviation(sources, size, seed, are_packs=True)
+    assert deviation <= (len(sources) + 2) / 2 * largest_pack
 
 
-@given(MIXTURES | LOPSIDED, st.sampled_from([1, 2, 8, 16, 64]), st.integers(0, 2**31))
+@given(MIXTURES | ONE_LARGE, st.sampled_from([1, 2, 8, 16, 64]), st.integers(0, 2**31))
 @settings(max_examples=100, deadline=None)
 def test_every_source_of_documents_stays_near_its_share(sources, size, seed):
-    """Groups are global batches; those of the remaining documents of all sources are a stream."""
-    off, largest_batch, _ = off_their_share(sources, size, seed, are_packs=False)
-    assert off <= (len(sources) + 3) / 2 * largest_batch
+    """Groups are global batches; the remaining documents of all sources form one more stream."""
+    deviation, largest_batch, _ = max_deviation(sources, size, seed, are_packs=False)
+    assert deviation <= (len(sources) + 3) / 2 * largest_batch
 
 
 @pytest.mark.parametrize("are_packs", [True, False])
 @pytest.mark.parametrize("size", [2, 4, 16, 64])
 @pytest.mark.parametrize("small", [10, 20, 30, 60])
 def test_small_sources_are_spread_over_the_epoch(small, size, are_packs):
-    """Each has one pack, or the documents of one global batch."""
+    """Each small source has one pack, or the documents of one global batch."""
     sources = [(40 * size, 1)] + [(1 if are_packs else size, 1)] * small
-    off, largest_batch, _ = off_their_share(sources, size, small, are_packs=are_packs)
-    assert off <= largest_batch
+    deviation, largest_batch, _ = max_deviation(sources, size, small, are_packs=are_packs)
+    assert deviation <= largest_batch
 
 
-def test_epochs_and_seeds_permute_differently_and_repeatably():
+def test_the_order_is_a_pure_function_of_seed_and_epoch():
     sequences = sequences_of(np.full(1000, 7), np.ones(1000), are_packs=True)
 
     def order(seed, epoch):
@@ -217,7 +218,7 @@ def test_epochs_and_seeds_permute_differently_and_repeatably():
     assert len(set(orders)) == 4
     epoch_order.cache_clear()
     assert order(0, 0) == orders[0]
-    # Pinned: a run that is resumed after an upgrade must have its old order.
+    # Pinned values: a run that is resumed after an upgrade must keep its order.
     few = sequences_of(np.arange(1, 9), np.ones(8), [(6, 1), (2, 2)])
     assert list(epoch_order(few, seed=42, epoch=0, global_batch_size=2)) == PINNED
     few = sequences_of(np.arange(1, 9), np.ones(8), [(6, 1), (2, 2)], are_packs=True)
@@ -236,8 +237,8 @@ def test_repeats_of_a_sequence_lie_one_pass_of_their_source_apart():
 
 
 @pytest.mark.parametrize("global_batch_size", [2, 6, 16, 64, 96, 128, 1024])
-def test_without_packing_little_is_padding(global_batch_size):
-    """On GSM8K, for micro-batches of up to twice the largest that the plan chooses."""
+def test_without_packing_less_than_ten_percent_is_padding(global_batch_size):
+    """GSM8K, with micro-batches of up to twice the largest that the plan chooses."""
     sequences = gsm8k(packing=False)
     for micro in (n for n in (2, 3, 8, 48, 64, 96, 128) if global_batch_size % n == 0):
         shape = BatchLayout(
@@ -253,7 +254,7 @@ def test_without_packing_little_is_padding(global_batch_size):
 
 
 def test_without_packing_steps_are_shuffled():
-    """Long and short batches alternate, and every epoch has other batches."""
+    """Lengths of consecutive batches are uncorrelated, and each epoch has different batches."""
     sequences = gsm8k(packing=False)
     orders = [epoch_order(sequences, seed=0, epoch=epoch, global_batch_size=16) for epoch in (0, 1)]
     whole = len(LENGTHS) // 16 * 16
@@ -262,8 +263,8 @@ def test_without_packing_steps_are_shuffled():
     batches = [{frozenset(b) for b in order[:whole].reshape(-1, 16)} for order in orders]
     assert not batches[0] & batches[1]
     first = {i: batch for batch in batches[0] for i in batch}
-    met_again = [len(first[i] & batch) - 1 for batch in batches[1] for i in batch if i in first]
-    assert np.mean(met_again) < 1.5  # of 15 others
+    partners = [len(first[i] & batch) - 1 for batch in batches[1] for i in batch if i in first]
+    assert np.mean(partners) < 1.5  # of the 15 other documents of a batch
 
 
 @given(any_sequences(), st.integers(1, 16), st.integers(1, 4))
@@ -275,6 +276,6 @@ def test_evaluation_sees_every_sequence_as_an_epoch_does(sequences, ranks, micro
     assert seen == sorted(sequences.of_epoch())
 
 
-def test_seeds_of_forwards_differ():
+def test_seeds_of_forward_passes_differ():
     seeds = {forward_seed(s, t, f) for s in range(3) for t in range(50) for f in range(50)}
     assert len(seeds) == 3 * 50 * 50

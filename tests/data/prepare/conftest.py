@@ -1,4 +1,4 @@
-"""The fixture of the tests in this folder."""
+"""A fixture with a model folder, rows and settings to prepare."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.tiny import make_rows, make_tokenizer, tiny_config
 
 @pytest.fixture
 def run(tmp_path):
-    """A folder with model/, train.jsonl and eval.jsonl, and settings that name them."""
+    """A folder with model/, train.jsonl and eval.jsonl, and settings for them."""
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
     tiny_config(tokenizer).save_pretrained(tmp_path / "model")

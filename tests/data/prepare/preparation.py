@@ -1,4 +1,4 @@
-"""Rows, run files and prepared sets of the tests in this folder."""
+"""Rows, settings and prepared data for the tests in this folder."""
 
 import json
 
@@ -8,21 +8,23 @@ from pipeline.data.prepare.prepare import prepare_data
 
 
 class Run:
+    """A folder with a model and rows, the settings of a run on them, and its prepared data."""
+
     def __init__(self, folder):
         self.folder, self.data = folder, folder / "run" / "data"
         self.train, self.eval = folder / "train.jsonl", folder / "eval.jsonl"
 
     def settings(self, **values):
-        given = {
+        keys = {
             "model": str(self.folder / "model"),
             "train_data": str(self.train),
             "eval_data": str(self.eval),
             "output_dir": str(self.folder / "run"),
         }
-        return RunSettings.model_validate(given | values)
+        return RunSettings.model_validate(keys | values)
 
     def prepare(self, limit=None, **values):
-        """Prepare with these settings in place of the usual ones."""
+        """Prepare the data; `values` override settings."""
         return prepare_data(self.settings(**values), self.data, limit)
 
     def audit(self, split="train"):
@@ -31,8 +33,8 @@ class Run:
     def rejects(self):
         return [json.loads(line) for line in (self.data / "rejects.jsonl").read_text().splitlines()]
 
-    def everything(self):
-        """Every name under data/, with when it was written and as what file."""
+    def file_states(self):
+        """Modification time and inode of every path under data/."""
         paths = [self.data, *self.data.rglob("*")]
         return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in paths}
 
@@ -51,7 +53,7 @@ def lines_of(path, rows):
 
 
 def long_rows(count=40):
-    """Rows of many lengths, some bad, some twice, some without an answer within 128 tokens."""
+    """Rows of many lengths: some are bad, duplicates, or have no answer within 128 tokens."""
     rows = [
         row(f"answer {i} " * (1 + i % 9), question="q " * (1 + i * 7 % 70)) for i in range(count)
     ]
@@ -59,7 +61,7 @@ def long_rows(count=40):
 
 
 def content(data):
-    """Every published file but the host's own memory of hashes, by name."""
+    """The content of every published file by name, without the cache of hashes."""
     return {
         str(path.relative_to(data)): path.read_bytes()
         for path in sorted(data.rglob("*"))

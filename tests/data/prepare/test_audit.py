@@ -1,4 +1,4 @@
-"""The audit: every row and token is counted, by source and file."""
+"""The audit counts each row and token, by source and file."""
 
 import io
 import json
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.tensor
 
 
 def test_every_row_is_used_rejected_or_dropped_and_every_token_counted(run):
-    long = row("long " * 40)  # cut inside the answer
-    late = row("late", question="ask " * 40)  # cut before the answer
+    long = row("long " * 40)  # truncated inside the answer
+    late = row("late", question="ask " * 40)  # truncated before the answer
     run.append("{", row(" "), long, late, row("twice"), row("twice"))
     run.eval.write_text(row("twice") + "\n" + row("never seen") + "\n")
     index = run.prepare(max_length=128, max_rejected=0.2)
@@ -64,26 +64,23 @@ def test_every_row_is_used_rejected_or_dropped_and_every_token_counted(run):
     assert run.audit("eval")["rows_also_in_train"] == 1
 
 
-def test_a_truncated_conversation_has_lost_an_end_of_turn(run):
+def test_a_truncated_conversation_counts_as_one_without_end_of_turn(run):
     turns = json.loads(row("yes"))["messages"] * 3
     lines_of(run.train, [json.dumps({"messages": turns})])
     whole = run.prepare().train.tokens
     assert run.audit()["end_of_turn_share"] == 1
-    for cut, share in (
-        (1, 1),
-        (2, 0),
-        (30, 0),
-    ):  # the newline behind the last turn; its end; a turn
-        assert run.prepare(max_length=whole - cut).train.documents == 1
+    # Without the newline after the last turn, without its end token, without a whole turn.
+    for num_truncated, share in ((1, 1), (2, 0), (30, 0)):
+        assert run.prepare(max_length=whole - num_truncated).train.documents == 1
         assert run.audit()["end_of_turn_share"] == share
     run.prepare(max_length=whole - 30, over_length="split")
     assert run.audit()["end_of_turn_share"] == 1
-    run.prepare(max_length=whole - 2, split_turns=True)  # two of three are whole
+    run.prepare(max_length=whole - 2, split_turns=True)  # two of three documents are complete
     assert run.audit()["end_of_turn_share"] == 0
 
 
-def test_ends_of_turns_are_counted_in_any_order_of_rows(run):
-    """Tokens end with a turn's end, which is not the end of sequence."""
+def test_the_share_of_ends_of_turns_does_not_depend_on_the_order_of_rows(run):
+    """The pre-tokenised row ends with an end of turn that is not the end-of-sequence token."""
     tokenizer = load_tokenizer(run.folder / "model")
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.save_pretrained(run.folder / "model")
@@ -144,8 +141,8 @@ def test_the_report_shows_the_audit(run):
         assert f"{run.train}:{line}" in page
 
 
-def test_unread_columns_are_counted_by_source_and_named_on_the_terminal(run):
-    """Columns that hold a value in used rows; rejected rows are not trained on anyway."""
+def test_unread_columns_are_counted_by_source_and_shown_on_the_terminal(run):
+    """Columns with a value in used rows are counted; those of rejected rows are not."""
     other = run.folder / "other.jsonl"
     lines_of(run.train, [with_columns(f"a {i}", label=True, note=None) for i in range(6)])
     rows = [with_columns(f"b {i}", label=True, origin="web") for i in range(3)]
@@ -161,7 +158,7 @@ def test_unread_columns_are_counted_by_source_and_named_on_the_terminal(run):
     assert_mentions(printed(run), "unread columns: label", "unread columns: origin")
 
 
-def test_without_anything_to_report_the_summary_is_one_line(run):
+def test_the_summary_of_data_without_findings_is_one_line(run):
     run.prepare(eval_data=None)
     assert run.audit()["unread_columns"] == {}
     assert "\n" not in audit_summary(run.data)
@@ -177,8 +174,8 @@ def printed(run):
     return console.file.getvalue()
 
 
-def test_files_are_listed_with_their_rows(run):
-    """Used or not, also a file without a row, and those that a limit leaves unread."""
+def test_every_file_is_listed_with_its_number_of_rows(run):
+    """Also files without rows, with bad rows only counted, and those that a limit leaves unread."""
     folder = run.folder / "rows"
     folder.mkdir()
     counts = {"a.jsonl": 3, "b.jsonl": 0, "c.jsonl": 5, "d.jsonl": 2}
@@ -187,8 +184,7 @@ def test_files_are_listed_with_their_rows(run):
         lines_of(folder / name, ["{", *rows[1:]] if name == "c.jsonl" else rows)
     run.prepare(train_data={"path": str(folder), "limit": 9}, max_rejected=0.5)
     (source,) = run.audit()["sources"]
-    expected = {str(folder / name): min(count, 1) if name == "d.jsonl" else count
-                for name, count in counts.items()}  # fmt: skip
+    expected = {str(folder / name): rows for name, rows in zip(counts, (3, 0, 5, 1), strict=True)}
     assert source["files"] == expected
     assert sum(expected.values()) == source["rows_read"] == 9
     shown = printed(run)
@@ -196,7 +192,7 @@ def test_files_are_listed_with_their_rows(run):
         assert_mentions(shown, f"{name}: {count} rows")
 
 
-def test_a_rejected_row_names_its_column_and_the_audit_its_first_place(run):
+def test_a_reason_names_the_column_and_the_audit_its_first_row(run):
     run.append(with_columns("a picture", images=["cat.png"]), with_columns("b", images=["dog.png"]))
     run.prepare(max_rejected=0.5)
     (source,) = run.audit()["sources"]
@@ -207,7 +203,7 @@ def test_a_rejected_row_names_its_column_and_the_audit_its_first_place(run):
     assert [reject["reason"] for reject in run.rejects()] == [reason] * 2
 
 
-def test_held_out_text_in_the_training_set_is_counted_after_white_space(run):
+def test_held_out_rows_in_the_training_set_are_counted_ignoring_white_space(run):
     lines_of(run.train, [row("a  b\n"), row("c", question="q\n"), row("d")])
     lines_of(run.eval, [row("a b"), row("c"), row("dd"), row("d", question="other")])
     run.prepare()
@@ -215,7 +211,7 @@ def test_held_out_text_in_the_training_set_is_counted_after_white_space(run):
     assert_mentions(audit_summary(run.data), "2 documents", "training set")
 
 
-def test_rows_that_differ_in_white_space_alone_are_duplicates_and_held_out_together(run):
+def test_rows_that_differ_only_in_white_space_are_duplicates_and_held_out_together(run):
     answers = [f"answer number {i}" for i in range(80)]
     spaced = [answer.replace(" ", "  ") + "\n" for answer in answers]
     lines_of(run.train, [row(answer) for answer in (*answers, *spaced)])
@@ -225,11 +221,11 @@ def test_rows_that_differ_in_white_space_alone_are_duplicates_and_held_out_toget
     assert audits[1]["rows_also_in_train"] == 0
 
 
-def agent_row(thought):
-    """Two tasks; templates such as Qwen 3's write the reasoning of the last one alone."""
+def agent_row(reasoning):
+    """A row of two tasks; templates such as Qwen 3's write the reasoning of the last one only."""
     turns = [
         {"role": "user", "content": "one"},
-        {"role": "assistant", "content": "two", "reasoning_content": thought},
+        {"role": "assistant", "content": "two", "reasoning_content": reasoning},
         {"role": "user", "content": "three"},
         {"role": "assistant", "content": "four", "reasoning_content": "written"},
     ]
@@ -266,7 +262,7 @@ def test_special_tokens_inside_texts_are_counted_with_their_first_place(run):
     assert sum(run.audit()["rejected"].values()) == 2
 
 
-def test_special_tokens_in_texts_without_template_are_counted_too(run):
+def test_special_tokens_in_texts_without_template_are_counted(run):
     lines_of(
         run.train,
         [
@@ -326,13 +322,13 @@ class TestEndsWithoutStop:
         assert run.audit()["ends_without_stop"] == {}
 
 
-def test_a_fault_at_many_places_is_one_reason_with_its_first_row(run):
-    thoughts = [
+def test_an_error_at_several_places_is_one_reason_with_its_first_row(run):
+    conversations = [
         {"messages": [{"role": "user", "content": "q"}] * number
          + [{"role": "assistant", "content": "a", "name": "n"}]}
         for number in (1, 2, 3)
     ]  # fmt: skip
-    lines_of(run.train, [row(f"a{i}") for i in range(5)] + [json.dumps(t) for t in thoughts])
+    lines_of(run.train, [row(f"a{i}") for i in range(5)] + [json.dumps(t) for t in conversations])
     run.prepare(max_rejected=0.9)
     (reason,) = run.audit()["rejected"]
     assert "messages[].name" in reason

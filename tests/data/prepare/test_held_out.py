@@ -1,4 +1,4 @@
-"""Held-out rows: chosen by content, never trained on."""
+"""Held-out rows are selected by content and never trained on."""
 
 from dataclasses import replace
 
@@ -13,10 +13,7 @@ from tests.messages import refused
 
 pytestmark = pytest.mark.tensor
 
-
 QUESTION, ANSWER = Message("user", "a"), Message("assistant", "b")
-
-
 EXAMPLES = [
     Conversation((QUESTION, ANSWER)),
     Conversation((QUESTION, replace(ANSWER, content="c"))),
@@ -42,7 +39,7 @@ def test_different_examples_have_different_digests():
     assert all(0 <= number < 2**64 for number in digests)
 
 
-def test_the_spelling_of_an_object_does_not_matter():
+def test_the_digest_does_not_depend_on_the_order_of_keys():
     one = replace(ANSWER, others={"name": "n", "tool_call_id": "i"})
     other = replace(ANSWER, others={"tool_call_id": "i", "name": "n"})
     assert digest(Conversation((QUESTION, one))) == digest(Conversation((QUESTION, other)))
@@ -60,7 +57,7 @@ def test_a_share_is_held_out_and_a_larger_one_holds_out_the_same_and_more():
 
 
 def test_holding_out_is_independent_of_the_order_of_digests():
-    """A source's weight selects by digest too: a plain threshold would correlate the two."""
+    """The weight of a source also selects by digest: the two selections must be independent."""
     digests = np.array([digest(Text(str(i))) for i in range(4000)], np.uint64)
     held = [int(number) for number in digests if is_held_out(int(number), threshold_of_share(0.5))]
     assert sum(number < 2**63 for number in held) / len(held) == pytest.approx(0.5, abs=0.05)
@@ -78,34 +75,43 @@ def test_a_number_of_rows_is_held_out_and_duplicates_stay_together():
     assert threshold_of_rows(digests[:0], 3) == 0
 
 
-@pytest.mark.parametrize("held_out", [0.25, 12])
-def test_held_out_rows_are_chosen_by_content(run, held_out):
-    rows = [row(f"answer {i}") for i in range(60)]
+ROWS = [row(f"answer {i}") for i in range(60)]
+NEW_ROWS = [row(f"new answer {i}") for i in range(60)]
+
+
+def split_rows(run, rows, eval_data):
+    """Training and held-out documents of these rows."""
     lines_of(run.train, rows)
-    first = run.prepare(eval_data=held_out)
-    train, held = documents_of(first.train), documents_of(first.eval)
-    assert len(train) + len(held) == 60
+    index = run.prepare(eval_data=eval_data)
+    train, held = documents_of(index.train), documents_of(index.eval)
     assert not set(train) & set(held)
-    if held_out == 12:
-        assert len(held) == 12
-    else:
-        assert 5 < len(held) < 25
+    assert run.audit("eval")["rows_also_in_train"] == 0
     audits = [run.audit("train"), run.audit("eval")]
     assert [audit["rows_used"] for audit in audits] == [len(train), len(held)]
-    # twice each, and in another order: the same rows are held out, and no row is in both
-    lines_of(run.train, [*reversed(rows), *rows])
-    again = run.prepare(eval_data=held_out if held_out == 0.25 else 24)
-    assert set(documents_of(again.eval)) == set(held)
-    assert set(documents_of(again.train)) == set(train)
-    assert run.audit("eval")["rows_also_in_train"] == 0
-    # more rows: what was held out by share stays so
-    lines_of(run.train, [*rows, *(row(f"new answer {i}") for i in range(60))])
-    more = run.prepare(eval_data=held_out)
-    still_held = set(documents_of(more.eval)) & (set(held) | set(train))
-    assert still_held == set(held) if held_out == 0.25 else still_held <= set(held)
+    return set(train), set(held)
 
 
-def test_a_limit_applies_to_held_out_rows_too(run):
+def test_a_share_of_rows_is_held_out_by_content(run):
+    train, held = split_rows(run, ROWS, 0.25)
+    assert len(train) + len(held) == 60
+    assert 5 < len(held) < 25
+    # The rows twice and in another order: the same rows are held out.
+    assert split_rows(run, [*reversed(ROWS), *ROWS], 0.25) == (train, held)
+    # More rows: rows that were held out stay so.
+    _, more_held = split_rows(run, [*ROWS, *NEW_ROWS], 0.25)
+    assert more_held & (held | train) == held
+
+
+def test_a_number_of_rows_is_held_out_by_content(run):
+    train, held = split_rows(run, ROWS, 12)
+    assert (len(train), len(held)) == (48, 12)
+    assert split_rows(run, [*reversed(ROWS), *ROWS], 24) == (train, held)
+    # More rows: of the old rows, only such are held out that were so before.
+    _, more_held = split_rows(run, [*ROWS, *NEW_ROWS], 12)
+    assert more_held & (held | train) <= held
+
+
+def test_a_limit_applies_also_to_held_out_rows(run):
     index = run.prepare(limit=4, eval_data=0.1)
     assert index.train.documents == 4
     assert index.eval.documents >= 1
@@ -124,8 +130,8 @@ def test_holding_out_nothing_or_everything_is_refused(run):
     assert not list(run.data.iterdir())
 
 
-def test_held_out_rows_of_earlier_versions_are_found_by_their_old_digests(run):
-    """Their digests kept white space; scoring such a run still needs its rows."""
+def test_held_out_rows_of_earlier_versions_are_matched_by_their_old_digests(run):
+    """Old digests kept white space; scoring such a run still needs its rows."""
     assert digest(Text("a  b"), keeps_space=True) == 11958313914725998261
     lines_of(run.train, [row(f"answer  {i}") for i in range(40)])
     index = run.prepare(eval_data=0.25)

@@ -1,4 +1,4 @@
-"""Killed and concurrent preparations leave nothing incomplete that a reader takes."""
+"""Killed and concurrent preparations leave no incomplete data that a reader accepts."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ from tests.data.prepare.preparation import row
 pytestmark = pytest.mark.tensor
 
 
-def test_a_killed_preparation_leaves_nothing_that_is_read(run):
+def test_a_killed_preparation_leaves_the_earlier_data(run):
     first = run.prepare()
     run.append(row("new"))
     code = (
@@ -27,8 +27,8 @@ def test_a_killed_preparation_leaves_nothing_that_is_read(run):
         "from pipeline.config.settings import RunSettings\n"
         "from pipeline.data.prepare import prepare\n"
         "from pipeline.data.dataset.writer import SplitWriter\n"
-        "def add_and_die(self, *given, add=SplitWriter.add):\n"
-        "    add(self, *given)\n"
+        "def add_and_die(self, *args, add=SplitWriter.add):\n"
+        "    add(self, *args)\n"
         "    for column in self._columns.values():\n"
         "        column.stream.flush()\n"
         "    os._exit(9)\n"
@@ -50,7 +50,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_read(run):
     assert not [path for path in run.data.iterdir() if path.name.endswith(".tmp")]
 
 
-def test_a_kill_before_the_index_leaves_the_earlier_data(run, monkeypatch):
+def test_an_interrupt_before_the_index_is_written_leaves_the_earlier_data(run, monkeypatch):
     first = run.prepare()
     run.append(row("new"))
 
@@ -68,35 +68,43 @@ def test_a_kill_before_the_index_leaves_the_earlier_data(run, monkeypatch):
     assert run.audit()["rows_used"] == 25
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-def test_the_second_of_two_writers_keeps_the_split_of_the_first(run, monkeypatch, damaged):
-    """Two processes that prepare the same at once, on a file system without locks."""
+def assert_complete_after_another_writer(run, monkeypatch, change=lambda split: None):
+    """Prepare while another process publishes the same splits first, changed by `change`."""
     publish = SplitWriter.publish
-    quicker = []
+    published = []
 
-    def overtaken(self, audit):
-        if not quicker:
-            quicker.append(True)
-            there = run.folder / "elsewhere"
-            prepare_data(run.settings(), there)
-            for split in there.glob("*-*"):
-                shutil.copytree(split, run.data / split.name)
-                if damaged:
-                    (run.data / split.name / "ids.npy").write_bytes(b"")
+    def publish_second(self, audit):
+        if not published:
+            elsewhere = run.folder / "elsewhere"
+            prepare_data(run.settings(), elsewhere)
+            for split in elsewhere.glob("*-*"):
+                published.append(shutil.copytree(split, run.data / split.name))
+                change(published[-1])
         publish(self, audit)
 
-    monkeypatch.setattr(SplitWriter, "publish", overtaken)
+    monkeypatch.setattr(SplitWriter, "publish", publish_second)
     index = run.prepare()
-    assert quicker
+    assert published
     assert len(open_split(index.train)) == 24
     assert len(open_split(index.eval)) == 6
     names = {path.name for path in run.data.iterdir()}
-    splits_there = {f"train-{index.train.key}", f"eval-{index.eval.key}"}
-    assert names == {*splits_there, "index.json", "audit.json", "rejects.jsonl"}
+    splits = {f"train-{index.train.key}", f"eval-{index.eval.key}"}
+    assert names == {*splits, "index.json", "audit.json", "rejects.jsonl"}
 
 
-def test_two_at_once_both_succeed(run):
-    command = [sys.executable, "-c", AT_ONCE, run.settings().model_dump_json(), str(run.data)]
+def test_the_second_of_two_writers_keeps_the_split_of_the_first(run, monkeypatch):
+    """Two processes prepare the same data at once, on a file system without locks."""
+    assert_complete_after_another_writer(run, monkeypatch)
+
+
+def test_the_second_of_two_writers_replaces_a_damaged_split_of_the_first(run, monkeypatch):
+    assert_complete_after_another_writer(
+        run, monkeypatch, lambda split: (split / "ids.npy").write_bytes(b"")
+    )
+
+
+def test_two_concurrent_preparations_both_succeed(run):
+    command = [sys.executable, "-c", PREPARE, run.settings().model_dump_json(), str(run.data)]
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
     printed = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
@@ -104,7 +112,7 @@ def test_two_at_once_both_succeed(run):
     assert not [path for path in run.data.iterdir() if path.name.endswith(".tmp")]
 
 
-AT_ONCE = """
+PREPARE = """
 import sys
 from pathlib import Path
 from pipeline.config.settings import RunSettings
@@ -116,7 +124,7 @@ print(len(open_split(index.train)), len(open_split(index.eval)))
 
 
 @pytest.mark.parametrize("name", ["train-0123456789abcdef", "index.json.damaged"])
-def test_leftovers_of_a_dead_process_of_this_machine_are_removed(run, name):
+def test_temporary_files_of_a_dead_process_of_this_machine_are_removed(run, name):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     run.data.mkdir(parents=True)
@@ -127,7 +135,7 @@ def test_leftovers_of_a_dead_process_of_this_machine_are_removed(run, name):
     assert [path.name for path in run.data.glob(f".{name}.*")] == [living]
 
 
-def test_unfinished_work_of_another_machine_is_left_alone_for_a_day(run):
+def test_temporary_files_of_another_machine_are_kept_for_a_day(run):
     run.data.mkdir(parents=True)
     theirs = run.data / f".train-{'0' * 16}.other-host-17.tmp"
     theirs.mkdir()

@@ -1,10 +1,11 @@
-"""Keys: everything that makes documents changes them, nothing else does."""
+"""The key of prepared data depends on all inputs of the documents, and on nothing else."""
 
 import hashlib
 import json
 import logging
 import os
 import shutil
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from tests.data.prepare.preparation import lines_of, row
 from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.tensor
-
 
 CHANGES = {
     "chat_template": {"chat_template": "chatml"},
@@ -38,41 +38,81 @@ CHANGES = {
     "train_on": {"train_on": "all"},
     "weight": {"train_data": {"path": "train.jsonl", "weight": 2.0}},
 }
+OF_TRAINING_DATA = ["limit of a source", "weight"]
+OF_BOTH_SPLITS = [
+    name for name in CHANGES if name not in (*OF_TRAINING_DATA, "chat_template", "held_out")
+]
 
 
-FILES = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
-
-
-@pytest.mark.parametrize("change", ["data", *FILES, *CHANGES])
-def test_whatever_makes_the_documents_changes_the_key(run, monkeypatch, change):
-    monkeypatch.chdir(run.folder)
-    if change == "chat_template":
-        (run.folder / "model" / "chat_template.jinja").unlink()
-    if change == "chat_template_kwargs":
-        template = run.folder / "model" / "chat_template.jinja"
-        template.write_text("{{ mood }}" + template.read_text())
-    before = {} if change != "chat_template" else {"train_data": texts(run), "eval_data": None}
-    first = run.prepare(**before)
-    if change == "data":
-        run.append(row("new"))
-    elif change == "chat_template.jinja":
-        template = run.folder / "model" / change
-        template.write_text("Hello. " + template.read_text())
-    elif change in FILES:
-        path = run.folder / "model" / change
-        path.write_text(path.read_text() + "\n")
-    second = run.prepare(**before | CHANGES.get(change, {}))
-    assert second.train.key != first.train.key
-    is_of_one_split = change in ("data", "held_out", "limit of a source", "weight", "chat_template")
-    if not is_of_one_split:
-        assert second.eval.key != first.eval.key
-    elif change != "held_out":
-        assert second.eval == first.eval
+def assert_replaced(run, index):
+    """The folder has the splits and audit of this index, and no others."""
     folders = {path.name for path in run.data.iterdir() if path.is_dir()}
-    assert folders == {split.folder.name for split in second.splits.values()}
-    assert DataIndex.load(run.data) == second
-    for name, split in second.splits.items():
+    assert folders == {split.folder.name for split in index.splits.values()}
+    assert DataIndex.load(run.data) == index
+    for name, split in index.splits.items():
         assert run.audit(name)["documents"] == split.documents
+
+
+def assert_both_keys_change(run, first, **settings):
+    second = run.prepare(**settings)
+    assert second.train.key != first.train.key
+    assert second.eval.key != first.eval.key
+    assert_replaced(run, second)
+
+
+def assert_only_the_training_key_changes(run, first, **settings):
+    second = run.prepare(**settings)
+    assert second.train.key != first.train.key
+    assert second.eval == first.eval
+    assert_replaced(run, second)
+
+
+@pytest.mark.parametrize("change", OF_BOTH_SPLITS)
+def test_a_setting_of_the_documents_changes_both_keys(run, change):
+    template = run.folder / "model" / "chat_template.jinja"
+    template.write_text("{{ mood }}" + template.read_text())
+    assert_both_keys_change(run, run.prepare(), **CHANGES[change])
+
+
+@pytest.mark.parametrize("change", OF_TRAINING_DATA)
+def test_a_setting_of_the_training_data_changes_its_key_only(run, monkeypatch, change):
+    monkeypatch.chdir(run.folder)
+    assert_only_the_training_key_changes(run, run.prepare(), **CHANGES[change])
+
+
+def test_chatml_changes_the_key_of_rows_without_turns(run):
+    (run.folder / "model" / "chat_template.jinja").unlink()
+    settings = {"train_data": texts(run), "eval_data": None}
+    first = run.prepare(**settings)
+    assert_only_the_training_key_changes(run, first, **settings | CHANGES["chat_template"])
+
+
+def test_holding_rows_out_changes_the_training_key(run):
+    first = run.prepare()
+    second = run.prepare(**CHANGES["held_out"])
+    assert second.train.key != first.train.key
+    assert_replaced(run, second)
+
+
+def test_new_rows_change_the_key_of_their_split_only(run):
+    first = run.prepare()
+    run.append(row("new"))
+    assert_only_the_training_key_changes(run, first)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "end"),
+    [
+        ("chat_template.jinja", "Hello. ", ""),
+        ("tokenizer.json", "", "\n"),
+        ("tokenizer_config.json", "", "\n"),
+    ],
+)
+def test_a_changed_file_of_the_tokenizer_changes_both_keys(run, name, start, end):
+    first = run.prepare()
+    path = run.folder / "model" / name
+    path.write_text(start + path.read_text() + end)
+    assert_both_keys_change(run, first)
 
 
 def test_the_content_of_a_template_file_is_in_the_key(run, monkeypatch):
@@ -88,7 +128,7 @@ def test_the_content_of_a_template_file_is_in_the_key(run, monkeypatch):
         run.prepare(chat_template=str(path))
 
 
-def test_no_setting_of_the_key_is_untested():
+def test_every_setting_of_the_documents_is_tested_here():
     assert settings_with("documents") <= set(CHANGES)
 
 
@@ -103,48 +143,68 @@ def test_other_settings_do_not_change_the_key(run):
     assert run.prepare(lr=1e-5, seed=7, max_rejected=0.5) == first
 
 
-@pytest.mark.parametrize("how", ["appended", "replaced", "removed", "tokenizer"])
-def test_a_file_that_changes_while_it_is_read_is_refused(run, monkeypatch, how):
+@contextmanager
+def changing_while_read(change):
+    """Call `change` after the rows are read and before the key is checked."""
+    run_job = job.JobRun.run
+
+    def run_and_change(self, processes):
+        run_job(self, processes)
+        change()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job.JobRun, "run", run_and_change)
+        yield
+
+
+def replace_by_copy(path):
+    copy = path.with_name("copy")
+    shutil.copy2(path, copy)
+    copy.replace(path)
+
+
+CHANGES_OF_ROWS = {
+    "appended": lambda run: run.append(row("late")),
+    "replaced": lambda run: replace_by_copy(run.train),
+    "removed": lambda run: run.train.unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_ROWS)
+def test_a_data_file_that_changes_while_it_is_read_is_refused(run, change):
     first = run.prepare()
     text = run.train.read_text()
     run.append(row("new"))
-    run_job = job.JobRun.run
-
-    def changing(self, processes):
-        run_job(self, processes)
-        if how == "appended":
-            run.append(row("late"))
-        elif how == "replaced":
-            other = run.folder / "other"
-            shutil.copy2(run.train, other)
-            other.replace(run.train)
-        elif how == "removed":
-            run.train.unlink()
-        else:
-            path = run.folder / "model" / "tokenizer.json"
-            path.write_text(path.read_text() + "\n")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(job.JobRun, "run", changing)
-        with refused("tokenizer.json" if how == "tokenizer" else "train.jsonl", "changed"):
-            run.prepare()
+    with (
+        changing_while_read(lambda: CHANGES_OF_ROWS[change](run)),
+        refused("train.jsonl", "changed"),
+    ):
+        run.prepare()
     assert DataIndex.load(run.data) == first
-    if how != "tokenizer":
-        run.train.write_text(text)
-        os.utime(run.train, (0, 0))
-        assert run.prepare() == first
+    run.train.write_text(text)
+    os.utime(run.train, (0, 0))
+    assert run.prepare() == first
 
 
-def test_a_new_link_or_mode_of_a_file_is_no_change(run, monkeypatch):
-    run_job = job.JobRun.run
+def test_a_tokenizer_that_changes_while_rows_are_read_is_refused(run):
+    first = run.prepare()
+    run.append(row("new"))
+    path = run.folder / "model" / "tokenizer.json"
+    with (
+        changing_while_read(lambda: path.write_text(path.read_text() + "\n")),
+        refused("tokenizer.json", "changed"),
+    ):
+        run.prepare()
+    assert DataIndex.load(run.data) == first
 
-    def touching(self, processes):
-        run_job(self, processes)
+
+def test_a_new_link_or_mode_of_a_file_is_not_a_change(run):
+    def link():
         run.train.chmod(0o600)
         os.link(run.train, run.folder / f"link-{len(list(run.folder.iterdir()))}")
 
-    monkeypatch.setattr(job.JobRun, "run", touching)
-    assert run.prepare().train.documents == 24
+    with changing_while_read(link):
+        assert run.prepare().train.documents == 24
 
 
 def test_large_files_are_hashed_once_until_they_change(run, monkeypatch):
@@ -157,7 +217,7 @@ def test_large_files_are_hashed_once_until_they_change(run, monkeypatch):
 
     monkeypatch.setattr(hashlib, "file_digest", counting)
     monkeypatch.setattr(keys, "_MIN_CACHED_BYTES", 1)
-    run.prepare()  # just written: within a tick of the clock it could change unseen
+    run.prepare()  # a change within a tick of the file's clock would go undetected: not cached
     monkeypatch.setattr(keys, "_SETTLED_AFTER_S", 0.0)
     first = run.prepare()
     assert hashed.count(run.train) == 2
@@ -165,14 +225,14 @@ def test_large_files_are_hashed_once_until_they_change(run, monkeypatch):
     assert train_key(run.settings()) == first.train.key
     assert hashed.count(run.train) == 2
     text = run.train.read_text()
-    run.train.write_text(text.replace("yes", "nay"))  # of the same length
+    run.train.write_text(text.replace("yes", "nay"))  # same length
     assert run.prepare().train.key != first.train.key
     run.train.write_text(text)
     assert run.prepare().train.key == first.train.key
     assert hashed.count(run.train) == 4
 
 
-def test_data_of_other_tokeniser_versions_is_reused_and_named(run, monkeypatch, caplog):
+def test_data_of_other_tokeniser_versions_is_reused_with_a_message(run, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     with monkeypatch.context() as patch:
         patch.setattr(writer, "tokenising_versions", lambda: {"tokenizers": "0.1.2"})

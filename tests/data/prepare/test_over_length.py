@@ -1,4 +1,4 @@
-"""Documents longer than max_length: truncated, dropped, split or refused."""
+"""Documents longer than max_length are truncated, dropped, split or refused."""
 
 import numpy as np
 import pytest
@@ -11,15 +11,15 @@ from tests.messages import refused
 pytestmark = pytest.mark.tensor
 
 
-def over_length(run, how, **values):
+def fitted_and_whole(run, over_length):
     lines_of(run.train, long_rows())
-    index = run.prepare(max_length=100, over_length=how, max_rejected=0.9, **values)
+    index = run.prepare(max_length=100, over_length=over_length, max_rejected=0.9)
     whole = prepare_data(run.settings(max_length=10_000, max_rejected=0.9), run.folder / "whole")
     return open_split(index.train), open_split(whole.train)
 
 
 def test_truncated_documents_keep_a_supervised_token(run):
-    fitted, whole = over_length(run, "truncate")
+    fitted, whole = fitted_and_whole(run, "truncate")
     late = sum(not whole.document(i)[1][:100].any() for i in range(len(whole)))
     assert late > 0
     assert len(fitted) == len(whole) - late
@@ -29,7 +29,7 @@ def test_truncated_documents_keep_a_supervised_token(run):
 
 
 def test_dropped_rows_are_counted_and_are_not_rejected(run):
-    fitted, whole = over_length(run, "drop")
+    fitted, whole = fitted_and_whole(run, "drop")
     audit = run.audit()
     fitting = int((whole.lengths <= 100).sum())
     assert len(fitted) == audit["rows_used"] == fitting < len(whole)
@@ -44,26 +44,26 @@ def test_dropped_rows_are_counted_and_are_not_rejected(run):
 
 
 def test_split_documents_train_every_supervised_token_once(run):
-    fitted, whole = over_length(run, "split")
+    fitted, whole = fitted_and_whole(run, "split")
     assert fitted.lengths.max() <= 100
     assert fitted.supervised_counts.min() > 0
     assert fitted.supervised_counts.sum() == whole.supervised_counts.sum()
-    parts = iter(range(len(fitted)))
+    segments = iter(range(len(fitted)))
     for i in range(len(whole)):
         ids, supervised = whole.document(i)
         start = 0
         trained = np.zeros(len(ids), bool)
         while start + 1 < len(ids) or start == 0:
-            here = slice(start, start + 100)
-            if supervised[here][1:].any():
-                part, mask = fitted.document(next(parts))
-                assert part.tolist() == ids[here].tolist()
+            window = slice(start, start + 100)
+            if supervised[window][1:].any():
+                segment, mask = fitted.document(next(segments))
+                assert segment.tolist() == ids[window].tolist()
                 assert not mask[0]
-                assert not (trained[here] & mask).any()
-                trained[here] |= mask
+                assert not (trained[window] & mask).any()
+                trained[window] |= mask
             start += 99
         assert trained.tolist() == supervised.tolist()
-    assert next(parts, None) is None
+    assert next(segments, None) is None
     audit = run.audit()
     assert audit["documents"] == len(fitted) > audit["rows_used"] == len(whole)
     assert audit["duplicate_rows"] == 2

@@ -1,4 +1,4 @@
-"""Worker processes: the same result in the same order, errors reach the caller."""
+"""Worker processes give the same results in the same order, and their errors reach the caller."""
 
 import os
 import signal
@@ -46,12 +46,12 @@ def test_an_error_is_raised_after_the_results_before_it(processes):
         next(results)
 
 
-def test_few_chunks_start_no_process():
+def test_a_few_chunks_are_processed_in_the_calling_process():
     results = list(parallel_map(range(5), partial(make_squares, None)))
     assert {pid for _, pid in results} == {os.getpid()}
 
 
-def test_chunks_are_read_only_a_little_ahead():
+def test_the_number_of_chunks_read_ahead_is_bounded():
     read = []
 
     def chunks():
@@ -89,14 +89,14 @@ def test_a_user_error_of_a_worker_reaches_the_caller(run):
 
 
 def test_a_killed_worker_is_reported(run, monkeypatch):
-    monkeypatch.setattr(job, "ChunkTokeniser", Killed)
+    monkeypatch.setattr(job, "ChunkTokeniser", KilledTokeniser)
     with refused("memory", error=RankZeroError):
         prepare_data(run.settings(), run.data, processes=2)
     assert not list(run.data.iterdir())
 
 
-class Killed:
-    """A worker that the kernel ends."""
+class KilledTokeniser:
+    """A tokenisation worker that is killed by a signal."""
 
     def __init__(self, settings, threshold):
         pass
@@ -112,7 +112,7 @@ def test_workers_end_with_their_killed_parent(run):
         "from pipeline.config.settings import RunSettings\n"
         "from pipeline.data.prepare import prepare\n"
         "from pipeline.data.dataset.writer import SplitWriter\n"
-        "def add_and_die(self, *given):\n"
+        "def add_and_die(self, *args):\n"
         "    children = psutil.Process().children(recursive=True)\n"
         "    print(*(child.pid for child in children), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -126,7 +126,7 @@ def test_workers_end_with_their_killed_parent(run):
     assert killed.returncode == -signal.SIGKILL
     children = [int(pid) for pid in killed.stdout.split()]
     assert len(children) >= 2
-    left = [psutil.Process(pid) for pid in children if psutil.pid_exists(pid)]
-    assert psutil.wait_procs(left, timeout=20)[1] == []
+    running = [psutil.Process(pid) for pid in children if psutil.pid_exists(pid)]
+    assert psutil.wait_procs(running, timeout=20)[1] == []
     run.prepare()
     assert not [path for path in run.data.iterdir() if path.name.endswith(".tmp")]

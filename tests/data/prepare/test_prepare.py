@@ -1,4 +1,4 @@
-"""Prepared splits: the documents of the encoder, written once, complete or not at all."""
+"""Prepared splits have the encoder's documents, are written once, and completely or not at all."""
 
 import errno
 import json
@@ -54,7 +54,7 @@ def test_progress_is_logged(run, monkeypatch, caplog):
         assert_mentions(message, run.train, count)
 
 
-def test_the_index_matches_the_files_and_survives_a_move(run):
+def test_the_index_matches_the_files_also_after_the_folder_is_moved(run):
     index = run.prepare()
     moved = run.data.rename(run.folder / "moved")
     loaded = DataIndex.load(moved)
@@ -81,14 +81,14 @@ def test_a_pickled_split_maps_the_files_instead_of_copying_them(run):
 
 def test_preparing_twice_writes_nothing(run, monkeypatch):
     first = run.prepare()
-    before = run.everything()
+    before = run.file_states()
 
-    def fail(*_):
+    def tokenise_again(*_):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(job, "ChunkTokeniser", fail)
+    monkeypatch.setattr(job, "ChunkTokeniser", tokenise_again)
     assert run.prepare() == first
-    assert run.everything() == before
+    assert run.file_states() == before
 
 
 def test_limit_is_the_number_of_documents_a_split(run):
@@ -98,7 +98,7 @@ def test_limit_is_the_number_of_documents_a_split(run):
     assert run.audit()["rows_read"] == 5
 
 
-def test_a_template_without_an_end_token_is_refused_and_nothing_is_left(run):
+def test_a_template_without_an_end_token_is_refused_and_the_earlier_data_stays(run):
     first = run.prepare()
     template = run.folder / "model" / "chat_template.jinja"
     template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
@@ -138,18 +138,20 @@ def test_a_damaged_split_is_refused_by_readers_and_written_again(run):
         DataIndex.load(run.data)
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "short"])
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "truncated": lambda path: path.write_text(path.read_text()[:-9]),
+    "one line": lambda path: path.write_text(path.read_text().splitlines(keepends=True)[0]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_split_with_damaged_rejects_is_written_again(run, damage):
     run.append("{", row(" "), row("long " * 99))
     values = {"max_rejected": 0.1, "over_length": "drop", "max_length": 200}
     first = run.prepare(**values)
     before = content(run.data)
     assert len(run.rejects()) == 3
-    rejects = first.train.folder / "rejects.jsonl"
-    whole = rejects.read_text()
-    if damage == "missing":
-        rejects.unlink()
-    else:
-        rejects.write_text(whole[:-9] if damage == "cut" else whole[: whole.index("\n") + 1])
+    DAMAGES[damage](first.train.folder / "rejects.jsonl")
     assert run.prepare(**values) == first
     assert content(run.data) == before

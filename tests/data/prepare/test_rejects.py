@@ -1,4 +1,4 @@
-"""Rejected rows: each is named, and too many of a source end the run."""
+"""Each rejected row is named, and a source with too many rejected rows is refused."""
 
 import os
 import subprocess
@@ -18,11 +18,17 @@ from tests.tiny import CHATML
 pytestmark = pytest.mark.tensor
 
 
+# The functions that refuse rows: of a run and its settings.
+CHECKS = {
+    "check_rows": lambda run, settings: check_rows(settings),
+    "check_first_rows": lambda run, settings: check_first_rows(settings),
+    "prepare": lambda run, settings: prepare_data(settings, run.data),
+}
 BAD = ["{", "[]", "[]", row(" "), row(" "), row(" "), '{"note": "t"}']
 
 
 def facts(run):
-    """Facts that the message about 7 bad rows of 31 must name."""
+    """The facts of a message about the 7 bad rows of 31."""
     places = [f"{run.train}:25", f"{run.train}:26", f"{run.train}:28"]
     return [*places, "train_data", "7 of 31 rows", "22.6 %", "max_rejected to 0.226"]
 
@@ -43,8 +49,8 @@ def test_more_bad_rows_than_allowed_are_refused_by_prepare(run):
     run.prepare(max_rejected=0.226)
 
 
-def test_each_source_is_checked_by_itself(run):
-    """Bad rows of a small source do not hide among the rows of a large one; all are named."""
+def test_max_rejected_applies_to_each_source(run):
+    """The bad rows of a small source are not outweighed by a large one; all are named."""
     small, other = run.folder / "small.jsonl", run.folder / "other.jsonl"
     lines_of(small, [row("good"), *['{"sum": 3}'] * 2])
     lines_of(other, [row("good"), "["])
@@ -56,35 +62,51 @@ def test_each_source_is_checked_by_itself(run):
     run.prepare(**values | {"max_rejected": 0.7})
 
 
-@pytest.mark.parametrize("how", ["beginning", "prepare", "prepared"])
-def test_refused_rows_are_all_named(run, monkeypatch, how):
+REFUSED_LINES = [1, *range(26, 31)]
+
+
+def add_bad_rows(run):
+    """Add a bad first row and five bad last rows."""
+    lines_of(run.train, ["{", *run.train.read_text().splitlines(), *["[]"] * 5])
+
+
+@pytest.mark.parametrize("check", ["check_first_rows", "prepare"])
+def test_all_rows_of_a_refusal_are_named_and_the_earlier_data_stays(run, monkeypatch, check):
     monkeypatch.setattr(module, "_FIRST_ROWS", 2)
     first = run.prepare()
     before = content(run.data)
     good = run.train.read_text()
-    lines_of(run.train, ["{", *good.splitlines(), *["[]"] * 5])
-    if how == "prepared":
-        first = run.prepare(max_rejected=1.0)
-        before = content(run.data)
-        (run.data / "rejects.jsonl").write_text("")  # of what was refused before
+    add_bad_rows(run)
     with refused(run.data / "rejects.jsonl"):
-        check_first_rows(run.settings()) if how == "beginning" else run.prepare()
-    assert [reject["line"] for reject in run.rejects()] == [1, *range(26, 31)]
+        CHECKS[check](run, run.settings())
+    assert [reject["line"] for reject in run.rejects()] == REFUSED_LINES
     assert DataIndex.load(run.data) == first
-    if how != "prepared":
-        run.train.write_text(good)
+    run.train.write_text(good)
     run.prepare(max_rejected=1.0)
     assert content(run.data) == before
 
 
-def test_exactly_as_many_bad_rows_as_allowed(run):
+def test_all_rows_of_a_refusal_of_prepared_data_are_named(run):
+    add_bad_rows(run)
+    first = run.prepare(max_rejected=1.0)
+    before = content(run.data)
+    (run.data / "rejects.jsonl").write_text("")  # of an earlier refusal
+    with refused(run.data / "rejects.jsonl"):
+        run.prepare()
+    assert [reject["line"] for reject in run.rejects()] == REFUSED_LINES
+    assert DataIndex.load(run.data) == first
+    run.prepare(max_rejected=1.0)
+    assert content(run.data) == before
+
+
+def test_exactly_as_many_bad_rows_as_allowed_are_accepted(run):
     check_rows(run.settings(max_rejected=0.0))
     run.train.write_text("{\n" + 3 * f"{row('good')}\n")
     check_rows(run.settings(max_rejected=0.25))
     assert run.prepare(max_rejected=0.25).train.documents == 3
 
 
-def test_bad_held_out_rows_are_counted_by_themselves(run):
+def test_max_rejected_applies_to_eval_data_separately(run):
     run.eval.write_text(run.eval.read_text() + "{\n")
     with refused("eval_data", run.eval, "1 of 7 rows"):
         check_rows(run.settings())
@@ -93,27 +115,40 @@ def test_bad_held_out_rows_are_counted_by_themselves(run):
     assert [(reject["file"], reject["line"]) for reject in run.rejects()] == [(str(run.eval), 7)]
 
 
-def test_a_stricter_limit_applies_to_prepared_data_too(run):
+def test_a_stricter_max_rejected_applies_to_prepared_data(run):
     run.append("{")
     run.prepare(max_rejected=0.5)
     with refused(f"{run.train}:25", "1 of 25 rows"):
         run.prepare(max_rejected=0.01)
 
 
-@pytest.mark.parametrize("how", ["check", "beginning", "prepare", "dropped"])
-def test_a_source_without_a_used_row_is_refused_however_small(run, monkeypatch, how):
+def settings_with_small_source(run, path):
+    sources = [str(run.train), {"path": str(path), "weight": 0.1}]
+    return run.settings(train_data=sources, max_rejected=1.0, over_length="drop", max_length=200)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_source_of_bad_rows_only_is_refused_even_if_small(run, monkeypatch, check):
     monkeypatch.setattr(module, "_FIRST_ROWS", 2)
-    other = run.folder / "other.jsonl"
-    lines_of(other, [row("long " * 99)] * 3 if how == "dropped" else ['{"sum": 3}'] * 3)
-    sources = [str(run.train), {"path": str(other), "weight": 0.1}]
-    values = {"train_data": sources, "max_rejected": 1.0, "over_length": "drop", "max_length": 200}
-    do = {"check": check_rows, "beginning": check_first_rows}.get(how)
-    do = do or (lambda settings: prepare_data(settings, run.data))
-    with refused("train_data", other, "max_length" if how == "dropped" else f"{other}:1"):
-        do(run.settings(**values))
-    lines_of(other, [*other.read_text().splitlines(), row("good")])
-    do(run.settings(**values))
-    run.prepare(**values, limit=4)  # its rows are not all read
+    path = run.folder / "other.jsonl"
+    lines_of(path, ['{"sum": 3}'] * 3)
+    settings = settings_with_small_source(run, path)
+    with refused("train_data", path, f"{path}:1"):
+        CHECKS[check](run, settings)
+    lines_of(path, [*['{"sum": 3}'] * 3, row("good")])
+    CHECKS[check](run, settings)
+    prepare_data(settings, run.data, 4)  # not all of its rows are read
+
+
+def test_a_source_of_dropped_rows_only_is_refused_even_if_small(run):
+    path = run.folder / "other.jsonl"
+    lines_of(path, [row("long " * 99)] * 3)
+    settings = settings_with_small_source(run, path)
+    with refused("train_data", path, "max_length"):
+        prepare_data(settings, run.data)
+    lines_of(path, [*[row("long " * 99)] * 3, row("good")])
+    prepare_data(settings, run.data)
+    prepare_data(settings, run.data, 4)  # not all of its rows are read
 
 
 def test_data_without_a_usable_row_is_refused_whatever_max_rejected(run):
@@ -122,7 +157,7 @@ def test_data_without_a_usable_row_is_refused_whatever_max_rejected(run):
         check_rows(run.settings(max_rejected=1.0))
     with refused("no usable row", run.train):
         run.prepare(limit=4)
-    assert not list(run.data.iterdir())  # a few rows to try with, perhaps in a folder for that
+    assert not list(run.data.iterdir())  # with a limit, no rejects are written
     run.train.write_text("\n\n")
     with refused(run.train):
         check_rows(run.settings())
@@ -141,7 +176,7 @@ def test_checking_rows_needs_no_torch(run):
     assert result.stdout.strip() == "set()"
 
 
-def test_rejected_rows_are_a_share_of_both_splits_of_a_source(run):
+def test_max_rejected_is_a_share_of_both_splits_of_a_source(run):
     lines_of(run.train, [*(row(f"a {i}") for i in range(99)), "{"])
     run.prepare(eval_data=0.1, max_rejected=0.01)
     assert sum(run.audit()["rejected"].values()) == 1
@@ -151,17 +186,17 @@ def test_rejected_rows_are_a_share_of_both_splits_of_a_source(run):
         run.prepare(eval_data=0.1, max_rejected=0.009)
 
 
-@pytest.mark.parametrize("how", ["check", "prepare"])
-def test_on_bad_row_fail_ends_at_the_first_bad_row(run, how):
+@pytest.mark.parametrize("check", ["check_rows", "prepare"])
+def test_on_bad_row_fail_refuses_at_the_first_bad_row(run, check):
     run.append("{", "[]")
     settings = run.settings(on_bad_row="fail", max_rejected=1.0)
     with refused(f"{run.train}:25", "on_bad_row"):
-        check_rows(settings) if how == "check" else prepare_data(settings, run.data)
+        CHECKS[check](run, settings)
 
 
 @pytest.mark.parametrize("eval_data", [None, 0.3])
-def test_on_bad_row_fail_applies_to_prepared_data_too(run, eval_data):
-    """A row that only the template refuses is found by nothing but prepare."""
+def test_on_bad_row_fail_applies_to_prepared_data(run, eval_data):
+    """Only prepare finds a row that the template refuses."""
     refusal = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}"
     (run.folder / "model" / "chat_template.jinja").write_text(
         f"{refusal}{{% endif %}}{{% endfor %}}{CHATML}"
@@ -174,22 +209,22 @@ def test_on_bad_row_fail_applies_to_prepared_data_too(run, eval_data):
         run.prepare(on_bad_row="fail", **values)
     lines_of(run.train, [*(row(f"a {i}") for i in range(20)), long])
     run.prepare(**values)
-    run.prepare(on_bad_row="fail", **values)  # dropped is not bad
+    run.prepare(on_bad_row="fail", **values)  # a dropped row is not a bad row
 
 
-def test_a_source_with_bad_first_rows_is_checked_whole(run, monkeypatch):
+def test_a_source_with_bad_first_rows_is_checked_completely(run, monkeypatch):
     monkeypatch.setattr(module, "_FIRST_ROWS", 10)
     lines_of(run.train, ["{"] * 3 + [row(f"a {i}") for i in range(297)])
     check_first_rows(run.settings(max_rejected=0.01))  # 3 of 10, but no more than 3 of 300
     with refused("3 of 300 rows"):
         check_first_rows(run.settings(max_rejected=0.009))
     lines_of(run.train, [*(row(f"a {i}") for i in range(30)), *["{"] * 30])
-    check_first_rows(run.settings(max_rejected=0.01))  # not seen here
+    check_first_rows(run.settings(max_rejected=0.01))  # the bad rows are later
     with refused("30 of 60 rows"):
         run.prepare(max_rejected=0.01)
 
 
-def test_a_bad_row_in_a_file_whose_name_is_not_utf8_is_rejected_like_any_other(run):
+def test_a_bad_row_of_a_file_with_a_non_utf8_name_is_rejected(run):
     folder = run.folder / "rows"
     folder.mkdir()
     name = os.fsdecode(b"\xffrows.jsonl")

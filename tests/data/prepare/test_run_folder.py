@@ -1,4 +1,4 @@
-"""A run folder inside the folder of its own training data, over a fractional number of epochs."""
+"""A run folder inside the folder of its training data, and a fractional number of epochs."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests import ROOT
 from tests.tiny import make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-STEPS = 38  # 2.5 epochs of 60 rows, 4 a step
+STEPS = 38  # 2.5 epochs of 60 rows, with 4 rows in a step
 
 
 def write_run_file(folder, name, model):
@@ -50,7 +50,7 @@ def test_run_files_are_never_data_and_a_fractional_epoch_resumes_bitwise(tiny_mo
     output, _ = (process := train(straight_file)).communicate()
     assert process.returncode == 0, output
 
-    # The folder now holds the JSON Lines files of a finished run, and soon of a stopped one.
+    # The folder now has the JSON Lines files of a finished run, and later those of a stopped one.
     stopped_file, stopped = write_run_file(folder, "stopped", tiny_model)
     process = train(stopped_file)
     while len(read_metrics(stopped / "metrics.jsonl")) < STEPS - 7:

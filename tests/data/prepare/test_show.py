@@ -1,4 +1,4 @@
-"""Documents and audit on the terminal: supervised text is marked, nothing is lost."""
+"""Documents and audit on the terminal: supervised text is marked, and all text is shown."""
 
 import io
 from argparse import ArgumentTypeError
@@ -48,7 +48,7 @@ def test_plain_text_has_brackets_and_every_character(split):
     assert f"{len(LONG) + 1} of" in text
 
 
-def test_only_as_many_as_are_asked_for(split):
+def test_only_the_requested_number_of_documents_is_shown(split):
     assert "document 1" not in printed(split, 1)
     assert printed(split, 0) == ""
 
@@ -70,20 +70,20 @@ def test_a_terminal_without_colour_has_brackets(split):
 def test_no_control_character_of_the_data_reaches_the_terminal(options):
     answer = "a\x1b]0;title\x07\x1b[2J\x9b2J\x7f\r\x08b\nd"
     text = printed(Documents([document_of(chat("q", answer))]), 1, **options)
-    shown = r"a\x1b]0;title\x07\x1b[2J\x9b2J\x7f\x0d\x08b"
-    assert shown in text
+    escaped = r"a\x1b]0;title\x07\x1b[2J\x9b2J\x7f\x0d\x08b"
+    assert escaped in text
     for control in ("\x07", "\x9b", "\x7f", "\r", "\x08", "\x1b]", "\x1b[2J"):
         assert control not in text
 
 
-def test_only_a_number_of_documents_is_one():
+def test_an_argument_that_is_not_a_number_of_documents_is_refused():
     assert number_of_documents("3") == 3
     for text in ("-1", "x", "1.5", ""):
         with pytest.raises(ArgumentTypeError, match="documents"):
             number_of_documents(text)
 
 
-def test_sources_are_named_whole_in_a_narrow_terminal():
+def test_source_names_are_not_shortened_in_a_narrow_terminal():
     length = dict.fromkeys(("min", "median", "mean", "p95", "max"), 7.0)
     length["histogram"] = {"first": 1000, "width": 500, "documents": [1, 2]}
     keys = ("rows_read", "rows_used", "rows_rejected", "rows_dropped", "tokens")
@@ -104,7 +104,7 @@ def test_sources_are_named_whole_in_a_narrow_terminal():
     ]
 
 
-def test_no_space_is_lost_where_supervision_begins():
+def test_a_span_keeps_the_space_at_its_beginning():
     tokenizer = sentence_piece()
     ids = tokenizer("yes no yes").input_ids
     runs = list(supervised_runs(ids, [False, True, False], tokenizer))
@@ -112,7 +112,7 @@ def test_no_space_is_lost_where_supervision_begins():
 
 
 @pytest.mark.parametrize("every", [1, 3, 40])
-def test_many_runs_are_the_text_of_the_document(every):
+def test_the_spans_together_are_the_text_of_the_document(every):
     tokenizer = sentence_piece()
     ids = tokenizer("yes no " * 100).input_ids
     runs = list(supervised_runs(ids, [i // every % 2 == 1 for i in range(len(ids))], tokenizer))

@@ -1,8 +1,8 @@
-"""Windows of documents that are too long, over all lengths and masks."""
+"""Windows of documents longer than max_length, for all lengths and masks."""
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.prepare.truncation import num_dropped, windows
@@ -22,15 +22,15 @@ lengths = st.integers(1, 45)
 
 @given(documents(), lengths, st.sampled_from(["truncate", "drop", "split", "fail"]))
 @settings(max_examples=300, deadline=None)
-def test_windows_fit_and_have_a_supervised_token(document, length, how):
+def test_windows_fit_and_have_a_supervised_token(document, length, over_length):
     ids, supervised = document
-    parts = windows(ids, supervised, length, how)
+    parts = windows(ids, supervised, length, over_length)
     for part in parts:
         assert 1 <= len(part.ids) == len(part.supervised) <= length
         assert part.supervised.any()
         assert not part.supervised[0]
         assert part.ids.tolist() == list(range(part.start, part.start + len(part.ids)))
-        assert not (part.supervised & ~supervised[part.ids]).any()  # nothing more is trained
+        assert not (part.supervised & ~supervised[part.ids]).any()  # no other token is trained
     used = {int(i) for part in parts for i in part.ids}
     assert num_dropped(parts, len(ids)) == len(ids) - len(used)
     if len(ids) <= length:
@@ -49,13 +49,16 @@ def test_split_trains_each_supervised_token_once(document, length):
 
 @given(documents(), lengths)
 @settings(max_examples=200, deadline=None)
-def test_truncate_keeps_the_beginning_and_drop_nothing(document, length):
+def test_truncate_keeps_the_beginning_if_it_has_a_supervised_token(document, length):
     ids, supervised = document
-    (used,) = windows(ids, supervised, length, "truncate") or (None,)
-    if supervised[:length].any():
-        assert used.ids.tolist() == ids[:length].tolist()
-        assert used.supervised.tolist() == supervised[:length].tolist()
-    else:
-        assert used is None
-    if len(ids) > length:
-        assert windows(ids, supervised, length, "drop") == []
+    kept = [(w.ids.tolist(), w.supervised.tolist()) for w in windows(*document, length, "truncate")]
+    beginning = (ids[:length].tolist(), supervised[:length].tolist())
+    assert kept == [beginning] * int(supervised[:length].any())
+
+
+@given(documents(), lengths)
+@settings(max_examples=200, deadline=None)
+def test_drop_keeps_nothing_of_a_longer_document(document, length):
+    ids, supervised = document
+    assume(len(ids) > length)
+    assert windows(ids, supervised, length, "drop") == []

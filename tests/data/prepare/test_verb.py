@@ -1,4 +1,4 @@
-"""launch/prepare.py: documents and audit on the terminal, and refusals."""
+"""launch/prepare.py shows documents and the audit, and refuses wrong input."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.messages import assert_mentions
 pytestmark = pytest.mark.tensor
 
 
-def test_the_verb_shows_documents_and_the_audit(run):
+def test_prepare_shows_documents_and_the_audit_and_refuses_bad_rows_and_places(run):
     settings = run.settings().model_dump(include={"model", "train_data", "output_dir"})
     run_file = run.folder / "run.yaml"
     run_file.write_text(json.dumps(settings))
@@ -24,11 +24,11 @@ def test_the_verb_shows_documents_and_the_audit(run):
         command = [sys.executable, "launch/prepare.py", str(run_file), *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
-    shown = script("--show", "2")
-    assert shown.returncode == 0, shown.stderr
-    assert "<|im_start|>assistant\n[[yes 0<|im_end|>]]\n" in shown.stdout
-    assert shown.stdout.count("[[") == 3  # the second document has two answers
-    assert "rows read" in shown.stdout
+    result = script("--show", "2")
+    assert result.returncode == 0, result.stderr
+    assert "<|im_start|>assistant\n[[yes 0<|im_end|>]]\n" in result.stdout
+    assert result.stdout.count("[[") == 3  # the second document has two answers
+    assert "rows read" in result.stdout
     run.append("{")
     refused = script("max_rejected=0")
     assert refused.returncode == 2
@@ -40,7 +40,7 @@ def test_the_verb_shows_documents_and_the_audit(run):
         assert_mentions(refused.stderr, "output_dir", place)
 
 
-def test_a_running_run_keeps_its_data(run):
+def test_the_data_of_a_running_run_is_not_replaced(run):
     status = RunStatus(run.folder / "run" / "status.json")
     first = run.prepare()
     status.own()
