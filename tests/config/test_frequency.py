@@ -1,4 +1,4 @@
-"""When a run evaluates and saves, and which of two keys decides where both could."""
+"""The steps at which a run evaluates and saves, and refusal of keys that contradict each other."""
 
 import pytest
 
@@ -28,13 +28,13 @@ def test_a_period_of_steps_is_counted_over_epochs():
     assert steps_due(Frequency(1, 4), steps_per_epoch=6, total=13) == [4, 8, 12]
 
 
-def test_once_an_epoch_is_its_last_step():
+def test_once_an_epoch_is_at_its_last_step():
     assert steps_due(Frequency(1), steps_per_epoch=6, total=13) == [6, 12]
 
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 2, 3, 7, 10, 100])
 @pytest.mark.parametrize("times", [1, 2, 3, 4, 9])
-def test_each_epoch_has_as_many_as_asked_evenly_spaced(times, steps_per_epoch):
+def test_each_epoch_has_the_requested_number_at_even_distances(times, steps_per_epoch):
     due = steps_due(Frequency(times), steps_per_epoch=steps_per_epoch, total=3 * steps_per_epoch)
     assert len(due) == 3 * min(times, steps_per_epoch)
     assert {3 * steps_per_epoch, 2 * steps_per_epoch, steps_per_epoch} <= set(due)
@@ -42,18 +42,18 @@ def test_each_epoch_has_as_many_as_asked_evenly_spaced(times, steps_per_epoch):
     assert max(gaps) - min(gaps) <= 1
 
 
-def test_eval_steps_alone_means_every_so_many_steps(load):
+def test_eval_steps_needs_no_evaluation_strategy(load):
     assert load(eval_steps=7).evaluations == Frequency(1, 7)
     assert load(eval_steps=7, evaluation_strategy="epoch").evaluations == Frequency(1)
     assert load().evaluations == Frequency(1)
 
 
-def test_times_in_each_epoch_need_no_strategy(load):
+def test_evals_and_saves_per_epoch_need_no_strategy(load):
     assert load(evals_per_epoch=4).evaluations == Frequency(4)
     assert load(saves_per_epoch=2).saves == Frequency(2)
 
 
-def test_no_strategy_means_never(load):
+def test_strategy_no_means_never(load):
     settings = load(evaluation_strategy="no", save_strategy="no")
     assert (settings.evaluations, settings.saves) == (None, None)
 
@@ -75,7 +75,7 @@ def test_two_keys_that_contradict_each_other_are_refused(load, values):
 
 
 @pytest.mark.parametrize("value", ["1.5", "-1", "yes", "1e3000"])
-def test_warmup_steps_are_whole_or_a_share(load, value):
+def test_warmup_steps_that_are_neither_whole_nor_a_fraction_are_refused(load, value):
     with refused("RUN.yaml:4", "warmup_steps"):
         load(warmup_steps=value)
 
@@ -90,18 +90,18 @@ def test_warmup_steps_are_whole_or_a_share(load, value):
         {"epochs": 2.5},
     ],
 )
-def test_run_yaml_means_the_same(load, tmp_path, values):
+def test_dumped_settings_load_as_the_same_settings(load, tmp_path, values):
     settings = load(**values)
     (tmp_path / "run.yaml").write_text(dump_settings(settings))
     assert load_settings(tmp_path / "run.yaml") == settings
 
 
-def test_whole_epochs_are_a_whole_number_however_written(load):
-    """So that a run of an earlier version, whose run.yaml says 3, is the same run."""
+def test_whole_epochs_are_dumped_as_an_integer(load):
+    """Otherwise a run of an earlier version with `epochs: 3` in run.yaml would count as changed."""
     assert "epochs: 3\n" in dump_settings(load(epochs="3.0"))
 
 
-def test_max_steps_alone_leaves_the_epochs_open(load):
+def test_epochs_are_auto_only_if_max_steps_is_set(load):
     assert load(max_steps=5).epochs == "auto"
     assert load(max_steps=5, epochs=2).epochs == 2
     assert load().epochs == 1

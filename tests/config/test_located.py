@@ -1,4 +1,4 @@
-"""Text of YAML and JSON: the line of each key, and one short message for text that is absurd."""
+"""YAML and JSON files: the line of each key, and one short message for any invalid text."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def test_lines_of_json_keys_at_every_depth(read):
     "text",
     ['{"a": "\\u00e9\\/\\n"}', '{"a":-0.5E-3,"b":[],"c":{}}', '\ufeff{"a": null}', '{"": 1}', "{}"],
 )
-def test_json_is_read_as_json_reads_it(read, text):
+def test_json_values_are_those_of_the_json_module(read, text):
     import json
 
     assert read(text, "JSON").values == json.loads(text.removeprefix("\ufeff"))
@@ -93,7 +93,7 @@ def aliases(count: int, levels: int) -> str:
     return "\n".join(lines)
 
 
-ABSURD = {
+INVALID = {
     "depth": "a: " + "[" * 5000,
     "closed depth": "a: " + "[" * 5000 + "]" * 5000,
     "block depth": "\n".join(" " * i + "a:" for i in range(500)),
@@ -120,8 +120,8 @@ ABSURD = {
 }
 
 
-@pytest.mark.parametrize("text", ABSURD.values(), ids=ABSURD)
-def test_absurd_text_is_one_short_message(read, text):
+@pytest.mark.parametrize("text", INVALID.values(), ids=INVALID)
+def test_invalid_yaml_gives_one_short_message(read, text):
     with pytest.raises(UserError) as error:
         read(text)
     message = str(error.value)
@@ -131,7 +131,7 @@ def test_absurd_text_is_one_short_message(read, text):
 
 
 @pytest.mark.parametrize("text", ["[" * 3000, "7" * 5000, "!!int x", '"\\0"', "{a: 1, a: "])
-def test_an_absurd_value_on_the_command_line_is_one_short_message(text):
+def test_an_invalid_value_on_the_command_line_gives_one_short_message(text):
     with pytest.raises(UserError) as error:
         parse_value(text, "command line")
     assert len(str(error.value)) < 200
@@ -139,17 +139,17 @@ def test_an_absurd_value_on_the_command_line_is_one_short_message(text):
 
 
 @pytest.mark.parametrize("text", ['{"a": ' + "[" * 100_000, '{"a": ' + "7" * 5000 + "}"])
-def test_absurd_json_is_one_short_message(read, text):
+def test_invalid_json_gives_one_short_message(read, text):
     with refused("FILE:1", "JSON"):
         read(text, "JSON")
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/proc/self/mem", "/", "no/such", "a\0b"])
-def test_what_is_no_file_of_text_is_one_short_message(path):
+def test_a_path_that_is_not_a_text_file_gives_one_short_message(path):
     with pytest.raises(UserError) as error:
         read_located(Path(path), "JSON")
     assert len(str(error.value)) < 200
 
 
-def test_aliases_in_reason_are_read(read):
+def test_a_few_aliases_are_expanded(read):
     assert read("a: &x [1, 2]\nb: *x\nc: *x").values["c"] == [1, 2]

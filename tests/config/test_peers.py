@@ -1,4 +1,4 @@
-"""Options of other programs: each gets a hint, all of them in one message."""
+"""Each option of another program gets advice, and all of them are in one message."""
 
 import pytest
 
@@ -9,7 +9,6 @@ from pipeline.errors import UserError
 from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
-
 
 AXOLOTL = """
 base_model: org/name
@@ -32,7 +31,7 @@ wandb_project: x
 flash_attention: true
 special_tokens:
 """
-MEANT = {
+ADVICE_FOR_AXOLOTL = {
     "base_model": "model", "datasets": "train_data", "val_set_size": "eval_data: 0.05",
     "adapter": "load_in_4bit: true", "sequence_len": "max_length", "sample_packing": "packing",
     "lora_target_linear": "lora_target_modules: all-linear", "micro_batch_size": "batch_size",
@@ -42,28 +41,25 @@ MEANT = {
 }  # fmt: skip
 
 
-def test_a_peers_run_file_gets_one_message_with_a_line_for_each_option(tmp_path):
+def test_a_run_file_of_axolotl_gets_one_message_with_a_line_for_each_option(tmp_path):
     path = tmp_path / "RUN.yaml"
     path.write_text(AXOLOTL)
     with pytest.raises(UserError) as error:
         load_settings(path)
     lines = str(error.value).splitlines()
-    assert len(lines) == len(MEANT)  # model and train_data are not missed on top of it
-    for line, (key, meant) in zip(lines, MEANT.items(), strict=True):
-        number = (
-            AXOLOTL.splitlines().index(next(s for s in AXOLOTL.splitlines() if s.startswith(key)))
-            + 1
-        )
-        assert_mentions(line, f"RUN.yaml:{number}: {key}:", meant)
+    assert len(lines) == len(ADVICE_FOR_AXOLOTL)  # model and train_data are not reported as missing
+    keys = [line.partition(":")[0] for line in AXOLOTL.splitlines()]
+    for line, (key, expected) in zip(lines, ADVICE_FOR_AXOLOTL.items(), strict=True):
+        assert_mentions(line, f"RUN.yaml:{keys.index(key) + 1}: {key}:", expected)
 
 
 @pytest.mark.parametrize("name", settings_by("peers"))
-def test_a_peers_name_of_a_setting_names_the_setting(name):
+def test_a_name_of_another_program_is_answered_with_the_setting(name):
     assert_mentions(advice(name), settings_by("peers")[name])
 
 
 @pytest.mark.parametrize("key", ["--learning-rate", "Learning_Rate", "learning-rate"])
-def test_a_name_is_known_however_it_is_spelt(key):
+def test_case_hyphens_and_dashes_of_an_option_do_not_matter(key):
     assert_mentions(advice(key), "lr")
 
 
@@ -78,17 +74,17 @@ def test_a_name_is_known_however_it_is_spelt(key):
         ("lora_bias", "LoRA"), ("quantization_bit", "load_in_4bit: true"),
     ],
 )  # fmt: skip
-def test_an_option_without_a_setting_says_what_does_its_work(key, reason):
+def test_an_option_without_a_setting_is_answered_with_what_replaces_it(key, reason):
     assert_mentions(advice(key), reason)
 
 
-def test_no_pattern_hides_a_setting_or_a_peers_name():
+def test_no_advice_hides_a_setting_or_its_names_in_other_programs():
     for name in [*RunSettings.model_fields, *settings_by("peers")]:
         assert name not in ADVICE
     assert all("\n" not in text and len(text) < 130 for text in ADVICE.values())
 
 
-def test_a_name_of_nobody_is_near_to_a_setting_or_sent_to_the_page(tmp_path):
+def test_an_unknown_name_gets_a_similar_setting_or_the_page_of_all_settings(tmp_path):
     assert advice("lora_rnk") is None
     path = tmp_path / "RUN.yaml"
     path.write_text("model: m\ntrain_data: t\noutput_dir: o\nlora_rnk: 8\nqqqq: 1\n")
@@ -133,26 +129,26 @@ VALUES_OF_PEERS = {
 
 
 @pytest.mark.parametrize("line", VALUES_OF_PEERS)
-def test_a_peers_value_gets_what_to_write_here(tmp_path, line):
+def test_a_value_of_another_program_is_answered_with_the_value_to_write(tmp_path, line):
     path = tmp_path / "RUN.yaml"
     path.write_text(BASE + line + "\n")
     with pytest.raises(UserError) as error:
         load_settings(path)
-    (told,) = str(error.value).splitlines()
-    assert_mentions(told, "RUN.yaml:4", line.split(":")[0], *VALUES_OF_PEERS[line])
+    (message,) = str(error.value).splitlines()
+    assert_mentions(message, "RUN.yaml:4", line.split(":")[0], *VALUES_OF_PEERS[line])
 
 
-def test_all_of_them_are_in_one_message(tmp_path):
+def test_advice_on_many_values_is_in_one_message(tmp_path):
     lines = {line.split(":")[0]: line for line in VALUES_OF_PEERS}
     path = tmp_path / "RUN.yaml"
     path.write_text(BASE + "\n".join(lines.values()) + "\n")
     with pytest.raises(UserError) as error:
         load_settings(path)
-    told = str(error.value).splitlines()
-    assert sorted(line.split(": ")[1] for line in told) == sorted(lines)
+    messages = str(error.value).splitlines()
+    assert sorted(line.split(": ")[1] for line in messages) == sorted(lines)
 
 
-def test_no_advice_is_for_a_value_that_the_setting_takes():
+def test_a_valid_value_gets_no_advice():
     settings = RunSettings.model_validate({"model": "m", "train_data": "t", "output_dir": "o"})
     for setting in VALUES:
         assert value_advice(setting, getattr(settings, setting), is_valid=True) is None

@@ -1,6 +1,4 @@
-"""The JSON schema of run files: it accepts what loads, and refuses what a single key rules out."""
-
-from pathlib import Path
+"""The JSON schema of run files accepts valid settings and refuses every wrong single key."""
 
 import jsonschema
 import pytest
@@ -8,9 +6,9 @@ import pytest
 from pipeline.config.located import read_located
 from pipeline.config.schema import run_file_schema
 from pipeline.config.settings import RunSettings
+from tests import ROOT
 
 pytestmark = pytest.mark.unit
-ROOT = Path(__file__).parents[2]
 RUN_FILES = sorted((ROOT / "launch/runs").glob("*.yaml"))
 REQUIRED = {"model": "m", "train_data": "d.jsonl", "output_dir": "o"}
 
@@ -23,7 +21,7 @@ def validator() -> jsonschema.Draft202012Validator:
 
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
-def test_shipped_run_files_are_valid_and_name_the_schema_first(validator, path):
+def test_shipped_run_files_are_valid_and_name_the_schema_in_their_first_line(validator, path):
     validator.validate(dict(read_located(path, "YAML").values))
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first == "# yaml-language-server: $schema=schema.json"

@@ -1,4 +1,4 @@
-"""Run files: precedence, numbers as people write them, and messages that say what would work."""
+"""Run files: precedence of values, forms of numbers, and refusals with place and remedy."""
 
 from pathlib import Path
 
@@ -49,8 +49,8 @@ def test_precedence_is_preset_run_file_command_line(run_file):
         ("speed-optimized", "fp16: true", "bf16", "auto"),
     ],
 )
-def test_what_the_user_wrote_replaces_what_a_preset_has(run_file, preset, given, key, value):
-    """Also where the preset has it under another key, and the plan says so."""
+def test_a_user_s_value_replaces_a_contradicting_preset_value(run_file, preset, given, key, value):
+    """This includes values of the preset under another key; the plan names the replaced value."""
     settings = load_settings(run_file(f"preset: {preset}\n{given}\n"))
     assert getattr(settings, key) == value
     reasons = replaced_preset_values(settings.preset, vars(settings))
@@ -61,7 +61,7 @@ def test_what_the_user_wrote_replaces_what_a_preset_has(run_file, preset, given,
     assert not replaced_preset_values(both.preset, vars(both))
 
 
-def test_both_keys_are_used_where_the_user_wrote_both(run_file):
+def test_both_keys_are_used_if_the_user_set_both(run_file):
     settings = load_settings(run_file("preset: small\nmax_steps: 500\nepochs: 2\n"))
     assert (settings.max_steps, settings.epochs) == (500, 2)
 
@@ -69,7 +69,7 @@ def test_both_keys_are_used_where_the_user_wrote_both(run_file):
 @pytest.mark.parametrize(
     ("text", "value"), [("3e-4", 3e-4), ("1E-3", 1e-3), ("0.001", 1e-3), ("2", 2.0), (".5", 0.5)]
 )
-def test_numbers_as_people_write_them(run_file, text, value):
+def test_every_form_of_a_number_is_a_number(run_file, text, value):
     assert load_settings(run_file(f"lr: {text}\n")).lr == value
 
 
@@ -115,12 +115,12 @@ def test_numbers_as_people_write_them(run_file, text, value):
         ("eval_data: 0", ["eval_data", "rows", 1]),
     ],
 )
-def test_wrong_input_says_where_and_what_would_work(run_file, text, parts):
+def test_wrong_input_is_refused_with_place_and_remedy(run_file, text, parts):
     with refused(*parts):
         load_settings(run_file(text + "\n"))
 
 
-def test_data_that_names_nothing_is_one_clear_sentence(run_file):
+def test_wrong_data_sources_get_no_message_of_pydantic(run_file):
     for override in ("train_data={path: x, wieght: 2}", "eval_data=1.0", "eval_data=5%"):
         with pytest.raises(UserError) as error:
             load_settings(run_file(""), [override])
@@ -138,8 +138,8 @@ def test_plain_values_are_those_of_yaml_1_2(run_file):
     assert settings.output_dir == "2024-01-01"
 
 
-def test_every_wrong_key_is_named_at_once(run_file):
-    """Unknown keys, values and paths, in one message with a line for each."""
+def test_all_wrong_keys_are_in_one_message(run_file):
+    """Unknown keys, invalid values and paths; the message has a line for each."""
     with pytest.raises(UserError) as error:
         load_settings(run_file("lr: x\nnum_epochs: 3\n"), ["lora_r=0", "epochs=none", "resume=$"])
     lines = sorted(line.split(": ")[1] for line in str(error.value).splitlines())
@@ -147,14 +147,14 @@ def test_every_wrong_key_is_named_at_once(run_file):
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words"])
-def test_a_file_that_is_no_run_file(tmp_path, text):
+def test_a_file_that_is_not_a_mapping_is_refused(tmp_path, text):
     path = tmp_path / "RUN.yaml"
     path.write_text(text)
     with refused("RUN.yaml", "key: value"):
         load_settings(path)
 
 
-def test_a_missing_key_and_a_missing_file(tmp_path):
+def test_a_missing_key_and_a_missing_file_are_refused(tmp_path):
     path = tmp_path / "RUN.yaml"
     path.write_text("model: m\n")
     with refused("RUN.yaml", "train_data", "required"):
@@ -195,7 +195,7 @@ def test_a_hub_model_keeps_its_name_and_gets_the_commit_of_the_local_cache(tmp_p
     settings = load_settings(path)
     assert (settings.model, settings.model_revision) == ("org/name-1.5", "abc123")
     assert settings.model_folder == snapshot
-    (folder / "refs/main").write_text("later")  # fetched again since: the commit is pinned
+    (folder / "refs/main").write_text("later")  # fetched again: the commit stays
     (folder / "snapshots/later").mkdir()
     path.write_text(dump_settings(settings))
     assert load_settings(path).model_folder == snapshot
@@ -213,7 +213,7 @@ def test_a_hub_model_keeps_its_name_and_gets_the_commit_of_the_local_cache(tmp_p
         "dataloader_prefetch_factor: 1000000000", "output_dir: ''", "deepspeed_json: ''",
     ],
 )  # fmt: skip
-def test_values_beyond_any_machine_are_refused_with_their_line(tmp_path, text):
+def test_values_beyond_every_machine_are_refused_with_their_line(tmp_path, text):
     key = text.partition(":")[0]
     lines = [line for line in REQUIRED.splitlines() if not line.startswith(key)]
     path = tmp_path / "RUN.yaml"
@@ -228,7 +228,7 @@ def test_a_source_cannot_be_repeated_beyond_memory(run_file):
         load_settings(path, ["train_data={path: t, weight: 1e308}"])
 
 
-def test_a_path_that_cannot_be_expanded_is_one_problem(tmp_path, monkeypatch):
+def test_a_path_that_cannot_be_expanded_gives_one_message(tmp_path, monkeypatch):
     monkeypatch.delenv("NOT_SET", raising=False)
     path = tmp_path / "RUN.yaml"
     path.write_text("model: m\ntrain_data: t\noutput_dir: $NOT_SET/x\n")

@@ -1,4 +1,4 @@
-"""The search: where the choice changes, its invariants, and the reasons it gives."""
+"""The choice of a layout: where it changes, its invariants, and its reasons."""
 
 import json
 import re
@@ -54,8 +54,8 @@ def test_a_base_that_fits_is_replicated_and_one_that_does_not_is_sharded(layout,
     assert layout(LLAMA_70B, load_in_4bit=True).zero_stage == 2  # 40 GB in 4 bits
 
 
-def test_the_stage_flips_where_the_base_stops_fitting(ranked):
-    """Least memory with which the search replicates is what the replicated layout needs."""
+def test_the_stage_changes_at_the_memory_that_the_replicated_base_needs(ranked):
+    """The smallest GPU with a replicated base is the smallest on which that layout fits."""
     keys = {"batch_size": 1, "gradient_checkpointing": True, "max_length": 256, "ranks": 2}
     plan = ranked(hardware=gpu(80), **keys)[0]
     need = plan.memory.device_need
@@ -68,12 +68,12 @@ def test_hpz_is_for_slow_links_between_nodes(layout):
     slow = replace(H100, network=H100.node_link / 20)
     assert layout(LLAMA_70B, slow, nodes=2).hpz_partition_size == 8
     assert layout(LLAMA_70B, slow, nodes=1).hpz_partition_size == 1
-    # the copy does not fit beside the share: 70 B over 8 of 24 GiB
+    # the copy does not fit in addition to the shard: 70 B over 8 GPUs of 24 GiB
     small = replace(gpu_named("rtx-4090-24gb"), network=1e9)
     assert layout(LLAMA_70B, small, nodes=8, batch_size=1).hpz_partition_size == 1
 
 
-def test_blocks_are_recomputed_only_as_far_as_memory_demands(ranked):
+def test_no_more_layers_are_checkpointed_than_memory_requires(ranked):
     few = ranked(max_length=512, batch_size=1)[0].layout
     assert few.checkpointed_layers == 0
     plan = ranked(max_length=8192, batch_size=4)[0]
@@ -85,46 +85,52 @@ def test_blocks_are_recomputed_only_as_far_as_memory_demands(ranked):
     assert_mentions(plan.why["checkpointed_layers"], f"{count} of 32", f"{count - 1}")
 
 
-def test_the_base_is_offloaded_only_where_nothing_else_fits(layout):
-    one = {"ranks": 1, "batch_size": 1, "max_length": 512}
-    roomy = replace(H100, host_bytes=512 * 2**30)
-    assert layout(LLAMA_70B, roomy, **one).offload_param == "cpu"
+def test_the_base_is_offloaded_only_if_nothing_else_fits(layout):
+    one_rank = {"ranks": 1, "batch_size": 1, "max_length": 512}
+    large_host = replace(H100, host_bytes=512 * 2**30)
+    assert layout(LLAMA_70B, large_host, **one_rank).offload_param == "cpu"
     with refused("load_in_4bit: true"):
-        layout(LLAMA_70B, replace(H100, host_bytes=64 * 2**30), **one)
-    assert layout(LLAMA_70B, roomy, ranks=8).offload_param == "none"
+        layout(LLAMA_70B, replace(H100, host_bytes=64 * 2**30), **one_rank)
+    assert layout(LLAMA_70B, large_host, ranks=8).offload_param == "none"
 
 
-def test_a_quantised_base_larger_than_a_device_goes_through_the_host(layout):
+def test_a_quantised_base_larger_than_a_device_is_loaded_through_the_host(layout):
     small = gpu_named("rtx-4090-24gb")
-    found = layout(LLAMA_70B, small, ranks=4, load_in_4bit=True, max_length=512)
-    assert (found.zero_stage, found.loads_through_host) == (3, True)
+    chosen = layout(LLAMA_70B, small, ranks=4, load_in_4bit=True, max_length=512)
+    assert (chosen.zero_stage, chosen.loads_through_host) == (3, True)
     assert not layout(load_in_4bit=True, zero_stage=3).loads_through_host
 
 
 @pytest.mark.parametrize(
-    "keys",
+    ("keys", "expected"),
     [
-        {"zero_stage": 3, "batch_size": 2, "gradient_checkpointing": True},
-        {"zero_stage": 1, "gradient_accumulation_steps": 2},
-        {"zero_stage": 3, "offload_param": "cpu", "gradient_checkpointing": False},
-        {"zero_stage": 3, "hpz_partition_size": 4},
+        (
+            {"zero_stage": 3, "batch_size": 2, "gradient_checkpointing": True},
+            {"zero_stage": 3, "micro_batch_size": 2, "checkpointed_layers": 32},
+        ),
+        (
+            {"zero_stage": 1, "gradient_accumulation_steps": 2},
+            {"zero_stage": 1, "accumulation_steps": 2},
+        ),
+        (
+            {"zero_stage": 3, "offload_param": "cpu", "gradient_checkpointing": False},
+            {"zero_stage": 3, "offload_param": "cpu", "checkpointed_layers": 0},
+        ),
+        (
+            {"zero_stage": 3, "hpz_partition_size": 4},
+            {"zero_stage": 3, "hpz_partition_size": 4},
+        ),
     ],
 )
-def test_a_setting_is_a_constraint_on_every_candidate(ranked, keys):
-    names = {
-        "batch_size": "micro_batch_size",
-        "gradient_accumulation_steps": "accumulation_steps",
-        "gradient_checkpointing": "checkpointed_layers",
-    }
-    blocks = {True: 32, False: 0}
-    for candidate in ranked(max_length=512, **keys)[1]:
-        for key, value in keys.items():
-            found = getattr(candidate.layout, names.get(key, key))
-            assert found == (blocks[value] if isinstance(value, bool) else value)
+def test_every_candidate_has_the_values_that_the_settings_fix(ranked, keys, expected):
+    every = ranked(max_length=512, **keys)[1]
+    assert every
+    for candidate in every:
+        assert vars(candidate.layout).items() >= expected.items()
 
 
-def test_a_run_that_does_not_fit_is_refused_with_the_smallest_change_that_does(ranked):
-    """The change that the message names does fit, with the need that it gives."""
+def test_a_run_that_does_not_fit_is_refused_with_a_change_that_makes_it_fit(ranked):
+    """The run with the change of the message fits, and needs the memory of the message."""
     keys = {"hardware": gpu(16), "ranks": 1, "batch_size": 1, "offload_param": "none"}
     with refused("offload_param: auto"):
         ranked(**keys, max_length=256)
@@ -133,12 +139,12 @@ def test_a_run_that_does_not_fit_is_refused_with_the_smallest_change_that_does(r
     keys |= {"offload_param": "none", "zero_stage": 2}
     with pytest.raises(UserError) as error:
         ranked(**keys)
-    told = re.search(r"load_in_4bit: true it needs ([0-9.]+) of [0-9.]+ GiB$", str(error.value))
+    match = re.search(r"load_in_4bit: true it needs ([0-9.]+) of [0-9.]+ GiB$", str(error.value))
     need = ranked(**keys, load_in_4bit=True)[0].memory.device_need
-    assert float(told[1]) == pytest.approx(need / 2**30, abs=0.05)
+    assert float(match[1]) == pytest.approx(need / 2**30, abs=0.05)
 
 
-def test_where_no_setting_makes_a_run_fit_the_message_names_devices(ranked):
+def test_if_no_setting_makes_a_run_fit_the_message_has_the_number_of_nodes(ranked):
     small = replace(gpu(40), host_bytes=64 * 2**30)
     keys = {"hardware": small, "ranks": 1, "load_in_4bit": True, "max_length": 256}
     with pytest.raises(UserError) as error:
@@ -158,15 +164,15 @@ def test_a_candidate_that_a_rule_refuses_names_the_rule(ranked):
         ranked(**keys, zero_stage=3)
 
 
-def test_128_gpus_are_planned(layout):
-    found = layout(LLAMA_70B, nodes=16, global_batch_size=256)
-    assert (found.world_size, found.global_batch_size) == (128, 256)
+def test_a_plan_for_128_gpus_uses_all_of_them(layout):
+    chosen = layout(LLAMA_70B, nodes=16, global_batch_size=256)
+    assert (chosen.world_size, chosen.global_batch_size) == (128, 256)
 
 
-def test_a_cpu_never_offloads_and_trains_in_fp32_at_any_stage(layout):
+def test_a_cpu_never_offloads_and_trains_in_fp32_without_sharding(layout):
     assert layout(SMOLLM2, CPU, ranks=2).offload_param == "none"
-    exact = layout(SMOLLM2, CPU, ranks=2, bf16=False, fp16=False)
-    assert exact.zero_stage in (1, 2)
+    in_fp32 = layout(SMOLLM2, CPU, ranks=2, bf16=False, fp16=False)
+    assert in_fp32.zero_stage in (1, 2)
 
 
 KEYS = st.fixed_dictionaries(
@@ -195,9 +201,9 @@ def test_the_first_candidate_is_the_fastest_of_its_class(shape_of_8b, keys, rank
         assert fits or candidate.refusal
     if fitting:
         best = fitting[0]
-        kin = [c for c in fitting if c.layout.is_sharded == best.layout.is_sharded
+        comparable = [c for c in fitting if c.layout.is_sharded == best.layout.is_sharded
                and c.layout.offload_param == best.layout.offload_param]  # fmt: skip
-        assert best.speed.seconds_per_step == min(c.speed.seconds_per_step for c in kin)
+        assert best.speed.seconds_per_step == min(c.speed.seconds_per_step for c in comparable)
         assert not best.layout.is_sharded or all(c.layout.is_sharded for c in fitting)
     assert len({c.layout for c in every}) == len(every)
 
@@ -209,7 +215,7 @@ def shape_of_8b(tmp_path_factory):
     return read_shape(str(folder))
 
 
-def test_a_plan_is_the_first_of_the_ranked(ranked, shape_of_8b):
+def test_the_plan_is_the_first_candidate(ranked, shape_of_8b):
     plan, every = ranked()
     same = make_plan(plan.settings, plan.shape, H100, nodes=1, ranks_per_node=8)
     assert plan.layout == every[0].layout == same.layout

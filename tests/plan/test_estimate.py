@@ -1,4 +1,4 @@
-"""The estimate of the data's size: rows of small files are counted, large ones extrapolated."""
+"""The estimate of the data's size: small files are counted, large ones are extrapolated."""
 
 import bz2
 import gzip
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.unit
 
 def settings_of(*files, **values):
     data = [file if isinstance(file, dict) else str(file) for file in files]
-    given = {"model": "m", "train_data": data, "output_dir": "o"}
-    return RunSettings.model_validate(given | values)
+    keys = {"model": "m", "train_data": data, "output_dir": "o"}
+    return RunSettings.model_validate(keys | values)
 
 
 def chat(*contents):
@@ -51,33 +51,35 @@ def test_rows_of_files_below_the_sample_are_counted(files, end, is_ascii):
         for path, rows in zip(paths, files, strict=True):
             lines = [json.dumps(r, ensure_ascii=is_ascii) for r in rows]
             path.write_bytes("".join(line + end for line in lines).encode())
-        found = estimate(settings_of(*paths))
+        size = estimate(settings_of(*paths))
     count = sum(len(rows) for rows in files)
-    assert (0 if found is None else found.documents) == count
-    if found is not None:
-        assert count <= found.tokens <= found.longest * count
-        assert not found.is_exact
+    assert (0 if size is None else size.documents) == count
+    if size is not None:
+        assert count <= size.tokens <= size.longest * count
+        assert not size.is_exact
 
 
 @pytest.mark.parametrize("copies", [3, 40])
-def test_a_large_file_is_scaled_up_from_its_beginning(tmp_path, copies):
+def test_a_large_file_is_extrapolated_from_its_beginning(tmp_path, copies):
     lines = "".join(json.dumps(chat("x" * (50 + i % 100))) + "\n" for i in range(10_000))
     file = tmp_path / "large.jsonl"
     file.write_text(lines * copies)
     assert file.stat().st_size > SAMPLE_BYTES
-    found = estimate(settings_of(file))
-    assert found.documents == pytest.approx(10_000 * copies, rel=0.01)
-    assert found.mean_tokens == pytest.approx(99.5 / BYTES_PER_TOKEN + 5, rel=0.03)
-    assert found.longest is None  # not every row has been seen
+    size = estimate(settings_of(file))
+    assert size.documents == pytest.approx(10_000 * copies, rel=0.01)
+    assert size.mean_tokens == pytest.approx(99.5 / BYTES_PER_TOKEN + 5, rel=0.03)
+    assert size.longest is None  # not every row was read
 
 
-def test_files_share_the_sample_and_count_by_their_size(tmp_path):
+def test_files_are_sampled_equally_and_weighted_by_their_size(tmp_path):
     small, large = tmp_path / "small", tmp_path / "large"
     small.write_text(10 * (json.dumps(chat("x" * 3500)) + "\n"))
     large.write_text(100_000 * (json.dumps(chat("x" * 35)) + "\n"))
-    found = estimate(settings_of(large, small, max_length=500))
-    assert found.documents == pytest.approx(100_010, rel=0.001)
-    assert found.tokens == pytest.approx(100_000 * 15 + 10 * 500, rel=0.001)  # long rows are cut
+    size = estimate(settings_of(large, small, max_length=500))
+    assert size.documents == pytest.approx(100_010, rel=0.001)
+    assert size.tokens == pytest.approx(
+        100_000 * 15 + 10 * 500, rel=0.001
+    )  # long rows are truncated
 
 
 def test_no_more_than_the_sample_is_parsed(tmp_path, monkeypatch):
@@ -86,11 +88,11 @@ def test_no_more_than_the_sample_is_parsed(tmp_path, monkeypatch):
         file.write_text((i + 1) * 20_000 * (json.dumps(chat("x" * 35)) + "\n"))
     sizes = []
 
-    def recorded(line, parse=data_size.parse_line):
+    def recording(line, parse=data_size.parse_line):
         sizes.append(len(line.content))
         return parse(line)
 
-    monkeypatch.setattr(data_size, "parse_line", recorded)
+    monkeypatch.setattr(data_size, "parse_line", recording)
     assert estimate(settings_of(*files)).documents == pytest.approx(120_000, rel=0.001)
     assert SAMPLE_BYTES / 2 < sum(sizes) <= SAMPLE_BYTES + 3 * max(sizes)
 
@@ -105,11 +107,11 @@ ROWS = [chat("x" * (1 + i % 70)) for i in range(1000)]
 
 
 def write(path, rows):
-    """The rows as the name says."""
+    """Write rows in the format of the file's name."""
     lines = "\n".join(map(json.dumps, rows)).encode()
     if ".json." in f"{path.name}.":
         lines = json.dumps(rows, indent=1).encode()
-    pack = {
+    compress = {
         ".gz": gzip.compress,
         ".bz2": bz2.compress,
         ".zst": partial(pyarrow.compress, codec="zstd", asbytes=True),
@@ -118,11 +120,11 @@ def write(path, rows):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif path.suffix == ".arrow":
         table = pyarrow.Table.from_pylist(rows)
-        new = pyarrow.ipc.new_stream if "stream" in path.name else pyarrow.ipc.new_file
-        with new(path, table.schema) as into:
-            into.write_table(table, max_chunksize=300)
+        open_writer = pyarrow.ipc.new_stream if "stream" in path.name else pyarrow.ipc.new_file
+        with open_writer(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=300)
     else:
-        path.write_bytes(pack.get(path.suffix, bytes)(lines))
+        path.write_bytes(compress.get(path.suffix, bytes)(lines))
 
 
 NAMES = [
@@ -137,31 +139,31 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_kind_of_file_gives_the_size_of_its_rows(tmp_path, name):
+def test_every_file_format_gives_the_size_of_its_rows(tmp_path, name):
     write(tmp_path / name, ROWS)
     write(tmp_path / "plain", ROWS)
     assert estimate(settings_of(tmp_path / name)) == estimate(settings_of(tmp_path / "plain"))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "bz2" not in name])  # large blocks
-def test_every_kind_of_file_is_scaled_up(tmp_path, name, monkeypatch):
+def test_a_large_file_of_every_format_is_extrapolated(tmp_path, name, monkeypatch):
     monkeypatch.setattr(data_size, "SAMPLE_BYTES", 50_000)
     random = Random(0)
     rows = [chat("".join(random.choices("abcdefgh ", k=60))) for _ in range(10_000)]
     write(tmp_path / name, rows)
-    found = estimate(settings_of(tmp_path / name))
-    # How large a compressed file is unpacked is told from blocks of it.
-    is_packed = Path(name).suffix in (".gz", ".zst")
-    assert found.documents == pytest.approx(10_000, rel=0.2 if is_packed else 0.01)
-    assert found.mean_tokens == pytest.approx(60 / BYTES_PER_TOKEN + 5, rel=0.03)
+    size = estimate(settings_of(tmp_path / name))
+    # The uncompressed size of a compressed file is extrapolated from some of its blocks.
+    tolerance = {".gz": 0.2, ".zst": 0.2}.get(Path(name).suffix, 0.01)
+    assert size.documents == pytest.approx(10_000, rel=tolerance)
+    assert size.mean_tokens == pytest.approx(60 / BYTES_PER_TOKEN + 5, rel=0.03)
 
 
-def test_csv_is_sampled_by_its_columns(tmp_path):
+def test_a_csv_file_is_extrapolated_with_its_mapped_columns(tmp_path):
     lines = 50_000 * f'{"q" * 34},"a\n{"b" * 34}"\n'
     (tmp_path / "f.csv").write_text(f"question,completion\n{lines}")
-    found = estimate(settings_of(tmp_path / "f.csv", columns={"prompt": "question"}))
-    assert found.documents == pytest.approx(50_000, rel=0.01)
-    assert found.mean_tokens == pytest.approx(70 / BYTES_PER_TOKEN, rel=0.03)
+    size = estimate(settings_of(tmp_path / "f.csv", columns={"prompt": "question"}))
+    assert size.documents == pytest.approx(50_000, rel=0.01)
+    assert size.mean_tokens == pytest.approx(70 / BYTES_PER_TOKEN, rel=0.03)
 
 
 MESSAGE = {"role": "assistant", "content": "x" * 35}
@@ -180,39 +182,39 @@ FORMATS = [
 
 
 @pytest.mark.parametrize(("row", "tokens"), FORMATS)
-def test_every_format_has_tokens(tmp_path, row, tokens):
+def test_the_tokens_of_every_row_format_are_estimated(tmp_path, row, tokens):
     write(tmp_path / "f", [row])
     assert estimate(settings_of(tmp_path / "f")).tokens == tokens
 
 
-def test_folders_globs_limits_and_weights_count(tmp_path):
+def test_folders_globs_limits_weights_and_held_out_rows_are_included(tmp_path):
     for i in range(3):
         write(tmp_path / f"{i}.jsonl", ROWS)
     each = estimate(settings_of(tmp_path / "0.jsonl"))
     assert estimate(settings_of(tmp_path)).documents == 3000
     assert estimate(settings_of(f"{tmp_path}/[12].jsonl")).documents == 2000
     source = {"path": str(tmp_path), "limit": 500, "weight": 0.5}
-    found = estimate(settings_of(source, tmp_path / "0.jsonl"))
-    assert found.documents == 1250
-    assert found.tokens == pytest.approx(1.25 * each.tokens, rel=0.001)
+    size = estimate(settings_of(source, tmp_path / "0.jsonl"))
+    assert size.documents == 1250
+    assert size.tokens == pytest.approx(1.25 * each.tokens, rel=0.001)
     assert estimate(settings_of(tmp_path, eval_data=0.1)).documents == 2700
     assert estimate(settings_of(tmp_path, eval_data=100)).documents == 2900
     assert estimate(settings_of(tmp_path, eval_data=3000)) is None
 
 
-def test_of_many_files_some_are_read(tmp_path):
+def test_only_some_of_many_files_are_read(tmp_path):
     for i in range(200):
         write(tmp_path / f"{i}.jsonl", ROWS[:10])
-    found = estimate(settings_of(tmp_path))
-    assert found.documents == pytest.approx(2000, rel=0.01)
-    assert found.longest is None
+    size = estimate(settings_of(tmp_path))
+    assert size.documents == pytest.approx(2000, rel=0.01)
+    assert size.longest is None
 
 
-def test_over_length_counts(tmp_path):
+def test_over_length_changes_documents_and_tokens(tmp_path):
     write(tmp_path / "f", [{"text": "x" * 3500}, {"text": "x" * 35}])
     sizes = {
-        way: estimate(settings_of(tmp_path / "f", max_length=300, over_length=way))
-        for way in ("truncate", "drop", "split")
+        choice: estimate(settings_of(tmp_path / "f", max_length=300, over_length=choice))
+        for choice in ("truncate", "drop", "split")
     }
     assert [size.documents for size in sizes.values()] == [2, 1, 5]
     assert [size.tokens for size in sizes.values()] == [310, 10, 1010]
@@ -246,7 +248,7 @@ def test_a_name_without_a_file_has_no_estimate(name):
         b'{"a": 1}\n[]\n{"prompt": "p"}\n',
         json.dumps(chat("q")).encode("utf-16"),
         gzip.compress(b"x" * 1000)[:-9],
-        gzip.compress(b"PAR1" * 1000),  # a table that would have to be unpacked as a whole
+        gzip.compress(b"PAR1" * 1000),  # a table that would have to be decompressed completely
     ],
 )
 def test_a_file_without_readable_rows_has_no_estimate(tmp_path, content):

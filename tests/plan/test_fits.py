@@ -1,4 +1,4 @@
-"""The table of models that fit on a machine."""
+"""The table of models that fit on given hardware."""
 
 import pytest
 
@@ -15,8 +15,8 @@ NAMES = ("meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-8B", "openai/gpt-oss-2
 MODELS = [model for model in published_models() if model.name in NAMES]
 
 
-def settings(**asked):
-    return RunSettings(model="MODEL", train_data="train.jsonl", output_dir="run", **asked)
+def settings(**run_settings):
+    return RunSettings(model="MODEL", train_data="train.jsonl", output_dir="run", **run_settings)
 
 
 SETTINGS = settings(max_length=1024)
@@ -26,24 +26,24 @@ def cluster(gib, count=1):
     return Cluster(hardware=gpu(gib, count), nodes=1, ranks_per_node=count)
 
 
-def rows(gib, count=1, asked=SETTINGS):
-    return {row.name: row for row in fit_rows(MODELS, asked, cluster(gib, count))}
+def rows(gib, count=1, run_settings=SETTINGS):
+    return {row.name: row for row in fit_rows(MODELS, run_settings, cluster(gib, count))}
 
 
 def test_rows_are_sorted_by_size_and_refusals_are_marked():
-    found = rows(80)
-    assert len(found) == len(NAMES)
-    sizes = [row.parameters for row in found.values()]
+    table = rows(80)
+    assert len(table) == len(NAMES)
+    sizes = [row.parameters for row in table.values()]
     assert sizes == sorted(sizes)
-    assert "prequantised-base" in found["openai/gpt-oss-20b"].rules
-    assert found["Qwen/Qwen3-8B"].rules == ()
+    assert "prequantised-base" in table["openai/gpt-oss-20b"].rules
+    assert table["Qwen/Qwen3-8B"].rules == ()
 
 
 def test_more_memory_and_fewer_bits_fit_longer_sequences():
     small, large, many = rows(24), rows(80), rows(80, 8)
 
-    def lengths(found):
-        return [fit.length if fit else 0 for row in found.values() for fit in (row.lora, row.qlora)]
+    def lengths(table):
+        return [fit.length if fit else 0 for row in table.values() for fit in (row.lora, row.qlora)]
 
     assert all(a <= b <= c for a, b, c in zip(*map(lengths, (small, large, many)), strict=True))
     assert large["meta-llama/Llama-3.3-70B-Instruct"].lora is None
@@ -53,14 +53,16 @@ def test_more_memory_and_fewer_bits_fit_longer_sequences():
 
 
 def test_speed_is_that_of_max_length():
-    short, long = (rows(80, asked=settings(max_length=n))["Qwen/Qwen3-8B"] for n in (1024, 16384))
+    short, long = (
+        rows(80, run_settings=settings(max_length=n))["Qwen/Qwen3-8B"] for n in (1024, 16384)
+    )
     assert short.lora.length == long.lora.length
     assert short.lora.tokens_per_second > long.lora.tokens_per_second
 
 
 def test_the_table_fits_100_columns_and_has_a_line_for_each_model():
-    found = fit_rows(published_models(), SETTINGS, cluster(80))
-    lines = fits_text(found, SETTINGS, cluster(80)).splitlines()
+    table = fit_rows(published_models(), SETTINGS, cluster(80))
+    lines = fits_text(table, SETTINGS, cluster(80)).splitlines()
     assert max(map(len, lines)) <= 100
-    table = lines[3 : lines.index("")]
-    assert [line.split()[0] for line in table] == [row.name for row in found]
+    table_lines = lines[3 : lines.index("")]
+    assert [line.split()[0] for line in table_lines] == [row.name for row in table]

@@ -1,4 +1,4 @@
-"""The plan: choices, batch arithmetic, steps, refusals; and every run file of launch/runs."""
+"""The plan: choices, batch arithmetic, steps, refusals, and the run files of launch/runs."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ def plan(tmp_path):
     return make
 
 
-def test_known_parameter_counts(plan):
+def test_parameter_counts_are_the_published_ones(plan):
     assert plan().shape.parameters == 8_030_261_248  # Llama 3.1 8B's model card: 8.03 B
     assert plan(SMOLLM2).shape.parameters == 134_515_008
     assert plan(lora_r=64).trainable == 167_772_160  # 7 projections, 32 layers
@@ -57,12 +57,13 @@ def test_known_parameter_counts(plan):
         ({}, 64, (1, 1)),
     ],
 )
-def test_batch_arithmetic(plan, keys, ranks, expected):
+def test_the_global_batch_is_micro_batch_times_accumulation_times_ranks(
+    plan, keys, ranks, expected
+):
     layout = plan(SMOLLM2, ranks=ranks, max_length=256, **keys).layout
     assert (layout.micro_batch_size, layout.accumulation_steps) == expected
-    assert layout.global_batch_size == expected[0] * expected[1] * ranks
-    if "global_batch_size" in keys:
-        assert layout.global_batch_size == keys["global_batch_size"]
+    product = expected[0] * expected[1] * ranks
+    assert layout.global_batch_size == product == keys.get("global_batch_size", product)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_batch_arithmetic(plan, keys, ranks, expected):
         ({"global_batch_size": 4}, "8 or 16"),
     ],
 )
-def test_impossible_batches_name_the_nearest_possible(plan, keys, near):
+def test_an_impossible_global_batch_is_refused_with_the_nearest_possible(plan, keys, near):
     with refused("global_batch_size", near):
         plan(**keys)
 
@@ -86,14 +87,14 @@ def steps_of(documents, epochs, batch):
             model=folder, train_data="t", output_dir="o", packing=False, epochs=epochs,
             global_batch_size=batch,
         )  # fmt: skip
-        made = make_plan(run, read_shape(folder), CPU, nodes=1, ranks_per_node=1)
-        return made.with_data(sized(documents)).steps
+        new_plan = make_plan(run, read_shape(folder), CPU, nodes=1, ranks_per_node=1)
+        return new_plan.with_data(sized(documents)).steps
 
 
 @given(
     documents=st.integers(1, 100_000), epochs=st.integers(1, 4), batch=st.sampled_from([1, 8, 56])
 )
-def test_steps_cover_every_document_as_often_as_asked(documents, epochs, batch):
+def test_the_steps_of_each_epoch_cover_every_document_once(documents, epochs, batch):
     schedule = steps_of(documents, epochs, batch)
     assert schedule.total_steps == schedule.steps_per_epoch * epochs
     assert 0 <= schedule.steps_per_epoch * batch - documents < batch
@@ -101,29 +102,29 @@ def test_steps_cover_every_document_as_often_as_asked(documents, epochs, batch):
 
 
 def test_steps_are_counted_in_sequences(plan):
-    """Those that prepare has made; before it has, packs as full as can be."""
+    """Sequences of the prepared set; for an estimate, completely full packs."""
     estimated = replace(sized(1000, mean=100), is_exact=False)
     prepared = replace(sized(1000, mean=100), sequences=203)
-    made = plan(global_batch_size=8, max_length=500)
-    assert made.with_data(estimated).steps.steps_per_epoch == 125
-    assert made.with_data(prepared).steps.steps_per_epoch == 26
-    packed = replace(made, settings=made.settings.model_copy(update={"packing": True}))
+    new_plan = plan(global_batch_size=8, max_length=500)
+    assert new_plan.with_data(estimated).steps.steps_per_epoch == 125
+    assert new_plan.with_data(prepared).steps.steps_per_epoch == 26
+    packed = replace(new_plan, settings=new_plan.settings.model_copy(update={"packing": True}))
     assert packed.with_data(estimated).steps.steps_per_epoch == 25
     assert packed.with_data(prepared).steps.steps_per_epoch == 26
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
 def test_the_learning_rate_starts_above_zero_and_never_rises_after_the_warm_up(plan, kind):
-    made = plan(lr=1e-3, lr_scheduler_type=kind, warmup_ratio=0.1, min_lr_ratio=0.1,
+    new_plan = plan(lr=1e-3, lr_scheduler_type=kind, warmup_ratio=0.1, min_lr_ratio=0.1,
                 global_batch_size=8).with_data(sized(800))  # fmt: skip
-    rates = [made.learning_rate(step) for step in range(100)]
+    rates = [new_plan.learning_rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4)
     assert max(rates) == rates[9] == pytest.approx(1e-3)
     assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
     assert min(rates) >= 1e-4 - 1e-12
 
 
-def test_old_gpus_train_in_fp16(plan):
+def test_the_training_dtype_depends_on_the_gpu_and_the_settings(plan):
     assert plan(hardware=gpu(80, capability=(7, 5))).training_dtype == "float16"
     assert plan().training_dtype == "bfloat16"
     assert plan(bf16=False, fp16=False, lora_r=8).training_dtype == "float32"
@@ -165,16 +166,18 @@ def test_targets_that_match_nothing_are_refused_with_the_names(plan, targets, fa
     ],
 )
 def test_auto_adapts_the_linear_layers_of_the_blocks_without_routers(plan, change, names):
-    made = plan(LLAMA_8B | change)
-    assert made.settings.lora_target_modules == names.split()  # as run.yaml holds them
-    assert_mentions(made.why["lora_target_modules"], *names.split())
-    assert_mentions(plan_text(made), "lora_target_modules", names.replace(" ", ", "))
-    again = make_plan(made.settings, made.shape, made.hardware, nodes=1, ranks_per_node=8)
-    assert again.trainable == made.trainable
+    new_plan = plan(LLAMA_8B | change)
+    assert new_plan.settings.lora_target_modules == names.split()  # run.yaml has the same list
+    assert_mentions(new_plan.why["lora_target_modules"], *names.split())
+    assert_mentions(plan_text(new_plan), "lora_target_modules", names.replace(" ", ", "))
+    again = make_plan(
+        new_plan.settings, new_plan.shape, new_plan.hardware, nodes=1, ranks_per_node=8
+    )
+    assert again.trainable == new_plan.trainable
     assert "lora_target_modules" not in again.why
 
 
-def test_patterns_and_all_linear(plan):
+def test_a_pattern_selects_the_same_layers_as_their_names(plan):
     every = plan(lora_target_modules="all-linear").trainable
     assert every == plan().trainable
     attention = plan(lora_target_modules=r".*\.self_attn\.[qv]_proj").trainable
@@ -199,24 +202,24 @@ def test_patterns_and_all_linear(plan):
         ),
     ],
 )  # fmt: skip
-def test_a_folder_that_is_no_model_is_refused(tmp_path, files, facts):
+def test_a_folder_without_a_valid_model_config_is_refused(tmp_path, files, facts):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with refused("model", "config.json", *facts):
         read_shape(str(tmp_path))
 
 
-def test_a_model_that_is_not_there_is_refused_with_the_download_command():
+def test_a_missing_hub_model_is_refused_with_the_download_command():
     with refused("meta-llama/Llama-3.1-8B", "hf download"):
         read_shape("meta-llama/Llama-3.1-8B")
 
 
-def test_the_deepspeed_config_says_what_the_plan_chose(plan):
-    made = plan(zero_stage=3, batch_size=2, gradient_accumulation_steps=4, max_grad_norm=0.0)
-    config = made.deepspeed
+def test_the_deepspeed_config_has_the_values_of_the_plan(plan):
+    new_plan = plan(zero_stage=3, batch_size=2, gradient_accumulation_steps=4, max_grad_norm=0.0)
+    config = new_plan.deepspeed
     assert config["train_micro_batch_size_per_gpu"] == 2
     assert config["gradient_accumulation_steps"] == 4
-    assert config["gradient_clipping"] == 0.0  # left out, DeepSpeed would clip at 1
+    assert config["gradient_clipping"] == 0.0  # without the key DeepSpeed clips at 1
     assert config["optimizer"]["params"]["torch_adam"] is True
     zero = config["zero_optimization"]
     assert zero["stage"] == 3
@@ -225,17 +228,17 @@ def test_the_deepspeed_config_says_what_the_plan_chose(plan):
     assert "auto" not in json.dumps(config)
 
 
-def test_zero1_never_switches_the_optimizer_class(plan):
+def test_zero_1_has_no_gradient_dtype_that_would_change_the_optimizer_class(plan):
     assert "data_types" not in plan(zero_stage=1).deepspeed
     assert plan(zero_stage=2).deepspeed["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
-def test_the_plan_is_plain_data_and_readable(plan):
-    made = plan(global_batch_size=64).with_data(sized(1000))
-    data = json.loads(json.dumps(plan_json(made)))
-    assert data["model"]["trainable"] == made.trainable
+def test_the_plan_can_be_dumped_as_json_and_shown_as_text(plan):
+    new_plan = plan(global_batch_size=64).with_data(sized(1000))
+    data = json.loads(json.dumps(plan_json(new_plan)))
+    assert data["model"]["trainable"] == new_plan.trainable
     assert data["memory"]["peak_bytes"] == sum(data["memory"]["per_rank"].values())
-    text = plan_text(made)
+    text = plan_text(new_plan)
     for part in ("ZeRO-2", "bfloat16", "global batch 64", "16 (16 an epoch)"):
         assert part in text
 
@@ -245,13 +248,15 @@ RUN_FILES = planned_run_files()
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
 def test_shipped_run_files_are_planned_on_their_machine_without_advice(path):
-    planned = plan_of(path)
-    assert [rule.id for rule in planned.rules if rule.level == "advise"] == []
-    assert f"launch/runs/{path.name}" in path.read_text(encoding="utf-8")  # its command
+    shipped_plan = plan_of(path)
+    assert [rule.id for rule in shipped_plan.rules if rule.level == "advise"] == []
+    assert f"launch/runs/{path.name}" in path.read_text(
+        encoding="utf-8"
+    )  # the command in its comment
 
 
 def test_the_quickstart_is_planned_without_advice(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
     settings = load_settings(ROOT / "launch/runs/quickstart.yaml", [f"model={tmp_path}"])
-    planned = make_plan(settings, read_shape(str(tmp_path)), CPU, nodes=1, ranks_per_node=2)
-    assert planned.rules == ()
+    shipped_plan = make_plan(settings, read_shape(str(tmp_path)), CPU, nodes=1, ranks_per_node=2)
+    assert shipped_plan.rules == ()

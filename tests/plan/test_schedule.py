@@ -1,4 +1,4 @@
-"""Steps of a run from its settings and the steps of an epoch."""
+"""The number of steps and warm-up steps of a run."""
 
 import pytest
 
@@ -10,9 +10,9 @@ pytestmark = pytest.mark.unit
 
 def schedule(steps_per_epoch, **values):
     settings = RunSettings(model="m", train_data="t", output_dir="o", **values)
-    made = Schedule.of(settings, steps_per_epoch)
-    assert made.steps_per_epoch == steps_per_epoch
-    return made.total_steps, made.warmup_steps
+    computed = Schedule.of(settings, steps_per_epoch)
+    assert computed.steps_per_epoch == steps_per_epoch
+    return computed.total_steps, computed.warmup_steps
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def schedule(steps_per_epoch, **values):
         ({}, 30),
         ({"epochs": 3.0}, 90),
         ({"epochs": 0.5}, 15),
-        ({"epochs": 8.3}, 249),  # in floating point 30 * 8.3 is a little more
+        ({"epochs": 8.3}, 249),  # 30 * 8.3 in floating point is slightly more
         ({"epochs": 1e-9}, 1),
         ({"epochs": 2, "max_steps": 50}, 50),
         ({"epochs": 2, "max_steps": 500}, 60),
@@ -46,5 +46,5 @@ def test_a_run_ends_with_its_epochs_or_its_steps(values, total):
         ({"warmup_steps": 2000}, 100),
     ],
 )
-def test_the_warm_up_is_steps_or_a_share(values, warmup):
+def test_the_warm_up_is_a_number_of_steps_or_a_fraction(values, warmup):
     assert schedule(100, **values)[1] == warmup

@@ -1,4 +1,4 @@
-"""report.html shows every file of a run folder, is self-contained, and accepts incomplete runs."""
+"""report.html shows all files of a run folder, is self-contained, and accepts incomplete runs."""
 
 import json
 import math
@@ -115,10 +115,10 @@ FILES: dict[str, object] = {
             "global_batch_size": 8,
             "gradient_checkpointing": False,
             "why": {
-                "zero_stage": "the base fits on every rank, so only gradients travel",
+                "zero_stage": "the base fits on each rank: only adapter gradients are communicated",
                 "batch_size": "the largest up to 8 that fits (1.3 GiB a rank)",
                 "gradient_checkpointing": "off: the activations fit (1.3 GiB a rank)",
-                "resident_why": "a reason of its own",
+                "resident_why": "another reason",
             },
         },
         "memory": {
@@ -217,7 +217,7 @@ def write_metrics(folder: Path, lines: list[dict[str, object]], end: str = "\n")
 
 
 class Page(HTMLParser):
-    """Text, tags and ids of a page; asserts that every element is closed where it must be."""
+    """Text and tags of a page; asserts that its elements are correctly nested and closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -265,7 +265,7 @@ def test_the_page_shows_every_file_of_the_run_folder(run):
         "636 tokens/s", "112,000 tokens, 37.1 % supervised",
         "4.88 M of 135 M parameters trained (3.6 %)", "2 x CPU",
         "41.2 s", "22.4 s", "15.9 s", "96 new tokens",
-        "the largest up to 8 that fits", "a reason of its own", "bfloat16",  # plan
+        "the largest up to 8 that fits", "another reason", "bfloat16",  # plan
         "0.251", "0.839", "1.317", "1.316", "1.330", "16.000", "is 1.1 % below",  # memory in GiB
         "cpu-bf16", "no bfloat16 units", "accelerator/cpu_accelerator.py",
         "642", "answer is empty", "112,233", "0.371", "175.4", "259", "10,517",  # audit
@@ -277,13 +277,13 @@ def test_the_page_shows_every_file_of_the_run_folder(run):
     assert all(item["prompt"] in text for item in FILES["score.json"]["answers"])
 
 
-def test_right_and_wrong_answers_are_marked(run):
+def test_every_answer_is_marked_right_or_wrong(run):
     text = read_page(run).text
     assert text.count("✗ wrong") == 9 + 2  # every base answer; the fifth of adapter and merged
     assert text.count("✓ right") == 8 + 8
 
 
-def test_the_page_needs_nothing_from_outside(run):
+def test_the_page_has_no_external_resources(run):
     page = read_page(run)
     names = [tag for tag, _ in page.tags]
     assert not {"script", "link", "img", "iframe", "object"} & set(names)
@@ -314,11 +314,16 @@ def test_hostile_text_is_escaped(run):
     assert not {"script", "a"} & {tag for tag, _ in page.tags}
 
 
-@pytest.mark.parametrize("missing", [*FILES, "metrics.jsonl"])
-def test_a_missing_file_is_named_and_the_rest_is_shown(tmp_path, missing):
+@pytest.mark.parametrize("missing", [*sorted(set(FILES) - {"score.json"}), "metrics.jsonl"])
+def test_a_missing_file_is_named_and_the_others_are_shown(tmp_path, missing):
     text = read_page(build_run(tmp_path, without=(missing,))).text
-    note = "Not scored yet" if missing == "score.json" else f"{missing} is not in the run folder."
-    assert note in text
+    assert f"{missing} is not in the run folder." in text
+    assert "SmolLM2-135M-Instruct" in text
+
+
+def test_a_run_without_score_json_is_shown_as_not_scored(tmp_path):
+    text = read_page(build_run(tmp_path, without=("score.json",))).text
+    assert "Not scored yet" in text
     assert "SmolLM2-135M-Instruct" in text
 
 
@@ -335,18 +340,21 @@ def test_values_of_unexpected_types_do_not_break_the_page(run):
     read_page(run)
 
 
-def test_status_alone_is_enough(tmp_path):
+def test_a_folder_with_only_status_json_has_a_page(tmp_path):
     status = {"state": "failed", "exit_code": 1, "reason": "rank 3: out of memory"}
     (tmp_path / "status.json").write_text(json.dumps(status), encoding="utf-8")
     assert "rank 3: out of memory (exit code 1)" in read_page(tmp_path).text
 
 
-@pytest.mark.parametrize("file", ["run.yaml", None])
-def test_a_folder_that_is_no_run_folder_is_refused(tmp_path, file):
-    if file:
+@pytest.mark.parametrize("files", [(), ("run.yaml",)])
+def test_a_folder_that_is_not_a_run_folder_is_refused(tmp_path, files):
+    for file in files:
         (tmp_path / file).write_text("lora_r: 8", encoding="utf-8")
     with refused("not a run folder"):
         write_report(tmp_path)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
     with refused("not a run folder"):
         write_report(tmp_path / "nowhere")
 
@@ -361,13 +369,13 @@ def test_after_a_resume_later_records_replace_earlier_ones(run):
     later = [{"step": step, "loss": 100.0 + step} for step in (6, 7)]
     first = [*metrics(10), {"step": 9, "eval_loss": 5.0}, {"step": 5, "eval_loss": 4.0}]
     write_metrics(run, [*first, *later])
-    found = read_run_folder(run)
-    assert [step for step, _ in found.measured("loss")] == [1, 2, 3, 4, 5, 6, 7]
-    assert found.measured("loss")[-2:] == [(6, 106.0), (7, 107.0)]
-    assert found.held_out() == [(5, 4.0)]
+    folder = read_run_folder(run)
+    assert [step for step, _ in folder.measured("loss")] == [1, 2, 3, 4, 5, 6, 7]
+    assert folder.measured("loss")[-2:] == [(6, 106.0), (7, 107.0)]
+    assert folder.held_out() == [(5, 4.0)]
 
 
-def test_a_memory_prediction_that_is_off_is_pointed_out(run):
+def test_a_memory_prediction_that_is_off_by_10_percent_is_marked(run):
     assert "differ by more" not in read_page(run).text
     sizes = {"peak_bytes": 2 * GIB, "predicted_bytes": int(1.316 * GIB)}
     write_metrics(run, [{"step": 1, "loss": 1.0, **sizes}])
@@ -392,13 +400,13 @@ def test_plots_accept_nan_infinity_and_long_runs():
     assert line_curve("b", ([1], [0.0]), "one").startswith("<svg")
 
 
-def test_smoothing_keeps_a_constant_and_a_line():
+def test_smoothing_keeps_constants_and_straight_lines():
     assert smoothed([2.0] * 45) == pytest.approx([2.0] * 45)
     assert smoothed([float(i) for i in range(60)])[30] == pytest.approx(30)
     assert smoothed([]) == []
 
 
-def test_the_script_needs_no_torch(run):
+def test_the_report_is_written_without_torch(run):
     code = (
         "import sys; from pathlib import Path; from pipeline.report.page import write_report; "
         "write_report(Path(sys.argv[1])); assert 'torch' not in sys.modules"

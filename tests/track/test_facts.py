@@ -1,4 +1,4 @@
-"""The facts of a run that a tracker receives, and the environment of its process."""
+"""The data that a tracker receives: names without folders, metrics, and environment variables."""
 
 import json
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.unit
         (0.05, 0.05),
     ],
 )  # fmt: skip
-def test_paths_lose_their_folders_and_hub_names_stay(value, shown):
+def test_only_the_last_part_of_a_path_is_sent_and_hub_names_are_kept(value, shown):
     assert _last_part(value) == shown
 
 
@@ -31,7 +31,7 @@ def test_only_the_variables_of_the_tracker_reach_its_process():
     assert tracker_environment("tensorboard", env).keys() == {"PATH", "LC_ALL"}
 
 
-def test_lines_are_read_once_whole_and_again_from_a_replaced_file(tmp_path):
+def test_complete_lines_are_read_once_and_again_after_the_file_is_replaced(tmp_path):
     path = tmp_path / "metrics.jsonl"
     reader = LineReader(path)
     assert reader.new_lines() == []
@@ -43,11 +43,11 @@ def test_lines_are_read_once_whole_and_again_from_a_replaced_file(tmp_path):
     assert reader.new_lines() == []
     other = tmp_path / "other"
     other.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(9)))
-    other.replace(path)  # as a resumed run does
+    other.replace(path)  # a resumed run does so
     assert [line["step"] for line in reader.new_lines()] == list(range(9))
 
 
-def test_metrics_are_named_by_their_kind_and_lack_what_is_null():
+def test_metrics_are_named_by_their_kind_without_null_values():
     line = {"step": 3, "loss": 1.0, "grad_norm": None, "was_applied": True}
     assert metrics_of(line) == ("train", {"train/loss": 1.0, "train/was_applied": 1.0})
     assert metrics_of({"step": 3, "eval_loss": 2.0}) == ("eval", {"eval/loss": 2.0})

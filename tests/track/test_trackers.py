@@ -1,4 +1,4 @@
-"""A run in each tracker, through the real library on local files; `make test-trackers` runs all."""
+"""Runs sent to each tracker's real library, on local files; `make test-trackers` runs all."""
 
 import importlib.util
 import json
@@ -26,8 +26,8 @@ SECRETS = {
 
 
 def needs(library: str) -> pytest.MarkDecorator:
-    is_there = importlib.util.find_spec(library) is not None
-    return pytest.mark.skipif(not is_there, reason=f"no {library} here: make test-trackers")
+    is_installed = importlib.util.find_spec(library) is not None
+    return pytest.mark.skipif(not is_installed, reason=f"no {library} here: make test-trackers")
 
 
 each_tracker = pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def write_lines(folder: Path, lines: list[dict]) -> None:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run folder of four steps and an evaluation, with secrets where trackers must not look."""
+    """A run folder of four steps and an evaluation, with secrets that no tracker may receive."""
     for name in ("WANDB_MODE", "WANDB_SILENT", "MLFLOW_TRACKING_URI", "TRACKIO_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -85,7 +85,7 @@ def run(tmp_path, monkeypatch):
 
 
 def track(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """`rankzero track` with a secret among the words of its command."""
+    """Run `rankzero track` with a secret in its command line."""
     code = f"from pipeline.cli.track import main; main()  # {SECRETS['argv']}"
     command = [sys.executable, "-c", code, str(folder), "--tracker", name, *words]
     environment = tracker_environment(name, os.environ) | {"PYTHONPATH": str(ROOT)}
@@ -114,18 +114,18 @@ def test_a_run_is_sent_once_and_a_resumed_run_continues(run, name):
 def test_no_secret_no_path_and_no_row_reaches_a_tracker(run, name):
     assert track(run, name).returncode == 0
     files = [path for path in (run / "tracking").rglob("*") if path.is_file()]
-    of_this_machine = {"debug.log", "debug-internal.log"}  # W&B's own, never sent
+    of_this_machine = {"debug.log", "debug-internal.log"}  # logs of W&B that are never sent
     sent = [path for path in files if path.name not in of_this_machine]
     assert sent
     for path in sent:
-        # MLflow's experiment has the folder of its artifacts, which is local here.
+        # MLflow's database has the path of the artifact folder, which is local in this test.
         kinds = SECRETS.keys() - ({"path"} if path.name.startswith("mlflow.db") else set())
         data = path.read_bytes()
         assert not [kind for kind in kinds if SECRETS[kind].encode() in data], path
 
 
 @each_tracker
-def test_answers_are_sent_when_asked_for(run, name):
+def test_answers_are_sent_if_the_settings_request_them(run, name):
     settings = json.loads((run / "run.yaml").read_text().split("\n")[1])
     settings["tracker_uploads"] = ["adapter", "answers"]
     (run / "run.yaml").write_text(json.dumps(settings))
@@ -135,7 +135,7 @@ def test_answers_are_sent_when_asked_for(run, name):
 
 
 def points(folder: Path, name: str, metric: str) -> list[tuple[int, float]]:
-    """Steps and values of a metric as the tracker has them."""
+    """Steps and values of a metric in the tracker's files."""
     local = folder / "tracking"
     if name == "mlflow":
         query = "select step, value from metrics where key = ? order by step"
@@ -160,9 +160,9 @@ def points(folder: Path, name: str, metric: str) -> list[tuple[int, float]]:
 def wandb_points(local: Path, metric: str) -> list[tuple[int, float]]:
     from wandb.proto import wandb_internal_pb2
 
-    found = []
+    points = []
     for path in sorted(local.glob("wandb/offline-run-*/*.wandb")):
-        for data in leveldb_records(path.read_bytes()[7:]):  # after ":W&B", a number, a version
+        for data in leveldb_records(path.read_bytes()[7:]):  # after the header: ":W&B" and 3 bytes
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             items = {
@@ -170,16 +170,16 @@ def wandb_points(local: Path, metric: str) -> list[tuple[int, float]]:
                 for item in record.history.item
             }
             if metric in items:
-                found.append((items["train/step"], items[metric]))
-    return found
+                points.append((items["train/step"], items[metric]))
+    return points
 
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:
-    """Records of LevelDB's log format: blocks of 32 KiB, of fragments with a head of 7 bytes."""
+    """Records of LevelDB's log format: blocks of 32 KiB of fragments with 7-byte headers."""
     position, block, parts = 0, 32 * 1024, b""
     while position + 7 <= len(data):
-        if (left := block - (position + 7) % block) < 7:  # offsets count from the file's start
-            position += left
+        if (remaining := block - (position + 7) % block) < 7:  # offsets count from the file's start
+            position += remaining
             continue
         length, kind = (
             int.from_bytes(data[position + 4 : position + 6], "little"),
@@ -187,13 +187,13 @@ def leveldb_records(data: bytes) -> Iterator[bytes]:
         )
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # a whole record, or its last fragment
+        if kind in (1, 4):  # a complete record, or its last fragment
             yield parts
             parts = b""
 
 
 @needs("tensorboard")
-def test_training_is_followed_while_it_runs_and_its_end_ends_the_process(run, monkeypatch):
+def test_metrics_are_sent_during_training_and_completely_at_its_end(run, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     with TrackerProcesses() as trackers:
         trackers.start(run, ["tensorboard"])
@@ -210,7 +210,7 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_a_tracker_that_hangs_is_ended_and_what_it_lacks_is_named(run, monkeypatch, caplog):
+def test_a_tracker_that_hangs_is_killed_and_the_missing_steps_are_named(run, monkeypatch, caplog):
     program = run.parent / "python"
     program.write_text("#!/bin/bash\nexec sleep 600\n")
     program.chmod(0o755)
@@ -223,7 +223,7 @@ def test_a_tracker_that_hangs_is_ended_and_what_it_lacks_is_named(run, monkeypat
     assert_mentions(caplog.text, "mlflow", "step 0 of 4", "rankzero track", "not affected")
 
 
-def test_a_tracker_that_fails_says_so_once_and_ends(run, monkeypatch, capfd, caplog):
+def test_a_failed_tracker_gives_one_message_and_training_continues(run, monkeypatch, capfd, caplog):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (run / "plan.json").write_text("{")
     with caplog.at_level("WARNING"), TrackerProcesses() as trackers:
@@ -234,10 +234,10 @@ def test_a_tracker_that_fails_says_so_once_and_ends(run, monkeypatch, capfd, cap
     assert_mentions(caplog.text, "mlflow", "rankzero track")
 
 
-def test_a_failed_upload_leaves_what_was_sent_for_the_next_call(run, monkeypatch):
+def test_a_failed_upload_is_continued_by_the_next_call(run, monkeypatch):
     sent: list[int] = []
 
-    class Fragile:
+    class FailingTracker:
         run_id = "7"
 
         def __init__(self, facts, run_id):
@@ -254,8 +254,8 @@ def test_a_failed_upload_leaves_what_was_sent_for_the_next_call(run, monkeypatch
         def finish(self):
             pass
 
-    monkeypatch.setattr("pipeline.track.follow.TRACKERS", {"mlflow": Fragile})
-    with pytest.raises(OSError, match="no route"):
+    monkeypatch.setattr("pipeline.track.follow.TRACKERS", {"mlflow": FailingTracker})
+    with pytest.raises(OSError):  # noqa: PT011 - raised above
         follow(run, "mlflow", lambda _: True)
     follow(run, "mlflow", lambda _: True)
     assert [step for step in sent if step > 0] == [1, 2, 2, 3, 4, 4]  # and the scores at step 4

@@ -1,6 +1,6 @@
-"""Predicted bytes of live tensors are within a tenth of what CPU runs have, in every kind of run.
+"""The predicted peak of live tensor bytes is within 10 % of the peak measured in CPU runs.
 
-Some of the cases of tests/bench/memory.py, which measures and prints them all, with fewer blocks.
+The cases are a selection of those of tests/bench/memory.py, most with fewer layers.
 """
 
 from dataclasses import replace
@@ -43,11 +43,11 @@ CASES = FEWER_BLOCKS | ALL_BLOCKS
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Where models that several cases share are kept."""
+    """Folder of the models, which several cases share."""
     return tmp_path_factory.mktemp("models")
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_the_peak_is_predicted(models, case):
-    found = run(case, models)
-    assert abs(error_of(found)) < 0.1, found["terms"]
+def test_the_predicted_peak_is_within_ten_percent_of_the_measured_peak(models, case):
+    result = run(case, models)
+    assert abs(error_of(result)) < 0.1, result["terms"]

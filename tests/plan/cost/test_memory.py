@@ -1,4 +1,4 @@
-"""The memory model: the guide's own table, a real model beside it, and its invariants."""
+"""The memory model: the guide's table, Gemma 2 27B, and invariants over all layouts."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ SEVEN = (
 
 
 def model(widths, **keys):
-    """A Llama whose seven linear layers have these (d_in, d_out); more follow in `linears`."""
+    """A Llama whose seven linear layers have these (d_in, d_out); `linears` adds others."""
     linears = tuple(Linear(name, *width) for name, width in zip(SEVEN, widths, strict=True))
     block = {"num_heads": 32, "num_kv_heads": 32, "head_dim": 128}
     block |= {key: keys.pop(key) for key in Block.__dataclass_fields__.keys() & keys.keys()}
@@ -53,7 +53,7 @@ def decoder(hidden, inner, keys, layers, vocab, **rest):
     return model(widths, num_layers=layers, vocab_size=vocab, **size | rest)
 
 
-# The guide's: 27e9 parameters, no embeddings, seven square targets; the rest is one more layer.
+# The guide's model: 27e9 parameters, no embeddings, seven square targets, one other linear layer.
 REST = 27 * GB // 32 - 7 * 4096**2
 GUIDE = model(
     [(4096, 4096)] * 7, hidden_size=4096, intermediate_size=4096, num_layers=32, vocab_size=0,
@@ -81,27 +81,27 @@ def layout(**keys):
     return Layout(**values | keys)
 
 
-def need_of(shape, keys, where, machine, tokens):
-    return memory(shape, keys, where, machine, SequenceProfile(tokens=tokens))
+def need_of(shape, settings, layout, machine, tokens):
+    return memory(shape, settings, layout, machine, SequenceProfile(tokens=tokens))
 
 
 LORA, NF4 = run(), run(load_in_4bit=True, bnb_4bit_use_double_quant=True)
 INT8 = run(load_in_8bit=True)
 
 
-def test_the_guides_table():
+def test_the_formulas_give_the_guide_s_table():
     assert GUIDE.parameters == pytest.approx(27e9, rel=1e-4)
     assert base_bytes(GUIDE, LORA, "bfloat16") == pytest.approx(54e9, rel=0.05)
     assert base_bytes(GUIDE, NF4, "bfloat16") == pytest.approx(14e9, rel=0.05)
     trainable = trainable_parameters(GUIDE, LORA)
     assert trainable == 7 * 32 * 64 * (4096 + 4096)
-    # 0.43 %, and "about 0.4 %" is 5 % from it only as the guide rounds: 112 of 27000 millions
+    # The guide says "about 0.4 %"; 112 of 27000 million parameters are 0.43 %.
     assert trainable == pytest.approx(112e6, rel=0.05)
     assert round(100 * trainable / GUIDE.parameters, 1) == 0.4
     assert 4 * trainable == pytest.approx(500e6, rel=0.08)  # "~500MB adapters": fp32
 
 
-def test_gemma_2_27b():
+def test_gemma_2_27b_has_its_published_size():
     assert GEMMA2_27B.parameters == 27_227_128_320  # its model card: 27 B
     trainable = trainable_parameters(GEMMA2_27B, LORA)
     assert trainable == 456_720_384
@@ -113,7 +113,7 @@ def test_gemma_2_27b():
     assert quantised == pytest.approx(GEMMA2_27B.quantised_parameters * 0.516, rel=0.001)
 
 
-def test_double_quantisation_is_smaller_and_nothing_else():
+def test_double_quantisation_saves_only_constants():
     single = run(load_in_4bit=True, bnb_4bit_use_double_quant=False)
     for shape in (SMALL, GEMMA2_27B):
         sizes = [base_bytes(shape, keys, "bfloat16") for keys in (NF4, single, INT8, LORA)]
@@ -122,8 +122,8 @@ def test_double_quantisation_is_smaller_and_nothing_else():
         assert sizes[1] - sizes[0] == saved
 
 
-# Every layout that may run: 8 bits are refused at ZeRO-3, and 4 bits there need every block
-# recomputed (rules 8bit-zero3 and 4bit-zero3-unchecked), but the arithmetic must hold all the same.
+# Some of these layouts are refused (rules 8bit-zero3 and 4bit-zero3-unchecked), but the arithmetic
+# must hold for them too.
 DROPOUT, QUERIES = run(lora_dropout=0.1), run(lora_target_modules=["q_proj"])
 RUNS = st.sampled_from([LORA, NF4, INT8, DROPOUT, QUERIES])
 LAYOUTS = st.builds(
@@ -144,8 +144,8 @@ TOKENS = st.integers(1, 4096)
 
 @settings(deadline=None)
 @given(RUNS, LAYOUTS, MACHINES, TOKENS)
-def test_terms_are_counts_and_the_peak_is_their_sum(keys, where, machine, tokens):
-    need = need_of(SMALL, keys, where, machine, tokens)
+def test_terms_are_counts_and_the_peak_is_their_sum(keys, plan_layout, machine, tokens):
+    need = need_of(SMALL, keys, plan_layout, machine, tokens)
     assert all(size > 0 for size in need.per_rank.values())
     assert need.peak_bytes == sum(need.per_rank.values())
     assert need.device_need >= need.load_peak_bytes >= need.loading_tensors > 0
@@ -155,32 +155,38 @@ def test_terms_are_counts_and_the_peak_is_their_sum(keys, where, machine, tokens
 
 @settings(deadline=None)
 @given(RUNS, LAYOUTS, MACHINES, TOKENS, st.integers(1, 64))
-def test_need_rises_with_sequences_and_tokens(keys, where, machine, tokens, more):
-    need = need_of(SMALL, keys, where, machine, tokens).device_need
-    wider = replace(where, micro_batch_size=where.micro_batch_size + more)
+def test_more_sequences_or_tokens_never_need_less_memory(keys, plan_layout, machine, tokens, more):
+    need = need_of(SMALL, keys, plan_layout, machine, tokens).device_need
+    wider = replace(plan_layout, micro_batch_size=plan_layout.micro_batch_size + more)
     assert need_of(SMALL, keys, wider, machine, tokens).device_need >= need
-    assert need_of(SMALL, keys, where, machine, tokens + more).device_need >= need
+    assert need_of(SMALL, keys, plan_layout, machine, tokens + more).device_need >= need
 
 
 @settings(deadline=None)
 @given(RUNS, LAYOUTS, MACHINES, TOKENS)
-def test_need_falls_as_more_blocks_are_recomputed(keys, where, machine, tokens):
-    """Except the last one: its input is saved too, and its backward pass ran alone before."""
+def test_more_checkpointed_layers_never_need_more_memory(keys, plan_layout, machine, tokens):
+    """Except the last layer: its input is saved in addition to its recomputed activations."""
     needs = [
-        need_of(SMALL, keys, replace(where, checkpointed_layers=k), machine, tokens).device_need
+        need_of(
+            SMALL, keys, replace(plan_layout, checkpointed_layers=k), machine, tokens
+        ).device_need
         for k in range(SMALL.num_layers + 1)
     ]
     assert needs[:-1] == sorted(needs[:-1], reverse=True)
-    block_input = where.micro_batch_size * tokens * SMALL.hidden_size * where.bytes_per_value
-    assert needs[-1] <= needs[-2] + 1.03 * block_input + 1  # and the allocator's 3 % of it
+    block_input = (
+        plan_layout.micro_batch_size * tokens * SMALL.hidden_size * plan_layout.bytes_per_value
+    )
+    assert needs[-1] <= needs[-2] + 1.03 * block_input + 1  # plus 3 % for the allocator
 
 
 @settings(deadline=None)
 @given(RUNS, LAYOUTS, MACHINES, TOKENS)
-def test_need_falls_as_a_sharded_base_is_divided_over_more_ranks(keys, where, machine, tokens):
-    where = replace(where, zero_stage=3, nodes=1)
+def test_more_ranks_never_need_more_memory_each_at_zero_3(keys, plan_layout, machine, tokens):
+    plan_layout = replace(plan_layout, zero_stage=3, nodes=1)
     needs = [
-        need_of(SMALL, keys, replace(where, ranks_per_node=ranks), machine, tokens).device_need
+        need_of(
+            SMALL, keys, replace(plan_layout, ranks_per_node=ranks), machine, tokens
+        ).device_need
         for ranks in (1, 2, 4, 8, 64)
     ]
     assert needs == sorted(needs, reverse=True)
@@ -188,34 +194,36 @@ def test_need_falls_as_a_sharded_base_is_divided_over_more_ranks(keys, where, ma
 
 @settings(deadline=None)
 @given(RUNS, LAYOUTS, TOKENS)
-def test_shares_add_up_to_the_whole(keys, where, tokens):
-    where = replace(where, zero_stage=3, offload_param="none")
-    terms = need_of(SMALL, keys, where, H100, tokens).per_rank
-    whole = base_bytes(SMALL, keys, where.training_dtype)
-    world, constants = where.world_size, terms.get("quantisation_constants", 0)
+def test_shards_of_the_ranks_add_up_to_the_whole_base(keys, plan_layout, tokens):
+    plan_layout = replace(plan_layout, zero_stage=3, offload_param="none")
+    terms = need_of(SMALL, keys, plan_layout, H100, tokens).per_rank
+    whole = base_bytes(SMALL, keys, plan_layout.training_dtype)
+    world, constants = plan_layout.world_size, terms.get("quantisation_constants", 0)
     assert 0 <= whole - (world * terms["base_weights"] + constants) < world
-    copied = need_of(SMALL, keys, replace(where, hpz_partition_size=1 + world), H100, tokens)
+    copied = need_of(SMALL, keys, replace(plan_layout, hpz_partition_size=1 + world), H100, tokens)
     assert copied.per_rank["hpz_copy"] == (whole - constants) // (1 + world)
 
 
 @settings(deadline=None)
 @given(LAYOUTS, TOKENS)
-def test_through_the_host_a_quantised_base_is_never_whole_on_a_device(where, tokens):
-    where = replace(where, zero_stage=3, nodes=1, ranks_per_node=8, training_dtype="bfloat16")
-    straight = need_of(GEMMA2_27B, NF4, replace(where, loads_through_host=False), H100, tokens)
-    through = need_of(GEMMA2_27B, NF4, replace(where, loads_through_host=True), H100, tokens)
+def test_a_quantised_base_loaded_through_the_host_is_never_whole_on_a_device(plan_layout, tokens):
+    plan_layout = replace(
+        plan_layout, zero_stage=3, nodes=1, ranks_per_node=8, training_dtype="bfloat16"
+    )
+    direct = need_of(GEMMA2_27B, NF4, replace(plan_layout, loads_through_host=False), H100, tokens)
+    through = need_of(GEMMA2_27B, NF4, replace(plan_layout, loads_through_host=True), H100, tokens)
     whole = base_bytes(GEMMA2_27B, NF4, "bfloat16")
-    assert through.loading_tensors < whole <= straight.loading_tensors
-    assert through.host_peak_bytes - straight.host_peak_bytes == 8 * whole
+    assert through.loading_tensors < whole <= direct.loading_tensors
+    assert through.host_peak_bytes - direct.host_peak_bytes == 8 * whole
 
 
-def test_a_bigger_adapter_needs_more():
+def test_a_larger_adapter_needs_more_memory():
     needs = [need_of(SMALL, run(lora_r=r), layout(), H100, 512).peak_bytes for r in (4, 16, 64)]
     assert needs == sorted(set(needs))
 
 
-def test_checkpoints_on_the_disk():
-    """One more than is kept, and with held-out data that of the lowest loss."""
+def test_disk_space_has_room_for_kept_new_and_best_checkpoints():
+    """One more than save_total_limit, and with held-out data the one of the lowest loss."""
     held_out = {"eval_data": "h", "save_total_limit": 3}
 
     def checkpoints(**keys) -> float:

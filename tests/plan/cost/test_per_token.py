@@ -1,4 +1,4 @@
-"""FLOPs, kernels and bytes of plan/cost/per_token.py, counted against models with LoRA."""
+"""FLOPs, kernels and bytes of plan/cost/per_token.py equal those counted on models with LoRA."""
 
 from collections import Counter
 from functools import cache
@@ -24,20 +24,20 @@ CONFIG = {
     "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8,
     "num_key_value_heads": 2, "vocab_size": 512,
 }  # fmt: skip
-OWN = {
+MODEL_KEYS = {
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "gemma2": {"head_dim": 32},
 }  # fmt: skip
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS = {"mixtral": PROJECTIONS[:4]}
-MOVE_NOTHING = {
+NO_KERNEL = {
     "alias", "as_strided", "detach", "empty_like", "expand", "select", "slice", "split", "squeeze",
     "split_with_sizes", "t", "transpose", "unsqueeze", "view", "_unsafe_view",
 }  # fmt: skip
 
 
 class Kernels(TorchDispatchMode):
-    """Counts operators that do something, and the bytes of their tensors of two or more axes."""
+    """Counts operators that launch a kernel, and the bytes of their tensors of two or more axes."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func.__name__.split(".")[0] not in MOVE_NOTHING:
+        if func.__name__.split(".")[0] not in NO_KERNEL:
             tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
             self.counts["kernels"] += 1
             self.counts["bytes"] += sum(
@@ -55,13 +55,13 @@ class Kernels(TorchDispatchMode):
 
 
 def model_config(kind, layers):
-    return AutoConfig.for_model(kind, num_hidden_layers=layers, **CONFIG | OWN.get(kind, {}))
+    return AutoConfig.for_model(kind, num_hidden_layers=layers, **CONFIG | MODEL_KEYS.get(kind, {}))
 
 
 def counted(kind, layers, documents=1):
-    """Kernels, bytes and FLOPs of forward and backward through so many blocks.
+    """Counted kernels, bytes and FLOPs of the forward and backward pass of a model.
 
-    With packs of `documents` in each sequence.
+    `documents`: number of documents packed in each sequence.
     """
     torch.manual_seed(0)
     attention = None if documents == 1 else WITHIN_DOCUMENTS
@@ -72,22 +72,22 @@ def counted(kind, layers, documents=1):
     model = get_peft_model(base, lora, autocast_adapter_dtype=False).get_base_model().model
     ids = torch.randint(0, 512, (SEQUENCES, TOKENS))
     packs = [[TOKENS // documents] * documents] * SEQUENCES
-    apart = arguments_for(WITHIN_DOCUMENTS, packs, ids)
-    found = Counter()
+    pack_arguments = arguments_for(WITHIN_DOCUMENTS, packs, ids)
+    counts = Counter()
     for direction in ("forward", "backward"):
-        with FlopCounterMode(display=False) as flops, Kernels() as seen:
+        with FlopCounterMode(display=False) as flops, Kernels() as kernels:
             if direction == "forward":
-                hidden = model(ids, use_cache=False, **apart)[0]
+                hidden = model(ids, use_cache=False, **pack_arguments)[0]
             else:
                 hidden.float().sum().backward()
-        found |= {(direction, name): count for name, count in seen.counts.items()}
-        found[direction, "flops"] = flops.get_total_flops()
-    return found
+        counts |= {(direction, name): count for name, count in kernels.counts.items()}
+        counts[direction, "flops"] = flops.get_total_flops()
+    return counts
 
 
 @cache
 def block(kind, documents=1):
-    """The same of one block: what is around the blocks falls out of the difference."""
+    """The counts of one block: everything around the blocks cancels in the difference."""
     two, four = counted(kind, 2, documents), counted(kind, 4, documents)
     return {key: (four[key] - two[key]) / 2 for key in two}
 
@@ -101,43 +101,43 @@ def work(kind, folder, *, packing=False):
     return cost_per_token(read_shape(str(folder)), settings, "bfloat16")
 
 
-def test_flops(tmp_path):
-    """torch's counter leaves out attention's scores on a CPU, so they are not compared here."""
-    found, planned, tokens = block("llama"), work("llama", tmp_path), SEQUENCES * TOKENS
-    assert found["forward", "flops"] == tokens * (planned.base_flops + planned.adapter_flops)
-    assert found["backward", "flops"] == tokens * (planned.base_flops + 2 * planned.adapter_flops)
+def test_flops_of_a_block_are_those_counted(tmp_path):
+    """Without attention scores, which torch's counter omits on a CPU."""
+    counts, planned, tokens = block("llama"), work("llama", tmp_path), SEQUENCES * TOKENS
+    assert counts["forward", "flops"] == tokens * (planned.base_flops + planned.adapter_flops)
+    assert counts["backward", "flops"] == tokens * (planned.base_flops + 2 * planned.adapter_flops)
 
 
-def test_what_is_dealt_to_ranks_is_what_a_model_does(tmp_path):
-    found, tokens = block("llama"), SEQUENCES * TOKENS
-    both = found["forward", "flops"] + found["backward", "flops"]
+def test_flops_used_to_partition_sequences_are_those_counted(tmp_path):
+    counts, tokens = block("llama"), SEQUENCES * TOKENS
+    both = counts["forward", "flops"] + counts["backward", "flops"]
     assert both == tokens * sequence_flops(work("llama", tmp_path)).per_token
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_kernels(kind, tmp_path):
-    found, planned = block(kind), work(kind, tmp_path)
-    assert found["forward", "kernels"] == planned.kernels
+def test_kernels_of_a_block_are_those_counted(kind, tmp_path):
+    counts, planned = block(kind), work(kind, tmp_path)
+    assert counts["forward", "kernels"] == planned.kernels
     backward = _KERNELS_BACKWARD * planned.kernels
-    assert found["backward", "kernels"] == pytest.approx(backward, rel=0.1)
+    assert counts["backward", "kernels"] == pytest.approx(backward, rel=0.1)
 
 
 @pytest.mark.parametrize(
     ("kind", "forward", "backward"),
     [("llama", 0.05, 0.05), ("mixtral", 0.1, 0.2), ("gemma2", 0.1, 0.2)],
 )
-def test_bytes(kind, forward, backward, tmp_path):
-    found, planned = block(kind), work(kind, tmp_path)
+def test_bytes_of_a_block_are_those_counted(kind, forward, backward, tmp_path):
+    counts, planned = block(kind), work(kind, tmp_path)
     values = planned.token_values + TOKENS * planned.score_values
     activations = 2 * SEQUENCES * TOKENS * values
     weights = 2 * (planned.linear_values + planned.expert_values)
-    assert found["forward", "bytes"] == pytest.approx(activations + weights, rel=forward)
+    assert counts["forward", "bytes"] == pytest.approx(activations + weights, rel=forward)
     expected = _TRAFFIC_BACKWARD * activations + weights
-    assert found["backward", "bytes"] == pytest.approx(expected, rel=backward)
+    assert counts["backward", "bytes"] == pytest.approx(expected, rel=backward)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_kernels_of_a_document_in_a_pack(kind, tmp_path):
+def test_kernels_of_a_packed_document_are_those_counted(kind, tmp_path):
     two, four = block(kind, 2), block(kind, 4)
     for direction, rel in {"forward": 0, "backward": 0.1}.items():
         added = (four[direction, "kernels"] - two[direction, "kernels"]) / (2 * SEQUENCES)
@@ -147,11 +147,11 @@ def test_kernels_of_a_document_in_a_pack(kind, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "forward", "backward"), [("llama", 0.05, 0.05), ("gemma2", 0.1, 0.2)]
 )
-def test_bytes_of_packs(kind, forward, backward, tmp_path):
-    found, planned = block(kind, 4), work(kind, tmp_path, packing=True)
+def test_bytes_of_packs_are_those_counted(kind, forward, backward, tmp_path):
+    counts, planned = block(kind, 4), work(kind, tmp_path, packing=True)
     values = planned.token_values + TOKENS // 4 * planned.score_values
     activations = 2 * SEQUENCES * TOKENS * values
     weights = 2 * planned.linear_values
-    assert found["forward", "bytes"] == pytest.approx(activations + weights, rel=forward)
+    assert counts["forward", "bytes"] == pytest.approx(activations + weights, rel=forward)
     expected = _TRAFFIC_BACKWARD * activations + weights
-    assert found["backward", "bytes"] == pytest.approx(expected, rel=backward)
+    assert counts["backward", "bytes"] == pytest.approx(expected, rel=backward)

@@ -1,4 +1,4 @@
-"""docs/scale.md's own arithmetic agrees with the plan's model of speed."""
+"""The arithmetic of docs/scale.md agrees with the plan's speed model."""
 
 from dataclasses import replace
 
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.unit
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("sharding", ["ZeRO-2", "ZeRO-3"])
 @pytest.mark.parametrize("gpus", [8, 64])
-def test_bytes_over_links_are_what_the_model_waits_for(base, sharding, gpus):
-    """With links so slow that nothing else counts, a step is its bytes over their rate."""
+def test_a_step_on_slow_links_takes_the_time_of_its_bytes(base, sharding, gpus):
+    """With links so slow that everything else is negligible."""
     slow = 1e5
     case = Case(
         model="8b", base=base, sharding=sharding, gpus=gpus, network=25e9, global_batch=4 * gpus
@@ -39,13 +39,13 @@ def test_bytes_over_links_are_what_the_model_waits_for(base, sharding, gpus):
     assert waiting(speed) == pytest.approx(sent / (0.7 * slow), rel=1e-3)
 
 
-def test_where_doubling_stops_paying():
+def test_doubling_pays_up_to_the_first_small_gain():
     assert pays_up_to({8: 8.0, 16: 4.0, 32: 2.1}) == 32
     assert pays_up_to({8: 8.0, 16: 4.0, 32: 3.9, 64: 1.0}) == 16
     assert pays_up_to({16: 4.0}) == 16
 
 
-def test_tables_go_between_their_markers():
+def test_tables_replace_the_text_between_their_markers():
     page = "\n".join(
         f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->"
         for name in (

@@ -1,4 +1,4 @@
-"""The speed model: counts by hand, the orderings that choices rest on, and its invariants."""
+"""The speed model: hand-counted FLOPs, the orderings that the plan relies on, and invariants."""
 
 from dataclasses import replace
 
@@ -69,8 +69,8 @@ def speed(shape=LLAMA_8B, keys=LORA, hardware=H100, tokens=1024.0, **rest):
     return step_seconds(shape, keys, layout(**rest), hardware, SequenceProfile(tokens=tokens))
 
 
-def test_flops_are_those_counted_by_hand():
-    """4 FLOPs a weight and token, 6 an adapter's; attention 2 x T x width, and 2.5 times back."""
+def test_arithmetic_is_that_counted_by_hand():
+    """4 FLOPs per frozen weight and token, 6 per adapter weight; attention backward is 2.5 x."""
     n = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     p = 16 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
     assert (n, p) == (LLAMA_8B.linear_parameters, trainable_parameters(LLAMA_8B, LORA))
@@ -90,7 +90,7 @@ def test_a_frozen_base_costs_4_flops_a_parameter_and_token_and_6_recomputed():
     assert times[2] / times[0] == pytest.approx(6 / 4, rel=1e-3)
 
 
-def test_half_of_the_scores_are_skipped_unless_they_are_soft_capped_and_made():
+def test_only_soft_capped_scores_without_flash_attention_are_computed_completely():
     capped = replace(LLAMA_8B, score_softcap=True)
     for shape, flag, whole in (
         (LLAMA_8B, "auto", False),
@@ -103,7 +103,7 @@ def test_half_of_the_scores_are_skipped_unless_they_are_soft_capped_and_made():
         assert (work.score_values > 0) == whole
 
 
-def test_a_micro_batch_reads_the_experts_that_its_tokens_meet():
+def test_a_micro_batch_reads_only_the_experts_of_its_tokens():
     tensors = {n: Experts(count=n, per_token=8, size=768).tensors(4096) for n in (8, 128)}
     mixture = with_blocks(LLAMA_8B, experts=tensors[128], experts_per_token=8)
     few, some, many, more = (
@@ -118,7 +118,7 @@ def test_a_micro_batch_reads_the_experts_that_its_tokens_meet():
 
 
 def test_adapter_traffic_at_zero_2_does_not_depend_on_the_base():
-    """Two models with the same adapters, one with nine times the weights."""
+    """Two models with the same adapters; one has more than eight times the weights."""
     wide = with_blocks(
         LLAMA_8B,
         linears=(*LLAMA_8B.blocks[0].linears, Linear("self_attn.extra", 4096, 400_000)),
@@ -145,7 +145,7 @@ def test_zero_2_reduces_every_micro_batch_and_zero_1_once():
 
 @pytest.mark.parametrize("keys", [LORA, QLORA])
 @pytest.mark.parametrize("gpu", GPUS)
-def test_sharding_the_base_costs_time(gpu, keys):
+def test_each_higher_zero_stage_is_slower(gpu, keys):
     times = [
         speed(
             keys=keys, hardware=GPUS[gpu], zero_stage=stage, accumulation_steps=4
@@ -156,7 +156,7 @@ def test_sharding_the_base_costs_time(gpu, keys):
     assert times[2] > times[1] > times[0]
 
 
-def test_hpz_keeps_gathers_in_the_node():
+def test_hpz_gathers_within_the_node():
     slow = replace(H100, network=3e9)
     keys = {"shape": LLAMA_70B, "hardware": slow, "zero_stage": 3}
     one_node = speed(**keys)
@@ -185,7 +185,7 @@ def test_4_bits_gather_a_quarter_of_the_linear_weights():
     )
 
 
-def test_quantised_weights_are_slower_while_both_fit():
+def test_quantised_weights_are_slower_than_16_bit_weights():
     for micro in (1, 8):
         whole, packed, int8 = (
             speed(keys=keys, micro_batch_size=micro) for keys in (LORA, QLORA, INT8)
@@ -201,7 +201,7 @@ def test_quantised_weights_are_slower_while_both_fit():
 @pytest.mark.parametrize("shape", [SMOLLM2, LLAMA_8B, LLAMA_70B])
 @pytest.mark.parametrize("keys", [LORA, QLORA])
 @pytest.mark.parametrize("hardware", [*GPUS.values(), cpu_of(16, 2**36)], ids=lambda h: h.name)
-def test_a_larger_micro_batch_is_never_slower_but_for_a_head_done_again(shape, keys, hardware):
+def test_a_larger_micro_batch_is_never_slower_except_for_recomputed_logits(shape, keys, hardware):
     for stage in (2, 3):
         times = [
             speed(
@@ -210,35 +210,35 @@ def test_a_larger_micro_batch_is_never_slower_but_for_a_head_done_again(shape, k
             )
             for i in range(5)
         ]  # fmt: skip
-        of_the_blocks = [time.seconds_per_step - time.terms["logits"] for time in times]
-        assert of_the_blocks == sorted(of_the_blocks, reverse=True)
+        without_logits = [time.seconds_per_step - time.terms["logits"] for time in times]
+        assert without_logits == sorted(without_logits, reverse=True)
         assert times[-1].terms["logits"] <= 2 * times[0].terms["logits"]
 
 
 def test_offloaded_shards_cross_the_host_link_twice_a_micro_batch():
     slow = replace(H100, host_link=1e8)
-    kept, offloaded = (
+    resident, offloaded = (
         speed(LLAMA_70B, hardware=slow, zero_stage=3, offload_param=where).terms["base_gathers"]
         for where in ("none", "cpu")
     )
-    assert offloaded - kept == pytest.approx(
+    assert offloaded - resident == pytest.approx(
         2 * cost_per_token(LLAMA_70B, LORA, "bfloat16").stored_bytes / 8 / 0.7e8, rel=0.05
     )
 
 
-def test_gathers_hide_behind_computing_but_for_a_tenth():
+def test_computation_hides_nine_tenths_of_the_gathers():
     short, long = (speed(LLAMA_70B, zero_stage=3, tokens=t).terms for t in (1, 8192))
     computing = sum(short[term] for term in ("arithmetic", "logits", "memory_traffic"))
     assert short["base_gathers"] > long["base_gathers"]
     assert short["base_gathers"] + computing == pytest.approx(10 * long["base_gathers"])
 
 
-def test_logits_of_supervised_positions_alone_are_cheaper():
-    all_of_them = speed().terms["logits"]
+def test_fewer_supervised_tokens_make_logits_cheaper():
+    of_all_tokens = speed().terms["logits"]
     half = step_seconds(
         LLAMA_8B, LORA, layout(), H100, SequenceProfile(tokens=1024, supervised_share=0.5)
     ).terms["logits"]
-    assert all_of_them / 3 < half < all_of_them * 0.7
+    assert of_all_tokens / 3 < half < of_all_tokens * 0.7
 
 
 layouts = st.builds(
@@ -265,46 +265,48 @@ machines = st.sampled_from([*GPUS.values(), cpu_of(2, 2**34)])
     factor=st.floats(1, 100),
 )
 @settings(max_examples=300, deadline=None)
-def test_terms_add_up_and_no_faster_part_makes_a_step_slower(
+def test_terms_add_up_and_faster_hardware_never_makes_a_step_slower(
     where, machine, keys, tokens, rate, factor
 ):
-    found = step_seconds(SMOLLM2, keys, where, machine, SequenceProfile(tokens=tokens))
-    assert all(seconds >= 0 for seconds in found.terms.values())
-    assert found.seconds_per_step == sum(found.terms.values())
-    assert found.tokens_per_second * found.seconds_per_step == pytest.approx(
+    result = step_seconds(SMOLLM2, keys, where, machine, SequenceProfile(tokens=tokens))
+    assert all(seconds >= 0 for seconds in result.terms.values())
+    assert result.seconds_per_step == sum(result.terms.values())
+    assert result.tokens_per_second * result.seconds_per_step == pytest.approx(
         where.global_batch_size * tokens
     )
-    assert [seconds for _, seconds in found.three_largest()] == sorted(found.terms.values())[:-4:-1]
+    assert [seconds for _, seconds in result.three_largest()] == sorted(result.terms.values())[
+        :-4:-1
+    ]
     faster = replace(machine, **{rate: getattr(machine, rate) * factor})
     after = step_seconds(SMOLLM2, keys, where, faster, SequenceProfile(tokens=tokens))
-    assert after.seconds_per_step <= found.seconds_per_step * (1 + 1e-9)
+    assert after.seconds_per_step <= result.seconds_per_step * (1 + 1e-9)
 
 
-def test_a_changed_setting_is_not_answered_from_the_cache():
+def test_the_cache_distinguishes_settings():
     first = speed(keys=run(lora_r=8)).terms["adapter_gather"]
-    for _ in range(40):  # new objects at addresses that were used before
+    for _ in range(40):  # new objects may have addresses of earlier ones
         assert speed(keys=run(lora_r=16)).terms["adapter_gather"] > first
         assert speed(keys=run(lora_r=8)).terms["adapter_gather"] == first
 
 
-def test_the_quickstart_as_measured():
+def test_the_predicted_speed_of_the_quickstart_is_near_the_measured_one():
     """docs/benchmarks.md, two cores, 74 tokens a row: 267 tokens/s with micro-batches of 4, 140
-    to 220 with micro-batches of 1; the catalogue's CPU is set to come near both.
+    to 220 with micro-batches of 1. The rates of the catalogue's CPU are fitted to both.
     """
     keys = run(lora_target_modules="all-linear", lora_dropout=0.0, max_length=512)
     for micro, low, high in ((4, 240, 294), (1, 140, 220)):
         where = layout(micro_batch_size=micro, ranks_per_node=2)
-        found = step_seconds(
+        result = step_seconds(
             SMOLLM2, keys, where, cpu_of(2, 2**34),
             SequenceProfile(tokens=73.75, supervised_share=0.44),
         )  # fmt: skip
-        assert low < found.tokens_per_second < high
+        assert low < result.tokens_per_second < high
 
 
-def test_the_example_in_the_docs():
+def test_the_example_of_the_docs_has_the_predicted_numbers():
     keys = run(lora_dropout=0.05)
-    found = speed(keys=keys, tokens=2048.0, micro_batch_size=4, checkpointed_layers=32)
+    result = speed(keys=keys, tokens=2048.0, micro_batch_size=4, checkpointed_layers=32)
     text = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
-    for term, seconds in found.terms.items():
+    for term, seconds in result.terms.items():
         assert (f"| `{term}` | {seconds:.4f} |" in text) == (seconds > 0), term
-    assert f"{found.tokens_per_second:,.0f} tokens/s".replace(",", " ") in text
+    assert f"{result.tokens_per_second:,.0f} tokens/s".replace(",", " ") in text

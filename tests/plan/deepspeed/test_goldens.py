@@ -1,4 +1,4 @@
-"""ds_configs/ holds exactly what the generator emits, and nothing that ties it to a machine."""
+"""ds_configs/ has exactly the output of its generator, and no value of a particular machine."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ FOLDER = ROOT / "ds_configs"
 GOLDENS = sorted(FOLDER.glob("*.json"))
 
 
-def test_goldens_are_what_the_code_says():
+def test_goldens_are_up_to_date():
     command = [sys.executable, "ds_configs/generate.py", "--check"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
@@ -31,7 +31,7 @@ def test_every_case_has_its_file_and_the_stage_of_its_name():
 
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
-def test_nothing_is_left_to_be_filled_in(path):
+def test_no_value_is_auto(path):
     def values(node):
         if isinstance(node, dict):
             return [leaf for value in node.values() for leaf in values(value)]

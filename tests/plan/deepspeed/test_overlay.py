@@ -1,4 +1,4 @@
-"""A user's own DeepSpeed JSON: values that it fixes, the merge, and refusals with their lines."""
+"""A user's DeepSpeed JSON: values that it sets, the merge, and refusals with line numbers."""
 
 import json
 import os
@@ -27,8 +27,8 @@ from tests.plans import SMOLLM2, gpu, sized
 
 pytestmark = pytest.mark.unit
 
-# A ZeRO-3 file as people bring it along from transformers' Trainer.
-FROM_A_TRAINER = {
+# A ZeRO-3 config for the Trainer of transformers.
+TRAINER_JSON = {
     "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
     "bf16": {"enabled": "auto"},
     "optimizer": {
@@ -86,38 +86,38 @@ def settings_of(**keys) -> RunSettings:
     return RunSettings(model="m", train_data="t", output_dir="o", **keys)
 
 
-def test_a_file_from_a_trainer_is_taken_as_it_is(plan):
-    made = plan(FROM_A_TRAINER)
-    zero = made.deepspeed["zero_optimization"]
-    assert made.layout.zero_stage == 3
+def test_a_config_of_the_trainer_is_accepted(plan):
+    new_plan = plan(TRAINER_JSON)
+    zero = new_plan.deepspeed["zero_optimization"]
+    assert new_plan.layout.zero_stage == 3
     assert zero["sub_group_size"] == 1e9
-    assert made.deepspeed["steps_per_print"] == 2000
-    assert made.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.999]
-    assert "auto" not in json.dumps(made.deepspeed)
-    # with 1e9 all of this base stays gathered
-    assert [rule.id for rule in made.rules] == ["gathered-too-much"]
+    assert new_plan.deepspeed["steps_per_print"] == 2000
+    assert new_plan.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.999]
+    assert "auto" not in json.dumps(new_plan.deepspeed)
+    # a max_live_parameters of 1e9 keeps all of this base gathered
+    assert [rule.id for rule in new_plan.rules] == ["gathered-too-much"]
 
 
-def test_the_plan_chooses_the_values_that_the_json_fixes(plan):
-    made = plan({
+def test_the_plan_has_the_values_that_the_json_sets(plan):
+    new_plan = plan({
         "train_batch_size": 64, "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.5,
         "zero_optimization": {"stage": 1}, "fp16": {"enabled": True},
         "optimizer": {"params": {"lr": 1e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]}},
     })  # fmt: skip
-    layout, settings = made.layout, made.settings
+    layout, settings = new_plan.layout, new_plan.settings
     assert (layout.global_batch_size, layout.micro_batch_size, layout.zero_stage) == (64, 2, 1)
     assert (settings.lr, settings.weight_decay, settings.max_grad_norm) == (1e-4, 0.1, 0.5)
-    assert made.training_dtype == "float16"
-    assert made.with_data(sized(640)).learning_rate(0) <= 1e-4
-    assert made.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.95]
-    assert made.deepspeed["gradient_accumulation_steps"] == 4
-    # run.yaml holds these settings: a plan made from it is the same
-    again = make_plan(settings, made.shape, made.hardware, nodes=1, ranks_per_node=8)
-    assert again.deepspeed == made.deepspeed
+    assert new_plan.training_dtype == "float16"
+    assert new_plan.with_data(sized(640)).learning_rate(0) <= 1e-4
+    assert new_plan.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.95]
+    assert new_plan.deepspeed["gradient_accumulation_steps"] == 4
+    # run.yaml has these settings, so a plan new_plan from it must be the same
+    again = make_plan(settings, new_plan.shape, new_plan.hardware, nodes=1, ranks_per_node=8)
+    assert again.deepspeed == new_plan.deepspeed
 
 
 def test_hpz_and_offload_become_settings(write):
-    found = with_json_constraints(
+    settings = with_json_constraints(
         write(
             {
                 "zero_optimization": {
@@ -129,7 +129,11 @@ def test_hpz_and_offload_become_settings(write):
         ),
         settings_of(),
     )
-    assert (found.zero_stage, found.hpz_partition_size, found.offload_param) == (3, 8, "cpu")
+    assert (settings.zero_stage, settings.hpz_partition_size, settings.offload_param) == (
+        3,
+        8,
+        "cpu",
+    )
 
 
 def test_an_empty_json_changes_nothing(write):
@@ -156,7 +160,7 @@ def test_an_empty_json_changes_nothing(write):
         ({"zero_optimization": {"offload_param": {"device": "gpu"}}}, {}, ["device", "'cpu'"]),
     ],
 )  # fmt: skip
-def test_contradictions_name_both_places(write, content, settings, facts):
+def test_a_value_that_contradicts_the_run_file_is_refused(write, content, settings, facts):
     with refused(*facts):
         with_json_constraints(write(content), settings_of(**settings))
 
@@ -210,7 +214,7 @@ def test_a_mistyped_key_is_refused_whatever_its_value(write, path, near, value):
     "path",
     ["flops_profiler.enable", "tensorboard.output_paht", "activation_checkpointing.partition"],
 )
-def test_keys_of_blocks_that_only_watch_are_checked_too(write, path):
+def test_keys_of_monitoring_blocks_are_checked(write, path):
     block, key = path.split(".")
     with refused("ds.json:3", path):
         with_json_constraints(write({block: {key: "auto"}}), settings_of())
@@ -250,16 +254,16 @@ def test_a_value_that_deepspeed_would_refuse_is_refused_with_its_line(write, pat
 
 
 @pytest.mark.parametrize("prefix", ["", "stage3_"])
-def test_both_spellings_of_a_key_of_zero3_mean_the_same(plan, write, prefix):
+def test_a_zero3_key_may_have_its_prefix_or_not(plan, write, prefix):
     keys = {"max_live_parameters": 5, "gather_16bit_weights_on_model_save": True,
             "param_persistence_threshold": "auto"}  # fmt: skip
-    made = plan({"zero_optimization": {"stage": 3} | {prefix + k: v for k, v in keys.items()}})
-    zero = made.deepspeed["zero_optimization"]
+    new_plan = plan({"zero_optimization": {"stage": 3} | {prefix + k: v for k, v in keys.items()}})
+    zero = new_plan.deepspeed["zero_optimization"]
     assert zero["stage3_max_live_parameters"] == 5
     assert zero["stage3_param_persistence_threshold"] > 0
     assert not keys.keys() & zero.keys()
-    assert "json-no-effect" in [rule.id for rule in made.rules]
-    # an error names the key as it is in the file
+    assert "json-no-effect" in [rule.id for rule in new_plan.rules]
+    # an error has the key as written in the file
     with refused(f"ds.json:4: zero_optimization.{prefix}max_reuse_distance"):
         plan({"zero_optimization": {"stage": 3, f"{prefix}max_reuse_distance": "5"}})
 
@@ -285,7 +289,7 @@ def test_blocks_are_merged_and_lists_replaced(write):
     assert generated["optimizer"]["params"]["betas"] == [0.9, 0.999]
 
 
-def test_lines_survive_colons_braces_and_equal_names(write):
+def test_line_numbers_are_right_despite_colons_braces_and_equal_names(write):
     text = (
         '{"wandb": {"group": "a: {b}", "enabled": true},\n'
         ' "bf16": {\n  "enabled": 5}, "timers": [{"x": 1}, {"x": 2}]}'
@@ -319,26 +323,26 @@ from deepspeed.runtime.zero import offload_config as offload
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 
-asked = set()
+keys_read = set()
 
-class Asked(dict):  # notes what it is asked for
+class RecordingDict(dict):  # records the keys that are read
     def get(self, key, default=None):
-        asked.add(key)
+        keys_read.add(key)
         return super().get(key, default)
     def __getitem__(self, key):
-        asked.add(key)
+        keys_read.add(key)
         return super().__getitem__(key)
     def __contains__(self, key):
-        asked.add(key)
+        keys_read.add(key)
         return super().__contains__(key)
     def keys(self):
         return self
 
-config.DeepSpeedConfig(Asked(train_micro_batch_size_per_gpu=1))
+config.DeepSpeedConfig(RecordingDict(train_micro_batch_size_per_gpu=1))
 fields = DeepSpeedZeroConfig.model_fields.items()
 removed, zero_removed = config._REMOVED_TOP_LEVEL_CONFIG_KEYS, config._REMOVED_ZERO_CONFIG_KEYS
 print(json.dumps([
-    sorted(asked - set(removed)), sorted(field.alias or name for name, field in fields),
+    sorted(keys_read - set(removed)), sorted(field.alias or name for name, field in fields),
     sorted(removed), sorted(zero_removed), sorted(n for n, f in fields if f.alias),
     {path: sorted(model.model_fields) for path, model in {
         "zero_optimization.offload_param": offload.DeepSpeedZeroOffloadParamConfig,
@@ -364,8 +368,8 @@ def test_the_lists_of_keys_are_those_of_the_installed_deepspeed():
     top, zero, removed, zero_removed, short, blocks, types = json.loads(
         result.stdout.splitlines()[-1]
     )
-    # "bfloat16" is an old name that loses against our bf16; "sequence_parallel_size" is asked for
-    # only where there is a process group.
+    # "bfloat16" is an old name of bf16. "sequence_parallel_size" is read only if there is a
+    # process group.
     assert {*top, "sequence_parallel_size"} - {"bfloat16"} == TOP_LEVEL
     assert set(zero) == ZERO_OPTIMIZATION
     assert set(removed) == REMOVED.keys()
@@ -374,5 +378,5 @@ def test_the_lists_of_keys_are_those_of_the_installed_deepspeed():
     for path, keys in blocks.items():
         assert set(keys) == set(BLOCKS[tuple(path.split("."))]), path
     for key, kind in types:
-        is_of_kind = ("zero_optimization", key) in (FLAGS if kind == "bool" else WHOLE_NUMBERS)
-        assert is_of_kind, f"{key} is {kind}"
+        is_listed = ("zero_optimization", key) in (FLAGS if kind == "bool" else WHOLE_NUMBERS)
+        assert is_listed, f"{key} is {kind}"

@@ -1,4 +1,4 @@
-"""Settings that select the adapted layers select what they say, or are refused by name."""
+"""Settings that select adapted layers select them as in peft, or are refused with the key."""
 
 import pytest
 from peft.utils.other import get_pattern_key
@@ -10,7 +10,7 @@ from tests.tiny import make_plan
 pytestmark = pytest.mark.tensor
 
 
-def test_layers_exclusions_and_ranks_select_what_they_say(tiny_model):
+def test_layers_exclusions_and_rank_patterns_select_the_adapted_layers(tiny_model):
     plan = make_plan(
         tiny_model,
         layers_to_transform=[1],

@@ -1,4 +1,4 @@
-"""The catalogue: rates that a name, a size or NVML's word for a device stand for."""
+"""The catalogue of GPU rates: lookup by key, by size, and by NVML's device name."""
 
 import re
 from dataclasses import replace
@@ -18,7 +18,7 @@ RATES = ("flops", "memory_bandwidth", "node_link", "network", "host_link")
 
 
 @pytest.mark.parametrize("key", GPUS)
-def test_a_row_says_what_its_key_says(key):
+def test_a_row_has_the_memory_and_name_of_its_key(key):
     card = GPUS[key]
     nominal = float(re.search(r"-(\d+)gb", key)[1])
     assert nominal * 1e9 * 0.95 < card.device_bytes < nominal * GIB * 1.01
@@ -27,7 +27,7 @@ def test_a_row_says_what_its_key_says(key):
     assert card.network <= card.node_link <= card.memory_bandwidth < card.flops
 
 
-def test_newer_cards_of_a_line_are_not_slower():
+def test_newer_gpus_of_a_line_are_not_slower():
     for line in (
         ["v100-32gb", "a100-80gb", "h100-80gb", "h200-141gb", "b200-180gb"],
         ["t4-16gb", "l4-24gb", "l40s-48gb"],
@@ -54,38 +54,43 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         ("NVIDIA A100-SXM4-40GB", 40536, "a100-40gb"),  # an older driver's figure
         ("A100-SXM4-80GB", 81251, "a100-80gb"),
         ("NVIDIA GeForce RTX 4090", 24564, "rtx-4090-24gb"),
-        ("NVIDIA A10", 23028, "a10-24gb"),  # and not A100 or A10G
+        ("NVIDIA A10", 23028, "a10-24gb"),  # neither A100 nor A10G
         ("NVIDIA A10G", 23028, "a10g-24gb"),
         ("NVIDIA T4", 15360, "t4-16gb"),
         ("Tesla V100-SXM2-16GB", 16160, "v100-16gb"),
         ("NVIDIA B200", 183359, "b200-180gb"),
     ],
 )
-def test_names_of_nvml_find_their_row(name, mib, key):
+def test_nvml_names_are_matched_with_their_row(name, mib, key):
     assert rates_of(name, mib * 2**20) is GPUS[key]
 
 
-def test_a_slice_or_a_stranger_gets_the_rates_of_a_card_of_its_size():
+def test_a_mig_instance_or_unknown_gpu_gets_the_rates_of_a_gpu_of_its_size():
     for name, size in (("NVIDIA H100 80GB HBM3", 10 * GIB), ("NVIDIA X1", 80 * GIB)):
-        found = rates_of(name, size)
-        assert found == gpu_like(size / GIB)
-        assert found.flops < GPUS["h100-80gb"].flops
-        assert found.device_bytes == size
+        rates = rates_of(name, size)
+        assert rates == gpu_like(size / GIB)
+        assert rates.flops < GPUS["h100-80gb"].flops
+        assert rates.device_bytes == size
 
 
-@given(gib=st.floats(1, 500), tflops=st.none() | st.floats(1, 5000))
-def test_a_described_gpu_has_what_was_described(gib, tflops):
-    card = gpu_like(gib, tflops)
-    assert card.device_bytes == int(gib * GIB)
-    assert all(getattr(card, rate) > 0 for rate in RATES)
-    if tflops is not None:
-        assert card.flops == pytest.approx(tflops * 1e12)
-    else:  # it is no faster than a card of the table of about its size
-        near = min(GPUS.values(), key=lambda c: abs(c.device_bytes - card.device_bytes))
-        assert card.flops <= near.flops
+@given(gib=st.floats(1, 500), tflops=st.floats(1, 5000))
+def test_a_gpu_described_by_memory_and_flops_has_both(gib, tflops):
+    gpu = gpu_like(gib, tflops)
+    assert gpu.device_bytes == int(gib * GIB)
+    assert all(getattr(gpu, rate) > 0 for rate in RATES)
+    assert gpu.flops == pytest.approx(tflops * 1e12)
 
 
-def test_a_described_card_of_the_table_has_its_rates():
+@given(gib=st.floats(1, 500))
+def test_a_gpu_described_by_memory_is_no_faster_than_the_row_of_nearest_size(gib):
+    gpu = gpu_like(gib)
+    assert gpu.device_bytes == int(gib * GIB)
+    assert all(getattr(gpu, rate) > 0 for rate in RATES)
+    nearest = min(GPUS.values(), key=lambda row: abs(row.device_bytes - gpu.device_bytes))
+    assert gpu.flops <= nearest.flops
+
+
+def test_a_description_that_matches_a_row_gets_its_rates():
     a100 = GPUS["a100-40gb"]
     assert gpu_like(40, 312) == replace(a100, name="GPU of 40 GiB", compute_capability=(8, 0))
     with refused("0 TFLOPS"):

@@ -1,4 +1,4 @@
-"""A remembered proof decides what a plan allows; without one the checks run in a subprocess."""
+"""The cached results of the class checks restrict a plan; without them, the checks are run."""
 
 import json
 
@@ -22,7 +22,7 @@ from tests.plans import CPU, LLAMA_8B, SMOLLM2
 
 pytestmark = pytest.mark.unit
 
-LEAKS = Proof(errors={"loss": 2e-7}, without_packs=["1 of 4 blocks keep documents separate"])
+MIXING = Proof(errors={"loss": 2e-7}, without_packs=["1 of 4 blocks keep documents separate"])
 
 
 @pytest.fixture(autouse=True)
@@ -43,53 +43,53 @@ def settings_for(model, **settings):
     return RunSettings.model_validate(values | settings)
 
 
-def planned(settings):
+def plan_for(settings):
     return make_plan(
         settings, read_shape(str(settings.model_folder)), CPU, nodes=1, ranks_per_node=2
     )
 
 
-def remember(settings, proof):
+def store(settings, proof):
     shape = read_shape(str(settings.model_folder))
     names = adapted_names(shape, settings)
     write_proof(proof_file(settings.model_folder, names, trust_remote_code=False), proof)
 
 
-def test_packs_that_the_user_did_not_ask_for_are_left_out_where_the_class_mixes_documents(model):
+def test_packing_is_off_by_default_for_a_class_that_mixes_documents(model):
     settings = settings_for(model)
-    remember(settings, LEAKS)
-    plan = planned(settings)
+    store(settings, MIXING)
+    plan = plan_for(settings)
     assert plan.settings.packing is False
     assert_mentions(plan.why["packing"], "1 of 4 blocks")
     assert "packs of" not in plan_text(plan)
 
 
-def test_packs_that_the_user_asked_for_are_refused_where_the_class_mixes_documents(model):
+def test_packing_true_is_refused_for_a_class_that_mixes_documents(model):
     settings = settings_for(model, packing=True)
-    remember(settings, LEAKS)
+    store(settings, MIXING)
     with refused("packing", "1 of 4 blocks", "rule class-packs"):
-        planned(settings)
+        plan_for(settings)
 
 
-def test_what_the_proof_refuses_is_no_plan(model):
+def test_a_class_that_the_checks_refuse_has_no_plan(model):
     settings = settings_for(model)
-    remember(settings, Proof(refusals=["loss differs by 1.0e-01 (at most 1e-05)"]))
+    store(settings, Proof(refusals=["loss differs by 1.0e-01 (at most 1e-05)"]))
     with refused("loss differs by 1.0e-01", "rule class-refused"):
-        planned(settings)
+        plan_for(settings)
 
 
-def test_wrong_gradients_of_re_entrant_blocks_choose_another_stage(model):
+def test_wrong_gradients_of_re_entrant_checkpointing_exclude_zero_3(model):
     settings = settings_for(model, gradient_checkpointing=True)
-    remember(settings, Proof(without_reentrant=["gradients differ by 0.5"]))
-    assert planned(settings).layout.zero_stage < 3
+    store(settings, Proof(without_reentrant=["gradients differ by 0.5"]))
+    assert plan_for(settings).layout.zero_stage < 3
     with refused("0.5", "rule class-re-entrant"):
-        planned(settings.model_copy(update={"zero_stage": 3}))
+        plan_for(settings.model_copy(update={"zero_stage": 3}))
 
 
-def test_the_errors_stand_in_the_plan(model):
+def test_the_plan_has_the_errors_of_the_checks(model):
     settings = settings_for(model)
-    remember(settings, LEAKS)
-    values = plan_json(planned(settings))
+    store(settings, MIXING)
+    values = plan_json(plan_for(settings))
     assert values["proof"]["errors"] == {"loss": 2e-7}
     assert_mentions(values["choice"]["why"]["proof"], "2.0e-07", "loss")
 
@@ -98,27 +98,27 @@ def test_the_errors_stand_in_the_plan(model):
     "change",
     [{"lora_target_modules": ["q_proj"]}, {"trust_remote_code": True}],
 )
-def test_a_proof_is_of_the_adapted_layers_and_of_the_code_that_runs(model, change):
+def test_a_cached_proof_depends_on_adapted_layers_and_model_code(model, change):
     settings = settings_for(model)
-    remember(settings, LEAKS)
+    store(settings, MIXING)
     shape = read_shape(str(model))
-    assert cached_proof(shape, settings).errors == LEAKS.errors
+    assert cached_proof(shape, settings).errors == MIXING.errors
     assert cached_proof(shape, settings.model_copy(update=change)) is None
 
 
-def test_a_proof_is_of_the_config(model):
+def test_a_cached_proof_depends_on_the_model_config(model):
     settings = settings_for(model)
-    remember(settings, LEAKS)
+    store(settings, MIXING)
     (model / "config.json").write_text(json.dumps(LLAMA_8B))
     assert cached_proof(read_shape(str(model)), settings) is None
 
 
-def test_a_known_family_is_not_checked_before_the_plan(model, monkeypatch):
+def test_a_known_family_is_planned_without_the_checks(model, monkeypatch):
     monkeypatch.setattr(class_proof, "_run_checks", None)
     ensure_proof(settings_for(model), read_shape(str(model)))
 
 
-def test_a_cache_that_cannot_be_written_is_named(model, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_refused_with_its_path(model, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "file"))
     shape = read_shape(str(model))

@@ -1,15 +1,16 @@
-"""Shapes counted on the class of a model: equal to the table of families, cached, never guessed."""
+"""Shapes counted on a model's class equal those of the table of families, and are cached."""
 
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from transformers import AutoConfig
 
-from pipeline.model import class_shape as counting
+from pipeline.model import class_shape as class_count
 from pipeline.plan.cost import activations
-from pipeline.plan.given import class_shape as caching
+from pipeline.plan.given import class_shape as shape_cache
 from pipeline.plan.given import torch_process
 from pipeline.plan.given.families import FAMILIES
 from pipeline.plan.given.layout import Layout, SequenceProfile
@@ -38,7 +39,7 @@ UNKNOWN = {
     "glm4": {},
     "gpt_oss": EXPERTS,
     "deepseek_v3": MLA,
-    "gemma4_text": EXPERTS | {  # heads of full attention have another width, experts another key
+    "gemma4_text": EXPERTS | {  # full attention has another head width
         "num_experts": 4, "top_k_experts": 2, "num_experts_per_tok": None, "enable_moe_block": True,
         "moe_intermediate_size": 64, "head_dim": 16, "global_head_dim": 32, "num_hidden_layers": 6,
         "num_global_key_value_heads": 1, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
@@ -61,16 +62,16 @@ def write(folder, kind, change):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """An empty cache, and the class counted in this process."""
+    """Use an empty cache, and count the class in this process."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("RANKZERO_CACHE", str(folder))
-    monkeypatch.setattr(caching, "_count_in_subprocess", counting.count_shape)
+    monkeypatch.setattr(shape_cache, "_count_in_subprocess", class_count.count_shape)
     return folder
 
 
 @pytest.fixture
 def as_unknown(monkeypatch):
-    """Read shapes as if this model type were not in the table."""
+    """A function that removes a model type from the table of families."""
 
     def remove(kind):
         others = {name: family for name, family in FAMILIES.items() if name != kind}
@@ -106,19 +107,12 @@ def adaptable(block):
     return {x.name: x.is_adaptable for x in block.linears}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("kind", sorted(FAMILIES))
-def test_saved_bytes_counted_on_the_class_are_those_of_the_formulas(
-    tmp_path, as_unknown, kind, dtype
-):
-    """Within 4 % for one MLP; Phi-3's and mixtures' formulas are above the count.
-
-    So are they above measured peaks (docs/memory.md).
-    """
-    save_config(tmp_path, kind, WIDE)
-    attention = read_shape(str(tmp_path)).default_targets[:1]
-    plan = make_plan(tmp_path, lora_r=4, packing=False, lora_target_modules=attention)
-    # soft-capped scores are not materialised, as in the count
+def saved_bytes(folder, as_unknown, kind, dtype):
+    """Saved bytes of a block by the formulas of its family, and counted on its class."""
+    save_config(folder, kind, WIDE)
+    attention = read_shape(str(folder)).default_targets[:1]
+    plan = make_plan(folder, lora_r=4, packing=False, lora_target_modules=attention)
+    # The count does not materialise soft-capped scores either.
     settings = plan.settings.model_copy(update={"use_flash_attention": True})
     layout = Layout(
         zero_stage=2, micro_batch_size=1, accumulation_steps=1, checkpointed_layers=0, nodes=1,
@@ -127,29 +121,47 @@ def test_saved_bytes_counted_on_the_class_are_those_of_the_formulas(
 
     def saved(shape):
         profile = SequenceProfile(tokens=64)
-        found = activations.activations(shape, settings, layout, profile, is_cuda=False)
-        return found.blocks[0].saved
+        needed = activations.activations(shape, settings, layout, profile, is_cuda=False)
+        return needed.blocks[0].saved
 
-    table = saved(plan.shape)
+    by_formulas = saved(plan.shape)
     as_unknown(kind)
-    counted = saved(read_shape(str(tmp_path)))
-    if kind in ("phi3", "mixtral", "qwen2_moe", "qwen3_moe"):
-        assert 0.8 * table < counted <= table
-    else:
-        assert counted == pytest.approx(table, rel=0.04)
+    return by_formulas, saved(read_shape(str(folder)))
+
+
+# The formulas of these families are above the count, and above measured peaks (docs/memory.md).
+OVERESTIMATED = ["mixtral", "phi3", "qwen2_moe", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - OVERESTIMATED))
+def test_saved_bytes_counted_on_the_class_are_those_of_the_formulas(
+    tmp_path, as_unknown, kind, dtype
+):
+    by_formulas, counted = saved_bytes(tmp_path, as_unknown, kind, dtype)
+    assert counted == pytest.approx(by_formulas, rel=0.04)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", OVERESTIMATED)
+def test_saved_bytes_counted_on_the_class_are_at_most_20_percent_below_the_formulas(
+    tmp_path, as_unknown, kind, dtype
+):
+    by_formulas, counted = saved_bytes(tmp_path, as_unknown, kind, dtype)
+    assert 0.8 * by_formulas < counted <= by_formulas
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_every_parameter_of_an_unknown_class_is_counted(tmp_path, kind):
     write(tmp_path, kind, UNKNOWN[kind])
-    shape, model = read_shape(str(tmp_path)), counting._build(tmp_path, trust_remote_code=False)
+    shape, model = read_shape(str(tmp_path)), class_count._build(tmp_path, trust_remote_code=False)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     modules = dict(model.named_modules())
     for name, linear in shape.linears.items():
         assert tuple(modules[name].weight.shape) == (linear.d_out, linear.d_in)
     kinds = {"deepseek_v3": 2, "qwen3_next": 2, "gemma4_text": 2}
     assert len(shape.blocks) == kinds.get(kind, 1)
-    # a router that is a linear layer is one of `linears` and has a field of its own
+    # a router that is a linear layer is counted in `linears` and in `router_parameters`
     assert all(block.other_parameters >= -block.router_parameters for block in shape.blocks)
     assert all(block.saved[0] > 0 for block in shape.blocks)
 
@@ -174,11 +186,11 @@ def test_layers_whose_weight_is_read_directly_are_neither_adapted_nor_quantised(
     tmp_path, kind, uncalled
 ):
     shape = shape_of_kind(tmp_path, kind)
-    left_out = [x for x in shape.linears.values() if not x.is_called]
-    assert {x.name.rsplit(".", 1)[-1] for x in left_out} == uncalled
+    not_called = [x for x in shape.linears.values() if not x.is_called]
+    assert {x.name.rsplit(".", 1)[-1] for x in not_called} == uncalled
     assert not uncalled & set(shape.default_targets)
     total = sum(x.weights for x in shape.linears.values())
-    assert shape.quantised_parameters == total - sum(x.weights for x in left_out)
+    assert shape.quantised_parameters == total - sum(x.weights for x in not_called)
     for name in uncalled:
         with refused(name, "lora_target_modules", *shape.default_targets):
             shape.targeted([name])
@@ -189,7 +201,7 @@ def test_a_tensor_of_three_dimensions_is_no_expert_unless_its_name_or_class_says
     assert (shape.num_experts, shape.expert_parameters) == (0, 0)
 
 
-def test_a_class_that_reads_the_token_ids_in_every_block_is_counted(tmp_path):
+def test_a_class_whose_blocks_read_token_ids_is_counted(tmp_path):
     shape = shape_of_kind(tmp_path, "gemma4_text/ple+shared")
     assert all(block.saved[0] > 0 for block in shape.blocks)
 
@@ -218,11 +230,12 @@ def test_a_model_with_its_own_code_is_counted_only_if_its_code_is_trusted(tmp_pa
     shape = read_shape(str(folder), trust_remote_code=True)
     assert shape.is_from_class
     assert (shape.num_layers, len(shape.linears)) == (4, 28)
-    with pytest.raises(ValueError, match=r"own_code|trust_remote_code"):
-        counting.count_shape(folder)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - of transformers
+        class_count.count_shape(folder)
+    assert re.search(r"own_code|trust_remote_code", str(error.value))
 
 
-def test_a_plan_says_that_a_class_is_not_yet_proven_and_which_command_proves_it(tmp_path):
+def test_a_plan_of_an_unchecked_class_names_the_command_that_checks_it(tmp_path):
     write(tmp_path, "olmo2", {})
     plan = make_plan(tmp_path)
     [rule] = [rule for rule in plan.rules if rule.id == "class-not-proven"]
@@ -234,24 +247,24 @@ def test_a_plan_says_that_a_class_is_not_yet_proven_and_which_command_proves_it(
 def test_a_cached_shape_needs_no_torch(tmp_path, monkeypatch):
     write(tmp_path, "olmo2", {})
     first = read_shape(str(tmp_path))
-    monkeypatch.setattr(caching, "_count_in_subprocess", None)
+    monkeypatch.setattr(shape_cache, "_count_in_subprocess", None)
     assert read_shape(str(tmp_path)) == first
-    path = caching.shape_file(tmp_path)
+    path = shape_cache.shape_file(tmp_path)
     assert path.is_file()
     write(tmp_path, "olmo2", {"num_hidden_layers": 3})
-    assert caching.shape_file(tmp_path) != path
+    assert shape_cache.shape_file(tmp_path) != path
     write(tmp_path, "olmo2", {})
-    assert caching.shape_file(tmp_path) == path
+    assert shape_cache.shape_file(tmp_path) == path
     monkeypatch.setattr(torch_process, "package_version", lambda package: "9")
-    assert caching.shape_file(tmp_path) != path
+    assert shape_cache.shape_file(tmp_path) != path
 
 
 def test_a_damaged_cache_file_is_counted_again(tmp_path):
     write(tmp_path, "olmo2", {})
     first = read_shape(str(tmp_path))
-    caching.shape_file(tmp_path).write_text("{")
+    shape_cache.shape_file(tmp_path).write_text("{")
     assert read_shape(str(tmp_path)) == first
-    assert json.loads(caching.shape_file(tmp_path).read_text())
+    assert json.loads(shape_cache.shape_file(tmp_path).read_text())
 
 
 def test_processes_that_start_together_count_once(tmp_path, monkeypatch):
@@ -260,12 +273,12 @@ def test_processes_that_start_together_count_once(tmp_path, monkeypatch):
 
     def count(folder, **options):
         counts.append(folder)
-        time.sleep(0.2)  # the others ask in the meantime
+        time.sleep(0.2)  # the others start in the meantime
         return {"layers_name": "model.layers"}
 
-    monkeypatch.setattr(caching, "_count", count)
+    monkeypatch.setattr(shape_cache, "_count", count)
     with ThreadPoolExecutor(4) as ranks:
-        shapes = list(ranks.map(caching.class_shape, [tmp_path] * 4))
+        shapes = list(ranks.map(shape_cache.class_shape, [tmp_path] * 4))
     assert len(counts) == 1
     assert shapes == [{"layers_name": "model.layers"}] * 4
 
@@ -278,11 +291,11 @@ def test_without_a_cache_that_can_be_written_every_process_counts(tmp_path, monk
 
 
 def test_the_reason_of_a_refused_class_is_cached(tmp_path, monkeypatch):
-    monkeypatch.undo()  # in a process of its own
+    monkeypatch.undo()  # count in a separate process
     monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
     with refused("GlmMoeDsaIndexer"):
         shape_of_kind(tmp_path, "glm_moe_dsa")
-    monkeypatch.setattr(caching, "_count", None)
+    monkeypatch.setattr(shape_cache, "_count", None)
     with refused("GlmMoeDsaIndexer", "config.json"):
         read_shape(str(tmp_path))
 
@@ -290,30 +303,30 @@ def test_the_reason_of_a_refused_class_is_cached(tmp_path, monkeypatch):
 def test_without_torch_the_message_has_the_command_and_the_file(tmp_path, monkeypatch):
     write(tmp_path, "olmo2", {})
     versions = {"torch": None}
-    monkeypatch.setattr(caching, "package_version", lambda package: versions.get(package, "1"))
+    monkeypatch.setattr(shape_cache, "package_version", lambda package: versions.get(package, "1"))
     with refused(f"python -m pipeline.model.class_shape {tmp_path}",
-                 caching.shape_file(tmp_path)):  # fmt: skip
+                 shape_cache.shape_file(tmp_path)):  # fmt: skip
         read_shape(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["no_such_model", "t5"])
 def test_a_class_that_cannot_be_counted_is_refused_with_the_reason(tmp_path, monkeypatch, kind):
-    monkeypatch.undo()  # in a process of its own
+    monkeypatch.undo()  # count in a separate process
     monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with refused("config.json", kind):
         read_shape(str(tmp_path))
 
 
-def test_the_command_counts_in_a_process_of_its_own(tmp_path, monkeypatch):
+def test_the_command_counts_in_a_separate_process(tmp_path, monkeypatch):
     write(tmp_path, "olmo2", {})
-    here = counting.count_shape(tmp_path)
+    here = class_count.count_shape(tmp_path)
     monkeypatch.undo()
     monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
-    assert caching.class_shape(tmp_path) == here
+    assert shape_cache.class_shape(tmp_path) == here
 
 
-def test_the_experts_of_a_token_are_counted_under_the_name_that_the_class_has(tmp_path):
+def test_experts_per_token_are_read_from_the_key_of_the_class(tmp_path):
     write(tmp_path, "gemma4_text", UNKNOWN["gemma4_text"])
     shape = read_shape(str(tmp_path))
     assert [block.experts_per_token for block in shape.blocks] == [2, 2]

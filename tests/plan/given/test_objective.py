@@ -1,4 +1,4 @@
-"""Checkpoints that are no causal language model are refused by their config.json."""
+"""A model that is not a causal language model is detected by its config.json."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_the_entry_that_makes_a_model_bidirectional_is_named(values, entry):
      "ForRewardModel", "ForProcessReward", "ForScore"],
 )  # fmt: skip
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_a_head_that_is_not_a_language_models_is_named(family, head, is_tied):
+def test_a_head_other_than_a_language_model_head_is_named(family, head, is_tied):
     name = f"{family}{head}"
     assert name in other_head({"architectures": [name]}, is_tied=is_tied)
     shape = shape_of(LLAMA_8B | {"architectures": [name]}, "m")

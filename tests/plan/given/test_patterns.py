@@ -1,4 +1,4 @@
-"""Regular expressions of a run file: bounded in time, and refused with the setting."""
+"""Regular expressions of a run file are bounded in time, and refused with their setting."""
 
 import signal
 import threading
@@ -20,7 +20,7 @@ def test_a_pattern_matches_whole_names():
 
 
 @pytest.mark.parametrize("pattern", ["(", "a{99999999999}", "(" * 5000 + ")" * 5000])
-def test_what_is_no_regular_expression_is_refused(pattern):
+def test_an_invalid_regular_expression_is_refused(pattern):
     with refused("lora_target_modules", "regular expression") as caught:
         full_matches(pattern, NAMES, "lora_target_modules")
     assert len(str(caught.value)) < 2000
@@ -37,9 +37,9 @@ def test_a_pattern_of_exponential_time_is_refused():
     assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (timer[0] > 0)
 
 
-def test_another_thread_matches_too():
-    found = []
-    thread = threading.Thread(target=lambda: found.extend(full_matches(".*", NAMES, "s")))
+def test_a_pattern_can_be_matched_in_another_thread():
+    matches = []
+    thread = threading.Thread(target=lambda: matches.extend(full_matches(".*", NAMES, "s")))
     thread.start()
     thread.join()
-    assert found == NAMES
+    assert matches == NAMES

@@ -57,12 +57,12 @@ CASES = [
     ("qwen3_moe", QWEN_EXPERTS | {"attention_bias": True, "lora_target_modules": ATTENTION}),
     ("qwen2_moe", ALL | QWEN_EXPERTS | {"shared_expert_intermediate_size": 56}),
     ("qwen2_moe", QWEN_EXPERTS | {"shared_expert_intermediate_size": 56, "qkv_bias": False}),
-    # blocks of two kinds
+    # layers of two kinds
     ("qwen3_moe", ALL | QWEN_EXPERTS | {"mlp_only_layers": [0]}),
     ("qwen3_moe", QWEN_EXPERTS | {"decoder_sparse_step": 2, "num_hidden_layers": 5}),
     ("qwen2_moe", QWEN_EXPERTS | {"shared_expert_intermediate_size": 56, "mlp_only_layers": [1]}),
     ("qwen3_moe", ALL | QWEN_EXPERTS | {"num_local_experts": 0, "num_experts": 0}),
-    # defaults of the config class, where config.json has no such key or two names for one value
+    # defaults of the config class for missing keys, and two keys for one value
     *(
         (kind, {"without": ["num_key_value_heads"], "num_attention_heads": 32, "head_dim": 4})
         for kind in (
@@ -85,7 +85,7 @@ CASES = [
 
 
 def save_config(folder, kind, change):
-    """A small config.json of this kind, the config that transformers reads, and the settings."""
+    """Write a small config.json of a kind; returns the config of transformers and settings."""
     settings = {key: change[key] for key in change if key.startswith("lora")}
     keys = {"model_type": kind} | SMALL | {k: change[k] for k in change if not k.startswith("lora")}
     if "moe" in kind:
@@ -101,7 +101,7 @@ def save_config(folder, kind, change):
 
 
 @pytest.mark.parametrize(("kind", "change"), CASES)
-def test_counts_equal_the_real_model(tmp_path, kind, change):
+def test_parameters_and_lora_shapes_are_those_of_the_real_model(tmp_path, kind, change):
     config, settings = save_config(tmp_path, kind, change)
     plan = make_plan(tmp_path, lora_r=4, **settings)
     with torch.device("meta"):
@@ -116,7 +116,7 @@ def test_counts_equal_the_real_model(tmp_path, kind, change):
 
 
 @pytest.mark.parametrize(("kind", "change"), CASES)
-def test_parts_equal_the_real_model(tmp_path, kind, change):
+def test_linears_norms_experts_and_head_are_those_of_the_real_model(tmp_path, kind, change):
     config, _ = save_config(tmp_path, kind, change)
     shape = read_shape(str(tmp_path))
     with torch.device("meta"):
@@ -139,8 +139,8 @@ def test_parts_equal_the_real_model(tmp_path, kind, change):
         assert len(widths) - block.num_norms == 2 * block.has_head_norms
         has_means = any(isinstance(module, nn.LayerNorm) for module in norms)
         assert block.norm_kind == ("layer" if has_means else "rms")
-        every = [p.numel() for name, p in model.named_parameters() if name.startswith(prefix)]
-        assert sum(every) == block.parameters
+        sizes = [p.numel() for name, p in model.named_parameters() if name.startswith(prefix)]
+        assert sum(sizes) == block.parameters
     fused = [p for name, p in model.named_parameters() if ".experts." in name]
     assert sum(p.numel() for p in fused) == shape.expert_parameters
     per_token = config.num_experts_per_tok if fused else 0
@@ -167,7 +167,7 @@ def test_parts_equal_the_real_model(tmp_path, kind, change):
         ("qwen2_moe", ALL | QWEN_EXPERTS | {"shared_expert_intermediate_size": 64}),
     ],
 )
-def test_quantised_weights_are_those_that_bitsandbytes_packs(tmp_path, kind, change):
+def test_quantised_weights_are_those_of_bitsandbytes(tmp_path, kind, change):
     config, settings = save_config(tmp_path, kind, change)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     plan = make_plan(tmp_path, load_in_4bit=True, **settings)
@@ -198,8 +198,8 @@ def test_targets_that_a_family_does_not_have_are_refused_with_its_names(
         make_plan(tmp_path, lora_target_modules=targets)
 
 
-def test_layers_that_peft_cannot_adapt_by_name_are_left_out_and_refused(tmp_path):
-    """The MLP of a block without experts, whose names peft applies to fused experts."""
+def test_layers_that_peft_cannot_adapt_by_name_are_no_default_and_refused(tmp_path):
+    """The MLP of a layer without experts: peft applies its names to the fused experts."""
     save_config(tmp_path, "qwen3_moe", {"mlp_only_layers": [0]})
     assert make_plan(tmp_path).settings.lora_target_modules == ATTENTION
     with refused("lora_target_modules", "layers.0.mlp.up_proj", ", ".join(ATTENTION)):
@@ -207,7 +207,7 @@ def test_layers_that_peft_cannot_adapt_by_name_are_left_out_and_refused(tmp_path
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
-def test_auto_adapts_every_linear_layer_but_routers(tmp_path, kind):
+def test_auto_adapts_every_linear_layer_except_routers(tmp_path, kind):
     config, _ = save_config(tmp_path, kind, {})
     plan = make_plan(tmp_path, lora_r=4)
     with torch.device("meta"):
@@ -228,7 +228,7 @@ def test_auto_adapts_every_linear_layer_but_routers(tmp_path, kind):
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
-def test_rope_settings_that_are_no_object_are_refused(tmp_path, key):
+def test_rope_settings_that_are_not_an_object_are_refused(tmp_path, key):
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2 | {key: "dynamic"}))
     with refused("config.json", key, "'dynamic'"):
         read_shape(str(tmp_path))
@@ -248,7 +248,7 @@ def test_rope_settings_that_are_no_object_are_refused(tmp_path, key):
     ],
 )
 @pytest.mark.parametrize("model_type", ["llama", "not_in_the_table"])
-def test_a_size_that_no_model_has_is_refused_before_anything_is_counted(key, value, model_type):
+def test_an_absurdly_large_size_is_refused_before_anything_is_counted(key, value, model_type):
     for config in ({key: value}, {"text_config": {key: value}}):
         with refused(key, "more than any model has"):
             shape_of(LLAMA_8B | {"model_type": model_type} | config, "/no/folder")

@@ -1,4 +1,4 @@
-"""A module that needs torch runs in a process of its own."""
+"""A module that needs torch is run in a separate process, with a time limit."""
 
 import subprocess
 
@@ -12,13 +12,13 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture(autouse=True)
 def module(tmp_path, monkeypatch):
-    """A module on this process's path, run in a real process, to be filled by the test."""
+    """Path of a module that can be imported and run; the test writes its code."""
     monkeypatch.setattr(torch_process, "subprocess", subprocess)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path / "counted.py"
 
 
-def test_the_output_of_the_module_is_returned_and_it_sees_no_gpu_and_no_hub(module):
+def test_the_module_runs_without_gpu_and_hub_and_its_output_is_returned(module):
     module.write_text(
         "import os, sys\n"
         "print(sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES'] == '', os.environ['HF_HUB_OFFLINE'])"

@@ -1,6 +1,6 @@
-"""For every rule a context in which it applies and a near miss, for test_rules.py.
+"""For each rule, a context in which it applies and the closest in which it does not.
 
-A context is given by what differs from Llama 8B on 8 GPUs of 80 GiB at ZeRO-2 in bf16.
+Values are the differences from Llama 8B on 8 GPUs of 80 GiB at ZeRO-2 in bf16.
 """
 
 from pipeline.plan.deepspeed.keys import REMOVED, REMOVED_FROM_ZERO
@@ -35,7 +35,7 @@ def with_layout(*parts, **keys):
     return {"layout": {key: value for part in parts for key, value in part.items()}} | keys
 
 
-# Rule -> a context in which it applies, and the closest one in which it must not.
+# Rule -> a context in which it applies, and the closest one in which it does not.
 CASES = {
     "modules-to-save-not-yet": ({"modules_to_save": ["x"]}, {"modules_to_save": []}),
     "tied-pair": (
