@@ -1,6 +1,7 @@
-"""Bad input ends with exit code 2 and one message, before torch loads and before anything changes.
+"""Bad input ends with exit code 2 and one message, before torch is imported or a file changes.
 
-Each case starts `launch/train.py` in a process of its own that says at the end what it imported.
+Each case starts `launch/train.py` in a separate process, which prints at its end whether torch was
+imported.
 """
 
 import json
@@ -18,12 +19,12 @@ pytestmark = pytest.mark.unit
 
 SCRIPT = """
 import os, runpy, sys
-leave = os._exit
-def report_and_leave(code):
+os_exit = os._exit
+def report_and_exit(code):
     print("TORCH" if "torch" in sys.modules else "NO-TORCH")
     sys.stdout.flush()
-    leave(code)
-os._exit = report_and_leave
+    os_exit(code)
+os._exit = report_and_exit
 sys.argv = ["train.py", *sys.argv[1:]]
 runpy.run_path("launch/train.py", run_name="__main__")
 """
@@ -32,7 +33,7 @@ ROW = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
 
 @pytest.fixture
 def case(tmp_path, tiny_model):
-    """A run that would work, and a way to start it."""
+    """The folder of a valid run, and a function that starts it with changed settings."""
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "train.jsonl").write_text(ROW * 4)
     values = {
@@ -76,7 +77,7 @@ def assert_refused(result: tuple[int, str, str], *facts: object) -> None:
         ({"fp16": True, "bf16": False}, ["CPU", "fp16-cpu"]),
     ],
 )
-def test_wrong_settings(case, change, facts):
+def test_wrong_settings_are_refused_before_the_run_folder_exists(case, change, facts):
     folder, start = case
     assert_refused(start(**change), *facts)
     assert not (folder / "run").exists()
@@ -96,13 +97,13 @@ def test_a_bad_row_is_named_with_file_and_line(case, line, part):
     folder, start = case
     (folder / "train.jsonl").write_text(ROW * 4 + line + "\n")
     assert_refused(start(), part, "max_rejected", folder / "run/data/rejects.jsonl")
-    left = [path for path in (folder / "run").rglob("*") if path.is_file()]
-    assert left == [folder / "run" / "data" / "rejects.jsonl"]
-    (reject,) = map(json.loads, left[0].read_text().splitlines())
+    files = [path for path in (folder / "run").rglob("*") if path.is_file()]
+    assert files == [folder / "run" / "data" / "rejects.jsonl"]
+    (reject,) = map(json.loads, files[0].read_text().splitlines())
     assert (reject["file"], reject["line"]) == (str(folder / "train.jsonl"), 5)
 
 
-def test_an_empty_file(case):
+def test_an_empty_data_file_is_refused(case):
     folder, start = case
     (folder / "train.jsonl").write_text("")
     assert_refused(start(), "train.jsonl")
@@ -111,27 +112,26 @@ def test_an_empty_file(case):
 @pytest.mark.parametrize(
     ("missing", "part"),
     [
-        ("model.safetensors", "weights"),
-        ("config.json", "config.json"),
-        ("tokenizer.json", "tokenizer"),
+        (["model.safetensors"], "weights"),
+        (["config.json"], "config.json"),
+        (["tokenizer.json", "tokenizer_config.json"], "tokenizer"),
     ],
 )
-def test_a_model_folder_that_lacks_something(case, missing, part):
+def test_a_model_folder_with_a_missing_file_is_refused(case, missing, part):
     folder, start = case
-    (folder / "model" / missing).unlink()
-    if missing == "tokenizer.json":
-        (folder / "model/tokenizer_config.json").unlink()
+    for name in missing:
+        (folder / "model" / name).unlink()
     assert_refused(start(), part)
 
 
-def test_a_model_folder_that_lacks_one_of_its_shards(case):
+def test_a_model_folder_with_a_missing_shard_is_refused(case):
     folder, start = case
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (folder / "model/model.safetensors.index.json").write_text(json.dumps(index))
     assert_refused(start(), 1, 2, "model-2.safetensors")
 
 
-def test_a_folder_that_is_no_run_folder_is_left_alone(case):
+def test_a_folder_that_is_not_a_run_folder_is_not_changed(case):
     folder, start = case
     (folder / "run").mkdir()
     (folder / "run/thesis.txt").write_text("years of work")

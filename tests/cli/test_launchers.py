@@ -1,4 +1,4 @@
-"""One run under every launcher: two CPU ranks, and the same adapter bit for bit."""
+"""A run on two CPU ranks gives the same adapter, bit for bit, under every launcher."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 BIN = Path(sys.executable).parent
 TRAIN = "launch/train.py"
 HANG_S = 15
-# For the watchdog, beyond hang_timeout_s, to name the ranks on both sides of the cut.
+# Time of the watchdog after hang_timeout_s to name the ranks on both hosts.
 REPORT_S = 30
 SETTINGS = {
     "lora_r": 4, "lora_dropout": 0.1, "lr": 5e-3, "epochs": 4, "global_batch_size": 4,
@@ -34,14 +34,14 @@ SETTINGS = {
 ADAPTER = "adapter/adapter_model.safetensors"
 NO_MPI4PY = "raise ModuleNotFoundError(\"No module named 'mpi4py'\", name='mpi4py')\n"
 
-# Stands in for pdsh and ssh: runs the command for each host, in a bare environment.
+# Replaces pdsh and ssh: runs the command for each host with a minimal environment.
 PDSH = """#!{python}
 import os, subprocess, sys
 at = sys.argv.index("-w") + 1
 line = " ".join(sys.argv[at + 1:])
-bare = {{name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS")}}
+minimal = {{name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS")}}
 hosts = [
-    subprocess.Popen(["sh", "-c", line.replace("%n", str(number))], env=bare)
+    subprocess.Popen(["sh", "-c", line.replace("%n", str(number))], env=minimal)
     for number, _ in enumerate(sys.argv[at].split(","))
 ]
 sys.exit(max(host.wait() for host in hosts))
@@ -49,18 +49,18 @@ sys.exit(max(host.wait() for host in hosts))
 
 
 class Workspace:
-    """A folder with the training data and the runs of all tests here."""
+    """A folder with the training data and the runs of all tests of this file."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
         make_rows(folder / "train.jsonl")
         (folder / "without_mpi").mkdir()
         (folder / "without_mpi/mpi4py.py").write_text(NO_MPI4PY)
-        # First on the path: as where mpi4py is not installed.
+        # First on the path, so that mpi4py seems not to be installed.
         self.without_mpi = {"PYTHONPATH": f"{folder / 'without_mpi'}:{ROOT}"}
 
     def run_file(self, name: str, **settings) -> Path:
-        """The run file of 24 steps whose run folder has the same name."""
+        """Write the run file of a run of 24 steps; `name` is also its run folder."""
         paths = {
             "model": str(self.model),
             "train_data": str(self.folder / "train.jsonl"),
@@ -81,9 +81,9 @@ def workspace(tmp_path_factory, tiny_model) -> Workspace:
 
 @pytest.fixture(scope="module")
 def expected(workspace) -> bytes:
-    """The adapter of a run under DeepSpeed's launcher on one machine."""
+    """The adapter of a run with DeepSpeed's launcher on one machine."""
     run_file = workspace.run_file("deepspeed")
-    command = deepspeed("--num_accelerators", "2", *at_a_port())
+    command = deepspeed("--num_accelerators", "2", *master_options())
     module = ("--module", "pipeline.cli.train")  # with launch/train.py: tests/cli/test_train.py
     finish(start(command, *module, run_file, **workspace.without_mpi))
     return workspace.adapter("deepspeed")
@@ -93,7 +93,7 @@ def deepspeed(*options: str) -> list[str]:
     return [str(BIN / "deepspeed"), *options]
 
 
-def at_a_port() -> list[str]:
+def master_options() -> list[str]:
     return ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
 
 
@@ -120,8 +120,8 @@ def start(
     )
 
 
-def ends(*processes: subprocess.Popen[str], within_s: float = 240) -> list[tuple[int, str]]:
-    """Exit code and output of each."""
+def end_all(*processes: subprocess.Popen[str], within_s: float = 240) -> list[tuple[int, str]]:
+    """Wait for all; exit code and output of each."""
     deadline = time.monotonic() + within_s
     try:
         outputs = [p.communicate(timeout=deadline - time.monotonic())[0] for p in processes]
@@ -132,29 +132,31 @@ def ends(*processes: subprocess.Popen[str], within_s: float = 240) -> list[tuple
 
 
 def finish(*processes: subprocess.Popen[str]) -> str:
-    """Wait for all, which must succeed, and return their output."""
-    ended = ends(*processes)
+    """Wait for all, assert that they succeeded, and return their output."""
+    ended = end_all(*processes)
     assert [code for code, _ in ended] == [0] * len(processes), ended
     return "".join(output for _, output in ended)
 
 
-def test_deepspeed_with_a_hostfile(workspace, expected, tmp_path):
+def test_deepspeed_with_a_hostfile_gives_the_same_adapter(workspace, expected, tmp_path):
     pdsh = tmp_path / "pdsh"
     pdsh.write_text(PDSH.format(python=sys.executable))
     pdsh.chmod(pdsh.stat().st_mode | stat.S_IXUSR)
     hosts = tmp_path / "hosts"
     hosts.write_text("host-a slots=1\nhost-b slots=1\n")
-    command = deepspeed("--hostfile", str(hosts), "--no_ssh_check", *at_a_port())
+    command = deepspeed("--hostfile", str(hosts), "--no_ssh_check", *master_options())
     path = f"{tmp_path}:{BIN}:{os.environ['PATH']}"
     output = finish(start(command, TRAIN, workspace.run_file("hostfile"), PATH=path))
     assert "2 nodes" in output or "2 x 1 x CPU" in output, output
     assert workspace.adapter("hostfile") == expected
 
 
-def test_deepspeed_on_each_machine_without_ssh(workspace, expected, tmp_path):
+def test_deepspeed_on_each_machine_without_ssh_gives_the_same_adapter(
+    workspace, expected, tmp_path
+):
     hosts = tmp_path / "hosts"
     hosts.write_text("host-a slots=1\nhost-b slots=1\n")
-    run_file, where = workspace.run_file("no_ssh"), at_a_port()
+    run_file, where = workspace.run_file("no_ssh"), master_options()
     finish(
         *(
             start(
@@ -167,13 +169,13 @@ def test_deepspeed_on_each_machine_without_ssh(workspace, expected, tmp_path):
     assert workspace.adapter("no_ssh") == expected
 
 
-def test_torchrun(workspace, expected):
+def test_torchrun_gives_the_same_adapter(workspace, expected):
     command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
     finish(start(command, TRAIN, workspace.run_file("torchrun"), **workspace.without_mpi))
     assert workspace.adapter("torchrun") == expected
 
 
-def test_accelerate(workspace, expected):
+def test_accelerate_gives_the_same_adapter(workspace, expected):
     command = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
     config = {"HF_HOME": str(workspace.folder / "no_accelerate_config")}
     finish(start([*command, "--main_process_port", str(free_port())], TRAIN,
@@ -181,8 +183,8 @@ def test_accelerate(workspace, expected):
     assert workspace.adapter("accelerate") == expected
 
 
-def test_pods_of_a_pytorchjob(workspace, expected):
-    """With the variables of its operator, one process per pod."""
+def test_pods_of_a_pytorchjob_give_the_same_adapter(workspace, expected):
+    """One process for each pod, with the variables that the operator sets."""
     common = {
         "WORLD_SIZE": "2", "MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1",
         "KUBERNETES_SERVICE_HOST": "10.0.0.1", "PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto",
@@ -194,8 +196,8 @@ def test_pods_of_a_pytorchjob(workspace, expected):
     assert workspace.adapter("pods") == expected
 
 
-def test_srun(workspace, expected):
-    """With the variables of two tasks on two nodes; a real srun is in tests/slurm."""
+def test_srun_gives_the_same_adapter(workspace, expected):
+    """With Slurm's variables of two tasks on two nodes; tests/slurm has a real srun."""
     run_file, job = workspace.run_file("srun"), str(os.getpid())
     finish(
         *(
@@ -221,7 +223,7 @@ MPIRUN = shutil.which("mpirun", path=f"{BIN}:{os.environ['PATH']}")
 
 
 @pytest.mark.skipif(MPIRUN is None, reason="no mpirun here: pip install 'rankzero[mpi]'")
-def test_mpirun(workspace, expected):
+def test_mpirun_gives_the_same_adapter(workspace, expected):
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     command = [MPIRUN, "-np", "2", sys.executable]
     finish(start(command, TRAIN, workspace.run_file("mpirun"), **as_root))
@@ -229,11 +231,12 @@ def test_mpirun(workspace, expected):
 
 
 @pytest.mark.skipif(
-    (reason := reason_unavailable()) is not None, reason=f"two hosts cannot be made here: {reason}"
+    (reason := reason_unavailable()) is not None,
+    reason=f"two hosts cannot be emulated here: {reason}",
 )
-def test_a_cut_cable_between_two_hosts(workspace, expected):
-    run_file = workspace.run_file("cable", hang_timeout_s=HANG_S)
-    folder = workspace.folder / "cable"
+def test_a_run_with_a_network_failure_names_both_hosts_and_resumes_bitwise(workspace, expected):
+    run_file = workspace.run_file("network", hang_timeout_s=HANG_S)
+    folder = workspace.folder / "network"
     with TwoHosts() as hosts:
 
         def start_both() -> list[subprocess.Popen[str]]:
@@ -247,8 +250,8 @@ def test_a_cut_cable_between_two_hosts(workspace, expected):
         running = start_both()
         wait_for_step(folder, 5, running)
         hosts.disconnect()
-        (code_a, output_a), (code_b, output_b) = ends(*running, within_s=HANG_S + REPORT_S)
-        assert (code_a, code_b) == (1, 1), output_a + output_b  # torchrun's
+        (code_a, output_a), (code_b, output_b) = end_all(*running, within_s=HANG_S + REPORT_S)
+        assert (code_a, code_b) == (1, 1), output_a + output_b  # torchrun's exit code
         assert_mentions(output_a, f"{HANG_S} s", "rank 1 on host-b hangs", "disconnected")
         assert_mentions(output_b, f"{HANG_S} s", "rank 0 on host-a does not answer", "rank 1")
         assert read_status(folder / "status.json")["state"] == "failed"
@@ -256,12 +259,12 @@ def test_a_cut_cable_between_two_hosts(workspace, expected):
         hosts.connect()
         output = finish(*start_both())
     assert_mentions(output, "resuming from step")
-    assert workspace.adapter("cable") == expected
+    assert workspace.adapter("network") == expected
 
 
 def wait_for_step(folder: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
     deadline = time.monotonic() + 120
     while len(read_metrics(folder / "metrics.jsonl")) < step:
-        assert all(process.poll() is None for process in processes), ends(*processes)
+        assert all(process.poll() is None for process in processes), end_all(*processes)
         assert time.monotonic() < deadline, f"no step {step}"
         time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""launch/plan.py as a user calls it: what it prints, and that it needs no torch and no weights."""
+"""launch/plan.py prints a plan as text or JSON, without torch and without weights."""
 
 import json
 import subprocess
@@ -17,12 +17,12 @@ pytestmark = pytest.mark.unit
 
 SCRIPT = """
 import os, runpy, sys
-leave = os._exit
-def report_and_leave(code):
+os_exit = os._exit
+def report_and_exit(code):
     print("TORCH" if "torch" in sys.modules else "", end="")
     sys.stdout.flush()
-    leave(code)
-os._exit = report_and_leave
+    os_exit(code)
+os._exit = report_and_exit
 sys.argv = ["plan.py", *sys.argv[1:]]
 runpy.run_path("launch/plan.py", run_name="__main__")
 """
@@ -71,21 +71,21 @@ def call(tmp_path):
 def test_json_has_exactly_the_promised_keys(call):
     code, out, _ = call("--gpu", "h100-80gb", "--gpus-per-node", "8", "--json")
     assert code == 0
-    found = json.loads(out)
-    assert list(found) == list(JSON_KEYS)
+    result = json.loads(out)
+    assert list(result) == list(JSON_KEYS)
     for block, keys in JSON_KEYS.items():
-        assert keys is None or found[block].keys() == keys, block
-    assert {"parameters", "trainable"} <= found["model"].keys()
-    assert found["memory"]["peak_bytes"] == sum(found["memory"]["per_rank"].values())
-    terms = found["speed"]["terms"]
-    assert found["speed"]["seconds_per_step"] == pytest.approx(sum(terms.values()))
-    for rule in found["rules"]:
+        assert keys is None or result[block].keys() == keys, block
+    assert {"parameters", "trainable"} <= result["model"].keys()
+    assert result["memory"]["peak_bytes"] == sum(result["memory"]["per_rank"].values())
+    terms = result["speed"]["terms"]
+    assert result["speed"]["seconds_per_step"] == pytest.approx(sum(terms.values()))
+    for rule in result["rules"]:
         assert rule.keys() == {"id", "level", "message", "source"}
-    assert found["deepspeed"]["zero_optimization"]["stage"] == found["choice"]["zero_stage"]
-    assert set(found["choice"]["why"]) >= {"zero_stage", "micro_batch_size", "checkpointed_layers"}
+    assert result["deepspeed"]["zero_optimization"]["stage"] == result["choice"]["zero_stage"]
+    assert set(result["choice"]["why"]) >= {"zero_stage", "micro_batch_size", "checkpointed_layers"}
 
 
-def test_the_text_says_what_runs_why_and_how_to_start_it(call):
+def test_the_text_has_layout_reasons_memory_and_start_commands(call):
     (call.folder / "train.jsonl").write_text('{"prompt": "a b", "completion": "c d"}\n' * 5000)
     code, out, _ = call(
         "--gpu",
@@ -143,20 +143,20 @@ def test_option_all_shows_why_each_candidate_does_not_fit(call):
     assert "does not fit" in err
 
 
-def test_if_nothing_fits_json_has_the_plan_that_comes_nearest(call):
+def test_if_nothing_fits_json_has_the_plan_with_the_least_excess(call):
     (call.folder / "model/config.json").write_text(json.dumps(LLAMA_70B))
     code, out, err = call("--gpu-memory-gib", "16", "zero_stage=2", "--json")
     assert code == 2
-    found = json.loads(out)
-    assert list(found) == list(JSON_KEYS)
-    memory = found["memory"]
+    result = json.loads(out)
+    assert list(result) == list(JSON_KEYS)
+    memory = result["memory"]
     assert not memory["fits"]
     needs = (memory["peak_bytes"], memory["load_peak_bytes"])
     assert max(needs) > memory["device_bytes"] * 0.9
     assert "does not fit" in err
 
 
-def test_several_nodes_and_a_gpu_given_by_memory_and_tflops(call):
+def test_a_plan_is_made_for_several_nodes_and_a_gpu_described_by_memory_and_tflops(call):
     (call.folder / "model/config.json").write_text(json.dumps(LLAMA_70B))
     code, out, _ = call(
         "--gpu-memory-gib", "80", "--gpu-tflops", "900", "--nodes", "16", "--gpus-per-node", "8"
@@ -225,7 +225,7 @@ def test_a_refused_model_is_planned_and_ends_with_the_rule(plan_without_file):
     assert_mentions(err, "prequantised-base")
 
 
-def test_a_refused_model_that_does_not_fit_says_both(plan_without_file):
+def test_the_message_of_a_refused_model_that_does_not_fit_has_both_reasons(plan_without_file):
     code, out, err = plan_without_file(
         "--model", "openai/gpt-oss-120b", "--gpu", "l4-24gb", "offload_param=none"
     )
@@ -246,7 +246,7 @@ def test_the_hub_cache_takes_precedence_over_the_built_in_models(plan_without_fi
     assert (model["layers"], model["model_type"], model["source"]) == (3, "llama", None)
 
 
-def test_the_table_lists_what_fits(plan_without_file):
+def test_the_table_lists_the_models_that_fit(plan_without_file):
     code, out, _ = plan_without_file("--fits", "--gpu", "l4-24gb", "lora_r=8")
     assert code == 0
     assert_mentions(out, "Qwen/Qwen3-8B", "QLoRA", "tokens/s", "lora_r 8")

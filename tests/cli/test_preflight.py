@@ -1,4 +1,4 @@
-"""Preflight as a launcher starts it: two processes with the variables of two ranks."""
+"""Preflight on two ranks: processes with the environment variables of a launcher."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.messages import assert_mentions
 from tests.tiny import make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
-# Runs the preflight of one rank; an argument replaces its matrix products by a hang or a kill.
+# Runs the preflight of one rank; `hang` or `die` replaces its matrix products by a hang or a kill.
 FAULTY = """
 import os, signal, sys, time
 from pathlib import Path
@@ -48,7 +48,7 @@ def run_file(tmp_path, tiny_model) -> Path:
 
 
 class Ranks:
-    """Two ranks of one machine, which may have different arguments."""
+    """Two ranks on one machine, each with its own command."""
 
     def __init__(self) -> None:
         self._variables = variables_of_ranks(2)
@@ -56,8 +56,8 @@ class Ranks:
 
     def start(self, *command: str | Path) -> None:
         """Start the next rank."""
-        own = self._variables[len(self._commands)]
-        self._commands.append(Command(*command, variables=[own]))
+        variables = self._variables[len(self._commands)]
+        self._commands.append(Command(*command, variables=[variables]))
 
     def end(self) -> list[tuple[int, str, str]]:
         """Exit code, output and errors of each."""
@@ -69,24 +69,24 @@ class Ranks:
 
 
 class RanksOnHosts:
-    """Processes with the variables of ranks, each on a host of its own."""
+    """Two ranks, each on its own emulated host."""
 
     def __init__(self, hosts: TwoHosts) -> None:
         self._hosts, self._port = hosts, free_port()
         self._processes: list[subprocess.Popen[str]] = []
 
     def start(self, *command: str | Path, through: Sequence[str] = ()) -> None:
-        """Start the next rank; `through`: a command that starts the rank's command."""
+        """Start the next rank; `through`: a command that runs the command of the rank."""
         rank = len(self._processes)
-        place = {
+        placement = {
             "RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_SIZE": 1,
             "MASTER_ADDR": self._hosts.addresses[0], "MASTER_PORT": self._port,
             "DS_ACCELERATOR": "cpu",
         }  # fmt: skip
-        whole = [*through, sys.executable, *map(str, command)]
+        command_line = [*through, sys.executable, *map(str, command)]
         process = subprocess.Popen(
-            self._hosts.command(rank, *whole),
-            cwd=ROOT, env=os.environ | {key: str(value) for key, value in place.items()},
+            self._hosts.command(rank, *command_line),
+            cwd=ROOT, env=os.environ | {key: str(value) for key, value in placement.items()},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._processes.append(process)
@@ -101,7 +101,7 @@ class RanksOnHosts:
         return [(p.returncode, *o) for p, o in zip(self._processes, outputs, strict=True)]
 
 
-def test_two_ranks_of_a_sound_run_pass_and_leave_nothing_behind(run_file, tmp_path):
+def test_two_ranks_of_a_valid_run_pass_and_leave_no_files(run_file, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     ranks = Ranks()
     command = ["launch/preflight.py", "--local_rank=0", run_file, "load_in_4bit=true", "--json"]
@@ -119,7 +119,7 @@ def test_two_ranks_of_a_sound_run_pass_and_leave_nothing_behind(run_file, tmp_pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_rank_with_other_settings_is_named(run_file):
+def test_a_rank_with_other_settings_is_reported(run_file):
     ranks = Ranks()
     ranks.start("launch/preflight.py", run_file)
     ranks.start("launch/preflight.py", run_file, "seed=7", "lora_r=nine")
@@ -127,25 +127,34 @@ def test_a_rank_with_other_settings_is_named(run_file):
     assert (code, code_1) == (2, 2)
     assert_mentions(out, "rank 1", "found 'nine'")
     (skipped,) = [line for line in out.splitlines() if line.endswith("settings failed")]
-    assert "clock" in skipped  # as every check that a rank without a plan would not reach
+    assert "clock" in skipped  # and all checks that a rank without a plan does not reach
 
 
-@pytest.mark.parametrize(("fault", "limit_s"), [("hang", "12"), ("die", "100")])
-def test_a_rank_that_hangs_or_dies_is_named_with_its_check(run_file, fault, limit_s):
-    """The report has what is known by then."""
+def preflight_with_fault(run_file, fault, limit_s):
+    """Exit codes of both ranks, the failed check, and the report of a preflight with a fault."""
     ranks = Ranks()
     ranks.start("-c", FAULTY, run_file, limit_s, "work")
     ranks.start("-c", FAULTY, run_file, limit_s, fault)
-    (code, out, errors), (code_1, *_) = ranks.end()
-    assert (code, code_1) == (1, 1 if fault == "hang" else -signal.SIGKILL), errors
+    (code, out, _), (code_1, *_) = ranks.end()
     (line,) = [line for line in out.splitlines() if line.startswith("fail")]
-    assert_mentions(line, "watchdog", "rank 1")
-    if fault == "hang":
-        assert_mentions(line, "matrix product", socket.gethostname())
+    return code, code_1, line, out
+
+
+def test_a_rank_that_hangs_is_reported_with_its_check_and_earlier_results(run_file):
+    code, code_1, line, out = preflight_with_fault(run_file, "hang", "12")
+    assert (code, code_1) == (1, 1), out
+    assert_mentions(line, "watchdog", "rank 1", "matrix product", socket.gethostname())
     assert "ok    libraries " in out
 
 
-def test_a_rank_that_never_comes_is_missed_at_the_rendezvous(run_file):
+def test_a_rank_that_dies_is_reported_with_earlier_results(run_file):
+    code, code_1, line, out = preflight_with_fault(run_file, "die", "100")
+    assert (code, code_1) == (1, -signal.SIGKILL), out
+    assert_mentions(line, "watchdog", "rank 1")
+    assert "ok    libraries " in out
+
+
+def test_a_missing_rank_is_reported_at_the_rendezvous(run_file):
     ranks = Ranks()
     ranks.start("-c", FAULTY, run_file, "2", "work")
     ((code, out, errors),) = ranks.end()
@@ -155,16 +164,23 @@ def test_a_rank_that_never_comes_is_missed_at_the_rendezvous(run_file):
     assert "ok    model " in out  # results of rank 0 itself
 
 
-def test_two_hosts_of_which_one_has_another_disk(run_file, tmp_path):
+def test_a_host_without_the_shared_disk_is_reported(run_file, tmp_path):
     if (reason := reason_unavailable()) is not None:
         pytest.skip(reason)
     shared = tmp_path / "runs"
     shared.mkdir()
-    own_disk = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', shared]
+    separate_disk = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs none "$0" && exec "$@"',
+        shared,
+    ]
     with TwoHosts() as hosts:
         ranks = RanksOnHosts(hosts)
         ranks.start("launch/preflight.py", run_file, "--json")
-        ranks.start("launch/preflight.py", run_file, through=[str(part) for part in own_disk])
+        ranks.start("launch/preflight.py", run_file, through=[str(part) for part in separate_disk])
         (code, out, errors), (code_1, *_) = ranks.end()
     assert (code, code_1) == (2, 2), errors
     findings = {finding["check"]: finding for finding in json.loads(out)["findings"]}

@@ -1,4 +1,4 @@
-"""The demonstration's data is the same everywhere, varied, and has no held-out row in train."""
+"""The quickstart data are reproducible and varied, and no held-out row is in the training set."""
 
 import importlib.util
 import json
@@ -22,9 +22,9 @@ def load_script():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("quickstart")
-    load_script().make_data(made)
-    return made
+    folder = tmp_path_factory.mktemp("quickstart")
+    load_script().make_data(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +51,19 @@ def test_data_is_reproducible_and_an_unchanged_file_is_not_rewritten(folder, tmp
     assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in names}
 
 
-def test_enough_rows_and_no_message_twice(rows):
+def test_there_are_enough_rows_and_all_messages_differ(rows):
     (train, num_train), (heldout, num_heldout) = rows["train"], rows["heldout"]
-    assert (len(train), len(heldout)) == (num_train, num_heldout)  # no message twice
+    assert (len(train), len(heldout)) == (num_train, num_heldout)  # all messages differ
     assert num_train >= 400
     assert num_heldout >= 60
     assert not train.keys() & heldout.keys()
 
 
 def test_no_held_out_pair_of_item_and_quantity_is_in_train(rows):
-    asked = [
+    pairs = [
         {(facts["item"], facts["quantity"]) for facts in part.values()} for part, _ in rows.values()
     ]
-    assert not asked[0] & asked[1]
+    assert not pairs[0] & pairs[1]
 
 
 def test_every_answer_has_the_same_keys_and_values_of_the_right_types(rows):
@@ -80,8 +80,8 @@ def test_the_wording_is_varied_and_short(rows):
     assert len({text.split()[0].lower() for text in train}) > 50
     assert len({" ".join(text.lower().split()[:3]) for text in train}) > 0.6 * num_train
     assert len({json.dumps(facts) for facts in train.values()}) > 0.9 * num_train
-    for key in ("size", "day", "time"):  # said by some, and left out by some
-        silent = sum(facts[key] is None for facts in train.values())
-        assert 0.1 * num_train < silent < 0.6 * num_train, key
+    for key in ("size", "day", "time"):  # mentioned in some messages, omitted in others
+        omitted = sum(facts[key] is None for facts in train.values())
+        assert 0.1 * num_train < omitted < 0.6 * num_train, key
     assert max(len(text) for text in train) < 200
     assert not any("{" in text or "  " in text for text in train)

@@ -1,4 +1,4 @@
-"""`rankzero`: deepspeed is started on several GPUs, and the batch scripts come with the package."""
+"""`rankzero` starts deepspeed on several GPUs, and writes the batch scripts of the package."""
 
 import os
 import sys
@@ -15,13 +15,13 @@ from tests.nvml import make_nvml
 pytestmark = pytest.mark.unit
 
 
-class Replaced(Exception):
-    """Another program has replaced this process."""
+class ProcessReplacedError(Exception):
+    """Raised by the fake os.execv: another program replaces the process."""
 
 
 @pytest.fixture
 def rankzero_on(monkeypatch):
-    """Calls `rankzero` on a machine with this many GPUs; returns the command that replaces it."""
+    """A function that calls `rankzero` with so many GPUs; returns the command passed to execv."""
 
     def call(gpus: int, *words: str, **environment: str) -> list[str] | None:
         devices = gpus_of(gpus)
@@ -31,21 +31,21 @@ def rankzero_on(monkeypatch):
             monkeypatch.setenv(name, value)
         monkeypatch.setitem(sys.modules, "pynvml", make_nvml(devices))
         monkeypatch.setattr(sys, "argv", ["rankzero", *words])
-        replaced: list[list[str]] = []
+        commands: list[list[str]] = []
 
         def execv(_: str, command: list[str]) -> None:
-            replaced.append(command)
-            raise Replaced
+            commands.append(command)
+            raise ProcessReplacedError
 
         monkeypatch.setattr(os, "execv", execv)
-        ran = []
-        verb = type("Verb", (), {"main": staticmethod(lambda: ran.append(list(sys.argv)))})
+        calls = []
+        verb = type("Verb", (), {"main": staticmethod(lambda: calls.append(list(sys.argv)))})
         monkeypatch.setattr(rankzero, "import_module", lambda _: verb)
         try:
             rankzero.main()
-        except Replaced:
-            return replaced[0]
-        assert ran == [[f"rankzero {words[0]}", *words[1:]]]
+        except ProcessReplacedError:
+            return commands[0]
+        assert calls == [[f"rankzero {words[0]}", *words[1:]]]
         return None
 
     return call
@@ -74,7 +74,9 @@ def test_several_gpus_without_a_launcher_are_all_used(rankzero_on, capsys, verb)
         (8, ["train", "RUN.yaml"], {"RANK": "0"}),  # incomplete: the verb refuses it
     ],
 )  # fmt: skip
-def test_otherwise_the_verb_runs_in_this_process(rankzero_on, gpus, words, environment):
+def test_one_gpu_a_launcher_or_another_verb_runs_in_this_process(
+    rankzero_on, gpus, words, environment
+):
     assert rankzero_on(gpus, *words, **environment) is None
 
 
@@ -87,10 +89,10 @@ def test_the_batch_scripts_are_those_of_the_clone(monkeypatch, tmp_path):
     write_scripts(monkeypatch, tmp_path / "new" / "folder")
     written = {path.name: path.read_bytes() for path in (tmp_path / "new/folder/slurm").iterdir()}
     assert written == {path.name: path.read_bytes() for path in (ROOT / "slurm").iterdir()}
-    write_scripts(monkeypatch, tmp_path / "new" / "folder")  # again: nothing differs
+    write_scripts(monkeypatch, tmp_path / "new" / "folder")  # again: the files are equal
 
 
-def test_a_script_that_was_changed_is_never_replaced(monkeypatch, tmp_path):
+def test_a_changed_script_is_not_replaced(monkeypatch, tmp_path):
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm/env.sh").write_text("module load cuda\n")
     with refused("env.sh", "differs"):
@@ -99,7 +101,7 @@ def test_a_script_that_was_changed_is_never_replaced(monkeypatch, tmp_path):
     assert (tmp_path / "slurm/env.sh").read_text() == "module load cuda\n"
 
 
-def test_a_folder_that_cannot_be_made_is_named(monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     with refused("file", "slurm"):
         write_scripts(monkeypatch, tmp_path / "file")

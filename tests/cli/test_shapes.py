@@ -1,4 +1,4 @@
-"""The command that counts the published models on their classes."""
+"""The shipped shapes of published models are those that the command counts on their classes."""
 
 import pytest
 
@@ -8,17 +8,17 @@ from pipeline.plan.given.published import SHAPES_FILE, published_models
 
 pytestmark = pytest.mark.tensor
 
-# A dense model, one with heads of several widths, and one counted as another type.
+# A dense model, one with several head widths, and one that is counted as another model type.
 NAMES = ("ibm-granite/granite-3.1-2b-instruct", "google/gemma-4-31B", "moonshotai/Kimi-K2-Instruct")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_shape_that_ships_is_that_of_the_class(name):
+def test_a_shipped_shape_is_that_of_the_class(name):
     model = next(model for model in published_models() if model.name == name)
     assert shape_by_class(model) == read_json(SHAPES_FILE)["shapes"][name]
 
 
-def test_the_file_is_written_as_the_command_writes_it():
+def test_the_file_has_the_layout_that_the_command_writes():
     text = SHAPES_FILE.read_text(encoding="utf-8")
     shapes = read_json(SHAPES_FILE)["shapes"]
     assert text.splitlines()[2:] == text_of(shapes).splitlines()[2:]

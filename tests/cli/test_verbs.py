@@ -1,4 +1,4 @@
-"""Every verb: bad input is one message and exit code 2, and nothing is written."""
+"""Every verb refuses bad input with one message, and writes nothing."""
 
 import sys
 from importlib import import_module
@@ -11,13 +11,13 @@ from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
 
-WITH_RUN_FILE = ("train", "plan", "prepare")  # preflight reports all that it finds
+WITH_RUN_FILE = ("train", "plan", "prepare")  # preflight reports problems as findings
 WITH_RUN_FOLDER = ("merge", "score", "report", "track")
 
 
 @pytest.fixture
 def refused_by(monkeypatch, tmp_path):
-    """Calls a verb that must refuse; returns its message."""
+    """A function that calls a verb with bad input and returns the message of its refusal."""
     monkeypatch.chdir(tmp_path)
 
     def call(verb: str, *arguments: object) -> str:
@@ -40,34 +40,34 @@ def run_file(tmp_path):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_arguments_that_are_missing_or_unknown_are_named(refused_by, verb):
+def test_missing_and_unknown_arguments_are_refused_by_name(refused_by, verb):
     missing = "run_folder" if verb in WITH_RUN_FOLDER else "run_file"
     missing = {"plan": "RUN.yaml", "slurm": "folder"}.get(verb, missing)
     assert_mentions(refused_by(verb), missing, "--help")
-    assert "key=value" not in refused_by(verb)  # is not required
+    assert "key=value" not in refused_by(verb)  # overrides are optional
     assert_mentions(refused_by(verb, "x", "--nonsense"), "--nonsense")
 
 
 @pytest.mark.parametrize("verb", WITH_RUN_FILE)
 @pytest.mark.parametrize("name", ["nothing.yaml", ".", "/dev/null"])
-def test_what_is_no_run_file_is_named(refused_by, verb, name):
+def test_a_path_that_is_not_a_run_file_is_refused(refused_by, verb, name):
     assert_mentions(refused_by(verb, name), name)
 
 
 @pytest.mark.parametrize("verb", WITH_RUN_FILE)
 @pytest.mark.parametrize("override", ["lr", "=5", "OTHER.yaml"])
-def test_what_is_no_override_is_named(refused_by, run_file, verb, override):
+def test_an_argument_that_is_not_an_override_is_refused(refused_by, run_file, verb, override):
     assert_mentions(refused_by(verb, run_file, override), override, "key=value")
 
 
 @pytest.mark.parametrize("verb", WITH_RUN_FOLDER)
 @pytest.mark.parametrize("name", ["nothing", ".", "/dev/null", "RUN.yaml", "n" * 300])
-def test_what_is_no_run_folder_is_named(refused_by, run_file, verb, name):
+def test_a_path_that_is_not_a_run_folder_is_refused(refused_by, run_file, verb, name):
     assert_mentions(refused_by(verb, name), name, "output_dir")
 
 
 @pytest.mark.parametrize("verb", ["merge", "score"])
-def test_a_run_without_an_adapter_is_named(refused_by, tmp_path, verb):
+def test_a_run_without_an_adapter_is_refused(refused_by, tmp_path, verb):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.yaml").write_text("model: m\ntrain_data: t\noutput_dir: o\n")
@@ -83,16 +83,16 @@ def test_a_run_without_an_adapter_is_named(refused_by, tmp_path, verb):
         ("prepare", ["--show", "x"]),
     ],
 )
-def test_a_number_that_cannot_be_names_its_argument(refused_by, verb, arguments):
+def test_an_invalid_number_is_refused_with_its_option(refused_by, verb, arguments):
     option, value = arguments
     assert_mentions(refused_by(verb, "x", f"{option}={value}"), option, value)
 
 
-def test_an_option_is_never_guessed_from_its_beginning(refused_by, run_file):
+def test_an_abbreviated_option_is_refused(refused_by, run_file):
     assert_mentions(refused_by("plan", run_file, "--gpus", "3"), "--gpus")
 
 
-def test_data_is_not_prepared_in_a_folder_of_something_else(refused_by, tmp_path, run_file):
+def test_data_is_not_prepared_in_a_folder_of_other_files(refused_by, tmp_path, run_file):
     model = tmp_path / "m"
     model.mkdir()
     (model / "config.json").write_text("{}")

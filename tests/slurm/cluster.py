@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, and the jobs on it."""
+"""A real Slurm with two emulated nodes on this machine, and its jobs."""
 
 import json
 import os
@@ -24,7 +24,7 @@ DEADLINE_S = 420.0
 
 
 def reason_unavailable() -> str | None:
-    """Why Slurm cannot run here, or None; installs Debian's packages where they are missing.
+    """Reason why Slurm cannot run here, or None; installs Debian's packages if they are missing.
 
     A policy-rc.d keeps apt from starting the packages' own services.
     """
@@ -55,13 +55,13 @@ def reason_unavailable() -> str | None:
 
 @dataclass
 class Cluster:
-    """A Slurm in namespaces. `stop` ends all its processes, and so does any end of this process."""
+    """A Slurm in namespaces; all its processes end with `stop` or with this process."""
 
     folder: Path
     process: subprocess.Popen = field(init=False)
 
     def start(self) -> None:
-        """Start it; raises AssertionError with the logs where it does not answer."""
+        """Start Slurm; raises AssertionError with the logs if it does not answer."""
         with (self.folder / "cluster.log").open("w") as log:
             self.process = subprocess.Popen(
                 [
@@ -75,26 +75,27 @@ class Cluster:
         wait_until((self.folder / "ready").exists, "Slurm", self.logs, 60.0, poll_s=0.1)
 
     def stop(self) -> None:
-        """Kill process 1 of the login node, and with it all others."""
+        """Kill process 1 of the login node, and so all processes of its namespace."""
         self.process.kill()
         self.process.wait(10)
 
     def logs(self) -> str:
-        """The ends of all its logs."""
+        """The last 2000 characters of each log."""
         files = sorted(self.folder.glob("*.log"))
         return "\n".join(f"{file}\n{file.read_text(errors='replace')[-2000:]}" for file in files)
 
     def run(self, *command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
         """Run a command on the login node, with this Python's environment active."""
         (login,) = psutil.Process(self.process.pid).children()
-        mine = {
+        login_environment = {
             "PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
             "PYTHONPATH": str(ROOT), "SLURM_CONF": str(self.folder / "slurm.conf"),
             "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         done = subprocess.run(
             ["nsenter", "--target", str(login.pid), "--all", f"--wd={cwd}", "--", *command],
-            env=mine | environment, capture_output=True, text=True, check=False, timeout=60,
+            env=login_environment | environment,
+            capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.logs()}"
         return done.stdout.strip()
@@ -105,21 +106,21 @@ class Cluster:
         return self.run("nsenter", "--target", pid, "--all", "--", *command)
 
     def kill_slurmd(self, node: str) -> None:
-        """SIGKILL to the node's daemon; the processes that it started live on."""
+        """Send SIGKILL to the node's slurmd; the processes that it started keep running."""
         pid = (self.folder / f"spool/{node}/slurmd.pid").read_text().strip()
         self.on_node(node, "kill", "-KILL", pid)
 
     def reboot(self, node: str) -> None:
         """Kill all processes of a node and start its daemon.
 
-        Without the kill, Slurm 22.05 ends the old ranks by the id of their step, which the job's
-        next start on the node has too: it was seen to end that one.
+        Otherwise Slurm 22.05 ends the old ranks by the id of their step. The next start of the job
+        on this node has the same step id, and was observed to be ended instead.
         """
         self.on_node(node, "bash", "-c", "kill -KILL -1")  # all but process 1 and itself
         self.on_node(node, "slurmd", "-N", node, "-f", self.folder / "slurm.conf")
 
     def sbatch(self, folder: Path, *words: str | Path, **environment: str) -> "Job":
-        """Submit from a folder; the words are sbatch's own flags, the script and its words."""
+        """Submit from a folder; `words` are sbatch's options, the script and its arguments."""
         number = self.run("sbatch", "--parsable", *words, cwd=folder, **environment)
         return Job(self, number, folder)
 
@@ -130,15 +131,15 @@ class Job:
 
     cluster: Cluster
     number: str
-    folder: Path  # where it was submitted
-    held: float = 0.0  # start time of the run that `hold` stopped last
+    folder: Path  # from which it was submitted
+    held: float = 0.0  # start time of the run in which `hold` last stopped a rank
 
     def show(self, name: str) -> str:
-        """A field of its record."""
+        """A field of the job's record in Slurm."""
         record = self.cluster.run("scontrol", "show", "job", self.number)
-        found = re.search(rf"^.*\b{name}=(\S+)", record, re.MULTILINE)
-        assert found is not None, record
-        return found[1]
+        match = re.search(rf"^.*\b{name}=(\S+)", record, re.MULTILINE)
+        assert match is not None, record
+        return match[1]
 
     @property
     def output(self) -> str:
@@ -152,47 +153,51 @@ class Job:
         return int(self.show("Restarts"))
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The ranks' processes, with the process ids of this machine."""
-        found, mine = {}, self.show("JobId")
+        """The processes of the ranks, as seen from this machine."""
+        ranks, job_id = {}, self.show("JobId")
         for process in psutil.process_iter(["cmdline"]):
             if "pipeline.cli.train" not in (process.info["cmdline"] or []):
                 continue
             try:
-                seen = process.environ()
+                environment = process.environ()
             except psutil.Error:
                 continue
             is_python = "python" in Path(process.info["cmdline"][0]).name
-            if is_python and seen.get("SLURM_JOB_ID") == mine and "SLURM_PROCID" in seen:
-                found[int(seen["SLURM_PROCID"])] = process
-        return found
+            if (
+                is_python
+                and environment.get("SLURM_JOB_ID") == job_id
+                and "SLURM_PROCID" in environment
+            ):
+                ranks[int(environment["SLURM_PROCID"])] = process
+        return ranks
 
     def hold(self, run: Path, rank: int, step: int) -> psutil.Process:
-        """Stop a rank once this start has made a step: the others wait for it in the middle."""
+        """Stop a rank (SIGSTOP) after this start has reached a step; the others wait for it."""
 
-        def is_there() -> bool:
-            found = status(run)
-            is_new = found.get("state") == "running" and found["started"] > self.held
-            return is_new and found["step"] >= step
+        def has_reached_step() -> bool:
+            current = status(run)
+            is_new = current.get("state") == "running" and current["started"] > self.held
+            return is_new and current["step"] >= step
 
-        wait_until(is_there, f"step {step}", self.tell, poll_s=0.01)
+        wait_until(has_reached_step, f"step {step}", self.diagnosis, poll_s=0.01)
         process = self.ranks()[rank]
         process.send_signal(signal.SIGSTOP)
         self.held = status(run)["started"]
         return process
 
     def limit(self, minutes: int) -> None:
-        """Change its time limit, which counts from when it started."""
+        """Change the job's time limit, which counts from its start."""
         update = ["scontrol", "update", f"JobId={self.number}", f"TimeLimit={minutes}"]
         self.cluster.run(*update)
 
     def end(self, state: str, within_s: float = DEADLINE_S) -> None:
-        """Wait until it has ended, and require its state."""
+        """Wait for the end of the job, and assert its state."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        wait_until(lambda: self.show("JobState") in over, "end", self.tell, within_s)
-        assert self.show("JobState") == state, self.tell()
+        wait_until(lambda: self.show("JobState") in over, "end", self.diagnosis, within_s)
+        assert self.show("JobState") == state, self.diagnosis()
 
-    def tell(self) -> str:
-        """Record, output and logs, for the message of a failure."""
+    def diagnosis(self) -> str:
+        """Record, output and logs of the job, for the message of a failed assertion."""
         record = self.cluster.run("scontrol", "show", "job", self.number)
         logs = [
             f"{path}\n{path.read_text(errors='replace')[-3000:]}"
@@ -202,7 +207,7 @@ class Job:
 
 
 def status(run: Path) -> dict[str, Any]:
-    """status.json, or nothing where there is none."""
+    """status.json; empty if it is missing or incomplete."""
     try:
         return json.loads((run / "status.json").read_text())
     except (OSError, ValueError):
@@ -210,16 +215,16 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def wait_until(
-    claim: Callable[[], object],
-    what: str,
-    tell: Callable[[], str],
+    condition: Callable[[], object],
+    name: str,
+    diagnosis: Callable[[], str],
     within_s: float = DEADLINE_S,
     *,
     poll_s: float = 0.5,
 ) -> None:
-    """Poll until the claim holds; AssertionError with the text of `tell` where it never does."""
+    """Poll until the condition holds; AssertionError with the diagnosis at the deadline."""
     deadline = time.monotonic() + within_s
-    while not claim():
+    while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"no {what} in {within_s:.0f} s\n{tell()}")
+            raise AssertionError(f"no {name} in {within_s:.0f} s\n{diagnosis()}")
         time.sleep(poll_s)

@@ -1,4 +1,4 @@
-"""A Slurm for all tests here, and the folder from which they submit."""
+"""Fixtures: a real Slurm, the folder from which jobs are submitted, and a job on fakes."""
 
 import os
 import signal
@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from tests.slurm.cluster import ROOT, Cluster, reason_unavailable, wait_until
+from tests.slurm.fake_slurm import Job, make_job
 from tests.tiny import make_rows
 
-# 3 epochs of 6 steps, a sequence on each of 4 ranks.
+# 3 epochs of 6 steps, with one sequence on each of 4 ranks.
 SETTINGS = {
     "lora_r": 4, "lora_dropout": 0.1, "lr": 5e-3, "epochs": 3, "global_batch_size": 4,
     "batch_size": 1, "max_length": 128, "save_steps": 2, "logging_steps": 1, "bf16": False,
@@ -21,28 +22,28 @@ SETTINGS = {
 
 CPUS = "--cpus-per-gpu=4"
 TWO_BY_TWO = ("--nodes=2", "--gpus-per-node=2", CPUS)
-# As seen from the folder in which jobs are submitted.
+# Relative to the folder from which jobs are submitted.
 TRAIN, DEBUG = "../my checkout/slurm/train.sbatch", "../my checkout/slurm/debug.sbatch"
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    """Two nodes, node1 and node2, of eight made-up GPUs each."""
+    """A Slurm of two nodes, node1 and node2, each with eight fake GPUs."""
     if "SLURM_TESTS" not in os.environ:
-        pytest.skip("minutes on a Slurm of its own: `make test-slurm` runs it")
+        pytest.skip("takes minutes and starts a Slurm: `make test-slurm`")
     if (reason := reason_unavailable()) is not None:
-        pytest.skip(f"a Slurm here {reason}")
-    made = Cluster(tmp_path_factory.mktemp("slurm"))
+        pytest.skip(f"Slurm {reason}")
+    slurm = Cluster(tmp_path_factory.mktemp("slurm"))
     try:
-        made.start()
-        yield made
+        slurm.start()
+        yield slurm
     finally:
-        made.stop()
+        slurm.stop()
 
 
 @pytest.fixture(scope="session")
 def submit(tmp_path_factory) -> Path:
-    """A folder with spaces in its path, far from the project, which a link there leads to."""
+    """A submit folder with spaces in its path; a link beside it leads to the project."""
     folder = tmp_path_factory.mktemp("home") / "my work"
     folder.mkdir()
     (folder.parent / "my checkout").symlink_to(ROOT)
@@ -52,7 +53,7 @@ def submit(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_file(submit, tiny_model) -> Callable[..., Path]:
-    """Write the run file of a run folder of the same name: name, settings -> its path."""
+    """A function that writes a run file: name of the run folder, settings -> path."""
 
     def write(name: str, **settings) -> Path:
         paths = {
@@ -69,7 +70,7 @@ def run_file(submit, tiny_model) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def train(cluster, submit, run_file):
-    """Submit a run on two ranks of each node: name, sbatch's flags -> the job, the run folder."""
+    """A function that submits a run: name, options of sbatch -> job, run folder."""
 
     def start(name: str, *flags: str):
         return cluster.sbatch(submit, *flags, TRAIN, run_file(name).name), submit / "runs" / name
@@ -79,35 +80,42 @@ def train(cluster, submit, run_file):
 
 @pytest.fixture(scope="session")
 def limited(train):
-    """A run that its time limit hits in the middle: it waits for a rank until it is warned.
+    """A run that reaches its time limit: it waits for a stopped rank until Slurm's warning.
 
-    However long its start took: the limit is set once it is there, to one or two minutes more.
+    The limit is set after its first steps, to one or two minutes from then, so that it does not
+    depend on how long the start takes.
     """
     job, run = train("limited", *TWO_BY_TWO, "--time=30", "--signal=B:USR1@60")
     held = job.hold(run, rank=3, step=4)
     hours, minutes, _ = (int(part) for part in job.show("RunTime").split(":"))
     job.limit(60 * hours + minutes + 2)
 
-    def let_go() -> None:
-        wait_until(lambda: "stop requested" in job.output, "warning", job.tell)
+    def continue_rank() -> None:
+        wait_until(lambda: "stop requested" in job.output, "warning", job.diagnosis)
         held.send_signal(signal.SIGCONT)
 
-    threading.Thread(target=let_go, daemon=True).start()
+    threading.Thread(target=continue_rank, daemon=True).start()
     return job, run
 
 
 @pytest.fixture(scope="session")
-def straight(limited, train) -> Path:
-    """The folder of a run that nothing interrupts, made while the limited one waits."""
-    job, run = train("straight", *TWO_BY_TWO)
+def uninterrupted(limited, train) -> Path:
+    """The folder of an uninterrupted run, trained while the limited one waits."""
+    job, run = train("uninterrupted", *TWO_BY_TWO)
     job.end("COMPLETED")
     assert job.restarts == 0
     return run
 
 
+@pytest.fixture
+def job(tmp_path) -> Job:
+    """A job on fakes of srun and scontrol."""
+    return make_job(tmp_path)
+
+
 @pytest.fixture(scope="session")
-def lost(cluster, straight, train):
-    """A run that has lost the daemon of its second node in the middle, just now."""
+def lost(cluster, uninterrupted, train):
+    """A run whose second node has just lost its slurmd, in the middle of training."""
     job, run = train("lost", *TWO_BY_TWO)
     job.hold(run, rank=3, step=4)
     cluster.kill_slurmd("node2")

@@ -1,4 +1,4 @@
-"""A job without Slurm: stand-ins for srun, scontrol and containers, and the batch script."""
+"""A job without Slurm: the batch script with fakes of srun, scontrol and containers."""
 
 import shutil
 import subprocess
@@ -9,10 +9,10 @@ from pathlib import Path
 from pipeline.files import dump_json
 from tests import ROOT
 
-# Each records its calls, one line per call with tabs between the words.
+# Each fake records its calls: one line per call, with tabs between the words.
 SCONTROL = """\
 printf '%s\\t' scontrol "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
-# The number of calls for which slurmctld is down.
+# slurmctld is down for this number of calls.
 away=$(cat "$FAKE/away-$1" 2>/dev/null || echo 0)
 if [[ $away -gt 0 ]]; then
     echo $((away - 1)) >"$FAKE/away-$1"
@@ -25,7 +25,7 @@ case $1 in
     requeue) [[ ! -e $FAKE/no_requeue ]] ;;
 esac
 """
-# The step that creates folders on the nodes does nothing, that of a python in a container runs it,
+# The step that creates folders on the nodes does nothing, the step of a container's python runs it,
 # and the ranks' step runs the script $FAKE/ranks.
 SRUN = """\
 printf '%s\\t' srun "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
@@ -40,13 +40,13 @@ for word in "$@"; do
 done
 exec bash -c "$(cat "$FAKE/ranks")"
 """
-# The import of RankZero takes Python half a second.
+# Skips a check that only imports RankZero, which takes half a second.
 PYTHON = """\
 case "$*" in *"import pipeline.errors") exit 0 ;; esac
 exec "{python}" "$@"
 """
 
-# Its python is the only one that has RankZero.
+# Only the python of its image has RankZero.
 APPTAINER = """\
 printf '%s\\t' apptainer "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
 while [[ $1 != *.sif ]]; do shift; done
@@ -54,7 +54,7 @@ shift
 PATH=$FAKE/image:$PATH exec "$@"
 """
 
-# Long enough for tail to poll, and for srun to start.
+# Short sleeps are long enough for tail to poll and for srun to start.
 SLEEP = """\
 case $1 in 1) exec /bin/sleep 0.1 ;; 1.5) exec /bin/sleep 0.2 ;; esac
 echo "sleeps $1"
@@ -62,7 +62,7 @@ echo "sleeps $1"
 
 
 def status(state: str, **fields) -> str:
-    """status.json as a run writes it."""
+    """status.json with the fields that a run writes."""
     values = {
         "state": state, "step": 4, "total_steps": 9, "exit_code": None, "reason": None,
         "host": "node1", "started": 123.25,
@@ -71,14 +71,14 @@ def status(state: str, **fields) -> str:
 
 
 def ranks(text: str = "", code: int = 0, more: str = "") -> str:
-    """The script of the ranks: write `text` to status.json, and end with the code."""
+    """The script of the ranks: write `text` to status.json, run `more`, and exit with the code."""
     write = f"cat >run/status.json <<'END'\n{text}END\n" if text else ""
     return f"{write}{more}\nexit {code}\n"
 
 
 @dataclass
 class Job:
-    """One job's spool, submit folder and stand-ins."""
+    """A job: its spool, its submit folder, and the fake programs."""
 
     folder: Path
     environment: dict[str, str]
@@ -88,7 +88,7 @@ class Job:
     ) -> subprocess.Popen:
         fake, checkout = self.folder / "fake", self.folder / "my checkout"
         (fake / "ranks").write_text(do)
-        command = " ".join([f"../my checkout/slurm/{script}", *words])  # as sbatch was given it
+        command = " ".join([f"../my checkout/slurm/{script}", *words])  # of sbatch
         (fake / "command").write_text(command)
         spool = self.folder / "slurm_script"
         shutil.copy(checkout / "slurm" / script, spool)
@@ -116,7 +116,7 @@ class Job:
         return [line[1:] for line in words if line[0] == program]
 
     def use_container(self, words: str) -> None:
-        """Set `container` in env.sh; only the image's python has RankZero."""
+        """Set `container` in env.sh; only the python of the image has RankZero."""
         script = self.folder / "my checkout/slurm/env.sh"
         text = script.read_text()
         assert text.count("\ncontainer=()\n") == 1

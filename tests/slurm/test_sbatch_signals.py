@@ -1,0 +1,69 @@
+"""The warning of Slurm before a time limit: ranks write a checkpoint, and the job is requeued."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.fake_slurm import ranks, status
+
+pytestmark = pytest.mark.unit
+
+
+WORK = "touch there; for i in {1..300}; do /bin/sleep 0.1; done"
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.02)
+
+
+def test_a_warning_before_the_ranks_are_started_starts_none(job):
+    (job.folder / "fake/slow_disk").touch()
+    process = job.start("train.sbatch", "my run.yaml")
+    wait_for(job.submit / "there")
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, job.requeued()) == (75, ["7"]), output
+    assert len(job.calls("srun")) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_warning_reaches_the_ranks_and_the_script_waits_for_their_checkpoint(job, number):
+    write = "touch signalled; for i in {1..15}; do /bin/sleep 0.1; done; " + ranks(
+        status("stopped"), 75
+    )
+    do = f"on_signal() {{ {write} }}\ntrap on_signal USR1\n{WORK}"
+    process = job.start("train.sbatch", "my run.yaml", do=do)
+    wait_for(job.submit / "there")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert (job.submit / "signalled").exists(), output
+    assert "stopped at step 4; requeued" in output
+    assert (process.returncode, job.requeued()) == (75, ["7"]), output
+
+
+def test_a_warning_between_the_last_check_and_the_start_reaches_the_ranks(job):
+    """Between the check whether to start them and their start."""
+    script = job.folder / "my checkout/slurm/train.sbatch"
+    question = "if [[ ! $stop_requested ]]; then\n"
+    text = script.read_text()
+    assert text.count(question) == 1
+    script.write_text(text.replace(question, f"{question}kill -s USR1 $$\n"))
+    code, output = job.train(
+        f"for i in {{1..50}}; do /bin/sleep 0.1; done; {ranks(status('done'))}"
+    )
+    assert (code, job.requeued()) == (75, ["7"]), output
+
+
+def test_a_warning_before_the_ranks_handle_signals_requeues_the_job(job):
+    """The signal ends the ranks, and they write no status."""
+    process = job.start("train.sbatch", "my run.yaml", do=WORK)
+    wait_for(job.submit / "there")
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, job.requeued()) == (75, ["7"]), output
+    assert (job.submit / "run/logs/7/requeues").read_text() == "0 1\n"
