@@ -1,4 +1,4 @@
-"""Bases and adapters for the tests of merging."""
+"""Bases and adapters for tests of merging, and the contents of their folders."""
 
 import json
 
@@ -21,7 +21,7 @@ CASES = {
 
 
 def make_adapter(base, folder, targets=SEVEN_PROJECTIONS, **options):
-    """Save an adapter with peft; all of its matrices are random, B too."""
+    """Save an adapter with peft; its A and B matrices are random."""
     options = {"r": 4, "lora_alpha": 12} | options
     config = LoraConfig(target_modules=list(targets), task_type="CAUSAL_LM", **options)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
@@ -35,7 +35,7 @@ def make_adapter(base, folder, targets=SEVEN_PROJECTIONS, **options):
 
 
 def make_pair(folder, case):
-    """Make a base model in folder/base and an adapter for it in folder/adapter."""
+    """Write a base model to folder/base and an adapter for it to folder/adapter."""
     make_adapter(make_model(folder / "base", **CASES[case]), folder / "adapter")
     return folder
 
@@ -49,5 +49,5 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def edit(path, **changes):
+def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -1,4 +1,4 @@
-"""A run starts from an adapter with equal outputs, or is refused before torch with what differs."""
+"""A run starts from an adapter with its outputs, or is refused with the difference."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from pipeline.adapter.trained_on import TRAINED_ON, adapter_sha256
 from pipeline.files import read_json
 from pipeline.model.adapter import attach_adapter, expected_shapes, trainable
 from pipeline.model.fingerprint import base_fingerprint
-from tests.adapter.merged import edit
+from tests.adapter.merged import edit_json
 from tests.messages import assert_mentions, refused
 from tests.tiny import make_model, make_plan
 
@@ -31,7 +31,7 @@ IDS = torch.arange(3, 43).reshape(2, 20)
 
 
 def publish(plan, folder):
-    """An adapter of this plan as a run publishes it, with random matrices."""
+    """Publish an adapter of this plan with random matrices."""
     generator = torch.Generator().manual_seed(1)
     tensors = {
         key: 0.1 * torch.randn(shape, generator=generator)
@@ -69,7 +69,7 @@ def test_outputs_at_step_0_are_those_of_the_adapter(tiny_model, first, settings)
     plan = make_plan(tiny_model, init_adapter=str(first), **settings)
     require_startable(plan)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    wanted = logits(PeftModel.from_pretrained(base, first))
+    expected = logits(PeftModel.from_pretrained(base, first))
     model = attach_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), plan)
     plain = logits(model)
     parameters = trainable(model)
@@ -78,8 +78,8 @@ def test_outputs_at_step_0_are_those_of_the_adapter(tiny_model, first, settings)
     assert weights.keys() == parameters.keys()
     for key, parameter in parameters.items():
         parameter.data = weights[key]
-    assert (logits(model) - wanted).norm() < 1e-6 * wanted.norm()
-    assert (plain - wanted).norm() > 0.1 * wanted.norm()
+    assert (logits(model) - expected).norm() < 1e-6 * expected.norm()
+    assert (plain - expected).norm() > 0.1 * expected.norm()
     grown = [key for key, t in weights.items() if t.shape[0] > 4 and key.endswith("A.weight")]
     assert all(torch.equal(weights[key][4:], fresh[key][4:]) for key in grown)
 
@@ -98,7 +98,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_differs_from_the_run_file_is_refused(tiny_model, first, name):
+def test_an_adapter_that_differs_from_the_run_file_is_refused(tiny_model, first, name):
     settings, facts = REFUSED[name]
     with refused("init_adapter", *facts):
         require_startable(make_plan(tiny_model, init_adapter=str(first), **settings))
@@ -113,11 +113,11 @@ def other_sizes(folder):
 
 
 def dora(folder):
-    edit(folder / "adapter_config.json", use_dora=True)
+    edit_json(folder / "adapter_config.json", use_dora=True)
     return ["magnitude"]
 
 
-def gone(folder):
+def missing(folder):
     shutil.rmtree(folder)
     return ["neither a folder nor a hub adapter"]
 
@@ -127,21 +127,23 @@ def no_config(folder):
     return ["adapter_config.json"]
 
 
-@pytest.mark.parametrize("damage", [other_sizes, dora, gone, no_config])
-def test_a_folder_that_is_no_such_adapter_is_refused(tiny_model, copied, damage):
+@pytest.mark.parametrize("damage", [other_sizes, dora, missing, no_config])
+def test_a_folder_that_is_not_a_usable_adapter_is_refused(tiny_model, copied, damage):
     facts = damage(copied)
     with refused("init_adapter", *facts):
         require_startable(make_plan(tiny_model, init_adapter=str(copied)))
 
 
-def test_another_base_is_refused_by_its_content_unless_it_is_accepted(first, tmp_path):
+def test_a_base_of_other_content_is_refused_unless_it_is_accepted(first, tmp_path):
     other = make_model(tmp_path / "other", dtype="bfloat16")
     with refused("init_adapter", "tensors differ", "accept_changes"):
         require_startable(make_plan(other, init_adapter=str(first)))
     require_startable(make_plan(other, init_adapter=str(first), accept_changes=["base"]))
 
 
-def test_a_hub_name_in_the_cache_is_a_folder(tiny_model, first, tmp_path, monkeypatch):
+def test_a_hub_name_is_resolved_to_its_folder_in_the_cache(
+    tiny_model, first, tmp_path, monkeypatch
+):
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     plan = make_plan(tiny_model, init_adapter="org/adapter")
@@ -169,7 +171,7 @@ def test_the_chain_of_adapters_is_in_the_record_and_on_the_card(tiny_model, firs
     assert record["base"] == str(tiny_model)
     card = (third_run / "adapter" / "README.md").read_text()
     assert_mentions(card, second_run / "adapter", first, "started from")
-    # The record of the start counts, also where the folder has changed or gone since.
+    # The record of the start is used even if the folder has changed or is missing.
     shutil.rmtree(second_run)
     assert initial_adapter_of(third_run, plan.settings) == json.loads(
         (third_run / RECORD).read_text()

@@ -1,4 +1,4 @@
-"""Merging equals peft's merge_and_unload, and everything else of the base is kept."""
+"""Merged weights equal those of peft's merge_and_unload, and all else of the base is kept."""
 
 import shutil
 import weakref
@@ -26,7 +26,7 @@ IDS = torch.arange(3, 43).reshape(2, 20)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def merged_case(tmp_path_factory):
     """Folder with base, adapter and merged model of a case, built once."""
     folders = {}
 
@@ -41,23 +41,23 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def pair(made, tmp_path):
-    """Base and adapter that a test may change."""
+def pair(merged_case, tmp_path):
+    """A copy of base and adapter that a test may change."""
     for name in ("base", "adapter"):
-        shutil.copytree(made("untied-shards") / name, tmp_path / name)
+        shutil.copytree(merged_case("untied-shards") / name, tmp_path / name)
     return tmp_path
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_merge_equals_peft(made, case):
-    folder = made(case)
+def test_merged_weights_are_those_of_peft(merged_case, case):
+    folder = merged_case(case)
     base, merged = tensors(folder / "base"), tensors(folder / "merged")
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    oracle = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload().state_dict()
+    by_peft = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload().state_dict()
     assert merged.keys() == base.keys()
     for key, tensor in merged.items():
         assert tensor.dtype == base[key].dtype
-        assert torch.equal(tensor, oracle[key].to(tensor.dtype)), key
+        assert torch.equal(tensor, by_peft[key].to(tensor.dtype)), key
         is_adapted = key.split(".")[-2] in SEVEN_PROJECTIONS
         assert torch.equal(tensor, base[key]) != is_adapted, key
 
@@ -68,21 +68,21 @@ def test_the_merge_equals_peft(made, case):
     {"rank_pattern": {"o_proj": 2}, "use_rslora": True, "use_dora": True},
     {"use_dora": True},
 ])  # fmt: skip
-def test_the_merge_of_every_option_is_bitwise_that_of_peft(pair, options):
+def test_the_merge_of_every_adapter_option_is_bitwise_that_of_peft(pair, options):
     shutil.rmtree(pair / "adapter")
     make_adapter(pair / "base", pair / "adapter", **options)
     merge_adapter(pair / "base", pair / "adapter", pair / "merged")
     model = AutoModelForCausalLM.from_pretrained(pair / "base")
-    oracle = PeftModel.from_pretrained(model, pair / "adapter").merge_and_unload().state_dict()
+    by_peft = PeftModel.from_pretrained(model, pair / "adapter").merge_and_unload().state_dict()
     base = tensors(pair / "base")
     for key, tensor in tensors(pair / "merged").items():
-        assert torch.equal(tensor, oracle[key]), key
+        assert torch.equal(tensor, by_peft[key]), key
         assert torch.equal(tensor, base[key]) == (key.split(".")[-2] not in SEVEN_PROJECTIONS)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_plain_transformers_gives_the_logits_of_the_adapter(made, case):
-    folder = made(case)
+def test_the_merged_model_in_plain_transformers_has_the_logits_of_the_adapter(merged_case, case):
+    folder = merged_case(case)
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, folder / "adapter")
@@ -90,7 +90,7 @@ def test_plain_transformers_gives_the_logits_of_the_adapter(made, case):
         ours, theirs = merged(IDS).logits, adapted(IDS).logits
         with adapted.disable_adapter():
             assert (theirs - adapted(IDS).logits).norm() > 0.1 * theirs.norm()
-    # One rounding of each weight is all that may differ.
+    # Only the rounding of each merged weight may differ.
     limit = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}[CASES[case]["dtype"]]
     assert (ours - theirs).norm() < limit * theirs.norm()
     stored = AutoModelForCausalLM.from_pretrained(folder / "merged")
@@ -98,32 +98,38 @@ def test_plain_transformers_gives_the_logits_of_the_adapter(made, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_everything_but_the_adapted_weights_is_that_of_the_base(made, case):
-    base, merged = contents(made(case) / "base"), contents(made(case) / "merged")
+def test_all_files_and_tensors_that_are_not_adapted_are_those_of_the_base(merged_case, case):
+    base, merged = contents(merged_case(case) / "base"), contents(merged_case(case) / "merged")
     assert merged.keys() - base.keys() == {MARKER}
     assert base.keys() <= merged.keys()
     assert {"generation_config.json", "chat_template.jinja", "tokenizer.json"} <= merged.keys()
     for name, data in base.items():
         if not name.endswith(".safetensors"):
-            assert merged[name] == data, name  # the index among them
+            assert merged[name] == data, name  # also the index of the shards
             continue
         with (
-            safe_open(made(case) / "base" / name, "pt") as old,
-            safe_open(made(case) / "merged" / name, "pt") as new,
+            safe_open(merged_case(case) / "base" / name, "pt") as old,
+            safe_open(merged_case(case) / "merged" / name, "pt") as new,
         ):
             assert new.metadata() == old.metadata()
             assert new.keys() == old.keys()
     weights = [name for name in merged if name.endswith(".safetensors")]
     assert len(weights) >= CASES[case]["shards"]
     assert ("model.safetensors.index.json" in merged) == (len(weights) > 1)
-    has_head = "lm_head.weight" in tensors(made(case) / "merged")
+    has_head = "lm_head.weight" in tensors(merged_case(case) / "merged")
     assert has_head != CASES[case]["tied"]
 
 
 def test_weights_of_other_formats_and_the_readme_are_not_copied(pair):
     base = pair / "base"
-    left = ("pytorch_model.bin", "a.gguf", "pytorch_model.bin.index.json", "README.md", "x.pth")
-    for name in (*left, "LICENSE", "modeling_own.py"):
+    not_copied = (
+        "pytorch_model.bin",
+        "a.gguf",
+        "pytorch_model.bin.index.json",
+        "README.md",
+        "x.pth",
+    )
+    for name in (*not_copied, "LICENSE", "modeling_own.py"):
         (base / name).write_text("text")
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
@@ -131,7 +137,7 @@ def test_weights_of_other_formats_and_the_readme_are_not_copied(pair):
     (base / "original" / "consolidated.00.pth").write_text("text")
     merge_adapter(base, pair / "adapter", pair / "merged")
     merged = contents(pair / "merged")
-    assert not merged.keys() & {*left, "original/consolidated.00.pth"}
+    assert not merged.keys() & {*not_copied, "original/consolidated.00.pth"}
     assert {
         "LICENSE",
         "modeling_own.py",
@@ -147,7 +153,7 @@ def test_the_merged_model_has_the_chat_template_of_the_adapter(pair):
 
 
 @pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 3.0), (True, 6.0)])
-def test_scaling_and_the_report_of_the_merge(pair, use_rslora, scaling):
+def test_weights_are_scaled_and_the_report_has_the_largest_change(pair, use_rslora, scaling):
     shutil.rmtree(pair / "adapter")
     make_adapter(pair / "base", pair / "adapter", ["q_proj"], use_rslora=use_rslora)
     report = merge_adapter(pair / "base", pair / "adapter", pair / "merged")
@@ -167,24 +173,24 @@ def test_scaling_and_the_report_of_the_merge(pair, use_rslora, scaling):
     assert report.most_changed == max(changes, key=changes.get)
 
 
-def test_a_merge_holds_a_few_tensors_and_one_shard(pair, monkeypatch):
-    alive, most, folders = weakref.WeakSet(), [], []
+def test_a_merge_keeps_a_few_tensors_and_one_shard_in_memory(pair, monkeypatch):
+    alive, live_bytes, folders = weakref.WeakSet(), [], []
     read, merge_shard = merge._read, merge._merge_shard
 
-    def counted(file, entry):
+    def counting_read(file, entry):
         tensor = read(file, entry)
         alive.add(tensor)
-        most.append(sum(t.nbytes for t in alive))
+        live_bytes.append(sum(t.nbytes for t in alive))
         return tensor
 
-    def one_shard(shard, adapter, target):
+    def listing_merge(shard, adapter, target):
         folders.append(sorted(path.name for path in target.parent.iterdir()))
         return merge_shard(shard, adapter, target)
 
-    monkeypatch.setattr(merge, "_read", counted)
-    monkeypatch.setattr(merge, "_merge_shard", one_shard)
+    monkeypatch.setattr(merge, "_read", counting_read)
+    monkeypatch.setattr(merge, "_merge_shard", listing_merge)
     report = merge_adapter(pair / "base", pair / "adapter", pair / "merged")
-    assert len(most) == 3 * report.tensors_merged == 3 * 14
-    # A weight of the tiny model with its own A and B, and what the last pair has left.
-    assert max(most) <= 2 * 4 * (64 * 32 + 4 * 96)
+    assert len(live_bytes) == 3 * report.tensors_merged == 3 * 14
+    # A weight of the tiny model with its A and B, and those of the previous weight.
+    assert max(live_bytes) <= 2 * 4 * (64 * 32 + 4 * 96)
     assert [len(names) for names in folders] == list(range(report.shards))

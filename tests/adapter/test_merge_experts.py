@@ -1,4 +1,4 @@
-"""Adapters of fused experts are merged into a checkpoint as peft merges them in memory."""
+"""Merging an adapter of fused experts into a checkpoint equals peft's merge in memory."""
 
 import json
 
@@ -19,13 +19,13 @@ from tests.model.kinds import build
 
 pytestmark = pytest.mark.tensor
 
-# Stored by expert, fused and transposed, fused under another name, without a gate, with MLA.
+# Stored by expert; fused and transposed; fused with another name; without a gate; with MLA.
 KINDS = ["qwen3_moe", "gpt_oss", "granitemoe", "nemotron_h", "deepseek_v3", "llama4_text"]
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """Make a model folder and one of a random adapter of its experts and query projections."""
+    """Write a model and a random adapter of its experts and query projections."""
 
     def make(kind, **options):
         build(kind).save_pretrained(tmp_path / "base")
@@ -63,7 +63,7 @@ def test_the_merged_model_is_that_of_peft(folders, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_stored_tensor_is_found_as_the_slice_that_transformers_loads(tmp_path, kind):
+def test_every_stored_tensor_is_mapped_to_the_slice_that_transformers_loads(tmp_path, kind):
     build(kind).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     meta, model = model_on_meta(tmp_path), load_plain(tmp_path, dtype=torch.float32)

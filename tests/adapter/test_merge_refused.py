@@ -1,4 +1,4 @@
-"""Inputs that cannot be merged are refused, and existing folders are kept."""
+"""Inputs that cannot be merged are refused, and existing folders are not changed."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.adapter import merge
 from pipeline.adapter.merge import merge_adapter
 from pipeline.errors import RankZeroError
-from tests.adapter.merged import contents, edit, make_adapter, make_pair, tensors
+from tests.adapter.merged import contents, edit_json, make_adapter, make_pair, tensors
 from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.tensor
@@ -26,7 +26,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def pair(original, tmp_path):
-    """Base and adapter that a test may change."""
+    """A copy of base and adapter that a test may change."""
     return Path(shutil.copytree(original, tmp_path / "pair"))
 
 
@@ -38,13 +38,13 @@ def foreign_module(pair):
 
 def foreign_shape(pair):
     path = pair / "adapter" / "adapter_model.safetensors"
-    found = load_file(path)
-    key = next(key for key in found if "down_proj.lora_A" in key)
-    save_file(found | {key: torch.ones(4, 48)}, path)
+    tensors = load_file(path)
+    key = next(key for key in tensors if "down_proj.lora_A" in key)
+    save_file(tensors | {key: torch.ones(4, 48)}, path)
 
 
 def foreign_r(pair):
-    edit(pair / "adapter" / "adapter_config.json", r=8)
+    edit_json(pair / "adapter" / "adapter_config.json", r=8)
 
 
 def foreign_key(pair):
@@ -62,7 +62,7 @@ def without_one_matrix(pair):
     save_file(kept, path)
 
 
-def cut_adapter(pair):
+def truncated_adapter(pair):
     path = pair / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
 
@@ -72,7 +72,7 @@ def no_adapter(pair):
 
 
 def quantised(pair):
-    edit(pair / "base" / "config.json", quantization_config={"quant_method": "gptq"})
+    edit_json(pair / "base" / "config.json", quantization_config={"quant_method": "gptq"})
 
 
 def no_safetensors(pair):
@@ -88,21 +88,17 @@ def missing_shard(pair):
 def outside_index(pair):
     path = pair / "base" / "model.safetensors.index.json"
     weight_map = json.loads(path.read_text())["weight_map"]
-    edit(path, weight_map=dict.fromkeys(weight_map, "../outside.safetensors"))
+    edit_json(path, weight_map=dict.fromkeys(weight_map, "../outside.safetensors"))
 
 
 def tied_head(pair):
     shutil.rmtree(pair / "adapter")
     make_adapter(pair / "base", pair / "adapter", ["lm_head"])
-    edit(pair / "base" / "config.json", tie_word_embeddings=True)
+    edit_json(pair / "base" / "config.json", tie_word_embeddings=True)
 
 
 def option(**changes):
-    return lambda pair: edit(pair / "adapter" / "adapter_config.json", **changes)
-
-
-def full_disk(pair):
-    (pair / "full").touch()
+    return lambda pair: edit_json(pair / "adapter" / "adapter_config.json", **changes)
 
 
 REFUSED = {
@@ -111,7 +107,7 @@ REFUSED = {
     "r": (foreign_r, ["adapter_config.json", "r", "8"]),
     "key": (foreign_key, ["lm_head.weight", "lora_A", "lora_B"]),
     "half": (without_one_matrix, ["q_proj", "A, B"]),
-    "cut": (cut_adapter, ["adapter_model.safetensors", "bytes", "header"]),
+    "truncated": (truncated_adapter, ["adapter_model.safetensors", "bytes", "header"]),
     "absent": (no_adapter, ["adapter_config.json"]),
     "quantised": (quantised, ["gptq", "--base"]),
     "pickle": (no_safetensors, ["model.safetensors", "model.safetensors.index.json"]),
@@ -125,18 +121,23 @@ REFUSED = {
     "pissa": (option(init_lora_weights="pissa"), ["init_lora_weights", "pissa"]),
     "bias": (option(bias="all"), ["bias", "all"]),
     "unknown": (option(new_option_of_peft=1), ["new_option_of_peft"]),
-    "disk": (full_disk, ["0.0", "--out"]),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_input_that_cannot_be_merged_is_refused_and_nothing_is_written(pair, monkeypatch, name):
+def test_an_input_that_cannot_be_merged_is_refused_and_nothing_is_written(pair, name):
     damage, facts = REFUSED[name]
     damage(pair)
-    if (pair / "full").exists():
-        monkeypatch.setattr(merge.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
     before = contents(pair)
     with refused(*facts):
+        merge_adapter(pair / "base", pair / "adapter", pair / "merged")
+    assert contents(pair) == before
+
+
+def test_a_merge_onto_a_full_disk_is_refused_and_nothing_is_written(pair, monkeypatch):
+    monkeypatch.setattr(merge.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    before = contents(pair)
+    with refused("0.0", "--out"):
         merge_adapter(pair / "base", pair / "adapter", pair / "merged")
     assert contents(pair) == before
 
@@ -145,7 +146,7 @@ def test_an_fp16_overflow_is_refused_and_the_previous_merge_is_kept(tmp_path):
     make_pair(tmp_path, "untied-fp16")
     merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     before = contents(tmp_path / "merged")
-    edit(tmp_path / "adapter" / "adapter_config.json", lora_alpha=4e7)
+    edit_json(tmp_path / "adapter" / "adapter_config.json", lora_alpha=4e7)
     with refused("float16", "bfloat16", error=RankZeroError):
         merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert contents(tmp_path / "merged") == before
@@ -156,21 +157,21 @@ def test_a_killed_merge_keeps_the_previous_one(pair, monkeypatch, number):
     base, adapter, out = (pair / name for name in ("base", "adapter", "merged"))
     merge_adapter(base, adapter, out)
     before = contents(out)
-    copy, count = merge._merge_shard, []
+    merge_shard, shards = merge._merge_shard, []
 
-    def killed(shard, lora, target):
-        count.append(shard)
-        if len(count) > number:
+    def merge_until_killed(shard, lora, target):
+        shards.append(shard)
+        if len(shards) > number:
             shutil.copytree(pair, pair.parent / f"{pair.name}-left")
             raise KeyboardInterrupt
-        return copy(shard, lora, target)
+        return merge_shard(shard, lora, target)
 
-    edit(adapter / "adapter_config.json", lora_alpha=24)
-    monkeypatch.setattr(merge, "_merge_shard", killed)
+    edit_json(adapter / "adapter_config.json", lora_alpha=24)
+    monkeypatch.setattr(merge, "_merge_shard", merge_until_killed)
     with pytest.raises(KeyboardInterrupt):
         merge_adapter(base, adapter, out)
     assert contents(out) == before
-    # The state after a kill without any clean-up: the next merge works.
+    # The folder as a real kill leaves it, without any clean-up: the next merge works.
     monkeypatch.undo()
     left = pair.parent / f"{pair.name}-left"
     assert contents(left / "merged") == before
@@ -179,11 +180,11 @@ def test_a_killed_merge_keeps_the_previous_one(pair, monkeypatch, number):
     assert contents(left / "merged") != before
 
 
-def test_a_folder_that_no_merge_wrote_is_not_replaced(pair):
+def test_only_an_empty_or_merged_folder_is_replaced(pair):
     base, adapter = pair / "base", pair / "adapter"
     mine = pair / "mine"
     mine.mkdir()
-    merge_adapter(base, adapter, mine)  # empty: nothing to lose
+    merge_adapter(base, adapter, mine)  # an empty folder
     merge_adapter(base, adapter, mine)
     (mine / "notes.txt").write_text("keep me")
     for out, fact in {mine: "notes.txt", base: base, pair: base, adapter: adapter}.items():
@@ -198,7 +199,7 @@ def test_a_folder_that_no_merge_wrote_is_not_replaced(pair):
         merge_adapter(base, adapter, other)
 
 
-def test_the_script_merges_and_answers_without_torch(pair):
+def test_the_script_merges_and_refuses_without_importing_torch(pair):
     run = pair / "run"
     run.mkdir()
     settings = {"model": str(pair / "base"), "train_data": "t.jsonl", "output_dir": str(run)}

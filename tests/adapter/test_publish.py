@@ -30,7 +30,7 @@ def plan(tiny_model):
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, plan):
-    """An adapter with every matrix non-zero, and the logits that it gives in memory."""
+    """An adapter with non-zero matrices, and the logits of the model with it in memory."""
     model = attach_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), plan).eval()
     torch.manual_seed(1)
     with torch.no_grad():
@@ -111,7 +111,9 @@ def test_the_folder_has_config_tokenizer_and_card(tiny_model, published, plan):
     assert not {"config.json", "model.safetensors"} & contents(published).keys()
 
 
-def test_the_card_names_ends_of_turns_at_which_generation_does_not_stop(plan, trained, tmp_path):
+def test_the_card_names_trained_end_tokens_at_which_generation_does_not_stop(
+    plan, trained, tmp_path
+):
     count = {"rows": 3, "tokens": 4, "first": "train.jsonl:2", "is_last": True}
     (tmp_path / "data").mkdir()
     audit = {"train": {"ends_without_stop": {"<|eot|> (9)": count}}}
@@ -122,7 +124,7 @@ def test_the_card_names_ends_of_turns_at_which_generation_does_not_stop(plan, tr
 
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*layers\.1\..*\.(q|v)_proj"])
-def test_targets_are_written_as_names(tiny_model, targets, tmp_path):
+def test_target_modules_are_published_as_names(tiny_model, targets, tmp_path):
     plan = make_plan(tiny_model, lora_target_modules=targets)
     tensors = {key: torch.ones(shape) for key, shape in expected_shapes(plan).items()}
     write(plan, tensors, tmp_path / "adapter")
@@ -175,22 +177,23 @@ def test_a_failure_keeps_the_previous_adapter(plan, trained, published, monkeypa
     assert [path.name for path in published.parent.iterdir()] == ["adapter"]
 
 
-@pytest.mark.parametrize("which", ["rename-away", "rename-in"])
-def test_a_kill_at_a_rename_loses_nothing(plan, trained, published, monkeypatch, which):
-    """KeyboardInterrupt stands for the kill; the folder is copied as a real kill would leave it."""
+@pytest.mark.parametrize("killed_at", [".adapter.old", "adapter"])
+def test_a_kill_at_a_rename_keeps_the_previous_adapter(
+    plan, trained, published, monkeypatch, killed_at
+):
+    """A KeyboardInterrupt replaces the kill; the folder is copied as a real kill leaves it."""
     before = contents(published)
     left = published.parent / "left"
     rename = Path.rename
 
-    def killed(self, target):
-        is_away = Path(target).name == ".adapter.old"
-        if is_away == (which == "rename-away"):
+    def rename_until_killed(self, target):
+        if Path(target).name == killed_at:
             monkeypatch.setattr(Path, "rename", rename)
             shutil.copytree(published.parent, left)
             raise KeyboardInterrupt
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", killed)
+    monkeypatch.setattr(Path, "rename", rename_until_killed)
     with pytest.raises(KeyboardInterrupt):
         write(plan, trained[0], published)
     assert contents(published) == before
@@ -200,10 +203,6 @@ def test_a_kill_at_a_rename_loses_nothing(plan, trained, published, monkeypatch,
         write(plan, trained[0], left / "adapter")
     assert contents(left / "adapter") == before
     assert [path.name for path in left.iterdir()] == ["adapter"]
-
-
-def without_prefix(tensors):
-    return {key.removeprefix("base_model."): tensor for key, tensor in tensors.items()}
 
 
 HEAD = "base_model.model.lm_head.weight"

@@ -1,4 +1,4 @@
-"""Every kind of damage to an adapter is named, in memory and in a written file."""
+"""Every kind of damage to an adapter is refused with its tensor, in memory and in a file."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damage_is_named(name, tmp_path):
+def test_a_damage_is_refused_with_the_tensor(name, tmp_path):
     damage, facts = DAMAGES[name]
     tensors = {key: tensor for key, tensor in (good() | damage).items() if tensor is not None}
     with refused(*facts, error=RankZeroError):
@@ -69,6 +69,6 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
         verify_adapter_file(path, EXPECTED, trained=True)
 
 
-def test_many_damages_are_counted_and_few_are_named():
+def test_only_the_first_of_many_damages_are_named():
     with refused("k0", "k1", "k2", "5", "2 more", error=RankZeroError):
         verify_tensors({}, {f"k{i}": (1,) for i in range(5)}, trained=True)

@@ -1,6 +1,6 @@
-"""For every check of preflight, probe results that are ok and probe results that are not.
+"""GOOD and BAD: for each check of preflight, probe results that pass and that do not.
 
-Each case: name of the check, results by rank, level, and facts that its line must have.
+A case has the name of the check, the results by rank, the level, and the facts of its message.
 """
 
 from pipeline.plan.given.hardware import GIB
@@ -11,13 +11,13 @@ _VERSIONS = {
     "peft": "0.21.2", "bitsandbytes": "0.50.2",
 }  # fmt: skip
 _CPU_RANK = {"gpus": [], "visible": 0, "unallocated_gpus": None, "requests_no_gpu": False}
-_SEEN, _UNSEEN = ({"is_visible": value, "folder": "/r"} for value in (True, False))
+_VISIBLE, _INVISIBLE = ({"is_visible": value, "folder": "/r"} for value in (True, False))
 _FOREIGN = {"unallocated_gpus": {"used": "[5]", "allocated": "X=0,1"}}
 _TORCH = {"torch": "2.13.0", "cuda": "13.0", "nccl": "2.28"}
 
 
 def gpu(uuid: str, **changes) -> dict:
-    """The result of a rank with one H100."""
+    """Result of a rank with one H100."""
     card = {
         "uuid": uuid, "name": H100S.name, "driver": "580.65", "cuda": 13000,
         "capability": [9, 0], "total": H100S.device_bytes, "free": H100S.device_bytes,
@@ -31,8 +31,8 @@ def gpu(uuid: str, **changes) -> dict:
     }
 
 
-def interface(**changes) -> dict:
-    """The result of a node."""
+def network(**changes) -> dict:
+    """Result of the network probe on a node."""
     return {
         "master": "node1", "interface": "eth0", "mbit": 100_000, "missing": {}, "infiniband": {},
         "is_cuda": True,
@@ -40,30 +40,30 @@ def interface(**changes) -> dict:
 
 
 def ranked(node: int) -> dict:
-    """The result of a rank of a node."""
+    """Result of a rank on a node."""
     return {"launcher": "torchrun", "node": node, "nodes": 2, "local_rank": 0}
 
 
 def memory(need: int, free: int, total: int, limited_by: str = "") -> dict:
-    """GiB of a node."""
+    """Host memory of a node, in GiB."""
     sizes = {"need": need, "free": free, "total": total}
     return {name: size * GIB for name, size in sizes.items()} | {"limited_by": limited_by}
 
 
 def product(*tflops: float, kind: str = "cuda") -> dict:
-    """The result of a rank with devices of these rates."""
+    """Result of a rank whose devices have these rates."""
     return {"kind": kind, "rates": [rate * 1e12 for rate in tflops], "planned": 690e12}
 
 
 def summed(gb_s: float, kind: str = "cuda") -> dict:
-    """The result of an all-reduce."""
+    """Result of an all-reduce."""
     return {"kind": kind, "rate": gb_s * 1e9, "planned": 300e9}
 
 
 def links(
     slow: tuple[int, ...] = (), *, far: bool = False, planned: float | None = None
 ) -> dict[int, dict]:
-    """Eight ranks in a row; each link of a slow rank has a tenth of the rate."""
+    """Results of eight ranks, each linked to the next; slow ranks have a tenth of the rate."""
     result: dict[int, dict] = {rank: {} for rank in range(8)}
     for one in range(7):
         other, is_local = one + 1, not (far and one == 3)
@@ -80,11 +80,11 @@ GOOD = [
     ("ranks", {0: ranked(0), 1: ranked(1)}, ["2 ranks on node1, node2 (torchrun)"]),
     ("versions", {0: _VERSIONS, 1: _VERSIONS}, ["torch 2.13.0"]),
     ("port", {0: "29500 is free"}, ["29500"]),
-    ("network", {0: interface(), 1: interface(mbit=0)}, ["node1", "eth0", "100,000 Mb/s"]),
-    ("network", {0: interface(interface=None, mbit=0), 1: interface()}, ["eth0"]),
-    ("network", {0: interface(master="", interface=None), 1: interface(master="", interface=None)},
+    ("network", {0: network(), 1: network(mbit=0)}, ["node1", "eth0", "100,000 Mb/s"]),
+    ("network", {0: network(interface=None, mbit=0), 1: network()}, ["eth0"]),
+    ("network", {0: network(master="", interface=None), 1: network(master="", interface=None)},
         ["known after the rendezvous"]),
-    ("network", {0: interface(mbit=1000, infiniband={"mlx5_0:1": "ACTIVE"})}, ["1 active"]),
+    ("network", {0: network(mbit=1000, infiniband={"mlx5_0:1": "ACTIVE"})}, ["1 active"]),
     ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b")}, ["2 x NVIDIA H100"]),
     ("gpus", {0: _CPU_RANK}, ["CPU"]),
     ("drivers", {0: gpu("GPU-a"), 1: gpu("GPU-b")}, ["driver 580.65", "CUDA up to 13.0", "9.0"]),
@@ -97,7 +97,7 @@ GOOD = [
     ("base", {0: {"base": "a" * 64}, 1: {"base": "a" * 64}}, ["a" * 16]),
     ("disk", {0: {"free": 50 * GIB, "need": GIB, "merged": 16 * GIB}}, ["50.0 GiB free"]),
     ("clock", {0: 0.0, 1: -0.4}, ["less than 2 s"]),
-    ("run folder", {0: _SEEN, 1: _SEEN}, ["/r: written by rank 0, read by all"]),
+    ("run folder", {0: _VISIBLE, 1: _VISIBLE}, ["/r: written by rank 0, read by all"]),
     ("prepared data", {0: {}, 1: {}}, ["not prepared yet"]),
     ("prepared data", {0: {"train": "ab"}, 1: {"train": "ab"}}, ["train ab"]),
     ("tokenizer", {0: {"tokens": 128256, "has_template": True}}, ["128,256 tokens, with"]),
@@ -119,11 +119,11 @@ BAD = [
     ("settings", {0: {"lr": "0.1", "seed": "1"}, 1: {"lr": "0.1"}}, "fail", ["seed", "node2"]),
     ("ranks", {0: ranked(0), 1: ranked(0)}, "fail", ["0", "node1, node2"]),
     ("versions", {0: _VERSIONS, 1: _VERSIONS | {"torch": "2.14.0"}}, "fail", ["2.14.0", "node2"]),
-    ("network", {0: interface(missing={"NCCL_SOCKET_IFNAME": "ib7"})}, "fail", ["ib7", "node1"]),
-    ("network", {0: interface(master="127.0.0.1")}, "fail", ["MASTER_ADDR"]),
-    ("network", {1: interface(interface=None, mbit=0)}, "fail", ["node2", "own loopback"]),
-    ("network", {1: interface(mbit=1000)}, "warn", ["node2", "1,000 Mb/s"]),
-    ("network", {0: interface(infiniband={"a:1": "ACTIVE", "b:1": "DOWN"})}, "warn", ["b:1"]),
+    ("network", {0: network(missing={"NCCL_SOCKET_IFNAME": "ib7"})}, "fail", ["ib7", "node1"]),
+    ("network", {0: network(master="127.0.0.1")}, "fail", ["MASTER_ADDR"]),
+    ("network", {1: network(interface=None, mbit=0)}, "fail", ["node2", "own loopback"]),
+    ("network", {1: network(mbit=1000)}, "warn", ["node2", "1,000 Mb/s"]),
+    ("network", {0: network(infiniband={"a:1": "ACTIVE", "b:1": "DOWN"})}, "warn", ["b:1"]),
     ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-a")}, "fail", ["GPU-a", "ranks 0-1"]),
     ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b") | _FOREIGN}, "fail",
         ["rank 1 (node2) uses GPU [5]", "X=0,1"]),
@@ -143,7 +143,7 @@ BAD = [
     ("disk", {0: {"free": 5 * GIB, "need": GIB, "merged": 16 * GIB}}, "warn", ["merging"]),
     ("clock", {0: 0.0, 1: 7.0}, "warn", ["rank 1 (node2)", "7 s"]),
     ("clock", {0: 0.0, 1: -90.0}, "fail", ["rank 1 (node2)", "90 s"]),
-    ("run folder", {0: _SEEN, 1: _UNSEEN}, "fail", ["rank 1 (node2)", "/r"]),
+    ("run folder", {0: _VISIBLE, 1: _INVISIBLE}, "fail", ["rank 1 (node2)", "/r"]),
     ("prepared data", {0: {"train": "ab"}, 1: {"train": "cd"}}, "fail", ["cd", "node2"]),
     ("prepared data", {0: {"train": "ab"}, 1: {}}, "fail", ["train", "node2"]),
     ("rows", {0: {"is_complete": False, "documents": 0, "supervised": 0}}, "warn",
@@ -162,5 +162,5 @@ BAD = [
     ("links", links(slow=(5,), far=True), "warn", ["rank 5 "]),
 ]  # fmt: skip
 
-# Their failures are errors of the probe, which have tests of their own.
-PROBES_ALONE = {"port", "model", "tokenizer", "process group"}
+# Failures of these checks are errors of the probe, which are tested separately.
+WITHOUT_BAD_RESULTS = {"port", "model", "tokenizer", "process group"}

@@ -1,4 +1,4 @@
-"""Preflight without ranks: assessments of results, the report, and the probes of one node."""
+"""Preflight: assessments of results, the report, and probes that need no other rank."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from tests import ROOT
 from tests.messages import assert_mentions, refused
 from tests.nvml import gpus, make_nvml
 from tests.plans import CPU, H100S, LLAMA_8B
-from tests.preflight.check_cases import BAD, GOOD, PROBES_ALONE
+from tests.preflight.check_cases import BAD, GOOD, WITHOUT_BAD_RESULTS
 
 pytestmark = pytest.mark.unit
 
@@ -36,7 +36,7 @@ HOSTS = [f"node{rank + 1}" for rank in range(8)]
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
-    """An 8B model on two H100s."""
+    """The plan of an 8B model on two H100s."""
     folder = tmp_path_factory.mktemp("8b")
     (folder / "config.json").write_text(json.dumps(LLAMA_8B))
     settings = RunSettings(model=str(folder), train_data="t.jsonl", output_dir=str(folder / "run"))
@@ -61,7 +61,7 @@ def results(by_rank, plan=None) -> ProbeResults:
 
 
 @pytest.mark.parametrize(("name", "by_rank", "facts"), GOOD)
-def test_good_results_are_one_ok(name, by_rank, facts, plan):
+def test_good_results_give_one_finding_of_level_ok(name, by_rank, facts, plan):
     (finding,) = CHECKS[name].assess(results(by_rank, plan))
     assert finding.level == "ok"
     assert not finding.remedy
@@ -69,7 +69,7 @@ def test_good_results_are_one_ok(name, by_rank, facts, plan):
 
 
 @pytest.mark.parametrize(("name", "by_rank", "level", "facts"), BAD)
-def test_bad_results_are_named_with_place_and_remedy(name, by_rank, level, facts, plan):
+def test_bad_results_give_one_finding_with_place_and_remedy(name, by_rank, level, facts, plan):
     (finding,) = CHECKS[name].assess(results(by_rank, plan))
     assert finding.level == level
     assert finding.remedy
@@ -78,7 +78,7 @@ def test_bad_results_are_named_with_place_and_remedy(name, by_rank, level, facts
 
 def test_every_check_has_both_cases():
     assert {case[0] for case in GOOD} == set(CHECKS)
-    assert {case[0] for case in BAD} | PROBES_ALONE == set(CHECKS)
+    assert {case[0] for case in BAD} | WITHOUT_BAD_RESULTS == set(CHECKS)
     assert len(CHECKS) == sum(len(stage.checks) for stage in STAGES), "two checks of one name"
 
 
@@ -89,17 +89,17 @@ def test_a_stage_requires_only_checks_of_earlier_stages():
         earlier |= set(stage.checks)
 
 
-def test_the_page_explains_every_check_in_the_lists_order():
+def test_the_page_explains_every_check_in_order():
     page = (ROOT / "docs/preflight.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE) == list(CHECKS)
 
 
 def test_64_ranks_of_8_nodes_are_one_finding_with_the_minority():
     hosts = [f"node{rank // 8}" for rank in range(64)]
-    odd = {*range(16, 24), 40}
-    by_rank = {rank: flat({"a": {"b": rank in odd}, "c": 1}) for rank in range(64)}
+    minority = {*range(16, 24), 40}
+    by_rank = {rank: flat({"a": {"b": rank in minority}, "c": 1}) for rank in range(64)}
     (finding,) = compare(ProbeResults(by_rank=by_rank, hosts=hosts), "same", "make them equal")
-    assert set(finding.ranks) == odd
+    assert set(finding.ranks) == minority
     assert_mentions(finding.text, "a.b", "ranks 16-23, 40 (node2, node5)")
     assert "c " not in finding.text
     assert len(finding.text.splitlines()) == 3
@@ -120,8 +120,8 @@ def test_ranks_are_grouped_into_spans():
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 8])
 @pytest.mark.parametrize("each", [1, 2, 3, 4, 5, 8])
-def test_all_pairs_of_a_round_work_at_once(nodes, each):
-    """Each rank takes its partners in order, and a pair needs both: four rounds, no deadlock."""
+def test_all_pairs_of_a_round_are_measured_at_once(nodes, each):
+    """Each rank takes its partners in order, and a pair needs both ranks; four rounds suffice."""
     world = nodes * each
     todo = {rank: neighbours(rank, world, each) for rank in range(world)}
     done, rounds = set(), 0
@@ -155,43 +155,44 @@ def test_a_ring_of_two_sends_all_bytes_once():
         ({}, None),
     ],
 )
-def test_memory_granted_by_slurm(env, mib):
+def test_memory_granted_by_slurm_is_read_from_its_variables(env, mib):
     assert slurm_memory(env) == (None if mib is None else mib * 2**20)
 
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """Four GPUs of a node, of which CUDA_VISIBLE_DEVICES shows some."""
+    """NVML with four GPUs, and no variable that selects some of them."""
     monkeypatch.setitem(sys.modules, "pynvml", make_nvml(gpus(4)))
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS"):
         monkeypatch.delenv(name, raising=False)
 
 
-def local(rank: int, of: int) -> Placement:
-    return Placement(rank=rank, local_rank=rank, world_size=of, local_size=of, master_port=1)
+def local(rank: int, world_size: int) -> Placement:
+    sizes = {"world_size": world_size, "local_size": world_size}
+    return Placement(rank=rank, local_rank=rank, **sizes, master_port=1)
 
 
 def uuids(plan, **changes) -> list[str]:
     return [gpu["uuid"] for gpu in probe("gpus", plan, hardware=H100S, **changes)["gpus"]]
 
 
-def test_a_rank_answers_for_its_gpu_and_one_process_for_all(plan, nvml, monkeypatch):
+def test_a_rank_probes_its_gpu_and_a_single_process_probes_all(plan, nvml, monkeypatch):
     assert uuids(plan) == [f"GPU-{i}" for i in range(4)]
-    assert uuids(plan, is_training=True) == ["GPU-0"]  # the only one that it will use
+    assert uuids(plan, is_training=True) == ["GPU-0"]  # the only GPU that it will use
     result = probe("gpus", plan, hardware=H100S, placement=local(1, 2))
     assert [gpu["uuid"] for gpu in result["gpus"]] == ["GPU-1"]
     assert result["visible"] == 4
     json.dumps(result)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # each process sees its own only
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # each process sees only its own GPU
     assert uuids(plan, placement=local(1, 2)) == ["GPU-3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     with refused("2 GPUs", "3 ranks"):
         uuids(plan, placement=local(2, 3))
 
 
-def test_gpus_that_slurm_did_not_grant_are_named(plan, nvml, monkeypatch):
+def test_gpus_that_slurm_did_not_grant_are_reported(plan, nvml, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_GPUS", "2,3")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # as DeepSpeed's --num_gpus leaves it
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # DeepSpeed's --num_gpus sets it so
     result = probe("gpus", plan, hardware=H100S, placement=local(1, 2))
     assert result["unallocated_gpus"] == {"used": "[1]", "allocated": "SLURM_JOB_GPUS=2,3"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
@@ -203,7 +204,7 @@ def test_granted_gpus_that_the_driver_does_not_show_are_refused(plan):
         probe("gpus", plan, missing_gpus="SLURM_JOB_GPUS=0-3")
 
 
-def test_a_slurm_job_without_gpus_is_recognised():
+def test_a_slurm_job_without_gpus_is_detected():
     assert requests_no_gpu({"SLURM_JOB_ID": "7"})
     assert not requests_no_gpu({"SLURM_JOB_ID": "7", "SLURM_JOB_GPUS": "0"})
     assert not requests_no_gpu({})
@@ -215,10 +216,10 @@ def test_granted_gpus_may_be_listed_as_ranges():
     assert not any(map(indices_of, ("", "a,b", "0,?")))
     assert unallocated_gpus([3], 8, {"SLURM_JOB_GPUS": "0-3"}) is None
     assert unallocated_gpus([4], 8, {"SLURM_JOB_GPUS": "0-3"}) is not None
-    assert unallocated_gpus([4], 8, {"SLURM_JOB_GPUS": "gres:?"}) is None  # says nothing
+    assert unallocated_gpus([4], 8, {"SLURM_JOB_GPUS": "gres:?"}) is None  # has no indices
 
 
-def test_a_control_group_that_hides_other_gpus_renumbers_them():
+def test_indices_are_not_compared_if_a_cgroup_renumbers_the_gpus():
     env = {"SLURM_JOB_GPUS": "6,7"}
     assert unallocated_gpus([0, 1], 2, env) is None
     assert unallocated_gpus([0, 1], 8, env) is not None
@@ -227,42 +228,42 @@ def test_a_control_group_that_hides_other_gpus_renumbers_them():
     assert unallocated_gpus([0], 8, {}) is None
     assert (
         unallocated_gpus([6], 8, env | {"SLURM_STEP_GPUS": "7"}) is not None
-    )  # the step has fewer
+    )  # the step has fewer GPUs
 
 
 def test_a_port_in_use_is_refused_and_a_free_one_is_not(plan):
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        place = replace(local(0, 2), master_port=port)
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        placement = replace(local(0, 2), master_port=port)
         with refused(f"port {port}", "--master_port"):
-            probe("port", plan, placement=place)
-    assert probe("port", plan, placement=place) == f"{port} is free"
+            probe("port", plan, placement=placement)
+    assert probe("port", plan, placement=placement) == f"{port} is free"
     assert "one process" in probe("port", plan)
     for derived in ({"master_port": 0}, {"rendezvous_id": "Slurm step 1.0"}):
         assert "rendezvous" in probe("port", plan, placement=replace(local(0, 2), **derived))
 
 
-def test_an_interface_that_is_named_must_exist():
-    there = ["lo", "eth0", "ib0"]
+def test_an_interface_named_by_a_variable_must_exist():
+    interfaces = ["lo", "eth0", "ib0"]
     for good in ("eth", "ib,eth", "=eth0", "^docker", ""):
-        assert missing_interfaces({"NCCL_SOCKET_IFNAME": good}, there) == {}
+        assert missing_interfaces({"NCCL_SOCKET_IFNAME": good}, interfaces) == {}
     for bad in ("enp", "=eth"):
-        assert missing_interfaces({"NCCL_SOCKET_IFNAME": bad}, there)
-    assert missing_interfaces({"GLOO_SOCKET_IFNAME": "eth"}, there)
-    assert missing_interfaces({"GLOO_SOCKET_IFNAME": "eth0"}, there) == {}
+        assert missing_interfaces({"NCCL_SOCKET_IFNAME": bad}, interfaces)
+    assert missing_interfaces({"GLOO_SOCKET_IFNAME": "eth"}, interfaces)
+    assert missing_interfaces({"GLOO_SOCKET_IFNAME": "eth0"}, interfaces) == {}
 
 
-def test_rank_zeros_node_is_reached_or_its_name_is_refused(plan):
+def test_an_address_of_rank_0_that_cannot_be_resolved_is_refused(plan):
     result = probe("network", plan, placement=local(0, 2))
     assert (result["interface"], result["master"]) == (None, "127.0.0.1")
-    nowhere = replace(local(0, 2), master_addr="no-such-host.invalid")
+    unresolvable = replace(local(0, 2), master_addr="no-such-host.invalid")
     with refused("MASTER_ADDR=no-such-host.invalid"):
-        probe("network", plan, placement=nowhere)
+        probe("network", plan, placement=unresolvable)
 
 
-def test_states_of_infiniband_ports(tmp_path):
+def test_states_of_infiniband_ports_are_read_from_sysfs(tmp_path):
     for name, state in (("mlx5_0", "4: ACTIVE"), ("mlx5_1", "1: DOWN")):
         port = tmp_path / name / "ports/1"
         port.mkdir(parents=True)
@@ -283,7 +284,7 @@ def test_a_full_disk_is_refused(plan, monkeypatch):
         probe("disk", plan)
 
 
-def test_a_users_own_copies_are_no_room_for_checkpoints(plan, tmp_path):
+def test_copies_of_checkpoints_made_by_a_user_are_not_counted_as_free_space(plan, tmp_path):
     settings = plan.settings.model_copy(update={"output_dir": str(tmp_path)})
     need = probe("disk", plan, settings=settings)["need"]
     for name in ("step-00000006", "best-00000006", "step-00000006-keep"):
@@ -292,12 +293,12 @@ def test_a_users_own_copies_are_no_room_for_checkpoints(plan, tmp_path):
     assert probe("disk", plan, settings=settings)["need"] == need - 2000
 
 
-def test_a_wrong_run_file_is_a_result_that_other_ranks_can_be_told(tmp_path):
+def test_a_wrong_run_file_gives_a_context_without_settings(tmp_path):
     path = tmp_path / "RUN.yaml"
     path.write_text("lora_rnk: 3\n")
-    place = Placement()
-    session = Session(place, CPU)
-    wrong = RankContext(placement=place, hardware=CPU, session=session).with_run(path, [])
+    placement = Placement()
+    session = Session(placement, CPU)
+    wrong = RankContext(placement=placement, hardware=CPU, session=session).with_run(path, [])
     assert (wrong.settings, wrong.plan) == (None, None)
     with refused("lora_rnk"):
         CHECKS["settings"].probe(wrong)
@@ -310,47 +311,47 @@ CPU_RANK = {"gpus": [], "visible": 0, "unallocated_gpus": None, "requests_no_gpu
 
 
 def report(by_rank: list[dict]) -> Report:
-    made, checks = Report(), [CHECKS[name] for name in ("clock", "disk", "drivers")]
-    made.add(checks, by_rank, HOSTS[: len(by_rank)], None)
-    return made
+    result, checks = Report(), [CHECKS[name] for name in ("clock", "disk", "drivers")]
+    result.add(checks, by_rank, HOSTS[: len(by_rank)], None)
+    return result
 
 
-def test_a_probe_that_raised_is_a_failure_of_its_ranks():
+def test_an_exception_of_a_probe_is_a_failure_of_its_ranks():
     full = {"error": "output_dir: /r has 0 MiB free; free some space"}
     gone = {"error": "MemoryError: gone"}
-    made = report(
+    result = report(
         [{"clock": 0.0, "disk": full, "drivers": CPU_RANK}, {"clock": gone}, {"clock": gone}]
     )
-    assert made.level == "fail"
-    assert made.failed() == ["clock", "disk"]
-    (clock,), (disk,) = made.findings["clock"], made.findings["disk"]
+    assert result.level == "fail"
+    assert result.failed() == ["clock", "disk"]
+    (clock,), (disk,) = result.findings["clock"], result.findings["disk"]
     assert clock.text == "ranks 1-2 (node2, node3): MemoryError: gone"
     assert clock.remedy == CHECKS["clock"].remedy
     assert (disk.text, disk.remedy) == (
         "rank 0 (node1): output_dir: /r has 0 MiB free", "free some space",
     )  # fmt: skip
-    assert list(made.skipped) == ["drivers"]
-    assert "-> free some space" in made.text()
-    assert_mentions(made.text().splitlines()[-1], "2 of 2", "clock, disk")
+    assert list(result.skipped) == ["drivers"]
+    assert "-> free some space" in result.text()
+    assert_mentions(result.text().splitlines()[-1], "2 of 2", "clock, disk")
 
 
-def test_the_wrong_value_in_a_message_is_not_taken_for_its_remedy():
+def test_a_value_after_the_semicolon_of_a_message_is_not_its_remedy():
     wrong = {"error": "RUN.yaml:3: lora_r: must be a whole number; found 'nine'"}
-    made = Report()
-    made.add([CHECKS["settings"]], [{"settings": wrong}], HOSTS[:1], None)
-    (finding,) = made.findings["settings"]
+    result = Report()
+    result.add([CHECKS["settings"]], [{"settings": wrong}], HOSTS[:1], None)
+    (finding,) = result.findings["settings"]
     assert finding.text.endswith("found 'nine'")
     assert finding.remedy == CHECKS["settings"].remedy
 
 
 def test_the_report_has_the_same_facts_as_text_and_as_json():
     tight = {"free": 1, "need": 0, "merged": 9}
-    made = report([{"clock": 0.0, "disk": tight, "drivers": CPU_RANK}, {"clock": 0.1}])
-    assert made.level == "warn"
-    assert_mentions(made.text().splitlines()[-1], "2 checks passed", "1 with a warning: disk")
-    data = json.loads(json.dumps(made.as_json(HOSTS[:2])))
+    result = report([{"clock": 0.0, "disk": tight, "drivers": CPU_RANK}, {"clock": 0.1}])
+    assert result.level == "warn"
+    assert_mentions(result.text().splitlines()[-1], "2 checks passed", "1 with a warning: disk")
+    data = json.loads(json.dumps(result.as_json(HOSTS[:2])))
     assert (data["level"], data["hosts"]) == ("warn", ["node1", "node2"])
     clock, disk = data["findings"]
     assert (clock["check"], clock["level"]) == ("clock", "ok")
-    assert disk == {"check": "disk", **asdict(made.findings["disk"][0]), "ranks": []}
+    assert disk == {"check": "disk", **asdict(result.findings["disk"][0]), "ranks": []}
     assert list(data["not_checked"]) == ["drivers"]

@@ -1,4 +1,4 @@
-"""The collective probes of preflight, on real ranks."""
+"""Collective probes of preflight on gloo ranks."""
 
 import json
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.group
 def gather(session):
     rank = session.placement.rank
     first = session.gather_objects({"rank": rank, "text": "ü"})
-    second = session.gather_objects(rank * 2)  # not mixed up with the first
+    second = session.gather_objects(rank * 2)  # must not be confused with the first
     return first, second
 
 
@@ -27,13 +27,13 @@ def test_rank_zero_gets_every_ranks_value_in_order(tmp_path):
     assert results == [(values, [0, 2, 4]), (None, None), (None, None)]
 
 
-def probe(session, model, folder, blind):
+def probe(session, model, folder, blind_rank):
     plan = make_plan(model, 3, output_dir=str(folder), global_batch_size=6)
     context = RankContext(
         placement=session.placement, hardware=CPU, session=session, settings=plan.settings,
         plan=plan,
     )  # fmt: skip
-    if session.placement.rank == blind:
+    if session.placement.rank == blind_rank:
         host._is_visible = lambda path, token: False
     return [check.probe(context) for check in (host.CLOCK, host.RUN_FOLDER, ALL_REDUCE, LINKS)]
 

@@ -1,4 +1,4 @@
-"""Preflight's probes of tokenizer and rows."""
+"""The probes of tokenizer and rows of preflight."""
 
 from dataclasses import replace
 
@@ -17,12 +17,12 @@ pytestmark = pytest.mark.tensor
 
 @pytest.fixture
 def context(tiny_model, tmp_path):
-    """A run on 64 rows."""
+    """The context of a run on 64 rows."""
     make_rows(tmp_path / "train.jsonl", 64)
     plan = make_plan(tiny_model, train_data=str(tmp_path / "train.jsonl"), max_length=128)
-    place = Placement()
+    placement = Placement()
     return RankContext(
-        placement=place, hardware=CPU, session=Session(place, CPU), settings=plan.settings,
+        placement=placement, hardware=CPU, session=Session(placement, CPU), settings=plan.settings,
         plan=plan,
     )  # fmt: skip
 
@@ -35,7 +35,7 @@ def test_a_tokenizer_of_another_model_is_refused(context):
         inputs.TOKENIZER.probe(other)
 
 
-def test_all_rows_are_parsed_or_the_first_of_them_or_none(context, monkeypatch):
+def test_rows_are_parsed_up_to_a_limit_of_bytes(context, monkeypatch):
     result = inputs.ROWS.probe(context)
     assert (result["is_complete"], result["documents"]) == (True, 32)
     assert result["supervised"] > 32
@@ -45,7 +45,7 @@ def test_all_rows_are_parsed_or_the_first_of_them_or_none(context, monkeypatch):
     assert inputs.ROWS.probe(context) == {"is_complete": False, "documents": 0, "supervised": 0}
 
 
-def test_bad_rows_are_refused_wherever_they_are(context, tmp_path):
+def test_bad_rows_at_the_end_of_the_data_are_refused(context, tmp_path):
     with (tmp_path / "train.jsonl").open("a") as rows:
         rows.write("{\n" * 9)
     with refused("train.jsonl:65"):
