@@ -15,7 +15,7 @@ from pipeline.model.expert_slices import expert_slices
 from pipeline.model.structure import expert_tensors
 from tests.adapter.merged import tensors
 from tests.messages import refused
-from tests.model.kinds import build
+from tests.model.models import build
 
 pytestmark = pytest.mark.tensor
 

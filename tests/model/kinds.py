@@ -1,6 +1,6 @@
-"""Small configs of 64 kinds of model that transformers 5.23 builds: name -> (model_type, keys)."""
+"""KINDS: small configs of model kinds that transformers builds: name -> (model_type, keys)."""
 
-# ruff: noqa: C408 - the keys of a config read like its own arguments
+# ruff: noqa: C408 - configs as keyword arguments
 
 VOCABULARY = 259
 SMALL = dict(
@@ -19,7 +19,7 @@ SMALL = dict(
 
 
 def small(**changes):
-    """The keys of a small decoder with changes; `...` leaves a key out."""
+    """The keys of a small decoder with changes; the value `...` removes a key."""
     return {key: value for key, value in (SMALL | changes).items() if value is not ...}
 
 
@@ -482,79 +482,3 @@ KINDS = {
         ),
     ),
 }
-
-
-def build(name, dtype=None, kinds=KINDS):
-    """A random model of a kind; matrices have a spread at which scales and caps show."""
-    import torch
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
-
-    kind, keys = kinds[name]
-    config = AutoConfig.for_model(kind, **keys)
-    auto = AutoModelForImageTextToText  # as checkpoints with a vision tower are stored
-    if type(config) not in auto._model_mapping:
-        auto = AutoModelForCausalLM
-    torch.manual_seed(0)
-    model = auto.from_config(config).to(dtype or torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.empty_like(parameter).normal_(std=0.12)
-            parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
-    return model.eval()
-
-
-OWN_CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM
-
-
-class OwnConfig(LlamaConfig):
-    model_type = "own_llama"
-
-
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-
-    def forward(self, *args, labels=None, **kwargs):
-        output = super().forward(*args, **kwargs)
-        output.logits = output.logits * 0.5
-        if labels is not None:
-            output.loss = self.loss_function(output.logits, labels, self.config.vocab_size)
-        return output
-"""
-
-
-def make_own_code(folder):
-    """A model folder whose class is in a file of the folder, as `trust_remote_code` loads it."""
-    import json
-
-    build("llama").save_pretrained(folder)
-    (folder / "own_code.py").write_text(OWN_CODE, encoding="utf-8")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= {
-        "model_type": "own_llama",
-        "architectures": ["OwnForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnForCausalLM",
-        },
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
-
-
-def cache_shape(folder):
-    """Write the shape to the cache of plan/given/class_shape.py.
-
-    That module would start a subprocess, which needs 3 s for its imports.
-    """
-    import json
-
-    from pipeline.model.class_shape import count_shape
-    from pipeline.plan.given.class_shape import shape_file
-
-    path = shape_file(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(count_shape(folder)), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Weights are found in a checkpoint whose names are not those of the loaded model."""
+"""Parameters of a loaded model are mapped to the names of its checkpoint."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 
 from pipeline.model.base import load_plain
 from pipeline.model.checkpoint_names import model_on_meta, stored_names
-from tests.model.kinds import build
+from tests.model.models import build
 
 pytestmark = pytest.mark.tensor
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.tensor
         ("llama", 0),
     ],
 )
-def test_every_linear_layer_is_found_and_holds_the_stored_weight(tmp_path, kind, renamed):
+def test_every_linear_layer_is_mapped_to_its_stored_weight(tmp_path, kind, renamed):
     build(kind).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     stored = stored_names(model_on_meta(tmp_path), tensors)
@@ -36,7 +36,7 @@ def test_every_linear_layer_is_found_and_holds_the_stored_weight(tmp_path, kind,
     assert sum(stored[name].keys != (name,) for name in layers) == renamed
 
 
-def test_the_parts_of_fused_experts_are_named_with_their_converter(tmp_path):
+def test_fused_experts_are_mapped_to_their_stored_parts_and_converter(tmp_path):
     build("qwen3_moe").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     fused = stored_names(model_on_meta(tmp_path), tensors)["model.layers.0.mlp.experts.down_proj"]

@@ -1,4 +1,4 @@
-"""Our loss and attention are those of each model class: scales, caps, sinks, windows, chunks."""
+"""Our loss and attention equal those of each model class: scales, caps, sinks, windows, chunks."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ from pipeline.model.attention import WITHIN_DOCUMENTS, PackedDocuments, argument
 from pipeline.model.loss import IGNORED, SummedLoss
 from pipeline.model.structure import blocks, text_decoder
 from tests.messages import refused
-from tests.model.kinds import build
+from tests.model.models import build
 from tests.models.kinds import ALL
 
 pytestmark = pytest.mark.tensor
 
-# A kind for each thing that differs between classes.
-KEEP_DOCUMENTS_APART = [
+# A kind for each feature in which classes differ.
+SEPARATE_DOCUMENTS = [
     "llama",
     "mixtral",  # experts
     "gemma2",  # soft caps of scores and logits, window
@@ -24,11 +24,11 @@ KEEP_DOCUMENTS_APART = [
     "gpt_oss",  # sinks, window
     "deepseek_v3",  # values of another width than keys
     "llama4_text",  # chunks; its decoder is the model itself
-    "gemma4",  # text decoder inside a wrapper, whose soft cap is in the text config alone
+    "gemma4",  # text decoder inside a wrapper; the soft cap is only in the text config
     "gemma4_text/ple+shared",  # shared keys and values
-    "mistral3",  # a wrapper without a causal class of its own
+    "mistral3",  # a wrapper without its own causal class
 ]
-# State of other kinds than keys and values, or documents that do not arrive: (kind, deliveries)
+# Recurrent state, or attention without the documents: kind, number of blocks that receive them.
 MIX_DOCUMENTS = [("qwen3_5_text", 1), ("lfm2", 1), ("stablelm", 0), ("nemotron", 0)]
 # State of other kinds; a multiplier read from the body; random router; a decoder called directly.
 LOSS_ONLY = ["qwen3_5_text", "falcon_h1", "phimoe", "opt"]
@@ -57,7 +57,7 @@ def relative_error(actual, expected):
 
 @torch.no_grad()
 @pytest.mark.parametrize("num_chunks", [1, 3])
-@pytest.mark.parametrize("kind", [*KEEP_DOCUMENTS_APART, *LOSS_ONLY])
+@pytest.mark.parametrize("kind", [*SEPARATE_DOCUMENTS, *LOSS_ONLY])
 def test_the_loss_is_that_of_the_class(kind, num_chunks):
     model, (ids, labels) = build(kind, kinds=ALL), make_batch()
     model.set_attn_implementation("eager")
@@ -81,7 +81,7 @@ def test_the_gradient_is_that_of_the_class(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [*KEEP_DOCUMENTS_APART, "qwen3_5_text"])
+@pytest.mark.parametrize("kind", [*SEPARATE_DOCUMENTS, "qwen3_5_text"])
 def test_the_attention_is_the_class_s_eager_one_beyond_window_and_chunk(kind):
     model, (ids, _) = build(kind), make_batch()
     model.set_attn_implementation("eager")
@@ -91,8 +91,8 @@ def test_the_attention_is_the_class_s_eager_one_beyond_window_and_chunk(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KEEP_DOCUMENTS_APART)
-def test_a_packed_document_is_as_if_it_were_alone(kind):
+@pytest.mark.parametrize("kind", SEPARATE_DOCUMENTS)
+def test_a_packed_document_has_the_hidden_states_that_it_has_alone(kind):
     model, (ids, labels) = build(kind), make_batch()
     model.set_attn_implementation(WITHIN_DOCUMENTS)
     arguments = arguments_for(WITHIN_DOCUMENTS, DOCUMENTS, ids)
@@ -106,21 +106,21 @@ def test_a_packed_document_is_as_if_it_were_alone(kind):
             alone = decoder(input_ids=ids[row : row + 1, span], use_cache=False).last_hidden_state
             assert relative_error(packed[row, span], alone[0]) < 1e-5
             start += length
-    SummedLoss(model)(ids, labels, DOCUMENTS)  # is not refused
+    SummedLoss(model)(ids, labels, DOCUMENTS)  # not refused
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "deliveries"), MIX_DOCUMENTS)
-def test_packs_are_refused_where_a_block_does_not_keep_documents_apart(kind, deliveries):
+@pytest.mark.parametrize(("kind", "num_blocks"), MIX_DOCUMENTS)
+def test_packs_are_refused_if_a_block_does_not_separate_documents(kind, num_blocks):
     model, (ids, labels) = build(kind), make_batch()
     model.set_attn_implementation(WITHIN_DOCUMENTS)
-    with refused("packing: false", f"{deliveries} of 4 blocks", model.config.model_type):
+    with refused("packing: false", f"{num_blocks} of 4 blocks", model.config.model_type):
         SummedLoss(model)(ids, labels, DOCUMENTS)
-    SummedLoss(model)(ids, labels, ((LENGTH,), (LENGTH,)))  # alone it is right
+    SummedLoss(model)(ids, labels, ((LENGTH,), (LENGTH,)))  # without packs it is accepted
 
 
 @torch.no_grad()
-def test_keys_that_are_no_tokens_are_refused():
+def test_attention_with_more_keys_than_tokens_is_refused():
     model, (ids, _) = build("deepseek_v4"), make_batch()
     model.set_attn_implementation(WITHIN_DOCUMENTS)
     with refused("DeepseekV4Attention", "24", "30"):
@@ -146,7 +146,7 @@ def test_attention_to_later_tokens_is_refused():
         attention._attend(torch.nn.Module(), query, query, query, None, is_causal=False)
 
 
-def test_deliveries_are_counted_once_a_call():
+def test_the_calls_that_received_the_documents_are_counted():
     query = torch.randn(1, 2, 5, 8)
     documents = PackedDocuments(((2, 3),))
     for _ in range(3):

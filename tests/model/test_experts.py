@@ -1,4 +1,4 @@
-"""Adapters of fused experts are found, proven and read back by peft, for any class."""
+"""Adapters of fused experts pass the class checks, and default targets avoid peft's rewriting."""
 
 import json
 
@@ -9,14 +9,15 @@ from pipeline.model.class_shape import count_shape
 from pipeline.model.proof import LIMIT, prove, prove_model, small_model
 from pipeline.plan.given.shape import shape_of
 from tests.messages import refused
-from tests.model.kinds import KINDS, build
+from tests.model.kinds import KINDS
+from tests.model.models import build
 
 pytestmark = pytest.mark.tensor
 
 
 @pytest.fixture
 def shape(tmp_path):
-    """The shape of a kind's class, whatever families.py knows."""
+    """The shape counted on the class of a kind, without the table of families."""
 
     def make(kind):
         name, keys = KINDS[kind]
@@ -35,7 +36,7 @@ def test_a_mixture_passes_with_an_adapter_on_its_experts(kind, shape):
 
 
 @pytest.mark.parametrize("kind", ["ernie4_5_moe", "aria_text"])
-def test_a_mixture_that_no_test_model_has_passes_with_its_experts_alone(kind):
+def test_other_mixtures_pass_with_an_adapter_on_experts_only(kind):
     model = small_model(AutoModelForCausalLM, AutoConfig.for_model(kind))
     result = prove_model(model, ["experts"])
     assert not result.refusals
@@ -47,17 +48,24 @@ def test_experts_that_a_checkpoint_stores_one_by_one_can_be_merged(tmp_path):
     assert not prove(tmp_path, ["q_proj", "experts"]).without_merge
 
 
-@pytest.mark.parametrize(("kind", "is_rewritten"), [("glm4_moe", True), ("llama4_text", False)])
-def test_auto_takes_the_dense_layers_that_peft_does_not_rewrite(shape, kind, is_rewritten):
+def assert_all_experts_targeted(shape):
+    num_layers = sum(bool(shape.blocks[kind].experts) for kind in shape.layer_kinds)
+    assert len(shape.targeted_experts(["experts"])) == 2 * num_layers
+
+
+def test_dense_layers_that_peft_would_rewrite_are_no_targets(shape):
     """peft would adapt the experts of GLM-4.x instead of its dense and shared layers."""
-    found = shape(kind)
-    assert ("gate_proj" in found.default_targets) != is_rewritten
-    if is_rewritten:
-        with refused("gate_proj", "peft", "experts"):
-            found.targeted(["q_proj", "gate_proj", "up_proj", "down_proj"])
-    assert len(found.targeted_experts(["experts"])) == 2 * sum(
-        bool(found.blocks[kind].experts) for kind in found.layer_kinds
-    )
+    glm = shape("glm4_moe")
+    assert "gate_proj" not in glm.default_targets
+    with refused("gate_proj", "peft", "experts"):
+        glm.targeted(["q_proj", "gate_proj", "up_proj", "down_proj"])
+    assert_all_experts_targeted(glm)
+
+
+def test_dense_layers_that_peft_does_not_rewrite_are_default_targets(shape):
+    llama4 = shape("llama4_text")
+    assert "gate_proj" in llama4.default_targets
+    assert_all_experts_targeted(llama4)
 
 
 def test_experts_of_a_dense_model_are_refused_with_its_layers(shape):

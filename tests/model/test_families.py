@@ -30,7 +30,7 @@ FAMILIES = {
     "mixtral": EXPERTS,
     "qwen3_moe": QWEN_EXPERTS | {"head_dim": 8},
     "qwen2_moe": QWEN_EXPERTS | {"shared_expert_intermediate_size": 40},
-    # blocks of two kinds: the first without experts
+    # layers of two kinds: the first has no experts
     "qwen3_moe-mixed": QWEN_EXPERTS | {"head_dim": 8, "mlp_only_layers": [0]},
     "qwen2_moe-mixed": QWEN_EXPERTS
     | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
@@ -57,7 +57,7 @@ def make_family(folder, kind, dtype="float32"):
 
 
 def train_and_gather(session, folder, settings, leaf_modules=None):
-    """Losses and gradient norms of two steps, fp32 weights, and the logits that they give."""
+    """Losses and gradient norms of two steps, the fp32 weights, and the logits with them."""
     plan = make_plan(folder, session.placement.world_size, 40, **settings)
     if leaf_modules is not None:
         zero = plan.deepspeed["zero_optimization"] | {"leaf_module": leaf_modules}
@@ -71,7 +71,7 @@ def train_and_gather(session, folder, settings, leaf_modules=None):
         losses.append(result.grad_norm)
     weights = gather_weights(engine.parameters, keep=session.is_rank_zero)
     engine.deepspeed.eval()
-    with torch.no_grad():  # every rank: at ZeRO-3 a forward gathers
+    with torch.no_grad():  # on every rank: at ZeRO-3 a forward pass is collective
         logits = engine.deepspeed.module.model(input_ids=IDS).logits
     return losses, weights, logits
 
@@ -88,7 +88,7 @@ def load(folder, adapter=None):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Use one thread, as every rank does: more threads would add the experts in another order."""
+    """Use one thread, like every rank: several threads would sum the experts in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -101,7 +101,7 @@ def logits_of(model):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_the_published_and_the_merged_adapter_are_what_was_trained(tmp_path, kind):
+def test_the_published_and_the_merged_adapter_have_the_trained_logits(tmp_path, kind):
     folder = make_family(tmp_path / "model", kind)
     settings = {"zero_stage": 2, "batch_size": 2, "lora_target_modules": "all-linear"}
     arguments = (train_and_gather, folder, settings)
@@ -116,22 +116,22 @@ def test_the_published_and_the_merged_adapter_are_what_was_trained(tmp_path, kin
     merge_adapter(folder, adapter, tmp_path / "merged")
     merged = logits_of(load(tmp_path / "merged"))
     assert (merged - logits).norm() < 1e-5 * logits.norm()
-    oracle = tmp_path / "oracle"
-    adapted.merge_and_unload().save_pretrained(oracle)
-    theirs, ours = tensors(oracle), tensors(tmp_path / "merged")
+    by_peft = tmp_path / "by_peft"
+    adapted.merge_and_unload().save_pretrained(by_peft)
+    theirs, ours = tensors(by_peft), tensors(tmp_path / "merged")
     assert ours.keys() == theirs.keys() == tensors(folder).keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-LEAVES = {"own": None, "none": {"classes": []}}
+LEAF_MODULES = {"of the plan": None, "none": {"classes": []}}
 
 
 @pytest.mark.parametrize(
     ("kind", "leaf", "change"),
     [
-        *((kind, leaf, {}) for kind in MIXTURES for leaf in LEAVES),
-        ("mixtral", "own", {"gradient_checkpointing": True}),
-        ("mixtral", "own", {"load_in_4bit": True, "gradient_checkpointing": True}),
+        *((kind, leaf, {}) for kind in MIXTURES for leaf in LEAF_MODULES),
+        ("mixtral", "of the plan", {"gradient_checkpointing": True}),
+        ("mixtral", "of the plan", {"load_in_4bit": True, "gradient_checkpointing": True}),
     ],
 )
 def test_sharded_experts_give_the_losses_of_replicated_ones(tmp_path, kind, leaf, change):
@@ -139,15 +139,15 @@ def test_sharded_experts_give_the_losses_of_replicated_ones(tmp_path, kind, leaf
     folder = make_family(tmp_path / "model", kind)
     settings = {"batch_size": 2, "lora_target_modules": "all-linear"} | change
     whole, sharded = (
-        run_ranks(train_and_gather, folder, settings | at, leaves, tmp_path=tmp_path)[0]
-        for at, leaves in (({"zero_stage": 2}, None), ({"zero_stage": 3}, LEAVES[leaf]))
+        run_ranks(train_and_gather, folder, settings | stage, leaves, tmp_path=tmp_path)[0]
+        for stage, leaves in (({"zero_stage": 2}, None), ({"zero_stage": 3}, LEAF_MODULES[leaf]))
     )
     assert sharded[0] == pytest.approx(whole[0], rel=1e-6)
     assert distance(sharded[1], whole[1]) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_a_sharded_mixture_in_bf16_publishes_what_it_trained(tmp_path, kind):
+def test_the_published_adapter_of_a_sharded_mixture_in_bf16_has_the_trained_logits(tmp_path, kind):
     folder = make_family(tmp_path / "model", kind, "bfloat16")
     settings = {"zero_stage": 3, "batch_size": 2, "bf16": True, "lora_target_modules": "all-linear"}
     _, weights, logits = run_ranks(train_and_gather, folder, settings, tmp_path=tmp_path)[0]

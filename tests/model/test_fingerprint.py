@@ -1,4 +1,4 @@
-"""The fingerprint of a base sees every byte, and a remembered one only an unchanged file."""
+"""The fingerprint of a base depends on every byte, and is cached only for unchanged files."""
 
 import json
 import os
@@ -26,11 +26,11 @@ pytestmark = pytest.mark.tensor
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
-    forget(monkeypatch)
+    clear_process_cache(monkeypatch)
 
 
-def forget(monkeypatch):
-    """Clear the cache of this process, as if it were new."""
+def clear_process_cache(monkeypatch):
+    """Clear the cache of this process, to simulate a new one."""
     monkeypatch.setattr(fingerprint._HashCache, "_of_this_process", {})
 
 
@@ -40,7 +40,7 @@ def base(tmp_path):
 
 
 def flip(folder, key, byte=0):
-    """Change one bit of one tensor in place, and set the file's times back."""
+    """Change one bit of a tensor in place, and restore the file's times."""
     path = next(path for path in folder.glob("*.safetensors") if key in load_file(path))
     header = fingerprint.read_header(path)
     before = path.stat()
@@ -53,7 +53,7 @@ def flip(folder, key, byte=0):
 
 
 @pytest.mark.parametrize("byte", [0, 777, 4095])
-def test_one_changed_bit_of_any_tensor_is_seen_and_named(base, byte):
+def test_one_changed_bit_of_a_tensor_is_refused_with_the_tensor(base, byte):
     before = base_fingerprint(base)
     key = "model.layers.1.self_attn.q_proj.weight"
     flip(base, key, byte)
@@ -73,7 +73,7 @@ def test_the_fingerprint_does_not_depend_on_shards(base, tmp_path):
     assert base_fingerprint(one) == base_fingerprint(base)
 
 
-def test_shape_dtype_and_config_count(base):
+def test_shapes_and_config_are_part_of_the_fingerprint(base):
     before = base_fingerprint(base)
     path = next(base.glob("model-00003*.safetensors"))
     weights = load_file(path)
@@ -88,7 +88,7 @@ def test_shape_dtype_and_config_count(base):
 
 def test_an_unchanged_file_is_not_read_again_even_by_a_new_process(base, monkeypatch):
     before = base_fingerprint(base)
-    forget(monkeypatch)
+    clear_process_cache(monkeypatch)
     monkeypatch.setattr(fingerprint, "_hash_tensor", lambda *_: 1 / 0)
     assert base_fingerprint(base) == before
 
@@ -107,7 +107,7 @@ def test_a_copy_with_the_same_size_and_time_is_read_again(base, monkeypatch):
         require_recorded_base(before.as_json(), base, "")
 
 
-def test_hashes_are_kept_in_the_process_where_the_cache_cannot_be_written(base, monkeypatch):
+def test_hashes_are_cached_in_the_process_if_the_cache_cannot_be_written(base, monkeypatch):
     monkeypatch.setenv("RANKZERO_CACHE", "/dev/null")
     before = base_fingerprint(base)
     monkeypatch.setattr(fingerprint, "_hash_tensor", lambda *_: 1 / 0)
@@ -119,7 +119,7 @@ def test_a_damaged_cache_is_ignored(base, monkeypatch, content):
     before = base_fingerprint(base)
     for path in (base.parent / "cache").rglob("*.json"):
         path.write_text(content)
-    forget(monkeypatch)
+    clear_process_cache(monkeypatch)
     assert base_fingerprint(base) == before
 
 
@@ -143,19 +143,19 @@ def test_a_damaged_record_is_refused(base, recorded):
         require_recorded_base(recorded, base, "")
 
 
-def test_a_run_goes_on_with_its_own_base_only(base, tmp_path):
+def test_a_run_resumes_only_with_its_base(base, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    digest = require_base_of_run(run, base)  # a new run: nothing recorded yet
+    digest = require_base_of_run(run, base)  # a new run has no record
     record_base_of_run(run, base)
     assert require_base_of_run(run, base) == digest == base_of_run(run, base).digest
     flip(base, "lm_head.weight")
     with refused("lm_head.weight", "accept_changes"):
         require_base_of_run(run, base)
-    assert base_of_run(run, base).digest == digest  # what the adapter was trained on
+    assert base_of_run(run, base).digest == digest  # of the base on which the adapter was trained
 
 
-def test_a_record_reads_back(base):
+def test_a_fingerprint_survives_json(base):
     before = base_fingerprint(base)
     assert Fingerprint.from_json(json.loads(json.dumps(before.as_json()))) == before
 

@@ -1,4 +1,4 @@
-"""The loss against torch's own over all positions, whole and in chunks."""
+"""The summed loss equals torch's cross entropy of each document, with and without chunks."""
 
 import pytest
 import torch
@@ -15,20 +15,20 @@ pytestmark = pytest.mark.tensor
 
 @pytest.fixture
 def model(tiny_model):
-    found = AutoModelForCausalLM.from_pretrained(tiny_model)
-    found.requires_grad_(False)
-    found.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
-    return found
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.requires_grad_(False)
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    return model
 
 
-def ours(model, batch):
+def loss_and_gradient(model, batch):
     total = SummedLoss(model)(batch.input_ids, batch.labels, batch.documents)
     model.zero_grad()
     total.backward()
     return total.detach(), model.model.layers[0].self_attn.q_proj.weight.grad.clone()
 
 
-def test_equals_the_sum_over_every_document_alone(model):
+def test_the_loss_is_the_sum_over_single_documents(model):
     documents = Documents(6)
     batch = build_batch(documents, range(6))
     expected = 0.0
@@ -37,21 +37,21 @@ def test_equals_the_sum_over_every_document_alone(model):
         labels = torch.from_numpy(ids).long().masked_fill(~torch.from_numpy(mask), IGNORED)
         logits = model(torch.from_numpy(ids).long()[None]).logits[0, :-1]
         expected += F.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=IGNORED)
-    total, _ = ours(model, batch)
+    total, _ = loss_and_gradient(model, batch)
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
     assert batch.tokens == documents.lengths.sum()
 
 
-def test_chunks_change_nothing(model, monkeypatch):
+def test_the_number_of_chunks_does_not_change_loss_and_gradient(model, monkeypatch):
     batch = build_batch(Documents(6), range(6))
-    whole, gradient = ours(model, batch)
-    monkeypatch.setattr(loss_module, "LOGITS_CHUNK_BYTES", 4 * 259 * 7)  # seven rows at a time
-    parts, same = ours(model, batch)
+    whole, gradient = loss_and_gradient(model, batch)
+    monkeypatch.setattr(loss_module, "LOGITS_CHUNK_BYTES", 4 * 259 * 7)  # seven rows in a chunk
+    parts, same = loss_and_gradient(model, batch)
     assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
     assert torch.allclose(gradient, same, rtol=1e-5, atol=1e-5)
 
 
 def test_an_empty_micro_batch_is_zero_with_a_gradient(model):
-    total, gradient = ours(model, build_batch(Documents(1), []))
+    total, gradient = loss_and_gradient(model, build_batch(Documents(1), []))
     assert total.item() == 0.0
     assert not gradient.any()

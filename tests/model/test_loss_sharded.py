@@ -1,4 +1,4 @@
-"""At every ZeRO stage the loss and its gradients are those of the model class, tied or not."""
+"""Loss and gradients at every ZeRO stage are those of the model class, tied or untied."""
 
 import deepspeed
 import pytest
@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from pipeline.model.attention import WITHIN_DOCUMENTS
 from pipeline.model.loss import IGNORED, SummedLoss
 from pipeline.model.structure import text_decoder
-from tests.model.kinds import build
+from tests.model.models import build
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.engine
 
-# A scale of the logits, and a soft cap that only a wrapper's text config has.
+# granite scales logits; gemma4 has a soft cap that is only in the text config of a wrapper.
 KINDS = ["granite", "gemma4"]
 
 
@@ -52,7 +52,7 @@ def make_batch():
 
 
 def sharded(session, kind, stage, is_tied):
-    """Loss sum and gradients of one batch, the same on both ranks, under ZeRO."""
+    """Summed loss and gradients under ZeRO of one batch, which is the same on both ranks."""
     model = adapted(kind, is_tied)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}

@@ -1,4 +1,4 @@
-"""NEFTune's noise is bounded by each document's own length and only in training."""
+"""NEFTune's noise is bounded by the length of each document, and added only in training."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def noise(seed=0, *, training=True):
     return (embeddings(ids) - plain).detach()
 
 
-def test_the_bound_of_a_token_is_that_of_its_own_document_and_padding_gets_none():
+def test_the_bound_depends_on_the_document_and_padding_has_no_noise():
     added = noise().abs()
     for row, span, tokens in (
         (0, slice(0, 4), 4),

@@ -1,4 +1,4 @@
-"""The proof accepts classes that are trained correctly and names what is wrong with others."""
+"""The class checks accept classes that train correctly, and name the error of others."""
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -9,7 +9,7 @@ from pipeline.model.proof import LIMIT, prove, prove_model, require_proof, small
 from pipeline.model.structure import blocks
 from pipeline.plan.given.class_proof import Proof
 from tests.messages import assert_mentions, refused
-from tests.model.kinds import build, make_own_code
+from tests.model.models import build, make_own_code
 from tests.tiny import make_plan
 
 pytestmark = pytest.mark.tensor
@@ -48,12 +48,12 @@ def test_shared_keys_and_values_exclude_re_entrant_checkpointing():
     assert_mentions(result.without_reentrant[0], "re-entrant checkpointing")
 
 
-def test_an_attention_that_is_not_the_class_s_is_refused(llama, monkeypatch):
-    right = attention._LayerAttention._fused
+def test_a_class_whose_attention_differs_from_ours_is_refused(llama, monkeypatch):
+    fused = attention._LayerAttention._fused
     monkeypatch.setattr(
         attention._LayerAttention,
         "_fused",
-        lambda self, q, k, v, mask: right(self, 1.01 * q, k, v, mask),
+        lambda self, q, k, v, mask: fused(self, 1.01 * q, k, v, mask),
     )
     result = prove_model(llama, ATTENTION)
     assert_mentions(result.refusals[1], "attention", "1e-05")
@@ -65,7 +65,7 @@ def test_a_class_that_ignores_the_attention_function_is_refused(llama, monkeypat
     assert_mentions(" ".join(result.refusals), "LlamaForCausalLM", "attention function")
 
 
-def test_a_loss_that_is_not_the_class_s_is_refused(llama, monkeypatch):
+def test_a_class_whose_loss_differs_from_ours_is_refused(llama, monkeypatch):
     forward = LlamaForCausalLM.forward
 
     def scaled(self, *args, labels=None, **kwargs):
@@ -79,7 +79,7 @@ def test_a_loss_that_is_not_the_class_s_is_refused(llama, monkeypatch):
     assert_mentions(result.refusals[0], "loss", "1.0e-03")
 
 
-def test_a_leak_between_documents_is_found(llama, monkeypatch):
+def test_attention_across_documents_excludes_packs(llama, monkeypatch):
     monkeypatch.setattr(
         attention, "_by_document", lambda documents, layer, q, k, v: layer(q, k, v).transpose(1, 2)
     )
@@ -94,8 +94,8 @@ def test_a_matrix_without_a_gradient_is_refused():
     assert_mentions(result.refusals[0], "dt_proj", "lora_target_modules")
 
 
-def test_what_peft_rewrites_is_refused():
-    """GLM-4.x and DeepSeek-V3: named dense MLPs become fused experts (peft 0.21.2)."""
+def test_layers_that_peft_rewrites_are_refused():
+    """peft 0.21.2 adapts fused experts instead of the named dense MLPs of GLM-4.x."""
     result = prove_model(build("glm4_moe"), ("q_proj", "gate_proj", "up_proj", "down_proj"))
     assert any("instead of" in reason for reason in result.refusals)
 
@@ -104,13 +104,13 @@ def test_a_class_that_needs_a_mask_is_refused():
     assert prove_model(build("deepseek_v32"), ("o_proj",)).refusals
 
 
-def test_a_model_folder_is_proved_once(tiny_model, monkeypatch):
+def test_the_checks_of_a_model_folder_are_cached_for_its_targets(tiny_model, monkeypatch):
     first = prove(tiny_model, ["q_proj", "v_proj"])
     assert not [*first.refusals, *first.without_packs, *first.without_merge]
     monkeypatch.setattr(proof, "prove_model", lambda *_: 1 / 0)
     assert prove(tiny_model, ["v_proj", "q_proj"]) == first
     with pytest.raises(ZeroDivisionError):
-        prove(tiny_model, ["q_proj"])  # another adapter
+        prove(tiny_model, ["q_proj"])  # other targets
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_model_folder_is_proved_once(tiny_model, monkeypatch):
     ],
     ids=["class", "packs", "re-entrant"],
 )
-def test_a_run_that_the_proof_does_not_allow_is_refused_before_the_base_is_loaded(
+def test_a_run_that_the_checks_exclude_is_refused_before_the_base_is_loaded(
     tiny_model, monkeypatch, proof_of, settings, facts
 ):
     plan = make_plan(tiny_model, 2, **settings)
@@ -151,13 +151,15 @@ def test_a_run_that_the_proof_does_not_allow_is_refused_before_the_base_is_loade
     ],
     ids=["nothing found", "without packs", "not re-entrant"],
 )
-def test_a_run_that_avoids_what_is_wrong_is_allowed(tiny_model, monkeypatch, proof_of, settings):
+def test_a_run_that_the_checks_do_not_exclude_is_allowed(
+    tiny_model, monkeypatch, proof_of, settings
+):
     plan = make_plan(tiny_model, 2, **settings)
     monkeypatch.setattr(proof, "_proof_of", lambda *_, **__: Proof(**proof_of))
     assert require_proof(plan) == Proof(**proof_of)
 
 
-def test_a_model_of_which_no_small_copy_runs_is_checked_itself(tmp_path, monkeypatch):
+def test_a_model_without_a_working_small_copy_is_checked_itself(tmp_path, monkeypatch):
     build("granite").save_pretrained(tmp_path)
     monkeypatch.setattr(proof, "small_copies", lambda config: iter(()))
     result = prove(tmp_path, ["q_proj"])
@@ -181,12 +183,12 @@ def test_the_small_copy_of_longrope_has_a_factor_for_each_pair_of_its_head():
 
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "mamba"])  # num_layers, no heads
-def test_sizes_with_other_names_are_reduced_too(kind):
+def test_sizes_with_other_names_are_reduced(kind):
     model = small_model(AutoModelForCausalLM, AutoConfig.for_model(kind))
     assert model.config.num_hidden_layers == 4
 
 
-def test_a_model_with_its_own_code_is_proved_by_its_own_code(tmp_path):
+def test_a_model_with_its_own_code_is_checked_with_that_code(tmp_path):
     folder = make_own_code(tmp_path / "model")
     result = prove(folder, ["q_proj"], trust_remote_code=True)
     assert not result.refusals
@@ -196,12 +198,12 @@ def test_a_model_with_its_own_code_is_proved_by_its_own_code(tmp_path):
     assert_mentions(result.refusals[0], "loss", "9.9e-03")
 
 
-def test_a_checkpoint_with_other_names_than_the_model_s_can_be_merged_into(tmp_path):
+def test_a_checkpoint_with_other_names_than_the_model_can_be_merged_into(tmp_path):
     build("gemma3").save_pretrained(tmp_path)  # stored as language_model.model...
     assert not prove(tmp_path, ["q_proj", "down_proj"]).without_merge
 
 
-def test_a_weight_that_the_checkpoint_does_not_have_excludes_a_merge(tmp_path):
+def test_an_adapted_weight_missing_in_the_checkpoint_excludes_a_merge(tmp_path):
     build("llama").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.2.self_attn.q_proj.weight"]
@@ -214,7 +216,7 @@ def test_a_weight_that_the_checkpoint_does_not_have_excludes_a_merge(tmp_path):
     ("kind", "kinds_of_block"),
     [("llama", 1), ("gpt_oss", 2), ("gemma4_text", 2), ("qwen3_5_text", 2), ("llama4_text", 2)],
 )
-def test_the_small_copy_of_a_real_size_has_every_kind_of_block(kind, kinds_of_block):
+def test_the_small_copy_has_every_kind_of_layer(kind, kinds_of_block):
     config = AutoConfig.for_model(kind)
     model = small_model(AutoModelForCausalLM, config)
     assert sum(p.numel() for p in model.parameters()) < 2e6

@@ -1,4 +1,4 @@
-"""The vision tower of a multimodal model is frozen, not adapted, not quantised and no block."""
+"""The vision tower of a multimodal model is neither adapted, quantised nor checkpointed."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pipeline.model.adapter import attach_adapter, trainable
 from pipeline.model.base import load_base
 from pipeline.model.structure import blocks
-from tests.model.kinds import build
+from tests.model.models import build
 from tests.tiny import make_plan, make_tokenizer
 
 pytestmark = pytest.mark.tensor
@@ -18,7 +18,7 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_storage": "float32"}
 
 @pytest.fixture(scope="module")
 def wrapper(tmp_path_factory):
-    """A Gemma 3 with a vision tower of two layers."""
+    """Folder of a Gemma 3 with a vision tower of two layers."""
     folder = tmp_path_factory.mktemp("gemma3") / "model"
     build("gemma3").save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -30,7 +30,7 @@ def in_tower(name):
 
 
 @pytest.mark.parametrize("quantised", [{}, NF4], ids=["lora", "nf4"])
-def test_the_vision_tower_stays_as_it_is(wrapper, quantised):
+def test_the_vision_tower_is_not_changed(wrapper, quantised):
     plan = make_plan(wrapper, zero_stage=2, gradient_checkpointing=True, **quantised)
     model = attach_adapter(load_base(plan, torch.device("cpu")), plan)
     assert not [name for name in trainable(model) if in_tower(name)]
@@ -45,7 +45,7 @@ def test_the_vision_tower_stays_as_it_is(wrapper, quantised):
     assert {m.gradient_checkpointing for n, m in layers.items() if not in_tower(n)} == {True}
 
 
-def test_blocks_of_the_decoder_are_quantised(wrapper):
+def test_only_layers_of_the_decoder_are_quantised(wrapper):
     plan = make_plan(wrapper, zero_stage=2, **NF4)
     kinds = {n: type(m).__name__ for n, m in load_base(plan, torch.device("cpu")).named_modules()}
     quantised = [name for name, kind in kinds.items() if kind == "Linear4bit"]

@@ -29,7 +29,7 @@ from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
 from pipeline.train.run import run_training
 from tests.adapter.merged import tensors
-from tests.model.kinds import build, cache_shape
+from tests.model.models import build, cache_shape
 from tests.ranks import run_processes
 from tests.tiny import make_tokenizer
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.model.kinds import build, cache_shape
+from tests.model.models import build, cache_shape
 from tests.models.kinds import ALL
 from tests.tiny import make_tokenizer
 

@@ -17,7 +17,7 @@ from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.render import plan_json
 from tests.messages import assert_mentions, refused
-from tests.model.kinds import make_own_code
+from tests.model.models import make_own_code
 from tests.models.kinds import ALL
 from tests.plan.given.test_shape import EXPERTS, SMALL, save_config
 from tests.tiny import make_plan
