@@ -1,4 +1,4 @@
-"""The node's accelerators through a stand-in for NVML, and what no accelerator may stand in for."""
+"""Accelerators of a node through a fake NVML, unsupported accelerators, and host memory."""
 
 import ctypes
 import os
@@ -27,17 +27,17 @@ from tests.plans import CPU, H100S
 
 pytestmark = pytest.mark.unit
 
-SLICES = [
+INSTANCES = [
     Device(f"MIG-{i}a-b-c", gib=10, name="NVIDIA H100 80GB HBM3 MIG 1g.10gb", ids=(i, 0))
     for i in (7, 8)
 ]
-WHOLE = [Device("GPU-8932f937-d72c-4106"), Device("GPU-46b38b21-2ab3-4a44")]
-SLICED = [Device("GPU-5c89852c-d268-c3f3", mig=SLICES), *WHOLE]
+GPUS_ONLY = [Device("GPU-8932f937-d72c-4106"), Device("GPU-46b38b21-2ab3-4a44")]
+WITH_MIG = [Device("GPU-5c89852c-d268-c3f3", mig=INSTANCES), *GPUS_ONLY]
 
 
 @pytest.fixture
 def unset(monkeypatch):
-    """No variable of this process's own environment says anything about accelerators."""
+    """Remove all variables about accelerators from the environment."""
     kinds = devices._UNSUPPORTED
     for name in (
         "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS",
@@ -55,15 +55,15 @@ def unset(monkeypatch):
         ("1", ["GPU-46b38b21-2ab3-4a44"]),
         ("GPU-46b38b21-2ab3-4a44", ["GPU-46b38b21-2ab3-4a44"]),
         ("GPU-46, GPU-8", ["GPU-46b38b21-2ab3-4a44", "GPU-8932f937-d72c-4106"]),
-        ("GPU-", []),  # not unique
+        ("GPU-", []),  # ambiguous
         ("1,GPU-9,0", ["GPU-46b38b21-2ab3-4a44"]),  # CUDA stops at the first wrong entry
         ("0,-1,1", ["GPU-8932f937-d72c-4106"]),
         ("2", []),
         ("", []),
     ],
 )
-def test_gpus_are_named_by_index_or_by_the_start_of_a_uuid(visible, uuids):
-    assert [h.uuid for h in visible_handles(make_nvml(WHOLE), visible)] == uuids
+def test_gpus_are_selected_by_index_or_by_the_start_of_their_uuid(visible, uuids):
+    assert [h.uuid for h in visible_handles(make_nvml(GPUS_ONLY), visible)] == uuids
 
 
 @pytest.mark.parametrize(
@@ -71,15 +71,15 @@ def test_gpus_are_named_by_index_or_by_the_start_of_a_uuid(visible, uuids):
     [
         ("MIG-8a-b-c", "MIG-8a-b-c"),
         ("MIG-8a", "MIG-8a-b-c"),
-        ("MIG-GPU-5c89852c-d268-c3f3/8/0", "MIG-8a-b-c"),  # as drivers before R470 name it
+        ("MIG-GPU-5c89852c-d268-c3f3/8/0", "MIG-8a-b-c"),  # the name in drivers before R470
         ("MIG-GPU-5c89/7/0", "MIG-7a-b-c"),
         ("0", "MIG-7a-b-c"),
         (None, "MIG-7a-b-c"),
-        ("MIG-7a-b-c,MIG-8a-b-c", "MIG-7a-b-c"),  # CUDA shows one instance to a process
+        ("MIG-7a-b-c,MIG-8a-b-c", "MIG-7a-b-c"),  # a process sees one instance only
     ],
 )
-def test_a_mig_instance_is_named_by_its_uuid_its_old_name_or_its_gpu(visible, uuid):
-    nvml = make_nvml(SLICED)
+def test_a_mig_instance_is_selected_by_uuid_old_name_or_gpu(visible, uuid):
+    nvml = make_nvml(WITH_MIG)
     (handle,) = visible_handles(nvml, visible)
     assert handle.uuid == uuid
     assert compute_capability(nvml, handle) == (9, 0)
@@ -87,31 +87,31 @@ def test_a_mig_instance_is_named_by_its_uuid_its_old_name_or_its_gpu(visible, uu
 
 def test_instances_that_do_not_exist_are_not_visible():
     for name in ("MIG-9", "MIG-GPU-5c89/9/0", "MIG-"):
-        assert visible_handles(make_nvml(SLICED), name) == []
+        assert visible_handles(make_nvml(WITH_MIG), name) == []
 
 
 def test_a_detected_gpu_has_its_own_memory_and_the_rates_of_its_name(unset):
     pair = [Device("GPU-a", gib=81559 / 1024), Device("GPU-b", gib=81000 / 1024)]
     unset.setitem(sys.modules, "pynvml", make_nvml(pair))
-    found = detect_hardware()
-    assert found == replace(
+    result = detect_hardware()
+    assert result == replace(
         GPUS["h100-80gb"],
         devices_per_node=2,
         device_bytes=int(pair[1].gib * 2**30),
         host_bytes=host_memory().total,
     )
     unset.setenv("DS_ACCELERATOR", "cpu")
-    assert detect_hardware() == cpu_of(len(os.sched_getaffinity(0)), found.host_bytes)
+    assert detect_hardware() == cpu_of(len(os.sched_getaffinity(0)), result.host_bytes)
 
 
 def test_a_mig_instance_is_planned_for_with_its_own_memory(unset):
-    unset.setitem(sys.modules, "pynvml", make_nvml(SLICED))
+    unset.setitem(sys.modules, "pynvml", make_nvml(WITH_MIG))
     unset.setenv("CUDA_VISIBLE_DEVICES", "MIG-8")
-    found = detect_hardware()
-    assert (found.devices_per_node, found.device_bytes) == (1, 10 * 2**30)
+    result = detect_hardware()
+    assert (result.devices_per_node, result.device_bytes) == (1, 10 * 2**30)
 
 
-# Accelerators of other makers
+# Accelerators of other vendors
 
 
 @pytest.mark.parametrize(
@@ -124,13 +124,13 @@ def test_a_mig_instance_is_planned_for_with_its_own_memory(unset):
         ("sys/bus/pci/drivers/i915/0000:10:00.0", "XPU"),
     ],
 )
-def test_devices_of_other_makers_are_seen(tmp_path, path, kind):
+def test_devices_of_other_vendors_are_detected(tmp_path, path, kind):
     assert unsupported({}, tmp_path) is None
     (tmp_path / path).mkdir(parents=True)
     assert kind in unsupported({}, tmp_path)
 
 
-def test_a_processors_own_graphics_are_no_gpu_to_train_on(tmp_path):
+def test_integrated_graphics_are_not_an_accelerator(tmp_path):
     (tmp_path / "sys/bus/pci/drivers/i915/0000:00:02.0").mkdir(parents=True)
     assert unsupported({}, tmp_path) is None
 
@@ -143,14 +143,22 @@ def test_a_processors_own_graphics_are_no_gpu_to_train_on(tmp_path):
         ({"torch": "2.13.0+cpu", "torch-npu": "2.13.0"}, {}, "Ascend"),
         ({"torch": "2.13.0+cpu", "habana-torch-plugin": "1.24"}, {}, "Gaudi"),
         ({"torch": "2.13.0+cpu"}, {"ROCR_VISIBLE_DEVICES": "0"}, "ROCm"),  # set by Slurm
-        ({"torch": "2.13.0+cu130"}, {}, None),
-        ({"torch": "2.13.0"}, {"ROCR_VISIBLE_DEVICES": ""}, None),
     ],
 )
-def test_libraries_and_grants_of_other_makers_are_seen(monkeypatch, tmp_path, versions, env, kind):
+def test_libraries_and_variables_of_other_vendors_are_detected(
+    monkeypatch, tmp_path, versions, env, kind
+):
     monkeypatch.setattr(devices, "_version", lambda package: versions.get(package, ""))
-    found = unsupported(env, tmp_path)
-    assert (found is None) if kind is None else (kind in found)
+    assert kind in unsupported(env, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("version", "env"),
+    [("2.13.0+cu130", {}), ("2.13.0", {"ROCR_VISIBLE_DEVICES": ""})],
+)
+def test_torch_for_cuda_is_not_of_another_vendor(monkeypatch, tmp_path, version, env):
+    monkeypatch.setattr(devices, "_version", {"torch": version}.get)
+    assert unsupported(env, tmp_path) is None
 
 
 def without_gpus(patch) -> None:
@@ -160,7 +168,7 @@ def without_gpus(patch) -> None:
     patch.setitem(sys.modules, "pynvml", SimpleNamespace(NVMLError=OSError, nvmlInit=fails))
 
 
-def test_another_makers_accelerator_is_never_a_silent_cpu_run(unset):
+def test_an_accelerator_of_another_vendor_is_never_a_silent_cpu_run(unset):
     without_gpus(unset)
     unset.setenv("HIP_VISIBLE_DEVICES", "0,1")
     with refused("ROCm", "HIP_VISIBLE_DEVICES=0,1", "NVIDIA GPUs", "CPU", "DS_ACCELERATOR=cpu"):
@@ -169,33 +177,36 @@ def test_another_makers_accelerator_is_never_a_silent_cpu_run(unset):
     assert detect_hardware().kind == "cpu"
     unset.delenv("DS_ACCELERATOR")
     unset.setitem(sys.modules, "pynvml", make_nvml(gpus(2)))
-    assert detect_hardware().devices_per_node == 2  # left over in a shell of a GPU node
+    assert detect_hardware().devices_per_node == 2  # a variable left in the shell of a GPU node
 
 
 @pytest.mark.parametrize("name", ["xpu", "npu", "hpu", "mps", "cuda"])
-def test_an_accelerator_that_is_asked_for_and_not_there_is_refused(unset, name):
+def test_a_requested_accelerator_that_is_missing_is_refused(unset, name):
     without_gpus(unset)
     unset.setenv("DS_ACCELERATOR", name)
     with refused(f"DS_ACCELERATOR={name}", "NVIDIA GPUs", "CPU"):
         detect_hardware()
 
 
-def test_a_node_without_accelerators_is_its_cpu(unset, monkeypatch):
+def test_a_node_without_accelerators_trains_on_its_cpu(unset, monkeypatch):
     without_gpus(unset)
     monkeypatch.setattr(devices, "unsupported", lambda env, root: None)
     assert detect_hardware().kind == "cpu"
 
 
-@pytest.mark.parametrize("name", ["SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES"])
-def test_granted_gpus_that_the_driver_does_not_show_are_missing(unset, name):
-    unset.setenv(name, "0-3" if name.startswith("SLURM") else "0,1")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SLURM_JOB_GPUS", "0-3"), ("SLURM_STEP_GPUS", "0-3"), ("CUDA_VISIBLE_DEVICES", "0,1")],
+)
+def test_granted_gpus_that_the_driver_does_not_show_are_missing(unset, name, value):
+    unset.setenv(name, value)
     assert missing_gpus(Placement(), CPU).startswith(f"{name}=0")
     assert missing_gpus(Placement(), H100S) is None
     unset.setenv("DS_ACCELERATOR", "cpu")
     assert missing_gpus(Placement(), CPU) is None
 
 
-def test_deepspeeds_numbers_of_cpu_ranks_are_no_grant(unset):
+def test_cuda_visible_devices_of_deepspeed_on_a_cpu_are_no_granted_gpus(unset):
     unset.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert missing_gpus(Placement(launcher="deepspeed"), CPU) is None
     unset.setenv("CUDA_VISIBLE_DEVICES", "-1")
@@ -206,12 +217,12 @@ def test_deepspeeds_numbers_of_cpu_ranks_are_no_grant(unset):
 
 
 class Driver:
-    """A stand-in for libcuda: whether each GPU has virtual memory management."""
+    """A fake libcuda: for each GPU, whether it has virtual memory management."""
 
     def __init__(self, *has: bool) -> None:
         self._has = has
 
-    def cuInit(self, flags: int) -> int:  # noqa: N802 - the driver's name
+    def cuInit(self, flags: int) -> int:  # noqa: N802 - the name in libcuda
         return 0
 
     def cuDeviceGetCount(self, count) -> int:  # noqa: N802
@@ -231,11 +242,16 @@ class Driver:
         ((True, False), H100S, {}, None),  # a vGPU
         ((), H100S, {}, None),
         ((True,), CPU, {}, None),
-        ((True,), H100S, {"PYTORCH_ALLOC_CONF": "backend:native"}, None),  # it would be ignored
+        (
+            (True,),
+            H100S,
+            {"PYTORCH_ALLOC_CONF": "backend:native"},
+            None,
+        ),  # PYTORCH_CUDA_ALLOC_CONF would be ignored
         ((True,), H100S, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
     ],
 )
-def test_expandable_segments_only_where_the_device_has_them(
+def test_expandable_segments_are_set_only_if_all_gpus_have_them(
     unset, has, hardware, set_by_user, value
 ):
     unset.setattr(os, "environ", dict(os.environ) | set_by_user)
@@ -264,8 +280,8 @@ def cgroup(root: Path, lines: str, **files: str) -> None:
         path.write_text(text)
 
 
-def test_a_jobs_limit_below_the_root_group_counts(tmp_path):
-    """As Slurm sets it with version 2: the limit is on the job, the process in a task."""
+def test_the_memory_limit_of_a_parent_cgroup_applies(tmp_path):
+    """Slurm with cgroup version 2: the limit is on the job, and the process is in a task of it."""
     cgroup(
         tmp_path,
         "0::/slurm/job_7/step_0/task_0\n",
@@ -275,28 +291,28 @@ def test_a_jobs_limit_below_the_root_group_counts(tmp_path):
         slurm__job_7__memory_dot_stat=f"anon 1\ninactive_file {2**28}\n",
         slurm__job_7__step_0__memory_dot_max="max\n",
     )
-    found = host_memory(tmp_path)
-    assert found.total == 2**30
-    assert found.free == 2**30 - 2**29 + 2**28  # page cache is reclaimed
-    assert found.limited_by.endswith("slurm/job_7")
+    result = host_memory(tmp_path)
+    assert result.total == 2**30
+    assert result.free == 2**30 - 2**29 + 2**28  # page cache is reclaimed
+    assert result.limited_by.endswith("slurm/job_7")
 
 
-def test_a_limit_of_version_1_counts(tmp_path):
+def test_the_memory_limit_of_cgroup_version_1_applies(tmp_path):
     cgroup(
         tmp_path,
         "5:cpuset:/x\n4:memory,hugetlb:/docker/abc\n",
-        memory__memory_dot_limit_in_bytes=f"{2**30}\n",  # in a container the root is its own
+        memory__memory_dot_limit_in_bytes=f"{2**30}\n",  # in a container, its own group is the root
         memory__memory_dot_usage_in_bytes=f"{2**29}\n",
         cpuset__memory_dot_limit_in_bytes="1\n",
     )
-    found = host_memory(tmp_path)
-    assert (found.total, found.free) == (2**30, 2**29)
+    result = host_memory(tmp_path)
+    assert (result.total, result.free) == (2**30, 2**29)
 
 
 @pytest.mark.parametrize("lines", ["0::/\n", "4:memory:/\n", ""])
-def test_without_a_limit_the_nodes_memory_counts(tmp_path, lines):
+def test_without_a_limit_the_memory_of_the_node_applies(tmp_path, lines):
     cgroup(tmp_path, lines, memory__memory_dot_limit_in_bytes=f"{2**63 - 4096}\n")
-    found = host_memory(tmp_path)
-    assert found.total == host_memory(tmp_path / "nowhere").total
-    assert 0 < found.free <= found.total
-    assert found.limited_by == ""
+    result = host_memory(tmp_path)
+    assert result.total == host_memory(tmp_path / "nowhere").total
+    assert 0 < result.free <= result.total
+    assert result.limited_by == ""

@@ -1,4 +1,4 @@
-"""How a process ends: exit codes, and one message however many ranks."""
+"""Exit codes of a process, and one message for all ranks."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def end(body: str, tracebacks: bool = False, **environment: str):
         ("sys.exit(5)", 5, ""),
     ],
 )
-def test_exit_codes_and_messages(body, code, message):
+def test_each_error_has_its_exit_code_and_message(body, code, message):
     result = end(body)
     assert (result.returncode, result.stderr) == (code, message)
 
@@ -67,7 +67,7 @@ def test_an_error_of_the_file_system_is_one_message(error):
 PRINT = "[print('line', i) for i in range(100_000)]"
 
 
-def into(stdout, body: str = PRINT, closed: bool = False) -> tuple[int, str]:
+def run_with_stdout(stdout, body: str = PRINT, closed: bool = False) -> tuple[int, str]:
     result = subprocess.run(
         [sys.executable, "-c", CODE.format(body=body, tracebacks=False)],
         stdout=stdout, stderr=subprocess.PIPE, text=True, check=False,
@@ -80,14 +80,17 @@ def into(stdout, body: str = PRINT, closed: bool = False) -> tuple[int, str]:
 def test_a_reader_that_ends_early_changes_neither_exit_code_nor_message(body, code):
     readable, writable = os.pipe()
     os.close(readable)
-    assert into(writable, PRINT + body) == (code, "line 3: no\n" if code else "")
+    assert run_with_stdout(writable, PRINT + body) == (code, "line 3: no\n" if code else "")
     os.close(writable)
-    assert into(None, PRINT + body, closed=True) == (code, "line 3: no\n" if code else "")
+    assert run_with_stdout(None, PRINT + body, closed=True) == (
+        code,
+        "line 3: no\n" if code else "",
+    )
 
 
-def test_output_that_a_full_disk_does_not_take_is_an_error():
+def test_standard_output_on_a_full_disk_is_an_error():
     with open("/dev/full", "w") as full:  # noqa: PTH123
-        code, message = into(full)
+        code, message = run_with_stdout(full)
     assert code == 1
     assert_mentions(message, "standard output", "No space left on device")
     assert len(message.splitlines()) == 1
@@ -101,7 +104,7 @@ def test_text_that_the_terminal_cannot_encode_is_escaped():
 def test_debug_shows_the_traceback_of_an_error():
     result = end("raise RankZeroError('no')", tracebacks=True)
     assert "Traceback" in result.stderr
-    for error in ("UserError", "Stopped"):  # where in the code that was helps nobody
+    for error in ("UserError", "Stopped"):  # no traceback: it would not help
         assert end(f"raise {error}('no')", tracebacks=True).stderr == "no\n"
     assert result.stderr.endswith("no\n")
 
@@ -115,14 +118,14 @@ def test_only_local_rank_zero_prints_a_common_message(name):
         stderr=subprocess.PIPE, text=True, env={name: "1"},
     )  # fmt: skip
     time.sleep(2)
-    assert process.poll() is None  # it waits to be ended by its launcher ...
+    assert process.poll() is None  # it waits until its launcher ends it
     process.terminate()
     _, message = process.communicate(timeout=5)
-    assert message == ""  # ... silently
+    assert message == ""
 
 
-def test_os_exit_stands_in_one_file():
-    """The question who may end a process then leads to one file (docs/architecture.md)."""
+def test_os_exit_is_called_in_one_file_only():
+    """So that docs/architecture.md can say what may end a process."""
     calls = [
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / "pipeline").rglob("*.py"))

@@ -1,4 +1,4 @@
-"""Log output: INFO of rank 0, warnings of every rank, and a caller's own handlers instead."""
+"""Log output: INFO of rank 0 and warnings of all ranks, unless the caller has set handlers."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ logger.info("step %d", 3)
 logger.debug("a detail")
 logger.warning("disk is slow")
 """
-OWN_HANDLER = "logging.basicConfig(stream=sys.stderr, format='mine %(message)s')"
+CALLERS_HANDLER = "logging.basicConfig(stream=sys.stderr, format='mine %(message)s')"
 
 
 def output(before: str = "", **env: str) -> subprocess.CompletedProcess:
@@ -28,8 +28,8 @@ def output(before: str = "", **env: str) -> subprocess.CompletedProcess:
 
 
 def test_rank_0_shows_plain_lines_on_standard_output():
-    shown = output()
-    assert (shown.stdout, shown.stderr) == ("step 3\ndisk is slow\n", "")
+    result = output()
+    assert (result.stdout, result.stderr) == ("step 3\ndisk is slow\n", "")
 
 
 @pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"])
@@ -38,5 +38,5 @@ def test_other_ranks_show_warnings_only(name):
 
 
 def test_a_library_user_keeps_the_handlers_that_were_configured():
-    shown = output(OWN_HANDLER)
-    assert (shown.stdout, shown.stderr) == ("", "mine disk is slow\n")
+    result = output(CALLERS_HANDLER)
+    assert (result.stdout, result.stderr) == ("", "mine disk is slow\n")

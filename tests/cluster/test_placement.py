@@ -1,4 +1,4 @@
-"""Environment -> ranks: complete, contradictory, or none."""
+"""Placement of ranks from environment variables: complete, contradictory, or missing."""
 
 from dataclasses import replace
 
@@ -25,14 +25,14 @@ SRUN = {
     "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NNODES": "2",
     "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_NODELIST": "gpu[07-08]",
 }  # fmt: skip
-ONE_A_NODE = SRUN | {
+ONE_TASK_PER_NODE = SRUN | {
     "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
     "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
 }  # fmt: skip
-TWO_ON_ONE = ONE_A_NODE | {
+TWO_TASKS_ON_ONE_NODE = ONE_TASK_PER_NODE | {
     "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_NODES": "1",
 }  # fmt: skip
-# The shell of sbatch's script has a task's variables, but is none of srun's.
+# The shell of a batch script has the variables of a task, but srun did not start it.
 BATCH = {
     "SLURM_JOB_ID": "1234", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
     "SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_JOB_NODELIST": "gpu[07-08]",
@@ -50,7 +50,7 @@ def changed(env: dict[str, str], change: dict[str, str | None]) -> dict[str, str
 
 def test_no_launcher_is_one_process():
     assert from_environment({"PATH": "/bin"}) == Placement()
-    assert from_environment({"MASTER_PORT": "29500"}) == Placement()  # left over in a shell
+    assert from_environment({"MASTER_PORT": "29500"}) == Placement()  # a variable left in the shell
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_no_launcher_is_one_process():
     [
         (DEEPSPEED, "deepspeed"),
         (TORCHRUN, "torchrun"),
-        (TORCHRUN | {"LOCAL_SIZE": "2"}, "torchrun"),  # left over from DeepSpeed on a CPU
+        (TORCHRUN | {"LOCAL_SIZE": "2"}, "torchrun"),  # set by DeepSpeed on a CPU
     ],
 )
 def test_the_variables_of_a_launcher_of_ranks_are_read(env, launcher):
@@ -69,22 +69,23 @@ def test_the_variables_of_a_launcher_of_ranks_are_read(env, launcher):
     assert placement.rendezvous_id == ""
 
 
-def test_srun_one_task_a_gpu():
+def test_a_task_of_srun_is_a_rank():
     placement = from_environment(SRUN)
     assert placement.launcher == "srun"
     assert placement.variables() == DEEPSPEED | {"MASTER_ADDR": "gpu07", "MASTER_PORT": "16234"}
     assert placement.rendezvous_id == "Slurm step 1234.0, start 0"
 
 
-def test_every_task_of_a_step_looks_for_the_same_rendezvous():
+def test_every_task_of_a_step_has_the_same_rendezvous():
     def task(number):
         own = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number % 4)}
         return from_environment(SRUN | own)
 
-    everyone = [task(number) for number in range(8)]
-    assert [place.rank for place in everyone] == list(range(8))
+    placements = [task(number) for number in range(8)]
+    assert [place.rank for place in placements] == list(range(8))
     assert (
-        len({(p.master_addr, p.master_port, p.rendezvous_id, p.world_size) for p in everyone}) == 1
+        len({(p.master_addr, p.master_port, p.rendezvous_id, p.world_size) for p in placements})
+        == 1
     )
 
 
@@ -102,25 +103,25 @@ def test_another_job_step_or_start_is_another_rendezvous():
 def test_a_users_address_and_port_are_kept_under_srun():
     placement = from_environment(SRUN | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4000"})
     assert (placement.master_addr, placement.master_port) == ("10.0.0.7", 4000)
-    assert placement.rendezvous_id == ""  # nobody may move it
+    assert placement.rendezvous_id == ""  # the port may not be changed
 
 
 @pytest.mark.parametrize("inner", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
 @pytest.mark.parametrize(
     "outer",
     [
-        ONE_A_NODE,
+        ONE_TASK_PER_NODE,
         BATCH,
         {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
          "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
     ],
     ids=["srun, one a node", "batch script", "mpirun, one a node"],
 )  # fmt: skip
-def test_a_launcher_a_node_inside_srun_or_mpirun(inner, outer):
+def test_a_launcher_on_each_node_inside_srun_or_mpirun_defines_the_ranks(inner, outer):
     assert from_environment(outer | inner).variables() == DEEPSPEED
 
 
-def test_a_script_that_numbers_ranks_as_srun_does():
+def test_variables_of_ranks_that_agree_with_srun_are_accepted():
     assert from_environment(SRUN | DEEPSPEED).variables() == DEEPSPEED
 
 
@@ -133,14 +134,14 @@ def test_one_task_of_srun_is_one_process():
 
 
 @pytest.mark.parametrize("env", [OPEN_MPI, HYDRA], ids=["Open MPI", "Hydra"])
-def test_mpirun(env):
+def test_a_process_of_mpirun_is_a_rank(env):
     placement = from_environment(env)
     assert placement.launcher == "mpirun"
     assert (placement.rank, placement.local_rank) == (5, 1)
     assert (placement.world_size, placement.local_size, placement.nodes) == (8, 4, 2)
     assert (placement.master_addr, placement.master_port) == ("", 0)  # known after the rendezvous
-    told = from_environment(env | {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"})
-    assert told.variables() == DEEPSPEED
+    with_address = from_environment(env | {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"})
+    assert with_address.variables() == DEEPSPEED
 
 
 def test_one_process_of_mpirun_is_one_process():
@@ -148,22 +149,22 @@ def test_one_process_of_mpirun_is_one_process():
     assert from_environment(env) == Placement()
 
 
-def test_mpirun_inside_a_slurm_job():
-    """Its helpers are tasks of srun, one a node; the rank's own numbers are mpirun's."""
-    placement = from_environment(ONE_A_NODE | OPEN_MPI)
+def test_mpirun_inside_a_slurm_job_defines_the_ranks():
+    """mpirun's helpers are tasks of srun, one on each node."""
+    placement = from_environment(ONE_TASK_PER_NODE | OPEN_MPI)
     assert (placement.launcher, placement.rank, placement.world_size) == ("mpirun", 5, 8)
 
 
-def test_srun_that_speaks_pmi_is_srun():
-    """Slurm's PMI says rank and size, and no more (--mpi=pmi2, on many clusters the default)."""
+def test_srun_with_pmi_is_srun():
+    """Slurm's PMI has rank and size only (--mpi=pmi2, the default of many clusters)."""
     pmi = {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_FD": "9", "PMI_JOBID": "1234.0"}
     placement = from_environment(SRUN | pmi)
     assert (placement.launcher, placement.master_addr) == ("srun", "gpu07")
-    inner = ONE_A_NODE | {"PMI_RANK": "1", "PMI_SIZE": "2"} | TORCHRUN
+    inner = ONE_TASK_PER_NODE | {"PMI_RANK": "1", "PMI_SIZE": "2"} | TORCHRUN
     assert from_environment(inner).variables() == DEEPSPEED
 
 
-def test_mpirun_in_a_shell_of_srun_that_speaks_pmi():
+def test_mpirun_in_a_shell_of_srun_with_pmi_defines_the_ranks():
     one = {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1",
            "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "PMI_RANK": "0", "PMI_SIZE": "1"}  # fmt: skip
     placement = from_environment(SRUN | one | OPEN_MPI)
@@ -185,7 +186,7 @@ def test_mpirun_in_a_shell_of_srun_that_speaks_pmi():
         ({"CUDA_VISIBLE_DEVICES": "0"}, ["4 ranks", "DS_ACCELERATOR=cpu"]),
     ],
 )
-def test_contradictions_are_named(change, facts):
+def test_contradictory_variables_are_refused(change, facts):
     with refused("environment", *facts):
         from_environment(changed(DEEPSPEED, change))
 
@@ -209,7 +210,7 @@ def test_contradictions_are_named(change, facts):
         ({"SLURM_HET_SIZE": "2"}, ["SLURM_HET_SIZE=2", "heterogeneous"]),
     ],
 )
-def test_contradictions_under_srun(change, facts):
+def test_contradictory_variables_of_srun_are_refused(change, facts):
     with refused("environment", *facts):
         from_environment(changed(SRUN, change))
 
@@ -223,7 +224,7 @@ def test_contradictions_under_srun(change, facts):
         {"CUDA_VISIBLE_DEVICES": "0", "DS_ACCELERATOR": "cpu"},
     ],
 )
-def test_gpus_that_are_enough(change):
+def test_enough_visible_gpus_are_accepted(change):
     assert from_environment(SRUN | change).rank == 5
 
 
@@ -238,17 +239,17 @@ ALONE = DEEPSPEED | {
     [
         ({"SLURM_NTASKS": "16"}, ["SLURM_NTASKS=16", "one rank", "srun"]),
         (BATCH, ["srun python"]),
-        # salloc with an interactive shell is a step of Slurm's own
+        # the interactive shell of salloc is a special step
         (BATCH | {"SLURM_STEP_ID": "4294967290"}, ["SLURM_NTASKS=8"]),
         (ALONE | {"SLURM_NTASKS": "16"}, ["SLURM_NTASKS=16"]),
-        # Slurm sets no number of tasks where only nodes and GPUs were requested
+        # Slurm sets no number of tasks if only nodes and GPUs were requested
         ({"SLURM_JOB_NUM_NODES": "2"}, ["2 nodes", "srun"]),
         (ALONE | {"SLURM_JOB_NUM_NODES": "2"}, ["2 nodes"]),
         ({"SLURM_NNODES": "3"}, ["3 nodes"]),
         (SRUN | ALONE, ["two launchers", "RANK=0", "WORLD_SIZE=1", "SLURM_STEP_NUM_TASKS=8"]),
         (SRUN | TORCHRUN | {"RANK": "3", "LOCAL_RANK": "3"}, ["two launchers", "RANK=3"]),
-        (ONE_A_NODE | ALONE, ["two launchers"]),
-        (TWO_ON_ONE | TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}, ["two launchers"]),
+        (ONE_TASK_PER_NODE | ALONE, ["two launchers"]),
+        (TWO_TASKS_ON_ONE_NODE | TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}, ["two launchers"]),
         (OPEN_MPI | ALONE, ["two launchers", "RANK=0", "OMPI_COMM_WORLD_SIZE=8"]),
         (OPEN_MPI | HYDRA | {"PMI_SIZE": "2"}, ["two launchers"]),
     ],
@@ -258,28 +259,31 @@ def test_ranks_that_would_train_alone_or_twice_are_refused(env, facts):
         from_environment(env)
 
 
-# RANK and the like beside srun's or mpirun's own variables, as NVIDIA's container hook
-# (enroot 50-slurm-pytorch.sh) and people's scripts set them.
+# RANK and others in addition to the variables of srun or mpirun: NVIDIA's container hook
+# (enroot 50-slurm-pytorch.sh) and users' scripts set them.
 HOOK = {
     "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu07",
     "MASTER_PORT": "4711",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("outer", [SRUN, OPEN_MPI, HYDRA], ids=["srun", "Open MPI", "Hydra"])
-@pytest.mark.parametrize(
-    "names", [list(HOOK), ["RANK", "WORLD_SIZE", "LOCAL_RANK"], ["RANK"], ["WORLD_SIZE"]]
+LAUNCHERS = pytest.mark.parametrize(
+    "outer", [SRUN, OPEN_MPI, HYDRA], ids=["srun", "Open MPI", "Hydra"]
 )
-def test_rank_variables_that_repeat_the_launchers_are_one_launch(outer, names):
+
+
+@LAUNCHERS
+@pytest.mark.parametrize("names", [["RANK", "WORLD_SIZE", "LOCAL_RANK"], ["RANK"], ["WORLD_SIZE"]])
+def test_rank_variables_that_agree_with_the_launcher_change_nothing(outer, names):
     placement = from_environment(outer | {name: HOOK[name] for name in names})
-    alone = from_environment(outer)
-    ignored = {"master_addr": "", "master_port": 0, "rendezvous_id": ""}
-    assert replace(placement, **ignored) == replace(alone, **ignored)
-    if "MASTER_ADDR" in names:
-        found = (placement.master_addr, placement.master_port, placement.rendezvous_id)
-        assert found == ("gpu07", 4711, "")
-    else:
-        assert placement == alone
+    assert placement == from_environment(outer)
+
+
+@LAUNCHERS
+def test_all_variables_of_a_hook_change_only_the_rendezvous(outer):
+    placement = from_environment(outer | HOOK)
+    rendezvous = {"master_addr": "gpu07", "master_port": 4711, "rendezvous_id": ""}
+    assert placement == replace(from_environment(outer), **rendezvous)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +293,7 @@ def test_rank_variables_that_repeat_the_launchers_are_one_launch(outer, names):
         {"LOCAL_SIZE": "2"},
     ],
 )  # fmt: skip
-def test_rank_variables_that_contradict_the_launchers_are_refused(change):
+def test_rank_variables_that_contradict_the_launcher_are_refused(change):
     ((name, value),) = change.items()
     local = {"LOCAL_SIZE", "LOCAL_WORLD_SIZE"} & {name}
     fact = f"{value} ranks on this node" if local else f"{name}={value}"
@@ -304,13 +308,13 @@ def test_a_hook_in_a_step_of_one_task_is_one_process():
     assert from_environment(SRUN | one | hook) == Placement()
 
 
-def test_one_torchrun_rank_per_task_is_torchruns_launch():
+def test_torchrun_with_one_rank_per_task_defines_the_ranks():
     inner = TORCHRUN | {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-    placement = from_environment(ONE_A_NODE | inner)
+    placement = from_environment(ONE_TASK_PER_NODE | inner)
     assert (placement.launcher, placement.rank, placement.world_size) == ("torchrun", 1, 2)
 
 
-# A Kubernetes PyTorchJob of four pods, as its operator sets the environment of the third.
+# Environment of the third of four pods of a Kubernetes PyTorchJob.
 POD = {
     "KUBERNETES_SERVICE_HOST": "10.0.0.1", "RANK": "2", "WORLD_SIZE": "4",
     "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456", "PYTHONUNBUFFERED": "1",
@@ -326,7 +330,7 @@ def test_a_pod_that_starts_python_is_one_rank(env):
     assert (placement.master_addr, placement.master_port) == ("job-master-0", 23456)
 
 
-def test_torchrun_in_a_pod_is_torchruns_launch():
+def test_torchrun_in_a_pod_defines_the_ranks():
     assert from_environment(POD | PET | TORCHRUN).variables() == DEEPSPEED
 
 
@@ -334,7 +338,7 @@ def test_torchrun_in_a_pod_is_torchruns_launch():
     "env",
     [
         POD | PET | {"PET_NPROC_PER_NODE": "8", "WORLD_SIZE": "32"},
-        PET,  # Kubeflow Trainer 2 and elastic jobs give torchrun's arguments only
+        PET,  # Kubeflow Trainer 2 and elastic jobs set only torchrun's arguments
         PET | {"PET_NNODES": "1:4"},
         {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "8"},
     ],
@@ -344,7 +348,7 @@ def test_pods_that_should_have_started_torchrun_are_refused(env):
         from_environment(env)
 
 
-def test_a_pod_of_one_is_one_process():
+def test_a_job_of_one_pod_is_one_process():
     env = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "1"}
     assert from_environment(env) == Placement()
 
@@ -361,7 +365,7 @@ def test_a_pod_of_one_is_one_process():
         ),
     ],
 )
-def test_what_accelerate_chose_beyond_the_ranks_is_refused(env, facts):
+def test_options_of_accelerate_beyond_the_ranks_are_refused(env, facts):
     with refused("environment", *facts):
         from_environment(env)
 
@@ -390,7 +394,7 @@ def test_the_first_host_of_a_list(nodes, first):
     assert first_host(nodes) == first
 
 
-def test_ports_are_apart_and_below_the_systems_own():
+def test_ports_of_jobs_differ_and_are_below_the_ephemeral_range():
     jobs = [port_of(job, 0) for job in range(90_000, 91_000)]
     assert len(set(jobs)) == len(jobs)
     for port in (port_of(0, 0), port_of(14_999, 0), port_of(2**31, 40)):
@@ -407,6 +411,6 @@ def test_preflight_may_check_one_node_of_a_job():
 
 @pytest.mark.parametrize("env", [DEEPSPEED, TORCHRUN, SRUN])
 @pytest.mark.parametrize("port", ["0", "65536", "9" * 5000])
-def test_a_port_that_cannot_be_one_is_refused(env, port):
+def test_an_invalid_port_is_refused(env, port):
     with refused("MASTER_PORT"):
         from_environment(env | {"MASTER_PORT": port})

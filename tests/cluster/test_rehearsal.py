@@ -1,4 +1,4 @@
-"""64 ranks on 8 nodes without 64 processes: pure functions, and torch's fake process group."""
+"""64 ranks on 8 nodes in one process: pure functions, and torch's fake process group."""
 
 import json
 import os
@@ -47,11 +47,11 @@ def srun(node: int, local: int) -> dict[str, str]:
 
 
 def srun_of_torchrun(node: int, local: int) -> dict[str, str]:
-    one_a_node = {
+    one_task_per_node = {
         "SLURM_PROCID": str(node), "SLURM_LOCALID": "0", "SLURM_NTASKS": str(NODES),
         "SLURM_STEP_NUM_TASKS": str(NODES), "SLURM_STEP_TASKS_PER_NODE": f"1(x{NODES})",
     }  # fmt: skip
-    outer = srun(node, local) | one_a_node
+    outer = srun(node, local) | one_task_per_node
     del outer["CUDA_VISIBLE_DEVICES"]
     return outer | torchrun(node, local)
 
@@ -66,19 +66,19 @@ def mpirun(node: int, local: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("launcher", [deepspeed, torchrun, srun, srun_of_torchrun, mpirun])
 def test_every_rank_has_its_placement(launcher):
-    places = [
+    placements = [
         from_environment(launcher(node, local))
         for node in range(NODES)
         for local in range(PER_NODE)
     ]
-    assert [p.rank for p in places] == list(range(WORLD))
-    assert {(p.world_size, p.local_size, p.nodes) for p in places} == {(WORLD, PER_NODE, NODES)}
-    assert {(p.master_addr, p.master_port) for p in places} == {(HOSTS[0], 29500)}
-    cross = [p.variables()["CROSS_RANK"] for p in places]
+    assert [p.rank for p in placements] == list(range(WORLD))
+    assert {(p.world_size, p.local_size, p.nodes) for p in placements} == {(WORLD, PER_NODE, NODES)}
+    assert {(p.master_addr, p.master_port) for p in placements} == {(HOSTS[0], 29500)}
+    cross = [p.variables()["CROSS_RANK"] for p in placements]
     assert cross == [str(node) for node in range(NODES) for _ in range(PER_NODE)]
 
 
-def test_every_rank_has_the_same_plan_and_one_writes(tmp_path):
+def test_every_rank_has_the_same_plan_and_only_one_writes(tmp_path):
     from pipeline.cluster.session import Session
     from pipeline.plan.given.shape import read_shape
     from pipeline.plan.plan import make_plan
@@ -90,16 +90,16 @@ def test_every_rank_has_the_same_plan_and_one_writes(tmp_path):
     plans, writers = [], 0
     for node in range(NODES):
         for local in range(PER_NODE):
-            place = from_environment(srun(node, local))
+            placement = from_environment(srun(node, local))
             plan = make_plan(
                 settings, read_shape(str(tmp_path)), H100S,
-                nodes=place.nodes, ranks_per_node=place.local_size,
+                nodes=placement.nodes, ranks_per_node=placement.local_size,
             )  # fmt: skip
             plans.append(plan_json(plan))
-            writers += Session(place, H100S).is_rank_zero
+            writers += Session(placement, H100S).is_rank_zero
     assert all(plan == plans[0] for plan in plans)
     assert plan.layout.world_size == WORLD
-    assert writers == 1  # so no file name in a run folder needs a rank
+    assert writers == 1  # no file name in a run folder needs the rank
 
 
 def rows_of(batches) -> list[tuple[int, ...]]:
@@ -113,7 +113,7 @@ def rows_of(batches) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("documents", [300, 64, 5])
-def test_64_ranks_train_on_what_one_rank_would(tiny_model, documents):
+def test_64_ranks_train_on_the_documents_of_one_rank(tiny_model, documents):
     from tests.train_tiny import work
 
     split = Documents(documents)
@@ -122,18 +122,18 @@ def test_64_ranks_train_on_what_one_rank_would(tiny_model, documents):
     assert wide.layout.global_batch_size == alone.layout.global_batch_size == 128
     assert wide.steps == alone.steps
     for step in range(min(3, wide.steps.total_steps)):
-        given = [work(wide, split, step, rank) for rank in range(WORLD)]
+        work_of_ranks = [work(wide, split, step, rank) for rank in range(WORLD)]
         expected, supervised = work(alone, split, step, 0)
-        assert {len(batches) for batches, _ in given} == {wide.layout.accumulation_steps}
-        assert {counted for _, counted in given} == {supervised}
-        rows = [row for batches, _ in given for row in rows_of(batches)]
+        assert {len(batches) for batches, _ in work_of_ranks} == {wide.layout.accumulation_steps}
+        assert {counted for _, counted in work_of_ranks} == {supervised}
+        rows = [row for batches, _ in work_of_ranks for row in rows_of(batches)]
         assert sorted(rows) == sorted(rows_of(expected))
-        seeds = [seeded.seed for batches, _ in given for seeded in batches]
-        assert len(set(seeds)) == len(seeds)  # no two forwards have the same dropout
+        seeds = [seeded.seed for batches, _ in work_of_ranks for seeded in batches]
+        assert len(set(seeds)) == len(seeds)  # each forward pass has its own dropout
 
 
 def fake_rank(rank: int, folder: Path, settings: dict, send) -> None:
-    """One rank of 64 under DeepSpeed, whose collectives return their input."""
+    """One rank of 64 with DeepSpeed; its collectives return their input."""
     try:
         send.send(json.dumps(one_step(rank, folder, settings)))
     except BaseException:
@@ -153,14 +153,16 @@ def one_step(rank: int, folder: Path, settings: dict) -> dict:
     from tests.train_tiny import build_engine, work
 
     torch.set_num_threads(1)
-    place = Placement(rank=rank, local_rank=rank % PER_NODE, world_size=WORLD, local_size=PER_NODE)
-    os.environ.update(place.variables())
+    placement = Placement(
+        rank=rank, local_rank=rank % PER_NODE, world_size=WORLD, local_size=PER_NODE
+    )
+    os.environ.update(placement.variables())
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    # It compares with a broadcast of rank 0, which does not exist.
+    # The assertion compares with a broadcast of rank 0, which does not exist here.
     coordinator.assert_ints_same_as_other_ranks = lambda numbers: None
-    plan, engine = build_engine(Session(place, CPU), folder, settings, documents=256)
+    plan, engine = build_engine(Session(placement, CPU), folder, settings, documents=256)
     batches, supervised = work(plan, Documents(256), 0, rank)
     engine.optimizer_step(batches, supervised, 1e-3)
     weights = gather_weights(engine.parameters, keep=rank == 0)
@@ -194,10 +196,10 @@ def test_deepspeed_accepts_the_config_and_shards_by_64(tiny_model, settings):
         )
         process.start()
         assert receive.poll(90), f"rank {rank} of {WORLD} hangs"
-        found = json.loads(receive.recv())
+        result = json.loads(receive.recv())
         process.kill()
         process.join()
-        assert "error" not in found, found["error"]
-        assert (found["config"], found["steps"]) == (128, 1)
-        assert found["adapter"] / WORLD <= found["own"] <= found["adapter"] / WORLD * 1.5 + WORLD
-        assert found["gathered"] == (found["adapter"] if rank == 0 else 0)
+        assert "error" not in result, result["error"]
+        assert (result["config"], result["steps"]) == (128, 1)
+        assert result["adapter"] / WORLD <= result["own"] <= result["adapter"] / WORLD * 1.5 + WORLD
+        assert result["gathered"] == (result["adapter"] if rank == 0 else 0)

@@ -1,4 +1,4 @@
-"""Agreements, sums and work on rank 0, on real ranks."""
+"""Collective decisions, sums, and work of rank 0 for all, on gloo ranks."""
 
 import time
 from datetime import timedelta
@@ -25,12 +25,12 @@ def agree(session):
     )
 
 
-def test_all_ranks_agree(tmp_path):
+def test_decisions_and_sums_are_equal_on_all_ranks(tmp_path):
     results = run_ranks(agree, tmp_path=tmp_path, world_size=3)
     assert results == [(True, False, [3.0, 1.5])] * 3
 
 
-def first(session):
+def work_on_rank_zero(session):
     def work():
         time.sleep(0.3)
         return {"answer": 42, "by": session.placement.rank}
@@ -38,17 +38,17 @@ def first(session):
     return session.rank_zero_first(work), session.rank_zero_first(lambda: None)
 
 
-def test_rank_zero_works_and_all_have_the_result(tmp_path):
-    assert run_ranks(first, tmp_path=tmp_path) == [({"answer": 42, "by": 0}, None)] * 2
+def test_the_result_of_rank_zero_s_work_is_returned_on_all_ranks(tmp_path):
+    assert run_ranks(work_on_rank_zero, tmp_path=tmp_path) == [({"answer": 42, "by": 0}, None)] * 2
 
 
-def first_after_many_waits(session):
+def work_longer_than_one_wait(session):
     session_module._ONE_WAIT = timedelta(milliseconds=50)
-    return first(session)
+    return work_on_rank_zero(session)
 
 
 def test_the_wait_for_rank_zero_has_no_time_out(tmp_path):
-    results = run_ranks(first_after_many_waits, tmp_path=tmp_path)
+    results = run_ranks(work_longer_than_one_wait, tmp_path=tmp_path)
     assert results == [({"answer": 42, "by": 0}, None)] * 2
 
 
@@ -58,7 +58,7 @@ def fail(session):
 
     with refused("line 3"):
         session.rank_zero_first(work)
-    return session.agree_any(True)  # and the group still stands
+    return session.agree_any(True)  # the group still works
 
 
 def test_an_error_of_rank_zero_is_raised_on_every_rank(tmp_path):

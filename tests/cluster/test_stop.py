@@ -1,4 +1,4 @@
-"""Stop requests: recorded, kept, interrupting before the first step; and hangs are named."""
+"""Stop requests by signal, file, time limit and launcher; and the message about a hang."""
 
 import os
 import queue
@@ -14,7 +14,7 @@ from pipeline.cluster.heartbeat import hang_message
 from pipeline.cluster.launcher import watch_launchers
 from pipeline.cluster.stop import STOP_SIGNALS, StopRequests
 from pipeline.errors import Stopped, UserError
-from tests.messages import assert_mentions
+from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.unit
 
@@ -52,19 +52,19 @@ def test_the_time_limit_counts_from_the_start_of_the_process(tmp_path):
 
 
 def test_long_work_before_the_first_step_is_interrupted(stops):
-    began = time.monotonic()
+    start = time.monotonic()
     signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
     signal.setitimer(signal.ITIMER_REAL, 0.1)
-    with pytest.raises(Stopped, match="before the first step"), stops.interrupting():
+    with refused("before the first step", error=Stopped), stops.interrupting():
         time.sleep(30)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - start < 30
     assert stops.reason() == "signal SIGUSR1"
-    os.kill(os.getpid(), signal.SIGUSR1)  # outside it is only recorded
+    os.kill(os.getpid(), signal.SIGUSR1)  # outside of `interrupting` it is only recorded
     with pytest.raises(Stopped), stops.interrupting():
-        raise AssertionError("there was a request before")
+        raise AssertionError("the earlier request must interrupt")
 
 
-def test_the_interrupt_is_no_exception_that_other_code_handles(stops):
+def test_the_interrupt_is_not_caught_by_except_exception(stops):
     def load():
         try:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -72,21 +72,22 @@ def test_the_interrupt_is_no_exception_that_other_code_handles(stops):
         except Exception:
             raise UserError("the tokenizer cannot be loaded") from None
 
-    with pytest.raises(Stopped, match="SIGUSR1"), stops.interrupting():
+    with refused("SIGUSR1", error=Stopped), stops.interrupting():
         load()
 
 
-@pytest.mark.parametrize("limit_s", [None, 0.0])
-def test_the_stop_file_and_the_time_limit_interrupt_it_too(tmp_path, limit_s):
-    stops = StopRequests(tmp_path, limit_s, is_first=True)
-    stops.install_handlers(lambda: None)
-    reason = "stop" if limit_s is None else "time_limit"
-    request = threading.Timer(0.1, (tmp_path / "stop").touch)
-    if limit_s is None:
-        request.start()
-    with pytest.raises(Stopped, match=reason), stops.interrupting():
+def test_the_stop_file_interrupts_work_before_the_first_step(stops, tmp_path):
+    threading.Timer(0.1, (tmp_path / "stop").touch).start()
+    with refused(tmp_path / "stop", error=Stopped), stops.interrupting():
         time.sleep(30)
     assert not (tmp_path / "stop").exists()  # the next start does not stop at once
+
+
+def test_the_time_limit_interrupts_work_before_the_first_step(tmp_path):
+    stops = StopRequests(tmp_path, 0.0, is_first=True)
+    stops.install_handlers(lambda: None)
+    with refused("time_limit", error=Stopped), stops.interrupting():
+        time.sleep(30)
 
 
 def test_another_thread_may_request_a_stop(stops):
@@ -96,9 +97,9 @@ def test_another_thread_may_request_a_stop(stops):
 
 def test_a_rank_without_its_launcher_gets_a_stop_request():
     requests = queue.Queue()
-    watch_launchers({"RANK": "0"}, requests.put)  # started by something else, or by hand
+    watch_launchers({"RANK": "0"}, requests.put)  # not started by DeepSpeed's launcher
     assert requests.empty()
-    watch_launchers({"CROSS_RANK": "0"}, requests.put)  # no launcher of DeepSpeed's is above pytest
+    watch_launchers({"CROSS_RANK": "0"}, requests.put)  # pytest is no child of DeepSpeed's launcher
     assert requests.get(timeout=30) == "its launcher has ended"
 
 
@@ -119,26 +120,26 @@ print("went on")
     ("numbers", "code"), [((2,), 0), ((15, 15, 2), 0), ((2, 2), 130), ((2, 15, 2), 130)]
 )
 def test_a_second_ctrl_c_ends_at_once(numbers, code):
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", CODE, *map(str, numbers)],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert found.returncode == code
-    assert found.stdout == ("the final status\n" if code else "went on\n")
+    assert result.returncode == code
+    assert result.stdout == ("the final status\n" if code else "went on\n")
 
 
-def test_a_second_ctrl_c_does_not_wait_for_a_disk_that_does_not_answer():
+def test_a_second_ctrl_c_does_not_wait_for_a_hanging_disk():
     code = CODE.replace('os.write(1, b"the final status\\n")', "time.sleep(900)").replace(
         "(1)", "(30)"
     )
-    found = subprocess.run([sys.executable, "-c", code, "2", "2"], check=False, timeout=20)
-    assert found.returncode == 130
+    result = subprocess.run([sys.executable, "-c", code, "2", "2"], check=False, timeout=20)
+    assert result.returncode == 130
 
 
-def test_signals_are_recorded_while_the_main_thread_is_in_a_library(tmp_path):
-    """Python's own handlers would run only when the library returns."""
+def test_signals_are_recorded_while_the_main_thread_is_in_c_code(tmp_path):
+    """Python's own handlers would run only when the C function returns."""
     code = """
 import os, signal, threading, time
 from pathlib import Path
@@ -148,7 +149,7 @@ from tests.messages import assert_mentions
 stops = StopRequests(Path("nowhere"), None, is_first=True)
 stops.install_handlers(lambda: None)
 def send():
-    time.sleep(1)  # until the main thread is there
+    time.sleep(1)  # until the main thread is in the C function
     os.kill(os.getpid(), signal.SIGUSR1)
     time.sleep(1)
     os.write(1, f"{stops.reason_to_leave()}\\n".encode())
@@ -159,9 +160,9 @@ threading.Thread(target=send).start()
 pbkdf2_hmac("sha256", b"", b"", 10**9)
 """
     command = [sys.executable, "-c", code]
-    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
-    assert found.returncode == 130, found.stderr
-    assert found.stdout == "signal SIGUSR1\n"
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
+    assert result.returncode == 130, result.stderr
+    assert result.stdout == "signal SIGUSR1\n"
 
 
 def heartbeat(**fields):
@@ -174,7 +175,7 @@ def heartbeat(**fields):
     } | fields
 
 
-def test_the_rank_with_the_fewest_beats_is_named():
+def test_the_message_names_the_rank_with_the_fewest_heartbeats():
     heartbeats = {
         0: heartbeat(),
         1: heartbeat(beats=8, phase="the backward pass", host="b"),
@@ -186,15 +187,15 @@ def test_the_rank_with_the_fewest_beats_is_named():
     assert "the others wait" in message
 
 
-def test_a_stopped_process_is_named_whatever_its_last_heartbeat():
+def test_the_message_names_a_stopped_process():
     message = hang_message({0: heartbeat(beats=8), 1: heartbeat(beats=9)}, [1], 60)
     assert "rank 1 on a hangs" in message
     assert "stopped" in message
     assert "rank 0 on" not in message
 
 
-def test_outside_of_a_training_loop_neither_step_nor_checkpoint_is_mentioned():
-    """As in a preflight, or while the base is loaded."""
+def test_without_a_step_the_message_mentions_neither_step_nor_checkpoint():
+    """There is no step in a preflight or while the base is loaded."""
     message = hang_message({0: heartbeat(step=None), 1: heartbeat(step=None, beats=8)}, [], 60)
     assert_mentions(message, "rank 1 on a", "in the forward pass")
     assert "step" not in message
@@ -202,7 +203,7 @@ def test_outside_of_a_training_loop_neither_step_nor_checkpoint_is_mentioned():
     assert "checkpoint" in hang_message({0: heartbeat()}, [], 60)
 
 
-def test_where_no_rank_is_behind_all_are_named():
+def test_the_message_names_all_ranks_if_none_is_behind():
     message = hang_message({0: heartbeat(), 1: heartbeat()}, [], 60)
     assert "all ranks hang" in message
     assert message.count("hangs at step 7") == 2

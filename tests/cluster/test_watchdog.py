@@ -1,4 +1,4 @@
-"""When a rank dies or hangs, all ranks end soon, and the last message names it and the reason."""
+"""If a rank dies or hangs, all ranks end, and the last message names the rank and the reason."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def act(rank, session, heartbeat):
 
 run_main(body)
 """
-# The others are in a wait that nothing ends, as a collective of NCCL on a dead rank.
+# An endless wait of the other ranks, like a collective of NCCL with a dead rank.
 WAIT = "session._open_store().wait(['never'], timedelta(hours=1))"
 
 
@@ -78,7 +78,7 @@ class Ranks:
 
 
 def last_line(output: str) -> str:
-    """Without what the store's C++ logs."""
+    """The last line of the output."""
     return output.strip().splitlines()[-1]
 
 
@@ -93,7 +93,7 @@ def test_an_error_of_one_rank_is_the_last_message(tmp_path):
     ).read_text() == "1 rank 1: ValueError: a bad row"  # for status.json
 
 
-def test_an_error_of_rank_0_is_the_last_message_too(tmp_path):
+def test_an_error_of_rank_0_is_the_last_message(tmp_path):
     act = f"raise ValueError('a bad row') if rank == 0 else {WAIT}"
     codes, output = Ranks(act, tmp_path, 900).end()
     assert codes == [1, 1]
@@ -101,7 +101,7 @@ def test_an_error_of_rank_0_is_the_last_message_too(tmp_path):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_is_named_by_another(tmp_path, victim):
+def test_a_killed_rank_is_named_by_another_rank(tmp_path, victim):
     ranks = Ranks(WAIT, tmp_path, 900)
     ranks.wait_for_work()
     ranks.send(victim, signal.SIGKILL)
@@ -115,7 +115,7 @@ def test_a_killed_rank_is_named_by_another(tmp_path, victim):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_of_another_machine_is_named(tmp_path, victim):
-    """Its process is not visible here; the transport only reports that a peer is gone."""
+    """Its process is not visible to the others; gloo only reports a closed connection."""
     ranks = Ranks(
         "time.sleep(6); raise RuntimeError('Connection closed by peer')",
         tmp_path,
@@ -123,7 +123,7 @@ def test_a_killed_rank_of_another_machine_is_named(tmp_path, victim):
         local_size=1,
     )
     ranks.wait_for_work()
-    time.sleep(3)  # it has published its heartbeat
+    time.sleep(3)  # until it has published its heartbeat
     ranks.send(victim, signal.SIGKILL)
     codes, output = ranks.end()
     assert codes == [-9 if rank == victim else 1 for rank in range(2)]
@@ -133,7 +133,7 @@ def test_a_killed_rank_of_another_machine_is_named(tmp_path, victim):
     assert (tmp_path / "final_status").read_text().startswith(f"1 {message}")
 
 
-def test_a_lost_connection_to_living_ranks_is_the_last_message(tmp_path):
+def test_a_lost_connection_between_running_ranks_is_the_last_message(tmp_path):
     act = f"raise RuntimeError('Connection closed by peer') if rank == 0 else {WAIT}"
     codes, output = Ranks(act, tmp_path, 900, local_size=1).end()
     assert codes == [1, 1]
@@ -142,7 +142,7 @@ def test_a_lost_connection_to_living_ranks_is_the_last_message(tmp_path):
     assert (tmp_path / "final_status").read_text() == f"1 {message}"
 
 
-def test_an_error_that_all_ranks_raise_is_not_declared(tmp_path):
+def test_an_error_that_all_ranks_raise_is_no_failure_of_one_rank(tmp_path):
     codes, output = Ranks("raise Stopped('start again')", tmp_path, 900).end()
     assert codes == [75, 75]
     assert "start again" in output
@@ -150,19 +150,25 @@ def test_an_error_that_all_ranks_raise_is_not_declared(tmp_path):
     assert not (tmp_path / "final_status").exists()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_an_error_of_one_rank_alone_ends_all(tmp_path, victim):
+def assert_single_error_ends_all(tmp_path, victim):
     act = f"raise SingleRankError('its worker died') if rank == {victim} else {WAIT}"
     codes, output = Ranks(act, tmp_path, 900).end()
     assert codes == [1, 1]
     assert last_line(output) == f"rank {victim}: its worker died"
     assert "Traceback" not in output
-    if victim:
-        assert (tmp_path / "final_status").read_text() == "1 rank 1: its worker died"
+
+
+def test_an_error_of_rank_0_only_ends_all_ranks(tmp_path):
+    assert_single_error_ends_all(tmp_path, 0)
+
+
+def test_an_error_of_rank_1_only_ends_all_ranks_and_is_the_final_status(tmp_path):
+    assert_single_error_ends_all(tmp_path, 1)
+    assert (tmp_path / "final_status").read_text() == "1 rank 1: its worker died"
 
 
 def test_a_stop_request_before_the_first_step_ends_all_ranks(tmp_path, monkeypatch):
-    """Also where the main threads are in a library."""
+    """This works although the main threads are in a library."""
     monkeypatch.setenv("STOP_REQUEST", "signal SIGUSR1")
     codes, output = Ranks(WAIT, tmp_path, 900).end()
     assert codes == [75, 75]
@@ -193,10 +199,10 @@ def test_a_rank_that_never_loads_its_model_is_named(tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.skipif(os.environ.get("FAULTS") != "full", reason="`make faults`: half a minute each")
-def test_a_stopped_process_is_named_and_ended(tmp_path, victim):
+def test_a_process_stopped_by_sigstop_is_named_and_killed(tmp_path, victim):
     ranks = Ranks(WAIT, tmp_path, 4)
     ranks.wait_for_work()
-    time.sleep(1)  # it has published its heartbeat
+    time.sleep(1)  # until it has published its heartbeat
     ranks.send(victim, signal.SIGSTOP)
     codes, output = ranks.end(90)
     assert codes[1 - victim] == 1
