@@ -1,4 +1,4 @@
-"""Fixtures of the tests that train: model folders, each made once for a file of tests."""
+"""Fixtures of the tests of training: model folders, and a function that starts a run."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.tiny import make_tokenizer
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """The model folder of a kind, with its tokenizer and its shape in the cache."""
+    """A function that returns the model folder of a kind; its shape is in the cache."""
     folders = {}
 
     def make(kind):

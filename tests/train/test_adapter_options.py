@@ -1,4 +1,4 @@
-"""Every option of the adapter is trained alike at each stage, resumed, published and merged."""
+"""Every adapter option trains equally at each ZeRO stage, resumes, is published, and merges."""
 
 import math
 
@@ -51,8 +51,8 @@ RUNS = {
 }
 
 
-def train_everywhere(session, folder, options):
-    """Runs at each stage, and resumes from the state of ZeRO-2 at ZeRO-2 and at ZeRO-3."""
+def train_at_each_stage(session, folder, options):
+    """Train the runs of RUNS; losses, weights and learning rates of each."""
     runs = {}
     for name, (settings, origin) in RUNS.items():
         if options.get("use_dora") and "zero3" in name:  # refused: rule dora-zero3
@@ -62,16 +62,16 @@ def train_everywhere(session, folder, options):
         )
         if origin is None:
             losses = steps(session, plan, engine, 0, STEPS)
-            keep = {"weights": gather_weights(engine.parameters, keep=True)}
-            keep["moments"] = gather_moments(engine.parameters, keep=True)
+            state = {"weights": gather_weights(engine.parameters, keep=True)}
+            state["moments"] = gather_moments(engine.parameters, keep=True)
         else:
-            keep = runs[origin]
-            state = OptimizerState(moments=keep["moments"], step=STEPS)
-            restore(engine.deepspeed, engine.parameters, keep["weights"], state)
-            losses = keep["losses"][:STEPS]
+            state = runs[origin]
+            optimizer_state = OptimizerState(moments=state["moments"], step=STEPS)
+            restore(engine.deepspeed, engine.parameters, state["weights"], optimizer_state)
+            losses = state["losses"][:STEPS]
         losses = losses + steps(session, plan, engine, STEPS, MORE)
         final = gather_weights(engine.parameters, keep=True)
-        runs[name] = keep | {"losses": losses, "final": final}
+        runs[name] = state | {"losses": losses, "final": final}
         runs[name]["rates"] = engine.learning_rates()
         if name == "zero2":
             engine.deepspeed.eval()
@@ -93,7 +93,7 @@ def steps(session, plan, engine, first, count):
 def option(request, tiny_model, tmp_path_factory):
     """The option, its runs on two ranks, and the folders of base, adapter and merged model."""
     options, folder = OPTIONS[request.param], tmp_path_factory.mktemp(request.param)
-    runs = run_ranks(train_everywhere, tiny_model, options, tmp_path=folder)[0]
+    runs = run_ranks(train_at_each_stage, tiny_model, options, tmp_path=folder)[0]
     plan = make_plan(tiny_model, 2, 40, zero_stage=2, lr=1e-2, **options)
     adapter = folder / "adapter"
     publish_adapter(
@@ -103,7 +103,7 @@ def option(request, tiny_model, tmp_path_factory):
     return plan, runs, tiny_model, folder
 
 
-def test_every_stage_trains_alike(option):
+def test_every_stage_has_the_same_losses_and_weights(option):
     _, runs, *_ = option
     for name in runs.keys() & {"zero1", "zero3"}:
         assert runs[name]["losses"] == pytest.approx(runs["zero2"]["losses"], rel=1e-6)
@@ -113,7 +113,7 @@ def test_every_stage_trains_alike(option):
     assert distance(runs["zero2"]["final"], runs["zero2"]["weights"]) > 1e-3
 
 
-def test_a_resume_is_bitwise_at_the_same_stage_and_equal_at_another(option):
+def test_a_resumed_run_is_bitwise_equal_at_the_same_stage_and_close_at_another(option):
     _, runs, *_ = option
     assert runs["zero2 resumed"]["losses"] == runs["zero2"]["losses"]
     final = runs["zero2"]["final"]
@@ -122,7 +122,7 @@ def test_a_resume_is_bitwise_at_the_same_stage_and_equal_at_another(option):
         assert runs[name]["losses"] == pytest.approx(runs["zero2"]["losses"], rel=1e-6)
 
 
-def test_every_group_keeps_its_own_rate_after_a_resume_at_any_stage(option):
+def test_every_parameter_group_keeps_its_learning_rate_after_a_resume(option):
     plan, runs, *_ = option
     lr = plan.learning_rate(STEPS + MORE - 1)
     rates = {"lr": lr}
@@ -132,7 +132,7 @@ def test_every_group_keeps_its_own_rate_after_a_resume_at_any_stage(option):
     assert "zero1 resumed" in runs
 
 
-def test_the_plan_counts_what_is_trained(option):
+def test_the_plan_has_the_shapes_and_count_of_the_trained_parameters(option):
     plan, runs, *_ = option
     trained = {key: tuple(tensor.shape) for key, tensor in runs["zero2"]["final"].items()}
     assert trained == lora_shapes(plan.shape, plan.settings)
@@ -145,12 +145,12 @@ def test_plain_peft_gives_the_logits_of_the_engine_and_merges_to_the_same_weight
     loaded = PeftModel.from_pretrained(model, folder / "adapter").eval()
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=IDS).logits, runs["logits"])
-    oracle = loaded.merge_and_unload().state_dict()
+    by_peft = loaded.merge_and_unload().state_dict()
     merged = load_file(folder / "merged" / "model.safetensors")
-    assert all(torch.equal(tensor, oracle[key]) for key, tensor in merged.items())
+    assert all(torch.equal(tensor, by_peft[key]) for key, tensor in merged.items())
 
 
-def start_everywhere(session, folder, settings):
+def start_at_each_stage(session, folder, settings):
     """Logits at step 0 and losses of runs that start from an adapter, at each stage."""
     runs = {}
     for name, change in (
@@ -180,15 +180,15 @@ def test_a_run_starts_from_a_smaller_adapter_with_its_outputs_at_every_stage(tin
         "lora_r": 6, "lora_alpha": 3.0, "init_adapter": str(adapter), "init_adapter_resize": True,
         "batch_size": 2,
     }  # fmt: skip
-    runs = run_ranks(start_everywhere, tiny_model, settings, tmp_path=tmp_path)[0]
+    runs = run_ranks(start_at_each_stage, tiny_model, settings, tmp_path=tmp_path)[0]
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     with torch.no_grad():
-        wanted = PeftModel.from_pretrained(base, adapter).eval()(input_ids=IDS).logits
+        expected = PeftModel.from_pretrained(base, adapter).eval()(input_ids=IDS).logits
     for stage in ("zero1", "zero2", "zero3"):
-        assert (runs[stage]["logits"] - wanted).norm() < 1e-6 * wanted.norm()
+        assert (runs[stage]["logits"] - expected).norm() < 1e-6 * expected.norm()
         assert runs[stage]["losses"] == pytest.approx(runs["zero2"]["losses"], rel=1e-6)
-    assert (runs["bf16"]["logits"].float() - wanted).norm() < 0.02 * wanted.norm()
-    for key, tensor in tensors.items():  # fp32 masters: bf16 does not round the adapter
+    assert (runs["bf16"]["logits"].float() - expected).norm() < 0.02 * expected.norm()
+    for key, tensor in tensors.items():  # the fp32 masters are not rounded to bf16
         if "lora_A" in key:
             assert torch.equal(runs["bf16"]["masters"][key][:4], tensor)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is read is what was written, and nothing damaged is ever read."""
+"""Checkpoints are read exactly as written, and damaged ones are never resumed from."""
 
 import errno
 import hashlib
@@ -31,16 +31,16 @@ def write(checkpoints, step: int):
     return checkpoints.write(WEIGHTS, MOMENTS, Progress(step=step, optimizer_step=step - 1))
 
 
-def test_what_is_read_is_what_was_written(checkpoints):
+def test_a_checkpoint_is_read_exactly_as_written(checkpoints):
     path = write(checkpoints, 3)
     assert checkpoints.newest() == (path, [])
     assert checkpoints.require_resumable(path) == Progress(step=3, optimizer_step=2)
     weights, moments = read_tensors(path)
-    for found, written in ((weights, WEIGHTS), (moments, MOMENTS)):
-        assert found.keys() == written.keys()
-        assert all(torch.equal(found[key], written[key]) for key in written)
+    for read, written in ((weights, WEIGHTS), (moments, MOMENTS)):
+        assert read.keys() == written.keys()
+        assert all(torch.equal(read[key], written[key]) for key in written)
     size = sum(file.stat().st_size for file in path.iterdir())
-    assert size < 12 * 64 + 4096  # fp32 weights and two moments, and headers
+    assert size < 12 * 64 + 4096  # fp32 weights, two moments, and headers
 
 
 def test_only_the_newest_are_kept(checkpoints, tmp_path):
@@ -63,7 +63,7 @@ def flip(name):
     return damage
 
 
-def cut(name):
+def truncate(name):
     return lambda path: (path / name).write_bytes((path / name).read_bytes()[:-1])
 
 
@@ -76,7 +76,7 @@ DAMAGES = {
     "foreign": lambda path: (path / "planted.pkl").write_bytes(b"cos\nsystem\n"),
     "empty": lambda path: [file.unlink() for file in path.iterdir()],
     **{f"flipped {name}": flip(name) for name in NAMES},
-    **{f"cut {name}": cut(name) for name in NAMES},
+    **{f"truncated {name}": truncate(name) for name in NAMES},
     **{f"no {name}": (lambda path, name=name: (path / name).unlink()) for name in NAMES},
 }
 
@@ -102,31 +102,28 @@ def test_without_an_intact_checkpoint_a_start_is_refused(checkpoints):
     assert checkpoint_to_resume(checkpoints, "never", "new") == (None, [])
 
 
-def test_must_without_a_checkpoint_is_refused(checkpoints):
+def test_resume_must_without_a_checkpoint_is_refused(checkpoints):
     with refused("resume: must", "resume: auto"):
         checkpoint_to_resume(checkpoints, "must", "resume")
 
 
-def test_a_new_run_resumes_from_nothing_that_an_old_one_left(checkpoints):
+def test_a_new_run_does_not_resume_from_checkpoints_of_an_earlier_one(checkpoints):
     write(checkpoints, 3)
     assert checkpoint_to_resume(checkpoints, "auto", "new") == (None, [])
 
 
-@pytest.mark.parametrize("broken", ["folder", "file"])
-def test_an_unreadable_checkpoint_counts_as_neither_damaged_nor_missing(
-    checkpoints, monkeypatch, broken
+@pytest.mark.parametrize(("owner", "function"), [(Path, "iterdir"), (hashlib, "file_digest")])
+def test_an_unreadable_checkpoint_is_an_error_and_not_skipped(
+    checkpoints, monkeypatch, owner, function
 ):
-    """For example files of another user, or a network disk that does not answer for a moment."""
+    """For example files of another user, or a network disk that does not answer."""
     write(checkpoints, 3)
     write(checkpoints, 6)
 
-    def refuse(*given):
+    def fail(*_):
         raise OSError(errno.EIO, "Input/output error", "somewhere")
 
-    if broken == "folder":
-        monkeypatch.setattr(Path, "iterdir", refuse)
-    else:
-        monkeypatch.setattr(hashlib, "file_digest", refuse)
+    monkeypatch.setattr(owner, function, fail)
     with refused("somewhere", "Input/output error"):
         checkpoints.newest()
 
@@ -156,16 +153,16 @@ def test_another_run_is_refused_with_the_differences(checkpoints, tmp_path):
     assert other("base", "total_steps").require_resumable(path).step == 3
 
 
-def test_a_users_own_copies_are_neither_pruned_nor_taken(checkpoints, tmp_path):
+def test_a_user_s_copies_are_neither_pruned_nor_resumed_from(checkpoints, tmp_path):
     checkpoints.write_best(WEIGHTS, Progress(step=3, best_step=3))
     first = write(checkpoints, 3)
-    own = [first.with_name(name) for name in ("step-00000003-keep", "step-keep", "best-mine")]
-    for copy in own:
+    copies = [first.with_name(name) for name in ("step-00000003-keep", "step-keep", "best-mine")]
+    for copy in copies:
         shutil.copytree(first, copy)
     for step in (6, 9, 12):
         write(checkpoints, step)
     assert sorted((tmp_path / "checkpoints").iterdir()) == sorted(
-        [*own, *(first.with_name(f"step-{step:08d}") for step in (9, 12))]
+        [*copies, *(first.with_name(f"step-{step:08d}") for step in (9, 12))]
     )
     assert checkpoints.newest()[0].name == "step-00000012"
     for step in (9, 12):
@@ -186,7 +183,7 @@ def test_another_adapter_is_refused_whatever_is_accepted(checkpoints, tmp_path):
     assert "accept_changes" not in str(caught.value)
 
 
-def test_a_write_that_is_cut_off_leaves_no_checkpoint(checkpoints, monkeypatch, tmp_path):
+def test_an_interrupted_write_leaves_no_checkpoint(checkpoints, monkeypatch, tmp_path):
     older = write(checkpoints, 3)
     monkeypatch.setattr("pipeline.files.sync", kill)
     with pytest.raises(KeyboardInterrupt):
@@ -215,8 +212,8 @@ def test_the_best_adapter_is_kept_while_a_checkpoint_names_it(checkpoints, tmp_p
     checkpoints.write(WEIGHTS, MOMENTS, Progress(step=8, best_step=4))
     checkpoints.write_best(WEIGHTS, Progress(step=12, best_step=12))
     # A kill here resumes from step 8, whose best adapter is still that of step 4.
-    found = checkpoints.read_best(Progress(step=8, best_step=4))
-    assert torch.equal(found["k.lora_A.weight"], WEIGHTS["k.lora_A.weight"])
+    weights = checkpoints.read_best(Progress(step=8, best_step=4))
+    assert torch.equal(weights["k.lora_A.weight"], WEIGHTS["k.lora_A.weight"])
     checkpoints.write(WEIGHTS, MOMENTS, Progress(step=16, best_step=12))
     assert [p.name for p in (tmp_path / "checkpoints").glob("best-*")] == ["best-00000012"]
     (tmp_path / "checkpoints/best-00000012/adapter.safetensors").unlink()
@@ -225,12 +222,12 @@ def test_the_best_adapter_is_kept_while_a_checkpoint_names_it(checkpoints, tmp_p
 
 
 @pytest.mark.parametrize("name", [*NAMES, "manifest.json"])
-def test_a_file_cut_anywhere_makes_a_checkpoint_skipped(checkpoints, name):
+def test_a_checkpoint_with_a_truncated_file_is_skipped(checkpoints, name):
     older, newer = write(checkpoints, 3), write(checkpoints, 6)
     whole = (newer / name).read_bytes()
-    for place in range(20):
-        (newer / name).write_bytes(whole[: place * len(whole) // 20])
-        assert checkpoints.newest()[0] == older, place
+    for part in range(20):
+        (newer / name).write_bytes(whole[: part * len(whole) // 20])
+        assert checkpoints.newest()[0] == older, part
 
 
 def test_resume_path_takes_the_newest_descendant_of_the_named_checkpoint(checkpoints, tmp_path):
@@ -257,18 +254,18 @@ def test_the_checkpoint_of_the_lowest_loss_is_kept_as_well(checkpoints, tmp_path
     assert names == ["step-00000004", "step-00000006", "step-00000008"]
 
 
-def test_never_more_on_the_disk_than_predicted(checkpoints, tmp_path, monkeypatch):
-    """Two checkpoints, that of the lowest loss and one being written; two best adapters."""
+def test_there_are_never_more_checkpoints_than_predicted(checkpoints, tmp_path, monkeypatch):
+    """Two checkpoints, the one of the lowest loss and one being written; and two best adapters."""
     checkpoints.identity = replace(IDENTITY, total_steps=24)
-    seen, write_folder = {"step": [], "best": []}, checkpoints._write_folder
+    counts, write_folder = {"step": [], "best": []}, checkpoints._write_folder
 
-    def write_and_count(*given):
-        write_folder(*given)
-        for kind, counts in seen.items():
-            counts.append(len(list((tmp_path / "checkpoints").glob(f"{kind}-*"))))
+    def write_and_count(*args):
+        write_folder(*args)
+        for kind, numbers in counts.items():
+            numbers.append(len(list((tmp_path / "checkpoints").glob(f"{kind}-*"))))
 
     monkeypatch.setattr(checkpoints, "_write_folder", write_and_count)
-    for step in range(1, 25):  # the loss falls until step 8, then at 16 and 18 once more
+    for step in range(1, 25):  # the loss falls until step 8, and again at 16 and 18
         best = max(b for b in (1, 2, 3, 4, 5, 6, 7, 8, 16, 18) if b <= step)
         progress = Progress(step=step, best_step=best, optimizer_step=step)
         if best == step:
@@ -277,20 +274,24 @@ def test_never_more_on_the_disk_than_predicted(checkpoints, tmp_path, monkeypatc
             checkpoints.write(WEIGHTS, MOMENTS, progress)
             assert checkpoints.has_best(progress)
         named = step // 4 * 4
-        if named:  # after a kill here the newest checkpoint finds its best adapter
+        if named:  # a kill here must leave the best adapter of the newest checkpoint
             resumed = checkpoints.require_resumable(checkpoints.newest()[0])
             assert resumed.step == named
             assert checkpoints.has_best(resumed)
-    assert max(seen["step"]) == 2 + 2
-    assert max(seen["best"]) == 2
+    assert max(counts["step"]) == 2 + 2
+    assert max(counts["best"]) == 2
 
 
-@pytest.mark.parametrize("is_second_done", [True, False])
-def test_a_kill_between_two_renames_loses_nothing(checkpoints, is_second_done):
+def test_a_kill_between_two_renames_leaves_the_old_checkpoint(checkpoints):
     path = write(checkpoints, 3)
     path.rename(path.with_name(f".{path.name}.old"))
-    if is_second_done:
-        write(Checkpoints(path.parent, IDENTITY, keep=2), 3)
+    assert checkpoints.newest() == (path, [])
+
+
+def test_a_kill_after_the_second_rename_leaves_the_new_checkpoint(checkpoints):
+    path = write(checkpoints, 3)
+    path.rename(path.with_name(f".{path.name}.old"))
+    write(Checkpoints(path.parent, IDENTITY, keep=2), 3)
     assert checkpoints.newest() == (path, [])
 
 
@@ -322,7 +323,7 @@ def test_a_checkpoint_of_another_folder_resumes_the_same_data_and_schedule(check
 @pytest.mark.parametrize("total_steps", [2, 3, 20])
 @pytest.mark.parametrize("data", ["d", "other"])
 def test_another_data_set_or_schedule_needs_a_new_run(checkpoints, tmp_path, data, total_steps):
-    """Its place in the epoch and its learning rate would be those of the other run."""
+    """The position in the epoch and the learning rate would be those of the other run."""
     path = write(checkpoints, 3)
     identity = replace(IDENTITY, data=data, total_steps=total_steps)
     other = foreign(tmp_path, path, identity=identity, accepted=("data", "total_steps"))
@@ -337,38 +338,50 @@ def test_a_finished_run_of_another_folder_has_no_step_left(checkpoints, tmp_path
         foreign(tmp_path, path).require_resumable(path)
 
 
-def test_a_run_cannot_be_shortened_below_its_checkpoint(checkpoints, tmp_path):
+def with_total_steps(checkpoints, total_steps) -> Checkpoints:
+    identity = replace(IDENTITY, total_steps=total_steps)
+    return Checkpoints(checkpoints.folder, identity, 2, accepted=("total_steps",))
+
+
+@pytest.mark.parametrize("total_steps", [7, 6])
+def test_a_run_can_be_shortened_to_its_checkpoint(checkpoints, total_steps):
     path = write(checkpoints, 6)
-    for total_steps, is_possible in ((7, True), (6, True), (5, False)):
-        shorter = Checkpoints(
-            path.parent, replace(IDENTITY, total_steps=total_steps), 2, accepted=("total_steps",)
-        )
-        if is_possible:
-            assert shorter.require_resumable(path).step == 6
-        else:
-            with refused(path, "step 6", "step 5", "max_steps"):
-                shorter.require_resumable(path)
+    assert with_total_steps(checkpoints, total_steps).require_resumable(path).step == 6
 
 
-@pytest.mark.parametrize("change", ["name", "shape", "fewer", "more"])
-def test_other_target_modules_are_refused_before_the_model_is_loaded(checkpoints, tmp_path, change):
+def test_a_run_cannot_be_shortened_below_its_checkpoint(checkpoints):
+    path = write(checkpoints, 6)
+    with refused(path, "step 6", "step 5", "max_steps"):
+        with_total_steps(checkpoints, 5).require_resumable(path)
+
+
+A, B = {"k.lora_A.weight": (4, 8)}, {"k.lora_B.weight": (8, 4)}
+
+
+def test_the_same_target_modules_are_accepted(checkpoints):
     path = write(checkpoints, 3)
-    shapes = {key: tuple(tensor.shape) for key, tensor in WEIGHTS.items()}
-    same = Checkpoints(path.parent, IDENTITY, 2, shapes=dict(shapes))
+    same = Checkpoints(path.parent, IDENTITY, 2, shapes=A | B)
     assert same.require_resumable(path).step == 3
-    shape = shapes.pop("k.lora_A.weight")
-    if change == "name":
-        shapes["q.lora_A.weight"] = shape
-    elif change == "shape":
-        shapes["k.lora_A.weight"] = (shape[1], shape[0])
-    elif change == "more":
-        shapes |= {"k.lora_A.weight": shape, "q.lora_A.weight": shape}
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        B | {"q.lora_A.weight": (4, 8)},
+        B | {"k.lora_A.weight": (8, 4)},
+        B,
+        A | B | {"q.lora_A.weight": (4, 8)},
+    ],
+    ids=["name", "shape", "fewer", "more"],
+)
+def test_other_target_modules_are_refused_before_the_model_is_loaded(checkpoints, shapes):
+    path = write(checkpoints, 3)
     with refused(path, "lora_target_modules", "lora_A.weight"):
         Checkpoints(path.parent, IDENTITY, 2, shapes=shapes).require_resumable(path)
 
 
 def test_tensors_of_fused_experts_do_not_count_as_target_modules(checkpoints):
-    """They are compared when the model is built, as other kinds of tensors are."""
+    """They are compared when the model is built, like other kinds of tensors."""
     experts = {
         "l.experts.lora_A.weight": torch.zeros(2, 3),
         "l.experts.base_layer.lora_B.weight": torch.zeros(3, 2),

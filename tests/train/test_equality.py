@@ -1,4 +1,4 @@
-"""The same numbers for every split of a global batch and every ZeRO stage."""
+"""Losses, gradients and weights are equal for every split of a global batch and ZeRO stage."""
 
 import pytest
 
@@ -41,7 +41,7 @@ _references: dict[str, dict] = {}
 
 
 def reference(tiny_model, tmp_path, kind: dict) -> dict:
-    """One rank, eight micro-batches of one document: no padding, no sharding."""
+    """Results of one rank with eight micro-batches of one document: no padding, no sharding."""
     key = str(kind)
     if key not in _references:
         settings = kind | {"zero_stage": 2, "batch_size": 1}
@@ -51,18 +51,18 @@ def reference(tiny_model, tmp_path, kind: dict) -> dict:
     return _references[key]
 
 
-def assert_same(found: dict, expected: dict) -> None:
-    assert found["losses"] == pytest.approx(expected["losses"], rel=LOSSES)
-    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
-    assert distance(found["gradients"], expected["gradients"]) < FIRST_GRADIENTS
-    assert distance(found["weights"], expected["weights"]) < WEIGHTS_AFTER_5
+def assert_same(result: dict, expected: dict) -> None:
+    assert result["losses"] == pytest.approx(expected["losses"], rel=LOSSES)
+    assert result["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    assert distance(result["gradients"], expected["gradients"]) < FIRST_GRADIENTS
+    assert distance(result["weights"], expected["weights"]) < WEIGHTS_AFTER_5
 
 
 @pytest.mark.parametrize(("world_size", "split"), LORA)
 def test_lora_is_the_same_for_every_split_and_stage(tiny_model, tmp_path, world_size, split):
     expected = reference(tiny_model, tmp_path, {})
-    found = run_ranks(train_tiny, tiny_model, split, tmp_path=tmp_path, world_size=world_size)
-    assert_same(found[0], expected)
+    result = run_ranks(train_tiny, tiny_model, split, tmp_path=tmp_path, world_size=world_size)
+    assert_same(result[0], expected)
 
 
 def train_over_a_short_step(session, folder, settings):
@@ -85,8 +85,8 @@ def test_a_short_last_step_is_the_same_for_every_split_and_so_are_epochs_after_i
         )
     )
     assert len(whole["losses"]) == 4
-    for found in (one_by_one, sharded, checkpointed):
-        assert_same(found, whole)
+    for result in (one_by_one, sharded, checkpointed):
+        assert_same(result, whole)
 
 
 @pytest.mark.parametrize(("kind", "world_size", "split"), QUANTISED)
@@ -95,12 +95,14 @@ def test_quantised_is_the_same_for_every_split_and_stage(
 ):
     expected = reference(tiny_model, tmp_path, kind)
     settings = kind | split
-    found = run_ranks(train_tiny, tiny_model, settings, tmp_path=tmp_path, world_size=world_size)
-    assert_same(found[0], expected)
+    result = run_ranks(train_tiny, tiny_model, settings, tmp_path=tmp_path, world_size=world_size)
+    assert_same(result[0], expected)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_4_bits_stored_as_the_training_type_are_the_same_as_bytes(tiny_model, tmp_path, stage):
+def test_the_storage_dtype_of_4_bit_weights_does_not_change_the_numbers(
+    tiny_model, tmp_path, stage
+):
     bf16 = NF4 | {"bf16": True, "batch_size": 2, "zero_stage": stage}
     as_bytes, as_bf16 = (
         run_ranks(
@@ -113,7 +115,7 @@ def test_4_bits_stored_as_the_training_type_are_the_same_as_bytes(tiny_model, tm
     assert distance(as_bf16[0]["weights"], as_bytes[0]["weights"]) == 0
 
 
-def test_the_reference_learns_and_quantisation_is_real(tiny_model, tmp_path):
+def test_the_reference_learns_and_quantisation_changes_its_losses(tiny_model, tmp_path):
     plain, nf4, int8 = (reference(tiny_model, tmp_path, kind) for kind in ({}, NF4, INT8))
     moved = [key for key, value in plain["weights"].items() if "lora_B" in key and value.any()]
     assert len(moved) == 2 * 7
@@ -136,21 +138,19 @@ def test_zero1_in_bf16_uses_the_optimizer_class_of_zero2(tiny_model, tmp_path):
         for s in (1, 2)
     )  # fmt: skip
     assert class1 == class2 == "DeepSpeedZeroOptimizer"
-    # Stage 1 adds the gradients of micro-batches in bf16 (rule zero1-bf16-accumulation).
+    # Stage 1 accumulates gradients in bf16 (rule zero1-bf16-accumulation).
     assert distance(stage1["gradients"], stage2["gradients"]) < 1e-2
     assert stage1["losses"] == pytest.approx(stage2["losses"], rel=2e-3)
 
 
 def train_in_chunks(session, folder, settings):
-    loss_module.LOGITS_CHUNK_BYTES = 4 * 259 * 5  # five rows of logits at a time
+    loss_module.LOGITS_CHUNK_BYTES = 4 * 259 * 5  # five rows of logits in a chunk
     return train_tiny(session, folder, settings)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_logits_in_chunks_change_nothing_and_every_rank_gathers_as_often(
-    tiny_model, tmp_path, stage
-):
+def test_logits_in_chunks_give_the_same_numbers_at_every_stage(tiny_model, tmp_path, stage):
     expected = reference(tiny_model, tmp_path, {})
     settings = {"zero_stage": stage, "batch_size": 2, "max_length": 24}
-    found = run_ranks(train_in_chunks, tiny_model, settings, tmp_path=tmp_path)
-    assert_same(found[0], expected)
+    result = run_ranks(train_in_chunks, tiny_model, settings, tmp_path=tmp_path)
+    assert_same(result[0], expected)

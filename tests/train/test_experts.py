@@ -1,4 +1,4 @@
-"""Adapters of fused experts train, load in plain peft, resume and merge."""
+"""Adapters of fused experts train, load in plain peft, and resume."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from tests.train_tiny import build_engine, distance, train_tiny, work
 
 pytestmark = pytest.mark.engine
 
-# Known family; transposed with biases; dense first block and MLA; every expert on every token;
-# hybrid.
+# A known family; transposed weights with biases; a dense first layer and MLA; experts that process
+# every token; hybrid layers.
 KINDS = ["qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "qwen3_next"]
 EXPERTS = {"lora_target_modules": ["auto", "experts"], "batch_size": 2}
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -23,7 +23,7 @@ STEPS = 3
 
 
 def train_and_gather(session, folder, settings, saved=None):
-    """Adapter, moments and logits after STEPS steps, from a saved state if there is one."""
+    """Adapter, moments, logits and losses after STEPS steps, resumed from `saved` if given."""
     plan, engine = build_engine(session, folder, settings)
     first = 0
     if saved is not None:
@@ -35,7 +35,7 @@ def train_and_gather(session, folder, settings, saved=None):
         batches, supervised = work(plan, Documents(), step, session.placement.rank)
         losses.append(engine.optimizer_step(batches, supervised, 4e-3).loss_sum)
     engine.deepspeed.eval()
-    with torch.no_grad():  # every rank: at ZeRO-3 a forward gathers
+    with torch.no_grad():  # on every rank: at ZeRO-3 a forward pass is collective
         logits = engine.deepspeed.module.model(input_ids=IDS, use_cache=False).logits
     return {
         "weights": gather_weights(engine.parameters, keep=True),
@@ -61,16 +61,16 @@ def test_first_gradients_of_two_ranks_are_those_of_one(folder_of, tmp_path, kind
         )[0]
         for keys, ranks in (({"zero_stage": 2}, 1), (settings, 2))
     )
-    reached = [key for key, gradient in one["gradients"].items() if gradient.any()]
-    assert [key for key in reached if ".experts.base_layer.lora_B" in key]
-    assert [key for key in reached if ".experts.lora_B" in key]
+    nonzero = [key for key, gradient in one["gradients"].items() if gradient.any()]
+    assert [key for key in nonzero if ".experts.base_layer.lora_B" in key]
+    assert [key for key in nonzero if ".experts.lora_B" in key]
     assert distance(two["gradients"], one["gradients"]) < 1e-6
 
 
 @pytest.mark.parametrize(
     ("kind", "stage"), [("qwen3_moe", 2), *((kind, 3) for kind in KINDS if kind != "qwen3_next")]
 )
-def test_the_published_adapter_is_that_of_plain_peft(folder_of, tmp_path, kind, stage):
+def test_the_published_adapter_has_its_logits_in_plain_peft(folder_of, tmp_path, kind, stage):
     folder = folder_of(kind)
     settings = EXPERTS | {"zero_stage": stage, "lora_dropout": 0.1}
     result = run_ranks(train_and_gather, folder, settings, tmp_path=tmp_path)[0]
@@ -89,12 +89,12 @@ def test_a_run_with_experts_is_resumed_at_another_stage(folder_of, tmp_path):
     """At ZeRO-3 the adapters of experts are sharded, unlike those of linear layers."""
     folder = folder_of("qwen3_moe")
     before = run_ranks(train_and_gather, folder, EXPERTS | {"zero_stage": 2}, tmp_path=tmp_path)[0]
-    on, again = (
+    at_same_stage, at_other_stage = (
         run_ranks(
             train_and_gather, folder, EXPERTS | {"zero_stage": stage}, before, tmp_path=tmp_path
         )[0]
         for stage in (2, 3)
     )
-    assert distance(on["weights"], before["weights"]) > 1e-3
-    assert distance(again["weights"], on["weights"]) < 1e-5
-    assert again["losses"] == pytest.approx(on["losses"], rel=1e-6)
+    assert distance(at_same_stage["weights"], before["weights"]) > 1e-3
+    assert distance(at_other_stage["weights"], at_same_stage["weights"]) < 1e-5
+    assert at_other_stage["losses"] == pytest.approx(at_same_stage["losses"], rel=1e-6)

@@ -1,4 +1,4 @@
-"""An adapter that cannot be published: the message says what a new start resumes from."""
+"""The message about an adapter that cannot be published names the checkpoint to resume from."""
 
 from types import SimpleNamespace
 
@@ -26,7 +26,7 @@ def writer(tmp_path):
 
 @pytest.fixture
 def publish(writer, tmp_path, tiny_model, monkeypatch):
-    """Publish where that fails: resumed progress, cause -> the message."""
+    """A function that fails to publish: resumed progress, cause -> message."""
 
     def fail(resumed: Progress | None, cause: Exception | None) -> str:
         run = SimpleNamespace(
@@ -66,5 +66,5 @@ def test_a_checkpoint_that_could_not_be_written_is_named(publish, writer, tmp_pa
     assert_mentions(message, "step 9 is not saved", "start again")
 
 
-def test_a_wrong_adapter_promises_nothing_of_a_new_start(publish):
+def test_the_message_about_a_wrong_adapter_mentions_no_new_start(publish):
     assert publish(Progress(step=6), None) == "adapter cannot be written"

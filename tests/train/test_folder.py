@@ -1,4 +1,4 @@
-"""RunFolder: status.json tells how a run ended, whichever process ends it."""
+"""status.json has the outcome of a run, whichever process ends it."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.tiny import make_plan
 pytestmark = pytest.mark.unit
 
 
-class Alone:
+class SingleProcess:
     """A session of one process."""
 
     is_rank_zero = True
@@ -25,10 +25,10 @@ class Alone:
 
 @pytest.fixture
 def folder(tmp_path, tiny_model):
-    """A folder that this process owns."""
+    """A run folder that this process owns."""
     plan = make_plan(tiny_model, documents=8, output_dir=str(tmp_path))
     stops = StopRequests(tmp_path, None, is_first=True)
-    folder = RunFolder(RunContext(plan=plan, session=Alone(), stops=stops))
+    folder = RunFolder(RunContext(plan=plan, session=SingleProcess(), stops=stops))
     folder.status.own()
     yield folder
     folder.status.end("failed", 1, "the test is over")
@@ -48,7 +48,7 @@ def final_status(folder) -> tuple:
         (KeyboardInterrupt(), ("failed", 1, "KeyboardInterrupt: ")),
     ],
 )
-def test_the_status_tells_the_error(folder, error, status):
+def test_the_status_has_the_error(folder, error, status):
     folder.status.claim()
     with pytest.raises(type(error)), folder.outcome_recorded():
         raise error
@@ -66,7 +66,7 @@ def test_a_start_that_is_refused_before_the_folder_is_open_leaves_the_earlier_st
     assert not (folder.path / OWNER).exists()
 
 
-def test_a_first_start_that_is_refused_says_why(folder):
+def test_a_refused_first_start_records_its_reason(folder):
     folder.status.claim()
     with pytest.raises(UserError), folder.outcome_recorded():
         raise UserError("the model class cannot be trained")
@@ -82,7 +82,7 @@ def test_a_wrong_input_after_the_folder_is_open_is_a_failed_run(folder):
     assert final_status(folder) == ("failed", 2, "the base has changed")
 
 
-def test_a_run_to_be_replaced_stays_until_the_folder_is_open(folder):
+def test_a_run_is_replaced_only_when_the_folder_is_opened(folder):
     (folder.path / "metrics.jsonl").touch()
     folder.status.path.write_text('{"state": "done"}')
     folder.open(step=0)
@@ -116,7 +116,7 @@ def test_a_lost_connection_is_left_to_the_watchdog(folder):
 
 
 def test_the_watchdogs_status_is_final(folder):
-    """The main thread runs on for a moment and raises an error of its own."""
+    """The main thread continues for a moment and raises another error."""
     folder.status.claim()
 
     def end_twice():
@@ -124,7 +124,7 @@ def test_the_watchdogs_status_is_final(folder):
             folder.end_by_watchdog("rank 1 got a stop request", 75)
             raise ValueError("the next")
 
-    with pytest.raises(ValueError, match="next"):
+    with pytest.raises(ValueError):  # noqa: PT011 - raised above
         end_twice()
     assert final_status(folder) == ("stopped", 75, "rank 1 got a stop request")
 
@@ -144,14 +144,14 @@ def test_after_the_final_status_no_start_claims_the_folder(folder):
     assert read_status(folder.status.path) is None
 
 
-def test_a_second_interrupt_is_the_status_without_waiting_for_a_write(folder):
+def test_a_second_interrupt_is_recorded_without_waiting_for_a_write(folder):
     folder.wait_for_writes = pytest.fail
     folder.status.claim()
     folder.end_by_second_interrupt()
     assert final_status(folder)[:2] == ("failed", 130)
 
 
-def test_the_status_is_replaced_whole_and_keeps_the_resumed_progress(tmp_path):
+def test_an_update_of_the_status_keeps_its_other_fields(tmp_path):
     status = RunStatus(tmp_path / "status.json")
     status.own()
     status.claim({"step": 0, "total_steps": 9})
@@ -162,7 +162,7 @@ def test_the_status_is_replaced_whole_and_keeps_the_resumed_progress(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
 
 
-def test_another_rank_ends_the_status_of_a_dead_owner_only(tmp_path):
+def test_another_rank_ends_the_status_only_if_its_owner_is_dead(tmp_path):
     path = tmp_path / "status.json"
     mine = identity() | {"state": "running", "started": time.time(), "step": 4}
     path.write_text(json.dumps(mine | {"pids": [os.getppid()]}))
@@ -174,10 +174,10 @@ def test_another_rank_ends_the_status_of_a_dead_owner_only(tmp_path):
     fields = read_status(path)
     assert (fields["state"], fields["exit_code"], fields["step"]) == ("failed", 1, 4)
     assert fields["reason"] == "rank 0 ended"
-    assert not (tmp_path / OWNER).exists()  # another machine may start at once
+    assert not (tmp_path / OWNER).exists()  # so another machine can start at once
 
 
-def test_an_owner_on_another_machine_is_dead_when_no_heartbeat_comes(tmp_path, monkeypatch):
+def test_an_owner_on_another_machine_is_dead_without_a_heartbeat(tmp_path, monkeypatch):
     path = tmp_path / "status.json"
     fields = identity() | {"machine": "another", "state": "running", "heartbeat": time.time()}
     path.write_text(json.dumps(fields))

@@ -1,4 +1,4 @@
-"""The call stack from `main()` to the forward pass stays short enough to read."""
+"""There are at most 8 frames of this project between `main()` and the forward pass."""
 
 import os
 import subprocess
@@ -19,32 +19,32 @@ from pipeline.cli.train import main
 from pipeline.model.loss import SummedLoss
 
 forward = SummedLoss.forward
-def counted(*given, **named):
+def counting(*args, **kwargs):
     frames = [f for f in traceback.extract_stack() if "/pipeline/" in f.filename]
     names = [f.name for f in frames]
-    # The comparison of the model class with itself, before the base is loaded, is no step.
+    # The class checks before the base is loaded also call the forward pass.
     if "training_loop" in names and not hasattr(SummedLoss, "was_counted"):
         SummedLoss.was_counted = True
         print("FRAMES", *names[names.index("main"):])
-    return forward(*given, **named)
-SummedLoss.forward = counted
+    return forward(*args, **kwargs)
+SummedLoss.forward = counting
 main()
 """
 
 
-def test_few_frames_lie_between_main_and_the_forward_pass(tmp_path, tiny_model):
+def test_at_most_8_frames_are_between_main_and_the_forward_pass(tmp_path, tiny_model):
     run_file = tmp_path / "run.yaml"
     settings = {
         "model": str(tiny_model), "train_data": str(make_rows(tmp_path / "train.jsonl")),
         "output_dir": str(tmp_path / "run"), "max_steps": 1, "max_length": 128, "lora_r": 8,
     }  # fmt: skip
     run_file.write_text(yaml.safe_dump(settings))
-    ended = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", CODE, run_file], capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    (line,) = [line for line in ended.stdout.splitlines() if line.startswith("FRAMES")]
+    assert result.returncode == 0, result.stdout + result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("FRAMES")]
     frames = line.split()[1:]
     assert frames[-1] == "_forward"
     assert len(frames) <= MOST_FRAMES, frames

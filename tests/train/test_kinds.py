@@ -1,4 +1,4 @@
-"""Model classes outside the table of families train, publish and merge as known families do."""
+"""Model classes outside the table of families train, publish and merge like known families."""
 
 import pytest
 import torch
@@ -17,14 +17,14 @@ from tests.train_tiny import build_engine, distance, train_tiny, work
 
 pytestmark = pytest.mark.engine
 
-# One of each kind of block: plain, scaled, parallel, sandwich norms, sinks, MLA, hybrid, wrapper.
+# One for each kind of layer: plain, scaled, parallel, sandwich norms, sinks, MLA, hybrid, wrapper.
 KINDS = ["olmo2", "granite", "cohere", "glm4", "gpt_oss", "deepseek_v3", "qwen3_next", "gemma3"]
 IDS = torch.arange(3, 35).reshape(2, 16)
 STEPS = 2  # B is zero before the first step, so A moves in the second
 
 
 def train_and_gather(session, folder, settings):
-    """The first gradients, the adapter, and the logits and held-out loss of the engine."""
+    """The adapter, and the logits and held-out loss of the engine."""
     plan, engine = build_engine(session, folder, settings)
     split = Documents()
     for step in range(STEPS):
@@ -32,14 +32,16 @@ def train_and_gather(session, folder, settings):
         engine.optimizer_step(batches, supervised, 4e-3)
     weights = gather_weights(engine.parameters, keep=session.is_rank_zero)
     loss = engine.evaluate(build_batch(split, [0, 1]))
-    with torch.no_grad():  # every rank: at ZeRO-3 a forward gathers
+    with torch.no_grad():  # on every rank: at ZeRO-3 a forward pass is collective
         logits = engine.deepspeed.module.model(input_ids=IDS, use_cache=False).logits
     return weights, logits, loss
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_adapter_of_a_class_is_that_of_plain_peft_and_merges(folder_of, tmp_path, kind, stage):
+def test_the_adapter_has_its_logits_in_plain_peft_and_merges_like_peft(
+    folder_of, tmp_path, kind, stage
+):
     folder = folder_of(kind)
     # One forward a step and rank; the test of the first gradients accumulates.
     settings = {"zero_stage": stage, "batch_size": 4, "gradient_checkpointing": stage == 3}

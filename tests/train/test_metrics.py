@@ -1,4 +1,4 @@
-"""metrics.jsonl on a full disk or with damaged lines, and the time spent waiting for input."""
+"""metrics.jsonl on a full disk or with damaged lines, and the measured wait for input."""
 
 import errno
 import os
@@ -14,16 +14,16 @@ pytestmark = pytest.mark.tensor
 
 
 class SmallDisk(FileIO):
-    """A file on a disk with so many bytes left; it takes a part of what does not fit."""
+    """A file on a disk with `left` free bytes; a write that does not fit is written in part."""
 
     left = 0
 
     def write(self, data) -> int:
-        taken = min(len(data), SmallDisk.left)
-        if not taken:
+        written = min(len(data), SmallDisk.left)
+        if not written:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        SmallDisk.left -= taken
-        return super().write(data[:taken])
+        SmallDisk.left -= written
+        return super().write(data[:written])
 
 
 @pytest.fixture
@@ -35,13 +35,13 @@ def file(tmp_path):
     return written
 
 
-def test_lines_that_a_full_disk_does_not_take_are_written_later_in_order(file, tmp_path):
+def test_lines_that_do_not_fit_on_a_full_disk_are_written_later_in_order(file, tmp_path):
     path, padding = tmp_path / "metrics.jsonl", "x" * 200
     SmallDisk.left = 2500  # ten lines and a part of the next
     for step in range(1, 301):
         file.write({"step": step, "padding": padding})
     content = path.read_bytes()
-    assert content.endswith(b"\n")  # no part of a line stays
+    assert content.endswith(b"\n")  # no partial line remains
     assert [line["step"] for line in read_metrics(path)] == list(range(1, len(content) // 226 + 1))
     SmallDisk.left = 10**6
     file.write({"step": 301, "padding": padding})
@@ -49,7 +49,7 @@ def test_lines_that_a_full_disk_does_not_take_are_written_later_in_order(file, t
     assert path.read_bytes().count(b"\n") == 301
 
 
-def test_each_line_is_there_at_once(file, tmp_path):
+def test_each_line_can_be_read_at_once(file, tmp_path):
     SmallDisk.left = 10**6
     for step in (1, 2):
         file.write({"step": step})
@@ -67,7 +67,7 @@ def test_waiting_counts_the_time_of_the_source_only(monkeypatch):
         for seconds in (1.0, 2.0, 4.0):
             spend(seconds)
             yield seconds
-        spend(8.0)  # to find the end
+        spend(8.0)  # before the source ends
 
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
     wait, laps = InputWait(), []
@@ -79,14 +79,14 @@ def test_waiting_counts_the_time_of_the_source_only(monkeypatch):
     assert wait.lap() == 0.0
 
 
-def test_a_deleted_file_is_written_again_whole(tmp_path):
+def test_a_deleted_file_is_written_again_completely(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     file = MetricsFile(folder / "metrics.jsonl", 0)
     file.write({"step": 1})
     shutil.rmtree(folder)
     file.write({"step": 2})  # there is no folder
-    folder.mkdir()  # as the next save makes it
+    folder.mkdir()  # the next save creates it
     file.flush()
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2]
     file.write({"step": 3})

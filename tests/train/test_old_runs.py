@@ -1,4 +1,4 @@
-"""Run folders that version 0.1.0 wrote: never retrained or cleared unasked, and still usable.
+"""Run folders of version 0.1.0 are never retrained or cleared unasked, and are still usable.
 
 `run_folders_0.1.0/` was written by 0.1.0 (commit dd0e0d6) from its two run files; the unfinished
 run was stopped by its stop file at step 5 of 240.
@@ -32,7 +32,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_a_done_run_stays_done(workspace):
+def test_a_done_run_is_not_trained_again(workspace):
     before = content(workspace / "done")
     code, output = verb("train", "done.yaml", cwd=workspace)
     assert code == 0, output
@@ -49,21 +49,27 @@ def test_a_done_run_with_other_settings_is_refused(workspace):
     assert content(workspace / "done") == before
 
 
-@pytest.mark.parametrize("change", [["epochs=3", "accept_changes=[total_steps]"], []])
-def test_a_done_run_that_cannot_be_extended_stays_as_it_is(workspace, change):
-    """Neither with more epochs nor, where its adapter is gone, with the same settings."""
-    shutil.copytree(workspace / "done", workspace / "copy", dirs_exist_ok=True)
-    if not change:
-        shutil.rmtree(workspace / "copy/adapter")
-    before = content(workspace / "copy")
-    code, output = verb("train", "done.yaml", "output_dir=copy", *change, cwd=workspace)
+def assert_not_continued(workspace, name, *changes):
+    before = content(workspace / name)
+    code, output = verb("train", "done.yaml", f"output_dir={name}", *changes, cwd=workspace)
     assert code == 2, output
-    assert_mentions(output, "output_dir", "copy", "RankZero 0.1.0")
-    assert content(workspace / "copy") == before
+    assert_mentions(output, "output_dir", name, "RankZero 0.1.0")
+    assert content(workspace / name) == before
+
+
+def test_a_done_run_is_not_extended(workspace):
+    shutil.copytree(workspace / "done", workspace / "longer")
+    assert_not_continued(workspace, "longer", "epochs=3", "accept_changes=[total_steps]")
+
+
+def test_a_done_run_without_its_adapter_is_not_trained_again(workspace):
+    shutil.copytree(workspace / "done", workspace / "without_adapter")
+    shutil.rmtree(workspace / "without_adapter/adapter")
+    assert_not_continued(workspace, "without_adapter")
 
 
 def test_an_unfinished_run_names_the_version_that_can_finish_it(workspace):
-    """The documents are prepared in another way since, so the checkpoint's place is not found."""
+    """Documents are prepared differently since, so the position of the checkpoint is unknown."""
     before = content(workspace / "unfinished")
     code, output = verb("train", "unfinished.yaml", cwd=workspace)
     assert code == 2, output

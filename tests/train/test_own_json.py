@@ -1,10 +1,10 @@
-"""A user's own DeepSpeed JSON that the rules accept trains to the same numbers."""
+"""Accepted keys of a user's DeepSpeed JSON do not change losses, gradients and weights."""
 
 import json
 
 import pytest
 
-from tests.plan.deepspeed.test_overlay import FROM_A_TRAINER
+from tests.plan.deepspeed.test_overlay import TRAINER_JSON
 from tests.ranks import run_ranks
 from tests.train_tiny import build_engine, distance, train_tiny
 
@@ -32,33 +32,35 @@ ACCEPTED = [
             },
         },
     ),
-    (3, FROM_A_TRAINER),
+    (3, TRAINER_JSON),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("stage", "content"), ACCEPTED)
 def test_accepted_keys_change_no_number(tiny_model, tmp_path, stage, content):
-    own = tmp_path / "ds.json"
-    own.write_text(json.dumps(content))
+    json_file = tmp_path / "ds.json"
+    json_file.write_text(json.dumps(content))
     settings = {"zero_stage": stage, "batch_size": 2}
-    plain, with_own = (
+    plain, with_json = (
         run_ranks(train_tiny, tiny_model, settings | more, tmp_path=tmp_path)[0]
-        for more in ({}, {"deepspeed_json": str(own)})
+        for more in ({}, {"deepspeed_json": str(json_file)})
     )
-    assert with_own["losses"] == pytest.approx(plain["losses"], rel=1e-6)
-    assert distance(with_own["gradients"], plain["gradients"]) < 1e-6
-    assert distance(with_own["weights"], plain["weights"]) < 1e-5
+    assert with_json["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+    assert distance(with_json["gradients"], plain["gradients"]) < 1e-6
+    assert distance(with_json["weights"], plain["weights"]) < 1e-5
 
 
 def test_a_changed_optimizer_reaches_the_engine(tiny_model, tmp_path):
-    own = tmp_path / "ds.json"
-    own.write_text('{"optimizer": {"params": {"betas": [0.5, 0.9], "weight_decay": 0.3}}}')
+    json_file = tmp_path / "ds.json"
+    json_file.write_text('{"optimizer": {"params": {"betas": [0.5, 0.9], "weight_decay": 0.3}}}')
 
-    found = run_ranks(groups, tiny_model, {"deepspeed_json": str(own)}, tmp_path=tmp_path)[0]
-    assert found == [((0.5, 0.9), 0.3)]
+    parameter_groups = run_ranks(
+        groups, tiny_model, {"deepspeed_json": str(json_file)}, tmp_path=tmp_path
+    )[0]
+    assert parameter_groups == [((0.5, 0.9), 0.3)]
 
 
 def groups(session, folder, settings):
     engine = build_engine(session, folder, settings)[1]
-    found = engine.deepspeed.optimizer.param_groups
-    return [(tuple(group["betas"]), group["weight_decay"]) for group in found]
+    parameter_groups = engine.deepspeed.optimizer.param_groups
+    return [(tuple(group["betas"]), group["weight_decay"]) for group in parameter_groups]

@@ -1,4 +1,4 @@
-"""Packs give the loss and gradients of their documents, for every stage and checkpointing."""
+"""Packs give the losses and gradients of their documents at every stage and with checkpointing."""
 
 import pytest
 from deepspeed.utils import safe_get_full_grad
@@ -12,7 +12,7 @@ from tests.train_tiny import build_engine, distance, shape_of
 
 pytestmark = pytest.mark.engine
 
-# Of a step: 12 documents, or the same in 4 packs.
+# A step has 12 documents, or the same documents in 4 packs.
 DOCUMENTS, PACKS, FIRSTS, SIZES = 12, 4, (0, 1, 6, 9), (1, 5, 3, 3)
 STEPS = 3
 SPLITS = [
@@ -36,19 +36,19 @@ class Packed(Documents):
 
 
 def train(session, folder, settings, sequences):
-    """Losses, first gradients and final weights; `sequences` a step, packs or documents."""
+    """Losses, first gradients, final weights; `sequences`: packs or documents in a step."""
     split = (Packed if sequences == PACKS else Documents)(STEPS * DOCUMENTS)
     plan, engine = build_engine(session, folder, settings | {"global_batch_size": sequences})
     micro, rank = plan.layout.micro_batch_size, session.placement.rank
     losses, gradients = [], {}
     for step in range(STEPS):
-        mine = range(step * sequences, (step + 1) * sequences)[rank :: plan.world_size]
+        of_rank = range(step * sequences, (step + 1) * sequences)[rank :: plan.world_size]
         batches = [
-            SeededBatch(build_batch(split, mine[at : at + micro]), seed=at)
-            for at in range(0, len(mine), micro)
+            SeededBatch(build_batch(split, of_rank[at : at + micro]), seed=at)
+            for at in range(0, len(of_rank), micro)
         ]
         supervised = split.supervised_counts[step * DOCUMENTS : (step + 1) * DOCUMENTS].sum()
-        if step == 0:  # the gradients are read before they are used
+        if step == 0:  # the gradients are read before the optimizer step
             engine.deepspeed.train()
             loss_sum = 0.0
             for i, batch in enumerate(batches):
@@ -67,10 +67,12 @@ def train(session, folder, settings, sequences):
 
 
 @pytest.mark.parametrize(("world_size", "split"), SPLITS)
-def test_packs_train_like_their_documents(tiny_model, tmp_path, world_size, split):
+def test_packs_have_the_losses_gradients_and_weights_of_their_documents(
+    tiny_model, tmp_path, world_size, split
+):
     alone = {"zero_stage": 2, "batch_size": 1} | {k: v for k, v in split.items() if "bit" in k}
     [expected] = run_ranks(train, tiny_model, alone, DOCUMENTS, tmp_path=tmp_path, world_size=1)
-    found = run_ranks(train, tiny_model, split, PACKS, tmp_path=tmp_path, world_size=world_size)[0]
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
-    assert distance(found["gradients"], expected["gradients"]) < 1e-6
-    assert distance(found["weights"], expected["weights"]) < 1e-5
+    packed = run_ranks(train, tiny_model, split, PACKS, tmp_path=tmp_path, world_size=world_size)[0]
+    assert packed["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert distance(packed["gradients"], expected["gradients"]) < 1e-6
+    assert distance(packed["weights"], expected["weights"]) < 1e-5

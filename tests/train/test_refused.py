@@ -1,4 +1,4 @@
-"""A start that is refused (exit code 2) leaves the run folder as it was, byte for byte."""
+"""A refused start (exit code 2) does not change a byte of the run folder."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def unfinished(tiny_model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def case(unfinished, tmp_path) -> Path:
-    """A copy in which a test may change something."""
+    """A copy of the unfinished run that a test may change."""
     return Path(shutil.copytree(unfinished, tmp_path / "copy"))
 
 
@@ -48,12 +48,12 @@ def train(workspace: Path, **change) -> tuple[int, str]:
     }  # fmt: skip
     (workspace / "RUN.yaml").write_text(yaml.safe_dump(settings | change))
     script = SCRIPT.replace("launch/train.py", str(ROOT / "launch/train.py"))
-    ended = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", script, "RUN.yaml"], cwd=workspace, check=False, text=True,
         env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    return ended.returncode, ended.stdout
+    return result.returncode, result.stdout
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -71,7 +71,7 @@ def assert_refused(workspace: Path, *facts: object, **change) -> None:
     assert content(workspace / "run") == before
 
 
-def test_a_base_in_which_one_tensor_differs(case):
+def test_a_base_with_a_changed_tensor_is_refused(case):
     weights = load_file(case / "model/model.safetensors")
     name = next(name for name in weights if "down_proj" in name)
     weights[name][3, 5] += 0.25
@@ -79,20 +79,20 @@ def test_a_base_in_which_one_tensor_differs(case):
     assert_refused(case, "base", name, "accept_changes: [base]")
 
 
-def test_a_base_that_differs_from_the_checkpoint_alone(case):
-    """base.json is lost: the checkpoint's own identity is compared."""
+def test_a_base_other_than_that_of_the_checkpoint_is_refused(case):
+    """base.json is missing, so the identity in the checkpoint is compared."""
     (case / "run/base.json").unlink()
     config = json.loads((case / "model/config.json").read_text())
     (case / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
     assert_refused(case, "step-00000004", "base:", "accept_changes: [base]")
 
 
-def test_a_checkpoint_of_more_steps_than_this_run_has(case):
+def test_a_checkpoint_beyond_the_last_step_is_refused(case):
     change = {"max_steps": 3, "accept_changes": ["total_steps"]}
     assert_refused(case, "step-00000004", "step 4", "step 3", "max_steps", **change)
 
 
-def test_a_checkpoint_of_another_run_with_other_targets(case):
+def test_a_checkpoint_of_another_run_with_other_targets_is_refused(case):
     change = {
         "output_dir": "other", "resume": "run/checkpoints/step-00000004",
         "lora_target_modules": ["k_proj", "q_proj"],
@@ -101,7 +101,7 @@ def test_a_checkpoint_of_another_run_with_other_targets(case):
     assert not content(case / "other")
 
 
-def test_what_was_refused_resumes_once_the_cause_is_gone(case):
+def test_a_refused_run_resumes_after_the_cause_is_removed(case):
     assert train(case, max_steps=3, accept_changes=["total_steps"])[0] == 2
     code, output = train(case)
     assert code == 0, output

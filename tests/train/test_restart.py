@@ -1,4 +1,4 @@
-"""Starts in the folder of a finished run, as runs of one process."""
+"""Starts in the folder of a finished run, on one rank."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def adapter(folder: Path) -> bytes:
     return (folder / "adapter/adapter_model.safetensors").read_bytes()
 
 
-def test_an_adapter_that_is_gone_is_published_again_from_the_checkpoint(workspace, done):
+def test_a_missing_adapter_is_published_again_from_the_checkpoint(workspace, done):
     shutil.rmtree(done / "adapter")
     code, output = start(workspace, done)
     assert code == 0, output
@@ -62,7 +62,9 @@ def test_an_adapter_that_is_gone_is_published_again_from_the_checkpoint(workspac
     assert adapter(done) == adapter(workspace / "done")
 
 
-def test_a_run_that_replaces_one_with_linked_checkpoints_resumes_nothing(workspace, done, tmp_path):
+def test_a_run_that_replaces_another_does_not_resume_its_linked_checkpoints(
+    workspace, done, tmp_path
+):
     (done / "checkpoints").rename(tmp_path / "other_disk")
     (done / "checkpoints").symlink_to(tmp_path / "other_disk")
     code, output = start(workspace, done, "lr=1e-4", "overwrite=true")
@@ -73,8 +75,8 @@ def test_a_run_that_replaces_one_with_linked_checkpoints_resumes_nothing(workspa
     assert (done / "checkpoints").is_symlink()
 
 
-def test_a_longer_run_on_other_held_out_rows_chooses_its_best_adapter_anew(workspace, done):
-    """Losses over different rows are not compared; damaged lines of metrics.jsonl are dropped."""
+def test_a_longer_run_with_other_held_out_rows_restarts_the_best_adapter(workspace, done):
+    """Losses on different rows are not comparable. Damaged lines of metrics.jsonl are dropped."""
     make_rows(workspace / "other.jsonl", 7)
     with (done / "metrics.jsonl").open("ab") as file:
         file.write(b"\xff\xfe\n[1]\n")
@@ -122,7 +124,7 @@ def test_a_new_run_starts_from_the_adapter_of_another_and_records_it(workspace, 
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
     assert [line["lr_lora_b"] / line["lr"] for line in lines] == [4.0] * 4
     first = read_metrics(workspace / "done" / "metrics.jsonl")[0]["loss"]
-    assert lines[0]["loss"] < first  # it knows the first run's rows, which are of the same kind
+    assert lines[0]["loss"] < first  # the first run had similar rows
 
 
 def test_a_checkpoint_of_another_run_with_other_data_points_to_init_adapter(workspace, tmp_path):
@@ -136,10 +138,8 @@ def test_a_checkpoint_of_another_run_with_other_data_points_to_init_adapter(work
     assert_mentions(output, "init_adapter", "data")
 
 
-def test_a_run_folder_that_moved_to_another_machine_is_the_same_run(
-    workspace, tiny_model, tmp_path
-):
-    """Another $SCRATCH with the same model, data and run folder: resumed without accept_changes."""
+def test_a_run_folder_with_another_scratch_path_is_the_same_run(workspace, tiny_model, tmp_path):
+    """The same model, data and run folder under another $SCRATCH need no accept_changes."""
     settings = yaml.safe_load((workspace / "run.yaml").read_text())
     settings |= {
         "model": "$SCRATCH/model", "train_data": "$SCRATCH/train.jsonl",
@@ -153,7 +153,7 @@ def test_a_run_folder_that_moved_to_another_machine_is_the_same_run(
     code, output = run("launch/train.py", tmp_path / "run.yaml", SCRATCH=str(first))
     assert code == 0, output
     first.rename(second)
-    # as after a stop at step 2
+    # the files after a stop at step 2
     shutil.rmtree(second / "run/checkpoints/step-00000004")
     shutil.rmtree(second / "run/adapter")
     status = json.loads((second / "run/status.json").read_text())

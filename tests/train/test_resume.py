@@ -1,4 +1,4 @@
-"""A checkpoint of any stage and world size resumes at any other, with the same losses."""
+"""A checkpoint resumes at every other stage and world size with the same losses."""
 
 import pytest
 
@@ -8,29 +8,29 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.engine
 
 FP32, BF16, NF4 = {}, {"bf16": True}, {"load_in_4bit": True}
-CLOSE = {"float32": 1e-5, "bfloat16": 2e-3}  # relative, as the design bounds them
+MAX_RELATIVE_ERROR = {"float32": 1e-5, "bfloat16": 2e-3}
 
 
 @pytest.fixture(scope="module")
 def saved(tiny_model, tmp_path_factory):
-    """The checkpoint of a run of this stage, world size and kind; cached."""
-    made = {}
+    """A function that returns the state of a run: stage, world size, kind; cached."""
+    states = {}
 
     def at(stage: int, world_size: int, kind: dict):
         key = (stage, world_size, *kind)
-        if key not in made:
+        if key not in states:
             settings = {"zero_stage": stage, "batch_size": 1} | kind
             folder = tmp_path_factory.mktemp("saved")
-            made[key] = run_ranks(
+            states[key] = run_ranks(
                 train_and_gather, tiny_model, settings, tmp_path=folder, world_size=world_size
             )[0]
-        return made[key]
+        return states[key]
 
     return at
 
 
 CASES = [
-    # all pairs of stages; test_gather.py compares equal stages bit by bit
+    # all pairs of different stages; test_gather.py compares equal stages bitwise
     *((2, a, 2, b, kind) for kind in (FP32, NF4) for a in (1, 2, 3) for b in (1, 2, 3) if a != b),
     # other world sizes, smaller and larger
     (2, 3, 1, 2, FP32), (1, 2, 2, 3, FP32), (1, 3, 2, 1, FP32), (2, 3, 4, 2, FP32),
@@ -41,7 +41,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("world_size", "stage", "new_size", "new_stage", "kind"), CASES)
-def test_resumes_at_another_stage_or_world_size(
+def test_a_run_resumed_at_another_stage_or_size_has_the_same_losses(
     tiny_model, tmp_path, saved, world_size, stage, new_size, new_stage, kind
 ):
     before = saved(stage, world_size, kind)
@@ -52,4 +52,4 @@ def test_resumes_at_another_stage_or_world_size(
     expected = before["losses"][STEPS:]
     assert len(expected) == MORE == 5
     dtype = "bfloat16" if kind == BF16 else "float32"
-    assert after["losses"] == pytest.approx(expected, rel=CLOSE[dtype])
+    assert after["losses"] == pytest.approx(expected, rel=MAX_RELATIVE_ERROR[dtype])

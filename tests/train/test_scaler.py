@@ -1,4 +1,4 @@
-"""fp16's loss scale is resumed; a step that is not finite on one rank is skipped on all."""
+"""The fp16 loss scale is resumed; a step that is not finite on one rank is skipped on all."""
 
 from dataclasses import replace
 
@@ -26,19 +26,19 @@ pytestmark = pytest.mark.engine
 
 
 def build_fp16(session, folder, settings):
-    """An fp16 engine on CPU ranks; the plan itself refuses that, as no CPU does it well."""
+    """An fp16 engine on CPU ranks, which a plan would refuse."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
     plan = make_plan(folder, session.placement.world_size, 40, **settings)
     layout = replace(plan.layout, training_dtype="float16")
     config = deepspeed_config(plan.shape, plan.settings, layout, is_cuda=False)
-    config["fp16"]["loss_scale_window"] = 2  # so that the scale soon overflows again
+    config["fp16"]["loss_scale_window"] = 2  # the scale soon overflows again
     plan = replace(plan, layout=layout, deepspeed=config)
     return plan, Engine(attach_adapter(load_base(plan, session.device), plan), plan)
 
 
-def step_on(session, plan, engine, first, count):
+def train_steps(session, plan, engine, first, count):
     """Results of some steps; the first ones start at a scale that overflows."""
     split, results = Documents(), []
     for step in range(first, first + count):
@@ -55,15 +55,15 @@ def scaled_run(session, folder, settings):
     plan, engine = build_fp16(session, folder, settings)
     assert is_scaled(engine.deepspeed)
     engine.deepspeed.optimizer.loss_scaler.cur_scale = 2.0**24
-    before = step_on(session, plan, engine, 0, 14)
-    made = sum(applied for _, applied, *_ in before)
+    before = train_steps(session, plan, engine, 0, 14)
+    num_applied = sum(applied for _, applied, *_ in before)
     saved = {
         "weights": gather_weights(engine.parameters, keep=keep),
         "moments": gather_moments(engine.parameters, keep=keep),
         "scaler": loss_scaler_state(engine.deepspeed),
-        "optimizer_step": made,
+        "optimizer_step": num_applied,
     }
-    return {"before": before, "saved": saved, "after": step_on(session, plan, engine, 14, 6)}
+    return {"before": before, "saved": saved, "after": train_steps(session, plan, engine, 14, 6)}
 
 
 def scaled_resume(session, folder, settings, saved):
@@ -76,22 +76,26 @@ def scaled_resume(session, folder, settings, saved):
             moments=saved["moments"], step=saved["optimizer_step"], loss_scaler=saved["scaler"]
         ),
     )
-    return step_on(session, plan, engine, 14, 6)
+    return train_steps(session, plan, engine, 14, 6)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_resumed_fp16_run_has_the_same_scale(tiny_model, tmp_path, stage):
     settings = {"zero_stage": stage, "batch_size": 2, "lora_dropout": 0.1}
-    straight = run_ranks(scaled_run, tiny_model, settings, tmp_path=tmp_path)[0]
-    skipped = [not applied for _, applied, *_ in straight["before"]]
+    uninterrupted = run_ranks(scaled_run, tiny_model, settings, tmp_path=tmp_path)[0]
+    skipped = [not applied for _, applied, *_ in uninterrupted["before"]]
     assert skipped[0]
     assert any(skipped[1:])
     assert not all(skipped)
-    assert all(searched for _, _, searched, _ in straight["before"])  # none of it counts as bad
-    scales = [scale for *_, scale in straight["after"]]
-    assert len(set(scales)) > 1  # the counters matter within these steps
-    resumed = run_ranks(scaled_resume, tiny_model, settings, straight["saved"], tmp_path=tmp_path)
-    assert resumed[0] == straight["after"]
+    assert all(
+        searched for _, _, searched, _ in uninterrupted["before"]
+    )  # so none counts as not finite
+    scales = [scale for *_, scale in uninterrupted["after"]]
+    assert len(set(scales)) > 1  # so the resumed counters matter
+    resumed = run_ranks(
+        scaled_resume, tiny_model, settings, uninterrupted["saved"], tmp_path=tmp_path
+    )
+    assert resumed[0] == uninterrupted["after"]
 
 
 def smallest(session, folder):
@@ -110,7 +114,7 @@ def test_an_overflow_at_the_smallest_scale_is_counted_and_not_raised(tiny_model,
 
 
 def poison(engine, is_here: bool) -> None:
-    """Let the next forward on this rank have a loss that is not finite."""
+    """Make the loss of the next forward pass infinite if `is_here`."""
     if not is_here:
         return
     forward = engine._forward
@@ -123,7 +127,7 @@ def poison(engine, is_here: bool) -> None:
 
 
 def skip_one(session, folder, settings, bad_step):
-    """Five steps, one of them with a loss on rank 1 that is not finite, or left out by hand."""
+    """Train five steps; in step `bad_step`, the loss of rank 1 is infinite."""
     plan, engine = build_engine(session, folder, settings)
     split, applied = Documents(), []
     for step in range(5):
@@ -133,7 +137,7 @@ def skip_one(session, folder, settings, bad_step):
     return applied, gather_weights(engine.parameters, keep=True)
 
 
-def leave_out(session, folder, settings, bad_step):
+def train_without_step(session, folder, settings, bad_step):
     plan, engine = build_engine(session, folder, settings)
     for step in range(5):
         batches, supervised = work(plan, Documents(), step, session.placement.rank)
@@ -148,8 +152,8 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     tiny_model, tmp_path, stage, precision
 ):
     settings = {"zero_stage": stage, "batch_size": 2} | precision  # 2 micro-batches a step
-    found = run_ranks(skip_one, tiny_model, settings, 2, tmp_path=tmp_path)
-    assert [applied for applied, _ in found] == [[True, True, False, True, True]] * 2
-    expected = run_ranks(leave_out, tiny_model, settings, 2, tmp_path=tmp_path)[0]
-    for key, tensor in found[0][1].items():
+    results = run_ranks(skip_one, tiny_model, settings, 2, tmp_path=tmp_path)
+    assert [applied for applied, _ in results] == [[True, True, False, True, True]] * 2
+    expected = run_ranks(train_without_step, tiny_model, settings, 2, tmp_path=tmp_path)[0]
+    for key, tensor in results[0][1].items():
         assert torch.equal(tensor, expected[key]), key

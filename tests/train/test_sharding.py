@@ -1,4 +1,4 @@
-"""hpZ, parameter offload and limits of live parameters change no number."""
+"""hpZ, parameter offload and limits of live parameters do not change the numbers."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from pipeline.model.base import load_base
 from pipeline.plan.cost.gathers import gathers
 from pipeline.train.engine import Engine
 from tests import train_tiny as tiny
-from tests.adapter.test_gather import MORE, STEPS, step_on
+from tests.adapter.test_gather import MORE, STEPS, train_steps
 from tests.plans import with_layout
 from tests.ranks import run_ranks
 from tests.tiny import CONFIG, Documents, make_model, make_plan
@@ -23,19 +23,19 @@ pytestmark = pytest.mark.engine
 NOT_GATHERED = ZeroParamStatus.NOT_AVAILABLE
 
 
-def planned(folder, world_size, documents, changes, **settings):
-    """A plan whose layout and DeepSpeed config are changed as `auto` may choose them."""
+def changed_plan(folder, world_size, documents, changes, **settings):
+    """A plan with a changed layout and DeepSpeed config, as `auto` may choose them."""
     return with_layout(make_plan(folder, world_size, documents, **settings), **changes)
 
 
 def build(session, folder, settings, changes):
-    plan = planned(folder, session.placement.world_size, 40, changes, **settings)
+    plan = changed_plan(folder, session.placement.world_size, 40, changes, **settings)
     return plan, Engine(attach_adapter(load_base(plan, session.device), plan), plan)
 
 
 def train_changed(session, folder, settings, changes):
     def make(folder, world_size, documents=None, **settings):
-        return planned(folder, world_size, documents, changes, **settings)
+        return changed_plan(folder, world_size, documents, changes, **settings)
 
     tiny.make_plan = make
     return train_tiny(session, folder, settings)
@@ -60,7 +60,9 @@ CHECKPOINTED = {"gradient_checkpointing": True}
         ({}, 2, {"batch_size": 2, "zero_stage": 2} | CHECKPOINTED, {"checkpointed_layers": 1}),
     ],
 )
-def test_the_numbers_stay(tiny_model, tmp_path, kind, world_size, settings, changes):
+def test_losses_gradients_and_weights_are_those_of_the_reference(
+    tiny_model, tmp_path, kind, world_size, settings, changes
+):
     expected = reference(tiny_model, tmp_path, kind)
     settings = {"zero_stage": 3} | kind | settings
     arguments = (train_changed, tiny_model, settings, changes)
@@ -68,13 +70,13 @@ def test_the_numbers_stay(tiny_model, tmp_path, kind, world_size, settings, chan
     assert_same(found[0], expected)
 
 
-def leave(session, folder, settings, changes):
-    """Losses as training went on, and as it goes on from an adapter put back unchanged."""
+def restore_unchanged(session, folder, settings, changes):
+    """Losses of continued training, and of training after the same state is restored."""
     plan, engine = build(session, folder, settings, changes)
-    step_on(session, plan, engine, 0, STEPS)
+    train_steps(session, plan, engine, 0, STEPS)
     weights = gather_weights(engine.parameters, keep=True)
     moments = gather_moments(engine.parameters, keep=True)
-    straight = step_on(session, plan, engine, STEPS, MORE)
+    continued = train_steps(session, plan, engine, STEPS, MORE)
     zero = engine.deepspeed.optimizer
     frozen = [p for p in engine.deepspeed.module.parameters() if not p.requires_grad]
     assert zero.offload_param is (changes == OFFLOAD)
@@ -86,7 +88,7 @@ def leave(session, folder, settings, changes):
         (gather_moments(engine.parameters, keep=True), moments),
     ):
         assert all(torch.equal(found[key], kept[key]) for key in kept)
-    return straight, step_on(session, plan, engine, STEPS, MORE)
+    return continued, train_steps(session, plan, engine, STEPS, MORE)
 
 
 @pytest.mark.parametrize(("world_size", "changes"), [(4, HPZ), (2, OFFLOAD)])
@@ -95,49 +97,51 @@ def test_the_adapter_is_gathered_and_restored_exactly(
     tiny_model, tmp_path, kind, world_size, changes
 ):
     settings = kind | {"zero_stage": 3, "batch_size": 2, "bf16": True}
-    straight, again = run_ranks(
-        leave, tiny_model, settings, changes, tmp_path=tmp_path, world_size=world_size
+    continued, again = run_ranks(
+        restore_unchanged, tiny_model, settings, changes, tmp_path=tmp_path, world_size=world_size
     )[0]
-    assert again == straight
+    assert again == continued
 
 
 def watch_gathers(session, folder, settings, changes):
-    """Most elements gathered in any step, elements gathered by the second, and the plan's word."""
+    """Peak of gathered elements, elements gathered in step 2, and the plan's prediction."""
     plan, engine = build(session, folder, settings, changes)
     modules = engine.deepspeed.module.parameters()
     base = [p for p in modules if not p.requires_grad and not p.ds_persist]
-    seen = Seen(base)
+    watch = GatherWatch(base)
     fetch, release = (
         PartitionedParameterCoordinator.fetch_sub_module,
         (PartitionedParameterCoordinator.release_sub_module),
     )
 
-    def fetch_and_look(self, *arguments, **named):
+    def fetch_and_update(self, *arguments, **named):
         fetch(self, *arguments, **named)
-        seen.look()
+        watch.update()
 
-    def release_and_look(self, *arguments, **named):
+    def release_and_update(self, *arguments, **named):
         release(self, *arguments, **named)
-        seen.look()
+        watch.update()
 
-    PartitionedParameterCoordinator.fetch_sub_module = fetch_and_look
-    PartitionedParameterCoordinator.release_sub_module = release_and_look
+    PartitionedParameterCoordinator.fetch_sub_module = fetch_and_update
+    PartitionedParameterCoordinator.release_sub_module = release_and_update
     gathered = []
     for step in range(4):
-        seen.total = 0
+        watch.total = 0
         batches, supervised = work(plan, Documents(), step, session.placement.rank)
         if step == 3:
             engine.evaluate(batches[0].batch)
         engine.optimizer_step(batches, supervised, 1e-3)
-        gathered.append(seen.total / len(batches))
-    return seen.most, gathered[1], gathers(plan.shape, plan.settings)
+        gathered.append(watch.total / len(batches))
+    return watch.most, gathered[1], gathers(plan.shape, plan.settings)
 
 
-class Seen:
+class GatherWatch:
+    """Gathered elements of the base: their peak, and the sum of all gathers."""
+
     def __init__(self, base):
         self.base, self.before, self.most, self.total = base, set(), 0, 0
 
-    def look(self):
+    def update(self):
         live = {p.ds_id: p.ds_numel for p in self.base if p.ds_status != NOT_GATHERED}
         self.most = max(self.most, sum(live.values()))
         self.total += sum(size for key, size in live.items() if key not in self.before)
@@ -146,7 +150,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def deep_model(tmp_path_factory):
-    """Eight blocks, and a head of its own."""
+    """A model of eight layers with an untied head."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CONFIG, "num_hidden_layers", 8)
         return make_model(tmp_path_factory.mktemp("deep") / "model", tied=False)

@@ -1,4 +1,4 @@
-"""Checkpoints written while training continues: one at a time, failures reported and repaired."""
+"""Checkpoints are written while training continues; failures are reported and repaired."""
 
 import threading
 
@@ -29,12 +29,12 @@ def writer(checkpoints):
 
 
 def test_training_does_not_wait_and_only_one_write_is_in_flight(writer, checkpoints, monkeypatch):
-    gate, written, at_work = threading.Event(), [], []
+    gate, written, started = threading.Event(), [], []
     write = checkpoints.write
 
     def slow(weights, moments, progress):
-        at_work.append(progress.step)
-        assert len(at_work) == len(written) + 1
+        started.append(progress.step)
+        assert len(started) == len(written) + 1
         assert gate.wait(DEADLINE_S)
         write(weights, moments, progress)
         written.append(progress.step)
@@ -76,13 +76,15 @@ def test_a_failed_write_is_reported_once_and_repaired_by_the_next(writer, checkp
     assert checkpoints.newest()[0].name == "step-00000005"
 
 
-def test_a_failed_checkpoint_is_reported_though_a_best_follows(writer, checkpoints, tmp_path):
+def test_a_failed_checkpoint_is_reported_although_a_best_adapter_follows(
+    writer, checkpoints, tmp_path
+):
     blocked = tmp_path / "checkpoints/.step-00000004.new"
     blocked.parent.mkdir()
     blocked.write_text("a file where the folder should be")
     writer.save(WEIGHTS, MOMENTS, Progress(step=4))
     writer.save_best(WEIGHTS, Progress(step=5, best_step=5, best_loss=1.0))
-    assert "step 4 is not saved" in writer.wait()  # so a stop writes it again
+    assert "step 4 is not saved" in writer.wait()  # so that a stop writes it again
     assert ["step 4 is not saved" in (failure or "") for failure, _ in writer.finished()] == [
         True,
         False,
@@ -95,7 +97,7 @@ def test_a_failed_checkpoint_is_reported_though_a_best_follows(writer, checkpoin
     writer.require_written()
 
 
-def test_a_best_adapter_that_could_not_be_written_is_not_lost(writer, checkpoints, tmp_path):
+def test_a_best_adapter_that_could_not_be_written_is_kept_in_memory(writer, checkpoints, tmp_path):
     progress = Progress(step=4, best_step=4, best_loss=1.0)
     blocked = tmp_path / "checkpoints/.best-00000004.new"
     blocked.parent.mkdir()
@@ -110,6 +112,6 @@ def test_a_best_adapter_that_could_not_be_written_is_not_lost(writer, checkpoint
     assert torch.equal(writer.best(progress)["k"], WEIGHTS["k"])
 
 
-def test_a_stop_longer_than_a_launcher_waits_is_warned_of():
+def test_a_stop_longer_than_a_launcher_waits_gives_a_warning():
     assert slow_stop_warning(20.0, 9.0) is None
     assert_mentions(slow_stop_warning(20.0, 11.0), "20 s", "11 s", "stop", "save_steps")
