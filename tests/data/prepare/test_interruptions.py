@@ -71,20 +71,19 @@ def test_an_interrupt_before_the_index_is_written_leaves_the_earlier_data(run, m
 def assert_complete_after_another_writer(run, monkeypatch, change=lambda split: None):
     """Prepare while another process publishes the same splits first, changed by `change`."""
     publish = SplitWriter.publish
-    published = []
+    other_writers = []
 
     def publish_second(self, audit):
-        if not published:
-            elsewhere = run.folder / "elsewhere"
-            prepare_data(run.settings(), elsewhere)
-            for split in elsewhere.glob("*-*"):
-                published.append(shutil.copytree(split, run.data / split.name))
-                change(published[-1])
+        if not other_writers:
+            other_writers.append(run.folder / "elsewhere")
+            prepare_data(run.settings(), other_writers[0])
+            for split in other_writers[0].glob("*-*"):
+                change(shutil.copytree(split, run.data / split.name))
         publish(self, audit)
 
     monkeypatch.setattr(SplitWriter, "publish", publish_second)
     index = run.prepare()
-    assert published
+    assert other_writers
     assert len(open_split(index.train)) == 24
     assert len(open_split(index.eval)) == 6
     names = {path.name for path in run.data.iterdir()}
