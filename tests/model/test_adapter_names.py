@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.model.adapter import expected_shapes
-from tests.model.kinds import cache_shape
+from tests.model.models import cache_shape
 from tests.models.kinds import ALL
 from tests.tiny import make_plan
 

@@ -5,7 +5,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
 from pipeline.model.base import load_base, load_plain
-from tests.model.kinds import build, cache_shape
+from tests.model.models import build, cache_shape
 from tests.models.kinds import ALL
 from tests.ranks import run_ranks
 from tests.tiny import make_plan, make_tokenizer
