@@ -1,4 +1,4 @@
-"""Fixtures of the fault tests: the data, and an undisturbed run."""
+"""Fixtures of the fault tests: rows, run files, and uninterrupted runs."""
 
 import signal
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.tiny import make_rows
 
 @pytest.fixture(scope="session", autouse=True)
 def interrupts():
-    """Runs get Ctrl-C as from a terminal, also where the tests are started with `&`."""
+    """Enable SIGINT in the runs: a shell's `&` would make them ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -19,7 +19,7 @@ def interrupts():
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory, tiny_model) -> Path:
-    """The folder of training and held-out rows, run files and run folders."""
+    """A folder with training and held-out rows, run files and run folders."""
     folder = tmp_path_factory.mktemp("faults")
     make_rows(folder / "train.jsonl")
     make_rows(folder / "heldout.jsonl", 40)
@@ -28,20 +28,20 @@ def workspace(tmp_path_factory, tiny_model) -> Path:
 
 @pytest.fixture(scope="session")
 def run_file(workspace, tiny_model):
-    """Write a run file: name, settings -> its path."""
+    """A function that writes a run file: name of the run folder, settings -> path."""
     return lambda name, **settings: write_run_file(workspace, name, tiny_model, **settings)
 
 
 @pytest.fixture(scope="session")
-def straight(run_file, workspace) -> Path:
-    """The folder of an undisturbed run, which every broken one must equal."""
-    finish(run_file("straight"))
-    return workspace / "straight"
+def uninterrupted(run_file, workspace) -> Path:
+    """The folder of an uninterrupted run, to which interrupted runs must be bitwise equal."""
+    finish(run_file("uninterrupted"))
+    return workspace / "uninterrupted"
 
 
 @pytest.fixture(scope="session")
-def straight_in_packs(run_file, workspace) -> Path:
-    """The same in packs, of as many steps."""
-    finish(run_file("straight-in-packs", **IN_PACKS))
-    assert len(losses(workspace / "straight-in-packs")) == TOTAL_STEPS
-    return workspace / "straight-in-packs"
+def uninterrupted_in_packs(run_file, workspace) -> Path:
+    """The folder of an uninterrupted run on packs, with the same number of steps."""
+    finish(run_file("uninterrupted-in-packs", **IN_PACKS))
+    assert len(losses(workspace / "uninterrupted-in-packs")) == TOTAL_STEPS
+    return workspace / "uninterrupted-in-packs"

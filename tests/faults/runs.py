@@ -1,4 +1,4 @@
-"""Real `deepspeed launch/train.py` runs on two CPU ranks with the tiny model, to be broken."""
+"""Runs of `deepspeed launch/train.py` on two CPU ranks with the tiny model, for the fault tests."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.commands import free_port, run
 BIN = Path(sys.executable).parent
 IS_FULL = os.environ.get("FAULTS") == "full"  # `make faults`; else a short form of each
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
-# 8 epochs of 6 steps of 4 micro-batches, 2 on each of 2 ranks; in bf16, with dropout.
+# 8 epochs of 6 steps with 4 micro-batches (2 on each rank), in bf16 and with dropout.
 TOTAL_STEPS, SAVE_STEPS, EVAL_STEPS = 48, 2, 6
 SETTINGS = {
     "lora_r": 4, "lora_dropout": 0.1, "lr": 5e-3, "epochs": 8, "global_batch_size": 4,
@@ -30,12 +30,12 @@ SETTINGS = {
     "bf16": True, "save_steps": SAVE_STEPS, "evaluation_strategy": "steps",
     "eval_steps": EVAL_STEPS,
 }  # fmt: skip
-IN_PACKS = {"packing": True, "epochs": 12}  # of 4 steps: as many
+IN_PACKS = {"packing": True, "epochs": 12}  # an epoch has 4 steps: the same total
 DEADLINE_S = 180.0
 
 
 def write_run_file(folder: Path, name: str, model: Path, **settings) -> Path:
-    """The run file of a run folder of the same name; the data lies in `folder`."""
+    """Write the run file of a run on the rows in `folder`; `name` is also its run folder."""
     paths = {
         "model": str(model),
         "train_data": str(folder / "train.jsonl"),
@@ -48,8 +48,8 @@ def write_run_file(folder: Path, name: str, model: Path, **settings) -> Path:
 
 
 @dataclass
-class Started:
-    """A run that has been started: the outer command and all that it starts."""
+class StartedRun:
+    """A started run: the `deepspeed` command and all processes that it starts."""
 
     run_file: Path
     process: subprocess.Popen
@@ -66,7 +66,7 @@ class Started:
         return self.log.read_text(errors="replace")
 
     def processes(self) -> list[psutil.Process]:
-        """Every process of this run that is alive, orphans among them."""
+        """Every running process of this run, including orphans."""
         return [
             process
             for process in psutil.process_iter(["cmdline", "status"])
@@ -75,79 +75,82 @@ class Started:
         ]
 
     def ranks(self) -> list[psutil.Process]:
-        """The ranks, by number."""
-        found = {}
+        """The processes of the ranks, by local rank."""
+        ranks = {}
         for process in self.processes():
-            line = _line(process)
+            line = _command_line(process)
             number = [part for part in line if part.startswith("--local_rank=")]
             if number and "deepspeed.launcher.launch" not in line:
-                found.setdefault(int(number[0].split("=")[1]), process)
-        return [found[number] for number in sorted(found)]
+                ranks.setdefault(int(number[0].split("=")[1]), process)
+        return [ranks[number] for number in sorted(ranks)]
 
     def node_launcher(self) -> psutil.Process:
-        """DeepSpeed's launcher of this machine."""
-        (found,) = [p for p in self.processes() if "deepspeed.launcher.launch" in _line(p)]
-        return found
+        """DeepSpeed's launcher on this node, which `deepspeed` starts."""
+        name = "deepspeed.launcher.launch"
+        (launcher,) = [p for p in self.processes() if name in _command_line(p)]
+        return launcher
 
-    def wait_until(self, claim: Callable[[], object], what: str, *, every_s: float = 0.005) -> None:
-        """Wait for a condition while the run is at work."""
-        while not claim():
+    def wait_until(
+        self, condition: Callable[[], object], name: str, *, poll_s: float = 0.005
+    ) -> None:
+        """Wait for a condition while the run is running."""
+        while not condition():
             if self.process.poll() is not None and not self.processes():
-                raise AssertionError(f"ended before {what}:\n{self.output}")
+                raise AssertionError(f"ended before {name}:\n{self.output}")
             if time.monotonic() - self.began > DEADLINE_S:
-                raise AssertionError(f"no {what} in {DEADLINE_S} s:\n{self.output}")
-            time.sleep(every_s)
+                raise AssertionError(f"no {name} in {DEADLINE_S} s:\n{self.output}")
+            time.sleep(poll_s)
 
     def is_over(self) -> bool:
-        """Whether the run has ended; a signal now would come too late."""
+        """Whether the run is done, so that a signal would come too late."""
         return status(self.folder).get("state") == "done"
 
     def wait_for_step(self, step: int) -> None:
-        """Wait until this start has made a step."""
+        """Wait until this start has reached a step."""
         self.wait_until(lambda: self.is_over() or self.step() >= step, f"step {step}")
 
     def wait_for_save(self, step: int) -> None:
-        """Wait until a checkpoint is being written, after a step."""
+        """Wait until a checkpoint is being written after a step."""
         self.wait_for_step(step)
         folder = self.folder / "checkpoints"
         self.wait_until(lambda: self.is_over() or list(folder.glob(".step-*.new")), "a save")
 
     def wait_for_ranks(self) -> None:
-        """Wait until both ranks are processes; they import for seconds from here on."""
+        """Wait until both ranks are started; they import modules for seconds then."""
         self.wait_until(
             lambda: self.is_over() or len(self.ranks()) == 2,
             "two ranks",
-            every_s=0.1,  # it searches all processes
+            poll_s=0.1,  # the condition searches all processes
         )
 
     def resumed_step(self) -> int:
-        """The step that this start resumed from."""
+        """The step from which this start resumed."""
         return resumed_step(self.output)
 
     def has_stepped(self) -> bool:
-        """Whether this start has made a step of its own."""
+        """Whether this start has trained a step."""
         return re.search(r"^step \d+/", self.output, re.MULTILINE) is not None
 
     def step(self) -> int:
-        """The latest step of this start; 0 before it has made or resumed one."""
-        found = status(self.folder)
-        mine = found.get("started") or 0.0
-        return int(found.get("step") or 0) if mine >= self.began_at else 0
+        """The latest step of this start; 0 before it has trained or resumed."""
+        current = status(self.folder)
+        started = current.get("started") or 0.0
+        return int(current.get("step") or 0) if started >= self.began_at else 0
 
     def end(self, within_s: float = DEADLINE_S) -> int:
-        """Wait until no process of the run is left; returns the exit code that its starter saw."""
+        """Wait until all processes of the run have ended; returns the exit code of the command."""
         code = self.process.wait(DEADLINE_S)
         deadline = time.monotonic() + within_s
-        while left := self.processes():
+        while running := self.processes():
             if time.monotonic() > deadline:
-                names = [" ".join(_line(process))[-80:] for process in left]
+                names = [" ".join(_command_line(process))[-80:] for process in running]
                 self.kill()
-                raise AssertionError(f"still there after {within_s} s: {names}\n{self.output}")
+                raise AssertionError(f"still running after {within_s} s: {names}\n{self.output}")
             time.sleep(0.05)
         return code
 
     def kill(self) -> None:
-        """SIGKILL to everything."""
+        """Send SIGKILL to every process of the run."""
         for process in self.processes():
             send(process, signal.SIGKILL)
         self.process.wait(DEADLINE_S)
@@ -155,10 +158,10 @@ class Started:
 
 def start(
     run_file: Path, *overrides: str, before: tuple[str, ...] = (), log: Path | None = None
-) -> Started:
-    """Start a run as a user does; its output goes to `log`, by default beside the run file.
+) -> StartedRun:
+    """Start a run with DeepSpeed's launcher; its output goes to `log` or RUN.log.
 
-    `before` are words in front of the command, such as of setpriv.
+    `before`: a command that starts the command, such as setpriv.
     """
     log = log or run_file.with_suffix(".log")
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
@@ -172,14 +175,13 @@ def start(
             ],
             cwd=ROOT, env=clean, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-    return Started(run_file, process, log)
+    return StartedRun(run_file, process, log)
 
 
 def finish(run_file: Path) -> str:
-    """Start, and wait for the end of the run; returns the output.
+    """Start a run, wait until it is done, and return its output.
 
-    In the short form the ranks are forked without DeepSpeed's launcher, which matters only for runs
-    that are disturbed.
+    Without FAULTS=full the ranks are forked: DeepSpeed's launcher matters only for interruptions.
     """
     if IS_FULL:
         started = start(run_file)
@@ -193,9 +195,9 @@ def finish(run_file: Path) -> str:
 
 
 def resumed_step(output: str) -> int:
-    """The step that a start logged to resume from."""
-    found = re.findall(r"resuming from step (\d+)", output)
-    return int(found[-1]) if found else 0
+    """The step from which a start resumed, by its output; 0 if it did not."""
+    steps = re.findall(r"resuming from step (\d+)", output)
+    return int(steps[-1]) if steps else 0
 
 
 def losses(folder: Path) -> list[float]:
@@ -224,7 +226,7 @@ def send(process: psutil.Process, number: signal.Signals) -> None:
         return
 
 
-def _line(process: psutil.Process) -> list[str]:
+def _command_line(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
     except psutil.Error:

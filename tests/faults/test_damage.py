@@ -1,4 +1,4 @@
-"""A damaged checkpoint is named once and skipped, and the one before it is resumed."""
+"""A damaged checkpoint is skipped with one message, and the previous one is resumed from."""
 
 import shutil
 
@@ -9,13 +9,13 @@ from tests.faults.runs import IS_FULL, adapter, finish, losses, start, status, s
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(3000),
-    # One damage to a real run is in tests/e2e, all of them to a folder in tests/tensor.
+    # In `make test`: one damage to a run (tests/cli/test_train.py), all to a folder (tests/train).
     pytest.mark.skipif(not IS_FULL, reason="`make faults`"),
 ]
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
 
-def cut(name: str, share: float):
+def truncate(name: str, share: float):
     def damage(path):
         content = (path / name).read_bytes()
         (path / name).write_bytes(content[: int(share * len(content))])
@@ -42,7 +42,7 @@ def empty(path):
 
 
 DAMAGES = {
-    **{f"{name} cut at {place}/5": cut(name, place / 5) for name in FILES for place in range(5)},
+    **{f"{name} cut to {n}/5": truncate(name, n / 5) for name in FILES for n in range(5)},
     **{f"a byte of {name} flipped": flip(name) for name in FILES},
     **{f"no {name}": (lambda path, name=name: (path / name).unlink()) for name in FILES},
     "a planted pickle": plant,
@@ -64,17 +64,19 @@ def stopped(run_file, workspace):
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_checkpoint_is_skipped(stopped, straight, tmp_path, damage):
+def test_a_run_resumes_bitwise_from_the_checkpoint_before_a_damaged_one(
+    stopped, uninterrupted, tmp_path, damage
+):
     path, folder = stopped
-    keep = tmp_path / "keep"
-    shutil.copytree(folder, keep)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
     older, newest = sorted((folder / "checkpoints").glob("step-*"))[-2:]
     damage(newest)
     output = finish(path)
     assert output.count("is skipped") == 1
     assert f"{newest} is skipped" in output
     assert f"resuming from step {int(older.name[5:])}" in output
-    assert adapter(folder) == adapter(straight)
-    assert losses(folder) == losses(straight)
+    assert adapter(folder) == adapter(uninterrupted)
+    assert losses(folder) == losses(uninterrupted)
     shutil.rmtree(folder)
-    shutil.copytree(keep, folder)  # for the next damage
+    shutil.copytree(copy, folder)  # for the next damage

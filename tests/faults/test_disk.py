@@ -1,4 +1,4 @@
-"""Full, read-only, forbidden and deleted folders: training continues, older files stay intact."""
+"""Full, read-only, forbidden and deleted folders: training continues, and older files are kept."""
 
 import os
 import shutil
@@ -21,8 +21,8 @@ from tests.faults.runs import (
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
 needs_time = pytest.mark.skipif(not IS_FULL, reason="`make faults`")
-# Root may write anywhere unless it gives that up.
-AS_ANYONE = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
+# Root can write everywhere unless it drops these capabilities.
+WITHOUT_OVERRIDE = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def small_disk(folder, size: str):
 
 
 def fill(folder) -> None:
-    """Take every byte that is left."""
+    """Fill the disk completely."""
     with (folder / "ballast").open("ab", buffering=0) as file:
         for size in (65536, 4096, 1):
             try:
@@ -52,7 +52,7 @@ def content(folder, step: int) -> dict[str, bytes]:
 
 
 @needs_root
-def test_a_full_disk_costs_saves_only(run_file, workspace, straight):
+def test_a_full_disk_only_prevents_saves(run_file, workspace, uninterrupted):
     with small_disk(workspace / "full", "4m") as folder:
         run = start(run_file("full", save_total_limit=1))
         run.wait_for_step(4)
@@ -67,13 +67,13 @@ def test_a_full_disk_costs_saves_only(run_file, workspace, straight):
         run.wait_until(lambda: steps_on_disk(folder)[-1] > newest, "a save that succeeds")
         assert run.end() == 0, run.output
         assert failed_at is not None
-        assert adapter(folder) == adapter(straight)
-        assert losses(folder) == losses(straight)  # the lines that did not fit were written later
+        assert adapter(folder) == adapter(uninterrupted)
+        assert losses(folder) == losses(uninterrupted)  # lines that did not fit were written later
 
 
 @needs_time
 @needs_root
-def test_a_log_on_a_full_disk_ends_nothing(run_file, workspace, straight):
+def test_a_log_on_a_full_disk_does_not_end_the_run(run_file, workspace, uninterrupted):
     path, folder = run_file("logged"), workspace / "logged"
     with small_disk(workspace / "logs", "1m") as logs:
         run = start(path, log=logs / "run.log")
@@ -81,13 +81,15 @@ def test_a_log_on_a_full_disk_ends_nothing(run_file, workspace, straight):
         fill(logs)
         assert run.end() == 0, run.output
         assert f"step {TOTAL_STEPS}/" not in run.output
-    assert adapter(folder) == adapter(straight)
-    assert losses(folder) == losses(straight)
+    assert adapter(folder) == adapter(uninterrupted)
+    assert losses(folder) == losses(uninterrupted)
 
 
 @needs_time
 @needs_root
-def test_save_must_succeed_ends_the_run_with_the_older_one_intact(run_file, workspace, straight):
+def test_save_must_succeed_ends_the_run_and_keeps_the_older_checkpoint(
+    run_file, workspace, uninterrupted
+):
     with small_disk(workspace / "must", "4m") as folder:
         path = run_file("must", save_total_limit=1, save_must_succeed=True)
         run = start(path)
@@ -99,12 +101,12 @@ def test_save_must_succeed_ends_the_run_with_the_older_one_intact(run_file, work
         (folder / "ballast").unlink()
         newest = steps_on_disk(folder)[-1]
         assert f"resuming from step {newest}" in finish(path)
-        assert adapter(folder) == adapter(straight)
+        assert adapter(folder) == adapter(uninterrupted)
 
 
 @needs_time
 @needs_root
-def test_a_stop_on_a_full_disk_fails_and_names_the_checkpoint(run_file, workspace, straight):
+def test_a_stop_on_a_full_disk_fails_and_names_the_checkpoint(run_file, workspace, uninterrupted):
     with small_disk(workspace / "stopped", "4m") as folder:
         path = run_file("stopped", save_total_limit=1)
         run = start(path)
@@ -114,27 +116,29 @@ def test_a_stop_on_a_full_disk_fails_and_names_the_checkpoint(run_file, workspac
         (folder / "stop").touch()
         assert run.end() == 1, run.output
         assert "earlier checkpoints are unchanged" in run.output
-        assert not (folder / "stop").exists()  # or the next start would stop at once
+        assert not (folder / "stop").exists()  # else the next start would stop at once
         (folder / "ballast").unlink()
         finish(path)
-        assert adapter(folder) == adapter(straight)
+        assert adapter(folder) == adapter(uninterrupted)
 
 
 @needs_time
 @needs_root
-def test_a_folder_that_becomes_read_only(run_file, workspace, straight):
+def test_a_folder_that_becomes_read_only_ends_the_run_and_it_resumes_bitwise(
+    run_file, workspace, uninterrupted
+):
     path, folder = run_file("readonly"), workspace / "readonly"
     run = start(path)
     run.wait_for_step(4)
     with read_only(folder):
-        assert run.end() == 1, run.output  # trained to the end, with nowhere to put the adapter
+        assert run.end() == 1, run.output  # trained to the end, but the adapter cannot be written
     assert "is not saved" in run.output
     assert "adapter cannot be written" in run.output
     assert "start again to resume" in run.output
     assert "Traceback" not in run.output
     newest = steps_on_disk(folder)[-1]
     assert f"resuming from step {newest}" in finish(path)
-    assert adapter(folder) == adapter(straight)
+    assert adapter(folder) == adapter(uninterrupted)
 
 
 @contextmanager
@@ -148,21 +152,21 @@ def read_only(folder):
 
 
 @needs_time
-def test_permission_denied(run_file, workspace, straight):
+def test_a_folder_without_permission_only_prevents_saves(run_file, workspace, uninterrupted):
     path, folder = run_file("denied"), workspace / "denied"
-    run = start(path, before=AS_ANYONE if os.geteuid() == 0 else ())
+    run = start(path, before=WITHOUT_OVERRIDE if os.geteuid() == 0 else ())
     run.wait_for_step(4)
     (folder / "checkpoints").chmod(0o555)
     run.wait_until(lambda: "is not saved" in run.output, "a failed save")
     (folder / "checkpoints").chmod(0o755)
     assert run.end() == 0, run.output
     assert "Permission denied" in run.output
-    assert adapter(folder) == adapter(straight)
+    assert adapter(folder) == adapter(uninterrupted)
     assert steps_on_disk(folder)[-1] == 48
 
 
 @needs_time
-def test_a_folder_deleted_while_the_run_is_at_work(run_file, workspace, straight):
+def test_a_run_whose_folder_is_deleted_writes_it_again(run_file, workspace, uninterrupted):
     path, folder = run_file("deleted"), workspace / "deleted"
     run = start(path)
     run.wait_for_step(4)
@@ -170,6 +174,6 @@ def test_a_folder_deleted_while_the_run_is_at_work(run_file, workspace, straight
         shutil.rmtree(folder, ignore_errors=True)
     run.wait_until(lambda: (folder / "checkpoints").is_dir() and steps_on_disk(folder), "a save")
     run.kill()
-    output = finish(path)  # what is there now is a run again
+    output = finish(path)  # the folder has a complete run again
     assert "resuming from step" in output
-    assert adapter(folder) == adapter(straight)
+    assert adapter(folder) == adapter(uninterrupted)

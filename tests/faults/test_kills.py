@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: a run that is restarted until it ends has bit for bit the same adapter."""
+"""A run that is killed at random moments and restarted has bitwise the same adapter."""
 
 import random
 import signal
@@ -23,10 +23,10 @@ from tests.faults.runs import (
 )
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
-NUM_RUNS, KILLS_A_RUN = (20, 5) if IS_FULL else (1, 2)
+NUM_RUNS, KILLS_PER_RUN = (20, 5) if IS_FULL else (1, 2)
 VICTIMS = ("rank 0", "rank 1", "node launcher", "outer command", "everything")
 MOMENTS = ("start-up", "step", "step", "save", "save")
-# All processes end within this, after a dead rank as after a dead launcher.
+# All processes end within this time after a rank or a launcher is killed.
 WITHIN_S = 30.0
 
 
@@ -44,72 +44,76 @@ def kill(run: Started, victim: str) -> None:
         send(ranks[int(victim[-1]) % len(ranks)], signal.SIGKILL)
 
 
-def wait_for(run: Started, moment: str, step: int, chance: random.Random) -> None:
+def wait_for(run: Started, moment: str, step: int, random_source: random.Random) -> None:
     if moment == "start-up":
         run.wait_for_ranks()
-        time.sleep(chance.uniform(0, 8))
+        time.sleep(random_source.uniform(0, 8))
     elif moment == "step":
         run.wait_for_step(step)
-        time.sleep(chance.uniform(0, 0.1))
+        time.sleep(random_source.uniform(0, 0.1))
     else:
         run.wait_for_save(step)
-        time.sleep(chance.choice((0, chance.uniform(0, 0.02))))
+        time.sleep(random_source.choice((0, random_source.uniform(0, 0.02))))
 
 
 @dataclass
-class Tally:
-    """Counts over the kills of all runs."""
+class KillStatistics:
+    """Counts of runs, kills and repeated steps."""
 
     runs: int = 0
     kills: list[tuple[str, str]] = field(default_factory=list)
-    redone: list[int] = field(default_factory=list)
+    repeated: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """For the terminal and docs/reliability.md."""
+        """A line for the terminal and docs/reliability.md."""
         victims, moments = zip(*self.kills, strict=True)
         by_victim = ", ".join(f"{v} {victims.count(v)}" for v in VICTIMS)
         by_moment = ", ".join(f"{m} {moments.count(m)}" for m in dict.fromkeys(MOMENTS))
         return (
             f"{self.runs} runs, {len(self.kills)} kills ({by_victim}; {by_moment}); steps done "
-            f"again: {sum(self.redone)} in all, {max(self.redone)} at most, of "
+            f"again: {sum(self.repeated)} in all, {max(self.repeated)} at most, of "
             f"{self.runs * TOTAL_STEPS}"
         )
 
 
 @pytest.fixture(scope="module")
-def tally():
-    return Tally()
+def statistics():
+    return KillStatistics()
 
 
 @pytest.mark.parametrize("number", range(NUM_RUNS))
-def test_killed_and_started_again_is_bitwise_the_same(run_file, workspace, request, tally, number):
-    chance, is_packed = random.Random(f"{SEED} {number}"), number % 2 == 1
-    straight = request.getfixturevalue("straight_in_packs" if is_packed else "straight")
+def test_a_killed_and_restarted_run_is_bitwise_equal(
+    run_file, workspace, request, statistics, number
+):
+    random_source, is_packed = random.Random(f"{SEED} {number}"), number % 2 == 1
+    uninterrupted = request.getfixturevalue(
+        "uninterrupted_in_packs" if is_packed else "uninterrupted"
+    )
     name = f"killed-{number}"
     path, folder = run_file(name, **IN_PACKS if is_packed else {}), workspace / name
-    reached = 0  # the step to be reached again; a start that dies early reaches none
-    for turn in range(KILLS_A_RUN):
-        share = TOTAL_STEPS // (KILLS_A_RUN + 1)
-        step = turn * share + chance.randrange(2, share)
-        victim, moment = chance.choice(VICTIMS), chance.choice(MOMENTS)
+    reached = 0  # the latest step of a start that trained; the next start repeats up to it
+    for kill_number in range(KILLS_PER_RUN):
+        share = TOTAL_STEPS // (KILLS_PER_RUN + 1)
+        step = kill_number * share + random_source.randrange(2, share)
+        victim, moment = random_source.choice(VICTIMS), random_source.choice(MOMENTS)
         run = start(path)
-        wait_for(run, moment, step, chance)
+        wait_for(run, moment, step, random_source)
         assert not run.is_over()
         began = time.monotonic()
         kill(run, victim)
         run.end(WITHIN_S)
         took = time.monotonic() - began
         assert took < WITHIN_S, run.output
-        tally.kills.append((victim, moment))
-        made = run.step()
-        if run.has_stepped():  # else status.json still says how far an earlier start has come
-            tally.redone.append(max(0, reached - run.resumed_step()))
-            reached = made
-        print(f"run {number}: {victim} at {moment}, step {made}, all gone in {took:.1f} s")
-    tally.redone.append(max(0, reached - resumed_step(finish(path))))
-    assert adapter(folder) == adapter(straight)
-    assert losses(folder) == losses(straight)
-    # The newest checkpoint is at most one save old, and one more may have been in flight.
-    assert max(tally.redone) <= 2 * SAVE_STEPS
-    tally.runs += 1
-    print(f"run {number} ended bitwise the same; {tally}", flush=True)
+        statistics.kills.append((victim, moment))
+        last_step = run.step()
+        if run.has_stepped():  # else status.json has the step of an earlier start
+            statistics.repeated.append(max(0, reached - run.resumed_step()))
+            reached = last_step
+        print(f"run {number}: {victim} at {moment}, step {last_step}, all ended in {took:.1f} s")
+    statistics.repeated.append(max(0, reached - resumed_step(finish(path))))
+    assert adapter(folder) == adapter(uninterrupted)
+    assert losses(folder) == losses(uninterrupted)
+    # The newest checkpoint is at most one save old, and another save may have been in flight.
+    assert max(statistics.repeated) <= 2 * SAVE_STEPS
+    statistics.runs += 1
+    print(f"run {number} is bitwise equal; {statistics}", flush=True)

@@ -1,4 +1,4 @@
-"""Every signal in every phase to each process: stopped with a checkpoint, no step lost."""
+"""Every signal to each process in every phase stops a run with a checkpoint and loses no step."""
 
 import os
 import random
@@ -34,8 +34,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3000)]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PHASES = ("start-up", "step", "evaluation", "save")
 TARGETS = ("rank 0", "rank 1", "node launcher", "outer command", "terminal")
-STEPS_A_HIT = 16  # that a run may make between two signals: to an evaluation, and until it stops
-# A supervisor's patience; DeepSpeed's launcher itself waits 30 s for a rank.
+STEPS_PER_SIGNAL = 16  # bound of the steps between two signals: to an evaluation, and to the stop
+# Supervisors wait so long before SIGKILL; DeepSpeed's launcher waits 30 s for a rank.
 WITHIN_S = 30.0
 SHORT = [
     ("outer command", signal.SIGTERM, "evaluation"),
@@ -46,7 +46,7 @@ SHORT = [
 
 def deliver(run: Started, target: str, number: signal.Signals) -> None:
     if target == "terminal":
-        os.killpg(run.process.pid, number)  # as Ctrl-C does
+        os.killpg(run.process.pid, number)  # Ctrl-C does so
     elif target == "outer command":
         run.process.send_signal(number)
     elif target == "node launcher":
@@ -56,97 +56,101 @@ def deliver(run: Started, target: str, number: signal.Signals) -> None:
         send(ranks[int(target[-1]) % len(ranks)], number)
 
 
-def wait_for(run: Started, phase: str, step: int, chance: random.Random) -> None:
+def wait_for(run: Started, phase: str, step: int, random_source: random.Random) -> None:
     if phase == "start-up":
         run.wait_for_ranks()
-        time.sleep(chance.uniform(0, 8))
+        time.sleep(random_source.uniform(0, 8))
     elif phase == "step":
         run.wait_for_step(step)
-        time.sleep(chance.uniform(0, 0.1))
+        time.sleep(random_source.uniform(0, 0.1))
     elif phase == "save":
         run.wait_for_save(step)
-    else:  # the evaluation comes right after its step
+    else:  # the evaluation follows its step
         run.wait_for_step(-(-step // EVAL_STEPS) * EVAL_STEPS)
 
 
 def cases():
-    """For each target one run, which gets every signal in every phase in turn."""
+    """A run for each target, which gets every signal in every phase."""
     if not IS_FULL:
         return [("short", SHORT)]
     return [(t, [(t, s, p) for p in PHASES for s in SIGNALS]) for t in TARGETS]
 
 
-@pytest.mark.parametrize(("name", "hits"), cases(), ids=[name for name, _ in cases()])
-def test_a_signal_stops_with_a_checkpoint(run_file, workspace, request, name, hits):
+@pytest.mark.parametrize(("name", "signals"), cases(), ids=[name for name, _ in cases()])
+def test_a_signal_stops_a_run_with_a_checkpoint_and_loses_no_step(
+    run_file, workspace, request, name, signals
+):
     is_packed = name in ("short", "terminal")
-    straight = request.getfixturevalue("straight_in_packs" if is_packed else "straight")
+    uninterrupted = request.getfixturevalue(
+        "uninterrupted_in_packs" if is_packed else "uninterrupted"
+    )
     name = f"signalled-{name.replace(' ', '-')}"
     path, folder = run_file(name, **IN_PACKS if is_packed else {}), workspace / name
-    chance, lost, before, runs = random.Random(f"{SEED} {name}"), 0, 0, 1
-    for turn, (target, number, phase) in enumerate(hits):
-        if before > TOTAL_STEPS - STEPS_A_HIT:  # the next signal could come too late
-            require_same(path, folder, straight, before)
+    random_source, lost, before, runs = random.Random(f"{SEED} {name}"), 0, 0, 1
+    for turn, (target, number, phase) in enumerate(signals):
+        if before > TOTAL_STEPS - STEPS_PER_SIGNAL:  # else the next signal could come too late
+            assert_resumes_bitwise(path, folder, uninterrupted, before)
             shutil.rmtree(folder)
             before, runs = 0, runs + 1
         earlier, kept = status(folder), steps_on_disk(folder)
         run = start(path)
-        step = before + chance.randrange(1, 3)
-        wait_for(run, phase, step, chance)
+        step = before + random_source.randrange(1, 3)
+        wait_for(run, phase, step, random_source)
         assert not run.is_over(), f"{turn}: came too late"
         deliver(run, target, number)
         began = time.monotonic()
         code = run.end(WITHIN_S)
-        took, said = time.monotonic() - began, status(folder)
+        took, final = time.monotonic() - began, status(folder)
         assert took < WITHIN_S, run.output
         print(
-            f"{number.name} to {target} in {phase}: code {code}, status {said.get('state')} "
-            f"{said.get('exit_code')} at step {said.get('step')}, all gone in {took:.1f} s"
+            f"{number.name} to {target} in {phase}: code {code}, status {final.get('state')} "
+            f"{final.get('exit_code')} at step {final.get('step')}, all ended in {took:.1f} s"
         )
         assert not psutil.pid_exists(run.process.pid)
-        if phase == "start-up" and said.get("step", 0) == earlier.get("step", 0):
-            # Until all ranks have met a signal just ends a process; then it is a stop like any.
-            assert said == earlier or (said["state"], said["exit_code"]) == ("stopped", 75)
+        if phase == "start-up" and final.get("step", 0) == earlier.get("step", 0):
+            # Before all ranks have met, a signal only ends a process; afterwards it stops the run.
+            assert final == earlier or (final["state"], final["exit_code"]) == ("stopped", 75)
             assert steps_on_disk(folder) == kept, run.output
             assert code != 0 or target == "node launcher", run.output
             continue
-        assert (said["state"], said["exit_code"]) == ("stopped", 75), run.output
-        assert steps_on_disk(folder)[-1] == said["step"] >= before, run.output
+        assert (final["state"], final["exit_code"]) == ("stopped", 75), run.output
+        assert steps_on_disk(folder)[-1] == final["step"] >= before, run.output
         if "rank" in target:
             assert code == 75, run.output
         if before:
             lost += before - run.resumed_step()
-        before = said["step"]
-    require_same(path, folder, straight, before)
-    print(f"{len(hits)} signals to {runs} runs, steps lost: {lost}")
+        before = final["step"]
+    assert_resumes_bitwise(path, folder, uninterrupted, before)
+    print(f"{len(signals)} signals to {runs} runs, steps lost: {lost}")
     assert lost == 0
 
 
-def require_same(path, folder, straight, step):
-    """Resume the run to its end, and compare it with an undisturbed one."""
+def assert_resumes_bitwise(path, folder, uninterrupted, step):
+    """Resume the run to its end, and compare it with the uninterrupted one."""
     output = finish(path)
     assert f"resuming from step {step}" in output
-    assert adapter(folder) == adapter(straight)
-    assert losses(folder) == losses(straight)
+    assert adapter(folder) == adapter(uninterrupted)
+    assert losses(folder) == losses(uninterrupted)
 
 
-def test_ctrl_c_stops_with_a_checkpoint_where_the_reader_of_the_output_ends_first(
-    run_file, workspace, straight
+def test_ctrl_c_stops_with_a_checkpoint_if_the_reader_of_the_output_ends_first(
+    run_file, workspace, uninterrupted
 ):
-    """As in `deepspeed ... | tee log`, where Ctrl-C ends tee at once."""
+    """In `deepspeed ... | tee log`, Ctrl-C ends tee at once."""
     path, folder = run_file("piped"), workspace / "piped"
-    pipe, shown = workspace / "piped.pipe", b""
+    pipe, output = workspace / "piped.pipe", b""
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     run = start(path, log=pipe)
-    pipe.unlink()  # the run has it open; another reader would wait for ever
+    pipe.unlink()  # the run has it open; another reader would wait forever
     pipe.touch()
-    while b"step 3/" not in shown:
-        assert run.process.poll() is None, shown.decode()
+    while b"step 3/" not in output:
+        assert run.process.poll() is None, output.decode()
         with suppress(BlockingIOError):
-            shown += os.read(reader, 4096)
+            output += os.read(reader, 4096)
         time.sleep(0.01)
     os.close(reader)
-    run.wait_for_step(5)  # it continues although nobody reads
+    run.wait_for_step(5)  # it continues without a reader
     os.killpg(run.process.pid, signal.SIGINT)
     run.process.wait(WITHIN_S)
     while run.processes():
@@ -155,11 +159,11 @@ def test_ctrl_c_stops_with_a_checkpoint_where_the_reader_of_the_output_ends_firs
     assert (status(folder)["state"], status(folder)["exit_code"]) == ("stopped", 75)
     assert steps_on_disk(folder)[-1] == status(folder)["step"]
     assert "resuming from step" in finish(path)
-    assert adapter(folder) == adapter(straight)
+    assert adapter(folder) == adapter(uninterrupted)
 
 
-def test_an_interrupt_ends_a_rank_that_waits_for_the_others(run_file):
-    """Python only records it while torch waits, and the `&` of a script switches it off."""
+def test_an_interrupt_ends_a_rank_that_waits_at_the_rendezvous(run_file):
+    """While torch waits, Python only records the signal; a shell's `&` makes it ignored."""
     port = free_port()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
