@@ -13,7 +13,7 @@ from tests.faults.runs import (
     SAVE_STEPS,
     SEED,
     TOTAL_STEPS,
-    Started,
+    StartedRun,
     adapter,
     finish,
     losses,
@@ -30,7 +30,7 @@ MOMENTS = ("start-up", "step", "step", "save", "save")
 WITHIN_S = 30.0
 
 
-def kill(run: Started, victim: str) -> None:
+def kill(run: StartedRun, victim: str) -> None:
     if victim == "everything":
         for process in run.processes():
             send(process, signal.SIGKILL)
@@ -44,7 +44,7 @@ def kill(run: Started, victim: str) -> None:
         send(ranks[int(victim[-1]) % len(ranks)], signal.SIGKILL)
 
 
-def wait_for(run: Started, moment: str, step: int, random_source: random.Random) -> None:
+def wait_for(run: StartedRun, moment: str, step: int, random_source: random.Random) -> None:
     if moment == "start-up":
         run.wait_for_ranks()
         time.sleep(random_source.uniform(0, 8))

@@ -20,7 +20,7 @@ from tests.faults.runs import (
     ROOT,
     SEED,
     TOTAL_STEPS,
-    Started,
+    StartedRun,
     adapter,
     finish,
     losses,
@@ -44,7 +44,7 @@ SHORT = [
 ]
 
 
-def deliver(run: Started, target: str, number: signal.Signals) -> None:
+def deliver(run: StartedRun, target: str, number: signal.Signals) -> None:
     if target == "terminal":
         os.killpg(run.process.pid, number)  # Ctrl-C does so
     elif target == "outer command":
@@ -56,7 +56,7 @@ def deliver(run: Started, target: str, number: signal.Signals) -> None:
         send(ranks[int(target[-1]) % len(ranks)], number)
 
 
-def wait_for(run: Started, phase: str, step: int, random_source: random.Random) -> None:
+def wait_for(run: StartedRun, phase: str, step: int, random_source: random.Random) -> None:
     if phase == "start-up":
         run.wait_for_ranks()
         time.sleep(random_source.uniform(0, 8))
