@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.plan.given.class_proof import (
     cached_proof,
     ensure_proof,
-    without_leaking_packs,
+    without_mixing_packs,
 )
 from pipeline.plan.given.shape import read_shape
 from pipeline.preflight.host import require_writable
@@ -70,7 +70,7 @@ def _with_checked_class(settings: RunSettings) -> RunSettings:
     proof = cached_proof(shape, settings)
     if proof is not None and proof.refusals:
         raise UserError(f"model: {settings.model} cannot be trained correctly: {proof.refusals[0]}")
-    return without_leaking_packs(settings, proof)
+    return without_mixing_packs(settings, shape, proof)[0]
 
 
 def main() -> None:

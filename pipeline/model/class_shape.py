@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,16 @@ class _Attention(torch.autograd.Function):
 
 
 def _attend(
-    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **others: Any
+    module: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *rest: Any,
+    documents: list[Any] | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
+    if documents is not None:
+        documents.append(module)
     out: torch.Tensor = _Attention.apply(q, k, v)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2).contiguous(), None
 
@@ -97,6 +105,7 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
         "has_head_bias": getattr(head, "bias", None) is not None,
         "parameters": sum(p.numel() for p in model.parameters()),
         "rewritten_by_peft": _rewritten_by_peft(model, decoder),
+        "separate_blocks": _num_separate_blocks(decoder),
         "blocks": [json.loads(kind) for kind in distinct],
         "layer_kinds": [distinct.index(kind) for kind in kinds],
     }
@@ -286,6 +295,24 @@ def _saved_per_block(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> l
     return counts
 
 
+def _pretended_tracing() -> AbstractContextManager[Any]:
+    """Make transformers believe that it is tracing.
+
+    It then does not read the values of masks and positions, which tensors on the meta device lack.
+    """
+    return patch.object(masking_utils, "is_tracing", lambda *_: True)
+
+
+@torch.no_grad()
+def _num_separate_blocks(decoder: Any) -> int:
+    """Number of blocks whose attention receives the documents of a pack."""
+    receivers: list[Any] = []
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    with suppress(TypeError), _pretended_tracing():  # a decoder without further arguments
+        decoder(input_ids=ids, use_cache=False, documents=receivers)
+    return len(receivers)
+
+
 def _count_saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[str, int]]:
     """Saved activations of each block, per token, in one forward pass in bf16.
 
@@ -315,10 +342,8 @@ def _count_saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[
         )
     )
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-    # Tensors on the meta device have no values. If transformers believes that it is tracing, it
-    # does not read the values of masks and positions.
     with (
-        patch.object(masking_utils, "is_tracing", lambda *_: True),
+        _pretended_tracing(),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         try:

@@ -22,7 +22,7 @@ from pipeline.plan.given.class_proof import (
     Proof,
     cached_proof,
     ensure_proof,
-    without_leaking_packs,
+    without_mixing_packs,
 )
 from pipeline.plan.given.data_size import DataSize
 from pipeline.plan.given.hardware import Hardware
@@ -249,9 +249,9 @@ def rank_plans(
     _raise_input_refusals(plan_input)
     adapter_counts(shape, settings)  # raises UserError if a target matches no layer
     proof = cached_proof(shape, settings)
-    settings = without_leaking_packs(settings, proof)
-    if proof is not None and proof.without_packs and not settings.packing:
-        why["packing"] = f"false, because {proof.without_packs[0]}"
+    settings, reason = without_mixing_packs(settings, shape, proof)
+    if reason:
+        why["packing"] = f"false, because {reason}"
     plan_input = replace(plan_input, settings=settings, proof=proof)
     _raise_input_refusals(plan_input)
     cluster = Cluster(hardware=hardware, nodes=nodes, ranks_per_node=ranks_per_node)

@@ -58,14 +58,28 @@ def cached_proof(shape: ModelShape, settings: RunSettings) -> Proof | None:
         return None
 
 
-def without_leaking_packs(settings: RunSettings, proof: Proof | None) -> RunSettings:
-    """The settings, with `packing: false` if the class mixes the documents of a pack.
+def without_mixing_packs(
+    settings: RunSettings, shape: ModelShape, proof: Proof | None
+) -> tuple[RunSettings, str]:
+    """The settings, with `packing: false` if the class would mix documents, and the reason.
 
     If the user set `packing: true`, it stays, and the rule `class-packs` refuses the run.
     """
-    if proof is None or not proof.without_packs or "packing" in settings.model_fields_set:
-        return settings
-    return settings.model_copy(update={"packing": False})
+    reason = reason_against_packs(shape, proof)
+    if not reason or "packing" in settings.model_fields_set:
+        return settings, ""
+    return settings.model_copy(update={"packing": False}), reason
+
+
+def reason_against_packs(shape: ModelShape, proof: Proof | None) -> str:
+    """Why the class would mix the documents of a pack, empty if it would not.
+
+    The checks decide. Before they have run, the shape does, so that a plan by name has no packs
+    that the run would not have.
+    """
+    if proof is None:
+        return shape.mixes_documents
+    return proof.without_packs[0] if proof.without_packs else ""
 
 
 def ensure_proof(settings: RunSettings, shape: ModelShape) -> None:

@@ -86,6 +86,7 @@ class ModelShape:
     bidirectional: str = ""  # entry of config.json that lets tokens attend to later tokens
     other_head: str = ""  # class of a checkpoint that has no language-model head
     has_other_towers: bool = False  # has linear layers outside decoder and head (vision tower)
+    separate_blocks: int | None = None  # blocks that keep packed documents separate; None: all
     is_from_class: bool = False  # counted on the model's class, not computed by families.py
     other_parameters: int = 0  # outside blocks, embeddings, final norm and head
     source: str | None = None
@@ -99,6 +100,16 @@ class ModelShape:
     def hidden_size(self) -> int:
         """Width of the hidden state."""
         return self.blocks[0].hidden_size
+
+    @property
+    def mixes_documents(self) -> str:
+        """The reason why packs would mix their documents; empty if blocks keep them separate."""
+        if self.separate_blocks in (None, self.num_layers):
+            return ""
+        return (
+            f"{self.separate_blocks} of {self.num_layers} blocks of this {self.model_type} model "
+            "keep the documents of a packed sequence separate"
+        )
 
     def counts(self, first: int = 0) -> list[tuple[Block, int]]:
         """Each kind of block with the number of its layers, from layer `first` to the last."""
@@ -353,6 +364,7 @@ def _from_class(config: Config, model: str, sizes: Mapping[str, Any]) -> ModelSh
         layers_name=sizes["layers_name"],
         has_head_bias=sizes["has_head_bias"],
         has_other_towers=sizes["has_other_towers"],
+        separate_blocks=sizes["separate_blocks"],
         is_from_class=True,
         **_common_fields({**config.get("text_config", {}), **config}, model),
     )

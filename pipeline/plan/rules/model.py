@@ -6,6 +6,7 @@ from pipeline.plan.cost.memory import checkpoint_bytes
 from pipeline.plan.cost.speed import step_seconds
 from pipeline.plan.cost.stopping import slow_stop_warning
 from pipeline.plan.given.adapter_counts import trainable_parameters
+from pipeline.plan.given.class_proof import reason_against_packs
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.rules.rule import DEEPSPEED, PlanContext, PlanInput, Rule, issue
@@ -194,9 +195,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="class-packs",
         level="refuse",
-        applies=lambda s: (
-            _first_reason(s.proof.without_packs) if s.proof and s.settings.packing else ""
-        ),
+        applies=lambda s: reason_against_packs(s.shape, s.proof) if s.settings.packing else "",
         reason="packing: this model class does not keep the documents of a pack separate",
         remedy="set packing: false, or leave it out",
         source="pipeline/model/proof.py",
