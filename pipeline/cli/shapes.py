@@ -35,14 +35,17 @@ def shapes() -> None:
 
 
 def shape_by_class(model: PublishedModel) -> dict[str, Any]:
-    """The shape of a model, counted on its class."""
+    """The shape of a model, counted on its class, or the reason why the class is refused."""
     from pipeline.model.class_shape import count_shape  # imports torch and transformers
 
     config = {key: value for key, value in model.config.items() if key != "quantization_config"}
     config["model_type"] = model.counted_as or config["model_type"]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return count_shape(Path(folder))
+        try:
+            return count_shape(Path(folder))
+        except ValueError as error:
+            return {"refused": str(error)}
 
 
 def text_of(counted: dict[str, dict[str, Any]]) -> str:

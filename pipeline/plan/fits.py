@@ -49,7 +49,7 @@ def fit_rows(
     models: Sequence[PublishedModel], settings: RunSettings, cluster: Cluster
 ) -> list[FitRow]:
     """A row for each model, smallest first."""
-    rows = [_fit_row(model.shape(), settings, cluster) for model in models]
+    rows = [_fit_row(model.shape(), settings, cluster) for model in models if not model.refusal]
     return sorted(rows, key=lambda row: (row.parameters, row.name))
 
 

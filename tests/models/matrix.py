@@ -106,7 +106,7 @@ def with_state(result, problems):
             problems.append(f"{mode}: {values['zero_matrices']} matrices of the adapter are zero")
         merged = values.get("merged", 0.0)
         # The merge may be refused only where the checks of the class said so before training.
-        if not found["without_merge"] if isinstance(merged, str) else merged > MERGE_LIMIT:
+        if not result["without_merge"] if isinstance(merged, str) else merged > MERGE_LIMIT:
             problems.append(f"{mode}: merge: {merged}")
     if problems:
         return {"state": "failed", "reason": "; ".join(_short(text) for text in problems), **result}

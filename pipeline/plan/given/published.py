@@ -45,8 +45,20 @@ class PublishedModel:
         """Whether families.py lacks the model's type, so that its class was counted."""
         return self.config["model_type"] not in FAMILIES
 
+    @property
+    def refusal(self) -> str:
+        """Why the model's class cannot be trained; empty if it can."""
+        return _shapes_by_name()[self.name].get("refused", "") if self.needs_class else ""
+
     def shape(self, name: str | None = None) -> ModelShape:
-        """The shape of the model, under its own name or one of the names in `also`."""
+        """The shape of the model, under its own name or one of the names in `also`.
+
+        Raises UserError if the model's class cannot be trained.
+        """
+        if self.refusal:
+            raise UserError(
+                f"model: the class of {name or self.name} cannot be trained: {self.refusal}"
+            )
         class_sizes = _shapes_by_name()[self.name] if self.needs_class else None
         source = f"{self.source}, {self.date}"
         return shape_of(self.config, name or self.name, class_sizes=class_sizes, source=source)

@@ -169,13 +169,13 @@ class ModelShape:
         """The targets of `lora_target_modules: auto`: all linear layers of blocks except routers.
 
         Each is the last part of a module's name (`q_proj`), which is the form that serving engines
-        read. Fused experts are not linear layers, and are adapted only if the user names them.
+        read, and stands for layers that can all be adapted. Fused experts are not linear layers,
+        and are adapted only if the user names them.
         """
-        linears = chain.from_iterable(block.linears for block in self.blocks)
-        names = [
-            x.name for x in linears if x.is_adaptable and x.is_called and not _ROUTER.match(x.name)
-        ]
-        return list(dict.fromkeys(map(_last_part, names)))
+        linears = list(chain.from_iterable(block.linears for block in self.blocks))
+        refused = {_last_part(x.name) for x in linears if not (x.is_adaptable and x.is_called)}
+        names = [_last_part(x.name) for x in linears if not _ROUTER.match(x.name)]
+        return [name for name in dict.fromkeys(names) if name not in refused]
 
     def targeted(self, targets: str | Sequence[str]) -> list[tuple[str, Linear]]:
         """The linear layers that get an adapter, with their full names.
