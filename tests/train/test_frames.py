@@ -1,13 +1,9 @@
 """There are at most 8 frames of this project between `main()` and the forward pass."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import yaml
 
-from tests import ROOT
+from tests.commands import run
 from tests.tiny import make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(200)]
@@ -39,12 +35,9 @@ def test_at_most_8_frames_are_between_main_and_the_forward_pass(tmp_path, tiny_m
         "output_dir": str(tmp_path / "run"), "max_steps": 1, "max_length": 128, "lora_r": 8,
     }  # fmt: skip
     run_file.write_text(yaml.safe_dump(settings))
-    result = subprocess.run(
-        [sys.executable, "-c", CODE, run_file], capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("FRAMES")]
+    code, output = run("-c", CODE, run_file)
+    assert code == 0, output
+    (line,) = [line for line in output.splitlines() if line.startswith("FRAMES")]
     frames = line.split()[1:]
     assert frames[-1] == "_forward"
     assert len(frames) <= MOST_FRAMES, frames

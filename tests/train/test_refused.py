@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from tests import ROOT
 from tests.cli.test_bad_input import SCRIPT
+from tests.commands import run
 from tests.messages import assert_mentions
 from tests.tiny import make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+TRAIN = str(ROOT / "launch/train.py")
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +42,24 @@ def case(unfinished, tmp_path) -> Path:
     return Path(shutil.copytree(unfinished, tmp_path / "copy"))
 
 
-def train(workspace: Path, **change) -> tuple[int, str]:
+def write_run_file(workspace: Path, **change) -> None:
     settings = {
         "model": "model", "train_data": "train.jsonl", "output_dir": "run", "max_steps": 6,
         "global_batch_size": 4, "batch_size": 1, "max_length": 64, "lora_r": 4, "packing": False,
         "bf16": False, "lr": 1e-3,
     }  # fmt: skip
     (workspace / "RUN.yaml").write_text(yaml.safe_dump(settings | change))
-    script = SCRIPT.replace("launch/train.py", str(ROOT / "launch/train.py"))
+
+
+def train(workspace: Path, **change) -> tuple[int, str]:
+    write_run_file(workspace, **change)
+    return run(TRAIN, "RUN.yaml", cwd=workspace)
+
+
+def train_in_a_new_interpreter(workspace: Path, **change) -> tuple[int, str]:
+    """The output tells whether torch was imported."""
+    write_run_file(workspace, **change)
+    script = SCRIPT.replace("launch/train.py", TRAIN)
     result = subprocess.run(
         [sys.executable, "-c", script, "RUN.yaml"], cwd=workspace, check=False, text=True,
         env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
@@ -63,7 +75,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def assert_refused(workspace: Path, *facts: object, **change) -> None:
     before = content(workspace / "run")
-    code, output = train(workspace, **change)
+    code, output = train_in_a_new_interpreter(workspace, **change)
     assert code == 2, output
     assert_mentions(output, *facts)
     assert "Traceback" not in output

@@ -1,9 +1,6 @@
 """Worker processes build the same batches as the rank itself; a killed worker is reported."""
 
-import os
 import pickle
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from pipeline.data.order.order import BatchLayout, RankWork
 from pipeline.data.prepare.prepare import prepare_data
 from pipeline.plan.cost.per_token import SequenceFlops
 from tests import ROOT
+from tests.commands import run
 from tests.messages import assert_mentions
 from tests.tiny import Documents, make_rows, make_tokenizer
 
@@ -90,15 +88,11 @@ def test_prefetch_factor_bounds_the_batches_that_wait(tmp_path):
 
 
 def run_as_a_rank(code: str, tmp_path) -> str:
-    """Run a script with a split and its work in a new process."""
+    """Run a script with a split and its work in a forked process."""
     (tmp_path / "rank.py").write_text(IMPORTS + code)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, tmp_path / "rank.py"],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    exit_code, output = run(tmp_path / "rank.py", PYTHONPATH=str(ROOT))
+    assert exit_code == 0, output
+    return output
 
 
 IMPORTS = """

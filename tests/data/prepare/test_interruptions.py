@@ -12,7 +12,7 @@ from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.data.dataset.writer import SplitWriter
 from pipeline.data.prepare import prepare as module
 from pipeline.data.prepare.prepare import prepare_data
-from tests import ROOT
+from tests import commands
 from tests.data.prepare.preparation import row
 
 pytestmark = pytest.mark.tensor
@@ -36,12 +36,8 @@ def test_a_killed_preparation_leaves_the_earlier_data(run):
         "settings = RunSettings.model_validate_json(sys.argv[1])\n"
         "prepare.prepare_data(settings, Path(sys.argv[2]))\n"
     )
-    killed = subprocess.run(
-        [sys.executable, "-c", code, run.settings().model_dump_json(), str(run.data)],
-        cwd=ROOT,
-        check=False,
-    )
-    assert killed.returncode == 9
+    exit_code, output = commands.run("-c", code, run.settings().model_dump_json(), run.data)
+    assert exit_code == 9, output
     assert len([path for path in run.data.iterdir() if path.name.endswith(".tmp")]) == 1
     assert DataIndex.load(run.data) == first
     assert len(open_split(first.train)) == 24
@@ -103,11 +99,11 @@ def test_the_second_of_two_writers_replaces_a_damaged_split_of_the_first(run, mo
 
 
 def test_two_concurrent_preparations_both_succeed(run):
-    command = [sys.executable, "-c", PREPARE, run.settings().model_dump_json(), str(run.data)]
-    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
-    printed = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert printed[0] == printed[1] == b"24 6\n"
+    settings = run.settings().model_dump_json()
+    with commands.Command("-c", PREPARE, settings, run.data, variables=[{}, {}]) as both:
+        exit_code, output = both.end()
+        assert exit_code == 0, output
+        assert [printed for printed, _ in both.outputs] == ["24 6\n"] * 2
     assert not [path for path in run.data.iterdir() if path.name.endswith(".tmp")]
 
 

@@ -1,16 +1,13 @@
 """A run folder inside the folder of its training data, and a fractional number of epochs."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 import yaml
 
 from pipeline.train.metrics import read_metrics
-from tests import ROOT
+from tests.commands import Command, run
 from tests.tiny import make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -28,14 +25,6 @@ def write_run_file(folder, name, model):
     return path, folder / "runs" / name
 
 
-def train(run_file):
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    return subprocess.Popen(
-        [sys.executable, "launch/train.py", run_file],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
 def key_and_files(folder):
     audit = json.loads((folder / "data" / "audit.json").read_text())
     (source,) = audit["train"]["sources"]
@@ -47,22 +36,22 @@ def test_run_files_are_never_data_and_a_fractional_epoch_resumes_bitwise(tiny_mo
     folder.mkdir()
     make_rows(folder / "rows.jsonl", 60)
     straight_file, straight = write_run_file(folder, "straight", tiny_model)
-    output, _ = (process := train(straight_file)).communicate()
-    assert process.returncode == 0, output
+    code, output = run("launch/train.py", straight_file)
+    assert code == 0, output
 
     # The folder now has the JSON Lines files of a finished run, and later those of a stopped one.
     stopped_file, stopped = write_run_file(folder, "stopped", tiny_model)
-    process = train(stopped_file)
-    while len(read_metrics(stopped / "metrics.jsonl")) < STEPS - 7:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-    (stopped / "stop").touch()
-    output, _ = process.communicate()
-    assert process.returncode == 75, output
+    with Command("launch/train.py", stopped_file) as command:
+        while len(read_metrics(stopped / "metrics.jsonl")) < STEPS - 7:
+            assert command.is_running(), command.output
+            time.sleep(0.005)
+        (stopped / "stop").touch()
+        code, output = command.end()
+    assert code == 75, output
     step = json.loads((stopped / "status.json").read_text())["step"]
     assert STEPS - 8 < step < STEPS  # within the last half epoch
-    output, _ = (process := train(stopped_file)).communicate()
-    assert process.returncode == 0, output
+    code, output = run("launch/train.py", stopped_file)
+    assert code == 0, output
 
     assert key_and_files(stopped) == key_and_files(straight)
     assert key_and_files(stopped)[1] == {str(folder / "rows.jsonl"): 60}
