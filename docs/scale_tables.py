@@ -178,7 +178,7 @@ def fixed() -> str:
                 cells = [_cell(best) for best in found] + [""] * (len(counts) - len(found))
                 lines.append(
                     f"| {batch} | {model.upper()} | {base} | {' | '.join(cells)} "
-                    f"| {pays_up_to(seconds)} |"
+                    f"| {gpus_worth_using(seconds)} |"
                 )
     return "\n".join(lines)
 
@@ -219,8 +219,8 @@ def _minutes(candidate: Candidate) -> float:
     return DOCUMENTS * EPOCHS * TOKENS / candidate.speed.tokens_per_second / 60
 
 
-def pays_up_to(seconds: dict[int, float]) -> int:
-    """The count up to which each doubling makes a step at least _WORTH times faster."""
+def gpus_worth_using(seconds: dict[int, float]) -> int:
+    """The number of GPUs up to which each doubling makes a step at least _WORTH times faster."""
     counts = sorted(seconds)
     for fewer, more in pairwise(counts):
         if seconds[fewer] / seconds[more] < _WORTH:

@@ -19,10 +19,10 @@ class RankContext:
     """The input of a probe: the run to check, as read by one rank.
 
     `problems`: error messages that explain why `settings` or `plan` is None. `beat`: called with
-    the name of the next phase, for the watchdog. `missing_gpus`: variable that assigns GPUs to this
-    process although the driver detects none (devices.py). `is_training`: whether this is the check
-    at the start of training. Then a single process probes only its first GPU; launch/preflight.py
-    probes all GPUs.
+    the name of the next phase, for the watchdog. `missing_gpus`: environment variable with its
+    value, such as `CUDA_VISIBLE_DEVICES=0`, that assigns GPUs to this process although the driver
+    detects none (devices.py). `is_training`: whether this is the check at the start of training.
+    Then a single process probes only its first GPU; launch/preflight.py probes all GPUs.
     """
 
     placement: Placement

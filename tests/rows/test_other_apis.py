@@ -1,4 +1,4 @@
-"""Rows in the form of other APIs give the example of the same row in OpenAI's form."""
+"""A row in the form of another API is read as the same example as that row in OpenAI's form."""
 
 import json
 
@@ -89,7 +89,7 @@ BEDROCK = {
 
 
 @pytest.mark.parametrize("row", [GEMINI, BEDROCK], ids=["gemini", "bedrock"])
-def test_the_row_gives_the_example_of_openai_s_form(row):
+def test_the_row_is_read_as_the_same_example_as_in_openai_s_form(row):
     expected = read_example(row_of(EXPECTED))
     assert read_example(row_of(row)) == expected
 
@@ -107,8 +107,8 @@ def test_names_in_snake_case_are_read_too():
     assert read_example(row_of(json.loads(text))) == read_example(row_of(EXPECTED))
 
 
-def test_a_table_s_nulls_in_parts_change_nothing():
-    """A table has every key in every part."""
+def test_keys_of_a_part_that_are_null_are_ignored():
+    """Rows of a Parquet file have every key in every part; keys that are not set are null."""
     keys = ("text", "thought", "functionCall", "functionResponse")
     contents = [
         {**turn, "parts": [dict.fromkeys(keys) | part for part in turn["parts"]]}
@@ -118,7 +118,7 @@ def test_a_table_s_nulls_in_parts_change_nothing():
     assert read_example(row_of(row)) == read_example(row_of(EXPECTED))
 
 
-def test_results_in_messages_of_the_role_function_are_tool_messages():
+def test_a_function_response_with_role_function_is_read_as_a_tool_message():
     contents = [
         turn | {"role": "function"} if "functionResponse" in turn["parts"][0] else turn
         for turn in GEMINI["contents"]
@@ -146,7 +146,7 @@ def test_every_name_of_a_role_is_known_in_both_forms_of_a_message(role, column):
         {"text": "a", "thought": "hm"},
     ],
 )
-def test_other_parts_refuse_the_row_by_name(part):
+def test_a_row_with_an_unsupported_part_is_refused_and_the_part_is_named(part):
     row = {
         "contents": [{"role": "user", "parts": [part]}, {"role": "model", "parts": [{"text": "a"}]}]
     }

@@ -70,7 +70,7 @@ def status(state: str, **fields) -> str:
     return dump_json(values | fields)
 
 
-def ranks(text: str = "", code: int = 0, more: str = "") -> str:
+def ranks_script(text: str = "", code: int = 0, more: str = "") -> str:
     """The script of the ranks: write `text` to status.json, run `more`, and exit with the code."""
     write = f"cat >run/status.json <<'END'\n{text}END\n" if text else ""
     return f"{write}{more}\nexit {code}\n"

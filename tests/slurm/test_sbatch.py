@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.cluster.stop import StopRequests
 from tests.messages import assert_mentions
-from tests.slurm.fake_slurm import ROOT, ranks, status
+from tests.slurm.fake_slurm import ROOT, ranks_script, status
 
 pytestmark = pytest.mark.unit
 
@@ -38,7 +38,7 @@ def test_a_script_passes_shellcheck(path):
 
 
 def test_one_task_is_started_for_each_gpu(job):
-    code, output = job.train(ranks(status("done")), "lr=1e-4")
+    code, output = job.train(ranks_script(status("done")), "lr=1e-4")
     assert code == 0, output
     assert "done: run" in output
     srun = job.calls("srun")[-1]
@@ -59,7 +59,9 @@ def test_a_job_may_have_another_working_folder(job):
     elsewhere = job.folder / "elsewhere"
     elsewhere.mkdir()
     (job.submit / "my run.yaml").rename(elsewhere / "my run.yaml")
-    process = job.start("train.sbatch", "my run.yaml", do=ranks(status("done")), cwd=elsewhere)
+    process = job.start(
+        "train.sbatch", "my run.yaml", do=ranks_script(status("done")), cwd=elsewhere
+    )
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert (elsewhere / "run/logs/7/start-0").is_dir()
@@ -68,7 +70,7 @@ def test_a_job_may_have_another_working_folder(job):
 def test_without_gpus_each_task_is_a_rank_with_the_requested_cpus(job):
     del job.environment["SLURM_GPUS_ON_NODE"]
     requested = {"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "3", "OMP_NUM_THREADS": "1"}
-    assert job.train(ranks(status("done")), **requested)[0] == 0
+    assert job.train(ranks_script(status("done")), **requested)[0] == 0
     assert {"--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=3"} <= set(job.calls("srun")[-1])
     assert job.variable("OMP_NUM_THREADS") == "1"
 
@@ -87,7 +89,7 @@ def test_without_gpus_each_task_is_a_rank_with_the_requested_cpus(job):
     ],
 )
 def test_ranks_and_cpus_are_those_that_every_node_has(job, gpus, variables, options):
-    code, output = job.train(ranks(status("done")), **variables, SLURM_GPUS_ON_NODE=gpus)
+    code, output = job.train(ranks_script(status("done")), **variables, SLURM_GPUS_ON_NODE=gpus)
     assert code == 0, output
     assert options <= set(job.calls("srun")[-1])
 
@@ -103,22 +105,26 @@ def test_ranks_and_cpus_are_those_that_every_node_has(job, gpus, variables, opti
 def test_an_allocation_that_differs_between_nodes_or_lacks_cpus_is_refused(
     job, gpus, variables, facts
 ):
-    code, output = job.train(ranks(status("done")), **variables, SLURM_GPUS_ON_NODE=gpus)
+    code, output = job.train(ranks_script(status("done")), **variables, SLURM_GPUS_ON_NODE=gpus)
     assert code == 2, output
     assert_mentions(output, *facts)
-    assert len(job.calls("srun")) == 1  # creates folders on the nodes
+    # The only call creates folders on the nodes; no call starts ranks.
+    assert len(job.calls("srun")) == 1
 
 
 def test_a_step_that_cannot_start_ends_the_job_with_slurm_s_message(job):
     """`srun --immediate` fails after its limit."""
     refusal = "srun: error: Unable to create step for job 7: Requested nodes are busy"
-    code, output = job.train(ranks("", 1, f"echo '{refusal}' >&2"))
+    code, output = job.train(ranks_script("", 1, f"echo '{refusal}' >&2"))
     assert (code, refusal in output, job.requeued()) == (1, True, []), output
 
 
 def test_ranks_have_node_local_caches_and_no_variables_that_hide_gpus(job):
     job.train(
-        ranks(status("done")), SLURM_GPUS_PER_TASK="1", SLURM_CPUS_PER_GPU="4", TMPDIR="/fast"
+        ranks_script(status("done")),
+        SLURM_GPUS_PER_TASK="1",
+        SLURM_CPUS_PER_GPU="4",
+        TMPDIR="/fast",
     )
     assert job.variable("HF_HUB_OFFLINE") == "1"
     assert job.variable("TRITON_CACHE_DIR") == f"/fast/rankzero-{os.getuid()}/triton"
@@ -137,9 +143,9 @@ def test_the_environment_of_the_project_is_used_if_none_is_active(job):
     python.rename(project_python)
     python.write_text("#!/bin/bash\nexit 1\n")
     python.chmod(0o755)
-    assert job.train(ranks(status("done")))[0] == 0
+    assert job.train(ranks_script(status("done")))[0] == 0
     project_python.unlink()
-    code, output = job.train(ranks(status("done")))
+    code, output = job.train(ranks_script(status("done")))
     assert (code, "make install" in output) == (1, True), output
 
 
@@ -149,15 +155,15 @@ EARLIER_STATUS = status("stopped", started=1.5)
 @pytest.mark.parametrize(
     ("do", "code", "requeued", "part"),
     [
-        (ranks(status("stopped"), 75), 75, ["7"], "stopped at step 4; requeued"),
+        (ranks_script(status("stopped"), 75), 75, ["7"], "stopped at step 4; requeued"),
         # A node was lost: srun's exit code 0 does not count.
-        (ranks(status("running"), 0), 1, [], "status.json: running at step 4"),
-        (ranks(status("failed", exit_code=1, reason='rank 1: "a, b",'), 137), 1, [], "a, b"),
-        (ranks(status("failed", exit_code=2, reason="data"), 143), 2, [], "at step 4: data"),
-        (ranks(code=137, more='echo "srun: error: n: task 1: Exited with exit code 2" >&2'),
+        (ranks_script(status("running"), 0), 1, [], "status.json: running at step 4"),
+        (ranks_script(status("failed", exit_code=1, reason='rank 1: "a, b",'), 137), 1, [], "a, b"),
+        (ranks_script(status("failed", exit_code=2, reason="data"), 143), 2, [], "at step 4: data"),
+        (ranks_script(code=137, more='echo "srun: error: n: task 1: Exited with exit code 2" >&2'),
          2, [], "task 1: Exited with exit code 2"),
-        (ranks(code=1), 1, [], "not requeued"),
-        (ranks(code=0), 1, [], "not requeued"),
+        (ranks_script(code=1), 1, [], "not requeued"),
+        (ranks_script(code=0), 1, [], "not requeued"),
     ],
 )  # fmt: skip
 def test_status_json_decides_the_exit_code_and_the_requeue(job, do, code, requeued, part):
@@ -170,9 +176,9 @@ def test_status_json_decides_the_exit_code_and_the_requeue(job, do, code, requeu
 @pytest.mark.parametrize(
     ("do", "code", "part"),
     [
-        (ranks(EARLIER_STATUS, 1), 1, "not requeued"),
-        (ranks(status("done", started=1.5), 2), 2, "not requeued"),
-        (ranks(status("done", started=1.5), 0), 0, ""),
+        (ranks_script(EARLIER_STATUS, 1), 1, "not requeued"),
+        (ranks_script(status("done", started=1.5), 2), 2, "not requeued"),
+        (ranks_script(status("done", started=1.5), 0), 0, ""),
     ],
 )
 def test_the_status_of_an_earlier_start_does_not_requeue_the_job(job, do, code, part):
@@ -187,7 +193,7 @@ def test_the_status_of_an_earlier_start_does_not_requeue_the_job(job, do, code, 
 def test_the_log_of_a_failed_rank_is_shown_and_the_reason_is_last(job):
     say = 'for i in 3 4; do echo "it broke" >"$LOGS/rank-$i.log"; done\n'
     say += 'echo "step 1" >>"$LOGS/rank-0.log"'
-    do = ranks(status("failed", exit_code=1, reason="rank 3: it broke"), 1, say)
+    do = ranks_script(status("failed", exit_code=1, reason="rank 3: it broke"), 1, say)
     _, output = job.train(do)
     assert "rank-3.log:\nit broke" in output
     assert output.count("it broke") == 2  # in the log, and in the reason
@@ -198,7 +204,7 @@ def test_the_log_of_a_failed_rank_is_shown_and_the_reason_is_last(job):
 def test_without_a_new_status_the_last_line_of_rank_0_is_the_last_line(job):
     say = 'echo "srun: it broke" >&2; echo "rank 3 fell" >"$LOGS/rank-3.log"\n'
     say += 'echo "cannot write" >>"$LOGS/rank-0.log"'
-    _, output = job.train(ranks("", 1, say))
+    _, output = job.train(ranks_script("", 1, say))
     assert output.index("srun: it broke") < output.index("rank 3 fell")
     assert output.splitlines()[-1].endswith("rank 0: cannot write")
 
@@ -213,7 +219,7 @@ def test_without_a_new_status_the_last_line_of_rank_0_is_the_last_line(job):
 )
 def test_a_job_that_slurm_or_a_user_ends_is_not_requeued_by_the_script(job, state, requeued):
     (job.folder / "fake/job_state").write_text(state)
-    code, output = job.train(ranks(status("stopped"), 75))
+    code, output = job.train(ranks_script(status("stopped"), 75))
     assert (code, job.requeued()) == (75, requeued), output
 
 
@@ -224,48 +230,49 @@ def test_a_job_stopped_by_the_stop_file_is_not_requeued(job):
     (folder / "stop").touch()
     stop_reason = StopRequests(folder, None, is_first=True).reason()
     reason = f"stopped at step 4 of 9 ({stop_reason}); start again to resume"
-    code, output = job.train(ranks(status("stopped", reason=reason), 75))
+    code, output = job.train(ranks_script(status("stopped", reason=reason), 75))
     assert (code, job.requeued()) == (75, []), output
     assert_mentions(output, "run/stop", "not requeued")
 
 
 def test_a_refused_requeue_ends_with_the_code_of_a_stopped_run(job):
     (job.folder / "fake/no_requeue").touch()
-    code, output = job.train(ranks(status("stopped"), 75))
+    code, output = job.train(ranks_script(status("stopped"), 75))
     assert (code, "not requeued" in output) == (75, True), output
 
 
 @pytest.mark.parametrize("command", ["show", "requeue"])
 def test_a_short_outage_of_slurmctld_is_waited_out(job, command):
     (job.folder / f"fake/away-{command}").write_text("2")
-    code, output = job.train(ranks(status("stopped"), 75))
+    code, output = job.train(ranks_script(status("stopped"), 75))
     assert (code, job.requeued()[-1:]) == (75, ["7"]), output
     assert "not requeued" not in output
 
 
 def test_a_long_outage_of_slurmctld_ends_the_job_with_a_message(job):
     (job.folder / "fake/away-show").write_text("99")
-    code, output = job.train(ranks(status("stopped"), 75))
+    code, output = job.train(ranks_script(status("stopped"), 75))
     assert (code, "slurmctld does not answer" in output) == (75, True), output
     (job.folder / "fake/away-show").write_text("0")
     outage = 'echo 99 >"$FAKE/away-show"'
-    code, output = job.train(ranks(status("stopped"), 75, outage))
+    code, output = job.train(ranks_script(status("stopped"), 75, outage))
     assert (code, job.requeued()) == (75, []), output
     assert "stopped at step 4; slurmctld does not answer" in output
 
 
 def test_three_requeues_without_progress_are_the_last(job):
-    outputs = [job.train(ranks(status("stopped", started=n), 75))[1] for n in range(2, 6)]
+    outputs = [job.train(ranks_script(status("stopped", started=n), 75))[1] for n in range(2, 6)]
     assert len(job.requeued()) == 3
     assert_mentions(outputs[-1], "3 requeues", "step 4")
-    job.train(ranks(status("stopped", started=6.0, step=5), 75))  # progress: the count starts at 0
+    # The step is larger, so the count of requeues without progress starts at 0 again.
+    job.train(ranks_script(status("stopped", started=6.0, step=5), 75))
     assert len(job.requeued()) == 4
 
 
 def test_a_stop_while_loading_does_not_count_as_progress(job):
     """The step of such a stop is 0, between two starts that reached step 4."""
     for n, step in enumerate([4, 0, 4, 0]):
-        _, output = job.train(ranks(status("stopped", started=n + 2.5, step=step), 75))
+        _, output = job.train(ranks_script(status("stopped", started=n + 2.5, step=step), 75))
     assert len(job.requeued()) == 3
     assert_mentions(output, "not requeued", "3 requeues")
 
@@ -274,7 +281,7 @@ def test_a_stop_while_loading_does_not_count_as_progress(job):
 def test_a_step_in_status_json_that_is_not_a_number_counts_as_0(job, step):
     """A damaged or edited file; bash arithmetic would execute $(...)."""
     text = status("stopped").replace('"step": 4', f'"step": {step}')
-    code, output = job.train(ranks(text, 75))
+    code, output = job.train(ranks_script(text, 75))
     assert (code, job.requeued()) == (75, ["7"]), output
     assert_mentions(output, "status.json: step is not a number", "stopped at step 0")
     assert not (job.submit / "injected").exists()
@@ -283,7 +290,7 @@ def test_a_step_in_status_json_that_is_not_a_number_counts_as_0(job, step):
 def test_a_count_of_requeues_that_is_not_a_number_is_ignored(job):
     (job.submit / "run/logs/7").mkdir(parents=True)
     (job.submit / "run/logs/7/requeues").write_text("x[$(touch injected)] 9\n")
-    code, output = job.train(ranks(status("stopped"), 75))
+    code, output = job.train(ranks_script(status("stopped"), 75))
     assert (code, job.requeued()) == (75, ["7"]), output
     assert not (job.submit / "injected").exists()
     assert (job.submit / "run/logs/7/requeues").read_text() == "4 1\n"
@@ -305,7 +312,7 @@ def test_a_node_without_scontrol_is_refused_at_once(job, script):
 
 
 def test_a_heterogeneous_job_is_refused(job):
-    code, output = job.train(ranks(status("done")), SLURM_HET_SIZE="2")
+    code, output = job.train(ranks_script(status("done")), SLURM_HET_SIZE="2")
     assert code == 2, output
     assert_mentions(output, "heterogeneous", "2 components")
     assert not (job.folder / "fake/calls").exists()
@@ -315,7 +322,7 @@ def test_a_heterogeneous_job_is_refused(job):
 def test_a_start_waits_only_for_a_status_written_on_another_node(job, host, waits):
     (job.submit / "run").mkdir()
     (job.submit / "run/status.json").write_text(status("running", host=host, started=1.5))
-    code, output = job.train(ranks(status("done")), SLURM_RESTART_COUNT="1")
+    code, output = job.train(ranks_script(status("done")), SLURM_RESTART_COUNT="1")
     assert (code, "sleeps 61" in output) == (0, waits), output
     assert (job.submit / "run/logs/7/start-1").is_dir()
 
@@ -324,20 +331,22 @@ def test_preflight_checks_and_is_not_requeued(job):
     (job.submit / "run").mkdir()
     (job.submit / "run/status.json").write_text(EARLIER_STATUS)
     say = 'echo "all well" >>"$LOGS/rank-0.log"'
-    code, output = job.run("train.sbatch", "--preflight", "my run.yaml", do=ranks("", 0, say))
+    code, output = job.run(
+        "train.sbatch", "--preflight", "my run.yaml", do=ranks_script("", 0, say)
+    )
     assert (code, "all well" in output) == (0, True), output
     assert job.calls("srun")[-1][-2:] == ["pipeline.cli.preflight", "my run.yaml"]
     code, output = job.run("train.sbatch", "--preflight", "my run.yaml", "--json", "lr=1e-4")
     assert code == 0, output
     assert job.calls("srun")[-1][-3:] == ["my run.yaml", "lr=1e-4", "--json"]
-    code, _ = job.run("train.sbatch", "--preflight", "my run.yaml", do=ranks("", 1))
+    code, _ = job.run("train.sbatch", "--preflight", "my run.yaml", do=ranks_script("", 1))
     assert (code, job.requeued()) == (1, [])
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "debug.sbatch"])
 def test_a_script_copied_out_of_its_folder_names_the_right_place(job, script):
     (job.folder / "my checkout/slurm/env.sh").rename(job.folder / "env.sh")
-    code, output = job.run(script, "my run.yaml", do=ranks(status("done")))
+    code, output = job.run(script, "my run.yaml", do=ranks_script(status("done")))
     assert (code, f"slurm/{script}" in output) == (2, True), output
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.messages import assert_mentions
-from tests.slurm.fake_slurm import ranks, status
+from tests.slurm.fake_slurm import ranks_script, status
 
 pytestmark = pytest.mark.unit
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.unit
 )  # fmt: skip
 def test_ranks_run_in_the_container(job, script, words, call):
     job.use_container(words)
-    code, output = job.run(script, "my run.yaml", do=ranks(status("done")))
+    code, output = job.run(script, "my run.yaml", do=ranks_script(status("done")))
     assert code == 0, output
     srun = job.calls("srun")[-1]
     start = srun.index("python")
@@ -37,7 +37,7 @@ def test_ranks_run_in_the_container(job, script, words, call):
 )
 def test_the_checks_of_train_sbatch_run_in_the_container(job, words, program):
     job.use_container(words)
-    code, output = job.train(ranks(status("done")))
+    code, output = job.train(ranks_script(status("done")))
     assert code == 0, output
     checks = [words for words in job.calls(program) if {"-P", "-c"} <= set(words)]
     assert len(checks) == 2  # RankZero can be imported, and the run file loads
@@ -45,7 +45,7 @@ def test_the_checks_of_train_sbatch_run_in_the_container(job, words, program):
 
 def test_a_wrong_run_file_is_refused_by_the_python_of_the_container(job):
     job.use_container("apptainer exec /i/rankzero.sif")
-    code, output = job.train(ranks(status("done")), "lorar=1")
+    code, output = job.train(ranks_script(status("done")), "lorar=1")
     assert code == 2, output
     assert_mentions(output, "lorar", "lora_r")
 
@@ -53,6 +53,6 @@ def test_a_wrong_run_file_is_refused_by_the_python_of_the_container(job):
 def test_a_container_without_rankzero_is_refused(job):
     job.use_container("apptainer exec /i/empty.sif")
     (job.folder / "fake/image/python").write_text("#!/bin/bash\nexit 1\n")
-    code, output = job.train(ranks(status("done")))
+    code, output = job.train(ranks_script(status("done")))
     assert code == 1, output
     assert_mentions(output, "apptainer exec /i/empty.sif", "env.sh")

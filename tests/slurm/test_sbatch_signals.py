@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.fake_slurm import ranks, status
+from tests.slurm.fake_slurm import ranks_script, status
 
 pytestmark = pytest.mark.unit
 
@@ -33,7 +33,7 @@ def test_a_warning_before_the_ranks_are_started_starts_none(job):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_warning_reaches_the_ranks_and_the_script_waits_for_their_checkpoint(job, number):
-    write = "touch signalled; for i in {1..15}; do /bin/sleep 0.1; done; " + ranks(
+    write = "touch signalled; for i in {1..15}; do /bin/sleep 0.1; done; " + ranks_script(
         status("stopped"), 75
     )
     do = f"on_signal() {{ {write} }}\ntrap on_signal USR1\n{WORK}"
@@ -54,7 +54,7 @@ def test_a_warning_between_the_last_check_and_the_start_reaches_the_ranks(job):
     assert text.count(question) == 1
     script.write_text(text.replace(question, f"{question}kill -s USR1 $$\n"))
     code, output = job.train(
-        f"for i in {{1..50}}; do /bin/sleep 0.1; done; {ranks(status('done'))}"
+        f"for i in {{1..50}}; do /bin/sleep 0.1; done; {ranks_script(status('done'))}"
     )
     assert (code, job.requeued()) == (75, ["7"]), output
 

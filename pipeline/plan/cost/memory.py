@@ -124,7 +124,8 @@ def quantisation_constants(shape: ModelShape, settings: RunSettings) -> int:
     if settings.load_in_4bit:
         return int(n / 64 * (1 + 4 / 256)) if settings.bnb_4bit_use_double_quant else n // 16
     if settings.load_in_8bit:
-        return 4 * sum(n * sum(x.d_out for x in block.linears) for block, n in shape.counts())
+        rows = sum(count * sum(x.d_out for x in block.linears) for block, count in shape.counts())
+        return 4 * rows
     return 0
 
 
@@ -168,9 +169,10 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
         terms["whole_on_every_rank"] = gathers(shape, settings).persistent * element_bytes
         if layout.hpz_partition_size > 1:
             terms["hpz_copy"] = sharded // layout.hpz_partition_size
-        # the shard, and copies on every rank except those of experts' adapters
+        # Each rank has its shard of the adapter, and a whole copy of the adapter without the part
+        # on experts.
         of_experts = adapter_counts(shape, settings).expert_parameters
-        terms["adapter_weights"] = b * (trainable - of_experts) + b * trainable // world
+        terms["adapter_weights"] = b * trainable // world + b * (trainable - of_experts)
         # DeepSpeed 0.19.8 stage3.py allocates fp32 gradients and one bucket persistently
         terms["adapter_gradients"] = 4 * trainable // world
         terms["zero_buckets"] = 4 * bucket_elements(shape, settings)
@@ -183,24 +185,26 @@ def _moments(
     """The temporary terms, for each moment of a step that may be its peak."""
     k = layout.checkpointed_layers
     boundaries = k * acts.boundary
-    not_checkpointed = [count for _, count in shape.counts(first=k)]
-    in_unchecked = sum(
+    not_checkpointed = [count for _, count in shape.counts(start=k)]
+    saved_without_checkpoint = sum(
         n * block.saved for n, block in zip(not_checkpointed, acts.blocks, strict=True)
     )
-    saved = boundaries + in_unchecked
+    saved = boundaries + saved_without_checkpoint
     # The peak within blocks is reached either when all blocks that are not checkpointed hold their
     # activations, or later, when those are freed and one checkpointed block is being recomputed.
     recomputed = [
         block.recomputed
-        for (_, count), unchecked, block in zip(
+        for (_, count), num_not_checkpointed, block in zip(
             shape.counts(), not_checkpointed, acts.blocks, strict=True
         )
-        if count > unchecked
+        if count > num_not_checkpointed
     ]
-    in_block = max(in_unchecked, *recomputed) if recomputed else in_unchecked
+    in_block = (
+        max(saved_without_checkpoint, *recomputed) if recomputed else saved_without_checkpoint
+    )
     accumulated, reduction = _gradients(shape, settings, layout, is_cuda=is_cuda)
     from_earlier = accumulated if layout.accumulation_steps > 1 else {}
-    # Each backward pass begins with an empty bucket (DeepSpeed 0.19.8 stage_1_and_2.py:3256).
+    # Each backward pass allocates a new bucket (DeepSpeed 0.19.8 stage_1_and_2.py:3256).
     bucket = layout.bytes_per_value * bucket_elements(shape, settings)
     filling = {} if layout.is_sharded else {"zero_buckets": bucket}
     is_reduced_early = trainable_parameters(shape, settings) > bucket_elements(shape, settings)
@@ -259,21 +263,21 @@ def _gathered(shape: ModelShape, settings: RunSettings, layout: Layout) -> tuple
 
     The experts of every block that is not checkpointed stay gathered until its backward pass
     (measured: only linear layers release their weights and gather them again in the backward pass).
-    If experts have an adapter, only the adapter stays gathered, because autograd then saves the sum
-    of the experts' weights and the adapter (activations.py).
+    If experts have an adapter, only the adapter stays gathered: the backward pass does not need the
+    experts' weights, because autograd saves their sum with the adapter (activations.py).
     """
     if not layout.is_sharded:
         return 0, 0, 0
     b = layout.bytes_per_value
     head = shape.vocab_size * shape.hidden_size * b
     experts, largest = 0, 0
-    not_checkpointed = [n for _, n in shape.counts(first=layout.checkpointed_layers)]
+    not_checkpointed = [n for _, n in shape.counts(start=layout.checkpointed_layers)]
     adapters = adapter_counts_by_kind(shape, settings)
-    for (block, count), num_unchecked, adapter in zip(
+    for (block, count), num_not_checkpointed, adapter in zip(
         shape.counts(), not_checkpointed, adapters, strict=True
     ):
         of_adapter = b * adapter.expert_parameters // max(1, count)
-        experts += num_unchecked * (of_adapter or b * block.expert_parameters)
+        experts += num_not_checkpointed * (of_adapter or b * block.expert_parameters)
         largest = max(largest, _block_bytes(block, settings, b) + of_adapter)
     return head, largest, experts
 

@@ -111,9 +111,9 @@ class ModelShape:
             "keep the documents of a packed sequence separate"
         )
 
-    def counts(self, first: int = 0) -> list[tuple[Block, int]]:
-        """Each kind of block with the number of its layers, from layer `first` to the last."""
-        kinds = self.layer_kinds[first:]
+    def counts(self, start: int = 0) -> list[tuple[Block, int]]:
+        """Each kind of block with the number of its layers, from layer `start` to the last."""
+        kinds = self.layer_kinds[start:]
         return [(block, kinds.count(kind)) for kind, block in enumerate(self.blocks)]
 
     @cached_property

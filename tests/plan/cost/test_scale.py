@@ -8,9 +8,9 @@ from docs.scale_tables import (
     BASES,
     Case,
     filled,
+    gpus_worth_using,
     hardware,
     link_bytes,
-    pays_up_to,
     settings_of,
     shape_of,
     waiting,
@@ -39,10 +39,11 @@ def test_a_step_on_slow_links_takes_the_time_of_its_bytes(base, sharding, gpus):
     assert waiting(speed) == pytest.approx(sent / (0.7 * slow), rel=1e-3)
 
 
-def test_doubling_pays_up_to_the_first_small_gain():
-    assert pays_up_to({8: 8.0, 16: 4.0, 32: 2.1}) == 32
-    assert pays_up_to({8: 8.0, 16: 4.0, 32: 3.9, 64: 1.0}) == 16
-    assert pays_up_to({16: 4.0}) == 16
+def test_more_gpus_are_worthwhile_until_a_doubling_gains_little():
+    """Input: seconds of a step for each number of GPUs."""
+    assert gpus_worth_using({8: 8.0, 16: 4.0, 32: 2.1}) == 32
+    assert gpus_worth_using({8: 8.0, 16: 4.0, 32: 3.9, 64: 1.0}) == 16
+    assert gpus_worth_using({16: 4.0}) == 16
 
 
 def test_tables_replace_the_text_between_their_markers():
