@@ -2,9 +2,11 @@
 
 import pytest
 
+from pipeline.train.folder import open_run
+from pipeline.train.start import decide_start
 from tests.model.models import build, cache_shape
 from tests.models.kinds import ALL
-from tests.tiny import make_tokenizer
+from tests.tiny import make_plan, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -21,3 +23,17 @@ def folder_of(tmp_path_factory):
         return folders[kind]
 
     return make
+
+
+@pytest.fixture
+def begin(tmp_path, tiny_model):
+    """The run folder, and a function that starts a run in it and returns the decision."""
+    folder = tmp_path / "run"
+
+    def start(is_debug: bool = False, **settings) -> str:
+        plan = make_plan(tiny_model, **settings)
+        decided = decide_start(folder, plan, is_debug=is_debug)
+        open_run(folder, plan, decided, is_debug=is_debug)
+        return decided
+
+    return folder, start

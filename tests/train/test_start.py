@@ -11,55 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.settings import RunSettings, settings_with
-from pipeline.data.prepare.prepare import prepare_data, train_key
-from pipeline.model.fingerprint import record_base_of_run
-from pipeline.train.context import requeued_settings
-from pipeline.train.folder import open_run
 from pipeline.train.names import FILES, FOLDERS
 from pipeline.train.owner import identity
-from pipeline.train.start import STARTS, decide_start
+from pipeline.train.start import STARTS
 from pipeline.train.status import is_alive, read_status
 from tests.messages import refused
-from tests.tiny import CHATML, make_plan
+from tests.train.starts import ACCEPTED, OTHER, has_results, leave
 
 pytestmark = pytest.mark.unit
 
-ACCEPTED = {"epochs": 2, "accept_changes": ["total_steps"]}
-OTHER = {"lr": 0.5}
 REFUSED = None
 
 
-@pytest.fixture
-def begin(tmp_path, tiny_model):
-    """The folder, and a function that starts a run in it: settings -> start."""
-    folder = tmp_path / "run"
-
-    def start(is_debug: bool = False, **settings) -> str:
-        plan = make_plan(tiny_model, **settings)
-        decided = decide_start(folder, plan, is_debug=is_debug)
-        open_run(folder, plan, decided, is_debug=is_debug)
-        return decided
-
-    return folder, start
-
-
-def leave(folder: Path, state: str, *, adapter: bool = True, checkpoint: bool = True) -> None:
-    """Files of an earlier start, in addition to those of open_run."""
-    fields = {"state": state, "host": "elsewhere", "heartbeat": 0, "pids": [1]}
-    (folder / "status.json").write_text(json.dumps(fields))
-    if checkpoint:
-        (folder / "checkpoints/step-00000009").mkdir(parents=True, exist_ok=True)
-    if adapter:
-        (folder / "adapter").mkdir(exist_ok=True)
-
-
-def has_results(folder: Path) -> bool:
-    return (folder / "checkpoints/step-00000009").exists() or (folder / "adapter").exists()
-
-
-# Found -> how to leave a folder like that.
-FOUND = {
+# State of the folder -> function that brings it into this state.
+STATES = {
     "no run": lambda folder, start: None,
     "no progress": lambda folder, start: (
         start(),
@@ -71,7 +36,7 @@ FOUND = {
 }
 OVERWRITE, NEVER = {"overwrite": True}, {"resume": "never"}
 ROWS = [
-    # found, changed settings, start
+    # state of the folder, changed settings, start
     *(("no run", change, "new") for change in ({}, ACCEPTED, OTHER, OVERWRITE, NEVER)),
     *(("no progress", change, "new") for change in ({}, ACCEPTED, OTHER, OVERWRITE, NEVER)),
     ("unfinished", {}, "resume"),
@@ -99,25 +64,33 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("found", "settings", "expected"), ROWS)
-def test_a_row_of_the_table(begin, found, settings, expected):
+@pytest.mark.parametrize(
+    ("state", "settings", "expected"), [row for row in ROWS if row[2] is not REFUSED]
+)
+def test_a_start_of_the_table(begin, state, settings, expected):
     folder, start = begin
-    FOUND[found](folder, start)
+    STATES[state](folder, start)
     had_results = has_results(folder)
-    if expected is REFUSED:
-        with refused("output_dir", folder, "overwrite: true"):
-            start(**settings)
-    else:
-        assert start(**settings) == expected
+    assert start(**settings) == expected
     assert has_results(folder) == (had_results and expected != "new")
 
 
+@pytest.mark.parametrize(("state", "settings"), [row[:2] for row in ROWS if row[2] is REFUSED])
+def test_a_refusal_of_the_table_keeps_the_results(begin, state, settings):
+    folder, start = begin
+    STATES[state](folder, start)
+    had_results = has_results(folder)
+    with refused("output_dir", folder, "overwrite: true"):
+        start(**settings)
+    assert has_results(folder) == had_results
+
+
 def test_the_table_has_a_row_for_each_state_and_change():
-    assert STARTS.keys() == FOUND.keys()
+    assert STARTS.keys() == STATES.keys()
     changes = {"none": {}, "accepted": ACCEPTED, "other": OTHER}
-    for found, starts in STARTS.items():
+    for state, starts in STARTS.items():
         for change, expected in starts.items():
-            assert (found, changes[change], expected) in ROWS
+            assert (state, changes[change], expected) in ROWS
 
 
 def test_a_new_run_writes_its_settings_and_plan(begin):
@@ -134,19 +107,25 @@ def test_settings_that_do_not_decide_the_result_may_change(begin, state):
     assert start(zero_stage=3, batch_size=2, logging_steps=1) == "resume"
 
 
-@pytest.mark.parametrize("left", [{"adapter": True}, {"adapter": False}])
-@pytest.mark.parametrize("settings", [{}, ACCEPTED])
-def test_a_finished_run_without_a_checkpoint_is_not_trained_again(begin, left, settings):
+def test_a_finished_run_without_a_checkpoint_stays_done(begin):
+    folder, start = begin
+    start()
+    leave(folder, "done", checkpoint=False)
+    assert start() == "done"
+    assert (folder / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "settings"), [(True, ACCEPTED), (False, {}), (False, ACCEPTED)]
+)
+def test_a_finished_run_without_a_checkpoint_is_not_trained_again(begin, adapter, settings):
     """It would begin at step 0 and replace the adapter."""
     folder, start = begin
     start()
-    leave(folder, "done", checkpoint=False, **left)
-    if left["adapter"] and not settings:
-        assert start() == "done"
-    else:
-        with refused("output_dir", folder, "no checkpoint", "overwrite: true"):
-            start(**settings)
-    assert (folder / "adapter").exists() == left["adapter"]
+    leave(folder, "done", adapter=adapter, checkpoint=False)
+    with refused("output_dir", folder, "no checkpoint", "overwrite: true"):
+        start(**settings)
+    assert (folder / "adapter").exists() == adapter
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "adapter"])
@@ -317,15 +296,23 @@ def test_foreign_files_are_left_alone(begin, name):
         start(overwrite=True)
 
 
-@pytest.mark.parametrize("damage", ["", "{", None])
-def test_a_run_whose_status_is_lost_is_still_a_run(begin, damage):
+@pytest.mark.parametrize("text", ["", "{"])
+def test_a_run_whose_status_is_damaged_is_still_a_run(begin, text):
     folder, start = begin
     start()
     leave(folder, "running")
-    if damage is None:
-        (folder / "status.json").unlink()
-    else:
-        (folder / "status.json").write_text(damage)
+    (folder / "status.json").write_text(text)
+    with refused("lr: 0.001 -> 0.5"):
+        start(lr=0.5)
+    assert start() == "resume"
+    assert has_results(folder)
+
+
+def test_a_run_whose_status_is_missing_is_still_a_run(begin):
+    folder, start = begin
+    start()
+    leave(folder, "running")
+    (folder / "status.json").unlink()
     with refused("lr: 0.001 -> 0.5"):
         start(lr=0.5)
     assert start() == "resume"
@@ -356,11 +343,13 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("name", [*FILES, *FOLDERS, "stop", "data/audit.json"])
-def test_an_entry_that_no_run_writes_under_this_name_is_refused(begin, name, wrong):
-    if wrong == ("a folder" if name in FOLDERS else "a file"):
-        return
+FILE_NAMES = [*FILES, "stop", "data/audit.json"]
+WRONG_ENTRIES = [(name, kind) for name in FOLDERS for kind in WRONG if kind != "a folder"]
+WRONG_ENTRIES += [(name, kind) for name in FILE_NAMES for kind in WRONG if kind != "a file"]
+
+
+@pytest.mark.parametrize(("name", "kind"), WRONG_ENTRIES)
+def test_an_entry_that_no_run_writes_under_this_name_is_refused(begin, name, kind):
     folder, start = begin
     start()
     leave(folder, "stopped")
@@ -369,17 +358,24 @@ def test_an_entry_that_no_run_writes_under_this_name_is_refused(begin, name, wro
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
-    WRONG[wrong](path)
+    WRONG[kind](path)
     with refused("output_dir", path):
         start(**OTHER, overwrite=True)
     assert os.path.lexists(path)
 
 
-@pytest.mark.parametrize("name", ["stop", "data", "logs"])
-def test_files_that_may_be_there_before_a_run(begin, name):
+def test_a_stop_file_may_be_there_before_a_run(begin):
     folder, start = begin
     folder.mkdir()
-    (folder / name).touch() if name == "stop" else (folder / name).mkdir()
+    (folder / "stop").touch()
+    assert start() == "new"
+    assert (folder / "stop").exists()
+
+
+@pytest.mark.parametrize("name", ["data", "logs"])
+def test_a_folder_that_may_be_there_before_a_run(begin, name):
+    folder, start = begin
+    (folder / name).mkdir(parents=True)
     assert start() == "new"
     assert (folder / name).exists()
 
@@ -401,157 +397,3 @@ def test_a_run_is_alive_while_its_process_or_its_heartbeat_is():
     # A later process with the same number is another one.
     later = identity() | {"pids": [os.getppid()], "started": 1.0, "heartbeat": now}
     assert not is_alive(running | later)
-
-
-@pytest.mark.parametrize("state", ["stopped", "done"])
-def test_a_change_is_accepted_by_its_own_word_only(begin, state):
-    folder, start = begin
-    start(epochs=1)
-    leave(folder, state)
-    with refused("epochs: 1", "accept_changes: [total_steps]"):
-        start(epochs=2)
-    with refused("epochs: 1"):
-        start(epochs=2, accept_changes=["base", "data"])
-    assert start(epochs=2, accept_changes=["total_steps"]) == "resume"
-    assert has_results(folder)
-
-
-def test_a_setting_that_an_older_version_did_not_have_is_no_change(begin):
-    folder, start = begin
-    start()
-    leave(folder, "done")
-    text = (folder / "run.yaml").read_text()
-    lines = [line for line in text.splitlines() if not line.startswith(("min_lr_ratio", "seed"))]
-    (folder / "run.yaml").write_text("\n".join(lines))
-    assert start() == "done"
-    with refused("min_lr_ratio: 0.0 -> 0.5"):
-        start(min_lr_ratio=0.5)
-
-
-OTHER_DOCUMENTS = {
-    "chat_template": "chatml",
-    "columns": {"prompt": "question"},
-    "data_format": "text",
-    "max_length": 77,
-    "over_length": "drop",
-    "packing": True,
-    "chat_template_kwargs": {"enable_thinking": False},
-    "special_tokens_in_text": "reject",
-    "split_turns": True,
-    "train_on_reasoning": False,
-    "train_on": "last-assistant",
-}
-
-
-@pytest.mark.parametrize("key", OTHER_DOCUMENTS)
-def test_settings_of_the_documents_are_accepted_as_data(begin, key):
-    folder, start = begin
-    start()
-    leave(folder, "stopped")
-    changed = {key: OTHER_DOCUMENTS[key]}
-    with refused(f"{key}: ", "accept_changes: [data]"):
-        start(**changed)
-    assert start(**changed, accept_changes=["data"]) == "resume"
-
-
-def test_every_setting_of_the_documents_is_tried_here():
-    assert OTHER_DOCUMENTS.keys() == settings_with("documents")
-
-
-def test_limits_that_only_end_a_run_may_change(begin):
-    folder, start = begin
-    start()
-    leave(folder, "done")
-    assert start(on_bad_row="fail", max_rejected=0.5) == "done"
-
-
-@pytest.mark.parametrize("selection", [{"keep_best": True}, {"early_stopping_patience": 2}])
-def test_evaluation_settings_may_change_unless_they_select_the_adapter(begin, selection):
-    folder, start = begin
-    held_out = {"eval_data": "heldout.jsonl", "evaluation_strategy": "steps"}
-    start(**held_out)
-    leave(folder, "done")
-    assert start(**held_out, eval_steps=7) == "done"
-    assert start(**held_out | {"evaluation_strategy": "epoch"}) == "done"
-    with refused(f"{next(iter(selection))}: "):
-        start(**held_out, **selection)
-    start(**held_out, **selection, overwrite=True)
-    leave(folder, "done")
-    with refused("eval_steps: ", "7"):
-        start(**held_out, **selection, eval_steps=7)
-
-
-def test_accept_changes_is_offered_only_where_it_covers_every_change(begin):
-    folder, start = begin
-    start()
-    leave(folder, "stopped")
-    with refused("lr: 0.001 -> 0.5") as caught:
-        start(lr=0.5, epochs=2, accept_changes=["total_steps"])
-    assert "epochs" not in str(caught.value)  # that change is accepted
-    assert "with accept_changes" not in str(caught.value)
-
-
-def test_a_requeued_job_resumes_the_run_that_it_started_itself(begin, monkeypatch):
-    folder, start = begin
-    start()
-    leave(folder, "stopped")
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert start(resume="never") == "new"
-    never = RunSettings(model="m", train_data="t", output_dir=str(folder), resume="never")
-    for job, count, resume in (("7", "1", "auto"), ("7", "0", "never"), ("8", "1", "never")):
-        env = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": count}
-        assert requeued_settings(never, env).resume == resume
-
-
-def test_the_same_rows_by_another_path_are_the_same_run(begin, tmp_path, tiny_model):
-
-    folder, start = begin
-    names = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
-    for name, text in zip(names, ("x", "x", "y"), strict=True):
-        Path(name).write_text(f'{{"text": "{text}"}}\n')
-    start(train_data=names[0])
-    leave(folder, "stopped", adapter=False)
-    key = train_key(make_plan(tiny_model, train_data=names[0]).settings)
-    state = folder / "checkpoints/step-00000009/state.json"
-    state.write_text(json.dumps({"identity": {"data": key}}))
-    assert start(train_data=names[1]) == "resume"
-    with refused("train_data", "accept_changes: [data]"):
-        start(train_data=names[2])
-
-
-def test_held_out_rows_and_a_template_by_another_path_are_no_change(begin, tmp_path, tiny_model):
-    folder, start = begin
-    rows = {name: tmp_path / f"{name}.jsonl" for name in ("train", "a", "b", "other")}
-    for name, path in rows.items():
-        path.write_text(f'{{"text": "{"a" if name == "b" else name}"}}\n')
-    for name in ("x.jinja", "y.jinja"):
-        (tmp_path / name).write_text(CHATML)
-    same = {"train_data": str(rows["train"]), "chat_template": str(tmp_path / "x.jinja")}
-    start(eval_data=str(rows["a"]), **same)
-    leave(folder, "done")
-    settings = make_plan(tiny_model, eval_data=str(rows["a"]), **same).settings
-    prepare_data(settings, folder / "data")
-    assert start(eval_data=str(rows["b"]), **same) == "done"
-    with refused("eval_data", rows["other"]):
-        start(eval_data=str(rows["other"]), **same)
-    moved = same | {"chat_template": str(tmp_path / "y.jinja")}
-    assert start(eval_data=str(rows["b"]), **moved) == "done"
-    (tmp_path / "y.jinja").write_text(CHATML + " ")
-    with refused("chat_template"):
-        start(eval_data=str(rows["b"]), **moved)
-
-
-def test_the_same_base_by_another_path_is_no_change(tmp_path, tiny_model):
-    folder, copy = tmp_path / "run", tmp_path / "copy"
-    shutil.copytree(tiny_model, copy)
-    plan = make_plan(tiny_model)
-    open_run(folder, plan, decide_start(folder, plan, is_debug=False), is_debug=False)
-    record_base_of_run(folder, tiny_model)
-    leave(folder, "done")
-    assert decide_start(folder, make_plan(copy), is_debug=False) == "done"
-    (weights,) = copy.glob("*.safetensors")
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with refused("model", copy, "accept_changes: [base]"):
-        decide_start(folder, make_plan(copy), is_debug=False)
