@@ -67,18 +67,24 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
+def atomic_folder(
+    folder: Path, check: Callable[[Path], None], *, is_resumable: bool = False
+) -> Iterator[Path]:
     """Yield an empty temporary folder for the caller to fill; it then replaces `folder`.
 
     Before that it is synced to the disk and passed to `check`. If the body or the check raises,
     `folder` is unchanged. There is no portable atomic swap of two folders: a process that is
     killed between the two renames leaves no `folder`, and `recover_folder` restores the old one.
+
+    `is_resumable`: if the body or the check raises, the temporary folder stays, and the next call
+    yields it with its files.
     """
     folder = folder.resolve()  # a rename needs both folders on one disk, also if this is a link
     recover_folder(folder)
     new, old = _new_sibling(folder), _old_sibling(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    if not is_resumable:
+        shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True, exist_ok=is_resumable)
     try:
         yield new
         for path in (*new.rglob("*"), new):
@@ -90,7 +96,8 @@ def atomic_folder(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]
         sync(folder.parent)
     except BaseException:
         recover_folder(folder)
-        shutil.rmtree(new, ignore_errors=True)
+        if not is_resumable:
+            shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

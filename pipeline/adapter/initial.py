@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapter.merge_inputs import Adapter, read_adapter
+from pipeline.adapter.adapter_file import Adapter, read_adapter
 from pipeline.adapter.trained_on import TRAINED_ON, adapter_sha256, require_same_base
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError

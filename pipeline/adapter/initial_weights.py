@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from safetensors.torch import load_file
 
-from pipeline.adapter.merge_inputs import Adapter
+from pipeline.adapter.adapter_file import Adapter
 from pipeline.plan.given.adapter_counts import adapted_layers
 from pipeline.plan.plan import Plan
 

@@ -1,15 +1,22 @@
-"""Inputs of a merge: shards of the base, layer updates of the adapter, and their compatibility.
+"""Inputs of a merge: shards of the base, class of its model, and the adapters that fit it.
 
-Only headers of files are read, without torch, so that a wrong folder or an adapter of another model
-is refused quickly.
+Names and shapes are compared without torch first, so that an adapter of another model is refused
+quickly.
 """
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.adapter.adapter_file import (
+    WITH_PEFT,
+    Adapter,
+    LayerUpdate,
+    ValueUpdate,
+    layer_update,
+)
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.model.tensor_files import (
@@ -22,27 +29,11 @@ from pipeline.model.tensor_files import (
     read_weight_map,
     weight_files,
 )
-from pipeline.plan.given.adapter_counts import lora_scaling, pattern_value
 
 if TYPE_CHECKING:
-    from pipeline.model.expert_slices import ExpertSlice
+    from pipeline.model.checkpoint_names import StoredAs
 
-CHAT_TEMPLATE = "chat_template.jinja"
-_PREFIX = "base_model.model."
-# Suffixes of peft's keys -> the tensor of a LoRA layer that has this key.
-_PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "magnitude"}
 _TIED_NAMES = ("lm_head", "embed_tokens")
-# Keys of adapter_config.json without effect on the merged weights. All other keys must be empty,
-# except _READ_KEYS, which this file reads.
-_WITHOUT_EFFECT = {
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform",
-    "layers_pattern", "megatron_core", "qalora_group_size", "ensure_weight_tying",
-}  # fmt: skip
-_READ_KEYS = {
-    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
-    "bias", "init_lora_weights", "target_parameters",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,43 +55,31 @@ class Base:
         return sum(file.path.stat().st_size for file in self.files)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerUpdate:
-    """The LoRA layer that changes one tensor of the base.
+@dataclass(frozen=True)
+class MetaModel:
+    """The class of a base on the meta device.
 
-    `parts`: header entries of A, B and, for DoRA, the magnitude, by these names.
+    `stored`: name of a parameter -> its tensors in the files. `error`: why the class cannot be
+    built; `model` is then None.
     """
 
-    parts: Mapping[str, Entry]
-    r: int
-    alpha: float
-    use_rslora: bool
-    experts: "ExpertSlice | None" = None  # if the base tensor holds a part of fused experts
+    model: Any = None
+    stored: Mapping[str, "StoredAs"] = field(default_factory=dict)
+    error: str = ""
 
-    @property
-    def scaling(self) -> float:
-        """The factor of the product of B and A."""
-        return lora_scaling(self.r, self.alpha, use_rslora=self.use_rslora)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor of the base."""
-        whole = self.parts["B"].shape[0], self.parts["A"].shape[1]
-        return whole if self.experts is None else self.experts.stored_shape(whole)
+    def stored_name(self, name: str) -> str:
+        """Name of a parameter in the files; the same name if it is not a single tensor there."""
+        each = self.stored.get(name)
+        return name if each is None or each.converter is not None else each.keys[0]
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter. `updates`: name of an adapted tensor of the base -> its LoRA layer.
+class Change:
+    """What one adapter does to one tensor of the base. `weight`: factor of its scaling."""
 
-    `fused`: name of peft's LoRA layer of fused experts -> its tensors. `with_stored_names` replaces
-    them by an update for each tensor of the base that holds a part of the experts.
-    """
-
-    file: TensorFile
-    config: Mapping[str, Any]
-    updates: Mapping[str, LayerUpdate]
-    fused: Mapping[str, Mapping[str, Entry]]
+    file: Path
+    weight: float
+    update: LayerUpdate | ValueUpdate
 
 
 def read_base(folder: Path) -> Base:
@@ -108,7 +87,7 @@ def read_base(folder: Path) -> Base:
 
     Raises UserError unless the folder has a complete, unquantised safetensors model.
     """
-    config = _read_object(folder / "config.json", "base")
+    config = _read_config(folder)
     if method := config.get("quantization_config") or config.get("compression_config"):
         name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
         raise UserError(
@@ -128,182 +107,210 @@ def read_base(folder: Path) -> Base:
     return Base(folder, config, files)
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Read the headers of an adapter.
-
-    Raises UserError unless the folder has LoRA layers that `merge_layer` can merge.
-    """
-    config = _read_object(folder / "adapter_config.json", "adapter")
-    _require_mergeable(folder, config)
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise UserError(f"adapter: {folder} has no {path.name}, the only format that is supported")
-    file = read_header(path)
-    layers: dict[str, dict[str, Entry]] = {}
-    for key, entry in file.entries.items():
-        suffix = next((suffix for suffix in _PARTS if key.endswith(suffix)), "")
-        if not suffix or not key.startswith(_PREFIX):
-            raise UserError(
-                f"adapter: {path}: {key} is not a part of a LoRA layer ({', '.join(_PARTS)})"
-            )
-        if entry.dtype not in VALUE_BYTES:
-            raise UserError(
-                f"adapter: {path}: {key} has dtype {entry.dtype}; expected {', '.join(VALUE_BYTES)}"
-            )
-        name = key.removeprefix(_PREFIX).removesuffix(suffix)
-        layers.setdefault(name, {})[_PARTS[suffix]] = entry
-    if not layers:
-        raise UserError(f"adapter: {path} is empty")
-    fused = {}
-    if config.get("target_parameters"):  # A of n fused experts has n * r rows
-        fused = {n: parts for n, parts in layers.items() if _num_rows(parts) != _r_of(n, config)}
-        layers = {name: parts for name, parts in layers.items() if name not in fused}
-    updates = {
-        f"{name}.weight": _layer_update(path, name, parts, config) for name, parts in layers.items()
-    }
-    return Adapter(file, config, updates, fused)
-
-
-def _num_rows(parts: Mapping[str, Entry]) -> int:
-    return parts["A"].shape[0] if "A" in parts else 0
-
-
-def _r_of(name: str, config: Mapping[str, Any]) -> int:
-    return int(pattern_value(config.get("rank_pattern"), name, config["r"]))
-
-
-def _layer_update(
-    path: Path, name: str, parts: Mapping[str, Entry], config: Mapping[str, Any], experts: int = 1
-) -> LayerUpdate:
-    """The LoRA layer of this name. Raises UserError if a tensor is missing or does not match r.
-
-    `experts`: number of experts in a fused tensor; each has r rows of A and r columns of B.
-    """
-    expected = {"A", "B", "magnitude"} if config.get("use_dora") else {"A", "B"}
-    if parts.keys() != expected:
-        raise UserError(
-            f"adapter: {path}: {name} has {', '.join(sorted(parts))} instead of "
-            f"{', '.join(sorted(expected))}"
-        )
-    r = _r_of(name, config)
-    a, b = parts["A"], parts["B"]
-    width = r * experts
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != width or b.shape[1] != width:
-        raise UserError(
-            f"adapter: {path}: {name} has A {a.shape} and B {b.shape}, but r is {r} in "
-            f"adapter_config.json{f', for each of {experts} experts' if experts > 1 else ''}"
-        )
-    return LayerUpdate(
-        parts=parts,
-        r=r,
-        alpha=pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]),
-        use_rslora=bool(config.get("use_rslora")),
-    )
-
-
-def with_stored_names(base: Base, adapter: Adapter) -> Adapter:
-    """The adapter with the names that its weights have in the files of the base.
-
-    transformers renames the tensors of some models when it loads them. torch is imported only if a
-    name is not in the base. If the class of the base cannot be built, the names are not changed,
-    and `require_compatible` reports them.
-    """
-    if adapter.updates.keys() <= base.entries.keys() and not adapter.fused:
-        return adapter
+def meta_model(base: Base, *, trust_remote_code: bool = False) -> MetaModel:
+    """The class of the base on the meta device. Imports torch and transformers."""
     from pipeline.model.checkpoint_names import model_on_meta, stored_names
 
     try:
-        model = model_on_meta(base.folder)
-        stored = stored_names(model, base.entries)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        model = model_on_meta(base.folder, trust_remote_code=trust_remote_code)
+        return MetaModel(model, stored_names(model, base.entries))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        return MetaModel(error=f"the class of {base.folder} cannot be built ({error})")
+
+
+def with_stored_names(adapter: Adapter, meta: MetaModel) -> Adapter:
+    """The adapter with the names and the orientation that its weights have in the base's files.
+
+    transformers renames the tensors of some models when it loads them. If the class of the base
+    cannot be built, each layer is taken for a linear layer with the name in the adapter.
+    """
+    if meta.model is None:
         if adapter.fused:
             raise UserError(
-                f"base: the class of {base.folder} cannot be built ({error}), so its fused experts "
-                "cannot be merged here; merge the adapter with peft"
-            ) from error
+                f"base: {meta.error}, so its fused experts cannot be merged here; {WITH_PEFT}"
+            )
         return adapter
-    names = {name: each.keys[0] for name, each in stored.items() if each.converter is None}
-    updates = {names.get(name, name): update for name, update in adapter.updates.items()}
+    _require_untied(adapter, meta.model.all_tied_weights_keys)
+    updates = {}
+    for name, update in adapter.updates.items():
+        is_transposed = _is_transposed(name.removesuffix(".weight"), adapter, meta)
+        updates[meta.stored_name(name)] = replace(update, is_transposed=is_transposed)
     for name in adapter.fused:
-        updates |= _expert_updates(name, adapter, model, stored)
-    return replace(adapter, updates=updates, fused={})
+        updates |= _expert_updates(name, adapter, meta)
+    values = {meta.stored_name(name): each for name, each in adapter.values.items()}
+    values = {name: each for name, each in values.items() if not _is_tied_copy(name, adapter, meta)}
+    return replace(adapter, updates=updates, fused={}, values=values)
 
 
-def _expert_updates(
-    name: str, adapter: Adapter, model: Any, stored: Mapping[str, Any]
-) -> dict[str, LayerUpdate]:
+def _is_transposed(name: str, adapter: Adapter, meta: MetaModel) -> bool:
+    """Whether a layer stores its weight as (d_in, d_out). Raises UserError for other kinds."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    try:
+        module = meta.model.get_submodule(name)
+    except AttributeError:
+        return False  # `require_compatible` reports it
+    is_embedding = adapter.updates[f"{name}.weight"].is_embedding
+    if isinstance(module, nn.Embedding) != is_embedding or isinstance(
+        module, (nn.MultiheadAttention, nn.modules.conv._ConvNd)
+    ):
+        raise UserError(
+            f"adapter: {adapter.folder}: {name} is a {type(module).__name__}, whose LoRA layer "
+            f"cannot be merged tensor by tensor; {WITH_PEFT}"
+        )
+    return isinstance(module, Conv1D)
+
+
+def _require_untied(adapter: Adapter, tied: Mapping[str, str]) -> None:
+    """Raise UserError if the adapter changes one of two tensors that the base ties."""
+    for key, source in tied.items():
+        for name in (key, source):
+            is_replaced = any(each.rows is None for each in adapter.values.get(name, ()))
+            is_kept = adapter.config.get("ensure_weight_tying") or _are_equal(adapter, key, source)
+            if name in adapter.updates or (is_replaced and not is_kept):
+                raise UserError(
+                    f"adapter: {adapter.folder} changes {name}, but the base ties {key} to "
+                    f"{source}; one of the two would be lost when the merged model is loaded: "
+                    f"{WITH_PEFT}, with config.tie_word_embeddings = False before it is saved"
+                )
+
+
+def _is_tied_copy(name: str, adapter: Adapter, meta: MetaModel) -> bool:
+    """Whether a replaced tensor is the copy of one that it is tied to, and not in the files."""
+    tied: Mapping[str, str] = meta.model.all_tied_weights_keys
+    return name in tied and name not in meta.stored and tied[name] in adapter.values
+
+
+def _are_equal(adapter: Adapter, first: str, second: str) -> bool:
+    """Whether the adapter has two tensors with the same bytes."""
+    contents = []
+    with adapter.file.path.open("rb") as file:
+        for name in (first, second):
+            for each in adapter.values.get(name, ()):
+                file.seek(each.part.start)
+                contents.append(file.read(each.part.end - each.part.start))
+    return len(contents) == 2 and contents[0] == contents[1]
+
+
+def _expert_updates(name: str, adapter: Adapter, meta: MetaModel) -> dict[str, LayerUpdate]:
     """A layer update for each tensor of the base that holds a part of one fused tensor."""
     from pipeline.model.expert_slices import adapted_tensor, expert_slices
 
-    mismatch = f"adapter {adapter.file.path.parent} does not belong to the base"
+    mismatch = f"adapter {adapter.folder} does not belong to the base"
     try:
-        parameter = adapted_tensor(model, name, adapter.config["target_parameters"])
-        tensor = model.get_parameter(parameter)
-        slices = expert_slices(model, parameter, stored[parameter])
+        parameter = adapted_tensor(meta.model, name, adapter.config["target_parameters"])
+        tensor = meta.model.get_parameter(parameter)
+        slices = expert_slices(meta.model, parameter, meta.stored[parameter])
     except (AttributeError, KeyError, IndexError) as error:
         raise UserError(f"{mismatch}: it has no fused experts {name} ({error})") from error
-    whole = _layer_update(
+    whole = layer_update(
         adapter.file.path, parameter, adapter.fused[name], adapter.config, tensor.shape[0]
     )
     return {key: replace(whole, experts=each) for key, each in slices.items()}
 
 
-def require_compatible(base: Base, adapter: Adapter) -> None:
-    """Raise UserError unless the base has a mergeable weight of the same shape for every update."""
+def require_compatible(base: Base, adapter: Adapter, *, any_orientation: bool = False) -> None:
+    """Raise UserError unless the base has a mergeable tensor of the same shape for every update.
+
+    `any_orientation`: a matrix may also be the transpose, because the class is not known yet.
+    """
     entries = base.entries
-    mismatch = f"adapter {adapter.file.path.parent} does not belong to base {base.folder}"
+    mismatch = f"adapter {adapter.folder} does not belong to base {base.folder}"
     # config.json omits this key if tying is the default of the model's class.
-    is_tied = base.config.get("tie_word_embeddings", "lm_head.weight" not in entries)
-    for key in adapter.updates:
-        if is_tied and key.removesuffix(".weight").rsplit(".", 1)[-1] in _TIED_NAMES:
-            raise UserError(
-                f"adapter: {adapter.file.path.parent} changes {key}, which the base ties to "
-                "another tensor; one of the two would be lost when the merged model is loaded"
-            )
-    if missing := [key for key in adapter.updates if key not in entries]:
+    if base.config.get("tie_word_embeddings", "lm_head.weight" not in entries):
+        tied = [n for n in adapter.updates if n.split(".")[-2] in _TIED_NAMES]
+        _require_untied(adapter, dict.fromkeys(tied, "another tensor"))
+    names = [*adapter.updates, *adapter.values]
+    if missing := [name for name in names if name not in entries]:
         near = difflib.get_close_matches(missing[0], entries, n=3) or list(entries)[:3]
         raise UserError(
-            f"{mismatch}: {len(missing)} of {len(adapter.updates)} weights are not in the base, "
+            f"{mismatch}: {len(missing)} of {len(names)} tensors are not in the base, "
             f"the first is {missing[0]}; names of the base: {', '.join(near)}"
         )
-    for key, update in adapter.updates.items():
-        entry, shape = entries[key], update.shape
-        if entry.shape != shape:
-            raise UserError(
-                f"{mismatch}: {key} has shape {entry.shape} in the base and {shape} in the adapter"
-            )
-        if entry.dtype not in VALUE_BYTES:
-            raise UserError(
-                f"base: {base.folder}: {key} has dtype {entry.dtype}, to which an adapter cannot "
-                f"be added exactly; expected {', '.join(VALUE_BYTES)}"
-            )
+    for name, update in adapter.updates.items():
+        shape = update.shape
+        if any_orientation and entries[name].shape == shape[::-1]:
+            shape = shape[::-1]
+        _require_shape(mismatch, name, entries[name], shape)
+        _require_values(base, name, entries[name])
+    for name, each_value in adapter.values.items():
+        for value in each_value:
+            shape = value.part.shape
+            if value.rows is not None:
+                shape = (max(entries[name].shape[0], *(row + 1 for row in value.rows)), *shape[1:])
+            _require_shape(mismatch, name, entries[name], shape)
+        _require_values(base, name, entries[name])
 
 
-def _require_mergeable(folder: Path, config: Mapping[str, Any]) -> None:
-    place = f"adapter: {folder}"
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    is_lora = config.get("peft_type") == "LORA" and isinstance(r, int) and r > 0
-    if not is_lora or not isinstance(alpha, int | float):
-        raise UserError(f"{place}: adapter_config.json does not describe a LoRA adapter")
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{place}: bias is {config['bias']!r}, but only weights can be merged")
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+def _require_shape(mismatch: str, name: str, entry: Entry, shape: tuple[int, ...]) -> None:
+    if entry.shape != shape:
+        resized = ""
+        if entry.shape[1:] == shape[1:] and entry.shape[0] < shape[0]:
+            resized = (
+                "; if the vocabulary was extended for it, call base.resize_token_embeddings"
+                f"({shape[0]}), and {WITH_PEFT}"
+            )
         raise UserError(
-            f"{place}: init_lora_weights is {config['init_lora_weights']!r}, which changed the "
-            "base before training; merge the adapter with peft"
+            f"{mismatch}: {name} has shape {entry.shape} in the base and {shape} in the adapter"
+            f"{resized}"
         )
-    for key in sorted(config.keys() - _WITHOUT_EFFECT - _READ_KEYS):
-        if config[key]:
-            raise UserError(
-                f"{place}: merging does not support {key}: {config[key]!r}; merge the adapter with "
-                "peft"
-            )
 
 
-def _read_object(path: Path, setting: str) -> dict[str, Any]:
+def _require_values(base: Base, name: str, entry: Entry) -> None:
+    if entry.dtype not in VALUE_BYTES:
+        raise UserError(
+            f"base: {base.folder}: {name} has dtype {entry.dtype}, to which an adapter cannot "
+            f"be added exactly; expected {', '.join(VALUE_BYTES)}"
+        )
+
+
+def changes_by_tensor(
+    adapters: Sequence[Adapter], weights: Sequence[float]
+) -> dict[str, list[Change]]:
+    """Name of a tensor of the base -> its changes, in the order of the adapters.
+
+    Raises UserError if several adapters, or a weight, have no defined result: only products of
+    matrices can be weighted and added.
+    """
+    changes: dict[str, list[Change]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for name, update in adapter.updates.items():
+            if weight != 1 and "magnitude" in update.parts:
+                raise UserError(
+                    f"adapter: {adapter.folder} is a DoRA adapter, whose magnitudes replace those "
+                    f"of the base: it has no weight; remove :{weight:g}"
+                )
+            changes.setdefault(name, []).append(Change(adapter.file.path, weight, update))
+        for name, values in adapter.values.items():
+            for value in values:
+                _require_alone(adapter, name, value, (weight, changes.get(name, [])))
+                changes.setdefault(name, []).append(Change(adapter.file.path, weight, value))
+    return changes
+
+
+def _require_alone(
+    adapter: Adapter, name: str, value: ValueUpdate, earlier: tuple[float, list[Change]]
+) -> None:
+    weight, changes = earlier
+    others = [
+        change
+        for change in changes
+        if change.file != adapter.file.path and isinstance(change.update, ValueUpdate)
+    ]
+    if value.scaling is None and (weight != 1 or others):
+        reason = f"both {others[0].file.parent} and it replace" if others else "it replaces"
+        raise UserError(
+            f"adapter: {adapter.folder}: {name} cannot be weighted or added, because {reason} the "
+            "values of the base; merge one adapter only, without a weight"
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
     try:
         return read_json(path)
     except FileNotFoundError:
-        raise UserError(f"{setting}: {path.parent} has no {path.name}") from None
+        raise UserError(f"base: {folder} has no {path.name}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{setting}: {path}: not readable as a JSON object: {error}") from None
+        raise UserError(f"base: {path}: not readable as a JSON object: {error}") from None

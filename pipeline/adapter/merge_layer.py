@@ -1,39 +1,230 @@
-"""Merging of one LoRA layer with peft's own class, which supports all options of a layer."""
+"""Arithmetic of a merge: all changes of one tensor, with peft's own layer classes.
+
+A tensor is merged in blocks of outputs, which do not depend on each other. A block fits into a
+core's cache, and blocks are merged in parallel threads, each with one thread of torch: with torch's
+own threads, which wait for each other, a merge takes many times longer on a busy machine.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Embedding, Linear
 from torch import nn
 
-from pipeline.adapter.merge_inputs import LayerUpdate
+from pipeline.adapter.adapter_file import LayerUpdate, ValueUpdate
+from pipeline.adapter.merge_inputs import Change
+from pipeline.errors import RankZeroError
 
-_NAME = "default"
+_BLOCK_VALUES = 2**18
 
 
-def merge_layer(
-    weight: torch.Tensor, update: LayerUpdate, parts: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
-    """The merged weight of a linear layer or of experts; `weight` itself is not changed."""
-    if update.experts is not None:
-        merged = weight.clone()
-        scaling = update.alpha / (math.sqrt(update.r) if update.use_rslora else update.r)
-        update.experts.add(merged, scaling * parts["A"], parts["B"])
-        return merged
-    d_out, d_in = weight.shape
-    config = LoraConfig(
-        use_rslora=update.use_rslora, use_dora="magnitude" in parts, init_lora_weights=False
+@dataclass(frozen=True, kw_only=True)
+class LoadedChange:
+    """A change of a tensor with the fp32 tensors of the adapter, by the names of its parts."""
+
+    change: Change
+    parts: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How tensors are merged. `is_undone`: subtract the adapters, as peft's `unmerge` does."""
+
+    pool: ThreadPoolExecutor
+    device: torch.device
+    is_undone: bool = False
+
+    @torch.no_grad()
+    def merge(self, name: str, weight: torch.Tensor, changes: Sequence[LoadedChange]) -> float:
+        """Apply the changes to a tensor in place; the norm of its change over its own norm.
+
+        Raises RankZeroError if a merged value is not finite.
+        """
+        target = weight.to(self.device)
+        changes = [
+            LoadedChange(
+                change=each.change, parts={k: v.to(self.device) for k, v in each.parts.items()}
+            )
+            for each in changes
+        ]
+        axis = 1 if any(_is_transposed(each) for each in changes) else 0
+        length = target.shape[axis]
+        if self.device.type == "cpu" and not _needs_whole(target, changes):
+            length = max(1, _BLOCK_VALUES * target.shape[axis] // max(target.numel(), 1))
+
+        def merge_block(start: int) -> tuple[float, float]:
+            block = target.narrow(axis, start, min(length, target.shape[axis] - start))
+            before = block.float()
+            before = before.clone() if before.data_ptr() == block.data_ptr() else before
+            _merge_block(block, [_part_of(each, axis, start, block) for each in changes], self)
+            size = torch.linalg.vector_norm(before).item()
+            change = torch.linalg.vector_norm(before.sub_(block)).item()
+            return change**2, size**2
+
+        sums = list(self.pool.map(merge_block, range(0, target.shape[axis], length)))
+        if target is not weight:
+            weight.copy_(target)
+        change, size = (math.sqrt(sum(column)) for column in zip(*sums, strict=True))
+        if not math.isfinite(change):
+            require_finite(name, weight)
+        return change / max(size, 1e-30)
+
+
+def require_finite(name: str, weight: torch.Tensor) -> None:
+    """Raise RankZeroError if a tensor of the merged model has values that are not finite."""
+    if not weight.isfinite().all():
+        raise RankZeroError(
+            f"{name}: the merged weight is not finite in {str(weight.dtype)[6:]}: the base or the "
+            "adapter is damaged, or the values are too large for it; try --dtype bf16"
+        )
+
+
+def _is_transposed(loaded: LoadedChange) -> bool:
+    update = loaded.change.update
+    return isinstance(update, LayerUpdate) and update.is_transposed
+
+
+def _needs_whole(target: torch.Tensor, changes: Sequence[LoadedChange]) -> bool:
+    """Whether outputs depend on each other: DoRA of an embedding, and a slice of one expert."""
+    for loaded in changes:
+        update = loaded.change.update
+        if not isinstance(update, LayerUpdate):
+            continue
+        if update.is_embedding and "magnitude" in update.parts:
+            return True
+        if update.experts is not None and target.dim() == 2:
+            return True
+    return False
+
+
+def _part_of(loaded: LoadedChange, axis: int, start: int, block: torch.Tensor) -> LoadedChange:
+    """The part of a change that concerns a block of outputs."""
+    update, count = loaded.change.update, block.shape[axis]
+    parts = dict(loaded.parts)
+    if isinstance(update, ValueUpdate):
+        if update.rows is None:
+            parts["values"] = parts["values"].narrow(axis, start, count)
+        else:
+            inside = [(i, row - start) for i, row in enumerate(update.rows)]
+            inside = [(i, row) for i, row in inside if 0 <= row < count]
+            parts["rows"] = torch.tensor([row for _, row in inside], dtype=torch.long)
+            parts["values"] = parts["values"][[i for i, _ in inside]]
+    elif update.experts is not None:
+        parts["first"] = torch.tensor(start)
+    elif update.is_embedding:
+        parts["A"] = parts["A"].narrow(1, start, count)
+    else:
+        parts["B"] = parts["B"].narrow(0, start, count)
+        if "magnitude" in parts:
+            parts["magnitude"] = parts["magnitude"].narrow(0, start, count)
+    return LoadedChange(change=loaded.change, parts=parts)
+
+
+def _merge_block(
+    block: torch.Tensor, changes: Sequence[LoadedChange], arithmetic: Arithmetic
+) -> None:
+    """Apply the parts of all changes to a block, in peft's order: first what it loads."""
+    sign = -1 if arithmetic.is_undone else 1
+    layers = []
+    for loaded in changes:
+        update, parts = loaded.change.update, loaded.parts
+        if isinstance(update, LayerUpdate):
+            layers.append(loaded)
+        elif update.rows is not None:
+            block[parts["rows"].to(block.device)] = parts["values"].to(block.dtype)
+        elif update.scaling is None:
+            block.copy_(parts["values"])
+    for loaded in changes:
+        update = loaded.change.update
+        if isinstance(update, ValueUpdate) and update.scaling is not None:
+            block += sign * (loaded.parts["values"] * (loaded.change.weight * update.scaling))
+        elif isinstance(update, LayerUpdate) and update.experts is not None:
+            _add_experts(block, loaded, sign)
+    layers = [each for each in layers if "first" not in each.parts]
+    if layers:
+        _merge_layers(block, layers, is_undone=arithmetic.is_undone)
+
+
+def _add_experts(block: torch.Tensor, loaded: LoadedChange, sign: int) -> None:
+    """Add the product of each expert in a stored tensor, rounded as peft rounds it."""
+    update, parts = loaded.change.update, loaded.parts
+    assert isinstance(update, LayerUpdate)
+    assert update.experts is not None
+    scaling, expert = loaded.change.weight * update.scaling, update.experts.expert
+    tensors = [block] if expert is not None else list(block)
+    first = expert if expert is not None else int(parts["first"])
+    for index, tensor in enumerate(tensors, first):
+        rows, columns = tensor.shape
+        change = update.experts.change(index, parts["A"], parts["B"], (rows, columns))
+        tensor.add_(sign * (change * scaling).to(tensor.dtype))
+
+
+@lru_cache
+def _config(*, use_rslora: bool, use_dora: bool, fan_in_fan_out: bool) -> LoraConfig:
+    return LoraConfig(
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        fan_in_fan_out=fan_in_fan_out,
+        init_lora_weights=False,
     )
-    with torch.device("meta"):  # saves the initialisation of matrices that are replaced below
-        base = nn.Linear(d_in, d_out, bias=False)
-        layer = Linear(base, _NAME, config, r=update.r, lora_alpha=update.alpha)  # type: ignore[arg-type]
-    base.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    layer.lora_A[_NAME].weight = nn.Parameter(parts["A"])
-    layer.lora_B[_NAME].weight = nn.Parameter(parts["B"])
-    if "magnitude" in parts:
-        layer.lora_magnitude_vector[_NAME].weight = nn.Parameter(parts["magnitude"])
-    with torch.no_grad():
-        layer.merge()
-    return base.weight.data
+
+
+def _merge_layers(block: torch.Tensor, changes: Sequence[LoadedChange], *, is_undone: bool) -> None:
+    """Merge the LoRA layers of all adapters with one layer of peft, one after another."""
+    layer, names = _peft_layer(block, changes)
+    base: Any = layer.get_base_layer()
+    base.weight = nn.Parameter(block, requires_grad=False)
+    for name, loaded in zip(names, changes, strict=True):
+        a, b = (nn.Parameter(loaded.parts[part], requires_grad=False) for part in "AB")
+        if isinstance(layer, Embedding):
+            layer.lora_embedding_A[name], layer.lora_embedding_B[name] = a, b
+        else:
+            layer.lora_A[name].weight, layer.lora_B[name].weight = a, b
+        if "magnitude" in loaded.parts:
+            magnitude = nn.Parameter(loaded.parts["magnitude"], requires_grad=False)
+            layer.lora_magnitude_vector[name].weight = magnitude
+        if loaded.change.weight != 1:
+            layer.set_scale(name, loaded.change.weight)
+    if is_undone:
+        layer.merged_adapters = names
+        layer.unmerge()
+    else:
+        layer.merge(adapter_names=names)
+    if base.weight.data_ptr() != block.data_ptr():  # DoRA replaces the tensor
+        block.copy_(base.weight.data)
+
+
+def _peft_layer(
+    block: torch.Tensor, changes: Sequence[LoadedChange]
+) -> tuple[Linear | Embedding, list[str]]:
+    """A layer of peft with an adapter for each change, and the adapters' names. No values."""
+    names = [str(number) for number in range(len(changes))]
+    layer: Linear | Embedding | None = None
+    with torch.device("meta"):  # saves the initialisation of matrices that are replaced
+        for name, loaded in zip(names, changes, strict=True):
+            update = loaded.change.update
+            assert isinstance(update, LayerUpdate)
+            config = _config(
+                use_rslora=update.use_rslora,
+                use_dora="magnitude" in update.parts,
+                fan_in_fan_out=update.is_transposed,
+            )
+            options: dict[str, Any] = {"r": update.r, "lora_alpha": update.alpha}
+            if layer is not None:
+                layer.update_layer(name, config=config, **options)
+                continue
+            kind: Callable[..., Any] = Embedding if update.is_embedding else Linear
+            rows, columns = block.shape[::-1] if update.is_transposed else block.shape
+            module = nn.Embedding if update.is_embedding else nn.Linear
+            arguments = (rows, columns) if update.is_embedding else (columns, rows, False)
+            base = module(*arguments)
+            base.weight = nn.Parameter(torch.empty(block.shape), requires_grad=False)
+            layer = kind(base, name, config, **options)
+    assert layer is not None
+    return layer, names

@@ -8,7 +8,7 @@ import logging
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.adapter.merge import MARKER
+from pipeline.adapter.merge_output import MARKER
 from pipeline.adapter.trained_on import adapter_sha256
 from pipeline.files import dump_json, read_json, write_text
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pipeline.adapter.initial import chain, initial_adapter_of
-from pipeline.adapter.merge_inputs import CHAT_TEMPLATE
+from pipeline.adapter.merge_output import CHAT_TEMPLATE
 from pipeline.adapter.trained_on import WEIGHTS, write_trained_on
 from pipeline.adapter.verify import verify_adapter_file, verify_tensors
 from pipeline.config.settings import RunSettings

@@ -21,6 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 from pipeline.cluster.logs import current_rank
@@ -34,9 +35,9 @@ _LINE_INTERVAL_S = 10.0
 class Work:
     """A piece of work in progress. `advance` may be called from the thread that does the work."""
 
-    def __init__(self, text: str, total: int | None) -> None:
+    def __init__(self, text: str, total: int | None, *, in_bytes: bool = False) -> None:
         self.done = 0
-        self._text, self._total = text, total
+        self._text, self._total, self._in_bytes = text, total, in_bytes
         self._start = self._last_line = time.monotonic()
 
     def advance(self, amount: int = 1) -> None:
@@ -67,20 +68,26 @@ class Work:
     def _line(self, now: float) -> str:
         if not self._total or not self.done:
             return f"{self._text}: {self.done:,}"
-        left = (now - self._start) * (self._total - self.done) / self.done
-        return f"{self._text}: {100 * self.done / self._total:.0f} %, {duration(left)} left"
+        seconds = max(now - self._start, 1e-3)
+        left = seconds * (self._total - self.done) / self.done
+        rate = f"{self.done / seconds / 1e6:,.0f} MB/s, " if self._in_bytes else ""
+        share = 100 * self.done / self._total
+        return f"{self._text}: {share:.0f} %, {rate}{duration(left)} left"
 
 
 class _TerminalWork(Work):
     """Work with a bar in the terminal instead of log lines."""
 
-    def __init__(self, text: str, total: int | None, console: Console) -> None:
+    def __init__(
+        self, text: str, total: int | None, console: Console, *, in_bytes: bool = False
+    ) -> None:
         super().__init__(text, total)
         description = TextColumn("{task.description}")
         columns: tuple[ProgressColumn, ...] = (SpinnerColumn(), description, TimeElapsedColumn())
         if total:
             share = TextColumn("{task.percentage:.0f} %")
-            columns = (description, BarColumn(), share, TimeRemainingColumn())
+            rate = (TransferSpeedColumn(),) if in_bytes else ()
+            columns = (description, BarColumn(), share, *rate, TimeRemainingColumn())
         self._bar = Progress(*columns, console=console, transient=True)
         self._task = self._bar.add_task(text, total=total)
 
@@ -95,18 +102,19 @@ class _TerminalWork(Work):
 
 
 @contextmanager
-def show_progress(text: str, total: int | None = None) -> Iterator[Work]:
+def show_progress(text: str, total: int | None = None, *, in_bytes: bool = False) -> Iterator[Work]:
     """Show on rank 0 that the body is at work, and how far it is.
 
     `text`: the work, such as "loading the model". `total`: its amount in any unit, for `advance`.
+    `in_bytes`: the unit is bytes, and the rate is shown too.
     """
-    work = Work(text, total)
+    work = Work(text, total, in_bytes=in_bytes)
     if current_rank() != 0 or not logger.isEnabledFor(logging.INFO):
         yield work
         return
     console = terminal()
     if console.is_terminal:
-        work = _TerminalWork(text, total, console)
+        work = _TerminalWork(text, total, console, in_bytes=in_bytes)
     with work.shown():
         yield work
 

@@ -3,8 +3,10 @@
 Only this file uses bitsandbytes, through transformers. At ZeRO-3 loading is collective.
 """
 
+import copy
 import gc
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,12 @@ from pipeline.errors import UserError
 from pipeline.model.attention import FLASH, WITHIN_DOCUMENTS
 from pipeline.model.load_fixes import corrected_loading
 from pipeline.model.structure import blocks
+from pipeline.plan.given.shape import ModelShape
 from pipeline.plan.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORAGE = DTYPES | {"uint8": torch.uint8}
+_PART = 2**20  # values that are quantised at a time
 
 
 def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
@@ -45,7 +49,7 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     options: dict[str, Any] = {}
     sharding = None
     if settings.is_quantised:
-        options["quantization_config"] = _quantization(plan)
+        options["quantization_config"] = _quantization(settings, plan.shape, dtype)
     if settings.is_quantised or plan.layout.zero_stage < 3:
         options["device_map"] = {"": torch.device("cpu") if loads_through_host else device}
     else:
@@ -142,12 +146,60 @@ def tile_error(settings: RunSettings, device: torch.device) -> float:
     return float((dequantize_4bit(packed, state) - tile).abs().mean())
 
 
-def _quantization(plan: Plan) -> BitsAndBytesConfig:
-    settings = plan.settings
+@dataclass(frozen=True, kw_only=True)
+class Quantisation:
+    """How a run quantised its base. `dtype`: the training dtype."""
+
+    settings: RunSettings
+    shape: ModelShape
+    dtype: torch.dtype
+
+    def layers(self, model: Any) -> set[str]:
+        """Names of the layers that transformers quantises, of a model on the meta device."""
+        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+        config = _quantization(self.settings, self.shape, self.dtype)
+        skipped = [*(config.llm_int8_skip_modules or []), *(model._keep_in_fp32_modules or [])]
+        before = dict(model.named_modules())
+        replaced = replace_with_bnb_linear(copy.deepcopy(model), skipped, config)
+        after = dict(replaced.named_modules())
+        return {name for name in before if type(after[name]) is not type(before[name])}
+
+    @torch.no_grad()
+    def round_trip(self, weight: torch.Tensor) -> None:
+        """Replace a linear layer's weight (d_out, d_in) by the one that is multiplied in training.
+
+        In passes over parts of the weight, because bitsandbytes needs ten times its memory.
+        """
+        from bitsandbytes import functional
+
+        settings, kind = self.settings, self.settings.bnb_4bit_quant_type
+        rows = max(64, _PART // weight.shape[1] // 64 * 64)  # whole blocks of 64 values
+        parts = weight.split(rows)  # type: ignore[no-untyped-call]
+        if settings.load_in_8bit:
+            for part in parts:
+                codes, scales, _ = functional.int8_vectorwise_quant(part.to(self.dtype).half())
+                part.copy_(functional.int8_vectorwise_dequant(codes, scales).to(self.dtype))
+            return
+        packed = [functional.quantize_4bit(x.to(self.dtype), quant_type=kind) for x in parts]
+        absmax = torch.cat([state.absmax for _, state in packed])
+        if settings.bnb_4bit_use_double_quant:  # as in bitsandbytes' functional.quantize_4bit
+            offset = absmax.mean()
+            codes, nested = functional.quantize_blockwise(absmax - offset, blocksize=256)
+            absmax = functional.dequantize_blockwise(codes, nested) + offset
+        for part, (values, state) in zip(parts, packed, strict=True):
+            count = len(state.absmax)
+            state.absmax, absmax = absmax[:count], absmax[count:]
+            part.copy_(functional.dequantize_4bit(values, state))
+
+
+def _quantization(
+    settings: RunSettings, shape: ModelShape, dtype: torch.dtype
+) -> BitsAndBytesConfig:
     # Not quantised are modules outside the text decoder's blocks, such as a vision tower, and
     # layers whose weight is read without a call of the layer.
-    not_quantised = [rf"(?!{re.escape(plan.shape.layers_name)}\.).*"]
-    not_quantised += [re.escape(name) for name, x in plan.shape.linears.items() if not x.is_called]
+    not_quantised = [rf"(?!{re.escape(shape.layers_name)}\.).*"]
+    not_quantised += [re.escape(name) for name, x in shape.linears.items() if not x.is_called]
     if settings.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=not_quantised)  # type: ignore[no-untyped-call]
     compute = settings.bnb_4bit_compute_dtype
@@ -156,7 +208,7 @@ def _quantization(plan: Plan) -> BitsAndBytesConfig:
         llm_int8_skip_modules=not_quantised,
         bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=DTYPES[plan.training_dtype if compute == "auto" else compute],
+        bnb_4bit_compute_dtype=dtype if compute == "auto" else DTYPES[compute],
         bnb_4bit_quant_storage=STORAGE[settings.bnb_4bit_quant_storage],  # rule 4bit-storage
     )
 

@@ -5,7 +5,8 @@ builds some parameters from several tensors (fused experts). This module applies
 table to the names only, with the model on the meta device.
 """
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,16 @@ def stored_names(model: Any, keys: Iterable[str]) -> dict[str, StoredAs]:
             (*earlier.patterns, pattern or ""),
         )
     return stored
+
+
+def built_parameter(
+    model: Any, name: str, stored: StoredAs, tensors: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """The parameter that transformers builds from stored tensors with a converter."""
+    converter = copy.deepcopy(stored.converter)
+    assert converter is not None
+    for key, pattern in zip(stored.keys, stored.patterns, strict=True):
+        converter.add_tensor(name, key, pattern, tensors[key])  # type: ignore[arg-type]
+    built: Any = converter.convert(name, model=model, config=model.config)[name]
+    parameter: torch.Tensor = built[0] if isinstance(built, list) else built
+    return parameter

@@ -5,15 +5,14 @@ concatenates, or the fused tensor itself. The slices are found by running transf
 conversion on small tensors of element numbers, so that no kind of conversion is assumed.
 """
 
-import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from pipeline.errors import UserError
-from pipeline.model.checkpoint_names import StoredAs
+from pipeline.model.checkpoint_names import StoredAs, built_parameter
 from pipeline.model.structure import expert_tensors
 
 _ROWS, _COLUMNS = 4, 6  # of the small tensors: even, for conversions that interleave halves
@@ -61,20 +60,21 @@ class ExpertSlice:
         stored = stored[::-1] if self.is_flipped else stored
         return stored if self.expert is not None else (self.count, *stored)
 
-    def add(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Add the products B A of the experts in this slice to a stored tensor, in place.
+    def change(
+        self, expert: int, a: torch.Tensor, b: torch.Tensor, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        """The product B A of one expert, in the slice and orientation of a stored tensor.
 
-        `a` is (count x r, d_in) and `b` is (d_out, r x count), as peft stores them.
+        `a` is (count x r, d_in) and `b` is (d_out, r x count), as peft stores them; `shape`: of the
+        stored tensor, for one expert. The product is the same as that of peft for all experts.
         """
         a, b = a.reshape(self.count, -1, a.shape[1]), b.reshape(len(b), -1, self.count)
-        for expert in range(self.count) if self.expert is None else [self.expert]:
-            target = weight[expert] if self.expert is None else weight
-            target = target.mT if self.is_flipped else target
-            left, right = b[:, :, expert], a[expert]
-            if self.is_transposed:
-                left, right = right.mT, left.mT
-            rows, columns = map(Axis.positions, (self.rows, self.columns), target.shape)
-            target += left[rows] @ right[:, columns]
+        a, b = a[expert : expert + 1], b[:, :, expert : expert + 1]
+        axes = "e i o" if self.is_transposed else "e o i"
+        product = torch.einsum(f"o r e, e r i -> {axes}", b, a)[0]
+        rows, columns = shape[::-1] if self.is_flipped else shape
+        part = product[self.rows.positions(rows)[:, None], self.columns.positions(columns)]
+        return part.mT if self.is_flipped else part
 
 
 def adapted_tensor(model: Any, layer: str, targets: Iterable[str]) -> str:
@@ -105,24 +105,11 @@ def expert_slices(model: Any, name: str, stored: StoredAs) -> dict[str, ExpertSl
     numbers = {
         key: torch.arange(size).reshape(shape) + i * size for i, key in enumerate(stored.keys)
     }
-    fused = _converted(model, name, stored, numbers)
+    fused = built_parameter(model, name, stored, numbers)
     slices = {key: _slice_of(whole, fused, tensor) for key, tensor in numbers.items()}
     if wrong := [key for key, part in slices.items() if part is None]:
         raise UserError(f"{wrong[0]} of the checkpoint is not a slice of {name}")
     return {key: part for key, part in slices.items() if part is not None}
-
-
-def _converted(
-    model: Any, name: str, stored: StoredAs, tensors: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
-    """The fused tensor that transformers builds from stored tensors."""
-    converter = copy.deepcopy(stored.converter)
-    assert converter is not None
-    for key, pattern in zip(stored.keys, stored.patterns, strict=True):
-        converter.add_tensor(name, key, pattern, tensors[key])  # type: ignore[arg-type]
-    built: Any = converter.convert(name, model=model, config=model.config)[name]
-    fused: torch.Tensor = built[0] if isinstance(built, list) else built
-    return fused
 
 
 def _slice_of(whole: ExpertSlice, fused: torch.Tensor, numbers: torch.Tensor) -> ExpertSlice | None:

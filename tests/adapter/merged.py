@@ -7,6 +7,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from pipeline.adapter.merge import merge_adapters
+from pipeline.adapter.merge_plan import MergeOptions, WeightedAdapter
 from tests.tiny import make_model
 
 SEVEN_PROJECTIONS = (
@@ -51,3 +53,8 @@ def contents(folder):
 
 def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def merge_adapter(base, adapter, out, **options):
+    """Merge one adapter."""
+    return merge_adapters(base, [WeightedAdapter(adapter)], out, MergeOptions(**options))

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from pipeline.adapter.adapter_file import read_adapter
 from pipeline.adapter.initial import (
     RECORD,
     initial_adapter_of,
@@ -15,7 +16,6 @@ from pipeline.adapter.initial import (
     require_startable,
 )
 from pipeline.adapter.initial_weights import initial_weights
-from pipeline.adapter.merge_inputs import read_adapter
 from pipeline.adapter.publish import publish_adapter
 from pipeline.adapter.trained_on import TRAINED_ON, adapter_sha256
 from pipeline.files import read_json

@@ -1,4 +1,4 @@
-"""Merging an adapter of fused experts into a checkpoint equals peft's merge in memory."""
+"""Adapters of fused experts are merged into a checkpoint as peft merges them in memory."""
 
 import json
 
@@ -7,25 +7,25 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from pipeline.adapter.merge import merge_adapter
-from pipeline.adapter.merge_inputs import read_adapter, read_base, with_stored_names
+from pipeline.adapter.adapter_file import read_adapter
+from pipeline.adapter.merge_inputs import meta_model, read_base, with_stored_names
 from pipeline.model.base import load_plain
 from pipeline.model.checkpoint_names import model_on_meta, stored_names
 from pipeline.model.expert_slices import expert_slices
 from pipeline.model.structure import expert_tensors
-from tests.adapter.merged import tensors
+from tests.adapter.merged import merge_adapter, tensors
 from tests.messages import refused
 from tests.model.models import build
 
 pytestmark = pytest.mark.tensor
 
-# Stored by expert; fused and transposed; fused with another name; without a gate; with MLA.
+# Stored by expert, fused and transposed, fused under another name, without a gate, with MLA.
 KINDS = ["qwen3_moe", "gpt_oss", "granitemoe", "nemotron_h", "deepseek_v3", "llama4_text"]
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """Write a model and a random adapter of its experts and query projections."""
+    """Make a model folder and one of a random adapter of its experts and query projections."""
 
     def make(kind, **options):
         build(kind).save_pretrained(tmp_path / "base")
@@ -63,7 +63,7 @@ def test_the_merged_model_is_that_of_peft(folders, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_stored_tensor_is_mapped_to_the_slice_that_transformers_loads(tmp_path, kind):
+def test_every_stored_tensor_is_found_as_the_slice_that_transformers_loads(tmp_path, kind):
     build(kind).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     meta, model = model_on_meta(tmp_path), load_plain(tmp_path, dtype=torch.float32)
@@ -102,9 +102,9 @@ def test_a_class_that_cannot_be_built_is_refused(folders):
     base, adapter = folders("qwen3_moe")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
-    with refused("cannot be built", "merge the adapter with peft"):
+    with refused("cannot be built", "merge_and_unload"):
         read(base, adapter)
 
 
 def read(base, adapter):
-    return with_stored_names(read_base(base), read_adapter(adapter))
+    return with_stored_names(read_adapter(adapter), meta_model(read_base(base)))

@@ -1,4 +1,4 @@
-"""Inputs that cannot be merged are refused, and existing folders are not changed."""
+"""Inputs that cannot be merged are refused, and existing folders are kept."""
 
 import json
 import shutil
@@ -10,10 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.adapter import merge
-from pipeline.adapter.merge import merge_adapter
+from pipeline.adapter import merge_output
 from pipeline.errors import RankZeroError
-from tests.adapter.merged import contents, edit_json, make_adapter, make_pair, tensors
+from tests.adapter.merged import (
+    contents,
+    edit_json,
+    make_adapter,
+    make_pair,
+    merge_adapter,
+    tensors,
+)
 from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.tensor
@@ -26,7 +32,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def pair(original, tmp_path):
-    """A copy of base and adapter that a test may change."""
+    """Base and adapter that a test may change."""
     return Path(shutil.copytree(original, tmp_path / "pair"))
 
 
@@ -38,9 +44,9 @@ def foreign_module(pair):
 
 def foreign_shape(pair):
     path = pair / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(path)
-    key = next(key for key in tensors if "down_proj.lora_A" in key)
-    save_file(tensors | {key: torch.ones(4, 48)}, path)
+    found = load_file(path)
+    key = next(key for key in found if "down_proj.lora_A" in key)
+    save_file(found | {key: torch.ones(4, 48)}, path)
 
 
 def foreign_r(pair):
@@ -62,7 +68,7 @@ def without_one_matrix(pair):
     save_file(kept, path)
 
 
-def truncated_adapter(pair):
+def cut_adapter(pair):
     path = pair / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
 
@@ -101,13 +107,17 @@ def option(**changes):
     return lambda pair: edit_json(pair / "adapter" / "adapter_config.json", **changes)
 
 
+def full_disk(pair):
+    (pair / "full").touch()
+
+
 REFUSED = {
     "module": (foreign_module, ["7 of 14", "model.layers.5", "model.layers.1"]),
     "shape": (foreign_shape, ["down_proj.weight", (32, 64), (32, 48)]),
     "r": (foreign_r, ["adapter_config.json", "r", "8"]),
-    "key": (foreign_key, ["lm_head.weight", "lora_A", "lora_B"]),
+    "key": (foreign_key, ["lm_head.weight", (259, 32), (4,)]),
     "half": (without_one_matrix, ["q_proj", "A, B"]),
-    "truncated": (truncated_adapter, ["adapter_model.safetensors", "bytes", "header"]),
+    "cut": (cut_adapter, ["adapter_model.safetensors", "bytes", "header"]),
     "absent": (no_adapter, ["adapter_config.json"]),
     "quantised": (quantised, ["gptq", "--base"]),
     "pickle": (no_safetensors, ["model.safetensors", "model.safetensors.index.json"]),
@@ -115,29 +125,25 @@ REFUSED = {
     "outside": (outside_index, ["../outside.safetensors", "model.safetensors.index.json"]),
     "tied": (tied_head, ["lm_head.weight"]),
     "dora": (option(use_dora=True), ["magnitude"]),
-    "fan": (option(fan_in_fan_out=True), ["fan_in_fan_out"]),
     "ranks": (option(rank_pattern={"q_proj": 8}), ["q_proj", "r is 8"]),
     "pattern": (option(alpha_pattern={"q_(proj": 8}), ["q_(proj"]),
-    "pissa": (option(init_lora_weights="pissa"), ["init_lora_weights", "pissa"]),
-    "bias": (option(bias="all"), ["bias", "all"]),
-    "unknown": (option(new_option_of_peft=1), ["new_option_of_peft"]),
+    "pissa": (option(init_lora_weights="pissa"), ["init_lora_weights", "merge_and_unload"]),
+    "kind": (option(peft_type="LOHA"), ["peft_type", "LOHA", "merge_and_unload"]),
+    "unknown": (option(new_option_of_peft=1), ["new_option_of_peft", "merge_and_unload"]),
+    "disk": (full_disk, ["0.0", "--out"]),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_input_that_cannot_be_merged_is_refused_and_nothing_is_written(pair, name):
+def test_an_input_that_cannot_be_merged_is_refused_and_nothing_is_written(pair, monkeypatch, name):
     damage, facts = REFUSED[name]
     damage(pair)
+    if (pair / "full").exists():
+        monkeypatch.setattr(
+            merge_output.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0)
+        )
     before = contents(pair)
     with refused(*facts):
-        merge_adapter(pair / "base", pair / "adapter", pair / "merged")
-    assert contents(pair) == before
-
-
-def test_a_merge_onto_a_full_disk_is_refused_and_nothing_is_written(pair, monkeypatch):
-    monkeypatch.setattr(merge.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
-    before = contents(pair)
-    with refused("0.0", "--out"):
         merge_adapter(pair / "base", pair / "adapter", pair / "merged")
     assert contents(pair) == before
 
@@ -147,44 +153,16 @@ def test_an_fp16_overflow_is_refused_and_the_previous_merge_is_kept(tmp_path):
     merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     before = contents(tmp_path / "merged")
     edit_json(tmp_path / "adapter" / "adapter_config.json", lora_alpha=4e7)
-    with refused("float16", "bfloat16", error=RankZeroError):
+    with refused("float16", "bf16", error=RankZeroError):
         merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert contents(tmp_path / "merged") == before
 
 
-@pytest.mark.parametrize("number", [0, 2])
-def test_a_killed_merge_keeps_the_previous_one(pair, monkeypatch, number):
-    base, adapter, out = (pair / name for name in ("base", "adapter", "merged"))
-    merge_adapter(base, adapter, out)
-    before = contents(out)
-    merge_shard, shards = merge._merge_shard, []
-
-    def merge_until_killed(shard, lora, target):
-        shards.append(shard)
-        if len(shards) > number:
-            shutil.copytree(pair, pair.parent / f"{pair.name}-left")
-            raise KeyboardInterrupt
-        return merge_shard(shard, lora, target)
-
-    edit_json(adapter / "adapter_config.json", lora_alpha=24)
-    monkeypatch.setattr(merge, "_merge_shard", merge_until_killed)
-    with pytest.raises(KeyboardInterrupt):
-        merge_adapter(base, adapter, out)
-    assert contents(out) == before
-    # The folder as a real kill leaves it, without any clean-up: the next merge works.
-    monkeypatch.undo()
-    left = pair.parent / f"{pair.name}-left"
-    assert contents(left / "merged") == before
-    merge_adapter(left / "base", left / "adapter", left / "merged")
-    assert {path.name for path in left.iterdir()} == {"base", "adapter", "merged"}
-    assert contents(left / "merged") != before
-
-
-def test_only_an_empty_or_merged_folder_is_replaced(pair):
+def test_a_folder_that_no_merge_wrote_is_not_replaced(pair):
     base, adapter = pair / "base", pair / "adapter"
     mine = pair / "mine"
     mine.mkdir()
-    merge_adapter(base, adapter, mine)  # an empty folder
+    merge_adapter(base, adapter, mine)  # empty: nothing to lose
     merge_adapter(base, adapter, mine)
     (mine / "notes.txt").write_text("keep me")
     for out, fact in {mine: "notes.txt", base: base, pair: base, adapter: adapter}.items():
@@ -199,7 +177,7 @@ def test_only_an_empty_or_merged_folder_is_replaced(pair):
         merge_adapter(base, adapter, other)
 
 
-def test_the_script_merges_and_refuses_without_importing_torch(pair):
+def test_the_script_merges_and_answers_without_torch(pair):
     run = pair / "run"
     run.mkdir()
     settings = {"model": str(pair / "base"), "train_data": "t.jsonl", "output_dir": str(run)}

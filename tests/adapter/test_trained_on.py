@@ -113,7 +113,8 @@ def test_an_adapter_without_a_record_is_accepted(base, tmp_path):
 
 
 def test_products_of_an_earlier_adapter_are_marked_as_outdated(pair, tmp_path):
-    from pipeline.adapter.merge import MARKER, merge_adapter
+    from pipeline.adapter.merge_output import MARKER
+    from tests.adapter.merged import merge_adapter
 
     run = tmp_path / "run"
     shutil.copytree(pair / "adapter", run / "adapter")

@@ -73,3 +73,13 @@ def test_other_ranks_are_silent(
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_work_in_bytes_shows_its_rate_and_the_time_left(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with show_progress("copying", total=80_000_000, in_bytes=True) as work:
+        wait_for_message(caplog)
+        clock.now = 20.0
+        work.advance(20_000_000)
+    assert_mentions(caplog.messages[1], "copying", "25 %", "1 MB/s", "0:01:00")

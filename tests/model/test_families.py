@@ -8,13 +8,12 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.adapter.gather import gather_weights
-from pipeline.adapter.merge import merge_adapter
 from pipeline.adapter.publish import publish_adapter
 from pipeline.model.adapter import attach_adapter
 from pipeline.model.base import load_base
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.train.engine import Engine
-from tests.adapter.merged import tensors
+from tests.adapter.merged import merge_adapter, tensors
 from tests.ranks import run_ranks
 from tests.tiny import CONFIG, Documents, make_plan, make_tokenizer
 from tests.train_tiny import distance, work

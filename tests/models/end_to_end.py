@@ -14,7 +14,6 @@ import torch
 from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
-from pipeline.adapter.merge import merge_adapter
 from pipeline.cluster.placement import Placement
 from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import DataIndex, open_split
@@ -28,7 +27,7 @@ from pipeline.plan.given.families import FAMILIES
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
 from pipeline.train.run import run_training
-from tests.adapter.merged import tensors
+from tests.adapter.merged import merge_adapter, tensors
 from tests.model.models import build, cache_shape
 from tests.ranks import run_processes
 from tests.tiny import make_tokenizer

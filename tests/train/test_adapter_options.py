@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapter.gather import OptimizerState, gather_moments, gather_weights, restore
-from pipeline.adapter.merge import merge_adapter
 from pipeline.adapter.publish import publish_adapter
 from pipeline.config.adapter_keys import AdapterKeys
 from pipeline.model.adapter import expected_shapes
@@ -17,6 +16,7 @@ from pipeline.model.fingerprint import base_fingerprint
 from pipeline.plan.given.adapter_counts import lora_shapes
 from pipeline.train.assemble import load_initial_adapter
 from pipeline.train.resume import checkpoints_of
+from tests.adapter.merged import merge_adapter
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_plan
 from tests.train_tiny import build_engine, distance, work

@@ -5,12 +5,11 @@ import torch
 from peft import PeftModel
 
 from pipeline.adapter.gather import gather_weights
-from pipeline.adapter.merge import merge_adapter
 from pipeline.adapter.publish import publish_adapter
 from pipeline.data.order.batches import build_batch
 from pipeline.model.base import load_plain
 from pipeline.model.fingerprint import base_fingerprint
-from tests.adapter.merged import tensors
+from tests.adapter.merged import merge_adapter, tensors
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_plan
 from tests.train_tiny import build_engine, distance, train_tiny, work

@@ -1,0 +1,172 @@
+"""Models that are computed block by block: weights are read when a block runs, then released.
+
+A forward pass needs the memory of one block, the embeddings and the head, whatever the size of the
+model. Weights are computed with in fp32.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig
+
+from pipeline.errors import UserError
+from pipeline.model.attention import WITHIN_DOCUMENTS
+from pipeline.model.base import auto_class
+from pipeline.model.checkpoint_names import built_parameter, stored_names
+from pipeline.model.structure import blocks
+from pipeline.model.tensor_files import read_header, weight_files
+
+# Modules that peft puts between a layer and its name in the base.
+_WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
+_PREFIX = "base_model.model."
+
+# A function that changes a weight in place, given the name of its layer.
+Transform = Callable[[str, nn.Module, torch.Tensor], None]
+
+
+def streamed_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model of a folder with its parameters on the meta device; buffers have their values."""
+    options = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    with _parameters_on_meta():
+        model = auto_class(folder, trust_remote_code).from_config(
+            config, dtype=torch.float32, attn_implementation=WITHIN_DOCUMENTS, **options
+        )
+    model.config.use_cache = False
+    return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules that are built inside have parameters on the meta device, as with accelerate."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class StreamedWeights:
+    """Weights of a model folder, for its streamed model, to which adapters may be attached later.
+
+    `on_read` is called with the size of each tensor; `transform` changes weights that were read.
+    `adapters`: name of an attached adapter -> tensors of its file, which stay in memory.
+    """
+
+    adapters: Mapping[str, Mapping[str, torch.Tensor]] = {}
+
+    def __init__(
+        self, folder: Path, causal: Any, on_read: Callable[[int], None], transform: Transform | None
+    ) -> None:
+        self._causal, self._on_read, self._transform = causal, on_read, transform
+        self._file_of = {
+            key: path for path in weight_files(folder) for key in read_header(path).entries
+        }
+        self._stored = stored_names(causal, self._file_of)
+        self._tied: dict[str, str] = dict(causal.all_tied_weights_keys)
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Load the weights of a block around its forward pass, and the others until the end."""
+        inside: set[nn.Module] = set()
+        handles = []
+        for name, block in _named(model, blocks(self._causal)):
+            inside.update(block.modules())
+            handles.append(block.register_forward_pre_hook(self._loader(name)))
+            handles.append(block.register_forward_hook(self._releaser()))
+        outside = [(name, each) for name, each in model.named_modules() if each not in inside]
+        for name, module in outside:
+            self._load(name, module)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for _, module in outside:
+                _release(module)
+
+    def _loader(self, name: str) -> Any:
+        def load(block: nn.Module, arguments: Any) -> None:
+            del arguments
+            for inner, module in block.named_modules():
+                self._load(f"{name}.{inner}" if inner else name, module)
+
+        return load
+
+    def _releaser(self) -> Any:
+        def release(block: nn.Module, arguments: Any, output: Any) -> None:
+            del arguments, output
+            for module in block.modules():
+                _release(module)
+
+        return release
+
+    def _load(self, name: str, module: nn.Module) -> None:
+        """Replace the parameters of a module that are on the meta device."""
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                value = self._value(f"{name}.{key}", module)
+                loaded = nn.Parameter(value, requires_grad=False)
+                loaded.is_streamed = True  # type: ignore[attr-defined]
+                module._parameters[key] = loaded
+
+    def _adapter_value(self, name: str) -> torch.Tensor | None:
+        """The tensor of an adapter for a parameter: one of its own, or a replaced one of the base.
+
+        Keys of peft's files do not have the names of adapters and of `modules_to_save`.
+        """
+        for adapter, tensors in self.adapters.items():
+            key = re.sub(rf"(\.modules_to_save)?\.{adapter}(?=\.|$)", "", name, count=1)
+            is_own = key != name or "original_module" not in name
+            value = tensors.get(key, tensors.get(key.removesuffix(".weight")))
+            if value is not None and is_own:
+                return value.float()
+        return None
+
+    def _value(self, name: str, module: nn.Module) -> torch.Tensor:
+        if (value := self._adapter_value(name)) is not None:
+            return value
+        plain = _WRAPPERS.sub("", f".{name.removeprefix(_PREFIX)}")[1:]
+        if plain not in self._stored:
+            plain = self._tied.get(plain, plain)
+        if (stored := self._stored.get(plain)) is None:
+            raise UserError(f"{name}: no weight of the model's files belongs to this parameter")
+        tensors = {key: self._read(key) for key in stored.keys}
+        if stored.converter is None:
+            value = tensors[stored.keys[0]]
+        else:
+            value = built_parameter(self._causal, plain, stored, tensors)
+        if self._transform is not None:
+            self._transform(plain.rpartition(".")[0], module, value)
+        return value
+
+    def _read(self, key: str) -> torch.Tensor:
+        with safe_open(self._file_of[key], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+        self._on_read(tensor.nbytes)
+        return tensor.float()
+
+
+def _named(model: nn.Module, modules: list[nn.Module]) -> list[tuple[str, nn.Module]]:
+    names = {module: name for name, module in model.named_modules()}
+    return [(names[module], module) for module in modules]
+
+
+def _release(module: nn.Module) -> None:
+    for key, parameter in module._parameters.items():
+        if getattr(parameter, "is_streamed", False):
+            assert parameter is not None
+            module._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)

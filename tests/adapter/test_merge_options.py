@@ -1,0 +1,238 @@
+"""Every option of an adapter is merged bitwise as peft merges it in a model of the same dtype."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from pipeline.adapter.merge import merge_adapters
+from pipeline.adapter.merge_plan import MergeOptions, WeightedAdapter
+from tests.adapter.merged import SEVEN_PROJECTIONS, contents, merge_adapter, tensors
+from tests.messages import refused
+from tests.tiny import make_model
+
+pytestmark = pytest.mark.tensor
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+LLAMA = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.\w+": 8},
+        "alpha_pattern": {"v_proj": 1.5},
+    },
+    "dora": {"use_dora": True},
+    "dora-rslora": {"rank_pattern": {"o_proj": 2}, "use_rslora": True, "use_dora": True},
+    "some-layers": {"layers_to_transform": [1]},
+    "saved-modules": {"modules_to_save": ["lm_head", "input_layernorm"]},
+    "tokens": {"trainable_token_indices": [3, 5, 258]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "embedding-dora": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+}
+GPT2 = {
+    "transposed": {"target_modules": ["c_attn", "c_proj"]},
+    "transposed-dora": {"target_modules": ["c_attn", "c_proj"], "use_dora": True},
+    "all-biases": {"target_modules": ["c_attn", "c_proj"], "bias": "all"},
+    "lora-biases": {"target_modules": ["c_attn"], "bias": "lora_only"},
+    "bias-of-b": {"target_modules": ["c_attn", "c_fc"], "lora_bias": True, "use_rslora": True},
+    "both-biases": {"target_modules": ["c_attn"], "lora_bias": True, "bias": "all"},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Model folders of the tests, each made once."""
+    folder = tmp_path_factory.mktemp("bases")
+    for dtype in DTYPES:
+        make_model(folder / f"llama-{dtype}", tied=False, dtype=str(DTYPES[dtype])[6:], shards=2)
+        torch.manual_seed(0)
+        config = GPT2Config(
+            n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32, bos_token_id=1,
+            eos_token_id=2,
+        )  # fmt: skip
+        model = GPT2LMHeadModel(config).to(DTYPES[dtype])
+        model.save_pretrained(folder / f"gpt2-{dtype}")
+    make_model(folder / "tied", tied=True)
+    return folder
+
+
+def make_adapter(base, folder, seed=1, **options):
+    """Save an adapter with random values in every tensor that peft trains."""
+    options = {"r": 4, "lora_alpha": 10, "target_modules": list(SEVEN_PROJECTIONS)} | options
+    base_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(base_model, LoraConfig(task_type="CAUSAL_LM", **options))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def merged_by_peft(base, adapter, dtype=None):
+    """State dict of peft's merged model, for a base loaded in a dtype."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto")
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+
+
+def require_equal(merged, oracle, base):
+    """Check that all tensors are bitwise equal, and that the merge changed some."""
+    ours, before = tensors(merged), tensors(base)
+    for name, tensor in ours.items():
+        assert tensor.dtype == oracle[name].dtype, name
+        assert torch.equal(tensor, oracle[name]), name
+    assert any(not torch.equal(ours[name].float(), before[name].float()) for name in ours)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [
+    *((name, "BF16") for name in LLAMA),
+    *((name, "F16") for name in ("plain", "dora", "embedding")),
+    *((name, "F32") for name in ("plain", "dora-rslora", "saved-modules")),
+])  # fmt: skip
+def test_an_option_is_merged_bitwise_as_by_peft(bases, tmp_path, name, dtype):
+    base = bases / f"llama-{dtype}"
+    adapter = make_adapter(base, tmp_path / "adapter", **LLAMA[name])
+    merge_adapter(base, adapter, tmp_path / "merged")
+    require_equal(tmp_path / "merged", merged_by_peft(base, adapter), base)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [
+    *((name, "BF16") for name in GPT2),
+    ("both-biases", "F16"),
+    ("transposed-dora", "F32"),
+])  # fmt: skip
+def test_transposed_layers_and_biases_are_merged_bitwise_as_by_peft(bases, tmp_path, name, dtype):
+    base = bases / f"gpt2-{dtype}"
+    adapter = make_adapter(base, tmp_path / "adapter", **GPT2[name])
+    merge_adapter(base, adapter, tmp_path / "merged")
+    require_equal(tmp_path / "merged", merged_by_peft(base, adapter), base)
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("F32", "BF16"), ("BF16", "F32"), ("F32", "F16")])
+def test_another_dtype_is_peft_on_a_base_loaded_in_it(bases, tmp_path, stored, dtype):
+    base = bases / f"llama-{stored}"
+    adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    merge_adapter(base, adapter, tmp_path / "merged", dtype=dtype)
+    require_equal(tmp_path / "merged", merged_by_peft(base, adapter, DTYPES[dtype]), base)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert loaded.dtype == DTYPES[dtype]
+
+
+@pytest.mark.parametrize(("dtype", "options"), [
+    ("BF16", {}), ("F32", {"use_rslora": True}), ("BF16", {"use_dora": True}),
+])  # fmt: skip
+def test_several_adapters_are_merged_bitwise_as_by_peft(bases, tmp_path, options, dtype):
+    base = bases / f"llama-{dtype}"
+    weights = (
+        {"first": 1.0, "second": 1.0} if options.get("use_dora") else {"first": 0.7, "second": -0.4}
+    )
+    targets = {"first": SEVEN_PROJECTIONS, "second": ("q_proj", "down_proj")}
+    for seed, name in enumerate(weights):
+        ranks = {"r": 4 + 2 * seed, "target_modules": list(targets[name])}
+        make_adapter(base, tmp_path / name, seed=seed, **ranks, **options)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model = PeftModel.from_pretrained(model, tmp_path / "first", adapter_name="first")
+    model.load_adapter(tmp_path / "second", "second")
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name, weight in weights.items():
+                module.set_scale(name, weight)
+    oracle = model.merge_and_unload(adapter_names=list(weights)).state_dict()
+    adapters = [WeightedAdapter(tmp_path / name, weight) for name, weight in weights.items()]
+    merge_adapters(base, adapters, tmp_path / "merged", MergeOptions())
+    require_equal(tmp_path / "merged", oracle, base)
+
+
+def test_weights_add_the_changes_of_each_adapter(bases, tmp_path):
+    base = bases / "llama-F32"
+    changes = []
+    for seed in range(2):
+        make_adapter(base, tmp_path / f"{seed}", seed=seed, use_rslora=bool(seed))
+        merge_adapter(base, tmp_path / f"{seed}", tmp_path / f"merged{seed}")
+        before, after = tensors(base), tensors(tmp_path / f"merged{seed}")
+        changes.append({name: after[name] - before[name] for name in before})
+    adapters = [WeightedAdapter(tmp_path / "0", 2.0), WeightedAdapter(tmp_path / "1", -0.5)]
+    merge_adapters(base, adapters, tmp_path / "merged", MergeOptions())
+    for name, tensor in tensors(tmp_path / "merged").items():
+        expected = before[name] + 2 * changes[0][name] - 0.5 * changes[1][name]
+        assert torch.allclose(tensor, expected, atol=1e-5), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_undoing_a_merge_gives_the_base_within_its_rounding(bases, tmp_path, dtype):
+    base = bases / f"gpt2-{dtype}"
+    options = {"target_modules": ["c_attn", "c_proj"], "lora_bias": True}
+    adapter = make_adapter(base, tmp_path / "adapter", **options)
+    merge_adapter(base, adapter, tmp_path / "merged")
+    merge_adapter(tmp_path / "merged", adapter, tmp_path / "undone", is_undone=True)
+    merged, undone = tensors(tmp_path / "merged"), tensors(tmp_path / "undone")
+    rounding = 2 * torch.finfo(DTYPES[dtype]).eps
+    for name, tensor in tensors(base).items():
+        size = torch.maximum(tensor.abs(), merged[name].abs()).float()
+        assert ((undone[name] - tensor).abs() <= rounding * size + 1e-7).all(), name
+
+
+UNDEFINED = {
+    "weight-of-dora": ({"use_dora": True}, 0.5, ["DoRA", "0.5"]),
+    "weight-of-values": ({"modules_to_save": ["lm_head"]}, 0.5, ["lm_head.weight"]),
+}
+
+
+@pytest.mark.parametrize("name", UNDEFINED)
+def test_a_weight_without_a_meaning_is_refused(bases, tmp_path, name):
+    options, weight, facts = UNDEFINED[name]
+    adapter = make_adapter(bases / "llama-F32", tmp_path / "adapter", **options)
+    adapters = [WeightedAdapter(adapter, weight)]
+    with refused(*facts):
+        merge_adapters(bases / "llama-F32", adapters, tmp_path / "merged", MergeOptions())
+
+
+def test_two_adapters_that_replace_a_tensor_are_refused(bases, tmp_path):
+    for name in ("first", "second"):
+        make_adapter(bases / "llama-F32", tmp_path / name, modules_to_save=["lm_head"])
+    adapters = [WeightedAdapter(tmp_path / name) for name in ("first", "second")]
+    with refused(tmp_path / "first", tmp_path / "second", "lm_head.weight"):
+        merge_adapters(bases / "llama-F32", adapters, tmp_path / "merged", MergeOptions())
+
+
+NOT_UNDONE = {"dora": {"use_dora": True}, "values": {"modules_to_save": ["input_layernorm"]}}
+
+
+@pytest.mark.parametrize("name", NOT_UNDONE)
+def test_a_merge_that_lost_values_of_the_base_cannot_be_undone(bases, tmp_path, name):
+    adapter = make_adapter(bases / "llama-F32", tmp_path / "adapter", **NOT_UNDONE[name])
+    merge_adapter(bases / "llama-F32", adapter, tmp_path / "merged")
+    before = contents(tmp_path)
+    with refused("--undo", "weight"):
+        merge_adapter(tmp_path / "merged", adapter, tmp_path / "undone", is_undone=True)
+    assert contents(tmp_path) == before
+
+
+TIED = {
+    "layer": {"target_modules": ["q_proj", "embed_tokens"]},
+    "replaced": {"modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_change_of_one_of_two_tied_tensors_is_refused(bases, tmp_path, name):
+    adapter = make_adapter(bases / "tied", tmp_path / "adapter", **TIED[name])
+    with refused("embed_tokens", "tie_word_embeddings", "merge_and_unload"):
+        merge_adapter(bases / "tied", adapter, tmp_path / "merged")
+
+
+def test_new_tokens_of_a_tied_base_are_merged_bitwise_as_by_peft(bases, tmp_path):
+    adapter = make_adapter(bases / "tied", tmp_path / "adapter", trainable_token_indices=[7, 2])
+    merge_adapter(bases / "tied", adapter, tmp_path / "merged")
+    require_equal(tmp_path / "merged", merged_by_peft(bases / "tied", adapter), bases / "tied")
+
+
+def test_tied_modules_that_stayed_tied_are_merged(bases, tmp_path):
+    options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    adapter = make_adapter(bases / "tied", tmp_path / "adapter", **options)
+    merge_adapter(bases / "tied", adapter, tmp_path / "merged")
+    require_equal(tmp_path / "merged", merged_by_peft(bases / "tied", adapter), bases / "tied")

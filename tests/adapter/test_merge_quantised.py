@@ -1,0 +1,162 @@
+"""The base as training saw it: merged onto, and compared with, block by block."""
+
+import copy
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from pipeline.adapter.merge_plan import TrainedBase, WeightedAdapter
+from pipeline.cluster.progress import show_progress
+from pipeline.data.order.batches import Batch
+from pipeline.evaluate.merge_check import MergedModel, _difference, _logits, _round_trip
+from pipeline.model.base import Quantisation, _quantization, load_plain
+from pipeline.model.checkpoint_names import model_on_meta
+from pipeline.model.streamed import StreamedWeights, streamed_model
+from pipeline.model.structure import blocks
+from pipeline.plan.given.shape import read_shape
+from tests.adapter.merged import make_adapter, merge_adapter, tensors
+from tests.tiny import make_model, make_plan
+
+pytestmark = pytest.mark.tensor
+
+KINDS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_use_double_quant": False},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+    "fp4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("base") / "base", dtype="bfloat16", shards=2)
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    return make_adapter(base, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 250, (2, 20), generator=generator)
+    labels = ids.clone()
+    labels[:, :5] = -100
+    return Batch(ids, labels, ((20,), (20,)), 40)
+
+
+def trained(base, **options):
+    settings = make_plan(base, load_in_8bit=False, **options).settings
+    return TrainedBase(settings, "bfloat16")
+
+
+def loaded_in_4bit(base, run):
+    """The model as transformers and bitsandbytes load it for training."""
+    config = _quantization(run.settings, read_shape(str(base)), torch.bfloat16)
+    return load_plain(
+        base, dtype=torch.bfloat16, quantization_config=config, device_map={"": "cpu"}
+    )
+
+
+def dequantised(layer):
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_round_trip_is_bitwise_what_training_multiplies(base, kind):
+    run = trained(base, **KINDS[kind])
+    quantisation = Quantisation(
+        settings=run.settings, shape=read_shape(str(base)), dtype=torch.bfloat16
+    )
+    model = loaded_in_4bit(base, run)
+    layers = {n: each for n, each in model.named_modules() if isinstance(each, Linear4bit)}
+    assert quantisation.layers(model_on_meta(base)) == layers.keys()
+    for name, layer in layers.items():
+        weight = tensors(base)[f"{name}.weight"]
+        before = weight.clone()
+        quantisation.round_trip(weight)
+        assert torch.equal(weight, dequantised(layer)), name
+        assert not torch.equal(weight, before)
+
+
+def test_parts_of_a_weight_are_quantised_as_the_whole(base, monkeypatch):
+    run = trained(base, **KINDS["nf4-double"])
+    quantisation = Quantisation(
+        settings=run.settings, shape=read_shape(str(base)), dtype=torch.bfloat16
+    )
+    whole = torch.randn(160, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    parts = whole.clone()
+    quantisation.round_trip(whole)
+    monkeypatch.setattr("pipeline.model.base._PART", 640)
+    quantisation.round_trip(parts)
+    assert torch.equal(parts, whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_onto_the_quantised_base_is_bitwise_that_of_peft(base, adapter, tmp_path, kind):
+    run = trained(base, **KINDS[kind])
+    merge_adapter(base, adapter, tmp_path / "merged", onto=run)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    for name, layer in loaded_in_4bit(base, run).named_modules():
+        if isinstance(layer, Linear4bit):
+            plain.get_submodule(name).weight.data = dequantised(layer)
+    oracle = PeftModel.from_pretrained(plain, adapter).merge_and_unload().state_dict()
+    ours = tensors(tmp_path / "merged")
+    assert all(torch.equal(tensor, oracle[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"trainable_token_indices": [7, 2]}])
+def test_logits_block_by_block_are_those_of_the_whole_model(base, batch, tmp_path, options):
+    folder = make_adapter(base, tmp_path / "adapter", **options)
+    with show_progress("") as progress, torch.no_grad():
+        ours = _logits(batch, progress, False, base, [WeightedAdapter(folder)], None)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        theirs = PeftModel.from_pretrained(model, folder)(batch.input_ids).logits
+    theirs = theirs[:, :-1][batch.labels[:, 1:] != -100]
+    assert torch.equal(ours, theirs)
+
+
+def test_only_one_block_has_its_weights_at_a_time(base, batch):
+    causal = streamed_model(base)
+    loaded = []
+
+    def count(module, arguments):
+        loaded.append([any(not p.is_meta for p in block.parameters()) for block in blocks(causal)])
+
+    weights = StreamedWeights(base, causal, lambda size: None, None)
+    with weights.attached(causal), torch.no_grad():
+        for block in blocks(causal):
+            block.mlp.register_forward_pre_hook(count)
+        causal(batch.input_ids)
+    assert loaded == [[True, False], [False, True]]
+    assert all(parameter.is_meta for parameter in causal.parameters())
+
+
+def test_a_merge_is_nearest_to_the_base_that_it_was_added_to(base, adapter, batch, tmp_path):
+    run = trained(base, **KINDS["nf4-double"])
+    nearest = {}
+    for name, onto in (("original", None), ("dequantized", run)):
+        merged = merge_adapter(base, adapter, tmp_path / name, onto=onto) and tmp_path / name
+        known = MergedModel(
+            folder=merged, base=base, adapters=[WeightedAdapter(adapter)], trained=run
+        )
+        with show_progress("") as progress, torch.no_grad():
+            ours = _logits(batch, progress, False, merged, (), None)
+            for against, transform in (("original", None), ("dequantized", _round_trip(known))):
+                theirs = _logits(batch, progress, False, base, known.adapters, transform)
+                nearest[name, against] = _difference(ours, theirs, batch.labels[:, 5:].flatten())
+    for name in ("original", "dequantized"):
+        other = "dequantized" if name == "original" else "original"
+        for key in ("relative", "mean_logit", "largest_logit", "kl"):
+            assert nearest[name, name][key] < 0.3 * nearest[name, other][key], key
+
+
+def test_equal_logits_have_no_difference():
+    logits = torch.randn(5, 9)
+    measured = _difference(logits, copy.deepcopy(logits), torch.arange(5))
+    assert {measured[key] for key in ("relative", "mean_logit", "largest_logit", "kl")} == {0.0}
