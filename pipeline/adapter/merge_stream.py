@@ -132,7 +132,7 @@ class MergeStream:
         if task.quantised is not None:
             assert self._quantisation is not None
             weight = tensor.T.contiguous() if task.quantised == "transposed" else tensor
-            self._quantisation.round_trip(weight)
+            self._quantisation.round_trip(weight, self._arithmetic.pool.map)
             if weight is not tensor:
                 tensor.copy_(weight.T)
         if task.changes:

@@ -6,6 +6,7 @@ Only this file uses bitsandbytes, through transformers. At ZeRO-3 loading is col
 import copy
 import gc
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from pipeline.plan.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORAGE = DTYPES | {"uint8": torch.uint8}
+Run = Callable[..., Iterable[Any]]  # like `map`
 _PART = 2**20  # values that are quantised at a time
 
 
@@ -166,10 +168,11 @@ class Quantisation:
         return {name for name in before if type(after[name]) is not type(before[name])}
 
     @torch.no_grad()
-    def round_trip(self, weight: torch.Tensor) -> None:
+    def round_trip(self, weight: torch.Tensor, run: Run = map) -> None:
         """Replace a linear layer's weight (d_out, d_in) by the one that is multiplied in training.
 
-        In passes over parts of the weight, because bitsandbytes needs ten times its memory.
+        In passes over parts of the weight, because bitsandbytes needs ten times its memory. `run`:
+        the `map` of a pool of threads for the parts.
         """
         from bitsandbytes import functional
 
@@ -181,16 +184,17 @@ class Quantisation:
                 codes, scales, _ = functional.int8_vectorwise_quant(part.to(self.dtype).half())
                 part.copy_(functional.int8_vectorwise_dequant(codes, scales).to(self.dtype))
             return
-        packed = [functional.quantize_4bit(x.to(self.dtype), quant_type=kind) for x in parts]
+        quantize = functional.quantize_4bit
+        packed = list(run(lambda part: quantize(part.to(self.dtype), quant_type=kind), parts))
         absmax = torch.cat([state.absmax for _, state in packed])
         if settings.bnb_4bit_use_double_quant:  # as in bitsandbytes' functional.quantize_4bit
             offset = absmax.mean()
             codes, nested = functional.quantize_blockwise(absmax - offset, blocksize=256)
             absmax = functional.dequantize_blockwise(codes, nested) + offset
-        for part, (values, state) in zip(parts, packed, strict=True):
+        for _, state in packed:
             count = len(state.absmax)
             state.absmax, absmax = absmax[:count], absmax[count:]
-            part.copy_(functional.dequantize_4bit(values, state))
+        list(run(lambda part, of: part.copy_(functional.dequantize_4bit(*of)), parts, packed))
 
 
 def _quantization(

@@ -77,6 +77,7 @@ class StreamedWeights:
         }
         self._stored = stored_names(causal, self._file_of)
         self._tied: dict[str, str] = dict(causal.all_tied_weights_keys)
+        self._tied_values: dict[str, torch.Tensor] = {}
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
@@ -97,6 +98,7 @@ class StreamedWeights:
                 handle.remove()
             for _, module in outside:
                 _release(module)
+            self._tied_values.clear()
 
     def _loader(self, name: str) -> Any:
         def load(block: nn.Module, arguments: Any) -> None:
@@ -142,6 +144,15 @@ class StreamedWeights:
         plain = _WRAPPERS.sub("", f".{name.removeprefix(_PREFIX)}")[1:]
         if plain not in self._stored:
             plain = self._tied.get(plain, plain)
+        if plain in self._tied_values:
+            return self._tied_values[plain]
+        value = self._built_value(name, plain, module)
+        if plain in self._tied.values():
+            self._tied_values[plain] = value
+        return value
+
+    def _built_value(self, name: str, plain: str, module: nn.Module) -> torch.Tensor:
+        """The parameter `plain` of the class, from its tensors in the files."""
         if (stored := self._stored.get(plain)) is None:
             raise UserError(f"{name}: no weight of the model's files belongs to this parameter")
         tensors = {key: self._read(key) for key in stored.keys}

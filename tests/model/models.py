@@ -1,6 +1,6 @@
 """Models of the kinds of kinds.py with random weights, and a model with its own code."""
 
-from tests.model.models import KINDS
+from tests.model.kinds import KINDS
 
 
 def build(name, dtype=None, kinds=KINDS):

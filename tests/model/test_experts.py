@@ -9,7 +9,8 @@ from pipeline.model.class_shape import count_shape
 from pipeline.model.proof import LIMIT, prove, prove_model, small_model
 from pipeline.plan.given.shape import shape_of
 from tests.messages import refused
-from tests.model.models import KINDS, build
+from tests.model.kinds import KINDS
+from tests.model.models import build
 
 pytestmark = pytest.mark.tensor
 
