@@ -180,8 +180,10 @@ def _stream(plan: MergePlan, work: Work) -> "Iterator[MergeStream]":
     device = torch.device(plan.options.device)
     largest = max(task.num_bytes for shard in plan.shards for task in shard.tensors.values())
     earlier = torch.get_num_threads()
-    torch.set_num_threads(1)  # of this thread; those of the pool are alike
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        arithmetic = Arithmetic(pool, device, plan.options.is_undone)
-        yield MergeStream(arithmetic, largest, work, plan.quantisation)
-    torch.set_num_threads(earlier)
+    torch.set_num_threads(1)  # in this thread, as in those of the pool
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            arithmetic = Arithmetic(pool, device, plan.options.is_undone)
+            yield MergeStream(arithmetic, largest, work, plan.quantisation)
+    finally:
+        torch.set_num_threads(earlier)
