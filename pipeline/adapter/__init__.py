@@ -3,6 +3,6 @@
 In: a DeepSpeed engine, or an adapter folder and its base. Out: RUN/adapter and RUN/merged.
 Open publish.py first. gather.py accesses ZeRO's optimizer state; verify.py checks tensors;
 trained_on.py records the base; adapter_file.py reads a PEFT folder.
-merge.py merges: merge_inputs.py and merge_plan.py check, merge_stream.py and merge_layer.py compute,
-merge_output.py writes the other files.
+merge.py merges adapters: merge_inputs.py and merge_plan.py check, merge_stream.py and
+merge_layer.py compute, merge_output.py writes the other files.
 """

@@ -55,6 +55,11 @@ def read_initial_adapter(plan: Plan) -> Adapter:
         adapter = read_adapter(folder)
     except UserError as error:
         raise UserError(f"init_adapter: {error}") from None
+    if adapter.values:
+        raise UserError(
+            f"init_adapter: {folder} also has values of {min(adapter.values)}, which is not a LoRA "
+            "layer (modules_to_save, new tokens or a trained bias); a run cannot start from these"
+        )
     layers = {f"{layer.name}.weight": layer for layer in adapted_layers(plan.shape, settings)}
     _require_same_layers(folder, adapter, layers)
     for key, layer in layers.items():
