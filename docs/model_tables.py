@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "tests/models/results.jsonl"
-_MODES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3", "qlora": "QLoRA"}
+_MODES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3", "experts": "experts", "qlora": "QLoRA"}
 # Models in the order in which they are tuned most, and the kinds of folder that stand for them.
 RANKED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Llama 3, SmolLM2, R1-Distill", ("llama", "llama/tied")),
@@ -137,11 +137,12 @@ pipeline's code have changed since; the lines here are from several states of th
 Relative differences. `loss` and `attention`: from the class's own, in the proof. `packs`: of a
 document in a pack from the same document alone; `off`: the class mixes documents, so it is trained
 without packs. ZeRO-2, ZeRO-3, QLoRA: the held-out loss of the run from that of plain transformers
-and peft with the published adapter, in which no matrix is zero (at most 1e-4 passes). `merged`: our
-merged weights from those of peft.
+and peft with the published adapter, in which no matrix is zero (at most 1e-4 passes). `experts`: as
+ZeRO-3, with an adapter on the fused experts too, and merged; empty for models without experts, and
+in lines that are older than this column. `merged`: our merged weights from those of peft.
 
-| kind | state | loss | attention | packs | ZeRO-2 | ZeRO-3 | QLoRA | merged |
-|---|---|---|---|---|---|---|---|---|
+| kind | state | loss | attention | packs | ZeRO-2 | ZeRO-3 | experts | QLoRA | merged |
+|---|---|---|---|---|---|---|---|---|---|
 {table}
 
 ## Refused or failed

@@ -134,7 +134,37 @@ PACKED = {
     "packed gpt_neox": Case(settings=ZERO2 | ALL, model={"model_type": "gpt_neox"}, documents=5),
     "packed mixtral": Case(settings=ZERO2 | ALL, model=EXPERTS, documents=5),
 }
-CASES = GRID | OTHERS | PACKED
+# Classes that families.py does not have, one for each kind of block.
+MLA = {
+    "q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
+    "v_head_dim": 32, "num_key_value_heads": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+LINEAR = {
+    "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8, "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+}  # fmt: skip
+CLASS_MODELS = {
+    "olmo2": {},
+    "granite": {},
+    "cohere": {},
+    "glm4": HEADS,
+    "gpt_oss": EXPERTS | HEADS | {"layer_types": ["sliding_attention", "full_attention"] * 4},
+    "deepseek_v3": MLA,
+    "qwen3_next": LINEAR | HEADS,
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 4, "block_auto_adjust_ff_dim": False},
+}
+CLASSES = {
+    f"class {kind} zero{stage} ckpt-{on}": Case(
+        settings=BF16 | checkpointing | {"zero_stage": stage}, model=model | {"model_type": kind}
+    )
+    for kind, model in CLASS_MODELS.items()
+    for stage, on, checkpointing in ((2, "off", OFF), (3, "on", ON))
+}
+CASES = GRID | OTHERS | PACKED | CLASSES
 TABLE = (
     "| case | measured, MiB | predicted | error | worst moment, predicted |\n|---|---|---|---|---|"
 )

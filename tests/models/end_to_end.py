@@ -36,6 +36,11 @@ STEPS = 4
 MODES = {
     "zero2": {"zero_stage": 2, "gradient_checkpointing": False},
     "zero3": {"zero_stage": 3, "gradient_checkpointing": True},
+    "experts": {
+        "zero_stage": 3,
+        "gradient_checkpointing": True,
+        "lora_target_modules": ["auto", "experts"],
+    },
     "qlora": {"zero_stage": 2, "gradient_checkpointing": False, "load_in_4bit": True},
 }
 ROWS = [
@@ -105,6 +110,7 @@ def check_class(kind, kinds, folder):
         "without_reentrant": list(proof.without_reentrant),
         "without_merge": list(proof.without_merge),
         "trainable": plan.trainable,
+        "has_experts": bool(shape.num_experts),
         **({"refused": proof.refusals[0]} if proof.refusals else {}),
     }
 

@@ -18,6 +18,9 @@ pytestmark = pytest.mark.engine
 
 # One for each kind of layer: plain, scaled, parallel, sandwich norms, sinks, MLA, hybrid, wrapper.
 KINDS = ["olmo2", "granite", "cohere", "glm4", "gpt_oss", "deepseek_v3", "qwen3_next", "gemma3"]
+# Short convolutions; Mamba; chunks and one expert a token; experts stored transposed.
+SHARDED_KINDS = ["lfm2", "granitemoehybrid", "llama4_text", "qwen3_vl_moe"]
+RUNS = [(kind, stage) for stage in (2, 3) for kind in KINDS] + [(k, 3) for k in SHARDED_KINDS]
 IDS = torch.arange(3, 35).reshape(2, 16)
 STEPS = 2  # B is zero before the first step, so A moves in the second
 
@@ -36,8 +39,7 @@ def train_and_gather(session, folder, settings):
     return weights, logits, loss
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "stage"), RUNS)
 def test_the_adapter_has_its_logits_in_plain_peft_and_merges_like_peft(
     folder_of, tmp_path, kind, stage
 ):

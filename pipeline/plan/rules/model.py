@@ -53,6 +53,14 @@ def _options_unsupported_by_experts(s: PlanInput) -> str:
     return ", ".join(name for name in names if getattr(s.settings, name))
 
 
+def _packs_of_mixing_class(s: PlanInput) -> str:
+    """The reason why packs would mix documents, if the run has packs."""
+    is_default = "packing" not in s.settings.model_fields_set
+    if not s.settings.packing or (s.proof is None and is_default):  # the plan turns it off
+        return ""
+    return reason_against_packs(s.shape, s.proof)
+
+
 def _lacks_flash_attention(s: PlanInput) -> bool:
     is_available = s.is_cuda and s.packages.get("flash-attn") is not None
     return s.settings.use_flash_attention is True and not is_available
@@ -195,7 +203,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="class-packs",
         level="refuse",
-        applies=lambda s: reason_against_packs(s.shape, s.proof) if s.settings.packing else "",
+        applies=_packs_of_mixing_class,
         reason="packing: this model class does not keep the documents of a pack separate",
         remedy="set packing: false, or leave it out",
         source="pipeline/model/proof.py",

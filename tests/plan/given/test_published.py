@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -97,6 +98,15 @@ def test_a_plan_by_name_has_packs_only_if_the_class_keeps_documents_separate(nam
     plan = plan_on(gpu(640, 8), model, max_length=1024)
     assert plan.settings.packing is packs
     assert packs or f"of {plan.shape.num_layers} blocks" in plan.why["packing"]
+
+
+def test_a_folder_of_a_class_that_mixes_documents_is_planned_without_packs():
+    model = next(model for model in MODELS if model.name == "Qwen/Qwen3.5-27B")
+    shape = replace(model.shape(), source=None)
+    plan, _ = rank_plans(settings(model), shape, gpu(640, 8), nodes=1, ranks_per_node=1)
+    assert plan.settings.packing is False
+    with refused("packing", "16 of 64 blocks", "rule class-packs"):
+        rank_plans(settings(model, packing=True), shape, gpu(640, 8), nodes=1, ranks_per_node=1)
 
 
 def test_packs_that_were_asked_for_are_refused_by_name():
