@@ -15,7 +15,7 @@ import yaml
 from pipeline.train.metrics import read_metrics
 from pipeline.train.status import read_status
 from tests import ROOT
-from tests.commands import Command, free_port
+from tests.commands import Command, free_port, run
 from tests.hosts import TwoHosts, reason_unavailable
 from tests.messages import assert_mentions
 from tests.tiny import make_rows
@@ -32,6 +32,13 @@ SETTINGS = {
     "fp16": False, "zero_stage": 2,
 }  # fmt: skip
 ADAPTER = "adapter/adapter_model.safetensors"
+# Runs the script in its arguments in a forked process in which mpi4py cannot be imported.
+WITHOUT_MPI = """
+import runpy, sys
+sys.modules["mpi4py"] = None
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 NO_MPI4PY = "raise ModuleNotFoundError(\"No module named 'mpi4py'\", name='mpi4py')\n"
 
 # Replaces pdsh and ssh: runs the command for each host with a minimal environment.
@@ -81,12 +88,13 @@ def workspace(tmp_path_factory, tiny_model) -> Workspace:
 
 @pytest.fixture(scope="module")
 def expected(workspace) -> bytes:
-    """The adapter of a run with DeepSpeed's launcher on one machine."""
-    run_file = workspace.run_file("deepspeed")
-    command = deepspeed("--num_accelerators", "2", *master_options())
-    module = ("--module", "pipeline.cli.train")  # with launch/train.py: tests/cli/test_train.py
-    finish(start(command, *module, run_file, **workspace.without_mpi))
-    return workspace.adapter("deepspeed")
+    """The adapter of two ranks without a launcher.
+
+    tests/faults compares such ranks with those of DeepSpeed's launcher on one machine.
+    """
+    code, output = run(TRAIN, workspace.run_file("alone"), ranks=2)
+    assert code == 0, output
+    return workspace.adapter("alone")
 
 
 def deepspeed(*options: str) -> list[str]:
@@ -161,7 +169,7 @@ def test_deepspeed_on_each_machine_without_ssh_gives_the_same_adapter(
         *(
             start(
                 deepspeed("--hostfile", str(hosts), "--no_ssh", "--node_rank", node, *where),
-                TRAIN, run_file,
+                "--module", "pipeline.cli.train", run_file, **workspace.without_mpi,
             )
             for node in ("0", "1")
         )
@@ -198,16 +206,10 @@ def test_pods_of_a_pytorchjob_give_the_same_adapter(workspace, expected):
 
 def test_srun_gives_the_same_adapter(workspace, expected):
     """With Slurm's variables of two tasks on two nodes; tests/slurm has a real srun."""
-    run_file, job = workspace.run_file("srun"), str(os.getpid())
-    finish(
-        *(
-            start(
-                [sys.executable], TRAIN, run_file,
-                **variables_of_srun(task, job), **workspace.without_mpi,
-            )
-            for task in (0, 1)
-        )
-    )  # fmt: skip
+    tasks = [variables_of_srun(task, str(os.getpid())) for task in (0, 1)]
+    with Command("-c", WITHOUT_MPI, TRAIN, workspace.run_file("srun"), variables=tasks) as command:
+        code, output = command.end()
+    assert code == 0, output
     assert workspace.adapter("srun") == expected
 
 
@@ -238,26 +240,22 @@ def test_a_run_with_a_network_failure_names_both_hosts_and_resumes_bitwise(works
     run_file = workspace.run_file("network", hang_timeout_s=HANG_S)
     folder = workspace.folder / "network"
     with TwoHosts() as hosts:
-
-        def start_both() -> list[subprocess.Popen[str]]:
-            options = ["--master_addr", hosts.names[0], "--master_port", "29500"]
-            torchrun = [str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", *options]
-            return [
-                start(hosts.command(n, *torchrun, "--node_rank", str(n)), TRAIN, run_file)
-                for n in (0, 1)
-            ]
-
-        running = start_both()
+        options = ["--master_addr", hosts.names[0], "--master_port", "29500"]
+        torchrun = [str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", *options]
+        running = [
+            start(hosts.command(n, *torchrun, "--node_rank", str(n)), TRAIN, run_file)
+            for n in (0, 1)
+        ]
         wait_for_step(folder, 5, running)
         hosts.disconnect()
         (code_a, output_a), (code_b, output_b) = end_all(*running, within_s=HANG_S + REPORT_S)
-        assert (code_a, code_b) == (1, 1), output_a + output_b  # torchrun's exit code
-        assert_mentions(output_a, f"{HANG_S} s", "rank 1 on host-b hangs", "disconnected")
-        assert_mentions(output_b, f"{HANG_S} s", "rank 0 on host-a does not answer", "rank 1")
-        assert read_status(folder / "status.json")["state"] == "failed"
-        assert not (folder / ADAPTER).exists()
-        hosts.connect()
-        output = finish(*start_both())
+    assert (code_a, code_b) == (1, 1), output_a + output_b  # torchrun's exit code
+    assert_mentions(output_a, f"{HANG_S} s", "rank 1 on host-b hangs", "disconnected")
+    assert_mentions(output_b, f"{HANG_S} s", "rank 0 on host-a does not answer", "rank 1")
+    assert read_status(folder / "status.json")["state"] == "failed"
+    assert not (folder / ADAPTER).exists()
+    code, output = run(TRAIN, run_file, ranks=2)
+    assert code == 0, output
     assert_mentions(output, "resuming from step")
     assert workspace.adapter("network") == expected
 

@@ -31,6 +31,14 @@ if sys.argv[3] == "die":
     rates._seconds = lambda work, device: os.kill(os.getpid(), signal.SIGKILL)
 run_main(lambda: stages.check_run(Path(sys.argv[1]), [], limit_s=float(sys.argv[2])))
 """
+# Runs a script that waits less than 10 s for a file of another host.
+IMPATIENT = """
+import runpy, sys
+from pipeline.preflight import host
+host._VISIBLE_WITHIN_S = 1.0
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture
@@ -179,8 +187,9 @@ def test_a_host_without_the_shared_disk_is_reported(run_file, tmp_path):
     ]
     with TwoHosts() as hosts:
         ranks = RanksOnHosts(hosts)
-        ranks.start("launch/preflight.py", run_file, "--json")
-        ranks.start("launch/preflight.py", run_file, through=[str(part) for part in separate_disk])
+        ranks.start("-c", IMPATIENT, "launch/preflight.py", run_file, "--json")
+        command = ["-c", IMPATIENT, "launch/preflight.py", run_file]
+        ranks.start(*command, through=[str(part) for part in separate_disk])
         (code, out, errors), (code_1, *_) = ranks.end()
     assert (code, code_1) == (2, 2), errors
     findings = {finding["check"]: finding for finding in json.loads(out)["findings"]}

@@ -1,9 +1,6 @@
 """A user's DeepSpeed JSON: values that it sets, the merge, and refusals with line numbers."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -21,7 +18,7 @@ from pipeline.plan.deepspeed.keys import (
 from pipeline.plan.deepspeed.overlay import overlay, with_json_constraints
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
-from tests import ROOT
+from tests.commands import Command
 from tests.messages import refused
 from tests.plans import SMOLLM2, gpu, sized
 
@@ -359,15 +356,11 @@ print(json.dumps([
 
 
 def test_the_lists_of_keys_are_those_of_the_installed_deepspeed():
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    result = subprocess.run(
-        [sys.executable, "-c", READ_BY_DEEPSPEED], capture_output=True, text=True, check=False,
-        env=environment, cwd=ROOT,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    top, zero, removed, zero_removed, short, blocks, types = json.loads(
-        result.stdout.splitlines()[-1]
-    )
+    with Command("-c", READ_BY_DEEPSPEED) as command:
+        code, output = command.end()
+        ((printed, _),) = command.outputs
+    assert code == 0, output
+    top, zero, removed, zero_removed, short, blocks, types = json.loads(printed.splitlines()[-1])
     # "bfloat16" is an old name of bf16. "sequence_parallel_size" is read only if there is a
     # process group.
     assert {*top, "sequence_parallel_size"} - {"bfloat16"} == TOP_LEVEL
