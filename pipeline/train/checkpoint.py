@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _ADAPTER, _OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 _STATE, _MANIFEST = "state.json", "manifest.json"
+DATA_MADE_WITH = "data_made_with"  # entry of state.json: versions of the tokenising packages
 _LORA_MATRIX = re.compile(
     r"(?<!\.experts)(?<!\.experts\.base_layer)\.lora_([AB]\.weight|magnitude_vector)$"
 )
@@ -76,13 +77,15 @@ class Identity:
     `data`: key of the training documents. `base`: fingerprint. `total_steps`: None until the data
     is prepared. `adapter`: description of its size. The setting `accept_changes` accepts
     differences of the first three. `adapter` may never differ, because Adam's moments would have
-    other shapes.
+    other shapes. `tokens`: digest of the prepared training documents, which may differ for equal
+    data and settings; None until the data is prepared.
     """
 
     data: str
     base: str
     total_steps: int | None
     adapter: str
+    tokens: str | None = None
 
 
 @dataclass
@@ -209,7 +212,9 @@ class Checkpoints:
 
         Only headers of tensor files are read.
         """
-        self._require_same_run(path, _read_state(path))
+        state = _read_state(path)
+        self._require_same_run(path, state)
+        self._require_same_tokens(path, state)
         self._require_same_tensors(path)
         progress = read_progress(path)
         self._require_steps_left(path, progress)
@@ -224,7 +229,7 @@ class Checkpoints:
         # A checkpoint has a position in the data and in the schedule of its run. For a checkpoint
         # of another run both must be equal, so only a change of the base can be accepted.
         accepted = {"base"} & {*self.accepted} if self._is_of_other_run(path) else self.accepted
-        before, now = dict(state["identity"]), asdict(self.identity)
+        before, now = dict(state["identity"]), asdict(replace(self.identity, tokens=None))
         folder = self.model_folder
         if folder and is_sampled(before["base"]) and is_same_by_samples(before["base"], folder):
             before["base"] = now["base"]
@@ -246,6 +251,30 @@ class Checkpoints:
         if acceptable := [name for name in differences if name != "adapter"]:
             remedy += f", or set accept_changes: [{', '.join(acceptable)}] to accept it"
         raise UserError(f"{text}; {remedy}")
+
+    def _require_same_tokens(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Raise UserError if the same data and settings now give other tokens.
+
+        The tokens depend on the versions of the tokenising packages, and on the date if the chat
+        template writes it. This matters only if the prepared data was lost and prepared again.
+        """
+        before, now = state["identity"].get("tokens"), self.identity.tokens
+        is_accepted = "data" in self.accepted and not self._is_of_other_run(path)
+        if not (before and now) or before == now or is_accepted:
+            return
+        made, here = (values.get(DATA_MADE_WITH, {}) for values in (state, self.about))
+        changed = [name for name in made if made[name] != here.get(name)]
+        versions = ", ".join(f"{name} {made[name]} (now {here.get(name)})" for name in changed)
+        cause = (
+            f"they were made with {versions}; install these versions"
+            if changed
+            else "the chat template may write the date; set it in chat_template_kwargs"
+        )
+        raise UserError(
+            f"{path}: the data was prepared again and its tokens differ from those that this run "
+            f"was trained on: {cause}, restore {self.folder.parent / 'data'} from a backup, or set "
+            "accept_changes: [data] to continue with the new tokens"
+        )
 
     def _require_same_tensors(self, path: Path) -> None:
         """Raise UserError if the adapter's tensors have other names or shapes than this run's.

@@ -5,20 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
+from pipeline.data.dataset.reader import SplitIndex
 from pipeline.errors import UserError
 from pipeline.model.fingerprint import base_fingerprint, require_base_of_run
 from pipeline.plan.given.adapter_counts import lora_shapes
 from pipeline.plan.plan import Plan
-from pipeline.train.checkpoint import Checkpoints, Identity
+from pipeline.train.checkpoint import DATA_MADE_WITH, Checkpoints, Identity
 from pipeline.train.start import Start, is_checkpoint_path, settings_hash
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
-def checkpoints_of(folder: Path, plan: Plan, start: Start, data: str) -> Checkpoints:
+def checkpoints_of(
+    folder: Path, plan: Plan, start: Start, data: str, split: SplitIndex | None = None
+) -> Checkpoints:
     """The checkpoints of a run folder, for a run with this plan. Reads the whole base to hash it.
 
-    `data`: key of the training documents. Raises UserError if the run was started with another
+    `data`: key of the training documents. `split`: the documents, once prepared. Raises UserError if the run was started with another
     base.
     """
     settings = plan.settings
@@ -29,6 +32,7 @@ def checkpoints_of(folder: Path, plan: Plan, start: Start, data: str) -> Checkpo
     shapes = lora_shapes(plan.shape, settings)
     identity = Identity(
         data=data,
+        tokens=split.content if split is not None else None,
         base=base,
         total_steps=None if plan.schedule is None else plan.schedule.total_steps,
         adapter=f"lora_r {settings.lora_r}, lora_alpha {settings.alpha:g}, "
@@ -44,7 +48,8 @@ def checkpoints_of(folder: Path, plan: Plan, start: Start, data: str) -> Checkpo
         origin=str(Path(settings.resume).resolve()) if is_path else None,
         shapes=shapes,
         model_folder=settings.model_folder,
-        about=_entries_for_users(plan),
+        about=_entries_for_users(plan)
+        | ({} if split is None else {DATA_MADE_WITH: dict(split.made_with)}),
     )
 
 

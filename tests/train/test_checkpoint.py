@@ -153,6 +153,32 @@ def test_another_run_is_refused_with_the_differences(checkpoints, tmp_path):
     assert other("base", "total_steps").require_resumable(path).step == 3
 
 
+def test_other_tokens_of_the_same_data_are_refused_with_the_versions(checkpoints, tmp_path):
+    def run_with(tokens, transformers, *accepted, folder="checkpoints"):
+        return Checkpoints(
+            tmp_path / folder,
+            replace(IDENTITY, tokens=tokens),
+            keep=2,
+            accepted=accepted,
+            about={"data_made_with": {"transformers": transformers, "jinja2": "3.1"}},
+        )
+
+    first = run_with("abc", "5.0")
+    path = write(first, 3)
+    assert first.require_resumable(path).step == 3
+    assert run_with("abc", "6.0").require_resumable(path).step == 3
+    assert checkpoints.require_resumable(path).step == 3  # before the data is prepared
+    with refused(path, "transformers 5.0", "6.0", tmp_path / "data", "accept_changes: [data]"):
+        run_with("def", "6.0").require_resumable(path)
+    with refused(path, "chat_template_kwargs", "date"):
+        run_with("def", "5.0").require_resumable(path)
+    assert run_with("def", "6.0", "data").require_resumable(path).step == 3
+    with refused(path, "transformers 5.0"):  # the checkpoint of another run
+        run_with("def", "6.0", "data", folder="other").require_resumable(path)
+    old = write(checkpoints, 4)  # of a version that did not record tokens
+    assert first.require_resumable(old).step == 4
+
+
 def test_a_user_s_copies_are_neither_pruned_nor_resumed_from(checkpoints, tmp_path):
     checkpoints.write_best(WEIGHTS, Progress(step=3, best_step=3))
     first = write(checkpoints, 3)

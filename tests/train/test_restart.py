@@ -12,7 +12,7 @@ from pipeline.files import read_json
 from pipeline.train.metrics import read_metrics
 from tests.commands import run
 from tests.messages import assert_mentions
-from tests.tiny import make_rows
+from tests.tiny import CHATML, make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -85,6 +85,27 @@ def test_a_longer_run_with_other_held_out_rows_restarts_the_best_adapter(workspa
     assert code == 0, output
     assert_mentions(output, "resuming from step 4", "eval_data changed")
     assert steps(done) == [1, 2, 3, 4, 5, 6]
+
+
+def test_lost_data_that_is_prepared_again_with_other_tokens_is_refused(workspace, tmp_path):
+    """A chat template that writes the time, as that of Llama 3.2 writes the date."""
+    template = tmp_path / "dated.jinja"
+    template.write_text(CHATML.replace("{% for m", "{{ strftime_now('%f') }}{% for m"))
+    run, changes = tmp_path / "run", (f"chat_template={template}", "eval_data=null")
+    changes += ("keep_best=false", "max_steps=2")
+    code, output = start(workspace, run, *changes)
+    assert code == 0, output
+    changes += ("resume=must", "accept_changes=[total_steps]", "max_steps=3")
+    shutil.copytree(run / "data", tmp_path / "saved")
+    shutil.rmtree(run / "data")
+    code, output = start(workspace, run, *changes)
+    assert code == 2, output
+    assert_mentions(output, "tokens", "chat_template_kwargs", "accept_changes: [data]")
+    shutil.rmtree(run / "data")
+    shutil.copytree(tmp_path / "saved", run / "data")
+    code, output = start(workspace, run, *changes)
+    assert code == 0, output
+    assert_mentions(output, "resuming from step 2")
 
 
 def test_other_target_modules_are_refused_before_the_model_is_loaded(workspace, tmp_path):

@@ -45,7 +45,8 @@ class SplitIndex:
     """Key, folder and sizes of a prepared split, stored in index.json.
 
     `sources` are in the order of the indexes in sources.npy. `made_with`: versions of the packages
-    that tokenised it; empty for a split of an earlier version.
+    that tokenised it. `content`: digest of token ids, loss masks and document boundaries. Both are
+    empty for a split of an earlier version.
     """
 
     key: str
@@ -59,6 +60,7 @@ class SplitIndex:
     epoch_tokens: int
     sources: tuple[SourceIndex, ...] = ()
     made_with: Mapping[str, str] = field(default_factory=dict)
+    content: str = ""
 
     @property
     def size(self) -> DataSize:

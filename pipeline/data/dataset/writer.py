@@ -5,6 +5,7 @@ temporary sibling folder. The first to finish renames its folder; the others fin
 same content and discard theirs. The file system only needs an atomic rename of folders.
 """
 
+import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -39,6 +40,8 @@ _COLUMNS: Mapping[str, str] = {
     "digests": "<u8",
     "sources": "<i4",
 }
+# Columns that determine what is trained, and the digits of their digest.
+_CONTENT, _DIGITS = ("ids", "supervised", "offsets"), 16
 _RENAMES = 10  # attempts, because other processes may rename to the same path
 # Salt of the hash that selects the fraction of a weight, so that it is independent of hold-out.
 _SALT = int.from_bytes(b"weights")
@@ -141,8 +144,13 @@ class SplitWriter:
             epoch_tokens=epoch.tokens,
             sources=tuple(sources),
             made_with=tokenising_versions(),
+            content=self._content(),
         )
         return self.index
+
+    def _content(self) -> str:
+        digests = "".join(self._columns[name].sha256.hexdigest() for name in _CONTENT)
+        return hashlib.sha256(digests.encode()).hexdigest()[:_DIGITS]
 
     def publish(self, audit: Mapping[str, Any]) -> None:
         """Write the index and rename the folder, so that readers find the split.
@@ -177,12 +185,14 @@ class _Column:
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.stream = path.open("wb")
-        self.length = 0
+        self.length, self.sha256 = 0, hashlib.sha256()
         self._path, self._dtype = path, dtype
         self._write_header()
 
     def extend(self, values: Sequence[int] | Array) -> None:
-        self.stream.write(np.asarray(values, dtype=self._dtype).tobytes())
+        content = np.asarray(values, dtype=self._dtype).tobytes()
+        self.stream.write(content)
+        self.sha256.update(content)
         self.length += len(values)
 
     def close(self) -> None:

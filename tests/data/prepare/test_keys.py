@@ -246,3 +246,13 @@ def test_data_of_other_tokeniser_versions_is_reused_with_a_message(run, monkeypa
     assert run.prepare().train.made_with["jinja2"] == version("jinja2")
     assert run.prepare().train.key == first.train.key
     assert "0.1.2" not in caplog.text
+
+
+def test_the_digest_of_a_split_follows_its_ids_and_masks(run):
+    first = run.prepare().train
+    shutil.rmtree(first.folder)
+    assert run.prepare().train.content == first.content != ""
+    assert run.prepare(over_length="drop").train.content == first.content  # no row is too long
+    assert run.prepare(train_on="all").train.content != first.content
+    run.train.write_text(run.train.read_text().replace("yes", "nay"))
+    assert run.prepare().train.content != first.content
