@@ -21,8 +21,8 @@ def checkpoints_of(
 ) -> Checkpoints:
     """The checkpoints of a run folder, for a run with this plan. Reads the whole base to hash it.
 
-    `data`: key of the training documents. `split`: the documents, once prepared. Raises UserError if the run was started with another
-    base.
+    `data`: key of the training documents. `split`: the documents, once prepared. Raises UserError
+    if the run was started with another base.
     """
     settings = plan.settings
     if start == "resume" and "base" not in settings.accept_changes:

@@ -1,0 +1,98 @@
+"""Random rows over every template: each leaf is written, structural, omitted by design, or named.
+
+A row is read, rendered and tokenised as `prepare` does it. The text of every leaf is unique, so a
+document shows which leaves are in it and which of them count in the loss.
+"""
+
+import json
+import os
+from functools import cache
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from pipeline.rows.examples import RowError
+from pipeline.rows.formats import read_example
+from tests.data.chat.documents import encoder
+from tests.data.chat.kinds import KINDS, kind
+from tests.data.chat.matrix import FAMILIES
+from tests.data.chat.matrix import tokenizer as family
+from tests.rows.random_rows import RandomRow
+from tests.rows.read import row_of
+
+pytestmark = pytest.mark.tensor
+
+IS_FULL = os.environ.get("TEMPLATES") == "full"  # `make templates`
+EXAMPLES = 300 if IS_FULL else 8
+STRUCTURAL = {"id", "call_id", "tool_call_id", "tool_use_id", "toolUseId"}
+REASONING = {"reasoning_content", "reasoning", "thinking"}
+
+
+@cache
+def tokenizer_and_encoder(name, train_on_reasoning):
+    tokenizer = kind(name) if name in KINDS else family(name)
+    return tokenizer, encoder(tokenizer, train_on_reasoning=train_on_reasoning)
+
+
+def is_reasoning(leaf):
+    return leaf.is_reasoning or leaf.path[-1] in REASONING
+
+
+def is_structural(leaf):
+    is_name_of_result = leaf.role == "tool" and leaf.path[-1] == "name"
+    return leaf.path[-1] in STRUCTURAL or is_name_of_result
+
+
+def require_accounted(leaves, text, unread, omitted_tokens):
+    """Assert that each leaf is written, named as unread, structural, or omitted by design."""
+    names = {name.rpartition(".")[2] for name in unread}
+    missing = {
+        name: leaf
+        for name, leaf in leaves.items()
+        if name not in text and names.isdisjoint(leaf.path) and not is_structural(leaf)
+    }
+    unaccounted = {name: leaf for name, leaf in missing.items() if not is_reasoning(leaf)}
+    assert not unaccounted, text
+    # The tokenizer has a token for each byte; white space around a leaf may be omitted with it.
+    assert sum(map(len, missing)) <= omitted_tokens, (missing, text)
+    assert bool(missing) == bool(omitted_tokens), (missing, omitted_tokens, text)
+
+
+def require_trained(leaves, text, trained, train_on_reasoning):
+    """Assert that the loss mask covers what trained assistants say, and nothing else."""
+    for name, leaf in leaves.items():
+        if name in text and leaf.role != "column" and not is_structural(leaf):
+            is_counted = leaf.role == "assistant"
+            if is_reasoning(leaf):
+                is_counted = is_counted and train_on_reasoning
+            assert (name in trained) == is_counted, (name, leaf, trained, text)
+
+
+@pytest.mark.parametrize("name", [*KINDS, *sorted(FAMILIES)])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_all_that_a_row_holds_is_written_structural_omitted_by_design_or_named(name, data):
+    random = RandomRow(data.draw)
+    is_orderly = not random.is_rare(10)
+    row = random.row(is_orderly=is_orderly)
+    train_on_reasoning = not random.is_rare(3)
+    tokenizer, made = tokenizer_and_encoder(name, train_on_reasoning)
+    try:
+        read = read_example(row_of(row))
+        (encoded,) = made.encode_many([read.example])
+    except RowError as error:
+        encoded = error
+    if isinstance(encoded, RowError):
+        event("rejected")
+        assert str(encoded)
+        return
+    event("used")
+    (document,) = encoded.documents
+    text = tokenizer.decode(document.ids.tolist())
+    trained = tokenizer.decode(document.ids[document.supervised].tolist())
+    content = json.dumps(row)  # odd keys may have replaced leaves
+    leaves = {name: leaf for name, leaf in random.leaves.items() if name in content}
+    require_accounted(leaves, text, read.unread, encoded.token_counts["omitted_reasoning"])
+    if is_orderly:
+        require_trained(leaves, text, trained, train_on_reasoning)
