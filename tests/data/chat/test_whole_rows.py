@@ -24,7 +24,7 @@ from tests.rows.read import row_of
 pytestmark = pytest.mark.tensor
 
 IS_FULL = os.environ.get("TEMPLATES") == "full"  # `make templates`
-EXAMPLES = 300 if IS_FULL else 8
+EXAMPLES = 300 if IS_FULL else 5
 STRUCTURAL = {"id", "call_id", "tool_call_id", "tool_use_id", "toolUseId"}
 REASONING = {"reasoning_content", "reasoning", "thinking"}
 
