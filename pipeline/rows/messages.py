@@ -70,8 +70,10 @@ def read_message(value: Any, unread: set[str]) -> list[Message]:
     if not isinstance(value, dict):
         raise RowError(f"a message is {json_type(value)}; expected {{role, content}}")
     name, content = value.get("role"), value.get("content")
-    if content is None:
-        content = value.get("parts")
+    if has_value(value.get("parts")):
+        if has_value(content):
+            raise RowError("a message has both content and parts")
+        content = value["parts"]
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role == "tool" and has_value(value.get("parts")):
         role = "user"  # Gemini's `function`, whose parts are results of tools

@@ -8,8 +8,6 @@ import itertools
 import json
 from dataclasses import dataclass
 
-from hypothesis import strategies as st
-
 ROW_KEYS = ["system", "system_prompt", "tools", "functions", "images", "chosen", "label", "text"]
 ROW_KEYS += ["prompt", "completion", "conversations", "messages", "output", "history", "x"]
 MESSAGE_KEYS = ["name", "tool_call_id", "reasoning", "reasoning_content", "thinking", "id", "x"]
@@ -36,17 +34,17 @@ class Leaf:
 
 
 class RandomRow:
-    """A row; `leaves`: what it holds, by text. `draw`: of Hypothesis."""
+    """A row; `leaves`: what it holds, by text. `random`: a Random, such as Hypothesis draws."""
 
-    def __init__(self, draw):
-        self.draw, self.numbers, self.leaves = draw, itertools.count(100), {}
+    def __init__(self, random):
+        self.random, self.numbers, self.leaves = random, itertools.count(100), {}
         self.role = ""
 
     def choose(self, values):
-        return self.draw(st.sampled_from(values))
+        return self.random.choice(values)
 
     def is_rare(self, one_in):
-        return self.draw(st.integers(0, one_in - 1)) == 0
+        return self.random.randrange(one_in) == 0
 
     def leaf(self, *path, is_reasoning=False):
         text = f"leaf{next(self.numbers)}-"
@@ -66,9 +64,9 @@ class RandomRow:
 
     def arguments(self, *path):
         value = {"a": self.leaf(*path, "a"), "b": {"c": [self.leaf(*path, "b")]}}
-        if self.draw(st.booleans()):
+        if self.is_rare(2):
             value |= {self.leaf(*path, "key"): self.number(*path, "number"), "flag": True}
-        return json.dumps(value) if self.draw(st.booleans()) else value
+        return json.dumps(value) if self.is_rare(2) else value
 
     def call(self, *path):
         key = self.choose(["arguments", "args", "parameters", "input"])
@@ -146,7 +144,8 @@ class RandomRow:
             keys = ("role", "parts")
         turns = self.orderly_turns(keys)
         if form == "completion":
-            cut = next(i for i, turn in enumerate(turns) if turn["role"] in ASSISTANTS)
+            asking = {*USERS, "system", "developer"}
+            cut = next(i for i, turn in enumerate(turns) if turn["role"] not in asking)
             return {"prompt": turns[:cut], "completion": turns[cut:]}
         if form == "text":
             return {"messages": json.dumps(turns)}
@@ -156,10 +155,10 @@ class RandomRow:
         turns = []
         if self.is_rare(3):
             turns.append(self.plain_turn("system", ["system", "developer"], keys))
-        for _ in range(self.draw(st.integers(1, 3))):
+        for _ in range(self.random.randint(1, 3)):
             turns.append(self.plain_turn("user", USERS, keys))
             if self.is_rare(2):
-                count = self.draw(st.integers(1, 2))
+                count = self.random.randint(1, 2)
                 turns.append(self.calling_turn(keys, count))
                 turns += [self.plain_turn("tool", TOOLS, keys) for _ in range(count)]
             turns.append(self.answer(keys))
@@ -178,7 +177,7 @@ class RandomRow:
             part = self.wrapped_part("functionResponse", role)
             return self.turn(role, ["user", "function"], keys, [part])
         if has_parts or self.is_rare(4):
-            parts = [{"text": self.leaf(role, "text")} for _ in range(self.draw(st.integers(1, 2)))]
+            parts = [{"text": self.leaf(role, "text")} for _ in range(self.random.randint(1, 2))]
             typed = parts if has_parts else [{"type": "text", **part} for part in parts]
             return self.turn(role, names, keys, typed)
         if role == "tool" and self.is_rare(3):
@@ -196,7 +195,7 @@ class RandomRow:
             if form == "key":
                 thought = self.leaf("thought", is_reasoning=True)
                 parts.insert(0, {"text": thought, "thought": True})
-            return self.turn("assistant", ["model"], keys, parts)
+            return self.turn("assistant", ["model"], keys, parts, **others)
         if form == "key":
             key = self.choose(["reasoning_content", "reasoning", "thinking"])
             others[key] = self.leaf(key, is_reasoning=True)
@@ -214,17 +213,16 @@ class RandomRow:
     def calling_turn(self, keys, count):
         self.role = "assistant"
         if keys[1] == "parts":
-            kinds = ["functionCall", "function_call"] if self.is_rare(9) else ["functionCall"]
-            parts = [self.wrapped_part(self.choose(kinds[:1]), "call") for _ in range(count)]
+            parts = [self.wrapped_part("functionCall", "call") for _ in range(count)]
             return self.turn("call", ["model"], keys, parts)
         form = self.choose(["list", "list", "parts", "turn", "text"])
         if form == "turn":
             content = [self.call("turn") for _ in range(count)]
-            content = json.dumps(content) if self.draw(st.booleans()) else content
+            content = json.dumps(content) if self.is_rare(2) else content
             return self.turn("call", ["function_call", "tool_call"], keys, content)
         if form == "parts":
             kind = self.choose(["tool_use", "toolUse"])
-            content = [self.part("content", kind="text")] if self.draw(st.booleans()) else []
+            content = [self.part("content", kind="text")] if self.is_rare(2) else []
             content += [self.part("content", kind=kind) for _ in range(count)]
             return self.turn("call", ASSISTANTS, keys, content)
         calls = [self.call("tool_calls") for _ in range(count)]
@@ -246,19 +244,19 @@ class RandomRow:
         message = {keys[0]: role, keys[1]: self.leaf(*path, keys[1])}
         form = self.choose(["text"] * 3 + ["parts", "object", "null"])
         if form == "parts":
-            count = self.draw(st.integers(1, 3))
+            count = self.random.randint(1, 3)
             message[keys[1]] = [self.part(*path, keys[1]) for _ in range(count)]
         elif form == "object":
             message[keys[1]] = self.call(*path, keys[1])
         elif form == "null":
             message[keys[1]] = None
         self.odd(message, MESSAGE_KEYS, *path)
-        if role == "assistant" and self.draw(st.booleans()):
+        if role == "assistant" and self.is_rare(2):
             message["tool_calls"] = [self.call(*path, "tool_calls")]
         return message
 
     def turns(self, column):
-        turns = [self.message(column) for _ in range(self.draw(st.integers(1, 3)))]
+        turns = [self.message(column) for _ in range(self.random.randint(1, 3))]
         self.role = "assistant"
         return [*turns, {"role": "assistant", "content": self.leaf(column, "content")}]
 
@@ -272,12 +270,12 @@ class RandomRow:
         turns = []
         for role in ("user", self.choose(ROLES), "model"):
             self.role = role
-            parts = [self.part("contents") for _ in range(self.draw(st.integers(0, 2)))]
+            parts = [self.part("contents") for _ in range(self.random.randint(0, 2))]
             turns.append({"role": role, "parts": [*parts, {"text": self.leaf("contents")}]})
         return {"contents": turns, "systemInstruction": {"parts": [{"text": self.leaf("system")}]}}
 
     def prompt_and_completion(self):
-        prompt = [self.message("prompt") for _ in range(self.draw(st.integers(1, 2)))]
+        prompt = [self.message("prompt") for _ in range(self.random.randint(1, 2))]
         return {"prompt": prompt, "completion": self.turns("completion")}
 
     def texts(self):

@@ -170,6 +170,12 @@ def test_an_item_of_the_responses_api_is_refused_by_its_type(item):
         read_example(row_of(row))
 
 
+def test_a_message_with_content_and_parts_is_refused():
+    answer = {"role": "assistant", "content": "a", "parts": [{"text": "b"}]}
+    with refused("content", "parts", error=RowError):
+        read_example(row_of({"messages": [{"role": "user", "content": "q"}, answer]}))
+
+
 def test_a_message_of_the_responses_api_is_read():
     answer = {
         "type": "message",

@@ -445,7 +445,7 @@ def tokenizer_of(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=300 if IS_FULL else 10, **RELAXED)
+@settings(max_examples=300 if IS_FULL else 5, **RELAXED)
 @given(rows=st.lists(conversations(), min_size=1, max_size=4))
 def test_each_text_of_a_row_is_written_or_omitted_reasoning_or_the_row_is_refused(name, rows):
     tokenizer = tokenizer_of(name)
