@@ -125,10 +125,11 @@ def with_stored_names(adapter: Adapter, meta: MetaModel) -> Adapter:
     cannot be built, each layer is taken for a linear layer with the name in the adapter.
     """
     if meta.model is None:
-        if adapter.fused:
-            raise UserError(
-                f"base: {meta.error}, so its fused experts cannot be merged here; {WITH_PEFT}"
-            )
+        kind = "fused experts" if adapter.fused else ""
+        if adapter.config.get("fan_in_fan_out"):
+            kind = "transposed layers (fan_in_fan_out)"
+        if kind:
+            raise UserError(f"base: {meta.error}, so its {kind} cannot be merged here; {WITH_PEFT}")
         return adapter
     _require_untied(adapter, meta.model.all_tied_weights_keys)
     updates = {}

@@ -221,6 +221,8 @@ def _is_checked_by_default(request: _Merge) -> bool:
     return (
         settings is not None
         and settings.is_quantised
+        and request.run_folder is not None
+        and (request.run_folder / "data" / "index.json").is_file()
         and settings.eval_data is not None
         and not request.options.is_undone
     )

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapter.adapter_file import read_adapter
@@ -176,3 +176,14 @@ def test_the_chain_of_adapters_is_in_the_record_and_on_the_card(tiny_model, firs
     assert initial_adapter_of(third_run, plan.settings) == json.loads(
         (third_run / RECORD).read_text()
     )
+
+
+def test_an_adapter_with_other_values_than_lora_layers_is_refused(tiny_model, tmp_path):
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", modules_to_save=["input_layernorm"]
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
+    model.save_pretrained(tmp_path / "saved")
+    plan = make_plan(tiny_model, init_adapter=str(tmp_path / "saved"))
+    with refused("init_adapter", "input_layernorm.weight", "modules_to_save"):
+        require_startable(plan)

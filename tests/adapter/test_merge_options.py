@@ -1,5 +1,7 @@
 """Every option of an adapter is merged bitwise as peft merges it in a model of the same dtype."""
 
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -8,7 +10,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pipeline.adapter.merge import merge_adapters
 from pipeline.adapter.merge_plan import MergeOptions, WeightedAdapter
-from tests.adapter.merged import SEVEN_PROJECTIONS, contents, merge_adapter, tensors
+from tests.adapter.merged import (
+    SEVEN_PROJECTIONS,
+    contents,
+    edit_json,
+    merge_adapter,
+    tensors,
+)
 from tests.messages import refused
 from tests.tiny import make_model
 
@@ -236,3 +244,12 @@ def test_tied_modules_that_stayed_tied_are_merged(bases, tmp_path):
     adapter = make_adapter(bases / "tied", tmp_path / "adapter", **options)
     merge_adapter(bases / "tied", adapter, tmp_path / "merged")
     require_equal(tmp_path / "merged", merged_by_peft(bases / "tied", adapter), bases / "tied")
+
+
+def test_transposed_layers_of_a_class_that_cannot_be_built_are_refused(bases, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bases / "gpt2-F32", base)
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["c_proj"])
+    edit_json(base / "config.json", model_type="unheard_of")
+    with refused("cannot be built", "fan_in_fan_out", "merge_and_unload"):
+        merge_adapter(base, adapter, tmp_path / "merged")
