@@ -6,10 +6,10 @@ own threads, which wait for each other, a merge takes many times longer on a bus
 """
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from pipeline.adapter.adapter_file import LayerUpdate, ValueUpdate
 from pipeline.adapter.merge_inputs import Change
 from pipeline.errors import RankZeroError
 
-_BLOCK_VALUES = 2**18
+_BLOCK_VALUES = 2**19
+_CACHED_LAYERS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,19 +166,10 @@ def _add_experts(block: torch.Tensor, loaded: LoadedChange, sign: int) -> None:
         tensor.add_(sign * (change * scaling).to(tensor.dtype))
 
 
-@lru_cache
-def _config(*, use_rslora: bool, use_dora: bool, fan_in_fan_out: bool) -> LoraConfig:
-    return LoraConfig(
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        fan_in_fan_out=fan_in_fan_out,
-        init_lora_weights=False,
-    )
-
-
 def _merge_layers(block: torch.Tensor, changes: Sequence[LoadedChange], *, is_undone: bool) -> None:
     """Merge the LoRA layers of all adapters with one layer of peft, one after another."""
-    layer, names = _peft_layer(block, changes)
+    layer = _peft_layer(block, changes)
+    names = list(layer.r)
     base: Any = layer.get_base_layer()
     base.weight = nn.Parameter(block, requires_grad=False)
     for name, loaded in zip(names, changes, strict=True):
@@ -189,10 +181,9 @@ def _merge_layers(block: torch.Tensor, changes: Sequence[LoadedChange], *, is_un
         if "magnitude" in loaded.parts:
             magnitude = nn.Parameter(loaded.parts["magnitude"], requires_grad=False)
             layer.lora_magnitude_vector[name].weight = magnitude
-        if loaded.change.weight != 1:
-            layer.set_scale(name, loaded.change.weight)
+        layer.set_scale(name, loaded.change.weight)
+    layer.merged_adapters = names if is_undone else []
     if is_undone:
-        layer.merged_adapters = names
         layer.unmerge()
     else:
         layer.merge(adapter_names=names)
@@ -200,31 +191,51 @@ def _merge_layers(block: torch.Tensor, changes: Sequence[LoadedChange], *, is_un
         block.copy_(base.weight.data)
 
 
-def _peft_layer(
-    block: torch.Tensor, changes: Sequence[LoadedChange]
-) -> tuple[Linear | Embedding, list[str]]:
-    """A layer of peft with an adapter for each change, and the adapters' names. No values."""
-    names = [str(number) for number in range(len(changes))]
+_of_thread = threading.local()
+
+
+def _peft_layer(block: torch.Tensor, changes: Sequence[LoadedChange]) -> Linear | Embedding:
+    """A layer of peft with an adapter for each change, without values.
+
+    Each thread builds one for each size of blocks: building takes as long as merging half a block.
+    """
+    updates = [loaded.change.update for loaded in changes]
+    kinds = tuple(
+        (x.r, x.alpha, x.use_rslora, x.is_embedding, x.is_transposed, "magnitude" in x.parts)
+        for x in updates
+        if isinstance(x, LayerUpdate)
+    )
+    layers: dict[Any, Linear | Embedding] = _of_thread.__dict__.setdefault("layers", {})
+    key = (block.shape, kinds)
+    if key not in layers:
+        if len(layers) >= _CACHED_LAYERS:
+            layers.clear()
+        layers[key] = _new_layer(block, kinds)
+    return layers[key]
+
+
+def _new_layer(block: torch.Tensor, kinds: Sequence[tuple[Any, ...]]) -> Linear | Embedding:
     layer: Linear | Embedding | None = None
     with torch.device("meta"):  # saves the initialisation of matrices that are replaced
-        for name, loaded in zip(names, changes, strict=True):
-            update = loaded.change.update
-            assert isinstance(update, LayerUpdate)
-            config = _config(
-                use_rslora=update.use_rslora,
-                use_dora="magnitude" in update.parts,
-                fan_in_fan_out=update.is_transposed,
+        for number, (r, alpha, use_rslora, is_embedding, is_transposed, use_dora) in enumerate(
+            kinds
+        ):
+            config = LoraConfig(
+                use_rslora=use_rslora,
+                use_dora=use_dora,
+                fan_in_fan_out=is_transposed,
+                init_lora_weights=False,
             )
-            options: dict[str, Any] = {"r": update.r, "lora_alpha": update.alpha}
+            options: dict[str, Any] = {"r": r, "lora_alpha": alpha, "config": config}
             if layer is not None:
-                layer.update_layer(name, config=config, **options)
+                layer.update_layer(str(number), **options)
                 continue
-            kind: Callable[..., Any] = Embedding if update.is_embedding else Linear
-            rows, columns = block.shape[::-1] if update.is_transposed else block.shape
-            module = nn.Embedding if update.is_embedding else nn.Linear
-            arguments = (rows, columns) if update.is_embedding else (columns, rows, False)
-            base = module(*arguments)
+            rows, columns = block.shape[::-1] if is_transposed else block.shape
+            base: Any = (
+                nn.Embedding(rows, columns) if is_embedding else nn.Linear(columns, rows, False)
+            )
             base.weight = nn.Parameter(torch.empty(block.shape), requires_grad=False)
-            layer = kind(base, name, config, **options)
+            kind: Callable[..., Any] = Embedding if is_embedding else Linear
+            layer = kind(base, str(number), **options)
     assert layer is not None
-    return layer, names
+    return layer
