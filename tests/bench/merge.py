@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from pipeline.adapter.merge import merge_adapters
 from pipeline.adapter.merge_plan import MergeOptions, WeightedAdapter
+from pipeline.model.checkpoint_names import model_on_meta
 
 HIDDEN, INNER, HEADS, KV_HEADS, R = 4096, 14336, 32, 8, 64
 CHUNK = 2**24
@@ -108,6 +109,7 @@ def main():
     try:
         layers = make_base(folder / "base", int(gigabytes * 1e9))
         make_adapter(folder / "adapter", layers)
+        model_on_meta(folder / "base")  # imports the model's class, which is not part of the rate
         size = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
         if shutil.disk_usage(folder).free < 1.1 * size:
             sys.exit(f"{folder}: not enough room for a second model of {size / 1e9:.1f} GB")
