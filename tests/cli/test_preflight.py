@@ -26,9 +26,9 @@ from pathlib import Path
 from pipeline.cluster.exits import run_main
 from pipeline.preflight import rates, stages
 if sys.argv[3] == "hang":
-    rates._seconds = lambda work, device: time.sleep(600)
+    rates._median_seconds = lambda work, device: time.sleep(600)
 if sys.argv[3] == "die":
-    rates._seconds = lambda work, device: os.kill(os.getpid(), signal.SIGKILL)
+    rates._median_seconds = lambda work, device: os.kill(os.getpid(), signal.SIGKILL)
 run_main(lambda: stages.check_run(Path(sys.argv[1]), [], limit_s=float(sys.argv[2])))
 """
 # Runs a script that waits less than 10 s for a file of another host.

@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
+from pipeline.cluster import progress
 from pipeline.data.chat.encoder import Encoder
 from pipeline.data.chat.tokenizer import load_tokenizer
 from pipeline.data.dataset.reader import DataIndex, open_split
@@ -44,14 +45,13 @@ def test_documents_are_those_of_the_encoder(run):
 
 
 def test_progress_is_logged(run, monkeypatch, caplog):
-    monkeypatch.setattr(job, "_ROWS_PER_MESSAGE", 10)
     monkeypatch.setattr(lines, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(progress, "_QUIET_S", 0.0)
+    monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0.0)
     with caplog.at_level("INFO", "pipeline"):
         run.prepare()
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 2
-    for message, count in zip(messages, (10, 20), strict=True):
-        assert_mentions(message, run.train, count)
+    messages = [message for message in caplog.messages if "train_data" in message]
+    assert_mentions(messages[-1], "train_data", 24)
 
 
 def test_the_index_matches_the_files_also_after_the_folder_is_moved(run):

@@ -276,7 +276,7 @@ def test_processes_that_start_together_count_once(tmp_path, monkeypatch):
         time.sleep(0.2)  # the others start in the meantime
         return {"layers_name": "model.layers"}
 
-    monkeypatch.setattr(shape_cache, "_count", count)
+    monkeypatch.setattr(shape_cache, "_count_in_subprocess", count)
     with ThreadPoolExecutor(4) as ranks:
         shapes = list(ranks.map(shape_cache.class_shape, [tmp_path] * 4))
     assert len(counts) == 1
@@ -295,7 +295,7 @@ def test_the_reason_of_a_refused_class_is_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
     with refused("GlmMoeDsaIndexer"):
         shape_of_kind(tmp_path, "glm_moe_dsa")
-    monkeypatch.setattr(shape_cache, "_count", None)
+    monkeypatch.setattr(shape_cache, "_count_in_subprocess", None)
     with refused("GlmMoeDsaIndexer", "config.json"):
         read_shape(str(tmp_path))
 
