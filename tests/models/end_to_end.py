@@ -61,26 +61,26 @@ def make_folder(kind, kinds, folder):
 
 def run_settings(folder, mode, changes=()):
     """Settings of a run in one of MODES."""
-    return RunSettings(
-        model=str(folder),
-        train_data=str(folder / "train.jsonl"),
-        eval_data=str(folder / "eval.jsonl"),
-        output_dir=str(folder.parent / mode),
-        max_steps=STEPS,
-        lora_r=4,
-        lora_dropout=0.0,
-        lr=4e-3,
-        lr_scheduler_type="constant",
-        bf16=False,
-        fp16=False,
-        batch_size=2,
-        global_batch_size=4,
-        max_length=64,
-        evaluation_strategy="steps",
-        eval_steps=STEPS,
-        save_strategy="no",
-        **(MODES[mode] | dict(changes)),
-    )
+    values = {
+        "model": str(folder),
+        "train_data": str(folder / "train.jsonl"),
+        "eval_data": str(folder / "eval.jsonl"),
+        "output_dir": str(folder.parent / mode),
+        "max_steps": STEPS,
+        "lora_r": 4,
+        "lora_dropout": 0.0,
+        "lr": 4e-3,
+        "lr_scheduler_type": "constant",
+        "bf16": False,
+        "fp16": False,
+        "batch_size": 2,
+        "global_batch_size": 4,
+        "max_length": 64,
+        "evaluation_strategy": "steps",
+        "eval_steps": STEPS,
+        "save_strategy": "no",
+    }
+    return RunSettings.model_validate(values | MODES[mode] | dict(changes))
 
 
 def check_class(kind, kinds, folder):
