@@ -63,8 +63,9 @@ def configuration() -> str:
         "dollar sign. The run folder's run.yaml keeps the text as written.",
         "",
         "The environment variable `RANKZERO_CACHE` names the cache folder (default "
-        "`~/.cache/rankzero`). Later runs of the same user reuse its content: hashes of base "
-        "models, and shapes and checks of model classes.",
+        "`~/.cache/rankzero`). Later runs of the same user reuse its content: the hashes of base "
+        "models and, for a model class that RankZero does not list itself, the sizes of its layers "
+        "and whether it passed the checks that it is trained correctly.",
         "",
         "The column `change` says what a changed value does when the run in `output_dir` is "
         "started again:",

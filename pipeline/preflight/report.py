@@ -125,6 +125,7 @@ def _findings_of(check: Check, results: ProbeResults) -> list[Finding]:
 def _split_remedy(message: str) -> tuple[str, str]:
     """Fact and remedy of a UserError's message; the remedy is empty if the message has none."""
     text, _, remedy = message.rpartition("; ")
+    # Errors about settings end with `; found VALUE` instead of a remedy (config/load.py).
     is_remedy = text and not remedy.startswith("found ") and "\n" not in message
     return (text, remedy) if is_remedy else (message, "")
 

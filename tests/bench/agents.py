@@ -45,7 +45,7 @@ def agents(model: Path, gsm8k: Path, folder: Path) -> None:
     print(
         f"agents    {LONG_ROWS} rows of {TURNS:,} turns: {speeds['long']:,.0f} tokens/s; "
         f"{SHORT_ROWS:,} rows of 2 turns: {speeds['short']:,.0f} tokens/s; "
-        f"{speeds['short'] / speeds['long']:.2f} x",
+        f"short rows are {speeds['short'] / speeds['long']:.2f} times as fast",
         flush=True,
     )
 

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 BIN = Path(sys.executable).parent
 TRAIN = "launch/train.py"
 HANG_S = 15
-# Time of the watchdog after hang_timeout_s to name the ranks on both hosts.
+# Both hosts must report the hang within this time after hang_timeout_s.
 REPORT_S = 30
 SETTINGS = {
     "lora_r": 4, "lora_dropout": 0.1, "lr": 5e-3, "epochs": 4, "global_batch_size": 4,

@@ -38,7 +38,7 @@ def probe(session, model, folder, blind_rank):
     return [check.probe(context) for check in (host.CLOCK, host.RUN_FOLDER, ALL_REDUCE, LINKS)]
 
 
-def test_clocks_the_run_folder_and_rates_are_probed_by_all_ranks_together(tmp_path, tiny_model):
+def test_all_ranks_together_probe_the_clocks_the_run_folder_and_the_rates(tmp_path, tiny_model):
     results = run_ranks(probe, tiny_model, tmp_path / "a/b/run", 2, tmp_path=tmp_path, world_size=3)
     clocks, folders, rates, links = zip(*results, strict=True)
     assert clocks[0] == 0.0

@@ -31,7 +31,7 @@ def test_only_the_variables_of_the_tracker_reach_its_process():
     assert tracker_environment("tensorboard", env).keys() == {"PATH", "LC_ALL"}
 
 
-def test_complete_lines_are_read_once_and_again_after_the_file_is_replaced(tmp_path):
+def test_each_complete_line_is_read_once_and_a_replaced_file_from_its_start(tmp_path):
     path = tmp_path / "metrics.jsonl"
     reader = LineReader(path)
     assert reader.new_lines() == []
@@ -47,7 +47,7 @@ def test_complete_lines_are_read_once_and_again_after_the_file_is_replaced(tmp_p
     assert [line["step"] for line in reader.new_lines()] == list(range(9))
 
 
-def test_metrics_are_named_by_their_kind_without_null_values():
+def test_names_of_metrics_start_with_their_kind_and_null_values_are_left_out():
     line = {"step": 3, "loss": 1.0, "grad_norm": None, "was_applied": True}
     assert metrics_of(line) == ("train", {"train/loss": 1.0, "train/was_applied": 1.0})
     assert metrics_of({"step": 3, "eval_loss": 2.0}) == ("eval", {"eval/loss": 2.0})
