@@ -14,6 +14,7 @@ from tests.faults.runs import (
     finish,
     losses,
     start,
+    start_ranks,
     status,
     steps_on_disk,
 )
@@ -54,7 +55,7 @@ def content(folder, step: int) -> dict[str, bytes]:
 @needs_root
 def test_a_full_disk_only_prevents_saves(run_file, workspace, uninterrupted):
     with small_disk(workspace / "full", "4m") as folder:
-        run = start(run_file("full", save_total_limit=1))
+        run = start_ranks(run_file("full", save_total_limit=1))
         run.wait_for_step(4)
         fill(folder)
         run.wait_until(lambda: "is not saved" in run.output, "a failed save")
