@@ -50,6 +50,6 @@ def test_a_run_resumed_at_another_stage_or_size_has_the_same_losses(
         restore_and_train, tiny_model, settings, before, tmp_path=tmp_path, world_size=new_size
     )[0]
     expected = before["losses"][STEPS:]
-    assert len(expected) == MORE == 5
+    assert len(expected) == MORE > 1
     dtype = "bfloat16" if kind == BF16 else "float32"
     assert after["losses"] == pytest.approx(expected, rel=MAX_RELATIVE_ERROR[dtype])
