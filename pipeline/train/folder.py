@@ -128,7 +128,8 @@ class RunFolder:
         if self.resumed is None:
             record_initial_adapter(self.path, context.settings)
         status.claim(self._earlier)
-        status.update(step=step, total_steps=context.plan.steps.total_steps)
+        total_steps = context.plan.steps.total_steps
+        status.update(step=step, first_step=step, total_steps=total_steps)
         self._is_open = True
 
     @contextmanager

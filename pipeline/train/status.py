@@ -11,11 +11,18 @@ from pipeline.files import atomic_file, dump_json, read_json, write_text
 from pipeline.train.owner import OWNER, TRAINING, Ownership, identity, is_running
 
 _ONE_HEARTBEAT_S = 12.0  # longer than the 10 s between two heartbeats (owner.py)
+# Fields of a start that status.json keeps after a resume, in `earlier_starts`. `first_step`: the
+# step of the checkpoint from which the start resumed, 0 without one.
+_OF_A_START = ("started", "ended", "first_step", "step", "state", "exit_code", "reason")
+_MAX_STARTS = 1000  # earlier ones are removed, because every heartbeat writes the file
 
 
 @dataclass
 class RunStatus:
-    """The fields of status.json, and the ownership of the run folder; on rank 0 only."""
+    """The fields of status.json, and the ownership of the run folder; on rank 0 only.
+
+    `earlier_starts` in it: the starts of the run before the present one, oldest first.
+    """
 
     path: Path
     fields: dict[str, Any] = field(default_factory=dict)
@@ -49,6 +56,8 @@ class RunStatus:
             "started": time.time(),
             "ended": None,
             **{name: earlier[name] for name in kept if earlier and name in earlier},
+            "first_step": None if earlier else 0,
+            "earlier_starts": [] if earlier is None else _starts(earlier),
         }
         self.update()
 
@@ -85,6 +94,14 @@ class RunStatus:
         with self._lock:
             self._is_final |= is_final
         self._ownership.release()
+
+
+def _starts(status: dict[str, Any]) -> list[dict[str, Any]]:
+    """The starts of a run up to the one with this status, oldest first, for the report."""
+    start = {name: status.get(name) for name in _OF_A_START}
+    if start["state"] == "running":  # it was killed, and its last heartbeat is all that is known
+        start |= {"state": "killed", "ended": status.get("heartbeat")}
+    return [*status.get("earlier_starts", []), start][-_MAX_STARTS:]
 
 
 def end_for_dead_owner(path: Path, reason: str) -> None:
