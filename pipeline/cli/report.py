@@ -1,17 +1,40 @@
-"""Write a run's report.html and print its path: python launch/report.py RUN_FOLDER."""
+"""Write the report of a run, or a comparison of runs, as one HTML file, and print its path.
+
+python launch/report.py RUN_FOLDER            writes RUN_FOLDER/report.html
+python launch/report.py RUN_FOLDER --watch    writes it again and again until the run ends
+python launch/report.py RUN_FOLDER RUN_FOLDER ...
+                                              writes comparison.html beside the run folders
+"""
+
+from pathlib import Path
 
 from pipeline.cli.arguments import Parser, require_folder
 from pipeline.cluster.exits import run_main
+from pipeline.errors import UserError
+from pipeline.report.comparison import write_comparison
 from pipeline.report.page import write_report
+from pipeline.report.watch import watch_run
 
 
 def report() -> None:
-    """Parse the command line, write the report and print its path."""
+    """Parse the command line, write the page and print its path."""
     parser = Parser(__doc__)
-    parser.add_run_folder()
-    run_folder = parser.parse_args().run_folder
-    require_folder(run_folder)
-    print(write_report(run_folder))
+    parser.add_argument("run_folders", type=Path, nargs="+", help="output_dir of one or more runs")
+    parser.add_argument(
+        "--watch", action="store_true", help="write the report again until the run ends"
+    )
+    args = parser.parse_args()
+    for folder in args.run_folders:
+        require_folder(folder)
+    if args.watch and len(args.run_folders) > 1:
+        raise UserError("--watch follows one run; name one run folder")
+    if args.watch:
+        state = watch_run(args.run_folders[0], lambda path: print(path, flush=True))
+        print(f"the run is {state}" if state else "the run has no status.json")
+    elif len(args.run_folders) > 1:
+        print(write_comparison(args.run_folders))
+    else:
+        print(write_report(args.run_folders[0]))
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ from pipeline.model.small_copy import random_model, small_copies
 from pipeline.model.structure import blocks, expert_tensors, text_decoder
 from pipeline.model.tensor_files import read_header, weight_files
 from pipeline.plan.given.class_proof import (
+    LIMIT,
     Proof,
     adapted_names,
     proof_file,
@@ -44,7 +45,6 @@ from pipeline.plan.given.class_proof import (
 from pipeline.plan.given.shape import EXPERTS
 from pipeline.plan.plan import Plan
 
-LIMIT = 1e-5  # largest relative error that passes
 _COPIES = 3  # in memory at once: the model, a copy with an adapter, a copy loaded from files
 _LENGTH = 24  # tokens of a row
 # Lengths in tokens of the documents in each of the two rows; the rest of a row is padding.

@@ -13,8 +13,11 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
+from pipeline.train.owner import is_running
 
 Record = Mapping[str, Any]
+# Steps and values of a curve.
+Points = tuple[list[float], list[float]]
 _FIRST_LINES = 100
 
 
@@ -22,26 +25,42 @@ _FIRST_LINES = 100
 class RunRecords:
     """Contents of a run folder. The contents of a missing file are empty.
 
-    `steps`, `evals`: records of metrics.jsonl, sorted by step.
+    `steps`, `evals`: records of metrics.jsonl, sorted by step. `merge`: the record of the merge.
+    `versions`: versions of the packages, from the newest checkpoint that has them.
     """
 
+    folder: Path
     name: str
     settings: Record
     status: Record
     plan: Record
     score: Record
+    base: Record
+    merge: Record
+    versions: Record
     audit: Record
     rejects: list[str]
     steps: list[Record]
     evals: list[Record]
     problems: Mapping[str, str]
 
-    def measured(self, key: str) -> list[tuple[float, float]]:
-        """(step, value) for each step whose record has a number under `key`."""
+    @property
+    def state(self) -> str:
+        """The state of the run; see `state_of`."""
+        return state_of(self.status)
+
+    @property
+    def model_folder(self) -> str:
+        """Path of the base model; empty if it is unknown."""
+        planned = mapping(self.plan.get("model")).get("folder")
+        return str(planned or self.settings.get("model") or "")
+
+    def measured(self, key: str) -> Points:
+        """The steps whose record has a number under `key`, and these numbers."""
         return _points(self.steps, key)
 
-    def held_out(self) -> list[tuple[float, float]]:
-        """(step, held-out loss) of every evaluation."""
+    def held_out(self) -> Points:
+        """The steps of the evaluations, and the held-out losses."""
         return _points(self.evals, "eval_loss")
 
 
@@ -55,17 +74,37 @@ def read_run_folder(folder: Path) -> RunRecords:
     problems: dict[str, str] = {}
     steps, evals = _read_metrics(folder, problems)
     return RunRecords(
+        folder=folder,
         name=folder.resolve().name,
         settings=_read_mapping(folder, "run.yaml", problems),
         status=_read_mapping(folder, "status.json", problems),
         plan=_read_mapping(folder, "plan.json", problems),
         score=_read_mapping(folder, "score.json", problems),
+        base=_read_mapping(folder, "base.json", {}),
+        merge=_read_mapping(folder, "merged/rankzero_merge.json", {}),
+        versions=_package_versions(folder),
         audit=_read_mapping(folder, "data/audit.json", problems),
         rejects=_first_lines(folder / "data/rejects.jsonl"),
         steps=steps,
         evals=evals,
         problems=problems,
     )
+
+
+def read_state(folder: Path) -> str:
+    """The present state of a run; see `state_of`."""
+    return state_of(_read_mapping(folder, "status.json", {}))
+
+
+def state_of(status: Record) -> str:
+    """The state in status.json; `dead` if it says running, but the process has ended."""
+    state = str(status.get("state") or "")
+    if state != "running" or "machine" not in status:
+        return state
+    try:
+        return state if is_running(dict(status)) else "dead"
+    except (TypeError, ValueError):  # of a damaged file
+        return state
 
 
 def number(value: Any) -> float | None:
@@ -93,6 +132,15 @@ def _read_mapping(folder: Path, file: str, problems: dict[str, str]) -> Record:
         problems[file] = f"{file} cannot be read: it is not a mapping."
         return {}
     return content
+
+
+def _package_versions(folder: Path) -> Record:
+    """The versions that the newest readable checkpoint records; empty if there is none."""
+    for path in sorted(folder.glob("checkpoints/step-*/state.json"), reverse=True):
+        state = _read_mapping(path.parent, path.name, {})
+        if versions := mapping(state.get("versions")):
+            return versions
+    return {}
 
 
 def _first_lines(path: Path) -> list[str]:
@@ -140,6 +188,6 @@ def _records(text: str) -> Iterator[tuple[float, Record]]:
             yield step, record
 
 
-def _points(records: list[Record], key: str) -> list[tuple[float, float]]:
-    points = ((record["step"], number(record.get(key))) for record in records)
-    return [(step, value) for step, value in points if value is not None]
+def _points(records: list[Record], key: str) -> Points:
+    points = [(r["step"], value) for r in records if (value := number(r.get(key))) is not None]
+    return [step for step, _ in points], [value for _, value in points]

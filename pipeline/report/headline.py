@@ -7,6 +7,7 @@ from statistics import median
 
 from pipeline.report import text
 from pipeline.report.folder import RunRecords, mapping, number
+from pipeline.report.timeline import wall_seconds
 
 MODELS = ("base", "adapter", "merged")
 
@@ -23,7 +24,7 @@ class Tile:
 
 def model_name(run: RunRecords) -> str:
     """The last part of the model's path or hub name; empty if unknown."""
-    model = run.settings.get("model") or mapping(run.plan.get("model")).get("folder")
+    model = run.settings.get("model") or run.model_folder
     return Path(str(model)).name if model else ""
 
 
@@ -56,12 +57,18 @@ def tiles(run: RunRecords) -> list[Tile]:
     return [*_quality(run), *_progress(run)]
 
 
+def lowest_text(run: RunRecords) -> str:
+    """The lowest held-out loss with its step."""
+    best, step = min((value, step) for step, value in zip(*run.held_out(), strict=True))
+    return f"lowest {text.loss(best)} at step {step:,.0f}"
+
+
 def _quality(run: RunRecords) -> Iterator[Tile]:
     """Tiles for exact match and held-out loss, before and after training."""
     scored = {name: mapping(mapping(run.score.get("models")).get(name)) for name in MODELS}
     match = {name: number(score.get("exact_match")) for name, score in scored.items()}
     loss = {name: number(score.get("loss")) for name, score in scored.items()}
-    held_out = run.held_out()
+    held_out = list(zip(*run.held_out(), strict=True))
     if match["adapter"] is not None:
         rows = number(run.score.get("rows"))
         note = [] if match["merged"] is None else [f"merged {text.share(match['merged'])}"]
@@ -81,20 +88,20 @@ def _quality(run: RunRecords) -> Iterator[Tile]:
             note="" if loss["merged"] is None else f"merged {text.loss(loss['merged'])}",
         )
     elif held_out:
-        best_step, best = min(held_out, key=lambda point: point[1])
+        losses = [value for _, value in held_out]
         yield Tile(
             label="Held-out loss",
-            value=text.loss(held_out[-1][1]),
-            before=text.loss(held_out[0][1]) if held_out[0][0] == 0 else "",
-            note=f"lowest {text.loss(best)} at step {best_step:,.0f}",
+            value=text.loss(losses[-1]),
+            before=text.loss(losses[0]) if len(losses) > 1 else "",
+            note=lowest_text(run),
         )
 
 
 def _progress(run: RunRecords) -> Iterator[Tile]:
     """Tiles for training loss, steps, throughput and time."""
-    losses, status = run.measured("loss"), run.status
+    (steps, losses), status = run.measured("loss"), run.status
     if losses:
-        first, last = losses[0][1], losses[-1][1]
+        first, last = losses[0], losses[-1]
         yield Tile(
             label="Training loss",
             value=text.loss(last),
@@ -103,17 +110,16 @@ def _progress(run: RunRecords) -> Iterator[Tile]:
         )
     step, total = number(status.get("step")), number(status.get("total_steps"))
     if step is None and losses:
-        step = losses[-1][0]
+        step = steps[-1]
     if step is not None:
         value = f"{step:,.0f}" + ("" if total is None else f" of {total:,.0f}")
         yield Tile(label="Steps", value=value, note=_token_text(run))
-    speed = [value for _, value in run.measured("tokens_per_second")]
+    speed = run.measured("tokens_per_second")[1]
     if speed:
         yield Tile(label="Throughput", value=f"{median(speed):,.0f} tokens/s", note="median step")
-    in_steps = sum(value for _, value in run.measured("step_seconds"))
-    end = status.get("ended") or status.get("heartbeat")
-    wall = text.seconds_between(status.get("started"), end)
-    # After a resume the wall time is only that of the last start.
+    in_steps = sum(run.measured("step_seconds")[1])
+    wall = wall_seconds(run)
+    # A status of an earlier version has only the times of the last start.
     if wall is not None and wall >= in_steps:
         note = f"{text.duration(in_steps)} of it in steps" if in_steps else ""
         yield Tile(label="Wall time", value=text.duration(wall), note=note)
@@ -122,9 +128,7 @@ def _progress(run: RunRecords) -> Iterator[Tile]:
 
 
 def _token_text(run: RunRecords) -> str:
-    tokens, supervised = (
-        sum(value for _, value in run.measured(key)) for key in ("tokens", "supervised_tokens")
-    )
+    tokens, supervised = (sum(run.measured(key)[1]) for key in ("tokens", "supervised_tokens"))
     if not tokens:
         return ""
     count = f"{tokens:,.0f} tokens"

@@ -1,116 +1,166 @@
-"""Write report.html, a self-contained page about a run, to the run folder.
+"""Write report.html, a self-contained page about a run, to the run folder."""
 
-Jinja2 escapes every value except the SVG plots of plots.py.
-"""
-
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from pipeline import __version__
 from pipeline.config.settings import RunSettings, settings_by
 from pipeline.errors import UserError
 from pipeline.files import write_text
+from pipeline.plan.given.class_proof import LIMIT
 from pipeline.report import data_audit, text
+from pipeline.report.curves import charts_of, held_out_chart, is_thinned, page_data
+from pipeline.report.documents import first_documents
 from pipeline.report.folder import RunRecords, mapping, number, read_run_folder
+from pipeline.report.frame import render
 from pipeline.report.headline import MODELS, method, model_name, tiles
-from pipeline.report.plots import NARROW, line_curve, loss_curve, smoothing_window
+from pipeline.report.reproduce import reproduction_of
+from pipeline.report.timeline import timeline_of
 
-_TOLERANCE = 0.10  # relative error of the predicted memory; the page marks larger errors
+_TOLERANCE = 0.10  # relative error of a predicted memory; the page marks larger errors
+_USES = {
+    "refusals": "not trained",
+    "without_packs": "without packs",
+    "without_reentrant": "without re-entrant checkpointing",
+    "without_merge": "not merged",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
-    """An SVG plot and its caption; `narrow` is the variant for small screens, if any."""
+class Prediction:
+    """A predicted value beside the measured one. `is_off`: the page marks the difference."""
 
-    title: str
-    svg: str
-    narrow: str = ""
-    note: str = ""
+    name: str
+    predicted: str
+    measured: str
+    difference: str
+    is_off: bool = False
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write report.html into a run folder. Raises UserError if it is not a run folder."""
+def write_report(run_folder: Path, *, refresh_s: int = 0) -> Path:
+    """Write report.html into a run folder. Raises UserError if it is not a run folder.
+
+    `refresh_s`: the page loads itself again at this interval; 0: it does not.
+    """
     run = read_run_folder(run_folder)
     path = run_folder / "report.html"
     try:
-        write_text(path, _render(run))
+        write_text(path, _render(run, refresh_s))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from None
     return path
 
 
-def _render(run: RunRecords) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"cell": text.cell, "moment": text.moment, "pretty": text.pretty}
-    environment.tests["link"] = _is_link
-    return environment.get_template("page.html.jinja").render(
+def _render(run: RunRecords, refresh_s: int) -> str:
+    charts, held_out, timeline = charts_of(run), held_out_chart(run), timeline_of(run)
+    shown = charts if held_out is None else [held_out, *charts]
+    curves = page_data(shown, timeline.marks)
+    return render(
+        "page.html.jinja",
+        curves,
+        refresh_s=refresh_s,
         run=run,
         title=model_name(run) or run.name,
         method=method(run),
         tiles=tiles(run),
-        curves=_curves(run),
+        charts=charts,
+        held_out=held_out,
+        points=curves["points"],
+        is_thinned=is_thinned(shown, curves["points"]),
+        timeline=timeline,
+        predictions=_predictions(run),
         scores=_scores(run),
+        merge_error=_merge_error(run),
         answers=list(_answers(run)),
         choices=_choices(run),
         memory=_memory(run),
+        proof=_proof(run),
         rules=_rules(run),
         audit=data_audit.count_table(run.audit),
         split_audits=data_audit.split_audits(run.audit),
         source_columns=data_audit.source_columns(),
+        documents=first_documents(run),
         rejects=data_audit.first_rejects(run),
         settings=[(key, value, _is_default(key, value)) for key, value in run.settings.items()],
-        version=__version__,
-        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        reproduction=reproduction_of(run),
     )
 
 
-def _is_link(value: object) -> bool:
-    return re.fullmatch(r"https?://\S+", str(value)) is not None
-
-
-def _curves(run: RunRecords) -> list[Curve]:
-    curves = []
-    losses, held_out = run.measured("loss"), run.held_out()
-    if losses or held_out:
-        window = smoothing_window(len(losses))
-        training, evals = _columns(losses), _columns(held_out)
-        curves.append(
-            Curve(
-                title="Loss",
-                svg=loss_curve("loss", training, evals),
-                narrow=loss_curve("loss-narrow", training, evals, size=NARROW),
-                note=f"mean over {window} steps" if window > 1 else "",
-            )
-        )
-    for key, title, unit, tick in (
-        ("lr", "Learning rate", "", text.scientific),
-        ("tokens_per_second", "Throughput", "tokens/s", text.amount),
-        ("grad_norm", "Gradient norm", "", "{:g}".format),
-        ("peak_bytes", "Peak memory", "GiB per rank", "{:g}".format),
+def _predictions(run: RunRecords) -> list[Prediction]:
+    """Memory and speed as planned and as measured, as far as both are known."""
+    speed = mapping(run.plan.get("speed"))
+    peak, expected = (
+        max(run.measured(key)[1], default=None) for key in ("peak_bytes", "predicted_bytes")
+    )
+    rows = []
+    if peak and expected:
+        in_gib, off = text.gib(max(peak, expected)), abs(expected / peak - 1) > _TOLERANCE
+        row = _prediction("peak memory", expected, peak, lambda size: f"{in_gib(size)} GiB")
+        rows.append(replace(row, is_off=off))
+    for name, planned, key, form in (
+        ("time of a step", "seconds_per_step", "step_seconds", lambda s: f"{s:.3g} s"),
+        ("throughput", "tokens_per_second", "tokens_per_second", lambda r: f"{r:,.0f} tokens/s"),
     ):
-        if points := run.measured(key):
-            steps, values = _columns(points)
-            if key == "peak_bytes":
-                values = [value / text.GIB for value in values]
-            svg = line_curve(key, (steps, values), title, tick=tick)
-            curves.append(Curve(title=title, svg=svg, note=unit))
-    return curves
+        predicted, values = number(speed.get(planned)), run.measured(key)[1]
+        if predicted and values and (measured := median(values)):
+            rows.append(_prediction(name, predicted, measured, form))
+    return rows
 
 
-def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
+def _prediction(
+    name: str, predicted: float, measured: float, form: Callable[[float], str]
+) -> Prediction:
+    error = predicted / measured - 1
+    side = "below" if error < 0 else "above"
+    is_multiple = predicted >= 2 * measured
+    return Prediction(
+        name=name,
+        predicted=form(predicted),
+        measured=form(measured),
+        difference=f"{predicted / measured:.2g} times as large"
+        if is_multiple
+        else f"{text.share(abs(error))} {side}",
+    )
+
+
+def _merge_error(run: RunRecords) -> str:
+    """Sentence about the effect of the merge on loss and answers; empty if it was not scored."""
+    scored = mapping(run.score.get("models"))
+    adapter, merged = (number(mapping(scored.get(m)).get("loss")) for m in ("adapter", "merged"))
+    if adapter is None or merged is None:
+        return ""
+    sign = "+" if merged >= adapter else ""
+    relative = f" ({text.share(merged / adapter - 1)})" if adapter > 0 else ""
+    answers = run.score.get("answers")
+    pairs = [
+        (mapping(a).get("adapter"), mapping(a).get("merged"))
+        for a in (answers if isinstance(answers, list) else [])
+    ]
+    changed = sum(before != after for before, after in pairs)
+    on_answers = f", and {changed:,} of {len(pairs):,} answers" if pairs else ""
+    return (
+        f"Merge error: merging changed the held-out loss by {sign}{merged - adapter:.2g}{relative}"
+        f"{on_answers}."
+    )
+
+
+def _proof(run: RunRecords) -> Mapping[str, Any] | None:
+    """Checks of the model's class with their relative errors, and the reasons against uses."""
+    proof = mapping(run.plan.get("proof"))
+    errors = [
+        (name, value, not math.isnan(value) and value <= LIMIT)
+        for name, error in mapping(proof.get("errors")).items()
+        if (value := number(error)) is not None
+    ]
+    reasons = [
+        (use, str(reason))
+        for key, use in _USES.items()
+        for reason in (proof[key] if isinstance(proof.get(key), list) else [])
+    ]
+    return {"errors": errors, "reasons": reasons, "limit": LIMIT} if errors or reasons else None
 
 
 def _scores(run: RunRecords) -> list[tuple[str, str, str, str]]:
@@ -163,36 +213,23 @@ def _rules(run: RunRecords) -> list[dict[str, str]]:
 
 
 def _memory(run: RunRecords) -> Mapping[str, Any] | None:
-    """Terms of the predicted memory, largest first, with the predicted and the measured peak.
+    """Terms of the predicted memory, largest first, their peak, and the memory of the device.
 
-    The error compares the measured peak of live tensors with the prediction for the largest
-    micro-batch that was trained. It does not use the plan's peak, which is for the largest possible
-    micro-batch.
+    This peak is for the largest possible micro-batch; `_predictions` has the one of the run.
     """
     memory = mapping(run.plan.get("memory"))
     terms = {k: size for k, v in mapping(memory.get("per_rank")).items() if (size := number(v))}
     peak = number(memory.get("peak_bytes")) or sum(terms.values())
     if not peak:
         return None
-    measured = max((value for _, value in run.measured("peak_bytes")), default=None)
-    expected = max((value for _, value in run.measured("predicted_bytes")), default=None)
-    device = number(memory.get("device_bytes"))
-    error = None if not measured or not expected else expected / measured - 1
-    in_gib = text.gib(max(peak, measured or 0))
+    device, in_gib = number(memory.get("device_bytes")), text.gib(peak)
     return {
         "terms": [
             (key, in_gib(size), 100 * size / max(terms.values()))
             for key, size in sorted(terms.items(), key=lambda item: -item[1])
         ],
         "peak": in_gib(peak),
-        "expected": in_gib(expected) if expected else None,
-        "measured": in_gib(measured) if measured else None,
-        "error": None
-        if error is None
-        else f"{text.share(abs(error))} {'below' if error < 0 else 'above'}",
-        "is_off": error is not None and abs(error) > _TOLERANCE,
         "device": None if device is None else in_gib(device),
-        "share": None if not device else text.share(peak / device),
         "fits": memory.get("fits"),
     }
 

@@ -6,7 +6,8 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.model.class_shape import count_shape
-from pipeline.model.proof import LIMIT, prove, prove_model, small_model
+from pipeline.model.proof import prove, prove_model, small_model
+from pipeline.plan.given.class_proof import LIMIT
 from pipeline.plan.given.shape import shape_of
 from tests.messages import refused
 from tests.model.kinds import KINDS

@@ -5,9 +5,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from pipeline.model import attention, proof
-from pipeline.model.proof import LIMIT, prove, prove_model, require_proof, small_model
+from pipeline.model.proof import prove, prove_model, require_proof, small_model
 from pipeline.model.structure import blocks
-from pipeline.plan.given.class_proof import Proof
+from pipeline.plan.given.class_proof import LIMIT, Proof
 from tests.messages import assert_mentions, refused
 from tests.model.models import build, make_own_code
 from tests.tiny import make_plan

@@ -1,0 +1,159 @@
+"""Write comparison.html, a self-contained page that compares runs, such as those of a sweep."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import starmap
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.files import write_text
+from pipeline.report import text
+from pipeline.report.curves import Marks, charts_of_runs, is_thinned, page_data
+from pipeline.report.folder import RunRecords, mapping, number, read_run_folder
+from pipeline.report.frame import render
+
+# Settings that name a run or its place; they differ between any two runs.
+_NAMES = ("output_dir", "run_name")
+# Settings that must be the same for held-out losses to be comparable.
+_HELD_OUT = (
+    "eval_data", "model", "train_on", "chat_template", "max_length", "over_length", "columns",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A run in the table of results, with the texts of its cells. `loss`: the key of the order."""
+
+    name: str
+    colour: int
+    state: str
+    loss: float
+    cells: list[str]
+
+
+COLUMNS = (
+    "held-out loss", "at step", "exact match", "training loss", "steps", "tokens/s", "peak GiB",
+    "time in steps",
+)  # fmt: skip
+
+
+def write_comparison(run_folders: Sequence[Path]) -> Path:
+    """Write comparison.html into the folder that contains all runs, and return its path.
+
+    Raises UserError if a folder is not a run folder or is named twice.
+    """
+    resolved = [folder.resolve() for folder in run_folders]
+    if repeated := [f for f, r in zip(run_folders, resolved, strict=True) if resolved.count(r) > 1]:
+        raise UserError(f"{repeated[-1]} is named twice; name each run once")
+    runs = [read_run_folder(folder) for folder in run_folders]
+    parent = Path(os.path.commonpath([folder.parent for folder in resolved]))
+    names = [str(folder.relative_to(parent)) for folder in resolved]
+    path = parent / "comparison.html"
+    try:
+        write_text(path, _render(names, runs))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from None
+    return path
+
+
+def _render(names: Sequence[str], runs: Sequence[RunRecords]) -> str:
+    charts = charts_of_runs(names, runs)
+    curves = page_data(charts, Marks())
+    rows = [_row(name, i, run) for i, (name, run) in enumerate(zip(names, runs, strict=True))]
+    different = differing_settings(runs)
+    return render(
+        "comparison.html.jinja",
+        curves,
+        names=names,
+        charts=charts,
+        points=curves["points"],
+        is_thinned=is_thinned(charts, curves["points"]),
+        columns=COLUMNS,
+        rows=sorted(rows, key=lambda row: row.loss),
+        different=different,
+        incomparable=[key for key in _HELD_OUT if key in different],
+        problems=[(n, p) for n, run in zip(names, runs, strict=True) for p in _problems(run)],
+    )
+
+
+def differing_settings(runs: Sequence[RunRecords]) -> dict[str, list[str]]:
+    """The settings, and the choices of the plans, that are not the same in all runs.
+
+    A choice is listed under its name in plan.json, unless a setting explains the difference.
+    """
+    tables = [{**_plan_values(run), **run.settings} for run in runs]
+    keys = dict.fromkeys(key for table in tables for key in table if key not in _NAMES)
+    different = {}
+    for key in sorted(keys):
+        values = [text.cell(table[key]) if key in table else "-" for table in tables]
+        if len(set(values)) > 1:
+            different[key] = values
+    return different
+
+
+def _plan_values(run: RunRecords) -> dict[str, Any]:
+    """Choices, hardware and version of a plan, by names that no setting has."""
+    choice = {k: v for k, v in mapping(run.plan.get("choice")).items() if k != "why"}
+    hardware = mapping(run.plan.get("hardware"))
+    values = {f"plan: {name}": value for name, value in {**choice, **hardware}.items()}
+    return values | {f"version: {name}": value for name, value in run.versions.items()}
+
+
+def _row(name: str, colour: int, run: RunRecords) -> Row:
+    loss, step = published_loss(run)
+    adapter = mapping(mapping(run.score.get("models")).get("adapter"))
+    losses, speed = run.measured("loss")[1], run.measured("tokens_per_second")[1]
+    peak = max(run.measured("peak_bytes")[1], default=None)
+    done, total = (number(run.status.get(key)) for key in ("step", "total_steps"))
+    steps = _form(done, "{:,.0f}".format) + ("" if total is None else f" of {total:,.0f}")
+    cells = starmap(
+        _form,
+        (
+            (loss, "{:.4f}".format),
+            (step, "{:,.0f}".format),
+            (number(adapter.get("exact_match")), text.share),
+            (losses[-1] if losses else None, text.loss),
+        ),
+    )
+    return Row(
+        name=name,
+        colour=colour,
+        state=run.state,
+        loss=math.inf if loss is None or math.isnan(loss) else loss,
+        cells=[
+            *cells,
+            steps,
+            _form(median(speed) if speed else None, "{:,.0f}".format),
+            _form(peak, lambda size: f"{size / text.GIB:.2f}"),
+            _form(sum(run.measured("step_seconds")[1]) or None, text.duration),
+        ],
+    )
+
+
+def published_loss(run: RunRecords) -> tuple[float | None, float | None]:
+    """Held-out loss and step of the adapter that the run published, or would publish now.
+
+    With `keep_best` it is the lowest loss, else the last one. Without evaluations it is the loss in
+    score.json, whose step is not recorded.
+    """
+    points = list(zip(*run.held_out(), strict=True))
+    if not points:
+        return number(mapping(mapping(run.score.get("models")).get("adapter")).get("loss")), None
+    finite = [point for point in points if math.isfinite(point[1])]
+    if run.settings.get("keep_best") and finite:
+        step, loss = min(finite, key=lambda point: point[1])
+    else:
+        step, loss = points[-1]
+    return loss, step
+
+
+def _problems(run: RunRecords) -> list[str]:
+    return [problem for file, problem in run.problems.items() if file in ("run.yaml", "plan.json")]
+
+
+def _form(value: float | None, form: Callable[[float], str]) -> str:
+    return "-" if value is None else form(value)

@@ -1,0 +1,69 @@
+"""The versions of a run and the commands that repeat it."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.report.folder import RunRecords, mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduction:
+    """Versions by package, facts about inputs by name, and command lines with their purpose."""
+
+    versions: Mapping[str, str]
+    inputs: list[tuple[str, str]]
+    commands: list[tuple[str, str]]
+
+
+def reproduction_of(run: RunRecords) -> Reproduction:
+    """What the run folder records about versions and inputs, and the commands for them."""
+    versions = {name: str(value) for name, value in run.versions.items()}
+    if "rankzero" not in versions and "version" in run.plan:
+        versions = {"rankzero": str(run.plan["version"]), **versions}
+    return Reproduction(versions=versions, inputs=_inputs(run), commands=_commands(run, versions))
+
+
+def _inputs(run: RunRecords) -> list[tuple[str, str]]:
+    """Model, revision and hash of the base, and the seed."""
+    settings = run.settings
+    candidates = [
+        ("model", settings.get("model")),
+        ("model revision", settings.get("model_revision")),
+        ("SHA-256 of the base", run.base.get("sha256")),
+        ("SHA-256 of the adapter", run.score.get("adapter_sha256")),
+        ("seed", settings.get("seed")),
+    ]
+    return [(name, str(value)) for name, value in candidates if value is not None]
+
+
+def _commands(run: RunRecords, versions: Mapping[str, str]) -> list[tuple[str, str]]:
+    folder = shlex.quote(str(run.folder))
+    # A local part such as +cpu names a build, which pip finds only in the index of that build.
+    pins = [
+        f"{name}=={version.partition('+')[0]}"
+        for name, version in versions.items()
+        if name != "rankzero"
+    ]
+    commands = []
+    if pins:
+        commands.append(("install the same versions", shlex.join(["pip", "install", *pins])))
+    if run.settings:
+        again = shlex.join([f"{run.folder}/run.yaml", f"output_dir={run.folder}-again"])
+        commands.append(("train again, into another folder", f"{_launcher(run)} {again}"))
+        commands.append(("merge", f"python launch/merge.py {folder}"))
+        if run.settings.get("eval_data"):
+            commands.append(("score", f"python launch/score.py {folder}"))
+    return commands
+
+
+def _launcher(run: RunRecords) -> str:
+    """The start command without the run file, for the ranks of the plan."""
+    hardware = mapping(run.plan.get("hardware"))
+    nodes = hardware.get("nodes", 1)
+    ranks = hardware.get("ranks_per_node", hardware.get("ranks", 1))
+    if nodes == 1 and ranks == 1:
+        return "python launch/train.py"
+    count = "--num_accelerators" if hardware.get("kind") == "cpu" else "--num_gpus"
+    hosts = f"--hostfile HOSTS --num_nodes {nodes} " if nodes != 1 else ""
+    return f"deepspeed {hosts}{count} {ranks} launch/train.py"

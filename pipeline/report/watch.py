@@ -1,0 +1,34 @@
+"""Follow a run: write its report again while it trains."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.report.folder import read_state
+from pipeline.report.page import write_report
+
+INTERVAL_S = 5
+_LARGEST_SHARE = 0.05  # of the time that writing may take, because the machine is training
+
+
+def watch_run(run_folder: Path, on_first_page: Callable[[Path], None]) -> str:
+    """Write report.html every few seconds until the run ends, and return its last state.
+
+    `on_first_page`: called once with the path of the page. While it is followed, the page loads
+    itself again; the last page, which an interrupt writes too, does not.
+    """
+    wait, is_first = float(INTERVAL_S), True
+    try:
+        while (state := read_state(run_folder)) == "running":
+            start = time.perf_counter()
+            path = write_report(run_folder, refresh_s=INTERVAL_S)
+            if is_first:
+                on_first_page(path)
+            is_first = False
+            wait = max(INTERVAL_S, (time.perf_counter() - start) / _LARGEST_SHARE)
+            time.sleep(wait)
+    finally:
+        path = write_report(run_folder)
+    if is_first:
+        on_first_page(path)
+    return state

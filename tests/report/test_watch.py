@@ -1,0 +1,76 @@
+"""`--watch` writes the page until the run ends, and leaves one that does not reload itself."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.report import watch
+from pipeline.report.watch import watch_run
+from tests.messages import assert_mentions
+from tests.report.folders import FILES, build_run
+
+pytestmark = pytest.mark.unit
+
+
+def write_state(run, **fields):
+    status = FILES["status.json"] | fields
+    (run / "status.json").write_text(json.dumps(status), encoding="utf-8")
+
+
+def page_of(run):
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_is_written_until_the_run_ends(tmp_path, monkeypatch):
+    run = build_run(tmp_path)
+    write_state(run, state="running", step=10)
+    pages, announced = [], []
+
+    def sleep(seconds):
+        assert seconds >= watch.INTERVAL_S
+        pages.append(page_of(run))
+        is_last = len(pages) == 2
+        write_state(run, state="done" if is_last else "running", step=10 + 10 * len(pages))
+
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    assert watch_run(run, announced.append) == "done"
+    assert announced == [run / "report.html"]
+    for page, step in zip(pages, ("10 of 80", "20 of 80"), strict=True):
+        assert step in page
+        assert 'data-refresh="5"' in page
+    assert "30 of 80" in page_of(run)
+    assert "data-refresh" not in page_of(run)
+
+
+def test_an_interrupt_leaves_a_page_that_does_not_reload_itself(tmp_path, monkeypatch):
+    run = build_run(tmp_path)
+    write_state(run, state="running")
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        watch_run(run, lambda path: None)
+    assert "data-refresh" not in page_of(run)
+
+
+def test_a_run_whose_process_has_ended_is_not_followed(tmp_path):
+    run = build_run(tmp_path)
+    write_state(run, state="running", machine="another machine", heartbeat=1.0)
+    assert watch_run(run, lambda path: None) == "dead"
+
+
+def test_the_verb_follows_a_run_and_refuses_to_follow_two(tmp_path):
+    run = build_run(tmp_path / "a")
+    script = [sys.executable, "launch/report.py", "--watch"]
+    options = {"capture_output": True, "text": True, "timeout": 60, "env": os.environ}
+    done = subprocess.run([*script, run], check=False, **options)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, str(run / "report.html"))
+    assert_mentions(done.stdout, "done")
+    two = subprocess.run([*script, run, build_run(tmp_path / "b")], check=False, **options)
+    assert two.returncode == 2
+    assert_mentions(two.stderr, "--watch")
