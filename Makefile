@@ -7,6 +7,7 @@
 # make models      every kind of model through a whole run (about an hour on 2 CPU cores; resumable)
 # make templates    chat templates at length: random conversations, the table of docs/masks.md (15 minutes)
 # make test-trackers  wandb, mlflow and trackio on local files (installs them; 2 minutes)
+# make test-report  the report in headless Chromium: every kind of run, two widths, both themes (3 minutes)
 # make check        ruff, mypy --strict, import-linter, generated docs
 # On a machine without a GPU, TORCH_INDEX=<PyTorch's CPU index> saves gigabytes of CUDA libraries.
 
@@ -16,7 +17,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart install test models real-model templates test-slurm test-gpu test-trackers faults check fix docs goldens test-floors clean
+.PHONY: quickstart install test models real-model templates test-slurm test-gpu test-trackers faults check fix docs goldens test-floors clean test-report
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart/quickstart.py
@@ -60,6 +61,10 @@ test-trackers:
 	.venv-trackers/bin/python -m pip install --quiet pydantic pyyaml packaging psutil rich \
 		hypothesis pytest pytest-timeout wandb mlflow trackio pandas
 	.venv-trackers/bin/python -m pytest tests/track
+
+# Needs Chromium (Debian: apt-get install chromium); REPORT_SHOTS=DIR keeps the screenshots.
+test-report: $(VENV)/.installed
+	REPORT=full $(BIN)/python -m pytest tests/report -s
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -s tests/gpu -m gpu

@@ -1,6 +1,8 @@
-"""The HTML report of a run: report.html, one self-contained page.
+"""The HTML pages about runs: report.html of one run, comparison.html of several. No torch.
 
-In: the folder of a finished, failed or running run. Out: report.html in that folder. No torch.
+In: the folders of finished, failed or running runs. Out: self-contained pages, which load nothing.
 Open page.py first: it collects the values for the template page.html.jinja. folder.py reads the
-run folder; headline.py, data_audit.py and plots.py build sections; text.py formats values.
+run folder; headline.py, curves.py, timeline.py, data_audit.py, documents.py and reproduce.py build
+sections; comparison.py writes the comparison; frame.py renders a page with its style, scripts and
+content security policy; watch.py follows a run. charts.js draws the curves with uPlot (uplot/).
 """

@@ -132,7 +132,7 @@ def page_data(charts: Sequence[Chart], marks: Marks) -> dict[str, Any]:
     """The data block of a page. `points`: the largest number of points of a series in it."""
     num_series = sum(len(chart.series) for chart in charts)
     points = max(MIN_POINTS, min(MAX_POINTS, _PAGE_POINTS // max(1, num_series)))
-    steps = [float(x) for chart in charts for s in chart.series for x in (s.points[0] or ())]
+    steps = [x for chart in charts for s in chart.series for x in (s.points[0][0], s.points[0][-1])]
     return {
         "points": points,
         "x": [min(steps), max(steps)] if steps else [0, 1],

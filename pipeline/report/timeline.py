@@ -1,9 +1,9 @@
 """Time line of a run: starts, resumes, stops, failures and steps without an update."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
 
 from pipeline.report import text
 from pipeline.report.curves import Marks
@@ -39,7 +39,9 @@ class Timeline:
 def timeline_of(run: RunRecords) -> Timeline:
     """The time line, as far as status.json and metrics.jsonl have it."""
     skipped = _spans([r["step"] for r in run.steps if r.get("was_applied") is False])
-    infinite = _spans([r["step"] for r in run.steps if not _is_finite(r.get("loss"))])
+    infinite = _spans(
+        [step for step, loss in zip(*run.measured("loss"), strict=True) if not isfinite(loss)]
+    )
     starts = starts_of(run)
     resumed = [step for start in starts if (step := number(start.get("first_step")))]
     events = [event for start in starts for event in _events_of_start(start)]
@@ -110,7 +112,3 @@ def _spans(steps: list[float]) -> list[tuple[float, float]]:
     breaks = [i + 1 for i, (a, b) in enumerate(pairwise(steps)) if b != a + 1]
     edges = [0, *breaks, len(steps)]
     return [(steps[a], steps[b - 1]) for a, b in pairwise(edges)]
-
-
-def _is_finite(loss: object) -> bool:
-    return (value := number(loss)) is None or math.isfinite(value)
