@@ -126,10 +126,10 @@ FILES: dict[str, object] = {
             "global_batch_size": 8,
             "gradient_checkpointing": False,
             "why": {
-                "zero_stage": "the base fits on every rank, so only gradients travel",
+                "zero_stage": "the base fits on each rank: only adapter gradients are communicated",
                 "batch_size": "the largest up to 8 that fits (1.3 GiB a rank)",
                 "gradient_checkpointing": "off: the activations fit (1.3 GiB a rank)",
-                "resident_why": "a reason of its own",
+                "resident_why": "another reason",
             },
         },
         "memory": {

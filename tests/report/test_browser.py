@@ -37,7 +37,8 @@ BUILDERS = {
 # Elements whose text is wider than the place it has, except those that scroll.
 CUT_OFF = """[...document.querySelectorAll('body *')].filter(e =>
     e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0 && !e.closest('.wide, pre, .u-wrap')
-    && getComputedStyle(e).display != 'inline').map(e => e.className + ': ' + e.textContent.slice(0, 80))"""
+    && getComputedStyle(e).display != 'inline')
+    .map(e => e.className + ': ' + e.textContent.slice(0, 80))"""
 
 
 @pytest.fixture(scope="module")

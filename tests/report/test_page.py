@@ -1,4 +1,4 @@
-"""report.html shows every file of a run folder, is self-contained, and accepts incomplete runs."""
+"""report.html shows all files of a run folder, is self-contained, and accepts incomplete runs."""
 
 import base64
 import hashlib
@@ -37,7 +37,7 @@ VOID = {"meta", "br", "hr", "img", "input", "link", "rect"}
 
 
 class Page(HTMLParser):
-    """Text, tags and ids of a page; asserts that every element is closed where it must be."""
+    """Text, tags and curves of a page; asserts that its elements are nested and closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def test_the_page_shows_every_file_of_the_run_folder(run):
         "1.1e-8 ✓ equal", "0.002 ✗ differs", "not merged: two tensors have no name",  # proof
         "resumed from step 40", "stopped (exit code 75)", "time_limit",  # time line
         "deepspeed --num_accelerators 2 launch/train.py", "torch==2.13.0", "2.13.0+cpu",
-        "the largest up to 8 that fits", "a reason of its own", "bfloat16",  # plan
+        "the largest up to 8 that fits", "another reason", "bfloat16",  # plan
         "0.251", "0.839", "1.317", "1.316 GiB", "1.330 GiB", "16.000", "1.1 % below",  # memory
         "cpu-bf16", "no bfloat16 units", "accelerator/cpu_accelerator.py",
         "642", "answer is empty", "112,233", "0.371", "175.4", "259", "10,517",  # audit
@@ -109,7 +109,7 @@ def test_the_page_shows_every_file_of_the_run_folder(run):
     assert all(item["prompt"] in text for item in FILES["score.json"]["answers"])
 
 
-def test_right_and_wrong_answers_are_marked(run):
+def test_every_answer_is_marked_right_or_wrong(run):
     text = read_page(run).text
     assert text.count("✗ wrong") == 9 + 2  # every base answer; the fifth of adapter and merged
     assert text.count("✓ right") == 8 + 8
