@@ -203,5 +203,5 @@ def _json_values(lines: list[str]) -> Iterator[Any]:
 
 def _points(records: list[Record], key: str) -> Points:
     # `type`, not `isinstance`: a bool is not a number here.
-    points = [(r["step"], value) for r in records if type(value := r.get(key)) in (int, float)]
-    return [step for step, _ in points], [value for _, value in points]
+    chosen = [record for record in records if type(record.get(key)) in (int, float)]
+    return [record["step"] for record in chosen], [record[key] for record in chosen]
