@@ -8,6 +8,7 @@
 # make templates    chat templates at length: random conversations, the table of docs/masks.md (15 minutes)
 # make test-trackers  wandb, mlflow and trackio on local files (installs them; 2 minutes)
 # make test-report  the report in headless Chromium: every kind of run, two widths, both themes (3 minutes)
+# make site         the pages of docs/ as a website in build/site (own environment, 1 minute)
 # make check        ruff, mypy --strict, import-linter, generated docs
 # On a machine without a GPU, TORCH_INDEX=<PyTorch's CPU index> saves gigabytes of CUDA libraries.
 
@@ -84,6 +85,13 @@ fix: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/python docs/generate.py
 
+# The site reads nothing from a network. In an environment of its own, with pinned versions.
+.PHONY: site
+site:
+	test -x .venv-site/bin/python || $(PYTHON) -m venv .venv-site
+	.venv-site/bin/python -m pip install --quiet --disable-pip-version-check -r docs/site/requirements.txt
+	.venv-site/bin/python docs/site/build.py
+
 goldens: $(VENV)/.installed
 	$(BIN)/python ds_configs/generate.py
 
@@ -94,4 +102,4 @@ test-floors:
 	.venv-floors/bin/python -m pytest
 
 clean:
-	rm -rf $(VENV) .venv-floors .venv-trackers .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-floors .venv-trackers .venv-site build/site build/site-pages .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peer_tables
 from model_tables import models
 from run_files import planned_run_files, with_prediction
 from scale_tables import filled
@@ -191,6 +192,9 @@ def main() -> None:
         HERE / "rules.md": rules(),
         HERE / "models.md": models(),
         ROOT / "launch/runs/schema.json": dump_json(run_file_schema()),
+        HERE / "converting.md": peer_tables.filled(
+            (HERE / "converting.md").read_text(encoding="utf-8")
+        ),
         HERE / "scale.md": filled((HERE / "scale.md").read_text(encoding="utf-8")),
         **{path: with_prediction(path) for path in planned_run_files()},
         ROOT / "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8")),

@@ -1,0 +1,57 @@
+"""The check of the built site finds broken links and resources from a network."""
+
+import importlib.util
+
+import pytest
+
+from tests import ROOT
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("site_build", ROOT / "docs/site/build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def problems_of(build, folder, body):
+    (folder / "other.html").write_text("<h2 id='here'>Here</h2>")
+    (folder / "index.html").write_text(f"<html><body>{body}</body></html>")
+    return build.problems(folder)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<script src='https://cdn.example/x.js'></script>",
+        "<link rel=stylesheet href='//fonts.example/x.css'>",
+        "<img src='http://example.com/x.png'>",
+        "<div style='background: url(https://example.com/x.png)'></div>",
+        "<pre class='mermaid'>graph</pre>",
+        "<a href='missing.html'>x</a>",
+        "<a href='other.html#missing'>x</a>",
+        "<a href='#missing'>x</a>",
+    ],
+)
+def test_a_problem_of_a_page_is_found(build, tmp_path, body):
+    assert len(problems_of(build, tmp_path, body)) == 1
+
+
+def test_a_style_sheet_that_loads_from_a_network_is_found(build, tmp_path):
+    (tmp_path / "x.css").write_text("@font-face { src: url(https://fonts.example/x.woff) }")
+    assert len(problems_of(build, tmp_path, "")) == 1
+
+
+def test_links_and_own_resources_are_no_problem(build, tmp_path):
+    (tmp_path / "x.js").write_text("")
+    body = "<script src='x.js'></script><a href='other.html#here'>x</a><a href='https://a.b'>y</a>"
+    assert problems_of(build, tmp_path, body) == []
+
+
+def test_every_page_of_the_project_is_in_the_navigation():
+    text = (ROOT / "docs/site/zensical.toml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f'"{page.relative_to(ROOT)}"' in text, page
