@@ -49,9 +49,8 @@ def _section(program: str, options: list[str]) -> str:
         "| option | here |",
         "|---|---|",
     ]
-    for setting in RunSettings.model_fields:
-        if names := [option for option, name in renamed.items() if name == setting]:
-            lines.append(f"| {_named(names)} | `{setting}` |")
+    by_setting = {name: [o for o in renamed if renamed[o] == name] for name in by_name.values()}
+    lines += [f"| {_named(names)} | `{name}` |" for name, names in by_setting.items() if names]
     ordered = sorted(others, key=order.index)
     lines += [f"| {_named(others[text])} | {text} |" for text in ordered]
     lines += ["", f"{unknown} other options have no counterpart; `launch/convert.py` lists yours."]
