@@ -489,7 +489,7 @@ def test_the_rendered_text_of_plain_turns_is_that_of_transformers(name, row):
 
 def assert_rendered_like_transformers(tokenizer, row):
     messages = [{"role": m.role, "content": m.content, **m.others} for m in row.messages]
-    finder = encoder(tokenizer)._turns(bool(row.tools))
+    finder = encoder(tokenizer)._finder_for(bool(row.tools))
     try:
         text = finder._template.render(row).text
     except RowError:
