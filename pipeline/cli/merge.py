@@ -43,9 +43,10 @@ class _Merge:
 
 def merge() -> None:
     """Parse the command line, merge, and compare the merged model if that is asked for."""
-    given = _parser().parse_args()
+    parser = _parser()
+    given = parser.parse_args()
     if given.run_folder is None and not (given.adapter and given.base and given.out):
-        raise UserError("name a run folder, or --adapter, --base and --out")
+        parser.error("name a run folder, or --adapter, --base and --out")
     request = _request(given)
     report = merge_adapters(request.base, request.adapters, request.out, request.options)
     print(

@@ -56,8 +56,16 @@ def test_several_gpus_without_a_launcher_are_all_used(rankzero_on, capsys, verb)
     command = rankzero_on(8, verb, "RUN.yaml", "lr=1e-4")
     assert command is not None
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
-    assert command[3:] == ["--module", f"pipeline.cli.{verb}", "RUN.yaml", "lr=1e-4"]
-    assert f"deepspeed --module pipeline.cli.{verb} RUN.yaml lr=1e-4" in capsys.readouterr().out
+    assert command[3:] == ["--quiet", "--module", f"pipeline.cli.{verb}", "RUN.yaml", "lr=1e-4"]
+    assert (
+        f"deepspeed --quiet --module pipeline.cli.{verb} RUN.yaml lr=1e-4"
+        in capsys.readouterr().out
+    )
+
+
+def test_verbose_shows_the_lines_of_the_launcher(rankzero_on):
+    command = rankzero_on(8, "train", "RUN.yaml", "--verbose")
+    assert command[3:] == ["--module", "pipeline.cli.train", "RUN.yaml", "--verbose"]
 
 
 @pytest.mark.parametrize(

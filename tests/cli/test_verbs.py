@@ -42,7 +42,11 @@ def run_file(tmp_path):
 @pytest.mark.parametrize("verb", VERBS)
 def test_missing_and_unknown_arguments_are_refused_by_name(refused_by, verb):
     missing = "run_folder" if verb in WITH_RUN_FOLDER else "run_file"
-    missing = {"plan": "RUN.yaml", "slurm": "folder"}.get(verb, missing)
+    others = {
+        "plan": "RUN.yaml", "slurm": "folder", "convert": "config", "report": "run_folders",
+        "merge": "run folder",
+    }  # fmt: skip
+    missing = others.get(verb, missing)
     assert_mentions(refused_by(verb), missing, "--help")
     assert "key=value" not in refused_by(verb)  # overrides are optional
     assert_mentions(refused_by(verb, "x", "--nonsense"), "--nonsense")
