@@ -109,19 +109,22 @@ def test_debug_shows_the_traceback_of_an_error():
     assert result.stderr.endswith("no\n")
 
 
-@pytest.mark.parametrize(
-    "name", ["LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_LOCAL_RANK"]
-)
-def test_only_local_rank_zero_prints_a_common_message(name):
-    process = subprocess.Popen(
-        [sys.executable, "-c", CODE.format(body="raise UserError('no')", tracebacks=False)],
-        stderr=subprocess.PIPE, text=True, env={name: "1"},
-    )  # fmt: skip
-    time.sleep(2)
-    assert process.poll() is None  # it waits until its launcher ends it
-    process.terminate()
-    _, message = process.communicate(timeout=5)
-    assert message == ""
+def test_only_local_rank_zero_prints_a_common_message():
+    names = ["LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_LOCAL_RANK"]
+    code = CODE.format(body="raise UserError('no')", tracebacks=False)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env={name: "1"}
+        )
+        for name in names
+    ]
+    time.sleep(3)
+    running = [process.poll() is None for process in processes]
+    for process in processes:
+        process.terminate()
+    messages = [process.communicate(timeout=5)[1] for process in processes]
+    assert running == [True] * len(names)  # each waits until its launcher ends it
+    assert messages == [""] * len(names)
 
 
 def test_os_exit_is_called_in_one_file_only():

@@ -1,6 +1,7 @@
 """Model families other than Llama train, and their adapters load in peft and merge."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ FAMILIES = {
     "qwen2_moe-mixed": QWEN_EXPERTS
     | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
 }
+EXPERTS_RUN = {"batch_size": 2, "lora_target_modules": "all-linear"}
 MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe", "qwen3_moe-mixed", "qwen2_moe-mixed"]
 
 
@@ -99,9 +101,33 @@ def logits_of(model):
     return model(input_ids=IDS).logits
 
 
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """The model folder of a kind in a dtype, made once."""
+
+    @cache
+    def make(kind, dtype="float32"):
+        return make_family(tmp_path_factory.mktemp("family") / "model", kind, dtype)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def replicated(family, tmp_path_factory):
+    """A run at ZeRO-2, made once for each kind and its settings."""
+
+    @cache
+    def train(kind, settings):
+        settings = EXPERTS_RUN | dict(settings) | {"zero_stage": 2}
+        folder = tmp_path_factory.mktemp("replicated")
+        return run_ranks(train_and_gather, family(kind), settings, tmp_path=folder)[0]
+
+    return train
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_the_published_and_the_merged_adapter_have_the_trained_logits(tmp_path, kind):
-    folder = make_family(tmp_path / "model", kind)
+def test_the_published_and_the_merged_adapter_have_the_trained_logits(family, tmp_path, kind):
+    folder = family(kind)
     settings = {"zero_stage": 2, "batch_size": 2, "lora_target_modules": "all-linear"}
     arguments = (train_and_gather, folder, settings)
     ((_, weights, logits),) = run_ranks(*arguments, tmp_path=tmp_path, world_size=1)
@@ -133,21 +159,23 @@ LEAF_MODULES = {"of the plan": None, "none": {"classes": []}}
         ("mixtral", "of the plan", {"load_in_4bit": True, "gradient_checkpointing": True}),
     ],
 )
-def test_sharded_experts_give_the_losses_of_replicated_ones(tmp_path, kind, leaf, change):
+def test_sharded_experts_give_the_losses_of_replicated_ones(
+    family, replicated, tmp_path, kind, leaf, change
+):
     """Ranks route tokens to different experts; ZeRO-3 must neither hang nor differ."""
-    folder = make_family(tmp_path / "model", kind)
-    settings = {"batch_size": 2, "lora_target_modules": "all-linear"} | change
-    whole, sharded = (
-        run_ranks(train_and_gather, folder, settings | stage, leaves, tmp_path=tmp_path)[0]
-        for stage, leaves in (({"zero_stage": 2}, None), ({"zero_stage": 3}, LEAF_MODULES[leaf]))
-    )
+    settings = EXPERTS_RUN | change | {"zero_stage": 3}
+    arguments = (train_and_gather, family(kind), settings, LEAF_MODULES[leaf])
+    sharded = run_ranks(*arguments, tmp_path=tmp_path)[0]
+    whole = replicated(kind, tuple(change.items()))
     assert sharded[0] == pytest.approx(whole[0], rel=1e-6)
     assert distance(sharded[1], whole[1]) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_the_published_adapter_of_a_sharded_mixture_in_bf16_has_the_trained_logits(tmp_path, kind):
-    folder = make_family(tmp_path / "model", kind, "bfloat16")
+def test_the_published_adapter_of_a_sharded_mixture_in_bf16_has_the_trained_logits(
+    family, tmp_path, kind
+):
+    folder = family(kind, "bfloat16")
     settings = {"zero_stage": 3, "batch_size": 2, "bf16": True, "lora_target_modules": "all-linear"}
     _, weights, logits = run_ranks(train_and_gather, folder, settings, tmp_path=tmp_path)[0]
     plan = make_plan(folder, 2, 40, **settings)
