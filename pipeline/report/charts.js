@@ -53,11 +53,12 @@
     const { ctx, bbox } = u, ratio = devicePixelRatio;
     const inside = (x) => x >= u.scales.x.min && x <= u.scales.x.max;
     ctx.save();
+    ctx.lineCap = "butt"; // not what uPlot set last
     ctx.strokeStyle = colour("--wait");
     ctx.lineWidth = ratio;
     ctx.setLineDash([4 * ratio, 4 * ratio]);
     for (const step of page.resumed.filter(inside)) {
-      const x = u.valToPos(step, "x", true);
+      const x = Math.round(u.valToPos(step, "x", true)) + 0.5; // sharp at any zoom
       ctx.beginPath();
       ctx.moveTo(x, bbox.top);
       ctx.lineTo(x, bbox.top + bbox.height);
