@@ -54,4 +54,4 @@ def test_links_and_own_resources_are_no_problem(build, tmp_path):
 def test_every_page_of_the_project_is_in_the_navigation():
     text = (ROOT / "docs/site/zensical.toml").read_text(encoding="utf-8")
     for page in (ROOT / "docs").rglob("*.md"):
-        assert f'"{page.relative_to(ROOT)}"' in text, f"{page} is missing in docs/site/zensical.toml"
+        assert f'"{page.relative_to(ROOT)}"' in text, f"zensical.toml lacks {page}"
