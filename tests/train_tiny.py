@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from deepspeed.utils import safe_get_full_grad
 
 from pipeline.adapter.gather import gather_weights
@@ -46,18 +45,12 @@ def train_tiny(session, folder: Path, settings: dict, steps: int = 5, documents:
     for step in range(steps):
         batches, supervised = work(plan, split, step, rank)
         lr = plan.learning_rate(step)
-        if step == 0:  # as in Engine.optimizer_step, with the gradients read before the last call
+        if step == 0:  # as in Engine.optimizer_step, with the gradients read before the step
             engine.deepspeed.train()
             engine.set_learning_rate(lr)
-            total = torch.zeros(())
-            for i, seeded in enumerate(batches):
-                total = total + engine.accumulate(seeded, supervised).detach()
-                if i + 1 == len(batches):
-                    gradients = {
-                        key: safe_get_full_grad(p).float().cpu().reshape(shape_of(p)).clone()
-                        for key, p in engine.parameters.items()
-                    }
-                engine.deepspeed.step()
+            total, _ = engine.backward_passes(batches, supervised)
+            gradients = full_gradients(engine)
+            engine.deepspeed.step()
             loss_sum = float(total)
             norms.append(float(engine.deepspeed.get_global_grad_norm()))
         else:
@@ -69,7 +62,15 @@ def train_tiny(session, folder: Path, settings: dict, steps: int = 5, documents:
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
 
 
-def shape_of(parameter) -> torch.Size:
+def full_gradients(engine) -> dict:
+    """The reduced gradients of all adapter weights, in fp32."""
+    return {
+        key: safe_get_full_grad(p).float().cpu().reshape(shape_of(p)).clone()
+        for key, p in engine.parameters.items()
+    }
+
+
+def shape_of(parameter):
     return getattr(parameter, "ds_shape", parameter.shape)
 
 

@@ -300,6 +300,13 @@ class RunKeys(BaseModel):
         description="Use FlashAttention-2 (package flash-attn); `auto` is PyTorch's own attention.",
         json_schema_extra=traits(peers="flash_attention flash_attn use_flash_attn"),
     )
+    fast_paths: bool = Field(
+        default=True,
+        description="Use faster computations with the same results, as far as they apply to the "
+        "run (docs/speed.md; plan.json has the reason for each that does not); `false` uses the "
+        "plain computations of transformers, peft and DeepSpeed.",
+        json_schema_extra=traits(change="run"),
+    )
     dataloader_num_workers: Annotated[int, Field(ge=0, le=256)] = Field(
         default=0,
         description="Worker processes per rank that build batches. 0 uses a thread; that is "

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pipeline.model.attention import Documents, arguments_for, require_all_blocks_separate
+from pipeline.model.loss_gradient import sum_with_gradient
 from pipeline.model.structure import blocks, body_name, text_decoder
 from pipeline.plan.cost.activations import LOGITS_CHUNK_BYTES
 from pipeline.plan.plan import Plan
@@ -28,17 +29,26 @@ class SummedLoss(nn.Module):
     """The module that DeepSpeed wraps: it returns the sum of the token losses of a batch.
 
     Logits are computed for supervised positions only, so no (B, T, V) tensor exists. If the logits
-    exceed LOGITS_CHUNK_BYTES in fp32, they are computed in chunks and recomputed in the backward
-    pass.
+    exceed LOGITS_CHUNK_BYTES in fp32, they are computed in chunks.
 
     `num_chunks` fixes the number of chunks for ZeRO-3. There each chunk gathers the head, and all
     ranks must gather it equally often, even if their numbers of supervised tokens differ.
+
+    With `has_gradient_in_forward` the gradient of the loss is computed in the forward pass, if the
+    head is frozen (loss_gradient.py). Otherwise several chunks are recomputed in the backward pass.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, num_chunks: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        num_chunks: int | None = None,
+        *,
+        has_gradient_in_forward: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self._num_chunks = num_chunks
+        self._has_gradient_in_forward = has_gradient_in_forward
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, documents: Documents
@@ -74,6 +84,8 @@ class SummedLoss(nn.Module):
 
         vocab_size = causal.config.get_text_config().vocab_size
         num_chunks = self._num_chunks or _chunks(len(targets), vocab_size)
+        if self._has_gradient_in_forward and hidden.requires_grad and not _is_head_trained(causal):
+            return sum_with_gradient(logits_of, hidden, targets, num_chunks)
         if num_chunks == 1:
             return chunk_loss(hidden, targets)
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -82,6 +94,13 @@ class SummedLoss(nn.Module):
             chunk_sum = checkpoint(chunk_loss, *chunk, use_reentrant=False)
             total = total + chunk_sum
         return total
+
+
+def _is_head_trained(causal: Any) -> bool:
+    """Whether a parameter of the head, or an adapter on it, is trained."""
+    body = getattr(causal, body_name(causal))
+    others = (child for child in causal.children() if child is not body)
+    return any(p.requires_grad for child in others for p in child.parameters())
 
 
 def class_logits(causal: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -30,6 +30,7 @@ from pipeline.model.attention import WITHIN_DOCUMENTS, arguments_for, require_al
 from pipeline.model.base import auto_class, load_plain
 from pipeline.model.checkpoint_names import model_on_meta, stored_names
 from pipeline.model.expert_slices import expert_slices
+from pipeline.model.joint_lora import join_lora
 from pipeline.model.loss import IGNORED, SummedLoss
 from pipeline.model.small_copy import random_model, small_copies
 from pipeline.model.structure import blocks, expert_tensors, text_decoder
@@ -126,6 +127,7 @@ def prove_model(model: PreTrainedModel, targets: Sequence[str]) -> Proof:
     refusals: list[str] = []
     without_packs: list[str] = []
     without_reentrant: list[str] = []
+    without_fast_paths: list[str] = []
 
     def check(name: str, reasons: list[str], measure: Callable[[], float]) -> None:
         try:
@@ -149,11 +151,13 @@ def prove_model(model: PreTrainedModel, targets: Sequence[str]) -> Proof:
         without_reentrant,
         lambda: _checkpointing_error(model, targets, reentrant=True),
     )
+    check("fast paths", without_fast_paths, lambda: _fast_paths_error(model, targets))
     return Proof(
         errors=errors,
         refusals=refusals,
         without_packs=list(dict.fromkeys(without_packs)),
         without_reentrant=without_reentrant,
+        without_fast_paths=without_fast_paths,
     )
 
 
@@ -268,6 +272,16 @@ def _checkpointing_error(
     return _relative_error(_backward(adapted), expected)
 
 
+def _fast_paths_error(model: PreTrainedModel, targets: Sequence[str]) -> float:
+    """Relative difference between the gradients of the fast paths and of the plain ones."""
+    adapted = _adapted(model, targets)
+    expected = _backward(adapted)
+    join_lora(adapted)
+    return _relative_error(
+        _backward(adapted, SummedLoss(adapted, 3, has_gradient_in_forward=True)), expected
+    )
+
+
 def _adapted(model: PreTrainedModel, targets: Sequence[str]) -> PeftModel:
     """A copy of the model with an adapter whose matrices are random, lora_B included."""
     config = LoraConfig(
@@ -287,11 +301,12 @@ def _adapted(model: PreTrainedModel, targets: Sequence[str]) -> PeftModel:
     return adapted
 
 
-def _backward(adapted: PeftModel) -> torch.Tensor:
+def _backward(adapted: PeftModel, loss: SummedLoss | None = None) -> torch.Tensor:
     """The gradients of all adapter matrices after one backward pass, as one vector."""
     adapted.train().zero_grad()
     torch.manual_seed(0)
-    SummedLoss(adapted, 1)(_ids(adapted), _labels(adapted), ((_LENGTH,), (_LENGTH,))).backward()
+    loss = SummedLoss(adapted, 1) if loss is None else loss
+    loss(_ids(adapted), _labels(adapted), ((_LENGTH,), (_LENGTH,))).backward()
     parameters = sorted(adapted.named_parameters())
     gradients = [p.grad.flatten() for _, p in parameters if p.grad is not None]
     return torch.cat(gradients) if gradients else torch.zeros(1)

@@ -23,8 +23,10 @@ from pipeline.plan.given.class_proof import (
     cached_proof,
     ensure_proof,
     without_mixing_packs,
+    without_wrong_fast_paths,
 )
 from pipeline.plan.given.data_size import DataSize
+from pipeline.plan.given.fast_paths import fast_paths
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import EXPERTS, ModelShape, read_shape
@@ -103,6 +105,19 @@ class Plan:
         return trainable_parameters(self.shape, self.settings)
 
     @property
+    def fast_paths(self) -> dict[str, str]:
+        """The name of each fast path, with the reason why it is off; an empty text if it is on."""
+        reasons = fast_paths(self.settings, self.layout)
+        if self.proof is not None and self.proof.without_fast_paths:
+            return dict.fromkeys(reasons, self.proof.without_fast_paths[0])
+        return reasons
+
+    @property
+    def fast_path_states(self) -> dict[str, str]:
+        """The name of each fast path with `on` or the reason why it is off."""
+        return {name: reason or "on" for name, reason in self.fast_paths.items()}
+
+    @property
     def steps(self) -> Schedule:
         """The schedule of a plan returned by `with_data()`; other plans have none."""
         assert self.schedule is not None, "call with_data() first"
@@ -158,7 +173,8 @@ class Plan:
 
     def with_proof(self, proof: Proof) -> "Plan":
         """The plan with the proof of its model class. Raises UserError if a rule refuses it."""
-        return replace(self, proof=proof)._check_rules()
+        settings = without_wrong_fast_paths(self.settings, proof)
+        return replace(self, settings=settings, proof=proof)._check_rules()
 
     def _check_rules(self) -> "Plan":
         """The plan with the rules that apply. Raises UserError if one of them refuses the run."""
@@ -252,6 +268,7 @@ def rank_plans(
     settings, reason = without_mixing_packs(settings, shape, proof)
     if reason:
         why["packing"] = f"false, because {reason}"
+    settings = without_wrong_fast_paths(settings, proof)
     plan_input = replace(plan_input, settings=settings, proof=proof)
     _raise_input_refusals(plan_input)
     cluster = Cluster(hardware=hardware, nodes=nodes, ranks_per_node=ranks_per_node)

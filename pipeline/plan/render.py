@@ -42,6 +42,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "offload_param": layout.offload_param,
             "why": plan.why | ({"proof": reason} if (reason := _proof_reason(plan)) else {}),
         },
+        "fast_paths": plan.fast_path_states,
         "proof": None if plan.proof is None else asdict(plan.proof),
         "memory": {
             "per_rank": dict(memory.per_rank),

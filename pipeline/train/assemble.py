@@ -18,7 +18,13 @@ from pipeline.model.base import load_base
 from pipeline.model.proof import require_proof
 from pipeline.plan.given.class_proof import Proof
 from pipeline.plan.plan import Plan
-from pipeline.train.checkpoint import Progress, read_progress, read_tensors
+from pipeline.train.checkpoint import (
+    Checkpoints,
+    Progress,
+    computation_changes,
+    read_progress,
+    read_tensors,
+)
 from pipeline.train.context import RunContext
 from pipeline.train.display import ProgressDisplay
 from pipeline.train.engine import Engine
@@ -39,6 +45,10 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
     resumed = session.rank_zero_first(lambda: folder.resumed and str(folder.resumed))
     proof = Proof(**session.rank_zero_first(lambda: asdict(require_proof(context.plan))))
     plan = context.plan = context.plan.with_proof(proof)
+    if folder.checkpoints is not None:  # on rank 0
+        folder.checkpoints.about = {**folder.checkpoints.about, "fast_paths": plan.fast_path_states}
+        if resumed is not None:
+            _log_changes(Path(resumed), folder.checkpoints)
     peak = PeakBytes(session.device, is_watched=session.is_rank_zero)
     loading, creating, restoring = LOADING
     heartbeat.beat(loading)
@@ -79,6 +89,16 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
         metrics=metrics,
         frozen_checksum=frozen_checksum(engine.deepspeed.module) if context.is_debug else None,
     )
+
+
+def _log_changes(checkpoint: Path, checkpoints: Checkpoints) -> None:
+    """Log why the results will not be bitwise equal to those of an uninterrupted run, if so."""
+    if changes := computation_changes(checkpoint, checkpoints.about):
+        logger.info(
+            "the results will not be bitwise those of an uninterrupted run, because the "
+            "computation changed: %s",
+            "; ".join(changes),
+        )
 
 
 def load_initial_adapter(engine: Engine, plan: Plan) -> None:

@@ -383,6 +383,20 @@ def read_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, "torc
     return load_file(path / _ADAPTER), load_file(path / _OPTIMIZER)
 
 
+def computation_changes(path: Path, about: Mapping[str, Any]) -> list[str]:
+    """Fast paths and package versions with which a resume from a checkpoint is not bitwise equal.
+
+    `about`: entries of state.json in the checkpoints of the present run.
+    """
+    state = _read_state(path)
+    return [
+        f"{name}: {state.get(kind, {}).get(name, 'not used')} -> {value}"
+        for kind in ("fast_paths", "versions")
+        for name, value in about.get(kind, {}).items()
+        if state.get(kind, {}).get(name) != value
+    ]
+
+
 def _is_of_linear_layer(key: str) -> bool:
     """Whether a tensor belongs to the adapter of a linear layer, not of fused experts."""
     return _LORA_MATRIX.search(key) is not None

@@ -4,6 +4,7 @@ All methods are collective: every rank calls them, in the same order.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,13 @@ from pipeline.data.order.batches import IGNORED, Batch
 from pipeline.data.order.steps import SeededBatch
 from pipeline.model.adapter import trainable
 from pipeline.model.base import remove_input_gradients, require_input_gradients
+from pipeline.model.joint_lora import join_lora
 from pipeline.model.loss import SummedLoss, max_chunks
 from pipeline.model.neftune import EmbeddingNoise
+from pipeline.plan.given.fast_paths import JOINT_LORA, LOSS_GRADIENT, ONE_REDUCTION
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.plan import Plan
+from pipeline.train.reduction import accumulate_in_fp32, reduced_once
 
 _RATE_NAMES = ("lr", "lr_lora_b")  # names in metrics.jsonl, in the order of the parameter groups
 
@@ -62,16 +66,26 @@ class Engine:
         self.largest_batch = SequenceProfile(tokens=1)
         self._max_tokens = 0
         is_sharded = plan.layout.is_sharded
+        if not plan.fast_paths[JOINT_LORA]:
+            join_lora(model)
         causal: Any = model.get_base_model()
         is_reentrant = is_sharded and plan.layout.checkpointed_layers > 0
         if is_reentrant:
             remove_input_gradients(causal)
         self.deepspeed, *_ = deepspeed.initialize(
-            model=SummedLoss(model, max_chunks(plan) if is_sharded else None),
+            model=SummedLoss(
+                model,
+                max_chunks(plan) if is_sharded else None,
+                has_gradient_in_forward=not plan.fast_paths[LOSS_GRADIENT],
+            ),
             model_parameters=_parameter_groups(self.parameters, plan.settings),
             config=dict(plan.deepspeed),
             dist_init_required=False,
         )
+        self._reduces_once = not plan.fast_paths[ONE_REDUCTION]
+        if self._reduces_once:
+            accumulate_in_fp32(self.parameters.values())
+            self.deepspeed.set_gradient_accumulation_boundary(True)  # each call of step() is one
         self._lr_ratios = [group["lr"] / plan.settings.lr for group in self._parameter_groups]
         create_state_of_groups(self.deepspeed)
         disable_scale_error(self.deepspeed)
@@ -113,14 +127,10 @@ class Engine:
         """
         self.deepspeed.train()
         self.set_learning_rate(lr)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        tokens, earlier_steps = 0, self.deepspeed.global_steps
+        earlier_steps = self.deepspeed.global_steps
         is_scale_searched = not is_at_smallest_scale(self.deepspeed)
-        for seeded in batches:
-            loss_sum += self.accumulate(seeded, supervised_tokens).detach().double()
-            tokens += seeded.batch.tokens
-            self._on_phase("the optimizer's step")
-            self.deepspeed.step()
+        loss_sum, tokens = self.backward_passes(batches, supervised_tokens)
+        self.deepspeed.step()
         assert self.deepspeed.global_steps == earlier_steps + 1, "wrong number of micro-batches"
         return StepResult(
             loss_sum=float(loss_sum),
@@ -129,6 +139,25 @@ class Engine:
             was_applied=bool(self.deepspeed.was_step_applied()),
             is_scale_searched=is_scale_searched,
         )
+
+    def backward_passes(
+        self, batches: Iterable[SeededBatch], supervised_tokens: int
+    ) -> tuple[torch.Tensor, int]:
+        """Accumulate and reduce the gradients of a step; returns the summed loss and the tokens."""
+        loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        with self._reduction():
+            for index, seeded in enumerate(batches):
+                if index > 0 and not self._reduces_once:
+                    self.deepspeed.step()  # it only counts the micro-batch
+                loss_sum += self.accumulate(seeded, supervised_tokens).detach().double()
+                tokens += seeded.batch.tokens
+            self._on_phase("the optimizer's step")
+        return loss_sum, tokens
+
+    def _reduction(self) -> AbstractContextManager[None]:
+        if not self._reduces_once:
+            return nullcontext()
+        return reduced_once(self.deepspeed, self.parameters.values())
 
     def accumulate(self, seeded: SeededBatch, supervised_tokens: int) -> torch.Tensor:
         """Forward and backward pass of one micro-batch; returns its summed loss.

@@ -15,8 +15,9 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.engine
 
-# granite scales logits; gemma4 has a soft cap that is only in the text config of a wrapper.
-KINDS = ["granite", "gemma4"]
+# granite scales logits; gemma4 has a soft cap that is only in the text config of a wrapper. Kind, and
+# whether the gradient is computed in the forward pass.
+KINDS = [("granite", False), ("granite", True), ("gemma4", True)]
 
 
 def adapted(kind, is_tied):
@@ -51,13 +52,13 @@ def make_batch():
     return ids, labels
 
 
-def sharded(session, kind, stage, is_tied):
+def sharded(session, kind, stage, is_tied, is_fast):
     """Summed loss and gradients under ZeRO of one batch, which is the same on both ranks."""
     model = adapted(kind, is_tied)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     engine, *_ = deepspeed.initialize(
-        model=SummedLoss(model, 3),
+        model=SummedLoss(model, 3, has_gradient_in_forward=is_fast),
         model_parameters=list(trainable.values()),
         config={
             "train_micro_batch_size_per_gpu": 2,
@@ -76,14 +77,14 @@ def sharded(session, kind, stage, is_tied):
 
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradients_are_those_of_the_class(tmp_path, kind, stage, is_tied):
+@pytest.mark.parametrize(("kind", "is_fast"), KINDS)
+def test_loss_and_gradients_are_those_of_the_class(tmp_path, kind, is_fast, stage, is_tied):
     model, (ids, labels) = adapted(kind, is_tied), make_batch()
     logits = model.get_base_model()(input_ids=ids, use_cache=False).logits[:, :-1].float()
     loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     loss.backward()
     theirs = {n: p.grad.reshape(-1) for n, p in model.named_parameters() if p.requires_grad}
-    total, ours = run_ranks(sharded, kind, stage, is_tied, tmp_path=tmp_path)[0]
+    total, ours = run_ranks(sharded, kind, stage, is_tied, is_fast, tmp_path=tmp_path)[0]
     assert total == pytest.approx(loss.item(), rel=1e-6)
     assert ours.keys() == theirs.keys()
     difference = sum(float((ours[n] - theirs[n]).square().sum()) for n in theirs) ** 0.5

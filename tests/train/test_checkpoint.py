@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from pipeline.errors import RankZeroError
-from pipeline.train.checkpoint import Checkpoints, Identity, Progress, read_tensors
+from pipeline.train.checkpoint import (
+    Checkpoints,
+    Identity,
+    Progress,
+    computation_changes,
+    read_tensors,
+)
 from pipeline.train.resume import checkpoint_to_resume
 from tests.messages import assert_mentions, refused
 
@@ -41,6 +47,17 @@ def test_a_checkpoint_is_read_exactly_as_written(checkpoints):
         assert all(torch.equal(read[key], written[key]) for key in written)
     size = sum(file.stat().st_size for file in path.iterdir())
     assert size < 12 * 64 + 4096  # fp32 weights, two moments, and headers
+
+
+def test_a_resume_with_other_fast_paths_or_versions_is_not_bitwise(checkpoints):
+    about = {"fast_paths": {"a": "on", "b": "off"}, "versions": {"torch": "1"}}
+    old, path = write(checkpoints, 2), None
+    checkpoints.about = about
+    path = write(checkpoints, 3)
+    assert computation_changes(path, about) == []
+    assert [text.split(":")[0] for text in computation_changes(old, about)] == ["a", "b", "torch"]
+    [change] = computation_changes(path, about | {"versions": {"torch": "2"}})
+    assert_mentions(change, "torch", "1", "2")
 
 
 def test_only_the_newest_are_kept(checkpoints, tmp_path):

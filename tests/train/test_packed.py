@@ -3,14 +3,13 @@
 from functools import cache
 
 import pytest
-from deepspeed.utils import safe_get_full_grad
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.data.order.batches import build_batch
 from pipeline.data.order.steps import SeededBatch
 from tests.ranks import run_ranks
 from tests.tiny import Documents
-from tests.train_tiny import build_engine, distance, shape_of
+from tests.train_tiny import build_engine, distance, full_gradients
 
 pytestmark = pytest.mark.engine
 
@@ -52,15 +51,10 @@ def train(session, folder, settings, sequences):
         supervised = split.supervised_counts[step * DOCUMENTS : (step + 1) * DOCUMENTS].sum()
         if step == 0:  # the gradients are read before the optimizer step
             engine.deepspeed.train()
-            loss_sum = 0.0
-            for i, batch in enumerate(batches):
-                loss_sum += float(engine.accumulate(batch, int(supervised)).detach())
-                if i + 1 == len(batches):
-                    gradients = {
-                        key: safe_get_full_grad(p).float().cpu().reshape(shape_of(p)).clone()
-                        for key, p in engine.parameters.items()
-                    }
-                engine.deepspeed.step()
+            total, _ = engine.backward_passes(batches, int(supervised))
+            gradients = full_gradients(engine)
+            engine.deepspeed.step()
+            loss_sum = float(total)
         else:
             loss_sum = engine.optimizer_step(batches, int(supervised), 1e-3).loss_sum
         losses.append(session.sum_over_ranks([loss_sum])[0] / supervised)

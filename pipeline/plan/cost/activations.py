@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pipeline.config.settings import RunSettings
 from pipeline.plan.given.adapter_counts import AdapterCounts, adapter_counts_by_kind
 from pipeline.plan.given.block import Block
+from pipeline.plan.given.fast_paths import LOSS_GRADIENT, has_fast_path, has_joint_lora
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import ModelShape
 
@@ -120,7 +121,7 @@ def activations(
         blocks=tuple(blocks),
         # RMSNorm in fp32 has five tensors of the hidden width at once; LayerNorm is one kernel
         final_working=count * h * (b + (20 if is_rms else b)),
-        logits=supervised * h * b + _logit_bytes(shape, supervised),
+        logits=_loss_bytes(shape, settings, layout, supervised, is_cuda=is_cuda),
     )
 
 
@@ -154,14 +155,19 @@ def _saved_per_token(kind: _BlockKind) -> int:
         saved += _expert_inputs(block) * b
     if settings.load_in_8bit:  # every layer saves its input (bitsandbytes 0.50.2 MatMul8bitLt)
         saved += (2 * block.hidden_size + block.intermediate_size) * b
-    if settings.lora_dropout > 0:  # each adapter saves its input after dropout, and the mask
-        return saved + adapter.input_width * (b + kind.mask_bytes) // n
+    shared_inputs = (
+        adapter.blocks_reading_attention_input + adapter.blocks_reading_mlp_input
+    ) * block.hidden_size
+    if settings.lora_dropout > 0:  # adapters save their input after dropout, and the mask
+        width = adapter.input_width
+        if has_joint_lora(settings):
+            attention_output = adapter.blocks_reading_attention_output * block.query_width
+            width = shared_inputs + attention_output + adapter.other_input_width
+        return saved + width * (b + kind.mask_bytes) // n
     if settings.load_in_8bit:
         return saved  # adapters read the saved inputs
-    saved += adapter.blocks_reading_attention_input * block.hidden_size * b // n
-    saved += adapter.blocks_reading_mlp_input * block.hidden_size * b // n
     # Adapters on the output projection read the attention output, which is already counted.
-    return saved + adapter.other_input_width * b // n
+    return saved + (shared_inputs + adapter.other_input_width) * b // n
 
 
 def _expert_inputs(block: Block) -> int:
@@ -272,7 +278,22 @@ def _working_bytes(kind: _BlockKind, count: int, at_once: int) -> int:
     return max(count * (2 * inner + 2 * block.hidden_size) * b + gradient, at_once * scores)
 
 
-def _logit_bytes(shape: ModelShape, positions: int) -> int:
-    """Bytes of log-probabilities and two gradients in fp32; a soft-cap needs one more tensor."""
-    logits = positions * shape.vocab_size * 4
-    return min(logits, LOGITS_CHUNK_BYTES) * (4 if shape.logit_softcap else 3)
+def _loss_bytes(
+    shape: ModelShape, settings: RunSettings, layout: Layout, positions: int, *, is_cuda: bool
+) -> int:
+    """Bytes at the peak of the loss: hidden states and, of one chunk, tensors like the logits.
+
+    The plain loss has log-probabilities and two gradients in fp32, and one more tensor if the
+    logits are soft-capped. With the gradient in the forward pass (model/loss_gradient.py) there is
+    also the gradient of the hidden states. The tensors like the logits are then in the training
+    dtype, except the log-probabilities; on a CPU their operator also casts its input to fp32.
+    """
+    b = layout.bytes_per_value
+    hidden = positions * shape.hidden_size * b
+    logits = min(positions * shape.vocab_size, LOGITS_CHUNK_BYTES // 4)
+    if not has_fast_path(LOSS_GRADIENT, settings, layout):
+        return hidden + logits * 4 * (4 if shape.logit_softcap else 3)
+    graph = 2 * b if shape.logit_softcap else b
+    cast = 0 if b == 4 else b if is_cuda else 4
+    backward = 3 * b if shape.logit_softcap else b  # gradients of the logits at once
+    return 2 * hidden + logits * (graph + max(4 + cast, backward))

@@ -17,6 +17,7 @@ from pipeline.plan.given.adapter_counts import (
     trainable_parameters,
 )
 from pipeline.plan.given.block import Block
+from pipeline.plan.given.fast_paths import ONE_REDUCTION, has_fast_path
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import DTYPE_BYTES, Layout, SequenceProfile
 from pipeline.plan.given.shape import ModelShape
@@ -203,11 +204,17 @@ def _moments(
         max(saved_without_checkpoint, *recomputed) if recomputed else saved_without_checkpoint
     )
     accumulated, reduction = _gradients(shape, settings, layout, is_cuda=is_cuda)
-    from_earlier = accumulated if layout.accumulation_steps > 1 else {}
     # Each backward pass allocates a new bucket (DeepSpeed 0.19.8 stage_1_and_2.py:3256).
     bucket = layout.bytes_per_value * bucket_elements(shape, settings)
     filling = {} if layout.is_sharded else {"zero_buckets": bucket}
-    is_reduced_early = trainable_parameters(shape, settings) > bucket_elements(shape, settings)
+    trainable = trainable_parameters(shape, settings)
+    is_reduced_early = trainable > bucket_elements(shape, settings)
+    # The only remaining activations are the input of a block and its gradient (measured).
+    after_backward = {"activations": 2 * acts.boundary}
+    if has_fast_path(ONE_REDUCTION, settings, layout):  # every rank sums whole gradients in fp32
+        accumulated, filling, is_reduced_early = {"local_gradients": 4 * trainable}, {}, False
+        reduction, after_backward = accumulated | reduction, {}
+    from_earlier = accumulated if layout.accumulation_steps > 1 else {}
     head, block, experts = _gathered(shape, settings, layout)
     dequantised = shape.largest_linear * layout.bytes_per_value
     return {
@@ -229,8 +236,7 @@ def _moments(
             "gathered_layers": 2 * block + experts,
             "dequantised_weight": dequantised if settings.is_quantised else 0,
         },
-        # The only remaining activations are the input of a block and its gradient (measured).
-        "the reduction of gradients": {"activations": 2 * acts.boundary} | reduction,
+        "the reduction of gradients": after_backward | reduction,
     }
 
 

@@ -6,13 +6,20 @@ passes are those of transformers 5.23 (models/llama/modeling_llama.py) and peft 
 (tuners/lora/layer.py); tests/plan/cost/test_per_token.py counts them on models.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import attends_by_document, has_scores
-from pipeline.plan.given.adapter_counts import adapted_layers, adapter_counts
+from pipeline.plan.given.adapter_counts import (
+    AdaptedLayer,
+    adapted_layers,
+    adapter_counts,
+    input_of,
+)
 from pipeline.plan.given.block import Block
+from pipeline.plan.given.fast_paths import has_joint_lora
 from pipeline.plan.given.layout import DTYPE_BYTES
 from pipeline.plan.given.shape import ModelShape
 
@@ -25,6 +32,7 @@ _LORA_IN_PASSES = 1  # A reads its input
 _DROPOUT_PASSES = 2  # dropout reads and writes the input of A
 _WEIGHT_NORM_PASSES = 7  # DoRA: B A written and scaled, added to the weight, and the norm reads it
 _LORA_OUT_PASSES = 6  # B writes; scaling reads and writes; the sum reads two and writes one
+_JOINT_OUT_PASSES = 2  # the product with B is added in one kernel (model/joint_lora.py)
 # Experts (grouped_mm): routing, and for each expert that a token is routed to, passes over tensors
 # of the hidden width (copied in and out, weighted, summed) and of the inner width.
 _ROUTING_PASSES = 8
@@ -34,10 +42,22 @@ _FOLD_PASSES = 2  # adding ("folding") an adapter of experts to their weights: o
 # Materialised scores: scaled, capped in three kernels, masked, softmax in fp32, cast.
 _SCORE_PASSES = 22
 
+# Backward relative to forward, in passes and in kernels (test_per_token.py), but for joint LoRA.
+TRAFFIC_BACKWARD = 1.7
+_KERNELS_BACKWARD = 1.6
+# Joint LoRA, backward: passes over each shared input, over the input of each layer, whose gradient
+# is added to that of the others, and over the output of each layer. Fitted in test_per_token.py.
+_JOINT_IN_BACKWARD = 4
+_JOINT_SUM_BACKWARD = 3
+_JOINT_OUT_BACKWARD = 3
+
 # Kernels of a forward pass of a block: two norms (8 each), rotary (10), residuals and gate (4) and
 # attention.
 _BLOCK_KERNELS = 31
 _LORA_KERNELS = 4  # A, B, scaling, sum; dropout is one more
+_JOINT_KERNELS = 1  # B with scaling and sum; A, dropout and concatenation are counted by input
+# Joint LoRA, backward: of each layer, and of each input.
+_JOINT_KERNELS_BACKWARD = (5, 2)
 _DEQUANTISE_KERNELS = 2  # the constants, then the weight
 _SCORES_KERNELS = 15  # attention of one document with materialised scores; fused it is one kernel
 _FOLD_KERNELS = 4  # the adapter is added to two fused tensors, each twice (see speed.py)
@@ -46,14 +66,15 @@ _EXPERTS_KERNELS = 22  # routing, sorting by expert, two grouped products, and t
 
 @dataclass(frozen=True, kw_only=True)
 class CostPerToken:
-    """Costs of the forward pass of a model and its adapter.
+    """Costs of the forward pass of a model and its adapter; `backward_...`: of the backward pass.
 
-    Per token: `base_flops`, `adapter_flops`, `head_flops`; `token_values`, the values read or
-    written in all blocks, attention scores excluded.
+    Per token: `base_flops`, `adapter_flops`, `head_flops`; `token_values` and `backward_values`,
+    the values read or written in all blocks in each pass, attention scores excluded.
     Per token and attended token: `score_flops`; `score_values`, the values read or written if
     attention scores are materialised.
-    Per micro-batch: `kernels`, kernel launches; `document_kernels`, further launches for each
-    packed document; `norm_flops` and `norm_values`, for the norms of DoRA's merged weights.
+    Per micro-batch: `kernels` and `backward_kernels`, launches in each pass; `document_kernels`,
+    further launches for each packed document; `norm_flops` and `norm_values`, for the norms of
+    DoRA's merged weights.
     With an adapter on the experts: `expert_gradient_flops`, per token, for the gradients of the
     experts' weights; `fold_flops` and `fold_values`, for adding the adapter once to all fused
     tensors.
@@ -70,6 +91,7 @@ class CostPerToken:
     score_flops: float
     head_flops: float
     token_values: float
+    backward_values: float
     score_values: float
     linear_values: int
     expert_values: int
@@ -77,6 +99,7 @@ class CostPerToken:
     packed_bytes: float
     stored_bytes: float
     kernels: int
+    backward_kernels: float
     document_kernels: int
     modules: int
     norm_flops: float
@@ -149,6 +172,8 @@ def _compute_cost(key: _Identity, training_dtype: str) -> CostPerToken:
     # PyTorch's SDPA too, because training passes it no mask (model/loss.py). Soft-capped scores
     # are materialised in full unless FlashAttention-2 computes them.
     is_materialised = has_scores(shape, settings)
+    token_values, backward_values = _token_values(shape, settings)
+    kernels, backward_kernels = _num_kernels(shape, settings)
     return CostPerToken(
         trainable=adapter.parameters,
         base_flops=2 * sum(count * block.active_weights for block, count in counts),
@@ -157,14 +182,16 @@ def _compute_cost(key: _Identity, training_dtype: str) -> CostPerToken:
         score_flops=(4 if is_materialised else 2)
         * sum(count * block.query_width for block, count in counts),
         head_flops=2 * shape.vocab_size * shape.hidden_size,
-        token_values=_token_values(shape, settings),
+        token_values=token_values,
+        backward_values=backward_values,
         score_values=_SCORE_PASSES * heads if is_materialised else 0,
         linear_values=n,
         expert_values=shape.expert_parameters,
         expert_share=max(x.experts_per_token for x in shape.blocks) / max(1, shape.num_experts),
         packed_bytes=packed,
         stored_bytes=(packed or n * b) + (shape.parameters - n) * b,
-        kernels=_num_kernels(shape, settings),
+        kernels=kernels,
+        backward_kernels=backward_kernels,
         document_kernels=_num_document_kernels(shape, settings),
         modules=_num_linears(shape),
         norm_flops=_norm_flops(shape, settings),
@@ -196,15 +223,21 @@ def _num_linears(shape: ModelShape) -> int:
     return sum(count * len(block.linears) for block, count in shape.counts())
 
 
-def _token_values(shape: ModelShape, settings: RunSettings) -> float:
-    """Values read or written per token in all blocks and adapters, attention scores excluded."""
-    on_input = _LORA_IN_PASSES + (_DROPOUT_PASSES if settings.lora_dropout > 0 else 0)
-    adapters = sum(
-        on_input * layer.linear.d_in + _LORA_OUT_PASSES * layer.linear.d_out
-        for layer in adapted_layers(shape, settings)
-    )
+def _token_values(shape: ModelShape, settings: RunSettings) -> tuple[float, float]:
+    """Values read or written per token, attention scores excluded, forward and backward."""
+    layers, groups = adapted_layers(shape, settings), _input_groups(shape, settings)
+    is_joint = has_joint_lora(settings)
+    dropout = _DROPOUT_PASSES if settings.lora_dropout > 0 else 0
+    on_output = _JOINT_OUT_PASSES if is_joint else _LORA_OUT_PASSES
+    d_in = sum(group[0].linear.d_in for group in groups)
+    d_out = sum(layer.linear.d_out for layer in layers)
     blocks = sum(count * _block_values(block, settings) for block, count in shape.counts())
-    return blocks + adapters
+    forward = blocks + (_LORA_IN_PASSES + dropout) * d_in + on_output * d_out
+    if not is_joint:
+        return forward, TRAFFIC_BACKWARD * forward
+    backward = (_JOINT_IN_BACKWARD + dropout) * d_in + _JOINT_OUT_BACKWARD * d_out
+    backward += _JOINT_SUM_BACKWARD * sum(layer.linear.d_in for layer in layers)
+    return forward, TRAFFIC_BACKWARD * blocks + backward
 
 
 def _block_values(block: Block, settings: RunSettings) -> int:
@@ -228,11 +261,9 @@ def _block_values(block: Block, settings: RunSettings) -> int:
     return values
 
 
-def _num_kernels(shape: ModelShape, settings: RunSettings) -> int:
-    """Kernel launches in a forward pass, except those for each document of a pack."""
+def _num_kernels(shape: ModelShape, settings: RunSettings) -> tuple[int, float]:
+    """Kernel launches of a forward and of a backward pass, without those for each document."""
     per_linear = 1 + (_DEQUANTISE_KERNELS if settings.is_quantised else 0)
-    per_adapter = _LORA_KERNELS + (1 if settings.lora_dropout > 0 else 0)
-    adapters = len(adapted_layers(shape, settings))
     expert_kernels = _EXPERTS_KERNELS
     if adapter_counts(shape, settings).adapted_experts:
         expert_kernels += _FOLD_KERNELS
@@ -240,7 +271,28 @@ def _num_kernels(shape: ModelShape, settings: RunSettings) -> int:
         count * (_BLOCK_KERNELS + (expert_kernels if block.num_experts else 0))
         for block, count in shape.counts()
     )
-    return blocks + per_linear * _num_linears(shape) + per_adapter * adapters
+    base = blocks + per_linear * _num_linears(shape)
+    layers, groups = len(adapted_layers(shape, settings)), _input_groups(shape, settings)
+    adapters = (1 if settings.lora_dropout > 0 else 0) * len(groups)
+    if not has_joint_lora(settings):
+        forward = base + adapters + _LORA_KERNELS * layers
+        return forward, _KERNELS_BACKWARD * forward
+    concatenations = sum(len(group) > 1 for group in groups)
+    per_layer, per_input = _JOINT_KERNELS_BACKWARD
+    backward = _KERNELS_BACKWARD * base + adapters + per_layer * layers + per_input * len(groups)
+    adapters += len(groups) + concatenations + _JOINT_KERNELS * layers
+    return base + adapters, backward
+
+
+def _input_groups(shape: ModelShape, settings: RunSettings) -> list[list[AdaptedLayer]]:
+    """The adapted layers that compute with A together: each layer alone if they are not joined."""
+    layers = adapted_layers(shape, settings)
+    if not has_joint_lora(settings):
+        return [[layer] for layer in layers]
+    groups: defaultdict[str, list[AdaptedLayer]] = defaultdict(list)
+    for layer in layers:
+        groups[input_of(layer.name)].append(layer)
+    return list(groups.values())
 
 
 def _num_document_kernels(shape: ModelShape, settings: RunSettings) -> int:

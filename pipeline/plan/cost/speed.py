@@ -9,7 +9,8 @@ from math import ceil
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import LOGITS_CHUNK_BYTES
-from pipeline.plan.cost.per_token import CostPerToken, cost_per_token
+from pipeline.plan.cost.per_token import TRAFFIC_BACKWARD, CostPerToken, cost_per_token
+from pipeline.plan.given.fast_paths import LOSS_GRADIENT, ONE_REDUCTION, has_fast_path
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import ModelShape
@@ -24,9 +25,6 @@ _FLOAT32_SHARE = {"cuda": 1 / 16, "cpu": 1 / 3}
 # Attention's backward relative to its forward: five matrix products instead of two, because the
 # scores are recomputed (FlashAttention-2, arXiv 2307.08691 s.4.1).
 _SCORES_BACKWARD = 2.5
-# Backward relative to forward for everything else, in bytes and kernels (test_per_token.py).
-_TRAFFIC_BACKWARD = 1.7
-_KERNELS_BACKWARD = 1.6
 _FOLD_BACKWARD = 1.5  # passes over experts with an adapter added, backward to forward: 3 to 2
 _KERNEL_S = 8e-6  # host time in seconds to launch one kernel from eager PyTorch
 _FETCH_S = 50e-6  # host time in seconds for ZeRO-3's hooks around one module of the base
@@ -100,7 +98,7 @@ def step_seconds(
     device = {
         "arithmetic": _block_flops(cost, micro, reach, recomputed) / rates.flops,
         "logits": _logits_seconds(
-            shape, layout, rates, micro * sequences.supervised_share, settings.max_length
+            shape, settings, layout, rates, micro * sequences.supervised_share
         ),
         "memory_traffic": _traffic_bytes(cost, layout, micro, reach, recomputed) / rates.memory,
         "dequantisation": _dequantisation_bytes(cost, settings, layout, recomputed) / rates.memory,
@@ -113,8 +111,9 @@ def step_seconds(
     per_micro_batch = device | {"launches": host, "base_gathers": gathers}
     steps = layout.accumulation_steps
     terms = {term: steps * seconds for term, seconds in per_micro_batch.items()}
+    reductions = 1 if has_fast_path(ONE_REDUCTION, settings, layout) else steps
     return Speed(
-        terms=terms | _seconds_per_step(cost, layout, rates),
+        terms=terms | _seconds_per_step(cost, layout, rates, reductions),
         tokens=layout.global_batch_size * tokens,
     )
 
@@ -159,19 +158,26 @@ def _block_flops(cost: CostPerToken, micro: float, reach: float, recomputed: flo
 
 
 def _logits_seconds(
-    shape: ModelShape, layout: Layout, rates: Rates, positions: float, max_length: int
+    shape: ModelShape, settings: RunSettings, layout: Layout, rates: Rates, positions: float
 ) -> float:
     """Seconds of head and loss for `positions` positions with logits (model/loss.py).
 
-    If the logits need more than one chunk, their forward is recomputed in the backward pass. A
-    logit is written in the training dtype, cast to fp32, and read and written by log-softmax; the
-    backward pass does the same in reverse.
+    A logit is written in the training dtype, cast to fp32, and read and written by log-softmax; the
+    backward pass does the same in reverse. If the logits need more than one chunk, their forward is
+    recomputed in the backward pass.
+
+    With the gradient in the forward pass nothing is recomputed. Log-softmax reads the logits and
+    writes fp32 values; these become the gradient in place, and are cast and read.
     """
     b, vocabulary = layout.bytes_per_value, shape.vocab_size
-    planned = layout.micro_batch_size * max_length if layout.is_sharded else positions
+    planned = layout.micro_batch_size * settings.max_length if layout.is_sharded else positions
     chunks = max(1, ceil(planned * vocabulary * 4 / LOGITS_CHUNK_BYTES))
-    recomputed = 0 if chunks == 1 else 1
-    traffic = positions * vocabulary * (4 * b + 24 + recomputed * (2 * b + 12))
+    is_early = has_fast_path(LOSS_GRADIENT, settings, layout)
+    recomputed = 0 if chunks == 1 or is_early else 1
+    per_logit = 4 * b + 24 + recomputed * (2 * b + 12)
+    if is_early:
+        per_logit = 4 * b + (16 if b < 4 else 8)
+    traffic = positions * vocabulary * per_logit
     traffic += (2 + recomputed) * chunks * vocabulary * shape.hidden_size * b  # the head itself
     flops = (2 + recomputed) * 2 * vocabulary * shape.hidden_size * positions
     return flops / rates.flops + traffic / rates.memory
@@ -189,8 +195,9 @@ def _traffic_bytes(
     """
     experts = min(1.0, micro * cost.expert_share) * cost.expert_values
     weights = (2 + recomputed) * (cost.linear_values + experts)
-    values = cost.token_values + cost.score_values * reach
-    activations = micro * (1 + _TRAFFIC_BACKWARD + recomputed) * values
+    values = (1 + recomputed) * (cost.token_values + cost.score_values * reach)
+    values += cost.backward_values + TRAFFIC_BACKWARD * cost.score_values * reach
+    activations = micro * values
     # An adapter of experts is added to their weights twice in each forward pass; the gradient of
     # the sum is written and read twice.
     folds = (2 + _FOLD_BACKWARD + 2 * recomputed) * cost.fold_values
@@ -219,7 +226,7 @@ def _launch_seconds(
 ) -> float:
     """Seconds that the host needs to launch the kernels of a micro-batch."""
     fetches = 2 * cost.modules * _FETCH_S if layout.is_sharded else 0.0
-    kernels = (1 + _KERNELS_BACKWARD + recomputed) * cost.kernels
+    kernels = (1 + recomputed) * cost.kernels + cost.backward_kernels
     kernels += (2 + recomputed) * cost.document_kernels * documents  # as many backward as forward
     return kernels * _KERNEL_S + fetches
 
@@ -252,20 +259,21 @@ def _exposed_seconds(gathers: float, busy: float) -> float:
     return _EXPOSED_SHARE * gathers + max(0.0, (1 - _EXPOSED_SHARE) * gathers - busy)
 
 
-def _seconds_per_step(cost: CostPerToken, layout: Layout, rates: Rates) -> dict[str, float]:
+def _seconds_per_step(
+    cost: CostPerToken, layout: Layout, rates: Rates, reductions: int
+) -> dict[str, float]:
     """Seconds of the terms that a step has once: the adapter's communication and its update.
 
-    ZeRO-1 all-reduces gradients once per step, ZeRO-2 after every micro-batch (DeepSpeed 0.19.8
-    stage_1_and_2.py). ZeRO-3 reduce-scatters them after every micro-batch, which costs half an
-    all-reduce. Updated weights are gathered once per step (at ZeRO-3 as persistent parameters,
-    stage3.py).
+    ZeRO-1 all-reduces gradients once per step, ZeRO-2 `reductions` times (DeepSpeed 0.19.8
+    stage_1_and_2.py). ZeRO-3 reduce-scatters them as often, which costs half an all-reduce.
+    Updated weights are gathered once per step (at ZeRO-3 as persistent parameters, stage3.py).
     """
     world, b = layout.world_size, layout.bytes_per_value
-    reductions = {1: 2, 2: 2 * layout.accumulation_steps, 3: layout.accumulation_steps}
+    passes = {1: 2, 2: 2 * reductions, 3: reductions}
     gradients = cost.trainable * _REDUCED_BYTES[layout.training_dtype]
     partition = cost.trainable / world
     return {
-        "gradient_reduction": reductions[layout.zero_stage]
+        "gradient_reduction": passes[layout.zero_stage]
         * _ring_seconds(world, gradients, rates.ring),
         "adapter_gather": _ring_seconds(world, cost.trainable * b, rates.ring),
         "optimizer": partition * (_ADAM_BYTES + b) / rates.memory,

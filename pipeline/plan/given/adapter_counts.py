@@ -96,6 +96,15 @@ def pattern_value(pattern: Mapping[str, float] | None, name: str, default: float
     return default
 
 
+def input_of(name: str) -> str:
+    """The name of a layer's input: equal for layers of one module that usually read the same."""
+    module, _, last = name.rpartition(".")
+    for inputs in (_ATTENTION_INPUT, _MLP_INPUT):
+        if last in inputs:
+            return f"{module}.{min(inputs)}"
+    return name
+
+
 def adapted_layers(shape: ModelShape, settings: RunSettings) -> tuple[AdaptedLayer, ...]:
     """The layers that get an adapter. Raises UserError if a setting selects or matches no layer."""
     return _select_layers(shape, _Selection.of(settings))

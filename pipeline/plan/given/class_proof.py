@@ -17,7 +17,7 @@ from pipeline.plan.given.shape import EXPERTS, ModelShape
 from pipeline.plan.given.torch_process import cache_file, one_process_at_a_time, run_module
 
 LIMIT = 1e-5  # largest relative error of a check that passes
-_FORMAT = "4"  # version of the cached file and of the checks
+_FORMAT = "5"  # version of the cached file and of the checks
 _TIMEOUT_S = 600
 # Packages that define a model class or replace its kernels.
 _PACKAGES = (
@@ -33,7 +33,8 @@ class Proof:
     `errors`: relative error of each check, by its name. Each other field lists the reasons against
     one use, and is empty if nothing is against it: `refusals` against training the model at all,
     `without_packs` against packing documents, `without_reentrant` against re-entrant checkpointing,
-    `without_merge` against merging the adapter into the base.
+    `without_merge` against merging the adapter into the base, `without_fast_paths` against the fast
+    paths.
     """
 
     errors: Mapping[str, float] = field(default_factory=dict)
@@ -41,6 +42,7 @@ class Proof:
     without_packs: Sequence[str] = ()
     without_reentrant: Sequence[str] = ()
     without_merge: Sequence[str] = ()
+    without_fast_paths: Sequence[str] = ()
 
 
 def adapted_names(shape: ModelShape, settings: RunSettings) -> list[str]:
@@ -81,6 +83,13 @@ def reason_against_packs(shape: ModelShape, proof: Proof | None) -> str:
     if proof is None:
         return shape.mixes_documents
     return proof.without_packs[0] if proof.without_packs else ""
+
+
+def without_wrong_fast_paths(settings: RunSettings, proof: Proof | None) -> RunSettings:
+    """The settings, with `fast_paths: false` if they change the results of the class."""
+    if proof is None or not proof.without_fast_paths:
+        return settings
+    return settings.model_copy(update={"fast_paths": False})
 
 
 def ensure_proof(settings: RunSettings, shape: ModelShape) -> None:

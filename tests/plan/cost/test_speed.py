@@ -132,10 +132,11 @@ def test_adapter_traffic_at_zero_2_does_not_depend_on_the_base():
     )
 
 
-def test_zero_2_reduces_every_micro_batch_and_zero_1_once():
+def test_without_fast_paths_zero_2_reduces_every_micro_batch():
+    plain = LORA.model_copy(update={"fast_paths": False})
     once, often = (
-        speed(zero_stage=stage, accumulation_steps=8).terms["gradient_reduction"]
-        for stage in (1, 2)
+        speed(keys=keys, zero_stage=2, accumulation_steps=8).terms["gradient_reduction"]
+        for keys in (LORA, plain)
     )
     assert often == pytest.approx(8 * once)
     p = trainable_parameters(LLAMA_8B, LORA)
@@ -153,7 +154,7 @@ def test_each_higher_zero_stage_is_slower(gpu, keys):
         for stage in (1, 2, 3)
     ]
     assert times == sorted(times)
-    assert times[2] > times[1] > times[0]
+    assert times[2] > times[1]
 
 
 def test_hpz_gathers_within_the_node():
@@ -293,7 +294,7 @@ def test_the_predicted_speed_of_the_quickstart_is_near_the_measured_one():
     """docs/benchmarks.md, two cores, 74 tokens a row: 267 tokens/s with micro-batches of 4, 140
     to 220 with micro-batches of 1. The rates of the catalogue's CPU are fitted to both.
     """
-    keys = run(lora_target_modules="all-linear", lora_dropout=0.0, max_length=512)
+    keys = run(lora_target_modules="all-linear", lora_dropout=0.0, max_length=512, fast_paths=False)
     for micro, low, high in ((4, 240, 294), (1, 140, 220)):
         where = layout(micro_batch_size=micro, ranks_per_node=2)
         result = step_seconds(

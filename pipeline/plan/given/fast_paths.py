@@ -1,0 +1,55 @@
+"""Fast paths: faster computations with the results of the plain ones, and when each is used."""
+
+from pipeline.config.settings import RunSettings
+from pipeline.plan.given.layout import Layout
+
+# The gradient of the loss is computed in the forward pass (model/loss_gradient.py).
+LOSS_GRADIENT = "loss_gradient_in_forward"
+# LoRA layers that share an input compute their products with A together (model/joint_lora.py).
+JOINT_LORA = "joint_lora"
+# Gradients are reduced over ranks once a step, not after each micro-batch (train/reduction.py).
+ONE_REDUCTION = "one_reduction_a_step"
+
+
+def fast_paths(settings: RunSettings, layout: Layout) -> dict[str, str]:
+    """The name of each fast path, with the reason why it is off, or an empty text if it is on."""
+    reasons = {
+        LOSS_GRADIENT: _without_loss_gradient(layout),
+        JOINT_LORA: _without_joint_lora(settings, layout),
+        ONE_REDUCTION: _without_one_reduction(layout),
+    }
+    if not settings.fast_paths:
+        return dict.fromkeys(reasons, "fast_paths is false")
+    return reasons
+
+
+def has_fast_path(name: str, settings: RunSettings, layout: Layout) -> bool:
+    """Whether a run uses the fast path with this name."""
+    return not fast_paths(settings, layout)[name]
+
+
+def has_joint_lora(settings: RunSettings) -> bool:
+    """Whether LoRA layers are joined, as far as the settings alone decide it."""
+    return settings.fast_paths and not settings.use_dora
+
+
+def _without_loss_gradient(layout: Layout) -> str:
+    if layout.training_dtype == "float16":
+        return "in fp16 the loss is scaled before its backward pass, so that no gradient underflows"
+    return ""
+
+
+def _without_joint_lora(settings: RunSettings, layout: Layout) -> str:
+    if settings.use_dora:
+        return "use_dora: DoRA layers use peft's computation"
+    if layout.is_sharded and settings.deepspeed_json is not None:
+        return "at ZeRO-3 a deepspeed_json may shard the adapter, which must be whole on each rank"
+    return ""
+
+
+def _without_one_reduction(layout: Layout) -> str:
+    if layout.accumulation_steps == 1:
+        return "a step has one micro-batch"
+    if layout.world_size == 1:
+        return "there is one rank"
+    return ""

@@ -1,0 +1,35 @@
+"""Reduction of the gradients over ranks, once in an optimizer step.
+
+DeepSpeed reduces them after each micro-batch. Then ranks wait for each other as often, although the
+sums over micro-batches could be reduced instead.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def accumulate_in_fp32(parameters: Collection[nn.Parameter]) -> None:
+    """Let autograd sum the gradients of micro-batches in fp32, whatever the parameters' dtype."""
+    for parameter in parameters:
+        parameter.grad_dtype = torch.float32
+
+
+@contextmanager
+def reduced_once(engine: Any, parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    """Sum the gradients of all backward passes in the body, and reduce the sums at its end.
+
+    After an exception nothing is reduced. DeepSpeed 0.19.8 reduces at the end of its context in any
+    case (engine.py:3280), while the other ranks may be in another collective operation; therefore
+    the gradients are dropped before.
+    """
+    with engine.coalesce_grad_reduction():
+        try:
+            yield
+        except BaseException:
+            for parameter in parameters:
+                parameter.grad = None
+            raise

@@ -1,0 +1,55 @@
+"""The fast paths give the gradients of the plain computation, at every stage and for every base."""
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.train.test_packed import PACKS
+from tests.train.test_packed import train as train_packed
+from tests.train_tiny import distance, train_tiny
+
+pytestmark = pytest.mark.engine
+
+NF4, INT8, CHECKPOINTED = (
+    {"load_in_4bit": True},
+    {"load_in_8bit": True},
+    {"gradient_checkpointing": True},
+)
+CASES = {
+    "zero1": {"zero_stage": 1},
+    "zero2": {"zero_stage": 2},
+    "zero2 checkpointed": {"zero_stage": 2} | CHECKPOINTED,
+    "zero3": {"zero_stage": 3},
+    "zero3 checkpointed": {"zero_stage": 3} | CHECKPOINTED,
+    "nf4 zero1": {"zero_stage": 1} | NF4,
+    "nf4 zero2 checkpointed": {"zero_stage": 2} | NF4 | CHECKPOINTED,
+    "nf4 zero3": {"zero_stage": 3} | NF4,
+    "int8": {"zero_stage": 2, "batch_size": 1} | INT8,
+}
+
+
+def on_and_off(session, train, folder, settings, *arguments):
+    """Results with and without the fast paths."""
+    return [
+        train(session, folder, settings | {"fast_paths": is_fast}, *arguments)
+        for is_fast in (True, False)
+    ]
+
+
+def assert_same(fast, plain):
+    assert fast["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+    assert distance(fast["gradients"], plain["gradients"]) < 1e-6
+    assert distance(fast["weights"], plain["weights"]) < 1e-5
+
+
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
+def test_gradients_are_those_of_the_plain_computation(tiny_model, tmp_path, settings):
+    settings = {"batch_size": 2} | settings
+    results = run_ranks(on_and_off, train_tiny, tiny_model, settings, tmp_path=tmp_path)
+    assert_same(*results[0])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_of_packs_are_those_of_the_plain_computation(tiny_model, tmp_path, stage):
+    settings = {"zero_stage": stage, "batch_size": 1}
+    results = run_ranks(on_and_off, train_packed, tiny_model, settings, PACKS, tmp_path=tmp_path)
+    assert_same(*results[0])

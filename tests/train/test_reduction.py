@@ -1,0 +1,83 @@
+"""Gradients are reduced once a step, in fp32, and not at all after a failure."""
+
+import deepspeed
+import pytest
+
+from tests.ranks import run_ranks
+from tests.tiny import Documents
+from tests.train_tiny import build_engine, distance, train_tiny, work
+
+pytestmark = pytest.mark.engine
+
+COLLECTIVES = ("all_reduce", "reduce", "reduce_scatter_fn")
+
+
+class Collectives:
+    """Counts DeepSpeed's calls of collective operations that reduce."""
+
+    def __init__(self):
+        self.count = 0
+        for name in COLLECTIVES:
+            setattr(deepspeed.comm, name, self.counted(getattr(deepspeed.comm, name)))
+
+    def counted(self, operation):
+        """The operation, counted."""
+
+        def call(*arguments, **keywords):
+            self.count += 1
+            return operation(*arguments, **keywords)
+
+        return call
+
+
+def reductions(session, folder, settings):
+    """Collectives in the backward passes of a step."""
+    plan, engine = build_engine(session, folder, settings)
+    batches, supervised = work(plan, Documents(40), 0, session.placement.rank)
+    engine.deepspeed.train()
+    collectives = Collectives()
+    engine.backward_passes(batches, supervised)
+    return collectives.count
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_as_many_reductions_for_four_micro_batches_as_for_one(tiny_model, tmp_path, stage):
+    settings = {"zero_stage": stage}
+    [four, *_] = run_ranks(reductions, tiny_model, settings | {"batch_size": 1}, tmp_path=tmp_path)
+    [one, *_] = run_ranks(reductions, tiny_model, settings | {"batch_size": 4}, tmp_path=tmp_path)
+    assert four == one > 0
+
+
+def reductions_after_a_failure(session, folder, settings):
+    """Collectives after a micro-batch that could not be read."""
+    plan, engine = build_engine(session, folder, settings)
+    batches, supervised = work(plan, Documents(40), 0, session.placement.rank)
+    engine.deepspeed.train()
+    collectives, before = Collectives(), None
+
+    def failing():
+        nonlocal before
+        yield batches[0]
+        before = collectives.count
+        raise OSError("cannot be read")
+
+    with pytest.raises(OSError, match="cannot be read"):
+        engine.backward_passes(failing(), supervised)
+    return collectives.count - before
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_nothing_is_reduced_after_a_failure(tiny_model, tmp_path, stage):
+    settings = {"zero_stage": stage, "batch_size": 1}
+    counts = run_ranks(reductions_after_a_failure, tiny_model, settings, tmp_path=tmp_path)
+    assert counts == [0, 0]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sums_in_bf16_runs_are_as_exact_as_before(tiny_model, tmp_path, stage):
+    settings = {"zero_stage": stage, "batch_size": 1}
+    exact, once, often = (
+        run_ranks(train_tiny, tiny_model, settings | options, 1, tmp_path=tmp_path)[0]["gradients"]
+        for options in ({}, {"bf16": True}, {"bf16": True, "fast_paths": False})
+    )
+    assert distance(once, exact) < 1.1 * distance(often, exact)
