@@ -15,8 +15,8 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.engine
 
-# granite scales logits; gemma4 has a soft cap that is only in the text config of a wrapper. Kind, and
-# whether the gradient is computed in the forward pass.
+# granite scales logits; gemma4 has a soft cap that is only in the text config of a wrapper.
+# The second value: whether the gradient is computed in the forward pass.
 KINDS = [("granite", False), ("granite", True), ("gemma4", True)]
 
 
