@@ -35,6 +35,7 @@ JSON_KEYS = {
         "zero_stage", "micro_batch_size", "gradient_accumulation_steps", "global_batch_size",
         "checkpointed_layers", "hpz_partition_size", "offload_param", "why",
     },
+    "fast_paths": None,
     "proof": None,
     "memory": {
         "per_rank", "peak_bytes", "load_peak_bytes", "host_peak_bytes", "device_bytes", "fits",
