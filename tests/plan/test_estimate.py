@@ -249,7 +249,7 @@ def test_a_name_without_a_file_has_no_estimate(name):
         b'{"a": 1}\n[]\n{"prompt": "p"}\n',
         json.dumps(chat("q")).encode("utf-16"),
         gzip.compress(b"x" * 1000, mtime=0)[:-9],
-        gzip.compress(b"PAR1" * 1000, mtime=0),  # a table that would have to be decompressed completely
+        gzip.compress(b"PAR1" * 1000, mtime=0),  # a table: all of it would be read
     ],
 )
 def test_a_file_without_readable_rows_has_no_estimate(tmp_path, content):
