@@ -143,13 +143,29 @@ class Engine:
     def backward_passes(
         self, batches: Iterable[SeededBatch], supervised_tokens: int
     ) -> tuple[torch.Tensor, int]:
-        """Accumulate and reduce the gradients of a step; returns the summed loss and the tokens."""
+        """Accumulate and reduce the gradients of a step; returns the summed loss and the tokens.
+
+        DeepSpeed averages gradients over ranks and, by default, divides the loss by the number of
+        micro-batches. Only this method undoes both, so that the gradient is that of the mean loss
+        over all supervised tokens of the step, for every division into micro-batches.
+
+        If a loss is not finite, the gradients are set to NaN. DeepSpeed checks only gradients, and
+        then skips the step on all ranks (0.19.8, every stage and dtype).
+        """
         loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
         with self._reduction():
             for index, seeded in enumerate(batches):
                 if index > 0 and not self._reduces_once:
                     self.deepspeed.step()  # it only counts the micro-batch
-                loss_sum += self.accumulate(seeded, supervised_tokens).detach().double()
+                torch.manual_seed(seeded.seed)
+                self._note_size(seeded.batch)
+                self._on_phase("the forward pass")
+                loss = self._forward(seeded.batch)
+                factor = torch.full_like(loss, self._world_size / supervised_tokens)
+                scaled = loss * factor.where(loss.detach().isfinite(), float("nan"))
+                self._on_phase("the backward pass")
+                self.deepspeed.backward(scaled, scale_wrt_gas=False)
+                loss_sum += loss.detach().double()
                 tokens += seeded.batch.tokens
             self._on_phase("the optimizer's step")
         return loss_sum, tokens
@@ -158,26 +174,6 @@ class Engine:
         if not self._reduces_once:
             return nullcontext()
         return reduced_once(self.deepspeed, self.parameters.values())
-
-    def accumulate(self, seeded: SeededBatch, supervised_tokens: int) -> torch.Tensor:
-        """Forward and backward pass of one micro-batch; returns its summed loss.
-
-        DeepSpeed averages gradients over ranks and, by default, divides the loss by the number of
-        micro-batches. Only this method undoes both, so that the gradient is that of the mean loss
-        over all supervised tokens of the step, for every division into micro-batches.
-
-        If the loss is not finite, the gradients are set to NaN. DeepSpeed checks only gradients,
-        and then skips the step on all ranks (0.19.8, every stage and dtype).
-        """
-        torch.manual_seed(seeded.seed)
-        self._note_size(seeded.batch)
-        self._on_phase("the forward pass")
-        loss_sum = self._forward(seeded.batch)
-        factor = torch.full_like(loss_sum, self._world_size / supervised_tokens)
-        scaled = loss_sum * factor.where(loss_sum.detach().isfinite(), float("nan"))
-        self._on_phase("the backward pass")
-        self.deepspeed.backward(scaled, scale_wrt_gas=False)
-        return loss_sum
 
     def _note_size(self, batch: Batch) -> None:
         """Record the largest micro-batch; its predicted memory is shown with the measured peak."""

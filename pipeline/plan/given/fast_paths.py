@@ -36,6 +36,8 @@ def has_joint_lora(settings: RunSettings) -> bool:
 def _without_loss_gradient(layout: Layout) -> str:
     if layout.training_dtype == "float16":
         return "in fp16 the loss is scaled before its backward pass, so that no gradient underflows"
+    if layout.is_sharded:
+        return "at ZeRO-3 it was measured to need more memory than predicted"
     return ""
 
 

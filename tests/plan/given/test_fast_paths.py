@@ -34,6 +34,7 @@ def test_all_are_off_on_request(tiny_model):
     ("settings", "layout", "name", "reason"),
     [
         ({}, {"training_dtype": "float16"}, LOSS_GRADIENT, "fp16"),
+        ({}, {"zero_stage": 3}, LOSS_GRADIENT, "ZeRO-3"),
         ({"use_dora": True}, {}, JOINT_LORA, "use_dora"),
         ({}, {"accumulation_steps": 1}, ONE_REDUCTION, "one micro-batch"),
     ],
