@@ -167,6 +167,7 @@ class Engine:
                 self.deepspeed.backward(scaled, scale_wrt_gas=False)
                 loss_sum += loss.detach().double()
                 tokens += seeded.batch.tokens
+                del loss, scaled  # 8-bit layers keep tensors in the graph until it is gone
             self._on_phase("the optimizer's step")
         return loss_sum, tokens
 
