@@ -27,7 +27,7 @@ _BY_ROW = "the format of each row is detected; data_format and columns override 
 _NO_EVAL_BATCH = "evaluation uses batch_size"
 _HOLD_OUT = "eval_data: 0.05 holds out 5 % of train_data, eval_data: 200 holds out 200 rows"
 _TEMPLATE = "the model's own chat template and end of turn are used; see chat_template"
-_KERNELS = "fast kernels are used if their package is installed; remove it"
+_KERNELS = "not supported; fast_paths are RankZero's own (docs/speed.md); remove it"
 
 # Pattern of option names -> advice. The first matching pattern applies.
 ADVICE: Mapping[str, str] = {
