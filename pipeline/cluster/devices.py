@@ -1,10 +1,8 @@
 """Detection of this node's accelerators, and environment variables for libraries. No torch."""
 
 import ctypes
-import logging
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -155,7 +153,6 @@ def set_environment(placement: Placement, hardware: Hardware) -> None:
     # "Optimizing memory usage with PYTORCH_CUDA_ALLOC_CONF"; torch 2.13 prefers the older name).
     elif "PYTORCH_ALLOC_CONF" not in os.environ and has_virtual_memory():
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    _silence_library_warnings()
 
 
 def has_virtual_memory() -> bool:
@@ -201,15 +198,6 @@ def _num_threads(placement: Placement) -> int:
     if placement.launcher == "srun" and per_task.isdigit():
         return max(1, min(cores, int(per_task)))
     return max(1, cores // placement.local_size)
-
-
-def _silence_library_warnings() -> None:
-    """Hide warnings of libraries, which every rank would print."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    libraries = r"(torch|transformers|peft|deepspeed|bitsandbytes)\b"
-    for category in (FutureWarning, DeprecationWarning, UserWarning):
-        warnings.filterwarnings("ignore", category=category, module=libraries)
 
 
 def _nvidia_gpus() -> Hardware | None:

@@ -6,6 +6,7 @@ from WARNING. If the calling program has configured logging, its handlers are us
 
 import logging
 import os
+import warnings
 
 _PROJECT = "pipeline"
 # The launchers' variables with the rank, in order of precedence. They are read here because
@@ -14,11 +15,24 @@ _RANK_NAMES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 def configure_logging() -> None:
-    """Install the console handler, unless logging has been configured already."""
+    """Install the console handler, unless logging has been configured already.
+
+    Warnings of libraries, which every rank would print, are hidden.
+    """
+    _silence_library_warnings()
     logger = logging.getLogger(_PROJECT)
     if not logger.hasHandlers():
         logger.addHandler(_Console())
         logger.setLevel(logging.INFO)
+
+
+def _silence_library_warnings() -> None:
+    """Hide warnings of libraries, which every rank would print."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    libraries = r"(torch|transformers|peft|deepspeed|bitsandbytes)\b"
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category, module=libraries)
 
 
 def show_details() -> None:

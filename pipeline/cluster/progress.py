@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _QUIET_S = 2.0  # shorter work is not reported
 _LINE_INTERVAL_S = 10.0
+_LEAST_SHARE = 0.05  # of the work, for an estimate of the time left
 
 
 class Work:
@@ -38,6 +39,7 @@ class Work:
     def __init__(self, text: str, total: int | None, *, in_bytes: bool = False) -> None:
         self.done = 0
         self._text, self._total, self._in_bytes = text, total, in_bytes
+        self._is_logged = False
         self._start = self._last_line = time.monotonic()
 
     def advance(self, amount: int = 1) -> None:
@@ -47,8 +49,6 @@ class Work:
         if self._is_logged and now - self._last_line >= _LINE_INTERVAL_S:
             self._last_line = now
             logger.info("%s", self._line(now))
-
-    _is_logged = False
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -71,8 +71,9 @@ class Work:
         seconds = max(now - self._start, 1e-3)
         left = seconds * (self._total - self.done) / self.done
         rate = f"{self.done / seconds / 1e6:,.0f} MB/s, " if self._in_bytes else ""
-        share = 100 * self.done / self._total
-        return f"{self._text}: {share:.0f} %, {rate}{duration(left)} left"
+        share = self.done / self._total
+        end = f", {rate}{duration(left)} left" if share >= _LEAST_SHARE else ""
+        return f"{self._text}: {100 * share:.0f} %{end}"
 
 
 class _TerminalWork(Work):

@@ -20,7 +20,10 @@ from pipeline.cluster.exits import end_process
 from pipeline.errors import Stopped
 
 _POLL_S, _FINAL_STATUS_S = 0.5, 1.0
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2,
+    signal.SIGHUP,  # the terminal has closed
+)  # fmt: skip
 
 
 def end_at_interrupt() -> None:
@@ -72,7 +75,9 @@ class StopRequests:
             target=self._read_signals, args=(readable,), name="signals", daemon=True
         ).start()
         for number in STOP_SIGNALS:
-            signal.signal(number, self._handle)
+            is_under_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if not is_under_nohup:
+                signal.signal(number, self._handle)
 
     def request(self, reason: str) -> None:
         """Request a stop of this rank, from any thread."""

@@ -80,11 +80,11 @@ class TrainingView:
         self._losses: list[float] = []
         self._line: dict[str, Any] = {"step": done}
         self._peak: tuple[int, int] | None = None  # measured and predicted bytes
-        self._saved_step: int | None = None
+        self._saved_step = done or None  # a resumed run has a checkpoint of that step
 
     def add_step(self, line: dict[str, Any], saved_step: int | None) -> None:
         """Take over a line of metrics.jsonl and the step of the last checkpoint."""
-        self._line, self._saved_step = line, saved_step
+        self._line, self._saved_step = line, saved_step or self._saved_step
         self._losses.append(line["loss"])
         if line["peak_bytes"] is not None:
             self._peak = (line["peak_bytes"], line["predicted_bytes"])

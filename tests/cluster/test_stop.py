@@ -37,6 +37,19 @@ def test_the_first_request_is_the_reason(stops, number):
     assert stops.reason() == f"signal {signal.Signals(number).name}"
 
 
+def test_a_hang_up_is_still_ignored_under_nohup(tmp_path):
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        stops = StopRequests(tmp_path, None, is_first=True)
+        stops.install_handlers(lambda: None)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stops.reason() is None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_one_rank_checks_the_stop_file_and_removes_it(stops, tmp_path):
     other = StopRequests(tmp_path, None, is_first=False)
     (tmp_path / "stop").touch()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.cluster.stop import STOP_SIGNALS
 from pipeline.data.order.order import MicroBatch
 from pipeline.errors import SingleRankError
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from pipeline.data.dataset.reader import Split
 
 IGNORED = -100  # label that PyTorch's cross entropy ignores
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _RAISED_IN_WORKER = "Caught "  # torch's message for an exception in a worker begins with this
 _PADDING = 0  # any token id is possible (see Batch)
 
@@ -95,7 +95,7 @@ class _RankBatches(Dataset[tuple[Batch, int]]):
 def _ignore_signals(worker: int) -> None:
     """Ignore signals that a launcher also sends to workers, which a stopping rank still needs."""
     del worker
-    for number in _SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -122,7 +122,7 @@ def batches_of(
     )
     resource_tracker.ensure_running()  # now, because its start unblocks the signals
     # Workers inherit the mask, so that no signal ends them before they ignore it.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         batches = iter(loader)
     finally:

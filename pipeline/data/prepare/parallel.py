@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.cluster.exits import end_process
+from pipeline.cluster.stop import STOP_SIGNALS
 from pipeline.errors import RankZeroError
 
 Chunk = TypeVar("Chunk")
@@ -88,7 +89,7 @@ def usable_cpus() -> int:
 
 def _init_worker(make_function: Callable[[], Callable[[Any], Any]], needs_torch: bool) -> None:
     """Initialise a worker process so that it ends with its parent and ignores signals."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # a launcher signals a rank's children, too
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all CPUs

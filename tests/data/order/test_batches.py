@@ -129,7 +129,7 @@ SIGNALLED = """
 if __name__ == "__main__":
     batches = batches_of(split, work_on(split), num_workers=1)
     (worker,) = workers()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         worker.send_signal(number)  # the worker is still importing
     next(batches)
     worker.send_signal(signal.SIGTERM)
