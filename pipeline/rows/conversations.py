@@ -137,7 +137,8 @@ def _read_tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     wrapped = tuple(tool if "function" in tool else _as_function_tool(tool) for tool in tools)
     for tool in wrapped:
         function = tool["function"]
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not has_value(name):
             raise RowError("a tool names no function; expected {name, description, parameters}")
     return wrapped
 

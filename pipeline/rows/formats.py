@@ -56,11 +56,13 @@ _FORMATS_TEXT = "; ".join(
 # Columns of media and preference pairs. A row with a value in one is rejected, because its text is
 # not the whole example.
 _MEDIA = re.compile(
-    r"(image|img|picture|photo|audio|sound|speech|video)s?"
+    r"(([a-z0-9]+_)*(image|img|picture|photo|screenshot|audio|video)|sound|speech|media)s?(_?\d+)?"
     r"(_(path|url|uri|file|bytes|base64|b64|data|list)s?)?"
-    r"|pixel_values|documents",
+    r"|pixel_values|documents|multi_?modal_data|mm_data",
     re.IGNORECASE,
 )
+_MEDIA_FIELDS, _SOUND_FIELDS = {"bytes", "path"}, {"array", "sampling_rate"}  # of `datasets`
+_DATA_URI = re.compile("data:(image|audio|video)/", re.IGNORECASE)
 _PREFERENCE = re.compile(
     r"(chosen|rejected)(_(response|message|answer|completion|conversation|output|text)s?)?"
     r"|(response|message|answer|completion|conversation|output|text)s?_(chosen|rejected)",
@@ -93,6 +95,8 @@ def read_example(
         _refuse_undesirable(value)
     for column in value.keys() - _KNOWN_COLUMNS[name]:
         if has_value(value[column]):
+            if _holds_media(value[column]):
+                raise RowError(_no_media(column))
             unread.add(columns.get(column, column) if columns else column)
     example = _build_example(name, value, unread)
     return ReadExample(example, name, tuple(sorted(map(printable, unread))))
@@ -139,8 +143,9 @@ def _refuse_media_and_preferences(value: Mapping[str, Any], columns: Mapping[str
     """Raise RowError for media and for preference pairs, unless `columns` selects one answer."""
     _, media, preference, _ = _inspect_columns(tuple(value))
     for column in media:
-        if has_value(value[column]):
-            raise RowError(f"`{column}` has a value, but only text can be trained on")
+        is_count = isinstance(value[column], int | float)  # or a flag, such as has_image: true
+        if has_value(value[column]) and not is_count:
+            raise RowError(_no_media(column))
     if not preference or any(map(_PREFERENCE.fullmatch, columns.values())):
         return
     for column in preference:
@@ -149,6 +154,20 @@ def _refuse_media_and_preferences(value: Mapping[str, Any], columns: Mapping[str
                 f"`{column}` has a value, but preference pairs are not supported; to train on one "
                 "of the answers, select it, for example with `columns: {completion: chosen}`"
             )
+
+
+def _no_media(column: str) -> str:
+    return f"`{column}` has a value, but only text can be trained on"
+
+
+def _holds_media(value: Any) -> bool:
+    """Whether a value is a picture, sound or video, as `datasets` or a data URI represents it."""
+    if isinstance(value, list):
+        return any(map(_holds_media, value))
+    if isinstance(value, dict):
+        is_file = value.keys() == _MEDIA_FIELDS and not isinstance(value["bytes"], int)
+        return is_file or value.keys() >= _SOUND_FIELDS
+    return isinstance(value, str) and _DATA_URI.match(value) is not None
 
 
 def _refuse_undesirable(value: Mapping[str, Any]) -> None:

@@ -52,12 +52,13 @@ _METADATA_KEYS = ("id", "uuid", "timestamp", "created_at", "date", "model", "is_
 _ARGUMENT_KEYS = ("arguments", "args", "parameters", "input")
 _CALL_ID_KEYS = ("id", "call_id", "tool_call_id", "tool_use_id")
 # Keys of a call or a part that hold no text.
-_STRUCTURAL_KEYS = ("type", "index", "cache_control", "thoughtSignature")
+_STRUCTURAL_KEYS = ("type", "index", "cache_control", "thoughtSignature", "thought_signature")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
 _EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})
 _PART_TYPES = {*_TEXT_PARTS, *_REASONING_PARTS, "tool_use", "tool_result"}
 _REASONING_BLOCK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_OPENED_REASONING = re.compile(r"\s*(?:<((?:seed:)?think|thinking|thought|reasoning)>|\[THINK\])")
 _MEDIA_PARTS = re.compile(r"(input_)?(image|audio|video)(_url)?|input_file")
 
 
@@ -83,6 +84,8 @@ def read_message(value: Any, unread: set[str]) -> list[Message]:
         and isinstance(content, str)
         and content.strip()
     ):
+        if role == "assistant":
+            _require_closed_reasoning(content)
         return [Message(role, require_text(content, _CONTENT[role]))]  # fast path for most messages
     if name is None and value.get("type") in RESPONSES_ITEMS:
         raise RowError(
@@ -154,6 +157,8 @@ def _build_messages(
     parts = _parts(role, content, _CONTENT[role])
     if role == "assistant":
         content, optional = _assistant_content(parts, value, unread)
+        if is_trained:
+            _require_closed_reasoning(content)
         return [Message(role, content, is_trained, others | optional)]
     if wrong := [key for key in (*_CALL_KEYS, *_REASONING_KEYS) if has_value(value.get(key))]:
         raise RowError(
@@ -298,6 +303,17 @@ def _without_repeated_reasoning(text: str, reasoning: Mapping[str, str]) -> str:
     return text[block.end() :]
 
 
+def _require_closed_reasoning(text: str) -> None:
+    """Raise RowError if the text opens reasoning and never closes it."""
+    opened = _OPENED_REASONING.match(text)
+    closing = (f"</{opened[1]}>" if opened[1] else "[/THINK]") if opened else ""
+    if opened and closing not in text:
+        raise RowError(
+            f"an assistant message begins with {opened[0].strip()}, which is never closed: the "
+            f"answer was cut off; remove the row, or close the reasoning with {closing}"
+        )
+
+
 def _part_text(part: Mapping[str, Any], keys: Sequence[str], unread: set[str]) -> str:
     """The text of a part, from the one of `keys` with a value: text, or a list of text parts."""
     _check_keys(part, (*keys, *_STRUCTURAL_KEYS, "signature"), "part", unread)
@@ -380,7 +396,7 @@ def _tool_call(call: Any, unread: set[str]) -> Mapping[str, Any]:
         values, ("name", *_ARGUMENT_KEYS, *_CALL_ID_KEYS, *_STRUCTURAL_KEYS), "tool call", unread
     )
     name = values.get("name")
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not has_value(name):
         raise RowError("a tool call names no function")
     call_id = _first_value(values, _CALL_ID_KEYS, "a tool call")
     arguments = _arguments(_first_value(values, _ARGUMENT_KEYS, "a tool call"))

@@ -22,6 +22,7 @@ _PARTS = {
 }
 # Keys within a part -> their names in the converted part.
 _KEYS = {"toolUseId": "tool_use_id", "response": "content"}
+_SIGNATURES = ("thoughtSignature", "thought_signature")  # opaque to everybody but the API
 _TOOL_LISTS = ("functionDeclarations", "function_declarations", "toolSpec")
 # Types of items of OpenAI's Responses API that are not messages.
 RESPONSES_ITEMS = ("function_call", "function_call_output", "reasoning")
@@ -45,8 +46,10 @@ def typed_part(part: Any, *, has_text: bool) -> Any:
     if not isinstance(part, dict) or has_value(part.get("type")):
         return part
     filled = {key: value for key, value in part.items() if has_value(value)}
+    for signature in _SIGNATURES:
+        filled.pop(signature, None)
     is_thought = filled.pop("thought") if isinstance(filled.get("thought"), bool) else False
-    if has_text and "text" in part and not filled.keys() - {"text", "thoughtSignature"}:
+    if has_text and "text" in part and not filled.keys() - {"text"}:
         return {**part, "type": "thinking" if is_thought else "text", "thought": None}
     kind, value = next(iter(filled.items()), ("", None))
     if len(filled) != 1 or kind not in _PARTS or not isinstance(value, dict):

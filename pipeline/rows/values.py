@@ -5,11 +5,13 @@ that a column of objects has in some tables: `{role: [user, assistant], content:
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from pipeline.rows.examples import RowError
 
+_PYTHON = re.compile(r"[\s\[({]*'")
 _JSON_TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
 
 
@@ -82,7 +84,13 @@ def parse_json(text: str, name: str) -> Any:
     except DuplicateKeyError:
         raise RowError(f"{name} is JSON text in which a key occurs twice") from None
     except (ValueError, RecursionError):
-        raise RowError(f"{name} is text that is not valid JSON") from None
+        remedy = ", but Python's notation; write it with json.dumps" if _is_python(text) else ""
+        raise RowError(f"{name} is text that is not valid JSON{remedy}") from None
+
+
+def _is_python(text: str) -> bool:
+    """Whether a text may be a list or dict as Python or numpy prints it: [{'role': 'user'}]."""
+    return _PYTHON.match(text) is not None
 
 
 def drop_nulls(value: Any) -> Any:

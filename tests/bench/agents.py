@@ -31,32 +31,36 @@ TOOL = {
 
 
 def agents(model: Path, gsm8k: Path, folder: Path) -> None:
-    """Print tokens per second for short and long rows: one process, the better of two runs."""
+    """Print the speed for short and long rows: one process, the best of three runs each."""
     tokenizer = folder / "tokenizer"
     shutil.copytree(model, tokenizer, ignore=shutil.ignore_patterns("*.safetensors"))
     (tokenizer / "chat_template.jinja").write_text(TEMPLATE.read_text(encoding="utf-8"))
     with gsm8k.open(encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
-    speeds = {}
+    costs = {}
     for kind, values in (("short", short_rows(rows)), ("long", long_rows(rows))):
         data = folder / f"{kind}-rows.jsonl"
         data.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
-        speeds[kind] = max(_speed(tokenizer, data, folder / f"{kind}-{i}") for i in range(2))
-    print(
-        f"agents    {LONG_ROWS} rows of {TURNS:,} turns: {speeds['long']:,.0f} tokens/s; "
-        f"{SHORT_ROWS:,} rows of 2 turns: {speeds['short']:,.0f} tokens/s; "
-        f"short rows are {speeds['short'] / speeds['long']:.2f} times as fast",
-        flush=True,
-    )
+        runs = [_cost_per_token(tokenizer, data, folder / f"{kind}-{i}") for i in range(3)]
+        costs[kind] = tuple(map(min, zip(*runs, strict=True)))
+    for i, unit in enumerate(("second", "CPU second")):
+        short, long = costs["short"][i], costs["long"][i]
+        print(
+            f"agents    tokens per {unit}: {LONG_ROWS} rows of {TURNS:,} turns {1 / long:,.0f}, "
+            f"{SHORT_ROWS:,} rows of 2 turns {1 / short:,.0f}; "
+            f"a token of a long row costs {long / short:.2f} times as much",
+            flush=True,
+        )
 
 
-def _speed(model: Path, data: Path, run: Path) -> float:
+def _cost_per_token(model: Path, data: Path, run: Path) -> tuple[float, float]:
+    """Seconds, and CPU seconds of all threads, for each token of the prepared data."""
     settings = RunSettings(
         model=str(model), train_data=str(data), output_dir=str(run), max_length=2**20, packing=False
     )
-    start = time.perf_counter()
-    index = prepare_data(settings, run / "data", processes=1).train
-    return index.tokens / (time.perf_counter() - start)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    tokens = prepare_data(settings, run / "data", processes=1).train.tokens
+    return (time.perf_counter() - start) / tokens, (time.process_time() - cpu_start) / tokens
 
 
 def short_rows(rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:

@@ -103,10 +103,42 @@ def test_unprintable_characters_of_column_names_are_escaped():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("column", ["response_rejected", "answer_chosen", "image_base64", "img"])
-def test_other_names_of_preference_and_image_columns_refuse_the_row(name, column):
+@pytest.mark.parametrize(
+    "column",
+    [
+        "response_rejected", "answer_chosen", "image_base64", "img", "image_0", "image2",
+        "context_images", "page_screenshots", "ref_audio_path", "multi_modal_data", "mm_data",
+        "media",
+    ],
+)  # fmt: skip
+def test_other_names_of_preference_and_media_columns_refuse_the_row(name, column):
     with refused(f"`{column}`", error=RowError):
         read_example(row_of(FORMATS[name] | {column: "x"}))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"bytes": None, "path": "cat.png"},
+        [{"path": "cat.png", "bytes": None}],
+        {"array": [0.1, 0.2], "path": "a.wav", "sampling_rate": 16000},
+        "data:image/png;base64,iVBORw0KGgo=",
+        ["data:audio/wav;base64,UklGRg=="],
+    ],
+)
+def test_pictures_and_sound_under_any_name_refuse_the_row(name, value):
+    """Values as `datasets` writes its features Image and Audio, and data URIs."""
+    with refused("`cover`", error=RowError):
+        read_example(row_of(FORMATS[name] | {"cover": value}))
+
+
+def test_counts_flags_and_descriptions_of_media_are_only_reported_as_unread():
+    others = {"has_image": True, "image": False, "num_images": 2, "image_id": "7", "photo": 0}
+    others |= {"audio_duration": 1.5, "image_caption": "a cat", "path": "a/b.png", "bytes": 12}
+    others |= {"file": {"path": "notes.txt", "bytes": 3}, "source": "https://example.org/cat.png"}
+    result = read_example(row_of(FORMATS["messages"] | others))
+    assert result.unread == tuple(sorted(others))
 
 
 def test_a_system_prompt_in_text_parts_is_joined():

@@ -71,7 +71,9 @@ def test_ids_of_calls_and_results_are_kept():
         ({"name": "f", "arguments": [1]}, ["arguments", "a list"]),
         ({"name": "f", "arguments": '{"a": 1, "a": 2}'}, ["arguments", "key", "twice"]),
         ({"name": "f", "arguments": "{"}, ["arguments", "not valid JSON"]),
+        ({"name": "f", "arguments": "{'a': 1}"}, ["arguments", "Python", "json.dumps"]),
         ({"name": 7}, ["names no function"]),
+        ({"name": " ", "arguments": {"a": 1}}, ["names no function"]),
         ({"function": "f"}, ["function of a tool call is text"]),
         (7, ["a tool call is a number"]),
     ],
@@ -334,9 +336,36 @@ def test_every_key_of_a_tool_schema_becomes_parameters(schema):
         {"type": "function", "function": {"description": "d"}},
         {"type": "function", "function": "f"},
         {"type": "function", "function": None},
+        {"name": "", "description": "d"},
         {"x": 1},
     ],
 )
 def test_a_tool_without_a_name_refuses_the_row(tool):
     with refused("tool", "names no function", error=RowError):
         read(USER, ANSWER, tools=[tool])
+
+
+TAGS = ["<think>", "\n<thinking>\n", "<seed:think>", "[THINK]"]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_an_answer_that_was_cut_off_in_its_reasoning_refuses_the_row(tag):
+    cut_off = {"role": "assistant", "content": f"{tag}I need the forecast, so"}
+    turn = {"from": "gpt", "value": cut_off["content"]}
+    for row in ({"messages": [USER, cut_off]}, {"conversations": [USER, turn]}):
+        with refused("assistant", tag.strip(), "closed", error=RowError):
+            read_example(row_of(row))
+    call = {"tool_calls": [CALL]}
+    with refused(tag.strip(), "closed", error=RowError):
+        read(USER, cut_off | call)
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_tags_of_reasoning_that_are_closed_untrained_or_quoted_are_read(tag):
+    closing = tag.strip().replace("<", "</").replace("[", "[/")
+    for message in (
+        {"role": "assistant", "content": f"{tag}hm{closing}yes"},
+        {"role": "assistant", "content": tag, "weight": 0},
+        {"role": "assistant", "content": f"Put it between {tag} and its end."},
+    ):
+        assert messages_of(USER, message, USER, ANSWER)[1].content == message["content"]

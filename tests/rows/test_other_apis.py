@@ -1,5 +1,6 @@
 """A row in the form of another API is read as the same example as that row in OpenAI's form."""
 
+import copy
 import json
 
 import pytest
@@ -92,6 +93,15 @@ BEDROCK = {
 def test_the_row_is_read_as_the_same_example_as_in_openai_s_form(row):
     expected = read_example(row_of(EXPECTED))
     assert read_example(row_of(row)) == expected
+
+
+@pytest.mark.parametrize("key", ["thoughtSignature", "thought_signature"])
+def test_signatures_of_thoughts_in_gemini_s_parts_are_ignored(key):
+    row = copy.deepcopy(GEMINI)
+    for content in row["contents"]:
+        for part in content["parts"]:
+            part[key] = "c2lnbmF0dXJl"
+    assert read_example(row_of(row)) == read_example(row_of(EXPECTED))
 
 
 def test_names_in_snake_case_are_read_too():
