@@ -45,7 +45,7 @@ class DataKeys(BaseModel):
         default=None,
         description="Commit, branch or tag of a hub model; without it `main`. The run folder's "
         "run.yaml records the commit.",
-        json_schema_extra=traits(change="base"),
+        json_schema_extra=traits(change="base", peers="revision"),
     )
     train_data: Annotated[DataNames, BeforeValidator(parse_train_data)] = Field(
         description="Training data: a file, a folder, a glob or a hub name (`org/name:split`), or "
@@ -102,7 +102,7 @@ class DataKeys(BaseModel):
         json_schema_extra=traits(
             change="documents",
             peers="sequence_len cutoff_len max_seq_length max_seq_len model_max_length block_size "
-            "seq_length",
+            "seq_length packing_length",
         ),
     )
     over_length: Literal["truncate", "drop", "split", "fail"] = Field(

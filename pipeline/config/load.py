@@ -21,6 +21,7 @@ from pipeline.config.presets import preset_values
 from pipeline.config.settings import RunSettings, map_paths, path_settings, settings_by
 from pipeline.errors import UserError
 
+_MAX_PROBLEMS = 60  # lines of a message; every option of a run file of another program fits
 _TRUNCATED = reprlib.Repr()
 _TRUNCATED.maxstring = _TRUNCATED.maxother = 200
 
@@ -123,7 +124,9 @@ def _validate(values: Mapping[str, Any], locations: Mapping[str, str], source: s
             if not (is_renamed or is_reported):
                 problems.append(_error_line(key, details, locations, source))
     if problems:
-        raise UserError("\n".join(problems))
+        rest = len(problems) - _MAX_PROBLEMS
+        more = [f"{source}: {rest:,} more errors"] if rest > 0 else []
+        raise UserError("\n".join([*problems[:_MAX_PROBLEMS], *more]))
     return settings.with_unexpanded_paths(unexpanded)
 
 

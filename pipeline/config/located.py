@@ -7,6 +7,7 @@ strings.
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def read_located(path: Path, kind: Literal["YAML", "JSON"], *, label: str = "") 
 
     `label`: text before the path in messages.
     """
-    name = f"{label}{path}"
+    name, content = f"{label}{path}", b""
     try:
         with path.open("rb") as stream:  # a device or a pipe may never end: limit the read
             content = stream.read(_MAX_BYTES + 1)
@@ -51,6 +52,12 @@ def read_located(path: Path, kind: Literal["YAML", "JSON"], *, label: str = "") 
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # not UTF-8, or NUL in the path
+        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            old, new = shlex.quote(str(path)), shlex.quote(f"{path}.utf8")
+            raise UserError(
+                f"{name}: UTF-16 text, expected UTF-8; convert it: "
+                f"iconv -f UTF-16 -t UTF-8 {old} > {new}"
+            ) from None
         raise UserError(f"{name}: not a text file in UTF-8: {error}") from None
     if len(content) > _MAX_BYTES:
         raise UserError(f"{name}: larger than 1 MiB; a file of settings is smaller")

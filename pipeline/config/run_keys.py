@@ -187,7 +187,7 @@ class RunKeys(BaseModel):
         json_schema_extra=traits(
             change="run",
             deepspeed="gradient_accumulation_steps",
-            peers="grad_accum_steps accumulation_steps",
+            peers="grad_accum_steps accumulation_steps accumulate_grad_batches",
         ),
     )
     global_batch_size: SequenceCount | Auto = Field(
@@ -229,7 +229,7 @@ class RunKeys(BaseModel):
     weight_decay: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=0.01,
         description="AdamW's weight decay.",
-        json_schema_extra=traits(deepspeed="optimizer.params.weight_decay"),
+        json_schema_extra=traits(deepspeed="optimizer.params.weight_decay", peers="wd"),
     )
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(
         default=1.0,
@@ -352,7 +352,7 @@ class RunKeys(BaseModel):
     save_steps: Positive | None = Field(
         default=100,
         description="Steps between checkpoints with `save_strategy: steps`.",
-        json_schema_extra=traits(change="run", peers="save_interval"),
+        json_schema_extra=traits(change="run", peers="save_interval save_every_n_steps"),
     )
     saves_per_epoch: Positive | None = Field(
         default=None,

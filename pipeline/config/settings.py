@@ -39,12 +39,14 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
     # Setting -> expanded path -> its text in the run file, for each path that expansion changed.
     _unexpanded_paths: dict[str, dict[str, str]] = PrivateAttr(default_factory=dict)
 
-    @field_validator("time_limit")
+    @field_validator("time_limit", mode="before")
     @classmethod
-    def _check_time_limit(cls, value: str | None) -> str | None:
-        if value is not None and not (_TIME.fullmatch(value) and _seconds(value)):
+    def _check_time_limit(cls, value: Any) -> str | None:
+        if value is None:
+            return None
+        if not (isinstance(value, str) and _TIME.fullmatch(value) and _seconds(value)):
             raise ValueError("expected HH:MM:SS above zero, for example '03:50:00'")
-        return value
+        return str(value)
 
     @field_validator("warmup_steps")
     @classmethod

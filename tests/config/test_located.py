@@ -153,3 +153,11 @@ def test_a_path_that_is_not_a_text_file_gives_one_short_message(path):
 
 def test_a_few_aliases_are_expanded(read):
     assert read("a: &x [1, 2]\nb: *x\nc: *x").values["c"] == [1, 2]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_run_file_in_utf_16_is_refused_with_the_command_that_converts_it(tmp_path, encoding):
+    path = tmp_path / "RUN.yaml"
+    path.write_bytes("\ufefflr: 1e-4\n".encode(encoding))
+    with refused("RUN.yaml", "UTF-16", "iconv -f UTF-16 -t UTF-8"):
+        read_located(path, "YAML")

@@ -71,6 +71,9 @@ def test_case_hyphens_and_dashes_of_an_option_do_not_matter(key):
         ("use_wandb", "trackers"), ("comet_ml_project", "trackers"),
         ("per_device_eval_batch_size", "batch_size"), ("max_samples", "limit"),
         ("adam_beta2", "deepspeed_json"), ("adam_epsilon", "deepspeed_json"),
+        ("num_gpus", "launcher"), ("use_galore", "AdamW"), ("label_smoothing_factor", "loss"),
+        ("rope_scaling", "config.json"), ("response_template", "train_on: assistant"),
+        ("dataloader_pin_memory", "memory-mapped"), ("ddp_bucket_cap_mb", "DeepSpeed"),
         ("lora_bias", "LoRA"), ("quantization_bit", "load_in_4bit: true"),
     ],
 )  # fmt: skip

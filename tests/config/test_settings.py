@@ -89,7 +89,8 @@ def test_every_form_of_a_number_is_a_number(run_file, text, value):
         ("load_in_4bit: true\nload_in_8bit: true", ["load_in_4bit", "load_in_8bit"]),
         ("split_turns: true\ntrain_on: all", ["split_turns", "train_on: assistant"]),
         ("keep_best: true", ["keep_best", "eval_data"]),
-        ("time_limit: 90", ["time_limit"]),
+        ("time_limit: 90", ["RUN.yaml:4", "time_limit", "HH:MM:SS", "90"]),
+        ("time_limit: 0", ["RUN.yaml:4", "time_limit", "HH:MM:SS", "0"]),
         ("preset: 5", ["RUN.yaml:4", "preset", "small", "list"]),
         ("preset: [[small]]", ["RUN.yaml:4", "preset", "small"]),
         ("lr: .inf", ["lr", "finite"]),
@@ -235,3 +236,9 @@ def test_a_path_that_cannot_be_expanded_gives_one_message(tmp_path, monkeypatch)
     with refused("RUN.yaml:3", "output_dir", "$NOT_SET") as caught:
         load_settings(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_file_of_thousands_of_unknown_keys_gives_one_short_message(run_file):
+    with refused("RUN.yaml:4", "k0", "more errors") as error:
+        load_settings(run_file("".join(f"k{i}: 1\n" for i in range(2000))))
+    assert len(str(error.value).splitlines()) < 100
