@@ -257,12 +257,19 @@ class _LayerAttention:
         value: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """PyTorch's scaled dot product attention: (B, H, L, V)."""
+        """PyTorch's scaled dot product attention: (B, H, L, V).
+
+        Narrower values (latent attention, sinks) are padded to the width of the keys. With two
+        widths a CPU has no fused kernel, and a GPU has none for grouped heads, so that PyTorch
+        would materialise the scores.
+        """
+        width = value.shape[-1]
+        value = F.pad(value, (0, query.shape[-1] - width)) if width < query.shape[-1] else value
         is_grouped = query.shape[1] != key.shape[1]
         if is_grouped and mask is not None:  # no fused kernel supports both a mask and enable_gqa
             key, value = _repeat_heads(query, key, value)
             is_grouped = False
-        return F.scaled_dot_product_attention(
+        output = F.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -272,6 +279,7 @@ class _LayerAttention:
             scale=self.scaling,
             enable_gqa=is_grouped,
         )
+        return output[..., :width]
 
     def _capped(
         self,

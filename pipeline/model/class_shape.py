@@ -24,6 +24,7 @@ import torch
 from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from torch.nn import functional as F
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -68,8 +69,10 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     if documents is not None:
         documents.append(module)
+    width = v.shape[-1]
+    v = F.pad(v, (0, q.shape[-1] - width)) if width < q.shape[-1] else v  # as in attention.py
     out: torch.Tensor = _Attention.apply(q, k, v)  # type: ignore[no-untyped-call]
-    return out.transpose(1, 2).contiguous(), None
+    return out[..., :width].transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_COUNTED, _attend)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from pipeline.model import attention
@@ -88,6 +89,15 @@ def test_the_attention_is_the_class_s_eager_one_beyond_window_and_chunk(kind):
     theirs = model(input_ids=ids, use_cache=False).logits
     model.set_attn_implementation(WITHIN_DOCUMENTS)
     assert relative_error(model(input_ids=ids, use_cache=False).logits, theirs) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "deepseek_v3"])
+def test_a_fused_kernel_computes_attention_so_no_scores_are_materialised(kind):
+    model, (ids, _) = build(kind), make_batch()
+    model.set_attn_implementation(WITHIN_DOCUMENTS)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises an error if it cannot be used
+        model(input_ids=ids, use_cache=False)
 
 
 @torch.no_grad()
