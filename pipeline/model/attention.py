@@ -28,7 +28,7 @@ _WITHOUT_EFFECT = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
     "output_router_logits", "return_dict",
 }  # fmt: skip
-_WIDTH_STEP = 8  # fused kernels require head widths that are multiples of this
+SINK_COLUMNS = 8  # added to the heads for a sink; fused kernels need widths that are multiples of 8
 
 Documents = Sequence[Sequence[int]]  # for each row of the batch: lengths of its documents in tokens
 
@@ -243,10 +243,10 @@ class _LayerAttention:
         assert self.scaling is not None
         score = (self.sinks / self.scaling).to(query.dtype).view(1, -1, 1, 1)
         score = score.expand(query.shape[0], -1, query.shape[2], 1)
-        query = F.pad(torch.cat((query, score), dim=-1), (0, _WIDTH_STEP - 1, 1, 0))
-        sink = F.one_hot(torch.tensor(key.shape[-1]), key.shape[-1] + _WIDTH_STEP).to(key)
+        query = F.pad(torch.cat((query, score), dim=-1), (0, SINK_COLUMNS - 1, 1, 0))
+        sink = F.one_hot(torch.tensor(key.shape[-1]), key.shape[-1] + SINK_COLUMNS).to(key)
         sink = sink.expand(*key.shape[:2], 1, -1)
-        key = torch.cat((sink, F.pad(key, (0, _WIDTH_STEP))), dim=2)
+        key = torch.cat((sink, F.pad(key, (0, SINK_COLUMNS))), dim=2)
         value = F.pad(value, (0, 0, 1, 0))
         return query, key, value, None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
 

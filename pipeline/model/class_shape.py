@@ -34,6 +34,7 @@ from transformers import (
     masking_utils,
 )
 
+from pipeline.model.attention import SINK_COLUMNS
 from pipeline.model.structure import blocks, expert_tensors, lora_sizes, text_decoder
 
 _COUNTED = "rankzero_counted"  # name of the attention below for `attn_implementation`
@@ -69,6 +70,8 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     if documents is not None:
         documents.append(module)
+    if others.get("s_aux") is not None:  # sinks
+        q, k = F.pad(q, (0, SINK_COLUMNS)), F.pad(k, (0, SINK_COLUMNS))
     width = v.shape[-1]
     v = F.pad(v, (0, q.shape[-1] - width)) if width < q.shape[-1] else v  # as in attention.py
     out: torch.Tensor = _Attention.apply(q, k, v)  # type: ignore[no-untyped-call]
