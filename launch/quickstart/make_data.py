@@ -2,66 +2,41 @@
 
 import json
 import random
-import re
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
+from bakery_orders import orders
 
 from pipeline.files import write_text
 
 SEED, NUM_TRAIN, NUM_HELDOUT = 7, 400, 60
-FACTS = ("item", "quantity", "size", "day", "time", "delivery")  # the answer's keys, in order
 
 
-def make_data(folder: Path) -> None:
-    """Write train.jsonl and heldout.jsonl, which have no pair of item and quantity in common."""
-    bank = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text("utf-8"))
-    train = list(islice(orders(bank, rng := random.Random(SEED)), NUM_TRAIN))
-    seen = {(facts["item"], facts["quantity"]) for _, facts in train}
-    bank["frame"] += 6 * bank["held_out_frame"]  # for about half of the held-out rows
-    unseen = (row for row in orders(bank, rng) if (row[1]["item"], row[1]["quantity"]) not in seen)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in {"train": train, "heldout": islice(unseen, NUM_HELDOUT)}.items():
-        path, lines = folder / f"{name}.jsonl", ""
-        for text, facts in rows:
-            contents = ("Order to JSON", text, json.dumps(facts, separators=(",", ":")))
-            turns = zip(("system", "user", "assistant"), contents, strict=True)
-            chat = [{"role": role, "content": content} for role, content in turns]
-            lines += json.dumps({"messages": chat}) + "\n"
-        if not path.exists() or path.read_text("utf-8") != lines:
-            write_text(path, lines)
+def make_data(
+    folder: Path, heldout_seed: int | None = None, num_heldout: int = NUM_HELDOUT
+) -> None:
+    """Write train.jsonl and heldout.jsonl, which have no pair of item and quantity in common.
 
-
-def orders(bank: dict[str, Any], rng: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield messages with their facts, endlessly. Each slot of a message gets a random phrase."""
-    choices = bank | {key: [(k, p) for k in bank[key] for p in bank[key][k]] for key in FACTS}
-    choices |= {slot: bank[slot] + 3 * len(bank[slot]) * [""] for slot in ("hello", "bye")}
-    draws = {slot: shuffled(values, rng) for slot, values in choices.items()}
-    while True:
-        phrase = {slot: next(draw) for slot, draw in draws.items()}
-        facts = {key: phrase[key][0] for key in FACTS}
-        phrase |= {key: phrase[key][1] for key in FACTS}
-        phrase |= {"digits": facts["quantity"], "item": phrase["item"][facts["quantity"] > 1]}
-        phrase["number"] = phrase["nth"][:-2]
-        phrase["order"] = phrase["sized_order" if facts["size"] else "order"].format(**phrase)
-        phrase["day"], facts["day"] = (
-            phrase["day"].format(**phrase),
-            facts["day"].format(**phrase).lower(),
-        )
-        phrase["bare_day"] = phrase["day"].removeprefix("on ")
-        facts |= {k: v for k, v in bank["unmentioned"].items() if f"{k}}}" not in phrase["frame"]}
-        text = f"{phrase['hello']} {phrase['frame'].format(**phrase)} {phrase['bye']}".strip()
-        text = re.sub(r"(^|[.?!] )[a-z]", lambda start: start[0].upper(), text)
-        yield (text.lower().rstrip(".") if phrase["is_lower"] else text), facts
-
-
-def shuffled(values: list[Any], rng: random.Random) -> Iterator[Any]:
-    """Yield all values in random order, then again in another random order, endlessly.
-
-    Of `rng` only random() is used, because its results are the same in every version of Python.
+    `heldout_seed`: of other held-out rows; the training rows are always the same.
     """
-    while True:
-        yield from sorted(values, key=lambda _: rng.random())
+    train = list(islice(orders(rng := random.Random(SEED), is_heldout=False), NUM_TRAIN))
+    seen = {(facts["item"], facts["quantity"]) for _, facts in train}
+    rng = rng if heldout_seed is None else random.Random(heldout_seed)
+    rows = orders(rng, is_heldout=True)
+    unseen = (row for row in rows if (row[1]["item"], row[1]["quantity"]) not in seen)
+    write_rows(folder / "train.jsonl", train)
+    write_rows(folder / "heldout.jsonl", list(islice(unseen, num_heldout)))
+
+
+def write_rows(path: Path, rows: list[tuple[str, dict[str, Any]]]) -> None:
+    """Write messages with their facts as conversations, unless the file has them already."""
+    lines = ""
+    for text, facts in rows:
+        contents = ("Order to JSON", text, json.dumps(facts, separators=(",", ":")))
+        turns = zip(("system", "user", "assistant"), contents, strict=True)
+        chat = [{"role": role, "content": content} for role, content in turns]
+        lines += json.dumps({"messages": chat}) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text("utf-8") != lines:
+        write_text(path, lines)

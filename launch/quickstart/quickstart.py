@@ -4,17 +4,20 @@ A command is skipped if its output is newer than its input, so a second `make qu
 nothing.
 """
 
-import json
 import os
 import subprocess
 import sys
+import time
+import webbrowser
 from pathlib import Path
 
 from download_model import download_model
 from make_data import make_data
+from summary import print_summary
 
 from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.exits import run_main
+from pipeline.cluster.progress import duration
 
 FOLDER, RUN_FILE = Path("quickstart"), "launch/runs/quickstart.yaml"
 RUN = FOLDER / "run"
@@ -31,29 +34,24 @@ def run(command: str, source: Path, output: Path) -> None:
         sys.exit(f"the command ended with exit code {code}")
 
 
-def print_summary() -> None:
-    scored = json.loads((RUN / "score.json").read_text(encoding="utf-8"))
-    for answer in scored["answers"][:3]:
-        print(f"\n  order    {answer['prompt']}")
-        print(f"  before   {answer['base'].strip()[:150]!r}")
-        print(f"  after    {answer['adapter'].strip()}")
-    print(f"\nThree of {scored['rows']} held-out orders; {'model':<10} held-out loss  exact match")
-    for name, result in scored["models"].items():
-        print(f"{'':<30}{name:<10} {result['loss']:>13.4f} {100 * result['exact_match']:>10.1f} %")
-    for label, name in (("adapter", "adapter"), ("merged", "merged"), ("report", "report.html")):
-        print(f"{label:<8} {RUN / name}")
-
-
 def main() -> None:
+    hardware = detect_hardware()
+    if hardware.kind == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed warns that there is no GPU
     download_model(FOLDER / "smollm2-135m-instruct")
+    start = time.monotonic()
     make_data(FOLDER)
-    ranks = "--num_accelerators 2 " if detect_hardware().kind == "cpu" else ""
+    ranks = 2 if hardware.kind == "cpu" else min(2, hardware.devices_per_node)
+    train = f"deepspeed --quiet --num_accelerators {ranks} launch/train.py {RUN_FILE}"
     trained, merged = RUN / "adapter/README.md", RUN / "merged/config.json"
-    run(f"deepspeed --quiet {ranks}launch/train.py {RUN_FILE}", FOLDER / "train.jsonl", trained)
+    run(train, FOLDER / "train.jsonl", trained)
     run(f"python launch/merge.py {RUN}", trained, merged)
     run(f"python launch/score.py {RUN}", merged, RUN / "score.json")
     run(f"python launch/report.py {RUN}", RUN / "score.json", RUN / "report.html")
-    print_summary()
+    print_summary(RUN, RUN_FILE)
+    print(f"Time without the download: {duration(time.monotonic() - start)}")
+    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        webbrowser.open((RUN / "report.html").resolve().as_uri())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pipeline.cli.arguments import Parser, count, run_settings
 from pipeline.cluster.devices import detect_hardware, set_environment
 from pipeline.cluster.exits import run_main
 from pipeline.cluster.placement import Placement
+from pipeline.cluster.progress import show_progress
 from pipeline.files import dump_json, write_text
 
 
@@ -28,7 +29,8 @@ def score() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     set_environment(Placement(), detect_hardware())
-    from pipeline.evaluate.score import score_run  # imports torch
+    with show_progress("importing PyTorch"):
+        from pipeline.evaluate.score import score_run
 
     scores = score_run(args.run_folder, settings, args.rows)
     write_text(args.run_folder / "score.json", dump_json(scores))

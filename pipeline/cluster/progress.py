@@ -1,8 +1,8 @@
 """Progress of work that takes longer than a few seconds, shown by rank 0.
 
 In a terminal it is a bar (or a spinner, if the amount of work is unknown) that disappears when the
-work is done. Elsewhere it is log lines: one when the work has lasted two seconds, and then one at
-most every ten seconds.
+work is done. Elsewhere it is log lines: one when the work has lasted two seconds, and then one
+every five seconds, also while the work does not advance.
 """
 
 import logging
@@ -29,7 +29,7 @@ from pipeline.cluster.logs import current_rank
 logger = logging.getLogger(__name__)
 
 _QUIET_S = 2.0  # shorter work is not reported
-_LINE_INTERVAL_S = 10.0
+_LINE_INTERVAL_S = 5.0
 _LEAST_SHARE = 0.05  # of the work, for an estimate of the time left
 
 
@@ -39,41 +39,42 @@ class Work:
     def __init__(self, text: str, total: int | None, *, in_bytes: bool = False) -> None:
         self.done = 0
         self._text, self._total, self._in_bytes = text, total, in_bytes
-        self._is_logged = False
-        self._start = self._last_line = time.monotonic()
+        self._start = time.monotonic()
 
     def advance(self, amount: int = 1) -> None:
         """Count finished work, in the units of `total`."""
         self.done += amount
-        now = time.monotonic()
-        if self._is_logged and now - self._last_line >= _LINE_INTERVAL_S:
-            self._last_line = now
-            logger.info("%s", self._line(now))
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Show the work while the body runs."""
-        timer = threading.Timer(_QUIET_S, self._log_start)
-        timer.daemon = True
-        timer.start()
+        is_over = threading.Event()
+        thread = threading.Thread(target=self._log_lines, args=(is_over,), daemon=True)
+        thread.start()
         try:
             yield
         finally:
-            timer.cancel()
+            is_over.set()
+            thread.join()
 
-    def _log_start(self) -> None:
-        self._is_logged = True
-        logger.info("%s ...", self._text)
-
-    def _line(self, now: float) -> str:
+    def as_line(self) -> str:
+        """One log line: the work, and how far it is."""
+        seconds = max(time.monotonic() - self._start, 1e-3)
         if not self._total or not self.done:
-            return f"{self._text}: {self.done:,}"
-        seconds = max(now - self._start, 1e-3)
+            count = f"{self.done:,}, " if self.done else ""
+            return f"{self._text}: {count}{duration(seconds)} elapsed"
         left = seconds * (self._total - self.done) / self.done
         rate = f"{self.done / seconds / 1e6:,.0f} MB/s, " if self._in_bytes else ""
         share = self.done / self._total
         end = f", {rate}{duration(left)} left" if share >= _LEAST_SHARE else ""
         return f"{self._text}: {100 * share:.0f} %{end}"
+
+    def _log_lines(self, is_over: threading.Event) -> None:
+        if is_over.wait(_QUIET_S):
+            return
+        logger.info("%s ...", self._text)
+        while not is_over.wait(_LINE_INTERVAL_S):
+            logger.info("%s", self.as_line())
 
 
 class _TerminalWork(Work):

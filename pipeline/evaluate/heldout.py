@@ -1,7 +1,9 @@
 """Held-out loss: the mean over supervised tokens; each rank computes a part of the sequences."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
+from pipeline.cluster.progress import Work, show_progress
 from pipeline.cluster.session import Session
 from pipeline.data.dataset.reader import Split
 from pipeline.data.order.batches import Batch, batches_of
@@ -9,14 +11,25 @@ from pipeline.data.order.order import evaluation_work
 
 
 def held_out_loss(
-    summed_loss: Callable[[Batch], float], split: Split, session: Session, micro_batch_size: int
+    summed_loss: Callable[[Batch], float],
+    split: Split,
+    session: Session,
+    micro_batch_size: int,
+    show: Callable[[str, int], AbstractContextManager[Work]] = show_progress,
 ) -> float:
-    """Mean loss over the supervised tokens of a split. Collective: all ranks must call it."""
+    """Mean loss over the supervised tokens of a split. Collective: all ranks must call it.
+
+    `show`: shows the progress.
+    """
     work = evaluation_work(
         split.sequences,
         world_size=session.placement.world_size,
         micro_batch_size=micro_batch_size,
     )
     micro_batches = work[session.placement.rank]
-    total = sum(summed_loss(batch) for batch, _ in batches_of(split, micro_batches))
+    total = 0.0
+    with show("measuring the held-out loss", len(micro_batches)) as progress:
+        for batch, _ in batches_of(split, micro_batches):
+            total += summed_loss(batch)
+            progress.advance()
     return session.sum_over_ranks([total])[0] / split.sequences.supervised_tokens

@@ -195,5 +195,4 @@ def _loss(model: Any, split: Split, session: Session) -> float:
         moved = batch.to(session.device)
         return float(summed(moved.input_ids, moved.labels, moved.documents))
 
-    with show_progress("measuring the held-out loss"):
-        return held_out_loss(loss_of, split, session, _SEQUENCES)
+    return held_out_loss(loss_of, split, session, _SEQUENCES)

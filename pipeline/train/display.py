@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from itertools import pairwise
 from types import TracebackType
@@ -13,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cluster.progress import duration, terminal
+from pipeline.cluster.progress import Work, duration, show_progress, terminal
 from pipeline.plan.given.hardware import GIB
 from pipeline.plan.plan import Plan
 
@@ -60,6 +62,17 @@ class ProgressDisplay:
         if self._is_shown and self._live is None and is_due:
             logger.info("%s", self._view.as_line())
 
+    @contextmanager
+    def show_work(self, text: str, total: int) -> Iterator[Work]:
+        """Show that the body is at work between two steps, and how far it is."""
+        if self._live is None:
+            with show_progress(text, total) as work:
+                yield work
+        else:
+            self._view.work = Work(text, total)
+            yield self._view.work
+            self._view.work = None
+
     def show_evaluation(self, step: int, loss: float, seconds: float) -> None:
         """Show a held-out loss."""
         self._view.held_out = (step, loss)
@@ -74,6 +87,7 @@ class TrainingView:
 
     def __init__(self, total_steps: int, done: int, predicted_speed: float) -> None:
         self.held_out: tuple[int, float] | None = None  # step and loss
+        self.work: Work | None = None  # between two steps
         self._total = total_steps
         self._predicted_speed = predicted_speed
         self._first, self._start = done, time.monotonic()
@@ -134,6 +148,8 @@ class TrainingView:
         rows.append(("checkpoint", saved))
         if self.held_out is not None:
             rows.append(("held-out", f"loss {self.held_out[1]:.4f} at step {self.held_out[0]}"))
+        if self.work is not None:
+            rows.append(("now", self.work.as_line()))
         return rows
 
     def _elapsed(self) -> float:

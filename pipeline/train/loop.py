@@ -203,7 +203,9 @@ def _evaluate(run: TrainingState) -> None:
         return run.engine.evaluate(batch)
 
     watch, micro_batch_size = Stopwatch(), run.plan.layout.micro_batch_size
-    loss = held_out_loss(summed_loss, run.eval_split, run.session, micro_batch_size)
+    loss = held_out_loss(
+        summed_loss, run.eval_split, run.session, micro_batch_size, run.display.show_work
+    )
     progress.is_evaluation_due = False
     run.display.show_evaluation(progress.step, loss, watch.lap())
     if run.metrics is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.cluster.devices import place_rank
 from pipeline.cluster.launcher import watch_launchers
+from pipeline.cluster.progress import show_progress
 from pipeline.cluster.session import Session
 from pipeline.cluster.stop import StopRequests, end_at_interrupt
 from pipeline.cluster.watchdog import Watchdog
@@ -68,10 +69,11 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         index = DataIndex.from_json(session.rank_zero_first(folder.prepare), folder.path / "data")
         folder.use_data(index)
 
-        session.start()
-        from pipeline.train.assemble import assemble  # imports torch
-        from pipeline.train.finish import finish
-        from pipeline.train.loop import training_loop
+        with show_progress("importing PyTorch and DeepSpeed"):
+            session.start()
+            from pipeline.train.assemble import assemble
+            from pipeline.train.finish import finish
+            from pipeline.train.loop import training_loop
 
         state = assemble(context, folder, index)
         if session.is_rank_zero:

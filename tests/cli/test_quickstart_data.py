@@ -1,29 +1,20 @@
 """The quickstart data are reproducible and varied, and no held-out row is in the training set."""
 
-import importlib.util
 import json
 
 import pytest
 
-from tests import ROOT
+from tests.bench.quickstart_data import make_data
 
 pytestmark = pytest.mark.unit
 
-SCRIPT = ROOT / "launch/quickstart/make_data.py"
 KEYS = ["item", "quantity", "size", "day", "time", "delivery"]
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("quickstart_make_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
-    load_script().make_data(folder)
+    make_data(folder)
     return folder
 
 
@@ -42,13 +33,22 @@ def rows(folder):
 
 
 def test_data_is_reproducible_and_an_unchanged_file_is_not_rewritten(folder, tmp_path):
-    load_script().make_data(tmp_path)
+    make_data(tmp_path)
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["heldout.jsonl", "train.jsonl"]
     assert all((folder / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in names}
-    load_script().make_data(tmp_path)
+    make_data(tmp_path)
     assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in names}
+
+
+def test_another_seed_gives_other_held_out_rows_and_the_same_training_rows(folder, tmp_path):
+    make_data(tmp_path, heldout_seed=8, num_heldout=300)
+    assert (tmp_path / "train.jsonl").read_bytes() == (folder / "train.jsonl").read_bytes()
+    ours = set((folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines())
+    fresh = (tmp_path / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(set(fresh)) == 300
+    assert not ours & set(fresh)
 
 
 def test_there_are_enough_rows_and_all_messages_differ(rows):

@@ -1,6 +1,7 @@
 """Progress of long work: log lines outside a terminal, on rank 0 only."""
 
 import logging
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -23,20 +24,25 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Clock]:
+    """A clock that the test sets; log lines have intervals of a millisecond in real time."""
     caplog.set_level(logging.INFO, logger="pipeline")
     clock = Clock()
     monkeypatch.setattr(progress, "time", clock)
     monkeypatch.setattr(progress, "_QUIET_S", 0.0)
+    monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0.001)
     return clock
 
 
-def wait_for_message(caplog: pytest.LogCaptureFixture) -> None:
-    """Wait for the thread that announces the work."""
+def wait_for_message(caplog: pytest.LogCaptureFixture, text: str) -> str:
+    """The first message of the thread that logs the progress which has this text."""
     import time
 
     deadline = time.monotonic() + 10
-    while not caplog.messages and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        if found := [message for message in caplog.messages if text in message]:
+            return found[0]
         time.sleep(0.001)
+    raise AssertionError(f"no message has {text}: {caplog.messages}")
 
 
 def test_short_work_is_silent(caplog: pytest.LogCaptureFixture) -> None:
@@ -46,16 +52,34 @@ def test_short_work_is_silent(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.messages
 
 
-def test_long_work_is_announced_and_then_reported_every_ten_seconds(
+def test_long_work_is_announced_and_then_reported_again_and_again(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     with show_progress("hashing", total=100) as work:
-        wait_for_message(caplog)
-        for clock.now in (4.0, 9.0, 12.0, 15.0, 21.0, 24.0):
-            work.advance(10)
-    assert len(caplog.messages) == 3
-    assert_mentions(caplog.messages[0], "hashing")
-    assert_mentions(caplog.messages[1], "hashing", "30 %", "0:00:28")
+        wait_for_message(caplog, "hashing")
+        work.advance(30)
+        clock.now = 12.0
+        assert_mentions(wait_for_message(caplog, "0:00:28"), "hashing", "30 %")
+        work.advance(30)
+        assert_mentions(wait_for_message(caplog, "0:00:08"), "hashing", "60 %")
+
+
+def test_work_of_unknown_length_shows_its_time_even_if_it_does_not_advance(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with show_progress("loading"):
+        clock.now = 65.0
+        assert_mentions(wait_for_message(caplog, "0:01:05"), "loading")
+
+
+def test_no_line_follows_the_end_of_the_work(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with show_progress("loading"):
+        wait_for_message(caplog, "elapsed")
+    count = len(caplog.messages)
+    threading.Event().wait(0.05)
+    assert len(caplog.messages) == count
 
 
 def test_other_ranks_are_silent(
@@ -63,8 +87,8 @@ def test_other_ranks_are_silent(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     with show_progress("hashing", total=100) as work:
-        for clock.now in (20.0, 40.0):
-            work.advance(10)
+        work.advance(20)
+        threading.Event().wait(0.05)
     assert (work.done, caplog.messages) == (20, [])
 
 
@@ -79,7 +103,6 @@ def test_work_in_bytes_shows_its_rate_and_the_time_left(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     with show_progress("copying", total=80_000_000, in_bytes=True) as work:
-        wait_for_message(caplog)
-        clock.now = 20.0
         work.advance(20_000_000)
-    assert_mentions(caplog.messages[1], "copying", "25 %", "1 MB/s", "0:01:00")
+        clock.now = 20.0
+        assert_mentions(wait_for_message(caplog, "1 MB/s"), "copying", "25 %", "0:01:00")

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from pipeline.cluster.progress import Work
 from pipeline.train.display import TrainingView, curve
 from tests.messages import assert_mentions
 
@@ -49,6 +50,16 @@ def test_a_view_without_a_step_or_memory_is_shown() -> None:
     assert_mentions(shown(view, 80), "0/5")
     view.add_step(line(1, math.nan, peak=None), saved_step=None)
     assert_mentions(shown(view, 80), "1/5", "nan", "none yet")
+
+
+def test_work_between_two_steps_is_shown_while_it_lasts() -> None:
+    view = TrainingView(5, 0, 10.0)
+    view.add_step(line(1, 1.0), saved_step=None)
+    view.work = Work("measuring", 4)
+    view.work.advance()
+    assert_mentions(shown(view, 80), "measuring", "25 %")
+    view.work = None
+    assert "measuring" not in shown(view, 80)
 
 
 def test_the_curve_rises_and_falls_with_the_values() -> None:

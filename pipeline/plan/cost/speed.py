@@ -19,9 +19,9 @@ from pipeline.plan.given.shape import ModelShape
 _MATRIX_SHARE = 0.7
 _BANDWIDTH_SHARE = 0.8
 _LINK_SHARE = 0.7
-# fp32 rate relative to 16 bits: 19.5 of 312 TFLOPS (A100 data sheet); a third on a CPU
-# (docs/benchmarks.md: 89 against 267 tokens/s).
-_FLOAT32_SHARE = {"cuda": 1 / 16, "cpu": 1 / 3}
+# fp32 rate relative to 16 bits: 19.5 of 312 TFLOPS (A100 data sheet). On a CPU between 0.3 and 2.0
+# (docs/benchmarks.md: 89 and 267 tokens/s, 204 and 100 on another machine).
+_FLOAT32_SHARE = {"cuda": 1 / 16, "cpu": 1.0}
 # Attention's backward relative to its forward: five matrix products instead of two, because the
 # scores are recomputed (FlashAttention-2, arXiv 2307.08691 s.4.1).
 _SCORES_BACKWARD = 2.5
