@@ -1,4 +1,4 @@
-"""AdapterKeys: settings of LoRA variants, such as rsLoRA and DoRA, and of single layers.
+"""AdapterKeys: settings of LoRA variants, such as rsLoRA and DoRA, and exceptions for some layers.
 
 A run resumes only from a checkpoint with the same values of these settings. The adapter's README.md
 lists the settings that differ from their defaults.

@@ -1,8 +1,9 @@
 """Convert the configuration of another training program to the text of a run file.
 
-Options with the meaning of a setting are found by the trait `peers`, values by the table VALUES of
-peers.py, and the reason why an option is not needed by its table ADVICE. Options whose value has
-another form here have a function in peer_options.py.
+Three tables convert an option. OPTIONS in peer_options.py has a function for each option whose
+value has another form in a run file. The trait `peers` of a setting lists its names in other
+programs. VALUES in peers.py lists other spellings of a setting's values. An option that is in none
+of these tables is listed in a comment of the run file; ADVICE in peers.py has the reasons.
 """
 
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ _DEFAULTS: Mapping[Program, Mapping[str, Any]] = {
     "torchtune": {"packing": False},
     "TRL": _TRANSFORMERS | {"lr": 2e-5, "lora_r": 16, "lora_alpha": 32, "packing": False},
 }  # fmt: skip
-# Remarks on settings for which a configuration relies on the default of its program.
+# Setting -> remark for a configuration that leaves the setting at its program's default.
 _REMARKS: Mapping[Program, Mapping[str, str]] = {
     "ms-swift": {"max_length": "ms-swift's default is the longest sequence that the model takes"},
     "torchtune": {"max_length": "torchtune's default is the longest document"},
@@ -46,10 +47,11 @@ _REMARKS: Mapping[Program, Mapping[str, str]] = {
         "lora_target_modules": "TRL's default is peft's choice, for most models q_proj and v_proj",
     },
 }
+# The program's default of a setting is not written if the configuration sets the other one instead.
 _INSTEAD = {"warmup_ratio": "warmup_steps", "epochs": "max_steps"}
 _REQUIRED = ("model", "train_data", "output_dir")
 _NO_COUNTERPART = "no counterpart"
-_NO_LENGTH = 10**9  # longer than any line
+_NO_WRAPPING = 10**9  # line width for PyYAML, so that no value is broken into lines
 
 
 @dataclass
@@ -59,7 +61,7 @@ class _Draft:
     values: dict[str, Any] = field(default_factory=dict)
     comments: dict[str, str] = field(default_factory=dict)
     origins: dict[str, tuple[str, Any]] = field(default_factory=dict)  # setting -> option, value
-    left_out: list[tuple[str, Any, str]] = field(default_factory=list)
+    left_out: list[tuple[str, Any, str]] = field(default_factory=list)  # option, value, reason
 
     def drop(self, setting: str, reason: str) -> None:
         """Remove a setting; its option is listed with the reason."""
@@ -68,7 +70,7 @@ class _Draft:
             self.left_out.append((*self.origins.get(setting, (setting, value)), reason))
 
     def add(self, option: str, value: Any, outcome: Outcome) -> None:
-        """Add the outcome of one option; the first option that gives a setting applies."""
+        """Add the settings of one option; a setting that an earlier option gave is not changed."""
         if not outcome.settings:
             self.left_out.append((option, value, outcome.note or _NO_COUNTERPART))
         for setting, converted in outcome.settings.items():
@@ -84,10 +86,9 @@ class _Draft:
 
 
 def run_file_text(config: PeerConfig, gpus: int) -> str:
-    """The text of a run file for the same training.
+    """The text of a run file that trains as the configuration of the other program does.
 
-    `gpus`: number of GPUs on which the configuration was used.
-
+    `gpus`: number of GPUs that the configuration is written for; it determines the global batch.
     Raises UserError if the configuration is not of a supervised fine-tuning run.
     """
     draft = _Draft()
@@ -99,7 +100,7 @@ def run_file_text(config: PeerConfig, gpus: int) -> str:
             f"{config.path}: no option of a training run, such as a model, data or learning_rate"
         )
     _set_batches(draft, config, gpus)
-    _resolve_limits(draft)
+    _resolve_conflicts(draft)
     for setting, value in _DEFAULTS[config.program].items():
         if not {setting, _INSTEAD.get(setting)} & draft.values.keys():
             draft.values[setting] = value
@@ -130,7 +131,7 @@ def _outcome(option: str, value: Any, config: PeerConfig) -> Outcome:
 
 
 def _set_batches(draft: _Draft, config: PeerConfig, gpus: int) -> None:
-    """Replace the sizes for one GPU by the global batch size, which fits any number of GPUs."""
+    """Replace batch size and accumulation by `global_batch_size`, which holds for any GPU count."""
     sizes = ("batch_size", "gradient_accumulation_steps")
     given = {key: draft.values.pop(key, None) for key in sizes}
     if "global_batch_size" in draft.values:
@@ -142,10 +143,14 @@ def _set_batches(draft: _Draft, config: PeerConfig, gpus: int) -> None:
     )
 
 
-def _resolve_limits(draft: _Draft) -> None:
-    """Of two options that exclude each other here, keep the one that transformers would use."""
+def _resolve_conflicts(draft: _Draft) -> None:
+    """Remove settings that cannot be combined with others of the draft.
+
+    If both of a pair are set, such as `max_steps` and `epochs`, the one stays that transformers
+    would follow.
+    """
     if draft.values.get("warmup_steps") == 0:
-        draft.drop("warmup_steps", "no warm-up, or warmup_ratio")
+        draft.drop("warmup_steps", "0 steps: warmup_ratio applies")
         draft.values.setdefault("warmup_ratio", 0)
     for kept, dropped in (
         ("warmup_steps", "warmup_ratio"),
@@ -215,6 +220,6 @@ def _short(option: str, value: Any) -> str:
 
 def _yaml(value: Any, *, is_flow: bool = False) -> str:
     text: str = yaml.safe_dump(
-        value, default_flow_style=is_flow, sort_keys=False, allow_unicode=True, width=_NO_LENGTH
+        value, default_flow_style=is_flow, sort_keys=False, allow_unicode=True, width=_NO_WRAPPING
     )
     return text.strip()

@@ -1,4 +1,4 @@
-"""Frequency: how often a run evaluates or saves, from the settings of either."""
+"""Frequency: how often a run measures the held-out loss, or writes a checkpoint."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +20,10 @@ class Frequency:
 
 
 def frequency(strategy: Strategy, steps: int | None, per_epoch: int | None) -> Frequency | None:
-    """The Frequency for a strategy and the settings `*_steps` and `*_per_epoch`; None for `no`."""
+    """The Frequency of evaluations or checkpoints; None if the strategy is `no`.
+
+    `steps` and `per_epoch` are the values of, for example, `save_steps` and `saves_per_epoch`.
+    """
     if strategy == "steps":
         return Frequency(1, steps)
     return Frequency(per_epoch or 1) if strategy == "epoch" else None

@@ -1,6 +1,7 @@
 """Read the configuration of another training program as one flat mapping of options.
 
-Supported are YAML and JSON files, and shell scripts whose longest command has the options.
+Supported are YAML files, JSON files and shell scripts. Of a script, the command with the most
+options is read.
 """
 
 import re
@@ -16,7 +17,8 @@ from pipeline.errors import UserError
 
 Program = Literal["axolotl", "LLaMA-Factory", "ms-swift", "torchtune", "TRL"]
 
-# Options that only one program has. TRL has those of transformers, which others have as well.
+# Options that only this program has. TRL is not listed: all of its options exist in other programs
+# too, so TRL is what remains if no other program matches.
 _TYPICAL_OPTIONS: Mapping[Program, frozenset[str]] = {
     "axolotl": frozenset({"base_model", "sequence_len", "micro_batch_size", "val_set_size"}),
     "LLaMA-Factory": frozenset({"finetuning_type", "cutoff_len", "dataset_dir", "stage"}),
@@ -69,7 +71,7 @@ class PeerConfig:
 def read_peer_config(path: Path) -> PeerConfig:
     """Read a configuration and detect its program. Raises UserError if it has no options."""
     if path.suffix in (".sh", ".bash", ".sbatch", ".slurm"):
-        command = _longest_command(path)
+        command = _training_command(path)
         options = _command_options(command, path)
         is_swift = any(Path(word).name in ("swift", "sft.py") for word in command[:2])
         is_swift = is_swift and "swift" in " ".join(command[:2])
@@ -87,7 +89,11 @@ def read_peer_config(path: Path) -> PeerConfig:
 
 
 def _flat_torchtune_options(nested: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a torchtune file under flat names; options without one keep a dotted name."""
+    """Options of a torchtune file under flat names such as `lora_rank`.
+
+    An option of `dataset` without a flat name keeps its dotted name. Nested options of other
+    sections are ignored if they have no flat name.
+    """
     options: dict[str, Any] = {}
     for name, value in nested.items():
         if name in ("dataset", "datasets"):
@@ -122,8 +128,8 @@ def _torchtune_sources(value: Any) -> list[dict[str, Any]]:
     return sources
 
 
-def _longest_command(path: Path) -> list[str]:
-    """The words of the command of a shell script that has the most options."""
+def _training_command(path: Path) -> list[str]:
+    """The words of a shell script's training command: the command with the most options."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -133,7 +139,7 @@ def _longest_command(path: Path) -> list[str]:
     for line in re.sub(r"\\\r?\n", " ", text).splitlines():
         try:
             words = shlex.split(line, comments=True)
-        except ValueError:  # an open quote: not the command that is looked for
+        except ValueError:  # an open quote: not a training command
             continue
         words = [_VARIABLE.sub(lambda match: variables.get(match[1], match[0]), w) for w in words]
         if len(words) == 1 and (assignment := _ASSIGNMENT.match(words[0])):
@@ -150,7 +156,7 @@ def _option_count(command: list[str]) -> int:
 
 
 def _command_options(command: list[str], path: Path) -> dict[str, Any]:
-    """Options of a command; one that is followed by several words has a list as its value."""
+    """Options of a command: one value, a list of values, or True if no value follows the name."""
     words: dict[str, list[str]] = {}
     name = ""
     for word in command:

@@ -12,7 +12,10 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Outcome:
-    """Settings that an option gives; `note`: a comment on them, or why there are none."""
+    """Settings to which an option is converted.
+
+    `note`: a comment on these settings, or the reason why there are none.
+    """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
@@ -28,7 +31,7 @@ _IS_DETECTED = "the format of each row is detected"
 
 
 def micro_batches(given: Mapping[str, Any], program: Program, gpus: int) -> tuple[int, int]:
-    """Micro-batch size and accumulation steps, with the program's defaults where not given."""
+    """Micro-batch size and accumulation steps; the program's default for each that is not given."""
     micro, steps = given["batch_size"], given["gradient_accumulation_steps"]
     if not isinstance(micro, int):
         micro = 8 if program in ("TRL", "LLaMA-Factory") else 1
@@ -102,7 +105,7 @@ def _targets(value: Any, config: PeerConfig) -> Outcome:
     names = value.split(",") if isinstance(value, str) and "," in value else value
     if isinstance(names, str):
         if names.replace("_", "-") in ("all", "all-linear", "auto"):
-            return Outcome({"lora_target_modules": "auto"}, "all linear layers but routers")
+            return Outcome({"lora_target_modules": "auto"}, "all linear layers except routers")
         is_pattern = bool(set(names) & set("*|()[\\^$"))
         return Outcome({"lora_target_modules": names if is_pattern else [names]})
     if not isinstance(names, list):
@@ -113,7 +116,7 @@ def _targets(value: Any, config: PeerConfig) -> Outcome:
     if config.options.get("apply_lora_to_output"):
         modules.append("lm_head")
     if any(name.replace("_", "-") == "all-linear" for name in modules):
-        return Outcome({"lora_target_modules": "auto"}, "all linear layers but routers")
+        return Outcome({"lora_target_modules": "auto"}, "all linear layers except routers")
     return Outcome({"lora_target_modules": modules})
 
 

@@ -341,8 +341,9 @@ VALUES: Mapping[str, Mapping[str, str]] = {
 def value_advice(setting: str, value: Any, *, is_valid: bool = False) -> str | None:
     """Advice for a value that other programs use for this setting; None if there is none.
 
-    `is_valid`: the setting accepts the value, so that only a literal entry of the table applies, no
-    pattern. For example, `all` is a valid regular expression for `lora_target_modules`.
+    `is_valid`: whether the setting accepts the value. An accepted value gets advice only if the
+    table has exactly this text; patterns are not tried. For example, `lora_target_modules: all` is
+    accepted, because `all` is a valid regular expression, but it gets advice.
     """
     if not isinstance(value, str | int | float):
         return None

@@ -405,8 +405,8 @@ class RunKeys(BaseModel):
     )
     tracker_uploads: list[Literal["adapter", "answers"]] = Field(
         default_factory=list,
-        description="What the trackers get besides figures: the `adapter`'s files, and the "
-        "`answers` to held-out rows that launch/score.py generated.",
+        description="Files that the trackers get in addition to the metrics: the `adapter`, and "
+        "the `answers` to held-out rows that launch/score.py generated.",
         json_schema_extra=traits(change="run"),
     )
     time_limit: str | None = Field(

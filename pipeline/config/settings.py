@@ -23,7 +23,7 @@ from pipeline.config.run_keys import RunKeys
 from pipeline.config.traits import Change, traits
 
 _TIME = re.compile("[0-9]{1,6}:[0-9]{1,6}:[0-9]{1,6}")
-# Key -> the key that is set to null if the run file has the first one.
+# Key -> key whose default does not apply if the run file has the first one: it becomes null.
 _REPLACES = {
     "warmup_steps": "warmup_ratio",
     "evals_per_epoch": "eval_steps",

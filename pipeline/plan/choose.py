@@ -83,7 +83,7 @@ def training_dtype(settings: RunSettings, hardware: Hardware) -> tuple[str, str]
 
 
 def micro_batches(settings: RunSettings, world_size: int) -> list[tuple[int, int]]:
-    """Every (micro-batch size, accumulation steps) allowed, the largest micro-batch first.
+    """Every allowed pair of micro-batch size and accumulation steps, largest micro-batch first.
 
     Raises UserError if the batch keys contradict each other or the number of ranks.
     """

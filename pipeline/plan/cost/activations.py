@@ -119,7 +119,8 @@ def activations(
     return Activations(
         boundary=boundary,
         blocks=tuple(blocks),
-        # RMSNorm in fp32 has five tensors of the hidden width at once; LayerNorm is one kernel
+        # RMSNorm has five fp32 tensors of the hidden width at once, which are 20 bytes per value;
+        # LayerNorm is one kernel.
         final_working=count * h * (b + (20 if is_rms else b)),
         logits=_loss_bytes(shape, settings, layout, supervised, is_cuda=is_cuda),
     )
@@ -173,7 +174,7 @@ def _saved_per_token(kind: _BlockKind) -> int:
 def _expert_inputs(block: Block) -> int:
     """Values per token that the projections of experts read.
 
-    The number was counted on the model's class; if not, the experts are taken to be gated MLPs.
+    If the shape has no number counted on the model's class, the experts are taken to be gated MLPs.
     """
     if block.saved_for_expert_adapters is not None:
         return block.saved_for_expert_adapters
@@ -181,7 +182,7 @@ def _expert_inputs(block: Block) -> int:
 
 
 def _adapted_expert_bytes(kind: _BlockKind) -> int:
-    """Bytes of the sums of expert weights and adapter that autograd saves in a block.
+    """Bytes of the adapted expert weights (weight + B A) that autograd saves in a block.
 
     peft 0.21.2 adds the adapter to each fused tensor in every forward pass (tuners/lora/layer.py
     _LoraFactorsProxy), and the matrix products of the experts save the sum.
@@ -192,8 +193,8 @@ def _adapted_expert_bytes(kind: _BlockKind) -> int:
 def _saved_weight_bytes(kind: _BlockKind) -> int:
     """Bytes of dequantised weights that a block saves; they do not depend on the tokens.
 
-    With dropout, DoRA multiplies its own input by the base weight, and autograd keeps the copy of
-    the weight that was dequantised for this product (measured).
+    With dropout, peft's DoRA multiplies the input after dropout by the base weight once more. For
+    this product it dequantises the weight, and autograd saves the dequantised copy (measured).
     """
     settings = kind.settings
     if not (settings.use_dora and settings.is_quantised and settings.lora_dropout > 0):
@@ -216,8 +217,9 @@ def _concatenated_bytes(kind: _BlockKind) -> int:
 
     The output projection saves this tensor if an adapter reads it. With fused kernels it is an
     additional tensor, because each attention call saves its own output too (model/attention.py).
-    With materialised scores no call saves its output. After a fused q-k-v layer the output is
-    copied with or without packing. In both cases `_attention_bytes` counts the tensor.
+    The result is 0 in two cases in which `_attention_bytes` counts the tensor already: with
+    materialised scores, where no call saves its output, and after a fused q-k-v layer, where the
+    output is copied with or without packing.
     """
     block, settings = kind.block, kind.settings
     if kind.has_scores or block.has_fused_attention:
@@ -255,7 +257,7 @@ def _mlp_bytes(kind: _BlockKind) -> int:
     """
     block, b = kind.block, kind.b
     tensors = 3 if block.is_gated else 1
-    if kind.shape.has_composed_activation:  # several operators save three more tensors
+    if kind.shape.has_composed_activation:  # its operators save three more tensors
         tensors += 3
     dense = block.intermediate_size * b * tensors
     if not block.num_experts:
@@ -274,19 +276,20 @@ def _working_bytes(kind: _BlockKind, count: int, at_once: int) -> int:
     block, b = kind.block, kind.b
     inner = block.intermediate_size + block.experts_per_token * block.expert_size
     scores = block.num_heads * kind.reach * (8 - b) if kind.has_scores else 0
-    gradient = kind.adapter.largest_expert_tensor * b  # of the experts with the adapter added
+    gradient = kind.adapter.largest_expert_tensor * b  # of one adapted expert tensor
     return max(count * (2 * inner + 2 * block.hidden_size) * b + gradient, at_once * scores)
 
 
 def _loss_bytes(
     shape: ModelShape, settings: RunSettings, layout: Layout, positions: int, *, is_cuda: bool
 ) -> int:
-    """Bytes at the peak of the loss: hidden states and, of one chunk, tensors like the logits.
+    """Bytes at the peak of the loss: hidden states, and logits-sized tensors of one chunk.
 
-    The plain loss has log-probabilities and two gradients in fp32, and one more tensor if the
-    logits are soft-capped. With the gradient in the forward pass (model/loss_gradient.py) there is
-    also the gradient of the hidden states. The tensors like the logits are then in the training
-    dtype, except the log-probabilities; on a CPU their operator also casts its input to fp32.
+    The plain loss has three logits-sized tensors in fp32: the log-probabilities and two gradients.
+    Soft-capped logits are a fourth. If the gradient is computed in the forward pass
+    (model/loss_gradient.py), the logits-sized tensors are in the training dtype, except the
+    log-probabilities, and there is also the gradient of the hidden states. On a CPU, the operator
+    of the log-probabilities also casts its input to fp32.
     """
     b = layout.bytes_per_value
     hidden = positions * shape.hidden_size * b
@@ -295,5 +298,5 @@ def _loss_bytes(
         return hidden + logits * 4 * (4 if shape.logit_softcap else 3)
     graph = 2 * b if shape.logit_softcap else b
     cast = 0 if b == 4 else b if is_cuda else 4
-    backward = 3 * b if shape.logit_softcap else b  # gradients of the logits at once
+    backward = 3 * b if shape.logit_softcap else b  # gradients of the logits that exist at once
     return 2 * hidden + logits * (graph + max(4 + cast, backward))

@@ -1,4 +1,4 @@
-"""Gathers of ZeRO-3: how much of the frozen base a rank holds gathered, and the config's limits.
+"""Gathers of ZeRO-3: elements of the frozen base that a rank holds gathered, and their limits.
 
 Sizes are numbers of elements as DeepSpeed counts them: a packed 4-bit weight has half as many uint8
 elements as the matrix has. The facts below are from DeepSpeed 0.19.8

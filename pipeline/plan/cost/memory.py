@@ -172,8 +172,8 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
             terms["hpz_copy"] = sharded // layout.hpz_partition_size
         # Each rank has its shard of the adapter, and a whole copy of the adapter without the part
         # on experts.
-        of_experts = adapter_counts(shape, settings).expert_parameters
-        terms["adapter_weights"] = b * trainable // world + b * (trainable - of_experts)
+        replicated = trainable - adapter_counts(shape, settings).expert_parameters
+        terms["adapter_weights"] = b * trainable // world + b * replicated
         # DeepSpeed 0.19.8 stage3.py allocates fp32 gradients and one bucket persistently
         terms["adapter_gradients"] = 4 * trainable // world
         terms["zero_buckets"] = 4 * bucket_elements(shape, settings)
@@ -183,7 +183,7 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
 def _moments(
     shape: ModelShape, settings: RunSettings, layout: Layout, acts: Activations, *, is_cuda: bool
 ) -> dict[str, dict[str, int]]:
-    """The temporary terms, for each moment of a step that may be its peak."""
+    """Temporary terms at each moment that may be the peak of a step: moment -> term -> bytes."""
     k = layout.checkpointed_layers
     boundaries = k * acts.boundary
     not_checkpointed = [count for _, count in shape.counts(start=k)]
@@ -265,7 +265,9 @@ def _gradients(
 
 
 def _gathered(shape: ModelShape, settings: RunSettings, layout: Layout) -> tuple[int, int, int]:
-    """Bytes gathered at ZeRO-3 of the head, of the largest block, and of experts; else zeros.
+    """Bytes that ZeRO-3 gathers: the output head, the largest block, experts that stay gathered.
+
+    At other stages the three numbers are 0.
 
     The experts of every block that is not checkpointed stay gathered until its backward pass
     (measured: only linear layers release their weights and gather them again in the backward pass).

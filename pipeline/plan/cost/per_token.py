@@ -30,9 +30,9 @@ _ROTARY_PASSES = 10  # halves rotated and concatenated, two products, one sum
 _GATE_PASSES = 5  # activation: one read, one written; product: two read, one written
 _LORA_IN_PASSES = 1  # A reads its input
 _DROPOUT_PASSES = 2  # dropout reads and writes the input of A
-_WEIGHT_NORM_PASSES = 7  # DoRA: B A written and scaled, added to the weight, and the norm reads it
+_WEIGHT_NORM_PASSES = 7  # DoRA: B A is written, scaled, added to the weight; the norm reads the sum
 _LORA_OUT_PASSES = 6  # B writes; scaling reads and writes; the sum reads two and writes one
-_JOINT_OUT_PASSES = 2  # the product with B is added in one kernel (model/joint_lora.py)
+_JOINT_OUT_PASSES = 2  # one kernel multiplies by B and adds to the output (model/joint_lora.py)
 # Experts (grouped_mm): routing, and for each expert that a token is routed to, passes over tensors
 # of the hidden width (copied in and out, weighted, summed) and of the inner width.
 _ROUTING_PASSES = 8
@@ -42,11 +42,13 @@ _FOLD_PASSES = 2  # adding ("folding") an adapter of experts to their weights: o
 # Materialised scores: scaled, capped in three kernels, masked, softmax in fp32, cast.
 _SCORE_PASSES = 22
 
-# Backward relative to forward, in passes and in kernels (test_per_token.py), but for joint LoRA.
+# A backward pass has 1.7 times the passes and 1.6 times the kernels of its forward pass
+# (test_per_token.py). Joint LoRA has its own numbers below.
 TRAFFIC_BACKWARD = 1.7
 _KERNELS_BACKWARD = 1.6
-# Joint LoRA, backward: passes over each shared input, over the input of each layer, whose gradient
-# is added to that of the others, and over the output of each layer. Fitted in test_per_token.py.
+# Joint LoRA multiplies an input that several layers share by all of their A matrices at once.
+# Passes in its backward pass, fitted in test_per_token.py: over each shared input; over the input
+# of each layer, to sum the gradients of layers that share it; over the output of each layer.
 _JOINT_IN_BACKWARD = 4
 _JOINT_SUM_BACKWARD = 3
 _JOINT_OUT_BACKWARD = 3
@@ -55,18 +57,20 @@ _JOINT_OUT_BACKWARD = 3
 # attention.
 _BLOCK_KERNELS = 31
 _LORA_KERNELS = 4  # A, B, scaling, sum; dropout is one more
-_JOINT_KERNELS = 1  # B with scaling and sum; A, dropout and concatenation are counted by input
-# Joint LoRA, backward: of each layer, and of each input.
+_JOINT_KERNELS = 1  # B with scaling and sum; `_num_kernels` counts A and dropout once per input
+# Joint LoRA, kernels of the backward pass: for each layer, and for each shared input.
 _JOINT_KERNELS_BACKWARD = (5, 2)
 _DEQUANTISE_KERNELS = 2  # the constants, then the weight
-_SCORES_KERNELS = 15  # attention of one document with materialised scores; fused it is one kernel
+_SCORES_KERNELS = 15  # attention of one document with materialised scores; a fused kernel is 1
 _FOLD_KERNELS = 4  # the adapter is added to two fused tensors, each twice (see speed.py)
 _EXPERTS_KERNELS = 22  # routing, sorting by expert, two grouped products, and the inverse sort
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostPerToken:
-    """Costs of the forward pass of a model and its adapter; `backward_...`: of the backward pass.
+    """Costs of one forward pass of a model and its adapter.
+
+    Fields whose names begin with `backward_` are costs of the backward pass.
 
     Per token: `base_flops`, `adapter_flops`, `head_flops`; `token_values` and `backward_values`,
     the values read or written in all blocks in each pass, attention scores excluded.
@@ -205,13 +209,13 @@ def _compute_cost(key: _Identity, training_dtype: str) -> CostPerToken:
 
 
 def _norm_flops(shape: ModelShape, settings: RunSettings) -> float:
-    """FLOPs of DoRA's weight norms: B A is the output of A and B for an identity matrix."""
+    """FLOPs of DoRA's weight norms; peft computes B A as the adapter's output for an identity."""
     layers = adapted_layers(shape, settings) if settings.use_dora else ()
     return sum(2 * x.r * x.linear.d_in * (x.linear.d_in + x.linear.d_out) for x in layers)
 
 
 def _norm_values(shape: ModelShape, settings: RunSettings) -> float:
-    """Values read or written for DoRA's weight norms, an identity matrix included."""
+    """Values read or written for DoRA's weight norms, including the identity matrix."""
     layers = adapted_layers(shape, settings) if settings.use_dora else ()
     return sum(
         2 * x.linear.d_in**2 + _WEIGHT_NORM_PASSES * x.linear.d_in * x.linear.d_out for x in layers
@@ -285,7 +289,7 @@ def _num_kernels(shape: ModelShape, settings: RunSettings) -> tuple[int, float]:
 
 
 def _input_groups(shape: ModelShape, settings: RunSettings) -> list[list[AdaptedLayer]]:
-    """The adapted layers that compute with A together: each layer alone if they are not joined."""
+    """Groups of adapted layers that share a product with A; without joint LoRA, single layers."""
     layers = adapted_layers(shape, settings)
     if not has_joint_lora(settings):
         return [[layer] for layer in layers]

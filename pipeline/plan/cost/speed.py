@@ -19,13 +19,13 @@ from pipeline.plan.given.shape import ModelShape
 _MATRIX_SHARE = 0.7
 _BANDWIDTH_SHARE = 0.8
 _LINK_SHARE = 0.7
-# fp32 rate relative to 16 bits: 19.5 of 312 TFLOPS (A100 data sheet). On a CPU between 0.3 and 2.0
-# (docs/benchmarks.md: 89 and 267 tokens/s, 204 and 100 on another machine).
+# fp32 rate relative to 16 bits: 19.5 of 312 TFLOPS (A100 data sheet). On a CPU it was 0.3 on one
+# machine and 2.0 on another (docs/benchmarks.md: 89 tokens/s in fp32 and 267 in bf16, 204 and 100).
 _FLOAT32_SHARE = {"cuda": 1 / 16, "cpu": 1.0}
 # Attention's backward relative to its forward: five matrix products instead of two, because the
 # scores are recomputed (FlashAttention-2, arXiv 2307.08691 s.4.1).
 _SCORES_BACKWARD = 2.5
-_FOLD_BACKWARD = 1.5  # passes over experts with an adapter added, backward to forward: 3 to 2
+_FOLD_BACKWARD = 1.5  # adding an adapter to experts: 2 passes forward, 3 backward
 _KERNEL_S = 8e-6  # host time in seconds to launch one kernel from eager PyTorch
 _FETCH_S = 50e-6  # host time in seconds for ZeRO-3's hooks around one module of the base
 _HOP_S = 5e-6  # latency in seconds of one hop of a ring
@@ -166,8 +166,9 @@ def _logits_seconds(
     backward pass does the same in reverse. If the logits need more than one chunk, their forward is
     recomputed in the backward pass.
 
-    With the gradient in the forward pass nothing is recomputed. Log-softmax reads the logits and
-    writes fp32 values; these become the gradient in place, and are cast and read.
+    If the gradient is computed in the forward pass (model/loss_gradient.py), nothing is recomputed.
+    Log-softmax reads the logits and writes fp32 values, which are turned into the gradient in
+    place, cast to the training dtype and read.
     """
     b, vocabulary = layout.bytes_per_value, shape.vocab_size
     planned = layout.micro_batch_size * settings.max_length if layout.is_sharded else positions
@@ -282,5 +283,5 @@ def _seconds_per_step(
 
 
 def _ring_seconds(ranks: int, num_bytes: float, rate: float, *, rings: int = 1) -> float:
-    """Seconds of an all-gather or reduce-scatter of `num_bytes` in `rings` consecutive rings."""
+    """Seconds to all-gather or reduce-scatter `num_bytes` in `rings` consecutive collectives."""
     return (ranks - 1) / ranks * num_bytes / rate + rings * (ranks - 1) * _HOP_S

@@ -35,19 +35,19 @@ def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
     Raises UserError for a key that has another value in the run file, and for a key that DeepSpeed
     does not read.
     """
-    own = _read_json_config(path)
+    user_json = _read_json_config(path)
     fixed: dict[str, Any] = {}
     for dotted, name in settings_by("deepspeed").items():
         key = tuple(dotted.split("."))
-        value, setting = _value_at(own, key), getattr(settings, name)
+        value, setting = _value_at(user_json, key), getattr(settings, name)
         if value is None or value == "nvme":  # the rule nvme-not-yet refuses nvme
             continue
         if name in settings.model_fields_set and setting not in ("auto", value):
             raise UserError(
-                f"{_location_of(own, key)}: {_as_json(value)}, but the run file or its preset has "
+                f"{_location_of(user_json, key)}: {_as_json(value)}, but the run file or its preset has "
                 f"{name}: {_as_json(setting)}; keep one of them"
             )
-        _validate(settings, {name: value}, f"{_location_of(own, key)}: {_as_json(value)}")
+        _validate(settings, {name: value}, f"{_location_of(user_json, key)}: {_as_json(value)}")
         fixed[name] = value
     _validate(settings, fixed, f"deepspeed_json: {path}: {_as_json(fixed)}")
     return settings.model_copy(update=fixed)
@@ -60,12 +60,12 @@ def overlay(generated: Mapping[str, Any], path: str) -> dict[str, Any]:
     the value that it replaces. Keys that DeepSpeed removed are accepted here, because each of them
     has a rule.
     """
-    own = _read_json_config(path)
-    return _merge(generated, own.values, own, ())
+    user_json = _read_json_config(path)
+    return _merge(generated, user_json.values, user_json, ())
 
 
 def _merge(
-    generated: Mapping[str, Any], block: Mapping[str, Any], own: Located, path: KeyPath
+    generated: Mapping[str, Any], block: Mapping[str, Any], user_json: Located, path: KeyPath
 ) -> dict[str, Any]:
     """A generated block with the user's block merged into it; `path`: key path of the block."""
     merged = dict(generated)
@@ -73,12 +73,12 @@ def _merge(
         old = generated.get(key)
         is_block = isinstance(value, Mapping)
         if old is not None and _type_name(value) != _type_name(old):
-            location = _location_of(own, (*path, key))
+            location = _location_of(user_json, (*path, key))
             raise UserError(
                 f"{location}: {_as_json(value)} is not {_type_name(old)}; the generated config has "
                 f"{_as_json(old)}"
             )
-        merged[key] = _merge(old or {}, value, own, (*path, key)) if is_block else value
+        merged[key] = _merge(old or {}, value, user_json, (*path, key)) if is_block else value
     return merged
 
 
@@ -109,45 +109,47 @@ def _read_json_config(path: str) -> Located:
     "auto" and null mean the generated value. Raises UserError for every unknown key, even with one
     of these values.
     """
-    own = read_located(Path(path), "JSON", label="deepspeed_json: ")
-    _require_known(own)
-    values, lines = _without_auto(own.values), dict(own.lines)
+    user_json = read_located(Path(path), "JSON", label="deepspeed_json: ")
+    _require_known(user_json)
+    values, lines = _without_auto(user_json.values), dict(user_json.lines)
     zero = values.get(_ZERO)
     for short, full in SHORT_NAMES.items():
         if not isinstance(zero, dict) or short not in zero:
             continue
         if full in zero:
             raise UserError(
-                f"{_location_of(own, (_ZERO, short))}: another name of {full} in line "
+                f"{_location_of(user_json, (_ZERO, short))}: another name of {full} in line "
                 f"{lines[_ZERO, full]}; keep one of them"
             )
         zero[full] = zero.pop(short)
         lines[_ZERO, full] = lines[_ZERO, short]
-    own = replace(own, values=values, lines=lines)
-    _require_values(own)
-    return own
+    user_json = replace(user_json, values=values, lines=lines)
+    _require_values(user_json)
+    return user_json
 
 
-def _require_known(own: Located) -> None:
+def _require_known(user_json: Located) -> None:
     """Raise UserError for keys that DeepSpeed does not read."""
     problems = []
-    for key in own.lines:
+    for key in user_json.lines:
         names = BLOCKS.get(key[:-1])
         if names is not None and key[-1] not in names:
             near = difflib.get_close_matches(key[-1], sorted(names), n=1, cutoff=0.6)
             hint = f"did you mean {near[0]!r}?" if near else "remove it"
-            problems.append(f"{_location_of(own, key)}: DeepSpeed does not read this key; {hint}")
+            problems.append(
+                f"{_location_of(user_json, key)}: DeepSpeed does not read this key; {hint}"
+            )
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _require_values(own: Located) -> None:
+def _require_values(user_json: Located) -> None:
     """Raise UserError for values that DeepSpeed would refuse only after the model is loaded."""
     problems = []
-    for key in own.lines:
-        value = _value_at(own, key)
+    for key in user_json.lines:
+        value = _value_at(user_json, key)
         if value is not None and (expected := _expected_values(key, value)):
-            problems.append(f"{_location_of(own, key)}: {_as_json(value)} is not {expected}")
+            problems.append(f"{_location_of(user_json, key)}: {_as_json(value)} is not {expected}")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -186,20 +188,22 @@ def _without_auto(block: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _value_at(own: Located, key: KeyPath) -> Any:
+def _value_at(user_json: Located, key: KeyPath) -> Any:
     """The value at a path; None if the key is missing."""
-    value: Any = own.values
+    value: Any = user_json.values
     for part in key:
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
 
-def _location_of(own: Located, key: KeyPath) -> str:
+def _location_of(user_json: Located, key: KeyPath) -> str:
     """File, line and key; the key has the name that the file uses."""
     names = {full: short for short, full in SHORT_NAMES.items()}
-    is_short = key[:1] == (_ZERO,) and len(key) == 2 and (_ZERO, names.get(key[1], "")) in own.lines
+    is_short = (
+        key[:1] == (_ZERO,) and len(key) == 2 and (_ZERO, names.get(key[1], "")) in user_json.lines
+    )
     shown = (_ZERO, names[key[1]]) if is_short else key
-    return f"{own.location(*key)}: {'.'.join(shown)}"
+    return f"{user_json.location(*key)}: {'.'.join(shown)}"
 
 
 def _as_json(value: Any) -> str:

@@ -77,8 +77,8 @@ def without_mixing_packs(
 def reason_against_packs(shape: ModelShape, proof: Proof | None) -> str:
     """Why the class would mix the documents of a pack, empty if it would not.
 
-    The checks decide. Before they have run, the shape does, so that a plan by name has no packs
-    that the run would not have.
+    The checks decide. Before they have run, for example in a plan for the name of a model, the
+    shape's `mixes_documents` decides.
     """
     if proof is None:
         return shape.mixes_documents
