@@ -44,8 +44,8 @@ def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
             continue
         if name in settings.model_fields_set and setting not in ("auto", value):
             raise UserError(
-                f"{_location_of(user_json, key)}: {_as_json(value)}, but the run file or its preset "
-                f"has {name}: {_as_json(setting)}; keep one of them"
+                f"{_location_of(user_json, key)}: {_as_json(value)}, but the run file or its "
+                f"preset has {name}: {_as_json(setting)}; keep one of them"
             )
         _validate(settings, {name: value}, f"{_location_of(user_json, key)}: {_as_json(value)}")
         fixed[name] = value
