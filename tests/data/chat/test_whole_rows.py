@@ -6,11 +6,14 @@ document shows which leaves are in it and which of them count in the loss.
 
 import json
 import os
+import re
 from functools import cache
 from random import Random
 
 import pytest
 
+from pipeline.data.chat.turns import special_ids, special_pattern
+from pipeline.data.prepare.show import supervised_runs
 from pipeline.rows.examples import RowError
 from pipeline.rows.formats import read_example
 from tests.data.chat.documents import encoder
@@ -25,6 +28,7 @@ pytestmark = pytest.mark.tensor
 IS_FULL = os.environ.get("TEMPLATES") == "full"  # `make templates`
 ROWS = 3000 if IS_FULL else 100
 STRUCTURAL = {"id", "call_id", "tool_call_id", "tool_use_id", "toolUseId"}
+LEAF = re.compile(r"leaf\d+-")
 REASONING = {"reasoning_content", "reasoning", "thinking"}
 
 
@@ -32,6 +36,38 @@ REASONING = {"reasoning_content", "reasoning", "thinking"}
 def tokenizer_and_encoder(name, train_on_reasoning):
     tokenizer = kind_tokenizer(name) if name in KINDS else family_tokenizer(name)
     return tokenizer, encoder(tokenizer, train_on_reasoning=train_on_reasoning)
+
+
+@cache
+def prompt_markup(name):
+    """Markup between a question and its answer, which the model reads and never writes.
+
+    It is rendered by transformers: `<|im_end|>` and `<|im_start|>`, or `[/INST]`. A generation
+    prompt may end in markup that the model writes itself in other turns, such as an empty thought.
+    """
+    tokenizer = tokenizer_and_encoder(name, True)[0]
+    question = {"role": "user", "content": "QUESTION"}
+    answer = {"role": "assistant", "content": "ANSWER"}
+    answers = [answer, answer | {"reasoning_content": "THOUGHT"}]
+    texts = [
+        tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True),
+        *(tokenizer.apply_chat_template([question, a], tokenize=False) for a in answers),
+    ]
+    after = [text.partition("QUESTION")[2] for text in texts]
+    shared = os.path.commonprefix(after)  # noqa: RUF071 - of strings, not of paths
+    return special_pattern(special_ids(tokenizer)).findall(shared) or [shared.strip()]
+
+
+def require_prompts_untrained(name, document):
+    """Assert that no turn is trained from before the end of its generation prompt."""
+    tokenizer = tokenizer_and_encoder(name, True)[0]
+    for text, is_trained in supervised_runs(
+        document.ids.tolist(), document.supervised.tolist(), tokenizer
+    ):
+        first = LEAF.search(text)
+        if is_trained and first:
+            markup = text[: first.start()]
+            assert not [mark for mark in prompt_markup(name) if mark in markup], text
 
 
 def is_reasoning(leaf):
@@ -91,6 +127,8 @@ def require_conserved(name, seed):
     require_accounted(leaves, text, read.unread, encoded.token_counts["omitted_reasoning"])
     if is_orderly:
         require_trained(leaves, text, trained, train_on_reasoning)
+    if train_on_reasoning:  # else a header between reasoning and answer begins a run
+        require_prompts_untrained(name, document)
     return True
 
 
