@@ -131,7 +131,7 @@ def _reset_unusable_best(
     """Forget the lowest held-out loss if its adapter is missing or the held-out rows changed."""
 
     def reason() -> str | None:
-        if progress.eval_key not in (None, _eval_key(index)):
+        if not _has_same_eval_data(progress, index):
             return "eval_data changed, so earlier losses cannot be compared with later ones"
         assert folder.checkpoints is not None, "on rank 0"
         if context.settings.keep_best and not folder.checkpoints.has_best(progress):
@@ -143,8 +143,18 @@ def _reset_unusable_best(
         logger.info("%s; earlier steps no longer count for the best adapter", text)
 
 
+def _has_same_eval_data(progress: Progress, index: DataIndex) -> bool:
+    before, now = progress.eval_key, _eval_key(index)
+    if before is None or now is None:
+        return before is None
+    has_digests = ":" in before and ":" in now  # earlier versions recorded the key only
+    return before == now if has_digests else before.split(":")[0] == now.split(":")[0]
+
+
 def _eval_key(index: DataIndex) -> str | None:
-    return None if index.eval is None else index.eval.key
+    """Key of the held-out documents and, after a colon, their digest."""
+    split = index.eval
+    return None if split is None else ":".join(filter(None, (split.key, split.content)))
 
 
 def _restore_folder(folder: RunFolder, context: RunContext) -> None:

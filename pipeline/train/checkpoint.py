@@ -77,15 +77,15 @@ class Identity:
     `data`: key of the training documents. `base`: fingerprint. `total_steps`: None until the data
     is prepared. `adapter`: description of its size. The setting `accept_changes` accepts
     differences of the first three. `adapter` may never differ, because Adam's moments would have
-    other shapes. `tokens`: digest of the prepared training documents, which may differ for equal
-    data and settings; None until the data is prepared.
+    other shapes. `tokens`: key of each prepared split -> digest of its documents, which may differ
+    for equal data and settings; None until the data is prepared.
     """
 
     data: str
     base: str
     total_steps: int | None
     adapter: str
-    tokens: str | None = None
+    tokens: Mapping[str, str] | None = None
 
 
 @dataclass
@@ -258,10 +258,15 @@ class Checkpoints:
         The tokens depend on the versions of the tokenising packages, and on the date if the chat
         template writes it. This matters only if the prepared data was lost and prepared again.
         """
-        before, now = state["identity"].get("tokens"), self.identity.tokens
+        identity, now = state["identity"], self.identity.tokens or {}
+        before = identity.get("tokens") or {}
+        if isinstance(before, str):  # written before held-out documents were recorded
+            before = {identity["data"]: before}
         is_accepted = "data" in self.accepted and not self._is_of_other_run(path)
-        if not (before and now) or before == now or is_accepted:
+        other = [key for key in before if key in now and now[key] != before[key]]
+        if not other or is_accepted:
             return
+        data = "training" if identity["data"] in other else "held-out"
         made, here = (values.get(DATA_MADE_WITH, {}) for values in (state, self.about))
         changed = [name for name in made if made[name] != here.get(name)]
         versions = ", ".join(f"{name} {made[name]} (now {here.get(name)})" for name in changed)
@@ -271,8 +276,8 @@ class Checkpoints:
             else "the chat template may write the date; set it in chat_template_kwargs"
         )
         raise UserError(
-            f"{path}: the data was prepared again and its tokens differ from those that this run "
-            f"was trained on: {cause}, restore {self.folder.parent / 'data'} from a backup, or set "
+            f"{path}: the {data} data was prepared again and its tokens differ from those of this "
+            f"run: {cause}, restore {self.folder.parent / 'data'} from a backup, or set "
             "accept_changes: [data] to continue with the new tokens"
         )
 

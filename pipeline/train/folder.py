@@ -99,9 +99,7 @@ class RunFolder:
         with context.stops.interrupting():  # it may take hours
             index = prepare_data(context.settings, self.path / "data", limit)
             plan = context.plan.with_data(index.train.size)
-            self.checkpoints = checkpoints_of(
-                self.path, plan, self.start, index.train.key, index.train
-            )
+            self.checkpoints = checkpoints_of(self.path, plan, self.start, index.train.key, index)
             if self.resumed is not None:
                 self.checkpoints.require_resumable(self.resumed)
         return index.as_json()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
-from pipeline.data.dataset.reader import SplitIndex
+from pipeline.data.dataset.reader import DataIndex
 from pipeline.errors import UserError
 from pipeline.model.fingerprint import base_fingerprint, require_base_of_run
 from pipeline.plan.given.adapter_counts import lora_shapes
@@ -17,11 +17,11 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "safe
 
 
 def checkpoints_of(
-    folder: Path, plan: Plan, start: Start, data: str, split: SplitIndex | None = None
+    folder: Path, plan: Plan, start: Start, data: str, index: DataIndex | None = None
 ) -> Checkpoints:
     """The checkpoints of a run folder, for a run with this plan. Reads the whole base to hash it.
 
-    `data`: key of the training documents. `split`: the documents, once prepared. Raises UserError
+    `data`: key of the training documents. `index`: the splits, once prepared. Raises UserError
     if the run was started with another base.
     """
     settings = plan.settings
@@ -32,7 +32,7 @@ def checkpoints_of(
     shapes = lora_shapes(plan.shape, settings)
     identity = Identity(
         data=data,
-        tokens=split.content if split is not None else None,
+        tokens=None if index is None else _digests(index),
         base=base,
         total_steps=None if plan.schedule is None else plan.schedule.total_steps,
         adapter=f"lora_r {settings.lora_r}, lora_alpha {settings.alpha:g}, "
@@ -49,8 +49,13 @@ def checkpoints_of(
         shapes=shapes,
         model_folder=settings.model_folder,
         about=_entries_for_users(plan)
-        | ({} if split is None else {DATA_MADE_WITH: dict(split.made_with)}),
+        | ({} if index is None else {DATA_MADE_WITH: dict(index.train.made_with)}),
     )
+
+
+def _digests(index: DataIndex) -> dict[str, str]:
+    """Key of each split -> digest of its documents; splits of earlier versions have no digest."""
+    return {split.key: split.content for split in index.splits.values() if split.content}
 
 
 def checkpoint_to_resume(

@@ -170,11 +170,12 @@ def test_another_run_is_refused_with_the_differences(checkpoints, tmp_path):
     assert other("base", "total_steps").require_resumable(path).step == 3
 
 
-def test_other_tokens_of_the_same_data_are_refused_with_the_versions(checkpoints, tmp_path):
+@pytest.mark.parametrize("split", ["d", "e"])  # keys of the training and the held-out documents
+def test_other_tokens_of_the_same_data_are_refused_with_the_versions(checkpoints, tmp_path, split):
     def run_with(tokens, transformers, *accepted, folder="checkpoints"):
         return Checkpoints(
             tmp_path / folder,
-            replace(IDENTITY, tokens=tokens),
+            replace(IDENTITY, tokens={"d": "same", "e": "same", split: tokens}),
             keep=2,
             accepted=accepted,
             about={"data_made_with": {"transformers": transformers, "jinja2": "3.1"}},
@@ -185,7 +186,9 @@ def test_other_tokens_of_the_same_data_are_refused_with_the_versions(checkpoints
     assert first.require_resumable(path).step == 3
     assert run_with("abc", "6.0").require_resumable(path).step == 3
     assert checkpoints.require_resumable(path).step == 3  # before the data is prepared
-    with refused(path, "transformers 5.0", "6.0", tmp_path / "data", "accept_changes: [data]"):
+    name = {"d": "training data", "e": "held-out data"}[split]
+    facts = ("transformers 5.0", "6.0", tmp_path / "data", "accept_changes: [data]")
+    with refused(path, name, *facts):
         run_with("def", "6.0").require_resumable(path)
     with refused(path, "chat_template_kwargs", "date"):
         run_with("def", "5.0").require_resumable(path)
@@ -194,6 +197,25 @@ def test_other_tokens_of_the_same_data_are_refused_with_the_versions(checkpoints
         run_with("def", "6.0", "data", folder="other").require_resumable(path)
     old = write(checkpoints, 4)  # of a version that did not record tokens
     assert first.require_resumable(old).step == 4
+
+
+def test_other_held_out_data_is_no_other_data_of_the_run(tmp_path):
+    def run_with(tokens):
+        return Checkpoints(tmp_path / "checkpoints", replace(IDENTITY, tokens=tokens), keep=2)
+
+    path = write(run_with({"d": "abc", "e": "def"}), 3)
+    assert run_with({"d": "abc"}).require_resumable(path).step == 3
+    assert run_with({"d": "abc", "f": "xyz"}).require_resumable(path).step == 3
+
+
+def test_tokens_recorded_by_an_earlier_version_are_those_of_the_training_data(tmp_path):
+    def run_with(tokens):
+        return Checkpoints(tmp_path / "checkpoints", replace(IDENTITY, tokens=tokens), keep=2)
+
+    path = write(run_with("abc"), 3)
+    assert run_with({"d": "abc", "e": "def"}).require_resumable(path).step == 3
+    with refused(path, "training data"):
+        run_with({"d": "other"}).require_resumable(path)
 
 
 def test_a_user_s_copies_are_neither_pruned_nor_resumed_from(checkpoints, tmp_path):

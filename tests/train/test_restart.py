@@ -91,16 +91,18 @@ def test_lost_data_that_is_prepared_again_with_other_tokens_is_refused(workspace
     """A chat template that writes the time, as that of Llama 3.2 writes the date."""
     template = tmp_path / "dated.jinja"
     template.write_text(CHATML.replace("{% for m", "{{ strftime_now('%f') }}{% for m"))
-    run, changes = tmp_path / "run", (f"chat_template={template}", "eval_data=null")
-    changes += ("keep_best=false", "max_steps=2")
+    run, changes = tmp_path / "run", (f"chat_template={template}", "max_steps=2")
     code, output = start(workspace, run, *changes)
     assert code == 0, output
     changes += ("resume=must", "accept_changes=[total_steps]", "max_steps=3")
     shutil.copytree(run / "data", tmp_path / "saved")
-    shutil.rmtree(run / "data")
-    code, output = start(workspace, run, *changes)
-    assert code == 2, output
-    assert_mentions(output, "tokens", "chat_template_kwargs", "accept_changes: [data]")
+    for lost, name in (("train-*", "training data"), ("eval-*", "held-out data")):
+        shutil.rmtree(next((run / "data").glob(lost)))
+        code, output = start(workspace, run, *changes)
+        assert code == 2, output
+        assert_mentions(output, name, "tokens", "chat_template_kwargs", "accept_changes: [data]")
+        shutil.rmtree(run / "data")
+        shutil.copytree(tmp_path / "saved", run / "data")
     shutil.rmtree(run / "data")
     shutil.copytree(tmp_path / "saved", run / "data")
     code, output = start(workspace, run, *changes)
