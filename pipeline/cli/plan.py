@@ -29,7 +29,7 @@ from pipeline.plan.fits import fit_rows, fits_text
 from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.published import published_models, published_shape
 from pipeline.plan.given.shape import ModelShape, read_shape
-from pipeline.plan.plan import DoesNotFitError, Plan, rank_plans
+from pipeline.plan.plan import DoesNotFitError, Plan, plan_and_candidates
 from pipeline.plan.render import candidates_text, plan_json, plan_text
 from pipeline.plan.rules.rule import raise_refusals, refusals_text
 
@@ -54,7 +54,7 @@ def plan() -> None:
         return
     counts = {"nodes": args.nodes, "ranks_per_node": ranks}
     try:
-        best, ranked = rank_plans(settings, _shape(settings), hardware, **counts)
+        best, ranked = plan_and_candidates(settings, _shape(settings), hardware, **counts)
     except DoesNotFitError as error:
         if args.json:
             print(dump_json(plan_json(error.nearest)), end="")

@@ -223,7 +223,7 @@ class DoesNotFitError(UserError):
 
 
 def plan_run(settings: RunSettings, hardware: Hardware, *, nodes: int, ranks_per_node: int) -> Plan:
-    """The plan of a run, after reading the model's shape and checking an unknown model class."""
+    """The plan of a run, from the model folder; a class not in families.py is checked first."""
     shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     ensure_proof(settings, shape)
     return make_plan(settings, shape, hardware, nodes=nodes, ranks_per_node=ranks_per_node)
@@ -233,10 +233,12 @@ def make_plan(
     settings: RunSettings, shape: ModelShape, hardware: Hardware, *, nodes: int, ranks_per_node: int
 ) -> Plan:
     """The plan of a run. Raises UserError if a rule refuses the run or no layout fits."""
-    return rank_plans(settings, shape, hardware, nodes=nodes, ranks_per_node=ranks_per_node)[0]
+    return plan_and_candidates(
+        settings, shape, hardware, nodes=nodes, ranks_per_node=ranks_per_node
+    )[0]
 
 
-def rank_plans(
+def plan_and_candidates(
     settings: RunSettings, shape: ModelShape, hardware: Hardware, *, nodes: int, ranks_per_node: int
 ) -> tuple[Plan, list[Candidate]]:
     """The plan of a run, and all candidates for its layout, best first.
@@ -276,12 +278,12 @@ def rank_plans(
     if all(candidate.refusal for candidate in ranked):
         message = misfit_message(settings, shape, cluster, ranked)
         raise DoesNotFitError(message, _build_plan(plan_input, ranked[0], why), ranked)
-    ranked = _without_refused_by_rules(plan_input, ranked)
+    ranked = _refused_by_rules_last(plan_input, ranked)
     why |= reasons(ranked[0], ranked, settings, shape, cluster)
     return _build_plan(plan_input, ranked[0], why), ranked
 
 
-def _without_refused_by_rules(plan_input: PlanInput, ranked: list[Candidate]) -> list[Candidate]:
+def _refused_by_rules_last(plan_input: PlanInput, ranked: list[Candidate]) -> list[Candidate]:
     """The candidates in the same order, except that those refused by a rule are moved to the end.
 
     Raises UserError if rules refuse every candidate that fits.
@@ -320,8 +322,8 @@ def _build_plan(plan_input: PlanInput, chosen: Candidate, why: dict[str, str]) -
 def _raise_input_refusals(plan_input: PlanInput) -> None:
     """Raise UserError if a rule refuses this input.
 
-    If the model is only a name, without a folder, no run can start, and the refusals are shown with
-    the plan instead.
+    A model that is only a name, without a folder, cannot be trained here. In a plan for it, the
+    refusals are shown with the other rules instead.
     """
     if plan_input.shape.source is None:
         raise_refusals(applicable_rules(INPUT_RULES, plan_input))

@@ -1,4 +1,4 @@
-"""Reasons: why the plan chose each value, and which change makes a run fit that does not."""
+"""Reasons: why the plan chose each value; for a run that does not fit, a change that would help."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -65,10 +65,10 @@ def _compare_with_alternative(key: str, chosen: Candidate, ranked: Sequence[Cand
     if best.layout.offload_param != chosen.layout.offload_param:
         return "the sharded base fits on the devices"
     if chosen_time == best_time:
-        return f"none is faster: predicted {chosen_time}/step for full sequences, as for {name}"
+        return f"no alternative is faster: predicted {chosen_time}/step, also for {name}"
     return (
-        f"fastest that fits: predicted {chosen_time}/step for full sequences, "
-        f"{best_time}/step for {name}"
+        f"the fastest that fits: predicted {chosen_time}/step, with {name} {best_time}/step "
+        "(sequences of max_length tokens)"
     )
 
 

@@ -83,7 +83,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def plan_overview(plan: Plan) -> str:
-    """What a run prints at its start: model, hardware, layout, steps, memory, and warnings."""
+    """The plan as the few lines that a run logs when it starts, and the rules that warn."""
     warnings = (rule for rule in plan.rules if rule.level == "warn")
     lines = [*_summary_lines(plan), *_step_lines(plan), *_memory_lines(plan)]
     return "\n".join([*lines, *map(_rule_line, warnings)])

@@ -15,7 +15,7 @@ from pipeline.plan.cost.memory import memory
 from pipeline.plan.given.catalogue import gpu_named
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.given.shape import read_shape
-from pipeline.plan.plan import make_plan, rank_plans
+from pipeline.plan.plan import make_plan, plan_and_candidates
 from tests.messages import assert_mentions, refused
 from tests.plans import CPU, LLAMA_8B, LLAMA_70B, SMOLLM2, gpu
 
@@ -33,7 +33,7 @@ def ranked(tmp_path):
         values = {"model": str(tmp_path), "train_data": "t", "output_dir": "o", "lora_r": 16}
         run = RunSettings.model_validate(values | keys)
         shape = read_shape(run.model)
-        return rank_plans(run, shape, hardware or H100, nodes=nodes, ranks_per_node=ranks)
+        return plan_and_candidates(run, shape, hardware or H100, nodes=nodes, ranks_per_node=ranks)
 
     return make
 

@@ -56,7 +56,8 @@ class _BlockKind:
 
     `count`: number of such blocks. `adapter`: sums over all of them. `reach`: number of tokens to
     which a token may attend, which is the length of its sequence, or of its document in a pack.
-    `mask_bytes`: bytes per value of a dropout mask.
+    `mask_bytes`: bytes per value of a dropout mask. `is_joint`: whether adapters are computed by
+    the fast path JOINT_LORA.
     """
 
     block: Block
@@ -67,6 +68,7 @@ class _BlockKind:
     b: int
     reach: int
     mask_bytes: int
+    is_joint: bool
 
     @property
     def has_scores(self) -> bool:
@@ -102,6 +104,7 @@ def activations(
             b=b,
             reach=tokens if attended is None else attended,
             mask_bytes=1 if is_cuda else b,
+            is_joint=has_joint_lora(settings, is_sharded=layout.is_sharded),
         )
         saved = (
             count * _saved_per_token(kind) + _adapted_expert_bytes(kind) + _saved_weight_bytes(kind)
@@ -161,7 +164,7 @@ def _saved_per_token(kind: _BlockKind) -> int:
     ) * block.hidden_size
     if settings.lora_dropout > 0:  # adapters save their input after dropout, and the mask
         width = adapter.input_width
-        if has_joint_lora(settings):
+        if kind.is_joint:
             attention_output = adapter.blocks_reading_attention_output * block.query_width
             width = shared_inputs + attention_output + adapter.other_input_width
         return saved + width * (b + kind.mask_bytes) // n

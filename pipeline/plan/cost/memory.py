@@ -167,7 +167,7 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
         is_offloaded = layout.offload_param == "cpu"
         terms["base_weights"] = 0 if is_offloaded else sharded // world
         element_bytes = 1 if settings.load_in_4bit else b  # 4-bit weights are stored as uint8
-        terms["whole_on_every_rank"] = gathers(shape, settings).persistent * element_bytes
+        terms["persistent_parameters"] = gathers(shape, settings).persistent * element_bytes
         if layout.hpz_partition_size > 1:
             terms["hpz_copy"] = sharded // layout.hpz_partition_size
         # Each rank has its shard of the adapter, and a whole copy of the adapter without the part

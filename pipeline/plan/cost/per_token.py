@@ -7,6 +7,7 @@ passes are those of transformers 5.23 (models/llama/modeling_llama.py) and peft 
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -113,9 +114,16 @@ class CostPerToken:
     fold_values: float = 0.0
 
 
-def cost_per_token(shape: ModelShape, settings: RunSettings, training_dtype: str) -> CostPerToken:
-    """The costs of a model, cached because the search for a layout needs them often."""
-    return _compute_cost(_Identity(shape, settings), training_dtype)
+def cost_per_token(
+    shape: ModelShape, settings: RunSettings, training_dtype: str, *, is_sharded: bool = False
+) -> CostPerToken:
+    """The costs of a model, cached because the search for a layout needs them often.
+
+    `is_sharded`: whether the run uses ZeRO-3, which can exclude joint LoRA. FLOPs do not depend on
+    it.
+    """
+    is_joint = has_joint_lora(settings, is_sharded=is_sharded)
+    return _compute_cost(_Identity(shape, settings), training_dtype, is_joint=is_joint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +173,7 @@ class _Identity:
 
 
 @lru_cache(maxsize=16)
-def _compute_cost(key: _Identity, training_dtype: str) -> CostPerToken:
+def _compute_cost(key: _Identity, training_dtype: str, *, is_joint: bool) -> CostPerToken:
     shape, settings = key.shape, key.settings
     n, b = shape.linear_parameters, DTYPE_BYTES[training_dtype]
     packed = (0.5 if settings.load_in_4bit else 1.0) * n if settings.is_quantised else 0.0
@@ -176,8 +184,8 @@ def _compute_cost(key: _Identity, training_dtype: str) -> CostPerToken:
     # PyTorch's SDPA too, because training passes it no mask (model/loss.py). Soft-capped scores
     # are materialised in full unless FlashAttention-2 computes them.
     is_materialised = has_scores(shape, settings)
-    token_values, backward_values = _token_values(shape, settings)
-    kernels, backward_kernels = _num_kernels(shape, settings)
+    token_values, backward_values = _token_values(shape, settings, is_joint=is_joint)
+    kernels, backward_kernels = _num_kernels(shape, settings, is_joint=is_joint)
     return CostPerToken(
         trainable=adapter.parameters,
         base_flops=2 * sum(count * block.active_weights for block, count in counts),
@@ -227,10 +235,12 @@ def _num_linears(shape: ModelShape) -> int:
     return sum(count * len(block.linears) for block, count in shape.counts())
 
 
-def _token_values(shape: ModelShape, settings: RunSettings) -> tuple[float, float]:
+def _token_values(
+    shape: ModelShape, settings: RunSettings, *, is_joint: bool
+) -> tuple[float, float]:
     """Values read or written per token, attention scores excluded, forward and backward."""
-    layers, groups = adapted_layers(shape, settings), _input_groups(shape, settings)
-    is_joint = has_joint_lora(settings)
+    layers = adapted_layers(shape, settings)
+    groups = _input_groups(layers, is_joint=is_joint)
     dropout = _DROPOUT_PASSES if settings.lora_dropout > 0 else 0
     on_output = _JOINT_OUT_PASSES if is_joint else _LORA_OUT_PASSES
     d_in = sum(group[0].linear.d_in for group in groups)
@@ -265,7 +275,7 @@ def _block_values(block: Block, settings: RunSettings) -> int:
     return values
 
 
-def _num_kernels(shape: ModelShape, settings: RunSettings) -> tuple[int, float]:
+def _num_kernels(shape: ModelShape, settings: RunSettings, *, is_joint: bool) -> tuple[int, float]:
     """Kernel launches of a forward and of a backward pass, without those for each document."""
     per_linear = 1 + (_DEQUANTISE_KERNELS if settings.is_quantised else 0)
     expert_kernels = _EXPERTS_KERNELS
@@ -276,22 +286,23 @@ def _num_kernels(shape: ModelShape, settings: RunSettings) -> tuple[int, float]:
         for block, count in shape.counts()
     )
     base = blocks + per_linear * _num_linears(shape)
-    layers, groups = len(adapted_layers(shape, settings)), _input_groups(shape, settings)
+    layers = adapted_layers(shape, settings)
+    groups = _input_groups(layers, is_joint=is_joint)
     adapters = (1 if settings.lora_dropout > 0 else 0) * len(groups)
-    if not has_joint_lora(settings):
-        forward = base + adapters + _LORA_KERNELS * layers
+    if not is_joint:
+        forward = base + adapters + _LORA_KERNELS * len(layers)
         return forward, _KERNELS_BACKWARD * forward
     concatenations = sum(len(group) > 1 for group in groups)
     per_layer, per_input = _JOINT_KERNELS_BACKWARD
-    backward = _KERNELS_BACKWARD * base + adapters + per_layer * layers + per_input * len(groups)
-    adapters += len(groups) + concatenations + _JOINT_KERNELS * layers
+    backward = _KERNELS_BACKWARD * base + adapters
+    backward += per_layer * len(layers) + per_input * len(groups)
+    adapters += len(groups) + concatenations + _JOINT_KERNELS * len(layers)
     return base + adapters, backward
 
 
-def _input_groups(shape: ModelShape, settings: RunSettings) -> list[list[AdaptedLayer]]:
+def _input_groups(layers: Sequence[AdaptedLayer], *, is_joint: bool) -> list[list[AdaptedLayer]]:
     """Groups of adapted layers that share a product with A; without joint LoRA, single layers."""
-    layers = adapted_layers(shape, settings)
-    if not has_joint_lora(settings):
+    if not is_joint:
         return [[layer] for layer in layers]
     groups: defaultdict[str, list[AdaptedLayer]] = defaultdict(list)
     for layer in layers:

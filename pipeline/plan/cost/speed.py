@@ -88,7 +88,7 @@ def step_seconds(
     sequences: SequenceProfile,
 ) -> Speed:
     """Predicted time of a step; `sequences` is the average profile of its sequences."""
-    cost = cost_per_token(shape, settings, layout.training_dtype)
+    cost = cost_per_token(shape, settings, layout.training_dtype, is_sharded=layout.is_sharded)
     rates = reachable_rates(layout, hardware)
     tokens, attended = sequences.tokens, sequences.attended
     micro = layout.micro_batch_size * tokens

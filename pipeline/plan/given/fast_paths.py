@@ -1,4 +1,7 @@
-"""Fast paths: faster computations with the results of the plain ones, and when each is used."""
+"""Fast paths: faster computations with the same results, and the conditions to use each.
+
+Without a fast path a run uses the computation of transformers, peft or DeepSpeed.
+"""
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.given.layout import Layout
@@ -15,7 +18,7 @@ def fast_paths(settings: RunSettings, layout: Layout) -> dict[str, str]:
     """The name of each fast path, with the reason why it is off, or an empty text if it is on."""
     reasons = {
         LOSS_GRADIENT: _without_loss_gradient(layout),
-        JOINT_LORA: _without_joint_lora(settings, layout),
+        JOINT_LORA: _without_joint_lora(settings, is_sharded=layout.is_sharded),
         ONE_REDUCTION: _without_one_reduction(layout),
     }
     if not settings.fast_paths:
@@ -28,9 +31,9 @@ def has_fast_path(name: str, settings: RunSettings, layout: Layout) -> bool:
     return not fast_paths(settings, layout)[name]
 
 
-def has_joint_lora(settings: RunSettings) -> bool:
-    """Whether LoRA layers are joined, as far as the settings alone decide it."""
-    return settings.fast_paths and not settings.use_dora
+def has_joint_lora(settings: RunSettings, *, is_sharded: bool) -> bool:
+    """Whether a run uses the fast path JOINT_LORA; `is_sharded`: whether it runs at ZeRO-3."""
+    return settings.fast_paths and not _without_joint_lora(settings, is_sharded=is_sharded)
 
 
 def _without_loss_gradient(layout: Layout) -> str:
@@ -41,10 +44,10 @@ def _without_loss_gradient(layout: Layout) -> str:
     return ""
 
 
-def _without_joint_lora(settings: RunSettings, layout: Layout) -> str:
+def _without_joint_lora(settings: RunSettings, *, is_sharded: bool) -> str:
     if settings.use_dora:
         return "use_dora: DoRA layers use peft's computation"
-    if layout.is_sharded and settings.deepspeed_json is not None:
+    if is_sharded and settings.deepspeed_json is not None:
         return "at ZeRO-3 a deepspeed_json may shard the adapter, which must be whole on each rank"
     return ""
 

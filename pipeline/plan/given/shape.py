@@ -168,9 +168,9 @@ class ModelShape:
     def default_targets(self) -> list[str]:
         """The targets of `lora_target_modules: auto`: all linear layers of blocks except routers.
 
-        Each is the last part of a module's name (`q_proj`), which is the form that serving engines
-        read, and stands for layers that can all be adapted. Fused experts are not linear layers,
-        and are adapted only if the user names them.
+        Each target is the last part of a module's name, such as `q_proj`, because serving engines
+        read only this form. A name is left out if one of its layers cannot be adapted. Fused
+        experts are not linear layers; they are adapted only if the user names them.
         """
         linears = list(chain.from_iterable(block.linears for block in self.blocks))
         refused = {_last_part(x.name) for x in linears if not (x.is_adaptable and x.is_called)}
@@ -408,8 +408,8 @@ def _has_own_code(config: Config) -> bool:
 def _without_rewritten(block: Block, names: Sequence[str]) -> Block:
     """The block with the layers of these names marked as not adaptable.
 
-    peft 0.21 adapts the fused experts if such a name is a target, for the model types listed in its
-    utils/transformers_weight_conversion.py.
+    If such a name is a target, peft 0.21 adapts the fused experts instead of these layers. It does
+    so for the model types in its utils/transformers_weight_conversion.py.
     """
     linears = (replace(x, is_adaptable=_last_part(x.name) not in names) for x in block.linears)
     return replace(block, linears=tuple(linears))

@@ -17,32 +17,32 @@ _SMALL_MODEL, _SMALL_MODEL_RATE = 10**9, 2e-3
 _SHORT_OF_MEMORY = 0.9  # fraction of the usable device memory
 
 
-def _has_unusual_rate(s: PlanContext) -> bool:
+def _has_unusual_rate(run: PlanContext) -> bool:
     low, high = _LEARNING_RATES
-    if s.shape.parameters < _SMALL_MODEL:
+    if run.shape.parameters < _SMALL_MODEL:
         high = _SMALL_MODEL_RATE
-    return not low <= s.settings.lr <= high
+    return not low <= run.settings.lr <= high
 
 
-def _computes_in_another_type(s: PlanContext) -> bool:
-    setting = s.settings.bnb_4bit_compute_dtype
-    return s.settings.load_in_4bit and setting not in ("auto", s.layout.training_dtype)
+def _computes_in_another_type(run: PlanContext) -> bool:
+    setting = run.settings.bnb_4bit_compute_dtype
+    return run.settings.load_in_4bit and setting not in ("auto", run.layout.training_dtype)
 
 
-def _evaluates_at_other_steps(s: PlanContext) -> bool:
+def _evaluates_at_other_steps(run: PlanContext) -> bool:
     """Whether the run file sets both strategies, and evaluations and saves are at different steps.
 
     The defaults differ too, but a user who did not choose them needs no advice.
     """
-    settings = s.settings
+    settings = run.settings
     is_chosen = {"evaluation_strategy", "save_strategy"} <= settings.model_fields_set
     both = settings.evaluations, settings.saves
     return settings.eval_data is not None and is_chosen and None not in both and both[0] != both[1]
 
 
-def _has_unused_steps(s: PlanContext) -> bool:
+def _has_unused_steps(run: PlanContext) -> bool:
     """Whether eval_steps or save_steps is set, but its strategy is not `steps`."""
-    settings, fields = s.settings, type(s.settings).model_fields
+    settings, fields = run.settings, type(run.settings).model_fields
     pairs = ("evaluation_strategy", "eval_steps"), ("save_strategy", "save_steps")
     return any(
         getattr(settings, strategy) != "steps"
@@ -51,12 +51,12 @@ def _has_unused_steps(s: PlanContext) -> bool:
     )
 
 
-def _is_short_of_memory(s: PlanContext) -> bool:
-    if s.settings.gradient_checkpointing is not False:
+def _is_short_of_memory(run: PlanContext) -> bool:
+    if run.settings.gradient_checkpointing is not False:
         return False
-    sequences = SequenceProfile(tokens=s.settings.max_length)
-    need = memory(s.shape, s.settings, s.layout, s.hardware, sequences).device_need
-    return need > _SHORT_OF_MEMORY * s.hardware.usable_bytes(s.layout.ranks_per_node)
+    sequences = SequenceProfile(tokens=run.settings.max_length)
+    need = memory(run.shape, run.settings, run.layout, run.hardware, sequences).device_need
+    return need > _SHORT_OF_MEMORY * run.hardware.usable_bytes(run.layout.ranks_per_node)
 
 
 def _deviates_from(name: Preset) -> Callable[[PlanContext], bool]:
@@ -64,12 +64,12 @@ def _deviates_from(name: Preset) -> Callable[[PlanContext], bool]:
     low, high = RANGES[name]["epochs"]
     dropout = PRESETS[name]["lora_dropout"]
 
-    def deviates(s: PlanContext) -> bool:
-        if s.data is None or preset_for(s.data.documents) != name:
+    def deviates(run: PlanContext) -> bool:
+        if run.data is None or preset_for(run.data.documents) != name:
             return False
-        epochs, max_steps = s.settings.epochs, s.settings.max_steps
+        epochs, max_steps = run.settings.epochs, run.settings.max_steps
         has_other_epochs = max_steps is None and epochs != "auto" and not low <= epochs <= high
-        return has_other_epochs or s.settings.lora_dropout < dropout
+        return has_other_epochs or run.settings.lora_dropout < dropout
 
     return deviates
 
@@ -94,9 +94,9 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="alpha",
         level="advise",
-        applies=lambda s: (
-            not s.settings.use_rslora
-            and s.settings.alpha not in (s.settings.lora_r, 2 * s.settings.lora_r)
+        applies=lambda run: (
+            not run.settings.use_rslora
+            and run.settings.alpha not in (run.settings.lora_r, 2 * run.settings.lora_r)
         ),
         reason="lora_alpha is neither r nor 2 x r (rule of thumb)",
         remedy="leave lora_alpha out; the default is 2 x r",
@@ -105,7 +105,7 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="lora-r",
         level="advise",
-        applies=lambda s: not 8 <= s.settings.lora_r <= 128,
+        applies=lambda run: not 8 <= run.settings.lora_r <= 128,
         reason="lora_r is outside the usual range of 8 to 128 (rule of thumb)",
         remedy="use 8 to 16 for a change of style, 32 to 64 for a new domain, 64 to 128 for new "
         "capabilities",
@@ -134,14 +134,16 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="double-quantisation",
         level="advise",
-        applies=lambda s: s.settings.load_in_4bit and not s.settings.bnb_4bit_use_double_quant,
+        applies=lambda run: (
+            run.settings.load_in_4bit and not run.settings.bnb_4bit_use_double_quant
+        ),
         reason="bnb_4bit_use_double_quant: false costs about 0.4 bits of memory per parameter",
         source="docs/lora.md",
     ),
     Rule(
         id="nf4",
         level="advise",
-        applies=lambda s: s.settings.load_in_4bit and s.settings.bnb_4bit_quant_type == "fp4",
+        applies=lambda run: run.settings.load_in_4bit and run.settings.bnb_4bit_quant_type == "fp4",
         reason="bnb_4bit_quant_type: fp4 is usually less accurate than nf4",
         remedy="leave it out; the default is nf4",
         source="docs/lora.md",

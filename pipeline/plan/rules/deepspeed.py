@@ -33,7 +33,7 @@ def _rule_for_removed(key: str, remedy: str, block: str = "") -> Rule[PlanContex
     return Rule(
         id=f"removed-{key.replace('_', '-')}",
         level="refuse",
-        applies=lambda s: key in (s.block(block) if block else s.deepspeed),
+        applies=lambda run: key in (run.block(block) if block else run.deepspeed),
         reason=f"{path}: DeepSpeed 0.19 removed this key and refuses a config that has it",
         remedy=remedy,
         source=issue(DEEPSPEED, 8489),
@@ -41,8 +41,8 @@ def _rule_for_removed(key: str, remedy: str, block: str = "") -> Rule[PlanContex
     )
 
 
-def _contradicts_plan(s: PlanContext) -> bool:
-    layout, settings, offload = s.layout, s.settings, s.offload_device
+def _contradicts_plan(run: PlanContext) -> bool:
+    layout, settings, offload = run.layout, run.settings, run.offload_device
     planned = {
         "train_micro_batch_size_per_gpu": layout.micro_batch_size,
         "gradient_accumulation_steps": layout.accumulation_steps,
@@ -52,49 +52,49 @@ def _contradicts_plan(s: PlanContext) -> bool:
         "optimizer.params.lr": settings.lr,
         "optimizer.params.weight_decay": settings.weight_decay,
     }
-    has_other = any(s.value(path) not in (None, value) for path, value in planned.items())
-    has_other |= (s.zero.get("zero_hpz_partition_size") or 1) != layout.hpz_partition_size
+    has_other = any(run.value(path) not in (None, value) for path, value in planned.items())
+    has_other |= (run.zero.get("zero_hpz_partition_size") or 1) != layout.hpz_partition_size
     return has_other or offload not in ("nvme", layout.offload_param)  # nvme has its own rules
 
 
-def _contradicts_precision(s: PlanContext) -> bool:
-    dtype = s.layout.training_dtype
+def _contradicts_precision(run: PlanContext) -> bool:
+    dtype = run.layout.training_dtype
     is_other = any(
-        bool(s.value(f"{block}.enabled")) != (dtype == name)
+        bool(run.value(f"{block}.enabled")) != (dtype == name)
         for block, name in (("bf16", "bfloat16"), ("fp16", "float16"))
     )
-    return is_other or is_set("data_types.param_dtype", "data_types.buffer_dtype")(s)
+    return is_other or is_set("data_types.param_dtype", "data_types.buffer_dtype")(run)
 
 
-def _accumulates_fp32_at_zero1(s: PlanContext) -> bool:
-    is_fp32 = s.value("data_types.grad_accum_dtype") in ("fp32", "float32")
-    return s.layout.zero_stage == 1 and s.layout.training_dtype == "bfloat16" and is_fp32
+def _accumulates_fp32_at_zero1(run: PlanContext) -> bool:
+    is_fp32 = run.value("data_types.grad_accum_dtype") in ("fp32", "float32")
+    return run.layout.zero_stage == 1 and run.layout.training_dtype == "bfloat16" and is_fp32
 
 
-def _reduces_in_16_bits(s: PlanContext) -> bool:
-    if s.layout.training_dtype == "float32":
+def _reduces_in_16_bits(run: PlanContext) -> bool:
+    if run.layout.training_dtype == "float32":
         return False
-    dtypes = s.value("communication_data_type"), s.value("data_types.grad_accum_dtype")
+    dtypes = run.value("communication_data_type"), run.value("data_types.grad_accum_dtype")
     return any(str(dtype).lower() in ("fp16", "bf16", "float16", "bfloat16") for dtype in dtypes)
 
 
-def _uses_model_parallelism(s: PlanContext) -> bool:
-    sizes = s.value("tensor_parallel.autotp_size"), s.value("sequence_parallel_size")
+def _uses_model_parallelism(run: PlanContext) -> bool:
+    sizes = run.value("tensor_parallel.autotp_size"), run.value("sequence_parallel_size")
     return any(size not in (None, 0, 1) for size in sizes) or is_set(
         "expert_parallel.enabled", "pipeline"
-    )(s)
+    )(run)
 
 
-def _changes_gradient_averaging(s: PlanContext) -> bool:
+def _changes_gradient_averaging(run: PlanContext) -> bool:
     return (
-        is_set("prescale_gradients")(s)
-        or s.value("gradient_predivide_factor") not in (None, 1)
-        or str(s.value("gradient_allreduce_op") or "mean").lower() == "sum"
+        is_set("prescale_gradients")(run)
+        or run.value("gradient_predivide_factor") not in (None, 1)
+        or str(run.value("gradient_allreduce_op") or "mean").lower() == "sum"
     )
 
 
-def _has_other_optimizer_keys(s: PlanContext) -> bool:
-    parameters, keys = s.block("optimizer.params"), s.block("optimizer")
+def _has_other_optimizer_keys(run: PlanContext) -> bool:
+    parameters, keys = run.block("optimizer.params"), run.block("optimizer")
     return bool(set(parameters) - _ADAMW_PARAMETERS) or bool(set(keys) - {"type", "params"})
 
 
@@ -192,7 +192,7 @@ _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="optimizer-not-adamw",
         level="refuse",
-        applies=lambda s: str(s.block("optimizer").get("type", "AdamW")).lower() != "adamw",
+        applies=lambda run: str(run.block("optimizer").get("type", "AdamW")).lower() != "adamw",
         reason="optimizer.type is not AdamW; checkpoints can store only the two moments of AdamW",
         remedy='set it to "AdamW", or leave it out',
         source="pipeline/adapter/gather.py",
@@ -227,7 +227,7 @@ _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="compile-not-yet",
         level="refuse",
-        applies=lambda s: any(s.block("compile").values()),
+        applies=lambda run: any(run.block("compile").values()),
         reason="compile: compiling the model is not implemented, and deepcompile does not support "
         "4-bit layers",
         source="DeepSpeed 0.19.8 compile/util.py:29",
@@ -235,9 +235,9 @@ _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="other-engines",
         level="refuse",
-        applies=lambda s: (
-            is_set("autotuning.enabled", "hybrid_engine.enabled", "data_efficiency.enabled")(s)
-            or "weight_quantization" in s.deepspeed
+        applies=lambda run: (
+            is_set("autotuning.enabled", "hybrid_engine.enabled", "data_efficiency.enabled")(run)
+            or "weight_quantization" in run.deepspeed
         ),
         reason="autotuning, hybrid_engine, data_efficiency and weight_quantization change batches, "
         "data or weights by themselves, and do not support frozen weights",
@@ -256,7 +256,7 @@ _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="json-no-effect",
         level="warn",
-        applies=lambda s: ", ".join(path for path in _WITHOUT_EFFECT if is_set(path)(s)),
+        applies=lambda run: ", ".join(path for path in _WITHOUT_EFFECT if is_set(path)(run)),
         reason="these keys have no effect, because transformers does the activation checkpointing, "
         "the optimizer is AdamW, and a run saves only the adapter, in its own checkpoints",
         remedy="leave them out",
@@ -265,7 +265,7 @@ _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="flops-profiler-4bit",
         level="warn",
-        applies=lambda s: s.settings.load_in_4bit and is_set("flops_profiler.enabled")(s),
+        applies=lambda run: run.settings.load_in_4bit and is_set("flops_profiler.enabled")(run),
         reason="flops_profiler does not count the products of 4-bit layers",
         source="DeepSpeed 0.19.8 profiling/flops_profiler/profiler.py",
     ),

@@ -25,15 +25,15 @@ def _first_reason(reasons: Sequence[str]) -> str:
     return reasons[0] if reasons else ""
 
 
-def _reentrant_refusal(s: PlanContext) -> str:
+def _reentrant_refusal(run: PlanContext) -> str:
     """The reason against re-entrant checkpointing, if the run uses it (only ZeRO-3 does)."""
-    if s.proof is None or not s.layout.is_sharded or not s.layout.checkpointed_layers:
+    if run.proof is None or not run.layout.is_sharded or not run.layout.checkpointed_layers:
         return ""
-    return _first_reason(s.proof.without_reentrant)
+    return _first_reason(run.proof.without_reentrant)
 
 
-def _targets_embeddings_or_head(s: PlanInput) -> bool:
-    targets = s.settings.lora_target_modules
+def _targets_embeddings_or_head(run: PlanInput) -> bool:
+    targets = run.settings.lora_target_modules
     if isinstance(targets, str):
         if targets in ("auto", "all-linear"):  # these exclude embeddings and head
             return False
@@ -42,97 +42,99 @@ def _targets_embeddings_or_head(s: PlanInput) -> bool:
     return any(target.rsplit(".", 1)[-1] in ends for target in targets)
 
 
-def _options_unsupported_by_experts(s: PlanInput) -> str:
-    """The options that are set and that adapters on experts do not support, as text; or empty."""
-    if not s.shape.targeted_experts(s.settings.lora_target_modules):
+def _options_unsupported_by_experts(run: PlanInput) -> str:
+    """The options of the run that adapters on experts do not support, as text; else empty."""
+    if not run.shape.targeted_experts(run.settings.lora_target_modules):
         return ""
     names = (
         "layers_to_transform", "exclude_modules", "rank_pattern", "alpha_pattern", "use_dora",
         "init_adapter",
     )  # fmt: skip
-    return ", ".join(name for name in names if getattr(s.settings, name))
+    return ", ".join(name for name in names if getattr(run.settings, name))
 
 
-def _packs_of_mixing_class(s: PlanInput) -> str:
+def _packs_of_mixing_class(run: PlanInput) -> str:
     """The reason why packs would mix documents, if the run has packs."""
-    is_default = "packing" not in s.settings.model_fields_set
-    if not s.settings.packing or (s.proof is None and is_default):  # the plan turns it off
+    is_default = "packing" not in run.settings.model_fields_set
+    if not run.settings.packing or (run.proof is None and is_default):  # the plan sets it to false
         return ""
-    return reason_against_packs(s.shape, s.proof)
+    return reason_against_packs(run.shape, run.proof)
 
 
-def _lacks_flash_attention(s: PlanInput) -> bool:
-    is_available = s.is_cuda and s.packages.get("flash-attn") is not None
-    return s.settings.use_flash_attention is True and not is_available
+def _lacks_flash_attention(run: PlanInput) -> bool:
+    is_available = run.is_cuda and run.packages.get("flash-attn") is not None
+    return run.settings.use_flash_attention is True and not is_available
 
 
-def _is_too_old_for_bf16(s: PlanContext) -> bool:
-    capability = s.hardware.compute_capability
-    return s.layout.training_dtype == "bfloat16" and capability is not None and capability < (8, 0)
+def _is_too_old_for_bf16(run: PlanContext) -> bool:
+    capability = run.hardware.compute_capability
+    return (
+        run.layout.training_dtype == "bfloat16" and capability is not None and capability < (8, 0)
+    )
 
 
-def _has_unquantised_experts(s: PlanContext) -> str:
+def _has_unquantised_experts(run: PlanContext) -> str:
     """The parameters that stay in 16 bits when a mixture of experts is quantised; else empty."""
-    experts = s.shape.expert_parameters
-    if not s.settings.is_quantised or not experts:
+    experts = run.shape.expert_parameters
+    if not run.settings.is_quantised or not experts:
         return ""
-    return f"{experts / 1e9:,.2f} of {s.shape.parameters / 1e9:,.2f} B parameters"
+    return f"{experts / 1e9:,.2f} of {run.shape.parameters / 1e9:,.2f} B parameters"
 
 
-def _stops_slowly(s: PlanContext) -> bool:
-    sequences = SequenceProfile(tokens=s.settings.max_length)
-    step = step_seconds(s.shape, s.settings, s.layout, s.hardware, sequences)
-    micro_batch_s = step.seconds_per_step / s.layout.accumulation_steps
-    save_s = checkpoint_bytes(trainable_parameters(s.shape, s.settings)) / _WRITE_RATE
+def _stops_slowly(run: PlanContext) -> bool:
+    sequences = SequenceProfile(tokens=run.settings.max_length)
+    step = step_seconds(run.shape, run.settings, run.layout, run.hardware, sequences)
+    micro_batch_s = step.seconds_per_step / run.layout.accumulation_steps
+    save_s = checkpoint_bytes(trainable_parameters(run.shape, run.settings)) / _WRITE_RATE
     return slow_stop_warning(save_s, micro_batch_s) is not None
 
 
-def _checkpoints_all_layers(s: PlanContext) -> bool:
-    return s.layout.checkpointed_layers == s.shape.num_layers
+def _checkpoints_all_layers(run: PlanContext) -> bool:
+    return run.layout.checkpointed_layers == run.shape.num_layers
 
 
-def _stores_4_bits_in_another_type(s: PlanContext) -> bool:
-    storage = s.settings.bnb_4bit_quant_storage
-    return s.settings.load_in_4bit and storage not in ("uint8", s.layout.training_dtype)
+def _stores_4_bits_in_another_type(run: PlanContext) -> bool:
+    storage = run.settings.bnb_4bit_quant_storage
+    return run.settings.load_in_4bit and storage not in ("uint8", run.layout.training_dtype)
 
 
-def _loads_sharded_in_16_bits(s: PlanContext) -> bool:
-    is_16_bit = s.layout.training_dtype != "float32"
-    return s.layout.is_sharded and is_16_bit and not s.settings.is_quantised
+def _loads_sharded_in_16_bits(run: PlanContext) -> bool:
+    is_16_bit = run.layout.training_dtype != "float32"
+    return run.layout.is_sharded and is_16_bit and not run.settings.is_quantised
 
 
-def _mixes_documents_in_one_forward(s: PlanContext) -> bool:
-    return s.settings.packing or s.layout.micro_batch_size > 1
+def _mixes_documents_in_one_forward(run: PlanContext) -> bool:
+    return run.settings.packing or run.layout.micro_batch_size > 1
 
 
-def _exceeds_original_length(s: PlanContext) -> str:
+def _exceeds_original_length(run: PlanContext) -> str:
     """The longest document, if it shares a forward pass and exceeds rope's original length."""
-    limit, data = s.shape.rope_original_length, s.data
+    limit, data = run.shape.rope_original_length, run.data
     if limit is None or data is None or not data.is_exact or data.longest is None:
         return ""
-    if data.longest <= limit or not _mixes_documents_in_one_forward(s):
+    if data.longest <= limit or not _mixes_documents_in_one_forward(run):
         return ""
     return f"the longest document has {data.longest} tokens, the original length is {limit} tokens"
 
 
-def _may_exceed_original_length(s: PlanContext) -> str:
+def _may_exceed_original_length(run: PlanContext) -> str:
     """`max_length`, if it exceeds rope's original length and documents are not counted yet."""
-    limit = s.shape.rope_original_length
-    is_counted = s.data is not None and s.data.longest is not None
-    if limit is None or is_counted or s.settings.max_length <= limit:
+    limit = run.shape.rope_original_length
+    is_counted = run.data is not None and run.data.longest is not None
+    if limit is None or is_counted or run.settings.max_length <= limit:
         return ""
-    if not _mixes_documents_in_one_forward(s):
+    if not _mixes_documents_in_one_forward(run):
         return ""
-    return f"max_length is {s.settings.max_length}, the original length {limit}"
+    return f"max_length is {run.settings.max_length}, the original length {limit}"
 
 
-def _exceeds_positions(s: PlanContext) -> str:
+def _exceeds_positions(run: PlanContext) -> str:
     """The number and length of documents that exceed the model's positions; empty if none do."""
-    limit, data = s.shape.max_positions, s.data
-    if limit is None or s.settings.max_length <= limit:
+    limit, data = run.shape.max_positions, run.data
+    if limit is None or run.settings.max_length <= limit:
         return ""
     if data is None or data.longest is None:
-        return f"max_length is {s.settings.max_length}, the model has {limit} positions"
+        return f"max_length is {run.settings.max_length}, the model has {limit} positions"
     if data.longest <= limit:
         return ""
     count = data.longer_than(limit)
@@ -145,7 +147,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="modules-to-save-not-yet",
         level="refuse",
-        applies=lambda s: bool(s.settings.modules_to_save),
+        applies=lambda run: bool(run.settings.modules_to_save),
         reason="modules_to_save: full training of modules in addition to the adapter is not "
         "implemented; peft's copies of sharded modules are empty after loading, and on a quantised "
         "base updates go to the original module instead of its copy",
@@ -163,7 +165,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="tied-pair",
         level="refuse",
-        applies=lambda s: s.shape.is_tied and _targets_embeddings_or_head(s),
+        applies=lambda run: run.shape.is_tied and _targets_embeddings_or_head(run),
         reason="lora_target_modules names the head or the embeddings of a model in which these "
         "share their weight: when the adapter is loaded, its update is lost or changes both",
         remedy="name linear layers of the blocks, or leave it out to adapt all of them",
@@ -172,7 +174,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="embeddings-or-head-not-yet",
         level="refuse",
-        applies=lambda s: not s.shape.is_tied and _targets_embeddings_or_head(s),
+        applies=lambda run: not run.shape.is_tied and _targets_embeddings_or_head(run),
         reason="lora_target_modules names the head or the embeddings; adapters on these are not "
         "implemented",
         remedy="name linear layers of the blocks, or leave it out to adapt all of them",
@@ -181,9 +183,9 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="tokens-without-embeddings",
         level="refuse",
-        applies=lambda s: (
-            s.shape.required_vocab_size is not None
-            and s.shape.required_vocab_size > s.shape.vocab_size
+        applies=lambda run: (
+            run.shape.required_vocab_size is not None
+            and run.shape.required_vocab_size > run.shape.vocab_size
         ),
         reason="the tokenizer has tokens for which the model has no embedding; training added "
         "embeddings is not implemented",
@@ -193,7 +195,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="class-refused",
         level="refuse",
-        applies=lambda s: _first_reason(s.proof.refusals) if s.proof else "",
+        applies=lambda run: _first_reason(run.proof.refusals) if run.proof else "",
         reason="model: checks on a small copy showed that this model class cannot be trained "
         "correctly",
         remedy="if the reason names an adapter, try other lora_target_modules; else use a model of "
@@ -211,7 +213,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="prequantised-base",
         level="refuse",
-        applies=lambda s: s.shape.quantization is not None,
+        applies=lambda run: run.shape.quantization is not None,
         reason="the base is already quantised, so an adapter cannot be merged into it exactly",
         remedy="use the 16-bit model and load_in_4bit: true",
         source=issue(DEEPSPEED, 7096),
@@ -219,7 +221,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="bidirectional",
         level="refuse",
-        applies=lambda s: s.shape.bidirectional,
+        applies=lambda run: run.shape.bidirectional,
         reason="model: tokens of this model attend to later tokens, so it cannot learn to predict "
         "the next token; config.json has",
         remedy="use a causal language model",
@@ -228,7 +230,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="other-head",
         level="refuse",
-        applies=lambda s: s.shape.other_head,
+        applies=lambda run: run.shape.other_head,
         reason="model: the checkpoint has no language-model head, so the head would start from "
         "random numbers; config.json has",
         remedy="use the causal language model that this checkpoint was trained from",
@@ -246,7 +248,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="fp16-cpu",
         level="refuse",
-        applies=lambda s: s.settings.fp16 is True and not s.is_cuda,
+        applies=lambda run: run.settings.fp16 is True and not run.is_cuda,
         reason="fp16: true needs a GPU, but the ranks of this run train on a CPU",
         remedy="set bf16: true, or both to false for fp32",
         source="DeepSpeed 0.19.8 accelerator/cpu_accelerator.py",
@@ -257,7 +259,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="dora-zero3",
         level="refuse",
-        applies=lambda s: s.settings.use_dora and s.layout.is_sharded,
+        applies=lambda run: run.settings.use_dora and run.layout.is_sharded,
         reason="use_dora at ZeRO-3: peft reads a layer's base weight for its norms after DeepSpeed "
         "has released it",
         remedy="set zero_stage: 2 (with load_in_4bit: true if the base does not fit otherwise), or "
@@ -267,7 +269,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="dora-8bit",
         level="refuse",
-        applies=lambda s: s.settings.use_dora and s.settings.load_in_8bit,
+        applies=lambda run: run.settings.use_dora and run.settings.load_in_8bit,
         reason="use_dora with load_in_8bit: peft does not copy an 8-bit layer before it computes "
         "the norms of its weight",
         remedy="set load_in_4bit: true instead, or leave use_dora out",
@@ -276,7 +278,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="dora-when-served",
         level="warn",
-        applies=lambda s: s.settings.use_dora,
+        applies=lambda run: run.settings.use_dora,
         reason="use_dora: vLLM rejects a DoRA adapter",
         remedy="serve the merged model",
         source="vLLM lora/peft_helper.py, _validate_features",
@@ -284,7 +286,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="one-scaling-when-served",
         level="warn",
-        applies=lambda s: bool(s.settings.rank_pattern or s.settings.alpha_pattern),
+        applies=lambda run: bool(run.settings.rank_pattern or run.settings.alpha_pattern),
         reason="rank_pattern or alpha_pattern: vLLM reads only one r and one alpha of an adapter, "
         "so it scales the layers of the patterns wrongly, without a message",
         remedy="serve the merged model, or leave it out",
@@ -302,7 +304,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="class-not-proven",
         level="warn",
-        applies=lambda s: s.shape.is_from_class and s.proof is None and s.shape.model_type,
+        applies=lambda run: run.shape.is_from_class and run.proof is None and run.shape.model_type,
         reason="this model_type is not in the table of known families, and its class has not been "
         "checked on this machine: the checks of loss, attention, packing and adapter may refuse it",
         remedy="`python launch/preflight.py RUN.yaml` runs the checks within seconds on the CPU; "
@@ -312,7 +314,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="class-merge",
         level="warn",
-        applies=lambda s: _first_reason(s.proof.without_merge) if s.proof else "",
+        applies=lambda run: _first_reason(run.proof.without_merge) if run.proof else "",
         reason="the adapter of this model cannot be merged into the base",
         remedy="serve the adapter with its base",
         source="pipeline/model/proof.py",
@@ -320,7 +322,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="8bit-zero3",
         level="refuse",
-        applies=lambda s: s.settings.load_in_8bit and s.layout.zero_stage == 3,
+        applies=lambda run: run.settings.load_in_8bit and run.layout.zero_stage == 3,
         reason="load_in_8bit at ZeRO-3: every rank keeps the whole int8 base, and losses were "
         "wrong without an error",
         remedy="set zero_stage: 2, or load_in_4bit: true",
@@ -330,8 +332,8 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="4bit-zero3-unchecked",
         level="refuse",
-        applies=lambda s: (
-            s.settings.load_in_4bit and s.layout.is_sharded and not _checkpoints_all_layers(s)
+        applies=lambda run: (
+            run.settings.load_in_4bit and run.layout.is_sharded and not _checkpoints_all_layers(run)
         ),
         reason="load_in_4bit at ZeRO-3 without gradient_checkpointing: each layer keeps its "
         "gathered weight until its backward pass, so every rank holds the whole base",
@@ -359,7 +361,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="experts-serving",
         level="warn",
-        applies=lambda s: bool(s.shape.targeted_experts(s.settings.lora_target_modules)),
+        applies=lambda run: bool(run.shape.targeted_experts(run.settings.lora_target_modules)),
         reason="adapters of fused experts load in peft, but vLLM and SGLang have silently ignored "
         "or rejected them",
         remedy="serve the merged model (`launch/merge.py`), or compare the server's answers with "
@@ -377,7 +379,9 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="fp16-for-bf16-model",
         level="warn",
-        applies=lambda s: s.layout.training_dtype == "float16" and s.shape.dtype == "bfloat16",
+        applies=lambda run: (
+            run.layout.training_dtype == "float16" and run.shape.dtype == "bfloat16"
+        ),
         reason="fp16 often overflows with a model that was trained in bfloat16",
         remedy="set bf16: true if the GPU supports it",
         source=issue("deepspeedai/DeepSpeedExamples", 418)
@@ -414,7 +418,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="router-loss",
         level="warn",
-        applies=lambda s: s.shape.has_router_loss,
+        applies=lambda run: run.shape.has_router_loss,
         reason="output_router_logits: true in config.json makes other trainers add a "
         "load-balancing loss; this run trains without it, because routers are frozen",
         remedy="nothing to do",
@@ -423,7 +427,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="base-dropout",
         level="warn",
-        applies=lambda s: ", ".join(s.shape.dropouts),
+        applies=lambda run: ", ".join(run.shape.dropouts),
         reason="the base's config.json sets dropout or noise, which is active in training in "
         "addition to lora_dropout; the predicted memory does not include the masks",
         remedy="to train without it, set it to 0 in a copy of the model folder",
@@ -432,10 +436,10 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="zero1-bf16-accumulation",
         level="warn",
-        applies=lambda s: (
-            s.layout.zero_stage == 1
-            and s.layout.training_dtype == "bfloat16"
-            and s.layout.accumulation_steps > 1
+        applies=lambda run: (
+            run.layout.zero_stage == 1
+            and run.layout.training_dtype == "bfloat16"
+            and run.layout.accumulation_steps > 1
         ),
         reason="ZeRO-1 in bf16 accumulates the gradients of micro-batches in bf16",
         remedy="set zero_stage: 2, which accumulates in fp32 and needs at most a few MB more",
@@ -453,7 +457,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="deepspeed-zero3-frozen",
         level="refuse",
-        applies=lambda s: s.layout.zero_stage == 3,
+        applies=lambda run: run.layout.zero_stage == 3,
         reason="this version of DeepSpeed fails at ZeRO-3 with frozen weights and activation "
         "checkpointing",
         remedy="install deepspeed>=0.19.6",
@@ -463,7 +467,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="deepspeed-wrong-gradients",
         level="refuse",
-        applies=lambda s: s.layout.zero_stage == 2,
+        applies=lambda run: run.layout.zero_stage == 2,
         reason="this version of DeepSpeed computes wrong gradients at ZeRO-2",
         remedy="install deepspeed>=0.19.6",
         source=issue(DEEPSPEED, 7718, 7697),
@@ -472,7 +476,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="deepspeed-zero1-last-micro-batch",
         level="refuse",
-        applies=lambda s: s.layout.zero_stage == 1 and s.layout.training_dtype == "bfloat16",
+        applies=lambda run: run.layout.zero_stage == 1 and run.layout.training_dtype == "bfloat16",
         reason="this version of DeepSpeed omits the last micro-batch from the reduction over ranks "
         "at ZeRO-1 in bf16",
         remedy="install deepspeed>=0.19.6",
@@ -482,7 +486,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="deepspeed-shared-parameter",
         level="warn",
-        applies=lambda s: s.layout.zero_stage == 2 and s.layout.training_dtype == "bfloat16",
+        applies=lambda run: run.layout.zero_stage == 2 and run.layout.training_dtype == "bfloat16",
         reason="this version of DeepSpeed loses part of the gradient of a parameter that is used "
         "twice in one backward pass at ZeRO-2 in bf16",
         remedy="install deepspeed>=0.19.6",

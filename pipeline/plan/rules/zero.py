@@ -22,42 +22,42 @@ def _in_zero(*keys: str) -> tuple[str, ...]:
     return tuple(f"zero_optimization.{key}" for key in keys)
 
 
-def _hpz_ranks(s: PlanContext) -> int:
+def _hpz_ranks(run: PlanContext) -> int:
     """The larger hpz_partition_size of the run file and the DeepSpeed config; 1 for none."""
-    setting = s.settings.hpz_partition_size
-    in_json = s.zero.get("zero_hpz_partition_size") or 1
+    setting = run.settings.hpz_partition_size
+    in_json = run.zero.get("zero_hpz_partition_size") or 1
     return max(int(in_json), 1 if setting == "auto" else setting)
 
 
-def _gathers_adapters(s: PlanContext) -> bool:
-    threshold = int(s.zero.get("stage3_param_persistence_threshold", 100_000))
-    return s.layout.is_sharded and threshold < persistence_threshold(s.shape, s.settings)
+def _gathers_adapters(run: PlanContext) -> bool:
+    threshold = int(run.zero.get("stage3_param_persistence_threshold", 100_000))
+    return run.layout.is_sharded and threshold < persistence_threshold(run.shape, run.settings)
 
 
-def _has_large_bucket(s: PlanContext) -> bool:
-    bucket = int(s.zero.get("reduce_bucket_size", 500_000_000))
-    return bucket > bucket_elements(s.shape, s.settings)
+def _has_large_bucket(run: PlanContext) -> bool:
+    bucket = int(run.zero.get("reduce_bucket_size", 500_000_000))
+    return bucket > bucket_elements(run.shape, run.settings)
 
 
-def _gathers_too_much(s: PlanContext) -> bool:
-    planned = gathers(s.shape, s.settings)
+def _gathers_too_much(run: PlanContext) -> bool:
+    planned = gathers(run.shape, run.settings)
     limits = (
         ("stage3_max_live_parameters", planned.block),
         ("stage3_prefetch_bucket_size", planned.block),
         ("stage3_max_reuse_distance", planned.reuse_distance),
     )
-    return s.layout.is_sharded and any(s.zero.get(key, most) > most for key, most in limits)
+    return run.layout.is_sharded and any(run.zero.get(key, most) > most for key, most in limits)
 
 
-def _has_no_leaf_modules(s: PlanContext) -> bool:
-    # without the block DeepSpeed uses its own list
-    leaves = s.value("zero_optimization.leaf_module")
+def _has_no_leaf_modules(run: PlanContext) -> bool:
+    # If the config has no block leaf_module, DeepSpeed uses a list of its own.
+    leaves = run.value("zero_optimization.leaf_module")
     is_emptied = leaves is not None and "classes" in leaves and not any(leaves.values())
-    return s.shape.num_experts > 0 and s.layout.is_sharded and is_emptied
+    return run.shape.num_experts > 0 and run.layout.is_sharded and is_emptied
 
 
-def _offloads_parameters(s: PlanContext) -> bool:
-    return s.settings.offload_param == "cpu" or s.offload_device != "none"
+def _offloads_parameters(run: PlanContext) -> bool:
+    return run.settings.offload_param == "cpu" or run.offload_device != "none"
 
 
 ZERO_RULES: tuple[Rule[PlanContext], ...] = (
@@ -82,7 +82,7 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="overlap-comm",
         level="warn",
-        applies=lambda s: s.layout.zero_stage < 3 and bool(s.zero.get("overlap_comm")),
+        applies=lambda run: run.layout.zero_stage < 3 and bool(run.zero.get("overlap_comm")),
         reason="zero_optimization.overlap_comm at ZeRO-1 and 2 has caused NaN and wrong gradient "
         "norms, and gains little for the small gradients of an adapter",
         source=issue(DEEPSPEED, 4298, 5294, 7188),
@@ -99,7 +99,7 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="hpz-without-zero3",
         level="refuse",
-        applies=lambda s: _hpz_ranks(s) > 1 and not s.layout.is_sharded,
+        applies=lambda run: _hpz_ranks(run) > 1 and not run.layout.is_sharded,
         reason="hpz_partition_size: only ZeRO-3 shards the base and can have a second, sharded "
         "copy",
         remedy="set zero_stage: 3, or leave hpz_partition_size out",
@@ -108,7 +108,7 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="hpz-divides-ranks",
         level="refuse",
-        applies=lambda s: s.layout.world_size % _hpz_ranks(s) != 0,
+        applies=lambda run: run.layout.world_size % _hpz_ranks(run) != 0,
         reason="hpz_partition_size does not divide the number of ranks",
         remedy="set it to the number of ranks of a node, or leave it out",
         source="DeepSpeed 0.19.8 utils/groups.py:945",
@@ -125,7 +125,9 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="4bit-quantized-weights",
         level="refuse",
-        applies=lambda s: s.settings.load_in_4bit and bool(s.zero.get("zero_quantized_weights")),
+        applies=lambda run: (
+            run.settings.load_in_4bit and bool(run.zero.get("zero_quantized_weights"))
+        ),
         reason="zero_optimization.zero_quantized_weights with load_in_4bit quantises the packed "
         "4-bit weights a second time, without an error; they are communicated in 4 bits anyway",
         source=f"{ZERO_SOURCE}/partition_parameters.py:1504",
@@ -133,9 +135,9 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="quantized-communication",
         level="warn",
-        applies=lambda s: (
-            bool(s.zero.get("zero_quantized_gradients"))
-            or (bool(s.zero.get("zero_quantized_weights")) and not s.settings.load_in_4bit)
+        applies=lambda run: (
+            bool(run.zero.get("zero_quantized_gradients"))
+            or (bool(run.zero.get("zero_quantized_weights")) and not run.settings.load_in_4bit)
         ),
         reason="zero_quantized_weights and zero_quantized_gradients round communicated values to 8 "
         "or 4 bits, so results depend on how a batch is split",
@@ -154,8 +156,9 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="4bit-all-reduce-fetch",
         level="refuse",
-        applies=lambda s: (
-            s.settings.load_in_4bit and bool(s.zero.get("stage3_use_all_reduce_for_fetch_params"))
+        applies=lambda run: (
+            run.settings.load_in_4bit
+            and bool(run.zero.get("stage3_use_all_reduce_for_fetch_params"))
         ),
         reason="zero_optimization.stage3_use_all_reduce_for_fetch_params needs a single dtype in "
         "each gather, but 4-bit weights are gathered together with adapters",
@@ -164,7 +167,9 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="round-robin-gradients",
         level="refuse",
-        applies=lambda s: s.layout.zero_stage < 3 and bool(s.zero.get("round_robin_gradients")),
+        applies=lambda run: (
+            run.layout.zero_stage < 3 and bool(run.zero.get("round_robin_gradients"))
+        ),
         reason="zero_optimization.round_robin_gradients makes full gradients unreadable; it only "
         "speeds up optimizer offload of large models",
         source="measured 2026-11-25 with DeepSpeed 0.19.8 on 2 CPU ranks; utils/tensor_fragment.py",
@@ -172,8 +177,8 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="module-granularity",
         level="refuse",
-        applies=lambda s: (
-            s.layout.is_sharded and bool(s.zero.get("stage3_module_granularity_threshold"))
+        applies=lambda run: (
+            run.layout.is_sharded and bool(run.zero.get("stage3_module_granularity_threshold"))
         ),
         reason="zero_optimization.stage3_module_granularity_threshold: the backward pass of an "
         "adapter fails with a shape mismatch",
@@ -200,7 +205,9 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="memory-inefficient-linear",
         level="warn",
-        applies=lambda s: s.layout.is_sharded and s.zero.get("memory_efficient_linear") is False,
+        applies=lambda run: (
+            run.layout.is_sharded and run.zero.get("memory_efficient_linear") is False
+        ),
         reason="zero_optimization.memory_efficient_linear: with false, every gathered weight stays "
         "in memory until its backward pass, which the predicted memory does not include",
         source=f"{ZERO_SOURCE}/linear.py:99",
@@ -208,7 +215,7 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="offload-param-without-zero3",
         level="refuse",
-        applies=lambda s: _offloads_parameters(s) and not s.layout.is_sharded,
+        applies=lambda run: _offloads_parameters(run) and not run.layout.is_sharded,
         reason="offload_param: only ZeRO-3 can keep the base in host memory",
         remedy="set zero_stage: 3, or leave offload_param out",
         source="https://www.deepspeed.ai/docs/config-json/#parameter-offloading",
@@ -216,7 +223,7 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="nvme-not-yet",
         level="refuse",
-        applies=lambda s: s.offload_device == "nvme",
+        applies=lambda run: run.offload_device == "nvme",
         reason="zero_optimization.offload_param.device: nvme is not supported: the plan does not "
         "predict its memory and speed, and its buffers have the training dtype, so they cannot "
         "hold packed 4-bit weights",
@@ -244,9 +251,9 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="zenflow",
         level="refuse",
-        applies=lambda s: (
-            is_present(*_in_zero("zenflow"))(s)
-            or is_set(*_in_zero("offload_optimizer.super_offload"))(s)
+        applies=lambda run: (
+            is_present(*_in_zero("zenflow"))(run)
+            or is_set(*_in_zero("offload_optimizer.super_offload"))(run)
         ),
         reason="zenflow and super_offload are made for full fine-tuning; zenflow also transposes "
         "every gathered weight",

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.cost.memory import base_bytes, trainable_parameters
+from pipeline.plan.cost.memory import base_bytes, memory, trainable_parameters
 from pipeline.plan.cost.per_token import cost_per_token
 from pipeline.plan.cost.speed import step_seconds
 from pipeline.plan.given.block import Block
@@ -311,3 +311,15 @@ def test_the_example_of_the_docs_has_the_predicted_numbers():
     for term, seconds in result.terms.items():
         assert (f"| `{term}` | {seconds:.4f} |" in text) == (seconds > 0), term
     assert f"{result.tokens_per_second:,.0f} tokens/s".replace(",", " ") in text
+
+
+def test_a_deepspeed_json_at_zero3_is_predicted_without_joint_lora():
+    sharded, sequences = layout(zero_stage=3), SequenceProfile(tokens=2048)
+
+    def predicted(keys):
+        arguments = LLAMA_8B, keys, sharded, H100, sequences
+        return memory(*arguments).per_rank, step_seconds(*arguments).terms
+
+    without = predicted(run(fast_paths=False))
+    assert predicted(run(deepspeed_json="own.json")) == without
+    assert all(ours != others for ours, others in zip(predicted(run()), without, strict=True))

@@ -10,7 +10,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.plan.given.published import SHAPES_FILE, published_models, published_shape
-from pipeline.plan.plan import DoesNotFitError, rank_plans
+from pipeline.plan.plan import DoesNotFitError, plan_and_candidates
 from tests.messages import refused
 from tests.plans import gpu
 
@@ -62,7 +62,7 @@ def test_a_name_like_no_other_gets_no_hint():
 
 
 def plan_on(hardware, model, **changes):
-    return rank_plans(
+    return plan_and_candidates(
         settings(model, **changes), model.shape(), hardware, nodes=1, ranks_per_node=1
     )[0]
 
@@ -103,10 +103,12 @@ def test_a_plan_by_name_has_packs_only_if_the_class_keeps_documents_separate(nam
 def test_a_folder_of_a_class_that_mixes_documents_is_planned_without_packs():
     model = next(model for model in MODELS if model.name == "Qwen/Qwen3.5-27B")
     shape = replace(model.shape(), source=None)
-    plan, _ = rank_plans(settings(model), shape, gpu(640, 8), nodes=1, ranks_per_node=1)
+    plan, _ = plan_and_candidates(settings(model), shape, gpu(640, 8), nodes=1, ranks_per_node=1)
     assert plan.settings.packing is False
     with refused("packing", "16 of 64 blocks", "rule class-packs"):
-        rank_plans(settings(model, packing=True), shape, gpu(640, 8), nodes=1, ranks_per_node=1)
+        plan_and_candidates(
+            settings(model, packing=True), shape, gpu(640, 8), nodes=1, ranks_per_node=1
+        )
 
 
 def test_packs_that_were_asked_for_are_refused_by_name():
