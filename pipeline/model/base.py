@@ -201,9 +201,9 @@ def _quantization(
     settings: RunSettings, shape: ModelShape, dtype: torch.dtype
 ) -> BitsAndBytesConfig:
     # Not quantised are modules outside the text decoder's blocks, such as a vision tower, and
-    # layers whose weight is read without a call of the layer.
+    # layers whose weight is read directly.
     not_quantised = [rf"(?!{re.escape(shape.layers_name)}\.).*"]
-    not_quantised += [re.escape(name) for name, x in shape.linears.items() if not x.is_called]
+    not_quantised += [re.escape(name) for name, x in shape.linears.items() if not x.is_quantised]
     if settings.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=not_quantised)  # type: ignore[no-untyped-call]
     compute = settings.bnb_4bit_compute_dtype

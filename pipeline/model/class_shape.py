@@ -95,10 +95,10 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
     configs = model.config.get_text_config().per_layer_config
     with _observed_linears() as observed:
         counts = _saved_per_block(model, decoder, layers)
-    called = observed.called - observed.read
+    linears = _block_linears(layers, observed)
     sizes = [
-        _block_sizes(layer, configs[index], called) | saved
-        for index, (layer, saved) in enumerate(zip(layers, counts, strict=True))
+        _block_sizes(layer, configs[index]) | {"linears": linears[index]} | counts[index]
+        for index, layer in enumerate(layers)
     ]
     kinds = [json.dumps(block) for block in sizes]
     distinct = list(dict.fromkeys(kinds))
@@ -176,22 +176,11 @@ def _has_other_towers(model: Any, decoder: Any, head: Any) -> bool:
     return any(type(m) is nn.Linear and m not in inside for m in model.modules())
 
 
-def _block_sizes(layer: nn.Module, config: Any, called: set[nn.Module]) -> dict[str, Any]:
-    """Sizes of the linear layers, heads, norms and experts of a block."""
-    linears = {n: m for n, m in layer.named_modules() if type(m) is nn.Linear}
+def _block_sizes(layer: nn.Module, config: Any) -> dict[str, Any]:
+    """Sizes of the heads, norms and experts of a block, and its number of parameters."""
     experts = expert_tensors(layer)
     heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none
     return {
-        "linears": [
-            [
-                name,
-                x.in_features,
-                x.out_features,
-                x.bias is not None,
-                x in called and not _is_read_by_kernels(layer, name),
-            ]
-            for name, x in linears.items()
-        ],
         "hidden_size": config.hidden_size,
         "num_heads": heads,
         "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
@@ -261,6 +250,37 @@ def _observed_linears() -> Iterator[_Observed]:
         patch.object(nn.Linear, "__getattr__", observed_read, create=True),
     ):
         yield observed
+
+
+def _block_linears(layers: Sequence[nn.Module], observed: _Observed) -> list[list[list[Any]]]:
+    """The linear layers of each block, in the form that plan/given/block.py reads."""
+    by_block = [
+        {name: m for name, m in layer.named_modules() if type(m) is nn.Linear} for layer in layers
+    ]
+    read = observed.read | {
+        linear
+        for layer, linears in zip(layers, by_block, strict=True)
+        for name, linear in linears.items()
+        if _is_read_by_kernels(layer, name)
+    }
+    read_weights = {id(linear.weight) for linear in read}
+    earlier: set[int] = set()
+    fields: list[list[list[Any]]] = []
+    for linears in by_block:
+        fields.append([
+            [
+                name,
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                linear in observed.called - read,
+                id(linear.weight) not in read_weights,
+                id(linear.weight) in earlier,
+            ]
+            for name, linear in linears.items()
+        ])  # fmt: skip
+        earlier |= {id(linear.weight) for linear in linears.values()}
+    return fields
 
 
 def _is_read_by_kernels(layer: nn.Module, name: str) -> bool:

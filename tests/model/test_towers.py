@@ -1,4 +1,4 @@
-"""The vision tower of a multimodal model is neither adapted, quantised nor checkpointed."""
+"""Quantised are the layers of the decoder, also shared ones; a vision tower stays as it is."""
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pipeline.model.adapter import attach_adapter, trainable
 from pipeline.model.base import load_base
 from pipeline.model.structure import blocks
-from tests.model.models import build
+from tests.model.models import build, cache_shape
+from tests.models.kinds import ALL
 from tests.tiny import make_plan, make_tokenizer
 
 pytestmark = pytest.mark.tensor
@@ -51,3 +52,14 @@ def test_only_layers_of_the_decoder_are_quantised(wrapper):
     quantised = [name for name, kind in kinds.items() if kind == "Linear4bit"]
     assert len(quantised) == 7 * 4
     assert kinds["lm_head"] == "Linear"
+
+
+@torch.no_grad()
+def test_a_base_whose_blocks_share_weights_runs_in_4_bits(tmp_path):
+    """Zamba 2 stores all shared layers under its first block, which does not call all of them."""
+    build("zamba2/shared", kinds=ALL).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    cache_shape(tmp_path)
+    model = load_base(make_plan(tmp_path, zero_stage=2, **NF4), torch.device("cpu"))
+    logits = model(input_ids=torch.arange(3, 12)[None], use_cache=False).logits
+    assert logits.isfinite().all()

@@ -166,14 +166,14 @@ def _quantisation(mode, folder):
         return {}
     shape = read_shape(str(folder))
     outside = rf"(?!{re.escape(shape.layers_name)}\.).*"
-    not_called = [name for name, x in shape.linears.items() if not x.is_called]
+    read_directly = [name for name, x in shape.linears.items() if not x.is_quantised]
     return {
         "quantization_config": BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=[outside, *not_called],
+            llm_int8_skip_modules=[outside, *read_directly],
         )
     }
 

@@ -265,13 +265,9 @@ def _sum_counts(
 
 def _blocks_with(selected: Sequence[AdaptedLayer], names: set[str]) -> int:
     """Number of blocks that have an adapted layer with one of these names."""
-    matching = [x for x in selected if _last_part(x.linear) in names]
+    matching = [x for x in selected if x.linear.last_part in names]
     return len({x.name.removesuffix(f".{x.linear.name}") for x in matching})
 
 
 def _reads_other_input(linear: Linear) -> bool:
-    return _last_part(linear) not in _ATTENTION_INPUT | _ATTENTION_OUTPUT | _MLP_INPUT
-
-
-def _last_part(linear: Linear) -> str:
-    return linear.name.rsplit(".", 1)[-1]
+    return linear.last_part not in _ATTENTION_INPUT | _ATTENTION_OUTPUT | _MLP_INPUT

@@ -1,8 +1,19 @@
-"""Block: sizes of one kind of decoder block."""
+"""Block: sizes of one kind of decoder block, from config.json or counted on the model's class."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from pipeline.plan.given.families import ExpertTensor, Linear, NormKind
+from pipeline.errors import UserError
+from pipeline.plan.given.families import (
+    Config,
+    Experts,
+    ExpertTensor,
+    Family,
+    Linear,
+    NormKind,
+    Widths,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,3 +116,96 @@ class Block:
     @property
     def _parameters_per_expert(self) -> int:
         return sum(tensor.d_in * tensor.d_out for tensor in self.experts)
+
+
+def block_of_class(sizes: Mapping[str, Any], rewritten: Sequence[str]) -> Block:
+    """A Block from the sizes of class_shape.py.
+
+    Parameters for which Block has no field are counted in `other_parameters`. `rewritten`: last
+    parts of the names of layers that are not adaptable, because peft 0.21 adapts the fused experts
+    instead (its utils/transformers_weight_conversion.py lists the model types).
+    """
+    linears = tuple(
+        Linear(
+            name=name,
+            d_in=d_in,
+            d_out=d_out,
+            has_bias=has_bias,
+            is_adaptable=name.rsplit(".", 1)[-1] not in rewritten,
+            is_called=is_called,
+            is_quantised=is_quantised,
+            is_shared=is_shared,
+        )
+        for name, d_in, d_out, has_bias, is_called, is_quantised, is_shared in sizes["linears"]
+    )
+    by_name = {linear.last_part: linear for linear in linears}
+    output = by_name.get("o_proj") or by_name.get("dense") or by_name.get("out_proj")
+    mlp = by_name.get("down_proj") or by_name.get("fc2")
+    heads, hidden = sizes["num_heads"], sizes["hidden_size"]
+    block = Block(
+        linears=linears,
+        hidden_size=hidden,
+        intermediate_size=mlp.d_in if mlp else 0,
+        num_heads=heads,
+        num_kv_heads=sizes["num_kv_heads"],
+        head_dim=output.d_in // heads if output else 0,
+        norm_kind=sizes["norm_kind"],
+        num_norms=sizes["num_norms"],
+        experts=tuple(ExpertTensor(*tensor) for tensor in sizes["experts"]),
+        experts_per_token=sizes["experts_per_token"],
+        saved=(sizes["saved_values"], sizes["saved_bytes"]),
+        saved_for_expert_adapters=sizes["saved_for_expert_adapters"],
+    )
+    return replace(block, other_parameters=sizes["parameters"] - block.parameters)
+
+
+def blocks_of_family(family: Family, config: Config) -> tuple[tuple[Block, ...], tuple[int, ...]]:
+    """The kinds of blocks of a model, and for each layer the index of its kind."""
+    num_layers = positive_integer(config, "num_hidden_layers")
+    experts = family.experts(config) if family.experts else None
+    if experts is None or not family.has_experts:
+        return (_build_block(family, config, experts),), (0,) * num_layers
+    has_experts = [
+        experts.count > 0 and family.has_experts(config, layer) for layer in range(num_layers)
+    ]
+    kinds = list(dict.fromkeys(has_experts))
+    blocks = tuple(_build_block(family, config, experts if sparse else None) for sparse in kinds)
+    return blocks, tuple(kinds.index(sparse) for sparse in has_experts)
+
+
+def _build_block(family: Family, config: Config, experts: Experts | None) -> Block:
+    """A kind of block of a model in families.py; `experts`: None for a block without experts."""
+    heads, hidden = (
+        positive_integer(config, "num_attention_heads"),
+        positive_integer(config, "hidden_size"),
+    )
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    is_dense = experts is None and family.dense_linears is not None
+    inner_key = "intermediate_size" if is_dense else family.inner_key
+    inner = 0 if inner_key is None else positive_integer(config, inner_key)
+    widths = Widths(hidden=hidden, inner=inner, queries=heads * head_dim, keys=kv_heads * head_dim)
+    linears = family.dense_linears if is_dense and family.dense_linears else family.linears
+    return Block(
+        linears=linears(config, widths),
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_kind=family.norm_kind,
+        num_norms=family.num_block_norms,
+        has_head_norms=family.head_norms(config),
+        is_gated=family.is_gated,
+        has_fused_gate=family.has_fused_gate,
+        experts=experts.tensors(hidden) if experts and experts.count else (),
+        experts_per_token=experts.per_token if experts else 0,
+    )
+
+
+def positive_integer(config: Config, key: str) -> int:
+    """The value of a key, an integer above 0. Raises KeyError, or UserError for other values."""
+    value = config[key]
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{key}: expected a whole number above 0, not {value!r}")
+    return value

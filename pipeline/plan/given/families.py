@@ -18,8 +18,10 @@ class Linear:
     """One linear layer of a block: `weight` is (d_out, d_in).
 
     `is_adaptable`: False if peft cannot adapt the layer by name. `is_called`: False if the model
-    class, or a kernel that it uses, reads the weight instead of calling the layer; an adapter on it
-    would have no effect, and its weight must not be quantised.
+    class does not call the layer, or reads its weight directly; an adapter on it would have no
+    effect. `is_quantised`: whether a 4-bit or 8-bit base quantises the weight; it does not if the
+    class, or a kernel that it uses, reads the weight directly. `is_shared`: whether a layer of an
+    earlier block has the same weight (Zamba 2).
     """
 
     name: str
@@ -28,6 +30,13 @@ class Linear:
     has_bias: bool = False
     is_adaptable: bool = True
     is_called: bool = True
+    is_quantised: bool = True
+    is_shared: bool = False
+
+    @property
+    def last_part(self) -> str:
+        """Last part of the name, such as `q_proj`."""
+        return self.name.rsplit(".", 1)[-1]
 
     @property
     def weights(self) -> int:

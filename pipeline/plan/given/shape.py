@@ -18,17 +18,14 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.plan.given.block import Block
-from pipeline.plan.given.class_shape import class_shape
-from pipeline.plan.given.families import (
-    FAMILIES,
-    Config,
-    Experts,
-    ExpertTensor,
-    Family,
-    Linear,
-    Widths,
+from pipeline.plan.given.block import (
+    Block,
+    block_of_class,
+    blocks_of_family,
+    positive_integer,
 )
+from pipeline.plan.given.class_shape import class_shape
+from pipeline.plan.given.families import FAMILIES, Config, ExpertTensor, Linear
 from pipeline.plan.given.objective import bidirectional, other_head
 from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.given.positions import max_positions, require_window, rope_original_length
@@ -127,9 +124,10 @@ class ModelShape:
 
         Biases, embeddings, head, norms, routers and fused experts keep the training dtype
         (transformers 5.23 integrations/bitsandbytes.py: only nn.Linear; quantizers/base.py: not the
-        head).
+        head). A weight that blocks share counts once.
         """
-        return sum(linear.weights for linear in self.linears.values() if linear.is_called)
+        linears = self.linears.values()
+        return sum(x.weights for x in linears if x.is_quantised and not x.is_shared)
 
     @cached_property
     def expert_parameters(self) -> int:
@@ -173,8 +171,8 @@ class ModelShape:
         experts are not linear layers; they are adapted only if the user names them.
         """
         linears = list(chain.from_iterable(block.linears for block in self.blocks))
-        refused = {_last_part(x.name) for x in linears if not (x.is_adaptable and x.is_called)}
-        names = [_last_part(x.name) for x in linears if not _ROUTER.match(x.name)]
+        refused = {x.last_part for x in linears if not (x.is_adaptable and x.is_called)}
+        names = [x.last_part for x in linears if not _ROUTER.match(x.name)]
         return [name for name in dict.fromkeys(names) if name not in refused]
 
     def targeted(self, targets: str | Sequence[str]) -> list[tuple[str, Linear]]:
@@ -204,8 +202,9 @@ class ModelShape:
             )
         if uncalled := [name for name in selected if not self.linears[name].is_called]:
             raise UserError(
-                f"lora_target_modules: {targets!r} matches {uncalled[0]}, whose weight is read "
-                "without calling the layer, so an adapter would have no effect; these can be "
+                f"lora_target_modules: {targets!r} matches {uncalled[0]}, a layer that its class "
+                "does not call (it may read the weight), so an adapter would have no effect; these "
+                "can be "
                 f"adapted: [{', '.join(self.default_targets)}]"
             )
         return [(name, self.linears[name]) for name in selected]
@@ -255,7 +254,7 @@ class ModelShape:
 
     @property
     def _linear_names(self) -> list[str]:
-        return list(dict.fromkeys(map(_last_part, self.linears)))
+        return list(dict.fromkeys(linear.last_part for linear in self.linears.values()))
 
     def _require_match(self, matches: Sequence[str], target: str) -> None:
         """Raise UserError if a target matches nothing."""
@@ -339,9 +338,9 @@ def _from_family(config: Config, model: str) -> ModelShape:
     family = FAMILIES[config["model_type"]]
     config = {**family.defaults, **config}
     require_window(config)
-    blocks, layer_kinds = _blocks(family, config)
+    blocks, layer_kinds = blocks_of_family(family, config)
     return ModelShape(
-        vocab_size=_count(config, "vocab_size"),
+        vocab_size=positive_integer(config, "vocab_size"),
         is_tied=bool(config.get("tie_word_embeddings", False)),
         blocks=blocks,
         layer_kinds=layer_kinds,
@@ -354,8 +353,8 @@ def _from_family(config: Config, model: str) -> ModelShape:
 
 def _from_class(config: Config, model: str, sizes: Mapping[str, Any]) -> ModelShape:
     """The shape from sizes of class_shape.py; of a multimodal model, only its language model."""
-    blocks = tuple(_block_from_class(block) for block in sizes["blocks"])
-    blocks = tuple(_without_rewritten(block, sizes["rewritten_by_peft"]) for block in blocks)
+    rewritten = sizes["rewritten_by_peft"]
+    blocks = tuple(block_of_class(block, rewritten) for block in sizes["blocks"])
     shape = ModelShape(
         vocab_size=sizes["vocab_size"],
         is_tied=sizes["is_tied"],
@@ -371,48 +370,8 @@ def _from_class(config: Config, model: str, sizes: Mapping[str, Any]) -> ModelSh
     return replace(shape, other_parameters=sizes["parameters"] - shape.parameters)
 
 
-def _block_from_class(sizes: Mapping[str, Any]) -> Block:
-    """A Block from the sizes of class_shape.py.
-
-    Parameters for which Block has no field are counted in `other_parameters`.
-    """
-    linears = tuple(
-        Linear(name, d_in, d_out, has_bias, is_called=is_called)
-        for name, d_in, d_out, has_bias, is_called in sizes["linears"]
-    )
-    by_name = {_last_part(linear.name): linear for linear in linears}
-    output = by_name.get("o_proj") or by_name.get("dense") or by_name.get("out_proj")
-    mlp = by_name.get("down_proj") or by_name.get("fc2")
-    heads, hidden = sizes["num_heads"], sizes["hidden_size"]
-    block = Block(
-        linears=linears,
-        hidden_size=hidden,
-        intermediate_size=mlp.d_in if mlp else 0,
-        num_heads=heads,
-        num_kv_heads=sizes["num_kv_heads"],
-        head_dim=output.d_in // heads if output else 0,
-        norm_kind=sizes["norm_kind"],
-        num_norms=sizes["num_norms"],
-        experts=tuple(ExpertTensor(*tensor) for tensor in sizes["experts"]),
-        experts_per_token=sizes["experts_per_token"],
-        saved=(sizes["saved_values"], sizes["saved_bytes"]),
-        saved_for_expert_adapters=sizes["saved_for_expert_adapters"],
-    )
-    return replace(block, other_parameters=sizes["parameters"] - block.parameters)
-
-
 def _has_own_code(config: Config) -> bool:
     return "AutoModelForCausalLM" in (config.get("auto_map") or {})
-
-
-def _without_rewritten(block: Block, names: Sequence[str]) -> Block:
-    """The block with the layers of these names marked as not adaptable.
-
-    If such a name is a target, peft 0.21 adapts the fused experts instead of these layers. It does
-    so for the model types in its utils/transformers_weight_conversion.py.
-    """
-    linears = (replace(x, is_adaptable=_last_part(x.name) not in names) for x in block.linears)
-    return replace(block, linears=tuple(linears))
 
 
 def _common_fields(config: Config, model: str) -> dict[str, Any]:
@@ -435,47 +394,6 @@ def _common_fields(config: Config, model: str) -> dict[str, Any]:
     }
 
 
-def _blocks(family: Family, config: Config) -> tuple[tuple[Block, ...], tuple[int, ...]]:
-    """The kinds of blocks of a model, and for each layer the index of its kind."""
-    num_layers = _count(config, "num_hidden_layers")
-    experts = family.experts(config) if family.experts else None
-    if experts is None or not family.has_experts:
-        return (_build_block(family, config, experts),), (0,) * num_layers
-    has_experts = [
-        experts.count > 0 and family.has_experts(config, layer) for layer in range(num_layers)
-    ]
-    kinds = list(dict.fromkeys(has_experts))
-    blocks = tuple(_build_block(family, config, experts if sparse else None) for sparse in kinds)
-    return blocks, tuple(kinds.index(sparse) for sparse in has_experts)
-
-
-def _build_block(family: Family, config: Config, experts: Experts | None) -> Block:
-    """A kind of block of a model in families.py; `experts`: None for a block without experts."""
-    heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
-    head_dim = int(config.get("head_dim") or hidden // heads)
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    is_dense = experts is None and family.dense_linears is not None
-    inner_key = "intermediate_size" if is_dense else family.inner_key
-    inner = 0 if inner_key is None else _count(config, inner_key)
-    widths = Widths(hidden=hidden, inner=inner, queries=heads * head_dim, keys=kv_heads * head_dim)
-    linears = family.dense_linears if is_dense and family.dense_linears else family.linears
-    return Block(
-        linears=linears(config, widths),
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        norm_kind=family.norm_kind,
-        num_norms=family.num_block_norms,
-        has_head_norms=family.head_norms(config),
-        is_gated=family.is_gated,
-        has_fused_gate=family.has_fused_gate,
-        experts=experts.tensors(hidden) if experts and experts.count else (),
-        experts_per_token=experts.per_token if experts else 0,
-    )
-
-
 def _require_plausible(config: Config) -> None:
     """Raise UserError for a size that no model has, because counting it would take too long."""
     for key, value in config.items():
@@ -488,18 +406,6 @@ def _require_plausible(config: Config) -> None:
             raise UserError(
                 f"{key}: {reprlib.repr(value)} is more than any model has (at most {limit:,})"
             )
-
-
-def _count(config: Config, key: str) -> int:
-    """The value of a key, an integer above 0. Raises KeyError, or UserError for other values."""
-    value = config[key]
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"{key}: expected a whole number above 0, not {value!r}")
-    return value
-
-
-def _last_part(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
 
 
 def _is_or_ends_with(name: str, target: str) -> bool:

@@ -196,6 +196,18 @@ def test_layers_whose_weight_is_read_directly_are_neither_adapted_nor_quantised(
             shape.targeted([name])
 
 
+def test_a_weight_that_blocks_share_is_quantised_once_and_in_every_block(tmp_path):
+    """In Zamba 2 each block calls another part of the shared layers."""
+    shape = shape_of_kind(tmp_path, "zamba2/shared")
+    model = class_count._build(tmp_path, trust_remote_code=False)
+    modules = dict(model.named_modules())
+    of_shared = [n for n in shape.linears if "shared_transformer" in n]
+    assert {shape.linears[name].is_quantised for name in of_shared} == {True}
+    assert {shape.linears[name].is_called for name in of_shared} == {True, False}
+    by_weight = {id(modules[n].weight): x for n, x in shape.linears.items() if x.is_quantised}
+    assert shape.quantised_parameters == sum(x.weights for x in by_weight.values())
+
+
 def test_a_tensor_of_three_dimensions_is_no_expert_unless_its_name_or_class_says_so(tmp_path):
     shape = shape_of_kind(tmp_path, "recurrent_gemma")  # gates of (heads, width, width)
     assert (shape.num_experts, shape.expert_parameters) == (0, 0)
