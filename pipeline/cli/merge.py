@@ -66,7 +66,8 @@ def _parser() -> Parser:
         "--onto",
         choices=("original", "dequantized"),
         default="original",
-        help="of a run with a quantised base: add to the base as stored, or as training saw it",
+        help="if the run quantised its base: merge into the original weights, or into the "
+        "dequantised ones that training used",
     )
     parser.add_argument(
         "--adapter",
@@ -78,7 +79,12 @@ def _parser() -> Parser:
         help="PEFT folders to merge instead of the run's adapter, each times its weight (1)",
     )
     parser.add_argument("--base", metavar="MODEL", help="base: folder or cached hub name")
-    parser.add_argument("--dtype", choices=_DTYPES, default="keep", help="of the merged model")
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        default="keep",
+        help="dtype of the merged model; keep: as in the base",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--check",
@@ -146,7 +152,7 @@ def _base(
     settings: RunSettings | None,
     adapters: tuple[WeightedAdapter, ...],
 ) -> Path:
-    """The named base; else the merged model that is undone, or the base that was trained on."""
+    """The base to merge into: --base, else the run's base; with --undo the run's merged model."""
     if given.base is not None:
         return _model_folder(given.base)
     if given.undo:
@@ -192,7 +198,7 @@ def _trained_base(run_folder: Path | None, settings: RunSettings | None) -> Trai
 
 
 def _require_merged_from(merged: Path, adapters: tuple[WeightedAdapter, ...]) -> None:
-    """Raise UserError unless a merge of these adapters wrote the folder, or its record is lost."""
+    """Raise UserError unless the folder's record says that these adapters were merged into it."""
     if not merged.is_dir():
         raise UserError(f"--undo: {merged} does not exist; name the merged model with --base")
     try:
@@ -270,7 +276,7 @@ def _print_differences(differences: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run the verb and leave the process with its exit code."""
+    """Run the verb and end the process with its exit code."""
     run_main(merge)
 
 

@@ -33,8 +33,8 @@ from pipeline.plan.plan import DoesNotFitError, Plan, plan_and_candidates
 from pipeline.plan.render import candidates_text, plan_json, plan_text
 from pipeline.plan.rules.rule import raise_refusals, refusals_text
 
-# Factor on the predicted host memory: Python and CUDA need more at the start, and so does reading
-# files.
+# The sbatch command requests this multiple of the predicted host memory, because Python, CUDA and
+# the reading of files need more at the start.
 _SPARE_MEMORY = 1.25
 _CPUS_PER_GPU = 4  # one for the training process, three for reading and preparing its input
 
@@ -137,7 +137,9 @@ def _parser() -> Parser:
         "--model", metavar="NAME", help="plan for this model, with or without a run file"
     )
     parser.add_argument(
-        "--fits", action="store_true", help="table of the models that fit, with length and speed"
+        "--fits",
+        action="store_true",
+        help="list the models that fit, with their longest sequence and speed",
     )
     parser.add_argument(
         "--schema", action="store_true", help="print the JSON schema of run files, for editors"

@@ -25,7 +25,8 @@ def score() -> None:
     parser.add_argument("--rows", type=count, default=200, metavar="N", help="at most N rows (200)")
     args = parser.parse_args()
     settings = run_settings(args.run_folder)
-    # A thread that waits must not spin: if other programs use the cores, it would hold up the rest.
+    # Waiting threads sleep. If they spun, they would take cores from the threads that compute when
+    # other programs use the machine too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     set_environment(Placement(), detect_hardware())

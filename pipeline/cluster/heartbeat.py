@@ -45,7 +45,7 @@ def position(step: int | None, phase: str) -> str:
 
 
 def checkpoint_note(step: int | None) -> str:
-    """The end of a message about a hang: in the training loop no save was in progress."""
+    """Note for a message about a hang, if training has begun: no checkpoint is half written."""
     return "" if step is None else "; the last checkpoint is unchanged"
 
 

@@ -1,4 +1,4 @@
-"""Watching of DeepSpeed's launchers: a rank stops if a launcher has died.
+"""Watch on DeepSpeed's launchers: a rank stops if one of its launchers has died.
 
 DeepSpeed's `deepspeed` command starts a node launcher on each machine, which starts the ranks. If a
 signal kills the command or a node launcher, its children continue unnoticed (DeepSpeed 0.19.8: any
@@ -36,7 +36,7 @@ def watch_launchers(env: Mapping[str, str], request_stop: Callable[[str], None])
 
 
 def _watch(launchers: list[psutil.Process], request_stop: Callable[[str], None]) -> None:
-    while launchers and all(_is_running(process) for process in launchers):
+    while launchers and not any(has_ended(process) for process in launchers):
         time.sleep(_POLL_S)
     request_stop("its launcher has ended")
 
@@ -65,8 +65,9 @@ def _command_line(process: psutil.Process) -> str:
         return ""
 
 
-def _is_running(process: psutil.Process) -> bool:
+def has_ended(process: psutil.Process) -> bool:
+    """Whether a process has ended, even if its parent has not yet read its exit code."""
     try:  # is_running() is False if the process id now belongs to a later process
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return True

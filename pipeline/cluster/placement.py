@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.cluster.tasks import Tasks, first_host, port_of, tasks_of, whole_number
+from pipeline.cluster.tasks import Task, first_host, port_of, task_of, whole_number
 from pipeline.errors import UserError
 
 # DeepSpeed's launcher and torchrun set all of these variables for every rank. If some are missing,
@@ -67,23 +67,37 @@ def from_environment(env: Mapping[str, str], *, may_be_alone: bool = False) -> P
     UserError if variables contradict each other, or if each process would train on its own.
     """
     _refuse_accelerate_options(env)
-    tasks = tasks_of(env)
+    task = task_of(env)
     is_numbered = any(name in env for name in _RANK_NAMES)
-    if is_numbered and (tasks is None or not _agrees(env, tasks)):
+    if is_numbered and (task is None or not _agrees(env, task)):
         placement = _from_rank_variables(env)
-        _require_one_launcher(placement, tasks)
-    elif tasks is None or tasks.size == 1:
+        _require_one_launcher(placement, task)
+    elif task is None or task.size == 1:
         placement = Placement()
     else:
-        placement = _from_task(env, tasks)
+        placement = _from_task(env, task)
     if not (may_be_alone and placement.world_size == 1):
-        _require_all_started(env, placement, tasks)
+        _require_all_started(env, placement, task)
     _require_order(placement)
     _require_devices(env, placement)
     return placement
 
 
-def _agrees(env: Mapping[str, str], tasks: Tasks) -> bool:
+def device_index(placement: Placement, num_visible: int) -> int:
+    """Index of this rank's GPU among the visible GPUs. Raises UserError if there are too few.
+
+    A scheduler may make only one GPU visible to each process, which then has index 0.
+    """
+    index = 0 if num_visible == 1 and placement.local_size > 1 else placement.local_rank
+    if index >= num_visible:
+        raise UserError(
+            f"{placement.local_size} ranks were started on this node, but only {num_visible} GPUs "
+            "are visible; start one rank per GPU"
+        )
+    return index
+
+
+def _agrees(env: Mapping[str, str], task: Task) -> bool:
     """Whether RANK and similar variables equal the task's values and come from no second launcher.
 
     Container hooks and user scripts set such variables. torchrun and DeepSpeed inside a task are a
@@ -92,8 +106,8 @@ def _agrees(env: Mapping[str, str], tasks: Tasks) -> bool:
     if "TORCHELASTIC_RUN_ID" in env or "CROSS_RANK" in env:
         return False
     expected = {
-        "RANK": tasks.rank, "WORLD_SIZE": tasks.size, "LOCAL_RANK": tasks.local_rank,
-        "LOCAL_SIZE": tasks.local_size, "LOCAL_WORLD_SIZE": tasks.local_size,
+        "RANK": task.rank, "WORLD_SIZE": task.size, "LOCAL_RANK": task.local_rank,
+        "LOCAL_SIZE": task.local_size, "LOCAL_WORLD_SIZE": task.local_size,
     }  # fmt: skip
     return all(env.get(name, str(value)) == str(value) for name, value in expected.items())
 
@@ -133,13 +147,13 @@ def _is_pod(env: Mapping[str, str]) -> bool:
     return in_kubernetes and "LOCAL_RANK" not in env and {"RANK", "WORLD_SIZE"} <= env.keys()
 
 
-def _from_task(env: Mapping[str, str], tasks: Tasks) -> Placement:
+def _from_task(env: Mapping[str, str], task: Task) -> Placement:
     """The placement of a rank that is a task of srun or mpirun.
 
     MASTER_ADDR and MASTER_PORT are used if they are set.
     """
     address, port, rendezvous_id = env.get("MASTER_ADDR", ""), 0, ""
-    if tasks.launcher == "srun":
+    if task.launcher == "srun":
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
         address = address or first_host(nodes)
         if not address:
@@ -152,11 +166,11 @@ def _from_task(env: Mapping[str, str], tasks: Tasks) -> Placement:
     if "MASTER_PORT" in env:
         port, rendezvous_id = _master_port(env), ""
     return Placement(
-        launcher=tasks.launcher,
-        rank=tasks.rank,
-        local_rank=tasks.local_rank,
-        world_size=tasks.size,
-        local_size=tasks.local_size,
+        launcher=task.launcher,
+        rank=task.rank,
+        local_rank=task.local_rank,
+        world_size=task.size,
+        local_size=task.local_size,
         master_addr=address,
         master_port=port,
         rendezvous_id=rendezvous_id,
@@ -194,43 +208,43 @@ def _refuse_accelerate_options(env: Mapping[str, str]) -> None:
         )
 
 
-def _require_one_launcher(placement: Placement, tasks: Tasks | None) -> None:
+def _require_one_launcher(placement: Placement, task: Task | None) -> None:
     """Raise UserError if a launcher inside srun or mpirun contradicts it.
 
     Allowed are one torchrun or deepspeed per node, and equal ranks in both sets of variables.
     """
-    if tasks is None or tasks.size == 1:
+    if task is None or task.size == 1:
         return
-    task = (tasks.rank, tasks.size, tasks.local_rank, tasks.local_size)
-    is_same = task == (
+    numbers = (task.rank, task.size, task.local_rank, task.local_size)
+    is_same = numbers == (
         placement.rank, placement.world_size, placement.local_rank, placement.local_size
     )  # fmt: skip
-    is_one_per_node = task == (placement.rank // placement.local_size, placement.nodes, 0, 1)
+    is_one_per_node = numbers == (placement.rank // placement.local_size, placement.nodes, 0, 1)
     if not is_same and not is_one_per_node:
         raise UserError(
             f"environment: two launchers at once: RANK={placement.rank} "
             f"WORLD_SIZE={placement.world_size} LOCAL_RANK={placement.local_rank} with "
-            f"{placement.local_size} ranks on this node, in task {tasks.rank} of {tasks.source} "
-            f"with local rank {tasks.local_rank} of {tasks.local_size} on this node; "
-            f"let {tasks.launcher} start every rank (`{tasks.launcher} ... python "
+            f"{placement.local_size} ranks on this node, in task {task.rank} of {task.source} "
+            f"with local rank {task.local_rank} of {task.local_size} on this node; "
+            f"let {task.launcher} start every rank (`{task.launcher} ... python "
             "launch/train.py RUN.yaml`), or one torchrun or deepspeed per node for all nodes"
         )
 
 
-def _require_all_started(env: Mapping[str, str], placement: Placement, tasks: Tasks | None) -> None:
+def _require_all_started(env: Mapping[str, str], placement: Placement, task: Task | None) -> None:
     """Raise UserError if other tasks, nodes or pods of this job would be idle."""
     processes = env.get("PET_NPROC_PER_NODE", "")
     pods = env.get("PET_NNODES", "").rpartition(":")[2]
     is_multiple = processes not in ("", "1", "auto", "gpu", "cpu") and placement.local_size == 1
     is_alone = pods not in ("", "1") and placement.world_size == 1
-    if tasks is None and "TORCHELASTIC_RUN_ID" not in env and (is_multiple or is_alone):
+    if task is None and "TORCHELASTIC_RUN_ID" not in env and (is_multiple or is_alone):
         raise UserError(
             f"environment: PET_NNODES={pods or 1} PET_NPROC_PER_NODE={processes or 1} are meant "
             "for torchrun, but the pod started python; set the pod's command to `torchrun "
             "launch/train.py RUN.yaml`"
         )
     nodes = env.get("SLURM_JOB_NUM_NODES", env.get("SLURM_NNODES", ""))
-    if tasks is None and nodes.isdigit() and placement.nodes < int(nodes):
+    if task is None and nodes.isdigit() and placement.nodes < int(nodes):
         raise UserError(
             f"environment: this Slurm job has {nodes} nodes, but ranks were started on "
             f"{placement.nodes}, without srun, so the other nodes would be idle; use `sbatch "
@@ -238,7 +252,7 @@ def _require_all_started(env: Mapping[str, str], placement: Placement, tasks: Ta
             "with a hostfile, or `srun --nodes=1 --ntasks=1` for one process"
         )
     number = env.get("SLURM_NTASKS", "1")
-    if placement.world_size == 1 and tasks is None and number not in ("", "1"):
+    if placement.world_size == 1 and task is None and number not in ("", "1"):
         raise UserError(
             f"environment: SLURM_NTASKS={number}, but one rank was started without srun, so the "
             "other tasks of the job would be idle or train the same model; use `srun python "

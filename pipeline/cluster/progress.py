@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _QUIET_S = 2.0  # shorter work is not reported
 _LINE_INTERVAL_S = 5.0
-_LEAST_SHARE = 0.05  # of the work, for an estimate of the time left
+_LEAST_SHARE = 0.05  # of the work must be done before the remaining time is estimated
 
 
 class Work:

@@ -14,7 +14,7 @@ from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from pipeline.cluster.placement import Placement
+from pipeline.cluster.placement import Placement, device_index
 from pipeline.cluster.rendezvous import address_by_mpi, interface_between, open_store
 from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.plan.given.hardware import Hardware
@@ -27,8 +27,8 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Time limit of one wait on the store, which is repeated. Ranks wait on the store and not in a
 # collective while rank 0 tokenises, which may take days. If rank 0 ends, the wait fails at once.
 _ONE_WAIT = timedelta(hours=24)
-_READING_TIMEOUT = timedelta(seconds=15)
-_CHANNEL_TIMEOUT = timedelta(seconds=10)
+_READING_TIMEOUT = timedelta(seconds=15)  # for all ranks to read a result of rank 0
+_CHANNEL_TIMEOUT = timedelta(seconds=10)  # of one call to the store from another thread
 _GATHER_TIMEOUT = timedelta(hours=24)  # the watchdog ends a run in which a rank does not arrive
 
 
@@ -76,15 +76,7 @@ class Session:
 
         if not self._is_cuda:
             return torch.device("cpu")
-        count = torch.cuda.device_count()
-        # A scheduler may make only one GPU visible to each process, which then has index 0.
-        index = 0 if count == 1 and self.placement.local_size > 1 else self.placement.local_rank
-        if index >= count:
-            raise UserError(
-                f"{self.placement.local_size} ranks were started on this node, but only {count} "
-                "GPUs are visible; start one rank per GPU"
-            )
-        return torch.device("cuda", index)
+        return torch.device("cuda", device_index(self.placement, torch.cuda.device_count()))
 
     def rank_zero_first(self, work: Callable[[], Any]) -> Any:
         """Call `work` on rank 0 while the others wait, and return its result on all ranks.

@@ -1,4 +1,4 @@
-"""Tasks: rank and size of a process that srun or mpirun started, from their variables. Pure.
+"""Task: rank and world size of a process that srun or mpirun started, from their variables.
 
 These two launchers do not set the variables that torch and DeepSpeed read.
 """
@@ -30,7 +30,7 @@ _PORT_OFFSET = 31  # offset between the ports of consecutive steps of a job
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tasks:
+class Task:
     """Rank and size of this task. `source`: variable and value that gave the size."""
 
     launcher: Literal["srun", "mpirun"]
@@ -41,7 +41,7 @@ class Tasks:
     local_size: int
 
 
-def tasks_of(env: Mapping[str, str]) -> Tasks | None:
+def task_of(env: Mapping[str, str]) -> Task | None:
     """The task of this process; None if neither srun nor mpirun started it.
 
     In a Slurm job mpirun may start one helper per node with srun. Its ranks then have the variables
@@ -86,7 +86,7 @@ def whole_number(env: Mapping[str, str], name: str) -> int:
     return int(env[name])
 
 
-def _slurm_task(env: Mapping[str, str]) -> Tasks | None:
+def _slurm_task(env: Mapping[str, str]) -> Task | None:
     step = env.get("SLURM_STEP_ID", "")
     if not step.isdigit() or int(step) >= _FIRST_SPECIAL_STEP:
         return None
@@ -108,13 +108,13 @@ def _slurm_task(env: Mapping[str, str]) -> Tasks | None:
             f"environment: {_SLURM[3]}={env[_SLURM[3]]}: every node must start the same number "
             "of ranks; set srun's option --ntasks-per-node"
         )
-    return Tasks(
+    return Task(
         launcher="srun", source=f"{_SLURM[1]}={size}", rank=rank, size=size,
         local_rank=local_rank, local_size=per_node[0],
     )  # fmt: skip
 
 
-def _without_pmi_of(step: Tasks, env: Mapping[str, str]) -> Mapping[str, str]:
+def _without_pmi_of(step: Task, env: Mapping[str, str]) -> Mapping[str, str]:
     """The environment without the PMI variables that srun itself sets (--mpi=pmi2)."""
     if (env.get("PMI_RANK"), env.get("PMI_SIZE")) != (str(step.rank), str(step.size)):
         return env
@@ -132,7 +132,7 @@ def _tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def _mpi_task(env: Mapping[str, str]) -> Tasks | None:
+def _mpi_task(env: Mapping[str, str]) -> Task | None:
     present = [names for names in _MPI if names[0] in env or names[1] in env]
     if not present:
         return None
@@ -145,7 +145,7 @@ def _mpi_task(env: Mapping[str, str]) -> Tasks | None:
             f"environment: two launchers at once: {names[1]}={size}, but another size variable is "
             f"{others.pop()}; start the ranks with one mpirun"
         )
-    return Tasks(
+    return Task(
         launcher="mpirun", source=f"{names[1]}={size}", rank=rank, size=size,
         local_rank=local_rank, local_size=local_size,
     )  # fmt: skip

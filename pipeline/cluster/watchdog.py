@@ -23,12 +23,13 @@ import psutil
 from pipeline.cluster import heartbeat as phases
 from pipeline.cluster.exits import end_process, is_lost_connection
 from pipeline.cluster.heartbeat import Heartbeat, hang_message
+from pipeline.cluster.launcher import has_ended
 from pipeline.cluster.session import Session
 from pipeline.cluster.stop import stopped_early
 from pipeline.errors import RankZeroError, SingleRankError, Stopped
 
 _POLL_S, _PUBLISH_S = 0.5, 2.0
-# If a rank left by agreement and this rank still runs after this time, that rank counts as dead.
+# A rank that ended by agreement counts as dead if this rank has not ended too after this time.
 _LEAVING_S = 10.0
 _READING_S = 1.5  # time for the other ranks to read the store, which ends with rank 0
 _FROZEN_S = 6.0  # a process without a new heartbeat for this long counts as stopped
@@ -143,7 +144,7 @@ class Watchdog:
         if time.monotonic() - self._published > _PUBLISH_S:
             self._publish()
         for rank, process in self._siblings.items():
-            if _has_ended(process) and not self._is_leaving(rank):
+            if has_ended(process) and not self._is_leaving(rank):
                 self._end_for_dead(rank)
 
     def _leave_if_announced(self) -> None:
@@ -173,9 +174,9 @@ class Watchdog:
                     self._siblings[rank] = psutil.Process(process["pid"])
 
     def _is_leaving(self, rank: int) -> bool:
-        """Whether to keep waiting after another rank has ended, as this rank may end soon too.
+        """Whether another rank that has ended may only have ended a moment before this rank.
 
-        The wait is longer if the other rank left by agreement, because then all ranks end.
+        This is assumed for a while; longer if the other rank left by agreement, as all ranks do.
         """
         since = self._ended_since.setdefault(rank, time.monotonic())
         patience = _LEAVING_S if self._channel.check([_key("left", rank)]) else _POLL_S
@@ -183,7 +184,7 @@ class Watchdog:
 
     def _is_lowest_alive(self, without: Collection[int] = ()) -> bool:
         """Whether this rank has the lowest number of the ranks that are alive on its machine."""
-        others = [r for r, p in self._siblings.items() if r not in without and not _has_ended(p)]
+        others = [r for r, p in self._siblings.items() if r not in without and not has_ended(p)]
         return self._placement.rank < min(others, default=self._placement.rank + 1)
 
     def _end_for_dead(self, rank: int) -> None:
@@ -243,7 +244,7 @@ class Watchdog:
     def _kill_frozen(self, ranks: list[int]) -> None:
         """Kill stopped processes of this machine, which cannot read the announced reason."""
         for rank in ranks:
-            if rank in self._siblings and not _has_ended(self._siblings[rank]):
+            if rank in self._siblings and not has_ended(self._siblings[rank]):
                 self._siblings[rank].kill()
                 psutil.wait_procs([self._siblings[rank]], timeout=2.0)
 
@@ -290,10 +291,3 @@ def _print_message(text: str) -> None:
 
 def _key(name: str, rank: int) -> str:
     return f"watchdog/{name}/{rank}"
-
-
-def _has_ended(process: psutil.Process) -> bool:
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return True

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.cluster.devices import compute_capability, visible_handles
+from pipeline.cluster.placement import device_index
 from pipeline.errors import UserError
 from pipeline.preflight.check import (
     Check,
@@ -81,14 +82,7 @@ def own_devices(context: RankContext, num_visible: int) -> list[int]:
     place = context.placement
     if place.world_size == 1 and not context.is_training:
         return list(range(num_visible))
-    # A scheduler may make only one GPU visible to each process, which then has index 0.
-    index = 0 if num_visible == 1 and place.local_size > 1 else place.local_rank
-    if index >= num_visible:
-        raise UserError(
-            f"{place.local_size} ranks were started on this node, but only {num_visible} GPUs are "
-            "visible; start one rank per GPU"
-        )
-    return [index]
+    return [device_index(place, num_visible)]
 
 
 def unallocated_gpus(

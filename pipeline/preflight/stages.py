@@ -183,7 +183,7 @@ class _Preflight:
         If rank 0 has gathered nothing yet, its own results are used.
         """
         gathered = self.context.session.gathered_so_far()
-        # If a probe was gathering, its values are None.
+        # The values are None if the gather in progress is that of a probe, such as the clock's.
         by_rank = [gathered.get(rank) or {} for rank in range(self.context.placement.world_size)]
         by_rank[0] = by_rank[0] or self._results
         self._hosts = [

@@ -78,7 +78,10 @@ def open_data(file: Path) -> BinaryIO:
 
 
 class _Decompressed(io.RawIOBase):
-    """Stream of a decompressed file; damaged data raises OSError or EOFError in every format."""
+    """Stream of a decompressed file. Damaged data raises OSError or EOFError in every format.
+
+    `num_bytes`: decompressed bytes that have been read so far.
+    """
 
     def __init__(self, raw: BinaryIO, compression: Compression) -> None:
         self.file, self._stream = raw, _decompressor(raw, compression)

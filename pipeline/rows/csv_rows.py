@@ -151,7 +151,7 @@ class _LineReader:
             self._size += len(line)
             parts.append(_quotes_and_delimiters(line))
         bare = b"".join(parts)
-        # A later line of a record begins inside a quoted text. Without a quote it is text only.
+        # A later line of a record begins inside a quoted text; without a quote it also ends there.
         return bare if self.count == 1 or b'"' in bare else b""
 
 

@@ -105,9 +105,9 @@ def read_example(
 def _detect_format(columns: Mapping[str, Any]) -> DataFormat:
     """The format whose identifying columns the row has.
 
-    If the row has those of several formats, the columns with null are ignored. Then `text` is
-    ignored too, because beside another format it is usually the rendered conversation. Raises
-    RowError if no format or several formats remain.
+    If these are several formats, columns with null are ignored. If there are still several, `text`
+    is ignored too: next to the columns of another format it is usually the rendered conversation.
+    Raises RowError if no format or several formats remain.
     """
     formats = list(_inspect_columns(tuple(columns)).formats)
     if len(formats) > 1:

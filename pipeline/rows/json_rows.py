@@ -19,6 +19,7 @@ from pipeline.rows.content import strip_byte_order_marks
 from pipeline.rows.lines import Line
 
 _CHUNK_BYTES, _MAX_INDENT = 2**20, 200
+# Lines that `is_jsonl` parses, and bytes of a line that it reads to see whether it begins with {.
 _NUM_SNIFFED, _SNIFFED_BYTES = 10, 2**16
 # An error within this many characters of the buffer's end may only mean that the rest of a token is
 # not read yet. Longer tokens are strings, whose errors are told apart by their message.

@@ -16,8 +16,8 @@ from pipeline.rows.lines import MAX_ROW_BYTES
 
 _SNIFFED_BYTES, _CHUNK_BYTES = 2**16, 2**20
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
-# A colon and the start of a value, up to its second bracket or first quote, or up to a first key
-# that is a number.
+# Matches the colon after a key and the first characters of the value. Group 1 shows the kind of the
+# value: `[[`, `[{` or `["` for a list, `{"` for an object, `{"0":` if its first key is a number.
 _KEY = re.compile(r'\s*:\s*(\[\s*[\[{"]?|\{\s*(?:"(?:\d+"\s*:)?)?)?')
 # Keys under which files have their list of rows.
 _ROWS_KEYS = (
