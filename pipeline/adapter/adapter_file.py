@@ -1,4 +1,4 @@
-"""PEFT folders of LoRA adapters: configuration, and what each tensor does to the base. No torch.
+"""PEFT folders of LoRA adapters: configuration, and how each tensor changes the base. No torch.
 
 Only the header of adapter_model.safetensors is read, so that a wrong folder is refused quickly.
 """
@@ -43,7 +43,7 @@ _WITHOUT_EFFECT = {
     "layers_pattern", "megatron_core", "qalora_group_size", "eva_config", "modules_to_save",
     "runtime_config",
 }  # fmt: skip
-_READ = {
+_READ = {  # keys that influence the merged weights
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
     "bias", "lora_bias", "init_lora_weights", "target_parameters", "fan_in_fan_out",
     "trainable_token_indices", "ensure_weight_tying",
@@ -124,7 +124,11 @@ def read_adapter(folder: Path) -> Adapter:
 
     Raises UserError unless the folder has a LoRA adapter that can be merged tensor by tensor.
     """
-    config = _read_config(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"adapter: {folder} is not a folder; give a PEFT folder, with {CONFIG} in it"
+        )
+    config = read_config(folder / CONFIG, "adapter")
     _require_mergeable(folder, config)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
@@ -149,8 +153,8 @@ def read_adapter(folder: Path) -> Adapter:
     if not layers and not values:
         raise UserError(f"adapter: {path} is empty")
     fused = {}
-    if config.get("target_parameters"):  # of n experts A has n times r rows
-        fused = {n: parts for n, parts in layers.items() if _rows(parts) != _r(n, config)}
+    if config.get("target_parameters"):  # the A of n fused experts has n x r rows
+        fused = {n: parts for n, parts in layers.items() if _rows_of_a(parts) != _r_of(n, config)}
         layers = {name: parts for name, parts in layers.items() if name not in fused}
     updates = {
         f"{name}.weight": layer_update(path, name, parts, config) for name, parts in layers.items()
@@ -158,11 +162,11 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(file, config, updates, fused, values)
 
 
-def _rows(parts: Mapping[str, Entry]) -> int:
+def _rows_of_a(parts: Mapping[str, Entry]) -> int:
     return parts["A"].shape[0] if "A" in parts else 0
 
 
-def _r(name: str, config: Mapping[str, Any]) -> int:
+def _r_of(name: str, config: Mapping[str, Any]) -> int:
     return int(pattern_value(config.get("rank_pattern"), name, config["r"]))
 
 
@@ -181,7 +185,7 @@ def layer_update(
             f"adapter: {path}: {name} has {', '.join(sorted(parts))} instead of "
             f"{', '.join(sorted(wanted))}"
         )
-    r = _r(name, config)
+    r = _r_of(name, config)
     a, b = parts["A"], parts["B"]
     width = r * experts
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != width or b.shape[1] != width:
@@ -206,7 +210,7 @@ def _value_update(
         layer = name.removesuffix(_LORA_BIAS)
         alpha = pattern_value(config.get("alpha_pattern"), layer, config["lora_alpha"])
         use_rslora = bool(config.get("use_rslora"))
-        scaling = lora_scaling(_r(layer, config), alpha, use_rslora=use_rslora)
+        scaling = lora_scaling(_r_of(layer, config), alpha, use_rslora=use_rslora)
         return f"{layer}.bias", ValueUpdate(part=entry, scaling=scaling)
     if name.endswith(_TOKEN_ROWS):
         module = name.removesuffix(_TOKEN_ROWS)
@@ -247,15 +251,11 @@ def _require_mergeable(folder: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not folder.is_dir():
-        raise UserError(
-            f"adapter: {folder} is not a folder; give a PEFT folder, with {path.name} in it"
-        )
+def read_config(path: Path, setting: str) -> dict[str, Any]:
+    """The content of a config file. Raises UserError, which names `setting`, if there is none."""
     try:
         return read_json(path)
     except FileNotFoundError:
-        raise UserError(f"adapter: {folder} has no {path.name}") from None
+        raise UserError(f"{setting}: {path.parent} has no {path.name}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"adapter: {path}: not readable as a JSON object: {error}") from None
+        raise UserError(f"{setting}: {path}: not readable as a JSON object: {error}") from None

@@ -150,8 +150,8 @@ def _initial_record(settings: RunSettings) -> dict[str, Any] | None:
     return record
 
 
-def chain(record: Mapping[str, Any] | None) -> list[str]:
-    """Texts for the adapter of a record and its predecessors, the latest first."""
+def lineage_texts(record: Mapping[str, Any] | None) -> list[str]:
+    """A text for the adapter of a record and for each predecessor, the latest first."""
     texts = []
     while record is not None:
         digest = f" (SHA-256 `{record['sha256'][:12]}`)" if record.get("sha256") else ""

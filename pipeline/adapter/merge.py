@@ -91,9 +91,10 @@ def merge_adapters(
 
 @contextmanager
 def _resumable_folder(plan: MergePlan, out: Path) -> Iterator[Path]:
-    """The folder that replaces `out` at the end; finished shards stay there if it is interrupted.
+    """The temporary folder that replaces `out` at the end of the merge.
 
-    It is emptied if a merged value is not finite, which continuing would not change.
+    After an interruption its finished shards are kept. If a merged value is not finite, the folder
+    is emptied, because a continued merge would have the same value.
     """
     try:
         with atomic_folder(out, lambda f: check_output(plan, f), is_resumable=True) as fresh:
@@ -180,7 +181,7 @@ def _stream(plan: MergePlan, work: Work) -> "Iterator[MergeStream]":
     device = torch.device(plan.options.device)
     largest = max(task.num_bytes for shard in plan.shards for task in shard.tensors.values())
     earlier = torch.get_num_threads()
-    torch.set_num_threads(1)  # in this thread, as in those of the pool
+    torch.set_num_threads(1)  # in this thread too, not only in those of the pool
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             arithmetic = Arithmetic(pool, device, plan.options.is_undone)

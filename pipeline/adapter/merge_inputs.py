@@ -16,9 +16,9 @@ from pipeline.adapter.adapter_file import (
     LayerUpdate,
     ValueUpdate,
     layer_update,
+    read_config,
 )
 from pipeline.errors import UserError
-from pipeline.files import read_json
 from pipeline.model.tensor_files import (
     INDEX,
     SINGLE,
@@ -75,7 +75,7 @@ class MetaModel:
 
 @dataclass(frozen=True)
 class Change:
-    """What one adapter does to one tensor of the base. `weight`: factor of its scaling."""
+    """The change of one tensor of the base by one adapter. `weight`: factor of its scaling."""
 
     file: Path
     weight: float
@@ -87,7 +87,7 @@ def read_base(folder: Path) -> Base:
 
     Raises UserError unless the folder has a complete, unquantised safetensors model.
     """
-    config = _read_config(folder)
+    config = read_config(folder / "config.json", "base")
     if method := config.get("quantization_config") or config.get("compression_config"):
         name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
         raise UserError(
@@ -178,7 +178,10 @@ def _require_untied(adapter: Adapter, tied: Mapping[str, str]) -> None:
 
 
 def _is_tied_copy(name: str, adapter: Adapter, meta: MetaModel) -> bool:
-    """Whether a replaced tensor is the copy of one that it is tied to, and not in the files."""
+    """Whether the files lack this tensor because it is tied to one that the adapter replaces too.
+
+    A merge then writes only the other one.
+    """
     tied: Mapping[str, str] = meta.model.all_tied_weights_keys
     return name in tied and name not in meta.stored and tied[name] in adapter.values
 
@@ -293,6 +296,11 @@ def changes_by_tensor(
 def _require_alone(
     adapter: Adapter, name: str, value: ValueUpdate, earlier: tuple[float, list[Change]]
 ) -> None:
+    """Raise UserError for a value that cannot be combined with a weight or other changes.
+
+    Such a value replaces that of the base. `earlier`: the adapter's weight, and the changes of the
+    tensor by earlier adapters.
+    """
     weight, changes = earlier
     others = [
         change
@@ -300,18 +308,9 @@ def _require_alone(
         if change.file != adapter.file.path and isinstance(change.update, ValueUpdate)
     ]
     if value.scaling is None and (weight != 1 or others):
-        reason = f"both {others[0].file.parent} and it replace" if others else "it replaces"
+        first = others[0].file.parent if others else None
+        reason = "it replaces" if first is None else f"both {first} and this adapter replace"
         raise UserError(
             f"adapter: {adapter.folder}: {name} cannot be weighted or added, because {reason} the "
             "values of the base; merge one adapter only, without a weight"
         )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        return read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"base: {folder} has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"base: {path}: not readable as a JSON object: {error}") from None

@@ -1,8 +1,9 @@
 """Arithmetic of a merge: all changes of one tensor, with peft's own layer classes.
 
-A tensor is merged in blocks of outputs, which do not depend on each other. A block fits into a
-core's cache, and blocks are merged in parallel threads, each with one thread of torch: with torch's
-own threads, which wait for each other, a merge takes many times longer on a busy machine.
+A tensor is merged in blocks of outputs (rows of a linear layer's weight), which do not depend on
+each other. A block fits into a core's cache. Blocks are merged in parallel threads, and each of
+them runs torch with one thread. Torch's own threads wait for each other after each operator; with
+these a merge takes many times longer on a busy machine.
 """
 
 import math
@@ -35,7 +36,7 @@ class LoadedChange:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How tensors are merged. `is_undone`: subtract the adapters, as peft's `unmerge` does."""
+    """Merging of tensors. `is_undone`: subtract the adapters, as peft's `unmerge` does."""
 
     pool: ThreadPoolExecutor
     device: torch.device
@@ -43,9 +44,10 @@ class Arithmetic:
 
     @torch.no_grad()
     def merge(self, name: str, weight: torch.Tensor, changes: Sequence[LoadedChange]) -> float:
-        """Apply the changes to a tensor in place; the norm of its change over its own norm.
+        """Apply the changes to a tensor in place.
 
-        Raises RankZeroError if a merged value is not finite.
+        Returns the norm of the change divided by the norm of the tensor. Raises RankZeroError if a
+        merged value is not finite.
         """
         target = weight.to(self.device)
         changes = [
@@ -130,7 +132,10 @@ def _part_of(loaded: LoadedChange, axis: int, start: int, block: torch.Tensor) -
 def _merge_block(
     block: torch.Tensor, changes: Sequence[LoadedChange], arithmetic: Arithmetic
 ) -> None:
-    """Apply the parts of all changes to a block, in peft's order: first what it loads."""
+    """Apply the parts of all changes to a block, in peft's order.
+
+    The first are values that replace those of the base, which peft sets when it loads an adapter.
+    """
     sign = -1 if arithmetic.is_undone else 1
     layers = []
     for loaded in changes:
@@ -191,13 +196,14 @@ def _merge_layers(block: torch.Tensor, changes: Sequence[LoadedChange], *, is_un
         block.copy_(base.weight.data)
 
 
-_of_thread = threading.local()
+_cache_of_thread = threading.local()
 
 
 def _peft_layer(block: torch.Tensor, changes: Sequence[LoadedChange]) -> Linear | Embedding:
     """A layer of peft with an adapter for each change, without values.
 
-    Each thread builds one for each size of blocks: building takes as long as merging half a block.
+    Each thread caches a layer for each shape of blocks, because building a layer takes as long as
+    merging half a block.
     """
     updates = [loaded.change.update for loaded in changes]
     kinds = tuple(
@@ -205,7 +211,7 @@ def _peft_layer(block: torch.Tensor, changes: Sequence[LoadedChange]) -> Linear 
         for x in updates
         if isinstance(x, LayerUpdate)
     )
-    layers: dict[Any, Linear | Embedding] = _of_thread.__dict__.setdefault("layers", {})
+    layers: dict[Any, Linear | Embedding] = _cache_of_thread.__dict__.setdefault("layers", {})
     key = (block.shape, kinds)
     if key not in layers:
         if len(layers) >= _CACHED_LAYERS:

@@ -77,7 +77,10 @@ def _set_dtype(config: dict[str, Any], name: str) -> None:
 
 
 def write_marker(plan: MergePlan, folder: Path, report: "MergeReport") -> None:
-    """Write the record of the merge. `adapter_sha256`: of the adapter, if it is one, unweighted."""
+    """Write the record of the merge.
+
+    `adapter_sha256` in it: hash of the adapter, if the merge added one adapter without a weight.
+    """
     adapters = plan.identity["adapters"]
     is_plain = len(adapters) == 1 and adapters[0]["weight"] == 1 and not plan.options.is_undone
     marker: dict[str, Any] = {

@@ -141,7 +141,7 @@ def _quantisation(options: MergeOptions) -> "Quantisation | None":
 def _quantised_tensors(
     base: Base, meta: MetaModel, quantisation: "Quantisation | None"
 ) -> dict[str, str]:
-    """Tensors that the training saw quantised: their names -> as in `TensorTask.quantised`."""
+    """Name of a tensor that was quantised in training -> its value of `TensorTask.quantised`."""
     if quantisation is None:
         return {}
     from transformers.pytorch_utils import Conv1D
@@ -174,10 +174,10 @@ def _dtypes(base: Base, meta: MetaModel, options: MergeOptions) -> dict[str, str
     for entry in entries.values():
         sizes[entry.dtype if entry.dtype in VALUE_BYTES else ""] += entry.end - entry.start
     main = max(VALUE_BYTES, key=sizes.__getitem__)
-    kept = set(getattr(meta.model, "_keep_in_fp32_modules_strict", None) or ())
+    kept_in_fp32 = set(getattr(meta.model, "_keep_in_fp32_modules_strict", None) or ())
     if options.dtype == "F16":
-        kept |= set(getattr(meta.model, "_keep_in_fp32_modules", None) or ())
-    pattern = re.compile("|".join(kept) or "(?!)")
+        kept_in_fp32 |= set(getattr(meta.model, "_keep_in_fp32_modules", None) or ())
+    pattern = re.compile("|".join(kept_in_fp32) or "(?!)")
     return {
         name: options.dtype
         if entry.dtype == main and (options.dtype == "F32" or not pattern.search(name))

@@ -1,8 +1,8 @@
 """Stream of a merge: read, merge and write the tensors of a shard at the same time.
 
-Tensors are held in two buffers, each as large as the largest tensor: while one is merged, the other
-is written and then filled with the next tensor. Beside them only the adapter's tensors of one layer
-and blocks of a few MiB are in memory.
+Tensors are held in two buffers, each as large as the largest tensor. While one is merged, the other
+is written and then filled with the next tensor. Apart from the buffers, only the adapter's tensors
+of one layer and blocks of a few MiB are in memory.
 """
 
 import json
@@ -34,8 +34,8 @@ _CACHED_PARTS = 4  # A and B of two fused tensors, whose experts are stored one 
 class TensorTask:
     """One tensor of a merged model.
 
-    `dtype`: its dtype there. `quantised`: the training saw it quantised; "transposed" if its
-    quantised form is the transpose.
+    `dtype`: its dtype in the merged model. `quantised`: None unless training quantised the tensor;
+    then "stored", or "transposed" if training quantised its transpose.
     """
 
     entry: Entry
@@ -128,7 +128,7 @@ class MergeStream:
         return changes
 
     def _merge(self, name: str, task: TensorTask, tensor: torch.Tensor) -> dict[str, float]:
-        """Merge a tensor in place; its relative change by its name, if the adapter changes it."""
+        """Merge a tensor in place; returns its name and relative change, if adapters change it."""
         if task.quantised is not None:
             assert self._quantisation is not None
             weight = tensor.T.contiguous() if task.quantised == "transposed" else tensor

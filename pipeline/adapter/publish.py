@@ -16,7 +16,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pipeline.adapter.initial import chain, initial_adapter_of
+from pipeline.adapter.initial import initial_adapter_of, lineage_texts
 from pipeline.adapter.merge_output import CHAT_TEMPLATE
 from pipeline.adapter.trained_on import WEIGHTS, write_trained_on
 from pipeline.adapter.verify import verify_adapter_file, verify_tensors
@@ -64,7 +64,7 @@ def publish_adapter(
     started_from = initial_adapter_of(folder.parent, settings)
     config = adapter_config(settings)
     notes = ends_without_stop(folder.parent / "data")
-    card = model_card(plan, step, base, chain(started_from), notes)
+    card = model_card(plan, step, base, lineage_texts(started_from), notes)
     verify_tensors(tensors, expected, trained=True)
     check_servable(tensors, config)
 
@@ -140,7 +140,7 @@ def model_card(
 ) -> str:
     """Text of the adapter folder's README.md, with front matter for the Hugging Face hub.
 
-    `started_from`: the initial adapter of the run and its predecessors, from `chain`.
+    `started_from`: the initial adapter of the run and its predecessors, from `lineage_texts`.
     `notes`: texts below the table.
     """
     settings = plan.settings

@@ -27,7 +27,7 @@ from pipeline.plan.given.shape import read_shape
 
 _SEQUENCES = 8  # of the held-out split
 _NAME = "merged{}"  # of an attached adapter
-_LOGITS_BYTES = 2**28  # of the compared positions of one model, in fp32
+_LOGITS_BYTES = 2**28  # limit of one model's logits in fp32, and so of the compared positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def compare_merged(run_folder: Path, merged: MergedModel) -> dict[str, Any]:
 def _difference(
     ours: torch.Tensor, theirs: torch.Tensor, targets: torch.Tensor
 ) -> dict[str, float]:
-    """Differences of logits (positions, vocabulary); KL is of the second to the first."""
+    """Differences of logits (positions, vocabulary). `kl`: KL(theirs || ours) of a position."""
     difference = ours - theirs
     first, second = ours.log_softmax(-1), theirs.log_softmax(-1)
     return {
@@ -99,7 +99,7 @@ def _held_out_batch(run_folder: Path) -> Batch:
 
 
 def _round_trip(merged: MergedModel) -> Transform | None:
-    """The quantisation of the training, for the layers that it concerned."""
+    """Transform of the layers that training quantised; None if it quantised none."""
     if merged.trained is None:
         return None
     settings = merged.trained.settings

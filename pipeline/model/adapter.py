@@ -43,10 +43,13 @@ def _target_modules(settings: RunSettings) -> list[str]:
 
     The result is always a list of names. Not every serving engine supports `all-linear` or a
     regular expression, and with these peft 0.21.2 would also adapt the fused experts and routers of
-    a mixture of experts (utils/transformers_weight_conversion.py). A name is the last part of the
-    full name. It is the full name if other modules have the same last part, as in a model with a
-    vision tower, or if the last part is an index (`0` would also match the block `model.layers.0`),
-    or if the settings exclude some layers.
+    a mixture of experts (utils/transformers_weight_conversion.py).
+
+    A name is the last part of the full name, such as q_proj. Full names are used in three cases:
+
+    - The model has other modules with the same last part, as in a vision tower.
+    - The last part is an index: `0` would also match the block `model.layers.0`.
+    - The settings exclude some layers.
     """
     shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     targets = shape.without_auto(settings.lora_target_modules)

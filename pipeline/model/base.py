@@ -35,8 +35,8 @@ from pipeline.plan.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORAGE = DTYPES | {"uint8": torch.uint8}
-Run = Callable[..., Iterable[Any]]  # like `map`
-_PART = 2**20  # values that are quantised at a time
+MapFunction = Callable[..., Iterable[Any]]  # `map`, or that of a pool of threads
+_VALUES_OF_PART = 2**20  # number of values that are quantised at a time
 
 
 def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
@@ -150,14 +150,14 @@ def tile_error(settings: RunSettings, device: torch.device) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantisation:
-    """How a run quantised its base. `dtype`: the training dtype."""
+    """Quantisation of the base in a run. `dtype`: the training dtype."""
 
     settings: RunSettings
     shape: ModelShape
     dtype: torch.dtype
 
     def layers(self, model: Any) -> set[str]:
-        """Names of the layers that transformers quantises, of a model on the meta device."""
+        """Names of the layers that transformers quantises. `model`: on the meta device."""
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
         config = _quantization(self.settings, self.shape, self.dtype)
@@ -168,16 +168,17 @@ class Quantisation:
         return {name for name in before if type(after[name]) is not type(before[name])}
 
     @torch.no_grad()
-    def round_trip(self, weight: torch.Tensor, run: Run = map) -> None:
-        """Replace a linear layer's weight (d_out, d_in) by the one that is multiplied in training.
+    def round_trip(self, weight: torch.Tensor, map_parts: MapFunction = map) -> None:
+        """Quantise and dequantise a linear layer's weight (d_out, d_in) in place.
 
-        In passes over parts of the weight, because bitsandbytes needs ten times its memory. `run`:
-        the `map` of a pool of threads for the parts.
+        The result is the weight that training multiplies with. The weight is divided into parts,
+        because bitsandbytes needs ten times the memory of its input. `map_parts`: applies a
+        function to the parts, for example in several threads.
         """
         from bitsandbytes import functional
 
         settings, kind = self.settings, self.settings.bnb_4bit_quant_type
-        rows = max(64, _PART // weight.shape[1] // 64 * 64)  # whole blocks of 64 values
+        rows = max(64, _VALUES_OF_PART // weight.shape[1] // 64 * 64)  # whole blocks of 64 values
         parts = weight.split(rows)  # type: ignore[no-untyped-call]
         if settings.load_in_8bit:
             for part in parts:
@@ -185,7 +186,7 @@ class Quantisation:
                 part.copy_(functional.int8_vectorwise_dequant(codes, scales).to(self.dtype))
             return
         quantize = functional.quantize_4bit
-        packed = list(run(lambda part: quantize(part.to(self.dtype), quant_type=kind), parts))
+        packed = list(map_parts(lambda part: quantize(part.to(self.dtype), quant_type=kind), parts))
         absmax = torch.cat([state.absmax for _, state in packed])
         if settings.bnb_4bit_use_double_quant:  # as in bitsandbytes' functional.quantize_4bit
             offset = absmax.mean()
@@ -194,14 +195,14 @@ class Quantisation:
         for _, state in packed:
             count = len(state.absmax)
             state.absmax, absmax = absmax[:count], absmax[count:]
-        list(run(lambda part, of: part.copy_(functional.dequantize_4bit(*of)), parts, packed))
+        list(map_parts(lambda part, q: part.copy_(functional.dequantize_4bit(*q)), parts, packed))
 
 
 def _quantization(
     settings: RunSettings, shape: ModelShape, dtype: torch.dtype
 ) -> BitsAndBytesConfig:
-    # Not quantised are modules outside the text decoder's blocks, such as a vision tower, and
-    # layers whose weight is read directly.
+    # Modules outside the text decoder's blocks, such as a vision tower, are not quantised. Neither
+    # are layers whose weight is read without a call of the layer.
     not_quantised = [rf"(?!{re.escape(shape.layers_name)}\.).*"]
     not_quantised += [re.escape(name) for name, x in shape.linears.items() if not x.is_quantised]
     if settings.load_in_8bit:

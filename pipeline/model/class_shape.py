@@ -134,18 +134,18 @@ def _build(folder: Path, *, trust_remote_code: bool) -> Any:
                 except KeyError as error:
                     if error.args != (_COUNTED,):
                         raise
-                    raise ValueError(_own_attention(config.model_type)) from None
+                    raise ValueError(_own_attention_message(config.model_type)) from None
             # Such a class takes the mask of the attention function but computes attention itself.
             # Bloom gets no mask from it, so its tokens would attend to later ones.
             if not model._can_set_attn_implementation():
                 names = sorted({type(m).__name__ for m in model.modules()})
                 own = [name for name in names if name.endswith("Attention")]
-                raise ValueError(_own_attention(", ".join(own) or config.model_type))
+                raise ValueError(_own_attention_message(", ".join(own) or config.model_type))
             return model.requires_grad_(False)
     raise ValueError(f"{config.model_type} is no causal language model of transformers")
 
 
-def _own_attention(name: str) -> str:
+def _own_attention_message(name: str) -> str:
     return (
         f"{name} computes attention without transformers' attention interface, so attention within "
         "documents cannot replace it"
@@ -334,7 +334,7 @@ def _num_separate_blocks(decoder: Any) -> int:
     """Number of blocks whose attention receives the documents of a pack."""
     receivers: list[Any] = []
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-    with suppress(TypeError), _pretended_tracing():  # a decoder without further arguments
+    with suppress(TypeError), _pretended_tracing():  # a decoder may not accept `documents`
         decoder(input_ids=ids, use_cache=False, documents=receivers)
     return len(receivers)
 
@@ -375,7 +375,7 @@ def _count_saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[
         try:
             decoder(input_ids=ids, use_cache=False)
         except (NotImplementedError, RuntimeError) as error:
-            raise _needs_values(model, error) from None
+            raise _forward_error(model, error) from None
     for handle in handles:
         handle.remove()
     counts = []
@@ -388,8 +388,11 @@ def _count_saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[
     return counts
 
 
-def _needs_values(model: Any, error: Exception) -> Exception:
-    """An error that names the line of the class that needs the values of a tensor, if it does."""
+def _forward_error(model: Any, error: Exception) -> Exception:
+    """The error to raise for a forward pass that failed on the meta device.
+
+    If the model's class read the values of a tensor, it is a ValueError that names the line.
+    """
     if "meta tensor" not in str(error).lower():
         return error
     frames = traceback.extract_tb(error.__traceback__)

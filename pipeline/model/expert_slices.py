@@ -20,10 +20,11 @@ _ROWS, _COLUMNS = 4, 6  # of the small tensors: even, for conversions that inter
 
 @dataclass(frozen=True)
 class Axis:
-    """Position of a stored tensor's axis on the same axis of the fused tensor.
+    """The part of one axis of a fused tensor that a stored tensor holds.
 
-    The fused axis is `parts` times as long. The position of element i is i + `index` x the stored
-    length or, if `is_interleaved`, i x `parts` + `index`.
+    The fused axis is `parts` times as long. For example, the rows of gate_proj and up_proj are the
+    parts 0 and 1 (`index`) of gate_up_proj. Row i of a part is row i + `index` x (rows of a part)
+    of the fused tensor or, if `is_interleaved`, row i x `parts` + `index`.
     """
 
     parts: int = 1
@@ -32,10 +33,10 @@ class Axis:
 
     def positions(self, length: int) -> torch.Tensor:
         """Positions on the fused axis of a stored axis with this length."""
-        steps = torch.arange(length)
+        elements = torch.arange(length)
         if self.is_interleaved:
-            return steps * self.parts + self.index
-        return steps + self.index * length
+            return elements * self.parts + self.index
+        return elements + self.index * length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +149,8 @@ def _possible_axes(whole: int, part: int, first: int) -> list[Axis] | None:
     parts, rest = divmod(whole, part)
     if rest:
         return None
-    ways = [Axis(parts, first // part)] if first % part == 0 else []
-    return ways + ([Axis(parts, first, True)] if parts > 1 and first < parts else [])
+    contiguous = [Axis(parts, first // part)] if first % part == 0 else []
+    return contiguous + ([Axis(parts, first, True)] if parts > 1 and first < parts else [])
 
 
 def _axis_pairs(axes: list[list[Axis] | None]) -> Iterable[tuple[Axis, Axis]]:

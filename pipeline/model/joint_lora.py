@@ -1,8 +1,8 @@
-"""LoRA layers that compute their products with A together if they share an input.
+"""LoRA layers with the same input, which share one product with their concatenated A matrices.
 
 peft computes every adapted layer by itself: dropout, A, B, scaling and sum. Here the layers that
-read one input, such as q, k and v, share its dropout and one product with their concatenated A
-matrices. `addmm` scales the product with B and adds it to the output of the base layer.
+read one input, such as q, k and v, share its dropout and its product with their A matrices. `addmm`
+scales the product with B and adds it to the output of the base layer.
 
 The modules, their parameters and their names stay those of peft; only `forward` is replaced. The A
 and B of a layer are read without calling their modules, so at ZeRO-3 they must not be sharded.

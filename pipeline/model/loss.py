@@ -126,7 +126,7 @@ def class_logits(causal: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 class _FixedBody(nn.Module):
     """Replacement for a model's body that returns fixed hidden states (1, S, D).
 
-    So does each module of the body that contains the decoder, and the decoder.
+    The text decoder, and each module of the body that contains it, are replaced in the same way.
     """
 
     def __init__(self, body: nn.Module, decoder: nn.Module, hidden: torch.Tensor) -> None:

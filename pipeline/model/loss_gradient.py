@@ -29,10 +29,10 @@ def sum_with_gradient(
         chunk_hidden, chunk_targets, chunk_gradient = chunk
         with torch.enable_grad():
             logits = logits_of(chunk_hidden.requires_grad_())
-        chunk_loss, of_logits = _cross_entropy(logits.detach(), chunk_targets)
+        chunk_loss, logits_gradient = _cross_entropy(logits.detach(), chunk_targets)
         total += chunk_loss
-        (of_hidden,) = torch.autograd.grad(logits, chunk_hidden, of_logits)
-        chunk_gradient.copy_(of_hidden)
+        (hidden_gradient,) = torch.autograd.grad(logits, chunk_hidden, logits_gradient)
+        chunk_gradient.copy_(hidden_gradient)
     loss: torch.Tensor = _KnownGradient.apply(hidden, total, gradient)  # type: ignore[no-untyped-call]
     return loss
 
@@ -43,8 +43,8 @@ def _cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed cross-entropy in fp32, and its gradient with respect to the logits.
 
-    The gradient is the probabilities, minus 1 at the target. It replaces the log-probabilities, so
-    that only one fp32 tensor of the size of the logits is allocated.
+    The gradient is the softmax, minus 1 at the target. It is computed in the tensor of the
+    log-softmax, so that only one fp32 tensor of the size of the logits is allocated.
     """
     rows = torch.arange(len(targets), device=logits.device)
     values = F.log_softmax(logits, dim=-1, dtype=torch.float32)

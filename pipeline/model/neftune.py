@@ -12,9 +12,9 @@ from pipeline.model.attention import Documents
 class EmbeddingNoise:
     """A forward hook that adds noise of at most alpha / sqrt(L D) to an embedding's output.
 
-    L is the length of the token's own document, not of its pack; D is the hidden size. Padding gets
-    none, and neither does a model in evaluation mode. The noise comes from torch's generator, which
-    is seeded for each forward pass as for dropout. `documents` must be set before each forward.
+    L is the length of the token's own document, not of its pack; D is the hidden size. There is no
+    noise on padding, and none in evaluation mode. The noise comes from torch's generator, which is
+    seeded before each forward pass, as for dropout. `documents` must be set before each forward.
 
     It must be registered after `deepspeed.initialize` (see `remove_input_gradients` in base.py).
     """

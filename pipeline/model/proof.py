@@ -336,7 +336,10 @@ def target_experts(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
 
 
 def _missing_names(folder: Path, targets: Sequence[str], *, trust_remote_code: bool) -> list[str]:
-    """Reasons against a merge: targets that the checkpoint does not store as one tensor."""
+    """Reasons why an adapter on these targets cannot be merged tensor by tensor.
+
+    The checkpoint must store each adapted weight as a tensor, or as slices of fused experts.
+    """
     model = model_on_meta(folder, trust_remote_code=trust_remote_code)
     keys = [key for path in weight_files(folder) for key in read_header(path).entries]
     stored = stored_names(model, keys)

@@ -32,6 +32,7 @@ _VISION_WIDTHS = {
     "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32,
     "projector_output_dim": 32, "out_hidden_size": 64,
 }  # fmt: skip
+# Keys for numbers of experts, blocks and positions -> largest values in a copy.
 _COUNTS = {
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "num_experts_per_token": 2, "top_k_experts": 2, "n_group": 1, "topk_group": 1,
@@ -45,7 +46,7 @@ _MAX_PARAMETERS = 3e8  # limits host memory: the checks hold several copies in f
 
 
 def small_copies(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Configs to try: first with all sizes reduced, then with blocks, experts and vocabulary."""
+    """Configs to try: all sizes reduced, then only blocks, experts and vocabulary reduced."""
     text_config = config.get_text_config()
     name = next((key for key, value in vars(config).items() if value is text_config), None)
     for widths, vision in ((_WIDTHS, _VISION_WIDTHS), ({}, {})):

@@ -1,7 +1,7 @@
 """Models that are computed block by block: weights are read when a block runs, then released.
 
 A forward pass needs the memory of one block, the embeddings and the head, whatever the size of the
-model. Weights are computed with in fp32.
+model. It computes in fp32.
 """
 
 import re
@@ -22,7 +22,7 @@ from pipeline.model.checkpoint_names import built_parameter, stored_names
 from pipeline.model.structure import blocks
 from pipeline.model.tensor_files import read_header, weight_files
 
-# Modules that peft puts between a layer and its name in the base.
+# Names of peft's wrapper modules, which are not in a parameter's name in the base.
 _WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
 _PREFIX = "base_model.model."
 
@@ -81,7 +81,10 @@ class StreamedWeights:
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
-        """Load the weights of a block around its forward pass, and the others until the end."""
+        """While this context is active, load each block's weights only for its forward pass.
+
+        Weights outside the blocks are loaded at the start and released at the end.
+        """
         inside: set[nn.Module] = set()
         handles = []
         for name, block in _named(model, blocks(self._causal)):
@@ -126,9 +129,10 @@ class StreamedWeights:
                 module._parameters[key] = loaded
 
     def _adapter_value(self, name: str) -> torch.Tensor | None:
-        """The tensor of an adapter for a parameter: one of its own, or a replaced one of the base.
+        """The value of a parameter in an attached adapter; None if it comes from the base.
 
-        Keys of peft's files do not have the names of adapters and of `modules_to_save`.
+        An adapter has its own matrices, and may replace parameters of the base (`modules_to_save`).
+        Its file has keys without the name of the adapter and without `modules_to_save`.
         """
         for adapter, tensors in self.adapters.items():
             key = re.sub(rf"(\.modules_to_save)?\.{adapter}(?=\.|$)", "", name, count=1)
@@ -141,27 +145,27 @@ class StreamedWeights:
     def _value(self, name: str, module: nn.Module) -> torch.Tensor:
         if (value := self._adapter_value(name)) is not None:
             return value
-        plain = _WRAPPERS.sub("", f".{name.removeprefix(_PREFIX)}")[1:]
-        if plain not in self._stored:
-            plain = self._tied.get(plain, plain)
-        if plain in self._tied_values:
-            return self._tied_values[plain]
-        value = self._built_value(name, plain, module)
-        if plain in self._tied.values():
-            self._tied_values[plain] = value
+        base_name = _WRAPPERS.sub("", f".{name.removeprefix(_PREFIX)}")[1:]
+        if base_name not in self._stored:
+            base_name = self._tied.get(base_name, base_name)
+        if base_name in self._tied_values:
+            return self._tied_values[base_name]
+        value = self._built_value(name, base_name, module)
+        if base_name in self._tied.values():
+            self._tied_values[base_name] = value
         return value
 
-    def _built_value(self, name: str, plain: str, module: nn.Module) -> torch.Tensor:
-        """The parameter `plain` of the class, from its tensors in the files."""
-        if (stored := self._stored.get(plain)) is None:
+    def _built_value(self, name: str, base_name: str, module: nn.Module) -> torch.Tensor:
+        """The parameter `base_name` of the model's class, built from its tensors in the files."""
+        if (stored := self._stored.get(base_name)) is None:
             raise UserError(f"{name}: no weight of the model's files belongs to this parameter")
         tensors = {key: self._read(key) for key in stored.keys}
         if stored.converter is None:
             value = tensors[stored.keys[0]]
         else:
-            value = built_parameter(self._causal, plain, stored, tensors)
+            value = built_parameter(self._causal, base_name, stored, tensors)
         if self._transform is not None:
-            self._transform(plain.rpartition(".")[0], module, value)
+            self._transform(base_name.rpartition(".")[0], module, value)
         return value
 
     def _read(self, key: str) -> torch.Tensor:

@@ -69,7 +69,7 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
         logger.info("starting from the adapter %s", context.settings.init_adapter_folder)
     progress.eval_key = _eval_key(index)
     session.rank_zero_first(lambda: folder.open(progress.step))
-    is_own = resumed is not None and Path(resumed).parent == folder.path / "checkpoints"
+    is_own_checkpoint = resumed is not None and Path(resumed).parent == folder.path / "checkpoints"
     writer, metrics = None, None
     if folder.checkpoints is not None:  # on rank 0
         writer = CheckpointWriter(folder.checkpoints, lambda: _restore_folder(folder, context))
@@ -82,7 +82,7 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
         train_split=open_split(index.train),
         eval_split=None if index.eval is None else open_split(index.eval),
         progress=progress,
-        saved=replace(progress) if is_own else None,
+        saved=replace(progress) if is_own_checkpoint else None,
         display=ProgressDisplay(plan, progress.step, is_shown=session.is_rank_zero),
         peak=peak,
         writer=writer,

@@ -40,15 +40,15 @@ class StepResult:
     """Result of an optimizer step on one rank.
 
     `loss_sum`, `tokens`: sums over the micro-batches of this rank. `grad_norm`: over all ranks.
-    `was_applied`: False if the update was skipped. `is_scale_searched`: whether the loss scale of
-    fp16 was above its minimum, so that an overflow only lowers it.
+    `was_applied`: False if the update was skipped. `can_lower_scale`: whether the loss scale of
+    fp16 was above its minimum, so that an overflow is no failure: DeepSpeed lowers the scale.
     """
 
     loss_sum: float
     tokens: int
     grad_norm: float
     was_applied: bool
-    is_scale_searched: bool
+    can_lower_scale: bool
 
 
 class Engine:
@@ -85,7 +85,8 @@ class Engine:
         self._reduces_once = not plan.fast_paths[ONE_REDUCTION]
         if self._reduces_once:
             accumulate_in_fp32(self.parameters.values())
-            self.deepspeed.set_gradient_accumulation_boundary(True)  # each call of step() is one
+            # DeepSpeed updates the weights in every call of step().
+            self.deepspeed.set_gradient_accumulation_boundary(True)
         self._lr_ratios = [group["lr"] / plan.settings.lr for group in self._parameter_groups]
         create_state_of_groups(self.deepspeed)
         disable_scale_error(self.deepspeed)
@@ -128,7 +129,7 @@ class Engine:
         self.deepspeed.train()
         self.set_learning_rate(lr)
         earlier_steps = self.deepspeed.global_steps
-        is_scale_searched = not is_at_smallest_scale(self.deepspeed)
+        can_lower_scale = not is_at_smallest_scale(self.deepspeed)
         loss_sum, tokens = self.backward_passes(batches, supervised_tokens)
         self.deepspeed.step()
         assert self.deepspeed.global_steps == earlier_steps + 1, "wrong number of micro-batches"
@@ -137,7 +138,7 @@ class Engine:
             tokens=tokens,
             grad_norm=_as_float(self.deepspeed.get_global_grad_norm()),
             was_applied=bool(self.deepspeed.was_step_applied()),
-            is_scale_searched=is_scale_searched,
+            can_lower_scale=can_lower_scale,
         )
 
     def backward_passes(

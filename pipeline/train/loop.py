@@ -161,7 +161,7 @@ def _count(run: TrainingState, loss: float, result: StepResult, documents: int) 
     progress.optimizer_step += int(result.was_applied)
     progress.skipped_steps += int(not result.was_applied)
     # In fp16 an overflow only leads to a smaller loss scale, so the step is not bad.
-    is_bad = not math.isfinite(loss) or not (result.was_applied or result.is_scale_searched)
+    is_bad = not math.isfinite(loss) or not (result.was_applied or result.can_lower_scale)
     progress.bad_steps = progress.bad_steps + 1 if is_bad else 0
 
 

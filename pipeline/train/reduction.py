@@ -1,7 +1,7 @@
 """Reduction of the gradients over ranks, once in an optimizer step.
 
-DeepSpeed reduces them after each micro-batch. Then ranks wait for each other as often, although the
-sums over micro-batches could be reduced instead.
+By default DeepSpeed reduces the gradients after each micro-batch, and the ranks wait for each other
+each time. Here the gradients of all micro-batches are summed first, and the sum is reduced.
 """
 
 from collections.abc import Collection, Iterator

@@ -246,8 +246,8 @@ def _differences(folder: Path, plan: Plan, state: FolderState) -> dict[str, str]
         for key, value in _result_settings(plan).items()
         if _earlier_value(before, key) != value
     }
-    has_same = _has_same_documents(folder, plan.settings, state)
-    if has_same:  # the files have other paths, but the key covers their content
+    has_same_documents = _has_same_documents(folder, plan.settings, state)
+    if has_same_documents:  # the files have other paths, but the key covers their content
         changed.pop("train_data", None)
         if not {_earlier_value(before, "chat_template"), plan.settings.chat_template} & {
             "model",
@@ -258,7 +258,7 @@ def _differences(folder: Path, plan: Plan, state: FolderState) -> dict[str, str]
         del changed["eval_data"]
     if "model" in changed and _has_same_base(folder, plan.settings):
         changed = {key: text for key, text in changed.items() if key not in settings_with("base")}
-    if has_same is False and "train_data" not in changed:
+    if has_same_documents is False and "train_data" not in changed:
         version = written_by(folder)
         changed["train_data"] = (
             "train_data (or the tokenizer): its content changed"

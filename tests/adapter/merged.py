@@ -1,4 +1,4 @@
-"""Bases and adapters for tests of merging, and the contents of their folders."""
+"""Base models and adapters for tests of merging, and the contents of their folders."""
 
 import json
 
@@ -43,10 +43,12 @@ def make_pair(folder, case):
 
 
 def tensors(folder):
+    """All tensors in the safetensors files of a folder, by name."""
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def contents(folder):
+    """The bytes of all files in a folder, by relative path."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 

@@ -76,7 +76,7 @@ def test_a_restored_run_has_the_same_state_and_losses_at_any_stage(
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_state_is_restored_exactly_on_ranks_with_padded_shards(tiny_model, tmp_path, saved, stage):
-    """Three ranks shard most matrices unevenly; their global batch is another, so losses differ."""
+    """Three ranks shard most matrices unevenly. Losses differ, as does the global batch."""
     settings = {"zero_stage": stage, "batch_size": 4, "gradient_accumulation_steps": 1}
     settings |= {"global_batch_size": "auto"}
     restored = run_ranks(

@@ -1,4 +1,4 @@
-"""A run starts from an adapter with its outputs, or is refused with the difference."""
+"""A run that starts from an adapter has its outputs; an adapter that does not fit is refused."""
 
 import json
 import shutil
@@ -104,30 +104,29 @@ def test_an_adapter_that_differs_from_the_run_file_is_refused(tiny_model, first,
         require_startable(make_plan(tiny_model, init_adapter=str(first), **settings))
 
 
-def other_sizes(folder):
+def change_sizes(folder):
     (folder / TRAINED_ON).unlink()
-    header = folder / "adapter_model.safetensors"
-    data = header.read_bytes().replace(b'"shape":[4,64]', b'"shape":[8,32]')
-    header.write_bytes(data)
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"shape":[4,64]', b'"shape":[8,32]'))
     return ["down_proj", "(8, 32)"]
 
 
-def dora(folder):
+def use_dora_config(folder):
     edit_json(folder / "adapter_config.json", use_dora=True)
     return ["magnitude"]
 
 
-def missing(folder):
+def remove_folder(folder):
     shutil.rmtree(folder)
     return ["neither a folder nor a hub adapter"]
 
 
-def no_config(folder):
+def remove_config(folder):
     (folder / "adapter_config.json").unlink()
     return ["adapter_config.json"]
 
 
-@pytest.mark.parametrize("damage", [other_sizes, dora, missing, no_config])
+@pytest.mark.parametrize("damage", [change_sizes, use_dora_config, remove_folder, remove_config])
 def test_a_folder_that_is_not_a_usable_adapter_is_refused(tiny_model, copied, damage):
     facts = damage(copied)
     with refused("init_adapter", *facts):
@@ -156,7 +155,7 @@ def test_a_hub_name_is_resolved_to_its_folder_in_the_cache(
     require_startable(plan)
 
 
-def test_the_chain_of_adapters_is_in_the_record_and_on_the_card(tiny_model, first, tmp_path):
+def test_all_earlier_adapters_are_in_the_record_and_on_the_card(tiny_model, first, tmp_path):
     second_run, third_run = tmp_path / "second", tmp_path / "third"
     for run, start in ((second_run, first), (third_run, second_run / "adapter")):
         run.mkdir()
@@ -178,7 +177,7 @@ def test_the_chain_of_adapters_is_in_the_record_and_on_the_card(tiny_model, firs
     )
 
 
-def test_an_adapter_with_other_values_than_lora_layers_is_refused(tiny_model, tmp_path):
+def test_an_adapter_that_also_replaces_base_weights_is_refused(tiny_model, tmp_path):
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules="all-linear", modules_to_save=["input_layernorm"]
     )

@@ -27,8 +27,8 @@ IDS = torch.arange(3, 43).reshape(2, 20)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Folder with base, adapter and merged model of a case, built once."""
+def case_folder(tmp_path_factory):
+    """Function: case -> folder with its base, adapter and merged model, built once."""
     folders = {}
 
     def make(case):
@@ -41,17 +41,9 @@ def made(tmp_path_factory):
     return make
 
 
-@pytest.fixture
-def pair(made, tmp_path):
-    """Base and adapter that a test may change."""
-    for name in ("base", "adapter"):
-        shutil.copytree(made("untied-shards") / name, tmp_path / name)
-    return tmp_path
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_the_merge_equals_peft(made, case):
-    folder = made(case)
+def test_the_merge_equals_peft(case_folder, case):
+    folder = case_folder(case)
     base, merged = tensors(folder / "base"), tensors(folder / "merged")
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     oracle = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload().state_dict()
@@ -64,8 +56,8 @@ def test_the_merge_equals_peft(made, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_plain_transformers_gives_the_logits_of_the_adapter(made, case):
-    folder = made(case)
+def test_plain_transformers_gives_the_logits_of_base_plus_adapter(case_folder, case):
+    folder = case_folder(case)
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, folder / "adapter")
@@ -73,7 +65,7 @@ def test_plain_transformers_gives_the_logits_of_the_adapter(made, case):
         ours, theirs = merged(IDS).logits, adapted(IDS).logits
         with adapted.disable_adapter():
             assert (theirs - adapted(IDS).logits).norm() > 0.1 * theirs.norm()
-    # One rounding of each weight is all that may differ.
+    # Each merged weight is rounded once, to the dtype of the base.
     limit = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}[CASES[case]["dtype"]]
     assert (ours - theirs).norm() < limit * theirs.norm()
     stored = AutoModelForCausalLM.from_pretrained(folder / "merged")
@@ -81,32 +73,38 @@ def test_plain_transformers_gives_the_logits_of_the_adapter(made, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_everything_but_the_adapted_weights_is_that_of_the_base(made, case):
-    base, merged = contents(made(case) / "base"), contents(made(case) / "merged")
+def test_everything_except_the_adapted_weights_equals_the_base(case_folder, case):
+    base, merged = contents(case_folder(case) / "base"), contents(case_folder(case) / "merged")
     assert merged.keys() - base.keys() == {MARKER}
     assert base.keys() <= merged.keys()
     assert {"generation_config.json", "chat_template.jinja", "tokenizer.json"} <= merged.keys()
     for name, data in base.items():
         if not name.endswith(".safetensors"):
-            assert merged[name] == data, name  # the index among them
+            assert merged[name] == data, name
             continue
         with (
-            safe_open(made(case) / "base" / name, "pt") as old,
-            safe_open(made(case) / "merged" / name, "pt") as new,
+            safe_open(case_folder(case) / "base" / name, "pt") as old,
+            safe_open(case_folder(case) / "merged" / name, "pt") as new,
         ):
             assert new.metadata() == old.metadata()
             assert new.keys() == old.keys()
     weights = [name for name in merged if name.endswith(".safetensors")]
     assert len(weights) >= CASES[case]["shards"]
     assert ("model.safetensors.index.json" in merged) == (len(weights) > 1)
-    has_head = "lm_head.weight" in tensors(made(case) / "merged")
+    has_head = "lm_head.weight" in tensors(case_folder(case) / "merged")
     assert has_head != CASES[case]["tied"]
 
 
 def test_weights_of_other_formats_and_the_readme_are_not_copied(pair):
     base = pair / "base"
-    left = ("pytorch_model.bin", "a.gguf", "pytorch_model.bin.index.json", "README.md", "x.pth")
-    for name in (*left, "LICENSE", "modeling_own.py"):
+    not_copied = (
+        "pytorch_model.bin",
+        "a.gguf",
+        "pytorch_model.bin.index.json",
+        "README.md",
+        "x.pth",
+    )
+    for name in (*not_copied, "LICENSE", "modeling_own.py"):
         (base / name).write_text("text")
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
@@ -114,7 +112,7 @@ def test_weights_of_other_formats_and_the_readme_are_not_copied(pair):
     (base / "original" / "consolidated.00.pth").write_text("text")
     merge_adapter(base, pair / "adapter", pair / "merged")
     merged = contents(pair / "merged")
-    assert not merged.keys() & {*left, "original/consolidated.00.pth"}
+    assert not merged.keys() & {*not_copied, "original/consolidated.00.pth"}
     assert {
         "LICENSE",
         "modeling_own.py",
@@ -130,7 +128,7 @@ def test_the_merged_model_has_the_chat_template_of_the_adapter(pair):
 
 
 @pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 3.0), (True, 6.0)])
-def test_scaling_and_the_report_of_the_merge(pair, use_rslora, scaling):
+def test_the_product_is_scaled_and_the_report_has_the_largest_change(pair, use_rslora, scaling):
     shutil.rmtree(pair / "adapter")
     make_adapter(pair / "base", pair / "adapter", ["q_proj"], use_rslora=use_rslora)
     report = merge_adapter(pair / "base", pair / "adapter", pair / "merged")
@@ -151,22 +149,22 @@ def test_scaling_and_the_report_of_the_merge(pair, use_rslora, scaling):
 
 
 def test_all_tensors_of_the_base_are_read_into_two_buffers(pair, monkeypatch):
-    sizes, places = [], set()
+    sizes, addresses = [], set()
     init, read = MergeStream.__init__, merge_stream._read
 
-    def noted(self, arithmetic, largest, *rest):
+    def record_sizes(self, arithmetic, largest, *rest):
         init(self, arithmetic, largest, *rest)
         sizes.extend(buffer.nbytes for buffer in self._buffers)
 
-    def counted(file, task, buffer=None):
+    def record_address(file, task, buffer=None):
         tensor = read(file, task, buffer)
         if buffer is not None:
-            places.add(tensor.untyped_storage().data_ptr())
+            addresses.add(tensor.untyped_storage().data_ptr())
         return tensor
 
-    monkeypatch.setattr(MergeStream, "__init__", noted)
-    monkeypatch.setattr(merge_stream, "_read", counted)
+    monkeypatch.setattr(MergeStream, "__init__", record_sizes)
+    monkeypatch.setattr(merge_stream, "_read", record_address)
     merge_adapter(pair / "base", pair / "adapter", pair / "merged")
     largest = max(tensor.nbytes for tensor in tensors(pair / "base").values())
     assert sizes == [largest, largest]
-    assert len(places) == 2
+    assert len(addresses) == 2

@@ -30,7 +30,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def run(original, tmp_path):
-    """A finished run on a base beside it."""
+    """A finished run in the folder run; its base is in the folder base."""
     shutil.copytree(original / "base", tmp_path / "base")
     shutil.copytree(original / "adapter", tmp_path / "run" / "adapter")
     settings = {
@@ -75,7 +75,7 @@ def test_an_adapter_of_any_folder_is_merged_into_any_base_without_a_run(run, com
     assert torch.allclose(half[name].float(), middle, rtol=2e-2, atol=1e-2)
 
 
-def test_a_hub_model_of_the_cache_is_a_base(run, command, tmp_path, monkeypatch):
+def test_a_hub_model_in_the_cache_can_be_the_base(run, command, tmp_path, monkeypatch):
     cached = tmp_path / "hub" / "models--org--name" / "snapshots" / "main"
     shutil.copytree(run.parent / "base", cached)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -83,46 +83,46 @@ def test_a_hub_model_of_the_cache_is_a_base(run, command, tmp_path, monkeypatch)
     assert tensors(tmp_path / "out").keys() == tensors(cached).keys()
 
 
-def without_adapter(run):
+def remove_adapter(run):
     shutil.rmtree(run / "adapter")
 
 
-def without_base(run):
+def remove_base(run):
     shutil.rmtree(run.parent / "base")
 
 
-def without_settings(run):
+def remove_settings(run):
     (run / "run.yaml").unlink()
 
 
-def other_base(run):
+def quantise_base(run):
     edit_json(run.parent / "base" / "config.json", quantization_config={"quant_method": "awq"})
 
 
-def unchanged(run):
+def no_damage(run):
     del run
 
 
 WRONG = {
-    "nothing": (unchanged, [], ["--adapter", "--base", "--out"]),
-    "no-run": (without_settings, ["RUN"], ["run.yaml"]),
-    "no-adapter": (without_adapter, ["RUN"], ["no adapter"]),
-    "no-base": (without_base, ["RUN"], ["base", "--base"]),
-    "quantised-base": (other_base, ["RUN"], ["awq", "--base"]),
-    "missing-adapter": (unchanged, ["RUN", "--adapter", "RUN/none:2"], ["RUN/none", "folder"]),
-    "missing-base": (unchanged, ["RUN", "--base", "org/none"], ["org/none", "hf download"]),
-    "not-quantised": (unchanged, ["RUN", "--onto", "dequantized"], ["load_in_4bit", "original"]),
+    "nothing": (no_damage, [], ["--adapter", "--base", "--out"]),
+    "no-run": (remove_settings, ["RUN"], ["run.yaml"]),
+    "no-adapter": (remove_adapter, ["RUN"], ["no adapter"]),
+    "no-base": (remove_base, ["RUN"], ["base", "--base"]),
+    "quantised-base": (quantise_base, ["RUN"], ["awq", "--base"]),
+    "missing-adapter": (no_damage, ["RUN", "--adapter", "RUN/none:2"], ["RUN/none", "folder"]),
+    "missing-base": (no_damage, ["RUN", "--base", "org/none"], ["org/none", "hf download"]),
+    "not-quantised": (no_damage, ["RUN", "--onto", "dequantized"], ["load_in_4bit", "original"]),
     "onto-without-run": (
-        unchanged,
+        no_damage,
         ["--onto", "dequantized", "--base", "RUN/../base", "--adapter", "RUN/adapter",
          "--out", "RUN/x"],
         ["--onto", "run folder"],
     ),
-    "nothing-to-undo": (unchanged, ["RUN", "--undo"], ["merged", "--base"]),
-    "undo-check": (unchanged, ["RUN", "--undo", "--check"], ["--undo", "--check"]),
-    "weight": (unchanged, ["RUN", "--adapter", "RUN/adapter:inf"], ["weight", "finite"]),
-    "dtype": (unchanged, ["RUN", "--dtype", "int4"], ["--dtype", "bf16"]),
-    "out-is-the-base": (unchanged, ["RUN", "--out", "RUN/../base"], ["--out"]),
+    "nothing-to-undo": (no_damage, ["RUN", "--undo"], ["merged", "--base"]),
+    "undo-check": (no_damage, ["RUN", "--undo", "--check"], ["--undo", "--check"]),
+    "weight": (no_damage, ["RUN", "--adapter", "RUN/adapter:inf"], ["weight", "finite"]),
+    "dtype": (no_damage, ["RUN", "--dtype", "int4"], ["--dtype", "bf16"]),
+    "out-is-the-base": (no_damage, ["RUN", "--out", "RUN/../base"], ["--out"]),
 }  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def test_a_wrong_argument_is_refused_and_nothing_is_written(run, command, name):
     assert contents(run.parent) == before
 
 
-def test_a_merge_of_other_adapters_is_not_undone(run, command):
+def test_undo_is_refused_if_the_merge_had_another_adapter_or_weight(run, command):
     command(run, "--adapter", f"{run / 'adapter'}:0.5")
     with refused("--undo", "--adapter"):
         command(run, "--undo")

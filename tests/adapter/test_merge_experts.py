@@ -19,13 +19,19 @@ from tests.model.models import build
 
 pytestmark = pytest.mark.tensor
 
-# Stored by expert, fused and transposed, fused under another name, without a gate, with MLA.
-KINDS = ["qwen3_moe", "gpt_oss", "granitemoe", "nemotron_h", "deepseek_v3", "llama4_text"]
+KINDS = [
+    "qwen3_moe",  # stored as a tensor for each expert and projection
+    "gpt_oss",  # stored fused and transposed
+    "llama4_text",
+    "granitemoe",  # stored fused, under another name
+    "nemotron_h",  # without a gate projection
+    "deepseek_v3",  # with multi-head latent attention
+]
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """Make a model folder and one of a random adapter of its experts and query projections."""
+    """Function: kind of model -> its folder, and that of a random adapter with experts."""
 
     def make(kind, **options):
         build(kind).save_pretrained(tmp_path / "base")
@@ -63,7 +69,7 @@ def test_the_merged_model_is_that_of_peft(folders, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_stored_tensor_is_found_as_the_slice_that_transformers_loads(tmp_path, kind):
+def test_each_stored_tensor_is_the_slice_that_transformers_loads_it_into(tmp_path, kind):
     build(kind).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     meta, model = model_on_meta(tmp_path), load_plain(tmp_path, dtype=torch.float32)
@@ -82,7 +88,7 @@ def test_every_stored_tensor_is_found_as_the_slice_that_transformers_loads(tmp_p
             assert torch.equal(whole[..., rows[:, None], columns], weight)
 
 
-def test_an_adapter_of_another_number_of_experts_is_refused(folders):
+def test_an_adapter_for_another_number_of_experts_is_refused(folders):
     base, adapter = folders("qwen3_moe")
     path = adapter / "adapter_model.safetensors"
     weights = load_file(path)

@@ -52,7 +52,7 @@ GPT2 = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Model folders of the tests, each made once."""
+    """Folder with the base models of all tests."""
     folder = tmp_path_factory.mktemp("bases")
     for dtype in DTYPES:
         make_model(folder / f"llama-{dtype}", tied=False, dtype=str(DTYPES[dtype])[6:], shards=2)
@@ -87,6 +87,13 @@ def merged_by_peft(base, adapter, dtype=None):
     return PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
 
 
+def require_merged_as_by_peft(base, folder, **options):
+    """Merge an adapter with these options, and compare the result with peft's."""
+    adapter = make_adapter(base, folder / "adapter", **options)
+    merge_adapter(base, adapter, folder / "merged")
+    require_equal(folder / "merged", merged_by_peft(base, adapter), base)
+
+
 def require_equal(merged, oracle, base):
     """Check that all tensors are bitwise equal, and that the merge changed some."""
     ours, before = tensors(merged), tensors(base)
@@ -102,10 +109,7 @@ def require_equal(merged, oracle, base):
     *((name, "F32") for name in ("plain", "dora-rslora", "saved-modules")),
 ])  # fmt: skip
 def test_an_option_is_merged_bitwise_as_by_peft(bases, tmp_path, name, dtype):
-    base = bases / f"llama-{dtype}"
-    adapter = make_adapter(base, tmp_path / "adapter", **LLAMA[name])
-    merge_adapter(base, adapter, tmp_path / "merged")
-    require_equal(tmp_path / "merged", merged_by_peft(base, adapter), base)
+    require_merged_as_by_peft(bases / f"llama-{dtype}", tmp_path, **LLAMA[name])
 
 
 @pytest.mark.parametrize(("name", "dtype"), [
@@ -114,14 +118,13 @@ def test_an_option_is_merged_bitwise_as_by_peft(bases, tmp_path, name, dtype):
     ("transposed-dora", "F32"),
 ])  # fmt: skip
 def test_transposed_layers_and_biases_are_merged_bitwise_as_by_peft(bases, tmp_path, name, dtype):
-    base = bases / f"gpt2-{dtype}"
-    adapter = make_adapter(base, tmp_path / "adapter", **GPT2[name])
-    merge_adapter(base, adapter, tmp_path / "merged")
-    require_equal(tmp_path / "merged", merged_by_peft(base, adapter), base)
+    require_merged_as_by_peft(bases / f"gpt2-{dtype}", tmp_path, **GPT2[name])
 
 
 @pytest.mark.parametrize(("stored", "dtype"), [("F32", "BF16"), ("BF16", "F32"), ("F32", "F16")])
-def test_another_dtype_is_peft_on_a_base_loaded_in_it(bases, tmp_path, stored, dtype):
+def test_a_merge_in_another_dtype_equals_peft_on_a_base_loaded_in_it(
+    bases, tmp_path, stored, dtype
+):
     base = bases / f"llama-{stored}"
     adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=["lm_head"])
     merge_adapter(base, adapter, tmp_path / "merged", dtype=dtype)
@@ -155,7 +158,7 @@ def test_several_adapters_are_merged_bitwise_as_by_peft(bases, tmp_path, options
     require_equal(tmp_path / "merged", oracle, base)
 
 
-def test_weights_add_the_changes_of_each_adapter(bases, tmp_path):
+def test_the_changes_of_each_adapter_are_multiplied_by_its_weight_and_added(bases, tmp_path):
     base = bases / "llama-F32"
     changes = []
     for seed in range(2):
@@ -171,7 +174,7 @@ def test_weights_add_the_changes_of_each_adapter(bases, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_undoing_a_merge_gives_the_base_within_its_rounding(bases, tmp_path, dtype):
+def test_undoing_a_merge_gives_the_base_within_rounding(bases, tmp_path, dtype):
     base = bases / f"gpt2-{dtype}"
     options = {"target_modules": ["c_attn", "c_proj"], "lora_bias": True}
     adapter = make_adapter(base, tmp_path / "adapter", **options)
@@ -191,7 +194,7 @@ UNDEFINED = {
 
 
 @pytest.mark.parametrize("name", UNDEFINED)
-def test_a_weight_without_a_meaning_is_refused(bases, tmp_path, name):
+def test_a_weight_is_refused_for_values_that_replace_those_of_the_base(bases, tmp_path, name):
     options, weight, facts = UNDEFINED[name]
     adapter = make_adapter(bases / "llama-F32", tmp_path / "adapter", **options)
     adapters = [WeightedAdapter(adapter, weight)]
@@ -234,16 +237,12 @@ def test_a_change_of_one_of_two_tied_tensors_is_refused(bases, tmp_path, name):
 
 
 def test_new_tokens_of_a_tied_base_are_merged_bitwise_as_by_peft(bases, tmp_path):
-    adapter = make_adapter(bases / "tied", tmp_path / "adapter", trainable_token_indices=[7, 2])
-    merge_adapter(bases / "tied", adapter, tmp_path / "merged")
-    require_equal(tmp_path / "merged", merged_by_peft(bases / "tied", adapter), bases / "tied")
+    require_merged_as_by_peft(bases / "tied", tmp_path, trainable_token_indices=[7, 2])
 
 
 def test_tied_modules_that_stayed_tied_are_merged(bases, tmp_path):
     options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
-    adapter = make_adapter(bases / "tied", tmp_path / "adapter", **options)
-    merge_adapter(bases / "tied", adapter, tmp_path / "merged")
-    require_equal(tmp_path / "merged", merged_by_peft(bases / "tied", adapter), bases / "tied")
+    require_merged_as_by_peft(bases / "tied", tmp_path, **options)
 
 
 def test_transposed_layers_of_a_class_that_cannot_be_built_are_refused(bases, tmp_path):

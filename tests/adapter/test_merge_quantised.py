@@ -1,4 +1,4 @@
-"""The base as training saw it: merged onto, and compared with, block by block."""
+"""Merges onto the base as training quantised it, and comparisons of models block by block."""
 
 import copy
 
@@ -68,7 +68,7 @@ def dequantised(layer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_round_trip_is_bitwise_what_training_multiplies(base, kind):
+def test_a_round_trip_gives_bitwise_the_weights_of_the_training(base, kind):
     run = trained(base, **KINDS[kind])
     quantisation = Quantisation(
         settings=run.settings, shape=read_shape(str(base)), dtype=torch.bfloat16
@@ -92,7 +92,7 @@ def test_parts_of_a_weight_are_quantised_as_the_whole(base, monkeypatch):
     whole = torch.randn(160, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     parts = whole.clone()
     quantisation.round_trip(whole)
-    monkeypatch.setattr("pipeline.model.base._PART", 640)
+    monkeypatch.setattr("pipeline.model.base._VALUES_OF_PART", 640)
     quantisation.round_trip(parts)
     assert torch.equal(parts, whole)
 
@@ -111,7 +111,9 @@ def test_a_merge_onto_the_quantised_base_is_bitwise_that_of_peft(base, adapter, 
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"trainable_token_indices": [7, 2]}])
-def test_logits_block_by_block_are_those_of_the_whole_model(base, batch, tmp_path, options):
+def test_logits_computed_block_by_block_are_those_of_the_whole_model(
+    base, batch, tmp_path, options
+):
     folder = make_adapter(base, tmp_path / "adapter", **options)
     with show_progress("") as progress, torch.no_grad():
         ours = _logits(batch, progress, False, base, [WeightedAdapter(folder)], None)
@@ -142,13 +144,16 @@ def test_a_merge_is_nearest_to_the_base_that_it_was_added_to(base, adapter, batc
     nearest = {}
     for name, onto in (("original", None), ("dequantized", run)):
         merged = merge_adapter(base, adapter, tmp_path / name, onto=onto) and tmp_path / name
-        known = MergedModel(
+        merged_model = MergedModel(
             folder=merged, base=base, adapters=[WeightedAdapter(adapter)], trained=run
         )
         with show_progress("") as progress, torch.no_grad():
             ours = _logits(batch, progress, False, merged, (), None)
-            for against, transform in (("original", None), ("dequantized", _round_trip(known))):
-                theirs = _logits(batch, progress, False, base, known.adapters, transform)
+            for against, transform in (
+                ("original", None),
+                ("dequantized", _round_trip(merged_model)),
+            ):
+                theirs = _logits(batch, progress, False, base, merged_model.adapters, transform)
                 nearest[name, against] = _difference(ours, theirs, batch.labels[:, 5:].flatten())
     for name in ("original", "dequantized"):
         other = "dequantized" if name == "original" else "original"

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,17 +24,6 @@ from tests.messages import assert_mentions, refused
 pytestmark = pytest.mark.tensor
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("original"), "untied-shards")
-
-
-@pytest.fixture
-def pair(original, tmp_path):
-    """Base and adapter that a test may change."""
-    return Path(shutil.copytree(original, tmp_path / "pair"))
-
-
 def foreign_module(pair):
     path = pair / "adapter" / "adapter_model.safetensors"
     renamed = {key.replace("layers.1.", "layers.5."): t for key, t in load_file(path).items()}
@@ -44,9 +32,9 @@ def foreign_module(pair):
 
 def foreign_shape(pair):
     path = pair / "adapter" / "adapter_model.safetensors"
-    found = load_file(path)
-    key = next(key for key in found if "down_proj.lora_A" in key)
-    save_file(found | {key: torch.ones(4, 48)}, path)
+    weights = load_file(path)
+    key = next(key for key in weights if "down_proj.lora_A" in key)
+    save_file(weights | {key: torch.ones(4, 48)}, path)
 
 
 def foreign_r(pair):
@@ -108,6 +96,7 @@ def option(**changes):
 
 
 def full_disk(pair):
+    """Create a file that makes the test report a full disk."""
     (pair / "full").touch()
 
 
@@ -177,7 +166,7 @@ def test_a_folder_that_no_merge_wrote_is_not_replaced(pair):
         merge_adapter(base, adapter, other)
 
 
-def test_the_script_merges_and_answers_without_torch(pair):
+def test_the_script_merges_and_refuses_wrong_input_without_torch(pair):
     run = pair / "run"
     run.mkdir()
     settings = {"model": str(pair / "base"), "train_data": "t.jsonl", "output_dir": str(run)}

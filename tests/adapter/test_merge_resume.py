@@ -3,19 +3,17 @@
 import fcntl
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from pipeline.adapter.merge_output import MARKER
 from pipeline.adapter.merge_stream import MergeStream
 from pipeline.errors import RankZeroError
-from tests.adapter.merged import contents, edit_json, make_pair, merge_adapter
+from tests.adapter.merged import contents, edit_json, merge_adapter
 from tests.messages import refused
 
 pytestmark = pytest.mark.tensor
@@ -42,15 +40,9 @@ merge_adapters(pair / "base", adapters, pair / "merged", MergeOptions())
 """
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("original"), "untied-shards")
-
-
 @pytest.fixture
-def pair(original, tmp_path):
-    """Base of four shards and adapter, with an earlier merge of another adapter."""
-    pair = Path(shutil.copytree(original, tmp_path / "pair"))
+def pair(pair):
+    """Base of four shards and adapter, with a merge of the adapter at another alpha."""
     merge(pair)
     edit_json(pair / "adapter" / "adapter_config.json", lora_alpha=24)
     return pair
@@ -112,7 +104,7 @@ def changed_base(pair):
 
 
 @pytest.mark.parametrize("change", [changed_scaling, changed_weights, changed_base])
-def test_a_merge_of_other_inputs_does_not_continue(pair, monkeypatch, change):
+def test_a_merge_with_other_inputs_starts_again(pair, monkeypatch, change):
     with interrupted(monkeypatch, 2):
         merge(pair)
     change(pair)
@@ -121,7 +113,7 @@ def test_a_merge_of_other_inputs_does_not_continue(pair, monkeypatch, change):
     assert weights(pair / "merged") == weights(pair / "fresh")
 
 
-def test_a_merge_in_another_dtype_does_not_continue(pair, monkeypatch):
+def test_a_merge_in_another_dtype_starts_again(pair, monkeypatch):
     with interrupted(monkeypatch, 2):
         merge(pair)
     assert merge(pair, dtype="BF16").resumed_shards == 0
@@ -137,7 +129,7 @@ def test_a_finished_shard_that_was_cut_is_written_again(pair, monkeypatch):
     assert weights(pair / "merged") == weights(pair / "fresh")
 
 
-def test_a_killed_merge_continues_within_no_shard_that_is_incomplete(pair):
+def test_a_killed_merge_continues_after_its_last_complete_shard(pair):
     before = contents(pair / "merged")
     command = [sys.executable, "-c", KILLED, str(pair), "11"]
     killed = subprocess.run(command, capture_output=True, check=False, timeout=100)

@@ -1,4 +1,4 @@
-"""An adapter records its base by hub name, revision and content, and no other is accepted."""
+"""An adapter records hub name, revision and content of its base; other bases are refused."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from pipeline.adapter.trained_on import TRAINED_ON, adapter_sha256, require_same
 from pipeline.files import read_json
 from pipeline.model.adapter import expected_shapes
 from pipeline.model.fingerprint import base_fingerprint, sampled_fingerprint
-from tests.adapter.merged import make_adapter, make_pair
+from tests.adapter.merged import make_adapter
 from tests.messages import assert_mentions, refused
 from tests.tiny import make_model, make_plan
 
@@ -30,14 +30,9 @@ assert any("lora_" in name for name, _ in model.named_parameters())
 """
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("pair"), "untied-shards")
-
-
 @pytest.fixture
-def base(pair, tmp_path):
-    return shutil.copytree(pair / "base", tmp_path / "base")
+def base(pair):
+    return pair / "base"
 
 
 def make_cache(home, model):
@@ -118,7 +113,7 @@ def test_products_of_an_earlier_adapter_are_marked_as_outdated(pair, tmp_path):
 
     run = tmp_path / "run"
     shutil.copytree(pair / "adapter", run / "adapter")
-    assert is_merged_from(run) is None
+    assert is_merged_from(run) is None  # nothing is merged yet
     merge_adapter(pair / "base", run / "adapter", run / "merged")
     score = {"rows": 1, "adapter_sha256": adapter_sha256(run / "adapter")}
     (run / "score.json").write_text(json.dumps(score))

@@ -1,4 +1,4 @@
-"""KINDS: small configs of model kinds that transformers builds: name -> (model_type, keys)."""
+"""KINDS: small configs of classes in transformers, by name: model_type and keys of the config."""
 
 # ruff: noqa: C408 - configs as keyword arguments
 

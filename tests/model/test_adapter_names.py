@@ -1,4 +1,4 @@
-"""The adapter's names in peft reach the planned layers and no other module."""
+"""The target modules handed to peft match the planned layers and no other module."""
 
 import pytest
 

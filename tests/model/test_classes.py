@@ -31,8 +31,12 @@ SEPARATE_DOCUMENTS = [
 ]
 # Recurrent state, or attention without the documents: kind, number of blocks that receive them.
 MIX_DOCUMENTS = [("qwen3_5_text", 1), ("lfm2", 1), ("stablelm", 0), ("nemotron", 0)]
-# State of other kinds; a multiplier read from the body; random router; a decoder called directly.
-LOSS_ONLY = ["qwen3_5_text", "falcon_h1", "phimoe", "opt"]
+LOSS_ONLY = [
+    "qwen3_5_text",  # recurrent state
+    "falcon_h1",  # its forward method reads a multiplier from the body
+    "phimoe",  # random router
+    "opt",  # its forward method calls the decoder inside the body
+]
 LENGTH, DOCUMENTS = 24, ((7, 12, 3), (20, 1, 2))
 
 
@@ -83,7 +87,7 @@ def test_the_gradient_is_that_of_the_class(kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [*SEPARATE_DOCUMENTS, "qwen3_5_text"])
-def test_the_attention_is_the_class_s_eager_one_beyond_window_and_chunk(kind):
+def test_attention_equals_eager_attention_beyond_window_and_chunk(kind):
     model, (ids, _) = build(kind), make_batch()
     model.set_attn_implementation("eager")
     theirs = model(input_ids=ids, use_cache=False).logits

@@ -30,14 +30,14 @@ def shape(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "deepseek_v3", "gemma4_text/moe"])
-def test_a_mixture_passes_with_an_adapter_on_its_experts(kind, shape):
+def test_a_mixture_of_experts_passes_with_an_adapter_on_all_targets(kind, shape):
     result = prove_model(build(kind), [*shape(kind).default_targets, "experts"])
     assert not [*result.refusals, *result.without_packs, *result.without_reentrant]
     assert max(result.errors.values()) < LIMIT
 
 
 @pytest.mark.parametrize("kind", ["ernie4_5_moe", "aria_text"])
-def test_other_mixtures_pass_with_an_adapter_on_experts_only(kind):
+def test_a_mixture_of_experts_passes_with_an_adapter_on_experts_only(kind):
     model = small_model(AutoModelForCausalLM, AutoConfig.for_model(kind))
     result = prove_model(model, ["experts"])
     assert not result.refusals

@@ -25,8 +25,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         """Outputs of all layers."""
-        of_k = x if self.is_shared else 2 * x
-        inputs = {"q_proj": x, "k_proj": of_k, "v_proj": x, "o_proj": x + 1}
+        input_of_k = x if self.is_shared else 2 * x
+        inputs = {"q_proj": x, "k_proj": input_of_k, "v_proj": x, "o_proj": x + 1}
         return torch.cat([getattr(self, name)(value) for name, value in inputs.items()], dim=-1)
 
 
@@ -53,10 +53,10 @@ def results(model):
     return grads | {"output": output.detach(), "x": x.grad}
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("is_shared", [True, False])
@@ -77,10 +77,10 @@ def test_layers_that_share_an_input_share_a_dropout_mask():
     output = model(x).split([8, 4, 4, 6], dim=-1)
     torch.manual_seed(5)
     dropped = F.dropout(x.view(-1, 8), 0.5).view_as(x)
-    for name, found in zip(NAMES[:3], output[:3], strict=True):
+    for name, actual in zip(NAMES[:3], output[:3], strict=True):
         layer = getattr(model.base_model.model, name)
         added = layer.lora_B["default"](layer.lora_A["default"](dropped)) * layer.scaling["default"]
-        torch.testing.assert_close(found, layer.base_layer(x) + added)
+        torch.testing.assert_close(actual, layer.base_layer(x) + added)
 
 
 def test_one_product_serves_the_layers_that_share_an_input(monkeypatch):

@@ -12,8 +12,10 @@ from tests.tiny import make_plan, make_tokenizer
 
 pytestmark = pytest.mark.engine
 
-# The class writes to a slice of a loaded parameter; the checkpoint's experts are transposed.
-KINDS = ["youtu", "qwen3_vl_moe"]
+KINDS = [
+    "youtu",  # the class writes to a slice of a loaded parameter
+    "qwen3_vl_moe",  # experts are transposed in the checkpoint
+]
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -124,9 +124,9 @@ class RandomRow:
         tools = [tool if form == "flat" else {"type": "function", "function": tool}]
         return {"tools": json.dumps(tools) if form == "text" else tools}
 
-    def row(self, *, is_orderly):
-        """A row of any format. `is_orderly`: its turns alternate as most chat templates want."""
-        if is_orderly:
+    def row(self, *, is_regular):
+        """A row of any format. `is_regular`: its turns alternate as most chat templates want."""
+        if is_regular:
             row = self.orderly_row()
         else:
             row = getattr(self, self.choose(FORMS))()

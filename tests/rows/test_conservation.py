@@ -29,7 +29,7 @@ def written(example):
 @given(st.randoms(use_true_random=False))
 def test_every_leaf_is_in_the_example_or_unread_or_the_row_is_rejected(random):
     rows = RandomRow(random)
-    row = rows.row(is_orderly=rows.is_rare(2))
+    row = rows.row(is_regular=rows.is_rare(2))
     # Every leaf that the row still holds: keys that were drawn twice replaced some.
     leaves = [leaf for leaf in rows.leaves if leaf in json.dumps(row)]
     try:

@@ -29,10 +29,10 @@ def run_of(debug: bool = False):
     )
 
 
-def result(was_applied=True, is_scale_searched=False):
+def result(was_applied=True, can_lower_scale=False):
     return StepResult(
         loss_sum=1.0, tokens=1, grad_norm=1.0, was_applied=was_applied,
-        is_scale_searched=is_scale_searched,
+        can_lower_scale=can_lower_scale,
     )  # fmt: skip
 
 
@@ -57,12 +57,12 @@ def test_three_consecutive_steps_that_are_not_finite_end_the_run():
 def test_overflows_while_the_loss_scale_can_shrink_do_not_end_the_run():
     run = run_of()
     for _ in range(20):
-        advance(run, 1.0, result(False, is_scale_searched=True))
+        advance(run, 1.0, result(False, can_lower_scale=True))
     assert (run.progress.skipped_steps, run.progress.bad_steps) == (20, 0)
     for _ in range(2):
-        advance(run, float("nan"), result(False, is_scale_searched=True))
+        advance(run, float("nan"), result(False, can_lower_scale=True))
     with refused("not finite", error=RankZeroError):
-        advance(run, float("nan"), result(False, is_scale_searched=True))
+        advance(run, float("nan"), result(False, can_lower_scale=True))
 
 
 def test_a_loss_of_zero_is_finite():

@@ -36,6 +36,7 @@ _NO_END_OF_SEQUENCE = (
     "model: the tokenizer has no end-of-sequence token, so the model would never learn to "
     "stop; set eos_token in tokenizer_config.json"
 )
+# Prefixes of names in Encoded.token_counts.
 END_WITHOUT_STOP, INNER_END_WITHOUT_STOP = "end_without_stop ", "inner_end_without_stop "
 _NO_SUPERVISED_TOKEN = "no supervised token"
 _ANSWER_OMITTED = (
@@ -55,10 +56,12 @@ class Document:
 class Encoded:
     """The documents of an example: one, or with split_turns one for each trained turn.
 
-    `token_counts`: counts for the audit. `omitted_reasoning`: tokens of reasoning that the template
-    omits by design. `special_tokens_in_text`: special tokens in the row's own texts. Keys that
-    begin with END_WITHOUT_STOP: ends of trained turns at which generation does not stop, by token;
-    the prefix is INNER_END_WITHOUT_STOP if the last turn of a conversation ends with another token.
+    `token_counts`: counts for the audit, by name:
+
+    - omitted_reasoning: tokens of reasoning that the template omits by design
+    - special_tokens_in_text: special tokens in the row's own texts
+    - END_WITHOUT_STOP + token: trained turns that end with this token, which stops no generation
+    - INNER_END_WITHOUT_STOP + token: the same, for a token that ends only turns before the last one
     """
 
     documents: list[Document]
@@ -71,7 +74,7 @@ class _Draft:
 
     `spans`: supervised characters, or unsupervised ones if `spans_are_unsupervised`. A text without
     chat template has one span, which ends with the text. `reasoning`: unsupervised reasoning.
-    `ordinary_text`: special tokens of the row to tokenise as ordinary text.
+    `ordinary_text`: spans of special tokens in the row's texts, to be tokenised as ordinary text.
     """
 
     text: str

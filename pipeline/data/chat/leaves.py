@@ -24,7 +24,7 @@ _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 
 
 class Kind(Enum):
-    """Kind of a leaf, which determines whether a template may omit it (conservation.py)."""
+    """Kind of a leaf, which determines whether a template may omit it (omissions.py)."""
 
     STRUCTURAL = "structural"  # such as the id of a tool call: may be omitted
     CONTENT = "content"  # must be written, except reasoning blocks within it

@@ -20,7 +20,7 @@ Span = tuple[int, int]  # characters [start, stop)
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PLACEHOLDER = "placeholder"
 _ERRORS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
-_OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
+_SET_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")  # by `_render`
 _CALL_STYLES = [
     Style(content, ids) for ids in ("given", "short", "named") for content in ("", None)
 ]
@@ -207,11 +207,12 @@ def load_template(
             "rows of conversations need; use the instruction-tuned model, set chat_template: "
             "FILE.jinja or chat_template: chatml, or give rows of `prompt` and `completion`"
         ) from None
-    _refuse_unread(source, kwargs)
+    _require_read(source, kwargs)
     return ChatTemplate(source, {**tokenizer.special_tokens_map, **kwargs})
 
 
-def _refuse_unread(source: str, kwargs: Mapping[str, Any]) -> None:
+def _require_read(source: str, kwargs: Mapping[str, Any]) -> None:
+    """Raise UserError for a key of chat_template_kwargs that the template does not read."""
     from jinja2 import TemplateSyntaxError
     from jinja2.meta import find_undeclared_variables
 
@@ -222,7 +223,7 @@ def _refuse_unread(source: str, kwargs: Mapping[str, Any]) -> None:
         known = find_undeclared_variables(environment.parse(source))
     except TemplateSyntaxError as error:
         raise UserError(f"model: the chat template is not valid Jinja: {error}") from None
-    known -= {*_OWN_VARIABLES, *environment.globals}
+    known -= {*_SET_VARIABLES, *environment.globals}
     if unread := sorted({*kwargs} - known):
         raise UserError(
             f"chat_template_kwargs: the chat template does not read {', '.join(unread)}; it "

@@ -34,7 +34,7 @@ class Traced(str):
     """A string with spans for the characters whose source is known."""
 
     __slots__ = ("_spans",)
-    _spans: tuple[TracedSpan, ...]  # Jinja's sandbox denies templates names that begin with _
+    _spans: tuple[TracedSpan, ...]  # the _ hides it from templates, which Jinja sandboxes
 
     def __str__(self) -> str:
         return self

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipeline.data.chat.conservation import Conservation
 from pipeline.data.chat.leaves import TOOLS, Kind, placeholder, reasoning_blocks
+from pipeline.data.chat.omissions import OmissionCheck
 from pipeline.data.chat.template import ChatTemplate, Rendering, Span
 from pipeline.errors import UserError
 from pipeline.rows.examples import Conversation, Message, RowError
@@ -86,7 +86,7 @@ class TurnFinder:
         special: Mapping[str, int],
         ends: Sequence[str],
     ) -> None:
-        self._template, self._conservation = template, Conservation(template)
+        self._template, self._omission_check = template, OmissionCheck(template)
         self._special = special_pattern(special)
         self._openings: dict[str | None, list[str]] = {}
         self._leading_roles = self._find_leading_roles()
@@ -100,7 +100,7 @@ class TurnFinder:
     def render(self, conversation: Conversation, trained: Collection[int]) -> Rendered:
         """Render a conversation. Raises RowError if the span of a `trained` turn is ambiguous."""
         rendering = self._template.render(conversation)
-        omitted = self._conservation.omitted_reasoning(conversation, rendering)
+        omitted = self._omission_check.omitted_reasoning(conversation, rendering)
         written = _locate_messages(
             self._template.with_blank_spans(conversation, rendering), conversation
         )
@@ -168,7 +168,7 @@ class TurnFinder:
         return rendering.text[last.last :] if last is not None else None
 
     def _text_between(self, *roles: str, at: int) -> str | None:
-        """Text that the template writes between messages `at` - 1 and `at`; None if it refuses."""
+        """Text that the template writes before message `at`; None if it refuses the roles."""
         try:
             rendering, written = self._probe(*self._leading_roles, *roles)
         except RowError:
@@ -197,9 +197,7 @@ class TurnFinder:
                 shared = self._shared_header(prompt, gaps[0])
                 if prompt != self._text_after(*before):  # the template reads add_generation_prompt
                     openings = [prompt, shared, *(gap for gap in gaps if prompt.startswith(gap))]
-                elif shared and not gaps[0].startswith(
-                    prompt
-                ):  # the template always writes the prompt
+                elif shared and not gaps[0].startswith(prompt):  # the prompt is always written
                     openings = [shared]
             self._openings[role] = sorted(set(openings), key=len, reverse=True)
         return self._openings[role]
@@ -225,8 +223,9 @@ class TurnFinder:
         before_user = self._text_between("user", "user", at=1) or ""
         headers = []
         for opening in self._openings_after("user"):
-            # A template that always writes the generation prompt (Command R) is compared with the
-            # text before another role.
+            # The header is the part of the opening that is not in other text after a user message.
+            # A template that always writes the generation prompt (Command R) writes the opening
+            # after every user message, except before a second user message.
             other = before_user if bare.startswith(opening) else bare
             cut = _common_prefix_length(opening, other)
             for match in self._special.finditer(opening):
@@ -299,7 +298,7 @@ class TurnFinder:
     def _special_tokens(
         self, rendering: Rendering
     ) -> tuple[list[tuple[Span, str]], list[tuple[Span, str]]]:
-        """Special tokens from the template (span, token), and those from the row (span, leaf)."""
+        """Special tokens from the template (span, token) and from the row (span, leaf's name)."""
         spans = rendering.spans
         starts = [span.start for span in spans]
         by_template: list[tuple[Span, str]] = []
@@ -334,8 +333,8 @@ class TurnFinder:
     def _start_of(self, message: Message, extent: _Extent, text: str, is_trained: bool) -> int:
         """Offset at which the span of an assistant turn starts: after its generation prompt."""
         start = self._after_opening(extent, text)
-        # The opening of the first message may end in markup that the model has to write, so that
-        # only a header counts.
+        # The opening of a conversation's first message may end with markup that the model has to
+        # write. There, a turn starts after a header, if the text has one.
         first = extent.before if start is None or extent.role_before is None else start
         ends = [
             at + len(header)

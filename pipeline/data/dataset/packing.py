@@ -24,7 +24,7 @@ Pattern = tuple[Counter[int], int]  # number of documents of each length in a pa
 # Number of lengths to try for the third-to-last document of a pack. With 16 instead of 64 the packs
 # of GSM8K's training set are 0.1 % emptier.
 _CANDIDATES = 64
-_SEARCHED_DOCUMENTS = 3  # at the end of a pack: their lengths are searched for
+_SEARCHED_DOCUMENTS = 3  # number of last documents of a pack whose lengths are searched for
 
 
 def make_packs(lengths: Array, max_length: int) -> tuple[Array, Array]:
@@ -83,15 +83,15 @@ def best_fit_decreasing(counts: Array, max_length: int) -> Iterator[Pattern]:
                 buckets[max_length] = [(None, -(-left // (max_length // length)))]
             gap = gaps[place]
             contents, packs = buckets[gap].pop()
-            each = min(gap // length, left)
-            filled = min(packs, left // each)
-            left -= filled * each
-            for size, remaining in ((filled, gap - each * length), (packs - filled, gap)):
+            per_pack = min(gap // length, left)
+            filled = min(packs, left // per_pack)
+            left -= filled * per_pack
+            for size, remaining in ((filled, gap - per_pack * length), (packs - filled, gap)):
                 if not size:
                     continue
                 if remaining not in buckets:
                     insort(gaps, remaining)
-                pack = contents if remaining == gap else _OpenPack(length, each, contents)
+                pack = contents if remaining == gap else _OpenPack(length, per_pack, contents)
                 buckets[remaining].append((pack, size))
             if not buckets[gap]:
                 del buckets[gap], gaps[bisect_left(gaps, gap)]
@@ -151,7 +151,11 @@ def _longest(counts: Array, present: list[int], gap: int) -> int:
 
 
 def _filling_lengths(counts: Array, present: list[int], gap: int, candidates: int) -> list[int]:
-    """Lengths that fill a gap, exactly if one or two can, or a long length and others after it."""
+    """Lengths that fill a gap as far as possible.
+
+    One or two lengths that fill the gap exactly are preferred. Otherwise up to `candidates` long
+    lengths are tried, each with the lengths that fill the remaining gap.
+    """
     smallest = present[0]
     if gap < smallest:
         return []

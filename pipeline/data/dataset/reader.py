@@ -3,13 +3,17 @@
 A split is a folder `<split>-<key>`. N: documents, T: tokens of one document, S: sequences.
 
 - ids.npy (int32) and supervised.npy (bool): all documents, concatenated
-- offsets.npy (int64, N + 1), counts.npy (int64, N: supervised tokens), digests.npy (uint64, N: of
-  the row that a document comes from), sources.npy (int32, N: number of its source)
-- sequence_documents.npy (int64: documents, sequence by sequence), sequence_offsets.npy (int64,
-  S + 1, into it), sequence_tokens.npy, sequence_squares.npy (sum of squared document lengths, the
-  cost of attention), sequence_counts.npy (supervised tokens), all int64, S
+- offsets.npy (int64, N + 1): bounds of the documents in these two columns
+- counts.npy (int64, N): supervised tokens of each document
+- digests.npy (uint64, N): digest of the row that a document comes from
+- sources.npy (int32, N): index of a document's source
+- sequence_documents.npy (int64): indices of the documents, sequence by sequence
+- sequence_offsets.npy (int64, S + 1): bounds of the sequences in sequence_documents.npy
+- sequence_tokens.npy, sequence_counts.npy (int64, S): tokens and supervised tokens of each sequence
+- sequence_squares.npy (int64, S): sum of squared document lengths, the cost of attention
 - sequences.json: the segments of an epoch (the key "rounds" is from the first version)
-- rejects.jsonl, index.json
+- rejects.jsonl: the rejected and dropped rows
+- index.json: the SplitIndex and the audit
 """
 
 from collections.abc import Mapping

@@ -43,7 +43,8 @@ _COLUMNS: Mapping[str, str] = {
 # Columns that determine what is trained, and the digits of their digest.
 _CONTENT, _DIGITS = ("ids", "supervised", "offsets"), 16
 _RENAMES = 10  # attempts, because other processes may rename to the same path
-# Salt of the hash that selects the fraction of a weight, so that it is independent of hold-out.
+# Salt of the hash that selects documents for the fraction of a weight (0.3 of 2.3). Without a salt
+# the selection would depend on which rows are held out, because both hash the row's digest.
 _SALT = int.from_bytes(b"weights")
 
 
@@ -212,7 +213,8 @@ def write_sequences(
     """Write the sequences of a split whose columns are complete: packs, or single documents.
 
     The sequences of a source are contiguous: first those of all its documents, then those of the
-    documents that the fraction of its weight repeats. `weights`: one for each source.
+    documents that are repeated once more because its weight has a fraction. `weights`: one for each
+    source.
     """
     sources, digests = read_column(folder, "sources"), read_column(folder, "digests")
     lengths = np.diff(read_column(folder, "offsets"))

@@ -93,7 +93,10 @@ class _RankBatches(Dataset[tuple[Batch, int]]):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ignore signals that a launcher also sends to workers, which a stopping rank still needs."""
+    """Ignore the stop signals, which a launcher sends to workers too.
+
+    A rank that stops needs its workers until the end of the step.
+    """
     del worker
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -120,8 +123,9 @@ def batches_of(
         # Forking would copy the locks of DeepSpeed's, CUDA's and our own threads.
         multiprocessing_context="spawn" if num_workers else None,
     )
-    resource_tracker.ensure_running()  # now, because its start unblocks the signals
-    # Workers inherit the mask, so that no signal ends them before they ignore it.
+    # Started before the signals are blocked, because its start unblocks them.
+    resource_tracker.ensure_running()
+    # Workers inherit the signal mask, so that no signal ends them before they ignore it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         batches = iter(loader)

@@ -20,7 +20,7 @@ from pipeline.rows.sources import BadRow, Row
 _SHOWN_REASONS = 3
 _INDEX, _MORE = re.compile(r"\[\d+\]"), re.compile(r" and \d+ more\b")
 _PATHS = re.compile(r"\w+\[\][^\s,]*(?:, \w+\[\][^\s,]*)+")
-_BARS = 16  # of a histogram
+_BARS = 16  # of the histogram of document lengths
 _ROWS = ("rows_read", "rows_used", "rows_rejected", "rows_dropped")
 
 
@@ -35,7 +35,7 @@ class Reject:
 
     @classmethod
     def from_row(cls, row: Row | BadRow, reason: str) -> Self:
-        """The entry of a row that is not used for this reason."""
+        """The entry of an unused row."""
         return cls(str(row.file), row.line, reason, row.offset)
 
     def as_line(self) -> str:

@@ -53,10 +53,12 @@ class JobRun:
         limit: int | None,
     ) -> None:
         self._settings, self._job, self._limit = settings, job, limit
-        once = [replace(source, weight=1.0) for source in job.sources]  # only training has weights
+        unweighted = [replace(source, weight=1.0) for source in job.sources]  # of held-out rows
         self._splits = {
             name: _SplitBuilder(writer, sources, settings)
-            for (name, writer), sources in zip(writers.items(), (job.sources, once), strict=False)
+            for (name, writer), sources in zip(
+                writers.items(), (job.sources, unweighted), strict=False
+            )
         }
 
     def run(self, processes: int | None) -> None:
@@ -159,9 +161,8 @@ class _SplitBuilder:
         index = self.writer.close(
             sources, max_length=self._settings.max_length, packing=self._settings.packing
         )
-        for source, counts in zip(
-            self._sources, self.counts, strict=True
-        ):  # also files without rows
+        for source, counts in zip(self._sources, self.counts, strict=True):
+            # Files without rows are listed too.
             counts.files = Counter({str(file): counts.files[str(file)] for file in source.files})
         audited = list(zip(sources, self.counts, strict=True))
         return index, make_audit(index, self.writer.folder, audited)

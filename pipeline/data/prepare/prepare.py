@@ -206,9 +206,8 @@ def _reusable_splits(
             total.add(RowCounts.from_json(source))
         if settings.on_bad_row == "fail" and audit["rejected"]:
             for reject in read_rejects(folders[split] / REJECTS):
-                if (
-                    without_numbers(reject.reason) in audit["rejected"]
-                ):  # dropped rows are in the file too
+                # The file also has dropped rows, which are no bad rows.
+                if without_numbers(reject.reason) in audit["rejected"]:
                     refuse_bad_row(f"{reject.file}:{reject.line}", reject.reason)
     names = [source.name for source in job.sources]
     rejects = [folder / REJECTS for folder in folders.values()]

@@ -14,8 +14,7 @@ from pipeline.data.dataset.reader import Split
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# More than the largest number of tokens of one character.
-CONTEXT_TOKENS = 8
+CONTEXT_TOKENS = 8  # decoded before a run: more than one character ever takes
 
 
 def show_documents(

@@ -1,4 +1,4 @@
-"""The matrix of all templates of tests/templates and all kinds of conversation.
+"""Matrix: the outcome for each template in tests/templates and each kind of conversation.
 
     python -m tests.data.chat.matrix        (`make templates`) writes the table of docs/masks.md
 
@@ -266,7 +266,7 @@ def _assert_mask(document, expected, case, tokenizer):
 
 
 def _assert_end(document, tokenizer, ends):
-    """The end token of a last turn is trained."""
+    """Assert that the end token of the last turn is trained."""
     text = tokenizer.decode(document.ids.tolist())
     trained = tokenizer.decode(document.ids[document.supervised].tolist())
     if text.rstrip().endswith(tuple(ends)):

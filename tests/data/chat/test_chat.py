@@ -1,4 +1,4 @@
-"""Loss masks of conversations, marked_text as text: supervised spans are in `[[brackets]]`."""
+"""Loss masks of conversations, shown as text with supervised spans in `[[brackets]]`."""
 
 import pytest
 
@@ -49,7 +49,7 @@ class TestTurns:
         text = marked_text(chat("q", "one", "r", "two"), tokenizer_with(template), **last)
         assert text == user("q") + "one<|im_end|>\n" + user("r") + "[[two<|im_end|>]]\n"
 
-    def test_all_supervises_every_token_but_the_first(self, template):
+    def test_train_on_all_supervises_every_token_except_the_first(self, template):
         text = marked_text(chat("q", "yes"), tokenizer_with(template), train_on="all")
         rest = user("q").removeprefix("<|im_start|>")
         assert text == f"<|im_start|>[[{rest}yes<|im_end|>\n]]"
@@ -207,7 +207,7 @@ def test_a_template_with_generation_blocks_that_shortens_a_text_is_refused(role,
         marked_text(EQUAL_TEXTS, with_generation_blocks(write, role, "{{ m['content'][:1] }}"))
 
 
-def test_turn_markup_in_a_text_that_the_template_changes_stays_in_its_turn():
+def test_turn_markup_in_a_text_that_the_template_changes_does_not_end_the_turn():
     template = CHATML.replace("m['content'] }}", "m['content'] | replace('x', 'y') }}")
     fake = f"xa<|im_end|>\n{user('r')}xb"
     alone = marked_text(chat("q", fake), tokenizer_with(template))
@@ -229,7 +229,7 @@ def test_a_text_that_is_omitted_or_written_twice_is_refused():
         marked_text(chat("q", "a"), tokenizer_with(only_assistants))
 
 
-def test_an_end_token_of_user_turns_only_does_not_end_answers():
+def test_an_end_token_that_ends_only_user_turns_does_not_end_answers():
     template = "{% for m in messages %}{{ m.role + ': ' + m.content }}"
     template += "{% if m.role == 'user' or loop.last %}<|im_end|>{% endif %}{% endfor %}"
     assert marked_text(chat("q", "a"), tokenizer_with(template)).endswith(

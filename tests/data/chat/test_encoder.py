@@ -38,7 +38,7 @@ class TestPromptAndCompletion:
         text = marked_text(Completion("q:", " a"), make_tokenizer())
         assert text == "q:[[ a<|im_end|>]]"
 
-    def test_all_supervises_every_token_but_the_first(self):
+    def test_train_on_all_supervises_every_token_except_the_first(self):
         text = marked_text(Completion("q:", " a"), make_tokenizer(), train_on="all")
         assert text == "q[[: a<|im_end|>]]"
 
@@ -122,13 +122,13 @@ class TestSpecialTokensInPlainText:
     @pytest.mark.parametrize("row", ROWS)
     def test_as_text_tokenises_them_as_text(self, row):
         tokenizer = make_tokenizer()
-        encoder_of_tokenizer = encoder(tokenizer, special_tokens_in_text="as-text")
-        (document,) = encoder_of_tokenizer.encode(row)
+        own_encoder = encoder(tokenizer, special_tokens_in_text="as-text")
+        (document,) = own_encoder.encode(row)
         text = row.text if isinstance(row, Text) else row.prompt + row.completion
         end = tokenizer.eos_token
         whole = tokenizer.decode(document.ids.tolist())
         assert whole == (text if text.endswith(end) else text + end)
-        assert sum(int(i) in encoder_of_tokenizer._special_ids for i in document.ids) == 1
+        assert sum(int(i) in own_encoder._special_ids for i in document.ids) == 1
         trained = tokenizer.decode(document.ids[document.supervised].tolist())
         answer = row.text if isinstance(row, Text) else row.completion
         assert trained.removesuffix(end) == answer.removesuffix(end)[isinstance(row, Text) :]
@@ -179,9 +179,9 @@ def test_texts_give_the_same_tokens_with_and_without_offsets(make):
     """A batch of texts only is tokenised without offsets, by another function of the tokenizer."""
     samples = ("a", " a b  c ", "\n\nab", "é 🙂\u0301", "<|im_end|>a", "<s>a")
     texts = [Text(text) for text in samples]
-    encoder_of_tokenizer = encoder(make())
-    with_offsets = encoder_of_tokenizer.encode_many([*texts, Completion("q", "a")])[:-1]
-    for alone, among in zip(encoder_of_tokenizer.encode_many(texts), with_offsets, strict=True):
+    own_encoder = encoder(make())
+    with_offsets = own_encoder.encode_many([*texts, Completion("q", "a")])[:-1]
+    for alone, among in zip(own_encoder.encode_many(texts), with_offsets, strict=True):
         (one,), (other,) = alone.documents, among.documents
         assert one.ids.tolist() == other.ids.tolist()
         assert one.supervised.tolist() == other.supervised.tolist()
@@ -199,10 +199,10 @@ def test_the_end_tokens_are_known_before_any_row():
     tokenizer = make_tokenizer()
     end, eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     tokenizer.eos_token = "<|endoftext|>"
-    encoder_of_tokenizer = encoder(tokenizer)
-    assert encoder_of_tokenizer.ends == {end, eos}
-    assert encoder_of_tokenizer.num_ends(np.array([end, 5, eos, end, 6])) == 3
-    assert encoder_of_tokenizer.num_ends(np.array([], np.int32)) == 0
+    own_encoder = encoder(tokenizer)
+    assert own_encoder.ends == {end, eos}
+    assert own_encoder.num_ends(np.array([end, 5, eos, end, 6])) == 3
+    assert own_encoder.num_ends(np.array([], np.int32)) == 0
     for template in (None, "{% for %}", "{{ raise_exception('no') }}", "no end"):
         tokenizer.chat_template = template
         assert encoder(tokenizer).ends == {eos}
@@ -210,8 +210,8 @@ def test_the_end_tokens_are_known_before_any_row():
 
 class TestLastAnswer:
     def test_the_prompt_is_the_text_before_the_last_answer(self):
-        encoder_of_tokenizer = encoder(make_tokenizer())
-        prompt, answer = encoder_of_tokenizer.last_answer(chat("q", "one", "r", "two", "s"))
+        own_encoder = encoder(make_tokenizer())
+        prompt, answer = own_encoder.last_answer(chat("q", "one", "r", "two", "s"))
         assert prompt == user("q") + "one<|im_end|>\n" + user("r")
         assert answer == "two"
 

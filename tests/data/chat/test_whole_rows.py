@@ -1,7 +1,9 @@
-"""Random rows over every template: each leaf is written, structural, omitted by design, or named.
+"""Random rows with every template: each leaf is in the document, or its omission is explained.
 
-A row is read, rendered and tokenised as `prepare` does it. The text of every leaf is unique, so a
-document shows which leaves are in it and which of them count in the loss.
+A leaf may be missing for three reasons: it is structural (an id), it is reasoning that the template
+omits by design, or the audit names its column as unread. A row is read, rendered and tokenised as
+`prepare` does it. The text of every leaf is unique, so a document shows which leaves are in it and
+which of them count in the loss.
 """
 
 import json
@@ -79,8 +81,8 @@ def is_structural(leaf):
     return leaf.path[-1] in STRUCTURAL or is_name_of_result
 
 
-def require_accounted(leaves, text, unread, omitted_tokens):
-    """Assert that each leaf is written, named as unread, structural, or omitted by design."""
+def require_no_unexplained_omission(leaves, text, unread, omitted_tokens):
+    """Assert that each missing leaf is unread, structural, or reasoning omitted by design."""
     names = {name.rpartition(".")[2] for name in unread}
     missing = {
         name: leaf
@@ -95,7 +97,7 @@ def require_accounted(leaves, text, unread, omitted_tokens):
 
 
 def require_trained(leaves, text, trained, train_on_reasoning):
-    """Assert that the loss mask covers what trained assistants say, and nothing else."""
+    """Assert that the loss mask covers the leaves of assistant messages, and no others."""
     for name, leaf in leaves.items():
         if name in text and leaf.role != "column" and not is_structural(leaf):
             is_counted = leaf.role == "assistant"
@@ -104,16 +106,16 @@ def require_trained(leaves, text, trained, train_on_reasoning):
             assert (name in trained) == is_counted, (name, leaf, trained, text)
 
 
-def require_conserved(name, seed):
-    """Read and encode a random row; returns whether it is used. The row is that of the seed."""
+def row_is_used(name, seed):
+    """Read, encode and check the random row of this seed; returns False if it is refused."""
     random = RandomRow(Random(seed))
-    is_orderly = not random.is_rare(10)
-    row = random.row(is_orderly=is_orderly)
+    is_regular = not random.is_rare(10)
+    row = random.row(is_regular=is_regular)
     train_on_reasoning = not random.is_rare(3)
-    tokenizer, made = tokenizer_and_encoder(name, train_on_reasoning)
+    tokenizer, row_encoder = tokenizer_and_encoder(name, train_on_reasoning)
     try:
         read = read_example(row_of(row))
-        (encoded,) = made.encode_many([read.example])
+        (encoded,) = row_encoder.encode_many([read.example])
     except RowError as error:
         encoded = error
     if isinstance(encoded, RowError):
@@ -122,10 +124,12 @@ def require_conserved(name, seed):
     (document,) = encoded.documents
     text = tokenizer.decode(document.ids.tolist())
     trained = tokenizer.decode(document.ids[document.supervised].tolist())
-    content = json.dumps(row)  # odd keys may have replaced leaves
+    content = json.dumps(row)  # in an irregular row, other values may have replaced leaves
     leaves = {name: leaf for name, leaf in random.leaves.items() if name in content}
-    require_accounted(leaves, text, read.unread, encoded.token_counts["omitted_reasoning"])
-    if is_orderly:
+    require_no_unexplained_omission(
+        leaves, text, read.unread, encoded.token_counts["omitted_reasoning"]
+    )
+    if is_regular:
         require_trained(leaves, text, trained, train_on_reasoning)
     if train_on_reasoning:  # else a header between reasoning and answer begins a run
         require_prompts_untrained(name, document)
@@ -133,7 +137,7 @@ def require_conserved(name, seed):
 
 
 @pytest.mark.parametrize("name", [*KINDS, *sorted(FAMILIES)])
-def test_all_that_a_row_holds_is_written_structural_omitted_by_design_or_named(name):
+def test_each_leaf_of_a_row_is_written_or_its_omission_is_explained(name):
     """Rows are drawn by seed and not by Hypothesis, which takes ten times as long."""
-    used = [require_conserved(name, seed) for seed in range(ROWS)]
-    assert sum(used) >= ROWS / 50  # of all forms, each template refuses some
+    used = [row_is_used(name, seed) for seed in range(ROWS)]
+    assert sum(used) >= ROWS / 50  # each template refuses some forms of rows

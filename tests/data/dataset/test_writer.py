@@ -1,4 +1,4 @@
-"""Sequences on disk: weights of sources, columns of statistics, and packs of one source."""
+"""Sequences on disk: repeats by weight, columns of statistics, and packs of one source."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ from pipeline.data.dataset.writer import write_sequences
 pytestmark = pytest.mark.tensor
 
 
-class Written:
+class WrittenSplit:
     """A split on disk with documents of random length, in the layout of `SplitWriter.close`."""
 
     def __init__(self, folder, counts, weights, *, packing, max_length=64, seed=0):
@@ -49,28 +49,28 @@ class Written:
             )
         )
 
-    def seen(self):
+    def occurrences(self):
         """Number of occurrences of each document in an epoch."""
-        seen = Counter()
+        occurrences = Counter()
         for i in self.split.sequences.of_epoch():
-            seen.update(int(ids[0]) for ids, _ in self.split.sequence(i))
+            occurrences.update(int(ids[0]) for ids, _ in self.split.sequence(i))
         starts = np.append(0, np.cumsum(self.lengths))[:-1]
-        return np.array([seen[int(start)] for start in starts])
+        return np.array([occurrences[int(start)] for start in starts])
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_weight_repeats_all_documents_and_a_fixed_fraction_of_them_once_more(packing, tmp_path):
     weights = [1.0, 0.25, 2.5, 0.001, 3.0, 1.1]
     counts = [40, 80, 60, 20, 10, 50]
-    written = Written(tmp_path, counts, weights, packing=packing)
-    seen = written.seen()
+    written = WrittenSplit(tmp_path, counts, weights, packing=packing)
+    occurrences = written.occurrences()
     for source, (count, weight) in enumerate(zip(counts, weights, strict=True)):
-        own = seen[written.sources == source]
+        own = occurrences[written.sources == source]
         assert set(own) <= {int(weight), int(weight) + (weight % 1 > 0)}
         assert own.sum() == max(round(weight * count), 1)
-    assert written.epoch.documents == seen.sum()
-    assert written.epoch.tokens == (seen * written.lengths).sum()
-    assert written.split.sequences.supervised_tokens == (seen * written.supervised).sum()
+    assert written.epoch.documents == occurrences.sum()
+    assert written.epoch.tokens == (occurrences * written.lengths).sum()
+    assert written.split.sequences.supervised_tokens == (occurrences * written.supervised).sum()
     assert written.epoch.sequences == written.split.sequences.per_epoch
 
 
@@ -79,8 +79,8 @@ def test_the_fraction_of_a_weight_is_chosen_by_content(tmp_path):
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         folder.mkdir()
-    first = Written(folders[0], [400], [0.5], packing=True)
-    taken = set(first.digests[first.seen() == 1])
+    first = WrittenSplit(folders[0], [400], [0.5], packing=True)
+    taken = set(first.digests[first.occurrences() == 1])
     order = np.random.default_rng(1).permutation(400)
     np.save(folders[0] / "digests.npy", first.digests[order])
     second = write_sequences(folders[0], 64, packing=False, weights=[0.5])
@@ -90,15 +90,15 @@ def test_the_fraction_of_a_weight_is_chosen_by_content(tmp_path):
 
 
 def test_the_fraction_of_a_weight_is_independent_of_holding_out(tmp_path):
-    """Holding out selects low digests; half of the remaining documents are still selected."""
-    written = Written(tmp_path, [2000], [0.5], packing=False)
+    """Of the documents with high digests, half are selected, as of all documents."""
+    written = WrittenSplit(tmp_path, [2000], [0.5], packing=False)
     high = written.digests > np.median(written.digests)
-    assert 400 < written.seen()[high].sum() < 600
+    assert 400 < written.occurrences()[high].sum() < 600
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_sequence_columns_are_sums_over_their_documents(packing, tmp_path):
-    split = Written(tmp_path, [100, 50], [1.0, 2.0], packing=packing).split
+    split = WrittenSplit(tmp_path, [100, 50], [1.0, 2.0], packing=packing).split
     sequences = split.sequences
     for i in range(len(sequences.tokens)):
         lengths = [len(ids) for ids, _ in split.sequence(i)]
@@ -113,7 +113,7 @@ def test_sequence_columns_are_sums_over_their_documents(packing, tmp_path):
 
 
 def test_packs_hold_documents_of_one_source(tmp_path):
-    written = Written(tmp_path, [100, 50, 30], [1.0, 2.0, 0.5], packing=True)
+    written = WrittenSplit(tmp_path, [100, 50, 30], [1.0, 2.0, 0.5], packing=True)
     starts = np.append(0, np.cumsum(written.lengths))
     for segment in written.split.sequences.segments:
         for i in range(segment.start, segment.end):

@@ -26,7 +26,10 @@ def spread(costs):
 
 
 def waiting_share(costs):
-    """Fraction of time that ranks wait for the costliest micro-batch of each turn (rank, turn)."""
+    """Fraction of time that ranks wait for the costliest of the micro-batches that run together.
+
+    `costs`: last axes are rank and turn; a turn is one micro-batch on each rank.
+    """
     return 1 - costs.mean(axis=-2).sum(axis=-1) / costs.max(axis=-2).sum(axis=-1)
 
 
@@ -63,7 +66,9 @@ def test_costs_of_ranks_are_more_equal_than_those_of_random_partitions(ranks, tu
     st.sampled_from(["even", "skewed", "few"]),
 )
 @settings(max_examples=80, deadline=None)
-def test_no_swap_between_the_extreme_ranks_would_help(ranks, each, seed, kind):
+def test_no_swap_between_the_costliest_and_cheapest_rank_reduces_their_difference(
+    ranks, each, seed, kind
+):
     """It follows that their sums differ by at most the range of the items' costs."""
     random = np.random.default_rng(seed)
     count = ranks * each
@@ -86,7 +91,7 @@ def test_no_swap_between_the_extreme_ranks_would_help(ranks, each, seed, kind):
 
 @given(st.integers(1, 40), st.integers(1, 16))
 @settings(max_examples=60, deadline=None)
-def test_a_count_that_the_ranks_do_not_divide_is_assigned_completely(count, ranks):
+def test_items_that_cannot_be_divided_equally_are_all_assigned(count, ranks):
     costs = np.random.default_rng(count).random(count)
     parts = divide(costs, ranks)
     assert len(parts) == ranks

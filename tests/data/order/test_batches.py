@@ -116,7 +116,7 @@ if __name__ == "__main__":
             worker.kill()
         time.sleep(0.5)  # the death must be reported once only
         print(error, flush=True)
-        os._exit(0)  # a rank ends so
+        os._exit(0)  # as a rank ends after an error
 """
 
 

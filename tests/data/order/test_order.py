@@ -1,4 +1,4 @@
-"""Each sequence is trained as often as its weight says, for every size and layout."""
+"""Each sequence is trained as often as its weight says, for every global batch and layout."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -108,7 +108,7 @@ def test_each_sequence_is_seen_as_often_as_its_segment_repeats_with_equal_forwar
 
 @given(any_sequences(), SHAPES, st.integers(1, 60), st.floats(0, 1))
 @settings(max_examples=60, deadline=None)
-def test_a_run_can_end_within_an_epoch_and_resume_there(sequences, shape, total, share):
+def test_a_run_that_ends_within_an_epoch_resumes_with_the_same_work(sequences, shape, total, share):
     """With `epochs: 2.5` or a large `max_steps`, sequences differ by at most one epoch."""
     assume(total * shape.world_size < 130)
     split = SimpleNamespace(sequences=sequences)
@@ -229,7 +229,7 @@ PINNED = [6, 7, 0, 1, 6, 7, 4, 5, 2, 3]
 PINNED_PACKS = [7, 2, 6, 3, 1, 6, 5, 7, 4, 0]
 
 
-def test_repeats_of_a_sequence_lie_one_pass_of_their_source_apart():
+def test_a_source_is_finished_before_its_next_repeat_begins():
     sequences = sequences_of(np.full(300, 7), np.ones(300), [(200, 1), (100, 3)], are_packs=True)
     order = epoch_order(sequences, seed=0, epoch=0, global_batch_size=8).tolist()
     repeated = [i for i in order if i >= 200]
@@ -237,7 +237,7 @@ def test_repeats_of_a_sequence_lie_one_pass_of_their_source_apart():
 
 
 @pytest.mark.parametrize("global_batch_size", [2, 6, 16, 64, 96, 128, 1024])
-def test_without_packing_less_than_ten_percent_is_padding(global_batch_size):
+def test_without_packing_less_than_ten_percent_of_tokens_are_padding(global_batch_size):
     """GSM8K, with micro-batches of up to twice the largest that the plan chooses."""
     sequences = gsm8k(packing=False)
     for micro in (n for n in (2, 3, 8, 48, 64, 96, 128) if global_batch_size % n == 0):

@@ -69,7 +69,7 @@ def test_a_truncated_conversation_counts_as_one_without_end_of_turn(run):
     lines_of(run.train, [json.dumps({"messages": turns})])
     whole = run.prepare().train.tokens
     assert run.audit()["end_of_turn_share"] == 1
-    # Without the newline after the last turn, without its end token, without a whole turn.
+    # The truncated tokens: the newline after the last turn, also its end token, a whole turn.
     for num_truncated, share in ((1, 1), (2, 0), (30, 0)):
         assert run.prepare(max_length=whole - num_truncated).train.documents == 1
         assert run.audit()["end_of_turn_share"] == share
@@ -158,7 +158,7 @@ def test_unread_columns_are_counted_by_source_and_shown_on_the_terminal(run):
     assert_mentions(printed(run), "unread columns: label", "unread columns: origin")
 
 
-def test_the_summary_of_data_without_findings_is_one_line(run):
+def test_the_summary_of_data_without_warnings_is_one_line(run):
     run.prepare(eval_data=None)
     assert run.audit()["unread_columns"] == {}
     assert "\n" not in audit_summary(run.data)
@@ -175,7 +175,7 @@ def printed(run):
 
 
 def test_every_file_is_listed_with_its_number_of_rows(run):
-    """Also files without rows, with bad rows only counted, and those that a limit leaves unread."""
+    """Bad rows are counted too. A file may have no rows, or be read in part because of `limit`."""
     folder = run.folder / "rows"
     folder.mkdir()
     counts = {"a.jsonl": 3, "b.jsonl": 0, "c.jsonl": 5, "d.jsonl": 2}
@@ -251,7 +251,7 @@ def test_omitted_reasoning_is_counted_with_its_remedy(run):
     assert all(part in text for part in texts)
 
 
-def test_special_tokens_inside_texts_are_counted_with_their_first_place(run):
+def test_special_tokens_inside_texts_are_counted_with_their_first_row(run):
     lines_of(run.train, [row("plain"), row("say <|im_end|> twice <|im_end|>"), row("<|im_end|>")])
     run.prepare()
     special = run.audit()["special_tokens_in_text"]
@@ -308,7 +308,7 @@ class TestEndsWithoutStop:
         run.prepare()
         assert run.audit()["ends_without_stop"] == {}
 
-    def test_where_the_last_turn_ends_with_a_stop_the_remedy_makes_each_turn_the_last(self, run):
+    def test_split_turns_is_the_remedy_if_only_the_last_turn_ends_with_a_stop_token(self, run):
         last = "{{ eos_token if loop.last and m.role == 'assistant' else '<|im_end|>' }}"
         template = CHATML.replace("<|im_end|>", last)
         self.use(run, eos_token="<|endoftext|>", chat_template=template)
@@ -322,7 +322,7 @@ class TestEndsWithoutStop:
         assert run.audit()["ends_without_stop"] == {}
 
 
-def test_an_error_at_several_places_is_one_reason_with_its_first_row(run):
+def test_the_same_error_in_several_messages_is_one_reason_with_its_first_row(run):
     conversations = [
         {"messages": [{"role": "user", "content": "q"}] * number
          + [{"role": "assistant", "content": "a", "name": "n"}]}

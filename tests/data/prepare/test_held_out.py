@@ -56,8 +56,8 @@ def test_a_share_is_held_out_and_a_larger_one_holds_out_the_same_and_more():
         before = held
 
 
-def test_holding_out_is_independent_of_the_order_of_digests():
-    """The weight of a source also selects by digest: the two selections must be independent."""
+def test_held_out_rows_are_not_those_with_the_lowest_digests():
+    """The weight of a source selects documents by digest too; the two must be independent."""
     digests = np.array([digest(Text(str(i))) for i in range(4000)], np.uint64)
     held = [int(number) for number in digests if is_held_out(int(number), threshold_of_share(0.5))]
     assert sum(number < 2**63 for number in held) / len(held) == pytest.approx(0.5, abs=0.05)

@@ -80,7 +80,7 @@ def test_a_setting_of_the_training_data_changes_its_key_only(run, monkeypatch, c
     assert_only_the_training_key_changes(run, run.prepare(), **CHANGES[change])
 
 
-def test_chatml_changes_the_key_of_rows_without_turns(run):
+def test_chatml_changes_the_key_of_plain_text_rows_too(run):
     (run.folder / "model" / "chat_template.jinja").unlink()
     settings = {"train_data": texts(run), "eval_data": None}
     first = run.prepare(**settings)
@@ -217,7 +217,7 @@ def test_large_files_are_hashed_once_until_they_change(run, monkeypatch):
 
     monkeypatch.setattr(hashlib, "file_digest", counting)
     monkeypatch.setattr(keys, "_MIN_CACHED_BYTES", 1)
-    run.prepare()  # a change within a tick of the file's clock would go undetected: not cached
+    run.prepare()  # not cached yet, because a file written just now may still change undetected
     monkeypatch.setattr(keys, "_SETTLED_AFTER_S", 0.0)
     first = run.prepare()
     assert hashed.count(run.train) == 2
@@ -248,7 +248,7 @@ def test_data_of_other_tokeniser_versions_is_reused_with_a_message(run, monkeypa
     assert "0.1.2" not in caplog.text
 
 
-def test_the_digest_of_a_split_follows_its_ids_and_masks(run):
+def test_the_content_digest_changes_with_token_ids_and_masks(run):
     first = run.prepare().train
     shutil.rmtree(first.folder)
     assert run.prepare().train.content == first.content != ""

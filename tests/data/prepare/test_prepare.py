@@ -1,4 +1,4 @@
-"""Prepared splits have the encoder's documents, are written once, and completely or not at all."""
+"""Prepared splits have the encoder's documents; they are written once, and never incompletely."""
 
 import errno
 import json
@@ -91,7 +91,7 @@ def test_preparing_twice_writes_nothing(run, monkeypatch):
     assert run.file_states() == before
 
 
-def test_limit_is_the_number_of_documents_a_split(run):
+def test_limit_is_the_number_of_documents_of_each_split(run):
     run.train.write_text("{broken\n" + run.train.read_text())
     index = run.prepare(limit=4)
     assert (index.train.documents, index.eval.documents) == (4, 4)

@@ -18,7 +18,7 @@ from tests.tiny import CHATML
 pytestmark = pytest.mark.tensor
 
 
-# The functions that refuse rows: of a run and its settings.
+# Functions that refuse bad rows, by name.
 CHECKS = {
     "check_rows": lambda run, settings: check_rows(settings),
     "check_first_rows": lambda run, settings: check_first_rows(settings),
@@ -27,15 +27,15 @@ CHECKS = {
 BAD = ["{", "[]", "[]", row(" "), row(" "), row(" "), '{"note": "t"}']
 
 
-def facts(run):
-    """The facts of a message about the 7 bad rows of 31."""
+def expected_facts(run):
+    """Facts that a message about the 7 bad rows of 31 must have."""
     places = [f"{run.train}:25", f"{run.train}:26", f"{run.train}:28"]
     return [*places, "train_data", "7 of 31 rows", "22.6 %", "max_rejected to 0.226"]
 
 
 def test_more_bad_rows_than_allowed_are_refused_before_tokenising(run):
     run.append(*BAD)
-    with refused(*facts(run)):
+    with refused(*expected_facts(run)):
         check_rows(run.settings(max_rejected=0.2))
     assert not run.data.exists()
     check_rows(run.settings(max_rejected=0.226))
@@ -43,14 +43,14 @@ def test_more_bad_rows_than_allowed_are_refused_before_tokenising(run):
 
 def test_more_bad_rows_than_allowed_are_refused_by_prepare(run):
     run.append(*BAD)
-    with refused(*facts(run), run.data / "rejects.jsonl"):
+    with refused(*expected_facts(run), run.data / "rejects.jsonl"):
         run.prepare(max_rejected=0.2)
     assert [path.name for path in run.data.iterdir()] == ["rejects.jsonl"]
     run.prepare(max_rejected=0.226)
 
 
 def test_max_rejected_applies_to_each_source(run):
-    """The bad rows of a small source are not outweighed by a large one; all are named."""
+    """Good rows of a large source do not make up for a small one; all bad sources are named."""
     small, other = run.folder / "small.jsonl", run.folder / "other.jsonl"
     lines_of(small, [row("good"), *['{"sum": 3}'] * 2])
     lines_of(other, [row("good"), "["])

@@ -1,4 +1,4 @@
-"""A run folder inside the folder of its training data, and a fractional number of epochs."""
+"""Runs whose folder is inside the folder of their training data, with 2.5 epochs."""
 
 import json
 import time

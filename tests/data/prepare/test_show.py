@@ -104,7 +104,7 @@ def test_source_names_are_not_shortened_in_a_narrow_terminal():
     ]
 
 
-def test_a_span_keeps_the_space_at_its_beginning():
+def test_a_run_keeps_the_space_at_its_beginning():
     tokenizer = sentence_piece()
     ids = tokenizer("yes no yes").input_ids
     runs = list(supervised_runs(ids, [False, True, False], tokenizer))
@@ -112,7 +112,7 @@ def test_a_span_keeps_the_space_at_its_beginning():
 
 
 @pytest.mark.parametrize("every", [1, 3, 40])
-def test_the_spans_together_are_the_text_of_the_document(every):
+def test_the_runs_together_are_the_text_of_the_document(every):
     tokenizer = sentence_piece()
     ids = tokenizer("yes no " * 100).input_ids
     runs = list(supervised_runs(ids, [i // every % 2 == 1 for i in range(len(ids))], tokenizer))

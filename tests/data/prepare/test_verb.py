@@ -20,7 +20,7 @@ def prepare(*arguments):
         return code, *command.outputs[0]
 
 
-def test_prepare_shows_documents_and_the_audit_and_refuses_bad_rows_and_places(run):
+def test_prepare_shows_documents_and_the_audit_and_refuses_bad_rows_and_folders(run):
     settings = run.settings().model_dump(include={"model", "train_data", "output_dir"})
     run_file = run.folder / "run.yaml"
     run_file.write_text(json.dumps(settings))

@@ -1,4 +1,7 @@
-"""Each text of a row is in the document, omitted reasoning that is counted, or refused by path."""
+"""Each text of a row is in the document, or the row is refused with the path of the text.
+
+The exception is reasoning that the template omits by design, which is counted.
+"""
 
 import json
 import os
@@ -431,7 +434,8 @@ def required_texts(row):
     return [text for text in required if text not in ("name", "arguments")], reasoning
 
 
-# Templates whose input we change: generated ids, arguments as text, added ends, reasoning parts.
+# Templates whose input the encoder changes: generated ids, arguments as text, reasoning parts. For
+# some of them it also appends the end of the last turn.
 CHANGED_INPUT = [
     "named-ids", "joined", "next-role", "mistral-nemo", "mistral-v3", "mistral-small-3.2",
     "deepseek-r1-distill", "deepseek-v3", "ministral-3",

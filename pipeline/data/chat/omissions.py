@@ -1,4 +1,7 @@
-"""Check that the rendered text of a row contains all of its leaves (docs/masks.md)."""
+"""Check that a chat template writes every text of a row (docs/masks.md).
+
+The strings, keys and scalars of a row are its leaves (leaves.py).
+"""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -34,10 +37,11 @@ class Omissions:
     reasoning: list[tuple[Leaf, list[str]]] = field(default_factory=list)
 
 
-class Conservation:
-    """Finds leaves that a chat template omits, and raises RowError for them.
+class OmissionCheck:
+    """Raises RowError for a row if the chat template omits one of its leaves.
 
-    The exception is reasoning that the template omits by design, in every row of the same shape.
+    Reasoning may be missing if the template omits it by design, that is, in every row of the same
+    shape.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
@@ -196,14 +200,14 @@ class _Scalars:
 
     def is_written(self, leaf: Leaf) -> bool:
         """Whether the scalar is written before the next string, or anywhere among the tools."""
-        spelled = {dumps(leaf.value), str(leaf.value)}
+        forms = {dumps(leaf.value), str(leaf.value)}  # true and True
         if leaf.message == TOOLS:
-            return any(form in self._around_tools for form in spelled)
+            return any(form in self._around_tools for form in forms)
         after = bisect_left(self._starts, self.position)
         limit = self._starts[after] if after < len(self._starts) else len(self._text)
         ends = [
             start + len(form)
-            for form in spelled
+            for form in forms
             if (start := self._text.find(form, self.position, limit)) >= 0
         ]
         if not ends:
@@ -213,7 +217,10 @@ class _Scalars:
 
     @property
     def _around_tools(self) -> str:
-        """Text between the strings of the tools, in which the order of scalars may differ."""
+        """The text after each string of the tools, joined.
+
+        The whole text is searched, because a template may write scalars in another order.
+        """
         if self._tools is None:
             texts = []
             bounds = [*self._starts[1:], len(self._text)]
