@@ -59,7 +59,7 @@ class _SubprocessByFork:
 
 @pytest.fixture(scope="session", autouse=True)
 def _torch_processes_are_forked():
-    """A process that builds a model class inherits imported modules: saves 5 s each."""
+    """Fork the processes that build a model class: inherited modules save 5 s for each process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_process, "subprocess", _SubprocessByFork)
         yield

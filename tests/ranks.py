@@ -98,9 +98,8 @@ def _send_result(send: Connection, body: Callable[..., Any], args: tuple[Any, ..
 
     torch.set_num_threads(1)
     try:
-        send.send_bytes(
-            pickle.dumps((True, body(*args)))
-        )  # copies tensors, where torch's pickler would share them
+        # pickle copies tensors, whereas torch's pickler would share their memory.
+        send.send_bytes(pickle.dumps((True, body(*args))))
     except BaseException:  # the test's process raises it
         send.send_bytes(pickle.dumps((False, traceback.format_exc())))
 

@@ -114,7 +114,7 @@ def make_plan(
 
 
 def sequences_of(lengths, supervised, sources=None, *, are_packs: bool = False):
-    """Sequences of one document each; `sources`: a pair for each, of its sequences and repeats."""
+    """Sequences of one document each; `sources`: number of sequences and of repeats of each."""
     from pipeline.data.dataset.sequences import Segment, Sequences
 
     segments, start = [], 0

@@ -2,9 +2,9 @@
 
     python -m tests.bench.memory [WORD ...] [--explain | --markdown]
 
-Measured is the peak of bytes in live tensor storages, from before the model is loaded to the end of
-the second step, without the workspace of kernels. Each rank is a separate process; the result is
-the rank with the highest peak.
+The measured value is the peak of bytes in live tensor storages, from before the model is loaded to
+the end of the second step, without the workspace of kernels. Each rank is a separate process; the
+result is that of the rank with the highest peak.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Rate of a merge beside a copy of the same files with a checksum.
+"""Rate of a merge, compared with a copy of the same files that also computes a checksum.
 
     python -m tests.bench.merge [GIGABYTES] [REPEATS] [FOLDER]
 
-A made-up bf16 model (8 GB, 3 repeats, a folder of the temporary directory) with the shapes of an
-8B Llama and an adapter of r 64 on all seven projections. Copy and merge alternate, each with the
-files of the model in the same state of the page cache, and each ends when its files are on the
-disk. The copy reads a file in chunks, hashes them (SHA-256) and writes them, in one thread.
+Defaults: 8 GB, 3 repeats, a temporary folder. The bf16 model has random weights in the shapes of an
+8B Llama; the adapter has r 64 on all seven projections. Copy and merge alternate, so that the page
+cache is in the same state for both. Each ends when its files are on the disk. The copy reads a file
+in chunks, hashes them (SHA-256) and writes them, in one thread.
 """
 
 import hashlib

@@ -135,7 +135,7 @@ def assert_settings(settings: RunSettings, **expected: Any) -> None:
     assert settings.model_dump(include=set(expected)) == expected
 
 
-def test_axolotl(tmp_path: Path) -> None:
+def test_a_config_of_axolotl_becomes_the_same_training(tmp_path: Path) -> None:
     settings = converted(tmp_path, AXOLOTL, gpus=2)
     assert_settings(
         settings, model="org/base-8b", load_in_4bit=True, eval_data=0.02, max_length=4096,
@@ -175,7 +175,7 @@ def test_a_script_of_ms_swift(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_torchtune(tmp_path: Path) -> None:
+def test_a_config_of_torchtune_becomes_the_same_training(tmp_path: Path) -> None:
     modules = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert_settings(
         converted(tmp_path, TORCHTUNE), model="base", output_dir="out/lora", load_in_4bit=True,

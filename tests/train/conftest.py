@@ -11,7 +11,7 @@ from tests.tiny import make_plan, make_tokenizer
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """A function that returns the model folder of a kind; its shape is in the cache."""
+    """Function: kind of model -> its folder; the model's shape is in the cache."""
     folders = {}
 
     def make(kind):

@@ -1,4 +1,4 @@
-"""A run folder as an earlier start left it, and further starts in it."""
+"""Files that an earlier start left in a run folder, and settings of later starts in it."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ ACCEPTED = {"epochs": 2, "accept_changes": ["total_steps"]}
 OTHER = {"lr": 0.5}
 
 
-def leave(folder: Path, state: str, *, adapter: bool = True, checkpoint: bool = True) -> None:
-    """Files of an earlier start, in addition to those of open_run."""
+def leave_files(folder: Path, state: str, *, adapter: bool = True, checkpoint: bool = True) -> None:
+    """Write the files of an earlier start, in addition to those of `open_run`."""
     fields = {"state": state, "host": "elsewhere", "heartbeat": 0, "pids": [1]}
     (folder / "status.json").write_text(json.dumps(fields))
     if checkpoint:

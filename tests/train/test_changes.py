@@ -14,16 +14,16 @@ from pipeline.train.folder import open_run
 from pipeline.train.start import decide_start
 from tests.messages import refused
 from tests.tiny import CHATML, make_plan
-from tests.train.starts import has_results, leave
+from tests.train.starts import has_results, leave_files
 
 pytestmark = pytest.mark.unit
 
 
 @pytest.mark.parametrize("state", ["stopped", "done"])
-def test_a_change_is_accepted_by_its_own_word_only(begin, state):
+def test_a_change_is_accepted_only_by_its_own_word_of_accept_changes(begin, state):
     folder, start = begin
     start(epochs=1)
-    leave(folder, state)
+    leave_files(folder, state)
     with refused("epochs: 1", "accept_changes: [total_steps]"):
         start(epochs=2)
     with refused("epochs: 1"):
@@ -35,7 +35,7 @@ def test_a_change_is_accepted_by_its_own_word_only(begin, state):
 def test_a_setting_that_an_older_version_did_not_have_is_no_change(begin):
     folder, start = begin
     start()
-    leave(folder, "done")
+    leave_files(folder, "done")
     text = (folder / "run.yaml").read_text()
     lines = [line for line in text.splitlines() if not line.startswith(("min_lr_ratio", "seed"))]
     (folder / "run.yaml").write_text("\n".join(lines))
@@ -63,7 +63,7 @@ OTHER_DOCUMENTS = {
 def test_settings_of_the_documents_are_accepted_as_data(begin, key):
     folder, start = begin
     start()
-    leave(folder, "stopped")
+    leave_files(folder, "stopped")
     changed = {key: OTHER_DOCUMENTS[key]}
     with refused(f"{key}: ", "accept_changes: [data]"):
         start(**changed)
@@ -74,10 +74,10 @@ def test_every_setting_of_the_documents_is_tried_here():
     assert OTHER_DOCUMENTS.keys() == settings_with("documents")
 
 
-def test_limits_that_only_end_a_run_may_change(begin):
+def test_limits_on_bad_rows_may_change_after_the_run(begin):
     folder, start = begin
     start()
-    leave(folder, "done")
+    leave_files(folder, "done")
     assert start(on_bad_row="fail", max_rejected=0.5) == "done"
 
 
@@ -86,13 +86,13 @@ def test_evaluation_settings_may_change_unless_they_select_the_adapter(begin, se
     folder, start = begin
     held_out = {"eval_data": "heldout.jsonl", "evaluation_strategy": "steps"}
     start(**held_out)
-    leave(folder, "done")
+    leave_files(folder, "done")
     assert start(**held_out, eval_steps=7) == "done"
     assert start(**held_out | {"evaluation_strategy": "epoch"}) == "done"
     with refused(f"{next(iter(selection))}: "):
         start(**held_out, **selection)
     start(**held_out, **selection, overwrite=True)
-    leave(folder, "done")
+    leave_files(folder, "done")
     with refused("eval_steps: ", "7"):
         start(**held_out, **selection, eval_steps=7)
 
@@ -100,7 +100,7 @@ def test_evaluation_settings_may_change_unless_they_select_the_adapter(begin, se
 def test_accept_changes_is_offered_only_where_it_covers_every_change(begin):
     folder, start = begin
     start()
-    leave(folder, "stopped")
+    leave_files(folder, "stopped")
     with refused("lr: 0.001 -> 0.5") as caught:
         start(lr=0.5, epochs=2, accept_changes=["total_steps"])
     assert "epochs" not in str(caught.value)  # that change is accepted
@@ -110,7 +110,7 @@ def test_accept_changes_is_offered_only_where_it_covers_every_change(begin):
 def test_a_requeued_job_resumes_the_run_that_it_started_itself(begin, monkeypatch):
     folder, start = begin
     start()
-    leave(folder, "stopped")
+    leave_files(folder, "stopped")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert start(resume="never") == "new"
     never = RunSettings(model="m", train_data="t", output_dir=str(folder), resume="never")
@@ -125,7 +125,7 @@ def test_the_same_rows_by_another_path_are_the_same_run(begin, tmp_path, tiny_mo
     for name, text in zip(names, ("x", "x", "y"), strict=True):
         Path(name).write_text(f'{{"text": "{text}"}}\n')
     start(train_data=names[0])
-    leave(folder, "stopped", adapter=False)
+    leave_files(folder, "stopped", adapter=False)
     key = train_key(make_plan(tiny_model, train_data=names[0]).settings)
     state = folder / "checkpoints/step-00000009/state.json"
     state.write_text(json.dumps({"identity": {"data": key}}))
@@ -143,7 +143,7 @@ def test_held_out_rows_and_a_template_by_another_path_are_no_change(begin, tmp_p
         (tmp_path / name).write_text(CHATML)
     same = {"train_data": str(rows["train"]), "chat_template": str(tmp_path / "x.jinja")}
     start(eval_data=str(rows["a"]), **same)
-    leave(folder, "done")
+    leave_files(folder, "done")
     settings = make_plan(tiny_model, eval_data=str(rows["a"]), **same).settings
     prepare_data(settings, folder / "data")
     assert start(eval_data=str(rows["b"]), **same) == "done"
@@ -162,7 +162,7 @@ def test_the_same_base_by_another_path_is_no_change(tmp_path, tiny_model):
     plan = make_plan(tiny_model)
     open_run(folder, plan, decide_start(folder, plan, is_debug=False), is_debug=False)
     record_base_of_run(folder, tiny_model)
-    leave(folder, "done")
+    leave_files(folder, "done")
     assert decide_start(folder, make_plan(copy), is_debug=False) == "done"
     (weights,) = copy.glob("*.safetensors")
     content = bytearray(weights.read_bytes())

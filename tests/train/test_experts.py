@@ -16,9 +16,13 @@ from tests.train_tiny import build_engine, distance, train_tiny, work
 
 pytestmark = pytest.mark.engine
 
-# A known family; transposed weights with biases; a dense first layer and MLA; experts that process
-# every token; hybrid layers.
-KINDS = ["qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "qwen3_next"]
+KINDS = [
+    "qwen3_moe",  # in the table of families
+    "gpt_oss",  # transposed weights with biases
+    "deepseek_v3",  # a dense first layer, and multi-head latent attention
+    "llama4_text",  # experts that process every token
+    "qwen3_next",  # hybrid layers
+]
 EXPERTS = {"lora_target_modules": ["auto", "experts"], "batch_size": 2}
 IDS = torch.arange(3, 35).reshape(2, 16)
 STEPS = 2  # B is zero before the first step, so A moves in the second

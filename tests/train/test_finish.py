@@ -26,7 +26,10 @@ def writer(tmp_path):
 
 @pytest.fixture
 def publish(writer, tmp_path, tiny_model, monkeypatch):
-    """A function that fails to publish: resumed progress, cause -> message."""
+    """Function: makes publishing fail with a cause and returns the message.
+
+    `resumed`: progress of the checkpoint from which the run was resumed.
+    """
 
     def fail(resumed: Progress | None, cause: Exception | None) -> str:
         run = SimpleNamespace(

@@ -16,10 +16,22 @@ from tests.train_tiny import build_engine, distance, train_tiny, work
 
 pytestmark = pytest.mark.engine
 
-# One for each kind of layer: plain, scaled, parallel, sandwich norms, sinks, MLA, hybrid, wrapper.
-KINDS = ["olmo2", "granite", "cohere", "glm4", "gpt_oss", "deepseek_v3", "qwen3_next", "gemma3"]
-# Short convolutions; Mamba; chunks and one expert a token; experts stored transposed.
-SHARDED_KINDS = ["lfm2", "granitemoehybrid", "llama4_text", "qwen3_vl_moe"]
+KINDS = [
+    "olmo2",
+    "granite",  # scaled embeddings, residuals and logits
+    "cohere",  # attention and MLP in parallel
+    "glm4",  # norms before and after attention and MLP
+    "gpt_oss",  # attention sinks
+    "deepseek_v3",  # multi-head latent attention
+    "qwen3_next",  # hybrid layers
+    "gemma3",  # with a vision tower
+]
+SHARDED_KINDS = [
+    "lfm2",  # short convolutions
+    "granitemoehybrid",  # Mamba layers
+    "llama4_text",  # chunked attention, and one expert for each token
+    "qwen3_vl_moe",  # experts stored transposed
+]
 RUNS = [(kind, stage) for stage in (2, 3) for kind in KINDS] + [(k, 3) for k in SHARDED_KINDS]
 IDS = torch.arange(3, 35).reshape(2, 16)
 STEPS = 2  # B is zero before the first step, so A moves in the second

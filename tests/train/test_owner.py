@@ -132,7 +132,7 @@ def test_the_lock_of_a_killed_start_does_not_block_another(tmp_path):
 
 
 @pytest.mark.parametrize("machine", ["another boot", "another container"])
-def test_a_process_of_another_machine_lives_by_its_heartbeat(machine):
+def test_a_process_of_another_machine_counts_as_alive_while_its_heartbeat_is_recent(machine):
     owner = identity() | {"machine": machine, "pids": [2**22 + 1], "started": time.time()}
     assert is_running(owner | {"heartbeat": time.time()})
     assert not is_running(owner | {"heartbeat": time.time() - 100})

@@ -13,7 +13,8 @@ from tests.train_tiny import build_engine, distance, full_gradients
 
 pytestmark = pytest.mark.engine
 
-# A step has 12 documents, or the same documents in 4 packs.
+# A step has 12 documents, or the same documents in 4 packs. Pack i has SIZES[i] documents, and the
+# first of them is FIRSTS[i].
 DOCUMENTS, PACKS, FIRSTS, SIZES = 12, 4, (0, 1, 6, 9), (1, 5, 3, 3)
 STEPS = 3
 SPLITS = [
@@ -64,7 +65,7 @@ def train(session, folder, settings, sequences):
 
 @pytest.fixture(scope="module")
 def documents_alone(tiny_model, tmp_path_factory):
-    """A run on one rank of one document a forward, made once in fp32 and once in 4 bits."""
+    """Function: the run on one rank with one document in a forward pass, in fp32 or in 4 bits."""
 
     @cache
     def train_alone(is_4bit):

@@ -41,7 +41,7 @@ def reductions(session, folder, settings):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_as_many_reductions_for_four_micro_batches_as_for_one(tiny_model, tmp_path, stage):
+def test_four_micro_batches_need_as_many_reductions_as_one(tiny_model, tmp_path, stage):
     settings = {"zero_stage": stage}
     [four, *_] = run_ranks(reductions, tiny_model, settings | {"batch_size": 1}, tmp_path=tmp_path)
     [one, *_] = run_ranks(reductions, tiny_model, settings | {"batch_size": 4}, tmp_path=tmp_path)
@@ -74,7 +74,7 @@ def test_nothing_is_reduced_after_a_failure(tiny_model, tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_sums_in_bf16_runs_are_as_exact_as_before(tiny_model, tmp_path, stage):
+def test_one_reduction_in_bf16_is_as_exact_as_one_for_each_micro_batch(tiny_model, tmp_path, stage):
     settings = {"zero_stage": stage, "batch_size": 1}
     exact, once, often = (
         run_ranks(train_tiny, tiny_model, settings | options, 1, tmp_path=tmp_path)[0]["gradients"]

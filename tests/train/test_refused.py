@@ -57,7 +57,7 @@ def train(workspace: Path, **change) -> tuple[int, str]:
 
 
 def train_in_a_new_interpreter(workspace: Path, **change) -> tuple[int, str]:
-    """The output tells whether torch was imported."""
+    """Run launch/train.py in a new interpreter; its output says whether torch was imported."""
     write_run_file(workspace, **change)
     script = SCRIPT.replace("launch/train.py", TRAIN)
     result = subprocess.run(

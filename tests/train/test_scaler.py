@@ -87,9 +87,8 @@ def test_a_resumed_fp16_run_has_the_same_scale(tiny_model, tmp_path, stage):
     assert skipped[0]
     assert any(skipped[1:])
     assert not all(skipped)
-    assert all(
-        searched for _, _, searched, _ in uninterrupted["before"]
-    )  # so none counts as not finite
+    # Therefore no step counts as not finite.
+    assert all(can_lower_scale for _, _, can_lower_scale, _ in uninterrupted["before"])
     scales = [scale for *_, scale in uninterrupted["after"]]
     assert len(set(scales)) > 1  # so the resumed counters matter
     resumed = run_ranks(
@@ -98,7 +97,7 @@ def test_a_resumed_fp16_run_has_the_same_scale(tiny_model, tmp_path, stage):
     assert resumed[0] == uninterrupted["after"]
 
 
-def smallest(session, folder):
+def overflow_at_the_smallest_scale(session, folder):
     plan, engine = build_fp16(session, folder, {"zero_stage": 2, "batch_size": 2})
     scaler = engine.deepspeed.optimizer.loss_scaler
     scaler.cur_scale = scaler.min_scale
@@ -110,7 +109,10 @@ def smallest(session, folder):
 
 
 def test_an_overflow_at_the_smallest_scale_is_counted_and_not_raised(tiny_model, tmp_path):
-    assert run_ranks(smallest, tiny_model, tmp_path=tmp_path) == [(False, False)] * 2
+    assert (
+        run_ranks(overflow_at_the_smallest_scale, tiny_model, tmp_path=tmp_path)
+        == [(False, False)] * 2
+    )
 
 
 def poison(engine, is_here: bool) -> None:

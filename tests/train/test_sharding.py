@@ -66,8 +66,8 @@ def test_losses_gradients_and_weights_are_those_of_the_reference(
     expected = reference(tiny_model, tmp_path, kind)
     settings = {"zero_stage": 3} | kind | settings
     arguments = (train_changed, tiny_model, settings, changes)
-    found = run_ranks(*arguments, tmp_path=tmp_path, world_size=world_size)
-    assert_same(found[0], expected)
+    results = run_ranks(*arguments, tmp_path=tmp_path, world_size=world_size)
+    assert_same(results[0], expected)
 
 
 def restore_unchanged(session, folder, settings, changes):
@@ -83,11 +83,11 @@ def restore_unchanged(session, folder, settings, changes):
     assert {p.ds_secondary_tensor is not None for p in frozen} == {changes == HPZ}
     state = OptimizerState(moments=moments, step=STEPS)
     restore(engine.deepspeed, engine.parameters, weights, state)
-    for found, kept in (
+    for restored, saved in (
         (gather_weights(engine.parameters, keep=True), weights),
         (gather_moments(engine.parameters, keep=True), moments),
     ):
-        assert all(torch.equal(found[key], kept[key]) for key in kept)
+        assert all(torch.equal(restored[key], saved[key]) for key in saved)
     return continued, train_steps(session, plan, engine, STEPS, MORE)
 
 
@@ -165,7 +165,7 @@ def deep_model(tmp_path_factory):
         (NF4, {}),
     ],
 )
-def test_zero3_gathers_what_the_plan_says_and_each_block_twice(
+def test_zero3_gathers_the_planned_elements_and_each_block_twice(
     deep_model, tmp_path, settings, changes
 ):
     settings = {"zero_stage": 3, "batch_size": 2, "lora_r": 2} | settings
@@ -173,5 +173,5 @@ def test_zero3_gathers_what_the_plan_says_and_each_block_twice(
         watch_gathers, deep_model, settings, changes, tmp_path=tmp_path
     )[0]
     assert planned.head < most <= planned.peak < 4 * planned.block
-    once = 8 * planned.block + planned.head  # embedding and head once each: 2 x head in all
+    once = 8 * planned.block + planned.head  # twice this includes the embedding and the head once
     assert 2 * once - planned.block < gathered <= 2 * once

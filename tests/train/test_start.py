@@ -16,7 +16,7 @@ from pipeline.train.owner import identity
 from pipeline.train.start import STARTS
 from pipeline.train.status import is_alive, read_status
 from tests.messages import refused
-from tests.train.starts import ACCEPTED, OTHER, has_results, leave
+from tests.train.starts import ACCEPTED, OTHER, has_results, leave_files
 
 pytestmark = pytest.mark.unit
 
@@ -28,11 +28,14 @@ STATES = {
     "no run": lambda folder, start: None,
     "no progress": lambda folder, start: (
         start(),
-        leave(folder, "failed", adapter=False, checkpoint=False),
+        leave_files(folder, "failed", adapter=False, checkpoint=False),
     ),
-    "unfinished": lambda folder, start: (start(), leave(folder, "stopped", adapter=False)),
-    "done": lambda folder, start: (start(), leave(folder, "done")),
-    "done, adapter missing": lambda folder, start: (start(), leave(folder, "done", adapter=False)),
+    "unfinished": lambda folder, start: (start(), leave_files(folder, "stopped", adapter=False)),
+    "done": lambda folder, start: (start(), leave_files(folder, "done")),
+    "done, adapter missing": lambda folder, start: (
+        start(),
+        leave_files(folder, "done", adapter=False),
+    ),
 }
 OVERWRITE, NEVER = {"overwrite": True}, {"resume": "never"}
 ROWS = [
@@ -67,7 +70,7 @@ ROWS = [
 @pytest.mark.parametrize(
     ("state", "settings", "expected"), [row for row in ROWS if row[2] is not REFUSED]
 )
-def test_a_start_of_the_table(begin, state, settings, expected):
+def test_a_start_decides_as_in_the_table(begin, state, settings, expected):
     folder, start = begin
     STATES[state](folder, start)
     had_results = has_results(folder)
@@ -103,14 +106,14 @@ def test_a_new_run_writes_its_settings_and_plan(begin):
 def test_settings_that_do_not_decide_the_result_may_change(begin, state):
     folder, start = begin
     start()
-    leave(folder, state)
+    leave_files(folder, state)
     assert start(zero_stage=3, batch_size=2, logging_steps=1) == "resume"
 
 
 def test_a_finished_run_without_a_checkpoint_stays_done(begin):
     folder, start = begin
     start()
-    leave(folder, "done", checkpoint=False)
+    leave_files(folder, "done", checkpoint=False)
     assert start() == "done"
     assert (folder / "adapter").exists()
 
@@ -122,19 +125,19 @@ def test_a_finished_run_without_a_checkpoint_is_not_trained_again(begin, adapter
     """It would begin at step 0 and replace the adapter."""
     folder, start = begin
     start()
-    leave(folder, "done", adapter=adapter, checkpoint=False)
+    leave_files(folder, "done", adapter=adapter, checkpoint=False)
     with refused("output_dir", folder, "no checkpoint", "overwrite: true"):
         start(**settings)
     assert (folder / "adapter").exists() == adapter
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "adapter"])
-def test_a_linked_folder_is_cleared_behind_the_link_and_the_link_stays(begin, tmp_path, name):
+def test_the_target_of_a_linked_folder_is_cleared_and_the_link_stays(begin, tmp_path, name):
     folder, start = begin
     other_disk = tmp_path / "other_disk"
     other_disk.mkdir()
     start()
-    leave(folder, "done")
+    leave_files(folder, "done")
     (folder / name).rename(other_disk / name)
     (folder / name).symlink_to(other_disk / name)
     (other_disk / "someone_else").mkdir()
@@ -148,7 +151,7 @@ def test_a_linked_folder_is_cleared_behind_the_link_and_the_link_stays(begin, tm
 def test_only_what_a_run_wrote_is_removed(begin):
     folder, start = begin
     start()
-    leave(folder, "done")
+    leave_files(folder, "done")
     kept = [folder / "keep.txt", folder / "checkpoints/step-00000009-keep"]
     removed = [".step-00000012.new", "step-00000006-skipped-1", "best-00000003"]
     for name in removed:
@@ -160,12 +163,12 @@ def test_only_what_a_run_wrote_is_removed(begin):
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000009-keep"]
 
 
-def test_an_error_that_hinders_clearing_is_an_error(begin, monkeypatch):
+def test_a_file_that_cannot_be_removed_fails_the_start(begin, monkeypatch):
     from pipeline.errors import RankZeroError
 
     folder, start = begin
     start()
-    leave(folder, "done")
+    leave_files(folder, "done")
 
     def refuse(path, **_):
         raise OSError(errno.EBUSY, "Device or resource busy", str(path))
@@ -179,7 +182,7 @@ def test_an_error_that_hinders_clearing_is_an_error(begin, monkeypatch):
 def test_a_kill_while_a_run_is_cleared_leaves_a_folder_that_starts(begin, monkeypatch):
     folder, start = begin
     start()
-    leave(folder, "done")
+    leave_files(folder, "done")
 
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -195,15 +198,15 @@ def test_a_kill_while_a_run_is_cleared_leaves_a_folder_that_starts(begin, monkey
 def test_debug_replaces_a_debug_run(begin):
     folder, start = begin
     assert start(is_debug=True) == "new"
-    leave(folder, "done")
+    leave_files(folder, "done")
     assert start(is_debug=True, lr=0.5) == "new"
     assert not has_results(folder)
 
 
-def test_debug_starts_again_where_it_was_interrupted_before_it_wrote_its_plan(begin):
+def test_debug_starts_again_in_a_folder_without_a_plan(begin):
     folder, start = begin
     folder.mkdir()
-    leave(folder, "failed", adapter=False, checkpoint=False)
+    leave_files(folder, "failed", adapter=False, checkpoint=False)
     assert start(is_debug=True) == "new"
 
 
@@ -211,7 +214,7 @@ def test_debug_starts_again_where_it_was_interrupted_before_it_wrote_its_plan(be
 def test_debug_replaces_no_other_run(begin, state):
     folder, start = begin
     start()
-    leave(folder, state)
+    leave_files(folder, state)
     for settings in ({}, {"overwrite": True}):
         with refused("output_dir", folder, "--debug"):
             start(is_debug=True, **settings)
@@ -221,7 +224,7 @@ def test_debug_replaces_no_other_run(begin, state):
 def test_a_checkpoint_of_the_run_that_would_be_replaced_cannot_be_resumed(begin, tmp_path):
     folder, start = begin
     start()
-    leave(folder, "stopped")
+    leave_files(folder, "stopped")
     own = str(folder / "checkpoints/step-00000009")
     assert start(resume=own) == "resume"
     with refused("resume", own, "output_dir"):
@@ -229,7 +232,7 @@ def test_a_checkpoint_of_the_run_that_would_be_replaced_cannot_be_resumed(begin,
     assert (folder / "checkpoints/step-00000009").exists()
 
 
-def test_resume_names_an_existing_checkpoint(begin, tmp_path):
+def test_resume_is_a_keyword_or_the_path_of_an_existing_checkpoint(begin, tmp_path):
     folder, start = begin
     with refused("resume", "alwyas", "auto", "must", "never", folder / "checkpoints/step-00000100"):
         start(resume="alwyas")
@@ -243,7 +246,7 @@ def test_resume_must_starts_no_new_run_and_clears_nothing(begin, settings):
     with refused("resume: must", folder, "resume: auto"):
         start(resume="must")
     start()
-    leave(folder, "stopped", checkpoint=bool(settings), adapter=False)
+    leave_files(folder, "stopped", checkpoint=bool(settings), adapter=False)
     with refused("resume: must", folder):
         start(resume="must", **settings)
     assert has_results(folder) == bool(settings)
@@ -254,7 +257,7 @@ def test_another_adam_in_a_deepspeed_json_is_another_run(begin, tmp_path):
     own = tmp_path / "ds.json"
     own.write_text('{"steps_per_print": 5}')
     start()
-    leave(folder, "stopped")
+    leave_files(folder, "stopped")
     assert start(deepspeed_json=str(own)) == "resume"  # changes nothing of the result
     own.write_text('{"optimizer": {"params": {"betas": [0.9, 0.95]}}}')
     with refused("optimizer.params.betas: [0.9, 0.999] ->"):
@@ -272,10 +275,10 @@ def test_prepared_data_is_kept(begin):
     assert (folder / "data/index.json").exists()
 
 
-def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(begin, monkeypatch):
+def test_unreadable_checkpoints_are_refused_and_not_treated_as_missing(begin, monkeypatch):
     folder, start = begin
     start()
-    leave(folder, "stopped", adapter=False)
+    leave_files(folder, "stopped", adapter=False)
     iterdir = Path.iterdir
 
     def refuse(path):
@@ -289,37 +292,33 @@ def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(begin, monkeypat
 
 
 @pytest.mark.parametrize("name", ["merged", "checkpoints", "notes.txt"])
-def test_foreign_files_are_left_alone(begin, name):
+def test_a_folder_with_foreign_files_is_refused(begin, name):
     folder, start = begin
     (folder / name).mkdir(parents=True)
     with refused("output_dir", name):
         start(overwrite=True)
 
 
-@pytest.mark.parametrize("text", ["", "{"])
-def test_a_run_whose_status_is_damaged_is_still_a_run(begin, text):
+DAMAGES = {
+    "empty": lambda path: path.write_text(""),
+    "incomplete": lambda path: path.write_text("{"),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_whose_status_is_damaged_or_missing_is_still_a_run(begin, damage):
     folder, start = begin
     start()
-    leave(folder, "running")
-    (folder / "status.json").write_text(text)
+    leave_files(folder, "running")
+    DAMAGES[damage](folder / "status.json")
     with refused("lr: 0.001 -> 0.5"):
         start(lr=0.5)
     assert start() == "resume"
     assert has_results(folder)
 
 
-def test_a_run_whose_status_is_missing_is_still_a_run(begin):
-    folder, start = begin
-    start()
-    leave(folder, "running")
-    (folder / "status.json").unlink()
-    with refused("lr: 0.001 -> 0.5"):
-        start(lr=0.5)
-    assert start() == "resume"
-    assert has_results(folder)
-
-
-def test_a_living_owner_is_left_alone(begin):
+def test_a_start_is_refused_while_another_run_is_alive(begin):
     folder, start = begin
     start()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as owner:
@@ -352,7 +351,7 @@ WRONG_ENTRIES += [(name, kind) for name in FILE_NAMES for kind in WRONG if kind 
 def test_an_entry_that_no_run_writes_under_this_name_is_refused(begin, name, kind):
     folder, start = begin
     start()
-    leave(folder, "stopped")
+    leave_files(folder, "stopped")
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     if path.is_dir():
@@ -388,7 +387,7 @@ def test_hidden_files_of_a_killed_start_are_not_foreign(begin):
     assert start() == "new"
 
 
-def test_a_run_is_alive_while_its_process_or_its_heartbeat_is():
+def test_a_run_is_alive_while_its_process_or_its_heartbeat_lives():
     now = time.time()
     running = {"state": "running", "host": "other", "pids": [1], "started": now}
     assert is_alive(running | {"heartbeat": now - 5})
