@@ -9,6 +9,8 @@
 # make test-trackers  wandb, mlflow and trackio on local files (installs them; 2 minutes)
 # make test-report  the report in headless Chromium: every kind of run, two widths, both themes (3 minutes)
 # make site         the pages of docs/ as a website in build/site (own environment, 1 minute)
+# make bench-gpu    everything that needs a GPU, in one process of 8 minutes; writes build/bench-gpu
+# make bench-profile  where the time of a training step goes, on a CPU or a GPU
 # make check        ruff, mypy --strict, import-linter, generated docs
 # On a machine without a GPU, TORCH_INDEX=<PyTorch's CPU index> saves gigabytes of CUDA libraries.
 
@@ -18,7 +20,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart install test models real-model templates test-slurm test-gpu test-trackers faults check fix docs goldens test-floors clean test-report
+.PHONY: quickstart install test models real-model templates test-slurm test-gpu test-trackers faults check fix docs goldens test-floors clean test-report bench-gpu bench-profile
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart/quickstart.py
@@ -69,6 +71,13 @@ test-report: $(VENV)/.installed
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -s tests/gpu -m gpu
+
+# Weights are random and created on the device. TINY=1 checks the script itself on any machine.
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python -m tests.bench.gpu $(if $(TINY),--tiny)
+
+bench-profile: $(VENV)/.installed
+	$(BIN)/python -m tests.bench.step_profile
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -47,13 +47,12 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     `loads_through_host`, it is loaded into host memory and sharded from there.
     """
     settings, dtype = plan.settings, DTYPES[plan.training_dtype]
-    loads_through_host = plan.layout.loads_through_host
     options: dict[str, Any] = {}
     sharding = None
     if settings.is_quantised:
         options["quantization_config"] = _quantization(settings, plan.shape, dtype)
     if settings.is_quantised or plan.layout.zero_stage < 3:
-        options["device_map"] = {"": torch.device("cpu") if loads_through_host else device}
+        options["device_map"] = {"": torch.device("cpu") if plan.layout.loads_through_host else device}
     else:
         sharding = _sharding(plan)  # transformers shards a model only as long as this object exists
     model = load_plain(
@@ -65,13 +64,21 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     )
     del sharding
     gc.collect()
+    return freeze_base(model, plan, device)
+
+
+def freeze_base(model: PreTrainedModel, plan: Plan, device: torch.device) -> PreTrainedModel:
+    """Freeze a base in place, and enable activation checkpointing as planned; returns the base.
+
+    If the plan has `loads_through_host`, the base is sharded here, which is collective.
+    """
     model.requires_grad_(False)
     for module in model.modules():
         # On a CPU with AVX512-BF16 a 4-bit layer repacks its weight in its first forward pass in
         # eval mode; ZeRO's shards need the original layout (bitsandbytes 0.50.2 nn/modules.py:613).
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - of a library's class
-    if loads_through_host:
+    if plan.layout.loads_through_host:
         _shard_from_host(model, plan, device)
     _checkpoint_activations(model, plan)
     return model
