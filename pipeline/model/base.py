@@ -52,7 +52,8 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     if settings.is_quantised:
         options["quantization_config"] = _quantization(settings, plan.shape, dtype)
     if settings.is_quantised or plan.layout.zero_stage < 3:
-        options["device_map"] = {"": torch.device("cpu") if plan.layout.loads_through_host else device}
+        loading_device = torch.device("cpu") if plan.layout.loads_through_host else device
+        options["device_map"] = {"": loading_device}
     else:
         sharding = _sharding(plan)  # transformers shards a model only as long as this object exists
     model = load_plain(
