@@ -90,6 +90,7 @@ def test_every_form_of_a_number_is_a_number(run_file, text, value):
         ("split_turns: true\ntrain_on: all", ["split_turns", "train_on: assistant"]),
         ("keep_best: true", ["keep_best", "eval_data"]),
         ("time_limit: 90", ["RUN.yaml:4", "time_limit", "HH:MM:SS", "90"]),
+        ("warmup_steps: 1.5", ["RUN.yaml:4", "warmup_steps", "1.5", "whole number"]),
         ("time_limit: 0", ["RUN.yaml:4", "time_limit", "HH:MM:SS", "0"]),
         ("preset: 5", ["RUN.yaml:4", "preset", "small", "list"]),
         ("preset: [[small]]", ["RUN.yaml:4", "preset", "small"]),

@@ -24,8 +24,13 @@ from pipeline.data.chat.template import (
     load_template,
     read_template,
 )
-from pipeline.data.chat.tokenizer import end_tokens, load_tokenizer
-from pipeline.data.chat.turns import Rendered, TurnFinder, special_ids, special_pattern
+from pipeline.data.chat.tokenizer import (
+    end_tokens,
+    load_tokenizer,
+    special_ids,
+    special_pattern,
+)
+from pipeline.data.chat.turns import Rendered, TurnFinder
 from pipeline.errors import UserError
 from pipeline.rows.examples import Completion, Conversation, Example, RowError, Text, Tokens
 

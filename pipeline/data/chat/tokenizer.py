@@ -1,7 +1,8 @@
-"""The tokenizer of a model folder: its files, loading, and the tokens that stop generation."""
+"""The tokenizer of a model folder: its files, loading, special tokens, ends of generation."""
 
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,11 +48,34 @@ def require_tokenizer(folder: Path) -> None:
         )
 
 
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Ids of all special tokens, by text.
+
+    Some tokens, such as Llama 3's <|eot_id|>, are marked as special only in tokenizer.json.
+    """
+    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    ids = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return added | dict(ids)
+
+
+def special_pattern(special: Iterable[str]) -> re.Pattern[str]:
+    """Pattern of these special tokens; of several that begin at one place the longest matches."""
+    longest_first = sorted(special, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
 def end_tokens(eos: int | None, folder: Path, special: Mapping[str, int]) -> list[str]:
-    """Special tokens that stop generation, from the tokenizer and generation_config.json."""
+    """Special tokens that stop generation, from the tokenizer and generation_config.json.
+
+    Raises UserError if that file exists and cannot be read.
+    """
+    path = folder / "generation_config.json"
     try:
-        named = read_json(folder / "generation_config.json").get("eos_token_id")
-    except (OSError, ValueError):
-        named = None  # the file is optional
+        named = read_json(path).get("eos_token_id") if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model: {path}: cannot be read, but may name tokens that end a turn: {error}; fetch "
+            "the file from the model on the hub again, or remove it"
+        ) from None
     ids = {eos, *(named if isinstance(named, list) else [named])}
     return [text for text, number in special.items() if number in ids]

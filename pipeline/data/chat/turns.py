@@ -6,18 +6,15 @@ generation prompt and ends with the end-of-turn token.
 
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from pipeline.data.chat.leaves import TOOLS, Kind, placeholder, reasoning_blocks
 from pipeline.data.chat.omissions import OmissionCheck
 from pipeline.data.chat.template import ChatTemplate, Rendering, Span
+from pipeline.data.chat.tokenizer import special_pattern
 from pipeline.errors import UserError
 from pipeline.rows.examples import Conversation, Message, RowError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _NO_END = (
     "model: the chat template ends assistant turns without a special token, so the model would "
@@ -403,22 +400,6 @@ class TurnFinder:
         if match is None or match.end() >= limit:
             match = _SPACE.match(text, stop)
         return match.end() if match is not None else stop
-
-
-def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Ids of all special tokens, by text.
-
-    Some tokens, such as Llama 3's <|eot_id|>, are marked as special only in tokenizer.json.
-    """
-    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    ids = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return added | dict(ids)
-
-
-def special_pattern(special: Iterable[str]) -> re.Pattern[str]:
-    """Pattern of these special tokens; of several that begin at one place the longest matches."""
-    longest_first = sorted(special, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _marked_spans(marks: list[Span], end: int | None, is_trained: bool) -> list[Span]:

@@ -14,7 +14,7 @@ from random import Random
 
 import pytest
 
-from pipeline.data.chat.turns import special_ids, special_pattern
+from pipeline.data.chat.tokenizer import special_ids, special_pattern
 from pipeline.data.prepare.show import supervised_runs
 from pipeline.rows.examples import RowError
 from pipeline.rows.formats import read_example

@@ -1,0 +1,128 @@
+"""Special tokens inside a row's texts never end a turn or open one, whatever the setting."""
+
+import pytest
+
+from pipeline.data.chat.encoder import Encoder
+from pipeline.data.chat.tokenizer import special_ids, special_pattern
+from pipeline.rows.examples import Conversation, Message, RowError
+from tests.data.chat.documents import encoder
+from tests.data.chat.kinds import kind_tokenizer
+from tests.data.chat.matrix import tokenizer as family_tokenizer
+from tests.messages import refused
+
+pytestmark = pytest.mark.tensor
+
+# A kind of template, or a family of tests/templates -> special tokens to write into texts: those
+# that end a turn, and those that open a turn of the user or the assistant.
+TOKENS = {
+    "channels": ["<|end|>", "<|return|>", "<|start|>"],
+    "next-role": ["<|user|>", "<|observation|>", "<|assistant|>"],
+    "joined": ["</s>", "<|User|>", "<|Assistant|>"],
+    "named-ids": ["<|im_end|>", "<|im_user|>", "<|im_assistant|>"],
+    "gpt-oss": ["<|end|>", "<|call|>", "<|start|>"],
+    "glm-4.6": ["<|user|>", "<|observation|>", "<|assistant|>"],
+    "qwen3": ["<|im_end|>", "<|im_start|>"],
+    "llama-3.1": ["<|eot_id|>", "<|start_header_id|>"],
+}
+CASES = [(name, token) for name, tokens in TOKENS.items() for token in tokens]
+
+
+def tokenizer(name):
+    return (
+        family_tokenizer(name)
+        if name in ("gpt-oss", "glm-4.6", "qwen3", "llama-3.1")
+        else (kind_tokenizer(name))
+    )
+
+
+def conversation(mark):
+    """A conversation with `mark` at the edges and inside of each text and twice in a row."""
+    call = {"id": "call00001", "type": "function"}
+    call["function"] = {"name": "weather", "arguments": {"city": f"Oslo{mark}"}}
+    return Conversation(
+        (
+            Message("user", f"{mark}question {mark} one"),
+            Message("assistant", f"answer{mark}{mark} one"),
+            Message("user", f"question two{mark}"),
+            Message("assistant", "", others={"tool_calls": [call]}),
+            Message("tool", f"result {mark}.", others={"tool_call_id": "call00001"}),
+            Message("assistant", f"answer {mark} two"),
+        )
+    )
+
+
+NUM_MARKS = 8
+
+
+def documents(name, mark, **settings) -> tuple[Encoder, list]:
+    made = encoder(tokenizer(name), **settings)
+    (result,) = made.encode_many([conversation(mark)])
+    return made, result
+
+
+def texts(name, document):
+    """The text of a document and the trained text."""
+    decode = tokenizer(name).decode
+    return decode(document.ids.tolist()), decode(document.ids[document.supervised].tolist())
+
+
+@pytest.mark.parametrize(("name", "token"), CASES)
+@pytest.mark.parametrize("setting", ["keep", "as-text"])
+def test_they_change_neither_the_text_nor_the_mask(name, token, setting):
+    settings = {"special_tokens_in_text": setting}
+    result = documents(name, token, **settings)[1]
+    plain = documents(name, "MARK", **settings)[1]
+    assert not isinstance(result, RowError), result
+    text, trained = texts(name, result.documents[0])
+    assert [text, trained] == [
+        part.replace("MARK", token) for part in texts(name, plain.documents[0])
+    ]
+    assert result.token_counts["special_tokens_in_text"] == NUM_MARKS
+    assert not plain.token_counts["special_tokens_in_text"]
+
+
+@pytest.mark.parametrize(("name", "token"), CASES)
+def test_as_text_leaves_only_the_special_tokens_of_the_template(name, token):
+    ids = set(special_ids(tokenizer(name)).values())
+
+    def special(mark, setting):
+        result = documents(name, mark, special_tokens_in_text=setting)[1]
+        return [i for i in result.documents[0].ids.tolist() if i in ids]
+
+    assert special(token, "as-text") == special("MARK", "keep")
+    assert len(special(token, "keep")) == len(special("MARK", "keep")) + NUM_MARKS
+
+
+@pytest.mark.parametrize(("name", "token"), CASES)
+def test_reject_names_the_first_text_that_holds_one(name, token):
+    result = documents(name, token, special_tokens_in_text="reject")[1]
+    with refused("messages[0].content", token, "special_tokens_in_text", error=RowError):
+        raise result
+    plain = documents(name, "MARK", special_tokens_in_text="reject")[1]
+    assert len(plain.documents) == 1
+
+
+@pytest.mark.parametrize(("name", "token"), CASES)
+def test_they_are_counted_once_with_split_turns_and_last_assistant(name, token):
+    result = documents(name, token, split_turns=True)[1]
+    assert len(result.documents) == 3
+    assert result.token_counts["special_tokens_in_text"] == NUM_MARKS
+    last = documents(name, token, train_on="last-assistant")[1]
+    trained = texts(name, last.documents[0])[1]
+    assert f"answer {token} two" in trained
+    assert "one" not in trained
+    assert "Oslo" not in trained
+
+
+def test_the_longest_of_tokens_that_begin_alike_is_found():
+    assert special_pattern(["<|a|>", "<|a|>b"]).findall("<|a|>b <|a|>") == ["<|a|>b", "<|a|>"]
+
+
+def test_a_generation_config_that_cannot_be_read_is_refused(tmp_path):
+    """It may name tokens that end a turn."""
+    assert encoder(family_tokenizer("qwen3"), model=str(tmp_path)).ends
+    config = tmp_path / "generation_config.json"
+    for content in ("{", "[1]", '{"eos_token_id": '):
+        config.write_text(content)
+        with refused(config, "end a turn"):
+            encoder(family_tokenizer("qwen3"), model=str(tmp_path))
