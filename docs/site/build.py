@@ -118,6 +118,7 @@ def main() -> None:
     if found := problems(SITE):
         sys.exit("\n".join(found))
     print(f"{SITE / 'index.html'}: {len(list(SITE.rglob('*.html')))} pages, links checked")
+    print(f"the search needs a server: {sys.executable} -m http.server --directory {SITE}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ _LEARNING_RATES = (1e-5, 2e-4)  # the usual range
 # That range is for large models. The model of launch/runs/quickstart.yaml (135 M parameters) trains
 # well at 2e-3, so rates up to 2e-3 are accepted for models below a billion parameters.
 _SMALL_MODEL, _SMALL_MODEL_RATE = 10**9, 2e-3
+_FEW_STEPS = 30
 _SHORT_OF_MEMORY = 0.9  # fraction of the usable device memory
 
 
@@ -57,6 +58,18 @@ def _is_short_of_memory(run: PlanContext) -> bool:
     sequences = SequenceProfile(tokens=run.settings.max_length)
     need = memory(run.shape, run.settings, run.layout, run.hardware, sequences).device_need
     return need > _SHORT_OF_MEMORY * run.hardware.usable_bytes(run.layout.ranks_per_node)
+
+
+def _has_few_steps(s: PlanContext) -> bool:
+    settings = s.settings
+    if s.data is None or settings.max_steps is not None or settings.epochs == "auto":
+        return False
+    sequences: float = s.data.documents
+    if s.data.sequences is not None:
+        sequences = s.data.sequences
+    elif settings.packing:
+        sequences = s.data.tokens / settings.max_length
+    return settings.epochs * sequences < _FEW_STEPS * s.layout.global_batch_size
 
 
 def _deviates_from(name: Preset) -> Callable[[PlanContext], bool]:
@@ -146,6 +159,16 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         applies=lambda run: run.settings.load_in_4bit and run.settings.bnb_4bit_quant_type == "fp4",
         reason="bnb_4bit_quant_type: fp4 is usually less accurate than nf4",
         remedy="leave it out; the default is nf4",
+        source="docs/lora.md",
+    ),
+    Rule(
+        id="few-steps",
+        level="advise",
+        applies=_has_few_steps,
+        reason="the run has fewer than 30 steps, which are rarely enough to learn the data (rule of "
+        "thumb)",
+        remedy="set packing: false if the documents are short, a smaller global_batch_size, or more "
+        "epochs",
         source="docs/lora.md",
     ),
     Rule(

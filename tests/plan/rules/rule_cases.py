@@ -304,6 +304,10 @@ CASES = {
     "data-small": ({"data": sized(999)}, {"data": sized(999), "epochs": 3, "lora_dropout": 0.1}),
     "data-medium": ({"data": sized(1000)}, {"data": sized(1000), "epochs": 2}),
     "data-large": ({"data": sized(10_001), "epochs": 3}, {"data": sized(10_001)}),
+    "few-steps": (
+        {"data": sized(100), "packing": False, "epochs": 2},
+        {"data": sized(500), "packing": False, "epochs": 2},
+    ),
     "compute-dtype": (
         {"bnb_4bit_compute_dtype": "float16", **NF4},
         {"bnb_4bit_compute_dtype": "bfloat16", **NF4},

@@ -127,7 +127,8 @@ def test_advice_on_the_data_size_needs_the_size(plan):
     made = plan()
     assert [rule.id for rule in made.rules if rule.level == "advise"] == []
     assert [rule.id for rule in made.with_data(sized(500)).rules if rule.level == "advise"] == [
-        "data-small"
+        "data-small",
+        "few-steps",
     ]
     assert "`preset: small`" in plan_text(made.with_data(sized(500)))
     assert [rule.id for rule in made.with_data(sized(50_000)).rules if rule.level == "advise"] == []
