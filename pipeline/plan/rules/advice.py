@@ -165,10 +165,9 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         id="few-steps",
         level="advise",
         applies=_has_few_steps,
-        reason="the run has fewer than 30 steps, which are rarely enough to learn the data (rule of "
-        "thumb)",
-        remedy="set packing: false if the documents are short, a smaller global_batch_size, or more "
-        "epochs",
+        reason="the run has fewer than 30 steps, rarely enough to learn the data (rule of thumb)",
+        remedy="set packing: false if the documents are short, a smaller global_batch_size, or "
+        "more epochs",
         source="docs/lora.md",
     ),
     Rule(
