@@ -7,7 +7,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.model.adapter import attach_adapter, trainable
 from pipeline.model.base import load_base
-from pipeline.model.structure import blocks
+from pipeline.model.structure import blocks, expert_tensors
+from pipeline.plan.cost.memory import base_bytes, quantisation_constants
+from tests.messages import assert_mentions
 from tests.model.models import build, cache_shape
 from tests.models.kinds import ALL
 from tests.tiny import make_plan, make_tokenizer
@@ -52,6 +54,23 @@ def test_only_layers_of_the_decoder_are_quantised(wrapper):
     quantised = [name for name, kind in kinds.items() if kind == "Linear4bit"]
     assert len(quantised) == 7 * 4
     assert kinds["lm_head"] == "Linear"
+
+
+def test_fused_experts_are_not_quantised_and_the_plan_has_their_share(tmp_path):
+    build("qwen3_moe").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    plan = make_plan(tmp_path, zero_stage=2, **NF4)
+    model = load_base(plan, torch.device("cpu"))
+    experts = [parameter for _, parameter in expert_tensors(model).values()]
+    assert {parameter.dtype for parameter in experts} == {torch.float32}
+    count = sum(parameter.numel() for parameter in experts)
+    [rule] = [rule for rule in plan.rules if rule.id == "4bit-moe"]
+    assert_mentions(rule.message, f"{count / 1e9:.2f} of {plan.shape.parameters / 1e9:.2f} B")
+    quantised = [m.weight for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    kept = 4 * (plan.shape.parameters - plan.shape.quantised_parameters)
+    buffers = quantisation_constants(plan.shape, plan.settings)
+    stored = sum(weight.numel() * weight.element_size() for weight in quantised)
+    assert base_bytes(plan.shape, plan.settings, "float32") == kept + stored + buffers
 
 
 @torch.no_grad()
