@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
@@ -10,11 +10,10 @@ from statistics import median
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.files import write_text
 from pipeline.report import text
 from pipeline.report.curves import Marks, charts_of_runs, is_thinned, page_data
 from pipeline.report.folder import RunRecords, mapping, number, read_run_folder
-from pipeline.report.frame import render
+from pipeline.report.frame import render, write_page
 
 # Settings that name a run or its place; they differ between any two runs.
 _NAMES = ("output_dir", "run_name")
@@ -26,7 +25,7 @@ _HELD_OUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A run in the table of results, with the texts of its cells. `loss`: the key of the order."""
+    """A run in the table of results, with the texts of its cells. `loss`: sort key of the table."""
 
     name: str
     colour: int
@@ -52,12 +51,7 @@ def write_comparison(run_folders: Sequence[Path]) -> Path:
     runs = [read_run_folder(folder) for folder in run_folders]
     parent = Path(os.path.commonpath([folder.parent for folder in resolved]))
     names = [str(folder.relative_to(parent)) for folder in resolved]
-    path = parent / "comparison.html"
-    try:
-        write_text(path, _render(names, runs))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from None
-    return path
+    return write_page(parent / "comparison.html", _render(names, runs))
 
 
 def _render(names: Sequence[str], runs: Sequence[RunRecords]) -> str:
@@ -83,7 +77,7 @@ def _render(names: Sequence[str], runs: Sequence[RunRecords]) -> str:
 def differing_settings(runs: Sequence[RunRecords]) -> dict[str, list[str]]:
     """The settings, and the choices of the plans, that are not the same in all runs.
 
-    A choice is listed under its name in plan.json, unless a setting explains the difference.
+    A choice of the plan has the key `plan: NAME`, a package version `version: PACKAGE`.
     """
     tables = [{**_plan_values(run), **run.settings} for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table if key not in _NAMES)
@@ -96,7 +90,7 @@ def differing_settings(runs: Sequence[RunRecords]) -> dict[str, list[str]]:
 
 
 def _plan_values(run: RunRecords) -> dict[str, Any]:
-    """Choices, hardware and version of a plan, by names that no setting has."""
+    """Choices and hardware of a plan, and package versions, under keys that no setting has."""
     choice = {k: v for k, v in mapping(run.plan.get("choice")).items() if k != "why"}
     hardware = mapping(run.plan.get("hardware"))
     values = {f"plan: {name}": value for name, value in {**choice, **hardware}.items()}
@@ -109,9 +103,9 @@ def _row(name: str, colour: int, run: RunRecords) -> Row:
     losses, speed = run.measured("loss")[1], run.measured("tokens_per_second")[1]
     peak = max(run.measured("peak_bytes")[1], default=None)
     done, total = (number(run.status.get(key)) for key in ("step", "total_steps"))
-    steps = _form(done, "{:,.0f}".format) + ("" if total is None else f" of {total:,.0f}")
+    steps = text.or_dash(done, "{:,.0f}".format) + ("" if total is None else f" of {total:,.0f}")
     cells = starmap(
-        _form,
+        text.or_dash,
         (
             (loss, "{:.4f}".format),
             (step, "{:,.0f}".format),
@@ -127,9 +121,9 @@ def _row(name: str, colour: int, run: RunRecords) -> Row:
         cells=[
             *cells,
             steps,
-            _form(median(speed) if speed else None, "{:,.0f}".format),
-            _form(peak, lambda size: f"{size / text.GIB:.2f}"),
-            _form(sum(run.measured("step_seconds")[1]) or None, text.duration),
+            text.or_dash(median(speed) if speed else None, "{:,.0f}".format),
+            text.or_dash(peak, lambda size: f"{size / text.GIB:.2f}"),
+            text.or_dash(sum(run.measured("step_seconds")[1]) or None, text.duration),
         ],
     )
 
@@ -153,7 +147,3 @@ def published_loss(run: RunRecords) -> tuple[float | None, float | None]:
 
 def _problems(run: RunRecords) -> list[str]:
     return [problem for file, problem in run.problems.items() if file in ("run.yaml", "plan.json")]
-
-
-def _form(value: float | None, form: Callable[[float], str]) -> str:
-    return "-" if value is None else form(value)

@@ -63,7 +63,11 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class Marks:
-    """Steps that every chart marks: those from which a start resumed, and those without update."""
+    """Steps that every chart marks.
+
+    `resumed`: steps from which a start resumed. `skipped`: first and last step of each range of
+    steps without an update.
+    """
 
     resumed: Sequence[float] = ()
     skipped: Sequence[tuple[float, float]] = ()

@@ -17,6 +17,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline import __version__
+from pipeline.errors import UserError
+from pipeline.files import write_text
 from pipeline.report import text
 
 _FOLDER = Path(__file__).parent
@@ -48,6 +50,15 @@ def render(template: str, curves: dict[str, Any], *, refresh_s: int = 0, **value
             **values,
         )
     )
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Write a page and return its path. Raises UserError if it cannot be written."""
+    try:
+        write_text(path, page)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from None
+    return path
 
 
 def data_block(data: Any) -> str:

@@ -8,24 +8,24 @@ from statistics import median
 from typing import Any
 
 from pipeline.config.settings import RunSettings, settings_by
-from pipeline.errors import UserError
-from pipeline.files import write_text
 from pipeline.plan.given.class_proof import LIMIT
 from pipeline.report import data_audit, text
 from pipeline.report.curves import charts_of, held_out_chart, is_thinned, page_data
 from pipeline.report.documents import first_documents
 from pipeline.report.folder import RunRecords, mapping, number, read_run_folder
-from pipeline.report.frame import render
+from pipeline.report.frame import render, write_page
 from pipeline.report.headline import MODELS, method, model_name, tiles
 from pipeline.report.reproduce import reproduction_of
 from pipeline.report.timeline import timeline_of
 
 _TOLERANCE = 0.10  # relative error of a predicted memory; the page marks larger errors
+# Field of Proof with the reasons against a use of the model's class -> text of the page.
 _USES = {
     "refusals": "not trained",
     "without_packs": "without packs",
     "without_reentrant": "without re-entrant checkpointing",
     "without_merge": "not merged",
+    "without_fast_paths": "without fast paths",
 }
 
 
@@ -46,12 +46,7 @@ def write_report(run_folder: Path, *, refresh_s: int = 0) -> Path:
     `refresh_s`: the page loads itself again at this interval; 0: it does not.
     """
     run = read_run_folder(run_folder)
-    path = run_folder / "report.html"
-    try:
-        write_text(path, _render(run, refresh_s))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from None
-    return path
+    return write_page(run_folder / "report.html", _render(run, refresh_s))
 
 
 def _render(run: RunRecords, refresh_s: int) -> str:
@@ -170,10 +165,7 @@ def _scores(run: RunRecords) -> list[tuple[str, str, str, str]]:
     for name in [name for name in MODELS if name in scored]:
         numbers = [number(mapping(scored[name]).get(k)) for k in ("exact_match", "loss", "seconds")]
         formats = (text.share, "{:.4f}".format, text.duration)
-        match, loss, seconds = (
-            "-" if value is None else form(value)
-            for form, value in zip(formats, numbers, strict=True)
-        )
+        match, loss, seconds = map(text.or_dash, numbers, formats)
         rows.append((name, match, loss, seconds))
     return rows
 
@@ -215,7 +207,8 @@ def _rules(run: RunRecords) -> list[dict[str, str]]:
 def _memory(run: RunRecords) -> Mapping[str, Any] | None:
     """Terms of the predicted memory, largest first, their peak, and the memory of the device.
 
-    This peak is for the largest possible micro-batch; `_predictions` has the one of the run.
+    This peak is predicted for micro-batches of the longest sequences. `_predictions` has the peak
+    predicted for the micro-batches that were trained.
     """
     memory = mapping(run.plan.get("memory"))
     terms = {k: size for k, v in mapping(memory.get("per_rank")).items() if (size := number(v))}

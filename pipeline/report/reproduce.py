@@ -9,7 +9,10 @@ from pipeline.report.folder import RunRecords, mapping
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduction:
-    """Versions by package, facts about inputs by name, and command lines with their purpose."""
+    """Version of each package, facts about the inputs, and command lines with their purpose.
+
+    `inputs`: pairs of name and value. `commands`: pairs of purpose and command line.
+    """
 
     versions: Mapping[str, str]
     inputs: list[tuple[str, str]]
@@ -17,7 +20,7 @@ class Reproduction:
 
 
 def reproduction_of(run: RunRecords) -> Reproduction:
-    """What the run folder records about versions and inputs, and the commands for them."""
+    """The package versions and inputs of a run, and the commands that repeat it."""
     versions = {name: str(value) for name, value in run.versions.items()}
     if "rankzero" not in versions and "version" in run.plan:
         versions = {"rankzero": str(run.plan["version"]), **versions}

@@ -55,6 +55,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
 
 
+def or_dash(value: float | None, form: Callable[[float], str]) -> str:
+    """The formatted value; a dash if the value is not known."""
+    return "-" if value is None else form(value)
+
+
 def seconds_between(start: Any, end: Any) -> float | None:
     """Seconds between two timestamps of a status file: ISO 8601 or seconds since 1970."""
     first, last = _timestamp_seconds(start), _timestamp_seconds(end)

@@ -13,7 +13,7 @@ _MAX_SPANS = 500  # of skipped steps that charts mark; the time line names the t
 _SHOWN_SPANS = 10
 _ENDS = {
     "done": "finished", "stopped": "stopped", "failed": "failed", "killed": "killed",
-    "dead": "no sign of life",
+    "dead": "ended without a last status",
 }  # fmt: skip
 
 

@@ -14,8 +14,8 @@ _LARGEST_SHARE = 0.05  # of the time that writing may take, because the machine 
 def watch_run(run_folder: Path, on_first_page: Callable[[Path], None]) -> str:
     """Write report.html every few seconds until the run ends, and return its last state.
 
-    `on_first_page`: called once with the path of the page. While it is followed, the page loads
-    itself again; the last page, which an interrupt writes too, does not.
+    `on_first_page`: called once with the path of the page. The page reloads itself in the browser.
+    At the end, also after Ctrl-C, it is written once more, without the reloading.
     """
     wait, is_first = float(INTERVAL_S), True
     try:

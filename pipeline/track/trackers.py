@@ -11,7 +11,8 @@ from pipeline.track.facts import RunFacts
 
 Metrics = Mapping[str, float]
 Table = Sequence[Mapping[str, str]]
-# The x axis of charts in W&B, whose own step drops points below the last one, as after a resume.
+# Metric that W&B's charts use as x axis. W&B's own step counter is no alternative: it drops points
+# with a step below the last one, and a resumed run sends such points.
 AXIS = "train/step"
 
 
