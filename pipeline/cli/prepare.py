@@ -17,6 +17,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.chat.tokenizer import load_tokenizer
 from pipeline.data.dataset.reader import open_split
 from pipeline.data.prepare.audit_table import audit_table
+from pipeline.data.prepare.parallel import exclude_torch
 from pipeline.data.prepare.prepare import check_first_rows, prepare_data
 from pipeline.data.prepare.show import number_of_documents, show_documents
 from pipeline.errors import UserError
@@ -51,6 +52,8 @@ def prepare() -> None:
         fetch(settings.train_sources, "train_data")
         fetch(settings.eval_sources, "eval_data")
         check_first_rows(settings)
+        if not settings.trust_remote_code:
+            exclude_torch()
         index = prepare_data(settings, data_dir)
     if args.show:
         tokenizer = load_tokenizer(settings.model_folder, settings.trust_remote_code)

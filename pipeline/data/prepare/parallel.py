@@ -94,12 +94,21 @@ def _init_worker(make_function: Callable[[], Callable[[Any], Any]], needs_torch:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all CPUs
     if not needs_torch:
-        # transformers imports torch if it is installed, although no tokenizer needs it. Without
-        # torch a process needs 90 instead of 290 MB and 1 instead of 3 s (2026-11-25).
-        sys.modules["torch"] = None  # type: ignore[assignment]
-        os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it would warn that torch is missing
+        exclude_torch()
     global _make_function  # noqa: PLW0603 - one function per process
     _make_function = make_function
+
+
+def exclude_torch() -> None:
+    """Keep transformers from importing torch in this process, unless it is imported already.
+
+    transformers imports torch if it is installed, although no tokenizer needs it. Without torch a
+    process needs 90 instead of 290 MB and 1 instead of 3 s (2026-11-25). On an overloaded machine
+    the import can take minutes.
+    """
+    if "torch" not in sys.modules:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it would warn that torch is missing
 
 
 def _process_chunk(chunk: Any) -> Any:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
 from pipeline.data.dataset.reader import open_split
 from pipeline.train.status import RunStatus
+from tests import ROOT
 from tests.commands import Command
 from tests.messages import assert_mentions
 
@@ -39,6 +42,20 @@ def test_prepare_shows_documents_and_the_audit_and_refuses_bad_rows_and_folders(
         code, _, errors = prepare(run_file, f"output_dir={place}")
         assert code == 2
         assert_mentions(errors, "output_dir", place)
+
+
+def test_preparing_data_does_not_import_torch(run):
+    """The import takes seconds of CPU time, and minutes on an overloaded machine."""
+    run_file = run.folder / "run.yaml"
+    values = run.settings().model_dump(include={"model", "train_data", "output_dir"})
+    run_file.write_text(json.dumps(values))
+    command = [sys.executable, "-X", "importtime", ROOT / "launch/prepare.py", run_file]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": ROOT}
+    )
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "transformers" in imported
+    assert "torch" not in imported
 
 
 def test_the_data_of_a_running_run_is_not_replaced(run):
