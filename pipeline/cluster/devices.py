@@ -237,9 +237,10 @@ def visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
     """NVML handles of the devices that are visible to CUDA.
 
     `visible`: value of CUDA_VISIBLE_DEVICES. An entry is an index, or a unique prefix of the UUID
-    of a GPU or MIG instance. As in CUDA, the first invalid entry and all later ones are ignored,
-    the index of a GPU with MIG selects its first instance, and a process sees at most one instance
-    (CUDA Programming Guide, environment variables; NVIDIA MIG User Guide, device enumeration).
+    of a GPU or MIG instance. The first invalid entry and all later ones are ignored. The index of a
+    GPU with MIG selects its first instance, and a process sees at most one instance. CUDA has the
+    same rules (CUDA Programming Guide, environment variables; NVIDIA MIG User Guide, device
+    enumeration).
     """
     gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     entries = map(str, range(len(gpus))) if visible is None else map(str.strip, visible.split(","))

@@ -1,7 +1,7 @@
 """Watchdog: ends all ranks within seconds if one of them has died or hangs, and names that rank.
 
-Without it the other ranks would wait in a collective, which NCCL ends after minutes, or until a
-launcher has killed one rank after the other, 30 s each. A thread of each rank publishes a heartbeat
+Without it the other ranks would wait in a collective until NCCL's time-out of minutes, or until a
+launcher has killed the ranks one by one, 30 s each. A thread of each rank publishes a heartbeat
 in the key-value store. The first rank that detects a failure announces it to all ranks.
 """
 

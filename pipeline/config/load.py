@@ -178,7 +178,7 @@ def _key_advice(key: str, value: Any) -> str:
 
 
 def value_problem(setting: str, value: Any) -> str:
-    """What the setting expects, if it refuses this value; an empty text if it accepts the value."""
+    """The values that a setting takes, if it refuses this one; empty if it accepts this value."""
     required = {"model": "m", "train_data": "t", "output_dir": "o"}
     try:
         RunSettings.model_validate(required | {setting: value})

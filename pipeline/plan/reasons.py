@@ -67,8 +67,8 @@ def _compare_with_alternative(key: str, chosen: Candidate, ranked: Sequence[Cand
     if chosen_time == best_time:
         return f"no alternative is faster: predicted {chosen_time}/step, also for {name}"
     return (
-        f"the fastest that fits: predicted {chosen_time}/step, with {name} {best_time}/step "
-        "(sequences of max_length tokens)"
+        f"the fastest that fits: predicted {chosen_time}/step, and {best_time}/step with {name} "
+        "(for sequences of max_length tokens)"
     )
 
 

@@ -1,7 +1,7 @@
 """Checks and conversions of values in a row.
 
-A list or object of a row may also be given as JSON text, or as a struct of lists, which is the form
-that a column of objects has in some tables: `{role: [user, assistant], content: [Hi, Hello]}`.
+A list of objects may also be given as JSON text or as a struct of lists. Some tables store a column
+of objects as such a struct: `{role: [user, assistant], content: [Hi, Hello]}`.
 """
 
 import json

@@ -16,7 +16,7 @@ from pipeline.track.follow import SentRecord, sent_path
 from pipeline.track.lines import LineReader, metrics_of
 
 logger = logging.getLogger(__name__)
-LAST_WAIT_S = 30.0  # at the end of a run, the longest time to send the remaining data
+LAST_WAIT_S = 30.0  # time to send the remaining data at the end of a run
 # A tracker process gets only these variables and those with a prefix of its own settings.
 _VARIABLES = {
     "PATH", "HOME", "USER", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR",

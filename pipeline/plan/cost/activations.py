@@ -241,8 +241,9 @@ def _attention_bytes(kind: _BlockKind) -> int:
     FlashAttention saves no scores (arXiv 2205.14135 s.3). Without it, soft-capped attention saves
     the capped scores, and their softmax in fp32 and in the training dtype, each with `reach` values
     per token and head. It also saves keys and values repeated for every query head. If one layer
-    computes q, k and v (GPT-NeoX, Phi-3), v is a view that keeps the whole output of this layer,
-    and the attention output is stored by heads and copied for the next layer (measured).
+    computes q, k and v (GPT-NeoX, Phi-3), v is a view that keeps the whole output of this layer.
+    Then the attention output also exists twice: by heads, and as a copy for the next layer
+    (measured).
     """
     block, b = kind.block, kind.b
     q, k = block.query_width, block.key_width
@@ -289,10 +290,10 @@ def _loss_bytes(
     """Bytes at the peak of the loss: hidden states, and logits-sized tensors of one chunk.
 
     The plain loss has three logits-sized tensors in fp32: the log-probabilities and two gradients.
-    Soft-capped logits are a fourth. If the gradient is computed in the forward pass
-    (model/loss_gradient.py), the logits-sized tensors are in the training dtype, except the
-    log-probabilities, and there is also the gradient of the hidden states. On a CPU, the operator
-    of the log-probabilities also casts its input to fp32.
+    Soft-capped logits are a fourth. The gradient may also be computed in the forward pass
+    (model/loss_gradient.py). Then only the log-probabilities are in fp32, the other logits-sized
+    tensors are in the training dtype, and the gradient of the hidden states is added. On a CPU the
+    operator of the log-probabilities also casts its input to fp32.
     """
     b = layout.bytes_per_value
     hidden = positions * shape.hidden_size * b

@@ -21,8 +21,8 @@ afterwards, with three exceptions:
 - *4-bit without re-entrant checkpointing.* Every parameter stays gathered from its forward to its
   backward pass (rule 4bit-zero3-unchecked).
 
-With DeepSpeed's defaults (1e9) a base below a billion elements is never released between forward
-and backward, and a larger one holds two to four gigabytes more than one block needs.
+DeepSpeed's defaults (1e9) are too large: a base below a billion elements is never released between
+forward and backward, and a larger one holds two to four gigabytes more than one block needs.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Predicted memory of devices and hosts in a step and while loading, and predicted disk space.
 
-Memory in a step is a sum of named terms, each the size of some tensors at the worst moment of the
-step, at which the sum is largest. docs/memory.md compares the terms with measured tensors. In the
-formulas b is the number of bytes per value in the training dtype.
+Memory in a step is predicted for several moments, as a sum of named terms, each the size of some
+tensors. The worst moment is the one with the largest sum. docs/memory.md compares the terms with
+measured tensors. In the formulas b is the number of bytes per value in the training dtype.
 """
 
 from collections.abc import Mapping
@@ -184,15 +184,16 @@ def _moments(
     shape: ModelShape, settings: RunSettings, layout: Layout, acts: Activations, *, is_cuda: bool
 ) -> dict[str, dict[str, int]]:
     """Temporary terms at each moment that may be the peak of a step: moment -> term -> bytes."""
-    k = layout.checkpointed_layers
-    boundaries = k * acts.boundary
-    not_checkpointed = [count for _, count in shape.counts(start=k)]
+    num_checkpointed = layout.checkpointed_layers
+    boundaries = num_checkpointed * acts.boundary
+    not_checkpointed = [count for _, count in shape.counts(start=num_checkpointed)]
     saved_without_checkpoint = sum(
         n * block.saved for n, block in zip(not_checkpointed, acts.blocks, strict=True)
     )
     saved = boundaries + saved_without_checkpoint
-    # The peak within blocks is reached either when all blocks that are not checkpointed hold their
-    # activations, or later, when those are freed and one checkpointed block is being recomputed.
+    # The backward pass may have its peak at its start, when all blocks that are not checkpointed
+    # hold their activations. Or it has its peak later, when these activations are freed and a
+    # checkpointed block is recomputed.
     recomputed = [
         block.recomputed
         for (_, count), num_not_checkpointed, block in zip(
@@ -206,29 +207,30 @@ def _moments(
     accumulated, reduction = _gradients(shape, settings, layout, is_cuda=is_cuda)
     # Each backward pass allocates a new bucket (DeepSpeed 0.19.8 stage_1_and_2.py:3256).
     bucket = layout.bytes_per_value * bucket_elements(shape, settings)
-    filling = {} if layout.is_sharded else {"zero_buckets": bucket}
+    filling_bucket = {} if layout.is_sharded else {"zero_buckets": bucket}
     trainable = trainable_parameters(shape, settings)
     is_reduced_early = trainable > bucket_elements(shape, settings)
     # The only remaining activations are the input of a block and its gradient (measured).
     after_backward = {"activations": 2 * acts.boundary}
     if has_fast_path(ONE_REDUCTION, settings, layout):  # every rank sums whole gradients in fp32
-        accumulated, filling, is_reduced_early = {"local_gradients": 4 * trainable}, {}, False
+        accumulated, filling_bucket = {"local_gradients": 4 * trainable}, {}
+        is_reduced_early = False
         reduction, after_backward = accumulated | reduction, {}
-    from_earlier = accumulated if layout.accumulation_steps > 1 else {}
+    earlier_gradients = accumulated if layout.accumulation_steps > 1 else {}
     head, block, experts = _gathered(shape, settings, layout)
     dequantised = shape.largest_linear * layout.bytes_per_value
     return {
-        "the loss": from_earlier
+        "the loss": earlier_gradients
         | {"activations": saved, "logits": acts.logits, "gathered_layers": head + block + experts},
-        "the last norm's backward pass": from_earlier
-        | filling
+        "the last norm's backward pass": earlier_gradients
+        | filling_bucket
         | {
             "activations": saved,
             "working_set": acts.final_working,
             "gathered_layers": 2 * block + experts,
         },
         "a block's backward pass": accumulated
-        | filling
+        | filling_bucket
         | (reduction if is_reduced_early else {})
         | {
             "activations": boundaries + in_block,

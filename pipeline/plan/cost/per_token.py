@@ -34,8 +34,9 @@ _DROPOUT_PASSES = 2  # dropout reads and writes the input of A
 _WEIGHT_NORM_PASSES = 7  # DoRA: B A is written, scaled, added to the weight; the norm reads the sum
 _LORA_OUT_PASSES = 6  # B writes; scaling reads and writes; the sum reads two and writes one
 _JOINT_OUT_PASSES = 2  # one kernel multiplies by B and adds to the output (model/joint_lora.py)
-# Experts (grouped_mm): routing, and for each expert that a token is routed to, passes over tensors
-# of the hidden width (copied in and out, weighted, summed) and of the inner width.
+# Experts (grouped_mm). Routing has passes over the hidden state. Each expert that a token is routed
+# to has passes over tensors of the hidden width (copied in and out, weighted, summed) and of the
+# expert's inner width.
 _ROUTING_PASSES = 8
 _EXPERT_HIDDEN_PASSES = 12
 _EXPERT_INNER_PASSES = 8
@@ -71,46 +72,39 @@ _EXPERTS_KERNELS = 22  # routing, sorting by expert, two grouped products, and t
 class CostPerToken:
     """Costs of one forward pass of a model and its adapter.
 
-    Fields whose names begin with `backward_` are costs of the backward pass.
-
-    Per token: `base_flops`, `adapter_flops`, `head_flops`; `token_values` and `backward_values`,
-    the values read or written in all blocks in each pass, attention scores excluded.
-    Per token and attended token: `score_flops`; `score_values`, the values read or written if
-    attention scores are materialised.
-    Per micro-batch: `kernels` and `backward_kernels`, launches in each pass; `document_kernels`,
-    further launches for each packed document; `norm_flops` and `norm_values`, for the norms of
-    DoRA's merged weights.
-    With an adapter on the experts: `expert_gradient_flops`, per token, for the gradients of the
-    experts' weights; `fold_flops` and `fold_values`, for adding the adapter once to all fused
-    tensors.
-    Constants of the model: `trainable`, parameters of the adapter; `linear_values` and
-    `expert_values`, weights of all linear layers and of all experts; `expert_share`, fraction of
-    the experts that one token is routed to; `packed_bytes`, bytes of the linear weights if they are
-    quantised, else 0; `stored_bytes`, bytes of the base that ZeRO-3 shards (quantisation constants
-    are replicated and not included); `modules`, number of linear layers.
+    Fields whose names begin with `backward_` are costs of the backward pass. A field whose name
+    ends in `_values` counts values that are read from memory or written to it.
     """
 
-    trainable: int
+    # Constants of the model
+    trainable: int  # parameters of the adapter
+    linear_values: int  # weights of all linear layers
+    expert_values: int  # weights of all experts
+    expert_share: float  # fraction of the experts that one token is routed to
+    packed_bytes: float  # bytes of the linear weights if they are quantised, else 0
+    # Bytes of the base that ZeRO-3 shards. Quantisation constants are replicated and not included.
+    stored_bytes: float
+    modules: int  # number of linear layers
+
+    # Per token
     base_flops: float
     adapter_flops: float
-    score_flops: float
     head_flops: float
-    token_values: float
+    token_values: float  # in all blocks, attention scores excluded
     backward_values: float
-    score_values: float
-    linear_values: int
-    expert_values: int
-    expert_share: float
-    packed_bytes: float
-    stored_bytes: float
-    kernels: int
+    expert_gradient_flops: float = 0.0  # for the gradients of adapted experts' weights
+
+    # Per token and token that it attends to
+    score_flops: float
+    score_values: float  # 0 unless attention scores are materialised
+
+    # Per micro-batch
+    kernels: int  # launches, without those for each document
     backward_kernels: float
-    document_kernels: int
-    modules: int
-    norm_flops: float
+    document_kernels: int  # further launches for each packed document
+    norm_flops: float  # for the norms of DoRA's merged weights
     norm_values: float
-    expert_gradient_flops: float = 0.0
-    fold_flops: float = 0.0
+    fold_flops: float = 0.0  # for adding the adapter of experts once to all fused tensors
     fold_values: float = 0.0
 
 

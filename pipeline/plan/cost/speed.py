@@ -139,8 +139,8 @@ def _block_flops(cost: CostPerToken, micro: float, reach: float, recomputed: flo
     """FLOPs of the blocks for one micro-batch.
 
     A frozen weight costs 2 FLOPs per token forward and 2 backward, for the gradient of its input.
-    An adapter's weight costs 2 and 4, because it also has a gradient of its own (arXiv 2001.08361
-    s.2.1 counts 2 and 4 for models whose weights are all trained). Recomputation is one more
+    An adapter's weight costs 2 and 4, because it also has a gradient of its own. (arXiv 2001.08361
+    s.2.1 counts the same for models whose weights are all trained.) Recomputation is one more
     forward pass.
 
     An adapter of experts is added to their weights instead, twice in each forward pass: torch 2.13
