@@ -14,6 +14,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json, write_text
 from pipeline.plan.given.adapter_counts import AdaptedLayer, adapted_layers
+from pipeline.plan.given.saved_modules import saved_modules
 from pipeline.plan.plan import Plan
 
 RECORD = "init_adapter.json"  # in a run folder
@@ -55,16 +56,42 @@ def read_initial_adapter(plan: Plan) -> Adapter:
         adapter = read_adapter(folder)
     except UserError as error:
         raise UserError(f"init_adapter: {error}") from None
-    if adapter.values:
-        raise UserError(
-            f"init_adapter: {folder} also has values of {min(adapter.values)}, which is not a LoRA "
-            "layer (modules_to_save, new tokens or a trained bias); a run cannot start from these"
-        )
+    _require_same_values(plan, adapter)
     layers = {f"{layer.name}.weight": layer for layer in adapted_layers(plan.shape, settings)}
     _require_same_layers(folder, adapter, layers)
     for key, layer in layers.items():
         _require_same_sizes(settings, adapter, key, layer)
     return adapter
+
+
+def _require_same_values(plan: Plan, adapter: Adapter) -> None:
+    """Raise UserError unless the adapter has values for exactly the modules of modules_to_save."""
+    place = f"init_adapter: {adapter.folder}"
+    modules = saved_modules(plan.shape, plan.settings)
+    shapes = {f"{m.name}.{name}": shape for m in modules for name, shape in m.shapes.items()}
+    tied = {f"{module.tied_name}.weight" for module in modules if module.tied_name}
+    names = adapter.values.keys() - tied
+    if others := [n for n in names if any(v.rows or v.scaling for v in adapter.values[n])]:
+        raise UserError(
+            f"{place} has new tokens or a trained bias: {min(others)}; a run cannot start from it"
+        )
+    if differences := shapes.keys() ^ names:
+        values = sorted({name.rpartition(".")[0] for name in names})
+        raise UserError(
+            f"{place} and this run train other modules in full, such as {min(differences)}; set "
+            f"modules_to_save: [{', '.join(values)}]"
+        )
+    if tied and not adapter.config.get("ensure_weight_tying"):
+        raise UserError(
+            f"{place} was trained without ensure_weight_tying, so its embeddings and head differ, "
+            f"but {plan.settings.model} ties them; merge it, and start from the merged model"
+        )
+    for name, shape in shapes.items():
+        if (present := adapter.values[name][0].part.shape) != shape:
+            raise UserError(
+                f"{place}: {name} has shape {present} there and {shape} in {plan.settings.model}: "
+                "it was trained on another model or with a larger vocabulary"
+            )
 
 
 def _require_same_layers(

@@ -17,6 +17,7 @@ def initial_weights(
 
     `fresh`: initial weights of a run without it. If r is larger in the run, the additional rows of
     A are fresh and the additional columns of B are zero. If the scaling differs, B is rescaled.
+    Modules that are trained in full have the values of the adapter.
     """
     loaded = load_file(adapter.file.path)
     weights: dict[str, torch.Tensor] = {}
@@ -27,4 +28,4 @@ def initial_weights(
         a[: update.r] = loaded[key_a]
         b[:, : update.r] = loaded[key_b].float() * (update.scaling / layer.scaling)
         weights |= {key_a: a, key_b: b}
-    return weights
+    return weights | {key: loaded[key].float() for key in fresh if ".lora_" not in key}

@@ -27,6 +27,7 @@ from pipeline.errors import RankZeroError
 from pipeline.files import atomic_folder, dump_json, read_json
 from pipeline.model.adapter import expected_shapes, lora_config
 from pipeline.model.fingerprint import Fingerprint
+from pipeline.plan.given.saved_modules import saved_modules
 from pipeline.plan.plan import Plan
 
 _CONFIG, _CARD = "adapter_config.json", "README.md"
@@ -67,6 +68,8 @@ def publish_adapter(
     card = model_card(plan, step, base, lineage_texts(started_from), notes)
     verify_tensors(tensors, expected, trained=True)
     check_servable(tensors, config)
+    copies = _tied_copies(plan)
+    expected |= {key: expected[source] for key, source in copies.items()}
 
     def check(fresh: Path) -> None:
         verify_adapter_file(fresh / WEIGHTS, expected, trained=True)
@@ -76,6 +79,7 @@ def publish_adapter(
     try:
         with atomic_folder(folder, check) as fresh:
             weights = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            weights |= {key: weights[source].clone() for key, source in copies.items()}
             save_file(weights, fresh / WEIGHTS, metadata={"format": "pt"})
             (fresh / _CONFIG).write_text(dump_json(config), encoding="utf-8")
             (fresh / _CARD).write_text(card, encoding="utf-8")
@@ -85,6 +89,19 @@ def publish_adapter(
                 (fresh / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise RankZeroError(f"{folder}: the adapter cannot be written: {error}") from error
+
+
+def _tied_copies(plan: Plan) -> dict[str, str]:
+    """Key of a head in the adapter file -> key of the embeddings that it shares its weight with.
+
+    peft 0.21.2 cannot load an adapter without one of the two (utils/save_and_load.py:617).
+    """
+    return {
+        f"{_PREFIX}{module.tied_name}.{name}": f"{_PREFIX}{module.name}.{name}"
+        for module in saved_modules(plan.shape, plan.settings)
+        for name in module.shapes
+        if module.tied_name
+    }
 
 
 def adapter_config(settings: RunSettings) -> dict[str, Any]:
@@ -109,10 +126,11 @@ def check_servable(tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[
     vLLM ignores keys with another prefix (vllm#34186, #39278) and allocates `r` columns for each
     matrix. The plan's rules name the options that a serving engine rejects.
     """
+    saved = tuple(f"{_PREFIX}{name}." for name in adapter_config.get("modules_to_save") or ())
     problems = [
         f"{key} is not a key that serving engines read"
         for key in tensors
-        if not key.startswith(_PREFIX) or ".lora_" not in key
+        if not key.startswith(_PREFIX) or not (".lora_" in key or key.startswith(saved))
     ]
     ranks = [adapter_config["r"], *(adapter_config.get("rank_pattern") or {}).values()]
     # Modules whose fused experts are adapted: their matrices have r columns for each expert.

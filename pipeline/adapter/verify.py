@@ -26,6 +26,18 @@ def verify_tensors(tensors: Mapping[str, torch.Tensor], expected: Shapes, *, tra
     _verify("the gathered adapter", tensors.keys(), tensors.__getitem__, expected, trained=trained)
 
 
+def verify_gradients(moments: Mapping[str, torch.Tensor]) -> None:
+    """Raise RankZeroError if a moment of Adam is zero, so that no gradient reached its parameter.
+
+    It is needed for modules that are trained in full, whose initial values are not zero.
+    """
+    if zeros := [key for key, moment in moments.items() if not moment.any()]:
+        raise RankZeroError(
+            f"the moments of {len(zeros)} of {len(moments)} tensors are zero: no gradient reached "
+            f"{_first_of(zeros)}"
+        )
+
+
 def verify_adapter_file(path: Path, expected: Shapes, *, trained: bool) -> None:
     """Verify a written adapter file; only one tensor at a time is in memory."""
     try:

@@ -59,6 +59,15 @@ class AdapterKeys(BaseModel):
         "1 / r.",
         json_schema_extra=traits(peers="peft_init_lora_weights"),
     )
+    modules_to_save: list[str] = Field(
+        default_factory=list,
+        description="Modules that are trained in full, in addition to the adapter: embeddings "
+        "(`embed_tokens`) and head (`lm_head`). If they share their weight, they are trained as "
+        "one and stay equal. Each parameter takes about 16 bytes over all ranks.",
+        json_schema_extra=traits(
+            peers="lora_modules_to_save additional_target additional_trainable_modules"
+        ),
+    )
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1e6)] = Field(
         default=1.0,
         description="LoRA+: the learning rate of the B matrices divided by `lr`, for example 16. "

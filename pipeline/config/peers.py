@@ -154,7 +154,7 @@ ADVICE: Mapping[str, str] = {
     "added_tokens*": _NOT_BUILT,
     "new_tokens": _NOT_BUILT,
     "trainable_token*": _NOT_BUILT,
-    "ensure_weight_tying": _NOT_BUILT,
+    "ensure_weight_tying": "not needed: modules_to_save keeps a tied pair tied; remove it",
     "lora_target_linear": "lora_target_modules: all-linear",
     "gradient_checkpointing_kwargs": _CHECKPOINTING,
     "use_reentrant*": _CHECKPOINTING,

@@ -95,13 +95,6 @@ class RunKeys(BaseModel):
         "experts]`.",
         json_schema_extra=traits(peers="target_modules lora_target lora_modules lora_attn_modules"),
     )
-    modules_to_save: list[str] = Field(
-        default_factory=list,
-        description="Modules to train in full, in addition to the adapter. Not available yet.",
-        json_schema_extra=traits(
-            peers="lora_modules_to_save additional_target additional_trainable_modules"
-        ),
-    )
 
     init_adapter: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,

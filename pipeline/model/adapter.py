@@ -10,6 +10,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.model.base import DTYPES
 from pipeline.model.checkpoint_names import model_on_meta
 from pipeline.plan.given.adapter_counts import adapted_layers
+from pipeline.plan.given.saved_modules import SavedModule, saved_modules
 from pipeline.plan.given.shape import EXPERTS, read_shape
 from pipeline.plan.plan import Plan
 
@@ -21,7 +22,7 @@ def lora_config(settings: RunSettings) -> LoraConfig:
     them, and a configuration has one dropout for all layers. `attach_adapter` then sets the dropout
     of the linear layers.
     """
-    experts = _target_parameters(settings)
+    experts, saved = _target_parameters(settings), _saved_modules(settings)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
@@ -34,8 +35,15 @@ def lora_config(settings: RunSettings) -> LoraConfig:
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         init_lora_weights=settings.init_lora_weights,
+        modules_to_save=[module.name for module in saved] or None,
+        ensure_weight_tying=any(module.tied_name for module in saved),
         bias="none",
     )
+
+
+def _saved_modules(settings: RunSettings) -> tuple[SavedModule, ...]:
+    shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
+    return saved_modules(shape, settings)
 
 
 def _target_modules(settings: RunSettings) -> list[str]:
@@ -103,11 +111,14 @@ def trainable(model: PeftModel) -> dict[str, nn.Parameter]:
     """Key in peft's adapter file -> trainable parameter, in the same order on all ranks.
 
     peft itself provides the keys: the key of a LoRA matrix does not contain the adapter's name, and
-    other kinds of parameters have other names in the file than in the module tree.
+    other kinds of parameters have other names in the file than in the module tree. A tied weight is
+    one parameter, with the key of the embeddings.
     """
     named = dict(sorted(model.named_parameters(remove_duplicate=False)))
     in_file = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
-    keys = {id(parameter): key for key, parameter in in_file.items()}
+    keys: dict[int, str] = {}
+    for key, parameter in in_file.items():  # in the order of modules: embeddings before the head
+        keys.setdefault(id(parameter), key)
     parameters = {id(p): p for p in named.values() if p.requires_grad}
     return {keys[i]: parameter for i, parameter in parameters.items()}
 

@@ -259,7 +259,8 @@ def remove_input_gradients(model: PreTrainedModel) -> None:
     transformers and peft register them. Call this function before `deepspeed.initialize`, because
     it would also remove the hooks of DeepSpeed.
     """
-    model.get_input_embeddings()._forward_hooks.clear()
+    for module in model.get_input_embeddings().modules():  # also the copy in modules_to_save
+        module._forward_hooks.clear()
 
 
 def require_input_gradients(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +105,8 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     return {
         "layers_name": names[layers[0]].rpartition(".")[0],
+        "embeddings_name": _name_of_width(names, embeddings, sizes[0]["hidden_size"]),
+        "head_name": _name_of_width(names, head, sizes[0]["hidden_size"]),
         "vocab_size": embeddings.weight.shape[0],
         "is_tied": head.weight is embeddings.weight,
         "has_other_towers": _has_other_towers(model, decoder, head),
@@ -115,6 +117,11 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
         "blocks": [json.loads(kind) for kind in distinct],
         "layer_kinds": [distinct.index(kind) for kind in kinds],
     }
+
+
+def _name_of_width(names: Mapping[nn.Module, str], module: Any, width: int) -> str:
+    """The name of the embeddings or the head; empty if their width is not that of the blocks."""
+    return names.get(module, "") if module.weight.shape[1] == width else ""
 
 
 def _build(folder: Path, *, trust_remote_code: bool) -> Any:

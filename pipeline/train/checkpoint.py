@@ -35,9 +35,7 @@ if TYPE_CHECKING:
 _ADAPTER, _OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 _STATE, _MANIFEST = "state.json", "manifest.json"
 DATA_MADE_WITH = "data_made_with"  # entry of state.json: versions of the tokenising packages
-_LORA_MATRIX = re.compile(
-    r"(?<!\.experts)(?<!\.experts\.base_layer)\.lora_([AB]\.weight|magnitude_vector)$"
-)
+_OF_EXPERTS = re.compile(r"\.experts(\.base_layer)?\.lora_[AB]\.weight$")
 _RESUME_IS_SAME_RUN = (
     "`resume` continues a run with its own data and learning rate schedule; for other data, steps "
     "or target modules start a new run in another output_dir without `resume`; to start from the "
@@ -94,7 +92,8 @@ class Checkpoints:
 
     `keep`: number of checkpoints to keep (save_total_limit). `accepted`: fields of the identity
     that may differ. `origin`: the checkpoint of `resume: PATH`, if the run started from one; the
-    checkpoints of the run record this path. `shapes`: shape of each linear layer's A and B.
+    checkpoints of the run record this path. `shapes`: shapes of the trained tensors,
+    without those of fused experts.
     `model_folder`: the base. It is needed for old checkpoints, whose fingerprint covers only
     samples of the weights. `about`: further entries of state.json for users.
     """
@@ -290,7 +289,7 @@ class Checkpoints:
         if self.shapes is None:
             return
         entries = read_header(path / _ADAPTER).entries
-        saved = {key: entry.shape for key, entry in entries.items() if _is_of_linear_layer(key)}
+        saved = {key: entry.shape for key, entry in entries.items() if not _is_of_experts(key)}
         expected = {key: tuple(shape) for key, shape in self.shapes.items()}
         if saved != expected:
             key = min(saved.items() ^ expected.items())[0]
@@ -402,9 +401,9 @@ def computation_changes(path: Path, about: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _is_of_linear_layer(key: str) -> bool:
-    """Whether a tensor belongs to the adapter of a linear layer, not of fused experts."""
-    return _LORA_MATRIX.search(key) is not None
+def _is_of_experts(key: str) -> bool:
+    """Whether a tensor belongs to the adapter of fused experts."""
+    return _OF_EXPERTS.search(key) is not None
 
 
 def _rename_skipped(path: Path) -> None:

@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from pipeline.adapter.gather import gather_weights
-from pipeline.adapter.verify import verify_tensors
+from pipeline.adapter.gather import gather_moments, gather_weights
+from pipeline.adapter.verify import verify_gradients, verify_tensors
 from pipeline.cluster.stop import StopAgreed
 from pipeline.config.frequency import Frequency
 from pipeline.data.order.batches import Batch, worker_deaths_reported
@@ -177,14 +177,20 @@ def _require_finite(run: TrainingState, loss: float) -> None:
 
 
 def _require_trained(run: TrainingState) -> None:
-    """Raise RankZeroError if a lora_B is still zero after two steps: it gets no gradient.
+    """Raise RankZeroError if a lora_B or a module in full gets no gradient, after two steps.
 
     The loss is not checked: in fp32 it can be exactly 0 if the model has learnt a short answer.
     """
-    weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
-    run.session.rank_zero_first(
-        lambda: verify_tensors(weights, expected_shapes(run.plan), trained=True)
-    )
+    parameters, keep = run.engine.parameters, run.session.is_rank_zero
+    weights = gather_weights(parameters, keep=keep)
+    in_full = {key: each for key, each in parameters.items() if ".lora_" not in key}
+    moments = gather_moments(in_full, keep=keep)
+
+    def verify() -> None:
+        verify_tensors(weights, expected_shapes(run.plan), trained=True)
+        verify_gradients(moments)
+
+    run.session.rank_zero_first(verify)
 
 
 def _is_due(run: TrainingState, frequency: Frequency | None, *, is_last: bool) -> bool:

@@ -8,7 +8,7 @@ from pipeline import __version__
 from pipeline.data.dataset.reader import DataIndex
 from pipeline.errors import UserError
 from pipeline.model.fingerprint import base_fingerprint, require_base_of_run
-from pipeline.plan.given.adapter_counts import lora_shapes
+from pipeline.plan.given.adapter_counts import adapter_shapes
 from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import DATA_MADE_WITH, Checkpoints, Identity
 from pipeline.train.start import Start, is_checkpoint_path, settings_hash
@@ -29,7 +29,7 @@ def checkpoints_of(
         base = require_base_of_run(folder, settings.model_folder)
     else:
         base = base_fingerprint(settings.model_folder).digest
-    shapes = lora_shapes(plan.shape, settings)
+    shapes = adapter_shapes(plan.shape, settings)
     identity = Identity(
         data=data,
         tokens=None if index is None else _digests(index),

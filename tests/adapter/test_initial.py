@@ -177,6 +177,46 @@ def test_all_earlier_adapters_are_in_the_record_and_on_the_card(tiny_model, firs
     )
 
 
+def test_a_run_starts_from_the_trained_embeddings_of_an_adapter(tiny_model, tmp_path):
+    plan = make_plan(tiny_model, modules_to_save=["embed_tokens"])
+    adapter = publish(plan, tmp_path / "adapter")
+    expected = logits(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter)
+    )
+    plan = make_plan(tiny_model, modules_to_save=["lm_head"], init_adapter=str(adapter))
+    require_startable(plan)
+    model = attach_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), plan)
+    parameters = trainable(model)
+    weights = initial_weights(read_adapter(adapter), plan, parameters)
+    assert weights.keys() == parameters.keys()
+    for key, parameter in parameters.items():
+        parameter.data = weights[key]
+    assert (logits(model) - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_an_adapter_with_other_modules_in_full_is_refused(tiny_model, first, tmp_path):
+    saved = publish(make_plan(tiny_model, modules_to_save=["embed_tokens"]), tmp_path / "saved")
+    with refused("init_adapter", "modules_to_save: [lm_head, model.embed_tokens]"):
+        require_startable(make_plan(tiny_model, init_adapter=str(saved)))
+    with refused("init_adapter", "modules_to_save: []"):
+        require_startable(
+            make_plan(tiny_model, init_adapter=str(first), modules_to_save=["lm_head"])
+        )
+
+
+def test_untied_copies_of_a_tied_pair_are_refused(tiny_model, tmp_path):
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", modules_to_save=["embed_tokens"]
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
+    model.save_pretrained(tmp_path / "untied")
+    plan = make_plan(
+        tiny_model, init_adapter=str(tmp_path / "untied"), modules_to_save=["embed_tokens"]
+    )
+    with refused("init_adapter", "ensure_weight_tying", "merge"):
+        require_startable(plan)
+
+
 def test_an_adapter_that_also_replaces_base_weights_is_refused(tiny_model, tmp_path):
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules="all-linear", modules_to_save=["input_layernorm"]

@@ -121,8 +121,8 @@ class Bench:
     def measure(self, cell):
         """Seconds of each step, tokens per second and peak memory, measured and predicted."""
 
-        def chosen(settings, layout):
-            states = fast_paths(settings, layout)
+        def chosen(shape, settings, layout):
+            states = fast_paths(shape, settings, layout)
             return states | ({cell.without: "off in this cell"} if cell.without else {})
 
         with patch("pipeline.plan.plan.fast_paths", chosen):

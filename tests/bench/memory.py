@@ -52,6 +52,12 @@ GRID = {
 }
 ZERO2, ZERO3 = BF16 | OFF | {"zero_stage": 2}, BF16 | OFF | {"zero_stage": 3}
 DORA = {"use_dora": True}
+SAVED = BF16 | OFF | {
+    "modules_to_save": ["embed_tokens", "lm_head"],
+    "max_length": 48, "batch_size": 1, "global_batch_size": 4,
+}  # fmt: skip
+WORDS_16K = {"vocab_size": 16384}
+TIED_16K = WORDS_16K | {"tie_word_embeddings": True}
 HEADS, HPZ, OFFLOAD = {"head_dim": 32}, {"hpz_partition_size": 2}, {"offload_param": "cpu"}
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 ADAPTED = {"lora_target_modules": ["auto", "experts"], "lora_r": 8}
@@ -62,6 +68,30 @@ MIXED = {  # blocks with and without experts
 OTHERS = {
     "int8": Case(settings=ZERO2 | {"load_in_8bit": True}),
     "dropout": Case(settings=ZERO2 | {"lora_dropout": 0.1}),
+    "saved tied zero1": Case(settings=SAVED | {"zero_stage": 1}, model=TIED_16K),
+    "saved tied zero2": Case(settings=SAVED | {"zero_stage": 2}, model=TIED_16K),
+    "saved tied zero2 fp32": Case(
+        settings=SAVED | {"zero_stage": 2, "bf16": False}, model=TIED_16K
+    ),
+    "saved tied zero3": Case(settings=SAVED | {"zero_stage": 3}, model=TIED_16K),
+    "saved both zero2": Case(settings=SAVED | {"zero_stage": 2}, model=WORDS_16K),
+    "saved both zero2 accumulation 1": Case(
+        settings=SAVED | {"zero_stage": 2, "global_batch_size": 2}, model=WORDS_16K
+    ),
+    "saved tied zero2 accumulation 1": Case(
+        settings=SAVED | {"zero_stage": 2, "global_batch_size": 2}, model=TIED_16K
+    ),
+    "saved both zero3": Case(settings=SAVED | {"zero_stage": 3}, model=WORDS_16K),
+    "saved both zero3 accumulation 1": Case(
+        settings=SAVED | {"zero_stage": 3, "global_batch_size": 2}, model=WORDS_16K
+    ),
+    "saved both nf4 zero2": Case(settings=SAVED | NF4 | {"zero_stage": 2}, model=WORDS_16K),
+    "saved embeddings zero2": Case(
+        settings=SAVED | {"zero_stage": 2, "modules_to_save": ["embed_tokens"]}, model=WORDS_16K
+    ),
+    "saved both zero2 long": Case(
+        settings=SAVED | {"zero_stage": 2, "max_length": 256}, model=WORDS_16K
+    ),
     "dora": Case(settings=ZERO2 | DORA),
     "dora short": Case(settings=ZERO2 | DORA | {"max_length": 64, "batch_size": 1}),
     "dora dropout": Case(settings=ZERO2 | DORA | {"lora_dropout": 0.1}),

@@ -13,12 +13,12 @@ from pipeline.adapter.publish import publish_adapter
 from pipeline.config.adapter_keys import AdapterKeys
 from pipeline.model.adapter import expected_shapes
 from pipeline.model.fingerprint import base_fingerprint
-from pipeline.plan.given.adapter_counts import lora_shapes
+from pipeline.plan.given.adapter_counts import adapter_shapes
 from pipeline.train.assemble import load_initial_adapter
 from pipeline.train.resume import checkpoints_of
 from tests.adapter.merged import merge_adapter
 from tests.ranks import run_ranks
-from tests.tiny import Documents, make_plan
+from tests.tiny import Documents, make_model, make_plan
 from tests.train_tiny import build_engine, distance, work
 
 pytestmark = pytest.mark.engine
@@ -37,7 +37,10 @@ OPTIONS = {
         "neftune_noise_alpha": 5.0,
     },
     "dora": {"use_dora": True, "rank_pattern": {"q_proj": 2}},
+    "tied embeddings and head": {"modules_to_save": ["lm_head"], "neftune_noise_alpha": 5.0},
+    "embeddings and head": {"modules_to_save": ["embed_tokens", "lm_head"], "lora_plus_ratio": 4.0},
 }  # fmt: skip
+UNTIED = {"embeddings and head"}
 # Run -> its settings, and the run from whose state it resumes.
 RUNS = {
     "zero1": ({"zero_stage": 1}, None),
@@ -90,17 +93,16 @@ def steps(session, plan, engine, first, count):
 
 
 @pytest.fixture(scope="module", params=OPTIONS)
-def option(request, tiny_model, tmp_path_factory):
+def option(request, tmp_path_factory):
     """The option, its runs on two ranks, and the folders of base, adapter and merged model."""
-    options, folder = OPTIONS[request.param], tmp_path_factory.mktemp(request.param)
-    runs = run_ranks(train_at_each_stage, tiny_model, options, tmp_path=folder)[0]
-    plan = make_plan(tiny_model, 2, 40, zero_stage=2, lr=1e-2, **options)
+    options, folder = OPTIONS[request.param], tmp_path_factory.mktemp("option")
+    base = make_model(folder / "base", tied=request.param not in UNTIED)
+    runs = run_ranks(train_at_each_stage, base, options, tmp_path=folder)[0]
+    plan = make_plan(base, 2, 40, zero_stage=2, lr=1e-2, **options)
     adapter = folder / "adapter"
-    publish_adapter(
-        plan, runs["zero2"]["final"], adapter, step=4, base=base_fingerprint(tiny_model)
-    )
-    merge_adapter(tiny_model, adapter, folder / "merged")
-    return plan, runs, tiny_model, folder
+    publish_adapter(plan, runs["zero2"]["final"], adapter, step=4, base=base_fingerprint(base))
+    merge_adapter(base, adapter, folder / "merged")
+    return plan, runs, base, folder
 
 
 def test_every_stage_has_the_same_losses_and_weights(option):
@@ -127,7 +129,7 @@ def test_every_parameter_group_keeps_its_learning_rate_after_a_resume(option):
     lr = plan.learning_rate(STEPS + MORE - 1)
     rates = {"lr": lr}
     if plan.settings.lora_plus_ratio != 1:
-        rates["lr_lora_b"] = 16 * lr
+        rates["lr_lora_b"] = plan.settings.lora_plus_ratio * lr
     assert all(run["rates"] == rates for name, run in runs.items() if name != "logits")
     assert "zero1 resumed" in runs
 
@@ -135,7 +137,7 @@ def test_every_parameter_group_keeps_its_learning_rate_after_a_resume(option):
 def test_the_plan_has_the_shapes_and_count_of_the_trained_parameters(option):
     plan, runs, *_ = option
     trained = {key: tuple(tensor.shape) for key, tensor in runs["zero2"]["final"].items()}
-    assert trained == lora_shapes(plan.shape, plan.settings)
+    assert trained == adapter_shapes(plan.shape, plan.settings)
     assert sum(math.prod(shape) for shape in trained.values()) == plan.trainable
 
 
@@ -202,6 +204,7 @@ OTHER_VALUES = {
     "layers_to_transform": [0, 1],
     "exclude_modules": ["k_proj"],
     "init_lora_weights": "gaussian",
+    "modules_to_save": ["embed_tokens"],
     "lora_plus_ratio": 2.0,
     "neftune_noise_alpha": 5.0,
 }

@@ -298,7 +298,7 @@ def _loss_bytes(
     b = layout.bytes_per_value
     hidden = positions * shape.hidden_size * b
     logits = min(positions * shape.vocab_size, LOGITS_CHUNK_BYTES // 4)
-    if not has_fast_path(LOSS_GRADIENT, settings, layout):
+    if not has_fast_path(LOSS_GRADIENT, shape, settings, layout):
         return hidden + logits * 4 * (4 if shape.logit_softcap else 3)
     graph = 2 * b if shape.logit_softcap else b
     cast = 0 if b == 4 else b if is_cuda else 4

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import Activations, activations
 from pipeline.plan.cost.gathers import gathers
+from pipeline.plan.cost.saved_gradients import saved_module_gradients
 from pipeline.plan.given.adapter_counts import (
     adapter_counts,
     adapter_counts_by_kind,
@@ -20,6 +21,7 @@ from pipeline.plan.given.block import Block
 from pipeline.plan.given.fast_paths import ONE_REDUCTION, has_fast_path
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import DTYPE_BYTES, Layout, SequenceProfile
+from pipeline.plan.given.saved_modules import saved_modules, saved_parameters
 from pipeline.plan.given.shape import ModelShape
 
 # Largest number of elements of a reduce bucket, 64 MB in fp32: large enough to saturate a link.
@@ -145,7 +147,9 @@ def disk_bytes(shape: ModelShape, settings: RunSettings) -> dict[str, int]:
     if settings.keep_best:  # fp32 weights of the best adapter, and of a better one being written
         checkpoints += 2 * checkpoint_bytes(trainable) // 3
     merged = shape.parameters * DTYPE_BYTES.get(shape.dtype, 4)
-    return {"checkpoints": checkpoints, "adapter": 4 * trainable, "merged": merged}
+    # The adapter has a tied weight under two names (adapter/publish.py).
+    tied = sum(m.parameters for m in saved_modules(shape, settings) if m.tied_name)
+    return {"checkpoints": checkpoints, "adapter": 4 * (trainable + tied), "merged": merged}
 
 
 def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[str, int]:
@@ -171,8 +175,9 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
         if layout.hpz_partition_size > 1:
             terms["hpz_copy"] = sharded // layout.hpz_partition_size
         # Each rank has its shard of the adapter, and a whole copy of the adapter without the part
-        # on experts.
-        replicated = trainable - adapter_counts(shape, settings).expert_parameters
+        # on experts and without modules that are trained in full.
+        adapter = adapter_counts(shape, settings)
+        replicated = adapter.parameters - adapter.expert_parameters
         terms["adapter_weights"] = b * trainable // world + b * replicated
         # DeepSpeed 0.19.8 stage3.py allocates fp32 gradients and one bucket persistently
         terms["adapter_gradients"] = 4 * trainable // world
@@ -212,34 +217,73 @@ def _moments(
     is_reduced_early = trainable > bucket_elements(shape, settings)
     # The only remaining activations are the input of a block and its gradient (measured).
     after_backward = {"activations": 2 * acts.boundary}
-    if has_fast_path(ONE_REDUCTION, settings, layout):  # every rank sums whole gradients in fp32
+    if has_fast_path(ONE_REDUCTION, shape, settings, layout):
+        # every rank sums whole gradients in fp32
         accumulated, filling_bucket = {"local_gradients": 4 * trainable}, {}
         is_reduced_early = False
         reduction, after_backward = accumulated | reduction, {}
     earlier_gradients = accumulated if layout.accumulation_steps > 1 else {}
+    saved_gradients = saved_module_gradients(shape, settings, layout)
+    accumulated = accumulated | {"head_gradient": saved_gradients.until_embeddings}
     head, block, experts = _gathered(shape, settings, layout)
     dequantised = shape.largest_linear * layout.bytes_per_value
     return {
         "the loss": earlier_gradients
-        | {"activations": saved, "logits": acts.logits, "gathered_layers": head + block + experts},
+        | {
+            "activations": saved,
+            "logits": acts.logits,
+            "head_gradient": saved_gradients.of_earlier_chunks,
+            "gathered_layers": head + block + experts,
+        },
+        "the backward pass of the head": earlier_gradients
+        | {
+            "activations": saved,
+            "logits": acts.logits // 4 if saved_gradients.of_head else 0,
+            "head_gradient": saved_gradients.of_head,
+            "gathered_layers": head + block + experts,
+        },
         "the last norm's backward pass": earlier_gradients
         | filling_bucket
         | {
             "activations": saved,
             "working_set": acts.final_working,
+            "head_gradient": saved_gradients.until_embeddings,
             "gathered_layers": 2 * block + experts,
         },
         "a block's backward pass": accumulated
         | filling_bucket
         | (reduction if is_reduced_early else {})
+        | {"saved_gradients": saved_gradients.in_early_reduction}
         | {
             "activations": boundaries + in_block,
             "working_set": max(block.working for block in acts.blocks),
             "gathered_layers": 2 * block + experts,
             "dequantised_weight": dequantised if settings.is_quantised else 0,
         },
-        "the reduction of gradients": after_backward | reduction,
+        "the backward pass of the embeddings": earlier_gradients
+        | {
+            "activations": 2 * acts.boundary,
+            "saved_gradients": saved_gradients.of_embeddings,
+            "gathered_layers": head if saved_gradients.of_embeddings else 0,
+        },
+        "the reduction of gradients": after_backward
+        | reduction
+        | {"saved_gradients": saved_gradients.in_reduction},
+        "the optimizer's step": {
+            "optimizer_step": _optimizer_step(shape, settings, layout, is_cuda=is_cuda)
+        },
     }
+
+
+def _optimizer_step(
+    shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool
+) -> int:
+    """Bytes of the gradients in fp32 and of temporary tensors, while Adam updates its partition.
+
+    PyTorch's Adam has two temporary tensors on a CPU, and none in its fused kernel on a GPU.
+    """
+    tensors = 1 if is_cuda else 3
+    return 4 * tensors * trainable_parameters(shape, settings) // layout.world_size
 
 
 def _gradients(
@@ -313,6 +357,7 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
     base = base_bytes(shape, settings, layout.training_dtype)
     largest = shape.largest_linear * b
     constants = quantisation_constants(shape, settings)
+    saved = b * saved_parameters(shape, settings)  # copied before DeepSpeed shards them
     if layout.is_sharded and (not settings.is_quantised or layout.loads_through_host):
         tensors = [tensor for block in shape.blocks for tensor in block.experts]
         experts = b * max((tensor.parameters for tensor in tensors), default=0)
@@ -321,9 +366,9 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
         sharded, hpz_size = base - constants, layout.hpz_partition_size
         shard = 0 if layout.offload_param == "cpu" else sharded // layout.world_size
         shard += sharded // hpz_size if hpz_size > 1 else 0
-        return shard + constants + being_read + on_rank_0
+        return shard + constants + being_read + on_rank_0 + saved
     num_unquantised = 4 if is_cuda else 1
-    return base + (num_unquantised * largest if settings.is_quantised else 0)
+    return base + saved + (num_unquantised * largest if settings.is_quantised else 0)
 
 
 def _host_peak(shape: ModelShape, settings: RunSettings, layout: Layout, device_peak: int) -> int:

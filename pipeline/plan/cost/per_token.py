@@ -18,10 +18,12 @@ from pipeline.plan.given.adapter_counts import (
     adapted_layers,
     adapter_counts,
     input_of,
+    trainable_parameters,
 )
 from pipeline.plan.given.block import Block
 from pipeline.plan.given.fast_paths import has_joint_lora
 from pipeline.plan.given.layout import DTYPE_BYTES
+from pipeline.plan.given.saved_modules import saved_parameters, trained_head
 from pipeline.plan.given.shape import ModelShape
 
 # Passes over a tensor of the training dtype in a block's forward pass, except in matrix products.
@@ -77,7 +79,8 @@ class CostPerToken:
     """
 
     # Constants of the model
-    trainable: int  # parameters of the adapter
+    trainable: int  # trainable parameters
+    saved_values: int = 0  # parameters of modules that are trained in full
     linear_values: int  # weights of all linear layers
     expert_values: int  # weights of all experts
     expert_share: float  # fraction of the experts that one token is routed to
@@ -106,6 +109,9 @@ class CostPerToken:
     norm_values: float
     fold_flops: float = 0.0  # for adding the adapter of experts once to all fused tensors
     fold_values: float = 0.0
+
+    # Per supervised token
+    head_gradient_flops: float = 0.0  # for the gradient of a trained head's weight
 
 
 def cost_per_token(
@@ -144,7 +150,7 @@ def sequence_flops(cost: CostPerToken) -> SequenceFlops:
     return SequenceFlops(
         per_token=2 * cost.base_flops + 3 * cost.adapter_flops + cost.expert_gradient_flops,
         per_square=3 * cost.score_flops,
-        per_logit=2 * cost.head_flops,
+        per_logit=2 * cost.head_flops + cost.head_gradient_flops,
     )
 
 
@@ -178,10 +184,11 @@ def _compute_cost(key: _Identity, training_dtype: str, *, is_joint: bool) -> Cos
     # PyTorch's SDPA too, because training passes it no mask (model/loss.py). Soft-capped scores
     # are materialised in full unless FlashAttention-2 computes them.
     is_materialised = has_scores(shape, settings)
+    is_head_trained = trained_head(shape, settings) is not None
     token_values, backward_values = _token_values(shape, settings, is_joint=is_joint)
     kernels, backward_kernels = _num_kernels(shape, settings, is_joint=is_joint)
     return CostPerToken(
-        trainable=adapter.parameters,
+        trainable=trainable_parameters(shape, settings),
         base_flops=2 * sum(count * block.active_weights for block, count in counts),
         adapter_flops=2 * (adapter.parameters - adapter.expert_parameters),
         # Scores, and their product with V: 2 FLOPs each (PaLM, arXiv 2204.02311 app. B).
@@ -207,6 +214,8 @@ def _compute_cost(key: _Identity, training_dtype: str, *, is_joint: bool) -> Cos
         ),
         fold_flops=2 * settings.lora_r * adapted,
         fold_values=_FOLD_PASSES * adapted,
+        head_gradient_flops=2 * shape.vocab_size * shape.hidden_size * is_head_trained,
+        saved_values=saved_parameters(shape, settings),
     )
 
 

@@ -13,6 +13,7 @@ from pipeline.plan.cost.per_token import TRAFFIC_BACKWARD, CostPerToken, cost_pe
 from pipeline.plan.given.fast_paths import LOSS_GRADIENT, ONE_REDUCTION, has_fast_path
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout, SequenceProfile
+from pipeline.plan.given.saved_modules import trained_head
 from pipeline.plan.given.shape import ModelShape
 
 # Fractions of the vendor's figures that large kernels and collectives are assumed to reach.
@@ -26,6 +27,9 @@ _FLOAT32_SHARE = {"cuda": 1 / 16, "cpu": 1.0}
 # scores are recomputed (FlashAttention-2, arXiv 2307.08691 s.4.1).
 _SCORES_BACKWARD = 2.5
 _FOLD_BACKWARD = 1.5  # adding an adapter to experts: 2 passes forward, 3 backward
+# Passes over modules that are trained in full, for their gradients in each micro-batch: zeroed,
+# written, and read and written while they are summed.
+_GRADIENT_PASSES = 4
 _KERNEL_S = 8e-6  # host time in seconds to launch one kernel from eager PyTorch
 _FETCH_S = 50e-6  # host time in seconds for ZeRO-3's hooks around one module of the base
 _HOP_S = 5e-6  # latency in seconds of one hop of a ring
@@ -111,7 +115,7 @@ def step_seconds(
     per_micro_batch = device | {"launches": host, "base_gathers": gathers}
     steps = layout.accumulation_steps
     terms = {term: steps * seconds for term, seconds in per_micro_batch.items()}
-    reductions = 1 if has_fast_path(ONE_REDUCTION, settings, layout) else steps
+    reductions = 1 if has_fast_path(ONE_REDUCTION, shape, settings, layout) else steps
     return Speed(
         terms=terms | _seconds_per_step(cost, layout, rates, reductions),
         tokens=layout.global_batch_size * tokens,
@@ -173,14 +177,15 @@ def _logits_seconds(
     b, vocabulary = layout.bytes_per_value, shape.vocab_size
     planned = layout.micro_batch_size * settings.max_length if layout.is_sharded else positions
     chunks = max(1, ceil(planned * vocabulary * 4 / LOGITS_CHUNK_BYTES))
-    is_early = has_fast_path(LOSS_GRADIENT, settings, layout)
+    is_early = has_fast_path(LOSS_GRADIENT, shape, settings, layout)
     recomputed = 0 if chunks == 1 or is_early else 1
     per_logit = 4 * b + 24 + recomputed * (2 * b + 12)
     if is_early:
         per_logit = 4 * b + (16 if b < 4 else 8)
     traffic = positions * vocabulary * per_logit
     traffic += (2 + recomputed) * chunks * vocabulary * shape.hidden_size * b  # the head itself
-    flops = (2 + recomputed) * 2 * vocabulary * shape.hidden_size * positions
+    passes = 2 + recomputed + (trained_head(shape, settings) is not None)
+    flops = passes * 2 * vocabulary * shape.hidden_size * positions
     return flops / rates.flops + traffic / rates.memory
 
 
@@ -203,7 +208,8 @@ def _traffic_bytes(
     # the sum is written and read twice.
     folds = (2 + _FOLD_BACKWARD + 2 * recomputed) * cost.fold_values
     norms = (1 + recomputed) * cost.norm_values
-    return layout.bytes_per_value * (weights + activations + folds + norms)
+    gradients = _GRADIENT_PASSES * cost.saved_values
+    return layout.bytes_per_value * (weights + activations + folds + norms + gradients)
 
 
 def _dequantisation_bytes(

@@ -1,4 +1,7 @@
-"""The adapted linear layers of a model, and AdapterCounts: sizes summed over them."""
+"""The adapted linear layers of a model, and AdapterCounts: sizes summed over them.
+
+Modules that are trained in full are not included in AdapterCounts; saved_modules.py counts them.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +12,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.plan.given.families import ExpertTensor, Linear
 from pipeline.plan.given.patterns import full_matches
+from pipeline.plan.given.saved_modules import saved_modules, saved_parameters
 from pipeline.plan.given.shape import ModelShape
 
 _ATTENTION_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"}
@@ -80,8 +84,8 @@ def lora_scaling(r: int, alpha: float, *, use_rslora: bool) -> float:
 
 
 def trainable_parameters(shape: ModelShape, settings: RunSettings) -> int:
-    """Number of trainable parameters: all parameters of the adapter."""
-    return adapter_counts(shape, settings).parameters
+    """Number of trainable parameters: of the adapter, and of modules that are trained in full."""
+    return adapter_counts(shape, settings).parameters + saved_parameters(shape, settings)
 
 
 def pattern_value(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
@@ -110,8 +114,8 @@ def adapted_layers(shape: ModelShape, settings: RunSettings) -> tuple[AdaptedLay
     return _select_layers(shape, _Selection.of(settings))
 
 
-def lora_shapes(shape: ModelShape, settings: RunSettings) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the linear layers' tensors in the adapter file, as peft names them.
+def adapter_shapes(shape: ModelShape, settings: RunSettings) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the trained tensors, as peft names them in the adapter file.
 
     The tensors of fused experts are not included, because their keys depend on how peft wraps them.
     """
@@ -122,6 +126,9 @@ def lora_shapes(shape: ModelShape, settings: RunSettings) -> dict[str, tuple[int
         shapes[f"{prefix}.lora_B.weight"] = (layer.linear.d_out, layer.r)
         if layer.has_magnitude:
             shapes[f"{prefix}.lora_magnitude_vector"] = (layer.linear.d_out,)
+    for module in saved_modules(shape, settings):
+        for name, size in module.shapes.items():
+            shapes[f"base_model.model.{module.name}.{name}"] = size
     return shapes
 
 

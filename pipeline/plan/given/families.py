@@ -111,6 +111,8 @@ class Family:
     has_experts: Callable[[Config, int], bool] | None = None
     defaults: Config = field(default_factory=dict)
     layers: str = "model.layers"
+    embeddings: str = "model.embed_tokens"
+    head: str = "lm_head"
     inner_key: str | None = "intermediate_size"
     norm_kind: NormKind = "rms"
     num_block_norms: int = 2
@@ -307,6 +309,8 @@ FAMILIES: dict[str, Family] = {
         linears=_gpt_neox,
         defaults={"attention_bias": True},
         layers="gpt_neox.layers",
+        embeddings="gpt_neox.embed_in",
+        head="embed_out",
         norm_kind="layer",
         is_gated=False,
     ),

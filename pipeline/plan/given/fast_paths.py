@@ -5,6 +5,8 @@ Without a fast path a run uses the computation of transformers, peft or DeepSpee
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.given.layout import Layout
+from pipeline.plan.given.saved_modules import trained_head
+from pipeline.plan.given.shape import ModelShape
 
 # The gradient of the loss is computed in the forward pass (model/loss_gradient.py).
 LOSS_GRADIENT = "loss_gradient_in_forward"
@@ -14,10 +16,10 @@ JOINT_LORA = "joint_lora"
 ONE_REDUCTION = "one_reduction_a_step"
 
 
-def fast_paths(settings: RunSettings, layout: Layout) -> dict[str, str]:
+def fast_paths(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[str, str]:
     """The name of each fast path, with the reason why it is off, or an empty text if it is on."""
     reasons = {
-        LOSS_GRADIENT: _without_loss_gradient(layout),
+        LOSS_GRADIENT: _without_loss_gradient(shape, settings, layout),
         JOINT_LORA: _without_joint_lora(settings, is_sharded=layout.is_sharded),
         ONE_REDUCTION: _without_one_reduction(layout),
     }
@@ -26,9 +28,9 @@ def fast_paths(settings: RunSettings, layout: Layout) -> dict[str, str]:
     return reasons
 
 
-def has_fast_path(name: str, settings: RunSettings, layout: Layout) -> bool:
+def has_fast_path(name: str, shape: ModelShape, settings: RunSettings, layout: Layout) -> bool:
     """Whether a run uses the fast path with this name."""
-    return not fast_paths(settings, layout)[name]
+    return not fast_paths(shape, settings, layout)[name]
 
 
 def has_joint_lora(settings: RunSettings, *, is_sharded: bool) -> bool:
@@ -36,7 +38,9 @@ def has_joint_lora(settings: RunSettings, *, is_sharded: bool) -> bool:
     return settings.fast_paths and not _without_joint_lora(settings, is_sharded=is_sharded)
 
 
-def _without_loss_gradient(layout: Layout) -> str:
+def _without_loss_gradient(shape: ModelShape, settings: RunSettings, layout: Layout) -> str:
+    if trained_head(shape, settings) is not None:
+        return "modules_to_save: the head is trained, and its gradient needs the plain loss"
     if layout.training_dtype == "float16":
         return "in fp16 the loss is scaled before its backward pass, so that no gradient underflows"
     if layout.is_sharded:

@@ -69,6 +69,8 @@ class ModelShape:
     blocks: tuple[Block, ...]
     layer_kinds: tuple[int, ...]
     layers_name: str = "model.layers"
+    embeddings_name: str = "model.embed_tokens"  # empty if rows are not of hidden_size
+    head_name: str = "lm_head"
     has_head_bias: bool = False
     has_composed_activation: bool = False  # computed by several PyTorch operators, not one kernel
     logit_softcap: bool = False
@@ -345,6 +347,8 @@ def _from_family(config: Config, model: str) -> ModelShape:
         blocks=blocks,
         layer_kinds=layer_kinds,
         layers_name=family.layers,
+        embeddings_name=family.embeddings,
+        head_name=family.head,
         has_head_bias=family.has_head_bias,
         has_composed_activation=config.get("hidden_act") == "gelu_new",
         **_common_fields(config, model),
@@ -361,6 +365,8 @@ def _from_class(config: Config, model: str, sizes: Mapping[str, Any]) -> ModelSh
         blocks=blocks,
         layer_kinds=tuple(sizes["layer_kinds"]),
         layers_name=sizes["layers_name"],
+        embeddings_name=sizes["embeddings_name"],
+        head_name=sizes["head_name"],
         has_head_bias=sizes["has_head_bias"],
         has_other_towers=sizes["has_other_towers"],
         separate_blocks=sizes["separate_blocks"],

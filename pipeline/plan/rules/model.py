@@ -9,6 +9,7 @@ from pipeline.plan.given.adapter_counts import trainable_parameters
 from pipeline.plan.given.class_proof import reason_against_packs
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.given.patterns import full_matches
+from pipeline.plan.given.saved_modules import saved_modules
 from pipeline.plan.rules.rule import DEEPSPEED, PlanContext, PlanInput, Rule, issue
 
 _WRITE_RATE = 500e6  # bytes/s of a checkpoint to disk, hashing included: an assumption
@@ -51,6 +52,19 @@ def _options_unsupported_by_experts(run: PlanInput) -> str:
         "init_adapter",
     )  # fmt: skip
     return ", ".join(name for name in names if getattr(run.settings, name))
+
+
+def _cannot_save_tied(run: PlanInput) -> str:
+    """Why peft would not keep a tied pair tied that is trained in full; empty if it would.
+
+    peft ties only embeddings with the name `embed_tokens`, to a head without a bias.
+    """
+    saved = saved_modules(run.shape, run.settings)
+    if not saved or not saved[0].tied_name:
+        return ""
+    if saved[0].name.rpartition(".")[2] != "embed_tokens":
+        return f"the embeddings are called {saved[0].name}, not embed_tokens"
+    return "the head has a bias" if run.shape.has_head_bias else ""
 
 
 def _packs_of_mixing_class(run: PlanInput) -> str:
@@ -140,14 +154,14 @@ def _exceeds_positions(run: PlanContext) -> str:
 INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     # Checked before a layout is chosen, so that "does not fit" never hides their messages.
     Rule(
-        id="modules-to-save-not-yet",
+        id="saved-tied",
         level="refuse",
-        applies=lambda run: bool(run.settings.modules_to_save),
-        reason="modules_to_save: full training of modules in addition to the adapter is not "
-        "implemented; peft's copies of sharded modules are empty after loading, and on a quantised "
-        "base updates go to the original module instead of its copy",
-        remedy="leave it out; linear layers of the blocks can be named in lora_target_modules",
-        source=issue("huggingface/peft", 1450, 2450, 2453, 602, 2603, 2946),
+        applies=_cannot_save_tied,
+        reason="modules_to_save: embeddings and head share their weight, and peft cannot load "
+        "them as one from an adapter of this model",
+        remedy="leave modules_to_save out; linear layers of the blocks can be named in "
+        "lora_target_modules",
+        source="peft 0.21.2 tuners/tuners_utils.py:1430, utils/other.py:648",
     ),
     Rule(
         id="experts-plain",

@@ -41,7 +41,7 @@ def test_all_are_off_on_request(tiny_model):
 )
 def test_one_that_does_not_apply_is_off_by_itself(tiny_model, settings, layout, name, reason):
     plan = make_plan(tiny_model, 2, **settings)
-    reasons = fast_paths(plan.settings, replace(plan.layout, **layout))
+    reasons = fast_paths(plan.shape, plan.settings, replace(plan.layout, **layout))
     assert_mentions(reasons.pop(name), reason)
     assert not any(reasons.values())
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.model.adapter import expected_shapes, lora_config, trainable
 from pipeline.model.base import load_base
-from pipeline.plan.given.adapter_counts import lora_shapes
+from pipeline.plan.given.adapter_counts import adapter_shapes
 from pipeline.plan.given.families import FAMILIES
 from pipeline.plan.given.shape import read_shape, shape_of
 from tests.messages import refused
@@ -111,7 +111,7 @@ def test_parameters_and_lora_shapes_are_those_of_the_real_model(tmp_path, kind, 
     shapes = {key: tuple(parameter.shape) for key, parameter in trainable(wrapped).items()}
     assert expected_shapes(plan) == shapes
     of_linears = {key: shape for key, shape in shapes.items() if ".experts." not in key}
-    assert of_linears == lora_shapes(plan.shape, plan.settings)
+    assert of_linears == adapter_shapes(plan.shape, plan.settings)
     assert sum(p.numel() for p in wrapped.parameters() if p.requires_grad) == plan.trainable
 
 

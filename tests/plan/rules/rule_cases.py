@@ -37,7 +37,13 @@ def with_layout(*parts, **keys):
 
 # Rule -> a context in which it applies, and the closest one in which it does not.
 CASES = {
-    "modules-to-save-not-yet": ({"modules_to_save": ["x"]}, {"modules_to_save": []}),
+    "saved-tied": (
+        {
+            "shape": {"is_tied": True, "embeddings_name": "transformer.wte"},
+            "modules_to_save": ["wte"],
+        },
+        {"config": SMOLLM2, "modules_to_save": ["lm_head"]},
+    ),
     "tied-pair": (
         {"config": SMOLLM2, "lora_target_modules": r".*(q_proj|lm_head)|lm_head"},
         {"config": SMOLLM2, "lora_target_modules": "all-linear"},

@@ -108,7 +108,6 @@ def plan(tmp_path):
         ({"load_in_8bit": True, "zero_stage": 3}, "8bit-zero3"),
         ({"hardware": CPU, "fp16": True}, "fp16-cpu"),
         ({"config": SMOLLM2, "lora_target_modules": ["lm_head"]}, "tied-pair"),
-        ({"hardware": gpu(4), "modules_to_save": ["lm_head"]}, "modules-to-save-not-yet"),
     ],
 )
 def test_rules_refuse_a_plan_before_any_other_check(plan, keys, rule):

@@ -1,0 +1,118 @@
+"""Embeddings and heads that are trained in full have plain peft's gradients, at every stage."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pipeline.adapter.gather import gather_moments, gather_weights
+from pipeline.adapter.verify import verify_gradients
+from pipeline.errors import RankZeroError
+from pipeline.model import loss
+from pipeline.model.adapter import attach_adapter, trainable
+from pipeline.model.base import load_base
+from pipeline.model.loss import IGNORED
+from tests.messages import refused
+from tests.ranks import run_ranks
+from tests.tiny import Documents, make_model, make_plan
+from tests.train_tiny import build_engine, full_gradients, work
+
+pytestmark = pytest.mark.engine
+
+RUNS = {
+    "zero2": {"zero_stage": 2, "batch_size": 2},
+    "zero3 re-entrant": {"zero_stage": 3, "batch_size": 2, "gradient_checkpointing": True},
+}
+MODULES = {
+    "tied": (True, ["embed_tokens"]),
+    "head": (False, ["lm_head"]),
+    "embeddings": (False, ["embed_tokens"]),
+}
+
+
+def first_gradients(session, folder, modules, chunk_bytes):
+    """Gradients of the first step at each stage, and a bf16 step's masters and moments."""
+    loss.LOGITS_CHUNK_BYTES = chunk_bytes
+    gradients = {}
+    for name, settings in RUNS.items():
+        values = {"modules_to_save": modules} | settings
+        plan, engine = build_engine(session, folder, values)
+        batches, supervised = work(plan, Documents(), 0, session.placement.rank)
+        engine.deepspeed.train()
+        engine.backward_passes(batches, supervised)
+        gradients[name] = full_gradients(engine)
+    plan, engine = build_engine(
+        session, folder, {"zero_stage": 3, "bf16": True, "lr": 1e-6, "modules_to_save": modules}
+    )
+    before = gather_weights(engine.parameters, keep=True)
+    batches, supervised = work(plan, Documents(), 0, session.placement.rank)
+    engine.optimizer_step(batches, supervised, 1e-6)
+    after = gather_weights(engine.parameters, keep=True)
+    in_full = {key: p for key, p in engine.parameters.items() if ".lora_" not in key}
+    moments = gather_moments(in_full, keep=True)
+    return {"gradients": gradients, "masters": (before, after), "moments": moments}
+
+
+@pytest.fixture(scope="module", params=MODULES)
+def run(request, tmp_path_factory):
+    tied, modules = MODULES[request.param]
+    folder = tmp_path_factory.mktemp("saved")
+    base = make_model(folder / "base", tied=tied)
+    plan = make_plan(base, 2, 40, zero_stage=2, modules_to_save=modules)
+    chunk_bytes = 12 * 4 * plan.shape.vocab_size  # several chunks in each micro-batch
+    results = run_ranks(first_gradients, base, modules, chunk_bytes, tmp_path=folder)
+    return plan, results[0]
+
+
+def gradients_of_peft(plan):
+    """Gradients of the mean loss of step 0, by peft and the logits of the model's class."""
+    model = attach_adapter(load_base(plan, torch.device("cpu")), plan)
+    parts = [work(plan, Documents(), 0, rank) for rank in range(2)]
+    for batches, supervised in parts:
+        for seeded in batches:
+            batch = seeded.batch
+            logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1)
+            targets = batch.labels[:, 1:].flatten()
+            total = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+            (total / supervised).backward()
+    return {key: parameter.grad for key, parameter in trainable(model).items()}
+
+
+def test_every_stage_has_the_gradients_of_plain_peft(run):
+    plan, results = run
+    expected = gradients_of_peft(plan)
+    in_full = [key for key in expected if ".lora_" not in key]
+    assert in_full
+    assert all(expected[key].any() for key in in_full)
+    for gradients in results["gradients"].values():
+        assert gradients.keys() == expected.keys()
+        for key in (*in_full, next(key for key in expected if "lora_B" in key)):
+            torch.testing.assert_close(gradients[key], expected[key], rtol=1e-4, atol=1e-6)
+
+
+def test_modules_in_full_have_fp32_masters_in_a_bf16_run(run):
+    _, results = run
+    before, after = results["masters"]
+    for key in results["moments"]:
+        key = key.rpartition("/")[0]  # noqa: PLW2901
+        changed = (before[key] != after[key]).float().mean()
+        is_rounded = torch.equal(after[key], after[key].bfloat16().float())
+        assert changed > 0.05, key
+        assert not is_rounded, key
+
+
+def test_a_module_without_a_gradient_is_reported(run):
+    _, results = run
+    verify_gradients(results["moments"])
+    untrained = {key: torch.zeros_like(moment) for key, moment in results["moments"].items()}
+    with refused(min(untrained), error=RankZeroError):
+        verify_gradients(untrained)
+
+
+@pytest.mark.parametrize(
+    ("tied", "modules", "is_on"), [(False, ["embed_tokens"], True), (False, ["lm_head"], False),
+                                   (True, ["embed_tokens"], False)],
+)  # fmt: skip
+def test_the_loss_gradient_path_is_off_only_if_the_head_is_trained(tmp_path, tied, modules, is_on):
+    base = make_model(tmp_path / "base", tied=tied)
+    plan = make_plan(base, zero_stage=2, modules_to_save=modules)
+    assert (plan.fast_paths["loss_gradient_in_forward"] == "") is is_on
