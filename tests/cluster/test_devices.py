@@ -242,12 +242,8 @@ class Driver:
         ((True, False), H100S, {}, None),  # a vGPU
         ((), H100S, {}, None),
         ((True,), CPU, {}, None),
-        (
-            (True,),
-            H100S,
-            {"PYTORCH_ALLOC_CONF": "backend:native"},
-            None,
-        ),  # PYTORCH_CUDA_ALLOC_CONF would be ignored
+        # torch ignores PYTORCH_CUDA_ALLOC_CONF if PYTORCH_ALLOC_CONF is set
+        ((True,), H100S, {"PYTORCH_ALLOC_CONF": "backend:native"}, None),
         ((True,), H100S, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
     ],
 )

@@ -95,7 +95,7 @@ def test_other_ranks_are_silent(
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00:00"), (59.9, "0:00:59"), (7384, "2:03:04")]
 )
-def test_duration(seconds: float, text: str) -> None:
+def test_a_duration_is_shown_as_hours_minutes_and_seconds(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 

@@ -125,7 +125,7 @@ stops.install_handlers(lambda: os.write(1, b"the final status\\n"))
 for number in sys.argv[1:]:
     os.kill(os.getpid(), int(number))
 time.sleep(1)
-print("went on")
+print("continued")
 """
 
 
@@ -140,7 +140,7 @@ def test_a_second_ctrl_c_ends_at_once(numbers, code):
         check=False,
     )
     assert result.returncode == code
-    assert result.stdout == ("the final status\n" if code else "went on\n")
+    assert result.stdout == ("the final status\n" if code else "continued\n")
 
 
 def test_a_second_ctrl_c_does_not_wait_for_a_hanging_disk():

@@ -33,12 +33,12 @@ def links(text: str) -> list[str]:
 def anchors(page: Path) -> set[str]:
     """Anchors of the headings of a page, as GitHub and the site make them."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
-    found: set[str] = set()
+    slugs: set[str] = set()
     for heading in re.findall(r"^#+ +(.*)$", text, re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
         slug = re.sub(r"[^\w\- ]", "", plain.lower()).strip().replace(" ", "-")
-        found.add(slug)
-    return found
+        slugs.add(slug)
+    return slugs
 
 
 def blocks(text: str, language: str) -> list[str]:

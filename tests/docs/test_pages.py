@@ -30,7 +30,7 @@ PLANS = sorted(
 )
 
 
-class Captured(Exception):
+class CapturedParser(Exception):
     """Carries the parser of a verb out of its function."""
 
 
@@ -38,20 +38,20 @@ def parser_of(verb, monkeypatch):
     """The argument parser that a verb builds; nothing else of the verb runs."""
 
     def capture(self, *_):
-        raise Captured(self)
+        raise CapturedParser(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(Parser, "parse_args", capture)
         patch.setattr(Parser, "parse_intermixed_args", capture)
-        with pytest.raises(Captured) as caught:
+        with pytest.raises(CapturedParser) as caught:
             getattr(import_module(f"pipeline.cli.{verb}"), verb)()
     return caught.value.args[0]
 
 
-def check(parser, words):
+def check_arguments(parser, words):
     """Parse the arguments of a command of a page, with numbers and names for its placeholders."""
-    known = {"NAME": "wandb", "TFLOPS": "100", "GIB": "80"}
-    words = [known.get(w, "1" if re.fullmatch("[A-Z]", w) else w) for w in words]
+    values = {"NAME": "wandb", "TFLOPS": "100", "GIB": "80"}
+    words = [values.get(w, "1" if re.fullmatch("[A-Z]", w) else w) for w in words]
     parsed = argparse.ArgumentParser.parse_intermixed_args(parser, words)
     for override in getattr(parsed, "overrides", []):
         key = override.partition("=")[0]
@@ -71,7 +71,7 @@ def test_every_command_of_the_pages_parses(verb, monkeypatch):
     parser = parser_of(verb, monkeypatch)
     for page, _, words in [command for command in COMMANDS if command[1] == verb and command[2]]:
         try:
-            check(parser, words)
+            check_arguments(parser, words)
         except (UserError, AssertionError) as error:
             pytest.fail(f"{page}: {verb} {' '.join(words)}: {error}")
 
@@ -99,7 +99,7 @@ def test_yaml_of_a_page_has_only_settings(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "CHANGELOG.md"])
-def test_links_and_anchors_of_a_page_lead_somewhere(name):
+def test_targets_of_the_links_of_a_page_exist(name):
     page = ROOT / name
     for link in links(TEXTS[name]):
         path, _, anchor = link.partition("#")

@@ -11,7 +11,7 @@ from tests.tiny import make_rows
 
 @pytest.fixture(scope="session", autouse=True)
 def interrupts():
-    """Enable SIGINT in the runs: a shell's `&` would make them ignore it."""
+    """Let SIGINT reach the runs: they would ignore it if pytest was started with a shell's `&`."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -28,7 +28,7 @@ def workspace(tmp_path_factory, tiny_model) -> Path:
 
 @pytest.fixture(scope="session")
 def run_file(workspace, tiny_model):
-    """A function that writes a run file: name of the run folder, settings -> path."""
+    """A function that writes the run file of a run folder and returns its path."""
     return lambda name, **settings: write_run_file(workspace, name, tiny_model, **settings)
 
 
@@ -41,7 +41,7 @@ def uninterrupted(run_file, workspace) -> Path:
 
 @pytest.fixture(scope="session")
 def uninterrupted_in_packs(run_file, workspace) -> Path:
-    """The folder of an uninterrupted run on packs, with the same number of steps."""
+    """The folder of an uninterrupted run on packs, with as many steps as `uninterrupted`."""
     finish(run_file("uninterrupted-in-packs", **IN_PACKS))
     assert len(losses(workspace / "uninterrupted-in-packs")) == TOTAL_STEPS
     return workspace / "uninterrupted-in-packs"

@@ -20,9 +20,9 @@ from tests import ROOT
 from tests.commands import Command, free_port, run
 
 BIN = Path(sys.executable).parent
-IS_FULL = os.environ.get("FAULTS") == "full"  # `make faults`; else a short form of each
+IS_FULL = os.environ.get("FAULTS") == "full"  # set by `make faults`; else a short form of each test
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
-# Epochs of 6 steps with 4 micro-batches (2 on each rank), in bf16 and with dropout.
+# An epoch has 6 steps of 4 micro-batches, 2 on each rank. Training is in bf16, with dropout.
 EPOCHS = 8 if IS_FULL else 6
 TOTAL_STEPS, SAVE_STEPS, EVAL_STEPS = 6 * EPOCHS, 2, 6
 SETTINGS = {
@@ -31,7 +31,7 @@ SETTINGS = {
     "bf16": True, "save_steps": SAVE_STEPS, "evaluation_strategy": "steps",
     "eval_steps": EVAL_STEPS,
 }  # fmt: skip
-IN_PACKS = {"packing": True, "epochs": TOTAL_STEPS // 4}  # an epoch has 4 steps
+IN_PACKS = {"packing": True, "epochs": TOTAL_STEPS // 4}  # an epoch of packs has 4 steps
 DEADLINE_S = 180.0
 
 
@@ -84,9 +84,9 @@ class StartedRun:
         ranks = {}
         for process in self.processes():
             line = _command_line(process)
-            number = [part for part in line if part.startswith("--local_rank=")]
-            if number and "deepspeed.launcher.launch" not in line:
-                ranks.setdefault(int(number[0].split("=")[1]), process)
+            options = [part for part in line if part.startswith("--local_rank=")]
+            if options and "deepspeed.launcher.launch" not in line:
+                ranks.setdefault(int(options[0].split("=")[1]), process)
         return [ranks[number] for number in sorted(ranks)]
 
     def node_launcher(self) -> psutil.Process:
@@ -121,7 +121,7 @@ class StartedRun:
         self.wait_until(lambda: self.is_over() or list(folder.glob(".step-*.new")), "a save")
 
     def wait_for_ranks(self) -> None:
-        """Wait until both ranks are started; they import modules for seconds then."""
+        """Wait until the processes of both ranks exist; they then import modules for seconds."""
         self.wait_until(
             lambda: self.is_over() or len(self.ranks()) == 2,
             "two ranks",
@@ -180,7 +180,7 @@ class ForkedRun(StartedRun):
 
 
 def start_ranks(run_file: Path) -> StartedRun:
-    """Start a run whose launcher no fault concerns; the short form has none."""
+    """Start a run whose launcher does not matter; without FAULTS=full the ranks are forked."""
     if IS_FULL:
         return start(run_file)
     log = run_file.with_suffix(".log")
@@ -193,7 +193,7 @@ def start(
 ) -> StartedRun:
     """Start a run with DeepSpeed's launcher; its output goes to `log` or RUN.log.
 
-    `before`: a command that starts the command, such as setpriv.
+    `before`: a command, such as setpriv with its options, that is to start `deepspeed`.
     """
     log = log or run_file.with_suffix(".log")
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}

@@ -9,8 +9,9 @@ from tests.faults.runs import IS_FULL, adapter, finish, losses, start, status, s
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(3000),
-    # In `make test`: one damage to a run (tests/cli/test_train.py), all to a folder (tests/train).
-    pytest.mark.skipif(not IS_FULL, reason="`make faults`"),
+    # `make test` covers one damage in a run (tests/cli/test_train.py), and all of them in a
+    # checkpoint that is only read (tests/train).
+    pytest.mark.skipif(not IS_FULL, reason="in `make faults` only"),
 ]
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 

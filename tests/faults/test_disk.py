@@ -21,7 +21,7 @@ from tests.faults.runs import (
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
-needs_time = pytest.mark.skipif(not IS_FULL, reason="`make faults`")
+needs_time = pytest.mark.skipif(not IS_FULL, reason="in `make faults` only")
 # Root can write everywhere unless it drops these capabilities.
 WITHOUT_OVERRIDE = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
 
@@ -163,7 +163,7 @@ def test_a_folder_without_permission_only_prevents_saves(run_file, workspace, un
     assert run.end() == 0, run.output
     assert "Permission denied" in run.output
     assert adapter(folder) == adapter(uninterrupted)
-    assert steps_on_disk(folder)[-1] == 48
+    assert steps_on_disk(folder)[-1] == TOTAL_STEPS
 
 
 @needs_time

@@ -91,7 +91,7 @@ def test_a_killed_and_restarted_run_is_bitwise_equal(
     )
     name = f"killed-{number}"
     path, folder = run_file(name, **IN_PACKS if is_packed else {}), workspace / name
-    reached = 0  # the latest step of a start that trained; the next start repeats up to it
+    reached = 0  # step at which the last start that trained was killed
     for kill_number in range(KILLS_PER_RUN):
         share = TOTAL_STEPS // (KILLS_PER_RUN + 1)
         step = kill_number * share + random_source.randrange(2, share)

@@ -35,8 +35,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3000)]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PHASES = ("start-up", "step", "evaluation", "save")
 TARGETS = ("rank 0", "rank 1", "node launcher", "outer command", "terminal")
-STEPS_PER_SIGNAL = 16  # bound of the steps between two signals: to an evaluation, and to the stop
-# Supervisors wait so long before SIGKILL; DeepSpeed's launcher waits 30 s for a rank.
+STEPS_PER_SIGNAL = 16  # a start trains at most so many: to the next evaluation, then to its stop
+# Slurm and Kubernetes send SIGKILL 30 s after SIGTERM; DeepSpeed's launcher does so with a rank.
 WITHIN_S = 30.0
 SHORT = [
     ("outer command", signal.SIGTERM, "evaluation"),
@@ -71,7 +71,7 @@ def wait_for(run: StartedRun, phase: str, step: int, random_source: random.Rando
 
 
 def cases():
-    """A run for each target, which gets every signal in every phase."""
+    """Name and signals of each run; in `make faults`, every signal to a target in every phase."""
     if not IS_FULL:
         return [("short", SHORT)]
     return [(t, [(t, s, p) for p in PHASES for s in SIGNALS]) for t in TARGETS]
@@ -97,7 +97,7 @@ def test_a_signal_stops_a_run_with_a_checkpoint_and_loses_no_step(
         run = start_ranks(path) if "rank" in target else start(path)
         step = before + random_source.randrange(1, 3)
         wait_for(run, phase, step, random_source)
-        assert not run.is_over(), f"{turn}: came too late"
+        assert not run.is_over(), f"the run was over before signal {turn}"
         deliver(run, target, number)
         began = time.monotonic()
         code = run.end(WITHIN_S)
@@ -109,7 +109,7 @@ def test_a_signal_stops_a_run_with_a_checkpoint_and_loses_no_step(
         )
         assert not run.is_running()
         if phase == "start-up" and final.get("step", 0) == earlier.get("step", 0):
-            # Before all ranks have met, a signal only ends a process; afterwards it stops the run.
+            # Before the rendezvous a signal only ends a process; after it, it stops the run.
             assert final == earlier or (final["state"], final["exit_code"]) == ("stopped", 75)
             assert steps_on_disk(folder) == kept, run.output
             assert code != 0 or target == "node launcher", run.output
@@ -143,8 +143,8 @@ def test_ctrl_c_stops_with_a_checkpoint_if_the_reader_of_the_output_ends_first(
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     run = start(path, log=pipe)
-    pipe.unlink()  # the run has it open; another reader would wait forever
-    pipe.touch()
+    pipe.unlink()  # the run has it open
+    pipe.touch()  # an empty file, for the messages of a failure: opening a pipe would wait forever
     while b"step 3/" not in output:
         assert run.process.poll() is None, output.decode()
         with suppress(BlockingIOError):
@@ -164,14 +164,16 @@ def test_ctrl_c_stops_with_a_checkpoint_if_the_reader_of_the_output_ends_first(
 
 
 def test_an_interrupt_ends_a_rank_that_waits_at_the_rendezvous(run_file):
-    """While torch waits, Python only records the signal; a shell's `&` makes it ignored."""
+    """It ends although Python only records signals while torch waits, and although SIGINT was
+    ignored at the start, as after a shell's `&`.
+    """
     port = free_port()
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
-    off = ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    without_sigint = ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
     rank = subprocess.Popen(
-        [*off, sys.executable, "launch/train.py", run_file("alone")],
-        cwd=ROOT, env=os.environ | alone,
+        [*without_sigint, sys.executable, "launch/train.py", run_file("alone")],
+        cwd=ROOT, env=os.environ | variables,
     )  # fmt: skip
     try:
         while not any(c.laddr.port == port for c in psutil.Process(rank.pid).net_connections()):

@@ -1,6 +1,7 @@
 """End-to-end check of one model class: class checks, training on 2 ranks, plain peft, merge.
 
-matrix.py calls these functions in forks of an interpreter with the slow imports (tests/ranks.py).
+matrix.py calls these functions in forks of an interpreter that has imported torch and the other
+slow modules (tests/ranks.py).
 """
 
 import json
@@ -208,7 +209,7 @@ def _merge_error(folder, run, model):
     ours, theirs = tensors(run / "merged"), tensors(run / "theirs")
     # peft's names differ from ours if a text model is loaded from a multimodal checkpoint.
     stored = stored_names(model_on_meta(folder), ours)
-    names = {name: each.keys[0] for name, each in stored.items() if each.converter is None}
+    names = {name: x.keys[0] for name, x in stored.items() if x.converter is None}
     if unknown := {names.get(key, key) for key in theirs} - ours.keys():
         return f"names differ: {sorted(unknown)[:4]}"
     ours = {key: ours[names.get(key, key)] for key in theirs}

@@ -68,7 +68,7 @@ def test_hpz_is_for_slow_links_between_nodes(layout):
     slow = replace(H100, network=H100.node_link / 20)
     assert layout(LLAMA_70B, slow, nodes=2).hpz_partition_size == 8
     assert layout(LLAMA_70B, slow, nodes=1).hpz_partition_size == 1
-    # the copy does not fit in addition to the shard: 70 B over 8 GPUs of 24 GiB
+    # With 24 GiB a GPU, a copy of 70B parameters over the 8 GPUs of a node does not fit.
     small = replace(gpu_named("rtx-4090-24gb"), network=1e9)
     assert layout(LLAMA_70B, small, nodes=8, batch_size=1).hpz_partition_size == 1
 
@@ -188,7 +188,9 @@ KEYS = st.fixed_dictionaries(
 @settings(deadline=None, max_examples=40)
 @given(keys=KEYS, ranks=st.sampled_from([1, 2, 8]), nodes=st.sampled_from([1, 2, 4]),
        gib=st.sampled_from([24, 40, 80, 141]))  # fmt: skip
-def test_the_first_candidate_is_the_fastest_of_its_class(shape_of_8b, keys, ranks, nodes, gib):
+def test_the_first_candidate_is_the_fastest_with_its_sharding_and_offloading(
+    shape_of_8b, keys, ranks, nodes, gib
+):
     values = {"model": "m", "train_data": "t", "output_dir": "o"}
     run, hardware = RunSettings.model_validate(values | keys), gpu(gib)
     cluster = Cluster(hardware=hardware, nodes=nodes, ranks_per_node=ranks)

@@ -77,9 +77,8 @@ def test_files_are_sampled_equally_and_weighted_by_their_size(tmp_path):
     large.write_text(100_000 * (json.dumps(chat("x" * 35)) + "\n"))
     size = estimate(settings_of(large, small, max_length=500))
     assert size.documents == pytest.approx(100_010, rel=0.001)
-    assert size.tokens == pytest.approx(
-        100_000 * 15 + 10 * 500, rel=0.001
-    )  # long rows are truncated
+    long_rows = 10 * 500  # truncated to max_length
+    assert size.tokens == pytest.approx(100_000 * 15 + long_rows, rel=0.001)
 
 
 def test_no_more_than_the_sample_is_parsed(tmp_path, monkeypatch):
@@ -175,10 +174,8 @@ FORMATS = [
     ({"text": "x" * 35}, 10),
     ({"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, 3),
     ({"messages": [MESSAGE | {"content": [{"type": "text", "text": "x" * 35}]}]}, 15),
-    (
-        {"messages": [MESSAGE], "tools": [{"name": "f", "parameters": {"x": "y" * 35}}]},
-        46,
-    ),  # 110 bytes of JSON
+    # the tools are 110 bytes of JSON
+    ({"messages": [MESSAGE], "tools": [{"name": "f", "parameters": {"x": "y" * 35}}]}, 46),
 ]
 
 
@@ -191,13 +188,13 @@ def test_the_tokens_of_every_row_format_are_estimated(tmp_path, row, tokens):
 def test_folders_globs_limits_weights_and_held_out_rows_change_the_estimate(tmp_path):
     for i in range(3):
         write(tmp_path / f"{i}.jsonl", ROWS)
-    each = estimate(settings_of(tmp_path / "0.jsonl"))
+    one_file = estimate(settings_of(tmp_path / "0.jsonl"))
     assert estimate(settings_of(tmp_path)).documents == 3000
     assert estimate(settings_of(f"{tmp_path}/[12].jsonl")).documents == 2000
     source = {"path": str(tmp_path), "limit": 500, "weight": 0.5}
     size = estimate(settings_of(source, tmp_path / "0.jsonl"))
     assert size.documents == 1250
-    assert size.tokens == pytest.approx(1.25 * each.tokens, rel=0.001)
+    assert size.tokens == pytest.approx(1.25 * one_file.tokens, rel=0.001)
     assert estimate(settings_of(tmp_path, eval_data=0.1)).documents == 2700
     assert estimate(settings_of(tmp_path, eval_data=100)).documents == 2900
     assert estimate(settings_of(tmp_path, eval_data=3000)) is None

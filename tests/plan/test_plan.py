@@ -102,7 +102,7 @@ def test_the_steps_of_each_epoch_cover_every_document_once(documents, epochs, ba
 
 
 def test_steps_are_counted_in_sequences(plan):
-    """Sequences of the prepared set; for an estimate, completely full packs."""
+    """A prepared set has a number of sequences; for an estimate, packs are assumed to be full."""
     estimated = replace(sized(1000, mean=100), is_exact=False)
     prepared = replace(sized(1000, mean=100), sequences=203)
     new_plan = plan(global_batch_size=8, max_length=500)
@@ -250,9 +250,8 @@ RUN_FILES = planned_run_files()
 def test_shipped_run_files_are_planned_on_their_machine_without_advice(path):
     shipped_plan = plan_of(path)
     assert [rule.id for rule in shipped_plan.rules if rule.level == "advise"] == []
-    assert f"launch/runs/{path.name}" in path.read_text(
-        encoding="utf-8"
-    )  # the command in its comment
+    text = path.read_text(encoding="utf-8")
+    assert f"launch/runs/{path.name}" in text  # in the command of its comment
 
 
 def test_the_quickstart_is_planned_without_advice(tmp_path):

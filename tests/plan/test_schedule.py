@@ -29,7 +29,7 @@ def schedule(steps_per_epoch, **values):
         ({"max_steps": 7}, 7),
     ],
 )
-def test_a_run_ends_with_its_epochs_or_its_steps(values, total):
+def test_a_run_ends_after_its_epochs_or_its_max_steps(values, total):
     assert schedule(30, **values)[0] == total
 
 

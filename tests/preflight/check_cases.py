@@ -1,6 +1,7 @@
 """GOOD and BAD: for each check of preflight, probe results that pass and that do not.
 
-A case has the name of the check, the results by rank, the level, and the facts of its message.
+A case has the name of the check, its results by rank, in BAD the expected level, and words that the
+message must have.
 """
 
 from pipeline.plan.given.hardware import GIB
@@ -63,15 +64,18 @@ def summed(gb_s: float, kind: str = "cuda") -> dict:
 def links(
     slow: tuple[int, ...] = (), *, far: bool = False, planned: float | None = None
 ) -> dict[int, dict]:
-    """Results of eight ranks, each linked to the next; slow ranks have a tenth of the rate."""
+    """Results of eight ranks, each linked to the next; slow ranks have a tenth of the rate.
+
+    `far`: ranks 3 and 4 are on different nodes, and `planned` is the planned rate between them.
+    """
     result: dict[int, dict] = {rank: {} for rank in range(8)}
-    for one in range(7):
-        other, is_local = one + 1, not (far and one == 3)
+    for rank in range(7):
+        partner, is_local = rank + 1, not (far and rank == 3)
         rate = 300e9 if is_local else 25e9
-        if one in slow or other in slow:
+        if rank in slow or partner in slow:
             rate /= 10
         link = {"rate": rate, "is_local": is_local, "planned": None if is_local else planned}
-        result[one][str(other)] = result[other][str(one)] = link
+        result[rank][str(partner)] = result[partner][str(rank)] = link
     return result
 
 
@@ -162,5 +166,5 @@ BAD = [
     ("links", links(slow=(5,), far=True), "warn", ["rank 5 "]),
 ]  # fmt: skip
 
-# Failures of these checks are errors of the probe, which are tested separately.
+# These checks fail only by an error that the probe raises, which test_checks.py tests separately.
 WITHOUT_BAD_RESULTS = {"port", "model", "tokenizer", "process group"}

@@ -76,7 +76,7 @@ def test_bad_results_give_one_finding_with_place_and_remedy(name, by_rank, level
     assert_mentions(f"{finding.text} {finding.remedy}", *facts)
 
 
-def test_every_check_has_both_cases():
+def test_every_check_has_a_good_and_a_bad_case():
     assert {case[0] for case in GOOD} == set(CHECKS)
     assert {case[0] for case in BAD} | WITHOUT_BAD_RESULTS == set(CHECKS)
     assert len(CHECKS) == sum(len(stage.checks) for stage in STAGES), "two checks of one name"
@@ -94,7 +94,7 @@ def test_the_page_explains_every_check_in_order():
     assert re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE) == list(CHECKS)
 
 
-def test_64_ranks_of_8_nodes_are_one_finding_with_the_minority():
+def test_a_difference_among_64_ranks_is_one_finding_that_names_the_minority():
     hosts = [f"node{rank // 8}" for rank in range(64)]
     minority = {*range(16, 24), 40}
     by_rank = {rank: flat({"a": {"b": rank in minority}, "c": 1}) for rank in range(64)}
@@ -119,20 +119,24 @@ def test_ranks_are_grouped_into_spans():
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 8])
-@pytest.mark.parametrize("each", [1, 2, 3, 4, 5, 8])
-def test_all_pairs_of_a_round_are_measured_at_once(nodes, each):
-    """Each rank takes its partners in order, and a pair needs both ranks; four rounds suffice."""
-    world = nodes * each
-    todo = {rank: neighbours(rank, world, each) for rank in range(world)}
+@pytest.mark.parametrize("per_node", [1, 2, 3, 4, 5, 8])
+def test_four_rounds_measure_the_links_of_all_ranks(nodes, per_node):
+    """Each rank takes its partners in order; a pair is measured once both ranks have come to it."""
+    world = nodes * per_node
+    todo = {rank: neighbours(rank, world, per_node) for rank in range(world)}
     done, rounds = set(), 0
     while any(todo.values()):
-        ready = {(r, o[0]) for r, o in todo.items() if o and todo[o[0]][:1] == [r]}
+        ready = {
+            (rank, left[0]) for rank, left in todo.items() if left and todo[left[0]][:1] == [rank]
+        }
         assert ready, todo
         done |= {tuple(sorted(pair)) for pair in ready}
-        todo = {r: o[1:] if (r, *o[:1]) in ready else o for r, o in todo.items()}
+        todo = {
+            rank: left[1:] if (rank, *left[:1]) in ready else left for rank, left in todo.items()
+        }
         rounds += 1
-    near = {(rank, rank + 1) for rank in range(world - 1) if (rank + 1) % each}
-    assert done == near | {(rank, rank + each) for rank in range(world - each)}
+    near = {(rank, rank + 1) for rank in range(world - 1) if (rank + 1) % per_node}
+    assert done == near | {(rank, rank + per_node) for rank in range(world - per_node)}
     assert rounds <= 4
 
 
@@ -226,9 +230,8 @@ def test_indices_are_not_compared_if_a_cgroup_renumbers_the_gpus():
     assert unallocated_gpus([7], 8, env) is None
     assert unallocated_gpus([None], 8, env) is None  # a MIG instance has no index
     assert unallocated_gpus([0], 8, {}) is None
-    assert (
-        unallocated_gpus([6], 8, env | {"SLURM_STEP_GPUS": "7"}) is not None
-    )  # the step has fewer GPUs
+    step = env | {"SLURM_STEP_GPUS": "7"}  # the step has fewer GPUs than the job
+    assert unallocated_gpus([6], 8, step) is not None
 
 
 def test_a_port_in_use_is_refused_and_a_free_one_is_not(plan):

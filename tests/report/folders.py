@@ -64,6 +64,7 @@ def metrics(num_steps: int = 80) -> list[dict[str, object]]:
     return lines
 
 
+# Characters with a meaning in HTML, JavaScript or a terminal.
 NASTY = "<script>alert(1)</script> <b>&amp; \"' </style> <!-- ]]> ` \u202e \u2028 ü 界"
 SPIKE = 1e4  # the highest loss of `write_long_metrics`
 STATE = {"versions": {"rankzero": "0.2", "torch": "2.13.0+cpu"}}
@@ -220,7 +221,7 @@ def build_run(folder: Path, *, without: tuple[str, ...] = ()) -> Path:
             as_text = yaml.safe_dump if name.endswith(".yaml") else json.dumps
             path.write_text(as_text(content), encoding="utf-8")
     if "data/audit.json" not in without:
-        lines = [{"file": "orders.jsonl", "line": at, "reason": "answer is empty"} for at in (7, 9)]
+        lines = [{"file": "orders.jsonl", "line": n, "reason": "answer is empty"} for n in (7, 9)]
         rejects = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "data" / "rejects.jsonl").write_text(rejects + "{", encoding="utf-8")
     if "metrics.jsonl" not in without:
@@ -261,7 +262,7 @@ def build_long_run(folder: Path) -> Path:
 
 
 def build_nasty_run(parent: Path) -> Path:
-    """A run in which every name and text has all characters that HTML knows."""
+    """A run in which every name and text is NASTY."""
     folder = build_run(parent / NASTY.replace("/", "|"))
     for name, content in FILES.items():
         as_text = yaml.safe_dump if name.endswith(".yaml") else json.dumps
@@ -294,7 +295,10 @@ def write_long_metrics(folder: Path, num_steps: int) -> None:
 
 
 def write_split(data_dir: Path, documents: list[list[int]], supervised: list[list[int]]) -> None:
-    """A prepared split of these documents, each a sequence; `supervised`: offsets of tokens."""
+    """Write a prepared split in which each document is a sequence.
+
+    `supervised` has the offsets of the supervised tokens in each document.
+    """
     folder = data_dir / "train-key"
     folder.mkdir(parents=True)
     lengths, counts = [len(ids) for ids in documents], [len(offsets) for offsets in supervised]

@@ -56,8 +56,10 @@ def check_page(browser, page: Path, width: int, theme: str) -> None:
     assert [url for url in browser.requests if url != page.resolve().as_uri()] == []
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     assert browser.evaluate(CUT_OFF) == []
-    drawn = "JSON.parse(document.getElementById('curves').textContent).charts.length"
-    assert browser.evaluate("document.querySelectorAll('canvas').length") == browser.evaluate(drawn)
+    count = browser.evaluate(
+        "JSON.parse(document.getElementById('curves').textContent).charts.length"
+    )
+    assert browser.evaluate("document.querySelectorAll('canvas').length") == count
     paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == {"light": "rgb(252, 252, 251)", "dark": "rgb(22, 24, 28)"}[theme]
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.unit
 
 
 def build_sweep(tmp_path, losses, **settings):
-    """A run for each (name, held-out loss), with these settings besides an own `lr`."""
+    """A run for each name and held-out loss; their settings differ in `lr`."""
     folders = []
     for i, (name, loss) in enumerate(losses.items()):
         folder = build_run(tmp_path / name, without=("score.json",))

@@ -26,7 +26,7 @@ DECORATIONS = ["", "", "", ' "q"', "\nline", " {b}", " \u00e9\U0001f600", " <b>"
 
 @dataclass(frozen=True)
 class Leaf:
-    """A text or number of a row. `role`: kind of message that it is in. `path`: its keys."""
+    """A text or number of a row. `role`: the kind of its message. `path`: the keys to it."""
 
     role: str
     path: tuple[str, ...]
@@ -56,8 +56,8 @@ class RandomRow:
         self.leaves[str(number)] = Leaf(self.role, path)
         return number
 
-    def odd(self, value, keys, *path):
-        """Add one of the keys now and then: a row of many odd ones is always rejected."""
+    def add_stray_key(self, value, keys, *path):
+        """Rarely add a key that does not belong there; a row with many is always rejected."""
         if self.is_rare(6 * len(keys)):
             key = self.choose(keys)
             value[key] = self.leaf(*path, key)
@@ -71,7 +71,7 @@ class RandomRow:
     def call(self, *path):
         key = self.choose(["arguments", "args", "parameters", "input"])
         call = {"name": self.leaf(*path, "name"), key: self.arguments(*path, key)}
-        self.odd(call, CALL_KEYS, *path)
+        self.add_stray_key(call, CALL_KEYS, *path)
         layout = self.choose(["flat", "function", "id"])
         if layout == "flat":
             return call
@@ -88,7 +88,7 @@ class RandomRow:
         else:
             key = "content" if kind == "tool_result" else kind
             part[key] = self.leaf(*path, key, is_reasoning=kind in ("thinking", "reasoning"))
-        self.odd(part, PART_KEYS, *path)
+        self.add_stray_key(part, PART_KEYS, *path)
         return part
 
     def wrapped_part(self, kind, *path):
@@ -102,9 +102,9 @@ class RandomRow:
             inner["response"] = {"a": self.leaf(*path, "response")}
         else:
             inner["text"] = self.leaf(*path, "text", is_reasoning=True)
-        self.odd(inner, PART_KEYS, *path)
+        self.add_stray_key(inner, PART_KEYS, *path)
         part = {kind: inner}
-        self.odd(part, PART_KEYS, *path)
+        self.add_stray_key(part, PART_KEYS, *path)
         return part
 
     def tools(self):
@@ -127,22 +127,22 @@ class RandomRow:
     def row(self, *, is_regular):
         """A row of any format. `is_regular`: its turns alternate as most chat templates want."""
         if is_regular:
-            row = self.orderly_row()
+            row = self.regular_row()
         else:
             row = getattr(self, self.choose(FORMS))()
         row |= self.tools()
         self.role = "column"
-        self.odd(row, ROW_KEYS)
+        self.add_stray_key(row, ROW_KEYS)
         return row
 
     # Turns in an order that most chat templates accept
 
-    def orderly_row(self):
+    def regular_row(self):
         form = self.choose(["messages", "text", "conversations", "contents", "completion"])
         keys = ("from", "value") if form == "conversations" else ("role", "content")
         if form == "contents":
             keys = ("role", "parts")
-        turns = self.orderly_turns(keys)
+        turns = self.regular_turns(keys)
         if form == "completion":
             asking = {*USERS, "system", "developer"}
             cut = next(i for i, turn in enumerate(turns) if turn["role"] not in asking)
@@ -151,7 +151,7 @@ class RandomRow:
             return {"messages": json.dumps(turns)}
         return {"messages" if form == "messages" else form: turns}
 
-    def orderly_turns(self, keys):
+    def regular_turns(self, keys):
         turns = []
         if self.is_rare(3):
             turns.append(self.plain_turn("system", ["system", "developer"], keys))
@@ -166,7 +166,7 @@ class RandomRow:
 
     def turn(self, role, names, keys, content, **others):
         turn = {keys[0]: self.choose(names), keys[1]: content, **others}
-        self.odd(turn, MESSAGE_KEYS, role)
+        self.add_stray_key(turn, MESSAGE_KEYS, role)
         return turn
 
     def plain_turn(self, role, names, keys):
@@ -250,7 +250,7 @@ class RandomRow:
             message[keys[1]] = self.call(*path, keys[1])
         elif form == "null":
             message[keys[1]] = None
-        self.odd(message, MESSAGE_KEYS, *path)
+        self.add_stray_key(message, MESSAGE_KEYS, *path)
         if role == "assistant" and self.is_rare(2):
             message["tool_calls"] = [self.call(*path, "tool_calls")]
         return message

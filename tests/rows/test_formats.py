@@ -72,8 +72,8 @@ def test_arguments_of_tool_calls_become_objects(arguments):
 
 
 def test_a_function_call_of_the_older_api_becomes_a_tool_call():
-    once = {"role": "assistant", "content": None, "function_call": CALL["function"]}
-    result = example({"messages": [USER, once, {"role": "function", "name": "f", "content": "r"}]})
+    call = {"role": "assistant", "content": None, "function_call": CALL["function"]}
+    result = example({"messages": [USER, call, {"role": "function", "name": "f", "content": "r"}]})
     assert result.messages[1].others == {"tool_calls": [CALL]}
     assert result.messages[2] == Message("tool", "r", others={"name": "f"})
 
@@ -148,11 +148,7 @@ def test_rows_without_the_mapped_columns_are_detected_by_their_own():
     assert example({"prompt": "q", "completion": "a"}, "auto", columns) == Completion("q", "a")
     turns = {"conversations": [HUMAN, GPT]}
     assert read_example(row_of(turns), "auto", columns).data_format == "sharegpt"
-    for column in (
-        "system",
-        "tools",
-        "input",
-    ):  # misspelt: the row has no column x
+    for column in ("system", "tools", "input"):  # the row has no column x, so it is misspelt
         with refused("`x`", column, "`columns`", error=RowError):
             example({"messages": [USER, ANSWER]}, "auto", {column: "x"})
     for row in ({"text": "t"}, {"messages": [USER, ANSWER], "question": "q"}, {"prompt": "q"}):

@@ -17,7 +17,6 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pipeline.config.data_names import DataSource
 from pipeline.errors import UserError
 from pipeline.rows import lines as limits
 from pipeline.rows.sources import (
@@ -30,6 +29,7 @@ from pipeline.rows.sources import (
     resolve_sources,
 )
 from tests.messages import refused
+from tests.rows.read import resolved
 
 pytestmark = pytest.mark.unit
 
@@ -41,10 +41,6 @@ COMPRESSED = {
     "zst": partial(pyarrow.compress, codec="zstd", asbytes=True),
 }
 MAGIC = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1")
-
-
-def resolved(*paths, key="train_data", **values):
-    return resolve_sources([DataSource(path=str(path), **values) for path in paths], key)
 
 
 def read(tmp_path, content: bytes, name="rows.jsonl"):

@@ -10,14 +10,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pipeline.config.data_names import DataSource
 from pipeline.data.prepare.lines import chunks
 from pipeline.rows import lines as limits
 from pipeline.rows import tables
-from pipeline.rows.sources import BadRow, read_lines, read_rows, resolve_sources
+from pipeline.rows.sources import BadRow, read_lines
 from tests import ROOT
 from tests.messages import refused
-from tests.rows.read import examples_of
+from tests.rows.read import examples_of, read_file, resolved
 
 pytestmark = pytest.mark.unit
 
@@ -54,17 +53,13 @@ def write_table(path, table):
         writer.write_table(table, max_chunksize=2)
 
 
-def read(path):
-    return list(read_rows(resolve_sources([DataSource(path=str(path))], "train_data")))
-
-
 NAMES = ["t.parquet", "stream.arrow", "file.arrow", "[x]*.parquet"]
 
 
 def assert_same_rows_as_json(path, rows):
     json_lines = path.with_name("rows.jsonl")
     json_lines.write_text("\n".join(map(json.dumps, rows)))
-    assert [(row.line, row.offset) for row in read(path)] == [(n, None) for n in range(1, 6)]
+    assert [(row.line, row.offset) for row in read_file(path)] == [(n, None) for n in range(1, 6)]
     assert examples_of(path) == examples_of(json_lines)
 
 
@@ -93,7 +88,7 @@ def test_a_damaged_table_is_refused_with_its_name(tmp_path):
     (tmp_path / "no.arrow").write_bytes(b'{"text": "t"}')
     for name, kind in (("truncated.parquet", "Parquet"), ("no.arrow", "Arrow")):
         with refused(tmp_path / name, kind, "row 0"):
-            read(tmp_path / name)
+            read_file(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "stream.arrow"])
@@ -104,7 +99,7 @@ def test_long_rows_and_rows_with_invalid_utf8_are_bad_rows(tmp_path, name, encod
     texts = [b"a", b"x" * 2000, "ä".encode() * 400, "ä".encode() * 600, b"\xff", b"b", b"x" * 700]
     column = encode(pyarrow.array(texts).view(pyarrow.string()))
     write_table(tmp_path / name, pyarrow.table({"text": column, "n": range(7)}))
-    result = read(tmp_path / name)
+    result = read_file(tmp_path / name)
     assert [row.line for row in result] == [*range(1, 8)]
     reasons = [row.reason if isinstance(row, BadRow) else "" for row in result]
     assert [reason[:7] for reason in reasons] == ["", "the row", "", "the row", "not val", "", ""]
@@ -118,7 +113,7 @@ def test_long_rows_are_sent_to_worker_processes_in_small_chunks(tmp_path):
     )
     (tmp_path / "t.csv").write_text("m\n" + "\n".join(texts))
     for name in ("t.parquet", "t.csv"):
-        sources = resolve_sources([DataSource(path=str(tmp_path / name))], "train_data")
+        sources = resolved(tmp_path / name)
         sizes = [len(chunk.lines) for chunk in chunks(sources, 1000)]
         assert sum(sizes) == 40
         assert max(sizes) == 3  # a row has 90 kB; a chunk ends with the row that exceeds 256 KiB
@@ -133,7 +128,7 @@ def test_a_row_group_is_never_in_memory_as_a_whole(tmp_path):
     del table
     allocated = max(
         pyarrow.total_allocated_bytes()
-        for line in read_lines(resolve_sources([DataSource(path=str(path))], "train_data")[0])
+        for line in read_lines(resolved(path)[0])
         if line.number % 100 == 0
     )
     assert allocated < path.stat().st_size / 4

@@ -53,7 +53,7 @@ def submit(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_file(submit, tiny_model) -> Callable[..., Path]:
-    """A function that writes a run file: name of the run folder, settings -> path."""
+    """A function that writes the run file of a run folder and returns its path."""
 
     def write(name: str, **settings) -> Path:
         paths = {
@@ -70,7 +70,7 @@ def run_file(submit, tiny_model) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def train(cluster, submit, run_file):
-    """A function that submits a run: name, options of sbatch -> job, run folder."""
+    """A function that submits a run with options of sbatch and returns its job and run folder."""
 
     def start(name: str, *flags: str):
         return cluster.sbatch(submit, *flags, TRAIN, run_file(name).name), submit / "runs" / name
@@ -80,7 +80,7 @@ def train(cluster, submit, run_file):
 
 @pytest.fixture(scope="session")
 def limited(train):
-    """A run that reaches its time limit: it waits for a stopped rank until Slurm's warning.
+    """A run that reaches its time limit: its ranks wait for a stopped one until Slurm's warning.
 
     The limit is set after its first steps, to one or two minutes from then, so that it does not
     depend on how long the start takes.

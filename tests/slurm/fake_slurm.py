@@ -25,12 +25,12 @@ case $1 in
     requeue) [[ ! -e $FAKE/no_requeue ]] ;;
 esac
 """
-# The step that creates folders on the nodes does nothing, the step of a container's python runs it,
-# and the ranks' step runs the script $FAKE/ranks.
+# A step that creates folders on the nodes does nothing. A step of `python -c` in a container runs
+# the python of the image. Every other step is that of the ranks, and runs $FAKE/ranks.
 SRUN = """\
 printf '%s\\t' srun "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
 env >"$FAKE/environment"
-case "$*" in *mkdir*) [[ ! -e $FAKE/slow_disk ]] || { touch there; /bin/sleep 1; }; exit 0 ;; esac
+case "$*" in *mkdir*) [[ ! -e $FAKE/slow_disk ]] || { touch started; /bin/sleep 1; }; exit 0 ;; esac
 case "$*" in *" --container-image="*" python -P -c "*)
     while [[ $1 != python ]]; do shift; done
     PATH=$FAKE/image:$PATH exec "$@"
@@ -54,7 +54,7 @@ shift
 PATH=$FAKE/image:$PATH exec "$@"
 """
 
-# Short sleeps are long enough for tail to poll and for srun to start.
+# Sleeps during which tail polls or srun starts are shortened; longer ones are only printed.
 SLEEP = """\
 case $1 in 1) exec /bin/sleep 0.1 ;; 1.5) exec /bin/sleep 0.2 ;; esac
 echo "sleeps $1"
@@ -86,6 +86,7 @@ class Job:
     def start(
         self, script: str, *words: str, do: str = "exit 0", cwd: Path | None = None, **more: str
     ) -> subprocess.Popen:
+        """Start a batch script; `do` is the script of its ranks."""
         fake, checkout = self.folder / "fake", self.folder / "my checkout"
         (fake / "ranks").write_text(do)
         command = " ".join([f"../my checkout/slurm/{script}", *words])  # of sbatch

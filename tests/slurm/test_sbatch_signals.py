@@ -11,7 +11,7 @@ from tests.slurm.fake_slurm import ranks_script, status
 pytestmark = pytest.mark.unit
 
 
-WORK = "touch there; for i in {1..300}; do /bin/sleep 0.1; done"
+WORK = "touch started; for i in {1..300}; do /bin/sleep 0.1; done"
 
 
 def wait_for(path: Path) -> None:
@@ -24,7 +24,7 @@ def wait_for(path: Path) -> None:
 def test_a_warning_before_the_ranks_are_started_starts_none(job):
     (job.folder / "fake/slow_disk").touch()
     process = job.start("train.sbatch", "my run.yaml")
-    wait_for(job.submit / "there")
+    wait_for(job.submit / "started")
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, job.requeued()) == (75, ["7"]), output
@@ -38,7 +38,7 @@ def test_a_warning_reaches_the_ranks_and_the_script_waits_for_their_checkpoint(j
     )
     do = f"on_signal() {{ {write} }}\ntrap on_signal USR1\n{WORK}"
     process = job.start("train.sbatch", "my run.yaml", do=do)
-    wait_for(job.submit / "there")
+    wait_for(job.submit / "started")
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert (job.submit / "signalled").exists(), output
@@ -47,12 +47,12 @@ def test_a_warning_reaches_the_ranks_and_the_script_waits_for_their_checkpoint(j
 
 
 def test_a_warning_between_the_last_check_and_the_start_reaches_the_ranks(job):
-    """Between the check whether to start them and their start."""
+    """The signal arrives when the script has decided to start the ranks."""
     script = job.folder / "my checkout/slurm/train.sbatch"
-    question = "if [[ ! $stop_requested ]]; then\n"
+    check = "if [[ ! $stop_requested ]]; then\n"
     text = script.read_text()
-    assert text.count(question) == 1
-    script.write_text(text.replace(question, f"{question}kill -s USR1 $$\n"))
+    assert text.count(check) == 1
+    script.write_text(text.replace(check, f"{check}kill -s USR1 $$\n"))
     code, output = job.train(
         f"for i in {{1..50}}; do /bin/sleep 0.1; done; {ranks_script(status('done'))}"
     )
@@ -62,7 +62,7 @@ def test_a_warning_between_the_last_check_and_the_start_reaches_the_ranks(job):
 def test_a_warning_before_the_ranks_handle_signals_requeues_the_job(job):
     """The signal ends the ranks, and they write no status."""
     process = job.start("train.sbatch", "my run.yaml", do=WORK)
-    wait_for(job.submit / "there")
+    wait_for(job.submit / "started")
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, job.requeued()) == (75, ["7"]), output

@@ -249,7 +249,7 @@ def test_a_failed_upload_is_continued_by_the_next_call(run, monkeypatch):
             sent.append(step)
 
         def artifact(self, name, folder):
-            sent.append(-1)
+            sent.append(-1)  # not a step
 
         def finish(self):
             pass

@@ -144,8 +144,8 @@ TOKENS = st.integers(1, 4096)
 
 @settings(deadline=None)
 @given(RUNS, LAYOUTS, MACHINES, TOKENS)
-def test_terms_are_counts_and_the_peak_is_their_sum(keys, plan_layout, machine, tokens):
-    need = need_of(SMALL, keys, plan_layout, machine, tokens)
+def test_terms_are_counts_and_the_peak_is_their_sum(run_settings, plan_layout, machine, tokens):
+    need = need_of(SMALL, run_settings, plan_layout, machine, tokens)
     assert all(size > 0 for size in need.per_rank.values())
     assert need.peak_bytes == sum(need.per_rank.values())
     assert need.device_need >= need.load_peak_bytes >= need.loading_tensors > 0
@@ -155,20 +155,24 @@ def test_terms_are_counts_and_the_peak_is_their_sum(keys, plan_layout, machine, 
 
 @settings(deadline=None)
 @given(RUNS, LAYOUTS, MACHINES, TOKENS, st.integers(1, 64))
-def test_more_sequences_or_tokens_never_need_less_memory(keys, plan_layout, machine, tokens, more):
-    need = need_of(SMALL, keys, plan_layout, machine, tokens).device_need
+def test_more_sequences_or_tokens_never_need_less_memory(
+    run_settings, plan_layout, machine, tokens, more
+):
+    need = need_of(SMALL, run_settings, plan_layout, machine, tokens).device_need
     wider = replace(plan_layout, micro_batch_size=plan_layout.micro_batch_size + more)
-    assert need_of(SMALL, keys, wider, machine, tokens).device_need >= need
-    assert need_of(SMALL, keys, plan_layout, machine, tokens + more).device_need >= need
+    assert need_of(SMALL, run_settings, wider, machine, tokens).device_need >= need
+    assert need_of(SMALL, run_settings, plan_layout, machine, tokens + more).device_need >= need
 
 
 @settings(deadline=None)
 @given(RUNS, LAYOUTS, MACHINES, TOKENS)
-def test_more_checkpointed_layers_never_need_more_memory(keys, plan_layout, machine, tokens):
-    """Except the last layer: its input is saved in addition to its recomputed activations."""
+def test_more_checkpointed_layers_never_need_more_memory(
+    run_settings, plan_layout, machine, tokens
+):
+    """The last layer is an exception: its input is saved besides its recomputed activations."""
     needs = [
         need_of(
-            SMALL, keys, replace(plan_layout, checkpointed_layers=k), machine, tokens
+            SMALL, run_settings, replace(plan_layout, checkpointed_layers=k), machine, tokens
         ).device_need
         for k in range(SMALL.num_layers + 1)
     ]
@@ -181,11 +185,13 @@ def test_more_checkpointed_layers_never_need_more_memory(keys, plan_layout, mach
 
 @settings(deadline=None)
 @given(RUNS, LAYOUTS, MACHINES, TOKENS)
-def test_more_ranks_never_need_more_memory_each_at_zero_3(keys, plan_layout, machine, tokens):
+def test_at_zero_3_more_ranks_never_need_more_memory_per_rank(
+    run_settings, plan_layout, machine, tokens
+):
     plan_layout = replace(plan_layout, zero_stage=3, nodes=1)
     needs = [
         need_of(
-            SMALL, keys, replace(plan_layout, ranks_per_node=ranks), machine, tokens
+            SMALL, run_settings, replace(plan_layout, ranks_per_node=ranks), machine, tokens
         ).device_need
         for ranks in (1, 2, 4, 8, 64)
     ]
@@ -194,13 +200,15 @@ def test_more_ranks_never_need_more_memory_each_at_zero_3(keys, plan_layout, mac
 
 @settings(deadline=None)
 @given(RUNS, LAYOUTS, TOKENS)
-def test_shards_of_the_ranks_add_up_to_the_whole_base(keys, plan_layout, tokens):
+def test_shards_of_the_ranks_add_up_to_the_whole_base(run_settings, plan_layout, tokens):
     plan_layout = replace(plan_layout, zero_stage=3, offload_param="none")
-    terms = need_of(SMALL, keys, plan_layout, H100, tokens).per_rank
-    whole = base_bytes(SMALL, keys, plan_layout.training_dtype)
+    terms = need_of(SMALL, run_settings, plan_layout, H100, tokens).per_rank
+    whole = base_bytes(SMALL, run_settings, plan_layout.training_dtype)
     world, constants = plan_layout.world_size, terms.get("quantisation_constants", 0)
     assert 0 <= whole - (world * terms["base_weights"] + constants) < world
-    copied = need_of(SMALL, keys, replace(plan_layout, hpz_partition_size=1 + world), H100, tokens)
+    copied = need_of(
+        SMALL, run_settings, replace(plan_layout, hpz_partition_size=1 + world), H100, tokens
+    )
     assert copied.per_rank["hpz_copy"] == (whole - constants) // (1 + world)
 
 
@@ -223,14 +231,15 @@ def test_a_larger_adapter_needs_more_memory():
 
 
 def test_disk_space_has_room_for_kept_new_and_best_checkpoints():
-    """One more than save_total_limit, and with held-out data the one of the lowest loss."""
+    """Space for save_total_limit checkpoints and a new one; with held-out data for the best too."""
     held_out = {"eval_data": "h", "save_total_limit": 3}
 
     def checkpoints(**keys) -> float:
-        each = checkpoint_bytes(trainable_parameters(SMALL, run()))
-        return disk_bytes(SMALL, run(**keys))["checkpoints"] / each
+        size = checkpoint_bytes(trainable_parameters(SMALL, run()))
+        return disk_bytes(SMALL, run(**keys))["checkpoints"] / size
 
     assert checkpoints(save_total_limit=3) == 3 + 1
     assert checkpoints(**held_out) == 3 + 2
     assert checkpoints(**held_out, evaluation_strategy="no") == 3 + 1
+    # Weights of the best adapter, kept and being written: a third of a checkpoint each.
     assert checkpoints(**held_out, keep_best=True) == pytest.approx(3 + 2 + 2 / 3)

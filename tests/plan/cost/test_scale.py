@@ -26,7 +26,7 @@ pytestmark = pytest.mark.unit
 @pytest.mark.parametrize("sharding", ["ZeRO-2", "ZeRO-3"])
 @pytest.mark.parametrize("gpus", [8, 64])
 def test_a_step_on_slow_links_takes_the_time_of_its_bytes(base, sharding, gpus):
-    """With links so slow that everything else is negligible."""
+    """The links are so slow that everything else is negligible; 0.7 of their rate is reached."""
     slow = 1e5
     case = Case(
         model="8b", base=base, sharding=sharding, gpus=gpus, network=25e9, global_batch=4 * gpus
@@ -40,7 +40,7 @@ def test_a_step_on_slow_links_takes_the_time_of_its_bytes(base, sharding, gpus):
 
 
 def test_more_gpus_are_worthwhile_until_a_doubling_gains_little():
-    """Input: seconds of a step for each number of GPUs."""
+    # number of GPUs: seconds of a step
     assert gpus_worth_using({8: 8.0, 16: 4.0, 32: 2.1}) == 32
     assert gpus_worth_using({8: 8.0, 16: 4.0, 32: 3.9, 64: 1.0}) == 16
     assert gpus_worth_using({16: 4.0}) == 16

@@ -1,4 +1,7 @@
-"""The speed model: hand-counted FLOPs, the orderings that the plan relies on, and invariants."""
+"""The speed model: hand-counted FLOPs, orders that the plan relies on, and invariants.
+
+The model assumes 0.7 of the nominal rate of arithmetic and of links, and 0.8 of that of memory.
+"""
 
 from dataclasses import replace
 
@@ -65,12 +68,18 @@ def layout(**keys):
 LORA, QLORA, INT8 = run(), run(load_in_4bit=True), run(load_in_8bit=True)
 
 
-def speed(shape=LLAMA_8B, keys=LORA, hardware=H100, tokens=1024.0, **rest):
-    return step_seconds(shape, keys, layout(**rest), hardware, SequenceProfile(tokens=tokens))
+def speed(shape=LLAMA_8B, run_settings=LORA, hardware=H100, tokens=1024.0, **rest):
+    return step_seconds(
+        shape, run_settings, layout(**rest), hardware, SequenceProfile(tokens=tokens)
+    )
 
 
 def test_arithmetic_is_that_counted_by_hand():
-    """4 FLOPs per frozen weight and token, 6 per adapter weight; attention backward is 2.5 x."""
+    """4 FLOPs per frozen weight and token, 6 per adapter weight.
+
+    The backward pass of attention has 2.5 times the FLOPs of its forward pass.
+    """
+    # n: weights of the linear layers; p: weights of the adapter
     n = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     p = 16 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
     assert (n, p) == (LLAMA_8B.linear_parameters, trainable_parameters(LLAMA_8B, LORA))
@@ -79,10 +88,11 @@ def test_arithmetic_is_that_counted_by_hand():
     assert speed(hardware=ideal).terms["arithmetic"] == pytest.approx(counted / 1e12)
 
 
-def test_a_frozen_base_costs_4_flops_a_parameter_and_token_and_6_recomputed():
-    keys = run(lora_r=1, lora_target_modules=["q_proj"])
+def test_a_frozen_base_costs_4_flops_per_parameter_and_token_and_6_if_recomputed():
+    run_settings = run(lora_r=1, lora_target_modules=["q_proj"])
     times = [
-        speed(keys=keys, tokens=8.0, checkpointed_layers=k).terms["arithmetic"] for k in (0, 16, 32)
+        speed(run_settings=run_settings, tokens=8.0, checkpointed_layers=k).terms["arithmetic"]
+        for k in (0, 16, 32)
     ]
     n = LLAMA_8B.linear_parameters
     assert times[0] == pytest.approx(4 * n * 8 / (0.7 * H100.flops), rel=1e-3)
@@ -135,8 +145,10 @@ def test_adapter_traffic_at_zero_2_does_not_depend_on_the_base():
 def test_without_fast_paths_zero_2_reduces_every_micro_batch():
     plain = LORA.model_copy(update={"fast_paths": False})
     once, often = (
-        speed(keys=keys, zero_stage=2, accumulation_steps=8).terms["gradient_reduction"]
-        for keys in (LORA, plain)
+        speed(run_settings=run_settings, zero_stage=2, accumulation_steps=8).terms[
+            "gradient_reduction"
+        ]
+        for run_settings in (LORA, plain)
     )
     assert often == pytest.approx(8 * once)
     p = trainable_parameters(LLAMA_8B, LORA)
@@ -144,12 +156,12 @@ def test_without_fast_paths_zero_2_reduces_every_micro_batch():
     assert once == pytest.approx(ring + 2 * 7 * 5e-6)
 
 
-@pytest.mark.parametrize("keys", [LORA, QLORA])
+@pytest.mark.parametrize("run_settings", [LORA, QLORA])
 @pytest.mark.parametrize("gpu", GPUS)
-def test_each_higher_zero_stage_is_slower(gpu, keys):
+def test_a_higher_zero_stage_is_never_faster_and_zero_3_is_slower_than_zero_2(gpu, run_settings):
     times = [
         speed(
-            keys=keys, hardware=GPUS[gpu], zero_stage=stage, accumulation_steps=4
+            run_settings=run_settings, hardware=GPUS[gpu], zero_stage=stage, accumulation_steps=4
         ).seconds_per_step
         for stage in (1, 2, 3)
     ]
@@ -159,10 +171,10 @@ def test_each_higher_zero_stage_is_slower(gpu, keys):
 
 def test_hpz_gathers_within_the_node():
     slow = replace(H100, network=3e9)
-    keys = {"shape": LLAMA_70B, "hardware": slow, "zero_stage": 3}
-    one_node = speed(**keys)
-    assert speed(**keys, hpz_partition_size=8) == one_node
-    plain, hpz = (speed(**keys, nodes=2, hpz_partition_size=size) for size in (1, 8))
+    values = {"shape": LLAMA_70B, "hardware": slow, "zero_stage": 3}
+    one_node = speed(**values)
+    assert speed(**values, hpz_partition_size=8) == one_node
+    plain, hpz = (speed(**values, nodes=2, hpz_partition_size=size) for size in (1, 8))
     assert hpz.seconds_per_step < plain.seconds_per_step / 10
     differs = {term for term in hpz.terms if hpz.terms[term] != one_node.terms[term]}
     assert differs == {"gradient_reduction", "adapter_gather", "optimizer"}
@@ -171,15 +183,15 @@ def test_hpz_gathers_within_the_node():
 def test_4_bits_gather_a_quarter_of_the_linear_weights():
     embeddings = 2 * 128256 * 4096 * 2 + 2 * (2 * 32 + 1) * 4096
     whole, packed = (
-        cost_per_token(LLAMA_8B, keys, "bfloat16").stored_bytes - embeddings
-        for keys in (LORA, QLORA)
+        cost_per_token(LLAMA_8B, run_settings, "bfloat16").stored_bytes - embeddings
+        for run_settings in (LORA, QLORA)
     )
     assert packed == whole / 4
     assert whole + embeddings == base_bytes(LLAMA_8B, LORA, "bfloat16")
     slow = replace(H100, network=1e8)  # nothing hides the gathers
     times = [
-        speed(LLAMA_8B, keys, slow, 1.0, zero_stage=3, nodes=16).terms["base_gathers"]
-        for keys in (LORA, QLORA)
+        speed(LLAMA_8B, run_settings, slow, 1.0, zero_stage=3, nodes=16).terms["base_gathers"]
+        for run_settings in (LORA, QLORA)
     ]
     assert times[1] / times[0] == pytest.approx(
         (packed + embeddings) / (whole + embeddings), rel=0.01
@@ -189,7 +201,8 @@ def test_4_bits_gather_a_quarter_of_the_linear_weights():
 def test_quantised_weights_are_slower_than_16_bit_weights():
     for micro in (1, 8):
         whole, packed, int8 = (
-            speed(keys=keys, micro_batch_size=micro) for keys in (LORA, QLORA, INT8)
+            speed(run_settings=run_settings, micro_batch_size=micro)
+            for run_settings in (LORA, QLORA, INT8)
         )
         assert whole.seconds_per_step < packed.seconds_per_step
         assert whole.seconds_per_step < int8.seconds_per_step
@@ -200,13 +213,15 @@ def test_quantised_weights_are_slower_than_16_bit_weights():
 
 
 @pytest.mark.parametrize("shape", [SMOLLM2, LLAMA_8B, LLAMA_70B])
-@pytest.mark.parametrize("keys", [LORA, QLORA])
+@pytest.mark.parametrize("run_settings", [LORA, QLORA])
 @pytest.mark.parametrize("hardware", [*GPUS.values(), cpu_of(16, 2**36)], ids=lambda h: h.name)
-def test_a_larger_micro_batch_is_never_slower_except_for_recomputed_logits(shape, keys, hardware):
+def test_a_larger_micro_batch_is_never_slower_except_for_recomputed_logits(
+    shape, run_settings, hardware
+):
     for stage in (2, 3):
         times = [
             speed(
-                shape, keys, hardware, 128.0, zero_stage=stage, micro_batch_size=2**i,
+                shape, run_settings, hardware, 128.0, zero_stage=stage, micro_batch_size=2**i,
                 accumulation_steps=2 ** (4 - i),
             )
             for i in range(5)
@@ -260,16 +275,16 @@ machines = st.sampled_from([*GPUS.values(), cpu_of(2, 2**34)])
 @given(
     where=layouts,
     machine=machines,
-    keys=st.sampled_from([LORA, QLORA, INT8]),
+    run_settings=st.sampled_from([LORA, QLORA, INT8]),
     tokens=st.floats(1, 4096),
     rate=st.sampled_from(RATES),
     factor=st.floats(1, 100),
 )
 @settings(max_examples=300, deadline=None)
 def test_terms_add_up_and_faster_hardware_never_makes_a_step_slower(
-    where, machine, keys, tokens, rate, factor
+    where, machine, run_settings, tokens, rate, factor
 ):
-    result = step_seconds(SMOLLM2, keys, where, machine, SequenceProfile(tokens=tokens))
+    result = step_seconds(SMOLLM2, run_settings, where, machine, SequenceProfile(tokens=tokens))
     assert all(seconds >= 0 for seconds in result.terms.values())
     assert result.seconds_per_step == sum(result.terms.values())
     assert result.tokens_per_second * result.seconds_per_step == pytest.approx(
@@ -279,34 +294,38 @@ def test_terms_add_up_and_faster_hardware_never_makes_a_step_slower(
         :-4:-1
     ]
     faster = replace(machine, **{rate: getattr(machine, rate) * factor})
-    after = step_seconds(SMOLLM2, keys, where, faster, SequenceProfile(tokens=tokens))
+    after = step_seconds(SMOLLM2, run_settings, where, faster, SequenceProfile(tokens=tokens))
     assert after.seconds_per_step <= result.seconds_per_step * (1 + 1e-9)
 
 
 def test_the_cache_distinguishes_settings():
-    first = speed(keys=run(lora_r=8)).terms["adapter_gather"]
+    first = speed(run_settings=run(lora_r=8)).terms["adapter_gather"]
     for _ in range(40):  # new objects may have addresses of earlier ones
-        assert speed(keys=run(lora_r=16)).terms["adapter_gather"] > first
-        assert speed(keys=run(lora_r=8)).terms["adapter_gather"] == first
+        assert speed(run_settings=run(lora_r=16)).terms["adapter_gather"] > first
+        assert speed(run_settings=run(lora_r=8)).terms["adapter_gather"] == first
 
 
 def test_the_predicted_speed_of_the_quickstart_is_near_the_measured_one():
-    """docs/benchmarks.md, two cores, 74 tokens a row: 267 tokens/s with micro-batches of 4, 140
-    to 220 with micro-batches of 1. The rates of the catalogue's CPU are fitted to both.
+    """On two cores, with 74 tokens a row, docs/benchmarks.md has 267 tokens/s for micro-batches of
+    4, and 140 to 220 for micro-batches of 1. The rates of the catalogue's CPU are fitted to both.
     """
-    keys = run(lora_target_modules="all-linear", lora_dropout=0.0, max_length=512, fast_paths=False)
+    run_settings = run(
+        lora_target_modules="all-linear", lora_dropout=0.0, max_length=512, fast_paths=False
+    )
     for micro, low, high in ((4, 240, 294), (1, 140, 220)):
         where = layout(micro_batch_size=micro, ranks_per_node=2)
         result = step_seconds(
-            SMOLLM2, keys, where, cpu_of(2, 2**34),
+            SMOLLM2, run_settings, where, cpu_of(2, 2**34),
             SequenceProfile(tokens=73.75, supervised_share=0.44),
         )  # fmt: skip
         assert low < result.tokens_per_second < high
 
 
 def test_the_example_of_the_docs_has_the_predicted_numbers():
-    keys = run(lora_dropout=0.05)
-    result = speed(keys=keys, tokens=2048.0, micro_batch_size=4, checkpointed_layers=32)
+    run_settings = run(lora_dropout=0.05)
+    result = speed(
+        run_settings=run_settings, tokens=2048.0, micro_batch_size=4, checkpointed_layers=32
+    )
     text = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
     for term, seconds in result.terms.items():
         assert (f"| `{term}` | {seconds:.4f} |" in text) == (seconds > 0), term
@@ -316,8 +335,8 @@ def test_the_example_of_the_docs_has_the_predicted_numbers():
 def test_a_deepspeed_json_at_zero3_is_predicted_without_joint_lora():
     sharded, sequences = layout(zero_stage=3), SequenceProfile(tokens=2048)
 
-    def predicted(keys):
-        arguments = LLAMA_8B, keys, sharded, H100, sequences
+    def predicted(run_settings):
+        arguments = LLAMA_8B, run_settings, sharded, H100, sequences
         return memory(*arguments).per_rank, step_seconds(*arguments).terms
 
     without = predicted(run(fast_paths=False))

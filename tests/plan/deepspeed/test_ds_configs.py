@@ -52,8 +52,8 @@ def train(session, folder, golden, settings):
         assert result.grad_norm > 0
         losses.append(session.sum_over_ranks([result.loss_sum])[0] / supervised)
     frozen = [p for p in engine.deepspeed.module.parameters() if not p.requires_grad]
-    second = {p.ds_secondary_tensor is not None for p in frozen if hasattr(p, "ds_id")}
-    return losses, accepted.zero_config.model_dump(by_alias=True, mode="json"), second
+    has_node_copy = {p.ds_secondary_tensor is not None for p in frozen if hasattr(p, "ds_id")}
+    return losses, accepted.zero_config.model_dump(by_alias=True, mode="json"), has_node_copy
 
 
 @pytest.mark.parametrize("golden", GOLDENS, ids=lambda path: path.stem)
@@ -64,11 +64,11 @@ def test_a_golden_config_trains(tiny_model, tmp_path, golden):
         "lora_target_modules": "all-linear",
     }
     world_size = 1 if "-1x" in golden.stem else 2
-    losses, parsed, second = run_ranks(
+    losses, parsed, has_node_copy = run_ranks(
         train, folder, golden, settings, tmp_path=tmp_path, world_size=world_size
     )[0]
     requested = json.loads(golden.read_text(encoding="utf-8"))["zero_optimization"]
     assert {k: without_defaults(parsed[k], v) for k, v in requested.items()} == requested
     assert all(0 < loss < 20 for loss in losses)
-    # Of sharded parameters: whether they have a secondary copy in the node.
-    assert second == ({"hpz" in golden.stem} if "zero3" in golden.stem else set())
+    # Only with hpZ do sharded parameters have a second copy within the node.
+    assert has_node_copy == ({"hpz" in golden.stem} if "zero3" in golden.stem else set())

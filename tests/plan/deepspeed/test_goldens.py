@@ -27,11 +27,12 @@ def test_every_case_has_its_file_and_the_stage_of_its_name():
     for path in GOLDENS:
         config = json.loads(path.read_text(encoding="utf-8"))
         assert "train_batch_size" not in config  # it would fix the number of ranks
+        # A name without a stage means ZeRO-2.
         assert f"zero{config['zero_optimization']['stage']}" in f"{path.stem}-zero2"
 
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
-def test_no_value_is_auto(path):
+def test_no_value_is_auto_and_sizes_are_whole_numbers(path):
     def values(node):
         if isinstance(node, dict):
             return [leaf for value in node.values() for leaf in values(value)]

@@ -91,7 +91,7 @@ def test_a_config_of_the_trainer_is_accepted(plan):
     assert new_plan.deepspeed["steps_per_print"] == 2000
     assert new_plan.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.999]
     assert "auto" not in json.dumps(new_plan.deepspeed)
-    # a max_live_parameters of 1e9 keeps all of this base gathered
+    # with a stage3_max_live_parameters of 1e9, all of this base stays gathered
     assert [rule.id for rule in new_plan.rules] == ["gathered-too-much"]
 
 
@@ -108,7 +108,7 @@ def test_the_plan_has_the_values_that_the_json_sets(plan):
     assert new_plan.with_data(sized(640)).learning_rate(0) <= 1e-4
     assert new_plan.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.95]
     assert new_plan.deepspeed["gradient_accumulation_steps"] == 4
-    # run.yaml has these settings, so a plan new_plan from it must be the same
+    # run.yaml has these settings, so a plan made from it must be the same
     again = make_plan(settings, new_plan.shape, new_plan.hardware, nodes=1, ranks_per_node=8)
     assert again.deepspeed == new_plan.deepspeed
 

@@ -159,8 +159,8 @@ def test_every_parameter_of_an_unknown_class_is_counted(tmp_path, kind):
     modules = dict(model.named_modules())
     for name, linear in shape.linears.items():
         assert tuple(modules[name].weight.shape) == (linear.d_out, linear.d_in)
-    kinds = {"deepseek_v3": 2, "qwen3_next": 2, "gemma4_text": 2}
-    assert len(shape.blocks) == kinds.get(kind, 1)
+    kinds_of_blocks = {"deepseek_v3": 2, "qwen3_next": 2, "gemma4_text": 2}
+    assert len(shape.blocks) == kinds_of_blocks.get(kind, 1)
     # a router that is a linear layer is counted in `linears` and in `router_parameters`
     assert all(block.other_parameters >= -block.router_parameters for block in shape.blocks)
     assert all(block.saved[0] > 0 for block in shape.blocks)
@@ -208,7 +208,7 @@ def test_a_weight_that_blocks_share_is_quantised_once_and_in_every_block(tmp_pat
     assert shape.quantised_parameters == sum(x.weights for x in by_weight.values())
 
 
-def test_a_tensor_of_three_dimensions_is_no_expert_unless_its_name_or_class_says_so(tmp_path):
+def test_a_tensor_of_three_dimensions_is_only_an_expert_by_its_name_or_class(tmp_path):
     shape = shape_of_kind(tmp_path, "recurrent_gemma")  # gates of (heads, width, width)
     assert (shape.num_experts, shape.expert_parameters) == (0, 0)
 

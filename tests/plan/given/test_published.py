@@ -76,7 +76,7 @@ def test_a_model_below_40_billion_is_planned_on_one_gpu_of_80_gib(model):
 
 
 @pytest.mark.parametrize("model", [m for m in MODELS if m.billions > 40], ids=lambda m: m.name)
-def test_a_larger_model_is_refused_on_that_gpu_with_the_smallest_change(model):
+def test_a_model_above_40_billion_is_refused_on_that_gpu_with_the_smallest_change(model):
     with pytest.raises(DoesNotFitError) as error:
         plan_on(gpu(80, 1), model, max_length=1024, offload_param="none")
     assert re.search(r"; (with|it fits on|no single change makes it fit)", str(error.value))
@@ -111,13 +111,13 @@ def test_a_folder_of_a_class_that_mixes_documents_is_planned_without_packs():
         )
 
 
-def test_packs_that_were_asked_for_are_refused_by_name():
+def test_a_plan_by_name_with_packs_of_a_class_that_mixes_documents_has_the_refusing_rule():
     model = next(model for model in MODELS if model.name == "Qwen/Qwen3.5-27B")
     plan = plan_on(gpu(640, 8), model, max_length=1024, packing=True)
     assert "class-packs" in {rule.id for rule in plan.rules if rule.level == "refuse"}
 
 
-def test_a_plan_of_a_refused_model_has_the_rule():
+def test_a_plan_of_a_refused_model_has_the_rule_that_refuses_it():
     model = next(model for model in MODELS if model.name == "openai/gpt-oss-20b")
     plan = plan_on(gpu(), model)
     assert "prequantised-base" in {rule.id for rule in plan.rules if rule.level == "refuse"}

@@ -85,7 +85,10 @@ CASES = [
 
 
 def save_config(folder, kind, change):
-    """Write a small config.json of a kind; returns the config of transformers and settings."""
+    """Write a small config.json of a kind; returns the config of transformers and settings.
+
+    `change` adds keys of the config, settings of LoRA, and in `without` names of keys to leave out.
+    """
     settings = {key: change[key] for key in change if key.startswith("lora")}
     keys = {"model_type": kind} | SMALL | {k: change[k] for k in change if not k.startswith("lora")}
     if "moe" in kind:

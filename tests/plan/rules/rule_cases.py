@@ -1,6 +1,8 @@
 """For each rule, a context in which it applies and the closest in which it does not.
 
-Values are the differences from Llama 8B on 8 GPUs of 80 GiB at ZeRO-2 in bf16.
+Values are the differences from Llama 8B on 8 GPUs of 80 GiB at ZeRO-2 in bf16. `own` is the user's
+DeepSpeed JSON; `layout`, `shape`, `config`, `packages`, `hardware`, `data` and `proof` are those of
+the plan, and other keys are settings.
 """
 
 from pipeline.plan.deepspeed.keys import REMOVED, REMOVED_FROM_ZERO
@@ -23,8 +25,8 @@ LONGROPE = LLAMA_8B | {
     "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 4096},
 }
 
-LEAKS = Proof(without_packs=["1 of 4 blocks"])
-SHARES_KEYS = Proof(without_reentrant=["gradients differ"])
+MIXES_DOCUMENTS = Proof(without_packs=["1 of 4 blocks"])
+WITHOUT_REENTRANT = Proof(without_reentrant=["gradients differ"])
 
 
 def zero(**keys):
@@ -65,10 +67,10 @@ CASES = {
         {"config": LLAMA_8B | {"architectures": ["LlamaForCausalLM"]}},
     ),
     "class-refused": ({"proof": Proof(refusals=["loss"])}, {"proof": Proof()}),
-    "class-packs": ({"proof": LEAKS}, {"proof": LEAKS, "packing": False}),
+    "class-packs": ({"proof": MIXES_DOCUMENTS}, {"proof": MIXES_DOCUMENTS, "packing": False}),
     "class-re-entrant": (
-        with_layout(Z3, CHECKPOINTED, proof=SHARES_KEYS),
-        with_layout(Z2, CHECKPOINTED, proof=SHARES_KEYS),
+        with_layout(Z3, CHECKPOINTED, proof=WITHOUT_REENTRANT),
+        with_layout(Z2, CHECKPOINTED, proof=WITHOUT_REENTRANT),
     ),
     "class-not-proven": (
         {"shape": {"is_from_class": True}},

@@ -123,15 +123,15 @@ def test_a_known_bad_version_refuses_a_plan(plan, monkeypatch):
 
 
 def test_advice_on_the_data_size_needs_the_size(plan):
-    made = plan()
-    assert [rule.id for rule in made.rules if rule.level == "advise"] == []
-    assert [rule.id for rule in made.with_data(sized(500)).rules if rule.level == "advise"] == [
-        "data-small",
-        "few-steps",
-    ]
-    assert "`preset: small`" in plan_text(made.with_data(sized(500)))
-    assert [rule.id for rule in made.with_data(sized(50_000)).rules if rule.level == "advise"] == []
-    assert made.with_data(sized(500)).settings == made.settings
+    def advice(of_plan):
+        return [rule.id for rule in of_plan.rules if rule.level == "advise"]
+
+    new_plan = plan()
+    small, large = new_plan.with_data(sized(500)), new_plan.with_data(sized(50_000))
+    assert advice(new_plan) == advice(large) == []
+    assert advice(small) == ["data-small", "few-steps"]
+    assert "`preset: small`" in plan_text(small)
+    assert small.settings == new_plan.settings
 
 
 ADDED = {"128000": {"content": "<bos>"}, "128256": {"content": "<mine>"}}
@@ -172,16 +172,16 @@ def test_a_model_class_in_the_folder_is_detected(tmp_path):
 
 def test_a_rule_about_long_documents_refuses_once_they_are_counted(plan):
     """Only the prepared index knows the longest document."""
-    made = plan(LONGROPE, max_length=8192)
-    assert "rope-original-length-uncounted" in [rule.id for rule in made.rules]
+    new_plan = plan(LONGROPE, max_length=8192)
+    assert "rope-original-length-uncounted" in [rule.id for rule in new_plan.rules]
     with refused("rule rope-original-length", 5000, 4096, "packing: false", "batch_size: 1"):
-        made.with_data(sized(9, longest=5000))
+        new_plan.with_data(sized(9, longest=5000))
     alone = plan(LONGROPE, max_length=8192, packing=False, batch_size=1)
     assert alone.with_data(sized(9, longest=5000)).schedule
 
 
 def test_documents_beyond_the_positions_are_counted(plan):
     data = replace(sized(9, longest=5000), count_longer=lambda tokens: 3 if tokens == 4096 else 0)
-    made = plan(SHORT, max_length=8192).with_data(data)
-    (rule,) = [rule for rule in made.rules if rule.id == "beyond-positions"]
+    new_plan = plan(SHORT, max_length=8192).with_data(data)
+    (rule,) = [rule for rule in new_plan.rules if rule.id == "beyond-positions"]
     assert_mentions(rule.message, "3 of 9", 5000, 4096, "max_length")
