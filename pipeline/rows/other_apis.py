@@ -58,7 +58,13 @@ def typed_part(part: Any, *, has_text: bool) -> Any:
         value = value["reasoningText"]
     ids = {"id": "tool_use_id"} if _PARTS[kind] == "tool_result" else {}
     names = _KEYS | ids
-    converted = {names.get(key, key): item for key, item in value.items()}
+    converted: dict[str, Any] = {}
+    for key, item in value.items():
+        name = names.get(key, key)
+        if has_value(item) and has_value(converted.get(name)):
+            return part  # two keys for one value, of which one would be lost: the row is rejected
+        if has_value(item) or name not in converted:
+            converted[name] = item
     if kind == "toolResult" and isinstance(converted.get("content"), list):
         converted["content"] = [_result_part(item) for item in converted["content"]]
     return {**converted, "type": _PARTS[kind]}

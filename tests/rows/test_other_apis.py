@@ -128,6 +128,15 @@ def test_keys_of_a_part_that_are_null_are_ignored():
     assert read_example(row_of(row)) == read_example(row_of(EXPECTED))
 
 
+@pytest.mark.parametrize("keys", [("response", "content"), ("content", "response")])
+def test_a_null_key_beside_the_response_of_a_function_is_ignored(keys):
+    part = {"id": "t1"} | dict.fromkeys(keys) | {"response": {"sky": "rain"}}
+    contents = [*GEMINI["contents"]]
+    contents[2] = {"role": "user", "parts": [{"functionResponse": part}]}
+    row = GEMINI | {"contents": contents}
+    assert read_example(row_of(row)) == read_example(row_of(EXPECTED))
+
+
 def test_a_function_response_with_role_function_is_read_as_a_tool_message():
     contents = [
         turn | {"role": "function"} if "functionResponse" in turn["parts"][0] else turn
@@ -154,6 +163,8 @@ def test_every_name_of_a_role_is_known_in_both_forms_of_a_message(role, column):
         {"executableCode": {"code": "1"}},
         {"text": "a", "functionCall": {"name": "f"}},
         {"text": "a", "thought": "hm"},
+        {"functionResponse": {"response": {"a": 1}, "content": "b"}},
+        {"toolResult": {"toolUseId": "t1", "tool_use_id": "t2", "content": [{"text": "a"}]}},
     ],
 )
 def test_a_row_with_an_unsupported_part_is_refused_and_the_part_is_named(part):
