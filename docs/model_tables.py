@@ -7,7 +7,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "tests/models/results.jsonl"
 _MODES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3", "experts": "experts", "qlora": "QLoRA"}
-# Models in the order in which they are tuned most, and the kinds of folder that stand for them.
+# Models, those that are fine-tuned most first, and the kinds of folder that stand for them.
 RANKED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Llama 3, SmolLM2, R1-Distill", ("llama", "llama/tied")),
     ("Qwen 3 dense", ("qwen3",)),
@@ -115,18 +115,18 @@ _PAGE = """# Models
 
 Generated from tests/models/results.jsonl by `make docs`; `make models` measures it.
 
-A model folder of each kind is made in code: the class of transformers with random weights, 4 blocks
-and a hidden width of 64, saved as a checkpoint of the hub is. It then goes the whole way that a run
-goes: its class is counted and proven, a run of 4 steps on 2 CPU ranks at ZeRO-2 (packed where the
-class allows it) and at ZeRO-3 with recomputed blocks, QLoRA at ZeRO-2, and the merge. No real
-weights and no GPU take part.
+For each kind of model a folder is made in code: the class of transformers with random weights, 4
+blocks and a hidden width of 64, saved like a checkpoint of the hub. Then every part of a run is
+tried on it: the plan computes its shape and checks its class; 4 steps are trained on 2 CPU ranks at
+ZeRO-2 (packed where the class allows it), at ZeRO-3 with recomputed blocks, and with QLoRA at
+ZeRO-2; and the adapters are merged. No real weights and no GPU take part.
 
-{folders} folders: {passed} pass, {refused} are refused with a reason before training, {failed}
-fail. Measured {dates} on 2 CPU cores that others used as well, {minutes} minutes of wall time in
-all, with {versions}. `make models` measures a line again if its config, the versions or the
+Of {folders} folders {passed} passed, {refused} were refused with a reason before training, and
+{failed} failed. Measured {dates} on 2 CPU cores that others used as well, {minutes} minutes of wall
+time in all, with {versions}. `make models` measures a line again if its config, the versions or the
 pipeline's code have changed since; the lines here are from several states of the code.
 
-## The models that are tuned most
+## The models that are fine-tuned most
 
 | rank | models | kinds of folder |
 |---|---|---|
@@ -134,12 +134,16 @@ pipeline's code have changed since; the lines here are from several states of th
 
 ## Measured
 
-Relative differences. `loss` and `attention`: from the class's own, in the proof. `packs`: of a
-document in a pack from the same document alone; `off`: the class mixes documents, so it is trained
-without packs. ZeRO-2, ZeRO-3, QLoRA: the held-out loss of the run from that of plain transformers
-and peft with the published adapter, in which no matrix is zero (at most 1e-4 passes). `experts`: as
-ZeRO-3, with an adapter on the fused experts too, and merged; empty for models without experts, and
-in lines that are older than this column. `merged`: our merged weights from those of peft.
+The numbers are relative differences:
+
+- `loss`, `attention`: RankZero's loss and attention from those of the class, in its check.
+- `packs`: a document in a pack from the same document alone. `off`: the class mixes documents, so
+  it is trained without packs.
+- ZeRO-2, ZeRO-3, QLoRA: the held-out loss of the run from that of plain transformers and peft with
+  its adapter. At most 1e-4 passes, and no matrix of the adapter may be zero.
+- `experts`: as ZeRO-3, with an adapter on the fused experts too. Empty for models without experts,
+  and in lines that are older than this column.
+- `merged`: RankZero's merged weights from those of peft.
 
 | kind | state | loss | attention | packs | ZeRO-2 | ZeRO-3 | experts | QLoRA | merged |
 |---|---|---|---|---|---|---|---|---|---|
