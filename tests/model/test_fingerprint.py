@@ -64,6 +64,22 @@ def test_one_changed_bit_of_a_tensor_is_refused_with_the_tensor(base, byte):
         require_recorded_base(before.as_json(), base, "do this instead")
 
 
+@pytest.mark.parametrize("is_added", [True, False])
+def test_an_added_or_a_missing_tensor_is_refused_with_its_name(base, is_added):
+    """Such as a tensor of a head that another tool has added, or a shard that was lost."""
+    before = base_fingerprint(base).as_json()
+    path = min(base.glob("*.safetensors"))
+    weights = load_file(path)
+    name = "extra.weight" if is_added else next(iter(weights))
+    if is_added:
+        weights[name] = torch.zeros(2)
+    else:
+        del weights[name]
+    save_file(weights, path, metadata={"format": "pt"})
+    with refused(base, name, "1 of", "do this instead"):
+        require_recorded_base(before, base, "do this instead")
+
+
 def test_the_fingerprint_does_not_depend_on_shards(base, tmp_path):
     weights = {k: v for file in base.glob("*.safetensors") for k, v in load_file(file).items()}
     one = tmp_path / "one"

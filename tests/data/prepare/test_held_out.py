@@ -45,6 +45,14 @@ def test_the_digest_does_not_depend_on_the_order_of_keys():
     assert digest(Conversation((QUESTION, one))) == digest(Conversation((QUESTION, other)))
 
 
+def test_the_digest_does_not_depend_on_the_amount_of_white_space():
+    """Rows that differ in nothing else count as duplicates and are in the same split."""
+    assert digest(Text("a b\n")) == digest(Text(" a\t\n b"))
+    assert digest(Text("a b")) != digest(Text("ab"))
+    spaced = Conversation((replace(QUESTION, content=" a\n"), ANSWER))
+    assert digest(spaced) == digest(Conversation((QUESTION, ANSWER)))
+
+
 def test_a_share_is_held_out_and_a_larger_one_holds_out_the_same_and_more():
     digests = [digest(Text(str(i))) for i in range(4000)]
     before: set[int] = set()
