@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pipeline.cluster.placement import Placement, from_environment
 from pipeline.errors import UserError
 from pipeline.plan.given.catalogue import cpu_of, gpu_like, gpu_named, rates_of
 from pipeline.plan.given.hardware import Hardware
+from pipeline.plan.given.torch_process import package_version
 
 # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED (cuda.h)
 _VIRTUAL_MEMORY = 102
@@ -95,21 +95,15 @@ def unsupported(env: Mapping[str, str], root: Path) -> str | None:
     """Name of an accelerator of another vendor, and how it was detected; None if there is none."""
     for kind in _UNSUPPORTED:
         signs = [str(path) for pattern in kind.files for path in root.glob(pattern)]
-        if kind.torch_label and kind.torch_label in _version("torch").partition("+")[2]:
-            signs.append(f"torch {_version('torch')}")
-        if kind.package and _version(kind.package):
-            signs.append(f"{kind.package} {_version(kind.package)}")
+        torch = package_version("torch") or ""
+        if kind.torch_label and kind.torch_label in torch.partition("+")[2]:
+            signs.append(f"torch {torch}")
+        if kind.package and (plugin := package_version(kind.package)):
+            signs.append(f"{kind.package} {plugin}")
         signs += [f"{name}={env[name]}" for name in kind.variables if env.get(name)]
         if signs:
             return f"{kind.name} ({signs[0]})"
     return None
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def hardware_from_options(gpu: str | None, gib: float | None, tflops: float | None) -> Hardware:

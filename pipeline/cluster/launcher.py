@@ -69,5 +69,7 @@ def has_ended(process: psutil.Process) -> bool:
     """Whether a process has ended, even if its parent has not yet read its exit code."""
     try:  # is_running() is False if the process id now belongs to a later process
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except psutil.AccessDenied:  # it exists, and its state is hidden from this user
+        return False
+    except psutil.NoSuchProcess:
         return True

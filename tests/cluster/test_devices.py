@@ -148,7 +148,7 @@ def test_integrated_graphics_are_not_an_accelerator(tmp_path):
 def test_libraries_and_variables_of_other_vendors_are_detected(
     monkeypatch, tmp_path, versions, env, kind
 ):
-    monkeypatch.setattr(devices, "_version", lambda package: versions.get(package, ""))
+    monkeypatch.setattr(devices, "package_version", versions.get)
     assert kind in unsupported(env, tmp_path)
 
 
@@ -157,7 +157,7 @@ def test_libraries_and_variables_of_other_vendors_are_detected(
     [("2.13.0+cu130", {}), ("2.13.0", {"ROCR_VISIBLE_DEVICES": ""})],
 )
 def test_torch_for_cuda_is_not_of_another_vendor(monkeypatch, tmp_path, version, env):
-    monkeypatch.setattr(devices, "_version", {"torch": version}.get)
+    monkeypatch.setattr(devices, "package_version", {"torch": version}.get)
     assert unsupported(env, tmp_path) is None
 
 

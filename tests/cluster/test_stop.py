@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from pipeline.cluster.heartbeat import hang_message
-from pipeline.cluster.launcher import watch_launchers
+from pipeline.cluster.launcher import has_ended, watch_launchers
 from pipeline.cluster.stop import STOP_SIGNALS, StopRequests
 from pipeline.errors import Stopped, UserError
 from tests.messages import assert_mentions, refused
@@ -220,3 +222,15 @@ def test_the_message_names_all_ranks_if_none_is_behind():
     message = hang_message({0: heartbeat(), 1: heartbeat()}, [], 60)
     assert "all ranks hang" in message
     assert message.count("hangs at step 7") == 2
+
+
+def test_a_process_whose_state_is_hidden_has_not_ended():
+    class Hidden:
+        def is_running(self):
+            return True
+
+        def status(self):
+            raise psutil.AccessDenied
+
+    assert not has_ended(Hidden())
+    assert has_ended(SimpleNamespace(is_running=lambda: False))

@@ -60,16 +60,16 @@ def _is_short_of_memory(run: PlanContext) -> bool:
     return need > _SHORT_OF_MEMORY * run.hardware.usable_bytes(run.layout.ranks_per_node)
 
 
-def _has_few_steps(s: PlanContext) -> bool:
-    settings = s.settings
-    if s.data is None or settings.max_steps is not None or settings.epochs == "auto":
+def _has_few_steps(run: PlanContext) -> bool:
+    settings = run.settings
+    if run.data is None or settings.max_steps is not None or settings.epochs == "auto":
         return False
-    sequences: float = s.data.documents
-    if s.data.sequences is not None:
-        sequences = s.data.sequences
+    sequences: float = run.data.documents
+    if run.data.sequences is not None:
+        sequences = run.data.sequences
     elif settings.packing:
-        sequences = s.data.tokens / settings.max_length
-    return settings.epochs * sequences < _FEW_STEPS * s.layout.global_batch_size
+        sequences = run.data.tokens / settings.max_length
+    return settings.epochs * sequences < _FEW_STEPS * run.layout.global_batch_size
 
 
 def _deviates_from(name: Preset) -> Callable[[PlanContext], bool]:

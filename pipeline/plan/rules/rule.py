@@ -7,7 +7,6 @@ importing the packages.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Generic, Literal, TypeVar
 
 from packaging.requirements import Requirement
@@ -19,6 +18,7 @@ from pipeline.plan.given.data_size import DataSize
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.shape import ModelShape
+from pipeline.plan.given.torch_process import package_version
 
 Level = Literal["refuse", "warn", "advise"]
 LEVELS: tuple[Level, ...] = ("refuse", "warn", "advise")
@@ -151,13 +151,8 @@ def issue(repository: str, *numbers: int) -> str:
 @cache  # reading the metadata takes longer than checking all rules
 def installed_versions() -> Mapping[str, str | None]:
     """Versions of the packages that rules depend on; None for one that is not installed."""
-    versions: dict[str, str | None] = {}
-    for name in ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "flash-attn"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return versions
+    names = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "flash-attn")
+    return {name: package_version(name) for name in names}
 
 
 def applicable_rules(rules: Iterable[Rule[ContextT]], context: ContextT) -> list[Rule[ContextT]]:
