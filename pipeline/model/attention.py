@@ -13,12 +13,14 @@ from itertools import accumulate, chain
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
 from pipeline.errors import UserError
+from pipeline.model.structure import num_blocks_with
 
 WITHIN_DOCUMENTS = "rankzero_documents"  # name of this attention for `attn_implementation`
 FLASH = "flash_attention_2"
@@ -36,10 +38,12 @@ Documents = Sequence[Sequence[int]]  # for each row of the batch: lengths of its
 class PackedDocuments(tuple[Sequence[int], ...]):
     """Document lengths of a packed batch.
 
-    `num_calls`: number of attention calls that received this object.
+    `receivers`: the attention modules that were called with this object.
     """
 
-    num_calls: int = 0
+    def __init__(self, documents: Documents) -> None:
+        del documents  # the elements of the tuple
+        self.receivers: set[nn.Module] = set()
 
 
 def arguments_for(
@@ -68,16 +72,17 @@ def arguments_for(
 
 
 def require_all_blocks_separate(
-    documents: PackedDocuments, num_blocks: int, model_type: str
+    documents: PackedDocuments, layers: Sequence[nn.Module], model_type: str
 ) -> None:
     """Raise UserError if a block did not pass the documents to its attention.
 
     Such a block drops the argument (StableLM) or has no attention (Mamba, convolutions), and mixes
     the tokens of different documents.
     """
-    if documents.num_calls != num_blocks:
+    num_separate = num_blocks_with(documents.receivers, layers)
+    if num_separate != len(layers):
         raise UserError(
-            f"{documents.num_calls} of {num_blocks} blocks of this {model_type} model keep the "
+            f"{num_separate} of {len(layers)} blocks of this {model_type} model keep the "
             "documents of a packed sequence separate; set packing: false"
         )
 
@@ -128,7 +133,7 @@ def _attend(
     if documents is None:
         return layer(query, key, value).transpose(1, 2).contiguous(), None
     if isinstance(documents, PackedDocuments):
-        documents.num_calls += 1
+        documents.receivers.add(module)
     return _by_document(documents, layer, query, key, value), None
 
 

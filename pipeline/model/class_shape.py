@@ -35,7 +35,13 @@ from transformers import (
 )
 
 from pipeline.model.attention import SINK_COLUMNS
-from pipeline.model.structure import blocks, expert_tensors, lora_sizes, text_decoder
+from pipeline.model.structure import (
+    blocks,
+    expert_tensors,
+    lora_sizes,
+    num_blocks_with,
+    text_decoder,
+)
 
 _COUNTED = "rankzero_counted"  # name of the attention below for `attn_implementation`
 # Config keys for the number of experts per token in transformers 5.23.
@@ -92,7 +98,11 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
     names = {module: name for name, module in model.named_modules()}
     layers = blocks(model)
     _require_trainable(decoder, layers)
-    configs = model.config.get_text_config().per_layer_config
+    configs = model.config.get_text_config(decoder=True).per_layer_config
+    if len(configs) < len(layers):
+        raise ValueError(
+            f"its decoder has {len(layers)} blocks, but config.json has the sizes of {len(configs)}"
+        )
     with _observed_linears() as observed:
         counts = _saved_per_block(model, decoder, layers)
     linears = _block_linears(layers, observed)
@@ -113,7 +123,7 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
         "has_head_bias": getattr(head, "bias", None) is not None,
         "parameters": sum(p.numel() for p in model.parameters()),
         "rewritten_by_peft": _rewritten_by_peft(model, decoder),
-        "separate_blocks": _num_separate_blocks(decoder),
+        "separate_blocks": _num_separate_blocks(decoder, layers),
         "blocks": [json.loads(kind) for kind in distinct],
         "layer_kinds": [distinct.index(kind) for kind in kinds],
     }
@@ -128,6 +138,11 @@ def _build(folder: Path, *, trust_remote_code: bool) -> Any:
     """Build the model on the meta device, with the auto class that supports its config."""
     options = {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    if config.is_encoder_decoder:
+        raise ValueError(
+            "it is an encoder-decoder (is_encoder_decoder: true in config.json), and only models "
+            "with a decoder alone are trained here"
+        )
     has_own_code = trust_remote_code and "AutoModelForCausalLM" in (
         getattr(config, "auto_map", None) or {}
     )
@@ -337,13 +352,13 @@ def _pretended_tracing() -> AbstractContextManager[Any]:
 
 
 @torch.no_grad()
-def _num_separate_blocks(decoder: Any) -> int:
+def _num_separate_blocks(decoder: Any, layers: Sequence[nn.Module]) -> int:
     """Number of blocks whose attention receives the documents of a pack."""
     receivers: list[Any] = []
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     with suppress(TypeError), _pretended_tracing():  # a decoder may not accept `documents`
         decoder(input_ids=ids, use_cache=False, documents=receivers)
-    return len(receivers)
+    return num_blocks_with(receivers, layers)
 
 
 def _count_saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[str, int]]:
@@ -395,20 +410,19 @@ def _count_saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[
     return counts
 
 
-def _forward_error(model: Any, error: Exception) -> Exception:
-    """The error to raise for a forward pass that failed on the meta device.
-
-    If the model's class read the values of a tensor, it is a ValueError that names the line.
-    """
-    if "meta tensor" not in str(error).lower():
-        return error
+def _forward_error(model: Any, error: Exception) -> ValueError:
+    """The error for a forward pass that fails on the meta device, with the line that fails."""
     frames = traceback.extract_tb(error.__traceback__)
     own = inspect.getsourcefile(type(model))
-    place = next(frame for frame in reversed(frames) if frame.filename == own)
-    return ValueError(
-        f"its forward pass reads values of tensors ({Path(place.filename).name}:{place.lineno}, "
-        f"`{place.line}`), so the memory of its activations cannot be counted without weights"
-    )
+    place = next((frame for frame in reversed(frames) if frame.filename == own), frames[-1])
+    line = f"{Path(place.filename).name}:{place.lineno}, `{place.line}`"
+    if "meta" in str(error).lower():
+        return ValueError(
+            f"its forward pass reads values of tensors ({line}), so the memory of its activations "
+            "cannot be counted without weights"
+        )
+    reason = str(error).partition("\n")[0]
+    return ValueError(f"its forward pass in bf16 without weights fails ({line}): {reason}")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class SummedLoss(nn.Module):
         ).last_hidden_state  # (B, T, D)
         if "documents" in packed:
             require_all_blocks_separate(
-                packed["documents"], len(blocks(causal)), causal.config.model_type
+                packed["documents"], blocks(causal), causal.config.model_type
             )
         targets = labels[:, 1:]
         is_supervised = targets != IGNORED

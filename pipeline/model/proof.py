@@ -79,10 +79,7 @@ def require_proof(plan: Plan) -> Proof:
 
 
 def _proof_of(folder: Path, targets: Sequence[str], *, trust_remote_code: bool) -> Proof:
-    try:
-        model = _model_to_check(folder, trust_remote_code=trust_remote_code)
-    except UserError as error:
-        return Proof(refusals=[str(error)])
+    model = _model_to_check(folder, trust_remote_code=trust_remote_code)
     missing = _missing_names(folder, targets, trust_remote_code=trust_remote_code)
     return replace(prove_model(model, targets), without_merge=missing)
 
@@ -225,7 +222,7 @@ def _packed_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
     states: torch.Tensor = text_decoder(model)(
         input_ids=ids, use_cache=False, **arguments
     ).last_hidden_state
-    require_all_blocks_separate(arguments["documents"], len(blocks(model)), model.config.model_type)
+    require_all_blocks_separate(arguments["documents"], blocks(model), model.config.model_type)
     return states
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-_BLOCKS = 4
+_BLOCKS = 4  # least number of blocks, if a copy has reduced widths
+_WIDE_BLOCKS = 2  # the same, if it has the widths of the model
 _WINDOW = 5  # tokens; shorter than the documents of the checks, so that windows have an effect
 # Standard deviation of random matrices: large enough for scales, soft caps and attention to matter.
 _STD = 0.12
@@ -94,7 +95,7 @@ def _reduce(text: dict[str, Any], widths: Mapping[str, int], own_names: Mapping[
         if text.get(key):
             text[key] = _WINDOW
     _reduce_vocabulary(text)
-    _choose_blocks(text)
+    _choose_blocks(text, _BLOCKS if widths else _WIDE_BLOCKS)
     for name, own in own_names.items():
         if name in text:
             text[own] = text.pop(name)
@@ -148,13 +149,13 @@ def _reduce_vocabulary(text: dict[str, Any]) -> None:
             text[key] = 0
 
 
-def _choose_blocks(text: dict[str, Any]) -> None:
-    """Keep one block of each kind, but at least _BLOCKS blocks.
+def _choose_blocks(text: dict[str, Any], least: int) -> None:
+    """Keep one block of each kind, but at least `least` blocks.
 
     Lists with one entry per block, and lists of block indices, are changed accordingly.
     """
     total = text.get("num_hidden_layers") or len(text.get("layers_block_type", ()))
-    if total <= _BLOCKS:
+    if total <= least:
         return
     indices = {key: value for key, value in text.items() if _are_indices(value, total)}
     kinds = {
@@ -170,7 +171,7 @@ def _choose_blocks(text: dict[str, Any]) -> None:
         chosen, text["num_kv_shared_layers"] = chosen * 2, len(chosen)
     else:
         others = [i for i in range(total) if i not in chosen]
-        chosen = sorted(chosen + others[: max(0, _BLOCKS - len(chosen))])
+        chosen = sorted(chosen + others[: max(0, least - len(chosen))])
     for key, value in kinds.items():
         text[key] = [value[i] for i in chosen]
     for key, value in indices.items():

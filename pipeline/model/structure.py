@@ -4,9 +4,11 @@ The body is the child module that contains the embeddings. The text decoder is t
 inside the body if the model has a vision tower. A block is one layer of the text decoder.
 """
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -30,15 +32,25 @@ def text_decoder(causal: Any) -> Any:
 def blocks(causal: Any) -> list[nn.Module]:
     """The layers of the text decoder, without those of a vision tower.
 
-    A layer may hold others (Zamba 2): only the outer one is a block.
+    A layer may contain others (Zamba 2): only the outer one is a block. A vision tower may be a
+    model inside the decoder (Phi 4 multimodal): its layers are not blocks.
     """
+    decoder = text_decoder(causal)
     outer: list[nn.Module] = []
     inside: set[nn.Module] = set()
-    for module in text_decoder(causal).modules():  # an outer layer comes before those inside it
+    for module in decoder.modules():
+        if isinstance(module, PreTrainedModel) and module is not decoder:
+            inside.update(module.modules())
+    for module in decoder.modules():  # an outer layer comes before those inside it
         if isinstance(module, GradientCheckpointingLayer) and module not in inside:
             outer.append(module)
             inside.update(module.modules())
     return outer
+
+
+def num_blocks_with(modules: Collection[nn.Module], layers: Sequence[nn.Module]) -> int:
+    """Number of blocks that contain at least one of the modules."""
+    return sum(any(module in modules for module in layer.modules()) for layer in layers)
 
 
 def expert_tensors(module: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:

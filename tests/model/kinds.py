@@ -60,6 +60,7 @@ VISION = dict(
 )
 KINDS = {
     "llama": ("llama", small()),
+    "diffllama": ("diffllama", small()),
     "mistral": ("mistral", small(sliding_window=None)),
     "qwen2": ("qwen2", small()),
     "qwen3": ("qwen3", small(head_dim=16)),

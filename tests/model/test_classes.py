@@ -2,13 +2,19 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from pipeline.model import attention
-from pipeline.model.attention import WITHIN_DOCUMENTS, PackedDocuments, arguments_for
+from pipeline.model.attention import (
+    WITHIN_DOCUMENTS,
+    PackedDocuments,
+    arguments_for,
+    require_all_blocks_separate,
+)
 from pipeline.model.loss import IGNORED, SummedLoss
-from pipeline.model.structure import blocks, text_decoder
+from pipeline.model.structure import blocks, num_blocks_with, text_decoder
 from tests.messages import refused
 from tests.model.models import build
 from tests.models.kinds import ALL
@@ -27,6 +33,7 @@ SEPARATE_DOCUMENTS = [
     "llama4_text",  # chunks; its decoder is the model itself
     "gemma4",  # text decoder inside a wrapper; the soft cap is only in the text config
     "gemma4_text/ple+shared",  # shared keys and values
+    "diffllama",  # two calls of attention in each block
     "mistral3",  # a wrapper without its own causal class
 ]
 # Recurrent state, or attention without the documents: kind, number of blocks that receive them.
@@ -112,7 +119,8 @@ def test_a_packed_document_has_the_hidden_states_that_it_has_alone(kind):
     arguments = arguments_for(WITHIN_DOCUMENTS, DOCUMENTS, ids)
     decoder = text_decoder(model)
     packed = decoder(input_ids=ids, use_cache=False, **arguments).last_hidden_state
-    assert arguments["documents"].num_calls == len(blocks(model)) == 4
+    layers = blocks(model)
+    assert num_blocks_with(arguments["documents"].receivers, layers) == len(layers) == 4
     for row, lengths in enumerate(DOCUMENTS):
         start = 0
         for length in lengths:
@@ -160,9 +168,12 @@ def test_attention_to_later_tokens_is_refused():
         attention._attend(torch.nn.Module(), query, query, query, None, is_causal=False)
 
 
-def test_the_calls_that_received_the_documents_are_counted():
+def test_blocks_that_received_the_documents_are_counted_once():
     query = torch.randn(1, 2, 5, 8)
     documents = PackedDocuments(((2, 3),))
-    for _ in range(3):
-        attention._attend(torch.nn.Module(), query, query, query, None, documents=documents)
-    assert documents.num_calls == 3
+    layers = [nn.ModuleList([nn.Module(), nn.Module()]) for _ in range(3)]
+    for module in [*layers[0], layers[1][1], layers[1][1]]:
+        attention._attend(module, query, query, query, None, documents=documents)
+    with refused("2 of 3 blocks", "llama", "packing: false"):
+        require_all_blocks_separate(documents, layers, "llama")
+    require_all_blocks_separate(documents, layers[:2], "llama")

@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from pipeline.model import attention, proof
 from pipeline.model.proof import prove, prove_model, require_proof, small_model
+from pipeline.model.small_copy import small_copies
 from pipeline.model.structure import blocks
 from pipeline.plan.given.class_proof import LIMIT, Proof
 from tests.messages import assert_mentions, refused
@@ -170,8 +171,22 @@ def test_a_model_without_a_working_small_copy_is_checked_itself(tmp_path, monkey
     result = prove(tmp_path, ["q_proj"])
     assert not result.refusals
     assert max(result.errors.values()) < LIMIT
-    monkeypatch.setattr(proof, "_COPIES", 10**9)
-    assert_mentions(prove(tmp_path, ["k_proj"]).refusals[0], "no small copy", "GiB")
+
+
+def test_a_lack_of_memory_for_the_checks_is_refused_but_not_cached(tmp_path, monkeypatch):
+    build("granite").save_pretrained(tmp_path)
+    with monkeypatch.context() as context:
+        context.setattr(proof, "small_copies", lambda config: iter(()))
+        context.setattr(proof, "_COPIES", 10**9)
+        with refused("no small copy", "GiB"):
+            prove(tmp_path, ["k_proj"])
+    assert not prove(tmp_path, ["k_proj"]).refusals
+
+
+def test_a_small_copy_with_the_widths_of_the_model_has_fewer_blocks():
+    reduced, wide = small_copies(AutoConfig.for_model("olmo2", num_hidden_layers=32))
+    assert (reduced.num_hidden_layers, wide.num_hidden_layers) == (4, 2)
+    assert (reduced.hidden_size, wide.hidden_size) == (64, 4096)
 
 
 def test_the_small_copy_of_longrope_has_a_factor_for_each_pair_of_its_head():

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoConfig
 
 from pipeline.model import class_shape as class_count
+from pipeline.model.small_copy import small_copies
 from pipeline.plan.cost import activations
 from pipeline.plan.given import class_shape as shape_cache
 from pipeline.plan.given import torch_process
@@ -237,6 +238,26 @@ def test_a_class_that_cannot_be_trained_is_refused_with_the_reason(tmp_path, kin
         shape_of_kind(tmp_path, kind)
 
 
+def test_an_encoder_decoder_is_refused_with_the_entry_of_its_config(tmp_path):
+    AutoConfig.for_model("bart", d_model=64, vocab_size=259).save_pretrained(tmp_path)
+    with refused("encoder-decoder", "is_encoder_decoder: true", "config.json"):
+        read_shape(str(tmp_path))
+
+
+def test_a_forward_pass_that_fails_without_weights_is_refused_with_its_line(tmp_path):
+    keys = {"num_layers": 2, "num_hidden_layers": 4, "n_routed_experts": 4, "hidden_size": 64}
+    AutoConfig.for_model("longcat_flash", **keys).save_pretrained(tmp_path)
+    with refused("modeling_longcat_flash.py:", "forward pass", "config.json"):
+        read_shape(str(tmp_path))
+
+
+def test_layers_of_a_tower_inside_the_decoder_are_no_blocks(tmp_path):
+    next(small_copies(AutoConfig.for_model("phi4_multimodal"))).save_pretrained(tmp_path)
+    shape = read_shape(str(tmp_path))
+    assert shape.num_layers == shape.separate_blocks == 4
+    assert not [name for name in shape.linears if "img" in name or "encoder" in name]
+
+
 def test_a_model_with_its_own_code_is_counted_only_if_its_code_is_trusted(tmp_path):
     folder = make_own_code(tmp_path / "model")
     shape = read_shape(str(folder), trust_remote_code=True)
@@ -321,12 +342,16 @@ def test_without_torch_the_message_has_the_command_and_the_file(tmp_path, monkey
         read_shape(str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["no_such_model", "t5"])
-def test_a_class_that_cannot_be_counted_is_refused_with_the_reason(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("no_such_model", "no_such_model"), ("t5", "is_encoder_decoder")]
+)
+def test_a_class_that_cannot_be_counted_is_refused_with_the_reason(
+    tmp_path, monkeypatch, kind, reason
+):
     monkeypatch.undo()  # count in a separate process
     monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    with refused("config.json", kind):
+    with refused("config.json", reason):
         read_shape(str(tmp_path))
 
 
