@@ -164,10 +164,7 @@ class Plan:
         Raises UserError if a rule refuses the data.
         """
         settings = self.settings
-        sequences = data.sequences
-        if sequences is None:  # not packed yet: packs will be about 99 % full
-            packs = math.ceil(data.tokens / settings.max_length)
-            sequences = packs if settings.packing else data.documents
+        sequences = data.num_sequences(settings.max_length, is_packed=settings.packing)
         per_epoch = math.ceil(sequences / self.layout.global_batch_size)
         return replace(self, data=data, schedule=Schedule.of(settings, per_epoch))._check_rules()
 

@@ -1,5 +1,6 @@
 """DataSize: numbers of documents and tokens of an epoch, counted by prepare or estimated."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -26,6 +27,15 @@ class DataSize:
     def mean_tokens(self) -> float:
         """Mean tokens per document."""
         return self.tokens / self.documents
+
+    def num_sequences(self, max_length: int, *, is_packed: bool) -> int:
+        """Number of packs, or of documents without packing.
+
+        Until prepare has made the packs, they are assumed to be full; they are about 99 % full.
+        """
+        if self.sequences is not None:
+            return self.sequences
+        return math.ceil(self.tokens / max_length) if is_packed else self.documents
 
     def longer_than(self, tokens: int) -> int | None:
         """Number of documents with more tokens; None if lengths have not been counted."""

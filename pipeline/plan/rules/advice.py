@@ -64,11 +64,7 @@ def _has_few_steps(run: PlanContext) -> bool:
     settings = run.settings
     if run.data is None or settings.max_steps is not None or settings.epochs == "auto":
         return False
-    sequences: float = run.data.documents
-    if run.data.sequences is not None:
-        sequences = run.data.sequences
-    elif settings.packing:
-        sequences = run.data.tokens / settings.max_length
+    sequences = run.data.num_sequences(settings.max_length, is_packed=settings.packing)
     return settings.epochs * sequences < _FEW_STEPS * run.layout.global_batch_size
 
 
