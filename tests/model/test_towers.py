@@ -1,4 +1,4 @@
-"""Quantised are the layers of the decoder, also shared ones; a vision tower stays as it is."""
+"""The layers of the text decoder are quantised, also shared ones; a vision tower is not."""
 
 import pytest
 import torch

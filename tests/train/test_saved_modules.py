@@ -30,7 +30,7 @@ MODULES = {
 
 
 def first_gradients(session, folder, modules, chunk_bytes):
-    """Gradients of the first step at each stage, and a bf16 step's masters and moments."""
+    """Gradients of the first step in each of RUNS, and masters and moments of a step in bf16."""
     loss.LOGITS_CHUNK_BYTES = chunk_bytes
     gradients = {}
     for name, settings in RUNS.items():
@@ -92,8 +92,7 @@ def test_every_stage_has_the_gradients_of_plain_peft(run):
 def test_modules_in_full_have_fp32_masters_in_a_bf16_run(run):
     _, results = run
     before, after = results["masters"]
-    for key in results["moments"]:
-        key = key.rpartition("/")[0]  # noqa: PLW2901
+    for key in {name.rpartition("/")[0] for name in results["moments"]}:
         changed = (before[key] != after[key]).float().mean()
         is_rounded = torch.equal(after[key], after[key].bfloat16().float())
         assert changed > 0.05, key
@@ -109,9 +108,13 @@ def test_a_module_without_a_gradient_is_reported(run):
 
 
 @pytest.mark.parametrize(
-    ("tied", "modules", "is_on"), [(False, ["embed_tokens"], True), (False, ["lm_head"], False),
-                                   (True, ["embed_tokens"], False)],
-)  # fmt: skip
+    ("tied", "modules", "is_on"),
+    [
+        (False, ["embed_tokens"], True),
+        (False, ["lm_head"], False),
+        (True, ["embed_tokens"], False),
+    ],
+)
 def test_the_loss_gradient_path_is_off_only_if_the_head_is_trained(tmp_path, tied, modules, is_on):
     base = make_model(tmp_path / "base", tied=tied)
     plan = make_plan(base, zero_stage=2, modules_to_save=modules)

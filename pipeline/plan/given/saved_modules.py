@@ -66,4 +66,4 @@ def saved_parameters(shape: ModelShape, settings: RunSettings) -> int:
 
 def trained_head(shape: ModelShape, settings: RunSettings) -> SavedModule | None:
     """The module of `modules_to_save` that computes the logits."""
-    return next((each for each in saved_modules(shape, settings) if each.is_head), None)
+    return next((module for module in saved_modules(shape, settings) if module.is_head), None)

@@ -2,7 +2,6 @@
 
 import pytest
 
-from pipeline.data.chat.encoder import Encoder
 from pipeline.data.chat.tokenizer import special_ids, special_pattern
 from pipeline.rows.examples import Conversation, Message, RowError
 from tests.data.chat.documents import encoder
@@ -28,15 +27,12 @@ CASES = [(name, token) for name, tokens in TOKENS.items() for token in tokens]
 
 
 def tokenizer(name):
-    return (
-        family_tokenizer(name)
-        if name in ("gpt-oss", "glm-4.6", "qwen3", "llama-3.1")
-        else (kind_tokenizer(name))
-    )
+    is_family = name in ("gpt-oss", "glm-4.6", "qwen3", "llama-3.1")
+    return family_tokenizer(name) if is_family else kind_tokenizer(name)
 
 
 def conversation(mark):
-    """A conversation with `mark` at the edges and inside of each text and twice in a row."""
+    """A conversation with `mark` NUM_MARKS times: at the start, inside and at the end of texts."""
     call = {"id": "call00001", "type": "function"}
     call["function"] = {"name": "weather", "arguments": {"city": f"Oslo{mark}"}}
     return Conversation(
@@ -54,10 +50,10 @@ def conversation(mark):
 NUM_MARKS = 8
 
 
-def documents(name, mark, **settings) -> tuple[Encoder, list]:
-    made = encoder(tokenizer(name), **settings)
-    (result,) = made.encode_many([conversation(mark)])
-    return made, result
+def encoded(name, mark, **settings):
+    """The encoded conversation, or the RowError of a refused one."""
+    (result,) = encoder(tokenizer(name), **settings).encode_many([conversation(mark)])
+    return result
 
 
 def texts(name, document):
@@ -68,10 +64,10 @@ def texts(name, document):
 
 @pytest.mark.parametrize(("name", "token"), CASES)
 @pytest.mark.parametrize("setting", ["keep", "as-text"])
-def test_they_change_neither_the_text_nor_the_mask(name, token, setting):
+def test_special_tokens_in_texts_change_neither_the_text_nor_the_mask(name, token, setting):
     settings = {"special_tokens_in_text": setting}
-    result = documents(name, token, **settings)[1]
-    plain = documents(name, "MARK", **settings)[1]
+    result = encoded(name, token, **settings)
+    plain = encoded(name, "MARK", **settings)
     assert not isinstance(result, RowError), result
     text, trained = texts(name, result.documents[0])
     assert [text, trained] == [
@@ -86,7 +82,7 @@ def test_as_text_leaves_only_the_special_tokens_of_the_template(name, token):
     ids = set(special_ids(tokenizer(name)).values())
 
     def special(mark, setting):
-        result = documents(name, mark, special_tokens_in_text=setting)[1]
+        result = encoded(name, mark, special_tokens_in_text=setting)
         return [i for i in result.documents[0].ids.tolist() if i in ids]
 
     assert special(token, "as-text") == special("MARK", "keep")
@@ -95,19 +91,19 @@ def test_as_text_leaves_only_the_special_tokens_of_the_template(name, token):
 
 @pytest.mark.parametrize(("name", "token"), CASES)
 def test_reject_names_the_first_text_that_holds_one(name, token):
-    result = documents(name, token, special_tokens_in_text="reject")[1]
+    result = encoded(name, token, special_tokens_in_text="reject")
     with refused("messages[0].content", token, "special_tokens_in_text", error=RowError):
         raise result
-    plain = documents(name, "MARK", special_tokens_in_text="reject")[1]
+    plain = encoded(name, "MARK", special_tokens_in_text="reject")
     assert len(plain.documents) == 1
 
 
 @pytest.mark.parametrize(("name", "token"), CASES)
-def test_they_are_counted_once_with_split_turns_and_last_assistant(name, token):
-    result = documents(name, token, split_turns=True)[1]
+def test_special_tokens_in_texts_are_counted_once_with_split_turns_and_last_assistant(name, token):
+    result = encoded(name, token, split_turns=True)
     assert len(result.documents) == 3
     assert result.token_counts["special_tokens_in_text"] == NUM_MARKS
-    last = documents(name, token, train_on="last-assistant")[1]
+    last = encoded(name, token, train_on="last-assistant")
     trained = texts(name, last.documents[0])[1]
     assert f"answer {token} two" in trained
     assert "one" not in trained
