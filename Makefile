@@ -1,5 +1,5 @@
 # make install      .venv with the versions of constraints.txt
-# make quickstart   the demonstration: about 5 minutes on 2 CPU cores
+# make quickstart   the demonstration: about 4 minutes on 2 CPU cores
 # make test         the suite that needs no GPU
 # make faults       kills, damage, full disks and signals at length (one to two hours)
 # make test-slurm   jobs on a real Slurm of two emulated nodes (about 6 minutes; root, Debian)
@@ -8,6 +8,9 @@
 # make templates    chat templates at length: random conversations, the table of docs/masks.md (15 minutes)
 # make test-trackers  wandb, mlflow and trackio on local files (installs them; 2 minutes)
 # make test-report  the report in headless Chromium: every kind of run, two widths, both themes (3 minutes)
+# make bench-quickstart  five seeds of the quickstart, scored on 300 fresh rows (15 minutes)
+# make bench-lora   the quickstart with other settings of the adapter (an hour; resumable)
+# make screenshots  the images of docs/images, with headless Chromium (6 minutes)
 # make site         the pages of docs/ as a website in build/site (own environment, 1 minute)
 # make bench-gpu    everything that needs a GPU, in one process of 8 minutes; writes build/bench-gpu
 # make bench-profile  where the time of a training step goes, on a CPU or a GPU
@@ -18,7 +21,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .PHONY: quickstart install test models real-model templates test-slurm test-gpu test-trackers faults check fix docs goldens test-floors clean test-report bench-gpu bench-profile
 
@@ -61,7 +64,7 @@ templates: $(VENV)/.installed
 # Every tracker through its own library, in an environment of its own (about 1 GB).
 test-trackers:
 	test -x .venv-trackers/bin/python || $(PYTHON) -m venv .venv-trackers
-	.venv-trackers/bin/python -m pip install --quiet pydantic pyyaml packaging psutil rich \
+	.venv-trackers/bin/python -m pip install -qq pydantic pyyaml packaging psutil rich \
 		hypothesis pytest pytest-timeout wandb mlflow trackio pandas
 	.venv-trackers/bin/python -m pytest tests/track
 
@@ -98,8 +101,20 @@ docs: $(VENV)/.installed
 .PHONY: site
 site:
 	test -x .venv-site/bin/python || $(PYTHON) -m venv .venv-site
-	.venv-site/bin/python -m pip install --quiet --disable-pip-version-check -r docs/site/requirements.txt
+	.venv-site/bin/python -m pip install -qq --disable-pip-version-check -r docs/site/requirements.txt
 	.venv-site/bin/python docs/site/build.py
+
+# Lines of tests/bench/lora.jsonl; `make docs` draws the figure of docs/lora.md from them.
+.PHONY: bench-quickstart bench-lora screenshots
+bench-quickstart: $(VENV)/.installed
+	$(BIN)/python -m tests.bench.lora --quickstart
+
+bench-lora: $(VENV)/.installed
+	$(BIN)/python -m tests.bench.lora
+
+# Needs Chromium (Debian: apt-get install chromium fonts-dejavu) and the quickstart's model.
+screenshots: $(VENV)/.installed site
+	.venv-site/bin/python -m tests.bench.screenshots
 
 goldens: $(VENV)/.installed
 	$(BIN)/python ds_configs/generate.py
@@ -107,7 +122,7 @@ goldens: $(VENV)/.installed
 # The suite on the lowest versions that pyproject.toml allows, in a separate environment.
 test-floors:
 	$(PYTHON) -m venv .venv-floors
-	.venv-floors/bin/python -m pip install --quiet --constraint tests/floors.txt --editable '.[quickstart,dev]'
+	.venv-floors/bin/python -m pip install -qq --constraint tests/floors.txt --editable '.[quickstart,dev]'
 	.venv-floors/bin/python -m pytest
 
 clean:

@@ -1,6 +1,8 @@
 """End of a run: gathers, verifies and publishes the adapter, or reports a stop."""
 
 import logging
+import sys
+from pathlib import Path
 
 import torch
 
@@ -45,13 +47,15 @@ def finish(run: TrainingState, stop_reason: str | None) -> None:
 
 def _next_commands(run: TrainingState) -> str:
     """The commands that a user runs next, with what each does."""
-    commands = {"merge": "merge the adapter into the base"}
+    commands = {"merge": "add the adapter to the base"}
     if run.eval_split is not None:
-        commands["score"] = "compare base, adapter and merged model on the held-out rows"
+        commands["score"] = "compare it with the base"
     commands["report"] = "write report.html"
+    # launch/ exists in a clone only.
+    is_clone = Path(sys.argv[0]).parent.name == "launch"
+    program = "python launch/{}.py" if is_clone else "rankzero {}"
     lines = [
-        (f"python launch/{verb}.py {run.folder.path}", purpose)
-        for verb, purpose in commands.items()
+        (f"{program.format(verb)} {run.folder.path}", purpose) for verb, purpose in commands.items()
     ]
     width = max(len(command) for command, _ in lines)
     return "\n".join(
