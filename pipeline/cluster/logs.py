@@ -6,6 +6,10 @@ from WARNING. If the calling program has configured logging, its handlers are us
 
 import logging
 import os
+import re
+import shutil
+import sys
+import textwrap
 import warnings
 
 _PROJECT = "pipeline"
@@ -53,6 +57,24 @@ class _Console(logging.Handler):
         """Print a record. Other ranks than 0 print only warnings and errors, with their rank."""
         rank = current_rank()
         if rank == 0:
-            print(self.format(record), flush=True)  # noqa: T201 - the terminal of the run
+            text = self.format(record)
+            text = wrapped(text, shutil.get_terminal_size().columns) if _is_terminal() else text
+            print(text, flush=True)  # noqa: T201 - the terminal of the run
         elif record.levelno >= logging.WARNING:
             print(f"rank {rank}: {self.format(record)}", flush=True)  # noqa: T201 - the same
+
+
+def wrapped(text: str, width: int) -> str:
+    """Text with long lines broken between words, and aligned behind the first column of a line."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        column = re.match(r"\S* {2,}", line)
+        indent = " " * (min(column.end(), width // 2) if column else 2)
+        lines += textwrap.wrap(
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        ) or [""]
+    return "\n".join(lines)
+
+
+def _is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
