@@ -22,7 +22,7 @@ _PARTS = {
 }
 # Keys within a part -> their names in the converted part.
 _KEYS = {"toolUseId": "tool_use_id", "response": "content"}
-_SIGNATURES = ("thoughtSignature", "thought_signature")  # opaque to everybody but the API
+_SIGNATURES = ("thoughtSignature", "thought_signature")  # only the API can read them
 _TOOL_LISTS = ("functionDeclarations", "function_declarations", "toolSpec")
 # Types of items of OpenAI's Responses API that are not messages.
 RESPONSES_ITEMS = ("function_call", "function_call_output", "reasoning")

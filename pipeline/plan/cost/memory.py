@@ -147,7 +147,7 @@ def disk_bytes(shape: ModelShape, settings: RunSettings) -> dict[str, int]:
     if settings.keep_best:  # fp32 weights of the best adapter, and of a better one being written
         checkpoints += 2 * checkpoint_bytes(trainable) // 3
     merged = shape.parameters * DTYPE_BYTES.get(shape.dtype, 4)
-    # The adapter has a tied weight under two names (adapter/publish.py).
+    # The adapter file stores a tied weight under both of its names (adapter/publish.py).
     tied = sum(m.parameters for m in saved_modules(shape, settings) if m.tied_name)
     return {"checkpoints": checkpoints, "adapter": 4 * (trainable + tied), "merged": merged}
 

@@ -1,7 +1,7 @@
 """Memory of the gradients of modules that are trained in full, at each moment of a step.
 
-Their gradients are as large as their weights, and larger than ZeRO's buckets. The facts were read
-off tensors at measured peaks (`python -m tests.bench.memory saved --explain`).
+Their gradients are as large as their weights, and larger than ZeRO's buckets. The sizes below are
+those of tensors at measured peaks (`python -m tests.bench.memory saved --explain`).
 """
 
 from dataclasses import dataclass
@@ -18,21 +18,15 @@ from pipeline.plan.given.shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class SavedModuleGradients:
-    """Bytes of temporary gradients, in addition to those that a rank accumulates.
+    """Bytes of temporary gradients, in addition to those that a rank accumulates."""
 
-    `of_earlier_chunks`: the sum over earlier chunks of the loss. `of_head`: in the backward pass of
-    the head. `until_embeddings`: the gradient of a tied head, which autograd keeps until that of
-    the embeddings is added. `of_embeddings`: in the backward pass of the embeddings.
-    `in_early_reduction`, `in_reduction`: while gradients are reduced, before and after the backward
-    pass of the embeddings.
-    """
-
-    of_earlier_chunks: int
-    of_head: int
+    of_earlier_chunks: int  # the head's gradients, summed over earlier chunks of the loss
+    of_head: int  # in the backward pass of the head
+    # Gradient of a tied head, which autograd keeps until the gradient of the embeddings is added.
     until_embeddings: int
-    of_embeddings: int
-    in_early_reduction: int
-    in_reduction: int
+    of_embeddings: int  # in the backward pass of the embeddings
+    in_early_reduction: int  # during a reduction before the backward pass of the embeddings
+    in_reduction: int  # during a reduction after it
 
 
 def saved_module_gradients(
@@ -55,7 +49,7 @@ def saved_module_gradients(
     positions = layout.micro_batch_size * settings.max_length
     has_chunks = ceil(positions * shape.vocab_size * 4 / LOGITS_CHUNK_BYTES) > 1
     # DeepSpeed reduces the part of a gradient that belongs to one rank's partition at a time, in a
-    # copy. The gradient waits in the bucket until that of the next parameter comes.
+    # copy. A gradient waits in the bucket until the gradient of the next parameter comes.
     trainable = trainable_parameters(shape, settings)
     part = min(max(head, embeddings), trainable // layout.world_size)
     copies = 4 if is_reduced_once or b == 4 else 4 + b

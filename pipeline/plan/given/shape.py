@@ -69,7 +69,7 @@ class ModelShape:
     blocks: tuple[Block, ...]
     layer_kinds: tuple[int, ...]
     layers_name: str = "model.layers"
-    embeddings_name: str = "model.embed_tokens"  # empty if rows are not of hidden_size
+    embeddings_name: str = "model.embed_tokens"  # empty if their width is not hidden_size
     head_name: str = "lm_head"
     has_head_bias: bool = False
     has_composed_activation: bool = False  # computed by several PyTorch operators, not one kernel

@@ -55,7 +55,7 @@ def _options_unsupported_by_experts(run: PlanInput) -> str:
 
 
 def _cannot_save_tied(run: PlanInput) -> str:
-    """Why peft would not keep a tied pair tied that is trained in full; empty if it would.
+    """Why peft would untie embeddings and head that are trained in full; empty if it would not.
 
     peft ties only embeddings with the name `embed_tokens`, to a head without a bias.
     """
