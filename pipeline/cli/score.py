@@ -10,6 +10,7 @@ import os
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.adapter.trained_on import require_scorable
 from pipeline.cli.arguments import Parser, count, run_settings
 from pipeline.cluster.devices import detect_hardware, set_environment
 from pipeline.cluster.exits import run_main
@@ -25,6 +26,7 @@ def score() -> None:
     parser.add_argument("--rows", type=count, default=200, metavar="N", help="at most N rows (200)")
     args = parser.parse_args()
     settings = run_settings(args.run_folder)
+    require_scorable(args.run_folder, settings)
     # Waiting threads sleep. If they spun, they would take cores from the threads that compute when
     # other programs use the machine too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 
 from pipeline.adapter.products import is_merged_from
-from pipeline.adapter.trained_on import adapter_sha256, require_same_base
+from pipeline.adapter.trained_on import adapter_sha256
 from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.progress import show_progress
@@ -44,15 +44,10 @@ def score_run(run_folder: Path, settings: RunSettings, rows: int) -> dict[str, A
     """Held-out loss and exact match of base, adapter and merged model on at most `rows` rows.
 
     Base and adapter are loaded as in training (quantised if the run was), the merged model in the
-    training data type. A merged model of another adapter is not scored. Raises UserError if the run
-    has no adapter or no held-out rows, or if the adapter was trained on another base.
+    training data type. A merged model of another adapter is not scored. The caller has called
+    require_scorable.
     """
     adapter = run_folder / "adapter"
-    if not adapter.is_dir():
-        raise UserError(f"{run_folder} has no adapter; train first")
-    if settings.eval_data is None:
-        raise UserError(f"{run_folder}: the run has no eval_data, so there is nothing to score on")
-    require_same_base(settings.model_folder, adapter)
     plan = _single_process_plan(settings)
     scoring = _Scoring.of(run_folder, settings, Session(Placement(), plan.hardware), rows)
     device = scoring.session.device

@@ -67,6 +67,18 @@ def assert_only_the_training_key_changes(run, first, **settings):
     assert_replaced(run, second)
 
 
+def test_the_type_of_a_file_is_part_of_the_key(run):
+    """The same bytes are other rows in a file of another type."""
+    content = "".join(f'{{"text": "answer {i}"}}\n' for i in range(8))
+    (run.folder / "rows.jsonl").write_text(content)
+    (run.folder / "rows.csv").write_text(content)
+
+    def key(name):
+        return train_key(run.settings(train_data=str(run.folder / name), eval_data=None))
+
+    assert key("rows.jsonl") != key("rows.csv")
+
+
 @pytest.mark.parametrize("change", OF_BOTH_SPLITS)
 def test_a_setting_of_the_documents_changes_both_keys(run, change):
     template = run.folder / "model" / "chat_template.jinja"
