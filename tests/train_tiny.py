@@ -22,6 +22,7 @@ def build_engine(session, folder: Path, settings: dict, documents: int = 40):
 
 
 def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
+    """The micro-batches of a rank in one step, and the step's number of supervised tokens."""
     layout = BatchLayout(
         world_size=plan.layout.world_size,
         accumulation_steps=plan.layout.accumulation_steps,

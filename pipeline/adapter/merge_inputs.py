@@ -69,8 +69,8 @@ class MetaModel:
 
     def stored_name(self, name: str) -> str:
         """Name of a parameter in the files; the same name if it is not a single tensor there."""
-        each = self.stored.get(name)
-        return name if each is None or each.converter is not None else each.keys[0]
+        stored = self.stored.get(name)
+        return name if stored is None or stored.converter is not None else stored.keys[0]
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _is_tied_copy(name: str, adapter: Adapter, meta: MetaModel) -> bool:
 
 
 def _are_equal(adapter: Adapter, first: str, second: str) -> bool:
-    """Whether the adapter has two tensors with the same bytes."""
+    """Whether the adapter has the same bytes for two tensors of the base."""
     contents = []
     with adapter.file.path.open("rb") as file:
         for name in (first, second):

@@ -169,8 +169,8 @@ def _read(file: BinaryIO, task: TensorTask, buffer: torch.Tensor | None = None) 
     file.seek(entry.start)
     if task.dtype == entry.dtype:
         _fill(file, data)
-        known = TORCH_DTYPES.get(entry.dtype)
-        return data if known is None else data.view(known).view(entry.shape)
+        dtype = TORCH_DTYPES.get(entry.dtype)
+        return data if dtype is None else data.view(dtype).view(entry.shape)
     tensor = data.view(TORCH_DTYPES[task.dtype])
     for part in tensor.split(_CHUNK_BYTES // VALUE_BYTES[entry.dtype]):  # type: ignore[no-untyped-call]
         chunk = torch.empty(len(part), dtype=TORCH_DTYPES[entry.dtype])

@@ -270,7 +270,7 @@ def _checkpointing_error(
 
 
 def _fast_paths_error(model: PreTrainedModel, targets: Sequence[str]) -> float:
-    """Relative difference between the gradients of the fast paths and of the plain ones."""
+    """Relative difference between the gradients with and without the fast paths."""
     adapted = _adapted(model, targets)
     expected = _backward(adapted)
     join_lora(adapted)

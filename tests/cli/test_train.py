@@ -39,7 +39,7 @@ def workspace(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_file(workspace, tiny_model):
-    """Write the run file of 2 epochs of 6 steps on 24 rows; `name` is also its run folder."""
+    """A function that writes a run file of 2 epochs of 6 steps; `name` is also its run folder."""
 
     def write(name: str, **settings) -> Path:
         paths = {
@@ -105,7 +105,7 @@ def test_train_merge_score_report_and_start_again(run_file, workspace):
     tracked = json.loads((folder / "tracking/tensorboard.json").read_text())["steps"]
     assert tracked == {"train": 12, "eval": 12}
     weights = load_file(folder / "adapter/adapter_model.safetensors")
-    assert len(weights) == 2 * 2 * 7
+    assert len(weights) == 2 * 2 * 7  # A and B of 7 linear layers in each of 2 blocks
     assert all(w.any() for w in weights.values())
     resolved = yaml.safe_load((folder / "run.yaml").read_text())
     assert (resolved["lora_r"], resolved["global_batch_size"]) == (4, 4)

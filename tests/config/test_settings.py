@@ -56,12 +56,12 @@ def test_a_user_s_value_replaces_a_contradicting_preset_value(run_file, preset, 
     reasons = replaced_preset_values(settings.preset, vars(settings))
     assert reasons.keys() == {key}
     assert_mentions(reasons[key], given.split(":")[0], f"{key}: {PRESETS[preset][key]}")
-    both = load_settings(run_file(f"preset: {preset}\n"))
-    assert getattr(both, key) == PRESETS[preset][key]
-    assert not replaced_preset_values(both.preset, vars(both))
+    preset_alone = load_settings(run_file(f"preset: {preset}\n"))
+    assert getattr(preset_alone, key) == PRESETS[preset][key]
+    assert not replaced_preset_values(preset_alone.preset, vars(preset_alone))
 
 
-def test_both_keys_are_used_if_the_user_set_both(run_file):
+def test_max_steps_and_epochs_are_both_used_if_the_user_sets_both(run_file):
     settings = load_settings(run_file("preset: small\nmax_steps: 500\nepochs: 2\n"))
     assert (settings.max_steps, settings.epochs) == (500, 2)
 

@@ -18,6 +18,8 @@ from pipeline.files import read_json
 from pipeline.rows.sources import BadRow, Row
 
 _SHOWN_REASONS = 3
+# Parts of a reason: the index in `messages[1]`, ` and 3 more`, and a list of paths without indices,
+# such as `messages[].content, messages[].name`.
 _INDEX, _MORE = re.compile(r"\[\d+\]"), re.compile(r" and \d+ more\b")
 _PATHS = re.compile(r"\w+\[\][^\s,]*(?:, \w+\[\][^\s,]*)+")
 _BARS = 16  # of the histogram of document lengths

@@ -131,7 +131,8 @@ def row_is_used(name, seed):
     )
     if is_regular:
         require_trained(leaves, text, trained, train_on_reasoning)
-    if train_on_reasoning:  # else a header between reasoning and answer begins a run
+    # Without reasoning, trained text may begin with a header that the model writes after reasoning.
+    if train_on_reasoning:
         require_prompts_untrained(name, document)
     return True
 

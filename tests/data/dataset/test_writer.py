@@ -76,21 +76,18 @@ def test_a_weight_repeats_all_documents_and_a_fixed_fraction_of_them_once_more(p
 
 def test_the_fraction_of_a_weight_is_chosen_by_content(tmp_path):
     """The selected documents do not depend on the order of rows."""
-    folders = [tmp_path / name for name in ("one", "two")]
-    for folder in folders:
-        folder.mkdir()
-    first = WrittenSplit(folders[0], [400], [0.5], packing=True)
+    first = WrittenSplit(tmp_path, [400], [0.5], packing=True)
     taken = set(first.digests[first.occurrences() == 1])
     order = np.random.default_rng(1).permutation(400)
-    np.save(folders[0] / "digests.npy", first.digests[order])
-    second = write_sequences(folders[0], 64, packing=False, weights=[0.5])
-    documents = np.load(folders[0] / "sequence_documents.npy")
+    np.save(tmp_path / "digests.npy", first.digests[order])
+    second = write_sequences(tmp_path, 64, packing=False, weights=[0.5])
+    documents = np.load(tmp_path / "sequence_documents.npy")
     assert second.documents == len(documents) == 200
     assert set(first.digests[order][documents]) == taken
 
 
 def test_the_fraction_of_a_weight_is_independent_of_holding_out(tmp_path):
-    """Of the documents with high digests, half are selected, as of all documents."""
+    """Rows are held out by their digest too; of those with high digests, half are selected."""
     written = WrittenSplit(tmp_path, [2000], [0.5], packing=False)
     high = written.digests > np.median(written.digests)
     assert 400 < written.occurrences()[high].sum() < 600

@@ -85,14 +85,14 @@ def test_each_sequence_is_seen_as_often_as_its_segment_repeats_with_equal_forwar
     sequences, shape, seed, epochs
 ):
     """The last, shorter step is neither dropped nor filled with repeated sequences."""
-    steps, turns = steps_of(sequences, shape) * epochs, shape.accumulation_steps
+    steps, accumulation = steps_of(sequences, shape) * epochs, shape.accumulation_steps
     assume(steps * shape.world_size < 130)  # the work of every rank is computed here
     ranks = range(shape.world_size)
     work = [work_of(sequences, shape, rank, seed=seed, epochs=epochs) for rank in ranks]
-    assert {len(mine) for mine in work} == {steps * turns}
+    assert {len(mine) for mine in work} == {steps * accumulation}
     seen = Counter()
     for step in range(steps):
-        micro = [mine[step * turns + turn] for mine in work for turn in range(turns)]
+        micro = [mine[step * accumulation + i] for mine in work for i in range(accumulation)]
         of_step = Counter(i for batch in micro for i in batch.sequences)
         assert all(len(batch.sequences) <= shape.micro_batch_size for batch in micro)
         assert len({batch.first for batch in micro}) == len(micro)  # it seeds dropout
