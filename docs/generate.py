@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lora_figures
 import peer_tables
 from model_tables import models
 from run_files import planned_run_files, with_prediction
@@ -195,6 +196,8 @@ def main() -> None:
         HERE / "converting.md": peer_tables.filled(
             (HERE / "converting.md").read_text(encoding="utf-8")
         ),
+        HERE / "lora.md": lora_figures.filled((HERE / "lora.md").read_text(encoding="utf-8")),
+        HERE / "images/lora.svg": lora_figures.figure(),
         HERE / "scale.md": filled((HERE / "scale.md").read_text(encoding="utf-8")),
         **{path: with_prediction(path) for path in planned_run_files()},
         ROOT / "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8")),
