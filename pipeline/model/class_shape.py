@@ -105,6 +105,7 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
         )
     with _observed_linears() as observed:
         counts = _saved_per_block(model, decoder, layers)
+    _require_all_blocks_called(layers, observed)
     linears = _block_linears(layers, observed)
     sizes = [
         _block_sizes(layer, configs[index]) | {"linears": linears[index]} | counts[index]
@@ -190,6 +191,21 @@ def _require_trainable(decoder: Any, layers: Sequence[nn.Module]) -> None:
     if not any(type(module) is nn.Linear for layer in layers for module in layer.modules()):
         others = sorted({type(m).__name__ for m in layers[0].modules() if hasattr(m, "weight")})
         raise ValueError(f"its blocks have no nn.Linear to adapt, but {', '.join(others)}")
+
+
+def _require_all_blocks_called(layers: Sequence[nn.Module], observed: "_Observed") -> None:
+    """Raise ValueError if text does not pass through a block (Mllama's cross-attention)."""
+    used = observed.called | observed.read
+    uncalled = []
+    for index, layer in enumerate(layers):
+        linears = [module for module in layer.modules() if type(module) is nn.Linear]
+        if linears and not any(linear in used for linear in linears):
+            uncalled.append(f"{index} ({type(layer).__name__})")
+    if uncalled:
+        raise ValueError(
+            f"{len(uncalled)} of its {len(layers)} blocks are not called for text without pictures,"
+            f" the first is {uncalled[0]}; only models whose blocks all process text are trained"
+        )
 
 
 def _has_other_towers(model: Any, decoder: Any, head: Any) -> bool:

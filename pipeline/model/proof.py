@@ -13,6 +13,7 @@ plan/given/class_proof.py runs this command for a `model_type` that families.py 
 import argparse
 import copy
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -262,11 +263,32 @@ def _checkpointing_error(
     adapted = _adapted(model, targets)
     expected = _backward(adapted)
     inner: Any = adapted.get_base_model()
+    if reentrant:
+        _require_single_calls(inner)
     inner.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: output.requires_grad_(True)
     )
     inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
     return _relative_error(_backward(adapted), expected)
+
+
+@torch.no_grad()
+def _require_single_calls(model: PreTrainedModel) -> None:
+    """Raise UserError if a forward pass calls a block several times (HRM).
+
+    Each re-entrant backward pass of a block then adds to the same gradients, and at ZeRO-3
+    DeepSpeed expects one such addition (0.19.8 runtime/zero/stage3.py:1626).
+    """
+    calls: Counter[nn.Module] = Counter()
+    handles = [
+        layer.register_forward_pre_hook(lambda module, _: calls.update([module]))
+        for layer in blocks(model)
+    ]
+    model(input_ids=_ids(model), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    if (most := max(calls.values())) > 1:
+        raise UserError(f"a forward pass calls a block {most} times")
 
 
 def _fast_paths_error(model: PreTrainedModel, targets: Sequence[str]) -> float:

@@ -8,6 +8,8 @@ result is that of the rank with the highest peak.
 """
 
 import argparse
+import hashlib
+import json
 import statistics
 import tempfile
 from dataclasses import dataclass, field
@@ -185,8 +187,20 @@ CLASS_MODELS = {
     "gpt_oss": EXPERTS | HEADS | {"layer_types": ["sliding_attention", "full_attention"] * 4},
     "deepseek_v3": MLA,
     "qwen3_next": LINEAR | HEADS,
+    "gemma3": {  # a wrapper with a vision tower
+        "text_config": BASE | HEADS | {"model_type": "gemma3_text"},
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+    },
+    "gemma4_text": HEADS | {  # two widths of heads
+        "global_head_dim": 64, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 4, "block_auto_adjust_ff_dim": False},
-}
+}  # fmt: skip
 CLASSES = {
     f"class {kind} zero{stage} ckpt-{on}": Case(
         settings=BF16 | checkpointing | {"zero_stage": stage}, model=model | {"model_type": kind}
@@ -229,7 +243,7 @@ def make_folder(folder, model, device="cpu"):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = {"dtype": "bfloat16"} | BASE | model
+    values = {"dtype": "bfloat16"} | ({} if "text_config" in model else BASE) | model
     dtype = getattr(torch, values.pop("dtype"))
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(0)
@@ -297,7 +311,7 @@ def run(case, folder):
     from tests.ranks import run_ranks
 
     values = case.model | {"dtype": "bfloat16" if "bf16" in case.settings else "float32"}
-    model = folder / "-".join(map(str, values.values()))
+    model = folder / hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
     if not model.exists():
         make_folder(model, values)
     ranks = run_ranks(measure, model, case, tmp_path=folder, world_size=case.ranks)

@@ -10,6 +10,7 @@ from pipeline.model.small_copy import small_copies
 from pipeline.model.structure import blocks
 from pipeline.plan.given.class_proof import LIMIT, Proof
 from tests.messages import assert_mentions, refused
+from tests.model.kinds import small
 from tests.model.models import build, make_own_code
 from tests.tiny import make_plan
 
@@ -52,6 +53,15 @@ def test_shared_keys_and_values_exclude_re_entrant_checkpointing():
     result = prove_model(build("gemma4_text/ple+shared"), ("k_proj", "v_proj"))
     assert not result.refusals
     assert_mentions(result.without_reentrant[0], "re-entrant checkpointing")
+
+
+def test_blocks_that_are_called_several_times_exclude_re_entrant_checkpointing():
+    """DeepSpeed 0.19.8 fails at ZeRO-3 if a block has several re-entrant backward passes."""
+    keys = small(num_layers_per_stack=2, H_cycles=2, L_cycles=2)
+    model = small_model(AutoModelForCausalLM, AutoConfig.for_model("hrm_text", **keys))
+    result = prove_model(model, ATTENTION)
+    assert not result.refusals
+    assert_mentions(result.without_reentrant[0], "block", "times")
 
 
 def test_a_class_whose_attention_differs_from_ours_is_refused(llama, monkeypatch):

@@ -17,7 +17,7 @@ from pipeline.plan.given.shape import EXPERTS, ModelShape
 from pipeline.plan.given.torch_process import cache_file, one_process_at_a_time, run_module
 
 LIMIT = 1e-5  # largest relative error of a check that passes
-_FORMAT = "6"  # version of the cached file and of the checks
+_FORMAT = "7"  # version of the cached file and of the checks
 _TIMEOUT_S = 600
 # Packages that define a model class or replace its kernels.
 _PACKAGES = (

@@ -32,7 +32,21 @@ NAMES = [
     "packed bf16 zero2 ckpt-off",
     "packed gemma2",
 ]
-ALL_BLOCKS = {name: memory.CASES[name] for name in NAMES if "of-8" in name}
+# Models counted on their class, one for each kind of block; their lists name 8 blocks.
+KINDS_OF_BLOCKS = [
+    "class cohere zero2 ckpt-off",  # parallel attention and MLP
+    "class gpt_oss zero2 ckpt-off",  # sinks, sliding windows, experts
+    "class deepseek_v3 zero2 ckpt-off",  # latent attention, dense and expert blocks
+    "class qwen3_next zero2 ckpt-off",  # linear and full attention, experts
+    "class lfm2 zero3 ckpt-on",  # convolutions
+    "class gemma3 zero2 ckpt-off",  # a wrapper with a vision tower
+    "class gemma4_text zero2 ckpt-off",  # heads of two widths
+]
+ALL_BLOCKS = {
+    name: memory.CASES[name]
+    for name in (*NAMES, *KINDS_OF_BLOCKS)
+    if name[-4:] == "of-8" or name in KINDS_OF_BLOCKS
+}
 FEWER_BLOCKS = {
     name: replace(case, model=case.model | {"num_hidden_layers": 4})
     for name, case in memory.CASES.items()

@@ -18,6 +18,7 @@ from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.render import plan_json
 from tests.messages import assert_mentions, refused
+from tests.model.kinds import VISION, small
 from tests.model.models import make_own_code
 from tests.models.kinds import ALL
 from tests.plan.given.test_shape import EXPERTS, SMALL, save_config
@@ -248,6 +249,20 @@ def test_a_forward_pass_that_fails_without_weights_is_refused_with_its_line(tmp_
     keys = {"num_layers": 2, "num_hidden_layers": 4, "n_routed_experts": 4, "hidden_size": 64}
     AutoConfig.for_model("longcat_flash", **keys).save_pretrained(tmp_path)
     with refused("modeling_longcat_flash.py:", "forward pass", "config.json"):
+        read_shape(str(tmp_path))
+
+
+def test_a_class_with_blocks_that_text_skips_is_refused(tmp_path):
+    AutoConfig.for_model(
+        "mllama",
+        text_config=small(cross_attention_layers=[1]),
+        vision_config={
+            **VISION, "vision_output_dim": 64, "num_global_layers": 2, "attention_heads": 2,
+            "intermediate_layers_indices": [0, 1], "max_num_tiles": 1,
+            "supported_aspect_ratios": [[1, 1]],
+        },
+    ).save_pretrained(tmp_path)  # fmt: skip
+    with refused("1 of its 4 blocks", "1 (MllamaCrossAttentionDecoderLayer)", "config.json"):
         read_shape(str(tmp_path))
 
 
