@@ -6,10 +6,29 @@ lists the settings that differ from their defaults.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from pipeline.config.data_names import Positive
 from pipeline.config.traits import traits
+
+_CHANGES_BASE = "it replaces the weights of the base, and runs here never change the base"
+# Values of init_lora_weights in peft 0.21.2 that are not supported, with the reason.
+_OTHER_INITIAL_VALUES = {
+    "pissa": _CHANGES_BASE,
+    "olora": _CHANGES_BASE,
+    "corda": _CHANGES_BASE,
+    "loftq": "its adapter corrects the 4-bit base, so it is wrong on the 16-bit base",
+    "eva": "it needs a forward pass over the data before ZeRO shards the model",
+}
+
+
+def _supported_initial_values(value: object) -> object:
+    """Validate `init_lora_weights`. Raises ValueError with the reason against a value of peft."""
+    name = value.partition("_niter_")[0] if isinstance(value, str) else ""  # pissa_niter_16
+    if name in _OTHER_INITIAL_VALUES:
+        reason = _OTHER_INITIAL_VALUES[name]
+        raise ValueError(f"{value} is not supported: {reason}; set true or gaussian")
+    return value
 
 
 class AdapterKeys(BaseModel):
@@ -52,7 +71,9 @@ class AdapterKeys(BaseModel):
         "(full paths or their last parts), or one regular expression that matches full paths.",
         json_schema_extra=traits(peers="lora_exclude_modules"),
     )
-    init_lora_weights: Literal[True, "gaussian"] = Field(
+    init_lora_weights: Annotated[
+        Literal[True, "gaussian"], BeforeValidator(_supported_initial_values)
+    ] = Field(
         default=True,
         description="Initial values of the A matrices; B matrices start at zero. `true`: "
         "Kaiming-uniform, as in the LoRA paper's code. `gaussian`: normal, with standard deviation "
