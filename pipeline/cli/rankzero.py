@@ -1,6 +1,6 @@
 """`rankzero VERB ...`: the commands of an installed package; see `rankzero VERB --help`.
 
-On a machine with several GPUs, `rankzero train` and `rankzero preflight` start the `deepspeed`
+On a machine with several GPUs, `rankzero train`, `preflight` and `score` start the `deepspeed`
 command, unless a launcher has started them.
 """
 
@@ -9,10 +9,10 @@ import sys
 from importlib import import_module
 
 VERBS = (
-    "train", "plan", "prepare", "preflight", "merge", "score", "report", "track", "convert",
+    "train", "plan", "prepare", "preflight", "merge", "score", "talk", "report", "track", "convert",
     "slurm",
 )  # fmt: skip
-_VERBS_ON_ALL_GPUS = ("train", "preflight")
+_VERBS_ON_ALL_GPUS = ("train", "preflight", "score")
 _SINGLE_PROCESS_OPTIONS = {"-h", "--help", "--debug"}
 
 

@@ -1,49 +1,186 @@
-"""Compare the base, the adapter and the merged model on the held-out rows of a run.
+"""Score models side by side on the same rows, with 95 % intervals.
 
-    python launch/score.py RUN_FOLDER [--rows N]
+python launch/score.py RUN                    base, adapter and merged model on the held-out rows
+python launch/score.py RUN --data FILE        on other rows
+python launch/score.py RUN RUN MODEL ...      several runs and models on the rows of the first run
+deepspeed launch/score.py RUN                 every GPU scores a part of the rows
+python launch/score.py RUN --tasks NAMES      hand over to lm-evaluation-harness
 
-Writes RUN_FOLDER/score.json, which the report shows.
+Writes RUN/score.json, which the report shows; with several models or --data scores.json in this
+folder. A stopped score continues when it is started again. docs/scoring.md explains the scores.
 """
 
+import argparse
 import os
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.adapter.trained_on import require_scorable
-from pipeline.cli.arguments import Parser, count, run_settings
-from pipeline.cluster.devices import detect_hardware, set_environment
+from pipeline.cli.arguments import Parser, count
+from pipeline.cluster.devices import place_rank
 from pipeline.cluster.exits import run_main
-from pipeline.cluster.placement import Placement
 from pipeline.cluster.progress import show_progress
+from pipeline.cluster.session import Session
+from pipeline.errors import RankZeroError, UserError
+from pipeline.evaluate.measures import parse_pattern
+from pipeline.evaluate.subjects import subjects_of
 from pipeline.files import dump_json, write_text
+
+_COLUMNS = {
+    "loss": "loss", "perplexity": "perplexity", "exact_match": "exact match",
+    "regex_match": "regex match", "valid_json": "valid JSON",
+}  # fmt: skip
+_SHARES = ("exact_match", "regex_match", "valid_json")
 
 
 def score() -> None:
-    """Parse the command line, score, write score.json and print a table."""
-    parser = Parser(__doc__)
-    parser.add_run_folder()
-    parser.add_argument("--rows", type=count, default=200, metavar="N", help="at most N rows (200)")
-    args = parser.parse_args()
-    settings = run_settings(args.run_folder)
-    require_scorable(args.run_folder, settings)
-    # Waiting threads sleep. If they spun, they would take cores from the threads that compute when
-    # other programs use the machine too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    set_environment(Placement(), detect_hardware())
-    with show_progress("importing PyTorch"):
-        from pipeline.evaluate.score import score_run
+    """Parse the command line, score, write the results and print a table. Collective."""
+    args = _parser().parse_intermixed_args()
+    overrides = [word for word in args.run_folder if "=" in word and not Path(word).exists()]
+    names = [word for word in args.run_folder if word not in overrides]
+    if not names:
+        raise UserError("run_folder: name a run folder or a model; --help lists the arguments")
+    pattern = None if args.regex is None else parse_pattern(args.regex)
+    if args.tasks is not None:
+        from pipeline.evaluate.harness import run_harness
 
-    scores = score_run(args.run_folder, settings, args.rows)
-    write_text(args.run_folder / "score.json", dump_json(scores))
-    table = Table(title=f"{scores['rows']} held-out rows")
-    for column in ("", "held-out loss", "exact match", "seconds"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, result in scores["models"].items():
-        match, seconds = f"{100 * result['exact_match']:.1f} %", f"{result['seconds']:.1f}"
-        table.add_row(name, f"{result['loss']:.4f}", match, seconds)
+        run_harness(subjects_of(names, overrides, args.data), args.tasks, _output(args, names))
+        return
+    use_waiting_threads()
+    subjects = subjects_of(names, overrides, args.data)
+    out, settings = _output(args, names), subjects[0].settings
+    if args.data is None and not subjects[0].adapter:
+        raise UserError(
+            f"{names[0]}: is a model, which has no held-out rows; name rows with --data"
+        )
+    if pattern is None and settings.eval_regex is not None:
+        pattern = parse_pattern(settings.eval_regex)
+    placement, hardware, _ = place_rank(os.environ, may_be_alone=True)
+    with show_progress("importing PyTorch"):
+        from pipeline.evaluate.rows import examples_of_file, held_out_examples
+        from pipeline.evaluate.score import ScoreOptions, score_models
+
+    options = ScoreOptions(
+        rows=args.rows, max_new_tokens=args.max_new_tokens, pattern=pattern,
+        answers=out.with_name(f"{out.stem}-answers"),
+    )  # fmt: skip
+    if args.data is None:
+        examples = held_out_examples(Path(names[0]).expanduser(), settings)
+    else:
+        examples = examples_of_file(args.data, settings)
+    with Session(placement, hardware) as session:
+        scores = score_models(subjects, examples, options, session)
+        if session.is_rank_zero:
+            _write(out, scores)
+            _print_table(scores)
+
+
+def use_waiting_threads() -> None:
+    """Make waiting threads sleep; call this function before torch is imported.
+
+    If they spun, they would take cores from the threads that compute when other programs use the
+    machine too: 8 times the time on 2 busy cores (docs/log.md, 2026-11-30).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    add_score_arguments(parser)
+    return parser
+
+
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add all arguments of the verb."""
+    parser.add_argument(
+        "run_folder",
+        nargs="+",
+        metavar="RUN|MODEL",
+        help="output_dir of a run, model folder, or cached hub model; key=value: a setting for "
+        "this command only, such as load_in_4bit=true",
+    )
+    parser.add_argument(
+        "--data", metavar="FILE", help="rows to score on, instead of the held-out rows of the run"
+    )
+    parser.add_argument(
+        "--rows", type=count, default=200, metavar="N", help="the first N rows (200)"
+    )
+    parser.add_argument(
+        "--regex",
+        metavar="PATTERN",
+        help="also compare what this pattern extracts from expected and generated answer: the "
+        "first group, or else the whole, of its last match",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=count,
+        metavar="N",
+        help="longest answer in tokens (default: the longest expected answer, plus 8)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSON file to write (default: RUN/score.json)"
+    )
+    parser.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="run these tasks of lm-evaluation-harness instead, separated by commas",
+    )
+    if isinstance(parser, Parser):
+        parser.add_local_rank()
+
+
+def _output(args: argparse.Namespace, names: list[str]) -> Path:
+    """The file to write. A score on other rows or of several models does not replace a run's."""
+    if args.out is not None:
+        out: Path = args.out
+        if out.is_dir() or not out.absolute().parent.is_dir():
+            raise UserError(f"--out: {out} is not a file in an existing folder")
+        return out
+    folder = Path(names[0]).expanduser()
+    is_own = len(set(names)) == 1 and args.data is None and (folder / "run.yaml").is_file()
+    return folder / "score.json" if is_own else Path("scores.json")
+
+
+def _write(out: Path, scores: dict[str, Any]) -> None:
+    try:
+        write_text(out, dump_json(scores))
+    except OSError as error:
+        raise RankZeroError(
+            f"{out}: {error.strerror}; an earlier file is unchanged, and the answers are kept: "
+            "start again to write it"
+        ) from None
+
+
+def _print_table(scores: dict[str, Any]) -> None:
+    """Print the scores that a model has, with their intervals."""
+    models: dict[str, dict[str, Any]] = scores["models"]
+    columns = [key for key in _COLUMNS if any(key in each for each in models.values())]
+    table = Table(title=f"{scores['rows']} rows, with 95 % intervals")
+    for name in ("", *(_COLUMNS[key] for key in columns), "seconds"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, each in models.items():
+        cells = [_cell(each, key) for key in columns]
+        table.add_row(name, *cells, f"{each['seconds']:.1f}")
     Console().print(table)
+    for key in ("regex_match", "valid_json"):
+        rows = {each[f"{key}_rows"] for each in models.values() if key in each}
+        if rows and rows != {scores["rows"]}:
+            print(f"{_COLUMNS[key]}: {max(rows)} of the rows have one in the expected answer")
+
+
+def _cell(scores: dict[str, Any], key: str) -> str:
+    value, interval = scores.get(key), scores.get(f"{key}_interval")
+    if value is None:
+        return "-"
+    form, unit = ("{:.1f}", " %") if key in _SHARES else ("{:.4f}", "")
+    factor = 100 if key in _SHARES else 1
+    text = form.format(factor * value) + unit
+    if interval is None or None in interval:
+        return text
+    low, high = (form.format(factor * bound) for bound in interval)
+    return f"{text}\n{low} to {high}"
 
 
 def main() -> None:

@@ -27,6 +27,10 @@ class Heartbeat:
     beats: int = 0
     since: float = field(default_factory=time.monotonic)
 
+    def renew(self) -> None:
+        """Restart the time of the present phase. Ranks may call it differently often."""
+        self.since = time.monotonic()
+
     def beat(self, phase: str, step: int | None = None) -> None:
         """Enter a phase. Called by the main thread."""
         self.phase, self.since = phase, time.monotonic()

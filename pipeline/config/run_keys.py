@@ -336,6 +336,19 @@ class RunKeys(BaseModel):
         "`eval_steps`.",
         json_schema_extra=traits(change="selection"),
     )
+    eval_generate: Positive | None = Field(
+        default=None,
+        description="Number of held-out rows that each evaluation also answers, greedily, to "
+        "record exact match, valid JSON and the match of `eval_regex` with 95 % intervals "
+        "(docs/scoring.md). The plan's predicted times do not include this.",
+        json_schema_extra=traits(change="run"),
+    )
+    eval_regex: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="Regular expression that extracts the part of an answer to compare: the first "
+        "group, or else the whole, of its last match. Also the default of launch/score.py --regex.",
+        json_schema_extra=traits(change="run"),
+    )
     save_strategy: Strategy = Field(
         default="steps",
         description="When a checkpoint is written: every `save_steps` steps, at the end of each "

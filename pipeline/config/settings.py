@@ -48,6 +48,15 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
             raise ValueError("expected HH:MM:SS above zero, for example '03:50:00'")
         return str(value)
 
+    @field_validator("eval_regex")
+    @classmethod
+    def _check_eval_regex(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return value
+
     @field_validator("warmup_steps")
     @classmethod
     def _check_warmup_steps(cls, value: float | None) -> float | None:
@@ -100,7 +109,9 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
                 "init_adapter and resume: a run starts from an adapter or from a checkpoint; "
                 "remove one of them"
             )
-        needs_eval = [k for k in ("keep_best", "early_stopping_patience") if getattr(self, k)]
+        needs_eval = [
+            k for k in ("keep_best", "early_stopping_patience", "eval_generate") if getattr(self, k)
+        ]
         if needs_eval and (self.eval_data is None or self.evaluation_strategy == "no"):
             raise ValueError(
                 f"{needs_eval[0]}: needs eval_data and an evaluation_strategy of steps or epoch"

@@ -1,6 +1,7 @@
-"""Evaluation: held-out loss, greedy generation and exact match.
+"""Evaluation: held-out loss, greedy answers and their scores, and conversations.
 
-In: a model and a prepared held-out split, or a finished run folder. Out: the held-out loss, or the
-contents of score.json, which compare base, adapter and merged model.
-Open score.py first. heldout.py computes the loss, also for training; generate.py the answers.
+In: a model and a prepared held-out split, or run folders and models. Out: the held-out loss, or the
+contents of score.json, which compare the models on the same rows.
+Open score.py first. subjects.py names the models, rows.py the rows, generate.py answers them, and
+measures.py computes the scores; heldout.py computes the loss in training.
 """

@@ -1,111 +1,133 @@
-"""Batched greedy generation for held-out prompts, and the share of exact matches."""
+"""Batched greedy generation of answers to prompts.
 
-from collections.abc import Collection, Sequence
+The batches depend only on the prompts, never on the ranks or on an interruption: in 16 bits an
+answer may depend on the other prompts of its batch, because their padding changes the rounding.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
-from pipeline.cluster.progress import Work, show_progress
-from pipeline.data.chat.encoder import Encoder
-from pipeline.rows.examples import Conversation, Example
-
-_BATCH_SIZE = 64  # prompts
+BATCH_ROWS = 16
+_BATCH_TOKENS = 2**15  # of prompts and answers with padding; bounds the key-value cache
 
 
-@dataclass(frozen=True)
-class Question:
-    """A held-out prompt and its expected answer."""
+def plan_batches(lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+    """Indexes of prompts of similar length in batches, longest first.
 
-    prompt: str  # rendered with the chat template
-    last_user_message: str  # shown in reports instead of the whole prompt
-    expected: str
-
-
-def question(example: Example, encoder: Encoder) -> Question:
-    """Split an example into a prompt and its last answer, which is the expected one."""
-    prompt, expected = encoder.last_answer(example)
-    if not isinstance(example, Conversation):
-        return Question(prompt, prompt, expected)
-    last_user = (m.content for m in reversed(example.messages) if m.role == "user")
-    return Question(prompt, next(last_user, ""), expected)
+    `lengths`: tokens of each prompt.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        width = max_new_tokens + lengths[batches[-1][0] if batches else i]
+        limit = min(BATCH_ROWS, max(1, _BATCH_TOKENS // max(width, 1)))
+        if not batches or len(batches[-1]) >= limit:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
-@torch.no_grad()
-def greedy_answers(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    ends: Collection[int],
-) -> list[str]:
-    """Generate one answer per prompt, in the order of the prompts.
+def end_token_ids(model: Any, ends: frozenset[int]) -> list[int]:
+    """Tokens that end an answer: those of training and of the model's generation config."""
+    ids = model.generation_config.eos_token_id
+    return sorted({*ends, *(ids if isinstance(ids, list) else [] if ids is None else [ids])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """Generates greedy answers of at most `max_new_tokens` tokens.
 
     `ends`: tokens that end an answer, in addition to those of the model's generation config.
+    `max_positions`: number of tokens that the model supports; None if there is no limit.
     """
-    tokenizer.padding_side = "left"  # so that all answers of a batch start at the same position
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted({*ends, *_eos_token_ids(model)}),
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
-    model.eval()
-    answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = [order[i : i + _BATCH_SIZE] for i in range(0, len(order), _BATCH_SIZE)]
-    text = f"generating {len(prompts)} answers"
-    with show_progress(text, total=len(batches) * max_new_tokens) as work:
-        counter = _TokenCounter(work)
-        for number, chosen in enumerate(batches, 1):
-            inputs = tokenizer(
-                [prompts[i] for i in chosen],
-                return_tensors="pt",
-                padding=True,
-                add_special_tokens=False,
-            ).to(model.device)
-            ids = model.generate(
+
+    tokenizer: Any
+    ends: frozenset[int]
+    max_new_tokens: int
+    max_positions: int | None = None
+
+    @torch.no_grad()
+    def answers(
+        self,
+        model: Any,
+        prompts: Sequence[str],
+        on_token: Callable[[], None],
+        *,
+        is_synced: bool = False,
+        streamer: BaseStreamer | None = None,
+    ) -> list[str]:
+        """One answer per prompt, in one batch. `on_token` is called before each forward pass.
+
+        The answer to a prompt that fills all positions of the model is empty. `is_synced`: the
+        model is sharded, so the ranks run equally many forward passes. Then all ranks must call
+        this method, and a rank without prompts passes none. `streamer`: gets the tokens of the only
+        prompt as they are generated.
+        """
+        ids = self._prompt_ids(prompts)
+        limit = self.max_positions or 2**31
+        chosen = [i for i, tokens in enumerate(ids) if 0 < len(tokens) < limit]
+        answers = [""] * len(prompts)
+        if not chosen and not is_synced:
+            return answers
+        inputs = self._padded([ids[i] for i in chosen] or [[self._pad_id]], model.device)
+        width = inputs["input_ids"].shape[1]
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
+            do_sample=False,
+            max_new_tokens=min(self.max_new_tokens, limit - width),
+            eos_token_id=end_token_ids(model, self.ends),
+            pad_token_id=self._pad_id,
+            use_cache=True,
+        )
+        with _called_before_forward(model, on_token):
+            generated = model.generate(
                 **inputs,
                 generation_config=config,
-                stopping_criteria=StoppingCriteriaList([counter]),
+                synced_gpus=is_synced or None,
+                streamer=streamer,
             )
-            work.advance(number * max_new_tokens - work.done)
-            texts = tokenizer.batch_decode(
-                ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
-            for i, answer in zip(chosen, texts, strict=True):
-                answers[i] = answer
-    return answers
+        texts = self.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
+        for i, text in zip(chosen, texts, strict=False):  # one more text if there is no prompt
+            answers[i] = text
+        return answers
+
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Number of tokens of each text."""
+        return [len(ids) for ids in self._prompt_ids(texts)]
+
+    def _prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        if not prompts:
+            return []
+        ids: list[list[int]] = self.tokenizer(list(prompts), add_special_tokens=False).input_ids
+        return ids
+
+    @property
+    def _pad_id(self) -> int:
+        tokenizer = self.tokenizer
+        known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        return next((number for number in known if number is not None), 0)
+
+    def _padded(self, ids: Sequence[Sequence[int]], device: torch.device) -> dict[str, Any]:
+        """Token ids and attention mask, padded on the left, so that all answers start together."""
+        width = max(map(len, ids))
+        tokens = torch.full((len(ids), width), self._pad_id)
+        mask = torch.zeros_like(tokens)
+        for row, prompt in enumerate(ids):
+            tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
 
 
-class _TokenCounter(StoppingCriteria):  # type: ignore[misc, unused-ignore]
-    """Stops nothing; reports each generated token as progress."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        del scores, kwargs
-        self._work.advance()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
-    """Share of answers equal to the expected text, ignoring surrounding white space."""
-    pairs = list(zip(answers, expected, strict=True))
-    return sum(answer.strip() == text.strip() for answer, text in pairs) / len(pairs)
-
-
-def _eos_token_ids(model: Any) -> list[int]:
-    ids = model.generation_config.eos_token_id
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+@contextmanager
+def _called_before_forward(model: Any, function: Callable[[], None]) -> Iterator[None]:
+    """Call a function before each forward pass of a causal model."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hook = causal.register_forward_pre_hook(lambda module, inputs: function())
+    try:
+        yield
+    finally:
+        hook.remove()

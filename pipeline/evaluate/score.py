@@ -1,193 +1,264 @@
-"""Compare base, adapter and merged model on the held-out rows of a run (score.json)."""
+"""Scores of models side by side on the same rows: loss, perplexity, and shares of right answers.
 
-import dataclasses
-import gc
+Each rank holds the whole model and scores some batches. Their results are on the disk as soon as a
+batch is done (answers.py), and rank 0 gathers them. No collective is needed.
+"""
+
 import logging
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from re import Pattern
+from typing import Any
 
 import torch
-from peft import PeftModel
 
-from pipeline.adapter.products import is_merged_from
 from pipeline.adapter.trained_on import adapter_sha256
-from pipeline.cluster.devices import detect_hardware
-from pipeline.cluster.placement import Placement
-from pipeline.cluster.progress import show_progress
+from pipeline.cluster.progress import Work, show_progress
 from pipeline.cluster.session import Session
-from pipeline.config.settings import RunSettings
-from pipeline.data.chat.encoder import Encoder
-from pipeline.data.chat.tokenizer import load_tokenizer
-from pipeline.data.dataset.reader import DataIndex, Split, SplitIndex, open_split
-from pipeline.data.order.batches import Batch
-from pipeline.data.prepare.prepare import eval_examples
 from pipeline.errors import UserError
-from pipeline.evaluate.generate import Question, exact_match, greedy_answers, question
-from pipeline.evaluate.heldout import held_out_loss
-from pipeline.model.base import DTYPES, load_base, load_plain
-from pipeline.model.loss import SummedLoss
+from pipeline.evaluate.answers import AnswerFile, BatchResult
+from pipeline.evaluate.generate import BATCH_ROWS, Generator, plan_batches
+from pipeline.evaluate.loading import ModelLoader, memory_reported
+from pipeline.evaluate.measures import AnsweredRow, extract, scores_of
+from pipeline.evaluate.rows import RowEncoder, ScoredRow, digest_of, encode_rows
+from pipeline.evaluate.subjects import Subject
+from pipeline.model.loss import IGNORED, SummedLoss
 from pipeline.plan.given.shape import read_shape
-from pipeline.plan.plan import Plan, make_plan
-from pipeline.rows.examples import RowError
+from pipeline.rows.examples import Example
 
 logger = logging.getLogger(__name__)
 
-_SEQUENCES = 8  # per forward pass of the held-out loss
 # Tokens generated beyond the longest expected answer, so that a longer answer does not match it.
-_EXTRA_TOKENS = 8
+EXTRA_TOKENS = 8
 
 
-def score_run(run_folder: Path, settings: RunSettings, rows: int) -> dict[str, Any]:
-    """Held-out loss and exact match of base, adapter and merged model on at most `rows` rows.
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """Options of a score. `max_new_tokens`: None for the longest expected answer and a few more.
 
-    Base and adapter are loaded as in training (quantised if the run was), the merged model in the
-    training data type. A merged model of another adapter is not scored. The caller has called
-    require_scorable.
+    `pattern`: extracts the part of an answer that is compared. `answers`: folder for the results of
+    batches.
     """
-    adapter = run_folder / "adapter"
-    plan = _single_process_plan(settings)
-    scoring = _Scoring.of(run_folder, settings, Session(Placement(), plan.hardware), rows)
-    device = scoring.session.device
-    with show_progress("loading the model"):
-        with_adapter: Any = PeftModel.from_pretrained(
-            load_base(plan, device), adapter, autocast_adapter_dtype=False
+
+    rows: int
+    max_new_tokens: int | None
+    pattern: Pattern[str] | None
+    answers: Path
+
+
+def score_models(
+    subjects: Sequence[Subject],
+    examples: Iterable[Example],
+    options: ScoreOptions,
+    session: Session,
+) -> dict[str, Any]:
+    """The contents of score.json; on ranks other than 0, empty. All ranks must call it.
+
+    Raises UserError if there is no usable row.
+    """
+    scorings = _scorings(subjects, examples, options, session)
+    known = session.rank_zero_first(lambda: [sorted(each.known()) for each in scorings])
+    loader = ModelLoader(session.device)
+    for scoring, done in zip(scorings, known, strict=True):
+        remaining = [n for n in range(len(scoring.batches)) if n not in done]
+        if len(remaining) < len(scoring.batches):
+            logger.info(
+                "%s: %d of %d batches are known from an earlier start",
+                scoring.subject.name, len(done), len(scoring.batches),
+            )  # fmt: skip
+        scoring.run(remaining[session.placement.rank :: session.placement.world_size], loader)
+    gathered = session.gather_objects([[asdict(r) for r in s.results] for s in scorings])
+    if gathered is None:
+        return {}
+    results = []
+    for number, scoring in enumerate(scorings):
+        by_batch = scoring.known() if known[number] else {}
+        by_batch |= {r["batch"]: BatchResult(**r) for of_rank in gathered for r in of_rank[number]}
+        results.append(list(by_batch.values()))
+    return _summary(scorings, results, options)
+
+
+class _Scoring:
+    """The measurement of one model: its rows, batches, and the results of this rank."""
+
+    def __init__(
+        self, subject: Subject, rows: list[ScoredRow], file: AnswerFile, generator: Generator
+    ) -> None:
+        self.subject, self.rows, self.generator, self._file = subject, rows, generator, file
+        self.results: list[BatchResult] = []
+        prompts = [row.question.prompt if row.question else "" for row in rows]
+        self.batches = plan_batches(generator.num_tokens(prompts), generator.max_new_tokens)
+
+    def known(self) -> dict[int, BatchResult]:
+        """The results on the disk, by the number of the batch."""
+        return self._file.read(self.batches)
+
+    def run(self, numbers: Sequence[int], loader: ModelLoader) -> None:
+        """Score these batches, and append each result to the answer file."""
+        if not numbers:
+            return
+        name, count = self.subject.name, sum(len(self.batches[n]) for n in numbers)
+        per_batch = self.generator.max_new_tokens
+        total = count + per_batch * len(numbers)
+        with loader.loaded(self.subject) as model, memory_reported(name):
+            loss_of = _document_loss(model)
+            with show_progress(f"{name}: scoring {count} rows", total=total) as work:
+                for number in numbers:
+                    result = self._score_batch(number, model, loss_of, work)
+                    self._file.append(result)
+                    self.results.append(result)
+
+    def _score_batch(
+        self, number: int, model: Any, loss_of: Callable[[ScoredRow], float], work: Work
+    ) -> BatchResult:
+        start, indexes, done = time.perf_counter(), self.batches[number], work.done
+        losses = []
+        for index in indexes:
+            losses.append(loss_of(self.rows[index]))
+            work.advance()
+        asked = {i: q.prompt for i in indexes if (q := self.rows[i].question) is not None}
+        texts: list[str] = []
+        if asked:
+            texts = self.generator.answers(model, list(asked.values()), work.advance)
+        work.advance(done + len(indexes) + self.generator.max_new_tokens - work.done)
+        answers = dict(zip(asked, texts, strict=True))
+        return BatchResult(
+            batch=number,
+            rows=indexes,
+            loss_sums=losses,
+            answers=[answers.get(i) for i in indexes],
+            seconds=time.perf_counter() - start,
         )
-    scores: dict[str, tuple[dict[str, float], list[str]]] = {}
-    logger.info("base")
-    with with_adapter.disable_adapter():
-        scores["base"] = scoring.measure(with_adapter)
-    logger.info("adapter")
-    scores["adapter"] = scoring.measure(with_adapter)
-    del with_adapter
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # make room for the merged model
-    if (run_folder / "merged").is_dir() and _is_scorable(run_folder):
-        merged = load_plain(run_folder / "merged", dtype=DTYPES[plan.training_dtype])
-        logger.info("merged model")
-        scores["merged"] = scoring.measure(merged.to(device))  # type: ignore[arg-type]
-    return {
-        "rows": len(scoring.questions),
-        "max_new_tokens": scoring.max_new_tokens,
-        "adapter_sha256": adapter_sha256(adapter),
-        "models": {name: numbers for name, (numbers, _) in scores.items()},
+
+
+def _document_loss(model: Any) -> Callable[[ScoredRow], float]:
+    """Function for the summed loss of a row, whose documents are separate sequences."""
+    summed, device = SummedLoss(model), model.device
+
+    @torch.no_grad()
+    def loss_of(row: ScoredRow) -> float:
+        total = 0.0
+        for document in row.documents:
+            ids = torch.from_numpy(document.ids).long()[None].to(device)
+            mask = torch.from_numpy(document.supervised)[None].to(device)
+            labels = torch.where(mask, ids, IGNORED)
+            total += float(summed(ids, labels, ((ids.shape[1],),)))
+        return total
+
+    return loss_of
+
+
+def _scorings(
+    subjects: Sequence[Subject],
+    examples: Iterable[Example],
+    options: ScoreOptions,
+    session: Session,
+) -> list[_Scoring]:
+    """The measurements, without those of equal models. Encodes the rows for each of them."""
+    encoders: dict[str, RowEncoder] = {}
+    for subject in subjects:
+        if (key := _encoding_key(subject)) not in encoders:
+            encoders[key] = RowEncoder(subject.settings)
+    rows = dict(
+        zip(encoders, encode_rows(examples, [*encoders.values()], options.rows), strict=True)
+    )
+    _check_rows([*rows.values()], options.pattern)
+    max_new_tokens = options.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = max(_longest_answer(encoders[key], rows[key]) for key in rows)
+        max_new_tokens += EXTRA_TOKENS
+    scorings: dict[str, _Scoring] = {}
+    for subject in subjects:
+        encoder, own_rows = encoders[_encoding_key(subject)], rows[_encoding_key(subject)]
+        shape = read_shape(
+            str(subject.settings.model_folder),
+            trust_remote_code=subject.settings.trust_remote_code,
+        )
+        identity = {
+            **subject.identity(),
+            "rows": digest_of(own_rows),
+            "max_new_tokens": max_new_tokens,
+            "batch_rows": BATCH_ROWS,
+            "ends": sorted(encoder.ends),
+            "device": session.device.type,
+        }
+        file = AnswerFile(options.answers, identity, session.placement.rank)
+        if (other := scorings.get(file.key)) is not None:
+            logger.info("%s is the same model as %s", subject.name, other.subject.name)
+            continue
+        generator = Generator(
+            tokenizer=encoder.tokenizer,
+            ends=encoder.ends,
+            max_new_tokens=max_new_tokens,
+            max_positions=shape.max_positions,
+        )
+        scorings[file.key] = _Scoring(subject, own_rows, file, generator)
+    return [*scorings.values()]
+
+
+def _encoding_key(subject: Subject) -> str:
+    return subject.settings.model_dump_json()
+
+
+def _longest_answer(encoder: RowEncoder, rows: Sequence[ScoredRow]) -> int:
+    texts = [row.question.expected for row in rows if row.question is not None]
+    ids = encoder.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+    return max(map(len, ids), default=0)
+
+
+def _check_rows(rows: Sequence[Sequence[ScoredRow]], pattern: Pattern[str] | None) -> None:
+    """Check the expected answers, and whether the losses of all models can be compared."""
+    expected = [row.question.expected for row in rows[0] if row.question is not None]
+    if pattern is not None and all(extract(pattern, text) is None for text in expected):
+        raise UserError(f"--regex {pattern.pattern!r}: matches no expected answer of the rows")
+    if len({sum(row.tokens for row in of_encoder) for of_encoder in rows}) > 1:
+        logger.warning(
+            "the models have different tokens, so their losses and perplexities, which are means "
+            "over tokens, cannot be compared"
+        )
+
+
+def _summary(
+    scorings: Sequence[_Scoring], results: Sequence[Sequence[BatchResult]], options: ScoreOptions
+) -> dict[str, Any]:
+    """The contents of score.json."""
+    rows = scorings[0].rows
+    models: dict[str, Any] = {}
+    answers: dict[str, list[str | None]] = {}
+    for scoring, of_model in zip(scorings, results, strict=True):
+        losses: Mapping[int, float] = {
+            i: x for r in of_model for i, x in zip(r.rows, r.loss_sums, strict=True)
+        }
+        texts = {i: x for r in of_model for i, x in zip(r.rows, r.answers, strict=True)}
+        name = scoring.subject.name
+        answers[name] = [texts[i] for i in range(len(rows))]
+        answered = [
+            AnsweredRow(losses[i], row.tokens, _expected(row), texts[i])
+            for i, row in enumerate(scoring.rows)
+        ]
+        scores = scores_of(answered, options.pattern)
+        models[name] = scores | {"seconds": sum(r.seconds for r in of_model)}
+    questions = {i: row.question for i, row in enumerate(rows)}
+    used = [each.subject.adapter for each in scorings if each.subject.is_adapter_used]
+    summary: dict[str, Any] = {
+        "rows": len(rows),
+        "max_new_tokens": scorings[0].generator.max_new_tokens,
+        "regex": None if options.pattern is None else options.pattern.pattern,
+    }
+    if len(used) == 1 and used[0] is not None:
+        summary["adapter_sha256"] = adapter_sha256(used[0])
+    return summary | {
+        "models": models,
         "answers": [
-            {"prompt": q.last_user_message, "expected": q.expected}
-            | {name: answers[i] for name, (_, answers) in scores.items()}
-            for i, q in enumerate(scoring.questions)
+            {"prompt": question.last_user_message, "expected": question.expected}
+            | {name: texts[i] or "" for name, texts in answers.items()}
+            for i, question in questions.items()
+            if question is not None
         ],
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Scoring:
-    """The held-out data of a run, with the measurement of a model on it."""
-
-    session: Session
-    tokenizer: Any
-    ends: Collection[int]
-    split: Split
-    questions: list[Question]
-    max_new_tokens: int
-
-    @classmethod
-    def of(cls, run_folder: Path, settings: RunSettings, session: Session, rows: int) -> Self:
-        """Open the held-out split and read its first `rows` questions."""
-        tokenizer = load_tokenizer(settings.model_folder, settings.trust_remote_code)
-        index = DataIndex.load(run_folder / "data").eval
-        assert index is not None
-        encoder = Encoder(tokenizer, settings)
-        questions = _questions(settings, index, encoder, rows)
-        answers = (tokenizer(q.expected, add_special_tokens=False).input_ids for q in questions)
-        return cls(
-            session=session,
-            tokenizer=tokenizer,
-            ends=encoder.ends,
-            split=open_split(index),
-            questions=questions,
-            max_new_tokens=max(map(len, answers)) + _EXTRA_TOKENS,
-        )
-
-    def measure(self, model: Any) -> tuple[dict[str, float], list[str]]:
-        """Scores of a model (loss, exact match, seconds), and its answers."""
-        start = time.perf_counter()
-        loss = _loss(model, self.split, self.session)
-        answers = greedy_answers(
-            model,
-            self.tokenizer,
-            [q.prompt for q in self.questions],
-            max_new_tokens=self.max_new_tokens,
-            ends=self.ends,
-        )
-        match = exact_match(answers, [q.expected for q in self.questions])
-        seconds = time.perf_counter() - start
-        return {"loss": loss, "exact_match": match, "seconds": seconds}, answers
-
-
-def _is_scorable(run_folder: Path) -> bool:
-    """Whether to score the merged model. Logs a warning unless it has the run's adapter."""
-    is_same = is_merged_from(run_folder)
-    if is_same is None:
-        logger.warning(
-            "%s: the adapter that was merged is unknown, because an earlier version of RankZero "
-            "did not record it; the merged model is scored",
-            run_folder / "merged",
-        )
-    elif not is_same:
-        logger.warning(
-            "%s: not scored, because it was merged from an adapter other than %s; merge again",
-            run_folder / "merged",
-            run_folder / "adapter",
-        )
-    return is_same is not False
-
-
-def _single_process_plan(settings: RunSettings) -> Plan:
-    """A plan for the same model on one device, without sharding and activation checkpointing."""
-    unsharded = settings.model_copy(
-        update={
-            "zero_stage": "auto",
-            "gradient_checkpointing": "auto",
-            "batch_size": 1,
-            "gradient_accumulation_steps": "auto",
-            "global_batch_size": "auto",
-            "hpz_partition_size": "auto",
-            "offload_param": "auto",
-            "deepspeed_json": None,
-        }
-    )
-    # Nothing is trained, so the memory that training would need is no reason to refuse the plan.
-    unlimited = dataclasses.replace(detect_hardware(), device_bytes=2**50)
-    shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
-    return make_plan(unsharded, shape, unlimited, nodes=1, ranks_per_node=1)
-
-
-def _questions(
-    settings: RunSettings, split: SplitIndex, encoder: Encoder, rows: int
-) -> list[Question]:
-    questions: list[Question] = []
-    for example in eval_examples(settings, split):
-        if len(questions) == rows:
-            break
-        try:
-            questions.append(question(example, encoder))
-        except RowError:
-            continue  # prepare rejected and counted this row
-    if not questions:
-        raise UserError("eval_data: no usable row")
-    return questions
-
-
-def _loss(model: Any, split: Split, session: Session) -> float:
-    model.eval()
-    summed = SummedLoss(model)
-
-    @torch.no_grad()
-    def loss_of(batch: Batch) -> float:
-        moved = batch.to(session.device)
-        return float(summed(moved.input_ids, moved.labels, moved.documents))
-
-    return held_out_loss(loss_of, split, session, _SEQUENCES)
+def _expected(row: ScoredRow) -> str | None:
+    return None if row.question is None else row.question.expected

@@ -141,7 +141,19 @@ def _step_lines(plan: Plan) -> list[str]:
     end = "" if data.is_exact else " (estimated from a sample; launch/prepare.py counts exactly)"
     return [
         f"steps      {mark}{schedule.total_steps} ({schedule.steps_per_epoch} an epoch), "
-        f"{schedule.warmup_steps} of warm-up, {mark}{_duration_text(hours)}{end}"
+        f"{schedule.warmup_steps} of warm-up, {mark}{_duration_text(hours)}{end}",
+        *_answer_lines(plan),
+    ]
+
+
+def _answer_lines(plan: Plan) -> list[str]:
+    """The line about answers at evaluations, whose time is not predicted."""
+    rows = plan.settings.eval_generate
+    if rows is None:
+        return []
+    return [
+        f"answers    {rows} held-out rows are answered at each evaluation (eval_generate), which "
+        "is not in the predicted time"
     ]
 
 

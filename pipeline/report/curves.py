@@ -95,9 +95,28 @@ _QUANTITIES = (
 )
 
 
+_ANSWER_SCORES = {
+    "exact_match": "exact match", "regex_match": "regex match", "valid_json": "valid JSON",
+}  # fmt: skip
+
+
 def charts_of(run: RunRecords) -> list[Chart]:
     """The charts of one run, the loss first. Empty if it has recorded no step."""
-    return [*_loss_charts(run), *filter(None, (_chart_of(run, item) for item in _QUANTITIES))]
+    quantities = filter(None, (_chart_of(run, item) for item in _QUANTITIES))
+    return [*_loss_charts(run), *_answers_chart(run), *quantities]
+
+
+def _answers_chart(run: RunRecords) -> list[Chart]:
+    """The chart of the scores of answers at evaluations (`eval_generate`), if there are two."""
+    points = {title: run.evaluated(f"eval_{key}") for key, title in _ANSWER_SCORES.items()}
+    series = [
+        Series(label=title, points=each, style="dots", colour=colour)
+        for colour, (title, each) in enumerate(points.items())
+        if len(each[0]) > 1
+    ]
+    if not series:
+        return []
+    return [Chart(name="answers", title="Held-out answers", series=series, form="percent")]
 
 
 def held_out_chart(run: RunRecords) -> Chart | None:

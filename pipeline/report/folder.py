@@ -65,7 +65,11 @@ class RunRecords:
 
     def held_out(self) -> Points:
         """The steps of the evaluations, and the held-out losses."""
-        return _points(self.evals, "eval_loss")
+        return self.evaluated("eval_loss")
+
+    def evaluated(self, key: str) -> Points:
+        """The evaluations whose record has a number under `key`, and these numbers."""
+        return _points(self.evals, key)
 
 
 def read_run_folder(folder: Path) -> RunRecords:

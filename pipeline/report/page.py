@@ -19,6 +19,13 @@ from pipeline.report.reproduce import reproduction_of
 from pipeline.report.timeline import timeline_of
 
 _TOLERANCE = 0.10  # relative error of a predicted memory; the page marks larger errors
+_SCORES = {
+    "exact_match": "exact match", "regex_match": "regex match", "valid_json": "valid JSON",
+    "loss": "held-out loss", "perplexity": "perplexity", "seconds": "time to score",
+}  # fmt: skip
+_FORMS: dict[str, Callable[[float], str]] = {
+    "loss": "{:.4f}".format, "perplexity": "{:.4g}".format, "seconds": text.duration,
+}  # fmt: skip
 # Field of Proof with the reasons against a use of the model's class -> text of the page.
 _USES = {
     "refusals": "not trained",
@@ -158,16 +165,22 @@ def _proof(run: RunRecords) -> Mapping[str, Any] | None:
     return {"errors": errors, "reasons": reasons, "limit": LIMIT} if errors or reasons else None
 
 
-def _scores(run: RunRecords) -> list[tuple[str, str, str, str]]:
-    """Name, exact match, held-out loss and time of each scored model."""
-    scored = mapping(run.score.get("models"))
-    rows = []
-    for name in [name for name in MODELS if name in scored]:
-        numbers = [number(mapping(scored[name]).get(k)) for k in ("exact_match", "loss", "seconds")]
-        formats = (text.share, "{:.4f}".format, text.duration)
-        match, loss, seconds = map(text.or_dash, numbers, formats)
-        rows.append((name, match, loss, seconds))
-    return rows
+def _scores(run: RunRecords) -> Mapping[str, Any]:
+    """Columns and rows of the table of scores: each value with its 95 % interval."""
+    scored = {name: mapping(each) for name, each in mapping(run.score.get("models")).items()}
+    columns = [key for key in _SCORES if any(key in each for each in scored.values())]
+    rows = [(name, *(_score(each, key) for key in columns)) for name, each in scored.items()]
+    return {"columns": [_SCORES[key] for key in columns], "rows": rows}
+
+
+def _score(scores: Mapping[str, Any], key: str) -> str:
+    value, interval = number(scores.get(key)), scores.get(f"{key}_interval")
+    if value is None:
+        return "-"
+    form = _FORMS.get(key, text.share)
+    bounds = [number(bound) for bound in interval] if isinstance(interval, list) else []
+    known = [form(bound) for bound in bounds if bound is not None]
+    return f"{form(value)} ({known[0]} to {known[1]})" if len(known) == 2 else form(value)
 
 
 def _answers(run: RunRecords) -> Iterator[Mapping[str, Any]]:

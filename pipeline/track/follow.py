@@ -92,6 +92,7 @@ def _send_results(tracker: Tracker, facts: RunFacts, sent: SentRecord) -> None:
             f"score/{model}/{name}": float(value)
             for model, numbers in scores["models"].items()
             for name, value in numbers.items()
+            if isinstance(value, int | float)  # intervals are lists
         }
         tracker.log(metrics, max(sent.steps.values(), default=0))
         if "answers" in facts.uploads and scores["answers"]:

@@ -30,6 +30,7 @@ from pipeline.train.display import ProgressDisplay
 from pipeline.train.engine import Engine
 from pipeline.train.folder import RunFolder, write_run
 from pipeline.train.metrics import MetricsFile, PeakBytes
+from pipeline.train.questions import held_out_questions
 from pipeline.train.state import TrainingState
 from pipeline.train.writer import CheckpointWriter
 
@@ -68,6 +69,7 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
         load_initial_adapter(engine, plan)
         logger.info("starting from the adapter %s", context.settings.init_adapter_folder)
     progress.eval_key = _eval_key(index)
+    questions = held_out_questions(plan, index, session)
     session.rank_zero_first(lambda: folder.open(progress.step))
     is_own_checkpoint = resumed is not None and Path(resumed).parent == folder.path / "checkpoints"
     writer, metrics = None, None
@@ -87,6 +89,7 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
         peak=peak,
         writer=writer,
         metrics=metrics,
+        questions=questions,
         frozen_checksum=frozen_checksum(engine.deepspeed.module) if context.is_debug else None,
     )
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from itertools import pairwise
@@ -73,10 +73,17 @@ class ProgressDisplay:
             yield self._view.work
             self._view.work = None
 
-    def show_evaluation(self, step: int, loss: float, seconds: float) -> None:
-        """Show a held-out loss."""
+    def show_evaluation(
+        self, step: int, loss: float, seconds: float, scores: Mapping[str, Any]
+    ) -> None:
+        """Show a held-out loss, and the scores of answers to held-out rows."""
         self._view.held_out = (step, loss)
-        logger.info("step %d  held-out loss %.4f  (%.1f s)", step, loss, seconds)
+        shares = "".join(
+            f"  {name.replace('_', ' ')} {100 * value:.1f} %"
+            for name, value in scores.items()
+            if isinstance(value, float)
+        )
+        logger.info("step %d  held-out loss %.4f%s  (%.1f s)", step, loss, shares, seconds)
 
 
 class TrainingView:

@@ -3,7 +3,7 @@
 All methods are collective: every rank calls them, in the same order.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from pipeline.adapter.gather import (
 from pipeline.config.settings import RunSettings
 from pipeline.data.order.batches import IGNORED, Batch
 from pipeline.data.order.steps import SeededBatch
+from pipeline.evaluate.generate import Generator
 from pipeline.model.adapter import trainable
 from pipeline.model.base import remove_input_gradients, require_input_gradients
 from pipeline.model.joint_lora import join_lora
@@ -60,6 +61,7 @@ class Engine:
     def __init__(
         self, model: PeftModel, plan: Plan, on_phase: Callable[[str], None] = lambda phase: None
     ) -> None:
+        self._model = model
         self.parameters = trainable(model)
         self._on_phase = on_phase
         self._world_size = plan.world_size
@@ -195,6 +197,31 @@ class Engine:
         loss_sum = float(self._forward(batch))
         self._release_gathered()
         return loss_sum
+
+    @torch.no_grad()
+    def answers(
+        self, generator: Generator, prompts: Sequence[str], on_token: Callable[[], None]
+    ) -> list[str]:
+        """Greedy answers of the model. At ZeRO-3 a rank without prompts must call it too.
+
+        DeepSpeed records the order of modules between two calls of `reset_step`, which a forward
+        pass of its own module makes. `generate` calls the model inside it, so it is called here.
+        """
+        self._on_phase("generating answers")
+        self.deepspeed.eval()
+        offload = getattr(self.deepspeed.optimizer, "parameter_offload", None)
+
+        def before_forward() -> None:
+            on_token()
+            if offload is not None:
+                self._release_gathered()
+                offload.get_param_coordinator().reset_step()
+                self._gather_persistent()
+
+        is_synced = offload is not None and self._world_size > 1
+        answers = generator.answers(self._model, prompts, before_forward, is_synced=is_synced)
+        self._release_gathered()
+        return answers
 
     def _release_gathered(self) -> None:
         """Shard again the parameters that ZeRO-3 keeps gathered for a backward pass.

@@ -16,6 +16,7 @@ from pipeline.evaluate.heldout import held_out_loss
 from pipeline.model.adapter import expected_shapes
 from pipeline.train.engine import StepResult
 from pipeline.train.metrics import Stopwatch
+from pipeline.train.questions import HeldOutQuestions
 from pipeline.train.snapshot import report_saves, save_before_stop, save_best, save_checkpoint
 from pipeline.train.state import TrainingState
 
@@ -212,11 +213,13 @@ def _evaluate(run: TrainingState) -> None:
     loss = held_out_loss(
         summed_loss, run.eval_split, run.session, micro_batch_size, run.display.show_work
     )
+    scores = {} if run.questions is None else _answer_scores(run, run.questions)
     progress.is_evaluation_due = False
-    run.display.show_evaluation(progress.step, loss, watch.lap())
+    run.display.show_evaluation(progress.step, loss, watch.lap(), scores)
     if run.metrics is not None:
         tokens = run.eval_split.sequences.supervised_tokens
-        run.metrics.write({"step": progress.step, "eval_loss": loss, "eval_tokens": tokens})
+        line = {"step": progress.step, "eval_loss": loss, "eval_tokens": tokens}
+        run.metrics.write(line | {f"eval_{name}": value for name, value in scores.items()})
     if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss, progress.best_step = loss, progress.step
         progress.evaluations_since_best = 0
@@ -224,6 +227,28 @@ def _evaluate(run: TrainingState) -> None:
             save_best(run)
     else:
         progress.evaluations_since_best += 1
+
+
+def _answer_scores(run: TrainingState, questions: HeldOutQuestions) -> dict[str, Any]:
+    """Scores of the answers to held-out rows; on ranks other than 0, empty. Collective."""
+    answers: list[tuple[int, str]] = []
+    batches = [*questions.batches_of_rank(run.session.placement)]
+    per_batch = questions.generator.max_new_tokens
+    text = f"answering {len(questions.prompts)} held-out rows"
+    with run.display.show_work(text, per_batch * len(batches)) as work:
+        for number, batch in enumerate(batches):
+
+            def on_token() -> None:
+                run.heartbeat.renew()
+                work.advance()
+
+            _agree_on_stop(run)
+            prompts = [questions.prompts[i] for i in batch]
+            texts = run.engine.answers(questions.generator, prompts, on_token)
+            work.advance((number + 1) * per_batch - work.done)
+            answers += zip(batch, texts, strict=True)
+    gathered = run.session.gather_objects(answers)
+    return {} if gathered is None else questions.scores([pair for of in gathered for pair in of])
 
 
 def _is_patience_over(run: TrainingState) -> bool:

@@ -12,7 +12,7 @@ FILES = (
     "run.yaml", "ds_config.json", "metrics.jsonl", "score.json", "report.html", "base.json",
     "init_adapter.json", "plan.json", "status.json",
 )  # fmt: skip
-FOLDERS = ("data", "checkpoints", "adapter", "merged", "tracking")
+FOLDERS = ("data", "checkpoints", "adapter", "merged", "tracking", "score-answers", "score-tasks")
 # Allowed in a folder before its first run: prepared data, Slurm's logs, a stop request.
 BEFORE_A_RUN = ("data", "logs", "stop")
 _IN_DATA = ("index.json", "audit.json", "rejects.jsonl", "fingerprints.json")

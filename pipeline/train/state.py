@@ -13,6 +13,7 @@ from pipeline.train.display import ProgressDisplay
 from pipeline.train.engine import Engine
 from pipeline.train.folder import RunFolder
 from pipeline.train.metrics import InputWait, MetricsFile, PeakBytes, Stopwatch
+from pipeline.train.questions import HeldOutQuestions
 from pipeline.train.writer import CheckpointWriter
 
 
@@ -22,7 +23,8 @@ class TrainingState:
 
     `saved`: progress at the newest checkpoint in the run folder; None if there is none. `writer`
     and `metrics`: None on ranks other than 0. `frozen_checksum`: checksum of the base before
-    training, only with `--debug`. `micro_batch_s`: seconds of a micro-batch in the last step.
+    training, only with `--debug`. `questions`: of `eval_generate`. `micro_batch_s`: seconds of a
+    micro-batch in the last step.
     """
 
     context: RunContext
@@ -37,6 +39,7 @@ class TrainingState:
     writer: CheckpointWriter | None
     metrics: MetricsFile | None
     frozen_checksum: int | None
+    questions: HeldOutQuestions | None = None
     input_wait: InputWait = field(default_factory=InputWait)
     step_watch: Stopwatch = field(default_factory=Stopwatch)
     micro_batch_s: float = 0.0

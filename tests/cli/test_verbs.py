@@ -44,7 +44,7 @@ def test_missing_and_unknown_arguments_are_refused_by_name(refused_by, verb):
     missing = "run_folder" if verb in WITH_RUN_FOLDER else "run_file"
     others = {
         "plan": "RUN.yaml", "slurm": "folder", "convert": "config", "report": "run_folders",
-        "merge": "run folder",
+        "merge": "run folder", "score": "RUN",
     }  # fmt: skip
     missing = others.get(verb, missing)
     assert_mentions(refused_by(verb), missing, "--help")

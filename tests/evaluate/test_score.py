@@ -1,49 +1,245 @@
-"""Scoring is refused before torch is imported, if the run cannot be scored."""
+"""Scores of runs and models: same numbers for all ranks and interruptions, and what is refused."""
 
 import json
-import subprocess
-import sys
+import shutil
 
 import pytest
 
-from pipeline.adapter.trained_on import TRAINED_ON, require_scorable
+from pipeline.adapter.trained_on import TRAINED_ON
+from pipeline.cluster.devices import detect_hardware
+from pipeline.cluster.placement import Placement
+from pipeline.cluster.session import Session
+from pipeline.errors import SingleRankError
+from pipeline.evaluate import generate
+from pipeline.evaluate.generate import Generator, plan_batches
+from pipeline.evaluate.measures import parse_pattern
+from pipeline.evaluate.rows import examples_of_file, held_out_examples
+from pipeline.evaluate.score import ScoreOptions, score_models
+from pipeline.evaluate.subjects import subjects_of
 from pipeline.model.fingerprint import base_fingerprint
-from pipeline.train.folder import write_run
+from tests.evaluate.runs import make_run
 from tests.messages import assert_mentions, refused
-from tests.tiny import make_model, make_plan
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.tensor
 
 
-def test_a_base_that_differs_in_one_byte_is_refused(tmp_path):
-    base = make_model(tmp_path / "base")
-    (tmp_path / "run/adapter").mkdir(parents=True)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("score"))
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(generate, "BATCH_ROWS", 3)
+
+
+def score_of(session, answers, arguments, *, data=None, rows=200, regex=None, max_new_tokens=None):
+    subjects = subjects_of([str(each) for each in arguments], (), data)
+    settings = subjects[0].settings
+    examples = (
+        held_out_examples(arguments[0], settings)
+        if data is None
+        else examples_of_file(str(data), settings)
+    )
+    options = ScoreOptions(
+        rows=rows, max_new_tokens=max_new_tokens, answers=answers,
+        pattern=None if regex is None else parse_pattern(regex),
+    )  # fmt: skip
+    return score_models(subjects, examples, options, session)
+
+
+def alone():
+    return Session(Placement(), detect_hardware())
+
+
+def numbers(scores):
+    """The scores without the measured time."""
+    models = {name: {**each, "seconds": 0} for name, each in scores["models"].items()}
+    return {**scores, "models": models}
+
+
+def count_answers(monkeypatch, *, fail_after=10**9):
+    """Replace the generation by one that counts the prompts, and fails after so many batches."""
+    counted, original = [], Generator.answers
+
+    def answers(self, model, prompts, on_token, **options):
+        if len(counted) >= fail_after:
+            raise KeyboardInterrupt
+        counted.append(len(prompts))
+        return original(self, model, prompts, on_token, **options)
+
+    monkeypatch.setattr(Generator, "answers", answers)
+    return counted
+
+
+def test_base_and_adapter_are_scored_with_intervals(run, tmp_path):
+    scores = score_of(alone(), tmp_path / "answers", [run], regex=r"(\d+)$")
+    assert (scores["rows"], [*scores["models"]]) == (10, ["base", "adapter"])
+    base, adapter = scores["models"].values()
+    for each in (base, adapter):
+        low, high = each["loss_interval"]
+        assert low < each["loss"] < high
+        assert {"perplexity", "exact_match_interval", "regex_match_interval"} <= each.keys()
+    assert base["loss"] != adapter["loss"]
+    assert len(scores["answers"]) == 10
+    assert any(row["base"] != row["adapter"] for row in scores["answers"])
+    json.dumps(scores, allow_nan=False)
+
+
+def on_rank(session, run, answers):
+    generate.BATCH_ROWS = 3
+    return score_of(session, answers, [run])
+
+
+def test_two_ranks_have_the_numbers_of_one(run, tmp_path):
+    expected = score_of(alone(), tmp_path / "one", [run])
+    first, second = run_ranks(on_rank, run, tmp_path / "two", tmp_path=tmp_path)
+    assert second == {}
+    assert numbers(first) == numbers(expected)
+    assert len({path.name.rpartition("-")[2] for path in (tmp_path / "two").iterdir()}) == 2
+
+
+def test_a_killed_score_generates_no_written_answer_again(run, tmp_path, monkeypatch):
+    expected = score_of(alone(), tmp_path / "whole", [run])
+    with monkeypatch.context() as patch:
+        count_answers(patch, fail_after=2)
+        with pytest.raises(KeyboardInterrupt):
+            score_of(alone(), tmp_path / "answers", [run])
+    (file,) = (tmp_path / "answers").iterdir()
+    with file.open("ab") as stream:
+        stream.write(b'{"batch": 2, "rows": [1')  # cut by the kill
+    counted = count_answers(monkeypatch)
+    scores = score_of(alone(), tmp_path / "answers", [run])
+    assert sum(counted) == 10 - 2 * 3 + 10  # the rest of the base, and the adapter
+    assert numbers(scores) == numbers(expected)
+    counted.clear()
+    assert numbers(score_of(alone(), tmp_path / "answers", [run])) == numbers(expected)
+    assert not counted
+
+
+def other_adapter(run, tmp_path):
+    weights = run / "adapter/adapter_config.json"
+    config = json.loads(weights.read_text())
+    weights.write_text(json.dumps(config | {"lora_alpha": 3}))
+    return {}
+
+
+def other_base(run, tmp_path):
+    config = run.parent / "base/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
+    return {}
+
+
+def other_rows(run, tmp_path):
+    path = tmp_path / "other.jsonl"
+    path.write_text((run.parent / "heldout.jsonl").read_text().replace("ask", "tell"))
+    return {"data": path}
+
+
+def other_length(run, tmp_path):
+    return {"max_new_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("change", "generated"),
+    [(other_adapter, 10), (other_base, 20), (other_rows, 20), (other_length, 20)],
+)
+def test_answers_of_something_else_are_not_reused(run, tmp_path, monkeypatch, change, generated):
+    shutil.copytree(run.parent, tmp_path / "copy")
+    own = tmp_path / "copy/run"
+    text = (own / "run.yaml").read_text()
+    (own / "run.yaml").write_text(text.replace(str(run.parent), str(tmp_path / "copy")))
+    score_of(alone(), tmp_path / "answers", [own])
+    options = change(own, tmp_path)
+    counted = count_answers(monkeypatch)
+    score_of(alone(), tmp_path / "answers", [own], **options)
+    assert sum(counted) == generated
+
+
+def test_runs_and_models_are_scored_on_the_same_rows_and_equal_models_once(run, tmp_path):
+    base = run.parent / "base"
+    scores = score_of(alone(), tmp_path / "answers", [run, base], rows=4)
+    assert [*scores["models"]] == [f"{run} base", f"{run} adapter"]  # the model is the run's base
+    (tmp_path / "other").mkdir()
+    other = make_run(tmp_path / "other")
+    scores = score_of(alone(), tmp_path / "answers", [run, other], rows=4)
+    assert [*scores["models"]] == [f"{run} base", f"{run} adapter"]  # equal weights
+    assert "adapter_sha256" in scores
+
+
+def test_rows_of_every_kind_are_scored(run, tmp_path):
+    turns = [{"role": "user", "content": "größe ✓"}, {"role": "assistant", "content": "ok ✓"}]
+    rows = [
+        {"messages": turns},
+        {"prompt": "2 + 2 =", "completion": " 4"},
+        {"prompt": "", "completion": "no question"},
+        {"text": "a text without a question"},
+        {"prompt": "long " * 200, "completion": "longer than the model"},
+        {"nothing": 1},
+    ]  # fmt: skip
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = score_of(alone(), tmp_path / "answers", [run], data=data)
+    assert scores["rows"] == 4  # the long prompt has no supervised token within max_length
+    assert [row["expected"] for row in scores["answers"]] == ["ok ✓", " 4"]
+    assert scores["models"]["base"]["exact_match_rows"] == 2
+
+
+def test_one_row_is_scored_and_none_is_refused(run, tmp_path):
+    scores = score_of(alone(), tmp_path / "answers", [run], rows=1)
+    assert scores["models"]["base"]["loss_interval"] is None
+    (tmp_path / "bad.jsonl").write_text('{"nothing": 1}\n')
+    with refused("no usable row"):
+        score_of(alone(), tmp_path / "answers", [run], data=tmp_path / "bad.jsonl")
+    with refused("--data", "missing.jsonl"):
+        score_of(alone(), tmp_path / "answers", [run], data=tmp_path / "missing.jsonl")
+    with refused("--regex", "matches no expected answer"):
+        score_of(alone(), tmp_path / "answers", [run], regex="never")
+
+
+def test_a_full_disk_keeps_the_written_answers(run, tmp_path, monkeypatch):
+    (tmp_path / "answers").write_text("a file, so that no answer can be written")
+    with pytest.raises(SingleRankError) as error:
+        score_of(alone(), tmp_path / "answers", [run])
+    assert_mentions(str(error.value), tmp_path / "answers", "start again")
+
+
+def test_a_base_that_differs_in_one_byte_is_refused_before_it_is_loaded(run, tmp_path):
+    shutil.copytree(run.parent, tmp_path / "copy")
+    own, base = tmp_path / "copy/run", tmp_path / "copy/base"
+    text = (own / "run.yaml").read_text()
+    (own / "run.yaml").write_text(text.replace(str(run.parent), str(tmp_path / "copy")))
     record = {"base": "org/name", "fingerprint": base_fingerprint(base).as_json()}
-    (tmp_path / "run/adapter" / TRAINED_ON).write_text(json.dumps(record))
-    settings = make_plan(base, eval_data=0.5).settings
-    require_scorable(tmp_path / "run", settings)
+    (own / "adapter" / TRAINED_ON).write_text(json.dumps(record))
     (shard,) = base.glob("*.safetensors")
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
     with refused(base, "1 of", "model."):
-        require_scorable(tmp_path / "run", settings)
+        subjects_of([str(own)], (), None)
 
 
-def test_a_run_without_held_out_rows_is_refused_before_torch_is_imported(tmp_path):
-    run = tmp_path / "run"
-    write_run(run, make_plan(make_model(tmp_path / "base")), is_debug=False)
-    (run / "adapter").mkdir()
-    script = (
-        "import sys\n"
-        "from pipeline.cli.score import score\n"
-        "from pipeline.errors import UserError\n"
-        f"sys.argv = ['score.py', {str(run)!r}]\n"
-        "try:\n"
-        "    score()\n"
-        "except UserError as error:\n"
-        "    print(error, 'torch' in sys.modules)\n"
-    )
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert_mentions(result.stdout, run, "no eval_data", "False")
+def test_batches_hold_prompts_of_similar_length_and_bound_the_cache():
+    lengths = [5, 900, 20, 7, 900, 1, 0, 6]
+    batches = plan_batches(lengths, 10)
+    assert sorted(i for batch in batches for i in batch) == [*range(8)]
+    assert batches[0][:2] == [1, 4]  # the longest first, ties in the order of the rows
+    assert all(len(batch) <= 3 for batch in batches)
+    assert [len(batch) for batch in plan_batches([20000, 20000], 10)] == [1, 1]
+    assert plan_batches([], 10) == []
+
+
+def test_a_prompt_that_fills_the_model_has_an_empty_answer(run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = run.parent / "base"
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    generator = Generator(
+        tokenizer=AutoTokenizer.from_pretrained(base), ends=frozenset(), max_new_tokens=50,
+        max_positions=30,
+    )  # fmt: skip
+    steps = []
+    answers = generator.answers(model, ["a" * 30, "b" * 25], lambda: steps.append(1))
+    assert answers[0] == ""
+    assert len(steps) <= 5  # the second prompt has 25 of 30 positions

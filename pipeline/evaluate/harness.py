@@ -1,0 +1,53 @@
+"""Benchmarks of lm-evaluation-harness, which runs as its own command where it is installed."""
+
+import logging
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from pipeline.errors import RankZeroError, UserError
+from pipeline.evaluate.subjects import Subject
+
+logger = logging.getLogger(__name__)
+
+
+def run_harness(subjects: Sequence[Subject], tasks: str, out: Path) -> None:
+    """Run tasks of lm-evaluation-harness for each model; its results are in a folder beside `out`.
+
+    `tasks`: names or YAML files, separated by commas. Raises UserError if the package is missing.
+    """
+    if find_spec("lm_eval") is None:
+        raise UserError(
+            "--tasks: lm-evaluation-harness is not installed; pip install 'lm_eval[hf]'"
+        )
+    for subject in subjects:
+        name = subject.name.replace("/", "_").replace(" ", "-")
+        folder = out.with_name(f"{out.stem}-tasks") / name
+        command = harness_command(subject, tasks, folder)
+        logger.info("%s: %s", subject.name, shlex.join(command[1:]))
+        if code := subprocess.run(command, check=False).returncode:
+            raise RankZeroError(f"--tasks: lm_eval ended with exit code {code} for {subject.name}")
+        logger.info("%s: results in %s", subject.name, folder)
+
+
+def harness_command(subject: Subject, tasks: str, folder: Path) -> list[str]:
+    """The command for one model. Quantised runs are loaded as in training."""
+    settings = subject.settings
+    arguments = {"pretrained": subject.folder, "tokenizer": settings.model_folder, "dtype": "auto"}
+    if subject.adapter is not None and subject.is_adapter_used:
+        arguments["peft"] = subject.adapter
+    if settings.trust_remote_code:
+        arguments["trust_remote_code"] = "True"
+    if settings.is_quantised and not subject.is_merged:
+        bits = "load_in_4bit" if settings.load_in_4bit else "load_in_8bit"
+        arguments[bits] = "True"
+        if settings.load_in_4bit:
+            arguments["bnb_4bit_quant_type"] = settings.bnb_4bit_quant_type
+    words = ",".join(f"{key}={value}" for key, value in arguments.items())
+    return [
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", words,
+        "--tasks", tasks, "--output_path", str(folder),
+    ]  # fmt: skip

@@ -1,0 +1,89 @@
+"""Loading of the models to score, one at a time, each whole on the device of this rank."""
+
+import dataclasses
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from pipeline.cluster.devices import detect_hardware
+from pipeline.cluster.progress import show_progress
+from pipeline.config.settings import RunSettings
+from pipeline.errors import SingleRankError
+from pipeline.evaluate.subjects import Subject
+from pipeline.model.base import DTYPES, load_base, load_plain
+from pipeline.plan.given.shape import read_shape
+from pipeline.plan.plan import Plan, make_plan
+
+
+class ModelLoader:
+    """Loads the model of a subject, unless the model of the last one is the same."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._model: Any = None
+        self._key: Any = None
+
+    @contextmanager
+    def loaded(self, subject: Subject) -> Iterator[Any]:
+        """The model in evaluation mode, with or without its adapter."""
+        key = (subject.folder, subject.adapter)
+        if key != self._key:
+            self._model = self._key = None
+            gc.collect()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # make room for the next model
+            with show_progress("loading the model"), memory_reported(subject.name):
+                self._model = self._load(subject).eval()
+            self._key = key
+        if subject.adapter is None or subject.is_adapter_used:
+            yield self._model
+        else:
+            with self._model.disable_adapter():
+                yield self._model
+
+    def _load(self, subject: Subject) -> Any:
+        """Base and adapter as in training (quantised if the run was); a merged model is not."""
+        plan = single_process_plan(subject.settings)
+        if subject.is_merged:
+            dtype = DTYPES[plan.training_dtype]
+            return load_plain(subject.folder, dtype=dtype).to(self._device)  # type: ignore[arg-type]
+        base = load_base(plan, self._device)
+        if subject.adapter is None:
+            return base
+        return PeftModel.from_pretrained(base, subject.adapter, autocast_adapter_dtype=False)
+
+
+@contextmanager
+def memory_reported(name: str) -> Iterator[None]:
+    """Raise SingleRankError if a GPU has too little memory for a model."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SingleRankError(
+            f"{name}: does not fit on one device, and each rank holds the whole model; "
+            f"load_in_4bit=true after the command quantises the base ({str(error)[:200]})"
+        ) from None
+
+
+def single_process_plan(settings: RunSettings) -> Plan:
+    """A plan for the same model on one device, without sharding and activation checkpointing."""
+    unsharded = settings.model_copy(
+        update={
+            "zero_stage": "auto",
+            "gradient_checkpointing": "auto",
+            "batch_size": 1,
+            "gradient_accumulation_steps": "auto",
+            "global_batch_size": "auto",
+            "hpz_partition_size": "auto",
+            "offload_param": "auto",
+            "deepspeed_json": None,
+        }
+    )
+    # Nothing is trained, so the memory that training would need is no reason to refuse the plan.
+    unlimited = dataclasses.replace(detect_hardware(), device_bytes=2**50)
+    shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
+    return make_plan(unsharded, shape, unlimited, nodes=1, ranks_per_node=1)

@@ -1,0 +1,116 @@
+"""Conversation with the base and the adapter of a run, each with its own answers as history."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from transformers import TextStreamer
+
+from pipeline.data.dataset.reader import DataIndex
+from pipeline.errors import UserError
+from pipeline.evaluate.generate import Generator
+from pipeline.evaluate.loading import ModelLoader
+from pipeline.evaluate.rows import RowEncoder
+from pipeline.evaluate.subjects import Subject
+from pipeline.plan.given.shape import read_shape
+from pipeline.rows.examples import Completion, Conversation, Message, RowError
+
+_CONVERSATIONS = ("messages", "sharegpt", "alpaca")  # formats that the chat template renders
+_ANSWER = "Yes."  # in the place of the next answer, so that the template renders the turns before
+
+
+class Talk:
+    """A conversation. `is_chat`: whether prompts are turns of the run's chat template.
+
+    If the run was trained on prompts with completions, each prompt stands alone, without template.
+    """
+
+    def __init__(
+        self, subjects: Sequence[Subject], loader: ModelLoader, max_new_tokens: int
+    ) -> None:
+        settings = subjects[0].settings
+        self._subjects = {subject.name: subject for subject in subjects}
+        self._loader, self._encoder = loader, RowEncoder(settings)
+        shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
+        self._generator = Generator(
+            tokenizer=self._encoder.tokenizer,
+            ends=self._encoder.ends,
+            max_new_tokens=max_new_tokens,
+            max_positions=shape.max_positions,
+        )
+        self.is_chat = _is_trained_on_chats(subjects[0])
+        self.system = ""
+        self._histories: dict[str, list[Message]] = {}
+        self.reset()
+
+    def load(self) -> None:
+        """Load the model, before the first prompt."""
+        with self._loader.loaded(next(iter(self._subjects.values()))):
+            pass
+
+    def reset(self) -> None:
+        """Forget all turns, but not the system prompt."""
+        self._histories = {name: [] for name in self._subjects}
+
+    def answer(self, name: str, text: str, write: Callable[[str], None]) -> bool:
+        """Stream the answer of one model to `write`; False if Ctrl-C stopped it.
+
+        The history gets the answer as far as it was generated. Raises UserError if the template
+        refuses the conversation, or if it does not fit into the model.
+        """
+        turns = [*self._histories[name], Message("user", text)]
+        prompt = self._prompt(turns, text)
+        num_tokens, limit = self._encoder.num_tokens(prompt), self._generator.max_positions
+        if limit is not None and num_tokens >= limit:
+            raise UserError(
+                f"the conversation has {num_tokens} tokens, and the model takes {limit}; /reset "
+                "begins another one"
+            )
+        written: list[str] = []
+
+        def write_and_keep(part: str) -> None:
+            written.append(part)
+            write(part)
+
+        streamer, is_complete = _Streamer(self._encoder.tokenizer, write_and_keep), True
+        try:
+            with self._loader.loaded(self._subjects[name]) as model:
+                self._generator.answers(model, [prompt], lambda: None, streamer=streamer)
+        except KeyboardInterrupt:
+            is_complete = False
+        if self.is_chat:
+            self._histories[name] = [*turns, Message("assistant", "".join(written))]
+        return is_complete
+
+    def _prompt(self, turns: Sequence[Message], text: str) -> str:
+        try:
+            if not self.is_chat:
+                return self._encoder.prompt_of(Completion(text, _ANSWER))
+            system = [Message("system", self.system)] if self.system else []
+            messages = (*system, *turns, Message("assistant", _ANSWER))
+            return self._encoder.prompt_of(Conversation(messages))
+        except RowError as error:
+            raise UserError(f"the chat template refuses this conversation: {error}") from None
+
+
+class _Streamer(TextStreamer):
+    """Streamer of generated text to a function, without the prompt and special tokens."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write the text that later tokens do not change any more."""
+        del stream_end
+        self._write(text)
+
+
+def _is_trained_on_chats(subject: Subject) -> bool:
+    """Whether the run was trained on conversations; True if its data folder is missing."""
+    assert subject.adapter is not None
+    with suppress(UserError):
+        index = DataIndex.load(subject.adapter.parent / "data")
+        formats = {name for source in index.train.sources for name in source.formats}
+        return not formats or not formats.isdisjoint(_CONVERSATIONS)
+    return True
