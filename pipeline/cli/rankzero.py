@@ -13,7 +13,7 @@ VERBS = (
     "slurm",
 )  # fmt: skip
 _VERBS_ON_ALL_GPUS = ("train", "preflight", "score")
-_SINGLE_PROCESS_OPTIONS = {"-h", "--help", "--debug"}
+_SINGLE_PROCESS_OPTIONS = {"-h", "--help", "--debug", "--tasks"}
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     if verb not in VERBS:
         print(f"rankzero: {verb!r} is not a verb; usage: {usage}", file=sys.stderr)
         sys.exit(2)
-    is_single = bool(_SINGLE_PROCESS_OPTIONS & set(sys.argv[2:]))
+    is_single = bool(_SINGLE_PROCESS_OPTIONS & {word.partition("=")[0] for word in sys.argv[2:]})
     if verb in _VERBS_ON_ALL_GPUS and not is_single and _has_idle_gpus():
         command = deepspeed_command(verb, sys.argv[2:])
         print(f"rankzero: several GPUs; starting {' '.join(['deepspeed', *command[3:]])}")

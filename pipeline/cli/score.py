@@ -21,9 +21,11 @@ from rich.table import Table
 from pipeline.cli.arguments import Parser, count
 from pipeline.cluster.devices import place_rank
 from pipeline.cluster.exits import run_main
+from pipeline.cluster.placement import from_environment
 from pipeline.cluster.progress import show_progress
 from pipeline.cluster.session import Session
 from pipeline.errors import RankZeroError, UserError
+from pipeline.evaluate.harness import run_harness
 from pipeline.evaluate.measures import parse_pattern
 from pipeline.evaluate.subjects import subjects_of
 from pipeline.files import dump_json, write_text
@@ -44,8 +46,8 @@ def score() -> None:
         raise UserError("run_folder: name a run folder or a model; --help lists the arguments")
     pattern = None if args.regex is None else parse_pattern(args.regex)
     if args.tasks is not None:
-        from pipeline.evaluate.harness import run_harness
-
+        if from_environment(os.environ, may_be_alone=True).world_size > 1:
+            raise UserError("--tasks: lm-evaluation-harness runs in one process; use python")
         run_harness(subjects_of(names, overrides, args.data), args.tasks, _output(args, names))
         return
     use_waiting_threads()
@@ -88,12 +90,6 @@ def use_waiting_threads() -> None:
 
 def _parser() -> Parser:
     parser = Parser(__doc__)
-    add_score_arguments(parser)
-    return parser
-
-
-def add_score_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add all arguments of the verb."""
     parser.add_argument(
         "run_folder",
         nargs="+",
@@ -127,8 +123,8 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="run these tasks of lm-evaluation-harness instead, separated by commas",
     )
-    if isinstance(parser, Parser):
-        parser.add_local_rank()
+    parser.add_local_rank()
+    return parser
 
 
 def _output(args: argparse.Namespace, names: list[str]) -> Path:

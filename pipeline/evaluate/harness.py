@@ -27,7 +27,7 @@ def run_harness(subjects: Sequence[Subject], tasks: str, out: Path) -> None:
         name = subject.name.replace("/", "_").replace(" ", "-")
         folder = out.with_name(f"{out.stem}-tasks") / name
         command = harness_command(subject, tasks, folder)
-        logger.info("%s: %s", subject.name, shlex.join(command[1:]))
+        logger.info("%s: %s", subject.name, shlex.join(["python", *command[1:]]))
         if code := subprocess.run(command, check=False).returncode:
             raise RankZeroError(f"--tasks: lm_eval ended with exit code {code} for {subject.name}")
         logger.info("%s: results in %s", subject.name, folder)

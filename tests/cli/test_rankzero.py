@@ -51,7 +51,7 @@ def rankzero_on(monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("verb", ["train", "preflight"])
+@pytest.mark.parametrize("verb", ["train", "preflight", "score"])
 def test_several_gpus_without_a_launcher_are_all_used(rankzero_on, capsys, verb):
     command = rankzero_on(8, verb, "RUN.yaml", "lr=1e-4")
     assert command is not None
@@ -76,6 +76,7 @@ def test_verbose_shows_the_lines_of_the_launcher(rankzero_on):
         (8, ["train", "RUN.yaml"], {"DS_ACCELERATOR": "cpu"}),
         (8, ["train", "RUN.yaml", "--debug"], {}),
         (8, ["train", "--help"], {}),
+        (8, ["score", "RUN", "--tasks=arc_easy"], {}),
         (8, ["plan", "RUN.yaml"], {}),
         (8, ["train", "RUN.yaml"], {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8",
                                     "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_SIZE": "8"}),

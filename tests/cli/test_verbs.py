@@ -1,5 +1,6 @@
 """Every verb refuses bad input with one message, and writes nothing."""
 
+import shutil
 import sys
 from importlib import import_module
 
@@ -7,12 +8,13 @@ import pytest
 
 from pipeline.cli.rankzero import VERBS
 from pipeline.errors import UserError
+from tests import ROOT
 from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
 
 WITH_RUN_FILE = ("train", "plan", "prepare")  # preflight reports problems as findings
-WITH_RUN_FOLDER = ("merge", "score", "report", "track")
+WITH_RUN_FOLDER = ("merge", "score", "talk", "report", "track")
 
 
 @pytest.fixture
@@ -70,12 +72,34 @@ def test_a_path_that_is_not_a_run_folder_is_refused(refused_by, run_file, verb, 
     assert_mentions(refused_by(verb, name), name, "output_dir")
 
 
-@pytest.mark.parametrize("verb", ["merge", "score"])
+@pytest.mark.parametrize("verb", ["merge", "score", "talk"])
 def test_a_run_without_an_adapter_is_refused(refused_by, tmp_path, verb):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.yaml").write_text("model: m\ntrain_data: t\noutput_dir: o\n")
     assert_mentions(refused_by(verb, folder), folder, "no adapter")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        (["RUN.yaml"], ["RUN.yaml", "output_dir"]),
+        (["org/absent"], ["org/absent", "cache"]),
+        (["adapter"], ["adapter", "output_dir of the run"]),
+        (["model"], ["model", "--data"]),
+        (["lr=1"], ["run_folder", "--help"]),
+        (["model", "--data", "x", "no_such=1"], ["no_such", "unknown setting"]),
+        (["model", "--regex", "("], ["--regex", "("]),
+        (["model", "--data", "x", "--out", "absent/x.json"], ["--out", "absent/x.json"]),
+    ],
+)
+def test_a_score_of_nothing_usable_is_refused(refused_by, tmp_path, run_file, arguments, facts):
+    for name, file in (("adapter", "adapter_config.json"), ("model", "config.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text('{"model_type": "llama"}')
+    if "model" in arguments:
+        shutil.copy(ROOT / "ds_configs/models/smollm2-135m/config.json", tmp_path / "model")
+    assert_mentions(refused_by("score", *arguments), *facts)
 
 
 @pytest.mark.parametrize(

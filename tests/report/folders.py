@@ -173,7 +173,16 @@ FILES: dict[str, object] = {
         "max_new_tokens": 96,
         "models": {
             "base": {"loss": 2.7193, "exact_match": 0.0, "seconds": 41.2},
-            "adapter": {"loss": 0.0874, "exact_match": 0.983, "seconds": 22.4},
+            "adapter": {
+                "loss": 0.0874,
+                "loss_interval": [0.0612, 0.1136],
+                "exact_match": 0.983,
+                "exact_match_interval": [0.9114, 0.9971],
+                "exact_match_rows": 60,
+                "perplexity": 1.0913,
+                "perplexity_interval": [1.0631, 1.1203],
+                "seconds": 22.4,
+            },
             "merged": {"loss": 0.0876, "exact_match": 0.967, "seconds": 15.9},
         },
         "answers": [answer(index) for index in range(9)],

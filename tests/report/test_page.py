@@ -263,6 +263,22 @@ def test_writing_replaces_the_page_and_leaves_no_other_file(run):
     assert {path.name for path in run.iterdir()} == before | {"report.html"}
 
 
+def test_scores_are_shown_with_their_intervals(run):
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "0.0874 (0.0612 to 0.1136)" in text
+    assert "98.3\u00a0% (91.1\u00a0% to 99.7\u00a0%)" in text
+    assert "2.7193</td>" in text  # a score of an earlier version has no interval
+
+
+def test_scores_of_answers_at_evaluations_have_a_chart(run):
+    lines = metrics()
+    for line in lines:
+        if "eval_loss" in line:
+            line |= {"eval_exact_match": 0.5, "eval_exact_match_interval": [0.4, 0.6]}
+    write_metrics(run, lines)
+    assert "Held-out answers" in write_report(run).read_text(encoding="utf-8")
+
+
 def test_the_script_needs_no_torch(run):
     code = (
         "import sys; from pathlib import Path; from pipeline.report.page import write_report; "
