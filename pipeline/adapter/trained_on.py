@@ -36,19 +36,6 @@ def write_trained_on(
     (folder / TRAINED_ON).write_text(dump_json(record), encoding="utf-8")
 
 
-def require_scorable(run_folder: Path, settings: RunSettings) -> None:
-    """Raise UserError if a run cannot be scored, before torch is imported.
-
-    The reason is that it has no adapter or no held-out rows, or that its base has changed.
-    """
-    adapter = run_folder / "adapter"
-    if not adapter.is_dir():
-        raise UserError(f"{run_folder} has no adapter; train first")
-    if settings.eval_data is None:
-        raise UserError(f"{run_folder}: the run has no eval_data, so there is nothing to score on")
-    require_same_base(settings.model_folder, adapter, "restore the model of the training")
-
-
 def require_same_base(base: Path, adapter: Path, remedy: str = _TO_MERGE) -> None:
     """Raise UserError, naming tensors that differ, if the adapter was trained on another base.
 

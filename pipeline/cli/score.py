@@ -27,6 +27,7 @@ from pipeline.cluster.session import Session
 from pipeline.errors import RankZeroError, UserError
 from pipeline.evaluate.harness import run_harness
 from pipeline.evaluate.measures import parse_pattern
+from pipeline.evaluate.rows import examples_of_file, held_out_examples
 from pipeline.evaluate.subjects import subjects_of
 from pipeline.files import dump_json, write_text
 
@@ -59,19 +60,20 @@ def score() -> None:
         )
     if pattern is None and settings.eval_regex is not None:
         pattern = parse_pattern(settings.eval_regex)
-    placement, hardware, _ = place_rank(os.environ, may_be_alone=True)
-    with show_progress("importing PyTorch"):
-        from pipeline.evaluate.rows import examples_of_file, held_out_examples
-        from pipeline.evaluate.score import ScoreOptions, score_models
-
-    options = ScoreOptions(
-        rows=args.rows, max_new_tokens=args.max_new_tokens, pattern=pattern,
-        answers=out.with_name(f"{out.stem}-answers"),
-    )  # fmt: skip
     if args.data is None:
         examples = held_out_examples(Path(names[0]).expanduser(), settings)
     else:
         examples = examples_of_file(args.data, settings)
+    placement, hardware, _ = place_rank(os.environ, may_be_alone=True)
+    with show_progress("importing PyTorch"):
+        from pipeline.evaluate.score import ScoreOptions, score_models
+
+    options = ScoreOptions(
+        rows=args.rows,
+        max_new_tokens=args.max_new_tokens,
+        pattern=pattern,
+        answers=out.with_name(f"{out.stem}-answers"),
+    )
     with Session(placement, hardware) as session:
         scores = score_models(subjects, examples, options, session)
         if session.is_rank_zero:

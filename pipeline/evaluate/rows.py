@@ -108,11 +108,9 @@ class RowEncoder:
 
 def held_out_examples(run_folder: Path, settings: RunSettings) -> Iterator[Example]:
     """The examples of a run's held-out rows. Raises UserError if the run has none."""
-    index = DataIndex.load(run_folder / "data").eval
-    if settings.eval_data is None or index is None:
-        raise UserError(
-            f"{run_folder}: the run has no held-out rows (eval_data); name rows with --data FILE"
-        )
+    index = None if settings.eval_data is None else DataIndex.load(run_folder / "data").eval
+    if index is None:
+        raise UserError(f"{run_folder}: the run has no eval_data; name rows with --data FILE")
     return eval_examples(settings, index)
 
 

@@ -124,7 +124,7 @@ def _subjects_of_run(folder: Path, prefix: str, settings: RunSettings) -> list[S
     adapter, base = folder / "adapter", settings.model_folder
     if not (adapter / WEIGHTS).is_file():
         raise UserError(f"{folder} has no adapter; train first")
-    require_same_base(base, adapter)
+    require_same_base(base, adapter, "restore the model of the training")
     subjects = [
         Subject(
             name=f"{prefix}{name}", settings=settings, folder=base, adapter=adapter,

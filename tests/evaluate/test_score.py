@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -243,3 +245,23 @@ def test_a_prompt_that_fills_the_model_has_an_empty_answer(run):
     answers = generator.answers(model, ["a" * 30, "b" * 25], lambda: steps.append(1))
     assert answers[0] == ""
     assert len(steps) <= 5  # the second prompt has 25 of 30 positions
+
+
+def test_a_run_without_held_out_rows_is_refused_before_torch_is_imported(run, tmp_path):
+    text = (run / "run.yaml").read_text()
+    shutil.copytree(run / "adapter", tmp_path / "run/adapter")
+    kept = [line for line in text.splitlines() if not line.startswith("eval_data")]
+    (tmp_path / "run/run.yaml").write_text("\n".join(kept))
+    script = (
+        "import sys\n"
+        "from pipeline.cli.score import score\n"
+        "from pipeline.errors import UserError\n"
+        f"sys.argv = ['score.py', {str(tmp_path / 'run')!r}]\n"
+        "try:\n"
+        "    score()\n"
+        "except UserError as error:\n"
+        "    print(error, 'torch' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert_mentions(result.stdout, tmp_path / "run", "no eval_data", "--data", "False")
