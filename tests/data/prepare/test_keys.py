@@ -268,3 +268,19 @@ def test_the_content_digest_changes_with_token_ids_and_masks(run):
     assert run.prepare(train_on="all").train.content != first.content
     run.train.write_text(run.train.read_text().replace("yes", "nay"))
     assert run.prepare().train.content != first.content
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("first")
+    hashes = keys.Fingerprints(tmp_path)
+    hashes.sha256(path)
+    hashes.require_unchanged()
+    path.chmod(0o600)  # the content is the same
+    hashes.require_unchanged()
+    path.write_text("other")
+    with refused(path, "changed"):
+        hashes.require_unchanged()
+    path.unlink()
+    with refused(path, "changed"):
+        hashes.require_unchanged()
