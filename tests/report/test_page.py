@@ -237,7 +237,7 @@ def test_documents_are_shown_with_their_supervised_text_marked(run):
 def test_a_run_that_says_running_but_has_ended_is_shown_as_dead(run):
     status = FILES["status.json"] | {"state": "running", "machine": "another", "heartbeat": 1e9}
     (run / "status.json").write_text(json.dumps(status), encoding="utf-8")
-    assert "2001-09-09" in read_page(run).text
+    assert_mentions(read_page(run).text, "2001-09-09", "has ended", "to resume")
 
 
 def test_100_000_steps_make_a_small_page(run, capsys):
