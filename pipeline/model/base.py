@@ -114,16 +114,31 @@ def load_plain(
     disable_progress_bar()  # type: ignore[no-untyped-call]  # each rank would show its own
     try:
         with corrected_loading():
-            model = auto_class(folder, trust_remote_code).from_pretrained(
+            model, loaded = auto_class(folder, trust_remote_code).from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
+                output_loading_info=True,
                 **options,
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model: {folder} cannot be loaded: {error}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"model: {folder}: a tensor of the checkpoint has another shape than in config.json"
+        ) from error
+    # transformers fills such weights with random numbers.
+    if missing := sorted(loaded["missing_keys"]):
+        unused = sorted(loaded["unexpected_keys"])
+        others = f"they have {unused[0]}, which the model lacks; " if unused else ""
+        raise UserError(
+            f"model: {folder}: its files lack {len(missing)} of the model's tensors, the first is "
+            f"{missing[0]}; {others}download the model again, or rename the tensors"
+        )
     assert isinstance(model, PreTrainedModel)
     model.config.use_cache = False
     return model

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from safetensors.torch import load_file, save_file
 
 from pipeline.model.base import load_base, load_plain
+from tests.messages import refused
 from tests.model.models import build, cache_shape
 from tests.models.kinds import ALL
 from tests.ranks import run_ranks
@@ -52,3 +54,32 @@ def test_a_model_that_is_sharded_while_it_loads_is_its_checkpoint(saved, tmp_pat
     model, folder = saved
     for loaded in run_ranks(gathered_base, folder, tmp_path=tmp_path):
         assert not differing(loaded, model)
+
+
+@pytest.mark.parametrize("change", ["prefix", "rename", "remove"])
+def test_a_checkpoint_without_all_tensors_is_refused(tmp_path, change):
+    """transformers only warns, and fills the weights with random numbers."""
+    build("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    names = {
+        "prefix": lambda name: f"module.{name}",
+        "rename": lambda name: name.replace("q_proj", "wq"),
+        "remove": lambda name: name if "layers.2.self_attn.q_proj" not in name else None,
+    }[change]
+    tensors = {names(name): tensor for name, tensor in load_file(file).items()}
+    tensors.pop(None, None)
+    save_file(tensors, file, metadata={"format": "pt"})
+    facts = {"prefix": ("39", "module."), "rename": ("4", "wq.weight"), "remove": ("1", "layers.2")}
+    with refused("lm_head" if change == "prefix" else "q_proj.weight", *facts[change], tmp_path):
+        load_plain(tmp_path, dtype=torch.float32)
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    tensors[name] = tensors[name][:100].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with refused("shape", "config.json", tmp_path):
+        load_plain(tmp_path, dtype=torch.float32)
