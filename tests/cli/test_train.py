@@ -88,7 +88,13 @@ def status(folder: Path) -> dict:
 
 def test_train_merge_score_report_and_start_again(run_file, workspace):
     """Train on two ranks at ZeRO-3, merge, score and report; a second start changes nothing."""
-    path = run_file("whole", zero_stage=3, preset="conservative", trackers=["tensorboard"])
+    path = run_file(
+        "whole",
+        zero_stage=3,
+        preset="conservative",
+        trackers=["tensorboard"],
+        eval_generate=5,
+    )
     folder = workspace / "whole"
     code, output = run_with_launcher(path)
     assert code == 0, output
@@ -99,7 +105,10 @@ def test_train_merge_score_report_and_start_again(run_file, workspace):
     for line in steps[:2]:  # measured, and predicted for these batches
         assert line["predicted_bytes"] == pytest.approx(line["peak_bytes"], rel=0.1)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
-    assert [line["step"] for line in lines if "eval_loss" in line] == [6, 12]
+    evaluations = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [6, 12]
+    assert [line["eval_exact_match_rows"] for line in evaluations] == [5, 5]
+    assert all(len(line["eval_exact_match_interval"]) == 2 for line in evaluations)
     assert "step 12/12" in output
     assert output.count("step 12/12") == 1  # only rank 0 logs
     tracked = json.loads((folder / "tracking/tensorboard.json").read_text())["steps"]
