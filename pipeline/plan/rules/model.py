@@ -285,23 +285,6 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         source="peft 0.21.2 tuners/lora/dora.py, update_layer",
     ),
     Rule(
-        id="dora-when-served",
-        level="warn",
-        applies=lambda run: run.settings.use_dora,
-        reason="use_dora: vLLM rejects a DoRA adapter",
-        remedy="serve the merged model",
-        source="vLLM lora/peft_helper.py, _validate_features",
-    ),
-    Rule(
-        id="one-scaling-when-served",
-        level="warn",
-        applies=lambda run: bool(run.settings.rank_pattern or run.settings.alpha_pattern),
-        reason="rank_pattern or alpha_pattern: vLLM reads only one r and one alpha of an adapter, "
-        "so it scales the layers of the patterns wrongly, without a message",
-        remedy="serve the merged model, or leave it out",
-        source="vLLM lora/peft_helper.py and lora/lora_weights.py, from_config",
-    ),
-    Rule(
         id="class-re-entrant",
         level="refuse",
         applies=_reentrant_refusal,
@@ -366,16 +349,6 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         "experts are fused parameters, which bitsandbytes does not quantise",
         remedy="compare with a plan for the 16-bit base",
         source="transformers 5.23.0 integrations/bitsandbytes.py:184",
-    ),
-    Rule(
-        id="experts-serving",
-        level="warn",
-        applies=lambda run: bool(run.shape.targeted_experts(run.settings.lora_target_modules)),
-        reason="adapters of fused experts load in peft, but vLLM and SGLang have silently ignored "
-        "or rejected them",
-        remedy="serve the merged model (`launch/merge.py`), or compare the server's answers with "
-        "those of peft",
-        source=issue("vllm-project/vllm", 41384, 52198) + ", " + issue("sgl-project/sglang", 27381),
     ),
     Rule(
         id="bf16-old-gpu",

@@ -8,10 +8,12 @@ from pipeline.plan.rules.advice import ADVICE
 from pipeline.plan.rules.deepspeed import DEEPSPEED_RULES
 from pipeline.plan.rules.model import INPUT_RULES, MODEL_RULES
 from pipeline.plan.rules.rule import PlanContext, Rule
+from pipeline.plan.rules.serving import SERVING_RULES
 from pipeline.plan.rules.versions import VERSION_RULES
 
 CONTEXT_RULES: tuple[Rule[PlanContext], ...] = (
     *MODEL_RULES,
+    *SERVING_RULES,
     *VERSION_RULES,
     *DEEPSPEED_RULES,
     *ADVICE,

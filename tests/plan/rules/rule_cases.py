@@ -87,6 +87,11 @@ CASES = {
         {"use_dora": True, "load_in_8bit": True},
         {"use_dora": True, "load_in_4bit": True},
     ),
+    "vllm-max-lora-rank": ({"lora_r": 17}, {"lora_r": 16}),
+    "vllm-rank-limit": ({"rank_pattern": {"q_proj": 513}}, {"rank_pattern": {"q_proj": 512}}),
+    "modules-when-served": ({"modules_to_save": ["x"]}, {"modules_to_save": []}),
+    "llama-cpp-scaling": ({"use_rslora": True}, {"rank_pattern": {"q_proj": 8}}),
+    "llama-cpp-model": ({"shape": {"model_type": "phimoe"}}, {"shape": {"model_type": "phi3"}}),
     "dora-when-served": ({"use_dora": True}, {"use_rslora": True}),
     "one-scaling-when-served": (
         {"alpha_pattern": {"q_proj": 8.0}},

@@ -126,7 +126,7 @@ def test_advice_on_the_data_size_needs_the_size(plan):
     def advice(of_plan):
         return [rule.id for rule in of_plan.rules if rule.level == "advise"]
 
-    new_plan = plan()
+    new_plan = plan(lora_r=16)  # no advice about a server
     small, large = new_plan.with_data(sized(500)), new_plan.with_data(sized(50_000))
     assert advice(new_plan) == advice(large) == []
     assert advice(small) == ["data-small", "few-steps"]
