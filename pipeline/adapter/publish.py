@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from pipeline.adapter.initial import initial_adapter_of, lineage_texts
 from pipeline.adapter.merge_output import CHAT_TEMPLATE
+from pipeline.adapter.serving import serving_notes, vllm_command
 from pipeline.adapter.trained_on import WEIGHTS, write_trained_on
 from pipeline.adapter.verify import verify_adapter_file, verify_tensors
 from pipeline.config.settings import RunSettings
@@ -193,6 +194,8 @@ def model_card(
         base=json.dumps(settings.model, ensure_ascii=False),
         revision=f'revision="{settings.model_revision}", ' if settings.model_revision else "",
         table="\n".join([table, *(f"\n{note}" for note in notes)]),
+        vllm=vllm_command(settings, "ADAPTER", "MERGED"),
+        serving="".join(f"- {note}\n" for note in serving_notes(plan)),
     )
 
 
@@ -216,7 +219,16 @@ base = AutoModelForCausalLM.from_pretrained({base}, {revision}dtype="auto")
 model = PeftModel.from_pretrained(base, ADAPTER)
 tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
 ```
-"""
+
+To serve it, with `MERGED` as the path of the merged model (`launch/merge.py`):
+
+```console
+{vllm}
+```
+
+`launch/export.py RUN_FOLDER --gguf` writes the files for llama.cpp and Ollama.
+
+{serving}"""
 
 
 def _copy_tokenizer(base: Path, folder: Path) -> None:

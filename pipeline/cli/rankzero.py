@@ -9,8 +9,8 @@ import sys
 from importlib import import_module
 
 VERBS = (
-    "train", "plan", "prepare", "preflight", "merge", "score", "talk", "report", "track", "convert",
-    "slurm",
+    "train", "plan", "prepare", "preflight", "merge", "export", "publish", "score", "talk",
+    "report", "track", "convert", "slurm",
 )  # fmt: skip
 _VERBS_ON_ALL_GPUS = ("train", "preflight", "score")
 _SINGLE_PROCESS_OPTIONS = {"-h", "--help", "--debug", "--tasks"}

@@ -14,7 +14,7 @@ from tests.messages import assert_mentions
 pytestmark = pytest.mark.unit
 
 WITH_RUN_FILE = ("train", "plan", "prepare")  # preflight reports problems as findings
-WITH_RUN_FOLDER = ("merge", "score", "talk", "report", "track")
+WITH_RUN_FOLDER = ("merge", "export", "publish", "score", "talk", "report", "track")
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_path_that_is_not_a_run_folder_is_refused(refused_by, run_file, verb, 
     assert_mentions(refused_by(verb, name), name, "output_dir")
 
 
-@pytest.mark.parametrize("verb", ["merge", "score", "talk"])
+@pytest.mark.parametrize("verb", ["merge", "export", "publish", "score", "talk"])
 def test_a_run_without_an_adapter_is_refused(refused_by, tmp_path, verb):
     folder = tmp_path / "run"
     folder.mkdir()

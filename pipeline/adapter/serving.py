@@ -1,0 +1,32 @@
+"""Commands that serve an adapter, for its card and for `launch/export.py`. No torch."""
+
+import re
+import shlex
+from pathlib import Path
+
+from pipeline.config.settings import RunSettings
+from pipeline.plan.plan import Plan
+from pipeline.plan.rules.serving import SERVING_RULES, vllm_rank
+
+_NOT_A_NAME = re.compile(r"[^\w.-]+")
+
+
+def vllm_command(settings: RunSettings, adapter: str, merged: str) -> str:
+    """Command line that serves base and adapter with vLLM; `adapter`, `merged`: folders.
+
+    The command serves the merged model if vLLM rejects the adapter.
+    """
+    rank = vllm_rank(max((settings.lora_r, *settings.rank_pattern.values())))
+    if rank is None or settings.use_dora or settings.modules_to_save:
+        return shlex.join(["vllm", "serve", merged])
+    name = _NOT_A_NAME.sub("-", Path(settings.output_dir).name).strip("-.") or "adapter"
+    revision = ["--revision", settings.model_revision] if settings.model_revision else []
+    words = ["vllm", "serve", settings.model, *revision, "--enable-lora"]
+    words += ["--max-lora-rank", str(rank), "--lora-modules", f"{name}={adapter}"]
+    return shlex.join([*words, "--chat-template", f"{adapter}/chat_template.jinja"])
+
+
+def serving_notes(plan: Plan) -> list[str]:
+    """What servers refuse or ignore of this adapter, from the rules of the plan."""
+    ids = {rule.id for rule in SERVING_RULES}
+    return [rule.message for rule in plan.rules if rule.id in ids]

@@ -1,0 +1,124 @@
+"""Print the command that serves a run's adapter with vLLM; write GGUF files for llama.cpp, Ollama.
+
+    python launch/export.py RUN_FOLDER
+    python launch/export.py RUN_FOLDER --gguf [--quantize q8_0|q4_k_m] [--llama-cpp DIR]
+
+--gguf writes RUN_FOLDER/gguf: the adapter, the merged model and a Modelfile for Ollama. It runs
+llama.cpp's own converters and quantiser from DIR, by default $LLAMA_CPP_DIR.
+"""
+
+import logging
+from pathlib import Path
+
+from pipeline.adapter.export import (
+    LLAMA_CPP,
+    QUANTISATIONS,
+    GgufSources,
+    export_gguf,
+    find_llama_cpp,
+)
+from pipeline.adapter.ollama import go_template, modelfile
+from pipeline.adapter.products import is_merged_from
+from pipeline.adapter.serving import vllm_command
+from pipeline.adapter.trained_on import WEIGHTS, require_same_base
+from pipeline.cli.arguments import Parser, run_settings
+from pipeline.cluster.exits import run_main
+from pipeline.config.settings import RunSettings
+from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def export() -> None:
+    """Parse the command line, write the files, and print the commands that serve them."""
+    parser = Parser(__doc__)
+    parser.add_run_folder()
+    parser.add_argument("--gguf", action="store_true", help="write RUN_FOLDER/gguf")
+    parser.add_argument(
+        "--quantize", choices=QUANTISATIONS, help="quantise the merged model with llama-quantize"
+    )
+    parser.add_argument(
+        "--llama-cpp", type=Path, metavar="DIR", help=f"folder of llama.cpp (${LLAMA_CPP})"
+    )
+    args = parser.parse_args()
+    run_folder: Path = args.run_folder
+    settings = run_settings(run_folder)
+    adapter = require_adapter(run_folder)
+    if (args.quantize or args.llama_cpp) and not args.gguf:
+        parser.error("--quantize and --llama-cpp need --gguf")
+    merged = run_folder / "merged"
+    print(f"vLLM       {vllm_command(settings, str(adapter), str(merged))}")
+    if not args.gguf:
+        return
+    tools = find_llama_cpp(args.llama_cpp, args.quantize)
+    require_merged(run_folder)
+    require_same_base(settings.model_folder, adapter)
+    sources = GgufSources(
+        base=settings.model_folder,
+        adapter=adapter,
+        merged=merged,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    out = run_folder / "gguf"
+    text = _modelfile(settings, merged)
+    for path in export_gguf(tools, sources, out, args.quantize, text):
+        print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+    model = next(out.glob("model*.gguf"))
+    print(f"llama.cpp  llama-server -m {model} --jinja")
+    print(f"Ollama     ollama create NAME -f {out / 'Modelfile'}")
+
+
+def require_adapter(run_folder: Path) -> Path:
+    """The adapter folder of a run. Raises UserError if there is none."""
+    adapter = run_folder / "adapter"
+    if not (adapter / "adapter_config.json").is_file() or not (adapter / WEIGHTS).is_file():
+        raise UserError(f"{run_folder} has no adapter; finish the training of this run first")
+    return adapter
+
+
+def require_merged(run_folder: Path) -> None:
+    """Raise UserError if a run has no merged model, or one that has an earlier adapter."""
+    merged = run_folder / "merged"
+    if not (merged / "config.json").is_file():
+        raise UserError(f"{run_folder} has no merged model; run launch/merge.py {run_folder} first")
+    if is_merged_from(run_folder) is False:
+        raise UserError(
+            f"{merged} was not merged from the present adapter; run launch/merge.py {run_folder}"
+        )
+
+
+def _modelfile(settings: RunSettings, merged: Path) -> str:
+    """The Modelfile with the trained chat template, if Go can express it, and the end tokens."""
+    from pipeline.data.chat.encoder import Encoder  # imports tokenizers
+    from pipeline.data.chat.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(merged, settings.trust_remote_code)
+    ends = sorted(Encoder(tokenizer, settings).ends)
+    template = None
+    if tokenizer.chat_template is not None:
+        template = go_template(
+            lambda chat: str(
+                tokenizer.apply_chat_template(
+                    list(chat),
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **settings.chat_template_kwargs,
+                )
+            )
+        )
+    if template is None:
+        logger.warning(
+            "Modelfile: the chat template has no equivalent in Ollama's language that could be "
+            "checked; llama.cpp's server evaluates the template itself (--jinja)"
+        )
+    stops = [str(tokenizer.convert_ids_to_tokens(end)) for end in ends]
+    return modelfile("{model}", template, stops)
+
+
+def main() -> None:
+    """Run the verb and end the process with its exit code."""
+    run_main(export)
+
+
+if __name__ == "__main__":
+    main()

