@@ -383,13 +383,15 @@ def _has_own_code(config: Config) -> bool:
 def _common_fields(config: Config, model: str) -> dict[str, Any]:
     """The fields of ModelShape that are read from config.json in the same way for every type."""
     quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, Mapping):
+        raise UserError(f"quantization_config: expected an object, not {quantization!r}")
     return {
         "folder": model,
         "model_type": config["model_type"],
         "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         "logit_softcap": config.get("final_logit_softcapping") is not None,
         "score_softcap": config.get("attn_logit_softcapping") is not None,
-        "quantization": quantization.get("quant_method"),
+        "quantization": quantization.get("quant_method", "unknown") if quantization else None,
         "has_own_code": _has_own_code(config),
         "required_vocab_size": required_vocab_size(Path(model)),
         "max_positions": max_positions(config),

@@ -255,3 +255,20 @@ def test_an_absurdly_large_size_is_refused_before_anything_is_counted(key, value
     for config in ({key: value}, {"text_config": {key: value}}):
         with refused(key, "more than any model has"):
             shape_of(LLAMA_8B | {"model_type": model_type} | config, "/no/folder")
+
+
+@pytest.mark.parametrize(
+    ("value", "method"),
+    [(None, None), ({}, None), ({"quant_method": "awq"}, "awq"), ({"bits": 4}, "unknown")],
+)
+def test_the_method_of_a_quantised_checkpoint_is_read(tmp_path, value, method):
+    save_config(tmp_path, "llama", {"quantization_config": value})
+    assert read_shape(str(tmp_path)).quantization == method
+
+
+def test_a_quantisation_that_is_no_object_is_refused(tmp_path):
+    save_config(tmp_path, "llama", {})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": "fp8"}))
+    with refused("quantization_config", "fp8", path):
+        read_shape(str(tmp_path))
