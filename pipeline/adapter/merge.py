@@ -67,7 +67,8 @@ def merge_adapters(
     """
     start = time.perf_counter()
     require_replaceable(out, [base, *(each.folder for each in adapters)])
-    plan = plan_merge(base, adapters, options)
+    with show_progress("planning the merge"):
+        plan = plan_merge(base, adapters, options)
     with _resumable_folder(plan, out) as fresh:
         finished = _finished_shards(plan, fresh)
         resumed = len(finished)
