@@ -1,9 +1,10 @@
 """Convert the configuration of another training program to the text of a run file.
 
 Three tables convert an option. OPTIONS in peer_options.py has a function for each option whose
-value has another form in a run file. The trait `peers` of a setting lists its names in other
-programs. VALUES in peers.py lists other spellings of a setting's values. An option that is in none
-of these tables is listed in a comment of the run file; ADVICE in peers.py has the reasons.
+value has another form in a run file. The Field of each setting lists its names in other programs
+(`peers` of traits.py). VALUES in peers.py lists other spellings of a setting's values. An option
+that is in none of these tables is listed in a comment of the run file; ADVICE in peers.py has the
+reasons.
 """
 
 from collections.abc import Mapping
@@ -47,7 +48,8 @@ _REMARKS: Mapping[Program, Mapping[str, str]] = {
         "lora_target_modules": "TRL's default is peft's choice, for most models q_proj and v_proj",
     },
 }
-# The program's default of a setting is not written if the configuration sets the other one instead.
+# Setting -> setting that can be used in its place. If a configuration sets the second, the default
+# of the first is not written.
 _INSTEAD = {"warmup_ratio": "warmup_steps", "epochs": "max_steps"}
 _REQUIRED = ("model", "train_data", "output_dir")
 _NO_COUNTERPART = "no counterpart"
@@ -122,6 +124,7 @@ def _outcome(option: str, value: Any, config: PeerConfig) -> Outcome:
         value = "no"
     is_valid = not value_problem(setting, value)
     if hint := value_advice(setting, value, is_valid=is_valid):
+        # Many hints begin with the value to use: "auto: as few layers as memory needs".
         first_word, separator, rest = hint.replace(",", ":", 1).partition(":")
         converted = parse_value(first_word.strip().split(" ")[0], hint)
         if not value_problem(setting, converted):

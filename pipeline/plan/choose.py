@@ -155,10 +155,10 @@ def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iter
     dtype = training_dtype(settings, cluster.hardware)[0]
     batches = micro_batches(settings, cluster.world_size)
     all_blocks = shape.num_layers if settings.gradient_checkpointing is True else 0
-    resident: list[Offload] = ["none"]
+    not_offloaded: list[Offload] = ["none"]
     for stage in _allowed_stages(settings, dtype, cluster):
         hpz_sizes = _allowed_hpz_sizes(settings, cluster) if stage == 3 else [1]
-        offloads = _allowed_offloads(settings, cluster.hardware) if stage == 3 else resident
+        offloads = _allowed_offloads(settings, cluster.hardware) if stage == 3 else not_offloaded
         for (micro, accumulation), hpz_size, offload in product(batches, hpz_sizes, offloads):
             yield Layout(
                 zero_stage=stage,
@@ -179,7 +179,8 @@ def _allowed_stages(settings: RunSettings, dtype: str, cluster: Cluster) -> list
         return [settings.zero_stage]
     # ZeRO-1 accumulates gradients in the training dtype. That is exact enough only in fp32.
     stages = [1, 2] if dtype == "float32" else [2]
-    is_shardable = not settings.load_in_8bit  # rule 8bit-zero3
+    # An int8 base is not sharded by ZeRO-3 (rule 8bit-zero3 in docs/rules.md).
+    is_shardable = not settings.load_in_8bit
     may_offload = cluster.hardware.kind == "cuda" and settings.offload_param != "none"
     if is_shardable and (cluster.world_size > 1 or may_offload):
         stages.append(3)
@@ -209,7 +210,9 @@ def _with_fewest_checkpointed(
     If none fits, the candidate in which all blocks are checkpointed.
     """
     predict = partial(_predict_candidate, settings, shape, cluster)
-    needs_all = layout.is_sharded and settings.load_in_4bit  # rule 4bit-zero3-unchecked
+    # At ZeRO-3, a 4-bit layer that is not checkpointed keeps its gathered weight until its backward
+    # pass (rule 4bit-zero3-unchecked in docs/rules.md).
+    needs_all = layout.is_sharded and settings.load_in_4bit
     if needs_all and settings.gradient_checkpointing is not False:
         return predict(replace(layout, checkpointed_layers=shape.num_layers))
     first = predict(layout)

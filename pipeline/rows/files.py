@@ -128,7 +128,10 @@ def _find_in_folder(folder: Path, key: str) -> DataFiles:
 
 
 class _FolderSearch:
-    """Recursive search for the data files below a folder; a folder with links is visited once."""
+    """Recursive search for the data files below a folder.
+
+    A folder is visited once, even if symbolic links lead to it again.
+    """
 
     def __init__(self) -> None:
         self.files: list[Path] = []

@@ -79,6 +79,7 @@ def _measure(kind, folder):
         [result] = run_processes(check_class, [(kind, ALL, folder)], 240)
         if "refused" in result:
             return result, problems
+        # `without_reentrant`: the reasons why the class cannot use re-entrant checkpointing.
         is_recomputable = not result["without_reentrant"]
         for mode in MODES:
             if mode == "experts" and not result["has_experts"]:
@@ -107,7 +108,8 @@ def with_state(result, problems):
         if values["zero_matrices"]:
             problems.append(f"{mode}: {values['zero_matrices']} matrices of the adapter are zero")
         merged = values.get("merged", 0.0)
-        # The merge may be refused only where the checks of the class said so before training.
+        # `merged`: error of the merged weights, or a text that says why there is none. A text is a
+        # problem unless the checks of the class had reasons against merging (`without_merge`).
         if not result["without_merge"] if isinstance(merged, str) else merged > MERGE_LIMIT:
             problems.append(f"{mode}: merge: {merged}")
     if problems:

@@ -1,4 +1,7 @@
-"""Every leaf of a row is in its example, under an unread name, or the row is rejected."""
+"""No text or number (leaf) of a row is lost without notice.
+
+It is in the example, or under a key that is reported as unread, or the row is rejected.
+"""
 
 import json
 
@@ -29,8 +32,8 @@ def written(example):
 @given(st.randoms(use_true_random=False))
 def test_every_leaf_is_in_the_example_or_unread_or_the_row_is_rejected(random):
     rows = RandomRow(random)
-    row = rows.row(is_regular=rows.is_rare(2))
-    # Every leaf that the row still holds: keys that were drawn twice replaced some.
+    row = rows.row(is_regular=rows.is_rare(2))  # in one of two rows
+    # Not those that were replaced: if a key is drawn twice, the row has only its second value.
     leaves = [leaf for leaf in rows.leaves if leaf in json.dumps(row)]
     try:
         result = read_example(row_of(row))
