@@ -99,7 +99,9 @@ def test_two_ranks_have_the_numbers_of_one(run, tmp_path):
     first, second = run_ranks(on_rank, run, tmp_path / "two", tmp_path=tmp_path)
     assert second == {}
     assert numbers(first) == numbers(expected)
-    assert len({path.name.rpartition("-")[2] for path in (tmp_path / "two").iterdir()}) == 2
+    texts = [path.read_text() for path in (tmp_path / "two").iterdir()]
+    batches = [line for text in texts for line in text.split("\n") if line]
+    assert (len(texts), len(batches)) == (4, 8)  # 2 ranks x 2 models; each batch is scored once
 
 
 def test_a_killed_score_generates_no_written_answer_again(run, tmp_path, monkeypatch):
