@@ -322,7 +322,7 @@ def _raise_input_refusals(plan_input: PlanInput) -> None:
     A model that is only a name, without a folder, cannot be trained here. In a plan for it, the
     refusals are shown with the other rules instead.
     """
-    if plan_input.shape.source is None:
+    if plan_input.shape.source is None:  # the model has a folder
         raise_refusals(applicable_rules(INPUT_RULES, plan_input))
 
 

@@ -21,8 +21,8 @@ def checkpoints_of(
 ) -> Checkpoints:
     """The checkpoints of a run folder, for a run with this plan. Reads the whole base to hash it.
 
-    `data`: key of the training documents. `index`: the splits, once prepared. Raises UserError
-    if the run was started with another base.
+    `data`: key of the training documents, a hash of the files and settings that they are made from.
+    `index`: the splits, once prepared. Raises UserError if the run was started with another base.
     """
     settings = plan.settings
     if start == "resume" and "base" not in settings.accept_changes:
@@ -63,8 +63,9 @@ def checkpoint_to_resume(
 ) -> tuple[Path | None, list[str]]:
     """The newest intact checkpoint or None, and a log line for each skipped one.
 
-    A new run starts from the checkpoint of `resume: PATH` if there is one, never from a checkpoint
-    that it replaces. Raises UserError if this run cannot resume from the checkpoint.
+    A new run starts from the checkpoint of `resume: PATH`, or from step 0. It never starts from the
+    checkpoints in its folder, which belong to the run that it replaces. Raises UserError if this
+    run cannot resume from the checkpoint.
     """
     path, notes = checkpoints.newest() if start == "resume" else (checkpoints.intact_origin(), [])
     if path is not None:

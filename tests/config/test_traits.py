@@ -1,4 +1,4 @@
-"""Traits on the Fields of settings, from which the other packages derive their tables."""
+"""Traits: facts about each setting, stored on its Field (pipeline/config/traits.py)."""
 
 from typing import get_args
 
@@ -14,20 +14,22 @@ pytestmark = pytest.mark.unit
 NAMES = set(RunSettings.model_fields)
 
 
-def test_each_setting_belongs_to_exactly_one_kind_of_change():
+def test_each_setting_has_exactly_one_kind_of_change():
+    """The kind says what a changed value means for a run that is started again."""
     groups = [settings_with(change) for change in get_args(Change)]
     assert all(groups), "a kind of change without a setting"
     assert sorted(name for group in groups for name in group) == sorted(NAMES)
 
 
-def test_paths_of_a_run_do_not_identify_it():
-    """Runs are compared by the content of their data and weights, not by paths."""
+def test_a_changed_path_alone_does_not_make_another_run():
+    """Of "base" and "files" only the content is compared; a change of "run" allows a resume."""
     assert settings_with("base") == {"model", "model_revision"}
     assert settings_with("files") == {"train_data", "eval_data"}
     assert "output_dir" in settings_with("run")
 
 
-def test_settings_that_affect_the_weights_count_as_result():
+def test_settings_that_affect_the_adapter_have_the_change_result():
+    """After a change of kind "result", the run is not resumed."""
     names = {
         "lr",
         "lora_r",
@@ -48,7 +50,8 @@ def test_layout_fields_and_deepspeed_keys_of_traits_exist():
         assert block != "zero_optimization" or inner.split(".")[0] in ZERO_OPTIMIZATION, key
 
 
-def test_a_name_of_another_program_belongs_to_one_setting_and_is_none_itself():
+def test_each_peer_name_belongs_to_one_setting_and_is_not_a_setting_here():
+    """Peers: names of a setting in other training programs."""
     peers = [name for field in RunSettings.model_fields.values() for name in _peers(field)]
     assert len(peers) == len(set(peers)) == len(settings_by("peers"))
     assert not NAMES & set(peers)

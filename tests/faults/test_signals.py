@@ -35,8 +35,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3000)]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PHASES = ("start-up", "step", "evaluation", "save")
 TARGETS = ("rank 0", "rank 1", "node launcher", "outer command", "terminal")
-STEPS_PER_SIGNAL = 16  # a start trains at most so many: to the next evaluation, then to its stop
-# Slurm and Kubernetes send SIGKILL 30 s after SIGTERM; DeepSpeed's launcher does so with a rank.
+# Steps that one start trains at most: to the evaluation in which it gets the signal, and until the
+# signal has stopped it.
+STEPS_PER_SIGNAL = 16
+# Slurm and Kubernetes send SIGKILL 30 s after SIGTERM, as DeepSpeed's launcher does to its ranks.
 WITHIN_S = 30.0
 SHORT = [
     ("outer command", signal.SIGTERM, "evaluation"),
@@ -87,15 +89,16 @@ def test_a_signal_stops_a_run_with_a_checkpoint_and_loses_no_step(
     )
     name = f"signalled-{name.replace(' ', '-')}"
     path, folder = run_file(name, **IN_PACKS if is_packed else {}), workspace / name
-    random_source, lost, before, runs = random.Random(f"{SEED} {name}"), 0, 0, 1
+    # `last_step`: the step at which the latest start stopped, 0 for a new run
+    random_source, lost, last_step, runs = random.Random(f"{SEED} {name}"), 0, 0, 1
     for turn, (target, number, phase) in enumerate(signals):
-        if before > TOTAL_STEPS - STEPS_PER_SIGNAL:  # else the next signal could come too late
-            assert_resumes_bitwise(path, folder, uninterrupted, before)
+        if last_step > TOTAL_STEPS - STEPS_PER_SIGNAL:  # else the next signal could come too late
+            assert_resumes_bitwise(path, folder, uninterrupted, last_step)
             shutil.rmtree(folder)
-            before, runs = 0, runs + 1
+            last_step, runs = 0, runs + 1
         earlier, kept = status(folder), steps_on_disk(folder)
         run = start_ranks(path) if "rank" in target else start(path)
-        step = before + random_source.randrange(1, 3)
+        step = last_step + random_source.randrange(1, 3)
         wait_for(run, phase, step, random_source)
         assert not run.is_over(), f"the run was over before signal {turn}"
         deliver(run, target, number)
@@ -109,19 +112,20 @@ def test_a_signal_stops_a_run_with_a_checkpoint_and_loses_no_step(
         )
         assert not run.is_running()
         if phase == "start-up" and final.get("step", 0) == earlier.get("step", 0):
-            # Before the rendezvous a signal only ends a process; after it, it stops the run.
+            # A signal before the rendezvous ends the process, and status.json stays as it was.
+            # After the rendezvous, the run stops and records that in status.json.
             assert final == earlier or (final["state"], final["exit_code"]) == ("stopped", 75)
             assert steps_on_disk(folder) == kept, run.output
             assert code != 0 or target == "node launcher", run.output
             continue
         assert (final["state"], final["exit_code"]) == ("stopped", 75), run.output
-        assert steps_on_disk(folder)[-1] == final["step"] >= before, run.output
+        assert steps_on_disk(folder)[-1] == final["step"] >= last_step, run.output
         if "rank" in target:
             assert code == 75, run.output
-        if before:
-            lost += before - run.resumed_step()
-        before = final["step"]
-    assert_resumes_bitwise(path, folder, uninterrupted, before)
+        if last_step:
+            lost += last_step - run.resumed_step()
+        last_step = final["step"]
+    assert_resumes_bitwise(path, folder, uninterrupted, last_step)
     print(f"{len(signals)} signals to {runs} runs, steps lost: {lost}")
     assert lost == 0
 
@@ -144,7 +148,9 @@ def test_ctrl_c_stops_with_a_checkpoint_if_the_reader_of_the_output_ends_first(
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     run = start(path, log=pipe)
     pipe.unlink()  # the run has it open
-    pipe.touch()  # an empty file, for the messages of a failure: opening a pipe would wait forever
+    # If an assertion fails, its message reads the log at this path. Opening a pipe would block, so
+    # an empty file takes its place.
+    pipe.touch()
     while b"step 3/" not in output:
         assert run.process.poll() is None, output.decode()
         with suppress(BlockingIOError):

@@ -21,14 +21,15 @@ def wait_for(path: Path) -> None:
         time.sleep(0.02)
 
 
-def test_a_warning_before_the_ranks_are_started_starts_none(job):
+def test_after_a_warning_before_their_start_no_ranks_are_started(job):
+    """The signal arrives in the srun step that creates folders on the nodes, made slow here."""
     (job.folder / "fake/slow_disk").touch()
     process = job.start("train.sbatch", "my run.yaml")
     wait_for(job.submit / "started")
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, job.requeued()) == (75, ["7"]), output
-    assert len(job.calls("srun")) == 1
+    assert len(job.calls("srun")) == 1  # that step; no step of ranks
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -66,4 +67,5 @@ def test_a_warning_before_the_ranks_handle_signals_requeues_the_job(job):
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, job.requeued()) == (75, ["7"]), output
+    # highest step so far, and number of requeues since it was reached
     assert (job.submit / "run/logs/7/requeues").read_text() == "0 1\n"

@@ -20,7 +20,7 @@ _JSON_OR_REPR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
 class TracedSpan(NamedTuple):
     """Characters [start, stop) of a string, which come from characters [first, last) of a source.
 
-    `source`: index of a leaf (leaves.py), or GENERATED.
+    `source`: index of a leaf, which is one string or scalar of the row (leaves.py), or GENERATED.
     """
 
     start: int
@@ -212,6 +212,7 @@ def make_environment() -> "Environment":
             text = caller()
             return with_spans(text, (*spans_of(text), TracedSpan(0, len(text), GENERATED, 0, 0)))
 
+    # This template has no text; it is compiled only to get its environment.
     plain: Any = _compile_jinja_template("{# ours #}").environment
 
     missing = _missing_class(plain.undefined)
@@ -254,9 +255,13 @@ def _missing_class(base: Any) -> Any:
     """Jinja's class of undefined values for one environment; its errors name the missing key."""
 
     class Missing(base):  # type: ignore[misc]
-        """A key that a template reads but a row does not have. The error names its path."""
+        """A key that a template reads but an object of the row does not have.
 
-        path_of: Callable[[object], str] = staticmethod(lambda value: "")  # of the last rendering
+        The error names the path of that object, such as tools[0].function. `path_of` finds it;
+        template.py sets `path_of` for each row.
+        """
+
+        path_of: Callable[[object], str] = staticmethod(lambda value: "")
 
         @property
         def _undefined_message(self) -> str:
@@ -312,7 +317,11 @@ def _strings_in(value: Any, is_sorted: bool) -> Iterator[str]:
 def _escaped_spans(
     source: str, spans: Sequence[TracedSpan], written: str, at: int
 ) -> Iterator[TracedSpan]:
-    """Spans of `written`, a string with JSON escapes; none if it has other escapes."""
+    """Spans of `written`, which is `source` with escapes and starts at `at` in the whole text.
+
+    A single span over all of `source` covers all of `written`. Other spans are kept only if the
+    escapes are those of JSON.
+    """
     if len(spans) == 1 and spans[0].stop - spans[0].start == len(source):
         yield TracedSpan(at, at + len(written), *spans[0][2:])
         return
