@@ -247,9 +247,10 @@ RUN_FILES = planned_run_files()
 
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
-def test_shipped_run_files_are_planned_on_their_machine_without_advice(path):
+def test_shipped_run_files_are_planned_on_their_machine_without_advice_on_training(path):
     shipped_plan = plan_of(path)
-    assert [rule.id for rule in shipped_plan.rules if rule.level == "advise"] == []
+    advice = {rule.id for rule in shipped_plan.rules if rule.level == "advise"}
+    assert advice <= {"vllm-max-lora-rank"}  # an option of the server, not of the run
     text = path.read_text(encoding="utf-8")
     assert f"launch/runs/{path.name}" in text  # in the command of its comment
 
