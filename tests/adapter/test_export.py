@@ -188,6 +188,7 @@ def test_a_chat_template_of_turns_becomes_a_go_template(name):
     [
         "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}",
         "{% for m in messages[-1:] %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}{{ '!' if loop.index == 6 }}{{ m.content }}\n{% endfor %}",
         "{% for m in messages %}{{ loop.index }}. {{ m.role }}: {{ m.content }}\n{% endfor %}",
         "{% for m in messages %}{{ 1 / (m.role != 'system') }}{{ m.content }}\n{% endfor %}",
     ],
