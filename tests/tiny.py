@@ -105,7 +105,13 @@ def make_plan(
     }
     run = RunSettings.model_validate(values | settings)
     machine = hardware or cpu_of(2, 2**34)
-    plan = make_plan(run, read_shape(str(folder)), machine, nodes=1, ranks_per_node=world_size)
+    plan = make_plan(
+        run,
+        read_shape(str(folder), trust_remote_code=settings.get("trust_remote_code", False)),
+        machine,
+        nodes=1,
+        ranks_per_node=world_size,
+    )
     if documents is None:
         return plan
     tokens = documents * run.max_length

@@ -80,7 +80,7 @@ def _target_parameters(settings: RunSettings) -> list[str]:
 
     In a model with a vision tower the names are full names.
     """
-    shape = read_shape(str(settings.model_folder))
+    shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     experts = shape.targeted_experts(settings.lora_target_modules)
     return sorted({name if shape.has_other_towers else tensor.name for name, tensor in experts})
 

@@ -138,7 +138,15 @@ def _name_of_width(names: Mapping[nn.Module, str], module: Any, width: int) -> s
 def _build(folder: Path, *, trust_remote_code: bool) -> Any:
     """Build the model on the meta device, with the auto class that supports its config."""
     options = {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            "its class is code in the model's folder: read that code, and set trust_remote_code: "
+            "true in the run file if you trust it"
+        ) from None
     if config.is_encoder_decoder:
         raise ValueError(
             "it is an encoder-decoder (is_encoder_decoder: true in config.json), and only models "
