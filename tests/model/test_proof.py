@@ -1,6 +1,7 @@
 """The class checks accept classes that train correctly, and name the error of others."""
 
 import pytest
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
@@ -103,6 +104,19 @@ def test_attention_across_documents_excludes_packs(llama, monkeypatch):
     assert result.errors["other documents"] > 1e-3
     assert len(result.without_packs) == 2
     assert not result.refusals
+
+
+def test_an_adapter_that_differs_after_loading_in_plain_peft_is_refused(llama, monkeypatch):
+    load = PeftModel.from_pretrained
+
+    def load_scaled(base, folder):
+        loaded = load(base, folder)
+        loaded.base_model.model.model.layers[1].self_attn.q_proj.scaling["default"] *= 1.01
+        return loaded
+
+    monkeypatch.setattr(proof.PeftModel, "from_pretrained", load_scaled)
+    result = prove_model(llama, ATTENTION)
+    assert_mentions(result.refusals[0], "adapter", "1e-05")
 
 
 def test_a_matrix_without_a_gradient_is_refused():
