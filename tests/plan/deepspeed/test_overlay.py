@@ -92,7 +92,8 @@ def test_a_config_of_the_trainer_is_accepted(plan):
     assert new_plan.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.999]
     assert "auto" not in json.dumps(new_plan.deepspeed)
     # with a stage3_max_live_parameters of 1e9, all of this base stays gathered
-    assert [rule.id for rule in new_plan.rules] == ["gathered-too-much"]
+    # the other rule names an option of vLLM, because the default r is above vLLM's limit
+    assert {rule.id for rule in new_plan.rules} == {"gathered-too-much", "vllm-max-lora-rank"}
 
 
 def test_the_plan_has_the_values_that_the_json_sets(plan):
