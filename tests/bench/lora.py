@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "lr 6e-3": {"lr": 6e-3},
     "r 4": {"lora_r": 4},
     "r 64": {"lora_r": 64},
-    "global batch 4": {"batch_size": 2, "global_batch_size": 4},
+    "global batch 2": {"batch_size": 1, "global_batch_size": 2},
     "global batch 8": {"batch_size": 4, "global_batch_size": 8},
     "query and value only": {"lora_target_modules": ["q_proj", "v_proj"]},
     "alpha 16": {"lora_alpha": 16},
