@@ -47,7 +47,10 @@ _HYPERPARAMETERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """What is published: the adapter of a run, or its merged model, and the base's hub name."""
+    """The adapter or the merged model of a run, to be published.
+
+    `base_model`: the name of the base on the hub.
+    """
 
     run_folder: Path
     settings: RunSettings

@@ -27,6 +27,6 @@ def vllm_command(settings: RunSettings, adapter: str, merged: str) -> str:
 
 
 def serving_notes(plan: Plan) -> list[str]:
-    """What servers refuse or ignore of this adapter, from the rules of the plan."""
+    """Messages of the plan's rules about options that vLLM or llama.cpp refuses or ignores."""
     ids = {rule.id for rule in SERVING_RULES}
     return [rule.message for rule in plan.rules if rule.id in ids]

@@ -9,7 +9,11 @@ from threading import Thread
 
 
 class Hub:
-    """What the server received. `files`: content by path. `status`: of the answer to a commit."""
+    """The requests that a local stand-in of the hub has received.
+
+    `files`: path -> content of each uploaded file. `status`: HTTP status with which the server
+    answers a commit.
+    """
 
     def __init__(self):
         self.created, self.files, self.large, self.validated = [], {}, {}, []

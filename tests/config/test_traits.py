@@ -22,7 +22,10 @@ def test_each_setting_has_exactly_one_kind_of_change():
 
 
 def test_a_changed_path_alone_does_not_make_another_run():
-    """Of "base" and "files" only the content is compared; a change of "run" allows a resume."""
+    """A run resumes from another output_dir, and from moved models and data with the same content.
+
+    Settings with the change "base" or "files" are compared by content; those with "run" may differ.
+    """
     assert settings_with("base") == {"model", "model_revision"}
     assert settings_with("files") == {"train_data", "eval_data"}
     assert "output_dir" in settings_with("run")
