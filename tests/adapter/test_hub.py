@@ -173,6 +173,16 @@ def test_a_refusal_of_the_hub_is_one_message(run, publish):
     assert not list(run.glob(".publish*"))
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1", "http://hub.invalid"])
+def test_a_hub_that_cannot_be_reached_is_one_message(run, publish, address):
+    call, _ = publish
+    code, output = call(*TO, HF_ENDPOINT=address)
+    assert code == 1
+    assert_mentions(output, "org/name", "cannot be reached")
+    assert "Traceback" not in output
+    assert not list(run.glob(".publish*"))
+
+
 def test_no_other_command_publishes():
     callers = [path.name for path in Path(ROOT / "pipeline").rglob("*.py")
                if "adapter.hub" in path.read_text() and path.name != "hub.py"]  # fmt: skip
