@@ -40,7 +40,7 @@ class LlamaCpp:
 
 @dataclass(frozen=True, kw_only=True)
 class GgufSources:
-    """Folders that are converted, and the content of the Modelfile for a model file's name."""
+    """Folders with the base, the adapter and the merged model."""
 
     base: Path
     adapter: Path
@@ -104,7 +104,7 @@ def export_gguf(
                 names = [str(fresh / "model.gguf"), str(fresh / model), quantisation.upper()]
                 _run([tools.quantise, *names])
                 (fresh / "model.gguf").unlink()
-            text = modelfile.replace("{model}", model)
+            text = modelfile.replace("{model}", model, 1)  # the template may have it too
             (fresh / _MODELFILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise RankZeroError(f"{out}: the export cannot be written: {error}") from error

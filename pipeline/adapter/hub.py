@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.adapter.adapter_file import read_config
 from pipeline.config.hub import HubSplit
 from pipeline.config.settings import RunSettings
 from pipeline.errors import RankZeroError, UserError
@@ -97,7 +98,7 @@ def gather_files(publication: Publication, folder: Path) -> None:
     config = folder / "adapter_config.json"
     if config.is_file():
         named = {"base_model_name_or_path": publication.base_model}
-        config.write_text(dump_json(read_json(config) | named), encoding="utf-8")
+        config.write_text(dump_json(read_config(config, "adapter") | named), encoding="utf-8")
     run = publication.run_folder
     scores = _scores(run / "score.json")
     records = {"score.json": scores, "plan.json": _plan(run), "audit.json": _audit(run)}
@@ -215,7 +216,8 @@ def require_no_secrets(folder: Path) -> None:
 
     Of safetensors only the header can hold text. The message never shows the secret.
     """
-    home = os.fsencode(str(Path.home()).rstrip("/") + "/")
+    home = Path.home()
+    homes = {os.fsencode(str(path).rstrip("/") + "/") for path in (home, home.resolve())}
     known = {name: os.fsencode(os.environ.get(name, "")) for name in _SECRET_VARIABLES}
     known["token of huggingface_hub"] = os.fsencode(_saved_token())
     for path, content in _contents(folder):
@@ -226,9 +228,9 @@ def require_no_secrets(folder: Path) -> None:
         for source, value in known.items():
             if len(value) >= _SHORTEST_SECRET and value in content:
                 raise UserError(f"{name} has the value of {source}; nothing was sent")
-        if len(home) > 1 and home in content:
+        if any(len(path) > 1 and path in content for path in homes):
             raise UserError(
-                f"{name} has a path in the home folder {Path.home()}; nothing was sent; use paths "
+                f"{name} has a path in the home folder {home}; nothing was sent; use paths "
                 "relative to the run file, and merge or train again"
             )
 
@@ -251,16 +253,23 @@ def _contents(folder: Path) -> Iterator[tuple[Path, bytes]]:
 
 
 def upload(folder: Path, name: str, *, is_private: bool) -> str:
-    """Create the repository if it is missing, send the folder in one commit; return its address."""
+    """Create the repository if it is missing, send the folder in one commit; return its address.
+
+    Raises UserError if the repository exists and is public although a private one is asked for.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError
 
     try:
         api = HfApi()
         api.create_repo(name, private=is_private, exist_ok=True)
+        if is_private and not api.model_info(name).private:  # create_repo left an existing one
+            raise UserError(f"--private: {name} exists and is public; nothing was sent")
         commit = api.upload_folder(
             repo_id=name, folder_path=folder, commit_message="Published with RankZero"
         )
+    except UserError:
+        raise
     except LocalTokenNotFoundError as error:
         raise UserError(f"{name}: no access token; run `hf auth login`: {error}") from None
     except Exception as error:  # the hub's answers, and the errors of its HTTP library

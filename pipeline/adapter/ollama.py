@@ -27,7 +27,8 @@ def modelfile(model: str, template: str | None, stops: Sequence[str]) -> str:
         lines.append("# uses the template of its own list that resembles it, or the bare prompt.")
     else:
         lines.append(f'TEMPLATE """{template}"""')
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    # Ollama removes these quotes and interprets no escapes (parser/parser.go, unquote).
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     return "\n".join([*lines, ""])
 
 
@@ -82,7 +83,11 @@ class _Parts:
 
 
 def _go(text: str) -> str:
-    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
+    """A Go string that renders the text. Ollama drops characters that are not printable."""
+    string = "".join(
+        c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(text, ensure_ascii=False)
+    )
+    return f"{{{{ {string} }}}}" if text else ""
 
 
 def _parts(render: Render) -> _Parts | None:

@@ -12,12 +12,14 @@ class Hub:
     """The requests that a local stand-in of the hub has received.
 
     `files`: path -> content of each uploaded file. `status`: HTTP status with which the server
-    answers a commit.
+    answers a commit. `exists`: whether the repository exists before it is created. `is_private`:
+    its visibility.
     """
 
     def __init__(self):
         self.created, self.files, self.large, self.validated = [], {}, {}, []
         self.status = 200
+        self.exists = self.is_private = False
         self.address = ""
 
 
@@ -41,7 +43,8 @@ def local_hub():  # noqa: C901 - a branch for each endpoint
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
         def do_GET(self):
-            self.answer({"sha": "0" * 40, "siblings": [], "id": "org/name", "tags": []})
+            self.answer({"sha": "0" * 40, "siblings": [], "id": "org/name", "tags": [],
+                         "private": hub.is_private})  # fmt: skip
 
         def do_PUT(self):
             content = self.body()
@@ -51,8 +54,12 @@ def local_hub():  # noqa: C901 - a branch for each endpoint
         def do_POST(self):
             data = self.body()
             if self.path.endswith("/repos/create"):
-                hub.created.append(json.loads(data))
-                self.answer({"url": f"{hub.address}/org/name"})
+                wanted = json.loads(data)
+                hub.created.append(wanted)
+                if not hub.exists:
+                    hub.is_private = wanted.get("private") or wanted.get("visibility") == "private"
+                status = 409 if hub.exists else 200
+                self.answer({"url": f"{hub.address}/org/name"}, status)
             elif self.path.endswith("/validate-yaml"):
                 hub.validated.append(json.loads(data)["content"])
                 self.answer({"errors": [], "warnings": []})

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pipeline.adapter.adapter_file import read_adapter
 from pipeline.adapter.export import write_plain_adapter
-from pipeline.adapter.ollama import go_template
+from pipeline.adapter.ollama import go_template, modelfile
 from pipeline.cli.export import export
 from pipeline.errors import RankZeroError
 from tests import ROOT
@@ -80,6 +80,15 @@ def test_adapter_and_quantised_model_are_exported_with_a_modelfile(run, command,
     assert 'PARAMETER stop "<|im_end|>"' in files["Modelfile"]
     assert 'TEMPLATE """' in files["Modelfile"]
     assert "--max-lora-rank 8" in capsys.readouterr().out
+
+
+def test_the_text_of_a_template_is_not_taken_for_the_file_name(run, command):
+    template = run / "merged" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|>{model}"))
+    command(run, "--gguf")
+    text = (run / "gguf" / "Modelfile").read_text()
+    assert text.startswith("FROM ./model.gguf\n")
+    assert "<|im_start|>{model}" in text
 
 
 def test_a_failed_converter_leaves_the_earlier_export(run, command, tmp_path):
@@ -181,6 +190,24 @@ def test_a_chat_template_of_turns_becomes_a_go_template(name):
     assert template is not None
     assert template.count("{{ .Content }}") == 2
     assert "assistant" in template.rpartition("{{ end }}")[2]  # the start of the answer
+
+
+def test_a_go_template_has_no_character_that_ollama_drops():
+    # Ollama's parser of Modelfiles removes every character that is not printable.
+    text = "{% for m in messages %}{{ m.role }}:\u3000\u200b\x7f{{ m.content }}\xa0😀\n{% endfor %}"
+    template = go_template(render_with(text + "assistant:\u3000"))
+    assert template is not None
+    assert template.isprintable()
+    assert "\\U00003000\\U0000200b\\U0000007f" in template
+    assert "\\U000000a0😀\\n" in template
+
+
+def test_stop_tokens_and_template_reach_the_modelfile_unchanged():
+    # Ollama removes the quotes around a value and interprets no escapes.
+    text = modelfile("{model}", '{{ "{model}" }}', ['<|"|>', "\\end"])
+    lines = text.splitlines()
+    assert 'PARAMETER stop "<|"|>"' in lines
+    assert 'PARAMETER stop "\\end"' in lines
 
 
 @pytest.mark.parametrize(

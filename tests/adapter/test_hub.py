@@ -183,6 +183,38 @@ def test_a_hub_that_cannot_be_reached_is_one_message(run, publish, address):
     assert not list(run.glob(".publish*"))
 
 
+def test_a_public_repository_gets_nothing_if_a_private_one_is_asked_for(publish):
+    call, hub = publish
+    hub.exists = True
+    code, output = call(*TO, "--private")
+    assert code == 2
+    assert_mentions(output, "--private", "org/name", "public")
+    assert not hub.files
+    hub.is_private = True
+    assert call(*TO, "--private")[0] == 0
+    assert hub.files
+
+
+def test_a_path_of_a_home_behind_a_link_stops_everything(run, publish):
+    call, hub = publish
+    home = run.parent / "home"
+    (run.parent / "link").symlink_to(home)
+    (run / "adapter" / "notes.json").write_text(json.dumps({"x": f"{home}/rows"}))
+    code, output = call(*TO, HOME=str(run.parent / "link"))
+    assert code == 2
+    assert_mentions(output, "notes.json", "home folder")
+    assert not hub.created
+
+
+def test_a_damaged_adapter_config_is_named(run, publish):
+    call, hub = publish
+    (run / "adapter" / "adapter_config.json").write_text("[1")
+    code, output = call(*TO)
+    assert code == 2
+    assert_mentions(output, "adapter_config.json", "JSON")
+    assert not hub.created
+
+
 def test_no_other_command_publishes():
     callers = [path.name for path in Path(ROOT / "pipeline").rglob("*.py")
                if "adapter.hub" in path.read_text() and path.name != "hub.py"]  # fmt: skip
