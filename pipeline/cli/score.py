@@ -78,7 +78,7 @@ def score() -> None:
         scores = score_models(subjects, examples, options, session)
         if session.is_rank_zero:
             _write(out, scores)
-            _print_table(scores)
+            print_table(scores)
 
 
 def use_waiting_threads() -> None:
@@ -151,17 +151,17 @@ def _write(out: Path, scores: dict[str, Any]) -> None:
         ) from None
 
 
-def _print_table(scores: dict[str, Any]) -> None:
+def print_table(scores: dict[str, Any]) -> None:
     """Print the scores that a model has, with their intervals."""
     models: dict[str, dict[str, Any]] = scores["models"]
     columns = [key for key in _COLUMNS if any(key in each for each in models.values())]
     table = Table(title=f"{scores['rows']} rows, with 95 % intervals")
     for name in ("", *(_COLUMNS[key] for key in columns), "seconds"):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
     for name, each in models.items():
         cells = [_cell(each, key) for key in columns]
         table.add_row(name, *cells, f"{each['seconds']:.1f}")
-    Console().print(table)
+    Console(markup=False).print(table)  # a name may contain brackets
     for key in ("regex_match", "valid_json"):
         rows = {each[f"{key}_rows"] for each in models.values() if key in each}
         if rows and rows != {scores["rows"]}:

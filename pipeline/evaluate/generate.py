@@ -17,16 +17,21 @@ BATCH_ROWS = 16
 _BATCH_TOKENS = 2**15  # of prompts and answers with padding; bounds the key-value cache
 
 
-def plan_batches(lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int], max_new_tokens: int, max_positions: int | None = None
+) -> list[list[int]]:
     """Indexes of prompts of similar length in batches, longest first.
 
-    `lengths`: tokens of each prompt.
+    `lengths`: tokens of each prompt. All answers of a batch may be equally long: a prompt that
+    leaves fewer than `max_new_tokens` positions shares its batch only with equally long prompts.
     """
     batches: list[list[int]] = []
+    space = [min(max_new_tokens, (max_positions or 2**31) - length) for length in lengths]
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        width = max_new_tokens + lengths[batches[-1][0] if batches else i]
+        first = batches[-1][0] if batches else i
+        width = max_new_tokens + lengths[first]
         limit = min(BATCH_ROWS, max(1, _BATCH_TOKENS // max(width, 1)))
-        if not batches or len(batches[-1]) >= limit:
+        if not batches or len(batches[-1]) >= limit or space[first] != space[i]:
             batches.append([])
         batches[-1].append(i)
     return batches
@@ -95,9 +100,10 @@ class Generator:
             answers[i] = text
         return answers
 
-    def num_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Number of tokens of each text."""
-        return [len(ids) for ids in self._prompt_ids(texts)]
+    def batches(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Indexes of prompts in batches for `answers`."""
+        lengths = [len(ids) for ids in self._prompt_ids(prompts)]
+        return plan_batches(lengths, self.max_new_tokens, self.max_positions)
 
     def _prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         if not prompts:

@@ -30,7 +30,7 @@ class ModelLoader:
     @contextmanager
     def loaded(self, subject: Subject) -> Iterator[Any]:
         """The model in evaluation mode, with or without its adapter."""
-        key = (subject.folder, subject.adapter)
+        key = (subject.folder, subject.adapter, subject.is_merged)
         if key != self._key:
             self._model = self._key = None
             gc.collect()

@@ -41,12 +41,14 @@ def parse_pattern(text: str) -> re.Pattern[str]:
 
 
 def extract(pattern: re.Pattern[str], text: str) -> str | None:
-    """The first group (or else the whole) of the last match in a text; None without a match."""
-    matches = [*pattern.finditer(text)]
-    if not matches:
-        return None
-    last = matches[-1]
-    return (last[1] if pattern.groups and last[1] is not None else last[0]).strip()
+    """The first group (or else the whole) of the last match in a text; None without a match.
+
+    A match that extracts no text does not count: `.*` also matches the empty end of every text.
+    """
+    matches = pattern.finditer(text)
+    texts = (m[1] if pattern.groups and m[1] is not None else m[0] for m in matches)
+    extracted = [stripped for each in texts if (stripped := each.strip())]
+    return extracted[-1] if extracted else None
 
 
 def scores_of(rows: Sequence[AnsweredRow], pattern: re.Pattern[str] | None) -> dict[str, Any]:

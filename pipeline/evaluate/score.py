@@ -19,7 +19,7 @@ from pipeline.cluster.progress import Work, show_progress
 from pipeline.cluster.session import Session
 from pipeline.errors import UserError
 from pipeline.evaluate.answers import AnswerFile, BatchResult
-from pipeline.evaluate.generate import BATCH_ROWS, Generator, plan_batches
+from pipeline.evaluate.generate import BATCH_ROWS, Generator
 from pipeline.evaluate.loading import ModelLoader, memory_reported
 from pipeline.evaluate.measures import AnsweredRow, extract, scores_of
 from pipeline.evaluate.rows import RowEncoder, ScoredRow, digest_of, encode_rows
@@ -89,7 +89,7 @@ class _Scoring:
         self.subject, self.rows, self.generator, self._file = subject, rows, generator, file
         self.results: list[BatchResult] = []
         prompts = [row.question.prompt if row.question else "" for row in rows]
-        self.batches = plan_batches(generator.num_tokens(prompts), generator.max_new_tokens)
+        self.batches = generator.batches(prompts)
 
     def known(self) -> dict[int, BatchResult]:
         """The results on the disk, by the number of the batch."""
@@ -212,7 +212,10 @@ def _check_rows(rows: Sequence[Sequence[ScoredRow]], pattern: Pattern[str] | Non
     """Check the expected answers, and whether the losses of all models can be compared."""
     expected = [row.question.expected for row in rows[0] if row.question is not None]
     if pattern is not None and all(extract(pattern, text) is None for text in expected):
-        raise UserError(f"--regex {pattern.pattern!r}: matches no expected answer of the rows")
+        raise UserError(
+            f"--regex or eval_regex {pattern.pattern!r}: matches no expected answer of the rows; "
+            "give another pattern with --regex, or eval_regex=null for none"
+        )
     if len({sum(row.tokens for row in of_encoder) for of_encoder in rows}) > 1:
         logger.warning(
             "the models have different tokens, so their losses and perplexities, which are means "

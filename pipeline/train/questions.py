@@ -10,7 +10,7 @@ from pipeline.cluster.session import Session
 from pipeline.data.dataset.reader import DataIndex, SplitIndex
 from pipeline.data.prepare.prepare import eval_examples
 from pipeline.errors import UserError
-from pipeline.evaluate.generate import Generator, plan_batches
+from pipeline.evaluate.generate import Generator
 from pipeline.evaluate.measures import AnsweredRow, scores_of
 from pipeline.evaluate.rows import RowEncoder
 from pipeline.evaluate.score import EXTRA_TOKENS
@@ -61,7 +61,7 @@ def held_out_questions(plan: Plan, index: DataIndex, session: Session) -> HeldOu
         prompts=prompts,
         expected=expected,
         generator=generator,
-        batches=plan_batches(generator.num_tokens(prompts), generator.max_new_tokens),
+        batches=generator.batches(prompts),
         pattern=None if settings.eval_regex is None else re.compile(settings.eval_regex),
     )
 

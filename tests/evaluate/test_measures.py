@@ -83,9 +83,13 @@ def test_rows_without_a_question_have_only_a_loss():
         (r"(a)|b", "ab", "b"),
         (r"answer: (.*)", "answer: Zürich ✓", "Zürich ✓"),
         (r"\d+", "none", None),
+        (r".*", "abc", "abc"),
+        (r"-?\d*", "12 apples", "12"),
+        (r"-?\d*", "none", None),
+        (r"answer: (.*)", "answer: yes\nanswer: ", "yes"),
     ],
 )
-def test_a_pattern_extracts_the_first_group_of_its_last_match(pattern, text, value):
+def test_a_pattern_extracts_the_first_group_of_its_last_match_that_has_text(pattern, text, value):
     assert extract(parse_pattern(pattern), text) == value
 
 

@@ -1,18 +1,20 @@
 """Scores of runs and models: same numbers for all ranks and interruptions, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from pipeline.adapter.trained_on import TRAINED_ON
 from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
 from pipeline.errors import SingleRankError
-from pipeline.evaluate import generate
+from pipeline.evaluate import generate, loading
 from pipeline.evaluate.generate import Generator, plan_batches
 from pipeline.evaluate.measures import parse_pattern
 from pipeline.evaluate.rows import examples_of_file, held_out_examples
@@ -198,7 +200,7 @@ def test_one_row_is_scored_and_none_is_refused(run, tmp_path):
         score_of(alone(), tmp_path / "answers", [run], data=tmp_path / "bad.jsonl")
     with refused("--data", "missing.jsonl"):
         score_of(alone(), tmp_path / "answers", [run], data=tmp_path / "missing.jsonl")
-    with refused("--regex", "matches no expected answer"):
+    with refused("--regex", "eval_regex=null", "matches no expected answer"):
         score_of(alone(), tmp_path / "answers", [run], regex="never")
 
 
@@ -232,6 +234,36 @@ def test_batches_hold_prompts_of_similar_length_and_bound_the_cache():
     assert all(len(batch) <= 3 for batch in batches)
     assert [len(batch) for batch in plan_batches([20000, 20000], 10)] == [1, 1]
     assert plan_batches([], 10) == []
+
+
+def test_prompts_near_the_last_position_of_the_model_share_batches_only_with_equally_long_ones():
+    assert plan_batches([5, 28, 25, 3, 28], 10, 30) == [[1, 4], [2], [0, 3]]
+
+
+def test_a_long_prompt_does_not_shorten_the_answers_to_others(run, tmp_path):
+    def answer_to_short(*prompts):
+        data = tmp_path / f"{len(prompts)}.jsonl"
+        rows = [{"prompt": prompt, "completion": " 1"} for prompt in prompts]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        answers = tmp_path / f"answers-{len(prompts)}"
+        scores = score_of(alone(), answers, [run], data=data, max_new_tokens=200)
+        return scores["answers"][-1]["base"]
+
+    assert answer_to_short("a" * 100, "one") == answer_to_short("one")
+
+
+def test_a_merged_model_and_the_same_folder_as_a_model_are_loaded_separately(run, monkeypatch):
+    (subject, *_), loaded = subjects_of([str(run)], (), None), []
+    for name in ("load_base", "load_plain"):
+        monkeypatch.setattr(
+            loading, name, lambda *a, name=name, **k: loaded.append(name) or torch.nn.Module()
+        )
+    loader = loading.ModelLoader(torch.device("cpu"))
+    for is_merged in (True, False, False):
+        same_folder = dataclasses.replace(subject, adapter=None, is_merged=is_merged)
+        with loader.loaded(same_folder):
+            pass
+    assert loaded == ["load_plain", "load_base"]
 
 
 def test_a_prompt_that_fills_the_model_has_an_empty_answer(run):
