@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+from pipeline.adapter.merge_output import CHAT_TEMPLATE
 from pipeline.config.settings import RunSettings
 from pipeline.plan.plan import Plan
 from pipeline.plan.rules.serving import SERVING_RULES, vllm_rank
@@ -23,7 +24,10 @@ def vllm_command(settings: RunSettings, adapter: str, merged: str) -> str:
     revision = ["--revision", settings.model_revision] if settings.model_revision else []
     words = ["vllm", "serve", settings.model, *revision, "--enable-lora"]
     words += ["--max-lora-rank", str(rank), "--lora-modules", f"{name}={adapter}"]
-    return shlex.join([*words, "--chat-template", f"{adapter}/chat_template.jinja"])
+    # An adapter has this file if the run file sets a template or the base has the file.
+    if settings.chat_template != "model" or (settings.model_folder / CHAT_TEMPLATE).is_file():
+        words += ["--chat-template", f"{adapter}/{CHAT_TEMPLATE}"]
+    return shlex.join(words)
 
 
 def serving_notes(plan: Plan) -> list[str]:

@@ -91,6 +91,19 @@ def test_the_text_of_a_template_is_not_taken_for_the_file_name(run, command):
     assert "<|im_start|>{model}" in text
 
 
+def test_the_vllm_command_names_a_chat_template_only_if_there_is_one(
+    run, command, capsys, original, tmp_path
+):
+    command(run)
+    assert f"{run}/adapter/chat_template.jinja" in capsys.readouterr().out
+    shutil.copytree(original / "base", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    settings = json.loads((run / "run.yaml").read_text()) | {"model": str(tmp_path / "base")}
+    (run / "run.yaml").write_text(json.dumps(settings))
+    command(run)
+    assert "--chat-template" not in capsys.readouterr().out
+
+
 def test_a_failed_converter_leaves_the_earlier_export(run, command, tmp_path):
     command(run, "--gguf")
     before = sorted(path.name for path in (run / "gguf").iterdir())
