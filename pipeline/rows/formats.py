@@ -56,6 +56,7 @@ _FORMATS_TEXT = "; ".join(
 # Columns of media and preference pairs. A row with a value in one is rejected, because its text is
 # not the whole example.
 _MEDIA = re.compile(
+    r"(?!(num|n|has|is)_)"  # counts and flags, which are text in a CSV file
     r"(([a-z0-9]+_)*(image|img|picture|photo|screenshot|audio|video)|sound|speech|media)s?(_?\d+)?"
     r"(_(path|url|uri|file|bytes|base64|b64|data|list)s?)?"
     r"|pixel_values|documents|multi_?modal_data|mm_data",

@@ -58,7 +58,6 @@ _REASONING_PARTS = ("thinking", "reasoning")
 _EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})
 _PART_TYPES = {*_TEXT_PARTS, *_REASONING_PARTS, "tool_use", "tool_result"}
 _REASONING_BLOCK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
-_OPENED_REASONING = re.compile(r"\s*(?:<((?:seed:)?think|thinking|thought|reasoning)>|\[THINK\])")
 _MEDIA_PARTS = re.compile(r"(input_)?(image|audio|video)(_url)?|input_file")
 
 
@@ -84,8 +83,6 @@ def read_message(value: Any, unread: set[str]) -> list[Message]:
         and isinstance(content, str)
         and content.strip()
     ):
-        if role == "assistant":
-            _require_closed_reasoning(content)
         return [Message(role, require_text(content, _CONTENT[role]))]  # fast path for most messages
     if name is None and value.get("type") in RESPONSES_ITEMS:
         raise RowError(
@@ -157,8 +154,6 @@ def _build_messages(
     parts = _parts(role, content, _CONTENT[role])
     if role == "assistant":
         content, optional = _assistant_content(parts, value, unread)
-        if is_trained:
-            _require_closed_reasoning(content)
         return [Message(role, content, is_trained, others | optional)]
     if wrong := [key for key in (*_CALL_KEYS, *_REASONING_KEYS) if has_value(value.get(key))]:
         raise RowError(
@@ -301,17 +296,6 @@ def _without_repeated_reasoning(text: str, reasoning: Mapping[str, str]) -> str:
     if block[1].strip() != reasoning_text.strip():
         raise RowError(f"an assistant message has different reasoning in its content and in {key}")
     return text[block.end() :]
-
-
-def _require_closed_reasoning(text: str) -> None:
-    """Raise RowError if the text opens reasoning and never closes it."""
-    opened = _OPENED_REASONING.match(text)
-    closing = (f"</{opened[1]}>" if opened[1] else "[/THINK]") if opened else ""
-    if opened and closing not in text:
-        raise RowError(
-            f"an assistant message begins with {opened[0].strip()}, which is never closed: the "
-            f"answer was cut off; remove the row, or close the reasoning with {closing}"
-        )
 
 
 def _part_text(part: Mapping[str, Any], keys: Sequence[str], unread: set[str]) -> str:

@@ -135,6 +135,7 @@ def test_pictures_and_sound_under_any_name_refuse_the_row(name, value):
 
 def test_counts_flags_and_descriptions_of_media_are_only_reported_as_unread():
     others = {"has_image": True, "image": False, "num_images": 2, "image_id": "7", "photo": 0}
+    others |= {"n_images": "0", "num_photos": "3", "has_audio": "False", "is_video": "no"}
     others |= {"audio_duration": 1.5, "image_caption": "a cat", "path": "a/b.png", "bytes": 12}
     others |= {"file": {"path": "notes.txt", "bytes": 3}, "source": "https://example.org/cat.png"}
     result = read_example(row_of(FORMATS["messages"] | others))

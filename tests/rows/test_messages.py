@@ -358,6 +358,10 @@ def test_an_answer_that_was_cut_off_in_its_reasoning_refuses_the_row(tag):
     call = {"tool_calls": [CALL]}
     with refused(tag.strip(), "closed", error=RowError):
         read(USER, cut_off | call)
+    text = cut_off["content"]
+    for row in ({"instruction": "q", "output": text}, {"prompt": "q", "completion": text}):
+        with refused(tag.strip(), "closed", error=RowError):
+            read_example(row_of(row))
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -369,3 +373,9 @@ def test_tags_of_reasoning_that_are_closed_untrained_or_quoted_are_read(tag):
         {"role": "assistant", "content": f"Put it between {tag} and its end."},
     ):
         assert messages_of(USER, message, USER, ANSWER)[1].content == message["content"]
+
+
+def test_the_context_of_a_completion_may_be_cut_off_because_it_is_not_trained():
+    cut_off = {"role": "assistant", "content": "<think>I need"}
+    row = {"prompt": [USER, cut_off, USER], "completion": [ANSWER]}
+    assert read_example(row_of(row)).example.messages[1].content == "<think>I need"

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pipeline.data.chat.doubled_tags import require_no_doubled_tag
 from pipeline.data.chat.leaves import TOOLS, Kind, placeholder, reasoning_blocks
 from pipeline.data.chat.omissions import OmissionCheck
 from pipeline.data.chat.template import ChatTemplate, Rendering, Span
@@ -95,9 +96,10 @@ class TurnFinder:
         self.ends = frozenset(self._find_ends() | self._known_ends)
 
     def render(self, conversation: Conversation, trained: Collection[int]) -> Rendered:
-        """Render a conversation. Raises RowError if the span of a `trained` turn is ambiguous."""
+        """Render a conversation. Raises RowError if the row cannot be trained on as it is."""
         rendering = self._template.render(conversation)
         omitted = self._omission_check.omitted_reasoning(conversation, rendering)
+        require_no_doubled_tag(rendering)
         written = _locate_messages(
             self._template.with_blank_spans(conversation, rendering), conversation
         )

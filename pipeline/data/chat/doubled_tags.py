@@ -1,0 +1,28 @@
+"""Check that a row does not already have the tag that its chat template writes around a text."""
+
+import re
+
+from pipeline.data.chat.template import Rendering
+from pipeline.rows.examples import RowError
+
+_TAG = re.compile(r"\s*(<[A-Za-z_:]+>)")
+
+
+def require_no_doubled_tag(rendering: Rendering) -> None:
+    """Raise RowError if a text begins with the tag that the template has written before it.
+
+    Rows in the style of Hermes have <tool_response> around the results of tools, and the templates
+    of Qwen write it around each result.
+    """
+    previous_stop = 0
+    for span in rendering.spans:
+        leaf = rendering.leaves[span.source]
+        tag = _TAG.match(rendering.text, span.start, span.stop)
+        is_first = tag is not None and not str(leaf.value)[: span.first].strip()
+        by_template = rendering.text[previous_stop : span.start] if is_first else ""
+        if tag and by_template.rstrip().endswith(tag[1]):
+            raise RowError(
+                f"{leaf.name} begins with {tag[1]}, and the chat template writes this tag before "
+                "it, so it would be there twice; remove the tag and its closing tag from the row"
+            )
+        previous_stop = span.stop
