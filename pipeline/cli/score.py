@@ -60,10 +60,11 @@ def score() -> None:
         )
     if pattern is None and settings.eval_regex is not None:
         pattern = parse_pattern(settings.eval_regex)
-    if args.data is None:
-        examples = held_out_examples(Path(names[0]).expanduser(), settings)
-    else:
-        examples = examples_of_file(args.data, settings)
+    examples = (
+        held_out_examples(Path(names[0]).expanduser(), settings)
+        if args.data is None
+        else examples_of_file(args.data, settings)
+    )
     placement, hardware, _ = place_rank(os.environ, may_be_alone=True)
     with show_progress("importing PyTorch"):
         from pipeline.evaluate.score import ScoreOptions, score_models

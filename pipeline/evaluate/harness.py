@@ -34,7 +34,7 @@ def run_harness(subjects: Sequence[Subject], tasks: str, out: Path) -> None:
 
 
 def harness_command(subject: Subject, tasks: str, folder: Path) -> list[str]:
-    """The command for one model. Quantised runs are loaded as in training."""
+    """The command for one model. The base of a quantised run is loaded in as many bits."""
     settings = subject.settings
     arguments = {"pretrained": subject.folder, "tokenizer": settings.model_folder, "dtype": "auto"}
     if subject.adapter is not None and subject.is_adapter_used:

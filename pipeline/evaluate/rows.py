@@ -114,30 +114,28 @@ def held_out_examples(run_folder: Path, settings: RunSettings) -> Iterator[Examp
     return eval_examples(settings, index)
 
 
-def examples_of_file(path: str, settings: RunSettings) -> Iterator[Example]:
-    """The examples of `--data`. Logs the number of rows that cannot be read, with the reasons."""
-    rejected: Counter[str] = Counter()
+def examples_of_file(path: str, settings: RunSettings) -> Iterator[Example | RowError]:
+    """The examples of `--data`, and an error in the place of each row that cannot be read."""
     for source in resolve_sources([DataSource(path=path)], "--data"):
         for line in read_lines(source):
             _, read = read_line(line, settings)
-            if isinstance(read, str):
-                rejected[read] += 1
-            else:
-                yield read.example
-    _log_skipped(path, rejected)
+            yield RowError(read) if isinstance(read, str) else read.example
 
 
 def encode_rows(
-    examples: Iterable[Example], encoders: Sequence[RowEncoder], limit: int
+    examples: Iterable[Example | RowError], encoders: Sequence[RowEncoder], limit: int
 ) -> list[list[ScoredRow]]:
     """The first `limit` rows that every encoder can encode; for each encoder the list of its rows.
 
-    Raises UserError if there is no such row.
+    Logs how many rows before the last one were skipped, with the reasons. Raises UserError if no
+    row can be encoded.
     """
     rows: list[list[ScoredRow]] = [[] for _ in encoders]
     rejected: Counter[str] = Counter()
     for example in examples:
         try:
+            if isinstance(example, RowError):
+                raise example
             encoded = [encoder.encode(example) for encoder in encoders]
         except RowError as error:
             rejected[str(error)] += 1
@@ -146,7 +144,8 @@ def encode_rows(
             of_encoder.append(row)
         if rows and len(rows[0]) == limit:
             break
-    _log_skipped("the rows", rejected)
+    if rejected:
+        logger.info("%d rows skipped (%s)", rejected.total(), _reasons(rejected))
     if not rows[0]:
         reasons = f" ({_reasons(rejected)})" if rejected else ""
         raise UserError(f"there is no usable row to score on{reasons}")
@@ -170,11 +169,6 @@ def digest_of(rows: Sequence[ScoredRow]) -> str:
             digest.update(document.ids.tobytes())
             digest.update(document.supervised.tobytes())
     return digest.hexdigest()
-
-
-def _log_skipped(name: str, rejected: Counter[str]) -> None:
-    if rejected:
-        logger.info("%s: %d rows skipped (%s)", name, rejected.total(), _reasons(rejected))
 
 
 def _reasons(rejected: Counter[str]) -> str:

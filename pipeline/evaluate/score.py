@@ -26,7 +26,7 @@ from pipeline.evaluate.rows import RowEncoder, ScoredRow, digest_of, encode_rows
 from pipeline.evaluate.subjects import Subject
 from pipeline.model.loss import IGNORED, SummedLoss
 from pipeline.plan.given.shape import read_shape
-from pipeline.rows.examples import Example
+from pipeline.rows.examples import Example, RowError
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class ScoreOptions:
 
 def score_models(
     subjects: Sequence[Subject],
-    examples: Iterable[Example],
+    examples: Iterable[Example | RowError],
     options: ScoreOptions,
     session: Session,
 ) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _document_loss(model: Any) -> Callable[[ScoredRow], float]:
 
 def _scorings(
     subjects: Sequence[Subject],
-    examples: Iterable[Example],
+    examples: Iterable[Example | RowError],
     options: ScoreOptions,
     session: Session,
 ) -> list[_Scoring]:

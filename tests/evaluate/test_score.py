@@ -192,6 +192,15 @@ def test_rows_of_every_kind_are_scored(run, tmp_path):
     assert scores["models"]["base"]["exact_match_rows"] == 2
 
 
+def test_rows_that_cannot_be_read_are_reported_also_if_enough_others_follow(run, tmp_path, caplog):
+    data = tmp_path / "rows.jsonl"
+    good = json.dumps({"prompt": "a b c", "completion": "d e"})
+    data.write_text("\n".join(["not JSON", good, good + "\n"]), encoding="utf-8")
+    with caplog.at_level("INFO"):
+        score_of(alone(), tmp_path / "answers", [run], data=data, rows=1)
+    assert_mentions(caplog.text, "1 rows skipped", "JSON")
+
+
 def test_one_row_is_scored_and_none_is_refused(run, tmp_path):
     scores = score_of(alone(), tmp_path / "answers", [run], rows=1)
     assert scores["models"]["base"]["loss_interval"] is None
