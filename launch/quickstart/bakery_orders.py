@@ -39,7 +39,7 @@ def orders(rng: random.Random, *, is_heldout: bool) -> Iterator[tuple[str, dict[
 def shuffled(values: list[Any], rng: random.Random) -> Iterator[Any]:
     """Yield all values in random order, then again in another random order, endlessly.
 
-    Of `rng` only random() is used, because its results are the same in every version of Python.
+    Only `rng.random()` is called, because its results are the same in every version of Python.
     """
     while True:
         yield from sorted(values, key=lambda _: rng.random())

@@ -18,7 +18,7 @@ def make_data(
 ) -> None:
     """Write train.jsonl and heldout.jsonl, which have no pair of item and quantity in common.
 
-    `heldout_seed`: of other held-out rows; the training rows are always the same.
+    `heldout_seed`: seed of the held-out rows; the training rows are always the same.
     """
     train = list(islice(orders(rng := random.Random(SEED), is_heldout=False), NUM_TRAIN))
     seen = {(facts["item"], facts["quantity"]) for _, facts in train}

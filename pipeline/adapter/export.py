@@ -49,7 +49,7 @@ class GgufSources:
 
 
 def find_llama_cpp(folder: Path | None, quantise: str | None) -> LlamaCpp:
-    """Find llama.cpp's programs in `folder`, by default that of $LLAMA_CPP_DIR.
+    """Find llama.cpp's programs in `folder`, by default $LLAMA_CPP_DIR.
 
     The quantiser may also be in build/bin of the folder or in PATH. Raises UserError for a program
     or library that is missing, with the command that gets it.

@@ -122,7 +122,7 @@ def with_stored_names(adapter: Adapter, meta: MetaModel) -> Adapter:
     """The adapter with the names and the orientation that its weights have in the base's files.
 
     transformers renames the tensors of some models when it loads them. If the class of the base
-    cannot be built, each layer is taken for a linear layer with the name in the adapter.
+    cannot be built, each layer is assumed to be linear and to have the adapter's name in the files.
     """
     if meta.model is None:
         kind = "fused experts" if adapter.fused else ""

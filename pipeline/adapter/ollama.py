@@ -1,8 +1,9 @@
 """Modelfile for Ollama: the chat template as a Go template, and the tokens that stop an answer.
 
 Ollama never evaluates a Jinja template. `ollama create` compares `tokenizer.chat_template` of a
-GGUF file with a list of its own, takes the Go template of an entry within 99 edits, and otherwise
-sends the bare prompt (ollama server/model.go, detectChatTemplate; template/template.go, Named).
+GGUF file with a list of its own, takes the Go template of an entry whose edit distance is at most
+99, and otherwise sends the bare prompt (ollama server/model.go, detectChatTemplate;
+template/template.go, Named).
 """
 
 import json
@@ -109,7 +110,7 @@ def _parts(render: Render) -> _Parts | None:
 
 
 def _split(text: str, contents: Sequence[str]) -> list[str] | None:
-    """The texts before, between and after these contents; None if one is not there once."""
+    """The texts before, between and after these contents; None unless each occurs exactly once."""
     parts = []
     for content in contents:
         if text.count(content) != 1:

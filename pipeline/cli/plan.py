@@ -71,7 +71,7 @@ def plan() -> None:
         print(plan_text(best), *_next_steps(best, args), sep="\n")
         if args.all:
             print(f"\n{candidates_text(ranked)}")
-    raise_refusals(best.rules)  # none, unless the model was planned by its name
+    raise_refusals(best.rules)  # of a model planned by its name: a folder's plan has raised them
 
 
 def _settings(args: argparse.Namespace) -> RunSettings:

@@ -131,7 +131,7 @@ def _parser() -> Parser:
 
 
 def _output(args: argparse.Namespace, names: list[str]) -> Path:
-    """The file to write. A score on other rows or of several models does not replace a run's."""
+    """The file to write. Scores on other rows or of several models never replace RUN/score.json."""
     if args.out is not None:
         out: Path = args.out
         if out.is_dir() or not out.absolute().parent.is_dir():

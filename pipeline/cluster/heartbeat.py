@@ -28,7 +28,7 @@ class Heartbeat:
     since: float = field(default_factory=time.monotonic)
 
     def renew(self) -> None:
-        """Restart the time of the present phase. Ranks may call it differently often."""
+        """Restart the time of the present phase, without a beat: ranks may do so at any rate."""
         self.since = time.monotonic()
 
     def beat(self, phase: str, step: int | None = None) -> None:

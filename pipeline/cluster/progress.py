@@ -105,7 +105,7 @@ class _TerminalWork(Work):
 
 @contextmanager
 def show_progress(text: str, total: int | None = None, *, in_bytes: bool = False) -> Iterator[Work]:
-    """Show on rank 0 that the body is at work, and how far it is.
+    """Show on rank 0 the progress of the work in the body of the `with` statement.
 
     `text`: the work, such as "loading the model". `total`: its amount in any unit, for `advance`.
     `in_bytes`: the unit is bytes, and the rate is shown too.

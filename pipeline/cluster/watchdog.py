@@ -174,9 +174,9 @@ class Watchdog:
                     self._siblings[rank] = psutil.Process(process["pid"])
 
     def _is_leaving(self, rank: int) -> bool:
-        """Whether another rank that has ended may only have ended a moment before this rank.
+        """Whether a rank that has ended may have left normally, because all ranks are about to.
 
-        This is assumed for a while; longer if the other rank left by agreement, as all ranks do.
+        This is assumed for a short time, and longer if the rank has announced that it leaves.
         """
         since = self._ended_since.setdefault(rank, time.monotonic())
         patience = _LEAVING_S if self._channel.check([_key("left", rank)]) else _POLL_S

@@ -23,7 +23,7 @@ _OTHER_INITIAL_VALUES = {
 
 
 def _supported_initial_values(value: object) -> object:
-    """Validate `init_lora_weights`. Raises ValueError with the reason against a value of peft."""
+    """Validate `init_lora_weights`. Raises ValueError for values of peft that do not work here."""
     name = value.partition("_niter_")[0] if isinstance(value, str) else ""  # pissa_niter_16
     if name in _OTHER_INITIAL_VALUES:
         reason = _OTHER_INITIAL_VALUES[name]

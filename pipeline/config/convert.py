@@ -48,9 +48,6 @@ _REMARKS: Mapping[Program, Mapping[str, str]] = {
         "lora_target_modules": "TRL's default is peft's choice, for most models q_proj and v_proj",
     },
 }
-# Setting -> setting that can be used in its place. If a configuration sets the second, the default
-# of the first is not written.
-_INSTEAD = {"warmup_ratio": "warmup_steps", "epochs": "max_steps"}
 _REQUIRED = ("model", "train_data", "output_dir")
 _NO_COUNTERPART = "no counterpart"
 _NO_WRAPPING = 10**9  # line width for PyYAML, so that no value is broken into lines
@@ -104,7 +101,7 @@ def run_file_text(config: PeerConfig, gpus: int) -> str:
     _set_batches(draft, config, gpus)
     _resolve_conflicts(draft)
     for setting, value in _DEFAULTS[config.program].items():
-        if not {setting, _INSTEAD.get(setting)} & draft.values.keys():
+        if not {setting, settings_by("replaces").get(setting)} & draft.values.keys():
             draft.values[setting] = value
             draft.comments[setting] = f"default of {config.program}"
     if draft.comments.get("packing", "").startswith("default of"):
@@ -147,23 +144,17 @@ def _set_batches(draft: _Draft, config: PeerConfig, gpus: int) -> None:
 
 
 def _resolve_conflicts(draft: _Draft) -> None:
-    """Remove settings that cannot be combined with others of the draft.
+    """Remove settings that other settings of the draft replace, such as `epochs` by `max_steps`.
 
-    If both of a pair are set, such as `max_steps` and `epochs`, the one stays that transformers
-    would follow.
+    The programs do the same. Flags are kept: if two exclude each other, such as bf16 and fp16, a
+    comment says so.
     """
     if draft.values.get("warmup_steps") == 0:
         draft.drop("warmup_steps", "0 steps: warmup_ratio applies")
         draft.values.setdefault("warmup_ratio", 0)
-    for kept, dropped in (
-        ("warmup_steps", "warmup_ratio"),
-        ("max_steps", "epochs"),
-        ("evals_per_epoch", "eval_steps"),
-        ("saves_per_epoch", "save_steps"),
-        ("evals_per_epoch", "evaluation_strategy"),
-        ("saves_per_epoch", "save_strategy"),
-    ):
-        if kept in draft.values:
+    strategies = {"evaluation_strategy": "evals_per_epoch", "save_strategy": "saves_per_epoch"}
+    for dropped, kept in {**settings_by("replaces"), **strategies}.items():
+        if kept in draft.values and not isinstance(draft.values.get(dropped), bool):
             draft.drop(dropped, f"{kept} replaces it")
     if "eval_data" not in draft.values or draft.values.get("evaluation_strategy") == "no":
         for key in ("keep_best", "early_stopping_patience"):

@@ -17,8 +17,13 @@ from pipeline.config.hub import HubSplit
 from pipeline.config.located import parse_value, read_located
 from pipeline.config.paths import expand
 from pipeline.config.peers import advice, normalised, value_advice
-from pipeline.config.presets import preset_values
-from pipeline.config.settings import RunSettings, map_paths, path_settings, settings_by
+from pipeline.config.settings import (
+    RunSettings,
+    map_paths,
+    path_settings,
+    preset_values,
+    settings_by,
+)
 from pipeline.errors import UserError
 
 _MAX_PROBLEMS = 60  # lines of a message; every option of a run file of another program fits
@@ -112,7 +117,7 @@ def _validate(values: Mapping[str, Any], locations: Mapping[str, str], source: s
             problems.append(f"{locations[key]}: {key}: {_TRUNCATED.repr(value)}: {hint}")
     known, unexpanded = _expand_paths(known, locations, problems)
     try:
-        presets = preset_values(known.get("preset"), known)
+        presets = preset_values(known)
         settings = RunSettings.model_validate({**presets, **known})
     except ValidationError as error:
         by_key: dict[str, list[Any]] = {}

@@ -4,7 +4,7 @@ If a rule of thumb is a range, the preset has the lower value, and `RANGES` has 
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 Preset = Literal[
     "conservative", "balanced", "aggressive", "small", "medium", "large", "memory-constrained",
@@ -39,43 +39,6 @@ RANGES: Mapping[Preset, Mapping[str, tuple[int, int]]] = {
     "large": {"epochs": (1, 2), "lora_r": (64, 128)},
     "speed-optimized": {"batch_size": (4, 8)},
 }
-
-# Key of a preset -> key of the run file that replaces it. The two exclude each other, or they
-# determine the same quantity, such as the length of the run.
-_REPLACED_BY = {
-    "epochs": "max_steps",
-    "gradient_accumulation_steps": "global_batch_size",
-    "load_in_4bit": "load_in_8bit",
-    "bf16": "fp16",
-}
-
-
-def preset_values(names: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The merged values of presets; later presets override earlier ones.
-
-    `given`: the user's own values. A key of a preset is left out if the user has set the key that
-    replaces it (_REPLACED_BY). Unknown names are ignored here; RunSettings refuses them.
-    """
-    values: dict[str, Any] = {}
-    for name in names if isinstance(names, list) else [names]:
-        if name in get_args(Preset):
-            values |= PRESETS[name]
-    replaced = {key for key, other in _REPLACED_BY.items() if _is_set(other, given)}
-    return {key: value for key, value in values.items() if key not in replaced}
-
-
-def replaced_preset_values(names: Any, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Mapping from each key whose preset value a run does not have to the reason."""
-    values = preset_values(names, {})
-    return {
-        key: f"{other} is set, which replaces the preset's {key}: {values[key]}"
-        for key, other in _REPLACED_BY.items()
-        if key in values and settings[key] != values[key] and _is_set(other, settings)
-    }
-
-
-def _is_set(key: str, values: Mapping[str, Any]) -> bool:
-    return values.get(key) not in (None, False, "auto")
 
 
 def preset_for(rows: int) -> Preset:

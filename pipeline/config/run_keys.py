@@ -122,7 +122,7 @@ class RunKeys(BaseModel):
     load_in_8bit: bool = Field(
         default=False,
         description="Quantise the base to 8 bits (LLM.int8).",
-        json_schema_extra=traits(peers="use_8bit"),
+        json_schema_extra=traits(peers="use_8bit", replaces="load_in_4bit"),
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
         default="nf4",
@@ -152,15 +152,17 @@ class RunKeys(BaseModel):
         BeforeValidator(_float_to_int),
     ] = Field(
         default=1,
-        description="Passes over the training data; fractions such as 2.5 are allowed. `auto` is "
-        "as many as `max_steps` needs, and the default if `max_steps` is set.",
+        description="Passes over the training data; fractions such as 2.5 are allowed. `auto`, the "
+        "default if `max_steps` is set, is as many passes as that number of steps needs.",
         json_schema_extra=traits(change="total_steps", peers="num_epochs num_train_epochs"),
     )
     max_steps: Positive | None = Field(
         default=None,
         description="Number of optimizer steps; if `epochs` is a number too, the run ends at "
         "whichever limit is reached first.",
-        json_schema_extra=traits(change="total_steps", peers="max_train_steps max_steps_per_epoch"),
+        json_schema_extra=traits(
+            change="total_steps", peers="max_train_steps max_steps_per_epoch", replaces="epochs"
+        ),
     )
     batch_size: SequenceCount | Auto = Field(
         default="auto",
@@ -189,7 +191,9 @@ class RunKeys(BaseModel):
         "`gradient_accumulation_steps` x ranks; `auto` is 16. Set it, and leave one of the other "
         "two `auto`, to train the same on any number of ranks.",
         json_schema_extra=traits(
-            deepspeed="train_batch_size", peers="total_batch_size effective_batch_size"
+            deepspeed="train_batch_size",
+            peers="total_batch_size effective_batch_size",
+            replaces="gradient_accumulation_steps",
         ),
     )
 
@@ -212,7 +216,7 @@ class RunKeys(BaseModel):
         default=None,
         description="Warm-up in steps; a value below 1 is a share of all steps. Cannot be combined "
         "with `warmup_ratio`.",
-        json_schema_extra=traits(peers="num_warmup_steps lr_warmup_steps"),
+        json_schema_extra=traits(peers="num_warmup_steps lr_warmup_steps", replaces="warmup_ratio"),
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         default="cosine",
@@ -243,7 +247,7 @@ class RunKeys(BaseModel):
         default="auto",
         description="Train in float16 with loss scaling; `auto` is true if the device does not "
         "support bfloat16.",
-        json_schema_extra=traits(deepspeed="fp16.enabled"),
+        json_schema_extra=traits(deepspeed="fp16.enabled", replaces="bf16"),
     )
     zero_stage: Annotated[int, Field(ge=1, le=3)] | Auto = Field(
         default="auto",
@@ -334,7 +338,7 @@ class RunKeys(BaseModel):
         default=None,
         description="Number of evenly spaced evaluations in each epoch; cannot be combined with "
         "`eval_steps`.",
-        json_schema_extra=traits(change="selection"),
+        json_schema_extra=traits(change="selection", replaces="eval_steps"),
     )
     eval_generate: Positive | None = Field(
         default=None,
@@ -364,7 +368,7 @@ class RunKeys(BaseModel):
         default=None,
         description="Number of evenly spaced checkpoints in each epoch; cannot be combined with "
         "`save_steps`.",
-        json_schema_extra=traits(change="run"),
+        json_schema_extra=traits(change="run", replaces="save_steps"),
     )
     save_total_limit: Positive = Field(
         default=2,

@@ -6,10 +6,10 @@ settings to a model and a machine.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import ConfigDict, PrivateAttr, field_validator, model_validator
 from pydantic.config import JsonDict
@@ -19,16 +19,11 @@ from pipeline.config.data_keys import DataKeys
 from pipeline.config.data_names import DataSource, sources
 from pipeline.config.frequency import Frequency, frequency
 from pipeline.config.hub import snapshot_folder
+from pipeline.config.presets import PRESETS, Preset
 from pipeline.config.run_keys import RunKeys
 from pipeline.config.traits import Change, traits
 
 _TIME = re.compile("[0-9]{1,6}:[0-9]{1,6}:[0-9]{1,6}")
-# Key -> key whose default does not apply if the run file has the first one: it becomes null.
-_REPLACES = {
-    "warmup_steps": "warmup_ratio",
-    "evals_per_epoch": "eval_steps",
-    "saves_per_epoch": "save_steps",
-}
 
 
 class RunSettings(AdapterKeys, RunKeys, DataKeys):
@@ -70,11 +65,12 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
         """Set the defaults that depend on other keys of the run file."""
         values = dict(values)
         given = {key for key, value in values.items() if value is not None}
-        for key, other in _REPLACES.items():
-            if key in given and other in given:
-                raise ValueError(f"{key} and {other}: both are given; set one of them to null")
-            if key in given:
-                values[other] = None
+        for replaced, key in settings_by("replaces").items():
+            if key not in given or not _may_be_null(replaced):
+                continue
+            if replaced in given:
+                raise ValueError(f"{key} and {replaced}: both are given; set one of them to null")
+            values[replaced] = None
         for strategy, steps, per_epoch in (
             ("evaluation_strategy", "eval_steps", "evals_per_epoch"),
             ("save_strategy", "save_steps", "saves_per_epoch"),
@@ -233,13 +229,48 @@ def settings_with(*changes: Change) -> frozenset[str]:
     return frozenset(name for name in names if _traits_of(name)["change"] in changes)
 
 
-def settings_by(trait: Literal["layout", "deepspeed", "peers"]) -> dict[str, str]:
+def settings_by(trait: Literal["layout", "deepspeed", "peers", "replaces"]) -> dict[str, str]:
     """Mapping from each value of a trait to the name of the setting that has it."""
     by_value: dict[str, str] = {}
     for name in RunSettings.model_fields:
         values: Any = _traits_of(name)[trait] or []
         by_value |= dict.fromkeys([values] if isinstance(values, str) else values, name)
     return by_value
+
+
+def is_set(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether a key has a value other than null, false and `auto`."""
+    return values.get(key) not in (None, False, "auto")
+
+
+def preset_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The merged values of the presets in `given`; later presets override earlier ones.
+
+    A key is left out if another key of `given` replaces it. Unknown names are ignored here;
+    RunSettings refuses them.
+    """
+    values: dict[str, Any] = {}
+    names: Any = given.get("preset")
+    for name in names if isinstance(names, list) else [names]:
+        if name in get_args(Preset):
+            values |= PRESETS[name]
+    replaced_by = settings_by("replaces")
+    return {k: v for k, v in values.items() if not is_set(replaced_by.get(k, ""), given)}
+
+
+def replaced_preset_values(settings: RunSettings) -> dict[str, str]:
+    """Keys whose preset value is not used in a run -> the reason."""
+    given = vars(settings)
+    values = preset_values({"preset": settings.preset})
+    return {
+        key: f"{other} is set, which replaces the preset's {key}: {values[key]}"
+        for key, other in settings_by("replaces").items()
+        if key in values and given[key] != values[key] and is_set(other, given)
+    }
+
+
+def _may_be_null(name: str) -> bool:
+    return type(None) in get_args(RunSettings.model_fields[name].annotation)
 
 
 def _traits_of(name: str) -> JsonDict:

@@ -1,6 +1,6 @@
 """Traits: facts about a setting for use by other packages, stored on the setting's Field."""
 
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 from pydantic.config import JsonDict
 
@@ -16,25 +16,24 @@ Change = Literal[
 ]
 
 
-def traits(
-    *,
-    change: Change = "result",
-    layout: str = "",
-    deepspeed: str = "",
-    peers: str = "",
-    is_path: bool = False,
-) -> JsonDict:
-    """The `json_schema_extra` of a setting's Field.
+class Traits(TypedDict, total=False):
+    """Facts about a setting; a trait that is left out is empty, and `change` is then "result"."""
 
-    `layout`: field of the plan's Layout that the setting fixes. `deepspeed`: DeepSpeed config key
-    with the same meaning, in dotted form. `peers`: names of the setting in other training
-    programs, separated by spaces; an unknown key with such a name gets a hint. `is_path`: the
-    value may be a path, in which `~` and `$NAME` are expanded.
-    """
+    change: Change
+    layout: str  # field of the plan's Layout that the setting fixes
+    deepspeed: str  # DeepSpeed config key with the same meaning, in dotted form
+    peers: str  # names in other training programs, separated by spaces: unknown keys with a hint
+    replaces: str  # setting whose default or preset value does not apply if this one is set
+    is_path: bool  # the value may be a path, in which `~` and `$NAME` are expanded
+
+
+def traits(**given: Unpack[Traits]) -> JsonDict:
+    """The `json_schema_extra` of a setting's Field."""
     return {
-        "change": change,
-        "layout": layout,
-        "deepspeed": deepspeed,
-        "peers": [*peers.split()],
-        "is_path": is_path,
+        "change": given.get("change", "result"),
+        "layout": given.get("layout", ""),
+        "deepspeed": given.get("deepspeed", ""),
+        "peers": [*given.get("peers", "").split()],
+        "replaces": given.get("replaces", ""),
+        "is_path": given.get("is_path", False),
     }

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from pipeline.config.presets import replaced_preset_values
-from pipeline.config.settings import RunSettings
+from pipeline.config.settings import RunSettings, replaced_preset_values
 from pipeline.errors import UserError
 from pipeline.plan.choose import Candidate, Cluster, candidates
 from pipeline.plan.cost.memory import Memory, memory
@@ -246,7 +245,7 @@ def plan_and_candidates(
         raise UserError(f"{nodes} nodes of {ranks_per_node} ranks: both must be 1 or more")
     if settings.deepspeed_json is not None:
         settings = with_json_constraints(settings.deepspeed_json, settings)
-    why = replaced_preset_values(settings.preset, vars(settings))
+    why = replaced_preset_values(settings)
     targets = shape.without_auto(settings.lora_target_modules)
     if targets != settings.lora_target_modules:
         settings = settings.model_copy(update={"lora_target_modules": targets})

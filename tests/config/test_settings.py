@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.load import dump_settings, load_settings
-from pipeline.config.presets import PRESETS, replaced_preset_values
-from pipeline.config.settings import RunSettings
+from pipeline.config.presets import PRESETS
+from pipeline.config.settings import RunSettings, replaced_preset_values
 from pipeline.errors import UserError
 from tests.messages import assert_mentions, refused
 
@@ -53,12 +53,12 @@ def test_a_user_s_value_replaces_a_contradicting_preset_value(run_file, preset, 
     """This includes values of the preset under another key; the plan names the replaced value."""
     settings = load_settings(run_file(f"preset: {preset}\n{given}\n"))
     assert getattr(settings, key) == value
-    reasons = replaced_preset_values(settings.preset, vars(settings))
+    reasons = replaced_preset_values(settings)
     assert reasons.keys() == {key}
     assert_mentions(reasons[key], given.split(":")[0], f"{key}: {PRESETS[preset][key]}")
     preset_alone = load_settings(run_file(f"preset: {preset}\n"))
     assert getattr(preset_alone, key) == PRESETS[preset][key]
-    assert not replaced_preset_values(preset_alone.preset, vars(preset_alone))
+    assert not replaced_preset_values(preset_alone)
 
 
 def test_max_steps_and_epochs_are_both_used_if_the_user_sets_both(run_file):

@@ -179,7 +179,7 @@ class _Tracer:
     def _add_result_id(
         self, result: dict[str, Any], given: Any, path: tuple[str | int, ...]
     ) -> None:
-        """Give a tool result the id of its call: by id, or in order if the row has no ids."""
+        """Add the id of its call to a tool result; results without ids are matched in order."""
         call_id = self._new_ids.get(given, given) if isinstance(given, str) else None
         if call_id in self._unanswered:
             self._unanswered.remove(call_id)

@@ -11,7 +11,7 @@ A split is a folder `<split>-<key>`. N: documents, T: tokens of one document, S:
 - sequence_offsets.npy (int64, S + 1): bounds of the sequences in sequence_documents.npy
 - sequence_tokens.npy, sequence_counts.npy (int64, S): tokens and supervised tokens of each sequence
 - sequence_squares.npy (int64, S): sum of squared document lengths, the cost of attention
-- sequences.json: the segments of an epoch (the key "rounds" is from the first version)
+- sequences.json: the segments of an epoch, under the key "rounds", their name in the first version
 - rejects.jsonl: the rejected and dropped rows
 - index.json: the SplitIndex and the audit
 """

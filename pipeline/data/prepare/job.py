@@ -53,7 +53,7 @@ class JobRun:
         limit: int | None,
     ) -> None:
         self._settings, self._job, self._limit = settings, job, limit
-        unweighted = [replace(source, weight=1.0) for source in job.sources]  # of held-out rows
+        unweighted = [replace(source, weight=1.0) for source in job.sources]  # for held-out rows
         self._splits = {
             name: _SplitBuilder(writer, sources, settings)
             for (name, writer), sources in zip(
