@@ -38,7 +38,7 @@ def _no_launcher_variables():
 
 
 def pytest_collection_modifyitems(items):
-    """Run slow tiers first: with short files at the end both workers end at about the same time."""
+    """Run slow tiers first, so that both xdist workers end at about the same time."""
     tiers = ("e2e", "engine", "group", "tensor")
     items.sort(key=lambda item: [item.get_closest_marker(tier) is None for tier in tiers])
 

@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pipeline.data.dataset.reader import DataIndex, open_split
-from pipeline.data.prepare.show import supervised_runs
+from pipeline.data.prepare.show import supervised_parts
 from pipeline.errors import UserError
 from pipeline.report.folder import RunRecords
 
@@ -22,13 +22,13 @@ _MAX_TOKENS = 1500  # of a document; the page says how many are shown
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A document as runs of text, each with whether it is supervised."""
+    """A document as parts of text, each with whether it is supervised."""
 
     number: int
     tokens: int
     supervised: int
     shown: int
-    runs: list[tuple[str, bool]]
+    parts: list[tuple[str, bool]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Documents:
 
 
 class _Decoder:
-    """Adapter of `tokenizers` to the method of transformers that `supervised_runs` calls."""
+    """Adapter of `tokenizers` to the method of transformers that `supervised_parts` calls."""
 
     def __init__(self, path: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(path))
@@ -77,7 +77,7 @@ def first_documents(run: RunRecords) -> Documents:
                 tokens=len(ids),
                 supervised=sum(supervised),
                 shown=len(shown),
-                runs=list(supervised_runs(shown, supervised[:_MAX_TOKENS], decoder)),
+                parts=list(supervised_parts(shown, supervised[:_MAX_TOKENS], decoder)),
             )
         )
     return Documents(documents=documents)

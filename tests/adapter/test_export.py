@@ -82,7 +82,7 @@ def test_adapter_and_quantised_model_are_exported_with_a_modelfile(run, command,
     assert "--max-lora-rank 8" in capsys.readouterr().out
 
 
-def test_the_text_of_a_template_is_not_taken_for_the_file_name(run, command):
+def test_the_word_model_in_braces_in_a_template_is_not_replaced(run, command):
     template = run / "merged" / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|>{model}"))
     command(run, "--gguf")

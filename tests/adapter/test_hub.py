@@ -101,7 +101,7 @@ def test_the_card_has_metadata_that_huggingface_hub_reads(publish):
     data = ModelCard(hub.files["README.md"].decode()).data
     assert (data.base_model, data.license, data.library_name) == ("org/base", "apache-2.0", "peft")
     assert data.datasets == ["org/rows"]
-    assert hub.validated  # by the hub's own endpoint
+    assert hub.validated  # the card was sent to the endpoint that checks metadata
 
 
 def test_the_merged_model_is_sent_when_asked_for(publish):
@@ -122,7 +122,7 @@ def test_the_merged_model_is_sent_when_asked_for(publish):
         ("see {home}/rows", "home folder"),
     ],
 )
-def test_a_secret_or_a_path_of_the_home_stops_everything(run, publish, content, fact):
+def test_a_secret_or_a_path_in_the_home_folder_stops_publishing(run, publish, content, fact):
     call, hub = publish
     text = content.replace("{home}", str(run.parent / "home"))
     (run / "adapter" / "notes.json").write_text(json.dumps({"x": text}))
@@ -134,7 +134,7 @@ def test_a_secret_or_a_path_of_the_home_stops_everything(run, publish, content, 
     assert not hub.files
 
 
-def test_a_secret_in_the_header_of_the_weights_is_seen(run, publish):
+def test_a_secret_in_the_header_of_the_weights_stops_publishing(run, publish):
     call, hub = publish
     header = json.dumps({"__metadata__": {"note": TOKEN}}).encode()
     weights = run / "adapter" / "adapter_model.safetensors"
@@ -195,7 +195,7 @@ def test_a_public_repository_gets_nothing_if_a_private_one_is_asked_for(publish)
     assert hub.files
 
 
-def test_a_path_of_a_home_behind_a_link_stops_everything(run, publish):
+def test_a_path_in_a_home_folder_behind_a_symbolic_link_stops_publishing(run, publish):
     call, hub = publish
     home = run.parent / "home"
     (run.parent / "link").symlink_to(home)

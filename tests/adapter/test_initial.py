@@ -194,7 +194,7 @@ def test_a_run_starts_from_the_trained_embeddings_of_an_adapter(tiny_model, tmp_
     assert (logits(model) - expected).norm() < 1e-6 * expected.norm()
 
 
-def test_an_adapter_with_other_modules_in_full_is_refused(tiny_model, first, tmp_path):
+def test_an_adapter_with_other_fully_trained_modules_is_refused(tiny_model, first, tmp_path):
     saved = publish(make_plan(tiny_model, modules_to_save=["embed_tokens"]), tmp_path / "saved")
     with refused("init_adapter", "modules_to_save: [lm_head, model.embed_tokens]"):
         require_startable(make_plan(tiny_model, init_adapter=str(saved)))

@@ -1,4 +1,4 @@
-"""The published adapter loads in other libraries: by path, by hub name, and merged. Safetensors."""
+"""The published adapter is in safetensors; other libraries load it by path, hub name or merged."""
 
 import shutil
 

@@ -68,7 +68,7 @@ def dequantised(layer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_round_trip_gives_bitwise_the_weights_of_the_training(base, kind):
+def test_quantising_and_dequantising_gives_bitwise_the_weights_of_training(base, kind):
     run = trained(base, **KINDS[kind])
     quantisation = Quantisation(
         settings=run.settings, shape=read_shape(str(base)), dtype=torch.bfloat16
@@ -123,7 +123,7 @@ def test_logits_computed_block_by_block_are_those_of_the_whole_model(
     assert torch.equal(ours, theirs)
 
 
-def test_only_one_block_has_its_weights_at_a_time(base, batch):
+def test_only_the_weights_of_one_block_are_in_memory_at_a_time(base, batch):
     causal = streamed_model(base)
     loaded = []
 
@@ -139,7 +139,9 @@ def test_only_one_block_has_its_weights_at_a_time(base, batch):
     assert all(parameter.is_meta for parameter in causal.parameters())
 
 
-def test_a_merge_is_nearest_to_the_base_that_it_was_added_to(base, adapter, batch, tmp_path):
+def test_logits_of_a_merge_are_nearest_on_the_base_it_was_merged_onto(
+    base, adapter, batch, tmp_path
+):
     run = trained(base, **KINDS["nf4-double"])
     nearest = {}
     for name, onto in (("original", None), ("dequantized", run)):

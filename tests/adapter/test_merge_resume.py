@@ -42,7 +42,7 @@ merge_adapters(pair / "base", adapters, pair / "merged", MergeOptions())
 
 @pytest.fixture
 def pair(pair):
-    """Base of four shards and adapter, with a merge of the adapter at another alpha."""
+    """A base of four shards, an adapter, and an earlier merge of the adapter with another alpha."""
     merge(pair)
     edit_json(pair / "adapter" / "adapter_config.json", lora_alpha=24)
     return pair

@@ -197,7 +197,7 @@ def test_a_kill_at_a_rename_keeps_the_previous_adapter(
     with pytest.raises(KeyboardInterrupt):
         write(plan, trained[0], published)
     assert contents(published) == before
-    # After a real kill: a next publish that fails must restore the first adapter.
+    # The folder as a real kill leaves it: if the next publish fails, it restores the first adapter.
     monkeypatch.setattr(publish, "verify_adapter_file", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write(plan, trained[0], left / "adapter")

@@ -21,7 +21,7 @@ class ProcessReplacedError(Exception):
 
 @pytest.fixture
 def rankzero_on(monkeypatch):
-    """A function that calls `rankzero` with so many GPUs; returns the command passed to execv."""
+    """A function that calls `rankzero` as if `gpus` were there; returns the command of execv."""
 
     def call(gpus: int, *words: str, **environment: str) -> list[str] | None:
         devices = gpus_of(gpus)
@@ -83,7 +83,7 @@ def test_verbose_shows_the_lines_of_the_launcher(rankzero_on):
         (8, ["train", "RUN.yaml"], {"RANK": "0"}),  # incomplete: the verb refuses it
     ],
 )  # fmt: skip
-def test_one_gpu_a_launcher_or_another_verb_runs_in_this_process(
+def test_with_one_gpu_a_launcher_or_another_verb_deepspeed_is_not_started(
     rankzero_on, gpus, words, environment
 ):
     assert rankzero_on(gpus, *words, **environment) is None

@@ -159,7 +159,7 @@ def test_packs_train_every_token_once_and_score_like_training(run_file, workspac
     assert sum(line["supervised_tokens"] for line in steps) == trained["supervised_tokens"]
     for line in steps[:2]:
         assert line["predicted_bytes"] == pytest.approx(line["peak_bytes"], rel=0.1)
-    # Less than 1 % on an idle machine; other load may delay the rank.
+    # On an idle machine the share is less than 1 %; other load may delay the rank.
     assert 0 < median(line["waiting_share"] for line in steps) < 0.05
     code, output = run("launch/score.py", folder)
     assert code == 0, output

@@ -93,7 +93,9 @@ def test_a_run_without_an_adapter_is_refused(refused_by, tmp_path, verb):
         (["model", "--data", "x", "--out", "absent/x.json"], ["--out", "absent/x.json"]),
     ],
 )
-def test_a_score_of_nothing_usable_is_refused(refused_by, tmp_path, run_file, arguments, facts):
+def test_a_score_without_usable_arguments_is_refused(
+    refused_by, tmp_path, run_file, arguments, facts
+):
     for name, file in (("adapter", "adapter_config.json"), ("model", "config.json")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text('{"model_type": "llama"}')

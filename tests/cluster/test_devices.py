@@ -156,7 +156,7 @@ def test_libraries_and_variables_of_other_vendors_are_detected(
     ("version", "env"),
     [("2.13.0+cu130", {}), ("2.13.0", {"ROCR_VISIBLE_DEVICES": ""})],
 )
-def test_torch_for_cuda_is_not_of_another_vendor(monkeypatch, tmp_path, version, env):
+def test_torch_for_cuda_is_no_sign_of_another_vendor(monkeypatch, tmp_path, version, env):
     monkeypatch.setattr(devices, "package_version", {"torch": version}.get)
     assert unsupported(env, tmp_path) is None
 
@@ -206,7 +206,7 @@ def test_granted_gpus_that_the_driver_does_not_show_are_missing(unset, name, val
     assert missing_gpus(Placement(), CPU) is None
 
 
-def test_cuda_visible_devices_of_deepspeed_on_a_cpu_are_no_granted_gpus(unset):
+def test_cuda_visible_devices_of_deepspeed_on_a_cpu_do_not_count_as_granted(unset):
     unset.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert missing_gpus(Placement(launcher="deepspeed"), CPU) is None
     unset.setenv("CUDA_VISIBLE_DEVICES", "-1")

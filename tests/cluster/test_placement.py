@@ -61,7 +61,7 @@ def test_no_launcher_is_one_process():
         (TORCHRUN | {"LOCAL_SIZE": "2"}, "torchrun"),  # set by DeepSpeed on a CPU
     ],
 )
-def test_the_variables_of_a_launcher_of_ranks_are_read(env, launcher):
+def test_the_rank_variables_of_deepspeed_and_torchrun_are_read(env, launcher):
     placement = from_environment(env)
     assert (placement.rank, placement.local_rank, placement.nodes) == (5, 1, 2)
     assert placement.launcher == launcher
@@ -155,7 +155,7 @@ def test_mpirun_inside_a_slurm_job_defines_the_ranks():
     assert (placement.launcher, placement.rank, placement.world_size) == ("mpirun", 5, 8)
 
 
-def test_srun_with_pmi_is_srun():
+def test_srun_with_pmi_is_not_taken_for_mpirun():
     """Slurm's PMI has rank and size only (--mpi=pmi2, the default of many clusters)."""
     pmi = {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_FD": "9", "PMI_JOBID": "1234.0"}
     placement = from_environment(SRUN | pmi)
@@ -301,7 +301,7 @@ def test_rank_variables_that_contradict_the_launcher_are_refused(change):
         from_environment(SRUN | HOOK | change)
 
 
-def test_a_hook_in_a_step_of_one_task_is_one_process():
+def test_variables_of_a_hook_in_a_step_of_one_task_give_one_process():
     one = {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1",
            "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # fmt: skip
     hook = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -370,7 +370,7 @@ def test_options_of_accelerate_beyond_the_ranks_are_refused(env, facts):
         from_environment(env)
 
 
-def test_accelerate_that_only_starts_ranks_is_torchrun():
+def test_accelerate_that_only_starts_ranks_is_read_like_torchrun():
     env = TORCHRUN | {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "no"}
     assert from_environment(env).launcher == "torchrun"
     one = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no"}

@@ -157,11 +157,11 @@ def assert_single_error_ends_all(tmp_path, victim):
     assert "Traceback" not in output
 
 
-def test_an_error_of_rank_0_only_ends_all_ranks(tmp_path):
+def test_an_error_that_only_rank_0_raises_ends_all_ranks(tmp_path):
     assert_single_error_ends_all(tmp_path, 0)
 
 
-def test_an_error_of_rank_1_only_ends_all_ranks_and_is_the_final_status(tmp_path):
+def test_an_error_that_only_rank_1_raises_ends_all_ranks_and_is_the_status(tmp_path):
     assert_single_error_ends_all(tmp_path, 1)
     assert (tmp_path / "final_status").read_text() == "1 rank 1: its worker died"
 

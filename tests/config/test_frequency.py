@@ -24,11 +24,11 @@ def steps_due(frequency, *, steps_per_epoch, total):
     return [step for step in range(1, total + 1) if frequency.is_due(step, steps_per_epoch)]
 
 
-def test_a_period_of_steps_is_counted_over_epochs():
+def test_an_interval_of_steps_continues_across_epochs():
     assert steps_due(Frequency(1, 4), steps_per_epoch=6, total=13) == [4, 8, 12]
 
 
-def test_once_an_epoch_is_at_its_last_step():
+def test_an_event_once_per_epoch_is_due_at_the_last_step():
     assert steps_due(Frequency(1), steps_per_epoch=6, total=13) == [6, 12]
 
 

@@ -1,4 +1,4 @@
-"""The command of lm-evaluation-harness, and what is said if it is missing."""
+"""The command of lm-evaluation-harness, and the message if the package is missing."""
 
 import sys
 from pathlib import Path

@@ -64,7 +64,7 @@ def numbers(scores):
 
 
 def count_answers(monkeypatch, *, fail_after=10**9):
-    """Replace the generation by one that counts the prompts, and fails after so many batches."""
+    """Replace the generation by one that counts prompts, and fails after `fail_after` batches."""
     counted, original = [], Generator.answers
 
     def answers(self, model, prompts, on_token, **options):
@@ -151,7 +151,9 @@ def other_length(run, tmp_path):
     ("change", "generated"),
     [(other_adapter, 10), (other_base, 20), (other_rows, 20), (other_length, 20)],
 )
-def test_answers_of_something_else_are_not_reused(run, tmp_path, monkeypatch, change, generated):
+def test_answers_of_another_adapter_base_rows_or_length_are_not_reused(
+    run, tmp_path, monkeypatch, change, generated
+):
     shutil.copytree(run.parent, tmp_path / "copy")
     own = tmp_path / "copy/run"
     text = (own / "run.yaml").read_text()

@@ -36,7 +36,7 @@ SEPARATE_DOCUMENTS = [
     "diffllama",  # two calls of attention in each block
     "mistral3",  # a wrapper without its own causal class
 ]
-# Recurrent state, or attention without the documents: kind, number of blocks that receive them.
+# Kinds in which packed documents mix -> number of blocks that receive the documents.
 MIX_DOCUMENTS = [("qwen3_5_text", 1), ("lfm2", 1), ("stablelm", 0), ("nemotron", 0)]
 LOSS_ONLY = [
     "qwen3_5_text",  # recurrent state

@@ -113,8 +113,8 @@ class Cluster:
     def reboot(self, node: str) -> None:
         """Kill all processes of a node and start its daemon.
 
-        Without the kill, Slurm 22.05 would end the old ranks later, by the id of their step. The
-        job's next start on this node has the same step id, and was seen to be ended instead.
+        Without the kill, Slurm 22.05 ends the old ranks later, by the id of their step. The job's
+        next start on this node has the same step id, so Slurm ended that start instead.
         """
         self.on_node(node, "bash", "-c", "kill -KILL -1")  # all but process 1 and itself
         self.on_node(node, "slurmd", "-N", node, "-f", self.folder / "slurm.conf")

@@ -199,7 +199,7 @@ def test_other_tokens_of_the_same_data_are_refused_with_the_versions(checkpoints
     assert first.require_resumable(old).step == 4
 
 
-def test_other_held_out_data_is_no_other_data_of_the_run(tmp_path):
+def test_a_run_resumes_with_other_held_out_data(tmp_path):
     def run_with(tokens):
         return Checkpoints(tmp_path / "checkpoints", replace(IDENTITY, tokens=tokens), keep=2)
 

@@ -90,9 +90,7 @@ def test_a_short_last_step_is_the_same_for_every_split_and_so_are_epochs_after_i
 
 
 @pytest.mark.parametrize(("kind", "world_size", "split"), QUANTISED)
-def test_quantised_is_the_same_for_every_split_and_stage(
-    tiny_model, tmp_path, kind, world_size, split
-):
+def test_qlora_is_the_same_for_every_split_and_stage(tiny_model, tmp_path, kind, world_size, split):
     expected = reference(tiny_model, tmp_path, kind)
     settings = kind | split
     result = run_ranks(train_tiny, tiny_model, settings, tmp_path=tmp_path, world_size=world_size)

@@ -81,12 +81,12 @@ def questions_of(session, run, settings):
         questions = held_out_questions(plan, DataIndex.load(run / "data"), session)
     except UserError as error:
         return str(error)
-    dealt = [list(batch) for batch in questions.batches_of_rank(session.placement)]
+    batches = [list(batch) for batch in questions.batches_of_rank(session.placement)]
     expected = list(enumerate(questions.expected))
-    return len(questions.prompts), dealt, questions.scores(expected)
+    return len(questions.prompts), batches, questions.scores(expected)
 
 
-def test_questions_are_dealt_in_equally_many_batches(tmp_path):
+def test_every_rank_gets_equally_many_batches_of_questions(tmp_path):
     run = make_run(tmp_path, rows=20)
     data = {"eval_data": str(tmp_path / "heldout.jsonl"), "output_dir": str(run)}
     first, second = run_ranks(

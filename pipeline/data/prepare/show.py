@@ -26,8 +26,8 @@ def show_documents(
         ids, supervised = (column.tolist() for column in split.document(i))
         console.rule(f"document {i}: {sum(supervised):,} of {len(ids):,} tokens are supervised")
         shown = Text()
-        for run, is_supervised in supervised_runs(ids, supervised, tokenizer):
-            text = _without_controls(run)
+        for part, is_supervised in supervised_parts(ids, supervised, tokenizer):
+            text = _without_controls(part)
             if has_colour:
                 shown.append(text, "bold green" if is_supervised else "dim")
             else:
@@ -52,14 +52,14 @@ def _without_controls(text: str) -> str:
     )
 
 
-def supervised_runs(
+def supervised_parts(
     ids: Sequence[int], supervised: Sequence[bool], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[str, bool]]:
-    """Divide the text of a document into supervised and unsupervised runs."""
+    """Divide the text of a document into supervised and unsupervised parts."""
     starts = deque([0])
 
     def decode(end: int) -> str:
-        """Decode with some preceding tokens, because a run alone may lose its leading space."""
+        """Decode with some preceding tokens, because a part alone may lose its leading space."""
         context = list(ids[starts[0] : end])
         return str(tokenizer.decode(context, clean_up_tokenization_spaces=False))
 

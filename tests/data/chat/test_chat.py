@@ -177,7 +177,7 @@ WRITES = pytest.mark.parametrize("write", ["{{ m['content'] }}", "{{ m['content'
 
 
 def with_generation_blocks(write, role=None, instead=""):
-    """A template that writes contents by `write`, and those of a role by `instead`."""
+    """A template that writes a message as `write`, or as `instead` if it has the role `role`."""
     written = f"{{% if m.role != '{role}' %}}{write}{{% else %}}{instead}{{% endif %}}"
     return tokenizer_with(MARKED.replace("{{ m['content'] }}", written))
 

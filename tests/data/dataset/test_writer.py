@@ -87,7 +87,7 @@ def test_the_fraction_of_a_weight_is_chosen_by_content(tmp_path):
 
 
 def test_the_fraction_of_a_weight_is_independent_of_holding_out(tmp_path):
-    """Rows are held out by their digest too; of those with high digests, half are selected."""
+    """Both select by digest. A weight of 0.5 also selects half of the rows with high digests."""
     written = WrittenSplit(tmp_path, [2000], [0.5], packing=False)
     high = written.digests > np.median(written.digests)
     assert 400 < written.occurrences()[high].sum() < 600

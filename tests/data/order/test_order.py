@@ -109,7 +109,7 @@ def test_each_sequence_is_seen_as_often_as_its_segment_repeats_with_equal_forwar
 @given(any_sequences(), SHAPES, st.integers(1, 60), st.floats(0, 1))
 @settings(max_examples=60, deadline=None)
 def test_a_run_that_ends_within_an_epoch_resumes_with_the_same_work(sequences, shape, total, share):
-    """With `epochs: 2.5` or a large `max_steps`, sequences differ by at most one epoch."""
+    """Within the last epoch, some sequences have been seen in one epoch less than others."""
     assume(total * shape.world_size < 130)
     split = SimpleNamespace(sequences=sequences)
     first = int(share * total)

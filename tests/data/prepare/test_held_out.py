@@ -103,9 +103,9 @@ def test_a_share_of_rows_is_held_out_by_content(run):
     train, held = split_rows(run, ROWS, 0.25)
     assert len(train) + len(held) == 60
     assert 5 < len(held) < 25
-    # The rows twice and in another order: the same rows are held out.
+    # With each row twice and in another order, the same rows are held out.
     assert split_rows(run, [*reversed(ROWS), *ROWS], 0.25) == (train, held)
-    # More rows: rows that were held out stay so.
+    # With more rows, the same old rows are held out.
     _, more_held = split_rows(run, [*ROWS, *NEW_ROWS], 0.25)
     assert more_held & (held | train) == held
 
@@ -114,7 +114,7 @@ def test_a_number_of_rows_is_held_out_by_content(run):
     train, held = split_rows(run, ROWS, 12)
     assert (len(train), len(held)) == (48, 12)
     assert split_rows(run, [*reversed(ROWS), *ROWS], 24) == (train, held)
-    # More rows: of the old rows, only such are held out that were so before.
+    # With more rows, no old row is held out that was not held out before.
     _, more_held = split_rows(run, [*ROWS, *NEW_ROWS], 12)
     assert more_held & (held | train) <= held
 

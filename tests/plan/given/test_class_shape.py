@@ -210,7 +210,7 @@ def test_a_weight_that_blocks_share_is_quantised_once_and_in_every_block(tmp_pat
     assert shape.quantised_parameters == sum(x.weights for x in by_weight.values())
 
 
-def test_a_tensor_of_three_dimensions_is_only_an_expert_by_its_name_or_class(tmp_path):
+def test_a_tensor_of_three_dimensions_counts_as_experts_only_by_name_or_class(tmp_path):
     shape = shape_of_kind(tmp_path, "recurrent_gemma")  # gates of (heads, width, width)
     assert (shape.num_experts, shape.expert_parameters) == (0, 0)
 
@@ -252,7 +252,7 @@ def test_a_forward_pass_that_fails_without_weights_is_refused_with_its_line(tmp_
         read_shape(str(tmp_path))
 
 
-def test_a_class_with_blocks_that_text_skips_is_refused(tmp_path):
+def test_a_class_with_blocks_that_are_not_called_for_text_is_refused(tmp_path):
     AutoConfig.for_model(
         "mllama",
         text_config=small(cross_attention_layers=[1]),
@@ -266,7 +266,7 @@ def test_a_class_with_blocks_that_text_skips_is_refused(tmp_path):
         read_shape(str(tmp_path))
 
 
-def test_layers_of_a_tower_inside_the_decoder_are_no_blocks(tmp_path):
+def test_layers_of_a_tower_inside_the_decoder_are_not_counted_as_blocks(tmp_path):
     next(small_copies(AutoConfig.for_model("phi4_multimodal"))).save_pretrained(tmp_path)
     shape = read_shape(str(tmp_path))
     assert shape.num_layers == shape.separate_blocks == 4
