@@ -156,7 +156,7 @@ def _scorings(
     options: ScoreOptions,
     session: Session,
 ) -> list[_Scoring]:
-    """The measurements, without those of equal models. Encodes the rows for each of them."""
+    """One measurement, with its encoded rows, for each model that differs from those before it."""
     encoders: dict[str, RowEncoder] = {}
     for subject in subjects:
         if (key := _encoding_key(subject)) not in encoders:

@@ -76,8 +76,9 @@ def subjects_of(
 ) -> list[Subject]:
     """The models that the arguments name: run folders, model folders, cached hub models.
 
-    Names have the argument in front if there are several arguments. Raises UserError if an argument
-    is neither, if a run has no adapter, or if its adapter was trained on another base.
+    If there are several arguments, the name of a model begins with its argument. Raises UserError
+    if an argument names none of these, if a run has no adapter, or if its adapter was trained on
+    another base.
     """
     subjects: list[Subject] = []
     for argument in dict.fromkeys(arguments):
@@ -160,7 +161,7 @@ def _is_scorable(run_folder: Path) -> bool:
 def _model_settings(
     folder: Path, overrides: Sequence[str], data: str | None, beside: RunSettings | None
 ) -> RunSettings:
-    """Settings to score a model folder. `beside`: of a run whose rows are used."""
+    """Settings to score a model folder. `beside`: the settings of the run whose rows are used."""
     values: dict[str, Any] = {"model": str(folder), "train_data": data or "-", "output_dir": "-"}
     if beside is not None:
         values |= {key: getattr(beside, key) for key in _SHARED_KEYS}

@@ -16,7 +16,7 @@ from pipeline.plan.given.shape import read_shape
 from pipeline.rows.examples import Completion, Conversation, Message, RowError
 
 _CONVERSATIONS = ("messages", "sharegpt", "alpaca")  # formats that the chat template renders
-_ANSWER = "Yes."  # in the place of the next answer, so that the template renders the turns before
+_ANSWER = "Yes."  # stands for the next answer, so that the template renders all turns before it
 
 
 class Talk:

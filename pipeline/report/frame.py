@@ -1,8 +1,8 @@
 """Frame of the report pages: template, style, scripts and content security policy.
 
 Jinja2 escapes every value. The exceptions are the files of this package (style and scripts) and the
-data block of the charts, in which `data_block` escapes every character that HTML knows. The content
-security policy allows the page's own style and scripts, by their hashes, and nothing else.
+data block of the charts, in which `data_block` escapes every character with a meaning in HTML. The
+content security policy allows the page's own style and scripts, by their hashes, and nothing else.
 """
 
 import base64

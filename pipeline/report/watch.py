@@ -8,7 +8,7 @@ from pipeline.report.folder import read_state
 from pipeline.report.page import write_report
 
 INTERVAL_S = 5
-_LARGEST_SHARE = 0.05  # of the time that writing may take, because the machine is training
+_LARGEST_SHARE = 0.05  # fraction of the time that writing may take, because the machine trains
 
 
 def watch_run(run_folder: Path, on_first_page: Callable[[Path], None]) -> str:

@@ -64,7 +64,7 @@ class ProgressDisplay:
 
     @contextmanager
     def show_work(self, text: str, total: int) -> Iterator[Work]:
-        """Show that the body is at work between two steps, and how far it is."""
+        """Show the progress of the body of the `with` statement, which runs between two steps."""
         if self._live is None:
             with show_progress(text, total) as work:
                 yield work

@@ -178,7 +178,7 @@ def _require_finite(run: TrainingState, loss: float) -> None:
 
 
 def _require_trained(run: TrainingState) -> None:
-    """Raise RankZeroError if a lora_B or a module in full gets no gradient, after two steps.
+    """Raise RankZeroError if a lora_B or a fully trained module gets no gradient, after two steps.
 
     The loss is not checked: in fp32 it can be exactly 0 if the model has learnt a short answer.
     """

@@ -67,7 +67,7 @@ def held_out_questions(plan: Plan, index: DataIndex, session: Session) -> HeldOu
 
 
 def _pairs(plan: Plan, held_out: SplitIndex, encoder: RowEncoder) -> list[list[str]]:
-    """Prompts and expected answers of the first rows of which both fit into the model."""
+    """Prompts and expected answers of the first rows whose prompt and answer fit into the model."""
     settings, limit = plan.settings, plan.shape.max_positions
     pairs: list[list[str]] = []
     for example in eval_examples(settings, held_out):

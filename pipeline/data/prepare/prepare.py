@@ -56,9 +56,9 @@ def check_rows(
 ) -> None:
     """Parse the rows of training and held-out data; UserError if too many are bad.
 
-    `first`: parse only this many rows of each source, unless too many of them are bad; then parse
-    the whole source before it is refused. `data_dir`: folder in which rejects.jsonl gets the bad
-    rows if the data is refused; nothing else is written.
+    `first`: number of rows of each source to parse. If too many of these are bad, the whole source
+    is parsed, so that the message counts all bad rows. `data_dir`: folder in which rejects.jsonl
+    gets the bad rows if the data is refused; nothing else is written.
     """
     for key, sources in _resolved_sources(settings).items():
         with TemporaryDirectory(prefix="rankzero-") as folder:

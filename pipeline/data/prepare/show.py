@@ -14,7 +14,7 @@ from pipeline.data.dataset.reader import Split
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONTEXT_TOKENS = 8  # decoded before a run: more than one character ever takes
+CONTEXT_TOKENS = 8  # tokens decoded before a part; one character never has as many
 
 
 def show_documents(

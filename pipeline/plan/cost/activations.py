@@ -177,7 +177,8 @@ def _saved_per_token(kind: _BlockKind) -> int:
 def _expert_inputs(block: Block) -> int:
     """Values per token that the projections of experts read.
 
-    If the shape has no number counted on the model's class, the experts are taken to be gated MLPs.
+    If the shape has no number counted on the model's class, the experts are assumed to be gated
+    MLPs.
     """
     if block.saved_for_expert_adapters is not None:
         return block.saved_for_expert_adapters

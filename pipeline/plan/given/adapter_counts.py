@@ -101,7 +101,7 @@ def pattern_value(pattern: Mapping[str, float] | None, name: str, default: float
 
 
 def input_of(name: str) -> str:
-    """Name of a layer's input. Layers that share an input, such as q_proj and k_proj, share it."""
+    """Name of a layer's input, the same for all layers that read it, such as q_proj and k_proj."""
     module, _, last = name.rpartition(".")
     for inputs in (_ATTENTION_INPUT, _MLP_INPUT):
         if last in inputs:

@@ -95,9 +95,9 @@ class Rule(Generic[ContextT]):
 
     `applies`: the condition, a function of a run's PlanInput or PlanContext. It returns whether the
     rule applies. A returned text that is not empty also means that the rule applies, and is
-    appended to the reason. `versions`: package versions
-    with the problem, such as "deepspeed>=0.17.6,<0.18.3"; empty if all supported versions have it.
-    For a package that is not installed, the newest version is assumed.
+    appended to the reason. `versions`: package versions with the problem, such as
+    "deepspeed>=0.17.6,<0.18.3"; empty if all supported versions have it. For a package that is not
+    installed, the newest version is assumed.
     """
 
     id: str
