@@ -18,29 +18,33 @@ from tests.tiny import Documents, make_plan
 def build_engine(session, folder: Path, settings: dict, documents: int = 40):
     plan = make_plan(folder, session.placement.world_size, documents, **settings)
     model = attach_adapter(load_base(plan, session.device), plan)
-    return plan, Engine(model, plan)
+    group = session.sequence_group(plan.layout.sequence_parallel_size)
+    return plan, Engine(model, plan, group=group)
 
 
 def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
     """The micro-batches of a rank in one step, and the step's number of supervised tokens."""
+    group, place = divmod(rank, plan.layout.sequence_parallel_size)
     layout = BatchLayout(
-        world_size=plan.layout.world_size,
+        data_parallel_size=plan.layout.data_parallel_size,
         accumulation_steps=plan.layout.accumulation_steps,
         micro_batch_size=plan.layout.micro_batch_size,
         flops=sequence_flops(cost_per_token(plan.shape, plan.settings, plan.training_dtype)),
     )
-    work_of_rank = RankWork(split, layout, seed=0, rank=rank, steps=range(step, step + 1))
+    work_of_rank = RankWork(split, layout, seed=0, rank=group, steps=range(step, step + 1))
     batches = [
-        SeededBatch(build_batch(split, m.sequences), forward_seed(0, step, m.first))
+        SeededBatch(build_batch(split, m.sequences), forward_seed(0, step, m.first, place))
         for m in work_of_rank
     ]
     return batches, work_of_rank.size_of(step).supervised_tokens
 
 
-def train_tiny(session, folder: Path, settings: dict, steps: int = 5, documents: int = 40) -> dict:
+def train_tiny(
+    session, folder: Path, settings: dict, steps: int = 5, documents: int = 40, split=None
+) -> dict:
     """Losses (mean over supervised tokens), gradient norms, first gradients, final fp32 weights."""
     plan, engine = build_engine(session, folder, settings, documents)
-    split = Documents(documents)
+    split = split or Documents(documents)
     rank = session.placement.rank
     losses, norms, gradients = [], [], {}
     for step in range(steps):

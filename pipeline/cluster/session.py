@@ -22,6 +22,8 @@ from pipeline.plan.given.hardware import Hardware
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.cluster.sequence_group import SequenceGroup
+
 # Time limit of a collective; long, because ranks load the model at different speeds.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Time limit of one wait on the store, which is repeated. Ranks wait on the store and not in a
@@ -136,6 +138,23 @@ class Session:
         # machine (comm/torch.py:47).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+    def sequence_group(self, size: int) -> "SequenceGroup | None":
+        """The `size` consecutive ranks that share sequences with this one; None if `size` is 1."""
+        if size == 1:
+            return None
+        import torch.distributed as dist
+
+        from pipeline.cluster.sequence_group import SequenceGroup
+
+        # Every rank creates all groups, in the same order.
+        firsts = range(0, self.placement.world_size, size)
+        groups = [
+            dist.new_group(range(first, first + size), timeout=_COLLECTIVE_TIMEOUT)
+            for first in firsts
+        ]
+        group, place = divmod(self.placement.rank, size)
+        return SequenceGroup(size, place, groups[group])
 
     def open_channel(self) -> Any:
         """A connection to the key-value store for another thread; None for a single process.

@@ -276,6 +276,19 @@ class RunKeys(BaseModel):
             change="run", layout="offload_param", deepspeed="zero_optimization.offload_param.device"
         ),
     )
+    sequence_parallel_size: Positive | Auto = Field(
+        default="auto",
+        description="Number of consecutive ranks that share each sequence, so that each of them "
+        "holds the activations of a part of its tokens (Ulysses sequence parallelism, "
+        "docs/long.md). It must divide the model's attention heads and the ranks of a node; a "
+        "multiple of the ranks of a node lets a group span nodes. `auto` is 1: each rank has its "
+        "own sequences.",
+        json_schema_extra=traits(
+            change="run",
+            layout="sequence_parallel_size",
+            peers="context_parallel_size sequence_parallel_degree",
+        ),
+    )
     deepspeed_json: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
         description="DeepSpeed JSON file whose keys replace generated ones; the value `auto` keeps "

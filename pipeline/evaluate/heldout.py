@@ -8,25 +8,27 @@ from pipeline.cluster.session import Session
 from pipeline.data.dataset.reader import Split
 from pipeline.data.order.batches import Batch, batches_of
 from pipeline.data.order.order import evaluation_work
+from pipeline.plan.given.layout import Layout
 
 
 def held_out_loss(
     summed_loss: Callable[[Batch], float],
     split: Split,
     session: Session,
-    micro_batch_size: int,
+    layout: Layout,
     show: Callable[[str, int], AbstractContextManager[Work]] = show_progress,
 ) -> float:
     """Mean loss over the supervised tokens of a split. Collective: all ranks must call it.
 
-    `show`: shows the progress.
+    `summed_loss`: the loss of a batch; in a sequence-parallel group, of this rank's tokens. `show`:
+    shows the progress.
     """
     work = evaluation_work(
         split.sequences,
-        world_size=session.placement.world_size,
-        micro_batch_size=micro_batch_size,
+        data_parallel_size=layout.data_parallel_size,
+        micro_batch_size=layout.micro_batch_size,
     )
-    micro_batches = work[session.placement.rank]
+    micro_batches = work[session.placement.rank // layout.sequence_parallel_size]
     total = 0.0
     with show("measuring the held-out loss", len(micro_batches)) as progress:
         for batch, _ in batches_of(split, micro_batches):

@@ -79,6 +79,7 @@ def single_process_plan(settings: RunSettings) -> Plan:
             "gradient_accumulation_steps": "auto",
             "global_batch_size": "auto",
             "hpz_partition_size": "auto",
+            "sequence_parallel_size": "auto",
             "offload_param": "auto",
             "deepspeed_json": None,
         }

@@ -8,9 +8,9 @@ document, D width of a query or key, V width of a value.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -19,8 +19,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
+from pipeline.cluster.sequence_group import SequenceGroup
 from pipeline.errors import UserError
 from pipeline.model.structure import num_blocks_with
+from pipeline.model.ulysses import heads_of_whole_sequence, of_own_heads, tokens_of_all_heads
 
 WITHIN_DOCUMENTS = "rankzero_documents"  # name of this attention for `attn_implementation`
 FLASH = "flash_attention_2"
@@ -36,33 +38,55 @@ Documents = Sequence[Sequence[int]]  # for each row of the batch: lengths of its
 
 
 class PackedDocuments(tuple[Sequence[int], ...]):
-    """Document lengths of a packed batch.
+    """Document lengths of a packed or split batch.
 
-    `receivers`: the attention modules that were called with this object.
+    `receivers`: the attention modules that were called with this object. `group`: the ranks over
+    which each row is split; None if rows are whole.
     """
 
-    def __init__(self, documents: Documents) -> None:
+    group: SequenceGroup | None
+
+    def __new__(cls, documents: Documents, group: SequenceGroup | None = None) -> Self:
+        """A tuple of the rows."""
+        del group
+        return super().__new__(cls, documents)
+
+    def __init__(self, documents: Documents, group: SequenceGroup | None = None) -> None:
         del documents  # the elements of the tuple
+        self.group = group
         self.receivers: set[nn.Module] = set()
+
+    @property
+    def are_packed(self) -> bool:
+        """Whether a row has several documents."""
+        return any(len(row) > 1 for row in self)
 
 
 def arguments_for(
-    implementation: str, documents: Documents, input_ids: torch.Tensor
+    implementation: str,
+    documents: Documents,
+    input_ids: torch.Tensor,
+    group: SequenceGroup | None = None,
 ) -> dict[str, Any]:
     """Additional arguments for the decoder, which keep packed documents separate.
 
-    `input_ids`: (B, T). There are no such arguments if every row has at most one document, because
-    padding on the right does not affect causal attention. Raises ValueError if the attention
-    implementation cannot keep documents separate.
+    `input_ids`: (B, T), or this rank's part (B, T / P) if a group of P ranks shares each row. There
+    are no such arguments if every row is whole and has at most one document, because padding on the
+    right does not affect causal attention. Raises ValueError if the attention implementation cannot
+    keep documents separate or cannot be split.
     """
-    if all(len(row) < 2 for row in documents):
+    if group is None and all(len(row) < 2 for row in documents):
         return {}
-    length, device = input_ids.shape[1], input_ids.device
+    length, device = input_ids.shape[1] * (1 if group is None else group.size), input_ids.device
     lengths = list(chain.from_iterable(_with_padding(row, length) for row in documents))
     positions = torch.cat([torch.arange(tokens) for tokens in lengths]).view(-1, length)
+    if group is not None:
+        positions = group.part(positions, 0)
     arguments: dict[str, Any] = {"position_ids": positions.to(device, non_blocking=True)}
     if implementation == WITHIN_DOCUMENTS:
-        return arguments | {"documents": PackedDocuments(documents)}
+        return arguments | {"documents": PackedDocuments(documents, group)}
+    if group is not None:
+        raise ValueError(f"attention {implementation!r} cannot be split over ranks")
     if implementation != FLASH:
         raise ValueError(f"attention {implementation!r} does not keep documents separate")
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
@@ -77,13 +101,17 @@ def require_all_blocks_separate(
     """Raise UserError if a block did not pass the documents to its attention.
 
     Such a block drops the argument (StableLM) or has no attention (Mamba, convolutions), and mixes
-    the tokens of different documents.
+    the tokens of different documents. If a row is split over ranks, such a block also sees only its
+    rank's tokens.
     """
     num_separate = num_blocks_with(documents.receivers, layers)
     if num_separate != len(layers):
+        can, setting = "keep the documents of a packed sequence separate", "packing: false"
+        if documents.group is not None:
+            can, setting = "can be split over ranks", "sequence_parallel_size: 1"
         raise UserError(
-            f"{num_separate} of {len(layers)} blocks of this {model_type} model keep the "
-            "documents of a packed sequence separate; set packing: false"
+            f"{num_separate} of {len(layers)} blocks of this {model_type} model {can}; "
+            f"set {setting}"
         )
 
 
@@ -134,7 +162,30 @@ def _attend(
         return layer(query, key, value).transpose(1, 2).contiguous(), None
     if isinstance(documents, PackedDocuments):
         documents.receivers.add(module)
+        if documents.group is not None:
+            return _over_group(documents, documents.group, layer, (query, key, value)), None
     return _by_document(documents, layer, query, key, value), None
+
+
+def _over_group(
+    documents: PackedDocuments,
+    group: SequenceGroup,
+    layer: "_LayerAttention",
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """Attention of a sequence that a group of P ranks shares: (B, T / P, H, V).
+
+    `tensors`: query, key and value of this rank's tokens. Between the two exchanges this rank has
+    all tokens of its share of the heads, and computes them as without a group.
+    """
+    query, key, value = heads_of_whole_sequence(group, *tensors)
+    if layer.sinks is not None:
+        layer = replace(layer, sinks=of_own_heads(group, layer.sinks))
+    if documents.are_packed:
+        output = _by_document(documents, layer, query, key, value)
+    else:  # padding on the right does not affect a single document
+        output = layer(query, key, value).transpose(1, 2)
+    return tokens_of_all_heads(group, output)
 
 
 def _with_mask(

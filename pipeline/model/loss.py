@@ -5,8 +5,8 @@ T tokens of a sequence, D hidden size, V vocabulary size, S supervised positions
 """
 
 import copy
-import math
 from collections.abc import Callable
+from math import ceil
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from pipeline.cluster.sequence_group import SequenceGroup
 from pipeline.model.attention import Documents, arguments_for, require_all_blocks_separate
 from pipeline.model.loss_gradient import sum_with_gradient
 from pipeline.model.structure import blocks, body_name, text_decoder
@@ -36,6 +37,9 @@ class SummedLoss(nn.Module):
 
     With `has_gradient_in_forward` the gradient of the loss is computed in the forward pass, if the
     head is frozen (loss_gradient.py). Otherwise several chunks are recomputed in the backward pass.
+
+    `group`: the ranks that share each sequence. All of them are called with the same batch, and
+    each returns the loss of its part of the tokens. None if each rank has its own sequences.
     """
 
     def __init__(
@@ -44,11 +48,13 @@ class SummedLoss(nn.Module):
         num_chunks: int | None = None,
         *,
         has_gradient_in_forward: bool = False,
+        group: SequenceGroup | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self._num_chunks = num_chunks
         self._has_gradient_in_forward = has_gradient_in_forward
+        self._group = group
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, documents: Documents
@@ -64,7 +70,11 @@ class SummedLoss(nn.Module):
         """
         model = self.model
         causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        packed = arguments_for(causal.config._attn_implementation, documents, input_ids)
+        # Shifted before a split: the target of a part's last token is the next part's first token.
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if (group := self._group) is not None:
+            input_ids, targets = group.part(input_ids, 0), group.part(targets, IGNORED)
+        packed = arguments_for(causal.config._attn_implementation, documents, input_ids, group)
         hidden = text_decoder(causal)(
             input_ids=input_ids, use_cache=False, **packed
         ).last_hidden_state  # (B, T, D)
@@ -72,9 +82,8 @@ class SummedLoss(nn.Module):
             require_all_blocks_separate(
                 packed["documents"], blocks(causal), causal.config.model_type
             )
-        targets = labels[:, 1:]
         is_supervised = targets != IGNORED
-        return self._loss_sum(causal, hidden[:, :-1][is_supervised], targets[is_supervised])
+        return self._loss_sum(causal, hidden[is_supervised], targets[is_supervised])
 
     def _loss_sum(self, causal: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits_of = class_logits(causal)
@@ -163,9 +172,10 @@ class _BodyOutput:
 
 def max_chunks(plan: Plan) -> int:
     """Number of chunks for the largest micro-batch of a plan, if every token is supervised."""
-    positions = plan.layout.micro_batch_size * plan.settings.max_length
+    tokens = ceil(plan.settings.max_length / plan.layout.sequence_parallel_size)
+    positions = plan.layout.micro_batch_size * tokens
     return _chunks(positions, plan.shape.vocab_size)
 
 
 def _chunks(positions: int, vocab_size: int) -> int:
-    return max(1, math.ceil(positions * vocab_size * 4 / LOGITS_CHUNK_BYTES))
+    return max(1, ceil(positions * vocab_size * 4 / LOGITS_CHUNK_BYTES))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.cluster.sequence_group import SequenceGroup
 from pipeline.model.attention import Documents
 
 
@@ -15,12 +16,16 @@ class EmbeddingNoise:
     L is the length of the token's own document, not of its pack; D is the hidden size. There is no
     noise on padding, and none in evaluation mode. The noise comes from torch's generator, which is
     seeded before each forward pass, as for dropout. `documents` must be set before each forward.
+    If a group of ranks shares each sequence, the embedding has this rank's part of the tokens.
 
     It must be registered after `deepspeed.initialize` (see `remove_input_gradients` in base.py).
     """
 
-    def __init__(self, embeddings: nn.Module, alpha: float) -> None:
+    def __init__(
+        self, embeddings: nn.Module, alpha: float, group: SequenceGroup | None = None
+    ) -> None:
         self.documents: Documents = ()
+        self._group = group
         self._alpha = alpha
         embeddings.register_forward_hook(self._add_noise)
 
@@ -29,10 +34,12 @@ class EmbeddingNoise:
         if not module.training:
             return output
         rows, length, hidden_size = output.shape
-        scale = torch.zeros(rows, length)
+        scale = torch.zeros(rows, length * (1 if self._group is None else self._group.size))
         for row, lengths in enumerate(self.documents):
             scales = [self._alpha / math.sqrt(tokens * hidden_size) for tokens in lengths]
             counts = torch.tensor(lengths)
             scale[row, : sum(lengths)] = torch.tensor(scales).repeat_interleave(counts)
+        if self._group is not None:
+            scale = self._group.part(scale, 0)
         noise = torch.empty_like(output).uniform_(-1, 1)
         return output + noise * scale[..., None].to(output)

@@ -82,12 +82,14 @@ def training_dtype(settings: RunSettings, hardware: Hardware) -> tuple[str, str]
     return "float32", f"no 16-bit type is both allowed and supported on {hardware.name}"
 
 
-def micro_batches(settings: RunSettings, world_size: int) -> list[tuple[int, int]]:
+def micro_batches(
+    settings: RunSettings, world_size: int, sequence_parallel_size: int = 1
+) -> list[tuple[int, int]]:
     """Every allowed pair of micro-batch size and accumulation steps, largest micro-batch first.
 
     Raises UserError if the batch keys contradict each other or the number of ranks.
     """
-    per_rank = _sequences_per_rank(settings, world_size)
+    per_rank = _sequences_per_rank(settings, world_size, sequence_parallel_size)
     if settings.batch_size != "auto":
         return [(settings.batch_size, per_rank // settings.batch_size)]
     if settings.gradient_accumulation_steps != "auto":
@@ -97,8 +99,9 @@ def micro_batches(settings: RunSettings, world_size: int) -> list[tuple[int, int
     return [(micro, per_rank // micro) for micro in range(largest, 0, -1) if per_rank % micro == 0]
 
 
-def _sequences_per_rank(settings: RunSettings, world_size: int) -> int:
-    """Sequences of a step on each rank, from the batch keys."""
+def _sequences_per_rank(settings: RunSettings, world_size: int, sequence_parallel_size: int) -> int:
+    """Sequences of a step on each rank, or on each group that shares sequences."""
+    groups = world_size // sequence_parallel_size
     total = settings.global_batch_size
     micro, accumulation = settings.batch_size, settings.gradient_accumulation_steps
     factors = {"batch_size": micro, "gradient_accumulation_steps": accumulation}
@@ -107,18 +110,21 @@ def _sequences_per_rank(settings: RunSettings, world_size: int) -> int:
     for value in given.values():
         per_rank *= value
     if total == "auto":
-        return per_rank if given else max(1, _DEFAULT_GLOBAL_BATCH // world_size)
-    all_ranks = world_size * per_rank
+        return per_rank if given else max(1, _DEFAULT_GLOBAL_BATCH // groups)
+    all_ranks = groups * per_rank
     is_complete = len(given) == len(factors)
     if total % all_ranks or (is_complete and total != all_ranks):
-        terms = [f"{world_size} ranks", *(f"{key} {value}" for key, value in given.items())]
+        unit = "ranks"
+        if sequence_parallel_size > 1:
+            unit = f"groups of {sequence_parallel_size} ranks (sequence_parallel_size)"
+        terms = [f"{groups} {unit}", *(f"{key} {value}" for key, value in given.items())]
         low = max(total // all_ranks, 1) * all_ranks
         possible = str(all_ranks) if is_complete else f"{low} or {low + all_ranks}"
         raise UserError(
             f"global_batch_size: {total} is not {' x '.join(terms)}"
             f"{'' if is_complete else ' x a whole number'}; {possible} would work"
         )
-    return total // world_size
+    return total // groups
 
 
 def candidates(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> list[Candidate]:
@@ -153,7 +159,8 @@ def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iter
     No block is checkpointed in these layouts, or every block with `gradient_checkpointing: true`.
     """
     dtype = training_dtype(settings, cluster.hardware)[0]
-    batches = micro_batches(settings, cluster.world_size)
+    size = _sequence_parallel_size(settings, cluster)
+    batches = micro_batches(settings, cluster.world_size, size)
     all_blocks = shape.num_layers if settings.gradient_checkpointing is True else 0
     not_offloaded: list[Offload] = ["none"]
     for stage in _allowed_stages(settings, dtype, cluster):
@@ -170,7 +177,32 @@ def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iter
                 training_dtype=dtype,
                 hpz_partition_size=hpz_size,
                 offload_param=offload,
+                sequence_parallel_size=size,
             )
+
+
+def _sequence_parallel_size(settings: RunSettings, cluster: Cluster) -> int:
+    """Ranks that share a sequence. Raises UserError if the ranks cannot be grouped like this.
+
+    Groups of consecutive ranks lie within a node. A group spans nodes only if the user asks for a
+    multiple of the ranks of a node.
+    """
+    if settings.sequence_parallel_size == "auto":
+        return 1
+    size, per_node, world = (
+        settings.sequence_parallel_size,
+        cluster.ranks_per_node,
+        cluster.world_size,
+    )
+    if per_node % size == 0 or (size % per_node == 0 and world % size == 0):
+        return size
+    possible = [n for n in range(1, world + 1) if per_node % n == 0]
+    possible += [n for n in range(2 * per_node, world + 1, per_node) if world % n == 0]
+    raise UserError(
+        f"sequence_parallel_size: {size} does not divide the {per_node} ranks of a node"
+        + (f" of {cluster.nodes} nodes" if cluster.nodes > 1 else "")
+        + f"; {', '.join(map(str, possible))} would"
+    )
 
 
 def _allowed_stages(settings: RunSettings, dtype: str, cluster: Cluster) -> list[int]:

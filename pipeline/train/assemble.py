@@ -56,7 +56,8 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
     with show_progress("loading the model"):
         model = attach_adapter(load_base(plan, session.device), plan)
         heartbeat.beat(creating)
-        engine = Engine(model, plan, heartbeat.beat)
+        group = session.sequence_group(plan.layout.sequence_parallel_size)
+        engine = Engine(model, plan, heartbeat.beat, group)
     progress = Progress()
     if resumed is not None:
         heartbeat.beat(restoring)

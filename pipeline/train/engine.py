@@ -19,6 +19,7 @@ from pipeline.adapter.gather import (
     disable_scale_error,
     is_at_smallest_scale,
 )
+from pipeline.cluster.sequence_group import SequenceGroup
 from pipeline.config.settings import RunSettings
 from pipeline.data.order.batches import IGNORED, Batch
 from pipeline.data.order.steps import SeededBatch
@@ -40,7 +41,9 @@ _RATE_NAMES = ("lr", "lr_lora_b")  # names in metrics.jsonl, in the order of the
 class StepResult:
     """Result of an optimizer step on one rank.
 
-    `loss_sum`, `tokens`: sums over the micro-batches of this rank. `grad_norm`: over all ranks.
+    `loss_sum`, `tokens`: sums over the micro-batches of this rank. `tokens` is 0 on all ranks of a
+    sequence-parallel group but the first, because they share their tokens. `grad_norm`: over all
+    ranks.
     `was_applied`: False if the update was skipped. `can_lower_scale`: whether the loss scale of
     fp16 was above its minimum, so that an overflow is no failure: DeepSpeed lowers the scale.
     """
@@ -55,16 +58,22 @@ class StepResult:
 class Engine:
     """A model in a DeepSpeed engine, and its trainable parameters.
 
-    `on_phase`: called with the name of each phase of a step, for the watchdog.
+    `on_phase`: called with the name of each phase of a step, for the watchdog. `group`: the ranks
+    that share each sequence with this rank; None if each rank has its own sequences.
     """
 
     def __init__(
-        self, model: PeftModel, plan: Plan, on_phase: Callable[[str], None] = lambda phase: None
+        self,
+        model: PeftModel,
+        plan: Plan,
+        on_phase: Callable[[str], None] = lambda phase: None,
+        group: SequenceGroup | None = None,
     ) -> None:
         self._model = model
         self.parameters = trainable(model)
         self._on_phase = on_phase
         self._world_size = plan.world_size
+        self._group = group
         self.largest_batch = SequenceProfile(tokens=1)
         self._max_tokens = 0
         is_sharded = plan.layout.is_sharded
@@ -79,6 +88,7 @@ class Engine:
                 model,
                 max_chunks(plan) if is_sharded else None,
                 has_gradient_in_forward=not plan.fast_paths[LOSS_GRADIENT],
+                group=group,
             ),
             model_parameters=_parameter_groups(self.parameters, plan.settings),
             config=dict(plan.deepspeed),
@@ -96,7 +106,8 @@ class Engine:
         if is_reentrant:
             require_input_gradients(causal)
         alpha = plan.settings.neftune_noise_alpha
-        self._noise = EmbeddingNoise(causal.get_input_embeddings(), alpha) if alpha else None
+        embeddings = causal.get_input_embeddings()
+        self._noise = EmbeddingNoise(embeddings, alpha, group) if alpha else None
 
     @property
     def device(self) -> torch.device:
@@ -169,7 +180,8 @@ class Engine:
                 self._on_phase("the backward pass")
                 self.deepspeed.backward(scaled, scale_wrt_gas=False)
                 loss_sum += loss.detach().double()
-                tokens += seeded.batch.tokens
+                if self._group is None or self._group.place == 0:
+                    tokens += seeded.batch.tokens
                 del loss, scaled  # 8-bit layers keep tensors in the graph until it is gone
             self._on_phase("the optimizer's step")
         return loss_sum, tokens
@@ -183,7 +195,10 @@ class Engine:
         """Record the largest micro-batch; its predicted memory is shown with the measured peak."""
         if batch.input_ids.numel() > self._max_tokens:
             self._max_tokens = batch.input_ids.numel()
-            share = float((batch.labels != IGNORED).double().mean())
+            labels = batch.labels
+            if self._group is not None:
+                labels = self._group.part(labels, IGNORED)
+            share = float((labels != IGNORED).double().mean())
             tokens = batch.input_ids.shape[1]
             self.largest_batch = SequenceProfile(
                 tokens=tokens, supervised_share=share, attended=batch.attended

@@ -209,9 +209,9 @@ def _evaluate(run: TrainingState) -> None:
         _agree_on_stop(run)
         return run.engine.evaluate(batch)
 
-    watch, micro_batch_size = Stopwatch(), run.plan.layout.micro_batch_size
+    watch = Stopwatch()
     loss = held_out_loss(
-        summed_loss, run.eval_split, run.session, micro_batch_size, run.display.show_work
+        summed_loss, run.eval_split, run.session, run.plan.layout, run.display.show_work
     )
     scores = {} if run.questions is None else _answer_scores(run, run.questions)
     progress.is_evaluation_due = False

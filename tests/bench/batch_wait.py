@@ -40,7 +40,7 @@ class MappedPacks:
 def mean_wait_s(split, workers, busy_s=0.0):
     """Mean wait for a micro-batch; `busy_s`: seconds of computation between two micro-batches."""
     layout = BatchLayout(
-        world_size=8,
+        data_parallel_size=8,
         accumulation_steps=ACCUMULATION,
         micro_batch_size=MICRO,
         flops=SequenceFlops(per_token=1.0, per_square=1e-3, per_logit=1.0),

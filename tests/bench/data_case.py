@@ -29,7 +29,9 @@ def main() -> None:
     start_time = time.perf_counter()
     check_first_rows(settings)
     split = open_split(prepare_data(settings, Path(run) / "data").train)
-    layout = BatchLayout(world_size=1, accumulation_steps=4, micro_batch_size=4, flops=flops)
+    layout = BatchLayout(
+        data_parallel_size=1, accumulation_steps=4, micro_batch_size=4, flops=flops
+    )
     work = RankWork(split, layout, seed=42, rank=0, steps=range(10))
     build_batch(split, work[0].sequences)
     print(time.perf_counter() - start_time)

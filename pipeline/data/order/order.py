@@ -28,9 +28,12 @@ _GOLDEN_RATIO = 0.6180339887498949
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLayout:
-    """Division of a global batch over ranks and micro-batches, balanced by `flops`."""
+    """Division of a global batch over ranks and micro-batches, balanced by `flops`.
 
-    world_size: int
+    `data_parallel_size`: number of ranks; the ranks of a sequence-parallel group count as one.
+    """
+
+    data_parallel_size: int
     accumulation_steps: int
     micro_batch_size: int
     flops: SequenceFlops
@@ -38,7 +41,7 @@ class BatchLayout:
     @property
     def global_batch_size(self) -> int:
         """Sequences per step."""
-        return self.world_size * self.accumulation_steps * self.micro_batch_size
+        return self.data_parallel_size * self.accumulation_steps * self.micro_batch_size
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def _rank_groups(
     by_length = batch[np.lexsort((batch, -sequences.tokens[batch]))]
     size = 1 if sequences.are_packs else layout.micro_batch_size
     groups = [by_length[first : first + size] for first in range(0, len(batch), size)]
-    divided = divide(_costs(groups, sequences, layout.flops), layout.world_size)
+    divided = divide(_costs(groups, sequences, layout.flops), layout.data_parallel_size)
     return [[groups[i] for i in own] for own in divided]
 
 
@@ -159,7 +162,7 @@ def _micro_batches(
         groups = [groups[i] for i in np.argsort(-costs, kind="stable")]
     empty = [np.zeros(0, np.int64)] * (layout.accumulation_steps - len(groups))
     return [
-        MicroBatch(tuple(group.tolist()), (number * layout.world_size + rank) * size)
+        MicroBatch(tuple(group.tolist()), (number * layout.data_parallel_size + rank) * size)
         for number, group in enumerate([*groups, *empty])
     ]
 
@@ -232,7 +235,7 @@ class RankWork(Sequence[MicroBatch]):
 
 
 def evaluation_work(
-    sequences: Sequences, *, world_size: int, micro_batch_size: int
+    sequences: Sequences, *, data_parallel_size: int, micro_batch_size: int
 ) -> list[list[MicroBatch]]:
     """The micro-batches of each rank for one pass over the sequences; each rank has equally many.
 
@@ -243,16 +246,20 @@ def evaluation_work(
     size = micro_batch_size
     by_length = indices[np.argsort(-sequences.tokens[indices], kind="stable")]
     groups = [by_length[first : first + size] for first in range(0, len(indices), size)]
-    work: list[list[MicroBatch]] = [[] for _ in range(world_size)]
-    for row in range(-(-len(groups) // world_size)):
-        for column in range(world_size):
-            index = row * world_size + column
+    work: list[list[MicroBatch]] = [[] for _ in range(data_parallel_size)]
+    for row in range(-(-len(groups) // data_parallel_size)):
+        for column in range(data_parallel_size):
+            index = row * data_parallel_size + column
             chosen = tuple(groups[index].tolist()) if index < len(groups) else ()
-            rank = column if row % 2 == 0 else world_size - 1 - column
+            rank = column if row % 2 == 0 else data_parallel_size - 1 - column
             work[rank].append(MicroBatch(chosen, index * size))
     return work
 
 
-def forward_seed(seed: int, step: int, first: int) -> int:
-    """Dropout seed of one forward pass: a function of its position, so resume needs no state."""
-    return int(hash_of(seed, step, first) >> np.uint64(1))
+def forward_seed(seed: int, step: int, first: int, place: int = 0) -> int:
+    """Dropout seed of one forward pass: a function of its position, so resume needs no state.
+
+    `place`: of the rank in its sequence-parallel group, whose ranks have different tokens. Without
+    groups it is 0 and not hashed, so that the seeds are those of earlier versions.
+    """
+    return int(hash_of(seed, step, first, *([place] if place else [])) >> np.uint64(1))

@@ -37,18 +37,19 @@ def training_steps(
 ) -> Iterator[TrainingStep]:
     """The steps from `first_step` to the last one.
 
-    Consume all batches of a step before taking the next step. Iterate inside
-    `worker_deaths_reported`.
+    The ranks of a sequence-parallel group get the same batches and different seeds. Consume all
+    batches of a step before taking the next step. Iterate inside `worker_deaths_reported`.
     """
     settings = plan.settings
+    group, place = divmod(rank, plan.layout.sequence_parallel_size)
     layout = BatchLayout(
-        world_size=plan.layout.world_size,
+        data_parallel_size=plan.layout.data_parallel_size,
         accumulation_steps=plan.layout.accumulation_steps,
         micro_batch_size=plan.layout.micro_batch_size,
         flops=sequence_flops(cost_per_token(plan.shape, settings, plan.training_dtype)),
     )
     steps = range(first_step, plan.steps.total_steps)
-    work = RankWork(split, layout, seed=settings.seed, rank=rank, steps=steps)
+    work = RankWork(split, layout, seed=settings.seed, rank=group, steps=steps)
     batches = batches_of(
         split,
         work,
@@ -56,7 +57,7 @@ def training_steps(
         prefetch_factor=settings.dataloader_prefetch_factor,
     )
     seeded = (
-        SeededBatch(batch, forward_seed(settings.seed, work.step_of(i), first))
+        SeededBatch(batch, forward_seed(settings.seed, work.step_of(i), first, place))
         for i, (batch, first) in enumerate(batches)
     )
     for step in steps:

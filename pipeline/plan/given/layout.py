@@ -15,7 +15,8 @@ class Layout:
     blocks, because their backward pass runs last, when the activations of the others are freed.
     `hpz_partition_size`: number of ranks that shard a second copy of the base (hpZ) at ZeRO-3; 1 if
     there is no second copy. `loads_through_host`: a quantised base that is too large for one device
-    is loaded into host memory and sharded from there.
+    is loaded into host memory and sharded from there. `sequence_parallel_size`: number of
+    consecutive ranks that share each sequence; 1 if each rank has its own sequences.
     """
 
     zero_stage: int
@@ -28,6 +29,7 @@ class Layout:
     hpz_partition_size: int = 1
     offload_param: Offload = "none"
     loads_through_host: bool = False
+    sequence_parallel_size: int = 1
 
     @property
     def world_size(self) -> int:
@@ -35,9 +37,14 @@ class Layout:
         return self.nodes * self.ranks_per_node
 
     @property
+    def data_parallel_size(self) -> int:
+        """Number of ranks with different sequences, or of groups that share theirs."""
+        return self.world_size // self.sequence_parallel_size
+
+    @property
     def global_batch_size(self) -> int:
         """Sequences of one step over all ranks."""
-        return self.micro_batch_size * self.accumulation_steps * self.world_size
+        return self.micro_batch_size * self.accumulation_steps * self.data_parallel_size
 
     @property
     def bytes_per_value(self) -> int:

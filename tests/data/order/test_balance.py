@@ -41,7 +41,7 @@ def waiting_share(costs):
 def test_costs_of_ranks_are_more_equal_than_those_of_random_partitions(ranks, turns, micro, flops):
     sequences, random = gsm8k(packing=True), np.random.default_rng(0)
     shape = BatchLayout(
-        world_size=ranks, accumulation_steps=turns, micro_batch_size=micro, flops=flops
+        data_parallel_size=ranks, accumulation_steps=turns, micro_batch_size=micro, flops=flops
     )
     size, costs = shape.global_batch_size, costs_of(sequences, flops)
     spreads, random_spreads, waits, random_waits = [], [], [], []

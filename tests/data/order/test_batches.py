@@ -32,7 +32,9 @@ def split():
 def work_on(split) -> RankWork:
     """Work of the second of two ranks from step 3 on."""
     flops = SequenceFlops(per_token=1.0, per_square=1.0, per_logit=1.0)
-    layout = BatchLayout(world_size=2, accumulation_steps=2, micro_batch_size=2, flops=flops)
+    layout = BatchLayout(
+        data_parallel_size=2, accumulation_steps=2, micro_batch_size=2, flops=flops
+    )
     return RankWork(split, layout, seed=0, rank=1, steps=range(3, 3 + STEPS))
 
 

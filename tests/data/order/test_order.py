@@ -30,7 +30,7 @@ SMALL = SequenceFlops(per_token=4.7e8, per_square=1.0e5, per_logit=1.1e8)
 ATTENTIVE = SequenceFlops(per_token=1.0, per_square=1.0, per_logit=0.0)
 SHAPES = st.builds(
     BatchLayout,
-    world_size=st.integers(1, 64),
+    data_parallel_size=st.integers(1, 64),
     accumulation_steps=st.integers(1, 4),
     micro_batch_size=st.integers(1, 4),
     flops=st.just(SMALL),
@@ -86,8 +86,8 @@ def test_each_sequence_is_seen_as_often_as_its_segment_repeats_with_equal_forwar
 ):
     """The last, shorter step is neither dropped nor filled with repeated sequences."""
     steps, accumulation = steps_of(sequences, shape) * epochs, shape.accumulation_steps
-    assume(steps * shape.world_size < 130)  # the work of every rank is computed here
-    ranks = range(shape.world_size)
+    assume(steps * shape.data_parallel_size < 130)  # the work of every rank is computed here
+    ranks = range(shape.data_parallel_size)
     work = [work_of(sequences, shape, rank, seed=seed, epochs=epochs) for rank in ranks]
     assert {len(mine) for mine in work} == {steps * accumulation}
     seen = Counter()
@@ -110,10 +110,10 @@ def test_each_sequence_is_seen_as_often_as_its_segment_repeats_with_equal_forwar
 @settings(max_examples=60, deadline=None)
 def test_a_run_that_ends_within_an_epoch_resumes_with_the_same_work(sequences, shape, total, share):
     """Within the last epoch, some sequences have been seen in one epoch less than others."""
-    assume(total * shape.world_size < 130)
+    assume(total * shape.data_parallel_size < 130)
     split = SimpleNamespace(sequences=sequences)
     first = int(share * total)
-    ranks = range(shape.world_size)
+    ranks = range(shape.data_parallel_size)
     whole, resumed = (
         [RankWork(split, shape, seed=7, rank=rank, steps=range(start, total)) for rank in ranks]
         for start in (0, first)
@@ -138,7 +138,7 @@ def test_a_global_batch_is_the_same_set_for_every_split(sequences, seed, size):
         for ranks in (n for n in range(1, 65) if size % n == 0):
             for micro in {1, size // ranks}:
                 shape = BatchLayout(
-                    world_size=ranks,
+                    data_parallel_size=ranks,
                     accumulation_steps=size // ranks // micro,
                     micro_batch_size=micro,
                     flops=SMALL,
@@ -242,7 +242,7 @@ def test_without_packing_less_than_ten_percent_of_tokens_are_padding(global_batc
     sequences = gsm8k(packing=False)
     for micro in (n for n in (2, 3, 8, 48, 64, 96, 128) if global_batch_size % n == 0):
         shape = BatchLayout(
-            world_size=1,
+            data_parallel_size=1,
             accumulation_steps=global_batch_size // micro,
             micro_batch_size=micro,
             flops=SMALL,
@@ -270,7 +270,7 @@ def test_without_packing_steps_are_shuffled():
 @given(any_sequences(), st.integers(1, 16), st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
 def test_evaluation_sees_every_sequence_as_an_epoch_does(sequences, ranks, micro):
-    work = evaluation_work(sequences, world_size=ranks, micro_batch_size=micro)
+    work = evaluation_work(sequences, data_parallel_size=ranks, micro_batch_size=micro)
     assert len({len(rank) for rank in work}) == 1
     seen = sorted(i for rank in work for m in rank for i in m.sequences)
     assert seen == sorted(sequences.of_epoch())

@@ -1,0 +1,62 @@
+"""Sequence-parallel groups: consecutive ranks that share each sequence.
+
+A group of P ranks splits the tokens of a sequence into P equal parts; the rank at place p holds
+part p. In attention the group exchanges tokens for heads with all-to-alls (model/ulysses.py).
+DeepSpeed is not told of the groups: to DeepSpeed all ranks of the run are data-parallel.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """The group of this rank. `place`: index of this rank in the group."""
+
+    size: int
+    place: int
+    process_group: dist.ProcessGroup
+
+    def part(self, tensor: torch.Tensor, padding: float) -> torch.Tensor:
+        """This rank's part of a tensor (B, T, ...), whose T is padded to a multiple of the size.
+
+        The parts are equally long, because an all-to-all exchanges equal numbers of tokens.
+        """
+        missing = -tensor.shape[1] % self.size
+        if missing:
+            tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing), value=padding)
+        return tensor.chunk(self.size, dim=1)[self.place]
+
+    def all_to_all(self, sent: torch.Tensor) -> torch.Tensor:
+        """Send row p of a tensor (P, N) to place p; row p of the result comes from place p."""
+        received: torch.Tensor = _AllToAll.apply(sent, self.process_group)  # type: ignore[no-untyped-call]
+        return received
+
+
+class _AllToAll(torch.autograd.Function):
+    """All-to-all with a gradient, which travels back by the same exchange.
+
+    torch.distributed.nn has such a function too, but torch 2.13 deprecates it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sent: torch.Tensor, process_group: dist.ProcessGroup) -> torch.Tensor:
+        """Return the rows that the other ranks sent to this one."""
+        ctx.process_group = process_group
+        return _exchange(sent, process_group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the gradients of the sent rows to their senders."""
+        return _exchange(gradients[0], ctx.process_group), None
+
+
+def _exchange(sent: torch.Tensor, process_group: dist.ProcessGroup) -> torch.Tensor:
+    sent = sent.contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=process_group)
+    return received
