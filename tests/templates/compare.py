@@ -3,7 +3,8 @@
     python -m tests.templates.compare FOLDER ...
 
 The first line of a template names its published copy. A FOLDER has such files, for example
-`models/templates` of llama.cpp or `trl/chat_templates` of TRL.
+`models/templates` of llama.cpp or `trl/chat_templates` of TRL. If the copy is a string within a
+program, save it under the name of the template here, such as `smollm2.jinja`.
 """
 
 import itertools
@@ -134,7 +135,9 @@ def compare(path, published):
 def main():
     for path in sorted(HERE.glob("*.jinja")):
         named = re.search(r"Compared with (\S+)", path.read_text("utf-8"))
-        files = [Path(folder) / named[1] for folder in sys.argv[1:]] if named else []
+        name = Path(named[1]).name if named else ""
+        name = name if name.endswith(".jinja") else path.name
+        files = [Path(folder) / name for folder in sys.argv[1:]]
         for published in filter(Path.is_file, files):
             equal, total = compare(path, published)
             print(f"{path.stem:24} {equal} of {total} renderings equal")

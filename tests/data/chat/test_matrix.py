@@ -1,5 +1,7 @@
 """Each template masks each kind of conversation correctly or refuses it, as in docs/masks.md."""
 
+import re
+
 import pytest
 
 from pipeline.rows.examples import Conversation, Message, RowError
@@ -12,6 +14,18 @@ pytestmark = pytest.mark.tensor
 
 def test_every_template_is_in_the_matrix():
     assert {path.stem for path in TEMPLATES.glob("*.jinja")} == set(FAMILIES)
+
+
+# Published template "of" repository, its commit or release, and the day of the comparison.
+COMPARED = re.compile(
+    r"(Compared with .+, (commit|tag|release) [^,]+, 20\d\d-\d\d-\d\d: equal|Not compared)\b"
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_line_names_the_published_template_of_the_comparison(family):
+    first, _, _ = (TEMPLATES / f"{family}.jinja").read_text("utf-8").partition("\n")
+    assert COMPARED.search(first), first
 
 
 def test_every_cell_of_the_matrix_is_as_documented():

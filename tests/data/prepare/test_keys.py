@@ -270,6 +270,21 @@ def test_the_content_digest_changes_with_token_ids_and_masks(run):
     assert run.prepare().train.content != first.content
 
 
+def test_the_content_digest_changes_with_the_boundaries_of_documents(run):
+    """The token ids and masks of all documents together are the same."""
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8]}]
+    lines_of(run.train, map(json.dumps, rows))
+    whole = run.prepare(eval_data=None).train
+    halves = [
+        {"input_ids": [5, 6], "labels": [-100, 6]},
+        {"input_ids": [7, 8], "labels": [-100, 8]},
+    ]
+    lines_of(run.train, map(json.dumps, halves))
+    split = run.prepare(eval_data=None).train
+    assert (split.tokens, split.documents) == (whole.tokens, 2 * whole.documents)
+    assert split.content != whole.content
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("first")
