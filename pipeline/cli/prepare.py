@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.cli.arguments import Parser
+from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
 from pipeline.config.settings import RunSettings
@@ -21,12 +22,15 @@ from pipeline.data.prepare.parallel import exclude_torch
 from pipeline.data.prepare.prepare import check_first_rows, prepare_data
 from pipeline.data.prepare.show import number_of_documents, show_documents
 from pipeline.errors import UserError
+from pipeline.plan.choose import Cluster
 from pipeline.plan.given.class_proof import (
     cached_proof,
     ensure_proof,
     without_mixing_packs,
 )
+from pipeline.plan.given.data_size import DataSize
 from pipeline.plan.given.shape import read_shape
+from pipeline.plan.length import length_texts
 from pipeline.preflight.host import require_writable
 from pipeline.rows.fetch import fetch
 from pipeline.train.owner import Ownership
@@ -60,7 +64,23 @@ def prepare() -> None:
         show_documents(console, open_split(index.train), tokenizer, args.show)
     audit = json.loads((data_dir / "audit.json").read_text(encoding="utf-8"))
     console.print(audit_table(audit))
+    for text in _length_texts(settings, index.train.size):
+        console.print(text, soft_wrap=True)
     console.print(f"prepared in {data_dir}; rejected rows: {data_dir / 'rejects.jsonl'}")
+
+
+def _length_texts(settings: RunSettings, size: DataSize) -> list[str]:
+    """Sentences about documents longer than `max_length`, with the needs on this machine."""
+    shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
+    try:
+        hardware = detect_hardware()
+        cluster = Cluster(hardware=hardware, nodes=1, ranks_per_node=hardware.devices_per_node)
+        texts = length_texts(size, settings, shape, cluster)
+    except UserError:  # no device to plan for, or batch keys for another number of devices
+        texts = length_texts(size, settings, shape, None)
+    if texts:
+        texts.append("launch/plan.py RUN.yaml --gpu NAME max_length=N plans another machine")
+    return texts
 
 
 def _with_checked_class(settings: RunSettings) -> RunSettings:

@@ -1,6 +1,8 @@
 """Estimate of the size of the training data from a sample, before prepare has counted it."""
 
 import json
+from bisect import bisect_left
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 from pipeline.config.data_names import DataSource
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.plan.given.data_size import DataSize
+from pipeline.plan.given.data_size import DataSize, LengthLoss
 from pipeline.rows.examples import Completion, Conversation, Example, RowError, Text
 from pipeline.rows.files import find_files
 from pipeline.rows.formats import read_example
@@ -28,10 +30,12 @@ _TOKENS_PER_MESSAGE = 5
 class _FileSample:
     """A sample from the beginning of a file.
 
-    `tokens`: number of tokens of each document. `share`: fraction of the file that was read.
+    `tokens`: number of tokens of each document. `lengths`: the same before `over_length` is
+    applied. `share`: fraction of the file that was read.
     """
 
     tokens: list[int]
+    lengths: list[int]
     share: float
 
 
@@ -61,6 +65,39 @@ def estimate(settings: RunSettings) -> DataSize | None:
         tokens=round(sum(size[1] for size in sizes) * train_share),
         longest=max(chain(*(one.tokens for one in samples.values()))) if is_whole else None,
         is_exact=False,
+        length_loss=_length_loss(settings, files, samples),
+    )
+
+
+def _length_loss(
+    settings: RunSettings, files: list[list[Path]], samples: dict[Path, _FileSample]
+) -> LengthLoss:
+    """The estimated loss by `max_length`: sampled documents, each for as many as it represents."""
+    train_share = 1 - settings.held_out if isinstance(settings.held_out, float) else 1.0
+    documents: defaultdict[int, float] = defaultdict(float)  # their number by length
+    for source, source_files in zip(settings.train_sources, files, strict=True):
+        scale = train_share * source.weight * _scale(source_files, samples)
+        for sample in (samples[file] for file in source_files if file in samples):
+            for length in sample.lengths:
+                documents[length] += scale / sample.share
+    total = sum(length * count for length, count in documents.items())
+
+    def kept(limit: int) -> float:
+        """Tokens that this `max_length` keeps, in undivided documents unless truncated."""
+        if settings.over_length == "truncate":
+            return sum(min(length, limit) * count for length, count in documents.items())
+        return sum(length * count for length, count in documents.items() if length <= limit)
+
+    lengths = range(1, max(documents) + 1)
+    keeps_99 = lengths[bisect_left(lengths, 0.99 * total, key=kept)]
+    is_split = settings.over_length == "split"
+    return LengthLoss(
+        documents=round(sum(documents.values())),
+        longer=round(sum(n for length, n in documents.items() if length > settings.max_length)),
+        tokens=round(total),
+        lost=0 if is_split else round(total - kept(settings.max_length)),
+        keeps_99=keeps_99,
+        keeps_all=max(documents),
     )
 
 
@@ -73,8 +110,9 @@ def _samples(files: list[list[Path]], settings: RunSettings) -> dict[Path, _File
         lines, share, num_bytes = sample_file(file, budget // (len(by_size) - index))
         budget -= num_bytes
         rows = (row for row in map(parse_line, lines) if isinstance(row, Row))
-        tokens = [count for row in rows for count in _document_tokens(row, settings)]
-        samples[file] = _FileSample(tokens=tokens, share=share)
+        lengths = [length for row in rows for length in _document_length(row, settings)]
+        tokens = [count for length in lengths for count in _trained_lengths(length, settings)]
+        samples[file] = _FileSample(tokens=tokens, lengths=lengths, share=share)
     return samples
 
 
@@ -82,13 +120,17 @@ def _size_of_source(
     source: DataSource, files: list[Path], samples: dict[Path, _FileSample]
 ) -> tuple[float, float]:
     """Number of documents and number of tokens that a source has in an epoch."""
-    sampled = [file for file in files if file in samples]
-    scale = _num_bytes(files) / _num_bytes(sampled)
-    not_empty = [samples[file] for file in sampled if samples[file].tokens]
+    scale = _scale(files, samples)
+    not_empty = [samples[file] for file in files if file in samples and samples[file].tokens]
     documents = scale * sum(len(one.tokens) / one.share for one in not_empty)
     tokens = scale * sum(sum(one.tokens) / one.share for one in not_empty)
     used_share = 1.0 if source.limit is None else min(1.0, source.limit / max(documents, 1))
     return documents * used_share * source.weight, tokens * used_share * source.weight
+
+
+def _scale(files: list[Path], samples: dict[Path, _FileSample]) -> float:
+    """Bytes of all files of a source relative to the bytes of its sampled files."""
+    return _num_bytes(files) / _num_bytes([file for file in files if file in samples])
 
 
 def _num_bytes(files: list[Path]) -> int:
@@ -104,18 +146,22 @@ def _train_share(settings: RunSettings, documents: float) -> float:
     return 1 - (held_out if isinstance(held_out, float) else min(1.0, held_out / max(documents, 1)))
 
 
-def _document_tokens(row: Row, settings: RunSettings) -> list[int]:
-    """Estimated tokens of each document made from a row, with `over_length` applied."""
+def _document_length(row: Row, settings: RunSettings) -> list[int]:
+    """Estimated tokens of a row's document; empty if the row is bad."""
     try:
-        count = _num_tokens(read_example(row, settings.data_format, settings.columns).example)
+        return [_num_tokens(read_example(row, settings.data_format, settings.columns).example)]
     except RowError:
         return []
+
+
+def _trained_lengths(length: int, settings: RunSettings) -> list[int]:
+    """Tokens of each document that `over_length` makes from a document of this length."""
     longest = settings.max_length
-    if count <= longest or settings.over_length in ("truncate", "fail"):
-        return [min(count, longest)]
+    if length <= longest or settings.over_length in ("truncate", "fail"):
+        return [min(length, longest)]
     if settings.over_length == "drop":
         return []
-    whole, rest = divmod(count, longest)
+    whole, rest = divmod(length, longest)
     return [longest] * whole + ([rest] if rest else [])
 
 

@@ -99,6 +99,12 @@ class Plan:
         return self.layout.world_size
 
     @property
+    def cluster(self) -> Cluster:
+        """The nodes and devices of the run."""
+        nodes, ranks = self.layout.nodes, self.layout.ranks_per_node
+        return Cluster(hardware=self.hardware, nodes=nodes, ranks_per_node=ranks)
+
+    @property
     def trainable(self) -> int:
         """Number of trainable parameters."""
         return trainable_parameters(self.shape, self.settings)

@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.plan.choose import Candidate
 from pipeline.plan.cost.memory import disk_bytes
 from pipeline.plan.given.hardware import GIB
+from pipeline.plan.length import length_json, length_texts
 from pipeline.plan.plan import Plan
 from pipeline.plan.rules.rule import PlanContext, Rule
 
@@ -52,6 +53,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "device_bytes": plan.hardware.device_bytes,
             "fits": plan.fits,
         },
+        "length": length_json(plan),
         "speed": {
             "seconds_per_step": speed.seconds_per_step,
             "tokens_per_second": speed.tokens_per_second,
@@ -73,6 +75,7 @@ def plan_text(plan: Plan) -> str:
             *_summary_lines(plan),
             *_proof_lines(plan),
             *_step_lines(plan),
+            *_length_lines(plan),
             *(f"  {key:<28} {text}" for key, text in plan.why.items()),
             *_memory_lines(plan),
             *_memory_terms(plan),
@@ -85,7 +88,9 @@ def plan_text(plan: Plan) -> str:
 def plan_overview(plan: Plan) -> str:
     """The plan as the few lines that a run logs when it starts, and the rules that warn."""
     warnings = (rule for rule in plan.rules if rule.level == "warn")
-    lines = [*_summary_lines(plan), *_step_lines(plan), *_memory_lines(plan)]
+    lines = [
+        *_summary_lines(plan), *_step_lines(plan), *_length_lines(plan), *_memory_lines(plan)
+    ]  # fmt: skip
     return "\n".join([*lines, *map(_rule_line, warnings)])
 
 
@@ -99,18 +104,14 @@ def _summary_lines(plan: Plan) -> list[str]:
     share = 100 * plan.trainable / shape.parameters
     nodes = f"{layout.nodes} nodes of " if layout.nodes > 1 else ""
     unit = f" packs of {plan.settings.max_length} tokens" if plan.settings.packing else ""
-    extras = [f"{layout.checkpointed_layers} of {shape.num_layers} layers checkpointed"]
-    if layout.hpz_partition_size > 1:
-        extras.append(f"hpZ over {layout.hpz_partition_size} ranks")
-    if layout.offload_param == "cpu":
-        extras.append("base offloaded to host memory")
     return [
         f"model      {shape.folder}: {shape.parameters / 1e6:,.1f} M parameters, "
         f"{plan.trainable / 1e6:,.2f} M trainable ({share:.2f} %)",
         f"hardware   {nodes}{layout.ranks_per_node} x {plan.hardware.name}",
         f"run        ZeRO-{layout.zero_stage}, {layout.training_dtype}, global batch "
         f"{layout.global_batch_size}{unit} = {layout.micro_batch_size} x "
-        f"{layout.accumulation_steps} x {layout.world_size} ranks, {', '.join(extras)}",
+        f"{layout.accumulation_steps} x {layout.world_size} ranks, "
+        f"{layout.savings_text(shape.num_layers)}",
     ]
 
 
@@ -144,6 +145,12 @@ def _step_lines(plan: Plan) -> list[str]:
         f"{schedule.warmup_steps} of warm-up, {mark}{_duration_text(hours)}{end}",
         *_answer_lines(plan),
     ]
+
+
+def _length_lines(plan: Plan) -> list[str]:
+    """The lines about documents that are longer than `max_length`."""
+    texts = length_texts(plan.data, plan.settings, plan.shape, plan.cluster)
+    return [f"{'' if index else 'length':<10} {text}" for index, text in enumerate(texts)]
 
 
 def _answer_lines(plan: Plan) -> list[str]:

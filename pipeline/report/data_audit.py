@@ -47,6 +47,12 @@ def count_table(audit: Record) -> Mapping[str, Any] | None:
     return {"columns": list(counts), "rows": rows}
 
 
+def length_texts(plan: Record) -> list[str]:
+    """The plan's sentences about documents longer than `max_length`; none in older run folders."""
+    texts = mapping(plan.get("length")).get("text")
+    return [str(line) for line in texts] if isinstance(texts, list) else []
+
+
 def split_audits(audit: Record) -> list[SplitAudit]:
     """The tables of each split that has tables."""
     splits = [

@@ -81,6 +81,7 @@ def _render(run: RunRecords, refresh_s: int) -> str:
         memory=_memory(run),
         proof=_proof(run),
         rules=_rules(run),
+        length_texts=data_audit.length_texts(run.plan),
         audit=data_audit.count_table(run.audit),
         split_audits=data_audit.split_audits(run.audit),
         source_columns=data_audit.source_columns(),

@@ -40,6 +40,7 @@ JSON_KEYS = {
     "memory": {
         "per_rank", "peak_bytes", "load_peak_bytes", "host_peak_bytes", "device_bytes", "fits",
     },
+    "length": None,
     "speed": {"seconds_per_step", "tokens_per_second", "terms"},
     "disk": None,
     "rules": None,
@@ -106,6 +107,24 @@ def test_the_text_has_layout_reasons_memory_and_start_commands(call):
         "sbatch --nodes=1 --gpus-per-node=8 --cpus-per-gpu=4", "slurm/train.sbatch",
         "global_batch_size=64",
     )  # fmt: skip
+
+
+def test_the_cost_of_max_length_is_in_the_text_and_in_the_json(call):
+    rows = [json.dumps({"text": "x" * 350}), json.dumps({"text": "x" * 350_000})]
+    (call.folder / "train.jsonl").write_text("\n".join(rows))
+    options = ("--gpu", "h100-80gb", "--gpus-per-node", "1", "max_length=8192")
+    _, out, _ = call(*options)
+    assert_mentions(
+        out, "1 of 2 documents", "8,192 tokens", "truncated", "max_length 98,999 keeps 99 %",
+        "max_length 100,000 keeps 100 %", "GiB a rank", "layers checkpointed",
+    )  # fmt: skip
+    length = json.loads(call(*options, "--json")[1])["length"]
+    assert (length["documents"], length["longer"], length["lost"]) == (2, 1, 100_000 - 8192)
+    assert [need["max_length"] for need in length["needs"]] == [98_999, 100_000]
+    assert all(need["device_bytes"] > 0 for need in length["needs"])
+    assert all(line in out for line in length["text"])
+    _, out, _ = call(*options, "max_length=100000")
+    assert "keeps" not in out
 
 
 def test_the_prepared_index_fixes_the_steps(call):

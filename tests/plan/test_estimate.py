@@ -258,3 +258,21 @@ def test_an_empty_folder_and_a_pipe_have_no_estimate(tmp_path):
     assert estimate(settings_of(tmp_path)) is None
     os.mkfifo(tmp_path / "pipe")
     assert estimate(settings_of(tmp_path / "pipe")) is None
+
+
+def test_the_loss_by_max_length_is_estimated_from_the_sample(tmp_path):
+    long = int(1000 * BYTES_PER_TOKEN)
+    write(tmp_path / "f", [{"text": "x" * 350}] * 90 + [{"text": "x" * long}] * 10)
+    sizes = {
+        choice: estimate(
+            settings_of(
+                {"path": str(tmp_path / "f"), "weight": 2}, max_length=300, over_length=choice
+            )
+        ).length_loss
+        for choice in ("truncate", "drop", "split")
+    }
+    for loss in sizes.values():
+        assert (loss.documents, loss.longer) == (200, 20)
+        assert (loss.tokens, loss.keeps_all) == (2 * 19_000, 1000)
+    assert [loss.lost for loss in sizes.values()] == [14_000, 20_000, 0]
+    assert [loss.keeps_99 for loss in sizes.values()] == [981, 1000, 1000]

@@ -120,6 +120,7 @@ FILES: dict[str, object] = {
             "ranks_per_node": 2,
             "ranks": 2,
         },
+        "length": {"text": ["3 of 120 documents have more than 1,024 tokens (max_length)"]},
         "choice": {
             "zero_stage": 2,
             "micro_batch_size": 4,

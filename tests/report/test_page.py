@@ -103,7 +103,8 @@ def test_the_page_shows_every_file_of_the_run_folder(run):
         "cpu-bf16", "no bfloat16 units", "accelerator/cpu_accelerator.py",
         "642", "answer is empty", "112,233", "0.371", "175.4", "259", "10,517",  # audit
         "104 to 155 301", "data/alpaca.parquet 0.25", "100,001", "orders.jsonl:9",
-        "formats · alpaca 40", "rows rejected 2 0",
+        "3 of 120 documents have more than 1,024 tokens (max_length)", "formats · alpaca 40",
+        "rows rejected 2 0",
         "all-linear", "data/held-out.jsonl", "reduce_bucket_size",
     ):  # fmt: skip
         assert expected in text, expected

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from pipeline.data.dataset.sequences import Segment, Sequences
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.plan.given.data_size import DataSize
+from pipeline.plan.given.data_size import DataSize, LengthLoss
 
 Array = npt.NDArray[Any]
 INDEX, SEQUENCES, REJECTS = "index.json", "sequences.json", "rejects.jsonl"
@@ -49,8 +49,8 @@ class SplitIndex:
     """Key, folder and sizes of a prepared split, stored in index.json.
 
     `sources` are in the order of the indexes in sources.npy. `made_with`: versions of the packages
-    that tokenised it. `content`: digest of token ids, loss masks and document boundaries. Both are
-    empty for a split of an earlier version.
+    that tokenised it. `content`: digest of token ids, loss masks and document boundaries.
+    `length_loss`: the fields of LengthLoss. All three are empty for a split of an earlier version.
     """
 
     key: str
@@ -65,6 +65,7 @@ class SplitIndex:
     sources: tuple[SourceIndex, ...] = ()
     made_with: Mapping[str, str] = field(default_factory=dict)
     content: str = ""
+    length_loss: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def size(self) -> DataSize:
@@ -76,6 +77,7 @@ class SplitIndex:
             is_exact=True,
             sequences=self.sequences,
             count_longer=self.count_longer,
+            length_loss=LengthLoss(**self.length_loss) if self.length_loss else None,
         )
 
     def count_longer(self, tokens: int) -> int:

@@ -31,6 +31,7 @@ from pipeline.data.dataset.reader import (
 from pipeline.data.dataset.sequences import Segment
 from pipeline.errors import RankZeroError
 from pipeline.files import atomic_file, dump_json, sync, temporary_sibling, write_text
+from pipeline.plan.given.data_size import LengthLoss
 
 _COLUMNS: Mapping[str, str] = {
     "ids": "<i4",
@@ -124,7 +125,7 @@ class SplitWriter:
         return self.folder / REJECTS
 
     def close(
-        self, sources: Sequence[SourceIndex], *, max_length: int, packing: bool
+        self, sources: Sequence[SourceIndex], loss: LengthLoss, *, max_length: int, packing: bool
     ) -> SplitIndex:
         """Complete the columns on disk and write the sequences."""
         for column in self._columns.values():
@@ -146,6 +147,7 @@ class SplitWriter:
             sources=tuple(sources),
             made_with=tokenising_versions(),
             content=self._content(),
+            length_loss=asdict(loss),
         )
         return self.index
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.data.chat.encoder import END_WITHOUT_STOP, INNER_END_WITHOUT_STOP
 from pipeline.data.dataset.reader import Array, SourceIndex, SplitIndex, read_column
+from pipeline.data.prepare.truncation import LengthCounts
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.rows.sources import BadRow, Row
@@ -67,7 +68,8 @@ class RowCounts:
 
     `numbers`: counts by their name in audit.json. `formats`, `unread`: used rows by row format and
     by unread column. `files`: rows read, by file. `rejected`: rows by reason (`without_numbers`).
-    `first`: file and line of the first row, by reason and by name of `count_tokens`.
+    `first`: file and line of the first row, by reason and by name of `count_tokens`. `lengths`:
+    documents before truncation.
     """
 
     numbers: Counter[str] = field(default_factory=Counter)
@@ -76,6 +78,7 @@ class RowCounts:
     unread: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
+    lengths: LengthCounts = field(default_factory=LengthCounts)
 
     @property
     def rows(self) -> dict[str, int]:
@@ -126,6 +129,7 @@ class RowCounts:
         self.unread.update(other.unread)
         self.rejected.update(other.rejected)
         self.first = other.first | self.first
+        self.lengths.add(other.lengths)
 
     def as_json(self) -> dict[str, Any]:
         """The counts of a source in the form of audit.json."""
@@ -218,6 +222,7 @@ def make_audit(
         "truncated_rows": numbers["truncated_rows"],
         "split_rows": numbers["split_rows"],
         "tokens_lost": numbers["tokens_lost"],
+        "max_length": index.length_loss,
         "omitted_reasoning": total.token_count("omitted_reasoning"),
         "special_tokens_in_text": total.token_count("special_tokens_in_text"),
         "ends_without_stop": total.ends_without_stop(),

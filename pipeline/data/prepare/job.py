@@ -24,6 +24,7 @@ from pipeline.data.prepare.digests import (
 )
 from pipeline.data.prepare.parallel import parallel_map
 from pipeline.data.prepare.tokenised import ChunkTokeniser, TokenisedChunk, TokenisedRows
+from pipeline.data.prepare.truncation import LengthCounts
 from pipeline.errors import UserError
 from pipeline.rows.sources import Source
 
@@ -158,8 +159,14 @@ class _SplitBuilder:
             SourceIndex(name=source.name, weight=source.weight, formats=dict(counts.formats))
             for source, counts in zip(self._sources, self.counts, strict=True)
         ]
+        total = LengthCounts()
+        for counts in self.counts:
+            total.add(counts.lengths)
         index = self.writer.close(
-            sources, max_length=self._settings.max_length, packing=self._settings.packing
+            sources,
+            total.loss(),
+            max_length=self._settings.max_length,
+            packing=self._settings.packing,
         )
         for source, counts in zip(self._sources, self.counts, strict=True):
             # Files without rows are listed too.

@@ -11,11 +11,12 @@ import numpy as np
 from pipeline.config.settings import RunSettings
 from pipeline.data.chat.encoder import Document, Encoder
 from pipeline.data.chat.tokenizer import load_tokenizer
+from pipeline.data.dataset.reader import Array
 from pipeline.data.dataset.writer import Columns
 from pipeline.data.prepare.audit import Reject, RowCounts
 from pipeline.data.prepare.digests import digest, is_held_out
 from pipeline.data.prepare.lines import Chunk, read_line
-from pipeline.data.prepare.truncation import Window, num_dropped, windows
+from pipeline.data.prepare.truncation import Window, count_lengths, num_dropped, windows
 from pipeline.errors import UserError
 from pipeline.rows.examples import ReadExample, RowError
 from pipeline.rows.sources import BadRow, Row
@@ -52,7 +53,7 @@ class ChunkTokeniser:
         rows = [read_line(line, self._settings) for line in chunk.lines]
         examples = [read.example for _, read in rows if not isinstance(read, str)]
         encoded = iter(self._encoder.encode_many(examples))
-        train, held_out = _SplitRows(), _SplitRows()
+        train, held_out = _SplitRows(self._settings), _SplitRows(self._settings)
         for row, read in rows:
             if isinstance(read, str):
                 train.reject(row, read)
@@ -79,6 +80,7 @@ class ChunkTokeniser:
         length, over_length = self._settings.max_length, self._settings.over_length
         used: list[Window] = []
         dropped, is_ended = 0, True
+        split.masks += [document.supervised for document in documents]
         for document in documents:
             size = len(document.ids)
             if over_length == "fail" and size > length:
@@ -118,8 +120,10 @@ class ChunkTokeniser:
 class _SplitRows:
     """Collects the rows of one split."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: RunSettings) -> None:
+        self._settings = settings
         self.counts = RowCounts()
+        self.masks: list[Array] = []  # of all documents, before truncation
         self._rejects: list[Reject] = []
         self._dropped: list[Reject] = []
         self._windows: list[Window] = []
@@ -149,6 +153,10 @@ class _SplitRows:
             counts=np.array([np.count_nonzero(window.supervised) for window in rows], np.int64),
             digests=np.array(self._digests, np.uint64),
         )
+        settings = self._settings
+        lengths = count_lengths(self.masks, settings.max_length, settings.over_length)
+        lengths.trained = int(columns.counts.sum())
+        self.counts.lengths = lengths
         return TokenisedRows(
             columns=columns, counts=self.counts, rejects=self._rejects, dropped=self._dropped
         )

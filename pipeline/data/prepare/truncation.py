@@ -1,11 +1,16 @@
 """Truncate, drop or split documents longer than max_length (setting `over_length`). Pure."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from pipeline.data.dataset.reader import Array
+from pipeline.plan.given.data_size import LengthLoss
+
+# Lengths are counted in bins of this many tokens, so the length that keeps 99 % is a multiple.
+_BIN = 64
 
 
 @dataclass(frozen=True)
@@ -49,3 +54,72 @@ def _window(ids: Array, supervised: Array, start: int, max_length: int) -> Windo
     mask = np.array(supervised[start : start + max_length])
     mask[0] = False  # the window has no token that predicts it
     return Window(start, ids[start : start + max_length], mask)
+
+
+@dataclass
+class LengthCounts:
+    """Counts of documents before truncation, from which the loss by any `max_length` follows.
+
+    Only documents with a supervised token count. `longer`: documents of more than `max_length`
+    tokens. `supervised`: supervised tokens; `trained`: those in a window. `bins`: supervised tokens
+    by the length that keeps them, in bins of `_BIN` tokens. `longest`: length that keeps all.
+    """
+
+    documents: int = 0
+    longer: int = 0
+    supervised: int = 0
+    trained: int = 0
+    longest: int = 0
+    bins: Counter[int] = field(default_factory=Counter)
+
+    def add(self, other: "LengthCounts") -> None:
+        """Add the counts of other documents."""
+        self.documents += other.documents
+        self.longer += other.longer
+        self.supervised += other.supervised
+        self.trained += other.trained
+        self.longest = max(self.longest, other.longest)
+        self.bins.update(other.bins)
+
+    def loss(self) -> LengthLoss:
+        """The loss at the present `max_length`, and the lengths that avoid it."""
+        keeps_99, kept = 0, 0
+        for index in sorted(self.bins):
+            if 100 * kept >= 99 * self.supervised:
+                break
+            kept += self.bins[index]
+            keeps_99 = (index + 1) * _BIN
+        return LengthLoss(
+            documents=self.documents,
+            longer=self.longer,
+            tokens=self.supervised,
+            lost=self.supervised - self.trained,
+            keeps_99=min(keeps_99, self.longest),
+            keeps_all=self.longest,
+        )
+
+
+def count_lengths(masks: Sequence[Array], max_length: int, over_length: str) -> LengthCounts:
+    """Counts of documents with these loss masks; `trained` is left at 0.
+
+    With `truncate` a supervised token is kept by every length that includes its position. With
+    other values only the length of its document keeps it in one piece.
+    """
+    masks = [mask for mask in masks if mask.any()]
+    if not masks:
+        return LengthCounts()
+    sizes = np.array([len(mask) for mask in masks])
+    if over_length == "truncate":
+        ends = np.cumsum(sizes)
+        positions = np.flatnonzero(np.concatenate(masks))
+        needed = positions + 1 - (ends - sizes)[np.searchsorted(ends, positions, side="right")]
+    else:
+        needed = np.repeat(sizes, [np.count_nonzero(mask) for mask in masks])
+    bins = np.bincount((needed - 1) // _BIN)
+    return LengthCounts(
+        documents=len(masks),
+        longer=int((sizes > max_length).sum()),
+        supervised=len(needed),
+        longest=int(needed.max()),
+        bins=Counter({int(index): int(bins[index]) for index in np.flatnonzero(bins)}),
+    )

@@ -1,8 +1,29 @@
-"""DataSize: numbers of documents and tokens of an epoch, counted by prepare or estimated."""
+"""DataSize: numbers of documents and tokens of an epoch, counted by prepare or estimated.
+
+LengthLoss: what `max_length` costs.
+"""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthLoss:
+    """Documents that are longer than `max_length`, and the tokens lost because of it.
+
+    Prepare counts supervised tokens; an estimate counts all tokens. `longer`: documents of more
+    than `max_length` tokens. `lost`: tokens that are not trained. `keeps_99`, `keeps_all`: smallest
+    `max_length` that keeps 99 % and all of the tokens. With `over_length: split` nothing is lost,
+    and the two lengths keep the tokens in undivided documents.
+    """
+
+    documents: int
+    longer: int
+    tokens: int
+    lost: int
+    keeps_99: int
+    keeps_all: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +34,7 @@ class DataSize:
     not been read. `is_exact`: True if prepare counted the numbers, False if they are estimated.
     `sequences`: number of packs, or of documents without packing; None before prepare.
     `count_longer`: function that returns the number of documents with more tokens than its
-    argument.
+    argument. `length_loss`: None for data prepared by a version that did not count it.
     """
 
     documents: int
@@ -22,6 +43,7 @@ class DataSize:
     is_exact: bool
     sequences: int | None = None
     count_longer: Callable[[int], int] | None = field(default=None, compare=False, repr=False)
+    length_loss: LengthLoss | None = None
 
     @property
     def mean_tokens(self) -> float:

@@ -51,6 +51,15 @@ class Layout:
         """Bytes per value in the training dtype."""
         return DTYPE_BYTES[self.training_dtype]
 
+    def savings_text(self, num_layers: int) -> str:
+        """The parts of the layout that save device memory, as text."""
+        parts = [f"{self.checkpointed_layers} of {num_layers} layers checkpointed"]
+        if self.hpz_partition_size > 1:
+            parts.append(f"hpZ over {self.hpz_partition_size} ranks")
+        if self.offload_param == "cpu":
+            parts.append("base offloaded to host memory")
+        return ", ".join(parts)
+
     @property
     def is_sharded(self) -> bool:
         """Whether the frozen base is sharded over the ranks (ZeRO-3)."""

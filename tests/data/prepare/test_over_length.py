@@ -75,3 +75,18 @@ def test_over_length_fail_refuses_a_long_document(run):
     with refused(f"{run.train}:2", "max_length", 100, "over_length"):
         run.prepare(max_length=100, over_length="fail")
     run.prepare(max_length=600, over_length="fail")
+
+
+@pytest.mark.parametrize("over_length", ["truncate", "drop", "split"])
+def test_the_audit_counts_the_supervised_tokens_that_max_length_loses(run, over_length):
+    fitted, whole = fitted_and_whole(run, over_length)
+    length = run.audit()["max_length"]
+    assert length["documents"] == len(whole)
+    assert length["longer"] == (whole.lengths > 100).sum() > 0
+    assert length["tokens"] == whole.supervised_counts.sum()
+    assert length["lost"] == whole.supervised_counts.sum() - fitted.supervised_counts.sum()
+    assert (length["lost"] == 0) == (over_length == "split")
+    assert 100 < length["keeps_99"] <= length["keeps_all"]
+    index = run.prepare(max_length=length["keeps_all"], over_length=over_length, max_rejected=0.9)
+    assert index.train.size.length_loss.lost == 0
+    assert index.train.supervised_tokens == length["tokens"]

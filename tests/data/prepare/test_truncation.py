@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.prepare.truncation import num_dropped, windows
+from pipeline.data.prepare.truncation import count_lengths, num_dropped, windows
 
 pytestmark = pytest.mark.tensor
 
@@ -62,3 +62,47 @@ def test_drop_keeps_nothing_of_a_longer_document(document, length):
     ids, supervised = document
     assume(len(ids) > length)
     assert windows(ids, supervised, length, "drop") == []
+
+
+@given(
+    st.lists(documents(), min_size=1, max_size=8),
+    st.integers(1, 45),
+    st.sampled_from(["truncate", "drop"]),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_length_that_keeps_all_tokens_is_the_smallest(rows, length, over_length):
+    counts = count_lengths([mask for _, mask in rows], length, over_length)
+    assume(counts.supervised)
+
+    def lost(limit):
+        parts = [w for row in rows for w in windows(*row, limit, over_length)]
+        return counts.supervised - sum(int(part.supervised.sum()) for part in parts)
+
+    counts.trained = counts.supervised - lost(length)
+    loss = counts.loss()
+    assert (loss.tokens, loss.lost) == (sum(int(m.sum()) for _, m in rows), lost(length))
+    assert loss.longer == sum(len(ids) > length and m.any() for ids, m in rows)
+    assert lost(loss.keeps_all) == 0 < lost(loss.keeps_all - 1)
+    assert loss.keeps_99 <= loss.keeps_all
+
+
+@pytest.mark.parametrize("over_length", ["truncate", "drop", "split"])
+def test_the_length_that_keeps_99_percent_is_exact_to_64_tokens(over_length):
+    masks = [np.arange(size) > 3 for size in (*range(40, 3000, 7), 20_000)]
+    loss = count_lengths(masks, 1024, over_length).loss()
+    rule = "truncate" if over_length == "truncate" else "drop"
+
+    def kept(limit):
+        parts = [w for m in masks for w in windows(np.arange(len(m)), m, limit, rule)]
+        return sum(int(part.supervised.sum()) for part in parts) / loss.tokens
+
+    assert kept(loss.keeps_99 - 64) < 0.99 <= kept(loss.keeps_99)
+    assert loss.keeps_all == 20_000
+
+
+def test_counts_of_chunks_add_up_to_the_counts_of_all_documents():
+    masks = [np.arange(size) % 3 == 1 for size in (2, 70, 500, 1000, 4)]
+    parts = count_lengths(masks[:2], 100, "truncate")
+    parts.add(count_lengths(masks[2:], 100, "truncate"))
+    parts.add(count_lengths([], 100, "truncate"))
+    assert parts == count_lengths(masks, 100, "truncate")

@@ -33,6 +33,10 @@ def test_prepare_shows_documents_and_the_audit_and_refuses_bad_rows_and_folders(
     assert "<|im_start|>assistant\n[[yes 0<|im_end|>]]\n" in printed
     assert printed.count("[[") == 3  # the second document has two answers
     assert "rows read" in printed
+    assert "(max_length)" not in printed  # no document is longer
+    code, printed, errors = prepare(run_file, "max_length=40", "max_rejected=1")
+    assert code == 0, errors
+    assert_mentions(printed, "more than 40 tokens", "truncated", "keeps 100 %", "GiB a rank")
     run.append("{")
     code, _, errors = prepare(run_file, "max_rejected=0")
     assert code == 2
