@@ -30,7 +30,7 @@ FLASH = "flash_attention_2"
 # not None raises an error, because it may request a variant that is not implemented here.
 _WITHOUT_EFFECT = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
-    "output_router_logits", "return_dict",
+    "output_router_logits", "return_dict", "logits_to_keep",
 }  # fmt: skip
 SINK_COLUMNS = 8  # added to the heads for a sink; fused kernels need widths that are multiples of 8
 

@@ -2,9 +2,9 @@
 
     python -m pipeline.model.class_shape MODEL_FOLDER [--trust-remote-code]
 
-prints the shape as JSON, or the reason why the class is refused. plan/given/class_shape.py runs
-this command for a `model_type` that families.py does not have, and caches the result. A block is a
-layer of the text decoder.
+prints the shape as JSON, or the reason why the class is refused or cannot be built.
+plan/given/class_shape.py runs this command for a `model_type` that families.py does not have. A
+block is a layer of the text decoder.
 """
 
 import inspect
@@ -21,6 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import transformers
 from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
@@ -31,6 +32,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    PreTrainedModel,
     masking_utils,
 )
 
@@ -49,6 +51,10 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk
 # Class names of modules with which a token attends only to selected or compressed keys.
 _SELECTS_KEYS = re.compile(r"(Indexer|Compressor)$")
 _TOKENS = 64  # sequence length of the counted forward pass; saved bytes are proportional to it
+
+
+class RefusedClassError(ValueError):
+    """A model class cannot be trained here, whatever is installed; the reason names no folder."""
 
 
 class _Attention(torch.autograd.Function):
@@ -91,7 +97,7 @@ AttentionMaskInterface.register(_COUNTED, lambda **others: None)
 def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """The model shape in the form that plan/given/class_shape.py reads.
 
-    Raises ValueError for a class that is known not to be trainable here.
+    Raises RefusedClassError for a class that is known not to be trainable here.
     """
     model = _build(folder, trust_remote_code=trust_remote_code)
     decoder = text_decoder(model)
@@ -100,7 +106,7 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
     _require_trainable(decoder, layers)
     configs = model.config.get_text_config(decoder=True).per_layer_config
     if len(configs) < len(layers):
-        raise ValueError(
+        raise RefusedClassError(
             f"its decoder has {len(layers)} blocks, but config.json has the sizes of {len(configs)}"
         )
     with _observed_linears() as observed:
@@ -143,12 +149,12 @@ def _build(folder: Path, *, trust_remote_code: bool) -> Any:
     except ValueError as error:
         if trust_remote_code or "trust_remote_code" not in str(error):
             raise
-        raise ValueError(
+        raise RefusedClassError(
             "its class is code in the model's folder: read that code, and set trust_remote_code: "
             "true in the run file if you trust it"
         ) from None
     if config.is_encoder_decoder:
-        raise ValueError(
+        raise RefusedClassError(
             "it is an encoder-decoder (is_encoder_decoder: true in config.json), and only models "
             "with a decoder alone are trained here"
         )
@@ -165,15 +171,19 @@ def _build(folder: Path, *, trust_remote_code: bool) -> Any:
                 except KeyError as error:
                     if error.args != (_COUNTED,):
                         raise
-                    raise ValueError(_own_attention_message(config.model_type)) from None
+                    raise RefusedClassError(_own_attention_message(config.model_type)) from None
             # Such a class takes the mask of the attention function but computes attention itself.
-            # Bloom gets no mask from it, so its tokens would attend to later ones.
-            if not model._can_set_attn_implementation():
-                names = sorted({type(m).__name__ for m in model.modules()})
+            # Bloom gets no mask from it, so its tokens would attend to later ones. A vision tower
+            # may compute attention itself (GOT-OCR 2).
+            decoder = text_decoder(model)
+            if not isinstance(decoder, PreTrainedModel):
+                decoder = model
+            if not decoder._can_set_attn_implementation():
+                names = sorted({type(m).__name__ for m in decoder.modules()})
                 own = [name for name in names if name.endswith("Attention")]
-                raise ValueError(_own_attention_message(", ".join(own) or config.model_type))
+                raise RefusedClassError(_own_attention_message(", ".join(own) or config.model_type))
             return model.requires_grad_(False)
-    raise ValueError(f"{config.model_type} is no causal language model of transformers")
+    raise RefusedClassError(f"{config.model_type} is no causal language model of transformers")
 
 
 def _own_attention_message(name: str) -> str:
@@ -184,25 +194,25 @@ def _own_attention_message(name: str) -> str:
 
 
 def _require_trainable(decoder: Any, layers: Sequence[nn.Module]) -> None:
-    """Raise ValueError with the reason for blocks that cannot be trained here."""
+    """Raise RefusedClassError with the reason for blocks that cannot be trained here."""
     names = sorted({type(module).__name__ for module in decoder.modules()})
     if selecting := [name for name in names if _SELECTS_KEYS.search(name)]:
-        raise ValueError(
+        raise RefusedClassError(
             f"its attention chooses or compresses keys ({selecting[0]}); only full, sliding and "
             "chunked attention is implemented here"
         )
     if not layers:
-        raise ValueError(
+        raise RefusedClassError(
             "the layers of its decoder are not of transformers' class GradientCheckpointingLayer, "
             "so they cannot be recognised as blocks and checkpointed"
         )
     if not any(type(module) is nn.Linear for layer in layers for module in layer.modules()):
         others = sorted({type(m).__name__ for m in layers[0].modules() if hasattr(m, "weight")})
-        raise ValueError(f"its blocks have no nn.Linear to adapt, but {', '.join(others)}")
+        raise RefusedClassError(f"its blocks have no nn.Linear to adapt, but {', '.join(others)}")
 
 
 def _require_all_blocks_called(layers: Sequence[nn.Module], observed: "_Observed") -> None:
-    """Raise ValueError if text does not pass through a block (Mllama's cross-attention)."""
+    """Raise RefusedClassError if text does not pass through a block (Mllama's cross-attention)."""
     used = observed.called | observed.read
     uncalled = []
     for index, layer in enumerate(layers):
@@ -210,7 +220,7 @@ def _require_all_blocks_called(layers: Sequence[nn.Module], observed: "_Observed
         if linears and not any(linear in used for linear in linears):
             uncalled.append(f"{index} ({type(layer).__name__})")
     if uncalled:
-        raise ValueError(
+        raise RefusedClassError(
             f"{len(uncalled)} of its {len(layers)} blocks are not called for text without pictures,"
             f" the first is {uncalled[0]}; only models whose blocks all process text are trained"
         )
@@ -345,7 +355,7 @@ def _experts_per_token(config: Any) -> int:
     for name in _EXPERTS_PER_TOKEN:
         if count := getattr(config, name, None):
             return max(count) if isinstance(count, list) else int(count)
-    raise ValueError(f"the config has experts but none of {', '.join(_EXPERTS_PER_TOKEN)}")
+    raise RefusedClassError(f"the config has experts but none of {', '.join(_EXPERTS_PER_TOKEN)}")
 
 
 def _saved_per_block(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[str, int]]:
@@ -434,25 +444,48 @@ def _count_saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[
     return counts
 
 
-def _forward_error(model: Any, error: Exception) -> ValueError:
+def _forward_error(model: Any, error: Exception) -> RefusedClassError:
     """The error for a forward pass that fails on the meta device, with the line that fails."""
     frames = traceback.extract_tb(error.__traceback__)
     own = inspect.getsourcefile(type(model))
     place = next((frame for frame in reversed(frames) if frame.filename == own), frames[-1])
     line = f"{Path(place.filename).name}:{place.lineno}, `{place.line}`"
     if "meta" in str(error).lower():
-        return ValueError(
+        return RefusedClassError(
             f"its forward pass reads values of tensors ({line}), so the memory of its activations "
             "cannot be counted without weights"
         )
     reason = str(error).partition("\n")[0]
-    return ValueError(f"its forward pass in bf16 without weights fails ({line}): {reason}")
+    return RefusedClassError(f"its forward pass in bf16 without weights fails ({line}): {reason}")
+
+
+def shape_or_reason(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The shape, or `refused`: why the class cannot be trained, or `failed`: why it did not build.
+
+    A failure may depend on this machine, for example on a package that the class needs.
+    """
+    try:
+        return count_shape(folder, trust_remote_code=trust_remote_code)
+    except RefusedClassError as error:
+        return {"refused": str(error)}
+    except Exception as error:  # noqa: BLE001 - a class may raise anything
+        return {"failed": _failure(error)}
+
+
+def _failure(error: Exception) -> str:
+    """The error of a class that cannot be built: library, place and message."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    reason = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
+    place = f"{Path(frame.filename).name}:{frame.lineno}"
+    remedy = (
+        "install the package that it names"
+        if isinstance(error, ImportError)
+        else "check config.json, or use another model or version of transformers"
+    )
+    return f"transformers {transformers.__version__} raises ({place}) {reason}; {remedy}"
 
 
 if __name__ == "__main__":
     trust = "--trust-remote-code" in sys.argv
-    try:
-        result = count_shape(Path(sys.argv[1]), trust_remote_code=trust)
-    except ValueError as error:
-        result = {"refused": str(error)}
+    result = shape_or_reason(Path(sys.argv[1]), trust_remote_code=trust)
     sys.stdout.write(json.dumps(result) + "\n")

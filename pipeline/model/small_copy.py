@@ -47,13 +47,17 @@ _MAX_PARAMETERS = 3e8  # limits host memory: the checks hold several copies in f
 
 
 def small_copies(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Configs to try: all sizes reduced, then only blocks, experts and vocabulary reduced."""
+    """Configs to try: all sizes reduced, then only blocks, experts and vocabulary reduced.
+
+    The second has two blocks of each kind, because blocks may share weights (Zamba).
+    """
     text_config = config.get_text_config()
     name = next((key for key, value in vars(config).items() if value is text_config), None)
-    for widths, vision in ((_WIDTHS, _VISION_WIDTHS), ({}, {})):
+    candidates = ((_WIDTHS, _VISION_WIDTHS, 1), (_WIDTHS, _VISION_WIDTHS, 2), ({}, {}, 1))
+    for widths, vision, repeats in candidates:
         values = config.to_dict()
         text = values if name is None else values[name]
-        _reduce(text, widths, text_config.attribute_map)
+        _reduce(text, widths, text_config.attribute_map, repeats)
         for other in values.values():
             if isinstance(other, dict) and "model_type" in other and other is not text:
                 _lower_to(other, vision)
@@ -83,7 +87,9 @@ def random_model(auto_class: Any, config: PreTrainedConfig, **options: Any) -> P
     return model
 
 
-def _reduce(text: dict[str, Any], widths: Mapping[str, int], own_names: Mapping[str, str]) -> None:
+def _reduce(
+    text: dict[str, Any], widths: Mapping[str, int], own_names: Mapping[str, str], repeats: int
+) -> None:
     """Reduce the sizes of a decoder's config in place; `own_names`: config's attribute_map."""
     for name, own in own_names.items():
         if own in text:
@@ -95,7 +101,7 @@ def _reduce(text: dict[str, Any], widths: Mapping[str, int], own_names: Mapping[
         if text.get(key):
             text[key] = _WINDOW
     _reduce_vocabulary(text)
-    _choose_blocks(text, _BLOCKS if widths else _WIDE_BLOCKS)
+    _choose_blocks(text, _BLOCKS if widths else _WIDE_BLOCKS, repeats)
     for name, own in own_names.items():
         if name in text:
             text[own] = text.pop(name)
@@ -149,8 +155,8 @@ def _reduce_vocabulary(text: dict[str, Any]) -> None:
             text[key] = 0
 
 
-def _choose_blocks(text: dict[str, Any], least: int) -> None:
-    """Keep one block of each kind, but at least `least` blocks.
+def _choose_blocks(text: dict[str, Any], least: int, repeats: int) -> None:
+    """Keep the first `repeats` blocks of each kind, but at least `least` blocks.
 
     Lists with one entry per block, and lists of block indices, are changed accordingly.
     """
@@ -165,8 +171,7 @@ def _choose_blocks(text: dict[str, Any], least: int) -> None:
     }
     kind_of_block = [str([v[i] for v in kinds.values()] + [i in v for v in indices.values()])
                 for i in range(total)]  # fmt: skip
-    first = {kind: i for i, kind in reversed(list(enumerate(kind_of_block)))}
-    chosen = sorted(first.values())
+    chosen = [i for i, kind in enumerate(kind_of_block) if kind_of_block[:i].count(kind) < repeats]
     if text.get("num_kv_shared_layers"):  # blocks that share keys and values must come last
         chosen, text["num_kv_shared_layers"] = chosen * 2, len(chosen)
     else:

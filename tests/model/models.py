@@ -71,9 +71,9 @@ def cache_shape(folder):
     """
     import json
 
-    from pipeline.model.class_shape import count_shape
+    from pipeline.model.class_shape import shape_or_reason
     from pipeline.plan.given.class_shape import shape_file
 
     path = shape_file(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(count_shape(folder)), encoding="utf-8")
+    path.write_text(json.dumps(shape_or_reason(folder)), encoding="utf-8")

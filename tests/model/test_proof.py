@@ -13,6 +13,7 @@ from pipeline.plan.given.class_proof import LIMIT, Proof
 from tests.messages import assert_mentions, refused
 from tests.model.kinds import small
 from tests.model.models import build, make_own_code
+from tests.models.kinds import ALL
 from tests.tiny import make_plan
 
 pytestmark = pytest.mark.tensor
@@ -208,9 +209,14 @@ def test_a_lack_of_memory_for_the_checks_is_refused_but_not_cached(tmp_path, mon
 
 
 def test_a_small_copy_with_the_widths_of_the_model_has_fewer_blocks():
-    reduced, wide = small_copies(AutoConfig.for_model("olmo2", num_hidden_layers=32))
+    reduced, _, wide = small_copies(AutoConfig.for_model("olmo2", num_hidden_layers=32))
     assert (reduced.num_hidden_layers, wide.num_hidden_layers) == (4, 2)
     assert (reduced.hidden_size, wide.hidden_size) == (64, 4096)
+
+
+def test_a_class_whose_blocks_share_weights_has_a_small_copy():
+    kind, keys = ALL["zamba"]
+    assert small_model(AutoModelForCausalLM, AutoConfig.for_model(kind, **keys))
 
 
 def test_the_small_copy_of_longrope_has_a_factor_for_each_pair_of_its_head():

@@ -94,16 +94,14 @@ def check_class(kind, kinds, folder):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
         if config["model_type"] not in FAMILIES:
-            try:
-                cache_shape(folder)
-            except Exception as error:
-                raise UnbuildableError(f"{type(error).__name__}: {error}") from error
+            cache_shape(folder)
         shape = read_shape(str(folder))
         names = adapted_names(shape, settings)
         proof = prove(folder, names)
         plan = make_plan(settings, shape, cpu_of(2, 2**34), nodes=1, ranks_per_node=2)
-    except (UserError, UnbuildableError) as error:
-        return {"refused": str(error).replace(str(folder), "MODEL")}
+    except UserError as error:
+        reason = str(error).replace(str(folder), "MODEL")
+        return {"refused": reason.removeprefix("model: MODEL/config.json: ")}
     return {
         "class": re.sub(r"^\d+_", "", config["architectures"][0]),
         "errors": dict(proof.errors),
@@ -114,10 +112,6 @@ def check_class(kind, kinds, folder):
         "has_experts": bool(shape.num_experts),
         **({"refused": proof.refusals[0]} if proof.refusals else {}),
     }
-
-
-class UnbuildableError(Exception):
-    """The model class cannot be built, so its shape cannot be computed."""
 
 
 def train(folder, mode, changes=()):

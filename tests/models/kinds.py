@@ -59,6 +59,8 @@ MORE_KINDS = {
     "bamba": ("bamba", small(attn_layer_indices=[1, 3], mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16)),
     "zamba2": ("zamba2", small(mamba_d_state=16, n_mamba_heads=4, num_mem_blocks=1, layers_block_type=["mamba", "mamba", "hybrid", "mamba"], hybrid_layer_ids=[2])),
     "zamba2/shared": ("zamba2", small(mamba_d_state=16, n_mamba_heads=4, num_mem_blocks=1, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], hybrid_layer_ids=[1, 3])),
+    "zamba": ("zamba", small(num_hidden_layers=9, mamba_d_state=16, n_mamba_heads=2, num_key_value_heads=4, mamba_dt_rank=4)),
+    "got_ocr2": ("got_ocr2", dict(text_config=small(), vision_config=dict(VISION, output_channels=32, mlp_dim=48, window_size=2, global_attn_indexes=[0]))),
     "olmo": ("olmo", small()),
     "olmo_hybrid": ("olmo_hybrid", small(layer_types=HYBRID, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=4, linear_num_value_heads=4)),
     "flex_olmo": ("flex_olmo", small(num_experts=4, num_experts_per_tok=2)),

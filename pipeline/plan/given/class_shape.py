@@ -19,7 +19,7 @@ from pipeline.plan.given.torch_process import (
 )
 
 _PACKAGES = ("torch", "transformers", "peft")  # their versions determine the shape of a class
-_FORMAT = "10"  # of the cached file
+_FORMAT = "11"  # of the cached file
 _TIMEOUT_S = 300
 
 
@@ -31,6 +31,8 @@ def class_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
     sizes = _cached_or_counted(folder, trust_remote_code=trust_remote_code)
     if (reason := sizes.get("refused")) is not None:
         raise UserError(f"the class of this model cannot be trained here: {reason}")
+    if (reason := sizes.get("failed")) is not None:
+        raise UserError(f"the class of this model cannot be built: {reason}")
     return sizes
 
 
@@ -51,7 +53,8 @@ def _cached_or_counted(folder: Path, *, trust_remote_code: bool) -> dict[str, An
             if (cached := _read_shape(path)) is not None:
                 return cached
             counted = _count_in_subprocess(folder, trust_remote_code=trust_remote_code)
-            write_text(path, dump_json(counted))
+            if "failed" not in counted:  # a failure may depend on a package that is missing
+                write_text(path, dump_json(counted))
             return counted
     except OSError:  # the cache cannot be written, so every plan counts the class
         return _count_in_subprocess(folder, trust_remote_code=trust_remote_code)

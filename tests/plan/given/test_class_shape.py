@@ -67,7 +67,7 @@ def cache(tmp_path_factory, monkeypatch):
     """Use an empty cache, and count the class in this process."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("RANKZERO_CACHE", str(folder))
-    monkeypatch.setattr(shape_cache, "_count_in_subprocess", class_count.count_shape)
+    monkeypatch.setattr(shape_cache, "_count_in_subprocess", class_count.shape_or_reason)
     return folder
 
 
@@ -237,6 +237,29 @@ def test_a_class_whose_blocks_read_token_ids_is_counted(tmp_path):
 def test_a_class_that_cannot_be_trained_is_refused_with_the_reason(tmp_path, kind, reason):
     with refused(reason, "config.json"):
         shape_of_kind(tmp_path, kind)
+
+
+def test_a_class_that_needs_a_missing_package_is_refused_until_the_package_is_there(tmp_path):
+    """Gemma 3n's vision tower needs timm, which is not installed here."""
+    AutoConfig.for_model("gemma3n").save_pretrained(tmp_path)
+    with refused("config.json", "transformers", "TimmWrapperModel", "pip install timm"):
+        read_shape(str(tmp_path))
+    assert not shape_cache.shape_file(tmp_path).is_file()
+
+
+def test_a_cached_refusal_names_no_folder(tmp_path):
+    """Two folders with the same config.json share the cached reason."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        AutoConfig.for_model("gpt2", n_layer=2, n_embd=64, n_head=4).save_pretrained(folder)
+        with refused(folder / "config.json", "Conv1D") as message:
+            read_shape(str(folder))
+        assert not (folder == second and str(first) in str(message.value))
+    assert str(tmp_path) not in shape_cache.shape_file(first).read_text()
+
+
+def test_a_vision_tower_may_compute_attention_itself(tmp_path):
+    assert shape_of_kind(tmp_path, "got_ocr2").separate_blocks == 4
 
 
 def test_an_encoder_decoder_is_refused_with_the_entry_of_its_config(tmp_path):
