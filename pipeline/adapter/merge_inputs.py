@@ -59,12 +59,13 @@ class Base:
 class MetaModel:
     """The class of a base on the meta device.
 
-    `stored`: name of a parameter -> its tensors in the files. `error`: why the class cannot be
-    built; `model` is then None.
+    `stored`: name of a parameter -> its tensors in the files. `shapes`: of all tensors in the
+    files. `error`: why the class cannot be built; `model` is then None.
     """
 
     model: Any = None
     stored: Mapping[str, "StoredAs"] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     error: str = ""
 
     def stored_name(self, name: str) -> str:
@@ -113,7 +114,8 @@ def meta_model(base: Base, *, trust_remote_code: bool = False) -> MetaModel:
 
     try:
         model = model_on_meta(base.folder, trust_remote_code=trust_remote_code)
-        return MetaModel(model, stored_names(model, base.entries))
+        shapes = {key: entry.shape for key, entry in base.entries.items()}
+        return MetaModel(model, stored_names(model, shapes), shapes)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         return MetaModel(error=f"the class of {base.folder} cannot be built ({error})")
 
@@ -205,7 +207,7 @@ def _expert_updates(name: str, adapter: Adapter, meta: MetaModel) -> dict[str, L
     try:
         parameter = adapted_tensor(meta.model, name, adapter.config["target_parameters"])
         tensor = meta.model.get_parameter(parameter)
-        slices = expert_slices(meta.model, parameter, meta.stored[parameter])
+        slices = expert_slices(meta.model, parameter, meta.stored[parameter], meta.shapes)
     except (AttributeError, KeyError, IndexError) as error:
         raise UserError(f"{mismatch}: it has no fused experts {name} ({error})") from error
     whole = layer_update(

@@ -5,7 +5,7 @@ concatenates, or the fused tensor itself. The slices are found by running transf
 conversion on small tensors of element numbers, so that no kind of conversion is assumed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,10 +91,12 @@ def adapted_tensor(model: Any, layer: str, targets: Iterable[str]) -> str:
     return f"{holder}.{wrapped[-1 - layer.count('.base_layer')]}"
 
 
-def expert_slices(model: Any, name: str, stored: StoredAs) -> dict[str, ExpertSlice]:
+def expert_slices(
+    model: Any, name: str, stored: StoredAs, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, ExpertSlice]:
     """The slice of the fused tensor `name` that each stored tensor holds, by its key.
 
-    Raises UserError if a stored tensor is not such a slice.
+    `shapes`: of the stored tensors. Raises UserError if a stored tensor is not such a slice.
     """
     count = model.get_parameter(name).shape[0]
     holder = model.get_submodule(name.rpartition(".")[0])
@@ -106,11 +108,48 @@ def expert_slices(model: Any, name: str, stored: StoredAs) -> dict[str, ExpertSl
     numbers = {
         key: torch.arange(size).reshape(shape) + i * size for i, key in enumerate(stored.keys)
     }
+    model = _WithSmallParameter(model, name, _small_shape(model, name, shapes, numbers))
     fused = built_parameter(model, name, stored, numbers)
     slices = {key: _slice_of(whole, fused, tensor) for key, tensor in numbers.items()}
     if wrong := [key for key, part in slices.items() if part is None]:
         raise UserError(f"{wrong[0]} of the checkpoint is not a slice of {name}")
     return {key: part for key, part in slices.items() if part is not None}
+
+
+def _small_shape(
+    model: Any,
+    name: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    numbers: Mapping[str, torch.Tensor],
+) -> torch.Size:
+    """Shape of the parameter if its stored tensor had the shape of `numbers`.
+
+    A conversion may compare the two shapes, and transpose if they differ (Qwen3-VL).
+    """
+    expected = model.get_parameter(name).shape
+    key, small = next(iter(numbers.items()))
+    if len(numbers) == 1 and len(shapes[key]) == small.dim():
+        if shapes[key] == tuple(expected):
+            return small.shape
+        if shapes[key] == (*expected[:-2], expected[-1], expected[-2]):
+            return small.mT.shape
+    return torch.Size(expected)
+
+
+class _WithSmallParameter:
+    """A model on the meta device with another shape of one parameter."""
+
+    def __init__(self, model: Any, name: str, shape: torch.Size) -> None:
+        self._model, self._name, self._shape = model, name, shape
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Any:
+        """The parameter with this name."""
+        if name == self._name:
+            return torch.empty(self._shape, device="meta")
+        return self._model.get_parameter(name)
 
 
 def _slice_of(whole: ExpertSlice, fused: torch.Tensor, numbers: torch.Tensor) -> ExpertSlice | None:

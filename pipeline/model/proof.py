@@ -360,13 +360,14 @@ def _missing_names(folder: Path, targets: Sequence[str], *, trust_remote_code: b
     The checkpoint must store each adapted weight as a tensor, or as slices of fused experts.
     """
     model = model_on_meta(folder, trust_remote_code=trust_remote_code)
-    keys = [key for path in weight_files(folder) for key in read_header(path).entries]
-    stored = stored_names(model, keys)
+    files = [read_header(path) for path in weight_files(folder)]
+    shapes = {key: entry.shape for file in files for key, entry in file.entries.items()}
+    stored = stored_names(model, shapes)
     names = [f"{name}.weight" for name in target_names(model, targets)]
     missing = [name for name in names if name not in stored or stored[name].converter is not None]
     for name in target_experts(model, targets):
         try:
-            expert_slices(model, name, stored[name])
+            expert_slices(model, name, stored[name], shapes)
         except (KeyError, UserError):
             missing.append(name)
     if not missing:

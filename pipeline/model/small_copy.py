@@ -53,8 +53,8 @@ def small_copies(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """
     text_config = config.get_text_config()
     name = next((key for key, value in vars(config).items() if value is text_config), None)
-    candidates = ((_WIDTHS, _VISION_WIDTHS, 1), (_WIDTHS, _VISION_WIDTHS, 2), ({}, {}, 1))
-    for widths, vision, repeats in candidates:
+    reduced: tuple[Mapping[str, int], Mapping[str, int]] = (_WIDTHS, _VISION_WIDTHS)
+    for (widths, vision), repeats in ((reduced, 1), (reduced, 2), (({}, {}), 1)):
         values = config.to_dict()
         text = values if name is None else values[name]
         _reduce(text, widths, text_config.attribute_map, repeats)
