@@ -410,7 +410,8 @@ def texts_of(value):
 def is_in(text, document):
     """Whether the stripped text is in the document, plain or with escape sequences."""
     text = text.strip()
-    forms = [text, repr(text)[1:-1], repr(f"'{text}")[2:-1]]
+    # The last form is that of text between single quotes, as in LFM2's calls.
+    forms = [text, repr(text)[1:-1], repr(f"""'"{text}""")[4:-1]]
     forms += [json.dumps(text, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True)]
     return any(form in document for form in forms)
 
