@@ -8,6 +8,8 @@
 Each message says what is wrong, where (file, line, key) and what would work.
 """
 
+from collections.abc import Sequence
+
 _MAX_LINES, _MAX_LINE_LENGTH = 200, 1200
 # Characters kept of a longer line: its start has the place, its end the remedy.
 _HEAD, _TAIL = 700, 400
@@ -42,6 +44,12 @@ class SingleRankError(RankZeroError):
 
     Every other RankZeroError is raised on all ranks.
     """
+
+
+def first_few(items: Sequence[str], separator: str = ", ") -> str:
+    """The first three items as text, and the number of the others."""
+    more = f"{separator.strip(', ')} and {len(items) - 3} more" if len(items) > 3 else ""
+    return separator.join(items[:3]) + more
 
 
 def bounded(message: str) -> str:

@@ -5,6 +5,7 @@ temporary sibling that is then renamed. A `durable` write also survives a power 
 synced to the disk before the rename, and the parent folder after it.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from pipeline.errors import UserError
 
 _TEMPORARY = re.compile(r"\..+\..+-(?P<pid>\d+)\.tmp")
 _ABANDONED_AFTER_S = 24 * 3600
@@ -34,6 +37,28 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
     return value
+
+
+def read_json_or_empty(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file is missing or damaged."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return {}
+
+
+def require_json(path: Path, place: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError with `place` before the path if it is damaged."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place}{path}: not readable as a JSON object: {error}") from None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:

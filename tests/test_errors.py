@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.errors import RankZeroError, UserError
+from pipeline.errors import RankZeroError, UserError, first_few
 from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
@@ -23,3 +23,10 @@ def test_lines_beyond_the_limit_are_counted():
 
 def test_a_short_message_is_unchanged():
     assert str(UserError("a: b\n  c; d\n")) == "a: b\n  c; d\n"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, ""), (3, "a0, a1, a2"), (5, "a0, a1, a2 and 2 more")]
+)
+def test_a_list_in_a_message_has_three_items_and_the_number_of_the_others(count, text):
+    assert first_few([f"a{i}" for i in range(count)]) == text

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.adapter.trained_on import WEIGHTS
 from pipeline.errors import UserError
-from pipeline.files import read_json
+from pipeline.files import require_json
 from pipeline.model.tensor_files import VALUE_BYTES, Entry, TensorFile, read_header
 from pipeline.plan.given.adapter_counts import lora_scaling, pattern_value
+from pipeline.plan.given.shape import is_or_ends_with
 
 if TYPE_CHECKING:
     from pipeline.model.expert_slices import ExpertSlice
@@ -226,7 +228,7 @@ def _value_update(
 
 def _token_rows(module: str, indices: Any) -> tuple[int, ...]:
     if isinstance(indices, Mapping):
-        names = [name for name in indices if module == name or module.endswith(f".{name}")]
+        names = [name for name in indices if is_or_ends_with(module, name)]
         indices = indices[names[0]] if names else []
     return tuple(int(index) for index in indices or [])
 
@@ -253,9 +255,14 @@ def _require_mergeable(folder: Path, config: Mapping[str, Any]) -> None:
 
 def read_config(path: Path, setting: str) -> dict[str, Any]:
     """The content of a config file. Raises UserError, which names `setting`, if there is none."""
-    try:
-        return read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"{setting}: {path.parent} has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{setting}: {path}: not readable as a JSON object: {error}") from None
+    if not path.exists():
+        raise UserError(f"{setting}: {path.parent} has no {path.name}")
+    return require_json(path, f"{setting}: ")
+
+
+def require_adapter(run_folder: Path) -> Path:
+    """The adapter folder of a run. Raises UserError if there is none."""
+    adapter = run_folder / "adapter"
+    if not (adapter / CONFIG).is_file() or not (adapter / WEIGHTS).is_file():
+        raise UserError(f"{run_folder} has no adapter; finish the training of this run first")
+    return adapter

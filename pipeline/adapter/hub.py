@@ -16,7 +16,7 @@ from pipeline.adapter.adapter_file import read_config
 from pipeline.config.hub import HubSplit
 from pipeline.config.settings import RunSettings
 from pipeline.errors import RankZeroError, UserError
-from pipeline.files import dump_json, read_json
+from pipeline.files import dump_json, read_json_or_empty
 
 _CARD = "README.md"
 _LEFT_OUT = {"trained_on.json", "rankzero_merge.json", _CARD}  # have paths of this machine
@@ -111,7 +111,7 @@ def gather_files(publication: Publication, folder: Path) -> None:
 
 def _scores(path: Path) -> dict[str, Any]:
     """The scores of each model, without the answers, which are texts of rows."""
-    record = _optional(path)
+    record = read_json_or_empty(path)
     models = record.get("models")
     if not isinstance(models, dict) or "outdated" in record:
         return {}
@@ -125,7 +125,7 @@ def _scores(path: Path) -> dict[str, Any]:
 
 def _plan(run: Path) -> dict[str, Any]:
     """The plan without paths: hyperparameters, layout, memory and speed."""
-    plan = _optional(run / "plan.json")
+    plan = read_json_or_empty(run / "plan.json")
     settings = plan.get("settings") or {}
     record: dict[str, Any] = {
         "settings": {key: settings[key] for key in _HYPERPARAMETERS if key in settings}
@@ -135,19 +135,12 @@ def _plan(run: Path) -> dict[str, Any]:
 
 def _audit(run: Path) -> dict[str, Any]:
     """Counts of the data audit by split."""
-    audit = _optional(run / "data" / "audit.json")
+    audit = read_json_or_empty(run / "data" / "audit.json")
     return {
         split: {key: counts[key] for key in _COUNTS if isinstance(counts.get(key), int | float)}
         for split, counts in audit.items()
         if split in ("train", "eval") and isinstance(counts, dict)
     }
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return {}
 
 
 def card(publication: Publication, scores: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pipeline.adapter.adapter_file import Adapter, read_adapter
 from pipeline.adapter.trained_on import TRAINED_ON, adapter_sha256, require_same_base
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.files import dump_json, read_json, write_text
+from pipeline.files import dump_json, read_json_or_empty, write_text
 from pipeline.plan.given.adapter_counts import AdaptedLayer, adapted_layers
 from pipeline.plan.given.saved_modules import saved_modules
 from pipeline.plan.plan import Plan
@@ -156,9 +156,8 @@ def initial_adapter_of(run_folder: Path, settings: RunSettings) -> dict[str, Any
     """The record of the run's initial adapter, which contains the records of its predecessors."""
     if settings.init_adapter is None:
         return None
-    with suppress(OSError, ValueError):
-        return read_json(run_folder / RECORD)
-    return _initial_record(settings)  # the run folder has been removed during the run
+    # The run folder may have been removed during the run.
+    return read_json_or_empty(run_folder / RECORD) or _initial_record(settings)
 
 
 def _initial_record(settings: RunSettings) -> dict[str, Any] | None:
@@ -169,11 +168,10 @@ def _initial_record(settings: RunSettings) -> dict[str, Any] | None:
     record: dict[str, Any] = {"adapter": settings.dump_unexpanded()["init_adapter"]}
     with suppress(OSError):  # its folder may be gone by the end of the run
         record["sha256"] = adapter_sha256(folder)
-    with suppress(OSError, ValueError):
-        trained_on = read_json(folder / TRAINED_ON)
-        record |= {key: trained_on[key] for key in ("base", "revision") if trained_on.get(key)}
-        if isinstance(trained_on.get("started_from"), dict):
-            record["started_from"] = trained_on["started_from"]
+    trained_on = read_json_or_empty(folder / TRAINED_ON)
+    record |= {key: trained_on[key] for key in ("base", "revision") if trained_on.get(key)}
+    if isinstance(trained_on.get("started_from"), dict):
+        record["started_from"] = trained_on["started_from"]
     return record
 
 

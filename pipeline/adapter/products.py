@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.adapter.merge_output import MARKER
 from pipeline.adapter.trained_on import adapter_sha256
-from pipeline.files import dump_json, read_json, write_text
+from pipeline.files import dump_json, read_json, read_json_or_empty, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,5 @@ def mark_outdated(run_folder: Path) -> None:
 
 def is_merged_from(run_folder: Path) -> bool | None:
     """Whether merged/ was made from the present adapter; None if the merge recorded no hash."""
-    try:
-        recorded = read_json(run_folder / "merged" / MARKER).get("adapter_sha256")
-    except (OSError, ValueError):
-        recorded = None
+    recorded = read_json_or_empty(run_folder / "merged" / MARKER).get("adapter_sha256")
     return None if recorded is None else recorded == adapter_sha256(run_folder / "adapter")

@@ -4,14 +4,12 @@ It prevents merging into the wrong base: another fine-tune of the same model has
 names and shapes, so the merge would succeed and the merged model would be useless.
 """
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.settings import RunSettings
-from pipeline.errors import UserError
-from pipeline.files import dump_json, read_json
+from pipeline.files import dump_json, file_sha256, require_json
 from pipeline.model.fingerprint import Fingerprint, require_recorded_base
 
 TRAINED_ON = "trained_on.json"
@@ -44,14 +42,9 @@ def require_same_base(base: Path, adapter: Path, remedy: str = _TO_MERGE) -> Non
     path = adapter / TRAINED_ON
     if not path.is_file():
         return
-    try:
-        recorded = read_json(path).get("fingerprint")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as a JSON object: {error}") from None
-    require_recorded_base(recorded, base, remedy)
+    require_recorded_base(require_json(path).get("fingerprint"), base, remedy)
 
 
 def adapter_sha256(adapter: Path) -> str:
     """SHA-256 of an adapter's weights file, which a merge or a score records."""
-    with (adapter / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(adapter / WEIGHTS)

@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pipeline.errors import RankZeroError
-
-_MAX_NAMED = 3  # largest number of tensors that a message names
+from pipeline.errors import RankZeroError, first_few
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -34,7 +32,7 @@ def verify_gradients(moments: Mapping[str, torch.Tensor]) -> None:
     if zeros := [key for key, moment in moments.items() if not moment.any()]:
         raise RankZeroError(
             f"the moments of {len(zeros)} of {len(moments)} tensors are zero: no gradient reached "
-            f"{_first_of(zeros)}"
+            f"{first_few(zeros)}"
         )
 
 
@@ -69,13 +67,13 @@ def _verify(
             zeros.append(key)
     if damages:
         raise RankZeroError(
-            f"{name} is damaged, {len(damages)} tensors are wrong: {_first_of(damages)}"
+            f"{name} is damaged, {len(damages)} tensors are wrong: {first_few(damages, '; ')}"
         )
     if zeros:
         matrices = sum(key.endswith(".lora_B.weight") for key in expected)
         raise RankZeroError(
             f"{name}: {len(zeros)} of {matrices} lora_B matrices are zero, their initial value: "
-            f"no gradient reached {_first_of(zeros)}"
+            f"no gradient reached {first_few(zeros)}"
         )
 
 
@@ -87,8 +85,3 @@ def _damage(tensor: torch.Tensor, shape: tuple[int, ...]) -> str | None:
         return f"has shape {actual} instead of {shape}"
     bad = tensor.numel() - int(tensor.isfinite().sum())
     return f"has {bad} of {tensor.numel()} values that are not finite" if bad else None
-
-
-def _first_of(items: list[str]) -> str:
-    more = f"; and {len(items) - _MAX_NAMED} more" if len(items) > _MAX_NAMED else ""
-    return "; ".join(items[:_MAX_NAMED]) + more

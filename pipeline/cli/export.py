@@ -10,6 +10,7 @@ llama.cpp's own converters and quantiser from DIR, by default $LLAMA_CPP_DIR.
 import logging
 from pathlib import Path
 
+from pipeline.adapter.adapter_file import require_adapter
 from pipeline.adapter.export import (
     LLAMA_CPP,
     QUANTISATIONS,
@@ -20,7 +21,7 @@ from pipeline.adapter.export import (
 from pipeline.adapter.ollama import go_template, modelfile
 from pipeline.adapter.products import is_merged_from
 from pipeline.adapter.serving import vllm_command
-from pipeline.adapter.trained_on import WEIGHTS, require_same_base
+from pipeline.adapter.trained_on import require_same_base
 from pipeline.cli.arguments import Parser, run_settings
 from pipeline.cluster.exits import run_main
 from pipeline.config.settings import RunSettings
@@ -66,14 +67,6 @@ def export() -> None:
     model = next(out.glob("model*.gguf"))
     print(f"llama.cpp  llama-server -m {model} --jinja")
     print(f"Ollama     ollama create NAME -f {out / 'Modelfile'}")
-
-
-def require_adapter(run_folder: Path) -> Path:
-    """The adapter folder of a run. Raises UserError if there is none."""
-    adapter = run_folder / "adapter"
-    if not (adapter / "adapter_config.json").is_file() or not (adapter / WEIGHTS).is_file():
-        raise UserError(f"{run_folder} has no adapter; finish the training of this run first")
-    return adapter
 
 
 def require_merged(run_folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.adapter.adapter_file import require_adapter
 from pipeline.adapter.merge import merge_adapters
 from pipeline.adapter.merge_output import MARKER
 from pipeline.adapter.merge_plan import MergeOptions, TrainedBase, WeightedAdapter
@@ -117,9 +118,7 @@ def _request(given: argparse.Namespace) -> _Merge:
     settings = None if run_folder is None else run_settings(run_folder)
     adapters = tuple(given.adapter)
     if run_folder is not None and not adapters:
-        if not (run_folder / "adapter" / "adapter_config.json").is_file():
-            raise UserError(f"{run_folder} has no adapter; finish the training of this run first")
-        adapters = (WeightedAdapter(run_folder / "adapter"),)
+        adapters = (WeightedAdapter(require_adapter(run_folder)),)
     if given.undo and (given.check or given.onto == "dequantized"):
         raise UserError("--undo cannot be combined with --check or --onto")
     base = _base(given, settings, adapters)

@@ -10,6 +10,7 @@ home folder. No other command publishes.
 import tempfile
 from pathlib import Path
 
+from pipeline.adapter.adapter_file import require_adapter
 from pipeline.adapter.hub import (
     Publication,
     base_model_name,
@@ -18,7 +19,7 @@ from pipeline.adapter.hub import (
     upload,
 )
 from pipeline.cli.arguments import Parser, run_settings
-from pipeline.cli.export import require_adapter, require_merged
+from pipeline.cli.export import require_merged
 from pipeline.cluster.exits import run_main
 from pipeline.errors import RankZeroError
 

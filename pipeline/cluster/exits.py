@@ -12,16 +12,12 @@ from io import TextIOWrapper
 from tempfile import gettempdir
 from typing import Any, NoReturn, TextIO
 
-from pipeline.cluster.logs import configure_logging, current_rank
+from pipeline.cluster.logs import configure_logging, current_local_rank, current_rank
 from pipeline.errors import RankZeroError, SingleRankError, Stopped, bounded
 
 # Time for a launcher to end this rank: DeepSpeed's node launcher checks once a second whether a
 # rank has ended, and then terminates the others.
 _GRACE_S = 10.0
-_LOCAL_RANKS = (
-    "LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID",
-    "PMI_LOCAL_RANK",
-)  # fmt: skip
 # Texts in errors of gloo, NCCL and the key-value store about a peer that has ended.
 _CONNECTION_ERRORS = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe",
@@ -48,7 +44,7 @@ def run_main(
         _report(f"rank {current_rank()}: {error}", tracebacks=tracebacks)
         _flush_and_end(error.exit_code)
     except RankZeroError as error:
-        if not isinstance(error, Stopped) or _local_rank() == 0:
+        if not isinstance(error, Stopped) or current_local_rank() == 0:
             is_failure = error.exit_code == 1  # neither wrong input nor a stop
             _report(str(error), tracebacks=tracebacks and is_failure, is_common=True)
         _flush_and_end(error.exit_code)
@@ -148,7 +144,7 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def _report(message: str, *, tracebacks: bool = False, is_common: bool = False) -> None:
-    if is_common and _local_rank() > 0:
+    if is_common and current_local_rank() > 0:
         # If this rank ended first, the launcher would kill local rank 0 before it prints.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_GRACE_S)
@@ -162,9 +158,3 @@ def _flush_and_end(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     end_process(code)
-
-
-def _local_rank() -> int:
-    """The local rank, from the launcher's variables; 0 without a launcher."""
-    values = (os.environ.get(name, "") for name in _LOCAL_RANKS)
-    return next((int(value) for value in values if value.isdigit()), 0)

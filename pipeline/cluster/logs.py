@@ -11,11 +11,16 @@ import shutil
 import sys
 import textwrap
 import warnings
+from collections.abc import Sequence
 
 _PROJECT = "pipeline"
-# The launchers' variables with the rank, in order of precedence. They are read here because
-# messages are logged before there is a `Placement`.
-_RANK_NAMES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+# The launchers' variables with the rank and the local rank, in order of precedence. They are read
+# here because messages are logged before there is a `Placement`.
+_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_LOCAL_RANKS = (
+    "LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID",
+    "PMI_LOCAL_RANK",
+)  # fmt: skip
 
 
 def configure_logging() -> None:
@@ -46,7 +51,16 @@ def show_details() -> None:
 
 def current_rank() -> int:
     """The rank of this process, from the launcher's variables; 0 without a launcher."""
-    values = (os.environ.get(name, "") for name in _RANK_NAMES)
+    return _first_number(_RANKS)
+
+
+def current_local_rank() -> int:
+    """The local rank of this process, from the launcher's variables; 0 without a launcher."""
+    return _first_number(_LOCAL_RANKS)
+
+
+def _first_number(names: Sequence[str]) -> int:
+    values = (os.environ.get(name, "") for name in names)
     return next((int(value) for value in values if value.isdigit()), 0)
 
 

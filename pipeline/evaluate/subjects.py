@@ -7,13 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.adapter.adapter_file import require_adapter
 from pipeline.adapter.products import is_merged_from
-from pipeline.adapter.trained_on import WEIGHTS, adapter_sha256, require_same_base
+from pipeline.adapter.trained_on import adapter_sha256, require_same_base
 from pipeline.config.hub import snapshot_folder
 from pipeline.config.load import load_settings, settings_without_file
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.files import read_json
+from pipeline.files import require_json
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.plan.given.shape import read_shape
 
@@ -63,11 +64,7 @@ class Subject:
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
     """The adapter's configuration without the place of its base. UserError if it is damaged."""
-    path = folder / "adapter_config.json"
-    try:
-        config = read_json(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as a JSON object: {error}") from None
+    config = require_json(folder / "adapter_config.json")
     return {key: value for key, value in config.items() if key not in _PLACES}
 
 
@@ -123,8 +120,7 @@ def _folder_of(argument: str) -> Path:
 
 def _subjects_of_run(folder: Path, prefix: str, settings: RunSettings) -> list[Subject]:
     adapter, base = folder / "adapter", settings.model_folder
-    if not (adapter / WEIGHTS).is_file():
-        raise UserError(f"{folder} has no adapter; train first")
+    require_adapter(folder)
     require_same_base(base, adapter, "restore the model of the training")
     subjects = [
         Subject(

@@ -12,15 +12,14 @@ import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pipeline.cluster.progress import show_progress
-from pipeline.errors import UserError
-from pipeline.files import dump_json, read_json, user_cache, write_text
+from pipeline.errors import UserError, first_few
+from pipeline.files import dump_json, read_json_or_empty, require_json, user_cache, write_text
 from pipeline.model.tensor_files import Entry, read_header, weight_files
 
 logger = logging.getLogger(__name__)
@@ -30,7 +29,6 @@ RECORD = "base.json"  # file of a run folder
 _CONFIG = "config.json"
 _BUFFER_BYTES = 2**22
 _MAX_THREADS = 16
-_MAX_NAMED = 3  # largest number of tensors that a message names
 
 # Version 1 of fingerprints, used up to release 0.1.0, hashed only samples of each file.
 _SAMPLES = 16
@@ -106,10 +104,9 @@ def require_recorded_base(recorded: Any, folder: Path, remedy: str) -> None:
     old, new = Fingerprint.from_json(recorded).tensors, base_fingerprint(folder).tensors
     names = sorted(old.keys() | new.keys())
     if different := [name for name in names if old.get(name) != new.get(name)]:
-        more = f" and {len(different) - _MAX_NAMED} more" if len(different) > _MAX_NAMED else ""
         raise UserError(
             f"base: {folder} is not the model that was trained on: {len(different)} of "
-            f"{len(names)} tensors differ: {', '.join(different[:_MAX_NAMED])}{more}; {remedy}"
+            f"{len(names)} tensors differ: {first_few(different)}; {remedy}"
         )
 
 
@@ -121,7 +118,7 @@ def require_base_of_run(run_folder: Path, model_folder: Path) -> str:
             "restore the base, or accept the new one with accept_changes: [base], or set resume: "
             "never"
         )
-        require_recorded_base(_read_record(record), model_folder, remedy)
+        require_recorded_base(require_json(record), model_folder, remedy)
     return base_fingerprint(model_folder).digest
 
 
@@ -134,15 +131,8 @@ def base_of_run(run_folder: Path, model_folder: Path) -> Fingerprint:
     """Fingerprint of the base that was recorded at the start of the run."""
     record = run_folder / RECORD
     if record.is_file():
-        return Fingerprint.from_json(_read_record(record))
+        return Fingerprint.from_json(require_json(record))
     return base_fingerprint(model_folder)  # the record was removed during the run
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as a JSON object: {error}") from None
 
 
 def is_sampled(recorded: Any) -> bool:
@@ -214,10 +204,9 @@ class _HashCache:
         name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
         self._path = user_cache() / "fingerprints" / f"{name}.json"
         self._files = self._of_this_process.setdefault(self._path, {})
-        with suppress(OSError, ValueError):
-            stored = read_json(self._path)
-            if stored.get("version") == VERSION and isinstance(stored.get("files"), dict):
-                self._files.update(stored["files"])
+        stored = read_json_or_empty(self._path)
+        if stored.get("version") == VERSION and isinstance(stored.get("files"), dict):
+            self._files.update(stored["files"])
 
     def get(self, name: str, state: Mapping[str, int]) -> dict[str, str] | None:
         """The cached hashes of a file in this state; None if there are none."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config.hub import lacks_split
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_few
 from pipeline.files import read_json
 from pipeline.rows.content import SUFFIXES, kind_from_name, open_data
 
@@ -273,8 +273,7 @@ def _skip_note(name: str, paths: Iterable[Path], root: Path, what: str) -> tuple
 
 def _listed(paths: Sequence[Path], root: Path) -> str:
     """The first three paths as text, relative to `root`, and the number of the others."""
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return ", ".join(str(path.relative_to(root)) for path in paths[:3]) + more
+    return first_few([str(path.relative_to(root)) for path in paths])
 
 
 def _is_empty(file: Path, key: str) -> bool:

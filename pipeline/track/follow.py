@@ -1,6 +1,5 @@
 """Send a run to one tracker: once, or while it is training."""
 
-import hashlib
 import logging
 import os
 import threading
@@ -9,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import dump_json, read_json, write_text
+from pipeline.files import dump_json, file_sha256, read_json, write_text
 from pipeline.track.facts import RunFacts
 from pipeline.track.lines import LineReader, metrics_of
 from pipeline.track.trackers import TRACKERS, Tracker
@@ -105,8 +104,7 @@ def _send_results(tracker: Tracker, facts: RunFacts, sent: SentRecord) -> None:
 
 def _is_new(sent: SentRecord, name: str, path: Path) -> bool:
     """Whether a file differs from the one that was sent last. Records its digest as sent."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(path)
     is_new, sent.digests[name] = sent.digests.get(name) != digest, digest
     return is_new
 

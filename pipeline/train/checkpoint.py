@@ -6,7 +6,6 @@ writes checkpoints, every rank reads them. Only functions that write or read ten
 so that a checkpoint that cannot be used is refused before this slow import.
 """
 
-import hashlib
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from pipeline.errors import RankZeroError, UserError
 from pipeline.files import (
     atomic_folder,
     dump_json,
+    file_sha256,
     read_json,
     recover_folder,
     remove_unfinished_folders,
@@ -419,11 +419,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _size_and_digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {
-            "size": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _damage(path: Path) -> str | None:

@@ -8,7 +8,7 @@ from pipeline.cluster.heartbeat import Heartbeat
 from pipeline.cluster.session import Session
 from pipeline.cluster.stop import StopRequests
 from pipeline.config.settings import RunSettings
-from pipeline.files import read_json
+from pipeline.files import read_json_or_empty
 from pipeline.plan.plan import Plan
 
 _DEBUG_STEPS = 4
@@ -58,9 +58,6 @@ def requeued_settings(settings: RunSettings, env: Mapping[str, str]) -> RunSetti
     """
     if settings.resume != "never" or env.get("SLURM_RESTART_COUNT", "0") == "0":
         return settings
-    try:
-        job = read_json(Path(settings.output_dir) / "plan.json")["job"]
-    except (OSError, ValueError, KeyError):
-        return settings
-    is_own = job == env.get("SLURM_JOB_ID")
+    job = read_json_or_empty(Path(settings.output_dir) / "plan.json").get("job")
+    is_own = job is not None and job == env.get("SLURM_JOB_ID")
     return settings.model_copy(update={"resume": "auto"}) if is_own else settings

@@ -1,7 +1,6 @@
 """The start of a run in its folder: new run, resume, nothing to do, or refusal. No torch."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from pipeline.config.settings import RunSettings, settings_with
 from pipeline.data.dataset.reader import DataIndex
 from pipeline.data.prepare.prepare import data_keys, train_key
 from pipeline.errors import UserError
-from pipeline.files import dump_json, read_json
+from pipeline.files import dump_json, read_json, read_json_or_empty
 from pipeline.model.fingerprint import RECORD, require_base_of_run
 from pipeline.plan.plan import Plan
 from pipeline.train.names import BEFORE_A_RUN, checkpoints_in, require_usable_entries
@@ -111,10 +110,8 @@ def is_checkpoint_path(resume: str) -> bool:
 
 def written_by(folder: Path) -> str:
     """The version of RankZero that wrote a run folder."""
-    try:
-        return str(read_json(folder / "plan.json").get("version", _FIRST_VERSION))
-    except (OSError, ValueError):
-        return __version__  # plan.json is lost or damaged: assume the present version
+    plan = read_json_or_empty(folder / "plan.json")  # if it is lost, assume the present version
+    return str(plan.get("version", _FIRST_VERSION if plan else __version__))
 
 
 def require_own_folder(folder: Path) -> None:
@@ -162,11 +159,7 @@ def _refuse_other_files(folder: Path) -> None:
 
 def _require_debug_run(folder: Path) -> None:
     """Raise UserError unless `--debug` wrote this run, because it may replace no other run."""
-    try:
-        is_debug = read_json(folder / "plan.json").get("is_debug") is True
-    except (OSError, ValueError):
-        is_debug = False
-    if not is_debug:
+    if read_json_or_empty(folder / "plan.json").get("is_debug") is not True:
         raise UserError(
             f"output_dir: --debug writes to {folder}, but this folder has a run that was not "
             "written by --debug of this version; move the folder, or set another output_dir"
@@ -335,7 +328,7 @@ def _key_in_checkpoint(folder: Path) -> str | None:
 def _changed_adam(folder: Path, plan: Plan) -> dict[str, str]:
     """Differences in the optimizer parameters that only the user's DeepSpeed JSON can set."""
     try:
-        config = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "ds_config.json")
         before, now = config["optimizer"]["params"], plan.deepspeed["optimizer"]["params"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # ds_config.json is lost or damaged; run.yaml has been compared already

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import atomic_file, dump_json, read_json, write_text
+from pipeline.files import atomic_file, dump_json, read_json_or_empty, write_text
 from pipeline.train.owner import OWNER, TRAINING, Ownership, identity, is_running
 
 _ONE_HEARTBEAT_S = 12.0  # longer than the 10 s between two heartbeats (owner.py)
@@ -127,10 +127,7 @@ def end_for_dead_owner(path: Path, reason: str) -> None:
 
 def read_status(path: Path) -> dict[str, Any] | None:
     """The fields of a status file; None if the file is missing or damaged."""
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return None
+    return read_json_or_empty(path) or None
 
 
 def is_done(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from pipeline.data.chat.traced import Arguments, join_traced, traced_from
+from pipeline.errors import first_few
 from pipeline.rows.examples import Conversation, Message
 
 TOOLS = -1  # message index of leaves in tool definitions
@@ -315,4 +316,4 @@ def placeholder(*roles: str) -> Conversation:
 def leaf_names(leaves: Sequence[Leaf]) -> str:
     """The names of the first three leaves, for an error message."""
     unique = list(dict.fromkeys(leaf.name for leaf in leaves))  # a key has the name of its value
-    return ", ".join(unique[:3]) + (f" and {len(unique) - 3} more" if len(unique) > 3 else "")
+    return first_few(unique)

@@ -3,14 +3,13 @@
 import hashlib
 import json
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.settings import RunSettings, settings_with
 from pipeline.data.chat.template import read_template
 from pipeline.errors import UserError
-from pipeline.files import dump_json, read_json, write_text
+from pipeline.files import dump_json, file_sha256, read_json_or_empty, write_text
 from pipeline.rows.content import detect_kind
 from pipeline.rows.sources import Source
 
@@ -42,11 +41,9 @@ class Fingerprints:
 
     def __init__(self, data_dir: Path) -> None:
         self._path = data_dir / FINGERPRINTS
-        self._known: dict[str, Any] = {}
+        self._known = read_json_or_empty(self._path)  # if it is empty, everything is hashed
         self._used: dict[str, Any] = {}
         self._stamps: dict[Path, list[int]] = {}
-        with suppress(OSError, ValueError):  # missing or damaged: everything is hashed
-            self._known = read_json(self._path)
 
     def sha256(self, path: Path) -> str:
         """SHA-256 of a file's content, in hex digits."""
@@ -56,8 +53,7 @@ class Fingerprints:
         if isinstance(known, dict) and known.get("stamp") == stamp:
             self._used[name] = known
             return str(known["sha256"])
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = file_sha256(path)
         size, *times = stamp[:3]
         is_settled = now - max(times) / 1e9 > _SETTLED_AFTER_S
         if size >= _MIN_CACHED_BYTES and is_settled and stamp == _file_stamp(path):

@@ -39,7 +39,7 @@ from pipeline.data.prepare.job import Job, JobRun
 from pipeline.data.prepare.keys import Fingerprints, split_keys
 from pipeline.data.prepare.lines import read_line
 from pipeline.errors import RankZeroError, UserError
-from pipeline.files import dump_json, is_abandoned, read_json, write_text
+from pipeline.files import dump_json, is_abandoned, read_json_or_empty, write_text
 from pipeline.plan.estimate import estimate
 from pipeline.plan.given.data_size import DataSize
 from pipeline.rows.examples import Example
@@ -319,11 +319,8 @@ def _parse_rows(
 
 def _is_current(data_dir: Path, index: DataIndex) -> bool:
     """Whether index, audit.json and rejects.jsonl exist and belong to these splits."""
-    try:
-        published = read_json(data_dir / INDEX)
-    except (OSError, ValueError):
-        return False
-    if published != index.as_json() or not (data_dir / "audit.json").is_file():
+    is_published = read_json_or_empty(data_dir / INDEX) == index.as_json()
+    if not is_published or not (data_dir / "audit.json").is_file():
         return False
     # The rejects of refused data may have replaced those of the splits.
     return _joined_content([data_dir / REJECTS]) == _joined_content(_reject_files(index))

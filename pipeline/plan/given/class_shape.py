@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.files import dump_json, read_json, write_text
+from pipeline.files import dump_json, read_json_or_empty, write_text
 from pipeline.plan.given.torch_process import (
     cache_file,
     one_process_at_a_time,
@@ -39,7 +39,7 @@ def class_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
 def _cached_or_counted(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
     """The sizes from the cache, or else counted on the class and written to the cache."""
     path = shape_file(folder, trust_remote_code=trust_remote_code)
-    if (cached := _read_shape(path)) is not None:
+    if cached := read_json_or_empty(path):
         return cached
     if package_version("torch") is None:
         raise UserError(
@@ -50,7 +50,7 @@ def _cached_or_counted(folder: Path, *, trust_remote_code: bool) -> dict[str, An
         )
     try:
         with one_process_at_a_time(path):  # the ranks of a machine start at the same time
-            if (cached := _read_shape(path)) is not None:
+            if cached := read_json_or_empty(path):
                 return cached
             counted = _count_in_subprocess(folder, trust_remote_code=trust_remote_code)
             if "failed" not in counted:  # a failure may depend on a package that is missing
@@ -58,14 +58,6 @@ def _cached_or_counted(folder: Path, *, trust_remote_code: bool) -> dict[str, An
             return counted
     except OSError:  # the cache cannot be written, so every plan counts the class
         return _count_in_subprocess(folder, trust_remote_code=trust_remote_code)
-
-
-def _read_shape(path: Path) -> dict[str, Any] | None:
-    """The shape in a cache file; None if the file is missing or damaged."""
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return None
 
 
 def shape_file(folder: Path, *, trust_remote_code: bool = False) -> Path:

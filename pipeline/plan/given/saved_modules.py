@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.plan.given.shape import ModelShape
+from pipeline.plan.given.shape import ModelShape, is_or_ends_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def saved_modules(shape: ModelShape, settings: RunSettings) -> tuple[SavedModule
     known = [name for name in (shape.embeddings_name, shape.head_name) if name]
     names = set()
     for entry in settings.modules_to_save:
-        matches = [name for name in known if name == entry or name.endswith(f".{entry}")]
+        matches = [name for name in known if is_or_ends_with(name, entry)]
         if not entry or not matches:
             trainable = f"this model has {' and '.join(known)}" if known else "this model has none"
             raise UserError(

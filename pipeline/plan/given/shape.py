@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.files import read_json
+from pipeline.files import require_json
 from pipeline.plan.given.block import (
     Block,
     block_of_class,
@@ -195,7 +195,7 @@ class ModelShape:
             targets = [target for target in targets if target != EXPERTS]
             for target in targets:
                 self._require_match(self.matching(target, "lora_target_modules"), target)
-            selected = [n for n in self.linears if any(_is_or_ends_with(n, t) for t in targets)]
+            selected = [n for n in self.linears if any(is_or_ends_with(n, t) for t in targets)]
         if unadaptable := [name for name in selected if not self.linears[name].is_adaptable]:
             raise UserError(
                 f"lora_target_modules: {targets!r} matches {unadaptable[0]}, but peft would adapt "
@@ -252,7 +252,7 @@ class ModelShape:
         """Full names of the linear layers that end with `entry`, or match it as a pattern."""
         if is_pattern:
             return full_matches(entry, self.linears, setting)
-        return [name for name in self.linears if _is_or_ends_with(name, entry)]
+        return [name for name in self.linears if is_or_ends_with(name, entry)]
 
     @property
     def _linear_names(self) -> list[str]:
@@ -295,10 +295,7 @@ def read_shape(model: str, *, trust_remote_code: bool = False) -> ModelShape:
     require_model_folder(folder)
     if not path.is_file():
         raise UserError(f"model: {folder} has no config.json, so it is not a model folder")
-    try:
-        config = read_json(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"model: {path}: cannot be read as a JSON object: {error}") from None
+    config = require_json(path, "model: ")
     try:
         if trust_remote_code and _has_own_code(config):
             sizes = class_shape(folder, trust_remote_code=True)
@@ -416,5 +413,6 @@ def _require_plausible(config: Config) -> None:
             )
 
 
-def _is_or_ends_with(name: str, target: str) -> bool:
+def is_or_ends_with(name: str, target: str) -> bool:
+    """Whether a module's dotted name is `target` or ends with it, as in peft's target_modules."""
     return name == target or name.endswith(f".{target}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import read_json
+from pipeline.files import read_json_or_empty
 
 # Characters read from the start of tokenizer.json: its added tokens precede its vocabulary.
 _HEAD_CHARACTERS = 2**20
@@ -18,7 +18,7 @@ def required_vocab_size(folder: Path) -> int | None:
     embeddings. The image token is not counted: tokenizers of text models keep its id although the
     model has no embedding for it (Gemma 3).
     """
-    config = _read_or_empty(folder / "tokenizer_config.json")
+    config = read_json_or_empty(folder / "tokenizer_config.json")
     special = config.get("extra_special_tokens")
     images = [source.get("image_token") for source in (config, special) if isinstance(source, dict)]
     ids = [token_id for token_id, text in _added_tokens(folder, config) if text not in images]
@@ -29,7 +29,7 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[int
     """Id and text of each added token, from all files in which transformers has stored them."""
     for token_id, token in dict(config.get("added_tokens_decoder") or {}).items():
         yield int(token_id), str(token.get("content"))
-    for text, token_id in _read_or_empty(folder / "added_tokens.json").items():
+    for text, token_id in read_json_or_empty(folder / "added_tokens.json").items():
         yield int(token_id), text
     for token in _from_tokenizer_json(folder / "tokenizer.json"):
         yield int(token["id"]), str(token["content"])
@@ -50,14 +50,3 @@ def _from_tokenizer_json(path: Path) -> list[dict[str, Any]]:
     except ValueError:
         return []
     return tokens
-
-
-def _read_or_empty(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if the file cannot be read.
-
-    A damaged tokenizer is reported later, by the code that loads it.
-    """
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return {}
