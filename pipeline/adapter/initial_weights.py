@@ -15,8 +15,9 @@ def initial_weights(
 ) -> dict[str, torch.Tensor]:
     """The fp32 weights for a run that starts from an adapter, by key.
 
-    `fresh`: initial weights of a run without it. If r is larger in the run, the additional rows of
-    A are fresh and the additional columns of B are zero. If the scaling differs, B is rescaled.
+    `fresh`: the weights that the run would have without an initial adapter. If r is larger in the
+    run, the additional rows of A are fresh and the additional columns of B are zero. If the scaling
+    differs, B is rescaled.
     Modules that are trained in full have the values of the adapter.
     """
     loaded = load_file(adapter.file.path)

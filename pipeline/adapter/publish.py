@@ -133,18 +133,18 @@ def check_servable(tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[
         for key in tensors
         if not key.startswith(_PREFIX) or not (".lora_" in key or key.startswith(saved))
     ]
-    ranks = [adapter_config["r"], *(adapter_config.get("rank_pattern") or {}).values()]
+    largest_r = max([adapter_config["r"], *(adapter_config.get("rank_pattern") or {}).values()])
     # Modules whose fused experts are adapted: their matrices have r columns for each expert.
     fused = tuple(name.rpartition(".")[0] for name in adapter_config.get("target_parameters") or ())
     for key, tensor in tensors.items():
         if key.partition(".lora_")[0].replace(".base_layer", "").endswith(fused):
             continue
         is_matrix = ".lora_A." in key or ".lora_B." in key
-        rows = tensor.shape[0 if ".lora_A." in key else -1] if is_matrix else 0
-        if rows > max(ranks):
-            problems.append(f"{key} has rank {rows}, but r is {ranks} in adapter_config.json")
-    if len(kinds := {tensor.dtype for tensor in tensors.values()}) > 1:
-        problems.append(f"tensors have several dtypes: {', '.join(sorted(map(str, kinds)))}")
+        r = tensor.shape[0 if ".lora_A." in key else -1] if is_matrix else 0
+        if r > largest_r:
+            problems.append(f"{key} has r {r}, but adapter_config.json has at most {largest_r}")
+    if len(dtypes := {tensor.dtype for tensor in tensors.values()}) > 1:
+        problems.append(f"tensors have several dtypes: {', '.join(sorted(map(str, dtypes)))}")
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise RankZeroError(f"serving engines cannot load the adapter: {problems[0]}{more}")

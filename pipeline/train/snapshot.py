@@ -46,7 +46,7 @@ def save_before_stop(run: TrainingState) -> None:
 
 
 def save_best(run: TrainingState) -> None:
-    """Gather the best adapter, the weights of this step, and start to write it.
+    """Gather the weights of this step as the best adapter, and start to write them.
 
     It has no moments, so no run can resume from it.
     """

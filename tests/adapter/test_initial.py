@@ -65,7 +65,7 @@ def logits(model):
     {"lora_r": 6, "lora_alpha": 3.0, "use_rslora": True, "init_adapter_resize": True},
     {"rank_pattern": {"q_proj": 9}, "alpha_pattern": {"v_proj": 3.0}, "init_adapter_resize": True},
 ])  # fmt: skip
-def test_outputs_at_step_0_are_those_of_the_adapter(tiny_model, first, settings):
+def test_outputs_at_step_0_equal_those_of_the_adapter(tiny_model, first, settings):
     plan = make_plan(tiny_model, init_adapter=str(first), **settings)
     require_startable(plan)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)

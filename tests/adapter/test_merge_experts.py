@@ -58,7 +58,7 @@ def folders(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_merged_model_is_that_of_peft(folders, tmp_path, kind):
+def test_the_merged_model_equals_that_of_peft(folders, tmp_path, kind):
     base, adapter = folders(kind, use_rslora=kind == "qwen3_moe")
     merge_adapter(base, adapter, tmp_path / "merged")
     model = PeftModel.from_pretrained(load_plain(base, dtype=torch.float32), adapter)

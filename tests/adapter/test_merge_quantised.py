@@ -111,7 +111,7 @@ def test_a_merge_onto_the_quantised_base_is_bitwise_that_of_peft(base, adapter, 
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"trainable_token_indices": [7, 2]}])
-def test_logits_computed_block_by_block_are_those_of_the_whole_model(
+def test_logits_computed_block_by_block_equal_those_of_the_whole_model(
     base, batch, tmp_path, options
 ):
     folder = make_adapter(base, tmp_path / "adapter", **options)

@@ -31,7 +31,7 @@ if sys.argv[3] == "die":
     rates._median_seconds = lambda work, device: os.kill(os.getpid(), signal.SIGKILL)
 run_main(lambda: stages.check_run(Path(sys.argv[1]), [], limit_s=float(sys.argv[2])))
 """
-# Runs a script that waits less than 10 s for a file of another host.
+# Runs a script in which a rank waits 1 s instead of 10 s for a file of another host.
 IMPATIENT = """
 import runpy, sys
 from pipeline.preflight import host
@@ -43,7 +43,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture
 def run_file(tmp_path, tiny_model) -> Path:
-    """A small QLoRA run."""
+    """The run file of a small run."""
     make_rows(tmp_path / "train.jsonl")
     values = {
         "model": str(tiny_model), "train_data": str(tmp_path / "train.jsonl"),

@@ -94,7 +94,7 @@ def write_scripts(monkeypatch, folder):
     slurm()
 
 
-def test_the_batch_scripts_are_those_of_the_clone(monkeypatch, tmp_path):
+def test_the_batch_scripts_equal_those_of_the_clone(monkeypatch, tmp_path):
     write_scripts(monkeypatch, tmp_path / "new" / "folder")
     written = {path.name: path.read_bytes() for path in (tmp_path / "new/folder/slurm").iterdir()}
     assert written == {path.name: path.read_bytes() for path in (ROOT / "slurm").iterdir()}

@@ -111,7 +111,7 @@ def test_mpirun_without_mpi4py_is_refused(monkeypatch):
         address_by_mpi(replace(RANK_0, launcher="mpirun", master_addr="", master_port=0))
 
 
-def test_the_interface_is_that_of_the_route_to_the_address():
+def test_the_interface_on_the_route_to_the_address_is_used():
     assert interface_towards("127.0.0.1") is None
     assert interface_towards("node1.invalid") is None
     interfaces = {name for name in psutil.net_if_addrs() if name != "lo"}

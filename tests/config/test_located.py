@@ -61,7 +61,7 @@ def test_lines_of_json_keys_at_every_depth(read):
     "text",
     ['{"a": "\\u00e9\\/\\n"}', '{"a":-0.5E-3,"b":[],"c":{}}', '\ufeff{"a": null}', '{"": 1}', "{}"],
 )
-def test_json_values_are_those_of_the_json_module(read, text):
+def test_json_values_equal_those_of_the_json_module(read, text):
     import json
 
     assert read(text, "JSON").values == json.loads(text.removeprefix("\ufeff"))

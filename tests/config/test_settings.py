@@ -137,7 +137,7 @@ def test_wrong_data_sources_get_no_message_of_pydantic(run_file):
         assert load_settings(run_file(""), [f"eval_data={good}"]).eval_data is not None
 
 
-def test_plain_values_are_those_of_yaml_1_2(run_file):
+def test_plain_values_equal_those_of_yaml_1_2(run_file):
     settings = load_settings(run_file("time_limit: 12:00:00\n"), ["output_dir=2024-01-01"])
     assert settings.time_limit_s == 12 * 3600
     assert settings.output_dir == "2024-01-01"

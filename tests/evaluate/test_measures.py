@@ -26,7 +26,7 @@ def answered(*pairs):
     ("successes", "count", "low", "high"),
     [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (7, 10, 0.3968, 0.8922), (1, 1, 0.2065, 1.0)],
 )
-def test_the_interval_of_a_share_is_that_of_wilson(successes, count, low, high):
+def test_the_interval_of_a_share_is_wilson_s(successes, count, low, high):
     assert wilson_interval(successes, count) == pytest.approx((low, high), abs=1e-4)
 
 

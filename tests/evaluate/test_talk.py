@@ -47,7 +47,7 @@ def said_by(talk, name, text):
     return "".join(parts)
 
 
-def test_the_prompt_is_that_of_a_score(run, talk, prompts):
+def test_the_prompt_equals_that_of_a_score(run, talk, prompts):
     said_by(talk, "base", "how many?")
     encoder = RowEncoder(subjects_of([str(run)], (), None)[0].settings)
     turns = (Message("user", "how many?"), Message("assistant", "two"))

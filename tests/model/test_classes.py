@@ -70,7 +70,7 @@ def relative_error(actual, expected):
 @torch.no_grad()
 @pytest.mark.parametrize("num_chunks", [1, 3])
 @pytest.mark.parametrize("kind", [*SEPARATE_DOCUMENTS, *LOSS_ONLY])
-def test_the_loss_is_that_of_the_class(kind, num_chunks):
+def test_the_loss_equals_that_of_the_class(kind, num_chunks):
     model, (ids, labels) = build(kind, kinds=ALL), make_batch()
     model.set_attn_implementation("eager")
     theirs = model(input_ids=ids, labels=labels, use_cache=False).loss
@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_the_class(kind, num_chunks):
 
 
 @pytest.mark.parametrize("kind", ["granite", "gemma2", "gpt_oss", "gemma4"])
-def test_the_gradient_is_that_of_the_class(kind):
+def test_the_gradient_equals_that_of_the_class(kind):
     model, (ids, labels) = build(kind), make_batch()
     weight = text_decoder(model).layers[0].self_attn.q_proj.weight
     model.set_attn_implementation("eager")

@@ -60,7 +60,7 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("is_shared", [True, False])
-def test_outputs_and_gradients_are_those_of_peft(is_shared):
+def test_outputs_and_gradients_equal_those_of_peft(is_shared):
     model = adapted(is_shared=is_shared)
     expected, names = results(model), list(model.state_dict())
     join_lora(model)

@@ -78,7 +78,7 @@ def sharded(session, kind, stage, is_tied, is_fast):
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize(("kind", "is_fast"), KINDS)
-def test_loss_and_gradients_are_those_of_the_class(tmp_path, kind, is_fast, stage, is_tied):
+def test_loss_and_gradients_equal_those_of_the_class(tmp_path, kind, is_fast, stage, is_tied):
     model, (ids, labels) = adapted(kind, is_tied), make_batch()
     logits = model.get_base_model()(input_ids=ids, use_cache=False).logits[:, :-1].float()
     loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")

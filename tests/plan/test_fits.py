@@ -52,7 +52,7 @@ def test_more_memory_and_fewer_bits_fit_longer_sequences():
     assert large["Qwen/Qwen3-32B"].lora.length < large["Qwen/Qwen3-32B"].qlora.length
 
 
-def test_speed_is_that_of_max_length():
+def test_speed_is_predicted_for_sequences_of_max_length():
     short, long = (
         rows(80, run_settings=settings(max_length=n))["Qwen/Qwen3-8B"] for n in (1024, 16384)
     )

@@ -33,7 +33,7 @@ def test_a_run_killed_at_once_ends_with_its_last_heartbeat(tmp_path):
     assert (run.state, timeline_of(run).events[-1].time) == ("dead", "1970-01-01 00:02 UTC")
 
 
-def test_wall_time_is_that_of_all_starts(tmp_path):
+def test_wall_time_is_the_sum_over_all_starts(tmp_path):
     assert wall_seconds(read_run_folder(build_run(tmp_path))) == 120 + 101
 
 

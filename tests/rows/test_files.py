@@ -179,7 +179,7 @@ def test_byte_order_marks_at_the_start_of_lines_are_ignored(tmp_path, name):
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_the_delimiter_of_a_csv_file_is_that_of_its_header(tmp_path, delimiter):
+def test_the_header_of_a_csv_file_sets_its_delimiter(tmp_path, delimiter):
     rows = [["prompt", "completion"], ['a;b,c\td"\n', "1,5;"], ["q", "a"]]
     text = "\n\n" + "".join(
         delimiter.join('"' + field.replace('"', '""') + '"' for field in row) + "\r\n"

@@ -73,7 +73,7 @@ def one_rank(folder_of, tmp_path_factory):
         *((kind, {"zero_stage": 3, "gradient_checkpointing": True}) for kind in KINDS),
     ],
 )
-def test_first_gradients_of_two_ranks_are_those_of_one(
+def test_first_gradients_of_two_ranks_equal_those_of_one(
     folder_of, one_rank, tmp_path, kind, settings
 ):
     one = one_rank(kind)

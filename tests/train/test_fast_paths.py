@@ -42,14 +42,14 @@ def assert_same(fast, plain):
 
 
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
-def test_gradients_are_those_of_the_plain_computation(tiny_model, tmp_path, settings):
+def test_gradients_equal_those_of_the_plain_computation(tiny_model, tmp_path, settings):
     settings = {"batch_size": 2} | settings
     results = run_ranks(on_and_off, train_tiny, tiny_model, settings, tmp_path=tmp_path)
     assert_same(*results[0])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_gradients_of_packs_are_those_of_the_plain_computation(tiny_model, tmp_path, stage):
+def test_gradients_of_packs_equal_those_of_the_plain_computation(tiny_model, tmp_path, stage):
     settings = {"zero_stage": stage, "batch_size": 1}
     results = run_ranks(on_and_off, train_packed, tiny_model, settings, PACKS, tmp_path=tmp_path)
     assert_same(*results[0])

@@ -76,7 +76,7 @@ def test_the_adapter_has_its_logits_in_plain_peft_and_merges_like_peft(
 
 
 @pytest.mark.parametrize("kind", ["olmo2", "gpt_oss", "deepseek_v3", "qwen3_next", "gemma3"])
-def test_first_gradients_of_two_sharded_ranks_are_those_of_one(folder_of, tmp_path, kind):
+def test_first_gradients_of_two_sharded_ranks_equal_those_of_one(folder_of, tmp_path, kind):
     one, two = (
         run_ranks(
             train_tiny, folder_of(kind), {"zero_stage": stage, "batch_size": 2}, 1,

@@ -60,7 +60,7 @@ CHECKPOINTED = {"gradient_checkpointing": True}
         ({}, 2, {"batch_size": 2, "zero_stage": 2} | CHECKPOINTED, {"checkpointed_layers": 1}),
     ],
 )
-def test_losses_gradients_and_weights_are_those_of_the_reference(
+def test_losses_gradients_and_weights_equal_those_of_the_reference(
     tiny_model, tmp_path, kind, world_size, settings, changes
 ):
     expected = reference(tiny_model, tmp_path, kind)

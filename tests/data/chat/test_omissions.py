@@ -479,14 +479,14 @@ def test_each_text_of_a_row_is_written_or_omitted_reasoning_or_the_row_is_refuse
 @pytest.mark.parametrize("name", [name for name in ALL if name not in CHANGED_INPUT])
 @settings(max_examples=300 if IS_FULL else 5, **RELAXED)
 @given(row=conversations())
-def test_the_rendered_text_is_that_of_transformers(name, row):
+def test_the_rendered_text_equals_that_of_transformers(name, row):
     assert_rendered_like_transformers(tokenizer_of(name), row)
 
 
 @pytest.mark.parametrize("name", CHANGED_INPUT)
 @settings(max_examples=300 if IS_FULL else 5, **RELAXED)
 @given(row=conversations())
-def test_the_rendered_text_of_plain_turns_is_that_of_transformers(name, row):
+def test_the_rendered_text_of_plain_turns_equals_that_of_transformers(name, row):
     """Plain turns are rendered without a change of the template's input."""
     row = replace(row, messages=(*chat("q", row.messages[-1].content, "r").messages,))
     assert_rendered_like_transformers(tokenizer_of(name), row)

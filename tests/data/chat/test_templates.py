@@ -83,7 +83,7 @@ def test_two_turns_are_masked_as_expected(name):
 
 
 @pytest.mark.parametrize("name", sorted(SPECIAL))
-def test_token_ids_are_those_of_transformers(name):
+def test_token_ids_equal_those_of_transformers(name):
     """This includes one BOS if the template writes it, and none if it does not."""
     example = chat(
         "q", "one\n\nmore", " r ", "two", system=None if name in NO_SYSTEM else "be brief"
@@ -180,7 +180,7 @@ class TestReasoning:
         row = replace(row, messages=(row.messages[0], not_trained, *row.messages[2:]))
         assert "two" in marked_text(row, published(name), train_on=train_on)
 
-    def test_the_prompt_of_the_last_answer_is_that_of_training(self):
+    def test_the_prompt_of_the_last_answer_equals_that_of_training(self):
         template_encoder = encoder(published("qwen3"))
         prompt, answer = template_encoder.last_answer(chat("q", "one"))
         assert prompt.endswith("<|im_start|>assistant\n")

@@ -25,7 +25,7 @@ from tests.messages import refused
 pytestmark = pytest.mark.tensor
 
 
-def test_documents_are_those_of_the_encoder(run):
+def test_documents_equal_those_of_the_encoder(run):
     split = open_split(run.prepare(max_length=100).train)
     encoder = Encoder(load_tokenizer(run.folder / "model"), run.settings())
     rows = list(read_rows(resolve_sources(run.settings().train_sources, "train_data")))

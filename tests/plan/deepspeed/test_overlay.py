@@ -356,7 +356,7 @@ print(json.dumps([
 """
 
 
-def test_the_lists_of_keys_are_those_of_the_installed_deepspeed():
+def test_the_lists_of_keys_equal_those_of_the_installed_deepspeed():
     with Command("-c", READ_BY_DEEPSPEED) as command:
         code, output = command.end()
         ((printed, _),) = command.outputs

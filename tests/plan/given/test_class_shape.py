@@ -137,7 +137,7 @@ OVERESTIMATED = ["mixtral", "phi3", "qwen2_moe", "qwen3_moe"]
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - OVERESTIMATED))
-def test_saved_bytes_counted_on_the_class_are_those_of_the_formulas(
+def test_saved_bytes_counted_on_the_class_equal_those_of_the_formulas(
     tmp_path, as_unknown, kind, dtype
 ):
     by_formulas, counted = saved_bytes(tmp_path, as_unknown, kind, dtype)

@@ -104,7 +104,7 @@ def save_config(folder, kind, change):
 
 
 @pytest.mark.parametrize(("kind", "change"), CASES)
-def test_parameters_and_lora_shapes_are_those_of_the_real_model(tmp_path, kind, change):
+def test_parameters_and_lora_shapes_equal_those_of_the_real_model(tmp_path, kind, change):
     config, settings = save_config(tmp_path, kind, change)
     plan = make_plan(tmp_path, lora_r=4, **settings)
     with torch.device("meta"):
@@ -119,7 +119,7 @@ def test_parameters_and_lora_shapes_are_those_of_the_real_model(tmp_path, kind, 
 
 
 @pytest.mark.parametrize(("kind", "change"), CASES)
-def test_linears_norms_experts_and_head_are_those_of_the_real_model(tmp_path, kind, change):
+def test_linears_norms_experts_and_head_equal_those_of_the_real_model(tmp_path, kind, change):
     config, _ = save_config(tmp_path, kind, change)
     shape = read_shape(str(tmp_path))
     with torch.device("meta"):
@@ -170,7 +170,7 @@ def test_linears_norms_experts_and_head_are_those_of_the_real_model(tmp_path, ki
         ("qwen2_moe", ALL | QWEN_EXPERTS | {"shared_expert_intermediate_size": 64}),
     ],
 )
-def test_quantised_weights_are_those_of_bitsandbytes(tmp_path, kind, change):
+def test_quantised_weights_equal_those_of_bitsandbytes(tmp_path, kind, change):
     config, settings = save_config(tmp_path, kind, change)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     plan = make_plan(tmp_path, load_in_4bit=True, **settings)
