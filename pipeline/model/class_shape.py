@@ -22,8 +22,6 @@ from unittest.mock import patch
 
 import torch
 import transformers
-from peft import LoraConfig
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -37,6 +35,7 @@ from transformers import (
 )
 
 from pipeline.model.attention import SINK_COLUMNS
+from pipeline.model.peft_rewrites import rewritten_by_peft
 from pipeline.model.structure import (
     blocks,
     expert_tensors,
@@ -129,7 +128,7 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
         "has_other_towers": _has_other_towers(model, decoder, head),
         "has_head_bias": getattr(head, "bias", None) is not None,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "rewritten_by_peft": _rewritten_by_peft(model, decoder),
+        "rewritten_by_peft": rewritten_by_peft(model, decoder),
         "separate_blocks": _num_separate_blocks(decoder, layers),
         "blocks": [json.loads(kind) for kind in distinct],
         "layer_kinds": [distinct.index(kind) for kind in kinds],
@@ -250,24 +249,6 @@ def _block_sizes(layer: nn.Module, config: Any) -> dict[str, Any]:
         "experts_per_token": _experts_per_token(config) if experts else 0,
         "parameters": sum(p.numel() for p in layer.parameters()),
     }
-
-
-def _rewritten_by_peft(model: nn.Module, decoder: nn.Module) -> list[str]:
-    """Last parts of names of linear layers for which peft 0.21.2 adapts fused experts instead.
-
-    peft rewrites such targets when it attaches and when it loads an adapter.
-    """
-    linears = [name for name, m in decoder.named_modules() if type(m) is nn.Linear]
-    rewritten = []
-    for end in dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears):
-        config = LoraConfig(target_modules=[end])
-        try:
-            convert_peft_config_for_transformers(config, model, None)
-        except ValueError:  # gate_proj without up_proj
-            rewritten.append(end)
-        else:
-            rewritten += [] if list(config.target_modules or ()) == [end] else [end]
-    return rewritten
 
 
 @dataclass

@@ -198,9 +198,9 @@ class ModelShape:
             selected = [n for n in self.linears if any(is_or_ends_with(n, t) for t in targets)]
         if unadaptable := [name for name in selected if not self.linears[name].is_adaptable]:
             raise UserError(
-                f"lora_target_modules: {targets!r} matches {unadaptable[0]}, but peft would adapt "
-                "fused experts instead of this layer, in training and after loading; these can be "
-                f"adapted: [{', '.join([*self.default_targets, EXPERTS])}]"
+                f"lora_target_modules: {targets!r} matches {unadaptable[0]}, but peft would not "
+                "load the adapter of this layer: it adapts fused experts instead, or renames the "
+                f"layer; these can be adapted: [{', '.join([*self.default_targets, EXPERTS])}]"
             )
         if uncalled := [name for name in selected if not self.linears[name].is_called]:
             raise UserError(

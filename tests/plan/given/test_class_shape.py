@@ -258,6 +258,14 @@ def test_a_cached_refusal_names_no_folder(tmp_path):
     assert str(tmp_path) not in shape_cache.shape_file(first).read_text()
 
 
+def test_a_layer_that_peft_renames_when_it_loads_an_adapter_is_no_target(tmp_path):
+    """Laguna's conversion table also matches the names of its own class."""
+    shape = shape_of_kind(tmp_path, "laguna")
+    assert shape.default_targets == ["q_proj", "k_proj", "v_proj", "o_proj", "g_proj"]
+    with refused("up_proj", "peft"):
+        shape.targeted(["up_proj"])
+
+
 def test_a_vision_tower_may_compute_attention_itself(tmp_path):
     assert shape_of_kind(tmp_path, "got_ocr2").separate_blocks == 4
 
