@@ -13,6 +13,7 @@
 # make bench-lora   the quickstart with other settings of the adapter (an hour; resumable)
 # make screenshots  the images of docs/images, with headless Chromium (6 minutes)
 # make site         the pages of docs/ as a website in build/site (own environment, 1 minute)
+# make bench        speed beside HF Trainer, TRL, LLaMA-Factory and a bare loop (75 minutes, resumable; QUICK=1: 5)
 # make bench-gpu    everything that needs a GPU, in one process of 8 minutes; writes build/bench-gpu
 # make bench-profile  where the time of a training step goes, on a CPU or a GPU
 # make check        ruff, mypy --strict, import-linter, generated docs
@@ -24,7 +25,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: quickstart install test models real-model templates test-slurm test-gpu test-trackers test-serving faults check fix docs goldens test-floors clean test-report bench-gpu bench-profile
+.PHONY: quickstart install test models real-model templates test-slurm test-gpu test-trackers test-serving faults check fix docs goldens test-floors clean test-report bench bench-gpu bench-profile
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart/quickstart.py
@@ -94,6 +95,11 @@ test-report: $(VENV)/.installed
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -s tests/gpu -m gpu
+
+# TRL and LLaMA-Factory are installed into environments of their own in ~/.cache/rankzero-bench.
+# GSM8K=FILE names the data set's train.jsonl; without it rows are random words.
+bench: $(VENV)/.installed
+	$(BIN)/python -m tests.bench.speed $(if $(QUICK),--quick) $(if $(GSM8K),--rows $(GSM8K))
 
 # Weights are random and created on the device. TINY=1 checks the script itself on any machine.
 bench-gpu: $(VENV)/.installed

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import lora_figures
 import peer_tables
+import speed_tables
 from model_tables import models
 from run_files import planned_run_files, with_prediction
 from scale_tables import filled
@@ -197,6 +198,9 @@ def main() -> None:
             (HERE / "converting.md").read_text(encoding="utf-8")
         ),
         HERE / "lora.md": lora_figures.filled((HERE / "lora.md").read_text(encoding="utf-8")),
+        HERE / "benchmarks.md": speed_tables.filled(
+            (HERE / "benchmarks.md").read_text(encoding="utf-8")
+        ),
         HERE / "images/lora.svg": lora_figures.figure(),
         HERE / "scale.md": filled((HERE / "scale.md").read_text(encoding="utf-8")),
         **{path: with_prediction(path) for path in planned_run_files()},
