@@ -21,6 +21,8 @@ _FOLDERS = ("docs", "slurm", "ds_configs", "launch/runs")
 _SUFFIXES = {".md", ".yaml", ".txt", ".png", ".svg", ".json"}
 # Classes whose elements make the theme's script load a library from a network.
 _LOADS_A_LIBRARY = {"mermaid", "glightbox", "md-source", "md-exec"}
+# A shell block without prompts, which the highlighter of `console` would take for output.
+_COMMANDS = re.compile(r"^( *```)console(?=\n(?:(?! *```)(?! *\$ ).*\n)* *```)", re.MULTILINE)
 _CODE_LINK = re.compile(r"\]\((?:\.\./)*(pipeline|tests)/[^)]*\)|\]\(LICENSE\)")
 
 
@@ -94,6 +96,7 @@ def copy_pages() -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".md":
             text = _CODE_LINK.sub("]", path.read_text("utf-8"))
+            text = _COMMANDS.sub(r"\1bash", text)
             text = text.replace("](launch/runs)", "](launch/runs/README.md)")
             target.write_text(text, "utf-8")
         else:

@@ -42,11 +42,11 @@ def main() -> None:
     start = time.monotonic()
     make_data(FOLDER)
     ranks = 2 if hardware.kind == "cpu" else min(2, hardware.devices_per_node)
-    train = f"deepspeed --quiet --num_accelerators {ranks} launch/train.py {RUN_FILE}"
+    launcher = f"deepspeed --quiet --num_accelerators {ranks}"
     trained, merged = RUN / "adapter/README.md", RUN / "merged/config.json"
-    run(train, FOLDER / "train.jsonl", trained)
+    run(f"{launcher} launch/train.py {RUN_FILE}", FOLDER / "train.jsonl", trained)
     run(f"python launch/merge.py {RUN}", trained, merged)
-    run(f"python launch/score.py {RUN}", merged, RUN / "score.json")
+    run(f"{launcher} launch/score.py {RUN}", merged, RUN / "score.json")
     run(f"python launch/report.py {RUN}", RUN / "score.json", RUN / "report.html")
     print_summary(RUN, RUN_FILE)
     print(f"Time without the download: {duration(time.monotonic() - start)}")

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 OUTDATED = "outdated"  # key in rankzero_merge.json and score.json
 _NOTE = "made from an earlier adapter of this run; make it again"
+_REFRESHING = ' data-refresh="'  # in a page that `report --watch` writes again at the end
 _BANNER = f'<body>\n<p class="off"><b>Outdated:</b> {_NOTE}.</p>\n'
 
 
@@ -32,9 +33,10 @@ def mark_outdated(run_folder: Path) -> None:
     report = run_folder / "report.html"
     with suppress(OSError, ValueError):
         page = report.read_text(encoding="utf-8")
-        if _BANNER not in page:
-            write_text(report, page.replace("<body>\n", _BANNER, 1))
-        marked.append(report.name)
+        if _REFRESHING not in page:
+            if _BANNER not in page:
+                write_text(report, page.replace("<body>\n", _BANNER, 1))
+            marked.append(report.name)
     if marked:
         logger.info("%s: %s", ", ".join(marked), _NOTE)
 

@@ -8,22 +8,34 @@ import os
 import sys
 from importlib import import_module
 
-VERBS = (
-    "train", "plan", "prepare", "preflight", "merge", "export", "publish", "score", "talk",
-    "report", "track", "convert", "slurm",
-)  # fmt: skip
+VERBS = {
+    "plan": "memory, time and layout of a run; which models fit a GPU",
+    "prepare": "tokenise the data, and report on every row",
+    "preflight": "check machines, network and disk before training",
+    "train": "train an adapter; the same command resumes it",
+    "merge": "add an adapter to its base",
+    "score": "compare base, adapter and merged model on held-out rows",
+    "talk": "type prompts; base and adapter answer",
+    "report": "write the report of a run, or compare runs",
+    "export": "how to serve a run; GGUF files for llama.cpp and Ollama",
+    "publish": "upload an adapter to the hub",
+    "track": "send what a tracker has not received yet",
+    "convert": "convert the configuration of another program",
+    "slurm": "write the batch scripts for Slurm",
+}
 _VERBS_ON_ALL_GPUS = ("train", "preflight", "score")
 _SINGLE_PROCESS_OPTIONS = {"-h", "--help", "--debug", "--tasks"}
 
 
 def main() -> None:
     """Run the verb that the first argument names; only its module is imported."""
-    verb, usage = " ".join(sys.argv[1:2]), f"rankzero {{{','.join(VERBS)}}} ..."
+    verb = " ".join(sys.argv[1:2])
     if verb in ("-h", "--help"):
-        print(f"usage: {usage}")
+        print(_usage())
         return
     if verb not in VERBS:
-        print(f"rankzero: {verb!r} is not a verb; usage: {usage}", file=sys.stderr)
+        problem = f"{verb!r} is not a verb" if verb else "the verb is missing"
+        print(f"rankzero: {problem}\n{_usage()}", file=sys.stderr)
         sys.exit(2)
     is_single = bool(_SINGLE_PROCESS_OPTIONS & {word.partition("=")[0] for word in sys.argv[2:]})
     if verb in _VERBS_ON_ALL_GPUS and not is_single and _has_idle_gpus():
@@ -33,6 +45,11 @@ def main() -> None:
         os.execv(command[0], command)
     sys.argv[:2] = [f"rankzero {verb}"]
     import_module(f"pipeline.cli.{verb}").main()
+
+
+def _usage() -> str:
+    lines = [f"  {verb:<10} {summary}" for verb, summary in VERBS.items()]
+    return "\n".join(["usage: rankzero VERB ...; rankzero VERB --help", *lines])
 
 
 def deepspeed_command(verb: str, arguments: list[str]) -> list[str]:

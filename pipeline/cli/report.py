@@ -29,12 +29,20 @@ def report() -> None:
     if args.watch and len(args.run_folders) > 1:
         raise UserError("--watch follows one run; name one run folder")
     if args.watch:
-        state = watch_run(args.run_folders[0], lambda path: print(path, flush=True))
+        state = watch_run(args.run_folders[0], _announce)
         print(f"the run is {state}" if state else "the run has no status.json")
     elif len(args.run_folders) > 1:
         print(write_comparison(args.run_folders))
     else:
         print(write_report(args.run_folders[0]))
+
+
+def _announce(path: Path) -> None:
+    print(path)
+    print(
+        "open it in a browser, where it follows the run; Ctrl-C here does not stop the run",
+        flush=True,
+    )
 
 
 def main() -> None:

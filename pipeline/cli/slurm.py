@@ -34,7 +34,8 @@ def slurm() -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     print(f"wrote {folder}; set it up for the cluster: {folder / 'env.sh'}")
-    print(f"submit  sbatch --nodes=1 --gpus-per-node=8 {folder / 'train.sbatch'} RUN.yaml")
+    options = "--nodes=1 --gpus-per-node=8 --cpus-per-gpu=4"
+    print(f"submit  sbatch {options} {folder / 'train.sbatch'} RUN.yaml")
 
 
 def _differs(path: Path, text: str) -> bool:

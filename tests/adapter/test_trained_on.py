@@ -132,3 +132,12 @@ def test_products_of_an_earlier_adapter_are_marked_as_outdated(pair, tmp_path):
     assert (run / "report.html").read_text().count("Outdated") == 1
     merge_adapter(pair / "base", run / "adapter", run / "merged")
     assert "outdated" not in read_json(run / "merged" / MARKER)
+
+
+def test_a_report_that_is_being_watched_is_not_outdated(pair, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(pair / "adapter", run / "adapter")
+    page = '<html lang="en" data-refresh="5">\n<body>\n<p>text</p></body>'
+    (run / "report.html").write_text(page)
+    mark_outdated(run)
+    assert (run / "report.html").read_text() == page

@@ -20,8 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
 
-import yaml
-
+from pipeline.config.load import load_settings
 from tests import ROOT
 from tests.bench.quickstart_data import make_data
 
@@ -81,9 +80,12 @@ def main() -> None:
 
 def read_settings() -> dict[str, object]:
     """The settings of the quickstart that concern the training."""
-    settings = yaml.safe_load(RUN_FILE.read_text(encoding="utf-8"))
-    keys = ("model", "train_data", "eval_data", "output_dir", "logging_steps", "save_steps")
-    return {key: value for key, value in settings.items() if key not in keys}
+    settings = load_settings(RUN_FILE)
+    keys = settings.model_fields_set - {
+        "model", "train_data", "eval_data", "output_dir", "logging_steps", "save_strategy",
+        "save_steps",
+    }  # fmt: skip
+    return {key: getattr(settings, key) for key in sorted(keys)}
 
 
 def results() -> list[dict]:

@@ -47,9 +47,10 @@ def main() -> None:
         screens = run_quickstart(folder)
         with chromium(folder / "profile") as browser:
             for name, screen in screens.items():
-                take(browser, screen, IMAGES / f"{name}.png", width=760, is_cropped=True)
+                take(browser, screen, IMAGES / f"{name}.png", width=760)
             report = folder / "quickstart/run/report.html"
             take(browser, report, IMAGES / "report-desktop.png", width=1100)
+            take(browser, report, IMAGES / "report-curves.png", width=1100, section="Curves")
             take(browser, report, IMAGES / "report-phone.png", width=390, theme="dark")
             take(browser, SITE / "index.html", IMAGES / "site-desktop.png", width=1100)
             page = SITE / "docs/lora.html"
@@ -63,13 +64,22 @@ def take(
     *,
     width: int,
     theme: str = "light",
-    is_cropped: bool = False,
+    section: str | None = None,
 ) -> None:
-    """Write one image of at most the first 900 pixels of a page."""
+    """Write an image of the first 900 pixels of a page, or of those below a heading.
+
+    A terminal's page is cropped to its text. The page must load nothing from a network.
+    """
     browser.open(page, width=width, theme=theme)
+    assert all(url.startswith(("file:", "data:")) for url in browser.requests), browser.requests
+    if section is not None:
+        heading = f"[...document.querySelectorAll('h2')].find(h => h.textContent == '{section}')"
+        browser.evaluate(f"{heading}.scrollIntoView()")
+    browser.evaluate("new Promise(done => setTimeout(done, 500))")  # colours fade in
     browser.screenshot(image, is_whole=False)
+    browser.evaluate("localStorage.clear()")  # the site stores the theme
     picture = Image.open(image).convert("RGB")
-    if is_cropped:
+    if page.name.startswith("terminal"):
         size = "(r => [r.width, r.height])(document.querySelector('pre').getBoundingClientRect())"
         picture = picture.crop((0, 0, *map(int, browser.evaluate(size))))
     picture.quantize(256).save(image, optimize=True)

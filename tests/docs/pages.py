@@ -1,7 +1,10 @@
 """The Markdown pages of the project: their links, anchors, code and commands."""
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 
 from tests import ROOT
 
@@ -14,10 +17,43 @@ PAGES = sorted(
     ]
 )
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-_FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 _COMMAND = re.compile(
     r"(?:\blaunch/([a-z]+)\.py|\brankzero ([a-z]+)|\bpipeline\.cli\.(\w+))([^\n`]*)"
 )
+_PROGRAM = re.compile(
+    r"(python launch/|python -m |deepspeed |rankzero |torchrun |accelerate |srun |mpirun |sbatch "
+    r"|make )\S"
+)
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A command of a page without its comment. `needs`: what the page says that it needs."""
+
+    page: str
+    text: str
+    needs: str | None
+
+
+def command_lines(page: str, text: str) -> Iterator[CommandLine]:
+    """The lines of the shell blocks of a page, and its code spans with a program and arguments.
+
+    If lines of a block begin with `$`, the others are output.
+    """
+    for block in (*blocks(text, "console"), *blocks(text, "bash")):
+        lines, needs = block.replace("\\\n", " ").splitlines(), None
+        has_output = any(line.startswith("$ ") for line in lines)
+        for line in lines:
+            if line.startswith("# needs "):
+                needs = line.removeprefix("# needs ")
+            command = re.split(r"\s+#\s", line.removeprefix("$ "))[0].strip()
+            if command and not command.startswith("#") and line.startswith("$ ") >= has_output:
+                for part in command.split(" && "):
+                    yield CommandLine(page, re.sub(r"^(time|\w+=\w+) ", "", part), needs)
+    for span in re.findall(r"`([^`\n]+)`", _FENCE.sub("", text)):
+        if _PROGRAM.match(span) and (span.startswith("make ") or len(span.split()) > 2):
+            yield CommandLine(page, re.split(r"\s#\s|\s>\s", span)[0].strip(), None)
 
 
 def without_code(text: str) -> str:
@@ -43,7 +79,7 @@ def anchors(page: Path) -> set[str]:
 
 def blocks(text: str, language: str) -> list[str]:
     """Code blocks of one language."""
-    return [body for name, body in _FENCE.findall(text) if name == language]
+    return [dedent(body) for name, body in _FENCE.findall(text) if name == language]
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:

@@ -51,6 +51,20 @@ def test_links_and_own_resources_are_no_problem(build, tmp_path):
     assert problems_of(build, tmp_path, body) == []
 
 
+@pytest.mark.parametrize(
+    ("page", "language"),
+    [
+        ("```console\nmake test\n```\n", "bash"),
+        ("1. Step\n   ```console\n   make test\n   ```\n", "bash"),
+        ("```console\n$ make test\n1 passed\n```\n", "console"),
+        ("```console\nmake test\n```\n\n```console\n$ make test\n```\n", "bash"),
+    ],
+)
+def test_a_block_of_commands_without_prompts_is_highlighted_as_commands(build, page, language):
+    changed = build._COMMANDS.sub(r"\1bash", page)
+    assert changed == page.replace("console", language, 1)
+
+
 def test_every_page_of_the_project_is_in_the_navigation():
     text = (ROOT / "docs/site/zensical.toml").read_text(encoding="utf-8")
     for page in (ROOT / "docs").rglob("*.md"):

@@ -1,0 +1,157 @@
+"""Every command of the pages runs here or in another test, or the page says what it needs.
+
+Verbs run with a tiny model in the place of the files of the command. In a code block of a page, the
+comment `# needs ...` names the machine or the program that the commands below it need.
+"""
+
+import re
+import shutil
+
+import pytest
+import yaml
+
+from tests import ROOT
+from tests.commands import Command
+from tests.docs.pages import NAMES, PAGES, CommandLine, blocks, command_lines
+from tests.evaluate.runs import SETTINGS
+from tests.tiny import make_model, make_rows
+
+pytestmark = pytest.mark.e2e
+
+LINES = {
+    line.text: line
+    for name, page in zip(NAMES, PAGES, strict=True)
+    if name != "CHANGELOG.md"
+    for line in command_lines(name, page.read_text(encoding="utf-8"))
+}
+# The beginning of a command: the file that runs such commands, or why nothing does.
+ELSEWHERE = {
+    "make": "Makefile",
+    "sbatch": "tests/slurm/test_jobs.py",
+    "srun": "tests/slurm/test_jobs.py",
+    "container=(": "tests/slurm/test_sbatch.py",
+    "torchrun": "tests/cli/test_launchers.py",
+    "mpirun": "tests/cli/test_launchers.py",
+    "accelerate": "tests/cli/test_launchers.py",
+    "deepspeed --hostfile": "tests/cli/test_launchers.py",
+    "deepspeed --module": "tests/cli/test_launchers.py",
+    "deepspeed --master_port": "tests/cli/test_launchers.py",
+    "python launch/export.py RUN_FOLDER --gguf": "tests/adapter/test_export.py",
+    "python launch/publish.py": "tests/adapter/test_hub.py",
+    "python launch/merge.py RUN --onto": "tests/adapter/test_merge_quantised.py",
+    "python launch/report.py RUN --watch": "tests/report/test_watch.py",
+    "rankzero track": "tests/track/test_trackers.py",
+    "rankzero slurm": "tests/cli/test_rankzero.py",
+    "touch": "tests/cluster/test_stop.py",
+    "python -m tests.bench": "a measurement, not a command for users",
+    ". .venv/bin/activate": "of the shell",
+    "export": "of the shell",
+    "for lr in": "of the shell",
+    "done": "of the shell",
+    "pip install": "an installation",
+}
+# Words of commands, and their value in the workspace.
+PLACES = {
+    "RUN.yaml": "RUN.yaml", "SECOND.yaml": "SECOND.yaml", "CONFIG.yaml": "axolotl.yaml",
+    "RUN": "run", "RUN_FOLDER": "run", "my-run": "run", "$SCRATCH/first": "run", "MODEL": "base",
+    "A": "run/adapter", "A:0.7": "run/adapter:0.7", "B:0.3": "run/adapter:0.3",
+    "runs/lr-1e-4": "run", "runs/lr-2e-4": "run2", "runs/lr-4e-4": "run3", "DIR": "folder",
+    "runs/lora-70b": "run",
+    "FILE": "heldout.jsonl", "data/agent.jsonl": "train.jsonl",
+    "data/documents.jsonl": "train.jsonl", "quickstart/run": "run",
+    "N": "3", "R": "8", "$lr": "1e-4",
+    "/data/models/llama-3.1-8b-instruct": "base",
+}  # fmt: skip
+OTHER_RUNS = ("run2", "run3")
+# Settings of a run file that a run of the tiny model replaces.
+TINY = {
+    "model": "base", "train_data": "train.jsonl", "eval_data": "heldout.jsonl", "output_dir": "out",
+    "max_length": 128, "max_steps": 1, "global_batch_size": 2, "batch_size": 1, "bf16": False,
+    "max_rejected": 1,
+}  # fmt: skip
+_VERB = re.compile(
+    r"(?:(?:python|deepspeed(?: --\w+(?: \d+)?)*) launch/(\w+)\.py|rankzero (\w+)) (.+)"
+)
+
+
+def belongs_elsewhere(line: CommandLine) -> bool:
+    return line.needs is not None or any(map(line.text.startswith, ELSEWHERE))
+
+
+def words_of(line: CommandLine) -> tuple[str, ...]:
+    """The script and its arguments, with files of the workspace and settings of a tiny run."""
+    match = _VERB.fullmatch(line.text)
+    assert match, f"{line.page}: {line.text}: runs in no test, and the page says not what it needs"
+    rest = match[3].replace("RUN RUN", "RUN run2")
+    rest = re.sub(r"\s>.*|\.\.\.|[\[\]]", "", rest.replace("'#### (-?[\\d.,]+)'", "."))
+    words = []
+    for word in rest.split():
+        key, equals, value = word.partition("=")
+        value = "out" if key == "output_dir" else PLACES.get(value, value)
+        words.append(f"{key}={value}" if equals else PLACES.get(word, word))
+    verb = match[1] or match[2]
+    if verb == "plan" and "--nodes" in words:
+        words.append("global_batch_size=128")  # a multiple of the ranks
+    if verb in ("train", "prepare") and words[0].startswith("launch/runs/"):
+        keys = {word.partition("=")[0] for word in words}
+        words += [f"{key}={value}" for key, value in TINY.items() if key not in keys]
+    return f"launch/{verb}.py", *words
+
+
+RUNNING = sorted({words_of(line) for line in LINES.values() if not belongs_elsewhere(line)})
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A folder with runs of a tiny model, and the files that the commands name."""
+    folder = tmp_path_factory.mktemp("commands")
+    make_model(folder / "base")
+    make_rows(folder / "train.jsonl", 8)
+    make_rows(folder / "heldout.jsonl", 4)
+    (folder / "RUN.yaml").write_text(yaml.safe_dump(SETTINGS | TINY))
+    second = {"init_adapter": "run/adapter"}
+    (folder / "SECOND.yaml").write_text(yaml.safe_dump(SETTINGS | TINY | second))
+    (folder / "axolotl.yaml").write_text("base_model: m\nadapter: lora\nlora_r: 8\n")
+    (folder / "templates").mkdir()
+    page = (ROOT / "docs/howto/chat-template.md").read_text(encoding="utf-8")
+    (folder / "templates/support.jinja").write_text(blocks(page, "jinja")[0])
+    (folder / "launch").symlink_to(ROOT / "launch")
+    run_here(folder, "launch/train.py", "RUN.yaml", "output_dir=run")
+    for name in OTHER_RUNS:
+        shutil.copytree(folder / "run", folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("words", RUNNING, ids=" ".join)
+def test_a_command_of_a_page_runs(template, tmp_path, words):
+    workspace = shutil.copytree(template, tmp_path / "workspace", symlinks=True)
+    if "--undo" in words:
+        run_here(workspace, "launch/merge.py", "run")
+    run_here(workspace, *words)
+
+
+def run_here(workspace, *words):
+    with Command(*words, cwd=workspace) as command:
+        code, output = command.end()
+    has_remedy = "does not fit" in output and " with " in output  # a plan for a small GPU
+    assert code == 0 or (has_remedy and words[0] == "launch/plan.py"), output
+
+
+def test_the_pages_have_commands_of_each_kind():
+    assert len(RUNNING) > 40
+    assert sum(line.needs is not None for line in LINES.values()) > 5
+
+
+@pytest.mark.parametrize("start", ELSEWHERE)
+def test_what_runs_elsewhere_is_in_the_pages_and_names_a_test(start):
+    assert any(text.startswith(start) for text in LINES), f"no page has {start}"
+    place = ELSEWHERE[start]
+    assert " " in place or (ROOT / place).is_file()
+
+
+@pytest.mark.parametrize(
+    "target", sorted({line.split()[1] for line in LINES if line.startswith("make ")})
+)
+def test_a_target_of_make_exists(target):
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{target}:", text, re.MULTILINE)
