@@ -7,6 +7,7 @@ synced to the disk before the rename, and the parent folder after it.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -23,9 +24,25 @@ _TEMPORARY = re.compile(r"\..+\..+-(?P<pid>\d+)\.tmp")
 _ABANDONED_AFTER_S = 24 * 3600
 
 
-def dump_json(data: Any) -> str:
-    """Indented JSON text, in which non-ASCII characters are not escaped."""
-    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+def dump_json(data: Any, *, indent: int | None = 2) -> str:
+    """JSON text with a line break at its end; `indent=None` writes it in one line.
+
+    Numbers that JSON does not have, NaN and infinity, become null. Non-ASCII characters are not
+    escaped.
+    """
+    try:
+        text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_with_null_for_nan(data), indent=indent, ensure_ascii=False)
+    return text + "\n"
+
+
+def _with_null_for_nan(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _with_null_for_nan(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_with_null_for_nan(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def read_json(path: Path) -> dict[str, Any]:

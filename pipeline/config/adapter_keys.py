@@ -78,7 +78,7 @@ class AdapterKeys(BaseModel):
         description="Initial values of the A matrices; B matrices start at zero. `true`: "
         "Kaiming-uniform, as in the LoRA paper's code. `gaussian`: normal, with standard deviation "
         "1 / r.",
-        json_schema_extra=traits(peers="peft_init_lora_weights"),
+        json_schema_extra=traits(needs="!init_adapter", peers="peft_init_lora_weights"),
     )
     modules_to_save: list[str] = Field(
         default_factory=list,

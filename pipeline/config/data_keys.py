@@ -94,7 +94,7 @@ class DataKeys(BaseModel):
         default=0.01,
         description="Largest allowed share of bad rows in a source. If it is exceeded, the run "
         "ends.",
-        json_schema_extra=traits(change="run"),
+        json_schema_extra=traits(needs="on_bad_row=reject", change="run"),
     )
     max_length: Positive = Field(
         default=1024,
@@ -128,27 +128,27 @@ class DataKeys(BaseModel):
         description="Tokens that count in the loss: all assistant turns (`assistant`), only the "
         "last assistant turn (`last-assistant`), or the whole document (`all`). Messages with "
         "`weight: 0` never count.",
-        json_schema_extra=traits(change="documents"),
+        json_schema_extra=traits(needs="data_format!=text|pre-tokenised", change="documents"),
     )
     split_turns: bool = Field(
         default=False,
         description="Make one document for each trained turn: the turn and all messages before it. "
         "Needed if the chat template renders the last turn of a conversation differently from "
         "earlier ones.",
-        json_schema_extra=traits(change="documents"),
+        json_schema_extra=traits(needs="data_format!=text|pre-tokenised", change="documents"),
     )
     train_on_reasoning: bool = Field(
         default=True,
         description="Whether the reasoning in trained turns counts in the loss. If false, it stays "
         "in the document as context.",
-        json_schema_extra=traits(change="documents"),
+        json_schema_extra=traits(needs="data_format!=text|pre-tokenised", change="documents"),
     )
     special_tokens_in_text: Literal["keep", "reject", "as-text"] = Field(
         default="keep",
         description="How to treat a special token, such as `</s>`, in the text of a row. `keep` "
         "tokenises it as the special token, and the audit counts it; `reject` rejects the row; "
         "`as-text` tokenises its characters as ordinary text.",
-        json_schema_extra=traits(change="documents"),
+        json_schema_extra=traits(needs="data_format!=pre-tokenised", change="documents"),
     )
     chat_template: Annotated[str, AfterValidator(check_chat_template)] = Field(
         default="model",
@@ -156,6 +156,7 @@ class DataKeys(BaseModel):
         "(`FILE.jinja`), or `chatml` for a model without a template. With `chatml`, turns end with "
         "the model's end-of-sequence token.",
         json_schema_extra=traits(
+            needs="data_format!=text|pre-tokenised",
             change="documents",
             is_path=True,
             peers="template chat_template_path chat_template_jinja",
@@ -165,7 +166,7 @@ class DataKeys(BaseModel):
         default_factory=dict,
         description="Variables for the chat template, for example `{enable_thinking: false}`, "
         "`{reasoning_effort: high}` or `{date_string: 26 Jul 2024}`.",
-        json_schema_extra=traits(change="documents"),
+        json_schema_extra=traits(needs="data_format!=text|pre-tokenised", change="documents"),
     )
     trust_remote_code: bool = Field(
         default=False, description="Allow Python code from the model folder to run."

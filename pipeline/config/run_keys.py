@@ -127,23 +127,26 @@ class RunKeys(BaseModel):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
         default="nf4",
         description="4-bit data type.",
-        json_schema_extra=traits(peers="quantization_type"),
+        json_schema_extra=traits(needs="load_in_4bit", peers="quantization_type"),
     )
     bnb_4bit_use_double_quant: bool = Field(
         default=True,
         description="Also quantise the quantisation constants, which saves 0.4 bits per weight.",
-        json_schema_extra=traits(peers="double_quantization use_nested_quant"),
+        json_schema_extra=traits(
+            needs="load_in_4bit", peers="double_quantization use_nested_quant"
+        ),
     )
     bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto",
         description="Data type of matrix products with 4-bit weights; `auto` is the training data "
         "type.",
+        json_schema_extra=traits(needs="load_in_4bit"),
     )
     bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
         default="uint8",
         description="Data type of the tensors that hold 4-bit weights: `uint8`, or the training "
         "data type.",
-        json_schema_extra=traits(change="run"),
+        json_schema_extra=traits(needs="load_in_4bit", change="run"),
     )
 
     # Steps and batches
@@ -206,7 +209,7 @@ class RunKeys(BaseModel):
     min_lr_ratio: Share = Field(
         default=0.0,
         description="Learning rate of the last step as a share of `lr`.",
-        json_schema_extra=traits(peers="cosine_min_lr_ratio"),
+        json_schema_extra=traits(needs="lr_scheduler_type!=constant", peers="cosine_min_lr_ratio"),
     )
     warmup_ratio: Share | None = Field(
         default=0.03,
@@ -263,6 +266,7 @@ class RunKeys(BaseModel):
         "that gathers stay within a node. Either the number of ranks per node, or 1 for no second "
         "copy.",
         json_schema_extra=traits(
+            needs="zero_stage=auto|3",
             change="run",
             layout="hpz_partition_size",
             deepspeed="zero_optimization.zero_hpz_partition_size",
@@ -273,7 +277,10 @@ class RunKeys(BaseModel):
         description="ZeRO-3: `cpu` offloads the sharded base to host memory, `none` keeps it on "
         "the GPUs; `auto` is `none` if it fits there.",
         json_schema_extra=traits(
-            change="run", layout="offload_param", deepspeed="zero_optimization.offload_param.device"
+            needs="zero_stage=auto|3",
+            change="run",
+            layout="offload_param",
+            deepspeed="zero_optimization.offload_param.device",
         ),
     )
     sequence_parallel_size: Positive | Auto = Field(
@@ -326,7 +333,7 @@ class RunKeys(BaseModel):
     dataloader_prefetch_factor: Annotated[int, Field(ge=1, le=1000)] = Field(
         default=2,
         description="Micro-batches that each worker process builds ahead.",
-        json_schema_extra=traits(change="run"),
+        json_schema_extra=traits(needs="dataloader_num_workers", change="run"),
     )
 
     # Monitoring, saving, stopping
@@ -340,18 +347,20 @@ class RunKeys(BaseModel):
         description="When the held-out loss is measured, if there is `eval_data`: every "
         "`eval_steps` steps, at the end of each epoch, or never. If `eval_steps` is set, the "
         "default is `steps`.",
-        json_schema_extra=traits(change="selection", peers="eval_strategy"),
+        json_schema_extra=traits(needs="eval_data", change="selection", peers="eval_strategy"),
     )
     eval_steps: Positive | None = Field(
         default=100,
         description="Steps between evaluations with `evaluation_strategy: steps`.",
-        json_schema_extra=traits(change="selection", peers="eval_interval"),
+        json_schema_extra=traits(
+            needs="eval_data evaluation_strategy=steps", change="selection", peers="eval_interval"
+        ),
     )
     evals_per_epoch: Positive | None = Field(
         default=None,
         description="Number of evenly spaced evaluations in each epoch; cannot be combined with "
         "`eval_steps`.",
-        json_schema_extra=traits(change="selection", replaces="eval_steps"),
+        json_schema_extra=traits(needs="eval_data", change="selection", replaces="eval_steps"),
     )
     eval_generate: Positive | None = Field(
         default=None,
@@ -375,7 +384,9 @@ class RunKeys(BaseModel):
     save_steps: Positive | None = Field(
         default=100,
         description="Steps between checkpoints with `save_strategy: steps`.",
-        json_schema_extra=traits(change="run", peers="save_interval save_every_n_steps"),
+        json_schema_extra=traits(
+            needs="save_strategy=steps", change="run", peers="save_interval save_every_n_steps"
+        ),
     )
     saves_per_epoch: Positive | None = Field(
         default=None,
@@ -413,24 +424,28 @@ class RunKeys(BaseModel):
         default="rankzero",
         description="Project or experiment of the run in its trackers.",
         json_schema_extra=traits(
-            change="run", peers="wandb_project trackio_project mlflow_experiment_name"
+            needs="trackers",
+            change="run",
+            peers="wandb_project trackio_project mlflow_experiment_name",
         ),
     )
     run_name: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
         default=None,
         description="Name of the run in its trackers; without it the name of `output_dir`.",
-        json_schema_extra=traits(change="run", peers="wandb_name wandb_run_name wandb_run_id"),
+        json_schema_extra=traits(
+            needs="trackers", change="run", peers="wandb_name wandb_run_name wandb_run_id"
+        ),
     )
     run_group: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
         default=None,
         description="Group of the run in its trackers, for example the name of a sweep.",
-        json_schema_extra=traits(change="run", peers="wandb_group"),
+        json_schema_extra=traits(needs="trackers", change="run", peers="wandb_group"),
     )
     tracker_uploads: list[Literal["adapter", "answers"]] = Field(
         default_factory=list,
         description="Files that the trackers get in addition to the metrics: the `adapter`, and "
         "the `answers` to held-out rows that launch/score.py generated.",
-        json_schema_extra=traits(change="run"),
+        json_schema_extra=traits(needs="trackers", change="run"),
     )
     time_limit: str | None = Field(
         default=None,

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+import regex
 from pydantic import ConfigDict, PrivateAttr, field_validator, model_validator
 from pydantic.config import JsonDict
 
@@ -23,6 +24,8 @@ from pipeline.config.presets import PRESETS, Preset
 from pipeline.config.run_keys import RunKeys
 from pipeline.config.traits import Change, traits
 
+# Values that turn a setting off, or leave it to the plan.
+_OFF: tuple[Any, ...] = (None, False, 0, "no", "none", [], {}, "auto")
 _TIME = re.compile("[0-9]{1,6}:[0-9]{1,6}:[0-9]{1,6}")
 
 
@@ -47,8 +50,8 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
     @classmethod
     def _check_eval_regex(cls, value: str | None) -> str | None:
         try:
-            re.compile(value or "")
-        except (re.error, RecursionError, OverflowError) as error:
+            regex.compile(value or "")
+        except (regex.error, RecursionError, OverflowError) as error:
             raise ValueError(f"not a regular expression: {error}") from None
         return value
 
@@ -227,6 +230,36 @@ def settings_with(*changes: Change) -> frozenset[str]:
     """Names of the settings whose trait `change` is one of `changes`."""
     names = RunSettings.model_fields
     return frozenset(name for name in names if _traits_of(name)["change"] in changes)
+
+
+def settings_without_effect(settings: RunSettings) -> dict[str, str]:
+    """Settings that the run file sets and that have no effect -> the condition that is not met.
+
+    The conditions are the trait `needs`. A value that turns something off counts as not set. So do
+    defaults in a run.yaml, which has all settings.
+    """
+    names = settings.model_fields_set
+    is_complete = names >= RunSettings.model_fields.keys()
+    without_effect = {}
+    for name in sorted(names):
+        field, value = RunSettings.model_fields[name], getattr(settings, name)
+        is_default = value == field.get_default(call_default_factory=True)
+        if value in _OFF or (is_complete and is_default):
+            continue
+        conditions: Any = _traits_of(name)["needs"]
+        if unmet := [each for each in conditions if not _is_met(each, settings)]:
+            without_effect[name] = unmet[0]
+    return without_effect
+
+
+def _is_met(condition: str, settings: RunSettings) -> bool:
+    """Whether settings meet a condition of the trait `needs`."""
+    key, separator, allowed = condition.partition("=")
+    value = getattr(settings, key.strip("!"))
+    holds = value in allowed.split("|") or str(value) in allowed.split("|")
+    if not separator:
+        holds = value not in _OFF
+    return holds != ("!" in condition)
 
 
 def settings_by(trait: Literal["layout", "deepspeed", "peers", "replaces"]) -> dict[str, str]:

@@ -24,6 +24,8 @@ class Traits(TypedDict, total=False):
     deepspeed: str  # DeepSpeed config key with the same meaning, in dotted form
     peers: str  # names in other training programs, separated by spaces: unknown keys with a hint
     replaces: str  # setting whose default or preset value does not apply if this one is set
+    needs: str  # conditions without which the setting has no effect, separated by spaces: `KEY` (it
+    # has a value), `!KEY`, `KEY=A|B` (one of these values), `KEY!=A|B`
     is_path: bool  # the value may be a path, in which `~` and `$NAME` are expanded
 
 
@@ -35,5 +37,6 @@ def traits(**given: Unpack[Traits]) -> JsonDict:
         "deepspeed": given.get("deepspeed", ""),
         "peers": [*given.get("peers", "").split()],
         "replaces": given.get("replaces", ""),
+        "needs": [*given.get("needs", "").split()],
         "is_path": given.get("is_path", False),
     }

@@ -6,12 +6,14 @@ of all of these. Each rank appends to a file of its own, one line per batch.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from pipeline.errors import SingleRankError
+from pipeline.files import dump_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,8 @@ class BatchResult:
     def from_json(cls, values: Any, rows: list[int]) -> Self | None:
         """Read a line of an answer file; None if it is damaged or has other rows than `rows`."""
         try:
-            result = cls(**values)
+            sums = [math.nan if each is None else each for each in values["loss_sums"]]
+            result = cls(**values | {"loss_sums": sums})
             is_complete = result.rows == rows and len(result.answers) == len(result.loss_sums)
             return result if is_complete and len(result.answers) == len(rows) else None
         except (TypeError, KeyError):
@@ -65,7 +68,7 @@ class AnswerFile:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab") as file:
-                file.write(f"\n{json.dumps(asdict(result))}\n".encode())
+                file.write(f"\n{dump_json(asdict(result), indent=None)}".encode())
         except OSError as error:
             raise SingleRankError(
                 f"{self._path}: {error.strerror}; the answers that were written before are "

@@ -7,14 +7,20 @@ bounds of the perplexity are the exponentials of those of the loss.
 """
 
 import json
+import logging
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+import regex
 
 from pipeline.errors import UserError
 
+logger = logging.getLogger(__name__)
+# A pattern such as (a+)+$ backtracks without end on some texts.
+_SEARCH_TIMEOUT_S = 1.0
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 Interval = tuple[float, float]
 
@@ -32,26 +38,40 @@ class AnsweredRow:
     answer: str | None = None
 
 
-def parse_pattern(text: str) -> re.Pattern[str]:
+def parse_pattern(text: str) -> regex.Pattern[str]:
     """Compile a regular expression of the user. Raises UserError if it is not valid."""
     try:
-        return re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
+        return regex.compile(text)
+    except (regex.error, RecursionError, OverflowError) as error:
         raise UserError(f"--regex {text!r}: not a regular expression: {error}") from None
 
 
-def extract(pattern: re.Pattern[str], text: str) -> str | None:
+def extract(pattern: regex.Pattern[str], text: str) -> str | None:
     """The first group (or else the whole) of the last match in a text; None without a match.
 
-    A match that extracts no text does not count: `.*` also matches the empty end of every text.
+    A match that extracts no text does not count: `.*` also matches the empty end of every text. A
+    search that exceeds the time limit counts as no match, with a warning.
     """
-    matches = pattern.finditer(text)
+    try:
+        matches = [*pattern.finditer(text, timeout=_SEARCH_TIMEOUT_S)]
+    except TimeoutError:
+        _warn_of_slow_search(pattern.pattern)
+        return None
     texts = (m[1] if pattern.groups and m[1] is not None else m[0] for m in matches)
     extracted = [stripped for each in texts if (stripped := each.strip())]
     return extracted[-1] if extracted else None
 
 
-def scores_of(rows: Sequence[AnsweredRow], pattern: re.Pattern[str] | None) -> dict[str, Any]:
+@cache  # once for each pattern
+def _warn_of_slow_search(pattern: str) -> None:
+    logger.warning(
+        "regular expression %r: a search in a text took longer than %g s and counts as no match; "
+        "write the pattern without nested repetitions such as (a+)+",
+        pattern, _SEARCH_TIMEOUT_S,
+    )  # fmt: skip
+
+
+def scores_of(rows: Sequence[AnsweredRow], pattern: regex.Pattern[str] | None) -> dict[str, Any]:
     """All scores of a model, each with `NAME_interval`, and the number of rows of each share.
 
     A score that the rows do not have is absent. `valid_json` counts only rows whose expected answer

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from re import Pattern
 from typing import Any
 
 import torch
+from regex import Pattern
 
 from pipeline.adapter.trained_on import adapter_sha256
 from pipeline.cluster.progress import Work, show_progress

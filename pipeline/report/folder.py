@@ -4,6 +4,7 @@ A missing or unreadable file becomes an entry of `problems`, never an exception.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ Record = Mapping[str, Any]
 # Steps and values of a curve.
 Points = tuple[list[float], list[float]]
 _FIRST_LINES = 100
+_LOSSES = {"loss", "eval_loss"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +190,9 @@ def _records(text: str) -> Iterator[tuple[float, Record]]:
     lines = text.splitlines()
     for value in _json_values(lines):
         if isinstance(value, dict) and (step := number(value.get("step"))) is not None:
+            for key in _LOSSES & value.keys():
+                if value[key] is None:  # a loss that was not finite
+                    value[key] = math.nan
             yield step, value
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.files import atomic_file, write_text
+from pipeline.files import atomic_file, dump_json, write_text
 from pipeline.train.live_bytes import LiveBytes
 
 _Item = TypeVar("_Item")
@@ -25,7 +25,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
-        write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+        write_text(path, "".join(dump_json(line, indent=None) for line in kept))
         self._path = path
         self._file = path.open("a+b", buffering=0)
         self._unwritten: list[bytes] = []
@@ -35,7 +35,7 @@ class MetricsFile:
 
         If the disk is full, the line is kept in memory and written together with a later line.
         """
-        self._unwritten.append(f"{json.dumps(line)}\n".encode())
+        self._unwritten.append(dump_json(line, indent=None).encode())
         self.flush()
 
     def flush(self) -> None:
@@ -71,7 +71,10 @@ def _append_atomically(file: FileIO, data: bytes) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The intact lines of a metrics file. Lines damaged by a kill or a bad disk are skipped."""
+    """The intact lines of a metrics file. Lines damaged by a kill or a bad disk are skipped.
+
+    A loss that was not finite is null.
+    """
     if not path.is_file():
         return []
     lines = []

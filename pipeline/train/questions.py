@@ -1,9 +1,10 @@
 """Held-out questions that are answered at each evaluation (setting `eval_generate`)."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import regex
 
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
@@ -11,7 +12,7 @@ from pipeline.data.dataset.reader import DataIndex, SplitIndex
 from pipeline.data.prepare.prepare import eval_examples
 from pipeline.errors import UserError
 from pipeline.evaluate.generate import Generator
-from pipeline.evaluate.measures import AnsweredRow, scores_of
+from pipeline.evaluate.measures import AnsweredRow, parse_pattern, scores_of
 from pipeline.evaluate.rows import RowEncoder
 from pipeline.evaluate.score import EXTRA_TOKENS
 from pipeline.plan.plan import Plan
@@ -26,7 +27,7 @@ class HeldOutQuestions:
     expected: Sequence[str]
     generator: Generator
     batches: Sequence[Sequence[int]]
-    pattern: re.Pattern[str] | None
+    pattern: regex.Pattern[str] | None
 
     def batches_of_rank(self, placement: Placement) -> Iterator[Sequence[int]]:
         """The batches of a rank; equally many on all ranks, so some may be empty."""
@@ -62,7 +63,7 @@ def held_out_questions(plan: Plan, index: DataIndex, session: Session) -> HeldOu
         expected=expected,
         generator=generator,
         batches=generator.batches(prompts),
-        pattern=None if settings.eval_regex is None else re.compile(settings.eval_regex),
+        pattern=None if settings.eval_regex is None else parse_pattern(settings.eval_regex),
     )
 
 

@@ -4,7 +4,13 @@ from typing import get_args
 
 import pytest
 
-from pipeline.config.settings import RunSettings, settings_by, settings_with
+from pipeline.config.load import dump_settings, load_settings
+from pipeline.config.settings import (
+    RunSettings,
+    settings_by,
+    settings_with,
+    settings_without_effect,
+)
 from pipeline.config.traits import Change
 from pipeline.plan.deepspeed.keys import TOP_LEVEL, ZERO_OPTIMIZATION
 from pipeline.plan.given.layout import Layout
@@ -62,3 +68,57 @@ def test_each_peer_name_belongs_to_one_setting_and_is_not_a_setting_here():
 
 def _peers(field):
     return field.json_schema_extra["peers"] if field.json_schema_extra else []
+
+
+REQUIRED = {"model": "m", "train_data": "t", "output_dir": "o"}
+# Setting -> a value of another key without which the setting has no effect, and one with which it
+# has.
+WITHOUT_EFFECT = {
+    "save_steps": ({"save_strategy": "epoch"}, {"save_strategy": "steps"}),
+    "eval_steps": ({"eval_data": 9, "evaluation_strategy": "epoch"}, {"eval_data": 9}),
+    "evals_per_epoch": ({}, {"eval_data": 9}),
+    "bnb_4bit_quant_type": ({"load_in_8bit": True}, {"load_in_4bit": True}),
+    "min_lr_ratio": ({"lr_scheduler_type": "constant"}, {"lr_scheduler_type": "linear"}),
+    "offload_param": ({"zero_stage": 2}, {"zero_stage": 3}),
+    "dataloader_prefetch_factor": ({}, {"dataloader_num_workers": 2}),
+    "run_name": ({}, {"trackers": ["wandb"]}),
+    "max_rejected": ({"on_bad_row": "fail"}, {}),
+    "chat_template": ({"data_format": "pre-tokenised"}, {"data_format": "messages"}),
+    "split_turns": ({"data_format": "text"}, {}),
+    "init_lora_weights": ({"init_adapter": "a"}, {}),
+}
+VALUES = {
+    "save_steps": 100, "eval_steps": 5, "evals_per_epoch": 2, "bnb_4bit_quant_type": "nf4",
+    "min_lr_ratio": 0.1, "offload_param": "cpu", "dataloader_prefetch_factor": 4, "run_name": "x",
+    "max_rejected": 0.5, "chat_template": "chatml", "split_turns": True,
+    "init_lora_weights": "gaussian",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_a_setting_without_effect_is_named_with_its_condition(name):
+    without, with_effect = WITHOUT_EFFECT[name]
+    given = REQUIRED | {name: VALUES[name]}
+    named = settings_without_effect(RunSettings.model_validate(given | without))
+    assert named[name].strip("!").partition("=")[0].strip("!") in RunSettings.model_fields
+    assert not settings_without_effect(RunSettings.model_validate(given | with_effect))
+
+
+def test_all_conditions_name_settings_and_hold_for_the_defaults_of_other_settings():
+    for name, field in RunSettings.model_fields.items():
+        for condition in field.json_schema_extra["needs"] if field.json_schema_extra else ():
+            key, _, allowed = condition.partition("=")
+            assert key.strip("!") in NAMES - {name}, condition
+            for value in filter(None, allowed.split("|")):
+                RunSettings.model_validate(REQUIRED | {key.strip("!"): _typed(value)})
+
+
+def _typed(value):
+    return int(value) if value.isdigit() else value
+
+
+def test_a_run_yaml_with_all_defaults_has_no_setting_without_effect(tmp_path):
+    settings = RunSettings.model_validate(REQUIRED | {"save_strategy": "epoch"})
+    assert not settings_without_effect(settings)
+    (tmp_path / "run.yaml").write_text(dump_settings(settings))
+    assert not settings_without_effect(load_settings(tmp_path / "run.yaml"))

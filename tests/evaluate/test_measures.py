@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from pipeline.evaluate import measures
 from pipeline.evaluate.measures import (
     AnsweredRow,
     extract,
@@ -13,7 +14,7 @@ from pipeline.evaluate.measures import (
     scores_of,
     wilson_interval,
 )
-from tests.messages import refused
+from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.unit
 
@@ -115,3 +116,14 @@ def test_texts_that_are_no_json_object_or_list(text):
 def test_a_pattern_that_is_not_valid_is_refused(text):
     with refused("--regex", text):
         parse_pattern(text)
+
+
+def test_a_search_that_backtracks_without_end_counts_as_no_match_with_one_warning(
+    monkeypatch, caplog
+):
+    monkeypatch.setattr(measures, "_SEARCH_TIMEOUT_S", 0.05)
+    pattern = parse_pattern("(.*?,){20}P")
+    assert extract(pattern, "1," * 30 + "P") is not None
+    assert [extract(pattern, "1," * 40) for _ in range(2)] == [None, None]
+    (record,) = caplog.records
+    assert_mentions(record.getMessage(), pattern.pattern, "0.05 s", "no match")

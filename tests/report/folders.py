@@ -248,7 +248,7 @@ def build_failed_run(folder: Path) -> Path:
     lines = metrics()[:45]
     for line in lines[20:23]:
         line["was_applied"] = False
-    lines[-1]["loss"] = math.nan
+    lines[-1]["loss"] = None  # a loss that was not finite, as MetricsFile writes it
     write_metrics(folder, lines, end='\n{"step": 46, "lo')
     status = FILES["status.json"] | {
         "state": "failed", "exit_code": 1, "step": 44, "first_step": 30,

@@ -1,6 +1,7 @@
 """metrics.jsonl on a full disk or with damaged lines, and the measured wait for input."""
 
 import errno
+import math
 import os
 import shutil
 from io import FileIO
@@ -54,6 +55,14 @@ def test_each_line_can_be_read_at_once(file, tmp_path):
     for step in (1, 2):
         file.write({"step": step})
         assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": step}
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path, 0).write({"step": 1, "loss": math.nan, "scores": [math.inf, 2.5]})
+    assert path.read_text() == '{"step": 1, "loss": null, "scores": [null, 2.5]}\n'
+    MetricsFile(path, 1)  # a resume writes the kept lines again
+    assert read_metrics(path) == [{"step": 1, "loss": None, "scores": [None, 2.5]}]
 
 
 def test_waiting_counts_the_time_of_the_source_only(monkeypatch):

@@ -6,6 +6,7 @@ docs/lora.md explains the rules of thumb.
 from collections.abc import Callable
 
 from pipeline.config.presets import PRESETS, RANGES, Preset, preset_for
+from pipeline.config.settings import settings_without_effect
 from pipeline.plan.cost.memory import memory
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.rules.rule import PlanContext, Rule
@@ -41,15 +42,10 @@ def _evaluates_at_other_steps(run: PlanContext) -> bool:
     return settings.eval_data is not None and is_chosen and None not in both and both[0] != both[1]
 
 
-def _has_unused_steps(run: PlanContext) -> bool:
-    """Whether eval_steps or save_steps is set, but its strategy is not `steps`."""
-    settings, fields = run.settings, type(run.settings).model_fields
-    pairs = ("evaluation_strategy", "eval_steps"), ("save_strategy", "save_steps")
-    return any(
-        getattr(settings, strategy) != "steps"
-        and getattr(settings, steps) not in (None, fields[steps].default)
-        for strategy, steps in pairs
-    )
+def _settings_without_effect(run: PlanContext) -> str:
+    """The settings without effect, each with the condition that is not met."""
+    without_effect = settings_without_effect(run.settings)
+    return ", ".join(f"{name} (needs {each})" for name, each in without_effect.items())
 
 
 def _is_short_of_memory(run: PlanContext) -> bool:
@@ -177,12 +173,12 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         source="docs/lora.md",
     ),
     Rule(
-        id="unused-steps",
+        id="without-effect",
         level="warn",
-        applies=_has_unused_steps,
-        reason="eval_steps or save_steps is not used, because its strategy is not steps",
-        remedy="set evaluation_strategy or save_strategy to steps, or leave it out",
-        source="config/frequency.py",
+        applies=_settings_without_effect,
+        reason="these settings are set and have no effect in this run",
+        remedy="change the setting that is named in brackets, or remove them",
+        source="config/traits.py",
     ),
     Rule(
         id="checkpointing",

@@ -334,7 +334,7 @@ CASES = {
         {"eval_data": "e", "evaluation_strategy": "epoch", "save_strategy": "steps"},
         {"eval_data": "e", "evaluation_strategy": "epoch"},
     ),
-    "unused-steps": (
+    "without-effect": (
         {"save_strategy": "epoch", "save_steps": 7},
         {"save_strategy": "steps", "save_steps": 7},
     ),
