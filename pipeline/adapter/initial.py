@@ -89,8 +89,9 @@ def _require_same_values(plan: Plan, adapter: Adapter) -> None:
     for name, shape in shapes.items():
         if (present := adapter.values[name][0].part.shape) != shape:
             raise UserError(
-                f"{place}: {name} has shape {present} there and {shape} in {plan.settings.model}: "
-                "it was trained on another model or with a larger vocabulary"
+                f"{place}: {name} has shape {present} in the adapter and {shape} in "
+                f"{plan.settings.model}: it was trained on another model, or with a larger "
+                "vocabulary"
             )
 
 

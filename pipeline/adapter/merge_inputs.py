@@ -239,14 +239,14 @@ def require_compatible(base: Base, adapter: Adapter, *, any_orientation: bool = 
         if any_orientation and entries[name].shape == shape[::-1]:
             shape = shape[::-1]
         _require_shape(mismatch, name, entries[name], shape)
-        _require_values(base, name, entries[name])
-    for name, each_value in adapter.values.items():
-        for value in each_value:
+        _require_mergeable_dtype(base, name, entries[name])
+    for name, values in adapter.values.items():
+        for value in values:
             shape = value.part.shape
             if value.rows is not None:
                 shape = (max(entries[name].shape[0], *(row + 1 for row in value.rows)), *shape[1:])
             _require_shape(mismatch, name, entries[name], shape)
-        _require_values(base, name, entries[name])
+        _require_mergeable_dtype(base, name, entries[name])
 
 
 def _require_shape(mismatch: str, name: str, entry: Entry, shape: tuple[int, ...]) -> None:
@@ -263,7 +263,7 @@ def _require_shape(mismatch: str, name: str, entry: Entry, shape: tuple[int, ...
         )
 
 
-def _require_values(base: Base, name: str, entry: Entry) -> None:
+def _require_mergeable_dtype(base: Base, name: str, entry: Entry) -> None:
     if entry.dtype not in VALUE_BYTES:
         raise UserError(
             f"base: {base.folder}: {name} has dtype {entry.dtype}, to which an adapter cannot "
@@ -290,29 +290,26 @@ def changes_by_tensor(
             changes.setdefault(name, []).append(Change(adapter.file.path, weight, update))
         for name, values in adapter.values.items():
             for value in values:
-                _require_alone(adapter, name, value, (weight, changes.get(name, [])))
-                changes.setdefault(name, []).append(Change(adapter.file.path, weight, value))
+                change = Change(adapter.file.path, weight, value)
+                if value.scaling is None:
+                    _require_only_replacement(name, change, changes.get(name, []))
+                changes.setdefault(name, []).append(change)
     return changes
 
 
-def _require_alone(
-    adapter: Adapter, name: str, value: ValueUpdate, earlier: tuple[float, list[Change]]
-) -> None:
-    """Raise UserError for a value that cannot be combined with a weight or other changes.
+def _require_only_replacement(name: str, change: Change, earlier: Sequence[Change]) -> None:
+    """Raise UserError if values that replace those of the base have a weight or are not alone.
 
-    Such a value replaces that of the base. `earlier`: the adapter's weight, and the changes of the
-    tensor by earlier adapters.
+    `earlier`: the changes of the same tensor so far.
     """
-    weight, changes = earlier
     others = [
-        change
-        for change in changes
-        if change.file != adapter.file.path and isinstance(change.update, ValueUpdate)
+        other.file.parent
+        for other in earlier
+        if other.file != change.file and isinstance(other.update, ValueUpdate)
     ]
-    if value.scaling is None and (weight != 1 or others):
-        first = others[0].file.parent if others else None
-        reason = "it replaces" if first is None else f"both {first} and this adapter replace"
+    if change.weight != 1 or others:
+        reason = f"both {others[0]} and this adapter replace" if others else "it replaces"
         raise UserError(
-            f"adapter: {adapter.folder}: {name} cannot be weighted or added, because {reason} the "
-            "values of the base; merge one adapter only, without a weight"
+            f"adapter: {change.file.parent}: {name} cannot be weighted or added, because {reason} "
+            "the values of the base; merge one adapter only, without a weight"
         )

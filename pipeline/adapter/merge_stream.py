@@ -140,7 +140,7 @@ class MergeStream:
                 LoadedChange(change=change, parts=self._parts(change)) for change in task.changes
             ]
             return {name: self._arithmetic.merge(name, tensor, loaded)}
-        if task.dtype == "F16" != task.entry.dtype:
+        if task.dtype == "F16" and task.entry.dtype != "F16":  # fp16 has a smaller range
             require_finite(name, tensor)
         return {}
 

@@ -79,7 +79,7 @@ def _length_texts(settings: RunSettings, size: DataSize) -> list[str]:
     except UserError:  # no device to plan for, or batch keys for another number of devices
         texts = length_texts(size, settings, shape, None)
     if texts:
-        texts.append("launch/plan.py RUN.yaml --gpu NAME max_length=N plans another machine")
+        texts.append("for another machine: launch/plan.py RUN.yaml --gpu NAME max_length=N")
     return texts
 
 

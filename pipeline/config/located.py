@@ -21,7 +21,7 @@ KeyPath = tuple[str, ...]
 
 _MAX_BYTES = 2**20
 _MAX_DEPTH = 16
-_MAX_NODES = 20_000  # after all aliases are expanded
+_MAX_NODES = 20_000  # YAML nodes of a file after all aliases are expanded
 _MAX_DIGITS = 18  # of an integer, so that it is below 2**63
 _TAG = "tag:yaml.org,2002:"
 

@@ -22,7 +22,7 @@ class Traits(TypedDict, total=False):
     change: Change
     layout: str  # field of the plan's Layout that the setting fixes
     deepspeed: str  # DeepSpeed config key with the same meaning, in dotted form
-    peers: str  # names in other training programs, separated by spaces: unknown keys with a hint
+    peers: str  # its names in other programs, separated by spaces, for the message on such a key
     replaces: str  # setting whose default or preset value does not apply if this one is set
     needs: str  # conditions without which the setting has no effect, separated by spaces: `KEY` (it
     # has a value), `!KEY`, `KEY=A|B` (one of these values), `KEY!=A|B`

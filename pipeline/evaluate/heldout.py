@@ -20,8 +20,8 @@ def held_out_loss(
 ) -> float:
     """Mean loss over the supervised tokens of a split. Collective: all ranks must call it.
 
-    `summed_loss`: the loss of a batch; in a sequence-parallel group, of this rank's tokens. `show`:
-    shows the progress.
+    `summed_loss`: the sum of the losses of a batch's supervised tokens; in a sequence-parallel
+    group, of those that this rank has. `show`: shows the progress.
     """
     work = evaluation_work(
         split.sequences,

@@ -26,7 +26,7 @@ from pipeline.model.streamed import StreamedWeights, Transform, streamed_model
 from pipeline.plan.given.shape import read_shape
 
 _SEQUENCES = 8  # of the held-out split
-_NAME = "merged{}"  # of an attached adapter
+_NAME = "merged{}"  # peft's name of the attached adapter with this number
 _LOGITS_BYTES = 2**28  # limit of one model's logits in fp32, and so of the compared positions
 
 

@@ -29,7 +29,7 @@ _LOADING_KEYS = (
     "load_in_4bit", "load_in_8bit", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type",
     "bnb_4bit_use_double_quant", "use_flash_attention", "bf16", "fp16",
 )  # fmt: skip
-_PLACES = ("base_model_name_or_path", "revision")  # in adapter_config.json
+_PLACES = ("base_model_name_or_path", "revision")  # keys of adapter_config.json: where the base is
 _PACKAGES = ("torch", "transformers", "peft", "tokenizers")
 
 

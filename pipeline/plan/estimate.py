@@ -72,7 +72,7 @@ def estimate(settings: RunSettings) -> DataSize | None:
 def _length_loss(
     settings: RunSettings, files: list[list[Path]], samples: dict[Path, _FileSample]
 ) -> LengthLoss:
-    """The estimated loss by `max_length`: sampled documents, each for as many as it represents."""
+    """The estimated loss by `max_length`: each sampled document stands for many of its length."""
     train_share = 1 - settings.held_out if isinstance(settings.held_out, float) else 1.0
     documents: defaultdict[int, float] = defaultdict(float)  # their number by length
     for source, source_files in zip(settings.train_sources, files, strict=True):
@@ -83,7 +83,7 @@ def _length_loss(
     total = sum(length * count for length, count in documents.items())
 
     def kept(limit: int) -> float:
-        """Tokens that this `max_length` keeps, in undivided documents unless truncated."""
+        """Tokens that this `max_length` keeps: the first of each longer document, or none of it."""
         if settings.over_length == "truncate":
             return sum(min(length, limit) * count for length, count in documents.items())
         return sum(length * count for length, count in documents.items() if length <= limit)

@@ -17,9 +17,9 @@ from pipeline.report.folder import Points, RunRecords, mapping, number
 Array = npt.NDArray[Any]
 Style = Literal["line", "thin", "dots", "dashed"]
 
-MAX_POINTS = 4000  # of a series; the page names it
-MIN_POINTS = 200  # of a series on a page with very many
-_PAGE_POINTS = 160_000  # of all series of a page: about 2.5 MB
+MAX_POINTS = 4000  # largest number of points of a series in a page
+MIN_POINTS = 200  # the same if the page has so many series that _PAGE_POINTS would allow fewer
+_PAGE_POINTS = 160_000  # largest number of points of all series of a page: about 2.5 MB
 _DIGITS = 6  # significant digits of a value in the page
 _NUM_COLOURS = 8  # --c0 to --c7 in style.css
 
@@ -239,7 +239,7 @@ def _mean_of(losses: Points) -> Points:
 
 
 def _chart_of(run: RunRecords, item: _Quantity) -> Chart | None:
-    """The chart of a quantity, with a second series for its prediction or its other rate."""
+    """The chart of a quantity. Some have a second series: the prediction, or lora_B's own rate."""
     points = _scaled(run, item)
     if not points[0]:
         return None

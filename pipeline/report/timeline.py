@@ -9,7 +9,7 @@ from pipeline.report import text
 from pipeline.report.curves import Marks
 from pipeline.report.folder import Record, RunRecords, mapping, number
 
-_MAX_SPANS = 500  # of skipped steps that charts mark; the time line names the total
+_MAX_SPANS = 500  # ranges of skipped steps that charts mark; the time line has their total number
 _SHOWN_SPANS = 10
 _ENDS = {
     "done": "finished", "stopped": "stopped", "failed": "failed", "killed": "killed",

@@ -115,9 +115,9 @@ def written_by(folder: Path) -> str:
 
 
 def require_own_folder(folder: Path) -> None:
-    """Raise UserError if a folder has files of its own and is not a run folder.
+    """Raise UserError unless a folder is a run folder, or has only files that may precede a run.
 
-    Files that are allowed before a run, such as prepared data, do not count.
+    Prepared data is an example of such files.
     """
     require_usable_entries(folder, is_written=True)
     _state_of(folder, read_status(folder / "status.json"))  # raises the error

@@ -22,7 +22,7 @@ def write(folder, *names):
         (folder / name).write_text(ROW)
 
 
-def names_of(path, key="train_data"):
+def files_and_notes(path, key="train_data"):
     (source,) = resolved(path, key=key)
     return [str(file.relative_to(path)) for file in source.files], source.notes
 
@@ -37,7 +37,7 @@ def test_files_of_other_splits_in_a_training_folder_are_left_out_with_a_note(
 ):
     train, other = name.format("train"), name.format(held_out)
     write(tmp_path, train, other, "more.jsonl")
-    files, (note,) = names_of(tmp_path)
+    files, (note,) = files_and_notes(tmp_path)
     assert files == sorted([train, "more.jsonl"])
     assert_mentions(note, tmp_path, other.rpartition("/")[2])
     assert resolved(tmp_path / other)[0].files == (tmp_path / other,)  # read: the user named it
@@ -45,18 +45,18 @@ def test_files_of_other_splits_in_a_training_folder_are_left_out_with_a_note(
 
 def test_a_split_name_inside_a_word_does_not_leave_a_file_out(tmp_path):
     write(tmp_path, "latest.jsonl", "my-test-cases.jsonl", "contest/0.jsonl", "devices.jsonl")
-    files, notes = names_of(tmp_path)
+    files, notes = files_and_notes(tmp_path)
     assert len(files) == 4
     assert not notes
 
 
 def test_eval_data_is_the_validation_split_else_test_else_all_files(tmp_path):
     write(tmp_path, "train.jsonl", "test.jsonl")
-    assert names_of(tmp_path, "eval_data")[0] == ["test.jsonl"]
+    assert files_and_notes(tmp_path, "eval_data")[0] == ["test.jsonl"]
     write(tmp_path, "dev.jsonl")
-    assert names_of(tmp_path, "eval_data")[0] == ["dev.jsonl"]
+    assert files_and_notes(tmp_path, "eval_data")[0] == ["dev.jsonl"]
     write(tmp_path / "plain", "a.jsonl")
-    assert names_of(tmp_path / "plain", "eval_data")[0] == ["a.jsonl"]
+    assert files_and_notes(tmp_path / "plain", "eval_data")[0] == ["a.jsonl"]
 
 
 def test_a_training_folder_with_only_other_splits_is_refused(tmp_path):
@@ -74,7 +74,7 @@ def save(folder, *names, **state):
 def test_only_files_in_the_state_of_a_saved_data_set_are_read(tmp_path):
     save(tmp_path, "data-0.arrow", "cache-1.arrow")
     write(tmp_path, "stray.jsonl")
-    files, (note,) = names_of(tmp_path)
+    files, (note,) = files_and_notes(tmp_path)
     assert files == ["data-0.arrow"]
     assert_mentions(note, "cache-1.arrow", "stray.jsonl")
 
@@ -83,7 +83,7 @@ def test_only_the_train_split_of_a_saved_data_set_is_trained_on(tmp_path):
     for split in ("train", "test"):
         save(tmp_path / split, "data-0.arrow")
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    assert names_of(tmp_path)[0] == ["train/data-0.arrow"]
+    assert files_and_notes(tmp_path)[0] == ["train/data-0.arrow"]
 
 
 def test_an_incomplete_saved_data_set_is_refused(tmp_path):
@@ -98,7 +98,7 @@ def test_an_incomplete_saved_data_set_is_refused(tmp_path):
 
 def test_caches_are_left_out_of_folders_and_globs(tmp_path):
     write(tmp_path, "rows.arrow", "cache-1.arrow")
-    assert names_of(tmp_path)[0] == ["rows.arrow"]
+    assert files_and_notes(tmp_path)[0] == ["rows.arrow"]
     (source,) = resolved(tmp_path / "*.arrow")
     assert source.files == (tmp_path / "rows.arrow",)
     assert_mentions(source.notes[0], "cache-1.arrow")
@@ -116,7 +116,7 @@ RUN_FOLDERS = {
 def test_files_in_run_folders_are_not_data(tmp_path, kind):
     write(tmp_path, "rows.jsonl")
     write(tmp_path / "runs/x", *RUN_FOLDERS[kind])
-    files, (note,) = names_of(tmp_path)
+    files, (note,) = files_and_notes(tmp_path)
     assert files == ["rows.jsonl"]
     assert_mentions(note, "x")
     (source,) = resolved(tmp_path / "**/*.jsonl")
@@ -131,7 +131,7 @@ def test_rows_in_the_folder_of_prepared_data_are_read_without_its_own_files(tmp_
     """The rows may lie in data/ of the output folder itself."""
     ours = ["index.json", "audit.json", "fingerprints.json", "rejects.jsonl"]
     write(tmp_path / "data", "rows.jsonl", *ours, "train-0123456789abcdef/rejects.jsonl")
-    files, (note,) = names_of(tmp_path / "data")
+    files, (note,) = files_and_notes(tmp_path / "data")
     assert files == ["rows.jsonl"]
     assert_mentions(note, "audit.json")
     (source,) = resolved(tmp_path / "data/**/*.json*")
@@ -142,7 +142,7 @@ def test_rows_in_the_folder_of_prepared_data_are_read_without_its_own_files(tmp_
 
 def test_the_rejects_file_of_refused_data_is_not_data(tmp_path):
     write(tmp_path, "rows.jsonl", "runs/x/data/rejects.jsonl")
-    files, (note,) = names_of(tmp_path)
+    files, (note,) = files_and_notes(tmp_path)
     assert files == ["rows.jsonl"]
     assert_mentions(note, "rejects.jsonl")
     (source,) = resolved(tmp_path / "**/*.jsonl")

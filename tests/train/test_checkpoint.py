@@ -208,7 +208,7 @@ def test_a_run_resumes_with_other_held_out_data(tmp_path):
     assert run_with({"d": "abc", "f": "xyz"}).require_resumable(path).step == 3
 
 
-def test_tokens_recorded_by_an_earlier_version_equal_those_of_the_training_data(tmp_path):
+def test_a_digest_recorded_by_an_earlier_version_is_compared_with_the_training_data(tmp_path):
     def run_with(tokens):
         return Checkpoints(tmp_path / "checkpoints", replace(IDENTITY, tokens=tokens), keep=2)
 

@@ -52,7 +52,7 @@ def train_and_gather(session, folder, settings):
 
 
 @pytest.mark.parametrize(("kind", "stage"), RUNS)
-def test_the_adapter_has_its_logits_in_plain_peft_and_merges_like_peft(
+def test_the_adapter_has_the_same_logits_in_plain_peft_and_merges_like_peft(
     folder_of, tmp_path, kind, stage
 ):
     folder = folder_of(kind)

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.engine
 # first of them is FIRSTS[i].
 DOCUMENTS, PACKS, FIRSTS, SIZES = 12, 4, (0, 1, 6, 9), (1, 5, 3, 3)
 STEPS = 3
-SPLITS = [
+# (number of ranks, settings) of each run on packs.
+DIVISIONS = [
     (1, {"zero_stage": 2, "batch_size": 4}),
     (2, {"zero_stage": 1, "batch_size": 1}),
     (2, {"zero_stage": 2, "batch_size": 2, "gradient_checkpointing": True}),
@@ -76,12 +77,14 @@ def documents_alone(tiny_model, tmp_path_factory):
     return train_alone
 
 
-@pytest.mark.parametrize(("world_size", "split"), SPLITS)
+@pytest.mark.parametrize(("world_size", "settings"), DIVISIONS)
 def test_packs_have_the_losses_gradients_and_weights_of_their_documents(
-    tiny_model, documents_alone, tmp_path, world_size, split
+    tiny_model, documents_alone, tmp_path, world_size, settings
 ):
-    expected = documents_alone(split.get("load_in_4bit", False))
-    packed = run_ranks(train, tiny_model, split, PACKS, tmp_path=tmp_path, world_size=world_size)[0]
+    expected = documents_alone(settings.get("load_in_4bit", False))
+    packed = run_ranks(
+        train, tiny_model, settings, PACKS, tmp_path=tmp_path, world_size=world_size
+    )[0]
     assert packed["losses"] == pytest.approx(expected["losses"], rel=1e-6)
     assert distance(packed["gradients"], expected["gradients"]) < 1e-6
     assert distance(packed["weights"], expected["weights"]) < 1e-5

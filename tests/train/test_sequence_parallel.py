@@ -31,7 +31,7 @@ ON_FOUR_RANKS = {
     "zero 2, packs": (True, {"zero_stage": 2, "batch_size": 2}),
     "zero 3, documents, checkpointed": (False, {"zero_stage": 3, "batch_size": 2} | CHECKPOINTED),
 }
-SIZES = [(2, 2), (4, 2), (4, 4)]  # ranks, and ranks of a group; with 4 key heads are replicated
+SIZES = [(2, 2), (4, 2), (4, 4)]  # ranks, and ranks of a group; groups of 4 replicate key heads
 
 
 class Packed(Documents):

@@ -59,7 +59,7 @@ EXPECTED = {
     + bar("<|User|>r<|Assistant|>[[two<|end▁of▁sentence|>]]"),
 }
 EXPECTED["gemma-3"] = EXPECTED["gemma-2"]
-EXPECTED["phi-4-first"] = EXPECTED["phi-4"]  # its user turns write the assistant's header
+EXPECTED["phi-4-first"] = EXPECTED["phi-4"]  # the header of an answer is written after user turns
 EXPECTED["llama-3.2"] = EXPECTED["llama-3"]
 
 

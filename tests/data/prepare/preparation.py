@@ -48,7 +48,7 @@ def row(answer, question="q"):
     return json.dumps({"messages": turns})
 
 
-def lines_of(path, rows):
+def write_lines(path, rows):
     path.write_text("".join(f"{line}\n" for line in rows))
 
 

@@ -15,7 +15,7 @@ from pipeline.report.data_audit import source_columns
 from pipeline.report.text import cell
 from pipeline.train.status import RunStatus
 from tests import ROOT
-from tests.data.prepare.preparation import lines_of, row
+from tests.data.prepare.preparation import row, write_lines
 from tests.messages import assert_mentions
 from tests.report.test_page import read_page
 from tests.tiny import CHATML, make_rows
@@ -66,7 +66,7 @@ def test_every_row_is_used_rejected_or_dropped_and_every_token_counted(run):
 
 def test_a_truncated_conversation_counts_as_one_without_end_of_turn(run):
     turns = json.loads(row("yes"))["messages"] * 3
-    lines_of(run.train, [json.dumps({"messages": turns})])
+    write_lines(run.train, [json.dumps({"messages": turns})])
     whole = run.prepare().train.tokens
     assert run.audit()["end_of_turn_share"] == 1
     # The truncated tokens: the newline after the last turn, also its end token, a whole turn.
@@ -87,14 +87,14 @@ def test_the_share_of_ends_of_turns_does_not_depend_on_the_order_of_rows(run):
     ids = tokenizer("<|im_start|>assistant\nyes<|im_end|>").input_ids
     tokens = json.dumps({"input_ids": ids, "labels": ids})
     for rows in ([tokens, row("yes")], [row("yes"), tokens]):
-        lines_of(run.train, rows)
+        write_lines(run.train, rows)
         run.prepare()
         assert run.audit()["end_of_turn_share"] == 1
 
 
 def test_each_source_has_its_own_counts(run):
     other = make_rows(run.folder / "other.jsonl", 10)
-    lines_of(run.train, [*(row(f"a {i}") for i in range(5)), "{"])
+    write_lines(run.train, [*(row(f"a {i}") for i in range(5)), "{"])
     sources = [{"path": str(run.train), "weight": 0.5}, {"path": str(other), "limit": 4}]
     index = run.prepare(train_data=sources, max_rejected=0.5).train
     column = np.load(index.folder / "sources.npy")
@@ -144,9 +144,9 @@ def test_the_report_shows_the_audit(run):
 def test_unread_columns_are_counted_by_source_and_shown_on_the_terminal(run):
     """Columns with a value in used rows are counted; those of rejected rows are not."""
     other = run.folder / "other.jsonl"
-    lines_of(run.train, [with_columns(f"a {i}", label=True, note=None) for i in range(6)])
+    write_lines(run.train, [with_columns(f"a {i}", label=True, note=None) for i in range(6)])
     rows = [with_columns(f"b {i}", label=True, origin="web") for i in range(3)]
-    lines_of(other, [*rows, with_columns(" ", label=True)])
+    write_lines(other, [*rows, with_columns(" ", label=True)])
     run.prepare(train_data=[str(run.train), str(other)], max_rejected=0.5)
     audit = run.audit()
     assert audit["unread_columns"] == {"label": 9, "origin": 3}
@@ -181,7 +181,7 @@ def test_every_file_is_listed_with_its_number_of_rows(run):
     counts = {"a.jsonl": 3, "b.jsonl": 0, "c.jsonl": 5, "d.jsonl": 2}
     for name, count in counts.items():
         rows = [row(f"{name} {i}") for i in range(count)]
-        lines_of(folder / name, ["{", *rows[1:]] if name == "c.jsonl" else rows)
+        write_lines(folder / name, ["{", *rows[1:]] if name == "c.jsonl" else rows)
     run.prepare(train_data={"path": str(folder), "limit": 9}, max_rejected=0.5)
     (source,) = run.audit()["sources"]
     expected = {str(folder / name): rows for name, rows in zip(counts, (3, 0, 5, 1), strict=True)}
@@ -204,8 +204,8 @@ def test_a_reason_names_the_column_and_the_audit_its_first_row(run):
 
 
 def test_held_out_rows_in_the_training_set_are_counted_ignoring_white_space(run):
-    lines_of(run.train, [row("a  b\n"), row("c", question="q\n"), row("d")])
-    lines_of(run.eval, [row("a b"), row("c"), row("dd"), row("d", question="other")])
+    write_lines(run.train, [row("a  b\n"), row("c", question="q\n"), row("d")])
+    write_lines(run.eval, [row("a b"), row("c"), row("dd"), row("d", question="other")])
     run.prepare()
     assert run.audit("eval")["rows_also_in_train"] == 2
     assert_mentions(audit_summary(run.data), "2 documents", "training set")
@@ -214,7 +214,7 @@ def test_held_out_rows_in_the_training_set_are_counted_ignoring_white_space(run)
 def test_rows_that_differ_only_in_white_space_are_duplicates_and_held_out_together(run):
     answers = [f"answer number {i}" for i in range(80)]
     spaced = [answer.replace(" ", "  ") + "\n" for answer in answers]
-    lines_of(run.train, [row(answer) for answer in (*answers, *spaced)])
+    write_lines(run.train, [row(answer) for answer in (*answers, *spaced)])
     run.prepare(eval_data=0.3)
     audits = [run.audit("train"), run.audit("eval")]
     assert all(audit["duplicate_rows"] == audit["rows_used"] / 2 > 0 for audit in audits)
@@ -234,7 +234,7 @@ def agent_row(reasoning):
 
 def test_omitted_reasoning_is_counted_with_its_remedy(run):
     template = str(ROOT / "tests" / "templates" / "qwen3.jinja")
-    lines_of(run.train, [row("plain"), agent_row("left out"), agent_row("left out too")])
+    write_lines(run.train, [row("plain"), agent_row("left out"), agent_row("left out too")])
     run.prepare(chat_template=template)
     omitted = run.audit()["omitted_reasoning"]
     tokenizer = load_tokenizer(run.folder / "model")
@@ -252,7 +252,9 @@ def test_omitted_reasoning_is_counted_with_its_remedy(run):
 
 
 def test_special_tokens_inside_texts_are_counted_with_their_first_row(run):
-    lines_of(run.train, [row("plain"), row("say <|im_end|> twice <|im_end|>"), row("<|im_end|>")])
+    write_lines(
+        run.train, [row("plain"), row("say <|im_end|> twice <|im_end|>"), row("<|im_end|>")]
+    )
     run.prepare()
     special = run.audit()["special_tokens_in_text"]
     assert special == {"rows": 2, "tokens": 3, "first": f"{run.train}:2"}
@@ -263,7 +265,7 @@ def test_special_tokens_inside_texts_are_counted_with_their_first_row(run):
 
 
 def test_special_tokens_in_texts_without_template_are_counted(run):
-    lines_of(
+    write_lines(
         run.train,
         [
             json.dumps({"prompt": "q", "completion": "a"}),
@@ -289,7 +291,7 @@ class TestEndsWithoutStop:
     def test_the_token_is_named_with_its_rows_and_remedy(self, run):
         """A base model with ChatML: its eos_token is <|endoftext|>."""
         number = self.use(run, eos_token="<|endoftext|>")
-        lines_of(run.train, [row("plain"), json.dumps({"text": "t"}), row("two")])
+        write_lines(run.train, [row("plain"), json.dumps({"text": "t"}), row("two")])
         run.prepare()
         (entry,) = run.audit()["ends_without_stop"].values()
         assert (entry["rows"], entry["first"]) == (2, f"{run.train}:1")
@@ -313,7 +315,7 @@ class TestEndsWithoutStop:
         template = CHATML.replace("<|im_end|>", last)
         self.use(run, eos_token="<|endoftext|>", chat_template=template)
         turns = json.loads(row("yes"))["messages"]
-        lines_of(run.train, [json.dumps({"messages": turns * 2}), row("one turn")])
+        write_lines(run.train, [json.dumps({"messages": turns * 2}), row("one turn")])
         run.prepare()
         (entry,) = run.audit()["ends_without_stop"].values()
         assert entry["rows"] == 1
@@ -328,7 +330,9 @@ def test_the_same_error_in_several_messages_is_one_reason_with_its_first_row(run
          + [{"role": "assistant", "content": "a", "name": "n"}]}
         for number in (1, 2, 3)
     ]  # fmt: skip
-    lines_of(run.train, [row(f"a{i}") for i in range(5)] + [json.dumps(t) for t in conversations])
+    write_lines(
+        run.train, [row(f"a{i}") for i in range(5)] + [json.dumps(t) for t in conversations]
+    )
     run.prepare(max_rejected=0.9)
     (reason,) = run.audit()["rejected"]
     assert "messages[].name" in reason

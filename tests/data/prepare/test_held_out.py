@@ -8,7 +8,7 @@ import pytest
 from pipeline.data.prepare.digests import digest, is_held_out, threshold_of_rows, threshold_of_share
 from pipeline.data.prepare.prepare import eval_examples
 from pipeline.rows.examples import Completion, Conversation, Message, Text, Tokens
-from tests.data.prepare.preparation import documents_of, lines_of, row
+from tests.data.prepare.preparation import documents_of, row, write_lines
 from tests.messages import refused
 
 pytestmark = pytest.mark.tensor
@@ -89,7 +89,7 @@ NEW_ROWS = [row(f"new answer {i}") for i in range(60)]
 
 def split_rows(run, rows, eval_data):
     """Training and held-out documents of these rows."""
-    lines_of(run.train, rows)
+    write_lines(run.train, rows)
     index = run.prepare(eval_data=eval_data)
     train, held = documents_of(index.train), documents_of(index.eval)
     assert not set(train) & set(held)
@@ -129,10 +129,10 @@ def test_a_limit_applies_also_to_held_out_rows(run):
 
 
 def test_holding_out_nothing_or_everything_is_refused(run):
-    lines_of(run.train, [row("a"), row("b")])
+    write_lines(run.train, [row("a"), row("b")])
     with refused("eval_data: 2", "0 documents to train on"):
         run.prepare(eval_data=2)
-    lines_of(run.train, [row("a")] * 5)
+    write_lines(run.train, [row("a")] * 5)
     with refused("eval_data", "5 documents to train on", "holds out 0"):
         run.prepare(eval_data=0.0001)
     assert not list(run.data.iterdir())
@@ -141,7 +141,7 @@ def test_holding_out_nothing_or_everything_is_refused(run):
 def test_held_out_rows_of_earlier_versions_are_matched_by_their_old_digests(run):
     """Old digests kept white space; scoring such a run still needs its rows."""
     assert digest(Text("a  b"), keeps_space=True) == 11958313914725998261
-    lines_of(run.train, [row(f"answer  {i}") for i in range(40)])
+    write_lines(run.train, [row(f"answer  {i}") for i in range(40)])
     index = run.prepare(eval_data=0.25)
     settings = run.settings(eval_data=0.25)
     expected = list(eval_examples(settings, index.eval))

@@ -16,7 +16,7 @@ from pipeline.data.dataset import writer
 from pipeline.data.dataset.reader import DataIndex
 from pipeline.data.prepare import job, keys
 from pipeline.data.prepare.prepare import train_key
-from tests.data.prepare.preparation import lines_of, row
+from tests.data.prepare.preparation import row, write_lines
 from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.tensor
@@ -146,7 +146,7 @@ def test_every_setting_of_the_documents_is_tested_here():
 
 def texts(run):
     path = run.folder / "texts.jsonl"
-    lines_of(path, [json.dumps({"text": f"a text {i}"}) for i in range(8)])
+    write_lines(path, [json.dumps({"text": f"a text {i}"}) for i in range(8)])
     return str(path)
 
 
@@ -273,13 +273,13 @@ def test_the_content_digest_changes_with_token_ids_and_masks(run):
 def test_the_content_digest_changes_with_the_boundaries_of_documents(run):
     """The token ids and masks of all documents together are the same."""
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8]}]
-    lines_of(run.train, map(json.dumps, rows))
+    write_lines(run.train, map(json.dumps, rows))
     whole = run.prepare(eval_data=None).train
     halves = [
         {"input_ids": [5, 6], "labels": [-100, 6]},
         {"input_ids": [7, 8], "labels": [-100, 8]},
     ]
-    lines_of(run.train, map(json.dumps, halves))
+    write_lines(run.train, map(json.dumps, halves))
     split = run.prepare(eval_data=None).train
     assert (split.tokens, split.documents) == (whole.tokens, 2 * whole.documents)
     assert split.content != whole.content

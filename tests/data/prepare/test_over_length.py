@@ -5,14 +5,14 @@ import pytest
 
 from pipeline.data.dataset.reader import open_split
 from pipeline.data.prepare.prepare import prepare_data
-from tests.data.prepare.preparation import lines_of, long_rows, row
+from tests.data.prepare.preparation import long_rows, row, write_lines
 from tests.messages import refused
 
 pytestmark = pytest.mark.tensor
 
 
 def fitted_and_whole(run, over_length):
-    lines_of(run.train, long_rows())
+    write_lines(run.train, long_rows())
     index = run.prepare(max_length=100, over_length=over_length, max_rejected=0.9)
     whole = prepare_data(run.settings(max_length=10_000, max_rejected=0.9), run.folder / "whole")
     return open_split(index.train), open_split(whole.train)
@@ -38,7 +38,7 @@ def test_dropped_rows_are_counted_and_are_not_rejected(run):
     assert audit["rows_read"] == audit["rows_used"] + audit["rows_dropped"] + 2
     assert len(run.rejects()) == 2 + audit["rows_dropped"]
     run.prepare(max_length=100, over_length="drop", max_rejected=0.05)  # 2 of 44
-    lines_of(run.train, [row("long " * 99)])
+    write_lines(run.train, [row("long " * 99)])
     with refused("max_length", "over_length is drop"):
         run.prepare(max_length=100, over_length="drop")
 
@@ -71,7 +71,7 @@ def test_split_documents_train_every_supervised_token_once(run):
 
 
 def test_over_length_fail_refuses_a_long_document(run):
-    lines_of(run.train, [row("short"), row("long " * 99)])
+    write_lines(run.train, [row("short"), row("long " * 99)])
     with refused(f"{run.train}:2", "max_length", 100, "over_length"):
         run.prepare(max_length=100, over_length="fail")
     run.prepare(max_length=600, over_length="fail")

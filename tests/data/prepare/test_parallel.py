@@ -14,7 +14,7 @@ from pipeline.data.prepare.parallel import parallel_map
 from pipeline.data.prepare.prepare import prepare_data
 from pipeline.errors import RankZeroError, UserError
 from tests import ROOT
-from tests.data.prepare.preparation import content, lines_of, long_rows
+from tests.data.prepare.preparation import content, long_rows, write_lines
 from tests.messages import refused
 
 pytestmark = pytest.mark.tensor
@@ -69,7 +69,7 @@ def test_the_number_of_chunks_read_ahead_is_bounded():
 def test_the_number_of_processes_does_not_change_the_result(
     run, monkeypatch, processes, over_length
 ):
-    lines_of(run.train, long_rows(300))
+    write_lines(run.train, long_rows(300))
     monkeypatch.setattr(lines, "CHUNK_ROWS", 7)
     values = {"max_length": 128, "over_length": over_length, "max_rejected": 0.9}
     settings = run.settings(eval_data=0.1, **values)

@@ -11,7 +11,7 @@ from pipeline.data.dataset.reader import DataIndex
 from pipeline.data.prepare import prepare as module
 from pipeline.data.prepare.prepare import check_first_rows, check_rows, eval_examples, prepare_data
 from tests import ROOT
-from tests.data.prepare.preparation import content, lines_of, row
+from tests.data.prepare.preparation import content, row, write_lines
 from tests.messages import assert_mentions, refused
 from tests.tiny import CHATML
 
@@ -52,9 +52,9 @@ def test_more_bad_rows_than_allowed_are_refused_by_prepare(run):
 def test_max_rejected_applies_to_each_source(run):
     """Good rows of a large source do not make up for a small one; all bad sources are named."""
     small, other = run.folder / "small.jsonl", run.folder / "other.jsonl"
-    lines_of(small, [row("good"), *['{"sum": 3}'] * 2])
-    lines_of(other, [row("good"), "["])
-    lines_of(run.train, [row(f"answer {i}") for i in range(500)])
+    write_lines(small, [row("good"), *['{"sum": 3}'] * 2])
+    write_lines(other, [row("good"), "["])
+    write_lines(run.train, [row(f"answer {i}") for i in range(500)])
     values = {"train_data": [str(run.train), str(small), str(other)], "max_rejected": 0.1}
     for check in (lambda: check_rows(run.settings(**values)), lambda: run.prepare(**values)):
         with refused(small, f"{small}:2", "2 of 3 rows", other, f"{other}:2", "1 of 2 rows"):
@@ -67,7 +67,7 @@ REFUSED_LINES = [1, *range(26, 31)]
 
 def add_bad_rows(run):
     """Add a bad first row and five bad last rows."""
-    lines_of(run.train, ["{", *run.train.read_text().splitlines(), *["[]"] * 5])
+    write_lines(run.train, ["{", *run.train.read_text().splitlines(), *["[]"] * 5])
 
 
 @pytest.mark.parametrize("check", ["check_first_rows", "prepare"])
@@ -131,22 +131,22 @@ def settings_with_small_source(run, path):
 def test_a_source_of_bad_rows_only_is_refused_even_if_small(run, monkeypatch, check):
     monkeypatch.setattr(module, "_FIRST_ROWS", 2)
     path = run.folder / "other.jsonl"
-    lines_of(path, ['{"sum": 3}'] * 3)
+    write_lines(path, ['{"sum": 3}'] * 3)
     settings = settings_with_small_source(run, path)
     with refused("train_data", path, f"{path}:1"):
         CHECKS[check](run, settings)
-    lines_of(path, [*['{"sum": 3}'] * 3, row("good")])
+    write_lines(path, [*['{"sum": 3}'] * 3, row("good")])
     CHECKS[check](run, settings)
     prepare_data(settings, run.data, 4)  # not all of its rows are read
 
 
 def test_a_source_of_dropped_rows_only_is_refused_even_if_small(run):
     path = run.folder / "other.jsonl"
-    lines_of(path, [row("long " * 99)] * 3)
+    write_lines(path, [row("long " * 99)] * 3)
     settings = settings_with_small_source(run, path)
     with refused("train_data", path, "max_length"):
         prepare_data(settings, run.data)
-    lines_of(path, [*[row("long " * 99)] * 3, row("good")])
+    write_lines(path, [*[row("long " * 99)] * 3, row("good")])
     prepare_data(settings, run.data)
     prepare_data(settings, run.data, 4)  # not all of its rows are read
 
@@ -177,7 +177,7 @@ def test_checking_rows_needs_no_torch(run):
 
 
 def test_max_rejected_is_a_share_of_both_splits_of_a_source(run):
-    lines_of(run.train, [*(row(f"a {i}") for i in range(99)), "{"])
+    write_lines(run.train, [*(row(f"a {i}") for i in range(99)), "{"])
     run.prepare(eval_data=0.1, max_rejected=0.01)
     assert sum(run.audit()["rejected"].values()) == 1
     assert run.audit("eval")["rejected"] == {}
@@ -207,18 +207,18 @@ def test_on_bad_row_fail_applies_to_prepared_data(run, eval_data):
     run.prepare(**values)
     with refused(run.train, "on_bad_row"):
         run.prepare(on_bad_row="fail", **values)
-    lines_of(run.train, [*(row(f"a {i}") for i in range(20)), long])
+    write_lines(run.train, [*(row(f"a {i}") for i in range(20)), long])
     run.prepare(**values)
     run.prepare(on_bad_row="fail", **values)  # a dropped row is not a bad row
 
 
 def test_a_source_with_bad_first_rows_is_checked_completely(run, monkeypatch):
     monkeypatch.setattr(module, "_FIRST_ROWS", 10)
-    lines_of(run.train, ["{"] * 3 + [row(f"a {i}") for i in range(297)])
+    write_lines(run.train, ["{"] * 3 + [row(f"a {i}") for i in range(297)])
     check_first_rows(run.settings(max_rejected=0.01))  # 3 of 10, but no more than 3 of 300
     with refused("3 of 300 rows"):
         check_first_rows(run.settings(max_rejected=0.009))
-    lines_of(run.train, [*(row(f"a {i}") for i in range(30)), *["{"] * 30])
+    write_lines(run.train, [*(row(f"a {i}") for i in range(30)), *["{"] * 30])
     check_first_rows(run.settings(max_rejected=0.01))  # the bad rows are later
     with refused("30 of 60 rows"):
         run.prepare(max_rejected=0.01)
@@ -228,8 +228,8 @@ def test_a_bad_row_of_a_file_with_a_non_utf8_name_is_rejected(run):
     folder = run.folder / "rows"
     folder.mkdir()
     name = os.fsdecode(b"\xffrows.jsonl")
-    lines_of(folder / name, [row("a"), "{", row("b")])
-    lines_of(folder / "other.jsonl", ["{", row("c")])
+    write_lines(folder / name, [row("a"), "{", row("b")])
+    write_lines(folder / "other.jsonl", ["{", row("c")])
     run.prepare(train_data=str(folder), max_rejected=0.5)
     assert [(Path(reject["file"]).name, reject["line"]) for reject in run.rejects()] == [
         ("other.jsonl", 1),
@@ -243,7 +243,7 @@ def test_files_that_a_folder_leaves_out_are_logged(run, caplog):
     folder = run.folder / "rows"
     folder.mkdir()
     for name in ("train.jsonl", "test.jsonl"):
-        lines_of(folder / name, [row("a"), row("b")])
+        write_lines(folder / name, [row("a"), row("b")])
     with caplog.at_level("INFO", "pipeline"):
         run.prepare(train_data=str(folder))
     assert run.audit()["rows_read"] == 2
@@ -254,7 +254,7 @@ def test_rows_held_out_of_a_folder_are_rows_of_its_training_files(run):
     folder = run.folder / "rows"
     folder.mkdir()
     for name in ("train.jsonl", "test.jsonl"):
-        lines_of(folder / name, [row(f"{name} {i}") for i in range(40)])
+        write_lines(folder / name, [row(f"{name} {i}") for i in range(40)])
     settings = run.settings(train_data=str(folder), eval_data=0.25)
     index = prepare_data(settings, run.data)
     examples = list(eval_examples(settings, index.eval))
