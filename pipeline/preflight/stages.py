@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -102,11 +103,7 @@ class _Preflight:
         """
         session = self.context.session
         for stage in STAGES[1:]:
-
-            def skip(stage: Stage = stage) -> str:
-                return self._reason_to_skip(stage)
-
-            if not session.rank_zero_first(skip):
+            if not session.rank_zero_first(partial(self._reason_to_skip, stage)):
                 self._run_stage(stage)
         failed: list[str] = session.rank_zero_first(self._report.failed)
         return failed

@@ -62,7 +62,7 @@ def launches(device, *, is_tiny):
 def attention(device, *, is_tiny):
     """Forward and backward pass of attention of packs: a kernel per document, and varlen_attn.
 
-    With the largest relative difference between the two, of the output and of each gradient.
+    Also how much the two differ, relative to the norm: in the output and in each gradient.
     """
     heads, keys, width, lengths = (4, 2, 16, [8, 24]) if is_tiny else (32, 8, 128, [512] * 16)
     total, dtype = sum(lengths), torch.bfloat16

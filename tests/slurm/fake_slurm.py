@@ -54,7 +54,7 @@ shift
 PATH=$FAKE/image:$PATH exec "$@"
 """
 
-# Sleeps during which tail polls or srun starts are shortened; longer ones are only printed.
+# Shortens the sleeps in which tail polls or srun starts, and only prints all longer ones.
 SLEEP = """\
 case $1 in 1) exec /bin/sleep 0.1 ;; 1.5) exec /bin/sleep 0.2 ;; esac
 echo "sleeps $1"

@@ -138,18 +138,18 @@ class Split:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._ids = _memory_map(folder, "ids")
-        self._supervised = _memory_map(folder, "supervised")
-        self._offsets = _memory_map(folder, "offsets")
-        self.supervised_counts: Array = _memory_map(folder, "counts")  # (N,) int64
-        self._sequence_documents = _memory_map(folder, "sequence_documents")
+        self._ids = read_column(folder, "ids")
+        self._supervised = read_column(folder, "supervised")
+        self._offsets = read_column(folder, "offsets")
+        self.supervised_counts: Array = read_column(folder, "counts")  # (N,) int64
+        self._sequence_documents = read_column(folder, "sequence_documents")
         epoch = read_json(folder / SEQUENCES)
         self.sequences = Sequences(
             segments=tuple(Segment(**values) for values in epoch["rounds"]),
-            offsets=_memory_map(folder, "sequence_offsets"),
-            tokens=_memory_map(folder, "sequence_tokens"),
-            squares=_memory_map(folder, "sequence_squares"),
-            supervised=_memory_map(folder, "sequence_counts"),
+            offsets=read_column(folder, "sequence_offsets"),
+            tokens=read_column(folder, "sequence_tokens"),
+            squares=read_column(folder, "sequence_squares"),
+            supervised=read_column(folder, "sequence_counts"),
             are_packs=epoch["packing"],
         )
 
@@ -220,10 +220,6 @@ def read_published(folder: Path) -> tuple[SplitIndex, dict[str, Any]] | None:
 
 
 def read_column(folder: Path, name: str) -> Array:
-    """A per-document column of a split, memory-mapped."""
-    return _memory_map(folder, name)
-
-
-def _memory_map(folder: Path, name: str) -> Array:
+    """A column of a split, memory-mapped."""
     column: Array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
     return column.view(np.ndarray)  # slices of an np.memmap are slow to create

@@ -259,7 +259,8 @@ def evaluation_work(
 def forward_seed(seed: int, step: int, first: int, place: int = 0) -> int:
     """Dropout seed of one forward pass: a function of its position, so resume needs no state.
 
-    `place`: of the rank in its sequence-parallel group, whose ranks have different tokens. Without
-    groups it is 0 and not hashed, so that the seeds are those of earlier versions.
+    `place`: index of the rank in its sequence-parallel group. The ranks of a group have different
+    tokens, so they need different masks. 0 is not hashed, so that without groups the seeds are
+    those of earlier versions.
     """
     return int(hash_of(seed, step, first, *([place] if place else [])) >> np.uint64(1))
