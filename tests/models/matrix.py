@@ -107,10 +107,13 @@ def with_state(result, problems):
             problems.append(f"{mode}: held-out loss differs by {values['loss_error']:.1e}")
         if values["zero_matrices"]:
             problems.append(f"{mode}: {values['zero_matrices']} matrices of the adapter are zero")
+        # The error of the merged weights, or a text that says why there is no merged model. A text
+        # is no problem if the checks of the class found the same (`without_merge`).
         merged = values.get("merged", 0.0)
-        # `merged`: error of the merged weights, or a text that says why there is none. A text is a
-        # problem unless the checks of the class had reasons against merging (`without_merge`).
-        if not result["without_merge"] if isinstance(merged, str) else merged > MERGE_LIMIT:
+        has_no_merge = isinstance(merged, str)
+        if (has_no_merge and not result["without_merge"]) or (
+            not has_no_merge and merged > MERGE_LIMIT
+        ):
             problems.append(f"{mode}: merge: {merged}")
     if problems:
         return {"state": "failed", "reason": "; ".join(_short(text) for text in problems), **result}
