@@ -110,7 +110,8 @@ def rules() -> str:
         "A user's own DeepSpeed JSON (`deepspeed_json`) is first merged into the generated config; "
         "then the same rules check the result. Keys that DeepSpeed does not read are refused "
         "before the merge.",
-        "A rule without versions holds for every version that the project supports.",
+        "A rule without versions holds for every version that the project supports. Some messages "
+        "end the reason with a colon and the keys or values of the run that it concerns.",
         "",
         "| rule | level | why | what to do | versions | source |",
         "|---|---|---|---|---|---|",

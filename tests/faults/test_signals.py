@@ -35,8 +35,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3000)]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PHASES = ("start-up", "step", "evaluation", "save")
 TARGETS = ("rank 0", "rank 1", "node launcher", "outer command", "terminal")
-# Steps that one start trains at most: to the evaluation in which it gets the signal, and until the
-# signal has stopped it.
+# No start trains more steps than this: the steps before the evaluation in which it gets its signal,
+# and the steps until the signal has stopped it.
 STEPS_PER_SIGNAL = 16
 # Slurm and Kubernetes send SIGKILL 30 s after SIGTERM, as DeepSpeed's launcher does to its ranks.
 WITHIN_S = 30.0

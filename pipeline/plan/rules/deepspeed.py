@@ -125,9 +125,10 @@ _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
             "bf16.bf16_optimizer_states",
             "fp16.fp16_master_weights_and_grads",
         ),
-        reason="master weights or optimizer states in 16 bits lose the small updates of an "
-        "adapter, and save almost no memory",
-        remedy="leave these keys of bf16 and fp16 out",
+        reason="a key of bf16 or fp16 keeps master weights or optimizer states in 16 bits, which "
+        "lose the small updates of an adapter and save almost no memory",
+        remedy="leave out bf16_master_weights_and_grads, bf16_optimizer_states and "
+        "fp16_master_weights_and_grads",
         source="DeepSpeed 0.19.8 runtime/precision_config.py:60",
     ),
     Rule(
@@ -257,8 +258,9 @@ _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
         id="json-no-effect",
         level="warn",
         applies=lambda run: ", ".join(path for path in _WITHOUT_EFFECT if is_set(path)(run)),
-        reason="these keys have no effect, because transformers does the activation checkpointing, "
-        "the optimizer is AdamW, and a run saves only the adapter, in its own checkpoints",
+        reason="some given keys have no effect, because transformers does the activation "
+        "checkpointing, the optimizer is AdamW, and a run saves only the adapter, in its own "
+        "checkpoints",
         remedy="leave them out",
         source=f"pipeline/adapter/gather.py; {ZERO_SOURCE}/utils.py:45",
     ),

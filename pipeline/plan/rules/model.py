@@ -167,7 +167,8 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         id="experts-plain",
         level="refuse",
         applies=_options_unsupported_by_experts,
-        reason="lora_target_modules: an adapter on fused experts does not support these options",
+        reason="lora_target_modules: an adapter on fused experts does not support all of the "
+        "given options",
         remedy="leave them out, or leave experts out of lora_target_modules",
         source="peft 0.21.2 tuners/lora/layer.py, ParamWrapper",
     ),
@@ -232,7 +233,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         level="refuse",
         applies=lambda run: run.shape.bidirectional,
         reason="model: tokens of this model attend to later tokens, so it cannot learn to predict "
-        "the next token; config.json has",
+        "the next token, according to config.json",
         remedy="use a causal language model",
         source="transformers 5.23.0 models/gemma3/modeling_gemma3.py",
     ),
@@ -241,7 +242,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         level="refuse",
         applies=lambda run: run.shape.other_head,
         reason="model: the checkpoint has no language-model head, so the head would start from "
-        "random numbers; config.json has",
+        "random numbers, according to config.json",
         remedy="use the causal language model that this checkpoint was trained from",
         source="transformers 5.23.0 modeling_utils.py",
     ),
