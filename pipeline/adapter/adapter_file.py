@@ -66,7 +66,7 @@ class LayerUpdate:
     use_rslora: bool
     is_embedding: bool = False
     is_transposed: bool = False
-    experts: "ExpertSlice | None" = None  # of a fused tensor, which the base tensor is a part of
+    experts: "ExpertSlice | None" = None  # slice of a fused tensor that the base's tensor stores
 
     @property
     def scaling(self) -> float:

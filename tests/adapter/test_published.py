@@ -71,5 +71,8 @@ def test_plain_peft_has_nearly_the_logits_of_the_engine_in_bf16(tmp_path, stage)
 
 
 def relative_error(other: torch.Tensor, logits: torch.Tensor) -> float:
-    """Norm of the difference, relative to the norm; single bf16 logits are mostly rounding."""
+    """Norm of the difference, relative to the norm of `logits`.
+
+    Logits in bf16 are not compared one by one, because most of their differences are rounding.
+    """
     return float((other - logits).float().norm() / logits.float().norm())

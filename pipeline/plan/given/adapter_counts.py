@@ -140,9 +140,9 @@ class _Selection:
     layers: tuple[int, ...]
     excluded: str | tuple[str, ...]
     r: int
-    ranks: tuple[tuple[str, int], ...]
+    rank_pattern: tuple[tuple[str, int], ...]
     alpha: float
-    alphas: tuple[tuple[str, float], ...]
+    alpha_pattern: tuple[tuple[str, float], ...]
     use_rslora: bool
     use_dora: bool
 
@@ -172,13 +172,13 @@ def _select_layers(shape: ModelShape, selection: _Selection) -> tuple[AdaptedLay
         raise UserError(
             "lora_target_modules, layers_to_transform and exclude_modules together select no layer"
         )
-    ranks, alphas = dict(selection.ranks), dict(selection.alphas)
-    _require_matches("rank_pattern", ranks, names)
-    _require_matches("alpha_pattern", alphas, names)
+    rank_pattern, alpha_pattern = dict(selection.rank_pattern), dict(selection.alpha_pattern)
+    _require_matches("rank_pattern", rank_pattern, names)
+    _require_matches("alpha_pattern", alpha_pattern, names)
     layers = []
     for name in names:
-        r = int(pattern_value(ranks, name, selection.r))
-        alpha = pattern_value(alphas, name, selection.alpha)
+        r = int(pattern_value(rank_pattern, name, selection.r))
+        alpha = pattern_value(alpha_pattern, name, selection.alpha)
         scaling = lora_scaling(r, alpha, use_rslora=selection.use_rslora)
         layers.append(
             AdaptedLayer(
