@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.data.dataset.reader import Array
 from pipeline.plan.given.data_size import LengthLoss
 
-# Lengths are counted in bins of this many tokens, so the length that keeps 99 % is a multiple.
+# Lengths are counted in bins of this many tokens, so the length that keeps 99 % is a multiple of it.
 _BIN = 64
 
 
@@ -25,8 +25,9 @@ class Window:
 def windows(ids: Array, supervised: Array, max_length: int, over_length: str) -> list[Window]:
     """The parts of a document to train on: at most `max_length` tokens, with a supervised one.
 
-    The windows of a split document overlap by one token, which predicts the second token of the
-    later window. Every supervised token is therefore trained exactly once.
+    The windows of a split document overlap by one token: the last token of a window begins the next
+    window, where it is not trained again but predicts the token after it. So every supervised token
+    is trained exactly once.
     """
     if len(ids) <= max_length:
         parts = [Window(0, ids, supervised)]
@@ -61,8 +62,9 @@ class LengthCounts:
     """Counts of documents before truncation, from which the loss by any `max_length` follows.
 
     Only documents with a supervised token count. `longer`: documents of more than `max_length`
-    tokens. `supervised`: supervised tokens; `trained`: those in a window. `bins`: supervised tokens
-    by the length that keeps them, in bins of `_BIN` tokens. `longest`: length that keeps all.
+    tokens. `supervised`: supervised tokens; `trained`: those in a window. `bins`: number of
+    supervised tokens by the smallest `max_length` that keeps them, divided by `_BIN`. `longest`:
+    smallest `max_length` that keeps all.
     """
 
     documents: int = 0
