@@ -108,7 +108,10 @@ def test_no_document_of_a_pack_affects_another(tmp_path, kind, change, dtype):
 @torch.no_grad()
 @pytest.mark.parametrize(("bits", "spread"), [("load_in_4bit", 0.2), ("load_in_8bit", 0.05)])
 def test_no_document_of_a_pack_affects_another_with_a_quantised_base(tmp_path, bits, spread):
-    """In 8 bits no activation may exceed 6: LLM.int8 treats such a column alike in all rows."""
+    """In 8 bits the activations of this model are small, because LLM.int8 mixes documents else.
+
+    It computes a column in 16 bits, for all rows, if an activation in it exceeds 6.
+    """
     folder = make(tmp_path, "llama", {}, "bfloat16", spread)
     plan = make_plan(folder, bf16=True, lora_target_modules="all-linear", **{bits: True})
     assert_nothing_leaks(load_base(plan, torch.device("cpu")).eval())

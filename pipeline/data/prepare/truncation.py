@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.data.dataset.reader import Array
 from pipeline.plan.given.data_size import LengthLoss
 
-# Lengths are counted in bins of this many tokens, so the length that keeps 99 % is a multiple of it.
+# Lengths are counted in bins of this many tokens. The length that keeps 99 % is a multiple of it.
 _BIN = 64
 
 
