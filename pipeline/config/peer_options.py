@@ -152,7 +152,9 @@ def _checkpointing(value: Any, _config: PeerConfig) -> Outcome:
 
 def _attention(value: Any, _config: PeerConfig) -> Outcome:
     if "flash" in str(value) or value in ("fa2", True):
-        return Outcome(note="PyTorch's own kernels are the default; use_flash_attention: true")
+        return Outcome(
+            note="PyTorch's own kernels are the default; use_flash_attention: true uses flash-attn"
+        )
     return Outcome(note="PyTorch's own kernels are the default")
 
 
