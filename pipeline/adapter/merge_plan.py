@@ -67,7 +67,10 @@ class MergeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
-    """Everything that a merge reads and writes. `identity`: equal plans write equal models."""
+    """Everything that a merge reads and writes.
+
+    `identity`: record of the inputs and options; merges with equal records write equal models.
+    """
 
     base: Base
     adapters: tuple[Adapter, ...]

@@ -48,7 +48,7 @@ def saved_module_gradients(
     is_tied = any(module.tied_name for module in modules)
     positions = layout.micro_batch_size * settings.max_length
     has_chunks = ceil(positions * shape.vocab_size * 4 / LOGITS_CHUNK_BYTES) > 1
-    # DeepSpeed reduces the part of a gradient that belongs to one rank's partition at a time, in a
+    # DeepSpeed divides a gradient into the parts of the ranks, and reduces one part at a time, in a
     # copy. A gradient waits in the bucket until the gradient of the next parameter comes.
     trainable = trainable_parameters(shape, settings)
     part = min(max(head, embeddings), trainable // layout.world_size)
