@@ -22,8 +22,8 @@ def plan_batches(
 ) -> list[list[int]]:
     """Indexes of prompts of similar length in batches, longest first.
 
-    `lengths`: tokens of each prompt. All answers of a batch may be equally long: a prompt that
-    leaves fewer than `max_new_tokens` positions shares its batch only with equally long prompts.
+    `lengths`: tokens of each prompt. All answers of a batch have the same limit. Therefore a prompt
+    that leaves fewer than `max_new_tokens` positions shares its batch only with equally long ones.
     """
     batches: list[list[int]] = []
     space = [min(max_new_tokens, (max_positions or 2**31) - length) for length in lengths]

@@ -1,4 +1,4 @@
-"""The memory model: the guide's table, Gemma 2 27B, and invariants over all layouts."""
+"""The memory model: the table of LoRA Basics (docs/memory.md), and invariants over all layouts."""
 
 from dataclasses import replace
 
@@ -53,9 +53,10 @@ def decoder(hidden, inner, keys, layers, vocab, **rest):
     return model(widths, num_layers=layers, vocab_size=vocab, **size | rest)
 
 
-# The guide's model: 27e9 parameters, no embeddings, seven square targets, one other linear layer.
+# The model of LoRA Basics: 27e9 parameters, no embeddings, seven square targets, one other linear
+# layer in each block.
 REST = 27 * GB // 32 - 7 * 4096**2
-GUIDE = model(
+BASICS = model(
     [(4096, 4096)] * 7, hidden_size=4096, intermediate_size=4096, num_layers=32, vocab_size=0,
     linears=(Linear("mlp.rest", 4096, REST // 4096),),
 )  # fmt: skip
@@ -89,15 +90,15 @@ LORA, NF4 = run(), run(load_in_4bit=True, bnb_4bit_use_double_quant=True)
 INT8 = run(load_in_8bit=True)
 
 
-def test_the_formulas_give_the_guide_s_table():
-    assert GUIDE.parameters == pytest.approx(27e9, rel=1e-4)
-    assert base_bytes(GUIDE, LORA, "bfloat16") == pytest.approx(54e9, rel=0.05)
-    assert base_bytes(GUIDE, NF4, "bfloat16") == pytest.approx(14e9, rel=0.05)
-    trainable = trainable_parameters(GUIDE, LORA)
+def test_the_formulas_give_the_table_of_lora_basics():
+    assert BASICS.parameters == pytest.approx(27e9, rel=1e-4)
+    assert base_bytes(BASICS, LORA, "bfloat16") == pytest.approx(54e9, rel=0.05)
+    assert base_bytes(BASICS, NF4, "bfloat16") == pytest.approx(14e9, rel=0.05)
+    trainable = trainable_parameters(BASICS, LORA)
     assert trainable == 7 * 32 * 64 * (4096 + 4096)
-    # The guide says "about 0.4 %"; 112 of 27000 million parameters are 0.43 %.
+    # LoRA Basics says "about 0.4 %"; 112 of 27000 million parameters are 0.43 %.
     assert trainable == pytest.approx(112e6, rel=0.05)
-    assert round(100 * trainable / GUIDE.parameters, 1) == 0.4
+    assert round(100 * trainable / BASICS.parameters, 1) == 0.4
     assert 4 * trainable == pytest.approx(500e6, rel=0.08)  # "~500MB adapters": fp32
 
 
