@@ -47,9 +47,11 @@ _MAX_PARAMETERS = 3e8  # limits host memory: the checks hold several copies in f
 
 
 def small_copies(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Configs to try: all sizes reduced, then only blocks, experts and vocabulary reduced.
+    """Three configs to try, from small to large.
 
-    The second has two blocks of each kind, because blocks may share weights (Zamba).
+    In the first all sizes are reduced, and there is one block of each kind. The second has two of
+    each kind, because blocks may share weights (Zamba). The third has the widths of the model; only
+    its blocks, experts and vocabulary are reduced.
     """
     text_config = config.get_text_config()
     name = next((key for key, value in vars(config).items() if value is text_config), None)

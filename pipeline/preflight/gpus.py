@@ -171,7 +171,8 @@ def _unallocated_gpus(results: ProbeResults) -> Iterable[Finding]:
 def _unrequested_gpus(results: ProbeResults) -> Iterable[Finding]:
     if ranks := [rank for rank, result in results.by_rank.items() if result["requests_no_gpu"]]:
         yield warn(
-            f"{results.where(ranks)}: the Slurm job requested no GPU, so another job may use it",
+            f"{results.where(ranks)}: the Slurm job requested no GPU, so other jobs may use the "
+            "same ones",
             "request GPUs with --gpus-per-node=N, unless this cluster allocates whole nodes",
             ranks,
         )
